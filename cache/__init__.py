@@ -1,0 +1,1 @@
+"""Every byte of activations on disk. Imports nothing of the other folders."""

@@ -1,0 +1,54 @@
+"""The text as the model saw it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .chunks import read_whole, write_chunk
+from .files import write_json
+from .layout import FORMAT, group_metadata, tokens_arrays
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """N contexts of at most S tokens, padded on the right.
+
+    ids (N, S) uint32, length (N,) uint16, document (N,) uint32, held_out (N,) bool.
+    """
+
+    ids: np.ndarray
+    length: np.ndarray
+    document: np.ndarray
+    held_out: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, which: np.ndarray | slice) -> "Contexts":
+        return replace(
+            self,
+            ids=self.ids[which],
+            length=self.length[which],
+            document=self.document[which],
+            held_out=self.held_out[which],
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write them into a cache, and the record of them; the record comes last."""
+        write_json(folder / "tokens" / "zarr.json", group_metadata({}))
+        files = {}
+        for array in tokens_arrays(*self.ids.shape):
+            file, record = write_chunk(folder, array, 0, getattr(self, array.name.removeprefix("tokens/")))
+            files[file] = record
+            write_json(folder / array.name / "zarr.json", array.metadata())
+        write_json(folder / "tokens" / "commit.json", {"format": FORMAT, "contexts": len(self), "files": files})
+
+    @classmethod
+    def read(cls, folder: Path) -> "Contexts":
+        return cls(
+            *(
+                read_whole(folder, array)
+                for array in ("tokens/ids", "tokens/length", "tokens/document", "tokens/held_out")
+            )
+        )

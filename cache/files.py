@@ -1,0 +1,118 @@
+"""Files that are whole or absent: written under a temporary name, flushed, renamed; and a lock for one writer.
+
+Every file of a cache and of a run folder is written through `publish`, so a kill at any instant leaves either the old
+file, the new one, or none, and perhaps a stray `*.tmp-*`, which `sweep` removes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from .errors import DamagedError, OutsideError
+
+
+def publish(path: Path, *parts: bytes | memoryview) -> None:
+    """Write the parts, one after the other, as the file `path`: all or nothing, and on the disk when this returns.
+
+    Raises OutsideError when the disk is full or cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            for part in parts:
+                rest = memoryview(part).cast("B")
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise outside(error, path) from error
+    flush_folder(path.parent)
+
+
+def outside(error: OSError, path: Path) -> OutsideError:
+    """The sentence for a disk that refuses."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutsideError(
+            f"The disk is full: {path} could not be written. Free space and run the same command again; what is committed is safe."
+        )
+    return OutsideError(
+        f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and that it is not read-only."
+    )
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the renames in a folder survive a power cut."""
+    with contextlib.suppress(OSError):  # some network file systems refuse to flush a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sweep(folder: Path) -> int:
+    """Remove what killed writers left half-written; the caller holds the lock. Returns how many files."""
+    strays = [p for p in folder.rglob("*.tmp-*") if p.is_file()]
+    for stray in strays:
+        stray.unlink(missing_ok=True)
+    return len(strays)
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    publish(path, (json.dumps(content, indent=indent, sort_keys=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; DamagedError when it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing.") from None
+    except (ValueError, OSError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}); it was cut off or overwritten.") from error
+
+
+def digest_of(content: Any) -> str:
+    """sha256 of the canonical JSON of `content`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path, doing: str) -> Iterator[None]:
+    """Hold the only right to write into `folder`; OutsideError names the holder when somebody else has it.
+
+    The lock is the operating system's, so a dead holder's lock is free at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, note = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = note.read_text() if note.exists() else "another process"
+        raise OutsideError(f"{folder} is being written by {holder}. Wait for it, or stop it first.") from None
+    except OSError as error:
+        raise outside(error, folder) from error
+    try:
+        note.write_text(
+            f"process {os.getpid()} on {socket.gethostname()} ({doing}) since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()

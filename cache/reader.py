@@ -1,0 +1,168 @@
+"""Read a cache: open, check, map.
+
+    cache = open_cache("activations/gemma-2-2b--pile-uncopyrighted--9f31c2aa")
+    rows = cache.chunk("layer_12", 0)        # (8192, 2304) uint16, mapped, the bits of bfloat16
+
+What no commit lists does not exist. What one lists and is missing, short or of another checksum is corruption: it is
+named, and never read as zeros.
+"""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import bfloat16  # noqa: F401  (zarr can read the arrays from here on)
+from .chunks import check_chunk, map_chunk, read_array, read_whole, repair_hint
+from .contexts import Contexts
+from .errors import DamagedError, UsageError
+from .files import digest_of, read_json
+from .layout import FORMAT, Array, Layout, home, layer_array
+
+OPEN_MAPS = 256  # kept open: a map costs a page fault per touch, opening it again costs twice that
+
+
+class Cache:
+    """An open cache. Raises UsageError when it is none or of a newer format, DamagedError when a record is broken."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "zarr.json").exists():
+            raise UsageError(f"{self.folder} holds no activation cache (no zarr.json). Make one with `sae harvest`.")
+        self.attributes: dict[str, Any] = read_json(self.folder / "zarr.json").get("attributes", {})
+        if self.attributes.get("format") is None:
+            raise UsageError(f"{self.folder} is a Zarr group but no activation cache. Make one with `sae harvest`.")
+        if self.attributes["format"] > FORMAT:
+            raise UsageError(
+                f"{self.folder} was written in format {self.attributes['format']}; this version reads up to {FORMAT}. Upgrade."
+            )
+        self.identity: dict[str, Any] = self.attributes["identity"]
+        self.layout = Layout(self.attributes["rows"], self.attributes["window_rows"], self.attributes["storage_dtype"])
+        self._maps: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._arrays: dict[str, Array] = {}
+        self._manifest: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.folder)!r}: {self.model}, layers {self.layers}, {self.rows:,} rows)"
+
+    @property
+    def model(self) -> str:
+        return self.identity["model"]["name"]
+
+    @property
+    def rows(self) -> int:
+        return self.layout.rows
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are whole."""
+        return sorted(int(a.removeprefix("layer_")) for a in self.attributes["complete"] if "." not in a)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        if self._manifest is None:
+            if not self.attributes["complete"]:
+                done = len(list((self.folder / "commits").glob("*.json")))
+                raise UsageError(
+                    f"{self.folder} is half written ({done} of {self.layout.windows} windows). Run the same `sae harvest` again to finish it."
+                )
+            self._manifest = read_json(self.folder / "manifest.json")
+        return self._manifest
+
+    def require(self, layer: int) -> str:
+        """The array of a layer; UsageError when the cache does not hold it whole."""
+        self.manifest  # noqa: B018  (a half-written cache has its own sentence)
+        if layer not in self.layers:
+            raise UsageError(
+                f"{self.folder} holds layers {self.layers}, not {layer}. Add it with `sae harvest --layer {layer}` and the same text."
+            )
+        return layer_array(layer)
+
+    def digest(self, layer: int) -> str:
+        """What the bytes of a layer are: sha256 over the identity and the checksums of its chunks."""
+        prefix = f"{self.require(layer)}/"
+        return digest_of(
+            [
+                self.attributes["fingerprint"],
+                {f: r["crc32c"] for f, r in self.manifest["files"].items() if f.startswith(prefix)},
+            ]
+        )
+
+    def statistics(self, layer: int) -> dict[str, Any]:
+        return self.manifest["statistics"][self.require(layer)]
+
+    def mean(self, layer: int) -> np.ndarray:
+        """The mean row (d_in,), float64."""
+        return read_whole(self.folder, f"{self.require(layer)}.moments")[:, 0].sum(0) / self.rows
+
+    def array(self, name: str) -> Array:
+        if name not in self._arrays:
+            self._arrays[name] = read_array(self.folder, name)
+        return self._arrays[name]
+
+    def chunk(self, name: str, index: int) -> np.ndarray:
+        """A chunk's rows as a map that is kept open. Copy from it; never hand it out."""
+        key = (name, index)
+        found = self._maps.get(key)
+        if found is None:
+            found = self._maps[key] = map_chunk(self.folder, self.array(name), index)
+            if len(self._maps) > OPEN_MAPS:
+                self._maps.popitem(last=False)
+        return found
+
+    def chunk_rows(self, layer: int) -> list[int]:
+        """How many rows each chunk holds."""
+        size = self.layout.chunk_rows
+        return [min(size, self.rows - start) for start in range(0, self.rows, size)]
+
+    def contexts(self, *, held_out: bool) -> Contexts:
+        """The text: what was harvested, or the documents that were held out."""
+        everything = Contexts.read(self.folder)
+        return everything.select(everything.held_out == held_out)
+
+    def verify(self) -> Iterator[str]:
+        """Check every byte; yields the name of each file that was read."""
+        for file, record in self.manifest["files"].items():
+            name, chunk = file.rsplit("/", 1)
+            array = self.array(name)
+            index = int(chunk.split(".")[1])
+            check_chunk(self.folder, array, index)
+            trailer = (self.folder / file).read_bytes()[-4:]
+            if f"{struct.unpack('<I', trailer)[0]:08x}" != record["crc32c"]:
+                raise DamagedError(
+                    f"{self.folder / file} is not the file that the manifest lists: it comes from another harvest. {repair_hint(self.folder)}"
+                )
+            yield file
+
+
+def open_cache(folder: Path | str) -> Cache:
+    """Open the activation cache in `folder`."""
+    return Cache(folder)
+
+
+def caches(root: Path | None = None) -> list[Cache]:
+    """Every cache under `activations/`, by name."""
+    root = root or home() / "activations"
+    return [Cache(path.parent) for path in sorted(root.glob("*/zarr.json"))]
+
+
+def find_cache(model: str | None, layer: int, root: Path | None = None) -> Cache:
+    """The one whole cache of this model and layer; UsageError lists them when it is none or several."""
+    command = f"`sae harvest --layer {layer}`" + (f" --model {model}" if model else "")
+    everything = caches(root)
+    matching = [c for c in everything if model in (None, c.model) and layer in c.layers]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in matching)
+        raise UsageError(f"{len(matching)} caches hold layer {layer}. Say which:\n{listed}")
+    unfinished = [c for c in everything if not c.attributes["complete"]]
+    if unfinished:
+        raise UsageError(
+            f"No whole cache holds layer {layer}; {unfinished[0].folder} is half written. Run the same `sae harvest` again to finish it."
+        )
+    held = "".join(f"\n  {c.folder} holds layers {c.layers} of {c.model}" for c in everything)
+    raise UsageError(f"No cache holds layer {layer}{f' of {model}' if model else ''}. Make one with {command}.{held}")

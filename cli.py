@@ -1,0 +1,422 @@
+"""The command line: parses, delegates, prints. `sae --help` imports neither torch nor any of our folders."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="rich", add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Harvest a language model's activations, train sparse autoencoders on them, evaluate the result.",
+)  # fmt: skip
+cache_app = typer.Typer(no_args_is_help=True, help="Look at the activation caches under activations/ and check them.")
+app.add_typer(cache_app, name="cache")
+
+
+def tokens_of(text: str) -> int:
+    """A count with a unit: 10M, 2e8, 1.5B, 500k."""
+    try:
+        unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
+        return int(float(text[:-1]) * unit) if unit else int(float(text))
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{text} is no number of tokens: write 10M, 2e8 or 500000") from None
+
+
+Tokens = Annotated[int | None, typer.Option("--tokens", parser=tokens_of, metavar="N", help="Such as 10M.")]
+Layers = Annotated[
+    list[int] | None, typer.Option("--layer", help="Zero-based block; the residual stream after it. Repeats.")
+]
+CacheFolder = Annotated[
+    Path | None, typer.Option("--cache", help="The activation cache; needed only when several match.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+
+def echo(text: str = "") -> None:
+    typer.echo(text, err=True)
+
+
+def spoken(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors of ours become a sentence and an exit code; --verbose anywhere shows the traceback."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **keywords: Any) -> None:
+        from .cache.errors import SaeError
+
+        try:
+            command(*arguments, **keywords)
+        except SaeError as error:
+            echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            echo("stopped: interrupted before anything had begun that could be lost.")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+class Bar:
+    """One live bar on stderr; where that is no terminal, a line every ten seconds."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self.title, self.unit, self.started, self.told = title, unit, time.monotonic(), time.monotonic()
+        console = Console(stderr=True)
+        self.live = console.is_terminal
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console, disable=not self.live, transient=True)
+        self.task = self.progress.add_task(title, total=None, note="")
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        spent = max(time.monotonic() - self.started, 1e-9)
+        rate = f"{done / spent:,.0f} {self.unit}/s {note}"
+        self.progress.update(self.task, completed=done, total=total, note=rate)
+        if not self.live and time.monotonic() - self.told > 10:
+            self.told = time.monotonic()
+            left = spent * (total - done) / max(done, 1)
+            echo(f"{self.title} {done}/{total} {100 * done / total:.1f}% {rate} eta={left:.0f}s")
+
+
+@contextlib.contextmanager
+def bar(title: str, unit: str) -> Iterator[Bar]:
+    shown = Bar(title, unit)
+    with shown.progress:
+        yield shown
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("sae-pipeline"))
+        raise typer.Exit
+
+
+@app.command()
+@spoken
+def harvest(
+    model: Annotated[str, typer.Option(help="Hub id, folder, or gemma-2-mini.")] = "google/gemma-2-2b",
+    layer: Layers = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Hub id, .txt, .jsonl or .parquet file or folder, or python-stdlib.")
+    ] = None,
+    tokens: Tokens = None,
+    context: Annotated[int, typer.Option(help="Tokens in a context, BOS included.")] = 128,
+    held_out: Annotated[float, typer.Option(help="Share of documents kept for evaluation.")] = 0.05,
+    keep_special: Annotated[bool, typer.Option(help="Harvest the rows of BOS, EOS and pad too.")] = False,
+    text_column: Annotated[str, typer.Option(help="The dataset's column of text.")] = "text",
+    split: Annotated[str, typer.Option(help="The dataset's split.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="Commit of the model on the Hub.")] = None,
+    dataset_revision: Annotated[str | None, typer.Option(help="Commit of the dataset on the Hub.")] = None,
+    window: Annotated[int, typer.Option(help="Rows shuffled and written as one.")] = 262_144,
+    batch_contexts: Annotated[int, typer.Option(min=1, help="Contexts in one pass of the model.")] = 32,
+    storage_dtype: Annotated[
+        str, typer.Option(help="bfloat16, or uint16 (the same bits) for readers without it.")
+    ] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="What the model computes in: auto, bfloat16, float32.")] = "auto",
+    attention: Annotated[str, typer.Option(help="transformers' attention implementation.")] = "eager",
+    seed: Annotated[int, typer.Option(help="Order of contexts and rows, choice of held-out documents.")] = 0,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder of the cache.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Text -> cache: run the model once and write the residual stream after the layers asked for (5, 12 and 19)."""
+    from .harvest.run import LAYERS, Request
+
+    request = Request(
+        model=model, revision=revision, layers=layer or LAYERS, dataset=dataset, dataset_revision=dataset_revision, split=split,
+        text_column=text_column, tokens=tokens, context=context, held_out=held_out, keep_special=keep_special, window=window,
+        storage_dtype=storage_dtype, dtype=dtype, attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
+    )  # fmt: skip
+    cache = run_harvest(request, dry_run)
+    if cache is not None:
+        echo(
+            f"next     sae train --variant decorrelation --layer {cache.layers[len(cache.layers) // 2]} --cache {cache.folder}"
+        )
+
+
+def run_harvest(request: Any, dry_run: bool = False) -> Any:
+    from .harvest.model import hook_name
+    from .harvest.run import free_space
+    from .harvest.run import harvest as carry_out
+    from .harvest.run import plan as resolve
+
+    plan = resolve(request)
+    size = plan.tokens * plan.bytes_per_token
+    hooks = ", ".join(f"{hook_name(layer)} = hidden_states[{layer + 1}]" for layer in plan.layers)
+    echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
+    echo(f"layers   {hooks}")
+    echo(
+        f"text     {plan.text.name}, {plan.request.held_out:.0%} of the documents held out"
+        if plan.text.name != "python-stdlib"
+        else "text     python-stdlib, a tenth of the documents held out"
+    )
+    echo(
+        f"size     {'' if plan.request.tokens else 'up to '}{plan.tokens:,} tokens x {plan.bytes_per_token:,} B = {size / 1e9:.2f} GB; {free_space(plan.folder) / 1e9:.1f} GB free"
+    )
+    echo(f"cache    {plan.folder}")
+    if dry_run:
+        return None
+    started = time.monotonic()
+    with bar("harvest", "tokens") as shown:
+        cache = carry_out(plan, shown)
+    for layer in plan.layers:
+        s = cache.statistics(layer)
+        echo(
+            f"layer {layer:2d} mean norm {s['mean_norm']:.2f}, elementwise variance {s['variance']:.4g}, {len(s['outlier_dimensions'])} outlier dimensions"
+        )
+    skipped = cache.contexts(held_out=False)
+    echo(
+        f"done     {cache.rows:,} rows of {len(skipped):,} contexts ({int(skipped.length.sum()) - cache.rows:,} special tokens left out) in {time.monotonic() - started:.0f} s"
+    )
+    return cache
+
+
+@app.command()
+@spoken
+def train(
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", help="A recipe (`sae variants`). Repeats: all are trained on one pass."),
+    ] = None,
+    layer: Layers = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeats.")] = None,
+    cache: CacheFolder = None,
+    model: Annotated[str | None, typer.Option(help="Choose the cache by its model.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: one epoch of the cache.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tokens in a batch. Default: the recipe's.")] = None,
+    width: Annotated[
+        str | None, typer.Option(help="Latents: 2304, 16k, or 8x for eight times d_in. Default: the recipe's.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="option=value or variant.option=value. Repeats.")
+    ] = None,
+    resume: Annotated[list[Path] | None, typer.Option(help="Go on with a run folder. Repeats.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where run folders go. Default: runs/.")] = None,
+    order_seed: Annotated[int, typer.Option(help="Order of the batches, shared by all variants.")] = 0,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache."""
+    from .cache.errors import UsageError
+    from .train.run import Request
+
+    if not variant and not resume:
+        raise UsageError(
+            "Say what to train: --variant batchtopk, or several; `sae variants` lists them. Or --resume runs/..."
+        )
+    request = Request(
+        variants=variant or (), layers=layer or (12,), seeds=seed or (0,), cache=cache, model=model, steps=steps, batch_size=batch_size, width=width,
+        options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    runs = run_train(request, dry_run)
+    if not dry_run:
+        echo(f"next     sae evaluate {' '.join(str(run.folder) for run in runs)}")
+
+
+def run_train(request: Any, dry_run: bool = False) -> list[Any]:
+    from .train.run import plan
+    from .train.stream import Report, run_all
+
+    runs = plan(request)
+    for run in runs:
+        s = run.setting
+        echo(
+            f"train    {run.recipe.name} {s.d_in} -> {s.d_sae}, layer {run.layer}, seed {run.seed}: {s.steps:,} steps x {s.batch_size:,} tokens -> {run.folder}"
+        )
+    if dry_run:
+        return runs
+    started = time.monotonic()
+    latest: dict[str, dict[str, float]] = {}
+    with bar("train", "steps") as shown:
+
+        def step(number: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
+            latest.update(metrics)
+            first = next(iter(metrics.values()), {})
+            shown(
+                number,
+                steps,
+                f"loss={first.get('loss', 0):.4g} l0={first.get('l0', 0):.1f} ev={first.get('explained_variance', 0):.3f} dead={first.get('dead', 0):.1%}",
+            )
+
+        run_all(
+            runs,
+            request,
+            Report(step, lambda sentence: shown.progress.console.print(sentence, highlight=False, soft_wrap=True)),
+        )
+    if latest:
+        show_table("trained (means over the last logged steps)", ["run", "loss", "L0", "EV", "dead"], [
+            [name, f"{m['loss']:.4f}", f"{m['l0']:.1f}", f"{m['explained_variance']:.3f}", f"{m['dead']:.1%}"] for name, m in latest.items()
+        ])  # fmt: skip
+        echo(f"done     in {time.monotonic() - started:.0f} s")
+    return runs
+
+
+@app.command()
+@spoken
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; those of one cache share every pass of the model.")],
+    suite: Annotated[str, typer.Option(help="quick, full, or metrics by name: core,...")] = "quick",
+    tokens: Tokens = None,
+    mode: Annotated[
+        str, typer.Option(help="Definitions: 0.6.0 (SAEBench now) or 2024-12 (behind the papers).")
+    ] = "0.6.0",
+    model: Annotated[str | None, typer.Option(help="Refuse runs of another model.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what was measured.")] = False,
+    references: Annotated[bool, typer.Option(help="Add rows for the identity and for zero.")] = True,
+    dtype: Annotated[str, typer.Option(help="What the model computes in: auto, bfloat16, float32.")] = "auto",
+    device: Device = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Runs -> numbers: splice each SAE into the model and measure what it costs, on held-out text."""
+    from .evaluate.run import Request
+
+    request = Request(
+        runs=runs,
+        suite=suite,
+        tokens=tokens,
+        mode=mode,
+        model=model,
+        force=force,
+        references=references,
+        device=device,
+        dtype=dtype,
+    )
+    run_evaluate(request, json_)
+
+
+def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
+    import json
+
+    from .evaluate.run import evaluate as measure
+    from .evaluate.run import flat
+
+    started = time.monotonic()
+    with bar("evaluate", "batches") as shown:
+        rows = measure(request, shown)
+    if as_json:
+        typer.echo(json.dumps([flat(row) for row in rows], indent=2))
+        return rows
+    show_table("core, on held-out text (KL and CE scores: 0 is a zeroed layer, 1 the model alone)", *core_table(rows))
+    echo(f"done     in {time.monotonic() - started:.0f} s; runs/*/evaluations/core.json hold everything")
+    return rows
+
+
+def core_table(rows: list[Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads with the direction that is better, and one line a row."""
+    columns = [
+        ("L0", "sparsity", "l0", "{:.1f}"), ("KL score ↑", "model_behavior_preservation", "kl_div_score", "{:.4f}"),
+        ("KL ↓", "model_behavior_preservation", "kl_div_with_sae", "{:.4f}"), ("CE score ↑", "model_performance_preservation", "ce_loss_score", "{:.4f}"),
+        ("EV ↑", "reconstruction_quality", "fve", "{:.4f}"), ("cosine ↑", "reconstruction_quality", "cossim", "{:.3f}"),
+        ("alive ↑", "misc_metrics", "frac_alive", "{:.3f}"), ("corr ↓", "correlation", "mean", "{:.4f}"),
+    ]  # fmt: skip
+
+    def cell(row: Any, category: str, name: str, shape: str) -> str:
+        value = row.results["core"].metrics.get(category, {}).get(name)
+        return "" if value is None or value != value else shape.format(value)
+
+    return ["run", *(c[0] for c in columns)], [[row.name, *(cell(row, *c[1:]) for c in columns)] for row in rows]
+
+
+def show_table(title: str, heads: list[str], lines: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number == 0 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=140).print(table)
+
+
+@app.command()
+@spoken
+def variants() -> None:
+    """The recipes, their papers and their options."""
+    from .train import variants as _  # noqa: F401
+    from .train.recipe import RECIPES, Optimization
+
+    for recipe in RECIPES.values():
+        typer.echo(f"{recipe.name}   {recipe.paper} {recipe.equations}".rstrip())
+        typer.echo(f"    {recipe.summary}")
+        options = ", ".join(f"{k}={v}" for k, v in recipe.options.items())
+        typer.echo(f"    width {recipe.width:g}x, batch {recipe.batch_size}; --set {options}")
+    shared = ", ".join(f"{k}={v}" for k, v in vars(Optimization()).items())
+    typer.echo(f"every recipe also takes --set {shared}")
+
+
+@app.command()
+@spoken
+def demo(
+    tokens: Annotated[int, typer.Option(parser=tokens_of, metavar="N", help="Tokens to harvest.")] = 250_000,
+) -> None:
+    """The three stages on the embedded model and text, with nothing to download: harvest, train, evaluate, table."""
+    from .harvest import mini
+    from .harvest.run import Request as Harvest
+
+    cache = run_harvest(Harvest(model=mini.NAME, tokens=tokens))
+    from .train.run import Request as Train
+
+    runs = run_train(
+        Train(
+            variants=("relu", "topk", "batchtopk", "decorrelation"),
+            layers=(12,),
+            cache=cache.folder,
+            steps=1000,
+            batch_size=1024,
+            width="4x",
+        )
+    )
+    from .evaluate.run import Request as Evaluate
+
+    run_evaluate(Evaluate(runs=[run.folder for run in runs], tokens=20_000))
+    echo(
+        f"next     sae train --variant topk --layer 5 --cache {cache.folder} --set k=64     (`sae variants` lists recipes and options)"
+    )
+    echo("         sae harvest --layer 12     (Gemma-2-2B: accept its licence, then `hf auth login`)")
+
+
+@cache_app.command("list")
+@spoken
+def cache_list() -> None:
+    """Every cache, with its model, layers, rows and size."""
+    from .cache.reader import caches
+
+    for cache in caches():
+        state = f"layers {cache.layers}" if cache.layers else "half written"
+        typer.echo(f"{cache.folder}   {cache.model}, {state}, {cache.rows:,} rows")
+
+
+@cache_app.command("verify")
+@spoken
+def cache_verify(folder: Annotated[Path, typer.Argument(help="A folder under activations/.")]) -> None:
+    """Read every byte and compare it with its checksum."""
+    from .cache.reader import open_cache
+
+    cache = open_cache(folder)
+    with bar("verify", "files") as shown:
+        for number, _ in enumerate(cache.verify(), 1):
+            shown(number, len(cache.manifest["files"]))
+    typer.echo(f"{folder}: {len(cache.manifest['files'])} files, all as recorded")
+
+
+if __name__ == "__main__":
+    app()

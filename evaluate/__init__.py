@@ -1,0 +1,1 @@
+"""SAE + model -> numbers, tables, pages. Tokens outside, SAEs inside: one pass of the model serves every SAE."""

@@ -1,0 +1,70 @@
+"""The text of the running Python's own standard library: help topics, docstrings and source.
+
+Nothing is copied into the repository: every machine that runs this has the text already. A document is a help topic,
+the docstrings of a module, or the source of a module. Held-out documents are chosen by a hash of their name, so that
+the docstrings and the source of a module always fall on the same side, on every machine and in every run.
+"""
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import NamedTuple
+
+HELD_OUT_ONE_IN = 10
+# Tests and vendored wheels are not part of every installation (Debian splits them off), so they are never text.
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "ensurepip",
+    "__pycache__",
+    "pydoc_data",
+}
+
+
+class Document(NamedTuple):
+    name: str
+    text: str
+    held_out: bool
+
+
+def is_held_out(key: str) -> bool:
+    """One document in ten, by the hash of its key: no list to keep and no order to depend on."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little") % HELD_OUT_ONE_IN == 0
+
+
+def documents() -> Iterator[Document]:
+    """Every document, in the order of its name."""
+    for name in sorted(topics):
+        yield Document(f"topic:{name}", topics[name], is_held_out(f"topic:{name}"))
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if SKIPPED_FOLDERS.intersection(relative.parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            prose = docstrings(source)
+        except (UnicodeDecodeError, SyntaxError):  # the library keeps a few files that are broken on purpose
+            continue
+        held_out = is_held_out(relative.as_posix())
+        if prose:
+            yield Document(f"docstrings:{relative.as_posix()}", prose, held_out)
+        if source.strip():
+            yield Document(f"source:{relative.as_posix()}", source, held_out)
+
+
+def docstrings(source: str) -> str:
+    """The docstrings of a module, its classes and its functions, each under its name."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                found.append(f"{getattr(node, 'name', 'module')}: {text}")
+    return "\n\n".join(found)

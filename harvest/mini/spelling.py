@@ -1,0 +1,45 @@
+"""First-letter spelling prompts over the words of a tokenizer's own vocabulary, in the form that absorption uses.
+
+    {word} has the first letter: {L}
+
+One example a line; a word is a single vocabulary piece, with or without its leading space.
+"""
+
+import random
+import string
+from collections.abc import Sequence
+from typing import NamedTuple
+
+TEMPLATE = " has the first letter:"
+
+
+class Word(NamedTuple):
+    token: int
+    text: str  # as decoded: " cat", "cat" and "Cat" are three words
+    letter: str  # "C"
+
+
+def words(tokenizer) -> list[Word]:
+    """Every vocabulary entry that is one optional space and ASCII letters, by token id."""
+    found = []
+    for token in range(len(tokenizer)):
+        text = tokenizer.convert_ids_to_tokens(token).replace("▁", " ")
+        bare = text.removeprefix(" ")
+        if bare and all(c in string.ascii_letters for c in bare):
+            found.append(Word(token, text, bare[0].upper()))
+    return found
+
+
+def example(word: Word) -> str:
+    return f"{word.text}{TEMPLATE} {word.letter}"
+
+
+def prompt(examples: Sequence[Word], word: Word) -> str:
+    """The examples, answered, and then the question, unanswered."""
+    return "\n".join(["", *map(example, examples), word.text + TEMPLATE])
+
+
+def draw(pool: Sequence[Word], shots: int, rng: random.Random) -> tuple[list[Word], Word]:
+    """A word to ask for and `shots` other words as examples."""
+    word, *examples = rng.sample(pool, shots + 1)
+    return examples, word

@@ -1,0 +1,234 @@
+"""The language model and its hook points.
+
+A *layer* is the zero-based index of a block and means the residual stream after it: `blocks.12.hook_resid_post` in
+TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]`.
+
+Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..cache.errors import OutsideError, SaeError, UsageError
+from . import mini
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model: its name, where it is loaded from, and what pins its bytes."""
+
+    name: str
+    location: str  # a Hub id or a folder
+    revision: str  # a commit of the Hub, or sha256 of the files
+
+    @property
+    def on_hub(self) -> bool:
+        return not Path(self.location).is_dir()
+
+    def identity(self) -> dict[str, str]:
+        return {"name": self.name, "revision": self.revision}
+
+
+def hook_name(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def find_model(name: str, revision: str | None = None) -> tuple[Source, Any]:
+    """Pin a model to its bytes; returns its configuration too. Loads no weights.
+
+    Raises OutsideError when the Hub cannot be reached or the model's licence has not been accepted.
+    """
+    folder = mini.WEIGHTS if name == mini.NAME else Path(name)
+    if folder.is_dir():
+        with explained(name):
+            return Source(name, str(folder), digest_of_folder(folder)), AutoConfig.from_pretrained(folder)
+    with explained(name):
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    return Source(name, name, getattr(config, "_commit_hash", None) or revision or "unknown"), config
+
+
+def digest_of_folder(folder: Path) -> str:
+    """sha256 over the names and bytes of everything that decides what the model computes."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".bin"}):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what loading can throw into a sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if name.startswith("google/"):
+            raise OutsideError(
+                f"{name} could not be loaded. It is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`. "
+                f"To try everything without it: --model {mini.NAME}"
+            ) from error
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OutsideError(
+            f"The model {name} could not be loaded: {first} Give a Hub id, a folder, or --model {mini.NAME}."
+        ) from error
+
+
+def blocks_in(config: Any) -> int:
+    return config.num_hidden_layers
+
+
+def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
+    """UsageError unless every layer is a block of the model."""
+    last = blocks_in(config) - 1
+    for layer in layers:
+        if not 0 <= layer <= last:
+            raise UsageError(f"{name} has {last + 1} blocks, so layers 0 to {last}; there is no layer {layer}.")
+
+
+def load_tokenizer(source: Source) -> Any:
+    with explained(source.name):
+        return AutoTokenizer.from_pretrained(source.location, **_revision(source))
+
+
+def load_trunk(
+    source: Source, config: Any, last_layer: int, *, dtype: str, device: str, attention: str
+) -> "LanguageModel":
+    """The model up to a layer: no later block is loaded, and no unembedding."""
+    config.num_hidden_layers = last_layer + 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: last_layer + 1]
+    return _load(AutoModel, source, config, dtype, device, attention)
+
+
+def load_model(source: Source, config: Any, *, dtype: str, device: str, attention: str = "eager") -> "LanguageModel":
+    """The whole model, with its unembedding."""
+    return _load(AutoModelForCausalLM, source, config, dtype, device, attention)
+
+
+def _load(kind: Any, source: Source, config: Any, dtype: str, device: str, attention: str) -> "LanguageModel":
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it lists the blocks that are left out on purpose
+    transformers_logging.disable_progress_bar()
+    try:
+        with explained(source.name):
+            model = kind.from_pretrained(
+                source.location,
+                config=config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                **_revision(source),
+            )
+    finally:
+        transformers_logging.set_verbosity(level)
+    return LanguageModel(model.eval().requires_grad_(False).to(device))
+
+
+def _revision(source: Source) -> dict[str, str]:
+    return {"revision": source.revision} if source.on_hub and source.revision != "unknown" else {}
+
+
+def hidden_of(output: Any) -> Tensor:
+    """A block returns its residual stream alone (transformers 5) or first in a tuple (before)."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class Forward:
+    """One pass of the model over some contexts, from which the part after any captured layer can be run again."""
+
+    residual: dict[int, Tensor]  # layer -> (N, S, D)
+    logits: Tensor  # (N, S, V)
+    suffix: Callable[[int, Tensor], Tensor]  # layer, (N, S, D) -> (N, S, V): the logits had the residual been this
+
+
+class LanguageModel:
+    """A decoder with a list of blocks. `capture` reads the residual stream, `forward` also lets it be replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config: Any = model.config
+
+    @cached_property
+    def trunk(self) -> Any:
+        return self.model if hasattr(self.model, "layers") else self.model.model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.trunk.layers
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def _capturing(self, layers: Sequence[int], found: dict[int, Tensor]) -> Iterator[None]:
+        def keep(layer: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                found[layer] = hidden_of(output)
+
+            return hook
+
+        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        silent = [layer for layer in layers if layer not in found]
+        if silent:
+            raise SaeError(f"The hook on {', '.join(map(hook_name, silent))} did not fire: nothing was captured.")
+
+    @torch.no_grad()
+    def capture(self, ids_NS: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """The residual stream after each layer, (N, S, D) in the model's dtype, from one pass."""
+        found: dict[int, Tensor] = {}
+        with self._capturing(layers, found):
+            self.trunk(ids_NS, use_cache=False)
+        return found
+
+    @torch.no_grad()
+    def forward(self, ids_NS: Tensor, layers: Sequence[int]) -> Forward:
+        """One full pass. What each later block was called with is kept, so that `suffix` runs those blocks alone."""
+        found: dict[int, Tensor] = {}
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+        def remember(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+                calls[index] = (inputs[1:], {k: v for k, v in keywords.items() if k != "hidden_states"})
+
+            return hook
+
+        later = range(min(layers) + 1, len(self.blocks))
+        handles = [self.blocks[i].register_forward_pre_hook(remember(i), with_kwargs=True) for i in later]
+        try:
+            with self._capturing(layers, found):
+                logits = self.model(ids_NS, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+        def suffix(layer: int, residual_NSD: Tensor) -> Tensor:
+            hidden = residual_NSD
+            for index in range(layer + 1, len(self.blocks)):
+                inputs, keywords = calls[index]
+                hidden = hidden_of(self.blocks[index](hidden, *inputs, **keywords))
+            return self._unembed(hidden)
+
+        return Forward(found, logits, torch.no_grad()(suffix))
+
+    def _unembed(self, hidden_NSD: Tensor) -> Tensor:
+        logits = self.model.lm_head(self.trunk.norm(hidden_NSD))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,238 @@
+"""Text -> contexts: stream documents, tokenise, cut, hold documents out, shuffle.
+
+A context is BOS and up to `context - 1` tokens of one document; a document never shares a context with another. Which
+documents are held out is a hash of the seed and the document's number, so nobody ever trains on the text that
+evaluation reads.
+"""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..cache.contexts import Contexts
+from ..cache.errors import OutsideError, UsageError
+from .mini import corpus, spelling
+
+PILE = "monology/pile-uncopyrighted"
+EMBEDDED = "python-stdlib"
+READERS = {".jsonl": "json", ".json": "json", ".zst": "json", ".parquet": "parquet", ".txt": "text"}
+SPELLED_LINES = 40  # of spelling after each embedded document: about one token in ten
+DOCUMENTS_AT_ONCE = 64  # tokenised together
+
+
+class Document(NamedTuple):
+    text: str
+    held_out: bool | None  # None: the hash decides
+
+
+@dataclass
+class Text:
+    """A source of documents, and what pins it."""
+
+    name: str
+    identity: dict[str, Any]
+    documents: Iterator[Document]
+    skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0})
+
+
+def open_text(name: str, *, tokenizer: Any, revision: str | None, split: str, column: str, seed: int) -> Text:
+    """The embedded corpus, a local file or folder, or a dataset of the Hub, streamed.
+
+    Raises UsageError for a file that cannot be read or a column that is not there, OutsideError without network.
+    """
+    if name == EMBEDDED:
+        return embedded(tokenizer, seed)
+    path = Path(name)
+    if path.exists():
+        return local(path, column)
+    if path.suffix in READERS or name.startswith((".", "/")):
+        raise UsageError(
+            f"There is no file {name}. Give a .txt, .jsonl or .parquet file, a folder of them, a Hub dataset, or {EMBEDDED}."
+        )
+    return hub(name, revision, split, column)
+
+
+def embedded(tokenizer: Any, seed: int) -> Text:
+    """The standard library of the running Python, each document followed by a little spelling."""
+    found = sorted(
+        corpus.documents(), key=lambda d: hashlib.sha256(d.name.encode()).digest()
+    )  # a small harvest is a fair sample
+    digest = hashlib.sha256()
+    for document in found:
+        digest.update(f"{document.name}\0{document.text}\0".encode())
+    pool, rng = spelling.words(tokenizer), random.Random(seed)
+
+    def documents() -> Iterator[Document]:
+        for document in found:
+            yield Document(document.text, document.held_out)
+            yield Document(
+                "".join(f"\n{spelling.example(rng.choice(pool))}" for _ in range(SPELLED_LINES)), document.held_out
+            )
+
+    return Text(
+        EMBEDDED, {"name": EMBEDDED, "revision": digest.hexdigest(), "spelled_lines": SPELLED_LINES}, documents()
+    )
+
+
+def local(path: Path, column: str) -> Text:
+    """Files of one kind. A line of JSON or a row of Parquet is a document; a text file is cut at blank lines."""
+    files = sorted(p for p in path.rglob("*") if p.suffix in READERS) if path.is_dir() else [path]
+    kinds = {READERS.get(p.suffix) for p in files}
+    if len(kinds) != 1 or None in kinds:
+        raise UsageError(
+            f"{path} has {sorted({p.suffix for p in files}) or 'no files'}; give files of one kind: {', '.join(READERS)}."
+        )
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            digest.update(file.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    (kind,) = kinds
+    name = path.stem.removesuffix(".jsonl") or path.name
+    identity = {"name": name, "revision": digest.hexdigest(), "column": column if kind != "text" else None}
+    text = Text(name, identity, iter(()))
+    if kind == "text":
+        text.documents = (Document(section, None) for file in files for section in sections(read_text(file)))
+        return text
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=True)
+        text.documents = column_of(rows, column, str(path), text.skipped)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{file} is not UTF-8 text (byte {error.start}). Convert it, or give .jsonl or .parquet."
+        ) from error
+
+
+def sections(text: str, at_least: int = 2000) -> Iterator[str]:
+    """Runs of paragraphs of at least `at_least` characters: the documents of a plain text file."""
+    held, size = [], 0
+    for paragraph in text.split("\n\n"):
+        held.append(paragraph)
+        size += len(paragraph)
+        if size >= at_least:
+            yield "\n\n".join(held)
+            held, size = [], 0
+    if size:
+        yield "\n\n".join(held)
+
+
+def hub(name: str, revision: str | None, split: str, column: str) -> Text:
+    import datasets
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
+        rows = datasets.load_dataset(name, revision=commit, split=split, streaming=True)
+        text = Text(name.split("/")[-1], {"name": name, "revision": commit, "split": split, "column": column}, iter(()))
+        text.documents = column_of(rows, column, name, text.skipped)
+    except Exception as error:  # the Hub's libraries raise through httpx, requests, fsspec and their own classes
+        if isinstance(error, UsageError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OutsideError(
+            f"The dataset {name} could not be opened: {first} Check the network and the name, give a local file to --dataset, "
+            f"or use the embedded text: --dataset {EMBEDDED}"
+        ) from error
+    return text
+
+
+def column_of(rows: Any, column: str, name: str, skipped: dict[str, int]) -> Iterator[Document]:
+    """The texts of a dataset; UsageError at once when the column is not there."""
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise UsageError(f"{name} has no rows.")
+    if column not in first:
+        raise UsageError(
+            f"{name} has no column {column!r}; its columns are {', '.join(map(repr, first))}. Choose one with --text-column."
+        )
+
+    def documents() -> Iterator[Document]:
+        for row in itertools.chain([first], rows):
+            value = row[column]
+            if not isinstance(value, str):
+                skipped["not text"] += 1
+            elif not value.strip():
+                skipped["empty"] += 1
+            else:
+                yield Document(value, None)
+
+    return documents()
+
+
+def is_held_out(number: int, seed: int, fraction: float) -> bool:
+    hashed = int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:8], "little")
+    return hashed < fraction * 2**64
+
+
+def specials(tokenizer: Any) -> list[int]:
+    """The ids of pad, eos and bos: the tokens whose rows are not harvested, and not evaluated."""
+    return sorted(
+        {i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None}
+    )
+
+
+def rows_of(contexts: Contexts, skip: list[int]) -> np.ndarray:
+    """Which positions are rows, (N, S) bool: inside the context, and no token of `skip`."""
+    inside = np.arange(contexts.ids.shape[1]) < contexts.length[:, None]
+    return inside & ~np.isin(contexts.ids, skip)
+
+
+def cut(
+    text: Text, tokenizer: Any, *, tokens: int, exactly: bool, context: int, held_out: float, skip: list[int], seed: int
+) -> Contexts:
+    """Contexts holding `tokens` rows to harvest, in shuffled order, and the held-out ones met on the way.
+
+    With `exactly`, UsageError when the text is too short.
+    """
+    if tokenizer.bos_token_id is None:
+        raise UsageError("This tokenizer has no BOS token; contexts begin with it.")
+    ids: list[list[int]] = []
+    document_of: list[int] = []
+    held: list[bool] = []
+    rows, skipped = 0, set(skip)
+    numbered = enumerate(text.documents)
+    while rows < tokens and (batch := list(itertools.islice(numbered, DOCUMENTS_AT_ONCE))):
+        encoded = tokenizer([d.text for _, d in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for (number, document), body in zip(batch, encoded, strict=True):
+            out = is_held_out(number, seed, held_out) if document.held_out is None else document.held_out
+            for start in range(0, len(body), context - 1):
+                if not out and rows >= tokens:
+                    break
+                piece = [tokenizer.bos_token_id, *body[start : start + context - 1]]
+                if not out:
+                    rows += sum(token not in skipped for token in piece)
+                    while rows > tokens:  # the last context is cut, so that there are as many rows as were asked for
+                        rows -= piece.pop() not in skipped
+                ids.append(piece)
+                document_of.append(number)
+                held.append(out)
+    if not rows:
+        raise UsageError(f"The text {text.name} has no tokens to harvest: it is empty. Give another --dataset.")
+    if exactly and rows < tokens:
+        raise UsageError(
+            f"The text {text.name} ended at {rows:,} of {tokens:,} tokens. Ask for --tokens {rows} or fewer, or give more text."
+        )
+    length = np.array([len(c) for c in ids], np.uint16)
+    padded = np.full((len(ids), context), tokenizer.pad_token_id or 0, np.uint32)
+    for row, one in zip(padded, ids, strict=True):
+        row[: len(one)] = one
+    order = np.random.Generator(np.random.Philox(key=[seed, 2**63])).permutation(len(ids))
+    return Contexts(padded[order], length[order], np.array(document_of, np.uint32)[order], np.array(held)[order])

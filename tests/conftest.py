@@ -1,0 +1,68 @@
+"""What the tests share: a random two-block Gemma 2 with the embedded tokenizer, a cache of it, and a home of their own."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """activations/ and runs/ of each test are its own."""
+    monkeypatch.setenv("SAE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Gemma 2 of two blocks, width 32, and gemma-2-mini's tokenizer."""
+    from sae.harvest.mini import WEIGHTS
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=8192, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    for name, parameter in model.named_parameters():  # HF's init is so small that blocks change next to nothing
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else 0.2)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 120 short documents of ordinary words, the same every time."""
+    import json
+    import random
+
+    words = (
+        "the quick brown fox jumps over a lazy dog while seven zebras quietly read their yellow books in june".split()
+    )
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "sentences.jsonl"
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randrange(20, 200)))}) for _ in range(120)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Layers 0 and 1 of the tiny model on the sentences: 8,000 rows in four windows of 2,048. Read it; never write."""
+    from sae.harvest.run import Request, harvest, plan
+
+    out = tmp_path_factory.mktemp("activations") / "tiny"
+    request = Request(
+        model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=8000, context=32, window=2048,
+        held_out=0.1, device="cpu", out=out,
+    )  # fmt: skip
+    return harvest(plan(request))

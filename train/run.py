@@ -1,0 +1,192 @@
+"""What is asked of training, as runs: each with its recipe, its options, its cache and its folder.
+
+    runs/<variant>-L12-n512-s0-<digest6>/
+        run.json             everything that decides the result, and what it was made with
+        metrics.jsonl        one line per logged step
+        checkpoints/         resumable states
+        sae.safetensors, sae.json      written when training is done, sae.json last
+
+The digest is of everything that decides the result, so the same command finds the same folder and goes on with it.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.batches import Plan
+from ..cache.errors import UsageError
+from ..cache.files import digest_of, read_json
+from ..cache.layout import home
+from ..cache.reader import Cache, find_cache, open_cache
+from .recipe import Recipe, Setting, find_recipe
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user can ask of training."""
+
+    variants: Sequence[str] = ()
+    layers: Sequence[int] = (12,)
+    seeds: Sequence[int] = (0,)
+    cache: Path | None = None
+    model: str | None = None
+    steps: int | None = None  # None: one epoch of the cache
+    batch_size: int | None = None  # None: the recipe's
+    width: str | None = None  # "4x", "16k" or a number; None: the recipe's
+    options: Sequence[str] = ()  # "option=value" or "variant.option=value"
+    order_seed: int = 0
+    resume: Sequence[Path] = ()
+    out: Path | None = None
+    device: str = "auto"
+    log_every: int = 50
+    checkpoint_every: int = 1000
+
+
+@dataclass
+class Run:
+    """One run: what decides its result, and its folder."""
+
+    recipe: Recipe
+    options: dict[str, Any]
+    layer: int
+    seed: int
+    order_seed: int
+    setting: Setting
+    cache: Cache
+    folder: Path = Path()
+    problem: str | None = field(default=None)  # why it was given up
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def steps(self) -> int:
+        return self.setting.steps
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result."""
+        return {
+            "variant": self.recipe.name,
+            "options": self.options,
+            "layer": self.layer,
+            "seed": self.seed,
+            "order_seed": self.order_seed,
+            **self.setting._asdict(),
+            "cache": {
+                "fingerprint": self.cache.attributes["fingerprint"],
+                "layer_digest": self.cache.digest(self.layer),
+            },
+        }
+
+    def default_name(self) -> str:
+        digest = digest_of(self.identity())[:6]
+        return f"{self.recipe.name}-L{self.layer:02d}-n{self.setting.d_sae}-s{self.seed}-{digest}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "sae.json").exists()
+
+
+def plan(request: Request) -> list[Run]:
+    """The runs asked for, each checked and with its folder; nothing is written. UsageError names what is wrong."""
+    if request.resume:
+        return [resumed(folder, request) for folder in request.resume]
+    recipes = [find_recipe(name) for name in request.variants]
+    given = parse_options(request.options, recipes)
+    runs = []
+    for layer in request.layers:
+        cache = open_cache(request.cache) if request.cache else find_cache(request.model, layer)
+        d_in = cache.array(cache.require(layer)).shape[1]
+        for recipe in recipes:
+            batch_size = request.batch_size or recipe.batch_size
+            if batch_size < 1:
+                raise UsageError(f"--batch-size {batch_size} is not positive.")
+            steps = (
+                request.steps
+                if request.steps is not None
+                else Plan(cache.chunk_rows(layer), batch_size, 0).batches_per_epoch
+            )
+            if steps < 1:
+                raise UsageError(f"--steps {steps} would train nothing.")
+            setting = Setting(d_in, width_of(request.width, recipe, d_in), steps, batch_size)
+            with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
+                recipe.make(setting, given[recipe.name])
+            for seed in request.seeds:
+                run = Run(recipe, given[recipe.name], layer, seed, request.order_seed, setting, cache)
+                run.folder = (request.out or home() / "runs") / run.default_name()
+                runs.append(run)
+    return runs
+
+
+def resumed(folder: Path, request: Request) -> Run:
+    """The run of a folder, as its run.json describes it."""
+    if not (folder / "run.json").exists():
+        raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
+    fixed = {
+        "--variant": request.variants,
+        "--steps": request.steps,
+        "--width": request.width,
+        "--batch-size": request.batch_size,
+        "--set": request.options,
+    }
+    changed = [flag for flag, value in fixed.items() if value]
+    if changed:
+        raise UsageError(
+            f"{', '.join(changed)} cannot change a run that has begun. Leave them out to go on with {folder}, or start a new run."
+        )
+    record = read_json(folder / "run.json")
+    if record["format"] != FORMAT:
+        raise UsageError(f"{folder}/run.json has format {record['format']}; this version reads {FORMAT}. Upgrade.")
+    cache = open_cache(request.cache or Path(record["cache_folder"]))
+    setting = Setting(*(record[name] for name in Setting._fields))
+    recipe = find_recipe(record["variant"])
+    run = Run(recipe, record["options"], record["layer"], record["seed"], record["order_seed"], setting, cache, folder)
+    if run.identity()["cache"] != record["cache"]:
+        raise UsageError(f"{cache.folder} is not the cache that {folder} was trained on. Give that one with --cache.")
+    return run
+
+
+def width_of(asked: str | None, recipe: Recipe, d_in: int) -> int:
+    """d_sae from "4x" (times d_in), "16k" (times 1024) or a number."""
+    if asked is None:
+        return round(recipe.width * d_in)
+    try:
+        unit = {"x": d_in, "k": 1024}.get(asked[-1:].lower())
+        return round(float(asked[:-1]) * unit) if unit else int(asked)
+    except ValueError:
+        raise UsageError(
+            f"--width {asked} is no width: give a number such as 2304, 16k, or 8x for eight times d_in."
+        ) from None
+
+
+def parse_options(given: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:
+    """`--set` as {variant: {option: value}}. A bare option goes to every variant that has it."""
+    parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
+    for text in given:
+        key, equals, value = text.partition("=")
+        variant, dot, option = key.rpartition(".")
+        if not equals:
+            raise UsageError(f"--set {text} has no value: write --set option=value, or variant.option=value.")
+        if dot and variant not in parsed:
+            raise UsageError(f"--set {text}: {variant} is not among the variants {', '.join(parsed)}.")
+        targets = [variant] if dot else [r.name for r in recipes if option in r.kinds()] or list(parsed)
+        for target in targets:
+            parsed[target][option] = literal(value)
+    return parsed
+
+
+def literal(text: str) -> Any:
+    """A TOML value; `none` is None, and anything else is a string."""
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

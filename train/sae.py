@@ -1,0 +1,216 @@
+"""The sparse autoencoder: the one object that training produces and evaluation loads.
+
+    f     = act((x - b_dec) W_enc + b_enc)
+    x_hat = f W_dec + b_dec
+
+W_enc is (d_in, d_sae), W_dec (d_sae, d_in): its rows are the latents' directions. A saved SAE takes raw activations:
+what training divided by is folded into it (`folded`).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from ..cache.errors import DamagedError, UsageError
+from ..cache.files import publish, read_json
+
+FORMAT = 1
+
+
+class Activation(nn.Module):
+    """One link in the chain from pre-activations to latents; its name and `options` rebuild it."""
+
+    registry: ClassVar[dict[str, type["Activation"]]] = {}
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        if name in Activation.registry:
+            raise TypeError(
+                f"two activations are called {name!r}: {Activation.registry[name].__module__}, {cls.__module__}"
+            )
+        cls.name = name
+        Activation.registry[name] = cls
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def rescale_(self, factor: float) -> None:
+        """Make act(factor * z) = factor * act_before(z). Nothing to do where that holds already."""
+
+
+class ReLU(Activation, name="relu"):
+    def forward(self, z_BF: Tensor) -> Tensor:
+        return z_BF.relu()
+
+
+class TopK(Activation, name="topk"):
+    """Keep the k largest latents of each token, and of those the positive ones (Gao et al. 2024)."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k=k)
+        self.k = k
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        top = z_BF.relu().topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
+
+
+class BatchTopK(Activation, name="batchtopk"):
+    """Training: keep the B k largest latents of the batch. Afterwards: keep what exceeds `threshold` (Bussmann et al. 2024).
+
+    So a loaded SAE codes each token by itself. The threshold is moved by the mechanism `Threshold`.
+    """
+
+    threshold: Tensor  # ()
+
+    def __init__(self, k: float) -> None:
+        super().__init__(k=k)
+        self.k = k
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        z_BF = z_BF.relu()
+        if not self.training:
+            return z_BF * (z_BF > self.threshold)
+        top = z_BF.flatten().topk(int(self.k * z_BF.shape[:-1].numel()), sorted=False)
+        return torch.zeros_like(z_BF).flatten().scatter(0, top.indices, top.values).view_as(z_BF)
+
+    def rescale_(self, factor: float) -> None:
+        self.threshold.mul_(factor)
+
+
+class Pass(NamedTuple):
+    pre_BF: Tensor
+    f_BF: Tensor
+    recon_BD: Tensor
+
+
+class SAE(nn.Module):
+    """Rows of W_dec start as random unit vectors, W_enc as their transpose, biases at zero.
+
+    With `pre_bias` the encoder sees x - b_dec, without it x. `origin` says what the SAE was trained on.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, activation: Sequence[Activation] = (), *, pre_bias: bool = True) -> None:
+        super().__init__()
+        self.d_in, self.d_sae, self.pre_bias = d_in, d_sae, pre_bias
+        w_FD = torch.randn(d_sae, d_in)
+        w_FD = w_FD / w_FD.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(w_FD)
+        self.W_enc = nn.Parameter(w_FD.T.clone(memory_format=torch.contiguous_format))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.activation = nn.Sequential(*(activation or [ReLU()]))
+        self.origin: dict[str, Any] = {}
+
+    def pre_activations(self, x_BD: Tensor) -> Tensor:
+        """(x - b_dec) W_enc + b_enc, with the bias first: x is then shared and needs no gradient, one product less."""
+        bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
+        return x_BD @ self.W_enc + bias_F
+
+    def forward(self, x_BD: Tensor) -> Pass:
+        pre_BF = self.pre_activations(x_BD)
+        f_BF = self.activation(pre_BF)
+        return Pass(pre_BF, f_BF, self.decode(f_BF))
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """Latents (..., d_sae) of activations (..., d_in)."""
+        return self.activation(self.pre_activations(x_BD))
+
+    def decode(self, f_BF: Tensor) -> Tensor:
+        """Activations (..., d_in) from latents (..., d_sae)."""
+        return f_BF @ self.W_dec + self.b_dec
+
+
+@torch.no_grad()
+def folded(sae: SAE, scale: float, mean_D: Tensor) -> SAE:
+    """The SAE that does to x what `sae` does to (x - mean)/scale, its latents `scale` times as large.
+
+    W_enc and W_dec stay; biases and thresholds scale; x_hat = scale * x_hat_normalised + mean.
+    """
+    raw = rebuild(spec_of(sae), {k: v.detach().clone() for k, v in sae.state_dict().items()})
+    raw.b_dec.copy_(scale * sae.b_dec + mean_D)
+    raw.b_enc.copy_(scale * sae.b_enc - (0 if sae.pre_bias else mean_D @ sae.W_enc))
+    for link in raw.activation:
+        link.rescale_(scale)  # type: ignore[operator]
+    return raw.eval()
+
+
+def spec_of(sae: SAE) -> dict[str, Any]:
+    chain = [{"name": link.name, **link.options} for link in sae.activation]  # type: ignore[dict-item]
+    return {"format": FORMAT, "d_in": sae.d_in, "d_sae": sae.d_sae, "pre_bias": sae.pre_bias, "activation": chain}
+
+
+def rebuild(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
+    links = [dict(link) for link in spec["activation"]]
+    unknown = [link["name"] for link in links if link["name"] not in Activation.registry]
+    if unknown:
+        raise UsageError(
+            f"The activation {unknown[0]!r} is unknown here; known are {', '.join(sorted(Activation.registry))}. Upgrade, or convert the SAE."
+        )
+    with torch.device("meta"):
+        sae = SAE(
+            spec["d_in"],
+            spec["d_sae"],
+            [Activation.registry[link.pop("name")](**link) for link in links],
+            pre_bias=spec["pre_bias"],
+        )
+    sae.load_state_dict(tensors, assign=True)
+    return sae
+
+
+def save_sae(sae: SAE, folder: Path, origin: dict[str, Any]) -> None:
+    """Write sae.safetensors and then sae.json. `origin`: model, layer and cache, for evaluation."""
+    publish(
+        folder / "sae.safetensors",
+        to_safetensors({k: v.detach().float().contiguous().cpu() for k, v in sae.state_dict().items()}),
+    )
+    publish(folder / "sae.json", (json.dumps({**spec_of(sae), "origin": origin}, indent=2) + "\n").encode())
+
+
+def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
+    """The trained SAE of a run folder, ready to encode raw activations.
+
+    Raises UsageError when there is none or it needs a newer version, DamagedError when its files contradict each other.
+    """
+    from . import variants  # noqa: F401  (registers the activations that papers bring with them)
+
+    folder = Path(folder)
+    if not (folder / "sae.json").exists():
+        raise UsageError(
+            f"{folder} holds no trained SAE (no sae.json). Train one with `sae train`, or finish it with `sae train --resume {folder}`."
+        )
+    spec = read_json(folder / "sae.json")
+    if spec.get("format") != FORMAT:
+        raise UsageError(f"{folder}/sae.json has format {spec.get('format')}; this version reads {FORMAT}. Upgrade.")
+    weights = folder / "sae.safetensors"
+    try:
+        check_shapes(weights, spec["d_in"], spec["d_sae"])
+        sae = rebuild(spec, load_file(weights, device=device))
+    except (safetensors.SafetensorError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0]}"
+        ) from error
+    broken = [name for name, tensor in sae.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise DamagedError(f"{weights}: {', '.join(broken)} has values that are not finite.")
+    sae.origin = spec.get("origin", {})
+    return sae.eval().requires_grad_(False)
+
+
+def check_shapes(weights: Path, d_in: int, d_sae: int) -> None:
+    """Read the header only: nothing is allocated for a file whose shapes are not those of its description."""
+    expected = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_enc": [d_sae], "b_dec": [d_in]}
+    with safetensors.safe_open(weights, "pt") as file:
+        for name, shape in expected.items():
+            found = file.get_slice(name).get_shape()
+            if found != shape:
+                raise DamagedError(f"{weights}: {name} is {tuple(found)}, but sae.json says {tuple(shape)}.")

@@ -1,0 +1,76 @@
+"""What one optimisation step knows, and the two kinds of part that a recipe plugs into it.
+
+Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K kept, A dead latents (padded).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .sae import SAE
+
+
+@dataclass
+class Step:
+    """One step, from the forward pass on. Everything in it is on the device; nothing reads a value back to the host."""
+
+    i: Tensor  # () int64: index of the step, from 0
+    sae: SAE
+    optimizer: torch.optim.Optimizer
+    x_BD: Tensor  # the batch as the SAE sees it: normalised, float32
+    pre_BF: Tensor
+    f_BF: Tensor
+    recon_BD: Tensor
+    notes: dict[str, Tensor] = field(default_factory=dict)  # what a term found on the way and wants logged, each 0-d
+
+    @property
+    def tokens(self) -> int:
+        return len(self.x_BD)
+
+    @cached_property
+    def error_BD(self) -> Tensor:
+        return self.x_BD - self.recon_BD
+
+    @cached_property
+    def fired_F(self) -> Tensor:
+        """Which latents are nonzero for some token of the batch."""
+        return (self.f_BF.detach() != 0).any(0)
+
+
+class Term(nn.Module, ABC):
+    """A summand of the loss. Reads the step, may leave a note in it, changes nothing else; returns a 0-d tensor."""
+
+    @abstractmethod
+    def forward(self, step: Step) -> Tensor: ...
+
+
+class Mechanism(nn.Module):
+    """Something that acts around the optimizer. Its buffers are its state; it runs under no_grad.
+
+    `before` and `after` run in every step, keep fixed shapes and never read a value back to the host. What does, runs
+    in `between`, after every `every`-th step.
+    """
+
+    every: int | None = None
+
+    def before(self, step: Step) -> None:
+        """Gradients are ready, weights have not moved."""
+
+    def after(self, step: Step) -> None:
+        """Weights have moved; the step's latents are those of the weights before."""
+
+    def between(self, step: Step) -> None:
+        """Between steps: may read values, change shapes and rewrite weights."""
+
+    def calibrate(self, step: Step) -> None:
+        """Training is over: called for a few more batches, forward only, by mechanisms that settle a number then."""
+
+    def restored(self) -> None:
+        """The buffers were loaded or moved: derive what is kept beside them."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What to log, each a 0-d tensor."""
+        return {}

@@ -1,0 +1,248 @@
+"""Carrying runs out: those that read the same batches are one stream, and each batch is read once for all of them."""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.batches import Batches
+from ..cache.device import best_device
+from ..cache.errors import Interrupted, SaeError
+from ..cache.files import one_writer, sweep, write_json
+from .checkpoint import restore, save_checkpoint
+from .loop import Training, bfloat16_products, train
+from .recipe import Variant
+from .run import FORMAT, Request, Run
+from .sae import folded, save_sae
+from .step import Mechanism
+
+CALIBRATION_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class Report:
+    """What training tells whoever watches: (steps taken, steps in all, metrics by run), and sentences."""
+
+    step: Callable[[int, int, dict[str, dict[str, float]]], None] = lambda number, steps, metrics: None
+    say: Callable[[str], None] = lambda sentence: None
+
+
+def run_all(runs: Sequence[Run], request: Request, report: Report = Report()) -> None:
+    """Train what is not done yet, one stream after the other.
+
+    Raises Interrupted after Ctrl-C or SIGTERM, with checkpoints written, and SaeError at the end when a run failed.
+    """
+    device = best_device(request.device)
+    streams: dict[tuple[str, int, int, int], list[Run]] = {}
+    for run in runs:
+        if run.done:
+            report.say(f"{run.folder} is trained already.")
+        else:
+            key = (str(run.cache.folder), run.layer, run.setting.batch_size, run.order_seed)
+            streams.setdefault(key, []).append(run)
+    with stop_on_signal() as stopping:
+        for together in streams.values():
+            with contextlib.ExitStack() as held:
+                for run in together:
+                    held.enter_context(one_writer(run.folder, "sae train"))
+                begun = [begin(run, device, report) for run in together]
+                # Runs that stopped at different steps read different batches next: each group of equals is a stream.
+                for taken in sorted({taken for _, taken in begun}):
+                    group = [training for training, at in begun if at == taken]
+                    Stream(group, taken, request, report, stopping).train(device)
+    failed = [run for run in runs if run.problem]
+    if failed:
+        raise SaeError("\n".join(f"{run.folder}: {run.problem}" for run in failed))
+
+
+class RunTraining(Training):
+    """A training that belongs to a run folder."""
+
+    def __init__(self, run: Run, variant: Variant, device: str) -> None:
+        super().__init__(variant, run.steps, device)
+        self.run = run
+
+
+def begin(run: Run, device: str, report: Report) -> tuple[RunTraining, int]:
+    """Build a run's variant, load its newest checkpoint if it has one; returns how many steps were taken."""
+    sweep(run.folder)
+    training, taken = RunTraining(run, build(run), device), 0
+    if (run.folder / "run.json").exists():
+        taken = restore(training, run.folder, report.say)
+        if taken:
+            report.say(f"{run.name} goes on from step {taken}.")
+        drop_metrics_after(run.folder, taken)
+    else:
+        write_json(run.folder / "run.json", record_of(run, training.variant))
+    return training, taken
+
+
+def build(run: Run) -> Variant:
+    """The variant at step 0: the recipe under the run's seed, with the cache's constants."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        variant = run.recipe.make(run.setting, run.options)
+    mean_D = torch.from_numpy(run.cache.mean(run.layer)).float()
+    variant.adapt(mean_D, run.cache.statistics(run.layer)["mean_square_norm"])
+    return variant
+
+
+def record_of(run: Run, variant: Variant) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        **run.identity(),
+        "resolved": {**run.recipe.options, **asdict(variant.optimization), **run.options},
+        "paper": run.recipe.paper,
+        "cache_folder": str(run.cache.folder.resolve()),
+        "versions": {name: version(name) for name in ("sae-pipeline", "torch", "numpy", "safetensors", "zarr")},
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Stream:
+    """Runs on one pass over the same batches, from batch `taken` until each is done, fails, or is told to stop."""
+
+    def __init__(
+        self, trainings: list[RunTraining], taken: int, request: Request, report: Report, stopping: Callable[[], bool]
+    ) -> None:
+        self.active, self.taken, self.request, self.report, self.stopping = trainings, taken, request, report, stopping
+        self.longest = max(training.steps for training in trainings)
+
+    def train(self, device: str) -> None:
+        self._finish_those_at(self.taken)  # killed between their last checkpoint and their end
+        if self.active:
+            first = self.active[0].run
+            settings = {"seed": first.order_seed, "batch": self.taken, "device": device}
+            with Batches(first.cache, first.layer, first.setting.batch_size, **settings) as self.batches:
+                train(self.active, self.batches, range(self.taken, self.longest), self._after_step)
+
+    def _after_step(self, number: int) -> bool:
+        count, stop = number + 1, self.stopping()
+        ending = any(training.steps == count for training in self.active)
+        checkpoint = stop or count % self.request.checkpoint_every == 0
+        if stop or ending or checkpoint or count % self.request.log_every == 0:
+            self._give_up_the_failed()
+            self._log(count)
+        self._finish_those_at(count)
+        if checkpoint:
+            for training in self.active:
+                save_checkpoint(training, training.run.folder, count)
+        if stop and self.active:
+            folders = " ".join(f"--resume {training.run.folder}" for training in self.active)
+            raise Interrupted(f"Stopped after step {count}; everything is saved. Go on with: sae train {folders}")
+        return not self.active
+
+    def _give_up_the_failed(self) -> None:
+        for training in list(self.active):
+            step = int(training.failed_at)
+            if step >= 0:
+                run = training.run
+                run.problem = (
+                    f"the loss or its gradient was not finite at step {step} (batch {step} of order seed {run.order_seed}); "
+                    f"the weights were not moved by it, and the last good checkpoint is kept. "
+                    f"A smaller rate usually helps: --set {run.recipe.name}.lr=..."
+                )
+                self.report.say(f"{run.name}: {run.problem}")
+                self.active.remove(training)
+
+    def _log(self, count: int) -> None:
+        metrics = {}
+        for training in self.active:
+            line = {"step": count, "tokens": count * training.run.setting.batch_size, **training.take_metrics()}
+            metrics[training.run.name] = line
+            append_line(
+                training.run.folder / "metrics.jsonl", {**line, "waited_for_data": round(self.batches.waited, 3)}
+            )
+        self.report.step(count, self.longest, metrics)
+
+    def _finish_those_at(self, count: int) -> None:
+        for training in [t for t in self.active if t.steps == count]:
+            finish(training)
+            self.active.remove(training)
+
+
+def finish(training: RunTraining) -> None:
+    """Fold the normalisation in and write what evaluation loads; sae.json comes last and says that the run is done."""
+    run, variant = training.run, training.variant
+    save_checkpoint(training, run.folder, run.steps)
+    calibrate(training)
+    origin = {
+        "model": run.cache.identity["model"],
+        "layer": run.layer,
+        "hook_name": f"blocks.{run.layer}.hook_resid_post",
+        "variant": run.recipe.name,
+        "seed": run.seed,
+        "training_tokens": run.steps * run.setting.batch_size,
+        "cache": str(run.cache.folder.resolve()),
+        "fingerprint": run.cache.attributes["fingerprint"],
+        "context": run.cache.identity["context"],
+    }
+    save_sae(folded(variant.sae, float(variant.scale), variant.mean_D), run.folder, origin)
+
+
+@torch.no_grad()
+def calibrate(training: RunTraining) -> None:
+    """Let mechanisms settle what depends on the final weights, on the batches that come after the last step's."""
+    run = training.run
+    settling = [m for m in training.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
+    if not settling:
+        return
+    settings = {"seed": run.order_seed, "batch": run.steps, "device": training.device}
+    with (
+        Batches(run.cache, run.layer, run.setting.batch_size, **settings) as batches,
+        bfloat16_products(training.device),
+    ):
+        for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
+            step = training.variant(training.i, x_BD, training.optimizer)
+            for mechanism in settling:
+                mechanism.calibrate(step)
+
+
+def append_line(path: Path, content: dict[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def drop_metrics_after(folder: Path, step: int) -> None:
+    """Forget lines of steps that will be taken again, and a last line that a kill cut off."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM finish the step; a second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(number: int, _frame: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise Interrupted("Stopped at once. The last checkpoint is kept; the same command goes on from it.")
+        asked = True
+
+    try:
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs us there keeps the signals
+        previous = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
