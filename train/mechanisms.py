@@ -57,6 +57,29 @@ class DeadLatents(Mechanism):
         return {"dead": (self.since_F >= self.after_tokens).float().mean()}
 
 
+class ActivityEMA(Mechanism):
+    """rate_i <- beta rate_i + (1 - beta) mean_B 1[f_i > threshold]: how often each latent fires, lately."""
+
+    rate_F: Tensor
+
+    def __init__(self, d_sae: int, beta: float = 0.9, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.beta, self.threshold = beta, threshold
+        self.register_buffer("rate_F", torch.zeros(d_sae))
+
+    def after(self, step: Step) -> None:
+        self.rate_F.lerp_((step.f_BF.detach() > self.threshold).float().mean(0), 1 - self.beta)
+
+
+def forget(step: Step, index_N: Tensor) -> None:
+    """Zero the optimizer's moments of some latents, wherever their weights are. Whoever rewrites weights calls it."""
+    sae = step.sae
+    for parameter, dimension in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
+        for name, moment in step.optimizer.state.get(parameter, {}).items():
+            if name != "step":
+                moment.index_fill_(dimension, index_N, 0.0)
+
+
 class Threshold(Mechanism):
     """The threshold of a BatchTopK follows the smallest latent that its batches keep, t <- t + rate (min - t).
 
