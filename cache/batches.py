@@ -101,16 +101,18 @@ class Batches:
         self._copied: list[torch.cuda.Event | None] = [None] * depth
         self._ready = [-1] * depth  # the batch that a slot holds
         self._taken = batch - 1  # every batch up to this one may be overwritten
-        self._failed: BaseException | None = None
+        self._failed: dict[int, BaseException] = {}  # by batch
         self._closed = False
         self._turn = threading.Condition()
-        self._locks = threading.Lock()
-        self._threads = [threading.Thread(target=self._read, args=(n, threads), daemon=True) for n in range(threads)]
+        self._planning = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._read, args=(batch + n, threads), daemon=True) for n in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def _read(self, offset: int, stride: int) -> None:
-        number, depth = self.batch + offset, len(self._slots)
+    def _read(self, number: int, stride: int) -> None:
+        depth = len(self._slots)
         try:
             while True:
                 with self._turn:
@@ -128,16 +130,16 @@ class Batches:
                 number += stride
         except BaseException as error:  # handed to the training thread, which raises it
             with self._turn:
-                self._failed = error
+                self._failed[number], self._ready[number % depth] = error, number
                 self._turn.notify_all()
 
     def _fill(self, slot: Tensor, number: int) -> None:
         rows, at = slot.view(torch.int16).numpy().view(np.uint16), 0
-        with self._locks:  # the plan of an epoch and the list of open maps are shared
-            sources = [(self.cache.chunk(self.name, p.chunk), p) for p in self.plan.pieces(number)]
-        for source, piece in sources:
-            np.copyto(rows[at : at + piece.rows], source[piece.start : piece.start + piece.rows])
-            at += piece.rows
+        with self._planning:  # the order of an epoch is shared
+            pieces = self.plan.pieces(number)
+        for chunk, start, count in pieces:
+            np.copyto(rows[at : at + count], self.cache.chunk(self.name, chunk)[start : start + count])
+            at += count
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -147,9 +149,11 @@ class Batches:
         with self._turn:
             self._taken = self.batch - 1
             self._turn.notify_all()
-            self._turn.wait_for(lambda: self._failed is not None or self._ready[slot] == self.batch)
-            if self._failed is not None:
-                raise self._failed
+            self._turn.wait_for(lambda: self._closed or self._ready[slot] == self.batch)
+            if self._closed:
+                raise StopIteration
+            if self.batch in self._failed:
+                raise self._failed[self.batch]
         self.waited += time.perf_counter() - started
         rows = self._slots[slot]
         if self._on_device:

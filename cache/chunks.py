@@ -23,10 +23,12 @@ def write_chunk(folder: Path, array: Array, chunk: int, rows: np.ndarray) -> tup
     return array.file(chunk), {"bytes": len(raw) + 4, "crc32c": f"{checksum:08x}"}
 
 
-def repair_hint(folder: Path) -> str:
-    return (
-        f"Run the harvest again to mend it, after `rm` of the file and of its window's record in {folder / 'commits'}."
-    )
+MEND = "Remove the file and run the same `sae harvest` again: it writes again what is missing."
+
+
+def all_there(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
+    """Whether every file of a record exists at its size."""
+    return all((folder / f).is_file() and (folder / f).stat().st_size == r["bytes"] for f, r in files.items())
 
 
 def read_array(folder: Path, name: str) -> Array:
@@ -40,28 +42,28 @@ def map_chunk(folder: Path, array: Array, chunk: int) -> np.ndarray:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise DamagedError(f"{path} is listed in the cache but missing. {repair_hint(folder)}") from None
+        raise DamagedError(f"{path} is listed in the cache but missing. {MEND}") from None
     if size != expected:
-        raise DamagedError(f"{path} has {size:,} bytes, expected {expected:,}: it was cut off. {repair_hint(folder)}")
+        raise DamagedError(f"{path} has {size:,} bytes, expected {expected:,}: it was cut off. {MEND}")
     rows = min(array.chunk[0], array.shape[0] - chunk * array.chunk[0])
     return np.memmap(path, array.numpy_dtype, mode="r", shape=(rows, *array.chunk[1:]))
 
 
-def check_chunk(folder: Path, array: Array, chunk: int) -> None:
-    """DamagedError unless the bytes of a chunk have the checksum that stands behind them."""
-    map_chunk(folder, array, chunk)
-    path = folder / array.file(chunk)
+def check_chunk(folder: Path, array: Array, chunk: int, recorded: str | None = None) -> np.ndarray:
+    """The map of a chunk; DamagedError unless its bytes have the checksum behind them, and that is the recorded one."""
+    rows, path = map_chunk(folder, array, chunk), folder / array.file(chunk)
     raw = np.memmap(path, np.uint8, mode="r")
     found, expected = google_crc32c.value(raw[:-4]), struct.unpack("<I", raw[-4:].tobytes())[0]
     if found != expected:
         raise DamagedError(
-            f"The checksum of {path} does not match ({found:08x}, expected {expected:08x}): a bit was flipped. {repair_hint(folder)}"
+            f"The checksum of {path} does not match ({found:08x}, expected {expected:08x}): a bit was flipped. {MEND}"
         )
+    if recorded is not None and f"{found:08x}" != recorded:
+        raise DamagedError(f"{path} is not the file that the manifest lists: it comes from another harvest. {MEND}")
+    return rows
 
 
 def read_whole(folder: Path, name: str) -> np.ndarray:
     """A small array, checked, in memory."""
     array = read_array(folder, name)
-    for chunk in range(array.chunks):
-        check_chunk(folder, array, chunk)
-    return np.concatenate([map_chunk(folder, array, chunk) for chunk in range(array.chunks)])
+    return np.concatenate([check_chunk(folder, array, chunk) for chunk in range(array.chunks)])

@@ -1,12 +1,12 @@
 """The text as the model saw it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from .chunks import read_whole, write_chunk
-from .files import write_json
+from .chunks import all_there, read_whole, write_chunk
+from .files import read_json, write_json
 from .layout import FORMAT, group_metadata, tokens_arrays
 
 
@@ -26,29 +26,24 @@ class Contexts:
         return len(self.ids)
 
     def select(self, which: np.ndarray | slice) -> "Contexts":
-        return replace(
-            self,
-            ids=self.ids[which],
-            length=self.length[which],
-            document=self.document[which],
-            held_out=self.held_out[which],
-        )
+        return Contexts(self.ids[which], self.length[which], self.document[which], self.held_out[which])
 
     def write(self, folder: Path) -> None:
         """Write them into a cache, and the record of them; the record comes last."""
         write_json(folder / "tokens" / "zarr.json", group_metadata({}))
         files = {}
         for array in tokens_arrays(*self.ids.shape):
+            write_json(folder / array.name / "zarr.json", array.metadata())
             file, record = write_chunk(folder, array, 0, getattr(self, array.name.removeprefix("tokens/")))
             files[file] = record
-            write_json(folder / array.name / "zarr.json", array.metadata())
         write_json(folder / "tokens" / "commit.json", {"format": FORMAT, "contexts": len(self), "files": files})
 
     @classmethod
     def read(cls, folder: Path) -> "Contexts":
-        return cls(
-            *(
-                read_whole(folder, array)
-                for array in ("tokens/ids", "tokens/length", "tokens/document", "tokens/held_out")
-            )
-        )
+        return cls(*(read_whole(folder, f"tokens/{field.name}") for field in fields(cls)))
+
+    @staticmethod
+    def written(folder: Path) -> bool:
+        """Whether `write` came to its end here and its files are still there."""
+        record = folder / "tokens" / "commit.json"
+        return record.exists() and all_there(folder, read_json(record)["files"])

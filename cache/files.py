@@ -27,7 +27,9 @@ def publish(path: Path, *parts: bytes | memoryview) -> None:
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flush_folder(path.parent.parent)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             for part in parts:
@@ -99,9 +101,9 @@ def one_writer(folder: Path, doing: str) -> Iterator[None]:
 
     The lock is the operating system's, so a dead holder's lock is free at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock, note = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         holder = note.read_text() if note.exists() else "another process"

@@ -5,9 +5,9 @@
         layer_12/            "bfloat16" (rows, d_in), one file per chunk of rows: raw bytes and a crc32c
         layer_12.row_norm/   float32 (rows,): the L2 norm of each row
         layer_12.moments/    float64 (windows, 2, d_in): sum and sum of squares of each window's rows
-        row_ctx/ row_pos/    uint32, uint16 (rows,): the context and the position that a row came from
-        tokens/              the exact ids fed to the model: ids, length, document, held_out, one entry per context
-        commits/             one file per window and set of arrays, written last: the only proof that the window exists
+        row_ctx/ row_pos/    uint32, uint16 (rows,): where in tokens/ids a row came from
+        tokens/              the exact ids fed to the model: ids, length, document, held_out (these come last)
+        commits/             one file per window and layer, written last: the only proof that they exist
         manifest.json        the union of the commits, with statistics, written once at the end
 
 A chunk is `chunk_rows` rows, a window `window_rows` rows: a whole number of chunks, shuffled as one, written as one.
@@ -71,7 +71,6 @@ class Array:
             "fill_value": fill,
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "attributes": {"logical_dtype": self.logical_dtype} if self.logical_dtype else {},
-            "dimension_names": None,
         }
 
     @classmethod

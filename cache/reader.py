@@ -7,22 +7,21 @@ What no commit lists does not exist. What one lists and is missing, short or of 
 named, and never read as zeros.
 """
 
-import struct
-from collections import OrderedDict
 from collections.abc import Iterator
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import bfloat16  # noqa: F401  (zarr can read the arrays from here on)
-from .chunks import check_chunk, map_chunk, read_array, read_whole, repair_hint
+from .chunks import MEND, check_chunk, map_chunk, read_array, read_whole
 from .contexts import Contexts
 from .errors import DamagedError, UsageError
 from .files import digest_of, read_json
 from .layout import FORMAT, Array, Layout, home, layer_array
 
-OPEN_MAPS = 256  # kept open: a map costs a page fault per touch, opening it again costs twice that
+OPEN_MAPS = 256  # kept open, several for each lane: opening a map anew at every touch halves the speed
 
 
 class Cache:
@@ -41,9 +40,9 @@ class Cache:
             )
         self.identity: dict[str, Any] = self.attributes["identity"]
         self.layout = Layout(self.attributes["rows"], self.attributes["window_rows"], self.attributes["storage_dtype"])
-        self._maps: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
-        self._arrays: dict[str, Array] = {}
-        self._manifest: dict[str, Any] | None = None
+        self.array = cache(self._read_array)
+        self.chunk = lru_cache(OPEN_MAPS)(self._open_chunk)  # threads may share it
+        self._checked: set[str] = set()
 
     def __repr__(self) -> str:
         return f"Cache({str(self.folder)!r}: {self.model}, layers {self.layers}, {self.rows:,} rows)"
@@ -61,16 +60,17 @@ class Cache:
         """The layers that are whole."""
         return sorted(int(a.removeprefix("layer_")) for a in self.attributes["complete"] if "." not in a)
 
-    @property
+    @cached_property
     def manifest(self) -> dict[str, Any]:
-        if self._manifest is None:
-            if not self.attributes["complete"]:
-                done = len(list((self.folder / "commits").glob("*.json")))
-                raise UsageError(
-                    f"{self.folder} is half written ({done} of {self.layout.windows} windows). Run the same `sae harvest` again to finish it."
-                )
-            self._manifest = read_json(self.folder / "manifest.json")
-        return self._manifest
+        if not self.attributes["complete"]:
+            begun = {path.name.split(".")[0] for path in (self.folder / "commits").glob("*.json")}
+            raise UsageError(
+                f"{self.folder} is half written ({len(begun)} of {self.layout.windows} windows). Run the same `sae harvest` again to finish it."
+            )
+        manifest = read_json(self.folder / "manifest.json")
+        if manifest["fingerprint"] != self.attributes["fingerprint"]:
+            raise DamagedError(f"{self.folder / 'manifest.json'} comes from another harvest. {MEND}")
+        return manifest
 
     def require(self, layer: int) -> str:
         """The array of a layer; UsageError when the cache does not hold it whole."""
@@ -98,20 +98,22 @@ class Cache:
         """The mean row (d_in,), float64."""
         return read_whole(self.folder, f"{self.require(layer)}.moments")[:, 0].sum(0) / self.rows
 
-    def array(self, name: str) -> Array:
-        if name not in self._arrays:
-            self._arrays[name] = read_array(self.folder, name)
-        return self._arrays[name]
+    def _read_array(self, name: str) -> Array:
+        """The shape and type of an array."""
+        return read_array(self.folder, name)
 
-    def chunk(self, name: str, index: int) -> np.ndarray:
-        """A chunk's rows as a map that is kept open. Copy from it; never hand it out."""
-        key = (name, index)
-        found = self._maps.get(key)
-        if found is None:
-            found = self._maps[key] = map_chunk(self.folder, self.array(name), index)
-            if len(self._maps) > OPEN_MAPS:
-                self._maps.popitem(last=False)
-        return found
+    def _open_chunk(self, name: str, index: int) -> np.ndarray:
+        """A chunk's rows as a map that is kept open, compared with its record once. Copy from it; never hand it out."""
+        array = self.array(name)
+        file = array.file(index)
+        if file in self._checked:
+            return map_chunk(self.folder, array, index)
+        record = self.manifest["files"].get(file)
+        if record is None:
+            raise UsageError(f"{self.folder} has no whole chunk {index} of {name}: the manifest does not list {file}.")
+        rows = check_chunk(self.folder, array, index, record["crc32c"])
+        self._checked.add(file)
+        return rows
 
     def chunk_rows(self, layer: int) -> list[int]:
         """How many rows each chunk holds."""
@@ -127,14 +129,7 @@ class Cache:
         """Check every byte; yields the name of each file that was read."""
         for file, record in self.manifest["files"].items():
             name, chunk = file.rsplit("/", 1)
-            array = self.array(name)
-            index = int(chunk.split(".")[1])
-            check_chunk(self.folder, array, index)
-            trailer = (self.folder / file).read_bytes()[-4:]
-            if f"{struct.unpack('<I', trailer)[0]:08x}" != record["crc32c"]:
-                raise DamagedError(
-                    f"{self.folder / file} is not the file that the manifest lists: it comes from another harvest. {repair_hint(self.folder)}"
-                )
+            check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), record["crc32c"])
             yield file
 
 

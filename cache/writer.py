@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .chunks import read_whole, write_chunk
+from .chunks import MEND, all_there, read_whole, write_chunk
 from .errors import DamagedError, SaeError, UsageError
 from .files import digest_of, read_json, sweep, write_json
 from .layout import FORMAT, Array, Layout, group_metadata, layer_array
@@ -28,33 +28,21 @@ class Writer:
     """The one writer of a cache; the caller holds `one_writer(folder)`."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[int, int]) -> None:
-        self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(widths)
+        self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(sorted(widths.items()))
         self.fingerprint = digest_of(identity)
-        self.swept = sweep(folder)
-        (folder / "commits").mkdir(parents=True, exist_ok=True)
-        root = folder / "zarr.json"
-        if root.exists():
-            found = read_json(root)["attributes"]
-            if found["fingerprint"] != self.fingerprint:
-                raise UsageError(
-                    f"{folder} holds another harvest ({found['fingerprint'][:8]}, this one is {self.fingerprint[:8]}). Use another --out."
-                )
-            self.complete = list(found["complete"])
-        else:
-            self.complete = []
-        for array in [
-            *self.layout.origins(),
-            *(a for layer, d in self.widths.items() for a in self.layout.activations(layer, d)),
-        ]:
+        sweep(folder)
+        if not begun(folder, self.fingerprint):
+            self._write_root(complete=[])
+        elif (rows := read_json(folder / "zarr.json")["attributes"]["rows"]) != layout.rows:
+            raise DamagedError(
+                f"{folder} was begun with {rows:,} rows, but its text now has {layout.rows:,}. Use another --out."
+            )
+        layers = [a for layer, d_in in self.widths.items() for a in layout.activations(layer, d_in)]
+        for array in [*layout.origins(), *layers]:
             if not (folder / array.name / "zarr.json").exists():
                 write_json(folder / array.name / "zarr.json", array.metadata())
-        self._write_root()
 
-    @property
-    def arrays(self) -> list[str]:
-        return [layer_array(layer) for layer in sorted(self.widths)]
-
-    def _write_root(self) -> None:
+    def _write_root(self, complete: list[str]) -> None:
         attributes = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -63,27 +51,25 @@ class Writer:
             "window_rows": self.layout.window_rows,
             "chunk_rows": self.layout.chunk_rows,
             "storage_dtype": self.layout.storage_dtype,
-            "complete": sorted(self.complete),
+            "complete": complete,
             "to_read": "import sae.cache.bfloat16  # gives zarr-python the bfloat16 data type",
         }
         write_json(self.folder / "zarr.json", group_metadata(attributes))
 
     def commits(self) -> Iterator[dict[str, Any]]:
+        """The records whose files are all there."""
         for path in sorted((self.folder / "commits").glob("*.json")):
             commit = read_json(path)
             if commit["fingerprint"] != self.fingerprint:
-                raise DamagedError(
-                    f"{path} belongs to another harvest ({commit['fingerprint'][:8]}). Remove it; the window is then harvested again."
-                )
-            yield commit
+                raise DamagedError(f"{path} belongs to another harvest ({commit['fingerprint'][:8]}). {MEND}")
+            if all_there(self.folder, commit["files"]):
+                yield commit
 
-    def missing(self) -> list[int]:
-        """The windows of which some array asked for is not committed."""
-        have: dict[str, set[int]] = {}
-        for commit in self.commits():
-            for array in commit["arrays"]:
-                have.setdefault(array, set()).add(commit["window"])
-        return [w for w in range(self.layout.windows) if any(w not in have.get(a, ()) for a in self.arrays)]
+    def missing(self) -> dict[int, list[int]]:
+        """Window -> the layers asked for that are not committed in it."""
+        have = {(commit["array"], commit["window"]) for commit in self.commits()}
+        wanted = {w: [n for n in self.widths if (layer_array(n), w) not in have] for w in range(self.layout.windows)}
+        return {window: layers for window, layers in wanted.items() if layers}
 
     def write_window(
         self,
@@ -98,12 +84,16 @@ class Writer:
         Raises SaeError, and commits nothing, when an activation is not finite.
         """
         layout, rows = self.layout, len(self.layout.window(window))
-        jobs: list[tuple[Array, int, np.ndarray]] = []
-        statistics = {}
-        origins = layout.origins()
-        jobs += [(origins[0], window, row_ctx), (origins[1], window, row_pos)]
+        array_ctx, array_pos = layout.origins()
+        origins = [(array_ctx, window, row_ctx), (array_pos, window, row_pos)]
         first = window * layout.window_rows // layout.chunk_rows
+        commits = {}
         with ThreadPoolExecutor(WRITERS) as pool:
+
+            def write(jobs: list[tuple[Array, int, np.ndarray]]) -> dict[str, Any]:
+                return dict(pool.map(lambda job: write_chunk(self.folder, *job), jobs))
+
+            origin_files = write(origins)
             for layer, block in bits.items():
                 if block.shape != (rows, self.widths[layer]):
                     raise SaeError(
@@ -115,34 +105,49 @@ class Writer:
                     bad = int(np.flatnonzero(~np.isfinite(norm))[0])
                     raise SaeError(
                         f"Layer {layer} has an activation that is not finite, in context {int(row_ctx[bad])} at position {int(row_pos[bad])}. "
-                        "Nothing of this window was stored. Try --dtype bfloat16 or float32, and --attention eager."
+                        "Nothing of this window was committed. Try --dtype bfloat16 or float32, and --attention eager."
                     )
-                statistics[stored.name] = {"norm_sum": float(norm.sum(dtype=np.float64)), "norm_max": float(norm.max())}
-                jobs += [(norms, window, norm), (moments, window, moment[None])]
+                jobs = [(norms, window, norm), (moments, window, moment[None])]
                 for start in range(0, rows, layout.chunk_rows):
                     jobs.append((stored, first + start // layout.chunk_rows, block[start : start + layout.chunk_rows]))
-            files = dict(pool.map(lambda job: write_chunk(self.folder, *job), jobs))
-        commit = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "window": window,
-            "rows": rows,
-            "arrays": [layer_array(layer) for layer in sorted(bits)],
-            "made_with": dict(made_with),
-            "statistics": statistics,
-            "files": dict(sorted(files.items())),
-        }
-        write_json(
-            self.folder / "commits" / f"{window:06d}.{'.'.join(f'{layer:02d}' for layer in sorted(bits))}.json",
-            commit,
-            indent=None,
-        )
+                commits[stored.name] = {
+                    "format": FORMAT,
+                    "fingerprint": self.fingerprint,
+                    "window": window,
+                    "array": stored.name,
+                    "rows": rows,
+                    "made_with": dict(made_with),
+                    "files": origin_files | write(jobs),
+                }
+        for array, commit in commits.items():
+            write_json(self.folder / "commits" / f"{window:06d}.{array}.json", commit, indent=None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the seal covers every layer asked for."""
+        complete = read_json(self.folder / "zarr.json")["attributes"]["complete"]
+        return (self.folder / "manifest.json").exists() and set(map(layer_array, self.widths)) <= set(complete)
 
     def finish(self) -> None:
         """Seal the cache: manifest.json, then the mark in zarr.json that says which arrays are whole."""
-        seal(self.folder, self.fingerprint, self.layout, list(self.commits()))
-        self.complete = read_json(self.folder / "manifest.json")["complete"]
-        self._write_root()
+        manifest = seal(self.folder, self.fingerprint, self.layout, list(self.commits()))
+        write_json(self.folder / "manifest.json", manifest)
+        self._write_root(manifest["complete"])
+
+
+def begun(folder: Path, fingerprint: str) -> bool:
+    """Whether this harvest has begun here. UsageError when another one has, or when the folder is used for something else."""
+    if not (folder / "zarr.json").exists():
+        others = {path.name for path in folder.iterdir()} - {"tokens", ".lock", ".lock.holder"}
+        if others:
+            raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Give a new folder with --out.")
+        return False
+    found = read_json(folder / "zarr.json")["attributes"].get("fingerprint", "no harvest")
+    if found != fingerprint:
+        raise UsageError(
+            f"{folder} holds another harvest ({found[:8]}, this one is {fingerprint[:8]}). Use another --out."
+        )
+    return True
 
 
 def measure(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,16 +160,15 @@ def measure(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(norms).numpy(), moments.numpy()
 
 
-def seal(folder: Path, fingerprint: str, layout: Layout, commits: list[dict[str, Any]]) -> None:
+def seal(folder: Path, fingerprint: str, layout: Layout, commits: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest: the union of the commits, and for every whole layer its statistics."""
     windows: dict[str, set[int]] = {}
     files: dict[str, Any] = dict(read_json(folder / "tokens" / "commit.json")["files"])
     for commit in commits:
         files |= commit["files"]
-        for array in commit["arrays"]:
-            windows.setdefault(array, set()).add(commit["window"])
+        windows.setdefault(commit["array"], set()).add(commit["window"])
     complete = sorted(a for a, have in windows.items() if len(have) == layout.windows)
-    manifest = {
+    return {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "rows": layout.rows,
@@ -172,7 +176,6 @@ def seal(folder: Path, fingerprint: str, layout: Layout, commits: list[dict[str,
         "statistics": {array: statistics(folder, layout, array) for array in complete},
         "files": dict(sorted(files.items())),
     }
-    write_json(folder / "manifest.json", manifest)
 
 
 def statistics(folder: Path, layout: Layout, array: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Gemma 2 of two blocks, width 32, and gemma-2-mini's tokenizer."""
-    from sae.harvest.mini import WEIGHTS
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    from sae.harvest.mini import WEIGHTS
 
     folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
     torch.manual_seed(0)

@@ -1,0 +1,346 @@
+"""A cache says what it holds, and what is wrong with it; it never reads as zeros."""
+
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import torch
+
+from sae.cache.device import best_device, best_dtype
+from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
+from sae.cache.files import digest_of, one_writer, read_json, sweep
+from sae.cache.reader import Cache, caches, find_cache, open_cache
+
+D = 8
+ROWS = 40
+
+
+@pytest.fixture
+def cache(two_layers: Path, tmp_path: Path) -> Cache:
+    return Cache(shutil.copytree(two_layers, tmp_path / "cache"))
+
+
+def test_it_holds_what_was_written(cache: Cache, bits_of) -> None:
+    for layer in (5, 12):
+        chunks = [cache.chunk(f"layer_{layer:02d}", n) for n in range(3)]
+        assert [len(chunk) for chunk in chunks] == cache.chunk_rows(layer) == [16, 16, 8]
+        assert np.array_equal(np.concatenate(chunks), bits_of(ROWS, D, layer))
+    assert cache.layers == [5, 12] and cache.rows == ROWS and cache.model == "none"
+    assert len(list(cache.verify())) == len(cache.manifest["files"]) == 4 + 3 * (2 + 2 * 3)
+
+
+def test_a_mapped_chunk_cannot_be_written(cache: Cache) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        cache.chunk("layer_05", 0)[0, 0] = 1
+
+
+def test_statistics_are_those_of_numpy_in_float64(cache: Cache, bits_of) -> None:
+    rows = torch.from_numpy(bits_of(ROWS, D, 12)).view(torch.bfloat16).double().numpy()
+    norms = np.linalg.norm(rows, axis=1)
+    found = cache.statistics(12)
+    np.testing.assert_allclose(cache.mean(12), rows.mean(0), rtol=1e-12)
+    assert found["count"] == ROWS
+    assert found["mean_square_norm"] == pytest.approx((norms**2).mean(), rel=1e-12)
+    assert found["variance"] == pytest.approx(rows.var(0).mean(), rel=1e-9)
+    assert found["norm_of_mean"] == pytest.approx(np.linalg.norm(rows.mean(0)), rel=1e-12)
+    assert found["mean_norm"] == pytest.approx(norms.mean(), rel=1e-6)  # norms are kept in float32
+    assert found["norm_quantiles"]["0.9"] == pytest.approx(np.quantile(norms, 0.9), rel=1e-6)
+
+
+def test_an_outlier_dimension_is_named(write_cache) -> None:
+    rows = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(0))
+    rows[:, 3] += 40
+    cache = write_cache({5: rows.bfloat16().view(torch.int16).numpy().view(np.uint16)})
+    assert list(cache.statistics(5)["outlier_dimensions"]) == ["3"]
+    assert cache.statistics(5)["outlier_dimensions"]["3"]["mean"] == pytest.approx(40, abs=1)
+
+
+def test_a_digest_is_of_the_bytes_of_one_layer(write_cache, bits_of) -> None:
+    five, twelve = bits_of(ROWS, D, 5), bits_of(ROWS, D, 12)
+    changed = five.copy()
+    changed[-1, -1] ^= 1
+    both, alone, other = (
+        write_cache({5: five, 12: twelve}),
+        write_cache({5: five}, name="b"),
+        write_cache({5: changed}, name="c"),
+    )
+    assert both.digest(5) == alone.digest(5) != other.digest(5)
+    assert both.digest(5) != both.digest(12)
+
+
+# Damage: each is refused with its own sentence, by whoever reads the chunk and by verify.
+
+
+def delete(file: Path) -> None:
+    file.unlink()
+
+
+def cut_off(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(raw)
+
+
+def replace(file: Path) -> None:
+    raw = bytes(file.stat().st_size - 4)
+    file.write_bytes(raw + struct.pack("<I", google_crc32c.value(raw)))
+
+
+DAMAGE = {delete: "missing", cut_off: "cut off", flip: "a bit was flipped", replace: "comes from another harvest"}
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGE.items())
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_damaged_chunk_is_refused(cache: Cache, damage: Callable[[Path], None], sentence: str, chunk: int) -> None:
+    damage(cache.folder / f"layer_12/c.{chunk}.0")
+    for read in (lambda: cache.chunk("layer_12", chunk), lambda: list(Cache(cache.folder).verify())):
+        with pytest.raises(
+            DamagedError, match=rf"c\.{chunk}\.0 .*{sentence}.*run the same `sae harvest` again"
+        ) as refused:
+            read()
+        assert refused.value.exit_code == 3
+    cache.chunk("layer_05", chunk)  # the other layer is whole
+
+
+@pytest.mark.parametrize(("damage", "sentence"), list(DAMAGE.items())[:3])
+@pytest.mark.parametrize("array", ["tokens/ids/c.0.0", "layer_12.moments/c.0.0.0"])
+def test_damage_to_the_small_arrays_is_refused(cache: Cache, damage, sentence: str, array: str) -> None:
+    damage(cache.folder / array)
+    with pytest.raises(DamagedError, match=sentence):
+        cache.contexts(held_out=False) if array.startswith("tokens") else cache.mean(12)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "zarr.json", "layer_12/zarr.json"])
+def test_a_record_that_was_cut_off_is_refused(cache: Cache, file: str) -> None:
+    cut = (cache.folder / file).read_text()[:50]
+    (cache.folder / file).write_text(cut)
+    with pytest.raises(DamagedError, match=f"{file} cannot be read .* it was cut off or overwritten"):
+        Cache(cache.folder).chunk("layer_12", 0)
+
+
+def test_a_manifest_that_is_gone_is_damage(cache: Cache) -> None:
+    (cache.folder / "manifest.json").unlink()
+    with pytest.raises(DamagedError, match="manifest.json is missing"):
+        Cache(cache.folder).require(12)
+
+
+def test_a_manifest_of_another_harvest_is_refused(cache: Cache) -> None:
+    record = cache.manifest | {"fingerprint": "0" * 64}
+    (cache.folder / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(DamagedError, match="manifest.json comes from another harvest"):
+        Cache(cache.folder).require(12)
+
+
+def test_a_chunk_that_no_record_lists_does_not_exist(cache: Cache) -> None:
+    with pytest.raises(UsageError, match="no whole chunk 3 of layer_12"):
+        cache.chunk("layer_12", 3)
+
+
+def test_a_newer_format_is_refused(cache: Cache) -> None:
+    root = read_json(cache.folder / "zarr.json")
+    root["attributes"]["format"] = 99
+    (cache.folder / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(UsageError, match="was written in format 99; this version reads up to 1. Upgrade") as refused:
+        Cache(cache.folder)
+    assert refused.value.exit_code == 2
+
+
+def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no activation cache .* Make one with `sae harvest`"):
+        open_cache(tmp_path / "nowhere")
+    (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(UsageError, match="is a Zarr group but no activation cache"):
+        open_cache(tmp_path)
+
+
+# The writer
+
+
+def test_a_half_written_cache_is_refused_and_then_finished(tmp_path: Path, bits_of, begin_cache, write_some) -> None:
+    bits = {5: bits_of(ROWS, D)}
+    writer = begin_cache(tmp_path / "c", bits, 16)
+    write_some(writer, bits, [0, 2])
+    with pytest.raises(
+        UsageError, match=r"half written \(2 of 3 windows\). Run the same `sae harvest` again"
+    ) as refused:
+        Cache(tmp_path / "c").require(5)
+    assert refused.value.exit_code == 2
+    writer = begin_cache(tmp_path / "c", bits, 16)
+    assert writer.missing() == {1: [5]} and not writer.finished
+    write_some(writer, bits, [1])
+    writer.finish()
+    assert writer.finished and np.array_equal(Cache(tmp_path / "c").chunk("layer_05", 1), bits[5][16:32])
+
+
+def test_a_layer_added_later_leaves_the_others_alone(cache: Cache, bits_of, begin_cache, write_some) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (cache.folder / "layer_05").iterdir()}
+    bits = {5: bits_of(ROWS, D, 5), 19: bits_of(ROWS, D, 19)}
+    writer = begin_cache(cache.folder, bits, 16)
+    assert writer.missing() == {0: [19], 1: [19], 2: [19]}
+    write_some(writer, {19: bits[19]}, [0, 1, 2])
+    writer.finish()
+    after = Cache(cache.folder)
+    assert after.layers == [5, 12, 19] and after.digest(5) == cache.digest(5)
+    assert {p: p.stat().st_mtime_ns for p in (cache.folder / "layer_05").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", [delete, cut_off])
+def test_the_writer_misses_what_was_lost(cache: Cache, bits_of, begin_cache, damage: Callable[[Path], None]) -> None:
+    damage(cache.folder / "layer_12/c.1.0")
+    bits = {5: bits_of(ROWS, D, 5), 12: bits_of(ROWS, D, 12)}
+    assert begin_cache(cache.folder, bits, 16).missing() == {1: [12]}
+
+
+def test_a_folder_of_another_harvest_is_refused(cache: Cache, bits_of, begin_cache) -> None:
+    with pytest.raises(UsageError, match="holds another harvest .* Use another --out") as refused:
+        begin_cache(cache.folder, {5: bits_of(ROWS, D)}, 16, seed=1)
+    assert refused.value.exit_code == 2
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path, bits_of, begin_cache) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="holds thesis.tex, but no activation cache. Give a new folder with --out"):
+        begin_cache(tmp_path, {5: bits_of(ROWS, D)}, 16)
+
+
+def test_another_number_of_rows_is_refused(cache: Cache, bits_of, begin_cache) -> None:
+    with pytest.raises(DamagedError, match="was begun with 40 rows, but its text now has 39"):
+        begin_cache(cache.folder, {5: bits_of(ROWS - 1, D)}, 16)
+
+
+def test_a_commit_of_another_harvest_is_refused(cache: Cache, bits_of, begin_cache) -> None:
+    path = cache.folder / "commits" / "000001.layer_05.json"
+    path.write_text(json.dumps(read_json(path) | {"fingerprint": "0" * 64}))
+    writer = begin_cache(cache.folder, {5: bits_of(ROWS, D, 5)}, 16)
+    with pytest.raises(DamagedError, match="000001.layer_05.json belongs to another harvest") as refused:
+        writer.missing()
+    assert refused.value.exit_code == 3
+
+
+@pytest.mark.parametrize("bad", [0x7F80, 0xFF80, 0x7FC0])
+def test_what_is_not_finite_is_never_committed(tmp_path: Path, bits_of, begin_cache, write_some, bad: int) -> None:
+    bits = {5: bits_of(ROWS, D)}
+    bits[5][16 + 9, 4] = bad  # row 25 is position 1 + 25 % 7 of context 25 // 7
+    writer = begin_cache(tmp_path / "c", bits, 16)
+    with pytest.raises(SaeError, match="Layer 5 .* not finite, in context 3 at position 5"):
+        write_some(writer, bits, [1])
+    assert writer.missing() == {0: [5], 1: [5], 2: [5]}
+
+
+def test_rows_that_were_not_captured_are_refused(tmp_path: Path, bits_of, begin_cache) -> None:
+    writer = begin_cache(tmp_path / "c", {5: bits_of(ROWS, D)}, 16)
+    with pytest.raises(SaeError, match=r"Window 0 of layer 5 has \(15, 8\) .* expected \(16, 8\): a hook did not fire"):
+        writer.write_window(0, {5: bits_of(15, D)}, np.zeros(16, np.uint32), np.zeros(16, np.uint16), {})
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_no_stray(
+    tmp_path: Path, bits_of, begin_cache, write_some, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = {5: bits_of(ROWS, D)}
+    writer = begin_cache(tmp_path / "c", bits, 16)
+    write_some(writer, bits, [0])
+    room, written = 500, os.write
+
+    def full(descriptor: int, data: memoryview) -> int:
+        nonlocal room
+        if room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = written(descriptor, data[: min(room, 100)])  # a write may take less than it was given
+        room -= taken
+        return taken
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OutsideError, match="The disk is full: .* run the same command again") as refused:
+        write_some(writer, bits, [1])
+    monkeypatch.undo()
+    assert refused.value.exit_code == 4 and not list((tmp_path / "c").rglob("*.tmp-*"))
+    assert writer.missing() == {1: [5], 2: [5]}
+    write_some(writer, bits, [1, 2])
+    writer.finish()
+    assert np.array_equal(np.concatenate([Cache(tmp_path / "c").chunk("layer_05", n) for n in range(3)]), bits[5])
+
+
+def test_what_a_kill_left_behind_is_swept(cache: Cache, bits_of, begin_cache) -> None:
+    stray = cache.folder / "layer_05" / "c.0.0.tmp-12345"
+    stray.write_bytes(b"half")
+    begin_cache(cache.folder, {5: bits_of(ROWS, D, 5)}, 16)
+    assert not stray.exists() and sweep(cache.folder) == 0
+
+
+def test_a_second_writer_is_refused_and_told_who_is_first(tmp_path: Path) -> None:
+    with one_writer(tmp_path, "sae harvest"):
+        with pytest.raises(
+            OutsideError, match=rf"is being written by process {os.getpid()} on .* \(sae harvest\)"
+        ) as refused:
+            with one_writer(tmp_path, "sae harvest"):
+                pass
+        assert refused.value.exit_code == 4
+    with one_writer(tmp_path, "sae train"):  # free again
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutsideError, match="Cannot write"), one_writer(tmp_path / "file" / "cache", "sae harvest"):
+        pass
+
+
+# Which cache
+
+
+def test_the_one_cache_that_matches_is_found(tmp_path: Path, write_cache, bits_of) -> None:
+    with pytest.raises(UsageError, match="No cache holds layer 5. Make one with `sae harvest --layer 5`"):
+        find_cache(None, 5, tmp_path)
+    one = write_cache({5: bits_of(ROWS, D)}, name="one")
+    assert find_cache(None, 5, tmp_path).folder == find_cache("none", 5, tmp_path).folder == one.folder
+    with pytest.raises(
+        UsageError, match=r"No cache holds layer 5 of gemma.*--model gemma.*\n.* holds layers \[5\] of none"
+    ):
+        find_cache("gemma", 5, tmp_path)
+    with pytest.raises(UsageError, match="No cache holds layer 12"):
+        find_cache(None, 12, tmp_path)
+    write_cache({5: bits_of(ROWS, D)}, name="two")
+    assert [c.folder.name for c in caches(tmp_path)] == ["one", "two"]
+    with pytest.raises(UsageError, match=r"2 caches hold layer 5. Say which:\n  --cache .*one .*\n  --cache .*two "):
+        find_cache(None, 5, tmp_path)
+
+
+def test_a_half_written_cache_is_named_when_it_is_the_only_one(tmp_path: Path, bits_of, begin_cache) -> None:
+    begin_cache(tmp_path / "half", {5: bits_of(ROWS, D)}, 16)
+    with pytest.raises(UsageError, match="No whole cache holds layer 5; .*half is half written"):
+        find_cache(None, 5, tmp_path)
+
+
+def test_a_digest_does_not_depend_on_the_order_of_fields() -> None:
+    assert digest_of({"a": 1, "b": [2, 3]}) == digest_of({"b": [2, 3], "a": 1}) != digest_of({"a": 1, "b": [3, 2]})
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "mps:0", ""])
+def test_an_unknown_device_is_refused(device: str) -> None:
+    with pytest.raises(UsageError, match="is unknown: give auto, cpu, cuda or cuda:N"):
+        best_device(device)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(OutsideError, match=f"--device {missing} was asked for, but torch sees"):
+        best_device(missing)
+    assert best_device("cpu") == "cpu"
+
+
+def test_the_dtype_follows_the_device() -> None:
+    assert [best_dtype("auto", d) for d in ("cpu", "cuda:1")] == ["float32", "bfloat16"]
+    assert best_dtype("float32", "cuda") == "float32"
+    with pytest.raises(UsageError, match="--dtype float99 is unknown"):
+        best_dtype("float99", "cpu")

@@ -1,0 +1,104 @@
+"""The bytes of a chunk are the same for everybody who reads them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae.cache.bfloat16 import BFloat16, from_bits, to_bits
+from sae.cache.chunks import map_chunk, write_chunk
+from sae.cache.files import write_json
+from sae.cache.layout import Array, Layout, group_metadata
+
+D = 16
+ROWS = 4100  # times 16: each of the 65,536 patterns, so every NaN, both infinities and -0.0
+EVERY_PATTERN = (np.arange(ROWS * D) % 65536).astype(np.uint16).reshape(ROWS, D)
+
+
+def write_array(folder: Path, rows: np.ndarray, dtype: str) -> Array:
+    array = Layout(len(rows), 1024, dtype).activations(5, rows.shape[1])[0]
+    write_json(folder / "zarr.json", group_metadata({}))
+    write_json(folder / array.name / "zarr.json", array.metadata())
+    for chunk in range(array.chunks):
+        write_chunk(folder, array, chunk, rows[chunk * 1024 : (chunk + 1) * 1024])
+    return array
+
+
+def test_every_reader_sees_the_same_bits(tmp_path: Path) -> None:
+    array = write_array(tmp_path, EVERY_PATTERN, "bfloat16")
+    assert array.chunks == 5  # the last holds 4 rows of 1,024
+    ours = np.concatenate([map_chunk(tmp_path, array, n) for n in range(5)])
+    files = [tmp_path / "layer_05" / f"c.{n}.0" for n in range(5)]
+    prefixes = [np.memmap(file, np.uint16, "r", shape=(1024, D)) for file in files]
+    store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "layer_05")}}
+    for read in (
+        ours,
+        np.concatenate(prefixes)[:ROWS],
+        zarr.open_array(str(tmp_path / "layer_05"), mode="r")[:],
+        zarr.open_group(str(tmp_path), mode="r")["layer_05"][:],
+        tensorstore.open(store).result().read().result().view(np.uint16),
+    ):
+        assert read.dtype == np.uint16 and np.array_equal(read, EVERY_PATTERN)
+    assert [name for name, _ in zarr.open_group(str(tmp_path), mode="r").members()] == ["layer_05"]
+    assert not np.concatenate(prefixes)[ROWS:].any()  # the filling of the last chunk
+
+
+def test_uint16_is_read_without_this_package(tmp_path: Path) -> None:
+    write_array(tmp_path, EVERY_PATTERN, "uint16")
+    script = (
+        "import sys, numpy, zarr; a = zarr.open_group(sys.argv[1], mode='r')['layer_05']; "
+        "numpy.save(sys.argv[2], a[:]); assert a.attrs['logical_dtype'] == 'bfloat16' and 'sae' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(tmp_path / "read.npy")], check=True)
+    assert np.array_equal(np.load(tmp_path / "read.npy"), EVERY_PATTERN)
+
+
+def test_the_two_storage_types_are_the_same_files(tmp_path: Path) -> None:
+    for dtype in ("bfloat16", "uint16"):
+        write_array(tmp_path / dtype, EVERY_PATTERN, dtype)
+    for n in range(5):
+        one, other = (tmp_path / dtype / "layer_05" / f"c.{n}.0" for dtype in ("bfloat16", "uint16"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_chunk_of_zeros_is_written(tmp_path: Path) -> None:
+    array = write_array(tmp_path, np.zeros((1024, D), np.uint16), "bfloat16")
+    assert (tmp_path / array.file(0)).stat().st_size == 1024 * D * 2 + 4
+
+
+def test_zarr_refuses_a_flipped_bit(tmp_path: Path) -> None:
+    array = write_array(tmp_path, EVERY_PATTERN, "bfloat16")
+    file = tmp_path / array.file(2)
+    raw = bytearray(file.read_bytes())
+    raw[777] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_array(str(tmp_path / "layer_05"), mode="r")[:]
+
+
+@given(st.integers(0, 0xFFFF))
+def test_a_scalar_survives_json(bits: int) -> None:
+    dtype = BFloat16()
+    text = json.dumps(dtype.to_json_scalar(np.uint16(bits), zarr_format=3), allow_nan=False)
+    assert dtype.from_json_scalar(json.loads(text), zarr_format=3) == bits
+
+
+@given(st.floats(width=32, allow_nan=False))
+def test_rounding_is_that_of_torch(value: float) -> None:
+    expected = torch.tensor(value, dtype=torch.float32).to(torch.bfloat16)
+    assert to_bits(value) == int(expected.view(torch.int16)) & 0xFFFF
+    assert from_bits(to_bits(value)) == float(expected)
+
+
+def test_the_metadata_is_that_of_the_specification() -> None:
+    assert BFloat16().to_json(zarr_format=3) == "bfloat16"
+    assert BFloat16.from_json("bfloat16", zarr_format=3) == BFloat16()
+    assert zarr.dtype.parse_dtype(np.dtype("uint16"), zarr_format=3) != BFloat16()  # plain uint16 stays zarr's own
