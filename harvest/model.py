@@ -7,6 +7,7 @@ Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,8 +64,7 @@ def digest_of_folder(folder: Path) -> str:
     for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".bin"}):
         digest.update(path.name.encode())
         with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -85,13 +85,9 @@ def explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def blocks_in(config: Any) -> int:
-    return config.num_hidden_layers
-
-
 def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
     """UsageError unless every layer is a block of the model."""
-    last = blocks_in(config) - 1
+    last = config.num_hidden_layers - 1
     for layer in layers:
         if not 0 <= layer <= last:
             raise UsageError(f"{name} has {last + 1} blocks, so layers 0 to {last}; there is no layer {layer}.")
@@ -106,6 +102,7 @@ def load_trunk(
     source: Source, config: Any, last_layer: int, *, dtype: str, device: str, attention: str
 ) -> "LanguageModel":
     """The model up to a layer: no later block is loaded, and no unembedding."""
+    config = copy.deepcopy(config)
     config.num_hidden_layers = last_layer + 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: last_layer + 1]
@@ -128,11 +125,12 @@ def _load(kind: Any, source: Source, config: Any, dtype: str, device: str, atten
                 config=config,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
+                device_map=device,
                 **_revision(source),
             )
     finally:
         transformers_logging.set_verbosity(level)
-    return LanguageModel(model.eval().requires_grad_(False).to(device))
+    return LanguageModel(model.eval().requires_grad_(False))
 
 
 def _revision(source: Source) -> dict[str, str]:
@@ -162,7 +160,14 @@ class LanguageModel:
 
     @cached_property
     def trunk(self) -> Any:
-        return self.model if hasattr(self.model, "layers") else self.model.model
+        """The part without the unembedding, which holds the blocks."""
+        for part in (self.model, getattr(self.model, "model", None)):
+            if hasattr(part, "layers"):
+                return part
+        raise UsageError(
+            f"A {type(self.model).__name__} keeps its blocks elsewhere than in `model.layers`, where Gemma, Llama, Qwen and "
+            "Mistral models have them; it cannot be harvested yet."
+        )
 
     @property
     def blocks(self) -> nn.ModuleList:

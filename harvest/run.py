@@ -19,11 +19,11 @@ import torch
 
 from ..cache.contexts import Contexts
 from ..cache.device import best_device, best_dtype
-from ..cache.errors import Interrupted, OutsideError, UsageError
+from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
 from ..cache.files import digest_of, one_writer
 from ..cache.layout import CHUNK_ROWS, FORMAT, WINDOW_ROWS, Layout, home
 from ..cache.reader import Cache
-from ..cache.writer import Writer
+from ..cache.writer import Writer, begun
 from . import mini
 from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, load_trunk
 from .text import EMBEDDED, PILE, Text, cut, open_text, rows_of, specials
@@ -137,6 +137,8 @@ def check(request: Request) -> None:
         raise UsageError(
             f"--window {request.window} is no whole number of chunks: give a multiple of {CHUNK_ROWS:,}, or less than that."
         )
+    if request.seed < 0:
+        raise UsageError(f"--seed {request.seed} is negative. Give 0 or more.")
     if not 0 <= request.held_out < 1:
         raise UsageError(
             f"--held-out {request.held_out} is no fraction of the documents: give 0 up to, but not including, 1."
@@ -161,24 +163,27 @@ def harvest(plan: Plan, progress: Progress = lambda done, total: None) -> Cache:
         writer = Writer(plan.folder, plan.identity, layout, dict.fromkeys(plan.layers, plan.d_in))
         missing = writer.missing()
         if missing:
-            check_space(plan, sum(len(layout.window(w)) for w in missing))
+            check_space(plan, sum(len(layout.window(w)) * len(layers) for w, layers in missing.items()))
             model = load_trunk(
                 plan.source,
                 plan.config,
-                max(plan.layers),
+                max(max(layers) for layers in missing.values()),
                 dtype=plan.dtype,
                 device=plan.device,
                 attention=plan.request.attention,
             )
             write_windows(plan, model, writer, wanted, kept, missing, progress)
-        writer.finish()
+        if missing or not writer.finished:
+            writer.finish()
     return Cache(plan.folder)
 
 
 def text_of(plan: Plan) -> Contexts:
     """The ids to run: those of an earlier start of the same harvest, or cut now and written down first."""
     request = plan.request
-    if not (plan.folder / "tokens" / "commit.json").exists():
+    if not (begun(plan.folder, digest_of(plan.identity)) and Contexts.written(plan.folder)):
+        if request.tokens is not None:
+            check_space(plan, request.tokens * len(plan.layers))  # before the text is read, which may take long
         contexts = cut(
             plan.text, plan.tokenizer, tokens=plan.tokens, exactly=request.tokens is not None, context=request.context,
             held_out=request.held_out, skip=plan.identity["skip"], seed=request.seed,
@@ -188,7 +193,8 @@ def text_of(plan: Plan) -> Contexts:
 
 
 def check_space(plan: Plan, rows: int) -> None:
-    needed, free = rows * plan.bytes_per_token * 1.02, free_space(plan.folder)
+    """OutsideError when `rows`, counted once for each layer, do not fit on the disk."""
+    needed, free = rows / len(plan.layers) * plan.bytes_per_token * 1.02, free_space(plan.folder)
     if needed > free:
         fits = int(free / plan.bytes_per_token / 1.02)
         raise OutsideError(
@@ -202,7 +208,7 @@ def write_windows(
     writer: Writer,
     wanted: Contexts,
     kept: np.ndarray,
-    missing: list[int],
+    missing: dict[int, list[int]],
     progress: Progress,
 ) -> None:
     """Compute and write the missing windows; the two overlap."""
@@ -228,10 +234,10 @@ def write_windows(
     rows_before = np.concatenate([[0], np.cumsum(kept.sum(1))])
     done, total = 0, sum(len(writer.layout.window(w)) for w in missing)
     try:
-        for window in missing:
+        for window, layers in missing.items():
             rows = writer.layout.window(window)
             tell = functools.partial(lambda before, filled: progress(before + filled, total), done)
-            waiting.put((window, *compute_window(plan, model, wanted, kept, rows_before, rows, tell)))
+            waiting.put((window, *compute_window(plan, model, layers, wanted, kept, rows_before, rows, tell)))
             done += len(rows)
             if failed:
                 break
@@ -253,6 +259,7 @@ def write_windows(
 def compute_window(
     plan: Plan,
     model: LanguageModel,
+    layers: list[int],
     wanted: Contexts,
     kept: np.ndarray,
     rows_before: np.ndarray,
@@ -262,7 +269,7 @@ def compute_window(
     """The rows of a window in the window's own order: a pure function of the text, the seed and the window."""
     size = len(rows)
     slot = np.random.Generator(np.random.Philox(key=[plan.request.seed, rows.start])).permutation(size)
-    bits = {layer: np.empty((size, plan.d_in), np.uint16) for layer in plan.layers}
+    bits = {layer: np.empty((size, plan.d_in), np.uint16) for layer in layers}
     row_ctx, row_pos = np.empty(size, np.uint32), np.empty(size, np.uint16)
     first = int(np.searchsorted(rows_before, rows.start, side="right")) - 1
     last = int(np.searchsorted(rows_before, rows.stop, side="left"))
@@ -277,7 +284,7 @@ def compute_window(
         inside = (number >= rows.start) & (number < rows.stop)
         which, where = which[inside], where[inside]
         target = slot[filled : filled + len(which)]
-        captured = model.capture(ids, plan.layers)
+        captured = model.capture(ids, layers)
         for layer, residual_NSD in captured.items():
             taken = residual_NSD[torch.from_numpy(which).to(plan.device), torch.from_numpy(where).to(plan.device)]
             bits[layer][target] = taken.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
@@ -285,7 +292,7 @@ def compute_window(
         filled += len(which)
         progress(filled)
     if filled != size:
-        raise AssertionError(f"{filled} rows were captured for a window of {size}")
+        raise SaeError(f"{filled:,} rows were captured for a window of {size:,}: its tokens and its layout disagree.")
     return bits, row_ctx, row_pos
 
 

@@ -5,10 +5,11 @@ documents are held out is a hash of the seed and the document's number, so nobod
 evaluation reads.
 """
 
+import contextlib
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..cache.contexts import Contexts
-from ..cache.errors import OutsideError, UsageError
+from ..cache.errors import OutsideError, SaeError, UsageError
 from .mini import corpus, spelling
 
 PILE = "monology/pile-uncopyrighted"
@@ -90,8 +91,11 @@ def local(path: Path, column: str) -> Text:
         )
     digest = hashlib.sha256()
     try:
+        if not any(file.stat().st_size for file in files):
+            raise UsageError(f"{path} is empty. Give a text to --dataset.")
         for file in files:
-            digest.update(file.read_bytes())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}.") from error
     (kind,) = kinds
@@ -103,11 +107,13 @@ def local(path: Path, column: str) -> Text:
         return text
     import datasets
 
-    try:
+    def unreadable(problem: str) -> SaeError:
+        return UsageError(f"{path} cannot be read as {kind}: {problem}")
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say the same before us, with a traceback
+    with told(unreadable):
         rows = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=True)
-        text.documents = column_of(rows, column, str(path), text.skipped)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+        text.documents = column_of(rows, column, str(path), text.skipped, unreadable)
     return text
 
 
@@ -129,7 +135,7 @@ def sections(text: str, at_least: int = 2000) -> Iterator[str]:
         if size >= at_least:
             yield "\n\n".join(held)
             held, size = [], 0
-    if size:
+    if any(paragraph.strip() for paragraph in held):
         yield "\n\n".join(held)
 
 
@@ -137,23 +143,35 @@ def hub(name: str, revision: str | None, split: str, column: str) -> Text:
     import datasets
     import huggingface_hub
 
-    try:
+    def unreachable(problem: str) -> SaeError:
+        return OutsideError(
+            f"The dataset {name} could not be read: {problem} Check the network and the name, give a local file to --dataset, "
+            f"or use the embedded text: --dataset {EMBEDDED}"
+        )
+
+    with told(unreachable):
         commit = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
         rows = datasets.load_dataset(name, revision=commit, split=split, streaming=True)
         text = Text(name.split("/")[-1], {"name": name, "revision": commit, "split": split, "column": column}, iter(()))
-        text.documents = column_of(rows, column, name, text.skipped)
-    except Exception as error:  # the Hub's libraries raise through httpx, requests, fsspec and their own classes
-        if isinstance(error, UsageError):
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OutsideError(
-            f"The dataset {name} could not be opened: {first} Check the network and the name, give a local file to --dataset, "
-            f"or use the embedded text: --dataset {EMBEDDED}"
-        ) from error
+        text.documents = column_of(rows, column, name, text.skipped, unreachable)
     return text
 
 
-def column_of(rows: Any, column: str, name: str, skipped: dict[str, int]) -> Iterator[Document]:
+@contextlib.contextmanager
+def told(sentence: Callable[[str], SaeError]) -> Iterator[None]:
+    """Turn whatever is raised into our sentence about it."""
+    try:
+        yield
+    except SaeError:
+        raise
+    except Exception as error:  # datasets and the Hub raise through pyarrow, httpx, fsspec and classes of their own
+        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise sentence(problem) from error
+
+
+def column_of(
+    rows: Any, column: str, name: str, skipped: dict[str, int], sentence: Callable[[str], SaeError]
+) -> Iterator[Document]:
     """The texts of a dataset; UsageError at once when the column is not there."""
     rows = iter(rows)
     first = next(rows, None)
@@ -165,14 +183,15 @@ def column_of(rows: Any, column: str, name: str, skipped: dict[str, int]) -> Ite
         )
 
     def documents() -> Iterator[Document]:
-        for row in itertools.chain([first], rows):
-            value = row[column]
-            if not isinstance(value, str):
-                skipped["not text"] += 1
-            elif not value.strip():
-                skipped["empty"] += 1
-            else:
-                yield Document(value, None)
+        with told(sentence):  # a file broken further down, a network lost on the way
+            for row in itertools.chain([first], rows):
+                value = row.get(column)
+                if not isinstance(value, str):
+                    skipped["not text"] += 1
+                elif not value.strip():
+                    skipped["empty"] += 1
+                else:
+                    yield Document(value, None)
 
     return documents()
 
@@ -204,7 +223,7 @@ def cut(
     """
     if tokenizer.bos_token_id is None:
         raise UsageError("This tokenizer has no BOS token; contexts begin with it.")
-    ids: list[list[int]] = []
+    ids: list[np.ndarray] = []
     document_of: list[int] = []
     held: list[bool] = []
     rows, skipped = 0, set(skip)
@@ -221,7 +240,7 @@ def cut(
                     rows += sum(token not in skipped for token in piece)
                     while rows > tokens:  # the last context is cut, so that there are as many rows as were asked for
                         rows -= piece.pop() not in skipped
-                ids.append(piece)
+                ids.append(np.array(piece, np.uint32))
                 document_of.append(number)
                 held.append(out)
     if not rows:
@@ -235,4 +254,7 @@ def cut(
     for row, one in zip(padded, ids, strict=True):
         row[: len(one)] = one
     order = np.random.Generator(np.random.Philox(key=[seed, 2**63])).permutation(len(ids))
-    return Contexts(padded[order], length[order], np.array(document_of, np.uint32)[order], np.array(held)[order])
+    order = order[
+        np.argsort(np.array(held)[order], kind="stable")
+    ]  # held out comes last: row_ctx counts from the first
+    return Contexts(padded, length, np.array(document_of, np.uint32), np.array(held)).select(order)

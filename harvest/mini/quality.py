@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..model import LanguageModel, find_model, load_model
 from . import WEIGHTS
 from .corpus import documents
-from .spelling import TEMPLATE, Word, draw, prompt, words
+from .spelling import TEMPLATE, Word, others, prompt, words
 
 CONTEXT = 128
 LAYERS = (5, 12, 19)
@@ -69,7 +69,7 @@ def spelling_accuracy(model: LanguageModel, tokenizer: Any, per_letter: int) -> 
     accuracy = {}
     for letter in sorted({word.letter for word in pool}):
         asked = [rng.choice([w for w in pool if w.letter == letter]) for _ in range(per_letter)]
-        texts = [prompt(rng.sample([w for w in pool if w != word], SHOTS), word) for word in asked]
+        texts = [prompt(others(pool, word, SHOTS, rng), word) for word in asked]
         ids = equal_length(tokenizer, texts)
         answer = tokenizer.encode(f" {letter}", add_special_tokens=False)[0]
         guesses = torch.cat([model.model(b, use_cache=False).logits[:, -1].argmax(-1) for b in ids.split(16)])
@@ -94,7 +94,7 @@ def probe_f1(model: LanguageModel, tokenizer: Any, limit: int) -> dict[int, dict
     for word in rng.sample(pool, len(pool)):
         by_letter.setdefault(word.letter, []).append(word)
     asked = [word for found in by_letter.values() if len(found) >= 10 for word in found[:limit]]
-    texts = [prompt(draw([w for w in pool if w is not word], SHOTS - 1, rng)[0], word) for word in asked]
+    texts = [prompt(others(pool, word, SHOTS, rng), word) for word in asked]
     ids = equal_length(tokenizer, texts)
     captured = [model.capture(batch, LAYERS) for batch in ids.split(32)]
     labels = np.array([word.letter for word in asked])

@@ -39,7 +39,6 @@ def prompt(examples: Sequence[Word], word: Word) -> str:
     return "\n".join(["", *map(example, examples), word.text + TEMPLATE])
 
 
-def draw(pool: Sequence[Word], shots: int, rng: random.Random) -> tuple[list[Word], Word]:
-    """A word to ask for and `shots` other words as examples."""
-    word, *examples = rng.sample(pool, shots + 1)
-    return examples, word
+def others(pool: Sequence[Word], word: Word, shots: int, rng: random.Random) -> list[Word]:
+    """`shots` words of the pool that are not `word`, in random order."""
+    return [other for other in rng.sample(pool, shots + 1) if other is not word][:shots]

@@ -1,0 +1,285 @@
+"""What a harvest writes is what the model computes, each row once, and nothing that was held out."""
+
+import shutil
+from collections import Counter, namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sae.cache.errors import DamagedError, Interrupted, OutsideError, UsageError
+from sae.cache.files import one_writer
+from sae.cache.reader import Cache
+from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
+from sae.harvest.run import Request, harvest, plan
+from sae.harvest.text import rows_of
+
+SPECIAL = {0, 1, 2}  # pad, eos, bos
+
+
+def layer_rows(cache: Cache, layer: int) -> Tensor:
+    """(rows, d_in) float64"""
+    chunks = [cache.chunk(cache.require(layer), n) for n in range(len(cache.chunk_rows(layer)))]
+    return torch.from_numpy(np.concatenate(chunks)).view(torch.bfloat16).double()
+
+
+def origins(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+    windows = range(cache.layout.windows)
+    return tuple(np.concatenate([cache.chunk(name, w) for w in windows]) for name in ("row_ctx", "row_pos"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name[0] != "."
+    }
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Request, Cache]:
+    """Both layers, 600 rows in windows of 256."""
+    request = Request(
+        model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=600, context=32, window=256, held_out=0.2,
+        device="cpu", batch_contexts=8, out=tmp_path_factory.mktemp("small") / "cache",
+    )  # fmt: skip
+    return request, harvest(plan(request))
+
+
+@pytest.fixture
+def again(small: tuple[Request, Cache], tmp_path: Path) -> Request:
+    """The same harvest, whole already, in a folder of the test's own."""
+    request, cache = small
+    return replace(request, out=Path(shutil.copytree(cache.folder, tmp_path / "again")))
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> LanguageModel:
+    source, config = find_model(str(tiny_model))
+    return load_model(source, config, dtype="float32", device="cpu")
+
+
+def test_rows_are_those_of_a_hook_placed_by_hand(tiny_cache: Cache, model: LanguageModel) -> None:
+    contexts, (ctx, pos) = tiny_cache.contexts(held_out=False), origins(tiny_cache)
+    rows = {layer: layer_rows(tiny_cache, layer) for layer in (0, 1)}
+    seen: dict[int, Tensor] = {}
+    handles = [
+        model.blocks[layer].register_forward_hook(lambda _m, _i, out, layer=layer: seen.update({layer: hidden_of(out)}))
+        for layer in (0, 1)
+    ]
+    for context in range(0, len(contexts), 29):
+        ids = contexts.ids[context, : contexts.length[context]].astype(np.int64)
+        with torch.no_grad():
+            model.trunk(torch.from_numpy(ids)[None])
+        mine = np.flatnonzero(ctx == context)
+        assert len(mine) == len(ids) - 1  # all but BOS
+        for layer in (0, 1):
+            expected = seen[layer][0, pos[mine].astype(np.int64)].double()
+            # One context alone is another matrix product than 32 of them: float32 noise, then the rounding to bfloat16,
+            # half of 2^-7 of the number, or a whole step where the noise crosses a border.
+            assert torch.allclose(rows[layer][mine], expected, rtol=2**-7, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+
+
+def test_every_kept_position_is_one_row(tiny_cache: Cache) -> None:
+    contexts, (ctx, pos) = tiny_cache.contexts(held_out=False), origins(tiny_cache)
+    kept = rows_of(contexts, sorted(SPECIAL))
+    assert Counter(zip(ctx.tolist(), pos.tolist(), strict=True)) == Counter(map(tuple, np.argwhere(kept).tolist()))
+    assert len(ctx) == tiny_cache.rows == 8000
+    assert not SPECIAL.intersection(contexts.ids[ctx, pos].tolist()) and (pos < contexts.length[ctx]).all()
+    assert int(contexts.length.sum()) - tiny_cache.rows == len(contexts)  # one BOS each, and no other special token
+
+
+def test_row_ctx_is_an_index_into_the_stored_tokens(tiny_cache: Cache) -> None:
+    """So a reader that knows nothing of held-out contexts finds the same token."""
+    stored = tiny_cache.chunk("tokens/ids", 0)
+    ctx, pos = origins(tiny_cache)
+    assert np.array_equal(stored[ctx, pos], tiny_cache.contexts(held_out=False).ids[ctx, pos])
+
+
+def test_rows_are_shuffled_inside_their_window_only(tiny_cache: Cache) -> None:
+    ctx, _ = origins(tiny_cache)
+    windows = [ctx[w * 2048 : (w + 1) * 2048].astype(int) for w in range(tiny_cache.layout.windows)]
+    assert all((np.diff(window) < 0).mean() > 0.4 for window in windows)
+    assert all(one.max() <= two.min() for one, two in zip(windows, windows[1:], strict=False))
+
+
+def test_held_out_documents_are_never_harvested(tiny_cache: Cache) -> None:
+    harvested, held = tiny_cache.contexts(held_out=False), tiny_cache.contexts(held_out=True)
+    assert len(held) and not set(harvested.document.tolist()) & set(held.document.tolist())
+    assert origins(tiny_cache)[0].max() < len(harvested)
+
+
+def test_special_tokens_are_kept_on_request(again: Request) -> None:
+    cache = harvest(plan(replace(again, keep_special=True, layers=(0,), out=None)))
+    contexts, (ctx, pos) = cache.contexts(held_out=False), origins(cache)
+    assert cache.rows == 600 == contexts.length.sum()
+    assert set(contexts.ids[ctx[pos == 0], 0].tolist()) == {2} and (pos == 0).sum() == len(contexts)
+
+
+def test_layers_together_are_each_alone(small: tuple[Request, Cache], tmp_path: Path) -> None:
+    request, both = small
+    for layer in (0, 1):
+        alone = harvest(plan(replace(request, layers=(layer,), out=tmp_path / str(layer))))
+        assert alone.digest(layer) == both.digest(layer) and alone.layers == [layer]
+
+
+def test_a_layer_added_later_is_as_if_harvested_at_once(small: tuple[Request, Cache], tmp_path: Path) -> None:
+    request, both = small
+    folder = tmp_path / "later"
+    harvest(plan(replace(request, layers=(1,), out=folder)))
+    before = {p: p.stat().st_mtime_ns for p in (folder / "layer_01").iterdir()}
+    harvest(plan(replace(request, layers=(0, 1), out=folder)))  # the one that is there stays untouched
+    assert {p: p.stat().st_mtime_ns for p in (folder / "layer_01").iterdir()} == before
+    assert files_of(folder) == files_of(both.folder)
+
+
+def test_the_same_command_twice_writes_nothing(again: Request) -> None:
+    def state() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in again.out.rglob("*") if p.name[0] != "."}
+
+    before = state()
+    assert harvest(plan(again)).layers == [0, 1]
+    assert {p: t for p, t in state().items() if p != again.out} == {p: t for p, t in before.items() if p != again.out}
+
+
+@pytest.mark.parametrize(
+    "lost", ["layer_01/c.1.0", "row_pos/c.2", "layer_00.row_norm/c.0", "tokens/ids/c.0.0", "manifest.json"]
+)
+def test_the_same_command_mends_what_was_lost(small: tuple[Request, Cache], again: Request, lost: str) -> None:
+    (again.out / lost).unlink()
+    with pytest.raises(DamagedError, match=f"{lost} is .*missing"):
+        list(Cache(again.out).verify())
+    cache = harvest(plan(again))
+    assert files_of(again.out) == files_of(small[1].folder) and len(list(cache.verify())) == len(
+        cache.manifest["files"]
+    )
+
+
+def test_a_second_harvest_into_the_folder_is_refused(again: Request) -> None:
+    with one_writer(again.out, "sae harvest"), pytest.raises(OutsideError, match=r"is being written by process \d+ on"):
+        harvest(plan(again))
+
+
+def test_another_harvest_into_the_folder_is_refused(small: tuple[Request, Cache], again: Request) -> None:
+    with pytest.raises(UsageError, match="holds another harvest .* Use another --out"):
+        harvest(plan(replace(again, seed=1)))
+    assert files_of(again.out) == files_of(small[1].folder)
+
+
+def test_tokens_of_a_harvest_that_never_began_are_not_used(small: tuple[Request, Cache], again: Request) -> None:
+    for path in again.out.iterdir():
+        if path.name != "tokens":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    other = harvest(plan(replace(again, seed=1)))
+    assert not np.array_equal(other.contexts(held_out=False).ids, small[1].contexts(held_out=False).ids)
+
+
+IDENTITY = {
+    "tokens": 601, "context": 33, "held_out": 0.3, "keep_special": True, "seed": 1,
+    "window": 512, "storage_dtype": "uint16", "dtype": "bfloat16", "attention": "sdpa",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_what_changes_a_byte_changes_the_folder(small: tuple[Request, Cache], name: str) -> None:
+    request = replace(small[0], out=None)
+    assert plan(replace(request, **{name: IDENTITY[name]})).folder != plan(request).folder
+
+
+def test_text_and_model_change_the_folder(small: tuple[Request, Cache], tmp_path: Path, tiny_model: Path) -> None:
+    request = replace(small[0], out=None)
+    folder = plan(request).folder
+    text = Path(shutil.copy(request.dataset, tmp_path))
+    assert plan(replace(request, dataset=str(text))).folder == folder  # where it is does not matter
+    text.write_text(text.read_text() + '{"text": "one more"}\n')
+    assert plan(replace(request, dataset=str(text))).folder != folder
+    copy = Path(shutil.copytree(tiny_model, tmp_path / tiny_model.name))
+    assert plan(replace(request, model=str(copy))).source.revision == plan(request).source.revision
+    (copy / "generation_config.json").write_text("{}")
+    assert plan(replace(request, model=str(copy))).source.revision != plan(request).source.revision
+
+
+@pytest.mark.parametrize("change", [{"layers": (1,)}, {"layers": (1, 0, 1)}, {"batch_contexts": 3}])
+def test_layers_and_batches_do_not_change_the_folder(small: tuple[Request, Cache], change: dict) -> None:
+    request = replace(small[0], out=None)
+    assert plan(replace(request, **change)).folder == plan(request).folder
+
+
+def test_statistics_are_those_of_the_rows(tiny_cache: Cache) -> None:
+    for layer in (0, 1):
+        rows = layer_rows(tiny_cache, layer).numpy()
+        np.testing.assert_allclose(tiny_cache.mean(layer), rows.mean(0), rtol=1e-9, atol=1e-12)
+        found = tiny_cache.statistics(layer)
+        assert found["variance"] == pytest.approx(rows.var(0).mean(), rel=1e-9)
+        assert found["mean_square_norm"] == pytest.approx((rows**2).sum(1).mean(), rel=1e-9)
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(
+    small: tuple[Request, Cache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = replace(small[0], out=tmp_path / "new")
+    needed = int(600 * plan(request).bytes_per_token * 1.02)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: Usage(0, 0, needed - 1000))
+    with pytest.raises(
+        OutsideError, match=r"The harvest needs .* GB and .* GB free. --tokens 59\d would fit"
+    ) as refused:
+        harvest(plan(request))
+    assert refused.value.exit_code == 4 and not [p for p in request.out.iterdir() if p.name[0] != "."]
+    # All of an unknown text is asked for: only when it has been cut is it known to be too much.
+    with pytest.raises(OutsideError, match="would fit"):
+        harvest(plan(replace(request, tokens=None, out=tmp_path / "all")))
+
+
+def test_ctrl_c_keeps_what_is_committed(small: tuple[Request, Cache], tmp_path: Path) -> None:
+    request = replace(small[0], out=tmp_path / "stopped")
+
+    def stop(done: int, total: int) -> None:
+        if done > 256:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="Stopped. 1 of 3 windows are safe; the same command goes on") as stopped:
+        harvest(plan(request), stop)
+    assert stopped.value.exit_code == 130
+    harvest(plan(request))
+    assert files_of(request.out) == files_of(small[1].folder)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"tokens": 0}, "--tokens 0 is not positive"),
+        ({"context": 1}, "--context 1 is out of range"),
+        ({"context": 65536}, "--context 65536 is out of range"),
+        ({"window": 8193}, "--window 8193 is no whole number of chunks"),
+        ({"window": 0}, "--window 0 is no whole number"),
+        ({"held_out": 1.0}, "--held-out 1.0 is no fraction"),
+        ({"seed": -1}, "--seed -1 is negative"),
+        ({"storage_dtype": "float16"}, "--storage-dtype float16 is unknown"),
+        ({"dtype": "float64"}, "--dtype float64 is unknown"),
+        ({"device": "tpu"}, "--device tpu is unknown"),
+        ({"layers": (0, 2)}, "has 2 blocks, so layers 0 to 1; there is no layer 2"),
+        ({"model": "gemma-2-mini", "layers": (26,)}, "gemma-2-mini has 26 blocks, so layers 0 to 25; there is no layer 26"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(small: tuple[Request, Cache], wrong: dict, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as refused:
+        plan(replace(small[0], **wrong))
+    assert refused.value.exit_code == 2
+
+
+def test_the_tokenizer_s_own_words_come_back(small: tuple[Request, Cache]) -> None:
+    """Text of a row: the words of the sentences, and no others."""
+    request, cache = small
+    tokenizer = load_tokenizer(find_model(request.model)[0])
+    contexts = cache.contexts(held_out=False)
+    text = Path(request.dataset).read_text()
+    for ids, length in zip(contexts.ids[:20], contexts.length[:20], strict=True):
+        assert tokenizer.decode(ids[1:length].tolist()).strip() in text

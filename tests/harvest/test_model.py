@@ -1,0 +1,166 @@
+"""What is captured is the residual stream of transformers, and the model from there on is the model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from sae.cache.errors import OutsideError, SaeError, UsageError
+from sae.harvest.model import LanguageModel, check_layers, find_model, hidden_of, hook_name, load_model, load_trunk
+
+SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> LanguageModel:
+    source, config = find_model(str(tiny_model))
+    return load_model(source, config, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def deep() -> LanguageModel:
+    """Five random blocks of Llama: another family, and a middle to splice into."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2, bos_token_id=2,
+    )  # fmt: skip
+    return LanguageModel(LlamaForCausalLM(config).eval())
+
+
+@pytest.fixture(params=["gemma", "llama"])
+def any_model(request: pytest.FixtureRequest, model: LanguageModel, deep: LanguageModel) -> LanguageModel:
+    return {"gemma": model, "llama": deep}[request.param]
+
+
+@pytest.fixture
+def ids_NS(any_model: LanguageModel) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, any_model.config.vocab_size, (3, 11), generator=generator)
+
+
+def test_a_layer_is_the_hidden_state_after_its_block(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    layers = range(len(any_model.blocks))
+    captured = any_model.capture(ids_NS, layers)
+    states = any_model.model(ids_NS, output_hidden_states=True, use_cache=False).hidden_states
+    for layer in layers[:-1]:
+        assert torch.equal(captured[layer], states[layer + 1])
+    # transformers gives the last one after the final norm
+    assert torch.equal(any_model.trunk.norm(captured[layers[-1]]), states[-1])
+
+
+def test_layers_do_not_depend_on_each_other(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    together = any_model.capture(ids_NS, range(len(any_model.blocks)))
+    for layer, residual in together.items():
+        assert torch.equal(any_model.capture(ids_NS, [layer])[layer], residual)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_trunk_of_few_blocks_is_the_beginning_of_the_model(
+    tiny_model: Path, model: LanguageModel, layer: int
+) -> None:
+    source, config = find_model(str(tiny_model))
+    trunk = load_trunk(source, config, layer, **SETTINGS)
+    assert len(trunk.blocks) == layer + 1 and not hasattr(trunk.model, "lm_head")
+    assert config.num_hidden_layers == 2  # the caller's is left as it was
+    ids = torch.arange(3, 25).reshape(2, 11)
+    assert torch.equal(trunk.capture(ids, [layer])[layer], model.capture(ids, [layer])[layer])
+
+
+def test_the_suffix_of_the_residual_is_the_forward_pass(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    layers = range(len(any_model.blocks))
+    run = any_model.forward(ids_NS, layers)
+    with torch.no_grad():
+        assert torch.equal(run.logits, any_model.model(ids_NS, use_cache=False).logits)
+    for layer in layers:
+        assert torch.equal(run.suffix(layer, run.residual[layer]), run.logits)
+
+
+def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    run = any_model.forward(ids_NS, range(len(any_model.blocks)))
+    for layer, residual in run.residual.items():
+        other = residual.roll(1, 0) * 0.5 + 0.1
+
+        def replace(_module: object, _inputs: object, output: object, other: Tensor = other) -> object:
+            return (other, *output[1:]) if isinstance(output, tuple) else other
+
+        handle = any_model.blocks[layer].register_forward_hook(replace)
+        with torch.no_grad():
+            expected = any_model.model(ids_NS, use_cache=False).logits
+        handle.remove()
+        spliced = run.suffix(layer, other)
+        assert torch.equal(spliced, expected) and not torch.equal(spliced, run.logits)
+
+
+def test_a_suffix_leaves_nothing_behind(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    before = hooks_on(any_model)
+    first = any_model.forward(ids_NS, [0])
+    first.suffix(0, torch.zeros_like(first.residual[0]))
+    assert torch.equal(any_model.forward(ids_NS, [0]).logits, first.logits)
+    assert hooks_on(any_model) == before
+
+
+def hooks_on(model: LanguageModel) -> list[int]:
+    return [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in model.blocks]
+
+
+def test_a_hook_that_does_not_fire_is_an_error(deep: LanguageModel) -> None:
+    ids, before = torch.arange(3, 14)[None], hooks_on(deep)
+    deep.config.num_hidden_layers = 2  # transformers then runs the first two and says nothing
+    try:
+        with pytest.raises(SaeError, match=r"blocks.3.hook_resid_post, blocks.4.hook_resid_post did not fire"):
+            deep.capture(ids, [1, 3, 4])
+    finally:
+        deep.config.num_hidden_layers = 5
+    assert hooks_on(deep) == before
+
+
+def test_a_block_may_return_a_tensor_or_a_tuple() -> None:
+    residual = torch.ones(2, 3)
+    assert hidden_of(residual) is hidden_of((residual, None)) is residual
+    assert hook_name(12) == "blocks.12.hook_resid_post"
+
+
+def test_a_model_is_pinned_by_its_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    revision = find_model(str(tiny_model))[0].revision
+    assert find_model(str(copy))[0].revision == revision
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert find_model(str(copy))[0].revision != revision
+
+
+@pytest.mark.parametrize("layer", [26, -1])
+def test_a_layer_that_the_model_lacks_is_refused(layer: int) -> None:
+    _, config = find_model("gemma-2-mini")
+    check_layers(config, [0, 5, 25], "gemma-2-mini")
+    with pytest.raises(UsageError, match=f"gemma-2-mini has 26 blocks, so layers 0 to 25; there is no layer {layer}"):
+        check_layers(config, [5, layer], "gemma-2-mini")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("google/gemma-2-2b", "licence at https://huggingface.co/google/gemma-2-2b, then run `hf auth login`.*--model gemma-2-mini"),
+        ("nobody/nothing", "The model nobody/nothing could not be loaded.*--model gemma-2-mini"),
+    ],
+)  # fmt: skip
+def test_a_model_out_of_reach_is_a_sentence(name: str, sentence: str) -> None:
+    with pytest.raises(OutsideError, match=sentence) as refused:
+        find_model(name)
+    assert refused.value.exit_code == 4
+
+
+def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(OutsideError, match="could not be loaded"):
+        find_model(str(tmp_path))
+
+
+def test_a_model_of_another_build_is_refused() -> None:
+    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1)
+    with pytest.raises(UsageError, match="A GPT2LMHeadModel keeps its blocks elsewhere"):
+        LanguageModel(GPT2LMHeadModel(config)).capture(torch.ones(1, 2, dtype=torch.long), [0])

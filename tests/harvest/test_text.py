@@ -1,0 +1,246 @@
+"""Text becomes contexts: BOS first, one document each, as many tokens as asked for, and a sentence for bad input."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.cache.contexts import Contexts
+from sae.cache.errors import OutsideError, UsageError
+from sae.harvest import mini
+from sae.harvest.mini.corpus import documents as corpus_documents
+from sae.harvest.model import find_model, load_tokenizer
+from sae.harvest.text import Document, Text, cut, is_held_out, open_text, rows_of, sections, specials
+
+TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(find_model(mini.NAME)[0])
+
+
+@pytest.fixture
+def read(tokenizer: Any) -> Callable[..., Text]:
+    return lambda path, column="text": open_text(
+        str(path), tokenizer=tokenizer, revision=None, split="train", column=column, seed=0
+    )
+
+
+@pytest.fixture
+def cut_up(tokenizer: Any) -> Callable[..., Contexts]:
+    """cut_up(texts, tokens=..., context=...) -> contexts"""
+
+    def cut_texts(texts: list[str], tokens: int = 10**6, exactly: bool = False, held_out: float = 0.0, **more: Any):
+        text = Text("some", {}, iter(Document(t, None) for t in texts))
+        settings = {"context": 8, "skip": specials(tokenizer), "seed": 0} | more
+        return cut(text, tokenizer, tokens=tokens, exactly=exactly, held_out=held_out, **settings)
+
+    return cut_texts
+
+
+def test_contexts_begin_with_bos_and_hold_one_document(cut_up, tokenizer: Any) -> None:
+    contexts = cut_up(TEXTS)
+    assert (contexts.ids[:, 0] == tokenizer.bos_token_id).all() and contexts.ids.shape[1] == 8
+    whole = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+    for number, ids in enumerate(whole):
+        mine = contexts.select(contexts.document == number)
+        pieces = sorted(tuple(c[1:n].tolist()) for c, n in zip(mine.ids, mine.length, strict=True))
+        assert pieces == sorted(tuple(ids[start : start + 7]) for start in range(0, len(ids), 7))
+    assert all((c[n:] == tokenizer.pad_token_id).all() for c, n in zip(contexts.ids, contexts.length, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
+@pytest.mark.parametrize("keep_special", [False, True])
+def test_there_are_exactly_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tokens: int, keep_special: bool) -> None:
+    skip = [] if keep_special else specials(tokenizer)
+    contexts = cut_up(TEXTS, tokens, exactly=True, skip=skip)
+    assert rows_of(contexts, skip).sum() == tokens and contexts.length.min() >= 1
+
+
+def test_a_text_too_short_names_what_fits(cut_up, tokenizer: Any) -> None:
+    rows = sum(map(len, tokenizer(TEXTS, add_special_tokens=False)["input_ids"]))
+    with pytest.raises(UsageError, match=f"ended at {rows} of 1,000 tokens. Ask for --tokens {rows} or fewer"):
+        cut_up(TEXTS, 1000, exactly=True)
+    assert rows_of(cut_up(TEXTS, rows, exactly=True), specials(tokenizer)).sum() == rows
+    assert rows_of(cut_up(TEXTS, 1000), specials(tokenizer)).sum() == rows  # "up to"
+
+
+def test_special_tokens_in_the_text_are_no_rows(cut_up, tokenizer: Any) -> None:
+    contexts = cut_up(["one<eos>two<bos><pad>three"], context=64)
+    ids = contexts.ids[0, : contexts.length[0]]
+    assert {0, 1, 2} < set(ids.tolist())
+    assert not np.isin(ids[rows_of(contexts, specials(tokenizer))[0, : len(ids)]], [0, 1, 2]).any()
+    assert rows_of(contexts, []).sum() == len(ids)
+
+
+def test_held_out_documents_come_last_and_are_chosen_by_their_number(cut_up) -> None:
+    texts = [f"number {n} reads the yellow books" for n in range(200)]
+    contexts, other = cut_up(texts, held_out=0.3), cut_up(texts, held_out=0.3, seed=1)
+    expected = [is_held_out(n, 0, 0.3) for n in range(200)]
+    assert [expected[d] for d in contexts.document] == contexts.held_out.tolist() == sorted(contexts.held_out)
+    assert 0.2 < np.mean(expected) < 0.4
+    assert set(other.document[other.held_out].tolist()) != set(contexts.document[contexts.held_out].tolist())
+
+
+def test_the_order_of_contexts_is_that_of_the_seed(cut_up) -> None:
+    one, same, other = cut_up(TEXTS), cut_up(TEXTS), cut_up(TEXTS, seed=1)
+    assert np.array_equal(one.ids, same.ids) and not np.array_equal(one.ids, other.ids)
+    assert sorted(map(tuple, one.ids.tolist())) == sorted(map(tuple, other.ids.tolist()))
+
+
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_an_empty_text_is_refused(cut_up, texts: list[str]) -> None:
+    with pytest.raises(UsageError, match="The text some has no tokens to harvest: it is empty. Give another --dataset"):
+        cut_up(texts)
+
+
+# Files
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_kind_of_file_gives_its_documents(tmp_path: Path, read) -> None:
+    rows = [{"text": t, "other": 1} for t in TEXTS]
+    lines = write_lines(tmp_path / "a.jsonl", rows)
+    packed = tmp_path / "a.jsonl.zst"
+    packed.write_bytes(zstandard.compress(lines.read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (lines, packed, tmp_path / "a.parquet"):
+        text = read(path)
+        assert [d.text for d in text.documents] == TEXTS and text.name == "a"
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    assert [d.text for d in read(tmp_path / "a.txt").documents] == [TEXTS[0]]
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path, read) -> None:
+    (tmp_path / "deeper").mkdir()
+    for name, text in zip(("b.jsonl", "a.jsonl", "deeper/c.jsonl"), TEXTS, strict=True):
+        write_lines(tmp_path / name, [{"text": text}])
+    (tmp_path / "README").write_text("not text of the data set")
+    assert [d.text for d in read(tmp_path).documents] == [TEXTS[1], TEXTS[0], TEXTS[2]]
+
+
+def test_a_digest_is_of_the_bytes_and_the_column(tmp_path: Path, read) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one", "other": "two"}])
+    first = read(path).identity
+    assert read(path).identity == first != read(path, "other").identity
+    write_lines(path, [{"text": "One", "other": "two"}])
+    assert read(path).identity != first
+
+
+def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
+    rows = [{"text": t} for t in ("one", "", None, "  \n", "two", None)]
+    text = read(write_lines(tmp_path / "a.jsonl", rows))
+    assert [d.text for d in text.documents] == ["one", "two"] and text.skipped == {"empty": 2, "not text": 2}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=12), st.integers(1, 80))
+def test_sections_lose_nothing(paragraphs: list[str], at_least: int) -> None:
+    text = "\n\n".join(paragraphs)
+    found = list(sections(text, at_least))
+    assert "\n\n".join(found).rstrip("\n") == text.rstrip("\n")
+    assert all(
+        len(section.replace("\n\n", "")) >= at_least for section in found[:-1] if "\n" not in "".join(paragraphs)
+    )
+
+
+def bad_utf8(folder: Path) -> Path:
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    return folder / "a.txt"
+
+
+def mixed(folder: Path) -> Path:
+    (folder / "a.txt").write_text("a")
+    (folder / "b.jsonl").write_text('{"text": "b"}\n')
+    return folder
+
+
+def broken_json(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    return folder / "a.jsonl"
+
+
+def broken_parquet(folder: Path) -> Path:
+    (folder / "a.parquet").write_bytes(b"PAR1 no more")
+    return folder / "a.parquet"
+
+
+def unknown_kind(folder: Path) -> Path:
+    (folder / "a.docx").write_text("a")
+    return folder / "a.docx"
+
+
+def other_columns(folder: Path) -> Path:
+    return write_lines(folder / "a.jsonl", [{"content": "a", "id": 3}])
+
+
+def empty(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text("")
+    return folder / "a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (bad_utf8, r"a.txt is not UTF-8 text \(byte 3\). Convert it"),
+        (mixed, r"has \['.jsonl', '.txt'\]; give files of one kind"),
+        (broken_json, "a.jsonl cannot be read as json: "),
+        (broken_parquet, "a.parquet cannot be read as parquet: "),
+        (unknown_kind, r"has \['.docx'\]; give files of one kind"),
+        (lambda folder: folder, "has no files; give files of one kind"),
+        (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column"),
+        (empty, "a.jsonl is empty. Give a text"),
+        (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl or .parquet file"),
+        (lambda folder: "./gone", "There is no file ./gone"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_sentence(tmp_path: Path, read, make: Callable[[Path], Path | str], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as refused:
+        list(read(make(tmp_path)).documents)
+    assert refused.value.exit_code == 2
+
+
+def test_what_breaks_further_down_is_a_sentence_too(tmp_path: Path, read) -> None:
+    line = json.dumps({"text": "word " * 1000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * (11 * 2**20 // len(line)) + "{broken\n")  # read in blocks of 10 MiB
+    documents = read(tmp_path / "a.jsonl").documents
+    assert len(list(islice(documents, 100))) == 100
+    with pytest.raises(UsageError, match="a.jsonl cannot be read as json"):
+        list(documents)
+
+
+def test_a_dataset_out_of_reach_is_a_sentence(read) -> None:
+    with pytest.raises(OutsideError, match="nobody/nothing could not be read.*--dataset python-stdlib") as refused:
+        read("nobody/nothing")
+    assert refused.value.exit_code == 4
+
+
+# The embedded text
+
+
+def test_the_two_documents_of_a_module_are_on_one_side() -> None:
+    side: dict[str, set[bool]] = {}
+    for document in corpus_documents():
+        side.setdefault(document.name.split(":", 1)[1], set()).add(document.held_out)
+    assert len(side) > 300 and all(len(sides) == 1 for sides in side.values())
+
+
+def test_every_embedded_document_is_followed_by_its_spelling(read) -> None:
+    found = list(read("python-stdlib").documents)
+    assert len(found) > 600 and 0.05 < np.mean([d.held_out for d in found]) < 0.2
+    for document, spelled in zip(found[::2], found[1::2], strict=True):
+        assert spelled.text.count(" has the first letter: ") == 40 and spelled.held_out == document.held_out
