@@ -15,7 +15,7 @@ from safetensors.torch import load
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from ..cache.errors import DamagedError
+from ..cache.errors import DamagedError, UsageError
 from ..cache.files import publish, read_json, write_json
 from .loop import Training
 
@@ -38,15 +38,20 @@ def save_checkpoint(training: Training, folder: Path, step: int) -> None:
     data = to_safetensors({n: t.contiguous().cpu() for n, t in tensors_of(training).items()})
     publish(target / "state.safetensors", data)
     write_json(target / "state.json", {"format": FORMAT, "step": step, "sha256": hashlib.sha256(data).hexdigest()})
-    for old in sorted((folder / "checkpoints").glob("step-*"))[:-KEPT]:
+    everything = sorted((folder / "checkpoints").glob("step-*"))
+    passed_over = [path for path in everything if path.name > target.name]  # or they would push out the whole ones
+    for old in [*passed_over, *[path for path in everything if path.name <= target.name][:-KEPT]]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
-    """The step and the tensors; DamagedError when they are not what was written."""
+    """The step and the tensors; DamagedError when they are not what was written, UsageError for another version's."""
     record: dict[str, Any] = read_json(path / "state.json")
     if record.get("format") != FORMAT:
-        raise DamagedError(f"{path} has format {record.get('format')}; this version reads {FORMAT}.")
+        raise UsageError(
+            f"{path} is a checkpoint of format {record.get('format')}; this version reads {FORMAT}. "
+            "Go on with the version that wrote it, or remove it to begin again."
+        )
     try:
         data = (path / "state.safetensors").read_bytes()
     except OSError as error:
@@ -57,13 +62,22 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
 
 
 def restore(training: Training, folder: Path, tell: Callable[[str], None]) -> int:
-    """Load the newest whole checkpoint; returns how many steps were taken, 0 without one."""
+    """Load the newest whole checkpoint; returns how many steps were taken, 0 without one.
+
+    Raises UsageError when it is another version's: beginning again in silence would throw training away.
+    """
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
             step, tensors = read_checkpoint(path)
         except DamagedError as error:
             tell(f"The checkpoint {path.name} is passed over: {error}")
             continue
+        shapes = {name: t.shape for name, t in tensors_of(training).items()}
+        if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+            raise UsageError(
+                f"{path} is a checkpoint of other parts than this version builds. "
+                "Go on with the version that wrote it, or remove the run to begin again."
+            )
         load_into(training, tensors)
         return step
     return 0

@@ -11,10 +11,10 @@ from .step import Step
 
 
 class Training:
-    """One variant being trained: what has to survive a restart besides its weights is here."""
+    """One variant being trained on the device it is on: what has to survive a restart besides its weights is here."""
 
     def __init__(self, variant: Variant, steps: int, device: str) -> None:
-        self.variant, self.steps, self.device = variant.to(device), steps, device
+        self.variant, self.steps, self.device = variant, steps, device
         self.i = torch.zeros((), dtype=torch.int64, device=device)
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
         self.optimizer = make_optimizer(variant, device)
@@ -72,8 +72,8 @@ class Training:
 
     def take_metrics(self) -> dict[str, float]:
         """Means over the steps since the last call, and the mechanisms' scalars as they are. Reads from the device."""
-        metrics = {name: float(total) / self.count for name, total in self.seen.items()}
-        metrics |= {name: float(value) for name, value in self.variant.scalars().items()}
+        metrics = {name: total.item() / self.count for name, total in self.seen.items()}
+        metrics |= {name: value.item() for name, value in self.variant.scalars().items()}
         self.seen, self.count = {}, 0
         return metrics
 

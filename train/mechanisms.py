@@ -80,6 +80,60 @@ def forget(step: Step, index_N: Tensor) -> None:
                 moment.index_fill_(dimension, index_N, 0.0)
 
 
+class Resample(Mechanism):
+    """Dead latents restart on tokens that are badly reconstructed (Bricken et al. 2023).
+
+    Every `every` steps until step `until`, each dead latent takes the direction v = x - b_dec of a token drawn with
+    probability ~ loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean norm of the encoder of the others, b_enc,i
+    = 0, and Adam forgets it. No token is drawn twice at once; dead latents beyond the batch wait for the next time.
+    """
+
+    restarts: Tensor  # () int64, in all
+    generator_state: Tensor  # uint8
+
+    def __init__(self, dead: DeadLatents, every: int, until: int) -> None:
+        super().__init__()
+        self.dead, self.every, self.until = dead, every, until
+        self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        self.register_buffer("generator_state", generator.get_state())
+
+    def silent(self) -> Tensor:
+        """Which latents are dead now, bool (F)."""
+        return self.dead.since_F >= self.dead.after_tokens
+
+    def between(self, step: Step) -> None:
+        if int(step.i) <= self.until:
+            self.restart(step, self.silent().nonzero().squeeze(1))
+
+    def restart(self, step: Step, index_N: Tensor) -> Tensor:
+        """Restart these latents on tokens of the batch; returns those that got one."""
+        sae = step.sae
+        chance_B = step.error_BD.square().sum(1).double().square().nan_to_num(0.0, 0.0, 0.0).cpu()
+        index_N = index_N[: int((chance_B > 0).sum())]
+        if not len(index_N):
+            return index_N
+        generator = torch.Generator()
+        generator.set_state(self.generator_state.cpu())
+        token_N = torch.multinomial(chance_B, len(index_N), generator=generator).to(index_N.device)
+        self.generator_state.copy_(generator.get_state())
+
+        direction_ND = step.x_BD[token_N] - sae.b_dec
+        direction_ND = direction_ND / direction_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        others_F = torch.ones(sae.d_sae, dtype=torch.bool, device=index_N.device).index_fill(0, index_N, False)
+        norm = sae.W_enc[:, others_F].norm(dim=0).mean() if others_F.any() else sae.W_enc.norm(dim=0).mean()
+        sae.W_dec.data[index_N] = direction_ND
+        sae.W_enc.data[:, index_N] = (0.2 * norm * direction_ND).T
+        sae.b_enc.data[index_N] = 0
+        forget(step, index_N)
+        self.dead.since_F[index_N] = 0
+        self.restarts += len(index_N)
+        return index_N
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"resampled": self.restarts}
+
+
 class Threshold(Mechanism):
     """The threshold of a BatchTopK follows the smallest latent that its batches keep, t <- t + rate (min - t).
 

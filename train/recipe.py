@@ -9,8 +9,10 @@ registry is read by the command line, the tests and the loader.
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +65,18 @@ class Optimization:
         return self.lr * up * down
 
     def problems(self, steps: int) -> Iterator[str]:
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             yield f"lr={self.lr} is not positive."
-        if self.warmup_steps(steps) > steps:
-            yield f"warmup={self.warmup} is longer than the run of {steps} steps."
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} is no decay rate: give 0 to below 1."
+        for name in ("eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield f"{name}={getattr(self, name)} is negative or not finite."
+        if self.clip is not None and not self.clip > 0:
+            yield f"clip={self.clip} would stop every step: give a positive norm, or none."
+        if not 0 <= self.warmup_steps(steps) <= steps:
+            yield f"warmup={self.warmup} is negative or longer than the run of {steps} steps."
         if not 0 <= self.decay_start <= 1:
             yield f"decay_start={self.decay_start} is no share of the run; give 0 to 1."
         if self.normalize not in ("unit_ms", "none"):
@@ -168,28 +178,24 @@ class Recipe:
 
     def make(self, setting: Setting, given: Mapping[str, Any]) -> Variant:
         """Build the variant with some options given. UsageError lists everything that is wrong with them, at once."""
-        own = self.options
-        shared = {f.name for f in fields(Optimization)}
+        own, kinds = self.options, self.kinds()
         problems = [
-            f"{name} is no option of {self.name}{did_you_mean(name, [*own, *shared])}"
-            for name in given
-            if name not in own and name not in shared
+            f"{name} is no option of {self.name}{did_you_mean(name, kinds)}" for name in given if name not in kinds
         ]
-        problems += [
-            f"{name}={given[name]!r} is no {kind}."
-            for name, kind in self.kinds().items()
-            if name in given and not fits(given[name], kind)
-        ]
+        unfit = [name for name in given if name in kinds and not fits(given[name], kinds[name])]
+        problems += [f"{name}={given[name]!r} is no {kinds[name]}." for name in unfit]
+        understood = {name: value for name, value in given.items() if name in kinds and name not in unfit}
+        shared = {name: value for name, value in understood.items() if name not in own}
+        problems += Optimization(**shared).problems(setting.steps)
         if setting.d_sae < 1:
             problems.append(f"the width {setting.d_sae} is not positive.")
-        k = given.get("k", own.get("k"))
-        if not problems and k is not None and not 0 < k <= setting.d_sae:
+        elif (k := understood.get("k", own.get("k"))) is not None and not 0 < k <= setting.d_sae:
             problems.append(
                 f"k={k} latents cannot be kept of {setting.d_sae}: give 1 to {setting.d_sae}, or a larger --width."
             )
         if not problems:
-            variant = self.build(setting, **{k: v for k, v in given.items() if k in own})
-            variant.optimization = replace(variant.optimization, **{k: v for k, v in given.items() if k in shared})
+            variant = self.build(setting, **{name: value for name, value in understood.items() if name in own})
+            variant.optimization = replace(variant.optimization, **shared)
             problems += variant.optimization.problems(setting.steps)
         if problems:
             raise UsageError(f"The variant {self.name} cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
@@ -223,6 +229,28 @@ def recipe(
         return build
 
     return register
+
+
+def at_width(count: float, width: int) -> float:
+    """A count that a paper gives at its width of 2304, at another: the same share of the width."""
+    return count * width / 2304
+
+
+def one_of(option: str, value: str, known: Iterable[str]) -> str:
+    """The value, when it is a known one; UsageError lists those."""
+    if value not in known:
+        raise UsageError(f"{option}={value} is unknown: {', '.join(known)}.")
+    return value
+
+
+def ablation(name: str, of: Build, summary: str, about: dict[str, Any], *idle: str, **fixed: Any) -> None:
+    """Register `of` with some options fixed. Those, and the ones that are idle then, are no longer options."""
+    build = partial(of, **fixed)
+    signature = inspect.signature(of)
+    open_ = [p for p in signature.parameters.values() if p.name not in {*idle, *fixed}]
+    build.__signature__ = signature.replace(parameters=open_)  # type: ignore[attr-defined]
+    build.__doc__ = summary
+    recipe(name, **about)(build)
 
 
 def find_recipe(name: str) -> Recipe:

@@ -95,34 +95,42 @@ class Run:
 
 
 def plan(request: Request) -> list[Run]:
-    """The runs asked for, each checked and with its folder; nothing is written. UsageError names what is wrong."""
+    """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong."""
     if request.resume:
         return [resumed(folder, request) for folder in request.resume]
-    recipes = [find_recipe(name) for name in request.variants]
+    recipes = [find_recipe(name) for name in dict.fromkeys(request.variants)]
     given = parse_options(request.options, recipes)
-    runs = []
-    for layer in request.layers:
+    runs, problems = [], []
+    for layer in dict.fromkeys(request.layers):
         cache = open_cache(request.cache) if request.cache else find_cache(request.model, layer)
         d_in = cache.array(cache.require(layer)).shape[1]
         for recipe in recipes:
-            batch_size = request.batch_size or recipe.batch_size
-            if batch_size < 1:
-                raise UsageError(f"--batch-size {batch_size} is not positive.")
-            steps = (
-                request.steps
-                if request.steps is not None
-                else Plan(cache.chunk_rows(layer), batch_size, 0).batches_per_epoch
-            )
-            if steps < 1:
-                raise UsageError(f"--steps {steps} would train nothing.")
-            setting = Setting(d_in, width_of(request.width, recipe, d_in), steps, batch_size)
-            with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
-                recipe.make(setting, given[recipe.name])
-            for seed in request.seeds:
+            try:
+                setting = setting_of(request, recipe, cache.chunk_rows(layer), d_in)
+                with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
+                    recipe.make(setting, given[recipe.name])
+            except UsageError as error:
+                problems.append(str(error))
+                continue
+            for seed in dict.fromkeys(request.seeds):
                 run = Run(recipe, given[recipe.name], layer, seed, request.order_seed, setting, cache)
                 run.folder = (request.out or home() / "runs") / run.default_name()
                 runs.append(run)
+    if problems:
+        raise UsageError("\n".join(dict.fromkeys(problems)))
     return runs
+
+
+def setting_of(request: Request, recipe: Recipe, chunk_rows: list[int], d_in: int) -> Setting:
+    """The sizes of a run: what was asked for, else the recipe's, and one epoch."""
+    batch_size = recipe.batch_size if request.batch_size is None else request.batch_size
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is not positive.")
+    epoch = Plan(chunk_rows, batch_size, 0).batches_per_epoch
+    steps = epoch if request.steps is None else request.steps
+    if steps < 1:
+        raise UsageError(f"--steps {steps} would train nothing.")
+    return Setting(d_in, width_of(request.width, recipe, d_in), steps, batch_size)
 
 
 def resumed(folder: Path, request: Request) -> Run:
@@ -130,13 +138,10 @@ def resumed(folder: Path, request: Request) -> Run:
     if not (folder / "run.json").exists():
         raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
     fixed = {
-        "--variant": request.variants,
-        "--steps": request.steps,
-        "--width": request.width,
-        "--batch-size": request.batch_size,
-        "--set": request.options,
-    }
-    changed = [flag for flag, value in fixed.items() if value]
+        "--variant": "variants", "--layer": "layers", "--seed": "seeds", "--model": "model", "--steps": "steps", "--width": "width",
+        "--batch-size": "batch_size", "--set": "options", "--order-seed": "order_seed", "--out": "out",
+    }  # fmt: skip
+    changed = [flag for flag, name in fixed.items() if getattr(request, name) != getattr(Request(), name)]
     if changed:
         raise UsageError(
             f"{', '.join(changed)} cannot change a run that has begun. Leave them out to go on with {folder}, or start a new run."
@@ -160,7 +165,7 @@ def width_of(asked: str | None, recipe: Recipe, d_in: int) -> int:
     try:
         unit = {"x": d_in, "k": 1024}.get(asked[-1:].lower())
         return round(float(asked[:-1]) * unit) if unit else int(asked)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UsageError(
             f"--width {asked} is no width: give a number such as 2304, 16k, or 8x for eight times d_in."
         ) from None

@@ -29,6 +29,7 @@ class Activation(nn.Module):
 
     registry: ClassVar[dict[str, type["Activation"]]] = {}
     name: ClassVar[str]
+    sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD): a router does
 
     def __init_subclass__(cls, *, name: str) -> None:
         if name in Activation.registry:
@@ -44,6 +45,9 @@ class Activation(nn.Module):
 
     def rescale_(self, factor: float) -> None:
         """Make act(factor * z) = factor * act_before(z). Nothing to do where that holds already."""
+
+    def recenter_(self, mean_D: Tensor) -> None:
+        """Make act(z, x) = act_before(z, x - mean). Nothing to do for what does not see the input."""
 
 
 class ReLU(Activation, name="relu"):
@@ -116,14 +120,19 @@ class SAE(nn.Module):
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         return x_BD @ self.W_enc + bias_F
 
+    def activate(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
+        for link in self.activation:
+            z_BF = link(z_BF, x_BD) if link.sees_input else link(z_BF)
+        return z_BF
+
     def forward(self, x_BD: Tensor) -> Pass:
         pre_BF = self.pre_activations(x_BD)
-        f_BF = self.activation(pre_BF)
+        f_BF = self.activate(pre_BF, x_BD)
         return Pass(pre_BF, f_BF, self.decode(f_BF))
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Latents (..., d_sae) of activations (..., d_in)."""
-        return self.activation(self.pre_activations(x_BD))
+        return self.activate(self.pre_activations(x_BD), x_BD)
 
     def decode(self, f_BF: Tensor) -> Tensor:
         """Activations (..., d_in) from latents (..., d_sae)."""
@@ -141,6 +150,7 @@ def folded(sae: SAE, scale: float, mean_D: Tensor) -> SAE:
     raw.b_enc.copy_(scale * sae.b_enc - (0 if sae.pre_bias else mean_D @ sae.W_enc))
     for link in raw.activation:
         link.rescale_(scale)  # type: ignore[operator]
+        link.recenter_(mean_D)  # type: ignore[operator]
     return raw.eval()
 
 
@@ -171,7 +181,7 @@ def save_sae(sae: SAE, folder: Path, origin: dict[str, Any]) -> None:
     """Write sae.safetensors and then sae.json. `origin`: model, layer and cache, for evaluation."""
     publish(
         folder / "sae.safetensors",
-        to_safetensors({k: v.detach().float().contiguous().cpu() for k, v in sae.state_dict().items()}),
+        to_safetensors({k: v.detach().contiguous().cpu() for k, v in sae.state_dict().items()}),
     )
     publish(folder / "sae.json", (json.dumps({**spec_of(sae), "origin": origin}, indent=2) + "\n").encode())
 

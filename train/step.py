@@ -68,6 +68,9 @@ class Mechanism(nn.Module):
     def calibrate(self, step: Step) -> None:
         """Training is over: called for a few more batches, forward only, by mechanisms that settle a number then."""
 
+    def export(self, sae: SAE) -> None:
+        """The run is over: bring the copy that will be saved, already folded, into its public form."""
+
     def restored(self) -> None:
         """The buffers were loaded or moved: derive what is kept beside them."""
 

@@ -15,8 +15,8 @@ import torch
 
 from ..cache.batches import Batches
 from ..cache.device import best_device
-from ..cache.errors import Interrupted, SaeError
-from ..cache.files import one_writer, sweep, write_json
+from ..cache.errors import Interrupted, SaeError, UsageError
+from ..cache.files import one_writer, read_json, sweep, write_json
 from .checkpoint import restore, save_checkpoint
 from .loop import Training, bfloat16_products, train
 from .recipe import Variant
@@ -74,8 +74,9 @@ class RunTraining(Training):
 def begin(run: Run, device: str, report: Report) -> tuple[RunTraining, int]:
     """Build a run's variant, load its newest checkpoint if it has one; returns how many steps were taken."""
     sweep(run.folder)
-    training, taken = RunTraining(run, build(run), device), 0
+    training, taken = RunTraining(run, build(run).to(device), device), 0
     if (run.folder / "run.json").exists():
+        check_defaults(run, training.variant)
         taken = restore(training, run.folder, report.say)
         if taken:
             report.say(f"{run.name} goes on from step {taken}.")
@@ -105,6 +106,19 @@ def record_of(run: Run, variant: Variant) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("sae-pipeline", "torch", "numpy", "safetensors", "zarr")},
         "threads": torch.get_num_threads(),
     }
+
+
+def check_defaults(run: Run, variant: Variant) -> None:
+    """The folder's name holds the options that were given; the defaults of the others can change with the version."""
+    begun, now = read_json(run.folder / "run.json")["resolved"], record_of(run, variant)["resolved"]
+    changed = [
+        f"{name} {value} then, {now[name]} now" for name, value in begun.items() if now.get(name, value) != value
+    ]
+    if changed:
+        raise UsageError(
+            f"{run.folder} was begun with other options ({'; '.join(changed)}). "
+            "Go on with the version that began it, or start a new run with --out."
+        )
 
 
 class Stream:
@@ -137,7 +151,9 @@ class Stream:
                 save_checkpoint(training, training.run.folder, count)
         if stop and self.active:
             folders = " ".join(f"--resume {training.run.folder}" for training in self.active)
-            raise Interrupted(f"Stopped after step {count}; everything is saved. Go on with: sae train {folders}")
+            raise Interrupted(
+                f"Stopped after step {count}; everything is saved. The same command goes on, and so does: sae train {folders}"
+            )
         return not self.active
 
     def _give_up_the_failed(self) -> None:
@@ -185,7 +201,11 @@ def finish(training: RunTraining) -> None:
         "fingerprint": run.cache.attributes["fingerprint"],
         "context": run.cache.identity["context"],
     }
-    save_sae(folded(variant.sae, float(variant.scale), variant.mean_D), run.folder, origin)
+    sae = folded(variant.sae, float(variant.scale), variant.mean_D)
+    with torch.no_grad():
+        for mechanism in variant.mechanisms:
+            mechanism.export(sae)
+    save_sae(sae, run.folder, origin)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .mechanisms import DeadLatents
+from .recipe import one_of
 from .step import Step, Term
 
 
@@ -50,4 +51,10 @@ class AuxK(Term):
         error = (residual_BD - model_BD).square().sum()
         variance = (residual_BD - residual_BD.mean(0)).square().sum()
         share = (real_A.sum() / self.k_aux).clamp(max=1.0)
-        return share * torch.nan_to_num(error / variance, nan=0.0, posinf=0.0)
+        # A residual without variance (a batch of one) has no share to explain: 0, and so is the gradient.
+        return share * error / torch.where(variance > 0, variance, torch.inf)
+
+
+def reconstruction_weight(reconstruction: str, d_in: int) -> float:
+    """The squared error is summed over d_in, or its mean over d_in, which makes a penalty d_in times as strong."""
+    return 1.0 if one_of("reconstruction", reconstruction, ("sum", "mean")) == "sum" else 1 / d_in

@@ -1,0 +1,120 @@
+"""A cache of sparse combinations of known directions, and trainings on it without a run folder."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sae.cache.batches import Batches
+from sae.cache.contexts import Contexts
+from sae.cache.layout import Layout
+from sae.cache.reader import Cache, open_cache
+from sae.cache.writer import Writer
+from sae.train.loop import Training
+from sae.train.recipe import Setting, Variant, find_recipe
+
+D_IN, D_SAE, BATCH, ROWS, WINDOW = 32, 512, 64, 4096, 1024
+
+
+def sparse_rows(seed: int, rows: int = ROWS) -> torch.Tensor:
+    """Rows (rows, D_IN): about four of 64 unit atoms with positive weights, on a mean that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    atoms_FD = torch.nn.functional.normalize(torch.randn(64, D_IN, generator=generator), dim=1)
+    active_RF = torch.rand(rows, 64, generator=generator) < 4 / 64
+    weights_RF = active_RF * (1 + torch.rand(rows, 64, generator=generator))
+    return 3 * (weights_RF @ atoms_FD) + torch.randn(D_IN, generator=generator)
+
+
+def write_cache(folder: Path, seed: int) -> Cache:
+    """Layers 0 and 1 of such rows, sixteen to a context."""
+    layout = Layout(ROWS, WINDOW)
+    contexts, length = ROWS // 16, 17
+    Contexts(
+        ids=np.zeros((contexts, length), np.uint32), length=np.full(contexts, length, np.uint16),
+        document=np.arange(contexts, dtype=np.uint32), held_out=np.zeros(contexts, np.bool_),
+    ).write(folder)  # fmt: skip
+    identity = {"model": {"name": "synthetic"}, "data": {"name": f"atoms-{seed}"}, "context": length}
+    writer = Writer(folder, identity, layout, {0: D_IN, 1: D_IN})
+    bits = {layer: sparse_rows(seed + layer).bfloat16().view(torch.int16).numpy().view(np.uint16) for layer in (0, 1)}
+    for window in writer.missing():
+        rows = layout.window(window)
+        number = np.arange(rows.start, rows.stop)
+        block = {layer: np.ascontiguousarray(all_rows[rows.start : rows.stop]) for layer, all_rows in bits.items()}
+        writer.write_window(window, block, (number // 16).astype(np.uint32), (number % 16 + 1).astype(np.uint16), {})
+    writer.finish()
+    return open_cache(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small are faster on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def sparse_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """4,096 rows of width 32, layers 0 and 1. Read it; never write."""
+    return write_cache(tmp_path_factory.mktemp("activations") / "synthetic", seed=0)
+
+
+@pytest.fixture(scope="session")
+def another_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The same shape, other rows."""
+    return write_cache(tmp_path_factory.mktemp("activations") / "synthetic-1", seed=10)
+
+
+@pytest.fixture(scope="session")
+def batches(sparse_cache: Cache) -> list[torch.Tensor]:
+    """The first forty batches of layer 0."""
+    with Batches(sparse_cache, 0, BATCH) as stream:
+        return [x_BD.clone() for x_BD in islice(stream, 40)]
+
+
+@pytest.fixture
+def variant_of(sparse_cache: Cache) -> Callable[..., Variant]:
+    """A recipe by name, built with seed 0 and the cache's constants; options as keywords."""
+
+    def build(name: str, steps: int = 30, **options: object) -> Variant:
+        torch.manual_seed(0)
+        variant = find_recipe(name).make(Setting(D_IN, D_SAE, steps, BATCH), options)
+        mean_D = torch.from_numpy(sparse_cache.mean(0)).float()
+        variant.adapt(mean_D, sparse_cache.statistics(0)["mean_square_norm"])
+        return variant
+
+    return build
+
+
+@pytest.fixture
+def training_of(variant_of: Callable[..., Variant]) -> Callable[..., Training]:
+    """A training whose periodic parts act every fourth step and whose latents are dead after three silent batches.
+
+    So what a real run does every some hundred steps happens several times in thirty.
+    """
+
+    def build(name: str, steps: int = 30, **options: object) -> Training:
+        variant = variant_of(name, steps, **options)
+        variant.dead.after_tokens = 3 * BATCH
+        for mechanism in variant.mechanisms:
+            if mechanism.every:
+                mechanism.every = min(mechanism.every, 4)
+        return Training(variant, steps, "cpu")
+
+    return build
+
+
+@pytest.fixture
+def take(batches: list[torch.Tensor]) -> Callable[[Training, range], Iterator[int]]:
+    """Take the steps of a range on the first batches of the cache; yields after each."""
+
+    def steps(training: Training, numbers: range) -> Iterator[int]:
+        for number in numbers:
+            training.between(number, training.step(batches[number]))
+            yield number
+
+    return steps

@@ -1,0 +1,188 @@
+"""What holds for every registered recipe: a new one is covered on the day its file appears."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.cache.files import read_json
+from sae.train.checkpoint import restore, save_checkpoint, tensors_of
+from sae.train.loop import Training
+from sae.train.mechanisms import UnitNormDecoder
+from sae.train.recipe import RECIPES, Setting, fits
+from sae.train.run import Request, plan
+from sae.train.sae import folded, load_sae, save_sae
+from sae.train.stream import run_all
+
+every_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
+D_IN, D_SAE, BATCH, STEPS = 32, 512, 64, 12
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that differ in a bit, or that only one side has."""
+    return [
+        n for n in left.keys() | right.keys() if n not in left or n not in right or not torch.equal(left[n], right[n])
+    ]
+
+
+@every_recipe
+def test_thirty_steps_are_finite_and_rows_stay_unit(name, training_of, take) -> None:
+    training = training_of(name)
+    unit = any(isinstance(mechanism, UnitNormDecoder) for mechanism in training.variant.mechanisms)
+    before = training.variant.sae.W_enc.detach().clone()
+    for number in take(training, range(30)):
+        if unit:
+            norms_F = training.variant.sae.W_dec.norm(dim=1)
+            assert (norms_F - 1).abs().max() < 1e-6, f"after step {number}"
+    assert int(training.failed_at) == -1
+    assert [n for n, t in tensors_of(training).items() if not torch.isfinite(t).all()] == []
+    assert all(value == value for value in training.take_metrics().values())
+    assert not torch.equal(before, training.variant.sae.W_enc)
+
+
+@every_recipe
+def test_unit_norm_comes_last(name, variant_of) -> None:
+    order = [isinstance(mechanism, UnitNormDecoder) for mechanism in variant_of(name).mechanisms]
+    assert True not in order[:-1]
+
+
+@every_recipe
+def test_resume_is_exact(name, training_of, take, tmp_path: Path) -> None:
+    """20 steps = 10, a checkpoint, new objects under another random state, and 10 more."""
+    torch.manual_seed(1)
+    whole = training_of(name)
+    list(take(whole, range(20)))
+    first = training_of(name)
+    list(take(first, range(10)))
+    save_checkpoint(first, tmp_path, 10)
+    second = training_of(name)
+    torch.manual_seed(2)
+    assert restore(second, tmp_path, pytest.fail) == 10
+    assert same(tensors_of(second), tensors_of(first)) == []
+    list(take(second, range(10, 20)))
+    assert same(tensors_of(whole), tensors_of(second)) == []
+
+
+@every_recipe
+def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
+    name, training_of, take, batches, tmp_path: Path
+) -> None:
+    training = training_of(name, center=True)
+    list(take(training, range(10)))
+    variant = training.variant
+    save_sae(folded(variant.sae, float(variant.scale), variant.mean_D), tmp_path, {})
+    loaded, trained = load_sae(tmp_path), variant.sae.eval()
+    x_BD = batches[20].float()
+    with torch.no_grad():
+        f_BF = trained.encode((x_BD - variant.mean_D) / variant.scale)
+        x_hat_BD = trained.decode(f_BF)
+        torch.testing.assert_close(loaded.encode(x_BD), variant.scale * f_BF, rtol=1e-4, atol=1e-4)
+        expected = variant.scale * x_hat_BD + variant.mean_D
+        torch.testing.assert_close(loaded.decode(variant.scale * f_BF), expected, rtol=1e-4, atol=1e-4)
+    assert variant.scale > 3  # or the law would hold without folding
+
+
+@every_recipe
+def test_save_and_load_keep_every_bit(name, training_of, take, batches, tmp_path: Path) -> None:
+    training = training_of(name)
+    list(take(training, range(10)))
+    raw = folded(training.variant.sae, float(training.variant.scale), training.variant.mean_D)
+    save_sae(raw, tmp_path, {"layer": 0})
+    loaded, x_BD = load_sae(tmp_path), batches[20].float()
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(x_BD), raw.encode(x_BD))
+        assert torch.equal(loaded.decode(raw.encode(x_BD)), raw.decode(raw.encode(x_BD)))
+    assert same(loaded.state_dict(), raw.state_dict()) == []
+    assert loaded.origin == {"layer": 0}
+
+
+@every_recipe
+def test_a_token_is_coded_by_itself_after_training(name, training_of, take, batches) -> None:
+    training = training_of(name)
+    list(take(training, range(10)))
+    sae, x_BD = training.variant.sae.eval(), batches[20].float()
+    with torch.no_grad():
+        torch.testing.assert_close(sae.encode(x_BD)[:3], sae.encode(x_BD[:3]), rtol=1e-5, atol=1e-5)
+
+
+@every_recipe
+def test_a_step_reads_nothing_back_to_the_host(name) -> None:
+    """Under FakeTensorMode tensors have no values: `.item()`, `nonzero` and shapes that depend on data raise."""
+    with FakeTensorMode():
+        variant = RECIPES[name].make(Setting(D_IN, D_SAE, 100, BATCH), {})
+        variant.dead.index_A, variant.dead.real_A = torch.arange(D_SAE), torch.ones(D_SAE)  # AuxK has work to do
+        training = Training(variant, 100, "cpu")
+        for _ in range(3):
+            training.step(torch.randn(BATCH, D_IN, dtype=torch.bfloat16))
+
+
+@every_recipe
+def test_options_are_checked_without_allocating(name) -> None:
+    with torch.device("meta"):
+        variant = RECIPES[name].make(Setting(2304, 2**14, 1000, 2048), {})
+    assert variant.sae.W_dec.is_meta
+
+
+@every_recipe
+def test_defaults_are_of_the_type_they_are_annotated_with(name) -> None:
+    kinds = RECIPES[name].kinds()
+    assert [k for k, default in RECIPES[name].options.items() if not fits(default, kinds[k])] == []
+    assert RECIPES[name].summary and RECIPES[name].paper
+
+
+@pytest.fixture(scope="module")
+def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of all recipes, trained on one stream with the command's own code."""
+    request = Request(
+        sorted(RECIPES), layers=[0], cache=sparse_cache.folder, steps=STEPS, batch_size=BATCH, width="16x", device="cpu",
+        out=tmp_path_factory.mktemp("together"), checkpoint_every=6,
+    )  # fmt: skip
+    runs = plan(request)
+    run_all(runs, request)
+    return {run.recipe.name: run.folder for run in runs}
+
+
+@every_recipe
+def test_on_one_stream_a_variant_is_what_it_is_alone(name, together, sparse_cache, tmp_path: Path) -> None:
+    request = Request(
+        [name],
+        layers=[0],
+        cache=sparse_cache.folder,
+        steps=STEPS,
+        batch_size=BATCH,
+        width="16x",
+        device="cpu",
+        out=tmp_path,
+    )
+    (run,) = plan(request)
+    run_all([run], request)
+    for file in ("sae.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
+        assert (run.folder / file).read_bytes() == (together[name] / file).read_bytes(), file
+
+
+@every_recipe
+def test_a_run_without_its_end_goes_on_from_its_checkpoint(name, together, sparse_cache, tmp_path: Path) -> None:
+    """The run folder as a kill after step 6 leaves it, and the same command again."""
+    folder = tmp_path / together[name].name
+    shutil.copytree(together[name], folder)
+    (folder / "sae.json").unlink()
+    (folder / "sae.safetensors").unlink()
+    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
+    request = Request(
+        [name],
+        layers=[0],
+        cache=sparse_cache.folder,
+        steps=STEPS,
+        batch_size=BATCH,
+        width="16x",
+        device="cpu",
+        out=tmp_path,
+    )
+    (run,) = plan(request)
+    assert run.folder == folder
+    run_all([run], request)
+    assert (folder / "sae.safetensors").read_bytes() == (together[name] / "sae.safetensors").read_bytes()
+    assert read_json(folder / "sae.json") == read_json(together[name] / "sae.json")

@@ -1,0 +1,368 @@
+"""Runs from request to folder: what is refused, what survives a kill, a signal, damage and a batch of infinities."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sae.cache.batches import Plan
+from sae.cache.chunks import write_chunk
+from sae.cache.errors import Interrupted, SaeError, UsageError
+from sae.cache.files import read_json
+from sae.cache.reader import open_cache
+from sae.train.checkpoint import restore, save_checkpoint, tensors_of
+from sae.train.run import Request, plan
+from sae.train.sae import load_sae
+from sae.train.stream import Report, run_all
+
+NAMES = ["batchtopk", "decorrelation", "relu", "topk"]
+
+
+def request_of(cache, *variants: str, **changes) -> Request:
+    """Twelve steps of 64 tokens, a checkpoint after every fourth."""
+    settings = dict(
+        layers=[0],
+        cache=cache.folder,
+        steps=12,
+        batch_size=64,
+        width="128",
+        device="cpu",
+        checkpoint_every=4,
+        log_every=2,
+    )
+    return Request(list(variants), **settings | changes)
+
+
+def train(request: Request, report: Report | None = None) -> list[Path]:
+    runs = plan(request)
+    run_all(runs, request, report or Report())
+    return [run.folder for run in runs]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return [path.name for path in sorted((folder / "checkpoints").glob("*"))]
+
+
+def test_a_run_folder_holds_what_a_reader_needs(sparse_cache) -> None:
+    (folder,) = train(request_of(sparse_cache, "batchtopk", options=["k=4"]))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert lines[-1]["tokens"] == 12 * 64 and {"loss", "mse", "aux", "l0", "dead", "threshold"} <= lines[0].keys()
+    assert all(line["l0"] == 4 for line in lines)
+    assert checkpoints(folder) == ["step-00000008", "step-00000012"]  # the last two
+    record = read_json(folder / "run.json")
+    assert (record["options"], record["resolved"]["k"], record["steps"]) == ({"k": 4}, 4, 12)
+    sae = load_sae(folder)
+    assert (sae.d_in, sae.d_sae, sae.origin["hook_name"]) == (32, 128, "blocks.0.hook_resid_post")
+    assert float(sae.activation[0].threshold) > 0
+
+
+def test_the_same_command_does_not_train_twice(sparse_cache) -> None:
+    request, said = request_of(sparse_cache, "relu"), []
+    (folder,) = train(request)
+    before = (folder / "sae.safetensors").stat().st_mtime_ns
+    assert train(request, Report(say=said.append)) == [folder]
+    assert said == [f"{folder} is trained already."]
+    assert (folder / "sae.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_is_asked_for_twice_is_trained_once(sparse_cache) -> None:
+    assert len(plan(request_of(sparse_cache, "relu", "relu", seeds=[0, 0, 1], layers=[0, 0]))) == 2
+
+
+def test_layers_seeds_and_batch_sizes_are_streams_of_their_own(sparse_cache, tmp_path: Path) -> None:
+    """Two layers and two seeds at once give the bits of one of them alone; seeds and layers differ."""
+    folders = train(request_of(sparse_cache, "relu", layers=[0, 1], seeds=[0, 1]))
+    (alone,) = train(request_of(sparse_cache, "relu", layers=[1], seeds=[1], out=tmp_path / "alone"))
+    weights = [(folder / "sae.safetensors").read_bytes() for folder in folders]
+    assert weights[3] == (alone / "sae.safetensors").read_bytes()
+    assert len(set(weights)) == 4
+
+
+# --- what stops a run, and going on ------------------------------------------------------------------------------
+
+
+def command(cache, out: Path) -> list[str]:
+    variants = [word for name in NAMES for word in ("--variant", name)]
+    return [
+        sys.executable, "-m", "sae.cli", "train", *variants, "--layer", "0", "--cache", str(cache.folder), "--steps", "120",
+        "--batch-size", "64", "--width", "128", "--checkpoint-every", "10", "--out", str(out),
+    ]  # fmt: skip
+
+
+def wait_for_checkpoint(process: subprocess.Popen, out: Path, at_least: int) -> None:
+    """Until every run of the stream has a whole checkpoint of that step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list(out.glob(f"*/checkpoints/step-{at_least:08d}/state.json"))) == len(NAMES):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint {at_least} of all: {process.communicate()}")
+
+
+def test_a_stream_that_is_killed_and_then_stopped_ends_as_one_that_was_not(sparse_cache, tmp_path: Path) -> None:
+    """120 steps = some, SIGKILL, some more, SIGTERM, and the rest, each in a process of its own. Bit for bit."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    said = ""
+    for at_least, number in ((10, signal.SIGKILL), (40, signal.SIGTERM)):
+        process = subprocess.Popen(command(sparse_cache, stopped), env=environment, stderr=subprocess.PIPE, text=True)
+        wait_for_checkpoint(process, stopped, at_least)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "everything is saved" in said and f"sae train --resume {stopped}" in said
+    runs = {}
+    for out in (whole, stopped):
+        request = request_of(sparse_cache, *NAMES, steps=120, checkpoint_every=10, log_every=60, out=out)
+        runs[out] = {folder.name: folder for folder in train(request)}
+    assert runs[whole].keys() == runs[stopped].keys() and len(runs[whole]) == len(NAMES)
+    for name, folder in runs[whole].items():
+        for file in ("sae.safetensors", "checkpoints/step-00000120/state.safetensors"):
+            assert (runs[stopped][name] / file).read_bytes() == (folder / file).read_bytes(), (name, file)
+
+
+def test_a_stop_request_saves_and_names_the_command_that_goes_on(sparse_cache, tmp_path: Path) -> None:
+    request = request_of(sparse_cache, "relu", "topk", out=tmp_path / "stopped", log_every=1)
+    whole = train(request_of(sparse_cache, "relu", "topk", out=tmp_path / "whole"))
+
+    def press(number: int, *_: object) -> None:
+        if number == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    runs = plan(request)
+    with pytest.raises(Interrupted, match="Stopped after step 7; everything is saved") as stopped:
+        run_all(runs, request, Report(step=press))
+    folders = [run.folder for run in runs]
+    assert stopped.value.exit_code == 130
+    assert all(f"--resume {folder}" in str(stopped.value) for folder in folders)
+    assert [checkpoints(folder)[-1] for folder in folders] == ["step-00000007"] * 2
+    train(Request(resume=folders, device="cpu"))
+    for left, right in zip(folders, whole, strict=True):
+        assert (left / "sae.safetensors").read_bytes() == (right / "sae.safetensors").read_bytes()
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(sparse_cache) -> None:
+    request = request_of(sparse_cache, "batchtopk")
+    (folder,) = train(request)
+    weights = (folder / "sae.safetensors").read_bytes()
+    (folder / "sae.json").unlink()
+    (folder / "sae.safetensors").unlink()
+    (folder / "metrics.jsonl").open("a").write('{"step": 12, "lo')  # cut off by the kill
+    train(request)
+    assert (folder / "sae.safetensors").read_bytes() == weights
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "bad json", "no json", "no tensors"])
+def test_a_damaged_checkpoint_is_passed_over_and_does_not_outlive_the_next(
+    sparse_cache, tmp_path: Path, damage: str
+) -> None:
+    request, said = request_of(sparse_cache, "relu"), []
+    (folder,) = train(request)
+    weights = (folder / "sae.safetensors").read_bytes()
+    (folder / "sae.json").unlink()
+    newest = folder / "checkpoints" / "step-00000012"
+    data = (newest / "state.safetensors").read_bytes()
+    if damage == "truncated":
+        (newest / "state.safetensors").write_bytes(data[:-100])
+    elif damage == "flipped":
+        (newest / "state.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "bad json":
+        (newest / "state.json").write_text('{"format": 1, "st')
+    elif damage == "no json":
+        (newest / "state.json").unlink()
+    else:
+        (newest / "state.safetensors").unlink()
+    train(request, Report(say=said.append))
+    assert "step-00000012 is passed over" in said[0] and said[1] == f"{folder.name} goes on from step 8."
+    assert (folder / "sae.safetensors").read_bytes() == weights
+
+
+def test_checkpoints_of_an_abandoned_future_do_not_push_out_whole_ones(training_of, tmp_path: Path) -> None:
+    """Two damaged ones with higher numbers, and one that is written now: it must stay."""
+    training = training_of("relu")
+    for step in (900, 1000):
+        save_checkpoint(training, tmp_path, step)
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "state.json").unlink()
+    save_checkpoint(training, tmp_path, 50)
+    assert restore(training, tmp_path, pytest.fail) == 50
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_kept(sparse_cache) -> None:
+    request = request_of(sparse_cache, "relu")
+    (folder,) = train(request)
+    (folder / "sae.json").unlink()
+    state = folder / "checkpoints" / "step-00000012" / "state.json"
+    state.write_text(json.dumps(read_json(state) | {"format": 99}))
+    with pytest.raises(UsageError, match="checkpoint of format 99; this version reads 1"):
+        train(request)
+    assert state.exists()
+
+
+def test_a_checkpoint_of_other_parts_is_refused(training_of, tmp_path: Path) -> None:
+    save_checkpoint(training_of("relu"), tmp_path, 3)
+    with pytest.raises(UsageError, match="checkpoint of other parts"):
+        restore(training_of("batchtopk"), tmp_path, pytest.fail)
+
+
+def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(training_of, batches) -> None:
+    training = training_of("batchtopk")
+    training.step(batches[0])
+    names = set(tensors_of(training))
+    assert {"i", "failed_at", "variant.scale", "variant.mean_D", "variant.sae.activation.0.threshold"} <= names
+    assert {f"optimizer.sae.{p}.{key}" for p in ("W_enc", "W_dec", "b_enc", "b_dec") for key in ("step", "exp_avg", "exp_avg_sq")} <= names  # fmt: skip
+
+
+def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse_cache, tmp_path: Path) -> None:
+    """A row of the cache is made infinite; it is met at a known step. The checkpoint before it is kept, and the exit is 1."""
+    folder = tmp_path / "cache"
+    shutil.copytree(sparse_cache.folder, folder)
+    cache = open_cache(folder)
+    piece = Plan(cache.chunk_rows(0), 64, 0).pieces(9)[5]
+    bits = cache.chunk("layer_00", piece.chunk).copy()
+    bits[piece.start, 3] = torch.tensor(math.inf, dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    file, record = write_chunk(folder, cache.array("layer_00"), piece.chunk, bits)
+    manifest = read_json(folder / "manifest.json")
+    manifest["files"][file] = record  # whole and as recorded: only the values are bad
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said: list[str] = []
+    request = request_of(open_cache(folder), "relu", "topk", out=tmp_path / "runs")
+    runs = plan(request)
+    with pytest.raises(SaeError, match=r"not finite at step 9 \(batch 9 of order seed 0\)") as failed:
+        run_all(runs, request, Report(say=said.append))
+    assert failed.value.exit_code == 1 and "--set relu.lr=" in str(failed.value) and len(said) == 2
+    for run in runs:
+        assert checkpoints(run.folder) == ["step-00000004", "step-00000008"] and not run.done
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(sparse_cache, tmp_path: Path) -> None:
+    (alone,) = train(request_of(sparse_cache, "topk", out=tmp_path / "alone"))
+    request = request_of(sparse_cache, "relu", "topk", out=tmp_path / "both", options=["relu.lr=1e30", "relu.warmup=0"])
+    runs = plan(request)
+    with pytest.raises(SaeError, match="relu.*not finite at step") as failed:
+        run_all(runs, request)
+    assert "topk" not in str(failed.value)
+    assert not runs[0].done and runs[1].done
+    assert (runs[1].folder / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def refusal(cache, *variants: str, **changes) -> str:
+    """The sentence, and that nothing was written."""
+    with pytest.raises(UsageError) as refused:
+        plan(request_of(cache, *variants, **changes))
+    assert not Path("runs").exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"options": ["kk=3"]}, "kk is no option of topk; did you mean k?"),
+        ({"options": ["k=three"]}, "k='three' is no int."),
+        ({"options": ["k=3.5"]}, "k=3.5 is no int."),
+        ({"options": ["k=true"]}, "k=True is no int."),
+        ({"options": ["k=0"]}, "k=0 latents cannot be kept of 128: give 1 to 128"),
+        ({"options": ["k=129"]}, "k=129 latents cannot be kept of 128: give 1 to 128"),
+        ({"options": ["lr=0"]}, "lr=0 is not positive."),
+        ({"options": ["lr=nan"]}, "lr=nan is not positive."),
+        ({"options": ["warmup=13"]}, "warmup=13 is negative or longer than the run of 12 steps."),
+        ({"options": ["beta2=1.0"]}, "beta2=1.0 is no decay rate"),
+        ({"options": ["weight_decay=-1"]}, "weight_decay=-1 is negative"),
+        ({"options": ["clip=0"]}, "clip=0 would stop every step"),
+        ({"options": ["decay_start=2"]}, "decay_start=2 is no share of the run"),
+        ({"options": ["normalize=rms"]}, "normalize=rms is unknown: unit_ms or none."),
+        ({"options": ["b_dec_init=median"]}, "b_dec_init=median is unknown: mean or zero."),
+        ({"options": ["k"]}, "--set k has no value"),
+        ({"options": ["relu.l1=1"]}, "relu is not among the variants topk"),
+        ({"width": "0"}, "the width 0 is not positive."),
+        ({"width": "wide"}, "--width wide is no width"),
+        ({"width": "infx"}, "--width infx is no width"),
+        ({"steps": 0}, "--steps 0 would train nothing."),
+        ({"batch_size": 0}, "--batch-size 0 is not positive."),
+        ({"batch_size": 5000}, "fewer than one batch of 5,000"),
+        ({"layers": [7]}, "holds layers [0, 1], not 7"),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_refused_with_a_sentence(sparse_cache, changes: dict, sentence: str) -> None:
+    assert sentence in refusal(sparse_cache, "topk", **changes)
+
+
+def test_an_unknown_variant_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="no variant 'topkk'; did you mean topk?"):
+        plan(Request(["topkk"]))
+
+
+def test_everything_that_is_wrong_is_said_at_once(sparse_cache) -> None:
+    said = refusal(
+        sparse_cache,
+        "topk",
+        "relu",
+        options=["topk.k=1000", "lr=0", "warmup=99", "topk.aux=x", "relu.l1_warm=1", "beta1=2"],
+    )
+    for sentence in (
+        "The variant topk cannot be built", "k=1000 latents cannot be kept", "lr=0 is not positive", "warmup=99 is negative or longer",
+        "aux='x' is no float", "beta1=2 is no decay rate", "The variant relu cannot be built", "l1_warm is no option of relu; did you mean l1_warmup?",
+    ):  # fmt: skip
+        assert sentence in said
+
+
+def test_a_bare_option_goes_to_the_variants_that_have_it(sparse_cache) -> None:
+    runs = plan(request_of(sparse_cache, "relu", "topk", options=["k=8", "lr=1e-3", "topk.lr=2e-3", "warmup=none"]))
+    assert [run.options for run in runs] == [{"lr": 1e-3, "warmup": None}, {"k": 8, "lr": 2e-3, "warmup": None}]
+
+
+def test_widths_are_numbers_multiples_and_kilos(sparse_cache) -> None:
+    widths = {
+        text: plan(request_of(sparse_cache, "relu", width=text))[0].setting.d_sae for text in ("96", "4x", "1.5x", "2k")
+    }
+    assert widths == {"96": 96, "4x": 128, "1.5x": 48, "2k": 2048}
+
+
+def test_a_run_that_has_begun_cannot_be_changed(sparse_cache, another_cache) -> None:
+    (folder,) = train(request_of(sparse_cache, "relu"))
+    for changes, flag in [
+        ({"steps": 99}, "--steps"),
+        ({"options": ["l1=1"]}, "--set"),
+        ({"seeds": (3,)}, "--seed"),
+        ({"variants": ["topk"], "width": "4x"}, "--variant, --width"),
+    ]:
+        with pytest.raises(UsageError, match=f"^{flag} cannot change a run that has begun"):
+            plan(Request(resume=[folder], **changes))
+    with pytest.raises(UsageError, match="is not the cache that"):
+        plan(Request(resume=[folder], cache=another_cache.folder))
+    with pytest.raises(UsageError, match="holds no run"):
+        plan(Request(resume=[folder.parent]))
+
+
+def test_defaults_that_have_changed_since_a_run_began_are_named(sparse_cache) -> None:
+    request = request_of(sparse_cache, "relu")
+    (folder,) = train(request)
+    (folder / "sae.json").unlink()
+    record = read_json(folder / "run.json")
+    record["resolved"]["l1"] = 0.5  # as if the version that began it had another default
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"begun with other options \(l1 0.5 then, 0.04 now\)"):
+        train(request)
+
+
+def test_the_folder_is_named_by_everything_that_decides_the_result(sparse_cache, another_cache) -> None:
+    base = request_of(sparse_cache, "relu")
+    variations = [
+        base, request_of(sparse_cache, "relu", steps=13), request_of(sparse_cache, "relu", options=["lr=1e-3"]),
+        request_of(sparse_cache, "relu", order_seed=1), request_of(another_cache, "relu"), request_of(sparse_cache, "relu", batch_size=32),
+    ]  # fmt: skip
+    assert len({plan(request)[0].name for request in variations}) == len(variations)
+    assert plan(base)[0].name == plan(request_of(sparse_cache, "relu", log_every=1, checkpoint_every=1))[0].name

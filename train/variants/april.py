@@ -1,0 +1,148 @@
+"""Two other penalties on ReLU latents: weighted by the decoder's norms, and with an exponent that falls.
+
+april      L = |x - x_hat|^2 + l1 sum_i f_i |W_dec,i|          rows of W_dec are free
+p-anneal   L = |x - x_hat|^2 + l1 c_t sum_i f_i^{p_t}          p_t: 1 -> p_end
+"""
+
+import torch
+from torch import Tensor
+
+from ...cache.errors import UsageError
+from ..coefficients import warmup
+from ..mechanisms import DeadLatents, UnitNormDecoder
+from ..recipe import Optimization, Setting, Variant, recipe
+from ..sae import SAE
+from ..step import Mechanism, Step, Term
+from ..terms import MSE
+
+
+class WeightedL1(Term):
+    """mean_B sum_F |f_i| |W_dec,i|: shrinking latents and growing their rows gains nothing."""
+
+    def forward(self, step: Step) -> Tensor:
+        return (step.f_BF.float().abs().mean(0) * step.sae.W_dec.norm(dim=1)).sum()
+
+
+class UnitNormExport(Mechanism):
+    """Rows are free in training; the saved SAE has unit rows and the function it had.
+
+        f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
+
+    For activations that act on each latent alone: a choice between latents would see other sizes.
+    """
+
+    def export(self, sae: SAE) -> None:
+        norm_F = sae.W_dec.norm(dim=1).clamp_min(1e-12)
+        sae.W_dec.div_(norm_F[:, None])
+        sae.W_enc.mul_(norm_F)
+        sae.b_enc.mul_(norm_F)
+        for link in sae.activation:
+            link.rescale_(norm_F)  # type: ignore[operator]
+
+
+@recipe("april", paper="Conerly et al. 2024 (Anthropic, April update)", width=1)
+def april(run: Setting, l1: float = 5.0, l1_warmup: int | None = None) -> Variant:
+    """Decoder rows of any length under an L1 penalty that weighs latents by it; saved with unit rows.
+
+    `l1` counts in the paper's units, inputs with E|x| = sqrt(d_in): with E|x|^2 = 1 the same objective, divided by
+    d_in, has l1 / sqrt(d_in). `l1_warmup`: None is a twentieth of the run.
+    """
+    sae = SAE(run.d_in, run.d_sae, pre_bias=False)
+    for weight in (sae.W_dec, sae.W_enc):
+        weight.data *= 0.1
+    steps = run.steps // 20 if l1_warmup is None else l1_warmup
+    return Variant(
+        sae,
+        {"mse": (1.0, MSE()), "l1": (warmup(l1 / run.d_in**0.5, steps), WeightedL1())},
+        [UnitNormExport()],
+        Optimization(lr=5e-5, b_dec_init="zero"),
+        dead=DeadLatents(run.d_sae, run.dead_tokens),
+    )
+
+
+class Annealing(Mechanism):
+    """p falls from 1 to `end` in `updates` equal steps, the first after `start` steps, the last one interval before `stop`.
+
+    At each change the coefficient takes the ratio of the old penalty to the new one over the last `queue` batches, so
+    that the penalty's value goes on where it was.
+
+    Paper: its code places the last change at the last step, so that p_end is never trained.
+    """
+
+    factor: Tensor  # ()
+    sums_Q2: Tensor  # mean_B sum_F f^p of the last batches, at the present p and at the next
+
+    def __init__(self, end: float, start: float, stop: float, updates: int, queue: int) -> None:
+        super().__init__()
+        self.end, self.start, self.updates = end, start, updates
+        self.interval = (stop - start) / updates
+        self.register_buffer("factor", torch.ones(()))
+        self.register_buffer("sums_Q2", torch.zeros(queue, 2))
+
+    def changes(self, i: Tensor) -> Tensor:
+        """How many changes lie behind at step i."""
+        return ((i - self.start) / self.interval).floor().add(1).clamp(0, self.updates)
+
+    def p(self, changes: Tensor) -> Tensor:
+        return 1 + (self.end - 1) * (changes / self.updates).clamp(max=1.0)
+
+    def after(self, step: Step) -> None:
+        done, f_BF = self.changes(step.i), step.f_BF.detach()
+        row_2 = torch.stack([power_sum(f_BF, self.p(done)), power_sum(f_BF, self.p(done + 1))])
+        self.sums_Q2.index_copy_(0, (step.i % len(self.sums_Q2)).view(1), row_2.view(1, 2))
+        now, following = self.sums_Q2.sum(0)
+        ratio = torch.where(following > 0, now / following, 1.0)
+        changing = self.changes(step.i + 1) > done
+        self.factor.mul_(torch.where(changing, ratio, 1.0))
+        self.sums_Q2.mul_(~changing)  # what was summed at exponents that are over says nothing of the next change
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"p_factor": self.factor}
+
+
+def power_sum(f_BF: Tensor, p: Tensor) -> Tensor:
+    """mean_B sum_F f^p over active latents; f + 1e-6 because the slope of f^p at zero is infinite."""
+    f_BF = f_BF.float()
+    return torch.where(f_BF > 0, (f_BF + 1e-6) ** p, 0.0).sum(-1).mean()
+
+
+class Lp(Term):
+    """c_t mean_B sum_F f^{p_t}."""
+
+    def __init__(self, annealing: Annealing) -> None:
+        super().__init__()
+        self.annealing = annealing
+
+    def forward(self, step: Step) -> Tensor:
+        p = self.annealing.p(self.annealing.changes(step.i))
+        step.notes["p"] = p
+        return self.annealing.factor * power_sum(step.f_BF, p)
+
+
+@recipe("p-anneal", paper="Karvonen et al. 2024", width=1)
+def p_anneal(
+    run: Setting,
+    l1: float = 0.015,
+    p_end: float = 0.2,
+    start: float = 0.3,
+    updates: int = 10,
+    queue: int = 10,
+    l1_warmup: int | None = None,
+) -> Variant:
+    """The exponent of the penalty falls from 1 to 0.2, so that it comes to count latents instead of shrinking them.
+
+    `start`: the share of the run after which it begins to fall. `l1_warmup`: None is a twentieth of the run.
+    """
+    if not 0 < p_end <= 1 or not 0 <= start < 1 or updates < 1 or queue < 1:
+        raise UsageError(
+            f"p cannot fall to p_end={p_end} in updates={updates} steps from start={start} on, weighed over queue={queue} "
+            "batches: give p_end above 0 and up to 1, start from 0 to below 1, and at least one of the others."
+        )
+    annealing = Annealing(p_end, start * run.steps, run.steps, updates, queue)
+    steps = run.steps // 20 if l1_warmup is None else l1_warmup
+    return Variant(
+        SAE(run.d_in, run.d_sae),
+        {"mse": (1.0, MSE()), "lp": (warmup(l1, steps), Lp(annealing))},
+        [annealing, UnitNormDecoder()],
+        dead=DeadLatents(run.d_sae, run.dead_tokens),
+    )

@@ -1,0 +1,915 @@
+"""The feature collapse problem (paper 000): a baseline and ten runs, each the one before and one mechanism more.
+
+    L = |x - x_hat|^2 + lambda(t) |f|_1 + alpha(t) L_contrast + beta(t) L_orth   (5)
+
+Every default is a reading that works; the paper's letter, where it differs, is an option's other value. The paper
+names five pairs of runs; the split inside a pair is ours. It gives no alpha, no beta, and no rule for lambda inside
+its bounds.
+
+Paper: calls absorption 0 and one split feature a collapse. 0 is the good end of that score, and 1 means no splitting.
+Paper: 100,000 tokens in batches of 125 are 800 steps, all of them inside its warm-up of 1000 (`budget=paper`).
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...cache.errors import UsageError
+from ..coefficients import Coefficient, cosine, progress, times, warmup
+from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
+from ..recipe import Optimization, Setting, Variant, one_of, recipe
+from ..sae import SAE, Activation, ReLU
+from ..step import Mechanism, Step, Term
+from ..terms import L1, MSE
+
+# Shapes here: G groups, M latents of a group, S dimensions of the sketch, N neighbours.
+
+
+class Rows(nn.Module):
+    """The decoder's rows in groups, as losses and constraints compare them.
+
+    They are W_dec itself, until Gram-Schmidt in the forward pass makes W_dec out of free rows.
+    """
+
+    free_FD: nn.Parameter | None
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.register_parameter("free_FD", None)
+
+    def of(self, sae: SAE) -> nn.Parameter:
+        return sae.W_dec if self.free_FD is None else self.free_FD
+
+    def grouped(self, sae: SAE) -> Tensor:
+        return self.of(sae).unflatten(0, (self.groups, -1))
+
+
+# 4.1, first component: the projection, and the utilisation that is tracked beside it.
+
+
+class Sketch(Mechanism):
+    """Rows seen through R, the Q of a random Gaussian matrix: S dimensions, angles kept up to 1/sqrt(S). A monitor.
+
+    Paper: R is d_sae x 128 and is to project features; with d_sae = d_in that is a decoder's row as well as a token's
+    latents. `on` chooses: decoder, encoder, or activations, whose lengths alone are watched.
+    """
+
+    every = 50
+    R_DS: Tensor  # (d_sae, S) on activations
+    mean_cosine: Tensor  # ()
+    max_cosine: Tensor  # ()
+    length: Tensor  # ()
+
+    def __init__(self, d_in: int, d_sae: int, size: int = 128, on: str = "decoder") -> None:
+        super().__init__()
+        self.on = on
+        rows = d_sae if on == "activations" else d_in
+        self.register_buffer("R_DS", torch.linalg.qr(torch.randn(rows, min(size, rows))).Q)
+        for name in ("mean_cosine", "max_cosine", "length"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def between(self, step: Step) -> None:
+        if self.on == "activations":
+            f_BF = step.f_BF.detach().float()
+            wide = (len(self.R_DS) / self.R_DS.shape[1]) ** 0.5  # R keeps S/F of a length's square on average
+            short_B = (f_BF @ self.R_DS).norm(dim=1) * wide
+            self.length.copy_((short_B / f_BF.norm(dim=1).clamp_min(1e-8)).mean())
+            return
+        rows_FD = step.sae.W_dec if self.on == "decoder" else step.sae.W_enc.T
+        unit_FS = F.normalize(rows_FD.detach() @ self.R_DS, dim=1)
+        n, total, largest = len(unit_FS), 0.0, torch.zeros((), device=unit_FS.device)
+        for start in range(0, n, 1024):  # a wide dictionary's n x n cosines do not fit
+            cosine_CF = (unit_FS[start : start + 1024] @ unit_FS.T).abs()
+            cosine_CF.diagonal(start).zero_()
+            total, largest = total + cosine_CF.sum(), torch.maximum(largest, cosine_CF.max())
+        self.mean_cosine.copy_(total / (n * (n - 1)))
+        self.max_cosine.copy_(largest)
+
+    def scalars(self) -> dict[str, Tensor]:
+        if self.on == "activations":
+            return {"sketch_length": self.length}
+        return {"sketch_mean_cosine": self.mean_cosine, "sketch_max_cosine": self.max_cosine}
+
+
+class Utilisation(ActivityEMA):
+    """u_i: how often latent i fired lately, divided by the weight that the average has gathered since it began at 0."""
+
+    gathered: Tensor  # ()
+
+    def __init__(self, d_sae: int, beta: float = 0.9) -> None:
+        super().__init__(d_sae, beta)
+        self.register_buffer("gathered", torch.zeros(()))
+
+    @property
+    def u_F(self) -> Tensor:
+        return self.rate_F / self.gathered.clamp_min(1e-8)
+
+    def after(self, step: Step) -> None:
+        super().after(step)
+        self.gathered.lerp_(torch.ones_like(self.gathered), 1 - self.beta)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"utilisation": self.u_F.mean(), "utilisation_max": self.u_F.max()}
+
+
+# 4.2, first process.
+
+
+class Contrast(Term):
+    """mean over pairs i < j, of a group or `everywhere`, of ReLU(|cos(W_i, W_j)| - tau(t))^power, tau by (4).
+
+    Paper: through the sketch, the angle of unrelated rows has a standard deviation of 1/sqrt(128) = 0.088, so that at
+    the final tau of 0.05 more than half of all unrelated pairs count as alike. Without `sketch` angles are exact.
+    """
+
+    def __init__(
+        self, rows: Rows, tau: Coefficient, power: float = 1.0, everywhere: bool = False, sketch: Sketch | None = None
+    ) -> None:
+        super().__init__()
+        self.rows, self.tau, self.power, self.everywhere, self.sketch = rows, tau, power, everywhere, sketch
+
+    def forward(self, step: Step) -> Tensor:
+        rows_FD = self.rows.of(step.sae)
+        if self.sketch is not None:
+            rows_FD = (rows_FD if self.sketch.on == "decoder" else step.sae.W_enc.T) @ self.sketch.R_DS
+        rows_GMD = rows_FD.unflatten(0, (1 if self.everywhere else self.rows.groups, -1))
+        unit_GMD = F.normalize(rows_GMD.float(), dim=-1)
+        cosine_GMM = (unit_GMD @ unit_GMD.mT).float()
+        groups, size, _ = cosine_GMM.shape
+        tau = step.notes["tau"] = torch.as_tensor(self.tau(step))
+        excess = (cosine_GMM.abs() - tau).relu().pow(self.power)
+        return excess.triu(1).sum() / (groups * size * (size - 1) / 2)
+
+
+# 4.2, second process.
+
+
+class DynamicL1(Mechanism):
+    """lambda(t), kept in bounds that move linearly from [0.02, 1.0] to [0.01, 0.5].
+
+    Paper: 0.04 lies in all of these bounds, so they never act on it (`none`, the letter). What they bound is open:
+    `l0_target`, lambda <- lambda exp(kappa (L0/L0* - 1)); or `recon_ratio`, 0.04 times the error's share of the first.
+    """
+
+    value: Tensor  # ()
+    error: Tensor  # (), the mean squared error lately
+    first_error: Tensor  # ()
+
+    def __init__(
+        self, start: float, steps: int, target: float, mode: str = "l0_target", kappa: float = 0.01, beta: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.start, self.steps, self.target, self.mode, self.kappa, self.beta = start, steps, target, mode, kappa, beta
+        self.register_buffer("value", torch.tensor(start))
+        self.register_buffer("error", torch.zeros(()))
+        self.register_buffer("first_error", torch.zeros(()))
+
+    def bounded(self, value: Tensor, step: Step) -> Tensor:
+        share = progress(step, self.steps)
+        return value.clamp(min=0.02 - 0.01 * share, max=1.0 - 0.5 * share)
+
+    def coefficient(self, step: Step) -> Tensor:
+        """lambda(t), the coefficient of |f|_1."""
+        value = step.notes["lambda"] = self.bounded(self.value, step)
+        return value
+
+    def after(self, step: Step) -> None:
+        if self.mode == "l0_target":
+            l0 = (step.f_BF.detach() != 0).sum(-1).float().mean()
+            self.value.copy_(self.bounded(self.value * torch.exp(self.kappa * (l0 / self.target - 1)), step))
+        elif self.mode == "recon_ratio":
+            error = step.error_BD.detach().square().sum(-1).mean()
+            self.first_error.copy_(torch.where(step.i == 0, error, self.first_error))
+            self.error.copy_(torch.where(step.i == 0, error, self.error.lerp(error, 1 - self.beta)))
+            self.value.copy_(self.start * self.error / self.first_error.clamp_min(1e-12))
+
+
+class Diversity(Term):
+    """1 - H(p) / log n, p the shares of what the groups emit, or the latents as long as there are no groups.
+
+    Paper: names a diversity loss and says no more. Shares are of activation, as a count has no gradient.
+    """
+
+    def __init__(self, groups: int | None) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, step: Step) -> Tensor:
+        share_G = step.f_BF.float().abs().mean(0)
+        if self.groups is not None:
+            share_G = share_G.view(self.groups, -1).sum(1)
+        share_G = share_G / share_G.sum().clamp_min(1e-8)
+        entropy = -(share_G * share_G.clamp_min(1e-12).log()).sum()
+        return 1 - entropy / math.log(len(share_G))
+
+
+class Orthogonality(Term):
+    """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2: what Gram-Schmidt would take away, as a loss."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, step: Step) -> Tensor:
+        rows_GMD = self.rows.grouped(step.sae)
+        gram_GMM = (rows_GMD @ rows_GMD.mT).float()
+        return (gram_GMM - torch.eye(gram_GMM.shape[1], device=gram_GMM.device)).square().mean()
+
+
+# 4.1, third component.
+
+
+def gram_schmidt(rows_GMD: Tensor) -> Tensor:
+    """Unit rows in the directions of (3), by a QR: modified Gram-Schmidt gives Q diag(R), up to R's signs.
+
+    Paper: sums over j <= k, which subtracts a row from itself; it has to be j < k.
+    """
+    q_GDM, r_GMM = torch.linalg.qr(rows_GMD.mT)
+    sign_GM = torch.where(r_GMM.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)
+    return (q_GDM * sign_GM[:, None, :].to(q_GDM.dtype)).mT
+
+
+def combination(gram_GMM: Tensor) -> Tensor:
+    """The unit lower triangular T for which the rows of T A are (3) of those of A, from A A^T = L L^T: diag(L) L^-1.
+
+    The diagonal is raised by a millionth of its mean: silent latents are rows of zeros.
+    """
+    eye_MM = torch.eye(gram_GMM.shape[1], device=gram_GMM.device, dtype=gram_GMM.dtype)
+    guard_G = 1e-6 * gram_GMM.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+    L_GMM = torch.linalg.cholesky_ex(gram_GMM + guard_G[:, None, None] * eye_MM).L
+    return torch.linalg.solve_triangular(L_GMM, eye_MM.expand_as(L_GMM), upper=False) * L_GMM.diagonal(
+        dim1=1, dim2=2
+    ).unsqueeze(2)
+
+
+class GramSchmidt(Mechanism):
+    """W_dec is the orthogonalisation (3) of free rows, group by group; the optimizer moves these. W_dec is saved.
+
+    Gradient: `straight_through` hands that of a row of W_dec to its free row, less the part along either; `through`
+    differentiates (3). Order: a group's first row stays and its last is changed most; `utilisation` puts the busiest
+    latents first. With a sketch, (3) is computed with the inner products of the sketched rows.
+    """
+
+    def __init__(
+        self, sae: SAE, rows: Rows, utilisation: Utilisation, order: str, gradient: str, sketch: Sketch | None = None
+    ) -> None:
+        super().__init__()
+        rows.free_FD = nn.Parameter(sae.W_dec.detach().clone())
+        self.rows, self.utilisation, self.order, self.gradient, self.sketch = rows, utilisation, order, gradient, sketch
+
+    def orthogonalised(self, free_FD: Tensor) -> Tensor:
+        rows_GMD = free_FD.unflatten(0, (self.rows.groups, -1))
+        place_GM1 = None
+        if self.order == "utilisation":
+            u_GM = self.utilisation.u_F.view(self.rows.groups, -1)
+            place_GM1 = u_GM.argsort(dim=1, descending=True, stable=True)[..., None]
+            rows_GMD = rows_GMD.take_along_dim(place_GM1, 1)
+        if self.sketch is None:
+            rows_GMD = gram_schmidt(rows_GMD)
+        else:
+            short_GMS = rows_GMD @ self.sketch.R_DS
+            rows_GMD = F.normalize(combination(short_GMS @ short_GMS.mT) @ rows_GMD, dim=-1)
+        if place_GM1 is not None:
+            rows_GMD = rows_GMD.take_along_dim(place_GM1.argsort(dim=1), 1)
+        return rows_GMD.flatten(0, 1)
+
+    def before(self, step: Step) -> None:
+        weight, gradient, free = step.sae.W_dec, step.sae.W_dec.grad, self.rows.free_FD
+        assert gradient is not None and free is not None  # the step has just been backpropagated
+        if self.gradient == "through":
+            with torch.enable_grad():
+                free_FD = free.detach().requires_grad_()
+                (handed,) = torch.autograd.grad(self.orthogonalised(free_FD), free_FD, gradient)
+        else:
+            handed = gradient - (gradient * weight).sum(1, keepdim=True) * weight
+        total = handed if free.grad is None else handed + free.grad
+        free.grad = total - (total * free).sum(1, keepdim=True) * free
+        gradient.zero_()  # W_dec follows in `after`: the optimizer is not to move it, nor the clipping to count it
+
+    def after(self, step: Step) -> None:
+        assert self.rows.free_FD is not None
+        free_FD = self.rows.free_FD.data
+        free_FD /= free_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        step.sae.W_dec.data.copy_(self.orthogonalised(free_FD))
+
+
+class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
+    """(3) to the letter: on the latents themselves, each a column over the batch. Afterwards nothing is done.
+
+    Paper: so a token's latents depend on the rest of its batch, are negative in places and hardly ever zero, and a
+    column beyond the number of tokens has nothing left. There is no rule for a single token.
+    """
+
+    def __init__(self, groups: int, gradient: str = "straight_through") -> None:
+        super().__init__(groups=groups, gradient=gradient)
+        self.groups, self.gradient = groups, gradient
+
+    def forward(self, f_BF: Tensor) -> Tensor:
+        if not self.training:
+            return f_BF
+        with torch.autocast(f_BF.device.type, enabled=False):
+            rows_GMB = f_BF.float().T.unflatten(0, (self.groups, -1))
+            T_GMM = combination(rows_GMB @ rows_GMB.mT)
+            return ((T_GMM if self.gradient == "through" else T_GMM.detach()) @ rows_GMB).flatten(0, 1).T
+
+
+# 4.1, second component.
+
+
+class Groups(Mechanism):
+    """What the groups are used: u of a group is the mean, or the largest, of its latents' utilisation."""
+
+    def __init__(self, utilisation: Utilisation, count: int, stat: str = "mean") -> None:
+        super().__init__()
+        self.utilisation, self.count, self.stat = utilisation, count, stat
+
+    @property
+    def u_G(self) -> Tensor:
+        u_GM = self.utilisation.u_F.view(self.count, -1)
+        return u_GM.mean(1) if self.stat == "mean" else u_GM.amax(1)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"group_utilisation_min": self.u_G.min(), "group_utilisation_max": self.u_G.max()}
+
+
+class GroupRate(Mechanism):
+    """eta_g = eta_0 softmax(EMA(u_g)) (2), for all that belongs to the latents of a group.
+
+    Adam ignores the scale of a gradient, so the update is scaled. Paper: a softmax over 16 groups sums to 1 and is flat
+    for a u below 0.1, so the letter (`softmax`) divides the rate by 16 and does little else. `softmax_mean1` makes the
+    mean rate eta_0, `softmax_temp` also divides u by its spread, `inverse` favours the groups that are used least.
+    """
+
+    def __init__(self, rows: Rows, groups: Groups, mode: str = "softmax_mean1") -> None:
+        super().__init__()
+        self.rows, self.groups, self.mode = rows, groups, mode
+        self.old: list[Tensor] = []  # of this step; nothing to keep
+
+    @property
+    def rate_G(self) -> Tensor:
+        u_G = self.groups.u_G
+        if self.mode == "softmax":
+            return u_G.softmax(0)
+        if self.mode != "softmax_mean1":
+            u_G = u_G / u_G.std(correction=0).clamp_min(1e-8) * (-1 if self.mode == "inverse" else 1)
+        return self.groups.count * u_G.softmax(0)
+
+    def _owned(self, step: Step) -> list[Tensor]:
+        return [self.rows.of(step.sae).data, step.sae.W_enc.data, step.sae.b_enc.data]
+
+    def before(self, step: Step) -> None:
+        self.old = [weight.clone() for weight in self._owned(step)]
+
+    def after(self, step: Step) -> None:
+        rate_F = self.rate_G.repeat_interleave(step.sae.d_sae // self.groups.count)
+        for weight, old, rate in zip(self._owned(step), self.old, (rate_F[:, None], rate_F, rate_F), strict=True):
+            weight.copy_(old + rate * (weight - old))
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"group_rate_min": self.rate_G.min(), "group_rate_max": self.rate_G.max()}
+
+
+# 4.2, third process.
+
+
+class WinnerTakeAll(Activation, name="winner_take_all"):
+    """Neighbours inhibit each other, f_i <- ReLU(f_i - gamma max_{j near i} s_ij f_j); then each group's best remain.
+
+    s_ij = max(0, cos), kept with the SAE. `divisive`: f_i f_i / (f_i + gamma max ...). Both scale with f. No gradient
+    goes to the rival: it would cost a copy of the latents for each neighbour.
+    """
+
+    near_FN: Tensor  # indices, as floats like all that is saved with an SAE
+    closeness_FN: Tensor
+
+    def __init__(
+        self,
+        d_sae: int,
+        groups: int,
+        winners: int,
+        gamma: float = 0.25,
+        neighbours: int = 8,
+        inhibition: str = "subtractive",
+    ) -> None:
+        super().__init__(
+            d_sae=d_sae, groups=groups, winners=winners, gamma=gamma, neighbours=neighbours, inhibition=inhibition
+        )
+        self.groups, self.winners, self.gamma, self.inhibition = groups, winners, gamma, inhibition
+        self.neighbours = min(neighbours, d_sae // groups - 1)
+        self.register_buffer("near_FN", torch.zeros(d_sae, self.neighbours))
+        self.register_buffer("closeness_FN", torch.zeros(d_sae, self.neighbours))
+
+    def forward(self, f_BF: Tensor) -> Tensor:
+        if self.inhibition != "off":
+            with torch.no_grad():
+                near_FN, rival_BF = self.near_FN.long(), torch.zeros_like(f_BF)
+                for n in range(self.neighbours):
+                    emitted_BF = f_BF.index_select(-1, near_FN[:, n]) * self.closeness_FN[:, n]
+                    rival_BF = torch.maximum(rival_BF, self.gamma * emitted_BF)
+            if self.inhibition == "subtractive":
+                f_BF = (f_BF - rival_BF).relu()
+            else:
+                f_BF = f_BF * f_BF / (f_BF + rival_BF).clamp_min(1e-12)
+        f_BGM = f_BF.unflatten(-1, (self.groups, -1))
+        top = f_BGM.topk(self.winners, dim=-1, sorted=False)
+        return torch.zeros_like(f_BGM).scatter(-1, top.indices, top.values).flatten(-2)
+
+
+class Neighbours(Mechanism):
+    """Who is near whom in a group, renewed every so many steps: by the angles of the encoder, or of the decoder.
+
+    Paper: says proximity in feature space. Rows of the decoder are orthogonal in their group from run 6 on, so that
+    nobody would be near anybody.
+    """
+
+    def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:
+        super().__init__()
+        self.activation, self.near, self.every = activation, near, every
+        self.renew(sae)
+
+    @torch.no_grad()
+    def renew(self, sae: SAE) -> None:
+        groups, count = self.activation.groups, self.activation.neighbours
+        rows_FD = sae.W_enc.T if self.near == "encoder" else sae.W_dec
+        unit_GMD = F.normalize(rows_FD, dim=1).unflatten(0, (groups, -1))
+        cosine_GMM = unit_GMD @ unit_GMD.mT
+        cosine_GMM.diagonal(dim1=1, dim2=2).fill_(-2.0)
+        top = cosine_GMM.topk(count, dim=-1)
+        first_G = torch.arange(groups, device=rows_FD.device) * unit_GMD.shape[1]
+        self.activation.near_FN.copy_((top.indices + first_G[:, None, None]).flatten(0, 1))
+        self.activation.closeness_FN.copy_(top.values.clamp_min(0).flatten(0, 1))
+
+    def between(self, step: Step) -> None:
+        self.renew(step.sae)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"neighbour_cosine": self.activation.closeness_FN.mean()}
+
+
+class HardOrthogonality(Mechanism):
+    """After the update each group's rows become the nearest orthonormal ones, five times X <- (3 X - X X^T X) / 2.
+
+    Paper: gives no form. The iteration converges from rows that were orthonormal a few steps ago, and runs start so.
+    """
+
+    def __init__(self, rows: Rows, steps: int = 1) -> None:
+        super().__init__()
+        self.rows, self.steps = rows, steps
+
+    def after(self, step: Step) -> None:
+        rows_FD = self.rows.of(step.sae).data
+        x_GMD = rows_FD.unflatten(0, (self.rows.groups, -1))
+        for _ in range(5):
+            x_GMD = 1.5 * x_GMD - 0.5 * (x_GMD @ x_GMD.mT) @ x_GMD
+        rows_FD.copy_(torch.where((step.i + 1) % self.steps == 0, x_GMD.flatten(0, 1), rows_FD))
+
+
+# 4.3, last paragraph: what "the implementation uses for stability".
+
+
+class BatchNorm(Activation, name="batch_norm"):
+    """gain (z - mean)/sqrt(var + eps) + shift for each latent: of the batch in training, of running means afterwards.
+
+    Paper: does not say where; before the ReLU, all latents then fire about half of the time until L1 moves `shift`.
+    """
+
+    mean_F: Tensor
+    variance_F: Tensor
+    eps: Tensor  # ()
+
+    def __init__(self, d_sae: int, gain: float = 1.0) -> None:
+        super().__init__(d_sae=d_sae)
+        self.gain_F, self.shift_F = nn.Parameter(torch.full((d_sae,), gain)), nn.Parameter(torch.zeros(d_sae))
+        self.register_buffer("mean_F", torch.zeros(d_sae))
+        self.register_buffer("variance_F", torch.ones(d_sae))
+        self.register_buffer("eps", torch.tensor(1e-8))
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        z_BF = z_BF.float()
+        mean_F, variance_F = self.mean_F, self.variance_F
+        if self.training:
+            mean_F, variance_F = z_BF.mean(0), z_BF.var(0, correction=0)
+        return self.gain_F * (z_BF - mean_F) / (variance_F + self.eps).sqrt() + self.shift_F
+
+    def rescale_(self, factor: float) -> None:
+        for value in (self.mean_F, self.gain_F, self.shift_F):
+            value.mul_(factor)
+        for square in (self.variance_F, self.eps):
+            square.mul_(factor**2)
+
+
+class RunningStatistics(Mechanism):
+    """The running mean and variance of a BatchNorm; a forward pass does not change them. The first batch sets them."""
+
+    def __init__(self, norm: BatchNorm, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.norm, self.momentum = norm, momentum
+
+    def after(self, step: Step) -> None:
+        pre_BF = step.pre_BF.detach().float()
+        rate = torch.where(step.i == 0, 1.0, self.momentum)
+        self.norm.mean_F.lerp_(pre_BF.mean(0), rate)
+        self.norm.variance_F.lerp_(pre_BF.var(0, correction=0), rate)
+
+
+class RecentError(Mechanism):
+    """The mean squared error lately, an average with momentum 0.9."""
+
+    value: Tensor  # ()
+
+    def __init__(self, beta: float = 0.9) -> None:
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("value", torch.zeros(()))
+
+    def after(self, step: Step) -> None:
+        error = step.error_BD.detach().square().sum(-1).mean()
+        self.value.copy_(torch.where(step.i == 0, error, self.value.lerp(error, 1 - self.beta)))
+
+
+class ImportantError(Term):
+    """mean_B w |x - x_hat|^2 with w = |x - x_hat|^2 over the recent mean: hard tokens count for more.
+
+    Paper: momentum-based importance sampling, undefined. A token is read once in an epoch, so there is no past loss of
+    its own to sample it by; what it would have been drawn more often, it weighs more here. With the correction 1/(N p)
+    nothing would be left of it.
+    """
+
+    def __init__(self, recent: RecentError) -> None:
+        super().__init__()
+        self.recent = recent
+
+    def forward(self, step: Step) -> Tensor:
+        error_B = step.error_BD.square().sum(-1)
+        known = torch.where(step.i == 0, error_B.detach().mean(), self.recent.value)
+        return (error_B.detach() / known.clamp_min(1e-12) * error_B).mean()
+
+
+class Balanced(Term):
+    """A term whose gradient, coefficient included, is at most `rho` times as long as that of the reconstruction.
+
+    Paper: gradient balancing, undefined. Each balanced term costs a backward pass of its own.
+    """
+
+    def __init__(self, coefficient: Coefficient, term: Term, rows: Rows, reconstruction: float, rho: float) -> None:
+        super().__init__()
+        self.coefficient, self.term, self.rows = coefficient, term, rows
+        self.reconstruction, self.rho = reconstruction, rho
+
+    def _length(self, value: Tensor, step: Step) -> Tensor:
+        weights = {id(p): p for p in (*step.sae.parameters(), self.rows.of(step.sae))}.values()
+        found = torch.autograd.grad(value, list(weights), retain_graph=True, allow_unused=True)
+        return torch.stack([g.norm() for g in found if g is not None]).norm()
+
+    def forward(self, step: Step) -> Tensor:
+        value = self.coefficient(step) * self.term(step)
+        if "reconstruction_gradient" not in step.notes:
+            error = self.reconstruction * step.error_BD.square().sum(-1).mean()
+            step.notes["reconstruction_gradient"] = self._length(error, step)
+        longest = self.rho * step.notes["reconstruction_gradient"]
+        return value * (longest / self._length(value, step).clamp_min(1e-12)).clamp(max=1.0)
+
+
+# Section 6: the runs.
+
+
+@dataclass
+class Draft:
+    """A variant in the making, which the additions below extend."""
+
+    run: Setting
+    sae: SAE
+    rows: Rows
+    optimization: Optimization = field(default_factory=Optimization)
+    terms: dict[str, tuple[Coefficient | float, Term]] = field(default_factory=dict)
+    mechanisms: list[Mechanism] = field(default_factory=list)
+    late: list[Mechanism] = field(default_factory=list)  # after all others, before the unit norm
+    sketch: Sketch = field(init=False)
+    utilisation: Utilisation = field(init=False)
+    diversity: Diversity = field(init=False)
+    groups: Groups = field(init=False)
+    reconstruction: float = 1.0  # what the squared error is multiplied by
+    l1: float = 0.0
+    l1_warmup: int = 0  # steps
+    growth: int = 0  # steps
+    fvu: bool = True
+    rho: float | None = None
+
+    def competing(self, name: str, symbol: str | None, strength: float, term: Term) -> None:
+        """A term that grows over the first `growth` steps; in shares of the input's variance and balanced if wished."""
+
+        def coefficient(step: Step) -> Tensor:
+            value = torch.as_tensor(warmup(strength, self.growth)(step))
+            if symbol:
+                step.notes[symbol] = value
+            if not self.fvu:
+                return value
+            centred_BD = step.x_BD - step.x_BD.mean(0)
+            return value * self.reconstruction * centred_BD.square().sum(-1).mean()
+
+        if self.rho is None:
+            self.terms[name] = (coefficient, term)
+        else:
+            self.terms[name] = (1.0, Balanced(coefficient, term, self.rows, self.reconstruction, self.rho))
+
+    @torch.no_grad()
+    def start_orthonormal(self, why: str) -> None:
+        """Begin with orthonormal rows in each group, and with the encoder as their transpose."""
+        size = self.run.d_sae // self.rows.groups
+        if size > self.run.d_in:
+            raise UsageError(
+                f"{why} needs groups of at most d_in = {self.run.d_in} latents, and {self.rows.groups} groups of a "
+                f"dictionary of {self.run.d_sae} have {size}: give --set groups={fewest_groups(self.run)}, "
+                "or a smaller --width."
+            )
+        unit_FD = gram_schmidt(self.rows.grouped(self.sae)).flatten(0, 1)
+        self.sae.W_dec.copy_(unit_FD)
+        self.sae.W_enc.copy_(unit_FD.T)
+
+
+def fewest_groups(run: Setting) -> int:
+    """As few equal groups as have room for orthogonal rows: one where the dictionary is no wider than its input."""
+    return next(g for g in range(1, run.d_sae + 1) if run.d_sae % g == 0 and run.d_sae // g <= run.d_in)
+
+
+BUDGETS = {"paper": 100_000, "matched": 10_000_000}
+
+
+def baseline(
+    draft: Draft,
+    l1: float = 0.04,
+    l1_warmup: int | None = None,
+    pre_bias: bool = True,
+    units: str = "field",
+    budget: str | None = None,
+    batch_norm: str = "off",
+    importance: str = "off",
+) -> None:
+    """ReLU latents and an L1 penalty; `budget=paper` is 100,000 tokens, `matched` 10 million.
+
+    `units`: field (input of mean square norm 1, error summed), as_printed (raw input, summed), evidence (raw input,
+    mean over dimensions). `batch_norm`: off or pre. `importance`: off or loss_ema. Paper: `pre_bias` false.
+    """
+    run, sae = draft.run, draft.sae
+    sae.pre_bias = pre_bias
+    how = Optimization(
+        normalize="unit_ms" if one_of("units", units, ("field", "as_printed", "evidence")) == "field" else "none"
+    )
+    if budget is not None:
+        tokens = BUDGETS[one_of("budget", budget, BUDGETS)]
+        if run.steps != tokens // run.batch_size:
+            raise UsageError(
+                f"budget={budget} is {tokens:,} tokens, {tokens // run.batch_size} steps of {run.batch_size}, and this "
+                f"run has {run.steps}: give --steps {tokens // run.batch_size}, or leave the budget out. "
+                "The paper's batch size is 125."
+            )
+        # Paper: warms up over 1000 steps. In a shorter run the rate rises to the last step and stays below its peak.
+        reached = min(1.0, run.steps / 1000)
+        if budget == "paper":
+            how = Optimization(
+                normalize=how.normalize, lr=how.lr * reached, warmup=min(1000, run.steps), decay_start=1.0
+            )
+    draft.optimization = how
+    draft.reconstruction = 1 / run.d_in if units == "evidence" else 1.0
+    if one_of("batch_norm", batch_norm, ("off", "pre")) == "pre":
+        norm = BatchNorm(run.d_sae, run.d_in**-0.5)  # about the spread of a unit row's product with a unit input
+        sae.activation.append(norm)
+        draft.mechanisms.append(RunningStatistics(norm))
+    sae.activation.append(ReLU())
+    error: Term = MSE()
+    if one_of("importance", importance, ("off", "loss_ema")) == "loss_ema":
+        recent = RecentError()
+        draft.mechanisms.append(recent)
+        error = ImportantError(recent)
+    draft.l1, draft.l1_warmup = l1, run.steps // 20 if l1_warmup is None else l1_warmup
+    draft.terms["mse"] = (draft.reconstruction, error)
+    draft.terms["l1"] = (warmup(l1, draft.l1_warmup), L1())
+
+
+def sketch(draft: Draft, jl_dim: int = 128, jl_on: str = "decoder", beta: float = 0.9) -> None:
+    """A Johnson-Lindenstrauss projection (128, at most the width) and an average of utilisation watch.
+
+    `jl_on`: decoder, encoder or activations.
+    """
+    if jl_dim < 1:
+        raise UsageError(f"jl_dim={jl_dim} is not positive.")
+    run = draft.run
+    watch = Sketch(run.d_in, run.d_sae, jl_dim, one_of("jl_on", jl_on, ("decoder", "encoder", "activations")))
+    utilisation = Utilisation(run.d_sae, beta)
+    draft.mechanisms += [utilisation, watch]
+    draft.sketch, draft.utilisation = watch, utilisation
+
+
+def contrast(
+    draft: Draft,
+    alpha: float = 0.1,
+    alpha_warmup: int | None = None,
+    contrast_cos: str = "exact_group",
+    tau_max: float = 0.4,
+    tau_min: float = 0.05,
+    contrast_power: float = 1.0,
+    loss_units: str = "fvu",
+    gradient_balance: float | None = None,
+) -> None:
+    """Rows at a smaller angle than an annealed threshold allows are pushed apart (4).
+
+    `contrast_cos`: exact_group (pairs of a group), exact (all pairs), jl (all pairs, through the projection: the
+    letter). `alpha_warmup`: steps over which this and later terms grow; None: 1000, or a tenth of a shorter run.
+    `loss_units`: fvu (this and later terms count in shares of the input's variance) or raw.
+    `gradient_balance`: the longest gradient of such a term over the reconstruction's; none: not balanced.
+    """
+    draft.fvu = one_of("loss_units", loss_units, ("fvu", "raw")) == "fvu"
+    draft.rho = gradient_balance
+    draft.growth = min(1000, draft.run.steps // 10) if alpha_warmup is None else alpha_warmup
+    watch = draft.sketch
+    one_of("contrast_cos", contrast_cos, ("exact_group", "exact", "jl"))
+    if contrast_cos == "jl" and watch.on == "activations":
+        raise UsageError(
+            "contrast_cos=jl compares rows, and jl_on=activations projects none: give jl_on=decoder or encoder."
+        )
+    seen = watch if contrast_cos == "jl" else None
+    tau = cosine(tau_max, tau_min, draft.run.steps)
+    draft.competing(
+        "contrast", "alpha", alpha, Contrast(draft.rows, tau, contrast_power, contrast_cos != "exact_group", seen)
+    )
+
+
+def dynamic_l1(draft: Draft, l1_controller: str = "l0_target", l0: float | None = None, kappa: float = 0.01) -> None:
+    """The L1 penalty moves inside bounds that fall from [0.02, 1.0] to [0.01, 0.5].
+
+    `l1_controller`: l0_target, recon_ratio, or none (the letter, with which the bounds never act). `l0`: the target;
+    None: 40, or an eighth of a narrow dictionary.
+    """
+    run = draft.run
+    target = min(40.0, run.d_sae / 8) if l0 is None else l0
+    if not 0 < target <= run.d_sae:
+        raise UsageError(
+            f"l0={l0} latents a token cannot be met with {run.d_sae}: give a number above 0 and up to that."
+        )
+    mode = one_of("l1_controller", l1_controller, ("l0_target", "recon_ratio", "none"))
+    control = DynamicL1(draft.l1, run.steps, target, mode, kappa)
+    draft.mechanisms.append(control)
+    draft.terms["l1"] = (times(warmup(1.0, draft.l1_warmup), control.coefficient), L1())
+
+
+def diversity(draft: Draft, diversity_strength: float = 0.01) -> None:
+    """A loss for latents, and later groups, that are used unequally."""
+    draft.diversity = Diversity(None)
+    draft.competing("diversity", None, diversity_strength, draft.diversity)
+
+
+def orthogonality(draft: Draft, beta_orth: float = 0.01) -> None:
+    """Gram-Schmidt as a loss: rows of a group that are not orthogonal are penalised (5)."""
+    draft.competing("orthogonality", "beta", beta_orth, Orthogonality(draft.rows))
+
+
+def forward_gram_schmidt(
+    draft: Draft, gs_axis: str = "decoder_group", gs_order: str = "index", gs_gradient: str = "straight_through"
+) -> None:
+    """Modified Gram-Schmidt in the forward pass (3).
+
+    `gs_axis`: decoder_group (rows of W_dec, group by group), jl (the same by their projections), or activation_batch
+    (the latents over the batch: the letter). `gs_order`: index or utilisation. `gs_gradient`: straight_through or
+    through.
+    """
+    run, rows, sae = draft.run, draft.rows, draft.sae
+    one_of("gs_axis", gs_axis, ("decoder_group", "jl", "activation_batch"))
+    one_of("gs_order", gs_order, ("index", "utilisation"))
+    one_of("gs_gradient", gs_gradient, ("straight_through", "through"))
+    if gs_axis == "activation_batch":
+        sae.activation.append(GramSchmidtLatents(rows.groups, gs_gradient))
+        return
+    watch = draft.sketch if gs_axis == "jl" else None
+    size = run.d_sae // rows.groups
+    if watch is not None and (watch.on != "decoder" or size > watch.R_DS.shape[1]):
+        raise UsageError(
+            f"gs_axis=jl needs jl_on=decoder and groups of at most jl_dim = {watch.R_DS.shape[1]} latents; "
+            f"{rows.groups} groups of {run.d_sae} have {size}."
+        )
+    draft.start_orthonormal("Gram-Schmidt")
+    draft.late.append(GramSchmidt(sae, rows, draft.utilisation, gs_order, gs_gradient, watch))
+
+
+def grouped(draft: Draft, groups: int = 16, group_stat: str = "mean") -> None:
+    """Sixteen groups of neighbouring latents; all that compared any two rows now compares those of a group.
+
+    `group_stat`: mean or max. Groups are contiguous: rows start at random, so that another division is the same.
+    """
+    draft.groups = Groups(draft.utilisation, groups, one_of("group_stat", group_stat, ("mean", "max")))
+    draft.mechanisms.append(draft.groups)
+    draft.diversity.groups = groups
+
+
+def group_rates(draft: Draft, group_lr: str = "softmax_mean1") -> None:
+    """Each group's rate follows its utilisation (2).
+
+    `group_lr`: softmax_mean1, softmax (the letter), softmax_temp or inverse.
+    """
+    one_of("group_lr", group_lr, ("softmax_mean1", "softmax", "softmax_temp", "inverse"))
+    draft.mechanisms.append(GroupRate(draft.rows, draft.groups, group_lr))
+
+
+def winner_take_all(
+    draft: Draft,
+    wta_share: float = 0.1,
+    wta_scope: str = "group",
+    inhibition: str = "subtractive",
+    gamma: float = 0.25,
+    neighbours: int = 8,
+    near: str = "encoder",
+) -> None:
+    """Latents inhibit their neighbours, and the best tenth of each group remains.
+
+    `wta_scope`: group or global. `inhibition`: subtractive, divisive or off. `near`: encoder or decoder.
+    """
+    run = draft.run
+    one_of("wta_scope", wta_scope, ("group", "global"))
+    if not 0 < wta_share <= 1 or gamma < 0 or neighbours < 1:
+        raise UsageError(
+            f"wta_share={wta_share}, gamma={gamma}, neighbours={neighbours}: give a share above 0 and up to 1, "
+            "a gamma that is not negative, and one neighbour or more."
+        )
+    groups = draft.rows.groups
+    winners = math.ceil(wta_share * run.d_sae / groups)
+    if wta_scope == "global":
+        groups, winners = 1, winners * groups
+    known = one_of("inhibition", inhibition, ("subtractive", "divisive", "off"))
+    compete = WinnerTakeAll(run.d_sae, groups, winners, gamma, neighbours, known)
+    draft.sae.activation.append(compete)
+    draft.mechanisms.append(Neighbours(compete, draft.sae, one_of("near", near, ("encoder", "decoder"))))
+
+
+def hard_orthogonality(draft: Draft, hard_every: int = 1) -> None:
+    """After each update the rows of a group are made orthonormal.
+
+    Paper: with (3) in the forward pass as well; of rows that are orthonormal, (3) changes nothing.
+    """
+    if hard_every < 1:
+        raise UsageError(f"hard_every={hard_every} is not positive.")
+    draft.start_orthonormal("Hard orthogonality")
+    draft.mechanisms.append(HardOrthogonality(draft.rows, hard_every))
+
+
+ADDITIONS = (
+    (baseline, "(1)"), (sketch, "4.1"), (contrast, "(4)"), (dynamic_l1, "4.2"), (diversity, "6"),
+    (orthogonality, "(5)"), (forward_gram_schmidt, "(3)"), (grouped, "4.1"), (group_rates, "(2)"),
+    (winner_take_all, "4.2"), (hard_orthogonality, "6"),
+)  # fmt: skip
+
+
+def group_count(run: Setting, groups: int) -> int:
+    """`groups`, when it divides the dictionary into groups of two latents or more."""
+    if groups < 1 or run.d_sae % groups or run.d_sae // groups < 2:
+        raise UsageError(
+            f"A dictionary of {run.d_sae} cannot be divided into {groups} equal groups of two latents or more: "
+            "give --set groups=... a divisor, or another --width."
+        )
+    return groups
+
+
+def options_of(addition: Callable[..., None]) -> list[inspect.Parameter]:
+    return list(inspect.signature(addition).parameters.values())[1:]
+
+
+def register(number: int) -> None:
+    """Run `number`: the baseline and the first so many additions, with the options of each."""
+    parts = [addition for addition, _ in ADDITIONS[: number + 1]]
+
+    def build(run: Setting, **given: Any) -> Variant:
+        # Until there are groups (run 7), rows are compared with all others for which there is room in one group.
+        groups = given.get("groups", 16) if grouped in parts else fewest_groups(run)
+        sae = SAE(run.d_in, run.d_sae, [])
+        sae.activation = nn.Sequential()
+        draft = Draft(run, sae, Rows(group_count(run, groups)))
+        for addition in parts:
+            names = [option.name for option in options_of(addition)]
+            addition(draft, **{name: given[name] for name in names if name in given})
+        mechanisms = [*draft.mechanisms, *draft.late, UnitNormDecoder()]
+        dead = DeadLatents(run.d_sae, run.dead_tokens)
+        return Variant(sae, draft.terms, mechanisms, draft.optimization, dead=dead)
+
+    run_itself = inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Setting)
+    own = [option for addition in parts for option in options_of(addition)]
+    build.__signature__ = inspect.Signature([run_itself, *own])  # type: ignore[attr-defined]
+    about = [inspect.getdoc(addition) or "" for addition in parts]
+    head, _, details = about[-1].partition("\n")
+    if number:
+        head = f"Run {number}, `{name_of(number - 1)}` and one thing more. {head}"
+    build.__doc__ = f"{head}\n{details}"
+    recipe(name_of(number), paper="000", equations=ADDITIONS[number][1], width=1)(build)
+
+
+def name_of(number: int) -> str:
+    return f"collapse-{number:02d}" if number else "collapse-baseline"
+
+
+# 2048 tokens to a batch, so that these runs read one stream with all others; the paper's 125 is --batch-size 125.
+for _number in range(len(ADDITIONS)):
+    register(_number)

@@ -1,0 +1,79 @@
+"""Gated SAE (Rajamanoharan et al. 2024a): whether a latent fires and how strongly are two paths that share W_enc.
+
+    z    = (x - b_dec) W_enc
+    f    = 1[z + b_gate > 0] ReLU(exp(r_mag) z + b_mag)
+    L    = |x - x_hat(f)|^2 + l1 |f_gate|_1 + |x - (f_gate sg(W_dec) + sg(b_dec))|^2,     f_gate = ReLU(z + b_gate)
+
+The step in f has no gradient: the gate learns from the last two terms alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..coefficients import warmup
+from ..mechanisms import DeadLatents, UnitNormDecoder
+from ..recipe import Optimization, Setting, Variant, recipe
+from ..sae import SAE, Activation
+from ..step import Step, Term
+from ..terms import MSE
+
+
+class Gated(Activation, name="gated"):
+    """1[z + b_gate > 0] ReLU(exp(r_mag) z + b_mag)."""
+
+    def __init__(self, d_sae: int) -> None:
+        super().__init__(d_sae=d_sae)
+        self.r_mag, self.b_gate, self.b_mag = (nn.Parameter(torch.zeros(d_sae)) for _ in range(3))
+
+    def gate(self, z_BF: Tensor) -> Tensor:
+        return (z_BF + self.b_gate).relu()
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        return (z_BF * self.r_mag.exp() + self.b_mag).relu() * (z_BF + self.b_gate > 0)
+
+    def rescale_(self, factor: float | Tensor) -> None:
+        self.b_gate.mul_(factor)
+        self.b_mag.mul_(factor)
+
+
+class GateL1(Term):
+    """mean_B sum_F f_gate."""
+
+    def __init__(self, gated: Gated) -> None:
+        super().__init__()
+        self.gated = gated
+
+    def forward(self, step: Step) -> Tensor:
+        return self.gated.gate(step.pre_BF).sum(-1).mean()
+
+
+class GateMSE(Term):
+    """mean_B |x - (f_gate sg(W_dec) + sg(b_dec))|^2: the gate's own latents reconstruct, through a decoder they cannot move."""
+
+    def __init__(self, gated: Gated) -> None:
+        super().__init__()
+        self.gated = gated
+
+    def forward(self, step: Step) -> Tensor:
+        sae = step.sae
+        recon_BD = self.gated.gate(step.pre_BF) @ sae.W_dec.detach() + sae.b_dec.detach()
+        return (step.x_BD - recon_BD).square().sum(-1).mean()
+
+
+@recipe("gated", paper="Rajamanoharan et al. 2024a")
+def gated(run: Setting, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
+    """A gate decides which latents fire, under L1; their magnitudes are not penalised and so not shrunk.
+
+    `l1_warmup`: steps over which the penalty grows; None: a twentieth of the run.
+    """
+    activation = Gated(run.d_sae)
+    sae = SAE(run.d_in, run.d_sae, [activation])
+    sae.b_enc.requires_grad_(False)  # stays zero: b_gate and b_mag take its place
+    steps = run.steps // 20 if l1_warmup is None else l1_warmup
+    return Variant(
+        sae,
+        {"mse": (1.0, MSE()), "l1": (warmup(l1, steps), GateL1(activation)), "gate": (1.0, GateMSE(activation))},
+        [UnitNormDecoder()],
+        Optimization(beta1=0.0),
+        dead=DeadLatents(run.d_sae, run.dead_tokens),
+    )

@@ -1,0 +1,306 @@
+"""HierarchicalSAE (paper 004) and its five ablations, each adding to the one before.
+
+    lambda = lambda_0 (1 - t/T),  lambda_0 = 1/sqrt(d_in)                       (3)  linear
+    dead latents restart on tokens with a high loss                                  resample
+    p_i    = share of the last 100 steps in which i fired; dead is p_i < 0.01   (4)  window
+    alpha  = clamp(2.5 / L_recon, 0.1, 2)                                       (5)  adaptive
+    L      = |x - x_hat|^2 + lambda alpha |f|_1                                 (6)
+    W_enc,i <- (W_enc,i + W_enc,j)/2 where cos(i, j) > 0.9, every 100 steps     (7)  hierarchical
+
+lambda ends at zero: what is trained is close to a dense autoencoder (the paper's L0 is 1,735 of 2,304), and the paper's
+best row is `hierarchical-linear`. Its loss is in the units of raw activations: `normalize=none`, and with that
+`recon_in_alpha=sum` is its letter, where alpha is 0.1 throughout. Paper: does not state warm-up or decay of the rate.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...cache.errors import UsageError
+from ..coefficients import Coefficient, linear, times
+from ..mechanisms import DeadLatents, Resample, UnitNormDecoder, forget
+from ..recipe import Optimization, Setting, Variant, ablation, at_width, one_of, recipe
+from ..sae import SAE
+from ..step import Mechanism, Step
+from ..terms import L1, MSE
+from . import baselines
+
+PAPER = {"paper": "004", "width": 1}
+OPTIMIZATION = Optimization(weight_decay=0.01, clip=1.0)
+VARIANCE = (
+    27.1  # of an element at layer 19 of Gemma-2-2B, by the paper's MSE and explained variance: 2.66 / (1 - 0.902)
+)
+
+
+class ResampleByWindow(Resample):
+    """`Resample` of latents with p_i < `below` over the last `every` steps (4).
+
+    By `stability`, a step counts for p_i if `any` of its tokens fires i, or by its `mean` share of tokens that do.
+    Paper: does not say which; by `mean`, most latents of a sparse SAE are dead. A latent that was restarted has a full
+    window before it can be restarted again. Paper: its sum has w + 1 terms for a window of w.
+    """
+
+    fired_WF: Tensor  # the last W steps, in a ring
+
+    def __init__(self, dead: DeadLatents, window: int, until: int, below: float, stability: str) -> None:
+        super().__init__(dead, window, until)
+        self.below, self.stability = below, one_of("stability", stability, ("any", "mean"))
+        self.register_buffer("fired_WF", torch.ones(window, len(dead.since_F)))
+
+    def after(self, step: Step) -> None:
+        if self.stability == "any":
+            fired_F = step.fired_F.float()
+        else:
+            fired_F = (step.f_BF.detach() != 0).float().mean(0)
+        self.fired_WF.index_copy_(0, (step.i % len(self.fired_WF)).view(1), fired_F[None])
+
+    def silent(self) -> Tensor:
+        return self.fired_WF.sum(0) < self.below * len(self.fired_WF)
+
+    def restart(self, step: Step, index_N: Tensor) -> Tensor:
+        restarted_N = super().restart(step, index_N)
+        self.fired_WF[:, restarted_N] = 1
+        return restarted_N
+
+    def scalars(self) -> dict[str, Tensor]:
+        return super().scalars() | {"stability": self.fired_WF.mean()}
+
+
+def matching(cosine_FF: Tensor, above: float) -> tuple[Tensor, Tensor]:
+    """Disjoint pairs i < j with cosine above `above`: the most similar first, no latent twice."""
+    i_P, j_P = (cosine_FF.triu(1) > above).nonzero(as_tuple=True)
+    order_P = cosine_FF[i_P, j_P].argsort(descending=True, stable=True)
+    taken: set[int] = set()
+    pairs = []
+    for i, j in zip(i_P[order_P].tolist(), j_P[order_P].tolist(), strict=True):
+        if i not in taken and j not in taken:
+            taken |= {i, j}
+            pairs.append((i, j))
+    i_M, j_M = torch.tensor(pairs, dtype=torch.int64, device=cosine_FF.device).view(-1, 2).unbind(1)
+    return i_M, j_M
+
+
+class Merge(Mechanism):
+    """Of two latents i, j with cosine over `above`, i becomes the average of both (7), and Adam forgets them.
+
+    Paper: does not say of what the cosine is, nor what becomes of j, of W_dec and of b_enc. Cosines are of the rows of
+    W_dec, or of the columns of W_enc (`on`). b_enc is averaged as W_enc is; W_dec,i is the direction of W_dec,i +
+    W_dec,j. With `weights` = activity each counts by how often it fired lately. The `partner` j is restarted
+    (`recycle`), or silent for ever (`disable`): a latent with W_enc,j = 0 and b_enc,j = 0 has no gradient.
+    """
+
+    merged: Tensor  # () int64, in all
+    disabled_F: Tensor  # bool
+
+    def __init__(
+        self, resample: ResampleByWindow, above: float, every: int, on: str, weights: str, partner: str
+    ) -> None:
+        super().__init__()
+        self.resample, self.above, self.every = resample, above, every
+        self.on = one_of("merge_on", on, ("decoder", "encoder"))
+        self.weights = one_of("merge_weights", weights, ("equal", "activity"))
+        self.partner = one_of("merge_partner", partner, ("recycle", "disable"))
+        self.register_buffer("merged", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("disabled_F", torch.zeros(resample.fired_WF.shape[1], dtype=torch.bool))
+
+    def after(self, step: Step) -> None:
+        self.resample.fired_WF.masked_fill_(self.disabled_F, 1)  # nobody restarts them
+        self.resample.dead.since_F.masked_fill_(self.disabled_F, 0)
+
+    def between(self, step: Step) -> None:
+        if int(step.i) > self.resample.until:
+            return
+        sae = step.sae
+        rows_FD = sae.W_dec.data if self.on == "decoder" else sae.W_enc.data.T
+        unit_FD = rows_FD / rows_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        unit_FD = unit_FD.masked_fill(self.disabled_F[:, None], 0)
+        i_M, j_M = matching(unit_FD @ unit_FD.T, self.above)
+        share_M = torch.full(i_M.shape, 0.5, device=i_M.device)
+        if self.weights == "activity":
+            fired_F = self.resample.fired_WF.mean(0)
+            share_M = fired_F[i_M] / (fired_F[i_M] + fired_F[j_M]).clamp_min(1e-12)
+        sae.W_enc.data[:, i_M] = torch.lerp(sae.W_enc.data[:, j_M], sae.W_enc.data[:, i_M], share_M)
+        sae.b_enc.data[i_M] = torch.lerp(sae.b_enc.data[j_M], sae.b_enc.data[i_M], share_M)
+        direction_MD = torch.lerp(sae.W_dec.data[j_M], sae.W_dec.data[i_M], share_M[:, None])
+        sae.W_dec.data[i_M] = direction_MD / direction_MD.norm(dim=1, keepdim=True)
+        forget(step, torch.cat([i_M, j_M]))
+        if self.partner == "recycle":
+            self.resample.restart(step, j_M)
+        else:
+            sae.W_enc.data[:, j_M] = 0
+            sae.b_enc.data[j_M] = 0
+            self.disabled_F[j_M] = True
+        self.merged += len(i_M)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"merged": self.merged}
+
+
+class Modulate(Mechanism):
+    """alpha = clamp(target / L_recon, low, high), without a gradient (5); a coefficient, and its average as state.
+
+    L_recon in the units of the cache, whose rows were divided by `scale`, by `reading`
+        variance  the unexplained share of the batch's variance times 27.1, the variance the paper's target belongs to
+        mean      the mean squared error of an element: about 2.66 at layer 19, so alpha is 0.94
+        sum       the squared error of a token, which the paper's loss of 4,668 is: alpha is 0.1, always
+    averaged over steps with `ema`.
+    """
+
+    average: Tensor  # ()
+    alpha: Tensor  # ()
+
+    def __init__(
+        self, scale: Callable[[], Tensor], reading: str, target: float, low: float, high: float, ema: float
+    ) -> None:
+        super().__init__()
+        self.scale, self.target, self.low, self.high, self.ema = scale, target, low, high, ema
+        self.reading = one_of("recon_in_alpha", reading, ("variance", "mean", "sum"))
+        self.register_buffer("average", torch.zeros(()))
+        self.register_buffer("alpha", torch.ones(()))
+
+    def averaged(self, step: Step) -> Tensor:
+        error = step.error_BD.detach().square()
+        if self.reading == "variance":
+            now = VARIANCE * error.sum() / (step.x_BD - step.x_BD.mean(0)).square().sum()
+        else:
+            now = self.scale() ** 2 * (error.mean() if self.reading == "mean" else error.sum(1).mean())
+        return torch.where(step.i == 0, now, torch.lerp(now, self.average, self.ema))
+
+    def forward(self, step: Step) -> Tensor:
+        return (self.target / self.averaged(step)).clamp(self.low, self.high)
+
+    def after(self, step: Step) -> None:
+        self.alpha.copy_(self(step))
+        self.average.copy_(self.averaged(step))
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"alpha": self.alpha}
+
+
+def noted(name: str, coefficient: Coefficient) -> Coefficient:
+    """The coefficient, its value left in the step's notes."""
+
+    def value(step: Step) -> Tensor:
+        step.notes[name] = torch.as_tensor(coefficient(step))
+        return step.notes[name]
+
+    return value
+
+
+def build(
+    run: Setting,
+    restarts: str = "window",
+    adaptive: bool = True,
+    merging: bool = True,
+    l1: float | None = None,
+    l1_end: float = 0.0,
+    resample_every: int = 100,
+    window: int = 100,
+    below: float = 0.01,
+    stability: str = "any",
+    recon_in_alpha: str = "variance",
+    target: float = 2.5,
+    alpha_low: float = 0.1,
+    alpha_high: float = 2.0,
+    alpha_ema: float = 0.0,
+    merge_above: float = 0.9,
+    merge_every: int = 100,
+    merge_on: str = "decoder",
+    merge_weights: str = "equal",
+    merge_partner: str = "recycle",
+    pre_bias: bool = False,
+) -> Variant:
+    counts = {"resample_every": resample_every, "window": window, "merge_every": merge_every}
+    if wrong := [f"{name}={count}" for name, count in counts.items() if count < 1]:
+        raise UsageError(f"{', '.join(wrong)} is no number of steps: give 1 or more.")
+    sae = SAE(run.d_in, run.d_sae, pre_bias=pre_bias)
+    dead = DeadLatents(run.d_sae, run.dead_tokens)
+    penalty = noted("lambda", linear(run.d_in**-0.5 if l1 is None else l1, l1_end, run.steps))  # (3)
+    until = run.steps * 9 // 10  # Paper: to the end. A latent restarted just before it would stay as it was drawn.
+    mechanisms: list[Mechanism] = []
+    if adaptive:
+        modulate = Modulate(lambda: variant.scale, recon_in_alpha, target, alpha_low, alpha_high, alpha_ema)
+        penalty = times(penalty, modulate)
+        mechanisms.append(modulate)
+    if restarts == "window":
+        resample = ResampleByWindow(dead, window, until, below, stability)
+        if merging:
+            mechanisms.append(Merge(resample, merge_above, merge_every, merge_on, merge_weights, merge_partner))
+        mechanisms.append(resample)
+    elif restarts == "dead":
+        # Paper: restarts one ablation before the window says who is dead; until then it is the house's dead latents.
+        mechanisms.append(Resample(dead, resample_every, until))
+    terms = {"mse": (1.0, MSE()), "l1": (penalty, L1())}  # (6)
+    variant = Variant(sae, terms, [*mechanisms, UnitNormDecoder()], OPTIMIZATION, dead=dead)
+    return variant  # by this name `modulate` finds the scale
+
+
+RESTART = ("resample_every",)
+WINDOW = ("window", "below", "stability")
+ADAPTIVE = ("recon_in_alpha", "target", "alpha_low", "alpha_high", "alpha_ema")
+MERGE = ("merge_above", "merge_every", "merge_on", "merge_weights", "merge_partner")
+
+for _name, _summary, _equations, _idle, _fixed in (
+    (
+        "-linear",
+        "ReLU latents under an L1 penalty that falls linearly to zero. `l1` None: 1/sqrt(d_in).",
+        "(1)-(3)",
+        RESTART + WINDOW + ADAPTIVE + MERGE,
+        {"restarts": "never", "adaptive": False, "merging": False},
+    ),
+    (
+        "-resample",
+        "`hierarchical-linear` whose dead latents restart on badly reconstructed tokens.",
+        "(1)-(3)",
+        WINDOW + ADAPTIVE + MERGE,
+        {"restarts": "dead", "adaptive": False, "merging": False},
+    ),
+    (
+        "-window",
+        "`hierarchical-resample` where dead means silent over a window of steps.",
+        "(1)-(4)",
+        RESTART + ADAPTIVE + MERGE,
+        {"restarts": "window", "adaptive": False, "merging": False},
+    ),
+    (
+        "-adaptive",
+        "`hierarchical-window` with a penalty that weakens while the reconstruction is bad.",
+        "(1)-(6)",
+        RESTART + MERGE,
+        {"restarts": "window", "adaptive": True, "merging": False},
+    ),
+    (
+        "",
+        "`hierarchical-adaptive` that merges latents with nearly the same direction.",
+        "(1)-(7)",
+        RESTART,
+        {"restarts": "window", "adaptive": True, "merging": True},
+    ),
+):
+    ablation(f"hierarchical{_name}", build, _summary, {"equations": _equations, **PAPER}, *_idle, **_fixed)
+
+
+def with_optimization(variant: Variant) -> Variant:
+    """A baseline trained as the paper trains everything it compares."""
+    variant.optimization = OPTIMIZATION
+    return variant
+
+
+@recipe("hierarchical-topk320", **PAPER)
+def topk(run: Setting, k: int | None = None, aux: float = 1 / 32) -> Variant:
+    """The paper's baseline: `topk`, k = 320 of 2304. `k` None: the same share of d_in."""
+    k = max(1, round(at_width(320, run.d_in))) if k is None else k
+    return with_optimization(baselines.topk(run, k=k, aux=aux))
+
+
+@recipe("hierarchical-batchtopk", **PAPER)
+def batchtopk(run: Setting, k: float | None = None, aux: float = 1 / 32) -> Variant:
+    """The second baseline: `batchtopk`. `k` None: 320 of 2304, the same share of d_in; the paper gives none."""
+    return with_optimization(baselines.batchtopk(run, k=at_width(320, run.d_in) if k is None else k, aux=aux))
+
+
+@recipe("hierarchical-l1", **PAPER)
+def l1(run: Setting, l1: float = 0.04, l1_warmup: int = 0, pre_bias: bool = False) -> Variant:
+    """The third baseline: `relu` under a constant L1 penalty."""
+    return with_optimization(baselines.relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias))

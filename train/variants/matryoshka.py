@@ -1,0 +1,51 @@
+"""Matryoshka SAE (Bussmann et al. 2025): every prefix of the dictionary is to be a dictionary.
+
+    L = mean_g |x - (f_{1:n_g} W_dec,{1:n_g} + b_dec)|^2,     n_g = n/2^(G-1), ..., n/2, n
+
+BatchTopK chooses once among all latents; the prefixes share its choice. The order of latents carries meaning.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ...cache.errors import UsageError
+from ..recipe import Setting, Variant, recipe
+from ..step import Step, Term
+from .baselines import batchtopk
+
+
+class NestedMSE(Term):
+    """The mean over prefixes of their squared errors.
+
+    Each block between two prefixes is decoded once, and a prefix's reconstruction is the sum of the blocks up to it. The
+    gradient at a block is then that of the residuals of all prefixes which contain it, summed first: one product, as
+    for a plain decoder.
+    """
+
+    def __init__(self, ends: list[int]) -> None:
+        super().__init__()
+        self.sizes = [end - begin for begin, end in pairwise([0, *ends])]
+
+    def forward(self, step: Step) -> Tensor:
+        recon_BD, losses = step.sae.b_dec, []
+        for f_BS, dec_SD in zip(step.f_BF.split(self.sizes, -1), step.sae.W_dec.split(self.sizes), strict=True):
+            recon_BD = f_BS @ dec_SD + recon_BD
+            losses.append((step.x_BD - recon_BD).square().sum(-1).mean())
+        # Paper: does not say whether the losses are summed or averaged; with a mean the other terms keep their weight.
+        return torch.stack(losses).mean()
+
+
+@recipe("matryoshka", paper="Bussmann et al. 2025")
+def matryoshka(
+    run: Setting, k: float = 32, prefixes: int = 5, aux: float = 1 / 32, aux_k: int | None = None
+) -> Variant:
+    """`batchtopk` whose first n/16, n/8, n/4, n/2 latents reconstruct on their own too. `prefixes`: how many, n included."""
+    if not 1 <= prefixes <= run.d_sae.bit_length():
+        raise UsageError(
+            f"prefixes={prefixes} halves {run.d_sae} latents to none: give 1 to {run.d_sae.bit_length()}, or a larger --width."
+        )
+    variant = batchtopk(run, k=k, aux=aux, aux_k=aux_k)
+    variant.add_term("mse", 1.0, NestedMSE([run.d_sae >> g for g in reversed(range(prefixes))]))
+    return variant

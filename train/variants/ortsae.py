@@ -1,0 +1,74 @@
+"""OrtSAE (Korznikov et al. 2025): each decoder row pays for the row that is most like it.
+
+    L = |x - x_hat|^2 + aux + strength mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2
+
+The rows are dealt into chunks of at most `chunk`, anew at each step, so that the cost is O(n chunk d) and every pair
+meets sooner or later.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...cache.errors import UsageError
+from ..recipe import Setting, Variant, recipe
+from ..step import Step, Term
+from .baselines import batchtopk
+
+
+def shuffled(step: Step, count: int) -> Tensor:
+    """A permutation of `count` that is a function of the step alone, so that a resumed run deals the same chunks.
+
+    Each index is mixed with the step (the finalizer of MurmurHash3, on 32 of 64 bits), and the mixtures are sorted.
+    """
+    x = (torch.arange(count, device=step.i.device) * 0x9E3779B1 + step.i * 0x85EBCA6B) & 0xFFFFFFFF
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):
+        x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
+    return (x ^ (x >> 16)).argsort()
+
+
+class Orthogonality(Term):
+    """mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2.
+
+    The nearest row is found without a gradient, and its cosine computed again with one: O(n d) instead of the chunks'
+    matrices. Where the maximum is unique this is its gradient.
+    """
+
+    def __init__(self, chunk: int = 8192) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def forward(self, step: Step) -> Tensor:
+        unit_FD = F.normalize(step.sae.W_dec, dim=1)
+        with torch.no_grad():
+            order_F = shuffled(step, len(unit_FD))
+            chunks = -(-len(order_F) // self.chunk)
+            nearest_F = torch.empty_like(order_F)
+            for index_C in order_F.tensor_split(chunks):
+                near_CC = (unit_FD[index_C] @ unit_FD[index_C].T).square().fill_diagonal_(-1)
+                nearest_F[index_C] = index_C[near_CC.argmax(1)]
+        square_F = (unit_FD * unit_FD[nearest_F]).sum(1).square()
+        step.notes["nearest_cosine"] = square_F.detach().sqrt().mean()
+        return square_F.mean()
+
+
+@recipe("ortsae", paper="Korznikov et al. 2025")
+def ortsae(
+    run: Setting,
+    k: float = 32,
+    strength: float = 0.25,
+    chunk: int = 8192,
+    aux: float = 1 / 32,
+    aux_k: int | None = None,
+) -> Variant:
+    """`batchtopk` whose decoder rows pay for the row that is most like them, within chunks dealt anew at each step.
+
+    Paper: its text was not at hand; strength and chunk are ours. `aux_k`: None is d_in / 2.
+    """
+    if chunk < 3 or run.d_sae < 2:  # chunks of nearly equal size then have two rows at least
+        raise UsageError(
+            f"chunk={chunk} of {run.d_sae} latents can leave a row alone: give chunk=3 or more, --width 2 or more."
+        )
+    variant = batchtopk(run, k=k, aux=aux, aux_k=aux_k)
+    variant.add_term("orthogonality", strength, Orthogonality(chunk))
+    return variant

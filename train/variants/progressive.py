@@ -1,0 +1,315 @@
+"""Competitive progressive autoencoders (paper 001): a quarter of the latents to begin with, more as they are used.
+
+    L     = |x - D(alpha(z))|^2 + l1 |alpha(z)|_1,  z = ReLU(x W_enc + b_enc)                     (2)
+    v_i   <- 0.9 v_i + 0.1 1[f_i > 0.01],  rho = mean of v over the enabled latents               (3)
+    n     <- n + 5, or min(7, max(2, 0.1 n rho)), or min(10, max(4, 0.15 n rho)), by rho          (4)
+    alpha = softmax(z / T) z                                                                      (5)
+    T     = T_base (1 + (exp(exp(rho) - 1) - 1) s), within [0.05, 0.3], momentum 0.99             (6)
+
+To the letter: `utilization=mean n_ref=none interval=1 competition=softmax cut=0`. That is void in three places. The
+weights of the softmax sum to one, so alpha is about z/n, or one winner; rho is about L0/n, so growth stays in its first
+branch; and growth is over after 173 to 346 steps. The defaults are readings that work.
+
+The paper does not state the units of its loss. Ours is the house's, |x|^2 = 1 on average and errors summed over d_in;
+what its numbers point to is `reconstruction=mean normalize=none`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ...cache.errors import UsageError
+from ..coefficients import Coefficient, constant, linear
+from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
+from ..recipe import Optimization, Setting, Variant, ablation, at_width, one_of, recipe
+from ..sae import SAE, Activation, ReLU
+from ..step import Mechanism, Step, Term
+from ..terms import L1, MSE, reconstruction_weight
+
+PAPER = {"paper": "001", "width": 1}
+COMPETITIONS = ("softmax_peak", "softmax", "softmax_scaled", "softmax_active_only")
+
+
+class Enabled(Activation, name="enabled"):
+    """Latents that are not enabled yet are at minus infinity: they never fire and take no part in a competition."""
+
+    on_F: Tensor  # 1 or 0
+
+    def __init__(self, d_sae: int) -> None:
+        super().__init__(d_sae=d_sae)
+        self.register_buffer("on_F", torch.ones(d_sae))
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        return torch.where(self.on_F > 0, z_BF, -torch.inf)
+
+
+class Competition(Activation, name="competition"):
+    """alpha(z)_i = w_i z_i, z = ReLU(pre) (5), and zero where it is not above `cut`.
+
+    With e_i = exp((z_i - max z) / T), `weights` are
+        softmax              e / sum e: the paper's letter, which shrinks everything
+        softmax_peak         e: the strongest latent keeps its value
+        softmax_scaled       e / sum e times the number of active latents
+        softmax_active_only  e / sum e over the active latents, z > 0
+
+    T and `cut` are in the `unit` of the SAE's `input`, or of `rms_z`, the root mean square of a token's active latents,
+    under which the winner is nearly alone. Paper: alpha is nowhere exactly zero, so its L0 can only have counted what
+    exceeds the 0.01 of (3); hence `cut`.
+    """
+
+    T: Tensor  # ()
+    cut: Tensor  # ()
+
+    def __init__(
+        self, temperature: float, weights: str = "softmax_peak", unit: str = "input", cut: float = 0.0
+    ) -> None:
+        super().__init__(temperature=temperature, weights=weights, unit=unit, cut=cut)
+        self.weights = one_of("competition", weights, COMPETITIONS)
+        self.unit = one_of("temperature_unit", unit, ("rms_z", "input"))
+        self.register_buffer("T", torch.tensor(temperature))
+        self.register_buffer("cut", torch.tensor(cut))
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        competing_BF = z_BF > (0 if self.weights == "softmax_active_only" else -torch.inf)
+        z_BF = z_BF.float().relu()
+        active_B1 = (z_BF > 0).sum(-1, keepdim=True)
+        unit_B1 = z_BF.new_ones(())
+        if self.unit == "rms_z":
+            unit_B1 = (z_BF.detach().square().sum(-1, keepdim=True) / active_B1.clamp_min(1)).sqrt().clamp_min(1e-12)
+        weight_BF = ((z_BF - z_BF.amax(-1, keepdim=True)) / (self.T * unit_B1)).exp() * competing_BF
+        if self.weights != "softmax_peak":
+            weight_BF = weight_BF / weight_BF.sum(-1, keepdim=True).clamp_min(1e-12)
+        if self.weights == "softmax_scaled":
+            weight_BF = active_B1 * weight_BF
+        alpha_BF = weight_BF * z_BF
+        return alpha_BF * (alpha_BF > self.cut * unit_B1)
+
+    def rescale_(self, factor: float) -> None:
+        if self.unit == "input":
+            self.T.mul_(factor)
+            self.cut.mul_(factor)
+
+
+class ChainL1(Term):
+    """mean_B sum_F |c(pre)| of a chain c of activations that is not, or not all, in the way of the reconstruction."""
+
+    def __init__(self, *chain: Activation) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(*chain)
+
+    def forward(self, step: Step) -> Tensor:
+        return self.chain(step.pre_BF).abs().sum(-1).mean()
+
+
+class Utilization(ActivityEMA):
+    """v_i (3) and rho, one number that says how much the enabled latents are used.
+
+    Paper: 1[|f_i(x_t)| > tau] is of one token, x_t here is a batch. By `reading`, v_i is
+        alive_fraction   the share of its tokens, and rho the share of enabled latents with v_i over 0.001
+        mean             the share of its tokens, so rho is about L0/n, always below 0.3
+        any              whether any of its tokens, so rho is about 1
+    """
+
+    rho: Tensor  # ()
+
+    def __init__(self, enabled: Enabled, beta: float, tau: float, reading: str = "alive_fraction") -> None:
+        super().__init__(len(enabled.on_F), beta, tau)
+        self.enabled = enabled
+        self.reading = one_of("utilization", reading, ("alive_fraction", "mean", "any"))
+        self.register_buffer("rho", torch.zeros(()))
+
+    def after(self, step: Step) -> None:
+        if self.reading == "any":
+            fired_F = (step.f_BF.detach() > self.threshold).any(0)
+            self.rate_F.lerp_(fired_F.float(), 1 - self.beta)
+        else:
+            super().after(step)
+        v_F = (self.rate_F > 1e-3).float() if self.reading == "alive_fraction" else self.rate_F
+        self.rho.copy_((v_F * self.enabled.on_F).sum() / self.enabled.on_F.sum())
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"rho": self.rho}
+
+
+class Grow(Mechanism):
+    """Enable `start` of the latents, and every `interval` steps some more, by rho (4).
+
+    Until then a latent is at its initial value: no gradient, no weight decay, not counted as dead. Its Adam moments
+    begin at zero, with the common count of steps. `n_ref` is the n of (4). Paper: 0.1 n rho is at least 69 at n = 2304,
+    so "adaptive 2-7" is 7 and "adaptive 4-10" is 10; they adapt for n around 100.
+
+    Which come first: the paper does not say. `order` is by `index`, or by `importance`: how often a latent that is not
+    enabled would fire, on the same average as (3).
+    """
+
+    n: Tensor  # (), not rounded
+    wish_F: Tensor
+
+    def __init__(
+        self, enabled: Enabled, use: Utilization, dead: DeadLatents, start: float, interval: int = 10,
+        hybrid: bool = True, n_ref: int | None = 100, pace: float = 1.0, order: str = "index",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.enabled, self.use, self.dead = enabled, use, dead
+        self.interval, self.hybrid, self.pace = interval, hybrid, pace
+        self.order = one_of("order", order, ("index", "importance"))
+        d_sae = len(enabled.on_F)
+        self.n_ref = d_sae if n_ref is None else n_ref
+        first = max(1, math.ceil(start * d_sae))
+        enabled.on_F[first:] = 0
+        self.register_buffer("n", torch.tensor(float(first)))
+        self.register_buffer("wish_F", torch.zeros(d_sae))
+
+    def increment(self, rho: Tensor) -> Tensor:
+        """(4), at the paper's width."""
+        low = torch.full_like(rho, 5.0)
+        if not self.hybrid:
+            return low
+        middle = (0.1 * self.n_ref * rho).floor().clamp(2, 7)
+        high = (0.15 * self.n_ref * rho).floor().clamp(4, 10)
+        return torch.where(rho < 0.3, low, torch.where(rho < 0.6, middle, high))
+
+    def before(self, step: Step) -> None:
+        self.kept_DF = step.sae.W_enc.detach().clone()
+
+    def after(self, step: Step) -> None:
+        on_F = self.enabled.on_F
+        step.sae.W_enc.data.copy_(torch.where(on_F > 0, step.sae.W_enc, self.kept_DF))  # decay moved the others too
+        due = (step.i + 1) % self.interval == 0
+        self.n.add_(torch.where(due, self.pace * self.increment(self.use.rho), 0)).clamp_(max=len(on_F))
+        if self.order == "importance":
+            would_BF = step.pre_BF.detach() > self.use.threshold
+            self.wish_F.lerp_(would_BF.float().mean(0), 1 - self.use.beta)
+        first_F = torch.where(on_F > 0, torch.inf, self.wish_F).argsort(descending=True, stable=True)
+        place_F = torch.empty_like(first_F).scatter_(0, first_F, torch.arange(len(on_F), device=on_F.device))
+        on_F.copy_(place_F < self.n.floor())
+        self.dead.since_F.masked_fill_(on_F == 0, 0)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"enabled": self.enabled.on_F.sum()}
+
+
+class Temper(Mechanism):
+    """T follows rho: T <- 0.99 T + 0.01 clamp(T_base (1 + sign (exp(exp(rho) - 1) - 1) s), low, high) (6).
+
+    Paper: more use makes T larger and competition weaker, against its text; `sign` -1 turns that around. For rho in
+    [0, 1] T is in [0.1, 0.237], so its bounds never bind.
+    """
+
+    def __init__(
+        self, competition: Competition, use: Utilization, base: Coefficient, s: float = 0.3, sign: int = 1,
+        low: float = 0.05, high: float = 0.3, momentum: float = 0.99,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.competition, self.use, self.base, self.s, self.sign = competition, use, base, s, sign
+        self.low, self.high, self.momentum = low, high, momentum
+
+    def target(self, rho: Tensor, base: Tensor | float) -> Tensor:
+        """(6) before its momentum."""
+        return (base * (1 + self.sign * (torch.exp(torch.exp(rho) - 1) - 1) * self.s)).clamp(self.low, self.high)
+
+    def after(self, step: Step) -> None:
+        self.competition.T.lerp_(self.target(self.use.rho, self.base(step)), 1 - self.momentum)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"T": self.competition.T}
+
+
+@recipe("progressive-baseline", equations="(1)", **PAPER)
+def baseline(run: Setting, l1: float = 0.04, reconstruction: str = "sum", pre_bias: bool = False) -> Variant:
+    """ReLU latents and an L1 penalty: `progressive` without growth and without competition."""
+    return Variant(
+        SAE(run.d_in, run.d_sae, pre_bias=pre_bias),
+        {"mse": (reconstruction_weight(reconstruction, run.d_in), MSE()), "l1": (l1, L1())},
+        [UnitNormDecoder()],
+        Optimization(weight_decay=0.01),
+        dead=DeadLatents(run.d_sae, run.dead_tokens),
+    )
+
+
+@recipe("progressive", equations="(2)-(6)", **PAPER)
+def progressive(
+    run: Setting,
+    start: float = 0.25,
+    interval: int | None = None,
+    hybrid: bool = True,
+    n_ref: int | None = 100,
+    pace: float | None = None,
+    order: str = "index",
+    beta: float = 0.9,
+    tau: float = 0.01,
+    utilization: str = "alive_fraction",
+    competition: str = "softmax_peak",
+    competition_in_recon: bool = True,
+    cut: float = 0.01,
+    temperature: float = 0.1,
+    temperature_unit: str = "input",
+    temperature_low: float = 0.05,
+    temperature_high: float = 0.3,
+    density_scale: float = 0.3,
+    density_sign: int = 1,
+    momentum: float = 0.99,
+    anneal_steps: int = 0,
+    l1: float = 0.04,
+    l1_on: str = "alpha",
+    reconstruction: str = "sum",
+    pre_bias: bool = False,
+) -> Variant:
+    """Latents are enabled as they are used, from a quarter on, and compete under a temperature that follows their use.
+
+    `interval`: steps between increments; None: 10 in 4882, so that growth fills half of the run. `n_ref` None: d_sae.
+    `pace`: multiplies the increments; None: d_sae / 2304. `competition` may be off. `competition_in_recon` false
+    reconstructs from z, and alpha is only penalised. `anneal_steps` (the paper's 2000): T_base falls from
+    `temperature_high` to `temperature`. `l1_on`: alpha, z, or both, which is the gradient printed as (7).
+    """
+    one_of("competition", competition, (*COMPETITIONS, "off"))
+    one_of("l1_on", l1_on, ("alpha", "z", "both"))
+    if not 0 < start <= 1:
+        raise UsageError(f"start={start} is no share of the latents: give one above 0 and up to 1.")
+    if interval is not None and interval < 1:
+        raise UsageError(f"interval={interval} is no number of steps: give 1 or more.")
+    if interval is None:
+        interval = max(1, round(10 * run.steps / 4882))
+    enabled = Enabled(run.d_sae)
+    dead = DeadLatents(run.d_sae, run.dead_tokens)
+    use = Utilization(enabled, beta, tau, utilization)
+    grow = Grow(
+        enabled, use, dead, start, interval, hybrid, n_ref, at_width(1, run.d_sae) if pace is None else pace, order
+    )
+    mechanisms: list[Mechanism] = [use, grow, UnitNormDecoder()]
+    terms: dict[str, tuple[Coefficient | float, Term]] = {
+        "mse": (reconstruction_weight(reconstruction, run.d_in), MSE())
+    }
+    chain: list[Activation] = [enabled, ReLU()]
+    if competition == "off":
+        terms["l1"] = (l1, L1())
+    else:
+        base = linear(temperature_high, temperature, anneal_steps) if anneal_steps else constant(temperature)
+        compete = Competition(temperature_high if anneal_steps else temperature, competition, temperature_unit, cut)
+        mechanisms.insert(
+            1, Temper(compete, use, base, density_scale, density_sign, temperature_low, temperature_high, momentum)
+        )
+        if l1_on != "z":
+            terms["l1"] = (l1, L1() if competition_in_recon else ChainL1(enabled, compete))
+        if l1_on != "alpha":
+            terms["l1_z"] = (l1, ChainL1(enabled, ReLU()))
+        if competition_in_recon:
+            chain = [enabled, compete]
+    sae = SAE(run.d_in, run.d_sae, chain, pre_bias=pre_bias)
+    return Variant(sae, terms, mechanisms, Optimization(weight_decay=0.01), dead=dead)
+
+
+GROWTH = ("interval", "hybrid", "n_ref", "pace", "order")
+COMPETITION = (
+    "competition_in_recon", "cut", "temperature", "temperature_unit", "temperature_low", "temperature_high",
+    "density_scale", "density_sign", "momentum", "anneal_steps", "l1_on",
+)  # fmt: skip
+
+for _name, _summary, _idle, _fixed in (
+    ("all-at-once", "`progressive` with every latent enabled from the start.", GROWTH, {"start": 1.0}),
+    ("fixed-increment", "`progressive` that grows by 5 whatever the utilisation.", ("n_ref",), {"hybrid": False}),
+    ("no-ema", "`progressive` whose utilisation is the last batch's, (3) with beta = 0.", (), {"beta": 0.0}),
+    ("no-competition", "`progressive` whose latents do not compete.", COMPETITION, {"competition": "off"}),
+):
+    ablation(f"progressive-{_name}", progressive, _summary, {"equations": "(2)-(6)", **PAPER}, *_idle, **_fixed)

@@ -1,0 +1,93 @@
+"""Switch SAE (Mudide et al. 2024): a router sends each token to one expert, a share of the latents.
+
+    p     = softmax((x - b_router) W_router),     e = argmax p
+    f     = TopK(p_e ReLU(z)) among the latents of expert e
+    L     = |x - x_hat|^2 + balance E sum_j F_j P_j
+
+F_j is the share of tokens sent to expert j, P_j its mean probability; the sum is smallest, 1/E, where all are equal.
+The encoder is computed for every expert, so routing saves no work here; nor does it in the authors' code.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...cache.errors import UsageError
+from ..mechanisms import DeadLatents, UnitNormDecoder
+from ..recipe import Optimization, Setting, Variant, recipe
+from ..sae import SAE, Activation
+from ..step import Step, Term
+from ..terms import MSE
+from .baselines import rate_by_width
+
+
+class Switch(Activation, name="switch"):
+    """TopK within the expert that a token is sent to, its latents times the router's probability."""
+
+    sees_input = True
+
+    def __init__(self, d_in: int, experts: int, k: int) -> None:
+        super().__init__(d_in=d_in, experts=experts, k=k)
+        self.experts, self.k = experts, k
+        self.W_router = nn.Parameter(torch.randn(d_in, experts) / d_in**0.5)
+        self.b_router = nn.Parameter(torch.zeros(d_in))
+
+    def probabilities(self, x_BD: Tensor) -> Tensor:
+        return (x_BD @ self.W_router - self.b_router @ self.W_router).float().softmax(-1)
+
+    def forward(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
+        p_B, expert_B = self.probabilities(x_BD).max(-1)
+        z_BES = z_BF.unflatten(-1, (self.experts, -1)).relu()
+        at_B11 = expert_B[..., None, None]
+        z_BS = z_BES.take_along_dim(at_B11, dim=-2).squeeze(-2) * p_B[..., None]
+        top = z_BS.topk(self.k, dim=-1, sorted=False)
+        f_BS = torch.zeros_like(z_BS).scatter(-1, top.indices, top.values)
+        here_BE1 = torch.arange(self.experts, device=z_BF.device)[:, None] == at_B11
+        return (f_BS[..., None, :] * here_BE1).flatten(-2)
+
+    def rescale_(self, factor: float) -> None:
+        self.W_router.div_(factor)
+        self.b_router.mul_(factor)
+
+    def recenter_(self, mean_D: Tensor) -> None:
+        self.b_router.add_(mean_D)
+
+
+class Balance(Term):
+    """E sum_j F_j P_j: 1 where every expert gets its share, E where one gets all."""
+
+    def __init__(self, switch: Switch) -> None:
+        super().__init__()
+        self.switch = switch
+
+    def forward(self, step: Step) -> Tensor:
+        p_BE = self.switch.probabilities(step.x_BD)
+        sent_BE = torch.zeros_like(p_BE).scatter(-1, p_BE.argmax(-1, keepdim=True), 1.0)
+        share_E = sent_BE.mean(0)
+        step.notes["busiest_expert"] = share_E.max()
+        return self.switch.experts * (share_E * p_BE.mean(0)).sum()
+
+
+@recipe("switch", paper="Mudide et al. 2024")
+def switch(run: Setting, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
+    """One expert a token, chosen by a router; the k largest of the expert's latents.
+
+    `experts`: None is 16, or fewer in a dictionary of under 16 k latents.
+
+    Paper: weighs the balance with 3 times d_in on inputs of its own scale; `balance` presumes E|x|^2 = 1.
+    """
+    if experts is None:
+        experts = next(e for e in (16, 8, 4, 2, 1) if run.d_sae % e == 0 and run.d_sae // e >= k)
+    if experts < 1 or run.d_sae % experts or k > run.d_sae // experts:
+        raise UsageError(
+            f"{experts} experts cannot share {run.d_sae} latents so that each has a whole number of them, and at least k={k}: "
+            f"set fewer experts, a smaller k, or another --width."
+        )
+    activation = Switch(run.d_in, experts, k)
+    return Variant(
+        SAE(run.d_in, run.d_sae, [activation]),
+        {"mse": (1.0, MSE()), "balance": (balance, Balance(activation))},
+        [UnitNormDecoder()],
+        # The authors start b_dec and b_router both at the data's centre: a centred input is the same.
+        Optimization(lr=rate_by_width(run.d_sae), center=True),
+        dead=DeadLatents(run.d_sae, run.dead_tokens),
+    )
