@@ -3,26 +3,34 @@
 The names and definitions are SAEBench's; where one of them is not what its name says, the correct number stands beside
 it under another name (`fve`, `mse_elementwise`). Positions of pad, eos and bos keep their residual and are not counted.
 
-Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
+Shape suffixes: N contexts, S positions, T counted tokens, C those of them with a next token, D d_in, F latents,
+V vocabulary.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ..cache.errors import UsageError
-from .metric import Bench, Coder, Metric, Result, Subject
+from ..train.sae import SAE
+from .metric import Batch, Bench, Metric, Result, Subject
 
+# Through the model: logits are (4, S, V), half a gigabyte for Gemma, and in a CPU's cache for gemma-2-mini.
+CONTEXTS_AT_ONCE = 4
 DENSE_PAIRS = 4096  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
 
 
 @dataclass(frozen=True)
 class Core(Metric):
-    """Batches are of `batch_contexts` contexts; KL and CE are taken on the first `reconstruction_batches` of them."""
+    """Batches are of `batch_contexts` contexts; KL and CE are taken on the first `reconstruction_batches` of them.
+
+    SAEBench's sparsity batches begin where its reconstruction batches stop; held-out text is short, so ours overlap.
+    """
 
     batch_contexts: int = 16
     reconstruction_batches: int = 200
@@ -32,205 +40,229 @@ class Core(Metric):
     type_id = "core"
 
     @torch.no_grad()
-    def measure(
-        self, bench: Bench, subjects: Mapping[str, Subject], progress: Callable[[int, int], None]
-    ) -> dict[str, Result]:
-        if not len(bench.contexts):
+    def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Callable[[int, int], None]) -> list[Result]:
+        batches = [batch for batch in bench.batches(self.batch_contexts, self.sparsity_batches) if batch.kept.any()]
+        if not batches:
             raise UsageError(
-                "The cache holds no held-out text to evaluate on. Harvest with --held-out above 0, or more text."
+                "Nothing of the held-out text counts: its tokens are all pad, eos or bos. Harvest other text."
             )
-        layers = sorted({subject.layer for subject in subjects.values()})
-        behaviour = {name: Behaviour() for name in subjects}
-        codes = {name: Codes(subject.sae) for name, subject in subjects.items()}
-        total = min(self.sparsity_batches, -(-len(bench.contexts) // self.batch_contexts))
-        for number, (ids, kept) in enumerate(bench.batches(self.batch_contexts, self.sparsity_batches)):
-            if number < self.reconstruction_batches:
-                run = bench.model.forward(ids, layers)
-                original, residual = run.logits.float().log_softmax(-1), run.residual
-                ablated = {
-                    layer: run.suffix(layer, torch.zeros_like(residual[layer])).float().log_softmax(-1)
-                    for layer in layers
-                }
-            else:
-                run, residual = None, bench.model.capture(ids, layers)
-            for name, subject in subjects.items():
-                x = residual[subject.layer]
-                f_NSF = subject.sae.encode(x.float())
-                recon = subject.sae.decode(f_NSF)
-                codes[name].add(x.float(), f_NSF, recon, kept)
-                if run is not None:
-                    patched = (
-                        recon.to(x.dtype) if subject.everywhere else torch.where(kept[..., None], recon.to(x.dtype), x)
-                    )
-                    spliced = run.suffix(subject.layer, patched).float().log_softmax(-1)
-                    behaviour[name].add(ids, kept, original, spliced, ablated[subject.layer])
-            progress(number + 1, total)
-        return {name: self._result(bench, subjects[name], behaviour[name], codes[name]) for name in subjects}
-
-    def _result(self, bench: Bench, subject: Subject, behaviour: "Behaviour", codes: "Codes") -> Result:
-        reconstruction, shrinkage, sparsity = codes.scalars(bench.mode)
-        metrics = {
-            **behaviour.scores(),
-            "reconstruction_quality": reconstruction,
-            "shrinkage": shrinkage,
-            "sparsity": sparsity,
-            "token_stats": {
-                "total_tokens_eval_reconstruction": behaviour.sums["positions"],
-                "total_tokens_eval_sparsity_variance": codes.sums["positions"],
-            },
-            "correlation": codes.correlation(),
+        layers = sorted({subject.layer for subject in subjects})
+        own, ablated = Loss(), {layer: Loss() for layer in layers}
+        spliced, codes = [Loss() for _ in subjects], [Codes() for _ in subjects]
+        for number, batch in enumerate(batches):
+            x_TD: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+            for part in batch.parts(CONTEXTS_AT_ONCE):
+                behaves = number < self.reconstruction_batches
+                run = bench.model.forward(part.ids, layers) if behaves else None
+                residual = run.residual if run else bench.model.capture(part.ids, layers)
+                if run:
+                    truth = Truth.of(part, run.logits)
+                    own.add(truth, run.logits)
+                    for layer in layers:
+                        ablated[layer].add(truth, run.suffix(layer, torch.zeros_like(residual[layer])))
+                for layer in layers:
+                    x_TD[layer].append(residual[layer][part.kept].float())
+                for subject, loss, code in zip(subjects, spliced, codes, strict=True):
+                    x_NSD = residual[subject.layer]
+                    replaced = torch.ones_like(part.kept) if subject.everywhere else part.kept
+                    counted = part.kept[replaced]
+                    f = subject.sae.encode(x_NSD[replaced].float())
+                    recon = subject.sae.decode(f)
+                    code.add(x_TD[subject.layer][-1], f[counted], recon[counted].float(), part.kept)
+                    if run:
+                        patched = x_NSD.clone()
+                        patched[replaced] = recon.to(x_NSD.dtype)
+                        loss.add(truth, run.suffix(subject.layer, patched))
+            for subject, code in zip(subjects, codes, strict=True):
+                code.end_batch(torch.cat(x_TD[subject.layer]))
+            progress(number + 1, len(batches))
+        read = [int(batch.inside.sum()) for batch in batches]
+        tokens = {
+            "total_tokens_eval_reconstruction": sum(read[: self.reconstruction_batches]),
+            "total_tokens_eval_sparsity_variance": sum(read),
         }
-        details = per_latent(subject.sae, codes) if hasattr(subject.sae, "W_dec") else []
-        if details and bench.mode != "2024-12":  # added to SAEBench in January 2025
-            metrics["misc_metrics"] = misc(codes.density(), details)
-        return Result(metrics, details)
+        return [
+            result(bench.settings["mode"], subject, scores(own, ablated[subject.layer], loss), code, tokens)
+            for subject, loss, code in zip(subjects, spliced, codes, strict=True)
+        ]
 
 
-class Behaviour:
-    """KL and CE of the model with the SAE in place, against the model alone and the model without the layer."""
+@dataclass(frozen=True)
+class Truth:
+    """What the model alone predicts at the counted positions of some contexts, and what comes next there."""
+
+    kept_NS: Tensor
+    logp_TV: Tensor
+    p_TV: Tensor
+    row_C: Tensor  # those of the T rows that have a next token; of the last token of a context none is known
+    target_C: Tensor
+
+    @classmethod
+    def of(cls, part: Batch, logits_NSV: Tensor) -> Self:
+        has_next = torch.zeros_like(part.kept)
+        has_next[:, :-1] = part.inside[:, 1:]
+        logp_TV = logits_NSV[part.kept].float().log_softmax(-1)
+        target_T = part.ids.roll(-1, 1)[part.kept]
+        row_C = has_next[part.kept].nonzero().squeeze(1)
+        return cls(part.kept, logp_TV, logp_TV.exp(), row_C, target_T[row_C])
+
+
+class Loss:
+    """Means over the counted positions, in nats: KL(original || these logits), and CE of the next token."""
 
     def __init__(self) -> None:
-        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.kl_sum, self.ce_sum, self.kl_count, self.ce_count = 0.0, 0.0, 0, 0
 
-    def add(self, ids_NS: Tensor, kept_NS: Tensor, original: Tensor, spliced: Tensor, ablated: Tensor) -> None:
-        """Log-probabilities (N, S, V). KL(original || other) at counted positions; CE where a next token exists too."""
-        p, sums = original.exp(), self.sums
-        for name, other in (("kl_sae", spliced), ("kl_ablation", ablated)):
-            sums[name] += float((p * (original - other)).sum(-1)[kept_NS].sum(dtype=torch.float64))
-        # The target of the last real position is padding: a position counts while the next one is inside its context.
-        inside = kept_NS.flip(1).cummax(1).values.flip(1)[:, 1:] & kept_NS[:, :-1]
-        for name, logp in (("ce", original), ("ce_sae", spliced), ("ce_ablation", ablated)):
-            target = logp[:, :-1].gather(-1, ids_NS[:, 1:, None]).squeeze(-1)
-            sums[name] -= float(target[inside].sum(dtype=torch.float64))
-        sums["kl_count"] += int(kept_NS.sum())
-        sums["ce_count"] += int(inside.sum())
-        sums["positions"] += ids_NS.numel()
+    def add(self, truth: Truth, logits_NSV: Tensor) -> None:
+        logp_TV = logits_NSV[truth.kept_NS].float().log_softmax(-1)
+        self.ce_sum -= float(logp_TV[truth.row_C, truth.target_C].sum(dtype=torch.float64))
+        self.kl_sum += float(torch.linalg.vecdot(truth.p_TV, truth.logp_TV - logp_TV).sum(dtype=torch.float64))
+        self.kl_count += len(logp_TV)
+        self.ce_count += len(truth.row_C)
 
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Raw divergences and losses in nats (lower is better), and scores: 1 is the model's own, 0 a zeroed layer."""
-        s = self.sums
-        kl_sae, kl_ablation = s["kl_sae"] / s["kl_count"], s["kl_ablation"] / s["kl_count"]
-        ce, ce_sae, ce_ablation = (s[name] / s["ce_count"] for name in ("ce", "ce_sae", "ce_ablation"))
-        return {
-            "model_behavior_preservation": {
-                "kl_div_score": (kl_ablation - kl_sae) / kl_ablation,
-                "kl_div_with_ablation": kl_ablation,
-                "kl_div_with_sae": kl_sae,
-            },
-            "model_performance_preservation": {
-                "ce_loss_score": (ce_ablation - ce_sae) / (ce_ablation - ce),
-                "ce_loss_with_ablation": ce_ablation,
-                "ce_loss_with_sae": ce_sae,
-                "ce_loss_without_sae": ce,
-            },
-        }
+    @property
+    def kl(self) -> float:
+        return ratio(self.kl_sum, self.kl_count)
+
+    @property
+    def ce(self) -> float:
+        return ratio(self.ce_sum, self.ce_count)
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole; NaN where there is no whole: a text of one token has neither a variance nor a next token."""
+    return part / whole if whole else math.nan
+
+
+def scores(own: Loss, ablated: Loss, spliced: Loss) -> dict[str, dict[str, float]]:
+    """Raw divergences and losses (lower is better), and scores: 1 is the model's own, 0 that of a zeroed layer."""
+    return {
+        "model_behavior_preservation": {
+            "kl_div_score": ratio(ablated.kl - spliced.kl, ablated.kl),
+            "kl_div_with_ablation": ablated.kl,
+            "kl_div_with_sae": spliced.kl,
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": ratio(ablated.ce - spliced.ce, ablated.ce - own.ce),
+            "ce_loss_with_ablation": ablated.ce,
+            "ce_loss_with_sae": spliced.ce,
+            "ce_loss_without_sae": own.ce,
+        },
+    }
 
 
 class Codes:
-    """Reconstruction, sparsity and correlation, accumulated over batches in float64."""
+    """Reconstruction, sparsity and correlation over the counted tokens, summed in float64.
 
-    def __init__(self, sae: Coder) -> None:
-        self.sae = sae
+    Numbers that SAEBench takes per batch wait until its last part was added (`end_batch`).
+    """
+
+    def __init__(self) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
-        self.batches = 0
+        self.tokens = self.batches = 0
+        self.parts: list[Tensor] = []  # of the batch: (T, 5), what is one number a token
         self.pairs: Tensor | None = None  # which latents are correlated with each other
 
-    def add(self, x_NSD: Tensor, f_NSF: Tensor, recon_NSD: Tensor, kept_NS: Tensor) -> None:
-        x, f, recon, sums = x_NSD[kept_NS], f_NSF[kept_NS], recon_NSD[kept_NS].float(), self.sums
-        error, count = (x - recon).square().sum(-1), len(x)
-        norm_in, norm_out = x.norm(dim=-1), recon.norm(dim=-1)
+    def add(self, x_TD: Tensor, f_TF: Tensor, recon_TD: Tensor, kept_NS: Tensor) -> None:
+        numbers = [
+            (f_TF != 0).sum(-1),
+            f_TF.sum(-1),
+            recon_TD.norm(dim=-1),
+            (x_TD - recon_TD).square().sum(-1),
+            (x_TD * recon_TD).sum(-1),
+        ]
+        self.parts.append(torch.stack([number.double() for number in numbers], 1))
+        fired_TF, context_T = f_TF > 0, kept_NS.nonzero()[:, 0]
+        fired_NF = torch.zeros(len(kept_NS), f_TF.shape[1], device=f_TF.device)
+        fired_NF.index_add_(0, context_T, fired_TF.float())
+        self.sums["fired"] += fired_NF.double().sum(0)
+        self.sums["contexts_fired"] += (fired_NF > 0).double().sum(0)
+        if self.pairs is None:
+            generator = torch.Generator().manual_seed(0)
+            self.pairs = torch.randperm(f_TF.shape[1], generator=generator)[:DENSE_PAIRS].sort().values.to(f_TF.device)
+        chosen = f_TF[:, self.pairs]
+        self.sums["gram"] += (chosen.T @ chosen).double()
+
+    def end_batch(self, x_TD: Tensor) -> None:
+        l0, l1, norm_out, error, dot = torch.cat(self.parts).unbind(1)
+        norm_in = x_TD.norm(dim=-1).double()
         per_token = {
-            "l0": (f != 0).sum(-1).double(),
-            "l1": f.sum(-1),
+            "l0": l0,
+            "l1": l1,
             "l2_norm_in": norm_in,
             "l2_norm_out": norm_out,
             "l2_ratio": norm_out / torch.where(norm_in < 1e-4, 1.0, norm_in),
-            "mse": error / count,  # SAEBench divides by the tokens of the batch where it means the dimensions
-            "cossim": (x * recon).sum(-1) / (norm_in * norm_out),
-            "explained_variance_legacy": 1 - error / (x - x.mean(0)).square().sum(-1),
+            "mse": error / len(error),  # SAEBench divides by the tokens of the batch where it means the dimensions
+            "cossim": dot / (norm_in * norm_out),
+            "explained_variance_legacy": 1 - error / (x_TD - x_TD.mean(0)).square().sum(-1).double(),
             "error": error,
+            "x_square": norm_in.square(),
         }
-        for name, values in per_token.items():
-            sums[name] += float(values.sum(dtype=torch.float64))
-        sums["bias"] += float(
-            recon.square().sum(-1).mean(dtype=torch.float64) / (x * recon).sum(-1).mean(dtype=torch.float64)
-        )
-        sums["batch_error"] += float(error.mean(dtype=torch.float64))
-        sums["batch_square"] += float(x.square().sum(-1).mean(dtype=torch.float64))
-        sums["x"] += x.double().sum(0)
-        sums["x_square"] += float(x.double().square().sum())
-        sums["tokens"] += count
-        sums["positions"] += kept_NS.numel()
-        sums["fired"] += (f > 0).sum(0)
-        sums["contexts_fired"] += ((f_NSF > 0) & kept_NS[..., None]).any(1).sum(0)
-        if self.pairs is None:
-            generator = torch.Generator().manual_seed(0)
-            self.pairs = torch.randperm(f.shape[-1], generator=generator)[:DENSE_PAIRS].sort().values.to(f.device)
-        chosen = f[:, self.pairs]
-        sums["gram"] += (chosen.T @ chosen).double()
+        per_batch = {
+            "bias": norm_out.square().mean() / dot.mean(),
+            "batch_error": error.mean(),
+            "batch_square": norm_in.square().mean(),
+        }
+        for name, value in (per_token | per_batch).items():
+            self.sums[name] += float(value.sum())
+        self.sums["x"] += x_TD.double().sum(0)
+        self.tokens += len(error)
         self.batches += 1
+        self.parts = []
 
-    def scalars(self, mode: str) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-        s = self.sums
-        tokens, d_in = s["tokens"], len(s["x"])
-        mean = {
-            name: s[name] / tokens
-            for name in (
-                "l0",
-                "l1",
-                "l2_norm_in",
-                "l2_norm_out",
-                "l2_ratio",
-                "mse",
-                "cossim",
-                "explained_variance_legacy",
-            )
-        }
-        variance = s["x_square"] - float(s["x"].square().sum()) / tokens
+    def scalars(self, mode: str) -> dict[str, dict[str, float]]:
+        s, d_in = self.sums, len(self.sums["x"])
+
+        def mean(*names: str) -> dict[str, float]:
+            return {name: s[name] / self.tokens for name in names}
+
         square = s["batch_square"] / self.batches
-        reconstruction = {
+        variance = s["x_square"] - float(s["x"].square().sum()) / self.tokens
+        quality = {
             # What 0.6.0 calls explained_variance subtracts the wrong mean; its legacy formula is the published one.
-            "explained_variance": 1 - (s["batch_error"] / self.batches) / (square - (square / d_in) ** 2),
-            "explained_variance_legacy": mean["explained_variance_legacy"],
-            "mse": mean["mse"],
-            "cossim": mean["cossim"],
-            "fve": 1 - s["error"] / variance,
-            "mse_elementwise": s["error"] / tokens / d_in,
+            "explained_variance": 1 - ratio(s["batch_error"] / self.batches, square - (square / d_in) ** 2),
+            **mean("explained_variance_legacy", "mse", "cossim"),
+            "fve": 1 - ratio(s["error"], variance),
+            "mse_elementwise": s["error"] / self.tokens / d_in,
         }
         if mode == "2024-12":
-            reconstruction["explained_variance"] = reconstruction.pop("explained_variance_legacy")
-        shrinkage = {name: mean[name] for name in ("l2_norm_in", "l2_norm_out", "l2_ratio")}
-        return (
-            reconstruction,
-            {**shrinkage, "relative_reconstruction_bias": s["bias"] / self.batches},
-            {"l0": mean["l0"], "l1": mean["l1"]},
-        )
+            quality["explained_variance"] = quality.pop("explained_variance_legacy")
+        bias = {"relative_reconstruction_bias": s["bias"] / self.batches}
+        return {
+            "reconstruction_quality": quality,
+            "shrinkage": mean("l2_norm_in", "l2_norm_out", "l2_ratio") | bias,
+            "sparsity": mean("l0", "l1"),
+        }
 
     def density(self) -> Tensor:
         """Share of the counted tokens at which each latent is positive (F,)."""
-        return self.sums["fired"].double() / self.sums["tokens"]
+        return self.sums["fired"] / self.tokens
 
     def correlation(self) -> dict[str, float]:
         """Cosines between the columns of activations of alive latents over the counted tokens (003, eq. 2)."""
-        gram = self.sums["gram"]
-        alive = gram.diagonal() > 0
-        unit = gram[alive][:, alive]
-        unit = unit / unit.diagonal().sqrt()[:, None] / unit.diagonal().sqrt()
-        rows, columns = torch.triu_indices(len(unit), len(unit), 1)
-        cosines = unit[rows, columns].abs()
+        gram_FF = self.sums["gram"]
+        alive = gram_FF.diagonal() > 0
+        unit_FF = gram_FF[alive][:, alive]
+        norm_F = unit_FF.diagonal().sqrt()
+        unit_FF = unit_FF / norm_F[:, None] / norm_F
+        cosines = unit_FF[tuple(torch.triu_indices(len(unit_FF), len(unit_FF), 1))].abs()
+        counts = {"latents": int(alive.sum()), "latents_dead": int((~alive).sum())}
         if not len(cosines):
-            return {"mean": float("nan"), "latents": int(alive.sum()), "latents_dead": int((~alive).sum())}
-        at = torch.quantile(
-            cosines[:: max(1, len(cosines) // 1_000_000)],
-            torch.tensor([0.5, 0.9, 0.99, 0.999], dtype=cosines.dtype, device=cosines.device),
-        )
-        return {
-            "mean": float(cosines.mean()),
-            "sd": float(cosines.std()) if len(cosines) > 1 else 0.0,
-            **{f"quantile_{q}": float(v) for q, v in zip(("50", "90", "99", "99.9"), at, strict=True)},
-            "latents": int(alive.sum()),
-            "latents_dead": int((~alive).sum()),
-        }
+            return {"mean": math.nan, **counts}
+        shares = {"quantile_50": 0.5, "quantile_90": 0.9, "quantile_99": 0.99, "quantile_99.9": 0.999}
+        quantiles = torch.quantile(cosines, cosines.new_tensor(list(shares.values()))).tolist()
+        spread = {"mean": float(cosines.mean()), "sd": float(cosines.std(correction=0))}
+        return {**spread, **dict(zip(shares, quantiles, strict=True)), **counts}
+
+
+def result(
+    mode: str, subject: Subject, behaviour: dict[str, dict[str, float]], codes: Codes, tokens: dict[str, float]
+) -> Result:
+    metrics = {**behaviour, **codes.scalars(mode), "token_stats": tokens, "correlation": codes.correlation()}
+    details = per_latent(subject.sae, codes) if isinstance(subject.sae, SAE) else []
+    if details and mode != "2024-12":  # added to SAEBench in January 2025
+        metrics["misc_metrics"] = misc(codes.density(), details)
+    return Result.of(metrics, details)
 
 
 def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:
@@ -244,12 +276,12 @@ def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:
     return torch.cat(found)
 
 
-def per_latent(sae: Any, codes: Codes) -> list[dict[str, Any]]:
+def per_latent(sae: SAE, codes: Codes) -> list[dict[str, Any]]:
     """One entry per latent, numbers rounded to ten decimals as SAEBench does."""
     encoder, decoder = sae.W_enc.T.float(), sae.W_dec.float()
     columns = {
         "feature_density": codes.density(),
-        "consistent_activation_heuristic": codes.sums["fired"].double() / codes.sums["contexts_fired"],
+        "consistent_activation_heuristic": codes.sums["fired"] / codes.sums["contexts_fired"],
         "encoder_bias": sae.b_enc,
         "encoder_norm": encoder.norm(dim=1),
         "encoder_decoder_cosine_sim": torch.nn.functional.cosine_similarity(encoder, decoder, dim=1),

@@ -7,11 +7,11 @@ import math
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -46,31 +46,51 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Contexts, padded on the right: their ids, which positions hold a token, and which of those count; each (N, S)."""
+
+    ids: Tensor
+    inside: Tensor
+    kept: Tensor
+
+    def parts(self, contexts: int) -> Iterator["Batch"]:
+        """The same, `contexts` at a time, without the padding that is then superfluous."""
+        for start in range(0, len(self.ids), contexts):
+            rows = slice(start, start + contexts)
+            longest = int(self.inside[rows].sum(1).max())
+            yield Batch(self.ids[rows, :longest], self.inside[rows, :longest], self.kept[rows, :longest])
+
+
+@dataclass(frozen=True)
 class Bench:
     """The model and the held-out text; `skip` are the ids that no number is taken at (pad, eos, bos)."""
 
     model: LanguageModel
     contexts: Contexts
     skip: list[int]
-    mode: str = "0.6.0"
+    settings: dict[str, Any]  # the mode, and what pins model and text
 
-    def batches(self, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """At most `count` batches of `size` contexts: ids (N, S) and which positions count (N, S)."""
+    def batches(self, size: int, count: int) -> Iterator[Batch]:
+        """At most `count` batches of `size` contexts."""
         for start in range(0, min(len(self.contexts), count * size), size):
             part = self.contexts.select(slice(start, start + size))
-            longest = int(part.length.max())
-            ids = torch.from_numpy(part.ids[:, :longest].astype(np.int64))
-            kept = torch.arange(longest) < torch.from_numpy(part.length.astype(np.int64))[:, None]
-            kept &= ~torch.isin(ids, torch.tensor(self.skip))
-            yield ids.to(self.model.device), kept.to(self.model.device)
+            ids = torch.from_numpy(part.ids.astype(np.int64))
+            inside = torch.arange(ids.shape[1]) < torch.from_numpy(part.length.astype(np.int64))[:, None]
+            kept = inside & ~torch.isin(ids, torch.tensor(self.skip, dtype=torch.int64))
+            yield Batch(*(tensor.to(self.model.device) for tensor in (ids, inside, kept)))
 
 
 @dataclass(frozen=True)
 class Result:
-    """Category -> name -> number, and one entry per latent, letter or dataset."""
+    """Category -> name -> number, and one entry per latent, letter or dataset; -1 where a number does not exist."""
 
     metrics: dict[str, dict[str, float]]
     details: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, metrics: dict[str, dict[str, float]], details: list[dict[str, Any]]) -> Self:
+        """NaN and infinity become -1, as in SAEBench's files: fresh and read results then look the same."""
+        return cls(without_nan(metrics), without_nan(details))
 
 
 class Metric(ABC):
@@ -80,13 +100,8 @@ class Metric(ABC):
     type_id: str
 
     @abstractmethod
-    def measure(
-        self, bench: Bench, subjects: Mapping[str, Subject], progress: Callable[[int, int], None]
-    ) -> dict[str, Result]:
+    def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Callable[[int, int], None]) -> list[Result]:
         """Evaluate every subject on the same text. UsageError when the bench cannot serve this metric."""
-
-    def settings(self, bench: Bench) -> dict[str, Any]:
-        return {**asdict(self), "mode": bench.mode}  # type: ignore[call-overload]
 
 
 def result_file(folder: Path, metric: Metric) -> Path:
@@ -102,8 +117,8 @@ def write_result(
         "eval_config": dict(settings),
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": without_nan(result.metrics),
-        "eval_result_details": without_nan(result.details),
+        "eval_result_metrics": result.metrics,
+        "eval_result_details": result.details,
         "sae_bench_commit_hash": f"sae-pipeline {version('sae-pipeline')}",
         "sae_lens_id": "custom_sae",
         "sae_lens_release_id": folder.name,
@@ -120,13 +135,12 @@ def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Re
     if not path.exists():
         return None
     found = read_json(path)
-    if found["eval_config"] != settings:
+    if found.get("eval_config") != settings:
         return None
     return Result(found["eval_result_metrics"], found["eval_result_details"])
 
 
 def without_nan(tree: Any) -> Any:
-    """SAEBench's files hold -1 where a number does not exist."""
     if isinstance(tree, dict):
         return {k: without_nan(v) for k, v in tree.items()}
     if isinstance(tree, list):

@@ -1,22 +1,24 @@
 """Runs -> result files and a table. Runs of one model and one text share every pass of the model."""
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..cache.device import best_device, best_dtype
 from ..cache.errors import UsageError
 from ..cache.files import read_json
-from ..cache.reader import Cache
+from ..cache.reader import Cache, caches
 from ..harvest.model import find_model, load_model
-from ..train.sae import load_sae
+from ..train.sae import SAE, load_sae
 from .core import Core
 from .metric import Bench, Metric, Result, Subject, check_mode, read_result, write_result
 from .references import REFERENCES
 
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core,)}
 SUITES = {"quick": ("core",), "full": tuple(METRICS)}
+HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class Request:
     dtype: str = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One line of the table."""
+    """One line of the table: a run, or something to read it against (without a folder)."""
 
     name: str
-    layer: int
-    results: dict[str, Result]  # by metric
+    subject: Subject
+    folder: Path | None = None
+    results: dict[str, Result] = field(default_factory=dict)  # by metric
 
 
 def metrics_of(suite: str) -> list[Metric]:
@@ -60,80 +63,97 @@ def evaluate(request: Request, progress: Callable[[int, int], None] = lambda don
     metrics = metrics_of(request.suite)
     if not request.runs:
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
-    saes = {folder: load_sae(folder) for folder in request.runs}
-    groups: dict[tuple[str, str], list[Path]] = {}
-    for folder, sae in saes.items():
-        model = sae.origin["model"]
-        if request.model and request.model != model["name"]:
-            raise UsageError(
-                f"{folder} was trained on {model['name']}, not on {request.model}. Leave --model out, or evaluate a run of that model."
-            )
-        groups.setdefault((sae.origin["cache"], model["name"]), []).append(folder)
+    if request.tokens is not None and request.tokens <= 0:
+        raise UsageError(f"--tokens {request.tokens} is not positive. Give how many to evaluate on, such as 20k.")
+    groups: dict[Path, list[Row]] = {}
+    for folder, given in {path.resolve(): path for path in request.runs}.items():
+        sae = load_sae(given)
+        cache = cache_of(given, sae, request.model)
+        groups.setdefault(cache.folder, []).append(Row(folder.name, Subject(sae, sae.origin["layer"]), folder))
     rows = []
-    for (cache, model_name), folders in groups.items():
-        bench = make_bench(request, Cache(cache), model_name)
-        subjects = {
-            folder: Subject(saes[folder].to(bench.model.device), saes[folder].origin["layer"]) for folder in folders
-        }
-        rows += evaluate_group(request, metrics, bench, subjects, progress)
+    for cache_folder, group in groups.items():
+        bench = make_bench(request, Cache(cache_folder))
+        for row in group:
+            row.subject.sae.to(bench.model.device)
+        if request.references:
+            layers = sorted({row.subject.layer for row in group})
+            group += [
+                Row(kind.name, Subject(kind(), layer, kind.everywhere)) for layer in layers for kind in REFERENCES
+            ]
+        for metric in metrics:
+            measure(metric, bench, group, request.force, progress)
+        rows += [row for row in group if row.results]
     return rows
 
 
-def make_bench(request: Request, cache: Cache, model_name: str) -> Bench:
-    """Load the model that the cache was made with, and the text that the cache held out."""
-    device = best_device(request.device)
-    known = cache.identity["model"]
-    source, config = find_model(
-        model_name, known["revision"] if "/" in model_name and len(known["revision"]) == 40 else None
-    )
-    if source.revision != known["revision"]:
+def cache_of(folder: Path, sae: SAE, model: str | None) -> Cache:
+    """The cache that a run was trained on, wherever it stands now: it holds the text that training did not see."""
+    if not sae.origin.keys() >= {"model", "layer", "cache", "fingerprint"}:
         raise UsageError(
-            f"{cache.folder} was harvested from {model_name} at {known['revision'][:12]}, but what is found under that name is {source.revision[:12]}. "
+            f"{folder} does not say what it was trained on (`origin` in sae.json), so nothing can be read."
+        )
+    trained_on = sae.origin["model"]["name"]
+    if model and model != trained_on:
+        raise UsageError(
+            f"{folder} was trained on {trained_on}, not on {model}. Leave --model out, or evaluate a run of that model."
+        )
+    recorded = Path(sae.origin["cache"])
+    candidates = ([Cache(recorded)] if (recorded / "zarr.json").exists() else []) + caches()
+    for cache in candidates:
+        if cache.attributes["fingerprint"] == sae.origin["fingerprint"]:
+            return cache
+    raise UsageError(
+        f"The cache that {folder} was trained on is gone: it was {recorded}, and held the text to evaluate on. "
+        f"Put it back, or under activations/, or make it again with the same `sae harvest --model {trained_on}`."
+    )
+
+
+def make_bench(request: Request, cache: Cache) -> Bench:
+    """Load the model that the cache was made with, and the text that the cache held out."""
+    name, revision = cache.identity["model"]["name"], cache.identity["model"]["revision"]
+    source, config = find_model(name, revision if len(revision) == HUB_COMMIT else None)
+    if source.revision != revision:
+        raise UsageError(
+            f"{cache.folder} was harvested from {name} at {revision[:12]}, but what is found under that name is {source.revision[:12]}. "
             "Numbers of one would be reported for the other; restore that version, or harvest and train again."
         )
-    model = load_model(
-        source, config, dtype=best_dtype(request.dtype, device), device=device, attention=cache.identity["attention"]
-    )
     contexts = cache.contexts(held_out=True)
+    if not len(contexts):
+        raise UsageError(
+            f"{cache.folder} holds no held-out text to evaluate on. Harvest again with --held-out above 0, or more text."
+        )
     if request.tokens is not None:
-        enough = int((contexts.length.cumsum() < request.tokens).sum()) + 1
-        contexts = contexts.select(slice(0, enough))
-    return Bench(model, contexts, cache.identity["skip"], request.mode)
+        contexts = contexts.select(slice(0, 1 + int((contexts.length.cumsum() < request.tokens).sum())))
+    device = best_device(request.device)
+    dtype = best_dtype(request.dtype, device)
+    model = load_model(source, config, dtype=dtype, device=device, attention=cache.identity["attention"])
+    text = {"llm_dtype": dtype, "text": cache.attributes["fingerprint"], "contexts": len(contexts)}
+    return Bench(model, contexts, cache.identity["skip"], {"mode": request.mode, **text})
 
 
-def evaluate_group(
-    request: Request,
-    metrics: Sequence[Metric],
-    bench: Bench,
-    subjects: dict[Path, Subject],
-    progress: Callable[[int, int], None],
-) -> list[Row]:
-    """Every metric on the subjects that lack it, all of them in one pass; reference rows ride along."""
-    found: dict[Path, dict[str, Result]] = {folder: {} for folder in subjects}
-    extra: dict[tuple[str, int], dict[str, Result]] = {}
-    for metric in metrics:
-        settings = {**metric.settings(bench), "contexts": len(bench.contexts)}
-        todo = {}
-        for folder, subject in subjects.items():
-            earlier = None if request.force else read_result(folder, metric, settings)
-            if earlier is None:
-                todo[str(folder)] = subject
-            else:
-                found[folder][metric.name] = earlier
-        if request.references and todo:
-            for layer in sorted({subject.layer for subject in subjects.values()}):
-                todo |= {
-                    f"{name} at {layer}": Subject(make(), layer, make.everywhere) for name, make in REFERENCES.items()
-                }
-        for name, result in (metric.measure(bench, todo, progress) if todo else {}).items():
-            if Path(name) in subjects:
-                write_result(Path(name), metric, settings, result, read_json(Path(name) / "sae.json"))
-                found[Path(name)][metric.name] = result
-            else:
-                reference, layer = name.split(" at ")
-                extra.setdefault((reference, int(layer)), {})[metric.name] = result
-    rows = [Row(folder.name, subjects[folder].layer, results) for folder, results in found.items()]
-    return rows + [Row(name, layer, results) for (name, layer), results in extra.items()]
+def measure(
+    metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, progress: Callable[[int, int], None]
+) -> None:
+    """One metric for the rows that lack it, all in one pass. Rows without a folder ride along when there is a pass."""
+    if not force:
+        for row in rows:
+            earlier = row.folder and read_result(row.folder, metric, settings_of(metric, bench, row.folder))
+            if earlier:
+                row.results[metric.name] = earlier
+    todo = [row for row in rows if metric.name not in row.results]
+    if any(row.folder for row in todo):
+        for row, result in zip(todo, metric.measure(bench, [row.subject for row in todo], progress), strict=True):
+            row.results[metric.name] = result
+            if row.folder:
+                settings = settings_of(metric, bench, row.folder)
+                write_result(row.folder, metric, settings, result, read_json(row.folder / "sae.json"))
+
+
+def settings_of(metric: Metric, bench: Bench, folder: Path) -> dict[str, Any]:
+    """Everything that decides a result: a file with other settings is of another measurement."""
+    with (folder / "sae.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    return {**asdict(metric), **bench.settings, "weights": weights}  # type: ignore[call-overload]
 
 
 def flat(row: Row) -> dict[str, Any]:
@@ -141,4 +161,4 @@ def flat(row: Row) -> dict[str, Any]:
     values = {
         f"{m}.{c}.{n}": v for m, r in row.results.items() for c, group in r.metrics.items() for n, v in group.items()
     }
-    return {"name": row.name, "layer": row.layer, **values}
+    return {"name": row.name, "layer": row.subject.layer, **values}

@@ -1,0 +1,65 @@
+"""What the command line shows: sentences and one live bar on stderr, tables on stdout."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 10  # between the lines that stand for the bar where stderr is no terminal
+PLAIN_WIDTH = 140
+
+
+def echo(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+class Bar:
+    """One live bar; where stderr is no terminal, a line every ten seconds."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit, self.started, self.told = title, unit, time.monotonic(), time.monotonic()
+        console = Console(stderr=True)
+        self.live = console.is_terminal
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console, disable=not self.live, transient=True)
+        self.task = self.progress.add_task(title, total=None, note="")
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        spent = max(time.monotonic() - self.started, 1e-9)
+        rate = f"{done / spent:,.0f} {self.unit}/s {note}"
+        self.progress.update(self.task, completed=done, total=total, note=rate)
+        if not self.live and time.monotonic() - self.told > PLAIN_SECONDS:
+            self.told = time.monotonic()
+            left = spent * (total - done) / max(done, 1)
+            echo(f"{self.title} {done}/{total} {100 * done / total:.1f}% {rate} eta={left:.0f}s")
+
+    def say(self, sentence: str) -> None:
+        """A line above the bar."""
+        self.progress.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def bar(title: str, unit: str) -> Iterator[Bar]:
+    shown = Bar(title, unit)
+    with shown.progress:
+        yield shown
+
+
+def show_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number == 0 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    (console if console.is_terminal else Console(width=PLAIN_WIDTH)).print(table)

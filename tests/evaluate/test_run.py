@@ -1,0 +1,208 @@
+"""Which runs are measured, what is refused, and what the files hold."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.cache.errors import DamagedError, UsageError
+from sae.cache.reader import Cache
+from sae.evaluate.run import Request, evaluate, flat, make_bench
+from sae.evaluate.table import core_table
+from sae.harvest.run import Request as Harvest
+from sae.harvest.run import harvest, plan
+from sae.train.sae import SAE, ReLU, save_sae
+
+ENVELOPE = {
+    "eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details",
+    "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict",
+    "eval_result_unstructured",
+}  # fmt: skip
+
+
+def make_run(folder: Path, cache: Cache, layer: int = 0, seed: int = 0, /, **changes) -> Path:
+    """A run folder with an untrained SAE in it."""
+    torch.manual_seed(seed)
+    origin = {
+        "model": cache.identity["model"],
+        "layer": layer,
+        "cache": str(cache.folder),
+        "fingerprint": cache.attributes["fingerprint"],
+        **changes,
+    }
+    sae = SAE(32, 16, [ReLU()])
+    sae.b_enc.data[0] = -1e3  # a latent that never fires
+    save_sae(sae, folder, origin)
+    return folder
+
+
+def ask(*runs: Path, **changes) -> Request:
+    return replace(Request(runs=runs, tokens=60, device="cpu", references=False), **changes)
+
+
+def result_of(run: Path) -> dict:
+    return json.loads((run / "evaluations" / "core.json").read_text())
+
+
+def written_at(run: Path) -> int:
+    return (run / "evaluations" / "core.json").stat().st_mtime_ns
+
+
+def test_the_file_is_saebench_s(tiny_cache, home):
+    run = make_run(home / "runs" / "one", tiny_cache)
+    (row,) = evaluate(ask(run))
+    found = result_of(run)
+    assert found.keys() == ENVELOPE
+    assert (found["eval_type_id"], found["sae_lens_id"], found["sae_lens_release_id"]) == ("core", "custom_sae", "one")
+    assert found["sae_cfg_dict"] == json.loads((run / "sae.json").read_text())
+    assert {"mode": "0.6.0", "batch_contexts": 16, "llm_dtype": "float32"}.items() <= found["eval_config"].items()
+    assert found["eval_result_metrics"] == row.results["core"].metrics
+    dead = found["eval_result_details"][0]
+    assert (dead["feature_density"], dead["consistent_activation_heuristic"]) == (0, -1)  # 0/0 is -1 in a file
+    assert "NaN" not in (run / "evaluations" / "core.json").read_text()
+    assert flat(row)["core.sparsity.l0"] == found["eval_result_metrics"]["sparsity"]["l0"]
+
+
+def test_what_was_measured_is_kept_until_something_changes(tiny_cache, home):
+    run = make_run(home / "run", tiny_cache)
+    (first,) = evaluate(ask(run))
+    before = written_at(run)
+    (again,) = evaluate(ask(run))
+    assert written_at(run) == before
+    assert again.results == first.results
+    for change in ({"force": True}, {"tokens": 30}, {"mode": "2024-12"}, {"dtype": "bfloat16"}):
+        before = written_at(run)
+        evaluate(ask(run, **change))
+        assert written_at(run) > before, change
+    evaluate(ask(run))
+    before = written_at(run)
+    make_run(run, tiny_cache, 0, 1)  # other weights in the same folder
+    evaluate(ask(run))
+    assert written_at(run) > before
+
+
+def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
+    old, new = make_run(home / "old", tiny_cache), make_run(home / "new", tiny_cache, 1)
+    evaluate(ask(old))
+    before = written_at(old)
+    rows = evaluate(ask(old, new, references=True))
+    assert written_at(old) == before
+    names = [(row.name, row.subject.layer) for row in rows]
+    assert names == [("old", 0), ("new", 1), ("identity", 0), ("zero", 0), ("identity", 1), ("zero", 1)]
+    heads, lines = core_table(rows)
+    assert all(len(line) == len(heads) for line in lines)
+    assert lines[0][heads.index("alive ↑")]
+    assert lines[3][heads.index("cosine ↑")] == ""  # zero has no direction
+
+
+def test_tokens_limits_the_text(tiny_cache, home):
+    run = make_run(home / "run", tiny_cache)
+    held = tiny_cache.contexts(held_out=True)
+    evaluate(ask(run, tokens=int(held.length[0]) + 1))
+    assert result_of(run)["eval_config"]["contexts"] == 2
+    read = result_of(run)["eval_result_metrics"]["token_stats"]["total_tokens_eval_sparsity_variance"]
+    assert read == int(held.length[:2].sum())
+    assert len(make_bench(ask(run, tokens=None), tiny_cache).contexts) == len(held)
+
+
+def test_only_held_out_text_is_read(tiny_cache):
+    contexts = make_bench(ask(tokens=None), tiny_cache).contexts
+    assert contexts.held_out.all()
+    assert not set(contexts.document) & set(tiny_cache.contexts(held_out=False).document)
+
+
+def test_a_cache_that_moved_is_found_by_its_fingerprint(tiny_cache, home):
+    run = make_run(home / "run", tiny_cache, cache="/nowhere/at/all")
+    with pytest.raises(UsageError, match=r"is gone: it was /nowhere/at/all"):
+        evaluate(ask(run))
+    shutil.copytree(tiny_cache.folder, home / "activations" / "moved")
+    assert len(evaluate(ask(run))) == 1
+
+
+def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
+    """Its held-out text may have been trained on."""
+    run = make_run(home / "run", tiny_cache, fingerprint="0" * 64)
+    with pytest.raises(UsageError, match="is gone"):
+        evaluate(ask(run))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": "gemma-2-mini"}, "was trained on .*tiny-gemma, not on gemma-2-mini"),
+        ({"suite": "core,absorbtion"}, "there is no metric 'absorbtion'. Suites are quick, full; metrics are core"),
+        ({"mode": "0.5"}, "--mode 0.5 is unknown: 0.6.0"),
+        ({"runs": ()}, "Name the runs to evaluate"),
+        ({"tokens": 0}, "--tokens 0 is not positive"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(tiny_cache, home, change, sentence):
+    run = make_run(home / "run", tiny_cache)
+    with pytest.raises(UsageError, match=sentence):
+        evaluate(ask(run, **change) if "runs" not in change else replace(ask(run), **change))
+    assert not (run / "evaluations").exists()
+
+
+def test_a_run_that_is_not_trained_is_refused_before_anything_is_measured(tiny_cache, home):
+    run, unfinished = make_run(home / "run", tiny_cache), home / "unfinished"
+    unfinished.mkdir()
+    with pytest.raises(UsageError, match="unfinished holds no trained SAE"):
+        evaluate(ask(run, unfinished))
+    assert not (run / "evaluations").exists()
+
+
+def test_a_run_that_does_not_say_what_it_was_trained_on_is_refused(tiny_cache, home):
+    run = home / "run"
+    save_sae(SAE(32, 16), run, {})
+    with pytest.raises(UsageError, match="does not say what it was trained on"):
+        evaluate(ask(run))
+
+
+def test_a_damaged_result_is_named_and_force_replaces_it(tiny_cache, home):
+    run = make_run(home / "run", tiny_cache)
+    evaluate(ask(run))
+    path = run / "evaluations" / "core.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(DamagedError, match=r"core\.json cannot be read"):
+        evaluate(ask(run))
+    evaluate(ask(run, force=True))
+    assert result_of(run).keys() == ENVELOPE
+
+
+def small_harvest(home: Path, model: Path, text: Path, held_out: float) -> Cache:
+    request = Harvest(
+        model=str(model), dataset=str(text), layers=(0,), tokens=300, context=32, window=512, held_out=held_out,
+        device="cpu", out=home / "activations" / "small",
+    )  # fmt: skip
+    return harvest(plan(request))
+
+
+def test_a_model_that_changed_since_the_harvest_is_refused(tiny_model, sentences, home):
+    model = shutil.copytree(tiny_model, home / "model")
+    run = make_run(home / "run", small_harvest(home, model, sentences, 0.2))
+    evaluate(ask(run, tokens=50))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    with pytest.raises(UsageError, match="was harvested from .* but what is found under that name is"):
+        evaluate(ask(run, tokens=50))
+
+
+def test_a_cache_without_held_out_text_is_refused(tiny_model, sentences, home):
+    run = make_run(home / "run", small_harvest(home, tiny_model, sentences, 0.0))
+    with pytest.raises(UsageError, match="holds no held-out text"):
+        evaluate(ask(run))
+
+
+def test_results_do_not_depend_on_where_the_user_stands(tiny_cache, home, monkeypatch):
+    run = make_run(home / "runs" / "run", tiny_cache)
+    (here,) = evaluate(ask(run))
+    monkeypatch.chdir(run)
+    assert os.getcwd() == str(run)
+    (there,) = evaluate(ask(Path("."), force=True))
+    assert there.results == here.results
+    assert there.name == "run"
+    assert result_of(run)["sae_lens_release_id"] == "run"

@@ -1,0 +1,267 @@
+"""What a user sees when something is wrong: one sentence, the right exit code, and never a traceback."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sae.cli import app
+from sae.train.sae import SAE, save_sae
+
+BAD_USAGE, DAMAGED, OUTSIDE = 2, 3, 4
+
+
+def call(*words) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def refused(code: int, *words) -> str:
+    """The one sentence on stderr with which a command is refused."""
+    result = call(*words)
+    assert result.exit_code == code, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)  # and so no traceback
+    assert result.stdout == ""
+    assert len(re.findall("^error: ", result.stderr, re.M)) == 1
+    *before, sentence = result.stderr.partition("error: ")
+    assert re.fullmatch(r"((model|layers|text|size|cache|train) .*\n)*error: ", "".join(before))
+    assert "Traceback" not in sentence
+    assert len(sentence.strip()) > 20
+    return sentence.strip()
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def untrained(folder: Path, cache) -> Path:
+    origin = {"model": cache.identity["model"], "layer": 0, "cache": str(cache.folder)}
+    save_sae(SAE(32, 16), folder, {**origin, "fingerprint": cache.attributes["fingerprint"]})
+    return folder
+
+
+# --- the whole program ----------------------------------------------------------------------------------------------
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_help_lists_the_commands_and_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from sae.cli import app\n"
+        "try:\n    app(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'datasets', 'zarr', 'numpy'} & set(sys.modules)))"
+    )
+    shown = python(code)
+    assert shown.returncode == 0, shown.stderr
+    assert "heavy: []" in shown.stdout
+    for command in ("demo", "harvest", "train", "evaluate", "variants", "cache"):
+        assert re.search(rf"\b{command}\b", shown.stdout), command
+
+
+def test_an_error_is_one_sentence_on_stderr_of_the_real_program():
+    shown = python("from sae.cli import app; app(['evaluate', 'nothing/here'])")
+    assert shown.returncode == BAD_USAGE
+    assert shown.stdout == ""
+    assert shown.stderr.startswith("error: nothing/here holds no trained SAE")
+    assert len(shown.stderr.splitlines()) == 1
+
+
+def test_version_and_variants():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", call("--version").stdout)
+    shown = call("variants").stdout
+    for name in ("relu", "topk", "batchtopk", "decorrelation"):
+        assert re.search(rf"^{name}   ", shown, re.MULTILINE)
+    assert "--set k=32" in shown
+
+
+@pytest.mark.parametrize(("text", "number"), [("10M", 10_000_000), ("2e8", 200_000_000), ("1.5b", 1_500_000_000), ("500k", 500_000), ("77", 77)])  # fmt: skip
+def test_tokens_have_units(text, number):
+    from sae.cli import tokens_of
+
+    assert tokens_of(text) == number
+
+
+@pytest.mark.parametrize("text", ["many", "10Q", "", "M", "nan", "inf"])
+def test_tokens_that_are_no_number_are_refused(text):
+    result = call("harvest", "--model", "gemma-2-mini", "--tokens", text)
+    assert result.exit_code == BAD_USAGE
+    assert "is no number of tokens: write 10M, 2e8 or 500000" in " ".join(
+        re.sub("[│╭╮╰╯─]", " ", result.stderr).split()
+    )
+
+
+# --- harvest --------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_behind_the_last_is_refused():
+    sentence = refused(BAD_USAGE, "harvest", "--model", "gemma-2-mini", "--layer", 26)
+    assert sentence == "gemma-2-mini has 26 blocks, so layers 0 to 25; there is no layer 26."
+
+
+def test_gemma_without_access_names_the_licence_and_a_way_on():
+    sentence = refused(OUTSIDE, "harvest", "--layer", 12)
+    for needed in ("https://huggingface.co/google/gemma-2-2b", "`hf auth login`", "--model gemma-2-mini"):
+        assert needed in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("binary.txt", b"\xff\xfe\x00\x80", "is not UTF-8 text"),
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("empty.jsonl", b"", "empty.jsonl is empty"),
+        ("blank.txt", b" \n\n\t\n", "has no tokens to harvest"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"', "cannot be read as json"),
+        ("column.jsonl", b'{"content": "a"}\n', "has no column 'text'; its columns are 'content'"),
+        ("table.parquet", b"PAR1", "cannot be read as parquet"),
+        ("sheet.xls", b"x", "give files of one kind"),
+        ("short.txt", b"three words only", "ended at .* of 1,000 tokens"),
+    ],
+)  # fmt: skip
+def test_text_that_cannot_be_harvested_is_refused(tiny_model, home, name, content, sentence):
+    (home / name).write_bytes(content)
+    found = refused(BAD_USAGE, "harvest", "--model", tiny_model, "--layer", 0, "--dataset", home / name, "--tokens", "1k", "--out", home / "out")  # fmt: skip
+    assert re.search(sentence, found)
+    assert not (home / "out" / "zarr.json").exists()
+
+
+def test_a_text_that_is_not_there_is_refused(tiny_model):
+    found = refused(BAD_USAGE, "harvest", "--model", tiny_model, "--layer", 0, "--dataset", "./no such.txt")
+    assert "There is no file" in found
+
+
+def test_a_dry_run_writes_nothing(tiny_model, sentences, tiny_cache, home):
+    result = call("harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--tokens", "2k", "--dry-run")
+    assert result.exit_code == 0
+    assert "blocks.0.hook_resid_post = hidden_states[1]" in result.stderr
+    assert "2,000 tokens x 74 B" in result.stderr  # 2 x 32 and 4 for the norm, 6 for where the row came from
+    result = call("train", "--variant", "topk", "--layer", 0, "--cache", tiny_cache.folder, "--dry-run")
+    assert result.exit_code == 0
+    assert "topk 32 -> 256, layer 0, seed 0" in result.stderr
+    assert files(home) == set()
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+def train(cache, *words) -> tuple:
+    return ("train", "--layer", 0, "--cache", cache.folder, *words)
+
+
+def test_an_unknown_variant_is_refused_with_the_nearest(tiny_cache):
+    found = refused(BAD_USAGE, *train(tiny_cache, "--variant", "decorelation"))
+    assert found.startswith("There is no variant 'decorelation'; did you mean decorrelation?")
+
+
+def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):
+    found = refused(BAD_USAGE, *train(tiny_cache, "--variant", "relu", "--set", "l1_warmpu=3"))
+    assert "l1_warmpu is no option of relu; did you mean l1_warmup?" in found
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--variant", "topk", "--set", "k"], "--set k has no value"),
+        (["--variant", "topk", "--set", "k=many"], "k='many' is no int"),
+        (["--variant", "topk", "--set", "k=0"], "k=0 latents cannot be kept"),
+        (["--variant", "topk", "--set", "relu.l1=1"], "relu is not among the variants topk"),
+        (["--variant", "topk", "--width", "wide"], "--width wide is no width"),
+        (["--variant", "topk", "--steps", "0"], "--steps 0 would train nothing"),
+        (["--variant", "topk", "--batch-size", "9000"], "fewer than one batch of 9,000"),
+        ([], "Say what to train: --variant"),
+        (["--resume", "nothing"], "nothing holds no run"),
+    ],
+)
+def test_training_that_makes_no_sense_is_refused(tiny_cache, home, words, sentence):
+    assert sentence in refused(BAD_USAGE, *train(tiny_cache, *words))
+    assert not (home / "runs").exists()
+
+
+def test_a_missing_cache_names_the_command_that_makes_it(home):
+    found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 12, "--model", "gemma-2-mini")
+    assert "No cache holds layer 12 of gemma-2-mini" in found
+    assert (
+        "`sae harvest --layer 12` --model gemma-2-mini" in found
+        or "sae harvest --layer 12 --model gemma-2-mini" in found
+    )
+
+
+def copy_of(cache, folder: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(cache.folder, folder)
+
+
+def test_a_half_written_cache_is_refused_with_the_way_to_finish_it(tiny_cache, home):
+    import json
+
+    half = copy_of(tiny_cache, home / "activations" / "half")
+    (half / "manifest.json").unlink()
+    attributes = json.loads((half / "zarr.json").read_text())
+    attributes["attributes"]["complete"] = []
+    (half / "zarr.json").write_text(json.dumps(attributes))
+    sentence = r"half written.* Run the same `sae harvest` again to finish it"
+    assert re.search(sentence, refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0))
+    assert re.search(sentence, refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0, "--cache", half))
+
+
+def test_several_caches_are_listed_with_the_flag_that_chooses(tiny_cache, home):
+    folders = [copy_of(tiny_cache, home / "activations" / name) for name in ("one", "two")]
+    found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0)
+    for folder in folders:
+        assert f"--cache {folder}" in found
+
+
+def test_a_layer_that_the_cache_lacks_is_refused(tiny_cache):
+    found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 7, "--cache", tiny_cache.folder)
+    assert "holds layers [0, 1], not 7" in found
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_another_model_is_refused(tiny_cache, home):
+    run = untrained(home / "run", tiny_cache)
+    assert "not on gemma-2-mini" in refused(BAD_USAGE, "evaluate", run, "--model", "gemma-2-mini")
+
+
+def test_damaged_weights_are_refused(tiny_cache, home):
+    run = untrained(home / "run", tiny_cache)
+    weights = run / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert "does not hold the SAE that sae.json describes" in refused(DAMAGED, "evaluate", run)
+
+
+def test_a_gpu_that_is_not_there_is_refused(tiny_cache, home):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = untrained(home / "run", tiny_cache)
+    assert "torch sees no GPU" in refused(OUTSIDE, "evaluate", run, "--device", "cuda")
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+
+def test_caches_are_listed_and_verified(tiny_cache, home):
+    copy = copy_of(tiny_cache, home / "activations" / "copy")
+    assert re.search(r"copy   .*tiny-gemma, layers \[0, 1\], 8,000 rows", call("cache", "list").stdout)
+    shown = call("cache", "verify", copy)
+    assert shown.exit_code == 0
+    assert "all as recorded" in shown.stdout
+    chunk = copy / "layer_00" / "c.0.0"
+    raw = bytearray(chunk.read_bytes())
+    raw[100] ^= 1
+    chunk.write_bytes(raw)
+    assert "a bit was flipped" in refused(DAMAGED, "cache", "verify", copy)
+    assert "holds no activation cache" in refused(BAD_USAGE, "cache", "verify", home)
