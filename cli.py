@@ -294,19 +294,20 @@ def variants() -> None:
 @app.command()
 @spoken
 def demo(
-    tokens: Annotated[int, typer.Option(parser=tokens_of, metavar="N", help="Tokens to harvest.")] = 250_000,
+    tokens: Tokens = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 1,024 tokens.")] = 1000,
 ) -> None:
     """The three stages on the embedded model and text, with nothing to download: harvest, train, evaluate, table."""
     from .harvest import mini
     from .harvest.run import Request as Harvest
 
-    cache = run_harvest(Harvest(model=mini.NAME, tokens=tokens))
+    cache = run_harvest(Harvest(model=mini.NAME, tokens=tokens or 250_000))
     from .train.run import Request as Train
 
     # At the paper's 0.1 % of pairs `decorrelation` does not lower the mean correlation here; docs/log.md has the numbers.
     runs = run_train(
         Train(
-            variants=("relu", "topk", "batchtopk", "decorrelation"), layers=(12,), cache=cache.folder, steps=1000,
+            variants=("relu", "topk", "batchtopk", "decorrelation"), layers=(12,), cache=cache.folder, steps=steps,
             batch_size=1024, width="4x", options=("decorrelation.fraction=0.05", "decorrelation.strength=0.2"),
         )
     )  # fmt: skip

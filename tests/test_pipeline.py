@@ -1,6 +1,7 @@
 """Text -> cache -> runs -> numbers on the tiny model, through the command line, with files where the design says."""
 
 import json
+import re
 
 import pytest
 from safetensors import safe_open
@@ -63,3 +64,12 @@ def test_the_same_commands_again_do_nothing_again(trained):
     call("train", *(f"--variant={name}" for name in VARIANTS), "--layer", 1, "--steps", 30, "--batch-size", 256,
          "--width", "2x", "--set", "k=8", "--log-every", 10, "--checkpoint-every", 20)  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_the_demo_walks_through_all_three_stages(home) -> None:
+    """The README's command with less of everything: the embedded model and text, four variants, one table."""
+    table = call("demo", "--tokens", "4k", "--steps", "3")
+    assert "KL score" in table
+    for name in (*VARIANTS, "identity", "zero"):
+        assert re.search(rf"^{name}\b", table, re.M), name
+    assert len(list((home / "runs").glob("*/evaluations/core.json"))) == len(VARIANTS)
