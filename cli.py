@@ -295,13 +295,14 @@ def variants() -> None:
 @spoken
 def demo(
     tokens: Tokens = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 1,024 tokens.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 1,024 tokens.")] = 900,
 ) -> None:
     """The three stages on the embedded model and text, with nothing to download: harvest, train, evaluate, table."""
     from .harvest import mini
     from .harvest.run import Request as Harvest
 
-    cache = run_harvest(Harvest(model=mini.NAME, tokens=tokens or 250_000))
+    tokens = tokens or 200_000
+    cache = run_harvest(Harvest(model=mini.NAME, tokens=tokens))
     from .train.run import Request as Train
 
     # At the paper's 0.1 % of pairs `decorrelation` does not lower the mean correlation here; docs/log.md has the numbers.
@@ -311,9 +312,10 @@ def demo(
             batch_size=1024, width="4x", options=("decorrelation.fraction=0.05", "decorrelation.strength=0.2"),
         )
     )  # fmt: skip
+    echo("note     decorrelation ran with fraction=0.05 and strength=0.2; its default is the paper's 0.1 % of pairs")
     from .evaluate.run import Request as Evaluate
 
-    run_evaluate(Evaluate(runs=[run.folder for run in runs], tokens=20_000))
+    run_evaluate(Evaluate(runs=[run.folder for run in runs], tokens=tokens // 12))
     echo(
         f"next     sae train --variant topk --layer 5 --cache {cache.folder} --set k=64     (`sae variants` lists recipes and options)"
     )
@@ -326,9 +328,12 @@ def cache_list() -> None:
     """Every cache, with its model, layers, rows and size."""
     from .cache.reader import caches
 
-    for cache in caches():
+    for folder, cache in caches().items():
+        if isinstance(cache, Exception):
+            typer.echo(f"{folder}   does not open: {cache}")
+            continue
         state = f"layers {cache.layers}" if cache.layers else "half written"
-        typer.echo(f"{cache.folder}   {cache.model}, {state}, {cache.rows:,} rows")
+        typer.echo(f"{folder}   {cache.model}, {state}, {cache.rows:,} rows")
 
 
 @cache_app.command("verify")

@@ -17,7 +17,7 @@ import numpy as np
 from . import bfloat16  # noqa: F401  (zarr can read the arrays from here on)
 from .chunks import MEND, check_chunk, map_chunk, read_array, read_whole
 from .contexts import Contexts
-from .errors import DamagedError, UsageError
+from .errors import DamagedError, SaeError, UsageError
 from .files import digest_of, read_json
 from .layout import FORMAT, Array, Layout, home, layer_array
 
@@ -138,26 +138,35 @@ def open_cache(folder: Path | str) -> Cache:
     return Cache(folder)
 
 
-def caches(root: Path | None = None) -> list[Cache]:
-    """Every cache under `activations/`, by name."""
-    root = root or home() / "activations"
-    return [Cache(path.parent) for path in sorted(root.glob("*/zarr.json"))]
+def caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
+    """Every cache under `activations/` by its folder; one that does not open stands there as its error."""
+    found: dict[Path, Cache | SaeError] = {}
+    for path in sorted((root or home() / "activations").glob("*/zarr.json")):
+        try:
+            found[path.parent] = Cache(path.parent)
+        except SaeError as error:
+            found[path.parent] = error
+    return found
 
 
 def find_cache(model: str | None, layer: int, root: Path | None = None) -> Cache:
     """The one whole cache of this model and layer; UsageError lists them when it is none or several."""
-    command = f"`sae harvest --layer {layer}`" + (f" --model {model}" if model else "")
     everything = caches(root)
-    matching = [c for c in everything if model in (None, c.model) and layer in c.layers]
+    opened = [cache for cache in everything.values() if isinstance(cache, Cache)]
+    matching = [c for c in opened if model in (None, c.model) and layer in c.layers]
     if len(matching) == 1:
         return matching[0]
     if matching:
         listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in matching)
         raise UsageError(f"{len(matching)} caches hold layer {layer}. Say which:\n{listed}")
-    unfinished = [c for c in everything if not c.attributes["complete"]]
+    unfinished = [c for c in opened if not c.attributes["complete"]]
     if unfinished:
         raise UsageError(
             f"No whole cache holds layer {layer}; {unfinished[0].folder} is half written. Run the same `sae harvest` again to finish it."
         )
-    held = "".join(f"\n  {c.folder} holds layers {c.layers} of {c.model}" for c in everything)
-    raise UsageError(f"No cache holds layer {layer}{f' of {model}' if model else ''}. Make one with {command}.{held}")
+    command = f"`sae harvest --layer {layer}`" + (f" --model {model}" if model else "")
+    held = "".join(f"\n  {c.folder} holds layers {c.layers} of {c.model}" for c in opened)
+    broken = "".join(f"\n  {error}" for error in everything.values() if isinstance(error, SaeError))
+    raise UsageError(
+        f"No cache holds layer {layer}{f' of {model}' if model else ''}. Make one with {command}.{held}{broken}"
+    )

@@ -98,7 +98,8 @@ def cache_of(folder: Path, sae: SAE, model: str | None) -> Cache:
             f"{folder} was trained on {trained_on}, not on {model}. Leave --model out, or evaluate a run of that model."
         )
     recorded = Path(sae.origin["cache"])
-    candidates = ([Cache(recorded)] if (recorded / "zarr.json").exists() else []) + caches()
+    opened = [cache for cache in caches().values() if isinstance(cache, Cache)]
+    candidates = ([Cache(recorded)] if (recorded / "zarr.json").exists() else []) + opened
     for cache in candidates:
         if cache.attributes["fingerprint"] == sae.origin["fingerprint"]:
             return cache

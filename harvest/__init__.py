@@ -1,0 +1,1 @@
+"""Text -> activations: the language model, its text, and the embedded gemma-2-mini."""

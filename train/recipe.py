@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..cache.errors import UsageError
 from .coefficients import Coefficient, constant
 from .mechanisms import DeadLatents
-from .sae import SAE
+from .sae import SAE, BatchTopK, TopK
 from .step import Mechanism, Step, Term
 
 
@@ -139,7 +139,14 @@ class Variant(nn.Module):
         return Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float())
 
     def losses(self, step: Step) -> dict[str, Tensor]:
-        return {name: self.coefficients[name](step) * term(step) for name, term in self.terms.items()}
+        """Each term times its coefficient; a coefficient that moves is noted."""
+        losses = {}
+        for name, term in self.terms.items():
+            coefficient = self.coefficients[name](step)
+            if isinstance(coefficient, Tensor):
+                step.notes[f"{name}_coefficient"] = coefficient.detach()
+            losses[name] = coefficient * term(step)
+        return losses
 
     def scalars(self) -> dict[str, Tensor]:
         return {name: value for mechanism in self.mechanisms for name, value in mechanism.scalars().items()}
@@ -197,6 +204,9 @@ class Recipe:
             variant = self.build(setting, **{name: value for name, value in understood.items() if name in own})
             variant.optimization = replace(variant.optimization, **shared)
             problems += variant.optimization.problems(setting.steps)
+            kept = [link.k for link in variant.sae.activation if isinstance(link, TopK | BatchTopK)]
+            if kept and kept[0] > setting.d_sae:  # a k that follows from d_in
+                problems.append(f"k={kept[0]} latents cannot be kept of {setting.d_sae}: give k, or a larger --width.")
         if problems:
             raise UsageError(f"The variant {self.name} cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
         return variant

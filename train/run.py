@@ -98,6 +98,8 @@ def plan(request: Request) -> list[Run]:
     """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong."""
     if request.resume:
         return [resumed(folder, request) for folder in request.resume]
+    if request.order_seed < 0 or min(request.seeds, default=0) < 0:
+        raise UsageError("--seed and --order-seed count from 0; a negative one was given.")
     recipes = [find_recipe(name) for name in dict.fromkeys(request.variants)]
     given = parse_options(request.options, recipes)
     runs, problems = [], []

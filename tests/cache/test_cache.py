@@ -311,7 +311,7 @@ def test_the_one_cache_that_matches_is_found(tmp_path: Path, write_cache, bits_o
     with pytest.raises(UsageError, match="No cache holds layer 12"):
         find_cache(None, 12, tmp_path)
     write_cache({5: bits_of(ROWS, D)}, name="two")
-    assert [c.folder.name for c in caches(tmp_path)] == ["one", "two"]
+    assert [folder.name for folder in caches(tmp_path)] == ["one", "two"]
     with pytest.raises(UsageError, match=r"2 caches hold layer 5. Say which:\n  --cache .*one .*\n  --cache .*two "):
         find_cache(None, 5, tmp_path)
 
@@ -344,3 +344,15 @@ def test_the_dtype_follows_the_device() -> None:
     assert best_dtype("float32", "cuda") == "float32"
     with pytest.raises(UsageError, match="--dtype float99 is unknown"):
         best_dtype("float99", "cpu")
+
+
+def test_one_broken_cache_does_not_hide_the_others(tiny_cache, tmp_path: Path) -> None:
+    """find_cache goes on with what opens; with nothing that fits, the broken one is named."""
+    root = tmp_path / "several"
+    (root / "broken").mkdir(parents=True)
+    (root / "broken" / "zarr.json").write_text("{ torn")
+    with pytest.raises(UsageError, match=r"No cache holds layer 0.*(?s:.*)broken/zarr.json cannot be read"):
+        find_cache(None, 0, root)
+    (root / "whole").symlink_to(tiny_cache.folder)
+    assert find_cache(None, 0, root).folder == root / "whole"
+    assert isinstance(caches(root)[root / "broken"], DamagedError)

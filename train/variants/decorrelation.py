@@ -29,6 +29,10 @@ class Decorrelation(Term):
         self.fraction = fraction
 
     def forward(self, step: Step) -> Tensor:
+        with torch.autocast(step.f_BF.device.type, enabled=False):  # correlations in float32
+            return self._selected(step)
+
+    def _selected(self, step: Step) -> Tensor:
         f_BF = step.f_BF.float()
         n = f_BF.shape[1]
         unit_BF = f_BF / f_BF.norm(dim=0).clamp_min(1e-8)
