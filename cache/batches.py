@@ -2,8 +2,8 @@
 
 The rows of a window were permuted when they were written. An epoch is the chunks in a seeded order, laid end to end as
 one stream; the stream is cut into `lanes` equal segments; batch t is the t-th block of B/lanes rows of every lane. So a
-read is contiguous and a batch still mixes rows from as many windows as there are lanes: per row, the expected number of
-others of its own context is B L (1/(lanes W) + 1/T) for contexts of L rows, windows of W and T rows in all.
+read is contiguous and a batch still mixes rows from up to as many windows as there are lanes: per row, the expected
+number of others of its own context is about B L (1/(lanes W) + 1/T) for contexts of L rows, windows of W and T rows in all.
 """
 
 import threading

@@ -13,6 +13,7 @@ CORE = [
     ("cosine ↑", "reconstruction_quality", "cossim", ".3f"),
     ("alive ↑", "misc_metrics", "frac_alive", ".3f"),
     ("corr ↓", "correlation", "mean", ".4f"),
+    ("corr 99.9% ↓", "correlation", "quantile_99.9", ".3f"),
 ]
 
 

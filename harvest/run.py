@@ -111,7 +111,7 @@ def plan(request: Request) -> Plan:
         "data": text.identity,
         "tokens": request.tokens or f"up to {TOKENS}",
         "context": request.context,
-        "held_out": request.held_out,
+        "held_out": "by name" if text.name == EMBEDDED else request.held_out,
         "skip": [] if request.keep_special else specials(tokenizer),
         "seed": request.seed,
         "window_rows": request.window,

@@ -1,8 +1,8 @@
 """Text -> contexts: stream documents, tokenise, cut, hold documents out, shuffle.
 
 A context is BOS and up to `context - 1` tokens of one document; a document never shares a context with another. Which
-documents are held out is a hash of the seed and the document's number, so nobody ever trains on the text that
-evaluation reads.
+documents are held out is a hash of the seed and the document's text, so no document that evaluation reads was trained
+on, however often it occurs.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def open_text(name: str, *, tokenizer: Any, revision: str | None, split: str, co
 
 
 def embedded(tokenizer: Any, seed: int) -> Text:
-    """The standard library of the running Python, each document followed by a little spelling."""
+    """The standard library of the running Python, each harvested document followed by a little spelling."""
     found = sorted(
         corpus.documents(), key=lambda d: hashlib.sha256(d.name.encode()).digest()
     )  # a small harvest is a fair sample
@@ -72,9 +72,9 @@ def embedded(tokenizer: Any, seed: int) -> Text:
     def documents() -> Iterator[Document]:
         for document in found:
             yield Document(document.text, document.held_out)
-            yield Document(
-                "".join(f"\n{spelling.example(rng.choice(pool))}" for _ in range(SPELLED_LINES)), document.held_out
-            )
+            if not document.held_out:  # a held-out line of spelling would hardly ever be a new one
+                lines = (spelling.example(rng.choice(pool)) for _ in range(SPELLED_LINES))
+                yield Document("".join(f"\n{line}" for line in lines), held_out=False)
 
     return Text(
         EMBEDDED, {"name": EMBEDDED, "revision": digest.hexdigest(), "spelled_lines": SPELLED_LINES}, documents()
@@ -196,8 +196,8 @@ def column_of(
     return documents()
 
 
-def is_held_out(number: int, seed: int, fraction: float) -> bool:
-    hashed = int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:8], "little")
+def is_held_out(text: str, seed: int, fraction: float) -> bool:
+    hashed = int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode(errors="surrogatepass")).digest()[:8], "little")
     return hashed < fraction * 2**64
 
 
@@ -231,7 +231,7 @@ def cut(
     while rows < tokens and (batch := list(itertools.islice(numbered, DOCUMENTS_AT_ONCE))):
         encoded = tokenizer([d.text for _, d in batch], add_special_tokens=False, verbose=False)["input_ids"]
         for (number, document), body in zip(batch, encoded, strict=True):
-            out = is_held_out(number, seed, held_out) if document.held_out is None else document.held_out
+            out = is_held_out(document.text, seed, held_out) if document.held_out is None else document.held_out
             for start in range(0, len(body), context - 1):
                 if not out and rows >= tokens:
                     break

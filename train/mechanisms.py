@@ -124,7 +124,8 @@ class Resample(Mechanism):
         norm = sae.W_enc[:, others_F].norm(dim=0).mean() if others_F.any() else sae.W_enc.norm(dim=0).mean()
         sae.W_dec.data[index_N] = direction_ND
         sae.W_enc.data[:, index_N] = (0.2 * norm * direction_ND).T
-        sae.b_enc.data[index_N] = 0
+        # A restarted latent sees x - b_dec, whether or not the encoder subtracts it for the others.
+        sae.b_enc.data[index_N] = 0 if sae.pre_bias else -(sae.b_dec @ sae.W_enc[:, index_N])
         forget(step, index_N)
         self.dead.since_F[index_N] = 0
         self.restarts += len(index_N)
@@ -137,8 +138,8 @@ class Resample(Mechanism):
 class Threshold(Mechanism):
     """The threshold of a BatchTopK follows the smallest latent that its batches keep, t <- t + rate (min - t).
 
-    When training is over it becomes the mean of that minimum over fresh batches, so that the number of latents a token
-    is k on average for the final weights, however short the run was.
+    When training is over it becomes the mean of that minimum over the batches that would come next (after one epoch of
+    the cache: its rows again), so that the number of latents a token is k on average for the final weights, however short the run was.
     """
 
     batches: Tensor  # () int64

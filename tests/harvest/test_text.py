@@ -83,10 +83,10 @@ def test_special_tokens_in_the_text_are_no_rows(cut_up, tokenizer: Any) -> None:
     assert rows_of(contexts, []).sum() == len(ids)
 
 
-def test_held_out_documents_come_last_and_are_chosen_by_their_number(cut_up) -> None:
+def test_held_out_documents_come_last_and_are_chosen_by_their_text(cut_up) -> None:
     texts = [f"number {n} reads the yellow books" for n in range(200)]
     contexts, other = cut_up(texts, held_out=0.3), cut_up(texts, held_out=0.3, seed=1)
-    expected = [is_held_out(n, 0, 0.3) for n in range(200)]
+    expected = [is_held_out(text, 0, 0.3) for text in texts]
     assert [expected[d] for d in contexts.document] == contexts.held_out.tolist() == sorted(contexts.held_out)
     assert 0.2 < np.mean(expected) < 0.4
     assert set(other.document[other.held_out].tolist()) != set(contexts.document[contexts.held_out].tolist())
@@ -239,8 +239,24 @@ def test_the_two_documents_of_a_module_are_on_one_side() -> None:
     assert len(side) > 300 and all(len(sides) == 1 for sides in side.values())
 
 
-def test_every_embedded_document_is_followed_by_its_spelling(read) -> None:
+def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_out(read) -> None:
     found = list(read("python-stdlib").documents)
-    assert len(found) > 600 and 0.05 < np.mean([d.held_out for d in found]) < 0.2
-    for document, spelled in zip(found[::2], found[1::2], strict=True):
-        assert spelled.text.count(" has the first letter: ") == 40 and spelled.held_out == document.held_out
+    spelled = [document.text.count(" has the first letter: ") == 40 for document in found]
+    plain = [document for document, spells in zip(found, spelled, strict=True) if not spells]
+    assert len(plain) > 600 and 0.05 < np.mean([document.held_out for document in plain]) < 0.2
+    for number, document in enumerate(found):
+        followed = number + 1 < len(found) and spelled[number + 1]
+        assert not (spelled[number] and document.held_out)
+        assert spelled[number] or followed == (not document.held_out)
+
+
+def test_what_repeats_itself_is_never_held_out() -> None:
+    repeated = [d for d in corpus_documents() if d.name.startswith("topic:") or ":encodings/" in d.name]
+    assert len(repeated) > 100 and not any(document.held_out for document in repeated)
+
+
+def test_a_document_that_occurs_twice_is_on_one_side(cut_up) -> None:
+    texts = [f"number {n} reads the yellow books" for n in range(100)] * 2
+    contexts = cut_up(texts, held_out=0.3)
+    side = dict(zip(contexts.document.tolist(), contexts.held_out.tolist(), strict=True))
+    assert all(side[n] == side[n + 100] for n in range(100)) and len(set(side.values())) == 2

@@ -310,6 +310,11 @@ for _name, _summary, _idle, _fixed in (
     ("all-at-once", "`progressive` with every latent enabled from the start.", GROWTH, {"start": 1.0}),
     ("fixed-increment", "`progressive` that grows by 5 whatever the utilisation.", ("n_ref",), {"hybrid": False}),
     ("no-ema", "`progressive` whose utilisation is the last batch's, (3) with beta = 0.", (), {"beta": 0.0}),
-    ("no-competition", "`progressive` whose latents do not compete.", COMPETITION, {"competition": "off"}),
+    (
+        "no-competition",
+        "`progressive` whose latents do not compete, and are not cut: L0 counts every positive one.",
+        COMPETITION,
+        {"competition": "off"},
+    ),
 ):
     ablation(f"progressive-{_name}", progressive, _summary, {"equations": "(2)-(6)", **PAPER}, *_idle, **_fixed)
