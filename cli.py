@@ -50,8 +50,13 @@ def spoken(command: Callable[..., None]) -> Callable[..., None]:
         except SaeError as error:
             echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}")
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:  # of the terminal or a pipe, mostly: our own files have their own sentences
+            echo(
+                f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}. Free space, or check the pipe."
+            )
+            raise typer.Exit(4) from None
         except KeyboardInterrupt:
-            echo("stopped: interrupted before anything had begun that could be lost.")
+            echo("stopped: interrupted. What was committed is safe, and the same command goes on from there.")
             raise typer.Exit(130) from None
 
     return run
@@ -76,7 +81,9 @@ def harvest(
     ] = None,
     tokens: Tokens = None,
     context: Annotated[int, typer.Option(help="Tokens in a context, BOS included.")] = 128,
-    held_out: Annotated[float, typer.Option(help="Share of documents kept for evaluation.")] = 0.05,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of documents kept for evaluation. Default: 0.05.")
+    ] = None,
     keep_special: Annotated[bool, typer.Option(help="Harvest the rows of BOS, EOS and pad too.")] = False,
     text_column: Annotated[str, typer.Option(help="The dataset's column of text.")] = "text",
     split: Annotated[str, typer.Option(help="The dataset's split.")] = "train",
@@ -110,6 +117,7 @@ def harvest(
 
 
 def run_harvest(request: Any, dry_run: bool = False) -> Any:
+    from .cache.files import bytes_text
     from .harvest.model import hook_name
     from .harvest.run import free_space
     from .harvest.run import harvest as carry_out
@@ -121,12 +129,12 @@ def run_harvest(request: Any, dry_run: bool = False) -> Any:
     echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
     echo(f"layers   {hooks}")
     echo(
-        f"text     {plan.text.name}, {plan.request.held_out:.0%} of the documents held out"
+        f"text     {plan.text.name}, {plan.request.held_out_share:.0%} of the documents held out"
         if plan.text.name != "python-stdlib"
         else "text     python-stdlib, a tenth of the documents held out"
     )
     echo(
-        f"size     {'' if plan.request.tokens else 'up to '}{plan.tokens:,} tokens x {plan.bytes_per_token:,} B = {size / 1e9:.2f} GB; {free_space(plan.folder) / 1e9:.1f} GB free"
+        f"size     {'' if plan.request.tokens else 'up to '}{plan.tokens:,} tokens x {plan.bytes_per_token:,} B = {bytes_text(size)}; {bytes_text(free_space(plan.folder))} free"
     )
     echo(f"cache    {plan.folder}")
     if dry_run:
@@ -139,9 +147,12 @@ def run_harvest(request: Any, dry_run: bool = False) -> Any:
         echo(
             f"layer {layer:2d} mean norm {s['mean_norm']:.2f}, elementwise variance {s['variance']:.4g}, {len(s['outlier_dimensions'])} outlier dimensions"
         )
-    skipped = cache.contexts(held_out=False)
+    contexts = cache.contexts(held_out=False)
+    special = int(contexts.length.sum()) - cache.rows
+    unread = ", ".join(f"{count:,} {why} documents skipped" for why, count in plan.text.skipped.items() if count)
     echo(
-        f"done     {cache.rows:,} rows of {len(skipped):,} contexts ({int(skipped.length.sum()) - cache.rows:,} special tokens left out) in {time.monotonic() - started:.0f} s"
+        f"done     {cache.rows:,} rows of {len(contexts):,} contexts ({special:,} special tokens left out{', ' + unread if unread else ''}) "
+        f"in {time.monotonic() - started:.0f} s; `sae cache verify` reads every byte again"
     )
     return cache
 
@@ -261,10 +272,12 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
     import json
 
     from .evaluate.run import evaluate as measure
-    from .evaluate.run import flat
+    from .evaluate.run import flat, unfinished
     from .evaluate.table import core_table
 
     started = time.monotonic()
+    for folder in unfinished(request.runs):
+        echo(f"skipped  {folder} is not trained to its end: sae train --resume {folder}")
     with bar("evaluate", "batches") as shown:
         rows = measure(request, shown)
     if as_json:
@@ -298,10 +311,13 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 1,024 tokens.")] = 900,
 ) -> None:
     """The three stages on the embedded model and text, with nothing to download: harvest, train, evaluate, table."""
+    from .cache.errors import UsageError
     from .harvest import mini
     from .harvest.run import Request as Harvest
 
-    tokens = tokens or 200_000
+    tokens = 200_000 if tokens is None else tokens
+    if tokens < 2000:
+        raise UsageError(f"--tokens {tokens} is too little to train on: give 2000 or more.")
     cache = run_harvest(Harvest(model=mini.NAME, tokens=tokens))
     from .train.run import Request as Train
 
@@ -326,9 +342,13 @@ def demo(
 @spoken
 def cache_list() -> None:
     """Every cache, with its model, layers, rows and size."""
+    from .cache.layout import home
     from .cache.reader import caches
 
-    for folder, cache in caches().items():
+    found = caches()
+    if not found:
+        typer.echo(f"no caches under {home() / 'activations'}; `sae harvest` makes one")
+    for folder, cache in found.items():
         if isinstance(cache, Exception):
             typer.echo(f"{folder}   does not open: {cache}")
             continue

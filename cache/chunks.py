@@ -32,7 +32,9 @@ def all_there(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
 
 
 def read_array(folder: Path, name: str) -> Array:
-    return Array.from_metadata(name, read_json(folder / name / "zarr.json"))
+    return Array.from_metadata(
+        name, read_json(folder / name / "zarr.json", "shape", "chunk_grid", "data_type", "attributes")
+    )
 
 
 def map_chunk(folder: Path, array: Array, chunk: int) -> np.ndarray:

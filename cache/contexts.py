@@ -46,4 +46,4 @@ class Contexts:
     def written(folder: Path) -> bool:
         """Whether `write` came to its end here and its files are still there."""
         record = folder / "tokens" / "commit.json"
-        return record.exists() and all_there(folder, read_json(record)["files"])
+        return record.exists() and all_there(folder, read_json(record, "files")["files"])

@@ -80,14 +80,23 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     publish(path, (json.dumps(content, indent=indent, sort_keys=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; DamagedError when it is missing or no JSON."""
+def read_json(path: Path, *keys: str) -> Any:
+    """The content of a JSON file; DamagedError when it is missing, no JSON, or lacks a key that it has to have."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DamagedError(f"{path} is missing.") from None
+        raise DamagedError(f"{path} is missing. Run the command that wrote it again.") from None
     except (ValueError, OSError) as error:
-        raise DamagedError(f"{path} cannot be read ({error}); it was cut off or overwritten.") from error
+        raise DamagedError(
+            f"{path} cannot be read ({error}); it was cut off or overwritten. "
+            "Remove it and run the command that wrote it again."
+        ) from error
+    lacking = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if lacking:
+        raise DamagedError(
+            f"{path} has no {lacking[0]!r}; it was overwritten. Remove it and run the command that wrote it again."
+        )
+    return content
 
 
 def digest_of(content: Any) -> str:
@@ -106,15 +115,21 @@ def one_writer(folder: Path, doing: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        holder = note.read_text() if note.exists() else "another process"
+        holder = (note.read_text() if note.exists() else "") or "another process"
         raise OutsideError(f"{folder} is being written by {holder}. Wait for it, or stop it first.") from None
     except OSError as error:
         raise outside(error, folder) from error
     try:
-        note.write_text(
-            f"process {os.getpid()} on {socket.gethostname()} ({doing}) since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
+        with contextlib.suppress(OSError):  # a full disk has its own sentence when something has to be written
+            note.write_text(
+                f"process {os.getpid()} on {socket.gethostname()} ({doing}) since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            )
         yield
     finally:
         note.unlink(missing_ok=True)
         lock.release()
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes for a reader: GB, or MB below a tenth of one."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

@@ -31,7 +31,7 @@ class Cache:
         self.folder = Path(folder)
         if not (self.folder / "zarr.json").exists():
             raise UsageError(f"{self.folder} holds no activation cache (no zarr.json). Make one with `sae harvest`.")
-        self.attributes: dict[str, Any] = read_json(self.folder / "zarr.json").get("attributes", {})
+        self.attributes: dict[str, Any] = read_json(self.folder / "zarr.json", "attributes")["attributes"]
         if self.attributes.get("format") is None:
             raise UsageError(f"{self.folder} is a Zarr group but no activation cache. Make one with `sae harvest`.")
         if self.attributes["format"] > FORMAT:
@@ -67,7 +67,7 @@ class Cache:
             raise UsageError(
                 f"{self.folder} is half written ({len(begun)} of {self.layout.windows} windows). Run the same `sae harvest` again to finish it."
             )
-        manifest = read_json(self.folder / "manifest.json")
+        manifest = read_json(self.folder / "manifest.json", "fingerprint", "complete", "statistics", "files")
         if manifest["fingerprint"] != self.attributes["fingerprint"]:
             raise DamagedError(f"{self.folder / 'manifest.json'} comes from another harvest. {MEND}")
         return manifest
@@ -164,9 +164,10 @@ def find_cache(model: str | None, layer: int, root: Path | None = None) -> Cache
         raise UsageError(
             f"No whole cache holds layer {layer}; {unfinished[0].folder} is half written. Run the same `sae harvest` again to finish it."
         )
-    command = f"`sae harvest --layer {layer}`" + (f" --model {model}" if model else "")
+    models = {model} if model else {c.model for c in opened}
+    named = f" --model {models.pop()}" if len(models) == 1 else ""
     held = "".join(f"\n  {c.folder} holds layers {c.layers} of {c.model}" for c in opened)
     broken = "".join(f"\n  {error}" for error in everything.values() if isinstance(error, SaeError))
     raise UsageError(
-        f"No cache holds layer {layer}{f' of {model}' if model else ''}. Make one with {command}.{held}{broken}"
+        f"No cache holds layer {layer}{f' of {model}' if model else ''}. Make one with `sae harvest --layer {layer}{named}`.{held}{broken}"
     )

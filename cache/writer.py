@@ -59,7 +59,7 @@ class Writer:
     def commits(self) -> Iterator[dict[str, Any]]:
         """The records whose files are all there."""
         for path in sorted((self.folder / "commits").glob("*.json")):
-            commit = read_json(path)
+            commit = read_json(path, "fingerprint", "window", "array", "files")
             if commit["fingerprint"] != self.fingerprint:
                 raise DamagedError(f"{path} belongs to another harvest ({commit['fingerprint'][:8]}). {MEND}")
             if all_there(self.folder, commit["files"]):
@@ -138,11 +138,12 @@ class Writer:
 def begun(folder: Path, fingerprint: str) -> bool:
     """Whether this harvest has begun here. UsageError when another one has, or when the folder is used for something else."""
     if not (folder / "zarr.json").exists():
-        others = {path.name for path in folder.iterdir()} - {"tokens", ".lock", ".lock.holder"}
+        ours = {"tokens", ".lock", ".lock.holder"}
+        others = {p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith("zarr.json.tmp-")}
         if others:
             raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Give a new folder with --out.")
         return False
-    found = read_json(folder / "zarr.json")["attributes"].get("fingerprint", "no harvest")
+    found = read_json(folder / "zarr.json", "attributes")["attributes"].get("fingerprint", "no harvest")
     if found != fingerprint:
         raise UsageError(
             f"{folder} holds another harvest ({found[:8]}, this one is {fingerprint[:8]}). Use another --out."
@@ -163,7 +164,7 @@ def measure(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def seal(folder: Path, fingerprint: str, layout: Layout, commits: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest: the union of the commits, and for every whole layer its statistics."""
     windows: dict[str, set[int]] = {}
-    files: dict[str, Any] = dict(read_json(folder / "tokens" / "commit.json")["files"])
+    files: dict[str, Any] = dict(read_json(folder / "tokens" / "commit.json", "files")["files"])
     for commit in commits:
         files |= commit["files"]
         windows.setdefault(commit["array"], set()).add(commit["window"])

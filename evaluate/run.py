@@ -65,8 +65,11 @@ def evaluate(request: Request, progress: Callable[[int, int], None] = lambda don
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
     if request.tokens is not None and request.tokens <= 0:
         raise UsageError(f"--tokens {request.tokens} is not positive. Give how many to evaluate on, such as 20k.")
+    begun = unfinished(request.runs)
     groups: dict[Path, list[Row]] = {}
     for folder, given in {path.resolve(): path for path in request.runs}.items():
+        if given in begun and len(begun) < len(request.runs):
+            continue  # among others; by itself it gets its sentence from load_sae
         sae = load_sae(given)
         cache = cache_of(given, sae, request.model)
         groups.setdefault(cache.folder, []).append(Row(folder.name, Subject(sae, sae.origin["layer"]), folder))
@@ -84,6 +87,11 @@ def evaluate(request: Request, progress: Callable[[int, int], None] = lambda don
             measure(metric, bench, group, request.force, progress)
         rows += [row for row in group if row.results]
     return rows
+
+
+def unfinished(runs: Sequence[Path]) -> list[Path]:
+    """Run folders that were begun and have no trained SAE yet."""
+    return [run for run in runs if (run / "run.json").exists() and not (run / "sae.json").exists()]
 
 
 def cache_of(folder: Path, sae: SAE, model: str | None) -> Cache:

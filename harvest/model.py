@@ -50,6 +50,10 @@ def find_model(name: str, revision: str | None = None) -> tuple[Source, Any]:
     Raises OutsideError when the Hub cannot be reached or the model's licence has not been accepted.
     """
     folder = mini.WEIGHTS if name == mini.NAME else Path(name)
+    if folder.is_dir() and revision is not None:
+        raise UsageError(f"--revision is a commit of the Hub; {name} is a folder here. Leave it out.")
+    if name.startswith((".", "/")) and not folder.is_dir():
+        raise UsageError(f"There is no folder {name}. Give a folder with a model, a Hub id, or --model {mini.NAME}.")
     if folder.is_dir():
         with explained(name):
             return Source(name, str(folder), digest_of_folder(folder)), AutoConfig.from_pretrained(folder)

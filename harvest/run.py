@@ -4,9 +4,11 @@ While the model computes one window, the one before is checked, written and flus
 the model wait, so at most two windows are in memory.
 """
 
+import contextlib
 import functools
 import queue
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 from ..cache.contexts import Contexts
 from ..cache.device import best_device, best_dtype
 from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
-from ..cache.files import digest_of, one_writer
+from ..cache.files import bytes_text, digest_of, one_writer
 from ..cache.layout import CHUNK_ROWS, FORMAT, WINDOW_ROWS, Layout, home
 from ..cache.reader import Cache
 from ..cache.writer import Writer, begun
@@ -47,7 +49,7 @@ class Request:
     text_column: str = "text"
     tokens: int | None = None  # None: ten million, or all of a shorter text
     context: int = 128
-    held_out: float = 0.05
+    held_out: float | None = None  # None: 0.05; the embedded text holds out its own documents
     keep_special: bool = False
     window: int = WINDOW_ROWS
     storage_dtype: str = "bfloat16"
@@ -57,6 +59,10 @@ class Request:
     seed: int = 0
     device: str = "auto"
     out: Path | None = None
+
+    @property
+    def held_out_share(self) -> float:
+        return 0.05 if self.held_out is None else self.held_out
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,14 @@ class Plan:
 
 def plan(request: Request) -> Plan:
     """Resolve everything to what pins it. Loads no weights and writes nothing."""
-    check(request)
+    name = request.dataset or (EMBEDDED if request.model == mini.NAME else PILE)
+    check(request, name)
     source, config = find_model(request.model, request.revision)
     layers = sorted(set(request.layers))
     check_layers(config, layers, request.model)
     device = best_device(request.device)
     dtype = best_dtype(request.dtype, device)
     tokenizer = load_tokenizer(source)
-    name = request.dataset or (EMBEDDED if request.model == mini.NAME else PILE)
     text = open_text(
         name,
         tokenizer=tokenizer,
@@ -111,7 +117,7 @@ def plan(request: Request) -> Plan:
         "data": text.identity,
         "tokens": request.tokens or f"up to {TOKENS}",
         "context": request.context,
-        "held_out": "by name" if text.name == EMBEDDED else request.held_out,
+        "held_out": "by name" if name == EMBEDDED else request.held_out_share,
         "skip": [] if request.keep_special else specials(tokenizer),
         "seed": request.seed,
         "window_rows": request.window,
@@ -125,7 +131,7 @@ def plan(request: Request) -> Plan:
     )
 
 
-def check(request: Request) -> None:
+def check(request: Request, text: str) -> None:
     """UsageError for what can be seen to be wrong before anything is opened."""
     if request.tokens is not None and request.tokens <= 0:
         raise UsageError(f"--tokens {request.tokens} is not positive. Give how many rows to harvest, such as 10M.")
@@ -137,9 +143,11 @@ def check(request: Request) -> None:
         raise UsageError(
             f"--window {request.window} is no whole number of chunks: give a multiple of {CHUNK_ROWS:,}, or less than that."
         )
-    if request.seed < 0:
-        raise UsageError(f"--seed {request.seed} is negative. Give 0 or more.")
-    if not 0 <= request.held_out < 1:
+    if not 0 <= request.seed < 2**63:
+        raise UsageError(f"--seed {request.seed} is out of range: give 0 to 2^63 - 1.")
+    if text == EMBEDDED and request.held_out is not None:
+        raise UsageError(f"--held-out cannot be given for {EMBEDDED}: it holds out its own documents, one in ten.")
+    if not 0 <= request.held_out_share < 1:
         raise UsageError(
             f"--held-out {request.held_out} is no fraction of the documents: give 0 up to, but not including, 1."
         )
@@ -155,7 +163,7 @@ def harvest(plan: Plan, progress: Progress = lambda done, total: None) -> Cache:
     Raises OutsideError when the disk is too small or another process writes, Interrupted on Ctrl-C with every
     committed window safe.
     """
-    with one_writer(plan.folder, "sae harvest"):
+    with one_writer(plan.folder, "sae harvest"), terminated_as_interrupted():
         contexts = text_of(plan)
         wanted = contexts.select(~contexts.held_out)
         kept = rows_of(wanted, plan.identity["skip"])
@@ -186,10 +194,23 @@ def text_of(plan: Plan) -> Contexts:
             check_space(plan, request.tokens * len(plan.layers))  # before the text is read, which may take long
         contexts = cut(
             plan.text, plan.tokenizer, tokens=plan.tokens, exactly=request.tokens is not None, context=request.context,
-            held_out=request.held_out, skip=plan.identity["skip"], seed=request.seed,
+            held_out=request.held_out_share, skip=plan.identity["skip"], seed=request.seed,
         )  # fmt: skip
         contexts.write(plan.folder)
     return Contexts.read(plan.folder)
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, with which schedulers preempt, is taken as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # whoever runs us in a thread keeps the signals
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def check_space(plan: Plan, rows: int) -> None:
@@ -198,7 +219,7 @@ def check_space(plan: Plan, rows: int) -> None:
     if needed > free:
         fits = int(free / plan.bytes_per_token / 1.02)
         raise OutsideError(
-            f"The harvest needs {needed / 1e9:.1f} GB and {plan.folder} has {free / 1e9:.1f} GB free. --tokens {fits} would fit."
+            f"The harvest needs {bytes_text(needed)} and {plan.folder} has {bytes_text(free)} free. --tokens {fits} would fit."
         )
 
 
@@ -241,7 +262,7 @@ def write_windows(
             done += len(rows)
             if failed:
                 break
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
         waiting.put(None)
         thread.join()
         left = len(writer.missing())

@@ -46,7 +46,7 @@ def save_checkpoint(training: Training, folder: Path, step: int) -> None:
 
 def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
     """The step and the tensors; DamagedError when they are not what was written, UsageError for another version's."""
-    record: dict[str, Any] = read_json(path / "state.json")
+    record: dict[str, Any] = read_json(path / "state.json", "format", "step", "sha256")
     if record.get("format") != FORMAT:
         raise UsageError(
             f"{path} is a checkpoint of format {record.get('format')}; this version reads {FORMAT}. "

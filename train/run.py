@@ -25,6 +25,18 @@ from ..cache.reader import Cache, find_cache, open_cache
 from .recipe import Recipe, Setting, find_recipe
 
 FORMAT = 1
+RECORDED = (
+    "format",
+    "variant",
+    "options",
+    "layer",
+    "seed",
+    "order_seed",
+    "cache",
+    "cache_folder",
+    "resolved",
+    *Setting._fields,
+)
 
 
 @dataclass(frozen=True)
@@ -98,8 +110,9 @@ def plan(request: Request) -> list[Run]:
     """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong."""
     if request.resume:
         return [resumed(folder, request) for folder in request.resume]
-    if request.order_seed < 0 or min(request.seeds, default=0) < 0:
-        raise UsageError("--seed and --order-seed count from 0; a negative one was given.")
+    for seed in (request.order_seed, *request.seeds):
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"The seed {seed} is out of range: --seed and --order-seed are 0 to 2^63 - 1.")
     recipes = [find_recipe(name) for name in dict.fromkeys(request.variants)]
     given = parse_options(request.options, recipes)
     runs, problems = [], []
@@ -148,7 +161,7 @@ def resumed(folder: Path, request: Request) -> Run:
         raise UsageError(
             f"{', '.join(changed)} cannot change a run that has begun. Leave them out to go on with {folder}, or start a new run."
         )
-    record = read_json(folder / "run.json")
+    record = read_json(folder / "run.json", *RECORDED)
     if record["format"] != FORMAT:
         raise UsageError(f"{folder}/run.json has format {record['format']}; this version reads {FORMAT}. Upgrade.")
     cache = open_cache(request.cache or Path(record["cache_folder"]))

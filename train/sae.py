@@ -7,19 +7,19 @@ W_enc is (d_in, d_sae), W_dec (d_sae, d_in): its rows are the latents' direction
 what training divided by is folded into it (`folded`).
 """
 
-import json
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ..cache.errors import DamagedError, UsageError
-from ..cache.files import publish, read_json
+from ..cache.files import publish, read_json, write_json
 
 FORMAT = 1
 
@@ -179,11 +179,9 @@ def rebuild(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
 
 def save_sae(sae: SAE, folder: Path, origin: dict[str, Any]) -> None:
     """Write sae.safetensors and then sae.json. `origin`: model, layer and cache, for evaluation."""
-    publish(
-        folder / "sae.safetensors",
-        to_safetensors({k: v.detach().contiguous().cpu() for k, v in sae.state_dict().items()}),
-    )
-    publish(folder / "sae.json", (json.dumps({**spec_of(sae), "origin": origin}, indent=2) + "\n").encode())
+    data = to_safetensors({k: v.detach().contiguous().cpu() for k, v in sae.state_dict().items()})
+    publish(folder / "sae.safetensors", data)
+    write_json(folder / "sae.json", {**spec_of(sae), "sha256": hashlib.sha256(data).hexdigest(), "origin": origin})
 
 
 def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
@@ -198,16 +196,20 @@ def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
         raise UsageError(
             f"{folder} holds no trained SAE (no sae.json). Train one with `sae train`, or finish it with `sae train --resume {folder}`."
         )
-    spec = read_json(folder / "sae.json")
+    spec = read_json(folder / "sae.json", "format", "d_in", "d_sae", "pre_bias", "activation", "sha256")
     if spec.get("format") != FORMAT:
         raise UsageError(f"{folder}/sae.json has format {spec.get('format')}; this version reads {FORMAT}. Upgrade.")
     weights = folder / "sae.safetensors"
+    mend = "Remove sae.json and run the same `sae train` again: it is written anew from the last checkpoint."
     try:
         check_shapes(weights, spec["d_in"], spec["d_sae"])
-        sae = rebuild(spec, load_file(weights, device=device))
-    except (safetensors.SafetensorError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
+        data = weights.read_bytes()
+        if hashlib.sha256(data).hexdigest() != spec["sha256"]:
+            raise DamagedError(f"{weights} does not have the checksum that sae.json records. {mend}")
+        sae = rebuild(spec, {name: tensor.to(device) for name, tensor in load(data).items()})
+    except (safetensors.SafetensorError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise DamagedError(
-            f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0]}"
+            f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0]} {mend}"
         ) from error
     broken = [name for name, tensor in sae.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import torch
 from ..cache.batches import Batches
 from ..cache.device import best_device
 from ..cache.errors import Interrupted, SaeError, UsageError
-from ..cache.files import one_writer, read_json, sweep, write_json
+from ..cache.files import one_writer, outside, publish, read_json, sweep, write_json
 from .checkpoint import restore, save_checkpoint
 from .loop import Training, bfloat16_products, train
 from .recipe import Variant
@@ -110,7 +109,7 @@ def record_of(run: Run, variant: Variant) -> dict[str, Any]:
 
 def check_defaults(run: Run, variant: Variant) -> None:
     """The folder's name holds the options that were given; the defaults of the others can change with the version."""
-    begun, now = read_json(run.folder / "run.json")["resolved"], record_of(run, variant)["resolved"]
+    begun, now = read_json(run.folder / "run.json", "resolved")["resolved"], record_of(run, variant)["resolved"]
     changed = [
         f"{name} {value} then, {now[name]} now" for name, value in begun.items() if now.get(name, value) != value
     ]
@@ -227,8 +226,11 @@ def calibrate(training: RunTraining) -> None:
 
 
 def append_line(path: Path, content: dict[str, float]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(content) + "\n")
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(content) + "\n")
+    except OSError as error:
+        raise outside(error, path) from error
 
 
 def drop_metrics_after(folder: Path, step: int) -> None:
@@ -237,13 +239,11 @@ def drop_metrics_after(folder: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    publish(path, "".join(kept).encode())
 
 
 @contextlib.contextmanager

@@ -356,3 +356,19 @@ def test_one_broken_cache_does_not_hide_the_others(tiny_cache, tmp_path: Path) -
     (root / "whole").symlink_to(tiny_cache.folder)
     assert find_cache(None, 0, root).folder == root / "whole"
     assert isinstance(caches(root)[root / "broken"], DamagedError)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"attributes"'])
+def test_a_record_that_was_overwritten_is_damage(content: str, tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text(content)
+    with pytest.raises(DamagedError, match="Remove it and run the command that wrote it again") as refused:
+        open_cache(tmp_path)
+    assert refused.value.exit_code == 3
+
+
+def test_what_a_killed_writer_left_is_no_foreign_file(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json.tmp-1234").write_text("{")
+    assert not begun(tmp_path, "f" * 64)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="holds thesis.tex, but no activation cache"):
+        begun(tmp_path, "f" * 64)

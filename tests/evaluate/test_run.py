@@ -11,7 +11,7 @@ import torch
 
 from sae.cache.errors import DamagedError, UsageError
 from sae.cache.reader import Cache
-from sae.evaluate.run import Request, evaluate, flat, make_bench
+from sae.evaluate.run import Request, evaluate, flat, make_bench, unfinished
 from sae.evaluate.table import core_table
 from sae.harvest.run import Request as Harvest
 from sae.harvest.run import harvest, plan
@@ -206,3 +206,13 @@ def test_results_do_not_depend_on_where_the_user_stands(tiny_cache, home, monkey
     assert there.results == here.results
     assert there.name == "run"
     assert result_of(run)["sae_lens_release_id"] == "run"
+
+
+def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
+    whole, begun = make_run(home / "runs" / "whole", tiny_cache), home / "runs" / "begun"
+    begun.mkdir()
+    (begun / "run.json").write_text("{}")
+    assert unfinished([whole, begun]) == [begun]
+    assert [row.name for row in evaluate(ask(whole, begun))] == ["whole"]
+    with pytest.raises(UsageError, match="begun holds no trained SAE"):
+        evaluate(ask(begun))

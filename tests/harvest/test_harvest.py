@@ -229,7 +229,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
     needed = int(600 * plan(request).bytes_per_token * 1.02)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: Usage(0, 0, needed - 1000))
     with pytest.raises(
-        OutsideError, match=r"The harvest needs .* GB and .* GB free. --tokens 59\d would fit"
+        OutsideError, match=r"The harvest needs .* MB and .* MB free. --tokens 59\d would fit"
     ) as refused:
         harvest(plan(request))
     assert refused.value.exit_code == 4 and not [p for p in request.out.iterdir() if p.name[0] != "."]
@@ -261,7 +261,11 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[Request, Cache], tmp_path: 
         ({"window": 8193}, "--window 8193 is no whole number of chunks"),
         ({"window": 0}, "--window 0 is no whole number"),
         ({"held_out": 1.0}, "--held-out 1.0 is no fraction"),
-        ({"seed": -1}, "--seed -1 is negative"),
+        ({"seed": -1}, "--seed -1 is out of range"),
+        ({"seed": 2**63}, "--seed .* is out of range"),
+        ({"model": "gemma-2-mini", "dataset": None, "held_out": 0.1}, "--held-out cannot be given for python-stdlib"),
+        ({"model": "./nothere"}, "There is no folder ./nothere"),
+        ({"revision": "abc"}, "--revision is a commit of the Hub"),
         ({"storage_dtype": "float16"}, "--storage-dtype float16 is unknown"),
         ({"dtype": "float64"}, "--dtype float64 is unknown"),
         ({"device": "tpu"}, "--device tpu is unknown"),

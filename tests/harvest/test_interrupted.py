@@ -3,6 +3,8 @@
 import multiprocessing
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -56,3 +58,28 @@ def test_kill_at_any_instant(tiny_model: Path, sentences: Path, tmp_path: Path) 
         for folder in (request.out, killed.out)
     ]
     assert contents[0] == contents[1]
+
+
+def test_sigterm_ends_as_ctrl_c_does(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
+    """Exit code 130, the committed windows kept, and no lock left behind."""
+    out = tmp_path / "stopped"
+    words = ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 0, "--tokens", 6000, "--context", 32]
+    command = [
+        sys.executable,
+        "-m",
+        "sae.cli",
+        *map(str, words),
+        "--window",
+        "64",
+        "--batch-contexts",
+        "1",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not reached(out, 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate()
+    assert process.returncode == 130 and "the same command goes on from there" in told, told
+    assert reached(out, 2) and not (out / ".lock.holder").exists()

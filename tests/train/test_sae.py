@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.cache.errors import DamagedError, UsageError
@@ -187,9 +186,18 @@ def test_weights_that_were_cut_off_or_are_missing_are_damage(tmp_path: Path) -> 
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    saved(tmp_path)
-    tensors = load_file(tmp_path / "sae.safetensors")
-    tensors["b_enc"][3] = math.nan
-    save_file(tensors, tmp_path / "sae.safetensors")
+    sae = SAE(4, 8)
+    sae.b_enc.data[3] = math.nan
+    save_sae(sae, tmp_path, {})
     with pytest.raises(DamagedError, match="b_enc has values that are not finite"):
+        load_sae(tmp_path)
+
+
+def test_one_flipped_bit_of_the_weights_is_found(tmp_path: Path) -> None:
+    saved(tmp_path)
+    weights = tmp_path / "sae.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-40] ^= 0x40
+    weights.write_bytes(data)
+    with pytest.raises(DamagedError, match="does not have the checksum that sae.json records.*sae train"):
         load_sae(tmp_path)
