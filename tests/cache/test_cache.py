@@ -17,6 +17,7 @@ from sae.cache.device import best_device, best_dtype
 from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.files import digest_of, one_writer, read_json, sweep
 from sae.cache.reader import Cache, caches, find_cache, open_cache
+from sae.cache.writer import begun
 
 D = 8
 ROWS = 40
