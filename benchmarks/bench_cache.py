@@ -121,6 +121,7 @@ def as_hf_dataset(bits: np.ndarray, folder: Path):
     """The same rows as Arrow stores them: it has no bfloat16, so float32."""
     import datasets
 
+    datasets.disable_progress_bars()
     values = torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
     features = datasets.Features({"x": datasets.Array2D((1, D_IN), "float32")})
     made = datasets.Dataset.from_dict({"x": values[:, None]}, features=features)
