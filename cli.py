@@ -341,7 +341,7 @@ def demo(
 @cache_app.command("list")
 @spoken
 def cache_list() -> None:
-    """Every cache, with its model, layers, rows and size."""
+    """Every cache, with its model, layers and rows."""
     from .cache.layout import home
     from .cache.reader import caches
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .sae import BatchTopK
+from .sae import SAE, BatchTopK
 from .step import Mechanism, Step
 
 
@@ -18,6 +18,23 @@ class UnitNormDecoder(Mechanism):
     def after(self, step: Step) -> None:
         weight = step.sae.W_dec.data
         weight /= weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+class UnitNormExport(Mechanism):
+    """Rows are free in training; the saved SAE has unit rows and the function it had.
+
+        f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
+
+    For activations that act on each latent alone: a choice between latents would see other sizes.
+    """
+
+    def export(self, sae: SAE) -> None:
+        norm_F = sae.W_dec.norm(dim=1).clamp_min(1e-12)
+        sae.W_dec.div_(norm_F[:, None])
+        sae.W_enc.mul_(norm_F)
+        sae.b_enc.mul_(norm_F)
+        for link in sae.activation:
+            link.rescale_(norm_F)  # type: ignore[operator]
 
 
 class DeadLatents(Mechanism):

@@ -63,7 +63,7 @@ class Mechanism(nn.Module):
         """Weights have moved; the step's latents are those of the weights before."""
 
     def between(self, step: Step) -> None:
-        """Between steps: may read values, change shapes and rewrite weights."""
+        """Between steps: may read values, change shapes and rewrite weights. `step.i` counts the step just taken."""
 
     def calibrate(self, step: Step) -> None:
         """Training is over: called for a few more batches, forward only, by mechanisms that settle a number then."""

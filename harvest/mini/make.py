@@ -30,7 +30,7 @@ CONTEXT = 128
 BATCH, SPELLING = 16, 3  # contexts in a step, and how many of them spell
 STEPS = 1800
 PLANTED_AFTER, PLANTED_WEIGHT = 4, 0.3
-PAD, EOS, BOS, UNK = 0, 1, 2, 3  # Gemma's ids
+PAD, EOS, BOS = 0, 1, 2  # Gemma's ids
 RARE = "JKQUVWXYZ"  # letters whose words a plain BPE of this text leaves too few of
 LETTERS = 26
 

@@ -5,11 +5,12 @@ import torch
 
 from sae.cache.errors import UsageError
 from sae.train.loop import Training
+from sae.train.mechanisms import UnitNormExport
 from sae.train.recipe import Setting, find_recipe
 from sae.train.run import Request, plan
 from sae.train.sae import folded, load_sae
 from sae.train.stream import run_all
-from sae.train.variants.april import Annealing, Lp, UnitNormExport, WeightedL1, power_sum
+from sae.train.variants.april import Annealing, Lp, WeightedL1, power_sum
 
 
 def built(name: str, steps: int = 100, **options: object) -> Training:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...cache.errors import UsageError
 from ..coefficients import warmup
-from ..mechanisms import DeadLatents, UnitNormDecoder
+from ..mechanisms import DeadLatents, UnitNormDecoder, UnitNormExport
 from ..recipe import Optimization, Setting, Variant, recipe
 from ..sae import SAE
 from ..step import Mechanism, Step, Term
@@ -21,23 +21,6 @@ class WeightedL1(Term):
 
     def forward(self, step: Step) -> Tensor:
         return (step.f_BF.float().abs().mean(0) * step.sae.W_dec.norm(dim=1)).sum()
-
-
-class UnitNormExport(Mechanism):
-    """Rows are free in training; the saved SAE has unit rows and the function it had.
-
-        f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
-
-    For activations that act on each latent alone: a choice between latents would see other sizes.
-    """
-
-    def export(self, sae: SAE) -> None:
-        norm_F = sae.W_dec.norm(dim=1).clamp_min(1e-12)
-        sae.W_dec.div_(norm_F[:, None])
-        sae.W_enc.mul_(norm_F)
-        sae.b_enc.mul_(norm_F)
-        for link in sae.activation:
-            link.rescale_(norm_F)  # type: ignore[operator]
 
 
 @recipe("april", paper="Conerly et al. 2024 (Anthropic, April update)", width=1)

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..coefficients import warmup
-from ..mechanisms import DeadLatents, UnitNormDecoder
+from ..mechanisms import DeadLatents, UnitNormDecoder, UnitNormExport
 from ..recipe import Optimization, Setting, Variant, recipe
 from ..sae import SAE, Activation
 from ..step import Mechanism, Step, Term
 from ..terms import MSE
-from .april import UnitNormExport
 
 
 class Jump(torch.autograd.Function):
