@@ -1,21 +1,19 @@
 """The command line: parses, delegates, prints. `sae --help` imports neither torch nor any of our folders."""
 
-import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .terminal import bar, echo, show_table
+from .cli_cache import cache_app, describe
+from .terminal import bar, echo, show_table, spoken
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="rich", add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Harvest a language model's activations, train sparse autoencoders on them, evaluate the result.",
 )  # fmt: skip
-cache_app = typer.Typer(no_args_is_help=True, help="Look at the activation caches under activations/ and check them.")
 app.add_typer(cache_app, name="cache")
 
 
@@ -32,34 +30,11 @@ Tokens = Annotated[int | None, typer.Option("--tokens", parser=tokens_of, metava
 Layers = Annotated[
     list[int] | None, typer.Option("--layer", help="Zero-based block; the residual stream after it. Repeats.")
 ]
-CacheFolder = Annotated[
-    Path | None, typer.Option("--cache", help="The activation cache; needed only when several match.")
+Caches = Annotated[
+    list[Path] | None, typer.Option("--cache", help="Needed only when several match. Repeats: they are read as one.")
 ]
+Sites = Annotated[list[str] | None, typer.Option("--site", help="resid_post, mlp_out or attn_z. Repeats.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-
-
-def spoken(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors of ours become a sentence and an exit code; any other is a bug and shows its traceback."""
-
-    @functools.wraps(command)
-    def run(*arguments: Any, **keywords: Any) -> None:
-        from .cache.errors import SaeError
-
-        try:
-            command(*arguments, **keywords)
-        except SaeError as error:
-            echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}")
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:  # of the terminal or a pipe, mostly: our own files have their own sentences
-            echo(
-                f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}. Free space, or check the pipe."
-            )
-            raise typer.Exit(4) from None
-        except KeyboardInterrupt:
-            echo("stopped: interrupted. What was committed is safe, and the same command goes on from there.")
-            raise typer.Exit(130) from None
-
-    return run
 
 
 @app.callback(invoke_without_command=True)
@@ -76,6 +51,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def harvest(
     model: Annotated[str, typer.Option(help="Hub id, folder, or gemma-2-mini.")] = "google/gemma-2-2b",
     layer: Layers = None,
+    site: Sites = None,
     dataset: Annotated[
         str | None, typer.Option(help="Hub id, .txt, .jsonl or .parquet file or folder, or python-stdlib.")
     ] = None,
@@ -89,6 +65,12 @@ def harvest(
     split: Annotated[str, typer.Option(help="The dataset's split.")] = "train",
     revision: Annotated[str | None, typer.Option(help="Commit of the model on the Hub.")] = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Commit of the dataset on the Hub.")] = None,
+    max_norm: Annotated[
+        float | None, typer.Option(help="Mark rows whose norm is over so many medians: they get no weight in training.")
+    ] = None,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="About a third smaller on disk, slower to read.")
+    ] = False,
     window: Annotated[int, typer.Option(help="Rows shuffled and written as one.")] = 262_144,
     batch_contexts: Annotated[int, typer.Option(min=1, help="Contexts in one pass of the model.")] = 32,
     storage_dtype: Annotated[
@@ -102,10 +84,10 @@ def harvest(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Text -> cache: run the model once and write the residual stream after the layers asked for (5, 12 and 19)."""
-    from .harvest.run import LAYERS, Request
+    from .harvest.plan import LAYERS, Request
 
     request = Request(
-        model=model, revision=revision, layers=layer or LAYERS, dataset=dataset, dataset_revision=dataset_revision, split=split,
+        model=model, revision=revision, layers=layer or LAYERS, sites=site or ("resid_post",), max_norm=max_norm, compress=compress, dataset=dataset, dataset_revision=dataset_revision, split=split,
         text_column=text_column, tokens=tokens, context=context, held_out=held_out, keep_special=keep_special, window=window,
         storage_dtype=storage_dtype, dtype=dtype, attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
     )  # fmt: skip
@@ -117,36 +99,35 @@ def harvest(
 
 
 def run_harvest(request: Any, dry_run: bool = False) -> Any:
-    from .cache.files import bytes_text
-    from .harvest.model import hook_name
-    from .harvest.run import free_space
+    from .cache.files import bytes_text, duration_text
+    from .harvest.model import module_of
+    from .harvest.plan import estimated_seconds, free_space
+    from .harvest.plan import plan as resolve
+    from .harvest.run import Report
     from .harvest.run import harvest as carry_out
-    from .harvest.run import plan as resolve
 
     plan = resolve(request)
     size = plan.tokens * plan.bytes_per_token
-    hooks = ", ".join(f"{hook_name(layer)} = hidden_states[{layer + 1}]" for layer in plan.layers)
     echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
-    echo(f"layers   {hooks}")
+    for hook in plan.hooks:
+        echo(f"hook     {hook.name} = {module_of(hook)}, {plan.widths[hook.array]} wide")
+    held_out = "a tenth" if plan.identity["held_out"] == "by name" else f"{plan.request.held_out_share:.0%}"
+    echo(f"text     {plan.text.name} at {plan.text.identity['revision'][:12]}, {held_out} of the documents held out")
     echo(
-        f"text     {plan.text.name}, {plan.request.held_out_share:.0%} of the documents held out"
-        if plan.text.name != "python-stdlib"
-        else "text     python-stdlib, a tenth of the documents held out"
+        f"size     {'' if plan.request.tokens else 'up to '}{plan.tokens:,} tokens x {plan.bytes_per_token:,} B = {bytes_text(size)}"
+        f"{' before compression' if request.compress else ''}; {bytes_text(free_space(plan.folder))} free"
     )
     echo(
-        f"size     {'' if plan.request.tokens else 'up to '}{plan.tokens:,} tokens x {plan.bytes_per_token:,} B = {bytes_text(size)}; {bytes_text(free_space(plan.folder))} free"
+        f"time     about {duration_text(estimated_seconds(plan))} of the model on {plan.device}, by the time of one block"
     )
     echo(f"cache    {plan.folder}")
     if dry_run:
         return None
     started = time.monotonic()
     with bar("harvest", "tokens") as shown:
-        cache = carry_out(plan, shown)
-    for layer in plan.layers:
-        s = cache.statistics(layer)
-        echo(
-            f"layer {layer:2d} mean norm {s['mean_norm']:.2f}, elementwise variance {s['variance']:.4g}, {len(s['outlier_dimensions'])} outlier dimensions"
-        )
+        cache = carry_out(plan, Report(shown, shown.say))
+    for hook in plan.hooks:
+        echo(f"{hook.array:8s} {describe(cache.statistics(hook.array))}")
     contexts = cache.contexts(held_out=False)
     special = int(contexts.length.sum()) - cache.rows
     unread = ", ".join(f"{count:,} {why} documents skipped" for why, count in plan.text.skipped.items() if count)
@@ -165,8 +146,9 @@ def train(
         typer.Option("--variant", help="A recipe (`sae variants`). Repeats: all are trained on one pass."),
     ] = None,
     layer: Layers = None,
+    site: Annotated[str, typer.Option(help="resid_post, mlp_out or attn_z.")] = "resid_post",
     seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeats.")] = None,
-    cache: CacheFolder = None,
+    cache: Caches = None,
     model: Annotated[str | None, typer.Option(help="Choose the cache by its model.")] = None,
     steps: Annotated[int | None, typer.Option(help="Default: one epoch of the cache.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Tokens in a batch. Default: the recipe's.")] = None,
@@ -193,7 +175,7 @@ def train(
             "Say what to train: --variant batchtopk, or several; `sae variants` lists them. Or --resume runs/..."
         )
     request = Request(
-        variants=variant or (), layers=layer or (12,), seeds=seed or (0,), cache=cache, model=model, steps=steps, batch_size=batch_size, width=width,
+        variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
         options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     runs = run_train(request, dry_run)
@@ -209,7 +191,7 @@ def run_train(request: Any, dry_run: bool = False) -> list[Any]:
     for run in runs:
         s = run.setting
         echo(
-            f"train    {run.recipe.name} {s.d_in} -> {s.d_sae}, layer {run.layer}, seed {run.seed}: {s.steps:,} steps x {s.batch_size:,} tokens -> {run.folder}"
+            f"train    {run.recipe.name} {s.d_in} -> {s.d_sae}, {run.hook}, seed {run.seed}: {s.steps:,} steps x {s.batch_size:,} tokens -> {run.folder}"
         )
     if dry_run:
         return runs
@@ -313,7 +295,7 @@ def demo(
     """The three stages on the embedded model and text, with nothing to download: harvest, train, evaluate, table."""
     from .cache.errors import UsageError
     from .harvest import mini
-    from .harvest.run import Request as Harvest
+    from .harvest.plan import Request as Harvest
 
     tokens = 200_000 if tokens is None else tokens
     if tokens < 2000:
@@ -324,7 +306,7 @@ def demo(
     # At the paper's 0.1 % of pairs `decorrelation` does not lower the mean correlation here; docs/log.md has the numbers.
     runs = run_train(
         Train(
-            variants=("relu", "topk", "batchtopk", "decorrelation"), layers=(12,), cache=cache.folder, steps=steps,
+            variants=("relu", "topk", "batchtopk", "decorrelation"), layers=(12,), caches=(cache.folder,), steps=steps,
             batch_size=1024, width="4x", options=("decorrelation.fraction=0.05", "decorrelation.strength=0.2"),
         )
     )  # fmt: skip
@@ -336,37 +318,6 @@ def demo(
         f"next     sae train --variant topk --layer 5 --cache {cache.folder} --set k=64     (`sae variants` lists recipes and options)"
     )
     echo("         sae harvest --layer 12     (Gemma-2-2B: accept its licence, then `hf auth login`)")
-
-
-@cache_app.command("list")
-@spoken
-def cache_list() -> None:
-    """Every cache, with its model, layers and rows."""
-    from .cache.layout import home
-    from .cache.reader import caches
-
-    found = caches()
-    if not found:
-        typer.echo(f"no caches under {home() / 'activations'}; `sae harvest` makes one")
-    for folder, cache in found.items():
-        if isinstance(cache, Exception):
-            typer.echo(f"{folder}   does not open: {cache}")
-            continue
-        state = f"layers {cache.layers}" if cache.layers else "half written"
-        typer.echo(f"{folder}   {cache.model}, {state}, {cache.rows:,} rows")
-
-
-@cache_app.command("verify")
-@spoken
-def cache_verify(folder: Annotated[Path, typer.Argument(help="A folder under activations/.")]) -> None:
-    """Read every byte and compare it with its checksum."""
-    from .cache.reader import open_cache
-
-    cache = open_cache(folder)
-    with bar("verify", "files") as shown:
-        for number, _ in enumerate(cache.verify(), 1):
-            shown(number, len(cache.manifest["files"]))
-    typer.echo(f"{folder}: {len(cache.manifest['files'])} files, all as recorded")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What the command line shows: sentences and one live bar on stderr, tables on stdout."""
 
 import contextlib
+import functools
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -13,8 +16,36 @@ PLAIN_SECONDS = 10  # between the lines that stand for the bar where stderr is n
 PLAIN_WIDTH = 140
 
 
+QUIET = int(os.environ.get("RANK", "0")) > 0  # of several launched processes the first speaks for all
+
+
 def echo(text: str) -> None:
-    typer.echo(text, err=True)
+    if not QUIET:
+        typer.echo(text, err=True)
+
+
+def spoken(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors of ours become a sentence and an exit code; any other is a bug and shows its traceback."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **keywords: Any) -> None:
+        from .cache.errors import SaeError
+
+        try:
+            command(*arguments, **keywords)
+        except SaeError as error:
+            typer.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except OSError as error:  # of the terminal or a pipe, mostly: our own files have their own sentences
+            echo(
+                f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}. Free space, or check the pipe."
+            )
+            raise typer.Exit(4) from None
+        except KeyboardInterrupt:
+            echo("stopped: interrupted. What was committed is safe, and the same command goes on from there.")
+            raise typer.Exit(130) from None
+
+    return run
 
 
 class Bar:
@@ -31,7 +62,7 @@ class Bar:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
         )
-        self.progress = Progress(*columns, console=console, disable=not self.live, transient=True)
+        self.progress = Progress(*columns, console=console, disable=not self.live or QUIET, transient=True)
         self.task = self.progress.add_task(title, total=None, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
@@ -45,7 +76,8 @@ class Bar:
 
     def say(self, sentence: str) -> None:
         """A line above the bar."""
-        self.progress.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        if not QUIET:
+            self.progress.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

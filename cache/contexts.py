@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .chunks import all_there, read_whole, write_chunk
+from .chunks import all_there, encode_chunk, read_whole, write_chunk
 from .files import read_json, write_json
 from .layout import FORMAT, group_metadata, tokens_arrays
 
@@ -37,6 +38,11 @@ class Contexts:
             file, record = write_chunk(folder, array, 0, getattr(self, array.name.removeprefix("tokens/")))
             files[file] = record
         write_json(folder / "tokens" / "commit.json", {"format": FORMAT, "contexts": len(self), "files": files})
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What `write` would record of each file."""
+        arrays = tokens_arrays(*self.ids.shape)
+        return {a.file(0): encode_chunk(a, getattr(self, a.name.removeprefix("tokens/")))[1] for a in arrays}
 
     @classmethod
     def read(cls, folder: Path) -> "Contexts":

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,10 @@ def digest_of(content: Any) -> str:
 
 
 @contextlib.contextmanager
-def one_writer(folder: Path, doing: str) -> Iterator[None]:
+def one_writer(folder: Path, doing: str, say: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
     """Hold the only right to write into `folder`; OutsideError names the holder when somebody else has it.
 
-    The lock is the operating system's, so a dead holder's lock is free at once.
+    The lock is the operating system's, so a dead holder's lock is free at once; what it left half-written is removed.
     """
     lock, note = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
     try:
@@ -120,6 +120,9 @@ def one_writer(folder: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         raise outside(error, folder) from error
     try:
+        if note.exists():  # a holder that lives no more: one that comes to its end takes its note away
+            say(f"{folder} was left by {note.read_text()}, which is gone; its lock was taken over.")
+        sweep(folder)
         with contextlib.suppress(OSError):  # a full disk has its own sentence when something has to be written
             note.write_text(
                 f"process {os.getpid()} on {socket.gethostname()} ({doing}) since {time.strftime('%Y-%m-%d %H:%M:%S')}"
@@ -128,6 +131,18 @@ def one_writer(folder: Path, doing: str) -> Iterator[None]:
     finally:
         note.unlink(missing_ok=True)
         lock.release()
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def duration_text(seconds: float) -> str:
+    """A time for a reader: seconds, minutes, hours or days."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def bytes_text(count: float) -> str:

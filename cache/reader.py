@@ -7,6 +7,8 @@ What no commit lists does not exist. What one lists and is missing, short or of 
 named, and never read as zeros.
 """
 
+import os
+import shutil
 from collections.abc import Iterator
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -15,13 +17,15 @@ from typing import Any
 import numpy as np
 
 from . import bfloat16  # noqa: F401  (zarr can read the arrays from here on)
-from .chunks import MEND, check_chunk, map_chunk, read_array, read_whole
+from .chunks import MEND, Shard, check_chunk, map_rows, read_array, read_whole, rows_in
 from .contexts import Contexts
 from .errors import DamagedError, SaeError, UsageError
-from .files import digest_of, read_json
-from .layout import FORMAT, Array, Layout, home, layer_array
+from .files import digest_of, folder_bytes, one_writer, read_json
+from .layout import FORMAT, Array, Hook, Layout, home
+from .statistics import marked_rows, moments
 
 OPEN_MAPS = 256  # kept open, several for each lane: opening a map anew at every touch halves the speed
+DECODED_BLOCKS = 128  # of a compressed cache, 150 MB at d_in 2304: a lane comes back for the rest of its block
 
 
 class Cache:
@@ -39,26 +43,37 @@ class Cache:
                 f"{self.folder} was written in format {self.attributes['format']}; this version reads up to {FORMAT}. Upgrade."
             )
         self.identity: dict[str, Any] = self.attributes["identity"]
-        self.layout = Layout(self.attributes["rows"], self.attributes["window_rows"], self.attributes["storage_dtype"])
+        self.layout = Layout(*(self.attributes[name] for name in ("rows", "window_rows", "storage_dtype", "compress")))
         self.array = cache(self._read_array)
-        self.chunk = lru_cache(OPEN_MAPS)(self._open_chunk)  # threads may share it
+        self._opened = lru_cache(OPEN_MAPS)(self._open_chunk)  # threads may share them
+        self._block = lru_cache(DECODED_BLOCKS)(self._decode_block)
         self._checked: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"Cache({str(self.folder)!r}: {self.model}, layers {self.layers}, {self.rows:,} rows)"
+        return f"Cache({str(self.folder)!r}: {self.model}, {', '.join(map(str, self.hooks))}, {self.rows:,} rows)"
 
     @property
     def model(self) -> str:
         return self.identity["model"]["name"]
 
     @property
+    def fingerprint(self) -> str:
+        """The digest of everything that decides a byte."""
+        return self.attributes["fingerprint"]
+
+    @property
     def rows(self) -> int:
         return self.layout.rows
 
     @property
+    def hooks(self) -> list[Hook]:
+        """Where the activations that are whole were read."""
+        return sorted(map(Hook.of, self.attributes["complete"]))
+
+    @property
     def layers(self) -> list[int]:
-        """The layers that are whole."""
-        return sorted(int(a.removeprefix("layer_")) for a in self.attributes["complete"] if "." not in a)
+        """The layers whose residual stream is whole."""
+        return [hook.layer for hook in self.hooks if hook.site == "resid_post"]
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -68,54 +83,79 @@ class Cache:
                 f"{self.folder} is half written ({len(begun)} of {self.layout.windows} windows). Run the same `sae harvest` again to finish it."
             )
         manifest = read_json(self.folder / "manifest.json", "fingerprint", "complete", "statistics", "files")
-        if manifest["fingerprint"] != self.attributes["fingerprint"]:
+        if manifest["fingerprint"] != self.fingerprint:
             raise DamagedError(f"{self.folder / 'manifest.json'} comes from another harvest. {MEND}")
         return manifest
 
-    def require(self, layer: int) -> str:
-        """The array of a layer; UsageError when the cache does not hold it whole."""
+    def require(self, layer: int, site: str = "resid_post") -> str:
+        """The array of a layer's site, `layer_12`; UsageError when the cache does not hold it whole."""
         self.manifest  # noqa: B018  (a half-written cache has its own sentence)
-        if layer not in self.layers:
+        hook = Hook(layer, site)
+        if hook not in self.hooks:
+            held = ", ".join(map(str, self.hooks))
             raise UsageError(
-                f"{self.folder} holds layers {self.layers}, not {layer}. Add it with `sae harvest --layer {layer}` and the same text."
+                f"{self.folder} holds {held}, not {hook}. Add it with `sae harvest {hook.flags}` and the same text."
             )
-        return layer_array(layer)
+        return hook.array
 
-    def digest(self, layer: int) -> str:
-        """What the bytes of a layer are: sha256 over the identity and the checksums of its chunks."""
-        prefix = f"{self.require(layer)}/"
-        return digest_of(
-            [
-                self.attributes["fingerprint"],
-                {f: r["crc32c"] for f, r in self.manifest["files"].items() if f.startswith(prefix)},
-            ]
-        )
+    def digest(self, name: str) -> str:
+        """What the rows of an array are: sha256 over the identity, the checksums of its chunks, and what is marked."""
+        files = {f: r["crc32c"] for f, r in self.manifest["files"].items() if f.startswith(f"{name}/")}
+        return digest_of([self.fingerprint, files, self.statistics(name)["norm_limit"]])
 
-    def statistics(self, layer: int) -> dict[str, Any]:
-        return self.manifest["statistics"][self.require(layer)]
+    def statistics(self, name: str) -> dict[str, Any]:
+        return self.manifest["statistics"][name]
 
-    def mean(self, layer: int) -> np.ndarray:
-        """The mean row (d_in,), float64."""
-        return read_whole(self.folder, f"{self.require(layer)}.moments")[:, 0].sum(0) / self.rows
+    def mean(self, name: str) -> np.ndarray:
+        """The mean unmarked row (d_in,), float64."""
+        return moments(self.folder, self.layout, name, self.marked(name), self.manifest["files"])[0]
+
+    def marked(self, name: str) -> np.ndarray:
+        """Which rows are marked, ascending: training gives them no weight."""
+        return marked_rows(read_whole(self.folder, f"{name}.row_norm"), self.statistics(name)["norm_limit"])
 
     def _read_array(self, name: str) -> Array:
         """The shape and type of an array."""
         return read_array(self.folder, name)
 
-    def _open_chunk(self, name: str, index: int) -> np.ndarray:
-        """A chunk's rows as a map that is kept open, compared with its record once. Copy from it; never hand it out."""
+    def _open_chunk(self, name: str, index: int) -> np.ndarray | Shard:
+        """A chunk, mapped and kept open, compared with its record once."""
         array = self.array(name)
         file = array.file(index)
-        if file in self._checked:
-            return map_chunk(self.folder, array, index)
         record = self.manifest["files"].get(file)
         if record is None:
             raise UsageError(f"{self.folder} has no whole chunk {index} of {name}: the manifest does not list {file}.")
-        rows = check_chunk(self.folder, array, index, record["crc32c"])
-        self._checked.add(file)
-        return rows
+        if file not in self._checked:
+            check_chunk(self.folder, array, index, record)
+            self._checked.add(file)
+        if array.block is None:
+            return map_rows(self.folder, array, index)
+        return Shard(self.folder, array, index, record["bytes"])
 
-    def chunk_rows(self, layer: int) -> list[int]:
+    def _decode_block(self, name: str, chunk: int, block: int) -> np.ndarray:
+        return self._opened(name, chunk).block(block)
+
+    def chunk(self, name: str, index: int) -> np.ndarray:
+        """A chunk's rows (rows, d_in) as uint16, the bits of bfloat16: a read-only map, or decoded when compressed."""
+        opened, array = self._opened(name, index), self.array(name)
+        if isinstance(opened, np.ndarray):
+            return opened
+        return np.concatenate([opened.block(n) for n in range(len(opened.index))])[: rows_in(array, index)]
+
+    def copy_rows(self, name: str, index: int, start: int, out: np.ndarray) -> None:
+        """Copy the rows of a chunk from `start` on into `out` (n, d_in)."""
+        opened = self._opened(name, index)
+        if isinstance(opened, np.ndarray):
+            np.copyto(out, opened[start : start + len(out)])
+            return
+        size = opened.array.block
+        for block in range(start // size, -(-(start + len(out)) // size)):
+            first, last = max(start, block * size), min(start + len(out), (block + 1) * size)
+            rows = self._block(name, index, block)[first - block * size : last - block * size]
+            np.copyto(out[first - start : last - start], rows)
+
+    @property
+    def chunk_rows(self) -> list[int]:
         """How many rows each chunk holds."""
         size = self.layout.chunk_rows
         return [min(size, self.rows - start) for start in range(0, self.rows, size)]
@@ -127,10 +167,38 @@ class Cache:
 
     def verify(self) -> Iterator[str]:
         """Check every byte; yields the name of each file that was read."""
-        for file, record in self.manifest["files"].items():
-            name, chunk = file.rsplit("/", 1)
-            check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), record["crc32c"])
+        for file in self.manifest["files"]:
+            self.check(file)
             yield file
+
+    def check_sizes(self) -> None:
+        """DamagedError when a file of the manifest is missing or of another size; reads no activations."""
+        folders: dict[str, dict[str, int]] = {}
+        for file in self.manifest["files"]:
+            name = file.rsplit("/", 1)[0]
+            if name not in folders and (self.folder / name).is_dir():
+                with os.scandir(self.folder / name) as entries:
+                    folders[name] = {f"{name}/{entry.name}": entry.stat().st_size for entry in entries}
+        found = {file: size for sizes in folders.values() for file, size in sizes.items()}
+        wrong = [file for file, record in self.manifest["files"].items() if found.get(file) != record["bytes"]]
+        if wrong:
+            named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else "")
+            raise DamagedError(f"{len(wrong):,} files of {self.folder} are missing or cut off: {named}. {MEND}")
+
+    def check(self, file: str) -> None:
+        """DamagedError unless a file of the manifest is as it was recorded."""
+        name, chunk = file.rsplit("/", 1)
+        check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"][file])
+
+
+def remove_cache(folder: Path) -> int:
+    """Remove a cache, or what was begun of one; returns the bytes freed. UsageError when the folder is none."""
+    if not ((folder / "zarr.json").exists() or (folder / "tokens" / "commit.json").exists()):
+        raise UsageError(f"{folder} holds no activation cache; nothing was removed.")
+    with one_writer(folder, "sae cache rm"):
+        size = folder_bytes(folder)
+        shutil.rmtree(folder)
+    return size
 
 
 def open_cache(folder: Path | str) -> Cache:
@@ -149,25 +217,25 @@ def caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
     return found
 
 
-def find_cache(model: str | None, layer: int, root: Path | None = None) -> Cache:
-    """The one whole cache of this model and layer; UsageError lists them when it is none or several."""
+def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache:
+    """The one whole cache of this model and hook; UsageError lists them when it is none or several."""
     everything = caches(root)
     opened = [cache for cache in everything.values() if isinstance(cache, Cache)]
-    matching = [c for c in opened if model in (None, c.model) and layer in c.layers]
+    matching = [c for c in opened if model in (None, c.model) and hook in c.hooks]
     if len(matching) == 1:
         return matching[0]
     if matching:
         listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in matching)
-        raise UsageError(f"{len(matching)} caches hold layer {layer}. Say which:\n{listed}")
+        raise UsageError(f"{len(matching)} caches hold {hook}. Say which:\n{listed}")
     unfinished = [c for c in opened if not c.attributes["complete"]]
     if unfinished:
         raise UsageError(
-            f"No whole cache holds layer {layer}; {unfinished[0].folder} is half written. Run the same `sae harvest` again to finish it."
+            f"No whole cache holds {hook}; {unfinished[0].folder} is half written. Run the same `sae harvest` again to finish it."
         )
     models = {model} if model else {c.model for c in opened}
     named = f" --model {models.pop()}" if len(models) == 1 else ""
-    held = "".join(f"\n  {c.folder} holds layers {c.layers} of {c.model}" for c in opened)
+    held = "".join(f"\n  {c.folder} holds {', '.join(map(str, c.hooks))} of {c.model}" for c in opened)
     broken = "".join(f"\n  {error}" for error in everything.values() if isinstance(error, SaeError))
     raise UsageError(
-        f"No cache holds layer {layer}{f' of {model}' if model else ''}. Make one with `sae harvest --layer {layer}{named}`.{held}{broken}"
+        f"No cache holds {hook}{f' of {model}' if model else ''}. Make one with `sae harvest {hook.flags}{named}`.{held}{broken}"
     )

@@ -71,6 +71,10 @@ def evaluate(request: Request, progress: Callable[[int, int], None] = lambda don
         if given in begun and len(begun) < len(request.runs):
             continue  # among others; by itself it gets its sentence from load_sae
         sae = load_sae(given)
+        if (site := sae.origin.get("site", "resid_post")) != "resid_post":
+            raise UsageError(
+                f"{given} was trained on {site}; only SAEs of resid_post can be spliced into the model yet."
+            )
         cache = cache_of(given, sae, request.model)
         groups.setdefault(cache.folder, []).append(Row(folder.name, Subject(sae, sae.origin["layer"]), folder))
     rows = []
@@ -109,7 +113,7 @@ def cache_of(folder: Path, sae: SAE, model: str | None) -> Cache:
     opened = [cache for cache in caches().values() if isinstance(cache, Cache)]
     candidates = ([Cache(recorded)] if (recorded / "zarr.json").exists() else []) + opened
     for cache in candidates:
-        if cache.attributes["fingerprint"] == sae.origin["fingerprint"]:
+        if cache.fingerprint == sae.origin["fingerprint"]:
             return cache
     raise UsageError(
         f"The cache that {folder} was trained on is gone: it was {recorded}, and held the text to evaluate on. "
@@ -136,7 +140,7 @@ def make_bench(request: Request, cache: Cache) -> Bench:
     device = best_device(request.device)
     dtype = best_dtype(request.dtype, device)
     model = load_model(source, config, dtype=dtype, device=device, attention=cache.identity["attention"])
-    text = {"llm_dtype": dtype, "text": cache.attributes["fingerprint"], "contexts": len(contexts)}
+    text = {"llm_dtype": dtype, "text": cache.fingerprint, "contexts": len(contexts)}
     return Bench(model, contexts, cache.identity["skip"], {"mode": request.mode, **text})
 
 

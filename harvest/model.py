@@ -3,6 +3,9 @@
 A *layer* is the zero-based index of a block and means the residual stream after it: `blocks.12.hook_resid_post` in
 TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]`.
 
+Two more sites of a block can be harvested: `mlp_out`, what the MLP adds to the residual stream (in Gemma after its
+last norm), and `attn_z`, the heads' outputs side by side, before the output projection.
+
 Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
 
@@ -21,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from ..cache.errors import OutsideError, SaeError, UsageError
+from ..cache.layout import Hook
 from . import mini
 
 
@@ -40,8 +44,22 @@ class Source:
         return {"name": self.name, "revision": self.revision}
 
 
-def hook_name(layer: int) -> str:
-    return f"blocks.{layer}.hook_resid_post"
+def module_of(hook: Hook) -> str:
+    """Where a hook is in transformers' words."""
+    block = f"model.layers.{hook.layer}"
+    return {
+        "resid_post": f"hidden_states[{hook.layer + 1}]",
+        "mlp_out": f"{block}.post_feedforward_layernorm or .mlp",
+        "attn_z": f"the input of {block}.self_attn.o_proj",
+    }[hook.site]
+
+
+def width_of(hook: Hook, config: Any) -> int:
+    """How many numbers a token has there."""
+    if hook.site != "attn_z":
+        return config.hidden_size
+    heads = config.num_attention_heads
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def find_model(name: str, revision: str | None = None) -> tuple[Source, Any]:
@@ -182,35 +200,53 @@ class LanguageModel:
         return next(self.model.parameters()).device
 
     @contextlib.contextmanager
-    def _capturing(self, layers: Sequence[int], found: dict[int, Tensor]) -> Iterator[None]:
-        def keep(layer: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                found[layer] = hidden_of(output)
+    def _capturing(self, hooks: Sequence[Hook], found: dict[Hook, Tensor]) -> Iterator[None]:
+        def output_of(hook: Hook) -> Callable[..., None]:
+            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                found[hook] = hidden_of(output)
 
-            return hook
+            return keep
 
-        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+        def input_of(hook: Hook) -> Callable[..., None]:
+            def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                found[hook] = inputs[0]
+
+            return keep
+
+        handles = []
+        for hook in hooks:
+            block: Any = self.blocks[hook.layer]
+            if hook.site == "attn_z":
+                handles.append(block.self_attn.o_proj.register_forward_pre_hook(input_of(hook)))
+            else:
+                last = getattr(block, "post_feedforward_layernorm", None) or getattr(block, "mlp", None)
+                module = block if hook.site == "resid_post" else last
+                handles.append(module.register_forward_hook(output_of(hook)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        silent = [layer for layer in layers if layer not in found]
+        silent = [hook.name for hook in hooks if hook not in found]
         if silent:
-            raise SaeError(f"The hook on {', '.join(map(hook_name, silent))} did not fire: nothing was captured.")
+            raise SaeError(f"The hook on {', '.join(silent)} did not fire: nothing was captured.")
 
     @torch.no_grad()
-    def capture(self, ids_NS: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """The residual stream after each layer, (N, S, D) in the model's dtype, from one pass."""
-        found: dict[int, Tensor] = {}
-        with self._capturing(layers, found):
+    def capture_hooks(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> dict[Hook, Tensor]:
+        """What stands at each hook, (N, S, D) in the model's dtype, from one pass."""
+        found: dict[Hook, Tensor] = {}
+        with self._capturing(hooks, found):
             self.trunk(ids_NS, use_cache=False)
         return found
+
+    def capture(self, ids_NS: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """The residual stream after each layer, (N, S, D)."""
+        return {hook.layer: x_NSD for hook, x_NSD in self.capture_hooks(ids_NS, [Hook(n) for n in layers]).items()}
 
     @torch.no_grad()
     def forward(self, ids_NS: Tensor, layers: Sequence[int]) -> Forward:
         """One full pass. What each later block was called with is kept, so that `suffix` runs those blocks alone."""
-        found: dict[int, Tensor] = {}
+        found: dict[Hook, Tensor] = {}
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
         def remember(index: int) -> Callable[..., None]:
@@ -222,7 +258,7 @@ class LanguageModel:
         later = range(min(layers) + 1, len(self.blocks))
         handles = [self.blocks[i].register_forward_pre_hook(remember(i), with_kwargs=True) for i in later]
         try:
-            with self._capturing(layers, found):
+            with self._capturing([Hook(layer) for layer in layers], found):
                 logits = self.model(ids_NS, use_cache=False).logits
         finally:
             for handle in handles:
@@ -235,7 +271,8 @@ class LanguageModel:
                 hidden = hidden_of(self.blocks[index](hidden, *inputs, **keywords))
             return self._unembed(hidden)
 
-        return Forward(found, logits, torch.no_grad()(suffix))
+        residual = {hook.layer: x_NSD for hook, x_NSD in found.items()}
+        return Forward(residual, logits, torch.no_grad()(suffix))
 
     def _unembed(self, hidden_NSD: Tensor) -> Tensor:
         logits = self.model.lm_head(self.trunk.norm(hidden_NSD))

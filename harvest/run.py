@@ -1,16 +1,14 @@
-"""The harvest: text -> model -> cache, one pass for all layers.
+"""The harvest: text -> model -> cache, one pass for all layers and sites.
 
-While the model computes one window, the one before is checked, written and flushed by another thread; a full queue makes
-the model wait, so at most two windows are in memory.
+While the model computes one window, the one before is measured, compressed if asked, written and flushed by another
+thread. There are two windows of memory and no more: without a free one the model waits.
 """
 
 import contextlib
-import functools
 import queue
-import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,184 +18,102 @@ import numpy as np
 import torch
 
 from ..cache.contexts import Contexts
-from ..cache.device import best_device, best_dtype
-from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
-from ..cache.files import bytes_text, digest_of, one_writer
-from ..cache.layout import CHUNK_ROWS, FORMAT, WINDOW_ROWS, Layout, home
+from ..cache.errors import Interrupted, OutsideError, SaeError
+from ..cache.files import digest_of, one_writer, read_json, write_json
+from ..cache.layout import Hook, Layout
 from ..cache.reader import Cache
-from ..cache.writer import Writer, begun
-from . import mini
-from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, load_trunk
-from .text import EMBEDDED, PILE, Text, cut, open_text, rows_of, specials
+from ..cache.writer import Rows, Writer, begun
+from .model import LanguageModel, load_trunk
+from .plan import Plan
+from .processes import alone_or_launched
+from .text import cut, rows_of
+from .transfer import Transfer, free_memory, out_of_memory
 
-LAYERS = (5, 12, 19)
-TOKENS = 10_000_000
-
-Progress = Callable[[int, int], None]  # rows done, rows in all
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user can ask of a harvest."""
-
-    model: str = "google/gemma-2-2b"
-    revision: str | None = None
-    layers: Sequence[int] = LAYERS
-    dataset: str | None = None  # None: the Pile, or the embedded text for the embedded model
-    dataset_revision: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    tokens: int | None = None  # None: ten million, or all of a shorter text
-    context: int = 128
-    held_out: float | None = None  # None: 0.05; the embedded text holds out its own documents
-    keep_special: bool = False
-    window: int = WINDOW_ROWS
-    storage_dtype: str = "bfloat16"
-    dtype: str = "auto"
-    attention: str = "eager"  # the implementation in which Gemma's soft-capping is exact
-    batch_contexts: int = 32
-    seed: int = 0
-    device: str = "auto"
-    out: Path | None = None
-
-    @property
-    def held_out_share(self) -> float:
-        return 0.05 if self.held_out is None else self.held_out
+WINDOWS = 2  # in memory: one is computed, one is written
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A request, resolved: what will be read, computed and written, and where."""
+class Report:
+    """What a harvest tells whoever watches: (rows done, rows in all), and sentences."""
 
-    request: Request
-    source: Source
-    config: Any
-    tokenizer: Any
-    text: Text
-    identity: dict[str, Any]
-    folder: Path
-    layers: list[int]
-    tokens: int
-    dtype: str
-    device: str
-
-    @property
-    def d_in(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def bytes_per_token(self) -> int:
-        return len(self.layers) * (2 * self.d_in + 4) + 6
+    rows: Callable[[int, int], None] = lambda done, total: None
+    say: Callable[[str], None] = lambda sentence: None
 
 
-def plan(request: Request) -> Plan:
-    """Resolve everything to what pins it. Loads no weights and writes nothing."""
-    name = request.dataset or (EMBEDDED if request.model == mini.NAME else PILE)
-    check(request, name)
-    source, config = find_model(request.model, request.revision)
-    layers = sorted(set(request.layers))
-    check_layers(config, layers, request.model)
-    device = best_device(request.device)
-    dtype = best_dtype(request.dtype, device)
-    tokenizer = load_tokenizer(source)
-    text = open_text(
-        name,
-        tokenizer=tokenizer,
-        revision=request.dataset_revision,
-        split=request.split,
-        column=request.text_column,
-        seed=request.seed,
-    )
-    identity = {
-        "format": FORMAT,
-        "model": source.identity(),
-        "dtype": dtype,
-        "attention": request.attention,
-        "tokenizer": digest_of(tokenizer.backend_tokenizer.to_str()),
-        "data": text.identity,
-        "tokens": request.tokens or f"up to {TOKENS}",
-        "context": request.context,
-        "held_out": "by name" if name == EMBEDDED else request.held_out_share,
-        "skip": [] if request.keep_special else specials(tokenizer),
-        "seed": request.seed,
-        "window_rows": request.window,
-        "chunk_rows": min(CHUNK_ROWS, request.window),
-        "storage_dtype": request.storage_dtype,
-    }
-    short = source.name.rstrip("/").split("/")[-1]
-    folder = request.out or home() / "activations" / f"{short}--{text.name}--{digest_of(identity)[:8]}"
-    return Plan(
-        request, source, config, tokenizer, text, identity, folder, layers, request.tokens or TOKENS, dtype, device
-    )
+UNWATCHED = Report()
 
 
-def check(request: Request, text: str) -> None:
-    """UsageError for what can be seen to be wrong before anything is opened."""
-    if request.tokens is not None and request.tokens <= 0:
-        raise UsageError(f"--tokens {request.tokens} is not positive. Give how many rows to harvest, such as 10M.")
-    if not 2 <= request.context <= 65535:
-        raise UsageError(
-            f"--context {request.context} is out of range: a context is BOS and at least one token, at most 65,535."
-        )
-    if request.window <= 0 or request.window % min(CHUNK_ROWS, request.window):
-        raise UsageError(
-            f"--window {request.window} is no whole number of chunks: give a multiple of {CHUNK_ROWS:,}, or less than that."
-        )
-    if not 0 <= request.seed < 2**63:
-        raise UsageError(f"--seed {request.seed} is out of range: give 0 to 2^63 - 1.")
-    if text == EMBEDDED and request.held_out is not None:
-        raise UsageError(f"--held-out cannot be given for {EMBEDDED}: it holds out its own documents, one in ten.")
-    if not 0 <= request.held_out_share < 1:
-        raise UsageError(
-            f"--held-out {request.held_out} is no fraction of the documents: give 0 up to, but not including, 1."
-        )
-    if request.storage_dtype not in ("bfloat16", "uint16"):
-        raise UsageError(
-            f"--storage-dtype {request.storage_dtype} is unknown: bfloat16, or uint16 for readers that lack it."
-        )
-
-
-def harvest(plan: Plan, progress: Progress = lambda done, total: None) -> Cache:
-    """Carry out a plan, or the rest of it, and open the result.
+def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
+    """Carry out a plan, or the rest of it, and open the result. Several launched processes share the windows out.
 
     Raises OutsideError when the disk is too small or another process writes, Interrupted on Ctrl-C with every
     committed window safe.
     """
-    with one_writer(plan.folder, "sae harvest"), terminated_as_interrupted():
-        contexts = text_of(plan)
-        wanted = contexts.select(~contexts.held_out)
-        kept = rows_of(wanted, plan.identity["skip"])
-        layout = Layout(int(kept.sum()), plan.request.window, plan.request.storage_dtype)
-        writer = Writer(plan.folder, plan.identity, layout, dict.fromkeys(plan.layers, plan.d_in))
+    team = alone_or_launched(plan.device)
+    with contextlib.ExitStack() as held, terminated_as_interrupted():
+        if team.first:
+            held.enter_context(one_writer(plan.folder, "sae harvest", report.say))
+            contexts = text_of(plan)
+            keep_record(plan.folder / "harvest.json", plan.request.record())
+            writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
+        team.meet()  # the text and what the arrays are is written
+        if not team.first:
+            contexts = Contexts.read(plan.folder)
+            writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
         missing = writer.missing()
+        team.meet()  # all have seen the same list
         if missing:
-            check_space(plan, sum(len(layout.window(w)) * len(layers) for w, layers in missing.items()))
-            model = load_trunk(
-                plan.source,
-                plan.config,
-                max(max(layers) for layers in missing.values()),
-                dtype=plan.dtype,
-                device=plan.device,
-                attention=plan.request.attention,
-            )
-            write_windows(plan, model, writer, wanted, kept, missing, progress)
-        if missing or not writer.finished:
-            writer.finish()
+            rows = {window: len(writer.layout.window(window)) for window in missing}
+            needed = sum(rows[window] * plan.bytes_of(arrays) for window, arrays in missing.items())
+            plan.check_space(needed, plan.bytes_per_token)
+            if len(missing) < writer.layout.windows:
+                report.say(
+                    f"{writer.layout.windows - len(missing)} of {writer.layout.windows} windows are there already."
+                )
+            mine = dict(list(missing.items())[team.index :: team.count])
+            if mine:
+                computing = Computing(plan, contexts, writer.layout, report)
+                computing.load(load(plan, mine, team.device))
+                write_windows(computing, writer, mine, report)
+        team.meet()
+        if team.first and (missing or not writer.finished(plan.request.max_norm)):
+            writer.finish(plan.request.max_norm)
+        team.meet()
     return Cache(plan.folder)
+
+
+def keep_record(path: Path, record: dict[str, Any]) -> None:
+    if not path.exists() or read_json(path) != record:
+        write_json(path, record)
+
+
+def layout_of(plan: Plan, contexts: Contexts) -> Layout:
+    kept = rows_of(contexts.select(~contexts.held_out), plan.identity["skip"])
+    return Layout(int(kept.sum()), plan.request.window, plan.request.storage_dtype, plan.request.compress)
+
+
+def load(plan: Plan, windows: Mapping[int, Sequence[str]], device: str) -> LanguageModel:
+    """The model up to the deepest layer that these windows lack."""
+    last = max(Hook.of(name).layer for names in windows.values() for name in names)
+    return load_trunk(plan.source, plan.config, last, dtype=plan.dtype, device=device, attention=plan.request.attention)
 
 
 def text_of(plan: Plan) -> Contexts:
     """The ids to run: those of an earlier start of the same harvest, or cut now and written down first."""
     request = plan.request
     if not (begun(plan.folder, digest_of(plan.identity)) and Contexts.written(plan.folder)):
-        if request.tokens is not None:
-            check_space(plan, request.tokens * len(plan.layers))  # before the text is read, which may take long
-        contexts = cut(
-            plan.text, plan.tokenizer, tokens=plan.tokens, exactly=request.tokens is not None, context=request.context,
-            held_out=request.held_out_share, skip=plan.identity["skip"], seed=request.seed,
-        )  # fmt: skip
-        contexts.write(plan.folder)
+        if request.tokens is not None:  # before the text is read, which may take long
+            plan.check_space(request.tokens * plan.bytes_per_token, plan.bytes_per_token)
+        cut_text(plan).write(plan.folder)
     return Contexts.read(plan.folder)
+
+
+def cut_text(plan: Plan) -> Contexts:
+    request = plan.request
+    return cut(
+        plan.text, plan.tokenizer, tokens=plan.tokens, exactly=request.tokens is not None, context=request.context,
+        held_out=request.held_out_share, skip=plan.identity["skip"], seed=request.seed,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -213,117 +129,122 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def check_space(plan: Plan, rows: int) -> None:
-    """OutsideError when `rows`, counted once for each layer, do not fit on the disk."""
-    needed, free = rows / len(plan.layers) * plan.bytes_per_token * 1.02, free_space(plan.folder)
-    if needed > free:
-        fits = int(free / plan.bytes_per_token / 1.02)
-        raise OutsideError(
-            f"The harvest needs {bytes_text(needed)} and {plan.folder} has {bytes_text(free)} free. --tokens {fits} would fit."
-        )
-
-
-def write_windows(
-    plan: Plan,
-    model: LanguageModel,
-    writer: Writer,
-    wanted: Contexts,
-    kept: np.ndarray,
-    missing: dict[int, list[int]],
-    progress: Progress,
-) -> None:
-    """Compute and write the missing windows; the two overlap."""
-    waiting: queue.Queue[Any] = queue.Queue(maxsize=1)
+def write_windows(computing: "Computing", writer: Writer, windows: Mapping[int, list[str]], report: Report) -> None:
+    """Compute and write windows; the two overlap."""
+    free: queue.SimpleQueue[dict[str, np.ndarray]] = queue.SimpleQueue()
+    for _ in range(WINDOWS):
+        free.put(computing.buffers(list(writer.widths)))
+    full: queue.SimpleQueue[Any] = queue.SimpleQueue()
     failed: list[BaseException] = []
-    made_with = {
-        "batch_contexts": plan.request.batch_contexts,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
 
     def write() -> None:
-        while (job := waiting.get()) is not None:
-            if failed:
-                continue  # keep taking, so that the producer never blocks on a dead writer
+        while (job := full.get()) is not None:
+            window, rows, made_with, buffers = job
             try:
-                writer.write_window(*job, made_with)
+                if not failed:
+                    writer.write_window(window, rows, made_with)
             except BaseException as error:  # raised again by the producer
                 failed.append(error)
+            free.put(buffers)
 
-    thread = threading.Thread(target=write)
+    thread = threading.Thread(target=write, daemon=True)  # a second Ctrl-C does not wait for it
     thread.start()
-    rows_before = np.concatenate([[0], np.cumsum(kept.sum(1))])
-    done, total = 0, sum(len(writer.layout.window(w)) for w in missing)
+    total, done = sum(len(writer.layout.window(window)) for window in windows), 0
     try:
-        for window, layers in missing.items():
-            rows = writer.layout.window(window)
-            tell = functools.partial(lambda before, filled: progress(before + filled, total), done)
-            waiting.put((window, *compute_window(plan, model, layers, wanted, kept, rows_before, rows, tell)))
-            done += len(rows)
+        for window, arrays in windows.items():
+            buffers = free.get()
             if failed:
                 break
-    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
-        waiting.put(None)
+            computing.tell = lambda n: report.rows(done + n, total)  # noqa: B023
+            rows = computing.window(window, {name: buffers[name] for name in arrays})
+            full.put((window, rows, computing.made_with(), buffers))
+            done += len(writer.layout.window(window))
+        full.put(None)
         thread.join()
+    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
+        report.say("Stopping when the window being written is safe; Ctrl-C again stops at once.")
+        with contextlib.suppress(KeyboardInterrupt):
+            full.put(None)
+            thread.join()
         left = len(writer.missing())
         raise Interrupted(
             f"Stopped. {writer.layout.windows - left} of {writer.layout.windows} windows are safe; the same command goes on from there."
         ) from None
-    finally:
-        if thread.is_alive():
-            waiting.put(None)
-            thread.join()
     if failed:
         raise failed[0]
 
 
-def compute_window(
-    plan: Plan,
-    model: LanguageModel,
-    layers: list[int],
-    wanted: Contexts,
-    kept: np.ndarray,
-    rows_before: np.ndarray,
-    rows: range,
-    progress: Callable[[int], None],
-) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
-    """The rows of a window in the window's own order: a pure function of the text, the seed and the window."""
-    size = len(rows)
-    slot = np.random.Generator(np.random.Philox(key=[plan.request.seed, rows.start])).permutation(size)
-    bits = {layer: np.empty((size, plan.d_in), np.uint16) for layer in layers}
-    row_ctx, row_pos = np.empty(size, np.uint32), np.empty(size, np.uint16)
-    first = int(np.searchsorted(rows_before, rows.start, side="right")) - 1
-    last = int(np.searchsorted(rows_before, rows.stop, side="left"))
-    filled = 0
-    for batch in batches_of(range(first, last), plan.request.batch_contexts):
-        part = slice(batch.start, batch.stop)
-        longest = int(wanted.length[part].max())
-        ids = torch.from_numpy(wanted.ids[part, :longest].astype(np.int64)).to(plan.device)
-        which, where = np.nonzero(kept[part, :longest])
-        # A context at the edge of the window belongs to two; only its rows inside this one are taken.
-        number = rows_before[batch.start] + np.arange(len(which))
-        inside = (number >= rows.start) & (number < rows.stop)
-        which, where = which[inside], where[inside]
-        target = slot[filled : filled + len(which)]
-        captured = model.capture(ids, layers)
-        for layer, residual_NSD in captured.items():
-            taken = residual_NSD[torch.from_numpy(which).to(plan.device), torch.from_numpy(where).to(plan.device)]
-            bits[layer][target] = taken.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
-        row_ctx[target], row_pos[target] = batch.start + which, where
-        filled += len(which)
-        progress(filled)
-    if filled != size:
-        raise SaeError(f"{filled:,} rows were captured for a window of {size:,}: its tokens and its layout disagree.")
-    return bits, row_ctx, row_pos
+class Computing:
+    """The rows of windows: a pure function of the text, the seed, the window and the number of contexts in a pass."""
 
+    def __init__(self, plan: Plan, contexts: Contexts, layout: Layout, report: Report) -> None:
+        self.plan, self.layout, self.report = plan, layout, report
+        self.tell: Callable[[int], None] = lambda rows: None  # of the window being computed
+        self.contexts = contexts.select(~contexts.held_out)
+        self.kept_NS = rows_of(self.contexts, plan.identity["skip"])
+        self.rows_before = np.concatenate([[0], np.cumsum(self.kept_NS.sum(1))])
+        self.at_once = plan.request.batch_contexts
 
-def batches_of(contexts: range, size: int) -> Iterator[range]:
-    for start in range(contexts.start, contexts.stop, size):
-        yield range(start, min(start + size, contexts.stop))
+    def load(self, model: LanguageModel) -> None:
+        self.model, self.transfer = model, Transfer(model.device)
 
+    def buffers(self, arrays: Sequence[str]) -> dict[str, np.ndarray]:
+        """Memory for a window; it is taken from the system when it is first written to."""
+        return {name: np.empty((self.plan.request.window, self.plan.widths[name]), np.uint16) for name in arrays}
 
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk that will hold `folder`."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    def made_with(self) -> dict[str, Any]:
+        versions = {"torch": torch.__version__, "transformers": version("transformers")}
+        return {"batch_contexts": self.at_once, "device": self.model.device.type, **versions}
+
+    def window(self, window: int, buffers: Mapping[str, np.ndarray]) -> Rows:
+        """Compute a window into `buffers`; where the memory does not do, again with half as many contexts in a pass."""
+        while True:
+            try:
+                return self._window(self.layout.window(window), buffers)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            if self.at_once == 1:
+                raise OutsideError(
+                    f"Not even one context of {self.plan.request.context} tokens fits into the memory of {self.model.device}. "
+                    "Use a smaller --context, --dtype bfloat16, or a larger device."
+                )
+            self.at_once //= 2
+            self.report.say(
+                f"The memory of {self.model.device} is too small: from here on {self.at_once} contexts in a pass."
+            )
+            self.transfer.drop()
+            free_memory(self.model.device)
+
+    def _window(self, rows: range, buffers: Mapping[str, np.ndarray]) -> Rows:
+        size = len(rows)
+        slot = np.random.Generator(np.random.Philox(key=[self.plan.request.seed, rows.start])).permutation(size)
+        bits = {name: buffer[:size] for name, buffer in buffers.items()}
+        row_ctx, row_pos = np.empty(size, np.uint32), np.empty(size, np.uint16)
+        hooks = [Hook.of(name) for name in buffers]
+        first = int(np.searchsorted(self.rows_before, rows.start, side="right")) - 1
+        last = int(np.searchsorted(self.rows_before, rows.stop, side="left"))
+        filled = 0
+        for start in range(first, last, self.at_once):
+            part = slice(start, min(start + self.at_once, last))
+            longest = int(self.contexts.length[part].max())
+            ids = torch.from_numpy(self.contexts.ids[part, :longest].astype(np.int64)).to(self.model.device)
+            which, where = np.nonzero(self.kept_NS[part, :longest])
+            # A context at the edge of the window belongs to two; only its rows inside this one are taken.
+            number = self.rows_before[start] + np.arange(len(which))
+            inside = (number >= rows.start) & (number < rows.stop)
+            which, where = which[inside], where[inside]
+            target = slot[filled : filled + len(which)]
+            flat = torch.from_numpy(which * longest + where).to(self.model.device)
+            captured = self.model.capture_hooks(ids, hooks)
+            taken = {hook.array: captured[hook].flatten(0, 1)[flat].to(torch.bfloat16) for hook in hooks}
+            self.transfer.send(taken, target, bits)
+            row_ctx[target], row_pos[target] = start + which, where
+            filled += len(which)
+            self.tell(filled)
+        self.transfer.arrive()
+        if filled != size:
+            raise SaeError(
+                f"{filled:,} rows were captured for a window of {size:,}: its tokens and its layout disagree."
+            )
+        return Rows(bits, row_ctx, row_pos)

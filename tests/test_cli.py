@@ -27,7 +27,7 @@ def refused(code: int, *words) -> str:
     assert result.stdout == ""
     assert len(re.findall("^error: ", result.stderr, re.M)) == 1
     *before, sentence = result.stderr.partition("error: ")
-    assert re.fullmatch(r"((model|layers|text|size|cache|train) .*\n)*error: ", "".join(before))
+    assert re.fullmatch(r"((model|hook|text|size|time|cache|train) .*\n)*error: ", "".join(before))
     assert "Traceback" not in sentence
     assert len(sentence.strip()) > 20
     return sentence.strip()
@@ -223,7 +223,7 @@ def test_several_caches_are_listed_with_the_flag_that_chooses(tiny_cache, home):
 
 def test_a_layer_that_the_cache_lacks_is_refused(tiny_cache):
     found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 7, "--cache", tiny_cache.folder)
-    assert "holds layers [0, 1], not 7" in found
+    assert "holds layer 0, layer 1, not layer 7" in found
 
 
 # --- evaluate -------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_gpu_that_is_not_there_is_refused(tiny_cache, home):
 
 def test_caches_are_listed_and_verified(tiny_cache, home):
     copy = copy_of(tiny_cache, home / "activations" / "copy")
-    assert re.search(r"copy   .*tiny-gemma, layers \[0, 1\], 8,000 rows", call("cache", "list").stdout)
+    assert re.search(r"copy   .*tiny-gemma, layer 0, layer 1, 8,000 rows", call("cache", "list").stdout)
     shown = call("cache", "verify", copy)
     assert shown.exit_code == 0
     assert "all as recorded" in shown.stdout

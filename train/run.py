@@ -20,8 +20,9 @@ import torch
 from ..cache.batches import Plan
 from ..cache.errors import UsageError
 from ..cache.files import digest_of, read_json
-from ..cache.layout import home
-from ..cache.reader import Cache, find_cache, open_cache
+from ..cache.joined import Joined, join
+from ..cache.layout import SITES, Hook, home
+from ..cache.reader import Cache, find_cache
 from .recipe import Recipe, Setting, find_recipe
 
 FORMAT = 1
@@ -30,10 +31,11 @@ RECORDED = (
     "variant",
     "options",
     "layer",
+    "site",
     "seed",
     "order_seed",
     "cache",
-    "cache_folder",
+    "cache_folders",
     "resolved",
     *Setting._fields,
 )
@@ -45,8 +47,9 @@ class Request:
 
     variants: Sequence[str] = ()
     layers: Sequence[int] = (12,)
+    site: str = "resid_post"
     seeds: Sequence[int] = (0,)
-    cache: Path | None = None
+    caches: Sequence[Path] = ()
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
     batch_size: int | None = None  # None: the recipe's
@@ -66,11 +69,11 @@ class Run:
 
     recipe: Recipe
     options: dict[str, Any]
-    layer: int
+    hook: Hook
     seed: int
     order_seed: int
     setting: Setting
-    cache: Cache
+    cache: Cache | Joined
     folder: Path = Path()
     problem: str | None = field(default=None)  # why it was given up
 
@@ -87,19 +90,22 @@ class Run:
         return {
             "variant": self.recipe.name,
             "options": self.options,
-            "layer": self.layer,
+            **self.hook._asdict(),
             "seed": self.seed,
             "order_seed": self.order_seed,
             **self.setting._asdict(),
-            "cache": {
-                "fingerprint": self.cache.attributes["fingerprint"],
-                "layer_digest": self.cache.digest(self.layer),
-            },
+            "cache": self.cache.digest(self.hook.array),
         }
 
     def default_name(self) -> str:
         digest = digest_of(self.identity())[:6]
-        return f"{self.recipe.name}-L{self.layer:02d}-n{self.setting.d_sae}-s{self.seed}-{digest}"
+        site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
+        return f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.setting.d_sae}-s{self.seed}-{digest}"
+
+    @property
+    def cache_folders(self) -> list[str]:
+        caches = self.cache.caches if isinstance(self.cache, Joined) else [self.cache]
+        return [str(cache.folder.resolve()) for cache in caches]
 
     @property
     def done(self) -> bool:
@@ -113,22 +119,25 @@ def plan(request: Request) -> list[Run]:
     for seed in (request.order_seed, *request.seeds):
         if not 0 <= seed < 2**63:
             raise UsageError(f"The seed {seed} is out of range: --seed and --order-seed are 0 to 2^63 - 1.")
+    if request.site not in SITES:
+        raise UsageError(f"--site {request.site} is unknown: give one of {', '.join(SITES)}.")
     recipes = [find_recipe(name) for name in dict.fromkeys(request.variants)]
     given = parse_options(request.options, recipes)
     runs, problems = [], []
     for layer in dict.fromkeys(request.layers):
-        cache = open_cache(request.cache) if request.cache else find_cache(request.model, layer)
-        d_in = cache.array(cache.require(layer)).shape[1]
+        hook = Hook(layer, request.site)
+        cache = join(request.caches) if request.caches else find_cache(request.model, hook)
+        d_in = cache.array(cache.require(*hook)).shape[1]
         for recipe in recipes:
             try:
-                setting = setting_of(request, recipe, cache.chunk_rows(layer), d_in)
+                setting = setting_of(request, recipe, cache.chunk_rows, d_in)
                 with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
                     recipe.make(setting, given[recipe.name])
             except UsageError as error:
                 problems.append(str(error))
                 continue
             for seed in dict.fromkeys(request.seeds):
-                run = Run(recipe, given[recipe.name], layer, seed, request.order_seed, setting, cache)
+                run = Run(recipe, given[recipe.name], hook, seed, request.order_seed, setting, cache)
                 run.folder = (request.out or home() / "runs") / run.default_name()
                 runs.append(run)
     if problems:
@@ -153,7 +162,7 @@ def resumed(folder: Path, request: Request) -> Run:
     if not (folder / "run.json").exists():
         raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
     fixed = {
-        "--variant": "variants", "--layer": "layers", "--seed": "seeds", "--model": "model", "--steps": "steps", "--width": "width",
+        "--variant": "variants", "--layer": "layers", "--site": "site", "--seed": "seeds", "--model": "model", "--steps": "steps", "--width": "width",
         "--batch-size": "batch_size", "--set": "options", "--order-seed": "order_seed", "--out": "out",
     }  # fmt: skip
     changed = [flag for flag, name in fixed.items() if getattr(request, name) != getattr(Request(), name)]
@@ -164,12 +173,16 @@ def resumed(folder: Path, request: Request) -> Run:
     record = read_json(folder / "run.json", *RECORDED)
     if record["format"] != FORMAT:
         raise UsageError(f"{folder}/run.json has format {record['format']}; this version reads {FORMAT}. Upgrade.")
-    cache = open_cache(request.cache or Path(record["cache_folder"]))
+    cache = join(request.caches or list(map(Path, record["cache_folders"])))
     setting = Setting(*(record[name] for name in Setting._fields))
     recipe = find_recipe(record["variant"])
-    run = Run(recipe, record["options"], record["layer"], record["seed"], record["order_seed"], setting, cache, folder)
+    hook = Hook(record["layer"], record["site"])
+    cache.require(*hook)
+    run = Run(recipe, record["options"], hook, record["seed"], record["order_seed"], setting, cache, folder)
     if run.identity()["cache"] != record["cache"]:
-        raise UsageError(f"{cache.folder} is not the cache that {folder} was trained on. Give that one with --cache.")
+        raise UsageError(
+            f"{', '.join(run.cache_folders)} is not what {folder} was trained on. Give that cache with --cache."
+        )
     return run
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ..cache.batches import Batches
+from ..cache.batches import Batches, Resident, open_batches
 from ..cache.device import best_device
 from ..cache.errors import Interrupted, SaeError, UsageError
-from ..cache.files import one_writer, outside, publish, read_json, sweep, write_json
+from ..cache.files import one_writer, outside, publish, read_json, write_json
 from .checkpoint import restore, save_checkpoint
 from .loop import Training, bfloat16_products, train
 from .recipe import Variant
@@ -40,18 +40,18 @@ def run_all(runs: Sequence[Run], request: Request, report: Report = Report()) ->
     Raises Interrupted after Ctrl-C or SIGTERM, with checkpoints written, and SaeError at the end when a run failed.
     """
     device = best_device(request.device)
-    streams: dict[tuple[str, int, int, int], list[Run]] = {}
+    streams: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         if run.done:
             report.say(f"{run.folder} is trained already.")
         else:
-            key = (str(run.cache.folder), run.layer, run.setting.batch_size, run.order_seed)
+            key = (*run.cache_folders, run.hook, run.setting.batch_size, run.order_seed)
             streams.setdefault(key, []).append(run)
     with stop_on_signal() as stopping:
         for together in streams.values():
             with contextlib.ExitStack() as held:
                 for run in together:
-                    held.enter_context(one_writer(run.folder, "sae train"))
+                    held.enter_context(one_writer(run.folder, "sae train", report.say))
                 begun = [begin(run, device, report) for run in together]
                 # Runs that stopped at different steps read different batches next: each group of equals is a stream.
                 for taken in sorted({taken for _, taken in begun}):
@@ -72,7 +72,6 @@ class RunTraining(Training):
 
 def begin(run: Run, device: str, report: Report) -> tuple[RunTraining, int]:
     """Build a run's variant, load its newest checkpoint if it has one; returns how many steps were taken."""
-    sweep(run.folder)
     training, taken = RunTraining(run, build(run).to(device), device), 0
     if (run.folder / "run.json").exists():
         check_defaults(run, training.variant)
@@ -90,8 +89,8 @@ def build(run: Run) -> Variant:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         variant = run.recipe.make(run.setting, run.options)
-    mean_D = torch.from_numpy(run.cache.mean(run.layer)).float()
-    variant.adapt(mean_D, run.cache.statistics(run.layer)["mean_square_norm"])
+    name = run.hook.array
+    variant.adapt(torch.from_numpy(run.cache.mean(name)).float(), run.cache.statistics(name)["mean_square_norm"])
     return variant
 
 
@@ -101,7 +100,7 @@ def record_of(run: Run, variant: Variant) -> dict[str, Any]:
         **run.identity(),
         "resolved": {**run.recipe.options, **asdict(variant.optimization), **run.options},
         "paper": run.recipe.paper,
-        "cache_folder": str(run.cache.folder.resolve()),
+        "cache_folders": run.cache_folders,
         "versions": {name: version(name) for name in ("sae-pipeline", "torch", "numpy", "safetensors", "zarr")},
         "threads": torch.get_num_threads(),
     }
@@ -133,8 +132,7 @@ class Stream:
         self._finish_those_at(self.taken)  # killed between their last checkpoint and their end
         if self.active:
             first = self.active[0].run
-            settings = {"seed": first.order_seed, "batch": self.taken, "device": device}
-            with Batches(first.cache, first.layer, first.setting.batch_size, **settings) as self.batches:
+            with batches_of(first, self.taken, device) as self.batches:
                 train(self.active, self.batches, range(self.taken, self.longest), self._after_step)
 
     def _after_step(self, number: int) -> bool:
@@ -191,13 +189,13 @@ def finish(training: RunTraining) -> None:
     calibrate(training)
     origin = {
         "model": run.cache.identity["model"],
-        "layer": run.layer,
-        "hook_name": f"blocks.{run.layer}.hook_resid_post",
+        **run.hook._asdict(),
+        "hook_name": run.hook.name,
         "variant": run.recipe.name,
         "seed": run.seed,
         "training_tokens": run.steps * run.setting.batch_size,
-        "cache": str(run.cache.folder.resolve()),
-        "fingerprint": run.cache.attributes["fingerprint"],
+        "cache": run.cache_folders[0],  # its held-out documents are held out of the others too
+        "fingerprint": run.cache.fingerprint,
         "context": run.cache.identity["context"],
     }
     sae = folded(variant.sae, float(variant.scale), variant.mean_D)
@@ -207,6 +205,12 @@ def finish(training: RunTraining) -> None:
     save_sae(sae, run.folder, origin)
 
 
+def batches_of(run: Run, batch: int, device: str) -> Batches | Resident:
+    """What a run reads, from a batch on."""
+    size = run.setting.batch_size
+    return open_batches(run.cache, run.hook.array, size, seed=run.order_seed, batch=batch, device=device)
+
+
 @torch.no_grad()
 def calibrate(training: RunTraining) -> None:
     """Let mechanisms settle what depends on the final weights, on the batches that come after the last step's."""
@@ -214,11 +218,7 @@ def calibrate(training: RunTraining) -> None:
     settling = [m for m in training.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
     if not settling:
         return
-    settings = {"seed": run.order_seed, "batch": run.steps, "device": training.device}
-    with (
-        Batches(run.cache, run.layer, run.setting.batch_size, **settings) as batches,
-        bfloat16_products(training.device),
-    ):
+    with batches_of(run, run.steps, training.device) as batches, bfloat16_products(training.device):
         for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
             step = training.variant(training.i, x_BD, training.optimizer)
             for mechanism in settling:

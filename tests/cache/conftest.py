@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from sae.cache.contexts import Contexts
-from sae.cache.layout import FORMAT, Layout
+from sae.cache.layout import FORMAT, Hook, Layout
 from sae.cache.reader import Cache
-from sae.cache.writer import Writer
+from sae.cache.writer import Rows, Writer
 
 IDENTITY = {"format": FORMAT, "model": {"name": "none", "revision": "0"}, "data": {"name": "counted"}}
 
@@ -31,7 +31,7 @@ def begin(folder: Path, bits: dict[int, np.ndarray], window: int, **identity: ob
             np.arange(n * 8, dtype=np.uint32).reshape(n, 8), np.full(n, 8, np.uint16), np.arange(n, dtype=np.uint32),
             np.zeros(n, bool),
         ).write(folder)  # fmt: skip
-    widths = {layer: block.shape[1] for layer, block in bits.items()}
+    widths = {Hook(layer).array: block.shape[1] for layer, block in bits.items()}
     return Writer(folder, {**IDENTITY, **identity}, Layout(rows, window), widths)
 
 
@@ -39,8 +39,8 @@ def write_windows(writer: Writer, bits: dict[int, np.ndarray], windows: list[int
     for window in windows:
         at = writer.layout.window(window)
         row = np.arange(at.start, at.stop)
-        block = {layer: rows[at.start : at.stop] for layer, rows in bits.items()}
-        writer.write_window(window, block, (row // 7).astype(np.uint32), (1 + row % 7).astype(np.uint16), {})
+        block = {Hook(layer).array: rows[at.start : at.stop] for layer, rows in bits.items()}
+        writer.write_window(window, Rows(block, (row // 7).astype(np.uint32), (1 + row % 7).astype(np.uint16)), {})
 
 
 def write_whole(folder: Path, bits: dict[int, np.ndarray], window: int = 16) -> Cache:

@@ -96,8 +96,8 @@ def take(batches: Batches, count: int) -> list[torch.Tensor]:
 
 
 def test_batches_are_the_plan_applied_to_the_whole_array(cache, bits_of) -> None:
-    rows, plan = bits_of(1003, D), Plan(cache.chunk_rows(5), 60, seed=9)
-    with Batches(cache, 5, 60, seed=9) as batches:
+    rows, plan = bits_of(1003, D), Plan(cache.chunk_rows, 60, seed=9)
+    with Batches(cache, "layer_05", 60, seed=9) as batches:
         for number in range(2 * plan.batches_per_epoch + 1):
             read = next(batches)
             assert read.dtype == torch.bfloat16
@@ -106,22 +106,25 @@ def test_batches_are_the_plan_applied_to_the_whole_array(cache, bits_of) -> None
 
 @pytest.mark.parametrize("start", [1, 7, 16, 40])
 def test_starting_at_a_batch_is_having_come_there(cache, start: int) -> None:
-    with Batches(cache, 5, 60) as batches:
+    with Batches(cache, "layer_05", 60) as batches:
         expected = take(batches, start + 3)[start:]
-    with Batches(cache, 5, 60, batch=start) as batches:
+    with Batches(cache, "layer_05", 60, batch=start) as batches:
         assert all(map(torch.equal, take(batches, 3), expected)) and batches.batch == start + 3
 
 
 @pytest.mark.parametrize(("threads", "depth"), [(1, 1), (1, 4), (3, 2), (4, 7)])
 def test_threads_and_depth_change_nothing(cache, threads: int, depth: int) -> None:
-    with Batches(cache, 5, 60) as batches, Batches(cache, 5, 60, threads=threads, depth=depth) as others:
+    with (
+        Batches(cache, "layer_05", 60) as batches,
+        Batches(cache, "layer_05", 60, threads=threads, depth=depth) as others,
+    ):
         assert all(map(torch.equal, take(others, 40), take(batches, 40)))
 
 
 def test_a_slow_consumer_sees_no_batch_change_under_it(cache) -> None:
-    with Batches(cache, 5, 60) as batches:
+    with Batches(cache, "layer_05", 60) as batches:
         expected = take(batches, 8)
-    with Batches(cache, 5, 60, depth=2) as batches:
+    with Batches(cache, "layer_05", 60, depth=2) as batches:
         for wanted in expected:
             read = next(batches)
             time.sleep(0.02)  # readers run ahead as far as they may
@@ -129,13 +132,13 @@ def test_a_slow_consumer_sees_no_batch_change_under_it(cache) -> None:
 
 
 def test_a_reader_s_error_comes_at_its_own_batch(cache) -> None:
-    plan = Plan(cache.chunk_rows(5), 3, 0)  # three lanes come to some chunks late
+    plan = Plan(cache.chunk_rows, 3, 0)  # three lanes come to some chunks late
     touched = [{p.chunk for p in plan.pieces(n)} for n in range(plan.batches_per_epoch)]
     last = max(range(8), key=lambda chunk: next(n for n, chunks in enumerate(touched) if chunk in chunks))
     number = next(n for n, chunks in enumerate(touched) if last in chunks)
     assert number > 0
     (cache.folder / f"layer_05/c.{last}.0").unlink()
-    with Batches(cache, 5, 3, threads=3) as batches:
+    with Batches(cache, "layer_05", 3, threads=3) as batches:
         take(batches, number)
         for _ in range(2):  # and stays
             with pytest.raises(DamagedError, match=rf"c\.{last}\.0 is listed in the cache but missing"):
@@ -145,7 +148,7 @@ def test_a_reader_s_error_comes_at_its_own_batch(cache) -> None:
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_closing_early_ends_the_threads(cache, taken: int) -> None:
     before = threading.active_count()
-    batches = Batches(cache, 5, 60, threads=3, depth=2)
+    batches = Batches(cache, "layer_05", 60, threads=3, depth=2)
     take(batches, taken)
     batches.close()
     assert threading.active_count() == before
@@ -154,13 +157,15 @@ def test_closing_early_ends_the_threads(cache, taken: int) -> None:
 
 
 def test_a_layer_that_is_not_there_is_named(cache) -> None:
-    with pytest.raises(UsageError, match=r"holds layers \[5\], not 12. Add it with `sae harvest --layer 12`"):
-        Batches(cache, 12, 60)
+    with pytest.raises(UsageError, match=r"holds layer 5, not layer 12. Add it with `sae harvest --layer 12`"):
+        cache.require(12)
+    with pytest.raises(UsageError, match=r"not mlp_out of layer 5. Add it with `sae harvest --layer 5 --site mlp_out`"):
+        cache.require(5, "mlp_out")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_same_batches(cache) -> None:
-    with Batches(cache, 5, 60) as on_cpu, Batches(cache, 5, 60, device="cuda") as on_gpu:
+    with Batches(cache, "layer_05", 60) as on_cpu, Batches(cache, "layer_05", 60, device="cuda") as on_gpu:
         for _ in range(40):
             assert torch.equal(next(on_gpu).cpu().view(torch.int16), next(on_cpu).view(torch.int16))

@@ -16,8 +16,9 @@ import torch
 from sae.cache.device import best_device, best_dtype
 from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.files import digest_of, one_writer, read_json, sweep
+from sae.cache.layout import Hook
 from sae.cache.reader import Cache, caches, find_cache, open_cache
-from sae.cache.writer import begun
+from sae.cache.writer import Rows, begun
 
 D = 8
 ROWS = 40
@@ -31,7 +32,7 @@ def cache(two_layers: Path, tmp_path: Path) -> Cache:
 def test_it_holds_what_was_written(cache: Cache, bits_of) -> None:
     for layer in (5, 12):
         chunks = [cache.chunk(f"layer_{layer:02d}", n) for n in range(3)]
-        assert [len(chunk) for chunk in chunks] == cache.chunk_rows(layer) == [16, 16, 8]
+        assert [len(chunk) for chunk in chunks] == cache.chunk_rows == [16, 16, 8]
         assert np.array_equal(np.concatenate(chunks), bits_of(ROWS, D, layer))
     assert cache.layers == [5, 12] and cache.rows == ROWS and cache.model == "none"
     assert len(list(cache.verify())) == len(cache.manifest["files"]) == 4 + 3 * (2 + 2 * 3)
@@ -45,8 +46,8 @@ def test_a_mapped_chunk_cannot_be_written(cache: Cache) -> None:
 def test_statistics_are_those_of_numpy_in_float64(cache: Cache, bits_of) -> None:
     rows = torch.from_numpy(bits_of(ROWS, D, 12)).view(torch.bfloat16).double().numpy()
     norms = np.linalg.norm(rows, axis=1)
-    found = cache.statistics(12)
-    np.testing.assert_allclose(cache.mean(12), rows.mean(0), rtol=1e-12)
+    found = cache.statistics("layer_12")
+    np.testing.assert_allclose(cache.mean("layer_12"), rows.mean(0), rtol=1e-12)
     assert found["count"] == ROWS
     assert found["mean_square_norm"] == pytest.approx((norms**2).mean(), rel=1e-12)
     assert found["variance"] == pytest.approx(rows.var(0).mean(), rel=1e-9)
@@ -59,8 +60,8 @@ def test_an_outlier_dimension_is_named(write_cache) -> None:
     rows = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(0))
     rows[:, 3] += 40
     cache = write_cache({5: rows.bfloat16().view(torch.int16).numpy().view(np.uint16)})
-    assert list(cache.statistics(5)["outlier_dimensions"]) == ["3"]
-    assert cache.statistics(5)["outlier_dimensions"]["3"]["mean"] == pytest.approx(40, abs=1)
+    assert list(cache.statistics("layer_05")["outlier_dimensions"]) == ["3"]
+    assert cache.statistics("layer_05")["outlier_dimensions"]["3"]["mean"] == pytest.approx(40, abs=1)
 
 
 def test_a_digest_is_of_the_bytes_of_one_layer(write_cache, bits_of) -> None:
@@ -72,8 +73,8 @@ def test_a_digest_is_of_the_bytes_of_one_layer(write_cache, bits_of) -> None:
         write_cache({5: five}, name="b"),
         write_cache({5: changed}, name="c"),
     )
-    assert both.digest(5) == alone.digest(5) != other.digest(5)
-    assert both.digest(5) != both.digest(12)
+    assert both.digest("layer_05") == alone.digest("layer_05") != other.digest("layer_05")
+    assert both.digest("layer_05") != both.digest("layer_12")
 
 
 # Damage: each is refused with its own sentence, by whoever reads the chunk and by verify.
@@ -107,7 +108,7 @@ def test_a_damaged_chunk_is_refused(cache: Cache, damage: Callable[[Path], None]
     damage(cache.folder / f"layer_12/c.{chunk}.0")
     for read in (lambda: cache.chunk("layer_12", chunk), lambda: list(Cache(cache.folder).verify())):
         with pytest.raises(
-            DamagedError, match=rf"c\.{chunk}\.0 .*{sentence}.*run the same `sae harvest` again"
+            DamagedError, match=rf"c\.{chunk}\.0 .*{sentence}.*`sae cache repair` harvests again"
         ) as refused:
             read()
         assert refused.value.exit_code == 3
@@ -119,7 +120,7 @@ def test_a_damaged_chunk_is_refused(cache: Cache, damage: Callable[[Path], None]
 def test_damage_to_the_small_arrays_is_refused(cache: Cache, damage, sentence: str, array: str) -> None:
     damage(cache.folder / array)
     with pytest.raises(DamagedError, match=sentence):
-        cache.contexts(held_out=False) if array.startswith("tokens") else cache.mean(12)
+        cache.contexts(held_out=False) if array.startswith("tokens") else cache.mean("layer_12")
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "zarr.json", "layer_12/zarr.json"])
@@ -178,21 +179,21 @@ def test_a_half_written_cache_is_refused_and_then_finished(tmp_path: Path, bits_
         Cache(tmp_path / "c").require(5)
     assert refused.value.exit_code == 2
     writer = begin_cache(tmp_path / "c", bits, 16)
-    assert writer.missing() == {1: [5]} and not writer.finished
+    assert writer.missing() == {1: ["layer_05"]} and not writer.finished()
     write_some(writer, bits, [1])
     writer.finish()
-    assert writer.finished and np.array_equal(Cache(tmp_path / "c").chunk("layer_05", 1), bits[5][16:32])
+    assert writer.finished() and np.array_equal(Cache(tmp_path / "c").chunk("layer_05", 1), bits[5][16:32])
 
 
 def test_a_layer_added_later_leaves_the_others_alone(cache: Cache, bits_of, begin_cache, write_some) -> None:
     before = {p: p.stat().st_mtime_ns for p in (cache.folder / "layer_05").iterdir()}
     bits = {5: bits_of(ROWS, D, 5), 19: bits_of(ROWS, D, 19)}
     writer = begin_cache(cache.folder, bits, 16)
-    assert writer.missing() == {0: [19], 1: [19], 2: [19]}
+    assert writer.missing() == {0: ["layer_19"], 1: ["layer_19"], 2: ["layer_19"]}
     write_some(writer, {19: bits[19]}, [0, 1, 2])
     writer.finish()
     after = Cache(cache.folder)
-    assert after.layers == [5, 12, 19] and after.digest(5) == cache.digest(5)
+    assert after.layers == [5, 12, 19] and after.digest("layer_05") == cache.digest("layer_05")
     assert {p: p.stat().st_mtime_ns for p in (cache.folder / "layer_05").iterdir()} == before
 
 
@@ -200,7 +201,7 @@ def test_a_layer_added_later_leaves_the_others_alone(cache: Cache, bits_of, begi
 def test_the_writer_misses_what_was_lost(cache: Cache, bits_of, begin_cache, damage: Callable[[Path], None]) -> None:
     damage(cache.folder / "layer_12/c.1.0")
     bits = {5: bits_of(ROWS, D, 5), 12: bits_of(ROWS, D, 12)}
-    assert begin_cache(cache.folder, bits, 16).missing() == {1: [12]}
+    assert begin_cache(cache.folder, bits, 16).missing() == {1: ["layer_12"]}
 
 
 def test_a_folder_of_another_harvest_is_refused(cache: Cache, bits_of, begin_cache) -> None:
@@ -234,15 +235,15 @@ def test_what_is_not_finite_is_never_committed(tmp_path: Path, bits_of, begin_ca
     bits = {5: bits_of(ROWS, D)}
     bits[5][16 + 9, 4] = bad  # row 25 is position 1 + 25 % 7 of context 25 // 7
     writer = begin_cache(tmp_path / "c", bits, 16)
-    with pytest.raises(SaeError, match="Layer 5 .* not finite, in context 3 at position 5"):
+    with pytest.raises(SaeError, match="An activation of layer 5 is not finite, in context 3 at position 5"):
         write_some(writer, bits, [1])
-    assert writer.missing() == {0: [5], 1: [5], 2: [5]}
+    assert writer.missing() == {0: ["layer_05"], 1: ["layer_05"], 2: ["layer_05"]}
 
 
 def test_rows_that_were_not_captured_are_refused(tmp_path: Path, bits_of, begin_cache) -> None:
     writer = begin_cache(tmp_path / "c", {5: bits_of(ROWS, D)}, 16)
     with pytest.raises(SaeError, match=r"Window 0 of layer 5 has \(15, 8\) .* expected \(16, 8\): a hook did not fire"):
-        writer.write_window(0, {5: bits_of(15, D)}, np.zeros(16, np.uint32), np.zeros(16, np.uint16), {})
+        writer.write_window(0, Rows({"layer_05": bits_of(15, D)}, np.zeros(16, np.uint32), np.zeros(16, np.uint16)), {})
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_stray(
@@ -266,7 +267,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_stray(
         write_some(writer, bits, [1])
     monkeypatch.undo()
     assert refused.value.exit_code == 4 and not list((tmp_path / "c").rglob("*.tmp-*"))
-    assert writer.missing() == {1: [5], 2: [5]}
+    assert writer.missing() == {1: ["layer_05"], 2: ["layer_05"]}
     write_some(writer, bits, [1, 2])
     writer.finish()
     assert np.array_equal(np.concatenate([Cache(tmp_path / "c").chunk("layer_05", n) for n in range(3)]), bits[5])
@@ -275,8 +276,20 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_stray(
 def test_what_a_kill_left_behind_is_swept(cache: Cache, bits_of, begin_cache) -> None:
     stray = cache.folder / "layer_05" / "c.0.0.tmp-12345"
     stray.write_bytes(b"half")
-    begin_cache(cache.folder, {5: bits_of(ROWS, D, 5)}, 16)
-    assert not stray.exists() and sweep(cache.folder) == 0
+    with one_writer(cache.folder, "sae harvest"):
+        assert not stray.exists() and sweep(cache.folder) == 0
+
+
+def test_a_dead_holder_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock.holder").write_text("process 4121 on node7 (sae harvest) since 2026-11-21 09:00:00")
+    said: list[str] = []
+    with one_writer(tmp_path, "sae harvest", said.append):
+        pass
+    assert said == [
+        f"{tmp_path} was left by process 4121 on node7 (sae harvest) since 2026-11-21 09:00:00, which is gone; its lock was taken over."
+    ]
+    with one_writer(tmp_path, "sae harvest", said.append):
+        assert len(said) == 1
 
 
 def test_a_second_writer_is_refused_and_told_who_is_first(tmp_path: Path) -> None:
@@ -302,25 +315,23 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
 
 def test_the_one_cache_that_matches_is_found(tmp_path: Path, write_cache, bits_of) -> None:
     with pytest.raises(UsageError, match="No cache holds layer 5. Make one with `sae harvest --layer 5`"):
-        find_cache(None, 5, tmp_path)
+        find_cache(None, Hook(5), tmp_path)
     one = write_cache({5: bits_of(ROWS, D)}, name="one")
-    assert find_cache(None, 5, tmp_path).folder == find_cache("none", 5, tmp_path).folder == one.folder
-    with pytest.raises(
-        UsageError, match=r"No cache holds layer 5 of gemma.*--model gemma.*\n.* holds layers \[5\] of none"
-    ):
-        find_cache("gemma", 5, tmp_path)
+    assert find_cache(None, Hook(5), tmp_path).folder == find_cache("none", Hook(5), tmp_path).folder == one.folder
+    with pytest.raises(UsageError, match=r"No cache holds layer 5 of gemma.*--model gemma.*\n.* holds layer 5 of none"):
+        find_cache("gemma", Hook(5), tmp_path)
     with pytest.raises(UsageError, match="No cache holds layer 12"):
-        find_cache(None, 12, tmp_path)
+        find_cache(None, Hook(12), tmp_path)
     write_cache({5: bits_of(ROWS, D)}, name="two")
     assert [folder.name for folder in caches(tmp_path)] == ["one", "two"]
     with pytest.raises(UsageError, match=r"2 caches hold layer 5. Say which:\n  --cache .*one .*\n  --cache .*two "):
-        find_cache(None, 5, tmp_path)
+        find_cache(None, Hook(5), tmp_path)
 
 
 def test_a_half_written_cache_is_named_when_it_is_the_only_one(tmp_path: Path, bits_of, begin_cache) -> None:
     begin_cache(tmp_path / "half", {5: bits_of(ROWS, D)}, 16)
     with pytest.raises(UsageError, match="No whole cache holds layer 5; .*half is half written"):
-        find_cache(None, 5, tmp_path)
+        find_cache(None, Hook(5), tmp_path)
 
 
 def test_a_digest_does_not_depend_on_the_order_of_fields() -> None:
@@ -353,9 +364,9 @@ def test_one_broken_cache_does_not_hide_the_others(tiny_cache, tmp_path: Path) -
     (root / "broken").mkdir(parents=True)
     (root / "broken" / "zarr.json").write_text("{ torn")
     with pytest.raises(UsageError, match=r"No cache holds layer 0.*(?s:.*)broken/zarr.json cannot be read"):
-        find_cache(None, 0, root)
+        find_cache(None, Hook(0), root)
     (root / "whole").symlink_to(tiny_cache.folder)
-    assert find_cache(None, 0, root).folder == root / "whole"
+    assert find_cache(None, Hook(0), root).folder == root / "whole"
     assert isinstance(caches(root)[root / "broken"], DamagedError)
 
 

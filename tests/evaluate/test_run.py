@@ -13,8 +13,9 @@ from sae.cache.errors import DamagedError, UsageError
 from sae.cache.reader import Cache
 from sae.evaluate.run import Request, evaluate, flat, make_bench, unfinished
 from sae.evaluate.table import core_table
-from sae.harvest.run import Request as Harvest
-from sae.harvest.run import harvest, plan
+from sae.harvest.plan import Request as Harvest
+from sae.harvest.plan import plan
+from sae.harvest.run import harvest
 from sae.train.sae import SAE, ReLU, save_sae
 
 ENVELOPE = {

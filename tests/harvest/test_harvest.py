@@ -14,7 +14,8 @@ from sae.cache.errors import DamagedError, Interrupted, OutsideError, UsageError
 from sae.cache.files import one_writer
 from sae.cache.reader import Cache
 from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
-from sae.harvest.run import Request, harvest, plan
+from sae.harvest.plan import Request, plan
+from sae.harvest.run import Report, harvest
 from sae.harvest.text import rows_of
 
 SPECIAL = {0, 1, 2}  # pad, eos, bos
@@ -22,7 +23,7 @@ SPECIAL = {0, 1, 2}  # pad, eos, bos
 
 def layer_rows(cache: Cache, layer: int) -> Tensor:
     """(rows, d_in) float64"""
-    chunks = [cache.chunk(cache.require(layer), n) for n in range(len(cache.chunk_rows(layer)))]
+    chunks = [cache.chunk(cache.require(layer), n) for n in range(len(cache.chunk_rows))]
     return torch.from_numpy(np.concatenate(chunks)).view(torch.bfloat16).double()
 
 
@@ -125,7 +126,7 @@ def test_layers_together_are_each_alone(small: tuple[Request, Cache], tmp_path: 
     request, both = small
     for layer in (0, 1):
         alone = harvest(plan(replace(request, layers=(layer,), out=tmp_path / str(layer))))
-        assert alone.digest(layer) == both.digest(layer) and alone.layers == [layer]
+        assert alone.digest(f"layer_{layer:02d}") == both.digest(f"layer_{layer:02d}") and alone.layers == [layer]
 
 
 def test_a_layer_added_later_is_as_if_harvested_at_once(small: tuple[Request, Cache], tmp_path: Path) -> None:
@@ -213,8 +214,8 @@ def test_layers_and_batches_do_not_change_the_folder(small: tuple[Request, Cache
 def test_statistics_are_those_of_the_rows(tiny_cache: Cache) -> None:
     for layer in (0, 1):
         rows = layer_rows(tiny_cache, layer).numpy()
-        np.testing.assert_allclose(tiny_cache.mean(layer), rows.mean(0), rtol=1e-9, atol=1e-12)
-        found = tiny_cache.statistics(layer)
+        np.testing.assert_allclose(tiny_cache.mean(f"layer_{layer:02d}"), rows.mean(0), rtol=1e-9, atol=1e-12)
+        found = tiny_cache.statistics(f"layer_{layer:02d}")
         assert found["variance"] == pytest.approx(rows.var(0).mean(), rel=1e-9)
         assert found["mean_square_norm"] == pytest.approx((rows**2).sum(1).mean(), rel=1e-9)
 
@@ -246,7 +247,7 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[Request, Cache], tmp_path: 
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="Stopped. 1 of 3 windows are safe; the same command goes on") as stopped:
-        harvest(plan(request), stop)
+        harvest(plan(request), Report(stop))
     assert stopped.value.exit_code == 130
     harvest(plan(request))
     assert files_of(request.out) == files_of(small[1].folder)

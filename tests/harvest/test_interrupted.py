@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sae.cache.reader import Cache
 from sae.cli import run_harvest
-from sae.harvest.run import Request
+from sae.harvest.plan import Request
 
 KILLS = 8  # the first while the text is written, the others ten commits of ninety-four apart
 

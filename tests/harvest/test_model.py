@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sae.cache.errors import OutsideError, SaeError, UsageError
-from sae.harvest.model import LanguageModel, check_layers, find_model, hidden_of, hook_name, load_model, load_trunk
+from sae.cache.layout import SITES, Hook
+from sae.harvest.model import LanguageModel, check_layers, find_model, hidden_of, load_model, load_trunk, width_of
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
 
@@ -48,6 +49,20 @@ def test_a_layer_is_the_hidden_state_after_its_block(any_model: LanguageModel, i
         assert torch.equal(captured[layer], states[layer + 1])
     # transformers gives the last one after the final norm
     assert torch.equal(any_model.trunk.norm(captured[layers[-1]]), states[-1])
+
+
+def test_the_sites_of_a_block_add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    """What a block adds is the projected heads and the MLP, each after Gemma's second norm where there is one."""
+    last = len(any_model.blocks) - 1
+    here, block = Hook(last), any_model.blocks[last]
+    hooks = [Hook(last - 1), Hook(last, "attn_z"), Hook(last, "mlp_out"), here]
+    found = any_model.capture_hooks(ids_NS, hooks)
+    assert [x.shape[-1] for x in found.values()] == [width_of(hook, any_model.config) for hook in found]
+    before, z, mlp_out, after = (found[hook] for hook in hooks)
+    attended = block.self_attn.o_proj(z)
+    if hasattr(block, "post_feedforward_layernorm"):
+        attended = block.post_attention_layernorm(attended)
+    torch.testing.assert_close(before + attended + mlp_out, after)
 
 
 def test_layers_do_not_depend_on_each_other(any_model: LanguageModel, ids_NS: Tensor) -> None:
@@ -119,7 +134,10 @@ def test_a_hook_that_does_not_fire_is_an_error(deep: LanguageModel) -> None:
 def test_a_block_may_return_a_tensor_or_a_tuple() -> None:
     residual = torch.ones(2, 3)
     assert hidden_of(residual) is hidden_of((residual, None)) is residual
-    assert hook_name(12) == "blocks.12.hook_resid_post"
+    assert Hook(12).name == "blocks.12.hook_resid_post" and Hook(12).array == "layer_12"
+    assert Hook(3, "mlp_out").name == "blocks.3.hook_mlp_out" and Hook(3, "mlp_out").array == "layer_03.mlp_out"
+    assert Hook(12, "attn_z").name == "blocks.12.attn.hook_z"
+    assert all(Hook.of(Hook(7, site).array) == Hook(7, site) for site in SITES)
 
 
 def test_a_model_is_pinned_by_its_bytes(tiny_model: Path, tmp_path: Path) -> None:

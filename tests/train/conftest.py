@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.batches import Batches
+from sae.cache.batches import Batches, bits_of
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Layout
 from sae.cache.reader import Cache, open_cache
-from sae.cache.writer import Writer
+from sae.cache.writer import Rows, Writer
 from sae.train.loop import Training
 from sae.train.recipe import Setting, Variant, find_recipe
 
@@ -37,13 +37,14 @@ def write_cache(folder: Path, seed: int) -> Cache:
         document=np.arange(contexts, dtype=np.uint32), held_out=np.zeros(contexts, np.bool_),
     ).write(folder)  # fmt: skip
     identity = {"model": {"name": "synthetic"}, "data": {"name": f"atoms-{seed}"}, "context": length}
-    writer = Writer(folder, identity, layout, {0: D_IN, 1: D_IN})
-    bits = {layer: sparse_rows(seed + layer).bfloat16().view(torch.int16).numpy().view(np.uint16) for layer in (0, 1)}
+    writer = Writer(folder, identity, layout, {"layer_00": D_IN, "layer_01": D_IN})
+    bits = {f"layer_{n:02d}": bits_of(sparse_rows(seed + n).bfloat16()) for n in (0, 1)}
     for window in writer.missing():
         rows = layout.window(window)
         number = np.arange(rows.start, rows.stop)
-        block = {layer: np.ascontiguousarray(all_rows[rows.start : rows.stop]) for layer, all_rows in bits.items()}
-        writer.write_window(window, block, (number // 16).astype(np.uint32), (number % 16 + 1).astype(np.uint16), {})
+        block = {name: np.ascontiguousarray(all_rows[rows.start : rows.stop]) for name, all_rows in bits.items()}
+        ctx, pos = (number // 16).astype(np.uint32), (number % 16 + 1).astype(np.uint16)
+        writer.write_window(window, Rows(block, ctx, pos), {})
     writer.finish()
     return open_cache(folder)
 
@@ -72,7 +73,7 @@ def another_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 @pytest.fixture(scope="session")
 def batches(sparse_cache: Cache) -> list[torch.Tensor]:
     """The first forty batches of layer 0."""
-    with Batches(sparse_cache, 0, BATCH) as stream:
+    with Batches(sparse_cache, "layer_00", BATCH) as stream:
         return [x_BD.clone() for x_BD in islice(stream, 40)]
 
 
@@ -83,8 +84,8 @@ def variant_of(sparse_cache: Cache) -> Callable[..., Variant]:
     def build(name: str, steps: int = 30, **options: object) -> Variant:
         torch.manual_seed(0)
         variant = find_recipe(name).make(Setting(D_IN, D_SAE, steps, BATCH), options)
-        mean_D = torch.from_numpy(sparse_cache.mean(0)).float()
-        variant.adapt(mean_D, sparse_cache.statistics(0)["mean_square_norm"])
+        mean_D = torch.from_numpy(sparse_cache.mean("layer_00")).float()
+        variant.adapt(mean_D, sparse_cache.statistics("layer_00")["mean_square_norm"])
         return variant
 
     return build

@@ -72,7 +72,7 @@ def test_export_makes_unit_rows_and_keeps_the_function(name) -> None:
 
 def test_the_saved_sae_has_unit_rows(sparse_cache, tmp_path) -> None:
     request = Request(
-        ["april"], layers=[0], cache=sparse_cache.folder, steps=3, batch_size=64, device="cpu", out=tmp_path
+        ["april"], layers=[0], caches=[sparse_cache.folder], steps=3, batch_size=64, device="cpu", out=tmp_path
     )
     (run,) = plan(request)
     run_all([run], request)

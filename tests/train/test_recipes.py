@@ -137,7 +137,7 @@ def test_defaults_are_of_the_type_they_are_annotated_with(name) -> None:
 def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of all recipes, trained on one stream with the command's own code."""
     request = Request(
-        sorted(RECIPES), layers=[0], cache=sparse_cache.folder, steps=STEPS, batch_size=BATCH, width="16x", device="cpu",
+        sorted(RECIPES), layers=[0], caches=[sparse_cache.folder], steps=STEPS, batch_size=BATCH, width="16x", device="cpu",
         out=tmp_path_factory.mktemp("together"), checkpoint_every=6,
     )  # fmt: skip
     runs = plan(request)
@@ -150,7 +150,7 @@ def test_on_one_stream_a_variant_is_what_it_is_alone(name, together, sparse_cach
     request = Request(
         [name],
         layers=[0],
-        cache=sparse_cache.folder,
+        caches=[sparse_cache.folder],
         steps=STEPS,
         batch_size=BATCH,
         width="16x",
@@ -174,7 +174,7 @@ def test_a_run_without_its_end_goes_on_from_its_checkpoint(name, together, spars
     request = Request(
         [name],
         layers=[0],
-        cache=sparse_cache.folder,
+        caches=[sparse_cache.folder],
         steps=STEPS,
         batch_size=BATCH,
         width="16x",

@@ -31,7 +31,7 @@ def request_of(cache, *variants: str, **changes) -> Request:
     """Twelve steps of 64 tokens, a checkpoint after every fourth."""
     settings = dict(
         layers=[0],
-        cache=cache.folder,
+        caches=[cache.folder],
         steps=12,
         batch_size=64,
         width="128",
@@ -227,7 +227,7 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     folder = tmp_path / "cache"
     shutil.copytree(sparse_cache.folder, folder)
     cache = open_cache(folder)
-    piece = Plan(cache.chunk_rows(0), 64, 0).pieces(9)[5]
+    piece = Plan(cache.chunk_rows, 64, 0).pieces(9)[5]
     bits = cache.chunk("layer_00", piece.chunk).copy()
     bits[piece.start, 3] = torch.tensor(math.inf, dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     file, record = write_chunk(folder, cache.array("layer_00"), piece.chunk, bits)
@@ -292,7 +292,7 @@ def refusal(cache, *variants: str, **changes) -> str:
         ({"steps": 0}, "--steps 0 would train nothing."),
         ({"batch_size": 0}, "--batch-size 0 is not positive."),
         ({"batch_size": 5000}, "fewer than one batch of 5,000"),
-        ({"layers": [7]}, "holds layers [0, 1], not 7"),
+        ({"layers": [7]}, "holds layer 0, layer 1, not layer 7"),
     ],
     ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
 )
@@ -341,8 +341,8 @@ def test_a_run_that_has_begun_cannot_be_changed(sparse_cache, another_cache) -> 
     ]:
         with pytest.raises(UsageError, match=f"^{flag} cannot change a run that has begun"):
             plan(Request(resume=[folder], **changes))
-    with pytest.raises(UsageError, match="is not the cache that"):
-        plan(Request(resume=[folder], cache=another_cache.folder))
+    with pytest.raises(UsageError, match="is not what .* was trained on"):
+        plan(Request(resume=[folder], caches=[another_cache.folder]))
     with pytest.raises(UsageError, match="holds no run"):
         plan(Request(resume=[folder.parent]))
 

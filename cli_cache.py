@@ -1,0 +1,118 @@
+"""`sae cache`: look at the activation caches, check them, mend them, remove them."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .terminal import bar, echo, spoken
+
+cache_app = typer.Typer(
+    no_args_is_help=True, help="Look at the activation caches under activations/; check, mend, remove."
+)
+Folder = Annotated[Path, typer.Argument(help="A folder under activations/.")]
+
+
+def describe(statistics: dict[str, Any]) -> str:
+    """An array's statistics as a line."""
+    s = statistics
+    q = s["norm_quantiles"]
+    marked = f", {s['marked']:,} rows over {s['max_norm']:g} medians marked" if s["max_norm"] else ""
+    return (
+        f"mean norm {s['mean_norm']:.4g} (1 % {q['0.01']:.4g}, median {q['0.5']:.4g}, 99.9 % {q['0.999']:.4g}), "
+        f"elementwise variance {s['variance']:.4g}, {len(s['outlier_dimensions'])} outlier dimensions{marked}"
+    )
+
+
+@cache_app.command("list")
+@spoken
+def list_() -> None:
+    """Every cache, with its model, arrays and rows."""
+    from .cache.layout import home
+    from .cache.reader import caches
+
+    found = caches()
+    if not found:
+        typer.echo(f"no caches under {home() / 'activations'}; `sae harvest` makes one")
+    for folder, cache in found.items():
+        if isinstance(cache, Exception):
+            typer.echo(f"{folder}   does not open: {cache}")
+            continue
+        state = ", ".join(map(str, cache.hooks)) or "half written"
+        typer.echo(f"{folder}   {cache.model}, {state}, {cache.rows:,} rows")
+
+
+@cache_app.command()
+@spoken
+def info(folder: Folder) -> None:
+    """What a cache holds, and whether its files are there at their sizes; reads no activations."""
+    from .cache.files import bytes_text
+    from .cache.reader import open_cache
+
+    started = time.monotonic()
+    cache = open_cache(folder)
+    identity = cache.identity
+    typer.echo(
+        f"model    {cache.model} at {identity['model']['revision'][:12]}, computed in {identity['dtype']}, {identity['attention']} attention"
+    )
+    typer.echo(
+        f"text     {identity['data']['name']} at {identity['data']['revision'][:12]}, contexts of {identity['context']}"
+    )
+    files = cache.manifest["files"]
+    layout = cache.layout
+    typer.echo(
+        f"rows     {cache.rows:,} in {layout.windows:,} windows and {len(cache.chunk_rows):,} chunks an array, {layout.storage_dtype}"
+        f"{', compressed' if layout.compress else ''}: {bytes_text(sum(record['bytes'] for record in files.values()))}"
+    )
+    for hook in cache.hooks:
+        typer.echo(f"{hook.array:8s} {hook.name}: {describe(cache.statistics(hook.array))}")
+    cache.check_sizes()
+    typer.echo(
+        f"files    {len(files):,}, all there at their sizes, seen in {time.monotonic() - started:.2f} s; `sae cache verify` reads them"
+    )
+
+
+@cache_app.command()
+@spoken
+def verify(folder: Folder) -> None:
+    """Read every byte and compare it with its checksum."""
+    from .cache.reader import open_cache
+
+    cache = open_cache(folder)
+    with bar("verify", "files") as shown:
+        for number, _ in enumerate(cache.verify(), 1):
+            shown(number, len(cache.manifest["files"]))
+    typer.echo(f"{folder}: {len(cache.manifest['files'])} files, all as recorded")
+
+
+@cache_app.command()
+@spoken
+def repair(
+    folder: Folder,
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it was moved.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the text is now, if it was moved.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Read every byte, and harvest again the windows of what is missing or damaged."""
+    from .harvest.repair import repair as mend
+    from .harvest.run import Report
+
+    with bar("repair", "") as shown:
+        mended = mend(folder, Report(shown, shown.say), model=model, dataset=dataset, device=device)
+    for sentence in mended:
+        echo(sentence)
+    typer.echo(f"{folder}: {len(mended)} files mended" if mended else f"{folder}: nothing to mend")
+
+
+@cache_app.command()
+@spoken
+def rm(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Remove a cache; asks first."""
+    from .cache.files import bytes_text, folder_bytes
+    from .cache.reader import remove_cache
+
+    if not yes and not typer.confirm(f"Remove {folder} ({bytes_text(folder_bytes(folder))})?", err=True):
+        echo("nothing was removed")
+        return
+    typer.echo(f"{folder} removed, {bytes_text(remove_cache(folder))} freed")

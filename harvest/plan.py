@@ -1,0 +1,214 @@
+"""What is asked of a harvest, resolved to what pins it: model, text, hooks, sizes, folder. Nothing is written here."""
+
+import copy
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from ..cache.device import best_device, best_dtype
+from ..cache.errors import OutsideError, UsageError
+from ..cache.files import bytes_text, digest_of
+from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, home
+from . import mini
+from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, width_of
+from .text import EMBEDDED, PILE, Text, open_text, specials
+
+LAYERS = (5, 12, 19)
+TOKENS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user can ask of a harvest."""
+
+    model: str = "google/gemma-2-2b"
+    revision: str | None = None
+    layers: Sequence[int] = LAYERS
+    sites: Sequence[str] = ("resid_post",)
+    dataset: str | None = None  # None: the Pile, or the embedded text for the embedded model
+    dataset_revision: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    tokens: int | None = None  # None: ten million, or all of a shorter text
+    context: int = 128
+    held_out: float | None = None  # None: 0.05; the embedded text holds out its own documents
+    keep_special: bool = False
+    window: int = WINDOW_ROWS
+    storage_dtype: str = "bfloat16"
+    compress: bool = False
+    max_norm: float | None = None  # rows whose norm is over so many medians are marked
+    dtype: str = "auto"
+    attention: str = "eager"  # the implementation in which Gemma's soft-capping is exact
+    batch_contexts: int = 32
+    seed: int = 0
+    device: str = "auto"
+    out: Path | None = None
+
+    @property
+    def held_out_share(self) -> float:
+        return 0.05 if self.held_out is None else self.held_out
+
+    def record(self) -> dict[str, Any]:
+        """What `sae cache repair` needs to ask for the same again, from anywhere."""
+        elsewhere = {
+            n: str(Path(v).resolve())
+            for n, v in asdict(self).items()
+            if n in ("model", "dataset") and v and Path(v).exists()
+        }
+        return {n: v for n, v in asdict(self).items() if n not in ("layers", "sites", "device", "out")} | elsewhere
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request, resolved: what will be read, computed and written, and where."""
+
+    request: Request
+    source: Source
+    config: Any
+    tokenizer: Any
+    text: Text
+    identity: dict[str, Any]
+    folder: Path
+    hooks: list[Hook]
+    tokens: int
+    dtype: str
+    device: str
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Array -> numbers in a row."""
+        return {hook.array: width_of(hook, self.config) for hook in self.hooks}
+
+    def bytes_of(self, arrays: Sequence[str]) -> int:
+        """Bytes that a token takes in these arrays, uncompressed, and where it came from."""
+        return sum(2 * self.widths[name] + 4 for name in arrays) + 6
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.bytes_of(list(self.widths))
+
+    def check_space(self, needed: float, per_token: int) -> None:
+        """OutsideError when so many bytes do not fit on the disk."""
+        free = free_space(self.folder)
+        if 1.02 * needed > free:
+            fits = int(free / per_token / 1.02)
+            raise OutsideError(
+                f"The harvest needs {bytes_text(1.02 * needed)} and {self.folder} has {bytes_text(free)} free. --tokens {fits} would fit."
+            )
+
+
+def plan(request: Request) -> Plan:
+    """Resolve everything to what pins it. Loads no weights and writes nothing."""
+    name = request.dataset or (EMBEDDED if request.model == mini.NAME else PILE)
+    check(request, name)
+    source, config = find_model(request.model, request.revision)
+    hooks = sorted({Hook(layer, site) for layer in request.layers for site in request.sites})
+    check_layers(config, [hook.layer for hook in hooks], request.model)
+    device = best_device(request.device)
+    dtype = best_dtype(request.dtype, device)
+    tokenizer = load_tokenizer(source)
+    text = open_text(
+        name,
+        tokenizer=tokenizer,
+        revision=request.dataset_revision,
+        split=request.split,
+        column=request.text_column,
+        seed=request.seed,
+    )
+    identity = {
+        "format": FORMAT,
+        "model": source.identity(),
+        "dtype": dtype,
+        "attention": request.attention,
+        "tokenizer": digest_of(tokenizer.backend_tokenizer.to_str()),
+        "data": text.identity,
+        "tokens": request.tokens or f"up to {TOKENS}",
+        "context": request.context,
+        "held_out": "by name" if name == EMBEDDED else request.held_out_share,
+        "skip": [] if request.keep_special else specials(tokenizer),
+        "seed": request.seed,
+        "window_rows": request.window,
+        "chunk_rows": min(CHUNK_ROWS, request.window),
+        "storage_dtype": request.storage_dtype,
+        "compress": BLOSC if request.compress else None,
+    }
+    short = source.name.rstrip("/").split("/")[-1]
+    folder = request.out or home() / "activations" / f"{short}--{text.name}--{digest_of(identity)[:8]}"
+    return Plan(
+        request, source, config, tokenizer, text, identity, folder, hooks, request.tokens or TOKENS, dtype, device
+    )
+
+
+def check(request: Request, text: str) -> None:
+    """UsageError for what can be seen to be wrong before anything is opened."""
+    if request.tokens is not None and request.tokens <= 0:
+        raise UsageError(f"--tokens {request.tokens} is not positive. Give how many rows to harvest, such as 10M.")
+    if not 2 <= request.context <= 65535:
+        raise UsageError(
+            f"--context {request.context} is out of range: a context is BOS and at least one token, at most 65,535."
+        )
+    if request.window <= 0 or request.window % min(CHUNK_ROWS, request.window):
+        raise UsageError(
+            f"--window {request.window} is no whole number of chunks: give a multiple of {CHUNK_ROWS:,}, or less than that."
+        )
+    if not 0 <= request.seed < 2**63:
+        raise UsageError(f"--seed {request.seed} is out of range: give 0 to 2^63 - 1.")
+    if text == EMBEDDED and request.held_out is not None:
+        raise UsageError(f"--held-out cannot be given for {EMBEDDED}: it holds out its own documents, one in ten.")
+    if not 0 <= request.held_out_share < 1:
+        raise UsageError(
+            f"--held-out {request.held_out} is no fraction of the documents: give 0 up to, but not including, 1."
+        )
+    if request.storage_dtype not in ("bfloat16", "uint16"):
+        raise UsageError(
+            f"--storage-dtype {request.storage_dtype} is unknown: bfloat16, or uint16 for readers that lack it."
+        )
+    unknown = [site for site in request.sites if site not in SITES]
+    if unknown:
+        raise UsageError(f"--site {unknown[0]} is unknown: give one of {', '.join(SITES)}.")
+    if request.max_norm is not None and not request.max_norm > 1:
+        raise UsageError(
+            f"--max-norm {request.max_norm} would mark half of the rows: give a multiple of the median, such as 10."
+        )
+
+
+def estimated_seconds(plan: Plan) -> float:
+    """How long the model will take: one block of its shape, with random weights, timed on this device.
+
+    What else a harvest does runs beside it.
+    """
+    config = copy.deepcopy(plan.config)
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, 0
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    settings = {"dtype": getattr(torch, plan.dtype), "attn_implementation": plan.request.attention}
+    with torch.random.fork_rng():
+        model = LanguageModel(AutoModel.from_config(config, **settings).to(plan.device).eval())
+    at_once = 1
+    while True:  # more contexts at once until a pass can be timed
+        ids = torch.zeros(at_once, plan.request.context, dtype=torch.long, device=plan.device)
+        times = []
+        for _ in range(3):  # the first pass of a shape is slower
+            started = time.perf_counter()
+            model.capture(ids, [0])[0].float().mean().item()
+            times.append(time.perf_counter() - started)
+        spent = min(times)
+        if spent > 0.1 or at_once >= plan.request.batch_contexts:
+            break
+        at_once = min(4 * at_once, plan.request.batch_contexts)
+    blocks = max(hook.layer for hook in plan.hooks) + 1
+    return spent / ids.numel() * blocks * plan.tokens
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk that will hold `folder`."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
