@@ -43,7 +43,8 @@ class Writer:
     def __init__(self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int]) -> None:
         self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(widths)
         self.fingerprint = digest_of(identity)
-        if not begun(folder, self.fingerprint):
+        begun(folder, self.fingerprint)
+        if not (folder / "zarr.json").exists():
             self._write_root(complete=[])
         elif (rows := read_json(folder / "zarr.json")["attributes"]["rows"]) != layout.rows:
             raise DamagedError(
@@ -155,17 +156,24 @@ def commit_file(window: int, array: str) -> str:
 
 def begun(folder: Path, fingerprint: str) -> bool:
     """Whether this harvest has begun here. UsageError when another one has, or when the folder is used for something else."""
-    if not (folder / "zarr.json").exists():
+    found = fingerprint_in(folder)
+    if found is None:
         others = {p.name for p in folder.iterdir() if p.name not in OURS and not p.name.startswith("zarr.json.tmp-")}
         if others:
             raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Give a new folder with --out.")
-        return False
-    found = read_json(folder / "zarr.json", "attributes")["attributes"].get("fingerprint", "no harvest")
-    if found != fingerprint:
+    elif found != fingerprint:
         raise UsageError(
             f"{folder} holds another harvest ({found[:8]}, this one is {fingerprint[:8]}). Use another --out."
         )
-    return True
+    return found is not None
+
+
+def fingerprint_in(folder: Path) -> str | None:
+    """The fingerprint of the harvest in a folder; where zarr.json was lost a commit has it."""
+    if (folder / "zarr.json").exists():
+        return read_json(folder / "zarr.json", "attributes")["attributes"].get("fingerprint", "no harvest")
+    commit = next((folder / "commits").glob("*.json"), None)
+    return read_json(commit, "fingerprint")["fingerprint"] if commit else None
 
 
 def measure(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

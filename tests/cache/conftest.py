@@ -22,7 +22,9 @@ def finite_bits(rows: int, d_in: int, seed: int = 0) -> np.ndarray:
     return bits
 
 
-def begin(folder: Path, bits: dict[int, np.ndarray], window: int, **identity: object) -> Writer:
+def begin(
+    folder: Path, bits: dict[int, np.ndarray], window: int, *, compress: bool = False, **identity: object
+) -> Writer:
     """A writer of these rows, of which nothing is written yet: row r is position 1 + r % 7 of context r // 7."""
     rows = len(next(iter(bits.values())))
     n = -(-rows // 7)
@@ -32,7 +34,7 @@ def begin(folder: Path, bits: dict[int, np.ndarray], window: int, **identity: ob
             np.zeros(n, bool),
         ).write(folder)  # fmt: skip
     widths = {Hook(layer).array: block.shape[1] for layer, block in bits.items()}
-    return Writer(folder, {**IDENTITY, **identity}, Layout(rows, window), widths)
+    return Writer(folder, {**IDENTITY, **identity}, Layout(rows, window, compress=compress), widths)
 
 
 def write_windows(writer: Writer, bits: dict[int, np.ndarray], windows: list[int]) -> None:

@@ -1,0 +1,156 @@
+"""A mended cache is the cache that was, byte for byte; what was whole is not written."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sae.cache.errors import SaeError, UsageError
+from sae.cache.files import one_writer, read_json, write_json
+from sae.cache.reader import Cache, remove_cache
+from sae.harvest.plan import Request, plan
+from sae.harvest.repair import repair
+from sae.harvest.run import harvest
+
+
+@pytest.fixture(scope="module")
+def request_(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Request:
+    """1,000 rows of two layers and another site in windows of 256, four contexts in a pass."""
+    return Request(
+        model=str(tiny_model), dataset=str(sentences), layers=(0, 1), sites=("resid_post", "attn_z"), tokens=1000,
+        context=32, window=256, held_out=0.1, device="cpu", batch_contexts=4, max_norm=3.0,
+        out=tmp_path_factory.mktemp("repair") / "cache",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(request_: Request) -> Cache:
+    return harvest(plan(request_))
+
+
+@pytest.fixture
+def folder(whole: Cache, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole.folder, tmp_path / "copy"))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
+
+
+def different(one: Path, other: Path) -> set[str]:
+    ours, theirs = bytes_of(one), bytes_of(other)
+    return {file for file in ours.keys() | theirs.keys() if ours.get(file) != theirs.get(file)}
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 16
+    path.write_bytes(raw)
+
+
+FILES = [
+    "layer_00/c.0.0", "layer_01/c.3.0", "layer_01.attn_z/c.1.0", "layer_00.row_norm/c.2", "layer_01.moments/c.1.0.0",
+    "row_ctx/c.1", "row_pos/c.3", "tokens/ids/c.0.0", "tokens/held_out/c.0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [delete, cut_off, flip])
+def test_a_damaged_file_is_made_again(whole: Cache, folder: Path, file: str, damage: Callable[[Path], None]) -> None:
+    damage(folder / file)
+    others = {p: p.stat().st_mtime_ns for p in folder.glob("layer_*/c.*") if p != folder / file}
+    assert [sentence for sentence in repair(folder) if file in sentence]
+    assert different(folder, whole.folder) == set()
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+    assert repair(folder) == []
+
+
+RECORDS = ["manifest.json", "zarr.json", "layer_01/zarr.json", "commits/000002.layer_01.json", "tokens/commit.json", "tokens/ids/zarr.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", RECORDS)
+def test_a_record_that_was_cut_off_is_made_again(whole: Cache, folder: Path, file: str) -> None:
+    (folder / file).write_text((folder / file).read_text()[:40])
+    assert repair(folder)
+    assert different(folder, whole.folder) == set()
+
+
+def test_everything_at_once(whole: Cache, folder: Path) -> None:
+    for file in FILES:
+        flip(folder / file)
+    for file in RECORDS:
+        (folder / file).unlink()
+    repair(folder)
+    assert different(folder, whole.folder) == set()
+
+
+def test_other_bytes_are_said_to_be_others(whole: Cache, folder: Path) -> None:
+    """Of a window that does not come out as it was, everything is written, so that its rows belong together."""
+    path = folder / "commits/000001.layer_01.json"
+    commit = read_json(path)
+    commit["files"]["layer_01/c.1.0"]["crc32c"] = "00000000"
+    write_json(path, commit, indent=None)
+    (said,) = repair(folder)
+    assert said.startswith("window 1 of layer_01 was harvested again as a whole, to other bytes")
+    assert different(folder, whole.folder) == set()  # here it was the record that had changed
+
+
+def test_a_moved_model_is_given(folder: Path, whole: Cache, request_: Request, tmp_path: Path) -> None:
+    moved = shutil.copytree(request_.model, tmp_path / "elsewhere")
+    record = read_json(folder / "harvest.json")
+    write_json(folder / "harvest.json", record | {"model": "/gone"})
+    (folder / "layer_00/c.0.0").unlink()
+    with pytest.raises(UsageError, match="There is no folder /gone"):
+        repair(folder)
+    assert repair(folder, model=str(moved))
+    assert Cache(folder).chunk("layer_00", 0).tobytes() == whole.chunk("layer_00", 0).tobytes()
+
+
+def test_another_model_or_text_is_refused(folder: Path, tmp_path: Path, request_: Request) -> None:
+    (folder / "layer_00/c.0.0").unlink()
+    text = tmp_path / "other.jsonl"
+    text.write_text('{"text": "quite another text"}\n' * 100)
+    with pytest.raises(UsageError, match="was harvested with another data than is found now"):
+        repair(folder, dataset=str(text))
+
+
+def test_text_that_comes_out_otherwise_is_refused(folder: Path) -> None:
+    record = read_json(folder / "tokens/commit.json")
+    record["files"]["tokens/ids/c.0.0"]["crc32c"] = "00000000"
+    write_json(folder / "tokens/commit.json", record)
+    (folder / "tokens/length/c.0").unlink()
+    with pytest.raises(SaeError, match="comes out otherwise than it did"):
+        repair(folder)
+
+
+def test_what_is_no_harvest_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UsageError, match="holds no harvest"):
+        repair(tmp_path / "nothing")
+    with one_writer(folder, "sae harvest"), pytest.raises(SaeError, match="is being written by"):
+        repair(folder)
+
+
+def test_a_cache_that_is_removed_is_gone(folder: Path, tmp_path: Path) -> None:
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    assert remove_cache(folder) == pytest.approx(size, abs=200) and not folder.exists()  # the lock's note
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(UsageError, match="holds no activation cache; nothing was removed"):
+        remove_cache(tmp_path / "thesis")
+
+
+def test_what_is_mended_is_harvested_with_the_same_passes(request_: Request, whole: Cache, folder: Path) -> None:
+    """Bytes can depend on how many contexts are in a pass: a repair takes the number of the window's commit."""
+    assert read_json(folder / "commits/000000.layer_00.json")["made_with"]["batch_contexts"] == 4
+    write_json(folder / "harvest.json", replace(request_, batch_contexts=1).record())
+    flip(folder / "layer_00/c.0.0")
+    assert "to the same bytes" in repair(folder)[0]
