@@ -27,8 +27,10 @@ from ..cache.layout import CHUNK_ROWS, FORMAT, WINDOW_ROWS, Layout, home
 from ..cache.reader import Cache
 from ..cache.writer import Writer, begun
 from . import mini
+from .draft import Draft, discard
 from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, load_trunk
-from .text import EMBEDDED, PILE, Text, cut, open_text, rows_of, specials
+from .sources import EMBEDDED, PILE, open_text
+from .text import Text, cut, rows_of, specials
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
@@ -51,6 +53,7 @@ class Request:
     context: int = 128
     held_out: float | None = None  # None: 0.05; the embedded text holds out its own documents
     keep_special: bool = False
+    pack: bool = False
     window: int = WINDOW_ROWS
     storage_dtype: str = "bfloat16"
     dtype: str = "auto"
@@ -90,8 +93,8 @@ class Plan:
         return len(self.layers) * (2 * self.d_in + 4) + 6
 
 
-def plan(request: Request) -> Plan:
-    """Resolve everything to what pins it. Loads no weights and writes nothing."""
+def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) -> Plan:
+    """Resolve everything to what pins it. Loads no weights and writes nothing. `tell` takes sentences about the text."""
     name = request.dataset or (EMBEDDED if request.model == mini.NAME else PILE)
     check(request, name)
     source, config = find_model(request.model, request.revision)
@@ -107,6 +110,7 @@ def plan(request: Request) -> Plan:
         split=request.split,
         column=request.text_column,
         seed=request.seed,
+        tell=tell,
     )
     identity = {
         "format": FORMAT,
@@ -119,6 +123,7 @@ def plan(request: Request) -> Plan:
         "context": request.context,
         "held_out": "by name" if name == EMBEDDED else request.held_out_share,
         "skip": [] if request.keep_special else specials(tokenizer),
+        "pack": request.pack,
         "seed": request.seed,
         "window_rows": request.window,
         "chunk_rows": min(CHUNK_ROWS, request.window),
@@ -135,6 +140,10 @@ def check(request: Request, text: str) -> None:
     """UsageError for what can be seen to be wrong before anything is opened."""
     if request.tokens is not None and request.tokens <= 0:
         raise UsageError(f"--tokens {request.tokens} is not positive. Give how many rows to harvest, such as 10M.")
+    if request.tokens is not None and request.tokens > 2**40:
+        raise UsageError(
+            f"--tokens {request.tokens} is more than 2^40, a million million. Give how many rows to harvest, such as 10M."
+        )
     if not 2 <= request.context <= 65535:
         raise UsageError(
             f"--context {request.context} is out of range: a context is BOS and at least one token, at most 65,535."
@@ -169,6 +178,7 @@ def harvest(plan: Plan, progress: Progress = lambda done, total: None) -> Cache:
         kept = rows_of(wanted, plan.identity["skip"])
         layout = Layout(int(kept.sum()), plan.request.window, plan.request.storage_dtype)
         writer = Writer(plan.folder, plan.identity, layout, dict.fromkeys(plan.layers, plan.d_in))
+        discard(plan.folder)  # of the text; its tokens belong to a harvest that has begun now
         missing = writer.missing()
         if missing:
             check_space(plan, sum(len(layout.window(w)) * len(layers) for w, layers in missing.items()))
@@ -192,11 +202,10 @@ def text_of(plan: Plan) -> Contexts:
     if not (begun(plan.folder, digest_of(plan.identity)) and Contexts.written(plan.folder)):
         if request.tokens is not None:
             check_space(plan, request.tokens * len(plan.layers))  # before the text is read, which may take long
-        contexts = cut(
-            plan.text, plan.tokenizer, tokens=plan.tokens, exactly=request.tokens is not None, context=request.context,
-            held_out=request.held_out_share, skip=plan.identity["skip"], seed=request.seed,
-        )  # fmt: skip
-        contexts.write(plan.folder)
+        cut(
+            plan.text, plan.tokenizer, Draft(plan.folder, plan.identity), tokens=plan.tokens, exactly=request.tokens is not None,
+            context=request.context, held_out=request.held_out_share, skip=plan.identity["skip"], seed=request.seed, pack=request.pack,
+        ).write(plan.folder)  # fmt: skip
     return Contexts.read(plan.folder)
 
 
