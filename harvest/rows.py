@@ -63,9 +63,7 @@ class Rows:
         while True:
             try:
                 row = next(rows, None)
-            except (
-                Exception
-            ) as error:  # datasets and the Hub raise through pyarrow, httpx, fsspec and classes of their own
+            except Exception as error:  # pyarrow, httpx, fsspec, datasets and the Hub have classes of their own
                 problem = first_line(error)
                 if not (self.waits and is_of_the_network(error)):
                     raise self.sentence(problem) from error

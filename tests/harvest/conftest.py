@@ -1,9 +1,11 @@
 """What the tests of text share: the embedded tokenizer, a reader of sources, a cutter of texts."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sae.cache.contexts import Contexts
@@ -23,6 +25,13 @@ def tokenizer() -> Any:
 def read(tokenizer: Any) -> Callable[..., Text]:
     return lambda path, column="text", split="train", tell=lambda sentence: None: open_text(
         str(path), tokenizer=tokenizer, revision=None, split=split, column=column, seed=0, tell=tell
+    )
+
+
+@pytest.fixture
+def same() -> Callable[[Contexts, Contexts], bool]:
+    return lambda one, other: all(
+        np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(Contexts)
     )
 
 

@@ -5,11 +5,10 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from sae.cache.contexts import Contexts
@@ -50,10 +49,6 @@ def whole(cut_some, tmp_path: Path) -> Callable[..., Contexts]:
     return lambda **more: cut_some(draft=Draft(tmp_path / "whole", HERE), draft_tokens=10**9, **more)
 
 
-def same(one: Contexts, other: Contexts) -> bool:
-    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(Contexts))
-
-
 def breaking_at(number: int, error: BaseException | None = None) -> Text:
     """The documents, which break before one of them."""
 
@@ -75,13 +70,13 @@ def drafts(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_drafts_do_not_change_what_is_cut(cut_some, whole, tmp_path: Path, pack: bool) -> None:
+def test_drafts_do_not_change_what_is_cut(same, cut_some, whole, tmp_path: Path, pack: bool) -> None:
     assert same(cut_some(pack=pack), whole(pack=pack))
     assert drafts(tmp_path / "killed") == 7 and drafts(tmp_path / "whole") == 0
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_a_kill_between_any_two_documents(cut_some, whole, tmp_path: Path, pack: bool) -> None:
+def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path, pack: bool) -> None:
     expected, gone_on = whole(pack=pack), set()
     for number in range(0, 96, 3):
         with pytest.raises(Killed):
@@ -96,7 +91,7 @@ def test_a_kill_between_any_two_documents(cut_some, whole, tmp_path: Path, pack:
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_kill_at_any_write_of_a_draft(
-    cut_some, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool, before: bool
+    same, cut_some, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool, before: bool
 ) -> None:
     """Each of the fourteen files, killed before or after it was renamed; every run is killed again until it ends."""
     expected = whole(pack=pack)
@@ -134,7 +129,7 @@ def test_what_was_cut_is_not_cut_again(cut_some, tmp_path: Path, monkeypatch: py
     assert told == [f"Going on with some after {left_rows(DOCUMENTS[:50])} tokens, which were cut before."]
 
 
-def test_a_network_that_stays_away_keeps_all_that_was_cut(cut_some, whole, tmp_path: Path) -> None:
+def test_a_network_that_stays_away_keeps_all_that_was_cut(same, cut_some, whole, tmp_path: Path) -> None:
     with pytest.raises(OutsideError, match="gone"):
         cut_some(breaking_at(43, OutsideError("gone")), draft_tokens=10**9)
     left = Draft(tmp_path / "killed", HERE)
@@ -184,7 +179,9 @@ def other_number(path: Path) -> None:
         ("state.json", lambda path: path.write_text('{"digest": "", "content": []}')),
     ],
 )
-def test_a_damaged_draft_is_cut_anew(cut_some, whole, tmp_path: Path, file: str, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_draft_is_cut_anew(
+    same, cut_some, whole, tmp_path: Path, file: str, damage: Callable[[Path], Any]
+) -> None:
     with pytest.raises(Killed):
         cut_some(breaking_at(60))
     damage(tmp_path / "killed" / "tokens" / "draft" / file)

@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.cache.contexts import Contexts
 from sae.cache.errors import OutsideError, UsageError
+from sae.harvest.mini.corpus import Document as CorpusDocument
 from sae.harvest.mini.corpus import documents as corpus_documents
 from sae.harvest.sources import sections
 from sae.harvest.text import Cutter, Document, Listed, Text, is_held_out, rows_of, specials
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
-
-
-def same(one: Contexts, other: Contexts) -> bool:
-    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(Contexts))
 
 
 def test_contexts_begin_with_bos_and_hold_one_document(cut_up, tokenizer: Any) -> None:
@@ -233,6 +228,18 @@ def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_o
         assert spelled[number] or followed == (not document.held_out)
 
 
+def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spelling too, which is drawn."""
+    few = [CorpusDocument(f"source:{n}.py", f"number {n}", held_out=n % 3 == 0) for n in range(9)]
+    monkeypatch.setattr("sae.harvest.mini.corpus.documents", lambda: iter(few))
+    text = read("python-stdlib")
+    whole = list(text.documents)
+    assert len(whole) == 15
+    for number in range(15):
+        text.go_to({"position": number, "skipped": text.skipped})
+        assert list(text.documents) == whole[number:] and text.source.position == 15
+
+
 def test_what_repeats_itself_is_never_held_out() -> None:
     repeated = [d for d in corpus_documents() if d.name.startswith("topic:") or ":encodings/" in d.name]
     assert len(repeated) > 100 and not any(document.held_out for document in repeated)
@@ -248,7 +255,7 @@ def test_a_document_that_occurs_twice_is_on_one_side(cut_up) -> None:
 # Tokenised before
 
 
-def test_ids_give_what_their_text_gives(cut_up, tokenizer: Any) -> None:
+def test_ids_give_what_their_text_gives(same, cut_up, tokenizer: Any) -> None:
     ids = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
     with_bos = [[tokenizer.bos_token_id, *body] for body in ids]
     for tokenised in (ids, with_bos, [ids[0], TEXTS[1], with_bos[2]]):
@@ -263,7 +270,7 @@ def test_a_row_as_long_as_a_context_is_that_context(cut_up) -> None:
     assert cut_up([row[1:]]).ids.tolist() == [row]
 
 
-def test_ids_are_held_out_by_their_hash(cut_up) -> None:
+def test_ids_are_held_out_by_their_hash(same, cut_up) -> None:
     ids = [[2, n, n + 1, 9] for n in range(100, 300)]
     contexts, without_bos = cut_up(ids, held_out=0.3), cut_up([row[1:] for row in ids], held_out=0.3)
     assert 0.2 < contexts.held_out.mean() < 0.4 and same(contexts, without_bos)
