@@ -178,7 +178,7 @@ def harvest(plan: Plan, progress: Progress = lambda done, total: None) -> Cache:
         kept = rows_of(wanted, plan.identity["skip"])
         layout = Layout(int(kept.sum()), plan.request.window, plan.request.storage_dtype)
         writer = Writer(plan.folder, plan.identity, layout, dict.fromkeys(plan.layers, plan.d_in))
-        discard(plan.folder)  # of the text; its tokens belong to a harvest that has begun now
+        discard(plan.folder)  # the harvest has begun, so its tokens will be read, never cut again
         missing = writer.missing()
         if missing:
             check_space(plan, sum(len(layout.window(w)) * len(layers) for w, layers in missing.items()))
