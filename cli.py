@@ -53,7 +53,7 @@ def harvest(
     layer: Layers = None,
     site: Sites = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Hub id, .txt, .jsonl or .parquet file or folder, or python-stdlib.")
+        str | None, typer.Option(help="Hub id, .txt, .jsonl, .parquet or .arrow file or folder, or python-stdlib.")
     ] = None,
     tokens: Tokens = None,
     context: Annotated[int, typer.Option(help="Tokens in a context, BOS included.")] = 128,
@@ -61,7 +61,8 @@ def harvest(
         float | None, typer.Option(help="Share of documents kept for evaluation. Default: 0.05.")
     ] = None,
     keep_special: Annotated[bool, typer.Option(help="Harvest the rows of BOS, EOS and pad too.")] = False,
-    text_column: Annotated[str, typer.Option(help="The dataset's column of text.")] = "text",
+    pack: Annotated[bool, typer.Option("--pack", help="Fill contexts with several documents each.")] = False,
+    text_column: Annotated[str, typer.Option(help="The dataset's column of text, or of token ids.")] = "text",
     split: Annotated[str, typer.Option(help="The dataset's split.")] = "train",
     revision: Annotated[str | None, typer.Option(help="Commit of the model on the Hub.")] = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Commit of the dataset on the Hub.")] = None,
@@ -88,7 +89,7 @@ def harvest(
 
     request = Request(
         model=model, revision=revision, layers=layer or LAYERS, sites=site or ("resid_post",), max_norm=max_norm, compress=compress, dataset=dataset, dataset_revision=dataset_revision, split=split,
-        text_column=text_column, tokens=tokens, context=context, held_out=held_out, keep_special=keep_special, window=window,
+        text_column=text_column, tokens=tokens, context=context, held_out=held_out, keep_special=keep_special, pack=pack, window=window,
         storage_dtype=storage_dtype, dtype=dtype, attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
     )  # fmt: skip
     cache = run_harvest(request, dry_run)
@@ -106,7 +107,7 @@ def run_harvest(request: Any, dry_run: bool = False) -> Any:
     from .harvest.run import Report
     from .harvest.run import harvest as carry_out
 
-    plan = resolve(request)
+    plan = resolve(request, echo)
     size = plan.tokens * plan.bytes_per_token
     echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
     for hook in plan.hooks:

@@ -12,7 +12,7 @@ from .layout import Array
 from .reader import Cache
 
 # The held-out share and the seed decide which documents training must not see, wherever they turn up.
-CLASS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "seed")
+CLASS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
 
 class Joined:

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,8 @@ from ..cache.files import bytes_text, digest_of
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, home
 from . import mini
 from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, width_of
-from .text import EMBEDDED, PILE, Text, open_text, specials
+from .sources import EMBEDDED, PILE, open_text
+from .text import Text, specials
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
@@ -40,6 +41,7 @@ class Request:
     context: int = 128
     held_out: float | None = None  # None: 0.05; the embedded text holds out its own documents
     keep_special: bool = False
+    pack: bool = False
     window: int = WINDOW_ROWS
     storage_dtype: str = "bfloat16"
     compress: bool = False
@@ -104,8 +106,8 @@ class Plan:
             )
 
 
-def plan(request: Request) -> Plan:
-    """Resolve everything to what pins it. Loads no weights and writes nothing."""
+def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) -> Plan:
+    """Resolve everything to what pins it. Loads no weights and writes nothing. `tell` takes sentences about the text."""
     name = request.dataset or (EMBEDDED if request.model == mini.NAME else PILE)
     check(request, name)
     source, config = find_model(request.model, request.revision)
@@ -121,6 +123,7 @@ def plan(request: Request) -> Plan:
         split=request.split,
         column=request.text_column,
         seed=request.seed,
+        tell=tell,
     )
     identity = {
         "format": FORMAT,
@@ -133,6 +136,7 @@ def plan(request: Request) -> Plan:
         "context": request.context,
         "held_out": "by name" if name == EMBEDDED else request.held_out_share,
         "skip": [] if request.keep_special else specials(tokenizer),
+        "pack": request.pack,
         "seed": request.seed,
         "window_rows": request.window,
         "chunk_rows": min(CHUNK_ROWS, request.window),
@@ -150,6 +154,10 @@ def check(request: Request, text: str) -> None:
     """UsageError for what can be seen to be wrong before anything is opened."""
     if request.tokens is not None and request.tokens <= 0:
         raise UsageError(f"--tokens {request.tokens} is not positive. Give how many rows to harvest, such as 10M.")
+    if request.tokens is not None and request.tokens > 2**40:
+        raise UsageError(
+            f"--tokens {request.tokens} is more than 2^40, a million million. Give how many rows to harvest, such as 10M."
+        )
     if not 2 <= request.context <= 65535:
         raise UsageError(
             f"--context {request.context} is out of range: a context is BOS and at least one token, at most 65,535."

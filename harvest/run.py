@@ -23,6 +23,7 @@ from ..cache.files import digest_of, one_writer, read_json, write_json
 from ..cache.layout import Hook, Layout
 from ..cache.reader import Cache
 from ..cache.writer import Rows, Writer, begun
+from .draft import Draft, discard
 from .model import LanguageModel, load_trunk
 from .plan import Plan
 from .processes import alone_or_launched
@@ -56,6 +57,7 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
             contexts = text_of(plan)
             keep_record(plan.folder / "harvest.json", plan.request.record())
             writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
+            discard(plan.folder)  # the harvest has begun, so its tokens will be read, never cut again
         team.meet()  # the text and what the arrays are is written
         if not team.first:
             contexts = Contexts.read(plan.folder)
@@ -111,8 +113,8 @@ def text_of(plan: Plan) -> Contexts:
 def cut_text(plan: Plan) -> Contexts:
     request = plan.request
     return cut(
-        plan.text, plan.tokenizer, tokens=plan.tokens, exactly=request.tokens is not None, context=request.context,
-        held_out=request.held_out_share, skip=plan.identity["skip"], seed=request.seed,
+        plan.text, plan.tokenizer, Draft(plan.folder, plan.identity), tokens=plan.tokens, exactly=request.tokens is not None,
+        context=request.context, held_out=request.held_out_share, skip=plan.identity["skip"], seed=request.seed, pack=request.pack,
     )  # fmt: skip
 
 

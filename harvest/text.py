@@ -1,203 +1,106 @@
-"""Text -> contexts: stream documents, tokenise, cut, hold documents out, shuffle.
+"""Text -> contexts: tokenise documents, cut them, hold some out, shuffle.
 
-A context is BOS and up to `context - 1` tokens of one document; a document never shares a context with another. Which
-documents are held out is a hash of the seed and the document's text, so no document that evaluation reads was trained
-on, however often it occurs.
+A context is BOS and up to `context - 1` tokens of one document; a document never shares a context with another. With
+`pack` contexts are full instead: documents follow each other, each after a BOS of its own, those held out among
+themselves; what goes on in the next context begins with BOS there too.
+
+Which documents are held out is a hash of the seed and the document's text, so no document that evaluation reads was
+trained on, however often it occurs.
 """
 
-import contextlib
 import hashlib
 import itertools
-import random
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..cache.contexts import Contexts
-from ..cache.errors import OutsideError, SaeError, UsageError
-from .mini import corpus, spelling
+from ..cache.errors import OutsideError, UsageError
+from .draft import Draft
 
-PILE = "monology/pile-uncopyrighted"
-EMBEDDED = "python-stdlib"
-READERS = {".jsonl": "json", ".json": "json", ".zst": "json", ".parquet": "parquet", ".txt": "text"}
-SPELLED_LINES = 40  # of spelling after each embedded document: about one token in ten
-DOCUMENTS_AT_ONCE = 64  # tokenised together
+HUGE = 20_000_000  # characters, or ids: a document longer than this is a dump, and its tokens would fill the memory
+DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**24  # tokenised together
+DRAFT_TOKENS = 2_000_000
 
 
 class Document(NamedTuple):
-    text: str
-    held_out: bool | None  # None: the hash decides
+    text: Any  # str, or a list of ids tokenised before; a document of anything else is skipped
+    held_out: bool | None = None  # None: the hash decides
+
+
+class Documents(Protocol):
+    """They come in order. `position`, which JSON can hold, says how far it was read; None is the beginning."""
+
+    position: Any
+
+    def __iter__(self) -> Iterator[Document]: ...
+    def go_to(self, position: Any) -> None: ...
+
+
+class Listed:
+    """Documents that are cheap to read over: the position is their number."""
+
+    def __init__(self, make: Callable[[], Iterable[Document]]) -> None:
+        self.make = make
+        self.go_to(None)
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            self.position += 1
+            yield document
+
+    def go_to(self, position: int | None) -> None:
+        self.position = position or 0
+        self.documents = itertools.islice(self.make(), self.position, None)
 
 
 @dataclass
 class Text:
-    """A source of documents, and what pins it."""
+    """A source of documents, what pins it, and how many of its documents were no text that can be used."""
 
     name: str
     identity: dict[str, Any]
-    documents: Iterator[Document]
-    skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0})
+    source: Documents
+    tell: Callable[[str], None] = lambda sentence: None  # to the user
+    skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0, "huge": 0})
+
+    @property
+    def documents(self) -> Iterator[Document]:
+        for document in self.source:
+            if reason := unusable(document.text):
+                self.skipped[reason] += 1
+            else:
+                yield document
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"position": self.source.position, "skipped": dict(self.skipped)}
+
+    def go_to(self, state: dict[str, Any] | None) -> None:
+        """Where `state` was taken; None is the beginning."""
+        self.source.go_to(state and state["position"])
+        self.skipped |= state["skipped"] if state else dict.fromkeys(self.skipped, 0)
 
 
-def open_text(name: str, *, tokenizer: Any, revision: str | None, split: str, column: str, seed: int) -> Text:
-    """The embedded corpus, a local file or folder, or a dataset of the Hub, streamed.
-
-    Raises UsageError for a file that cannot be read or a column that is not there, OutsideError without network.
-    """
-    if name == EMBEDDED:
-        return embedded(tokenizer, seed)
-    path = Path(name)
-    if path.exists():
-        return local(path, column)
-    if path.suffix in READERS or name.startswith((".", "/")):
-        raise UsageError(
-            f"There is no file {name}. Give a .txt, .jsonl or .parquet file, a folder of them, a Hub dataset, or {EMBEDDED}."
-        )
-    return hub(name, revision, split, column)
+def unusable(text: Any) -> str | None:
+    """Why a document is skipped; None when it is not."""
+    if not (isinstance(text, str) or is_ids(text)):
+        return "not text"
+    if len(text) > HUGE:
+        return "huge"
+    return "empty" if not text or (isinstance(text, str) and text.isspace()) else None
 
 
-def embedded(tokenizer: Any, seed: int) -> Text:
-    """The standard library of the running Python, each harvested document followed by a little spelling."""
-    found = sorted(
-        corpus.documents(), key=lambda d: hashlib.sha256(d.name.encode()).digest()
-    )  # a small harvest is a fair sample
-    digest = hashlib.sha256()
-    for document in found:
-        digest.update(f"{document.name}\0{document.text}\0".encode())
-    pool, rng = spelling.words(tokenizer), random.Random(seed)
-
-    def documents() -> Iterator[Document]:
-        for document in found:
-            yield Document(document.text, document.held_out)
-            if not document.held_out:  # a held-out line of spelling would hardly ever be a new one
-                lines = (spelling.example(rng.choice(pool)) for _ in range(SPELLED_LINES))
-                yield Document("".join(f"\n{line}" for line in lines), held_out=False)
-
-    return Text(
-        EMBEDDED, {"name": EMBEDDED, "revision": digest.hexdigest(), "spelled_lines": SPELLED_LINES}, documents()
-    )
+def is_ids(value: Any) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
-def local(path: Path, column: str) -> Text:
-    """Files of one kind. A line of JSON or a row of Parquet is a document; a text file is cut at blank lines."""
-    files = sorted(p for p in path.rglob("*") if p.suffix in READERS) if path.is_dir() else [path]
-    kinds = {READERS.get(p.suffix) for p in files}
-    if len(kinds) != 1 or None in kinds:
-        raise UsageError(
-            f"{path} has {sorted({p.suffix for p in files}) or 'no files'}; give files of one kind: {', '.join(READERS)}."
-        )
-    digest = hashlib.sha256()
-    try:
-        if not any(file.stat().st_size for file in files):
-            raise UsageError(f"{path} is empty. Give a text to --dataset.")
-        for file in files:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    except OSError as error:
-        raise UsageError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    (kind,) = kinds
-    name = path.stem.removesuffix(".jsonl") or path.name
-    identity = {"name": name, "revision": digest.hexdigest(), "column": column if kind != "text" else None}
-    text = Text(name, identity, iter(()))
-    if kind == "text":
-        text.documents = (Document(section, None) for file in files for section in sections(read_text(file)))
-        return text
-    import datasets
-
-    def unreadable(problem: str) -> SaeError:
-        return UsageError(f"{path} cannot be read as {kind}: {problem}")
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say the same before us, with a traceback
-    with told(unreadable):
-        rows = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=True)
-        text.documents = column_of(rows, column, str(path), text.skipped, unreadable)
-    return text
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{file} is not UTF-8 text (byte {error.start}). Convert it, or give .jsonl or .parquet."
-        ) from error
-
-
-def sections(text: str, at_least: int = 2000) -> Iterator[str]:
-    """Runs of paragraphs of at least `at_least` characters: the documents of a plain text file."""
-    held, size = [], 0
-    for paragraph in text.split("\n\n"):
-        held.append(paragraph)
-        size += len(paragraph)
-        if size >= at_least:
-            yield "\n\n".join(held)
-            held, size = [], 0
-    if any(paragraph.strip() for paragraph in held):
-        yield "\n\n".join(held)
-
-
-def hub(name: str, revision: str | None, split: str, column: str) -> Text:
-    import datasets
-    import huggingface_hub
-
-    def unreachable(problem: str) -> SaeError:
-        return OutsideError(
-            f"The dataset {name} could not be read: {problem} Check the network and the name, give a local file to --dataset, "
-            f"or use the embedded text: --dataset {EMBEDDED}"
-        )
-
-    with told(unreachable):
-        commit = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
-        rows = datasets.load_dataset(name, revision=commit, split=split, streaming=True)
-        text = Text(name.split("/")[-1], {"name": name, "revision": commit, "split": split, "column": column}, iter(()))
-        text.documents = column_of(rows, column, name, text.skipped, unreachable)
-    return text
-
-
-@contextlib.contextmanager
-def told(sentence: Callable[[str], SaeError]) -> Iterator[None]:
-    """Turn whatever is raised into our sentence about it."""
-    try:
-        yield
-    except SaeError:
-        raise
-    except Exception as error:  # datasets and the Hub raise through pyarrow, httpx, fsspec and classes of their own
-        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise sentence(problem) from error
-
-
-def column_of(
-    rows: Any, column: str, name: str, skipped: dict[str, int], sentence: Callable[[str], SaeError]
-) -> Iterator[Document]:
-    """The texts of a dataset; UsageError at once when the column is not there."""
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
-        raise UsageError(f"{name} has no rows.")
-    if column not in first:
-        raise UsageError(
-            f"{name} has no column {column!r}; its columns are {', '.join(map(repr, first))}. Choose one with --text-column."
-        )
-
-    def documents() -> Iterator[Document]:
-        with told(sentence):  # a file broken further down, a network lost on the way
-            for row in itertools.chain([first], rows):
-                value = row.get(column)
-                if not isinstance(value, str):
-                    skipped["not text"] += 1
-                elif not value.strip():
-                    skipped["empty"] += 1
-                else:
-                    yield Document(value, None)
-
-    return documents()
-
-
-def is_held_out(text: str, seed: int, fraction: float) -> bool:
-    hashed = int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode(errors="surrogatepass")).digest()[:8], "little")
+def is_held_out(text: str | list[int], seed: int, fraction: float) -> bool:
+    content = text.encode(errors="surrogatepass") if isinstance(text, str) else np.array(text, np.uint32).tobytes()
+    hashed = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + content).digest()[:8], "little")
     return hashed < fraction * 2**64
 
 
@@ -214,47 +117,151 @@ def rows_of(contexts: Contexts, skip: list[int]) -> np.ndarray:
     return inside & ~np.isin(contexts.ids, skip)
 
 
+class Cutter:
+    """Documents' ids -> contexts, until there are `tokens` rows to harvest.
+
+    `open` is the context not full yet and its first document, [harvested, held out]; only `pack` leaves them open.
+    """
+
+    def __init__(self, bos: int, context: int, skip: list[int], tokens: int, pack: bool) -> None:
+        self.bos, self.context, self.skip, self.tokens, self.pack = bos, context, set(skip), tokens, pack
+        self.rows = 0
+        self.open: list[tuple[list[int], int]] = [([], 0), ([], 0)]
+        self.part = no_contexts()
+
+    def take(self) -> dict[str, np.ndarray]:
+        """The contexts since the last call: ids (T,) of all, one after the other; length, document, held_out (N,)."""
+        taken, self.part = self.part, no_contexts()
+        return {name: np.asarray(values) for name, values in taken.items()}
+
+    def add(self, body: list[int], document: int, held_out: bool) -> None:
+        piece, first = self.open[held_out]
+        done = 0
+        while done < len(body):
+            first = first if piece else document
+            piece.append(self.bos)
+            taken = body[done : done + self.context - len(piece)]
+            piece += taken
+            done += len(taken)
+            if len(piece) == self.context:
+                self.write(piece, first, held_out)
+                piece = []
+        self.open[held_out] = piece, first
+        if not self.pack:
+            self.close()
+
+    def close(self) -> None:
+        """What is open is a context as it is."""
+        for held_out, (piece, first) in enumerate(self.open):
+            if piece:
+                self.write(piece, first, bool(held_out))
+        self.open = [([], 0), ([], 0)]
+
+    def write(self, piece: list[int], first: int, held_out: bool) -> None:
+        if not held_out:
+            if self.rows >= self.tokens:
+                return
+            self.rows += sum(token not in self.skip for token in piece)
+            while self.rows > self.tokens:  # the last context is cut, so that there are as many rows as were asked for
+                self.rows -= piece.pop() not in self.skip
+        self.part["ids"].extend(piece)
+        self.part["length"].append(len(piece))
+        self.part["document"].append(first)
+        self.part["held_out"].append(held_out)
+
+
+def no_contexts() -> dict[str, array]:
+    """Where contexts are gathered: four arrays, however many there are."""
+    return {"ids": array("I"), "length": array("H"), "document": array("I"), "held_out": array("B")}
+
+
 def cut(
-    text: Text, tokenizer: Any, *, tokens: int, exactly: bool, context: int, held_out: float, skip: list[int], seed: int
-) -> Contexts:
+    text: Text, tokenizer: Any, draft: Draft, *, tokens: int, exactly: bool, context: int, held_out: float,
+    skip: list[int], seed: int, pack: bool = False, draft_tokens: int = DRAFT_TOKENS,
+) -> Contexts:  # fmt: skip
     """Contexts holding `tokens` rows to harvest, in shuffled order, and the held-out ones met on the way.
 
-    With `exactly`, UsageError when the text is too short.
+    It goes on from `draft`, which takes what is cut every `draft_tokens` tokens; the result does not depend on when.
+    Memory: 4 bytes for each of those tokens and one batch of documents with its tokens (at most CHARACTERS_AT_ONCE +
+    HUGE characters) while the text is read; then 4 * context + 50 bytes for each context.
+
+    With `exactly`, UsageError when the text is too short. OutsideError when the text cannot be read further; the draft
+    then holds all that was cut.
     """
-    if tokenizer.bos_token_id is None:
+    bos = tokenizer.bos_token_id
+    if bos is None:
         raise UsageError("This tokenizer has no BOS token; contexts begin with it.")
-    ids: list[np.ndarray] = []
-    document_of: list[int] = []
-    held: list[bool] = []
-    rows, skipped = 0, set(skip)
-    numbered = enumerate(text.documents)
-    while rows < tokens and (batch := list(itertools.islice(numbered, DOCUMENTS_AT_ONCE))):
-        encoded = tokenizer([d.text for _, d in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for (number, document), body in zip(batch, encoded, strict=True):
-            out = is_held_out(document.text, seed, held_out) if document.held_out is None else document.held_out
-            for start in range(0, len(body), context - 1):
-                if not out and rows >= tokens:
-                    break
-                piece = [tokenizer.bos_token_id, *body[start : start + context - 1]]
-                if not out:
-                    rows += sum(token not in skipped for token in piece)
-                    while rows > tokens:  # the last context is cut, so that there are as many rows as were asked for
-                        rows -= piece.pop() not in skipped
-                ids.append(np.array(piece, np.uint32))
-                document_of.append(number)
-                held.append(out)
-    if not rows:
-        raise UsageError(f"The text {text.name} has no tokens to harvest: it is empty. Give another --dataset.")
-    if exactly and rows < tokens:
+    cutter, number, state = Cutter(bos, context, skip, tokens, pack), 0, draft.state
+    if state:
+        cutter.rows, cutter.open, number = state["rows"], state["open"], state["documents"]
+        text.tell(f"Going on with {text.name} after {cutter.rows:,} tokens, which were cut before.")
+    text.go_to(state and state["text"])
+    documents = text.documents
+
+    def keep(reading: dict[str, Any]) -> None:
+        draft.add(cutter.take(), {"text": reading, "documents": number, "rows": cutter.rows, "open": cutter.open})
+
+    while cutter.rows < tokens:
+        reading = text.state
+        if len(cutter.part["ids"]) >= draft_tokens:
+            keep(reading)
+        try:
+            batch = batch_of(documents)
+        except OutsideError:
+            keep(reading)
+            raise
+        if not batch:
+            break
+        for document, body in zip(batch, ids_of(batch, tokenizer), strict=True):
+            out = document.held_out
+            if out is None:
+                out = is_held_out(document.text if isinstance(document.text, str) else body, seed, held_out)
+            cutter.add(body, number, out)
+            number += 1
+    cutter.close()
+    if not cutter.rows:
+        unread = ", ".join(f"{count:,} {why}" for why, count in text.skipped.items() if count)
         raise UsageError(
-            f"The text {text.name} ended at {rows:,} of {tokens:,} tokens. Ask for --tokens {rows} or fewer, or give more text."
+            f"The text {text.name} has no tokens to harvest: {f'its documents were skipped ({unread})' if unread else 'it is empty'}. "
+            "Give another --dataset."
         )
-    length = np.array([len(c) for c in ids], np.uint16)
-    padded = np.full((len(ids), context), tokenizer.pad_token_id or 0, np.uint32)
-    for row, one in zip(padded, ids, strict=True):
-        row[: len(one)] = one
-    order = np.random.Generator(np.random.Philox(key=[seed, 2**63])).permutation(len(ids))
-    order = order[
-        np.argsort(np.array(held)[order], kind="stable")
-    ]  # held out comes last: row_ctx counts from the first
-    return Contexts(padded, length, np.array(document_of, np.uint32), np.array(held)).select(order)
+    if exactly and cutter.rows < tokens:
+        raise UsageError(
+            f"The text {text.name} ended at {cutter.rows:,} of {tokens:,} tokens. Ask for --tokens {cutter.rows} or fewer, or give more text."
+        )
+    last = cutter.take()
+    return shuffled(lambda: itertools.chain(draft.parts(), [last]), context, tokenizer.pad_token_id or 0, seed)
+
+
+def batch_of(documents: Iterator[Document]) -> list[Document]:
+    """The next documents that are tokenised together; none at the end."""
+    batch: list[Document] = []
+    size = 0
+    while len(batch) < DOCUMENTS_AT_ONCE and size < CHARACTERS_AT_ONCE and (document := next(documents, None)):
+        batch.append(document)
+        size += len(document.text)
+    return batch
+
+
+def ids_of(batch: list[Document], tokenizer: Any) -> list[list[int]]:
+    """The ids of each document; a BOS before those tokenised before is dropped, since contexts put their own."""
+    texts = [document.text for document in batch if isinstance(document.text, str)]
+    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+    return [next(encoded) if isinstance(text, str) else text[text[0] == tokenizer.bos_token_id :] for text, _ in batch]
+
+
+def shuffled(parts: Callable[[], Iterable[dict[str, np.ndarray]]], context: int, padding: int, seed: int) -> Contexts:
+    """The contexts of all parts, padded, in the seed's order, those held out last: row_ctx counts from the first."""
+    each = zip(*((part["length"], part["document"], part["held_out"]) for part in parts()), strict=True)
+    length, document, held_out = map(np.concatenate, each)
+    order = np.random.Generator(np.random.Philox(key=[seed, 2**63])).permutation(len(length))
+    order = order[np.argsort(held_out[order], kind="stable")]
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    ids, first = np.full((len(length), context), padding, np.uint32), 0
+    for part in parts():
+        sizes = part["length"].astype(np.int64)
+        position = np.arange(len(part["ids"])) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        ids[np.repeat(place[first : first + len(sizes)], sizes), position] = part["ids"]
+        first += len(sizes)
+    return Contexts(ids, length[order], document[order], held_out[order].astype(bool))

@@ -182,7 +182,7 @@ def test_tokens_of_a_harvest_that_never_began_are_not_used(small: tuple[Request,
 
 IDENTITY = {
     "tokens": 601, "context": 33, "held_out": 0.3, "keep_special": True, "seed": 1,
-    "window": 512, "storage_dtype": "uint16", "dtype": "bfloat16", "attention": "sdpa",
+    "pack": True, "window": 512, "storage_dtype": "uint16", "dtype": "bfloat16", "attention": "sdpa",
 }  # fmt: skip
 
 
@@ -257,6 +257,7 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[Request, Cache], tmp_path: 
     ("wrong", "sentence"),
     [
         ({"tokens": 0}, "--tokens 0 is not positive"),
+        ({"tokens": 2**40 + 1}, r"--tokens 1099511627777 is more than 2\^40"),
         ({"context": 1}, "--context 1 is out of range"),
         ({"context": 65536}, "--context 65536 is out of range"),
         ({"window": 8193}, "--window 8193 is no whole number of chunks"),

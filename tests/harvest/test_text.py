@@ -1,5 +1,6 @@
 """Text becomes contexts: BOS first, one document each, as many tokens as asked for, and a sentence for bad input."""
 
+import itertools
 import json
 from collections.abc import Callable
 from itertools import islice
@@ -14,38 +15,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.cache.contexts import Contexts
 from sae.cache.errors import OutsideError, UsageError
-from sae.harvest import mini
+from sae.harvest.mini.corpus import Document as CorpusDocument
 from sae.harvest.mini.corpus import documents as corpus_documents
-from sae.harvest.model import find_model, load_tokenizer
-from sae.harvest.text import Document, Text, cut, is_held_out, open_text, rows_of, sections, specials
+from sae.harvest.sources import sections
+from sae.harvest.text import Cutter, Document, Listed, Text, is_held_out, rows_of, specials
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(find_model(mini.NAME)[0])
-
-
-@pytest.fixture
-def read(tokenizer: Any) -> Callable[..., Text]:
-    return lambda path, column="text": open_text(
-        str(path), tokenizer=tokenizer, revision=None, split="train", column=column, seed=0
-    )
-
-
-@pytest.fixture
-def cut_up(tokenizer: Any) -> Callable[..., Contexts]:
-    """cut_up(texts, tokens=..., context=...) -> contexts"""
-
-    def cut_texts(texts: list[str], tokens: int = 10**6, exactly: bool = False, held_out: float = 0.0, **more: Any):
-        text = Text("some", {}, iter(Document(t, None) for t in texts))
-        settings = {"context": 8, "skip": specials(tokenizer), "seed": 0} | more
-        return cut(text, tokenizer, tokens=tokens, exactly=exactly, held_out=held_out, **settings)
-
-    return cut_texts
 
 
 def test_contexts_begin_with_bos_and_hold_one_document(cut_up, tokenizer: Any) -> None:
@@ -98,9 +74,11 @@ def test_the_order_of_contexts_is_that_of_the_seed(cut_up) -> None:
     assert sorted(map(tuple, one.ids.tolist())) == sorted(map(tuple, other.ids.tolist()))
 
 
-@pytest.mark.parametrize("texts", [[], ["", ""]])
-def test_an_empty_text_is_refused(cut_up, texts: list[str]) -> None:
-    with pytest.raises(UsageError, match="The text some has no tokens to harvest: it is empty. Give another --dataset"):
+@pytest.mark.parametrize(
+    ("texts", "why"), [([], "it is empty"), (["", None, " "], r"its documents were skipped \(2 empty, 1 not text\)")]
+)
+def test_an_empty_text_is_refused(cut_up, texts: list[Any], why: str) -> None:
+    with pytest.raises(UsageError, match=f"The text some has no tokens to harvest: {why}. Give another --dataset"):
         cut_up(texts)
 
 
@@ -144,7 +122,7 @@ def test_a_digest_is_of_the_bytes_and_the_column(tmp_path: Path, read) -> None:
 def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
     rows = [{"text": t} for t in ("one", "", None, "  \n", "two", None)]
     text = read(write_lines(tmp_path / "a.jsonl", rows))
-    assert [d.text for d in text.documents] == ["one", "two"] and text.skipped == {"empty": 2, "not text": 2}
+    assert [d.text for d in text.documents] == ["one", "two"] and text.skipped == {"empty": 2, "not text": 2, "huge": 0}
 
 
 @settings(max_examples=50, deadline=None)
@@ -152,7 +130,7 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
 def test_sections_lose_nothing(paragraphs: list[str], at_least: int) -> None:
     text = "\n\n".join(paragraphs)
     found = list(sections(text, at_least))
-    assert "\n\n".join(found).rstrip("\n") == text.rstrip("\n")
+    assert "\n\n".join(found).rstrip() == text.rstrip()  # a blank end is no document
     assert all(
         len(section.replace("\n\n", "")) >= at_least for section in found[:-1] if "\n" not in "".join(paragraphs)
     )
@@ -204,7 +182,7 @@ def empty(folder: Path) -> Path:
         (lambda folder: folder, "has no files; give files of one kind"),
         (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column"),
         (empty, "a.jsonl is empty. Give a text"),
-        (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl or .parquet file"),
+        (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl, .parquet or .arrow file"),
         (lambda folder: "./gone", "There is no file ./gone"),
     ],
 )  # fmt: skip
@@ -250,6 +228,18 @@ def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_o
         assert spelled[number] or followed == (not document.held_out)
 
 
+def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spelling too, which is drawn."""
+    few = [CorpusDocument(f"source:{n}.py", f"number {n}", held_out=n % 3 == 0) for n in range(9)]
+    monkeypatch.setattr("sae.harvest.mini.corpus.documents", lambda: iter(few))
+    text = read("python-stdlib")
+    whole = list(text.documents)
+    assert len(whole) == 15
+    for number in range(15):
+        text.go_to({"position": number, "skipped": text.skipped})
+        assert list(text.documents) == whole[number:] and text.source.position == 15
+
+
 def test_what_repeats_itself_is_never_held_out() -> None:
     repeated = [d for d in corpus_documents() if d.name.startswith("topic:") or ":encodings/" in d.name]
     assert len(repeated) > 100 and not any(document.held_out for document in repeated)
@@ -260,3 +250,112 @@ def test_a_document_that_occurs_twice_is_on_one_side(cut_up) -> None:
     contexts = cut_up(texts, held_out=0.3)
     side = dict(zip(contexts.document.tolist(), contexts.held_out.tolist(), strict=True))
     assert all(side[n] == side[n + 100] for n in range(100)) and len(set(side.values())) == 2
+
+
+# Tokenised before
+
+
+def test_ids_give_what_their_text_gives(same, cut_up, tokenizer: Any) -> None:
+    ids = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+    with_bos = [[tokenizer.bos_token_id, *body] for body in ids]
+    for tokenised in (ids, with_bos, [ids[0], TEXTS[1], with_bos[2]]):
+        assert same(cut_up(tokenised), cut_up(TEXTS))
+
+
+def test_a_row_as_long_as_a_context_is_that_context(cut_up) -> None:
+    row = [2, 40, 41, 1, 2, 42, 43, 44]
+    contexts = cut_up([row])
+    assert contexts.ids.tolist() == [row] and contexts.length.tolist() == [8]
+    assert rows_of(contexts, [0, 1, 2]).tolist() == [[False, True, True, False, False, True, True, True]]
+    assert cut_up([row[1:]]).ids.tolist() == [row]
+
+
+def test_ids_are_held_out_by_their_hash(same, cut_up) -> None:
+    ids = [[2, n, n + 1, 9] for n in range(100, 300)]
+    contexts, without_bos = cut_up(ids, held_out=0.3), cut_up([row[1:] for row in ids], held_out=0.3)
+    assert 0.2 < contexts.held_out.mean() < 0.4 and same(contexts, without_bos)
+    assert [is_held_out(ids[d][1:], 0, 0.3) for d in contexts.document] == contexts.held_out.tolist()
+
+
+def test_documents_that_are_too_long_are_counted_not_read(cut_up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.harvest.text.HUGE", 10)
+    documents = ["0123456789", "0123456789a", [5] * 10, [5] * 11, "", [], [1.5], ["a"], [True], 7, "  "]
+    text = Text("some", {}, Listed(lambda: map(Document, documents)))
+    assert [d.text for d in text.documents] == ["0123456789", [5] * 10]
+    assert text.skipped == {"empty": 3, "not text": 4, "huge": 2}
+
+
+# Packing
+
+
+def packed(
+    documents: list[tuple[list[int], bool]], context: int, tokens: int = 10**6
+) -> list[tuple[list[int], int, bool]]:
+    """(ids, first document, held out) of each context, in the order in which they are cut."""
+    cutter = Cutter(2, context, [0, 1, 2], tokens, pack=True)
+    for number, (body, held_out) in enumerate(documents):
+        cutter.add(body, number, held_out)
+    cutter.close()
+    part = cutter.take()
+    pieces = np.split(part["ids"], np.cumsum(part["length"])[:-1])
+    return [(p.tolist(), d, bool(h)) for p, d, h in zip(pieces, part["document"], part["held_out"], strict=True)]
+
+
+def test_packing_by_hand() -> None:
+    documents = [
+        ([10, 11, 12, 13, 14], False),
+        ([], False),
+        ([20, 21], False),
+        ([90, 91], True),
+        ([30, 31, 32, 33], False),
+        ([92], True),
+    ]
+    expected = [
+        ([2, 10, 11, 12], 0, False),
+        ([2, 13, 14, 2], 0, False),
+        ([2, 20, 21, 2], 2, False),
+        ([2, 30, 31, 32], 4, False),
+        ([2, 90, 91, 2], 3, True),
+        ([2, 33], 4, False),
+        ([2, 92], 5, True),
+    ]
+    assert sorted(packed(documents, 4)) == sorted(expected)
+    assert [c[0] for c in packed(documents, 4, tokens=6) if not c[2]] == [[2, 10, 11, 12], [2, 13, 14, 2], [2, 20]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=20), st.integers(2, 12))
+def test_packing_keeps_every_token_once_and_in_order(sizes: list[tuple[int, bool]], context: int) -> None:
+    number = itertools.count(10)
+    documents = [(list(itertools.islice(number, size)), held_out) for size, held_out in sizes]
+    if not any(body for body, _ in documents):
+        return
+    contexts = packed(documents, context)
+    for side in (False, True):
+        mine = [ids for ids, _, held_out in contexts if held_out == side]
+        wanted = [token for body, held_out in documents if held_out == side for token in body]
+        assert [token for ids in mine for token in ids if token != 2] == wanted
+        assert all(len(ids) == context for ids in mine[:-1]) and all(ids[0] == 2 for ids in mine)
+    before = {token: previous for ids, _, _ in contexts for previous, token in itertools.pairwise(ids)}
+    assert all(before[body[0]] == 2 for body, _ in documents if body)
+    for ids, first, _ in contexts:
+        assert ids[1] in documents[first][0]
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
+def test_packed_contexts_have_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tokens: int) -> None:
+    contexts = cut_up(TEXTS, tokens, exactly=True, pack=True)
+    assert rows_of(contexts, specials(tokenizer)).sum() == tokens
+
+
+def test_packing_fills_contexts(cut_up) -> None:
+    assert len(cut_up(["seven zebras"] * 20, context=64)) == 20
+    assert sorted(cut_up(["seven zebras"] * 20, context=64, pack=True).length) == [14, 64, 64]  # 7 each, and two BOS
+
+
+def test_packing_keeps_held_out_documents_to_themselves(cut_up) -> None:
+    ids = [[n, n, n] for n in range(100, 300)]
+    side = {n: is_held_out([n, n, n], 0, 0.3) for n in range(100, 300)}
+    contexts = cut_up(ids, held_out=0.3, pack=True, context=32)
+    for row, length, held_out in zip(contexts.ids, contexts.length, contexts.held_out, strict=True):
+        assert {side[n] for n in row[:length].tolist() if n != 2} == {bool(held_out)}

@@ -1,0 +1,47 @@
+"""What the tests of text share: the embedded tokenizer, a reader of sources, a cutter of texts."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sae.cache.contexts import Contexts
+from sae.harvest import mini
+from sae.harvest.draft import Draft
+from sae.harvest.model import find_model, load_tokenizer
+from sae.harvest.sources import open_text
+from sae.harvest.text import Document, Listed, Text, cut, specials
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return load_tokenizer(find_model(mini.NAME)[0])
+
+
+@pytest.fixture
+def read(tokenizer: Any) -> Callable[..., Text]:
+    return lambda path, column="text", split="train", tell=lambda sentence: None: open_text(
+        str(path), tokenizer=tokenizer, revision=None, split=split, column=column, seed=0, tell=tell
+    )
+
+
+@pytest.fixture
+def same() -> Callable[[Contexts, Contexts], bool]:
+    return lambda one, other: all(
+        np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(Contexts)
+    )
+
+
+@pytest.fixture
+def cut_up(tokenizer: Any, tmp_path: Path) -> Callable[..., Contexts]:
+    """cut_up(texts, tokens=..., context=...) -> contexts; `texts` may be a Text."""
+
+    def cut_texts(texts: Any, tokens: int = 10**6, exactly: bool = False, held_out: float = 0.0, **more: Any):
+        text = texts if isinstance(texts, Text) else Text("some", {}, Listed(lambda: map(Document, texts)))
+        settings = {"draft": Draft(tmp_path, {}), "context": 8, "skip": specials(tokenizer), "seed": 0} | more
+        return cut(text, tokenizer, tokens=tokens, exactly=exactly, held_out=held_out, **settings)
+
+    return cut_texts
