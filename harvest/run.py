@@ -164,8 +164,8 @@ def write_windows(computing: "Computing", writer: Writer, windows: Mapping[int, 
         full.put(None)
         thread.join()
     except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
-        report.say("Stopping when the window being written is safe; Ctrl-C again stops at once.")
         with contextlib.suppress(KeyboardInterrupt):
+            report.say("Stopping when the window being written is safe; Ctrl-C again stops at once.")
             full.put(None)
             thread.join()
         left = len(writer.missing())

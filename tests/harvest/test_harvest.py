@@ -1,6 +1,9 @@
 """What a harvest writes is what the model computes, each row once, and nothing that was held out."""
 
 import shutil
+import signal
+import threading
+import time
 from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +14,10 @@ import torch
 from torch import Tensor
 
 from sae.cache.errors import DamagedError, Interrupted, OutsideError, UsageError
-from sae.cache.files import one_writer
+from sae.cache.files import one_writer, read_json
+from sae.cache.layout import Hook
 from sae.cache.reader import Cache
+from sae.cache.writer import Writer
 from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
 from sae.harvest.plan import Request, plan
 from sae.harvest.run import Report, harvest
@@ -139,6 +144,97 @@ def test_a_layer_added_later_is_as_if_harvested_at_once(small: tuple[Request, Ca
     assert files_of(folder) == files_of(both.folder)
 
 
+def test_other_sites_are_added_row_for_row(small: tuple[Request, Cache], tmp_path: Path) -> None:
+    """mlp_out and attn_z of a cached row are those of the position that row_ctx and row_pos name."""
+    request, both = small
+    folder = Path(shutil.copytree(both.folder, tmp_path / "sites"))
+    cache = harvest(plan(replace(request, layers=(1,), sites=("mlp_out", "attn_z"), out=folder)))
+    assert cache.hooks == [Hook(0), Hook(1, "attn_z"), Hook(1, "mlp_out"), Hook(1)]
+    source, config = find_model(request.model)
+    model = load_model(source, config, dtype="float32", device="cpu", attention="eager")
+    contexts, (ctx, pos) = cache.contexts(held_out=False), origins(cache)
+    for row in range(0, cache.rows, 37):
+        ids = torch.from_numpy(contexts.ids[ctx[row], : contexts.length[ctx[row]]].astype(np.int64))[None]
+        for hook, x_NSD in model.capture_hooks(ids, cache.hooks).items():
+            chunk = cache.chunk(hook.array, row // cache.layout.chunk_rows)
+            stored = torch.from_numpy(chunk[row % cache.layout.chunk_rows].copy()).view(torch.bfloat16)
+            torch.testing.assert_close(stored.float(), x_NSD[0, pos[row]], rtol=2**-7, atol=1e-3)
+
+
+def test_a_compressed_harvest_holds_the_same_rows(small: tuple[Request, Cache]) -> None:
+    request, raw = small
+    compressed = harvest(plan(replace(request, compress=True, out=None)))
+    assert compressed.folder != raw.folder and compressed.layout.compress
+    for array in ("layer_00", "layer_01"):
+        for chunk in range(len(raw.chunk_rows)):
+            assert np.array_equal(compressed.chunk(array, chunk), raw.chunk(array, chunk))
+    assert len(list(compressed.verify())) == len(compressed.manifest["files"])
+
+
+def test_a_memory_too_small_halves_the_pass(small: tuple[Request, Cache], tmp_path: Path, monkeypatch) -> None:
+    """What was committed before keeps its record; from then on the smaller number is recorded."""
+    request, said = replace(small[0], out=tmp_path / "tight"), []
+    capture = LanguageModel.capture_hooks
+    passes = []
+
+    def tight(model, ids_NS, hooks):
+        passes.append(len(ids_NS))
+        if len(passes) > 3 and len(ids_NS) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return capture(model, ids_NS, hooks)
+
+    monkeypatch.setattr(LanguageModel, "capture_hooks", tight)
+    cache = harvest(plan(request), Report(say=said.append))
+    assert [s.split(": ")[1] for s in said] == [
+        "from here on 4 contexts in a pass.",
+        "from here on 2 contexts in a pass.",
+    ]
+    made = [
+        read_json(p)["made_with"]["batch_contexts"] for p in sorted((cache.folder / "commits").glob("*.layer_01.json"))
+    ]
+    assert made[0] == 8 and made[-1] == 2
+    np.testing.assert_allclose(layer_rows(cache, 1), layer_rows(small[1], 1), rtol=2**-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+def test_a_context_that_does_not_fit_is_refused(
+    small: tuple[Request, Cache], tmp_path: Path, monkeypatch, error
+) -> None:
+    def full(model, ids_NS, hooks):
+        raise error
+
+    monkeypatch.setattr(LanguageModel, "capture_hooks", full)
+    with pytest.raises(
+        OutsideError, match="Not even one context of 32 tokens fits into the memory of cpu. Use a smaller"
+    ):
+        harvest(plan(replace(small[0], out=tmp_path / "none")))
+
+
+def test_the_model_never_runs_more_than_a_window_ahead(
+    small: tuple[Request, Cache], tmp_path: Path, monkeypatch
+) -> None:
+    """There are two windows of memory: while one waits to be written the next is computed, and no third."""
+    request = replace(small[0], window=128, out=tmp_path / "slow")
+    second, done = threading.Event(), [0]
+    write_window = Writer.write_window
+
+    def slow(writer, window, rows, made_with):
+        if window == 0:
+            assert second.wait(30)
+            time.sleep(0.3)  # a third would be computed by now
+            assert done[-1] == 256
+        write_window(writer, window, rows, made_with)
+
+    def computed(rows: int, total: int) -> None:
+        done.append(rows)
+        if rows == 256:
+            second.set()
+
+    monkeypatch.setattr(Writer, "write_window", slow)
+    harvest(plan(request), Report(computed))
+    assert done == [0, 128, 256, 384, 512, 600]
+
+
 def test_the_same_command_twice_writes_nothing(again: Request) -> None:
     def state() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in again.out.rglob("*") if p.name[0] != "."}
@@ -181,8 +277,8 @@ def test_tokens_of_a_harvest_that_never_began_are_not_used(small: tuple[Request,
 
 
 IDENTITY = {
-    "tokens": 601, "context": 33, "held_out": 0.3, "keep_special": True, "seed": 1,
-    "pack": True, "window": 512, "storage_dtype": "uint16", "dtype": "bfloat16", "attention": "sdpa",
+    "tokens": 601, "context": 33, "held_out": 0.3, "keep_special": True, "pack": True, "compress": True, "seed": 1,
+    "window": 512, "storage_dtype": "uint16", "dtype": "bfloat16", "attention": "sdpa",
 }  # fmt: skip
 
 
@@ -205,7 +301,7 @@ def test_text_and_model_change_the_folder(small: tuple[Request, Cache], tmp_path
     assert plan(replace(request, model=str(copy))).source.revision != plan(request).source.revision
 
 
-@pytest.mark.parametrize("change", [{"layers": (1,)}, {"layers": (1, 0, 1)}, {"batch_contexts": 3}])
+@pytest.mark.parametrize("change", [{"layers": (1,)}, {"layers": (1, 0, 1)}, {"sites": ("mlp_out",)}, {"batch_contexts": 3}, {"max_norm": 4.0}, {"device": "cpu"}])  # fmt: skip
 def test_layers_and_batches_do_not_change_the_folder(small: tuple[Request, Cache], change: dict) -> None:
     request = replace(small[0], out=None)
     assert plan(replace(request, **change)).folder == plan(request).folder
@@ -253,6 +349,32 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[Request, Cache], tmp_path: 
     assert files_of(request.out) == files_of(small[1].folder)
 
 
+def test_a_second_ctrl_c_stops_at_once(small: tuple[Request, Cache], tmp_path: Path, monkeypatch) -> None:
+    """The first waits for the window that is being written; the second does not."""
+    request, said = replace(small[0], out=tmp_path / "stopped"), []
+    writing, let_go = threading.Event(), threading.Event()
+
+    def stuck(writer, window, rows, made_with):
+        writing.set()
+        let_go.wait(30)
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        signal.raise_signal(signal.SIGINT)
+
+    def stop(done: int, total: int) -> None:
+        if writing.is_set():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "write_window", stuck)
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match="Stopped. 0 of 3 windows are safe"):
+        harvest(plan(request), Report(stop, say))
+    let_go.set()
+    assert said == ["Stopping when the window being written is safe; Ctrl-C again stops at once."]
+    assert time.monotonic() - started < 25  # it did not wait for the writer's thirty seconds
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -268,6 +390,8 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[Request, Cache], tmp_path: 
         ({"model": "gemma-2-mini", "dataset": None, "held_out": 0.1}, "--held-out cannot be given for python-stdlib"),
         ({"model": "./nothere"}, "There is no folder ./nothere"),
         ({"revision": "abc"}, "--revision is a commit of the Hub"),
+        ({"sites": ("resid_pre",)}, "--site resid_pre is unknown: give one of resid_post, mlp_out, attn_z"),
+        ({"max_norm": 1.0}, "--max-norm 1.0 would mark half of the rows"),
         ({"storage_dtype": "float16"}, "--storage-dtype float16 is unknown"),
         ({"dtype": "float64"}, "--dtype float64 is unknown"),
         ({"device": "tpu"}, "--device tpu is unknown"),
