@@ -102,7 +102,7 @@ def harvest(
 def run_harvest(request: Any, dry_run: bool = False) -> Any:
     from .cache.files import bytes_text, duration_text
     from .harvest.model import module_of
-    from .harvest.plan import estimated_seconds, free_space
+    from .harvest.plan import IMPLIED_VARIANCE, estimated_seconds, free_space
     from .harvest.plan import plan as resolve
     from .harvest.run import Report
     from .harvest.run import harvest as carry_out
@@ -128,7 +128,9 @@ def run_harvest(request: Any, dry_run: bool = False) -> Any:
     with bar("harvest", "tokens") as shown:
         cache = carry_out(plan, Report(shown, shown.say))
     for hook in plan.hooks:
-        echo(f"{hook.array:8s} {describe(cache.statistics(hook.array))}")
+        implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
+        expected = f" (the papers' numbers imply about {implied:g})" if implied else ""
+        echo(f"{hook.array:8s} {describe(cache.statistics(hook.array))}{expected}")
     contexts = cache.contexts(held_out=False)
     special = int(contexts.length.sum()) - cache.rows
     unread = ", ".join(f"{count:,} {why} documents skipped" for why, count in plan.text.skipped.items() if count)

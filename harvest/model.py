@@ -49,7 +49,7 @@ def module_of(hook: Hook) -> str:
     block = f"model.layers.{hook.layer}"
     return {
         "resid_post": f"hidden_states[{hook.layer + 1}]",
-        "mlp_out": f"{block}.post_feedforward_layernorm or .mlp",
+        "mlp_out": f"{block}.mlp, after post_feedforward_layernorm where there is one",
         "attn_z": f"the input of {block}.self_attn.o_proj",
     }[hook.site]
 

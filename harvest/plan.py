@@ -23,6 +23,8 @@ from .text import Text, specials
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
+# What the papers' MSE and explained variance of one SAE imply for the rows; derived, so a check of plausibility only.
+IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
 
 
 @dataclass(frozen=True)
