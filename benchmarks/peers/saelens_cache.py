@@ -18,7 +18,7 @@ from pathlib import Path
 import feed
 
 HERE = Path(__file__).parent
-DISTURBED, TRIES = 0.1, 3  # a run is done again when others took more than this share of the cores
+DISTURBED, TRIES = 0.1, 4  # a run does not count, and is done again, when others took more than this share of the cores
 READS = {"disk": "opened, from the disk", "memory": "opened, from memory", "again": "left open, from memory"}
 
 
@@ -88,21 +88,22 @@ def main() -> None:
         for number in range(asked.rounds):
             for name in list(commands)[:: 1 if number % 2 else -1]:
                 for _ in range(TRIES):
-                    result = run(commands[name], rows, Path(temporary, "cache"), number == 0, asked.keep_memory)
-                    if result["others"] < DISTURBED:
+                    check = not found[name]
+                    found[name].append(run(commands[name], rows, Path(temporary, "cache"), check, asked.keep_memory))
+                    if found[name][-1]["others"] < DISTURBED:
                         break
-                found[name].append(result)
 
+    for name, results in found.items():
+        share = ", ".join(f"{result['others']:.0%}" for result in results)
+        told = [results[0][key] for key in ("versions", "check") if key in results[0]]
+        found[name] = [result for result in results if result["others"] < DISTURBED]
+        print(f"{name}: {len(found[name])} runs count; others took {share} of the cores", *told, sep="; ")
+        if not found[name]:
+            raise SystemExit("No run was undisturbed. Try again on a quiet machine.")
     median = {
         name: {key: statistics.median(r[key] for r in results) for key, v in results[-1].items() if type(v) is not str}
         for name, results in found.items()
     }
-    for name, results in found.items():
-        share = ", ".join(f"{result['others']:.0%}" for result in results)
-        print(f"{name}, share of the cores that others took in each round: {share}")
-        for key in ("versions", "check"):
-            if key in results[0]:
-                print(f"{name}, {key}: {results[0][key]}")
 
     ours, theirs, half = median["ours"], median["SAELens float32"], median["SAELens float16"]
     print(
