@@ -1,0 +1,89 @@
+"""Our side of a comparison: `python ours.py rows.bin folder [--no-flush] [--check]`, one line of JSON."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import feed
+import numpy as np
+import torch
+import zarr
+
+from sae.cache.batches import Batches
+from sae.cache.contexts import Contexts
+from sae.cache.files import one_writer
+from sae.cache.layout import Layout
+from sae.cache.reader import Cache
+from sae.cache.writer import Writer
+
+LAYER = 12
+
+
+def write(folder: Path, fed: np.ndarray) -> None:
+    """As a harvest does: the text, then windows of shuffled rows, each committed, then the seal."""
+    n = len(fed)
+    layout = Layout(n * feed.CONTEXT)
+    with one_writer(folder, "benchmark"):
+        documents = np.arange(n, dtype=np.uint32)
+        Contexts(feed.ids(n), np.full(n, feed.CONTEXT, np.uint16), documents, np.zeros(n, bool)).write(folder)
+        writer = Writer(folder, {"made by": "benchmarks/peers"}, layout, {LAYER: feed.D_IN})
+        for window in writer.missing():
+            rows = layout.window(window)
+            slot = np.random.default_rng(window).permutation(len(rows))
+            bits = np.empty((len(rows), feed.D_IN), np.uint16)
+            row_ctx, row_pos = np.empty(len(rows), np.uint32), np.empty(len(rows), np.uint16)
+            for row in range(rows.start, rows.stop, feed.TOKENS_A_BATCH):  # both are whole numbers of these
+                number = np.arange(row, row + feed.TOKENS_A_BATCH)
+                target = slot[number - rows.start]
+                first = row // feed.CONTEXT
+                bits[target] = fed[first : first + feed.BATCH_CONTEXTS].reshape(-1, feed.D_IN)
+                row_ctx[target], row_pos[target] = np.divmod(number, feed.CONTEXT)
+            writer.write_window(window, {LAYER: bits}, row_ctx, row_pos, {})
+        writer.finish()
+
+
+def batches(folder: Path, batch: int, target: torch.Tensor | None = None) -> Generator[torch.Tensor]:
+    """Without end; copied into `target`, as its type, when there is one."""
+    with Batches(Cache(folder), LAYER, batch) as found:
+        for rows in found:
+            yield rows if target is None else target.copy_(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--no-flush", action="store_true", help="leave the bytes to the kernel, as the peer does")
+    parser.add_argument("--check", action="store_true")
+    asked = parser.parse_args()
+    fed = feed.load(asked.rows)
+    if asked.no_flush:
+        os.fsync = lambda descriptor: None
+        feed.tell({"write": fed.size / feed.D_IN / feed.timed(lambda: write(asked.folder, fed))})
+        return
+
+    tokens = fed.size // feed.D_IN
+    result = {
+        "versions": f"torch {torch.__version__}, zarr {zarr.__version__}",
+        "write": tokens / feed.timed(lambda: write(asked.folder, fed)),
+        "bytes": feed.size(asked.folder),
+    }
+    result |= feed.passes(asked.folder, tokens, lambda batch: batches(asked.folder, batch))
+    in_float32 = feed.passes(
+        asked.folder, tokens, lambda batch: batches(asked.folder, batch, torch.empty(batch, feed.D_IN))
+    )
+    result |= {f"{name} float32": rate for name, rate in in_float32.items()}
+    if asked.check:
+        cache = Cache(asked.folder)
+        array = cache.require(LAYER)
+        held = (cache.chunk(array, i) for i in range(len(cache.chunk_rows(LAYER))))
+        with contextlib.closing(batches(asked.folder, 4096)) as served:
+            given = [feed.names(next(served).view(torch.int16).numpy().view(np.uint16)) for _ in range(tokens // 4096)]
+        result["check"] = feed.check(fed, map(feed.names, held), given)
+    feed.tell(result)
+
+
+if __name__ == "__main__":
+    main()
