@@ -16,9 +16,9 @@ from sae.cache.contexts import Contexts
 from sae.cache.files import one_writer
 from sae.cache.layout import Layout
 from sae.cache.reader import Cache
-from sae.cache.writer import Writer
+from sae.cache.writer import Rows, Writer
 
-LAYER = 12
+LAYER = "layer_12"
 
 
 def write(folder: Path, fed: np.ndarray) -> None:
@@ -40,7 +40,7 @@ def write(folder: Path, fed: np.ndarray) -> None:
                 first = row // feed.CONTEXT
                 bits[target] = fed[first : first + feed.BATCH_CONTEXTS].reshape(-1, feed.D_IN)
                 row_ctx[target], row_pos[target] = np.divmod(number, feed.CONTEXT)
-            writer.write_window(window, {LAYER: bits}, row_ctx, row_pos, {})
+            writer.write_window(window, Rows({LAYER: bits}, row_ctx, row_pos), {})
         writer.finish()
 
 
@@ -77,8 +77,7 @@ def main() -> None:
     result |= {f"{name} float32": rate for name, rate in in_float32.items()}
     if asked.check:
         cache = Cache(asked.folder)
-        array = cache.require(LAYER)
-        held = (cache.chunk(array, i) for i in range(len(cache.chunk_rows(LAYER))))
+        held = (cache.chunk(LAYER, i) for i in range(len(cache.chunk_rows)))
         with contextlib.closing(batches(asked.folder, 4096)) as served:
             given = [feed.names(next(served).view(torch.int16).numpy().view(np.uint16)) for _ in range(tokens // 4096)]
         result["check"] = feed.check(fed, map(feed.names, held), given)
