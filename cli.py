@@ -35,7 +35,11 @@ Layers = Annotated[
     list[int] | None, typer.Option("--layer", help="Zero-based block; the residual stream after it. Repeats.")
 ]
 Caches = Annotated[
-    list[Path] | None, typer.Option("--cache", help="Needed only when several match. Repeats: they are read as one.")
+    list[Path] | None,
+    typer.Option(
+        "--cache",
+        help="Needed only when several match. Repeats: they are read as one. With --stream, the folder of the ring.",
+    ),
 ]
 Sites = Annotated[list[str] | None, typer.Option("--site", help="resid_post, mlp_out or attn_z. Repeats.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

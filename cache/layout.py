@@ -11,6 +11,7 @@
         commits/             one file per window and array, written last: the only proof that they exist
         harvest.json         what was asked for, so that a damaged window can be harvested again
         manifest.json        the union of the commits, with statistics, written once at the end
+        ring.json            instead of a manifest, where `sae train --stream` removes windows that it has read
 
 A chunk is `chunk_rows` rows, a window `window_rows` rows: a whole number of chunks, shuffled as one, written as one.
 The last chunk of an array is stored at full size, as Zarr demands: row counts come from the metadata, never from sizes.

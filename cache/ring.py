@@ -69,11 +69,14 @@ class Ring:
         return [min(size, rows.stop - start) for rows in windows for start in range(rows.start, rows.stop, size)]
 
     def _ends(self, batch_size: int) -> list[int]:
-        """For each group, how many batches there are up to its end. UsageError when the first has none."""
-        batches = [Plan(self.chunk_rows(0), batch_size, 0).batches_per_epoch]
-        for group in range(1, self.groups):
-            rows = self.chunk_rows(group)
-            batches.append(Plan(rows, batch_size, 0).batches_per_epoch if sum(rows) >= batch_size else 0)
+        """For each group, how many batches there are up to its end. UsageError when there are none."""
+        sizes = [self.chunk_rows(group) for group in range(self.groups)]
+        if sum(sizes[0]) < batch_size:
+            raise UsageError(
+                f"Half of the ring holds {sum(sizes[0]):,} rows, fewer than one batch of {batch_size:,}. "
+                "Give a larger --ring or --window, more --tokens, or a smaller --batch-size."
+            )
+        batches = [Plan(rows, batch_size, 0).batches_per_epoch if sum(rows) >= batch_size else 0 for rows in sizes]
         return np.cumsum(batches).tolist()
 
     def group_of(self, batch: int, batch_size: int) -> int:

@@ -50,7 +50,7 @@ def check_room(plan: Plan, ring: Ring) -> int:
         fits = f"--ring {windows}" if windows else f"--ring {AHEAD} --window {half // CHUNK_ROWS * CHUNK_ROWS or half}"
         raise OutsideError(
             f"A ring of {ring.size} windows of {ring.layout.window_rows:,} rows needs {bytes_text(1.02 * needed)} and "
-            f"{plan.folder} has {bytes_text(free)}. {f'{fits} would fit.' if half > 0 else 'Free space first.'}"
+            f"{plan.folder} has {bytes_text(free)} for it. {f'{fits} would fit.' if half > 0 else 'Free space first.'}"
         )
     return needed
 
