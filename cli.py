@@ -27,11 +27,19 @@ def tokens_of(text: str) -> int:
 
 
 Tokens = Annotated[int | None, typer.Option("--tokens", parser=tokens_of, metavar="N", help="Such as 10M.")]
+STREAM = "With --stream, of the harvest"
+StreamTokens = Annotated[
+    int | None, typer.Option("--tokens", parser=tokens_of, metavar="N", help="Such as 10M.", rich_help_panel=STREAM)
+]
 Layers = Annotated[
     list[int] | None, typer.Option("--layer", help="Zero-based block; the residual stream after it. Repeats.")
 ]
 Caches = Annotated[
-    list[Path] | None, typer.Option("--cache", help="Needed only when several match. Repeats: they are read as one.")
+    list[Path] | None,
+    typer.Option(
+        "--cache",
+        help="Needed only when several match. Repeats: they are read as one. With --stream, the folder of the ring.",
+    ),
 ]
 Sites = Annotated[list[str] | None, typer.Option("--site", help="resid_post, mlp_out or attn_z. Repeats.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -101,7 +109,6 @@ def harvest(
 
 def run_harvest(request: Any, dry_run: bool = False) -> Any:
     from .cache.files import bytes_text, duration_text
-    from .harvest.model import module_of
     from .harvest.plan import IMPLIED_VARIANCE, estimated_seconds, free_space
     from .harvest.plan import plan as resolve
     from .harvest.run import Report
@@ -109,11 +116,7 @@ def run_harvest(request: Any, dry_run: bool = False) -> Any:
 
     plan = resolve(request, echo)
     size = plan.tokens * plan.bytes_per_token
-    echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
-    for hook in plan.hooks:
-        echo(f"hook     {hook.name} = {module_of(hook)}, {plan.widths[hook.array]} wide")
-    held_out = "a tenth" if plan.identity["held_out"] == "by name" else f"{plan.request.held_out_share:.0%}"
-    echo(f"text     {plan.text.name} at {plan.text.identity['revision'][:12]}, {held_out} of the documents held out")
+    show_source(plan)
     echo(
         f"size     {'' if plan.request.tokens else 'up to '}{plan.tokens:,} tokens x {plan.bytes_per_token:,} B = {bytes_text(size)}"
         f"{' before compression' if request.compress else ''}; {bytes_text(free_space(plan.folder))} free"
@@ -141,6 +144,17 @@ def run_harvest(request: Any, dry_run: bool = False) -> Any:
     return cache
 
 
+def show_source(plan: Any) -> None:
+    """What will be read and computed, as lines."""
+    from .harvest.model import module_of
+
+    echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
+    for hook in plan.hooks:
+        echo(f"hook     {hook.name} = {module_of(hook)}, {plan.widths[hook.array]} wide")
+    held_out = "a tenth" if plan.identity["held_out"] == "by name" else f"{plan.request.held_out_share:.0%}"
+    echo(f"text     {plan.text.name} at {plan.text.identity['revision'][:12]}, {held_out} of the documents held out")
+
+
 @app.command()
 @spoken
 def train(
@@ -152,7 +166,9 @@ def train(
     site: Annotated[str, typer.Option(help="resid_post, mlp_out or attn_z.")] = "resid_post",
     seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeats.")] = None,
     cache: Caches = None,
-    model: Annotated[str | None, typer.Option(help="Choose the cache by its model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Choose the cache by its model; with --stream, the model to harvest.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Default: one epoch of the cache.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Tokens in a batch. Default: the recipe's.")] = None,
     width: Annotated[
@@ -166,10 +182,25 @@ def train(
     order_seed: Annotated[int, typer.Option(help="Order of the batches, shared by all variants.")] = 0,
     log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Harvest while training, and keep only a ring of activations on the disk.")
+    ] = False,
+    tokens: StreamTokens = None,
+    ring: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=STREAM, help="Windows on the disk at most, an even number. Default: 4."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(rich_help_panel=STREAM, help="As in `sae harvest`.")] = None,
+    context: Annotated[
+        int | None, typer.Option(rich_help_panel=STREAM, help="Tokens in a context. Default: 128.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(rich_help_panel=STREAM, help="Rows in a window. Default: 262,144.")
+    ] = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
-    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache."""
+    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache, or with --stream over a text."""
     from .cache.errors import UsageError
     from .train.run import Request
 
@@ -181,12 +212,23 @@ def train(
         variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
         options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    runs = run_train(request, dry_run)
+    of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
+    given = {name: value for name, value in of_stream.items() if value is not None}
+    if stream:
+        from .cli_stream import run_stream
+
+        runs = run_stream(request, given, dry_run)
+    elif given:
+        raise UsageError(
+            f"{', '.join(f'--{name}' for name in given)} can only be given with --stream. A cache has its own."
+        )
+    else:
+        runs = run_train(request, dry_run)
     if not dry_run:
         echo(f"next     sae evaluate {' '.join(str(run.folder) for run in runs)}")
 
 
-def run_train(request: Any, dry_run: bool = False) -> list[Any]:
+def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> list[Any]:
     from .train.run import plan
     from .train.stream import Report, run_all
 
@@ -211,7 +253,7 @@ def run_train(request: Any, dry_run: bool = False) -> list[Any]:
                 f"loss={first.get('loss', 0):.4g} l0={first.get('l0', 0):.1f} ev={first.get('explained_variance', 0):.3f} dead={first.get('dead', 0):.1%}",
             )
 
-        run_all(runs, request, Report(step, shown.say))
+        (carry_out or run_all)(runs, request, Report(step, shown.say))
     if latest:
         show_table("trained (means over the last logged steps)", ["run", "loss", "L0", "EV", "dead"], [
             [name, f"{m['loss']:.4f}", f"{m['l0']:.1f}", f"{m['explained_variance']:.3f}", f"{m['dead']:.1%}"] for name, m in latest.items()

@@ -39,8 +39,7 @@ def list_() -> None:
         if isinstance(cache, Exception):
             typer.echo(f"{folder}   does not open: {cache}")
             continue
-        state = ", ".join(map(str, cache.hooks)) or "half written"
-        typer.echo(f"{folder}   {cache.model}, {state}, {cache.rows:,} rows")
+        typer.echo(f"{folder}   {cache.model}, {cache.state}, {cache.rows:,} rows")
 
 
 @cache_app.command()

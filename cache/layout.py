@@ -11,11 +11,13 @@
         commits/             one file per window and array, written last: the only proof that they exist
         harvest.json         what was asked for, so that a damaged window can be harvested again
         manifest.json        the union of the commits, with statistics, written once at the end
+        ring.json            instead of a manifest, where `sae train --stream` removes windows that it has read
 
 A chunk is `chunk_rows` rows, a window `window_rows` rows: a whole number of chunks, shuffled as one, written as one.
 The last chunk of an array is stored at full size, as Zarr demands: row counts come from the metadata, never from sizes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,6 +181,15 @@ class Layout:
             Array("row_ctx", (self.rows,), (self.window_rows,), "uint32"),
             Array("row_pos", (self.rows,), (self.window_rows,), "uint16"),
         ]
+
+    def arrays(self, widths: Mapping[str, int]) -> list[Array]:
+        """Every array that windows write, for arrays of activations by name and width."""
+        return [*self.origins(), *(a for name, d_in in widths.items() for a in self.activations(name, d_in))]
+
+    def chunks_of(self, array: Array, windows: range) -> range:
+        """An array's chunks in these windows: several a window where it holds activations, else one."""
+        each = self.window_rows // array.chunk[0] if len(array.shape) == 2 else 1
+        return range(windows.start * each, min(windows.stop * each, array.chunks))
 
 
 def tokens_arrays(contexts: int, length: int) -> list[Array]:

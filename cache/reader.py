@@ -75,12 +75,29 @@ class Cache:
         """The layers whose residual stream is whole."""
         return [hook.layer for hook in self.hooks if hook.site == "resid_post"]
 
+    @property
+    def begun(self) -> list[int]:
+        """The windows that are committed, in some array at least."""
+        return sorted({int(path.name.split(".")[0]) for path in (self.folder / "commits").glob("*.json")})
+
+    @property
+    def state(self) -> str:
+        """What of it is there, in a few words."""
+        if not is_ring(self.folder):
+            return ", ".join(map(str, self.hooks)) or "half written"
+        there = f"windows {self.begun[0]}-{self.begun[-1]}" if self.begun else "no windows left"
+        return f"rolling, {there} of {self.layout.windows}"
+
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        if not self.attributes["complete"]:
-            begun = {path.name.split(".")[0] for path in (self.folder / "commits").glob("*.json")}
+        if is_ring(self.folder):
             raise UsageError(
-                f"{self.folder} is half written ({len(begun)} of {self.layout.windows} windows). Run the same `sae harvest` again to finish it."
+                f"{self.folder} is {self.state}: only the `sae train --stream` that fills it reads it. "
+                "For a cache to keep, `sae harvest`."
+            )
+        if not self.attributes["complete"]:
+            raise UsageError(
+                f"{self.folder} is half written ({len(self.begun)} of {self.layout.windows} windows). Run the same `sae harvest` again to finish it."
             )
         manifest = read_json(self.folder / "manifest.json", "fingerprint", "complete", "statistics", "files")
         if manifest["fingerprint"] != self.fingerprint:
@@ -201,6 +218,11 @@ def remove_cache(folder: Path) -> int:
     return size
 
 
+def is_ring(folder: Path) -> bool:
+    """Whether a cache keeps only a ring of its windows: the others were removed, or are still to come."""
+    return (folder / "ring.json").exists()
+
+
 def open_cache(folder: Path | str) -> Cache:
     """Open the activation cache in `folder`."""
     return Cache(folder)
@@ -227,14 +249,14 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
     if matching:
         listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in matching)
         raise UsageError(f"{len(matching)} caches hold {hook}. Say which:\n{listed}")
-    unfinished = [c for c in opened if not c.attributes["complete"]]
+    unfinished = [c for c in opened if not c.attributes["complete"] and not is_ring(c.folder)]
     if unfinished:
         raise UsageError(
             f"No whole cache holds {hook}; {unfinished[0].folder} is half written. Run the same `sae harvest` again to finish it."
         )
     models = {model} if model else {c.model for c in opened}
     named = f" --model {models.pop()}" if len(models) == 1 else ""
-    held = "".join(f"\n  {c.folder} holds {', '.join(map(str, c.hooks))} of {c.model}" for c in opened)
+    held = "".join(f"\n  {c.folder} holds {', '.join(map(str, c.hooks))} of {c.model}" for c in opened if c.hooks)
     broken = "".join(f"\n  {error}" for error in everything.values() if isinstance(error, SaeError))
     raise UsageError(
         f"No cache holds {hook}{f' of {model}' if model else ''}. Make one with `sae harvest {hook.flags}{named}`.{held}{broken}"

@@ -23,7 +23,7 @@ from .layout import FORMAT, Array, Hook, Layout, group_metadata
 from .statistics import seal
 
 WRITERS = 2  # threads: two saturate a disk, four gain a tenth more
-OURS = {"tokens", "harvest.json", ".lock", ".lock.holder"}  # what stands in a folder before its zarr.json
+OURS = {"tokens", "harvest.json", "ring.json", ".lock", ".lock.holder"}  # what stands in a folder before its zarr.json
 
 Job = tuple[Array, int, np.ndarray]  # an array, a chunk of it, the rows
 
@@ -50,8 +50,7 @@ class Writer:
             raise DamagedError(
                 f"{folder} was begun with {rows:,} rows, but its text now has {layout.rows:,}. Use another --out."
             )
-        activations = [a for name, d_in in self.widths.items() for a in layout.activations(name, d_in)]
-        for array in [*layout.origins(), *activations]:
+        for array in layout.arrays(self.widths):
             if not (folder / array.name / "zarr.json").exists():
                 write_json(folder / array.name / "zarr.json", array.metadata())
 

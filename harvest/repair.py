@@ -12,7 +12,7 @@ from ..cache.files import one_writer, read_json
 from ..cache.layout import Hook
 from ..cache.writer import Writer
 from .plan import Plan, Request, plan
-from .run import UNWATCHED, Computing, Report, cut_text, layout_of, load, text_of
+from .run import UNWATCHED, Computing, Report, cut_text, layout_of, load, refuse_ring, text_of
 
 
 def repair(
@@ -32,6 +32,7 @@ def repair(
         raise UsageError(
             f"{folder} holds no harvest (no harvest.json and commits/). `sae cache repair` takes a folder under activations/."
         )
+    refuse_ring(folder)
     with one_writer(folder, "sae cache repair", report.say):
         mended = list(drop_unreadable(folder))
         again = planned_again(folder, model=model, dataset=dataset, device=device)

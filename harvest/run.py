@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from ..cache.contexts import Contexts
-from ..cache.errors import Interrupted, OutsideError, SaeError
+from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
 from ..cache.files import digest_of, one_writer, read_json, write_json
 from ..cache.layout import Hook, Layout
-from ..cache.reader import Cache
+from ..cache.reader import Cache, is_ring
 from ..cache.writer import Rows, Writer, begun
 from .draft import Draft, discard
 from .model import LanguageModel, load_trunk
@@ -54,6 +54,9 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
     with contextlib.ExitStack() as held, terminated_as_interrupted():
         if team.first:
             held.enter_context(one_writer(plan.folder, "sae harvest", report.say))
+            refuse_ring(plan.folder)
+            if plan.request.tokens is not None and not Contexts.written(plan.folder):  # reading the text may take long
+                plan.check_space(plan.request.tokens * plan.bytes_per_token, plan.bytes_per_token)
             contexts = text_of(plan)
             keep_record(plan.folder / "harvest.json", plan.request.record())
             writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
@@ -84,6 +87,14 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
     return Cache(plan.folder)
 
 
+def refuse_ring(folder: Path) -> None:
+    """UsageError when the windows that lack here were removed on purpose."""
+    if is_ring(folder):
+        raise UsageError(
+            f"{folder} keeps only the windows that `sae train --stream` is about to read. For a cache to keep, harvest with another --out."
+        )
+
+
 def keep_record(path: Path, record: dict[str, Any]) -> None:
     if not path.exists() or read_json(path) != record:
         write_json(path, record)
@@ -102,10 +113,7 @@ def load(plan: Plan, windows: Mapping[int, Sequence[str]], device: str) -> Langu
 
 def text_of(plan: Plan) -> Contexts:
     """The ids to run: those of an earlier start of the same harvest, or cut now and written down first."""
-    request = plan.request
     if not (begun(plan.folder, digest_of(plan.identity)) and Contexts.written(plan.folder)):
-        if request.tokens is not None:  # before the text is read, which may take long
-            plan.check_space(request.tokens * plan.bytes_per_token, plan.bytes_per_token)
         cut_text(plan).write(plan.folder)
     return Contexts.read(plan.folder)
 
@@ -172,6 +180,10 @@ def write_windows(computing: "Computing", writer: Writer, windows: Mapping[int, 
         raise Interrupted(
             f"Stopped. {writer.layout.windows - left} of {writer.layout.windows} windows are safe; the same command goes on from there."
         ) from None
+    except BaseException:  # of the model, or of whoever watches
+        full.put(None)
+        thread.join()
+        raise
     if failed:
         raise failed[0]
 

@@ -23,6 +23,7 @@ from ..cache.files import digest_of, read_json
 from ..cache.joined import Joined, join
 from ..cache.layout import SITES, Hook, home
 from ..cache.reader import Cache, find_cache
+from ..cache.ring import Ring
 from .recipe import Recipe, Setting, find_recipe
 
 FORMAT = 1
@@ -50,6 +51,7 @@ class Request:
     site: str = "resid_post"
     seeds: Sequence[int] = (0,)
     caches: Sequence[Path] = ()
+    ring: Ring | None = None  # instead of caches: what is harvested while training runs
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
     batch_size: int | None = None  # None: the recipe's
@@ -73,7 +75,7 @@ class Run:
     seed: int
     order_seed: int
     setting: Setting
-    cache: Cache | Joined
+    cache: Cache | Joined | Ring
     folder: Path = Path()
     problem: str | None = field(default=None)  # why it was given up
 
@@ -108,6 +110,11 @@ class Run:
         return [str(cache.folder.resolve()) for cache in caches]
 
     @property
+    def order(self) -> tuple[Any, ...]:
+        """What decides the batches: runs of the same read each once, together."""
+        return (*self.cache_folders, self.hook, self.setting.batch_size, self.order_seed)
+
+    @property
     def done(self) -> bool:
         return (self.folder / "sae.json").exists()
 
@@ -126,11 +133,11 @@ def plan(request: Request) -> list[Run]:
     runs, problems = [], []
     for layer in dict.fromkeys(request.layers):
         hook = Hook(layer, request.site)
-        cache = join(request.caches) if request.caches else find_cache(request.model, hook)
+        cache = request.ring or (join(request.caches) if request.caches else find_cache(request.model, hook))
         d_in = cache.array(cache.require(*hook)).shape[1]
         for recipe in recipes:
             try:
-                setting = setting_of(request, recipe, cache.chunk_rows, d_in)
+                setting = setting_of(request, recipe, cache, d_in)
                 with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
                     recipe.make(setting, given[recipe.name])
             except UsageError as error:
@@ -145,15 +152,21 @@ def plan(request: Request) -> list[Run]:
     return runs
 
 
-def setting_of(request: Request, recipe: Recipe, chunk_rows: list[int], d_in: int) -> Setting:
+def setting_of(request: Request, recipe: Recipe, cache: Cache | Joined | Ring, d_in: int) -> Setting:
     """The sizes of a run: what was asked for, else the recipe's, and one epoch."""
     batch_size = recipe.batch_size if request.batch_size is None else request.batch_size
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not positive.")
-    epoch = Plan(chunk_rows, batch_size, 0).batches_per_epoch
+    rolling = isinstance(cache, Ring)
+    epoch = cache.ends(batch_size)[-1] if rolling else Plan(cache.chunk_rows, batch_size, 0).batches_per_epoch
     steps = epoch if request.steps is None else request.steps
     if steps < 1:
         raise UsageError(f"--steps {steps} would train nothing.")
+    if rolling and steps > epoch:
+        raise UsageError(
+            f"--steps {steps} is more than there is: {cache.layout.rows:,} tokens are {epoch:,} batches of {batch_size:,}, "
+            "and --stream reads them once. Give more --tokens, or fewer --steps."
+        )
     return Setting(d_in, width_of(request.width, recipe, d_in), steps, batch_size)
 
 
@@ -173,6 +186,11 @@ def resumed(folder: Path, request: Request) -> Run:
     record = read_json(folder / "run.json", *RECORDED)
     if record["format"] != FORMAT:
         raise UsageError(f"{folder}/run.json has format {record['format']}; this version reads {FORMAT}. Upgrade.")
+    if "ring" in record:
+        raise UsageError(
+            f"{folder} is trained on activations that are harvested meanwhile, into {record['cache_folders'][0]}. "
+            "To go on with it, repeat the `sae train --stream` command that began it."
+        )
     cache = join(request.caches or list(map(Path, record["cache_folders"])))
     setting = Setting(*(record[name] for name in Setting._fields))
     recipe = find_recipe(record["variant"])

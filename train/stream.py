@@ -16,6 +16,9 @@ from ..cache.batches import Batches, Resident, open_batches
 from ..cache.device import best_device
 from ..cache.errors import Interrupted, SaeError, UsageError
 from ..cache.files import one_writer, outside, publish, read_json, write_json
+from ..cache.joined import Joined
+from ..cache.reader import Cache
+from ..cache.ring import Ring
 from .checkpoint import restore, save_checkpoint
 from .loop import Training, bfloat16_products, train
 from .recipe import Variant
@@ -41,22 +44,30 @@ def run_all(runs: Sequence[Run], request: Request, report: Report = Report()) ->
     """
     device = best_device(request.device)
     streams: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        if run.done:
-            report.say(f"{run.folder} is trained already.")
-        else:
-            key = (*run.cache_folders, run.hook, run.setting.batch_size, run.order_seed)
-            streams.setdefault(key, []).append(run)
+    for run in undone(runs, report):
+        streams.setdefault(run.order, []).append(run)
     with stop_on_signal() as stopping:
         for together in streams.values():
             with contextlib.ExitStack() as held:
                 for run in together:
                     held.enter_context(one_writer(run.folder, "sae train", report.say))
                 begun = [begin(run, device, report) for run in together]
-                # Runs that stopped at different steps read different batches next: each group of equals is a stream.
-                for taken in sorted({taken for _, taken in begun}):
-                    group = [training for training, at in begun if at == taken]
-                    Stream(group, taken, request, report, stopping).train(device)
+                for training, taken in begun:
+                    if not taken:
+                        adapt(training, training.run.cache)
+                for stream in streams_of(begun, request, report, stopping):
+                    stream.train(stream.longest)
+    raise_problems(runs)
+
+
+def undone(runs: Sequence[Run], report: Report) -> list[Run]:
+    for run in runs:
+        if run.done:
+            report.say(f"{run.folder} is trained already.")
+    return [run for run in runs if not run.done]
+
+
+def raise_problems(runs: Sequence[Run]) -> None:
     failed = [run for run in runs if run.problem]
     if failed:
         raise SaeError("\n".join(f"{run.folder}: {run.problem}" for run in failed))
@@ -71,7 +82,10 @@ class RunTraining(Training):
 
 
 def begin(run: Run, device: str, report: Report) -> tuple[RunTraining, int]:
-    """Build a run's variant, load its newest checkpoint if it has one; returns how many steps were taken."""
+    """Build a run's variant, load its newest checkpoint if it has one; returns how many steps were taken.
+
+    Without one it still has to `adapt`: the constants of normalisation come with a checkpoint.
+    """
     training, taken = RunTraining(run, build(run).to(device), device), 0
     if (run.folder / "run.json").exists():
         check_defaults(run, training.variant)
@@ -85,13 +99,17 @@ def begin(run: Run, device: str, report: Report) -> tuple[RunTraining, int]:
 
 
 def build(run: Run) -> Variant:
-    """The variant at step 0: the recipe under the run's seed, with the cache's constants."""
+    """The variant at step 0: the recipe under the run's seed, without the constants of its activations."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        variant = run.recipe.make(run.setting, run.options)
-    name = run.hook.array
-    variant.adapt(torch.from_numpy(run.cache.mean(name)).float(), run.cache.statistics(name)["mean_square_norm"])
-    return variant
+        return run.recipe.make(run.setting, run.options)
+
+
+def adapt(training: RunTraining, cache: Cache | Joined) -> None:
+    """Give a training that begins the constants of normalisation."""
+    name = training.run.hook.array
+    mean_D = torch.from_numpy(cache.mean(name)).float().to(training.device)
+    training.variant.adapt(mean_D, cache.statistics(name)["mean_square_norm"])
 
 
 def record_of(run: Run, variant: Variant) -> dict[str, Any]:
@@ -101,6 +119,7 @@ def record_of(run: Run, variant: Variant) -> dict[str, Any]:
         "resolved": {**run.recipe.options, **asdict(variant.optimization), **run.options},
         "paper": run.recipe.paper,
         "cache_folders": run.cache_folders,
+        **({"ring": run.cache.size} if isinstance(run.cache, Ring) else {}),
         "versions": {name: version(name) for name in ("sae-pipeline", "torch", "numpy", "safetensors", "zarr")},
         "threads": torch.get_num_threads(),
     }
@@ -119,6 +138,14 @@ def check_defaults(run: Run, variant: Variant) -> None:
         )
 
 
+def streams_of(
+    begun: list[tuple[RunTraining, int]], request: Request, report: Report, stopping: Callable[[], bool]
+) -> list["Stream"]:
+    """Runs that stopped at different steps read different batches next: each group of equals is a stream."""
+    groups = [([t for t, at in begun if at == taken], taken) for taken in sorted({taken for _, taken in begun})]
+    return [Stream(trainings, taken, request, report, stopping) for trainings, taken in groups]
+
+
 class Stream:
     """Runs on one pass over the same batches, from batch `taken` until each is done, fails, or is told to stop."""
 
@@ -127,18 +154,22 @@ class Stream:
     ) -> None:
         self.active, self.taken, self.request, self.report, self.stopping = trainings, taken, request, report, stopping
         self.longest = max(training.steps for training in trainings)
+        self.batch_size = trainings[0].run.setting.batch_size
+        self.waited = 0.0  # seconds for data, in the batches that are closed
 
-    def train(self, device: str) -> None:
+    def train(self, until: int) -> None:
+        """Take the steps up to `until`; whoever is not done then has a checkpoint there."""
         self._finish_those_at(self.taken)  # killed between their last checkpoint and their end
         if self.active:
-            first = self.active[0].run
-            with batches_of(first, self.taken, device) as self.batches:
-                train(self.active, self.batches, range(self.taken, self.longest), self._after_step)
+            self.until, first = until, self.active[0]
+            with batches_of(first.run, self.taken, first.device) as self.batches:
+                train(self.active, self.batches, range(self.taken, until), self._after_step)
+            self.taken, self.waited = until, self.waited + self.batches.waited
 
     def _after_step(self, number: int) -> bool:
         count, stop = number + 1, self.stopping()
         ending = any(training.steps == count for training in self.active)
-        checkpoint = stop or count % self.request.checkpoint_every == 0
+        checkpoint = stop or count == self.until or count % self.request.checkpoint_every == 0
         if stop or ending or checkpoint or count % self.request.log_every == 0:
             self._give_up_the_failed()
             self._log(count)
@@ -148,9 +179,8 @@ class Stream:
                 save_checkpoint(training, training.run.folder, count)
         if stop and self.active:
             folders = " ".join(f"--resume {training.run.folder}" for training in self.active)
-            raise Interrupted(
-                f"Stopped after step {count}; everything is saved. The same command goes on, and so does: sae train {folders}"
-            )
+            also = f", and so does: sae train {folders}" if self.request.ring is None else "."
+            raise Interrupted(f"Stopped after step {count}; everything is saved. The same command goes on{also}")
         return not self.active
 
     def _give_up_the_failed(self) -> None:
@@ -168,12 +198,11 @@ class Stream:
 
     def _log(self, count: int) -> None:
         metrics = {}
+        waited = round(self.waited + self.batches.waited, 3)
         for training in self.active:
             line = {"step": count, "tokens": count * training.run.setting.batch_size, **training.take_metrics()}
             metrics[training.run.name] = line
-            append_line(
-                training.run.folder / "metrics.jsonl", {**line, "waited_for_data": round(self.batches.waited, 3)}
-            )
+            append_line(training.run.folder / "metrics.jsonl", {**line, "waited_for_data": waited})
         self.report.step(count, self.longest, metrics)
 
     def _finish_those_at(self, count: int) -> None:
@@ -206,9 +235,10 @@ def finish(training: RunTraining) -> None:
 
 
 def batches_of(run: Run, batch: int, device: str) -> Batches | Resident:
-    """What a run reads, from a batch on."""
+    """What a run reads, from a batch on; of a ring, the group that is there."""
     size = run.setting.batch_size
-    return open_batches(run.cache, run.hook.array, size, seed=run.order_seed, batch=batch, device=device)
+    source, batch = run.cache.source(batch, size) if isinstance(run.cache, Ring) else (run.cache, batch)
+    return open_batches(source, run.hook.array, size, seed=run.order_seed, batch=batch, device=device)
 
 
 @torch.no_grad()

@@ -1,0 +1,48 @@
+"""`sae train --stream`: the harvest and training joined by a ring of windows on the disk."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from .terminal import echo
+
+RING = 4  # windows
+
+
+def run_stream(request: Any, given: dict[str, Any], dry_run: bool = False) -> list[Any]:
+    """Train on text whose activations are removed when every run has read them. `given`: the options of --stream."""
+    from .cache.errors import UsageError
+    from .cache.files import bytes_text, duration_text
+    from .cli import run_train, show_source
+    from .harvest.plan import Request as Harvest
+    from .harvest.plan import estimated_seconds, free_space
+    from .harvest.rolling import check_room, harvest_ahead, plan_ring
+    from .train.rolling import run_rolling
+
+    if request.resume:
+        raise UsageError("--resume cannot be given with --stream. The command that began a run goes on with it.")
+    if len(request.caches) > 1:
+        raise UsageError("--stream fills one folder: give --cache once, for another than the default.")
+    of_harvest = {name: value for name, value in given.items() if name != "ring"}
+    if request.model is not None:
+        of_harvest["model"] = request.model
+    folder = request.caches[0] if request.caches else None
+    asked = Harvest(layers=request.layers, sites=(request.site,), device=request.device, out=folder, **of_harvest)
+    plan, ring = plan_ring(asked, given.get("ring", RING))
+    request = replace(request, ring=ring)
+    show_source(plan)
+    bytes_of_ring = check_room(plan, ring)
+    echo(
+        f"size     {plan.tokens:,} tokens in {ring.layout.windows:,} windows of {ring.layout.window_rows:,}, at most {ring.size} "
+        f"at a time: {bytes_text(bytes_of_ring)}; {bytes_text(free_space(plan.folder))} free"
+    )
+    echo(f"order    {ring.groups:,} groups of windows, each once; normalised by the mean and the norm of the first")
+    echo(
+        f"time     about {duration_text(estimated_seconds(plan))} of the model on {plan.device}, by the time of one block; training runs beside it"
+    )
+    echo(f"cache    {plan.folder}")
+    runs = run_train(request, dry_run, partial(run_rolling, harvest=partial(harvest_ahead, plan, ring)))
+    for batch_size in sorted({run.setting.batch_size for run in runs}):
+        dropped = plan.tokens - ring.ends(batch_size)[-1] * batch_size
+        echo(f"dropped  {dropped:,} rows that are left over at the ends of groups, with batches of {batch_size:,}")
+    return runs

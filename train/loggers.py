@@ -1,0 +1,80 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio. None is needed, each is imported when asked for."""
+
+import contextlib
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..cache.errors import OutsideError, UsageError
+
+PROJECT = "sae"
+
+
+class Logger(Protocol):
+    """Takes the metrics of one run as they come."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files under the run's folder: `tensorboard --logdir runs`."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        imported("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer.add_text("run", "\n".join(f"    {name} = {value}" for name, value in config.items()))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
+    """A run of that name in the project `sae`; one that was begun goes on. WANDB_MODE=offline keeps it here."""
+    module = imported("wandb")
+    settings = module.Settings(silent=True)
+    return module.init(
+        project=PROJECT, name=folder.name, id=folder.name, dir=str(folder), config=dict(config), resume="allow",
+        reinit="create_new", settings=settings,
+    )  # fmt: skip
+
+
+def trackio(folder: Path, config: Mapping[str, Any]) -> Logger:
+    """A run of that name in the project `sae`: `trackio show --project sae`."""
+    module = imported("trackio")
+    with contextlib.redirect_stdout(io.StringIO()):  # standard output is for results
+        return module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", embed=False)
+
+
+LOGGERS = {"tensorboard": TensorBoard, "wandb": wandb, "trackio": trackio}
+
+
+def imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise OutsideError(
+            f"--log {name} needs a package that is not installed: pip install 'sae-pipeline[{name}]'. "
+            "metrics.jsonl in the run's folder is written in any case."
+        ) from None
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """UsageError for a logger that does not exist, OutsideError for one that is not installed."""
+    unknown = [name for name in names if name not in LOGGERS]
+    if unknown:
+        raise UsageError(f"--log {unknown[0]} is unknown: give one of {', '.join(LOGGERS)}.")
+    for name in names:
+        imported(name)
+
+
+def open_loggers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Logger]:
+    return [LOGGERS[name](folder, config) for name in names]
