@@ -182,6 +182,9 @@ def train(
     order_seed: Annotated[int, typer.Option(help="Order of the batches, shared by all variants.")] = 0,
     log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
+    log: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or trackio, besides metrics.jsonl. Repeats.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Harvest while training, and keep only a ring of activations on the disk.")
     ] = False,
@@ -210,7 +213,7 @@ def train(
         )
     request = Request(
         variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
-        options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every,
+        options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (),
     )  # fmt: skip
     of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
     given = {name: value for name, value in of_stream.items() if value is not None}
@@ -229,6 +232,7 @@ def train(
 
 
 def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> list[Any]:
+    from .train.loggers import Loggers
     from .train.run import plan
     from .train.stream import Report, run_all
 
@@ -242,24 +246,35 @@ def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> lis
         return runs
     started = time.monotonic()
     latest: dict[str, dict[str, float]] = {}
-    with bar("train", "steps") as shown:
+    with bar("train", "steps") as shown, Loggers(request.log, runs) as loggers:
 
         def step(number: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
             latest.update(metrics)
+            loggers.log(metrics)
             first = next(iter(metrics.values()), {})
             shown(
-                number,
-                steps,
-                f"loss={first.get('loss', 0):.4g} l0={first.get('l0', 0):.1f} ev={first.get('explained_variance', 0):.3f} dead={first.get('dead', 0):.1%}",
+                number, steps, ", ".join(f"{head} {text}" for head, text in zip(TRAINED, summary(first), strict=True))
             )
+            if len(runs) > 1:
+                shown.table(["run", *TRAINED], [[name, *summary(found)] for name, found in latest.items()])
 
         (carry_out or run_all)(runs, request, Report(step, shown.say))
     if latest:
-        show_table("trained (means over the last logged steps)", ["run", "loss", "L0", "EV", "dead"], [
-            [name, f"{m['loss']:.4f}", f"{m['l0']:.1f}", f"{m['explained_variance']:.3f}", f"{m['dead']:.1%}"] for name, m in latest.items()
-        ])  # fmt: skip
-        echo(f"done     in {time.monotonic() - started:.0f} s")
+        lines = [[name, *summary(found)] for name, found in latest.items()]
+        show_table("trained (means over the last logged steps)", ["run", *TRAINED], lines)
+        waited = max(found["waited_for_data"] for found in latest.values())
+        echo(f"done     in {time.monotonic() - started:.0f} s, of which training waited {waited:.1f} s for data")
     return runs
+
+
+TRAINED = ("loss", "L0", "EV", "dead")
+
+
+def summary(found: dict[str, float]) -> list[str]:
+    """The metrics of a run under the heads of TRAINED."""
+    if not found:
+        return ["-"] * len(TRAINED)
+    return [f"{found['loss']:.4g}", f"{found['l0']:.1f}", f"{found['explained_variance']:.3f}", f"{found['dead']:.1%}"]
 
 
 @app.command()

@@ -48,6 +48,15 @@ def spoken(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+class BarAndTable(Progress):
+    table: Table | None = None
+
+    def get_renderables(self) -> Iterator[Any]:
+        yield from super().get_renderables()
+        if self.table is not None:
+            yield self.table
+
+
 class Bar:
     """One live bar; where stderr is no terminal, a line every ten seconds."""
 
@@ -62,7 +71,7 @@ class Bar:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
         )
-        self.progress = Progress(*columns, console=console, disable=not self.live or QUIET, transient=True)
+        self.progress = BarAndTable(*columns, console=console, disable=not self.live or QUIET, transient=True)
         self.task = self.progress.add_task(title, total=None, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
@@ -73,6 +82,10 @@ class Bar:
             self.told = time.monotonic()
             left = spent * (total - done) / max(done, 1)
             echo(f"{self.title} {done}/{total} {100 * done / total:.1f}% {rate} eta={left:.0f}s")
+
+    def table(self, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+        """Show a table under the bar, until the next one."""
+        self.progress.table = table_of(None, heads, lines)
 
     def say(self, sentence: str) -> None:
         """A line above the bar."""
@@ -87,11 +100,16 @@ def bar(title: str, unit: str) -> Iterator[Bar]:
         yield shown
 
 
-def show_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+def table_of(title: str | None, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number == 0 else "right", overflow="fold")
     for line in lines:
         table.add_row(*line)
+    return table
+
+
+def show_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    table = table_of(title, heads, lines)
     console = Console()
     (console if console.is_terminal else Console(width=PLAIN_WIDTH)).print(table)

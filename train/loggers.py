@@ -5,9 +5,10 @@ import importlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from ..cache.errors import OutsideError, UsageError
+from .run import Run
 
 PROJECT = "sae"
 
@@ -67,14 +68,31 @@ def imported(name: str) -> Any:
         ) from None
 
 
-def check_loggers(names: Sequence[str]) -> None:
-    """UsageError for a logger that does not exist, OutsideError for one that is not installed."""
-    unknown = [name for name in names if name not in LOGGERS]
-    if unknown:
-        raise UsageError(f"--log {unknown[0]} is unknown: give one of {', '.join(LOGGERS)}.")
-    for name in names:
-        imported(name)
+class Loggers:
+    """The loggers of some runs, each begun when its run has metrics. UsageError for an unknown name, OutsideError when it is not installed."""
 
+    def __init__(self, names: Sequence[str], runs: Sequence[Run]) -> None:
+        unknown = [name for name in names if name not in LOGGERS]
+        if unknown:
+            raise UsageError(f"--log {unknown[0]} is unknown: give one of {', '.join(LOGGERS)}.")
+        for name in names:
+            imported(name)
+        self.names, self.runs = names, {run.name: run for run in runs}
+        self.begun: dict[str, list[Logger]] = {}
 
-def open_loggers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Logger]:
-    return [LOGGERS[name](folder, config) for name in names]
+    def log(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Metrics by run, each with its `step`."""
+        for name, line in metrics.items():
+            if name not in self.begun:
+                run = self.runs[name]
+                self.begun[name] = [LOGGERS[kind](run.folder, run.identity()) for kind in self.names]
+            for logger in self.begun[name]:
+                logger.log({key: value for key, value in line.items() if key != "step"}, step=int(line["step"]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for loggers in self.begun.values():
+            for logger in loggers:
+                logger.finish()

@@ -63,6 +63,7 @@ class Request:
     device: str = "auto"
     log_every: int = 50
     checkpoint_every: int = 1000
+    log: Sequence[str] = ()  # loggers, by name
 
 
 @dataclass

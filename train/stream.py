@@ -200,9 +200,10 @@ class Stream:
         metrics = {}
         waited = round(self.waited + self.batches.waited, 3)
         for training in self.active:
-            line = {"step": count, "tokens": count * training.run.setting.batch_size, **training.take_metrics()}
+            tokens = count * training.run.setting.batch_size
+            line = {"step": count, "tokens": tokens, **training.take_metrics(), "waited_for_data": waited}
             metrics[training.run.name] = line
-            append_line(training.run.folder / "metrics.jsonl", {**line, "waited_for_data": waited})
+            append_line(training.run.folder / "metrics.jsonl", line)
         self.report.step(count, self.longest, metrics)
 
     def _finish_those_at(self, count: int) -> None:

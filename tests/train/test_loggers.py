@@ -1,0 +1,81 @@
+"""Loggers get every run's metrics at their steps, and are closed whatever happens."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from sae.cache.errors import OutsideError, UsageError
+from sae.train.loggers import LOGGERS, Loggers
+
+
+def run_named(folder) -> SimpleNamespace:
+    return SimpleNamespace(name=folder.name, folder=folder, identity=lambda: {"variant": "topk", "seed": 0})
+
+
+class Recorder:
+    def __init__(self, **settings) -> None:
+        self.settings, self.logged, self.finished = settings, [], False
+
+    def log(self, metrics, step: int) -> None:
+        self.logged.append((step, metrics))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def service(request, monkeypatch) -> tuple[str, list[Recorder]]:
+    """A stand-in for the package, with the part of it that is used."""
+    begun: list[Recorder] = []
+    module = ModuleType(request.param)
+    module.Settings = dict
+    module.init = lambda **settings: begun.append(Recorder(**settings)) or begun[-1]
+    monkeypatch.setitem(sys.modules, request.param, module)
+    return request.param, begun
+
+
+def test_each_run_is_a_run_there(service, tmp_path) -> None:
+    name, begun = service
+    runs = [run_named(tmp_path / "topk-a"), run_named(tmp_path / "relu-b")]
+    with Loggers([name], runs) as loggers:
+        loggers.log({"topk-a": {"step": 50, "loss": 1.5}})
+        loggers.log({"topk-a": {"step": 100, "loss": 1.0}, "relu-b": {"step": 100, "loss": 2.0}})
+        assert not begun[0].finished
+    assert [(r.settings["name"], r.settings["project"], r.settings["resume"]) for r in begun] == [
+        ("topk-a", "sae", "allow"),
+        ("relu-b", "sae", "allow"),
+    ]
+    assert begun[0].settings["config"] == {"variant": "topk", "seed": 0}
+    assert begun[0].logged == [(50, {"loss": 1.5}), (100, {"loss": 1.0})] and begun[1].logged == [(100, {"loss": 2.0})]
+    assert all(recorder.finished for recorder in begun)
+
+
+def test_they_are_closed_when_training_fails(service, tmp_path) -> None:
+    name, begun = service
+    with pytest.raises(RuntimeError), Loggers([name], [run_named(tmp_path / "a")]) as loggers:
+        loggers.log({"a": {"step": 1, "loss": 0.0}})
+        raise RuntimeError
+    assert begun[0].finished
+
+
+def test_a_logger_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError, match="--log mlflow is unknown: give one of tensorboard, wandb, trackio"):
+        Loggers(["mlflow"], [])
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_logger_that_is_not_installed_is_refused(name: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(OutsideError, match=rf"--log {name} needs .* pip install 'sae-pipeline\[{name}\]'"):
+        Loggers([name], [])
+
+
+def test_tensorboard_s_files_hold_the_numbers(tmp_path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Loggers(["tensorboard"], [run_named(tmp_path / "a")]) as loggers:
+        loggers.log({"a": {"step": 7, "loss": 0.25, "l0": 32.0}})
+    found = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(7, 0.25)]
