@@ -9,6 +9,7 @@ named, and never read as zeros.
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -48,6 +49,7 @@ class Cache:
         self._opened = lru_cache(OPEN_MAPS)(self._open_chunk)  # threads may share them
         self._block = lru_cache(DECODED_BLOCKS)(self._decode_block)
         self._checked: set[str] = set()
+        self._checking = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Cache({str(self.folder)!r}: {self.model}, {', '.join(map(str, self.hooks))}, {self.rows:,} rows)"
@@ -125,9 +127,10 @@ class Cache:
         record = self.manifest["files"].get(file)
         if record is None:
             raise UsageError(f"{self.folder} has no whole chunk {index} of {name}: the manifest does not list {file}.")
-        if file not in self._checked:
-            check_chunk(self.folder, array, index, record)
-            self._checked.add(file)
+        with self._checking:  # two threads that come to a chunk together check it once
+            if file not in self._checked:
+                check_chunk(self.folder, array, index, record)
+                self._checked.add(file)
         if array.block is None:
             return map_rows(self.folder, array, index)
         return Shard(self.folder, array, index, record["bytes"])
