@@ -145,17 +145,16 @@ class Cache:
             return opened
         return np.concatenate([opened.block(n) for n in range(len(opened.index))])[: rows_in(array, index)]
 
-    def copy_rows(self, name: str, index: int, start: int, out: np.ndarray) -> None:
-        """Copy the rows of a chunk from `start` on into `out` (n, d_in)."""
-        opened = self._opened(name, index)
+    def rows_of(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
+        """The rows of a chunk from `start` on, in parts: of the read-only map, or of what is decoded when compressed."""
+        opened, stop = self._opened(name, index), start + count
         if isinstance(opened, np.ndarray):
-            np.copyto(out, opened[start : start + len(out)])
-            return
+            return [opened[start:stop]]
         size = opened.array.block
-        for block in range(start // size, -(-(start + len(out)) // size)):
-            first, last = max(start, block * size), min(start + len(out), (block + 1) * size)
-            rows = self._block(name, index, block)[first - block * size : last - block * size]
-            np.copyto(out[first - start : last - start], rows)
+        return [
+            self._block(name, index, block)[max(0, start - block * size) : stop - block * size]
+            for block in range(start // size, -(-stop // size))
+        ]
 
     @property
     def chunk_rows(self) -> list[int]:
