@@ -8,6 +8,7 @@ number of others of its own context is about B L (1/(lanes W) + 1/T) for context
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, Self
 
@@ -29,7 +30,7 @@ class Source(Protocol):
     @property
     def chunk_rows(self) -> list[int]: ...
     def array(self, name: str) -> Array: ...
-    def copy_rows(self, name: str, index: int, start: int, out: np.ndarray) -> None: ...
+    def rows_of(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]: ...
     def marked(self, name: str) -> np.ndarray: ...
 
 
@@ -95,9 +96,10 @@ class Plan:
 class Batches:
     """An endless stream of (batch_size, d_in) bfloat16 tensors of one array, starting at any batch.
 
-    Threads read ahead into a ring of buffers; batch n always uses slot n mod depth and belongs to thread n mod threads.
-    A tensor handed out is overwritten after the next call of `next`. The position is two integers: seed and `batch`.
-    On a GPU the slots are pinned, and a copy stream sends batch n + 1 while the caller computes on batch n.
+    Threads read ahead into a few slots. A thread takes the next number and a free slot at once, so a batch never waits
+    for a slot that a later one holds. A tensor handed out is overwritten after the next call of `next`. The position is
+    two integers: seed and `batch`. On a GPU the slots are pinned, and a copy stream sends batch n + 1 while the caller
+    computes on batch n.
     """
 
     def __init__(
@@ -112,45 +114,42 @@ class Batches:
         gpu = self.device.type == "cuda"
         self._slots = [torch.empty(batch_size, d_in, dtype=torch.bfloat16, pin_memory=gpu) for _ in range(depth)]
         self._sender = Sender(self._slots, self.device) if gpu else None
-        self._ready = [-1] * depth  # the batch that a slot holds
-        self._taken = batch - 1  # every batch up to this one may be overwritten
-        self._failed: dict[int, BaseException] = {}  # by batch
+        self._free = deque(range(depth))
+        self._following = batch  # the next batch to be read
+        self._read_ahead: dict[int, int | BaseException] = {}  # batch -> its slot, or why it could not be read
+        self._lent: int | None = None  # the slot that the caller has
         self._closed = False
-        self._turn = threading.Condition()
-        self._planning = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._read, args=(batch + n, threads), daemon=True) for n in range(threads)
-        ]
+        lock = threading.Lock()
+        self._one_is_free, self._one_is_read = threading.Condition(lock), threading.Condition(lock)
+        self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def _read(self, number: int, stride: int) -> None:
-        depth = len(self._slots)
-        try:
-            while True:
-                with self._turn:
-                    self._turn.wait_for(lambda: self._closed or self._taken >= number - depth)  # noqa: B023
-                    if self._closed:
-                        return
+    def _read(self) -> None:
+        while True:
+            with self._one_is_free:
+                self._one_is_free.wait_for(lambda: self._closed or self._free)
+                if self._closed:
+                    return
+                # What was given back last is still near the core; on a GPU what was given back first has been sent.
+                slot = self._free.popleft() if self._sender else self._free.pop()
+                number, self._following = self._following, self._following + 1
+                pieces = self.plan.pieces(number)
+            read: int | BaseException = slot
+            try:
                 if self._sender:
-                    self._sender.wait_until_sent(number % depth)
-                self._fill(self._slots[number % depth], number)
-                with self._turn:
-                    self._ready[number % depth] = number
-                    self._turn.notify_all()
-                number += stride
-        except BaseException as error:  # handed to the training thread, which raises it
-            with self._turn:
-                self._failed[number], self._ready[number % depth] = error, number
-                self._turn.notify_all()
+                    self._sender.wait_until_sent(slot)
+                self._fill(self._slots[slot], pieces)
+            except BaseException as error:  # handed to the training thread, which raises it
+                read = error
+            with self._one_is_read:
+                self._read_ahead[number] = read
+                self._one_is_read.notify()
 
-    def _fill(self, slot: Tensor, number: int) -> None:
-        rows, at = bits_of(slot), 0
-        with self._planning:  # the order of an epoch is shared
-            pieces = self.plan.pieces(number)
-        for chunk, start, count in pieces:
-            self.cache.copy_rows(self.name, chunk, start, rows[at : at + count])
-            at += count
+    def _fill(self, slot: Tensor, pieces: list[Piece]) -> None:
+        rows = bits_of(slot)
+        parts = (part for piece in pieces for part in self.cache.rows_of(self.name, *piece))
+        np.concatenate(list(parts), out=rows)  # one call: threads that copy piece by piece queue for the interpreter
         marked, instead = self._marks.replaced(pieces)
         if len(marked):
             rows[marked] = rows[instead]
@@ -159,25 +158,30 @@ class Batches:
         return self
 
     def __next__(self) -> Tensor:
-        number, slot = self.batch, self.batch % len(self._slots)
-        started = time.perf_counter()
-        with self._turn:
-            self._taken = number - 1
-            self._turn.notify_all()
-            self._turn.wait_for(lambda: self._closed or self._ready[slot] == number)
+        number, started = self.batch, time.perf_counter()
+        with self._one_is_read:
+            if self._lent is not None:
+                self._free.append(self._lent)
+                self._lent = None
+                self._one_is_free.notify()
+            self._one_is_read.wait_for(lambda: self._closed or number in self._read_ahead)
             if self._closed:
                 raise StopIteration
-            if number in self._failed:
-                raise self._failed[number]
-            following = self._ready[(number + 1) % len(self._slots)] == number + 1 and number + 1 not in self._failed
+            slot = self._read_ahead[number]
+            if isinstance(slot, BaseException):
+                raise slot
+            self._lent = self._read_ahead.pop(number)
+            following = self._read_ahead.get(number + 1)
         self.waited += time.perf_counter() - started
         self.batch += 1
-        return self._sender.take(number, following) if self._sender else self._slots[slot]
+        if self._sender is None:
+            return self._slots[slot]
+        return self._sender.take(number, slot, following if isinstance(following, int) else None)
 
     def close(self) -> None:
-        with self._turn:
+        with self._one_is_free:
             self._closed = True
-            self._turn.notify_all()
+            self._one_is_free.notify_all()
         for thread in self._threads:
             thread.join()
 
@@ -198,19 +202,19 @@ class Sender:
         self.sent: list[torch.cuda.Event | None] = [None] * len(slots)
         self.last = -1  # the last batch that was sent
 
-    def take(self, number: int, following: bool) -> Tensor:
-        """The buffer that holds batch `number`; batch `number + 1` is sent meanwhile when its slot is filled."""
+    def take(self, number: int, slot: int, following: int | None) -> Tensor:
+        """The buffer that holds batch `number` of `slot`; batch `number + 1` is sent meanwhile when it has a slot."""
         computing = torch.cuda.current_stream(self.buffers[0].device)
         if self.last < number:
-            self._send(number)
+            self._send(number, slot)
         self.free[(number + 1) % 2] = computing.record_event()  # all work on batch number - 1 was queued before this
-        if following:
-            self._send(number + 1)
-        computing.wait_event(self.sent[number % len(self.slots)])  # type: ignore[arg-type]
+        if following is not None:
+            self._send(number + 1, following)
+        computing.wait_event(self.sent[slot])  # type: ignore[arg-type]
         return self.buffers[number % 2]
 
-    def _send(self, number: int) -> None:
-        slot, buffer = number % len(self.slots), number % 2
+    def _send(self, number: int, slot: int) -> None:
+        buffer = number % 2
         if (event := self.free[buffer]) is not None:
             self.stream.wait_event(event)
         with torch.cuda.stream(self.stream):
@@ -236,7 +240,7 @@ class Resident:
         started = time.perf_counter()
         for chunk, size in enumerate(cache.chunk_rows):
             rows = torch.empty(size, d_in, dtype=torch.bfloat16)
-            cache.copy_rows(name, chunk, 0, bits_of(rows))
+            np.concatenate(cache.rows_of(name, chunk, 0, size), out=bits_of(rows))
             self._rows[self.first[chunk] : self.first[chunk + 1]] = rows.to(device)
         self.waited = time.perf_counter() - started
         self._buffers = [torch.empty(batch_size, d_in, dtype=torch.bfloat16, device=device) for _ in range(2)]

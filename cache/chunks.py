@@ -17,6 +17,7 @@ from .files import publish, read_json
 from .layout import BLOSC, Array
 
 Bytes = np.ndarray | bytes
+PART = 1 << 20  # bytes read at a time to be checked
 BLOSC_CODEC = Blosc(BLOSC["cname"], BLOSC["clevel"], SHUFFLE, BLOSC["blocksize"])
 
 
@@ -58,14 +59,19 @@ def read_array(folder: Path, name: str) -> Array:
     )
 
 
-def map_file(path: Path, size: int) -> np.ndarray:
-    """The bytes of a file, mapped; DamagedError when it is missing or of another size than `size`."""
+def check_size(path: Path, size: int) -> None:
+    """DamagedError when a file is missing or of another size."""
     try:
         found = path.stat().st_size
     except FileNotFoundError:
         raise DamagedError(f"{path} is listed in the cache but missing. {MEND}") from None
     if found != size:
         raise DamagedError(f"{path} has {found:,} bytes, expected {size:,}: it was cut off. {MEND}")
+
+
+def map_file(path: Path, size: int) -> np.ndarray:
+    """The bytes of a file, mapped; DamagedError when it is missing or of another size than `size`."""
+    check_size(path, size)
     return np.memmap(path, np.uint8, mode="r")
 
 
@@ -74,22 +80,26 @@ def check_chunk(folder: Path, array: Array, chunk: int, record: dict[str, Any] |
 
     The checksum of a raw chunk is that of its rows and stands behind them; that of a shard is of the whole file.
     """
-    path = folder / array.file(chunk)
-    raw = map_file(path, record["bytes"] if record else array.chunk_bytes + 4)
-    found = checksum_of(raw if array.block else raw[:-4])
-    if array.block is None and found != checksum_behind(raw):
+    path, size = folder / array.file(chunk), record["bytes"] if record else array.chunk_bytes + 4
+    check_size(path, size)
+    found, behind = checksum_of(path, size if array.block else size - 4)
+    if array.block is None and found != behind:
         raise DamagedError(f"The checksum of {path} does not match: a bit was flipped. {MEND}")
     if record and found != record["crc32c"]:
         cause = "a bit was flipped" if array.block else "it comes from another harvest"
         raise DamagedError(f"{path} is not the file that the manifest lists: {cause}. {MEND}")
 
 
-def checksum_behind(raw: np.ndarray) -> str:
-    return f"{struct.unpack('<I', raw[-4:].tobytes())[0]:08x}"
+def checksum_of(path: Path, size: int) -> tuple[str, str]:
+    """The checksum of the first `size` bytes of a file, and the one that stands behind them.
 
-
-def checksum_of(raw: np.ndarray) -> str:
-    return f"{google_crc32c.value(raw):08x}"
+    A part at a time, because the checksum holds the interpreter's lock: the disk is waited for without it.
+    """
+    part, checksum = np.empty(PART, np.uint8), 0
+    with path.open("rb", buffering=0) as file:
+        while size and (count := file.readinto(part[:size].data)):
+            checksum, size = google_crc32c.extend(checksum, part[:count]), size - count
+        return f"{checksum:08x}", file.read()[::-1].hex()
 
 
 def map_rows(folder: Path, array: Array, chunk: int) -> np.ndarray:

@@ -43,9 +43,9 @@ class Joined:
     def array(self, name: str) -> Array:
         return self.caches[0].array(name)
 
-    def copy_rows(self, name: str, index: int, start: int, out: np.ndarray) -> None:
+    def rows_of(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
         cache, chunk = self._place[index]
-        cache.copy_rows(name, chunk, start, out)
+        return cache.rows_of(name, chunk, start, count)
 
     def marked(self, name: str) -> np.ndarray:
         before = np.cumsum([0, *(cache.rows for cache in self.caches)])

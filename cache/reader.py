@@ -9,6 +9,7 @@ named, and never read as zeros.
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -48,6 +49,7 @@ class Cache:
         self._opened = lru_cache(OPEN_MAPS)(self._open_chunk)  # threads may share them
         self._block = lru_cache(DECODED_BLOCKS)(self._decode_block)
         self._checked: set[str] = set()
+        self._checking = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Cache({str(self.folder)!r}: {self.model}, {', '.join(map(str, self.hooks))}, {self.rows:,} rows)"
@@ -142,9 +144,10 @@ class Cache:
         record = self.manifest["files"].get(file)
         if record is None:
             raise UsageError(f"{self.folder} has no whole chunk {index} of {name}: the manifest does not list {file}.")
-        if file not in self._checked:
-            check_chunk(self.folder, array, index, record)
-            self._checked.add(file)
+        with self._checking:  # two threads that come to a chunk together check it once
+            if file not in self._checked:
+                check_chunk(self.folder, array, index, record)
+                self._checked.add(file)
         if array.block is None:
             return map_rows(self.folder, array, index)
         return Shard(self.folder, array, index, record["bytes"])
@@ -159,17 +162,16 @@ class Cache:
             return opened
         return np.concatenate([opened.block(n) for n in range(len(opened.index))])[: rows_in(array, index)]
 
-    def copy_rows(self, name: str, index: int, start: int, out: np.ndarray) -> None:
-        """Copy the rows of a chunk from `start` on into `out` (n, d_in)."""
-        opened = self._opened(name, index)
+    def rows_of(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
+        """The rows of a chunk from `start` on, in parts: of the read-only map, or of what is decoded when compressed."""
+        opened, stop = self._opened(name, index), start + count
         if isinstance(opened, np.ndarray):
-            np.copyto(out, opened[start : start + len(out)])
-            return
+            return [opened[start:stop]]
         size = opened.array.block
-        for block in range(start // size, -(-(start + len(out)) // size)):
-            first, last = max(start, block * size), min(start + len(out), (block + 1) * size)
-            rows = self._block(name, index, block)[first - block * size : last - block * size]
-            np.copyto(out[first - start : last - start], rows)
+        return [
+            self._block(name, index, block)[max(0, start - block * size) : stop - block * size]
+            for block in range(start // size, -(-stop // size))
+        ]
 
     @property
     def chunk_rows(self) -> list[int]:

@@ -200,8 +200,8 @@ class Group(Cache):
     def chunk_rows(self) -> list[int]:
         return self.ring.chunk_rows(self.number)
 
-    def copy_rows(self, name: str, index: int, start: int, out: np.ndarray) -> None:
-        super().copy_rows(name, self.first_chunk + index, start, out)
+    def rows_of(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
+        return super().rows_of(name, self.first_chunk + index, start, count)
 
     def marked(self, name: str) -> np.ndarray:
         """None: the median norm of all rows is not known before the last."""

@@ -23,6 +23,7 @@ from .layout import FORMAT, Array, Hook, Layout, group_metadata
 from .statistics import seal
 
 WRITERS = 2  # threads: two saturate a disk, four gain a tenth more
+PART_ROWS = 128  # measured at once: as many as fit into a core's cache
 OURS = {"tokens", "harvest.json", "ring.json", ".lock", ".lock.holder"}  # what stands in a folder before its zarr.json
 
 Job = tuple[Array, int, np.ndarray]  # an array, a chunk of it, the rows
@@ -84,14 +85,14 @@ class Writer:
         wanted = {w: [name for name in self.widths if (name, w) not in have] for w in range(self.layout.windows)}
         return {window: names for window, names in wanted.items() if names}
 
-    def files_of(self, window: int, rows: Rows) -> dict[str, list[Job]]:
-        """What has to be written for a window: under "" where its rows came from, and the files of each array.
+    def files_of(self, window: int, rows: Rows) -> Iterator[tuple[str, list[Job]]]:
+        """What has to be written for a window: under "" where its rows came from, then the files of each array.
 
         Raises SaeError when an activation is not finite or a block has another shape than it should.
         """
         layout, size = self.layout, len(self.layout.window(window))
         ctx, pos = layout.origins()
-        jobs: dict[str, list[Job]] = {"": [(ctx, window, rows.row_ctx), (pos, window, rows.row_pos)]}
+        yield "", [(ctx, window, rows.row_ctx), (pos, window, rows.row_pos)]
         first = window * layout.window_rows // layout.chunk_rows
         for name, block in rows.bits.items():
             if block.shape != (size, self.widths[name]):
@@ -108,16 +109,16 @@ class Writer:
                 )
             starts = range(0, size, layout.chunk_rows)
             chunks = [(stored, first + i, block[at : at + layout.chunk_rows]) for i, at in enumerate(starts)]
-            jobs[name] = [(norms, window, norm), (moments, window, moment[None]), *chunks]
-        return jobs
+            yield name, [(norms, window, norm), (moments, window, moment[None]), *chunks]
 
     def write_window(self, window: int, rows: Rows, made_with: Mapping[str, Any]) -> None:
         """Write and commit one window; nothing of it is committed when anything fails."""
         with ThreadPoolExecutor(WRITERS) as pool:
-            written = {
-                name: dict(pool.map(lambda job: write_chunk(self.folder, *job), jobs))
-                for name, jobs in self.files_of(window, rows).items()
+            under_way = {  # an array is measured while the one before is written
+                name: pool.map(lambda job: write_chunk(self.folder, *job), jobs)
+                for name, jobs in self.files_of(window, rows)
             }
+            written = {name: dict(files) for name, files in under_way.items()}
         origins = written.pop("")
         for name, files in written.items():
             commit = {
@@ -177,12 +178,14 @@ def fingerprint_in(folder: Path) -> str | None:
 
 def measure(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Norms (R,) float32, and the sum and sum of squares (2, D) in float64, of rows of bfloat16 bits."""
-    squares, moments = [], torch.zeros(2, bits_RD.shape[1], dtype=torch.float64)
-    ones_D = torch.ones(bits_RD.shape[1], dtype=torch.float64)
-    for block in torch.from_numpy(bits_RD).view(torch.bfloat16).split(128):  # products on what fits into a core's cache
-        values, ones_R = block.double(), torch.ones(len(block), dtype=torch.float64)
-        moments[0] += ones_R @ values
+    d_in = bits_RD.shape[1]
+    squares, moments = [], torch.zeros(2, d_in, dtype=torch.float64)
+    ones_D, ones_R = torch.ones(d_in, dtype=torch.float64), torch.ones(PART_ROWS, dtype=torch.float64)
+    part_RD = torch.empty(PART_ROWS, d_in, dtype=torch.float64)  # used again: new memory would cost more than the sums
+    for block in torch.from_numpy(bits_RD).view(torch.bfloat16).split(PART_ROWS):
+        values, ones = part_RD[: len(block)].copy_(block), ones_R[: len(block)]
+        moments[0] += ones @ values
         values.square_()
-        moments[1] += ones_R @ values
+        moments[1] += ones @ values
         squares.append(values @ ones_D)
     return torch.cat(squares).sqrt().float().numpy(), moments.numpy()

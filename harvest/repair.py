@@ -142,7 +142,7 @@ def mend_windows(again: Plan, writer: Writer, computing: Computing, report: Repo
         recorded = [c for array in arrays if (c := commits.get((window, array)))]
         computing.at_once = recorded[0]["made_with"]["batch_contexts"] if recorded else again.request.batch_contexts
         rows = computing.window(window, computing.buffers(arrays))
-        jobs = writer.files_of(window, rows)
+        jobs = dict(writer.files_of(window, rows))
         for array in arrays:
             files = {a.file(chunk): (a, chunk, block) for a, chunk, block in jobs[""] + jobs[array]}
             old = commits[window, array]["files"] if (window, array) in commits else {}
