@@ -174,6 +174,12 @@ def train(
     width: Annotated[
         str | None, typer.Option(help="Latents: 2304, 16k, or 8x for eight times d_in. Default: the recipe's.")
     ] = None,
+    l0: Annotated[
+        list[float] | None, typer.Option("--l0", help="Latents a token, for any recipe. Repeats: a run for each.")
+    ] = None,
+    literal: Annotated[
+        bool, typer.Option("--literal", help="The paper's letter, also where it is void, and its constants unscaled.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="option=value or variant.option=value. Repeats.")
     ] = None,
@@ -213,7 +219,7 @@ def train(
         )
     request = Request(
         variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
-        options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (),
+        l0=l0 or (), literal=literal, options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (),
     )  # fmt: skip
     of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
     given = {name: value for name, value in of_stream.items() if value is not None}
@@ -242,6 +248,8 @@ def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> lis
         echo(
             f"train    {run.recipe.name} {s.d_in} -> {s.d_sae}, {run.hook}, seed {run.seed}: {s.steps:,} steps x {s.batch_size:,} tokens -> {run.folder}"
         )
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
+        echo(f"note     {note}")
     if dry_run:
         return runs
     started = time.monotonic()
@@ -342,6 +350,9 @@ def variants() -> None:
         typer.echo(f"    {recipe.summary}")
         options = ", ".join(f"{k}={v}" for k, v in recipe.options.items())
         typer.echo(f"    width {recipe.width:g}x, batch {recipe.batch_size}; --set {options}")
+        if recipe.literal is not None:
+            letter = ", ".join(f"{k}={v} ({why})" for k, (v, why) in recipe.literal.items())
+            typer.echo(f"    --literal {letter or 'changes nothing: the defaults are the letter'}")
     shared = ", ".join(f"{k}={v}" for k, v in vars(Optimization()).items())
     typer.echo(f"every recipe also takes --set {shared}")
 

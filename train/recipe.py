@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..cache.errors import UsageError
 from .coefficients import Coefficient, constant
+from .knobs import Scaled, hold_l0, scaled
 from .mechanisms import DeadLatents
-from .sae import SAE, BatchTopK, TopK
+from .sae import SAE
 from .step import Mechanism, Step, Term
 
 
@@ -32,6 +33,22 @@ class Setting(NamedTuple):
     d_sae: int
     steps: int
     batch_size: int
+    l0: float | None = None  # what `--l0` asks for
+    literal: bool = False  # the paper's letter instead of the readings that work
+    variance: float | None = None  # of an element of the cache's rows; None: not known, nothing is scaled by it
+
+    SIZES = ("d_in", "d_sae", "steps", "batch_size")
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides a run's result, beside the cache: knobs only where they are used."""
+        knobs = {"l0": self.l0, "literal": self.literal}
+        return {name: getattr(self, name) for name in self.SIZES} | {name: knob for name, knob in knobs.items() if knob}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any], variance: float) -> "Setting":
+        """The setting with this identity."""
+        sizes = (record[name] for name in cls.SIZES)
+        return cls(*sizes, record.get("l0"), record.get("literal", False), variance)
 
     @property
     def dead_tokens(self) -> int:
@@ -114,6 +131,8 @@ class Variant(nn.Module):
         self.dead = dead
         self.mechanisms = Mechanisms([dead, *mechanisms])
         self.optimization = optimization
+        self.options: dict[str, Any] = {}  # those of the recipe, as it was built
+        self.notes: list[str] = []  # what a reader of the run should know of them
         self.register_buffer("mean_D", torch.zeros(sae.d_in))
         self.register_buffer("scale", torch.ones(()))
 
@@ -157,7 +176,11 @@ Build = Callable[..., Variant]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A registered way to build a variant. `width` is its default d_sae over d_in."""
+    """A registered way to build a variant. `width` is its default d_sae over d_in.
+
+    `literal` holds what `--literal` sets: for each option whose default is not the paper's letter, the letter and what
+    is void about it. Empty: the defaults are the letter. None: nobody has compared them.
+    """
 
     name: str
     build: Build
@@ -165,6 +188,7 @@ class Recipe:
     equations: str
     width: float
     batch_size: int
+    literal: Mapping[str, tuple[Any, str]] | None = None
 
     @property
     def summary(self) -> str:
@@ -186,30 +210,57 @@ class Recipe:
     def make(self, setting: Setting, given: Mapping[str, Any]) -> Variant:
         """Build the variant with some options given. UsageError lists everything that is wrong with them, at once."""
         own, kinds = self.options, self.kinds()
-        problems = [
-            f"{name} is no option of {self.name}{did_you_mean(name, kinds)}" for name in given if name not in kinds
+        letter = {name: value for name, (value, _) in (self.literal or {}).items()} if setting.literal else {}
+        asked, problems = letter | dict(given), []
+        if setting.l0 is not None:
+            asked, problems = self.with_l0(setting, asked, given)
+        problems += [
+            f"{name} is no option of {self.name}{did_you_mean(name, kinds)}" for name in asked if name not in kinds
         ]
-        unfit = [name for name in given if name in kinds and not fits(given[name], kinds[name])]
-        problems += [f"{name}={given[name]!r} is no {kinds[name]}." for name in unfit]
-        understood = {name: value for name, value in given.items() if name in kinds and name not in unfit}
+        unfit = [name for name in asked if name in kinds and not fits(asked[name], kinds[name])]
+        problems += [f"{name}={asked[name]!r} is no {kinds[name]}." for name in unfit]
+        understood = {name: value for name, value in asked.items() if name in kinds and name not in unfit}
         shared = {name: value for name, value in understood.items() if name not in own}
         problems += Optimization(**shared).problems(setting.steps)
+        chosen = {name: value for name, value in understood.items() if name in own}
+        values, notes = scaled(own | chosen, setting, raw=shared.get("normalize") == "none")
         if setting.d_sae < 1:
             problems.append(f"the width {setting.d_sae} is not positive.")
-        elif (k := understood.get("k", own.get("k"))) is not None and not 0 < k <= setting.d_sae:
+        elif (k := values.get("k")) is not None and not 0 < k <= setting.d_sae:
             problems.append(
                 f"k={k} latents cannot be kept of {setting.d_sae}: give 1 to {setting.d_sae}, or a larger --width."
             )
         if not problems:
-            variant = self.build(setting, **{name: value for name, value in understood.items() if name in own})
+            variant = self.build(setting, **values)
+            variant.options, variant.notes = values, [f"{self.name}: {n}" for n in notes + self.void(setting, given)]
             variant.optimization = replace(variant.optimization, **shared)
             problems += variant.optimization.problems(setting.steps)
-            kept = [link.k for link in variant.sae.activation if isinstance(link, TopK | BatchTopK)]
-            if kept and kept[0] > setting.d_sae:  # a k that follows from d_in
-                problems.append(f"k={kept[0]} latents cannot be kept of {setting.d_sae}: give k, or a larger --width.")
+            if setting.l0 is not None and not hold_l0(variant, setting.l0, setting.steps) and "l0" not in own:
+                problems.append("--l0 has nothing to act on: no option k or l0, and no term that makes latents sparse.")
         if problems:
             raise UsageError(f"The variant {self.name} cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
         return variant
+
+    def with_l0(
+        self, setting: Setting, asked: dict[str, Any], given: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The options with `--l0` as k or as l0, where the recipe has one of them; and what is wrong with that."""
+        l0, own = setting.l0, self.options
+        if l0 is None or not 0 < l0 <= setting.d_sae:
+            return asked, [f"--l0 {l0:g} latents a token cannot be had of {setting.d_sae}."]
+        knobs = [name for name in ("k", "l0") if name in own]
+        asked = asked | {name: int(l0) if l0 == int(l0) else l0 for name in knobs}
+        return asked, [
+            f"--l0 {l0:g} and {name}={given[name]} set the same: give one." for name in knobs if name in given
+        ]
+
+    def void(self, setting: Setting, given: Mapping[str, Any]) -> list[str]:
+        """The warnings of `--literal`: what is void about the letter, for each option that follows it."""
+        if not setting.literal:
+            return []
+        if not self.literal:
+            return ["its defaults are the letter" if self.literal is not None else "has no paper's letter to follow"]
+        return [f"{name}={v} is the letter: {why}" for name, (v, why) in self.literal.items() if name not in given]
 
 
 def fits(value: Any, kind: str) -> bool:
@@ -230,20 +281,21 @@ RECIPES: dict[str, Recipe] = {}
 
 
 def recipe(
-    name: str, *, paper: str, equations: str = "", width: float = 8, batch_size: int = 2048
+    name: str,
+    *,
+    paper: str,
+    equations: str = "",
+    width: float = 8,
+    batch_size: int = 2048,
+    literal: Mapping[str, tuple[Any, str]] | None = None,
 ) -> Callable[[Build], Build]:
     def register(build: Build) -> Build:
         if name in RECIPES:
             raise TypeError(f"two recipes are called {name!r}: {RECIPES[name].build.__module__}, {build.__module__}")
-        RECIPES[name] = Recipe(name, build, paper, equations, width, batch_size)
+        RECIPES[name] = Recipe(name, build, paper, equations, width, batch_size, literal)
         return build
 
     return register
-
-
-def at_width(count: float, width: int) -> float:
-    """A count that a paper gives at its width of 2304, at another: the same share of the width."""
-    return count * width / 2304
 
 
 def one_of(option: str, value: str, known: Iterable[str]) -> str:
@@ -254,13 +306,23 @@ def one_of(option: str, value: str, known: Iterable[str]) -> str:
 
 
 def ablation(name: str, of: Build, summary: str, about: dict[str, Any], *idle: str, **fixed: Any) -> None:
-    """Register `of` with some options fixed. Those, and the ones that are idle then, are no longer options."""
+    """Register `of` with some options fixed. Those, and the ones that are idle then, are no longer options.
+
+    A number that is scaled to the run is another default of its option, which stays one.
+    """
+    defaults = {name: fixed.pop(name) for name, value in list(fixed.items()) if isinstance(value, Scaled)}
     build = partial(of, **fixed)
     signature = inspect.signature(of)
-    open_ = [p for p in signature.parameters.values() if p.name not in {*idle, *fixed}]
+    open_ = [
+        p.replace(default=defaults.get(p.name, p.default))
+        for p in signature.parameters.values()
+        if p.name not in {*idle, *fixed}
+    ]
     build.__signature__ = signature.replace(parameters=open_)  # type: ignore[attr-defined]
     build.__doc__ = summary
-    recipe(name, **about)(build)
+    names = {p.name for p in open_}
+    literal = {option: letter for option, letter in about["literal"].items() if option in names}
+    recipe(name, **about | {"literal": literal})(build)
 
 
 def find_recipe(name: str) -> Recipe:

@@ -9,6 +9,7 @@
 The digest is of everything that decides the result, so the same command finds the same folder and goes on with it.
 """
 
+import itertools
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ RECORDED = (
     "cache",
     "cache_folders",
     "resolved",
-    *Setting._fields,
+    *Setting.SIZES,
 )
 
 
@@ -56,6 +57,8 @@ class Request:
     steps: int | None = None  # None: one epoch of the cache
     batch_size: int | None = None  # None: the recipe's
     width: str | None = None  # "4x", "16k" or a number; None: the recipe's
+    l0: Sequence[float] = ()  # latents a token, for every recipe; none: its own default
+    literal: bool = False
     options: Sequence[str] = ()  # "option=value" or "variant.option=value"
     order_seed: int = 0
     resume: Sequence[Path] = ()
@@ -78,6 +81,7 @@ class Run:
     setting: Setting
     cache: Cache | Joined | Ring
     folder: Path = Path()
+    notes: Sequence[str] = ()  # what the plan says of its options
     problem: str | None = field(default=None)  # why it was given up
 
     @property
@@ -96,14 +100,15 @@ class Run:
             **self.hook._asdict(),
             "seed": self.seed,
             "order_seed": self.order_seed,
-            **self.setting._asdict(),
+            **self.setting.identity(),
             "cache": self.cache.digest(self.hook.array),
         }
 
     def default_name(self) -> str:
         digest = digest_of(self.identity())[:6]
         site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
-        return f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.setting.d_sae}-s{self.seed}-{digest}"
+        knobs = ("" if self.setting.l0 is None else f"-l0_{self.setting.l0:g}") + "-literal" * self.setting.literal
+        return f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.setting.d_sae}{knobs}-s{self.seed}-{digest}"
 
     @property
     def cache_folders(self) -> list[str]:
@@ -136,16 +141,19 @@ def plan(request: Request) -> list[Run]:
         hook = Hook(layer, request.site)
         cache = request.ring or (join(request.caches) if request.caches else find_cache(request.model, hook))
         d_in = cache.array(cache.require(*hook)).shape[1]
-        for recipe in recipes:
+        # Of a ring no row is known yet.
+        variance = None if isinstance(cache, Ring) else cache.statistics(hook.array)["variance"]
+        for recipe, l0 in itertools.product(recipes, dict.fromkeys(request.l0) or (None,)):
             try:
-                setting = setting_of(request, recipe, cache, d_in)
+                sizes = setting_of(request, recipe, cache, d_in)
+                setting = sizes._replace(l0=l0, literal=request.literal, variance=variance)
                 with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
-                    recipe.make(setting, given[recipe.name])
+                    notes = recipe.make(setting, given[recipe.name]).notes
             except UsageError as error:
                 problems.append(str(error))
                 continue
             for seed in dict.fromkeys(request.seeds):
-                run = Run(recipe, given[recipe.name], hook, seed, request.order_seed, setting, cache)
+                run = Run(recipe, given[recipe.name], hook, seed, request.order_seed, setting, cache, notes=notes)
                 run.folder = (request.out or home() / "runs") / run.default_name()
                 runs.append(run)
     if problems:
@@ -177,7 +185,7 @@ def resumed(folder: Path, request: Request) -> Run:
         raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
     fixed = {
         "--variant": "variants", "--layer": "layers", "--site": "site", "--seed": "seeds", "--model": "model", "--steps": "steps", "--width": "width",
-        "--batch-size": "batch_size", "--set": "options", "--order-seed": "order_seed", "--out": "out",
+        "--batch-size": "batch_size", "--l0": "l0", "--literal": "literal", "--set": "options", "--order-seed": "order_seed", "--out": "out",
     }  # fmt: skip
     changed = [flag for flag, name in fixed.items() if getattr(request, name) != getattr(Request(), name)]
     if changed:
@@ -193,10 +201,10 @@ def resumed(folder: Path, request: Request) -> Run:
             "To go on with it, repeat the `sae train --stream` command that began it."
         )
     cache = join(request.caches or list(map(Path, record["cache_folders"])))
-    setting = Setting(*(record[name] for name in Setting._fields))
     recipe = find_recipe(record["variant"])
     hook = Hook(record["layer"], record["site"])
     cache.require(*hook)
+    setting = Setting.recorded(record, cache.statistics(hook.array)["variance"])
     run = Run(recipe, record["options"], hook, record["seed"], record["order_seed"], setting, cache, folder)
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(
@@ -221,6 +229,7 @@ def width_of(asked: str | None, recipe: Recipe, d_in: int) -> int:
 def parse_options(given: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:
     """`--set` as {variant: {option: value}}. A bare option goes to every variant that has it."""
     parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
+    keys: set[str] = set()
     for text in given:
         key, equals, value = text.partition("=")
         variant, dot, option = key.rpartition(".")
@@ -228,6 +237,9 @@ def parse_options(given: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, 
             raise UsageError(f"--set {text} has no value: write --set option=value, or variant.option=value.")
         if dot and variant not in parsed:
             raise UsageError(f"--set {text}: {variant} is not among the variants {', '.join(parsed)}.")
+        if key in keys:
+            raise UsageError(f"--set gives {key} more than once; several values of an option are several commands.")
+        keys.add(key)
         targets = [variant] if dot else [r.name for r in recipes if option in r.kinds()] or list(parsed)
         for target in targets:
             parsed[target][option] = literal(value)

@@ -116,7 +116,7 @@ def record_of(run: Run, variant: Variant) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **run.identity(),
-        "resolved": {**run.recipe.options, **asdict(variant.optimization), **run.options},
+        "resolved": {**variant.options, **asdict(variant.optimization)},
         "paper": run.recipe.paper,
         "cache_folders": run.cache_folders,
         **({"ring": run.cache.size} if isinstance(run.cache, Ring) else {}),

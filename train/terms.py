@@ -19,6 +19,8 @@ class MSE(Term):
 class L1(Term):
     """mean_B sum_F |f|."""
 
+    sparsity = True
+
     def forward(self, step: Step) -> Tensor:
         return step.f_BF.abs().sum(-1).mean()
 

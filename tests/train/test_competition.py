@@ -246,7 +246,7 @@ def test_strength_rises_over_the_warm_up() -> None:
 
 def test_counts_follow_the_width_unless_given() -> None:
     for name, options, k in (
-        ("competition", {}, 6), ("competition-k320", {}, 18), ("competition", {"k": 100}, 100), ("competition", {"k_at_2304": 320}, 18)
+        ("competition", {}, 6), ("competition-k320", {}, 18), ("competition", {"k": 100}, 100)
     ):  # fmt: skip
         variant = find_recipe(name).make(Setting(128, 256, 100, 64), options)
         assert variant.sae.activation[0].k == k

@@ -11,7 +11,7 @@ from sae.train.mechanisms import DeadLatents, Resample
 from sae.train.recipe import Setting, Variant, find_recipe
 from sae.train.sae import SAE, BatchTopK, TopK
 from sae.train.step import Step
-from sae.train.variants.hierarchical import VARIANCE, Merge, Modulate, ResampleByWindow, matching
+from sae.train.variants.hierarchical import Merge, Modulate, ResampleByWindow, matching
 
 LADDER = [
     "hierarchical-linear",
@@ -212,13 +212,16 @@ def test_alpha_by_loss(loss: float, alpha: float) -> None:
     assert modulated("mean", error_BD / 10, x_BD / 10, scale=10.0) == pytest.approx(alpha, abs=5e-5)
 
 
-def test_alpha_by_variance_does_not_depend_on_the_scale() -> None:
-    """An error of 2.66/27.1 of the batch's variance, in any units: 2.5/2.66."""
-    x_BD = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
-    centred_BD = x_BD - x_BD.mean(0)
-    for factor in (1.0, 0.01):
-        alpha = modulated("variance", factor * centred_BD * math.sqrt(2.66 / VARIANCE), factor * x_BD)
-        assert alpha == pytest.approx(0.9398, abs=5e-5)
+def test_the_target_of_alpha_belongs_to_a_variance_of_24_unless_given_or_to_the_letter() -> None:
+    """A cache of a quarter of the variance has a quarter of the error at the same share, and alpha is the same."""
+    make, run = find_recipe("hierarchical").make, Setting(32, 64, 20, 64, variance=6.0)
+
+    def target(run: Setting, **options: object) -> float:
+        return next(m.target for m in make(run, options).mechanisms if isinstance(m, Modulate))
+
+    assert target(run) == pytest.approx(2.5 / 4)
+    assert target(run, target=2.0) == 2.0
+    assert target(run._replace(literal=True)) == target(run._replace(variance=None)) == 2.5
 
 
 def test_alpha_of_an_average() -> None:

@@ -11,7 +11,7 @@ from sae.train.mechanisms import DeadLatents
 from sae.train.recipe import RECIPES, Setting, find_recipe
 from sae.train.sae import SAE, Activation, ReLU
 from sae.train.step import Step
-from sae.train.variants.progressive import ChainL1, Competition, Enabled, Grow, Temper, Utilization, at_width
+from sae.train.variants.progressive import ChainL1, Competition, Enabled, Grow, Temper, Utilization
 
 
 def step_of(f_BF: torch.Tensor, i: int = 0, pre_BF: torch.Tensor | None = None) -> Step:
@@ -106,7 +106,7 @@ def test_all_2304_are_enabled_after(rho: float, steps: int) -> None:
 
 def test_growth_waits_for_its_interval_and_keeps_fractions() -> None:
     """Five at 2304 is 5/36 at 64: 16 at first, 17 after eight increments, 18 after fifteen."""
-    enabled, _, _, grow = growing(64, hybrid=False, interval=3, pace=at_width(1, 64))
+    enabled, _, _, grow = growing(64, hybrid=False, interval=3, pace=64 / 2304)
     counts = []
     for i in range(45):
         step = step_of(torch.zeros(1, 64), i)

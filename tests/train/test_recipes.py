@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.cache.files import read_json
+from sae.cache.reader import Cache
 from sae.train.checkpoint import restore, save_checkpoint, tensors_of
 from sae.train.loop import Training
 from sae.train.mechanisms import UnitNormDecoder
@@ -133,13 +134,16 @@ def test_defaults_are_of_the_type_they_are_annotated_with(name) -> None:
     assert RECIPES[name].summary and RECIPES[name].paper
 
 
+def request_of(names: list[str], cache: Cache, out: Path, **other: int) -> Request:
+    """A short run of each, as the command asks for it."""
+    sizes = {"steps": STEPS, "batch_size": BATCH, "width": "16x"}
+    return Request(names, layers=[0], caches=[cache.folder], device="cpu", out=out, **sizes, **other)
+
+
 @pytest.fixture(scope="module")
 def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of all recipes, trained on one stream with the command's own code."""
-    request = Request(
-        sorted(RECIPES), layers=[0], caches=[sparse_cache.folder], steps=STEPS, batch_size=BATCH, width="16x", device="cpu",
-        out=tmp_path_factory.mktemp("together"), checkpoint_every=6,
-    )  # fmt: skip
+    request = request_of(sorted(RECIPES), sparse_cache, tmp_path_factory.mktemp("together"), checkpoint_every=6)
     runs = plan(request)
     run_all(runs, request)
     return {run.recipe.name: run.folder for run in runs}
@@ -147,16 +151,7 @@ def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @every_recipe
 def test_on_one_stream_a_variant_is_what_it_is_alone(name, together, sparse_cache, tmp_path: Path) -> None:
-    request = Request(
-        [name],
-        layers=[0],
-        caches=[sparse_cache.folder],
-        steps=STEPS,
-        batch_size=BATCH,
-        width="16x",
-        device="cpu",
-        out=tmp_path,
-    )
+    request = request_of([name], sparse_cache, tmp_path)
     (run,) = plan(request)
     run_all([run], request)
     for file in ("sae.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
@@ -171,16 +166,7 @@ def test_a_run_without_its_end_goes_on_from_its_checkpoint(name, together, spars
     (folder / "sae.json").unlink()
     (folder / "sae.safetensors").unlink()
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
-    request = Request(
-        [name],
-        layers=[0],
-        caches=[sparse_cache.folder],
-        steps=STEPS,
-        batch_size=BATCH,
-        width="16x",
-        device="cpu",
-        out=tmp_path,
-    )
+    request = request_of([name], sparse_cache, tmp_path)
     (run,) = plan(request)
     assert run.folder == folder
     run_all([run], request)

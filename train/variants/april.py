@@ -19,6 +19,8 @@ from ..terms import MSE
 class WeightedL1(Term):
     """mean_B sum_F |f_i| |W_dec,i|: shrinking latents and growing their rows gains nothing."""
 
+    sparsity = True
+
     def forward(self, step: Step) -> Tensor:
         return (step.f_BF.float().abs().mean(0) * step.sae.W_dec.norm(dim=1)).sum()
 
@@ -91,6 +93,8 @@ def power_sum(f_BF: Tensor, p: Tensor) -> Tensor:
 
 class Lp(Term):
     """c_t mean_B sum_F f^{p_t}."""
+
+    sparsity = True
 
     def __init__(self, annealing: Annealing) -> None:
         super().__init__()

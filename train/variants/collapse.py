@@ -22,11 +22,19 @@ from torch.nn import functional as F
 
 from ...cache.errors import UsageError
 from ..coefficients import Coefficient, cosine, progress, times, warmup
+from ..knobs import AtWidth
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
 from ..recipe import Optimization, Setting, Variant, one_of, recipe
 from ..sae import SAE, Activation, ReLU
 from ..step import Mechanism, Step, Term
 from ..terms import L1, MSE
+
+LITERAL = {
+    "contrast_cos": ("jl", "angles seen through 128 of 2304 dimensions have a noise of 0.088, and tau ends at 0.05"),
+    "l1_controller": ("none", "0.04 lies inside all bounds, so they never act"),
+    "gs_axis": ("activation_batch", "latents depend on their batch and are hardly ever zero; one token has no rule"),
+    "group_lr": ("softmax", "it sums to one and is flat over 16 groups, so every rate is lr/16"),
+}
 
 # Shapes here: G groups, M latents of a group, S dimensions of the sketch, N neighbours.
 
@@ -646,7 +654,7 @@ def baseline(
     draft: Draft,
     l1: float = 0.04,
     l1_warmup: int | None = None,
-    pre_bias: bool = True,
+    pre_bias: bool = False,
     units: str = "field",
     budget: str | None = None,
     batch_norm: str = "off",
@@ -655,7 +663,7 @@ def baseline(
     """ReLU latents and an L1 penalty; `budget=paper` is 100,000 tokens, `matched` 10 million.
 
     `units`: field (input of mean square norm 1, error summed), as_printed (raw input, summed), evidence (raw input,
-    mean over dimensions). `batch_norm`: off or pre. `importance`: off or loss_ema. Paper: `pre_bias` false.
+    mean over dimensions). `batch_norm`: off or pre. `importance`: off or loss_ema.
     """
     run, sae = draft.run, draft.sae
     sae.pre_bias = pre_bias
@@ -693,8 +701,8 @@ def baseline(
     draft.terms["l1"] = (warmup(l1, draft.l1_warmup), L1())
 
 
-def sketch(draft: Draft, jl_dim: int = 128, jl_on: str = "decoder", beta: float = 0.9) -> None:
-    """A Johnson-Lindenstrauss projection (128, at most the width) and an average of utilisation watch.
+def sketch(draft: Draft, jl_dim: int = AtWidth(128), jl_on: str = "decoder", beta: float = 0.9) -> None:
+    """A Johnson-Lindenstrauss projection and an average of utilisation watch.
 
     `jl_on`: decoder, encoder or activations.
     """
@@ -745,7 +753,8 @@ def dynamic_l1(draft: Draft, l1_controller: str = "l0_target", l0: float | None 
     """The L1 penalty moves inside bounds that fall from [0.02, 1.0] to [0.01, 0.5].
 
     `l1_controller`: l0_target, recon_ratio, or none (the letter, with which the bounds never act). `l0`: the target;
-    None: 40, or an eighth of a narrow dictionary.
+    None: 40, or an eighth of a narrow dictionary. `--l0` does not trust it: within its bounds and at this kappa L0
+    passes the target by far, so lambda goes on as in every other recipe.
     """
     run = draft.run
     target = min(40.0, run.d_sae / 8) if l0 is None else l0
@@ -836,6 +845,8 @@ def winner_take_all(
             f"wta_share={wta_share}, gamma={gamma}, neighbours={neighbours}: give a share above 0 and up to 1, "
             "a gamma that is not negative, and one neighbour or more."
         )
+    if run.l0 is not None:
+        wta_share = max(wta_share, run.l0 / run.d_sae)  # room for what `--l0` asks for
     groups = draft.rows.groups
     winners = math.ceil(wta_share * run.d_sae / groups)
     if wta_scope == "global":
@@ -903,7 +914,8 @@ def register(number: int) -> None:
     if number:
         head = f"Run {number}, `{name_of(number - 1)}` and one thing more. {head}"
     build.__doc__ = f"{head}\n{details}"
-    recipe(name_of(number), paper="000", equations=ADDITIONS[number][1], width=1)(build)
+    literal = {option.name: LITERAL[option.name] for option in own if option.name in LITERAL}
+    recipe(name_of(number), paper="000", equations=ADDITIONS[number][1], width=1, literal=literal)(build)
 
 
 def name_of(number: int) -> str:

@@ -7,18 +7,17 @@
 P(f_i | f_j) = J_ij / p_j, so max(c_ij, c_ji) = J_ij / min(p_i, p_j) / (k/n): how often the rarer latent of a pair
 brings the other, over chance. It is symmetric, and <f_i, f_j> is: the direction of (3) has no effect on (5).
 
-To the letter: `tau_on=lift reduction=sum`. That is void in two places. Chance is 1 on the scale of c, and tau is 0.6, so
-most independent pairs pass; and the sum over n^2 pairs of random rows is n^2/d, thousands of times the reconstruction.
-The defaults are readings that work: tau on P, and the mean over the pairs that pass.
+To the letter: `tau_on=lift reduction=sum pair_store=dense`. That is void in two places (`LITERAL`). The defaults are
+readings that work: tau on P, and the mean over the pairs that pass.
 
 The dense J has n^2 entries, 1.4 GB at n = 18432, and its products have n (2B + 6d) / 10Bd = 7 times the operations of the
 other part of a step. With k latents a token few pairs ever pass, so `pair_store=table` follows a fixed number of pairs
 and looks for better ones now and then.
 
 Paper: states two numbers of steps, of k and of every result, and prints the L1 baseline's numbers as those of "no
-competition"; `competition-off` is the same model without (5), `competition-baseline` the other one. It does not state
-the activation, the encoder's form or the units of its loss: what its baseline's explained variance of 0.293 points to is
-`reconstruction=mean normalize=none`.
+competition"; `competition-off` is the same model without (5), `competition-baseline` the other one. It writes E(x), so
+the encoder does not see x - b_dec. It does not state the activation or the units of its loss: what its baseline's
+explained variance of 0.293 points to is `reconstruction=mean normalize=none`.
 """
 
 from abc import abstractmethod
@@ -31,8 +30,9 @@ from torch.nn import functional as F
 
 from ...cache.errors import UsageError
 from ..coefficients import Coefficient, warmup
+from ..knobs import AtWidth
 from ..mechanisms import DeadLatents, Threshold, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, ablation, at_width, recipe
+from ..recipe import Optimization, Setting, Variant, ablation, recipe
 from ..sae import SAE, Activation, BatchTopK, ReLU, TopK
 from ..step import Mechanism, Step, Term
 from ..terms import L1, MSE, AuxK, reconstruction_weight
@@ -48,6 +48,11 @@ READINGS = {
     "target": ("cofire", "absorption"),
     "act": ("topk", "batchtopk", "relu"),
     "pair_store": ("table", "dense"),
+}
+LITERAL = {
+    "tau_on": ("lift", "chance is 1 on the scale of c and tau is 0.6, so most independent pairs pass"),
+    "reduction": ("sum", "over n^2 pairs of random rows it is n^2/d, thousands of times the reconstruction"),
+    "pair_store": ("dense", "a sum over all pairs needs all of them: n^2 entries"),
 }
 RARE = 1e-5  # of a latent that fires less than once in so many tokens nothing is said
 BLOCK = 2**24  # elements worked on at once, so that the table's work needs no memory beside it
@@ -351,13 +356,11 @@ def problems(run: Setting, given: dict[str, Any]) -> Iterator[str]:
     for name, known in READINGS.items():
         if given[name] not in known:
             yield f"{name}={given[name]} is unknown: {' or '.join(known)}."
-    if given["k"] is None and at_width(given["k_at_2304"], run.d_in) > run.d_sae:
-        yield f"k_at_2304={given['k_at_2304']} at width {run.d_in} is more than {run.d_sae} latents: give a larger --width."
     if given["strength_warmup"] is not None and not 0 <= given["strength_warmup"] <= run.steps:
         yield f"strength_warmup={given['strength_warmup']} is negative or longer than the run of {run.steps} steps."
     if not 0 <= given["beta"] < 1:
         yield f"beta={given['beta']} is no decay rate: give 0 to below 1."
-    for name in ("pairs", "refresh", "k_at_2304"):
+    for name in ("pairs", "refresh"):
         if given[name] < 1:
             yield f"{name}={given[name]} is not positive."
     if given["tau"] < 0:
@@ -375,11 +378,10 @@ def problems(run: Setting, given: dict[str, Any]) -> Iterator[str]:
         )
 
 
-@recipe("competition", **PAPER)  # type: ignore[arg-type]
+@recipe("competition", literal=LITERAL, **PAPER)  # type: ignore[arg-type]
 def competition(
     run: Setting,
-    k: int | None = None,
-    k_at_2304: int = 100,
+    k: int = AtWidth(100),
     strength: float = 0.03,
     strength_warmup: int | None = None,
     tau: float = 0.6,
@@ -399,19 +401,17 @@ def competition(
     l1_warmup: int | None = None,
     aux: float = 0.0,
     reconstruction: str = "sum",
-    pre_bias: bool = True,
+    pre_bias: bool = False,
 ) -> Variant:
     """The k largest latents of each token; pairs that fire together pay for the similarity of their decoder rows.
 
-    `k`: None is `k_at_2304` times d_in / 2304. `strength_warmup`: None is 2000 steps, or 2000/4882 of a shorter run.
+    `strength_warmup`: None is 2000 steps, or 2000/4882 of a shorter run.
     `pairs`: how many a latent the table follows on average, and `refresh` the steps between its renewals; `memory_gb`:
     what pair statistics may take. `l1_warmup`: None is a twentieth of the run. `aux`: AuxK, which the paper has not.
     """
     wrong = list(problems(run, locals()))
     if wrong:
         raise UsageError("\n".join(wrong))
-    if k is None:
-        k = max(1, round(at_width(k_at_2304, run.d_in)))
     if strength_warmup is None:
         strength_warmup = min(2000, round(run.steps * 2000 / 4882))
     dead = DeadLatents(run.d_sae, run.dead_tokens)
@@ -447,14 +447,14 @@ for _name, _width, _summary, _fixed in (
     ("no-warmup", 8, "`competition` at full strength from the first step.", {"strength_warmup": 0}),
     ("off", 8, "`competition` of strength zero: its statistics are followed, and act on nothing.", {"strength": 0.0}),
     ("small", 1, "`competition` in a dictionary of d_in latents. Paper: does not say how small.", {}),
-    ("k320", 8, "`competition` with the 320 latents a token of the paper's results.", {"k_at_2304": 320}),
+    ("k320", 8, "`competition` with the 320 latents a token of the paper's results.", {"k": AtWidth(320)}),
 ):
-    ablation(f"competition-{_name}", competition, _summary, {**PAPER, "width": _width}, **_fixed)
+    ablation(f"competition-{_name}", competition, _summary, {**PAPER, "width": _width, "literal": LITERAL}, **_fixed)
 
 
-@recipe("competition-baseline", paper="002", equations="(1)")
+@recipe("competition-baseline", paper="002", equations="(1)", literal={})
 def baseline(
-    run: Setting, l1: float = 0.04, l1_warmup: int | None = None, reconstruction: str = "sum", pre_bias: bool = True
+    run: Setting, l1: float = 0.04, l1_warmup: int | None = None, reconstruction: str = "sum", pre_bias: bool = False
 ) -> Variant:
     """ReLU latents and an L1 penalty, which the paper compares with."""
     variant = relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)

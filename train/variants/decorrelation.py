@@ -61,18 +61,18 @@ class Decorrelation(Term):
         return value + (product - product.detach())
 
 
-@recipe("decorrelation", paper="003", equations="(1)-(5)", width=1)
+@recipe("decorrelation", paper="003", equations="(1)-(5)", width=1, literal={})
 def decorrelation(
     run: Setting,
     strength: float = 0.1,
     fraction: float = 0.001,
     l1: float = 0.04,
     l1_warmup: int | None = None,
-    pre_bias: bool = True,
+    pre_bias: bool = False,
 ) -> Variant:
     """`relu` and one term more: the most correlated 0.1 % of pairs of latents are pulled apart.
 
-    Paper: gives no strength, and no form of the encoder.
+    Paper: gives no strength. Of the encoder it says f_enc(x), a function of x and not of x - b_dec.
     """
     variant = relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)
     variant.add_term("decorrelation", strength, Decorrelation(fraction))

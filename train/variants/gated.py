@@ -39,6 +39,8 @@ class Gated(Activation, name="gated"):
 class GateL1(Term):
     """mean_B sum_F f_gate."""
 
+    sparsity = True
+
     def __init__(self, gated: Gated) -> None:
         super().__init__()
         self.gated = gated

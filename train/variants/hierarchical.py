@@ -8,8 +8,13 @@
     W_enc,i <- (W_enc,i + W_enc,j)/2 where cos(i, j) > 0.9, every 100 steps     (7)  hierarchical
 
 lambda ends at zero: what is trained is close to a dense autoencoder (the paper's L0 is 1,735 of 2,304), and the paper's
-best row is `hierarchical-linear`. Its loss is in the units of raw activations: `normalize=none`, and with that
-`recon_in_alpha=sum` is its letter, where alpha is 0.1 throughout. Paper: does not state warm-up or decay of the rate.
+best row is `hierarchical-linear`. Paper: does not state warm-up or decay of the rate.
+
+With `--l0 N` the run ends with N latents a token. That contradicts (3), whose penalty ends at zero: lambda falls for a
+twentieth of the run, and is then what N needs.
+
+Paper: says that its input is normalised, and prints losses that are sums over raw activations; L_recon in (5) is in
+these units whatever the input, and 2.5 belongs to their variance at its layer, 24.
 """
 
 from collections.abc import Callable
@@ -19,8 +24,9 @@ from torch import Tensor
 
 from ...cache.errors import UsageError
 from ..coefficients import Coefficient, linear, times
+from ..knobs import AtVariance, AtWidth
 from ..mechanisms import DeadLatents, Resample, UnitNormDecoder, forget
-from ..recipe import Optimization, Setting, Variant, ablation, at_width, one_of, recipe
+from ..recipe import Optimization, Setting, Variant, ablation, one_of, recipe
 from ..sae import SAE
 from ..step import Mechanism, Step
 from ..terms import L1, MSE
@@ -28,9 +34,10 @@ from . import baselines
 
 PAPER = {"paper": "004", "width": 1}
 OPTIMIZATION = Optimization(weight_decay=0.01, clip=1.0)
-VARIANCE = (
-    27.1  # of an element at layer 19 of Gemma-2-2B, by the paper's MSE and explained variance: 2.66 / (1 - 0.902)
-)
+LITERAL = {
+    "stability": ("mean", "of a sparse SAE most latents fire for less than 1 % of tokens, so most of them restart"),
+    "recon_in_alpha": ("sum", "a token's summed error is in the thousands, so alpha is 0.1 throughout"),
+}
 
 
 class ResampleByWindow(Resample):
@@ -141,9 +148,8 @@ class Modulate(Mechanism):
     """alpha = clamp(target / L_recon, low, high), without a gradient (5); a coefficient, and its average as state.
 
     L_recon in the units of the cache, whose rows were divided by `scale`, by `reading`
-        variance  the unexplained share of the batch's variance times 27.1, the variance the paper's target belongs to
-        mean      the mean squared error of an element: about 2.66 at layer 19, so alpha is 0.94
-        sum       the squared error of a token, which the paper's loss of 4,668 is: alpha is 0.1, always
+        mean   the mean squared error of an element: at the paper's explained variance 2.35 = 0.098 * 24, so alpha is 1.06
+        sum    the squared error of a token, which the paper's loss of 4,668 is: alpha is 0.1, always
     averaged over steps with `ema`.
     """
 
@@ -155,16 +161,13 @@ class Modulate(Mechanism):
     ) -> None:
         super().__init__()
         self.scale, self.target, self.low, self.high, self.ema = scale, target, low, high, ema
-        self.reading = one_of("recon_in_alpha", reading, ("variance", "mean", "sum"))
+        self.reading = one_of("recon_in_alpha", reading, ("mean", "sum"))
         self.register_buffer("average", torch.zeros(()))
         self.register_buffer("alpha", torch.ones(()))
 
     def averaged(self, step: Step) -> Tensor:
         error = step.error_BD.detach().square()
-        if self.reading == "variance":
-            now = VARIANCE * error.sum() / (step.x_BD - step.x_BD.mean(0)).square().sum()
-        else:
-            now = self.scale() ** 2 * (error.mean() if self.reading == "mean" else error.sum(1).mean())
+        now = self.scale() ** 2 * (error.mean() if self.reading == "mean" else error.sum(1).mean())
         return torch.where(step.i == 0, now, torch.lerp(now, self.average, self.ema))
 
     def forward(self, step: Step) -> Tensor:
@@ -199,8 +202,8 @@ def build(
     window: int = 100,
     below: float = 0.01,
     stability: str = "any",
-    recon_in_alpha: str = "variance",
-    target: float = 2.5,
+    recon_in_alpha: str = "mean",
+    target: float = AtVariance(2.5),
     alpha_low: float = 0.1,
     alpha_high: float = 2.0,
     alpha_ema: float = 0.0,
@@ -278,7 +281,14 @@ for _name, _summary, _equations, _idle, _fixed in (
         {"restarts": "window", "adaptive": True, "merging": True},
     ),
 ):
-    ablation(f"hierarchical{_name}", build, _summary, {"equations": _equations, **PAPER}, *_idle, **_fixed)
+    ablation(
+        f"hierarchical{_name}",
+        build,
+        _summary,
+        {"equations": _equations, "literal": LITERAL, **PAPER},
+        *_idle,
+        **_fixed,
+    )
 
 
 def with_optimization(variant: Variant) -> Variant:
@@ -287,20 +297,19 @@ def with_optimization(variant: Variant) -> Variant:
     return variant
 
 
-@recipe("hierarchical-topk320", **PAPER)
-def topk(run: Setting, k: int | None = None, aux: float = 1 / 32) -> Variant:
-    """The paper's baseline: `topk`, k = 320 of 2304. `k` None: the same share of d_in."""
-    k = max(1, round(at_width(320, run.d_in))) if k is None else k
+@recipe("hierarchical-topk320", literal={}, **PAPER)
+def topk(run: Setting, k: int = AtWidth(320), aux: float = 1 / 32) -> Variant:
+    """The paper's baseline: `topk`."""
     return with_optimization(baselines.topk(run, k=k, aux=aux))
 
 
-@recipe("hierarchical-batchtopk", **PAPER)
-def batchtopk(run: Setting, k: float | None = None, aux: float = 1 / 32) -> Variant:
-    """The second baseline: `batchtopk`. `k` None: 320 of 2304, the same share of d_in; the paper gives none."""
-    return with_optimization(baselines.batchtopk(run, k=at_width(320, run.d_in) if k is None else k, aux=aux))
+@recipe("hierarchical-batchtopk", literal={}, **PAPER)
+def batchtopk(run: Setting, k: float = AtWidth(320), aux: float = 1 / 32) -> Variant:
+    """The second baseline: `batchtopk`. Paper: gives it no k; this is that of the first."""
+    return with_optimization(baselines.batchtopk(run, k=k, aux=aux))
 
 
-@recipe("hierarchical-l1", **PAPER)
+@recipe("hierarchical-l1", literal={}, **PAPER)
 def l1(run: Setting, l1: float = 0.04, l1_warmup: int = 0, pre_bias: bool = False) -> Variant:
     """The third baseline: `relu` under a constant L1 penalty."""
     return with_optimization(baselines.relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias))

@@ -6,9 +6,8 @@
     alpha = softmax(z / T) z                                                                      (5)
     T     = T_base (1 + (exp(exp(rho) - 1) - 1) s), within [0.05, 0.3], momentum 0.99             (6)
 
-To the letter: `utilization=mean n_ref=none interval=1 competition=softmax cut=0`. That is void in three places. The
-weights of the softmax sum to one, so alpha is about z/n, or one winner; rho is about L0/n, so growth stays in its first
-branch; and growth is over after 173 to 346 steps. The defaults are readings that work.
+To the letter: `utilization=mean n_ref=none interval=1 competition=softmax cut=0`. That is void in three places
+(`LITERAL`). The defaults are readings that work.
 
 The paper does not state the units of its loss. Ours is the house's, |x|^2 = 1 on average and errors summed over d_in;
 what its numbers point to is `reconstruction=mean normalize=none`.
@@ -21,13 +20,21 @@ from torch import Tensor, nn
 
 from ...cache.errors import UsageError
 from ..coefficients import Coefficient, constant, linear
+from ..knobs import AtDictionary, AtScale
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, ablation, at_width, one_of, recipe
+from ..recipe import Optimization, Setting, Variant, ablation, one_of, recipe
 from ..sae import SAE, Activation, ReLU
 from ..step import Mechanism, Step, Term
 from ..terms import L1, MSE, reconstruction_weight
 
 PAPER = {"paper": "001", "width": 1}
+LITERAL = {
+    "utilization": ("mean", "rho is about L0/n, so growth stays in the first branch of (4)"),
+    "n_ref": (None, "at n = 2304 the bounds of (4) always bind: 5, 7 or 10"),
+    "interval": (1, "growth is over after 173 to 346 of 4,882 steps"),
+    "competition": ("softmax", "the weights sum to one, so alpha vanishes, about z/n, or has one winner"),
+    "cut": (0.0, "alpha is nowhere exactly zero, so L0 counts every positive latent"),
+}
 COMPETITIONS = ("softmax_peak", "softmax", "softmax_scaled", "softmax_active_only")
 
 
@@ -93,6 +100,8 @@ class Competition(Activation, name="competition"):
 
 class ChainL1(Term):
     """mean_B sum_F |c(pre)| of a chain c of activations that is not, or not all, in the way of the reconstruction."""
+
+    sparsity = True
 
     def __init__(self, *chain: Activation) -> None:
         super().__init__()
@@ -216,7 +225,7 @@ class Temper(Mechanism):
         return {"T": self.competition.T}
 
 
-@recipe("progressive-baseline", equations="(1)", **PAPER)
+@recipe("progressive-baseline", equations="(1)", literal={}, **PAPER)
 def baseline(run: Setting, l1: float = 0.04, reconstruction: str = "sum", pre_bias: bool = False) -> Variant:
     """ReLU latents and an L1 penalty: `progressive` without growth and without competition."""
     return Variant(
@@ -228,25 +237,25 @@ def baseline(run: Setting, l1: float = 0.04, reconstruction: str = "sum", pre_bi
     )
 
 
-@recipe("progressive", equations="(2)-(6)", **PAPER)
+@recipe("progressive", equations="(2)-(6)", literal=LITERAL, **PAPER)
 def progressive(
     run: Setting,
     start: float = 0.25,
     interval: int | None = None,
     hybrid: bool = True,
     n_ref: int | None = 100,
-    pace: float | None = None,
+    pace: float = AtDictionary(1),
     order: str = "index",
     beta: float = 0.9,
-    tau: float = 0.01,
+    tau: float = AtScale(0.01),
     utilization: str = "alive_fraction",
     competition: str = "softmax_peak",
     competition_in_recon: bool = True,
-    cut: float = 0.01,
-    temperature: float = 0.1,
+    cut: float = AtScale(0.01),
+    temperature: float = AtScale(0.1),
     temperature_unit: str = "input",
-    temperature_low: float = 0.05,
-    temperature_high: float = 0.3,
+    temperature_low: float = AtScale(0.05),
+    temperature_high: float = AtScale(0.3),
     density_scale: float = 0.3,
     density_sign: int = 1,
     momentum: float = 0.99,
@@ -259,7 +268,7 @@ def progressive(
     """Latents are enabled as they are used, from a quarter on, and compete under a temperature that follows their use.
 
     `interval`: steps between increments; None: 10 in 4882, so that growth fills half of the run. `n_ref` None: d_sae.
-    `pace`: multiplies the increments; None: d_sae / 2304. `competition` may be off. `competition_in_recon` false
+    `pace`: multiplies the increments. `competition` may be off. `competition_in_recon` false
     reconstructs from z, and alpha is only penalised. `anneal_steps` (the paper's 2000): T_base falls from
     `temperature_high` to `temperature`. `l1_on`: alpha, z, or both, which is the gradient printed as (7).
     """
@@ -274,9 +283,7 @@ def progressive(
     enabled = Enabled(run.d_sae)
     dead = DeadLatents(run.d_sae, run.dead_tokens)
     use = Utilization(enabled, beta, tau, utilization)
-    grow = Grow(
-        enabled, use, dead, start, interval, hybrid, n_ref, at_width(1, run.d_sae) if pace is None else pace, order
-    )
+    grow = Grow(enabled, use, dead, start, interval, hybrid, n_ref, pace, order)
     mechanisms: list[Mechanism] = [use, grow, UnitNormDecoder()]
     terms: dict[str, tuple[Coefficient | float, Term]] = {
         "mse": (reconstruction_weight(reconstruction, run.d_in), MSE())
@@ -317,4 +324,11 @@ for _name, _summary, _idle, _fixed in (
         {"competition": "off"},
     ),
 ):
-    ablation(f"progressive-{_name}", progressive, _summary, {"equations": "(2)-(6)", **PAPER}, *_idle, **_fixed)
+    ablation(
+        f"progressive-{_name}",
+        progressive,
+        _summary,
+        {"equations": "(2)-(6)", "literal": LITERAL, **PAPER},
+        *_idle,
+        **_fixed,
+    )
