@@ -1,6 +1,6 @@
 """Do our recipes train as the peers' trainers do? Step for step, in their own code.
 
-    python -m venv env-dl       # torch pinned to a CPU wheel that is there; its pins of other packages are not needed
+    python -m venv env-dl       # only its trainers are used, and they need no more than this
     env-dl/bin/pip install --no-deps dictionary-learning==0.1.0
     env-dl/bin/pip install torch==2.13.0 einops numpy safetensors tqdm
     python -m venv env-saelens
