@@ -93,23 +93,27 @@ def scaled(options: dict[str, Any], run: "Setting", raw: bool) -> tuple[dict[str
 class HoldL0(Mechanism):
     """`--l0`: the coefficients of the sparsity terms move so that L0 is `target` when the run ends.
 
-        c_t = c_w exp(s_t + gain e_t),     s_t <- s_t + rate e_t,     e = log(L0 / target) within [-1/2, 1/2]
+        c_t = c_w exp(s_t + gain e_t),     s_t <- s_t + rate e_t,     e = log(L0/target) + log(L0/L0_earlier)
 
-    c_w is the recipe's own coefficient at step w, a twentieth of the run: until then the recipe is left alone, so that
-    its own warm-up acts, and L0 has come down from the half of all latents with which it starts. What the recipe
-    would do with its coefficient afterwards no longer counts: a penalty that falls to zero has no final L0 of its own.
-    The proportional part is what keeps the sum from swinging: weights follow a coefficient only at the optimizer's rate.
+    c_w is the recipe's own coefficient at step w, a twentieth of the run: until then its own warm-up acts. What the
+    recipe would do with it afterwards no longer counts: a penalty that falls to zero has no final L0 of its own.
+
+    Weights follow a coefficient at the optimizer's rate only, so a sum of errors alone would swing. And while L0 falls
+    from the half of all latents with which a run starts, no penalty is needed to make it fall: pushed on, it passes the
+    target and latents die for good. Hence e counts the fall, and lies within [-1, 1/2]: quicker to let go than to push.
     """
 
     integral: Tensor  # (), s
-    l0: Tensor  # (), lately
+    l0: Tensor  # (), lately: an average over five steps
+    earlier: Tensor  # (), one over twenty
 
-    def __init__(self, target: float, begin: int, gain: float = 3.0, rate: float = 0.04, beta: float = 0.8) -> None:
+    def __init__(self, target: float, begin: int, gain: float = 2.0, rate: float = 0.04) -> None:
         super().__init__()
-        self.target, self.begin, self.gain, self.rate, self.beta = target, begin, gain, rate, beta
+        self.target, self.begin, self.gain, self.rate = target, begin, gain, rate
         self.own: dict[str, Coefficient] = {}
         self.register_buffer("integral", torch.zeros(()))
         self.register_buffer("l0", torch.tensor(float(target)))
+        self.register_buffer("earlier", torch.tensor(float(target)))
 
     def take(self, name: str, own: Coefficient) -> Coefficient:
         """The coefficient of a term in place of its own."""
@@ -123,7 +127,8 @@ class HoldL0(Mechanism):
         return torch.where(step.i <= self.begin, own, getattr(self, f"start_{name}").clamp_min(1e-6))
 
     def error(self) -> Tensor:
-        return (self.l0.clamp_min(1e-3) / self.target).log().clamp(-0.5, 0.5)
+        now, earlier = self.l0.clamp_min(1e-3), self.earlier.clamp_min(1e-3)
+        return ((now / self.target).log() + (now / earlier).log()).clamp(-1, 0.5)
 
     def factor(self, step: Step) -> Tensor:
         return torch.where(step.i <= self.begin, 1.0, (self.integral + self.gain * self.error()).exp())
@@ -132,7 +137,8 @@ class HoldL0(Mechanism):
         for name in self.own:
             getattr(self, f"start_{name}").copy_(self.start(name, step))
         l0 = (step.f_BF.detach() != 0).sum(-1).float().mean()
-        self.l0.copy_(torch.where(step.i == 0, l0, self.l0.lerp(l0, 1 - self.beta)))
+        self.l0.copy_(torch.where(step.i == 0, l0, self.l0.lerp(l0, 0.2)))
+        self.earlier.copy_(torch.where(step.i == 0, l0, self.earlier.lerp(l0, 0.05)))
         moved = self.integral + torch.where(step.i < self.begin, 0.0, self.rate * self.error())
         self.integral.copy_(moved.clamp(-12, 12))
 

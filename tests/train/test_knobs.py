@@ -46,9 +46,6 @@ def test_l0_is_a_knob_of_every_recipe_and_turns_the_right_way(name, sparse_cache
         trained(sparse_cache, SETTING._replace(l0=n), name, batches, lr=3e-3, warmup=0).take_metrics() for n in (4, 48)
     )
     assert few["l0"] < many["l0"]
-    assert ("l0_coefficient" in few) == ("l0_coefficient" in many)
-    if "l0_coefficient" in few:
-        assert few["l0_coefficient"] > many["l0_coefficient"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +88,7 @@ def test_resume_is_exact_with_l0(sparse_cache, batches, tmp_path) -> None:
 
 
 def test_the_recipe_has_its_coefficient_for_a_twentieth_of_the_run_and_the_target_from_then_on() -> None:
-    """Twice as many latents as wanted: log 2 is over the clamp of 1/2, so c moves by exp(3/2 + 0.04/2 a step)."""
+    """Twice as many latents as wanted: log 2 is over the bound of 1/2, so c is c_w exp(1 + 0.02 a step)."""
     hold = HoldL0(2.0, begin=2)
     own = hold.take("l1", lambda step: 0.1 * (step.i + 1))
 
@@ -103,7 +100,7 @@ def test_the_recipe_has_its_coefficient_for_a_twentieth_of_the_run_and_the_targe
     for i in range(5):
         found.append(float(own(step(i))))
         hold.after(step(i))
-    moved = [0.3 * torch.tensor(1.5 + 0.02 * n).exp().item() for n in (1, 2)]
+    moved = [0.3 * torch.tensor(1.0 + 0.02 * n).exp().item() for n in (1, 2)]
     assert found == pytest.approx([0.1, 0.2, 0.3, *moved])
 
 
