@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from common import AnonymousPeak, alone, identity, in_rounds, machine, medians, model_like_rows, write_text
+from common import AnonymousPeak, Spent, alone, identity, in_rounds, machine, medians, model_like_rows, write_text
 from torch import Tensor
 
 from sae.cache.contexts import Contexts
@@ -85,20 +85,6 @@ def passes_of(planned: Plan, contexts: Contexts) -> list[Tensor]:
     with mock.patch.object(LanguageModel, "capture_hooks", keep):
         harvest(planned)
     return passes
-
-
-class Spent(NamedTuple):
-    wall: float
-    processor: float  # seconds of it, of all threads: what others do on the machine does not move it much
-
-    @classmethod
-    def since(cls, started: "Spent") -> "Spent":
-        now = cls.now()
-        return cls(now.wall - started.wall, now.processor - started.processor)
-
-    @classmethod
-    def now(cls) -> "Spent":
-        return cls(time.perf_counter(), time.process_time())
 
 
 @torch.no_grad()

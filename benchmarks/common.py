@@ -7,11 +7,12 @@ import random
 import statistics
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -67,6 +68,20 @@ def write_text(folder: Path, rows: int) -> None:
 
 def identity() -> dict[str, Any]:
     return {"format": FORMAT, "model": {"name": "none", "revision": "0"}, "data": {"name": "synthetic"}}
+
+
+class Spent(NamedTuple):
+    wall: float
+    processor: float  # seconds of it, of all threads: what others do on the machine does not move it much
+
+    @classmethod
+    def since(cls, started: "Spent") -> "Spent":
+        now = cls.now()
+        return cls(now.wall - started.wall, now.processor - started.processor)
+
+    @classmethod
+    def now(cls) -> "Spent":
+        return cls(time.perf_counter(), time.process_time())
 
 
 def in_rounds(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
