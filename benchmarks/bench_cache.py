@@ -1,187 +1,188 @@
 """How fast a cache is read: `python benchmarks/bench_cache.py [--gb 2]`.
 
-A cache of random bfloat16 rows of width 2304 is written through the same writer as a harvest. Then batches are read by
-our loader and by what one could use instead, each into the same tensor, in rounds of one pass each, in random order;
-the medians are printed beside a memory copy of the same bytes in the same run. Warm means in the page cache.
+A cache of synthetic bfloat16 rows of width 2304 is written through the same writer as a harvest. Then batches are read by
+our loader and by what one could use instead, in rounds, in random order; medians beside a memory copy of the same bytes
+in the same run. `epoch 2` is with maps open and pages in memory: chunks were checked and touched before. The first epoch
+is measured in processes of their own, warm and cold; cold means that the system was asked to forget the files.
 """
 
 import argparse
-import platform
-import random
-import resource
+import functools
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 import zarr
+from common import ARRAY, D_IN, AnonymousPeak, Spent, alone, drop_from_page_cache, in_rounds, machine, make_cache
+from torch import Tensor
 
-from sae.cache.batches import Batches, Plan
-from sae.cache.layout import Layout
+from sae.cache.batches import Batches, Resident, bits_of
 from sae.cache.reader import Cache
-from sae.cache.writer import Writer
 
-D_IN, LAYER, CONTEXT = 2304, 12, 128
-
-
-def make_cache(folder: Path, gigabytes: float) -> Cache:
-    """Rows as a harvest writes them; what is not read here (the text) is small and regular."""
-    from sae.cache.contexts import Contexts
-
-    layout = Layout(int(gigabytes * 1e9) // (2 * D_IN) // CONTEXT * CONTEXT, window_rows=65_536)
-    n = layout.rows // CONTEXT
-    Contexts(
-        np.zeros((n, CONTEXT), np.uint32),
-        np.full(n, CONTEXT, np.uint16),
-        np.arange(n, dtype=np.uint32),
-        np.zeros(n, bool),
-    ).write(folder)
-    writer = Writer(folder, {"made by": "bench_cache"}, layout, {LAYER: D_IN})
-    generator = torch.Generator().manual_seed(0)
-    for window in writer.missing():
-        rows = layout.window(window)
-        bits = torch.randn(len(rows), D_IN, generator=generator).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        at = np.arange(rows.start, rows.stop)
-        writer.write_window(
-            window, {LAYER: bits}, (at // CONTEXT).astype(np.uint32), (at % CONTEXT).astype(np.uint16), {}
-        )
-    writer.finish()
-    return Cache(folder)
+Way = Callable[[], Spent]  # seconds a batch
+SLOTS = 4
 
 
-def readers(cache: Cache, batch: int, folder: Path) -> dict[str, Callable[[int], float]]:
-    """Name -> function that reads a number of batches and returns the seconds a batch took."""
-    target = torch.empty(batch, D_IN, dtype=torch.bfloat16)
-    bits = target.view(torch.int16).numpy().view(np.uint16)
-    array = cache.require(LAYER)
-    plan = Plan(cache.chunk_rows(LAYER), batch, seed=0)
-    source = torch.randn(8, batch, D_IN).bfloat16()
-    opened = zarr.open_array(str(cache.folder / array), mode="r")
-    rng = np.random.default_rng(0)
+def timed(read: Callable[[int], object], count: int) -> Way:
+    def run() -> Spent:
+        started = Spent.now()
+        for number in range(count):
+            read(number)
+        return Spent(*(seconds / count for seconds in Spent.since(started)))
 
-    def timed(read: Callable[[int], object]) -> Callable[[int], float]:
-        def run(count: int) -> float:
-            started = time.perf_counter()
-            for number in range(count):
-                read(number)
-            return (time.perf_counter() - started) / count
+    return run
 
-        return run
 
-    def loader(count: int) -> float:
-        with Batches(cache, LAYER, batch, seed=0) as batches:
+def from_loader(
+    batches: Batches | Resident, count: int, compute: Callable[[Tensor], object] = lambda x_BD: None
+) -> Way:
+    """Timed from when what was read ahead before is used up."""
+    way = timed(lambda number: compute(next(batches)), count)
+
+    def run() -> Spent:
+        for _ in range(SLOTS):
             next(batches)
-            started = time.perf_counter()
-            for _ in range(count):
-                next(batches)
-            return (time.perf_counter() - started) / count
+        return way()
 
-    def mapped(number: int) -> None:
-        at = 0
-        for piece in plan.pieces(number):
-            rows = cache.chunk(array, piece.chunk)[piece.start : piece.start + piece.rows]
-            np.copyto(bits[at : at + piece.rows], rows)
-            at += piece.rows
+    return run
 
-    whole = np.concatenate([cache.chunk(array, i) for i in range(len(cache.chunk_rows(LAYER)))][:8])
-    in_memory = torch.from_numpy(whole).view(torch.bfloat16)
-    hf = as_hf_dataset(whole[: 16 * batch], folder)
 
-    def gathered(number: int) -> None:
-        torch.index_select(in_memory, 0, torch.from_numpy(rng.integers(0, len(in_memory), batch)), out=target)
-
-    def zarr_rows(number: int) -> None:
-        opened.oindex[np.sort(rng.choice(opened.shape[0], 64, replace=False))]
-
-    def zarr_slices(number: int) -> None:
-        start = int(rng.integers(0, opened.shape[0] - batch))
-        bits[:] = opened[start : start + batch]
-
+def loaders(cache: Cache, packed: Cache, batch: int) -> dict[str, Batches | Resident]:
+    """Ours, each having been through an epoch."""
     found = {
-        "memory copy": timed(lambda number: target.copy_(source[number % 8])),
-        "our loader (2 threads, ring of 4)": loader,
-        "our plan, one thread, no ring": timed(mapped),
-        "random rows of a tensor in memory": timed(gathered),
-        "HF datasets, float32, sequential": timed(
-            lambda number: hf[number % 16 * batch : (number % 16 + 1) * batch]["x"]
-        ),
-        "zarr, one slice of a batch": timed(zarr_slices),
+        "our loader": Batches(cache, ARRAY, batch),
+        "our loader, one thread": Batches(cache, ARRAY, batch, threads=1),
+        "our loader, compressed cache": Batches(packed, ARRAY, batch),
+        "our copy on the device (cpu)": Resident(cache, ARRAY, batch),
     }
-    zarr_64 = timed(zarr_rows)
-    found["zarr, random rows (64, scaled up)"] = lambda count: zarr_64(max(1, count // 16)) * batch / 64
+    for loader in found.values():
+        for _ in range(loader.plan.batches_per_epoch):
+            next(loader)
     return found
 
 
-def as_hf_dataset(bits: np.ndarray, folder: Path):
-    """The same rows as Arrow stores them: it has no bfloat16, so float32."""
-    import datasets
+def others(cache: Cache, batch: int, count: int, folder: Path) -> dict[str, Way]:
+    """What one could use instead. The slow ones read fewer batches."""
+    target, source = torch.empty(batch, D_IN, dtype=torch.bfloat16), torch.randn(8, batch, D_IN).bfloat16()
+    ring = [torch.zeros_like(target) for _ in range(SLOTS)]
+    rows = torch.from_numpy(np.concatenate([cache.chunk(ARRAY, n) for n in range(8)])).view(torch.bfloat16)
+    hf, opened = as_hf_dataset(rows[: 8 * batch], folder), zarr.open_array(str(cache.folder / ARRAY), mode="r")
+    random, few = np.random.default_rng(0), max(2, count // 16)
 
+    def gather(number: int) -> None:
+        torch.index_select(rows, 0, torch.from_numpy(random.integers(0, len(rows), batch)), out=target)
+
+    def zarr_slice(number: int) -> None:
+        start = int(random.integers(0, opened.shape[0] - batch))
+        bits_of(target)[:] = opened[start : start + batch]
+
+    zarr_rows = timed(lambda number: opened.oindex[np.sort(random.choice(opened.shape[0], 16, replace=False))], 1)
+    return {
+        "memory copy": timed(lambda number: target.copy_(source[number % 8]), count),
+        f"memory copy, into {SLOTS} in turn": timed(
+            lambda number: ring[number % SLOTS].copy_(source[number % 8]), count
+        ),
+        "torch, random rows in memory": timed(gather, count),
+        "HF datasets, float32, in order": timed(
+            lambda number: hf[number % 8 * batch : (number % 8 + 1) * batch]["x"], few
+        ),
+        "HF datasets, float32, random rows": timed(lambda number: hf[random.integers(0, len(hf), batch)]["x"], few),
+        "zarr, a slice of rows": timed(zarr_slice, few),
+        "zarr, random rows (16, scaled up)": lambda: Spent(*(seconds * batch / 16 for seconds in zarr_rows())),
+    }
+
+
+def as_hf_dataset(rows: Tensor, folder: Path) -> datasets.Dataset:
+    """The rows as Arrow keeps them: it has no bfloat16, so float32."""
     datasets.disable_progress_bars()
-    values = torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
     features = datasets.Features({"x": datasets.Array2D((1, D_IN), "float32")})
-    made = datasets.Dataset.from_dict({"x": values[:, None]}, features=features)
-    made.save_to_disk(str(folder / "hf"))
-    return datasets.load_from_disk(str(folder / "hf")).with_format("torch")
+    datasets.Dataset.from_dict({"x": rows.float().numpy()[:, None]}, features=features).save_to_disk(str(folder))
+    return datasets.load_from_disk(str(folder)).with_format("torch")
 
 
-PEAK = """
-import sys, time
-from sae.cache.reader import Cache
-from sae.cache.batches import Batches
-started = time.perf_counter()
-with Batches(Cache(sys.argv[1]), 12, 4096) as batches:
-    next(batches)
-    first = time.perf_counter() - started
-    for _ in range(min(200, 2 * batches.plan.batches_per_epoch)):
-        next(batches)
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            anonymous = int(line.split()[1]) / 1e3
-print(f"{first * 1e3:.0f} ms to the first batch, {anonymous:.0f} MB of memory of its own")
-"""
+def show(title: str, spent: dict[str, list[Spent]], batch: int) -> None:
+    found = {name: Spent(*np.median(times, 0)) for name, times in spent.items()}
+    base = found["memory copy"]
+    print(f"\n| {title} | ms | GB/s | of a memory copy | in processor time |\n|---|---|---|---|---|")
+    for name, (wall, processor) in sorted(found.items(), key=lambda item: item[1]):
+        speed = f"{wall * 1e3:.2f} | {2 * batch * D_IN / wall / 1e9:.2f}"
+        print(f"| {name} | {speed} | {base.wall / wall:.4f} | {base.processor / processor:.4f} |")
+
+
+def show_with_compute(cache: Cache, packed: Cache, batch: int, rounds: int, milliseconds: float) -> None:
+    """A matrix product after every batch; what the batch adds to it."""
+    still, weight = torch.randn(batch, D_IN), torch.randn(D_IN, 4096)
+    product = timed(lambda number: still[:64] @ weight, 20)
+    product()
+    rows = min(batch, max(1, round(64 * milliseconds / 1e3 / min(product().wall for _ in range(5)))))
+
+    def compute(x_BD: Tensor) -> None:
+        still[:rows] @ weight
+
+    ways = {"the product alone": timed(lambda number: compute(still), 40)}
+    ways |= {name: from_loader(loader, 40, compute) for name, loader in loaders(cache, packed, batch).items()}
+    found = in_rounds(ways, rounds)
+    print(
+        f"\n| batches of {batch}, a product of {rows} rows after each | ms | more than the product alone |\n|---|---|---|"
+    )
+    for name, t in medians(found).items():
+        more = statistics.median(x - y for x, y in zip(found[name], found["the product alone"], strict=True))
+        print(f"| {name} | {t * 1e3:.2f} | {more * 1e3:+.2f} |")
+
+
+def first_epoch(folder: str, batch: int, drop: bool) -> tuple[float, float, float, float]:
+    """Seconds to the first batch, seconds a batch of the first and of the second epoch, and the peak of memory."""
+    torch.set_num_threads(1)
+    if drop:
+        drop_from_page_cache(Path(folder))
+    with AnonymousPeak() as peak:
+        started = time.perf_counter()
+        with Batches(Cache(folder), ARRAY, batch) as batches:
+            next(batches)
+            first = time.perf_counter() - started
+            epochs = [from_loader(batches, batches.plan.batches_per_epoch - SLOTS)().wall for _ in range(2)]
+    return first, *epochs, peak.mb
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=64, help="batches a round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batches", type=int, default=48, help="read in a round by each way")
+    parser.add_argument("--compute", type=float, default=5.0, help="milliseconds of a consumer that computes")
+    parser.add_argument("--folder", default=".", help="where the caches are written, and removed from")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}, zarr {zarr.__version__}"
-    )
-    with tempfile.TemporaryDirectory(dir=".") as temporary:
+    print(machine("zarr", "datasets", "numcodecs"))
+    with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
         folder = Path(temporary)
         cache = make_cache(folder / "cache", asked.gb)
+        packed = make_cache(folder / "packed", asked.gb / 4, compress=True)
+        make_cache(folder / "small", asked.gb / 4)
         for batch in (2048, 4096):
-            ways = readers(cache, batch, folder / str(batch))
-            times: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(asked.rounds):
-                for name in random.sample(list(ways), len(ways)):
-                    slow = name.startswith(("zarr", "HF"))
-                    times[name].append(ways[name](max(2, asked.batches // (16 if slow else 1))))
-            base = statistics.median(times["memory copy"])
-            print(
-                f"\nbatches of {batch} x {D_IN} bfloat16 from {asked.gb:g} GB, warm, medians of {asked.rounds} rounds"
-            )
-            for name, found in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-                t = statistics.median(found)
+            ways = others(cache, batch, asked.batches, folder / f"hf-{batch}")
+            opened = loaders(cache, packed, batch)
+            ways |= {name: from_loader(loader, asked.batches) for name, loader in opened.items()}
+            show(f"batches of {batch} x {D_IN}, epoch 2", in_rounds(ways, asked.rounds), batch)
+            for loader in opened.values():
+                loader.close()
+        show_with_compute(cache, packed, 2048, asked.rounds, asked.compute)
+        del cache, packed, ways, opened
+        print("\n| our loader, batches of 2048 | first batch | ms a batch, epoch 1 | epoch 2 | memory of its own |")
+        print("|---|---|---|---|---|")
+        for name, size in (("small", asked.gb / 4), ("cache", asked.gb)):
+            for drop in (False, True):
+                run = functools.partial(alone, first_epoch, str(folder / name), 2048, drop)
+                first, one, two, mb = np.median([run() for _ in range(3)], 0)
+                state = "cold" if drop else "warm"
                 print(
-                    f"  {name:36s} {t * 1e3:9.2f} ms  {2 * batch * D_IN / t / 1e9:7.2f} GB/s  {base / t:6.3f} of a memory copy"
+                    f"| {size:g} GB, {state} | {first * 1e3:.0f} ms | {one * 1e3:.2f} | {two * 1e3:.2f} | {mb:.0f} MB |"
                 )
-        small = make_cache(folder / "small", asked.gb / 4)
-        for one, size in ((small, asked.gb / 4), (cache, asked.gb)):
-            told = subprocess.run(
-                [sys.executable, "-c", PEAK, str(one.folder)], capture_output=True, text=True, check=True
-            )
-            print(f"\na cache of {size:g} GB: {told.stdout.strip()}", end="")
-    print(f"\npeak memory of this script: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
 
 
 if __name__ == "__main__":

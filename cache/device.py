@@ -1,5 +1,8 @@
 """Where the computing is done."""
 
+import contextlib
+import ctypes
+
 import torch
 
 from .errors import OutsideError, UsageError
@@ -27,3 +30,15 @@ def best_dtype(dtype: str, device: str) -> str:
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is unknown: give one of {', '.join(DTYPES)}.")
     return ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the next tensor, where it is glibc.
+
+    It gives tensors of some megabytes back to the system and takes them anew, each page cleared: a fifth of the time of
+    a small model's pass on a CPU. What a pass needs at most stays the same.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 32 << 20)  # the most that it accepts
+        mallopt(trim_threshold, 2**31 - 1)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..cache.contexts import Contexts
+from ..cache.device import keep_freed_memory
 from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
 from ..cache.files import digest_of, one_writer, read_json, write_json
 from ..cache.layout import Hook, Layout
@@ -51,6 +52,7 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
     committed window safe.
     """
     team = alone_or_launched(plan.device)
+    keep_freed_memory()
     with contextlib.ExitStack() as held, terminated_as_interrupted():
         if team.first:
             held.enter_context(one_writer(plan.folder, "sae harvest", report.say))

@@ -1,0 +1,217 @@
+"""What a harvest costs beside the model's own forward pass: `python benchmarks/bench_harvest.py`.
+
+gemma-2-mini on its embedded text, cut before the clock starts. In rounds, in random order:
+
+    forward          the truncated model on the very passes of that harvest: no hook, nothing kept
+    harvest          the whole of it, from loading the model to the seal: checksums, flushes and commits included
+    harvest of 19    the same of layer 19 alone, in place of 5, 12 and 19
+
+Each loads the model itself. Then the writer alone, at Gemma-2-2B's width, and the peak of memory at two cache sizes.
+"""
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from common import AnonymousPeak, Spent, alone, identity, in_rounds, machine, medians, model_like_rows, write_text
+from torch import Tensor
+
+from sae.cache.contexts import Contexts
+from sae.cache.layout import Hook, Layout
+from sae.cache.writer import Rows, Writer
+from sae.harvest.model import LanguageModel
+from sae.harvest.plan import Plan, Request, plan
+from sae.harvest.run import Computing, cut_text, harvest, layout_of, load
+
+LAYERS, WIDE = (5, 12, 19), 2304
+
+
+def begun(planned: Plan, contexts: Contexts) -> None:
+    """What a harvest leaves that was stopped when the text was cut."""
+    shutil.rmtree(planned.folder, ignore_errors=True)
+    contexts.write(planned.folder)
+    Writer(planned.folder, planned.identity, layout_of(planned, contexts), planned.widths)
+
+
+@dataclass
+class Spans:
+    """When the calls of a method began and ended."""
+
+    of: list[tuple[float, float]]
+
+    @property
+    def inside(self) -> float:
+        return sum(stop - start for start, stop in self.of)
+
+    @property
+    def between(self) -> float:
+        return sum(start - stop for (_, stop), (start, _) in zip(self.of, self.of[1:], strict=False))
+
+
+@contextlib.contextmanager
+def watched(owner: type, method: str) -> Iterator[Spans]:
+    spans, original = Spans([]), getattr(owner, method)
+
+    def call(*given: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return original(*given)
+        finally:
+            spans.of.append((started, time.perf_counter()))
+
+    with mock.patch.object(owner, method, call):
+        yield spans
+
+
+def passes_of(planned: Plan, contexts: Contexts) -> list[Tensor]:
+    """The ids of every pass of a harvest, (N, S) each, in order."""
+    begun(planned, contexts)
+    original, passes = LanguageModel.capture_hooks, []
+
+    def keep(model: LanguageModel, ids_NS: Tensor, hooks: Any) -> Any:
+        passes.append(ids_NS)
+        return original(model, ids_NS, hooks)
+
+    with mock.patch.object(LanguageModel, "capture_hooks", keep):
+        harvest(planned)
+    return passes
+
+
+@torch.no_grad()
+def forward(planned: Plan, passes: list[Tensor]) -> Spent:
+    started = Spent.now()
+    model = load(planned, {0: list(planned.widths)}, "cpu")
+    for ids_NS in passes:
+        model.trunk(ids_NS, use_cache=False)
+    return Spent.since(started)
+
+
+def harvested(planned: Plan, contexts: Contexts, splits: list[dict[str, float]]) -> Callable[[], Spent]:
+    def run() -> Spent:
+        begun(planned, contexts)
+        with watched(Computing, "window") as model, watched(Writer, "write_window") as writer:
+            started = Spent.now()
+            harvest(planned)
+            spent = Spent.since(started)
+        last = model.of[-1][1]
+        splits.append(
+            {
+                "the model computes": model.inside / spent.wall,
+                "the model waits for the writer": model.between / spent.wall,
+                "before the first and after the last window": (spent.wall - (last - model.of[0][0])) / spent.wall,
+                "the writer writes": writer.inside / spent.wall,
+                "the writer waits for the model": writer.between / spent.wall,
+            }
+        )
+        return spent
+
+    return run
+
+
+def written(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[], float]:
+    """A window of three layers, measured, checksummed, flushed and committed."""
+    names = [Hook(layer).array for layer in LAYERS]
+    bits, at = model_like_rows(rows, WIDE), np.arange(rows)
+    window = Rows(dict.fromkeys(names, bits), (at // 128).astype(np.uint32), (at % 128).astype(np.uint16))
+
+    def run() -> float:
+        shutil.rmtree(folder, ignore_errors=True)
+        layout = Layout(rows, rows, compress=compress)
+        write_text(folder, rows)
+        writer = Writer(folder, identity(), layout, dict.fromkeys(names, WIDE))
+        started = time.perf_counter()
+        writer.write_window(0, window, {})
+        return rows / (time.perf_counter() - started)
+
+    return run
+
+
+def peak_of_harvest(folder: str, windows: int, window: int) -> float:
+    torch.set_num_threads(1)
+    with AnonymousPeak() as peak:
+        harvest(plan(request(Path(folder), windows * window, window)))
+    return peak.mb
+
+
+def request(folder: Path, tokens: int, window: int) -> Request:
+    return Request(model="gemma-2-mini", layers=LAYERS, tokens=tokens, window=window, device="cpu", out=folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16_384, help="rows of a harvest")
+    parser.add_argument("--window", type=int, default=8192, help="rows of a window")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--windows", type=int, nargs=2, default=(4, 16), help="of the two harvests whose memory is read"
+    )
+    parser.add_argument("--small", type=int, default=4096, help="rows of a window of theirs")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; more than there are idle cores are slower than one"
+    )
+    parser.add_argument("--folder", default=".", help="where the caches are written, and removed from")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    print(machine("transformers", "zarr"))
+    with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
+        folder = Path(temporary)
+        three = plan(request(folder / "three", asked.tokens, asked.window))
+        one = replace(three, folder=folder / "one", hooks=[Hook(19)])
+        contexts, splits = cut_text(three), []
+        passes = passes_of(three, contexts)
+        run = sum(ids_NS.numel() for ids_NS in passes)
+        ways = {
+            "forward": lambda: forward(three, passes),
+            "harvest": harvested(three, contexts, splits),
+            "harvest of 19": harvested(one, contexts, []),
+        }
+        times = in_rounds(ways, asked.rounds)
+        report(times, splits, asked.tokens)
+        print(
+            f"  {run:,} tokens in {len(passes)} passes were run for them: BOS, padding, contexts at the edges of windows"
+        )
+
+        speeds = {"raw": written(folder / "raw", False), "compressed": written(folder / "compressed", True)}
+        print(f"\nthe writer alone, {len(LAYERS)} layers x {WIDE}, flushed, medians of 5 rounds")
+        for name, speed in medians(in_rounds(speeds, 5)).items():
+            print(
+                f"  {name:12s} {speed:9,.0f} tokens/s  {speed * len(LAYERS) * WIDE * 2 / 1e6:7,.0f} MB/s of activations"
+            )
+
+        print(f"\npeak of memory of its own, windows of {asked.small:,} rows x {len(LAYERS)} layers")
+        for windows in asked.windows:
+            mb = alone(peak_of_harvest, str(folder / f"peak-{windows}"), windows, asked.small)
+            print(f"  {windows:3d} windows {mb:7.0f} MB")
+
+
+def report(spent: dict[str, list[Spent]], splits: list[dict[str, float]], tokens: int) -> None:
+    print(f"\n{tokens:,} tokens, {len(splits)} rounds; ratios are medians of those within each round")
+    for name, found in spent.items():
+        wall = [one.wall for one in found]
+        print(
+            f"  {name:14s} {tokens / statistics.median(wall):7,.0f} tokens/s, best {tokens / min(wall):7,.0f}", end=""
+        )
+        print(f"  ({min(wall):.2f} to {max(wall):.2f} s)")
+    for above, below in (("forward", "harvest"), ("harvest", "harvest of 19")):
+        for clock in Spent._fields:
+            a, b = ([getattr(one, clock) for one in spent[name]] for name in (above, below))
+            ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+            print(f"  {above} / {below}, {clock}: {statistics.median(ratios):.3f}", end="")
+            print(f"  (best of each {min(a) / min(b):.3f}, rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print("  of the time of a harvest, medians")
+    for part in splits[0]:
+        print(f"    {part:44s} {statistics.median(split[part] for split in splits):6.1%}")
+
+
+if __name__ == "__main__":
+    main()
