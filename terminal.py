@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,6 +37,16 @@ def spoken(command: Callable[..., None]) -> Callable[..., None]:
         except SaeError as error:
             typer.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except MemoryError as error:
+            echo(
+                f"error: The memory is too small: {error}. A smaller --window or --context takes less; what was committed is safe."
+            )
+            raise typer.Exit(4) from None
+        except BrokenPipeError:
+            with contextlib.suppress(OSError):
+                echo("stopped: whoever read the output has closed it.")
+            close_output()
+            raise typer.Exit(4) from None
         except OSError as error:  # of the terminal or a pipe, mostly: our own files have their own sentences
             echo(
                 f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}. Free space, or check the pipe."
@@ -46,6 +57,16 @@ def spoken(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return run
+
+
+def close_output() -> None:
+    """Nobody reads it: what is still to be said goes nowhere, and not into an error at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+            continue
+        os.dup2(nowhere, stream.fileno())
 
 
 class Bar:

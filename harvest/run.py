@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from ..cache.contexts import Contexts
 from ..cache.errors import Interrupted, OutsideError, SaeError
-from ..cache.files import digest_of, one_writer, read_json, write_json
+from ..cache.files import digest_of, keep_json, one_writer
 from ..cache.layout import Hook, Layout
 from ..cache.reader import Cache
 from ..cache.writer import Rows, Writer, begun
@@ -55,7 +54,7 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
         if team.first:
             held.enter_context(one_writer(plan.folder, "sae harvest", report.say))
             contexts = text_of(plan)
-            keep_record(plan.folder / "harvest.json", plan.request.record())
+            keep_json(plan.folder / "harvest.json", plan.request.record())
             writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
             discard(plan.folder)  # the harvest has begun, so its tokens will be read, never cut again
         team.meet()  # the text and what the arrays are is written
@@ -82,11 +81,6 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
             writer.finish(plan.request.max_norm)
         team.meet()
     return Cache(plan.folder)
-
-
-def keep_record(path: Path, record: dict[str, Any]) -> None:
-    if not path.exists() or read_json(path) != record:
-        write_json(path, record)
 
 
 def layout_of(plan: Plan, contexts: Contexts) -> Layout:
@@ -203,7 +197,7 @@ class Computing:
         while True:
             try:
                 return self._window(self.layout.window(window), buffers)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
             if self.at_once == 1:
