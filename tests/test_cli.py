@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from sae.cache.errors import UsageError
 from sae.cli import app
 from sae.terminal import spoken
 from sae.train.sae import SAE, save_sae
@@ -320,3 +322,33 @@ def test_a_memory_too_small_is_a_sentence(capsys):
         spoken(too_much)()
     assert left.value.exit_code == OUTSIDE
     assert "The memory is too small: Unable to allocate 3.00 TiB for an array. A smaller" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_ctrl_c_is_answered_is_no_traceback(monkeypatch):
+    """The second one comes while the sentence for the first is being said; a third comes too late."""
+    said = []
+
+    def again(sentence, err):
+        said.append(sentence)
+        signal.raise_signal(signal.SIGINT)
+
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise UsageError("--tokens 0 is not positive.") from None
+
+    def slow():
+        raise UsageError("--tokens 0 is not positive.")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(typer, "echo", again)
+    try:
+        for command, code in ((slow, 130), (interrupted, BAD_USAGE)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with pytest.raises(typer.Exit) as left:
+                spoken(command)()
+            assert left.value.exit_code == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:"]
