@@ -99,7 +99,7 @@ def explained(name: str) -> Iterator[None]:
     except SafetensorError as error:
         raise DamagedError(f"The weights of {name} are damaged: {error}. Get its files again.") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if name.startswith("google/"):
+        if name.startswith("google/") and isinstance(error, (OSError, ValueError)):
             raise OutsideError(
                 f"{name} could not be loaded. It is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`. "
                 f"To try everything without it: --model {mini.NAME}"

@@ -39,14 +39,25 @@ def repair(
     with one_writer(folder, "sae cache repair", report.say):
         mended = list(drop_unreadable(folder))
         again = planned_again(folder, model=model, dataset=dataset, device=device)
+        limits = max_norms(again)
         mended += list(mend_text(again))
         contexts = text_of(again)
         writer = Writer(folder, again.identity, layout_of(again, contexts), again.widths)
         mended += list(mend_windows(again, writer, Computing(again, contexts, writer.layout, report), report))
-        if mended or not writer.finished(again.request.max_norm):
-            writer.finish(again.request.max_norm)
-            mended = mended or [f"{folder} had lost its seal; manifest.json and zarr.json are made anew"]
+        for limit in {*limits.values()}:  # layers can have been marked differently
+            arrays = {name: width for name, width in again.widths.items() if limits[name] == limit}
+            part = Writer(folder, again.identity, writer.layout, arrays)
+            if mended or not part.finished(limit):
+                part.finish(limit)
+                mended = mended or [f"{folder} had lost its seal; manifest.json and zarr.json are made anew"]
     return mended
+
+
+def max_norms(again: Plan) -> dict[str, float | None]:
+    """The --max-norm of each array: the manifest's where there is one, else that of the last harvest."""
+    manifest = again.folder / "manifest.json"
+    known = read_json(manifest, "statistics")["statistics"] if manifest.exists() else {}
+    return {name: known[name]["max_norm"] if name in known else again.request.max_norm for name in again.widths}
 
 
 def drop_unreadable(folder: Path) -> Iterator[str]:

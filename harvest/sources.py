@@ -14,15 +14,7 @@ from .text import Document, Listed, Text
 
 PILE = "monology/pile-uncopyrighted"
 EMBEDDED = "python-stdlib"
-READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".zst": "json",
-    ".gz": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
+READERS = {".jsonl": "json", ".json": "json", ".zst": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}  # fmt: skip
 SPELLED_LINES = 40  # of spelling after each embedded document: about one token in ten
 
 Tell = Callable[[str], None]  # takes a sentence for the user

@@ -151,6 +151,16 @@ def test_a_model_that_was_named_from_here_is_still_the_same(
     assert repair(called.out) and bytes_of(called.out) == before
 
 
+def test_layers_keep_the_marks_of_their_own_harvest(request_: Request, tmp_path: Path) -> None:
+    out = tmp_path / "marks"
+    harvest(plan(replace(request_, layers=(0,), sites=("resid_post",), max_norm=1.2, out=out)))
+    harvest(plan(replace(request_, layers=(1,), sites=("resid_post",), max_norm=None, out=out)))
+    before = bytes_of(out)
+    assert repair(out) == [] and bytes_of(out) == before
+    flip(out / "layer_01/c.1.0")
+    assert repair(out) and bytes_of(out) == before
+
+
 def test_a_newer_format_is_not_touched(folder: Path) -> None:
     root = read_json(folder / "zarr.json")
     root["attributes"]["format"] = 2
