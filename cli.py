@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -103,7 +104,7 @@ def harvest(
     cache = run_harvest(request, dry_run)
     if cache is not None:
         echo(
-            f"next     sae train --variant decorrelation --layer {cache.layers[len(cache.layers) // 2]} --cache {cache.folder}"
+            f"next     sae train --variant decorrelation --layer {cache.layers[len(cache.layers) // 2]} --cache {quote(str(cache.folder))}"
         )
 
 
@@ -234,7 +235,7 @@ def train(
     else:
         runs = run_train(request, dry_run)
     if not dry_run:
-        echo(f"next     sae evaluate {' '.join(str(run.folder) for run in runs)}")
+        echo(f"next     sae evaluate {' '.join(quote(str(run.folder)) for run in runs)}")
 
 
 def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> list[Any]:
@@ -327,7 +328,7 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
 
     started = time.monotonic()
     for folder in unfinished(request.runs):
-        echo(f"skipped  {folder} is not trained to its end: sae train --resume {folder}")
+        echo(f"skipped  {folder} is not trained to its end: sae train --resume {quote(str(folder))}")
     with bar("evaluate", "batches") as shown:
         rows = measure(request, shown)
     if as_json:
@@ -386,7 +387,7 @@ def demo(
 
     run_evaluate(Evaluate(runs=[run.folder for run in runs], tokens=tokens // 12))
     echo(
-        f"next     sae train --variant topk --layer 5 --cache {cache.folder} --set k=64     (`sae variants` lists recipes and options)"
+        f"next     sae train --variant topk --layer 5 --cache {quote(str(cache.folder))} --set k=64     (`sae variants` lists recipes and options)"
     )
     echo("         sae harvest --layer 12     (Gemma-2-2B: accept its licence, then `hf auth login`)")
 

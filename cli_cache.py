@@ -108,10 +108,15 @@ def repair(
 @spoken
 def rm(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Remove a cache; asks first."""
+    from .cache.errors import Interrupted
     from .cache.files import bytes_text, folder_bytes
-    from .cache.reader import remove_cache
+    from .cache.reader import check_removable, remove_cache
 
-    if not yes and not typer.confirm(f"Remove {folder} ({bytes_text(folder_bytes(folder))})?", err=True):
-        echo("nothing was removed")
-        return
+    check_removable(folder)
+    try:
+        if not yes and not typer.confirm(f"Remove {folder} ({bytes_text(folder_bytes(folder))})?", err=True):
+            echo("nothing was removed")
+            return
+    except typer.Abort:  # Ctrl-C, or nobody is there to answer
+        raise Interrupted("Nothing was removed. --yes removes without a question.") from None
     typer.echo(f"{folder} removed, {bytes_text(remove_cache(folder))} freed")

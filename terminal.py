@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,20 +34,50 @@ def spoken(command: Callable[..., None]) -> Callable[..., None]:
         from .cache.errors import SaeError
 
         try:
-            command(*arguments, **keywords)
-        except SaeError as error:
-            typer.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}", err=True)
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:  # of the terminal or a pipe, mostly: our own files have their own sentences
-            echo(
-                f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}. Free space, or check the pipe."
-            )
-            raise typer.Exit(4) from None
-        except KeyboardInterrupt:
+            try:
+                command(*arguments, **keywords)
+            except SaeError as error:
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    no_more_interrupts()
+                typer.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}", err=True)
+                raise typer.Exit(error.exit_code) from None
+            except MemoryError as error:
+                echo(
+                    f"error: The memory is too small: {error}. A smaller --window or --context takes less; what was committed is safe."
+                )
+                raise typer.Exit(4) from None
+            except BrokenPipeError:
+                with contextlib.suppress(OSError):
+                    echo("stopped: whoever read the output has closed it.")
+                close_output()
+                raise typer.Exit(4) from None
+            except OSError as error:  # of the terminal or a pipe, mostly: our own files have their own sentences
+                echo(
+                    f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}. Free space, or check the pipe."
+                )
+                raise typer.Exit(4) from None
+        except KeyboardInterrupt:  # also one that came while another was answered
+            no_more_interrupts()
             echo("stopped: interrupted. What was committed is safe, and the same command goes on from there.")
             raise typer.Exit(130) from None
 
     return run
+
+
+def no_more_interrupts() -> None:
+    """Ctrl-C was understood: one more would break into the exit and print a traceback."""
+    with contextlib.suppress(ValueError):  # in a thread: whoever runs us there keeps the signals
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def close_output() -> None:
+    """Nobody reads it: what is still to be said goes nowhere, and not into an error at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+            continue
+        os.dup2(nowhere, stream.fileno())
 
 
 class BarAndTable(Progress):

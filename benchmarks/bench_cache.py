@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import torch
 import zarr
-from common import ARRAY, D_IN, AnonymousPeak, Spent, alone, drop_from_page_cache, in_rounds, machine, make_cache
+from common import ARRAY, D_IN, AnonymousPeak, Spent, alone, drop_from_page_cache, in_rounds, machine, make_cache, medians
 from torch import Tensor
 
 from sae.cache.batches import Batches, Resident, bits_of

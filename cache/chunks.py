@@ -12,9 +12,9 @@ import google_crc32c
 import numpy as np
 from numcodecs.blosc import SHUFFLE, Blosc
 
-from .errors import DamagedError
+from .errors import DamagedError, UsageError
 from .files import publish, read_json
-from .layout import BLOSC, Array
+from .layout import BLOSC, FORMAT, Array
 
 Bytes = np.ndarray | bytes
 PART = 1 << 20  # bytes read at a time to be checked
@@ -51,6 +51,18 @@ MEND = "`sae cache repair` harvests again what is damaged, and so does the same 
 def all_there(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
     """Whether every file of a record exists at its size."""
     return all((folder / f).is_file() and (folder / f).stat().st_size == r["bytes"] for f, r in files.items())
+
+
+def attributes_of(folder: Path) -> dict[str, Any]:
+    """What zarr.json says of a cache; UsageError when it is a Zarr group of something else, or of a newer format."""
+    attributes = read_json(folder / "zarr.json", "attributes")["attributes"]
+    if attributes.get("format") is None:
+        raise UsageError(f"{folder} is a Zarr group but no activation cache. Make one with `sae harvest`.")
+    if attributes["format"] > FORMAT:
+        raise UsageError(
+            f"{folder} was written in format {attributes['format']}; this version reads up to {FORMAT}. Upgrade."
+        )
+    return attributes
 
 
 def read_array(folder: Path, name: str) -> Array:

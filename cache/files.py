@@ -17,7 +17,7 @@ from typing import Any
 
 import filelock
 
-from .errors import DamagedError, OutsideError
+from .errors import DamagedError, OutsideError, UsageError
 
 
 def publish(path: Path, *parts: bytes | memoryview) -> None:
@@ -80,6 +80,14 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     publish(path, (json.dumps(content, indent=indent, sort_keys=False) + "\n").encode())
 
 
+def keep_json(path: Path, content: Any) -> None:
+    """Write a record unless it is there already, as it should be."""
+    with contextlib.suppress(DamagedError):  # of a missing one too
+        if read_json(path) == content:
+            return
+    write_json(path, content)
+
+
 def read_json(path: Path, *keys: str) -> Any:
     """The content of a JSON file; DamagedError when it is missing, no JSON, or lacks a key that it has to have."""
     try:
@@ -115,13 +123,14 @@ def one_writer(folder: Path, doing: str, say: Callable[[str], None] = lambda sen
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        holder = (note.read_text() if note.exists() else "") or "another process"
-        raise OutsideError(f"{folder} is being written by {holder}. Wait for it, or stop it first.") from None
+        raise OutsideError(f"{folder} is being written by {holder(note)}. Wait for it, or stop it first.") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder} is no folder: a file is in its place. Give a new folder with --out.") from None
     except OSError as error:
         raise outside(error, folder) from error
     try:
         if note.exists():  # a holder that lives no more: one that comes to its end takes its note away
-            say(f"{folder} was left by {note.read_text()}, which is gone; its lock was taken over.")
+            say(f"{folder} was left by {holder(note)}, which is gone; its lock was taken over.")
         sweep(folder)
         with contextlib.suppress(OSError):  # a full disk has its own sentence when something has to be written
             note.write_text(
@@ -131,6 +140,11 @@ def one_writer(folder: Path, doing: str, say: Callable[[str], None] = lambda sen
     finally:
         note.unlink(missing_ok=True)
         lock.release()
+
+
+def holder(note: Path) -> str:
+    """Who holds a lock; on a full disk the note is empty."""
+    return (note.read_text() if note.exists() else "") or "another process"
 
 
 def folder_bytes(folder: Path) -> int:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from . import bfloat16  # noqa: F401  (zarr can read the arrays from here on)
-from .chunks import MEND, Shard, check_chunk, map_rows, read_array, read_whole, rows_in
+from .chunks import MEND, Shard, attributes_of, check_chunk, map_rows, read_array, read_whole, rows_in
 from .contexts import Contexts
 from .errors import DamagedError, SaeError, UsageError
 from .files import digest_of, folder_bytes, one_writer, read_json
-from .layout import FORMAT, Array, Hook, Layout, home
+from .layout import Array, Hook, Layout, home
 from .statistics import marked_rows, moments
 
 OPEN_MAPS = 256  # kept open, several for each lane: opening a map anew at every touch halves the speed
@@ -36,13 +36,7 @@ class Cache:
         self.folder = Path(folder)
         if not (self.folder / "zarr.json").exists():
             raise UsageError(f"{self.folder} holds no activation cache (no zarr.json). Make one with `sae harvest`.")
-        self.attributes: dict[str, Any] = read_json(self.folder / "zarr.json", "attributes")["attributes"]
-        if self.attributes.get("format") is None:
-            raise UsageError(f"{self.folder} is a Zarr group but no activation cache. Make one with `sae harvest`.")
-        if self.attributes["format"] > FORMAT:
-            raise UsageError(
-                f"{self.folder} was written in format {self.attributes['format']}; this version reads up to {FORMAT}. Upgrade."
-            )
+        self.attributes = attributes_of(self.folder)
         self.identity: dict[str, Any] = self.attributes["identity"]
         self.layout = Layout(*(self.attributes[name] for name in ("rows", "window_rows", "storage_dtype", "compress")))
         self.array = cache(self._read_array)
@@ -210,10 +204,15 @@ class Cache:
         check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"][file])
 
 
-def remove_cache(folder: Path) -> int:
-    """Remove a cache, or what was begun of one; returns the bytes freed. UsageError when the folder is none."""
+def check_removable(folder: Path) -> None:
+    """UsageError unless the folder is a cache, or what was begun of one."""
     if not ((folder / "zarr.json").exists() or (folder / "tokens" / "commit.json").exists()):
         raise UsageError(f"{folder} holds no activation cache; nothing was removed.")
+
+
+def remove_cache(folder: Path) -> int:
+    """Remove a cache, or what was begun of one; returns the bytes freed. UsageError when the folder is none."""
+    check_removable(folder)
     with one_writer(folder, "sae cache rm"):
         size = folder_bytes(folder)
         shutil.rmtree(folder)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .chunks import MEND, all_there, write_chunk
+from .chunks import MEND, all_there, attributes_of, write_chunk
 from .errors import DamagedError, SaeError, UsageError
-from .files import digest_of, read_json, write_json
+from .files import digest_of, keep_json, read_json, write_json
 from .layout import FORMAT, Array, Hook, Layout, group_metadata
 from .statistics import seal
 
@@ -52,8 +52,7 @@ class Writer:
                 f"{folder} was begun with {rows:,} rows, but its text now has {layout.rows:,}. Use another --out."
             )
         for array in layout.arrays(self.widths):
-            if not (folder / array.name / "zarr.json").exists():
-                write_json(folder / array.name / "zarr.json", array.metadata())
+            keep_json(folder / array.name / "zarr.json", array.metadata())
 
     def _write_root(self, complete: list[str]) -> None:
         attributes = {
@@ -171,7 +170,7 @@ def begun(folder: Path, fingerprint: str) -> bool:
 def fingerprint_in(folder: Path) -> str | None:
     """The fingerprint of the harvest in a folder; where zarr.json was lost a commit has it."""
     if (folder / "zarr.json").exists():
-        return read_json(folder / "zarr.json", "attributes")["attributes"].get("fingerprint", "no harvest")
+        return attributes_of(folder)["fingerprint"]
     commit = next((folder / "commits").glob("*.json"), None)
     return read_json(commit, "fingerprint")["fingerprint"] if commit else None
 

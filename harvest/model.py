@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..cache.errors import OutsideError, SaeError, UsageError
+from ..cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from ..cache.layout import Hook
 from . import mini
 
@@ -95,8 +96,10 @@ def explained(name: str) -> Iterator[None]:
     """Turn what loading can throw into a sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if name.startswith("google/"):
+    except SafetensorError as error:
+        raise DamagedError(f"The weights of {name} are damaged: {error}. Get its files again.") from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if name.startswith("google/") and isinstance(error, (OSError, ValueError)):
             raise OutsideError(
                 f"{name} could not be loaded. It is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`. "
                 f"To try everything without it: --model {mini.NAME}"
@@ -142,16 +145,24 @@ def _load(kind: Any, source: Source, config: Any, dtype: str, device: str, atten
     transformers_logging.disable_progress_bar()
     try:
         with explained(source.name):
-            model = kind.from_pretrained(
+            model, found = kind.from_pretrained(
                 source.location,
                 config=config,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
                 device_map=device,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **_revision(source),
             )
     finally:
         transformers_logging.set_verbosity(level)
+    wrong = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if wrong:  # they would be random numbers
+        raise DamagedError(
+            f"The weights of {source.name} lack {wrong[0]}, or have it in another shape than config.json says ({len(wrong):,} such in all). "
+            "Get its files again."
+        )
     return LanguageModel(model.eval().requires_grad_(False))
 
 

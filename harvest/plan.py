@@ -18,6 +18,7 @@ from ..cache.files import bytes_text, digest_of
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, home
 from . import mini
 from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, width_of
+from .rows import first_line
 from .sources import EMBEDDED, PILE, open_text
 from .text import Text, specials
 
@@ -25,6 +26,7 @@ LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
 # What the papers' MSE and explained variance of one SAE imply for the rows; derived, so a check of plausibility only.
 IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
+TIMED_CONTEXT = 2048  # the attention of a longer one can take all of the memory, and few documents are as long
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Request:
             for n, v in asdict(self).items()
             if n in ("model", "dataset") and v and Path(v).exists()
         }
-        return {n: v for n, v in asdict(self).items() if n not in ("layers", "sites", "device", "out")} | elsewhere
+        asked = {n: v for n, v in asdict(self).items() if n not in ("layers", "sites", "device", "out")}
+        return asked | elsewhere | {"named": self.model}  # as the identity has it
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Plan:
 
 def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) -> Plan:
     """Resolve everything to what pins it. Loads no weights and writes nothing. `tell` takes sentences about the text."""
-    name = request.dataset or (EMBEDDED if request.model == mini.NAME else PILE)
+    name = (EMBEDDED if request.model == mini.NAME else PILE) if request.dataset is None else request.dataset
     check(request, name)
     source, config = find_model(request.model, request.revision)
     hooks = sorted({Hook(layer, site) for layer in request.layers for site in request.sites})
@@ -154,6 +157,8 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
 
 def check(request: Request, text: str) -> None:
     """UsageError for what can be seen to be wrong before anything is opened."""
+    if "" in (request.model, request.dataset):
+        raise UsageError("--model and --dataset cannot be empty. Leave --dataset out for the model's own.")
     if request.tokens is not None and request.tokens <= 0:
         raise UsageError(f"--tokens {request.tokens} is not positive. Give how many rows to harvest, such as 10M.")
     if request.tokens is not None and request.tokens > 2**40:
@@ -167,6 +172,10 @@ def check(request: Request, text: str) -> None:
     if request.window <= 0 or request.window % min(CHUNK_ROWS, request.window):
         raise UsageError(
             f"--window {request.window} is no whole number of chunks: give a multiple of {CHUNK_ROWS:,}, or less than that."
+        )
+    if request.window > max(WINDOW_ROWS, request.tokens or TOKENS):
+        raise UsageError(
+            f"--window {request.window} is more than there will be tokens, and a window is kept in memory and filled up on disk. Give less."
         )
     if not 0 <= request.seed < 2**63:
         raise UsageError(f"--seed {request.seed} is out of range: give 0 to 2^63 - 1.")
@@ -200,10 +209,13 @@ def estimated_seconds(plan: Plan) -> float:
         config.layer_types = config.layer_types[:1]
     settings = {"dtype": getattr(torch, plan.dtype), "attn_implementation": plan.request.attention}
     with torch.random.fork_rng():
-        model = LanguageModel(AutoModel.from_config(config, **settings).to(plan.device).eval())
-    at_once = 1
+        try:
+            model = LanguageModel(AutoModel.from_config(config, **settings).to(plan.device).eval())
+        except (ValueError, ImportError) as error:
+            raise UsageError(f"--attention {plan.request.attention} cannot be used: {first_line(error)}") from error
+    at_once, length = 1, min(plan.request.context, TIMED_CONTEXT)
     while True:  # more contexts at once until a pass can be timed
-        ids = torch.zeros(at_once, plan.request.context, dtype=torch.long, device=plan.device)
+        ids = torch.zeros(at_once, length, dtype=torch.long, device=plan.device)
         times = []
         for _ in range(3):  # the first pass of a shape is slower
             started = time.perf_counter()

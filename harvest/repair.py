@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..cache.chunks import check_chunk, encode_chunk, read_array, write_chunk
+from ..cache.chunks import attributes_of, check_chunk, encode_chunk, read_array, write_chunk
 from ..cache.errors import DamagedError, SaeError, UsageError
 from ..cache.files import one_writer, read_json
 from ..cache.layout import Hook
@@ -28,21 +28,37 @@ def repair(
     `model` and `dataset` say where they are now. UsageError when the model or the text is not what it was, or when the
     cache is half written.
     """
-    if not (folder / "harvest.json").exists() or not (folder / "commits").is_dir():
+    if not (folder / "commits").is_dir():
         raise UsageError(
-            f"{folder} holds no harvest (no harvest.json and commits/). `sae cache repair` takes a folder under activations/."
+            f"{folder} holds no harvest (no commits/). `sae cache repair` takes a folder under activations/."
+        )
+    if not (folder / "harvest.json").exists():
+        raise DamagedError(
+            f"{folder / 'harvest.json'} is missing, which says what was asked for. The same `sae harvest` writes it again."
         )
     refuse_ring(folder)
     with one_writer(folder, "sae cache repair", report.say):
         mended = list(drop_unreadable(folder))
         again = planned_again(folder, model=model, dataset=dataset, device=device)
+        limits = max_norms(again)
         mended += list(mend_text(again))
         contexts = text_of(again)
         writer = Writer(folder, again.identity, layout_of(again, contexts), again.widths)
         mended += list(mend_windows(again, writer, Computing(again, contexts, writer.layout, report), report))
-        if mended:
-            writer.finish(again.request.max_norm)
+        for limit in {*limits.values()}:  # layers can have been marked differently
+            arrays = {name: width for name, width in again.widths.items() if limits[name] == limit}
+            part = Writer(folder, again.identity, writer.layout, arrays)
+            if mended or not part.finished(limit):
+                part.finish(limit)
+                mended = mended or [f"{folder} had lost its seal; manifest.json and zarr.json are made anew"]
     return mended
+
+
+def max_norms(again: Plan) -> dict[str, float | None]:
+    """The --max-norm of each array: the manifest's where there is one, else that of the last harvest."""
+    manifest = again.folder / "manifest.json"
+    known = read_json(manifest, "statistics")["statistics"] if manifest.exists() else {}
+    return {name: known[name]["max_norm"] if name in known else again.request.max_norm for name in again.widths}
 
 
 def drop_unreadable(folder: Path) -> Iterator[str]:
@@ -76,8 +92,9 @@ def planned_again(folder: Path, *, model: str | None, dataset: str | None, devic
     given |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
     again = replace(plan(Request(**given)), hooks=hooks)
     if not (folder / "zarr.json").exists():
-        return again
-    identity = read_json(folder / "zarr.json", "attributes")["attributes"]["identity"]
+        model = again.identity["model"] | {"name": record.get("named", again.source.name)}
+        return replace(again, identity=again.identity | {"model": model})
+    identity = attributes_of(folder)["identity"]
     changed = [key for key in identity if unnamed(identity[key]) != unnamed(again.identity.get(key))]
     if changed:
         raise UsageError(

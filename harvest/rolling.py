@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..cache.errors import OutsideError, UsageError
-from ..cache.files import bytes_text, folder_bytes, one_writer
+from ..cache.files import bytes_text, folder_bytes, keep_json, one_writer
 from ..cache.layout import CHUNK_ROWS, Layout
 from ..cache.ring import AHEAD, Ring
 from ..cache.writer import Writer
 from .plan import Plan, Request, free_space, plan
-from .run import Computing, Report, keep_record, load, text_of, write_windows
+from .run import Computing, Report, load, text_of, write_windows
 
 TEXT_BYTES = 5  # a token: its id, and the share of held-out text
 
@@ -65,7 +65,7 @@ def harvest_ahead(plan: Plan, ring: Ring, groups: range, say: Callable[[str], No
     with one_writer(plan.folder, "sae train --stream", say):
         ring.begin()
         contexts = text_of(plan)
-        keep_record(plan.folder / "harvest.json", plan.request.record())
+        keep_json(plan.folder / "harvest.json", plan.request.record())
         writer = Writer(plan.folder, plan.identity, ring.layout, plan.widths)
         ring.start(groups.start)
         wanted = ring.windows(groups)

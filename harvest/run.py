@@ -20,7 +20,7 @@ import torch
 from ..cache.contexts import Contexts
 from ..cache.device import keep_freed_memory
 from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
-from ..cache.files import digest_of, one_writer, read_json, write_json
+from ..cache.files import digest_of, keep_json, one_writer
 from ..cache.layout import Hook, Layout
 from ..cache.reader import Cache, is_ring
 from ..cache.writer import Rows, Writer, begun
@@ -60,7 +60,7 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
             if plan.request.tokens is not None and not Contexts.written(plan.folder):  # reading the text may take long
                 plan.check_space(plan.request.tokens * plan.bytes_per_token, plan.bytes_per_token)
             contexts = text_of(plan)
-            keep_record(plan.folder / "harvest.json", plan.request.record())
+            keep_json(plan.folder / "harvest.json", plan.request.record())
             writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
             discard(plan.folder)  # the harvest has begun, so its tokens will be read, never cut again
         team.meet()  # the text and what the arrays are is written
@@ -95,11 +95,6 @@ def refuse_ring(folder: Path) -> None:
         raise UsageError(
             f"{folder} keeps only the windows that `sae train --stream` is about to read. For a cache to keep, harvest with another --out."
         )
-
-
-def keep_record(path: Path, record: dict[str, Any]) -> None:
-    if not path.exists() or read_json(path) != record:
-        write_json(path, record)
 
 
 def layout_of(plan: Plan, contexts: Contexts) -> Layout:
@@ -217,7 +212,7 @@ class Computing:
         while True:
             try:
                 return self._window(self.layout.window(window), buffers)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
             if self.at_once == 1:

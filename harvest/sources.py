@@ -14,7 +14,7 @@ from .text import Document, Listed, Text
 
 PILE = "monology/pile-uncopyrighted"
 EMBEDDED = "python-stdlib"
-READERS = {".jsonl": "json", ".json": "json", ".zst": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+READERS = {".jsonl": "json", ".json": "json", ".zst": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}  # fmt: skip
 SPELLED_LINES = 40  # of spelling after each embedded document: about one token in ten
 
 Tell = Callable[[str], None]  # takes a sentence for the user
@@ -88,7 +88,7 @@ def local(path: Path, split: str, column: str, vocabulary: int, tell: Tell) -> T
     import datasets
 
     def unreadable(problem: str) -> SaeError:
-        return UsageError(f"{path} cannot be read as {kind}: {problem}")
+        return UsageError(f"{path} cannot be read as {kind}: {problem}. It may be cut off, or another kind of file.")
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say the same before us, with a traceback
     try:

@@ -62,9 +62,9 @@ def place(rows: Mapping[str, Tensor], target: np.ndarray, bits: Mapping[str, np.
         bits[name][target] = bits_of(taken)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether an error means that the device, or the host, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def free_memory(device: Any) -> None:

@@ -2,14 +2,19 @@
 
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
+from sae.cache.errors import UsageError
 from sae.cli import app
+from sae.terminal import spoken
 from sae.train.sae import SAE, save_sae
 
 BAD_USAGE, DAMAGED, OUTSIDE = 2, 3, 4
@@ -201,6 +206,12 @@ def copy_of(cache, folder: Path) -> Path:
     return shutil.copytree(cache.folder, folder)
 
 
+def test_a_cache_of_another_model_than_asked_for_is_refused(tiny_cache, home):
+    words = train(tiny_cache, "--variant", "topk", "--model", "gemma-2-mini")
+    assert "tiny-gemma, not of gemma-2-mini. Leave --model out" in refused(BAD_USAGE, *words)
+    assert not (home / "runs").exists()
+
+
 def test_a_half_written_cache_is_refused_with_the_way_to_finish_it(tiny_cache, home):
     import json
 
@@ -265,3 +276,79 @@ def test_caches_are_listed_and_verified(tiny_cache, home):
     chunk.write_bytes(raw)
     assert "a bit was flipped" in refused(DAMAGED, "cache", "verify", copy)
     assert "holds no activation cache" in refused(BAD_USAGE, "cache", "verify", home)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_no_cache_is_not_asked_about(home, there):
+    if there:
+        (home / "thesis").mkdir()
+    assert "thesis holds no activation cache; nothing was removed" in refused(BAD_USAGE, "cache", "rm", home / "thesis")
+
+
+def test_a_question_that_nobody_answers_removes_nothing(tiny_cache, home):
+    copy = copy_of(tiny_cache, home / "copy")
+    result = CliRunner().invoke(app, ["cache", "rm", str(copy)], input="")
+    assert result.exit_code == 130
+    assert "stopped: Nothing was removed. --yes removes without a question." in result.stderr
+    assert (copy / "zarr.json").exists()
+
+
+def test_the_next_command_can_be_pasted(tiny_model, sentences, home):
+    folder = home / "two words"
+    result = call("harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--tokens", 300, "--window", 256, "--out", folder)  # fmt: skip
+    *_, following = result.stderr.splitlines()
+    assert shlex.split(following)[-2:] == ["--cache", str(folder)]
+
+
+def test_an_attention_that_is_unknown_is_refused(tiny_model, sentences, home):
+    words = ["harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--attention", "nonsense"]
+    assert "--attention nonsense cannot be used: " in refused(BAD_USAGE, *words)
+    assert files(home) == set()
+
+
+def test_output_that_is_not_read_to_its_end_is_a_sentence():
+    code = "from sae.cli import app; app(['variants'])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    told = process.stderr.read()
+    assert (process.wait(), told) == (OUTSIDE, "stopped: whoever read the output has closed it.\n")
+
+
+def test_a_memory_too_small_is_a_sentence(capsys):
+    def too_much():
+        raise MemoryError("Unable to allocate 3.00 TiB for an array")
+
+    with pytest.raises(typer.Exit) as left:
+        spoken(too_much)()
+    assert left.value.exit_code == OUTSIDE
+    assert "The memory is too small: Unable to allocate 3.00 TiB for an array. A smaller" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_ctrl_c_is_answered_is_no_traceback(monkeypatch):
+    """The second one comes while the sentence for the first is being said; a third comes too late."""
+    said = []
+
+    def again(sentence, err):
+        said.append(sentence)
+        signal.raise_signal(signal.SIGINT)
+
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise UsageError("--tokens 0 is not positive.") from None
+
+    def slow():
+        raise UsageError("--tokens 0 is not positive.")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(typer, "echo", again)
+    try:
+        for command, code in ((slow, 130), (interrupted, BAD_USAGE)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with pytest.raises(typer.Exit) as left:
+                spoken(command)()
+            assert left.value.exit_code == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:"]

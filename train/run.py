@@ -140,6 +140,10 @@ def plan(request: Request) -> list[Run]:
     for layer in dict.fromkeys(request.layers):
         hook = Hook(layer, request.site)
         cache = request.ring or (join(request.caches) if request.caches else find_cache(request.model, hook))
+        if request.caches and request.model not in (None, name := cache.identity["model"]["name"]):
+            raise UsageError(
+                f"The --cache given holds activations of {name}, not of {request.model}. Leave --model out."
+            )
         d_in = cache.array(cache.require(*hook)).shape[1]
         # Of a ring no row is known yet.
         variance = None if isinstance(cache, Ring) else cache.statistics(hook.array)["variance"]

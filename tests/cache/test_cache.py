@@ -292,6 +292,21 @@ def test_a_dead_holder_is_named(tmp_path: Path) -> None:
         assert len(said) == 1
 
 
+def test_a_note_that_a_full_disk_left_empty_is_read(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / ".lock.holder").write_text("")
+    with one_writer(tmp_path, "a test", said.append):
+        pass
+    assert said == [f"{tmp_path} was left by another process, which is gone; its lock was taken over."]
+
+
+def test_a_file_where_the_folder_would_be_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("years of work")
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(UsageError, match="is no folder: a file is in its place"), one_writer(folder, "a test"):
+            pass
+
+
 def test_a_second_writer_is_refused_and_told_who_is_first(tmp_path: Path) -> None:
     with one_writer(tmp_path, "sae harvest"):
         with pytest.raises(
@@ -301,12 +316,6 @@ def test_a_second_writer_is_refused_and_told_who_is_first(tmp_path: Path) -> Non
                 pass
         assert refused.value.exit_code == 4
     with one_writer(tmp_path, "sae train"):  # free again
-        pass
-
-
-def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutsideError, match="Cannot write"), one_writer(tmp_path / "file" / "cache", "sae harvest"):
         pass
 
 

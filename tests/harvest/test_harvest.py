@@ -19,7 +19,7 @@ from sae.cache.layout import Hook
 from sae.cache.reader import Cache
 from sae.cache.writer import Writer
 from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
-from sae.harvest.plan import Request, plan
+from sae.harvest.plan import Request, estimated_seconds, plan
 from sae.harvest.run import Report, harvest
 from sae.harvest.text import rows_of
 
@@ -257,6 +257,30 @@ def test_the_same_command_mends_what_was_lost(small: tuple[Request, Cache], agai
     )
 
 
+@pytest.mark.parametrize("torn", ["layer_01/zarr.json", "row_ctx/zarr.json", "harvest.json"])
+def test_the_same_command_mends_a_record_that_it_can_write(
+    small: tuple[Request, Cache], again: Request, torn: str
+) -> None:
+    (again.out / torn).write_bytes((again.out / torn).read_bytes()[:50])
+    harvest(plan(again))
+    assert files_of(again.out) == files_of(small[1].folder) | {
+        "harvest.json": (again.out / "harvest.json").read_bytes()
+    }
+
+
+def test_a_long_context_is_timed_without_its_memory(small: tuple[Request, Cache], monkeypatch) -> None:
+    """The scores of 65,535 positions would be 34 GB for each of the heads' pairs, however short the documents are."""
+    lengths, capture = [], LanguageModel.capture
+
+    def short(model, ids_NS, layers):
+        lengths.append(ids_NS.shape[1])
+        return capture(model, ids_NS[:, :64], layers)
+
+    monkeypatch.setattr(LanguageModel, "capture", short)
+    assert estimated_seconds(plan(replace(small[0], context=65535, out=None))) > 0
+    assert max(lengths) <= 2048
+
+
 def test_a_second_harvest_into_the_folder_is_refused(again: Request) -> None:
     with one_writer(again.out, "sae harvest"), pytest.raises(OutsideError, match=r"is being written by process \d+ on"):
         harvest(plan(again))
@@ -384,6 +408,9 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[Request, Cache], tmp_path: P
         ({"context": 65536}, "--context 65536 is out of range"),
         ({"window": 8193}, "--window 8193 is no whole number of chunks"),
         ({"window": 0}, "--window 0 is no whole number"),
+        ({"window": 2**33}, "--window 8589934592 is more than there will be tokens"),
+        ({"model": ""}, "--model and --dataset cannot be empty"),
+        ({"dataset": ""}, "--model and --dataset cannot be empty"),
         ({"held_out": 1.0}, "--held-out 1.0 is no fraction"),
         ({"seed": -1}, "--seed -1 is out of range"),
         ({"seed": 2**63}, "--seed .* is out of range"),

@@ -1,13 +1,16 @@
 """What is captured is the residual stream of transformers, and the model from there on is the model."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from sae.cache.errors import OutsideError, SaeError, UsageError
+from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.layout import SITES, Hook
 from sae.harvest.model import LanguageModel, check_layers, find_model, hidden_of, load_model, load_trunk, width_of
 
@@ -182,3 +185,23 @@ def test_a_model_of_another_build_is_refused() -> None:
     config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1)
     with pytest.raises(UsageError, match="A GPT2LMHeadModel keeps its blocks elsewhere"):
         LanguageModel(GPT2LMHeadModel(config)).capture(torch.ones(1, 2, dtype=torch.long), [0])
+
+
+@pytest.mark.parametrize("how", ["torn", "lacking", "another shape"])
+def test_weights_that_are_not_whole_are_refused(tiny_model: Path, tmp_path: Path, how: str) -> None:
+    """transformers would fill what is lacking with random numbers."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if how == "torn":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "lacking":
+        del weights["model.layers.0.mlp.down_proj.weight"]
+        save_file(weights, file, metadata={"format": "pt"})
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
+    source, config = find_model(str(folder))
+    sentence = "are damaged: .* Get its files again" if how == "torn" else "lack .*Get its files again"
+    with pytest.raises(DamagedError, match=sentence):
+        load_trunk(source, config, 0, **SETTINGS)

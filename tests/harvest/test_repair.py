@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sae.cache.errors import SaeError, UsageError
+from sae.cache.errors import DamagedError, SaeError, UsageError
 from sae.cache.files import one_writer, read_json, write_json
 from sae.cache.reader import Cache, remove_cache
 from sae.harvest.plan import Request, plan
@@ -79,9 +79,14 @@ RECORDS = ["manifest.json", "zarr.json", "layer_01/zarr.json", "commits/000002.l
 
 
 @pytest.mark.parametrize("file", RECORDS)
-def test_a_record_that_was_cut_off_is_made_again(whole: Cache, folder: Path, file: str) -> None:
-    (folder / file).write_text((folder / file).read_text()[:40])
-    assert repair(folder)
+@pytest.mark.parametrize(
+    "damage", [delete, lambda path: path.write_bytes(path.read_bytes()[:40])], ids=["lost", "torn"]
+)
+def test_a_record_is_made_again(
+    whole: Cache, folder: Path, file: str, damage: Callable[[Path], None], request_: Request
+) -> None:
+    damage(folder / file)
+    assert repair(folder) or file == "layer_01/zarr.json"  # which any writer writes again
     assert different(folder, whole.folder) == set()
 
 
@@ -130,6 +135,46 @@ def test_text_that_comes_out_otherwise_is_refused(folder: Path) -> None:
     write_json(folder / "tokens/commit.json", record)
     (folder / "tokens/length/c.0").unlink()
     with pytest.raises(SaeError, match="comes out otherwise than it did"):
+        repair(folder)
+
+
+def test_a_model_that_was_named_from_here_is_still_the_same(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """harvest.json has where the model is, the identity how it was called."""
+    monkeypatch.chdir(Path(request_.model).parent)
+    called = replace(request_, model=f"./{Path(request_.model).name}", layers=(0,), out=tmp_path / "named")
+    harvest(plan(called))
+    before = bytes_of(called.out)
+    monkeypatch.chdir(tmp_path)
+    (called.out / "zarr.json").unlink()
+    assert repair(called.out) and bytes_of(called.out) == before
+
+
+def test_layers_keep_the_marks_of_their_own_harvest(request_: Request, tmp_path: Path) -> None:
+    out = tmp_path / "marks"
+    harvest(plan(replace(request_, layers=(0,), sites=("resid_post",), max_norm=1.2, out=out)))
+    harvest(plan(replace(request_, layers=(1,), sites=("resid_post",), max_norm=None, out=out)))
+    before = bytes_of(out)
+    assert repair(out) == [] and bytes_of(out) == before
+    flip(out / "layer_01/c.1.0")
+    assert repair(out) and bytes_of(out) == before
+
+
+def test_a_newer_format_is_not_touched(folder: Path) -> None:
+    root = read_json(folder / "zarr.json")
+    root["attributes"]["format"] = 2
+    write_json(folder / "zarr.json", root)
+    (folder / "layer_00/c.0.0").unlink()
+    before = bytes_of(folder)
+    with pytest.raises(UsageError, match="was written in format 2; this version reads up to 1. Upgrade"):
+        repair(folder)
+    assert bytes_of(folder) == before
+
+
+def test_a_cache_that_lost_what_was_asked_for_says_who_writes_it(folder: Path) -> None:
+    (folder / "harvest.json").unlink()
+    with pytest.raises(DamagedError, match="harvest.json is missing, .* The same `sae harvest` writes it again"):
         repair(folder)
 
 

@@ -1,5 +1,6 @@
 """A dataset is read from any file that holds it, to the last row, also through a network that fails."""
 
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,11 @@ def lines(folder: Path) -> Path:
     return folder / "set.jsonl"
 
 
+def packed_lines(folder: Path) -> Path:
+    (folder / "set.jsonl.gz").write_bytes(gzip.compress(lines(folder).read_bytes()))
+    return folder / "set.jsonl.gz"
+
+
 def table(folder: Path) -> Path:
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "set.parquet", row_group_size=6)
     return folder / "set.parquet"
@@ -63,7 +69,7 @@ def quiet() -> Iterator[None]:
     datasets.enable_progress_bars()
 
 
-@pytest.mark.parametrize("make", [saved, saved_splits, arrow_stream, arrow_file, lines, table])
+@pytest.mark.parametrize("make", [saved, saved_splits, arrow_stream, arrow_file, lines, packed_lines, table])
 def test_the_same_rows_are_the_same_text_in_every_file(tmp_path: Path, read, make: Callable[[Path], Path]) -> None:
     text = read(make(tmp_path))
     assert [d.text for d in text.documents] == TEXTS and text.name == "set"
