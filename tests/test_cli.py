@@ -85,6 +85,8 @@ def test_version_and_variants():
     for name in ("relu", "topk", "batchtopk", "decorrelation"):
         assert re.search(rf"^{name}   ", shown, re.MULTILINE)
     assert "--set k=32" in shown
+    assert "--set k=320 at d_in 2304" in shown
+    assert "--literal tau_on=lift (chance is 1 on the scale of c" in shown
 
 
 @pytest.mark.parametrize(("text", "number"), [("10M", 10_000_000), ("2e8", 200_000_000), ("1.5b", 1_500_000_000), ("500k", 500_000), ("77", 77)])  # fmt: skip
@@ -154,6 +156,17 @@ def test_a_dry_run_writes_nothing(tiny_model, sentences, tiny_cache, home):
     assert files(home) == set()
 
 
+def test_a_plan_says_what_is_scaled_and_what_is_void(tiny_cache):
+    def notes(*words) -> list[str]:
+        shown = call(*train(tiny_cache, "--variant", "competition", "--dry-run", *words)).stderr
+        return [line for line in shown.splitlines() if line.startswith("note ")]
+
+    assert notes() == ["note     competition: k 100 at d_in 2304 -> 1 at 32"]
+    literal = notes("--literal", "--set", "reduction=n")
+    assert [line.split("=")[0].split()[-1] for line in literal] == ["tau_on", "pair_store"]
+    assert "warning, tau_on=lift is the letter: chance is 1" in literal[0]
+
+
 # --- train ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +191,8 @@ def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):
         (["--variant", "topk", "--set", "k"], "--set k has no value"),
         (["--variant", "topk", "--set", "k=many"], "k='many' is no int"),
         (["--variant", "topk", "--set", "k=0"], "k=0 latents cannot be kept"),
+        (["--variant", "topk", "--set", "k=8", "--set", "k=9"], "--set gives k more than once"),
+        (["--variant", "topk", "--set", "k=8", "--l0", "9"], "--l0 9 and k=8 set the same: give one"),
         (["--variant", "topk", "--set", "relu.l1=1"], "relu is not among the variants topk"),
         (["--variant", "topk", "--width", "wide"], "--width wide is no width"),
         (["--variant", "topk", "--steps", "0"], "--steps 0 would train nothing"),

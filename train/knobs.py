@@ -123,8 +123,7 @@ class HoldL0(Mechanism):
 
     def start(self, name: str, step: Step) -> Tensor:
         """c_t until step w, then c_w; a penalty of zero could not be scaled."""
-        own = torch.as_tensor(self.own[name](step), device=step.i.device)
-        return torch.where(step.i <= self.begin, own, getattr(self, f"start_{name}").clamp_min(1e-6))
+        return torch.where(step.i <= self.begin, self.own[name](step), getattr(self, f"start_{name}").clamp_min(1e-6))
 
     def error(self) -> Tensor:
         now, earlier = self.l0.clamp_min(1e-3), self.earlier.clamp_min(1e-3)

@@ -260,7 +260,9 @@ class Recipe:
             return []
         if not self.literal:
             return ["its defaults are the letter" if self.literal is not None else "has no paper's letter to follow"]
-        return [f"{name}={v} is the letter: {why}" for name, (v, why) in self.literal.items() if name not in given]
+        return [
+            f"warning, {name}={v} is the letter: {why}" for name, (v, why) in self.literal.items() if name not in given
+        ]
 
 
 def fits(value: Any, kind: str) -> bool:

@@ -444,7 +444,7 @@ READINGS: list[tuple[str, dict]] = [
         {"units": "as_printed", "l1_controller": "recon_ratio", "inhibition": "divisive", "near": "decoder"},
     ),
     ("collapse-09", {"units": "evidence", "loss_units": "raw", "jl_on": "activations", "contrast_cos": "exact"}),
-    ("collapse-08", {"gs_axis": "jl", "group_stat": "max", "group_lr": "inverse", "pre_bias": False}),
+    ("collapse-08", {"gs_axis": "jl", "jl_dim": 8, "group_stat": "max", "group_lr": "inverse", "pre_bias": True}),
 ]
 
 

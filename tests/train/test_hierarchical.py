@@ -371,7 +371,7 @@ def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
     ("name", "given", "said"),
     [
         ("hierarchical", {"merge_partner": "drop"}, "merge_partner=drop is unknown: recycle, disable"),
-        ("hierarchical", {"recon_in_alpha": "max"}, "recon_in_alpha=max is unknown: variance, mean, sum"),
+        ("hierarchical", {"recon_in_alpha": "max"}, "recon_in_alpha=max is unknown: mean, sum"),
         ("hierarchical-adaptive", {"merge_above": 0.8}, "merge_above is no option of hierarchical-adaptive"),
         ("hierarchical", {"window": 0}, "window=0 is no number of steps"),
         ("hierarchical-linear", {"window": 50}, "window is no option of hierarchical-linear"),
