@@ -31,7 +31,7 @@ WINDOW = 65_536
 
 def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
     """Bits (rows, d_in) of rows shaped like a language model's: dimensions of unequal scale, six of them 20 to 80 times
-    the others, heavy tails, and norms that differ from row to row."""
+    the others, and norms that differ from row to row."""
     random = torch.Generator().manual_seed(seed)
     scale_D = (0.4 * torch.randn(d_in, generator=random)).exp()
     scale_D[torch.randperm(d_in, generator=random)[:6]] *= torch.linspace(20, 80, 6)

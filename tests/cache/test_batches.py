@@ -145,6 +145,19 @@ def test_a_reader_s_error_comes_at_its_own_batch(cache) -> None:
                 next(batches)
 
 
+def test_threads_that_come_to_a_chunk_together_check_it_once(cache, monkeypatch) -> None:
+    checked = []
+
+    def check(folder, array, chunk, record) -> None:
+        time.sleep(0.01)  # the others arrive
+        checked.append(chunk)
+
+    monkeypatch.setattr("sae.cache.reader.check_chunk", check)
+    with Batches(cache, "layer_05", 60, threads=4) as batches:
+        take(batches, batches.plan.batches_per_epoch)
+    assert sorted(checked) == list(range(len(cache.chunk_rows)))
+
+
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_closing_early_ends_the_threads(cache, taken: int) -> None:
     before = threading.active_count()
