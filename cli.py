@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_cache import cache_app, describe
+from .cli_cache import cache_app
+from .cli_harvest import run_harvest
 from .terminal import bar, echo, show_table, spoken
 
 app = typer.Typer(
@@ -103,57 +104,8 @@ def harvest(
     )  # fmt: skip
     cache = run_harvest(request, dry_run)
     if cache is not None:
-        echo(
-            f"next     sae train --variant decorrelation --layer {cache.layers[len(cache.layers) // 2]} --cache {quote(str(cache.folder))}"
-        )
-
-
-def run_harvest(request: Any, dry_run: bool = False) -> Any:
-    from .cache.files import bytes_text, duration_text
-    from .harvest.plan import IMPLIED_VARIANCE, estimated_seconds, free_space
-    from .harvest.plan import plan as resolve
-    from .harvest.run import Report
-    from .harvest.run import harvest as carry_out
-
-    plan = resolve(request, echo)
-    size = plan.tokens * plan.bytes_per_token
-    show_source(plan)
-    echo(
-        f"size     {'' if plan.request.tokens else 'up to '}{plan.tokens:,} tokens x {plan.bytes_per_token:,} B = {bytes_text(size)}"
-        f"{' before compression' if request.compress else ''}; {bytes_text(free_space(plan.folder))} free"
-    )
-    echo(
-        f"time     about {duration_text(estimated_seconds(plan))} of the model on {plan.device}, by the time of one block"
-    )
-    echo(f"cache    {plan.folder}")
-    if dry_run:
-        return None
-    started = time.monotonic()
-    with bar("harvest", "tokens") as shown:
-        cache = carry_out(plan, Report(shown, shown.say))
-    for hook in plan.hooks:
-        implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
-        expected = f" (the papers' numbers imply about {implied:g})" if implied else ""
-        echo(f"{hook.array:8s} {describe(cache.statistics(hook.array))}{expected}")
-    contexts = cache.contexts(held_out=False)
-    special = int(contexts.length.sum()) - cache.rows
-    unread = ", ".join(f"{count:,} {why} documents skipped" for why, count in plan.text.skipped.items() if count)
-    echo(
-        f"done     {cache.rows:,} rows of {len(contexts):,} contexts ({special:,} special tokens left out{', ' + unread if unread else ''}) "
-        f"in {time.monotonic() - started:.0f} s; `sae cache verify` reads every byte again"
-    )
-    return cache
-
-
-def show_source(plan: Any) -> None:
-    """What will be read and computed, as lines."""
-    from .harvest.model import module_of
-
-    echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
-    for hook in plan.hooks:
-        echo(f"hook     {hook.name} = {module_of(hook)}, {plan.widths[hook.array]} wide")
-    held_out = "a tenth" if plan.identity["held_out"] == "by name" else f"{plan.request.held_out_share:.0%}"
-    echo(f"text     {plan.text.name} at {plan.text.identity['revision'][:12]}, {held_out} of the documents held out")
+        hook = cache.hooks[len(cache.hooks) // 2]
+        echo(f"next     sae train --variant decorrelation {hook.flags} --cache {quote(str(cache.folder))}")
 
 
 @app.command()

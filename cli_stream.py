@@ -12,10 +12,11 @@ RING = 4  # windows
 def run_stream(request: Any, given: dict[str, Any], dry_run: bool = False) -> list[Any]:
     """Train on text whose activations are removed when every run has read them. `given`: the options of --stream."""
     from .cache.errors import UsageError
-    from .cache.files import bytes_text, duration_text
-    from .cli import run_train, show_source
+    from .cache.files import bytes_text
+    from .cli import run_train
+    from .cli_harvest import show_source, time_of
     from .harvest.plan import Request as Harvest
-    from .harvest.plan import estimated_seconds, free_space
+    from .harvest.plan import free_space
     from .harvest.rolling import check_room, harvest_ahead, plan_ring
     from .train.rolling import run_rolling
 
@@ -37,9 +38,7 @@ def run_stream(request: Any, given: dict[str, Any], dry_run: bool = False) -> li
         f"at a time: {bytes_text(bytes_of_ring)}; {bytes_text(free_space(plan.folder))} free"
     )
     echo(f"order    {ring.groups:,} groups of windows, each once; normalised by the mean and the norm of the first")
-    echo(
-        f"time     about {duration_text(estimated_seconds(plan))} of the model on {plan.device}, by the time of one block; training runs beside it"
-    )
+    echo(f"time     {time_of(plan)}; training runs beside it")
     echo(f"cache    {plan.folder}")
     runs = run_train(request, dry_run, partial(run_rolling, harvest=partial(harvest_ahead, plan, ring)))
     for batch_size in sorted({run.setting.batch_size for run in runs}):

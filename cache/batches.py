@@ -184,6 +184,8 @@ class Batches:
             self._one_is_free.notify_all()
         for thread in self._threads:
             thread.join()
+        if self._sender:
+            self._sender.close()
 
     def __enter__(self) -> Self:
         return self
@@ -201,6 +203,7 @@ class Sender:
         self.free: list[torch.cuda.Event | None] = [None, None]  # what was computed on a buffer has come to its end
         self.sent: list[torch.cuda.Event | None] = [None] * len(slots)
         self.last = -1  # the last batch that was sent
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # what had the buffers' memory before is through
 
     def take(self, number: int, slot: int, following: int | None) -> Tensor:
         """The buffer that holds batch `number` of `slot`; batch `number + 1` is sent meanwhile when it has a slot."""
@@ -220,6 +223,10 @@ class Sender:
         with torch.cuda.stream(self.stream):
             self.buffers[buffer].copy_(self.slots[slot], non_blocking=True)
         self.sent[slot], self.last = self.stream.record_event(), number
+
+    def close(self) -> None:
+        """The buffers' memory may be used again by what is queued after this, not while a batch is still on its way."""
+        torch.cuda.current_stream(self.buffers[0].device).wait_stream(self.stream)
 
     def wait_until_sent(self, slot: int) -> None:
         """Called by the thread that wants to fill the slot again."""
@@ -283,7 +290,8 @@ class Marks:
         first = np.array([self.first[p.chunk] + p.start for p in pieces])
         sizes = np.array([p.rows for p in pieces])
         rows = np.concatenate([np.arange(at, at + size) for at, size in zip(first, sizes, strict=True)])
-        is_marked = np.isin(rows, self.marked)
+        at = np.searchsorted(self.marked, rows).clip(max=len(self.marked) - 1)
+        is_marked = self.marked[at] == rows
         marked, good = np.flatnonzero(is_marked), np.flatnonzero(~is_marked)
         if not len(good):
             raise UsageError("A batch holds only rows marked by --max-norm. Harvest again with a larger --max-norm.")

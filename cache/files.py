@@ -27,9 +27,7 @@ def publish(path: Path, *parts: bytes | memoryview) -> None:
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            flush_folder(path.parent.parent)
+        make_folder(path.parent)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             for part in parts:
@@ -58,6 +56,14 @@ def outside(error: OSError, path: Path) -> OutsideError:
     )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they survive a power cut."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
+
+
 def flush_folder(folder: Path) -> None:
     """Make the renames in a folder survive a power cut."""
     with contextlib.suppress(OSError):  # some network file systems refuse to flush a folder
@@ -69,8 +75,8 @@ def flush_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> int:
-    """Remove what killed writers left half-written; the caller holds the lock. Returns how many files."""
-    strays = [p for p in folder.rglob("*.tmp-*") if p.is_file()]
+    """Remove what killed writers left half-written; the folder is ours and the caller holds the lock. Returns how many files."""
+    strays = [p for p in folder.rglob("*.tmp-*") if p.suffix.removeprefix(".tmp-").isdecimal() and p.is_file()]
     for stray in strays:
         stray.unlink(missing_ok=True)
     return len(strays)
@@ -116,11 +122,12 @@ def digest_of(content: Any) -> str:
 def one_writer(folder: Path, doing: str, say: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
     """Hold the only right to write into `folder`; OutsideError names the holder when somebody else has it.
 
-    The lock is the operating system's, so a dead holder's lock is free at once; what it left half-written is removed.
+    The lock is the operating system's, so a dead holder's lock is free at once. Whether the folder is ours at all is to
+    be looked at before: what a dead holder left half-written in it is removed.
     """
     lock, note = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise OutsideError(f"{folder} is being written by {holder(note)}. Wait for it, or stop it first.") from None

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .files import digest_of
+
 FORMAT = 1
 CHUNK_ROWS = 8192
 WINDOW_ROWS = 262_144
@@ -199,6 +201,16 @@ def tokens_arrays(contexts: int, length: int) -> list[Array]:
         Array("tokens/document", (contexts,), (contexts,), "uint32"),
         Array("tokens/held_out", (contexts,), (contexts,), "bool"),
     ]
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """The digest of everything that decides a byte: what a model or a text is called is not."""
+    return digest_of({key: unnamed(value) for key, value in identity.items()})
+
+
+def unnamed(value: Any) -> Any:
+    """An entry of the identity without its name: a model and a text are what their revisions say, wherever they are."""
+    return {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -205,8 +205,8 @@ class Cache:
 
 
 def check_removable(folder: Path) -> None:
-    """UsageError unless the folder is a cache, or what was begun of one."""
-    if not ((folder / "zarr.json").exists() or (folder / "tokens" / "commit.json").exists()):
+    """UsageError unless the folder is a cache, or what was begun of one or is left of it."""
+    if not any((folder / record).exists() for record in ("harvest.json", "tokens/commit.json", "tokens/draft")):
         raise UsageError(f"{folder} holds no activation cache; nothing was removed.")
 
 
@@ -240,9 +240,14 @@ def caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
     return found
 
 
+def model_name(asked: str | None) -> str | None:
+    """What a cache calls the model that somebody asks for: a folder by its whole path."""
+    return str(Path(asked).resolve()) if asked and Path(asked).is_dir() else asked
+
+
 def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache:
     """The one whole cache of this model and hook; UsageError lists them when it is none or several."""
-    everything = caches(root)
+    everything, model = caches(root), model_name(model)
     opened = [cache for cache in everything.values() if isinstance(cache, Cache)]
     matching = [c for c in opened if model in (None, c.model) and hook in c.hooks]
     if len(matching) == 1:

@@ -23,7 +23,7 @@ from .batches import Plan
 from .chunks import map_rows
 from .errors import Interrupted, UsageError
 from .files import digest_of, read_json, write_json
-from .layout import FORMAT, Array, Hook, Layout
+from .layout import FORMAT, Array, Hook, Layout, fingerprint_of
 from .reader import Cache, is_ring
 from .writer import commit_file
 
@@ -46,7 +46,7 @@ class Ring:
                 f"{folder} is a cache to keep, and a ring removes what was read. Train on it without --stream, or give another --cache."
             )
         self.folder, self.identity, self.layout, self.widths, self.size = folder, identity, layout, dict(widths), size
-        self.fingerprint = digest_of(identity)
+        self.fingerprint = fingerprint_of(identity)
         self.groups = -(-layout.windows // (size // AHEAD))
         self.ends = cache(self._ends)
         self.group: Group | None = None  # the one that training reads

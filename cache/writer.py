@@ -18,8 +18,8 @@ import torch
 
 from .chunks import MEND, all_there, attributes_of, write_chunk
 from .errors import DamagedError, SaeError, UsageError
-from .files import digest_of, keep_json, read_json, write_json
-from .layout import FORMAT, Array, Hook, Layout, group_metadata
+from .files import digest_of, flush_folder, keep_json, read_json, write_json
+from .layout import FORMAT, Array, Hook, Layout, fingerprint_of, group_metadata
 from .statistics import seal
 
 WRITERS = 2  # threads: two saturate a disk, four gain a tenth more
@@ -43,13 +43,20 @@ class Writer:
 
     def __init__(self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int]) -> None:
         self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(widths)
-        self.fingerprint = digest_of(identity)
+        self.fingerprint = fingerprint_of(identity)
         begun(folder, self.fingerprint)
+        self.tokens = digest_of(read_json(folder / "tokens" / "commit.json", "files")["files"])
         if not (folder / "zarr.json").exists():
             self._write_root(complete=[])
-        elif (rows := read_json(folder / "zarr.json")["attributes"]["rows"]) != layout.rows:
+        begun_with = read_json(folder / "zarr.json")["attributes"]
+        if begun_with["rows"] != layout.rows:
             raise DamagedError(
-                f"{folder} was begun with {rows:,} rows, but its text now has {layout.rows:,}. Use another --out."
+                f"{folder} was begun with {begun_with['rows']:,} rows, but its text now has {layout.rows:,}. Use another --out."
+            )
+        if begun_with["tokens"] != self.tokens:
+            raise DamagedError(
+                f"{folder} was begun with other tokens than its text gives now, probably with another version of tokenizers. "
+                "Use another --out."
             )
         for array in layout.arrays(self.widths):
             keep_json(folder / array.name / "zarr.json", array.metadata())
@@ -59,6 +66,7 @@ class Writer:
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
+            "tokens": self.tokens,
             "rows": self.layout.rows,
             "window_rows": self.layout.window_rows,
             "chunk_rows": self.layout.chunk_rows,
@@ -112,6 +120,9 @@ class Writer:
 
     def write_window(self, window: int, rows: Rows, made_with: Mapping[str, Any]) -> None:
         """Write and commit one window; nothing of it is committed when anything fails."""
+        for name in rows.bits:  # a record of files that will be replaced proves nothing
+            (self.folder / commit_file(window, name)).unlink(missing_ok=True)
+        flush_folder(self.folder / "commits")
         with ThreadPoolExecutor(WRITERS) as pool:
             under_way = {  # an array is measured while the one before is written
                 name: pool.map(lambda job: write_chunk(self.folder, *job), jobs)

@@ -9,7 +9,7 @@ from typing import Any
 from ..cache.device import best_device, best_dtype
 from ..cache.errors import UsageError
 from ..cache.files import read_json
-from ..cache.reader import Cache, caches
+from ..cache.reader import Cache, caches, model_name
 from ..harvest.model import find_model, load_model
 from ..train.sae import SAE, load_sae
 from .core import Core
@@ -105,7 +105,7 @@ def cache_of(folder: Path, sae: SAE, model: str | None) -> Cache:
             f"{folder} does not say what it was trained on (`origin` in sae.json), so nothing can be read."
         )
     trained_on = sae.origin["model"]["name"]
-    if model and model != trained_on:
+    if model and model_name(model) != trained_on:
         raise UsageError(
             f"{folder} was trained on {trained_on}, not on {model}. Leave --model out, or evaluate a run of that model."
         )

@@ -75,7 +75,8 @@ def find_model(name: str, revision: str | None = None) -> tuple[Source, Any]:
         raise UsageError(f"There is no folder {name}. Give a folder with a model, a Hub id, or --model {mini.NAME}.")
     if folder.is_dir():
         with explained(name):
-            return Source(name, str(folder), digest_of_folder(folder)), AutoConfig.from_pretrained(folder)
+            called = name if name == mini.NAME else str(folder.resolve())
+            return Source(called, str(folder), digest_of_folder(folder)), AutoConfig.from_pretrained(folder)
     with explained(name):
         config = AutoConfig.from_pretrained(name, revision=revision)
     return Source(name, name, getattr(config, "_commit_hash", None) or revision or "unknown"), config

@@ -15,12 +15,14 @@ from transformers import AutoModel
 from ..cache.device import best_device, best_dtype
 from ..cache.errors import OutsideError, UsageError
 from ..cache.files import bytes_text, digest_of
-from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, home
+from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of, home
+from ..cache.reader import Cache, caches
 from . import mini
 from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, width_of
 from .rows import first_line
 from .sources import EMBEDDED, PILE, open_text
 from .text import Text, specials
+from .transfer import free_memory
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
@@ -61,16 +63,6 @@ class Request:
     def held_out_share(self) -> float:
         return 0.05 if self.held_out is None else self.held_out
 
-    def record(self) -> dict[str, Any]:
-        """What `sae cache repair` needs to ask for the same again, from anywhere."""
-        elsewhere = {
-            n: str(Path(v).resolve())
-            for n, v in asdict(self).items()
-            if n in ("model", "dataset") and v and Path(v).exists()
-        }
-        asked = {n: v for n, v in asdict(self).items() if n not in ("layers", "sites", "device", "out")}
-        return asked | elsewhere | {"named": self.model}  # as the identity has it
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -101,9 +93,23 @@ class Plan:
     def bytes_per_token(self) -> int:
         return self.bytes_of(list(self.widths))
 
-    def check_space(self, needed: float, per_token: int) -> None:
+    def record(self) -> dict[str, Any]:
+        """What `sae cache repair` needs to ask for the same again: from anywhere, and when the Hub has moved on."""
+        asked = asdict(self.request)
+        for name in ("model", "dataset"):
+            if asked[name] and Path(asked[name]).exists():
+                asked[name] = str(Path(asked[name]).resolve())
+        if self.source.on_hub:
+            asked["revision"] = self.source.revision
+        if "split" in self.text.identity:  # on the Hub
+            asked["dataset_revision"] = self.text.identity["revision"]
+        return {name: value for name, value in asked.items() if name not in ("layers", "sites", "device", "out")}
+
+    def check_space(self, needed: float, per_token: float) -> None:
         """OutsideError when so many bytes do not fit on the disk."""
         free = free_space(self.folder)
+        if self.request.compress:  # bfloat16 shrinks by 1.3 at least; a disk that is full in the end loses nothing
+            needed, per_token = needed / 1.3, per_token / 1.3
         if 1.02 * needed > free:
             fits = int(free / per_token / 1.02)
             raise OutsideError(
@@ -149,10 +155,27 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
         "compress": BLOSC if request.compress else None,
     }
     short = source.name.rstrip("/").split("/")[-1]
-    folder = request.out or home() / "activations" / f"{short}--{text.name}--{digest_of(identity)[:8]}"
+    folder = request.out or home() / "activations" / f"{short}--{text.name}--{fingerprint_of(identity)[:8]}"
+    if request.out is None and not folder.exists():
+        tell_of_older(folder, identity, tell)
     return Plan(
         request, source, config, tokenizer, text, identity, folder, hooks, request.tokens or TOKENS, dtype, device
     )
+
+
+def tell_of_older(folder: Path, identity: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Say so when the same was harvested from another revision: the Hub has moved on since, or a file has changed."""
+
+    def unpinned(one: dict[str, Any]) -> dict[str, Any]:
+        return one | {"model": one["model"]["name"], "data": one["data"]["name"]}
+
+    for other in caches(folder.parent).values():
+        if isinstance(other, Cache) and unpinned(other.identity) == unpinned(identity):
+            model, data = (other.identity[part]["revision"] for part in ("model", "data"))
+            tell(
+                f"{other.folder} is the same harvest of other revisions. To go on with that one instead: "
+                f"--revision {model} --dataset-revision {data}"
+            )
 
 
 def check(request: Request, text: str) -> None:
@@ -225,6 +248,8 @@ def estimated_seconds(plan: Plan) -> float:
         if spent > 0.1 or at_once >= plan.request.batch_contexts:
             break
         at_once = min(4 * at_once, plan.request.batch_contexts)
+    del model
+    free_memory(plan.device)
     blocks = max(hook.layer for hook in plan.hooks) + 1
     return spent / ids.numel() * blocks * plan.tokens
 

@@ -1,5 +1,6 @@
 """Mend a cache: what is missing or damaged is harvested again, window by window, and nothing else is written."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -9,8 +10,9 @@ from typing import Any
 from ..cache.chunks import attributes_of, check_chunk, encode_chunk, read_array, write_chunk
 from ..cache.errors import DamagedError, SaeError, UsageError
 from ..cache.files import one_writer, read_json
-from ..cache.layout import Hook
+from ..cache.layout import Hook, unnamed
 from ..cache.writer import Writer
+from .draft import discard
 from .plan import Plan, Request, plan
 from .run import UNWATCHED, Computing, Report, cut_text, layout_of, load, refuse_ring, text_of
 
@@ -37,6 +39,7 @@ def repair(
             f"{folder / 'harvest.json'} is missing, which says what was asked for. The same `sae harvest` writes it again."
         )
     refuse_ring(folder)
+    refuse_half_written(folder)
     with one_writer(folder, "sae cache repair", report.say):
         mended = list(drop_unreadable(folder))
         again = planned_again(folder, model=model, dataset=dataset, device=device)
@@ -44,6 +47,7 @@ def repair(
         mended += list(mend_text(again))
         contexts = text_of(again)
         writer = Writer(folder, again.identity, layout_of(again, contexts), again.widths)
+        discard(folder)
         mended += list(mend_windows(again, writer, Computing(again, contexts, writer.layout, report), report))
         for limit in {*limits.values()}:  # layers can have been marked differently
             arrays = {name: width for name, width in again.widths.items() if limits[name] == limit}
@@ -52,6 +56,13 @@ def repair(
                 part.finish(limit)
                 mended = mended or [f"{folder} had lost its seal; manifest.json and zarr.json are made anew"]
     return mended
+
+
+def refuse_half_written(folder: Path) -> None:
+    """UsageError when a harvest has not come to its end; where that cannot be read, it is brought there."""
+    with contextlib.suppress(DamagedError):
+        if not attributes_of(folder)["complete"]:
+            raise UsageError(f"{folder} is half written. Run the same `sae harvest` again: it finishes and mends it.")
 
 
 def max_norms(again: Plan) -> dict[str, float | None]:
@@ -92,8 +103,7 @@ def planned_again(folder: Path, *, model: str | None, dataset: str | None, devic
     given |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
     again = replace(plan(Request(**given)), hooks=hooks)
     if not (folder / "zarr.json").exists():
-        model = again.identity["model"] | {"name": record.get("named", again.source.name)}
-        return replace(again, identity=again.identity | {"model": model})
+        return again
     identity = attributes_of(folder)["identity"]
     changed = [key for key in identity if unnamed(identity[key]) != unnamed(again.identity.get(key))]
     if changed:
@@ -102,11 +112,6 @@ def planned_again(folder: Path, *, model: str | None, dataset: str | None, devic
             "Give --model or --dataset where they are now, or harvest anew."
         )
     return replace(again, identity=identity)
-
-
-def unnamed(value: Any) -> Any:
-    """An entry of the identity without its name: a model and a text are what their revisions say, wherever they are."""
-    return {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
 
 
 def mend_text(again: Plan) -> Iterator[str]:
@@ -155,20 +160,32 @@ def mend_windows(again: Plan, writer: Writer, computing: Computing, report: Repo
     if not wanted:
         return
     computing.load(load(again, wanted, again.device))
-    for window, arrays in wanted.items():
-        recorded = [c for array in arrays if (c := commits.get((window, array)))]
-        computing.at_once = recorded[0]["made_with"]["batch_contexts"] if recorded else again.request.batch_contexts
+    for (window, at_once), arrays in by_passes(wanted, commits, again.request.batch_contexts).items():
+        computing.at_once = at_once
         rows = computing.window(window, computing.buffers(arrays))
         jobs = dict(writer.files_of(window, rows))
         for array in arrays:
             files = {a.file(chunk): (a, chunk, block) for a, chunk, block in jobs[""] + jobs[array]}
             old = commits[window, array]["files"] if (window, array) in commits else {}
             if all(encode_chunk(a, block)[1] == old.get(file) for file, (a, _, block) in files.items()):
-                for file in damaged & files.keys():
+                for file in sorted(damaged & files.keys()):
                     write_chunk(again.folder, *files[file])
+                    damaged.remove(file)  # where rows came from is of every array of the window, and mended once
                     yield f"{file} was missing or damaged; harvested again, to the same bytes"
             else:
                 writer.write_window(window, replace(rows, bits={array: rows.bits[array]}), computing.made_with())
                 yield f"window {window} of {array} was harvested again as a whole" + (
                     ", to other bytes: made with other versions or on another device" if old else ""
                 )
+
+
+def by_passes(
+    wanted: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], asked: int
+) -> dict[tuple[int, int], list[str]]:
+    """Arrays by their window and by how many contexts were in a pass when they were made, which can decide bits."""
+    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for window, arrays in wanted.items():
+        for array in arrays:
+            commit = commits.get((window, array))
+            groups[window, commit["made_with"]["batch_contexts"] if commit else asked].append(array)
+    return groups

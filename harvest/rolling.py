@@ -13,6 +13,7 @@ from ..cache.files import bytes_text, folder_bytes, keep_json, one_writer
 from ..cache.layout import CHUNK_ROWS, Layout
 from ..cache.ring import AHEAD, Ring
 from ..cache.writer import Writer
+from .draft import discard
 from .plan import Plan, Request, free_space, plan
 from .run import Computing, Report, load, text_of, write_windows
 
@@ -65,8 +66,9 @@ def harvest_ahead(plan: Plan, ring: Ring, groups: range, say: Callable[[str], No
     with one_writer(plan.folder, "sae train --stream", say):
         ring.begin()
         contexts = text_of(plan)
-        keep_json(plan.folder / "harvest.json", plan.request.record())
+        keep_json(plan.folder / "harvest.json", plan.record())
         writer = Writer(plan.folder, plan.identity, ring.layout, plan.widths)
+        discard(plan.folder)
         ring.start(groups.start)
         wanted = ring.windows(groups)
         missing = {window: arrays for window, arrays in writer.missing().items() if window in wanted}

@@ -1,7 +1,8 @@
 """The harvest: text -> model -> cache, one pass for all layers and sites.
 
 While the model computes one window, the one before is measured, compressed if asked, written and flushed by another
-thread. There are two windows of memory and no more: without a free one the model waits.
+thread. There are two windows of memory and no more: without a free one the model waits. Besides them each process holds
+the token ids, four bytes a token.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ import torch
 from ..cache.contexts import Contexts
 from ..cache.device import keep_freed_memory
 from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
-from ..cache.files import digest_of, keep_json, one_writer
-from ..cache.layout import Hook, Layout
+from ..cache.files import keep_json, one_writer
+from ..cache.layout import Hook, Layout, fingerprint_of
 from ..cache.reader import Cache, is_ring
 from ..cache.writer import Rows, Writer, begun
 from .draft import Draft, discard
@@ -55,16 +56,20 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
     keep_freed_memory()
     with contextlib.ExitStack() as held, terminated_as_interrupted():
         if team.first:
+            refuse_foreign(plan)
             held.enter_context(one_writer(plan.folder, "sae harvest", report.say))
-            refuse_ring(plan.folder)
+            for member in plan.folder.glob(".rank*"):  # of another launch, whose first process is gone
+                with one_writer(member, "sae harvest"):
+                    pass
             if plan.request.tokens is not None and not Contexts.written(plan.folder):  # reading the text may take long
                 plan.check_space(plan.request.tokens * plan.bytes_per_token, plan.bytes_per_token)
             contexts = text_of(plan)
-            keep_json(plan.folder / "harvest.json", plan.request.record())
+            keep_json(plan.folder / "harvest.json", plan.record())
             writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
             discard(plan.folder)  # the harvest has begun, so its tokens will be read, never cut again
         team.meet()  # the text and what the arrays are is written
         if not team.first:
+            held.enter_context(one_writer(plan.folder / f".rank{team.index}", "sae harvest", report.say))
             contexts = Contexts.read(plan.folder)
             writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
         missing = writer.missing()
@@ -89,6 +94,13 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
     return Cache(plan.folder)
 
 
+def refuse_foreign(plan: Plan) -> None:
+    """UsageError when the folder holds something else than this harvest; nothing in it was touched then."""
+    if plan.folder.is_dir():
+        begun(plan.folder, fingerprint_of(plan.identity))
+        refuse_ring(plan.folder)
+
+
 def refuse_ring(folder: Path) -> None:
     """UsageError when the windows that lack here were removed on purpose."""
     if is_ring(folder):
@@ -98,7 +110,7 @@ def refuse_ring(folder: Path) -> None:
 
 
 def layout_of(plan: Plan, contexts: Contexts) -> Layout:
-    kept = rows_of(contexts.select(~contexts.held_out), plan.identity["skip"])
+    kept = rows_of(contexts, plan.identity["skip"])[~contexts.held_out]
     return Layout(int(kept.sum()), plan.request.window, plan.request.storage_dtype, plan.request.compress)
 
 
@@ -110,7 +122,7 @@ def load(plan: Plan, windows: Mapping[int, Sequence[str]], device: str) -> Langu
 
 def text_of(plan: Plan) -> Contexts:
     """The ids to run: those of an earlier start of the same harvest, or cut now and written down first."""
-    if not (begun(plan.folder, digest_of(plan.identity)) and Contexts.written(plan.folder)):
+    if not (begun(plan.folder, fingerprint_of(plan.identity)) and Contexts.written(plan.folder)):
         cut_text(plan).write(plan.folder)
     return Contexts.read(plan.folder)
 
@@ -157,12 +169,18 @@ def write_windows(computing: "Computing", writer: Writer, windows: Mapping[int, 
     thread = threading.Thread(target=write, daemon=True)  # a second Ctrl-C does not wait for it
     thread.start()
     total, done = sum(len(writer.layout.window(window)) for window in windows), 0
+
+    def tell(rows: int) -> None:
+        if failed:
+            raise failed[0]
+        report.rows(done + rows, total)
+
     try:
         for window, arrays in windows.items():
             buffers = free.get()
             if failed:
                 break
-            computing.tell = lambda n: report.rows(done + n, total)  # noqa: B023
+            computing.tell = tell
             rows = computing.window(window, {name: buffers[name] for name in arrays})
             full.put((window, rows, computing.made_with(), buffers))
             done += len(writer.layout.window(window))
@@ -191,7 +209,7 @@ class Computing:
     def __init__(self, plan: Plan, contexts: Contexts, layout: Layout, report: Report) -> None:
         self.plan, self.layout, self.report = plan, layout, report
         self.tell: Callable[[int], None] = lambda rows: None  # of the window being computed
-        self.contexts = contexts.select(~contexts.held_out)
+        self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held out come last; no copy
         self.kept_NS = rows_of(self.contexts, plan.identity["skip"])
         self.rows_before = np.concatenate([[0], np.cumsum(self.kept_NS.sum(1))])
         self.at_once = plan.request.batch_contexts

@@ -4,8 +4,9 @@ A context is BOS and up to `context - 1` tokens of one document; a document neve
 `pack` contexts are full instead: documents follow each other, each after a BOS of its own, those held out among
 themselves; what goes on in the next context begins with BOS there too.
 
-Which documents are held out is a hash of the seed and the document's text, so no document that evaluation reads was
-trained on, however often it occurs.
+Which documents are held out is a hash of the seed and the document's tokens, so no document that evaluation reads was
+trained on, however often it occurs, as text or tokenised before. A document is what the source calls one: a row, or a run
+of paragraphs of a text file. Rows into which several documents were packed before are held out as they are.
 """
 
 import hashlib
@@ -98,9 +99,9 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
-def is_held_out(text: str | list[int], seed: int, fraction: float) -> bool:
-    content = text.encode(errors="surrogatepass") if isinstance(text, str) else np.array(text, np.uint32).tobytes()
-    hashed = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + content).digest()[:8], "little")
+def is_held_out(ids: list[int], seed: int, fraction: float) -> bool:
+    content = f"{seed}:".encode() + np.array(ids, np.uint32).tobytes()
+    hashed = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
     return hashed < fraction * 2**64
 
 
@@ -215,7 +216,7 @@ def cut(
         for document, body in zip(batch, ids_of(batch, tokenizer), strict=True):
             out = document.held_out
             if out is None:
-                out = is_held_out(document.text if isinstance(document.text, str) else body, seed, held_out)
+                out = is_held_out(body, seed, held_out)
             cutter.add(body, number, out)
             number += 1
     cutter.close()

@@ -64,7 +64,9 @@ def place(rows: Mapping[str, Tensor], target: np.ndarray, bits: Mapping[str, np.
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error means that the device, or the host, has no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        told in str(error) for told in ("can't allocate memory", "ALLOC_FAILED")
+    )
 
 
 def free_memory(device: Any) -> None:

@@ -23,7 +23,7 @@ from ..cache.errors import UsageError
 from ..cache.files import digest_of, read_json
 from ..cache.joined import Joined, join
 from ..cache.layout import SITES, Hook, home
-from ..cache.reader import Cache, find_cache
+from ..cache.reader import Cache, find_cache, model_name
 from ..cache.ring import Ring
 from .recipe import Recipe, Setting, find_recipe
 
@@ -140,7 +140,7 @@ def plan(request: Request) -> list[Run]:
     for layer in dict.fromkeys(request.layers):
         hook = Hook(layer, request.site)
         cache = request.ring or (join(request.caches) if request.caches else find_cache(request.model, hook))
-        if request.caches and request.model not in (None, name := cache.identity["model"]["name"]):
+        if request.caches and model_name(request.model) not in (None, name := cache.identity["model"]["name"]):
             raise UsageError(
                 f"The --cache given holds activations of {name}, not of {request.model}. Leave --model out."
             )

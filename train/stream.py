@@ -235,11 +235,12 @@ def finish(training: RunTraining) -> None:
     save_sae(sae, run.folder, origin)
 
 
-def batches_of(run: Run, batch: int, device: str) -> Batches | Resident:
-    """What a run reads, from a batch on; of a ring, the group that is there."""
+def batches_of(run: Run, batch: int, device: str, few: bool = False) -> Batches | Resident:
+    """What a run reads, from a batch on; of a ring, the group that is there. For a `few` nothing is kept on a GPU."""
     size = run.setting.batch_size
     source, batch = run.cache.source(batch, size) if isinstance(run.cache, Ring) else (run.cache, batch)
-    return open_batches(source, run.hook.array, size, seed=run.order_seed, batch=batch, device=device)
+    make = Batches if few else open_batches
+    return make(source, run.hook.array, size, seed=run.order_seed, batch=batch, device=device)
 
 
 @torch.no_grad()
@@ -249,7 +250,7 @@ def calibrate(training: RunTraining) -> None:
     settling = [m for m in training.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
     if not settling:
         return
-    with batches_of(run, run.steps, training.device) as batches, bfloat16_products(training.device):
+    with batches_of(run, run.steps, training.device, few=True) as batches, bfloat16_products(training.device):
         for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
             step = training.variant(training.i, x_BD, training.optimizer)
             for mechanism in settling:

@@ -17,8 +17,8 @@ from sae.cache.device import best_device, best_dtype
 from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.files import digest_of, one_writer, read_json, sweep
 from sae.cache.layout import Hook
-from sae.cache.reader import Cache, caches, find_cache, open_cache
-from sae.cache.writer import Rows, begun
+from sae.cache.reader import Cache, caches, find_cache, open_cache, remove_cache
+from sae.cache.writer import Rows, Writer, begun
 
 D = 8
 ROWS = 40
@@ -221,6 +221,25 @@ def test_another_number_of_rows_is_refused(cache: Cache, bits_of, begin_cache) -
         begin_cache(cache.folder, {5: bits_of(ROWS - 1, D)}, 16)
 
 
+def test_other_tokens_are_refused(cache: Cache, bits_of, begin_cache) -> None:
+    record = read_json(cache.folder / "tokens/commit.json")
+    record["files"]["tokens/ids/c.0.0"]["crc32c"] = "00000000"
+    (cache.folder / "tokens/commit.json").write_text(json.dumps(record))
+    with pytest.raises(DamagedError, match="was begun with other tokens than its text gives now"):
+        begin_cache(cache.folder, {5: bits_of(ROWS, D, 5)}, 16)
+
+
+def test_a_window_written_again_has_no_record_meanwhile(
+    cache: Cache, bits_of, begin_cache, write_some, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = {5: bits_of(ROWS, D, 5), 12: bits_of(ROWS, D, 12)}
+    writer = begin_cache(cache.folder, bits, 16)
+    monkeypatch.setattr(Writer, "files_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_some(writer, bits, [1])
+    assert writer.missing() == {1: ["layer_05", "layer_12"]}
+
+
 def test_a_commit_of_another_harvest_is_refused(cache: Cache, bits_of, begin_cache) -> None:
     path = cache.folder / "commits" / "000001.layer_05.json"
     path.write_text(json.dumps(read_json(path) | {"fingerprint": "0" * 64}))
@@ -271,6 +290,16 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_stray(
     write_some(writer, bits, [1, 2])
     writer.finish()
     assert np.array_equal(np.concatenate([Cache(tmp_path / "c").chunk("layer_05", n) for n in range(3)]), bits[5])
+
+
+def test_only_a_cache_is_removed(cache: Cache, tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger.zarr"
+    stranger.mkdir()
+    (stranger / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    for folder in (stranger, cache.folder / "layer_05"):
+        with pytest.raises(UsageError, match="holds no activation cache; nothing was removed"):
+            remove_cache(folder)
+        assert (folder / "zarr.json").exists()
 
 
 def test_what_a_kill_left_behind_is_swept(cache: Cache, bits_of, begin_cache) -> None:

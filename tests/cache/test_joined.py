@@ -17,7 +17,7 @@ SAME = dict.fromkeys(CLASS, 1) | {"model": {"name": "none", "revision": "0"}}
 def write(tmp_path, bits_of, begin_cache, write_some):
     def written(name: str, rows: int, kind: int, max_norm: float | None = None, **identity: object) -> Cache:
         bits = {5: bits_of(rows, D, kind)}
-        writer = begin_cache(tmp_path / name, bits, 64, **SAME | {"data": {"name": name}} | identity)
+        writer = begin_cache(tmp_path / name, bits, 64, **SAME | {"data": {"name": name, "revision": name}} | identity)
         write_some(writer, bits, list(writer.missing()))
         writer.finish(max_norm)
         return Cache(tmp_path / name)

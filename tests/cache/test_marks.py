@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.batches import Batches, Resident, open_batches
+from sae.cache.batches import Batches, Plan, Resident, open_batches
 from sae.cache.errors import UsageError
 from sae.cache.reader import Cache
 
@@ -46,12 +46,12 @@ def test_statistics_are_those_of_the_others(marked: Cache, rows: torch.Tensor) -
 @pytest.mark.parametrize("stream", [Batches, Resident])
 def test_another_row_of_the_batch_stands_in(marked: Cache, rows: torch.Tensor, stream) -> None:
     """Every batch is the plan's, but for marked rows, which are the next row of the batch that is not marked."""
-    first = np.cumsum([0, *marked.chunk_rows])
+    first, plan = np.cumsum([0, *marked.chunk_rows]), Plan(marked.chunk_rows, 40, seed=1)
     seen = 0
     with stream(marked, "layer_05", 40, seed=1) as batches:
-        for number in range(3 * batches.plan.batches_per_epoch):
+        for number in range(3 * plan.batches_per_epoch):
             planned = np.concatenate(
-                [first[p.chunk] + np.arange(p.start, p.start + p.rows) for p in batches.plan.pieces(number)]
+                [first[p.chunk] + np.arange(p.start, p.start + p.rows) for p in plan.pieces(number)]
             )
             expected = []
             for at, row in enumerate(planned):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae.cache.errors import DamagedError, Interrupted, OutsideError, UsageError
 from sae.cache.files import one_writer, read_json
-from sae.cache.layout import Hook
+from sae.cache.layout import Hook, fingerprint_of
 from sae.cache.reader import Cache
 from sae.cache.writer import Writer
 from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
@@ -292,6 +292,25 @@ def test_another_harvest_into_the_folder_is_refused(small: tuple[Request, Cache]
     assert files_of(again.out) == files_of(small[1].folder)
 
 
+def test_a_refused_harvest_touches_nothing(small: tuple[Request, Cache], tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs" / "deep" / "report.tmp-17"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("a thesis")
+    with pytest.raises(UsageError, match="holds deep, but no activation cache"):
+        harvest(plan(replace(small[0], out=tmp_path / "theirs")))
+    assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [theirs]
+
+
+def test_the_same_harvest_of_another_revision_is_told_of(small: tuple[Request, Cache], home: Path) -> None:
+    text = Path(shutil.copy(small[0].dataset, home))
+    request = replace(small[0], dataset=str(text), out=None)
+    older = harvest(plan(request))
+    text.write_text(text.read_text() + '{"text": "one more line"}\n')
+    told: list[str] = []
+    assert plan(request, told.append).folder != older.folder
+    assert len(told) == 1 and f"{older.folder} is the same harvest of other revisions" in told[0]
+
+
 def test_tokens_of_a_harvest_that_never_began_are_not_used(small: tuple[Request, Cache], again: Request) -> None:
     for path in again.out.iterdir():
         if path.name != "tokens":
@@ -321,6 +340,11 @@ def test_text_and_model_change_the_folder(small: tuple[Request, Cache], tmp_path
     assert plan(replace(request, dataset=str(text))).folder != folder
     copy = Path(shutil.copytree(tiny_model, tmp_path / tiny_model.name))
     assert plan(replace(request, model=str(copy))).source.revision == plan(request).source.revision
+    assert fingerprint_of(plan(replace(request, model=str(copy))).identity) == fingerprint_of(plan(request).identity)
+    renamed = Path(shutil.copy(request.dataset, tmp_path / "renamed.jsonl"))
+    assert fingerprint_of(plan(replace(request, dataset=str(renamed))).identity) == fingerprint_of(
+        plan(request).identity
+    )
     (copy / "generation_config.json").write_text("{}")
     assert plan(replace(request, model=str(copy))).source.revision != plan(request).source.revision
 

@@ -10,9 +10,11 @@ import pytest
 from sae.cache.errors import DamagedError, SaeError, UsageError
 from sae.cache.files import one_writer, read_json, write_json
 from sae.cache.reader import Cache, remove_cache
+from sae.harvest.model import Source
 from sae.harvest.plan import Request, plan
 from sae.harvest.repair import repair
 from sae.harvest.run import harvest
+from sae.harvest.text import Listed, Text
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_text_that_comes_out_otherwise_is_refused(folder: Path) -> None:
 def test_a_model_that_was_named_from_here_is_still_the_same(
     request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """harvest.json has where the model is, the identity how it was called."""
+    """harvest.json has where the model is, from wherever it was called."""
     monkeypatch.chdir(Path(request_.model).parent)
     called = replace(request_, model=f"./{Path(request_.model).name}", layers=(0,), out=tmp_path / "named")
     harvest(plan(called))
@@ -149,6 +151,33 @@ def test_a_model_that_was_named_from_here_is_still_the_same(
     monkeypatch.chdir(tmp_path)
     (called.out / "zarr.json").unlink()
     assert repair(called.out) and bytes_of(called.out) == before
+
+
+def test_the_revisions_of_the_hub_are_recorded(request_: Request) -> None:
+    """What was asked for without a commit is asked for with it: the Hub may have moved on."""
+    here = plan(request_)
+    assert here.record()["revision"] is None and here.record()["dataset_revision"] is None
+    source = Source("google/gemma-2-2b", "google/gemma-2-2b", "c0ffee")
+    text = Text("pile", {"name": "pile", "revision": "beef", "split": "train", "column": "text"}, Listed(lambda: []))
+    there = replace(here, source=source, text=text).record()
+    assert (there["revision"], there["dataset_revision"]) == ("c0ffee", "beef")
+
+
+def test_arrays_are_made_again_with_the_passes_of_their_own_commit(request_: Request, tmp_path: Path) -> None:
+    out = tmp_path / "passes"
+    harvest(plan(replace(request_, layers=(0,), sites=("resid_post",), batch_contexts=4, out=out)))
+    harvest(plan(replace(request_, layers=(1,), sites=("resid_post",), batch_contexts=1, out=out)))
+    before = bytes_of(out)
+    flip(out / "row_ctx/c.0")  # of both
+    assert len(repair(out)) == 1 and bytes_of(out) == before
+
+
+def test_a_half_written_cache_is_not_mended(folder: Path) -> None:
+    root = read_json(folder / "zarr.json")
+    root["attributes"]["complete"] = []
+    write_json(folder / "zarr.json", root)
+    with pytest.raises(UsageError, match="is half written. Run the same `sae harvest` again"):
+        repair(folder)
 
 
 def test_layers_keep_the_marks_of_their_own_harvest(request_: Request, tmp_path: Path) -> None:
@@ -196,6 +225,6 @@ def test_a_cache_that_is_removed_is_gone(folder: Path, tmp_path: Path) -> None:
 def test_what_is_mended_is_harvested_with_the_same_passes(request_: Request, whole: Cache, folder: Path) -> None:
     """Bytes can depend on how many contexts are in a pass: a repair takes the number of the window's commit."""
     assert read_json(folder / "commits/000000.layer_00.json")["made_with"]["batch_contexts"] == 4
-    write_json(folder / "harvest.json", replace(request_, batch_contexts=1).record())
+    write_json(folder / "harvest.json", read_json(folder / "harvest.json") | {"batch_contexts": 1})
     flip(folder / "layer_00/c.0.0")
     assert "to the same bytes" in repair(folder)[0]

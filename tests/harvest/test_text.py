@@ -59,13 +59,20 @@ def test_special_tokens_in_the_text_are_no_rows(cut_up, tokenizer: Any) -> None:
     assert rows_of(contexts, []).sum() == len(ids)
 
 
-def test_held_out_documents_come_last_and_are_chosen_by_their_text(cut_up) -> None:
+def test_held_out_documents_come_last_and_are_chosen_by_their_tokens(cut_up, tokenizer) -> None:
     texts = [f"number {n} reads the yellow books" for n in range(200)]
     contexts, other = cut_up(texts, held_out=0.3), cut_up(texts, held_out=0.3, seed=1)
-    expected = [is_held_out(text, 0, 0.3) for text in texts]
+    expected = [is_held_out(ids, 0, 0.3) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     assert [expected[d] for d in contexts.document] == contexts.held_out.tolist() == sorted(contexts.held_out)
     assert 0.2 < np.mean(expected) < 0.4
     assert set(other.document[other.held_out].tolist()) != set(contexts.document[contexts.held_out].tolist())
+
+
+def test_a_document_is_on_one_side_as_text_and_tokenised_before(cut_up, tokenizer) -> None:
+    texts = [f"number {n} reads the yellow books" for n in range(100)]
+    tokenised = tokenizer(texts, add_special_tokens=True)["input_ids"]  # with a BOS, which is not the document's
+    as_text, as_ids = cut_up(texts, held_out=0.3), cut_up(tokenised, held_out=0.3)
+    assert np.array_equal(as_text.held_out, as_ids.held_out) and np.array_equal(as_text.ids, as_ids.ids)
 
 
 def test_the_order_of_contexts_is_that_of_the_seed(cut_up) -> None:

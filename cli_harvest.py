@@ -1,0 +1,66 @@
+"""What `sae harvest` prints: its plan, its progress, what came of it."""
+
+import os
+import time
+from typing import Any
+
+from .cli_cache import describe
+from .terminal import QUIET, bar, echo
+
+
+def run_harvest(request: Any, dry_run: bool = False) -> Any:
+    from .cache.files import bytes_text
+    from .harvest.plan import IMPLIED_VARIANCE, free_space
+    from .harvest.plan import plan as resolve
+    from .harvest.run import Report
+    from .harvest.run import harvest as carry_out
+
+    plan = resolve(request, echo)
+    size = plan.tokens * plan.bytes_per_token
+    show_source(plan)
+    echo(
+        f"size     {'' if plan.request.tokens else 'up to '}{plan.tokens:,} tokens x {plan.bytes_per_token:,} B = {bytes_text(size)}"
+        f"{' before compression' if request.compress else ''}; {bytes_text(free_space(plan.folder))} free"
+    )
+    echo(f"time     {time_of(plan)}")
+    echo(f"cache    {plan.folder}")
+    if dry_run:
+        return None
+    started = time.monotonic()
+    with bar("harvest", "tokens") as shown:
+        cache = carry_out(plan, Report(shown, shown.say))
+    for hook in plan.hooks:
+        implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
+        expected = f" (the papers' numbers imply about {implied:g})" if implied else ""
+        echo(f"{hook.array:8s} {describe(cache.statistics(hook.array))}{expected}")
+    contexts = cache.contexts(held_out=False)
+    special = int(contexts.length.sum()) - cache.rows
+    unread = ", ".join(f"{count:,} {why} documents skipped" for why, count in plan.text.skipped.items() if count)
+    echo(
+        f"done     {cache.rows:,} rows of {len(contexts):,} contexts ({special:,} special tokens left out{', ' + unread if unread else ''}) "
+        f"in {time.monotonic() - started:.0f} s; `sae cache verify` reads every byte again"
+    )
+    return cache
+
+
+def time_of(plan: Any) -> str:
+    """How long the model will take; of several processes the first asks for all."""
+    from .cache.files import duration_text
+    from .harvest.plan import estimated_seconds
+
+    if QUIET:
+        return ""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    on = plan.device if processes == 1 else f"{processes} processes"
+    return f"about {duration_text(estimated_seconds(plan) / processes)} of the model on {on}, by the time of one block"
+
+
+def show_source(plan: Any) -> None:
+    """What will be read and computed, as lines."""
+    from .harvest.model import module_of
+
+    echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
+    for hook in plan.hooks:
+        echo(f"hook     {hook.name} = {module_of(hook)}, {plan.widths[hook.array]} wide")
+    held_out = "a tenth" if plan.identity["held_out"] == "by name" else f"{plan.request.held_out_share:.0%}"
+    echo(f"text     {plan.text.name} at {plan.text.identity['revision'][:12]}, {held_out} of the documents held out")
