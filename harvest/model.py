@@ -57,6 +57,7 @@ def module_of(hook: Hook) -> str:
 
 def width_of(hook: Hook, config: Any) -> int:
     """How many numbers a token has there."""
+    config = config.get_text_config()
     if hook.site != "attn_z":
         return config.hidden_size
     heads = config.num_attention_heads
@@ -112,7 +113,10 @@ def explained(name: str) -> Iterator[None]:
 
 def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
     """UsageError unless every layer is a block of the model."""
-    last = config.num_hidden_layers - 1
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if blocks is None:
+        raise UsageError(f"{name} is a {config.model_type} model, which has no list of blocks; it cannot be harvested.")
+    last = blocks - 1
     for layer in layers:
         if not 0 <= layer <= last:
             raise UsageError(f"{name} has {last + 1} blocks, so layers 0 to {last}; there is no layer {layer}.")
@@ -128,9 +132,10 @@ def load_trunk(
 ) -> "LanguageModel":
     """The model up to a layer: no later block is loaded, and no unembedding."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = last_layer + 1
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: last_layer + 1]
+    decoder = config.get_text_config()
+    decoder.num_hidden_layers = last_layer + 1
+    if getattr(decoder, "layer_types", None):
+        decoder.layer_types = decoder.layer_types[: last_layer + 1]
     return _load(AutoModel, source, config, dtype, device, attention)
 
 
@@ -189,17 +194,18 @@ class LanguageModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.config: Any = model.config
+        self.config: Any = model.config.get_text_config()
 
     @cached_property
     def trunk(self) -> Any:
         """The part without the unembedding, which holds the blocks."""
         for part in (self.model, getattr(self.model, "model", None)):
-            if hasattr(part, "layers"):
-                return part
+            for decoder in (part, getattr(part, "language_model", None)):  # of a model that reads images too
+                if hasattr(decoder, "layers"):
+                    return decoder
         raise UsageError(
-            f"A {type(self.model).__name__} keeps its blocks elsewhere than in `model.layers`, where Gemma, Llama, Qwen and "
-            "Mistral models have them; it cannot be harvested yet."
+            f"A {type(self.model).__name__} keeps its blocks elsewhere than in `model.layers`, where Gemma, Llama and Mistral "
+            "models have them; it cannot be harvested yet."
         )
 
     @property

@@ -203,7 +203,7 @@ def estimated_seconds(plan: Plan) -> float:
 
     What else a harvest does runs beside it.
     """
-    config = copy.deepcopy(plan.config)
+    config = copy.deepcopy(plan.config.get_text_config())
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, 0
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]

@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.layout import SITES, Hook
@@ -33,9 +40,28 @@ def deep() -> LanguageModel:
     return LanguageModel(LlamaForCausalLM(config).eval())
 
 
-@pytest.fixture(params=["gemma", "llama"])
-def any_model(request: pytest.FixtureRequest, model: LanguageModel, deep: LanguageModel) -> LanguageModel:
-    return {"gemma": model, "llama": deep}[request.param]
+@pytest.fixture(scope="module")
+def images() -> LanguageModel:
+    """Three random blocks of a Gemma 3 that reads images too: its decoder is a part of it."""
+    torch.manual_seed(0)
+    decoder = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 2,
+    }  # fmt: skip
+    eyes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=decoder, vision_config=eyes, mm_tokens_per_image=4)
+    config._attn_implementation = "eager"
+    return LanguageModel(Gemma3ForConditionalGeneration(config).eval())
+
+
+@pytest.fixture(params=["gemma", "llama", "images"])
+def any_model(
+    request: pytest.FixtureRequest, model: LanguageModel, deep: LanguageModel, images: LanguageModel
+) -> LanguageModel:
+    return {"gemma": model, "llama": deep, "images": images}[request.param]
 
 
 @pytest.fixture
@@ -153,6 +179,26 @@ def test_a_model_is_pinned_by_its_bytes(tiny_model: Path, tmp_path: Path) -> Non
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     assert find_model(str(copy))[0].revision != revision
+
+
+def test_a_model_that_reads_images_is_its_decoder(images: LanguageModel, tmp_path: Path) -> None:
+    images.model.save_pretrained(tmp_path)
+    source, config = find_model(str(tmp_path))
+    check_layers(config, [0, 2], "images")
+    with pytest.raises(UsageError, match="images has 3 blocks"):
+        check_layers(config, [3], "images")
+    assert (width_of(Hook(0), config), width_of(Hook(0, "attn_z"), config)) == (16, 16)
+    trunk = load_trunk(source, config, 1, **SETTINGS)
+    ids = torch.arange(3, 25).reshape(2, 11)
+    assert len(trunk.blocks) == 2 and torch.equal(trunk.capture(ids, [1])[1], images.capture(ids, [1])[1])
+
+
+def test_a_model_without_a_list_of_blocks_is_refused() -> None:
+    class Bare(GPT2Config):
+        attribute_map = {}  # noqa: RUF012
+
+    with pytest.raises(UsageError, match="bare is a gpt2 model, which has no list of blocks"):
+        check_layers(Bare(), [0], "bare")
 
 
 @pytest.mark.parametrize("layer", [26, -1])
