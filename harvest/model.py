@@ -1,7 +1,7 @@
 """The language model and its hook points.
 
 A *layer* is the zero-based index of a block and means the residual stream after it: `blocks.12.hook_resid_post` in
-TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]`.
+TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]` (for the last block, transformers has it after the final norm there).
 
 Two more sites of a block can be harvested: `mlp_out`, what the MLP adds to the residual stream (in Gemma after its
 last norm), and `attn_z`, the heads' outputs side by side, before the output projection.
@@ -45,11 +45,13 @@ class Source:
         return {"name": self.name, "revision": self.revision}
 
 
-def module_of(hook: Hook) -> str:
+def module_of(hook: Hook, config: Any) -> str:
     """Where a hook is in transformers' words."""
-    block = f"model.layers.{hook.layer}"
+    decoder = config.get_text_config()
+    layers = "model.layers" if decoder is config else "model.language_model.layers"
+    block, last = f"{layers}.{hook.layer}", hook.layer == decoder.num_hidden_layers - 1
     return {
-        "resid_post": f"hidden_states[{hook.layer + 1}]",
+        "resid_post": f"the output of {layers}[{hook.layer}]" if last else f"hidden_states[{hook.layer + 1}]",
         "mlp_out": f"{block}.mlp, after post_feedforward_layernorm where there is one",
         "attn_z": f"the input of {block}.self_attn.o_proj",
     }[hook.site]

@@ -19,7 +19,16 @@ from transformers import (
 
 from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.layout import SITES, Hook
-from sae.harvest.model import LanguageModel, check_layers, find_model, hidden_of, load_model, load_trunk, width_of
+from sae.harvest.model import (
+    LanguageModel,
+    check_layers,
+    find_model,
+    hidden_of,
+    load_model,
+    load_trunk,
+    module_of,
+    width_of,
+)
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
 
@@ -78,6 +87,12 @@ def test_a_layer_is_the_hidden_state_after_its_block(any_model: LanguageModel, i
         assert torch.equal(captured[layer], states[layer + 1])
     # transformers gives the last one after the final norm
     assert torch.equal(any_model.trunk.norm(captured[layers[-1]]), states[-1])
+
+
+def test_a_hook_is_named_where_transformers_has_it(model: LanguageModel, images: LanguageModel) -> None:
+    assert [module_of(Hook(n), model.config) for n in (0, 1)] == ["hidden_states[1]", "the output of model.layers[1]"]
+    assert module_of(Hook(2), images.model.config) == "the output of model.language_model.layers[2]"
+    assert module_of(Hook(0, "attn_z"), model.config) == "the input of model.layers.0.self_attn.o_proj"
 
 
 def test_the_sites_of_a_block_add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
