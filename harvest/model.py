@@ -1,7 +1,8 @@
 """The language model and its hook points.
 
 A *layer* is the zero-based index of a block and means the residual stream after it: `blocks.12.hook_resid_post` in
-TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]` (for the last block, transformers has it after the final norm there).
+TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]` (after the last block, transformers
+puts the final norm there, and we do not).
 
 Two more sites of a block can be harvested: `mlp_out`, what the MLP adds to the residual stream (in Gemma after its
 last norm), and `attn_z`, the heads' outputs side by side, before the output projection.
@@ -27,6 +28,10 @@ from transformers.utils import logging as transformers_logging
 from ..cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from ..cache.layout import Hook
 from . import mini
+
+# Whose blocks add the attention, then the MLP, each after a norm of its own where there is a
+# post_feedforward_layernorm; a test shows it of each. Others may scale, add in parallel, or name their parts otherwise.
+SITED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,18 @@ def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
     for layer in layers:
         if not 0 <= layer <= last:
             raise UsageError(f"{name} has {last + 1} blocks, so layers 0 to {last}; there is no layer {layer}.")
+
+
+def check_sites(config: Any, hooks: Sequence[Hook]) -> None:
+    """UsageError unless it is known where the sites of these hooks are in the model."""
+    decoder = config.get_text_config()
+    unknown = [hook.site for hook in hooks if hook.site != "resid_post"]
+    if unknown and decoder.model_type not in SITED:
+        name = type(decoder).__name__.removesuffix("Config")
+        raise UsageError(
+            f"Where {unknown[0]} is in the blocks of {name} is not known; it is in those of {', '.join(SITED)}. "
+            "Harvest --site resid_post."
+        )
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -232,14 +249,15 @@ class LanguageModel:
 
             return keep
 
+        check_sites(self.config, hooks)
         handles = []
         for hook in hooks:
             block: Any = self.blocks[hook.layer]
             if hook.site == "attn_z":
                 handles.append(block.self_attn.o_proj.register_forward_pre_hook(input_of(hook)))
             else:
-                last = getattr(block, "post_feedforward_layernorm", None) or getattr(block, "mlp", None)
-                module = block if hook.site == "resid_post" else last
+                last = "post_feedforward_layernorm" if hasattr(block, "post_feedforward_layernorm") else "mlp"
+                module = block if hook.site == "resid_post" else getattr(block, last)
                 handles.append(module.register_forward_hook(output_of(hook)))
         try:
             yield
@@ -256,6 +274,12 @@ class LanguageModel:
         found: dict[Hook, Tensor] = {}
         with self._capturing(hooks, found):
             self.trunk(ids_NS, use_cache=False)
+        for hook, x in found.items():
+            if x.shape[:-1] != ids_NS.shape:
+                raise UsageError(
+                    f"A block of {type(self.model).__name__} gives {tuple(x.shape)} for {tuple(ids_NS.shape)} tokens, "
+                    f"where one vector of each was expected at {hook.name}; it cannot be harvested."
+                )
         return found
 
     def capture(self, ids_NS: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -17,7 +17,7 @@ from ..cache.errors import OutsideError, UsageError
 from ..cache.files import bytes_text, digest_of
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, home
 from . import mini
-from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, width_of
+from .model import LanguageModel, Source, check_layers, check_sites, find_model, load_tokenizer, width_of
 from .rows import first_line
 from .sources import EMBEDDED, PILE, open_text
 from .text import Text, specials
@@ -118,6 +118,7 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
     source, config = find_model(request.model, request.revision)
     hooks = sorted({Hook(layer, site) for layer in request.layers for site in request.sites})
     check_layers(config, [hook.layer for hook in hooks], request.model)
+    check_sites(config, hooks)
     device = best_device(request.device)
     dtype = best_dtype(request.dtype, device)
     tokenizer = load_tokenizer(source)

@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -20,8 +23,10 @@ from transformers import (
 from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.layout import SITES, Hook
 from sae.harvest.model import (
+    SITED,
     LanguageModel,
     check_layers,
+    check_sites,
     find_model,
     hidden_of,
     load_model,
@@ -95,7 +100,51 @@ def test_a_hook_is_named_where_transformers_has_it(model: LanguageModel, images:
     assert module_of(Hook(0, "attn_z"), model.config) == "the input of model.layers.0.self_attn.o_proj"
 
 
+def tiny(kind: str) -> LanguageModel:
+    """Two random blocks of any family."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
+    config = CONFIG_MAPPING[kind](**sizes, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    model = AutoModel.from_config(config).eval()
+    for parameter in model.parameters():  # norms that do nothing would hide that one was left out
+        torch.nn.init.normal_(parameter, std=0.3)
+    return LanguageModel(model)
+
+
+@pytest.mark.parametrize("kind", SITED)
+def test_the_sites_of_a_block_add_up_in_every_family_that_has_them(kind: str) -> None:
+    model = tiny(kind)
+    check_sites(model.config, [Hook(0, "mlp_out")])
+    add_up(model, torch.arange(3, 25).reshape(2, 11))
+
+
+@pytest.mark.parametrize("site", ["mlp_out", "attn_z"])
+@pytest.mark.parametrize("kind", ["glm4", "granite", "cohere", "olmo2"])
+def test_a_site_that_is_not_known_of_a_family_is_refused(kind: str, site: str) -> None:
+    model, ids = tiny(kind), torch.arange(3, 25).reshape(2, 11)
+    with pytest.raises(
+        UsageError, match=f"Where {site} is in the blocks of .* is not known.*Harvest --site resid_post"
+    ):
+        model.capture_hooks(ids, [Hook(0, site)])
+    assert model.capture(ids, [0])[0].shape == (2, 11, 16)
+
+
+def test_a_block_with_several_vectors_of_a_token_is_refused() -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, vocab_size_per_layer_input=64, hidden_size_per_layer_input=4,
+        laurel_rank=2, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0], layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    model = LanguageModel(AutoModel.from_config(config).eval())
+    with pytest.raises(UsageError, match="A block of Gemma3nTextModel gives .* it cannot be harvested"):
+        model.capture(torch.arange(3, 25).reshape(2, 11), [0])
+
+
 def test_the_sites_of_a_block_add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    add_up(any_model, ids_NS)
+
+
+def add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
     """What a block adds is the projected heads and the MLP, each after Gemma's second norm where there is one."""
     last = len(any_model.blocks) - 1
     here, block = Hook(last), any_model.blocks[last]
