@@ -1,15 +1,26 @@
 """What is captured is the residual stream of transformers, and the model from there on is the model."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -273,17 +284,47 @@ def test_a_layer_that_the_model_lacks_is_refused(layer: int) -> None:
         check_layers(config, [5, layer], "gemma-2-mini")
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("google/gemma-2-2b", "licence at https://huggingface.co/google/gemma-2-2b, then run `hf auth login`.*--model gemma-2-mini"),
-        ("nobody/nothing", "The model nobody/nothing could not be loaded.*--model gemma-2-mini"),
-    ],
-)  # fmt: skip
-def test_a_model_out_of_reach_is_a_sentence(name: str, sentence: str) -> None:
+@pytest.mark.parametrize("name", ["google/gemma-2-2b", "nobody/nothing"])
+def test_a_model_that_is_not_here_without_network_is_a_sentence(name: str) -> None:
+    sentence = (
+        f"The model {name} could not be loaded: the Hub cannot be reached.*Check the network.*--model gemma-2-mini"
+    )
     with pytest.raises(OutsideError, match=sentence) as refused:
         find_model(name)
     assert refused.value.exit_code == 4
+    assert ("licence" in str(refused.value)) == name.startswith("google/")
+
+
+def http(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    return kind(f"{status} of the Hub", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "sentence"),
+    [
+        (http(GatedRepoError, 403), OutsideError, "It is gated: accept its licence at https://huggingface.co/google/some, then run `hf auth login`"),
+        (http(RepositoryNotFoundError, 404), OutsideError, "There is no model google/some on the Hub that you can read. Check the name"),
+        (http(RevisionNotFoundError, 404), UsageError, "The model google/some has no such revision"),
+        (OSError(errno.ENOSPC, "No space left on device"), OutsideError, "the disk is full. Make room"),
+        (LocalEntryNotFoundError("Name or service not known"), OutsideError, "the Hub cannot be reached.*Check the network"),
+        (ConnectionError("Server disconnected"), OutsideError, "the Hub cannot be reached.*Check the network"),
+        (http(HfHubHTTPError, 503), OutsideError, "the Hub cannot be reached.*Check the network"),
+        (ValueError("Unrecognized model"), OutsideError, "The model google/some could not be loaded: Unrecognized model"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_the_hub_says_is_the_sentence(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, kind: type[SaeError], sentence: str, wrapped: bool
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        if not wrapped:
+            raise cause
+        raise OSError(str(cause)) from cause  # as transformers does
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(kind, match=sentence) as refused:
+        find_model("google/some")
+    assert ("gated" in str(refused.value)) == isinstance(cause, GatedRepoError)
 
 
 def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:
