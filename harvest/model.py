@@ -154,7 +154,9 @@ def refusal(error: Exception, name: str) -> SaeError | None:
         return OutsideError(
             f"The model {name} could not be loaded: the disk is full. Make room, or set HF_HOME to a folder of another disk."
         )
-    if found(LocalEntryNotFoundError) or any(map(is_of_the_network, causes)):
+    if found(LocalEntryNotFoundError) or any(
+        isinstance(cause, Exception) and is_of_the_network(cause) for cause in causes
+    ):
         gated = f" If it has not been done yet: {licence}" if name.startswith("google/gemma") else ""
         return OutsideError(
             f"The model {name} could not be loaded: the Hub cannot be reached, and not all of its files are on this machine. "

@@ -39,6 +39,7 @@ class Request:
     sites: Sequence[str] = ("resid_post",)
     dataset: str | None = None  # None: the Pile, or the embedded text for the embedded model
     dataset_revision: str | None = None
+    subset: str | None = None  # a configuration of the dataset
     split: str = "train"
     text_column: str = "text"
     tokens: int | None = None  # None: ten million, or all of a shorter text
@@ -126,6 +127,7 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
         name,
         tokenizer=tokenizer,
         revision=request.dataset_revision,
+        subset=request.subset,
         split=request.split,
         column=request.text_column,
         seed=request.seed,

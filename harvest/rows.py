@@ -91,7 +91,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def is_of_the_network(error: BaseException) -> bool:
+def is_of_the_network(error: Exception) -> bool:
     """Whether waiting may help."""
     from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
     from huggingface_hub.errors import HfHubHTTPError
