@@ -73,6 +73,7 @@ def harvest(
     keep_special: Annotated[bool, typer.Option(help="Harvest the rows of BOS, EOS and pad too.")] = False,
     pack: Annotated[bool, typer.Option("--pack", help="Fill contexts with several documents each.")] = False,
     text_column: Annotated[str, typer.Option(help="The dataset's column of text, or of token ids.")] = "text",
+    subset: Annotated[str | None, typer.Option(help="The Hub dataset's configuration, where it has several.")] = None,
     split: Annotated[str, typer.Option(help="The dataset's split.")] = "train",
     revision: Annotated[str | None, typer.Option(help="Commit of the model on the Hub.")] = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Commit of the dataset on the Hub.")] = None,
@@ -98,7 +99,7 @@ def harvest(
     from .harvest.plan import LAYERS, Request
 
     request = Request(
-        model=model, revision=revision, layers=layer or LAYERS, sites=site or ("resid_post",), max_norm=max_norm, compress=compress, dataset=dataset, dataset_revision=dataset_revision, split=split,
+        model=model, revision=revision, layers=layer or LAYERS, sites=site or ("resid_post",), max_norm=max_norm, compress=compress, dataset=dataset, dataset_revision=dataset_revision, subset=subset, split=split,
         text_column=text_column, tokens=tokens, context=context, held_out=held_out, keep_special=keep_special, pack=pack, window=window,
         storage_dtype=storage_dtype, dtype=dtype, attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
     )  # fmt: skip

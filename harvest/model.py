@@ -1,7 +1,8 @@
 """The language model and its hook points.
 
 A *layer* is the zero-based index of a block and means the residual stream after it: `blocks.12.hook_resid_post` in
-TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]`.
+TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]` (after the last block, transformers
+puts the final norm there, and we do not).
 
 Two more sites of a block can be harvested: `mlp_out`, what the MLP adds to the residual stream (in Gemma after its
 last norm), and `attn_z`, the heads' outputs side by side, before the output projection.
@@ -11,6 +12,7 @@ Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 
 import contextlib
 import copy
+import errno
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,11 @@ from transformers.utils import logging as transformers_logging
 from ..cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from ..cache.layout import Hook
 from . import mini
+from .rows import is_of_the_network
+
+# Whose blocks add the attention, then the MLP, each after a norm of its own where there is a
+# post_feedforward_layernorm; a test shows it of each. Others may scale, add in parallel, or name their parts otherwise.
+SITED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,13 @@ class Source:
         return {"name": self.name, "revision": self.revision}
 
 
-def module_of(hook: Hook) -> str:
+def module_of(hook: Hook, config: Any) -> str:
     """Where a hook is in transformers' words."""
-    block = f"model.layers.{hook.layer}"
+    decoder = config.get_text_config()
+    layers = "model.layers" if decoder is config else "model.language_model.layers"
+    block, last = f"{layers}.{hook.layer}", hook.layer == decoder.num_hidden_layers - 1
     return {
-        "resid_post": f"hidden_states[{hook.layer + 1}]",
+        "resid_post": f"the output of {layers}[{hook.layer}]" if last else f"hidden_states[{hook.layer + 1}]",
         "mlp_out": f"{block}.mlp, after post_feedforward_layernorm where there is one",
         "attn_z": f"the input of {block}.self_attn.o_proj",
     }[hook.site]
@@ -57,6 +66,7 @@ def module_of(hook: Hook) -> str:
 
 def width_of(hook: Hook, config: Any) -> int:
     """How many numbers a token has there."""
+    config = config.get_text_config()
     if hook.site != "attn_z":
         return config.hidden_size
     heads = config.num_attention_heads
@@ -99,24 +109,84 @@ def explained(name: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise DamagedError(f"The weights of {name} are damaged: {error}. Get its files again.") from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if name.startswith("google/") and isinstance(error, (OSError, ValueError)):
-            raise OutsideError(
-                f"{name} could not be loaded. It is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`. "
-                f"To try everything without it: --model {mini.NAME}"
-            ) from error
+    except Exception as error:
+        if sentence := refusal(error, name):
+            raise sentence from error
+        if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OutsideError(
             f"The model {name} could not be loaded: {first} Give a Hub id, a folder, or --model {mini.NAME}."
         ) from error
 
 
+def refusal(error: Exception, name: str) -> SaeError | None:
+    """The sentence for a model that the Hub has not or does not give, no network, or a full disk; None for the rest.
+
+    transformers raises an OSError for each, from the error that says which it is.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+
+    def found(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    licence = f"accept its licence at https://huggingface.co/{name}, then run `hf auth login`."
+    if found(GatedRepoError):
+        return OutsideError(
+            f"{name} could not be loaded. It is gated: {licence} To try everything without it: --model {mini.NAME}"
+        )
+    if found(RepositoryNotFoundError):
+        return OutsideError(
+            f"There is no model {name} on the Hub that you can read. Check the name; if it is private, run `hf auth login`. "
+            f"Or give a folder, or --model {mini.NAME}."
+        )
+    if found(RevisionNotFoundError):
+        return UsageError(f"The model {name} has no such revision. Give a commit of it with --revision.")
+    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        return OutsideError(
+            f"The model {name} could not be loaded: the disk is full. Make room, or set HF_HOME to a folder of another disk."
+        )
+    if found(LocalEntryNotFoundError) or any(
+        isinstance(cause, Exception) and is_of_the_network(cause) for cause in causes
+    ):
+        gated = f" If it has not been done yet: {licence}" if name.startswith("google/gemma") else ""
+        return OutsideError(
+            f"The model {name} could not be loaded: the Hub cannot be reached, and not all of its files are on this machine. "
+            f"Check the network, and that HF_HUB_OFFLINE is not set.{gated} To try everything without it: --model {mini.NAME}"
+        )
+    return None
+
+
 def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
     """UsageError unless every layer is a block of the model."""
-    last = config.num_hidden_layers - 1
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if blocks is None:
+        raise UsageError(f"{name} is a {config.model_type} model, which has no list of blocks; it cannot be harvested.")
+    last = blocks - 1
     for layer in layers:
         if not 0 <= layer <= last:
             raise UsageError(f"{name} has {last + 1} blocks, so layers 0 to {last}; there is no layer {layer}.")
+
+
+def check_sites(config: Any, hooks: Sequence[Hook]) -> None:
+    """UsageError unless it is known where the sites of these hooks are in the model."""
+    decoder = config.get_text_config()
+    unknown = [hook.site for hook in hooks if hook.site != "resid_post"]
+    if unknown and decoder.model_type not in SITED:
+        name = type(decoder).__name__.removesuffix("Config")
+        raise UsageError(
+            f"Where {unknown[0]} is in the blocks of {name} is not known; it is in those of {', '.join(SITED)}. "
+            "Harvest --site resid_post."
+        )
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -129,9 +199,10 @@ def load_trunk(
 ) -> "LanguageModel":
     """The model up to a layer: no later block is loaded, and no unembedding."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = last_layer + 1
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: last_layer + 1]
+    decoder = config.get_text_config()
+    decoder.num_hidden_layers = last_layer + 1
+    if getattr(decoder, "layer_types", None):
+        decoder.layer_types = decoder.layer_types[: last_layer + 1]
     return _load(AutoModel, source, config, dtype, device, attention)
 
 
@@ -190,17 +261,18 @@ class LanguageModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.config: Any = model.config
+        self.config: Any = model.config.get_text_config()
 
     @cached_property
     def trunk(self) -> Any:
         """The part without the unembedding, which holds the blocks."""
         for part in (self.model, getattr(self.model, "model", None)):
-            if hasattr(part, "layers"):
-                return part
+            for decoder in (part, getattr(part, "language_model", None)):  # of a model that reads images too
+                if hasattr(decoder, "layers"):
+                    return decoder
         raise UsageError(
-            f"A {type(self.model).__name__} keeps its blocks elsewhere than in `model.layers`, where Gemma, Llama, Qwen and "
-            "Mistral models have them; it cannot be harvested yet."
+            f"A {type(self.model).__name__} keeps its blocks elsewhere than in `model.layers`, where Gemma, Llama and Mistral "
+            "models have them; it cannot be harvested yet."
         )
 
     @property
@@ -225,14 +297,15 @@ class LanguageModel:
 
             return keep
 
+        check_sites(self.config, hooks)
         handles = []
         for hook in hooks:
             block: Any = self.blocks[hook.layer]
             if hook.site == "attn_z":
                 handles.append(block.self_attn.o_proj.register_forward_pre_hook(input_of(hook)))
             else:
-                last = getattr(block, "post_feedforward_layernorm", None) or getattr(block, "mlp", None)
-                module = block if hook.site == "resid_post" else last
+                last = "post_feedforward_layernorm" if hasattr(block, "post_feedforward_layernorm") else "mlp"
+                module = block if hook.site == "resid_post" else getattr(block, last)
                 handles.append(module.register_forward_hook(output_of(hook)))
         try:
             yield
@@ -249,6 +322,12 @@ class LanguageModel:
         found: dict[Hook, Tensor] = {}
         with self._capturing(hooks, found):
             self.trunk(ids_NS, use_cache=False)
+        for hook, x in found.items():
+            if x.shape[:-1] != ids_NS.shape:
+                raise UsageError(
+                    f"A block of {type(self.model).__name__} gives {tuple(x.shape)} for {tuple(ids_NS.shape)} tokens, "
+                    f"where one vector of each was expected at {hook.name}; it cannot be harvested."
+                )
         return found
 
     def capture(self, ids_NS: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -18,7 +18,7 @@ from ..cache.files import bytes_text, digest_of
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of, home
 from ..cache.reader import Cache, caches
 from . import mini
-from .model import LanguageModel, Source, check_layers, find_model, load_tokenizer, width_of
+from .model import LanguageModel, Source, check_layers, check_sites, find_model, load_tokenizer, width_of
 from .rows import first_line
 from .sources import EMBEDDED, PILE, open_text
 from .text import Text, specials
@@ -41,6 +41,7 @@ class Request:
     sites: Sequence[str] = ("resid_post",)
     dataset: str | None = None  # None: the Pile, or the embedded text for the embedded model
     dataset_revision: str | None = None
+    subset: str | None = None  # a configuration of the dataset
     split: str = "train"
     text_column: str = "text"
     tokens: int | None = None  # None: ten million, or all of a shorter text
@@ -124,6 +125,7 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
     source, config = find_model(request.model, request.revision)
     hooks = sorted({Hook(layer, site) for layer in request.layers for site in request.sites})
     check_layers(config, [hook.layer for hook in hooks], request.model)
+    check_sites(config, hooks)
     device = best_device(request.device)
     dtype = best_dtype(request.dtype, device)
     tokenizer = load_tokenizer(source)
@@ -131,6 +133,7 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
         name,
         tokenizer=tokenizer,
         revision=request.dataset_revision,
+        subset=request.subset,
         split=request.split,
         column=request.text_column,
         seed=request.seed,
@@ -226,7 +229,7 @@ def estimated_seconds(plan: Plan) -> float:
 
     What else a harvest does runs beside it.
     """
-    config = copy.deepcopy(plan.config)
+    config = copy.deepcopy(plan.config.get_text_config())
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, 0
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,31 @@ PILE = "monology/pile-uncopyrighted"
 EMBEDDED = "python-stdlib"
 READERS = {".jsonl": "json", ".json": "json", ".zst": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}  # fmt: skip
 SPELLED_LINES = 40  # of spelling after each embedded document: about one token in ten
+SUBSETS = 20  # of a dataset's configurations are listed at most
 
 Tell = Callable[[str], None]  # takes a sentence for the user
 
 
 def open_text(
     name: str, *, tokenizer: Any, revision: str | None, split: str, column: str, seed: int,
-    tell: Tell = lambda sentence: None,
+    tell: Tell = lambda sentence: None, subset: str | None = None,
 ) -> Text:  # fmt: skip
     """The embedded corpus, a local file or folder, or a dataset of the Hub, streamed.
 
     Raises UsageError for a file that cannot be read or a column or split that is not there, OutsideError without network.
     """
+    path = Path(name)
+    if subset is not None and (name == EMBEDDED or path.exists()):
+        raise UsageError(f"--subset is a configuration of a Hub dataset; {name} is none. Leave it out.")
     if name == EMBEDDED:
         return embedded(tokenizer, seed, tell)
-    path = Path(name)
     if path.exists():
         return local(path, split, column, len(tokenizer), tell)
     if path.suffix in READERS or name.startswith((".", "/")):
         raise UsageError(
             f"There is no file {name}. Give a .txt, .jsonl, .parquet or .arrow file, a folder of them, a Hub dataset, or {EMBEDDED}."
         )
-    return hub(name, revision, split, column, len(tokenizer), tell)
+    return hub(name, revision, subset, split, column, len(tokenizer), tell)
 
 
 def embedded(tokenizer: Any, seed: int, tell: Tell) -> Text:
@@ -136,7 +140,9 @@ def sections(text: str, at_least: int = 2000) -> Iterator[str]:
         yield "\n\n".join(held)
 
 
-def hub(name: str, revision: str | None, split: str, column: str, vocabulary: int, tell: Tell) -> Text:
+def hub(
+    name: str, revision: str | None, subset: str | None, split: str, column: str, vocabulary: int, tell: Tell
+) -> Text:
     import datasets
     import huggingface_hub
 
@@ -148,10 +154,11 @@ def hub(name: str, revision: str | None, split: str, column: str, vocabulary: in
 
     try:
         commit = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
-        stream = datasets.load_dataset(name, revision=commit, split=split, streaming=True)
+        stream = datasets.load_dataset(name, name=subset, revision=commit, split=split, streaming=True)
     except Exception as error:
         raise refusal(error, name, revision) or unreachable(first_line(error)) from error
     identity = {"name": name, "revision": commit, "split": split, "column": column}
+    identity |= {} if subset is None else {"subset": subset}
     rows = Rows(stream, column, name=name, vocabulary=vocabulary, sentence=unreachable, tell=tell, waits=WAITS)
     return Text(name.split("/")[-1], identity, rows, tell)
 
@@ -171,6 +178,11 @@ def refusal(error: Exception, name: str, revision: str | None) -> SaeError | Non
         )
     if isinstance(error, RevisionNotFoundError):
         return UsageError(f"The dataset {name} has no revision {revision}. Give a commit with --dataset-revision.")
+    if found := re.match(r"(Config name is missing|BuilderConfig .* not found).*?\[(.*?)\]", str(error), re.DOTALL):
+        subsets = found[2].split(", ")
+        listed = ", ".join(subsets[:SUBSETS]) + (f" and {len(subsets) - SUBSETS:,} more" if subsets[SUBSETS:] else "")
+        lacking = "has several configurations" if found[1].startswith("Config") else "has no such configuration"
+        return UsageError(f"The dataset {name} {lacking}: there are {listed}. Choose one with --subset.")
     if str(error).startswith("Bad split"):
         return UsageError(f"{name}: {first_line(error)}. Choose one with --split.")
     return None

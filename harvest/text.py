@@ -191,7 +191,10 @@ def cut(
     """
     bos = tokenizer.bos_token_id
     if bos is None:
-        raise UsageError("This tokenizer has no BOS token; contexts begin with it.")
+        raise UsageError(
+            "This tokenizer has no BOS token, and every context begins with it; Qwen's has none. There is no option to go without "
+            "one yet: choose a model whose tokenizer has it, such as Gemma, Llama or Mistral."
+        )
     cutter, number, state = Cutter(bos, context, skip, tokens, pack), 0, draft.state
     if state:
         cutter.rows, cutter.open, number = state["rows"], state["open"], state["documents"]

@@ -1,18 +1,50 @@
 """What is captured is the residual stream of transformers, and the model from there on is the model."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3nTextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.layout import SITES, Hook
-from sae.harvest.model import LanguageModel, check_layers, find_model, hidden_of, load_model, load_trunk, width_of
+from sae.harvest.model import (
+    SITED,
+    LanguageModel,
+    check_layers,
+    check_sites,
+    find_model,
+    hidden_of,
+    load_model,
+    load_trunk,
+    module_of,
+    width_of,
+)
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
 
@@ -33,9 +65,28 @@ def deep() -> LanguageModel:
     return LanguageModel(LlamaForCausalLM(config).eval())
 
 
-@pytest.fixture(params=["gemma", "llama"])
-def any_model(request: pytest.FixtureRequest, model: LanguageModel, deep: LanguageModel) -> LanguageModel:
-    return {"gemma": model, "llama": deep}[request.param]
+@pytest.fixture(scope="module")
+def images() -> LanguageModel:
+    """Three random blocks of a Gemma 3 that reads images too: its decoder is a part of it."""
+    torch.manual_seed(0)
+    decoder = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 2,
+    }  # fmt: skip
+    eyes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=decoder, vision_config=eyes, mm_tokens_per_image=4)
+    config._attn_implementation = "eager"
+    return LanguageModel(Gemma3ForConditionalGeneration(config).eval())
+
+
+@pytest.fixture(params=["gemma", "llama", "images"])
+def any_model(
+    request: pytest.FixtureRequest, model: LanguageModel, deep: LanguageModel, images: LanguageModel
+) -> LanguageModel:
+    return {"gemma": model, "llama": deep, "images": images}[request.param]
 
 
 @pytest.fixture
@@ -54,7 +105,57 @@ def test_a_layer_is_the_hidden_state_after_its_block(any_model: LanguageModel, i
     assert torch.equal(any_model.trunk.norm(captured[layers[-1]]), states[-1])
 
 
+def test_a_hook_is_named_where_transformers_has_it(model: LanguageModel, images: LanguageModel) -> None:
+    assert [module_of(Hook(n), model.config) for n in (0, 1)] == ["hidden_states[1]", "the output of model.layers[1]"]
+    assert module_of(Hook(2), images.model.config) == "the output of model.language_model.layers[2]"
+    assert module_of(Hook(0, "attn_z"), model.config) == "the input of model.layers.0.self_attn.o_proj"
+
+
+def tiny(kind: str) -> LanguageModel:
+    """Two random blocks of any family."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
+    config = CONFIG_MAPPING[kind](**sizes, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    model = AutoModel.from_config(config).eval()
+    for parameter in model.parameters():  # norms that do nothing would hide that one was left out
+        torch.nn.init.normal_(parameter, std=0.3)
+    return LanguageModel(model)
+
+
+@pytest.mark.parametrize("kind", SITED)
+def test_the_sites_of_a_block_add_up_in_every_family_that_has_them(kind: str) -> None:
+    model = tiny(kind)
+    check_sites(model.config, [Hook(0, "mlp_out")])
+    add_up(model, torch.arange(3, 25).reshape(2, 11))
+
+
+@pytest.mark.parametrize("site", ["mlp_out", "attn_z"])
+@pytest.mark.parametrize("kind", ["glm4", "granite", "cohere", "olmo2"])
+def test_a_site_that_is_not_known_of_a_family_is_refused(kind: str, site: str) -> None:
+    model, ids = tiny(kind), torch.arange(3, 25).reshape(2, 11)
+    with pytest.raises(
+        UsageError, match=f"Where {site} is in the blocks of .* is not known.*Harvest --site resid_post"
+    ):
+        model.capture_hooks(ids, [Hook(0, site)])
+    assert model.capture(ids, [0])[0].shape == (2, 11, 16)
+
+
+def test_a_block_with_several_vectors_of_a_token_is_refused() -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, vocab_size_per_layer_input=64, hidden_size_per_layer_input=4,
+        laurel_rank=2, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0], layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    model = LanguageModel(AutoModel.from_config(config).eval())
+    with pytest.raises(UsageError, match="A block of Gemma3nTextModel gives .* it cannot be harvested"):
+        model.capture(torch.arange(3, 25).reshape(2, 11), [0])
+
+
 def test_the_sites_of_a_block_add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    add_up(any_model, ids_NS)
+
+
+def add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
     """What a block adds is the projected heads and the MLP, each after Gemma's second norm where there is one."""
     last = len(any_model.blocks) - 1
     here, block = Hook(last), any_model.blocks[last]
@@ -155,6 +256,26 @@ def test_a_model_is_pinned_by_its_bytes(tiny_model: Path, tmp_path: Path) -> Non
     assert find_model(str(copy))[0].revision != revision
 
 
+def test_a_model_that_reads_images_is_its_decoder(images: LanguageModel, tmp_path: Path) -> None:
+    images.model.save_pretrained(tmp_path)
+    source, config = find_model(str(tmp_path))
+    check_layers(config, [0, 2], "images")
+    with pytest.raises(UsageError, match="images has 3 blocks"):
+        check_layers(config, [3], "images")
+    assert (width_of(Hook(0), config), width_of(Hook(0, "attn_z"), config)) == (16, 16)
+    trunk = load_trunk(source, config, 1, **SETTINGS)
+    ids = torch.arange(3, 25).reshape(2, 11)
+    assert len(trunk.blocks) == 2 and torch.equal(trunk.capture(ids, [1])[1], images.capture(ids, [1])[1])
+
+
+def test_a_model_without_a_list_of_blocks_is_refused() -> None:
+    class Bare(GPT2Config):
+        attribute_map = {}  # noqa: RUF012
+
+    with pytest.raises(UsageError, match="bare is a gpt2 model, which has no list of blocks"):
+        check_layers(Bare(), [0], "bare")
+
+
 @pytest.mark.parametrize("layer", [26, -1])
 def test_a_layer_that_the_model_lacks_is_refused(layer: int) -> None:
     _, config = find_model("gemma-2-mini")
@@ -163,17 +284,47 @@ def test_a_layer_that_the_model_lacks_is_refused(layer: int) -> None:
         check_layers(config, [5, layer], "gemma-2-mini")
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("google/gemma-2-2b", "licence at https://huggingface.co/google/gemma-2-2b, then run `hf auth login`.*--model gemma-2-mini"),
-        ("nobody/nothing", "The model nobody/nothing could not be loaded.*--model gemma-2-mini"),
-    ],
-)  # fmt: skip
-def test_a_model_out_of_reach_is_a_sentence(name: str, sentence: str) -> None:
+@pytest.mark.parametrize("name", ["google/gemma-2-2b", "nobody/nothing"])
+def test_a_model_that_is_not_here_without_network_is_a_sentence(name: str) -> None:
+    sentence = (
+        f"The model {name} could not be loaded: the Hub cannot be reached.*Check the network.*--model gemma-2-mini"
+    )
     with pytest.raises(OutsideError, match=sentence) as refused:
         find_model(name)
     assert refused.value.exit_code == 4
+    assert ("licence" in str(refused.value)) == name.startswith("google/")
+
+
+def http(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    return kind(f"{status} of the Hub", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "sentence"),
+    [
+        (http(GatedRepoError, 403), OutsideError, "It is gated: accept its licence at https://huggingface.co/google/some, then run `hf auth login`"),
+        (http(RepositoryNotFoundError, 404), OutsideError, "There is no model google/some on the Hub that you can read. Check the name"),
+        (http(RevisionNotFoundError, 404), UsageError, "The model google/some has no such revision"),
+        (OSError(errno.ENOSPC, "No space left on device"), OutsideError, "the disk is full. Make room"),
+        (LocalEntryNotFoundError("Name or service not known"), OutsideError, "the Hub cannot be reached.*Check the network"),
+        (ConnectionError("Server disconnected"), OutsideError, "the Hub cannot be reached.*Check the network"),
+        (http(HfHubHTTPError, 503), OutsideError, "the Hub cannot be reached.*Check the network"),
+        (ValueError("Unrecognized model"), OutsideError, "The model google/some could not be loaded: Unrecognized model"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_the_hub_says_is_the_sentence(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, kind: type[SaeError], sentence: str, wrapped: bool
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        if not wrapped:
+            raise cause
+        raise OSError(str(cause)) from cause  # as transformers does
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(kind, match=sentence) as refused:
+        find_model("google/some")
+    assert ("gated" in str(refused.value)) == isinstance(cause, GatedRepoError)
 
 
 def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.cache.errors import OutsideError, UsageError
+from sae.harvest.draft import Draft
 from sae.harvest.mini.corpus import Document as CorpusDocument
 from sae.harvest.mini.corpus import documents as corpus_documents
 from sae.harvest.sources import sections
-from sae.harvest.text import Cutter, Document, Listed, Text, is_held_out, rows_of, specials
+from sae.harvest.text import Cutter, Document, Listed, Text, cut, is_held_out, rows_of, specials
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
 
@@ -87,6 +89,12 @@ def test_the_order_of_contexts_is_that_of_the_seed(cut_up) -> None:
 def test_an_empty_text_is_refused(cut_up, texts: list[Any], why: str) -> None:
     with pytest.raises(UsageError, match=f"The text some has no tokens to harvest: {why}. Give another --dataset"):
         cut_up(texts)
+
+
+def test_a_tokenizer_without_bos_is_a_sentence(tmp_path: Path) -> None:
+    text, draft = Text("some", {}, Listed(lambda: map(Document, TEXTS))), Draft(tmp_path, {})
+    with pytest.raises(UsageError, match="no BOS token.*Qwen's has none.*choose a model whose tokenizer has it"):
+        cut(text, SimpleNamespace(bos_token_id=None), draft, tokens=9, exactly=False, context=8, held_out=0, skip=[], seed=0)  # fmt: skip
 
 
 # Files
