@@ -39,8 +39,8 @@ def repair(
             f"{folder / 'harvest.json'} is missing, which says what was asked for. The same `sae harvest` writes it again."
         )
     refuse_ring(folder)
-    refuse_half_written(folder)
     with one_writer(folder, "sae cache repair", report.say):
+        refuse_half_written(folder)
         mended = list(drop_unreadable(folder))
         again = planned_again(folder, model=model, dataset=dataset, device=device)
         limits = max_norms(again)
