@@ -303,7 +303,7 @@ def open_batches(
 ) -> Batches | Resident:
     """The stream of batches for a device: from a copy on a GPU that has room for the whole array, else read ahead."""
     if torch.device(device).type == "cuda":
-        rows, d_in = cache.array(name).shape
+        d_in = cache.array(name).shape[1]
         if 2 * sum(cache.chunk_rows) * d_in < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return Resident(cache, name, batch_size, seed=seed, batch=batch, device=device)
     return Batches(cache, name, batch_size, seed=seed, batch=batch, device=device)

@@ -24,7 +24,7 @@ from .statistics import seal
 
 WRITERS = 2  # threads: two saturate a disk, four gain a tenth more
 PART_ROWS = 128  # measured at once: as many as fit into a core's cache
-OURS = {"tokens", "harvest.json", "ring.json", ".lock", ".lock.holder"}  # what stands in a folder before its zarr.json
+OURS = {"tokens", "harvest.json", "ring.json", "zarr.json", ".lock", ".lock.holder"}  # what a folder holds first
 
 Job = tuple[Array, int, np.ndarray]  # an array, a chunk of it, the rows
 
@@ -168,7 +168,8 @@ def begun(folder: Path, fingerprint: str) -> bool:
     """Whether this harvest has begun here. UsageError when another one has, or when the folder is used for something else."""
     found = fingerprint_in(folder)
     if found is None:
-        others = {p.name for p in folder.iterdir() if p.name not in OURS and not p.name.startswith("zarr.json.tmp-")}
+        # What a killed writer left half-written is ours, too.
+        others = {p.name for p in folder.iterdir() if p.name.split(".tmp-")[0] not in OURS}
         if others:
             raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Give a new folder with --out.")
     elif found != fingerprint:

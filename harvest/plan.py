@@ -160,13 +160,13 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
     short = source.name.rstrip("/").split("/")[-1]
     folder = request.out or home() / "activations" / f"{short}--{text.name}--{fingerprint_of(identity)[:8]}"
     if request.out is None and not folder.exists():
-        tell_of_older(folder, identity, tell)
+        tell_of_older(folder, identity, source.on_hub, tell)
     return Plan(
         request, source, config, tokenizer, text, identity, folder, hooks, request.tokens or TOKENS, dtype, device
     )
 
 
-def tell_of_older(folder: Path, identity: dict[str, Any], tell: Callable[[str], None]) -> None:
+def tell_of_older(folder: Path, identity: dict[str, Any], on_hub: bool, tell: Callable[[str], None]) -> None:
     """Say so when the same was harvested from another revision: the Hub has moved on since, or a file has changed."""
 
     def unpinned(one: dict[str, Any]) -> dict[str, Any]:
@@ -174,11 +174,11 @@ def tell_of_older(folder: Path, identity: dict[str, Any], tell: Callable[[str], 
 
     for other in caches(folder.parent).values():
         if isinstance(other, Cache) and unpinned(other.identity) == unpinned(identity):
-            model, data = (other.identity[part]["revision"] for part in ("model", "data"))
-            tell(
-                f"{other.folder} is the same harvest of other revisions. To go on with that one instead: "
-                f"--revision {model} --dataset-revision {data}"
-            )
+            flags = f" --revision {other.identity['model']['revision']}" if on_hub else ""
+            if "split" in identity["data"]:  # on the Hub
+                flags += f" --dataset-revision {other.identity['data']['revision']}"
+            instead = f" To go on with that one instead:{flags}" if flags else ""
+            tell(f"{other.folder} is the same harvest of other revisions.{instead}")
 
 
 def check(request: Request, text: str) -> None:

@@ -12,7 +12,7 @@ from ..cache.errors import OutsideError, UsageError
 from ..cache.files import bytes_text, folder_bytes, keep_json, one_writer
 from ..cache.layout import CHUNK_ROWS, Layout
 from ..cache.ring import AHEAD, Ring
-from ..cache.writer import Writer
+from ..cache.writer import Writer, begun
 from .draft import discard
 from .plan import Plan, Request, free_space, plan
 from .run import Computing, Report, load, text_of, write_windows
@@ -27,7 +27,7 @@ class TrainingEnded(Exception):
 def plan_ring(request: Request, size: int) -> tuple[Plan, Ring]:
     """The plan of a harvest in a folder of its own, and the ring of its windows. Writes nothing.
 
-    Raises UsageError when the number of rows is not known beforehand.
+    Raises UsageError when the number of rows is not known beforehand, or when the folder holds something else.
     """
     if request.tokens is None:
         raise UsageError(
@@ -37,7 +37,10 @@ def plan_ring(request: Request, size: int) -> tuple[Plan, Ring]:
     if request.out is None:
         found = replace(found, folder=found.folder.with_name(f"{found.folder.name}--stream"))
     layout = Layout(request.tokens, request.window, request.storage_dtype, request.compress)
-    return found, Ring(found.folder, found.identity, layout, found.widths, size)
+    ring = Ring(found.folder, found.identity, layout, found.widths, size)
+    if found.folder.is_dir():
+        begun(found.folder, ring.fingerprint)
+    return found, ring
 
 
 def check_room(plan: Plan, ring: Ring) -> int:

@@ -175,12 +175,12 @@ def write_windows(computing: "Computing", writer: Writer, windows: Mapping[int, 
             raise failed[0]
         report.rows(done + rows, total)
 
+    computing.tell = tell
     try:
         for window, arrays in windows.items():
             buffers = free.get()
             if failed:
                 break
-            computing.tell = tell
             rows = computing.window(window, {name: buffers[name] for name in arrays})
             full.put((window, rows, computing.made_with(), buffers))
             done += len(writer.layout.window(window))

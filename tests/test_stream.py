@@ -318,17 +318,20 @@ def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
         ("--stream --resume runs/topk", "--resume cannot be given with --stream"),
         ("--stream --cache a --cache b", "--stream fills one folder"),
         ("--stream --cache kept", "kept is a cache to keep"),
+        ("--stream --cache theirs", "theirs holds thesis.tex, but no activation cache"),
         ("--ring 4", "--tokens, --ring, --dataset, --context, --window can only be given with --stream"),
     ],
 )  # fmt: skip
 def test_refused_with_a_sentence_and_nothing_is_written(asked, home: Path, words: str, sentence: str) -> None:
     (home / "kept").mkdir()
     (home / "kept" / "zarr.json").write_text("{}")
+    (home / "theirs").mkdir()
+    (home / "theirs" / "thesis.tex").write_text("")
     words += f" --model {asked['model']} --dataset {asked['dataset']} --tokens {TOKENS} --context 32 --window {WINDOW}"
     result = CliRunner().invoke(app, f"train --variant topk --layer 1 --batch-size {BATCH} {words}".split())
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     assert f"error: {sentence}" in result.stderr
-    assert {path.name for path in home.iterdir()} == {"kept"}
+    assert {path.name for path in home.rglob("*")} == {"kept", "zarr.json", "theirs", "thesis.tex"}
 
 
 def test_the_number_of_tokens_has_to_be_given(asked) -> None:

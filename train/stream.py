@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ class Stream:
             for training in self.active:
                 save_checkpoint(training, training.run.folder, count)
         if stop and self.active:
-            folders = " ".join(f"--resume {training.run.folder}" for training in self.active)
+            folders = " ".join(f"--resume {quote(str(training.run.folder))}" for training in self.active)
             also = f", and so does: sae train {folders}" if self.request.ring is None else "."
             raise Interrupted(f"Stopped after step {count}; everything is saved. The same command goes on{also}")
         return not self.active

@@ -417,7 +417,8 @@ def test_a_record_that_was_overwritten_is_damage(content: str, tmp_path: Path) -
 
 
 def test_what_a_killed_writer_left_is_no_foreign_file(tmp_path: Path) -> None:
-    (tmp_path / "zarr.json.tmp-1234").write_text("{")
+    for record in ("zarr.json", "harvest.json", "ring.json"):
+        (tmp_path / f"{record}.tmp-1234").write_text("{")
     assert not begun(tmp_path, "f" * 64)
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="holds thesis.tex, but no activation cache"):
