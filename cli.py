@@ -249,6 +249,10 @@ def evaluate(
         str, typer.Option(help="Definitions: 0.6.0 (SAEBench now) or 2024-12 (behind the papers).")
     ] = "0.6.0",
     model: Annotated[str | None, typer.Option(help="Refuse runs of another model.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="metric.option=value. Repeats.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with datasets: <name on the Hub>/<split>.jsonl or .parquet.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what was measured.")] = False,
     references: Annotated[bool, typer.Option(help="Add rows for the identity and for zero.")] = True,
     dtype: Annotated[str, typer.Option(help="What the model computes in: auto, bfloat16, float32.")] = "auto",
@@ -264,6 +268,8 @@ def evaluate(
         tokens=tokens,
         mode=mode,
         model=model,
+        options=set_ or [],
+        data=data,
         force=force,
         references=references,
         device=device,
@@ -275,20 +281,30 @@ def evaluate(
 def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
     import json
 
+    from .cache.errors import OutsideError
+    from .evaluate.run import SUITES, flat, unfinished
     from .evaluate.run import evaluate as measure
-    from .evaluate.run import flat, unfinished
-    from .evaluate.table import core_table
+    from .evaluate.table import tables
 
     started = time.monotonic()
     for folder in unfinished(request.runs):
         echo(f"skipped  {folder} is not trained to its end: sae train --resume {quote(str(folder))}")
-    with bar("evaluate", "batches") as shown:
-        rows = measure(request, shown)
+    rows = measure(request, lambda metric: bar(f"evaluate {metric}", ""))
     if as_json:
         typer.echo(json.dumps([flat(row) for row in rows], indent=2))
-        return rows
-    show_table("core, on held-out text (KL and CE scores: 0 is a zeroed layer, 1 the model alone)", *core_table(rows))
-    echo(f"done     in {time.monotonic() - started:.0f} s; runs/*/evaluations/core.json hold everything")
+    else:
+        for title, heads, lines in tables(rows):
+            show_table(title, heads, lines)
+        for flag in dict.fromkeys(
+            f"{row.name}: {flag}" for row in rows for r in row.results.values() for flag in r.flags
+        ):
+            echo(f"note     {flag}")
+    failures = {(metric, str(error)): error for row in rows if row.folder for metric, error in row.failed.items()}
+    for metric, sentence in failures:
+        echo(f"not run  {metric}: {sentence}")
+    echo(f"done     in {time.monotonic() - started:.0f} s; runs/*/evaluations/*.json hold everything")
+    if any(request.suite not in SUITES or not isinstance(error, OutsideError) for error in failures.values()):
+        raise typer.Exit(1)
     return rows
 
 

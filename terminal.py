@@ -93,6 +93,7 @@ class Bar:
     """One live bar; where stderr is no terminal, a line every ten seconds."""
 
     def __init__(self, title: str, unit: str) -> None:
+        self.done = 0
         self.title, self.unit, self.started, self.told = title, unit, time.monotonic(), time.monotonic()
         console = Console(stderr=True)
         self.live = console.is_terminal
@@ -107,8 +108,12 @@ class Bar:
         self.task = self.progress.add_task(title, total=None, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
+        if done < self.done:  # another stage of the same work
+            self.started = time.monotonic()
+            self.progress.reset(self.task, total=total)
+        self.done = done
         spent = max(time.monotonic() - self.started, 1e-9)
-        rate = f"{done / spent:,.0f} {self.unit}/s {note}"
+        rate = f"{done / spent:,.0f} {self.unit}/s {note}" if self.unit else note
         self.progress.update(self.task, completed=done, total=total, note=rate)
         if not self.live and time.monotonic() - self.told > PLAIN_SECONDS:
             self.told = time.monotonic()

@@ -10,7 +10,7 @@ V vocabulary.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..cache.errors import UsageError
 from ..train.sae import SAE
-from .metric import Batch, Bench, Metric, Result, Subject
+from .bench import Batch, Bench
+from .metric import Metric, Number, Outcome, Progress, Result, Subject
 
 # Through the model: logits are (4, S, V), half a gigabyte for Gemma, and in a CPU's cache for gemma-2-mini.
 CONTEXTS_AT_ONCE = 4
@@ -39,9 +40,24 @@ class Core(Metric):
 
     name = "core"
     type_id = "core"
+    title = "core, on held-out text (KL and CE scores: 0 is a zeroed layer, 1 the model alone)"
+    numbers = (
+        Number("L0", "sparsity", "l0", ".1f"),
+        Number("KL score", "model_behavior_preservation", "kl_div_score", ".4f", "up", 0, 1),
+        Number("KL", "model_behavior_preservation", "kl_div_with_sae", ".4f", "down", 0),
+        Number("CE score", "model_performance_preservation", "ce_loss_score", ".4f", "up", 0, 1),
+        Number("EV", "reconstruction_quality", "fve", ".4f", "up", 0, 1),
+        Number("cosine", "reconstruction_quality", "cossim", ".3f", "up", 0, 1),
+        Number("alive", "misc_metrics", "frac_alive", ".3f", "up", 0, 1),
+        Number("corr", "correlation", "mean", ".4f", "down", 0, 1),
+        Number("corr 99.9%", "correlation", "quantile_99.9", ".3f", "down", 0, 1),
+    )
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        return {**super().settings(bench), **bench.text}
 
     @torch.no_grad()
-    def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Callable[[int, int], None]) -> list[Result]:
+    def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:
         batches = [batch for batch in bench.batches(self.batch_contexts, self.sparsity_batches) if batch.kept.any()]
         if not batches:
             raise UsageError(
@@ -76,14 +92,14 @@ class Core(Metric):
                         loss.add(truth, run.suffix(subject.layer, patched))
             for subject, code in zip(subjects, codes, strict=True):
                 code.end_batch(torch.cat(x_TD[subject.layer]))
-            progress(number + 1, len(batches))
+            progress(number + 1, len(batches), "batches")
         read = [int(batch.inside.sum()) for batch in batches]
         tokens = {
             "total_tokens_eval_reconstruction": sum(read[: self.reconstruction_batches]),
             "total_tokens_eval_sparsity_variance": sum(read),
         }
         return [
-            result(bench.settings["mode"], subject, scores(own, ablated[subject.layer], loss), code, tokens)
+            result(bench.mode, subject, scores(own, ablated[subject.layer], loss), code, tokens)
             for subject, loss, code in zip(subjects, spliced, codes, strict=True)
         ]
 

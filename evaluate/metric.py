@@ -1,26 +1,24 @@
 """What every metric is: a name, its settings, and a function from a bench and SAEs to results; and where results go.
 
-A metric is one file of the same shape. It reads the bench's text once, whatever the number of SAEs.
+A metric is one file of the same shape. Whatever the number of SAEs, it runs the model once over its text.
 """
 
+import json
 import math
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ..cache.contexts import Contexts
-from ..cache.errors import UsageError
+from ..cache.errors import SaeError, UsageError
 from ..cache.files import read_json, write_json
-from ..harvest.model import LanguageModel
+from .bench import Bench
 
 MODES = ("0.6.0", "2024-12")  # SAEBench now, and the one behind the five papers' numbers
 
@@ -45,63 +43,64 @@ class Subject:
     everywhere: bool = False
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Contexts, padded on the right: their ids, which positions hold a token, and which of those count; each (N, S)."""
+class Progress(Protocol):
+    """What a metric tells about its work; a smaller `done` than before begins another stage of it."""
 
-    ids: Tensor
-    inside: Tensor
-    kept: Tensor
-
-    def parts(self, contexts: int) -> Iterator["Batch"]:
-        """The same, `contexts` at a time, without the padding that is then superfluous."""
-        for start in range(0, len(self.ids), contexts):
-            rows = slice(start, start + contexts)
-            longest = int(self.inside[rows].sum(1).max())
-            yield Batch(self.ids[rows, :longest], self.inside[rows, :longest], self.kept[rows, :longest])
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The model and the held-out text; `skip` are the ids that no number is taken at (pad, eos, bos)."""
+class Number:
+    """One number of a metric as a reader needs it: where it stands in the result, and how to read it."""
 
-    model: LanguageModel
-    contexts: Contexts
-    skip: list[int]
-    settings: dict[str, Any]  # the mode, and what pins model and text
-
-    def batches(self, size: int, count: int) -> Iterator[Batch]:
-        """At most `count` batches of `size` contexts."""
-        for start in range(0, min(len(self.contexts), count * size), size):
-            part = self.contexts.select(slice(start, start + size))
-            ids = torch.from_numpy(part.ids.astype(np.int64))
-            inside = torch.arange(ids.shape[1]) < torch.from_numpy(part.length.astype(np.int64))[:, None]
-            kept = inside & ~torch.isin(ids, torch.tensor(self.skip, dtype=torch.int64))
-            yield Batch(*(tensor.to(self.model.device) for tensor in (ids, inside, kept)))
+    heading: str
+    category: str
+    name: str
+    form: str = ".4f"
+    better: str = ""  # "up" or "down"; "" for a number that is neither
+    floor: float | None = None  # what chance or a useless SAE has
+    ceiling: float | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """Category -> name -> number, and one entry per latent, letter or dataset; -1 where a number does not exist."""
+    """Category -> name -> number, and one entry per latent, letter or dataset; -1 where a number does not exist.
+
+    `intervals` has the shape of `metrics`: 95 %, [low, high]. `flags` are sentences about numbers that mean less than
+    they seem to. `n` says what was counted. `extra` is whatever else a metric keeps.
+    """
 
     metrics: dict[str, dict[str, float]]
-    details: list[dict[str, Any]]
+    details: list[dict[str, Any]] = field(default_factory=list)
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    n: dict[str, int] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+    extra: Any = None
 
     @classmethod
-    def of(cls, metrics: dict[str, dict[str, float]], details: list[dict[str, Any]]) -> Self:
+    def of(cls, metrics: dict[str, dict[str, float]], details: list[dict[str, Any]] | None = None, **more: Any) -> Self:
         """NaN and infinity become -1, as in SAEBench's files: fresh and read results then look the same."""
-        return cls(without_nan(metrics), without_nan(details))
+        return cls(*without_nan([metrics, details or []]), **without_nan(more))
+
+
+Outcome = Result | SaeError  # a subject that a metric cannot measure has a sentence in the place of its numbers
 
 
 class Metric(ABC):
     """Settings are the fields of a dataclass; `name` is the result file's, `type_id` SAEBench's."""
 
-    name: str
-    type_id: str
+    name: ClassVar[str]
+    type_id: ClassVar[str]
+    title: ClassVar[str]  # over its table
+    numbers: ClassVar[tuple[Number, ...]]  # the columns of its table
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        """Everything but the SAE that decides a result. A metric that reads more than model and settings adds to it."""
+        return {**asdict(self), **bench.settings}  # type: ignore[call-overload]
 
     @abstractmethod
-    def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Callable[[int, int], None]) -> list[Result]:
-        """Evaluate every subject on the same text. UsageError when the bench cannot serve this metric."""
+    def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:
+        """Evaluate every subject on the same text. Raises SaeError when the bench cannot serve this metric."""
 
 
 def result_file(folder: Path, metric: Metric) -> Path:
@@ -124,9 +123,12 @@ def write_result(
         "sae_lens_release_id": folder.name,
         "sae_lens_version": "none",
         "sae_cfg_dict": dict(run),
-        "eval_result_unstructured": None,
+        "eval_result_unstructured": {name: getattr(result, name) for name in UNSTRUCTURED},
     }
     write_json(result_file(folder, metric), envelope)
+
+
+UNSTRUCTURED = ("intervals", "n", "flags", "extra")
 
 
 def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Result | None:
@@ -135,9 +137,10 @@ def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Re
     if not path.exists():
         return None
     found = read_json(path)
-    if found.get("eval_config") != settings:
+    if found.get("eval_config") != json.loads(json.dumps(settings)):  # a tuple is a list in a file
         return None
-    return Result(found["eval_result_metrics"], found["eval_result_details"])
+    more = found["eval_result_unstructured"]
+    return Result(found["eval_result_metrics"], found["eval_result_details"], **more)
 
 
 def without_nan(tree: Any) -> Any:

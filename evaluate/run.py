@@ -1,19 +1,25 @@
 """Runs -> result files and a table. Runs of one model and one text share every pass of the model."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..cache.device import best_device, best_dtype
-from ..cache.errors import UsageError
+from ..cache.errors import SaeError, UsageError, did_you_mean
 from ..cache.files import read_json
+from ..cache.layout import home
 from ..cache.reader import Cache, caches, model_name
-from ..harvest.model import find_model, load_model
+from ..harvest.model import find_model, load_model, load_tokenizer
 from ..train.sae import SAE, load_sae
+from .bench import Bench, Shelf
 from .core import Core
-from .metric import Bench, Metric, Result, Subject, check_mode, read_result, write_result
+from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
 from .references import REFERENCES
 
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core,)}
@@ -30,6 +36,8 @@ class Request:
     tokens: int | None = None  # None: as many as SAEBench reads, or all of the held-out text
     mode: str = "0.6.0"
     model: str | None = None
+    options: Sequence[str] = ()  # metric.option=value
+    data: Path | None = None  # where datasets are looked for before the Hub
     force: bool = False
     references: bool = True
     device: str = "auto"
@@ -38,33 +46,76 @@ class Request:
 
 @dataclass
 class Row:
-    """One line of the table: a run, or something to read it against (without a folder)."""
+    """One line of the tables: a run, or something to read it against (without a folder)."""
 
     name: str
     subject: Subject
     folder: Path | None = None
     results: dict[str, Result] = field(default_factory=dict)  # by metric
+    failed: dict[str, SaeError] = field(default_factory=dict)  # why a metric has no result
 
 
-def metrics_of(suite: str) -> list[Metric]:
-    """The metrics of a suite, or of a list of names."""
+Stage = Callable[[str], AbstractContextManager[Progress]]  # announces a metric, and takes what it tells of its work
+
+
+@contextlib.contextmanager
+def silent(title: str) -> Iterator[Progress]:
+    yield lambda done, total, note="": None
+
+
+def metrics_of(suite: str, options: Sequence[str] = ()) -> list[Metric]:
+    """The metrics of a suite, or of a list of names; `options` are `metric.option=value`. Names every mistake at once."""
     names = SUITES.get(suite) or tuple(name.strip() for name in suite.split(","))
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise UsageError(
-            f"--suite {suite}: there is no metric {unknown[0]!r}. Suites are {', '.join(SUITES)}; metrics are {', '.join(METRICS)}."
-        )
-    return [METRICS[name]() for name in names]
+    wrong = [
+        f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
+        for name in names
+        if name not in METRICS
+    ]
+    asked: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for option in options:
+        metric, _, rest = option.partition(".")
+        name, equals, text = rest.partition("=")
+        known = {f.name: f.default for f in fields(METRICS[metric])} if metric in METRICS else {}
+        if not equals or metric not in asked or name not in known:
+            wrong.append(
+                f"--set {option}: write metric.option=value, with a metric of this suite"
+                + (f" and an option of {metric}{did_you_mean(name, known)}" if known and name not in known else ".")
+            )
+            continue
+        try:
+            asked[metric][name] = value_like(known[name], text)
+        except ValueError:
+            wrong.append(f"--set {option}: {text!r} is no value for {name}, which is {known[name]!r} by default.")
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return [METRICS[name](**asked[name]) for name in names]
 
 
-def evaluate(request: Request, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Row]:
-    """Evaluate every run, writing a result file for each metric; earlier results with the same settings are kept."""
+def value_like(default: Any, text: str) -> Any:
+    """The text as a value of the default's kind; of a tuple's elements, with commas between them."""
+    if isinstance(default, tuple):
+        return tuple(value_like(default[0], part.strip()) for part in text.split(","))
+    if isinstance(default, bool):
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else int("")
+    return type(default)(text)
+
+
+def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
+    """Evaluate every run, writing a result file for each metric; earlier results with the same settings are kept.
+
+    A metric that cannot be measured leaves its sentence in `Row.failed`, and the others are measured all the same. When
+    nothing can be measured at all, the first sentence is raised.
+    """
     check_mode(request.mode)
-    metrics = metrics_of(request.suite)
+    metrics = metrics_of(request.suite, request.options)
     if not request.runs:
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
     if request.tokens is not None and request.tokens <= 0:
         raise UsageError(f"--tokens {request.tokens} is not positive. Give how many to evaluate on, such as 20k.")
+    if request.data is not None and not request.data.is_dir():
+        raise UsageError(
+            f"--data {request.data} is no folder. Give one that holds <name on the Hub>/<split>.jsonl or .parquet."
+        )
     begun = unfinished(request.runs)
     groups: dict[Path, list[Row]] = {}
     for folder, given in {path.resolve(): path for path in request.runs}.items():
@@ -77,7 +128,7 @@ def evaluate(request: Request, progress: Callable[[int, int], None] = lambda don
             )
         cache = cache_of(given, sae, request.model)
         groups.setdefault(cache.folder, []).append(Row(folder.name, Subject(sae, sae.origin["layer"]), folder))
-    rows = []
+    rows: list[Row] = []
     for cache_folder, group in groups.items():
         bench = make_bench(request, Cache(cache_folder))
         for row in group:
@@ -88,8 +139,11 @@ def evaluate(request: Request, progress: Callable[[int, int], None] = lambda don
                 Row(kind.name, Subject(kind(), layer, kind.everywhere)) for layer in layers for kind in REFERENCES
             ]
         for metric in metrics:
-            measure(metric, bench, group, request.force, progress)
-        rows += [row for row in group if row.results]
+            measure(metric, bench, group, request.force, stage)
+        rows += [row for row in group if row.results or row.folder]
+    failures = [error for row in rows for error in row.failed.values()]
+    if failures and not any(row.results for row in rows):
+        raise failures[0]
     return rows
 
 
@@ -139,14 +193,21 @@ def make_bench(request: Request, cache: Cache) -> Bench:
         contexts = contexts.select(slice(0, 1 + int((contexts.length.cumsum() < request.tokens).sum())))
     device = best_device(request.device)
     dtype = best_dtype(request.dtype, device)
-    model = load_model(source, config, dtype=dtype, device=device, attention=cache.identity["attention"])
-    text = {"llm_dtype": dtype, "text": cache.fingerprint, "contexts": len(contexts)}
-    return Bench(model, contexts, cache.identity["skip"], {"mode": request.mode, **text})
+    attention = cache.identity["attention"]
+    return Bench(
+        load_model(source, config, dtype=dtype, device=device, attention=attention),
+        load_tokenizer(source),
+        contexts,
+        cache.identity["skip"],
+        request.mode,
+        identity={"model": source.name, "revision": source.revision, "attention": attention, "llm_dtype": dtype},
+        text={"text": cache.fingerprint, "contexts": len(contexts)},
+        shelf=Shelf(home() / "activations" / "evaluation"),
+        data=request.data,
+    )
 
 
-def measure(
-    metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, progress: Callable[[int, int], None]
-) -> None:
+def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stage: Stage) -> None:
     """One metric for the rows that lack it, all in one pass. Rows without a folder ride along when there is a pass."""
     if not force:
         for row in rows:
@@ -154,19 +215,31 @@ def measure(
             if earlier:
                 row.results[metric.name] = earlier
     todo = [row for row in rows if metric.name not in row.results]
-    if any(row.folder for row in todo):
-        for row, result in zip(todo, metric.measure(bench, [row.subject for row in todo], progress), strict=True):
-            row.results[metric.name] = result
-            if row.folder:
-                settings = settings_of(metric, bench, row.folder)
-                write_result(row.folder, metric, settings, result, read_json(row.folder / "sae.json"))
+    if not any(row.folder for row in todo):
+        return
+    outcomes: Sequence[Outcome]
+    try:
+        with stage(metric.name) as progress:
+            outcomes = metric.measure(bench, [row.subject for row in todo], progress)
+    except SaeError as error:
+        outcomes = [error] * len(todo)
+    except torch.OutOfMemoryError as error:
+        outcomes = [SaeError(f"The device has too little memory: {error}")] * len(todo)
+    for row, outcome in zip(todo, outcomes, strict=True):
+        if isinstance(outcome, SaeError):
+            row.failed[metric.name] = outcome
+            continue
+        row.results[metric.name] = outcome
+        if row.folder:
+            settings = settings_of(metric, bench, row.folder)
+            write_result(row.folder, metric, settings, outcome, read_json(row.folder / "sae.json"))
 
 
 def settings_of(metric: Metric, bench: Bench, folder: Path) -> dict[str, Any]:
     """Everything that decides a result: a file with other settings is of another measurement."""
     with (folder / "sae.safetensors").open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return {**asdict(metric), **bench.settings, "weights": weights}  # type: ignore[call-overload]
+    return {**metric.settings(bench), "weights": weights}
 
 
 def flat(row: Row) -> dict[str, Any]:

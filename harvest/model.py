@@ -256,6 +256,10 @@ class Forward:
     suffix: Callable[[int, Tensor], Tensor]  # layer, (N, S, D) -> (N, S, V): the logits had the residual been this
 
 
+class _Enough(Exception):  # noqa: N818  (no error: the model has run as far as it has to)
+    pass
+
+
 class LanguageModel:
     """A decoder with a list of blocks. `capture` reads the residual stream, `forward` also lets it be replaced."""
 
@@ -316,11 +320,25 @@ class LanguageModel:
         if silent:
             raise SaeError(f"The hook on {', '.join(silent)} did not fire: nothing was captured.")
 
+    @contextlib.contextmanager
+    def _stopping_after(self, layer: int) -> Iterator[None]:
+        """Run no block behind this one: what is captured does not depend on them."""
+
+        def stop(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+            raise _Enough
+
+        handle = self.blocks[layer].register_forward_hook(stop)  # runs after those that capture
+        try:
+            with contextlib.suppress(_Enough):
+                yield
+        finally:
+            handle.remove()
+
     @torch.no_grad()
     def capture_hooks(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> dict[Hook, Tensor]:
         """What stands at each hook, (N, S, D) in the model's dtype, from one pass."""
         found: dict[Hook, Tensor] = {}
-        with self._capturing(hooks, found):
+        with self._capturing(hooks, found), self._stopping_after(max(hook.layer for hook in hooks)):
             self.trunk(ids_NS, use_cache=False)
         for hook, x in found.items():
             if x.shape[:-1] != ids_NS.shape:

@@ -7,7 +7,6 @@ The arguments after `run` are the recipe's options, with their defaults; `--set 
 registry is read by the command line, the tests and the loader.
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cache.errors import UsageError
+from ..cache.errors import UsageError, did_you_mean
 from .coefficients import Coefficient, constant
 from .knobs import Scaled, hold_l0, scaled
 from .mechanisms import DeadLatents
@@ -271,12 +270,6 @@ def fits(value: Any, kind: str) -> bool:
     return any(
         isinstance(value, accepted[k]) and (k == "bool" or not isinstance(value, bool)) for k in kind.split(" | ")
     )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}."
 
 
 RECIPES: dict[str, Recipe] = {}

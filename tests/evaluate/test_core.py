@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from sae.cache.contexts import Contexts
 from sae.cache.errors import UsageError
+from sae.evaluate.bench import Bench, Shelf
 from sae.evaluate.core import Codes, Core, largest_other_cosine
-from sae.evaluate.metric import Bench, Subject
+from sae.evaluate.metric import Subject
 from sae.evaluate.references import Identity, Zero
 from sae.harvest.model import find_model, load_model
 from sae.train.sae import SAE, BatchTopK, ReLU, TopK
@@ -44,7 +46,7 @@ def ragged() -> list[list[int]]:
 
 
 def bench_of(model, rows: list[list[int]], width: int = 12, mode: str = "0.6.0") -> Bench:
-    return Bench(model, contexts_of(rows, width), SKIP, {"mode": mode})
+    return Bench(model, None, contexts_of(rows, width), SKIP, mode, {}, {}, Shelf(Path("shelf")))
 
 
 def random_sae(kind: str, seed: int = 0) -> SAE:
@@ -60,7 +62,7 @@ def random_sae(kind: str, seed: int = 0) -> SAE:
 
 
 def measure(bench: Bench, *saes: SAE, **settings) -> list[dict]:
-    results = Core(**settings).measure(bench, [Subject(sae, LAYER) for sae in saes], lambda done, total: None)
+    results = Core(**settings).measure(bench, [Subject(sae, LAYER) for sae in saes], lambda done, total, note="": None)
     return [{**result.metrics, "latents": result.details} for result in results]
 
 
@@ -265,8 +267,8 @@ def test_several_saes_in_one_pass_equal_each_alone(model):
 def test_layers_are_spliced_where_they_stand(model):
     """Behind the last block nothing follows: KL at layer 1 is that of the unembedding alone, unlike at layer 0."""
     sae, bench = random_sae("relu"), bench_of(model, ragged())
-    both = Core().measure(bench, [Subject(sae, 0), Subject(sae, 1)], lambda done, total: None)
-    alone = [Core().measure(bench, [Subject(sae, layer)], lambda done, total: None)[0] for layer in (0, 1)]
+    both = Core().measure(bench, [Subject(sae, 0), Subject(sae, 1)], lambda done, total, note="": None)
+    alone = [Core().measure(bench, [Subject(sae, layer)], lambda done, total, note="": None)[0] for layer in (0, 1)]
     for one, other in zip(both, alone, strict=True):
         assert one.metrics == other.metrics
     assert both[0].metrics["shrinkage"]["l2_norm_in"] != both[1].metrics["shrinkage"]["l2_norm_in"]
@@ -275,7 +277,7 @@ def test_layers_are_spliced_where_they_stand(model):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_identity_scores_one_and_zero_scores_zero(model, layer):
     subjects = [Subject(Identity(), layer), Subject(Zero(), layer, everywhere=True)]
-    identity, zero = Core().measure(bench_of(model, ragged()), subjects, lambda done, total: None)
+    identity, zero = Core().measure(bench_of(model, ragged()), subjects, lambda done, total, note="": None)
     for result, score in ((identity, 1), (zero, 0)):
         assert result.metrics["model_behavior_preservation"]["kl_div_score"] == pytest.approx(score, abs=1e-5)
         assert result.metrics["model_performance_preservation"]["ce_loss_score"] == pytest.approx(score, abs=1e-5)

@@ -3,16 +3,18 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sae.cache.errors import DamagedError, UsageError
+from sae.cache.errors import DamagedError, OutsideError, UsageError
 from sae.cache.reader import Cache
-from sae.evaluate.run import Request, evaluate, flat, make_bench, unfinished
-from sae.evaluate.table import core_table
+from sae.evaluate.core import Core
+from sae.evaluate.metric import Result
+from sae.evaluate.run import METRICS, Request, evaluate, flat, make_bench, metrics_of, unfinished
+from sae.evaluate.table import tables
 from sae.harvest.plan import Request as Harvest
 from sae.harvest.plan import plan
 from sae.harvest.run import harvest
@@ -94,7 +96,7 @@ def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
     assert written_at(old) == before
     names = [(row.name, row.subject.layer) for row in rows]
     assert names == [("old", 0), ("new", 1), ("identity", 0), ("zero", 0), ("identity", 1), ("zero", 1)]
-    heads, lines = core_table(rows)
+    ((_, heads, lines),) = tables(rows)
     assert all(len(line) == len(heads) for line in lines)
     assert lines[0][heads.index("alive ↑")]
     assert lines[3][heads.index("cosine ↑")] == ""  # zero has no direction
@@ -135,7 +137,7 @@ def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
     ("change", "sentence"),
     [
         ({"model": "gemma-2-mini"}, "was trained on .*tiny-gemma, not on gemma-2-mini"),
-        ({"suite": "core,absorbtion"}, "there is no metric 'absorbtion'. Suites are quick, full; metrics are core"),
+        ({"suite": "core,absorbtion"}, "there is no metric absorbtion; there are core, full"),
         ({"mode": "0.5"}, "--mode 0.5 is unknown: 0.6.0"),
         ({"runs": ()}, "Name the runs to evaluate"),
         ({"tokens": 0}, "--tokens 0 is not positive"),
@@ -217,3 +219,35 @@ def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
     assert [row.name for row in evaluate(ask(whole, begun))] == ["whole"]
     with pytest.raises(UsageError, match="begun holds no trained SAE"):
         evaluate(ask(begun))
+
+
+def test_options_of_metrics_are_checked_together(tiny_cache, home):
+    (metric,) = metrics_of("core", ["core.batch_contexts=8"])
+    assert metric.batch_contexts == 8
+    with pytest.raises(UsageError) as refused:
+        metrics_of("core,cor", ["core.batch_context=8", "core.batch_contexts=x", "core.batch_contexts"])
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 4
+    assert (
+        "did you mean core?" in lines[0]
+        and "did you mean batch_contexts?" in lines[1]
+        and "'x' is no value" in lines[2]
+    )
+
+
+def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
+    @dataclass(frozen=True)
+    class Broken(Core):
+        name = "broken"
+
+        def measure(self, bench, subjects, progress):
+            return [OutsideError("no such text"), *([Result({})] * (len(subjects) - 1))]
+
+    monkeypatch.setitem(METRICS, "broken", Broken)
+    one, two = make_run(home / "one", tiny_cache), make_run(home / "two", tiny_cache, 0, 1)
+    first, second = evaluate(ask(one, two, suite="broken,core"))
+    assert str(first.failed["broken"]) == "no such text" and first.results.keys() == {"core"}
+    assert second.results.keys() == {"core", "broken"} and not second.failed
+    assert not (one / "evaluations" / "broken.json").exists()
+    with pytest.raises(OutsideError, match="no such text"):
+        evaluate(ask(one, suite="broken"))

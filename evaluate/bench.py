@@ -1,0 +1,107 @@
+"""What every metric measures with: the model, its tokenizer, text, and a shelf for what no SAE changes."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from ..cache.contexts import Contexts
+from ..cache.errors import DamagedError
+from ..cache.files import digest_of, publish, read_json, write_json
+from ..harvest.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Contexts, padded on the right: their ids, which positions hold a token, and which of those count; each (N, S)."""
+
+    ids: Tensor
+    inside: Tensor
+    kept: Tensor
+
+    def parts(self, contexts: int) -> Iterator["Batch"]:
+        """The same, `contexts` at a time, without the padding that is then superfluous."""
+        for start in range(0, len(self.ids), contexts):
+            rows = slice(start, start + contexts)
+            longest = int(self.inside[rows].sum(1).max())
+            yield Batch(self.ids[rows, :longest], self.inside[rows, :longest], self.kept[rows, :longest])
+
+
+class Shelf:
+    """What does not depend on an SAE, kept on the disk under a digest of everything that it does depend on.
+
+    A file that is cut off or of another checksum is made again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def keep(
+        self, kind: str, depends: Mapping[str, Any], make: Callable[[], dict[str, Tensor]], device: str = "cpu"
+    ) -> dict[str, Tensor]:
+        """The tensors of `kind` that `depends` pins down: mapped from the disk, or made and written there."""
+        path = self.path(kind, depends)
+        if (found := self._read(path, device)) is None:
+            data = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in make().items()})
+            publish(path, data)
+            digest = hashlib.sha256(data).hexdigest()
+            write_json(path.with_suffix(".json"), {"kind": kind, "depends": dict(depends), "sha256": digest})
+            found = load_file(path, device)
+        return found
+
+    def path(self, kind: str, depends: Mapping[str, Any]) -> Path:
+        return self.folder / f"{kind}-{digest_of([kind, depends])[:16]}.safetensors"
+
+    def holds(self, kind: str, depends: Mapping[str, Any]) -> bool:
+        return self.path(kind, depends).with_suffix(".json").exists()
+
+    def _read(self, path: Path, device: str) -> dict[str, Tensor] | None:
+        try:
+            record = read_json(path.with_suffix(".json"), "sha256")
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
+                    return load_file(path, device)
+        except (OSError, DamagedError, SafetensorError):
+            pass
+        return None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model and the held-out text; `skip` are the ids that no number is taken at (pad, eos, bos).
+
+    `identity` pins the model and how it computes; `text` pins the held-out text, for the metrics that read it. `data`
+    is a folder where a dataset is looked for before the Hub: <data>/<name on the Hub>/<split>.jsonl or .parquet.
+    """
+
+    model: LanguageModel
+    tokenizer: Any
+    contexts: Contexts
+    skip: list[int]
+    mode: str
+    identity: dict[str, Any]
+    text: dict[str, Any]
+    shelf: Shelf
+    data: Path | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the bench decides every metric's result."""
+        return {"mode": self.mode, **self.identity}
+
+    def batches(self, size: int, count: int) -> Iterator[Batch]:
+        """At most `count` batches of `size` contexts."""
+        for start in range(0, min(len(self.contexts), count * size), size):
+            part = self.contexts.select(slice(start, start + size))
+            ids = torch.from_numpy(part.ids.astype(np.int64))
+            inside = torch.arange(ids.shape[1]) < torch.from_numpy(part.length.astype(np.int64))[:, None]
+            kept = inside & ~torch.isin(ids, torch.tensor(self.skip, dtype=torch.int64))
+            yield Batch(*(tensor.to(self.model.device) for tensor in (ids, inside, kept)))
