@@ -27,13 +27,6 @@ class Batch:
     inside: Tensor
     kept: Tensor
 
-    def parts(self, contexts: int) -> Iterator["Batch"]:
-        """The same, `contexts` at a time, without the padding that is then superfluous."""
-        for start in range(0, len(self.ids), contexts):
-            rows = slice(start, start + contexts)
-            longest = int(self.inside[rows].sum(1).max())
-            yield Batch(self.ids[rows, :longest], self.inside[rows, :longest], self.kept[rows, :longest])
-
 
 class Shelf:
     """What does not depend on an SAE, kept on the disk under a digest of everything that it does depend on.
@@ -97,11 +90,12 @@ class Bench:
         """What of the bench decides every metric's result."""
         return {"mode": self.mode, **self.identity}
 
-    def batches(self, size: int, count: int) -> Iterator[Batch]:
-        """At most `count` batches of `size` contexts."""
-        for start in range(0, min(len(self.contexts), count * size), size):
-            part = self.contexts.select(slice(start, start + size))
-            ids = torch.from_numpy(part.ids.astype(np.int64))
+    def batches(self, size: int, count: int, text: Contexts | None = None) -> Iterator[Batch]:
+        """At most `count` batches of `size` contexts of the held-out text or another, as wide as their longest."""
+        text = self.contexts if text is None else text
+        for start in range(0, min(len(text), count * size), size):
+            part = text.select(slice(start, start + size))
+            ids = torch.from_numpy(part.ids[:, : int(part.length.max())].astype(np.int64))
             inside = torch.arange(ids.shape[1]) < torch.from_numpy(part.length.astype(np.int64))[:, None]
             kept = inside & ~torch.isin(ids, torch.tensor(self.skip, dtype=torch.int64))
             yield Batch(*(tensor.to(self.model.device) for tensor in (ids, inside, kept)))

@@ -12,19 +12,22 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache.errors import UsageError
+from ..harvest.model import LanguageModel
 from ..train.sae import SAE
 from .bench import Batch, Bench
 from .metric import Metric, Number, Outcome, Progress, Result, Subject
 
-# Through the model: logits are (4, S, V), half a gigabyte for Gemma, and in a CPU's cache for gemma-2-mini.
-CONTEXTS_AT_ONCE = 4
+# Logits and latents exist for so many tokens at a time. In float32 Gemma's logits of them take 0.5 GB, and three such
+# exist at most; latents of 65,536 take 0.13 GB.
+TOKENS_AT_ONCE = 512
 DENSE_PAIRS = 4096  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
+MOSTLY_DEAD = 0.5  # share of latents that never fire, from which on a flag says so
 
 
 @dataclass(frozen=True)
@@ -67,31 +70,19 @@ class Core(Metric):
         own, ablated = Loss(), {layer: Loss() for layer in layers}
         spliced, codes = [Loss() for _ in subjects], [Codes() for _ in subjects]
         for number, batch in enumerate(batches):
-            x_TD: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-            for part in batch.parts(CONTEXTS_AT_ONCE):
-                behaves = number < self.reconstruction_batches
-                run = bench.model.forward(part.ids, layers) if behaves else None
-                residual = run.residual if run else bench.model.capture(part.ids, layers)
-                if run:
-                    truth = Truth.of(part, run.logits)
-                    own.add(truth, run.logits)
-                    for layer in layers:
-                        ablated[layer].add(truth, run.suffix(layer, torch.zeros_like(residual[layer])))
-                for layer in layers:
-                    x_TD[layer].append(residual[layer][part.kept].float())
-                for subject, loss, code in zip(subjects, spliced, codes, strict=True):
-                    x_NSD = residual[subject.layer]
-                    replaced = torch.ones_like(part.kept) if subject.everywhere else part.kept
-                    counted = part.kept[replaced]
-                    f = subject.sae.encode(x_NSD[replaced].float())
-                    recon = subject.sae.decode(f)
-                    code.add(x_TD[subject.layer][-1], f[counted], recon[counted].float(), part.kept)
-                    if run:
-                        patched = x_NSD.clone()
-                        patched[replaced] = recon.to(x_NSD.dtype)
-                        loss.add(truth, run.suffix(subject.layer, patched))
+            behaves = number < self.reconstruction_batches
+            run = bench.model.forward(batch.ids, layers) if behaves else None
+            residual = run.residual if run else bench.model.capture(batch.ids, layers)
+            finals = []  # of each subject: what the model ends with when it has seen this SAE's reconstruction
             for subject, code in zip(subjects, codes, strict=True):
-                code.end_batch(torch.cat(x_TD[subject.layer]))
+                patched = code.add(subject, residual[subject.layer], batch.kept)
+                if run:
+                    finals.append(run.suffix(subject.layer, patched)[batch.kept])
+            if run:
+                zeroed = {layer: run.suffix(layer, torch.zeros_like(residual[layer])) for layer in layers}
+                losses = [own, *ablated.values(), *spliced]
+                ends = [run.final[batch.kept], *(end[batch.kept] for end in zeroed.values()), *finals]
+                compare(bench.model, batch, losses, ends)
             progress(number + 1, len(batches), "batches")
         read = [int(batch.inside.sum()) for batch in batches]
         tokens = {
@@ -99,51 +90,91 @@ class Core(Metric):
             "total_tokens_eval_sparsity_variance": sum(read),
         }
         return [
-            result(bench.mode, subject, scores(own, ablated[subject.layer], loss), code, tokens)
+            result(bench.mode, subject, own, ablated[subject.layer], loss, code, tokens)
             for subject, loss, code in zip(subjects, spliced, codes, strict=True)
         ]
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What the model alone predicts at the counted positions of some contexts, and what comes next there."""
+def compare(model: LanguageModel, batch: Batch, losses: Sequence["Loss"], finals_TD: Sequence[Tensor]) -> None:
+    """Add what the model predicts at the counted positions to each loss. The first is the model's own, the truth.
 
-    kept_NS: Tensor
-    logp_TV: Tensor
-    p_TV: Tensor
-    row_C: Tensor  # those of the T rows that have a next token; of the last token of a context none is known
-    target_C: Tensor
-
-    @classmethod
-    def of(cls, part: Batch, logits_NSV: Tensor) -> Self:
-        has_next = torch.zeros_like(part.kept)
-        has_next[:, :-1] = part.inside[:, 1:]
-        logp_TV = logits_NSV[part.kept].float().log_softmax(-1)
-        target_T = part.ids.roll(-1, 1)[part.kept]
-        row_C = has_next[part.kept].nonzero().squeeze(1)
-        return cls(part.kept, logp_TV, logp_TV.exp(), row_C, target_T[row_C])
+    A layer zeroed at every position leaves nothing that tells positions apart, so its prediction is often one and the
+    same at all of them; it is unembedded once then.
+    """
+    context_T, position_T = batch.kept.nonzero(as_tuple=True)
+    next_T = batch.ids.roll(-1, 1)[batch.kept]
+    # Of the last token of a context none is known.
+    has_next_T = position_T + 1 < batch.inside.sum(1)[context_T]
+    constant = [bool((final == final[:1]).all()) for final in finals_TD]
+    for loss in losses:
+        loss.begin(len(batch.ids))
+    for start in range(0, len(context_T), TOKENS_AT_ONCE):
+        rows = slice(start, start + TOKENS_AT_ONCE)
+        true_TV = model.unembed(finals_TD[0][rows]).float().log_softmax(-1)
+        p_TV = true_TV.exp()
+        for loss, final_TD, same in zip(losses, finals_TD, constant, strict=True):
+            logp_TV = model.unembed(final_TD[:1] if same else final_TD[rows]).float().log_softmax(-1)
+            kl_T = torch.linalg.vecdot(p_TV, true_TV - logp_TV)
+            ce_T = -logp_TV.expand_as(p_TV).gather(1, next_T[rows, None])[:, 0]
+            loss.add(context_T[rows], kl_T, ce_T, has_next_T[rows])
 
 
 class Loss:
-    """Means over the counted positions, in nats: KL(original || these logits), and CE of the next token."""
+    """Of each context, over its counted positions, in nats: KL(original || these logits), and CE of the next token."""
 
     def __init__(self) -> None:
-        self.kl_sum, self.ce_sum, self.kl_count, self.ce_count = 0.0, 0.0, 0, 0
+        self.contexts: list[Tensor] = []  # of each batch: (N, 4), sums of KL and of CE, and how many of each
 
-    def add(self, truth: Truth, logits_NSV: Tensor) -> None:
-        logp_TV = logits_NSV[truth.kept_NS].float().log_softmax(-1)
-        self.ce_sum -= float(logp_TV[truth.row_C, truth.target_C].sum(dtype=torch.float64))
-        self.kl_sum += float(torch.linalg.vecdot(truth.p_TV, truth.logp_TV - logp_TV).sum(dtype=torch.float64))
-        self.kl_count += len(logp_TV)
-        self.ce_count += len(truth.row_C)
+    def begin(self, contexts: int) -> None:
+        self.contexts.append(torch.zeros(contexts, 4, dtype=torch.float64))
 
-    @property
-    def kl(self) -> float:
-        return ratio(self.kl_sum, self.kl_count)
+    def add(self, context_T: Tensor, kl_T: Tensor, ce_T: Tensor, has_next_T: Tensor) -> None:
+        columns = [kl_T, torch.where(has_next_T, ce_T, 0), torch.ones_like(kl_T), has_next_T]
+        numbers = torch.stack([column.double() for column in columns], 1).cpu()
+        self.contexts[-1].index_add_(0, context_T.cpu(), numbers)
 
     @property
-    def ce(self) -> float:
-        return ratio(self.ce_sum, self.ce_count)
+    def sums(self) -> Tensor:
+        """(4, contexts): KL, CE, tokens, tokens with a next one."""
+        return torch.cat(self.contexts).T
+
+
+Share = tuple[Tensor, Tensor]  # a number as one sum over contexts through another, context by context
+
+
+def scores(own: Loss, ablated: Loss, spliced: Loss) -> dict[str, dict[str, Share]]:
+    """Raw divergences and losses (lower is better), and scores: 1 is the model's own, 0 that of a zeroed layer."""
+    _, ce_own, tokens, targets = own.sums
+    (kl_zero, ce_zero, *_), (kl, ce, *_) = ablated.sums, spliced.sums
+    return {
+        "model_behavior_preservation": {
+            "kl_div_score": (kl_zero - kl, kl_zero),
+            "kl_div_with_ablation": (kl_zero, tokens),
+            "kl_div_with_sae": (kl, tokens),
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": (ce_zero - ce, ce_zero - ce_own),
+            "ce_loss_with_ablation": (ce_zero, targets),
+            "ce_loss_with_sae": (ce, targets),
+            "ce_loss_without_sae": (ce_own, targets),
+        },
+    }
+
+
+def value(share: Share) -> float:
+    return ratio(float(share[0].sum()), float(share[1].sum()))
+
+
+def interval(share: Share) -> list[float]:
+    """95 %: the share is linearised, and contexts are taken as independent draws (their tokens are not)."""
+    part, whole = share
+    count, total = len(whole), float(whole.sum())
+    if count < 2 or not total:
+        return [math.nan, math.nan]
+    centre = value(share)
+    spread = float((part - centre * whole).square().sum()) * count / (count - 1)
+    half = 1.96 * math.sqrt(spread) / abs(total)
+    return [centre - half, centre + half]
 
 
 def ratio(part: float, whole: float) -> float:
@@ -151,58 +182,62 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def scores(own: Loss, ablated: Loss, spliced: Loss) -> dict[str, dict[str, float]]:
-    """Raw divergences and losses (lower is better), and scores: 1 is the model's own, 0 that of a zeroed layer."""
-    return {
-        "model_behavior_preservation": {
-            "kl_div_score": ratio(ablated.kl - spliced.kl, ablated.kl),
-            "kl_div_with_ablation": ablated.kl,
-            "kl_div_with_sae": spliced.kl,
-        },
-        "model_performance_preservation": {
-            "ce_loss_score": ratio(ablated.ce - spliced.ce, ablated.ce - own.ce),
-            "ce_loss_with_ablation": ablated.ce,
-            "ce_loss_with_sae": spliced.ce,
-            "ce_loss_without_sae": own.ce,
-        },
-    }
-
-
 class Codes:
-    """Reconstruction, sparsity and correlation over the counted tokens, summed in float64.
+    """Reconstruction, sparsity and correlation over the counted tokens of one SAE, summed in float64.
 
-    Numbers that SAEBench takes per batch wait until its last part was added (`end_batch`).
+    Numbers that SAEBench takes per batch are settled at the end of each `add`, which takes one batch.
     """
 
     def __init__(self) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
         self.tokens = self.batches = 0
-        self.parts: list[Tensor] = []  # of the batch: (T, 5), what is one number a token
+        self.contexts: list[Tensor] = []  # of each batch: (N, len(PER_CONTEXT)), sums over each context
+        self.centre_D: Tensor | None = None  # the first batch's mean: what variance within contexts is taken about
         self.pairs: Tensor | None = None  # which latents are correlated with each other
 
-    def add(self, x_TD: Tensor, f_TF: Tensor, recon_TD: Tensor, kept_NS: Tensor) -> None:
-        numbers = [
-            (f_TF != 0).sum(-1),
-            f_TF.sum(-1),
-            recon_TD.norm(dim=-1),
-            (x_TD - recon_TD).square().sum(-1),
-            (x_TD * recon_TD).sum(-1),
-        ]
-        self.parts.append(torch.stack([number.double() for number in numbers], 1))
-        fired_TF, context_T = f_TF > 0, kept_NS.nonzero()[:, 0]
-        fired_NF = torch.zeros(len(kept_NS), f_TF.shape[1], device=f_TF.device)
-        fired_NF.index_add_(0, context_T, fired_TF.float())
-        self.sums["fired"] += fired_NF.double().sum(0)
-        self.sums["contexts_fired"] += (fired_NF > 0).double().sum(0)
+    def add(self, subject: Subject, x_NSD: Tensor, kept_NS: Tensor) -> Tensor:
+        """Take one batch; returns its residual with what the SAE makes of it in place."""
+        replaced = torch.ones_like(kept_NS) if subject.everywhere else kept_NS
+        x_RD, counted_R, context_R = x_NSD[replaced], kept_NS[replaced], replaced.nonzero()[:, 0]
+        fired_NF: Tensor | None = None
+        recons, numbers = [], []
+        for start in range(0, len(x_RD), TOKENS_AT_ONCE):
+            rows = slice(start, start + TOKENS_AT_ONCE)
+            f_TF = subject.sae.encode(x_RD[rows].float())
+            recons.append(subject.sae.decode(f_TF).float())
+            f_TF = f_TF[counted_R[rows]]
+            numbers.append(torch.stack([(f_TF != 0).sum(-1).double(), f_TF.double().sum(-1)], 1))
+            if fired_NF is None:
+                fired_NF = f_TF.new_zeros(len(kept_NS), f_TF.shape[1])
+            fired_NF.index_add_(0, context_R[rows][counted_R[rows]], (f_TF > 0).to(f_TF.dtype))
+            self.add_pairs(f_TF)
+        recon_RD = torch.cat(recons)
+        if fired_NF is not None:
+            self.sums["fired"] += fired_NF.double().sum(0)
+            self.sums["contexts_fired"] += (fired_NF > 0).double().sum(0)
+        l0, l1 = torch.cat(numbers).unbind(1)
+        self.end_batch(x_RD[counted_R].float(), recon_RD[counted_R], l0, l1, kept_NS.nonzero()[:, 0], len(kept_NS))
+        patched = x_NSD.clone()
+        patched[replaced] = recon_RD.to(x_NSD.dtype)
+        return patched
+
+    def add_pairs(self, f_TF: Tensor) -> None:
         if self.pairs is None:
             generator = torch.Generator().manual_seed(0)
             self.pairs = torch.randperm(f_TF.shape[1], generator=generator)[:DENSE_PAIRS].sort().values.to(f_TF.device)
         chosen = f_TF[:, self.pairs]
         self.sums["gram"] += (chosen.T @ chosen).double()
+        self.sums["f"] += f_TF.double().sum(0)
+        self.sums["f_square"] += f_TF.double().square().sum(0)
 
-    def end_batch(self, x_TD: Tensor) -> None:
-        l0, l1, norm_out, error, dot = torch.cat(self.parts).unbind(1)
-        norm_in = x_TD.norm(dim=-1).double()
+    def end_batch(
+        self, x_TD: Tensor, recon_TD: Tensor, l0: Tensor, l1: Tensor, context_T: Tensor, contexts: int
+    ) -> None:
+        if self.centre_D is None:
+            self.centre_D = x_TD.mean(0)
+        norm_in, norm_out = x_TD.norm(dim=-1).double(), recon_TD.norm(dim=-1).double()
+        error = (x_TD - recon_TD).square().sum(-1).double()
+        dot = (x_TD * recon_TD).sum(-1).double()
         per_token = {
             "l0": l0,
             "l1": l1,
@@ -214,18 +249,22 @@ class Codes:
             "explained_variance_legacy": 1 - error / (x_TD - x_TD.mean(0)).square().sum(-1).double(),
             "error": error,
             "x_square": norm_in.square(),
+            "around_centre": (x_TD - self.centre_D).square().sum(-1).double(),
+            "tokens": torch.ones_like(error),
         }
         per_batch = {
             "bias": norm_out.square().mean() / dot.mean(),
             "batch_error": error.mean(),
             "batch_square": norm_in.square().mean(),
         }
-        for name, value in (per_token | per_batch).items():
-            self.sums[name] += float(value.sum())
+        for name, numbers in (per_token | per_batch).items():
+            self.sums[name] += float(numbers.sum())
+        sums = torch.zeros(contexts, len(PER_CONTEXT), dtype=torch.float64)
+        columns = torch.stack([per_token[name] for name in PER_CONTEXT], 1)
+        self.contexts.append(sums.index_add_(0, context_T.cpu(), columns.cpu()))
         self.sums["x"] += x_TD.double().sum(0)
         self.tokens += len(error)
         self.batches += 1
-        self.parts = []
 
     def scalars(self, mode: str) -> dict[str, dict[str, float]]:
         s, d_in = self.sums, len(self.sums["x"])
@@ -245,41 +284,138 @@ class Codes:
         if mode == "2024-12":
             quality["explained_variance"] = quality.pop("explained_variance_legacy")
         bias = {"relative_reconstruction_bias": s["bias"] / self.batches}
+        spread_F = s["f_square"] / self.tokens - (s["f"] / self.tokens).square()
         return {
             "reconstruction_quality": quality,
             "shrinkage": mean("l2_norm_in", "l2_norm_out", "l2_ratio") | bias,
-            "sparsity": mean("l0", "l1"),
+            "sparsity": mean("l0", "l1") | {"activation_variance": float(spread_F.mean())},
+        }
+
+    def shares(self) -> dict[str, dict[str, Share]]:
+        """What has an interval."""
+        column = dict(zip(PER_CONTEXT, torch.cat(self.contexts).T, strict=True))
+        tokens = column["tokens"]
+        unexplained = column["around_centre"] - column["error"], column["around_centre"]
+        return {
+            "reconstruction_quality": {"fve": unexplained, "cossim": (column["cossim"], tokens)},
+            "sparsity": {"l0": (column["l0"], tokens)},
         }
 
     def density(self) -> Tensor:
         """Share of the counted tokens at which each latent is positive (F,)."""
         return self.sums["fired"] / self.tokens
 
-    def correlation(self) -> dict[str, float]:
-        """Cosines between the columns of activations of alive latents over the counted tokens (003, eq. 2)."""
+    def correlation(self, W_dec_FD: Tensor | None) -> dict[str, float]:
+        """Cosines between the columns of activations of alive latents over the counted tokens (003, eq. 2).
+
+        With decoder rows, how well those cosines follow the rows' own (002, sec. 4): Spearman's rank correlation.
+        """
         gram_FF = self.sums["gram"]
         alive = gram_FF.diagonal() > 0
-        unit_FF = gram_FF[alive][:, alive]
-        norm_F = unit_FF.diagonal().sqrt()
-        unit_FF = unit_FF / norm_F[:, None] / norm_F
-        cosines = unit_FF[tuple(torch.triu_indices(len(unit_FF), len(unit_FF), 1))].abs()
         counts = {"latents": int(alive.sum()), "latents_dead": int((~alive).sum())}
+        cosines = pairs_of(cosines_of(gram_FF[alive][:, alive]))
         if not len(cosines):
             return {"mean": math.nan, **counts}
-        shares = {"quantile_50": 0.5, "quantile_90": 0.9, "quantile_99": 0.99, "quantile_99.9": 0.999}
-        quantiles = torch.quantile(cosines, cosines.new_tensor(list(shares.values()))).tolist()
-        spread = {"mean": float(cosines.mean()), "sd": float(cosines.std(correction=0))}
-        return {**spread, **dict(zip(shares, quantiles, strict=True)), **counts}
+        found = {**spread_of(cosines.abs()), **counts}
+        if W_dec_FD is not None:
+            assert self.pairs is not None
+            rows = W_dec_FD[self.pairs][alive].double()
+            found["spearman_decoder"] = spearman(cosines, pairs_of(cosines_of(rows @ rows.T)))
+        return found
+
+
+PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")
+
+
+def cosines_of(gram_FF: Tensor) -> Tensor:
+    norm_F = gram_FF.diagonal().sqrt()
+    return gram_FF / norm_F[:, None] / norm_F
+
+
+def pairs_of(matrix_FF: Tensor) -> Tensor:
+    """Above the diagonal: every pair once."""
+    return matrix_FF[tuple(torch.triu_indices(len(matrix_FF), len(matrix_FF), 1))]
+
+
+def spread_of(numbers: Tensor) -> dict[str, float]:
+    shares = {"quantile_50": 0.5, "quantile_90": 0.9, "quantile_99": 0.99, "quantile_99.9": 0.999}
+    ordered = numbers.sort().values
+
+    def quantile(share: float) -> float:  # torch.quantile takes 16 million numbers at most
+        place = share * (len(ordered) - 1)
+        below, above = float(ordered[math.floor(place)]), float(ordered[math.ceil(place)])
+        return below + (place - math.floor(place)) * (above - below)
+
+    spread = {"mean": float(numbers.mean()), "sd": float(numbers.std(correction=0))}
+    return spread | {name: quantile(share) for name, share in shares.items()}
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Pearson's correlation of the ranks; those that are equal share their mean rank."""
+
+    def ranks(numbers: Tensor) -> Tensor:
+        _, group, count = numbers.unique(return_inverse=True, return_counts=True)
+        last = count.cumsum(0).double()
+        return (last - (count - 1) / 2)[group]
+
+    ranked = torch.stack([ranks(a), ranks(b)])
+    return float(ranked.corrcoef()[0, 1])
+
+
+def dictionary(W_dec_FD: Tensor) -> dict[str, float]:
+    """Of the decoder rows: |cosine| of pairs, and effective rank, exp of the entropy of their singular values' shares.
+
+    Both are of unit rows, so that a row's length does not count; Roy and Vetterli 2007.
+    """
+    unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
+    some = unit_FD[torch.randperm(len(unit_FD), generator=torch.Generator().manual_seed(0))[:DENSE_PAIRS]]
+    share = torch.linalg.eigvalsh((unit_FD.T @ unit_FD).double()).clamp(min=0).sqrt()
+    share = share / share.sum()
+    spread = spread_of(pairs_of(some @ some.T).abs()) if len(some) > 1 else {}
+    return {
+        **{f"decoder_cosine_{name}": number for name, number in spread.items()},
+        "effective_rank": float(torch.special.entr(share).sum().exp()),
+    }
 
 
 def result(
-    mode: str, subject: Subject, behaviour: dict[str, dict[str, float]], codes: Codes, tokens: dict[str, float]
+    mode: str, subject: Subject, own: Loss, ablated: Loss, loss: Loss, codes: Codes, tokens: dict[str, int]
 ) -> Result:
-    metrics = {**behaviour, **codes.scalars(mode), "token_stats": tokens, "correlation": codes.correlation()}
+    shares = scores(own, ablated, loss)
+    behaviour = {name: {key: value(share) for key, share in group.items()} for name, group in shares.items()}
+    W_dec_FD = getattr(subject.sae, "W_dec", None)
+    metrics = {
+        **behaviour,
+        **codes.scalars(mode),
+        "token_stats": dict(tokens),
+        "correlation": codes.correlation(W_dec_FD),
+    }
+    if W_dec_FD is not None:
+        metrics["dictionary"] = dictionary(W_dec_FD)
     details = per_latent(subject.sae, codes) if isinstance(subject.sae, SAE) else []
     if details and mode != "2024-12":  # added to SAEBench in January 2025
         metrics["misc_metrics"] = misc(codes.density(), details)
-    return Result.of(metrics, details)
+    intervals = {
+        name: {key: interval(share) for key, share in group.items()}
+        for name, group in (shares | codes.shares()).items()
+    }
+    n = {"contexts": len(own.sums[0]), "tokens": codes.tokens}
+    return Result.of(metrics, details, intervals=intervals, n=n, flags=flags(subject, metrics, codes))
+
+
+def flags(subject: Subject, metrics: dict[str, dict[str, float]], codes: Codes) -> list[str]:
+    """What makes a number mean less than it seems to. The references are what they are, and get none."""
+    if not isinstance(subject.sae, SAE):
+        return []
+    found = []
+    dead = float((codes.density() == 0).double().mean())
+    if metrics["sparsity"]["l0"] == 0:
+        found.append("L0 is 0: no latent ever fires, so the SAE is its decoder bias.")
+    elif dead > MOSTLY_DEAD:
+        found.append(f"{dead:.0%} of the latents never fire on this text.")
+    if metrics["reconstruction_quality"]["fve"] < 0:
+        found.append("The explained variance is negative: the mean alone would reconstruct better.")
+    return found
 
 
 def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:

@@ -1,7 +1,6 @@
 """Runs -> result files and a table. Runs of one model and one text share every pass of the model."""
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,7 @@ import torch
 
 from ..cache.device import best_device, best_dtype
 from ..cache.errors import SaeError, UsageError, did_you_mean
-from ..cache.files import read_json
+from ..cache.files import digest_of, read_json
 from ..cache.layout import home
 from ..cache.reader import Cache, caches, model_name
 from ..harvest.model import find_model, load_model, load_tokenizer
@@ -20,7 +19,7 @@ from ..train.sae import SAE, load_sae
 from .bench import Bench, Shelf
 from .core import Core
 from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
-from .references import REFERENCES
+from .references import references
 
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core,)}
 SUITES = {"quick": ("core",), "full": tuple(METRICS)}
@@ -46,11 +45,14 @@ class Request:
 
 @dataclass
 class Row:
-    """One line of the tables: a run, or something to read it against (without a folder)."""
+    """One line of the tables: a run, or something to read it against."""
 
     name: str
     subject: Subject
-    folder: Path | None = None
+    folder: Path  # its results are in evaluations/ there
+    record: dict[str, Any]  # sae.json, or what the reference is
+    weights: str  # their digest
+    reference: bool = False
     results: dict[str, Result] = field(default_factory=dict)  # by metric
     failed: dict[str, SaeError] = field(default_factory=dict)  # why a metric has no result
 
@@ -127,23 +129,37 @@ def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
                 f"{given} was trained on {site}; only SAEs of resid_post can be spliced into the model yet."
             )
         cache = cache_of(given, sae, request.model)
-        groups.setdefault(cache.folder, []).append(Row(folder.name, Subject(sae, sae.origin["layer"]), folder))
+        record = read_json(folder / "sae.json", "sha256")
+        row = Row(folder.name, Subject(sae, sae.origin["layer"]), folder, record, record["sha256"])
+        groups.setdefault(cache.folder, []).append(row)
     rows: list[Row] = []
     for cache_folder, group in groups.items():
-        bench = make_bench(request, Cache(cache_folder))
+        cache = Cache(cache_folder)
+        bench = make_bench(request, cache)
         for row in group:
             row.subject.sae.to(bench.model.device)
         if request.references:
-            layers = sorted({row.subject.layer for row in group})
-            group += [
-                Row(kind.name, Subject(kind(), layer, kind.everywhere)) for layer in layers for kind in REFERENCES
-            ]
+            group += beside(bench, cache, group)
         for metric in metrics:
             measure(metric, bench, group, request.force, stage)
-        rows += [row for row in group if row.results or row.folder]
+        rows += [row for row in group if row.results or not row.reference]
     failures = [error for row in rows for error in row.failed.values()]
     if failures and not any(row.results for row in rows):
         raise failures[0]
+    return rows
+
+
+def beside(bench: Bench, cache: Cache, group: Sequence[Row]) -> list[Row]:
+    """Reference rows for each layer of a group; their results are kept on the shelf."""
+    rows = []
+    for layer in sorted({row.subject.layer for row in group}):
+        own = [row.subject for row in group if row.subject.layer == layer]
+        for name, subject in references(bench, cache.contexts(held_out=False), own).items():
+            width = getattr(subject.sae, "d_sae", None)
+            record = {"reference": name, "layer": layer, "d_sae": width, "text": cache.fingerprint, **bench.identity}
+            digest = digest_of(record)
+            folder = bench.shelf.folder / "references" / f"{name}-L{layer}-{digest[:8]}"
+            rows.append(Row(name, subject, folder, record, digest, reference=True))
     return rows
 
 
@@ -208,14 +224,13 @@ def make_bench(request: Request, cache: Cache) -> Bench:
 
 
 def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stage: Stage) -> None:
-    """One metric for the rows that lack it, all in one pass. Rows without a folder ride along when there is a pass."""
+    """One metric for the rows that lack it, all in one pass."""
     if not force:
         for row in rows:
-            earlier = row.folder and read_result(row.folder, metric, settings_of(metric, bench, row.folder))
-            if earlier:
+            if earlier := read_result(row.folder, metric, settings_of(metric, bench, row)):
                 row.results[metric.name] = earlier
     todo = [row for row in rows if metric.name not in row.results]
-    if not any(row.folder for row in todo):
+    if not todo:
         return
     outcomes: Sequence[Outcome]
     try:
@@ -228,23 +243,19 @@ def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stag
     for row, outcome in zip(todo, outcomes, strict=True):
         if isinstance(outcome, SaeError):
             row.failed[metric.name] = outcome
-            continue
-        row.results[metric.name] = outcome
-        if row.folder:
-            settings = settings_of(metric, bench, row.folder)
-            write_result(row.folder, metric, settings, outcome, read_json(row.folder / "sae.json"))
+        else:
+            row.results[metric.name] = outcome
+            write_result(row.folder, metric, settings_of(metric, bench, row), outcome, row.record)
 
 
-def settings_of(metric: Metric, bench: Bench, folder: Path) -> dict[str, Any]:
+def settings_of(metric: Metric, bench: Bench, row: Row) -> dict[str, Any]:
     """Everything that decides a result: a file with other settings is of another measurement."""
-    with (folder / "sae.safetensors").open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return {**metric.settings(bench), "weights": weights}
+    return {**metric.settings(bench), "weights": row.weights}
 
 
 def flat(row: Row) -> dict[str, Any]:
-    """A row as one flat dictionary: metric.category.name -> number."""
+    """A row as one flat dictionary: metric.category.name -> number; what failed, under its metric's name."""
     values = {
         f"{m}.{c}.{n}": v for m, r in row.results.items() for c, group in r.metrics.items() for n, v in group.items()
     }
-    return {"name": row.name, "layer": row.subject.layer, **values}
+    return {"name": row.name, "layer": row.subject.layer, **values, **{m: str(e) for m, e in row.failed.items()}}

@@ -252,8 +252,8 @@ class Forward:
     """One pass of the model over some contexts, from which the part after any captured layer can be run again."""
 
     residual: dict[int, Tensor]  # layer -> (N, S, D)
-    logits: Tensor  # (N, S, V)
-    suffix: Callable[[int, Tensor], Tensor]  # layer, (N, S, D) -> (N, S, V): the logits had the residual been this
+    final: Tensor  # (N, S, D): what `LanguageModel.unembed` makes logits of
+    suffix: Callable[[int, Tensor], Tensor]  # layer, (N, S, D) -> (N, S, D): `final`, had the residual been this
 
 
 class _Enough(Exception):  # noqa: N818  (no error: the model has run as far as it has to)
@@ -354,7 +354,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def forward(self, ids_NS: Tensor, layers: Sequence[int]) -> Forward:
-        """One full pass. What each later block was called with is kept, so that `suffix` runs those blocks alone."""
+        """One pass. What each later block was called with is kept, so that `suffix` runs those blocks alone."""
         found: dict[Hook, Tensor] = {}
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -368,7 +368,7 @@ class LanguageModel:
         handles = [self.blocks[i].register_forward_pre_hook(remember(i), with_kwargs=True) for i in later]
         try:
             with self._capturing([Hook(layer) for layer in layers], found):
-                logits = self.model(ids_NS, use_cache=False).logits
+                final = self.trunk(ids_NS, use_cache=False).last_hidden_state
         finally:
             for handle in handles:
                 handle.remove()
@@ -378,12 +378,14 @@ class LanguageModel:
             for index in range(layer + 1, len(self.blocks)):
                 inputs, keywords = calls[index]
                 hidden = hidden_of(self.blocks[index](hidden, *inputs, **keywords))
-            return self._unembed(hidden)
+            return self.trunk.norm(hidden)
 
         residual = {hook.layer: x_NSD for hook, x_NSD in found.items()}
-        return Forward(residual, logits, torch.no_grad()(suffix))
+        return Forward(residual, final, torch.no_grad()(suffix))
 
-    def _unembed(self, hidden_NSD: Tensor) -> Tensor:
-        logits = self.model.lm_head(self.trunk.norm(hidden_NSD))
+    @torch.no_grad()
+    def unembed(self, final: Tensor) -> Tensor:
+        """Logits (..., V) of `Forward.final` (..., D), of all positions or of some: they are what takes the memory."""
+        logits = self.model.lm_head(final)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,5 +1,6 @@
 """The core metric against the definitions, written out once more in float64 with plain loops and whole forward passes."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from sae.cache.contexts import Contexts
 from sae.cache.errors import UsageError
 from sae.evaluate.bench import Bench, Shelf
-from sae.evaluate.core import Codes, Core, largest_other_cosine
+from sae.evaluate.core import Codes, Core, interval, largest_other_cosine
 from sae.evaluate.metric import Subject
 from sae.evaluate.references import Identity, Zero
 from sae.harvest.model import find_model, load_model
@@ -161,10 +162,22 @@ def by_hand(model, rows: list[list[int]], sae: SAE, size: int, reconstruction_ba
     alive = [i for i in range(sae.d_sae) if fired[i]]
     pairs = [
         abs(f[:, i] @ f[:, j]) / np.linalg.norm(f[:, i]) / np.linalg.norm(f[:, j])
-        for i in alive
-        for j in alive
-        if i < j
+        for i, j in itertools.combinations(alive, 2)
     ]
+    unit = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
+    cosines = [abs(a @ b) for a, b in itertools.combinations(unit, 2)]
+    share = np.linalg.svd(unit, compute_uv=False)
+    share = share / share.sum()
+
+    def spread(values: list[float]) -> dict[str, float]:
+        quantiles = {f"quantile_{q}": np.percentile(values, float(q)) for q in ("50", "90", "99", "99.9")}
+        return {"mean": np.mean(values), "sd": np.std(values), **quantiles}
+
+    def rank(values: list[float]) -> list[float]:
+        return [
+            sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values
+        ]
+
     return {
         "model_behavior_preservation": {
             "kl_div_score": (kl_zero - kl) / kl_zero,
@@ -191,7 +204,7 @@ def by_hand(model, rows: list[list[int]], sae: SAE, size: int, reconstruction_ba
             "l2_ratio": mean["ratio"],
             "relative_reconstruction_bias": np.mean(biases),
         },
-        "sparsity": {"l0": mean["l0"], "l1": mean["l1"]},
+        "sparsity": {"l0": mean["l0"], "l1": mean["l1"], "activation_variance": f.var(0).mean()},
         "token_stats": {
             "total_tokens_eval_reconstruction": sum(len(ids) for ids in rows[: size * reconstruction_batches]),
             "total_tokens_eval_sparsity_variance": sum(len(ids) for ids in rows),
@@ -206,11 +219,16 @@ def by_hand(model, rows: list[list[int]], sae: SAE, size: int, reconstruction_ba
             "average_max_decoder_cosine_sim": np.mean(in_decoder),
         },
         "correlation": {
-            "mean": np.mean(pairs),
-            "sd": np.std(pairs),
-            **{f"quantile_{q}": np.percentile(pairs, float(q)) for q in ("50", "90", "99", "99.9")},
+            **spread(pairs),
             "latents": len(alive),
             "latents_dead": sae.d_sae - len(alive),
+            "spearman_decoder": np.corrcoef(
+                rank(pairs), rank([unit[i] @ unit[j] for i, j in itertools.combinations(alive, 2)])
+            )[0, 1],
+        },
+        "dictionary": {
+            **{f"decoder_cosine_{name}": value for name, value in spread(cosines).items()},
+            "effective_rank": np.exp(-(share * np.log(share)).sum()),
         },
         "latents": [
             {
@@ -283,7 +301,7 @@ def test_the_identity_scores_one_and_zero_scores_zero(model, layer):
         assert result.metrics["model_performance_preservation"]["ce_loss_score"] == pytest.approx(score, abs=1e-5)
     assert identity.metrics["reconstruction_quality"]["fve"] == 1
     assert identity.metrics["reconstruction_quality"]["mse"] == 0
-    assert zero.metrics["sparsity"] == {"l0": 0, "l1": 0}
+    assert zero.metrics["sparsity"] == {"l0": 0, "l1": 0, "activation_variance": 0}
     assert zero.metrics["reconstruction_quality"]["cossim"] == -1  # 0/0 has no value, and the file says -1
     assert zero.metrics["correlation"] == {"mean": -1, "latents": 0, "latents_dead": D_IN}
 
@@ -328,11 +346,30 @@ def test_a_batch_without_a_counted_token_is_passed_over(model):
         measure(bench_of(model, [[BOS, EOS]]), sae)
 
 
+class Scripted:
+    """Codes every batch the same way."""
+
+    def __init__(self, f, recon):
+        self.f, self.recon = f, recon
+
+    def encode(self, x):
+        return self.f
+
+    def decode(self, f):
+        return self.recon
+
+
+def codes_of(x: torch.Tensor, f: torch.Tensor, recon: torch.Tensor) -> Codes:
+    """One context of the rows x (T, D)."""
+    codes = Codes()
+    patched = codes.add(Subject(Scripted(f, recon), 0), x[None], torch.ones(1, len(x), dtype=torch.bool))
+    assert torch.equal(patched, recon[None])
+    return codes
+
+
 def test_one_token_has_no_variance_and_no_next_token():
     x = torch.tensor([[3.0, 4.0]])
-    codes = Codes()
-    codes.add(x, x, x, torch.ones(1, 1, dtype=torch.bool))
-    codes.end_batch(x)
+    codes = codes_of(x, x, x)
     assert math.isnan(codes.scalars("0.6.0")["reconstruction_quality"]["fve"])
     assert codes.scalars("0.6.0")["shrinkage"]["l2_norm_in"] == 5
 
@@ -362,9 +399,7 @@ def test_the_wrong_explained_variance_is_wrong_as_documented():
     """Two dimensions with mean 10 and a little noise: 1 - R/(S - (S/D)^2) is far from the true 0.75."""
     x = torch.tensor([[9.0, 10.0], [11.0, 10.0]])
     recon = torch.tensor([[9.5, 10.0], [10.5, 10.0]])
-    codes = Codes()
-    codes.add(x, x, recon, torch.ones(1, 2, dtype=torch.bool))
-    codes.end_batch(x)
+    codes = codes_of(x, x, recon)
     quality = codes.scalars("0.6.0")["reconstruction_quality"]
     s = (81 + 100 + 121 + 100) / 2  # E|x|^2 = 201
     assert quality["fve"] == pytest.approx(0.75)
@@ -375,20 +410,17 @@ def test_the_wrong_explained_variance_is_wrong_as_documented():
 
 
 def test_l1_is_a_signed_sum_and_density_counts_positive_latents_only():
-    x, kept = torch.ones(2, 3), torch.ones(1, 2, dtype=torch.bool)
-    codes = Codes()
-    codes.add(x, torch.tensor([[1.0, -3.0, 0.0], [2.0, 0.0, 0.0]]), x, kept)
-    codes.end_batch(x)
-    assert codes.scalars("0.6.0")["sparsity"] == {"l0": 1.5, "l1": 0.0}
+    x = torch.ones(2, 3)
+    codes = codes_of(x, torch.tensor([[1.0, -3.0, 0.0], [2.0, 0.0, 0.0]]), x)
+    variance = (0.25 + 2.25 + 0) / 3
+    assert codes.scalars("0.6.0")["sparsity"] == {"l0": 1.5, "l1": 0.0, "activation_variance": pytest.approx(variance)}
     assert codes.density().tolist() == [1.0, 0.0, 0.0]
 
 
 def test_correlation_leaves_dead_latents_out_and_counts_them():
     """Columns (1,1,0), (0,1,1) and (2,2,0): cosines 1/2, 1 and 1/2; the fourth latent is dead."""
     f = torch.tensor([[1.0, 0, 2, 0], [1, 1, 2, 0], [0, 1, 0, 0]])
-    codes = Codes()
-    codes.add(torch.ones(3, 2), f, torch.ones(3, 2), torch.ones(1, 3, dtype=torch.bool))
-    found = codes.correlation()
+    found = codes_of(torch.ones(3, 2), f, torch.ones(3, 2)).correlation(None)
     assert (found["latents"], found["latents_dead"]) == (3, 1)
     assert found["mean"] == pytest.approx(2 / 3)
     assert found["sd"] == pytest.approx(math.sqrt(1 / 18))
@@ -402,3 +434,38 @@ def test_largest_other_cosine_is_brute_force(block):
     cosine = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
     expected = [max(cosine[i, j] for j in range(7) if j != i) for i in range(7)]
     assert largest_other_cosine(rows, block).tolist() == pytest.approx([float(e) for e in expected], abs=1e-6)
+
+
+def test_an_interval_is_that_of_a_mean_over_contexts_and_of_a_share():
+    torch.manual_seed(0)
+    part, one = torch.randn(400, dtype=torch.float64), torch.ones(400, dtype=torch.float64)
+    low, high = interval((part, one))
+    assert (low + high) / 2 == pytest.approx(float(part.mean()))
+    assert (high - low) / 2 == pytest.approx(1.96 * float(part.std()) / 20)
+    whole = torch.rand(400, dtype=torch.float64) + 0.5
+    low, high = interval((part * whole, whole))
+    drawn = torch.randint(400, (4000, 400))
+    ratios = (part * whole)[drawn].sum(1) / whole[drawn].sum(1)
+    assert (high - low) / 2 == pytest.approx(1.96 * float(ratios.std()), rel=0.05)  # the bootstrap agrees
+    assert all(math.isnan(end) for end in interval((part[:1], one[:1])))
+
+
+def test_every_interval_holds_its_number(model):
+    bench = bench_of(model, ragged())
+    (found,) = Core().measure(bench, [Subject(random_sae("relu"), LAYER)], lambda done, total, note="": None)
+    for category, group in found.intervals.items():
+        for name, (low, high) in group.items():
+            if name != "fve":  # its variance is about the first batch's mean
+                assert (low + high) / 2 == pytest.approx(found.metrics[category][name], rel=1e-5), name
+    assert found.intervals["reconstruction_quality"]["fve"][0] < found.metrics["reconstruction_quality"]["fve"]
+    assert found.n == {"contexts": 5, "tokens": 35}
+
+
+def test_degenerate_saes_are_flagged(model):
+    dead = random_sae("relu")
+    dead.b_enc.fill_(-1e3)
+    subjects = [Subject(dead, LAYER), Subject(random_sae("topk"), LAYER), Subject(Zero(), LAYER, everywhere=True)]
+    found = Core().measure(bench_of(model, ragged()), subjects, lambda done, total, note="": None)
+    assert "L0 is 0" in found[0].flags[0]
+    assert not any("L0 is 0" in flag for flag in found[1].flags)
+    assert found[2].flags == []

@@ -94,12 +94,28 @@ def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
     before = written_at(old)
     rows = evaluate(ask(old, new, references=True))
     assert written_at(old) == before
-    names = [(row.name, row.subject.layer) for row in rows]
-    assert names == [("old", 0), ("new", 1), ("identity", 0), ("zero", 0), ("identity", 1), ("zero", 1)]
+    names = [(row.name.split("-")[0], row.subject.layer) for row in rows]
+    beside = ("identity", "zero", "pca", "random")
+    assert names == [("old", 0), ("new", 1), *((name, layer) for layer in (0, 1) for name in beside)]
+    ((title, heads, lines),) = tables(rows)
+    assert "contexts" in title and all(len(line) == len(heads) for line in lines)
+    column = {head.split("\n")[0]: number for number, head in enumerate(heads)}
+    assert lines[0][column["alive ↑"]] and "±" in lines[0][column["KL score ↑"]]
+    assert "0..1" in heads[column["KL score ↑"]]
+    assert lines[3][column["cosine ↑"]] == ""  # zero has no direction
+    assert [row.results for row in evaluate(ask(old, new, references=True))] == [row.results for row in rows]
+
+
+def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
+    runs = [make_run(home / f"x-L0-s{seed}-ab", tiny_cache, 0, seed) for seed in range(3)]
+    for seed, run in enumerate(runs[:2]):
+        (run / "run.json").write_text(json.dumps({"variant": "x", "seed": seed}))
+    rows = evaluate(ask(*runs))
     ((_, heads, lines),) = tables(rows)
-    assert all(len(line) == len(heads) for line in lines)
-    assert lines[0][heads.index("alive ↑")]
-    assert lines[3][heads.index("cosine ↑")] == ""  # zero has no direction
+    assert len(lines) == 4 and lines[3][0] == "x-L0, 2 seeds ± sd"
+    found = [row.results["core"].metrics["sparsity"]["l0"] for row in rows[:2]]
+    mean, sd = sum(found) / 2, abs(found[0] - found[1]) / 2**0.5
+    assert lines[3][1].split(" ±") == [f"{mean:.1f}", f"{sd:.1f}".removeprefix("0")]
 
 
 def test_tokens_limits_the_text(tiny_cache, home):

@@ -191,9 +191,9 @@ def test_the_suffix_of_the_residual_is_the_forward_pass(any_model: LanguageModel
     layers = range(len(any_model.blocks))
     run = any_model.forward(ids_NS, layers)
     with torch.no_grad():
-        assert torch.equal(run.logits, any_model.model(ids_NS, use_cache=False).logits)
+        assert torch.equal(any_model.unembed(run.final), any_model.model(ids_NS, use_cache=False).logits)
     for layer in layers:
-        assert torch.equal(run.suffix(layer, run.residual[layer]), run.logits)
+        assert torch.equal(run.suffix(layer, run.residual[layer]), run.final)
 
 
 def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, ids_NS: Tensor) -> None:
@@ -209,14 +209,14 @@ def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, i
             expected = any_model.model(ids_NS, use_cache=False).logits
         handle.remove()
         spliced = run.suffix(layer, other)
-        assert torch.equal(spliced, expected) and not torch.equal(spliced, run.logits)
+        assert torch.equal(any_model.unembed(spliced), expected) and not torch.equal(spliced, run.final)
 
 
 def test_a_suffix_leaves_nothing_behind(any_model: LanguageModel, ids_NS: Tensor) -> None:
     before = hooks_on(any_model)
     first = any_model.forward(ids_NS, [0])
     first.suffix(0, torch.zeros_like(first.residual[0]))
-    assert torch.equal(any_model.forward(ids_NS, [0]).logits, first.logits)
+    assert torch.equal(any_model.forward(ids_NS, [0]).final, first.final)
     assert hooks_on(any_model) == before
 
 
