@@ -61,7 +61,7 @@ class Training:
         seen = {
             "loss": loss,
             **losses,
-            "l0": (step.f_BF != 0).sum(-1).float().mean(),
+            "l0": step.l0,
             "explained_variance": 1 - step.error_BD.square().sum() / centred.square().sum(),
             "gradient_norm": norm,
             **step.notes,

@@ -5,6 +5,8 @@ A dense product multiplies mostly zeros: with k of n latents on, encoding takes 
 the whole batch, a fixed number, token by token.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,21 @@ class Chosen(NamedTuple):
             order_N,
             torch.searchsorted(by_latent_N, at_F),
         )
+
+
+class Kept(NamedTuple):
+    """The latents of a batch that may be on, one by one."""
+
+    value_N: Tensor
+    at: Chosen
+
+    def by_section(self, sizes: Sequence[int]) -> "Kept":
+        """The same where each section of the latents has tokens of its own: token t of section g is token g B + t."""
+        token_N, latent_N, tokens, d_sae = self.at.token_N, self.at.latent_N, len(self.at.first_B), len(self.at.first_F)
+        end_G = torch.tensor(list(accumulate(sizes)), device=latent_N.device)
+        section_N = torch.searchsorted(end_G, latent_N, right=True)
+        flat_N, order_N = ((section_N * tokens + token_N) * d_sae + latent_N).sort()
+        return Kept(self.value_N[order_N], Chosen.of(flat_N, len(sizes) * tokens, d_sae))
 
 
 def summed(index_N: Tensor, row_RD: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:
@@ -104,8 +121,9 @@ def encode(pre_BF: Tensor, x_BD: Tensor, w_DF: Tensor, b_F: Tensor, b_D: Tensor 
     return _ToEncoder.apply(pre_BF.detach(), x_BD, w_DF, b_F, b_D, at.flat_N, at.token_N, at.order_N, at.first_F)
 
 
-def decode(value_N: Tensor, w_FD: Tensor, at: Chosen) -> Tensor:
+def decode(kept: Kept, w_FD: Tensor) -> Tensor:
     """(B, D): for each token the rows of its latents times their values."""
+    value_N, at = kept
     recon_BD = summed(at.latent_N, w_FD.detach(), at.first_B, value_N)
     return _ToDecoder.apply(recon_BD, w_FD, value_N.detach(), at.token_N, at.order_N, at.first_F)
 
@@ -113,4 +131,4 @@ def decode(value_N: Tensor, w_FD: Tensor, at: Chosen) -> Tensor:
 def spread(value_N: Tensor, flat_N: Tensor, like_BF: Tensor) -> Tensor:
     """The values at their places, zeros elsewhere."""
     zeros = torch.zeros_like(like_BF, dtype=value_N.dtype).flatten()
-    return zeros.scatter(0, flat_N, value_N).view_as(like_BF)
+    return zeros.scatter_(0, flat_N, value_N).view_as(like_BF)

@@ -110,6 +110,7 @@ class Pass(NamedTuple):
     pre_BF: Tensor
     f_BF: Tensor
     recon_BD: Tensor
+    kept: rows.Kept | None = None  # f_BF as rows go by it; None: dense
 
 
 class SAE(nn.Module):
@@ -133,7 +134,8 @@ class SAE(nn.Module):
     def pre_activations(self, x_BD: Tensor) -> Tensor:
         """(x - b_dec) W_enc + b_enc, with the bias first: x is then shared and needs no gradient, one product less."""
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
-        return x_BD @ self.W_enc + bias_F
+        z_BF = x_BD @ self.W_enc
+        return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # in place saves a pass over it
 
     def activate(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
         for link in self.activation:
@@ -145,10 +147,9 @@ class SAE(nn.Module):
         if choice := self.gathers():
             at = rows.Chosen.of(choice.choose(pre_BF.detach()), *pre_BF.shape)
             b_D = self.b_dec if self.pre_bias else None
-            value_N = rows.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, at).relu()
-            return Pass(
-                pre_BF, rows.spread(value_N, at.flat_N, pre_BF), rows.decode(value_N, self.W_dec, at) + self.b_dec
-            )
+            kept = rows.Kept(rows.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, at).relu(), at)
+            recon_BD = rows.decode(kept, self.W_dec) + self.b_dec
+            return Pass(pre_BF, rows.spread(kept.value_N, at.flat_N, pre_BF), recon_BD, kept)
         f_BF = self.activate(pre_BF, x_BD)
         return Pass(pre_BF, f_BF, self.decode(f_BF))
 

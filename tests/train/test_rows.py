@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from sae.train import rows
-from sae.train.loop import Training
-from sae.train.recipe import Setting, find_recipe
 from sae.train.sae import SAE, BatchTopK, ReLU, TopK
 
 D_IN, D_SAE, BATCH = 6, 40, 32
@@ -27,7 +25,9 @@ def tensors(monkeypatch, ways: dict[str, int], activation, pre_bias: bool) -> di
     loss = (done.recon_BD * weight_BD).sum() + done.recon_BD.square().sum()
     loss = loss + (done.f_BF.square() * weight_BF).sum() + (done.pre_BF.relu() * weight_BF).sum()
     loss.backward()
-    return done._asdict() | {f"gradient of {name}": p.grad for name, p in sae.named_parameters()}
+    return {name: getattr(done, name) for name in ("pre_BF", "f_BF", "recon_BD")} | {
+        f"gradient of {name}": p.grad for name, p in sae.named_parameters()
+    }
 
 
 @both
@@ -48,7 +48,7 @@ def test_by_hand() -> None:
     assert [t.tolist() for t in at[1:]] == [[0, 0, 1], [0, 2, 2], [0, 2], [0, 1, 2], [0, 1, 1]]
     value_N = torch.tensor([2.0, 3.0, 5.0], requires_grad=True)
     w_FD = torch.tensor([[1.0, 0.0], [7.0, 7.0], [1.0, 1.0]], requires_grad=True)
-    recon_BD = rows.decode(value_N, w_FD, at)
+    recon_BD = rows.decode(rows.Kept(value_N, at), w_FD)
     assert recon_BD.tolist() == [[5, 3], [5, 5]]
     recon_BD.backward(torch.tensor([[1.0, 0.0], [0.0, 10.0]]))
     assert value_N.grad.tolist() == [1, 1, 10]
