@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-PAYS_FROM = {"cpu": 8, "cuda": 1024}
+PAYS_FROM = {"cpu": 16, "cuda": 1024}
 """n/k from which rows are gathered, by device; on others never.
 
 cpu: measured by benchmarks/bench_decode.py, the whole step of `topk`; see its table in benchmarks/results.
