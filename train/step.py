@@ -27,14 +27,17 @@ class Step:
     recon_BD: Tensor
     kept: Kept | None = None  # f_BF once more, where the SAE goes by rows
     notes: dict[str, Tensor] = field(default_factory=dict)  # what a term found on the way and wants logged, each 0-d
-    error_BD: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.error_BD = self.x_BD - self.recon_BD
+    _error_BD: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return len(self.x_BD)
+
+    @property
+    def error_BD(self) -> Tensor:
+        if self._error_BD is None:  # not a cached_property: until Python 3.12 it holds a lock, which cannot be compiled
+            self._error_BD = self.x_BD - self.recon_BD
+        return self._error_BD
 
     @cached_property
     def l0(self) -> Tensor:
