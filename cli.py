@@ -145,6 +145,10 @@ def train(
     log: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or trackio, besides metrics.jsonl. Repeats.")
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile the steps: another run, in its last bits. Not faster on a CPU."),
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Harvest while training, and keep only a ring of activations on the disk.")
     ] = False,
@@ -173,7 +177,7 @@ def train(
         )
     request = Request(
         variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
-        l0=l0 or (), literal=literal, options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (),
+        l0=l0 or (), literal=literal, options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (), compiled=compiled,
     )  # fmt: skip
     of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
     given = {name: value for name, value in of_stream.items() if value is not None}

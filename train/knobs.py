@@ -135,9 +135,8 @@ class HoldL0(Mechanism):
     def after(self, step: Step) -> None:
         for name in self.own:
             getattr(self, f"start_{name}").copy_(self.start(name, step))
-        l0 = (step.f_BF.detach() != 0).sum(-1).float().mean()
-        self.l0.copy_(torch.where(step.i == 0, l0, self.l0.lerp(l0, 0.2)))
-        self.earlier.copy_(torch.where(step.i == 0, l0, self.earlier.lerp(l0, 0.05)))
+        self.l0.copy_(torch.where(step.i == 0, step.l0, self.l0.lerp(step.l0, 0.2)))
+        self.earlier.copy_(torch.where(step.i == 0, step.l0, self.earlier.lerp(step.l0, 0.05)))
         moved = self.integral + torch.where(step.i < self.begin, 0.0, self.rate * self.error())
         self.integral.copy_(moved.clamp(-12, 12))
 

@@ -25,8 +25,7 @@ class Training:
         """One optimisation step on raw activations (B, d_in). Nothing here reads a value back to the host."""
         variant, optimizer = self.variant, self.optimizer
         with bfloat16_products(self.device):
-            step = variant(self.i, x_BD, optimizer)
-            losses = variant.losses(step)
+            step, losses = self.passed(x_BD)
         loss = torch.stack(list(losses.values())).sum()
         loss.backward()
         with torch.no_grad():
@@ -42,6 +41,11 @@ class Training:
             self.i += 1
         optimizer.zero_grad(set_to_none=True)
         return step
+
+    def passed(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
+        """The forward pass and its losses, which change nothing: what `--compile` compiles."""
+        step = self.variant(self.i, x_BD, self.optimizer)
+        return step, self.variant.losses(step)
 
     @torch.no_grad()
     def between(self, number: int, step: Step) -> None:
@@ -61,7 +65,7 @@ class Training:
         seen = {
             "loss": loss,
             **losses,
-            "l0": (step.f_BF != 0).sum(-1).float().mean(),
+            "l0": step.l0,
             "explained_variance": 1 - step.error_BD.square().sum() / centred.square().sum(),
             "gradient_norm": norm,
             **step.notes,

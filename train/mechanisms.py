@@ -168,7 +168,7 @@ class Threshold(Mechanism):
         self.calibrated = 0
 
     def _follow(self, step: Step, rate: Tensor | float) -> None:
-        kept = step.f_BF.detach().float()
+        kept = (step.kept.value_N if step.kept else step.f_BF).detach().float()
         smallest = torch.where(kept > 0, kept, torch.inf).min()
         threshold = self.activation.threshold
         target = torch.where(smallest.isinf(), threshold, smallest)  # a batch in which nothing fired says nothing

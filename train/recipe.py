@@ -153,8 +153,8 @@ class Variant(nn.Module):
     def forward(self, i: Tensor, x_BD: Tensor, optimizer: torch.optim.Optimizer) -> Step:
         """The forward pass of a step on raw activations."""
         x_BD = (x_BD.float() - self.mean_D) / self.scale
-        pre_BF, f_BF, recon_BD = self.sae(x_BD)
-        return Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float())
+        pre_BF, f_BF, recon_BD, kept = self.sae(x_BD)
+        return Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float(), kept)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Each term times its coefficient; a coefficient that moves is noted."""

@@ -67,6 +67,7 @@ class Request:
     log_every: int = 50
     checkpoint_every: int = 1000
     log: Sequence[str] = ()  # loggers, by name
+    compiled: bool = False  # steps go through torch.compile
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Run:
     setting: Setting
     cache: Cache | Joined | Ring
     folder: Path = Path()
+    compiled: bool = False
     notes: Sequence[str] = ()  # what the plan says of its options
     problem: str | None = field(default=None)  # why it was given up
 
@@ -102,6 +104,7 @@ class Run:
             "order_seed": self.order_seed,
             **self.setting.identity(),
             "cache": self.cache.digest(self.hook.array),
+            **({"compiled": True} if self.compiled else {}),
         }
 
     def default_name(self) -> str:
@@ -157,7 +160,8 @@ def plan(request: Request) -> list[Run]:
                 problems.append(str(error))
                 continue
             for seed in dict.fromkeys(request.seeds):
-                run = Run(recipe, given[recipe.name], hook, seed, request.order_seed, setting, cache, notes=notes)
+                options, order = given[recipe.name], request.order_seed
+                run = Run(recipe, options, hook, seed, order, setting, cache, compiled=request.compiled, notes=notes)
                 run.folder = (request.out or home() / "runs") / run.default_name()
                 runs.append(run)
     if problems:
@@ -189,7 +193,7 @@ def resumed(folder: Path, request: Request) -> Run:
         raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
     fixed = {
         "--variant": "variants", "--layer": "layers", "--site": "site", "--seed": "seeds", "--model": "model", "--steps": "steps", "--width": "width",
-        "--batch-size": "batch_size", "--l0": "l0", "--literal": "literal", "--set": "options", "--order-seed": "order_seed", "--out": "out",
+        "--batch-size": "batch_size", "--l0": "l0", "--literal": "literal", "--set": "options", "--order-seed": "order_seed", "--out": "out", "--compile": "compiled",
     }  # fmt: skip
     changed = [flag for flag, name in fixed.items() if getattr(request, name) != getattr(Request(), name)]
     if changed:
@@ -209,7 +213,8 @@ def resumed(folder: Path, request: Request) -> Run:
     hook = Hook(record["layer"], record["site"])
     cache.require(*hook)
     setting = Setting.recorded(record, cache.statistics(hook.array)["variance"])
-    run = Run(recipe, record["options"], hook, record["seed"], record["order_seed"], setting, cache, folder)
+    seeds, compiled = (record["seed"], record["order_seed"]), record.get("compiled", False)
+    run = Run(recipe, record["options"], hook, *seeds, setting, cache, folder, compiled)
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(
             f"{', '.join(run.cache_folders)} is not what {folder} was trained on. Give that cache with --cache."

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..cache.errors import DamagedError, UsageError
 from ..cache.files import publish, read_json, write_json
+from . import rows
 
 FORMAT = 1
 
@@ -55,19 +56,34 @@ class ReLU(Activation, name="relu"):
         return z_BF.relu()
 
 
-class TopK(Activation, name="topk"):
+class Choice:
+    """Chooses some latents and keeps the positive ones of those."""
+
+    k: float  # how many a token, on average over the batch: exactly so many are chosen in training
+
+    def choose(self, z_BF: Tensor) -> Tensor:
+        """(N) int64: places in the flattened z of the latents chosen, rising by token."""
+        raise NotImplementedError
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        flat_N = self.choose(z_BF.detach().reshape(-1, z_BF.shape[-1]))
+        return rows.spread(z_BF.flatten().index_select(0, flat_N).relu(), flat_N, z_BF)
+
+
+class TopK(Choice, Activation, name="topk"):
     """Keep the k largest latents of each token, and of those the positive ones (Gao et al. 2024)."""
 
     def __init__(self, k: int) -> None:
         super().__init__(k=k)
         self.k = k
 
-    def forward(self, z_BF: Tensor) -> Tensor:
-        top = z_BF.relu().topk(self.k, dim=-1, sorted=False)
-        return torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
+    def choose(self, z_BF: Tensor) -> Tensor:
+        index_BK = z_BF.topk(self.k, dim=-1, sorted=False).indices
+        begin_B = torch.arange(0, z_BF.numel(), z_BF.shape[1], device=z_BF.device)
+        return (index_BK + begin_B[:, None]).flatten()
 
 
-class BatchTopK(Activation, name="batchtopk"):
+class BatchTopK(Choice, Activation, name="batchtopk"):
     """Training: keep the B k largest latents of the batch. Afterwards: keep what exceeds `threshold` (Bussmann et al. 2024).
 
     So a loaded SAE codes each token by itself. The threshold is moved by the mechanism `Threshold`.
@@ -80,12 +96,11 @@ class BatchTopK(Activation, name="batchtopk"):
         self.k = k
         self.register_buffer("threshold", torch.zeros(()))
 
+    def choose(self, z_BF: Tensor) -> Tensor:
+        return z_BF.flatten().topk(int(self.k * len(z_BF)), sorted=False).indices.sort().values
+
     def forward(self, z_BF: Tensor) -> Tensor:
-        z_BF = z_BF.relu()
-        if not self.training:
-            return z_BF * (z_BF > self.threshold)
-        top = z_BF.flatten().topk(int(self.k * z_BF.shape[:-1].numel()), sorted=False)
-        return torch.zeros_like(z_BF).flatten().scatter(0, top.indices, top.values).view_as(z_BF)
+        return super().forward(z_BF) if self.training else z_BF.relu() * (z_BF > self.threshold)
 
     def rescale_(self, factor: float) -> None:
         self.threshold.mul_(factor)
@@ -95,6 +110,7 @@ class Pass(NamedTuple):
     pre_BF: Tensor
     f_BF: Tensor
     recon_BD: Tensor
+    kept: rows.Kept | None = None  # f_BF as rows go by it; None: dense
 
 
 class SAE(nn.Module):
@@ -118,7 +134,8 @@ class SAE(nn.Module):
     def pre_activations(self, x_BD: Tensor) -> Tensor:
         """(x - b_dec) W_enc + b_enc, with the bias first: x is then shared and needs no gradient, one product less."""
         bias_F = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
-        return x_BD @ self.W_enc + bias_F
+        z_BF = x_BD @ self.W_enc
+        return z_BF.add_(bias_F) if z_BF.dtype == bias_F.dtype else z_BF + bias_F  # in place saves a pass over it
 
     def activate(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
         for link in self.activation:
@@ -127,8 +144,20 @@ class SAE(nn.Module):
 
     def forward(self, x_BD: Tensor) -> Pass:
         pre_BF = self.pre_activations(x_BD)
+        if choice := self.gathers():
+            at = rows.Chosen.of(choice.choose(pre_BF.detach()), *pre_BF.shape)
+            b_D = self.b_dec if self.pre_bias else None
+            kept = rows.Kept(rows.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, at).relu(), at)
+            recon_BD = rows.decode(kept, self.W_dec) + self.b_dec
+            return Pass(pre_BF, rows.spread(kept.value_N, at.flat_N, pre_BF), recon_BD, kept)
         f_BF = self.activate(pre_BF, x_BD)
         return Pass(pre_BF, f_BF, self.decode(f_BF))
+
+    def gathers(self) -> Choice | None:
+        """The activation, where training is to go by the rows of the latents that it chooses (`rows.pays`)."""
+        choice = self.activation[0]
+        alone = self.training and len(self.activation) == 1 and isinstance(choice, Choice)
+        return choice if alone and rows.pays(self.d_sae, choice.k, self.W_dec.device.type) else None
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Latents (..., d_sae) of activations (..., d_in)."""

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from .rows import Kept
 from .sae import SAE
 
 
@@ -24,20 +25,29 @@ class Step:
     pre_BF: Tensor
     f_BF: Tensor
     recon_BD: Tensor
+    kept: Kept | None = None  # f_BF once more, where the SAE goes by rows
     notes: dict[str, Tensor] = field(default_factory=dict)  # what a term found on the way and wants logged, each 0-d
+    _error_BD: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return len(self.x_BD)
 
-    @cached_property
+    @property
     def error_BD(self) -> Tensor:
-        return self.x_BD - self.recon_BD
+        if self._error_BD is None:  # not a cached_property: until Python 3.12 it holds a lock, which cannot be compiled
+            self._error_BD = self.x_BD - self.recon_BD
+        return self._error_BD
+
+    @cached_property
+    def l0(self) -> Tensor:
+        """() latents a token."""
+        return self.f_BF.count_nonzero() / self.tokens  # a tenth of the time of sums over the tokens on a CPU
 
     @cached_property
     def fired_F(self) -> Tensor:
         """Which latents are nonzero for some token of the batch."""
-        return (self.f_BF.detach() != 0).any(0)
+        return self.f_BF.detach().any(0)
 
 
 class Term(nn.Module, ABC):

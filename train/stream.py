@@ -21,6 +21,7 @@ from ..cache.joined import Joined
 from ..cache.reader import Cache
 from ..cache.ring import Ring
 from .checkpoint import restore, save_checkpoint
+from .compiled import compile_step
 from .loop import Training, bfloat16_products, train
 from .recipe import Variant
 from .run import FORMAT, Request, Run
@@ -96,6 +97,8 @@ def begin(run: Run, device: str, report: Report) -> tuple[RunTraining, int]:
         drop_metrics_after(run.folder, taken)
     else:
         write_json(run.folder / "run.json", record_of(run, training.variant))
+    if run.compiled and (why := compile_step(training, run.setting.batch_size)):
+        report.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({why}).")
     return training, taken
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae.cache.errors import UsageError
+from sae.train import rows
 from sae.train.loop import Training
 from sae.train.recipe import Setting, find_recipe
 from sae.train.step import Step
@@ -39,15 +40,16 @@ def test_by_hand() -> None:
     assert training.variant.terms["mse"](step).item() == pytest.approx((1.0 + 0.0) / 2)
 
 
-def test_the_gradient_is_that_of_the_losses_of_each_prefix() -> None:
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_the_gradient_is_that_of_the_losses_of_each_prefix(by_rows, monkeypatch) -> None:
+    monkeypatch.setattr(rows, "PAYS_FROM", {"cpu": 1} if by_rows else {})
     training = built("matryoshka")
     sae = training.variant.sae.double()
     torch.nn.init.normal_(sae.b_dec)
     x_BD, ends, weights = torch.randn(32, 8, dtype=torch.float64), [1, 2, 4, 8, 16], [sae.W_enc, sae.W_dec, sae.b_dec]
 
     def step() -> Step:
-        pre_BF, f_BF, recon_BD = sae(x_BD)
-        return Step(training.i, sae, training.optimizer, x_BD, pre_BF, f_BF, recon_BD)
+        return Step(training.i, sae, training.optimizer, x_BD, *sae(x_BD))
 
     nested = torch.autograd.grad(NestedMSE(ends)(step()), weights)
     f_BF = sae(x_BD).f_BF

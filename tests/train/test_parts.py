@@ -17,7 +17,7 @@ from sae.train.variants.decorrelation import Decorrelation
 
 def step_of(sae: SAE, x_BD: torch.Tensor, i: int = 0, optimizer=None) -> Step:
     """The step of an SAE on a batch."""
-    pre_BF, f_BF, recon_BD = sae(x_BD)
+    pre_BF, f_BF, recon_BD, _ = sae(x_BD)
     return Step(torch.tensor(i), sae, optimizer, x_BD, pre_BF, f_BF, recon_BD)
 
 

@@ -190,8 +190,7 @@ class DynamicL1(Mechanism):
 
     def after(self, step: Step) -> None:
         if self.mode == "l0_target":
-            l0 = (step.f_BF.detach() != 0).sum(-1).float().mean()
-            self.value.copy_(self.bounded(self.value * torch.exp(self.kappa * (l0 / self.target - 1)), step))
+            self.value.copy_(self.bounded(self.value * torch.exp(self.kappa * (step.l0 / self.target - 1)), step))
         elif self.mode == "recon_ratio":
             error = step.error_BD.detach().square().sum(-1).mean()
             self.first_error.copy_(torch.where(step.i == 0, error, self.first_error))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...cache.errors import UsageError
+from .. import rows
 from ..recipe import Setting, Variant, recipe
 from ..step import Step, Term
 from .baselines import batchtopk
@@ -28,10 +29,18 @@ class NestedMSE(Term):
         super().__init__()
         self.sizes = [end - begin for begin, end in pairwise([0, *ends])]
 
+    def blocks(self, step: Step) -> list[Tensor]:
+        """What each block adds, (B, D)."""
+        if step.kept:
+            added = rows.decode(step.kept.by_section(self.sizes), step.sae.W_dec)
+            return list(added.split(step.tokens))
+        parts = zip(step.f_BF.split(self.sizes, -1), step.sae.W_dec.split(self.sizes), strict=True)
+        return [f_BS @ dec_SD for f_BS, dec_SD in parts]
+
     def forward(self, step: Step) -> Tensor:
         recon_BD, losses = step.sae.b_dec, []
-        for f_BS, dec_SD in zip(step.f_BF.split(self.sizes, -1), step.sae.W_dec.split(self.sizes), strict=True):
-            recon_BD = f_BS @ dec_SD + recon_BD
+        for added_BD in self.blocks(step):
+            recon_BD = added_BD + recon_BD
             losses.append((step.x_BD - recon_BD).square().sum(-1).mean())
         # Paper: does not say whether the losses are summed or averaged; with a mean the other terms keep their weight.
         return torch.stack(losses).mean()
