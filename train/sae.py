@@ -31,7 +31,9 @@ class Activation(nn.Module):
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD): a router does
 
-    def __init_subclass__(cls, *, name: str) -> None:
+    def __init_subclass__(cls, *, name: str = "") -> None:
+        if not name:
+            return  # a base of several
         if name in Activation.registry:
             raise TypeError(
                 f"two activations are called {name!r}: {Activation.registry[name].__module__}, {cls.__module__}"
@@ -55,19 +57,37 @@ class ReLU(Activation, name="relu"):
         return z_BF.relu()
 
 
-class TopK(Activation, name="topk"):
+class KeepsK(Activation):
+    """k latents a token. While `AnnealK` lowers their number it is `now`, at most the `room` that tensors have."""
+
+    now: Tensor | None  # () float32; of the training, and not saved with an SAE
+
+    def __init__(self, k: float) -> None:
+        super().__init__(k=k)
+        self.k = self.room = k
+        self.register_buffer("now", None, persistent=False)
+
+    def largest(self, z: Tensor, tokens: int) -> Tensor:
+        """The latents (..., n) that are among the largest k `tokens` of their row; the others are zero."""
+        if self.now is None or not self.training or self.room == self.k:
+            top = z.topk(int(self.k * tokens), sorted=False)
+            return torch.zeros_like(z).scatter(-1, top.indices, top.values)
+        top = z.topk(int(self.room * tokens))
+        rank = torch.arange(top.values.shape[-1], device=z.device)
+        return torch.zeros_like(z).scatter(-1, top.indices, top.values * (rank < (self.now * tokens).floor()))
+
+
+class TopK(KeepsK, name="topk"):
     """Keep the k largest latents of each token, and of those the positive ones (Gao et al. 2024)."""
 
     def __init__(self, k: int) -> None:
-        super().__init__(k=k)
-        self.k = k
+        super().__init__(k)
 
     def forward(self, z_BF: Tensor) -> Tensor:
-        top = z_BF.relu().topk(self.k, dim=-1, sorted=False)
-        return torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
+        return self.largest(z_BF.relu(), 1)
 
 
-class BatchTopK(Activation, name="batchtopk"):
+class BatchTopK(KeepsK, name="batchtopk"):
     """Training: keep the B k largest latents of the batch. Afterwards: keep what exceeds `threshold` (Bussmann et al. 2024).
 
     So a loaded SAE codes each token by itself. The threshold is moved by the mechanism `Threshold`.
@@ -76,16 +96,14 @@ class BatchTopK(Activation, name="batchtopk"):
     threshold: Tensor  # ()
 
     def __init__(self, k: float) -> None:
-        super().__init__(k=k)
-        self.k = k
+        super().__init__(k)
         self.register_buffer("threshold", torch.zeros(()))
 
     def forward(self, z_BF: Tensor) -> Tensor:
         z_BF = z_BF.relu()
         if not self.training:
             return z_BF * (z_BF > self.threshold)
-        top = z_BF.flatten().topk(int(self.k * z_BF.shape[:-1].numel()), sorted=False)
-        return torch.zeros_like(z_BF).flatten().scatter(0, top.indices, top.values).view_as(z_BF)
+        return self.largest(z_BF.flatten(), z_BF.shape[:-1].numel()).view_as(z_BF)
 
     def rescale_(self, factor: float) -> None:
         self.threshold.mul_(factor)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from .mechanisms import DeadLatents
 from .recipe import one_of
+from .sae import TopK
 from .step import Step, Term
 
 
@@ -23,6 +24,21 @@ class L1(Term):
 
     def forward(self, step: Step) -> Tensor:
         return step.f_BF.abs().sum(-1).mean()
+
+
+class MultiTopK(Term):
+    """mean_B sum_D (x - x_hat)^2 with the 4 k largest latents of each token (Multi-TopK, Gao et al. 2024, 5.3).
+
+    So the SAE also codes with another number of latents than it was trained for; beside k it weighs 1/8 there.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.activation = TopK(k)
+
+    def forward(self, step: Step) -> Tensor:
+        recon_BD = step.sae.decode(self.activation(step.pre_BF))
+        return (step.x_BD - recon_BD.float()).square().sum(-1).mean()
 
 
 class AuxK(Term):

@@ -275,6 +275,13 @@ def refusal(cache, *variants: str, **changes) -> str:
         ({"options": ["k=true"]}, "k=True is no int."),
         ({"options": ["k=0"]}, "k=0 latents cannot be kept of 128: give 1 to 128"),
         ({"options": ["k=129"]}, "k=129 latents cannot be kept of 128: give 1 to 128"),
+        ({"options": ["k_anneal_steps=13"]}, "k_anneal_steps=13 is negative or longer than the run of 12 steps."),
+        ({"options": ["k_start=64"]}, "k_start=64 has no effect without k_anneal_steps"),
+        (
+            {"options": ["k_anneal_steps=6", "k_start=31"]},
+            "k cannot fall from k_start=31 to k=32: give a k_start from 32",
+        ),
+        ({"options": ["k_anneal_steps=6", "k_start=129"]}, "k cannot fall from k_start=129 to k=32"),
         ({"options": ["lr=0"]}, "lr=0 is not positive."),
         ({"options": ["lr=nan"]}, "lr=nan is not positive."),
         ({"options": ["warmup=13"]}, "warmup=13 is negative or longer than the run of 12 steps."),

@@ -1,11 +1,12 @@
 """The baselines that every paper compares against."""
 
+from ...cache.errors import UsageError
 from ..coefficients import warmup
-from ..mechanisms import DeadLatents, Threshold, UnitNormDecoder
+from ..mechanisms import AnnealK, DeadLatents, Threshold, UnitNormDecoder
 from ..recipe import Optimization, Setting, Variant, recipe
-from ..sae import SAE, BatchTopK, TopK
+from ..sae import SAE, BatchTopK, KeepsK, TopK
 from ..step import Mechanism
-from ..terms import L1, MSE, AuxK
+from ..terms import L1, MSE, AuxK, MultiTopK
 
 
 @recipe("relu", paper="Bricken et al. 2023", width=1)
@@ -27,26 +28,68 @@ def rate_by_width(d_sae: int) -> float:
     return 2e-4 / (d_sae / 2**14) ** 0.5
 
 
-def auxk(run: Setting, activation: TopK | BatchTopK, aux: float, aux_k: int | None, *extra: Mechanism) -> Variant:
-    """What topk and batchtopk share: no penalty, and dead latents that model the residual."""
+def auxk(
+    run: Setting, activation: KeepsK, aux: float, aux_k: int | None, steps: int, start: float | None, *extra: Mechanism
+) -> Variant:
+    """What topk and batchtopk share: no penalty, dead latents that model the residual, and a k that may be annealed."""
     dead = DeadLatents(run.d_sae, run.dead_tokens)
     return Variant(
         SAE(run.d_in, run.d_sae, [activation]),
         {"mse": (1.0, MSE()), "aux": (aux, AuxK(dead, aux_k or run.d_in // 2))},
-        [*extra, UnitNormDecoder()],
+        [*extra, *annealing(run, activation, steps, start), UnitNormDecoder()],
         Optimization(lr=rate_by_width(run.d_sae)),
         dead=dead,
     )
 
 
-@recipe("topk", paper="Gao et al. 2024", equations="eq. 3, A.2")
-def topk(run: Setting, k: int = 32, aux: float = 1 / 32, aux_k: int | None = None) -> Variant:
-    """The k largest latents of each token; dead latents are revived by AuxK. `aux_k`: None is d_in / 2."""
-    return auxk(run, TopK(k), aux, aux_k)
+def annealing(run: Setting, activation: KeepsK, steps: int, start: float | None) -> list[Mechanism]:
+    """AnnealK over so many steps, from d_in latents a token where no start is given; nothing for 0 steps."""
+    begin, k = min(run.d_in, run.d_sae) if start is None else start, activation.k
+    problems = []
+    if not 0 <= steps <= run.steps:
+        problems.append(f"k_anneal_steps={steps} is negative or longer than the run of {run.steps} steps.")
+    if start is not None and not steps:
+        problems.append(f"k_start={start} has no effect without k_anneal_steps: give both.")
+    if steps and not k <= begin <= run.d_sae:
+        problems.append(f"k cannot fall from k_start={begin} to k={k}: give a k_start from {k} to {run.d_sae}.")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return [AnnealK(activation, begin, steps)] if steps else []
+
+
+@recipe("topk", paper="Gao et al. 2024", equations="eq. 3, 5.3, A.2")
+def topk(
+    run: Setting,
+    k: int = 32,
+    aux: float = 1 / 32,
+    aux_k: int | None = None,
+    multi: float = 0.0,
+    k_anneal_steps: int = 0,
+    k_start: int | None = None,
+) -> Variant:
+    """The k largest latents of each token; dead latents are revived by AuxK. `aux_k`: None is d_in / 2.
+
+    `multi`: the weight of the error with 4 k latents, Multi-TopK; the paper's is 1/8. `k_anneal_steps`: over so many
+    steps k falls from `k_start` (None: d_in) to `k`.
+    """
+    variant = auxk(run, TopK(k), aux, aux_k, k_anneal_steps, k_start)
+    if multi:
+        variant.add_term("multi", multi, MultiTopK(min(4 * k, run.d_sae)))
+    return variant
 
 
 @recipe("batchtopk", paper="Bussmann et al. 2024")
-def batchtopk(run: Setting, k: float = 32, aux: float = 1 / 32, aux_k: int | None = None) -> Variant:
-    """The k largest latents a token on average over the batch; afterwards a threshold, so tokens are coded alone."""
+def batchtopk(
+    run: Setting,
+    k: float = 32,
+    aux: float = 1 / 32,
+    aux_k: int | None = None,
+    k_anneal_steps: int = 0,
+    k_start: float | None = None,
+) -> Variant:
+    """The k largest latents a token on average over the batch; afterwards a threshold, so tokens are coded alone.
+
+    `aux_k`: None is d_in / 2. `k_anneal_steps`: over so many steps k falls from `k_start` (None: d_in) to `k`.
+    """
     activation = BatchTopK(k)
-    return auxk(run, activation, aux, aux_k, Threshold(activation))
+    return auxk(run, activation, aux, aux_k, k_anneal_steps, k_start, Threshold(activation))
