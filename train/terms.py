@@ -1,11 +1,12 @@
 """Loss terms that more than one recipe uses."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .mechanisms import DeadLatents
-from .recipe import one_of
 from .sae import TopK
 from .step import Step, Term
 
@@ -73,6 +74,9 @@ class AuxK(Term):
         return share * error / torch.where(variance > 0, variance, torch.inf)
 
 
-def reconstruction_weight(reconstruction: str, d_in: int) -> float:
+Reconstruction = Literal["sum", "mean"]
+
+
+def reconstruction_weight(reconstruction: Reconstruction, d_in: int) -> float:
     """The squared error is summed over d_in, or its mean over d_in, which makes a penalty d_in times as strong."""
-    return 1.0 if one_of("reconstruction", reconstruction, ("sum", "mean")) == "sum" else 1 / d_in
+    return 1.0 if reconstruction == "sum" else 1 / d_in

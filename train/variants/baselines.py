@@ -46,8 +46,6 @@ def annealing(run: Setting, activation: KeepsK, steps: int, start: float | None)
     """AnnealK over so many steps, from d_in latents a token where no start is given; nothing for 0 steps."""
     begin, k = min(run.d_in, run.d_sae) if start is None else start, activation.k
     problems = []
-    if not 0 <= steps <= run.steps:
-        problems.append(f"k_anneal_steps={steps} is negative or longer than the run of {run.steps} steps.")
     if start is not None and not steps:
         problems.append(f"k_start={start} has no effect without k_anneal_steps: give both.")
     if steps and not k <= begin <= run.d_sae:
