@@ -324,7 +324,7 @@ class Competition(Term):
 
 
 def rising(strength: float, steps: int) -> Coefficient:
-    """strength min(1, t/steps) (4); the step's notes have it."""
+    """strength min(1, t/steps), t counted from 1 (4); the step's notes have it."""
     ramp = warmup(strength, steps)
 
     def coefficient(step: Step) -> Tensor | float:
