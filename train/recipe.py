@@ -50,6 +50,10 @@ class Setting(NamedTuple):
         sizes = (record[name] for name in cls.SIZES)
         return cls(*sizes, record.get("l0"), record.get("literal", False), variance)
 
+    def growth(self, steps: int | None) -> int:
+        """The steps over which a penalty grows: those given, else a twentieth of the run."""
+        return self.steps // 20 if steps is None else steps
+
     @property
     def dead_tokens(self) -> int:
         """A latent is dead that has not fired for ten million tokens, or a tenth of a shorter run."""
@@ -82,20 +86,20 @@ class Optimization:
         return self.lr * up * down
 
     def problems(self, steps: int) -> Iterator[str]:
-        if not 0 < self.lr < math.inf:
-            yield f"lr={self.lr} is not positive."
+        if not self.lr > 0:
+            yield f"lr={self.lr:g} is not positive."
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} is no decay rate: give 0 to below 1."
+                yield f"{name}={getattr(self, name):g} is no decay rate: give 0 to below 1."
         for name in ("eps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                yield f"{name}={getattr(self, name)} is negative or not finite."
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name):g} is negative."
         if self.clip is not None and not self.clip > 0:
-            yield f"clip={self.clip} would stop every step: give a positive norm, or none."
+            yield f"clip={self.clip:g} would stop every step: give a positive norm, or none."
         if not 0 <= self.warmup_steps(steps) <= steps:
             yield f"warmup={self.warmup} is negative or longer than the run of {steps} steps."
         if not 0 <= self.decay_start <= 1:
-            yield f"decay_start={self.decay_start} is no share of the run; give 0 to 1."
+            yield f"decay_start={self.decay_start:g} is no share of the run; give 0 to 1."
 
 
 class Mechanisms(nn.ModuleList):
@@ -212,7 +216,7 @@ class Recipe:
         ]
         unfit = [name for name in asked if name in kinds and not fits(asked[name], kinds[name])]
         problems += [misfit(name, asked[name], kinds[name]) for name in unfit]
-        understood = {name: value for name, value in asked.items() if name in kinds and name not in unfit}
+        understood = {n: as_float(v, kinds[n]) for n, v in asked.items() if n in kinds and n not in unfit}
         shared = {name: value for name, value in understood.items() if name not in own}
         problems += Optimization(**shared).problems(setting.steps)
         chosen = {name: value for name, value in understood.items() if name in own}
@@ -226,7 +230,7 @@ class Recipe:
             problems.append(f"the width {setting.d_sae} is not positive.")
         elif (k := values.get("k")) is not None and not 0 < k <= setting.d_sae:
             problems.append(
-                f"k={k} latents cannot be kept of {setting.d_sae}: give 1 to {setting.d_sae}, or a larger --width."
+                f"k={k:g} latents cannot be kept of {setting.d_sae}: give 1 to {setting.d_sae}, or a larger --width."
             )
         else:
             try:
@@ -275,7 +279,15 @@ def fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if get_args(kind):
         return any(fits(value, one) for one in get_args(kind))
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def as_float(value: Any, kind: Any) -> Any:
+    """An int given for a float, as what it stands for: a tensor of ints is no tensor of floats."""
+    kinds = get_args(kind) or (kind,)
+    return float(value) if float in kinds and int not in kinds and isinstance(value, int) else value
 
 
 def misfit(name: str, value: Any, kind: Any) -> str:
@@ -283,6 +295,8 @@ def misfit(name: str, value: Any, kind: Any) -> str:
     known = [one for part in (kind, *get_args(kind)) if get_origin(part) is Literal for one in get_args(part)]
     if known:
         return f"{name}={value} is unknown: {', '.join(known)}."
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name}={value} is not finite."
     return f"{name}={value!r} is no {inspect.formatannotation(kind)}."
 
 

@@ -23,6 +23,7 @@ VARIED = (
     "topk k=4 k_anneal_steps=11 multi=0.125",
     "batchtopk k=2.5 k_anneal_steps=9 k_start=7.5",
     "matryoshka k=4 k_anneal_steps=12",
+    "jumprelu-tanh ste_to_input=true",
 )
 EVERY = [*sorted(RECIPES), *VARIED]
 every_recipe = pytest.mark.parametrize("name", EVERY)

@@ -1,5 +1,7 @@
 """The baselines that every paper compares against."""
 
+from collections.abc import Iterator
+
 from ...cache.errors import UsageError
 from ..coefficients import warmup
 from ..mechanisms import AnnealK, DeadLatents, Threshold, UnitNormDecoder
@@ -17,7 +19,7 @@ def relu(run: Setting, l1: float = 0.04, l1_warmup: int | None = None, pre_bias:
     """
     return Variant(
         SAE(run.d_in, run.d_sae, pre_bias=pre_bias),
-        {"mse": (1.0, MSE()), "l1": (warmup(l1, run.steps // 20 if l1_warmup is None else l1_warmup), L1())},
+        {"mse": (1.0, MSE()), "l1": (warmup(l1, run.growth(l1_warmup)), L1())},
         [UnitNormDecoder()],
         dead=DeadLatents(run.d_sae, run.dead_tokens),
     )
@@ -32,27 +34,29 @@ def auxk(
     run: Setting, activation: KeepsK, aux: float, aux_k: int | None, steps: int, start: float | None, *extra: Mechanism
 ) -> Variant:
     """What topk and batchtopk share: no penalty, dead latents that model the residual, and a k that may be annealed."""
+    begin = min(run.d_in, run.d_sae) if start is None else start
+    if wrong := list(problems(run, activation.k, aux_k, steps, start, begin)):
+        raise UsageError("\n".join(wrong))
+    if steps:
+        extra = (*extra, AnnealK(activation, begin, steps))
     dead = DeadLatents(run.d_sae, run.dead_tokens)
     return Variant(
         SAE(run.d_in, run.d_sae, [activation]),
-        {"mse": (1.0, MSE()), "aux": (aux, AuxK(dead, aux_k or run.d_in // 2))},
-        [*extra, *annealing(run, activation, steps, start), UnitNormDecoder()],
+        {"mse": (1.0, MSE()), "aux": (aux, AuxK(dead, max(1, run.d_in // 2) if aux_k is None else aux_k))},
+        [*extra, UnitNormDecoder()],
         Optimization(lr=rate_by_width(run.d_sae)),
         dead=dead,
     )
 
 
-def annealing(run: Setting, activation: KeepsK, steps: int, start: float | None) -> list[Mechanism]:
-    """AnnealK over so many steps, from d_in latents a token where no start is given; nothing for 0 steps."""
-    begin, k = min(run.d_in, run.d_sae) if start is None else start, activation.k
-    problems = []
+def problems(run: Setting, k: float, aux_k: int | None, steps: int, start: float | None, begin: float) -> Iterator[str]:
+    """What is wrong with the options of `auxk`."""
+    if aux_k is not None and aux_k < 1:
+        yield f"aux_k={aux_k} is not positive. Without AuxK: aux=0."
     if start is not None and not steps:
-        problems.append(f"k_start={start} has no effect without k_anneal_steps: give both.")
+        yield f"k_start={start} has no effect without k_anneal_steps: give both."
     if steps and not k <= begin <= run.d_sae:
-        problems.append(f"k cannot fall from k_start={begin} to k={k}: give a k_start from {k} to {run.d_sae}.")
-    if problems:
-        raise UsageError("\n".join(problems))
-    return [AnnealK(activation, begin, steps)] if steps else []
+        yield f"k cannot fall from k_start={begin} to k={k}: give a k_start from {k} to {run.d_sae}."
 
 
 @recipe("topk", paper="Gao et al. 2024", equations="eq. 3, 5.3, A.2")

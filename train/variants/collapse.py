@@ -626,17 +626,17 @@ def optimization(run: Setting, normalize: str, budget: str | None) -> Optimizati
 def problems(given: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the options of a run."""
     run, l0 = given["run"], given["l0"]
-    for name in ("jl_dim", "neighbours", "hard_every"):
-        if given[name] < 1:
-            yield f"{name}={given[name]} is not positive."
+    for name in ("jl_dim", "neighbours", "hard_every", "contrast_power"):
+        if given[name] <= 0:
+            yield f"{name}={given[name]:g} is not positive."
     if given["contrast_cos"] == "jl" and given["jl_on"] == "activations":
         yield "contrast_cos=jl compares rows, and jl_on=activations projects none: give jl_on=decoder or encoder."
     if l0 is not None and not 0 < l0 <= run.d_sae:
-        yield f"l0={l0} latents a token cannot be met with {run.d_sae}: give a number above 0 and up to that."
+        yield f"l0={l0:g} latents a token cannot be met with {run.d_sae}: give a number above 0 and up to that."
     if not 0 < given["wta_share"] <= 1:
-        yield f"wta_share={given['wta_share']} is no share of the latents: give one above 0 and up to 1."
+        yield f"wta_share={given['wta_share']:g} is no share of the latents: give one above 0 and up to 1."
     if given["gamma"] < 0:
-        yield f"gamma={given['gamma']} is negative."
+        yield f"gamma={given['gamma']:g} is negative."
     groups = given["groups"]
     if groups < 1 or run.d_sae % groups or run.d_sae // groups < 2:
         yield (
@@ -718,9 +718,8 @@ def build(
         mechanisms.append(recent)
         error = ImportantError(recent)
     reconstruction = 1 / run.d_in if units == "evidence" else 1.0
-    l1_growth = run.steps // 20 if l1_warmup is None else l1_warmup
     terms: dict[str, tuple[Coefficient | float, Term]] = {
-        "mse": (reconstruction, error), "l1": (warmup(l1, l1_growth), L1()),
+        "mse": (reconstruction, error), "l1": (warmup(l1, run.growth(l1_warmup)), L1()),
     }  # fmt: skip
 
     def add(name: str, symbol: str | None, strength: float, term: Term) -> None:
@@ -751,7 +750,7 @@ def build(
     if number >= 3:
         control = DynamicL1(l1, run.steps, min(40.0, run.d_sae / 8) if l0 is None else l0, l1_controller, kappa)
         mechanisms.append(control)
-        terms["l1"] = (times(warmup(1.0, l1_growth), control.coefficient), L1())
+        terms["l1"] = (times(warmup(1.0, run.growth(l1_warmup)), control.coefficient), L1())
     if number >= 4:
         add("diversity", None, diversity_strength, Diversity(groups if number >= 7 else None))
     if number >= 5:

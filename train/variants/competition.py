@@ -411,7 +411,7 @@ def competition(
         SAE(run.d_in, run.d_sae, [activation], pre_bias=pre_bias),
         {
             "mse": (reconstruction_weight(reconstruction, run.d_in), MSE()),
-            "l1": (warmup(l1, run.steps // 20 if l1_warmup is None else l1_warmup), L1()),
+            "l1": (warmup(l1, run.growth(l1_warmup)), L1()),
         },
         mechanisms,
         Optimization(),

@@ -274,9 +274,10 @@ def progressive(
     """
     wrong = []
     if not 0 < start <= 1:
-        wrong.append(f"start={start} is no share of the latents: give one above 0 and up to 1.")
+        wrong.append(f"start={start:g} is no share of the latents: give one above 0 and up to 1.")
     if interval is not None and interval < 1:
         wrong.append(f"interval={interval} is no number of steps: give 1 or more.")
+    wrong += [f"{n}={t:g} is not positive." for n, t in (("temperature", temperature), ("pace", pace)) if t <= 0]
     if wrong:
         raise UsageError("\n".join(wrong))
     if interval is None:
