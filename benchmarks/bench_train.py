@@ -35,7 +35,7 @@ from sae.cache.reader import Cache
 from sae.train.compiled import compile_step
 from sae.train.loop import Training, train
 from sae.train.recipe import RECIPES, Setting, find_recipe
-from sae.train.sae import Choice
+from sae.train.sae import KeepsK
 
 Step = Callable[[int], object]
 STEPS = 100_000  # of the run that a step is of: no latent is dead yet
@@ -140,7 +140,7 @@ def show_recipes(setting: Setting, rounds: int, steps: int) -> None:
         step = step_of(training, setting)
         ways[recipe] = lambda step=step: timed(step, steps)
         between[recipe] = events(training_of(recipe, setting), setting)
-        base[recipe] = "topk" if any(isinstance(link, Choice) for link in training.variant.sae.activation) else "relu"
+        base[recipe] = "topk" if any(isinstance(link, KeepsK) for link in training.variant.sae.activation) else "relu"
     found = in_rounds(ways, rounds)
     middle = {name: statistics.median(times) + between[name] for name, times in found.items()}
     print(f"\n| recipe at d_in {setting.d_in}, n {setting.d_sae} | ms | of it between steps | base | over it |")

@@ -31,7 +31,11 @@ def cosine(start: float, end: float, steps: float) -> Coefficient:
 
 
 def warmup(to: float, steps: int) -> Coefficient:
-    """min(1, (t+1)/w) of `to`: the first step already counts."""
+    """min(1, (t+1)/w) of `to`, t from 0: (4) of paper 002 with t counted from 1.
+
+    Papers say "linearly over w steps" and no more. dictionary_learning and SAELens have t/w, the same ramp a step later.
+    Ours is the ramp of the rate, where t/w would lose a step: penalty and rate rise together, and w steps are w steps.
+    """
     return lambda step: to * ((step.i + 1) / max(steps, 1)).clamp(max=1.0)
 
 

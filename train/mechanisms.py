@@ -1,9 +1,11 @@
 """Mechanisms that more than one recipe uses."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from .sae import SAE, BatchTopK
+from .sae import SAE, BatchTopK, KeepsK
 from .step import Mechanism, Step
 
 
@@ -184,3 +186,39 @@ class Threshold(Mechanism):
 
     def scalars(self) -> dict[str, Tensor]:
         return {"threshold": self.activation.threshold}
+
+
+class AnnealK(Mechanism):
+    """Step t keeps k_t = start + (k - start) min(1, t/steps) latents a token, rounded down: many at first, so that few die.
+
+    Shapes have room for the k_t of the last of every `every` steps, and what is over k_t is masked.
+
+    dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do so from start = d_in.
+    Paper: no baseline's. dictionary_learning sets k after a step to that step's k_t, so its first step has k.
+    """
+
+    room: Tensor  # () int64
+
+    def __init__(self, activation: KeepsK, start: float, steps: int, every: int = 50) -> None:
+        super().__init__()
+        self.activation, self.start, self.steps, self.every = activation, start, steps, every
+        self.register_buffer("room", torch.tensor(math.ceil(start)))
+        activation.now, activation.room = torch.tensor(float(start)), math.ceil(start)
+
+    def after(self, step: Step) -> None:
+        assert self.activation.now is not None  # this mechanism put it there
+        share = ((step.i + 1) / self.steps).clamp(max=1.0)
+        self.activation.now.copy_(self.start * (1 - share) + self.activation.k * share)
+
+    def between(self, step: Step) -> None:
+        assert self.activation.now is not None
+        self.room.copy_(self.activation.now.ceil())
+        self.restored()
+
+    def restored(self) -> None:
+        room, k = int(self.room), self.activation.k
+        self.activation.room = room if room > math.ceil(k) else k
+
+    def scalars(self) -> dict[str, Tensor]:
+        assert self.activation.now is not None
+        return {"k": self.activation.now}

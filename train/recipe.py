@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,10 @@ class Setting(NamedTuple):
         sizes = (record[name] for name in cls.SIZES)
         return cls(*sizes, record.get("l0"), record.get("literal", False), variance)
 
+    def growth(self, steps: int | None) -> int:
+        """The steps over which a penalty grows: those given, else a twentieth of the run."""
+        return self.steps // 20 if steps is None else steps
+
     @property
     def dead_tokens(self) -> int:
         """A latent is dead that has not fired for ten million tokens, or a tenth of a shorter run."""
@@ -67,9 +71,9 @@ class Optimization:
     warmup: int | None = None  # steps; None: 1000, or a tenth of a shorter run
     decay_start: float = 0.8  # share of the run after which the rate falls linearly to zero
     clip: float | None = 1.0  # global gradient norm, after the decoder's projection; None: off
-    normalize: str = "unit_ms"  # divide by sqrt(E|x|^2) from the cache's manifest; or "none"
+    normalize: Literal["unit_ms", "none"] = "unit_ms"  # divide by sqrt(E|x|^2) from the cache's manifest; or "none"
     center: bool = False  # also subtract the cache's mean row
-    b_dec_init: str = "mean"  # the cache's mean row; or "zero"
+    b_dec_init: Literal["mean", "zero"] = "mean"  # the cache's mean row; or "zero"
 
     def warmup_steps(self, steps: int) -> int:
         return min(1000, steps // 10) if self.warmup is None else self.warmup
@@ -81,24 +85,20 @@ class Optimization:
         return self.lr * up * down
 
     def problems(self, steps: int) -> Iterator[str]:
-        if not 0 < self.lr < math.inf:
-            yield f"lr={self.lr} is not positive."
+        if not self.lr > 0:
+            yield f"lr={self.lr:g} is not positive."
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} is no decay rate: give 0 to below 1."
+                yield f"{name}={getattr(self, name):g} is no decay rate: give 0 to below 1."
         for name in ("eps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                yield f"{name}={getattr(self, name)} is negative or not finite."
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name):g} is negative."
         if self.clip is not None and not self.clip > 0:
-            yield f"clip={self.clip} would stop every step: give a positive norm, or none."
+            yield f"clip={self.clip:g} would stop every step: give a positive norm, or none."
         if not 0 <= self.warmup_steps(steps) <= steps:
             yield f"warmup={self.warmup} is negative or longer than the run of {steps} steps."
         if not 0 <= self.decay_start <= 1:
-            yield f"decay_start={self.decay_start} is no share of the run; give 0 to 1."
-        if self.normalize not in ("unit_ms", "none"):
-            yield f"normalize={self.normalize} is unknown: unit_ms or none."
-        if self.b_dec_init not in ("mean", "zero"):
-            yield f"b_dec_init={self.b_dec_init} is unknown: mean or zero."
+            yield f"decay_start={self.decay_start:g} is no share of the run; give 0 to 1."
 
 
 class Mechanisms(nn.ModuleList):
@@ -198,13 +198,10 @@ class Recipe:
         """The recipe's own options and their defaults."""
         return {p.name: p.default for p in list(inspect.signature(self.build).parameters.values())[1:]}
 
-    def kinds(self) -> dict[str, str]:
-        """Every option and its annotated type, as a string."""
-        own = {
-            p.name: inspect.formatannotation(p.annotation)
-            for p in list(inspect.signature(self.build).parameters.values())[1:]
-        }
-        return own | {f.name: str(getattr(f.type, "__name__", f.type)) for f in fields(Optimization)}
+    def kinds(self) -> dict[str, Any]:
+        """Every option and its annotated type."""
+        own = {p.name: p.annotation for p in list(inspect.signature(self.build).parameters.values())[1:]}
+        return own | {f.name: f.type for f in fields(Optimization)}
 
     def make(self, setting: Setting, given: Mapping[str, Any]) -> Variant:
         """Build the variant with some options given. UsageError lists everything that is wrong with them, at once."""
@@ -217,27 +214,38 @@ class Recipe:
             f"{name} is no option of {self.name}{did_you_mean(name, kinds)}" for name in asked if name not in kinds
         ]
         unfit = [name for name in asked if name in kinds and not fits(asked[name], kinds[name])]
-        problems += [f"{name}={asked[name]!r} is no {kinds[name]}." for name in unfit]
-        understood = {name: value for name, value in asked.items() if name in kinds and name not in unfit}
+        problems += [misfit(name, asked[name], kinds[name]) for name in unfit]
+        understood = {n: as_float(v, kinds[n]) for n, v in asked.items() if n in kinds and n not in unfit}
         shared = {name: value for name, value in understood.items() if name not in own}
         problems += Optimization(**shared).problems(setting.steps)
         chosen = {name: value for name, value in understood.items() if name in own}
         values, notes = scaled(own | chosen, setting, raw=shared.get("normalize") == "none")
+        problems += [
+            f"{name}={n} is negative or longer than the run of {setting.steps} steps."
+            for name, n in chosen.items()
+            if name.endswith(("_warmup", "anneal_steps")) and n is not None and not 0 <= n <= setting.steps
+        ]
         if setting.d_sae < 1:
             problems.append(f"the width {setting.d_sae} is not positive.")
         elif (k := values.get("k")) is not None and not 0 < k <= setting.d_sae:
             problems.append(
-                f"k={k} latents cannot be kept of {setting.d_sae}: give 1 to {setting.d_sae}, or a larger --width."
+                f"k={k:g} latents cannot be kept of {setting.d_sae}: give 1 to {setting.d_sae}, or a larger --width."
             )
-        if not problems:
-            variant = self.build(setting, **values)
-            variant.options, variant.notes = values, [f"{self.name}: {n}" for n in notes + self.void(setting, given)]
-            variant.optimization = replace(variant.optimization, **shared)
-            problems += variant.optimization.problems(setting.steps)
-            if setting.l0 is not None and not hold_l0(variant, setting.l0, setting.steps) and "l0" not in own:
-                problems.append("--l0 has nothing to act on: no option k or l0, and no term that makes latents sparse.")
+        else:
+            try:
+                variant = self.build(setting, **values)
+                variant.optimization = replace(variant.optimization, **shared)
+                problems += variant.optimization.problems(setting.steps)
+                if setting.l0 is not None and not hold_l0(variant, setting.l0, setting.steps) and "l0" not in own:
+                    problems.append(
+                        "--l0 has nothing to act on: no option k or l0, and no term that makes latents sparse."
+                    )
+            except UsageError as error:
+                problems += str(error).splitlines()
         if problems:
-            raise UsageError(f"The variant {self.name} cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
+            listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
+            raise UsageError(f"The variant {self.name} cannot be built:\n{listed}")
+        variant.options, variant.notes = values, [f"{self.name}: {n}" for n in notes + self.void(setting, given)]
         return variant
 
     def with_l0(
@@ -264,12 +272,31 @@ class Recipe:
         ]
 
 
-def fits(value: Any, kind: str) -> bool:
-    """Whether a value is of an annotated type; an int is a float, a bool is neither."""
-    accepted = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
-    return any(
-        isinstance(value, accepted[k]) and (k == "bool" or not isinstance(value, bool)) for k in kind.split(" | ")
-    )
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type, or one of its `Literal`s; an int is a float, a bool is neither."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(fits(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def as_float(value: Any, kind: Any) -> Any:
+    """An int given for a float, as what it stands for: a tensor of ints is no tensor of floats."""
+    kinds = get_args(kind) or (kind,)
+    return float(value) if float in kinds and int not in kinds and isinstance(value, int) else value
+
+
+def misfit(name: str, value: Any, kind: Any) -> str:
+    """The sentence for a value that does not fit."""
+    known = [one for part in (kind, *get_args(kind)) if get_origin(part) is Literal for one in get_args(part)]
+    if known:
+        return f"{name}={value} is unknown: {', '.join(known)}."
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name}={value} is not finite."
+    return f"{name}={value!r} is no {inspect.formatannotation(kind)}."
 
 
 RECIPES: dict[str, Recipe] = {}
@@ -291,13 +318,6 @@ def recipe(
         return build
 
     return register
-
-
-def one_of(option: str, value: str, known: Iterable[str]) -> str:
-    """The value, when it is a known one; UsageError lists those."""
-    if value not in known:
-        raise UsageError(f"{option}={value} is unknown: {', '.join(known)}.")
-    return value
 
 
 def ablation(name: str, of: Build, summary: str, about: dict[str, Any], *idle: str, **fixed: Any) -> None:

@@ -32,7 +32,9 @@ class Activation(nn.Module):
     name: ClassVar[str]
     sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD): a router does
 
-    def __init_subclass__(cls, *, name: str) -> None:
+    def __init_subclass__(cls, *, name: str = "") -> None:
+        if not name:
+            return  # a base of several
         if name in Activation.registry:
             raise TypeError(
                 f"two activations are called {name!r}: {Activation.registry[name].__module__}, {cls.__module__}"
@@ -56,10 +58,22 @@ class ReLU(Activation, name="relu"):
         return z_BF.relu()
 
 
-class Choice:
-    """Chooses some latents and keeps the positive ones of those."""
+class KeepsK(Activation):
+    """Chooses k latents a token and keeps the positive ones of those.
 
-    k: float  # how many a token, on average over the batch: exactly so many are chosen in training
+    While `AnnealK` lowers their number it is `now`, at most the `room` that tensors have.
+    """
+
+    now: Tensor | None  # () float32; of the training, and not saved with an SAE
+
+    def __init__(self, k: float) -> None:
+        super().__init__(k=k)
+        self.k = self.room = k
+        self.register_buffer("now", None, persistent=False)
+
+    @property
+    def anneals(self) -> bool:
+        return self.training and self.now is not None and self.room != self.k
 
     def choose(self, z_BF: Tensor) -> Tensor:
         """(N) int64: places in the flattened z of the latents chosen, rising by token."""
@@ -69,21 +83,30 @@ class Choice:
         flat_N = self.choose(z_BF.detach().reshape(-1, z_BF.shape[-1]))
         return rows.spread(z_BF.flatten().index_select(0, flat_N).relu(), flat_N, z_BF)
 
+    def annealed(self, z: Tensor, tokens: int) -> Tensor:
+        """The latents (..., n) that are positive and among the largest `now` `tokens` of their row; the others are zero."""
+        assert self.now is not None
+        top = z.relu().topk(int(self.room * tokens))
+        rank = torch.arange(top.values.shape[-1], device=z.device)
+        return torch.zeros_like(z).scatter(-1, top.indices, top.values * (rank < (self.now * tokens).floor()))
 
-class TopK(Choice, Activation, name="topk"):
+
+class TopK(KeepsK, name="topk"):
     """Keep the k largest latents of each token, and of those the positive ones (Gao et al. 2024)."""
 
     def __init__(self, k: int) -> None:
-        super().__init__(k=k)
-        self.k = k
+        super().__init__(k)
 
     def choose(self, z_BF: Tensor) -> Tensor:
         index_BK = z_BF.topk(self.k, dim=-1, sorted=False).indices
         begin_B = torch.arange(0, z_BF.numel(), z_BF.shape[1], device=z_BF.device)
         return (index_BK + begin_B[:, None]).flatten()
 
+    def forward(self, z_BF: Tensor) -> Tensor:
+        return self.annealed(z_BF, 1) if self.anneals else super().forward(z_BF)
 
-class BatchTopK(Choice, Activation, name="batchtopk"):
+
+class BatchTopK(KeepsK, name="batchtopk"):
     """Training: keep the B k largest latents of the batch. Afterwards: keep what exceeds `threshold` (Bussmann et al. 2024).
 
     So a loaded SAE codes each token by itself. The threshold is moved by the mechanism `Threshold`.
@@ -92,15 +115,18 @@ class BatchTopK(Choice, Activation, name="batchtopk"):
     threshold: Tensor  # ()
 
     def __init__(self, k: float) -> None:
-        super().__init__(k=k)
-        self.k = k
+        super().__init__(k)
         self.register_buffer("threshold", torch.zeros(()))
 
     def choose(self, z_BF: Tensor) -> Tensor:
         return z_BF.flatten().topk(int(self.k * len(z_BF)), sorted=False).indices.sort().values
 
     def forward(self, z_BF: Tensor) -> Tensor:
-        return super().forward(z_BF) if self.training else z_BF.relu() * (z_BF > self.threshold)
+        if not self.training:
+            return z_BF.relu() * (z_BF > self.threshold)
+        if self.anneals:
+            return self.annealed(z_BF.flatten(), z_BF.shape[:-1].numel()).view_as(z_BF)
+        return super().forward(z_BF)
 
     def rescale_(self, factor: float) -> None:
         self.threshold.mul_(factor)
@@ -153,10 +179,10 @@ class SAE(nn.Module):
         f_BF = self.activate(pre_BF, x_BD)
         return Pass(pre_BF, f_BF, self.decode(f_BF))
 
-    def gathers(self) -> Choice | None:
+    def gathers(self) -> KeepsK | None:
         """The activation, where training is to go by the rows of the latents that it chooses (`rows.pays`)."""
         choice = self.activation[0]
-        alone = self.training and len(self.activation) == 1 and isinstance(choice, Choice)
+        alone = self.training and len(self.activation) == 1 and isinstance(choice, KeepsK) and not choice.anneals
         return choice if alone and rows.pays(self.d_sae, choice.k, self.W_dec.device.type) else None
 
     def encode(self, x_BD: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Loss terms that more than one recipe uses."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .mechanisms import DeadLatents
-from .recipe import one_of
+from .sae import TopK
 from .step import Step, Term
 
 
@@ -23,6 +25,21 @@ class L1(Term):
 
     def forward(self, step: Step) -> Tensor:
         return step.f_BF.abs().sum(-1).mean()
+
+
+class MultiTopK(Term):
+    """mean_B sum_D (x - x_hat)^2 with the 4 k largest latents of each token (Multi-TopK, Gao et al. 2024, 5.3).
+
+    So the SAE also codes with another number of latents than it was trained for; beside k it weighs 1/8 there.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.activation = TopK(k)
+
+    def forward(self, step: Step) -> Tensor:
+        recon_BD = step.sae.decode(self.activation(step.pre_BF))
+        return (step.x_BD - recon_BD.float()).square().sum(-1).mean()
 
 
 class AuxK(Term):
@@ -57,6 +74,9 @@ class AuxK(Term):
         return share * error / torch.where(variance > 0, variance, torch.inf)
 
 
-def reconstruction_weight(reconstruction: str, d_in: int) -> float:
+Reconstruction = Literal["sum", "mean"]
+
+
+def reconstruction_weight(reconstruction: Reconstruction, d_in: int) -> float:
     """The squared error is summed over d_in, or its mean over d_in, which makes a penalty d_in times as strong."""
-    return 1.0 if one_of("reconstruction", reconstruction, ("sum", "mean")) == "sum" else 1 / d_in
+    return 1.0 if reconstruction == "sum" else 1 / d_in

@@ -15,6 +15,7 @@ from sae.cache.reader import Cache, open_cache
 from sae.cache.writer import Rows, Writer
 from sae.train.loop import Training
 from sae.train.recipe import Setting, Variant, find_recipe
+from sae.train.run import parse_options
 
 D_IN, D_SAE, BATCH, ROWS, WINDOW = 32, 512, 64, 4096, 1024
 
@@ -77,13 +78,24 @@ def batches(sparse_cache: Cache) -> list[torch.Tensor]:
         return [x_BD.clone() for x_BD in islice(stream, 40)]
 
 
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Variant]:
+    """A recipe by name, for a setting; options as keywords, or behind the name as "recipe option=value ..."."""
+
+    def build(name: str, setting: Setting, **options: object) -> Variant:
+        name, *written = name.split()
+        return find_recipe(name).make(setting, parse_options(written, [find_recipe(name)])[name] | options)
+
+    return build
+
+
 @pytest.fixture
-def variant_of(sparse_cache: Cache) -> Callable[..., Variant]:
+def variant_of(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..., Variant]:
     """A recipe by name, built with seed 0 and the cache's constants; options as keywords."""
 
     def build(name: str, steps: int = 30, **options: object) -> Variant:
         torch.manual_seed(0)
-        variant = find_recipe(name).make(Setting(D_IN, D_SAE, steps, BATCH), options)
+        variant = make(name, Setting(D_IN, D_SAE, steps, BATCH), **options)
         mean_D = torch.from_numpy(sparse_cache.mean("layer_00")).float()
         variant.adapt(mean_D, sparse_cache.statistics("layer_00")["mean_square_norm"])
         return variant

@@ -490,7 +490,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: build("collapse-03", l0=65), "l0=65 latents a token"),
     (lambda: build("collapse-08", group_lr="fast"), "group_lr=fast is unknown: softmax_mean1"),
     (lambda: build("collapse-08", gamma=0.1), "gamma is no option of collapse-08"),
-    (lambda: build("collapse-09", wta_share=0.0), "give a share above 0"),
+    (lambda: build("collapse-09", wta_share=0.0), "wta_share=0 is no share of the latents"),
     (lambda: build("collapse-10", hard_every=0), "hard_every=0 is not positive"),
     (lambda: build("collapse-01", jl_dim=0), "jl_dim=0 is not positive"),
 ]

@@ -267,7 +267,7 @@ def test_refusals_are_sentences() -> None:
             make(paper, {"pairs": 10_000})
         with pytest.raises(UsageError) as caught:
             make(paper, {"tau_on": "both", "direction": "up", "strength_warmup": 5000, "tau": -1.0, "refresh": 0})
-    for part in ("tau_on=both is unknown: conditional or lift.", "direction=up is unknown", "longer than the run of 4882",
+    for part in ("tau_on=both is unknown: conditional, lift.", "direction=up is unknown", "longer than the run of 4882",
                  "tau=-1.0 is negative", "refresh=0 is not positive"):  # fmt: skip
         assert part in str(caught.value)
 

@@ -59,6 +59,15 @@ def test_surrogates_are_their_definition(activation) -> None:
     assert none == [None]  # a count pulls at no pre-activation
 
 
+def test_with_ste_to_input_a_pre_activation_gets_what_its_threshold_loses(activation) -> None:
+    """z = 1.1 within eps/2 of theta = 1: dz = 1 + theta/eps = 3, dtheta = -2. Below, z = 0.9: 2 and -2. Far off: 1 or 0."""
+    z_BF = torch.tensor([[9.0, 1.1, 0.0], [9.0, 0.9, 9.0]], requires_grad=True)
+    activation.ste_to_input = True
+    to_z_BF, to_theta_F = torch.autograd.grad(activation(z_BF).sum(), (z_BF, activation.threshold))
+    assert to_z_BF.tolist() == [[1.0, 3.0, 0.0], [1.0, 2.0, 1.0]]
+    assert to_theta_F.tolist() == [0.0, -4.0, 0.0]
+
+
 def test_any_leading_shape(activation) -> None:
     z = torch.rand(4, 5, 3, requires_grad=True)
     activation(z).sum().backward()

@@ -7,11 +7,11 @@ import torch
 
 from sae.train.coefficients import constant, cosine, linear, times, warmup
 from sae.train.loop import Training
-from sae.train.mechanisms import ActivityEMA, DeadLatents, Threshold, UnitNormDecoder, forget
+from sae.train.mechanisms import ActivityEMA, AnnealK, DeadLatents, Threshold, UnitNormDecoder, forget
 from sae.train.recipe import Optimization
-from sae.train.sae import SAE, BatchTopK
+from sae.train.sae import SAE, BatchTopK, TopK
 from sae.train.step import Step
-from sae.train.terms import L1, MSE, AuxK
+from sae.train.terms import L1, MSE, AuxK, MultiTopK
 from sae.train.variants.decorrelation import Decorrelation
 
 
@@ -286,3 +286,67 @@ def test_gradients_longer_than_the_limit_are_scaled_down_after_the_projection(tr
     training.step(batches[0])
     norm = sum(float(s["exp_avg"].square().sum()) for s in training.optimizer.state.values()) ** 0.5 / (1 - 0.9)
     assert norm == pytest.approx(1e-3, rel=1e-3)  # Adam's first moment is (1 - beta1) times the clipped gradient
+
+
+Z_BF = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, -1.0], [8.0, 0.5, 0.4, 0.3, 0.2, 0.1]])
+
+
+@pytest.mark.parametrize(
+    ("activation", "kept"),
+    [
+        # k_t = 6 (1 - t/4) + 2 t/4 = 6, 5, 4, 3, 2, 2; a negative latent is never kept
+        (TopK(2), [5 + 6, 5 + 5, 4 + 4, 3 + 3, 2 + 2, 2 + 2]),
+        # k_t = 6, 4.875, 3.75, 2.625, 1.5, 1.5, and of the batch of two floor(2 k_t) = 12, 9, 7, 5, 3, 3
+        (BatchTopK(1.5), [11, 9, 7, 5, 3, 3]),
+    ],
+    ids=["topk", "batchtopk"],
+)
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_annealed_k_falls_to_k_whatever_room_there_is(activation, kept: list[int], every: int) -> None:
+    activation = type(activation)(activation.k)
+    anneal = AnnealK(activation, start=6, steps=4, every=every)
+    for t, count in enumerate(kept):
+        f_BF = activation(Z_BF)
+        assert int((f_BF > 0).sum()) == count, f"step {t}"
+        assert bool(((f_BF == Z_BF) | (f_BF == 0)).all())
+        if isinstance(activation, BatchTopK):
+            assert f_BF.sum() == Z_BF.flatten().sort().values[-count:].sum()
+        anneal.after(step_with(i=t))
+        if (t + 1) % every == 0:
+            anneal.between(step_with(i=t + 1))
+    assert int((activation.eval()(Z_BF) > 0).sum()) == (4 if isinstance(activation, TopK) else 11)  # threshold 0
+
+
+def test_what_is_annealed_is_not_saved_with_the_sae() -> None:
+    sae = SAE(4, 6, [TopK(2)])
+    plain = sae.state_dict().keys()
+    AnnealK(sae.activation[0], start=6, steps=4)
+    assert sae.state_dict().keys() == plain
+    assert "activation.0.now" in dict(sae.named_buffers())  # but with a checkpoint
+
+
+def test_multi_topk_is_the_error_with_more_latents_and_teaches_encoder_and_decoder() -> None:
+    """x = (3, 2, 1) in unit latents: of three kept nothing is missing, of two 1^2; the SAE itself keeps one, 2^2 + 1^2."""
+    sae = SAE(3, 3, [TopK(1)], pre_bias=False)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(3))
+        sae.W_dec.copy_(torch.eye(3))
+    step = step_of(sae, torch.tensor([[3.0, 2.0, 1.0]]))
+    assert [float(term(step).detach()) for term in (MSE(), MultiTopK(2), MultiTopK(3))] == [5.0, 1.0, 0.0]
+    MultiTopK(2)(step).backward()
+    # error e = (0, 0, 1): row i of W_dec gets -2 f_i e, and no other; latents whose rows are orthogonal to e get nothing
+    assert sae.W_dec.grad.tolist() == [[0, 0, -6], [0, 0, -4], [0, 0, 0]]
+    with torch.no_grad():
+        sae.W_dec[1] = torch.tensor([0.0, 1.0, 1.0])
+    sae.zero_grad()
+    MultiTopK(2)(step_of(sae, torch.tensor([[3.0, 2.0, 1.0]]))).backward()
+    # x_hat = (3, 2, 2), e = (0, 0, -1): d f_2 = 2 (x_hat - x) . W_dec,2 = 2, though TopK(1) itself keeps f_1 alone
+    assert sae.W_enc.grad.tolist() == [[0, 6, 0], [0, 4, 0], [0, 2, 0]]
+
+
+def test_the_options_of_topk_are_its_terms(variant_of) -> None:
+    variant = variant_of("topk", k=4, multi=0.125, k_anneal_steps=10)
+    assert variant.coefficients["multi"](None) == 0.125 and variant.terms["multi"].activation.k == 16
+    assert float(variant.sae.activation[0].now) == 32  # d_in
+    assert variant_of("topk", k=200, multi=0.125).terms["multi"].activation.k == 512  # d_sae
+    assert "multi" not in variant_of("topk").terms and variant_of("topk").sae.activation[0].now is None

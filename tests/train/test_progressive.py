@@ -270,7 +270,7 @@ def test_ablations_take_away_what_they_say() -> None:
     ("name", "given", "said"),
     [
         ("progressive", {"competition": "max"}, "competition=max is unknown: softmax_peak, softmax"),
-        ("progressive", {"start": 0.0}, "start=0.0 is no share of the latents"),
+        ("progressive", {"start": 0.0}, "start=0 is no share of the latents"),
         ("progressive", {"interval": 0}, "interval=0 is no number of steps"),
         ("progressive", {"utilization": "median"}, "utilization=median is unknown"),
         ("progressive-no-competition", {"temperature": 0.2}, "temperature is no option of progressive-no-competition"),

@@ -18,7 +18,15 @@ from sae.train.run import Request, plan
 from sae.train.sae import folded, load_sae, save_sae
 from sae.train.stream import run_all
 
-every_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
+# Recipes under options that add a part of their own, as "recipe option=value ...".
+VARIED = (
+    "topk k=4 k_anneal_steps=11 multi=0.125",
+    "batchtopk k=2.5 k_anneal_steps=9 k_start=7.5",
+    "matryoshka k=4 k_anneal_steps=12",
+    "jumprelu-tanh ste_to_input=true",
+)
+EVERY = [*sorted(RECIPES), *VARIED]
+every_recipe = pytest.mark.parametrize("name", EVERY)
 D_IN, D_SAE, BATCH, STEPS = 32, 512, 64, 12
 
 
@@ -110,10 +118,10 @@ def test_a_token_is_coded_by_itself_after_training(name, training_of, take, batc
 
 
 @every_recipe
-def test_a_step_reads_nothing_back_to_the_host(name) -> None:
+def test_a_step_reads_nothing_back_to_the_host(name, make) -> None:
     """Under FakeTensorMode tensors have no values: `.item()`, `nonzero` and shapes that depend on data raise."""
     with FakeTensorMode():
-        variant = RECIPES[name].make(Setting(D_IN, D_SAE, 100, BATCH), {})
+        variant = make(name, Setting(D_IN, D_SAE, 100, BATCH))
         variant.dead.index_A, variant.dead.real_A = torch.arange(D_SAE), torch.ones(D_SAE)  # AuxK has work to do
         training = Training(variant, 100, "cpu")
         for _ in range(3):
@@ -121,37 +129,39 @@ def test_a_step_reads_nothing_back_to_the_host(name) -> None:
 
 
 @every_recipe
-def test_options_are_checked_without_allocating(name) -> None:
+def test_options_are_checked_without_allocating(name, make) -> None:
     with torch.device("meta"):
-        variant = RECIPES[name].make(Setting(2304, 2**14, 1000, 2048), {})
+        variant = make(name, Setting(2304, 2**14, 1000, 2048))
     assert variant.sae.W_dec.is_meta
 
 
-@every_recipe
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_defaults_are_of_the_type_they_are_annotated_with(name) -> None:
     kinds = RECIPES[name].kinds()
     assert [k for k, default in RECIPES[name].options.items() if not fits(default, kinds[k])] == []
     assert RECIPES[name].summary and RECIPES[name].paper
 
 
-def request_of(names: list[str], cache: Cache, out: Path, **other: int) -> Request:
-    """A short run of each, as the command asks for it."""
+def request_of(name: str, cache: Cache, out: Path, **other: int) -> Request:
+    """A short run, as the command asks for it."""
+    name, *options = name.split()
     sizes = {"steps": STEPS, "batch_size": BATCH, "width": "16x"}
-    return Request(names, layers=[0], caches=[cache.folder], device="cpu", out=out, **sizes, **other)
+    return Request([name], layers=[0], caches=[cache.folder], device="cpu", out=out, options=options, **sizes, **other)
 
 
 @pytest.fixture(scope="module")
 def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of all recipes, trained on one stream with the command's own code."""
-    request = request_of(sorted(RECIPES), sparse_cache, tmp_path_factory.mktemp("together"), checkpoint_every=6)
-    runs = plan(request)
-    run_all(runs, request)
-    return {run.recipe.name: run.folder for run in runs}
+    out = tmp_path_factory.mktemp("together")
+    requests = [request_of(name, sparse_cache, out, checkpoint_every=6) for name in EVERY]
+    runs = [run for request in requests for run in plan(request)]
+    run_all(runs, requests[0])
+    return {name: run.folder for name, run in zip(EVERY, runs, strict=True)}
 
 
 @every_recipe
 def test_on_one_stream_a_variant_is_what_it_is_alone(name, together, sparse_cache, tmp_path: Path) -> None:
-    request = request_of([name], sparse_cache, tmp_path)
+    request = request_of(name, sparse_cache, tmp_path)
     (run,) = plan(request)
     run_all([run], request)
     for file in ("sae.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
@@ -166,7 +176,7 @@ def test_a_run_without_its_end_goes_on_from_its_checkpoint(name, together, spars
     (folder / "sae.json").unlink()
     (folder / "sae.safetensors").unlink()
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
-    request = request_of([name], sparse_cache, tmp_path)
+    request = request_of(name, sparse_cache, tmp_path)
     (run,) = plan(request)
     assert run.folder == folder
     run_all([run], request)

@@ -275,15 +275,24 @@ def refusal(cache, *variants: str, **changes) -> str:
         ({"options": ["k=true"]}, "k=True is no int."),
         ({"options": ["k=0"]}, "k=0 latents cannot be kept of 128: give 1 to 128"),
         ({"options": ["k=129"]}, "k=129 latents cannot be kept of 128: give 1 to 128"),
+        ({"options": ["k_anneal_steps=13"]}, "k_anneal_steps=13 is negative or longer than the run of 12 steps."),
+        ({"options": ["k_start=64"]}, "k_start=64 has no effect without k_anneal_steps"),
+        (
+            {"options": ["k_anneal_steps=6", "k_start=31"]},
+            "k cannot fall from k_start=31 to k=32: give a k_start from 32",
+        ),
+        ({"options": ["k_anneal_steps=6", "k_start=129"]}, "k cannot fall from k_start=129 to k=32"),
         ({"options": ["lr=0"]}, "lr=0 is not positive."),
-        ({"options": ["lr=nan"]}, "lr=nan is not positive."),
+        ({"options": ["lr=nan"]}, "lr=nan is not finite."),
+        ({"options": ["aux=inf"]}, "aux=inf is not finite."),
+        ({"options": ["aux_k=-1"]}, "aux_k=-1 is not positive."),
         ({"options": ["warmup=13"]}, "warmup=13 is negative or longer than the run of 12 steps."),
-        ({"options": ["beta2=1.0"]}, "beta2=1.0 is no decay rate"),
+        ({"options": ["beta2=1.0"]}, "beta2=1 is no decay rate"),
         ({"options": ["weight_decay=-1"]}, "weight_decay=-1 is negative"),
         ({"options": ["clip=0"]}, "clip=0 would stop every step"),
         ({"options": ["decay_start=2"]}, "decay_start=2 is no share of the run"),
-        ({"options": ["normalize=rms"]}, "normalize=rms is unknown: unit_ms or none."),
-        ({"options": ["b_dec_init=median"]}, "b_dec_init=median is unknown: mean or zero."),
+        ({"options": ["normalize=rms"]}, "normalize=rms is unknown: unit_ms, none."),
+        ({"options": ["b_dec_init=median"]}, "b_dec_init=median is unknown: mean, zero."),
         ({"options": ["k"]}, "--set k has no value"),
         ({"options": ["relu.l1=1"]}, "relu is not among the variants topk"),
         ({"width": "0"}, "the width 0 is not positive."),
@@ -298,6 +307,43 @@ def refusal(cache, *variants: str, **changes) -> str:
 )
 def test_bad_options_are_refused_with_a_sentence(sparse_cache, changes: dict, sentence: str) -> None:
     assert sentence in refusal(sparse_cache, "topk", **changes)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "sentence"),
+    [
+        ("relu", ["l1_warmup=13"], "l1_warmup=13 is negative or longer than the run of 12 steps."),
+        ("collapse-07", ["alpha_warmup=-1"], "alpha_warmup=-1 is negative or longer than the run of 12 steps."),
+        ("collapse-07", ["groups=7"], "128 cannot be divided into 7 equal groups"),
+        ("collapse-02", ["contrast_power=-1"], "contrast_power=-1 is not positive."),
+        ("matryoshka", ["prefixes=99"], "prefixes=99 halves 128 latents to none: give 1 to 8"),
+        ("switch", ["experts=3"], "3 experts cannot share 128 latents"),
+        ("jumprelu", ["l0=0", "bandwidth=0"], "l0=0 latents a token are no target"),
+        ("jumprelu-tanh", ["bandwidth=-1"], "bandwidth=-0.1"),
+        ("decorrelation", ["fraction=2"], "fraction=2 is no share of the pairs"),
+        ("progressive", ["temperature=0"], "temperature=0 is not positive."),
+        ("progressive", ["competition=max"], "competition=max is unknown: softmax_peak, softmax, "),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 16 else "",
+)
+def test_bad_options_of_other_recipes_are_refused_too(sparse_cache, variant: str, options: list, sentence: str) -> None:
+    assert sentence in refusal(sparse_cache, variant, options=options)
+
+
+def test_an_int_is_a_float_where_one_is_meant(sparse_cache) -> None:
+    (folder,) = train(request_of(sparse_cache, "jumprelu", options=["threshold=0", "beta1=0"]))
+    assert load_sae(folder).activation[0].threshold.dtype == torch.float32
+
+
+def test_what_the_types_say_and_what_the_builder_finds_is_said_together(sparse_cache) -> None:
+    said = refusal(
+        sparse_cache, "collapse-10", options=["near=here", "groups=7", "gamma=-1", "lr=-1", "beta=x", "budgett=1"]
+    )
+    for sentence in (
+        "near=here is unknown: encoder, decoder.", "7 equal groups", "gamma=-1 is negative", "lr=-1 is not positive",
+        "beta='x' is no float", "budgett is no option of collapse-10; did you mean budget?",
+    ):  # fmt: skip
+        assert sentence in said
 
 
 def test_an_unknown_variant_is_refused_with_the_nearest() -> None:

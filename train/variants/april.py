@@ -35,10 +35,9 @@ def april(run: Setting, l1: float = 5.0, l1_warmup: int | None = None) -> Varian
     sae = SAE(run.d_in, run.d_sae, pre_bias=False)
     for weight in (sae.W_dec, sae.W_enc):
         weight.data *= 0.1
-    steps = run.steps // 20 if l1_warmup is None else l1_warmup
     return Variant(
         sae,
-        {"mse": (1.0, MSE()), "l1": (warmup(l1 / run.d_in**0.5, steps), WeightedL1())},
+        {"mse": (1.0, MSE()), "l1": (warmup(l1 / run.d_in**0.5, run.growth(l1_warmup)), WeightedL1())},
         [UnitNormExport()],
         Optimization(lr=5e-5, b_dec_init="zero"),
         dead=DeadLatents(run.d_sae, run.dead_tokens),
@@ -126,10 +125,9 @@ def p_anneal(
             "batches: give p_end above 0 and up to 1, start from 0 to below 1, and at least one of the others."
         )
     annealing = Annealing(p_end, start * run.steps, run.steps, updates, queue)
-    steps = run.steps // 20 if l1_warmup is None else l1_warmup
     return Variant(
         SAE(run.d_in, run.d_sae),
-        {"mse": (1.0, MSE()), "lp": (warmup(l1, steps), Lp(annealing))},
+        {"mse": (1.0, MSE()), "lp": (warmup(l1, run.growth(l1_warmup)), Lp(annealing))},
         [annealing, UnitNormDecoder()],
         dead=DeadLatents(run.d_sae, run.dead_tokens),
     )

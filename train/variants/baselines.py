@@ -1,11 +1,14 @@
 """The baselines that every paper compares against."""
 
+from collections.abc import Iterator
+
+from ...cache.errors import UsageError
 from ..coefficients import warmup
-from ..mechanisms import DeadLatents, Threshold, UnitNormDecoder
+from ..mechanisms import AnnealK, DeadLatents, Threshold, UnitNormDecoder
 from ..recipe import Optimization, Setting, Variant, recipe
-from ..sae import SAE, BatchTopK, TopK
+from ..sae import SAE, BatchTopK, KeepsK, TopK
 from ..step import Mechanism
-from ..terms import L1, MSE, AuxK
+from ..terms import L1, MSE, AuxK, MultiTopK
 
 
 @recipe("relu", paper="Bricken et al. 2023", width=1)
@@ -16,7 +19,7 @@ def relu(run: Setting, l1: float = 0.04, l1_warmup: int | None = None, pre_bias:
     """
     return Variant(
         SAE(run.d_in, run.d_sae, pre_bias=pre_bias),
-        {"mse": (1.0, MSE()), "l1": (warmup(l1, run.steps // 20 if l1_warmup is None else l1_warmup), L1())},
+        {"mse": (1.0, MSE()), "l1": (warmup(l1, run.growth(l1_warmup)), L1())},
         [UnitNormDecoder()],
         dead=DeadLatents(run.d_sae, run.dead_tokens),
     )
@@ -27,26 +30,68 @@ def rate_by_width(d_sae: int) -> float:
     return 2e-4 / (d_sae / 2**14) ** 0.5
 
 
-def auxk(run: Setting, activation: TopK | BatchTopK, aux: float, aux_k: int | None, *extra: Mechanism) -> Variant:
-    """What topk and batchtopk share: no penalty, and dead latents that model the residual."""
+def auxk(
+    run: Setting, activation: KeepsK, aux: float, aux_k: int | None, steps: int, start: float | None, *extra: Mechanism
+) -> Variant:
+    """What topk and batchtopk share: no penalty, dead latents that model the residual, and a k that may be annealed."""
+    begin = min(run.d_in, run.d_sae) if start is None else start
+    if wrong := list(problems(run, activation.k, aux_k, steps, start, begin)):
+        raise UsageError("\n".join(wrong))
+    if steps:
+        extra = (*extra, AnnealK(activation, begin, steps))
     dead = DeadLatents(run.d_sae, run.dead_tokens)
     return Variant(
         SAE(run.d_in, run.d_sae, [activation]),
-        {"mse": (1.0, MSE()), "aux": (aux, AuxK(dead, aux_k or run.d_in // 2))},
+        {"mse": (1.0, MSE()), "aux": (aux, AuxK(dead, max(1, run.d_in // 2) if aux_k is None else aux_k))},
         [*extra, UnitNormDecoder()],
         Optimization(lr=rate_by_width(run.d_sae)),
         dead=dead,
     )
 
 
-@recipe("topk", paper="Gao et al. 2024", equations="eq. 3, A.2")
-def topk(run: Setting, k: int = 32, aux: float = 1 / 32, aux_k: int | None = None) -> Variant:
-    """The k largest latents of each token; dead latents are revived by AuxK. `aux_k`: None is d_in / 2."""
-    return auxk(run, TopK(k), aux, aux_k)
+def problems(run: Setting, k: float, aux_k: int | None, steps: int, start: float | None, begin: float) -> Iterator[str]:
+    """What is wrong with the options of `auxk`."""
+    if aux_k is not None and aux_k < 1:
+        yield f"aux_k={aux_k} is not positive. Without AuxK: aux=0."
+    if start is not None and not steps:
+        yield f"k_start={start} has no effect without k_anneal_steps: give both."
+    if steps and not k <= begin <= run.d_sae:
+        yield f"k cannot fall from k_start={begin} to k={k}: give a k_start from {k} to {run.d_sae}."
+
+
+@recipe("topk", paper="Gao et al. 2024", equations="eq. 3, 5.3, A.2")
+def topk(
+    run: Setting,
+    k: int = 32,
+    aux: float = 1 / 32,
+    aux_k: int | None = None,
+    multi: float = 0.0,
+    k_anneal_steps: int = 0,
+    k_start: int | None = None,
+) -> Variant:
+    """The k largest latents of each token; dead latents are revived by AuxK. `aux_k`: None is d_in / 2.
+
+    `multi`: the weight of the error with 4 k latents, Multi-TopK; the paper's is 1/8. `k_anneal_steps`: over so many
+    steps k falls from `k_start` (None: d_in) to `k`.
+    """
+    variant = auxk(run, TopK(k), aux, aux_k, k_anneal_steps, k_start)
+    if multi:
+        variant.add_term("multi", multi, MultiTopK(min(4 * k, run.d_sae)))
+    return variant
 
 
 @recipe("batchtopk", paper="Bussmann et al. 2024")
-def batchtopk(run: Setting, k: float = 32, aux: float = 1 / 32, aux_k: int | None = None) -> Variant:
-    """The k largest latents a token on average over the batch; afterwards a threshold, so tokens are coded alone."""
+def batchtopk(
+    run: Setting,
+    k: float = 32,
+    aux: float = 1 / 32,
+    aux_k: int | None = None,
+    k_anneal_steps: int = 0,
+    k_start: float | None = None,
+) -> Variant:
+    """The k largest latents a token on average over the batch; afterwards a threshold, so tokens are coded alone.
+
+    `aux_k`: None is d_in / 2. `k_anneal_steps`: over so many steps k falls from `k_start` (None: d_in) to `k`.
+    """
     activation = BatchTopK(k)
-    return auxk(run, activation, aux, aux_k, Threshold(activation))
+    return auxk(run, activation, aux, aux_k, k_anneal_steps, k_start, Threshold(activation))

@@ -10,11 +10,9 @@ Paper: calls absorption 0 and one split feature a collapse. 0 is the good end of
 Paper: 100,000 tokens in batches of 125 are 800 steps, all of them inside its warm-up of 1000 (`budget=paper`).
 """
 
-import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from ...cache.errors import UsageError
 from ..coefficients import Coefficient, cosine, progress, times, warmup
 from ..knobs import AtWidth
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, one_of, recipe
+from ..recipe import Optimization, Setting, Variant, ablation
 from ..sae import SAE, Activation, ReLU
 from ..step import Mechanism, Step, Term
 from ..terms import L1, MSE
@@ -587,334 +585,238 @@ class Balanced(Term):
 # Section 6: the runs.
 
 
-@dataclass
-class Draft:
-    """A variant in the making, which the additions below extend."""
-
-    run: Setting
-    sae: SAE
-    rows: Rows
-    optimization: Optimization = field(default_factory=Optimization)
-    terms: dict[str, tuple[Coefficient | float, Term]] = field(default_factory=dict)
-    mechanisms: list[Mechanism] = field(default_factory=list)
-    late: list[Mechanism] = field(default_factory=list)  # after all others, before the unit norm
-    sketch: Sketch = field(init=False)
-    utilisation: Utilisation = field(init=False)
-    diversity: Diversity = field(init=False)
-    groups: Groups = field(init=False)
-    reconstruction: float = 1.0  # what the squared error is multiplied by
-    l1: float = 0.0
-    l1_warmup: int = 0  # steps
-    growth: int = 0  # steps
-    fvu: bool = True
-    rho: float | None = None
-
-    def competing(self, name: str, symbol: str | None, strength: float, term: Term) -> None:
-        """A term that grows over the first `growth` steps; in shares of the input's variance and balanced if wished."""
-
-        def coefficient(step: Step) -> Tensor:
-            value = torch.as_tensor(warmup(strength, self.growth)(step))
-            if symbol:
-                step.notes[symbol] = value
-            if not self.fvu:
-                return value
-            centred_BD = step.x_BD - step.x_BD.mean(0)
-            return value * self.reconstruction * centred_BD.square().sum(-1).mean()
-
-        if self.rho is None:
-            self.terms[name] = (coefficient, term)
-        else:
-            self.terms[name] = (1.0, Balanced(coefficient, term, self.rows, self.reconstruction, self.rho))
-
-    @torch.no_grad()
-    def start_orthonormal(self, why: str) -> None:
-        """Begin with orthonormal rows in each group, and with the encoder as their transpose."""
-        size = self.run.d_sae // self.rows.groups
-        if size > self.run.d_in:
-            raise UsageError(
-                f"{why} needs groups of at most d_in = {self.run.d_in} latents, and {self.rows.groups} groups of a "
-                f"dictionary of {self.run.d_sae} have {size}: give --set groups={fewest_groups(self.run)}, "
-                "or a smaller --width."
-            )
-        unit_FD = gram_schmidt(self.rows.grouped(self.sae)).flatten(0, 1)
-        self.sae.W_dec.copy_(unit_FD)
-        self.sae.W_enc.copy_(unit_FD.T)
+def start_orthonormal(sae: SAE, rows: Rows, why: str) -> None:
+    """Begin with orthonormal rows in each group, and with the encoder as their transpose."""
+    size = sae.d_sae // rows.groups
+    if size > sae.d_in:
+        raise UsageError(
+            f"{why} needs groups of at most d_in = {sae.d_in} latents, and {rows.groups} groups of a "
+            f"dictionary of {sae.d_sae} have {size}: give --set groups={fewest_groups(sae.d_in, sae.d_sae)}, "
+            "or a smaller --width."
+        )
+    with torch.no_grad():
+        unit_FD = gram_schmidt(rows.grouped(sae)).flatten(0, 1)
+        sae.W_dec.copy_(unit_FD)
+        sae.W_enc.copy_(unit_FD.T)
 
 
-def fewest_groups(run: Setting) -> int:
+def fewest_groups(d_in: int, d_sae: int) -> int:
     """As few equal groups as have room for orthogonal rows: one where the dictionary is no wider than its input."""
-    return next(g for g in range(1, run.d_sae + 1) if run.d_sae % g == 0 and run.d_sae // g <= run.d_in)
+    return next(g for g in range(1, d_sae + 1) if d_sae % g == 0 and d_sae // g <= d_in)
 
 
-BUDGETS = {"paper": 100_000, "matched": 10_000_000}
-
-
-def baseline(
-    draft: Draft,
-    l1: float = 0.04,
-    l1_warmup: int | None = None,
-    pre_bias: bool = False,
-    units: str = "field",
-    budget: str | None = None,
-    batch_norm: str = "off",
-    importance: str = "off",
-) -> None:
-    """ReLU latents and an L1 penalty; `budget=paper` is 100,000 tokens, `matched` 10 million.
-
-    `units`: field (input of mean square norm 1, error summed), as_printed (raw input, summed), evidence (raw input,
-    mean over dimensions). `batch_norm`: off or pre. `importance`: off or loss_ema.
-    """
-    run, sae = draft.run, draft.sae
-    sae.pre_bias = pre_bias
-    how = Optimization(
-        normalize="unit_ms" if one_of("units", units, ("field", "as_printed", "evidence")) == "field" else "none"
-    )
+def optimization(run: Setting, normalize: str, budget: str | None) -> Optimization:
+    """The paper's budget has a rate of its own."""
     if budget is not None:
-        tokens = BUDGETS[one_of("budget", budget, BUDGETS)]
+        tokens = {"paper": 100_000, "matched": 10_000_000}[budget]
         if run.steps != tokens // run.batch_size:
             raise UsageError(
                 f"budget={budget} is {tokens:,} tokens, {tokens // run.batch_size} steps of {run.batch_size}, and this "
                 f"run has {run.steps}: give --steps {tokens // run.batch_size}, or leave the budget out. "
                 "The paper's batch size is 125."
             )
-        # Paper: warms up over 1000 steps. In a shorter run the rate rises to the last step and stays below its peak.
-        reached = min(1.0, run.steps / 1000)
-        if budget == "paper":
-            how = Optimization(
-                normalize=how.normalize, lr=how.lr * reached, warmup=min(1000, run.steps), decay_start=1.0
-            )
-    draft.optimization = how
-    draft.reconstruction = 1 / run.d_in if units == "evidence" else 1.0
-    if one_of("batch_norm", batch_norm, ("off", "pre")) == "pre":
-        norm = BatchNorm(run.d_sae, run.d_in**-0.5)  # about the spread of a unit row's product with a unit input
-        sae.activation.append(norm)
-        draft.mechanisms.append(RunningStatistics(norm))
-    sae.activation.append(ReLU())
-    error: Term = MSE()
-    if one_of("importance", importance, ("off", "loss_ema")) == "loss_ema":
-        recent = RecentError()
-        draft.mechanisms.append(recent)
-        error = ImportantError(recent)
-    draft.l1, draft.l1_warmup = l1, run.steps // 20 if l1_warmup is None else l1_warmup
-    draft.terms["mse"] = (draft.reconstruction, error)
-    draft.terms["l1"] = (warmup(l1, draft.l1_warmup), L1())
+    if budget != "paper":
+        return Optimization(normalize=normalize)
+    # Paper: warms up over 1000 steps. In a shorter run the rate rises to the last step and stays below its peak.
+    lr = Optimization.lr * min(1.0, run.steps / 1000)
+    return Optimization(normalize=normalize, lr=lr, warmup=min(1000, run.steps), decay_start=1.0)
 
 
-def sketch(draft: Draft, jl_dim: int = AtWidth(128), jl_on: str = "decoder", beta: float = 0.9) -> None:
-    """A Johnson-Lindenstrauss projection and an average of utilisation watch.
-
-    `jl_on`: decoder, encoder or activations.
-    """
-    if jl_dim < 1:
-        raise UsageError(f"jl_dim={jl_dim} is not positive.")
-    run = draft.run
-    watch = Sketch(run.d_in, run.d_sae, jl_dim, one_of("jl_on", jl_on, ("decoder", "encoder", "activations")))
-    utilisation = Utilisation(run.d_sae, beta)
-    draft.mechanisms += [utilisation, watch]
-    draft.sketch, draft.utilisation = watch, utilisation
-
-
-def contrast(
-    draft: Draft,
-    alpha: float = 0.1,
-    alpha_warmup: int | None = None,
-    contrast_cos: str = "exact_group",
-    tau_max: float = 0.4,
-    tau_min: float = 0.05,
-    contrast_power: float = 1.0,
-    loss_units: str = "fvu",
-    gradient_balance: float | None = None,
-) -> None:
-    """Rows at a smaller angle than an annealed threshold allows are pushed apart (4).
-
-    `contrast_cos`: exact_group (pairs of a group), exact (all pairs), jl (all pairs, through the projection: the
-    letter). `alpha_warmup`: steps over which this and later terms grow; None: 1000, or a tenth of a shorter run.
-    `loss_units`: fvu (this and later terms count in shares of the input's variance) or raw.
-    `gradient_balance`: the longest gradient of such a term over the reconstruction's; none: not balanced.
-    """
-    draft.fvu = one_of("loss_units", loss_units, ("fvu", "raw")) == "fvu"
-    draft.rho = gradient_balance
-    draft.growth = min(1000, draft.run.steps // 10) if alpha_warmup is None else alpha_warmup
-    watch = draft.sketch
-    one_of("contrast_cos", contrast_cos, ("exact_group", "exact", "jl"))
-    if contrast_cos == "jl" and watch.on == "activations":
-        raise UsageError(
-            "contrast_cos=jl compares rows, and jl_on=activations projects none: give jl_on=decoder or encoder."
-        )
-    seen = watch if contrast_cos == "jl" else None
-    tau = cosine(tau_max, tau_min, draft.run.steps)
-    draft.competing(
-        "contrast", "alpha", alpha, Contrast(draft.rows, tau, contrast_power, contrast_cos != "exact_group", seen)
-    )
-
-
-def dynamic_l1(draft: Draft, l1_controller: str = "l0_target", l0: float | None = None, kappa: float = 0.01) -> None:
-    """The L1 penalty moves inside bounds that fall from [0.02, 1.0] to [0.01, 0.5].
-
-    `l1_controller`: l0_target, recon_ratio, or none (the letter, with which the bounds never act). `l0`: the target;
-    None: 40, or an eighth of a narrow dictionary. `--l0` does not trust it: within its bounds and at this kappa L0
-    passes the target by far, so lambda goes on as in every other recipe.
-    """
-    run = draft.run
-    target = min(40.0, run.d_sae / 8) if l0 is None else l0
-    if not 0 < target <= run.d_sae:
-        raise UsageError(
-            f"l0={l0} latents a token cannot be met with {run.d_sae}: give a number above 0 and up to that."
-        )
-    mode = one_of("l1_controller", l1_controller, ("l0_target", "recon_ratio", "none"))
-    control = DynamicL1(draft.l1, run.steps, target, mode, kappa)
-    draft.mechanisms.append(control)
-    draft.terms["l1"] = (times(warmup(1.0, draft.l1_warmup), control.coefficient), L1())
-
-
-def diversity(draft: Draft, diversity_strength: float = 0.01) -> None:
-    """A loss for latents, and later groups, that are used unequally."""
-    draft.diversity = Diversity(None)
-    draft.competing("diversity", None, diversity_strength, draft.diversity)
-
-
-def orthogonality(draft: Draft, beta_orth: float = 0.01) -> None:
-    """Gram-Schmidt as a loss: rows of a group that are not orthogonal are penalised (5)."""
-    draft.competing("orthogonality", "beta", beta_orth, Orthogonality(draft.rows))
-
-
-def forward_gram_schmidt(
-    draft: Draft, gs_axis: str = "decoder_group", gs_order: str = "index", gs_gradient: str = "straight_through"
-) -> None:
-    """Modified Gram-Schmidt in the forward pass (3).
-
-    `gs_axis`: decoder_group (rows of W_dec, group by group), jl (the same by their projections), or activation_batch
-    (the latents over the batch: the letter). `gs_order`: index or utilisation. `gs_gradient`: straight_through or
-    through.
-    """
-    run, rows, sae = draft.run, draft.rows, draft.sae
-    one_of("gs_axis", gs_axis, ("decoder_group", "jl", "activation_batch"))
-    one_of("gs_order", gs_order, ("index", "utilisation"))
-    one_of("gs_gradient", gs_gradient, ("straight_through", "through"))
-    if gs_axis == "activation_batch":
-        sae.activation.append(GramSchmidtLatents(rows.groups, gs_gradient))
-        return
-    watch = draft.sketch if gs_axis == "jl" else None
-    size = run.d_sae // rows.groups
-    if watch is not None and (watch.on != "decoder" or size > watch.R_DS.shape[1]):
-        raise UsageError(
-            f"gs_axis=jl needs jl_on=decoder and groups of at most jl_dim = {watch.R_DS.shape[1]} latents; "
-            f"{rows.groups} groups of {run.d_sae} have {size}."
-        )
-    draft.start_orthonormal("Gram-Schmidt")
-    draft.late.append(GramSchmidt(sae, rows, draft.utilisation, gs_order, gs_gradient, watch))
-
-
-def grouped(draft: Draft, groups: int = 16, group_stat: str = "mean") -> None:
-    """Sixteen groups of neighbouring latents; all that compared any two rows now compares those of a group.
-
-    `group_stat`: mean or max. Groups are contiguous: rows start at random, so that another division is the same.
-    """
-    draft.groups = Groups(draft.utilisation, groups, one_of("group_stat", group_stat, ("mean", "max")))
-    draft.mechanisms.append(draft.groups)
-    draft.diversity.groups = groups
-
-
-def group_rates(draft: Draft, group_lr: str = "softmax_mean1") -> None:
-    """Each group's rate follows its utilisation (2).
-
-    `group_lr`: softmax_mean1, softmax (the letter), softmax_temp or inverse.
-    """
-    one_of("group_lr", group_lr, ("softmax_mean1", "softmax", "softmax_temp", "inverse"))
-    draft.mechanisms.append(GroupRate(draft.rows, draft.groups, group_lr))
-
-
-def winner_take_all(
-    draft: Draft,
-    wta_share: float = 0.1,
-    wta_scope: str = "group",
-    inhibition: str = "subtractive",
-    gamma: float = 0.25,
-    neighbours: int = 8,
-    near: str = "encoder",
-) -> None:
-    """Latents inhibit their neighbours, and the best tenth of each group remains.
-
-    `wta_scope`: group or global. `inhibition`: subtractive, divisive or off. `near`: encoder or decoder.
-    """
-    run = draft.run
-    one_of("wta_scope", wta_scope, ("group", "global"))
-    if not 0 < wta_share <= 1 or gamma < 0 or neighbours < 1:
-        raise UsageError(
-            f"wta_share={wta_share}, gamma={gamma}, neighbours={neighbours}: give a share above 0 and up to 1, "
-            "a gamma that is not negative, and one neighbour or more."
-        )
-    if run.l0 is not None:
-        wta_share = max(wta_share, run.l0 / run.d_sae)  # room for what `--l0` asks for
-    groups = draft.rows.groups
-    winners = math.ceil(wta_share * run.d_sae / groups)
-    if wta_scope == "global":
-        groups, winners = 1, winners * groups
-    known = one_of("inhibition", inhibition, ("subtractive", "divisive", "off"))
-    compete = WinnerTakeAll(run.d_sae, groups, winners, gamma, neighbours, known)
-    draft.sae.activation.append(compete)
-    draft.mechanisms.append(Neighbours(compete, draft.sae, one_of("near", near, ("encoder", "decoder"))))
-
-
-def hard_orthogonality(draft: Draft, hard_every: int = 1) -> None:
-    """After each update the rows of a group are made orthonormal.
-
-    Paper: with (3) in the forward pass as well; of rows that are orthonormal, (3) changes nothing.
-    """
-    if hard_every < 1:
-        raise UsageError(f"hard_every={hard_every} is not positive.")
-    draft.start_orthonormal("Hard orthogonality")
-    draft.mechanisms.append(HardOrthogonality(draft.rows, hard_every))
-
-
-ADDITIONS = (
-    (baseline, "(1)"), (sketch, "4.1"), (contrast, "(4)"), (dynamic_l1, "4.2"), (diversity, "6"),
-    (orthogonality, "(5)"), (forward_gram_schmidt, "(3)"), (grouped, "4.1"), (group_rates, "(2)"),
-    (winner_take_all, "4.2"), (hard_orthogonality, "6"),
-)  # fmt: skip
-
-
-def group_count(run: Setting, groups: int) -> int:
-    """`groups`, when it divides the dictionary into groups of two latents or more."""
+def problems(given: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the options of a run."""
+    run, l0 = given["run"], given["l0"]
+    for name in ("jl_dim", "neighbours", "hard_every", "contrast_power"):
+        if given[name] <= 0:
+            yield f"{name}={given[name]:g} is not positive."
+    if given["contrast_cos"] == "jl" and given["jl_on"] == "activations":
+        yield "contrast_cos=jl compares rows, and jl_on=activations projects none: give jl_on=decoder or encoder."
+    if l0 is not None and not 0 < l0 <= run.d_sae:
+        yield f"l0={l0:g} latents a token cannot be met with {run.d_sae}: give a number above 0 and up to that."
+    if not 0 < given["wta_share"] <= 1:
+        yield f"wta_share={given['wta_share']:g} is no share of the latents: give one above 0 and up to 1."
+    if given["gamma"] < 0:
+        yield f"gamma={given['gamma']:g} is negative."
+    groups = given["groups"]
     if groups < 1 or run.d_sae % groups or run.d_sae // groups < 2:
-        raise UsageError(
+        yield (
             f"A dictionary of {run.d_sae} cannot be divided into {groups} equal groups of two latents or more: "
             "give --set groups=... a divisor, or another --width."
         )
-    return groups
 
 
-def options_of(addition: Callable[..., None]) -> list[inspect.Parameter]:
-    return list(inspect.signature(addition).parameters.values())[1:]
+def build(
+    run: Setting,
+    number: int,
+    l1: float = 0.04,
+    l1_warmup: int | None = None,
+    pre_bias: bool = False,
+    units: Literal["field", "as_printed", "evidence"] = "field",
+    budget: Literal["paper", "matched"] | None = None,
+    batch_norm: Literal["off", "pre"] = "off",
+    importance: Literal["off", "loss_ema"] = "off",
+    jl_dim: int = AtWidth(128),
+    jl_on: Literal["decoder", "encoder", "activations"] = "decoder",
+    beta: float = 0.9,
+    alpha: float = 0.1,
+    alpha_warmup: int | None = None,
+    contrast_cos: Literal["exact_group", "exact", "jl"] = "exact_group",
+    tau_max: float = 0.4,
+    tau_min: float = 0.05,
+    contrast_power: float = 1.0,
+    loss_units: Literal["fvu", "raw"] = "fvu",
+    gradient_balance: float | None = None,
+    l1_controller: Literal["l0_target", "recon_ratio", "none"] = "l0_target",
+    l0: float | None = None,
+    kappa: float = 0.01,
+    diversity_strength: float = 0.01,
+    beta_orth: float = 0.01,
+    gs_axis: Literal["decoder_group", "jl", "activation_batch"] = "decoder_group",
+    gs_order: Literal["index", "utilisation"] = "index",
+    gs_gradient: Literal["straight_through", "through"] = "straight_through",
+    groups: int = 16,
+    group_stat: Literal["mean", "max"] = "mean",
+    group_lr: Literal["softmax_mean1", "softmax", "softmax_temp", "inverse"] = "softmax_mean1",
+    wta_share: float = 0.1,
+    wta_scope: Literal["group", "global"] = "group",
+    inhibition: Literal["subtractive", "divisive", "off"] = "subtractive",
+    gamma: float = 0.25,
+    neighbours: int = 8,
+    near: Literal["encoder", "decoder"] = "encoder",
+    hard_every: int = 1,
+) -> Variant:
+    """Run `number`: what each run adds has its section below, with its options.
+
+    0   `budget`: paper is 100,000 tokens, matched 10 million. `units`: field (input of mean square norm 1, error
+        summed), as_printed (raw input, summed), evidence (raw input, mean over dimensions)
+    2   `contrast_cos`: pairs of a group; exact, all pairs; jl, all through the projection (the letter). `alpha_warmup`:
+        steps over which this and later terms grow; None: 1000, or a tenth of a shorter run. `loss_units`: fvu, in
+        which this and later terms count in shares of the input's variance. `gradient_balance`: the longest gradient
+        of such a term over the reconstruction's; None: not balanced
+    3   `l1_controller`: none is the letter, with which the bounds never act. `l0`: the target; None: 40, or an eighth
+        of a narrow dictionary. `--l0` does not trust it: within its bounds and at this kappa L0 passes the target by
+        far, so lambda goes on as in every other recipe
+    6   `gs_axis`: rows of W_dec, group by group; jl, the same by their projections; activation_batch, the latents over
+        the batch (the letter)
+    7   `groups` are contiguous: rows start at random, so that another division is the same
+    """
+    if number < 7:  # rows are compared with all others for which there is room in one group
+        groups = fewest_groups(run.d_in, run.d_sae)
+    if wrong := list(problems(locals())):
+        raise UsageError("\n".join(wrong))
+    sae, rows = SAE(run.d_in, run.d_sae, pre_bias=pre_bias), Rows(groups)
+    chain: list[Activation] = [ReLU()]
+    mechanisms: list[Mechanism] = []
+    late: list[Mechanism] = []  # after all others, before the unit norm
+    error: Term = MSE()
+    if batch_norm == "pre":
+        norm = BatchNorm(run.d_sae, run.d_in**-0.5)  # about the spread of a unit row's product with a unit input
+        chain.insert(0, norm)
+        mechanisms.append(RunningStatistics(norm))
+    if importance == "loss_ema":
+        recent = RecentError()
+        mechanisms.append(recent)
+        error = ImportantError(recent)
+    reconstruction = 1 / run.d_in if units == "evidence" else 1.0
+    terms: dict[str, tuple[Coefficient | float, Term]] = {
+        "mse": (reconstruction, error), "l1": (warmup(l1, run.growth(l1_warmup)), L1()),
+    }  # fmt: skip
+
+    def add(name: str, symbol: str | None, strength: float, term: Term) -> None:
+        """A term that grows; in shares of the input's variance, and balanced, if wished."""
+        growth = warmup(strength, min(1000, run.steps // 10) if alpha_warmup is None else alpha_warmup)
+
+        def coefficient(step: Step) -> Tensor:
+            value = torch.as_tensor(growth(step))
+            if symbol:
+                step.notes[symbol] = value
+            if loss_units == "raw":
+                return value
+            centred_BD = step.x_BD - step.x_BD.mean(0)
+            return value * reconstruction * centred_BD.square().sum(-1).mean()
+
+        if gradient_balance is None:
+            terms[name] = (coefficient, term)
+        else:
+            terms[name] = (1.0, Balanced(coefficient, term, rows, reconstruction, gradient_balance))
+
+    if number >= 1:
+        sketch, utilisation = Sketch(run.d_in, run.d_sae, jl_dim, jl_on), Utilisation(run.d_sae, beta)
+        mechanisms += [utilisation, sketch]
+    if number >= 2:
+        tau = cosine(tau_max, tau_min, run.steps)
+        seen = sketch if contrast_cos == "jl" else None
+        add("contrast", "alpha", alpha, Contrast(rows, tau, contrast_power, contrast_cos != "exact_group", seen))
+    if number >= 3:
+        control = DynamicL1(l1, run.steps, min(40.0, run.d_sae / 8) if l0 is None else l0, l1_controller, kappa)
+        mechanisms.append(control)
+        terms["l1"] = (times(warmup(1.0, run.growth(l1_warmup)), control.coefficient), L1())
+    if number >= 4:
+        add("diversity", None, diversity_strength, Diversity(groups if number >= 7 else None))
+    if number >= 5:
+        add("orthogonality", "beta", beta_orth, Orthogonality(rows))
+    if number >= 6 and gs_axis == "activation_batch":
+        chain.append(GramSchmidtLatents(groups, gs_gradient))
+    elif number >= 6:
+        size, watch = run.d_sae // groups, sketch if gs_axis == "jl" else None
+        if watch is not None and (jl_on != "decoder" or size > watch.R_DS.shape[1]):
+            raise UsageError(
+                f"gs_axis=jl needs jl_on=decoder and groups of at most jl_dim = {watch.R_DS.shape[1]} latents; "
+                f"{groups} groups of {run.d_sae} have {size}."
+            )
+        start_orthonormal(sae, rows, "Gram-Schmidt")
+        late.append(GramSchmidt(sae, rows, utilisation, gs_order, gs_gradient, watch))
+    if number >= 7:
+        grouped = Groups(utilisation, groups, group_stat)
+        mechanisms.append(grouped)
+    if number >= 8:
+        mechanisms.append(GroupRate(rows, grouped, group_lr))
+    if number >= 9:
+        if run.l0 is not None:
+            wta_share = max(wta_share, run.l0 / run.d_sae)  # room for what `--l0` asks for
+        winners, fields = math.ceil(wta_share * run.d_sae / groups), groups
+        if wta_scope == "global":
+            winners, fields = winners * groups, 1
+        compete = WinnerTakeAll(run.d_sae, fields, winners, gamma, neighbours, inhibition)
+        chain.append(compete)
+        mechanisms.append(Neighbours(compete, sae, near))
+    if number >= 10:
+        # Paper: with (3) in the forward pass as well; of rows that are orthonormal, (3) changes nothing.
+        start_orthonormal(sae, rows, "Hard orthogonality")
+        mechanisms.append(HardOrthogonality(rows, hard_every))
+    sae.activation = nn.Sequential(*chain)
+    how = optimization(run, "unit_ms" if units == "field" else "none", budget)
+    dead = DeadLatents(run.d_sae, run.dead_tokens)
+    return Variant(sae, terms, [*mechanisms, *late, UnitNormDecoder()], how, dead=dead)
 
 
-def register(number: int) -> None:
-    """Run `number`: the baseline and the first so many additions, with the options of each."""
-    parts = [addition for addition, _ in ADDITIONS[: number + 1]]
-
-    def build(run: Setting, **given: Any) -> Variant:
-        # Until there are groups (run 7), rows are compared with all others for which there is room in one group.
-        groups = given.get("groups", 16) if grouped in parts else fewest_groups(run)
-        sae = SAE(run.d_in, run.d_sae, [])
-        sae.activation = nn.Sequential()
-        draft = Draft(run, sae, Rows(group_count(run, groups)))
-        for addition in parts:
-            names = [option.name for option in options_of(addition)]
-            addition(draft, **{name: given[name] for name in names if name in given})
-        mechanisms = [*draft.mechanisms, *draft.late, UnitNormDecoder()]
-        dead = DeadLatents(run.d_sae, run.dead_tokens)
-        return Variant(sae, draft.terms, mechanisms, draft.optimization, dead=dead)
-
-    run_itself = inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Setting)
-    own = [option for addition in parts for option in options_of(addition)]
-    build.__signature__ = inspect.Signature([run_itself, *own])  # type: ignore[attr-defined]
-    about = [inspect.getdoc(addition) or "" for addition in parts]
-    head, _, details = about[-1].partition("\n")
-    if number:
-        head = f"Run {number}, `{name_of(number - 1)}` and one thing more. {head}"
-    build.__doc__ = f"{head}\n{details}"
-    literal = {option.name: LITERAL[option.name] for option in own if option.name in LITERAL}
-    recipe(name_of(number), paper="000", equations=ADDITIONS[number][1], width=1, literal=literal)(build)
+RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # what each adds, its equation, and its options
+    ("ReLU latents and an L1 penalty.", "(1)", ()),
+    (
+        "A Johnson-Lindenstrauss projection and an average of utilisation watch.", "4.1",
+        ("jl_dim", "jl_on", "beta"),
+    ),
+    (
+        "Rows at a smaller angle than an annealed threshold allows are pushed apart (4).", "(4)",
+        ("alpha", "alpha_warmup", "contrast_cos", "tau_max", "tau_min", "contrast_power", "loss_units", "gradient_balance"),
+    ),
+    (
+        "The L1 penalty moves inside bounds that fall from [0.02, 1.0] to [0.01, 0.5].", "4.2",
+        ("l1_controller", "l0", "kappa"),
+    ),
+    ("A loss for latents, and later groups, that are used unequally.", "6", ("diversity_strength",)),
+    ("Gram-Schmidt as a loss: rows of a group that are not orthogonal are penalised (5).", "(5)", ("beta_orth",)),
+    ("Modified Gram-Schmidt in the forward pass (3).", "(3)", ("gs_axis", "gs_order", "gs_gradient")),
+    (
+        "Sixteen groups of neighbouring latents; all that compared any two rows now compares those of a group.", "4.1",
+        ("groups", "group_stat"),
+    ),
+    ("Each group's rate follows its utilisation (2).", "(2)", ("group_lr",)),
+    (
+        "Latents inhibit their neighbours, and the best tenth of each group remains.", "4.2",
+        ("wta_share", "wta_scope", "inhibition", "gamma", "neighbours", "near"),
+    ),
+    ("After each update the rows of a group are made orthonormal.", "6", ("hard_every",)),
+)  # fmt: skip
 
 
 def name_of(number: int) -> str:
@@ -922,5 +824,8 @@ def name_of(number: int) -> str:
 
 
 # 2048 tokens to a batch, so that these runs read one stream with all others; the paper's 125 is --batch-size 125.
-for _number in range(len(ADDITIONS)):
-    register(_number)
+for _number, (_summary, _equation, _) in enumerate(RUNS):
+    _later = [name for _, _, names in RUNS[_number + 1 :] for name in names]
+    _head = f"Run {_number}, `{name_of(_number - 1)}` and one thing more. " if _number else ""
+    _about = {"paper": "000", "equations": _equation, "width": 1, "literal": LITERAL}
+    ablation(name_of(_number), build, _head + _summary, _about, *_later, number=_number)

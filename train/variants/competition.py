@@ -22,7 +22,7 @@ explained variance of 0.293 points to is `reconstruction=mean normalize=none`.
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,20 +35,10 @@ from ..mechanisms import DeadLatents, Threshold, UnitNormDecoder
 from ..recipe import Optimization, Setting, Variant, ablation, recipe
 from ..sae import SAE, Activation, BatchTopK, ReLU, TopK
 from ..step import Mechanism, Step, Term
-from ..terms import L1, MSE, AuxK, reconstruction_weight
+from ..terms import L1, MSE, AuxK, Reconstruction, reconstruction_weight
 from .baselines import relu
 
 PAPER = {"paper": "002", "equations": "(3)-(5)"}
-READINGS = {
-    "tau_on": ("conditional", "lift"),
-    "weight": ("lift", "conditional"),
-    "pair_vec": ("decoder", "activation"),
-    "direction": ("symmetric", "child_only", "parent_only"),
-    "reduction": ("active_pairs", "sum", "n"),
-    "target": ("cofire", "absorption"),
-    "act": ("topk", "batchtopk", "relu"),
-    "pair_store": ("table", "dense"),
-}
 LITERAL = {
     "tau_on": ("lift", "chance is 1 on the scale of c and tau is 0.6, so most independent pairs pass"),
     "reduction": ("sum", "over n^2 pairs of random rows it is n^2/d, thousands of times the reconstruction"),
@@ -353,11 +343,6 @@ def compete(variant: Variant, strength: Coefficient, term: Competition) -> Varia
 
 def problems(run: Setting, given: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the options of `competition`."""
-    for name, known in READINGS.items():
-        if given[name] not in known:
-            yield f"{name}={given[name]} is unknown: {' or '.join(known)}."
-    if given["strength_warmup"] is not None and not 0 <= given["strength_warmup"] <= run.steps:
-        yield f"strength_warmup={given['strength_warmup']} is negative or longer than the run of {run.steps} steps."
     if not 0 <= given["beta"] < 1:
         yield f"beta={given['beta']} is no decay rate: give 0 to below 1."
     for name in ("pairs", "refresh"):
@@ -385,22 +370,22 @@ def competition(
     strength: float = 0.03,
     strength_warmup: int | None = None,
     tau: float = 0.6,
-    tau_on: str = "conditional",
-    weight: str = "lift",
-    pair_vec: str = "decoder",
-    direction: str = "symmetric",
-    reduction: str = "active_pairs",
-    target: str = "cofire",
+    tau_on: Literal["conditional", "lift"] = "conditional",
+    weight: Literal["lift", "conditional"] = "lift",
+    pair_vec: Literal["decoder", "activation"] = "decoder",
+    direction: Literal["symmetric", "child_only", "parent_only"] = "symmetric",
+    reduction: Literal["active_pairs", "sum", "n"] = "active_pairs",
+    target: Literal["cofire", "absorption"] = "cofire",
     beta: float = 0.99,
-    pair_store: str = "table",
+    pair_store: Literal["table", "dense"] = "table",
     pairs: int = 16,
     refresh: int = 100,
     memory_gb: float = 2.0,
-    act: str = "topk",
+    act: Literal["topk", "batchtopk", "relu"] = "topk",
     l1: float = 0.04,
     l1_warmup: int | None = None,
     aux: float = 0.0,
-    reconstruction: str = "sum",
+    reconstruction: Reconstruction = "sum",
     pre_bias: bool = False,
 ) -> Variant:
     """The k largest latents of each token; pairs that fire together pay for the similarity of their decoder rows.
@@ -426,7 +411,7 @@ def competition(
         SAE(run.d_in, run.d_sae, [activation], pre_bias=pre_bias),
         {
             "mse": (reconstruction_weight(reconstruction, run.d_in), MSE()),
-            "l1": (warmup(l1, run.steps // 20 if l1_warmup is None else l1_warmup), L1()),
+            "l1": (warmup(l1, run.growth(l1_warmup)), L1()),
         },
         mechanisms,
         Optimization(),
@@ -454,7 +439,11 @@ for _name, _width, _summary, _fixed in (
 
 @recipe("competition-baseline", paper="002", equations="(1)", literal={})
 def baseline(
-    run: Setting, l1: float = 0.04, l1_warmup: int | None = None, reconstruction: str = "sum", pre_bias: bool = False
+    run: Setting,
+    l1: float = 0.04,
+    l1_warmup: int | None = None,
+    reconstruction: Reconstruction = "sum",
+    pre_bias: bool = False,
 ) -> Variant:
     """ReLU latents and an L1 penalty, which the paper compares with."""
     variant = relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)

@@ -9,6 +9,7 @@ The nine runs of the paper ended after zero steps, so nothing in it was measured
 import torch
 from torch import Tensor
 
+from ...cache.errors import UsageError
 from ..recipe import Setting, Variant, recipe
 from ..step import Step, Term
 from .baselines import relu
@@ -74,6 +75,8 @@ def decorrelation(
 
     Paper: gives no strength. Of the encoder it says f_enc(x), a function of x and not of x - b_dec.
     """
+    if not 0 < fraction <= 1:
+        raise UsageError(f"fraction={fraction:g} is no share of the pairs: give one above 0 and up to 1.")
     variant = relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)
     variant.add_term("decorrelation", strength, Decorrelation(fraction))
     return variant

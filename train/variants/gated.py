@@ -71,10 +71,13 @@ def gated(run: Setting, l1: float = 0.04, l1_warmup: int | None = None) -> Varia
     activation = Gated(run.d_sae)
     sae = SAE(run.d_in, run.d_sae, [activation])
     sae.b_enc.requires_grad_(False)  # stays zero: b_gate and b_mag take its place
-    steps = run.steps // 20 if l1_warmup is None else l1_warmup
     return Variant(
         sae,
-        {"mse": (1.0, MSE()), "l1": (warmup(l1, steps), GateL1(activation)), "gate": (1.0, GateMSE(activation))},
+        {
+            "mse": (1.0, MSE()),
+            "l1": (warmup(l1, run.growth(l1_warmup)), GateL1(activation)),
+            "gate": (1.0, GateMSE(activation)),
+        },
         [UnitNormDecoder()],
         Optimization(beta1=0.0),
         dead=DeadLatents(run.d_sae, run.dead_tokens),

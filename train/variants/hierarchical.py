@@ -18,6 +18,7 @@ these units whatever the input, and 2.5 belongs to their variance at its layer, 
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from ...cache.errors import UsageError
 from ..coefficients import Coefficient, linear, times
 from ..knobs import AtVariance, AtWidth
 from ..mechanisms import DeadLatents, Resample, UnitNormDecoder, forget
-from ..recipe import Optimization, Setting, Variant, ablation, one_of, recipe
+from ..recipe import Optimization, Setting, Variant, ablation, recipe
 from ..sae import SAE
 from ..step import Mechanism, Step
 from ..terms import L1, MSE
@@ -52,7 +53,7 @@ class ResampleByWindow(Resample):
 
     def __init__(self, dead: DeadLatents, window: int, until: int, below: float, stability: str) -> None:
         super().__init__(dead, window, until)
-        self.below, self.stability = below, one_of("stability", stability, ("any", "mean"))
+        self.below, self.stability = below, stability
         self.register_buffer("fired_WF", torch.ones(window, len(dead.since_F)))
 
     def after(self, step: Step) -> None:
@@ -105,9 +106,7 @@ class Merge(Mechanism):
     ) -> None:
         super().__init__()
         self.resample, self.above, self.every = resample, above, every
-        self.on = one_of("merge_on", on, ("decoder", "encoder"))
-        self.weights = one_of("merge_weights", weights, ("equal", "activity"))
-        self.partner = one_of("merge_partner", partner, ("recycle", "disable"))
+        self.on, self.weights, self.partner = on, weights, partner
         self.register_buffer("merged", torch.zeros((), dtype=torch.int64))
         self.register_buffer("disabled_F", torch.zeros(resample.fired_WF.shape[1], dtype=torch.bool))
 
@@ -160,8 +159,7 @@ class Modulate(Mechanism):
         self, scale: Callable[[], Tensor], reading: str, target: float, low: float, high: float, ema: float
     ) -> None:
         super().__init__()
-        self.scale, self.target, self.low, self.high, self.ema = scale, target, low, high, ema
-        self.reading = one_of("recon_in_alpha", reading, ("mean", "sum"))
+        self.scale, self.reading, self.target, self.low, self.high, self.ema = scale, reading, target, low, high, ema
         self.register_buffer("average", torch.zeros(()))
         self.register_buffer("alpha", torch.ones(()))
 
@@ -193,7 +191,7 @@ def noted(name: str, coefficient: Coefficient) -> Coefficient:
 
 def build(
     run: Setting,
-    restarts: str = "window",
+    restarts: Literal["window", "dead", "never"] = "window",
     adaptive: bool = True,
     merging: bool = True,
     l1: float | None = None,
@@ -201,17 +199,17 @@ def build(
     resample_every: int = 100,
     window: int = 100,
     below: float = 0.01,
-    stability: str = "any",
-    recon_in_alpha: str = "mean",
+    stability: Literal["any", "mean"] = "any",
+    recon_in_alpha: Literal["mean", "sum"] = "mean",
     target: float = AtVariance(2.5),
     alpha_low: float = 0.1,
     alpha_high: float = 2.0,
     alpha_ema: float = 0.0,
     merge_above: float = 0.9,
     merge_every: int = 100,
-    merge_on: str = "decoder",
-    merge_weights: str = "equal",
-    merge_partner: str = "recycle",
+    merge_on: Literal["decoder", "encoder"] = "decoder",
+    merge_weights: Literal["equal", "activity"] = "equal",
+    merge_partner: Literal["recycle", "disable"] = "recycle",
     pre_bias: bool = False,
 ) -> Variant:
     counts = {"resample_every": resample_every, "window": window, "merge_every": merge_every}

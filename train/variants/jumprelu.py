@@ -11,12 +11,13 @@ Three penalties: on the number of latents (`jumprelu-step`), on its distance fro
 of their sizes (`jumprelu-tanh`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...cache.errors import UsageError
 from ..coefficients import warmup
 from ..mechanisms import DeadLatents, UnitNormDecoder, UnitNormExport
 from ..recipe import Optimization, Setting, Variant, recipe
@@ -26,20 +27,26 @@ from ..terms import MSE
 
 
 class Jump(torch.autograd.Function):
-    """z H(z - theta). The gradient reaches z where the latent fires, and theta within eps/2 of it."""
+    """z H(z - theta). The gradient reaches z where the latent fires, and theta within eps/2 of it.
+
+    With `to_input` what theta gets there z gets too, with the other sign: H depends on z - theta alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float, to_input: bool) -> Tensor:
         ctx.save_for_backward(z_BF, theta_F)
-        ctx.eps = eps
+        ctx.eps, ctx.to_input = eps, to_input
         return z_BF * (z_BF > theta_F)
 
     @staticmethod
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z_BF, theta_F = ctx.saved_tensors
         near_BF = (z_BF - theta_F).abs() < ctx.eps / 2
         grad_F = (grad_BF.to(theta_F.dtype) * near_BF).sum_to_size(theta_F.shape)
-        return grad_BF * (z_BF > theta_F), -theta_F / ctx.eps * grad_F, None
+        to_z_BF = grad_BF * (z_BF > theta_F)
+        if ctx.to_input:
+            to_z_BF = to_z_BF + (theta_F / ctx.eps).to(grad_BF.dtype) * near_BF * grad_BF
+        return to_z_BF, -theta_F / ctx.eps * grad_F, None, None
 
 
 class Fires(torch.autograd.Function):
@@ -65,13 +72,13 @@ class JumpReLU(Activation, name="jumprelu"):
     and is not rescaled.
     """
 
-    def __init__(self, d_sae: int, bandwidth: float, start: float = 0.0) -> None:
-        super().__init__(d_sae=d_sae, bandwidth=bandwidth)
-        self.bandwidth = bandwidth
+    def __init__(self, d_sae: int, bandwidth: float, start: float = 0.0, ste_to_input: bool = False) -> None:
+        super().__init__(d_sae=d_sae, bandwidth=bandwidth)  # all that an SAE is rebuilt with to encode
+        self.bandwidth, self.ste_to_input = bandwidth, ste_to_input
         self.threshold = nn.Parameter(torch.full((d_sae,), start))
 
     def forward(self, z_BF: Tensor) -> Tensor:
-        return Jump.apply(z_BF, self.threshold, self.bandwidth)
+        return Jump.apply(z_BF, self.threshold, self.bandwidth, self.ste_to_input)
 
     def fires(self, z_BF: Tensor) -> Tensor:
         return Fires.apply(z_BF, self.threshold, self.bandwidth)
@@ -177,11 +184,29 @@ class Reach(Term):
 GEMMA_SCOPE = Optimization(lr=7e-5, beta1=0.0)
 
 
+def problems(bandwidth: float, threshold: float, l0: float) -> Iterator[str]:
+    """What is wrong with the options of a JumpReLU."""
+    if bandwidth <= 0:
+        yield f"bandwidth={bandwidth:g} is not positive: no latent would be near enough for its threshold to learn."
+    if threshold < 0:
+        yield f"threshold={threshold:g} is negative, and stays at 0 or above."
+    if l0 <= 0:
+        yield f"l0={l0:g} latents a token are no target: give a number above 0."
+
+
+def jump_relu(
+    run: Setting, bandwidth: float, threshold: float, l0: float = 1.0, ste_to_input: bool = False
+) -> JumpReLU:
+    if wrong := list(problems(bandwidth, threshold, l0)):
+        raise UsageError("\n".join(wrong))
+    return JumpReLU(run.d_sae, bandwidth, threshold, ste_to_input)
+
+
 def jump(run: Setting, activation: JumpReLU, penalty: float, steps: int | None, term: Term) -> Variant:
     """What `jumprelu` and `jumprelu-step` share: unit rows, and a penalty that grows over a twentieth of the run."""
     variant = Variant(
         SAE(run.d_in, run.d_sae, [activation], pre_bias=False),
-        {"mse": (1.0, MSE()), "l0_penalty": (warmup(penalty, run.steps // 20 if steps is None else steps), term)},
+        {"mse": (1.0, MSE()), "l0_penalty": (warmup(penalty, run.growth(steps)), term)},
         [NotNegative(activation), UnitNormDecoder()],
         GEMMA_SCOPE,
         dead=DeadLatents(run.d_sae, run.dead_tokens),
@@ -203,7 +228,7 @@ def jumprelu(
     `bandwidth` and `threshold`, its start, presume inputs with E|x|^2 = 1. A threshold moves by about lr a step: at the
     default lr a run of a thousand steps ends far above `l0`; with `--l0` thresholds alone move faster, and it arrives.
     """
-    activation = JumpReLU(run.d_sae, bandwidth, threshold)
+    activation = jump_relu(run, bandwidth, threshold, l0)
     return jump(run, activation, penalty, penalty_warmup, TargetL0(activation, l0))
 
 
@@ -219,7 +244,7 @@ def jumprelu_step(
 
     `bandwidth` and `threshold`, its start, presume inputs with E|x|^2 = 1.
     """
-    activation = JumpReLU(run.d_sae, bandwidth, threshold)
+    activation = jump_relu(run, bandwidth, threshold)
     return jump(run, activation, penalty, penalty_warmup, L0(activation))
 
 
@@ -231,15 +256,19 @@ def jumprelu_tanh(
     reach: float = 3e-6,
     bandwidth: float = 2.0,
     threshold: float = 0.1,
+    ste_to_input: bool = False,
 ) -> Variant:
     """Learned thresholds under a tanh of the latents' sizes, with free decoder rows; saved with unit rows.
 
     Options count in the paper's units, inputs with E|x| = sqrt(d_in). With E|x|^2 = 1 the same objective, divided by
     d_in, has penalty/d_in, c sqrt(d_in), and reach, bandwidth and threshold over sqrt(d_in).
+
+    `ste_to_input`: what the step gives a threshold it also gives the pre-activation, and so the encoder. Paper: prints
+    dJumpReLU/dx without it, and writes that the estimator's gradient reaches all parameters; SAELens has it.
     """
     unit = run.d_in**0.5
     # Paper: learns log theta, which Adam moves by its rate in log space: hardly at all. theta itself is learned here.
-    activation = JumpReLU(run.d_sae, bandwidth / unit, threshold / unit)
+    activation = jump_relu(run, bandwidth / unit, threshold / unit, ste_to_input=ste_to_input)
     variant = Variant(
         SAE(run.d_in, run.d_sae, [activation], pre_bias=False),
         {

@@ -14,6 +14,7 @@ what its numbers point to is `reconstruction=mean normalize=none`.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,10 @@ from ...cache.errors import UsageError
 from ..coefficients import Coefficient, constant, linear
 from ..knobs import AtDictionary, AtScale
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, ablation, one_of, recipe
+from ..recipe import Optimization, Setting, Variant, ablation, recipe
 from ..sae import SAE, Activation, ReLU
 from ..step import Mechanism, Step, Term
-from ..terms import L1, MSE, reconstruction_weight
+from ..terms import L1, MSE, Reconstruction, reconstruction_weight
 
 PAPER = {"paper": "001", "width": 1}
 LITERAL = {
@@ -35,7 +36,6 @@ LITERAL = {
     "competition": ("softmax", "the weights sum to one, so alpha vanishes, about z/n, or has one winner"),
     "cut": (0.0, "alpha is nowhere exactly zero, so L0 counts every positive latent"),
 }
-COMPETITIONS = ("softmax_peak", "softmax", "softmax_scaled", "softmax_active_only")
 
 
 class Enabled(Activation, name="enabled"):
@@ -72,8 +72,8 @@ class Competition(Activation, name="competition"):
         self, temperature: float, weights: str = "softmax_peak", unit: str = "input", cut: float = 0.0
     ) -> None:
         super().__init__(temperature=temperature, weights=weights, unit=unit, cut=cut)
-        self.weights = one_of("competition", weights, COMPETITIONS)
-        self.unit = one_of("temperature_unit", unit, ("rms_z", "input"))
+        self.weights = weights
+        self.unit = unit
         self.register_buffer("T", torch.tensor(temperature))
         self.register_buffer("cut", torch.tensor(cut))
 
@@ -125,7 +125,7 @@ class Utilization(ActivityEMA):
     def __init__(self, enabled: Enabled, beta: float, tau: float, reading: str = "alive_fraction") -> None:
         super().__init__(len(enabled.on_F), beta, tau)
         self.enabled = enabled
-        self.reading = one_of("utilization", reading, ("alive_fraction", "mean", "any"))
+        self.reading = reading
         self.register_buffer("rho", torch.zeros(()))
 
     def after(self, step: Step) -> None:
@@ -162,7 +162,7 @@ class Grow(Mechanism):
         super().__init__()
         self.enabled, self.use, self.dead = enabled, use, dead
         self.interval, self.hybrid, self.pace = interval, hybrid, pace
-        self.order = one_of("order", order, ("index", "importance"))
+        self.order = order
         d_sae = len(enabled.on_F)
         self.n_ref = d_sae if n_ref is None else n_ref
         first = max(1, math.ceil(start * d_sae))
@@ -226,7 +226,7 @@ class Temper(Mechanism):
 
 
 @recipe("progressive-baseline", equations="(1)", literal={}, **PAPER)
-def baseline(run: Setting, l1: float = 0.04, reconstruction: str = "sum", pre_bias: bool = False) -> Variant:
+def baseline(run: Setting, l1: float = 0.04, reconstruction: Reconstruction = "sum", pre_bias: bool = False) -> Variant:
     """ReLU latents and an L1 penalty: `progressive` without growth and without competition."""
     return Variant(
         SAE(run.d_in, run.d_sae, pre_bias=pre_bias),
@@ -245,15 +245,15 @@ def progressive(
     hybrid: bool = True,
     n_ref: int | None = 100,
     pace: float = AtDictionary(1),
-    order: str = "index",
+    order: Literal["index", "importance"] = "index",
     beta: float = 0.9,
     tau: float = AtScale(0.01),
-    utilization: str = "alive_fraction",
-    competition: str = "softmax_peak",
+    utilization: Literal["alive_fraction", "mean", "any"] = "alive_fraction",
+    competition: Literal["softmax_peak", "softmax", "softmax_scaled", "softmax_active_only", "off"] = "softmax_peak",
     competition_in_recon: bool = True,
     cut: float = AtScale(0.01),
     temperature: float = AtScale(0.1),
-    temperature_unit: str = "input",
+    temperature_unit: Literal["input", "rms_z"] = "input",
     temperature_low: float = AtScale(0.05),
     temperature_high: float = AtScale(0.3),
     density_scale: float = 0.3,
@@ -261,23 +261,25 @@ def progressive(
     momentum: float = 0.99,
     anneal_steps: int = 0,
     l1: float = 0.04,
-    l1_on: str = "alpha",
-    reconstruction: str = "sum",
+    l1_on: Literal["alpha", "z", "both"] = "alpha",
+    reconstruction: Reconstruction = "sum",
     pre_bias: bool = False,
 ) -> Variant:
     """Latents are enabled as they are used, from a quarter on, and compete under a temperature that follows their use.
 
     `interval`: steps between increments; None: 10 in 4882, so that growth fills half of the run. `n_ref` None: d_sae.
-    `pace`: multiplies the increments. `competition` may be off. `competition_in_recon` false
+    `pace`: multiplies the increments. `competition_in_recon` false
     reconstructs from z, and alpha is only penalised. `anneal_steps` (the paper's 2000): T_base falls from
     `temperature_high` to `temperature`. `l1_on`: alpha, z, or both, which is the gradient printed as (7).
     """
-    one_of("competition", competition, (*COMPETITIONS, "off"))
-    one_of("l1_on", l1_on, ("alpha", "z", "both"))
+    wrong = []
     if not 0 < start <= 1:
-        raise UsageError(f"start={start} is no share of the latents: give one above 0 and up to 1.")
+        wrong.append(f"start={start:g} is no share of the latents: give one above 0 and up to 1.")
     if interval is not None and interval < 1:
-        raise UsageError(f"interval={interval} is no number of steps: give 1 or more.")
+        wrong.append(f"interval={interval} is no number of steps: give 1 or more.")
+    wrong += [f"{n}={t:g} is not positive." for n, t in (("temperature", temperature), ("pace", pace)) if t <= 0]
+    if wrong:
+        raise UsageError("\n".join(wrong))
     if interval is None:
         interval = max(1, round(10 * run.steps / 4882))
     enabled = Enabled(run.d_sae)
