@@ -106,7 +106,10 @@ def write_fixtures(python: str, to: Path, metrics: list[str], seed: int) -> None
                 "versions": found.pop("versions"), "seed": seed, "date": datetime.date.today().isoformat(),
                 "command": f"python benchmarks/peers/saebench_reference.py PYTHON --fixtures FOLDER --metrics {metric}",
             }  # fmt: skip
-            results.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+            if found:
+                results.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+            else:
+                results.unlink()
             (folder / metric / "provenance.json").write_text(json.dumps(about, indent=1) + "\n")
             shutil.copytree(folder / metric, to / metric, dirs_exist_ok=True)
             print(metric, "is written", flush=True)

@@ -528,6 +528,39 @@ def run_absorption(problem: Problem, runs: list[str], record: Recorder | None) -
                     record.tensors["l1_probe.weight"] = l1[-1]
                 assert torch.equal(record.tensors.setdefault("fresh.activations", torch.cat(fresh)), torch.cat(fresh))
                 absorption_tables(record, run, layer, words)
+        if record:
+            full_absorption(problem, record, fresh)
+
+
+def full_absorption(problem: Problem, record: Recorder, fresh: list[Tensor]) -> None:
+    """The measured words once more, through an SAE of two latents a token. Every second letter's main latent is not the
+    one that fires for it: most of those words are fully absorbed."""
+    size, table = problem.about, record.json["relu"]["words"]
+    config = AbsorptionEvalConfig()
+    sae = problem.sae("topk")
+    sae.k.fill_(2)
+    sae.W_enc.mul_(3)
+    sae.b_enc.mul_(3)
+    calculator = feature_absorption.FeatureAbsorptionCalculator(
+        problem.model,
+        size["words"],
+        max_icl_examples=10,
+        base_template=config.prompt_template,
+        word_token_pos=config.prompt_token_pos,
+    )
+    fresh.clear()
+    found: dict[str, list[Any]] = {name: [] for name in ("letter", "main", "absorption_fraction", "is_full_absorption")}
+    for number, letter in enumerate(sorted(set(table["letter"]))):
+        words = [word for word, its in zip(table["token"], table["letter"], strict=True) if its == letter]
+        main = [number + 26] if number % 2 else [number, number + 26, number + 52]
+        direction = record.tensors["probe.weight"].detach()[number]
+        result = calculator.calculate_absorption(sae, words, direction, main, size["layer"], show_progress=False)
+        for word in result.word_results:
+            values = (letter, main, word.absorption_fraction, word.is_full_absorption)
+            for name, value in zip(found, values, strict=True):
+                found[name].append(value)
+    record.json["full"] = found
+    record.tensors["full.activations"] = torch.cat(fresh)
 
 
 def seed() -> None:
