@@ -10,17 +10,25 @@ and nothing has to be decoded: one pass through the encoder gives every ablation
 Shape suffixes: N texts, B texts of a task, D d_in, F latents, P probes, R replicates of a bootstrap.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ..cache.errors import UsageError
-from .metric import Coder
-from .rows import Pooled
+from ..cache.errors import SaeError, UsageError
+from ..cache.files import digest_of
+from .bench import Bench
+from .metric import Coder, Metric, Outcome, Progress, Result, Subject
+from .rows import Pooled, Rows, pool, read_rows
+from .texts import SPLITS, pinned
 
+THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # latents ablated
+SEED = 42
 PROBE_BATCH = 16
 PROBE_EPOCHS = 20
 PROBE_LR = 1e-3
@@ -125,10 +133,14 @@ def interval(score_R: Tensor) -> list[float]:
     return torch.quantile(score_R[1:], score_R.new_tensor([0.025, 0.975])).tolist()
 
 
-def difference(pooled: Pooled, task: Task) -> Tensor:
-    """Mean latents of the positive texts minus those of the negative ones (F,), over the counted tokens."""
-    rows_BF = pooled.mean_NF[task.rows_B]
-    return rows_BF[task.positive_B].mean(0) - rows_BF[~task.positive_B].mean(0)
+def differences(pooled: Pooled, tasks: Sequence[Task]) -> Tensor:
+    """Mean latents of each task's positive texts minus those of its negative ones (P, F), over the counted tokens."""
+    share_PN = torch.zeros(len(tasks), len(pooled.count_N))
+    for share_N, task in zip(share_PN, tasks, strict=True):
+        positive, negative = task.rows_B[task.positive_B], task.rows_B[~task.positive_B]
+        share_N.index_add_(0, positive, torch.full((len(positive),), 1 / len(positive)))
+        share_N.index_add_(0, negative, torch.full((len(negative),), -1 / len(negative)))
+    return (share_PN / pooled.count_N) @ pooled.sum_NF
 
 
 def strongest(effect_F: Tensor, count: int) -> Tensor:
@@ -190,3 +202,97 @@ def check_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> None
             f"{metric} ablates up to {most} latents, and this SAE has {d_sae}. "
             f"Give thresholds that fit: --set {metric}.thresholds={fit}."
         )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Texts, and the tasks over them, one per probe. `draw(split, probe, generator)` is a task; without a generator
+    it is always the same one.
+    """
+
+    name: str
+    texts: dict[str, list[str]]  # train, test
+    probes: int
+    draw: Callable[[str, int, torch.Generator | None], Task]
+
+    def tasks(self, split: str, generator: torch.Generator | None = None) -> list[Task]:
+        return [self.draw(split, probe, generator) for probe in range(self.probes)]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Of a problem and a layer, what no SAE changes."""
+
+    rows: dict[str, Rows]  # train, test
+    mean_ND: Tensor  # of the test texts
+    probes: Probes
+
+
+@dataclass
+class Scored:
+    """An SAE, and what was found of it: for each problem its scores (R,) by name, and what else is kept."""
+
+    W_dec_FD: Tensor
+    generator: torch.Generator | None
+    scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    scores_without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    n: Counter[str] = field(default_factory=Counter)
+    flags: list[str] = field(default_factory=list)
+    leaking: int = 0
+
+
+@dataclass(frozen=True)
+class Ablation(Metric):
+    """What SCR and TPP share: texts, probes on them, latents that matter to a probe, and accuracies without these.
+
+    The latents of each text are summed and kept in float32: for one problem (at most 10,000 training texts) and one
+    SAE at a time, 0.7 GB at 16k latents. What else is kept grows with the thresholds only.
+    """
+
+    dataset_names: tuple[str, ...] = ()
+    thresholds: tuple[int, ...] = THRESHOLDS
+    train_set_size: int = 4000  # texts of one task, half of them positive
+    test_set_size: int = 1000
+    context: int = 128
+    rng: str = "paired"
+
+    category: ClassVar[str]
+
+    @abstractmethod
+    def problems(self, name: str, data: Path | None) -> Iterator[Problem]:
+        """Those of one dataset."""
+
+    @abstractmethod
+    def effects(self, difference_PF: Tensor, align_FP: Tensor) -> Tensor:
+        """How much each latent matters to each probe (P, F)."""
+
+    @abstractmethod
+    def scores(self, readout: Readout, effect_PF: Tensor, draw: Draw, resample: Resample, mode: str) -> Scores:
+        """Every score (R,) by name, what else is to be kept, and flags."""
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        texts = {name: pinned(name, bench.data) for name in self.dataset_names}
+        return {**super().settings(bench), "texts": texts}
+
+    @torch.no_grad()
+    def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:
+        begun = [self.begin(bench, subject) for subject in subjects]
+        able = [(subject, one) for subject, one in zip(subjects, begun, strict=True) if isinstance(one, Scored)]
+        layers = sorted({subject.layer for subject, _ in able})
+        for name in self.dataset_names if able else ():
+            for problem in self.problems(name, bench.data):
+                bases = self.bases(bench, problem, layers, progress)
+                resample = Resample.of(len(problem.texts["test"]))
+                for number, (subject, one) in enumerate(able):
+                    self.add(bench, problem, bases[subject.layer], subject.sae, resample, one)
+                    progress(number + 1, len(able), problem.name)
+        return [self.result(one) if isinstance(one, Scored) else one for one in begun]
+
+    def begin(self, bench: Bench, subject: Subject) -> Scored | SaeError:
+        try:
+            W_dec_FD = decoder_of(subject.sae, bench.model.config.hidden_size, bench.model.device)
+            check_thresholds(self.thresholds, len(W_dec_FD), self.name)
+        except SaeError as error:
+            return error
+        return Scored(W_dec_FD, torch.Generator().manual_seed(SEED) if self.rng == "saebench" else None)

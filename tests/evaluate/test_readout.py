@@ -16,7 +16,7 @@ from sae.evaluate.readout import (
     check_thresholds,
     correct,
     decoder_of,
-    difference,
+    differences,
     interval,
     strongest,
     train_probes,
@@ -106,7 +106,7 @@ def test_the_norms_of_decoder_rows_change_nothing():
     for one in (sae, other):
         pooled = pool(one, rows, CPU)
         readout = Readout.of(probes, rows.mean_ND(), pooled, one.W_dec, CONTEXT)
-        effect_F = difference(pooled, task) * readout.align_FP[:, 1]
+        effect_F = differences(pooled, [task])[0] * readout.align_FP[:, 1]
         found.append((effect_F, readout.ablated(strongest(effect_F, 5))))
     torch.testing.assert_close(found[0], found[1])
 
@@ -115,8 +115,11 @@ def test_difference_of_means():
     pooled = Pooled(
         torch.tensor([[2.0, 0], [3, 6], [4, 4], [0, 8]]), torch.tensor([1, 3, 2, 4]), torch.tensor([9.0, 9])
     )
-    task = Task(torch.tensor([3, 0, 1]), torch.tensor([False, True, True]))
-    torch.testing.assert_close(difference(pooled, task), torch.tensor([1.5 - 0, 1.0 - 2]))
+    tasks = [
+        Task(torch.tensor([3, 0, 1]), torch.tensor([False, True, True])),
+        Task(torch.tensor([2, 0, 3]), torch.tensor([True, False, False])),
+    ]
+    torch.testing.assert_close(differences(pooled, tasks), torch.tensor([[1.5 - 0, 1 - 2], [2.0 - 1, 2 - 1]]))
 
 
 def test_the_strongest_latents_have_an_effect_or_stand_before_those_that_harm():
