@@ -1,47 +1,39 @@
-"""What linear probes read from texts, and what they read once latents are ablated: the arithmetic of SCR and TPP.
+"""What linear probes read from texts, and what they read once latents are ablated: what SCR and TPP share.
 
 SAEBench ablates by x' = x - x_hat + decode(f with some latents set to 0), at every position of the padded text. The
 decoder is affine, so a probe on the mean of x' over a text reads
 
     w x_mean + b - sum over ablated i of F_i (w . d_i),    F_i = (sum of f_i over all positions) / (counted tokens)
 
-and nothing has to be decoded: one pass through the encoder gives every ablation (evaluation spec 5.5, 13.2).
+and nothing has to be decoded: each text is encoded once, whatever is ablated. What `encode` makes of a zero row leaks in
+at BOS and at padding, as it does in SAEBench.
 
 Shape suffixes: N texts, B texts of a task, D d_in, F latents, P probes, R replicates of a bootstrap.
 """
 
+import math
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..cache.errors import SaeError, UsageError
 from ..cache.files import digest_of
 from .bench import Bench
 from .metric import Coder, Metric, Outcome, Progress, Result, Subject
-from .rows import Pooled, Rows, pool, read_rows
-from .texts import SPLITS, pinned
+from .probes import LabelledRows, Task, generator, read_labelled
+from .rows import Pooled, pool
+from .texts import Texts, pinned
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # latents ablated
-SEED = 42
-PROBE_BATCH = 16
-PROBE_EPOCHS = 20
-PROBE_LR = 1e-3
-PROBE_L1 = 1e-3
+PROBE = {"batch": 16, "epochs": 20, "lr": 1e-3, "l1": 1e-3}
 REPLICATES = 400
-
-
-@dataclass(frozen=True)
-class Task:
-    """A binary task: which texts, and whether each is a positive one (bool); each (B,)."""
-
-    rows_B: Tensor
-    positive_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,53 +48,48 @@ class Probes:
 
 
 def train_probes(
-    x_ND: Tensor,
-    tasks: Sequence[Task],
-    x_test_ND: Tensor,
-    test_tasks: Sequence[Task],
-    generator: torch.Generator,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    x_ND: Tensor, tasks: Sequence[Task], x_test_ND: Tensor, test_tasks: Sequence[Task], draws: Sequence[torch.Generator]
 ) -> Probes:
-    """One probe per task, all in one batched product: cross-entropy + 1e-3 |w|_1, AdamW, 20 epochs of batches of 16.
+    """One probe per task, as `train_probe` makes them one by one, in one batched product; the tasks are of one size.
 
-    Of each probe the epoch with the best test accuracy is kept, the first of equal ones, as SAEBench does. The tasks
-    are of one size. Memory: the texts, and a few times (P, D).
+    Cross-entropy + 1e-3 |w|_1, AdamW, 20 epochs of batches of 16; of each probe the first epoch of the best accuracy on
+    the test texts is kept. Draws from the generator of a probe: weight, bias, one order per epoch.
     """
-    # Paper: SAEBench trains in the model's dtype, bfloat16 for Gemma, one probe after the other.
-    rows_PB = torch.stack([task.rows_B for task in tasks])
-    label_PB = torch.stack([task.positive_B for task in tasks]).to(x_ND.dtype)
+    # Paper: SAEBench trains in the model's dtype, bfloat16 for Gemma; this is float32.
+    rows_PB = torch.stack([task.rows for task in tasks])
+    label_PB = torch.stack([task.label for task in tasks]).to(x_ND.dtype)
     bound = x_ND.shape[1] ** -0.5
-    weight_PD, bias_P = (
-        torch.empty(shape, dtype=x_ND.dtype).uniform_(-bound, bound, generator=generator).requires_grad_()
-        for shape in ((len(tasks), x_ND.shape[1]), (len(tasks),))
-    )
-    optimizer = torch.optim.AdamW([weight_PD, bias_P], lr=PROBE_LR, weight_decay=0.01, foreach=True)
-    best_P = torch.full((len(tasks),), -1.0, dtype=torch.float64)
-    kept = Probes(weight_PD.detach().clone(), bias_P.detach().clone())
-    for epoch in range(PROBE_EPOCHS):
-        order_PB = torch.stack([torch.randperm(rows_PB.shape[1], generator=generator) for _ in tasks])
-        for batch_Pb in order_PB.split(PROBE_BATCH, 1):
-            x_PbD = x_ND[rows_PB.gather(1, batch_Pb)]
-            logit_Pb = (x_PbD @ weight_PD[:, :, None])[:, :, 0] + bias_P[:, None]
-            loss_Pb = torch.nn.functional.binary_cross_entropy_with_logits(
-                logit_Pb, label_PB.gather(1, batch_Pb), reduction="none"
-            )
-            optimizer.zero_grad()
-            (loss_Pb.mean(1).sum() + PROBE_L1 * weight_PD.abs().sum()).backward()
+
+    def start(width: int) -> Tensor:
+        drawn = [torch.empty(width).uniform_(-bound, bound, generator=one) for one in draws]
+        return torch.stack(drawn).to(x_ND.dtype).requires_grad_()
+
+    weight_PD, bias_P1 = start(x_ND.shape[1]), start(1)
+    optimizer = torch.optim.AdamW([weight_PD, bias_P1], lr=PROBE["lr"], weight_decay=0.01)
+    best_P = torch.zeros(len(tasks), dtype=torch.float64)
+    kept = Probes(weight_PD.detach().clone(), bias_P1.detach()[:, 0].clone())
+    for _ in range(int(PROBE["epochs"])):
+        order_PB = torch.stack([torch.randperm(rows_PB.shape[1], generator=one) for one in draws])
+        for batch_Pb in order_PB.split(int(PROBE["batch"]), 1):
+            with torch.enable_grad():
+                x_PbD, label_Pb = x_ND[rows_PB.gather(1, batch_Pb)], label_PB.gather(1, batch_Pb)
+                logit_Pb = (x_PbD @ weight_PD[:, :, None])[:, :, 0] + bias_P1
+                loss_Pb = binary_cross_entropy_with_logits(logit_Pb, label_Pb, reduction="none")
+                optimizer.zero_grad()
+                (loss_Pb.mean(1).sum() + PROBE["l1"] * weight_PD.abs().sum()).backward()
             optimizer.step()
-        now = Probes(weight_PD.detach(), bias_P.detach())
-        logits_NP = now.logits(x_test_ND)
-        accuracy_P = torch.stack([correct(logits_NP[:, p], task).mean() for p, task in enumerate(test_tasks)])
-        better_P = accuracy_P > best_P
-        best_P[better_P] = accuracy_P[better_P]
+        now = Probes(weight_PD.detach(), bias_P1.detach()[:, 0])
+        logit_NP = now.logits(x_test_ND)
+        reached_P = torch.stack([correct(logit_NP[:, p], task).mean() for p, task in enumerate(test_tasks)])
+        better_P = reached_P > best_P
+        best_P[better_P] = reached_P[better_P]
         kept.weight_PD[better_P], kept.bias_P[better_P] = now.weight_PD[better_P], now.bias_P[better_P]
-        progress(epoch + 1, PROBE_EPOCHS)
     return kept
 
 
 def correct(logit_N: Tensor, task: Task) -> Tensor:
     """1 where the logit has the sign of its label, 0 elsewhere (B,), in float64."""
-    return ((logit_N[task.rows_B] > 0) == task.positive_B).double()
+    return ((logit_N[task.rows] > 0) == (task.label > 0.5)).double()
 
 
 @dataclass(frozen=True)
@@ -124,20 +111,21 @@ class Resample:
 
     def accuracy(self, logit_N: Tensor, task: Task) -> Tensor:
         """(R,), rounded to float32 as SAEBench's are: that decides whether a difference of 0.001 is one."""
-        times_RB = self.times_RN[:, task.rows_B]
+        times_RB = self.times_RN[:, task.rows]
         return (times_RB @ correct(logit_N, task) / times_RB.sum(1)).float().double()
 
 
 def interval(score_R: Tensor) -> list[float]:
-    """95 % of the bootstrap."""
-    return torch.quantile(score_R[1:], score_R.new_tensor([0.025, 0.975])).tolist()
+    """95 % of the bootstrap, of those of its replicates that have the score."""
+    drawn_R = score_R[1:][score_R[1:].isfinite()]
+    return torch.quantile(drawn_R, drawn_R.new_tensor([0.025, 0.975])).tolist() if len(drawn_R) else [math.nan] * 2
 
 
 def differences(pooled: Pooled, tasks: Sequence[Task]) -> Tensor:
     """Mean latents of each task's positive texts minus those of its negative ones (P, F), over the counted tokens."""
     share_PN = torch.zeros(len(tasks), len(pooled.count_N))
     for share_N, task in zip(share_PN, tasks, strict=True):
-        positive, negative = task.rows_B[task.positive_B], task.rows_B[~task.positive_B]
+        positive, negative = task.rows[task.label > 0.5], task.rows[task.label <= 0.5]
         share_N.index_add_(0, positive, torch.full((len(positive),), 1 / len(positive)))
         share_N.index_add_(0, negative, torch.full((len(negative),), -1 / len(negative)))
     return (share_PN / pooled.count_N) @ pooled.sum_NF
@@ -204,50 +192,58 @@ def check_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> None
         )
 
 
+Draw = Callable[[int], Task]  # the next task of a probe
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Texts, and the tasks over them, one per probe. `draw(split, probe, generator)` is a task; without a generator
-    it is always the same one.
-    """
+    """Texts by split and class, and tasks over the texts of a split: `draw(split, probe, generator)`, one per probe."""
 
     name: str
-    texts: dict[str, list[str]]  # train, test
-    probes: int
-    draw: Callable[[str, int, torch.Generator | None], Task]
+    texts: Texts
+    probes: tuple[str, ...]
+    draw: Callable[[str, int, torch.Generator], Task]
 
-    def tasks(self, split: str, generator: torch.Generator | None = None) -> list[Task]:
-        return [self.draw(split, probe, generator) for probe in range(self.probes)]
+    def fixed(self, split: str) -> list[Task]:
+        """Always the same ones, one per probe."""
+        return [self.draw(split, p, generator("paired", self.name, split, p)) for p in range(len(self.probes))]
 
 
-@dataclass(frozen=True)
-class Basis:
-    """Of a problem and a layer, what no SAE changes."""
+class Basis(NamedTuple):
+    """What no SAE changes of a problem, after one layer."""
 
-    rows: dict[str, Rows]  # train, test
+    labelled: LabelledRows
     mean_ND: Tensor  # of the test texts
     probes: Probes
 
 
 @dataclass
-class Scored:
-    """An SAE, and what was found of it: for each problem its scores (R,) by name, and what else is kept."""
+class Found:
+    """An SAE, and by problem: its scores (R,) with and without what leaks in at padding, and details of them."""
 
     W_dec_FD: Tensor
-    generator: torch.Generator | None
+    stream: torch.Generator | None  # that all draws of this SAE come from, if they do
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    scores_without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-    n: Counter[str] = field(default_factory=Counter)
     flags: list[str] = field(default_factory=list)
-    leaking: int = 0
+    texts: int = 0
+
+
+class Scores(NamedTuple):
+    """Each score (R,) by name; what else is kept of a problem; and sentences on scores that mean less than they seem."""
+
+    values: dict[str, Tensor]
+    extra: dict[str, Any]
+    flags: list[str]
 
 
 @dataclass(frozen=True)
 class Ablation(Metric):
-    """What SCR and TPP share: texts, probes on them, latents that matter to a probe, and accuracies without these.
+    """Probes on texts, the latents that matter to each of them, and accuracies without these.
 
-    The latents of each text are summed and kept in float32: for one problem (at most 10,000 training texts) and one
-    SAE at a time, 0.7 GB at 16k latents. What else is kept grows with the thresholds only.
+    Intervals are a bootstrap over the test texts, the same draws for every SAE. Memory: the texts of one problem (at
+    most 12,500), of one SAE, summed over each text: (12,500, d_sae) in float32, 0.8 GB at 16k latents.
     """
 
     dataset_names: tuple[str, ...] = ()
@@ -260,16 +256,18 @@ class Ablation(Metric):
     category: ClassVar[str]
 
     @abstractmethod
-    def problems(self, name: str, data: Path | None) -> Iterator[Problem]:
-        """Those of one dataset."""
+    def problems(self, dataset: str, data: Path | None) -> Iterator[Problem]:
+        """Those of one dataset. Raises SaeError when its texts cannot be had."""
 
     @abstractmethod
     def effects(self, difference_PF: Tensor, align_FP: Tensor) -> Tensor:
         """How much each latent matters to each probe (P, F)."""
 
     @abstractmethod
-    def scores(self, readout: Readout, effect_PF: Tensor, draw: Draw, resample: Resample, mode: str) -> Scores:
-        """Every score (R,) by name, what else is to be kept, and flags."""
+    def scores(
+        self, problem: Problem, readout: Readout, effect_PF: Tensor, draw: Draw, resample: Resample, mode: str
+    ) -> Scores:
+        """What `draw` gives are the tasks to measure ablations on."""
 
     def settings(self, bench: Bench) -> dict[str, Any]:
         texts = {name: pinned(name, bench.data) for name in self.dataset_names}
@@ -278,21 +276,114 @@ class Ablation(Metric):
     @torch.no_grad()
     def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:
         begun = [self.begin(bench, subject) for subject in subjects]
-        able = [(subject, one) for subject, one in zip(subjects, begun, strict=True) if isinstance(one, Scored)]
-        layers = sorted({subject.layer for subject, _ in able})
-        for name in self.dataset_names if able else ():
-            for problem in self.problems(name, bench.data):
-                bases = self.bases(bench, problem, layers, progress)
-                resample = Resample.of(len(problem.texts["test"]))
-                for number, (subject, one) in enumerate(able):
-                    self.add(bench, problem, bases[subject.layer], subject.sae, resample, one)
-                    progress(number + 1, len(able), problem.name)
-        return [self.result(one) if isinstance(one, Scored) else one for one in begun]
+        able = [(subject, found) for subject, found in zip(subjects, begun, strict=True) if isinstance(found, Found)]
+        for dataset in self.dataset_names if able else ():
+            for problem in self.problems(dataset, bench.data):
+                bases = self.bases(bench, problem, sorted({subject.layer for subject, _ in able}), progress)
+                resample = Resample.of(sum(map(len, problem.texts["test"].values())))
+                for number, (subject, found) in enumerate(able):
+                    self.add(bench, problem, bases[subject.layer], resample, subject.sae, found)
+                    progress(number + 1, len(able), f"SAEs on {problem.name}")
+        return [self.result(found) if isinstance(found, Found) else found for found in begun]
 
-    def begin(self, bench: Bench, subject: Subject) -> Scored | SaeError:
+    def begin(self, bench: Bench, subject: Subject) -> Found | SaeError:
+        stream = generator(self.rng)
         try:
             W_dec_FD = decoder_of(subject.sae, bench.model.config.hidden_size, bench.model.device)
             check_thresholds(self.thresholds, len(W_dec_FD), self.name)
         except SaeError as error:
             return error
-        return Scored(W_dec_FD, torch.Generator().manual_seed(SEED) if self.rng == "saebench" else None)
+        return Found(W_dec_FD, stream if self.rng == "saebench" else None)
+
+    def bases(self, bench: Bench, problem: Problem, layers: Sequence[int], progress: Progress) -> dict[int, Basis]:
+        """The texts' rows and the probes on them, from the shelf or made."""
+        tasks = {split: problem.fixed(split) for split in problem.texts}
+        known = read_labelled(bench, layers, problem.name, problem.texts, progress, self.context)
+        pinned = {
+            **bench.identity, "skip": bench.skip, "context": self.context, "probe": PROBE, "problem": problem.name,
+            "texts": digest_of(problem.texts), "tasks": digest_of([task.rows.tolist() for split in tasks.values() for task in split]),
+        }  # fmt: skip
+        found = {}
+        for number, (layer, labelled) in enumerate(known.items()):
+            mean = halves(labelled.rows.mean_ND(), problem)
+
+            def make(mean: dict[str, Tensor] = mean) -> dict[str, Tensor]:
+                draws = [generator("paired", problem.name, "probe", probe) for probe in problem.probes]
+                made = train_probes(mean["train"], tasks["train"], mean["test"], tasks["test"], draws)
+                return {"weight": made.weight_PD, "bias": made.bias_P}
+
+            kept = bench.shelf.keep("probes", {**pinned, "layer": layer}, make)
+            found[layer] = Basis(labelled, mean["test"], Probes(kept["weight"], kept["bias"]))
+            progress(number + 1, len(layers), f"probes of {problem.name}")
+        return found
+
+    def add(self, bench: Bench, problem: Problem, basis: Basis, resample: Resample, sae: Coder, found: Found) -> None:
+        """Measure one SAE on one problem."""
+        pooled = pool(sae, basis.labelled.rows, bench.model.device)
+        sums, counts = halves(pooled.sum_NF, problem), halves(pooled.count_N, problem)
+        train, test = (Pooled(sums[split], counts[split], pooled.zero_F) for split in ("train", "test"))
+
+        def draws(split: str) -> Draw:
+            return (
+                partial(problem.draw, split, generator=found.stream)
+                if found.stream
+                else problem.fixed(split).__getitem__
+            )
+
+        difference_PF = differences(train, list(map(draws("train"), range(len(problem.probes)))))
+        readout = Readout.of(basis.probes, basis.mean_ND, test, found.W_dec_FD, self.context)
+        effect_PF = self.effects(difference_PF, readout.align_FP)
+        before = found.stream and found.stream.get_state()
+        scores = self.scores(problem, readout, effect_PF, draws("test"), resample, bench.mode)
+        found.scores[problem.name], found.extra[problem.name] = scores.values, scores.extra
+        found.flags += [f"{problem.name}: {flag}" for flag in scores.flags]
+        found.texts += len(basis.mean_ND)
+        effective = int((effect_PF != 0).sum(1).min())
+        if effective < max(self.thresholds):
+            found.flags.append(
+                f"{problem.name}: only {effective} latents have an effect on one of its probes; thresholds above "
+                "that ablate no more."
+            )
+        if bool(pooled.zero_F.any()):
+            if found.stream:
+                found.stream.set_state(before)
+            dry = Readout.of(
+                basis.probes, basis.mean_ND, replace(test, zero_F=0 * test.zero_F), found.W_dec_FD, self.context
+            )
+            alone = Resample(resample.times_RN[:1])
+            found.without_leak[problem.name] = self.scores(
+                problem, dry, effect_PF, draws("test"), alone, bench.mode
+            ).values
+
+    def result(self, found: Found) -> Result:
+        """Means over the problems that have a score."""
+        values = average(found.scores)
+        metrics = {self.category: {name: float(score_R[0]) for name, score_R in values.items()}}
+        flags = list(found.flags)
+        if found.without_leak:
+            dry = {name: float(score_R[0]) for name, score_R in average(found.without_leak).items()}
+            metrics["without_leak"] = dry
+            most = max((abs(dry[name] - metrics[self.category][name]) for name in dry), default=0.0)
+            flags.append(
+                "Some latents fire on a zero row, so ablating them also changes BOS and padding, as in SAEBench; without "
+                f"that (category without_leak) scores differ by up to {most:.3f}."
+            )
+        details = [
+            {"dataset_name": name, **{score: float(score_R[0]) for score, score_R in scores.items()}}
+            for name, scores in found.scores.items()
+        ]
+        intervals = {self.category: {name: interval(score_R) for name, score_R in values.items()}}
+        n = {"problems": len(found.scores), "test_texts": found.texts}
+        return Result.of(metrics, details, intervals=intervals, n=n, flags=flags, extra=found.extra)
+
+
+def halves(value_N: Tensor, problem: Problem) -> dict[str, Tensor]:
+    """What is of the training and of the test texts, which stand one after the other."""
+    sizes = {split: sum(map(len, classes.values())) for split, classes in problem.texts.items()}
+    return dict(zip(sizes, value_N.split(list(sizes.values())), strict=True))
+
+
+def average(scores: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each score over the problems that have it."""
+    names = dict.fromkeys(name for values in scores.values() for name in values)
+    return {name: torch.stack([v[name] for v in scores.values() if name in v]).mean(0) for name in names}

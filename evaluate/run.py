@@ -21,9 +21,11 @@ from .bench import Bench, Shelf
 from .core import Core
 from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
 from .references import REFERENCES
+from .scr import Scr, ScrStdlib
+from .tpp import Tpp, TppStdlib
 
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core,)}
-SUITES = {"quick": ("core",), "full": tuple(METRICS)}
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core, Scr, ScrStdlib, Tpp, TppStdlib)}
+SUITES = {"quick": ("core", "scr_stdlib", "tpp_stdlib"), "full": tuple(METRICS)}
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 
 

@@ -2,17 +2,15 @@
 
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, pad
+from torch.nn.functional import pad
 
 from sae.cache.errors import UsageError
+from sae.evaluate.probes import Task, train_probe
 from sae.evaluate.readout import (
-    PROBE_BATCH,
-    PROBE_EPOCHS,
-    PROBE_L1,
+    PROBE,
     Probes,
     Readout,
     Resample,
-    Task,
     check_thresholds,
     correct,
     decoder_of,
@@ -101,7 +99,7 @@ def test_the_norms_of_decoder_rows_change_nothing():
     other.W_dec.data /= factor_F[:, None]
     other.W_enc.data *= factor_F
     other.b_enc.data *= factor_F
-    task = Task(torch.tensor([0, 1, 2, 3]), torch.tensor([True, False, False, True]))
+    task = Task(torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 0, 0, 1]))
     found = []
     for one in (sae, other):
         pooled = pool(one, rows, CPU)
@@ -116,8 +114,8 @@ def test_difference_of_means():
         torch.tensor([[2.0, 0], [3, 6], [4, 4], [0, 8]]), torch.tensor([1, 3, 2, 4]), torch.tensor([9.0, 9])
     )
     tasks = [
-        Task(torch.tensor([3, 0, 1]), torch.tensor([False, True, True])),
-        Task(torch.tensor([2, 0, 3]), torch.tensor([True, False, False])),
+        Task(torch.tensor([3, 0, 1]), torch.tensor([0.0, 1, 1])),
+        Task(torch.tensor([2, 0, 3]), torch.tensor([1.0, 0, 0])),
     ]
     torch.testing.assert_close(differences(pooled, tasks), torch.tensor([[1.5 - 0, 1 - 2], [2.0 - 1, 2 - 1]]))
 
@@ -133,7 +131,7 @@ def test_the_strongest_latents_have_an_effect_or_stand_before_those_that_harm():
 
 
 def test_accuracies_count_every_text_once_and_then_as_often_as_drawn():
-    task = Task(torch.tensor([0, 1, 3, 4]), torch.tensor([True, True, False, False]))
+    task = Task(torch.tensor([0, 1, 3, 4]), torch.tensor([1.0, 1, 0, 0]))
     logit_N = torch.tensor([1.0, -1, 5, 2, -3])
     assert correct(logit_N, task).tolist() == [1, 0, 0, 1]
     resample = Resample.of(5, 50)
@@ -147,7 +145,7 @@ def test_accuracies_count_every_text_once_and_then_as_often_as_drawn():
 
 
 def test_the_interval_is_that_of_a_proportion():
-    task = Task(torch.arange(1000), torch.ones(1000, dtype=torch.bool))
+    task = Task(torch.arange(1000), torch.ones(1000))
     logit_N = torch.where(torch.arange(1000) < 800, 1.0, -1.0)
     low, high = interval(Resample.of(1000, 2000).accuracy(logit_N, task))
     error = 1.96 * (0.8 * 0.2 / 1000) ** 0.5
@@ -162,45 +160,23 @@ def toy_tasks() -> tuple[torch.Tensor, list[Task], torch.Tensor, list[Task]]:
 
     def tasks(x: torch.Tensor, size: int) -> list[Task]:
         rows = [torch.randperm(len(x), generator=generator)[:size] for _ in range(3)]
-        return [Task(r, x[r, p] + 0.3 * torch.randn(size, generator=generator) > 0) for p, r in enumerate(rows)]
+        return [
+            Task(r, (x[r, p] + 0.3 * torch.randn(size, generator=generator) > 0).float()) for p, r in enumerate(rows)
+        ]
 
     return x_ND, tasks(x_ND, 40), x_test_ND, tasks(x_test_ND, 30)
 
 
-def probes_by_hand(x_ND, tasks, x_test_ND, test_tasks, generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One probe after the other, each with torch's own layer and optimizer, on the same draws."""
-    bound = x_ND.shape[1] ** -0.5
-    weight = torch.empty(len(tasks), x_ND.shape[1]).uniform_(-bound, bound, generator=generator)
-    bias = torch.empty(len(tasks)).uniform_(-bound, bound, generator=generator)
-    orders = [[torch.randperm(len(task.rows_B), generator=generator) for task in tasks] for _ in range(PROBE_EPOCHS)]
-    found = []
-    for p, (task, test) in enumerate(zip(tasks, test_tasks, strict=True)):
-        layer = torch.nn.Linear(x_ND.shape[1], 1)
-        layer.weight.data, layer.bias.data = weight[p : p + 1].clone(), bias[p : p + 1].clone()
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=0.01)
-        best = (-1.0, None, None)
-        for order in orders:
-            for batch in order[p].split(PROBE_BATCH):
-                logit = layer(x_ND[task.rows_B[batch]])[:, 0]
-                loss = binary_cross_entropy_with_logits(logit, task.positive_B[batch].float())
-                optimizer.zero_grad()
-                (loss + PROBE_L1 * layer.weight.abs().sum()).backward()
-                optimizer.step()
-            with torch.no_grad():
-                said = layer(x_test_ND[test.rows_B])[:, 0] > 0
-            accuracy = float((said == test.positive_B).double().mean())
-            if accuracy > best[0]:
-                best = (accuracy, layer.weight.detach()[0].clone(), layer.bias.detach()[0].clone())
-        found.append(best[1:])
-    return found
-
-
 def test_probes_trained_together_are_those_trained_alone():
-    texts = toy_tasks()
-    together = train_probes(*texts, torch.Generator().manual_seed(7))
-    for p, (weight, bias) in enumerate(probes_by_hand(*texts, torch.Generator().manual_seed(7))):
-        torch.testing.assert_close(together.weight_PD[p], weight, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(together.bias_P[p], bias, rtol=1e-4, atol=1e-6)
+    x_ND, tasks, x_test_ND, test_tasks = toy_tasks()
+    together = train_probes(x_ND, tasks, x_test_ND, test_tasks, [torch.Generator().manual_seed(p) for p in range(3)])
+    for p, (task, test) in enumerate(zip(tasks, test_tasks, strict=True)):
+        alone = train_probe(
+            x_ND[task.rows], task.label, x_test_ND[test.rows], test.label, torch.Generator().manual_seed(p),
+            lr=PROBE["lr"], batch_size=PROBE["batch"], epochs=PROBE["epochs"], patience=PROBE["epochs"], l1=PROBE["l1"],
+        )  # fmt: skip
+        torch.testing.assert_close(together.weight_PD[p], alone.weight_D, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together.bias_P[p], alone.bias[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_decoder_that_is_given_or_found():
