@@ -26,18 +26,25 @@ RNGS = ("paired", "saebench")
 SEED = 42
 
 
+class Features(NamedTuple):
+    """One row per text (N, D), all texts of a class before those of the next, and how many are of each class."""
+
+    x_ND: Tensor
+    counts: dict[str, int]
+
+
 @dataclass(frozen=True)
 class LabelledRows:
-    """The rows of the texts of one dataset after one layer; `texts[split][class]` says which of them are of a class."""
+    """The rows of the texts of one dataset after one layer: training before test texts, one class after the other."""
 
     rows: Rows
-    texts: dict[str, dict[str, slice]]
+    counts: dict[str, dict[str, int]]  # split -> class -> texts
 
-    def select(self, feature_ND: Tensor) -> dict[str, dict[str, Tensor]]:
-        """One row per text -> split -> class -> its rows."""
-        return {
-            split: {label: feature_ND[part] for label, part in parts.items()} for split, parts in self.texts.items()
-        }
+    def split(self, feature_ND: Tensor) -> dict[str, Features]:
+        """One row per text -> train, test -> features."""
+        sizes = [sum(counts.values()) for counts in self.counts.values()]
+        parts = feature_ND.split(sizes)
+        return {split: Features(x, counts) for (split, counts), x in zip(self.counts.items(), parts, strict=True)}
 
 
 def read_labelled(
@@ -48,20 +55,15 @@ def read_labelled(
     Metrics that ask for the same texts in the same order share them. Raises UsageError for a text without a token that
     counts: it has no mean.
     """
-    listed: list[str] = []
-    parts: dict[str, dict[str, slice]] = {}
-    for split, classes in texts.items():
-        parts[split] = {}
-        for label, own in classes.items():
-            parts[split][label] = slice(len(listed), len(listed) + len(own))
-            listed += own
+    listed = [text for classes in texts.values() for own in classes.values() for text in own]
     found = read_rows(bench, layers, listed, progress, context)
     count_N = next(iter(found.values())).count_N
     if not bool((count_N > 0).all()):
         raise UsageError(
             f"{name}: the text {listed[int(count_N.argmin())]!r} has no token that counts. Take it out of the dataset."
         )
-    return {layer: LabelledRows(rows, parts) for layer, rows in found.items()}
+    counts = {split: {label: len(own) for label, own in classes.items()} for split, classes in texts.items()}
+    return {layer: LabelledRows(rows, counts) for layer, rows in found.items()}
 
 
 class Task(NamedTuple):
@@ -131,7 +133,7 @@ class Probe:
 
 def accuracy(logit_M: Tensor, label_M: Tensor) -> float:
     """Share of the texts whose logit is on the side of their label."""
-    return float(((logit_M > 0) == (label_M > 0.5)).double().mean())
+    return float(((logit_M > 0) == (label_M.to(logit_M.device) > 0.5)).double().mean())
 
 
 def train_probe(
@@ -148,14 +150,14 @@ def train_probe(
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(x_MD.shape[1])
     nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
-    linear = linear.to(x_MD)
+    linear, label_M = linear.to(x_MD), label_M.to(x_MD)
     optimizer = torch.optim.AdamW(linear.parameters(), lr=lr)
     best = Probe(linear.weight[0].detach().clone(), linear.bias.detach().clone(), 0.0)
     waited = 0
     for _ in range(epochs):
         for rows in torch.randperm(len(x_MD), generator=generator).to(x_MD.device).split(batch_size):
             optimizer.zero_grad()
-            loss = nn.functional.binary_cross_entropy_with_logits(linear(x_MD[rows])[:, 0], label_M[rows].to(x_MD))
+            loss = nn.functional.binary_cross_entropy_with_logits(linear(x_MD[rows])[:, 0], label_M[rows])
             (loss + l1 * linear.weight.abs().sum() if l1 else loss).backward()
             optimizer.step()
         with torch.no_grad():
@@ -171,8 +173,8 @@ def train_probe(
 
 def mean_difference(feature_ND: Tensor, task: Task) -> Tensor:
     """Mean over the positives minus mean over the negatives of a task, for each feature (D,)."""
-    positive = task.label > 0.5
-    return feature_ND[task.rows[positive]].mean(0) - feature_ND[task.rows[~positive]].mean(0)
+    positive, rows = task.label > 0.5, task.rows.to(feature_ND.device)
+    return feature_ND[rows[positive]].mean(0) - feature_ND[rows[~positive]].mean(0)
 
 
 def largest(score_D: Tensor, k: int) -> Tensor:
@@ -187,8 +189,8 @@ def regress(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_label_M: Tens
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(max_iter=1000).fit(x_MK.float().numpy(), label_M.numpy())
-    return float((model.predict(test_x_MK.float().numpy()) == test_label_M.numpy()).mean())
+        model = LogisticRegression(max_iter=1000).fit(x_MK.float().cpu().numpy(), label_M.numpy())
+    return float((model.predict(test_x_MK.float().cpu().numpy()) == test_label_M.numpy()).mean())
 
 
 def wilson(share: float, count: float) -> list[float]:

@@ -157,6 +157,9 @@ def labelled(name: str, data: Path | None, train_set_size: int = 4000, test_set_
 
     Raises UsageError for an unknown name, a missing column and a class with too few texts, OutsideError without the Hub.
     """
+    for option, size in (("train_set_size", train_set_size), ("test_set_size", test_set_size)):
+        if size < 4:
+            raise UsageError(f"{option}={size} leaves no text for a class. Give at least 4.")
     return dataset(name).read(name, data, {"train": train_set_size, "test": test_set_size})
 
 
