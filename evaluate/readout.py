@@ -246,7 +246,7 @@ class Ablation(Metric):
     most 12,500), of one SAE, summed over each text: (12,500, d_sae) in float32, 0.8 GB at 16k latents.
     """
 
-    dataset_names: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
     thresholds: tuple[int, ...] = THRESHOLDS
     train_set_size: int = 4000  # texts of one task, half of them positive
     test_set_size: int = 1000
@@ -270,14 +270,24 @@ class Ablation(Metric):
         """What `draw` gives are the tasks to measure ablations on."""
 
     def settings(self, bench: Bench) -> dict[str, Any]:
-        texts = {name: pinned(name, bench.data) for name in self.dataset_names}
+        texts = {name: pinned(name, bench.data) for name in self.datasets}
         return {**super().settings(bench), "texts": texts}
+
+    def check(self) -> None:
+        """Raises UsageError for settings that make no sense."""
+        generator(self.rng)
+        if min(self.thresholds) < 1:
+            raise UsageError(f"{self.name}.thresholds={','.join(map(str, self.thresholds))}: give 1 latent or more.")
+        for size in ("train_set_size", "test_set_size"):
+            if (given := getattr(self, size)) < 4:
+                raise UsageError(f"{self.name}.{size}={given} is less than 4, one text of each kind.")
 
     @torch.no_grad()
     def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:
+        self.check()
         begun = [self.begin(bench, subject) for subject in subjects]
         able = [(subject, found) for subject, found in zip(subjects, begun, strict=True) if isinstance(found, Found)]
-        for dataset in self.dataset_names if able else ():
+        for dataset in self.datasets if able else ():
             for problem in self.problems(dataset, bench.data):
                 bases = self.bases(bench, problem, sorted({subject.layer for subject, _ in able}), progress)
                 resample = Resample.of(sum(map(len, problem.texts["test"].values())))
@@ -287,13 +297,12 @@ class Ablation(Metric):
         return [self.result(found) if isinstance(found, Found) else found for found in begun]
 
     def begin(self, bench: Bench, subject: Subject) -> Found | SaeError:
-        stream = generator(self.rng)
         try:
             W_dec_FD = decoder_of(subject.sae, bench.model.config.hidden_size, bench.model.device)
             check_thresholds(self.thresholds, len(W_dec_FD), self.name)
         except SaeError as error:
             return error
-        return Found(W_dec_FD, stream if self.rng == "saebench" else None)
+        return Found(W_dec_FD, generator(self.rng) if self.rng == "saebench" else None)
 
     def bases(self, bench: Bench, problem: Problem, layers: Sequence[int], progress: Progress) -> dict[int, Basis]:
         """The texts' rows and the probes on them, from the shelf or made."""
@@ -305,7 +314,7 @@ class Ablation(Metric):
         }  # fmt: skip
         found = {}
         for number, (layer, labelled) in enumerate(known.items()):
-            mean = halves(labelled.rows.mean_ND(), problem)
+            mean = {split: part.x_ND for split, part in labelled.split(labelled.rows.mean_ND()).items()}
 
             def make(mean: dict[str, Tensor] = mean) -> dict[str, Tensor]:
                 draws = [generator("paired", problem.name, "probe", probe) for probe in problem.probes]
@@ -320,40 +329,30 @@ class Ablation(Metric):
     def add(self, bench: Bench, problem: Problem, basis: Basis, resample: Resample, sae: Coder, found: Found) -> None:
         """Measure one SAE on one problem."""
         pooled = pool(sae, basis.labelled.rows, bench.model.device)
-        sums, counts = halves(pooled.sum_NF, problem), halves(pooled.count_N, problem)
-        train, test = (Pooled(sums[split], counts[split], pooled.zero_F) for split in ("train", "test"))
+        sums, counts = basis.labelled.split(pooled.sum_NF), basis.labelled.split(pooled.count_N)
+        train, test = (Pooled(sums[split].x_ND, counts[split].x_ND, pooled.zero_F) for split in ("train", "test"))
 
-        def draws(split: str) -> Draw:
-            return (
-                partial(problem.draw, split, generator=found.stream)
-                if found.stream
-                else problem.fixed(split).__getitem__
-            )
+        def draws(split: str, stream: torch.Generator | None) -> Draw:
+            return partial(problem.draw, split, generator=stream) if stream else problem.fixed(split).__getitem__
 
-        difference_PF = differences(train, list(map(draws("train"), range(len(problem.probes)))))
         readout = Readout.of(basis.probes, basis.mean_ND, test, found.W_dec_FD, self.context)
+        of_train = draws("train", found.stream)
+        difference_PF = differences(train, [of_train(probe) for probe in range(len(problem.probes))])
         effect_PF = self.effects(difference_PF, readout.align_FP)
-        before = found.stream and found.stream.get_state()
-        scores = self.scores(problem, readout, effect_PF, draws("test"), resample, bench.mode)
-        found.scores[problem.name], found.extra[problem.name] = scores.values, scores.extra
-        found.flags += [f"{problem.name}: {flag}" for flag in scores.flags]
-        found.texts += len(basis.mean_ND)
-        effective = int((effect_PF != 0).sum(1).min())
-        if effective < max(self.thresholds):
-            found.flags.append(
-                f"{problem.name}: only {effective} latents have an effect on one of its probes; thresholds above "
-                "that ablate no more."
-            )
         if bool(pooled.zero_F.any()):
-            if found.stream:
-                found.stream.set_state(before)
             dry = Readout.of(
                 basis.probes, basis.mean_ND, replace(test, zero_F=0 * test.zero_F), found.W_dec_FD, self.context
             )
-            alone = Resample(resample.times_RN[:1])
-            found.without_leak[problem.name] = self.scores(
-                problem, dry, effect_PF, draws("test"), alone, bench.mode
-            ).values
+            of_test, once = draws("test", found.stream and found.stream.clone_state()), Resample(resample.times_RN[:1])
+            found.without_leak[problem.name] = self.scores(problem, dry, effect_PF, of_test, once, bench.mode).values
+        scores = self.scores(problem, readout, effect_PF, draws("test", found.stream), resample, bench.mode)
+        found.scores[problem.name], found.extra[problem.name] = scores.values, scores.extra
+        found.flags += [f"{problem.name}: {flag}" for flag in scores.flags]
+        found.texts += len(basis.mean_ND)
+        if (effective := int((effect_PF != 0).sum(1).min())) < max(self.thresholds):
+            found.flags.append(
+                f"{problem.name}: only {effective} latents have an effect on one of the probes; more cannot be ablated."
+            )
 
     def result(self, found: Found) -> Result:
         """Means over the problems that have a score."""
@@ -363,10 +362,11 @@ class Ablation(Metric):
         if found.without_leak:
             dry = {name: float(score_R[0]) for name, score_R in average(found.without_leak).items()}
             metrics["without_leak"] = dry
-            most = max((abs(dry[name] - metrics[self.category][name]) for name in dry), default=0.0)
+            shown = {number.name for number in self.numbers} & dry.keys()
+            most = max((abs(dry[name] - metrics[self.category][name]) for name in shown), default=0.0)
             flags.append(
-                "Some latents fire on a zero row, so ablating them also changes BOS and padding, as in SAEBench; without "
-                f"that (category without_leak) scores differ by up to {most:.3f}."
+                "Some latents fire on a zero row, so ablating them changes BOS and padding too, as in SAEBench; without that "
+                f"(category without_leak) the scores of the table change by up to {most:.3f}."
             )
         details = [
             {"dataset_name": name, **{score: float(score_R[0]) for score, score_R in scores.items()}}
@@ -375,12 +375,6 @@ class Ablation(Metric):
         intervals = {self.category: {name: interval(score_R) for name, score_R in values.items()}}
         n = {"problems": len(found.scores), "test_texts": found.texts}
         return Result.of(metrics, details, intervals=intervals, n=n, flags=flags, extra=found.extra)
-
-
-def halves(value_N: Tensor, problem: Problem) -> dict[str, Tensor]:
-    """What is of the training and of the test texts, which stand one after the other."""
-    sizes = {split: sum(map(len, classes.values())) for split, classes in problem.texts.items()}
-    return dict(zip(sizes, value_N.split(list(sizes.values())), strict=True))
 
 
 def average(scores: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

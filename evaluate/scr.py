@@ -44,7 +44,7 @@ LABELS = {  # of the pairs, in the names of SAEBench's results
 class Scr(Ablation):
     """A score is absent for a pair whose biased probe is equally bad at both tasks: neither direction is the harder."""
 
-    dataset_names: tuple[str, ...] = tuple(LABELS)
+    datasets: tuple[str, ...] = tuple(LABELS)
 
     name = "scr"
     type_id = "scr"
@@ -143,7 +143,7 @@ def doubts(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> list[st
 class ScrStdlib(Scr):
     """The same on a stand-in for the Hub: pieces of two packages of the standard library, prose or code."""
 
-    dataset_names: tuple[str, ...] = ("stdlib/library",)
+    datasets: tuple[str, ...] = ("stdlib/library",)
     train_set_size: int = 480
     test_set_size: int = 240
 

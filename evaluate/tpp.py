@@ -23,7 +23,7 @@ from .texts import BIOS, REVIEWS, Texts, labelled
 class Tpp(Ablation):
     """The texts are those of sparse probing. Each evaluation of an ablation draws negatives (with rng="saebench")."""
 
-    dataset_names: tuple[str, ...] = (f"{BIOS}_class_set1", REVIEWS)
+    datasets: tuple[str, ...] = (f"{BIOS}_class_set1", REVIEWS)
 
     name = "tpp"
     type_id = "tpp"
@@ -44,10 +44,9 @@ class Tpp(Ablation):
         self, problem: Problem, readout: Readout, effect_PF: Tensor, draw: Draw, resample: Resample, mode: str
     ) -> Scores:
         classes = range(len(problem.probes))
-        clean = [resample.accuracy(readout.logit_NP[:, c], task) for c, task in enumerate(problem.fixed("test"))]
-        ablated: list[dict[int, list[Tensor]]] = []
+        clean = self.clean(problem, readout, resample)
+        ablated: list[dict[int, list[Tensor]]] = [{} for _ in classes]
         for c in classes:
-            ablated.append({})
             for n in self.thresholds:
                 logit_NP = readout.ablated(strongest(effect_PF[c], n))
                 ablated[c][n] = [resample.accuracy(logit_NP[:, other], draw(other)) for other in classes]
@@ -61,6 +60,10 @@ class Tpp(Ablation):
             for label, clean_R, scores in zip(problem.probes, clean, per_class, strict=True)
         }
         return Scores(values, extra, [])
+
+    def clean(self, problem: Problem, readout: Readout, resample: Resample) -> list[Tensor]:
+        """Each probe's accuracy (R,) on its own task, with nothing ablated."""
+        return [resample.accuracy(readout.logit_NP[:, c], task) for c, task in enumerate(problem.fixed("test"))]
 
 
 def draw_task(texts: Texts, split: str, probe: int, generator: torch.Generator) -> Task:
@@ -85,9 +88,9 @@ def class_scores(own: int, clean: Sequence[Tensor], ablated: dict[int, list[Tens
 class TppStdlib(Tpp):
     """The same on stand-ins for the Hub, made of the standard library."""
 
-    dataset_names: tuple[str, ...] = ("stdlib/library", "stdlib/subject")
-    train_set_size: int = 960
-    test_set_size: int = 480
+    datasets: tuple[str, ...] = ("stdlib/library", "stdlib/subject")
+    train_set_size: int = 400
+    test_set_size: int = 200
 
     name = "tpp_stdlib"
     title = Tpp.title + ", of the standard library"
