@@ -15,7 +15,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -333,7 +332,8 @@ class Ablation(Metric):
         train, test = (Pooled(sums[split].x_ND, counts[split].x_ND, pooled.zero_F) for split in ("train", "test"))
 
         def draws(split: str, stream: torch.Generator | None) -> Draw:
-            return partial(problem.draw, split, generator=stream) if stream else problem.fixed(split).__getitem__
+            fixed = problem.fixed(split)
+            return lambda probe: problem.draw(split, probe, stream) if stream else fixed[probe]
 
         readout = Readout.of(basis.probes, basis.mean_ND, test, found.W_dec_FD, self.context)
         of_train = draws("train", found.stream)

@@ -43,14 +43,8 @@ class Tpp(Ablation):
     def scores(
         self, problem: Problem, readout: Readout, effect_PF: Tensor, draw: Draw, resample: Resample, mode: str
     ) -> Scores:
-        classes = range(len(problem.probes))
-        clean = self.clean(problem, readout, resample)
-        ablated: list[dict[int, list[Tensor]]] = [{} for _ in classes]
-        for c in classes:
-            for n in self.thresholds:
-                logit_NP = readout.ablated(strongest(effect_PF[c], n))
-                ablated[c][n] = [resample.accuracy(logit_NP[:, other], draw(other)) for other in classes]
-        per_class = [class_scores(c, clean, ablated[c]) for c in classes]
+        clean, ablated = self.clean(problem, readout, resample), self.ablated(readout, effect_PF, draw, resample)
+        per_class = [class_scores(c, clean, after) for c, after in enumerate(ablated)]
         values = {name: torch.stack([scores[name] for scores in per_class]).mean(0) for name in per_class[0]}
         extra = {
             label: {
@@ -64,6 +58,17 @@ class Tpp(Ablation):
     def clean(self, problem: Problem, readout: Readout, resample: Resample) -> list[Tensor]:
         """Each probe's accuracy (R,) on its own task, with nothing ablated."""
         return [resample.accuracy(readout.logit_NP[:, c], task) for c, task in enumerate(problem.fixed("test"))]
+
+    def ablated(
+        self, readout: Readout, effect_PF: Tensor, draw: Draw, resample: Resample
+    ) -> list[dict[int, list[Tensor]]]:
+        """For each class, and each number of its latents that are ablated, every probe's accuracy (R,)."""
+        found: list[dict[int, list[Tensor]]] = [{} for _ in effect_PF]
+        for by_n, effect_F in zip(found, effect_PF, strict=True):
+            for n in self.thresholds:
+                logit_NP = readout.ablated(strongest(effect_F, n))
+                by_n[n] = [resample.accuracy(logit_N, draw(probe)) for probe, logit_N in enumerate(logit_NP.T)]
+        return found
 
 
 def draw_task(texts: Texts, split: str, probe: int, generator: torch.Generator) -> Task:
