@@ -97,5 +97,5 @@ def pieces(text: str) -> Iterator[str]:
         if len(held) >= PIECE:
             yield held.rstrip()
             held = ""
-    if len(held) >= SHORTEST:
+    if len(held) > SHORTEST:
         yield held.rstrip()
