@@ -141,10 +141,10 @@ def doubts(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> list[st
 
 @dataclass(frozen=True)
 class ScrStdlib(Scr):
-    """The same on a stand-in for the Hub: pieces of two packages of the standard library, prose or code."""
+    """The same on a stand-in for the Hub: pieces of the standard library on two subjects, docstrings or code."""
 
-    datasets: tuple[str, ...] = ("stdlib/library",)
-    train_set_size: int = 480
+    datasets: tuple[str, ...] = ("stdlib/subject",)
+    train_set_size: int = 400
     test_set_size: int = 240
 
     name = "scr_stdlib"

@@ -2,7 +2,8 @@
 
     library   which package a piece is from; every package half prose (docstrings and comments), half code
     kind      whether a piece is of a docstring, a comment, code, or a help topic
-    subject   what the module of a piece is about: the network, numbers, files, Python itself, or text
+    subject   what the module of a piece is about: the network, numbers, files, Python itself, or text; every subject
+              half docstrings, half code
 
 A piece is a few whole lines, about 200 characters. Every third piece, in the order of a hash of its text, is for
 testing. The embedded model was trained on most of this text and every release of Python has another one, so numbers
@@ -34,7 +35,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @functools.cache
 def rows(task: str, split: str) -> tuple[dict[str, str], ...]:
-    """Rows of a split: `text`, and `library` and `kind` of library, `kind` of kind, `subject` of subject."""
+    """Rows of a split: `text`, and `library` and `kind` of library, `kind` of kind, `subject` and `kind` of subject."""
     named = {"library": library_rows, "kind": kind_rows, "subject": subject_rows}[task]
     groups: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}
     for text, labels in named():
@@ -65,8 +66,8 @@ def kind_rows() -> Iterator[tuple[str, dict[str, str]]]:
 def subject_rows() -> Iterator[tuple[str, dict[str, str]]]:
     for subject, modules in SUBJECTS.items():
         for module in modules:
-            for _, text in pieces_of(module):
-                yield text, {"subject": subject}
+            for kind, text in pieces_of(module):
+                yield text, {"subject": subject, "kind": kind}
 
 
 @functools.cache

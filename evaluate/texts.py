@@ -128,7 +128,8 @@ RATINGS: dict[str, Any] = {"text": "text", "label": "category", "attribute": "ra
 BIOS_PAIRS = ((21, 13), (1, 11), (25, 22), (2, 26))
 # (books, CDs and vinyl), (software, electronics), (pet supplies, office products), (industrial, toys and games)
 REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
-LIBRARY_PAIRS = (("asyncio", "email"), ("xml", "importlib"))
+# Pairs of which a probe of both picks up both: with prose against code, or with other pairs, it reads nothing but that.
+SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
 HUB: dict[str, Table | Code | Languages] = {
     f"{BIOS}_class_set1": Table(BIOS, classes=(0, 1, 2, 6, 9), pairs=BIOS_PAIRS, **PROFESSIONS),
@@ -143,11 +144,11 @@ HUB: dict[str, Table | Code | Languages] = {
     ),
 }
 STAND_INS: dict[str, Table] = {
-    "stdlib/library": Table(
-        "stdlib/library", "text", "library", stdlib_texts.LIBRARIES, "kind", ("prose", "code"), LIBRARY_PAIRS
-    ),
+    "stdlib/library": Table("stdlib/library", "text", "library", stdlib_texts.LIBRARIES, "kind", ("prose", "code")),
     "stdlib/kind": Table("stdlib/kind", "text", "kind", stdlib_texts.KINDS),
-    "stdlib/subject": Table("stdlib/subject", "text", "subject", tuple(stdlib_texts.SUBJECTS)),
+    "stdlib/subject": Table(
+        "stdlib/subject", "text", "subject", tuple(stdlib_texts.SUBJECTS), "kind", ("docstring", "code"), SUBJECT_PAIRS
+    ),
 }
 DATASETS: dict[str, Table | Code | Languages] = HUB | STAND_INS
 

@@ -197,9 +197,9 @@ def test_stand_ins_are_balanced_and_train_never_meets_test(name):
 
 
 def test_stand_ins_have_quadrants():
-    for pair in quadrants("stdlib/library", None, 400, 200).values():
+    for pair in quadrants("stdlib/subject", None, 400, 200).values():
         assert {q: len(texts) for q, texts in pair["train"].items()} == {"PP": 200, "NN": 200, "NP": 100, "PN": 100}
-        assert "import " not in " ".join(pair["test"]["PP"][:3])  # prose
+        assert "import " not in " ".join(pair["test"]["PP"][:3])  # a docstring
         assert any("return " in text or " = " in text for text in pair["test"]["NN"])  # code
 
 

@@ -1,4 +1,4 @@
-"""SCR against its definition: scores worked by hand, planted latents, and a whole measurement on a tiny model."""
+"""SCR and TPP against their definitions: scores worked by hand, planted latents, and a whole measurement on a tiny model."""
 
 import json
 import random
@@ -14,10 +14,12 @@ from sae.evaluate import readout as shared
 from sae.evaluate import texts
 from sae.evaluate.bench import Bench, Shelf
 from sae.evaluate.metric import Subject
+from sae.evaluate.probes import Task
 from sae.evaluate.readout import Probes, Problem, Readout, Resample
 from sae.evaluate.references import Identity, Zero
 from sae.evaluate.rows import Pooled
 from sae.evaluate.scr import ATTRIBUTE, BIASED, CLASS, PROBES, Scr, doubts, scr_scores, task
+from sae.evaluate.tpp import Tpp, class_scores
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.sae import SAE, ReLU
 
@@ -135,6 +137,44 @@ def test_a_difference_that_may_be_none_is_flagged():
     assert "no scr_metric" in flag
 
 
+def test_of_a_class_what_its_probe_loses_beyond_the_others():
+    clean = [one(0.9), one(0.8), one(0.7)]
+    found = class_scores(1, clean, {5: [one(0.8), one(0.5), one(0.72)]})
+    assert {name: float(score) for name, score in found.items()} == pytest.approx(
+        {
+            "tpp_threshold_5_total_metric": 0.3 - 0.04,
+            "tpp_threshold_5_intended_diff_only": 0.3,
+            "tpp_threshold_5_unintended_diff_only": 0.04,
+        }
+    )
+
+
+def test_effects_of_latents_that_are_rarer_in_a_class_are_none():
+    effect_PF = Tpp().effects(torch.tensor([[2.0, -3, 1]]), torch.tensor([[1.0], [2], [-4]]))
+    assert effect_PF.tolist() == [[2, 0, -4]]
+
+
+def test_a_latent_for_every_class_is_all_that_its_probe_loses():
+    """Three classes, a latent and a dimension each."""
+    label_N = torch.arange(3).repeat_interleave(20)
+    x_ND = torch.nn.functional.one_hot(label_N, 3).float()
+    probes = Probes(torch.eye(3), torch.full((3,), -0.5))
+    pooled = Pooled(x_ND, torch.ones(60), torch.zeros(3))
+    tasks = [Task(torch.arange(60), (label_N == c).float()) for c in range(3)]
+    problem = Problem(
+        "planted", {"test": {str(c): [""] * 20 for c in range(3)}}, ("0", "1", "2"), lambda s, p, _: tasks[p]
+    )
+    readout = Readout.of(probes, x_ND, pooled, torch.eye(3), 1)
+    metric = Tpp(thresholds=(1, 3))
+    effect_PF = metric.effects(shared.differences(pooled, tasks), readout.align_FP)
+    torch.testing.assert_close(effect_PF, torch.eye(3))
+    found = metric.scores(problem, readout, effect_PF, tasks.__getitem__, Resample.of(60, 20), "0.6.0")
+    for n in (1, 3):
+        assert float(found.values[f"tpp_threshold_{n}_intended_diff_only"][0]) == pytest.approx(1 / 3)  # 20 of 60 texts
+        assert float(found.values[f"tpp_threshold_{n}_unintended_diff_only"][0]) == 0
+    assert found.extra["2"]["clean_accuracy"] == 1
+
+
 # --- a whole measurement ----------------------------------------------------------------------------------------------
 
 
@@ -163,7 +203,7 @@ def bench(tiny_model, tmp_path, monkeypatch) -> Bench:
     model = load_model(source, config, dtype="float32", device="cpu")
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
     table = texts.DATASETS[REVIEWS]
-    monkeypatch.setitem(texts.DATASETS, REVIEWS, replace(table, pairs=((24, 26),)))
+    monkeypatch.setitem(texts.DATASETS, REVIEWS, replace(table, classes=(24, 26), pairs=((24, 26),)))
     shelf = Shelf(tmp_path / "shelf")
     return Bench(model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", source.identity(), {}, shelf, tmp_path)
 
@@ -175,7 +215,8 @@ def random_sae(seed: int, d_sae: int = 60) -> SAE:
     return sae
 
 
-SMALL = Scr((REVIEWS,), (2, 20), train_set_size=80, test_set_size=100, context=32)
+SETS = {"train_set_size": 80, "test_set_size": 100, "context": 32}
+SMALL = Scr((REVIEWS,), (2, 20), **SETS)
 
 
 def silent(done, total, note=""):
@@ -225,6 +266,25 @@ def test_what_cannot_be_measured_has_a_sentence_in_its_place(bench):
     assert "affine" in str(odd)
     assert set(fine.metrics["scr_metrics"].values()) == {0}
     assert any("only 0 latents have an effect" in flag for flag in fine.flags)
+
+
+def test_tpp_draws_the_same_for_every_sae_or_as_saebench_for_each(bench):
+    for rng in ("paired", "saebench"):
+        metric = Tpp((REVIEWS,), (2, 20), **SETS, rng=rng)
+        first, second, again = metric.measure(
+            bench, [Subject(random_sae(0), 0), Subject(random_sae(2), 0), Subject(random_sae(0), 0)], silent
+        )
+        assert first == again
+        assert first.metrics != second.metrics
+        assert list(first.metrics["tpp_metrics"]) == [
+            f"tpp_threshold_{n}_{kind}"
+            for n in (2, 20)
+            for kind in ("total_metric", "intended_diff_only", "unintended_diff_only")
+        ]
+        assert first.details[0] == {"dataset_name": f"{REVIEWS}_tpp_results", **first.metrics["tpp_metrics"]}
+        assert first.extra[f"{REVIEWS}_tpp_results"].keys() == {"24", "26"}
+        for name, (low, high) in first.intervals["tpp_metrics"].items():
+            assert low <= first.metrics["tpp_metrics"][name] <= high
 
 
 @pytest.mark.parametrize(
