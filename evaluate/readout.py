@@ -170,6 +170,7 @@ def decoder_of(sae: Coder, d_in: int, device: torch.device) -> Tensor:
     W_dec = getattr(sae, "W_dec", None)
     if W_dec is None:
         W_dec = sae.decode(torch.eye(d_sae, device=device)) - offset_D
+    W_dec = W_dec.float()
     f_BF = torch.rand(4, d_sae, generator=torch.Generator().manual_seed(0)).to(device)
     decoded_BD = sae.decode(f_BF).float()
     error = (decoded_BD - (f_BF @ W_dec + offset_D)).abs().max()
@@ -178,7 +179,7 @@ def decoder_of(sae: Coder, d_in: int, device: torch.device) -> Tensor:
             "This SAE decodes by more than f W_dec + b, so what ablating a latent does to a probe cannot be read off "
             "W_dec. SCR and TPP measure SAEs with an affine decoder only."
         )
-    return W_dec.float().cpu()
+    return W_dec.cpu()
 
 
 def check_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> None:

@@ -4,7 +4,7 @@ Of a pair of classes and a second attribute, a probe is trained where both alway
 female nurses), so it reads the attribute along with the class. The latents that matter to a probe of the attribute are
 ablated; the score is how much of the accuracy on the class comes back that the biased probe lacks against a probe of the
 class itself: 0 nothing, 1 all. In the other direction the class's latents are ablated and the attribute is read.
-(SHIFT of Marks et al. 2024, as SAEBench automates it; evaluation spec 5.)
+(SHIFT of Marks et al. 2024, as SAEBench, Karvonen et al. 2025, automates it.)
 
 All texts of a pair are in its tasks, so nothing but the probes depends on random numbers.
 """

@@ -2,7 +2,7 @@
 
 Of each class of a dataset, a probe against the other classes, and the latents that matter to it. Ablating those of one
 class, the intended difference is how much accuracy its own probe loses, the unintended one how much the other probes
-lose on the mean; the metric is intended minus unintended. (SAEBench; evaluation spec 5.)
+lose on the mean; the metric is intended minus unintended. (SAEBench, Karvonen et al. 2025.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,8 @@ from .metric import Number
 from .probes import Task, one_against_rest
 from .readout import THRESHOLDS, Ablation, Draw, Problem, Readout, Resample, Scores, strongest
 from .texts import BIOS, REVIEWS, Texts, labelled
+
+LITTLE = 0.6  # accuracy; 0.5 is chance
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,12 @@ class Tpp(Ablation):
             }
             for label, clean_R, scores in zip(problem.probes, clean, per_class, strict=True)
         }
-        return Scores(values, extra, [])
+        flags = [
+            f"the probe of {label} is right on {float(clean_R[0]):.3f} of its texts, so it has little to lose."
+            for label, clean_R in zip(problem.probes, clean, strict=True)
+            if clean_R[0] < LITTLE
+        ]
+        return Scores(values, extra, flags)
 
     def clean(self, problem: Problem, readout: Readout, resample: Resample) -> list[Tensor]:
         """Each probe's accuracy (R,) on its own task, with nothing ablated."""

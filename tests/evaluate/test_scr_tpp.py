@@ -173,6 +173,10 @@ def test_a_latent_for_every_class_is_all_that_its_probe_loses():
         assert float(found.values[f"tpp_threshold_{n}_intended_diff_only"][0]) == pytest.approx(1 / 3)  # 20 of 60 texts
         assert float(found.values[f"tpp_threshold_{n}_unintended_diff_only"][0]) == 0
     assert found.extra["2"]["clean_accuracy"] == 1
+    assert found.flags == []
+    blind = replace(readout, logit_NP=-readout.logit_NP)
+    flags = metric.scores(problem, blind, effect_PF, tasks.__getitem__, Resample.of(60, 20), "0.6.0").flags
+    assert flags == [f"the probe of {c} is right on 0.000 of its texts, so it has little to lose." for c in range(3)]
 
 
 # --- a whole measurement ----------------------------------------------------------------------------------------------
