@@ -20,9 +20,14 @@ from .bench import Bench, Shelf
 from .core import Core
 from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
 from .references import references
+from .scr import Scr, ScrStdlib
+from .sparse_probing import SparseProbing, SparseProbingStdlib
+from .tpp import Tpp, TppStdlib
 
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core,)}
-SUITES = {"quick": ("core",), "full": tuple(METRICS)}
+METRICS: dict[str, type[Metric]] = {
+    metric.name: metric for metric in (Core, SparseProbing, SparseProbingStdlib, Scr, ScrStdlib, Tpp, TppStdlib)
+}
+SUITES = {"quick": ("core", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib"), "full": tuple(METRICS)}
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 
 
@@ -94,9 +99,9 @@ def metrics_of(suite: str, options: Sequence[str] = ()) -> list[Metric]:
 
 
 def value_like(default: Any, text: str) -> Any:
-    """The text as a value of the default's kind; of a tuple's elements, with commas between them."""
+    """The text as a value of the default's kind; of a tuple's elements (of an empty one: int), with commas between."""
     if isinstance(default, tuple):
-        return tuple(value_like(default[0], part.strip()) for part in text.split(","))
+        return tuple(value_like(default[0] if default else 0, part.strip()) for part in text.split(","))
     if isinstance(default, bool):
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else int("")
     return type(default)(text)
