@@ -17,12 +17,13 @@ from ..cache.layout import home
 from ..cache.reader import Cache, caches, model_name
 from ..harvest.model import find_model, load_model, load_tokenizer
 from ..train.sae import SAE, load_sae
+from .absorption import Absorption
 from .bench import Bench, Shelf
 from .core import Core
 from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
 from .references import REFERENCES
 
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core,)}
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core, Absorption)}
 SUITES = {"quick": ("core",), "full": tuple(METRICS)}
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 
