@@ -41,12 +41,13 @@ PROMPTS_AT_ONCE = 64
 CELLS = 2**25  # words x latents that are dense at one time
 SILENT = 1e-8
 UNIT = 1e-5  # by how much the norm of a row of W_dec may differ from 1
+SPELLS = 0.5  # the F1 below which latents are not called those of a letter
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Absorption(Metric):
-    """`words` of the vocabulary are drawn; 0 takes all. The letters that count are those that the model's probe finds.
+    """`words` of the vocabulary are drawn, the same number of each letter where it has them; 0 takes all. The letters that count are those that the model's probe finds.
 
     `k_sparse_probe_*` are of the probe that proposes latents; the rest are the thresholds of SAEBench.
     """
@@ -138,13 +139,11 @@ class Absorption(Metric):
             if not (old or positive_N.any()):
                 continue  # as in SAEBench; old: it is without candidates too
             own = self.score(coder, words.fresh_ND[positive_N], words.probe.weight_LD[letter], main)
-            dead = not any(bool((train.latents == latent).any()) for latent in main)
             entry = {
                 "first_letter": LETTERS[letter],
                 "num_probe_true_positives": len(own.fraction_N),
                 "num_split_features": split.count,
                 "main_latents": main.tolist(),
-                "main_latents_silent": dead,
                 "f1_probe": float(words.f1_L[letter]),
                 "f1_k_sparse": split.f1,
             }
@@ -220,8 +219,13 @@ class Absorption(Metric):
             yield f"The rows of W_dec were not of unit length ({coder.folded} of {len(coder.W_dec)}); their norms were folded into the latents."
         if not len(train.latents):
             yield "No latent fires on any word: an absorption of 0 says nothing of such an SAE."
-        elif silent := [entry["first_letter"] for entry in details if entry["main_latents_silent"]]:
-            yield f"No latent was found for {', '.join(silent)}: those chosen never fire on the words that they were chosen on."
+        elif mute := [
+            entry["first_letter"] for entry in details if entry["f1_k_sparse"][entry["num_split_features"] - 1] < SPELLS
+        ]:
+            yield (
+                f"The latents chosen do not spell {len(mute)} of {len(details)} letters (F1 below {SPELLS}: {', '.join(mute)}); "
+                "absorption there is not of a latent for the letter."
+            )
         if old and len(kept) < 26:
             lacking = "No letter has" if not kept else f"Only {len(kept)} of 26 letters have"
             yield f"{lacking} a word that the k-sparse probe misses while its latents are silent; the others are not in the mean."
@@ -290,54 +294,41 @@ class Spelling:
     def of(cls, tokenizer: Any, words: int, seed: int, *, newline: bool = True) -> Self:
         """Raises UsageError when the tokenizer has no such prompts, or too few words."""
 
-        def ids_of(text: Any) -> Any:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        def ids_of(texts: list[str]) -> list[list[int]]:
+            return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-        start = ids_of("\n")
-        found = vocabulary(tokenizer, start)
-        lines = ids_of([f"\n{word.text}{TEMPLATE}" for word in found]) if start and found else []
-        head = len(start) + 1
-        whole = [line[:head] == [*start, word.token] for word, line in zip(found, lines, strict=bool(lines))]
-        questions = Counter(tuple(line[head:]) for line, fits in zip(lines, whole, strict=True) if fits)
-        if not questions:
-            raise UsageError(
-                "This tokenizer cannot serve absorption: no entry of its vocabulary that consists of letters is one token "
-                f"in a line such as '{{word}}{TEMPLATE}'."
-            )
-        question = list(questions.most_common(1)[0][0])
-        exact = [fits and line[head:] == question for fits, line in zip(whole, lines, strict=True)]
-        first = found[exact.index(True)]
-        answers = [
-            line[head + len(question) :]
-            for line in ids_of([f"\n{first.text}{TEMPLATE} {letter}\n" for letter in LETTERS.upper()])
-        ]
-        if len({len(answer) for answer in answers}) > 1 or not answers[0]:
-            raise UsageError(
-                "This tokenizer cannot serve absorption: the answers ' A' to ' Z' are not of the same number of tokens, "
-                "so prompts would be of unequal lengths."
-            )
-        distinct: dict[str, tuple[Word, bool]] = {}
-        for word, fits in zip(found, exact, strict=True):
-            if fits or word.text not in distinct:
-                distinct[word.text] = (word, fits)
-        pool = sorted(distinct.values())
-        pool = random.Random(f"{seed} words").sample(pool, min(words or len(pool), len(pool)))
-        chosen, train = [word for word, _ in pool], int(TRAIN_SHARE * len(pool))
-        lacking = [L for n, L in enumerate(LETTERS) if n not in {word.letter for word in chosen[:train]}]
+        start = ids_of(["\n"])[0]
+        chosen = drawn(vocabulary(tokenizer, start), words, random.Random(f"{seed} words"))
+        train = int(TRAIN_SHARE * len(chosen))
+        lacking = sorted(set(range(26)) - {word.letter for word in chosen[:train]})
         if lacking or len(chosen) - train <= EXAMPLES:
-            of = f"The {len(chosen)} words taken" if words else f"The {len(chosen)} words of this vocabulary"
+            none = f" (none begins with {', '.join(LETTERS[letter] for letter in lacking)})" if lacking else ""
             raise UsageError(
-                f"{of} cannot serve absorption: "
-                + (
-                    f"of {train} to fit on, none begins with {', '.join(lacking)}."
-                    if lacking
-                    else f"{len(chosen) - train} to test on are no more than the {EXAMPLES} examples of a prompt."
-                )
-                + (" Take more with absorption.words, or all with 0." if words else " Take a model with more.")
+                f"The {len(chosen)} words {'taken' if words else 'of this vocabulary'} cannot serve absorption: they are {train} to "
+                f"fit on{none} and {len(chosen) - train} to test on; every letter, and more than {EXAMPLES} to test on, are needed. "
+                f"Take {'more with absorption.words' if words else 'a model with more'}."
+            )
+        lines = ids_of([f"\n{word.text}{TEMPLATE}" for word in chosen])
+        head = [[*start, word.token] for word in chosen]
+        after = [tuple(line[len(h) :]) if line[: len(h)] == h else () for line, h in zip(lines, head, strict=True)]
+        question = Counter(filter(None, after)).most_common(1)
+        if not start or not question:
+            raise UsageError(
+                "This tokenizer cannot serve absorption: in a line such as 'cat has the first letter:' no word of its vocabulary "
+                "is one token, behind a newline that it keeps."
+            )
+        usual = question[0][0]
+        first = after.index(usual)
+        answered = ids_of([f"\n{chosen[first].text}{TEMPLATE} {letter}\n" for letter in LETTERS.upper()])
+        answers = [line[len(head[first]) + len(usual) :] for line in answered]
+        if len({len(answer) for answer in answers}) > 1:
+            raise UsageError(
+                "This tokenizer cannot serve absorption: its answers ' A' to ' Z' differ in their number of tokens, so prompts "
+                "would be of unequal lengths."
             )
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        from_ids = sum(not fits for _, fits in pool)
-        return cls(chosen, train, bos + (start if newline else []), question, answers, from_ids)
+        from_ids = sum(tokens != usual for tokens in after)
+        return cls(chosen, train, bos + (start if newline else []), list(usual), answers, from_ids)
 
     def prompts(self, words: Sequence[Word], pool: Sequence[Word], draw: random.Random) -> Tensor:
         """A prompt for each word, with examples from the pool, never the word itself: (N, S) int64."""
@@ -357,20 +348,32 @@ class Spelling:
         return chosen, self.prompts(test, self.words, random.Random(f"{seed} fresh examples"))
 
 
+def drawn(pool: Sequence[Word], count: int, draw: random.Random) -> list[Word]:
+    """All words in random order, or `count` of them: the same number of each letter, as far as it has them."""
+    order, seen, rank = draw.sample(pool, len(pool)), Counter[int](), {}
+    for word in order:
+        rank[word] = seen[word.letter]
+        seen[word.letter] += 1
+    taken = sorted(order, key=rank.__getitem__)[: count or None]
+    return draw.sample(taken, len(taken))
+
+
 def vocabulary(tokenizer: Any, start: list[int]) -> list[Word]:
     """Every entry that is ASCII letters after at most one space, by token. `start` are the ids of a newline.
 
     An entry is decoded behind a newline: at the beginning of a text some tokenizers drop its space.
     """
-    newline, special, found = tokenizer.decode(start), set(tokenizer.all_special_ids), []
+    newline, special = tokenizer.decode(start), set(tokenizer.all_special_ids)
+    found: dict[str, Word] = {}
     for token in range(len(tokenizer)):
-        if token in special:
-            continue
         text = tokenizer.decode([*start, token], clean_up_tokenization_spaces=False).removeprefix(newline)
         bare = text.removeprefix(" ")
-        if bare.isascii() and bare.isalpha():
-            found.append(Word(token, text, LETTERS.index(bare[0].lower())))
-    return found
+        if not (bare.isascii() and bare.isalpha()) or token in special:
+            continue
+        usual = [*start, token]
+        if text not in found or tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"] == usual:
+            found[text] = Word(token, text, LETTERS.index(bare[0].lower()))
+    return sorted(found.values())
 
 
 # --- what no SAE changes ----------------------------------------------------------------------------------------------
