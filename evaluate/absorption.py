@@ -42,6 +42,7 @@ CELLS = 2**25  # words x latents that are dense at one time
 SILENT = 1e-8
 UNIT = 1e-5  # by how much the norm of a row of W_dec may differ from 1
 SPELLS = 0.5  # the F1 below which latents are not called those of a letter
+FEW_STEPS = 300  # of the probe that proposes latents; Gemma's vocabulary gives it about a thousand
 RESAMPLES = 1000
 
 
@@ -217,6 +218,12 @@ class Absorption(Metric):
     ) -> Iterator[str]:
         if coder.folded:
             yield f"The rows of W_dec were not of unit length ({coder.folded} of {len(coder.W_dec)}); their norms were folded into the latents."
+        steps = self.k_sparse_probe_num_epochs * -(-(len(train.start_N) - 1) // self.k_sparse_probe_batch_size)
+        if steps < FEW_STEPS:
+            yield (
+                f"The probe that proposes latents made only {steps} steps, so those proposed may not be the letters' best; "
+                "more words or a smaller absorption.k_sparse_probe_batch_size give it more."
+            )
         if not len(train.latents):
             yield "No latent fires on any word: an absorption of 0 says nothing of such an SAE."
         elif mute := [

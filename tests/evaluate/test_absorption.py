@@ -38,7 +38,7 @@ from sae.train.sae import SAE, ReLU, TopK
 
 CPU = torch.device("cpu")
 TRAIN, TEST = 32, 8  # planted words of each letter
-PLANTED = Absorption(k_sparse_probe_batch_size=128, k_sparse_probe_num_epochs=20, k_sparse_probe_l1_decay=0.1)
+PLANTED = Absorption(k_sparse_probe_batch_size=52, k_sparse_probe_num_epochs=20, k_sparse_probe_l1_decay=0.1)
 
 
 def silent(done, total, note=""):
@@ -399,11 +399,12 @@ def test_degenerate_saes_get_a_flag_or_a_sentence():
     assert result.metrics["mean"]["mean_full_absorption_score"] == 0
     assert result.metrics["mean"]["mean_num_split_features"] == 1
     assert any("No latent fires on any word" in flag for flag in result.flags)
+    hasty = dataclasses.replace(PLANTED, k_sparse_probe_batch_size=4096).result("0.6.0", sae, words, CPU)
+    assert "made only 20 steps" in hasty.flags[0]
     sae.b_enc[:3] = -1e3  # the latents of a, b and c
-    sae.W_dec[5] = 0
+    sae.W_dec[5] = 0  # the direction of f
     result = PLANTED.result("0.6.0", sae, words, CPU)
-    print(result.flags, result.details[0])
-    assert any("do not spell 3 of 26 letters (F1 below 0.5: a, b, c)" in flag for flag in result.flags)
+    assert any("do not spell 4 of 26 letters (F1 below 0.5: a, b, c, f)" in flag for flag in result.flags)
     assert all(math.isfinite(value) for value in result.metrics["mean"].values())
 
 
@@ -483,7 +484,7 @@ def test_a_result_is_that_of_plain_loops(mode):
     settings = dataclasses.replace(PLANTED, k_sparse_probe_num_epochs=10)
     result = settings.result(mode, sae, words, CPU)
     probe = linear_probe(
-        Dense(sae.encode(words.train_ND)), words.train_letter_N, batch=128, epochs=10, weight_decay=1e-6, l1=0.1,
+        Dense(sae.encode(words.train_ND)), words.train_letter_N, batch=52, epochs=10, weight_decay=1e-6, l1=0.1,
         generator=generator_of(42, "k-sparse"),
     )  # fmt: skip
     train, test, fresh = (sae.encode(x).numpy() for x in (words.train_ND, words.test_ND, words.fresh_ND))
