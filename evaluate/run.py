@@ -16,6 +16,7 @@ from ..cache.layout import home
 from ..cache.reader import Cache, caches, model_name
 from ..harvest.model import find_model, load_model, load_tokenizer
 from ..train.sae import SAE, load_sae
+from .absorption import Absorption
 from .bench import Bench, Shelf
 from .core import Core
 from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
@@ -25,9 +26,9 @@ from .sparse_probing import SparseProbing, SparseProbingStdlib
 from .tpp import Tpp, TppStdlib
 
 METRICS: dict[str, type[Metric]] = {
-    metric.name: metric for metric in (Core, SparseProbing, SparseProbingStdlib, Scr, ScrStdlib, Tpp, TppStdlib)
+    metric.name: metric for metric in (Core, Absorption, SparseProbing, SparseProbingStdlib, Scr, ScrStdlib, Tpp, TppStdlib)
 }
-SUITES = {"quick": ("core", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib"), "full": tuple(METRICS)}
+SUITES = {"quick": ("core", "absorption", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib"), "full": tuple(METRICS)}
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 
 
