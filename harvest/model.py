@@ -252,8 +252,8 @@ class Forward:
     """One pass of the model over some contexts, from which the part after any captured layer can be run again."""
 
     residual: dict[int, Tensor]  # layer -> (N, S, D)
-    logits: Tensor  # (N, S, V)
-    suffix: Callable[[int, Tensor], Tensor]  # layer, (N, S, D) -> (N, S, V): the logits had the residual been this
+    logits: Tensor  # (N, S, V), or (N, V) of one position of each
+    suffix: Callable[[int, Tensor], Tensor]  # layer, x of one or more versions (M N, S, D) -> the logits of each
 
 
 class _Enough(Exception):  # noqa: N818  (no error: the model has run as far as it has to)
@@ -353,14 +353,19 @@ class LanguageModel:
         return {hook.layer: x_NSD for hook, x_NSD in self.capture_hooks(ids_NS, [Hook(n) for n in layers]).items()}
 
     @torch.no_grad()
-    def forward(self, ids_NS: Tensor, layers: Sequence[int]) -> Forward:
-        """One full pass. What each later block was called with is kept, so that `suffix` runs those blocks alone."""
+    def forward(self, ids_NS: Tensor, layers: Sequence[int], at_N: Tensor | None = None) -> Forward:
+        """One full pass. What each later block was called with is kept, so that `suffix` runs those blocks alone.
+
+        With `at_N` only that position of each context is unembedded, here and in `suffix`: logits are (N, V).
+        """
         found: dict[Hook, Tensor] = {}
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
         def remember(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
                 calls[index] = (inputs[1:], {k: v for k, v in keywords.items() if k != "hidden_states"})
+                if isinstance(mask := keywords.get("attention_mask"), Tensor):
+                    calls[index][1]["attention_mask"] = mask[:1]  # nothing but causal, so every context's is the same
 
             return hook
 
@@ -368,7 +373,11 @@ class LanguageModel:
         handles = [self.blocks[i].register_forward_pre_hook(remember(i), with_kwargs=True) for i in later]
         try:
             with self._capturing([Hook(layer) for layer in layers], found):
-                logits = self.model(ids_NS, use_cache=False).logits
+                if at_N is None:
+                    logits = self.model(ids_NS, use_cache=False).logits
+                else:
+                    hidden = self.trunk(ids_NS, use_cache=False).last_hidden_state
+                    logits = self._logits(hidden[torch.arange(len(at_N)), at_N])
         finally:
             for handle in handles:
                 handle.remove()
@@ -378,12 +387,13 @@ class LanguageModel:
             for index in range(layer + 1, len(self.blocks)):
                 inputs, keywords = calls[index]
                 hidden = hidden_of(self.blocks[index](hidden, *inputs, **keywords))
-            return self._unembed(hidden)
+            if at_N is not None:
+                hidden = hidden[torch.arange(len(hidden)), at_N.repeat(len(hidden) // len(at_N))]
+            return self._logits(self.trunk.norm(hidden))
 
-        residual = {hook.layer: x_NSD for hook, x_NSD in found.items()}
-        return Forward(residual, logits, torch.no_grad()(suffix))
+        return Forward({hook.layer: x_NSD for hook, x_NSD in found.items()}, logits, torch.no_grad()(suffix))
 
-    def _unembed(self, hidden_NSD: Tensor) -> Tensor:
-        logits = self.model.lm_head(self.trunk.norm(hidden_NSD))
+    def _logits(self, normed: Tensor) -> Tensor:
+        logits = self.model.lm_head(normed)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -212,6 +212,21 @@ def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, i
         assert torch.equal(spliced, expected) and not torch.equal(spliced, run.logits)
 
 
+def test_one_position_is_unembedded_and_versions_of_the_contexts_go_together(
+    any_model: LanguageModel, ids_NS: Tensor
+) -> None:
+    at = torch.tensor([10, 0, 4])
+    whole, run = any_model.forward(ids_NS, [0, 1]), any_model.forward(ids_NS, [0, 1], at)
+    contexts = torch.arange(len(ids_NS))
+    torch.testing.assert_close(run.logits, whole.logits[contexts, at])
+    for layer, residual in run.residual.items():
+        assert torch.equal(residual, whole.residual[layer])
+        versions = [residual, 0.5 * residual.roll(1, 0), -residual, residual + 0.1]
+        alone = torch.cat([whole.suffix(layer, version)[contexts, at] for version in versions])
+        torch.testing.assert_close(run.suffix(layer, torch.cat(versions)), alone)
+        assert not torch.allclose(alone[:3], alone[3:6])
+
+
 def test_a_suffix_leaves_nothing_behind(any_model: LanguageModel, ids_NS: Tensor) -> None:
     before = hooks_on(any_model)
     first = any_model.forward(ids_NS, [0])
