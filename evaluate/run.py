@@ -209,9 +209,15 @@ def make_bench(request: Request, cache: Cache) -> Bench:
 
 def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stage: Stage) -> None:
     """One metric for the rows that lack it, all in one pass. Rows without a folder ride along when there is a pass."""
+    try:
+        settings = metric.settings(bench)
+    except SaeError as error:  # something that the metric reads is not there
+        for row in rows:
+            row.failed[metric.name] = error
+        return
     if not force:
         for row in rows:
-            earlier = row.folder and read_result(row.folder, metric, settings_of(metric, bench, row.folder))
+            earlier = row.folder and read_result(row.folder, metric, with_weights(settings, row.folder))
             if earlier:
                 row.results[metric.name] = earlier
     todo = [row for row in rows if metric.name not in row.results]
@@ -231,15 +237,14 @@ def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stag
             continue
         row.results[metric.name] = outcome
         if row.folder:
-            settings = settings_of(metric, bench, row.folder)
-            write_result(row.folder, metric, settings, outcome, read_json(row.folder / "sae.json"))
+            run = read_json(row.folder / "sae.json")
+            write_result(row.folder, metric, with_weights(settings, row.folder), outcome, run)
 
 
-def settings_of(metric: Metric, bench: Bench, folder: Path) -> dict[str, Any]:
+def with_weights(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Everything that decides a result: a file with other settings is of another measurement."""
     with (folder / "sae.safetensors").open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return {**metric.settings(bench), "weights": weights}
+        return {**settings, "weights": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def flat(row: Row) -> dict[str, Any]:
