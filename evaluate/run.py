@@ -21,8 +21,9 @@ from .bench import Bench, Shelf
 from .core import Core
 from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
 from .references import REFERENCES
+from .unlearning import Unlearning
 
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core,)}
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core, Unlearning)}
 SUITES = {"quick": ("core",), "full": tuple(METRICS)}
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 
