@@ -17,14 +17,19 @@ from ..cache.layout import home
 from ..cache.reader import Cache, caches, model_name
 from ..harvest.model import find_model, load_model, load_tokenizer
 from ..train.sae import SAE, load_sae
+from .autointerp import Autointerp
 from .bench import Bench, Shelf
 from .core import Core
 from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
 from .references import REFERENCES
+from .sparse_probing import SparseProbing, SparseProbingStdlib
 from .unlearning import Unlearning
 
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (Core, Unlearning)}
-SUITES = {"quick": ("core",), "full": tuple(METRICS)}
+METRICS: dict[str, type[Metric]] = {
+    metric.name: metric for metric in (Core, SparseProbing, SparseProbingStdlib, Unlearning, Autointerp)
+}
+ASKED_FOR = ("autointerp",)  # it costs money: in no suite, unless an option of it is set
+SUITES = {"quick": ("core", "sparse_probing_stdlib"), "full": tuple(name for name in METRICS if name not in ASKED_FOR)}
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 
 
@@ -67,6 +72,7 @@ def silent(title: str) -> Iterator[Progress]:
 def metrics_of(suite: str, options: Sequence[str] = ()) -> list[Metric]:
     """The metrics of a suite, or of a list of names; `options` are `metric.option=value`. Names every mistake at once."""
     names = SUITES.get(suite) or tuple(name.strip() for name in suite.split(","))
+    names += tuple(name for name in ASKED_FOR if suite in SUITES and any(o.startswith(f"{name}.") for o in options))
     wrong = [
         f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
         for name in names
@@ -93,9 +99,9 @@ def metrics_of(suite: str, options: Sequence[str] = ()) -> list[Metric]:
 
 
 def value_like(default: Any, text: str) -> Any:
-    """The text as a value of the default's kind; of a tuple's elements, with commas between them."""
+    """The text as a value of the default's kind; of a tuple's elements (of an empty one: int), with commas between."""
     if isinstance(default, tuple):
-        return tuple(value_like(default[0], part.strip()) for part in text.split(","))
+        return tuple(value_like(default[0] if default else 0, part.strip()) for part in text.split(","))
     if isinstance(default, bool):
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else int("")
     return type(default)(text)

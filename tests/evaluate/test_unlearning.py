@@ -3,7 +3,7 @@
 It answers with the letter before " value" or " number". The first block copies, at each token, the letter two tokens
 back; in the second, the last token looks for those two words and reads the letter there. Questions of the target have
 " value" as the right choice, but for some; others have " number". Without either word it answers A, which "Answer" begins
-with, so no right choice of the target is the first.
+with, so no right choice is the first.
 """
 
 import json
@@ -13,10 +13,7 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
@@ -25,19 +22,15 @@ from sae.cache.contexts import Contexts
 from sae.cache.errors import OutsideError, SaeError, UsageError
 from sae.evaluate.bench import Bench, Shelf
 from sae.evaluate.choices import Asked, Question, question_of
-from sae.evaluate.data import Data, find_data
 from sae.evaluate.metric import Subject
+from sae.evaluate.packed import frequencies, packed_texts
 from sae.evaluate.references import Identity
 from sae.evaluate.run import Request, evaluate
 from sae.evaluate.unlearning import (
     Unlearning,
-    binomial,
     clamp,
-    frequencies,
     long_texts,
-    packed,
     select,
-    unit_rows,
     unlearning_score,
 )
 from sae.harvest.mini import WEIGHTS
@@ -117,10 +110,10 @@ def data(tmp_path_factory) -> Path:
 
     target = [question("value" if i < 4 else "number", 1 + i % 3, i) for i in range(6)]
     write("cais/wmdp/wmdp-bio/test.jsonl", [question("class", 2, 9), *target])
-    write(f"cais/mmlu/{SIDE}/test.jsonl", [question("number", i % 4, i) for i in range(5)])
+    write(f"cais/mmlu/{SIDE}/test.jsonl", [question("number", 1 + i % 3, i) for i in range(5)])
     write("cais/mmlu/human_aging/test.jsonl", [question("number", 1, 7), question("class", 1, 8)])
     forget = ["the value of a value is a value and a number of names " * 2, "the value of a list of value " * 3]
-    write("bio-forget-corpus.jsonl", [{"text": text, "title": ""} for text in forget] * 3 + [{"text": "short"}])
+    write("bio-forget-corpus.jsonl", [{"text": text, "title": ""} for text in forget] + [{"text": "short"}])
     write(
         "Salesforce/wikitext/wikitext-2-raw-v1/test.jsonl", [{"text": "a line of the file of names and lists " * 3}] * 4
     )
@@ -139,13 +132,13 @@ def sae_that_fires_on(*words: int) -> SAE:
     return sae.eval().requires_grad_(False)
 
 
-@pytest.fixture
-def bench(planted, data, tmp_path) -> Bench:
+@pytest.fixture(scope="module")
+def bench(planted, data, tmp_path_factory) -> Bench:
     source, config = find_model(str(planted))
     model = load_model(source, config, dtype="float32", device="cpu")
     nothing = Contexts(*(np.zeros(0) for _ in range(4)))
     identity = {"model": source.name, "revision": source.revision, "attention": "eager", "llm_dtype": "float32"}
-    shelf = Shelf(tmp_path / "shelf")
+    shelf = Shelf(tmp_path_factory.mktemp("shelf"))
     return Bench(model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", identity, {}, shelf, data)
 
 
@@ -198,20 +191,21 @@ def test_the_length_of_decoder_rows_changes_nothing_and_is_said(bench, metric):
     ]
 
 
-def test_known_questions_are_found_once_for_a_model(bench, metric, monkeypatch):
+def test_known_questions_are_found_once_for_a_model(bench, metric, monkeypatch, tmp_path):
+    bench, metric = replace(bench, shelf=Shelf(tmp_path)), replace(metric, side_effects=("human_aging",))
     asked_for = []
     answers = Asked.answers
     monkeypatch.setattr(
         Asked, "answers", lambda self, prompts: asked_for.append(len(prompts)) or answers(self, prompts)
     )
     first = metric.measure(bench, [Subject(sae_that_fires_on(VALUE), 0)], silent)
-    assert len(asked_for) == 3 * 24
+    assert len(asked_for) == 2 * 24
     assert max(asked_for) == 7 and asked_for[23] == 6  # what is answered wrongly once is not asked again
     assert metric.measure(bench, [Subject(sae_that_fires_on(VALUE), 0)], silent) == first
-    assert len(asked_for) == 3 * 24
+    assert len(asked_for) == 2 * 24
 
 
-def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(planted, data, sentences, home):
+def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(bench, planted, data, sentences, home):
     cache = harvest(
         plan(
             Harvest(
@@ -241,7 +235,10 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(planted, data, sent
         "unlearning.rows=64",
         "unlearning.n_features=1",
     ]
-    request = Request(runs=[run], suite="unlearning", options=options, data=data, device="cpu", tokens=50)
+    shutil.copytree(bench.shelf.folder, home / "activations" / "evaluation")  # the known questions
+    request = Request(
+        runs=[run], suite="unlearning", options=options, data=data, device="cpu", tokens=50, references=False
+    )
     (row,) = evaluate(request)
     found = json.loads((run / "evaluations" / "unlearning.json").read_text())
     assert found["eval_result_metrics"] == {"unlearning": {"unlearning_score": pytest.approx(4 / 6)}}
@@ -250,7 +247,7 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(planted, data, sent
     assert row.results["unlearning"].n["forget_rows"] > 4
     (row,) = evaluate(replace(request, suite="core,unlearning", data=None))
     assert "core" in row.results and isinstance(row.failed["unlearning"], OutsideError)
-    assert "--data DIR with bio-forget-corpus.jsonl in it" in str(row.failed["unlearning"])
+    assert "cais/wmdp-bio-forget-corpus/train.jsonl (or .parquet) with --data" in str(row.failed["unlearning"])
 
 
 @pytest.mark.parametrize(
@@ -261,7 +258,11 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(planted, data, sent
         ({"rng": "none"}, UsageError, "unlearning.rng=none is unknown: paired or saebench"),
         ({"rows": 0}, UsageError, "have to be 1 or more"),
         ({"context": 4000}, UsageError, "has less than one row of 4000 tokens"),
-        ({"side_effects": ("virology",)}, OutsideError, r"cais/mmlu \(virology\) could not be read from the Hub"),
+        (
+            {"side_effects": ("virology",)},
+            OutsideError,
+            "cais/mmlu could not be read: .* cais/mmlu/virology/test.jsonl",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_a_sentence(bench, metric, change, error, sentence):
@@ -318,15 +319,6 @@ def test_a_clamp_is_the_change_of_the_reconstruction(activation):
     torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-5)
 
 
-def test_rows_of_length_one_are_left_alone_and_a_row_of_zeros_stays():
-    rows = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    assert unit_rows(rows)[0] is rows and not unit_rows(rows)[2]
-    rows = rows * torch.tensor([1.0, 2.0, 0.5, 0.0, 1.0, 1.0])[:, None]
-    unit, length, rescaled = unit_rows(rows)
-    assert rescaled and torch.equal(unit[3], torch.zeros(4))
-    torch.testing.assert_close(unit * length[:, None], rows)
-
-
 def test_selection_is_by_rounded_shares_with_the_last_of_ties_first():
     forget = np.array([0.2, 0.3, 0.0000004, 0.3, 0.9, 0.1000001, 0.1000004, 0.0])
     retain = np.array([0.0, 0.0, 0.0, 0.009999, 0.01, 0.00999999, 0.0, 0.0])
@@ -342,11 +334,6 @@ def test_the_score_is_the_best_of_what_costs_at_most_one_percent():
     assert unlearning_score([(10, 99)], 100, 100) == pytest.approx(0.9)
 
 
-def test_wilson_s_interval():
-    assert binomial(0, 10) == pytest.approx((0, 0.27753), abs=1e-4)
-    assert binomial(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
-
-
 def test_corpora_are_packed_as_specified(bench):
     """Joined by EOS, cut into twenty, each with a BOS; rows of eight begin with BOS in the place of a token."""
     texts = ["the value of a list and the number of names in a file " * 2, "another line " * 6]
@@ -356,18 +343,20 @@ def test_corpora_are_packed_as_specified(bench):
         i for start in range(0, len(joined), size) for i in bench.tokenizer(joined[start : start + size])["input_ids"]
     ]
     assert flat.count(2) == 20
-    rows = packed(texts, bench.tokenizer, 8)
+    rows = packed_texts(texts, bench.tokenizer, 8)
     assert len(rows) == len(flat) // 8 > 5
     expected = torch.tensor(flat[: 8 * len(rows)]).view(-1, 8)
     expected[:, 0] = 2
     assert torch.equal(rows, expected)
-    assert len(packed(["x"], bench.tokenizer, 8)) == 0
+    assert len(packed_texts(["x"], bench.tokenizer, 8)) == 0
 
 
-def test_texts_are_long_ones_drawn_as_random_sample_draws(tmp_path):
+def test_texts_are_long_ones_drawn_as_random_sample_draws():
     texts = [f"{i} " + "x" * (48 + i % 3) for i in range(40)]
-    (tmp_path / "bio-forget-corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    data = find_data(tmp_path, "cais/wmdp-bio-forget-corpus", "train", ("text",), alias="bio-forget-corpus.jsonl")
+
+    def data():
+        return iter([{"text": None}, *({"text": text} for text in texts)])
+
     long = [text for text in texts if len(text) > 50]
     assert 10 < len(long) < 40
     assert long_texts(data, random.Random(42), None) == long
@@ -381,7 +370,9 @@ def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(bench, metr
     one = torch.Generator().manual_seed(42)
     drawn = replace(metric, rng="saebench").corpora(data, asked)
     for name in ("forget", "retain"):
-        rows = packed(long_texts(data[name], random.Random(42), 1024 if name == "forget" else None), asked.tokenizer, 8)
+        rows = packed_texts(
+            long_texts(data[name], random.Random(42), 1024 if name == "forget" else None), asked.tokenizer, 8
+        )
         assert torch.equal(drawn[name], rows[torch.randperm(len(rows), generator=one)])
     paired = metric.corpora(data, asked)
     assert torch.equal(paired["retain"], metric.corpora(data, asked)["retain"])
@@ -392,7 +383,7 @@ def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(bench, metr
 def test_shares_are_of_the_counted_tokens(bench, metric):
     asked = metric.load(bench)
     rows = torch.tensor([[2, VALUE, 300, VALUE], [2, 1, NUMBER, 300]])
-    (share,) = frequencies(asked, rows, [Subject(sae_that_fires_on(VALUE, NUMBER), 0)], silent)
+    (share,) = frequencies(asked.model, asked.skip, rows, [Subject(sae_that_fires_on(VALUE, NUMBER), 0)], silent)
     assert share[3] == pytest.approx(2 / 5) and share[7] == pytest.approx(1 / 5) and share[0] == 0
 
 
@@ -419,38 +410,6 @@ def test_the_larger_of_a_letter_s_two_tokens_counts(bench, metric):
     assert asked.pick(logits).tolist() == [2, 3]
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_the_same_from_either_kind_of_file(tmp_path):
-    rows = [{**question("value", i, i), "more": i} for i in range(4)]
-    columns = ("question", "choices", "answer")
-    for folder in ("a", "b"):
-        (tmp_path / folder / "x" / "y").mkdir(parents=True)
-    (tmp_path / "a/x/y/test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b/x/y/test.parquet")
-    first, second = (find_data(tmp_path / folder, "x/y", "test", columns) for folder in ("a", "b"))
-    assert list(first.rows()) == list(second.rows()) == [{c: row[c] for c in columns} for row in rows]
-    assert first.digest() == second.digest()
-    assert find_data(tmp_path / "a", "x/y", "test", ("question",)).digest() != first.digest()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "sentence"),
-    [
-        ("test.jsonl", b'{"question": "a"}\n{"question"', r"Line 2 of .*test\.jsonl is no JSON"),
-        ("test.jsonl", b'{"question": "a"}\n{"text": "b"}\n', r"Row 2 of .* has no 'question'; it has 'text'"),
-        ("test.jsonl", b"[1]\n", "Row 1 of .* has no 'question'; it has no columns but list"),
-        ("test.parquet", b"nothing", r"test\.parquet cannot be read as parquet"),
-    ],
-)
-def test_a_file_that_is_something_else_is_a_sentence(tmp_path, name, content, sentence):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / name).write_bytes(content)
-    with pytest.raises(UsageError, match=sentence):
-        list(find_data(tmp_path, "x", "test", ("question",)).rows())
-
-
 @pytest.mark.parametrize(
     "row", [{"question": 1}, {"choices": ["a", "b"]}, {"choices": "abcd"}, {"answer": 4}, {"answer": "A"}]
 )
@@ -459,16 +418,12 @@ def test_a_row_that_is_no_question_is_a_sentence(row):
         question_of({**question("value", 0, 0), **row}, 5, "wmdp")
 
 
-def test_data_of_the_hub_that_are_gated_say_so(monkeypatch, tmp_path):
-    def gated(*_, **__):
-        raise datasets.exceptions.DatasetNotFoundError("Dataset 'x/y' is a gated dataset on the Hub.")
+def test_data_are_the_same_from_either_kind_of_file(data, bench, metric, tmp_path):
+    import pyarrow.parquet
 
-    monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(
-        OutsideError, match="it is gated. Either accept its terms at https://huggingface.co/datasets/x/y and"
-    ):
-        find_data(tmp_path, "x/y", "test", ("text",))
-    row = {"text": "a"}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{**row, "more": 1}]))
-    assert list(find_data(tmp_path, "x/y", "test", ("text",)).rows()) == [row]
-    assert Data("a", lambda: iter([row])).digest() == find_data(tmp_path, "x/y", "test", ("text",)).digest()
+    other = shutil.copytree(data, tmp_path / "data")
+    for file in (other / "bio-forget-corpus.jsonl", other / "cais/wmdp/wmdp-bio/test.jsonl"):
+        table = pyarrow.Table.from_pylist([json.loads(line) for line in file.read_text().splitlines()])
+        pyarrow.parquet.write_table(table, file.with_suffix(".parquet"))
+        file.unlink()
+    assert metric.settings(replace(bench, data=other)) == metric.settings(bench)

@@ -1,0 +1,101 @@
+"""Stand-ins for the labelled datasets of the Hub, made of the running Python's standard library; no network, no licence.
+
+    library   which package a piece is from; every package half prose (docstrings and comments), half code
+    kind      whether a piece is of a docstring, a comment, code, or a help topic
+    subject   what the module of a piece is about: the network, numbers, files, Python itself, or text
+
+A piece is a few whole lines, about 200 characters. Every third piece, in the order of a hash of its text, is for
+testing. The embedded model was trained on most of this text and every release of Python has another one, so numbers
+compare SAEs on one machine; they say nothing beside SAEBench's.
+"""
+
+import ast
+import functools
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+LIBRARIES = ("asyncio", "email", "xml", "importlib", "logging")
+KINDS = ("docstring", "comment", "code", "topic")
+SUBJECTS = {
+    "network": "http urllib socket ssl smtplib ftplib imaplib poplib xmlrpc socketserver ipaddress".split(),
+    "numbers": "_pydecimal fractions statistics random numbers colorsys datetime calendar".split(),
+    "files": "shutil tarfile zipfile pathlib os glob tempfile _pyio gzip bz2 lzma posixpath ntpath filecmp".split(),
+    "python": "ast inspect dis tokenize pdb bdb traceback doctest pydoc typing".split(),
+    "text": "string textwrap difflib csv configparser json html re optparse argparse gettext plistlib".split(),
+}
+PIECE, SHORTEST = 200, 60  # characters
+TEST_ONE_IN = 3
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@functools.cache
+def rows(task: str, split: str) -> tuple[dict[str, str], ...]:
+    """Rows of a split: `text`, and `library` and `kind` of library, `kind` of kind, `subject` of subject."""
+    named = {"library": library_rows, "kind": kind_rows, "subject": subject_rows}[task]
+    groups: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}
+    for text, labels in named():
+        groups.setdefault(tuple(labels.items()), {})[text] = None
+    found = []
+    for labels, texts in groups.items():
+        for number, text in enumerate(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())):
+            if (number % TEST_ONE_IN == 0) == (split == "test"):
+                found.append({"text": text, **dict(labels)})
+    return tuple(found)
+
+
+def library_rows() -> Iterator[tuple[str, dict[str, str]]]:
+    for library in LIBRARIES:
+        for kind, text in pieces_of(library):
+            yield text, {"library": library, "kind": "code" if kind == "code" else "prose"}
+
+
+def kind_rows() -> Iterator[tuple[str, dict[str, str]]]:
+    for module in (*LIBRARIES, *(module for modules in SUBJECTS.values() for module in modules)):
+        for kind, text in pieces_of(module):
+            yield text, {"kind": kind}
+    for name in sorted(topics):
+        for text in pieces(topics[name]):
+            yield text, {"kind": "topic"}
+
+
+def subject_rows() -> Iterator[tuple[str, dict[str, str]]]:
+    for subject, modules in SUBJECTS.items():
+        for module in modules:
+            for _, text in pieces_of(module):
+                yield text, {"subject": subject}
+
+
+@functools.cache
+def pieces_of(module: str) -> tuple[tuple[str, str], ...]:
+    """(kind, text) of every piece of a module or package; none where this Python has no such module."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in sorted({root / f"{module}.py", *(root / module).rglob("*.py")}):
+        if not path.is_file() or "test" in path.relative_to(root).parts:
+            continue
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, Documented) and (docstring := ast.get_docstring(node)):
+                found += [("docstring", text) for text in pieces(docstring)]
+                node.body = node.body[1:] or [ast.Pass()]
+        for comment in re.findall(r"(?:^[ \t]*#.*\n)+", source, re.MULTILINE):
+            found += [("comment", text) for text in pieces(re.sub(r"^[ \t]*#+ ?", "", comment, flags=re.MULTILINE))]
+        found += [("code", text) for text in pieces(ast.unparse(tree))]
+    return tuple(found)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Runs of lines of about PIECE characters."""
+    held = ""
+    for line in text.splitlines():
+        held += line.rstrip() + "\n" if line.strip() else ""
+        if len(held) >= PIECE:
+            yield held.rstrip()
+            held = ""
+    if len(held) > SHORTEST:
+        yield held.rstrip()
