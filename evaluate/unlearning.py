@@ -346,7 +346,8 @@ def long_texts(read: Read, rng: random.Random, most: int | None) -> list[str]:
 def select(forget_F: np.ndarray, retain_F: np.ndarray, threshold: float) -> tuple[int, ...]:
     """Latents that fire on less than `threshold` of what is to be retained, those that fire most on the rest first.
 
-    Of ties the last comes first. SAEBench writes both shares to a file with six decimals, and reads them back.
+    Of ties the last comes first; SAEBench's order of them is that of an unstable sort, and depends on the machine. It
+    writes both shares to a file with six decimals, and reads them back.
     """
     forget_F, retain_F = (np.array([float(f"{share:f}") for share in shares]) for shares in (forget_F, retain_F))
     forget_F = np.where(retain_F >= threshold, 0.0, forget_F)
