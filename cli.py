@@ -354,7 +354,7 @@ def demo(
     echo("note     decorrelation ran with fraction=0.05 and strength=0.2; its default is the paper's 0.1 % of pairs")
     from .evaluate.run import Request as Evaluate
 
-    run_evaluate(Evaluate(runs=[run.folder for run in runs], tokens=tokens // 12))
+    run_evaluate(Evaluate(runs=[run.folder for run in runs], suite="core", tokens=tokens // 12))
     echo(
         f"next     sae train --variant topk --layer 5 --cache {quote(str(cache.folder))} --set k=64     (`sae variants` lists recipes and options)"
     )

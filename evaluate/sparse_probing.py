@@ -233,7 +233,7 @@ def result(
     for k in ks:
         if constant := sum(scores.constant[k] for scores in sae.values()):
             flags.append(
-                f"In {constant} of {tasks} tasks the {k} chosen latents never vary: exactly 0.5 by construction."
+                f"k={k}: in {constant} of {tasks} tasks the chosen latents never vary, which gives exactly 0.5."
             )
     if folded:
         flags.append("Decoder rows were not of length 1: latents are scaled as if they were.")

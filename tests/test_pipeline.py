@@ -35,7 +35,7 @@ def test_harvest_train_evaluate(trained):
 
     runs = sorted((trained / "runs").iterdir())
     assert sorted(run.name.split("-L01-n64-s0-")[0] for run in runs) == sorted(VARIANTS)
-    rows = json.loads(call("evaluate", *runs, "--tokens", 100, "--json"))
+    rows = json.loads(call("evaluate", *runs, "--suite", "core", "--tokens", 100, "--json"))
     assert [row["name"] for row in rows] == [*(run.name for run in runs), "identity", "zero"]
     for run, row in zip(runs, rows, strict=False):
         files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
@@ -54,7 +54,7 @@ def test_harvest_train_evaluate(trained):
     assert rows[-2]["core.model_behavior_preservation.kl_div_score"] == pytest.approx(1, abs=1e-5)
     assert rows[-1]["core.model_behavior_preservation.kl_div_score"] == pytest.approx(0, abs=1e-5)
 
-    table = call("evaluate", *runs, "--tokens", 100)  # nothing is measured again
+    table = call("evaluate", *runs, "--suite", "core", "--tokens", 100)  # nothing is measured again
     assert all(run.name in table for run in runs)
 
 

@@ -44,7 +44,7 @@ def make_run(folder: Path, cache: Cache, layer: int = 0, seed: int = 0, /, **cha
 
 
 def ask(*runs: Path, **changes) -> Request:
-    return replace(Request(runs=runs, tokens=60, device="cpu", references=False), **changes)
+    return replace(Request(runs=runs, suite="core", tokens=60, device="cpu", references=False), **changes)
 
 
 def result_of(run: Path) -> dict:
