@@ -95,7 +95,10 @@ class Metric(ABC):
     numbers: ClassVar[tuple[Number, ...]]  # the columns of its table
 
     def settings(self, bench: Bench) -> dict[str, Any]:
-        """Everything but the SAE that decides a result. A metric that reads more than model and settings adds to it."""
+        """Everything but the SAE that decides a result. A metric that reads more than model and settings adds to it.
+
+        Raises SaeError when that is not there.
+        """
         return {**asdict(self), **bench.settings}  # type: ignore[call-overload]
 
     @abstractmethod

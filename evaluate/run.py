@@ -17,6 +17,7 @@ from ..cache.reader import Cache, caches, model_name
 from ..harvest.model import find_model, load_model, load_tokenizer
 from ..train.sae import SAE, load_sae
 from .absorption import Absorption
+from .autointerp import Autointerp
 from .bench import Bench, Shelf
 from .core import Core
 from .metric import Metric, Outcome, Progress, Result, Subject, check_mode, read_result, write_result
@@ -24,11 +25,15 @@ from .references import references
 from .scr import Scr, ScrStdlib
 from .sparse_probing import SparseProbing, SparseProbingStdlib
 from .tpp import Tpp, TppStdlib
+from .unlearning import Unlearning
 
-METRICS: dict[str, type[Metric]] = {
-    metric.name: metric for metric in (Core, Absorption, SparseProbing, SparseProbingStdlib, Scr, ScrStdlib, Tpp, TppStdlib)
+KINDS = (Core, Absorption, SparseProbing, SparseProbingStdlib, Scr, ScrStdlib, Tpp, TppStdlib, Unlearning, Autointerp)
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in KINDS}
+ASKED_FOR = ("autointerp",)  # it costs money: in no suite, unless an option of it is set
+SUITES = {
+    "quick": ("core", "absorption", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib"),
+    "full": tuple(name for name in METRICS if name not in ASKED_FOR),
 }
-SUITES = {"quick": ("core", "absorption", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib"), "full": tuple(METRICS)}
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 
 
@@ -74,6 +79,7 @@ def silent(title: str) -> Iterator[Progress]:
 def metrics_of(suite: str, options: Sequence[str] = ()) -> list[Metric]:
     """The metrics of a suite, or of a list of names; `options` are `metric.option=value`. Names every mistake at once."""
     names = SUITES.get(suite) or tuple(name.strip() for name in suite.split(","))
+    names += tuple(name for name in ASKED_FOR if suite in SUITES and any(o.startswith(f"{name}.") for o in options))
     wrong = [
         f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
         for name in names
@@ -231,9 +237,15 @@ def make_bench(request: Request, cache: Cache) -> Bench:
 
 def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stage: Stage) -> None:
     """One metric for the rows that lack it, all in one pass."""
+    try:
+        settings = metric.settings(bench)
+    except SaeError as error:  # something that the metric reads is not there
+        for row in rows:
+            row.failed[metric.name] = error
+        return
     if not force:
         for row in rows:
-            if earlier := read_result(row.folder, metric, settings_of(metric, bench, row)):
+            if earlier := read_result(row.folder, metric, {**settings, "weights": row.weights}):
                 row.results[metric.name] = earlier
     todo = [row for row in rows if metric.name not in row.results]
     if not todo:
@@ -251,12 +263,7 @@ def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stag
             row.failed[metric.name] = outcome
         else:
             row.results[metric.name] = outcome
-            write_result(row.folder, metric, settings_of(metric, bench, row), outcome, row.record)
-
-
-def settings_of(metric: Metric, bench: Bench, row: Row) -> dict[str, Any]:
-    """Everything that decides a result: a file with other settings is of another measurement."""
-    return {**metric.settings(bench), "weights": row.weights}
+            write_result(row.folder, metric, {**settings, "weights": row.weights}, outcome, row.record)
 
 
 def flat(row: Row) -> dict[str, Any]:

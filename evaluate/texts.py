@@ -247,10 +247,11 @@ def rows(name: str, split: str, columns: Sequence[str], data: Path | None, subse
     if name in STAND_INS:
         yield from stdlib_texts.rows(name.removeprefix("stdlib/"), split)
         return
-    file = local_file(f"{name}/{subset}" if subset else name, split, data)
+    place = f"{name}/{subset}" if subset else name
+    file = local_file(place, split, data)
     shown = str(file) if file else name
     try:
-        stream = opened(file, split) if file else on_the_hub(name, split, subset)
+        stream = opened(file) if file else on_the_hub(name, split, subset)
         for block in stream.iter(ROWS_AT_ONCE):
             if lacking := [column for column in columns if column not in block]:
                 raise UsageError(
@@ -262,7 +263,7 @@ def rows(name: str, split: str, columns: Sequence[str], data: Path | None, subse
     except SaeError:
         raise
     except Exception as error:  # whatever `datasets` and what stands below it can raise
-        raise refusal(error, name, file) from error
+        raise refusal(error, name, f"{place}/{split}", file) from error
 
 
 def local_file(name: str, split: str, data: Path | None) -> Path | None:
@@ -270,11 +271,11 @@ def local_file(name: str, split: str, data: Path | None) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def opened(file: Path, split: str) -> Any:
+def opened(file: Path) -> Any:
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say the same before us, with a traceback
-    return datasets.load_dataset(READERS[file.suffix], data_files={split: str(file)}, split=split, streaming=True)
+    return datasets.load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True)
 
 
 def on_the_hub(name: str, split: str, subset: str | None) -> Any:
@@ -296,7 +297,7 @@ def language_of(path: str) -> str | None:
     return next((language for language, endings in ENDINGS.items() if path.endswith(endings)), None)
 
 
-def refusal(error: Exception, name: str, file: Path | None) -> SaeError:
+def refusal(error: Exception, name: str, place: str, file: Path | None) -> SaeError:
     """The sentence for texts that cannot be read."""
     from huggingface_hub.errors import GatedRepoError
 
@@ -309,5 +310,5 @@ def refusal(error: Exception, name: str, file: Path | None) -> SaeError:
         )
     return OutsideError(
         f"The dataset {name} could not be read: {problem.rstrip('.')}. Check the network, or name a folder that holds "
-        f"{name}/train.jsonl (or .parquet) with --data."
+        f"{place}.jsonl (or .parquet) with --data."
     )

@@ -253,7 +253,9 @@ class Forward:
 
     residual: dict[int, Tensor]  # layer -> (N, S, D)
     final: Tensor  # (N, S, D): what `LanguageModel.unembed` makes logits of
-    suffix: Callable[[int, Tensor], Tensor]  # layer, (N, S, D) -> (N, S, D): `final`, had the residual been this
+    # layer, (N, S, D) -> (N, S, D): `final`, had the residual been this. Several versions of the contexts, one after
+    # the other (M N, S, D), give the `final` of each.
+    suffix: Callable[[int, Tensor], Tensor]
 
 
 class _Enough(Exception):  # noqa: N818  (no error: the model has run as far as it has to)
@@ -361,6 +363,8 @@ class LanguageModel:
         def remember(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
                 calls[index] = (inputs[1:], {k: v for k, v in keywords.items() if k != "hidden_states"})
+                if isinstance(mask := keywords.get("attention_mask"), Tensor):
+                    calls[index][1]["attention_mask"] = mask[:1]  # nothing but causal, so every context's is the same
 
             return hook
 

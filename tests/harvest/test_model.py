@@ -212,6 +212,15 @@ def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, i
         assert torch.equal(any_model.unembed(spliced), expected) and not torch.equal(spliced, run.final)
 
 
+def test_versions_of_the_contexts_go_together(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    run = any_model.forward(ids_NS, [0, 1])
+    for layer, residual in run.residual.items():
+        versions = [residual, 0.5 * residual.roll(1, 0), -residual, residual + 0.1]
+        alone = [run.suffix(layer, version) for version in versions]
+        torch.testing.assert_close(run.suffix(layer, torch.cat(versions)), torch.cat(alone))
+        assert not torch.allclose(alone[0], alone[1])
+
+
 def test_a_suffix_leaves_nothing_behind(any_model: LanguageModel, ids_NS: Tensor) -> None:
     before = hooks_on(any_model)
     first = any_model.forward(ids_NS, [0])
