@@ -75,14 +75,15 @@ class Asked:
             last_N = torch.tensor([len(prompts[number]) - 1 for number in numbers])
             yield numbers, ids_NS.to(self.model.device), last_N.to(self.model.device)
 
-    def pick(self, logits_NV: Tensor) -> Tensor:
-        """The choice (N,) whose letter, with or without a space before it, is the most probable: softmax keeps order."""
-        return logits_NV.float()[:, self.letters.to(logits_NV.device)].amax(-1).argmax(-1)
+    def pick(self, logits: Tensor) -> Tensor:
+        """Of logits (..., V) the choice (...,) whose letter, with or without a space before it, is the most probable: softmax keeps order."""
+        return logits.float()[..., self.letters.to(logits.device)].amax(-1).argmax(-1)
 
     def answers(self, prompts: Sequence[list[int]]) -> list[int]:
         found = [0] * len(prompts)
         for numbers, ids_NS, last_N in self.batches(prompts):
-            logits = self.model.forward(ids_NS, [len(self.model.blocks) - 1], last_N).logits
-            for number, pick in zip(numbers, self.pick(logits).tolist(), strict=True):
+            final_NSD = self.model.forward(ids_NS, [len(self.model.blocks) - 1]).final
+            logits_NV = self.model.unembed(final_NSD[torch.arange(len(last_N)), last_N])
+            for number, pick in zip(numbers, self.pick(logits_NV).tolist(), strict=True):
                 found[number] = pick
         return found

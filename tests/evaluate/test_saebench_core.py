@@ -30,7 +30,7 @@ def ours(saebench, contexts):
     metric = Core(about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
     asked = [(kind, everywhere) for kind in KINDS for everywhere in (False, True)]
     subjects = [Subject(saebench.saes[kind], about["layer"], everywhere) for kind, everywhere in asked]
-    found = metric.measure(bench, subjects, lambda done, total: None)
+    found = metric.measure(bench, subjects, lambda done, total, note="": None)
     return {
         (kind, "everywhere" if all_ else "rewound"): result for (kind, all_), result in zip(asked, found, strict=True)
     }
@@ -40,7 +40,7 @@ def test_the_model_is_the_same(saebench, contexts):
     theirs = saebench.arrays("core")
     run = saebench.model.forward(contexts[:2], [0])
     torch.testing.assert_close(run.residual[0], theirs["residual"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(run.logits[:, :, :64], theirs["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(saebench.model.unembed(run.final)[:, :, :64], theirs["logits"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["rewound", "everywhere"])
