@@ -14,30 +14,21 @@ CELLS cells' worth of words, dense.
 Shape suffixes: N words, B words of a batch, D d_in, F latents, K candidate latents, L letters, S positions.
 """
 
-import hashlib
-import random
-import string
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..cache.errors import SaeError, UsageError
 from .bench import Bench
+from .letterprobes import Codes, generator_of, linear_probe, split_latents
 from .metric import Coder, Metric, Number, Outcome, Progress, Result, Subject
+from .spelling import LETTERS, Spelled, Spelling, spell
 
-LETTERS = string.ascii_lowercase
-TEMPLATE = " has the first letter:"
-EXAMPLES = 10  # answered in each prompt
-TRAIN_SHARE = 0.8
-PROMPTS_AT_ONCE = 64
 CELLS = 2**25  # words x latents that are dense at one time
 SILENT = 1e-8
 UNIT = 1e-5  # by how much the norm of a row of W_dec may differ from 1
@@ -113,7 +104,7 @@ class Absorption(Metric):
                 f"Absorption needs letters that the model spells, and a probe finds none at F1 above {self.min_GT_probe_f1}: "
                 f"the best has {float(words.f1_L.max()):.2f}. Take another layer or model, or lower absorption.min_GT_probe_f1."
             )
-        train, test = Codes.of(coder, words.train_ND), Codes.of(coder, words.test_ND)
+        train, test = coder.codes(words.train_ND), coder.codes(words.test_ND)
         probe = linear_probe(
             train,
             words.train_letter_N,
@@ -207,6 +198,7 @@ class Absorption(Metric):
             n={
                 "words_train": len(words.train_ND),
                 "words_test": len(words.test_ND),
+                "words_put_in_by_token": words.from_ids,
                 "letters": len(kept),
                 "true_positives": sum(entry["num_probe_true_positives"] for entry in details),
             },
@@ -265,365 +257,7 @@ def bootstrap(values: Sequence[Tensor], generator: torch.Generator) -> list[floa
     return torch.quantile(draws / len(values), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
-def generator_of(seed: int, purpose: str) -> torch.Generator:
-    """Random numbers that depend on nothing else."""
-    digest = hashlib.sha256(f"absorption {purpose} {seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:6]))
-
-
-# --- words and prompts ------------------------------------------------------------------------------------------------
-
-
-class Word(NamedTuple):
-    token: int
-    text: str  # " cat", "cat" and "Cat" are three words
-    letter: int
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """The words in the order of a seeded shuffle, the first `train` of them to fit on; prompts as token ids.
-
-    All prompts are of one length: a word is one token, and each part between words is the same. Prompts end at the word
-    that they ask for: what comes after it cannot change the residual there.
-
-    Paper: two entries of the vocabulary with the same text (a letter, and a byte that is that letter) are one word here.
-    """
-
-    words: list[Word]
-    train: int
-    prefix: list[int]  # BOS, and a newline but in mode 2024-12
-    question: list[int]  # after a word
-    answers: list[list[int]]  # after the question, by letter, with the newline
-    from_ids: int  # words whose text the tokenizer would cut otherwise
-
-    @classmethod
-    def of(cls, tokenizer: Any, words: int, seed: int, *, newline: bool = True) -> Self:
-        """Raises UsageError when the tokenizer has no such prompts, or too few words."""
-
-        def ids_of(texts: list[str]) -> list[list[int]]:
-            return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-        start = ids_of(["\n"])[0]
-        chosen = drawn(vocabulary(tokenizer, start), words, random.Random(f"{seed} words"))
-        train = int(TRAIN_SHARE * len(chosen))
-        lacking = sorted(set(range(26)) - {word.letter for word in chosen[:train]})
-        if lacking or len(chosen) - train <= EXAMPLES:
-            none = f" (none begins with {', '.join(LETTERS[letter] for letter in lacking)})" if lacking else ""
-            raise UsageError(
-                f"The {len(chosen)} words {'taken' if words else 'of this vocabulary'} cannot serve absorption: they are {train} to "
-                f"fit on{none} and {len(chosen) - train} to test on; every letter, and more than {EXAMPLES} to test on, are needed. "
-                f"Take {'more with absorption.words' if words else 'a model with more'}."
-            )
-        lines = ids_of([f"\n{word.text}{TEMPLATE}" for word in chosen])
-        head = [[*start, word.token] for word in chosen]
-        after = [tuple(line[len(h) :]) if line[: len(h)] == h else () for line, h in zip(lines, head, strict=True)]
-        question = Counter(filter(None, after)).most_common(1)
-        if not start or not question:
-            raise UsageError(
-                "This tokenizer cannot serve absorption: in a line such as 'cat has the first letter:' no word of its vocabulary "
-                "is one token, behind a newline that it keeps."
-            )
-        usual = question[0][0]
-        first = after.index(usual)
-        answered = ids_of([f"\n{chosen[first].text}{TEMPLATE} {letter}\n" for letter in LETTERS.upper()])
-        answers = [line[len(head[first]) + len(usual) :] for line in answered]
-        if len({len(answer) for answer in answers}) > 1:
-            raise UsageError(
-                "This tokenizer cannot serve absorption: its answers ' A' to ' Z' differ in their number of tokens, so prompts "
-                "would be of unequal lengths."
-            )
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        from_ids = sum(tokens != usual for tokens in after)
-        return cls(chosen, train, bos + (start if newline else []), list(usual), answers, from_ids)
-
-    def prompts(self, words: Sequence[Word], pool: Sequence[Word], draw: random.Random) -> Tensor:
-        """A prompt for each word, with examples from the pool, never the word itself: (N, S) int64."""
-        part = len(self.question) + len(self.answers[0]) + 1
-        ids_NS = np.empty((len(words), len(self.prefix) + EXAMPLES * part + 1), np.int64)
-        for row_S, word in zip(ids_NS, words, strict=True):
-            examples = [other for other in draw.sample(pool, EXAMPLES + 1) if other != word][:EXAMPLES]
-            asked = [i for other in examples for i in (other.token, *self.question, *self.answers[other.letter])]
-            row_S[:] = [*self.prefix, *asked, word.token]
-        return torch.from_numpy(ids_NS)
-
-    def all_prompts(self, seed: int) -> tuple[Tensor, Tensor]:
-        """A prompt for each word, with examples of its own split; fresh ones for the test words, with any examples."""
-        train, test = self.words[: self.train], self.words[self.train :]
-        draw = random.Random(f"{seed} examples")
-        chosen = torch.cat([self.prompts(train, train, draw), self.prompts(test, test, draw)])
-        return chosen, self.prompts(test, self.words, random.Random(f"{seed} fresh examples"))
-
-
-def drawn(pool: Sequence[Word], count: int, draw: random.Random) -> list[Word]:
-    """All words in random order, or `count` of them: the same number of each letter, as far as it has them."""
-    order, seen, rank = draw.sample(pool, len(pool)), Counter[int](), {}
-    for word in order:
-        rank[word] = seen[word.letter]
-        seen[word.letter] += 1
-    taken = sorted(order, key=rank.__getitem__)[: count or None]
-    return draw.sample(taken, len(taken))
-
-
-def vocabulary(tokenizer: Any, start: list[int]) -> list[Word]:
-    """Every entry that is ASCII letters after at most one space, by token. `start` are the ids of a newline.
-
-    An entry is decoded behind a newline: at the beginning of a text some tokenizers drop its space.
-    """
-    newline, special = tokenizer.decode(start), set(tokenizer.all_special_ids)
-    found: dict[str, Word] = {}
-    for token in range(len(tokenizer)):
-        text = tokenizer.decode([*start, token], clean_up_tokenization_spaces=False).removeprefix(newline)
-        bare = text.removeprefix(" ")
-        if not (bare.isascii() and bare.isalpha()) or token in special:
-            continue
-        usual = [*start, token]
-        if text not in found or tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"] == usual:
-            found[text] = Word(token, text, LETTERS.index(bare[0].lower()))
-    return sorted(found.values())
-
-
-# --- what no SAE changes ----------------------------------------------------------------------------------------------
-
-
-class Probe(NamedTuple):
-    """26 logistic regressions side by side."""
-
-    weight_LD: Tensor
-    bias_L: Tensor
-
-    def logits(self, x_ND: Tensor) -> Tensor:
-        return x_ND.float() @ self.weight_LD.T + self.bias_L
-
-
-@dataclass(frozen=True)
-class Spelled:
-    """The residual at the words behind one layer, and the model's own probe. Letters are 0 to 25."""
-
-    train_ND: Tensor
-    train_letter_N: Tensor
-    test_ND: Tensor
-    test_letter_N: Tensor
-    fresh_ND: Tensor  # of the test words, on other prompts: what is scored
-    probe: Probe
-
-    @property
-    def positive_NL(self) -> Tensor:
-        """Which letters the probe finds in the test words."""
-        return self.probe.logits(self.test_ND) > 0
-
-    @property
-    def true_positive_NL(self) -> Tensor:
-        return self.positive_NL & functional.one_hot(self.test_letter_N, 26).bool()
-
-    @property
-    def f1_L(self) -> Tensor:
-        answer_NL, positive_NL = functional.one_hot(self.test_letter_N, 26).bool(), self.positive_NL
-        return torch.tensor([f1(positive_NL[:, n].numpy(), answer_NL[:, n].numpy()) for n in range(26)])
-
-
-def spell(bench: Bench, spelling: Spelling, layers: Sequence[int], seed: int, progress: Progress) -> dict[int, Spelled]:
-    """The rows of every word after each layer and the probe on them: from the shelf, or one pass of the model."""
-    chosen_NS, fresh_NS = spelling.all_prompts(seed)
-    ids_NS = torch.cat([chosen_NS, fresh_NS])
-    pinned = {**bench.identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
-    lacking = [layer for layer in layers if not bench.shelf.holds("letters", {**pinned, "layer": layer})]
-    made = last_rows(bench, ids_NS, lacking, progress) if lacking else {}
-    letter_N = torch.tensor([word.letter for word in spelling.words])
-    found = {}
-    for layer in layers:
-
-        def rows(layer: int = layer) -> dict[str, Tensor]:
-            return {"x": made[layer] if layer in made else last_rows(bench, ids_NS, [layer], progress)[layer]}
-
-        at = {**pinned, "layer": layer}
-        x_ND = bench.shelf.keep("letters", at, rows)["x"]
-        train_ND, test_ND, fresh_ND = x_ND.tensor_split([spelling.train, len(chosen_NS)])
-        settings = {"batch": 64, "epochs": 50, "weight_decay": 1e-4}
-
-        def probe(train_ND: Tensor = train_ND, settings: dict[str, Any] = settings) -> dict[str, Tensor]:
-            rows = Dense(train_ND.to(bench.model.device).float())
-            generator = generator_of(seed, "letters")
-            fitted = linear_probe(rows, letter_N[: spelling.train], **settings, generator=generator, progress=progress)
-            return {"weight": fitted.weight_LD, "bias": fitted.bias_L}
-
-        kept = bench.shelf.keep("letters-probe", {**at, **settings, "seed": seed, "train": spelling.train}, probe)
-        own = Probe(kept["weight"], kept["bias"])
-        train_letter_N, test_letter_N = letter_N.tensor_split([spelling.train])
-        found[layer] = Spelled(train_ND, train_letter_N, test_ND, test_letter_N, fresh_ND, own)
-    return found
-
-
-def last_rows(bench: Bench, ids_NS: Tensor, layers: Sequence[int], progress: Progress) -> dict[int, Tensor]:
-    """The residual at the last position of each prompt, (N, D) in the model's dtype, after each layer."""
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for start in range(0, len(ids_NS), PROMPTS_AT_ONCE):
-        part_NS = ids_NS[start : start + PROMPTS_AT_ONCE].to(bench.model.device)
-        for layer, x_NSD in bench.model.capture(part_NS, layers).items():
-            found[layer].append(x_NSD[:, -1].cpu())
-        progress(min(start + PROMPTS_AT_ONCE, len(ids_NS)), len(ids_NS), "prompts through the model")
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
-
-
-# --- probes -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Rows to fit a probe on."""
-
-    x_ND: Tensor
-
-    @property
-    def width(self) -> int:
-        return self.x_ND.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.x_ND.device
-
-    def times(self, index_B: Tensor, weight_LD: Tensor) -> Tensor:
-        return self.x_ND[index_B] @ weight_LD.T
-
-
-@dataclass(frozen=True)
-class Codes:
-    """The latents that fire on each word, one word after the other: which (int32) and how strongly (float32)."""
-
-    latents: Tensor
-    values: Tensor
-    start_N: Tensor  # where each word's begin; one more than there are words
-    width: int
-
-    @classmethod
-    def of(cls, coder: "Unit", x_ND: Tensor) -> Self:
-        latents, values, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
-        for _, f_NF in coder.encoded(x_ND):
-            row, column = f_NF.nonzero(as_tuple=True)
-            latents.append(column.int())
-            values.append(f_NF[row, column])
-            counts.append((f_NF != 0).sum(1).cpu())
-        start_N = torch.cat(counts).cumsum(0).to(latents[0].device)
-        return cls(torch.cat(latents), torch.cat(values), start_N, len(coder.W_dec))
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    def times(self, index_B: Tensor, weight_LF: Tensor) -> Tensor:
-        """f @ W.T for these words, by gathering: (B, L)."""
-        first_B = self.start_N[index_B]
-        count_B = self.start_N[index_B + 1] - first_B
-        offset_B = count_B.cumsum(0) - count_B
-        place = torch.arange(int(count_B.sum()), device=self.device)
-        place = place + (first_B - offset_B).repeat_interleave(count_B)
-        return functional.embedding_bag(
-            self.latents[place], weight_LF.T, offset_B.int(), mode="sum", per_sample_weights=self.values[place]
-        )
-
-    def columns(self, latents_K: Tensor) -> Tensor:
-        """What these latents are on every word, on the CPU: (N, K)."""
-        place_F = torch.full((self.width,), -1, device=self.device)
-        place_F[latents_K.to(self.device)] = torch.arange(len(latents_K), device=self.device)
-        place = place_F[self.latents.long()]
-        word = torch.arange(len(self.start_N) - 1, device=self.device).repeat_interleave(self.start_N.diff())
-        dense_NK = torch.zeros(len(self.start_N) - 1, len(latents_K), device=self.device)
-        dense_NK[word[place >= 0], place[place >= 0]] = self.values[place >= 0]
-        return dense_NK.cpu()
-
-
-def linear_probe(
-    rows: Dense | Codes,
-    letter_N: Tensor,
-    *,
-    batch: int,
-    epochs: int,
-    weight_decay: float,
-    generator: torch.Generator,
-    l1: float = 0.0,
-    progress: Progress | None = None,
-) -> Probe:
-    """26 logistic regressions on the same rows, each letter's positives weighing as much as all others.
-
-    Adam from 1e-2 down to 1e-5, a step of the schedule an epoch; `l1` times the mean over letters of sum |w| is added.
-    Every letter has to occur.
-    """
-    device, bound = rows.device, rows.width**-0.5
-    weight_LD = torch.empty(26, rows.width).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()
-    bias_L = torch.empty(26).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()
-    answer_NL = functional.one_hot(letter_N, 26).float().to(device)
-    positives_L = answer_NL.sum(0)
-    weight_of_positives_L = (len(answer_NL) - positives_L) / positives_L
-    optimizer = torch.optim.Adam([weight_LD, bias_L], lr=1e-2, weight_decay=weight_decay)
-    with torch.enable_grad():
-        for epoch in range(epochs):
-            optimizer.param_groups[0]["lr"] = 1e-2 * (1e-5 / 1e-2) ** (epoch / epochs)
-            for index_B in torch.randperm(len(answer_NL), generator=generator).to(device).split(batch):
-                logits_BL = rows.times(index_B, weight_LD) + bias_L
-                loss = functional.binary_cross_entropy_with_logits(
-                    logits_BL, answer_NL[index_B], pos_weight=weight_of_positives_L
-                )
-                if l1:
-                    loss = loss + l1 * weight_LD.abs().sum(1).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            if progress:
-                progress(epoch + 1, epochs, "epochs of the letters' probe")
-    return Probe(weight_LD.detach(), bias_L.detach())
-
-
-def f1(positive_N: np.ndarray, answer_N: np.ndarray) -> float:
-    """0 where nothing is found."""
-    hits = int((positive_N & answer_N).sum())
-    return 2 * hits / (int(positive_N.sum()) + int(answer_N.sum())) if hits else 0.0
-
-
-class Split(NamedTuple):
-    count: int  # the latents that spell the letter are the first so many candidates
-    f1: list[float]  # of 1, 2, ... candidates, up to the one that added too little
-    missed: np.ndarray  # (N,) bool: the test words that the regression on those latents does not find
-
-
-def split_latents(
-    train_NK: np.ndarray, train_answer_N: np.ndarray, test_NK: np.ndarray, test_answer_N: np.ndarray, jump: float
-) -> Split:
-    """How many of a letter's candidates, best first, spell it: as long as each raises F1 on the test words by `jump`.
-
-    SAEBench fits all K regressions; those after the first that adds too little decide nothing and are not fitted here.
-    """
-    missed: dict[int, np.ndarray] = {}
-
-    def f1_of(k: int) -> float:
-        score_N = logistic(train_NK[:, :k], train_answer_N).decision_function(test_NK[:, :k])
-        missed[k] = score_N <= 0
-        return f1(score_N > 0, test_answer_N)
-
-    count, found = accepted((f1_of(k) for k in range(1, train_NK.shape[1] + 1)), jump)
-    return Split(count, found, missed[count])
-
-
-def accepted(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
-    """How many of F1_1, F1_2, ... exceed the one before by more than `jump`, at least one; and those looked at."""
-    seen: list[float] = []
-    for value in f1_of_k:
-        seen.append(value)
-        if len(seen) > 1 and not value > seen[-2] + jump:
-            return len(seen) - 1, seen
-    return len(seen), seen
-
-
-def logistic(x_NK: np.ndarray, answer_N: np.ndarray) -> Any:
-    """SAEBench's regression on raw latents; letters that are rare weigh as much as the rest."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=1.0, max_iter=500, class_weight="balanced").fit(x_NK, answer_N)
-
-
-# --- the SAE, and absorption itself -----------------------------------------------------------------------------------
+# --- what depends on the SAE -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -650,6 +284,9 @@ class Unit:
         """Rows and their latents, as many at a time as CELLS allows; float32."""
         for part_ND in x_ND.split(max(1, CELLS // len(self.W_dec))):
             yield part_ND, self.sae.encode(part_ND.to(self.W_dec.device).float()).float() * self.norm_F
+
+    def codes(self, x_ND: Tensor) -> Codes:
+        return Codes.of((f_NF for _, f_NF in self.encoded(x_ND)), len(self.W_dec))
 
 
 class Scores(NamedTuple):

@@ -12,26 +12,12 @@ from sklearn.linear_model import LogisticRegression
 
 from sae.cache.contexts import Contexts
 from sae.cache.errors import SaeError, UsageError
-from sae.evaluate.absorption import (
-    LETTERS,
-    Absorption,
-    Codes,
-    Dense,
-    Probe,
-    Spelled,
-    Spelling,
-    Unit,
-    accepted,
-    bootstrap,
-    generator_of,
-    linear_probe,
-    rate,
-    score_words,
-    spell,
-)
+from sae.evaluate.absorption import Absorption, bootstrap, rate, score_words
 from sae.evaluate.bench import Bench, Shelf
+from sae.evaluate.letterprobes import Codes, Dense, Probe, accepted, generator_of, linear_probe
 from sae.evaluate.metric import Result, Subject
 from sae.evaluate.references import Identity
+from sae.evaluate.spelling import LETTERS, Spelled, Spelling, spell
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.sae import SAE, ReLU, TopK
@@ -240,10 +226,7 @@ def test_probes_are_those_of_a_plain_training_loop(sparse):
     torch.manual_seed(0)
     x, letters = torch.randn(130, 40).relu(), torch.arange(130) % 26
     x[5] = 0  # a word on which nothing fires
-    unit = Unit.of(same := SAE(40, 40), CPU)
-    same.encode = lambda x: x
-    unit = dataclasses.replace(unit, W_dec=torch.eye(40))
-    rows = Codes.of(unit, x) if sparse else Dense(x)
+    rows = Codes.of(x.split(50), 40) if sparse else Dense(x)
     settings = {"batch": 32, "epochs": 6, "weight_decay": 1e-4, "l1": 0.01}
     found = linear_probe(rows, letters, **settings, generator=generator_of(0, "a"))
     weight, bias = plain_probe(x, letters, **settings, generator=generator_of(0, "a"))

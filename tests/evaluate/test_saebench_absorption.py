@@ -5,22 +5,11 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
-from sae.evaluate import absorption as module
-from sae.evaluate.absorption import (
-    LETTERS,
-    Absorption,
-    Codes,
-    Probe,
-    Spelled,
-    Spelling,
-    Unit,
-    accepted,
-    last_rows,
-    linear_probe,
-    logistic,
-    score_words,
-)
+from sae.evaluate import absorption, spelling
+from sae.evaluate.absorption import Absorption, Unit, score_words
 from sae.evaluate.bench import Bench, Shelf
+from sae.evaluate.letterprobes import Probe, accepted, f1, linear_probe, logistic
+from sae.evaluate.spelling import LETTERS, Spelled, Spelling, last_rows
 from sae.harvest.mini import WEIGHTS
 from sae.train.sae import SAE
 
@@ -72,24 +61,24 @@ class Draws:
 
 def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monkeypatch):
     texts, arrays = saebench.json("problem/problem")["words"], saebench.arrays("absorption")
-    piece = {word.text: word for word in module.vocabulary(tokenizer, [tokenizer.convert_tokens_to_ids("\n")])}
+    piece = {word.text: word for word in spelling.vocabulary(tokenizer, [tokenizer.convert_tokens_to_ids("\n")])}
     known = [piece[text] for text in texts]
-    monkeypatch.setattr(module, "vocabulary", lambda *_: known)
-    spelling = Spelling.of(tokenizer, 0, 0)
+    monkeypatch.setattr(spelling, "vocabulary", lambda *_: known)
+    made = Spelling.of(tokenizer, 0, 0)
     bench = Bench(saebench.model, tokenizer, Contexts(*[np.zeros(0)] * 4), [], "0.6.0", {}, {}, Shelf(tmp_path))
     for part in ("train", "test"):
         rows = arrays[f"{part}.prompts"].tolist()
         asked = [known[row[-1]] for row in rows]
         assert [word.letter for word in asked] == arrays[f"{part}.labels"].tolist()
-        ids_NS = spelling.prompts(asked, known, Draws(iter([[known[i] for i in row[:-1]] for row in rows])))
+        ids_NS = made.prompts(asked, known, Draws(iter([[known[i] for i in row[:-1]] for row in rows])))
         x_ND = last_rows(bench, ids_NS, [0], lambda *_: None)[0]
         torch.testing.assert_close(x_ND, arrays[f"{part}.activations"], atol=2e-5, rtol=1e-5)
     example = theirs["prompt"]
     asked = iter(example["text"].removeprefix("\n").split("\n"))
     *shown, last = [piece[line.partition(" has the")[0]] for line in asked]
-    ids_NS = spelling.prompts([last], known, Draws(iter([shown])))
-    assert [*ids_NS[0].tolist(), *spelling.question] == example["tokens"]
-    assert len(spelling.question) == -example["position"] - 1
+    ids_NS = made.prompts([last], known, Draws(iter([shown])))
+    assert [*ids_NS[0].tolist(), *made.question] == example["tokens"]
+    assert len(made.question) == -example["position"] - 1
 
 
 def test_the_letters_probe_finds_the_same_words(theirs, words):
@@ -103,7 +92,7 @@ def test_the_letters_probe_finds_the_same_words(theirs, words):
 
 def test_the_l1_probe_is_theirs(saebench, theirs, words):
     """All train words are one batch of theirs, so their order does not count, and the seed decides the rest."""
-    codes = Codes.of(Unit.of(saebench.saes["relu"], CPU), words.train_ND)
+    codes = Unit.of(saebench.saes["relu"], CPU).codes(words.train_ND)
     seeded = torch.Generator().manual_seed(42)
     found = linear_probe(
         codes, words.train_letter_N, batch=4096, epochs=50, weight_decay=1e-6, l1=0.01, generator=seeded
@@ -137,7 +126,7 @@ def test_regressions_and_chosen_latents_are_theirs(saebench, theirs, words, kind
             np.testing.assert_allclose(fit.coef_[0], found["coef"][k - 1], atol=1e-6, rtol=1e-5)
             np.testing.assert_allclose(fit.intercept_, found["intercept"][k - 1], atol=1e-6, rtol=1e-5)
             positive = fit.decision_function(test_NK[:, :k]) > 0
-            assert module.f1(positive, (words.test_letter_N == at).numpy()) == found["f1"][k - 1]
+            assert f1(positive, (words.test_letter_N == at).numpy()) == found["f1"][k - 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,7 +149,7 @@ def test_the_result_is_theirs(saebench, theirs, words, kind, monkeypatch):
     weight_LF = torch.zeros(26, 512)
     for letter, found in theirs[kind]["letters"].items():
         weight_LF[LETTERS.index(letter), found["latents"]] = torch.arange(10.0, 0, -1)
-    monkeypatch.setattr(module, "linear_probe", lambda *_, **__: Probe(weight_LF, torch.zeros(26)))
+    monkeypatch.setattr(absorption, "linear_probe", lambda *_, **__: Probe(weight_LF, torch.zeros(26)))
     result = Absorption().result("0.6.0", saebench.saes[kind], words, CPU)
     expected = theirs[kind]["eval_result_metrics"]["mean"]
     assert result.metrics["mean"] == pytest.approx(expected, abs=1e-6)
