@@ -167,7 +167,7 @@ def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     write(home, AG, "test", [{"text": f"{i}", "label": i % 4} for i in range(16)])
     assert len(labelled(AG, home, 8, 8)["train"]["0"]) == 4
-    assert asked == [(AG, None, "train", False), ("json", None, "test", True)]
+    assert asked == [(AG, None, "train", False), ("json", None, "train", True)]
     del asked[:]
     assert set(labelled(EUROPARL, None, 4, 4)["train"]) == {"en", "fr", "de", "es", "nl"}
     assert asked[0] == (EUROPARL, "en-fr", "train", True)
