@@ -12,6 +12,7 @@ Shape suffixes: N texts, B texts of a task, D d_in, F latents, P probes, R repli
 """
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -228,6 +229,7 @@ class Found:
     extra: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     texts: int = 0
+    effective: int = sys.maxsize  # latents that have an effect on a probe, at least
 
 
 class Scores(NamedTuple):
@@ -350,16 +352,17 @@ class Ablation(Metric):
         found.scores[problem.name], found.extra[problem.name] = scores.values, scores.extra
         found.flags += [f"{problem.name}: {flag}" for flag in scores.flags]
         found.texts += len(basis.mean_ND)
-        if (effective := int((effect_PF != 0).sum(1).min())) < max(self.thresholds):
-            found.flags.append(
-                f"{problem.name}: only {effective} latents have an effect on one of the probes; more cannot be ablated."
-            )
+        found.effective = min(found.effective, int((effect_PF != 0).sum(1).min()))
 
     def result(self, found: Found) -> Result:
         """Means over the problems that have a score."""
         values = average(found.scores)
         metrics = {self.category: {name: float(score_R[0]) for name, score_R in values.items()}}
         flags = list(found.flags)
+        if found.effective < max(self.thresholds):
+            flags.append(
+                f"Only {found.effective} latents have an effect on one of the probes; more are not ablated there."
+            )
         if found.without_leak:
             dry = {name: float(score_R[0]) for name, score_R in average(found.without_leak).items()}
             metrics["without_leak"] = dry
