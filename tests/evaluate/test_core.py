@@ -12,7 +12,8 @@ import torch
 from sae.cache.contexts import Contexts
 from sae.cache.errors import UsageError
 from sae.evaluate.bench import Bench, Shelf
-from sae.evaluate.core import Codes, Core, interval, largest_other_cosine
+from sae.evaluate.codes import Codes, interval, largest_other_cosine
+from sae.evaluate.core import Core
 from sae.evaluate.metric import Subject
 from sae.evaluate.references import Identity, Zero
 from sae.harvest.model import find_model, load_model

@@ -1,12 +1,15 @@
 """Core is SAEBench 0.6.0's, on a Gemma 2 that it runs through TransformerLens and we through transformers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.evaluate.bench import Bench, Shelf
 from sae.evaluate.core import Core
-from sae.evaluate.metric import Bench, Subject
+from sae.evaluate.metric import Subject
 
 KINDS = ("relu", "topk", "jumprelu")
 COUNTS = ("total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance", "frac_alive",
@@ -26,7 +29,7 @@ def ours(saebench, contexts):
     ids = contexts[: about["contexts_per_batch"] * batches].numpy().astype(np.uint32)
     n, width = ids.shape
     text = Contexts(ids, np.full(n, width, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
-    bench = Bench(saebench.model, text, [0, 1, 2], {"mode": "0.6.0"})
+    bench = Bench(saebench.model, None, text, [0, 1, 2], "0.6.0", {}, {}, Shelf(Path("shelf")))
     metric = Core(about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
     asked = [(kind, everywhere) for kind in KINDS for everywhere in (False, True)]
     subjects = [Subject(saebench.saes[kind], about["layer"], everywhere) for kind, everywhere in asked]
