@@ -192,9 +192,10 @@ class Stream:
             step = int(training.failed_at)
             if step >= 0:
                 run = training.run
+                kept = "the last good checkpoint is kept" if any(run.folder.glob("checkpoints/*")) else "there is no checkpoint yet"
                 run.problem = (
                     f"the loss or its gradient was not finite at step {step} (batch {step} of order seed {run.order_seed}); "
-                    f"the weights were not moved by it, and the last good checkpoint is kept. "
+                    f"the weights were not moved by it, and {kept}. "
                     f"A smaller rate usually helps: --set {run.recipe.name}.lr=..."
                 )
                 self.report.say(f"{run.name}: {run.problem}")
