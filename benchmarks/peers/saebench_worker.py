@@ -292,7 +292,7 @@ def note_choice(problem: Problem, record: Recorder, name: str) -> Callable[[tupl
 
 
 def sae_list(problem: Problem, kinds: list[str]) -> list[tuple[str, Any]]:
-    return [(kind, problem.sae(kind.removesuffix(".first"))) for kind in kinds]
+    return [(kind, problem.sae(kind.split(".")[0])) for kind in kinds]
 
 
 def run_sparse_probing(problem: Problem, runs: list[str], texts: Texts | None, record: Recorder | None) -> None:
@@ -522,6 +522,8 @@ def run_absorption(problem: Problem, runs: list[str], record: Recorder | None) -
                 stack.enter_context(patch.object(model, "run_with_cache", keep))
             with timed(run):
                 absorption.run_eval(config, [(run, sae)], "cpu", "results")
+            if not Path(f"results/{run}_custom_sae_eval_results.json").exists():
+                raise SystemExit("SAEBench gave up: fewer than 20 letters can be read. Give it more words a letter.")
             if record:
                 record.json[run] = result_of(Path(f"results/{run}_custom_sae_eval_results.json"))
                 if run == runs[0]:
@@ -710,7 +712,8 @@ def timed(_: str) -> Iterator[None]:
 
 def run(problem: Problem, metric: str, kinds: list[str], record: Recorder | None) -> None:
     texts = Texts(problem) if record and metric in ("texts", "sparse_probing", "scr", "tpp") else None
-    runs = [f"{kinds[0]}.first", *kinds] if record else kinds
+    numbered = [f"{kind}.{number}" for number, kind in enumerate(kinds)]  # SAEBench passes over a name that it has seen
+    runs = [f"{kinds[0]}.first", *kinds] if record else numbered
     if metric == "core":
         for kind in kinds:
             with timed(kind):
@@ -727,7 +730,7 @@ def run(problem: Problem, metric: str, kinds: list[str], record: Recorder | None
         if record and metric == "scr":
             scr_edges(record)
     elif metric == "absorption":
-        run_absorption(problem, kinds, record)
+        run_absorption(problem, kinds if record else numbered, record)
     elif metric == "unlearning" and record:
         run_unlearning(problem, record)
     else:
