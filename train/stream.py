@@ -192,7 +192,11 @@ class Stream:
             step = int(training.failed_at)
             if step >= 0:
                 run = training.run
-                kept = "the last good checkpoint is kept" if any(run.folder.glob("checkpoints/*")) else "there is no checkpoint yet"
+                kept = (
+                    "the last good checkpoint is kept"
+                    if any(run.folder.glob("checkpoints/*"))
+                    else "there is no checkpoint yet"
+                )
                 run.problem = (
                     f"the loss or its gradient was not finite at step {step} (batch {step} of order seed {run.order_seed}); "
                     f"the weights were not moved by it, and {kept}. "
