@@ -288,7 +288,7 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
     from .cache.errors import OutsideError
     from .evaluate.run import SUITES, flat, unfinished
     from .evaluate.run import evaluate as measure
-    from .evaluate.table import tables
+    from .evaluate.table import notes, tables
 
     started = time.monotonic()
     for folder in unfinished(request.runs):
@@ -299,11 +299,11 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
     else:
         for title, heads, lines in tables(rows):
             show_table(title, heads, lines)
-        for flag in dict.fromkeys(
-            f"{row.name}: {flag}" for row in rows for r in row.results.values() for flag in r.flags
-        ):
-            echo(f"note     {flag}")
-    failures = {(metric, str(error)): error for row in rows if row.folder for metric, error in row.failed.items()}
+        for note in notes(rows):
+            echo(f"note     {note}")
+    failures = {
+        (metric, str(error)): error for row in rows if not row.reference for metric, error in row.failed.items()
+    }
     for metric, sentence in failures:
         echo(f"not run  {metric}: {sentence}")
     echo(f"done     in {time.monotonic() - started:.0f} s; runs/*/evaluations/*.json hold everything")

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 PLAIN_SECONDS = 10  # between the lines that stand for the bar where stderr is no terminal
-PLAIN_WIDTH = 140
+PLAIN_WIDTH = 200
 
 
 QUIET = int(os.environ.get("RANK", "0")) > 0  # of several launched processes the first speaks for all
