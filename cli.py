@@ -302,7 +302,7 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
         for note in notes(rows):
             echo(f"note     {note}")
     failures = {
-        (metric, str(error)): error for row in rows if not row.reference for metric, error in row.failed.items()
+        (metric, str(error)): error for row in rows if not row.subject.reference for metric, error in row.failed.items()
     }
     for metric, sentence in failures:
         echo(f"not run  {metric}: {sentence}")

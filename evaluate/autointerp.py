@@ -28,7 +28,6 @@ from .judge import Endpoint, Judge, Message, key_from
 from .metric import Metric, Number, Outcome, Progress, Result, Subject
 from .packed import TOKENS_AT_ONCE, encode, frequencies, in_passes, packed_contexts
 from .passages import BUFFER, RANDOM, Examples, Words, examples
-from .references import PCA, Identity, Zero
 
 FIRINGS_AT_ONCE = 20_000_000
 SEED = 42
@@ -109,7 +108,7 @@ class Autointerp(Metric):
             raise UsageError(f"The held-out text has less than one row of {self.context} tokens. Harvest more of it.")
         useless = UsageError("Autointerp explains latents that were trained; this row is only there to compare with.")
         outcomes: list[Outcome] = [useless] * len(subjects)
-        places = [i for i, subject in enumerate(subjects) if not isinstance(subject.sae, (Identity, Zero, PCA))]
+        places = [i for i, subject in enumerate(subjects) if not subject.reference]
         trained = [subjects[i] for i in places]
         if not trained:
             return outcomes

@@ -180,7 +180,7 @@ def result(
 
 def flags(subject: Subject, metrics: dict[str, dict[str, float]], codes: Codes) -> list[str]:
     """What makes a number mean less than it seems to. The references are what they are, and get none."""
-    if not isinstance(subject.sae, SAE):
+    if subject.reference:
         return []
     found = []
     dead = float((codes.density() == 0).double().mean())

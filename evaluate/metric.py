@@ -35,12 +35,14 @@ class Coder(Protocol):
 class Subject:
     """An SAE under evaluation, and the layer that it stands behind.
 
-    It replaces the residual at the positions that count; with `everywhere`, at BOS and padding too.
+    It replaces the residual at the positions that count; with `everywhere`, at BOS and padding too. A `reference` is
+    there to read others against.
     """
 
     sae: Coder
     layer: int
     everywhere: bool = False
+    reference: bool = False
 
 
 class Progress(Protocol):

@@ -71,10 +71,10 @@ def references(bench: Bench, text: Contexts, subjects: Sequence[Subject]) -> dic
     rank = min(max(round(float(counts.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)
     return {
-        "identity": Subject(Identity(), layer),
-        "zero": Subject(Zero(), layer, everywhere=True),
-        f"pca-{rank}": Subject(PCA(x_RD, rank), layer),
-        f"random-{rank}": Subject(random_dictionary(few_RD, width, rank), layer),
+        "identity": Subject(Identity(), layer, reference=True),
+        "zero": Subject(Zero(), layer, everywhere=True, reference=True),
+        f"pca-{rank}": Subject(PCA(x_RD, rank), layer, reference=True),
+        f"random-{rank}": Subject(random_dictionary(few_RD, width, rank), layer, reference=True),
     }
 
 

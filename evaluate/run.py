@@ -63,7 +63,6 @@ class Row:
     folder: Path  # its results are in evaluations/ there
     record: dict[str, Any]  # sae.json, or what the reference is
     weights: str  # their digest
-    reference: bool = False
     results: dict[str, Result] = field(default_factory=dict)  # by metric
     failed: dict[str, SaeError] = field(default_factory=dict)  # why a metric has no result
 
@@ -154,7 +153,7 @@ def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
             group += beside(bench, cache, group)
         for metric in metrics:
             measure(metric, bench, group, request.force, stage)
-        rows += [row for row in group if row.results or not row.reference]
+        rows += [row for row in group if row.results or not row.subject.reference]
     failures = [error for row in rows for error in row.failed.values()]
     if failures and not any(row.results for row in rows):
         raise failures[0]
@@ -171,7 +170,7 @@ def beside(bench: Bench, cache: Cache, group: Sequence[Row]) -> list[Row]:
             record = {"reference": name, "layer": layer, "d_sae": width, "text": cache.fingerprint, **bench.identity}
             digest = digest_of(record)
             folder = bench.shelf.folder / "references" / f"{name}-L{layer}-{digest[:8]}"
-            rows.append(Row(name, subject, folder, record, digest, reference=True))
+            rows.append(Row(name, subject, folder, record, digest))
     return rows
 
 

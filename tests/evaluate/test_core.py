@@ -465,7 +465,7 @@ def test_every_interval_holds_its_number(model):
 def test_degenerate_saes_are_flagged(model):
     dead = random_sae("relu")
     dead.b_enc.fill_(-1e3)
-    subjects = [Subject(dead, LAYER), Subject(random_sae("topk"), LAYER), Subject(Zero(), LAYER, everywhere=True)]
+    subjects = [Subject(dead, LAYER), Subject(random_sae("topk"), LAYER), Subject(Zero(), LAYER, True, reference=True)]
     found = Core().measure(bench_of(model, ragged()), subjects, lambda done, total, note="": None)
     assert "L0 is 0" in found[0].flags[0]
     assert not any("L0 is 0" in flag for flag in found[1].flags)
