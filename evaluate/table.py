@@ -4,6 +4,8 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
+from scipy.stats import t
+
 from ..cache.files import digest_of, read_json
 from .metric import Number
 from .run import METRICS, Row
@@ -68,18 +70,46 @@ def with_spread(value: float, spread: float, form: str) -> str:
 
 
 def over_seeds(rows: Sequence[Row], metric: str, numbers: Sequence[Number]) -> list[list[str]]:
-    groups: dict[str, list[Row]] = {}
+    """Mean and sd of runs that differ in their seed alone; then what each such group has more than the first one.
+
+    That difference is paired: of runs with the same seed, with half the 95 % interval of Student's t.
+    """
+    groups: dict[str, dict[int, Row]] = {}
     for row in rows:
         path = row.folder / "run.json"
         if path.exists():
-            groups.setdefault(digest_of({k: v for k, v in read_json(path).items() if k != "seed"}), []).append(row)
-    lines = []
+            record = read_json(path, "seed")
+            seed = record.pop("seed")
+            groups.setdefault(digest_of(record), {})[seed] = row
+    lines: list[list[str]] = []
+    first: dict[int, Row] = {}
     for group in groups.values():
-        if len(group) > 1:
-            line = [f"{group[0].name.rsplit('-s', 1)[0]}, {len(group)} seeds ± sd"]
-            for number in numbers:
-                values = [value for row in group if (value := value_of(row, metric, number)) is not None]
-                spread = statistics.stdev(values) if len(values) > 1 else 0
-                line.append(with_spread(statistics.mean(values), spread, number.form) if values else "")
-            lines.append(line)
+        if len(group) < 2:
+            continue
+        name = series(group)
+        found = [[v for row in group.values() if (v := value_of(row, metric, n)) is not None] for n in numbers]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
+        cells = [
+            with_spread(statistics.mean(values), sd, n.form) if values else ""
+            for n, values, sd in zip(numbers, found, spread, strict=True)
+        ]
+        lines.append([f"{name}, {len(group)} seeds ± sd", *cells])
+        first = first or group
+        shared = sorted(first.keys() & group.keys())
+        if group is not first and len(shared) > 1:
+            cells = [paired([(group[seed], first[seed]) for seed in shared], metric, n) for n in numbers]
+            lines.append([f"{name} - {series(first)}, paired", *cells])
     return lines
+
+
+def series(group: dict[int, Row]) -> str:
+    return next(iter(group.values())).name.rsplit("-s", 1)[0]
+
+
+def paired(pairs: Sequence[tuple[Row, Row]], metric: str, number: Number) -> str:
+    values = [(value_of(one, metric, number), value_of(other, metric, number)) for one, other in pairs]
+    differences = [one - other for one, other in values if one is not None and other is not None]
+    if len(differences) < 2:
+        return ""
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return with_spread(statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * error, number.form)

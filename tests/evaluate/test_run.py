@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,14 +109,22 @@ def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
 
 def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
     runs = [make_run(home / f"x-L0-s{seed}-ab", tiny_cache, 0, seed) for seed in range(3)]
-    for seed, run in enumerate(runs[:2]):
-        (run / "run.json").write_text(json.dumps({"variant": "x", "seed": seed}))
+    runs += [make_run(home / f"y-L0-s{seed}-cd", tiny_cache, 0, 10 + seed) for seed in range(3)]
+    for number, run in enumerate(runs):
+        if number != 2:  # of x two seeds, of y three
+            (run / "run.json").write_text(json.dumps({"variant": run.name[0], "seed": number % 3}))
     rows = evaluate(ask(*runs))
     ((_, heads, lines),) = tables(rows)
-    assert len(lines) == 4 and lines[3][0] == "x-L0, 2 seeds ± sd"
-    found = [row.results["core"].metrics["sparsity"]["l0"] for row in rows[:2]]
-    mean, sd = sum(found) / 2, abs(found[0] - found[1]) / 2**0.5
-    assert lines[3][1].split(" ±") == [f"{mean:.1f}", f"{sd:.1f}".removeprefix("0")]
+    l0 = [row.results["core"].metrics["sparsity"]["l0"] for row in rows]
+
+    def shown(mean: float, spread: float) -> str:
+        return f"{mean:.1f} ±{spread:.1f}".replace("±0.", "±.")
+
+    more = [l0[3] - l0[0], l0[4] - l0[1]]
+    assert [line[0] for line in lines[6:]] == ["x-L0, 2 seeds ± sd", "y-L0, 3 seeds ± sd", "y-L0 - x-L0, paired"]
+    assert lines[6][1] == shown(statistics.mean(l0[:2]), statistics.stdev(l0[:2]))
+    assert lines[7][1] == shown(statistics.mean(l0[3:]), statistics.stdev(l0[3:]))
+    assert lines[8][1] == shown(statistics.mean(more), 12.706 * statistics.stdev(more) / 2**0.5)  # t of one degree
 
 
 def test_tokens_limits_the_text(tiny_cache, home):
