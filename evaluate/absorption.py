@@ -27,6 +27,7 @@ from ..cache.errors import SaeError, UsageError
 from .bench import Bench
 from .letterprobes import Codes, generator_of, linear_probe, split_latents
 from .metric import Coder, Metric, Number, Outcome, Progress, Result, Subject
+from .probes import wilson
 from .spelling import LETTERS, Spelled, Spelling, spell
 
 CELLS = 2**25  # words x latents that are dense at one time
@@ -233,14 +234,11 @@ class Absorption(Metric):
 
 
 def rate(name: str, count: str, hit_N: Tensor) -> dict[str, Any]:
-    """A share, its count, and Wilson's 95 % interval."""
-    n, hits, z = len(hit_N), float(hit_N.sum()), 1.959964
+    """A share, its count, and its 95 % interval."""
+    n, hits = len(hit_N), float(hit_N.sum())
     if not n:
         return {name: float("nan"), count: 0}
-    share = hits / n
-    centre, spread = share + z * z / 2 / n, z * (share * (1 - share) / n + z * z / 4 / n / n) ** 0.5
-    interval = [max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))]
-    return {name: share, count: int(hits), f"{name}_interval": interval}
+    return {name: hits / n, count: int(hits), f"{name}_interval": wilson(hits / n, n)}
 
 
 def mean_of(name: str, values: Sequence[float], deviation: bool = False) -> dict[str, float]:
