@@ -21,11 +21,15 @@ from ..harvest.model import LanguageModel
 
 @dataclass(frozen=True)
 class Batch:
-    """Contexts, padded on the right: their ids, which positions hold a token, and which of those count; each (N, S)."""
+    """Contexts, padded on the right: their ids, which positions hold a token, and which of those count; each (N, S).
+
+    `document` (N,), on the CPU, says which of them are cut from one text.
+    """
 
     ids: Tensor
     inside: Tensor
     kept: Tensor
+    document: Tensor
 
 
 class Shelf:
@@ -98,4 +102,5 @@ class Bench:
             ids = torch.from_numpy(part.ids[:, : int(part.length.max())].astype(np.int64))
             inside = torch.arange(ids.shape[1]) < torch.from_numpy(part.length.astype(np.int64))[:, None]
             kept = inside & ~torch.isin(ids, torch.tensor(self.skip, dtype=torch.int64))
-            yield Batch(*(tensor.to(self.model.device) for tensor in (ids, inside, kept)))
+            document = torch.from_numpy(part.document.astype(np.int64))
+            yield Batch(*(tensor.to(self.model.device) for tensor in (ids, inside, kept)), document)

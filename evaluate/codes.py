@@ -27,7 +27,7 @@ def value(share: Share) -> float:
 
 
 def interval(share: Share) -> list[float]:
-    """95 %: the share is linearised, and contexts are taken as independent draws (their tokens are not)."""
+    """95 %: the share is linearised, and its entries are taken as independent draws: documents, not their contexts."""
     part, whole = share
     count, total = len(whole), float(whole.sum())
     if count < 2 or not total:
@@ -36,6 +36,13 @@ def interval(share: Share) -> list[float]:
     spread = float((part - centre * whole).square().sum()) * count / (count - 1)
     half = 1.96 * math.sqrt(spread) / abs(total)
     return [centre - half, centre + half]
+
+
+def by_document(share: Share, document_N: Tensor) -> Share:
+    """Sums over contexts -> sums over documents; `document_N` begins with those of the share's contexts."""
+    _, place_N = document_N[: len(share[1])].unique(return_inverse=True)
+    part, whole = (torch.zeros(int(place_N.max()) + 1).to(column).index_add_(0, place_N, column) for column in share)
+    return part, whole
 
 
 def ratio(part: float, whole: float) -> float:
@@ -134,12 +141,11 @@ class Codes:
             return {name: s[name] / self.tokens for name in names}
 
         square = s["batch_square"] / self.batches
-        variance = s["x_square"] - float(s["x"].square().sum()) / self.tokens
         quality = {
             # What 0.6.0 calls explained_variance subtracts the wrong mean; its legacy formula is the published one.
             "explained_variance": 1 - ratio(s["batch_error"] / self.batches, square - (square / d_in) ** 2),
             **mean("explained_variance_legacy", "mse", "cossim"),
-            "fve": 1 - ratio(s["error"], variance),
+            "fve": 1 - ratio(s["error"], self.variance),
             "mse_elementwise": s["error"] / self.tokens / d_in,
         }
         if mode == "2024-12":
@@ -151,6 +157,17 @@ class Codes:
             "shrinkage": mean("l2_norm_in", "l2_norm_out", "l2_ratio") | bias,
             "sparsity": mean("l0", "l1") | {"activation_variance": float(spread_F.mean())},
         }
+
+    @property
+    def variance(self) -> float:
+        """Sum over the counted tokens of |x - their mean|^2."""
+        return self.sums["x_square"] - float(self.sums["x"].square().sum()) / self.tokens
+
+    def about_the_mean(self, interval: list[float], fve: float) -> list[float]:
+        """That of the share about the first batch's mean, which alone is known in time -> that of `fve`."""
+        around = self.sums["around_centre"]
+        half = (interval[1] - interval[0]) / 2 * ratio(around, self.variance)
+        return [fve - half, fve + half]
 
     def shares(self) -> dict[str, dict[str, Share]]:
         """What has an interval."""

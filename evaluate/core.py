@@ -19,7 +19,7 @@ from ..cache.errors import UsageError
 from ..harvest.model import LanguageModel
 from ..train.sae import SAE
 from .bench import Batch, Bench
-from .codes import TOKENS_AT_ONCE, Codes, Share, dictionary, interval, misc, per_latent, value
+from .codes import TOKENS_AT_ONCE, Codes, Share, by_document, dictionary, interval, misc, per_latent, value
 from .metric import Metric, Number, Outcome, Progress, Result, Subject
 
 MOSTLY_DEAD = 0.5  # share of latents that never fire, from which on a flag says so
@@ -84,8 +84,9 @@ class Core(Metric):
             "total_tokens_eval_reconstruction": sum(read[: self.reconstruction_batches]),
             "total_tokens_eval_sparsity_variance": sum(read),
         }
+        document_N = torch.cat([batch.document for batch in batches])
         return [
-            result(bench.mode, subject, own, ablated[subject.layer], loss, code, tokens)
+            result(bench.mode, subject, own, ablated[subject.layer], loss, code, tokens, document_N)
             for subject, loss, code in zip(subjects, spliced, codes, strict=True)
         ]
 
@@ -154,8 +155,9 @@ def scores(own: Loss, ablated: Loss, spliced: Loss) -> dict[str, dict[str, Share
 
 
 def result(
-    mode: str, subject: Subject, own: Loss, ablated: Loss, loss: Loss, codes: Codes, tokens: dict[str, int]
-) -> Result:
+    mode: str, subject: Subject, own: Loss, ablated: Loss, loss: Loss, codes: Codes, tokens: dict[str, int],
+    document_N: Tensor,
+) -> Result:  # fmt: skip
     shares = scores(own, ablated, loss)
     behaviour = {name: {key: value(share) for key, share in group.items()} for name, group in shares.items()}
     W_dec_FD = getattr(subject.sae, "W_dec", None)
@@ -171,10 +173,12 @@ def result(
     if details and mode != "2024-12":  # added to SAEBench in January 2025
         metrics["misc_metrics"] = misc(codes.density(), details)
     intervals = {
-        name: {key: interval(share) for key, share in group.items()}
+        name: {key: interval(by_document(share, document_N)) for key, share in group.items()}
         for name, group in (shares | codes.shares()).items()
     }
-    n = {"contexts": len(own.sums[0]), "tokens": codes.tokens}
+    quality = intervals["reconstruction_quality"]
+    quality["fve"] = codes.about_the_mean(quality["fve"], metrics["reconstruction_quality"]["fve"])
+    n = {"documents": len(document_N.unique()), "contexts": len(own.sums[0]), "tokens": codes.tokens}
     return Result.of(metrics, details, intervals=intervals, n=n, flags=flags(subject, metrics, codes))
 
 

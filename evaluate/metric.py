@@ -60,8 +60,8 @@ class Number:
     name: str
     form: str = ".4f"
     better: str = ""  # "up" or "down"; "" for a number that is neither
-    floor: float | None = None  # what chance or a useless SAE has
-    ceiling: float | None = None
+    floor: float | None = None  # the least: where more is better, what chance or a useless SAE has
+    ceiling: float | None = None  # the largest: where less is better, the worst
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,15 @@ class Resample:
     times_RN: Tensor
 
     @classmethod
-    def of(cls, texts: int, replicates: int = REPLICATES) -> Self:
-        """The same draws whatever the SAE: differences between SAEs are paired."""
-        draw = torch.randint(texts, (replicates, texts), generator=torch.Generator().manual_seed(0))
-        times_RN = torch.ones(1 + replicates, texts)
-        times_RN[1:] = torch.zeros(replicates, texts).scatter_add_(1, draw, torch.ones(replicates, texts))
-        return cls(times_RN.double())
+    def of(cls, counts: Sequence[int], *names: object, replicates: int = REPLICATES) -> Self:
+        """Each class keeps its number of texts, which is by design. The same draws whatever the SAE, so differences
+        between SAEs are paired; others for another problem, which `names` name, as its texts are others.
+        """
+        one = generator("paired", "bootstrap", *names)
+        times = [torch.ones(1, sum(counts))]
+        drawn = [torch.randint(count, (replicates, count), generator=one) for count in counts]
+        times.append(torch.cat([torch.zeros(d.shape).scatter_add_(1, d, torch.ones(d.shape)) for d in drawn], 1))
+        return cls(torch.cat(times).double())
 
     def accuracy(self, logit_N: Tensor, task: Task) -> Tensor:
         """(R,), rounded to float32 as SAEBench's are: that decides whether a difference of 0.001 is one."""
@@ -244,7 +247,7 @@ class Scores(NamedTuple):
 class Ablation(Metric):
     """Probes on texts, the latents that matter to each of them, and accuracies without these.
 
-    Intervals are a bootstrap over the test texts, the same draws for every SAE. Memory: the texts of one problem (at
+    Intervals are a bootstrap over the test texts of each class, the same draws for every SAE. Memory: the texts of one problem (at
     most 12,500), of one SAE, summed over each text: (12,500, d_sae) in float32, 0.8 GB at 16k latents.
     """
 
@@ -292,7 +295,7 @@ class Ablation(Metric):
         for dataset in self.datasets if able else ():
             for problem in self.problems(dataset, bench.data):
                 bases = self.bases(bench, problem, sorted({subject.layer for subject, _ in able}), progress)
-                resample = Resample.of(sum(map(len, problem.texts["test"].values())))
+                resample = Resample.of([len(texts) for texts in problem.texts["test"].values()], problem.name)
                 for number, (subject, found) in enumerate(able):
                     self.add(bench, problem, bases[subject.layer], resample, subject.sae, found)
                     progress(number + 1, len(able), f"SAEs on {problem.name}")

@@ -15,7 +15,7 @@ from ..cache.files import digest_of, read_json
 from ..cache.layout import home
 from ..cache.reader import Cache, caches, model_name
 from ..harvest.model import find_model, load_model, load_tokenizer
-from ..train.sae import SAE, load_sae
+from ..train.sae import SAE, load_sae, spec_of
 from .absorption import Absorption
 from .autointerp import Autointerp
 from .bench import Bench, Shelf
@@ -62,7 +62,7 @@ class Row:
     subject: Subject
     folder: Path  # its results are in evaluations/ there
     record: dict[str, Any]  # sae.json, or what the reference is
-    weights: str  # their digest
+    weights: str  # the digest of all that encodes and decodes, and of the layer
     results: dict[str, Result] = field(default_factory=dict)  # by metric
     failed: dict[str, SaeError] = field(default_factory=dict)  # why a metric has no result
 
@@ -141,7 +141,9 @@ def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
             )
         cache = cache_of(given, sae, request.model)
         record = read_json(folder / "sae.json", "sha256")
-        row = Row(folder.name, Subject(sae, sae.origin["layer"]), folder, record, record["sha256"])
+        # Not the tensors alone: k of a TopK is none of them, and one SAE can stand behind another layer.
+        weights = digest_of([spec_of(sae), record["sha256"], sae.origin["layer"]])
+        row = Row(folder.name, Subject(sae, sae.origin["layer"]), folder, record, weights)
         groups.setdefault(cache.folder, []).append(row)
     rows: list[Row] = []
     for cache_folder, group in groups.items():

@@ -47,7 +47,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def head(number: Number) -> str:
-    """The name with the better direction, and under it the range, from useless to perfect."""
+    """The name with the better direction, and under it the least and the largest that the number can well be."""
     ends = ["" if end is None else f"{end:g}" for end in (number.floor, number.ceiling)]
     return number.heading + ARROWS[number.better] + (f"\n{ends[0]}..{ends[1]}" if any(ends) else "")
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def contexts_of(rows: list[list[int]], width: int) -> Contexts:
     for line, row in zip(ids, rows, strict=True):
         line[: len(row)] = row
     length = np.array([len(row) for row in rows], np.uint16)
-    return Contexts(ids, length, np.zeros(len(rows), np.uint32), np.ones(len(rows), bool))
+    return Contexts(ids, length, np.arange(len(rows), dtype=np.uint32), np.ones(len(rows), bool))
 
 
 def ragged() -> list[list[int]]:
@@ -456,10 +457,53 @@ def test_every_interval_holds_its_number(model):
     (found,) = Core().measure(bench, [Subject(random_sae("relu"), LAYER)], lambda done, total, note="": None)
     for category, group in found.intervals.items():
         for name, (low, high) in group.items():
-            if name != "fve":  # its variance is about the first batch's mean
-                assert (low + high) / 2 == pytest.approx(found.metrics[category][name], rel=1e-5), name
-    assert found.intervals["reconstruction_quality"]["fve"][0] < found.metrics["reconstruction_quality"]["fve"]
-    assert found.n == {"contexts": 5, "tokens": 35}
+            assert (low + high) / 2 == pytest.approx(found.metrics[category][name], rel=1e-5), name
+    assert found.n == {"documents": 5, "contexts": 5, "tokens": 35}
+
+
+def test_contexts_of_one_document_are_one_draw(model):
+    """Every document twice over is as sure as once; twice as many documents would be surer."""
+    once = bench_of(model, ragged())
+    twice = replace(once, contexts=once.contexts.select(np.arange(5).repeat(2)))
+    sae = Subject(random_sae("relu"), LAYER)
+    alone, again = (Core().measure(bench, [sae], lambda done, total, note="": None)[0] for bench in (once, twice))
+    assert again.n == {"documents": 5, "contexts": 10, "tokens": 70}
+    for category, group in alone.intervals.items():
+        for name, interval_once in group.items():
+            assert again.intervals[category][name] == pytest.approx(interval_once, rel=1e-4), name
+
+
+class NoisyIdentity(Identity):
+    """Keeps its squared errors (T)."""
+
+    def __init__(self) -> None:
+        self.errors: list[float] = []
+
+    def decode(self, f: torch.Tensor) -> torch.Tensor:
+        noise = 0.45 * torch.randn_like(f)
+        self.errors += noise.square().sum(-1).tolist()
+        return f + noise
+
+
+def test_the_interval_of_fve_is_about_the_mean_of_all():
+    """Also where the first batch has another mean than the others: what the bootstrap over contexts says."""
+    torch.manual_seed(0)
+    x_BNSD = torch.randn(40, 8, 6, 4) + 0.6 * torch.randn(40, 8, 1, 4)
+    x_BNSD[0] += 2
+    noisy = NoisyIdentity()
+    codes = Codes()
+    for x_NSD in x_BNSD:
+        codes.add(Subject(noisy, 0), x_NSD, torch.ones(8, 6, dtype=torch.bool))
+    fve = codes.scalars("0.6.0")["reconstruction_quality"]["fve"]
+    low, high = codes.about_the_mean(interval(codes.shares()["reconstruction_quality"]["fve"]), fve)
+    x_TD, error_C = x_BNSD.flatten(0, 1), torch.tensor(noisy.errors).view(320, 6).sum(1)
+    draws = []
+    for _ in range(500):
+        some = torch.randint(320, (320,))
+        drawn_TD = x_TD[some].flatten(0, 1)
+        draws.append(1 - error_C[some].sum() / (drawn_TD - drawn_TD.mean(0)).square().sum())
+    assert (low + high) / 2 == pytest.approx(fve)
+    assert (high - low) / 2 == pytest.approx(1.96 * float(torch.stack(draws).std()), rel=0.2)
 
 
 def test_degenerate_saes_are_flagged(model):

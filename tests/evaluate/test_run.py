@@ -87,6 +87,13 @@ def test_what_was_measured_is_kept_until_something_changes(tiny_cache, home):
     make_run(run, tiny_cache, 0, 1)  # other weights in the same folder
     evaluate(ask(run))
     assert written_at(run) > before
+    for change in ({"layer": 1}, {"activation": [{"name": "topk", "k": 2}]}):  # the same weights, used otherwise
+        spec, before = json.loads((run / "sae.json").read_text()), written_at(run)
+        spec["origin"]["layer"] = change.get("layer", spec["origin"]["layer"])
+        spec["activation"] = change.get("activation", spec["activation"])
+        (run / "sae.json").write_text(json.dumps(spec))
+        evaluate(ask(run))
+        assert written_at(run) > before, change
 
 
 def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):

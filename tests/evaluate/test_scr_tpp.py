@@ -101,7 +101,14 @@ def test_ablating_the_attribute_s_own_latent_frees_the_probe_of_it():
     metric = Scr(thresholds=(1, 2))
     effect_PF = metric.effects(difference_PF, readout.align_FP)
     torch.testing.assert_close(effect_PF[:2], torch.tensor([[0.0, 2, 0, 0, 0], [2, 0, 0, 0, 0]]))
-    found = metric.scores(problem, readout, effect_PF, problem.fixed("test").__getitem__, Resample.of(300, 20), "0.6.0")
+    found = metric.scores(
+        problem,
+        readout,
+        effect_PF,
+        problem.fixed("test").__getitem__,
+        Resample.of([100, 100, 50, 50], replicates=20),
+        "0.6.0",
+    )
     # Of class and attribute at odds, the biased probe gets the class wrong: half of the texts.
     assert found.extra == {
         "class": {"own_probe": 1.0, "biased_probe": 0.5},
@@ -168,14 +175,16 @@ def test_a_latent_for_every_class_is_all_that_its_probe_loses():
     metric = Tpp(thresholds=(1, 3))
     effect_PF = metric.effects(shared.differences(pooled, tasks), readout.align_FP)
     torch.testing.assert_close(effect_PF, torch.eye(3))
-    found = metric.scores(problem, readout, effect_PF, tasks.__getitem__, Resample.of(60, 20), "0.6.0")
+    found = metric.scores(problem, readout, effect_PF, tasks.__getitem__, Resample.of([20] * 3, replicates=20), "0.6.0")
     for n in (1, 3):
         assert float(found.values[f"tpp_threshold_{n}_intended_diff_only"][0]) == pytest.approx(1 / 3)  # 20 of 60 texts
         assert float(found.values[f"tpp_threshold_{n}_unintended_diff_only"][0]) == 0
     assert found.extra["2"]["clean_accuracy"] == 1
     assert found.flags == []
     blind = replace(readout, logit_NP=-readout.logit_NP)
-    flags = metric.scores(problem, blind, effect_PF, tasks.__getitem__, Resample.of(60, 20), "0.6.0").flags
+    flags = metric.scores(
+        problem, blind, effect_PF, tasks.__getitem__, Resample.of([20] * 3, replicates=20), "0.6.0"
+    ).flags
     assert flags == [f"the probe of {c} is right on 0.000 of its texts, so it has little to lose." for c in range(3)]
 
 
