@@ -303,7 +303,9 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
             f"{row.name}: {flag}" for row in rows for r in row.results.values() for flag in r.flags
         ):
             echo(f"note     {flag}")
-    failures = {(metric, str(error)): error for row in rows if row.folder for metric, error in row.failed.items()}
+    failures = {
+        (metric, str(error)): error for row in rows if not row.reference for metric, error in row.failed.items()
+    }
     for metric, sentence in failures:
         echo(f"not run  {metric}: {sentence}")
     echo(f"done     in {time.monotonic() - started:.0f} s; runs/*/evaluations/*.json hold everything")

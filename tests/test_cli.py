@@ -267,6 +267,24 @@ def test_damaged_weights_are_refused(tiny_cache, home):
     assert "does not hold the SAE that sae.json describes" in refused(DAMAGED, "evaluate", run)
 
 
+def test_what_a_reference_cannot_have_is_no_failure(tiny_cache, home, monkeypatch):
+    """The identity has no directions, so absorption is not of it; the run was measured, and the exit code says so."""
+    from sae.evaluate.core import Core
+    from sae.evaluate.metric import Result
+    from sae.evaluate.run import METRICS
+
+    class Picky(Core):
+        name = "picky"
+
+        def measure(self, bench, subjects, progress):
+            return [Result({}) if hasattr(s.sae, "W_dec") else UsageError("no W_dec") for s in subjects]
+
+    monkeypatch.setitem(METRICS, "picky", Picky)
+    run = untrained(home / "run", tiny_cache)
+    result = call("evaluate", run, "--suite", "core,picky", "--tokens", "60", "--device", "cpu")
+    assert result.exit_code == 0 and "not run" not in result.output
+
+
 def test_a_gpu_that_is_not_there_is_refused(tiny_cache, home):
     import torch
 

@@ -308,8 +308,8 @@ def test_it_is_in_no_suite_unless_an_option_is_set():
 
 
 def test_without_an_endpoint_the_result_file_holds_the_prompts(run):
-    rows = evaluate(Request(runs=[run], suite="autointerp", options=SMALL, device="cpu"))
-    (row,) = [row for row in rows if row.folder]
+    rows = evaluate(Request(runs=[run], suite="autointerp", options=SMALL, device="cpu", references=False))
+    (row,) = rows
     found = json.loads((run / "evaluations" / "autointerp.json").read_text())
     entries = found["eval_result_unstructured"]["extra"]
     assert found["eval_result_metrics"] == {} and len(entries) == 3 and "0" not in entries
@@ -381,8 +381,8 @@ def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):
         "autointerp.judge_model=j",
         "autointerp.key_variable=JUDGE_KEY",
     ]
-    rows = evaluate(Request(runs=[run], suite="autointerp", options=options, device="cpu"))
-    (row,) = [row for row in rows if row.folder]
+    rows = evaluate(Request(runs=[run], suite="autointerp", options=options, device="cpu", references=False))
+    (row,) = rows
     entries = row.results["autointerp"].extra
     scores = [1 - len(entry["correct seqs"]) / 14 for entry in entries.values()]
     assert row.results["autointerp"].metrics["autointerp"]["autointerp_score"] == pytest.approx(sum(scores) / 3)
@@ -392,7 +392,6 @@ def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):
     assert {body["model"] for *_, body in server.seen} == {"j"}
     text = (run / "evaluations" / "autointerp.json").read_text()
     assert "secret" not in text and "words." in text
-    assert [row.failed["autointerp"] for row in rows if not row.folder] == []
 
 
 def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):

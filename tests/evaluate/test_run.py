@@ -157,6 +157,8 @@ def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
         ({"mode": "0.5"}, "--mode 0.5 is unknown: 0.6.0"),
         ({"runs": ()}, "Name the runs to evaluate"),
         ({"tokens": 0}, "--tokens 0 is not positive"),
+        ({"options": ["core.batch_contexts=0"]}, "core.batch_contexts=0: give 1 or more"),
+        ({"options": ["core.sparsity_batches=-1"]}, "core.sparsity_batches=-1: give 1 or more"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(tiny_cache, home, change, sentence):
