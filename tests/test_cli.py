@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from sae.cache.errors import UsageError
 from sae.cli import app
-from sae.terminal import spoken
+from sae.terminal import show_table, spoken
 from sae.train.sae import SAE, save_sae
 
 BAD_USAGE, DAMAGED, OUTSIDE = 2, 3, 4
@@ -385,3 +385,10 @@ def test_ctrl_c_while_ctrl_c_is_answered_is_no_traceback(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:"]
+
+
+def test_a_table_keeps_its_numbers_whole_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
+    show_table("t", ["run", *"abcdefgh"], [["topk-L12-n512-s0-dd3101", *["0.9755 ±.0028"] * 8]])
+    assert capsys.readouterr().out.count("0.9755 ±.0028") == 8
