@@ -149,4 +149,6 @@ def table_of(title: str | None, heads: Sequence[str], lines: Sequence[Sequence[s
 def show_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     table = table_of(title, heads, lines)
     console = Console()
-    (console if console.is_terminal else Console(width=PLAIN_WIDTH)).print(table)
+    width = console.width if console.is_terminal else PLAIN_WIDTH
+    wide = Console(width=10_000).measure(table).maximum  # a narrower one would break numbers in two
+    Console(width=max(width, wide)).print(table, crop=False)

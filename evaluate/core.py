@@ -56,6 +56,9 @@ class Core(Metric):
 
     @torch.no_grad()
     def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:
+        for name in ("batch_contexts", "reconstruction_batches", "sparsity_batches"):
+            if (number := getattr(self, name)) < 1:
+                raise UsageError(f"core.{name}={number}: give 1 or more.")
         batches = [batch for batch in bench.batches(self.batch_contexts, self.sparsity_batches) if batch.kept.any()]
         if not batches:
             raise UsageError(

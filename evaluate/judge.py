@@ -47,8 +47,13 @@ class Endpoint:
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            port = parts.port  # ValueError for one that is none
+        except ValueError:
+            parts, port = urllib.parse.urlsplit(""), None
+        spaced = any(character.isspace() for character in self.url)
+        if spaced or port == 0 or parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
             raise UsageError(
                 f"autointerp.endpoint={self.url} is no URL without a password. Give one such as https://api.openai.com/v1."
             )

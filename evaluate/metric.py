@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
-from ..cache.errors import SaeError, UsageError
+from ..cache.errors import DamagedError, SaeError, UsageError
 from ..cache.files import read_json, write_json
 from .bench import Bench
 
@@ -136,16 +136,28 @@ def write_result(
 UNSTRUCTURED = ("intervals", "n", "flags", "extra")
 
 
-def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Result | None:
-    """The result of an earlier evaluation with the same settings, if there is one."""
+RECORDED = ("eval_config", "sae_cfg_dict", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
+
+
+def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any], run: Mapping[str, Any]) -> Result | None:
+    """The result of an earlier evaluation of the same run with the same settings, if there is one.
+
+    Raises DamagedError for a file that holds no result.
+    """
     path = result_file(folder, metric)
     if not path.exists():
         return None
-    found = read_json(path)
-    if found.get("eval_config") != json.loads(json.dumps(settings)):  # a tuple is a list in a file
+    found = read_json(path, *RECORDED)
+    if [found["eval_config"], found["sae_cfg_dict"]] != json.loads(
+        json.dumps([settings, run])
+    ):  # tuples are lists there
         return None
-    more = found["eval_result_unstructured"]
-    return Result(found["eval_result_metrics"], found["eval_result_details"], **more)
+    try:
+        more = {name: found["eval_result_unstructured"][name] for name in UNSTRUCTURED}
+        metrics = {c: {n: float(v) for n, v in group.items()} for c, group in found["eval_result_metrics"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{path} holds no result of {metric.name}. Remove it and evaluate again.") from error
+    return Result(metrics, found["eval_result_details"], **more)
 
 
 def without_nan(tree: Any) -> Any:

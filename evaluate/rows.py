@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.errors import UsageError
 from ..cache.files import digest_of
 from .bench import Bench
 from .metric import Coder, Progress
@@ -81,6 +82,8 @@ def read_rows(
 
     A text without a token that counts keeps a count of 0; callers that divide by it have to drop it first.
     """
+    if context < 2:  # the tokenizer would take 0 for no limit
+        raise UsageError(f"A context of {context} tokens holds no text beside BOS. Give 2 or more.")
     ids: list[list[int]] = bench.tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]
     pinned = {**bench.identity, "skip": bench.skip, "ids": digest_of(ids)}
     lacking = [layer for layer in layers if not bench.shelf.holds("rows", {**pinned, "layer": layer})]

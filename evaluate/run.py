@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..cache.device import best_device, best_dtype
-from ..cache.errors import SaeError, UsageError, did_you_mean
+from ..cache.errors import DamagedError, SaeError, UsageError, did_you_mean
 from ..cache.files import digest_of, read_json
 from ..cache.layout import home
 from ..cache.reader import Cache, caches, model_name
@@ -77,7 +77,9 @@ def silent(title: str) -> Iterator[Progress]:
 
 def metrics_of(suite: str, options: Sequence[str] = ()) -> list[Metric]:
     """The metrics of a suite, or of a list of names; `options` are `metric.option=value`. Names every mistake at once."""
-    names = SUITES.get(suite) or tuple(name.strip() for name in suite.split(","))
+    names = SUITES.get(suite) or tuple(dict.fromkeys(name for part in suite.split(",") if (name := part.strip())))
+    if not names:
+        raise UsageError(f"--suite {suite!r} names no metric; there are {', '.join([*SUITES, *METRICS])}.")
     names += tuple(name for name in ASKED_FOR if suite in SUITES and any(o.startswith(f"{name}.") for o in options))
     wrong = [
         f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
@@ -135,11 +137,11 @@ def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
         if given in begun and len(begun) < len(request.runs):
             continue  # among others; by itself it gets its sentence from load_sae
         sae = load_sae(given)
+        cache = cache_of(given, sae, request.model)
         if (site := sae.origin.get("site", "resid_post")) != "resid_post":
             raise UsageError(
                 f"{given} was trained on {site}; only SAEs of resid_post can be spliced into the model yet."
             )
-        cache = cache_of(given, sae, request.model)
         record = read_json(folder / "sae.json", "sha256")
         # Not the tensors alone: k of a TopK is none of them, and one SAE can stand behind another layer.
         weights = digest_of([spec_of(sae), record["sha256"], sae.origin["layer"]])
@@ -149,7 +151,13 @@ def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
     for cache_folder, group in groups.items():
         cache = Cache(cache_folder)
         bench = make_bench(request, cache)
+        blocks = len(bench.model.blocks)
         for row in group:
+            if not 0 <= row.subject.layer < blocks:
+                raise DamagedError(
+                    f"{row.folder}/sae.json says layer {row.subject.layer}, but {cache.identity['model']['name']} has "
+                    f"layers 0 to {blocks - 1}. It was overwritten; put the right layer back."
+                )
             row.subject.sae.to(bench.model.device)
         if request.references:
             group += beside(bench, cache, group)
@@ -183,11 +191,13 @@ def unfinished(runs: Sequence[Path]) -> list[Path]:
 
 def cache_of(folder: Path, sae: SAE, model: str | None) -> Cache:
     """The cache that a run was trained on, wherever it stands now: it holds the text that training did not see."""
-    if not sae.origin.keys() >= {"model", "layer", "cache", "fingerprint"}:
-        raise UsageError(
-            f"{folder} does not say what it was trained on (`origin` in sae.json), so nothing can be read."
-        )
-    trained_on = sae.origin["model"]["name"]
+    match sae.origin:
+        case {"model": {"name": str(trained_on)}, "layer": int(), "cache": str(), "fingerprint": str()}:
+            pass
+        case _:
+            raise UsageError(
+                f"{folder} does not say what it was trained on (`origin` in sae.json), so nothing can be read."
+            )
     if model and model_name(model) != trained_on:
         raise UsageError(
             f"{folder} was trained on {trained_on}, not on {model}. Leave --model out, or evaluate a run of that model."
@@ -246,7 +256,7 @@ def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stag
         return
     if not force:
         for row in rows:
-            if earlier := read_result(row.folder, metric, {**settings, "weights": row.weights}):
+            if earlier := read_result(row.folder, metric, {**settings, "weights": row.weights}, row.record):
                 row.results[metric.name] = earlier
     todo = [row for row in rows if metric.name not in row.results]
     if not todo:

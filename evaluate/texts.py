@@ -12,7 +12,7 @@ sentiment of the reviews are SAEBench's; their folder is that of the dataset its
 import hashlib
 import platform
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ class Table:
         columns = [column for column in (self.text, self.label, self.attribute) if column]
         for row in rows(self.name, split, columns, data):
             key = (row[self.label], row[self.attribute] if self.attribute else None)
-            if key in groups:
-                groups[key].append(row[self.text])
+            if all(isinstance(part, Hashable) for part in key) and key in groups:
+                groups[key].append(text_of(self.name, split, row[self.text], self.text))
         return groups
 
 
@@ -87,8 +87,10 @@ class Code:
         wanted = sum(size // 2 for size in sizes.values())
         found: dict[str, list[str]] = {language: [] for language in self.languages}
         for row in rows(self.name, "train", ["code", "language"], data):
-            if row["language"] in found and len(row["code"]) > self.shortest:
-                found[row["language"]].append(row["code"][self.head :])
+            if not isinstance(row["language"], str) or row["language"] not in found:
+                continue
+            if len(code := text_of(self.name, "train", row["code"], "code")) > self.shortest:
+                found[row["language"]].append(code[self.head :])
                 if all(len(texts) > wanted for texts in found.values()):
                     break
         return shuffled(dataset, found, sizes)
@@ -107,7 +109,8 @@ class Languages:
         for language, subset in self.subsets:
             found[language] = []
             for row in rows(self.name, "train", ["translation"], data, subset):
-                found[language].append(row["translation"][language])
+                sides = row["translation"] if isinstance(row["translation"], dict) else {}
+                found[language].append(text_of(self.name, "train", sides.get(language), f"translation.{language}"))
                 if len(found[language]) == wanted:
                     break
         return shuffled(dataset, found, sizes)
@@ -233,6 +236,15 @@ def shuffled(name: str, found: dict[str, list[str]], sizes: dict[str, int]) -> T
         "train": {label: texts[:train] for label, texts in found.items()},
         "test": {label: texts[train : train + test] for label, texts in found.items()},
     }
+
+
+def text_of(name: str, split: str, value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise UsageError(
+            f"{name} has a row in {split} with {value!r:.40} in {column}, where a text was expected. "
+            "Mend that row, or take it out of the dataset."
+        )
+    return value
 
 
 def too_few(name: str, split: str, label: str, found: int, needed: int) -> UsageError:

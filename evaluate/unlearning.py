@@ -89,10 +89,10 @@ class Unlearning(Metric):
         try:
             return find_model(name)
         except SaeError as error:
+            licence = f"Accept its licence at https://huggingface.co/{name} and run `hf auth login`, or name"
             raise OutsideError(
                 f"Unlearning asks questions of the instruction-tuned model {name}, which is not to be had ({str(error).split('. ')[0]}). "
-                f"Accept its licence at https://huggingface.co/{name} and run `hf auth login`, or name another with "
-                "--set unlearning.model=..., a folder or a Hub id."
+                f"{'Name' if Path(name).is_dir() else licence} another with --set unlearning.model=..., a folder or a Hub id."
             ) from error
 
     def data(self, bench: Bench) -> dict[str, Read]:

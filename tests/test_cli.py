@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from sae.cache.errors import UsageError
 from sae.cli import app
-from sae.terminal import spoken
+from sae.terminal import show_table, spoken
 from sae.train.sae import SAE, save_sae
 
 BAD_USAGE, DAMAGED, OUTSIDE = 2, 3, 4
@@ -267,6 +267,24 @@ def test_damaged_weights_are_refused(tiny_cache, home):
     assert "does not hold the SAE that sae.json describes" in refused(DAMAGED, "evaluate", run)
 
 
+def test_what_a_reference_cannot_have_is_no_failure(tiny_cache, home, monkeypatch):
+    """The identity has no directions, so absorption is not of it; the run was measured, and the exit code says so."""
+    from sae.evaluate.core import Core
+    from sae.evaluate.metric import Result
+    from sae.evaluate.run import METRICS
+
+    class Picky(Core):
+        name = "picky"
+
+        def measure(self, bench, subjects, progress):
+            return [Result({}) if hasattr(s.sae, "W_dec") else UsageError("no W_dec") for s in subjects]
+
+    monkeypatch.setitem(METRICS, "picky", Picky)
+    run = untrained(home / "run", tiny_cache)
+    result = call("evaluate", run, "--suite", "core,picky", "--tokens", "60", "--device", "cpu")
+    assert result.exit_code == 0 and "not run" not in result.output
+
+
 def test_a_gpu_that_is_not_there_is_refused(tiny_cache, home):
     import torch
 
@@ -367,3 +385,10 @@ def test_ctrl_c_while_ctrl_c_is_answered_is_no_traceback(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:"]
+
+
+def test_a_table_keeps_its_numbers_whole_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
+    show_table("t", ["run", *"abcdefgh"], [["topk-L12-n512-s0-dd3101", *["0.9755 ±.0028"] * 8]])
+    assert capsys.readouterr().out.count("0.9755 ±.0028") == 8

@@ -262,9 +262,9 @@ def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
         if hashlib.sha256(data).hexdigest() != spec["sha256"]:
             raise DamagedError(f"{weights} does not have the checksum that sae.json records. {mend}")
         sae = rebuild(spec, {name: tensor.to(device) for name, tensor in load(data).items()})
-    except (safetensors.SafetensorError, RuntimeError, OSError, KeyError, TypeError) as error:
+    except (safetensors.SafetensorError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(
-            f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0]} {mend}"
+            f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0].rstrip('.')}. {mend}"
         ) from error
     broken = [name for name, tensor in sae.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:

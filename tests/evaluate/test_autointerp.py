@@ -461,7 +461,10 @@ def test_an_endpoint_that_is_not_there_is_a_sentence():
     assert slept == [1, 2]
 
 
-@pytest.mark.parametrize("url", ["api.openai.com/v1", "file:///etc/passwd", "https://", "https://me:secret@host/v1"])
+@pytest.mark.parametrize(
+    "url",
+    ["api.openai.com/v1", "file:///etc/passwd", "https://", "https://me:secret@host/v1", "http://[::1/v1", "http://h:99999/v1", "http://a b/v1"],
+)  # fmt: skip
 def test_what_is_no_url_is_refused(url):
     with pytest.raises(UsageError, match="is no URL without a password"):
         Endpoint(url, "m")

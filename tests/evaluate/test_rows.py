@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.cache.errors import UsageError
 from sae.evaluate import rows as module
 from sae.evaluate.bench import Bench, Shelf
 from sae.evaluate.rows import pool, read_rows
@@ -103,3 +104,9 @@ def test_no_block_behind_the_last_layer_asked_for_is_run(bench):
     assert ran == [0]
     assert torch.equal(alone, bench.model.forward(ids, [0, 1]).residual[0])
     assert ran == [0, 0, 1]
+
+
+@pytest.mark.parametrize("context", [-1, 0, 1])
+def test_a_context_without_room_for_text_is_refused(bench, context):
+    with pytest.raises(UsageError, match=f"A context of {context} tokens holds no text"):
+        read_rows(bench, [0], TEXTS, silent, context)

@@ -173,6 +173,8 @@ def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
         ({"mode": "0.5"}, "--mode 0.5 is unknown: 0.6.0"),
         ({"runs": ()}, "Name the runs to evaluate"),
         ({"tokens": 0}, "--tokens 0 is not positive"),
+        ({"options": ["core.batch_contexts=0"]}, "core.batch_contexts=0: give 1 or more"),
+        ({"options": ["core.sparsity_batches=-1"]}, "core.sparsity_batches=-1: give 1 or more"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(tiny_cache, home, change, sentence):
@@ -206,6 +208,54 @@ def test_a_damaged_result_is_named_and_force_replaces_it(tiny_cache, home):
         evaluate(ask(run))
     evaluate(ask(run, force=True))
     assert result_of(run).keys() == ENVELOPE
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: [],
+        lambda found: {k: v for k, v in found.items() if k != "eval_result_unstructured"},
+        lambda found: {**found, "eval_result_unstructured": {}},
+        lambda found: {**found, "eval_result_metrics": {"sparsity": {"l0": "many"}}},
+        lambda found: {**found, "eval_result_metrics": []},
+    ],
+)
+def test_a_file_that_is_json_and_no_result_is_named(tiny_cache, home, damage):
+    run = make_run(home / "run", tiny_cache)
+    evaluate(ask(run))
+    (run / "evaluations" / "core.json").write_text(json.dumps(damage(result_of(run))))
+    with pytest.raises(DamagedError, match=r"core\.json (has no|holds no result)"):
+        evaluate(ask(run))
+
+
+def test_a_result_is_of_the_sae_json_that_it_was_measured_with(tiny_cache, home):
+    """The same weights with another activation or at another layer are another SAE."""
+    run = make_run(home / "run", tiny_cache)
+    (before,) = evaluate(ask(run))
+    spec = json.loads((run / "sae.json").read_text())
+    (run / "sae.json").write_text(json.dumps({**spec, "activation": [{"name": "topk", "k": 1}]}))
+    (after,) = evaluate(ask(run))
+    assert after.results["core"].metrics["sparsity"]["l0"] == 1 != before.results["core"].metrics["sparsity"]["l0"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "sentence"),
+    [
+        ([], "does not say what it was trained on"),
+        ({"model": "gemma"}, "does not say what it was trained on"),
+        ({"cache": None}, "does not say what it was trained on"),
+        ({"layer": "twelve"}, "does not say what it was trained on"),
+        ({"layer": 99}, "says layer 99, but .* has layers 0 to"),
+        ({"layer": -1}, "says layer -1, but .* has layers 0 to"),
+    ],
+)
+def test_a_sae_json_that_was_overwritten_is_named(tiny_cache, home, origin, sentence):
+    run = make_run(home / "run", tiny_cache)
+    spec = json.loads((run / "sae.json").read_text())
+    changed = {**spec["origin"], **origin} if isinstance(origin, dict) else origin
+    (run / "sae.json").write_text(json.dumps({**spec, "origin": changed}))
+    with pytest.raises((UsageError, DamagedError), match=sentence):
+        evaluate(ask(run))
 
 
 def small_harvest(home: Path, model: Path, text: Path, held_out: float) -> Cache:
@@ -251,6 +301,12 @@ def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
     assert [row.name for row in evaluate(ask(whole, begun))] == ["whole"]
     with pytest.raises(UsageError, match="begun holds no trained SAE"):
         evaluate(ask(begun))
+
+
+def test_a_suite_of_names_is_read_leniently():
+    assert [metric.name for metric in metrics_of("core, absorption,,core,")] == ["core", "absorption"]
+    with pytest.raises(UsageError, match="--suite ',' names no metric; there are quick, full, core"):
+        metrics_of(",")
 
 
 def test_options_of_metrics_are_checked_together(tiny_cache, home):

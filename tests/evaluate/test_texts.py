@@ -135,6 +135,28 @@ def test_what_cannot_be_read_has_a_sentence(home, monkeypatch):
         labelled(AG, home, 4000, 2)
 
 
+@pytest.mark.parametrize("wrong", [5, None, ["a"]])
+def test_a_row_whose_text_is_no_text_has_a_sentence(home, wrong):
+    write(home, AG, "train", [{"text": wrong, "label": 0}])
+    write(home, "codeparrot/github-code", "train", [{"code": wrong, "language": "C"}])
+    write(home, "Helsinki-NLP/europarl/en-fr", "train", [{"translation": {"en": wrong}}])
+    for name in (AG, "codeparrot/github-code", "Helsinki-NLP/europarl"):
+        with pytest.raises(UsageError, match=f"{name} has a row in train with .* where a text was expected"):
+            labelled(name, home)
+
+
+def test_labels_and_translations_of_another_kind_have_a_sentence(home):
+    write(home, AG, "train", [{"text": "a", "label": [0]}])
+    with pytest.raises(UsageError, match="has 0 texts of label 0 in train"):
+        labelled(AG, home)
+    write(home, "codeparrot/github-code", "train", [{"code": "a", "language": ["C"]}])
+    with pytest.raises(UsageError, match="has 0 texts of C in train"):
+        labelled("codeparrot/github-code", home)
+    write(home, "Helsinki-NLP/europarl/en-fr", "train", [{"translation": "a"}])
+    with pytest.raises(UsageError, match="None in translation.en, where a text was expected"):
+        labelled("Helsinki-NLP/europarl", home)
+
+
 def test_a_gated_dataset_names_its_page(monkeypatch):
     import datasets
     from huggingface_hub.errors import GatedRepoError
