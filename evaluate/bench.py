@@ -18,6 +18,8 @@ from ..cache.errors import DamagedError
 from ..cache.files import digest_of, publish, read_json, write_json
 from ..harvest.model import LanguageModel
 
+FORMAT = 1  # of what stands on the shelf: raised when how any of it is made changes
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -55,7 +57,7 @@ class Shelf:
         return found
 
     def path(self, kind: str, depends: Mapping[str, Any]) -> Path:
-        return self.folder / f"{kind}-{digest_of([kind, depends])[:16]}.safetensors"
+        return self.folder / f"{kind}-{digest_of([FORMAT, kind, depends])[:16]}.safetensors"
 
     def holds(self, kind: str, depends: Mapping[str, Any]) -> bool:
         return self.path(kind, depends).with_suffix(".json").exists()

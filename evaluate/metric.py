@@ -89,19 +89,23 @@ Outcome = Result | SaeError  # a subject that a metric cannot measure has a sent
 
 
 class Metric(ABC):
-    """Settings are the fields of a dataclass; `name` is the result file's, `type_id` SAEBench's."""
+    """Settings are the fields of a dataclass; `name` is the result file's, `type_id` SAEBench's.
+
+    `definition` is raised when what is computed changes: results of an earlier one are measured again.
+    """
 
     name: ClassVar[str]
     type_id: ClassVar[str]
     title: ClassVar[str]  # over its table
     numbers: ClassVar[tuple[Number, ...]]  # the columns of its table
+    definition: ClassVar[int] = 1
 
     def settings(self, bench: Bench) -> dict[str, Any]:
         """Everything but the SAE that decides a result. A metric that reads more than model and settings adds to it.
 
         Raises SaeError when that is not there.
         """
-        return {**asdict(self), **bench.settings}  # type: ignore[call-overload]
+        return {**asdict(self), "definition": self.definition, **bench.settings}  # type: ignore[call-overload]
 
     @abstractmethod
     def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:

@@ -38,7 +38,7 @@ def packed_contexts(bench: Bench, context: int) -> Tensor:
     parts = []
     for ids, length in zip(bench.contexts.ids, bench.contexts.length, strict=True):
         own = torch.from_numpy(ids[: int(length)].astype(np.int64))
-        parts += [own[own != bos], end]
+        parts += [own if bos is None else own[own != bos], end]
     return in_rows(torch.cat(parts or [end]), context, bos)
 
 

@@ -233,11 +233,14 @@ def make_bench(request: Request, cache: Cache) -> Bench:
     device = best_device(request.device)
     dtype = best_dtype(request.dtype, device)
     attention = cache.identity["attention"]
+    tokenizer = load_tokenizer(source)
+    special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
     return Bench(
         load_model(source, config, dtype=dtype, device=device, attention=attention),
-        load_tokenizer(source),
+        tokenizer,
         contexts,
-        cache.identity["skip"],
+        cache.identity["skip"]
+        or sorted(special),  # SAEBench never counts them, and a harvest with --keep-special has them
         request.mode,
         identity={"model": source.name, "revision": source.revision, "attention": attention, "llm_dtype": dtype},
         text={"text": cache.fingerprint, "contexts": len(contexts)},
