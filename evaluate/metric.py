@@ -3,7 +3,7 @@
 A metric is one file of the same shape. Whatever the number of SAEs, it runs the model once over its text.
 """
 
-import json
+import contextlib
 import math
 import time
 import uuid
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import Tensor
 
 from ..cache.errors import DamagedError, SaeError, UsageError
-from ..cache.files import read_json, write_json
+from ..cache.files import digest_of, make_folder, read_json, write_json
 from .bench import Bench
 
 MODES = ("0.6.0", "2024-12")  # SAEBench now, and the one behind the five papers' numbers
@@ -134,34 +134,52 @@ def write_result(
         "sae_cfg_dict": dict(run),
         "eval_result_unstructured": {name: getattr(result, name) for name in UNSTRUCTURED},
     }
+    set_aside(folder, metric, settings)
     write_json(result_file(folder, metric), envelope)
 
 
 UNSTRUCTURED = ("intervals", "n", "flags", "extra")
 
 
-RECORDED = ("eval_config", "sae_cfg_dict", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
+RECORDED = ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
 
 
-def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any], run: Mapping[str, Any]) -> Result | None:
-    """The result of an earlier evaluation of the same run with the same settings, if there is one.
+def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Result | None:
+    """The result of an earlier evaluation with the same settings, if there is one; it is then the metric's file again.
 
     Raises DamagedError for a file that holds no result.
     """
-    path = result_file(folder, metric)
+    path, aside = result_file(folder, metric), earlier_file(folder, metric, settings)
+    if path.exists() and earlier_file(folder, metric, read_json(path, *RECORDED)["eval_config"]) != aside:
+        if not aside.exists():
+            return None
+        set_aside(folder, metric, settings)
+    if not path.exists() and aside.exists():
+        aside.replace(path)
     if not path.exists():
         return None
     found = read_json(path, *RECORDED)
-    if [found["eval_config"], found["sae_cfg_dict"]] != json.loads(
-        json.dumps([settings, run])
-    ):  # tuples are lists there
-        return None
     try:
         more = {name: found["eval_result_unstructured"][name] for name in UNSTRUCTURED}
         metrics = {c: {n: float(v) for n, v in group.items()} for c, group in found["eval_result_metrics"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{path} holds no result of {metric.name}. Remove it and evaluate again.") from error
     return Result(metrics, found["eval_result_details"], **more)
+
+
+def earlier_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:
+    """Where the result of these settings stands once one of other settings has taken its place."""
+    return folder / "evaluations" / "earlier" / f"{metric.name}-{digest_of(settings)[:8]}.json"
+
+
+def set_aside(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
+    """Make room for a result of these settings: one of others was perhaps hours of work, and is kept."""
+    path = result_file(folder, metric)
+    with contextlib.suppress(DamagedError):  # there is none, or nothing in it that could be kept
+        aside = earlier_file(folder, metric, read_json(path, *RECORDED)["eval_config"])
+        if aside != earlier_file(folder, metric, settings):
+            make_folder(aside.parent)
+            path.replace(aside)
 
 
 def without_nan(tree: Any) -> Any:

@@ -119,7 +119,7 @@ def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
     """Evaluate every run, writing a result file for each metric; earlier results with the same settings are kept.
 
     A metric that cannot be measured leaves its sentence in `Row.failed`, and the others are measured all the same. When
-    nothing can be measured at all, the first sentence is raised.
+    nothing can be measured at all, the sentences are raised, with the exit code of the first.
     """
     check_mode(request.mode)
     metrics = metrics_of(request.suite, request.options)
@@ -164,9 +164,9 @@ def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
         for metric in metrics:
             measure(metric, bench, group, request.force, stage)
         rows += [row for row in group if row.results or not row.subject.reference]
-    failures = [error for row in rows for error in row.failed.values()]
+    failures = [error for row in rows for error in row.failed.values() if not row.subject.reference]
     if failures and not any(row.results for row in rows):
-        raise failures[0]
+        raise type(failures[0])("\n".join(dict.fromkeys(map(str, failures))))
     return rows
 
 
@@ -259,7 +259,7 @@ def measure(metric: Metric, bench: Bench, rows: Sequence[Row], force: bool, stag
         return
     if not force:
         for row in rows:
-            if earlier := read_result(row.folder, metric, {**settings, "weights": row.weights}, row.record):
+            if earlier := read_result(row.folder, metric, {**settings, "weights": row.weights}):
                 row.results[metric.name] = earlier
     todo = [row for row in rows if metric.name not in row.results]
     if not todo:

@@ -96,6 +96,18 @@ def test_what_was_measured_is_kept_until_something_changes(tiny_cache, home):
         assert written_at(run) > before, change
 
 
+def test_a_result_of_other_settings_is_set_aside_and_comes_back(tiny_cache, home):
+    run = make_run(home / "run", tiny_cache)
+    (whole,) = evaluate(ask(run, tokens=None))
+    written = (run / "evaluations" / "core.json").read_bytes()
+    evaluate(ask(run, tokens=30))
+    assert result_of(run)["eval_config"]["contexts"] < 90
+    (aside,) = (run / "evaluations" / "earlier").iterdir()
+    assert aside.read_bytes() == written
+    (again,) = evaluate(ask(run, tokens=None))
+    assert again.results == whole.results and (run / "evaluations" / "core.json").read_bytes() == written
+
+
 def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
     old, new = make_run(home / "old", tiny_cache), make_run(home / "new", tiny_cache, 1)
     evaluate(ask(old))
