@@ -201,7 +201,7 @@ def spread_of(numbers: Tensor) -> dict[str, float]:
     places = {name: share * (len(numbers) - 1) for name, share in shares.items()}
     # Only these places are put in order: torch.quantile takes 16 million numbers at most, and a sort takes several times as long.
     ends = sorted({end for place in places.values() for end in (math.floor(place), math.ceil(place))})
-    ordered = dict(zip(ends, np.partition(numbers.cpu().numpy(), ends)[ends].tolist(), strict=True))
+    ordered = dict(zip(ends, np.partition(numbers.detach().cpu().numpy(), ends)[ends].tolist(), strict=True))
 
     def quantile(place: float) -> float:
         below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
