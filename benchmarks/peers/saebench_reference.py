@@ -8,74 +8,38 @@
 
     python benchmarks/peers/saebench_reference.py env-saebench/bin/python --fixtures tests/evaluate/fixtures/saebench
     python benchmarks/peers/saebench_reference.py env-saebench/bin/python --time core,sparse_probing,scr,tpp,absorption
+    python benchmarks/peers/saebench_reference.py --accept
 
-saebench_problem.py makes the inputs, saebench_worker.py runs SAEBench on them, in its own environment.
-tests/evaluate/fixtures/saebench/README.md says what is written. `--time` gives both sides the same folder, each metric
-and side in a process of its own: seconds of the first SAE, mean seconds of a later one, and the process' largest memory.
-What the first SAE of a metric costs beyond a later one is the work on the model, which is done once.
+saebench_problem.py makes the inputs, saebench_worker.py runs SAEBench on them, in its own environment, saebench_ours.py
+runs ours. tests/evaluate/fixtures/saebench/README.md says what is written. `--accept` prints how far our numbers are from
+those: it runs the tests that compare them, and needs no SAEBench.
+
+`--time` gives both sides the same folder, each metric and side in a process of its own, side after side in rounds:
+processor seconds of the first SAE and of a further one, and the process' largest memory, as medians over the rounds. What the first
+SAE costs beyond a further one is the work on the model, which is done once. Loading the model and the SAEs is not counted.
+Behind each table: how far the numbers of the two sides are apart, of the SAEs that both drew the same random numbers for.
 """
 
 import argparse
 import datetime
 import json
 import os
-import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from saebench_problem import BOS, EOS, KINDS, PAD, SMALL, Size, make_problem
+from saebench_accept import accept
+from saebench_problem import KINDS, SMALL, Size, make_problem
 
-from sae.cache.contexts import Contexts
-from sae.evaluate.core import Core
-from sae.evaluate.metric import Bench, Subject
 from sae.harvest.mini import WEIGHTS
-from sae.harvest.model import find_model, load_model
-from sae.train.sae import load_sae
 
 METRICS = ("core", "texts", "sparse_probing", "scr", "tpp", "absorption", "unlearning")
 LARGE = Size(4096, 64, 12, 128, 16, 4, 8, 400, 200, 1000)
-
-
-def ours_core(folder: Path, kinds: list[str]) -> None:
-    """Our core of these SAEs, all in one pass over the contexts."""
-    about = json.loads((folder / "problem.json").read_text())
-    source, config = find_model(str(folder))
-    model = load_model(source, config, dtype="float32", device="cpu")
-    bench = Bench(model, contexts_of(folder), [PAD, EOS, BOS], {"mode": "0.6.0"})
-    metric = Core(about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
-    subjects = [Subject(load_sae(folder / "saes" / kind), about["layer"]) for kind in kinds]
-    metric.measure(bench, subjects, lambda done, total: None)
-
-
-def contexts_of(folder: Path) -> Contexts:
-    from safetensors.numpy import load_file
-
-    ids = load_file(folder / "contexts.safetensors")["tokens"].astype(np.uint32)
-    n, length = ids.shape
-    return Contexts(ids, np.full(n, length, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
-
-
-OURS: dict[str, Callable[[Path, list[str]], None]] = {"core": ours_core}  # a metric of ours joins here
-
-
-def time_ours(folder: Path, metric: str, kinds: list[str]) -> None:
-    """One line of JSON, as the worker prints it: the first alone, then all, as ours shares what SAEs have in common."""
-    seconds = []
-    for some in (kinds[:1], kinds):
-        started = time.perf_counter()
-        OURS[metric](folder, some)
-        seconds.append(time.perf_counter() - started)
-    later = (seconds[1] - seconds[0]) / max(1, len(kinds) - 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(json.dumps({"seconds": [seconds[0], *[later] * (len(kinds) - 1)], "peak_mb": peak}))
 
 
 def ask(python: str, folder: Path, metric: str, *options: str) -> str:
@@ -115,23 +79,81 @@ def write_fixtures(python: str, to: Path, metrics: list[str], seed: int) -> None
             print(metric, "is written", flush=True)
 
 
-def time_both(python: str, metrics: list[str], size: Size, model: Path, kinds: list[str]) -> None:
-    print("| metric | side | first SAE, s | a later SAE, s | peak, MB |\n|---|---|---|---|---|")
+def time_both(python: str, metrics: list[str], size: Size, model: Path, kinds: list[str], rounds: int) -> None:
+    print(f"Load at the start: {os.getloadavg()[0]:.1f}. {size._asdict()}, {len(kinds)} SAEs: {' '.join(kinds)}\n")
+    print("| metric | side | first SAE, s | wall, s | a further SAE, s | wall, s | six together, s | peak, MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    apart = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_problem(folder, size, 0, model)
         for metric in metrics:
-            sides = {"SAEBench": lambda m=metric: ask(python, folder, m, "--time", *kinds)}
-            if metric in OURS:
-                own = [sys.executable, __file__, python, "--ours", metric, str(folder), *kinds]
-                sides["ours"] = lambda own=own: (
-                    subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True).stdout
-                )
-            for side, run in sides.items():
-                found = json.loads(run().strip().splitlines()[-1])
-                first, *later = found["seconds"]
-                mean = f"{sum(later) / len(later):.2f}" if later else "-"
-                print(f"| {metric} | {side} | {first:.2f} | {mean} | {found['peak_mb']:.0f} |", flush=True)
+            own = [sys.executable, str(Path(__file__).with_name("saebench_ours.py")), str(folder), metric, *kinds]
+            sides = {
+                "SAEBench": lambda m=metric: ask(python, folder, m, "--time", *kinds),
+                "ours": lambda own=own: subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True).stdout,
+            }
+            found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+            for number in range(rounds):
+                for side in list(sides)[:: -1 if number % 2 else 1]:
+                    found[side].append(json.loads(sides[side]().strip().splitlines()[-1]))
+                    print(
+                        metric, side, number + 1, [sae["processor"] for sae in found[side][-1]["saes"]], file=sys.stderr
+                    )
+            costs = {side: cost(its_rounds) for side, its_rounds in found.items()}
+            for side, c in costs.items():
+                print(f"| {metric} | {side} | {line(c, '.2f')} | {c[-1]:.0f} |")
+            ratios = [theirs / ours for theirs, ours in zip(costs["SAEBench"], costs["ours"], strict=True)]
+            print(f"| {metric} | **SAEBench / ours** | {line(ratios, '.1f')} | {ratios[-1]:.1f} |", flush=True)
+            apart.append(difference(metric, found["SAEBench"][-1]["saes"], found["ours"][-1]["saes"]))
+    print(f"\nLoad at the end: {os.getloadavg()[0]:.1f}.\n")
+    print("\n".join(apart))
+
+
+def line(numbers: list[float], form: str) -> str:
+    return " | ".join(f"{number:{form}}" for number in numbers[:-1])
+
+
+def cost(rounds: list[dict[str, Any]]) -> list[float]:
+    """Medians over the rounds: of the first SAE and of a further one, processor and wall seconds; of six, processor
+    seconds; the largest memory. A further SAE of a round is the mean of those after the first."""
+    columns = []
+    for found in rounds:
+        first, *further = found["saes"]
+        mean = {clock: statistics.mean(sae[clock] for sae in further) for clock in ("processor", "wall")}
+        six = first["processor"] + 5 * mean["processor"]
+        columns.append([first["processor"], first["wall"], mean["processor"], mean["wall"], six, found["peak_mb"]])
+    return [statistics.median(column) for column in zip(*columns, strict=True)]
+
+
+# What is compared on the inputs of --time, and what keeps the two sides from being the same number.
+HEADLINES = {
+    "core": ("l0", "kl_div_score", "ce_loss_score", "cossim", "explained_variance"),
+    "sparse_probing": tuple(f"sae{top}_test_accuracy" for top in ("", "_top_1", "_top_2", "_top_5")),
+    "scr": ("scr_metric_threshold_10", "scr_metric_threshold_20"),
+    "tpp": ("tpp_threshold_10_total_metric", "tpp_threshold_20_total_metric"),
+    "absorption": ("mean_absorption_fraction_score", "mean_full_absorption_score"),
+}
+OTHERWISE = {
+    "sparse_probing": "Not the first SAE: there SAEBench draws for the model's own probes first.",
+    "scr": "The probes are each side's own, from other random numbers.",
+    "tpp": "The probes are each side's own, from other random numbers.",
+    "absorption": "SAEBench sets no seed: prompts, probes and splits of the words differ.",
+}
+
+
+def difference(metric: str, theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
+    pairs = {}
+    for number, (other, own) in enumerate(zip(theirs, ours, strict=True)):
+        flat, own_flat = ({k: v for group in sae["numbers"].values() for k, v in group.items()} for sae in (other, own))
+        pairs |= {(number, name): (flat[name], own_flat[name]) for name in HEADLINES[metric] if name in flat}
+    if metric == "sparse_probing":
+        pairs = {key: pair for key, pair in pairs.items() if key[0] > 0}
+    (number, name), (other, own) = max(pairs.items(), key=lambda item: abs(item[1][0] - item[1][1]))
+    return (
+        f"{metric}: of {len(pairs)} numbers the largest difference is {abs(other - own):.1e}: {name} of SAE {number + 1}, "
+        f"SAEBench {other:.6f}, ours {own:.6f}. {OTHERWISE.get(metric, '')}".rstrip()
+    )
 
 
 def sized(text: str) -> Any:
@@ -142,7 +164,8 @@ def sized(text: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("python", help="the python of an environment that has SAEBench")
+    parser.add_argument("python", nargs="?", help="the python of an environment that has SAEBench")
+    parser.add_argument("--accept", action="store_true", help="our numbers beside those of the fixtures")
     parser.add_argument("--fixtures", type=Path, help="write what the tests compare with")
     parser.add_argument("--metrics", default=",".join(METRICS), help="of the fixtures, with commas between")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,16 +175,18 @@ def main() -> None:
     parser.add_argument(
         "--saes", nargs="+", default=list(KINDS), help="for --time, the kinds, in order; repeat them at will"
     )
-    parser.add_argument("--ours", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=2, help="for --time: how often each side runs, in turn")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if asked.ours:
-        metric, folder, *kinds = asked.ours
-        time_ours(Path(folder), metric, kinds)
+    if asked.accept:
+        sys.exit(accept())
+    if (asked.fixtures or asked.time) and not asked.python:
+        parser.error("name the python of an environment that has SAEBench")
     if asked.fixtures:
         write_fixtures(str(Path(asked.python).absolute()), asked.fixtures, asked.metrics.split(","), asked.seed)
     if asked.time:
-        time_both(str(Path(asked.python).absolute()), asked.time.split(","), asked.size, asked.model, asked.saes)
+        python = str(Path(asked.python).absolute())
+        time_both(python, asked.time.split(","), asked.size, asked.model, asked.saes, asked.rounds)
 
 
 if __name__ == "__main__":

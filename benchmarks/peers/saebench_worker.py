@@ -2,7 +2,7 @@
 
 FOLDER is a problem of saebench_problem.py. SAEBench's own functions run on it; only what would come from the network is
 put in its place: the model, and the two datasets. What they return, and what they chose on the way, goes to FOLDER/METRIC.
-With `--time` nothing is recorded; one line of JSON says how long each SAE took, and the most memory.
+With `--time` nothing is recorded; one line of JSON says what each SAE took, its numbers, and the most memory.
 """
 
 import argparse
@@ -180,7 +180,7 @@ class Store:
 
 
 def run_core(problem: Problem, kind: str, record: Recorder | None) -> None:
-    size, sae = problem.about, problem.sae(kind)
+    size, sae = problem.about, problem.sae(kind.split(".")[0])
     variants = {"rewound": (True, True), "continued": (False, True), "everywhere": (True, False)}
     for variant, (rewinds, excludes) in variants.items():
         config = CoreEvalConfig(
@@ -197,6 +197,9 @@ def run_core(problem: Problem, kind: str, record: Recorder | None) -> None:
         metrics, latents = core.run_evals(sae, store, problem.model, config, ignore_tokens=specials)
         metrics["misc_metrics"] = core.calculate_misc_metrics(latents)
         if record is None:
+            Path(f"results/{kind}_custom_sae_eval_results.json").write_text(
+                json.dumps({"eval_result_metrics": metrics}, default=plain)
+            )
             return
         found = core.replace_nans_with_negative_one({"metrics": metrics, "feature_metrics": latents})
         path = Path("core.json")
@@ -700,14 +703,14 @@ def counted(right: int, total: int) -> dict[str, Any]:
 
 # --- the rest -------------------------------------------------------------------------------------------------------
 
-seconds: list[float] = []
+spent: dict[str, dict[str, Any]] = {}  # of each run: seconds, processor seconds, and its numbers
 
 
 @contextlib.contextmanager
-def timed(_: str) -> Iterator[None]:
-    started = time.perf_counter()
+def timed(run: str) -> Iterator[None]:
+    wall, processor = time.perf_counter(), time.process_time()
     yield
-    seconds.append(time.perf_counter() - started)
+    spent[run] = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
 
 
 def run(problem: Problem, metric: str, kinds: list[str], record: Recorder | None) -> None:
@@ -715,7 +718,7 @@ def run(problem: Problem, metric: str, kinds: list[str], record: Recorder | None
     numbered = [f"{kind}.{number}" for number, kind in enumerate(kinds)]  # SAEBench passes over a name that it has seen
     runs = [f"{kinds[0]}.first", *kinds] if record else numbered
     if metric == "core":
-        for kind in kinds:
+        for kind in kinds if record else numbered:
             with timed(kind):
                 run_core(problem, kind, record)
         if record:
@@ -752,6 +755,9 @@ def main() -> None:
         if record:
             seed()
         run(problem, asked.metric, asked.time or ["relu", "topk", "jumprelu"], record)
+        for name, found in spent.items() if asked.time else ():
+            (path,) = Path("results").rglob(f"{name}_custom_sae_eval_results.json")
+            found["numbers"] = json.loads(path.read_text())["eval_result_metrics"]
     if record:
         names = (
             "sae-bench",
@@ -767,7 +773,7 @@ def main() -> None:
         record.write(folder / asked.metric)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+        print(json.dumps({"saes": list(spent.values()), "peak_mb": peak}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the tests against SAEBench share: its fixtures, and their model, SAEs and texts. fixtures/saebench/README.md"""
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,22 @@ class Reference:
 @pytest.fixture(scope="session")
 def saebench() -> Reference:
     return Reference()
+
+
+@pytest.fixture
+def noted(record_property) -> Callable[..., None]:
+    """A line of the table that benchmarks/peers/saebench_reference.py --accept prints.
+
+    `pairs` are SAEBench's numbers and ours, the first of them in full; of two tensors the difference is relative to
+    their largest element. `equal` says what has to be the same to the last digit, and whether it is.
+    """
+
+    def note(metric: str, what: str, pairs: Sequence[tuple[Any, Any]], equal: dict[str, bool] | None = None) -> None:
+        arrays = [[torch.as_tensor(side, dtype=torch.float64) for side in pair] for pair in pairs]
+        relative = [float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)) for theirs, ours in arrays]
+        largest = f"{max(relative):.1e} of {len(relative)}" if relative else ""
+        shown = [f"{float(side):.6f}" if side.ndim == 0 else "" for side in arrays[0]] if arrays else ["", ""]
+        exact = ", ".join(f"{name}: {'yes' if same else 'NO'}" for name, same in (equal or {}).items())
+        record_property("saebench", [metric, what, *shown, largest, exact])
+
+    return note

@@ -48,9 +48,13 @@ def test_the_model_is_the_same(saebench, contexts):
 
 @pytest.mark.parametrize("variant", ["rewound", "everywhere"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_scalar_is_saebenchs(saebench, ours, kind, variant):
+def test_every_scalar_is_saebenchs(saebench, ours, noted, kind, variant):
     theirs = saebench.json("core/results")[kind][variant]["eval_result_metrics"]
     mine = ours[kind, variant].metrics
+    flat = {name: (value, mine[group].get(name)) for group, own in theirs.items() for name, value in own.items()}
+    pairs = [flat[name] for name in ("ce_loss_score", *(flat.keys() - {"ce_loss_score", *COUNTS}))]
+    counts = all(theirs == ours for theirs, ours in map(flat.get, COUNTS))
+    noted("core", f"{kind}, {variant}: ce_loss_score", pairs, {"counts": counts})
     for category, numbers in theirs.items():
         for name, value in numbers.items():
             tolerance = 0 if name in COUNTS else 1e-6
@@ -71,10 +75,12 @@ def test_the_latents_that_fire_are_counted_alike(saebench, ours, contexts, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_latent_is_saebenchs(saebench, ours, kind):
+def test_every_latent_is_saebenchs(saebench, ours, noted, kind):
     theirs, details = saebench.arrays("core"), ours[kind, "rewound"].details
-    for name in details[0].keys() - {"index"}:
-        mine = torch.tensor([entry[name] for entry in details], dtype=torch.float32)
+    names = details[0].keys() - {"index"}
+    columns = {name: torch.tensor([entry[name] for entry in details], dtype=torch.float32) for name in names}
+    noted("core", f"{kind}: columns of 512 latents", [(theirs[f"{kind}.rewound.{n}"], columns[n]) for n in names])
+    for name, mine in columns.items():
         exact = name in ("feature_density", "consistent_activation_heuristic", "encoder_bias")
         tolerance = {"rtol": 0, "atol": 1e-7} if exact else {"rtol": 1e-6, "atol": 1e-6}
         torch.testing.assert_close(mine, theirs[f"{kind}.rewound.{name}"], **tolerance)

@@ -96,14 +96,38 @@ def agree(ours: dict, theirs: dict) -> None:
     assert ours == pytest.approx({name: value for name, value in theirs.items() if value is not None}, abs=1e-7)
 
 
+def selected(step, effect_PF) -> bool:
+    """Whether the latents of largest effect are SAEBench's, of each probe and for every n."""
+    return all(
+        sorted(strongest(effect_F, int(n)).tolist()) == latents
+        for own, effect_F in zip(step["selected"].values(), effect_PF, strict=True)
+        for n, latents in own.items()
+    )
+
+
+def scores_beside(headline: str, theirs: dict, ours: dict) -> list[tuple]:
+    """Pairs of the scores that SAEBench has, the headline first."""
+    names = sorted((n for n, value in theirs.items() if value is not None), key=lambda name: name != headline)
+    return [(theirs[name], ours[name]) for name in names]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_scr(saebench, bench, monkeypatch, kind):
+def test_scr(saebench, bench, monkeypatch, noted, kind):
     give_probes(saebench, monkeypatch, "scr")
     effects = listen(monkeypatch, Scr, "effects")
     theirs = saebench.json("scr/results")[kind]
     metric = Scr((BIOS, REVIEWS), **settings(saebench, "scr"))
     (found,) = metric.measure(bench, [Subject(saebench.saes[kind], 0)], lambda *_: None)
-    agree(found.metrics["scr_metrics"], theirs["eval_result_metrics"]["scr_metrics"])
+    scores = theirs["eval_result_metrics"]["scr_metrics"]
+    headline = "scr_metric_threshold_20"
+    chosen = [
+        selected({"selected": {key: theirs["steps"][task]["selected"][key] for key in SCR_KEYS}}, effect_PF)
+        for task, effect_PF in zip(TASKS["scr"].values(), effects, strict=True)
+    ]
+    pairs = scores_beside(headline, scores, found.metrics["scr_metrics"])
+    noted("SCR", f"{kind}: {headline}", pairs, {"latents chosen": all(chosen)})
+    agree(found.metrics["scr_metrics"], scores)
+    assert all(chosen)
     assert [detail["dataset_name"] for detail in found.details] == [
         d["dataset_name"] for d in theirs["eval_result_details"]
     ]
@@ -120,12 +144,10 @@ def test_scr(saebench, bench, monkeypatch, kind):
             torch.testing.assert_close(
                 effect_F, saebench.arrays("scr")[f"{kind}/{task}/effects/{key}"], rtol=1e-4, atol=1e-6
             )
-            for n, latents in theirs["steps"][task]["selected"][key].items():
-                assert sorted(strongest(effect_F, int(n)).tolist()) == latents
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tpp(saebench, bench, monkeypatch, kind):
+def test_tpp(saebench, bench, monkeypatch, noted, kind):
     """On SAEBench's clean accuracies: it draws their texts among those of training the probes."""
     give_probes(saebench, monkeypatch, "tpp")
     effects, accuracies = listen(monkeypatch, Tpp, "effects"), listen(monkeypatch, Tpp, "ablated")
@@ -140,16 +162,20 @@ def test_tpp(saebench, bench, monkeypatch, kind):
     metric = Tpp((BIOS, REVIEWS), **settings(saebench, "tpp"))
     (found,) = metric.measure(bench, [Subject(saebench.saes[kind], 0)], lambda *_: None)
     heard = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # first without the leak
-    for dataset, ablated, effect_PF in zip(TASKS["tpp"], heard, effects, strict=True):
-        step = theirs["steps"][dataset]
+    steps = [theirs["steps"][dataset] for dataset in TASKS["tpp"]]
+    scores = theirs["eval_result_metrics"]["tpp_metrics"]
+    headline = "tpp_threshold_20_total_metric"
+    chosen = [selected(step, effect_PF) for step, effect_PF in zip(steps, effects, strict=True)]
+    pairs = scores_beside(headline, scores, found.metrics["tpp_metrics"])
+    noted("TPP", f"{kind}: {headline}", pairs, {"latents chosen": all(chosen)})
+    assert all(chosen)
+    for dataset, step, ablated, effect_PF in zip(TASKS["tpp"], steps, heard, effects, strict=True):
         for own, (by_n, effect_F) in zip(step["accuracies"], zip(ablated, effect_PF, strict=True), strict=True):
             expected_F = saebench.arrays("tpp")[f"{kind}/{dataset}/effects/{own}"]
             torch.testing.assert_close(effect_F, expected_F, rtol=1e-4, atol=1e-6)
-            for n, latents in step["selected"][own].items():
-                assert sorted(strongest(effect_F, int(n)).tolist()) == latents
             for n, after in by_n.items():
                 assert [float(a_R[0]) for a_R in after] == list(step["accuracies"][own][str(n)].values())
-    agree(found.metrics["tpp_metrics"], theirs["eval_result_metrics"]["tpp_metrics"])
+    agree(found.metrics["tpp_metrics"], scores)
     for ours, detail in zip(found.details, theirs["eval_result_details"], strict=True):
         assert ours.pop("dataset_name") == detail["dataset_name"]
         agree(ours, {k: v for k, v in detail.items() if k != "dataset_name"})

@@ -58,7 +58,7 @@ def test_the_texts_are_the_same_in_the_same_order(saebench, data, dataset):
 
 
 @pytest.mark.parametrize("run", ["relu", "topk", "jumprelu", "relu.first"])
-def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkeypatch, run):
+def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkeypatch, noted, run):
     labels, chosen, trained = [], [], []
 
     def heard(name, found, what):
@@ -78,6 +78,7 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
     arrays = saebench.arrays("sparse_probing")
     draws = generator("saebench")
     scores: dict[str, dict[str, Scores]] = {"llm": {}, "sae": {}}
+    pairs, same = [], {"draws": True, "latents": True}
     for dataset in TABLES:
         rows = rows_of(saebench, dataset, texts_of(saebench, data, dataset))
         features = {"llm": rows.rows.mean_ND()} if run.endswith(".first") else {}
@@ -88,15 +89,23 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
             found = scores[side][dataset] = probe(rows.split(x_ND), KS, lambda *_: draws)
             theirs = expected["probes"][dataset][side]
             flat = [theirs[k][label] for k in ("all", *map(str, KS)) for label in found.full]
-            assert labels == [text for each in flat for text in (each["train_labels"], each["test_labels"])]
-            assert chosen == [each["latents"] for each in flat if "latents" in each]
+            draws_of_theirs = [text for each in flat for text in (each["train_labels"], each["test_labels"])]
+            latents_of_theirs = [each["latents"] for each in flat if "latents" in each]
+            same["draws"] &= labels == draws_of_theirs
+            same["latents"] &= chosen == latents_of_theirs
             ours = [*found.full.values(), *(score for top in found.top.values() for score in top.values())]
-            assert ours == pytest.approx([each["accuracy"] for each in flat], abs=1e-7)
+            pairs += zip([each["accuracy"] for each in flat], ours, strict=True)
             for label, made in zip(found.full, trained, strict=True):
                 key = f"{run}/{dataset}/{side}/all/{label}"
                 torch.testing.assert_close(made.weight_D, arrays[f"{key}/weight"], rtol=1e-3, atol=1e-4)
                 torch.testing.assert_close(made.bias, arrays[f"{key}/bias"], rtol=1e-3, atol=1e-4)
     ours = result(scores["llm"] or scores["sae"], scores["sae"], KS, 72, folded=False)
+    name = "sae_top_1_test_accuracy"
+    headline = (expected["eval_result_metrics"]["sae"][name], ours.metrics["sae"][name])
+    noted("sparse probing", f"{run}: {name}", [headline, *pairs], same)
+    assert all(same.values())
+    theirs, mine = zip(*pairs, strict=True)
+    assert mine == pytest.approx(theirs, abs=1e-7)
     for side in ("llm", "sae") if scores["llm"] else ("sae",):
         for name, value in expected["eval_result_metrics"][side].items():
             assert ours.metrics[side][name] == (-1 if value is None else pytest.approx(value, abs=1e-7))

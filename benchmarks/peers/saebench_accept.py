@@ -1,0 +1,34 @@
+"""`saebench_reference.py --accept`: the tests against SAEBench's fixtures, and what each of them compared, as a table.
+
+A test notes its headline number on both sides, the largest relative difference of all its numbers, and what has to be equal
+(`noted` in tests/evaluate/conftest.py). It notes before it asserts, so that a difference that fails is in the table too.
+"""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[2] / "tests" / "evaluate"
+
+
+class Table:
+    """A pytest plugin that prints what the tests noted."""
+
+    def __init__(self) -> None:
+        print(
+            "| metric | what | SAEBench | ours | largest relative difference | equal | test |\n|---|---|---|---|---|---|---|"
+        )
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.failed:
+            lines = [line for name, line in report.user_properties if name == "saebench"]
+            for line in lines or ([report.nodeid.split("::")[-1], "", "", "", "", ""] if report.failed else []):
+                print(f"| {' | '.join(line)} | {report.outcome} |")
+
+
+def accept() -> int:
+    """pytest's exit status."""
+    files = sorted(map(str, TESTS.glob("test_saebench_*.py")))
+    return int(
+        pytest.main(["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", *files], plugins=[Table()])
+    )

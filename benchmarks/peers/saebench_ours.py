@@ -1,0 +1,121 @@
+"""Our side of `saebench_reference.py --time`: `python saebench_ours.py FOLDER METRIC KIND ...`.
+
+FOLDER is a problem of saebench_problem.py, read as SAEBench's side reads it: the same model, contexts, tables and words,
+the same sizes, and SAEBench's random numbers where a metric has a setting for that. One line of JSON comes out, of the
+same form as the worker's: what each SAE took, its numbers, and the most memory.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from saebench_problem import AMAZON, BIOS, BOS, EOS, PAD
+from safetensors.numpy import load_file
+
+from sae.cache.contexts import Contexts
+from sae.evaluate import spelling, texts
+from sae.evaluate.absorption import Absorption
+from sae.evaluate.bench import Bench, Shelf
+from sae.evaluate.core import Core
+from sae.evaluate.metric import Metric, Result, Subject
+from sae.evaluate.scr import Scr
+from sae.evaluate.sparse_probing import SparseProbing
+from sae.evaluate.tpp import Tpp
+from sae.harvest.model import find_model, load_model, load_tokenizer
+from sae.train.sae import load_sae
+
+CLASSES, SENTIMENT = f"{BIOS}_class_set1", f"{AMAZON}_sentiment"
+PAIRS = {CLASSES: (21, 13), AMAZON: (24, 26)}  # the tables hold one pair each
+
+
+def metrics_of(about: dict[str, Any]) -> dict[str, Metric]:
+    """Our metrics with SAEBench's settings, on the sizes of this problem."""
+    batches = (about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
+    sizes = {"train_set_size": about["train"], "test_set_size": about["test"], "context": about["context"]}
+    return {
+        "core": Core(*batches),
+        "sparse_probing": SparseProbing((CLASSES, SENTIMENT), **sizes, rng="saebench"),
+        "scr": Scr((CLASSES, AMAZON), **sizes, rng="saebench"),
+        "tpp": Tpp((CLASSES, AMAZON), **sizes, rng="saebench"),
+        "absorption": Absorption(),
+    }
+
+
+def bench_of(folder: Path, work: Path) -> Bench:
+    """The tables become the files that we read datasets from; the shelf is empty."""
+    for name, splits in json.loads((folder / "tables.json").read_text()).items():
+        for split, columns in splits.items():
+            path = work / name / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = zip(*columns.values(), strict=True)
+            path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    ids = load_file(folder / "contexts.safetensors")["tokens"].astype(np.uint32)
+    n, length = ids.shape
+    contexts = Contexts(ids, np.full(n, length, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
+    source, config = find_model(str(folder))
+    model = load_model(source, config, dtype="float32", device="cpu")
+    return Bench(model, load_tokenizer(source), contexts, [PAD, EOS, BOS], "0.6.0", {}, {}, Shelf(work / "shelf"), work)
+
+
+@contextlib.contextmanager
+def same_inputs(about: dict[str, Any], bench: Bench) -> Any:
+    """One pair of classes for SCR, and the problem's words in the place of the vocabulary."""
+    known = {
+        word.text: word
+        for word in spelling.vocabulary(bench.tokenizer, bench.tokenizer("\n", add_special_tokens=False)["input_ids"])
+    }
+    words = sorted(known[text] for text in about["words"])
+    tables = {name: replace(texts.DATASETS[name], pairs=(pair,)) for name, pair in PAIRS.items()}
+    with patch.object(spelling, "vocabulary", lambda *_: words), patch.dict(texts.DATASETS, tables):
+        yield
+
+
+def timed(metric: Metric, bench: Bench, subjects: list[Subject]) -> tuple[list[Result], float, float]:
+    """Results, seconds, and processor seconds."""
+    wall, processor = time.perf_counter(), time.process_time()
+    results = metric.measure(bench, subjects, lambda done, total, note="": None)
+    spent = time.perf_counter() - wall, time.process_time() - processor
+    for result in results:
+        if not isinstance(result, Result):
+            raise result
+    return results, *spent
+
+
+def measure(metric: Metric, bench: Bench, subjects: list[Subject]) -> list[dict[str, Any]]:
+    """The first SAE alone; then the others in one call, as a user has them. What no SAE changes is on the shelf by then,
+    but of core, which runs the model again: there all are measured at once, and a further one is the difference."""
+    (first,), *spent = timed(metric, bench, subjects[:1])
+    again = 1 if metric.name == "core" else 0
+    others, *more = timed(metric, bench, subjects if again else subjects[1:])
+    each = [(total - again * one) / (len(subjects) - 1) for one, total in zip(spent, more, strict=True)]
+    costs = [spent] + [each] * (len(subjects) - 1)
+    return [
+        {"wall": wall, "processor": processor, "numbers": result.metrics}
+        for (wall, processor), result in zip(costs, [first, *others[again:]], strict=True)
+    ]
+
+
+def main() -> None:
+    folder, name, *kinds = sys.argv[1:]
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    about = json.loads((Path(folder) / "problem.json").read_text())
+    with tempfile.TemporaryDirectory() as work:
+        bench = bench_of(Path(folder), Path(work))
+        subjects = [Subject(load_sae(Path(folder) / "saes" / kind), about["layer"]) for kind in kinds]
+        with same_inputs(about, bench):
+            saes = measure(metrics_of(about)[name], bench, subjects)
+    print(json.dumps({"saes": saes, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
+
+
+if __name__ == "__main__":
+    main()
