@@ -17,7 +17,7 @@ from .metric import Subject
 # Logits and latents exist for so many tokens at a time. In float32 Gemma's logits of them take 0.5 GB, and three such
 # exist at most; latents of 65,536 take 0.13 GB.
 TOKENS_AT_ONCE = 512
-DENSE_PAIRS = 4096  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
+DENSE_PAIRS = 2048  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
 PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums that intervals are taken from
 
 Share = tuple[Tensor, Tensor]  # a number as one sum over contexts through another, context by context
