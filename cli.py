@@ -286,15 +286,13 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
     import json
 
     from .cache.errors import OutsideError
-    from .evaluate.run import SUITES, flat, metrics_of, unfinished
+    from .evaluate.run import SUITES, flat, unfinished
     from .evaluate.run import evaluate as measure
     from .evaluate.table import notes, tables
 
     started = time.monotonic()
     for folder in unfinished(request.runs):
         echo(f"skipped  {folder} is not trained to its end: sae train --resume {quote(str(folder))}")
-    names = ", ".join(metric.name for metric in metrics_of(request.suite, request.options))
-    echo(f"measure  {names}; what was measured with these settings is kept")
     rows = measure(request, lambda metric: bar(f"evaluate {metric}", ""))
     if as_json:
         typer.echo(json.dumps([flat(row) for row in rows], indent=2))

@@ -18,6 +18,7 @@ from .metric import Subject
 # exist at most; latents of 65,536 take 0.13 GB.
 TOKENS_AT_ONCE = 512
 DENSE_PAIRS = 2048  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
+PAIRED_TOKENS = 32_768  # the batches that begin before so many tokens are what is correlated
 PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums that intervals are taken from
 
 Share = tuple[Tensor, Tensor]  # a number as one sum over contexts through another, context by context
@@ -74,8 +75,8 @@ class Codes:
             rows = slice(start, start + TOKENS_AT_ONCE)
             f_TF = subject.sae.encode(x_RD[rows].float())
             recons.append(subject.sae.decode(f_TF).float())
-            f_TF = f_TF[counted_R[rows]]
-            numbers.append(torch.stack([(f_TF != 0).sum(-1).double(), f_TF.double().sum(-1)], 1))
+            f_TF = f_TF[counted_R[rows]] if subject.everywhere else f_TF
+            numbers.append(torch.stack([f_TF.count_nonzero(-1).double(), f_TF.sum(-1).double()], 1))
             if fired_NF is None:
                 fired_NF = f_TF.new_zeros(len(kept_NS), f_TF.shape[1])
             fired_NF.index_add_(0, context_R[rows][counted_R[rows]], (f_TF > 0).to(f_TF.dtype))
@@ -94,10 +95,11 @@ class Codes:
         if self.pairs is None:
             generator = torch.Generator().manual_seed(0)
             self.pairs = torch.randperm(f_TF.shape[1], generator=generator)[:DENSE_PAIRS].sort().values.to(f_TF.device)
-        chosen = f_TF[:, self.pairs]
-        self.sums["gram"] += (chosen.T @ chosen).double()
-        self.sums["f"] += f_TF.double().sum(0)
-        self.sums["f_square"] += f_TF.double().square().sum(0)
+        self.sums["f"] += f_TF.sum(0).double()
+        self.sums["f_square"] += f_TF.square().sum(0).double()
+        if self.tokens < PAIRED_TOKENS:
+            chosen = f_TF[:, self.pairs] if len(self.pairs) < f_TF.shape[1] else f_TF
+            self.sums["gram"] += (chosen.T @ chosen).double()
 
     def end_batch(
         self, x_TD: Tensor, recon_TD: Tensor, l0: Tensor, l1: Tensor, context_T: Tensor, contexts: int
@@ -185,7 +187,7 @@ class Codes:
         return self.sums["fired"] / self.tokens
 
     def correlation(self, W_dec_FD: Tensor | None) -> dict[str, float]:
-        """Cosines between the columns of activations of alive latents over the counted tokens (003, eq. 2).
+        """Cosines between the columns of activations of alive latents, over PAIRED_TOKENS counted tokens (003, eq. 2).
 
         With decoder rows, how well those cosines follow the rows' own (002, sec. 4): Spearman's rank correlation.
         """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cache.errors import UsageError
-from ..harvest.model import LanguageModel
+from ..harvest.model import Forward, LanguageModel
 from ..train.sae import SAE
 from .bench import Batch, Bench
 from .codes import TOKENS_AT_ONCE, Codes, Share, by_document, dictionary, interval, misc, per_latent, value
@@ -67,6 +67,7 @@ class Core(Metric):
         layers = sorted({subject.layer for subject in subjects})
         own, ablated = Loss(), {layer: Loss() for layer in layers}
         spliced, codes = [Loss() for _ in subjects], [Codes() for _ in subjects]
+        constant_D: dict[int, Tensor] = {}
         for number, batch in enumerate(batches):
             behaves = number < self.reconstruction_batches
             run = bench.model.forward(batch.ids, layers) if behaves else None
@@ -77,10 +78,9 @@ class Core(Metric):
                 if run:
                     finals.append(run.suffix(subject.layer, patched)[batch.kept])
             if run:
-                zeroed = {layer: run.suffix(layer, torch.zeros_like(residual[layer])) for layer in layers}
+                zeroed = [zeroed_end(run, layer, batch, constant_D) for layer in layers]
                 losses = [own, *ablated.values(), *spliced]
-                ends = [run.final[batch.kept], *(end[batch.kept] for end in zeroed.values()), *finals]
-                compare(bench.model, batch, losses, ends)
+                compare(bench.model, batch, losses, [run.final[batch.kept], *zeroed, *finals])
             progress(number + 1, len(batches), "batches")
         read = [int(batch.inside.sum()) for batch in batches]
         tokens = {
@@ -94,17 +94,30 @@ class Core(Metric):
         ]
 
 
+def zeroed_end(run: Forward, layer: int, batch: Batch, constant_D: dict[int, Tensor]) -> Tensor:
+    """What the model ends with at the counted positions (T, D) when a layer is zeroed at every position.
+
+    Attention over equal values gives that value, so nothing tells positions apart any more, nor texts: where the first
+    batch shows it, its one end serves all.
+    """
+    if layer not in constant_D:
+        end_TD = run.suffix(layer, torch.zeros_like(run.residual[layer]))[batch.kept]
+        if not (end_TD == end_TD[:1]).all():
+            return end_TD
+        constant_D[layer] = end_TD[0]
+    return constant_D[layer].expand(int(batch.kept.sum()), -1)
+
+
 def compare(model: LanguageModel, batch: Batch, losses: Sequence["Loss"], finals_TD: Sequence[Tensor]) -> None:
     """Add what the model predicts at the counted positions to each loss. The first is the model's own, the truth.
 
-    A layer zeroed at every position leaves nothing that tells positions apart, so its prediction is often one and the
-    same at all of them; it is unembedded once then.
+    An end that is the same at all positions is unembedded once.
     """
     context_T, position_T = batch.kept.nonzero(as_tuple=True)
     next_T = batch.ids.roll(-1, 1)[batch.kept]
     # Of the last token of a context none is known.
     has_next_T = position_T + 1 < batch.inside.sum(1)[context_T]
-    constant = [bool((final == final[:1]).all()) for final in finals_TD]
+    constant = [final.stride(0) == 0 for final in finals_TD]
     for loss in losses:
         loss.begin(len(batch.ids))
     for start in range(0, len(context_T), TOKENS_AT_ONCE):
