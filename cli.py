@@ -258,7 +258,9 @@ def evaluate(
         Path | None, typer.Option(help="Folder with datasets: <name on the Hub>/<split>.jsonl or .parquet.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what was measured.")] = False,
-    references: Annotated[bool, typer.Option(help="Add rows for the identity and for zero.")] = True,
+    references: Annotated[
+        bool, typer.Option(help="Add rows for the identity, zero, a PCA and a random dictionary.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="What the model computes in: auto, bfloat16, float32.")] = "auto",
     device: Device = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,

@@ -1,11 +1,11 @@
 """Core: what an SAE costs the model (KL, CE), how well it reconstructs, how sparse and how correlated its latents are.
 
 The names and definitions are SAEBench's; where one of them is not what its name says, the correct number stands beside
-it under another name (`fve`, `mse_elementwise`). The text is not: contexts hold one document each and are not packed,
-so `mse`, which SAEBench divides by the tokens of a batch, compares within a text only. Positions of pad, eos and bos keep their residual and are not counted.
+it under another name (`fve`, `mse_elementwise`). The text is not: contexts are the cache's, of one document each unless
+it was packed, so `mse`, which SAEBench divides by the tokens of a batch, compares within a text only. Positions of pad,
+eos and bos keep their residual and are not counted.
 
-Shape suffixes: N contexts, S positions, T counted tokens, C those of them with a next token, D d_in, F latents,
-V vocabulary.
+Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
 
 from collections.abc import Sequence

@@ -98,13 +98,6 @@ def one_against_rest(counts: Mapping[str, int], positive: str, generator: torch.
     return mixed(starts[positive] + torch.arange(needed), drawn, generator)
 
 
-def one_against_other(counts: Mapping[str, int], positive: str, negative: str, generator: torch.Generator) -> Task:
-    """All texts of one class, and as many of the other (SCR). The draws are SAEBench's, in its order."""
-    starts, needed = starts_of(counts), counts[positive]
-    drawn = starts[negative] + torch.randperm(counts[negative], generator=generator)[:needed]
-    return mixed(starts[positive] + torch.arange(needed), drawn, generator)
-
-
 def starts_of(counts: Mapping[str, int]) -> dict[str, int]:
     starts, total = {}, 0
     for label, count in counts.items():

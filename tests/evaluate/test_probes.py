@@ -12,7 +12,6 @@ from sae.evaluate.probes import (
     generator,
     largest,
     mean_difference,
-    one_against_other,
     one_against_rest,
     pool_unit,
     regress,
@@ -36,15 +35,6 @@ def test_a_task_has_all_of_its_class_and_even_parts_of_the_others():
     assert torch.equal(rows, expected)
     assert torch.equal(label, (torch.arange(14) < 7)[order].float())
     assert sorted(rows[label > 0.5].tolist()) == list(range(10, 17))
-
-
-def test_a_pair_needs_two_draws():
-    torch.manual_seed(42)
-    negative = 17 + torch.randperm(9)[:7]
-    order = torch.randperm(14)
-    rows, label = one_against_other(COUNTS, "b", "c", generator("saebench"))
-    assert torch.equal(rows, torch.cat([torch.arange(10, 17), negative])[order])
-    assert torch.equal(label, (torch.arange(14) < 7)[order].float())
 
 
 def test_paired_draws_depend_on_their_names_alone():
