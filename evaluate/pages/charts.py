@@ -1,0 +1,206 @@
+"""A chart as data, drawn as inline SVG for a page or by matplotlib for a paper.
+
+Series differ in colour and in shape or dashes: the colours are told apart by the colour-blind, the shapes by everyone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from markupsafe import Markup
+
+from ...cache.errors import OutsideError, UsageError
+from .page import templates
+
+COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#b3508a", "#9a6a00", "#2b8cbe", "#6b4fa0", "#444a52")
+MARKERS = "osD^vP*X"  # matplotlib's names; `SHAPES` draws the same
+DASHES = ("", "6 3", "2 3", "8 3 2 3")
+SHAPES = {
+    "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
+    "s": "M-3.5-3.5H3.5V3.5H-3.5Z",
+    "D": "M0-5L5 0L0 5L-5 0Z",
+    "^": "M0-5L4.6 3.5H-4.6Z",
+    "v": "M0 5L4.6-3.5H-4.6Z",
+    "P": "M-1.6-5H1.6V-1.6H5V1.6H1.6V5H-1.6V1.6H-5V-1.6H-1.6Z",
+    "*": "M0-5.5L1.5-1.8L5.4-1.7L2.3 .8L3.4 4.6L0 2.4L-3.4 4.6L-2.3 .8L-5.4-1.7L-1.5-1.8Z",
+    "X": "M-4.8-3.2L-3.2-4.8L0-1.6L3.2-4.8L4.8-3.2L1.6 0L4.8 3.2L3.2 4.8L0 1.6L-3.2 4.8L-4.8 3.2L-1.6 0Z",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, y); `spread` is half an interval of each y, `labels` what pointing at each tells."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    kind: Literal["points", "line", "both", "bars"] = "points"
+    spread: Sequence[float] = ()
+    labels: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    x_title: str
+    y_title: str
+    series: Sequence[Series]
+    x_log: bool = False
+    y_log: bool = False
+
+
+def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
+    """Round numbers inside [low, high]: steps of 1, 2 or 5 times a power of ten; with `log`, such numbers themselves.
+
+    Of a logarithmic range under a decade the steps are even, too.
+    """
+    if log and high / low >= 10:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for parts in ((1, 2, 5), (1,)):
+            found = [part * 10.0**decade for decade in decades for part in parts]
+            found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+            if len(found) <= 2 * about:
+                return found
+        return found[:: math.ceil(len(found) / about)]
+    step = (high - low) / about
+    unit = 10.0 ** math.floor(math.log10(step))
+    step = next(part * unit for part in (1, 2, 5, 10) if part * unit >= step * (1 - 1e-9))
+    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def written(value: float) -> str:
+    """A tick's label: 1e-05, 0.2, 20, 2k, 1.5M."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit * (10 if name == "k" else 1):
+            return f"{value / unit:.4g}{name}"
+    return f"{value:.4g}"
+
+
+def span(values: Sequence[float], log: bool) -> tuple[float, float]:
+    """What an axis covers: the values and a margin; [0, 1] where there are none."""
+    found = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+    if not found:
+        return (0.1, 1.0) if log else (0.0, 1.0)
+    low, high = min(found), max(found)
+    if log:
+        factor = max((high / low) ** 0.06, 1.1)
+        return low / factor, high * factor
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def spans(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
+    x = [value for series in chart.series for value in series.x]
+    y = [value for series in chart.series for value in series.y]
+    y += [v + sign * s for series in chart.series for v, s in zip(series.y, series.spread) for sign in (-1, 1)]  # noqa: B905
+    if any(series.kind == "bars" for series in chart.series):
+        return span(x, chart.x_log), (0.0, span([*y, 0.0], False)[1])
+    return span(x, chart.x_log), span(y, chart.y_log)
+
+
+def svg(chart: Chart, width: int = 620, height: int = 360) -> Markup:
+    """The chart as an <svg> that takes its colours from the page, light or dark.
+
+    Points outside a logarithmic axis and those that are no numbers are left out.
+    """
+    left, right, top, bottom = 64, 12, 10, 46
+    (x_low, x_high), (y_low, y_high) = spans(chart)
+
+    def place(value: float, low: float, high: float, log: bool) -> float | None:
+        if not math.isfinite(value) or (log and value <= 0):
+            return None
+        return (math.log(value / low) / math.log(high / low)) if log else (value - low) / (high - low)
+
+    def at_x(value: float) -> float | None:
+        share = place(value, x_low, x_high, chart.x_log)
+        return None if share is None else round(left + share * (width - left - right), 1)
+
+    def at_y(value: float) -> float | None:
+        share = place(value, y_low, y_high, chart.y_log)
+        return None if share is None else round(height - bottom - share * (height - top - bottom), 1)
+
+    drawn = []
+    for number, series in enumerate(chart.series):
+        points = []
+        labels = [*series.labels, *[""] * len(series.x)]
+        spreads = [*series.spread, *[0.0] * len(series.x)]
+        for x, y, label, spread in zip(series.x, series.y, labels, spreads):  # noqa: B905
+            px, py = at_x(x), at_y(y)
+            if px is not None and py is not None:
+                low, high = (at_y(y - spread) or height - bottom, at_y(y + spread)) if spread else (py, py)
+                points.append(
+                    {"x": px, "y": py, "low": low, "high": high, "label": label or f"{series.name}: {x:.4g}, {y:.4g}"}
+                )
+        path = "M" + "L".join(f"{point['x']} {point['y']}" for point in points) if points else ""
+        drawn.append({
+            "name": series.name, "kind": series.kind, "points": points, "path": path, "class": f"--c{number % len(COLOURS)}",
+            "shape": SHAPES[marker_of(number)], "dashes": DASHES[number // len(COLOURS) % len(DASHES)],
+        })  # fmt: skip
+    legend = legend_places([series.name for series in chart.series], width, left) if len(chart.series) > 1 else []
+    rows = 1 + max((row for _, row in legend), default=-1)
+    return Markup(
+        templates().get_template("chart.svg").render(
+            chart=chart, series=drawn, width=width, height=height, left=left, right=width - right, top=top, base=height - bottom,
+            x_ticks=[(at_x(v), written(v)) for v in ticks(x_low, x_high, chart.x_log, 6)],
+            y_ticks=[(at_y(v), written(v)) for v in ticks(y_low, y_high, chart.y_log)],
+            empty=not any(one["points"] for one in drawn), legend=legend, whole=height + 18 * rows, bar=bar_width(drawn),
+        )
+    )  # fmt: skip
+
+
+def marker_of(number: int) -> str:
+    """So that no two of the first 64 series have the same colour and shape."""
+    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+
+
+def bar_width(drawn: Sequence[dict[str, Any]]) -> float:
+    """Nine tenths of the least distance of two bars."""
+    places = sorted({point["x"] for series in drawn if series["kind"] == "bars" for point in series["points"]})
+    return 0.9 * min((b - a for a, b in zip(places, places[1:])), default=20.0)  # noqa: B905
+
+
+def legend_places(names: Sequence[str], width: int, left: int) -> list[tuple[int, int]]:
+    """(x, row) of each name, in as many columns as the longest one allows."""
+    longest = max(len(name) for name in names) * 7 + 26
+    columns = max(1, (width - left) // longest)
+    return [(left + number % columns * longest, number // columns) for number in range(len(names))]
+
+
+def save(chart: Chart, path: Path) -> None:
+    """Draw the chart with matplotlib; the file's ending decides the format (.svg, .png, .pdf).
+
+    Raises OutsideError without matplotlib, UsageError for an ending that it does not write.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OutsideError("Plots for papers need matplotlib: pip install 'sae-pipeline[plots]'.") from error
+    with rc_context({"svg.hashsalt": "sae", "svg.fonttype": "none"}):  # the same chart, the same bytes
+        figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+        axes = figure.add_subplot(
+            title=chart.title, xlabel=chart.x_title, ylabel=chart.y_title,
+            xscale="log" if chart.x_log else "linear", yscale="log" if chart.y_log else "linear",
+        )  # fmt: skip
+        for number, series in enumerate(chart.series):
+            colour, marker = COLOURS[number % len(COLOURS)], marker_of(number)
+            if series.kind == "bars":
+                step = min((b - a for a, b in zip(series.x, series.x[1:])), default=1.0)  # noqa: B905
+                axes.bar(series.x, series.y, 0.9 * step, color=colour, label=series.name)
+                continue
+            dashes = ("-", "--", ":", "-.")[number // len(COLOURS) % len(DASHES)] if series.kind != "points" else "none"
+            axes.errorbar(
+                series.x, series.y, yerr=series.spread or None, label=series.name, color=colour, ls=dashes,
+                marker=marker if series.kind != "line" else "none", ms=5, lw=1.4,
+            )  # fmt: skip
+        axes.grid(alpha=0.25)
+        if len(chart.series) > 1:
+            axes.legend(fontsize=7, ncols=1 + len(chart.series) // 12)
+        try:
+            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        except ValueError as error:
+            raise UsageError(
+                f"{path}: matplotlib writes no {path.suffix or 'file without an ending'}. Give .svg, .png or .pdf."
+            ) from error
