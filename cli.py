@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_cache import cache_app
+from .cli_compare import compare
 from .cli_harvest import run_harvest
 from .terminal import bar, echo, show_table, spoken
 
@@ -312,6 +313,9 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
     if any(request.suite not in SUITES or not isinstance(error, OutsideError) for error in failures.values()):
         raise typer.Exit(1)
     return rows
+
+
+app.command()(compare)
 
 
 @app.command()

@@ -6,6 +6,7 @@ Series differ in colour and in shape or dashes: the colours are told apart by th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y); `spread` is half an interval of each y, `labels` what pointing at each tells."""
+    """Points (x, y); `spread` is half an interval of each y, `labels` what pointing at each tells.
+
+    Series of one `look` have the same colour and shape; without one, it is the place among the chart's series.
+    """
 
     name: str
     x: Sequence[float]
@@ -39,6 +43,7 @@ class Series:
     kind: Literal["points", "line", "both", "bars"] = "points"
     spread: Sequence[float] = ()
     labels: Sequence[str] = ()
+    look: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,19 @@ def span(values: Sequence[float], log: bool) -> tuple[float, float]:
 def spans(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
     x = [value for series in chart.series for value in series.x]
     y = [value for series in chart.series for value in series.y]
-    y += [v + sign * s for series in chart.series for v, s in zip(series.y, series.spread) for sign in (-1, 1)]  # noqa: B905
+    y += [
+        v + sign * s
+        for series in chart.series
+        for v, s in zip(series.y, series.spread, strict=False)
+        for sign in (-1, 1)
+    ]
     if any(series.kind == "bars" for series in chart.series):
         return span(x, chart.x_log), (0.0, span([*y, 0.0], False)[1])
     return span(x, chart.x_log), span(y, chart.y_log)
 
 
-def svg(chart: Chart, width: int = 620, height: int = 360) -> Markup:
-    """The chart as an <svg> that takes its colours from the page, light or dark.
+def svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) -> Markup:
+    """The chart as an <svg> that takes its colours from the page, light or dark; without `legend` the page has a `key`.
 
     Points outside a logarithmic axis and those that are no numbers are left out.
     """
@@ -126,7 +136,7 @@ def svg(chart: Chart, width: int = 620, height: int = 360) -> Markup:
         points = []
         labels = [*series.labels, *[""] * len(series.x)]
         spreads = [*series.spread, *[0.0] * len(series.x)]
-        for x, y, label, spread in zip(series.x, series.y, labels, spreads):  # noqa: B905
+        for x, y, label, spread in zip(series.x, series.y, labels, spreads, strict=False):
             px, py = at_x(x), at_y(y)
             if px is not None and py is not None:
                 low, high = (at_y(y - spread) or height - bottom, at_y(y + spread)) if spread else (py, py)
@@ -134,18 +144,16 @@ def svg(chart: Chart, width: int = 620, height: int = 360) -> Markup:
                     {"x": px, "y": py, "low": low, "high": high, "label": label or f"{series.name}: {x:.4g}, {y:.4g}"}
                 )
         path = "M" + "L".join(f"{point['x']} {point['y']}" for point in points) if points else ""
-        drawn.append({
-            "name": series.name, "kind": series.kind, "points": points, "path": path, "class": f"--c{number % len(COLOURS)}",
-            "shape": SHAPES[marker_of(number)], "dashes": DASHES[number // len(COLOURS) % len(DASHES)],
-        })  # fmt: skip
-    legend = legend_places([series.name for series in chart.series], width, left) if len(chart.series) > 1 else []
-    rows = 1 + max((row for _, row in legend), default=-1)
+        drawn.append({**look_of(series, number), "points": points, "path": path})
+    named = [series.name for series in chart.series] if legend and len(chart.series) > 1 else []
+    places = legend_places(named, width, left)
+    rows = 1 + max((row for _, row in places), default=-1)
     return Markup(
         templates().get_template("chart.svg").render(
             chart=chart, series=drawn, width=width, height=height, left=left, right=width - right, top=top, base=height - bottom,
             x_ticks=[(at_x(v), written(v)) for v in ticks(x_low, x_high, chart.x_log, 6)],
             y_ticks=[(at_y(v), written(v)) for v in ticks(y_low, y_high, chart.y_log)],
-            empty=not any(one["points"] for one in drawn), legend=legend, whole=height + 18 * rows, bar=bar_width(drawn),
+            empty=not any(one["points"] for one in drawn), legend=places, whole=height + 18 * rows, bar=bar_width(drawn),
         )
     )  # fmt: skip
 
@@ -158,12 +166,26 @@ def marker_of(number: int) -> str:
 def bar_width(drawn: Sequence[dict[str, Any]]) -> float:
     """Nine tenths of the least distance of two bars."""
     places = sorted({point["x"] for series in drawn if series["kind"] == "bars" for point in series["points"]})
-    return 0.9 * min((b - a for a, b in zip(places, places[1:])), default=20.0)  # noqa: B905
+    return 0.9 * min((b - a for a, b in pairwise(places)), default=20.0)
+
+
+def key(charts: Sequence[Chart]) -> Markup:
+    """One legend for charts that share their looks: every series of theirs once."""
+    series = {one.name: look_of(one, number) for chart in charts for number, one in enumerate(chart.series)}
+    return Markup(templates().get_template("key.html").render(series=series.values()))
+
+
+def look_of(series: Series, number: int) -> dict[str, Any]:
+    number = number if series.look is None else series.look
+    return {
+        "name": series.name, "kind": series.kind, "class": f"--c{number % len(COLOURS)}",
+        "shape": SHAPES[marker_of(number)], "dashes": DASHES[number // len(COLOURS) % len(DASHES)],
+    }  # fmt: skip
 
 
 def legend_places(names: Sequence[str], width: int, left: int) -> list[tuple[int, int]]:
     """(x, row) of each name, in as many columns as the longest one allows."""
-    longest = max(len(name) for name in names) * 7 + 26
+    longest = max(map(len, names), default=0) * 7 + 26
     columns = max(1, (width - left) // longest)
     return [(left + number % columns * longest, number // columns) for number in range(len(names))]
 
@@ -184,10 +206,11 @@ def save(chart: Chart, path: Path) -> None:
             title=chart.title, xlabel=chart.x_title, ylabel=chart.y_title,
             xscale="log" if chart.x_log else "linear", yscale="log" if chart.y_log else "linear",
         )  # fmt: skip
-        for number, series in enumerate(chart.series):
+        for place, series in enumerate(chart.series):
+            number = place if series.look is None else series.look
             colour, marker = COLOURS[number % len(COLOURS)], marker_of(number)
             if series.kind == "bars":
-                step = min((b - a for a, b in zip(series.x, series.x[1:])), default=1.0)  # noqa: B905
+                step = min((b - a for a, b in pairwise(series.x)), default=1.0)
                 axes.bar(series.x, series.y, 0.9 * step, color=colour, label=series.name)
                 continue
             dashes = ("-", "--", ":", "-.")[number // len(COLOURS) % len(DASHES)] if series.kind != "points" else "none"

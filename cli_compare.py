@@ -1,0 +1,67 @@
+"""`sae compare`: several runs side by side."""
+
+from pathlib import Path
+from shlex import quote
+from typing import Annotated
+
+import typer
+
+from .terminal import echo, show_table, spoken
+
+ENDINGS = (".html", ".csv", ".json")
+
+
+@spoken
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that were evaluated.")],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Write it: .html is a page with plots, .csv and .json every number. Repeats."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for the plots by matplotlib, as .svg and .png, for papers.")
+    ] = None,
+    mix: Annotated[
+        bool, typer.Option("--mix", help="Also runs of other models, layers, texts or settings; says what differs.")
+    ] = False,
+    references: Annotated[
+        bool, typer.Option(help="Beside them the identity, zero, a PCA and a random dictionary, where measured.")
+    ] = True,
+) -> None:
+    """Evaluated runs -> one table, frontiers over L0, curves of training. Seeds of one recipe become mean and sd."""
+    import json
+
+    from .cache.errors import UsageError
+    from .cache.files import make_folder, publish
+    from .evaluate import compare as comparing
+
+    for path in out or []:
+        if path.suffix not in ENDINGS:
+            raise UsageError(f"--out {path}: the ending says what is written. Give one of {', '.join(ENDINGS)}.")
+    found = comparing.compare(runs, mix, references)
+    for difference in found.differences:
+        echo(f"differs  {difference}")
+    show_table(f"{len(found.runs)} runs, {len(found.systems)} systems", *comparing.table(found))
+    for path in out or []:
+        make_folder(path.parent)
+        if path.suffix == ".csv":
+            publish(path, comparing.as_csv(found).encode())
+        elif path.suffix == ".json":
+            publish(path, json.dumps(comparing.records(found), indent=2).encode())
+        else:
+            from .evaluate.pages.comparison import comparison_page
+            from .evaluate.pages.page import write_page
+
+            write_page(path, comparison_page(found))
+        echo(f"written  {path}")
+    if plots is not None:
+        from .evaluate.pages.charts import save
+
+        make_folder(plots)
+        for chart in [*comparing.frontiers(found), *comparing.curves(found)]:
+            stem = "-".join("".join(c if c.isalnum() else " " for c in chart.title.lower()).split())
+            for ending in ("svg", "png"):
+                save(chart, plots / f"{stem}.{ending}")
+        echo(f"written  {plots}/*.svg and *.png")
+    if not out:
+        echo(f"next     sae compare {' '.join(quote(str(run)) for run in runs)} --out compare.html")

@@ -1,0 +1,345 @@
+"""Several runs side by side, from the result files that `sae evaluate` left: a table, frontiers, curves of training.
+
+Nothing is measured here and no weights are read. Runs that differ in nothing but their seed are one *system*: the mean
+over them, with their standard deviation. Numbers of other models, layers, texts or settings are not put beside each
+other unless asked for, and then it is said what differs.
+"""
+
+import csv
+import io
+import json
+import statistics
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..cache.errors import DamagedError, UsageError
+from ..cache.files import digest_of, read_json
+from .metric import Number, Result
+from .pages.charts import Chart, Series
+from .run import METRICS
+from .table import head, value_of, with_spread
+
+L0 = ("core", "l0")
+SUMMARY = (  # metric and number: the columns of the table, and what is drawn over L0
+    L0,
+    ("core", "kl_div_score"),
+    ("core", "ce_loss_score"),
+    ("core", "fve"),
+    ("core", "frac_alive"),
+    ("core", "mean"),
+    ("absorption", "mean_full_absorption_score"),
+    *((metric, f"sae_top_{k}_test_accuracy") for metric in ("sparse_probing", "sparse_probing_stdlib") for k in (1, 5)),
+    *((metric, "scr_metric_threshold_20") for metric in ("scr", "scr_stdlib")),
+    *((metric, "tpp_threshold_20_total_metric") for metric in ("tpp", "tpp_stdlib")),
+    ("unlearning", "unlearning_score"),
+    ("autointerp", "autointerp_score"),
+)
+CURVES = {
+    "explained_variance": "variance unexplained",
+    "l0": "L0",
+    "dead": "dead",
+    "loss": "loss",
+}  # as logged, as shown
+LOGARITHMIC = ("explained_variance", "loss")
+PUBLISHED = Path(__file__).parent / "published.toml"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run as its files tell it: sae.json's origin, run.json, and the result of each metric with its settings."""
+
+    name: str
+    folder: Path
+    origin: dict[str, Any]
+    run: dict[str, Any]
+    results: dict[str, Result]
+    settings: dict[str, dict[str, Any]]
+    reference: bool = False
+
+    @property
+    def subject(self) -> "Compared":  # as `tables` asks a row of an evaluation
+        return self
+
+    def value(self, metric: str, number: Number) -> float | None:
+        return value_of(self, metric, number) if metric in self.results else None
+
+
+@dataclass(frozen=True)
+class System:
+    """Runs of one recipe, options and layer; of several seeds, or one."""
+
+    label: str
+    runs: Sequence[Compared] = field(repr=False)
+
+    def values(self, metric: str, number: Number) -> list[float]:
+        return [value for run in self.runs if (value := run.value(metric, number)) is not None]
+
+    def mean_and_spread(self, metric: str, number: Number) -> tuple[float, float] | None:
+        """The mean and sd over seeds; of one seed its number and half its 95 % interval over the text, or 0."""
+        values = self.values(metric, number)
+        if len(values) > 1:
+            return statistics.mean(values), statistics.stdev(values)
+        if not values:
+            return None
+        result = next(run.results[metric] for run in self.runs if metric in run.results)
+        low, high = result.intervals.get(number.category, {}).get(number.name) or (0.0, 0.0)
+        return values[0], max(high - low, 0.0) / 2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    systems: Sequence[System]
+    references: Sequence[System]
+    differences: Sequence[str]  # sentences
+
+    @property
+    def runs(self) -> list[Compared]:
+        return [run for system in self.systems for run in system.runs]
+
+    @property
+    def columns(self) -> list[tuple[str, Number]]:
+        """Of SUMMARY, what at least one run has."""
+        found = [(m, n) for m, name in SUMMARY for n in METRICS[m].numbers if n.name == name]
+        return [(m, n) for m, n in found if any(run.value(m, n) is not None for run in self.runs)]
+
+
+def compare(folders: Sequence[Path], mix: bool = False, references: bool = True) -> Comparison:
+    """Read the runs' results. Raises UsageError for runs without any, and, unless `mix`, for those that differ in more
+    than what was trained."""
+    if not folders:
+        raise UsageError("Name the runs to compare: sae compare runs/...")
+    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    if empty := [str(run.folder) for run in runs if not run.results]:
+        raise UsageError(f"{', '.join(empty)}: nothing was measured there yet. Run: sae evaluate {' '.join(empty)}")
+    differences = what_differs(runs)
+    if differences and not mix:
+        raise UsageError(
+            "These runs cannot be read beside each other:\n"
+            + "\n".join(differences)
+            + "\nCompare them apart, or with --mix."
+        )
+    beside = [System(run.name, [run]) for run in found_references(runs)] if references and not differences else []
+    return Comparison(systems_of(runs), beside, differences)
+
+
+def read_run(folder: Path) -> Compared:
+    if not (folder / "sae.json").exists():
+        raise UsageError(f"{folder} holds no trained SAE (no sae.json). Give run folders: sae compare runs/...")
+    origin = read_json(folder / "sae.json", "origin")["origin"]
+    run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    return Compared(folder.resolve().name, folder, origin, run, *results_of(folder))
+
+
+def results_of(folder: Path) -> tuple[dict[str, Result], dict[str, dict[str, Any]]]:
+    """Each metric's result file, and its settings."""
+    results, settings = {}, {}
+    for name in METRICS:
+        path = folder / "evaluations" / f"{name}.json"
+        if path.exists():
+            found = read_json(path, "eval_config", "eval_result_metrics", "eval_result_unstructured")
+            try:
+                more = found["eval_result_unstructured"]
+                results[name] = Result(
+                    found["eval_result_metrics"], intervals=more["intervals"], n=more["n"], flags=more["flags"]
+                )
+                settings[name] = dict(found["eval_config"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise DamagedError(f"{path} holds no result of {name}. Remove it and evaluate again.") from error
+    return results, settings
+
+
+def found_references(runs: Sequence[Compared]) -> list[Compared]:
+    """The identity, zero, PCA and random dictionaries that were measured on the runs' text and layer."""
+    from ..cache.layout import home
+
+    layer = runs[0].origin.get("layer")
+    settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
+    found = []
+    for folder in sorted((home() / "activations" / "evaluation" / "references").glob(f"*-L{layer}-*")):
+        results, theirs = results_of(folder)
+        fits = [m for m in results if m in settings and apart(theirs[m]) == apart(settings[m])]
+        if fits:
+            name = folder.name.split(f"-L{layer}-")[0]
+            found.append(Compared(name, folder, {}, {}, {m: results[m] for m in fits}, theirs, reference=True))
+    return found
+
+
+def apart(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the SAE's own digest."""
+    return {name: value for name, value in settings.items() if name != "weights"}
+
+
+def what_differs(runs: Sequence[Compared]) -> list[str]:
+    """One sentence for each thing, other than the training, that not all runs have the same."""
+    found = []
+    for name in ("model", "layer", "site"):
+        values = {
+            str(run.origin.get(name, {}) if name != "model" else run.origin.get("model", {}).get("name")): run
+            for run in runs
+        }
+        if len(values) > 1:
+            found.append(f"{name}: " + ", ".join(f"{value} ({run.name})" for value, run in values.items()))
+    for metric in METRICS:
+        measured = [run for run in runs if metric in run.settings]
+        for key in sorted({key for run in measured for key in apart(run.settings[metric])}):
+            values = {json.dumps(run.settings[metric].get(key)): run for run in measured}
+            if len(values) > 1:
+                shown = ", ".join(f"{value[:24]} ({run.name})" for value, run in values.items())
+                found.append(f"{metric}, {key}: {shown}")
+    return found
+
+
+def systems_of(runs: Sequence[Compared]) -> list[System]:
+    """Runs that differ in their seed alone, together; labels say what tells the systems apart."""
+    groups: dict[str, list[Compared]] = {}
+    for run in runs:
+        key = {k: v for k, v in run.run.items() if k != "seed"} or {"folder": str(run.folder)}
+        groups.setdefault(digest_of(key), []).append(run)
+    firsts = [group[0].run for group in groups.values()]
+    several = {
+        name for name in ("layer", "d_sae", "l0", "steps") if len({str(first.get(name)) for first in firsts}) > 1
+    }
+    labels = [label_of(group[0], several) for group in groups.values()]
+    return [
+        System(label if labels.count(label) == 1 else f"{label} {group[0].name[-6:]}", group)
+        for label, group in zip(labels, groups.values(), strict=True)
+    ]
+
+
+def label_of(run: Compared, several: set[str]) -> str:
+    """The variant, the options that were set, and which of layer, width, L0 and steps it has where those differ."""
+    if not run.run:
+        return run.name
+    kept = [
+        f"{name}={run.run[name]:g}"
+        for name in ("layer", "d_sae", "l0", "steps")
+        if name in several and run.run.get(name) is not None
+    ]
+    options = [f"{name}={value}" for name, value in run.run.get("options", {}).items()]
+    return " ".join([run.run.get("variant", run.name), *kept, *options])
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Heads, and a line for each system and then each reference."""
+    columns = comparison.columns
+    heads = ["system", *(headed(metric, number) for metric, number in columns)]
+    lines = []
+    for system in [*comparison.systems, *comparison.references]:
+        seeds = f" ({len(system.runs)} seeds)" if len(system.runs) > 1 else ""
+        found = [system.mean_and_spread(metric, number) for metric, number in columns]
+        cells = [with_spread(*at, n.form) if at else "" for at, (_, n) in zip(found, columns, strict=True)]
+        lines.append([system.label + seeds, *cells])
+    return heads, lines
+
+
+def headed(metric: str, number: Number) -> str:
+    """The number's head, under the name of its metric where its own does not say it."""
+    plain = metric.removesuffix("_stdlib")
+    words = ["stdlib"] * metric.endswith("_stdlib") + {"absorption": ["absorption"], "sparse_probing": ["probing"]}.get(
+        plain, []
+    )
+    return " ".join(words) + "\n" * bool(words) + head(number)
+
+
+def records(comparison: Comparison) -> list[dict[str, Any]]:
+    """Every number of every run, flat, by metric.category.name; with what the run is."""
+    about = ("variant", "layer", "seed", "d_sae", "l0", "steps")
+    return [
+        {"system": system.label, "run": run.name, **{name: run.run.get(name) for name in about}}
+        | {
+            f"{m}.{c}.{n}": v
+            for m, r in run.results.items()
+            for c, group in r.metrics.items()
+            for n, v in group.items()
+        }
+        for system in comparison.systems
+        for run in system.runs
+    ]
+
+
+def as_csv(comparison: Comparison) -> str:
+    lines = records(comparison)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def frontiers(comparison: Comparison) -> list[Chart]:
+    """Each column over L0: a series for each recipe, through its systems in the order of L0; references as points."""
+    l0 = next(n for n in METRICS[L0[0]].numbers if n.name == L0[1])
+    families = list(
+        dict.fromkeys(family(system, comparison) for system in [*comparison.systems, *comparison.references])
+    )
+    charts = []
+    for metric, number in comparison.columns:
+        if (metric, number.name) == L0:
+            continue
+        lines: dict[str, list[tuple[float, float, float, str]]] = {}
+        for system in [*comparison.systems, *comparison.references]:
+            x, y = system.mean_and_spread("core", l0), system.mean_and_spread(metric, number)
+            if x and y and x[0] > 0:
+                name = family(system, comparison)
+                lines.setdefault(name, []).append((x[0], *y, f"{system.label}: L0 {x[0]:.1f}, {y[0]:.4g}"))
+        series = [drawn(name, sorted(points), families.index(name)) for name, points in lines.items()]
+        title = headed(metric, number).split("\n0")[0].replace("\n", " ")
+        charts.append(Chart(title, "L0", title, series + published(comparison, metric, number), x_log=True))
+    return charts
+
+
+def drawn(name: str, points: Sequence[tuple[float, float, float, str]], look: int) -> Series:
+    x, y, spread, labels = zip(*points, strict=True)
+    return Series(name, x, y, "both" if len(points) > 1 else "points", spread, labels, look)
+
+
+def family(system: System, comparison: Comparison) -> str:
+    """The systems that one line goes through: those of a recipe and width, PCA of all ranks, random dictionaries of all L0."""
+    if system.runs[0].reference:
+        return system.label.split("-")[0]
+    run = system.runs[0].run
+    widths = {one.run.get("d_sae") for one in comparison.runs}
+    wide = f" {run['d_sae']}" if len(widths) > 1 and run.get("d_sae") else ""
+    return f"{run.get('variant', system.label)}{wide}"
+
+
+def published(comparison: Comparison, metric: str, number: Number) -> list[Series]:
+    """What others measured at the same place of the same model, where a number of the chart's kind was published."""
+    about = comparison.runs[0].origin
+    found = []
+    for one in tomllib.loads(PUBLISHED.read_text())["series"]:
+        here = (about.get("model", {}).get("name"), about.get("layer"), about.get("site", "resid_post"))
+        if (one["model"], one["layer"], "resid_post", one["metric"], one["number"]) == (*here, metric, number.name):
+            labels = [f"{one['name']}, published: L0 {x}, {y}" for x, y in one["points"]]
+            found.append(Series(f"{one['name']} (published)", *zip(*one["points"], strict=True), "both", labels=labels))
+    return found
+
+
+def curves(comparison: Comparison) -> list[Chart]:
+    """What training logged, over tokens: a line for each run. Of the explained variance what is missing to 1."""
+    logs = {run.name: logged(run.folder) for run in comparison.runs}
+    charts = []
+    for name, title in CURVES.items():
+        series = []
+        for look, (run, log) in enumerate(logs.items()):
+            points = [(line["tokens"], line[name]) for line in log if "tokens" in line and name in line]
+            y = [1 - value if name == "explained_variance" else value for _, value in points]
+            series.append(Series(run, [tokens for tokens, _ in points], y, "line", look=look))
+        if any(one.x for one in series):
+            charts.append(Chart(title, "tokens", title, series, y_log=name in LOGARITHMIC))
+    return charts
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; one that a kill cut off is left out."""
+    path = folder / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

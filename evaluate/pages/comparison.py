@@ -1,0 +1,34 @@
+"""The comparison of runs as a page."""
+
+from datetime import date
+from importlib.metadata import version
+
+from ..compare import Comparison, curves, frontiers, table
+from ..table import notes
+from .charts import key, svg
+from .page import page
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """HTML: the table, what differs, notes, the frontiers over L0 and the curves of training."""
+    heads, lines = table(comparison)
+    models = sorted({run.origin.get("model", {}).get("name", "?") for run in comparison.runs})
+    layers = sorted({run.origin.get("layer", -1) for run in comparison.runs})
+    over_l0, trained = frontiers(comparison), curves(comparison)
+    return page(
+        "compare.html",
+        "sort.js",
+        title=f"{len(comparison.runs)} SAEs of {', '.join(models)}, layer {', '.join(map(str, layers))}",
+        lead=f"{len(comparison.systems)} systems; {', '.join(sorted({m for run in comparison.runs for m in run.results}))}.",
+        heads=heads,
+        lines=lines,
+        systems=len(comparison.systems),
+        differences=comparison.differences,
+        frontiers=[(chart, svg(chart, legend=False)) for chart in over_l0],
+        frontier_key=key(over_l0),
+        curves=[(chart, svg(chart, legend=False)) for chart in trained],
+        curve_key=key(trained),
+        notes=notes(comparison.runs),
+        version=version("sae-pipeline"),
+        date=date.today().isoformat(),
+    )

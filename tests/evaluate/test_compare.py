@@ -1,0 +1,163 @@
+"""Runs side by side, from their files."""
+
+import csv
+import io
+import json
+import re
+import statistics
+
+import pytest
+from typer.testing import CliRunner
+
+from sae.cache.errors import DamagedError, UsageError
+from sae.cli import app
+from sae.evaluate.compare import as_csv, compare, curves, frontiers, records, table
+from sae.evaluate.pages.comparison import comparison_page
+
+MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
+
+
+def make_run(
+    home, variant="topk", seed=0, layer=12, l0=32.0, kl=0.9, model=MODEL, contexts=100, evaluated=True, **options
+):
+    name = f"{variant}-L{layer}-{len(list(home.glob('*')))}"
+    folder = home / name
+    (folder / "evaluations").mkdir(parents=True)
+    (folder / "sae.json").write_text(json.dumps({"origin": {"model": model, "layer": layer, "site": "resid_post"}}))
+    run = {"variant": variant, "seed": seed, "layer": layer, "d_sae": 512, "steps": 10, "options": options}
+    (folder / "run.json").write_text(json.dumps(run))
+    log = [
+        {"step": n, "tokens": 100 * n, "loss": 1 / n, "explained_variance": 1 - 1 / n, "l0": l0, "dead": 0}
+        for n in (1, 2)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step": 3, "tok')
+    if evaluated:
+        result = {
+            "eval_config": {"model": model["name"], "contexts": contexts, "weights": name},
+            "eval_result_metrics": {"sparsity": {"l0": l0}, "model_behavior_preservation": {"kl_div_score": kl}},
+            "eval_result_unstructured": {
+                "intervals": {"model_behavior_preservation": {"kl_div_score": [kl - 0.01, kl + 0.01]}},
+                "n": {"tokens": 5}, "flags": ["a <b>flag</b>"], "extra": None,
+            },
+        }  # fmt: skip
+        (folder / "evaluations" / "core.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_a_line_has_the_numbers_of_its_run(tmp_path):
+    heads, lines = table(compare([make_run(tmp_path)]))
+    assert [head.split("\n")[0] for head in heads] == ["system", "L0", "KL score ↑"]
+    assert lines == [["topk", "32.0", "0.9000 ±.0100"]]
+
+
+def test_seeds_become_mean_and_sd(tmp_path):
+    scores = [0.90, 0.93, 0.95]
+    found = compare([make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate(scores)])
+    assert len(found.systems) == 1
+    mean, spread = statistics.mean(scores), f"{statistics.stdev(scores):.4f}".removeprefix("0")
+    assert table(found)[1] == [["topk (3 seeds)", "32.0", f"{mean:.4f} ±{spread}"]]
+
+
+def test_systems_are_told_apart_by_what_differs(tmp_path):
+    runs = [make_run(tmp_path, k=16), make_run(tmp_path, k=64), make_run(tmp_path, "relu")]
+    assert [system.label for system in compare(runs).systems] == ["topk k=16", "topk k=64", "relu"]
+
+
+def test_one_folder_twice_is_one_run(tmp_path):
+    run = make_run(tmp_path)
+    assert len(compare([run, run]).runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"layer": 5}, "layer: 12 .*, 5 "),
+        ({"model": {"name": "gpt2", "revision": "1"}}, "model: gemma-2-mini .*, gpt2 "),
+        ({"contexts": 7}, "core, contexts: 100 .*, 7 "),
+    ],
+)
+def test_what_cannot_be_read_beside_each_other(tmp_path, other, said):
+    runs = [make_run(tmp_path), make_run(tmp_path, "relu", **other)]
+    with pytest.raises(UsageError, match=said) as refused:
+        compare(runs)
+    assert "--mix" in str(refused.value)
+    mixed = compare(runs, mix=True)
+    assert len(mixed.systems) == 2
+    assert any(re.search(said, sentence) for sentence in mixed.differences)
+
+
+def test_runs_that_were_not_evaluated(tmp_path):
+    with pytest.raises(UsageError, match="sae evaluate"):
+        compare([make_run(tmp_path, evaluated=False)])
+    with pytest.raises(UsageError, match="sae.json"):
+        compare([tmp_path / "nowhere"])
+    with pytest.raises(UsageError, match="Name the runs"):
+        compare([])
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"eval_config": 1, "eval_result_metrics": {}, "eval_result_unstructured": []}']
+)
+def test_a_damaged_result_is_named(tmp_path, content):
+    run = make_run(tmp_path)
+    (run / "evaluations" / "core.json").write_text(content)
+    with pytest.raises(DamagedError, match="core.json"):
+        compare([run])
+
+
+def test_a_line_goes_through_the_systems_of_a_recipe_in_the_order_of_l0(tmp_path):
+    runs = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((64, 0.97), (16, 0.9), (32, 0.95))]
+    (chart,) = frontiers(compare([*runs, make_run(tmp_path, "relu", l0=80.0)]))
+    assert [(one.name, list(one.x), list(one.y)) for one in chart.series] == [
+        ("topk", [16, 32, 64], [0.9, 0.95, 0.97]),
+        ("relu", [80], [0.9]),
+    ]
+
+
+def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
+    gemma = {"name": "google/gemma-2-2b", "revision": "1"}
+
+    def absorbed(**where):
+        run = make_run(tmp_path, **where)
+        result = json.loads((run / "evaluations" / "core.json").read_text())
+        result["eval_result_metrics"] = {"mean": {"mean_full_absorption_score": 0.1}}
+        (run / "evaluations" / "absorption.json").write_text(json.dumps(result))
+        chart = next(chart for chart in frontiers(compare([run])) if "absorption" in chart.title)
+        return [(x, y) for one in chart.series if "published" in one.name for x, y in zip(one.x, one.y, strict=True)]
+
+    assert (85.3, 0.109) in absorbed(model=gemma)
+    assert not absorbed(model=gemma, layer=5)
+    assert not absorbed()
+
+
+def test_curves_show_what_was_logged_and_skip_a_torn_line(tmp_path):
+    found = {chart.title: chart.series[0] for chart in curves(compare([make_run(tmp_path)]))}
+    assert list(found["variance unexplained"].x) == [100, 200]
+    assert list(found["variance unexplained"].y) == [1, 0.5]
+    assert list(found["L0"].y) == [32, 32]
+
+
+def test_csv_reads_back(tmp_path):
+    found = compare([make_run(tmp_path), make_run(tmp_path, "relu", kl=0.5)])
+    lines = list(csv.DictReader(io.StringIO(as_csv(found))))
+    expected = [{k: "" if v is None else str(v) for k, v in record.items()} for record in records(found)]
+    assert lines == expected
+    assert [line["core.model_behavior_preservation.kl_div_score"] for line in lines] == ["0.9", "0.5"]
+
+
+def test_the_page_holds_the_table_and_escapes_what_is_not_ours(tmp_path):
+    html = comparison_page(compare([make_run(tmp_path, "</script><b>")]))
+    assert "0.9000 ±.0100" in html
+    assert "</script><b>" not in html and "<b>flag" not in html
+
+
+def test_the_command(tmp_path):
+    runs = [str(make_run(tmp_path)), str(make_run(tmp_path, "relu"))]
+    outs = [str(tmp_path / "out" / f"all.{ending}") for ending in ("html", "csv", "json")]
+    done = CliRunner().invoke(app, ["compare", *runs, *(part for out in outs for part in ("--out", out))])
+    assert done.exit_code == 0, done.output
+    assert "relu" in done.output
+    assert len(json.loads((tmp_path / "out" / "all.json").read_text())) == 2
+    assert (tmp_path / "out" / "all.html").read_text().startswith("<!doctype html>")
+    refused = CliRunner().invoke(app, ["compare", *runs, "--out", "all.xlsx"])
+    assert refused.exit_code == 2 and ".html, .csv, .json" in refused.output
