@@ -21,6 +21,10 @@ def compare(
     plots: Annotated[
         Path | None, typer.Option(help="Folder for the plots by matplotlib, as .svg and .png, for papers.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A system of the table: what the others have more, paired by seed, with intervals."),
+    ] = None,
     mix: Annotated[
         bool, typer.Option("--mix", help="Also runs of other models, layers, texts or settings; says what differs.")
     ] = False,
@@ -42,6 +46,8 @@ def compare(
     for difference in found.differences:
         echo(f"differs  {difference}")
     show_table(f"{len(found.runs)} runs, {len(found.systems)} systems", *comparing.table(found))
+    if against is not None:
+        show_table(f"against {against}, paired by seed", *comparing.paired_table(found, against))
     for path in out or []:
         make_folder(path.parent)
         if path.suffix == ".csv":
@@ -52,7 +58,7 @@ def compare(
             from .evaluate.pages.comparison import comparison_page
             from .evaluate.pages.page import write_page
 
-            write_page(path, comparison_page(found))
+            write_page(path, comparison_page(found, against))
         echo(f"written  {path}")
     if plots is not None:
         from .evaluate.pages.charts import save

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cache.errors import DamagedError, UsageError
+from ..cache.errors import DamagedError, UsageError, did_you_mean
 from ..cache.files import digest_of, read_json
 from .metric import Number, Result
 from .pages.charts import Chart, Series
 from .run import METRICS
-from .table import head, value_of, with_spread
+from .table import head, paired, value_of, with_spread
 
 L0 = ("core", "l0")
 SUMMARY = (  # metric and number: the columns of the table, and what is drawn over L0
@@ -233,6 +233,30 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         cells = [with_spread(*at, n.form) if at else "" for at, (_, n) in zip(found, columns, strict=True)]
         lines.append([system.label + seeds, *cells])
     return heads, lines
+
+
+def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[list[str]]]:
+    """What each system has more than the one labelled `against`, in runs of the same seed: the mean difference, and half
+    its 95 % interval by Student's t. Raises UsageError when there is no such system, or no two seeds in common."""
+    base = next((system for system in comparison.systems if system.label == against), None)
+    labels = [system.label for system in comparison.systems]
+    if base is None:
+        raise UsageError(f"There is no system {against} here{did_you_mean(against, labels)}: {', '.join(labels)}.")
+    first = {run.run.get("seed"): run for run in base.runs}
+    lines = []
+    for system in comparison.systems:
+        pairs = [(run, first[seed]) for run in system.runs if (seed := run.run.get("seed")) in first]
+        if system is not base and len(pairs) > 1:
+            cells = [
+                paired([p for p in pairs if m in p[0].results and m in p[1].results], m, n)
+                for m, n in comparison.columns
+            ]
+            lines.append([f"{system.label} ({len(pairs)} seeds)", *cells])
+    if not lines:
+        raise UsageError(
+            f"No system has two seeds in common with {against}; train more with --seed 0 --seed 1 --seed 2."
+        )
+    return [f"minus {against}", *(headed(metric, number) for metric, number in comparison.columns)], lines
 
 
 def headed(metric: str, number: Number) -> str:

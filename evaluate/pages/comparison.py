@@ -3,14 +3,14 @@
 from datetime import date
 from importlib.metadata import version
 
-from ..compare import Comparison, curves, frontiers, table
+from ..compare import Comparison, curves, frontiers, paired_table, table
 from ..table import notes
 from .charts import key, svg
 from .page import page
 
 
-def comparison_page(comparison: Comparison) -> str:
-    """HTML: the table, what differs, notes, the frontiers over L0 and the curves of training."""
+def comparison_page(comparison: Comparison, against: str | None = None) -> str:
+    """HTML: the table, the paired differences to the system `against`, what else differs, notes, the frontiers over L0 and the curves of training."""
     heads, lines = table(comparison)
     models = sorted({run.origin.get("model", {}).get("name", "?") for run in comparison.runs})
     layers = sorted({run.origin.get("layer", -1) for run in comparison.runs})
@@ -22,6 +22,7 @@ def comparison_page(comparison: Comparison) -> str:
         lead=f"{len(comparison.systems)} systems; {', '.join(sorted({m for run in comparison.runs for m in run.results}))}.",
         heads=heads,
         lines=lines,
+        paired=paired_table(comparison, against) if against else None,
         systems=len(comparison.systems),
         differences=comparison.differences,
         frontiers=[(chart, svg(chart, legend=False)) for chart in over_l0],

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sae.cache.errors import DamagedError, UsageError
 from sae.cli import app
-from sae.evaluate.compare import as_csv, compare, curves, frontiers, records, table
+from sae.evaluate.compare import as_csv, compare, curves, frontiers, paired_table, records, table
 from sae.evaluate.pages.comparison import comparison_page
 
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
@@ -61,6 +61,21 @@ def test_seeds_become_mean_and_sd(tmp_path):
 def test_systems_are_told_apart_by_what_differs(tmp_path):
     runs = [make_run(tmp_path, k=16), make_run(tmp_path, k=64), make_run(tmp_path, "relu")]
     assert [system.label for system in compare(runs).systems] == ["topk k=16", "topk k=64", "relu"]
+
+
+def test_paired_differences_are_of_the_same_seed(tmp_path):
+    base = [make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate([0.90, 0.80, 0.70])]
+    other = [make_run(tmp_path, "relu", seed=seed, kl=kl) for seed, kl in ((2, 0.71), (1, 0.82), (0, 0.93))]
+    alone = make_run(tmp_path, "gated", seed=7)
+    found = compare([*base, *other, alone])
+    heads, lines = paired_table(found, "topk")
+    assert heads[0] == "minus topk"
+    assert lines == [["relu (3 seeds)", "0.0", "0.0200 ±.0248"]]  # of 0.03, 0.02 and 0.01: 4.303 x 0.01 / sqrt(3)
+    assert "minus topk" in comparison_page(found, "topk")
+    with pytest.raises(UsageError, match="did you mean topk"):
+        paired_table(found, "topq")
+    with pytest.raises(UsageError, match="two seeds"):
+        paired_table(found, "gated")
 
 
 def test_one_folder_twice_is_one_run(tmp_path):
