@@ -10,6 +10,7 @@ import typer
 from .cli_cache import cache_app
 from .cli_compare import compare
 from .cli_harvest import run_harvest
+from .cli_reproduce import reproduce
 from .terminal import bar, echo, show_table, spoken
 
 app = typer.Typer(
@@ -316,6 +317,7 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
 
 
 app.command()(compare)
+app.command()(reproduce)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..cache.errors import DamagedError, UsageError, did_you_mean
 from ..cache.files import digest_of, read_json
-from .metric import Number, Result
+from .metric import RECORDED, Number, Result
 from .pages.charts import Chart, Series
 from .run import METRICS
 from .table import head, paired, value_of, with_spread
@@ -139,11 +139,15 @@ def results_of(folder: Path) -> tuple[dict[str, Result], dict[str, dict[str, Any
     for name in METRICS:
         path = folder / "evaluations" / f"{name}.json"
         if path.exists():
-            found = read_json(path, "eval_config", "eval_result_metrics", "eval_result_unstructured")
+            found = read_json(path, *RECORDED)
             try:
                 more = found["eval_result_unstructured"]
                 results[name] = Result(
-                    found["eval_result_metrics"], intervals=more["intervals"], n=more["n"], flags=more["flags"]
+                    found["eval_result_metrics"],
+                    found["eval_result_details"],
+                    more["intervals"],
+                    more["n"],
+                    more["flags"],
                 )
                 settings[name] = dict(found["eval_config"])
             except (KeyError, TypeError, ValueError) as error:

@@ -35,6 +35,7 @@ def make_run(
         result = {
             "eval_config": {"model": model["name"], "contexts": contexts, "weights": name},
             "eval_result_metrics": {"sparsity": {"l0": l0}, "model_behavior_preservation": {"kl_div_score": kl}},
+            "eval_result_details": [],
             "eval_result_unstructured": {
                 "intervals": {"model_behavior_preservation": {"kl_div_score": [kl - 0.01, kl + 0.01]}},
                 "n": {"tokens": 5}, "flags": ["a <b>flag</b>"], "extra": None,
@@ -111,7 +112,12 @@ def test_runs_that_were_not_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"eval_config": 1, "eval_result_metrics": {}, "eval_result_unstructured": []}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"eval_config": 1, "eval_result_metrics": {}, "eval_result_details": [], "eval_result_unstructured": []}',
+    ],
 )
 def test_a_damaged_result_is_named(tmp_path, content):
     run = make_run(tmp_path)

@@ -1,0 +1,288 @@
+"""A paper's claims beside what was measured of its systems, with the gates that stand before any verdict."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from .claims import Claim, Paper, System
+from .compare import Compared, logged
+from .metric import Result
+from .pages.charts import Chart, Series
+from .verdict import Verdict, label_of, measured, of_all, verdict
+
+ALIVE = 0.10  # share of latents that fire, at least: under it the numbers are those of a collapsed SAE
+LIKE_TRAINED = 0.10  # by which the explained variance of held-out text may differ from that of the last steps
+STAND_INS = ("sparse_probing", "scr")  # metrics that have a `_stdlib` one, which reads no dataset of the Hub
+SCALARS = {  # of each paper's mechanisms, drawn over training in the place of its figures
+    "000": ("utilisation", "contrast", "tau", "lambda"),
+    "001": ("T", "rho", "enabled"),
+    "002": ("competition_strength", "pairs_above", "mean_coefficient"),
+    "003": ("tau", "mean_correlation"),
+    "004": ("alpha", "resampled", "merged", "stability"),
+}
+EVERYWHERE = ("explained_variance", "l0")
+KS = (1, 2, 5, 10, 20, 50)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of one of the paper's systems, and why nothing can be said of it, if so."""
+
+    system: str
+    recipe: str
+    run: Compared
+    log: Sequence[Mapping[str, float]]
+
+    @property
+    def layer(self) -> int:
+        return self.run.run["layer"]
+
+    @property
+    def seed(self) -> int:
+        return self.run.run["seed"]
+
+    def broken(self) -> list[str]:
+        """The gates that the run does not pass, in sentences."""
+        record, core = self.run.run, self.run.results.get("core")
+        wrong = []
+        done = int(self.log[-1]["step"]) if self.log else 0
+        if record["steps"] < 1 or done < record["steps"]:
+            wrong.append(f"it made {done:,} of {record['steps']:,} steps")
+        warmup = record.get("resolved", {}).get("warmup")
+        if warmup is not None and warmup > done:
+            wrong.append(f"its learning rate never came to its peak: {warmup:,} steps of warm-up")
+        if core is not None:
+            alive = core.metrics.get("misc_metrics", {}).get("frac_alive", 1.0)
+            if alive < ALIVE:
+                wrong.append(f"{1 - alive:.0%} of its latents are dead")
+            trained, found = self.log[-1].get("explained_variance") if self.log else None, explained(core)
+            if trained is not None and found is not None and abs(found - trained) > LIKE_TRAINED:
+                wrong.append(f"it explains {found:.3f} of the held-out text's variance, and {trained:.3f} in training")
+        return wrong
+
+
+def explained(core: Result) -> float | None:
+    """The share of variance that training logs, too: 1 - the summed squared error over the summed squared deviation."""
+    return core.metrics.get("reconstruction_quality", {}).get("fve")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A claim, what was measured in its place, and the verdict."""
+
+    claim: Claim
+    measured: str
+    seeds: int
+    verdict: Verdict
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    paper: Paper
+    runs: Sequence[Trained]
+    rows: Sequence[Row]
+    on_paper_model: bool
+
+    @property
+    def counts(self) -> dict[Verdict, int]:
+        found = [row.verdict for row in self.rows]
+        return {one: found.count(one) for one in dict.fromkeys(found)}
+
+    @property
+    def broken(self) -> list[tuple[str, str]]:
+        """Runs that do not pass the gates, and why."""
+        return [(one.run.name, "; ".join(wrong)) for one in self.runs if (wrong := one.broken())]
+
+
+def trained(system: str, recipe: str, run: Compared) -> Trained:
+    return Trained(system, recipe, run, logged(run.folder))
+
+
+def report(paper: Paper, runs: Sequence[Trained], on_paper_model: bool) -> Report:
+    """Every claim of the paper, in its order. Runs that do not pass the gates count as not measured."""
+    sound = [run for run in runs if not run.broken()]
+    return Report(paper, runs, [row_of(claim, paper, sound, on_paper_model) for claim in paper.claims], on_paper_model)
+
+
+def row_of(claim: Claim, paper: Paper, runs: Sequence[Trained], on_paper_model: bool) -> Row:
+    """The verdict over every layer and recipe of the claim's systems."""
+    notes, verdicts, shown, seeds = [], [], [], []
+    for layer in layers_of(claim, runs, on_paper_model):
+        here = [run for run in runs if run.layer == layer]
+        for own in recipes_of(claim.system, paper):
+            for other in recipes_of(claim.against, paper) if claim.against else [""]:
+                values = {
+                    claim.system: by_seed(claim, claim.system, own, here, on_paper_model),
+                    claim.against: by_seed(claim, claim.against, other, here, on_paper_model) if claim.against else {},
+                }
+                inconsistent = paper.inconsistent(claim)
+                verdicts.append(verdict(claim, values, on_paper_model=on_paper_model, inconsistent=inconsistent))
+                if found := list(values[claim.system].values()):
+                    beside = list(values[claim.against].values()) if claim.against else []
+                    shown.append((found, beside))
+                    seeds.append(len(found))
+    if not verdicts:
+        verdicts = ["paper inconsistent" if paper.inconsistent(claim) else "not measured"]
+    layers = layers_of(claim, runs, on_paper_model)
+    if shown and not set(layers) & set(claim.layers):
+        notes.append(f"layer {', '.join(map(str, layers))} in the place of {', '.join(map(str, claim.layers))}")
+    if shown and stands_in(claim, runs, on_paper_model):
+        notes.append("on the stand-in of the standard library")
+    if claim.why:
+        notes.append(claim.why)
+    return Row(claim, as_text(claim, shown), min(seeds, default=0), of_all(verdicts), notes)
+
+
+def layers_of(claim: Claim, runs: Sequence[Trained], on_paper_model: bool) -> list[int]:
+    """The claim's layers that were trained; off the paper's model, where none was, those that were."""
+    there = sorted({run.layer for run in runs})
+    claimed = [layer for layer in there if layer in claim.layers]
+    return claimed if claimed or on_paper_model else there
+
+
+def recipes_of(system: str, paper: Paper) -> Sequence[str]:
+    """Those of a system; of the language model by itself one that stands for any run."""
+    return paper.systems[system].recipes or ("",) if system else ()
+
+
+def by_seed(claim: Claim, system: str, recipe: str, runs: Sequence[Trained], on_paper_model: bool) -> dict[int, float]:
+    """The claim's metric in the runs of a system and recipe; without a recipe, of the model, in whichever run has it."""
+    found: dict[int, float] = {}
+    for run in runs:
+        if (recipe and (run.system, run.recipe) != (system, recipe)) or run.seed in found:
+            continue
+        value = measured(claim, results_of(run, on_paper_model), run.log)
+        if value is not None:
+            found[run.seed] = value
+    return found
+
+
+def results_of(run: Trained, on_paper_model: bool) -> dict[str, Result]:
+    """The run's results; off the paper's model a stand-in takes the place of what was not measured."""
+    results = dict(run.run.results)
+    if not on_paper_model:
+        for name in STAND_INS:
+            if name not in results and f"{name}_stdlib" in results:
+                results[name] = results[f"{name}_stdlib"]
+    return results
+
+
+def stands_in(claim: Claim, runs: Sequence[Trained], on_paper_model: bool) -> bool:
+    name = claim.metric.split(".")[0]
+    return not on_paper_model and name in STAND_INS and not any(name in run.run.results for run in runs)
+
+
+def as_text(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
+    """The mean and sd over seeds, beside the other system's where there is one; of several recipes or layers the range."""
+    if not shown:
+        return ""
+    scale = 100 if claim.unit in ("%", "pp") and not (claim.unit == "%" and claim.is_change) else 1
+    sign = " %" if scale == 100 else ""
+
+    def spoken(values: Sequence[float]) -> str:
+        spread = f" ± {scale * stdev(values):.2g}" if len(values) > 1 else ""
+        return f"{scale * mean(values):.4g}{spread}{sign}"
+
+    if len(shown) == 1:
+        own, other = shown[0]
+        return spoken(own) + (f" and {spoken(other)}" if other else "")
+    means = [scale * mean(own) for own, _ in shown]
+    return f"{min(means):.4g} to {max(means):.4g}{sign} over {len(shown)}"
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def figures(found: Report) -> list[Chart]:
+    """What the paper's figures show, of the runs: its mechanisms over training, and probing over k where it was measured.
+
+    A line is the mean over the seeds of one recipe, at the first layer.
+    """
+    groups = grouped(found)
+    charts = []
+    for name in (*SCALARS.get(found.paper.number, ()), *EVERYWHERE):
+        series = [
+            Series(label, *curve(runs, name), "line", look=look) for look, (label, runs) in enumerate(groups.items())
+        ]
+        if series := [one for one in series if one.x]:
+            charts.append(Chart(name.replace("_", " "), "tokens", name.replace("_", " "), series))
+    series = []
+    for look, (label, runs) in enumerate(groups.items()):
+        points = [(k, value) for k in KS if (value := probing(runs, k, found.on_paper_model)) is not None]
+        if points:
+            series.append(Series(label, *zip(*points, strict=True), "both", look=look))
+    if series:
+        charts.append(Chart("sparse probing", "latents", "test accuracy", series, x_log=True))
+    return charts
+
+
+def grouped(found: Report) -> dict[str, list[Trained]]:
+    """The runs of each recipe at the first layer."""
+    first = min((run.layer for run in found.runs), default=0)
+    groups: dict[str, list[Trained]] = {}
+    for run in found.runs:
+        if run.layer == first:
+            groups.setdefault(run.recipe, []).append(run)
+    return groups
+
+
+def curve(runs: Sequence[Trained], name: str) -> tuple[list[float], list[float]]:
+    """Tokens, and the mean over runs of a logged scalar."""
+    values: dict[float, list[float]] = {}
+    for run in runs:
+        for line in run.log:
+            if name in line and "tokens" in line:
+                values.setdefault(line["tokens"], []).append(line[name])
+    return list(values), [mean(at) for at in values.values()]
+
+
+def probing(runs: Sequence[Trained], k: int, on_paper_model: bool) -> float | None:
+    name = f"sae_top_{k}_test_accuracy"
+    found = [results_of(run, on_paper_model).get("sparse_probing") for run in runs]
+    values = [value for one in found if one and (value := one.metrics.get("sae", {}).get(name)) not in (None, -1)]
+    return mean(values) if values else None
+
+
+def letters(found: Report) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: the absorption of each first letter in each recipe, the mean over seeds in %."""
+    groups = grouped(found)
+    rates: dict[str, dict[str, list[float]]] = {}
+    for label, runs in groups.items():
+        for letter, rate in (pair for run in runs for pair in rates_of(run.run.results.get("absorption"))):
+            rates.setdefault(letter, {}).setdefault(label, []).append(rate)
+    shown = [label for label in groups if any(label in by_recipe for by_recipe in rates.values())]
+    lines = [
+        [letter, *(f"{100 * mean(r[one]):.1f}" if one in r else "" for one in shown)]
+        for letter, r in sorted(rates.items())
+    ]
+    return ["letter", *shown], lines
+
+
+def rates_of(result: Result | None) -> Iterator[tuple[str, float]]:
+    for entry in result.details if result else ():
+        rate: Any = entry.get("absorption_rate", entry.get("full_absorption_rate"))
+        if rate not in (None, -1):
+            yield label_of(entry), rate
+
+
+def unreported(found: Report) -> tuple[list[str], list[list[str]]]:
+    """What the paper measures without giving a number: heads, and a line each, with ours of every recipe, mean and sd."""
+    groups = grouped(found)
+    lines = []
+    for one in found.paper.unreported:
+        claim = Claim(id="", where="", quote=one.quote, value=0.0, metric=one.metric)
+        cells = []
+        for runs in groups.values():
+            values = [measured(claim, results_of(run, found.on_paper_model), run.log) for run in runs]
+            kept = [value for value in values if value is not None]
+            cells.append(as_text(claim, [(kept, [])]) if kept else "")
+        lines.append([one.what, one.metric, *cells])
+    return ["what", "metric", *groups], lines
+
+
+def described(system: System) -> str:
+    """A system as recipes and the options that it sets."""
+    options = "".join(f" {name}={value}" for name, value in system.options.items())
+    return (", ".join(system.recipes) or "the language model") + options
