@@ -1,5 +1,6 @@
 """What a claim's metric was in a run, and the verdict on the claim over the seeds."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -122,8 +123,8 @@ def changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % of the mean, by Student's t; None of fewer than two."""
-    if len(values) < 2:
+    """95 % of the mean, by Student's t; None of fewer than two, and where a number is infinite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return mean(values) - half, mean(values) + half
