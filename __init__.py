@@ -6,16 +6,20 @@
     evaluate/   SAE + model -> numbers, tables, pages
     cli.py      `sae harvest`, `sae train`, `sae evaluate`, `sae demo`
 
-Public from Python: `sae.open_cache(folder)`, `sae.load_sae(run)`.
+Public from Python: `sae.open_cache(folder)`, `sae.load_sae(run)`, `sae.evaluate_saes({name: sae}, cache=..., layer=...)`.
 """
 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_sae", "open_cache"]
+__all__ = ["evaluate_saes", "load_sae", "open_cache"]
 
 
 def __getattr__(name: str) -> Any:  # so that `sae --help` does not wait for torch
+    if name == "evaluate_saes":
+        from .evaluate.run import evaluate_saes
+
+        return evaluate_saes
     if name == "load_sae":
         from .train.sae import load_sae
 

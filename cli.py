@@ -9,6 +9,7 @@ import typer
 
 from .cli_cache import cache_app
 from .cli_compare import compare
+from .cli_evaluate import next_evaluate, run_evaluate
 from .cli_harvest import run_harvest
 from .cli_reproduce import reproduce
 from .terminal import bar, echo, show_table, spoken
@@ -255,6 +256,12 @@ def evaluate(
         str, typer.Option(help="Definitions: 0.6.0 (SAEBench now) or 2024-12 (behind the papers).")
     ] = "0.6.0",
     model: Annotated[str | None, typer.Option(help="Refuse runs of another model.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Whose held-out text is read, of the runs' model. Default: the cache that they were trained on."
+        ),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="metric.option=value. Repeats.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with datasets: <name on the Hub>/<split>.jsonl or .parquet.")
@@ -266,54 +273,18 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="What the model computes in: auto, bfloat16, float32.")] = "auto",
     device: Device = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Runs -> numbers: splice each SAE into the model and measure what it costs, on held-out text."""
     from .evaluate.run import Request
 
     request = Request(
-        runs=runs,
-        suite=suite,
-        tokens=tokens,
-        mode=mode,
-        model=model,
-        options=set_ or [],
-        data=data,
-        force=force,
-        references=references,
-        device=device,
-        dtype=dtype,
-    )
-    run_evaluate(request, json_)
-
-
-def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
-    import json
-
-    from .cache.errors import OutsideError
-    from .evaluate.run import SUITES, flat, unfinished
-    from .evaluate.run import evaluate as measure
-    from .evaluate.table import notes, tables
-
-    started = time.monotonic()
-    for folder in unfinished(request.runs):
-        echo(f"skipped  {folder} is not trained to its end: sae train --resume {quote(str(folder))}")
-    rows = measure(request, lambda metric: bar(f"evaluate {metric}", ""))
-    if as_json:
-        typer.echo(json.dumps([flat(row) for row in rows], indent=2))
-    else:
-        for title, heads, lines in tables(rows):
-            show_table(title, heads, lines)
-        for note in notes(rows):
-            echo(f"note     {note}")
-    failures = {
-        (metric, str(error)): error for row in rows if not row.subject.reference for metric, error in row.failed.items()
-    }
-    for metric, sentence in failures:
-        echo(f"not run  {metric}: {sentence}")
-    echo(f"done     in {time.monotonic() - started:.0f} s; runs/*/evaluations/*.json hold everything")
-    if any(request.suite not in SUITES or not isinstance(error, OutsideError) for error in failures.values()):
-        raise typer.Exit(1)
-    return rows
+        runs=runs, suite=suite, tokens=tokens, mode=mode, model=model, cache=cache, options=set_ or [], data=data, force=force,
+        references=references, device=device, dtype=dtype,
+    )  # fmt: skip
+    rows = run_evaluate(request, json_, dry_run)
+    if rows and (command := next_evaluate(request)):
+        echo(f"next     {command}")
 
 
 app.command()(compare)

@@ -14,7 +14,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,8 @@ FIRINGS_AT_ONCE = 20_000_000
 SEED = 42
 QUESTIONS_AT_ONCE = 10
 UNEXPLAINED = "{explanation}"
+FIRST: list[Message] = [{"role": "user", "content": "Reply with None, and with nothing else."}]
+FIRST_WAITS = (1,)  # seconds: who is there answers
 
 EXPLAIN = """\
 You study one latent of a sparse autoencoder that was trained on a language model. You get numbered passages of text on \
@@ -87,6 +89,18 @@ class Autointerp(Metric):
     def settings(self, bench: Bench) -> dict[str, Any]:
         return {**super().settings(bench), **bench.text}
 
+    def check(self) -> None:
+        """Ask the judge one small question, so that a wrong key or endpoint is known before anything is measured."""
+        self.check_numbers()
+        if (judge := self.judge()) is not None:
+            (replace(judge, waits=FIRST_WAITS) if isinstance(judge, Endpoint) else judge).ask(FIRST)
+
+    def check_numbers(self) -> None:
+        if min(self.latents, self.tokens) < 1 or self.context <= 2 * BUFFER:
+            raise UsageError(
+                f"autointerp.latents and autointerp.tokens have to be 1 or more, autointerp.context more than {2 * BUFFER}."
+            )
+
     def judge(self) -> Judge | None:
         if not self.endpoint:
             return None
@@ -98,10 +112,7 @@ class Autointerp(Metric):
 
     @torch.no_grad()
     def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:
-        if min(self.latents, self.tokens) < 1 or self.context <= 2 * BUFFER:
-            raise UsageError(
-                f"autointerp.latents and autointerp.tokens have to be 1 or more, autointerp.context more than {2 * BUFFER}."
-            )
+        self.check_numbers()
         judge = self.judge()
         rows_RS = packed_contexts(bench, self.context)[: max(1, self.tokens // self.context)]
         if not len(rows_RS):

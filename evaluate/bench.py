@@ -1,6 +1,9 @@
 """What every metric measures with: the model, its tokenizer, text, and a shelf for what no SAE changes."""
 
+import contextlib
 import hashlib
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from ..cache.errors import DamagedError
 from ..cache.files import digest_of, publish, read_json, write_json
 from ..harvest.model import LanguageModel
 
+STRAY = 3600  # seconds without a write, after which what a dead process left half-written is removed
 FORMAT = 1  # of what stands on the shelf: raised when how any of it is made changes
 
 
@@ -37,7 +41,8 @@ class Batch:
 class Shelf:
     """What does not depend on an SAE, kept on the disk under a digest of everything that it does depend on.
 
-    A file that is cut off or of another checksum is made again.
+    A file that is cut off or of another checksum is made again. Several processes may use it at once: each writes under
+    a name of its own, and what is renamed last stays.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,6 +78,31 @@ class Shelf:
         return None
 
 
+def sweep(folder: Path) -> int:
+    """Remove what killed processes left half-written in a folder that has no lock; returns how many files.
+
+    A process of another machine may be writing there under a number that is dead here, so a fresh file stays.
+    """
+    strays = 0
+    for path in folder.glob("**/*.tmp-*"):
+        with contextlib.suppress(OSError):  # another process has just finished or swept it
+            number = path.suffix.removeprefix(".tmp-")
+            if number.isdecimal() and not alive(int(number)) and time.time() - path.stat().st_mtime > STRAY:
+                path.unlink()
+                strays += 1
+    return strays
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 @dataclass(frozen=True)
 class Bench:
     """The model and the held-out text; `skip` are the ids that no number is taken at (pad, eos, bos).
@@ -81,7 +111,7 @@ class Bench:
     is a folder where a dataset is looked for before the Hub: <data>/<name on the Hub>/<split>.jsonl or .parquet.
     """
 
-    model: LanguageModel
+    load: Callable[[], LanguageModel]  # may be asked again and again, and gives the same one
     tokenizer: Any
     contexts: Contexts
     skip: list[int]
@@ -90,6 +120,13 @@ class Bench:
     text: dict[str, Any]
     shelf: Shelf
     data: Path | None = None
+    device: str = "cpu"  # where the model computes
+    config: Any = None  # of the model
+
+    @property
+    def model(self) -> LanguageModel:
+        """Loaded when it is first needed: what was measured before can be read without."""
+        return self.load()
 
     @property
     def settings(self) -> dict[str, Any]:

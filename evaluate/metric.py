@@ -4,11 +4,12 @@ A metric is one file of the same shape. Whatever the number of SAEs, it runs the
 """
 
 import contextlib
+import copy
 import math
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import Tensor
 
 from ..cache.errors import DamagedError, SaeError, UsageError
-from ..cache.files import digest_of, make_folder, read_json, write_json
+from ..cache.files import digest_of, make_folder, outside, read_json, write_json
 from .bench import Bench
 
 MODES = ("0.6.0", "2024-12")  # SAEBench now, and the one behind the five papers' numbers
@@ -66,22 +67,24 @@ class Number:
 
 @dataclass(frozen=True)
 class Result:
-    """Category -> name -> number, and one entry per latent, letter or dataset; -1 where a number does not exist.
+    """Category -> name -> number, and one entry per latent, letter or dataset; None where a number does not exist.
 
     `intervals` has the shape of `metrics`: 95 %, [low, high]. `flags` are sentences about numbers that mean less than
     they seem to. `n` says what was counted. `extra` is whatever else a metric keeps.
     """
 
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
     details: list[dict[str, Any]] = field(default_factory=list)
-    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
     n: dict[str, int] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     extra: Any = None
 
     @classmethod
-    def of(cls, metrics: dict[str, dict[str, float]], details: list[dict[str, Any]] | None = None, **more: Any) -> Self:
-        """NaN and infinity become -1, as in SAEBench's files: fresh and read results then look the same."""
+    def of(
+        cls, metrics: Mapping[str, Mapping[str, float | None]], details: list[dict[str, Any]] | None = None, **more: Any
+    ) -> Self:
+        """NaN and infinity become None: fresh and read results then look the same."""
         return cls(*without_nan([metrics, details or []]), **without_nan(more))
 
 
@@ -107,6 +110,9 @@ class Metric(ABC):
         """
         return {**asdict(self), "definition": self.definition, **bench.settings}  # type: ignore[call-overload]
 
+    def check(self) -> None:  # noqa: B027  (most have nothing to check)
+        """Raises SaeError at once for what would be refused after hours: settings, or a judge that does not answer."""
+
     @abstractmethod
     def measure(self, bench: Bench, subjects: Sequence[Subject], progress: Progress) -> list[Outcome]:
         """Evaluate every subject on the same text. Raises SaeError when the bench cannot serve this metric."""
@@ -119,52 +125,70 @@ def result_file(folder: Path, metric: Metric) -> Path:
 def write_result(
     folder: Path, metric: Metric, settings: Mapping[str, Any], result: Result, run: Mapping[str, Any]
 ) -> None:
-    """One file per run and metric, with SAEBench's envelope."""
+    """One file per run and metric, with SAEBench's envelope. As in its files, -1 stands for a number that does not exist;
+    since a number can be -1 too, `absent` says where.
+    """
+    ours = {"metrics": result.metrics, "details": result.details}
+    absent = list(paths_of(None, ours))
+    theirs = with_values(ours, absent, ABSENT)
     envelope = {
         "eval_type_id": metric.type_id,
         "eval_config": dict(settings),
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": result.metrics,
-        "eval_result_details": result.details,
+        "eval_result_metrics": theirs["metrics"],
+        "eval_result_details": theirs["details"],
         "sae_bench_commit_hash": f"sae-pipeline {version('sae-pipeline')}",
         "sae_lens_id": "custom_sae",
         "sae_lens_release_id": folder.name,
         "sae_lens_version": "none",
         "sae_cfg_dict": dict(run),
-        "eval_result_unstructured": {name: getattr(result, name) for name in UNSTRUCTURED},
+        "eval_result_unstructured": {name: getattr(result, name) for name in UNSTRUCTURED} | {"absent": absent},
     }
-    set_aside(folder, metric, settings)
-    write_json(result_file(folder, metric), envelope)
+    path = result_file(folder, metric)
+    try:
+        set_aside(folder, metric, settings)
+    except OSError as error:
+        raise outside(error, path) from error
+    write_json(path, envelope)
 
 
+ABSENT = -1.0
 UNSTRUCTURED = ("intervals", "n", "flags", "extra")
-
-
 RECORDED = ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
 
 
 def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Result | None:
-    """The result of an earlier evaluation with the same settings, if there is one; it is then the metric's file again.
+    """The result of an earlier evaluation with the same settings, if there is one; it is then the metric's file again,
+    where that can be written.
 
     Raises DamagedError for a file that holds no result.
     """
     path, aside = result_file(folder, metric), earlier_file(folder, metric, settings)
-    if path.exists() and earlier_file(folder, metric, read_json(path, *RECORDED)["eval_config"]) != aside:
-        if not aside.exists():
-            return None
-        set_aside(folder, metric, settings)
-    if not path.exists() and aside.exists():
-        aside.replace(path)
-    if not path.exists():
+    if path.exists() and earlier_file(folder, metric, read_json(path, *RECORDED)["eval_config"]) == aside:
+        return result_of(path, metric)
+    if not aside.exists():
         return None
+    found = result_of(aside, metric)
+    with contextlib.suppress(OSError):
+        set_aside(folder, metric, settings)
+        aside.replace(path)
+    return found
+
+
+def result_of(path: Path, metric: Metric) -> Result:
     found = read_json(path, *RECORDED)
     try:
         more = {name: found["eval_result_unstructured"][name] for name in UNSTRUCTURED}
-        metrics = {c: {n: float(v) for n, v in group.items()} for c, group in found["eval_result_metrics"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        theirs = {"metrics": found["eval_result_metrics"], "details": found["eval_result_details"]}
+        absent = found["eval_result_unstructured"].get("absent")
+        ours = with_values(theirs, list(paths_of(ABSENT, theirs)) if absent is None else absent, None)
+        metrics = {
+            c: {n: v if v is None else float(v) for n, v in group.items()} for c, group in ours["metrics"].items()
+        }
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedError(f"{path} holds no result of {metric.name}. Remove it and evaluate again.") from error
-    return Result(metrics, found["eval_result_details"], **more)
+    return Result(metrics, ours["details"], **more)
 
 
 def earlier_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:
@@ -179,7 +203,8 @@ def set_aside(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None
         aside = earlier_file(folder, metric, read_json(path, *RECORDED)["eval_config"])
         if aside != earlier_file(folder, metric, settings):
             make_folder(aside.parent)
-            path.replace(aside)
+            with contextlib.suppress(FileNotFoundError):  # another process has just done so
+                path.replace(aside)
 
 
 def without_nan(tree: Any) -> Any:
@@ -187,7 +212,31 @@ def without_nan(tree: Any) -> Any:
         return {k: without_nan(v) for k, v in tree.items()}
     if isinstance(tree, list):
         return [without_nan(v) for v in tree]
-    return -1.0 if isinstance(tree, float) and not math.isfinite(tree) else tree
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+Place = list[str | int]  # in a tree of dictionaries and lists
+
+
+def paths_of(leaf: float | None, tree: Any) -> Iterator[Place]:
+    """Where a leaf stands."""
+    branches = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, branch in branches:
+        if isinstance(branch, (dict, list)):
+            yield from ([key, *rest] for rest in paths_of(leaf, branch))
+        elif branch is leaf if leaf is None else branch == leaf:
+            yield [key]
+
+
+def with_values(tree: Any, places: Sequence[Place], leaf: float | None) -> Any:
+    """A copy of the tree with this leaf at some places."""
+    tree = copy.deepcopy(tree)
+    for *branches, last in places:
+        at = tree
+        for key in branches:
+            at = at[key]
+        at[last] = leaf
+    return tree
 
 
 def check_mode(mode: str) -> None:

@@ -87,4 +87,4 @@ def sample(bench: Bench, text: Contexts, layer: int) -> Tensor:
         return {"x": torch.cat([bench.model.capture(b.ids, [layer])[layer][b.kept].cpu() for b in batches])}
 
     pinned = {**bench.identity, "skip": bench.skip, "layer": layer, "ids": digest_of(text.ids.tolist())}
-    return bench.shelf.keep("sample", pinned, make)["x"].to(bench.model.device)
+    return bench.shelf.keep("sample", pinned, make)["x"].to(bench.device)

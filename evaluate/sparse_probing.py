@@ -13,6 +13,7 @@ Memory: the rows of one dataset at each layer (mapped from the disk), and one SA
 Shape suffixes: N texts, M texts of a task, D features of a text, K of them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,7 @@ from .probes import (
 from .texts import HUB, STAND_INS, Texts, labelled, pinned
 
 KS = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
-NAMED_KS = (1, 2, 5, 10, 20, 50, 100)  # in SAEBench's files; -1 where not measured
+NAMED_KS = (1, 2, 5, 10, 20, 50, 100)  # in SAEBench's files
 BATCH, EPOCHS, PATIENCE, RATE = 250, 100, 10, 1e-2
 
 
@@ -217,7 +218,7 @@ def result(
     details = [
         {"dataset_name": f"{name}_results"}
         | {
-            metric: mean([*flat[metric].values()]) if metric in flat else -1.0
+            metric: mean([*flat[metric].values()]) if metric in flat else math.nan
             for side, names in named.items()
             for metric in (f"{side}_{n}" for n in names)
         }

@@ -8,7 +8,8 @@ from scipy.stats import t
 
 from ..cache.files import digest_of, read_json
 from .metric import Number
-from .run import METRICS, Row
+from .plan import Row
+from .suites import METRICS
 
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 
@@ -53,16 +54,15 @@ def head(number: Number) -> str:
 
 
 def value_of(row: Row, metric: str, number: Number) -> float | None:
-    value = row.results[metric].metrics.get(number.category, {}).get(number.name)
-    return None if value == -1 else value
+    return row.results[metric].metrics.get(number.category, {}).get(number.name)
 
 
 def cell(row: Row, metric: str, number: Number) -> str:
     value = value_of(row, metric, number)
-    low, high = row.results[metric].intervals.get(number.category, {}).get(number.name) or (-1, -1)
     if value is None:
         return ""
-    return with_spread(value, (high - low) / 2, number.form)
+    low, high = row.results[metric].intervals.get(number.category, {}).get(number.name) or (None, None)
+    return with_spread(value, 0 if low is None or high is None else (high - low) / 2, number.form)
 
 
 def with_spread(value: float, spread: float, form: str) -> str:
@@ -76,8 +76,7 @@ def over_seeds(rows: Sequence[Row], metric: str, numbers: Sequence[Number]) -> l
     """
     groups: dict[str, dict[int, Row]] = {}
     for row in rows:
-        path = row.folder / "run.json"
-        if path.exists():
+        if row.folder and (path := row.folder / "run.json").exists():
             record = read_json(path, "seed")
             seed = record.pop("seed")
             groups.setdefault(digest_of(record), {})[seed] = row

@@ -64,7 +64,9 @@ def bench_of(folder: Path, work: Path) -> Bench:
     contexts = Contexts(ids, np.full(n, length, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
     source, config = find_model(str(folder))
     model = load_model(source, config, dtype="float32", device="cpu")
-    return Bench(model, load_tokenizer(source), contexts, [PAD, EOS, BOS], "0.6.0", {}, {}, Shelf(work / "shelf"), work)
+    return Bench(
+        lambda: model, load_tokenizer(source), contexts, [PAD, EOS, BOS], "0.6.0", {}, {}, Shelf(work / "shelf"), work
+    )
 
 
 @contextlib.contextmanager

@@ -27,8 +27,9 @@ from sae.evaluate.judge import Endpoint
 from sae.evaluate.metric import Subject
 from sae.evaluate.packed import frequencies, packed_contexts
 from sae.evaluate.passages import BUFFER, Examples, Window, Words, examples
+from sae.evaluate.plan import loader, make_bench
 from sae.evaluate.references import Identity
-from sae.evaluate.run import METRICS, SUITES, Request, evaluate, make_bench, metrics_of
+from sae.evaluate.run import METRICS, SUITES, Request, evaluate, metrics_of, plan
 from sae.harvest.model import find_model, load_tokenizer
 from sae.train.sae import SAE, ReLU, save_sae
 
@@ -116,7 +117,7 @@ def test_a_latent_with_too_few_passages_has_none(rows):
 @pytest.fixture(scope="module")
 def bench(tiny_cache):
     request = Request(runs=[], device="cpu")
-    return make_bench(request, tiny_cache)
+    return make_bench(request, tiny_cache, "cpu", "float32", loader())
 
 
 def sae_of(seed: int) -> SAE:
@@ -281,7 +282,7 @@ def test_means_intervals_and_what_is_left_out(words):
     ]
     nobody = Scripted("?")
     result = Autointerp(latents=3).result(judged(nobody, found, words, silent), 3, torch.zeros(1, 1), nobody)
-    assert result.metrics == {"autointerp": {"autointerp_score": -1, "autointerp_std_dev": -1}}
+    assert result.metrics == {"autointerp": {"autointerp_score": None, "autointerp_std_dev": None}}
 
 
 # --- the metric -----------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
 
     def reply(body):
-        asked = body["messages"][1]["content"]
+        asked = body["messages"][-1]["content"]
         return said("None" if asked.startswith("The latent activates on words") else "This latent activates on words.")
 
     server.replies = [reply]
@@ -386,7 +387,7 @@ def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):
     entries = row.results["autointerp"].extra
     scores = [1 - len(entry["correct seqs"]) / 14 for entry in entries.values()]
     assert row.results["autointerp"].metrics["autointerp"]["autointerp_score"] == pytest.approx(sum(scores) / 3)
-    assert len(server.seen) == 6 and {(path, key) for path, key, _ in server.seen} == {
+    assert len(server.seen) == 1 + 6 and {(path, key) for path, key, _ in server.seen} == {
         ("/v1/chat/completions", "Bearer secret")
     }
     assert {body["model"] for *_, body in server.seen} == {"j"}
@@ -399,8 +400,11 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
     server.replies = [(401, {}, {"error": {"message": "no such key"}})]
     options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
     with pytest.raises(OutsideError, match=r"refuses the key \(HTTP 401\).* It says: no such key"):
-        evaluate(Request(runs=[run], suite="autointerp", options=options, device="cpu"))
-    assert not (run / "evaluations").exists()
+        plan(Request(runs=[run], suite="autointerp", options=options, device="cpu"))
+    assert not (run / "evaluations").exists() and len(server.seen) == 1
+    found = plan(Request(runs=[run], suite="core,autointerp", options=options, device="cpu"))  # core is to be measured
+    assert [list(group.settings) for group in found.groups] == [["core"]]
+    assert "refuses the key" in str(found.rows[0].failed["autointerp"])
     with pytest.raises(UsageError, match=r"Name it with --set autointerp\.judge_model"):
         evaluate(Request(runs=[run], suite="autointerp", options=options[:-1], device="cpu"))
 

@@ -22,7 +22,7 @@ def bench(tiny_model, tmp_path) -> Bench:
     model = load_model(source, config, dtype="float32", device="cpu")
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
     return Bench(
-        model, load_tokenizer(source), nothing, SKIP, "0.6.0", source.identity(), {}, Shelf(tmp_path / "shelf")
+        lambda: model, load_tokenizer(source), nothing, SKIP, "0.6.0", source.identity(), {}, Shelf(tmp_path / "shelf")
     )
 
 

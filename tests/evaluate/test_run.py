@@ -1,23 +1,30 @@
 """Which runs are measured, what is refused, and what the files hold."""
 
+import errno
 import json
+import math
 import os
 import shutil
 import statistics
+import subprocess
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sae.cache.errors import DamagedError, OutsideError, UsageError
+from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.reader import Cache
+from sae.evaluate.bench import Bench
 from sae.evaluate.core import Core
-from sae.evaluate.metric import Result
-from sae.evaluate.run import METRICS, Request, evaluate, flat, make_bench, metrics_of, unfinished
+from sae.evaluate.metric import Result, read_result, write_result
+from sae.evaluate.plan import loader, make_bench, unfinished
+from sae.evaluate.run import METRICS, Request, carry_out, evaluate, metrics_of, plan
 from sae.evaluate.table import tables
 from sae.harvest.plan import Request as Harvest
-from sae.harvest.plan import plan
+from sae.harvest.plan import plan as plan_harvest
 from sae.harvest.run import harvest
 from sae.train.sae import SAE, ReLU, save_sae
 
@@ -48,6 +55,10 @@ def ask(*runs: Path, **changes) -> Request:
     return replace(Request(runs=runs, suite="core", tokens=60, device="cpu", references=False), **changes)
 
 
+def bench_of(cache: Cache, *runs: Path) -> Bench:
+    return make_bench(ask(*runs, tokens=None), cache, "cpu", "float32", loader())
+
+
 def result_of(run: Path) -> dict:
     return json.loads((run / "evaluations" / "core.json").read_text())
 
@@ -68,7 +79,7 @@ def test_the_file_is_saebench_s(tiny_cache, home):
     dead = found["eval_result_details"][0]
     assert (dead["feature_density"], dead["consistent_activation_heuristic"]) == (0, -1)  # 0/0 is -1 in a file
     assert "NaN" not in (run / "evaluations" / "core.json").read_text()
-    assert flat(row)["core.sparsity.l0"] == found["eval_result_metrics"]["sparsity"]["l0"]
+    assert row.flat()["core.sparsity.l0"] == found["eval_result_metrics"]["sparsity"]["l0"]
 
 
 def test_what_was_measured_is_kept_until_something_changes(tiny_cache, home):
@@ -153,11 +164,11 @@ def test_tokens_limits_the_text(tiny_cache, home):
     assert result_of(run)["eval_config"]["contexts"] == 2
     read = result_of(run)["eval_result_metrics"]["token_stats"]["total_tokens_eval_sparsity_variance"]
     assert read == int(held.length[:2].sum())
-    assert len(make_bench(ask(run, tokens=None), tiny_cache).contexts) == len(held)
+    assert len(bench_of(tiny_cache, run).contexts) == len(held)
 
 
 def test_only_held_out_text_is_read(tiny_cache):
-    contexts = make_bench(ask(tokens=None), tiny_cache).contexts
+    contexts = bench_of(tiny_cache).contexts
     assert contexts.held_out.all()
     assert not set(contexts.document) & set(tiny_cache.contexts(held_out=False).document)
 
@@ -196,12 +207,161 @@ def test_a_request_that_makes_no_sense_is_refused(tiny_cache, home, change, sent
     assert not (run / "evaluations").exists()
 
 
-def test_a_run_that_is_not_trained_is_refused_before_anything_is_measured(tiny_cache, home):
-    run, unfinished = make_run(home / "run", tiny_cache), home / "unfinished"
-    unfinished.mkdir()
-    with pytest.raises(UsageError, match="unfinished holds no trained SAE"):
-        evaluate(ask(run, unfinished))
-    assert not (run / "evaluations").exists()
+def test_runs_that_cannot_be_evaluated_are_named_together_and_leave_the_others(tiny_cache, home):
+    good, empty, torn, far = make_run(home / "good", tiny_cache), home / "empty", home / "torn", home / "far"
+    empty.mkdir()
+    weights = make_run(torn, tiny_cache) / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    make_run(far, tiny_cache, 7)
+    found = plan(ask(empty, good, torn, far))
+    assert [type(found.refused[folder]) for folder in (empty, torn, far)] == [UsageError, DamagedError, DamagedError]
+    assert [row.name for row in carry_out(found)] == ["good"] and result_of(good)
+    for run in (empty, torn, far):  # each by itself with its own exit code
+        with pytest.raises(type(found.refused[run])) as alone:
+            plan(ask(run))
+        assert str(alone.value) == str(found.refused[run])
+    with pytest.raises(SaeError) as together:
+        plan(ask(empty, torn))
+    assert together.value.exit_code == 1 and len(str(together.value).splitlines()) == 2
+
+
+def test_a_plan_measures_nothing_and_loads_no_model(tiny_cache, home, monkeypatch):
+    run, other = make_run(home / "run", tiny_cache), make_run(home / "other", tiny_cache, 1, 1)
+    evaluate(ask(run, references=True))
+
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("sae.evaluate.plan.load_model", load)
+    found = plan(ask(run, other))
+    ((todo,),) = [group.todo("core") for group in found.groups]
+    assert todo.name == "other" and [row.name for row in found.rows if row.results] == ["run"]
+    assert not (other / "evaluations").exists()
+    assert [row.name.split("-")[0] for row in evaluate(ask(run, references=True))] == [
+        "run", "identity", "zero", "pca", "random",
+    ]  # fmt: skip
+
+
+def test_runs_of_two_caches_are_each_measured_on_the_text_of_their_own(tiny_cache, tiny_model, sentences, home):
+    other = small_harvest(home, tiny_model, sentences, 0.2)
+    runs = make_run(home / "one", tiny_cache), make_run(home / "two", other)
+    together = evaluate(ask(*runs, tokens=None))
+    for run, row, cache in zip(runs, together, (tiny_cache, other), strict=True):
+        (alone,) = evaluate(ask(run, tokens=None, force=True))
+        assert alone.results == row.results
+        assert result_of(run)["eval_config"]["text"] == cache.fingerprint
+
+
+def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_model, sentences, home):
+    """As `sae import` leaves one."""
+    run = make_run(home / "run", tiny_cache, cache=None, fingerprint=None)
+    absent = make_run(home / "absent", tiny_cache)
+    spec = json.loads((absent / "sae.json").read_text())
+    del spec["origin"]["cache"], spec["origin"]["fingerprint"]
+    (absent / "sae.json").write_text(json.dumps(spec))
+    for imported in (run, absent):
+        with pytest.raises(UsageError, match="came without a cache, and none under .*activations holds held-out text"):
+            evaluate(ask(imported))
+    small = small_harvest(home, tiny_model, sentences, 0.2)
+    for imported in (run, absent):
+        evaluate(ask(imported, tokens=None))
+        assert result_of(imported)["eval_config"]["text"] == small.fingerprint
+    shutil.copytree(tiny_cache.folder, home / "activations" / "tiny")
+    with pytest.raises(
+        UsageError, match=r"2 hold held-out text for .*Say which:\n  --cache .*small .*\n  --cache .*tiny"
+    ):
+        evaluate(ask(run))
+    evaluate(ask(run, cache=home / "activations" / "tiny"))
+    assert result_of(run)["eval_config"]["text"] == tiny_cache.fingerprint
+
+
+def test_a_cache_that_is_named_overrides_and_is_of_the_same_model(tiny_cache, tiny_model, sentences, home):
+    small = small_harvest(home, tiny_model, sentences, 0.2)
+    run, other = make_run(home / "run", tiny_cache), make_run(home / "other", tiny_cache, model={"name": "gpt2"})
+    found = plan(ask(run, cache=small.folder))
+    assert "may have seen that text" in found.notes[0]
+    carry_out(found)
+    assert result_of(run)["eval_config"]["text"] == small.fingerprint
+    with pytest.raises(UsageError, match="other was trained on gpt2, and .*small holds text for .*tiny-gemma"):
+        plan(ask(other, cache=small.folder))
+    with pytest.raises(UsageError, match="nowhere holds no activation cache"):
+        plan(ask(run, cache=home / "nowhere"))
+
+
+def test_an_sae_of_another_width_is_refused(tiny_cache, home):
+    run = home / "wide"
+    origin = {"model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder)}
+    save_sae(SAE(48, 16, [ReLU()]), run, {**origin, "fingerprint": tiny_cache.fingerprint})
+    with pytest.raises(UsageError, match="reads rows of 48 numbers, and those of .* have 32"):
+        plan(ask(run))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(tiny_cache, home, monkeypatch):
+    """A read-only or full disk; of what is kept, nothing has to be written."""
+    one, two = make_run(home / "one", tiny_cache), make_run(home / "two", tiny_cache, 0, 1)
+    evaluate(ask(one))
+    kept, real = (one / "evaluations" / "core.json").read_bytes(), Path.write_bytes
+
+    def read_only(path, data):
+        if one in path.parents or two in path.parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    found = plan(ask(one, two))
+    assert [row.name for row in found.rows] == ["one"] and list(found.refused) == [two]
+    with pytest.raises(OutsideError, match="Cannot write .*two/evaluations: Read-only file system"):
+        plan(ask(two))
+    monkeypatch.undo()
+    monkeypatch.setenv("SAE_HOME", str(home))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OutsideError, match=r"The disk is full: .*two/evaluations has 0.0 MB left"):
+        plan(ask(two))
+    assert not (two / "evaluations").exists() and (one / "evaluations" / "core.json").read_bytes() == kept
+
+
+def test_a_disk_that_fills_up_costs_the_file_and_not_the_number(tiny_cache, home, monkeypatch):
+    run = make_run(home / "run", tiny_cache)
+
+    def full(*_):
+        raise OutsideError("The disk is full")
+
+    monkeypatch.setattr("sae.evaluate.run.write_result", full)
+    (row,) = evaluate(ask(run))
+    assert row.results["core"].metrics["sparsity"]["l0"] and str(row.failed["core"]) == "The disk is full"
+
+
+def test_what_dead_processes_left_half_written_is_removed(tiny_cache, home):
+    """Not what a living one writes, nor what is fresh: it may be written on another machine."""
+    run = make_run(home / "run", tiny_cache)
+    shelf = home / "activations" / "evaluation"
+    dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    names = [f"x.safetensors.tmp-{dead}", f"y.json.tmp-{os.getpid()}", f"z.json.tmp-{dead}", "w.tmp-kept"]
+    for folder in (shelf, run / "evaluations"):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text("half")
+            age = 10 if name.startswith("z") else 7200
+            os.utime(folder / name, (time.time() - age,) * 2)
+    evaluate(ask(run))
+    for folder in (shelf, run / "evaluations"):
+        assert {path.name for path in folder.glob("*.tmp-*")} == set(names[1:])
+
+
+def test_a_number_of_minus_one_is_not_one_that_does_not_exist(tmp_path):
+    """SAEBench's files say -1 for both; ours say beside it which is which."""
+    result = Result.of(
+        {"a": {"score": -1.0, "none": math.nan, "zero": 0.0}}, [{"x": -1.0, "y": math.inf, "z": [None, -1.0]}]
+    )
+    assert result.metrics["a"] == {"score": -1.0, "none": None, "zero": 0.0}
+    write_result(tmp_path, Core(), {"k": 1}, result, {})
+    written = json.loads((tmp_path / "evaluations" / "core.json").read_text())
+    assert written["eval_result_metrics"]["a"] == {"score": -1.0, "none": -1.0, "zero": 0.0}
+    assert written["eval_result_details"] == [{"x": -1.0, "y": -1.0, "z": [-1.0, -1.0]}]
+    assert read_result(tmp_path, Core(), {"k": 1}) == result
+    del written["eval_result_unstructured"]["absent"]  # a file of before: there, -1 was what does not exist
+    (tmp_path / "evaluations" / "core.json").write_text(json.dumps(written))
+    assert read_result(tmp_path, Core(), {"k": 1}).metrics["a"] == {"score": None, "none": None, "zero": 0.0}
 
 
 def test_a_run_that_does_not_say_what_it_was_trained_on_is_refused(tiny_cache, home):
@@ -255,7 +415,7 @@ def test_a_result_is_of_the_sae_json_that_it_was_measured_with(tiny_cache, home)
     [
         ([], "does not say what it was trained on"),
         ({"model": "gemma"}, "does not say what it was trained on"),
-        ({"cache": None}, "does not say what it was trained on"),
+        ({"cache": None, "fingerprint": "0"}, "was trained on is not here: it held the text"),
         ({"layer": "twelve"}, "does not say what it was trained on"),
         ({"layer": 99}, "says layer 99, but .* has layers 0 to"),
         ({"layer": -1}, "says layer -1, but .* has layers 0 to"),
@@ -275,7 +435,7 @@ def small_harvest(home: Path, model: Path, text: Path, held_out: float) -> Cache
         model=str(model), dataset=str(text), layers=(0,), tokens=300, context=32, window=512, held_out=held_out,
         device="cpu", out=home / "activations" / "small",
     )  # fmt: skip
-    return harvest(plan(request))
+    return harvest(plan_harvest(request))
 
 
 def test_a_model_that_changed_since_the_harvest_is_refused(tiny_model, sentences, home):

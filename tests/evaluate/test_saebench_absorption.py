@@ -65,7 +65,7 @@ def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monk
     known = [piece[text] for text in texts]
     monkeypatch.setattr(spelling, "vocabulary", lambda *_: known)
     made = Spelling.of(tokenizer, 0, 0)
-    bench = Bench(saebench.model, tokenizer, Contexts(*[np.zeros(0)] * 4), [], "0.6.0", {}, {}, Shelf(tmp_path))
+    bench = Bench(lambda: saebench.model, tokenizer, Contexts(*[np.zeros(0)] * 4), [], "0.6.0", {}, {}, Shelf(tmp_path))
     for part in ("train", "test"):
         rows = arrays[f"{part}.prompts"].tolist()
         asked = [known[row[-1]] for row in rows]

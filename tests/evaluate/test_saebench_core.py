@@ -29,7 +29,7 @@ def ours(saebench, contexts):
     ids = contexts[: about["contexts_per_batch"] * batches].numpy().astype(np.uint32)
     n, width = ids.shape
     text = Contexts(ids, np.full(n, width, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
-    bench = Bench(saebench.model, None, text, [0, 1, 2], "0.6.0", {}, {}, Shelf(Path("shelf")))
+    bench = Bench(lambda: saebench.model, None, text, [0, 1, 2], "0.6.0", {}, {}, Shelf(Path("shelf")))
     metric = Core(about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
     asked = [(kind, everywhere) for kind in KINDS for everywhere in (False, True)]
     subjects = [Subject(saebench.saes[kind], about["layer"], everywhere) for kind, everywhere in asked]
@@ -78,7 +78,10 @@ def test_the_latents_that_fire_are_counted_alike(saebench, ours, contexts, kind)
 def test_every_latent_is_saebenchs(saebench, ours, noted, kind):
     theirs, details = saebench.arrays("core"), ours[kind, "rewound"].details
     names = details[0].keys() - {"index"}
-    columns = {name: torch.tensor([entry[name] for entry in details], dtype=torch.float32) for name in names}
+    columns = {
+        name: torch.tensor([-1 if entry[name] is None else entry[name] for entry in details], dtype=torch.float32)
+        for name in names
+    }
     noted("core", f"{kind}: columns of 512 latents", [(theirs[f"{kind}.rewound.{n}"], columns[n]) for n in names])
     for name, mine in columns.items():
         exact = name in ("feature_density", "consistent_activation_heuristic", "encoder_bias")

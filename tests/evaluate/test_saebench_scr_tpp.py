@@ -56,7 +56,7 @@ def bench(saebench, tmp_path, monkeypatch) -> Bench:
 
     monkeypatch.setattr(shared, "read_labelled", read_labelled)
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
-    return Bench(saebench.model, None, nothing, [0, 1, 2], "0.6.0", {}, {}, Shelf(tmp_path / "shelf"), tmp_path)
+    return Bench(lambda: saebench.model, None, nothing, [0, 1, 2], "0.6.0", {}, {}, Shelf(tmp_path / "shelf"), tmp_path)
 
 
 def settings(saebench, metric: str) -> dict:

@@ -108,7 +108,7 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
     assert mine == pytest.approx(theirs, abs=1e-7)
     for side in ("llm", "sae") if scores["llm"] else ("sae",):
         for name, value in expected["eval_result_metrics"][side].items():
-            assert ours.metrics[side][name] == (-1 if value is None else pytest.approx(value, abs=1e-7))
+            assert ours.metrics[side][name] == (None if value is None else pytest.approx(value, abs=1e-7))
     for detail, theirs in zip(ours.details, expected["eval_result_details"], strict=True):
         assert detail.keys() == theirs.keys() and detail["dataset_name"] == theirs["dataset_name"]
         assert detail["sae_top_5_test_accuracy"] == pytest.approx(theirs["sae_top_5_test_accuracy"], abs=1e-7)

@@ -218,7 +218,9 @@ def bench(tiny_model, tmp_path, monkeypatch) -> Bench:
     table = texts.DATASETS[REVIEWS]
     monkeypatch.setitem(texts.DATASETS, REVIEWS, replace(table, classes=(24, 26), pairs=((24, 26),)))
     shelf = Shelf(tmp_path / "shelf")
-    return Bench(model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", source.identity(), {}, shelf, tmp_path)
+    return Bench(
+        lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", source.identity(), {}, shelf, tmp_path
+    )
 
 
 def random_sae(seed: int, d_sae: int = 60) -> SAE:

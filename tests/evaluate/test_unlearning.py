@@ -139,7 +139,7 @@ def bench(planted, data, tmp_path_factory) -> Bench:
     nothing = Contexts(*(np.zeros(0) for _ in range(4)))
     identity = {"model": source.name, "revision": source.revision, "attention": "eager", "llm_dtype": "float32"}
     shelf = Shelf(tmp_path_factory.mktemp("shelf"))
-    return Bench(model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", identity, {}, shelf, data)
+    return Bench(lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", identity, {}, shelf, data)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_
     assert {(d["wmdp-bio"], d["side_effects"], d[SIDE]) for d in first.details} == {(2 / 6, 1.0, 1.0)}
     assert "multiple of 1/6" in first.flags[0] and "With 6 other questions" in first.flags[1]
     low, high = first.intervals["unlearning"]["unlearning_score"]
-    assert 0 < low < 4 / 6 < high < 1
+    assert low < 4 / 6 < high
     assert isinstance(identity, UsageError) and "W_dec" in str(identity)
     # of two latents, that of " number" costs the other sets too: the setting is inadmissible and does not count
     assert {(tuple(d["features"]), d["wmdp-bio"], d["side_effects"]) for d in second.details} == {
@@ -332,6 +332,25 @@ def test_the_score_is_the_best_of_what_costs_at_most_one_percent():
     assert unlearning_score([(0, 306)], 533, 308) == 1
     assert unlearning_score([], 533, 308) == 0
     assert unlearning_score([(10, 99)], 100, 100) == pytest.approx(0.9)
+
+
+def test_the_interval_chooses_the_best_intervention_anew(metric):
+    """Two interventions that are each right on the other half of the questions: the best of both is better than either."""
+    halves = torch.arange(200) < 100
+    right, wrong = torch.ones(100, dtype=torch.bool), torch.arange(100) < 70
+
+    def of(target: list[torch.Tensor], others: list[torch.Tensor]) -> list[float]:
+        return metric.interval({"wmdp-bio": target, SIDE: others, "human_aging": [right[:0]] * len(target)})
+
+    low, high = of([halves], [right])
+    spread = 1.96 * (0.25 / 200) ** 0.5
+    assert [low, high] == pytest.approx([0.5 - spread, 0.5 + spread], abs=0.015)
+    best_low, best_high = of([halves, ~halves], [right] * 2)
+    assert 0.5 <= best_low < 0.51 and best_high == pytest.approx(0.5 + 2.24 * (0.25 / 200) ** 0.5, abs=0.015)
+    assert of([halves, ~halves], [right, wrong]) == [low, high]  # the second is never admissible
+    doubtful = torch.arange(100) < 99  # 99 % right: in many replicates it is less
+    assert of([halves], [doubtful])[0] == 0 and of([halves], [doubtful])[1] == pytest.approx(high, abs=0.015)
+    assert of([halves], [wrong]) == [0, 0]
 
 
 def test_corpora_are_packed_as_specified(bench):
