@@ -57,7 +57,7 @@ def time_of(plan: Any) -> str:
 
 def show_source(plan: Any) -> None:
     """What will be read and computed, as lines."""
-    from .harvest.model import module_of
+    from .harvest.architectures import module_of
 
     echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
     for hook in plan.hooks:

@@ -18,7 +18,8 @@ from ..cache.files import bytes_text, digest_of
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of, home
 from ..cache.reader import Cache, caches
 from . import mini
-from .model import LanguageModel, Source, check_layers, check_sites, find_model, load_tokenizer, width_of
+from .architectures import check_context, check_layers, check_sites, shorten, width_of
+from .model import LanguageModel, Source, find_model, load_tokenizer
 from .rows import first_line
 from .sources import EMBEDDED, PILE, open_text
 from .text import Text, specials
@@ -126,6 +127,7 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
     hooks = sorted({Hook(layer, site) for layer in request.layers for site in request.sites})
     check_layers(config, [hook.layer for hook in hooks], request.model)
     check_sites(config, hooks)
+    check_context(config, request.context, request.model)
     device = best_device(request.device)
     dtype = best_dtype(request.dtype, device)
     tokenizer = load_tokenizer(source)
@@ -230,9 +232,8 @@ def estimated_seconds(plan: Plan) -> float:
     What else a harvest does runs beside it.
     """
     config = copy.deepcopy(plan.config.get_text_config())
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, 0
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
+    config.vocab_size, config.pad_token_id = 8, 0
+    shorten(config, 1)
     settings = {"dtype": getattr(torch, plan.dtype), "attn_implementation": plan.request.attention}
     with torch.random.fork_rng():
         try:
