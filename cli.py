@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from .cli_cache import cache_app
+from .cli_config import config_app
+from .cli_env import env
 from .cli_harvest import run_harvest
+from .config import ORIGINS
 from .terminal import bar, echo, show_table, spoken
 
 app = typer.Typer(
@@ -17,6 +20,8 @@ app = typer.Typer(
     help="Harvest a language model's activations, train sparse autoencoders on them, evaluate the result.",
 )  # fmt: skip
 app.add_typer(cache_app, name="cache")
+app.add_typer(config_app, name="config")
+app.command()(env)
 
 
 def tokens_of(text: str) -> int:
@@ -102,6 +107,7 @@ def harvest(
         model=model, revision=revision, layers=layer or LAYERS, sites=site or ("resid_post",), max_norm=max_norm, compress=compress, dataset=dataset, dataset_revision=dataset_revision, subset=subset, split=split,
         text_column=text_column, tokens=tokens, context=context, held_out=held_out, keep_special=keep_special, pack=pack, window=window,
         storage_dtype=storage_dtype, dtype=dtype, attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
+        origins=ORIGINS.get({}),
     )  # fmt: skip
     cache = run_harvest(request, dry_run)
     if cache is not None:
@@ -178,6 +184,7 @@ def train(
     request = Request(
         variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
         l0=l0 or (), literal=literal, options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (), compiled=compiled,
+        origins=ORIGINS.get({}),
     )  # fmt: skip
     of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
     given = {name: value for name, value in of_stream.items() if value is not None}

@@ -3,8 +3,8 @@
 import copy
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 from transformers import AutoModel
 
 from ..cache.device import best_device, best_dtype
+from ..cache.environment import environment
 from ..cache.errors import OutsideError, UsageError
 from ..cache.files import bytes_text, digest_of
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of, home
-from ..cache.reader import Cache, caches
+from ..cache.reader import Cache, caches, recorded_modules
 from . import mini
-from .architectures import check_context, check_layers, check_sites, shorten, width_of
+from .architectures import check_context, check_layers, check_sites, module_of, shorten, width_of
 from .model import LanguageModel, Source, find_model, load_tokenizer
 from .rows import first_line
 from .sources import EMBEDDED, PILE, open_text
@@ -60,6 +61,7 @@ class Request:
     seed: int = 0
     device: str = "auto"
     out: Path | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)  # flag -> "flag" or "file:line", of what was not default
 
     @property
     def held_out_share(self) -> float:
@@ -96,7 +98,8 @@ class Plan:
         return self.bytes_of(list(self.widths))
 
     def record(self) -> dict[str, Any]:
-        """What `sae cache repair` needs to ask for the same again: from anywhere, and when the Hub has moved on."""
+        """What `sae cache repair` needs to ask for the same again, from anywhere, and when the Hub has moved on; and with
+        what it was asked for last. With what a window was made stands in its commit."""
         asked = asdict(self.request)
         for name in ("model", "dataset"):
             if asked[name] and Path(asked[name]).exists():
@@ -105,7 +108,14 @@ class Plan:
             asked["revision"] = self.source.revision
         if "split" in self.text.identity:  # on the Hub
             asked["dataset_revision"] = self.text.identity["revision"]
-        return {name: value for name, value in asked.items() if name not in ("layers", "sites", "device", "out")}
+        asked = {name: value for name, value in asked.items() if name not in ("layers", "sites", "device", "out")}
+        modules = recorded_modules(self.folder) | self.modules  # those of layers that were harvested before stay
+        return asked | {"device": self.device, "modules": dict(sorted(modules.items())), "environment": environment()}
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """Array -> where its hook is in transformers' words."""
+        return {hook.array: module_of(hook, self.config) for hook in self.hooks}
 
     def check_space(self, needed: float, per_token: float) -> None:
         """OutsideError when so many bytes do not fit on the disk."""

@@ -48,6 +48,7 @@ from sae.harvest.architectures import (
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import LanguageModel, Source, find_model, hidden_of, load_model, load_tokenizer, load_trunk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
 
 
