@@ -91,7 +91,7 @@ def test_version_and_variants():
 
 @pytest.mark.parametrize(("text", "number"), [("10M", 10_000_000), ("2e8", 200_000_000), ("1.5b", 1_500_000_000), ("500k", 500_000), ("77", 77)])  # fmt: skip
 def test_tokens_have_units(text, number):
-    from sae.cli import tokens_of
+    from sae.cli_options import tokens_of
 
     assert tokens_of(text) == number
 
