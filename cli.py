@@ -9,9 +9,13 @@ import typer
 
 from .cli_cache import cache_app
 from .cli_compare import compare
+from .cli_config import config_app
+from .cli_env import env
 from .cli_evaluate import next_evaluate, run_evaluate
 from .cli_harvest import run_harvest
+from .cli_options import STREAM, Caches, Device, Layers, Sites, StreamTokens, Tokens
 from .cli_reproduce import reproduce
+from .config import ORIGINS
 from .terminal import bar, echo, show_table, spoken
 
 app = typer.Typer(
@@ -20,34 +24,8 @@ app = typer.Typer(
     help="Harvest a language model's activations, train sparse autoencoders on them, evaluate the result.",
 )  # fmt: skip
 app.add_typer(cache_app, name="cache")
-
-
-def tokens_of(text: str) -> int:
-    """A count with a unit: 10M, 2e8, 1.5B, 500k."""
-    try:
-        unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
-        return int(float(text[:-1]) * unit) if unit else int(float(text))
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text} is no number of tokens: write 10M, 2e8 or 500000") from None
-
-
-Tokens = Annotated[int | None, typer.Option("--tokens", parser=tokens_of, metavar="N", help="Such as 10M.")]
-STREAM = "With --stream, of the harvest"
-StreamTokens = Annotated[
-    int | None, typer.Option("--tokens", parser=tokens_of, metavar="N", help="Such as 10M.", rich_help_panel=STREAM)
-]
-Layers = Annotated[
-    list[int] | None, typer.Option("--layer", help="Zero-based block; the residual stream after it. Repeats.")
-]
-Caches = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--cache",
-        help="Needed only when several match. Repeats: they are read as one. With --stream, the folder of the ring.",
-    ),
-]
-Sites = Annotated[list[str] | None, typer.Option("--site", help="resid_post, mlp_out or attn_z. Repeats.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+app.add_typer(config_app, name="config")
+app.command()(env)
 
 
 @app.callback(invoke_without_command=True)
@@ -105,6 +83,7 @@ def harvest(
         model=model, revision=revision, layers=layer or LAYERS, sites=site or ("resid_post",), max_norm=max_norm, compress=compress, dataset=dataset, dataset_revision=dataset_revision, subset=subset, split=split,
         text_column=text_column, tokens=tokens, context=context, held_out=held_out, keep_special=keep_special, pack=pack, window=window,
         storage_dtype=storage_dtype, dtype=dtype, attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
+        origins=ORIGINS.get({}),
     )  # fmt: skip
     cache = run_harvest(request, dry_run)
     if cache is not None:
@@ -181,6 +160,7 @@ def train(
     request = Request(
         variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
         l0=l0 or (), literal=literal, options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (), compiled=compiled,
+        origins=ORIGINS.get({}),
     )  # fmt: skip
     of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
     given = {name: value for name, value in of_stream.items() if value is not None}

@@ -47,7 +47,7 @@ def list_() -> None:
 def info(folder: Folder) -> None:
     """What a cache holds, and whether its files are there at their sizes; reads no activations."""
     from .cache.files import bytes_text
-    from .cache.reader import open_cache
+    from .cache.reader import open_cache, recorded_modules
 
     started = time.monotonic()
     cache = open_cache(folder)
@@ -64,8 +64,10 @@ def info(folder: Folder) -> None:
         f"rows     {cache.rows:,} in {layout.windows:,} windows and {len(cache.chunk_rows):,} chunks an array, {layout.storage_dtype}"
         f"{', compressed' if layout.compress else ''}: {bytes_text(sum(record['bytes'] for record in files.values()))}"
     )
+    modules = recorded_modules(folder)
     for hook in cache.hooks:
-        typer.echo(f"{hook.array:8s} {hook.name}: {describe(cache.statistics(hook.array))}")
+        name = f"{hook.name} = {modules[hook.array]}" if hook.array in modules else hook.name
+        typer.echo(f"{hook.array:8s} {name}: {describe(cache.statistics(hook.array))}")
     cache.check_sizes()
     typer.echo(
         f"files    {len(files):,}, all there at their sizes, seen in {time.monotonic() - started:.2f} s; `sae cache verify` reads them"

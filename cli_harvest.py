@@ -57,10 +57,8 @@ def time_of(plan: Any) -> str:
 
 def show_source(plan: Any) -> None:
     """What will be read and computed, as lines."""
-    from .harvest.model import module_of
-
     echo(f"model    {plan.source.name} at {plan.source.revision[:12]}, computed in {plan.dtype} on {plan.device}")
     for hook in plan.hooks:
-        echo(f"hook     {hook.name} = {module_of(hook, plan.config)}, {plan.widths[hook.array]} wide")
+        echo(f"hook     {hook.name} = {plan.modules[hook.array]}, {plan.widths[hook.array]} wide")
     held_out = "a tenth" if plan.identity["held_out"] == "by name" else f"{plan.request.held_out_share:.0%}"
     echo(f"text     {plan.text.name} at {plan.text.identity['revision'][:12]}, {held_out} of the documents held out")

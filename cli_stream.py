@@ -28,7 +28,14 @@ def run_stream(request: Any, given: dict[str, Any], dry_run: bool = False) -> li
     if request.model is not None:
         of_harvest["model"] = request.model
     folder = request.caches[0] if request.caches else None
-    asked = Harvest(layers=request.layers, sites=(request.site,), device=request.device, out=folder, **of_harvest)
+    asked = Harvest(
+        layers=request.layers,
+        sites=(request.site,),
+        device=request.device,
+        out=folder,
+        origins=request.origins,
+        **of_harvest,
+    )
     plan, ring = plan_ring(asked, given.get("ring", RING))
     request = replace(request, ring=ring)
     show_source(plan)

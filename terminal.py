@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .config import configured
+
 PLAIN_SECONDS = 10  # between the lines that stand for the bar where stderr is no terminal
 PLAIN_WIDTH = 200
 
@@ -27,6 +29,11 @@ def echo(text: str) -> None:
 
 
 def spoken(command: Callable[..., None]) -> Callable[..., None]:
+    """A verb: it takes --config, and speaks."""
+    return configured(speaking(command))
+
+
+def speaking(command: Callable[..., None]) -> Callable[..., None]:
     """Errors of ours become a sentence and an exit code; any other is a bug and shows its traceback."""
 
     @functools.wraps(command)

@@ -219,6 +219,14 @@ def remove_cache(folder: Path) -> int:
     return size
 
 
+def recorded_modules(folder: Path) -> dict[str, str]:
+    """Array -> where its hook is in transformers' words, as the harvest recorded it; older harvests did not."""
+    try:
+        return read_json(folder / "harvest.json", "modules")["modules"]
+    except DamagedError:  # or missing
+        return {}
+
+
 def is_ring(folder: Path) -> bool:
     """Whether a cache keeps only a ring of its windows: the others were removed, or are still to come."""
     return (folder / "ring.json").exists()

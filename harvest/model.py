@@ -5,7 +5,8 @@ TransformerLens' words, the output of `model.layers[12]`, `hidden_states[13]` (a
 puts the final norm there, and we do not).
 
 Two more sites of a block can be harvested: `mlp_out`, what the MLP adds to the residual stream (in Gemma after its
-last norm), and `attn_z`, the heads' outputs side by side, before the output projection.
+last norm), and `attn_z`, the heads' outputs side by side, before the output projection. What a family of models calls
+its blocks and sites stands in architectures.py.
 
 Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
@@ -14,6 +15,7 @@ import contextlib
 import copy
 import errno
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,11 +31,8 @@ from transformers.utils import logging as transformers_logging
 from ..cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from ..cache.layout import Hook
 from . import mini
+from .architectures import FAMILIES, Family, check_sites, family_of, find_trunk, place_of, shorten
 from .rows import is_of_the_network
-
-# Whose blocks add the attention, then the MLP, each after a norm of its own where there is a
-# post_feedforward_layernorm; a test shows it of each. Others may scale, add in parallel, or name their parts otherwise.
-SITED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,6 @@ class Source:
 
     def identity(self) -> dict[str, str]:
         return {"name": self.name, "revision": self.revision}
-
-
-def module_of(hook: Hook, config: Any) -> str:
-    """Where a hook is in transformers' words."""
-    decoder = config.get_text_config()
-    layers = "model.layers" if decoder is config else "model.language_model.layers"
-    block, last = f"{layers}.{hook.layer}", hook.layer == decoder.num_hidden_layers - 1
-    return {
-        "resid_post": f"the output of {layers}[{hook.layer}]" if last else f"hidden_states[{hook.layer + 1}]",
-        "mlp_out": f"{block}.mlp, after post_feedforward_layernorm where there is one",
-        "attn_z": f"the input of {block}.self_attn.o_proj",
-    }[hook.site]
-
-
-def width_of(hook: Hook, config: Any) -> int:
-    """How many numbers a token has there."""
-    config = config.get_text_config()
-    if hook.site != "attn_z":
-        return config.hidden_size
-    heads = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def find_model(name: str, revision: str | None = None) -> tuple[Source, Any]:
@@ -166,32 +144,13 @@ def refusal(error: Exception, name: str) -> SaeError | None:
     return None
 
 
-def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
-    """UsageError unless every layer is a block of the model."""
-    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if blocks is None:
-        raise UsageError(f"{name} is a {config.model_type} model, which has no list of blocks; it cannot be harvested.")
-    last = blocks - 1
-    for layer in layers:
-        if not 0 <= layer <= last:
-            raise UsageError(f"{name} has {last + 1} blocks, so layers 0 to {last}; there is no layer {layer}.")
-
-
-def check_sites(config: Any, hooks: Sequence[Hook]) -> None:
-    """UsageError unless it is known where the sites of these hooks are in the model."""
-    decoder = config.get_text_config()
-    unknown = [hook.site for hook in hooks if hook.site != "resid_post"]
-    if unknown and decoder.model_type not in SITED:
-        name = type(decoder).__name__.removesuffix("Config")
-        raise UsageError(
-            f"Where {unknown[0]} is in the blocks of {name} is not known; it is in those of {', '.join(SITED)}. "
-            "Harvest --site resid_post."
-        )
-
-
 def load_tokenizer(source: Source) -> Any:
+    """The tokenizer. Where it has no BOS, as Qwen's, EOS stands before each text: it is what parted them in pretraining."""
     with explained(source.name):
-        return AutoTokenizer.from_pretrained(source.location, **_revision(source))
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **_revision(source))
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_trunk(
@@ -199,16 +158,15 @@ def load_trunk(
 ) -> "LanguageModel":
     """The model up to a layer: no later block is loaded, and no unembedding."""
     config = copy.deepcopy(config)
-    decoder = config.get_text_config()
-    decoder.num_hidden_layers = last_layer + 1
-    if getattr(decoder, "layer_types", None):
-        decoder.layer_types = decoder.layer_types[: last_layer + 1]
+    shorten(config, last_layer + 1)
     return _load(AutoModel, source, config, dtype, device, attention)
 
 
 def load_model(source: Source, config: Any, *, dtype: str, device: str, attention: str = "eager") -> "LanguageModel":
-    """The whole model, with its unembedding."""
-    return _load(AutoModelForCausalLM, source, config, dtype, device, attention)
+    """The whole model, with its unembedding. UsageError when `forward` could not run the end of it alone."""
+    model = _load(AutoModelForCausalLM, source, config, dtype, device, attention)
+    model.check_forward()
+    return model
 
 
 def _load(kind: Any, source: Source, config: Any, dtype: str, device: str, attention: str) -> "LanguageModel":
@@ -272,18 +230,15 @@ class LanguageModel:
     @cached_property
     def trunk(self) -> Any:
         """The part without the unembedding, which holds the blocks."""
-        for part in (self.model, getattr(self.model, "model", None)):
-            for decoder in (part, getattr(part, "language_model", None)):  # of a model that reads images too
-                if hasattr(decoder, "layers"):
-                    return decoder
-        raise UsageError(
-            f"A {type(self.model).__name__} keeps its blocks elsewhere than in `model.layers`, where Gemma, Llama and Mistral "
-            "models have them; it cannot be harvested yet."
-        )
+        return find_trunk(self.model)
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.config)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.trunk.layers
+        return getattr(self.trunk, self.family.blocks)
 
     @property
     def device(self) -> torch.device:
@@ -306,13 +261,12 @@ class LanguageModel:
         check_sites(self.config, hooks)
         handles = []
         for hook in hooks:
-            block: Any = self.blocks[hook.layer]
-            if hook.site == "attn_z":
-                handles.append(block.self_attn.o_proj.register_forward_pre_hook(input_of(hook)))
-            else:
-                last = "post_feedforward_layernorm" if hasattr(block, "post_feedforward_layernorm") else "mlp"
-                module = block if hook.site == "resid_post" else getattr(block, last)
-                handles.append(module.register_forward_hook(output_of(hook)))
+            module, is_input = place_of(hook, self.trunk, self.family)
+            handles.append(
+                module.register_forward_pre_hook(input_of(hook))
+                if is_input
+                else module.register_forward_hook(output_of(hook))
+            )
         try:
             yield
         finally:
@@ -358,13 +312,15 @@ class LanguageModel:
     def forward(self, ids_NS: Tensor, layers: Sequence[int]) -> Forward:
         """One pass. What each later block was called with is kept, so that `suffix` runs those blocks alone."""
         found: dict[Hook, Tensor] = {}
-        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        calls: dict[int, dict[str, Any]] = {}
 
         def remember(index: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-                calls[index] = (inputs[1:], {k: v for k, v in keywords.items() if k != "hidden_states"})
-                if isinstance(mask := keywords.get("attention_mask"), Tensor):
-                    calls[index][1]["attention_mask"] = mask[:1]  # nothing but causal, so every context's is the same
+            def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+                called = dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False)) | keywords
+                called.pop("hidden_states")
+                if isinstance(mask := called.get("attention_mask"), Tensor):
+                    called["attention_mask"] = mask[:1]  # nothing but causal, so every context's is the same
+                calls[index] = called
 
             return hook
 
@@ -380,9 +336,8 @@ class LanguageModel:
         def suffix(layer: int, residual_NSD: Tensor) -> Tensor:
             hidden = residual_NSD
             for index in range(layer + 1, len(self.blocks)):
-                inputs, keywords = calls[index]
-                hidden = hidden_of(self.blocks[index](hidden, *inputs, **keywords))
-            return self.trunk.norm(hidden)
+                hidden = hidden_of(self.blocks[index](hidden, **calls[index]))
+            return getattr(self.trunk, self.family.norm)(hidden)
 
         residual = {hook.layer: x_NSD for hook, x_NSD in found.items()}
         return Forward(residual, final, torch.no_grad()(suffix))
@@ -390,6 +345,26 @@ class LanguageModel:
     @torch.no_grad()
     def unembed(self, final: Tensor) -> Tensor:
         """Logits (..., V) of `Forward.final` (..., D), of all positions or of some: they are what takes the memory."""
-        logits = self.model.lm_head(final)
+        logits = self.model.get_output_embeddings()(final)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def check_forward(self) -> None:
+        """UsageError unless the suffix and the unembedding give the logits of the model.
+
+        A family that is not known may scale its logits, or give its blocks what depends on the context.
+        """
+        ids_NS = torch.arange(8, device=self.device).reshape(2, 4) % self.config.vocab_size
+        try:
+            run = self.forward(ids_NS, [0])
+            ours = self.unembed(run.suffix(0, run.residual[0])).float()
+        except (AttributeError, TypeError, KeyError) as error:
+            raise UsageError(self._not_evaluated(f"its parts are called otherwise ({error})")) from error
+        theirs = self.model(ids_NS, use_cache=False).logits.float()
+        if (apart := (ours - theirs).abs().max()) > 0.01 * theirs.abs().max():
+            raise UsageError(self._not_evaluated(f"the logits of its blocks, run one by one, are off by {apart:.2g}"))
+
+    def _not_evaluated(self, why: str) -> str:
+        name = type(self.model).__name__
+        return f"SAEs cannot be spliced into a {name} yet: {why}. It works with {', '.join(FAMILIES)}."

@@ -3,8 +3,8 @@
 import copy
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModel
 
 from ..cache.device import best_device, best_dtype
+from ..cache.environment import environment
 from ..cache.errors import OutsideError, UsageError
 from ..cache.files import bytes_text, digest_of
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of, home
-from ..cache.reader import Cache, caches
+from ..cache.reader import Cache, caches, recorded_modules
 from . import mini
-from .model import LanguageModel, Source, check_layers, check_sites, find_model, load_tokenizer, width_of
+from .architectures import check_context, check_layers, check_sites, module_of, shorten, width_of
+from .model import LanguageModel, Source, find_model, load_tokenizer
 from .rows import first_line
 from .sources import EMBEDDED, PILE, open_text
 from .text import Text, specials
@@ -59,6 +61,7 @@ class Request:
     seed: int = 0
     device: str = "auto"
     out: Path | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)  # flag -> "flag" or "file:line", of what was not default
 
     @property
     def held_out_share(self) -> float:
@@ -95,7 +98,8 @@ class Plan:
         return self.bytes_of(list(self.widths))
 
     def record(self) -> dict[str, Any]:
-        """What `sae cache repair` needs to ask for the same again: from anywhere, and when the Hub has moved on."""
+        """What `sae cache repair` needs to ask for the same again, from anywhere, and when the Hub has moved on; and with
+        what it was asked for last. With what a window was made stands in its commit."""
         asked = asdict(self.request)
         for name in ("model", "dataset"):
             if asked[name] and Path(asked[name]).exists():
@@ -104,7 +108,14 @@ class Plan:
             asked["revision"] = self.source.revision
         if "split" in self.text.identity:  # on the Hub
             asked["dataset_revision"] = self.text.identity["revision"]
-        return {name: value for name, value in asked.items() if name not in ("layers", "sites", "device", "out")}
+        asked = {name: value for name, value in asked.items() if name not in ("layers", "sites", "device", "out")}
+        modules = recorded_modules(self.folder) | self.modules  # those of layers that were harvested before stay
+        return asked | {"device": self.device, "modules": dict(sorted(modules.items())), "environment": environment()}
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """Array -> where its hook is in transformers' words."""
+        return {hook.array: module_of(hook, self.config) for hook in self.hooks}
 
     def check_space(self, needed: float, per_token: float) -> None:
         """OutsideError when so many bytes do not fit on the disk."""
@@ -126,6 +137,7 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
     hooks = sorted({Hook(layer, site) for layer in request.layers for site in request.sites})
     check_layers(config, [hook.layer for hook in hooks], request.model)
     check_sites(config, hooks)
+    check_context(config, request.context, request.model)
     device = best_device(request.device)
     dtype = best_dtype(request.dtype, device)
     tokenizer = load_tokenizer(source)
@@ -230,9 +242,8 @@ def estimated_seconds(plan: Plan) -> float:
     What else a harvest does runs beside it.
     """
     config = copy.deepcopy(plan.config.get_text_config())
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, 0
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
+    config.vocab_size, config.pad_token_id = 8, 0
+    shorten(config, 1)
     settings = {"dtype": getattr(torch, plan.dtype), "attn_implementation": plan.request.attention}
     with torch.random.fork_rng():
         try:

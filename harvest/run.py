@@ -20,6 +20,7 @@ import torch
 
 from ..cache.contexts import Contexts
 from ..cache.device import keep_freed_memory
+from ..cache.environment import source
 from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
 from ..cache.files import keep_json, one_writer
 from ..cache.layout import Hook, Layout, fingerprint_of
@@ -223,7 +224,8 @@ class Computing:
 
     def made_with(self) -> dict[str, Any]:
         versions = {"torch": torch.__version__, "transformers": version("transformers")}
-        return {"batch_contexts": self.at_once, "device": self.model.device.type, **versions}
+        ours = {"sae-pipeline": version("sae-pipeline"), "source": source()}
+        return {"batch_contexts": self.at_once, "device": self.model.device.type, **versions, **ours}
 
     def window(self, window: int, buffers: Mapping[str, np.ndarray]) -> Rows:
         """Compute a window into `buffers`; where the memory does not do, again with half as many contexts in a pass."""

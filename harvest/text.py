@@ -192,8 +192,8 @@ def cut(
     bos = tokenizer.bos_token_id
     if bos is None:
         raise UsageError(
-            "This tokenizer has no BOS token, and every context begins with it; Qwen's has none. There is no option to go without "
-            "one yet: choose a model whose tokenizer has it, such as Gemma, Llama or Mistral."
+            "This tokenizer has neither a BOS nor an EOS token, and every context begins with one. There is no option to go "
+            "without one yet: choose a model whose tokenizer has it, such as Gemma, Llama, Qwen or Pythia."
         )
     cutter, number, state = Cutter(bos, context, skip, tokens, pack), 0, draft.state
     if state:

@@ -91,7 +91,7 @@ def test_version_and_variants():
 
 @pytest.mark.parametrize(("text", "number"), [("10M", 10_000_000), ("2e8", 200_000_000), ("1.5b", 1_500_000_000), ("500k", 500_000), ("77", 77)])  # fmt: skip
 def test_tokens_have_units(text, number):
-    from sae.cli import tokens_of
+    from sae.cli_options import tokens_of
 
     assert tokens_of(text) == number
 
@@ -148,7 +148,7 @@ def test_a_text_that_is_not_there_is_refused(tiny_model):
 def test_a_dry_run_writes_nothing(tiny_model, sentences, tiny_cache, home):
     result = call("harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--tokens", "2k", "--dry-run")
     assert result.exit_code == 0
-    assert "blocks.0.hook_resid_post = hidden_states[1]" in result.stderr
+    assert "blocks.0.hook_resid_post = model.layers.0, hidden_states[1], 32 wide" in result.stderr
     assert "2,000 tokens x 74 B" in result.stderr  # 2 x 32 and 4 for the norm, 6 for where the row came from
     result = call("train", "--variant", "topk", "--layer", 0, "--cache", tiny_cache.folder, "--dry-run")
     assert result.exit_code == 0

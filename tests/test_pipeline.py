@@ -4,10 +4,13 @@ import json
 import re
 
 import pytest
+import torch
 from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from sae.cli import app
+from sae.harvest.mini import WEIGHTS
 
 VARIANTS = ("relu", "topk", "batchtopk", "decorrelation")
 
@@ -65,6 +68,46 @@ def test_the_same_commands_again_do_nothing_again(trained):
     call("train", *(f"--variant={name}" for name in VARIANTS), "--layer", 1, "--steps", 30, "--batch-size", 256,
          "--width", "2x", "--set", "k=8", "--log-every", 10, "--checkpoint-every", 20)  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen3"])
+def test_another_family_goes_through_all_three_stages(kind, sentences, home):
+    """Qwen's tokenizer has no BOS; so has this one none then."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](
+        vocab_size=8192, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # the usual start is so small that blocks change next to nothing
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
+    if kind == "qwen3":
+        tokenizer.bos_token = None
+    model.save_pretrained(home / kind)
+    tokenizer.save_pretrained(home / kind)
+    plan = CliRunner().invoke(app, [
+        "harvest", "--model", str(home / kind), "--dataset", str(sentences), "--layer", "1", "--tokens", "2000",
+        *(word for site in ("resid_post", "mlp_out", "attn_z") for word in ("--site", site)),
+        "--context", "32", "--window", "1024", "--held-out", "0.1",
+    ])  # fmt: skip
+    assert plan.exit_code == 0, plan.output
+    block = {"gpt2": "transformer.h.1", "gpt_neox": "gpt_neox.layers.1", "qwen3": "model.layers.1"}[kind]
+    (cache,) = (home / "activations").iterdir()
+    for shown in (plan.stderr, call("cache", "info", cache)):
+        assert f"blocks.1.hook_resid_post = {block}, hidden_states[2]" in shown
+        assert f"blocks.1.hook_mlp_out = {block}.mlp" in shown
+        assert f"blocks.1.attn.hook_z = the input of {block}." in shown
+    for site in ("resid_post", "mlp_out"):
+        call("train", "--variant", "topk", "--layer", 1, "--site", site, "--steps", 5, "--batch-size", 256,
+             "--width", "2x", "--set", "k=8")  # fmt: skip
+    runs = sorted((home / "runs").iterdir())
+    of_stream = [run for run in runs if "mlp_out" not in run.name]
+    rows = json.loads(call("evaluate", *of_stream, "--suite", "core", "--tokens", 100, "--json"))
+    score = {row["name"]: row["core.model_behavior_preservation.kl_div_score"] for row in rows}
+    assert score["identity"] == pytest.approx(1, abs=1e-5) and score["zero"] == pytest.approx(0, abs=1e-5)
+    assert score[of_stream[0].name] < 1
 
 
 def test_the_demo_walks_through_all_three_stages(home) -> None:

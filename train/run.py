@@ -10,9 +10,10 @@ The digest is of everything that decides the result, so the same command finds t
 """
 
 import itertools
+import json
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ class Request:
     checkpoint_every: int = 1000
     log: Sequence[str] = ()  # loggers, by name
     compiled: bool = False  # steps go through torch.compile
+    origins: Mapping[str, str] = field(default_factory=dict)  # flag -> "flag" or "file:line", of what was not default
+
+    def record(self) -> dict[str, Any]:
+        """All that was asked for, as JSON can hold it."""
+        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ring"}
+        return json.loads(json.dumps(asked, default=str))
 
 
 @dataclass
@@ -84,6 +91,7 @@ class Run:
     folder: Path = Path()
     compiled: bool = False
     notes: Sequence[str] = ()  # what the plan says of its options
+    asked: Mapping[str, Any] = field(default_factory=dict)  # the request it came from
     problem: str | None = field(default=None)  # why it was given up
 
     @property
@@ -162,6 +170,7 @@ def plan(request: Request) -> list[Run]:
             for seed in dict.fromkeys(request.seeds):
                 options, order = given[recipe.name], request.order_seed
                 run = Run(recipe, options, hook, seed, order, setting, cache, compiled=request.compiled, notes=notes)
+                run.asked = request.record()
                 run.folder = (request.out or home() / "runs") / run.default_name()
                 runs.append(run)
     if problems:

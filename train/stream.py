@@ -6,7 +6,6 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from ..cache.batches import Batches, Resident, open_batches
 from ..cache.device import best_device
+from ..cache.environment import environment
 from ..cache.errors import Interrupted, SaeError, UsageError
 from ..cache.files import one_writer, outside, publish, read_json, write_json
 from ..cache.joined import Joined
@@ -124,7 +124,8 @@ def record_of(run: Run, variant: Variant) -> dict[str, Any]:
         "paper": run.recipe.paper,
         "cache_folders": run.cache_folders,
         **({"ring": run.cache.size} if isinstance(run.cache, Ring) else {}),
-        "versions": {name: version(name) for name in ("sae-pipeline", "torch", "numpy", "safetensors", "zarr")},
+        "asked": dict(run.asked),
+        "environment": environment(),
         "threads": torch.get_num_threads(),
     }
 

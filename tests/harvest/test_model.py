@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,30 +24,31 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3nTextConfig,
     GPT2Config,
-    GPT2LMHeadModel,
+    GPTJConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
 from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.layout import SITES, Hook
-from sae.harvest.model import (
-    SITED,
-    LanguageModel,
+from sae.harvest.architectures import (
+    FAMILIES,
+    check_context,
     check_layers,
-    check_sites,
-    find_model,
-    hidden_of,
-    load_model,
-    load_trunk,
+    family_of,
     module_of,
     width_of,
 )
+from sae.harvest.mini import WEIGHTS
+from sae.harvest.model import LanguageModel, Source, find_model, hidden_of, load_model, load_tokenizer, load_trunk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
 
 
@@ -82,11 +85,30 @@ def images() -> LanguageModel:
     return LanguageModel(Gemma3ForConditionalGeneration(config).eval())
 
 
-@pytest.fixture(params=["gemma", "llama", "images"])
+@lru_cache
+def tiny(kind: str, **more: Any) -> LanguageModel:
+    """Three random blocks of any family, with its unembedding."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+    }  # fmt: skip
+    config = CONFIG_MAPPING[kind](**sizes, **more)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # norms that do nothing would hide that one was left out
+        torch.nn.init.normal_(parameter, std=0.3)
+    return LanguageModel(model)
+
+
+@pytest.fixture(params=["gemma-2 of a folder", "llama of five", "images", "gpt_neox in sequence", *FAMILIES])
 def any_model(
     request: pytest.FixtureRequest, model: LanguageModel, deep: LanguageModel, images: LanguageModel
 ) -> LanguageModel:
-    return {"gemma": model, "llama": deep, "images": images}[request.param]
+    named = {"gemma-2 of a folder": model, "llama of five": deep, "images": images}
+    if request.param == "gpt_neox in sequence":
+        return tiny("gpt_neox", use_parallel_residual=False)
+    return named[request.param] if request.param in named else tiny(request.param)
 
 
 @pytest.fixture
@@ -102,31 +124,37 @@ def test_a_layer_is_the_hidden_state_after_its_block(any_model: LanguageModel, i
     for layer in layers[:-1]:
         assert torch.equal(captured[layer], states[layer + 1])
     # transformers gives the last one after the final norm
-    assert torch.equal(any_model.trunk.norm(captured[layers[-1]]), states[-1])
+    assert torch.equal(final_norm(any_model)(captured[layers[-1]]), states[-1])
 
 
-def test_a_hook_is_named_where_transformers_has_it(model: LanguageModel, images: LanguageModel) -> None:
-    assert [module_of(Hook(n), model.config) for n in (0, 1)] == ["hidden_states[1]", "the output of model.layers[1]"]
-    assert module_of(Hook(2), images.model.config) == "the output of model.language_model.layers[2]"
+def final_norm(model: LanguageModel) -> torch.nn.Module:
+    return getattr(model.trunk, family_of(model.config).norm)
+
+
+def test_a_hook_is_named_where_transformers_has_it(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    """Its name leads to a module, and what is captured comes out of it, or goes in."""
+    hooks = [Hook(1, site) for site in SITES]
+    found = any_model.capture_hooks(ids_NS, hooks)
+    seen: list[Tensor] = []
+    for hook in hooks:
+        words = module_of(hook, any_model.model.config)
+        module = any_model.model.get_submodule(words.removeprefix("the input of ").split(",")[0])
+        if words.startswith("the input of "):
+            handle = module.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+        else:
+            handle = module.register_forward_hook(lambda _m, _i, output: seen.append(hidden_of(output)))
+        with torch.no_grad():
+            any_model.model(ids_NS, use_cache=False)
+        handle.remove()
+        assert torch.equal(seen.pop(), found[hook])
+
+
+def test_the_names_of_hooks(model: LanguageModel, images: LanguageModel) -> None:
+    assert [module_of(Hook(n), model.config) for n in (0, 1)] == ["model.layers.0, hidden_states[1]", "model.layers.1"]
+    assert module_of(Hook(2), images.model.config) == "model.language_model.layers.2"
     assert module_of(Hook(0, "attn_z"), model.config) == "the input of model.layers.0.self_attn.o_proj"
-
-
-def tiny(kind: str) -> LanguageModel:
-    """Two random blocks of any family."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
-    config = CONFIG_MAPPING[kind](**sizes, num_key_value_heads=1, head_dim=8, pad_token_id=0)
-    model = AutoModel.from_config(config).eval()
-    for parameter in model.parameters():  # norms that do nothing would hide that one was left out
-        torch.nn.init.normal_(parameter, std=0.3)
-    return LanguageModel(model)
-
-
-@pytest.mark.parametrize("kind", SITED)
-def test_the_sites_of_a_block_add_up_in_every_family_that_has_them(kind: str) -> None:
-    model = tiny(kind)
-    check_sites(model.config, [Hook(0, "mlp_out")])
-    add_up(model, torch.arange(3, 25).reshape(2, 11))
+    assert module_of(Hook(0), tiny("gpt2").config) == "transformer.h.0, hidden_states[1]"
+    assert module_of(Hook(1, "mlp_out"), tiny("gpt_neox").config) == "gpt_neox.layers.1.mlp"
 
 
 @pytest.mark.parametrize("site", ["mlp_out", "attn_z"])
@@ -152,10 +180,6 @@ def test_a_block_with_several_vectors_of_a_token_is_refused() -> None:
 
 
 def test_the_sites_of_a_block_add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
-    add_up(any_model, ids_NS)
-
-
-def add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
     """What a block adds is the projected heads and the MLP, each after Gemma's second norm where there is one."""
     last = len(any_model.blocks) - 1
     here, block = Hook(last), any_model.blocks[last]
@@ -163,7 +187,7 @@ def add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
     found = any_model.capture_hooks(ids_NS, hooks)
     assert [x.shape[-1] for x in found.values()] == [width_of(hook, any_model.config) for hook in found]
     before, z, mlp_out, after = (found[hook] for hook in hooks)
-    attended = block.self_attn.o_proj(z)
+    attended = attrgetter(family_of(any_model.config).projection)(block)(z)
     if hasattr(block, "post_feedforward_layernorm"):
         attended = block.post_attention_layernorm(attended)
     torch.testing.assert_close(before + attended + mlp_out, after)
@@ -173,6 +197,31 @@ def test_layers_do_not_depend_on_each_other(any_model: LanguageModel, ids_NS: Te
     together = any_model.capture(ids_NS, range(len(any_model.blocks)))
     for layer, residual in together.items():
         assert torch.equal(any_model.capture(ids_NS, [layer])[layer], residual)
+
+
+def test_no_block_runs_behind_the_last_layer(any_model: LanguageModel, ids_NS: Tensor) -> None:
+    ran: list[int] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _m, _i, n=number: ran.append(n))
+        for number, block in enumerate(any_model.blocks)
+    ]
+    any_model.capture(ids_NS, [0])
+    for handle in handles:
+        handle.remove()
+    assert ran == [0]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_trunk_of_every_family_is_the_beginning_of_the_model(kind: str, tmp_path: Path) -> None:
+    whole, ids = tiny(kind), torch.arange(3, 25).reshape(2, 11)
+    whole.model.save_pretrained(tmp_path)
+    source, config = find_model(str(tmp_path))
+    trunk = load_trunk(source, config, 1, **SETTINGS)
+    assert len(trunk.blocks) == 2 and trunk.model.get_output_embeddings() is None
+    assert torch.equal(trunk.capture(ids, [1])[1], whole.capture(ids, [1])[1])
+    again = load_model(source, config, **SETTINGS)  # tied weights too
+    with torch.no_grad():
+        assert torch.equal(again.unembed(again.forward(ids, [0]).final), whole.model(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -342,9 +391,34 @@ def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_model_of_another_build_is_refused() -> None:
-    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1)
-    with pytest.raises(UsageError, match="A GPT2LMHeadModel keeps its blocks elsewhere"):
-        LanguageModel(GPT2LMHeadModel(config)).capture(torch.ones(1, 2, dtype=torch.long), [0])
+    config = GPTJConfig(vocab_size=16, n_embd=8, n_layer=1, n_head=1, rotary_dim=4)
+    with pytest.raises(UsageError, match="A GPTJForCausalLM keeps its blocks elsewhere.*gpt2, gpt_neox"):
+        LanguageModel(AutoModelForCausalLM.from_config(config)).capture(torch.ones(1, 2, dtype=torch.long), [0])
+
+
+@pytest.mark.parametrize(("kind", "more"), [("cohere", {}), ("granite", {"logits_scaling": 8.0}), ("phi", {})])
+def test_a_model_whose_end_cannot_be_run_alone_is_harvested_but_not_evaluated(kind: str, more: dict, tmp_path: Path):
+    tiny(kind, **more).model.save_pretrained(tmp_path)
+    source, config = find_model(str(tmp_path))
+    with pytest.raises(UsageError, match="SAEs cannot be spliced into a .*(the logits .* are off by|called otherwise)"):
+        load_model(source, config, **SETTINGS)
+    assert load_trunk(source, config, 1, **SETTINGS).capture(torch.arange(3, 25).reshape(2, 11), [1])[1].shape[-1] == 16
+
+
+def test_a_context_longer_than_the_learned_positions_is_refused() -> None:
+    check_context(tiny("gpt2").config, 1024, "gpt2")
+    check_context(tiny("llama").config, 65535, "llama")
+    with pytest.raises(UsageError, match="--context 1025 is too long: gpt2 has learned 1024 positions"):
+        check_context(tiny("gpt2").config, 1025, "gpt2")
+
+
+def test_where_a_tokenizer_has_no_bos_its_eos_stands_before_each_text(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(Source("without", str(tmp_path), "r"))
+    assert loaded.bos_token_id == loaded.eos_token_id == tokenizer.eos_token_id
+    assert load_tokenizer(find_model("gemma-2-mini")[0]).bos_token_id == 2
 
 
 @pytest.mark.parametrize("how", ["torn", "lacking", "another shape"])

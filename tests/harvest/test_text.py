@@ -93,7 +93,7 @@ def test_an_empty_text_is_refused(cut_up, texts: list[Any], why: str) -> None:
 
 def test_a_tokenizer_without_bos_is_a_sentence(tmp_path: Path) -> None:
     text, draft = Text("some", {}, Listed(lambda: map(Document, TEXTS))), Draft(tmp_path, {})
-    with pytest.raises(UsageError, match="no BOS token.*Qwen's has none.*choose a model whose tokenizer has it"):
+    with pytest.raises(UsageError, match="neither a BOS nor an EOS token.*choose a model whose tokenizer has it"):
         cut(text, SimpleNamespace(bos_token_id=None), draft, tokens=9, exactly=False, context=8, held_out=0, skip=[], seed=0)  # fmt: skip
 
 

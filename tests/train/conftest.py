@@ -51,12 +51,8 @@ def write_cache(folder: Path, seed: int) -> Cache:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small are faster on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small(one_thread: None) -> None:
+    """All products here are."""
 
 
 @pytest.fixture(scope="session")
