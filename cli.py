@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_cache import cache_app
+from .cli_formats import export, import_
 from .cli_harvest import run_harvest
 from .terminal import bar, echo, show_table, spoken
 
@@ -17,6 +18,8 @@ app = typer.Typer(
     help="Harvest a language model's activations, train sparse autoencoders on them, evaluate the result.",
 )  # fmt: skip
 app.add_typer(cache_app, name="cache")
+app.command("export")(export)
+app.command("import")(import_)
 
 
 def tokens_of(text: str) -> int:
