@@ -6,26 +6,25 @@
     evaluate/   SAE + model -> numbers, tables, pages
     cli.py      `sae harvest`, `sae train`, `sae evaluate`, `sae demo`
 
-Public from Python: `sae.open_cache(folder)`, `sae.load_sae(run)`, `sae.evaluate_saes({name: sae}, cache=..., layer=...)`.
+Public from Python: `sae.open_cache(folder)`, `sae.load_sae(run)`, `sae.evaluate_saes({name: sae}, cache=..., layer=...)`,
+`sae.export_sae(run, to)`, `sae.import_sae(path)`.
 """
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate_saes", "load_sae", "open_cache"]
+PUBLIC = {  # name -> where it is, imported when asked for: `sae --help` does not wait for torch
+    "evaluate_saes": ".evaluate.run",
+    "export_sae": ".train.formats.export",
+    "import_sae": ".train.formats.importing",
+    "load_sae": ".train.sae",
+    "open_cache": ".cache.reader",
+}
+__all__ = list(PUBLIC)  # noqa: PLE0605
 
 
-def __getattr__(name: str) -> Any:  # so that `sae --help` does not wait for torch
-    if name == "evaluate_saes":
-        from .evaluate.run import evaluate_saes
-
-        return evaluate_saes
-    if name == "load_sae":
-        from .train.sae import load_sae
-
-        return load_sae
-    if name == "open_cache":
-        from .cache.reader import open_cache
-
-        return open_cache
-    raise AttributeError(f"module 'sae' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'sae' has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name], __name__), name)

@@ -12,6 +12,7 @@ from .cli_compare import compare
 from .cli_config import config_app
 from .cli_env import env
 from .cli_evaluate import next_evaluate, run_evaluate
+from .cli_formats import export, import_
 from .cli_harvest import run_harvest
 from .cli_options import STREAM, Caches, Device, Layers, Sites, StreamTokens, Tokens
 from .cli_reproduce import reproduce
@@ -26,6 +27,8 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.add_typer(config_app, name="config")
 app.command()(env)
+app.command("export")(export)
+app.command("import")(import_)
 
 
 @app.callback(invoke_without_command=True)

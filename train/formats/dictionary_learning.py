@@ -1,0 +1,205 @@
+"""dictionary_learning's folder: ae.pt, a state dict, and config.json, which names its class.
+
+AutoEncoder        f = ReLU(We (x - bias) + be),  x_hat = Wd f + bias          We is (d_sae, d_in), Wd (d_in, d_sae)
+AutoEncoderNew     f = ReLU(We x + be),           x_hat = Wd f + bd
+GatedAutoEncoder   z = We (x - decoder_bias);  f = 1[z + gate_bias > 0] ReLU(exp(r_mag) z + mag_bias)
+AutoEncoderTopK    the k largest of ReLU(We (x - b_dec) + be)
+BatchTopKSAE       those of ReLU(We (x - b_dec) + be) over `threshold`, which is one for all and -1 until it was set
+MatryoshkaBatchTopKSAE   the same with W_enc (d_in, d_sae) and W_dec (d_sae, d_in)
+JumpReluAutoEncoder      ReLU(z) where z > threshold, z = x W_enc + b_enc
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache.errors import DamagedError, UsageError
+from ...cache.files import publish, write_json
+from .format import Format, Found
+from .names import first_hook, hub_name
+from .pickled import state_dict_of
+from .plain import Plain, sae_of
+from .stored import Claim, Folder, clipped, length, weights, words
+
+# By the tensors that only this class has. config.json can say otherwise: then the folder contradicts itself.
+KINDS = {
+    "AutoEncoder": {"bias": "D", "encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"},
+    "AutoEncoderNew": {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF", "decoder.bias": "D"},
+    "GatedAutoEncoder": {
+        "decoder_bias": "D", "r_mag": "F", "gate_bias": "F", "mag_bias": "F", "encoder.weight": "FD", "decoder.weight": "DF",
+    },
+    "AutoEncoderTopK": {
+        "b_dec": "D", "k": "", "threshold": "", "encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF",
+    },
+    "MatryoshkaBatchTopKSAE": {
+        "W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "k": "", "threshold": "", "group_sizes": "G",
+    },
+    "JumpReluAutoEncoder": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
+}  # fmt: skip
+KINDS["BatchTopKSAE"] = KINDS["AutoEncoderTopK"]
+WRITTEN = {"relu": "AutoEncoder", "gated": "GatedAutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}  # fmt: skip
+TRAINERS = {"relu": "StandardTrainer", "gated": "GatedSAETrainer", "topk": "TopKTrainer", "jumprelu": "JumpReluTrainer"}
+
+
+class DictionaryLearning(Format, name="dictionary-learning"):
+    holds = ("relu", "topk", "gated", "jumprelu")
+    files = ("ae.pt", "config.json")
+
+    def recognise(self, folder: Folder) -> bool:
+        return folder.has("ae.pt")
+
+    def write(self, plain: Plain, folder: Path, about: dict[str, Any]) -> None:
+        encoder, decoder = plain.W_enc.T, plain.W_dec.T
+        match plain:
+            case Plain(kind="relu"):
+                found = {"bias": plain.b_dec, "encoder.weight": encoder, "encoder.bias": plain.input_bias, "decoder.weight": decoder}  # fmt: skip
+            case Plain(kind="gated", r_mag=Tensor(), b_mag=Tensor()):
+                inside_F = plain.b_dec @ plain.W_enc
+                found = {
+                    "decoder_bias": plain.b_dec, "r_mag": plain.r_mag, "gate_bias": plain.b_enc + inside_F,
+                    "mag_bias": plain.b_mag + plain.r_mag.exp() * inside_F, "encoder.weight": encoder, "decoder.weight": decoder,
+                }  # fmt: skip
+            case Plain(kind="topk"):
+                found = {
+                    "b_dec": plain.b_dec, "k": torch.tensor(plain.k, dtype=torch.int32), "threshold": torch.tensor(-1.0),
+                    "encoder.weight": encoder, "encoder.bias": plain.input_bias, "decoder.weight": decoder,
+                }  # fmt: skip
+            case Plain(kind="jumprelu", threshold=Tensor()):
+                found = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec, "threshold": plain.threshold}  # fmt: skip
+            case _:
+                raise AssertionError(plain.kind)
+        buffer = io.BytesIO()
+        torch.save(
+            {n: (t.float() if t.is_floating_point() else t).contiguous().clone() for n, t in found.items()}, buffer
+        )
+        name = WRITTEN[plain.kind]
+        trainer = {
+            "trainer_class": TRAINERS[plain.kind], "dict_class": name, "activation_dim": plain.d_in, "dict_size": plain.d_sae,
+            "device": "cpu", "layer": about.get("hook_layer"), "lm_name": hub_name(about.get("model_name", "")) or None,
+            "submodule_name": place(about.get("hook_name", "")), "seed": about.get("seed"),
+        }  # fmt: skip
+        if plain.kind == "topk":
+            trainer["k"] = plain.k
+        buffer_record = {"ctx_len": about.get("context_size"), "d_submodule": plain.d_in, "io": "out"}
+        publish(folder / "ae.pt", buffer.getbuffer())
+        write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer_record, "about": about})
+
+    def load(self, folder: Folder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+        """The class, config.json, and the tensors as they lie there."""
+        path = folder.file("ae.pt")
+        claims = state_dict_of(path)
+        config = folder.record("config.json") if folder.has("config.json") else {}
+        name = words(config, "trainer", "dict_class")
+        fitting = [kind for kind, names in KINDS.items() if set(names) == set(claims)]
+        if not fitting:
+            raise DamagedError(
+                f"{path} holds {clipped(sorted(claims))}, which is no class of dictionary_learning that is known here: {', '.join(KINDS)}."
+            )
+        if name is None:
+            if len(fitting) > 1:
+                raise UsageError(
+                    f"{folder.path} can be {' or '.join(fitting)}, and has no config.json that says which. Get config.json too: "
+                    'its trainer.dict_class decides ({"trainer": {"dict_class": "..."}}).'
+                )
+            name = fitting[0]
+        if name not in fitting:
+            raise DamagedError(f"{folder.path / 'config.json'} says {clipped(name)}, but ae.pt holds the tensors of {' or '.join(fitting)}.")  # fmt: skip
+        return name, config, weights(path, claims, shapes_of(path, name, claims))
+
+    def read(self, folder: Folder) -> Found:
+        name, config, found = self.load(folder)
+        w = {n: t.double() for n, t in found.items()}
+        W_enc = w["W_enc"] if "W_enc" in w else w["encoder.weight"].T
+        W_dec = w["W_dec"] if "W_dec" in w else w["decoder.weight"].T
+        b_dec = next(w[n] for n in ("b_dec", "bias", "decoder_bias", "decoder.bias") if n in w)
+        b_enc = next(w[n] for n in ("b_enc", "encoder.bias", "gate_bias") if n in w)
+        pre_bias = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+        inside_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
+        plain = Plain(W_enc, b_enc - inside_F, W_dec, b_dec, "relu")
+        matrices = (plain.W_enc, plain.b_enc, plain.W_dec, plain.b_dec)
+        match name:
+            case "GatedAutoEncoder":
+                plain = Plain(*matrices, "gated", r_mag=w["r_mag"], b_mag=w["mag_bias"] - w["r_mag"].exp() * inside_F)
+            case "AutoEncoderTopK":
+                plain = Plain(*matrices, "topk", k=chosen(folder, found, plain.d_sae))
+            case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
+                threshold = float(w["threshold"])
+                if threshold < 0:
+                    raise UsageError(
+                        f"{folder.path / 'ae.pt'}: the threshold of this {name} was never set (it is {threshold:g}), and k is of a "
+                        "whole batch: what it does to one token is not decided. Train it longer, or set its threshold."
+                    )
+                plain = Plain(*matrices, "jumprelu", threshold=torch.full_like(b_enc, threshold))
+            case "JumpReluAutoEncoder":
+                plain = Plain(*matrices, "jumprelu", threshold=w["threshold"].clamp_min(0))
+        result = Found(sae_of(plain, pre_bias=pre_bias))
+        trainer = config.get("trainer") if isinstance(config.get("trainer"), dict) else {}
+        assert isinstance(trainer, dict)
+        if isinstance(model := trainer.get("lm_name"), str):
+            result.model = hub_name(model)
+        layer = trainer.get("layer")
+        said = f"blocks.{layer}.hook_resid_post" if type(layer) is int and layer >= 0 else None
+        own = words(config, "about", "hook_name")
+        result.hook = first_hook(
+            [own, trainer.get("submodule_name"), *reversed(folder.path.resolve().parts[-3:]), said]
+        )
+        if isinstance(context := words(config, "buffer", "ctx_len"), int):
+            result.context = context
+        result.metadata = {**config, "dict_class": name}
+        return result
+
+    def reference(self, folder: Folder, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        name, _, found = self.load(folder)
+        w, x_BD = {n: t.double() for n, t in found.items()}, x_BD.double()
+        relu = torch.nn.functional.relu
+        match name:
+            case "AutoEncoder":
+                f_BF = relu((x_BD - w["bias"]) @ w["encoder.weight"].T + w["encoder.bias"])
+                return f_BF, f_BF @ w["decoder.weight"].T + w["bias"]
+            case "AutoEncoderNew":
+                f_BF = relu(x_BD @ w["encoder.weight"].T + w["encoder.bias"])
+                return f_BF, f_BF @ w["decoder.weight"].T + w["decoder.bias"]
+            case "GatedAutoEncoder":
+                z_BF = (x_BD - w["decoder_bias"]) @ w["encoder.weight"].T
+                f_BF = (z_BF + w["gate_bias"] > 0) * relu(w["r_mag"].exp() * z_BF + w["mag_bias"])
+                return f_BF, f_BF @ w["decoder.weight"].T + w["decoder_bias"]
+            case "JumpReluAutoEncoder":
+                z_BF = x_BD @ w["W_enc"] + w["b_enc"]
+                f_BF = relu(z_BF * (z_BF > w["threshold"]))
+                return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
+            case "MatryoshkaBatchTopKSAE":
+                z_BF = relu((x_BD - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+                f_BF = z_BF * (z_BF > w["threshold"])
+                return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
+        z_BF = relu((x_BD - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
+        if name == "BatchTopKSAE":
+            f_BF = z_BF * (z_BF > w["threshold"])
+        else:
+            top = z_BF.topk(int(w["k"]), dim=-1)
+            f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
+        return f_BF, f_BF @ w["decoder.weight"].T + w["b_dec"]
+
+
+def shapes_of(path: Path, name: str, claims: dict[str, Claim]) -> dict[str, tuple[int, ...]]:
+    """The shapes that a class demands: d_in and d_sae from its biases, or where it has one alone, from its encoder."""
+    letters = KINDS[name]
+    known = {"G": length(path, claims, "group_sizes")} if "group_sizes" in letters else {}
+    known["D"] = length(path, claims, next(n for n, s in letters.items() if s == "D"))
+    known["F"] = length(path, claims, next(n for n, s in letters.items() if s == "F"))
+    return {n: tuple(known[letter] for letter in s) for n, s in letters.items()}
+
+
+def chosen(folder: Folder, found: dict[str, Tensor], d_sae: int) -> int:
+    k = int(found["k"])
+    if not 0 < k <= d_sae:
+        raise DamagedError(f"{folder.path / 'ae.pt'}: k is {k}, and there are {d_sae} latents.")
+    return k
+
+
+def place(hook_name: str) -> str | None:
+    """`resid_post_layer_12`, as its own demo calls it."""
+    hook = first_hook([hook_name])
+    return None if hook is None else f"{hook.site}_layer_{hook.layer}"

@@ -1,0 +1,129 @@
+"""An SAE of ours as the files of another library, checked before they are called by their name."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...cache.errors import UsageError
+from ...cache.files import flush_folder, make_folder, outside
+from ..sae import SAE, load_sae
+from .about import describe, hook_of_run
+from .approximate import approximated, sentence
+from .check import Check, Rows, compare, insist, rows_of_run, synthetic_rows
+from .format import Format, find_format
+from .plain import Plain, plain_of, sae_of
+from .stored import Folder
+
+
+@dataclass
+class Exported:
+    """What was written, and how it was checked."""
+
+    folder: Path
+    format: str
+    check: Check
+    about: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+def export_sae(
+    sae: SAE | Path | str,
+    to: str,
+    out: Path | str | None = None,
+    *,
+    approximate: str | None = None,
+    cache: Path | str | None = None,
+) -> Exported:
+    """Write an SAE, or that of a run folder, as `to`: saelens, gemma-scope, dictionary-learning or sparsify.
+
+    It takes raw activations, its decoder has unit rows, and what training divided by is folded in, in float64. The files
+    are computed with by themselves and compared with the SAE on 4,096 rows of its cache, or where there is none on
+    synthetic ones. `out`: an empty folder or none; by default exports/<to> in the run folder.
+
+    Raises UsageError for what the format cannot hold, SaeError when the check fails; then nothing is left behind.
+    """
+    kind = find_format(to)
+    folder = None if isinstance(sae, SAE) else Path(sae)
+    loaded = sae if isinstance(sae, SAE) else load_sae(sae)
+    if out is None and folder is None:
+        raise UsageError("Say where to export to: export_sae(sae, to, out=...).")
+    target = Path(out) if out is not None else Path(folder or "") / "exports" / to
+    hook = hook_of_run(loaded)
+    given = Path(cache) if cache is not None else None
+    source, rows = rows_of_run(loaded.origin, hook, given)
+    about, notes = describe(loaded, folder, source), []
+    plain, compared = held(loaded, kind, approximate, rows, about, notes), loaded
+    if "approximation" in about:
+        compared = sae_of(plain)
+    if kind.name == "saelens" and plain.kind == "topk" and not plain.unit_rows:
+        notes.append("The decoder has no unit rows, and scaling them would change which latents are the k largest.")
+    with building(target) as temporary:
+        kind.write(plain, temporary, about)
+        made = Folder(temporary)
+        check = compare(compared, plain, lambda x: kind.reference(made, x), rows or synthetic_rows(plain))
+        insist(check, f"The export to {to}")
+    return Exported(target, to, check, about, notes)
+
+
+def held(
+    sae: SAE, kind: Format, approximate: str | None, rows: Rows | None, about: dict[str, Any], notes: list[str]
+) -> Plain:
+    """The SAE as a kind that the format holds. UsageError names those that hold it; `about` gets an approximation's record."""
+    try:
+        plain = plain_of(sae)
+    except UsageError:
+        if approximate is None:
+            raise
+        plain = None
+    if plain is not None:
+        if exact := plain.within(kind.holds):
+            if approximate is not None:
+                notes.append(f"{kind.name} holds this {plain.kind} as it is; --approximate was not needed.")
+            return exact.unit()
+        able = [f.name for f in Format.registry.values() if plain.within(f.holds)]
+        if approximate is None:
+            raise UsageError(
+                f"{kind.name} holds {' and '.join(kind.holds)}, and this SAE is a {plain.kind}: {', '.join(able)} can hold it. "
+                f"--approximate {kind.holds[0]} writes the nearest that {kind.name} holds, and says how far it is."
+            )
+    assert approximate is not None
+    if rows is None:
+        raise UsageError(
+            "An approximation is fitted to and measured on cached rows, and this SAE's cache is not there. Give one with --cache."
+        )
+    nearest, record = approximated(sae, approximate, rows.x_RD)
+    if (fitting := nearest.within(kind.holds)) is None:
+        raise UsageError(f"{kind.name} holds no {approximate} either, but {' and '.join(kind.holds)}.")
+    about["approximation"] = record
+    notes.append(sentence(record))
+    return fitting.unit()
+
+
+@contextlib.contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A new folder that becomes `target` when all went well, and goes away when not. UsageError when `target` holds anything."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UsageError(f"{target} is not empty; nothing was written. Give a new folder with --out.")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        make_folder(temporary)
+    except OSError as error:
+        raise outside(error, target) from error
+    try:
+        yield temporary
+        if target.is_dir():
+            target.rmdir()
+        os.replace(temporary, target)
+        flush_folder(target.parent)
+    except OSError as error:
+        raise outside(error, target) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

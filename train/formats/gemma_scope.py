@@ -1,0 +1,63 @@
+"""Gemma Scope's file: params.npz with W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec and threshold, all float32.
+
+    f = ReLU(z) where z > threshold,  z = x W_enc + b_enc;  b_dec is not subtracted at the input
+
+Some files have lower-case w_enc and w_dec. Model and layer stand in no file but in its path, as
+gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82/params.npz; what we write has an about.json beside it.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ...cache.files import publish, write_json
+from .format import Format, Found
+from .names import first_hook, hub_name, of_gemma_scope
+from .plain import Plain, sae_of
+from .stored import Folder, length, npz_of, weights
+
+
+class GemmaScope(Format, name="gemma-scope"):
+    holds = ("jumprelu",)
+    files = ("params.npz", "about.json")
+
+    def recognise(self, folder: Folder) -> bool:
+        return folder.has("params.npz")
+
+    def write(self, plain: Plain, folder: Path, about: dict[str, Any]) -> None:
+        assert plain.threshold is not None
+        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+        buffer = io.BytesIO()
+        np.savez(buffer, **{name: getattr(plain, name).float().contiguous().numpy() for name in names})
+        publish(folder / "params.npz", buffer.getbuffer())
+        write_json(folder / "about.json", about)
+
+    def load(self, folder: Folder) -> dict[str, Tensor]:
+        path = folder.file("params.npz")
+        claims = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(name, name): c for name, c in npz_of(path).items()}
+        D, F = length(path, claims, "b_dec"), length(path, claims, "b_enc")
+        expected = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
+        return weights(path, claims, expected)
+
+    def read(self, folder: Folder) -> Found:
+        w = {name: t.double() for name, t in self.load(folder).items()}
+        plain = Plain(w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], "jumprelu", threshold=w["threshold"].clamp_min(0))
+        found = Found(sae_of(plain))
+        found.model, found.hook = of_gemma_scope(folder.path.resolve().parts)
+        if folder.has("about.json"):
+            found.metadata = folder.record("about.json")
+            found.hook = first_hook([found.metadata.get("hook_name")]) or found.hook
+            if isinstance(model := found.metadata.get("model_name"), str):
+                found.model = hub_name(model)
+            if isinstance(context := found.metadata.get("context_size"), int):
+                found.context = context
+        return found
+
+    def reference(self, folder: Folder, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        w = {name: t.double() for name, t in self.load(folder).items()}
+        z_BF = x_BD.double() @ w["W_enc"] + w["b_enc"]
+        f_BF = z_BF.relu() * (z_BF > w["threshold"])
+        return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
