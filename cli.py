@@ -26,9 +26,6 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(cache_app, name="cache")
 app.add_typer(config_app, name="config")
-app.command()(env)
-app.command("export")(export)
-app.command("import")(import_)
 
 
 @app.callback(invoke_without_command=True)
@@ -272,6 +269,8 @@ def evaluate(
 
 app.command()(compare)
 app.command()(reproduce)
+app.command("export")(export)
+app.command("import")(import_)
 
 
 @app.command()
@@ -326,6 +325,8 @@ def demo(
     )
     echo("         sae harvest --layer 12     (Gemma-2-2B: accept its licence, then `hf auth login`)")
 
+
+app.command()(env)
 
 if __name__ == "__main__":
     app()

@@ -148,7 +148,7 @@ def spelled(value: Any) -> str:
 
 
 def evaluated(paper: Any, runs: Sequence[Path], suite: str, device: str) -> None:
-    from .cli import run_evaluate
+    from .cli_evaluate import run_evaluate
     from .evaluate.run import Request
 
     run_evaluate(Request(runs=list(dict.fromkeys(runs)), suite=suite, mode=paper.mode, device=device))

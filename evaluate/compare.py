@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cache.errors import DamagedError, UsageError, did_you_mean
+from ..cache.errors import UsageError, did_you_mean
 from ..cache.files import digest_of, read_json
-from .metric import RECORDED, Number, Result
+from .metric import Number, Result, result_of
 from .pages.charts import Chart, Series
-from .run import METRICS
+from .suites import METRICS
 from .table import head, paired, value_of, with_spread
 
 L0 = ("core", "l0")
@@ -85,8 +85,8 @@ class System:
         if not values:
             return None
         result = next(run.results[metric] for run in self.runs if metric in run.results)
-        low, high = result.intervals.get(number.category, {}).get(number.name) or (0.0, 0.0)
-        return values[0], max(high - low, 0.0) / 2
+        low, high = result.intervals.get(number.category, {}).get(number.name) or (None, None)
+        return values[0], 0.0 if low is None or high is None else (high - low) / 2
 
 
 @dataclass(frozen=True)
@@ -135,24 +135,10 @@ def read_run(folder: Path) -> Compared:
 
 def results_of(folder: Path) -> tuple[dict[str, Result], dict[str, dict[str, Any]]]:
     """Each metric's result file, and its settings."""
-    results, settings = {}, {}
-    for name in METRICS:
-        path = folder / "evaluations" / f"{name}.json"
-        if path.exists():
-            found = read_json(path, *RECORDED)
-            try:
-                more = found["eval_result_unstructured"]
-                results[name] = Result(
-                    found["eval_result_metrics"],
-                    found["eval_result_details"],
-                    more["intervals"],
-                    more["n"],
-                    more["flags"],
-                )
-                settings[name] = dict(found["eval_config"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise DamagedError(f"{path} holds no result of {name}. Remove it and evaluate again.") from error
-    return results, settings
+    paths = {name: folder / "evaluations" / f"{name}.json" for name in METRICS}
+    there = {name: path for name, path in paths.items() if path.exists()}
+    results = {name: result_of(path, METRICS[name]) for name, path in there.items()}
+    return results, {name: read_json(path, "eval_config")["eval_config"] for name, path in there.items()}
 
 
 def found_references(runs: Sequence[Compared]) -> list[Compared]:

@@ -176,7 +176,8 @@ def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Re
     return found
 
 
-def result_of(path: Path, metric: Metric) -> Result:
+def result_of(path: Path, metric: Metric | type[Metric]) -> Result:
+    """What a result file holds. Raises DamagedError for one that holds none."""
     found = read_json(path, *RECORDED)
     try:
         more = {name: found["eval_result_unstructured"][name] for name in UNSTRUCTURED}

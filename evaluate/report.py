@@ -53,8 +53,8 @@ class Trained:
         if warmup is not None and warmup > done:
             wrong.append(f"its learning rate never came to its peak: {warmup:,} steps of warm-up")
         if core is not None:
-            alive = core.metrics.get("misc_metrics", {}).get("frac_alive", 1.0)
-            if alive < ALIVE:
+            alive = core.metrics.get("misc_metrics", {}).get("frac_alive")
+            if alive is not None and alive < ALIVE:
                 wrong.append(f"{1 - alive:.0%} of its latents are dead")
             trained, found = self.log[-1].get("explained_variance") if self.log else None, explained(core)
             if trained is not None and found is not None and abs(found - trained) > LIKE_TRAINED:
@@ -241,7 +241,7 @@ def curve(runs: Sequence[Trained], name: str) -> tuple[list[float], list[float]]
 def probing(runs: Sequence[Trained], k: int, on_paper_model: bool) -> float | None:
     name = f"sae_top_{k}_test_accuracy"
     found = [results_of(run, on_paper_model).get("sparse_probing") for run in runs]
-    values = [value for one in found if one and (value := one.metrics.get("sae", {}).get(name)) not in (None, -1)]
+    values = [value for one in found if one and (value := one.metrics.get("sae", {}).get(name)) is not None]
     return mean(values) if values else None
 
 
@@ -263,7 +263,7 @@ def letters(found: Report) -> tuple[list[str], list[list[str]]]:
 def rates_of(result: Result | None) -> Iterator[tuple[str, float]]:
     for entry in result.details if result else ():
         rate: Any = entry.get("absorption_rate", entry.get("full_absorption_rate"))
-        if rate not in (None, -1):
+        if rate is not None:
             yield label_of(entry), rate
 
 
