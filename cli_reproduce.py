@@ -1,145 +1,164 @@
 """`sae reproduce`: a paper's systems trained and evaluated, and every number that it claims beside the number measured."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
+from .cli_options import Device
 from .terminal import echo, show_table, spoken
 
 ALL = "all"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The command's options: None is what the paper says."""
+
+    model: str
+    layers: Sequence[int] | None
+    seeds: Sequence[int] | None
+    reading: str | None
+    steps: int | None
+    batch_size: int | None
+    width: str | None
+    dataset: str | None
+    cache: Path | None
+    suite: str | None
+    folder: Path
+    device: str
+    on_paper_model: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe of one of a paper's systems, to train at every layer and seed."""
+
+    paper: str
+    system: str
+    recipe: str
+    options: tuple[str, ...]  # option=value
+    dataset: str | None
+    steps: int
+    batch_size: int | None
+    width: str | None
+    literal: bool
+    layers: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def together(self) -> tuple[Any, ...]:
+        """Jobs that have this in common can be trained on one pass."""
+        return self.dataset, self.steps, self.batch_size, self.width, self.literal, self.layers, self.seeds
+
+    @property
+    def count(self) -> int:
+        return len(self.layers) * len(self.seeds)
+
+
 @spoken
 def reproduce(
     papers: Annotated[list[str], typer.Argument(help="000, 001, 002, 003, 004, or all.")],
-    model: Annotated[str, typer.Option(help="The papers' is the default; another tells which systems have more.")] = "google/gemma-2-2b",
+    model: Annotated[
+        str, typer.Option(help="The default is the papers'. Of another, what can hold is which system has more.")
+    ] = "google/gemma-2-2b",
     layer: Annotated[list[int] | None, typer.Option("--layer", help="Default: each paper's. Repeats.")] = None,
     seed: Annotated[list[int] | None, typer.Option("--seed", help="Default: each paper's three. Repeats.")] = None,
-    reading: Annotated[str | None, typer.Option(help="evidence, field or literal: how units are read. Default: evidence on the papers' model, else field.")] = None,
+    reading: Annotated[
+        str | None,
+        typer.Option(help="How units are read: evidence (default on the papers' model), field (elsewhere) or literal."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Default: each paper's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Tokens. Default: each paper's; off its model each recipe's.")
+    ] = None,
     width: Annotated[str | None, typer.Option(help="Latents, as in `sae train`. Default: each system's.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Read this one in the place of a harvest.")] = None,
-    suite: Annotated[str | None, typer.Option(help="Default: full on the papers' model, else quick.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for runs and pages. Default: reproduce/<model>.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dataset: Annotated[
+        str | None, typer.Option(help="As in `sae harvest`. Default: each paper's on its model.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Train on this one instead of harvesting.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="As in `sae evaluate`. Default: full on the papers' model, else quick.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of runs and pages. Default: reproduce/<model>.")] = None,
+    device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print tokens, disk, time and runs, and stop.")] = False,
-) -> None:  # fmt: skip
-    """A paper -> its systems trained and evaluated, and a page: each claimed number beside the measured one, with a verdict.
+) -> None:
+    """A paper -> its systems, trained and evaluated, and a page: each claimed number beside the measured one, with a verdict.
 
-    What exists is not done again: the same command goes on after a kill, and after a new seed trains only that.
+    What exists is not made again: the same command goes on after a kill, and with one more seed trains only that.
     """
-    from .cache.errors import UsageError
     from .cache.layout import home
     from .cache.reader import model_name
     from .evaluate.claims import PAPERS, load
 
     chosen = [load(number) for number in (PAPERS if ALL in papers else dict.fromkeys(papers))]
-    theirs = {paper.ran.reads_as for paper in chosen}
-    on_paper_model = model in theirs
-    used = {paper.number: reading_of(paper, reading, on_paper_model) for paper in chosen}
-    folder = out or home() / "reproduce" / model_name(model).split("/")[-1]
-    systems = {}  # (paper, system, recipe) -> run folders
-    caches: dict[Any, Any] = {}
-    for paper in chosen:
-        dataset = paper.run.dataset if on_paper_model else None
-        layers = layer or list(paper.ran.layers)
-        sizes = replace(paper.run, steps=steps or paper.run.steps)
-        text = (dataset, sizes.steps * sizes.batch_size)
-        if text not in caches:
-            caches[text] = (
-                cache
-                if cache is not None
-                else harvested(model, dataset, layers_of(chosen, layer), text[1], device, dry_run)
-            )
-        if caches[text] is None:  # only planned
-            echo(
-                f"train    {paper.number}: {count(paper, layers, seed)} SAEs, {sizes.steps:,} steps each, when the cache is there"
-            )
+    asked = Asked(
+        model, layer, seed, reading, steps, batch_size, width, dataset, cache, suite,
+        out or home() / "reproduce" / Path(model_name(model)).name, device,
+        on_paper_model=model in {paper.ran.reads_as for paper in chosen},
+    )  # fmt: skip
+    jobs = [job for paper in chosen for job in jobs_of(paper, asked)]
+    caches = harvested(jobs, asked, dry_run)
+    runs: dict[Job, list[Path]] = {}
+    for group in packed(jobs):
+        if (text := caches[group[0].dataset]) is None:  # planned, and not there yet
+            echo(f"train    {sum(job.count for job in group):,} SAEs, {group[0].steps:,} steps each")
             continue
-        for request, members in requests(
-            paper, used[paper.number], sizes, layers, seed, width, caches[text], folder, device, on_paper_model
-        ):
-            from .cli import run_train
-
-            runs = run_train(request, dry_run)
-            for system, recipe in members:
-                found = [run.folder for run in runs if run.recipe.name == recipe]
-                systems[paper.number, system, recipe] = found
+        runs |= trained(group, text, asked, dry_run)
     if dry_run:
         return
-    if not systems:
-        raise UsageError("Nothing was trained.")
-    pages = []
+    code = 0
     for paper in chosen:
-        own = {key[1:]: runs for key, runs in systems.items() if key[0] == paper.number}
-        evaluated(
-            paper,
-            [run for runs in own.values() for run in runs],
-            suite or ("full" if on_paper_model else "quick"),
-            device,
-        )
-        pages.append(written(paper, own, folder, model, used[paper.number].name, on_paper_model))
-    for page in pages:
-        echo(f"written  {page}")
-    echo(f"next     sae compare {quote(str(folder / 'runs'))}/* --mix --out {quote(str(folder / 'compare.html'))}")
+        own = {job: folders for job, folders in runs.items() if job.paper == paper.number}
+        code = max(code, evaluated(paper, own, asked))
+        written(paper, own, asked)
+    echo(
+        f"next     sae compare {quote(str(asked.folder / 'runs'))}/* --mix --out {quote(str(asked.folder / 'all.html'))}"
+    )
+    if code:
+        raise typer.Exit(code)
 
 
-def reading_of(paper: Any, asked: str | None, on_paper_model: bool) -> Any:
+def reading_of(paper: Any, asked: Asked) -> Any:
     from .cache.errors import UsageError
 
     names = {reading.name: reading for reading in paper.readings}
-    if asked is not None and asked not in names:
-        raise UsageError(f"Paper {paper.number} has no reading {asked}; it has {', '.join(names)}.")
-    return names[asked or (paper.readings[0].name if on_paper_model else "field")]
+    if asked.reading is not None and asked.reading not in names:
+        raise UsageError(f"--reading {asked.reading}: paper {paper.number} has {', '.join(names)}.")
+    return names[asked.reading or (paper.readings[0].name if asked.on_paper_model else "field")]
 
 
-def layers_of(papers: Sequence[Any], asked: Sequence[int] | None) -> list[int]:
-    return sorted(set(asked or [layer for paper in papers for layer in paper.ran.layers]))
+def jobs_of(paper: Any, asked: Asked) -> list[Job]:
+    """What to train for a paper: each recipe of each system, in the units of the reading."""
+    reading, run = reading_of(paper, asked), paper.run
+    return [
+        Job(
+            paper.number, system.id, recipe,
+            options_of(recipe, reading.options, system.options),
+            asked.dataset or (run.dataset if asked.on_paper_model else None),
+            asked.steps or run.steps,
+            asked.batch_size or (run.batch_size if asked.on_paper_model else None),
+            asked.width or system.width or None,
+            reading.literal,
+            tuple(asked.layers or paper.ran.layers),
+            tuple(asked.seeds or run.seeds),
+        )
+        for system in paper.systems.values()
+        for recipe in system.recipes
+    ]  # fmt: skip
 
 
-def count(paper: Any, layers: Sequence[int], seeds: Sequence[int] | None) -> int:
-    recipes = sum(len(system.recipes) for system in paper.systems.values())
-    return recipes * len(layers) * len(seeds or paper.run.seeds)
+def options_of(recipe: str, reading: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[str, ...]:
+    """The system's options, and of the reading's those that the recipe has."""
+    from .train.recipe import Optimization, find_recipe
 
-
-def harvested(
-    model: str, dataset: str | None, layers: Sequence[int], tokens: int, device: str, dry_run: bool
-) -> Path | None:
-    """The cache for so many training tokens, made if it is not there; None where it is only planned."""
-    from .cli_harvest import run_harvest
-    from .harvest.plan import Request
-
-    found = run_harvest(Request(model=model, dataset=dataset, layers=layers, tokens=tokens, device=device), dry_run)
-    return found.folder if found is not None else None
-
-
-def requests(
-    paper: Any, reading: Any, sizes: Any, layers: Sequence[int], seeds: Sequence[int] | None, width: str | None, cache: Path, folder: Path,
-    device: str, on_paper_model: bool,
-) -> Iterator[tuple[Any, list[tuple[str, str]]]]:  # fmt: skip
-    """What to train, each request with the (system, recipe) that it serves: as few as the systems' options and widths allow."""
-    from .train.run import Request
-
-    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for system in paper.systems.values():
-        options = json.dumps({**reading.options, **system.options}, sort_keys=True)
-        for recipe in system.recipes:
-            groups.setdefault((width or system.width, options), []).append((system.id, recipe))
-    for (wide, options), members in groups.items():
-        recipes = list(dict.fromkeys(recipe for _, recipe in members))
-        given = [
-            f"{recipe}.{name}={spelled(value)}" for recipe in recipes for name, value in json.loads(options).items()
-        ]
-        yield Request(
-            variants=recipes, layers=layers, seeds=seeds or sizes.seeds, caches=(cache,), steps=sizes.steps, width=wide or None,
-            batch_size=sizes.batch_size if on_paper_model else None, literal=reading.literal, options=given, out=folder / "runs",
-            device=device,
-        ), members  # fmt: skip
+    known = {*find_recipe(recipe).options, *vars(Optimization())}
+    options = {name: value for name, value in reading.items() if name in known} | dict(system)
+    return tuple(f"{name}={spelled(value)}" for name, value in options.items())
 
 
 def spelled(value: Any) -> str:
@@ -147,36 +166,87 @@ def spelled(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def evaluated(paper: Any, runs: Sequence[Path], suite: str, device: str) -> None:
+def packed(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Groups that train on one pass: alike in all but recipe and options, and no recipe with two sets of options."""
+    groups: list[list[Job]] = []
+    for job in jobs:
+        for group in groups:
+            options = {one.recipe: one.options for one in group}
+            if group[0].together == job.together and options.get(job.recipe, job.options) == job.options:
+                group.append(job)
+                break
+        else:
+            groups.append([job])
+    return groups
+
+
+def harvested(jobs: Sequence[Job], asked: Asked, dry_run: bool) -> dict[str | None, Path | None]:
+    """A cache for each dataset, with the tokens of its longest job; None where it is only planned."""
+    from .cli_harvest import run_harvest
+    from .harvest.plan import Request
+    from .train.recipe import find_recipe
+
+    caches: dict[str | None, Path | None] = {}
+    for dataset in dict.fromkeys(job.dataset for job in jobs):
+        own = [job for job in jobs if job.dataset == dataset]
+        tokens = max(job.steps * (job.batch_size or find_recipe(job.recipe).batch_size) for job in own)
+        layers = sorted({layer for job in own for layer in job.layers})
+        if asked.cache is not None:
+            caches[dataset] = asked.cache
+            continue
+        request = Request(model=asked.model, dataset=dataset, layers=layers, tokens=tokens, device=asked.device)
+        cache = run_harvest(request, dry_run)
+        caches[dataset] = None if cache is None else cache.folder
+    return caches
+
+
+def trained(group: Sequence[Job], cache: Path, asked: Asked, dry_run: bool) -> dict[Job, list[Path]]:
+    """Train the group on one pass; the run folders of each job."""
+    from .cli import run_train
+    from .train.run import Request
+
+    first = group[0]
+    recipes = {job.recipe: job.options for job in group}
+    request = Request(
+        variants=list(recipes), layers=first.layers, seeds=first.seeds, caches=(cache,), steps=first.steps, width=first.width,
+        batch_size=first.batch_size, literal=first.literal, out=asked.folder / "runs", device=asked.device,
+        options=[f"{recipe}.{option}" for recipe, options in recipes.items() for option in options],
+    )  # fmt: skip
+    runs = run_train(request, dry_run)
+    return {job: [run.folder for run in runs if run.recipe.name == job.recipe] for job in group}
+
+
+def evaluated(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: Asked) -> int:
+    """Evaluate in the paper's definitions; returns the exit code. What could not be measured is on the page, too."""
     from .cli_evaluate import run_evaluate
     from .evaluate.run import Request
 
-    run_evaluate(Request(runs=list(dict.fromkeys(runs)), suite=suite, mode=paper.mode, device=device))
+    folders = dict.fromkeys(folder for found in runs.values() for folder in found)
+    suite = asked.suite or ("full" if asked.on_paper_model else "quick")
+    try:
+        run_evaluate(Request(runs=list(folders), suite=suite, mode=paper.mode, device=asked.device))
+    except typer.Exit as stopped:
+        return stopped.exit_code
+    return 0
 
 
-def written(
-    paper: Any, systems: dict[tuple[str, str], list[Path]], folder: Path, model: str, reading: str, on_paper_model: bool
-) -> Path:
+def written(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: Asked) -> None:
     """The paper's page, and its verdicts as a table in the terminal."""
     from .evaluate.compare import read_run
     from .evaluate.pages.page import write_page
     from .evaluate.pages.reproduction import reproduction_page
     from .evaluate.report import report, trained
 
-    runs = [trained(system, recipe, read_run(run)) for (system, recipe), found in systems.items() for run in found]
-    found = report(paper, runs, on_paper_model)
+    found = report(
+        paper,
+        [trained(job.system, job.recipe, read_run(folder)) for job, folders in runs.items() for folder in folders],
+        asked.on_paper_model,
+    )
     lines = [
-        [
-            row.claim.id,
-            row.claim.system,
-            f"{row.claim.value:g}{row.claim.unit and ' ' + row.claim.unit}",
-            row.measured,
-            str(row.seeds or ""),
-            row.verdict,
-        ]
+        [row.claim.id, row.claim.system, f"{row.claim.value:g} {row.claim.unit}", row.measured, str(row.seeds or ""), row.verdict]
         for row in found.rows
-    ]
+    ]  # fmt: skip
     show_table(f"{paper.number} {paper.title}", ["claim", "of", "claimed", "measured", "seeds", "verdict"], lines)
-    page = folder / f"{paper.number}.html"
-    write_page(page, reproduction_page(found, model, reading))
-    return page
+    page = asked.folder / f"{paper.number}.html"
+    write_page(page, reproduction_page(found, asked.model, reading_of(paper, asked).name))
+    echo(f"written  {page}")

@@ -1,0 +1,107 @@
+"""A paper's systems trained, evaluated and reported through the command line, on the tiny model."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from sae.cli import app
+from sae.cli_reproduce import Asked, jobs_of, packed
+from sae.evaluate.claims import PAPERS, load
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+
+
+def asked(**more):
+    return Asked(**{
+        "model": "google/gemma-2-2b", "layers": None, "seeds": None, "reading": None, "steps": None, "batch_size": None,
+        "width": None, "dataset": None, "cache": None, "suite": None, "folder": None, "device": "cpu", "on_paper_model": True, **more,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("number", PAPERS)
+@pytest.mark.parametrize("reading", ["evidence", "field", "literal"])
+def test_every_recipe_takes_the_options_of_its_paper(number, reading):
+    from sae.train import variants  # noqa: F401
+    from sae.train.recipe import Optimization, find_recipe
+
+    paper = load(number)
+    if reading not in [one.name for one in paper.readings]:
+        return
+    for job in jobs_of(paper, asked(reading=reading)):
+        known = {*find_recipe(job.recipe).options, *vars(Optimization())}
+        assert {option.split("=")[0] for option in job.options} <= known
+
+
+def test_on_the_papers_model_the_papers_sizes_are_run():
+    jobs = jobs_of(load("002"), asked())
+    assert {(job.steps, job.batch_size, job.layers, job.seeds) for job in jobs} == {(4882, 2048, (12,), (0, 1, 2))}
+    assert {job.width for job in jobs} == {"8x", "1x"}
+    elsewhere = jobs_of(
+        load("002"), asked(model="gemma-2-mini", on_paper_model=False, width="4x", steps=10, layers=[0])
+    )
+    assert {(job.steps, job.batch_size, job.width, job.dataset) for job in elsewhere} == {(10, None, "4x", None)}
+
+
+def test_groups_hold_every_job_once_and_no_recipe_with_two_sets_of_options():
+    jobs = [
+        job
+        for number in PAPERS
+        for job in jobs_of(load(number), asked(on_paper_model=False, width="4x", steps=10, layers=[0], seeds=[0]))
+    ]
+    groups = packed(jobs)
+    assert sorted(map(hash, jobs)) == sorted(hash(job) for group in groups for job in group)
+    for group in groups:
+        assert len({job.together for job in group}) == 1
+        assert len({(job.recipe, job.options) for job in group}) == len({job.recipe for job in group})
+    assert len(groups) < 6  # most of five papers in one pass
+
+
+@pytest.fixture
+def cache(tiny_model, sentences, home):
+    done = call("harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--tokens", 3000, "--context", 32,
+                "--window", 1024, "--held-out", 0.1)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (folder,) = (home / "activations").iterdir()
+    return folder
+
+
+def test_a_paper_becomes_runs_and_a_page_and_the_second_time_nothing_is_made(cache, tiny_model, home):
+    words = ("reproduce", "003", "--model", tiny_model, "--cache", cache, "--layer", 1, "--seed", 0, "--seed", 1, "--steps", 20,
+             "--batch-size", 256, "--width", "2x", "--suite", "core")  # fmt: skip
+    done = call(*words)
+    assert done.exit_code == 0, done.output
+    (folder,) = (home / "reproduce").iterdir()
+    runs = sorted(path.name for path in (folder / "runs").iterdir())
+    assert [re.sub("-[0-9a-f]{6}$", "", name) for name in runs] == [
+        "decorrelation-L01-n64-s0", "decorrelation-L01-n64-s1", "relu-L01-n64-s0", "relu-L01-n64-s1",
+    ]  # fmt: skip
+    page = (folder / "003.html").read_text()
+    assert "Not the paper&#39;s model" in page or "Not the paper's model" in page
+    for claim in load("003").claims:
+        assert f'id="{claim.id}"' in page
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.s*")}
+    assert call(*words).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_dry_run_makes_nothing(tiny_model, sentences, home):
+    done = call("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
+                "--batch-size", 64, "--dry-run")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "6 SAEs" in done.output and "tokens" in done.output
+    assert not (home / "reproduce").exists() and not (home / "activations").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["005"], "no paper 005"),
+        (["003", "--reading", "evidence"], "--reading evidence: paper 003 has field"),
+    ],
+)
+def test_what_is_refused(words, said):
+    done = call("reproduce", *words)
+    assert done.exit_code == 2 and said in done.output, done.output
