@@ -105,7 +105,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Reading:
-    """Options for every recipe of the paper that settle its units, and what speaks for them."""
+    """Options that settle a paper's units, for each of its recipes that has them; a system's own go before these."""
 
     name: str
     why: str

@@ -107,7 +107,7 @@ def verdict(claim: Claim, values: Mapping[str, Seeds], *, on_paper_model: bool, 
 
 
 def of_all(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict on a claim about several recipes or layers: it holds as far as it holds of each."""
+    """The verdict on a claim about several recipes or layers, from that on each: it holds as far as it holds of all."""
     return min(verdicts, key=WORST_FIRST.index, default="not measured")
 
 

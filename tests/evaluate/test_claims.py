@@ -12,7 +12,7 @@ import torch
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.cache.errors import UsageError
 from sae.evaluate import sparse_probing
-from sae.evaluate.claims import BESIDE, FOLDER, LOGGED, LONGEST, PAPERS, REGISTRY, load, numbers, parse
+from sae.evaluate.claims import BESIDE, FOLDER, LOGGED, LONGEST, PAPERS, REGISTRY, Fact, load, numbers, parse
 from sae.evaluate.run import METRICS, Request, evaluate
 from sae.evaluate.texts import HUB
 from sae.evaluate.verdict import measured
@@ -258,6 +258,12 @@ def test_what_is_wrong_is_said(text, sentence):
     assert sentence in str(caught.value)
 
 
+def test_the_number_that_a_claim_is_set_against_is_one_of_the_claims():
+    text = (FOLDER / "001.toml").read_text(encoding="utf-8").replace("against_value = 90.6\n", "against_value = 90.7\n")
+    with pytest.raises(UsageError, match="claim l0: against_value = 90.7 is no claim about baseline."):
+        parse(text, "claims/001.toml")
+
+
 def test_everything_wrong_is_said_at_once():
     text = changed("value = 9", "value = 8").replace('mode = "2024-12"', 'mode = "2023"')
     with pytest.raises(UsageError, match="2023") as caught:
@@ -276,3 +282,19 @@ def test_a_claim_has_the_layers_of_its_paper_unless_it_says_which():
     assert claims["runs"].layers == (12,)
     assert claims["steps"].layers == (5, 12, 19)
     assert dataclasses.replace(claims["runs"], layers=claims["steps"].layers) == claim_of("runs", "003")
+
+
+# --- the script that reads the papers ---------------------------------------------------------------------------------
+
+
+def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "check_quotes.py"))
+    paper = dataclasses.replace(
+        load("003"), facts=(Fact("", "an ortho-gonal code"), Fact("", "an L0 of 42.05")), claims=(), contradictions=(), unreported=()
+    )  # fmt: skip
+    text = "1 Introduction\nAn autoencoder, an ortho-\ngonal code, has an L0\nof 42.05 (Smith, 2024) at\nMSE 7.5 (Figure 2).\n\nREFERENCES\n\nSmith 99."
+    assert script["missing"](paper, text) == []
+    assert script["missing"](paper, text.replace("42.05", "42.06")) == ["an L0 of 42.05"]
+    assert [line.split(">>")[1][:3] for line in script["loose_numbers"](paper, text)] == ["7.5"]
+    unhyphened = dataclasses.replace(paper, facts=(Fact("", "an orthogonal code"),))
+    assert script["missing"](unhyphened, text) == []
