@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.errors import OutsideError, SaeError, UsageError, did_you_mean
-from . import stdlib_texts
+from . import hub, stdlib_texts
 
 SEED = 42
 SPLITS = ("train", "test")
@@ -199,17 +199,33 @@ def quadrants(
 
 
 def pinned(name: str, data: Path | None) -> str:
-    """What stands for the texts of a dataset in the settings of a result: where they are read, and which they are."""
+    """What stands for the texts of a dataset in the settings of a result: the digest of files, a commit of the Hub.
+
+    Raises OutsideError when they are of the Hub and its commit cannot be known.
+    """
     source = dataset(name)
     if name in STAND_INS:
         return f"python {platform.python_version()}"
     subsets = [f"/{subset}" for _, subset in source.subsets] if isinstance(source, Languages) else [""]
-    files = [file for subset in subsets for split in SPLITS if (file := local_file(f"{source.name}{subset}", split, data))]  # fmt: skip
+    splits = SPLITS if isinstance(source, Table) else ("train",)
+    places = {(f"{source.name}{subset}", split): local_file(f"{source.name}{subset}", split, data) for subset in subsets for split in splits}  # fmt: skip
     digest = hashlib.sha256()
-    for file in files:
+    for file in filter(None, places.values()):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return f"sha256 {digest.hexdigest()}" if files else "the Hub"
+    found = [f"sha256 {digest.hexdigest()}"] if any(places.values()) else []
+    for (place, split), file in places.items():
+        if file is None:
+            return ", ".join([*found, f"the Hub {commit_of(source.name, f'{place}/{split}')}"])
+    return found[0]
+
+
+def commit_of(name: str, place: str) -> str:
+    """The commit of a dataset that is read from the Hub; OutsideError when it cannot be known."""
+    try:
+        return hub.commit(name)
+    except Exception as error:  # whatever `huggingface_hub` and what stands below it can raise
+        raise error if isinstance(error, SaeError) else refusal(error, name, place, None) from error
 
 
 def dataset(name: str) -> Table | Code | Languages:
@@ -293,14 +309,16 @@ def opened(file: Path) -> Any:
 def on_the_hub(name: str, split: str, subset: str | None) -> Any:
     """What is read whole is kept by `datasets`; of europarl and github-code the beginning is enough, so they stream."""
     import datasets
-    import huggingface_hub
 
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:  # offline, `datasets` looks into its own cache
-        huggingface_hub.HfApi().dataset_info(name, timeout=20)  # fails at once where `datasets` tries for half a minute
+    at = hub.commit(name)
+    if (error := hub.unreachable()) and hub.cached(name) is None:
+        raise error  # at once, where `datasets` tries for half a minute
     if name != GITHUB:
-        return datasets.load_dataset(name, name=subset, split=split, streaming=subset is not None)
+        found = datasets.load_dataset(name, name=subset, split=split, streaming=subset is not None, revision=at)
+        hub.check_commit(name, at, found)
+        return found
     # Its script, which `datasets` no longer runs, adds the language to files that have only a path.
-    files = f"hf://datasets/{name}/data/{split}-*.parquet"
+    files = f"hf://datasets/{name}@{at}/data/{split}-*.parquet"
     stream = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
     return stream.map(lambda row: {"language": language_of(row["path"])})
 

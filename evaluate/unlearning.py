@@ -32,7 +32,7 @@ from .choices import Asked, Question, question_of
 from .metric import Metric, Number, Outcome, Progress, Result, Subject
 from .packed import TOKENS_AT_ONCE, encode, frequencies, packed_texts
 from .probes import decoder_norm, generator
-from .texts import Row, local_file, rows
+from .texts import Row, commit_of, local_file, rows
 
 TARGET = "wmdp-bio"
 FORGET = "bio-forget-corpus"  # .jsonl, as WMDP hands it out
@@ -40,6 +40,7 @@ ADMISSIBLE = 0.99  # of the other questions have to stay right
 SHORTEST = 50  # characters: a text of the corpora is longer
 RNG = ("paired", "saebench")
 REPLICATES = 1000  # of the bootstrap
+Place = tuple[Any, ...]  # dataset, split, columns and perhaps a subset
 Read = Callable[[], Iterator[Row]]  # rows that can be read again and again, of which none is kept
 
 
@@ -77,7 +78,7 @@ class Unlearning(Metric):
 
     def settings(self, bench: Bench) -> dict[str, Any]:
         source, _ = self.source(bench)
-        digests = {name: digest_of_rows(read) for name, read in self.data(bench).items()}
+        digests = {name: self.pin(bench, name, place) for name, place in self.places(bench).items()}
         return {**super().settings(bench), "questioned": source.identity(), "data": digests}
 
     def source(self, bench: Bench) -> tuple[Source, Any]:
@@ -97,19 +98,30 @@ class Unlearning(Metric):
                 f"{'Name' if Path(name).is_dir() else licence} another with --set unlearning.model=..., a folder or a Hub id."
             ) from error
 
-    def data(self, bench: Bench) -> dict[str, Read]:
-        """Two corpora, and the sets of questions by name."""
+    def places(self, bench: Bench) -> dict[str, Place]:
+        """Where two corpora are, and the sets of questions by name."""
         question, text = ("question", "choices", "answer"), ("text",)
         handed_out = local_file("", FORGET, bench.data) is not None
-        places = {
+        return {
             "forget": ("", FORGET, text) if handed_out else ("cais/wmdp-bio-forget-corpus", "train", text),
             "retain": ("Salesforce/wikitext", "test", text, "wikitext-2-raw-v1"),
             TARGET: ("cais/wmdp", "test", question, TARGET),
             **{name: ("cais/mmlu", "test", question, name) for name in self.side_effects},
         }
+
+    def pin(self, bench: Bench, name: str, place: Place) -> str:
+        """The digest of the rows of a file, whatever its kind; the commit of what is on the Hub."""
+        dataset, split, _, *subset = place
+        folder = "/".join([dataset, *subset])
+        if local_file(folder, split, bench.data):
+            return digest_of_rows(self.data(bench)[name])
+        return f"the Hub {commit_of(dataset, f'{folder}/{split}')}"
+
+    def data(self, bench: Bench) -> dict[str, Read]:
+        """The rows of each."""
         return {
-            name: partial(rows, place, split, columns, bench.data, *subset)
-            for name, (place, split, columns, *subset) in places.items()
+            name: partial(rows, dataset, split, columns, bench.data, *subset)
+            for name, (dataset, split, columns, *subset) in self.places(bench).items()
         }
 
     @torch.no_grad()
@@ -350,7 +362,7 @@ def clamp(x_NSD: Tensor, f_NSK: Tensor, rows_KD: Tensor, multipliers_M: Tensor) 
 
 
 def digest_of_rows(read: Read) -> str:
-    """sha256 of the rows: the same from a file of either kind and from the Hub."""
+    """sha256 of the rows: the same from a file of either kind."""
     digest = hashlib.sha256()
     for row in read():
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")

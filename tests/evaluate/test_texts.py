@@ -1,6 +1,7 @@
 """Which texts a probing dataset is made of, in which order, and what is refused."""
 
 import json
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,64 @@ from types import SimpleNamespace
 import pytest
 
 from sae.cache.errors import OutsideError, UsageError
+from sae.evaluate import hub
 from sae.evaluate.texts import DATASETS, HUB, STAND_INS, labelled, language_of, pinned, quadrants, sample
 
 AG, BIOS, CODE, EUROPARL = "fancyzhx/ag_news", "LabHC/bias_in_bios", "codeparrot/github-code", "Helsinki-NLP/europarl"
+
+
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def the_hub(monkeypatch) -> list[str]:
+    """A Hub that can be reached, and has every dataset at one commit; the datasets that were asked for."""
+    import huggingface_hub
+
+    asked = []
+
+    def dataset_info(self, name, **_):
+        asked.append(name)
+        return SimpleNamespace(sha=COMMIT, gated=False)
+
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    return asked
+
+
+def test_a_home_goes_on_reading_the_commit_that_it_read_first(home, the_hub, monkeypatch):
+    assert pinned(AG, None) == f"the Hub {COMMIT}" and the_hub == [AG]
+
+    def nobody():
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(hub, "unreachable", nobody)
+    assert pinned(AG, None) == f"the Hub {COMMIT}"
+    (record,) = (home / "activations" / "evaluation" / "datasets").iterdir()
+    record.unlink()
+    with pytest.raises(AssertionError):
+        hub.commit(AG)
+
+
+def test_without_the_hub_the_commit_is_that_of_the_copy(home, monkeypatch):
+    """`datasets` takes the copy that was written last; another than the one known is refused."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
+    with pytest.raises(OutsideError, match="ag_news could not be read: .*offline.*ag_news/train.jsonl"):
+        pinned(AG, None)
+    for number, commit in enumerate(("a" * 40, "b" * 40)):
+        copy = home / "cache" / "fancyzhx___ag_news" / "default" / "0.0.0" / commit
+        copy.mkdir(parents=True)
+        os.utime(copy, (1e9 + number,) * 2)
+    assert pinned(AG, None) == f"the Hub {'b' * 40}"
+    os.utime(copy.parent / ("a" * 40), (2e9,) * 2)
+    taken = SimpleNamespace(cache_files=[{"filename": str(copy.parent / ("a" * 40) / "ag_news-train.arrow")}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: taken)
+    with pytest.raises(
+        OutsideError, match="this home reads commit bbbbbbbbbbbb, and the copy on this machine is aaaaaaaaaaaa"
+    ):
+        labelled(AG, None)
 
 
 def write(data: Path, name: str, split: str, rows: list[dict]) -> Path:
@@ -157,7 +213,7 @@ def test_labels_and_translations_of_another_kind_have_a_sentence(home):
         labelled("Helsinki-NLP/europarl", home)
 
 
-def test_a_gated_dataset_names_its_page(monkeypatch):
+def test_a_gated_dataset_names_its_page(monkeypatch, the_hub):
     import datasets
     from huggingface_hub.errors import GatedRepoError
 
@@ -169,13 +225,13 @@ def test_a_gated_dataset_names_its_page(monkeypatch):
         labelled(AG, None)
 
 
-def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home):
+def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home, the_hub):
     import datasets
 
     asked, real = [], datasets.load_dataset
 
     def load_dataset(path, **options):
-        asked.append((path, options.get("name"), options["split"], options["streaming"]))
+        asked.append((path, options.get("name"), options["split"], options["streaming"], options.get("revision")))
         if path == "json":
             return real(path, **options)
         if path == "parquet":
@@ -189,17 +245,21 @@ def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     write(home, AG, "test", [{"text": f"{i}", "label": i % 4} for i in range(16)])
     assert len(labelled(AG, home, 8, 8)["train"]["0"]) == 4
-    assert asked == [(AG, None, "train", False), ("json", None, "train", True)]
+    assert asked == [(AG, None, "train", False, COMMIT), ("json", None, "train", True, None)]
     del asked[:]
     assert set(labelled(EUROPARL, None, 4, 4)["train"]) == {"en", "fr", "de", "es", "nl"}
-    assert asked[0] == (EUROPARL, "en-fr", "train", True)
+    assert asked[0] == (EUROPARL, "en-fr", "train", True, COMMIT)
     assert labelled(CODE, None, 4, 4)["test"]["HTML"] == ["y" * 450] * 2
 
 
-def test_a_result_is_pinned_to_its_texts(home):
-    assert pinned(AG, home) == pinned(AG, None) == "the Hub"
-    for split in ("train", "test"):
-        write(home, AG, split, [{"text": "a", "label": 0}])
+def test_a_result_is_pinned_to_its_texts(home, the_hub):
+    assert pinned(AG, home) == pinned(AG, None) == f"the Hub {COMMIT}"
+    write(home, AG, "train", [{"text": "a", "label": 0}])
+    half = pinned(AG, home)
+    assert half.startswith("sha256 ") and half.endswith(f", the Hub {COMMIT}")
+    write(home, AG, "test", [{"text": "a", "label": 0}])
+    write(home, "codeparrot/github-code", "train", [])
+    assert "the Hub" not in pinned("codeparrot/github-code", home)  # it has no other split
     before = pinned(AG, home)
     assert before.startswith("sha256 ")
     write(home, AG, "test", [{"text": "b", "label": 0}])
