@@ -6,22 +6,34 @@
     evaluate/   SAE + model -> numbers, tables, pages
     cli.py      `sae harvest`, `sae train`, `sae evaluate`, `sae demo`
 
-Public from Python: `sae.open_cache(folder)`, `sae.load_sae(run)`.
+Public from Python: `sae.open_cache(folder)`, `sae.load_sae(run)`, `sae.activations(texts, model=..., layer=...)`,
+`sae.steering(model, s, latent=..., strength=...)`.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache.reader import open_cache as open_cache
+    from .evaluate.steering import steering as steering
+    from .harvest.activations import activations as activations
+    from .train.sae import load_sae as load_sae
 
 __version__ = "0.1.0"
-__all__ = ["load_sae", "open_cache"]
+PUBLIC = {
+    "activations": "harvest.activations",
+    "load_sae": "train.sae",
+    "open_cache": "cache.reader",
+    "steering": "evaluate.steering",
+}  # name -> where it is
+__all__ = list(PUBLIC)
 
 
 def __getattr__(name: str) -> Any:  # so that `sae --help` does not wait for torch
-    if name == "load_sae":
-        from .train.sae import load_sae
-
-        return load_sae
-    if name == "open_cache":
-        from .cache.reader import open_cache
-
-        return open_cache
+    if name in PUBLIC:
+        return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
     raise AttributeError(f"module 'sae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *PUBLIC]
