@@ -14,6 +14,7 @@ beat it option by option. Imports nothing but typer and the errors, since `sae -
 
 import functools
 import inspect
+import io
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -96,7 +97,7 @@ def lines_of(text: str) -> dict[tuple[str, ...], int]:
 
     Beginnings of the text that end with a line are read one after the other: the first that has a key tells where it is.
     """
-    lines, found, begins = text.splitlines(keepends=True), dict[tuple[str, ...], int](), 1
+    lines, found, begins = list(io.StringIO(text)), dict[tuple[str, ...], int](), 1
     for number in range(1, len(lines) + 1):
         try:
             content = tomllib.loads("".join(lines[:number]))

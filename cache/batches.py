@@ -309,6 +309,13 @@ def open_batches(
     return Batches(cache, name, batch_size, seed=seed, batch=batch, device=device)
 
 
+def copies(stream: Batches | Resident, last: int | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The batches of a stream before batch `last`, each a tensor of its own; the stream is closed behind them."""
+    with stream:
+        while last is None or stream.batch < last:
+            yield next(stream).to(dtype, copy=True)
+
+
 def bits_of(rows: Tensor) -> np.ndarray:
     """The bits (rows, d_in) uint16 of a bfloat16 tensor on the host, sharing its memory."""
     return rows.view(torch.int16).numpy().view(np.uint16)

@@ -173,6 +173,32 @@ class Cache:
         size = self.layout.chunk_rows
         return [min(size, self.rows - start) for start in range(0, self.rows, size)]
 
+    def batches(
+        self, layer: int, *, batch_size: int = 2048, site: str = "resid_post", seed: int = 0, batch: int = 0,
+        epochs: int | None = 1, device: str = "cpu", dtype: str = "float32",
+    ) -> Iterator[Any]:  # fmt: skip
+        """Shuffled batches (batch_size, d_in) of raw activations, those that training reads with this `--order-seed`.
+
+        From batch number `batch` to the end of so many `epochs`; None goes on for ever. Tensors of `dtype`, float32 or
+        bfloat16, on `device`; each is the caller's. Raises UsageError when the cache does not hold the layer whole, or
+        has fewer rows than a batch.
+        """
+        import torch
+
+        from .batches import copies, open_batches
+        from .device import best_device
+
+        if dtype not in ("float32", "bfloat16"):
+            raise UsageError(
+                f"Batches of dtype {dtype!r} are not given: float32 or bfloat16, in which they are stored."
+            )
+        if batch_size < 1 or batch < 0:
+            raise UsageError(f"batch_size={batch_size} has to be positive, and batch={batch} not negative.")
+        name = self.require(layer, site)
+        stream = open_batches(self, name, batch_size, seed=seed, batch=batch, device=best_device(device))
+        last = None if epochs is None else epochs * stream.plan.batches_per_epoch
+        return copies(stream, last, getattr(torch, dtype))
+
     def contexts(self, *, held_out: bool) -> Contexts:
         """The text: what was harvested, or the documents that were held out."""
         everything = Contexts.read(self.folder)

@@ -13,7 +13,6 @@ Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 
 import contextlib
 import copy
-import errno
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..cache.errors import DamagedError, OutsideError, SaeError, UsageError
+from ..cache.errors import DamagedError, SaeError, UsageError
 from ..cache.layout import Hook
 from . import mini
-from .architectures import FAMILIES, Family, check_sites, family_of, find_trunk, place_of, shorten
-from .rows import is_of_the_network
+from .architectures import FAMILIES, Family, check_sites, family_of, find_trunk, place_of, shorten, width_of
+from .refusals import explained
 
 
 @dataclass(frozen=True)
@@ -80,74 +78,14 @@ def digest_of_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Turn what loading can throw into a sentence."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise DamagedError(f"The weights of {name} are damaged: {error}. Get its files again.") from error
-    except Exception as error:
-        if sentence := refusal(error, name):
-            raise sentence from error
-        if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OutsideError(
-            f"The model {name} could not be loaded: {first} Give a Hub id, a folder, or --model {mini.NAME}."
-        ) from error
-
-
-def refusal(error: Exception, name: str) -> SaeError | None:
-    """The sentence for a model that the Hub has not or does not give, no network, or a full disk; None for the rest.
-
-    transformers raises an OSError for each, from the error that says which it is.
-    """
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-
-    def found(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    licence = f"accept its licence at https://huggingface.co/{name}, then run `hf auth login`."
-    if found(GatedRepoError):
-        return OutsideError(
-            f"{name} could not be loaded. It is gated: {licence} To try everything without it: --model {mini.NAME}"
-        )
-    if found(RepositoryNotFoundError):
-        return OutsideError(
-            f"There is no model {name} on the Hub that you can read. Check the name; if it is private, run `hf auth login`. "
-            f"Or give a folder, or --model {mini.NAME}."
-        )
-    if found(RevisionNotFoundError):
-        return UsageError(f"The model {name} has no such revision. Give a commit of it with --revision.")
-    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
-        return OutsideError(
-            f"The model {name} could not be loaded: the disk is full. Make room, or set HF_HOME to a folder of another disk."
-        )
-    if found(LocalEntryNotFoundError) or any(
-        isinstance(cause, Exception) and is_of_the_network(cause) for cause in causes
-    ):
-        gated = f" If it has not been done yet: {licence}" if name.startswith("google/gemma") else ""
-        return OutsideError(
-            f"The model {name} could not be loaded: the Hub cannot be reached, and not all of its files are on this machine. "
-            f"Check the network, and that HF_HUB_OFFLINE is not set.{gated} To try everything without it: --model {mini.NAME}"
-        )
-    return None
-
-
 def load_tokenizer(source: Source) -> Any:
-    """The tokenizer. Where it has no BOS, as Qwen's, EOS stands before each text: it is what parted them in pretraining."""
+    """The tokenizer. Without a BOS, as Qwen's, EOS stands before each text: it is what parted them in pretraining."""
     with explained(source.name):
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **_revision(source))
+        return with_bos(AutoTokenizer.from_pretrained(source.location, **_revision(source)))
+
+
+def with_bos(tokenizer: Any) -> Any:
+    """The tokenizer, given its EOS as BOS where it has none."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.bos_token = tokenizer.eos_token
     return tokenizer
@@ -244,6 +182,10 @@ class LanguageModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def width(self, hook: Hook) -> int:
+        """How many numbers a token has at a hook."""
+        return width_of(hook, self.config)
+
     @contextlib.contextmanager
     def _capturing(self, hooks: Sequence[Hook], found: dict[Hook, Tensor]) -> Iterator[None]:
         def output_of(hook: Hook) -> Callable[..., None]:
@@ -275,6 +217,25 @@ class LanguageModel:
         silent = [hook.name for hook in hooks if hook not in found]
         if silent:
             raise SaeError(f"The hook on {', '.join(silent)} did not fire: nothing was captured.")
+
+    @contextlib.contextmanager
+    def changing(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While this is open, the model goes on with `change(x)` for the x (N, S, d) that stands at the hook."""
+
+        def output(_module: nn.Module, _inputs: Any, found: Any) -> Any:
+            x = change(hidden_of(found))
+            return (x, *found[1:]) if isinstance(found, tuple) else x
+
+        def input_(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+            return (change(inputs[0]), *inputs[1:])
+
+        check_sites(self.config, [hook])
+        module, is_input = place_of(hook, self.trunk, self.family)
+        handle = module.register_forward_pre_hook(input_) if is_input else module.register_forward_hook(output)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextlib.contextmanager
     def _stopping_after(self, layer: int) -> Iterator[None]:

@@ -112,6 +112,16 @@ def specials(tokenizer: Any) -> list[int]:
     )
 
 
+def bos_of(tokenizer: Any) -> int:
+    """The id with which every context begins; UsageError where there is none."""
+    if tokenizer.bos_token_id is None:
+        raise UsageError(
+            "This tokenizer has neither a BOS nor an EOS token, and every context begins with one. There is no option to go "
+            "without one yet: choose a model whose tokenizer has it, such as Gemma, Llama, Qwen or Pythia."
+        )
+    return tokenizer.bos_token_id
+
+
 def rows_of(contexts: Contexts, skip: list[int]) -> np.ndarray:
     """Which positions are rows, (N, S) bool: inside the context, and no token of `skip`."""
     inside = np.arange(contexts.ids.shape[1]) < contexts.length[:, None]
@@ -189,13 +199,7 @@ def cut(
     With `exactly`, UsageError when the text is too short. OutsideError when the text cannot be read further; the draft
     then holds all that was cut.
     """
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        raise UsageError(
-            "This tokenizer has neither a BOS nor an EOS token, and every context begins with one. There is no option to go "
-            "without one yet: choose a model whose tokenizer has it, such as Gemma, Llama, Qwen or Pythia."
-        )
-    cutter, number, state = Cutter(bos, context, skip, tokens, pack), 0, draft.state
+    cutter, number, state = Cutter(bos_of(tokenizer), context, skip, tokens, pack), 0, draft.state
     if state:
         cutter.rows, cutter.open, number = state["rows"], state["open"], state["documents"]
         text.tell(f"Going on with {text.name} after {cutter.rows:,} tokens, which were cut before.")

@@ -169,7 +169,7 @@ def test_a_value_written_as_toml_reads_back(value: object) -> None:
 
 
 def test_keys_are_found_on_the_line_where_they_begin() -> None:
-    text = "a = 1\n\n# no\nb = '''\nc = 2\n'''\n[t]\nx = [\n 1,\n]\ny.z = 3\n[t.u]\n\nv = {w = 1}"
+    text = "a = 1\r\n\n# \u2028 no\nb = '''\nc = 2\n'''\n[t]\nx = [\n 1,\n]\ny.z = 3\n[t.u]\n\nv = {w = 1}"
     assert lines_of(text) == {
         ("a",): 1, ("b",): 4, ("t",): 7, ("t", "x"): 8, ("t", "y"): 11, ("t", "y", "z"): 11, ("t", "u"): 12,
         ("t", "u", "v"): 14, ("t", "u", "v", "w"): 14,

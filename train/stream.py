@@ -120,7 +120,7 @@ def record_of(run: Run, variant: Variant) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **run.identity(),
-        "resolved": {**variant.options, **asdict(variant.optimization)},
+        "resolved": resolved(variant),
         "paper": run.recipe.paper,
         "cache_folders": run.cache_folders,
         **({"ring": run.cache.size} if isinstance(run.cache, Ring) else {}),
@@ -130,9 +130,14 @@ def record_of(run: Run, variant: Variant) -> dict[str, Any]:
     }
 
 
+def resolved(variant: Variant) -> dict[str, Any]:
+    """Every option, given or default."""
+    return {**variant.options, **asdict(variant.optimization)}
+
+
 def check_defaults(run: Run, variant: Variant) -> None:
     """The folder's name holds the options that were given; the defaults of the others can change with the version."""
-    begun, now = read_json(run.folder / "run.json", "resolved")["resolved"], record_of(run, variant)["resolved"]
+    begun, now = read_json(run.folder / "run.json", "resolved")["resolved"], resolved(variant)
     changed = [
         f"{name} {value} then, {now[name]} now" for name, value in begun.items() if now.get(name, value) != value
     ]

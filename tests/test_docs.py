@@ -1,0 +1,152 @@
+"""What README and docs show is true of the program: Python runs, TOML is accepted, commands parse."""
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from sae.cli import app
+from sae.harvest import mini
+from sae.train.recipe import RECIPES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+# What stands for the model, the cache and the run that the pages speak of.
+INSTEAD = {
+    "google/gemma-2-2b": str(mini.WEIGHTS),
+    "activations/gemma-2-2b--pile-uncopyrighted--9f31c2aa": "activations/shown",
+    "runs/topk-L12-n18432-s0-1a2b3c": "runs/shown",
+}
+pytestmark = pytest.mark.usefixtures("one_thread")
+NOT_YET = {"reproduce"}  # verbs that a page says do not exist yet
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    text: str
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        content = page.read_text()
+        for found in re.finditer(r"^```(\w*)\n(.*?)^```$", content, re.M | re.S):
+            yield Block(page, content[: found.start()].count("\n") + 1, found[1], found[2])
+
+
+def named(block: Block) -> str:
+    return f"{block.page.relative_to(ROOT)}:{block.line}"
+
+
+def call(*words: object) -> None:
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture
+def prepared(home: Path, sentences: Path) -> Path:
+    """A cache and a run of layer 12 of gemma-2-mini, as small as they can be, where the pages' names lead."""
+    cache = home / "activations" / "shown"
+    call("harvest", "--model", mini.NAME, "--dataset", sentences, "--layer", 12, "--tokens", 2100, "--out", cache)
+    call(
+        "train",
+        "--variant",
+        "topk",
+        "--layer",
+        12,
+        "--cache",
+        cache,
+        "--steps",
+        2,
+        "--width",
+        "2x",
+        "--batch-size",
+        256,
+    )
+    (run,) = (home / "runs").iterdir()
+    run.rename(home / "runs" / "shown")
+    return home
+
+
+PYTHON = {page: [b for b in blocks() if b.language == "python" and b.page == page] for page in PAGES}
+
+
+@pytest.mark.parametrize("page", [page for page, found in PYTHON.items() if found], ids=lambda page: page.name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, prepared: Path) -> None:
+    names: dict[str, Any] = {"__name__": "__page__"}
+    before = dict(RECIPES)
+    try:
+        for block in PYTHON[page]:
+            code = block.text
+            for shown, real in INSTEAD.items():
+                code = code.replace(shown, real)
+            exec(compile("\n" * block.line + code, str(page), "exec"), names)  # lines as on the page
+    finally:
+        for name in set(RECIPES) - set(before):
+            del RECIPES[name]
+    if page.name == "README.md":
+        assert names["f"].shape[-1] == names["s"].d_sae and names["x"].shape == (2048, names["s"].d_in)
+
+
+@pytest.mark.parametrize("block", [b for b in blocks() if b.language == "toml"], ids=named)
+def test_every_configuration_is_accepted(block: Block, home: Path) -> None:
+    (home / "shown.toml").write_text(block.text)
+    call("config", "show", "variants", "--config", home / "shown.toml")
+
+
+def commands_of(block: Block) -> Iterator[list[str]]:
+    """The `sae ...` commands of a shell block, as words; of a list of commands without what is said about them."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if block.language == "":
+            line = re.split(r"\s{2,}", line)[0]
+        for part in re.split(r"&&|;", line):
+            words = shlex.split(part, comments=True)
+            if words and Path(words[0]).name == "sae":
+                yield [word for word in words[1 : words.index("|") if "|" in words else None] if word != "..."]
+
+
+SHELL = [(b, words) for b in blocks() if b.language in ("bash", "sh", "") for words in commands_of(b)]
+
+
+def descend(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that words begin with, and the words behind it."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+@pytest.mark.parametrize(("block", "words"), SHELL, ids=lambda p: named(p) if isinstance(p, Block) else None)
+def test_every_command_is_one_that_the_program_takes(block: Block, words: list[str]) -> None:
+    command, rest = descend(words)
+    assert not hasattr(command, "commands"), f"{' '.join(words)} names no verb"
+    if block.language:  # to be typed as it is; a list of commands leaves out what they need
+        command.make_context("sae", list(rest))
+
+
+def inline() -> Iterator[tuple[str, list[str]]]:
+    for page in PAGES:
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            for found in re.finditer(r"`(?:accelerate launch [^`]*-m )?sae ([^`]+)`", line):
+                yield f"{page.relative_to(ROOT)}:{number}", found[1].split()
+
+
+@pytest.mark.parametrize(("where", "words"), list(inline()))
+def test_every_command_in_a_sentence_names_a_verb_and_its_flags(where: str, words: list[str]) -> None:
+    if words[0] in NOT_YET or words[0].startswith("-"):
+        return
+    command, rest = descend(words)
+    assert command is not typer.main.get_command(app) and command.name != "root", where
+    flags = {flag for param in command.params for flag in (*param.opts, *param.secondary_opts)}
+    assert {word.split("=")[0] for word in rest if word.startswith("--")} <= flags, where
+
+
+@pytest.mark.parametrize("check", [inline, blocks], ids=["sentences", "blocks"])
+def test_there_is_something_to_check(check: Callable[[], Iterator[Any]]) -> None:
+    assert len(list(check())) > 10 and len(SHELL) > 10 and any(PYTHON.values())
