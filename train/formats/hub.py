@@ -28,7 +28,7 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> "Address":
-        parts = text.removeprefix("hf://").strip("/").split("/", 2)
+        parts = text.removeprefix("hf://").rstrip("/").split("/", 2)
         name, _, revision = "/".join(parts[:2]).partition("@")
         folder = parts[2] if len(parts) > 2 else ""
         if not NAME.fullmatch(name) or ".." in PurePosixPath(folder).parts or folder.startswith("/"):
@@ -116,13 +116,14 @@ def needed(address: Address, everything: list[Remote]) -> list[Remote]:
         for file in everything
         if PurePosixPath(file.name).name == kind.files[0] and PurePosixPath(file.name).is_relative_to(folder)
     )
+    where = f" in {address.folder}" if address.folder else ""
     if len(inside) == 1:
         return needed(address._replace(folder=inside[0]), everything)
     if inside:
         shown = "\n".join(f"  hf://{address.repo}/{name}" for name in inside[:12])
-        raise UsageError(f"{address.repo} holds {len(inside):,} SAEs in {folder}. Name one:\n{shown}")
+        raise UsageError(f"{address.repo} holds {len(inside):,} SAEs{where}. Name one:\n{shown}")
     raise UsageError(
-        f"{address.repo} holds no SAE of a known format in {folder}. Look at https://huggingface.co/{address.repo}/tree/main"
+        f"{address.repo} holds no SAE of a known format{where}. Look at https://huggingface.co/{address.repo}/tree/main"
     )
 
 

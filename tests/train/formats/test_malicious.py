@@ -317,7 +317,7 @@ def test_a_pipe_in_place_of_a_file_is_not_opened(theirs):
 # --- fuzz -----------------------------------------------------------------------------------------------------------
 
 READERS = {"saelens": safetensors_of, "gemma-scope": npz_of, "dictionary-learning": state_dict_of}
-FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
