@@ -209,6 +209,8 @@ def resumed(folder: Path, request: Request) -> Run:
         raise UsageError(
             f"{', '.join(changed)} cannot change a run that has begun. Leave them out to go on with {folder}, or start a new run."
         )
+    if "imported_from" in read_json(folder / "run.json"):
+        raise UsageError(f"{folder} was imported from another library; there is no training to go on with.")
     record = read_json(folder / "run.json", *RECORDED)
     if record["format"] != FORMAT:
         raise UsageError(f"{folder}/run.json has format {record['format']}; this version reads {FORMAT}. Upgrade.")

@@ -64,8 +64,11 @@ class Check:
 Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def compare(sae: SAE, plain: Plain, reference: Reference, rows: Rows) -> Check:
-    """An SAE of ours against the files. `plain` is the same SAE: it knows where rounding could decide."""
+def compare(sae: SAE, plain: Plain, reference: Reference, rows: Rows, size_F: Tensor | None = None) -> Check:
+    """An SAE of ours against the files. `plain` is the same SAE: it knows where rounding could decide.
+
+    `size_F`: how many times as large the latents of the files are.
+    """
     wide = copy.deepcopy(sae).double().cpu().eval()
     different = rounded = 0
     fired = 0.0
@@ -75,6 +78,7 @@ def compare(sae: SAE, plain: Plain, reference: Reference, rows: Rows) -> Check:
             f_BF = wide.encode(x_BD)
             recon_BD = wide.decode(f_BF)
             theirs_BF, their_recon_BD = reference(x_BD)
+            f_BF = f_BF if size_F is None else f_BF * size_F
             apart_BF = (f_BF != 0) != (theirs_BF != 0)
             close_BF = apart_BF & plain.doubt(x_BD) if apart_BF.any() else apart_BF
             different += int((apart_BF & ~close_BF).sum())
@@ -120,29 +124,35 @@ def cached_rows(cache: Cache, hook: Hook, count: int = ROWS) -> Rows:
 
 
 def synthetic_rows(plain: Plain, count: int = ROWS) -> Rows:
-    """Sums of decoder rows on b_dec, and a little noise, so large that about as many latents fire as were added."""
+    """Sums of decoder rows on b_dec, of sizes at which latents begin to fire.
+
+    Every other one is moved along a latent's encoder until that latent stands near its threshold, on either side: rows
+    that are drawn alone hardly ever come near one.
+    """
     generator = torch.Generator().manual_seed(0)
-    several = min(32, plain.d_sae)
-    at_RN = torch.randint(plain.d_sae, (count, several), generator=generator)
-    amount_RN = 0.5 + torch.rand(count, several, generator=generator, dtype=torch.float64)
-    sum_RD = torch.zeros(count, plain.d_in, dtype=torch.float64)
-    for n in range(several):
-        sum_RD += amount_RN[:, n, None] * plain.W_dec[at_RN[:, n]]
-    sum_RD += 0.01 * torch.randn(count, plain.d_in, generator=generator, dtype=torch.float64)
-    size = plain.W_dec.norm(dim=1).mean().clamp_min(1e-30)
+    several = min(32, max(1, plain.d_sae // 8))
     code = plain.within(("jumprelu", "topk"))
     assert code is not None
-    scale = 1.0
-    for power in range(-6, 24):
-        scale = float(2.0**power / size)
-        z_BF = (plain.b_dec + scale * sum_RD[:64]) @ code.W_enc + code.b_enc
-        if ((z_BF > (0 if code.threshold is None else code.threshold)).sum(1).double().mean()) >= several:
-            break
-    x_RD = (plain.b_dec + scale * sum_RD).float()
-    return Rows(
-        x_RD,
-        f"synthetic, no cache being at hand: b_dec plus {several} decoder rows times {scale:.3g} x U(0.5, 1.5), mean norm {float(x_RD.norm(dim=1).mean()):.3g}",
-    )
+    jump_F = torch.zeros_like(code.b_enc) if code.threshold is None else code.threshold
+    sum_RD = torch.zeros(count, plain.d_in, dtype=torch.float64)
+    for at_R in torch.randint(plain.d_sae, (several, count), generator=generator):
+        amount_R = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
+        sum_RD += amount_R[:, None] * plain.W_dec[at_R]
+    # As long as a row has to be for a latent to come to its threshold.
+    far_F = (jump_F + (plain.b_dec @ code.W_enc + code.b_enc).abs()) / code.W_enc.norm(dim=0).clamp_min(1e-30)
+    reach = float(far_F.median()) or 1.0
+    length_R1 = reach * 2 ** (4 * torch.rand(count, 1, generator=generator, dtype=torch.float64) - 1)
+    x_RD = plain.b_dec + length_R1 * sum_RD / sum_RD.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    spread = float((x_RD[:64] @ code.W_enc).std())
+    at_N = torch.randint(plain.d_sae, (count // 2,), generator=generator)
+    w_ND = code.W_enc.T[at_N]
+    aside_N = (jump_F[at_N] + spread) * (torch.rand(len(at_N), generator=generator, dtype=torch.float64) - 0.5)
+    short_N = jump_F[at_N] + aside_N - (x_RD[::2][: len(at_N)] * w_ND).sum(1) - code.b_enc[at_N]
+    square_N = w_ND.square().sum(1)
+    x_RD[::2][: len(at_N)] += torch.where(square_N > 0, short_N / square_N, 0)[:, None] * w_ND
+    norm = float(x_RD.norm(dim=1).mean())
+    what = f"synthetic, no cache being at hand: b_dec plus {several} decoder rows, half of them moved to near a latent's threshold, mean norm {norm:.3g}"
+    return Rows(x_RD.float(), what)
 
 
 def cache_of_run(origin: Mapping[str, Any]) -> Cache | None:

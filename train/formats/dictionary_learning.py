@@ -19,7 +19,7 @@ from torch import Tensor
 from ...cache.errors import DamagedError, UsageError
 from ...cache.files import publish, write_json
 from .format import Format, Found
-from .names import first_hook, hub_name
+from .names import first_hook, hub_name, model_said
 from .pickled import state_dict_of
 from .plain import Plain, sae_of
 from .stored import Claim, Folder, clipped, length, weights, words
@@ -95,8 +95,11 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         name = words(config, "trainer", "dict_class")
         fitting = [kind for kind, names in KINDS.items() if set(names) == set(claims)]
         if not fitting:
+            apart = {kind: set(names) ^ set(claims) for kind, names in KINDS.items()}
+            nearest = name if isinstance(name, str) and name in KINDS else min(apart, key=lambda kind: len(apart[kind]))
             raise DamagedError(
-                f"{path} holds {clipped(sorted(claims))}, which is no class of dictionary_learning that is known here: {', '.join(KINDS)}."
+                f"{path} holds the tensors of no class that is known here ({', '.join(KINDS)}): from {nearest} it differs in "
+                f"{clipped(sorted(apart[nearest]))}. Get it again, or ask the author."
             )
         if name is None:
             if len(fitting) > 1:
@@ -138,8 +141,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         result = Found(sae_of(plain, pre_bias=pre_bias))
         trainer = config.get("trainer") if isinstance(config.get("trainer"), dict) else {}
         assert isinstance(trainer, dict)
-        if isinstance(model := trainer.get("lm_name"), str):
-            result.model = hub_name(model)
+        result.model = model_said(trainer.get("lm_name"))
         layer = trainer.get("layer")
         said = f"blocks.{layer}.hook_resid_post" if type(layer) is int and layer >= 0 else None
         own = words(config, "about", "hook_name")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...cache.errors import UsageError
 from ...cache.files import flush_folder, make_folder, outside
 from ..sae import SAE, load_sae
@@ -15,7 +17,7 @@ from .about import describe, hook_of_run
 from .approximate import approximated, sentence
 from .check import Check, Rows, compare, insist, rows_of_run, synthetic_rows
 from .format import Format, find_format
-from .plain import Plain, plain_of, sae_of
+from .plain import UNIT, Plain, plain_of, sae_of
 from .stored import Folder
 
 
@@ -65,10 +67,16 @@ def export_sae(
         compared = sae_of(plain)
     if kind.name == "saelens" and plain.kind == "topk" and not plain.unit_rows:
         notes.append("The decoder has no unit rows, and scaling them would change which latents are the k largest.")
+    n_F = compared.W_dec.detach().double().cpu().norm(dim=1)
+    size_F = torch.where(n_F > 0, n_F / plain.W_dec.norm(dim=1), 1)
+    if (size_F - 1).abs().max() > UNIT:
+        notes.append(
+            f"Decoder rows had norms from {float(n_F.min()):.3g} to {float(n_F.max()):.3g}; latents are now as much larger."
+        )
     with building(target) as temporary:
         kind.write(plain, temporary, about)
         made = Folder(temporary)
-        check = compare(compared, plain, lambda x: kind.reference(made, x), rows or synthetic_rows(plain))
+        check = compare(compared, plain, lambda x: kind.reference(made, x), rows or synthetic_rows(plain), size_F)
         insist(check, f"The export to {to}")
     return Exported(target, to, check, about, notes)
 

@@ -36,6 +36,7 @@ class Format:
     name: ClassVar[str]
     holds: ClassVar[tuple[str, ...]]  # kinds of Plain, the one to prefer first
     files: ClassVar[tuple[str, ...]]  # the names that it can have, of which the weights' come first
+    above: ClassVar[tuple[str, ...]] = ()  # those in the folder above it
 
     def __init_subclass__(cls, *, name: str) -> None:
         cls.name = name

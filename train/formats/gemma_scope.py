@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...cache.errors import UsageError
 from ...cache.files import publish, write_json
 from .format import Format, Found
-from .names import first_hook, hub_name, of_gemma_scope
+from .names import first_hook, model_said, of_gemma_scope
 from .plain import Plain, sae_of
 from .stored import Folder, length, npz_of, weights
 
@@ -46,12 +47,14 @@ class GemmaScope(Format, name="gemma-scope"):
         w = {name: t.double() for name, t in self.load(folder).items()}
         plain = Plain(w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], "jumprelu", threshold=w["threshold"].clamp_min(0))
         found = Found(sae_of(plain))
-        found.model, found.hook = of_gemma_scope(folder.path.resolve().parts)
+        parts = folder.path.resolve().parts
+        if "embedding" in parts:
+            raise UsageError(f"{folder.path} is of the embedding, which is no layer, and was scaled by sqrt(d_in).")
+        found.model, found.hook = of_gemma_scope(parts)
         if folder.has("about.json"):
             found.metadata = folder.record("about.json")
             found.hook = first_hook([found.metadata.get("hook_name")]) or found.hook
-            if isinstance(model := found.metadata.get("model_name"), str):
-                found.model = hub_name(model)
+            found.model = model_said(found.metadata.get("model_name")) or found.model
             if isinstance(context := found.metadata.get("context_size"), int):
                 found.context = context
         return found

@@ -142,7 +142,7 @@ def cache_for(model: str, hook: Hook, d_in: int, given: Path | None, notes: list
 
 def revision_of(cache: Cache | None, found: Found) -> str | None:
     if cache is not None:
-        return cache.identity["model"]["revision"]
+        return cache.identity["model"].get("revision")
     said = found.metadata.get("model_revision")
     return said if isinstance(said, str) else None
 
@@ -150,7 +150,8 @@ def revision_of(cache: Cache | None, found: Found) -> str | None:
 def digests(kind: Format, folder: Folder) -> dict[str, str]:
     """sha256 of every file that was read, by its name in the folder."""
     found = {}
-    for path in sorted(p for name in kind.files for p in (folder.path / name, *folder.path.glob(f"*/{name}"))):
+    names = (*kind.files, *kind.above)
+    for path in sorted(p for name in names for p in (folder.path / name, *folder.path.glob(f"*/{name}"))):
         if path.is_file() and path.resolve().is_relative_to(folder.path.resolve()):
             with path.open("rb") as file:
                 found[path.relative_to(folder.path).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,14 +16,14 @@ TRANSFORMERLENS = {hub: name for name, hub in HUB.items()}
 
 PATTERNS = {
     "resid_post": (
-        r"blocks\.(\d+)\.hook_resid_post",
-        r"(?:.*/)?resid_post_layer_(\d+)(?:/.*)?",
-        r"(?:.*/)?(?:model\.|model\.language_model\.)?layers\.(\d+)(?:\.output)?",
-        r"(?:.*/)?layer_(\d+)(?:/.*)?",
+        r"blocks\.(\d{1,4})\.hook_resid_post",
+        r"(?:.*/)?resid_post_layer_(\d{1,4})(?:/.*)?",
+        r"(?:.*/)?(?:model\.|model\.language_model\.)?layers\.(\d{1,4})(?:\.output)?",
+        r"(?:.*/)?layer_(\d{1,4})(?:/.*)?",
     ),
-    "resid_pre": (r"blocks\.(\d+)\.hook_resid_pre",),  # of the block before it
-    "mlp_out": (r"blocks\.(\d+)\.hook_mlp_out",),
-    "attn_z": (r"blocks\.(\d+)\.attn\.hook_z",),
+    "resid_pre": (r"blocks\.(\d{1,4})\.hook_resid_pre",),  # of the block before it
+    "mlp_out": (r"blocks\.(\d{1,4})\.hook_mlp_out",),
+    "attn_z": (r"blocks\.(\d{1,4})\.attn\.hook_z",),
 }
 SCOPES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}  # of Gemma Scope's repositories
 
@@ -31,6 +31,11 @@ SCOPES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}  # of Gemma Sc
 def hub_name(name: str) -> str:
     """The model's id on the Hub, where TransformerLens has another."""
     return HUB.get(name, name)
+
+
+def model_said(value: object) -> str | None:
+    """What a file says of its model, on the Hub; None for what is no name of one."""
+    return hub_name(value) if isinstance(value, str) and re.fullmatch(r"[\w.\-/]{1,200}", value) else None
 
 
 def transformerlens_name(model: str) -> str:
@@ -45,7 +50,7 @@ def hook_of(text: str) -> Hook | None:
     for site, patterns in PATTERNS.items():
         for pattern in patterns:
             if found := re.fullmatch(pattern, text.strip()):
-                layer = int(found[1][:6])
+                layer = int(found[1])
                 if site != "resid_pre":
                     return Hook(layer, site)
                 if layer == 0:

@@ -16,9 +16,9 @@ from torch import Tensor
 from ...cache.errors import DamagedError, UsageError
 from ...cache.files import publish, write_json
 from .format import Format, Found
-from .names import first_hook, hub_name
+from .names import first_hook, model_said
 from .plain import Plain, sae_of
-from .stored import Folder, clipped, flag, number, safetensors_of, weights, words
+from .stored import Folder, clipped, flag, number, safetensors_of, text, weights, words
 
 ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
 TRAINED = {"batchtopk", "matryoshka_batchtopk"}  # names of a training, whose inference is a jumprelu
@@ -64,7 +64,7 @@ class SAELens(Format, name="saelens"):
     def load(self, folder: Folder) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
         """The configuration, the kind, and the tensors as they lie there."""
         config, at = settled(folder.record("cfg.json")), folder.path / "cfg.json"
-        architecture = config.get("architecture", "standard")
+        architecture = text(at, config, "architecture", "standard")
         if architecture in TRAINED:
             raise UsageError(
                 f"{at} is of a {architecture} in training; SAELens saves its inference as jumprelu. Save it with save_inference_model."
@@ -88,8 +88,9 @@ class SAELens(Format, name="saelens"):
 
     def scale(self, folder: Folder, config: dict[str, Any]) -> float:
         """What x is multiplied by before the SAE. UsageError where it is not the same for every token, or not said."""
-        how, at = config.get("normalize_activations", "none"), folder.path / "cfg.json"
-        if how in (None, "none"):
+        at = folder.path / "cfg.json"
+        how = text(at, config, "normalize_activations", "none")
+        if how == "none":
             return 1.0
         if how in BY_TOKEN:
             raise UsageError(f"{at}: normalize_activations is {how}, which {BY_TOKEN[how]}. No SAE of ours does that.")
@@ -160,6 +161,8 @@ def settled(config: dict[str, Any]) -> dict[str, Any]:
         config |= {"architecture": "topk", "k": k}
     if isinstance(how := config.get("normalize_activations"), bool):
         config["normalize_activations"] = "expected_average_only_in" if how else "none"
+    if config.get("normalize_activations", 0) is None:
+        config["normalize_activations"] = "none"
     if not isinstance(config.get("metadata", {}), dict):
         config["metadata"] = {}
     return config
@@ -168,8 +171,7 @@ def settled(config: dict[str, Any]) -> dict[str, Any]:
 def described(found: Found, config: dict[str, Any]) -> Found:
     """What the configuration says of model and place; before version 6 it stood at the top."""
     said = {**config, **config.get("metadata", {})}
-    if isinstance(model := said.get("model_name"), str):
-        found.model = hub_name(model)
+    found.model = model_said(said.get("model_name"))
     found.hook = first_hook([said.get("hook_name"), said.get("hf_hook_name")])
     if isinstance(context := said.get("context_size"), int):
         found.context = context

@@ -14,14 +14,15 @@ from torch import Tensor
 from ...cache.errors import DamagedError, UsageError
 from ...cache.files import publish, write_json
 from .format import Format, Found
-from .names import first_hook, hub_name
+from .names import first_hook, hub_name, model_said
 from .plain import Plain, sae_of
 from .stored import Folder, clipped, flag, number, safetensors_of, weights, words
 
 
 class Sparsify(Format, name="sparsify"):
     holds = ("topk",)
-    files = ("sae.safetensors", "cfg.json", "config.json", "about.json")
+    files = ("sae.safetensors", "cfg.json", "about.json")
+    above = ("config.json",)
 
     def recognise(self, folder: Folder) -> bool:
         return self.inside(folder) is not None
@@ -88,8 +89,7 @@ class Sparsify(Format, name="sparsify"):
         result.hook = first_hook([said.get("hook_name"), inner.path.resolve().name])
         above = Folder(inner.path.parent)
         run = above.record("config.json") if above.has("config.json") else {}
-        if isinstance(model := run.get("model"), str) and model:
-            result.model = model
+        result.model = model_said(run.get("model"))
         if isinstance(context := words(run, "ctx_len"), int):
             result.context = context
         result.metadata |= said

@@ -97,6 +97,13 @@ def flag(path: Path, record: Mapping[str, Any], key: str, default: bool) -> bool
     return value
 
 
+def text(path: Path, record: Mapping[str, Any], key: str, default: str) -> str:
+    value = record.get(key, default)
+    if not isinstance(value, str):
+        raise DamagedError(f"{path}: {key} is {clipped(value)}, and has to be a word.")
+    return value
+
+
 def words(record: Mapping[str, Any], *path: str) -> Any:
     """What is at a path of keys, or None."""
     found: Any = record
@@ -106,8 +113,8 @@ def words(record: Mapping[str, Any], *path: str) -> Any:
 
 
 def clipped(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:60] + "..."
 
 
 def safetensors_of(path: Path) -> dict[str, Claim]:

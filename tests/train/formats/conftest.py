@@ -1,0 +1,48 @@
+"""Small SAEs of every kind, and rows on which some of their latents fire."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae.train.formats.plain import Plain, sae_of
+from sae.train.sae import SAE
+
+FIXTURES = Path(__file__).parent / "fixtures"
+D, F = 8, 16
+ORIGIN = {"model": {"name": "google/gemma-2-2b", "revision": None}, "layer": 12, "site": "resid_post", "context": 128}
+
+
+@pytest.fixture(scope="session")
+def x_RD() -> Tensor:
+    return load_file(FIXTURES / "rows.safetensors")["x"]
+
+
+@pytest.fixture
+def make() -> Callable[..., SAE]:
+    """A random SAE of a kind; its decoder rows have norms from 0.5 to 2, unless `unit`."""
+
+    def build(kind: str, *, pre_bias: bool = True, unit: bool = False) -> SAE:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        W_dec = draw(F, D)
+        W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
+        if not unit:
+            W_dec = W_dec * (0.5 + 1.5 * torch.rand(F, 1, generator=generator, dtype=torch.float64))
+        matrices = (draw(D, F), 0.3 * draw(F), W_dec, draw(D))
+        more = {
+            "topk": {"k": 4},
+            "jumprelu": {"threshold": draw(F).abs()},
+            "gated": {"r_mag": 0.5 * draw(F), "b_mag": draw(F)},
+        }
+        sae = sae_of(Plain(*matrices, kind, **more.get(kind, {})), pre_bias=pre_bias)
+        sae.origin = dict(ORIGIN)
+        return sae
+
+    return build
