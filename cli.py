@@ -9,7 +9,8 @@ import typer
 
 from .cli_cache import cache_app
 from .cli_harvest import run_harvest
-from .terminal import bar, echo, show_table, spoken
+from .cli_pages import dashboard, inspect
+from .terminal import bar, echo, show_table, spoken, tokens_of
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="rich", add_completion=False,
@@ -17,15 +18,6 @@ app = typer.Typer(
     help="Harvest a language model's activations, train sparse autoencoders on them, evaluate the result.",
 )  # fmt: skip
 app.add_typer(cache_app, name="cache")
-
-
-def tokens_of(text: str) -> int:
-    """A count with a unit: 10M, 2e8, 1.5B, 500k."""
-    try:
-        unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
-        return int(float(text[:-1]) * unit) if unit else int(float(text))
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text} is no number of tokens: write 10M, 2e8 or 500000") from None
 
 
 Tokens = Annotated[int | None, typer.Option("--tokens", parser=tokens_of, metavar="N", help="Such as 10M.")]
@@ -312,6 +304,10 @@ def run_evaluate(request: Any, as_json: bool = False) -> list[Any]:
     if any(request.suite not in SUITES or not isinstance(error, OutsideError) for error in failures.values()):
         raise typer.Exit(1)
     return rows
+
+
+app.command()(dashboard)
+app.command()(inspect)
 
 
 @app.command()

@@ -21,6 +21,15 @@ PLAIN_WIDTH = 200
 QUIET = int(os.environ.get("RANK", "0")) > 0  # of several launched processes the first speaks for all
 
 
+def tokens_of(text: str) -> int:
+    """A count with a unit: 10M, 2e8, 1.5B, 500k."""
+    try:
+        unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
+        return int(float(text[:-1]) * unit) if unit else int(float(text))
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{text} is no number of tokens: write 10M, 2e8 or 500000") from None
+
+
 def echo(text: str) -> None:
     if not QUIET:
         typer.echo(text, err=True)
