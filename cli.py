@@ -15,6 +15,7 @@ from .cli_evaluate import next_evaluate, run_evaluate
 from .cli_formats import export, import_
 from .cli_harvest import run_harvest
 from .cli_options import STREAM, Caches, Device, Layers, Sites, StreamTokens, Tokens
+from .cli_pages import dashboard, inspect
 from .cli_reproduce import reproduce
 from .config import ORIGINS
 from .terminal import bar, echo, show_table, spoken
@@ -269,6 +270,8 @@ def evaluate(
 
 app.command()(compare)
 app.command()(reproduce)
+app.command()(dashboard)
+app.command()(inspect)
 app.command("export")(export)
 app.command("import")(import_)
 

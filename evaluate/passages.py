@@ -87,12 +87,21 @@ class Words:
         (self.before, *_) = tokenizer.encode("a", add_special_tokens=False)
         self.known: dict[int, str] = {}
 
-    def word(self, token: int) -> str:
+    def text(self, token: int) -> str:
         """With the space that it begins with, which some tokenizers drop from the first token of a text."""
         if token not in self.known:
             alone, both = self.tokenizer.decode([self.before]), self.tokenizer.decode([self.before, token])
-            self.known[token] = both.removeprefix(alone).replace("\n", "\\n")
+            self.known[token] = both.removeprefix(alone)
         return self.known[token]
+
+    def word(self, token: int) -> str:
+        """A token's text on one line."""
+        return self.text(token).replace("\n", "\\n")
+
+    def shown(self, token: int) -> str:
+        """A token's text for a page or a terminal; the tokenizer's own name of one that is a part of a character."""
+        text = self.text(token)
+        return self.tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text
 
     def passage(self, window: Window, threshold: float | None = None) -> str:
         """Tokens above the threshold, where there is one, stand between << and >>."""

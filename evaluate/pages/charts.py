@@ -92,7 +92,9 @@ def span(values: Sequence[float], log: bool) -> tuple[float, float]:
     if log:
         factor = max((high / low) ** 0.06, 1.1)
         return low / factor, high * factor
-    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    if low == high == 0:
+        return -0.06, 1.0  # a share, more likely than not, and none is below zero
+    margin = 0.06 * (high - low) or 0.06 * abs(high)
     return low - margin, high + margin
 
 
@@ -106,8 +108,16 @@ def spans(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
         for sign in (-1, 1)
     ]
     if any(series.kind == "bars" for series in chart.series):
-        return span(x, chart.x_log), (0.0, span([*y, 0.0], False)[1])
+        return span(with_bars(x, chart.x_log), chart.x_log), (0.0, span([*y, 0.0], False)[1])
     return span(x, chart.x_log), span(y, chart.y_log)
+
+
+def with_bars(x: Sequence[float], log: bool) -> list[float]:
+    """The middles of bars, and the ends of the outermost ones."""
+    places = sorted({math.log(value) if log else value for value in x})
+    half = min((b - a for a, b in pairwise(places)), default=0.0) / 2
+    ends = [places[0] - half, places[-1] + half] if places else []
+    return [*x, *(math.exp(end) if log else end for end in ends)]
 
 
 def svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) -> Markup:
@@ -151,7 +161,7 @@ def svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) 
     return Markup(
         templates().get_template("chart.svg").render(
             chart=chart, series=drawn, width=width, height=height, left=left, right=width - right, top=top, base=height - bottom,
-            x_ticks=[(at_x(v), written(v)) for v in ticks(x_low, x_high, chart.x_log, 6)],
+            x_ticks=[(at_x(v), written(v)) for v in ticks(x_low, x_high, chart.x_log, 4 if chart.x_log else 6)],
             y_ticks=[(at_y(v), written(v)) for v in ticks(y_low, y_high, chart.y_log)],
             empty=not any(one["points"] for one in drawn), legend=places, whole=height + 18 * rows, bar=bar_width(drawn),
         )

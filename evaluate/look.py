@@ -1,0 +1,126 @@
+"""One run, opened to be looked at: its SAE, the model and held-out text, and what evaluations said of it."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache.errors import DamagedError, SaeError, UsageError
+from ..cache.files import digest_of, read_json
+from ..cache.layout import Hook
+from ..harvest.model import check_layers, width_of
+from ..train.sae import SAE, load_sae, spec_of
+from .bench import Bench
+from .metric import RECORDED, UNSTRUCTURED, Result, Subject
+from .packed import TOKENS_AT_ONCE, encode
+from .passages import Words
+from .run import METRICS, Request, Row, cache_of, make_bench
+
+TOKENS = 100_000  # of held-out text, unless asked otherwise
+
+
+@dataclass(frozen=True)
+class Look:
+    """`row` has the results that are of this very SAE; `labels` are what they call a latent."""
+
+    folder: Path
+    sae: SAE
+    hook: Hook
+    bench: Bench
+    words: Words
+    row: Row
+    labels: dict[int, list[str]]
+
+    @property
+    def tokens(self) -> int:
+        """Of the text, special ones included."""
+        return int(self.bench.contexts.length.sum())
+
+
+def look(folder: Path, tokens: int | None = None, device: str = "auto", dtype: str = "auto") -> Look:
+    """Open a run folder with at most about `tokens` tokens of its cache's held-out text.
+
+    Raises UsageError when it is no trained run or its cache is gone, DamagedError when its files contradict each other.
+    """
+    if tokens is not None and tokens <= 0:
+        raise UsageError(f"--tokens {tokens} is not positive. Give how many to read, such as 20k.")
+    sae = load_sae(folder)
+    cache = cache_of(folder, sae, None)
+    bench = make_bench(Request(runs=[folder], tokens=tokens or TOKENS, device=device, dtype=dtype), cache)
+    hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
+    try:
+        check_layers(bench.model.config, [hook.layer], cache.identity["model"]["name"])
+    except UsageError as error:
+        raise DamagedError(f"{folder}/sae.json was overwritten: {error}") from None
+    if (width := width_of(hook, bench.model.config)) != sae.d_in:
+        raise DamagedError(f"{folder} takes activations of {sae.d_in} numbers, but {hook} of the model has {width}.")
+    record = read_json(folder / "sae.json", "sha256")
+    weights = digest_of([spec_of(sae), record["sha256"], hook.layer])
+    row = Row(folder.resolve().name, Subject(sae, hook.layer), folder, record, weights, results_of(folder, weights))
+    sae.to(bench.model.device)
+    return Look(folder, sae, hook, bench, Words(bench.tokenizer), row, labels(row.results, sae.d_sae))
+
+
+def results_of(folder: Path, weights: str) -> dict[str, Result]:
+    """The results in evaluations/ that are of these weights; files that hold no result are passed over."""
+    found = {}
+    for name in METRICS:
+        with contextlib.suppress(DamagedError, KeyError, TypeError):
+            record = read_json(folder / "evaluations" / f"{name}.json", *RECORDED)
+            if record["eval_config"]["weights"] == weights:
+                more = {part: record["eval_result_unstructured"][part] for part in UNSTRUCTURED}
+                found[name] = Result(record["eval_result_metrics"], record["eval_result_details"], **more)
+    return found
+
+
+def labels(results: dict[str, Result], d_sae: int) -> dict[int, list[str]]:
+    """What evaluations call a latent: the letter that absorption's probes found it to spell, autointerp's explanation."""
+    found: dict[int, list[str]] = {}
+    for letter in results["absorption"].details if "absorption" in results else ():
+        for latent in letter["main_latents"]:
+            f1 = letter["f1_k_sparse"][len(letter["main_latents"]) - 1]
+            found.setdefault(latent, []).append(f"first letter {letter['first_letter']} (F1 {f1:.2f})")
+    explained = results["autointerp"].extra if "autointerp" in results else None
+    for entry in (explained or {}).values():
+        if entry["explanation"]:
+            score = "" if entry["score"] is None else f" (score {entry['score']:.2f})"
+            found.setdefault(entry["latent"], []).append(f"{entry['explanation']}{score}")
+    return {latent: texts for latent, texts in found.items() if 0 <= latent < d_sae}
+
+
+def check_latents(latents: Sequence[int], d_sae: int, name: str) -> None:
+    """UsageError unless every one is a latent."""
+    for latent in latents:
+        if not 0 <= latent < d_sae:
+            raise UsageError(f"{name} has latents 0 to {d_sae - 1:,}; there is no latent {latent}.")
+
+
+@torch.no_grad()
+def encoded_prompt(look: Look, prompt: str) -> tuple[list[int], Tensor]:
+    """The token ids of a prompt (S,) as the model reads it, and the activations there (S, F), zero at special tokens.
+
+    Raises UsageError for a prompt without tokens, or longer than the model reads.
+    """
+    ids = look.bench.tokenizer(prompt.encode("utf-8", "replace").decode(), verbose=False)["input_ids"]
+    kept = [token not in look.bench.skip for token in ids]
+    if not any(kept):
+        raise UsageError("--prompt has no tokens. Give it some text.")
+    most = getattr(look.bench.model.config, "max_position_embeddings", len(ids))
+    if len(ids) > most:
+        raise UsageError(f"--prompt has {len(ids):,} tokens, and the model reads {most:,}. Give a shorter one.")
+    device = look.bench.model.device
+    x_SD = look.bench.model.capture_hooks(torch.tensor([ids], device=device), [look.hook])[look.hook][0]
+    f_SF = torch.cat([encode(look.sae, part) for part in x_SD.split(TOKENS_AT_ONCE)])
+    if not torch.isfinite(f_SF).all():
+        raise SaeError("The SAE gives activations on this prompt that are not finite, so there is nothing to show.")
+    return ids, torch.where(torch.tensor(kept, device=device)[:, None], f_SF, 0).cpu()
+
+
+def recipe_of(look: Look) -> dict[str, Any]:
+    """What the run says of its training: run.json, or {} where the SAE came without one."""
+    path = look.folder / "run.json"
+    return read_json(path) if path.exists() else {}

@@ -1,0 +1,212 @@
+"""`sae dashboard`: one run as a page, its numbers and every latent, in one file that needs no server.
+
+The page holds JSON, packed: the text once, all latents' columns of the table, and blocks of BLOCK latents, which are
+unpacked when one of them is looked at.
+"""
+
+import base64
+import gzip
+import json
+import math
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache.errors import DamagedError, UsageError
+from ..features import BEFORE, SAMPLED, Features, Listed, Passage, features, quantile_passages
+from ..look import Look, recipe_of
+from ..metric import Progress
+from ..table import tables
+from .charts import Chart, Series, svg
+from .page import page, visible
+
+BLOCK = 64
+LEVELS = 255  # of a colour; a page holds activations in a passage as shares of the latent's largest
+DEAD_LISTED = 200
+CURVES = {
+    "loss": "loss",
+    "explained_variance": "explained variance",
+    "l0": "L0",
+    "dead": "share of dead latents",
+}
+DENSITY_BINS, L0_BINS = 8, 40  # in a decade, at most
+
+
+def packed(value: Any) -> str:
+    """JSON, gzip, base64: the same value, the same text."""
+    return base64.b64encode(
+        gzip.compress(json.dumps(value, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
+    ).decode()
+
+
+def rounded(value: float) -> float:
+    """Four digits, which is more than a page shows."""
+    return float(f"{value:.4g}")
+
+
+class Vocabulary:
+    """Tokens by the order in which a page first needs them; `words` is what is shown of each."""
+
+    def __init__(self, look: Look) -> None:
+        self.look, self.places = look, dict[int, int]()
+        self.words: list[str] = []
+
+    def __call__(self, token: int) -> int:
+        if token not in self.places:
+            self.places[token] = len(self.words)
+            self.words.append(visible(self.look.words.shown(token)))
+        return self.places[token]
+
+
+def check_out(path: Path) -> Path:
+    """UsageError for a path that no page should be written to."""
+    if path.suffix != ".html" or path.is_dir():
+        raise UsageError(f"--out {path}: a page is a file whose name ends in .html.")
+    return path
+
+
+def drawn_latents(d_sae: int, count: int | None) -> Tensor:
+    """All latents, or so many of them, drawn at random, in their order (K,)."""
+    if count is not None and count <= 0:
+        raise UsageError(f"--latents {count} is not positive. Give how many the page holds, or leave it out for all.")
+    if count is None or count >= d_sae:
+        return torch.arange(d_sae)
+    return torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))[:count].sort().values
+
+
+def dashboard(look: Look, latents_K: Tensor, date: str, progress: Progress) -> str:
+    """The page of a run, with the latents `latents_K` (K,) in it and the run's numbers over all of them."""
+    found = features(look.bench, look.sae, look.hook, latents_K, progress)
+    vocabulary = Vocabulary(look)
+    blocks = []
+    for start in range(0, len(latents_K), BLOCK):
+        places = range(start, min(start + BLOCK, len(latents_K)))
+        blocks.append(packed([entry(look, found, place, vocabulary) for place in places]))
+        progress(places.stop, len(latents_K), "latents packed")
+    contexts = look.bench.contexts
+    text = [
+        [vocabulary(token) for token in ids[:length]]
+        for ids, length in zip(contexts.ids.tolist(), contexts.length.tolist(), strict=True)
+    ]
+    columns = table(look, found, latents_K, vocabulary)
+    density_F = found.density
+    return page(
+        "dashboard.html", "dashboard.js",
+        title=look.row.name, version=version("sae-pipeline"), date=date, look=look, recipe=recipe(look),
+        tokens=len(found.firings.l0), paired=found.firings.paired_tokens, directions=found.up is not None,
+        shown=len(latents_K), dead=(density_F == 0).nonzero().flatten().tolist(), dead_listed=DEAD_LISTED,
+        l0=float(found.firings.l0.double().mean()) if len(found.firings.l0) else 0.0,
+        measured=[(title, list(zip(heads[1:], lines[0][1:], strict=True))) for title, heads, lines in tables([look.row])],
+        flags=[f"{name}: {flag}" for name, result in look.row.results.items() for flag in result.flags],
+        curves=[svg(chart) for chart in curves(look.folder)],
+        histograms=[svg(density_chart(density_F)), svg(l0_chart(found.firings.l0))],
+        sampled=SAMPLED, about={"block": BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(found.firings.l0), "d_sae": look.sae.d_sae},
+        packed={"table": packed(columns), "words": packed(vocabulary.words), "text": packed(text)}, blocks=blocks,
+    )  # fmt: skip
+
+
+def recipe(look: Look) -> dict[str, str]:
+    """How it was trained, as names and texts; nothing for an SAE that came without a run.json."""
+    run = recipe_of(look)
+    shown = {name: run[name] for name in ("variant", "paper", "seed", "steps", "batch_size") if name in run}
+    shown |= run.get("resolved") or {}
+    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
+
+
+def table(look: Look, found: Features, latents_K: Tensor, vocabulary: Vocabulary) -> dict[str, Any]:
+    """A column each for what the table of latents shows."""
+    latents = latents_K.tolist()
+    return {
+        "latent": latents,
+        "density": [rounded(value) for value in found.density[latents_K].tolist()],
+        "mean": [rounded(value) for value in found.mean.tolist()],
+        "max": [rounded(value) for value in found.firings.peak_K.tolist()],
+        "tokens": [
+            [vocabulary(token) for token in top_tokens(look, found.firings.top.of(place))]
+            for place in range(len(latents))
+        ],
+        "labels": [visible("; ".join(look.labels.get(latent, ()))) for latent in latents],
+    }
+
+
+def top_tokens(look: Look, passages: Sequence[Passage], count: int = 3) -> list[int]:
+    """The tokens at which a latent fires most strongly, each once."""
+    return list(dict.fromkeys(int(look.bench.contexts.ids[p.context, p.position]) for p in passages))[:count]
+
+
+def entry(look: Look, found: Features, place: int, vocabulary: Vocabulary) -> dict[str, Any]:
+    """All that the page shows of one latent, beside its row of the table."""
+    peak = float(found.firings.peak_K[place])
+
+    def passages(chosen: Sequence[Passage]) -> list[Any]:
+        return [
+            [
+                one.context,
+                one.position,
+                rounded(one.value),
+                [math.ceil(LEVELS * value / peak) for value in one.values.tolist()],
+            ]
+            for one in chosen
+        ]
+
+    def tokens(listed: Listed | None) -> list[Any]:
+        return [[vocabulary(token), rounded(value)] for token, value in listed.of(place)] if listed else []
+
+    histogram = found.firings.histogram
+    return {
+        "bins": histogram.count_KB[place].tolist(),
+        "width": float(histogram.width[place]),
+        "top": passages(found.firings.top.of(place)),
+        "quantiles": passages(quantile_passages(found.firings.sample, place)),
+        "up": tokens(found.up),
+        "down": tokens(found.down),
+        "near": [[latent, rounded(value)] for latent, value in found.near.of(place)],
+        "together": [
+            [latent, rounded(value), rounded(float(share))]
+            for (latent, value), share in zip(found.together.of(place), found.jaccard[place], strict=False)
+        ],
+    }
+
+
+def curves(folder: Path) -> list[Chart]:
+    """What training logged; nothing where no metrics.jsonl is, or one that cannot be read."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    try:
+        steps = [json.loads(line) for line in path.read_text().splitlines()]
+        points = {name: [(step["tokens"], step[name]) for step in steps if name in step] for name in CURVES}
+        return [
+            Chart(f"{title}, in training", "tokens", title, [Series(title, *zip(*points[name], strict=True), "line")])  # type: ignore[arg-type]
+            for name, title in CURVES.items()
+            if points[name]
+        ]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}). Remove it: the page then has no curves.") from error
+
+
+def density_chart(density_F: Tensor) -> Chart:
+    """How many of the latents that fire have each density, on a logarithmic axis; bins of an eighth of a decade."""
+    decades = density_F[density_F > 0].log10()
+    bins, counts = (decades * DENSITY_BINS).floor().unique(return_counts=True)
+    x, y = 10 ** ((bins + 0.5) / DENSITY_BINS), counts
+    return histogram("density of latents", "share of tokens at which a latent fires", "latents", x, y, x_log=True)
+
+
+def l0_chart(l0_T: Tensor) -> Chart:
+    """How many tokens have each number of latents, in L0_BINS bins at most, of as many whole numbers each."""
+    low, high = (int(l0_T.min()), int(l0_T.max())) if len(l0_T) else (0, 0)
+    width = -(-(high - low + 1) // L0_BINS)
+    bins, counts = ((l0_T - low) // width).unique(return_counts=True)
+    return histogram(
+        "L0 over tokens", "latents that fire at a token", "tokens", low + bins * width + (width - 1) / 2, counts
+    )
+
+
+def histogram(title: str, x_title: str, y_title: str, x: Tensor, y: Tensor, x_log: bool = False) -> Chart:
+    labels = [f"{at:.3g}: {count:,} {y_title}" for at, count in zip(x.tolist(), y.tolist(), strict=True)]
+    return Chart(title, x_title, y_title, [Series(title, x.tolist(), y.tolist(), "bars", labels=labels)], x_log=x_log)
