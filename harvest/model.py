@@ -392,4 +392,4 @@ class LanguageModel:
         """Logits (..., V) of `Forward.final` (..., D), of all positions or of some: they are what takes the memory."""
         logits = self.model.lm_head(final)
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
