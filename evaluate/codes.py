@@ -18,6 +18,7 @@ from .metric import Subject
 # exist at most; latents of 65,536 take 0.13 GB.
 TOKENS_AT_ONCE = 512
 DENSE_PAIRS = 2048  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
+GRAM_ROWS = 256  # of their products, computed at a time from the diagonal on
 PAIRED_TOKENS = 32_768  # the batches that begin before so many tokens are what is correlated
 PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums that intervals are taken from
 
@@ -70,6 +71,7 @@ class Codes:
         replaced = torch.ones_like(kept_NS) if subject.everywhere else kept_NS
         x_RD, counted_R, context_R = x_NSD[replaced], kept_NS[replaced], replaced.nonzero()[:, 0]
         fired_NF: Tensor | None = None
+        gram_FF: Tensor | None = None
         recons, numbers = [], []
         for start in range(0, len(x_RD), TOKENS_AT_ONCE):
             rows = slice(start, start + TOKENS_AT_ONCE)
@@ -80,7 +82,12 @@ class Codes:
             if fired_NF is None:
                 fired_NF = f_TF.new_zeros(len(kept_NS), f_TF.shape[1])
             fired_NF.index_add_(0, context_R[rows][counted_R[rows]], (f_TF > 0).to(f_TF.dtype))
-            self.add_pairs(f_TF)
+            self.sums["f"] += f_TF.sum(0).double()
+            self.sums["f_square"] += f_TF.square().sum(0).double()
+            if self.tokens < PAIRED_TOKENS:
+                gram_FF = self.add_pairs(f_TF, gram_FF)
+        if gram_FF is not None:
+            self.sums["gram"] += gram_FF.double()
         recon_RD = torch.cat(recons)
         if fired_NF is not None:
             self.sums["fired"] += fired_NF.double().sum(0)
@@ -91,15 +98,18 @@ class Codes:
         patched[replaced] = recon_RD.to(x_NSD.dtype)
         return patched
 
-    def add_pairs(self, f_TF: Tensor) -> None:
+    def add_pairs(self, f_TF: Tensor, gram_FF: Tensor | None) -> Tensor:
+        """f^T f added to that of the batch so far, on and above the diagonal: what is below is not all there."""
         if self.pairs is None:
             generator = torch.Generator().manual_seed(0)
             self.pairs = torch.randperm(f_TF.shape[1], generator=generator)[:DENSE_PAIRS].sort().values.to(f_TF.device)
-        self.sums["f"] += f_TF.sum(0).double()
-        self.sums["f_square"] += f_TF.square().sum(0).double()
-        if self.tokens < PAIRED_TOKENS:
-            chosen = f_TF[:, self.pairs] if len(self.pairs) < f_TF.shape[1] else f_TF
-            self.sums["gram"] += (chosen.T @ chosen).double()
+        chosen = f_TF[:, self.pairs] if len(self.pairs) < f_TF.shape[1] else f_TF
+        if gram_FF is None:
+            gram_FF = f_TF.new_zeros(len(self.pairs), len(self.pairs))
+        for start in range(0, len(gram_FF), GRAM_ROWS):
+            rows = slice(start, start + GRAM_ROWS)
+            gram_FF[rows, start:].addmm_(chosen[:, rows].T, chosen[:, start:])
+        return gram_FF
 
     def end_batch(
         self, x_TD: Tensor, recon_TD: Tensor, l0: Tensor, l1: Tensor, context_T: Tensor, contexts: int

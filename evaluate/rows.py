@@ -19,7 +19,7 @@ from .bench import Bench
 from .metric import Coder, Progress
 
 TEXTS_AT_ONCE = 32  # in one pass of the model
-TOKENS_AT_ONCE = 4096  # through one SAE
+FEWEST_AT_ONCE = 64  # tokens through one SAE: with fewer, reading its weights takes longer than the product
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.count_N)
 
-    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Whole texts, about TOKENS_AT_ONCE rows at a time: which, their rows (T, D), and the text of each row (T,)."""
+    def parts(self, tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Whole texts, about `tokens` rows at a time: which, their rows (T, D), and the text of each row (T,)."""
         ends, first, start = self.count_N.cumsum(0).tolist(), 0, 0
         for number, end in enumerate(ends):
-            if end - start >= TOKENS_AT_ONCE or number + 1 == len(ends):
+            if end - start >= tokens or number + 1 == len(ends):
                 texts = slice(first, number + 1)
                 owner_T = torch.repeat_interleave(torch.arange(number + 1 - first), self.count_N[texts])
                 yield texts, self.x_TD[start:end], owner_T
@@ -45,7 +45,7 @@ class Rows:
     def mean_ND(self) -> Tensor:
         """The mean row of each text, in float32."""
         total_ND = torch.zeros(len(self), self.x_TD.shape[1])
-        for texts, x_TD, owner_T in self.parts():
+        for texts, x_TD, owner_T in self.parts(4096):
             total_ND[texts].index_add_(0, owner_T, x_TD.float())
         return total_ND / self.count_N[:, None]
 
@@ -63,12 +63,20 @@ class Pooled:
         return self.sum_NF / self.count_N[:, None]
 
 
+def tokens_at_once(d_sae: int, device: torch.device) -> int:
+    """How many rows go through an SAE together. On a CPU their latents take 4 MB, which its cache holds and which is
+    memory used before: tensors of tens of MB come anew from the system each time, and that took as long as the products.
+    """
+    latents = 2**20 if device.type == "cpu" else 2**26
+    return max(FEWEST_AT_ONCE, latents // d_sae)
+
+
 @torch.no_grad()
 def pool(sae: Coder, rows: Rows, device: torch.device) -> Pooled:
     """Encode every row once."""
     zero_F = sae.encode(torch.zeros(1, rows.x_TD.shape[1], device=device))[0].float().cpu()
     sum_NF = torch.zeros(len(rows), len(zero_F))
-    for texts, x_TD, owner_T in rows.parts():
+    for texts, x_TD, owner_T in rows.parts(tokens_at_once(len(zero_F), device)):
         f_TF = sae.encode(x_TD.to(device).float()).float()
         part_NF = torch.zeros(texts.stop - texts.start, f_TF.shape[1], device=device)
         sum_NF[texts] = part_NF.index_add_(0, owner_T.to(device), f_TF).cpu()

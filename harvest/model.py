@@ -308,7 +308,7 @@ class LanguageModel:
         """Logits (..., V) of `Forward.final` (..., D), of all positions or of some: they are what takes the memory."""
         logits = self.model.get_output_embeddings()(final)
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     @torch.no_grad()
     def check_forward(self) -> None:

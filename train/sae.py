@@ -91,6 +91,20 @@ class KeepsK(Activation):
         return torch.zeros_like(z).scatter(-1, top.indices, top.values * (rank < (self.now * tokens).floor()))
 
 
+def largest(z_BF: Tensor, k: int) -> Tensor:
+    """Which k of each row are the largest (B, k), in any order.
+
+    On a CPU, where `topk` takes as long as the encoder's product: they are in those k groups whose maxima are the largest.
+    """
+    groups, rest = divmod(z_BF.shape[1], 8)
+    if z_BF.device.type != "cpu" or rest or groups < 2 * k:
+        return z_BF.topk(k, sorted=False).indices
+    z_B8G = z_BF.unflatten(1, (8, groups))
+    group_BK = z_B8G.amax(1).topk(k, sorted=False).indices
+    place_BK = z_B8G.gather(2, group_BK[:, None].expand(-1, 8, -1)).flatten(1).topk(k, sorted=False).indices
+    return place_BK // k * groups + group_BK.gather(1, place_BK % k)
+
+
 class TopK(KeepsK, name="topk"):
     """Keep the k largest latents of each token, and of those the positive ones (Gao et al. 2024)."""
 
@@ -98,7 +112,7 @@ class TopK(KeepsK, name="topk"):
         super().__init__(k)
 
     def choose(self, z_BF: Tensor) -> Tensor:
-        index_BK = z_BF.topk(self.k, dim=-1, sorted=False).indices
+        index_BK = largest(z_BF, self.k)
         begin_B = torch.arange(0, z_BF.numel(), z_BF.shape[1], device=z_BF.device)
         return (index_BK + begin_B[:, None]).flatten()
 

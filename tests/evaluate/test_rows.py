@@ -43,7 +43,7 @@ def padded(bench: Bench, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_rows_and_sums_are_those_of_padded_passes(bench, monkeypatch):
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(module, "tokens_at_once", lambda *_: 7)
     torch.manual_seed(0)
     sae = SAE(32, 20, [ReLU()]).requires_grad_(False)
     sae.b_enc += 0.3  # latents fire on a zero row

@@ -67,6 +67,18 @@ def test_topk_keeps_k_of_equals() -> None:
     assert (f_BF > 0).sum(1).tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("k", [1, 4, 8])
+@pytest.mark.parametrize("rows", [torch.randn, torch.ones], ids=["of all sizes", "of equals"])
+def test_topk_by_groups_of_latents_keeps_what_a_sort_keeps(k: int, rows) -> None:
+    torch.manual_seed(0)
+    z_BF = rows(50, 128)
+    z_BF[0, ::9] = math.inf
+    f_BF = TopK(k)(z_BF)
+    expected_BK = z_BF.sort(descending=True).values[:, :k].relu()
+    assert torch.equal(f_BF.sort(descending=True).values[:, :k], expected_BK)
+    assert torch.equal(f_BF[f_BF > 0], z_BF[f_BF > 0]) and (f_BF > 0).sum() == (expected_BK > 0).sum()
+
+
 @pytest.mark.parametrize(("k", "batch"), [(3, 33), (2.5, 7), (0.4, 6), (10, 4)])
 def test_batchtopk_is_a_sort(k: float, batch: int) -> None:
     """The floor(B k) largest of the batch, as far as they are positive."""
