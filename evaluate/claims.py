@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from ..cache.errors import UsageError, did_you_mean
 from .metric import MODES
-from .run import METRICS
+from .suites import METRICS
 
 PAPERS = ("000", "001", "002", "003", "004")
 FOLDER = Path(__file__).parent / "claims"

@@ -36,18 +36,13 @@ def measured(claim: Claim, results: Mapping[str, Result], logged: Sequence[Mappi
     if category == "n":
         return result.n.get(name)
     if category != "details":
-        return present(result.metrics.get(category, {}).get(name))
+        return result.metrics.get(category, {}).get(name)
     asked = set(claim.entries) or {label_of(entry) for entry in result.details}
-    by_label = {label_of(entry): present(entry.get(name)) for entry in result.details}
+    by_label = {label_of(entry): entry.get(name) for entry in result.details}
     values = [value for label in asked if (value := by_label.get(label)) is not None]
     if len(values) < len(claim.entries) or not values:
         return None
     return max(values) if claim.over == "max" else mean(values)
-
-
-def present(value: float | None) -> float | None:
-    """None for the -1 that stands for a number that does not exist."""
-    return None if value == -1 else value
 
 
 def label_of(entry: Mapping[str, Any]) -> str:

@@ -185,8 +185,8 @@ def test_changes_are_in_the_unit_of_the_claim():
 
 # --- what was measured ------------------------------------------------------------------------------------------------
 
-LETTERS = [{"first_letter": "k", "rate": 0.2}, {"first_letter": "o", "rate": 0.4}, {"first_letter": "z", "rate": -1.0}]
-RESULT = Result({"sparsity": {"l0": 7.0, "l1": -1.0}}, LETTERS, n={"letters": 3})
+LETTERS = [{"first_letter": "k", "rate": 0.2}, {"first_letter": "o", "rate": 0.4}, {"first_letter": "z", "rate": None}]
+RESULT = Result({"sparsity": {"l0": 7.0, "l1": None}}, LETTERS, n={"letters": 3})
 
 
 def read(metric, **more):
@@ -207,7 +207,7 @@ def test_a_metric_is_read_where_it_stands():
 
 
 def test_what_does_not_exist_is_none():
-    assert read("core.sparsity.l1") is None  # -1 stands for it
+    assert read("core.sparsity.l1") is None
     assert read("core.sparsity.l2") is None
     assert read("core.density.mean") is None
     assert read("scr.scr_metrics.scr_metric_threshold_2") is None
