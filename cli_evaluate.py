@@ -106,8 +106,8 @@ def show_plan(planned: Any) -> set[tuple[str, str]]:
 
 
 def next_evaluate(request: Any) -> str:
-    """The command that measures more of the same runs; none where nothing is left but a judge to name."""
-    suite = {"quick": "full", "full": ""}.get(request.suite, "quick")
+    """The command that measures more of the same runs, of which autointerp without a judge gives the prompts; or none."""
+    suite = {"quick": "full", "full": "autointerp", "autointerp": ""}.get(request.suite, "quick")
     if not suite:
         return ""
     kept = {"mode": (request.mode, "0.6.0"), "cache": (request.cache, None), "data": (request.data, None), "device": (request.device, "auto"), "dtype": (request.dtype, "auto")}  # fmt: skip

@@ -131,7 +131,12 @@ def plan(request: Request) -> Plan:
             found.groups.append(group)
     raise_if_nothing_is_left(found)
     if any(group.todo(metric.name) for group in found.groups for metric in metrics):
-        check_writable(found.shelf.folder, 0)
+        try:
+            check_writable(found.shelf.folder, 0)
+        except OutsideError as error:
+            raise OutsideError(
+                f"{error} What no SAE changes is kept there; SAE_HOME=... names another home."
+            ) from error
         sweep(found.shelf.folder)
     return found
 

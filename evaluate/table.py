@@ -1,11 +1,13 @@
 """Results as tables for a reader: which direction is better, the range, what was counted, and how sure a number is."""
 
+import contextlib
 import re
 import statistics
 from collections.abc import Iterator, Sequence
 
 from scipy.stats import t
 
+from ..cache.errors import DamagedError
 from ..cache.files import digest_of, read_json
 from .metric import Number
 from .plan import Row
@@ -76,10 +78,11 @@ def over_seeds(rows: Sequence[Row], metric: str, numbers: Sequence[Number]) -> l
     """
     groups: dict[str, dict[int, Row]] = {}
     for row in rows:
-        if row.folder and (path := row.folder / "run.json").exists():
-            record = read_json(path, "seed")
-            seed = record.pop("seed")
-            groups.setdefault(digest_of(record), {})[seed] = row
+        if row.folder:
+            with contextlib.suppress(DamagedError):  # a reference, or imported: it has no seed
+                record = read_json(row.folder / "run.json", "seed")
+                seed = record.pop("seed")
+                groups.setdefault(digest_of(record), {})[seed] = row
     lines: list[list[str]] = []
     first: dict[int, Row] = {}
     for group in groups.values():

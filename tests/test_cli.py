@@ -285,6 +285,55 @@ def test_what_a_reference_cannot_have_is_no_failure(tiny_cache, home, monkeypatc
     assert result.exit_code == 0 and "not run" not in result.output
 
 
+def test_evaluate_prints_its_plan_before_and_the_next_command_after(tiny_cache, home):
+    runs = [untrained(home / "runs" / name, tiny_cache) for name in "abc"]
+    planned = call("evaluate", *runs, "--suite", "core", "--tokens", 60, "--device", "cpu", "--dry-run")
+    assert planned.exit_code == 0 and planned.stdout == ""
+    heads = [line.split()[0] for line in planned.stderr.splitlines()]
+    assert heads == ["runs", "model", "text", "metric", "writes"]
+    assert "metric   core: 3 to measure" in planned.stderr and "3 after layer 0; beside them identity" in planned.stderr
+    assert not list(home.rglob("evaluations"))
+    done = call("evaluate", runs[0], "--suite", "core", "--tokens", 60, "--device", "cpu")
+    assert [line.split()[0] for line in done.stderr.splitlines()][-2:] == ["done", "next"]
+    again = call("evaluate", *runs, "--suite", "core", "--tokens", 60, "--device", "cpu")
+    assert "metric   core: 2 to measure, 1 kept from before" in again.stderr
+    following = again.stderr.splitlines()[-1].split(maxsplit=1)
+    assert following == ["next", f"sae evaluate {home}/runs/* --suite quick --device cpu"]
+
+
+def test_a_broken_run_among_others_is_named_and_costs_the_exit_code(tiny_cache, home):
+    good, broken, text = (
+        untrained(home / "good", tiny_cache),
+        untrained(home / "broken", tiny_cache),
+        home / "notes.txt",
+    )
+    (broken / "sae.safetensors").write_bytes(b"")
+    text.write_text("mine")
+    words = ("--suite", "core", "--tokens", 60, "--device", "cpu", "--no-references")
+    result = call("evaluate", good, broken, text, *words)
+    assert result.exit_code == 1 and "good" in result.stdout and "broken" not in result.stdout
+    named = [line for line in result.stderr.splitlines() if line.startswith("refused")]
+    assert len(named) == 2 and "broken/sae.safetensors" in named[0] and "notes.txt holds no trained SAE" in named[1]
+    assert "2 runs were left out, as said above" in result.stderr and "Traceback" not in result.stderr
+    assert "broken/sae.safetensors" in refused(DAMAGED, "evaluate", broken, *words)
+
+
+def test_a_suite_names_each_metric_that_the_machine_cannot_reach_once(tiny_cache, home, monkeypatch):
+    """And has done what was asked; a metric that was asked for by name has not been measured."""
+    from sae.evaluate.suites import SUITES
+
+    monkeypatch.setitem(SUITES, "full", ("core", "scr", "unlearning"))
+    run = untrained(home / "run", tiny_cache)
+    words = ("--tokens", 60, "--device", "cpu", "--no-references")
+    result = call("evaluate", run, "--suite", "full", *words)
+    assert result.exit_code == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("not run")]
+    assert [line.split()[2] for line in lines] == ["scr:", "unlearning:"] and "--data" in lines[0]
+    assert "Not run, as said above: scr, unlearning" in result.stderr
+    assert call("evaluate", run, "--suite", "core,scr", *words).exit_code == 1
+    assert "LabHC/bias_in_bios could not be read" in refused(OUTSIDE, "evaluate", run, "--suite", "scr", *words)
+
+
 def test_a_gpu_that_is_not_there_is_refused(tiny_cache, home):
     import torch
 

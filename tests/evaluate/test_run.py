@@ -143,6 +143,8 @@ def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
     for number, run in enumerate(runs):
         if number != 2:  # of x two seeds, of y three
             (run / "run.json").write_text(json.dumps({"variant": run.name[0], "seed": number % 3}))
+    runs.append(make_run(home / "imported", tiny_cache))
+    (runs[-1] / "run.json").write_text(json.dumps({"variant": "imported-relu"}))  # it has no seed
     rows = evaluate(ask(*runs))
     ((_, heads, lines),) = tables(rows)
     l0 = [row.results["core"].metrics["sparsity"]["l0"] for row in rows]
@@ -151,10 +153,10 @@ def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
         return f"{mean:.1f} ±{spread:.1f}".replace("±0.", "±.")
 
     more = [l0[3] - l0[0], l0[4] - l0[1]]
-    assert [line[0] for line in lines[6:]] == ["x-L0, 2 seeds ± sd", "y-L0, 3 seeds ± sd", "y-L0 - x-L0, paired"]
-    assert lines[6][1] == shown(statistics.mean(l0[:2]), statistics.stdev(l0[:2]))
-    assert lines[7][1] == shown(statistics.mean(l0[3:]), statistics.stdev(l0[3:]))
-    assert lines[8][1] == shown(statistics.mean(more), 12.706 * statistics.stdev(more) / 2**0.5)  # t of one degree
+    assert [line[0] for line in lines[7:]] == ["x-L0, 2 seeds ± sd", "y-L0, 3 seeds ± sd", "y-L0 - x-L0, paired"]
+    assert lines[7][1] == shown(statistics.mean(l0[:2]), statistics.stdev(l0[:2]))
+    assert lines[8][1] == shown(statistics.mean(l0[3:6]), statistics.stdev(l0[3:6]))
+    assert lines[9][1] == shown(statistics.mean(more), 12.706 * statistics.stdev(more) / 2**0.5)  # t of one degree
 
 
 def test_tokens_limits_the_text(tiny_cache, home):
