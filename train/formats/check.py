@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ...cache.errors import SaeError, UsageError
 from ...cache.layout import Hook
 from ...cache.reader import Cache, caches
 from ..sae import SAE
+from .format import Reference
 from .plain import Plain
 
 ROWS, STRETCHES, AT_ONCE = 4096, 16, 256
@@ -59,9 +60,6 @@ class Check:
 
     def record(self) -> dict[str, Any]:
         return {**vars(self), "passed": self.passed}
-
-
-Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def compare(sae: SAE, plain: Plain, reference: Reference, rows: Rows, size_F: Tensor | None = None) -> Check:

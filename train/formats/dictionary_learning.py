@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...cache.errors import DamagedError, UsageError
 from ...cache.files import publish, write_json
-from .format import Format, Found
+from .format import Format, Found, Reference
 from .names import first_hook, hub_name, model_said
 from .pickled import state_dict_of
 from .plain import Plain, sae_of
@@ -153,36 +153,41 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         result.metadata = {**config, "dict_class": name}
         return result
 
-    def reference(self, folder: Folder, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(self, folder: Folder) -> Reference:
         name, _, found = self.load(folder)
-        w, x_BD = {n: t.double() for n, t in found.items()}, x_BD.double()
-        relu = torch.nn.functional.relu
-        match name:
-            case "AutoEncoder":
-                f_BF = relu((x_BD - w["bias"]) @ w["encoder.weight"].T + w["encoder.bias"])
-                return f_BF, f_BF @ w["decoder.weight"].T + w["bias"]
-            case "AutoEncoderNew":
-                f_BF = relu(x_BD @ w["encoder.weight"].T + w["encoder.bias"])
-                return f_BF, f_BF @ w["decoder.weight"].T + w["decoder.bias"]
-            case "GatedAutoEncoder":
-                z_BF = (x_BD - w["decoder_bias"]) @ w["encoder.weight"].T
-                f_BF = (z_BF + w["gate_bias"] > 0) * relu(w["r_mag"].exp() * z_BF + w["mag_bias"])
-                return f_BF, f_BF @ w["decoder.weight"].T + w["decoder_bias"]
-            case "JumpReluAutoEncoder":
-                z_BF = x_BD @ w["W_enc"] + w["b_enc"]
-                f_BF = relu(z_BF * (z_BF > w["threshold"]))
-                return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
-            case "MatryoshkaBatchTopKSAE":
-                z_BF = relu((x_BD - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+        w = {n: t.double() for n, t in found.items()}
+
+        def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+            x_BD = x_BD.double()
+            relu = torch.nn.functional.relu
+            match name:
+                case "AutoEncoder":
+                    f_BF = relu((x_BD - w["bias"]) @ w["encoder.weight"].T + w["encoder.bias"])
+                    return f_BF, f_BF @ w["decoder.weight"].T + w["bias"]
+                case "AutoEncoderNew":
+                    f_BF = relu(x_BD @ w["encoder.weight"].T + w["encoder.bias"])
+                    return f_BF, f_BF @ w["decoder.weight"].T + w["decoder.bias"]
+                case "GatedAutoEncoder":
+                    z_BF = (x_BD - w["decoder_bias"]) @ w["encoder.weight"].T
+                    f_BF = (z_BF + w["gate_bias"] > 0) * relu(w["r_mag"].exp() * z_BF + w["mag_bias"])
+                    return f_BF, f_BF @ w["decoder.weight"].T + w["decoder_bias"]
+                case "JumpReluAutoEncoder":
+                    z_BF = x_BD @ w["W_enc"] + w["b_enc"]
+                    f_BF = relu(z_BF * (z_BF > w["threshold"]))
+                    return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
+                case "MatryoshkaBatchTopKSAE":
+                    z_BF = relu((x_BD - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+                    f_BF = z_BF * (z_BF > w["threshold"])
+                    return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
+            z_BF = relu((x_BD - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
+            if name == "BatchTopKSAE":
                 f_BF = z_BF * (z_BF > w["threshold"])
-                return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
-        z_BF = relu((x_BD - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
-        if name == "BatchTopKSAE":
-            f_BF = z_BF * (z_BF > w["threshold"])
-        else:
-            top = z_BF.topk(int(w["k"]), dim=-1)
-            f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
-        return f_BF, f_BF @ w["decoder.weight"].T + w["b_dec"]
+            else:
+                top = z_BF.topk(int(w["k"]), dim=-1)
+                f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
+            return f_BF, f_BF @ w["decoder.weight"].T + w["b_dec"]
+
+        return code
 
 
 def shapes_of(path: Path, name: str, claims: dict[str, Claim]) -> dict[str, tuple[int, ...]]:

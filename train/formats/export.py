@@ -75,8 +75,7 @@ def export_sae(
         )
     with building(target) as temporary:
         kind.write(plain, temporary, about)
-        made = Folder(temporary)
-        check = compare(compared, plain, lambda x: kind.reference(made, x), rows or synthetic_rows(plain), size_F)
+        check = compare(compared, plain, kind.reference(Folder(temporary)), rows or synthetic_rows(plain), size_F)
         insist(check, f"The export to {to}")
     return Exported(target, to, check, about, notes)
 

@@ -4,6 +4,7 @@
 and is what both directions are checked against.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ from ...cache.layout import Hook
 from ..sae import SAE
 from .plain import Plain
 from .stored import Folder
+
+Reference = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (B, d_in) -> f (B, d_sae) and x_hat (B, d_in), in float64
 
 
 @dataclass
@@ -53,8 +56,8 @@ class Format:
         """DamagedError for files that contradict themselves, UsageError for what we have not."""
         raise NotImplementedError
 
-    def reference(self, folder: Folder, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """f (B, d_sae) and x_hat (B, d_in) in float64, from the files alone."""
+    def reference(self, folder: Folder) -> Reference:
+        """From the files alone, in the other library's own convention."""
         raise NotImplementedError
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...cache.errors import UsageError
 from ...cache.files import publish, write_json
-from .format import Format, Found
+from .format import Format, Found, Reference
 from .names import first_hook, model_said, of_gemma_scope
 from .plain import Plain, sae_of
 from .stored import Folder, length, npz_of, weights
@@ -59,8 +59,12 @@ class GemmaScope(Format, name="gemma-scope"):
                 found.context = context
         return found
 
-    def reference(self, folder: Folder, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(self, folder: Folder) -> Reference:
         w = {name: t.double() for name, t in self.load(folder).items()}
-        z_BF = x_BD.double() @ w["W_enc"] + w["b_enc"]
-        f_BF = z_BF.relu() * (z_BF > w["threshold"])
-        return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
+
+        def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+            z_BF = x_BD.double() @ w["W_enc"] + w["b_enc"]
+            f_BF = z_BF.relu() * (z_BF > w["threshold"])
+            return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
+
+        return code

@@ -64,8 +64,7 @@ def import_sae(
         called = source.model
     plain = plain_of(found.sae)
     rows = synthetic_rows(plain) if source is None else cached_rows(source, hook)
-    reference = lambda x_BD: kind.reference(folder, x_BD)  # noqa: E731
-    check = insist(compare(found.sae, plain, reference, rows), f"The import of {path}")
+    check = insist(compare(found.sae, plain, kind.reference(folder), rows), f"The import of {path}")
     files = digests(kind, folder)
     variant = f"imported-{plain.kind}"
     digest = digest_of([files, called, *hook])[:6]

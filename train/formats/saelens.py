@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...cache.errors import DamagedError, UsageError
 from ...cache.files import publish, write_json
-from .format import Format, Found
+from .format import Format, Found, Reference
 from .names import first_hook, model_said
 from .plain import Plain, sae_of
 from .stored import Folder, clipped, flag, number, safetensors_of, text, weights, words
@@ -132,25 +132,29 @@ class SAELens(Format, name="saelens"):
                 plain = Plain(W_enc, plain.b_enc, W_dec, b_dec, kind, r_mag=w["r_mag"], b_mag=b_mag)
         return described(Found(sae_of(plain, pre_bias=pre_bias)), config)
 
-    def reference(self, folder: Folder, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(self, folder: Folder) -> Reference:
         config, kind, found = self.load(folder)
         s, w = self.scale(folder, config), {name: t.double() for name, t in found.items()}
-        x_BD = x_BD.double() * s
-        if config.get("apply_b_dec_to_input", True):
-            x_BD = x_BD - w["b_dec"]
-        z_BF = x_BD @ w["W_enc"]
-        if kind == "gated":
-            f_BF = (z_BF + w["b_gate"] > 0) * (x_BD @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]).relu()
-        elif kind == "topk":
-            n_F = w["W_dec"].norm(dim=-1) if config.get("rescale_acts_by_decoder_norm", False) else 1.0
-            top = ((z_BF + w["b_enc"]) * n_F).topk(config["k"], dim=-1)
-            f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values.relu())
-            return f_BF, ((f_BF / n_F) @ w["W_dec"] + w["b_dec"]) / s
-        else:
-            f_BF = (z_BF + w["b_enc"]).relu()
-            if kind == "jumprelu":
-                f_BF = f_BF * (z_BF + w["b_enc"] > w["threshold"])
-        return f_BF, (f_BF @ w["W_dec"] + w["b_dec"]) / s
+
+        def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+            x_BD = x_BD.double() * s
+            if config.get("apply_b_dec_to_input", True):
+                x_BD = x_BD - w["b_dec"]
+            z_BF = x_BD @ w["W_enc"]
+            if kind == "gated":
+                f_BF = (z_BF + w["b_gate"] > 0) * (x_BD @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]).relu()
+            elif kind == "topk":
+                n_F = w["W_dec"].norm(dim=-1) if config.get("rescale_acts_by_decoder_norm", False) else 1.0
+                top = ((z_BF + w["b_enc"]) * n_F).topk(config["k"], dim=-1)
+                f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values.relu())
+                return f_BF, ((f_BF / n_F) @ w["W_dec"] + w["b_dec"]) / s
+            else:
+                f_BF = (z_BF + w["b_enc"]).relu()
+                if kind == "jumprelu":
+                    f_BF = f_BF * (z_BF + w["b_enc"] > w["threshold"])
+            return f_BF, (f_BF @ w["W_dec"] + w["b_dec"]) / s
+
+        return code
 
 
 def settled(config: dict[str, Any]) -> dict[str, Any]:

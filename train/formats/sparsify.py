@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...cache.errors import DamagedError, UsageError
 from ...cache.files import publish, write_json
-from .format import Format, Found
+from .format import Format, Found, Reference
 from .names import first_hook, hub_name, model_said
 from .plain import Plain, sae_of
 from .stored import Folder, clipped, flag, number, safetensors_of, weights, words
@@ -95,10 +95,14 @@ class Sparsify(Format, name="sparsify"):
         result.metadata |= said
         return result
 
-    def reference(self, folder: Folder, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(self, folder: Folder) -> Reference:
         config, found = self.load(folder)
         w = {name: t.double() for name, t in found.items()}
-        z_BF = ((x_BD.double() - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]).relu()
-        top = z_BF.topk(config["k"], dim=-1)
-        f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
-        return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
+
+        def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+            z_BF = ((x_BD.double() - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]).relu()
+            top = z_BF.topk(config["k"], dim=-1)
+            f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
+            return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
+
+        return code

@@ -408,7 +408,7 @@ def test_any_configuration_gives_an_sae_or_a_sentence(theirs, tmp_path, to, chan
         kind = recognised(folder)
         found = kind.read(folder)
         located(found, folder.path, "gpt2", 12)
-        f_BF, recon_BD = kind.reference(folder, torch.zeros(2, 8))
+        f_BF, recon_BD = kind.reference(folder)(torch.zeros(2, 8))
         assert found.sae.encode(torch.zeros(2, 8)).shape == f_BF.shape
     except SaeError as error:
         assert len(str(error)) > 20
