@@ -21,14 +21,12 @@ def show(
     context: typer.Context, verb: Annotated[str, typer.Argument(help="A verb; its own flags and --config follow.")]
 ) -> None:
     """Every value that a command would have, as TOML that --config reads, with its origin: default, file:line or flag."""
-    root, words, command = context.find_root(), [verb, *context.args], context.find_root().command
-    parent = root
+    parent, words = context.find_root(), [verb, *context.args]
+    command: Any = parent.command
     while (verbs := getattr(command, "commands", None)) is not None:
-        if not words or words[0] not in verbs:
-            raise UsageError(
-                f"There is no verb {words[0] if words else ''!r}{did_you_mean(words[0] if words else '', verbs)}"
-            )
-        name = words.pop(0)
+        name = words.pop(0) if words else ""
+        if name not in verbs:
+            raise UsageError(f"There is no verb {name!r} of {parent.info_name}{did_you_mean(name, verbs)}")
         command = as_shown(verbs[name])
         parent = command.make_context(name, words if not hasattr(command, "commands") else [], parent=parent)
     typer.echo(f"[{'.'.join(verb_of(parent))}]")

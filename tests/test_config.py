@@ -100,6 +100,19 @@ def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "There is no verb 'trian' of .*; did you mean train?"),
+        (["cache"], "There is no verb '' of cache; there are info, list, repair, rm, verify."),
+        (["train", "--steps", "x"], "Invalid value for '--steps'"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(words: list[str], sentence: str) -> None:
+    result = call("config", "show", *words)
+    assert result.exit_code == BAD_USAGE and re.search(sentence, result.stderr) and result.stdout == ""
+
+
+@pytest.mark.parametrize(
     ("content", "sentence"), [(None, "cannot be read: No such file"), (b"a = ", "is no TOML: Invalid value"), (b"a = '\xff'", "is not UTF-8")]
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:

@@ -96,7 +96,7 @@ def begin(run: Run, device: str, report: Report) -> tuple[RunTraining, int]:
             report.say(f"{run.name} goes on from step {taken}.")
         drop_metrics_after(run.folder, taken)
     else:
-        write_json(run.folder / "run.json", record_of(run, training.variant))
+        write_json(run.folder / "run.json", record_of(run, training))
     if run.compiled and (why := compile_step(training, run.setting.batch_size)):
         report.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({why}).")
     return training, taken
@@ -116,15 +116,16 @@ def adapt(training: RunTraining, cache: Cache | Joined) -> None:
     training.variant.adapt(mean_D, cache.statistics(name)["mean_square_norm"])
 
 
-def record_of(run: Run, variant: Variant) -> dict[str, Any]:
+def record_of(run: Run, training: RunTraining) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **run.identity(),
-        "resolved": resolved(variant),
+        "resolved": resolved(training.variant),
         "paper": run.recipe.paper,
         "cache_folders": run.cache_folders,
         **({"ring": run.cache.size} if isinstance(run.cache, Ring) else {}),
         "asked": dict(run.asked),
+        "device": training.device,
         "environment": environment(),
         "threads": torch.get_num_threads(),
     }
