@@ -7,7 +7,7 @@ C some of those, P passages of each, W positions of a passage, B bins of a histo
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,13 +84,16 @@ class Passages:
         self.window[latent, slot] = torch.where(inside, values, 0)
 
     def of(self, latent: int) -> list["Passage"]:
-        """Those of one latent (its place among the K), best first."""
-        found = self.score[latent] > -math.inf
-        parts = (self.context, self.position, self.window)
+        """Those of one latent (its place among the K), best first; no more are offered once these are asked for."""
+        score_KP, context_KP, position_KP, window_KPW = self.settled
         return [
-            Passage(int(context), int(position), window.cpu().numpy())
-            for context, position, window in zip(*(part[latent][found] for part in parts), strict=True)
+            Passage(int(context_KP[latent, p]), int(position_KP[latent, p]), window_KPW[latent, p])
+            for p in range(int((score_KP[latent] > -math.inf).sum()))
         ]
+
+    @cached_property
+    def settled(self) -> list[np.ndarray]:
+        return [part.cpu().numpy() for part in (self.score, self.context, self.position, self.window)]
 
 
 class Passage(NamedTuple):
@@ -130,26 +133,32 @@ class Firings:
     def add(self, f_NSF: Tensor, kept_NS: Tensor, first: int) -> None:
         """Activations of contexts `first`, `first` + 1, ...; those at positions that are not kept do not count."""
         f_NSF = torch.where(kept_NS[..., None], f_NSF, 0)
-        if not torch.isfinite(f_NSF).all():
+        peak_F = f_NSF.amax((0, 1))
+        if not torch.isfinite(peak_F).all():
             raise SaeError("The SAE gives activations on this text that are not finite, so there is nothing to show.")
-        fires_NSF = f_NSF > 0
-        self.fired_F += fires_NSF.sum((0, 1))
-        l0_T = fires_NSF.sum(-1)[kept_NS].cpu()
+        fires_NSF = (f_NSF > 0).float()  # sums of it are faster than those of truth values
+        self.fired_F += fires_NSF.sum((0, 1)).long()
+        l0_T = fires_NSF.sum(-1)[kept_NS].long().cpu()
         self.l0_parts.append(l0_T)
         if self.paired_tokens < PAIRED_TOKENS and self.paired_cost < PAIRED_COST:
             self.paired_parts.append(sparse.csr_array(f_NSF[kept_NS].cpu().numpy()))
             self.paired_tokens += len(l0_T)
             self.paired_cost += float(l0_T.double().square().sum())
-        f_NSK = f_NSF if self.all else f_NSF[..., self.latents_K]
+        f_NSK, fires_NSK, peak_K = f_NSF, fires_NSF, peak_F
+        if not self.all:
+            f_NSK, fires_NSK, peak_K = (x[..., self.latents_K] for x in (f_NSF, fires_NSF, peak_F))
         self.sum_K += f_NSK.sum((0, 1)).double()
-        self.peak_K = torch.maximum(self.peak_K, f_NSK.amax((0, 1)))
+        self.peak_K = torch.maximum(self.peak_K, peak_K)
         self.histogram.add(f_NSK.flatten(0, 1))
         value_NK, at_NK = f_NSK.max(1)
         self.top.offer(torch.where(value_NK > 0, value_NK, -math.inf), at_NK, f_NSK, first)
-        self.sample.offer(*self.drawn(f_NSK > 0), f_NSK, first)
+        self.sample.offer(*self.drawn(fires_NSK), f_NSK, first)
 
     def drawn(self, fires_NSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (N, K) whose largest are a sample weighted by tokens (Efraimidis and Spirakis 2006), and a token of each."""
+        """Keys (N, K) whose largest are a sample weighted by tokens (Efraimidis and Spirakis 2006), and a token of each.
+
+        `fires_NSK` is 1 where a latent fires and 0 elsewhere, float32.
+        """
         (contexts, positions, latents), device = fires_NSK.shape, fires_NSK.device
         order_NS = torch.rand(contexts, positions, generator=self.random).add(1).to(device)
         tokens_NK, at_NK = fires_NSK.sum(1), (fires_NSK * order_NS[..., None]).max(1).indices
@@ -281,19 +290,29 @@ def coactive(paired_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[Lis
     `paired_TF` is a scipy.sparse array of activations, column by column. Jaccard's index is the share of the tokens with
     one of the two at which both fire.
     """
-    norm_F = torch.from_numpy(np.sqrt(paired_TF.multiply(paired_TF).sum(0))).clamp(min=1e-30)
+    norm_F = np.sqrt(paired_TF.multiply(paired_TF).sum(0))
     fires_TF = paired_TF.astype(bool).astype(np.int32)
-    count_F = torch.from_numpy(fires_TF.sum(0)).double()
-    found, jaccards = [], []
+    count_F = fires_TF.sum(0)
+    index_KM = np.full((len(latents_K), LISTED), -1)
+    cosine_KM, jaccard_KM = np.zeros((2, len(latents_K), LISTED))
+    done = 0
     for own_C in in_blocks(latents_K.cpu(), paired_TF.shape[1], progress):
-        dot_CF = torch.from_numpy((paired_TF[:, own_C.numpy()].T @ paired_TF).toarray())
-        cosine_CF = without(dot_CF / norm_F[own_C, None] / norm_F, own_C)
-        listed = strongest(torch.where(cosine_CF > 0, cosine_CF, -math.inf), LISTED)
-        one, other = own_C[:, None].expand_as(listed.index).flatten(), listed.index.clamp(min=0).flatten()
-        both = torch.from_numpy(fires_TF[:, one.numpy()].multiply(fires_TF[:, other.numpy()]).sum(0)).double()
-        jaccards.append((both / (count_F[one] + count_F[other] - both).clamp(min=1)).view(listed.index.shape))
-        found.append(listed)
-    return joined(found), torch.cat(jaccards)
+        dot_CF = (paired_TF[:, own_C.numpy()].T @ paired_TF).tocsr()
+        dot_CF.sort_indices()
+        for row, own in enumerate(own_C.tolist(), done):
+            part = slice(*dot_CF.indptr[row - done : row - done + 2])
+            others = dot_CF.indices[part]
+            cosines = dot_CF.data[part] / norm_F[others] / norm_F[own]
+            cosines[others == own] = 0
+            best = np.argsort(-cosines, kind="stable")[:LISTED]
+            best = best[cosines[best] > 0]
+            index_KM[row, : len(best)], cosine_KM[row, : len(best)] = others[best], cosines[best]
+        rows = slice(done, done := done + len(own_C))
+        one, other = np.repeat(own_C.numpy(), LISTED), index_KM[rows].clip(0).ravel()
+        both = fires_TF[:, one].multiply(fires_TF[:, other]).sum(0)
+        share = both / (count_F[one] + count_F[other] - both).clip(1)
+        jaccard_KM[rows] = share.reshape(-1, LISTED) * (index_KM[rows] >= 0)
+    return Listed(torch.from_numpy(index_KM), torch.from_numpy(cosine_KM)), torch.from_numpy(jaccard_KM)
 
 
 def in_blocks(rows: Tensor, width: int, progress: Progress) -> Iterator[Tensor]:

@@ -7,12 +7,12 @@ unpacked when one of them is looked at.
 import base64
 import gzip
 import json
-import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,12 +144,7 @@ def entry(look: Look, found: Features, place: int, vocabulary: Vocabulary) -> di
 
     def passages(chosen: Sequence[Passage]) -> list[Any]:
         return [
-            [
-                one.context,
-                one.position,
-                rounded(one.value),
-                [math.ceil(LEVELS * value / peak) for value in one.values.tolist()],
-            ]
+            [one.context, one.position, rounded(one.value), np.ceil(LEVELS * (one.values / peak)).astype(int).tolist()]
             for one in chosen
         ]
 

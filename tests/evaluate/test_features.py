@@ -110,7 +110,7 @@ def test_the_sample_draws_tokens_alike():
     """Context 0 fires at three tokens and context 1 at one: of one passage, each token in a quarter of the draws."""
     drawn = {}
     found = Firings(1, torch.tensor([0]))
-    fires = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)[..., None]
+    fires = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.float32)[..., None]
     for _ in range(800):
         key_NK, at_NK = found.drawn(fires)
         context = int(key_NK.argmax())
