@@ -77,3 +77,15 @@ def frequencies(
 
 def encode(sae: Coder, x_TD: Tensor) -> Tensor:
     return sae.encode(x_TD.float()).float()
+
+
+def select(forget_F: np.ndarray, retain_F: np.ndarray, threshold: float) -> tuple[int, ...]:
+    """Latents that fire on less than `threshold` of what is to be retained, those that fire most on the rest first.
+
+    Of ties the last comes first; SAEBench's order of them is that of an unstable sort, and depends on the machine. It
+    writes both shares to a file with six decimals, and reads them back.
+    """
+    forget_F, retain_F = (np.array([float(f"{share:f}") for share in shares]) for shares in (forget_F, retain_F))
+    forget_F = np.where(retain_F >= threshold, 0.0, forget_F)
+    order = np.argsort(forget_F, kind="stable")[::-1]
+    return tuple(int(latent) for latent in order if forget_F[latent] > 0)

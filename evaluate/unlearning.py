@@ -30,7 +30,7 @@ from ..harvest.model import Source, find_model, load_model, load_tokenizer
 from .bench import Bench
 from .choices import Asked, Question, question_of
 from .metric import Metric, Number, Outcome, Progress, Result, Subject
-from .packed import TOKENS_AT_ONCE, encode, frequencies, packed_texts
+from .packed import TOKENS_AT_ONCE, encode, frequencies, packed_texts, select
 from .probes import decoder_norm, generator
 from .texts import Row, commit_of, local_file, rows
 
@@ -381,18 +381,6 @@ def long_texts(read: Read, rng: random.Random, most: int | None) -> list[str]:
     place = {number: place for place, number in enumerate(rng.sample(range(count), min(most, count)))}
     drawn = {place[number]: text for number, text in enumerate(every()) if number in place}
     return [drawn[place] for place in range(len(drawn))]
-
-
-def select(forget_F: np.ndarray, retain_F: np.ndarray, threshold: float) -> tuple[int, ...]:
-    """Latents that fire on less than `threshold` of what is to be retained, those that fire most on the rest first.
-
-    Of ties the last comes first; SAEBench's order of them is that of an unstable sort, and depends on the machine. It
-    writes both shares to a file with six decimals, and reads them back.
-    """
-    forget_F, retain_F = (np.array([float(f"{share:f}") for share in shares]) for shares in (forget_F, retain_F))
-    forget_F = np.where(retain_F >= threshold, 0.0, forget_F)
-    order = np.argsort(forget_F, kind="stable")[::-1]
-    return tuple(int(latent) for latent in order if forget_F[latent] > 0)
 
 
 def unlearning_score(right: Sequence[tuple[int, int]], target: int, others: int) -> float:

@@ -23,7 +23,6 @@ INSTEAD = {
     "runs/topk-L12-n18432-s0-1a2b3c": "runs/shown",
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
-NOT_YET = {"reproduce"}  # verbs that a page says do not exist yet
 
 
 class Block(NamedTuple):
@@ -139,7 +138,7 @@ def inline() -> Iterator[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("where", "words"), list(inline()))
 def test_every_command_in_a_sentence_names_a_verb_and_its_flags(where: str, words: list[str]) -> None:
-    if words[0] in NOT_YET or words[0].startswith("-"):
+    if words[0].startswith("-"):
         return
     command, rest = descend(words)
     assert command is not typer.main.get_command(app) and command.name != "root", where
