@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.errors import UsageError, did_you_mean
-from ..cache.files import digest_of, read_json
+from ..cache.files import read_json
 from .metric import Number, Result, result_of
 from .pages.charts import Chart, Series
 from .suites import METRICS
-from .table import head, paired, value_of, with_spread
+from .table import but_for_seed, head, paired, value_of, with_spread
 
 L0 = ("core", "l0")
 SUMMARY = (  # metric and number: the columns of the table, and what is drawn over L0
@@ -186,8 +186,7 @@ def systems_of(runs: Sequence[Compared]) -> list[System]:
     """Runs that differ in their seed alone, together; labels say what tells the systems apart."""
     groups: dict[str, list[Compared]] = {}
     for run in runs:
-        key = {k: v for k, v in run.run.items() if k != "seed"} or {"folder": str(run.folder)}
-        groups.setdefault(digest_of(key), []).append(run)
+        groups.setdefault(but_for_seed(run.run if "seed" in run.run else {"folder": str(run.folder)}), []).append(run)
     firsts = [group[0].run for group in groups.values()]
     several = {
         name for name in ("layer", "d_sae", "l0", "steps") if len({str(first.get(name)) for first in firsts}) > 1

@@ -3,7 +3,8 @@
 import contextlib
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from scipy.stats import t
 
@@ -81,8 +82,7 @@ def over_seeds(rows: Sequence[Row], metric: str, numbers: Sequence[Number]) -> l
         if row.folder:
             with contextlib.suppress(DamagedError):  # a reference, or imported: it has no seed
                 record = read_json(row.folder / "run.json", "seed")
-                seed = record.pop("seed")
-                groups.setdefault(digest_of(record), {})[seed] = row
+                groups.setdefault(but_for_seed(record), {})[record["seed"]] = row
     lines: list[list[str]] = []
     first: dict[int, Row] = {}
     for group in groups.values():
@@ -102,6 +102,15 @@ def over_seeds(rows: Sequence[Row], metric: str, numbers: Sequence[Number]) -> l
             cells = [paired([(group[seed], first[seed]) for seed in shared], metric, n) for n in numbers]
             lines.append([f"{name} - {series(first)}, paired", *cells])
     return lines
+
+
+# Of a run's record, what does not decide its result: runs of one recipe can come from several commands and machines.
+INCIDENTAL = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
+
+
+def but_for_seed(record: Mapping[str, Any]) -> str:
+    """The same for runs that differ in nothing but their seed."""
+    return digest_of({name: value for name, value in record.items() if name not in INCIDENTAL})
 
 
 def series(group: dict[int, Row]) -> str:

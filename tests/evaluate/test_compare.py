@@ -24,7 +24,8 @@ def make_run(
     folder = home / name
     (folder / "evaluations").mkdir(parents=True)
     (folder / "sae.json").write_text(json.dumps({"origin": {"model": model, "layer": layer, "site": "resid_post"}}))
-    run = {"variant": variant, "seed": seed, "layer": layer, "d_sae": 512, "steps": 10, "options": options}
+    made = {"asked": {"seeds": [seed]}, "environment": {"cores": seed}, "threads": seed, "cache_folders": [str(seed)]}
+    run = {**made, "variant": variant, "seed": seed, "layer": layer, "d_sae": 512, "steps": 10, "options": options}
     (folder / "run.json").write_text(json.dumps(run))
     log = [
         {"step": n, "tokens": 100 * n, "loss": 1 / n, "explained_variance": 1 - 1 / n, "l0": l0, "dead": 0}
