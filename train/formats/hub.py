@@ -12,6 +12,7 @@ from ...cache.errors import DamagedError, Interrupted, OutsideError, SaeError, U
 from ...cache.files import bytes_text, publish
 from ..sae import load_sae
 from .card import card
+from .check import Progress, silent
 from .export import export_sae
 from .format import Format
 from .importing import Imported, import_sae
@@ -128,8 +129,8 @@ def needed(address: Address, everything: list[Remote]) -> list[Remote]:
 
 
 def leaves(name: str) -> bool:
-    """Whether a name leads out of its folder."""
-    return name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts
+    """Whether a name leads out of its folder, or holds what a terminal would obey."""
+    return not name.isprintable() or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts
 
 
 def check_file(path: Path, file: Remote) -> None:
@@ -148,7 +149,7 @@ def check_file(path: Path, file: Remote) -> None:
 
 def upload(
     run: Path, repo: str, *, private: bool = False, approximate: str | None = None, cache: Path | None = None,
-    agree: Callable[[str], bool], say: Callable[[str], None] = lambda line: None,
+    agree: Callable[[str], bool], say: Callable[[str], None] = lambda line: None, progress: Progress = silent,
 ) -> str:  # fmt: skip
     """Upload a run as a SAELens directory with a model card; returns its address. Nothing leaves before `agree` says so."""
     from huggingface_hub import HfApi
@@ -158,7 +159,7 @@ def upload(
     model = load_sae(run).origin.get("model", {}).get("name")
     base = model if isinstance(model, str) and NAME.fullmatch(model) else None
     with tempfile.TemporaryDirectory() as place:
-        made = export_sae(run, "saelens", Path(place) / "sae", approximate=approximate, cache=cache)
+        made = export_sae(run, "saelens", Path(place) / "sae", approximate=approximate, cache=cache, progress=progress)
         publish(made.folder / "README.md", card(made, run, repo, base).encode())
         for note in made.notes:
             say(f"note     {note}")

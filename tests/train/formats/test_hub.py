@@ -134,7 +134,7 @@ def test_a_file_that_did_not_come_as_promised_is_refused(hub, theirs, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["../evil.json", "/etc/passwd", "a/../../b.json", "a\\..\\b"])
+@pytest.mark.parametrize("name", ["../evil.json", "/etc/passwd", "a/../../b.json", "a\\..\\b", "a\x1b[2Jb"])
 def test_a_repository_with_names_that_leave_it_is_refused(hub, theirs, name):
     hub.add("", theirs("relu", "saelens"))
     hub.names = [name]

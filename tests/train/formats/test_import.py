@@ -82,7 +82,7 @@ def test_a_scale_in_the_files_is_folded(exported, make, tmp_path, x_RD, kind):
         ({"architecture": "transcoder"}, "architecture 'transcoder'; known here are standard, topk, jumprelu, gated"),
         ({"architecture": "batchtopk"}, "SAELens saves its inference as jumprelu"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
-        ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_in"}}, "blocks.3.hook_mlp_in is no place that is known"),
+        ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_in"}}, "'blocks.3.hook_mlp_in' is no place that is known"),
         ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.0.hook_resid_pre"}}, "is the embedding, before every block"),
         ({"metadata": {}}, "do not say which model and layer they are of. Add --model google/gemma-2-2b --layer 12"),
         ({"metadata": {"model_name": "gpt2"}}, "do not say which layer they are of. Add --layer 12"),
