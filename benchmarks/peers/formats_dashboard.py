@@ -1,6 +1,7 @@
 """Does SAEDashboard build a page from an export? `python formats_dashboard.py RUN PYTHON PAGE`, of an environment with it.
 
-    python -m venv env-dashboard && env-dashboard/bin/pip install sae-dashboard==0.8.0 torch==2.13.0
+    python -m venv env-dashboard && env-dashboard/bin/pip install sae-dashboard==0.8.0 torch==2.13.0 'pyarrow<21'
+    env-dashboard/bin/pip uninstall torchvision     # unless it fits the build of torch
 
 The run is exported for SAELens, loaded by `SAE.load_from_disk`, and given to SAEDashboard's own SaeVisRunner with
 gemma-2-mini and held-out contexts of the run's cache. With `--worker FOLDER` it is SAEDashboard's side.

@@ -64,7 +64,7 @@ def reached(what: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{what} has no such revision. Give a commit, a branch or a tag of it.") from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # of whichever client of HTTP it uses
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OutsideError(
             f"The Hub could not be reached for {what}: {first} Check the network and `hf auth login`."

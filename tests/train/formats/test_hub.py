@@ -157,6 +157,10 @@ def test_addresses():
     assert needed(Address("a/b", None, "c/params.npz"), files) == files[:1]
 
 
+class Unheard(Exception):
+    """What the client of HTTP raises, which is not always an OSError."""
+
+
 def answered(kind: type[Exception]) -> Exception:
     response = SimpleNamespace(headers={}, status_code=404, request=None, text="", json=dict)
     try:
@@ -172,6 +176,7 @@ def answered(kind: type[Exception]) -> Exception:
         (RepositoryNotFoundError, OutsideError, "There is no me/mine on the Hub that you can see"),
         (RevisionNotFoundError, UsageError, "me/mine has no such revision"),
         (ConnectionError, OutsideError, "The Hub could not be reached for me/mine: no"),
+        (Unheard, OutsideError, "The Hub could not be reached for me/mine: no"),
     ],
 )
 def test_what_the_hub_can_answer_is_a_sentence(hub, monkeypatch, error, kind, sentence):
