@@ -67,7 +67,7 @@ def reached(what: str) -> Iterator[None]:
     except Exception as error:  # of whichever client of HTTP it uses
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OutsideError(
-            f"The Hub could not be reached for {what}: {first} Check the network and `hf auth login`."
+            f"The Hub could not be reached for {what}: {first.rstrip('.')}. Check the network and `hf auth login`."
         ) from error
 
 
