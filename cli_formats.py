@@ -81,7 +81,7 @@ def agree(yes: bool, shown: Any) -> Any:
 @spoken
 def import_(
     path: Annotated[
-        str, typer.Argument(help="A folder of another library's files, or hf://owner/repo[@revision]/path.")
+        str, typer.Argument(help="A folder of another library's files, or hf://owner/repo\\[@revision]/path.")
     ],
     model: Annotated[str | None, typer.Option(help="Hub id or folder. Needed only when the files do not say.")] = None,
     layer: Annotated[int | None, typer.Option(help="Zero-based block; needed only when the files do not say.")] = None,

@@ -120,7 +120,9 @@ def test_a_negative_threshold_lets_no_negative_latent_through(exported, tmp_path
     arrays = dict(np.load(folder / "params.npz"))
     np.savez(folder / "params.npz", **{**arrays, "threshold": -arrays["threshold"]})
     f_RF = import_sae(folder, out=tmp_path).sae.encode(x_RD)
-    assert torch.allclose(f_RF, (x_RD @ arrays["W_enc"] + arrays["b_enc"]).relu(), atol=1e-5)
+    assert torch.allclose(
+        f_RF, (x_RD @ torch.tensor(arrays["W_enc"]) + torch.tensor(arrays["b_enc"])).relu(), atol=1e-5
+    )
 
 
 def test_lower_case_names_and_the_path_of_gemma_scope(exported, tmp_path):
