@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .terminal import echo, spoken
+from .terminal import bar, echo, spoken
 
 
 @spoken
@@ -33,17 +33,22 @@ def export(
 
         if repo is None or out is not None:
             raise UsageError("--to hub takes --repo owner/name, and no --out.")
-        url = upload(run, repo, private=private, approximate=approximate, cache=cache, agree=agree(yes), say=echo)
+        with bar("check", "rows") as shown:
+            options: dict[str, Any] = {
+                "private": private,
+                "approximate": approximate,
+                "cache": cache,
+                "progress": shown,
+            }
+            url = upload(run, repo, agree=agree(yes, shown), say=shown.say, **options)
         echo(f"done     {url}")
         return
     if repo is not None or private or yes:
         raise UsageError("--repo, --private and --yes belong to --to hub.")
     from .train.formats.export import export_sae
 
-    show_export(export_sae(run, to, out, approximate=approximate, cache=cache))
-
-
-def show_export(made: Any) -> None:
+    with bar("check", "rows") as shown:
+        made = export_sae(run, to, out, approximate=approximate, cache=cache, progress=shown)
     for note in made.notes:
         echo(f"note     {note}")
     echo(f"checked  {made.check}")
@@ -51,8 +56,8 @@ def show_export(made: Any) -> None:
         echo(f"file     {path} ({path.stat().st_size:,} bytes)")
 
 
-def agree(yes: bool) -> Any:
-    """A question that --yes answers; without a terminal to ask on, it is refused."""
+def agree(yes: bool, shown: Any) -> Any:
+    """A question that --yes answers; without a terminal to ask on, it is refused. The bar `shown` makes room for it."""
     import sys
 
     from .cache.errors import UsageError
@@ -64,6 +69,7 @@ def agree(yes: bool) -> Any:
             raise UsageError(
                 "Nobody is there to be asked, and nothing left this machine. --yes uploads without a question."
             )
+        shown.progress.stop()
         try:
             return typer.confirm(question, err=True)
         except typer.Abort:
@@ -75,7 +81,7 @@ def agree(yes: bool) -> Any:
 @spoken
 def import_(
     path: Annotated[
-        str, typer.Argument(help="A folder of another library's files, or hf://owner/repo[@revision]/path.")
+        str, typer.Argument(help="A folder of another library's files, or hf://owner/repo\\[@revision]/path.")
     ],
     model: Annotated[str | None, typer.Option(help="Hub id or folder. Needed only when the files do not say.")] = None,
     layer: Annotated[int | None, typer.Option(help="Zero-based block; needed only when the files do not say.")] = None,
@@ -86,15 +92,16 @@ def import_(
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
 ) -> None:
     """The files of SAELens, Gemma Scope, dictionary_learning or sparsify -> a run folder. Runs no code in them."""
-    options = {"model": model, "layer": layer, "cache": cache, "out": out, "name": name}
-    if path.startswith("hf://"):
-        from .train.formats.hub import import_from_hub
+    with bar("check", "rows") as shown:
+        options = {"model": model, "layer": layer, "cache": cache, "out": out, "name": name, "progress": shown}
+        if path.startswith("hf://"):
+            from .train.formats.hub import import_from_hub
 
-        made = import_from_hub(path, say=echo, **options)
-    else:
-        from .train.formats.importing import import_sae
+            made = import_from_hub(path, say=shown.say, **options)
+        else:
+            from .train.formats.importing import import_sae
 
-        made = import_sae(path, **options)
+            made = import_sae(path, **options)
     for note in made.notes:
         echo(f"note     {note}")
     echo(f"checked  {made.check}")

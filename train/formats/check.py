@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,16 @@ class Check:
         return {**vars(self), "passed": self.passed}
 
 
-def compare(sae: SAE, plain: Plain, reference: Reference, rows: Rows, size_F: Tensor | None = None) -> Check:
+Progress = Callable[[int, int], None]  # rows done, of how many
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+def compare(
+    sae: SAE, plain: Plain, reference: Reference, rows: Rows, size_F: Tensor | None = None, progress: Progress = silent
+) -> Check:
     """An SAE of ours against the files. `plain` is the same SAE: it knows where rounding could decide.
 
     `size_F`: how many times as large the latents of the files are.
@@ -72,7 +81,8 @@ def compare(sae: SAE, plain: Plain, reference: Reference, rows: Rows, size_F: Te
     fired = 0.0
     squares = dict.fromkeys(("f", "df", "x", "dx"), 0.0)
     with torch.no_grad():
-        for x_BD in rows.x_RD.double().split(AT_ONCE):
+        for number, x_BD in enumerate(rows.x_RD.double().split(AT_ONCE)):
+            progress(number * AT_ONCE, len(rows.x_RD))
             f_BF = wide.encode(x_BD)
             recon_BD = wide.decode(f_BF)
             theirs_BF, their_recon_BD = reference(x_BD)

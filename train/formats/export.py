@@ -15,7 +15,7 @@ from ...cache.files import flush_folder, make_folder, outside
 from ..sae import SAE, load_sae
 from .about import describe, hook_of_run
 from .approximate import approximated, sentence
-from .check import Check, Rows, compare, insist, rows_of_run, synthetic_rows
+from .check import Check, Progress, Rows, compare, insist, rows_of_run, silent, synthetic_rows
 from .format import Format, find_format
 from .plain import UNIT, Plain, plain_of, sae_of
 from .stored import Folder
@@ -43,6 +43,7 @@ def export_sae(
     *,
     approximate: str | None = None,
     cache: Path | str | None = None,
+    progress: Progress = silent,
 ) -> Exported:
     """Write an SAE, or that of a run folder, as `to`: saelens, gemma-scope, dictionary-learning or sparsify.
 
@@ -75,7 +76,9 @@ def export_sae(
         )
     with building(target) as temporary:
         kind.write(plain, temporary, about)
-        check = compare(compared, plain, kind.reference(Folder(temporary)), rows or synthetic_rows(plain), size_F)
+        check = compare(
+            compared, plain, kind.reference(Folder(temporary)), rows or synthetic_rows(plain), size_F, progress
+        )
         insist(check, f"The export to {to}")
     return Exported(target, to, check, about, notes)
 

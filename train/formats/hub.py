@@ -12,6 +12,7 @@ from ...cache.errors import DamagedError, Interrupted, OutsideError, SaeError, U
 from ...cache.files import bytes_text, publish
 from ..sae import load_sae
 from .card import card
+from .check import Progress, silent
 from .export import export_sae
 from .format import Format
 from .importing import Imported, import_sae
@@ -63,10 +64,10 @@ def reached(what: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{what} has no such revision. Give a commit, a branch or a tag of it.") from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # of whichever client of HTTP it uses
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OutsideError(
-            f"The Hub could not be reached for {what}: {first} Check the network and `hf auth login`."
+            f"The Hub could not be reached for {what}: {first.rstrip('.')}. Check the network and `hf auth login`."
         ) from error
 
 
@@ -128,8 +129,8 @@ def needed(address: Address, everything: list[Remote]) -> list[Remote]:
 
 
 def leaves(name: str) -> bool:
-    """Whether a name leads out of its folder."""
-    return name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts
+    """Whether a name leads out of its folder, or holds what a terminal would obey."""
+    return not name.isprintable() or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts
 
 
 def check_file(path: Path, file: Remote) -> None:
@@ -148,7 +149,7 @@ def check_file(path: Path, file: Remote) -> None:
 
 def upload(
     run: Path, repo: str, *, private: bool = False, approximate: str | None = None, cache: Path | None = None,
-    agree: Callable[[str], bool], say: Callable[[str], None] = lambda line: None,
+    agree: Callable[[str], bool], say: Callable[[str], None] = lambda line: None, progress: Progress = silent,
 ) -> str:  # fmt: skip
     """Upload a run as a SAELens directory with a model card; returns its address. Nothing leaves before `agree` says so."""
     from huggingface_hub import HfApi
@@ -158,7 +159,7 @@ def upload(
     model = load_sae(run).origin.get("model", {}).get("name")
     base = model if isinstance(model, str) and NAME.fullmatch(model) else None
     with tempfile.TemporaryDirectory() as place:
-        made = export_sae(run, "saelens", Path(place) / "sae", approximate=approximate, cache=cache)
+        made = export_sae(run, "saelens", Path(place) / "sae", approximate=approximate, cache=cache, progress=progress)
         publish(made.folder / "README.md", card(made, run, repo, base).encode())
         for note in made.notes:
             say(f"note     {note}")

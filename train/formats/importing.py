@@ -10,7 +10,7 @@ from ...cache.files import digest_of, write_json
 from ...cache.layout import Hook, home
 from ...cache.reader import Cache, caches, model_name
 from ..sae import SAE, save_sae
-from .check import Check, cached_rows, compare, insist, synthetic_rows
+from .check import Check, Progress, cached_rows, compare, insist, silent, synthetic_rows
 from .export import building
 from .format import Format, Found, recognised
 from .plain import plain_of
@@ -40,6 +40,7 @@ def import_sae(
     out: Path | str | None = None,
     name: str | None = None,
     origin: dict[str, Any] | None = None,
+    progress: Progress = silent,
 ) -> Imported:
     """Make a run folder of an SAE of SAELens, Gemma Scope, dictionary_learning or sparsify; which, its files say.
 
@@ -64,7 +65,8 @@ def import_sae(
         called = source.model
     plain = plain_of(found.sae)
     rows = synthetic_rows(plain) if source is None else cached_rows(source, hook)
-    check = insist(compare(found.sae, plain, kind.reference(folder), rows), f"The import of {path}")
+    check = compare(found.sae, plain, kind.reference(folder), rows, progress=progress)
+    insist(check, f"The import of {path}")
     files = digests(kind, folder)
     variant = f"imported-{plain.kind}"
     digest = digest_of([files, called, *hook])[:6]

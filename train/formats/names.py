@@ -54,7 +54,7 @@ def hook_of(text: str) -> Hook | None:
                 if site != "resid_pre":
                     return Hook(layer, site)
                 if layer == 0:
-                    raise UsageError(f"{text} is the embedding, before every block; no layer of ours is that.")
+                    raise UsageError(f"{text!r} is the embedding, before every block; no layer of ours is that.")
                 return Hook(layer - 1)
     return None
 
@@ -67,7 +67,7 @@ def first_hook(texts: Iterable[object]) -> Hook | None:
         if hook := hook_of(text):
             return hook
         if text.startswith("blocks.") or re.fullmatch(r"(model\.)?layers\.\d+\..*", text):
-            raise UsageError(f"{text[:80]} is no place that is known here; known are {', '.join(SITES.values())}.")
+            raise UsageError(f"{text[:80]!r} is no place that is known here; known are {', '.join(SITES.values())}.")
     return None
 
 

@@ -134,7 +134,7 @@ def test_a_file_that_did_not_come_as_promised_is_refused(hub, theirs, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["../evil.json", "/etc/passwd", "a/../../b.json", "a\\..\\b"])
+@pytest.mark.parametrize("name", ["../evil.json", "/etc/passwd", "a/../../b.json", "a\\..\\b", "a\x1b[2Jb"])
 def test_a_repository_with_names_that_leave_it_is_refused(hub, theirs, name):
     hub.add("", theirs("relu", "saelens"))
     hub.names = [name]
@@ -157,6 +157,10 @@ def test_addresses():
     assert needed(Address("a/b", None, "c/params.npz"), files) == files[:1]
 
 
+class Unheard(Exception):
+    """What the client of HTTP raises, which is not always an OSError."""
+
+
 def answered(kind: type[Exception]) -> Exception:
     response = SimpleNamespace(headers={}, status_code=404, request=None, text="", json=dict)
     try:
@@ -172,6 +176,7 @@ def answered(kind: type[Exception]) -> Exception:
         (RepositoryNotFoundError, OutsideError, "There is no me/mine on the Hub that you can see"),
         (RevisionNotFoundError, UsageError, "me/mine has no such revision"),
         (ConnectionError, OutsideError, "The Hub could not be reached for me/mine: no"),
+        (Unheard, OutsideError, "The Hub could not be reached for me/mine: no"),
     ],
 )
 def test_what_the_hub_can_answer_is_a_sentence(hub, monkeypatch, error, kind, sentence):

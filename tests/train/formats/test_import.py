@@ -82,7 +82,7 @@ def test_a_scale_in_the_files_is_folded(exported, make, tmp_path, x_RD, kind):
         ({"architecture": "transcoder"}, "architecture 'transcoder'; known here are standard, topk, jumprelu, gated"),
         ({"architecture": "batchtopk"}, "SAELens saves its inference as jumprelu"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
-        ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_in"}}, "blocks.3.hook_mlp_in is no place that is known"),
+        ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_in"}}, "'blocks.3.hook_mlp_in' is no place that is known"),
         ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.0.hook_resid_pre"}}, "is the embedding, before every block"),
         ({"metadata": {}}, "do not say which model and layer they are of. Add --model google/gemma-2-2b --layer 12"),
         ({"metadata": {"model_name": "gpt2"}}, "do not say which layer they are of. Add --layer 12"),
@@ -120,7 +120,9 @@ def test_a_negative_threshold_lets_no_negative_latent_through(exported, tmp_path
     arrays = dict(np.load(folder / "params.npz"))
     np.savez(folder / "params.npz", **{**arrays, "threshold": -arrays["threshold"]})
     f_RF = import_sae(folder, out=tmp_path).sae.encode(x_RD)
-    assert torch.allclose(f_RF, (x_RD @ arrays["W_enc"] + arrays["b_enc"]).relu(), atol=1e-5)
+    assert torch.allclose(
+        f_RF, (x_RD @ torch.tensor(arrays["W_enc"]) + torch.tensor(arrays["b_enc"])).relu(), atol=1e-5
+    )
 
 
 def test_lower_case_names_and_the_path_of_gemma_scope(exported, tmp_path):
