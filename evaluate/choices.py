@@ -1,6 +1,6 @@
 """Multiple-choice questions, and an instruction-tuned model that is asked them.
 
-Shape suffixes: N prompts, S positions, V vocabulary.
+Shape suffixes: N prompts or questions, S positions, V vocabulary, I interventions, R replicates of a bootstrap.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..cache.errors import UsageError
 from ..harvest.model import LanguageModel
+from .probes import generator
 
 LETTERS = "ABCD"
 PROMPTS_AT_ONCE = 8  # in one pass of the model
+REPLICATES = 1000
 
 
 class Question(NamedTuple):
@@ -87,3 +89,13 @@ class Asked:
             for number, pick in zip(numbers, self.pick(logits_NV).tolist(), strict=True):
                 found[number] = pick
         return found
+
+
+def resampled(right_IN: Tensor, name: str) -> Tensor:
+    """How many of N questions are right under each intervention, in each replicate (R, I); the same draws for every SAE."""
+    count = right_IN.shape[1]
+    drawn_RN = torch.randint(count, (REPLICATES, count), generator=generator("paired", "bootstrap", "unlearning", name))
+    times_RN = torch.zeros(drawn_RN.shape, dtype=torch.float64).scatter_add_(
+        1, drawn_RN, torch.ones(()).double().expand(drawn_RN.shape)
+    )
+    return times_RN @ right_IN.double().T
