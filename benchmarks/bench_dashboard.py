@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import AnonymousPeak, machine
+from common import AnonymousPeak, Spent, machine
 
 from sae.cache.reader import Cache
 from sae.evaluate.look import Look, look
@@ -49,11 +49,11 @@ def random_run(folder: Path, cache: Cache, latents: int) -> Path:
 
 
 def made(found: Look, path: Path) -> tuple[float, float]:
-    """Seconds and megabytes of memory that the page takes to make."""
-    started = time.perf_counter()
+    """Seconds of the processor and megabytes of memory, those of torch included, that the page takes to make."""
+    started = Spent.now()
     with AnonymousPeak() as peak:
         write_page(path, dashboard(found, torch.arange(found.sae.d_sae), "", lambda done, total, note="": None))
-    return time.perf_counter() - started, peak.mb
+    return Spent.since(started).processor, peak.mb
 
 
 def opened(browser: Any, path: Path, latents: int, rounds: int) -> Iterator[tuple[float, float, float]]:
@@ -105,7 +105,9 @@ def main() -> None:
             lines.append(f"| {latents:,} | {found.tokens:,} | {seconds:.0f} | {megabytes:.0f} | {size:.2f} | {shown} |")
         browser_version = browser.version
     print(f"{machine('playwright')}; Chromium {browser_version}\n")
-    print("| latents | tokens | made in, s | memory of it, MB | file, MB | ready, ms | open, ms | a latent, ms |")
+    print(
+        "| latents | tokens | made in, processor s | memory of it, MB | file, MB | ready, ms | open, ms | a latent, ms |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 

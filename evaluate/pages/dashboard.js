@@ -299,7 +299,7 @@ async function begin() {
     const row = event.target.closest("tr[data-place]");
     if (row && !event.target.closest("a")) go(Number(row.dataset.place));
   });
-  window.addEventListener("resize", drawRows);
+  new ResizeObserver(drawRows).observe(box); // also when it is shown again, after printing for one
   window.addEventListener("hashchange", route);
   await route();
   document.documentElement.dataset.ready = Math.round(performance.now());
