@@ -12,13 +12,15 @@ from torch import Tensor
 from ..cache.errors import DamagedError, SaeError, UsageError
 from ..cache.files import digest_of, read_json
 from ..cache.layout import Hook
-from ..harvest.model import check_layers, width_of
+from ..cache.reader import caches
+from ..harvest.architectures import check_layers, width_of
 from ..train.sae import SAE, load_sae, spec_of
 from .bench import Bench
-from .metric import RECORDED, UNSTRUCTURED, Result, Subject
+from .metric import Result, Subject, result_of
 from .packed import TOKENS_AT_ONCE, encode
 from .passages import Words
-from .run import METRICS, Request, Row, cache_of, make_bench
+from .plan import Request, Row, cache_of, check, loader, make_bench
+from .suites import METRICS
 
 TOKENS = 100_000  # of held-out text, unless asked otherwise
 
@@ -46,34 +48,33 @@ def look(folder: Path, tokens: int | None = None, device: str = "auto", dtype: s
 
     Raises UsageError when it is no trained run or its cache is gone, DamagedError when its files contradict each other.
     """
-    if tokens is not None and tokens <= 0:
-        raise UsageError(f"--tokens {tokens} is not positive. Give how many to read, such as 20k.")
+    request = Request(runs=[folder], tokens=TOKENS if tokens is None else tokens, device=device, dtype=dtype)
+    _, device, dtype = check(request)
     sae = load_sae(folder)
-    cache = cache_of(folder, sae, None)
-    bench = make_bench(Request(runs=[folder], tokens=tokens or TOKENS, device=device, dtype=dtype), cache)
+    cache = cache_of(folder, sae, request, caches())
+    bench = make_bench(request, cache, device, dtype, loader())
     hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
     try:
-        check_layers(bench.model.config, [hook.layer], cache.identity["model"]["name"])
+        check_layers(bench.config, [hook.layer], cache.identity["model"]["name"])
     except UsageError as error:
         raise DamagedError(f"{folder}/sae.json was overwritten: {error}") from None
-    if (width := width_of(hook, bench.model.config)) != sae.d_in:
+    if (width := width_of(hook, bench.config)) != sae.d_in:
         raise DamagedError(f"{folder} takes activations of {sae.d_in} numbers, but {hook} of the model has {width}.")
     record = read_json(folder / "sae.json", "sha256")
     weights = digest_of([spec_of(sae), record["sha256"], hook.layer])
     row = Row(folder.resolve().name, Subject(sae, hook.layer), folder, record, weights, results_of(folder, weights))
-    sae.to(bench.model.device)
+    sae.to(device)
     return Look(folder, sae, hook, bench, Words(bench.tokenizer), row, labels(row.results, sae.d_sae))
 
 
 def results_of(folder: Path, weights: str) -> dict[str, Result]:
     """The results in evaluations/ that are of these weights; files that hold no result are passed over."""
     found = {}
-    for name in METRICS:
-        with contextlib.suppress(DamagedError, KeyError, TypeError):
-            record = read_json(folder / "evaluations" / f"{name}.json", *RECORDED)
-            if record["eval_config"]["weights"] == weights:
-                more = {part: record["eval_result_unstructured"][part] for part in UNSTRUCTURED}
-                found[name] = Result(record["eval_result_metrics"], record["eval_result_details"], **more)
+    for name, metric in METRICS.items():
+        path = folder / "evaluations" / f"{name}.json"
+        with contextlib.suppress(DamagedError, AttributeError):
+            if read_json(path, "eval_config")["eval_config"].get("weights") == weights:
+                found[name] = result_of(path, metric)
     return found
 
 

@@ -15,7 +15,7 @@ DOORS = {
     "cache": (),
     "harvest": ("cache",),
     "train": ("cache",),
-    "evaluate": ("cache", "harvest.model", "train.sae"),
+    "evaluate": ("cache", "harvest.model", "harvest.architectures", "train.sae"),
 }
 LONGEST, LONGEST_LOOP = 400, 130  # lines
 
