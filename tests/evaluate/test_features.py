@@ -26,7 +26,7 @@ from sae.evaluate.features import (
     neighbours,
     quantile_passages,
 )
-from sae.evaluate.run import Request, make_bench
+from sae.evaluate.plan import Request, loader, make_bench
 from sae.harvest.model import LanguageModel, find_model, load_model
 from sae.train.sae import SAE, TopK
 
@@ -221,7 +221,7 @@ def test_logit_effects_are_both_ends_of_the_direct_logits(model):
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_z"])
 def test_everything_of_a_few_latents_is_that_of_all(tiny_cache, site):
-    bench = make_bench(Request(runs=[], tokens=300, device="cpu"), tiny_cache)
+    bench = make_bench(Request(runs=[], tokens=300, device="cpu"), tiny_cache, "cpu", "float32", loader())
     torch.manual_seed(0)
     sae, latents = SAE(32, 12, [TopK(3)]).eval(), torch.tensor([2, 7])
     whole, few = (features(bench, sae, Hook(1, site), chosen, quiet) for chosen in (torch.arange(12), latents))
