@@ -105,7 +105,9 @@ def main() -> None:
             lines.append(f"| {latents:,} | {found.tokens:,} | {seconds:.0f} | {megabytes:.0f} | {size:.2f} | {shown} |")
         browser_version = browser.version
     print(f"{machine('playwright')}; Chromium {browser_version}\n")
-    print("| latents | tokens | made in, processor s | memory of it, MB | file, MB | ready, ms | open, ms | a latent, ms |")
+    print(
+        "| latents | tokens | made in, processor s | memory of it, MB | file, MB | ready, ms | open, ms | a latent, ms |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 
