@@ -114,7 +114,7 @@ class Firings:
     in proportion to the number of tokens they fire at, and in each one such token, all equally likely. `paired` has the
     activations of all latents at the first `paired.shape[0]` tokens.
 
-    Memory: activations of 1,024 tokens (0.3 GB at 65,536 latents), and 6 KiB for each of the K latents.
+    Memory: four times the activations of 1,024 tokens (1.1 GB at 65,536 latents), and 6 KiB for each of the K latents.
     """
 
     def __init__(self, d_sae: int, latents_K: Tensor) -> None:
