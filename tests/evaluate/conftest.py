@@ -1,7 +1,8 @@
-"""What the tests against SAEBench share: its fixtures, and their model, SAEs and texts. fixtures/saebench/README.md"""
+"""What tests share: SAEBench's fixtures with their model, SAEs and texts (fixtures/saebench/README.md), and a browser."""
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,44 @@ def noted(record_property) -> Callable[..., None]:
         record_property("saebench", [metric, what, *shown, largest, exact])
 
     return note
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'sae-pipeline[test]'")
+    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"needs a browser: one of {', '.join(BROWSERS)} on the PATH")
+    with playwright.sync_playwright() as running:
+        try:
+            opened = running.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        except playwright.Error as error:
+            pytest.skip(f"{path} does not start: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Callable[[Path], Any]]:
+    """Opens a page. What pages say on the console, every error and every request to a network fail the test."""
+    said: list[str] = []
+    pages = []
+
+    def open_page(path: Path, width: int = 1300) -> Any:
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        pages.append(page)
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert said == []

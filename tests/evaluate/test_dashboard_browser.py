@@ -1,7 +1,5 @@
 """The page in a browser: search, sort, navigation, keys; any message on the console fails a test."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,28 +10,12 @@ from sae.evaluate.pages.dashboard import dashboard
 from sae.evaluate.pages.page import write_page
 from sae.train.sae import SAE, TopK, save_sae
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'sae-pipeline[test]'")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOSTILE = {
     7: "</script><script>document.title = 1</script>",
     11: "\u202egnp",
     13: "<img src=x onerror=alert(1)>",
     17: " " * 300,
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"needs a browser: one of {', '.join(BROWSERS)} on the PATH")
-    with playwright.sync_playwright() as running:
-        try:
-            opened = running.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        except playwright.Error as error:
-            pytest.skip(f"{path} does not start: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +38,11 @@ def file(tiny_cache, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def page(browser, file) -> Iterator:
-    """The page, ready. What it says on the console, and every error, fails the test."""
-    said: list[str] = []
-    opened = browser.new_page(viewport={"width": 1300, "height": 800})
-    opened.set_default_timeout(10_000)
-    opened.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    opened.on("pageerror", lambda error: said.append(str(error)))
-    opened.on("dialog", lambda dialog: said.append(dialog.message))
-    opened.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
-    opened.goto(file.as_uri())
-    opened.wait_for_selector("html[data-ready]", state="attached")
-    yield opened
-    opened.close()
-    assert said == []
+def page(opened, file):
+    """The page, ready."""
+    shown = opened(file)
+    shown.wait_for_selector("html[data-ready]", state="attached")
+    return shown
 
 
 def latents(page) -> list[int]:
