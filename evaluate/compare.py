@@ -74,18 +74,20 @@ class System:
     label: str
     runs: Sequence[Compared] = field(repr=False)
 
-    def values(self, metric: str, number: Number) -> list[float]:
-        return [value for run in self.runs if (value := run.value(metric, number)) is not None]
+    @property
+    def seeds(self) -> dict[Any, Compared]:
+        """The run of each seed. Of one seed trained again the last one: it is no other draw. A run without a seed is one."""
+        return {run.run.get("seed", run.name): run for run in self.runs}
 
     def mean_and_spread(self, metric: str, number: Number) -> tuple[float, float] | None:
         """The mean and sd over seeds; of one seed its number and half its 95 % interval over the text, or 0."""
-        values = self.values(metric, number)
+        measured = [(run, value) for run in self.seeds.values() if (value := run.value(metric, number)) is not None]
+        values = [value for _, value in measured]
         if len(values) > 1:
             return statistics.mean(values), statistics.stdev(values)
         if not values:
             return None
-        result = next(run.results[metric] for run in self.runs if metric in run.results)
-        low, high = result.intervals.get(number.category, {}).get(number.name) or (None, None)
+        low, high = measured[0][0].results[metric].intervals.get(number.category, {}).get(number.name) or (None, None)
         return values[0], 0.0 if low is None or high is None else (high - low) / 2
 
 
@@ -217,7 +219,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     heads = ["system", *(headed(metric, number) for metric, number in columns)]
     lines = []
     for system in [*comparison.systems, *comparison.references]:
-        seeds = f" ({len(system.runs)} seeds)" if len(system.runs) > 1 else ""
+        seeds = f" ({len(system.seeds)} seeds)" if len(system.seeds) > 1 else ""
         found = [system.mean_and_spread(metric, number) for metric, number in columns]
         cells = [with_spread(*at, n.form) if at else "" for at, (_, n) in zip(found, columns, strict=True)]
         lines.append([system.label + seeds, *cells])
@@ -231,10 +233,10 @@ def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[
     labels = [system.label for system in comparison.systems]
     if base is None:
         raise UsageError(f"There is no system {against} here{did_you_mean(against, labels)}: {', '.join(labels)}.")
-    first = {run.run.get("seed"): run for run in base.runs}
+    first = base.seeds
     lines = []
     for system in comparison.systems:
-        pairs = [(run, first[seed]) for run in system.runs if (seed := run.run.get("seed")) in first]
+        pairs = [(run, first[seed]) for seed, run in system.seeds.items() if seed in first]
         if system is not base and len(pairs) > 1:
             cells = [
                 paired([p for p in pairs if m in p[0].results and m in p[1].results], m, n)

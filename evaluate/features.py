@@ -254,14 +254,17 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     """What directions written into the residual stream push: (K, D) -> (K, V) in float32, through the unembedding.
 
     Each dimension is weighted as the final norm does, as in TransformerLens' W_U once it has folded that norm in, which
-    it does by default; the norm's division, the same for all tokens, and the soft cap, which keeps their order, are left
-    out. So are the blocks in between.
+    it does by default: a LayerNorm's subtraction of the mean is in it too. The norm's division, the same for all tokens,
+    and the soft cap, which keeps their order, are left out. So are the blocks in between.
     """
-    weight_VD = model.model.lm_head.weight
+    weight_VD = model.model.get_output_embeddings().weight
     sign_D = torch.ones_like(weight_VD[0])
     sign_D[1::2] = -1  # of mean 0 and mean square 1, so a norm gives its weight, and a shift if it has one
-    gain_D = (model.trunk.norm(sign_D) - model.trunk.norm(-sign_D)) * sign_D / 2
-    return (rows_KD.float() * gain_D.float()) @ weight_VD.T.float()
+    gain_D = (model.norm(sign_D) - model.norm(-sign_D)) * sign_D / 2
+    rows_KD = rows_KD.float()
+    if isinstance(model.norm, torch.nn.LayerNorm):
+        rows_KD = rows_KD - rows_KD.mean(1, keepdim=True)
+    return (rows_KD * gain_D.float()) @ weight_VD.T.float()
 
 
 def logit_effects(model: LanguageModel, rows_KD: Tensor, progress: Progress) -> tuple[Listed, Listed]:

@@ -24,7 +24,8 @@ def steering(
 
     With `strength`, x becomes x + strength * d where the SAE reads, d being the latent's decoder row at unit norm. With
     `clamp` the latent's activation f(x) is set to that value instead: x + (clamp - f(x)) * W_dec[latent]. Both at every
-    token, or at `positions` only, which count from the beginning of the text: a slice, or numbers.
+    token, or at `positions` only: a slice, or numbers, as the model counts its tokens from 0, padding on the left too.
+    Position 0 is BOS, whose rows a cache leaves out: an SAE has not seen one, so clamp at `slice(1, None)`.
 
         with sae.steering(model, s, latent=123, strength=8.0):
             model.generate(**tokenizer("The", return_tensors="pt"))

@@ -179,6 +179,11 @@ class LanguageModel:
         return getattr(self.trunk, self.family.blocks)
 
     @property
+    def norm(self) -> nn.Module:
+        """What stands between the last block and the unembedding."""
+        return getattr(self.trunk, self.family.norm)
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -298,7 +303,7 @@ class LanguageModel:
             hidden = residual_NSD
             for index in range(layer + 1, len(self.blocks)):
                 hidden = hidden_of(self.blocks[index](hidden, **calls[index]))
-            return getattr(self.trunk, self.family.norm)(hidden)
+            return self.norm(hidden)
 
         residual = {hook.layer: x_NSD for hook, x_NSD in found.items()}
         return Forward(residual, final, torch.no_grad()(suffix))

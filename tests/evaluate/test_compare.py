@@ -80,6 +80,17 @@ def test_paired_differences_are_of_the_same_seed(tmp_path):
         paired_table(found, "gated")
 
 
+def test_a_seed_trained_twice_is_one_draw(tmp_path):
+    """Else a system would have a spread of 0 over two seeds, and paired differences more degrees of freedom."""
+    base = [make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate([0.90, 0.80])]
+    again = [make_run(tmp_path, "relu", seed=0, kl=0.93) for _ in range(2)]
+    found = compare([*base, *again])
+    assert [line[0] for line in table(found)[1]] == ["topk (2 seeds)", "relu"]
+    assert table(found)[1][1][2] == "0.9300 ±.0100"  # over the text, as of one run
+    with pytest.raises(UsageError, match="two seeds"):
+        paired_table(found, "topk")
+
+
 def test_one_folder_twice_is_one_run(tmp_path):
     run = make_run(tmp_path)
     assert len(compare([run, run]).runs) == 1

@@ -1,7 +1,6 @@
 """What single latents do: hand-worked numbers, and the same by other ways."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from sae.cache.errors import SaeError
 from sae.cache.layout import Hook
@@ -27,6 +27,7 @@ from sae.evaluate.features import (
     quantile_passages,
 )
 from sae.evaluate.plan import Request, loader, make_bench
+from sae.harvest.architectures import FAMILIES
 from sae.harvest.model import LanguageModel, find_model, load_model
 from sae.train.sae import SAE, TopK
 
@@ -194,20 +195,28 @@ def test_direct_logits_are_what_a_small_step_does_to_the_logits(model):
     )
 
 
-@dataclass
-class Shifted:
-    """What `direct_logits` reads of a model, with a norm that subtracts a mean and adds a bias."""
-
-    model: object
-    trunk: object
-
-
-def test_the_weight_of_a_norm_is_read_whatever_its_kind():
-    norm, head = torch.nn.LayerNorm(4), torch.nn.Linear(4, 6, bias=False)
-    norm.weight.data, norm.bias.data = torch.tensor([1.0, 2, 3, 4]), torch.tensor([5.0, 6, 7, 8])
-    like = Shifted(type("M", (), {"lm_head": head}), type("T", (), {"norm": norm}))
-    found = direct_logits(like, torch.eye(4))
-    torch.testing.assert_close(found, norm.weight[:, None] * head.weight.T, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_direct_logits_of_every_family_are_a_step_before_its_final_norm(kind):
+    """As the test above; a LayerNorm, of GPT-2 and GPT-NeoX, takes the mean of a direction away and adds a bias."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    like = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **heads, **ends)).eval()
+    for parameter in like.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model, (x_D, row_D) = LanguageModel(like), torch.randn(2, 16)
+    final = lambda x_D: like.get_output_embeddings()(model.norm(x_D))  # noqa: E731
+    _, change_V = torch.autograd.functional.jvp(final, x_D, row_D + 3)
+    _, own_V = torch.autograd.functional.jvp(final, x_D, x_D)  # nothing but eps: a norm does not see a length
+    size_D, direction_D = (
+        y_D - y_D.mean() if isinstance(model.norm, torch.nn.LayerNorm) else y_D for y_D in (x_D, row_D + 3)
+    )
+    back = (size_D @ direction_D) / (size_D @ size_D)
+    along_V = direct_logits(model, size_D[None])[0]
+    found_V = (direct_logits(model, (row_D + 3)[None])[0] - back * along_V) / size_D.square().mean().sqrt()
+    torch.testing.assert_close(found_V, change_V, rtol=1e-3, atol=1e-3)
+    assert own_V.abs().max() < 1e-3
 
 
 def test_logit_effects_are_both_ends_of_the_direct_logits(model):

@@ -45,11 +45,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.different == 0 and max(self.error_f, self.error_x) <= self.worst
+        return self.different == 0 and self.rounded < self.rows and max(self.error_f, self.error_x) <= self.worst
 
     def __str__(self) -> str:
         if self.different:
             return f"{self.different:,} latents fire on one side alone in {self.rows:,} rows ({self.what})"
+        if self.rounded >= self.rows:
+            return f"no row of {self.rows:,} ({self.what}) can be compared: in each a latent is within float32's rounding of its threshold"
         sets = "active sets equal"
         if self.rounded:
             sets = f"active sets equal but in {self.rounded:,} rows, at a threshold within float32's rounding"
@@ -146,9 +148,12 @@ def synthetic_rows(plain: Plain, count: int = ROWS) -> Rows:
     for at_R in torch.randint(plain.d_sae, (several, count), generator=generator):
         amount_R = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
         sum_RD += amount_R[:, None] * plain.W_dec[at_R]
-    # As long as a row has to be for a latent to come to its threshold.
-    far_F = (jump_F + (plain.b_dec @ code.W_enc + code.b_enc).abs()) / code.W_enc.norm(dim=0).clamp_min(1e-30)
-    reach = float(far_F.median()) or 1.0
+    # As long as a row has to be for a latent to come to its threshold. Where b_enc is that of an encoder that sees
+    # x - b_dec and has no bias, only the rounding of their difference is left, and b_dec gives the scale.
+    norm_F = code.W_enc.norm(dim=0).clamp_min(1e-30)
+    reach = float(((jump_F + (plain.b_dec @ code.W_enc + code.b_enc).abs()) / norm_F).median())
+    if reach <= 1e-6 * (length := float(plain.b_dec.norm())):
+        reach = length or 1.0
     length_R1 = reach * 2 ** (4 * torch.rand(count, 1, generator=generator, dtype=torch.float64) - 1)
     x_RD = plain.b_dec + length_R1 * sum_RD / sum_RD.norm(dim=1, keepdim=True).clamp_min(1e-30)
     spread = float((x_RD[:64] @ code.W_enc).std())

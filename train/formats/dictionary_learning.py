@@ -10,6 +10,7 @@ JumpReluAutoEncoder      ReLU(z) where z > threshold, z = x W_enc + b_enc
 """
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         result.model = model_said(trainer.get("lm_name"))
         layer = trainer.get("layer")
         said = f"blocks.{layer}.hook_resid_post" if type(layer) is int and layer >= 0 else None
+        if not resid_post(trainer.get("submodule_name")):
+            said = None  # the number of a layer says nothing of the place in it
         own = words(config, "about", "hook_name")
         result.hook = first_hook(
             [own, trainer.get("submodule_name"), *reversed(folder.path.resolve().parts[-3:]), said]
@@ -204,6 +207,11 @@ def chosen(folder: Folder, found: dict[str, Tensor], d_sae: int) -> int:
     if not 0 < k <= d_sae:
         raise DamagedError(f"{folder.path / 'ae.pt'}: k is {k}, and there are {d_sae} latents.")
     return k
+
+
+def resid_post(submodule: object) -> bool:
+    """Whether the words for a place leave open or say that it is the residual stream after a block."""
+    return not isinstance(submodule, str) or not re.search(r"mlp|att|pre|mid|_in\b", submodule)
 
 
 def place(hook_name: str) -> str | None:

@@ -21,9 +21,12 @@ PATTERNS = {
         r"(?:.*/)?(?:model\.|model\.language_model\.)?layers\.(\d{1,4})(?:\.output)?",
         r"(?:.*/)?layer_(\d{1,4})(?:/.*)?",
     ),
-    "resid_pre": (r"blocks\.(\d{1,4})\.hook_resid_pre",),  # of the block before it
-    "mlp_out": (r"blocks\.(\d{1,4})\.hook_mlp_out",),
-    "attn_z": (r"blocks\.(\d{1,4})\.attn\.hook_z",),
+    "resid_pre": (
+        r"blocks\.(\d{1,4})\.hook_resid_pre",
+        r"(?:.*/)?resid_pre_layer_(\d{1,4})(?:/.*)?",
+    ),  # of the block before it
+    "mlp_out": (r"blocks\.(\d{1,4})\.hook_mlp_out", r"(?:.*/)?mlp_out_layer_(\d{1,4})(?:/.*)?"),
+    "attn_z": (r"blocks\.(\d{1,4})\.attn\.hook_z", r"(?:.*/)?attn_z_layer_(\d{1,4})(?:/.*)?"),
 }
 SCOPES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}  # of Gemma Scope's repositories
 

@@ -73,6 +73,11 @@ class SAELens(Format, name="saelens"):
             raise UsageError(
                 f"{at} has the architecture {clipped(architecture)}; known here are {', '.join(ARCHITECTURES)}."
             )
+        act = config.get("activation_fn", "relu")
+        if act not in (None, "relu", architecture):  # SAELens itself makes a relu of it
+            raise UsageError(
+                f"{at} has the activation {clipped(act)}, and is called {architecture}: one of the two is wrong. Ask the author."
+            )
         if config.get("finetuning_scaling_factor"):
             raise UsageError(f"{at} has finetuning_scaling_factor, which SAELens itself no longer knows.")
         kind = ARCHITECTURES[architecture]

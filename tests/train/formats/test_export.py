@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sae.cache.errors import SaeError, UsageError
 from sae.train import variants  # noqa: F401  (registers the activations)
 from sae.train.formats import gemma_scope
-from sae.train.formats.check import Rows, compare, synthetic_rows
+from sae.train.formats.check import Check, Rows, compare, synthetic_rows
 from sae.train.formats.export import export_sae
 from sae.train.formats.format import Format
 from sae.train.formats.importing import import_sae
@@ -222,6 +222,24 @@ def test_synthetic_rows_see_every_threshold_and_bias_whatever_their_size(make, k
         other = sae_of(replace(plain, **{name: moved_F})).double()
         check = compare(sae, plain, lambda x, o=other: (o.encode(x), o.decode(o.encode(x))), rows)
         assert not check.passed, (latent, check)
+
+
+def test_synthetic_rows_of_an_encoder_without_a_bias_are_not_all_b_dec():
+    """b_enc and b_dec W_enc cancel but for a rounding, which is no length that a row could have."""
+    torch.manual_seed(0)
+    sae = SAE(16, 32).eval().requires_grad_(False)
+    sae.b_dec.normal_()
+    plain = plain_of(sae)
+    rows = synthetic_rows(plain)
+    assert ((rows.x_RD - sae.b_dec).norm(dim=1) > 0.1 * sae.b_dec.norm()).float().mean() > 0.9
+    other = sae_of(replace(plain, b_enc=plain.b_enc + 1e-3)).double()
+    assert not compare(sae, plain, lambda x: (other.encode(x), other.decode(other.encode(x))), rows).passed
+
+
+def test_a_check_that_could_compare_no_row_is_none():
+    assert not Check(4, "these", 1.0, 0, 4, 0.0, 0.0).passed
+    assert "no row of 4 (these) can be compared" in str(Check(4, "these", 1.0, 0, 4, 0.0, 0.0))
+    assert Check(4, "these", 1.0, 0, 3, 0.0, 0.0).passed
 
 
 # --- approximations -------------------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ def test_a_scale_in_the_files_is_folded(exported, make, tmp_path, x_RD, kind):
         ({"architecture": "transcoder"}, "architecture 'transcoder'; known here are standard, topk, jumprelu, gated"),
         ({"architecture": "batchtopk"}, "SAELens saves its inference as jumprelu"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
+        ({"architecture": "standard", "activation_fn_str": "tanh-relu"}, "the activation 'tanh-relu', and is called standard"),
+        ({"architecture": "standard", "activation_fn_str": "topk"}, "the activation 'topk', and is called standard"),
         ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_in"}}, "'blocks.3.hook_mlp_in' is no place that is known"),
         ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.0.hook_resid_pre"}}, "is the embedding, before every block"),
         ({"metadata": {}}, "do not say which model and layer they are of. Add --model google/gemma-2-2b --layer 12"),
@@ -156,6 +158,29 @@ def test_a_class_that_could_be_two_is_not_guessed(make, tmp_path):
         UsageError, match="can be AutoEncoderTopK or BatchTopKSAE, and has no config.json that says which"
     ):
         import_sae(folder, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("submodule", "hook"),
+    [
+        ("resid_post_layer_7", Hook(7)), ("mlp_out_layer_7", Hook(7, "mlp_out")), ("attn_z_layer_7", Hook(7, "attn_z")),
+        ("resid_pre_layer_7", Hook(6)), ("resid", Hook(7)), (None, Hook(7)), ("mlp_layer_7", None), ("attn", None),
+    ],
+)  # fmt: skip
+def test_a_layer_of_dictionary_learning_is_the_residual_stream_unless_another_place_is_named(
+    make, tmp_path, submodule, hook
+):
+    folder = export_sae(make("relu"), "dictionary-learning", tmp_path / "theirs").folder
+    config = json.loads((folder / "config.json").read_text())
+    config["trainer"] |= {"submodule_name": submodule, "layer": 7}
+    del config["about"]
+    (folder / "config.json").write_text(json.dumps(config))
+    if hook is None:
+        with pytest.raises(UsageError, match="do not say which layer they are of"):
+            import_sae(folder, out=tmp_path)
+    else:
+        origin = import_sae(folder, out=tmp_path).sae.origin
+        assert (origin["layer"], origin["site"]) == hook
 
 
 @pytest.mark.parametrize(
