@@ -323,8 +323,11 @@ def demo(
     from .evaluate.run import Request as Evaluate
 
     run_evaluate(Evaluate(runs=[run.folder for run in runs], suite="core", tokens=tokens // 12))
+    first = next(quote(str(run.folder)) for run in runs if run.recipe.name == "topk")
+    echo(f"next     sae dashboard {first}     (its latents, as a page)")
+    echo(f"         sae evaluate {quote(str(runs[0].folder.parent))}/*     (absorption, probing, SCR and TPP, too)")
     echo(
-        f"next     sae train --variant topk --layer 5 --cache {quote(str(cache.folder))} --set k=64     (`sae variants` lists recipes and options)"
+        f"         sae train --variant jumprelu --layer 5 --cache {quote(str(cache.folder))}     (`sae variants` lists more)"
     )
     echo("         sae harvest --layer 12     (Gemma-2-2B: accept its licence, then `hf auth login`)")
 

@@ -1,7 +1,7 @@
 """A paper's claims beside what was measured of its systems, with the gates that stand before any verdict."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,6 +13,7 @@ from .verdict import Verdict, label_of, measured, of_all, verdict
 
 ALIVE = 0.10  # share of latents that fire, at least: under it the numbers are those of a collapsed SAE
 LIKE_TRAINED = 0.10  # by which the explained variance of held-out text may differ from that of the last steps
+NO_GATE = "none of its runs passes the gates"
 STAND_INS = ("sparse_probing", "scr")  # metrics that have a `_stdlib` one, which reads no dataset of the Hub
 SCALARS = {  # of each paper's mechanisms, drawn over training in the place of its figures
     "000": ("utilisation", "contrast", "tau", "lambda"),
@@ -103,7 +104,10 @@ def trained(system: str, recipe: str, run: Compared) -> Trained:
 def report(paper: Paper, runs: Sequence[Trained], on_paper_model: bool) -> Report:
     """Every claim of the paper, in its order. Runs that do not pass the gates count as not measured."""
     sound = [run for run in runs if not run.broken()]
-    return Report(paper, runs, [row_of(claim, paper, sound, on_paper_model) for claim in paper.claims], on_paper_model)
+    rows = [row_of(claim, paper, sound, on_paper_model) for claim in paper.claims]
+    gone = {run.system for run in runs} - {run.system for run in sound}
+    rows = [replace(row, notes=[*row.notes, NO_GATE]) if row.claim.system in gone else row for row in rows]
+    return Report(paper, runs, rows, on_paper_model)
 
 
 def row_of(claim: Claim, paper: Paper, runs: Sequence[Trained], on_paper_model: bool) -> Row:

@@ -95,6 +95,7 @@ def test_a_claim_about_several_recipes_has_to_hold_of_each():
 def test_a_run_that_does_not_pass_a_gate_is_not_measured(broken, said):
     found = report(of(claim()), [run("full", "hierarchical", **broken)], True)
     assert found.rows[0].verdict == "not measured" and found.rows[0].seeds == 0
+    assert found.rows[0].notes == ["none of its runs passes the gates"]
     ((name, why),) = found.broken
     assert name == "hierarchical-0" and said in why
 
