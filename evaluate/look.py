@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..cache.errors import DamagedError, SaeError, UsageError
-from ..cache.files import digest_of, read_json
+from ..cache.files import read_json
 from ..cache.layout import Hook
 from ..cache.reader import caches
 from ..harvest.architectures import check_layers, width_of
-from ..train.sae import SAE, load_sae, spec_of
+from ..train.sae import SAE, load_sae
 from .bench import Bench
-from .metric import Result, Subject, result_of
+from .metric import Result, result_of
 from .packed import TOKENS_AT_ONCE, encode
 from .passages import Words
-from .plan import Request, Row, cache_of, check, loader, make_bench
+from .plan import Request, Row, cache_of, check, loader, make_bench, row_of
 from .suites import METRICS
 
 TOKENS = 100_000  # of held-out text, unless asked otherwise
@@ -60,9 +60,8 @@ def look(folder: Path, tokens: int | None = None, device: str = "auto", dtype: s
         raise DamagedError(f"{folder}/sae.json was overwritten: {error}") from None
     if (width := width_of(hook, bench.config)) != sae.d_in:
         raise DamagedError(f"{folder} takes activations of {sae.d_in} numbers, but {hook} of the model has {width}.")
-    record = read_json(folder / "sae.json", "sha256")
-    weights = digest_of([spec_of(sae), record["sha256"], hook.layer])
-    row = Row(folder.resolve().name, Subject(sae, hook.layer), folder, record, weights, results_of(folder, weights))
+    row = row_of(folder, sae)
+    row.results |= results_of(folder, row.weights)
     sae.to(device)
     return Look(folder, sae, hook, bench, Words(bench.tokenizer), row, labels(row.results, sae.d_sae))
 

@@ -163,10 +163,14 @@ def open_run(
     cache = cache_of(given, sae, request, here)
     if (site := sae.origin.get("site", "resid_post")) != "resid_post":
         raise UsageError(f"{given} was trained on {site}; only SAEs of resid_post can be spliced into the model yet.")
+    return row_of(folder, sae), cache
+
+
+def row_of(folder: Path, sae: SAE) -> Row:
+    """`weights` is not of the tensors alone: k of a TopK is none of them, and one SAE can stand behind another layer."""
     record = read_json(folder / "sae.json", "sha256")
-    # Not the tensors alone: k of a TopK is none of them, and one SAE can stand behind another layer.
     weights = digest_of([spec_of(sae), record["sha256"], sae.origin["layer"]])
-    return Row(folder.name, Subject(sae, sae.origin["layer"]), folder, record, weights), cache
+    return Row(folder.resolve().name, Subject(sae, sae.origin["layer"]), folder, record, weights)
 
 
 def unfinished(runs: Sequence[Path]) -> list[Path]:
