@@ -121,6 +121,7 @@ class Batches:
         self._closed = False
         lock = threading.Lock()
         self._one_is_free, self._one_is_read = threading.Condition(lock), threading.Condition(lock)
+        self._planning = threading.Lock()  # a plan keeps the order of the epoch that was asked for last
         self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -134,9 +135,10 @@ class Batches:
                 # What was given back last is still near the core; on a GPU what was given back first has been sent.
                 slot = self._free.popleft() if self._sender else self._free.pop()
                 number, self._following = self._following, self._following + 1
-                pieces = self.plan.pieces(number)
             read: int | BaseException = slot
             try:
+                with self._planning:
+                    pieces = self.plan.pieces(number)
                 if self._sender:
                     self._sender.wait_until_sent(slot)
                 self._fill(self._slots[slot], pieces)

@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from functools import cache, cached_property, lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,9 @@ class Cache:
             raise UsageError(
                 f"Batches of dtype {dtype!r} are not given: float32 or bfloat16, in which they are stored."
             )
+        for what, number in (("batch_size", batch_size), ("seed", seed), ("batch", batch)):
+            if not isinstance(number, Integral):
+                raise UsageError(f"{what}={number!r} has to be a whole number.")
         if batch_size < 1 or batch < 0:
             raise UsageError(f"batch_size={batch_size} has to be positive, and batch={batch} not negative.")
         name = self.require(layer, site)

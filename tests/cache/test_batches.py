@@ -158,6 +158,24 @@ def test_threads_that_come_to_a_chunk_together_check_it_once(cache, monkeypatch)
     assert sorted(checked) == list(range(len(cache.chunk_rows)))
 
 
+def test_a_failure_of_the_order_reaches_the_caller(cache, monkeypatch) -> None:
+    """Whatever a reading thread meets: a thread that died of it would be waited for without end."""
+
+    def shuffle(*_: object) -> None:
+        raise MemoryError("no room for an order")
+
+    batches = Batches(cache, "layer_05", 60, threads=0)
+    monkeypatch.setattr(batches.plan, "_shuffle", shuffle)
+    reader = threading.Thread(target=batches._read, daemon=True)
+    reader.start()
+    waited = threading.Thread(target=lambda: pytest.raises(MemoryError, next, batches), daemon=True)
+    waited.start()
+    waited.join(10)
+    stuck = waited.is_alive()
+    batches.close()
+    assert not stuck
+
+
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_closing_early_ends_the_threads(cache, taken: int) -> None:
     before = threading.active_count()
