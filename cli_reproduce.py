@@ -91,10 +91,17 @@ def reproduce(
 
     What exists is not made again: the same command goes on after a kill, and with one more seed trains only that.
     """
+    from .cache.errors import UsageError
     from .cache.layout import home
     from .cache.reader import model_name
     from .evaluate.claims import PAPERS, load
+    from .evaluate.suites import metrics_of
 
+    for flag, number in (("steps", steps), ("batch-size", batch_size)):
+        if number is not None and number < 1:
+            raise UsageError(f"--{flag} {number} is not positive. Leave it out for the paper's.")
+    if suite is not None:  # now, and not when hours of training are over
+        metrics_of(suite)
     chosen = [load(number) for number in (PAPERS if ALL in papers else dict.fromkeys(papers))]
     asked = Asked(
         model, layer, seed, reading, steps, batch_size, width, dataset, cache, suite,
@@ -182,10 +189,17 @@ def packed(jobs: Iterable[Job]) -> list[list[Job]]:
 
 def harvested(jobs: Sequence[Job], asked: Asked, dry_run: bool) -> dict[str | None, Path | None]:
     """A cache for each dataset, with the tokens of its longest job; None where it is only planned."""
+    from .cache.errors import UsageError
+    from .cache.reader import Cache, model_name
     from .cli_harvest import run_harvest
     from .harvest.plan import Request
     from .train.recipe import find_recipe
 
+    if asked.cache is not None and (held := Cache(asked.cache).model) != model_name(asked.model):
+        raise UsageError(
+            f"--cache {asked.cache} holds activations of {held}, and the claims would be read of {asked.model}. "
+            f"Give --model {held}, or a cache of {asked.model}."
+        )
     caches: dict[str | None, Path | None] = {}
     for dataset in dict.fromkeys(job.dataset for job in jobs):
         own = [job for job in jobs if job.dataset == dataset]

@@ -100,8 +100,18 @@ def test_a_dry_run_makes_nothing(tiny_model, sentences, home):
     [
         (["005"], "no paper 005"),
         (["003", "--reading", "evidence"], "--reading evidence: paper 003 has field"),
+        (["003", "--steps", "0"], "--steps 0 is not positive"),
+        (["003", "--batch-size", "-1"], "--batch-size -1 is not positive"),
+        (["003", "--suite", "cor"], "there is no metric cor; did you mean core?"),
     ],
 )
 def test_what_is_refused(words, said):
     done = call("reproduce", *words)
     assert done.exit_code == 2 and said in done.output, done.output
+
+
+def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, home):
+    """Its numbers would stand beside the paper's claims as if they were of the paper's model."""
+    done = call("reproduce", "003", "--cache", cache, "--layer", 1, "--steps", 5, "--batch-size", 64, "--dry-run")
+    assert done.exit_code == 2, done.output
+    assert f"holds activations of {tiny_model}" in done.output and "google/gemma-2-2b" in done.output
