@@ -43,13 +43,13 @@ def compare(
         if path.suffix not in ENDINGS:
             raise UsageError(f"--out {path}: the ending says what is written. Give one of {', '.join(ENDINGS)}.")
     found = comparing.compare(runs, mix, references)
+    beside = None if against is None else comparing.paired_table(found, against)
     for difference in found.differences:
         echo(f"differs  {difference}")
     show_table(f"{len(found.runs)} runs, {len(found.systems)} systems", *comparing.table(found))
-    if against is not None:
-        show_table(f"against {against}, paired by seed", *comparing.paired_table(found, against))
+    if beside is not None:
+        show_table(f"against {against}, paired by seed", *beside)
     for path in out or []:
-        make_folder(path.parent)
         if path.suffix == ".csv":
             publish(path, comparing.as_csv(found).encode())
         elif path.suffix == ".json":

@@ -2,17 +2,20 @@
 
 import contextlib
 import functools
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .config import configured
 
@@ -38,7 +41,10 @@ def speaking(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*arguments: Any, **keywords: Any) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # not every encoding has ↑ and ±, nor every file's name
         from .cache.errors import SaeError
+        from .cache.files import outside
 
         try:
             try:
@@ -59,9 +65,10 @@ def speaking(command: Callable[..., None]) -> Callable[..., None]:
                 close_output()
                 raise typer.Exit(4) from None
             except OSError as error:  # of the terminal or a pipe, mostly: our own files have their own sentences
-                echo(
-                    f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}. Free space, or check the pipe."
-                )
+                if error.filename:
+                    echo(f"error: {outside(error, Path(error.filename))}")
+                else:
+                    echo(f"error: {error.strerror or error}. Free space, or check the pipe.")
                 raise typer.Exit(4) from None
         except KeyboardInterrupt:  # also one that came while another was answered
             no_more_interrupts()
@@ -129,7 +136,7 @@ class Bar:
 
     def table(self, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
         """Show a table under the bar, until the next one."""
-        self.progress.table = table_of(None, heads, lines)
+        self.progress.table = table_of(heads, lines)
 
     def say(self, sentence: str) -> None:
         """A line above the bar."""
@@ -144,18 +151,19 @@ def bar(title: str, unit: str) -> Iterator[Bar]:
         yield shown
 
 
-def table_of(title: str | None, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+def table_of(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number == 0 else "right", overflow="fold")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))  # a name is no markup
     return table
 
 
 def show_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    table = table_of(title, heads, lines)
+    table = table_of(heads, lines)
     console = Console()
     width = console.width if console.is_terminal else PLAIN_WIDTH
     wide = Console(width=10_000).measure(table).maximum  # a narrower one would break numbers in two
+    console.print(Text(title, "italic"), soft_wrap=True)  # as a part of the table it would be folded to its width
     Console(width=max(width, wide)).print(table, crop=False)

@@ -232,7 +232,7 @@ def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[
     base = next((system for system in comparison.systems if system.label == against), None)
     labels = [system.label for system in comparison.systems]
     if base is None:
-        raise UsageError(f"There is no system {against} here{did_you_mean(against, labels)}: {', '.join(labels)}.")
+        raise UsageError(f"There is no system {against} here{did_you_mean(against, labels)}")
     first = base.seeds
     lines = []
     for system in comparison.systems:

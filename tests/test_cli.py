@@ -1,5 +1,6 @@
 """What a user sees when something is wrong: one sentence, the right exit code, and never a traceback."""
 
+import io
 import os
 import re
 import shlex
@@ -441,3 +442,28 @@ def test_a_table_keeps_its_numbers_whole_in_a_narrow_terminal(monkeypatch, capsy
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
     show_table("t", ["run", *"abcdefgh"], [["topk-L12-n512-s0-dd3101", *["0.9755 ±.0028"] * 8]])
     assert capsys.readouterr().out.count("0.9755 ±.0028") == 8
+
+
+def test_a_table_shows_names_as_they_are_and_its_title_on_one_line(capsys):
+    title = "autointerp, by detection (always none: 0.714); n = 256 latents"
+    show_table(title, ["run"], [["a[/b] [red]c"]])
+    assert capsys.readouterr().out.splitlines()[0] == title
+    show_table("t", ["run"], [["a[/b] [red]c"]])
+    assert "a[/b] [red]c" in capsys.readouterr().out
+
+
+def test_an_output_that_lacks_a_character_gets_another_in_its_place(monkeypatch):
+    """LANG=C on an old machine, ISO-8859-1, a code page of Windows: the table is printed all the same."""
+    out = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    spoken(lambda: show_table("t", ["run", "EV \u2191"], [["a", "1 \u00b1.5"]]))()
+    out.flush()
+    assert b"EV ?" in out.buffer.getvalue() and b"1 ?.5" in out.buffer.getvalue()
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(typer.Exit) as left:
+        spoken(lambda: (tmp_path / "file" / "plots").mkdir())()
+    assert left.value.exit_code == 4
+    assert "plots: Not a directory. Check the folder's permissions" in capsys.readouterr().err
