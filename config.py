@@ -44,7 +44,7 @@ class File:
     def __init__(self, path: Path, context: typer.Context) -> None:
         self.path, self.context = path, context
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
             content = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UsageError(f"--config {path} is no TOML: {error}.") from None

@@ -37,5 +37,7 @@ class Interrupted(SaeError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about a name that is unknown: the nearest known one, or all of them."""
     known = sorted(known)
+    if not known:
+        return "; there are none."
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}."

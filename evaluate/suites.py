@@ -30,7 +30,9 @@ def metrics_of(suite: str, options: Sequence[str] = ()) -> list[Metric]:
         raise UsageError(f"--suite {suite!r} names no metric; there are {', '.join([*SUITES, *METRICS])}.")
     names += tuple(name for name in ASKED_FOR if suite in SUITES and any(o.startswith(f"{name}.") for o in options))
     wrong = [
-        f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
+        f"--suite {suite}: {name} is a suite, which stands alone; name the metrics, such as {','.join(SUITES['quick'][:2])}."
+        if name in SUITES
+        else f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
         for name in names
         if name not in METRICS
     ]

@@ -1,7 +1,8 @@
 """Activations of a few texts in memory, for a notebook. What is to be trained on comes from `sae harvest`."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,8 +42,10 @@ def activations(
 
     Raises UsageError for a layer, a site or a text that is not there, OutsideError when the model cannot be loaded.
     """
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    if isinstance(texts, str) or not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
         raise UsageError("activations takes a list of texts, each a string.")
+    if not isinstance(layer, Integral):
+        raise UsageError(f"layer={layer!r} is no block: give its number, such as 12.")
     if site not in SITES:
         raise UsageError(f"The site {site} is unknown: give one of {', '.join(SITES)}.")
     if not 2 <= context <= 65535:

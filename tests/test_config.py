@@ -187,3 +187,17 @@ def test_keys_are_found_on_the_line_where_they_begin() -> None:
         ("a",): 1, ("b",): 4, ("t",): 7, ("t", "x"): 8, ("t", "y"): 11, ("t", "y", "z"): 11, ("t", "u"): 12,
         ("t", "u", "v"): 14, ("t", "u", "v", "w"): 14,
     }  # fmt: skip
+
+
+def test_a_byte_order_mark_is_not_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "sae.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\nsteps = 7\n")
+    said, origins = shown("train", "--config", path)
+    assert said["train"]["steps"] == 7 and origins["steps"] == f"{path}:2"
+
+
+def test_a_verb_without_options_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "sae.toml"
+    path.write_text("[cache.verify]\nfoo = 1\n")
+    result = call("config", "show", "train", "--config", path)
+    assert result.exit_code == BAD_USAGE and "foo is no option of cache verify; there are none." in result.stderr

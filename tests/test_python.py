@@ -54,6 +54,8 @@ def test_batches_are_those_that_training_reads(tiny_cache: Cache) -> None:
         ({"layer": 7}, "holds layer 0, layer 1, not layer 7"),
         ({"layer": 0, "batch_size": 9000}, "fewer than one batch"),
         ({"layer": 0, "batch_size": 0}, "has to be positive"),
+        ({"layer": 0, "batch_size": 2.5}, "batch_size=2.5 has to be a whole number"),
+        ({"layer": 0, "seed": "x"}, "seed=.x. has to be a whole number"),
         ({"layer": 0, "dtype": "float16"}, "Batches of dtype 'float16'"),
         ({"layer": 0, "device": "tpu"}, "--device tpu is unknown"),
     ],
@@ -89,6 +91,21 @@ def test_activations_are_the_hidden_states_of_each_text_by_itself(tiny_model: Pa
     assert len(found.tokens) == len(found.x) and found.x.dtype == torch.float32
     loaded = sae.activations(TEXTS, model=model, tokenizer=tokenizer, layer=0, keep_special=keep_special)
     torch.testing.assert_close(loaded.x, found.x)
+
+
+@pytest.mark.parametrize(
+    ("texts", "layer", "sentence"),
+    [
+        (None, 0, "takes a list of texts"),
+        (["a"], "12", "layer='12' is no block: give its number"),
+        (["a"], [12], r"layer=\[12\] is no block"),
+    ],
+)
+def test_activations_of_no_texts_or_no_layer_are_refused(
+    tiny_model: Path, texts: Any, layer: Any, sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        sae.activations(texts, model=str(tiny_model), layer=layer)
 
 
 def test_a_long_text_is_cut_as_a_harvest_cuts_it(tiny_model: Path, sentences: Path, tiny_cache: Cache) -> None:

@@ -49,6 +49,8 @@ def import_sae(
 
     Raises UsageError for what is refused or missing, DamagedError for files that contradict themselves.
     """
+    if name and (Path(name).name != name or name.startswith(".") or not name.isprintable()):
+        raise UsageError(f"--name {name!r} is no name of a folder. Give one word, such as gemma-scope-16k.")
     path = Path(path)
     folder = Folder(path.parent if path.is_file() else path)
     if not folder.path.is_dir():
@@ -71,8 +73,6 @@ def import_sae(
     variant = f"imported-{plain.kind}"
     digest = digest_of([files, called, *hook])[:6]
     title = name or f"{variant}-L{hook.layer:02d}-n{found.sae.d_sae}-{digest}"
-    if not title or Path(title).name != title or title.startswith("."):
-        raise UsageError(f"--name {title} is no name of a folder.")
     target = (Path(out) if out is not None else home() / "runs") / title
     if (target / "sae.json").exists():
         raise UsageError(f"{target} is there already: sae evaluate {target}. For another, give --name.")

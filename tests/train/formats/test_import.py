@@ -263,8 +263,10 @@ def test_the_run_folder_says_where_it_came_from(exported, tmp_path):
     with pytest.raises(UsageError, match="is there already: sae evaluate"):
         import_sae(tmp_path / "theirs", out=tmp_path)
     assert import_sae(tmp_path / "theirs", out=tmp_path, name="again").folder == tmp_path / "again"
-    with pytest.raises(UsageError, match="--name ../elsewhere is no name of a folder"):
+    with pytest.raises(UsageError, match="--name '../elsewhere' is no name of a folder"):
         import_sae(tmp_path / "theirs", out=tmp_path, name="../elsewhere")
+    with pytest.raises(UsageError, match=r"--name 'two\\nlines' is no name of a folder"):
+        import_sae(tmp_path / "theirs", out=tmp_path, name="two\nlines")
     with pytest.raises(UsageError, match="is a run of ours already"):
         import_sae(made.folder, out=tmp_path)
 
