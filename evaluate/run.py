@@ -89,19 +89,21 @@ def evaluate_saes(
     A metric that an object cannot have (absorption needs W_dec) is in `Row.failed`. Raises UsageError for an object
     that does not map rows of the model's width to such rows, and what `sae evaluate` refuses.
     """
+    if not isinstance(saes, Mapping) or not saes:
+        raise UsageError(
+            f"Give the SAEs with their names, as {{'mine': my_sae}}, and not {type(saes).__name__} {saes!r:.60}."
+        )
     request = Request([], suite, tokens, mode, options=options, data=Path(data) if data else None, device=device, dtype=dtype)  # fmt: skip
     metrics, device, dtype = check(request)
     cache = cache if isinstance(cache, Cache) else Cache(cache)
     bench = make_bench(request, cache, device, dtype, loader())
     blocks = bench.config.num_hidden_layers
-    if not saes or not 0 <= layer < blocks:
-        raise UsageError(
-            f"Give at least one SAE, and a layer from 0 to {blocks - 1}, not {layer}."
-            if saes
-            else "Give at least one SAE."
-        )
+    if not 0 <= layer < blocks:
+        raise UsageError(f"The model has layers 0 to {blocks - 1}; there is no layer {layer}.")
     for name, sae in saes.items():
         check_coder(name, sae, bench)
+        if (trained := getattr(sae, "origin", {}).get("layer", layer)) != layer:
+            raise UsageError(f"{name} was trained after layer {trained}: give layer={trained}, and not {layer}.")
     group = Group(cache, bench, [Row(name, Subject(sae, layer)) for name, sae in saes.items()])
     prepare(metrics, group, force=False)
     return carry_out(Plan(replace(request, references=references), metrics, [group], bench.shelf), stage)

@@ -1,6 +1,7 @@
 """Steer a model with a latent: add its direction to the residual stream while the model runs, or hold it at a value."""
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -33,12 +34,18 @@ def steering(
     The model is as it was afterwards, also after an error. Several can be open at once. Raises UsageError when the SAE
     does not fit the model or does not say which layer it is of, or when neither or both of strength and clamp are given.
     """
+    if not isinstance(sae, SAE) or not hasattr(model, "config"):
+        raise UsageError(
+            "Steering takes a model of transformers and an SAE: sae.steering(model, sae.load_sae(...), latent=...)."
+        )
     language_model, where = LanguageModel(model), Where(positions)
     hook = hook_of(sae, language_model)
-    if not 0 <= latent < sae.d_sae:
-        raise UsageError(f"There is no latent {latent}: the SAE has {sae.d_sae}, from 0 to {sae.d_sae - 1}.")
+    if latent not in range(sae.d_sae):
+        raise UsageError(f"There is no latent {latent!r}: the SAE has {sae.d_sae}, from 0 to {sae.d_sae - 1}.")
     if (strength is None) == (clamp is None):
         raise UsageError("Give either strength, which is added, or clamp, at which the latent is held.")
+    if not math.isfinite(pushed := clamp if strength is None else strength):  # type: ignore[arg-type]
+        raise UsageError(f"{pushed} is no activation. Give a finite number.")
     row_D = sae.W_dec[latent].detach().float()
     if strength is not None and not row_D.norm() > 0:
         raise UsageError(f"Latent {latent} has no direction: its decoder row is zero.")

@@ -1,6 +1,7 @@
 """The doors between the folders, and the files in which this field grows ugly."""
 
 import ast
+import importlib
 import tomllib
 from pathlib import Path
 
@@ -95,6 +96,14 @@ def test_every_folder_with_code_is_a_package_and_is_listed():
     packages = {"." if p.parent == ROOT else name_of(p.parent) for p in SOURCES if p.name == "__init__.py"}
     assert folders == packages
     assert sorted(listed) == sorted("sae" if f == "." else f"sae.{f.replace('/', '.')}" for f in packages)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_every_module_can_be_imported(path):
+    if path.parts[-2:] not in ((ROOT.name, "__main__.py"), (ROOT.name, "cli.py")):
+        importlib.import_module(
+            ".".join(["sae", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+        )
 
 
 # A variant file is its paper, however many mechanisms that has.

@@ -279,6 +279,10 @@ def test_steering_at_another_site_changes_what_stands_there(model: Any, site: st
         (sae_of(1), {"strength": 1.0, "latent": 32}, "There is no latent 32"),
         (sae_of(1), {"strength": 1.0, "positions": slice(-3, None)}, "Count from 0"),
         (SAE(16, 4), {"strength": 1.0}, "does not say of which layer"),
+        (sae_of(1), {"strength": float("nan")}, "nan is no activation"),
+        (sae_of(1), {"strength": 1.0, "latent": 3.5}, "There is no latent 3.5"),
+        (sae_of(1), {"strength": 1.0, "latent": "3"}, "There is no latent '3'"),
+        ("runs/mine", {"strength": 1.0}, "a model of transformers and an SAE"),
     ],
 )
 def test_steering_that_cannot_be_is_refused(s: SAE, given: dict[str, Any], sentence: str) -> None:

@@ -200,12 +200,21 @@ class SAE(nn.Module):
         return choice if alone and rows.pays(self.d_sae, choice.k, self.W_dec.device.type) else None
 
     def encode(self, x_BD: Tensor) -> Tensor:
-        """Latents (..., d_sae) of activations (..., d_in)."""
+        """Latents (..., d_sae) of activations (..., d_in), of whatever dtype; UsageError for another width."""
+        x_BD = of_width(x_BD, self.d_in, "d_in").to(self.W_enc.dtype)
         return self.activate(self.pre_activations(x_BD), x_BD)
 
     def decode(self, f_BF: Tensor) -> Tensor:
-        """Activations (..., d_in) from latents (..., d_sae)."""
-        return f_BF @ self.W_dec + self.b_dec
+        """Activations (..., d_in) from latents (..., d_sae); UsageError for another width."""
+        return of_width(f_BF, self.d_sae, "d_sae") @ self.W_dec + self.b_dec
+
+
+def of_width(rows: Tensor, width: int, name: str) -> Tensor:
+    if rows.shape[-1:] != (width,):
+        raise UsageError(
+            f"This SAE takes rows of {name} = {width} numbers, and these are of shape {tuple(rows.shape)}."
+        )
+    return rows
 
 
 @torch.no_grad()

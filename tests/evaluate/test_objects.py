@@ -53,6 +53,12 @@ def test_what_an_object_cannot_have_is_a_sentence_in_its_row(tiny_cache, home):
     assert "Half has no W_dec" in str(rows[0].failed["absorption"]) or "letters" in str(rows[0].failed["absorption"])
 
 
+def of_layer_1() -> SAE:
+    made = SAE(32, 16).eval()
+    made.origin = {"layer": 1}
+    return made
+
+
 @pytest.mark.parametrize(
     ("make", "change", "sentence"),
     [
@@ -63,13 +69,19 @@ def test_what_an_object_cannot_have_is_a_sentence_in_its_row(tiny_cache, home):
             {},
             r"one makes \(32,\) of rows \(2, 32\)",
         ),
-        (trained, {"layer": 2}, "a layer from 0 to 1, not 2"),
+        (trained, {"layer": 2}, "there is no layer 2"),
+        (of_layer_1, {}, "one was trained after layer 1: give layer=1, and not 0"),
         (trained, {"suite": "cor"}, "there is no metric cor; did you mean core"),
         (trained, {"cache": "nowhere"}, "nowhere holds no activation cache"),
-        (None, {}, "Give at least one SAE"),
+        (None, {}, "Give the SAEs with their names"),
     ],
 )
 def test_an_object_that_cannot_be_evaluated_is_refused(tiny_cache, make, change, sentence):
     saes = {"one": make()} if make else {}
     with pytest.raises(UsageError, match=sentence):
         sae.evaluate_saes(saes, **{"cache": tiny_cache, "layer": 0, **ASKED, **change})
+
+
+def test_an_sae_without_a_name_is_refused(tiny_cache):
+    with pytest.raises(UsageError, match="with their names, as {'mine': my_sae}, and not SAE"):
+        sae.evaluate_saes(SAE(32, 16), cache=tiny_cache, layer=0)

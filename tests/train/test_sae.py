@@ -143,6 +143,16 @@ def describe(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_rows_of_any_dtype_are_encoded_and_those_of_another_width_refused() -> None:
+    sae, x = SAE(8, 16, [TopK(2)]), torch.randn(3, 8).bfloat16()
+    assert torch.equal(sae.encode(x), sae.encode(x.float()))
+    assert torch.equal(sae.encode(x.double()), sae.encode(x.float()))
+    with pytest.raises(UsageError, match=r"d_in = 8 numbers, and these are of shape \(3, 7\)"):
+        sae.encode(x[:, :7])
+    with pytest.raises(UsageError, match=r"d_sae = 16 numbers, and these are of shape \(3, 8\)"):
+        sae.decode(x)
+
+
 def test_no_sae_is_said_with_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no trained SAE.*sae train --resume"):
         load_sae(tmp_path)
