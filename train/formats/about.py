@@ -20,6 +20,15 @@ def hook_of_run(sae: SAE) -> Hook | None:
     return Hook(layer, sae.origin.get("site", "resid_post")) if isinstance(layer, int) else None
 
 
+def module_of(hook: Hook, cache: Cache | None) -> str:
+    """The block in transformers' words, as the harvest noted it: GPT-2 and GPT-NeoX call theirs otherwise than most."""
+    noted: dict[str, str] = {}
+    if cache is not None:
+        with contextlib.suppress(SaeError):  # a cache from before they were noted
+            noted = read_json(cache.folder / "harvest.json", "modules")["modules"]
+    return noted.get(hook.array, f"model.layers.{hook.layer}").split(",")[0]
+
+
 def describe(sae: SAE, folder: Path | None, cache: Cache | None) -> dict[str, Any]:
     """The metadata of an export; names of SAELens first, then ours."""
     origin, hook = sae.origin, hook_of_run(sae)
@@ -36,7 +45,7 @@ def describe(sae: SAE, folder: Path | None, cache: Cache | None) -> dict[str, An
     if hook is not None:
         about |= {"hook_name": hook.name, "hook_layer": hook.layer, "hook_head_index": None}
         if hook.site == "resid_post":
-            about["hf_hook_name"] = f"model.layers.{hook.layer}"
+            about["hf_hook_name"] = module_of(hook, cache)
     about |= {"context_size": origin.get("context"), "prepend_bos": True}
     if cache is not None:
         about |= {"dataset_path": cache.identity["data"]["name"], "exclude_special_tokens": cache.identity.get("skip")}

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from sae.cache.errors import SaeError, UsageError
+from sae.cache.layout import Hook
 from sae.train import variants  # noqa: F401  (registers the activations)
 from sae.train.formats import gemma_scope
+from sae.train.formats.about import module_of
 from sae.train.formats.check import Check, Rows, compare, synthetic_rows
 from sae.train.formats.export import export_sae
 from sae.train.formats.format import Format
@@ -305,6 +307,18 @@ def test_metadata_has_what_consumers_ask_for(make, tmp_path):
     assert said["training_architecture"] == "jumprelu" and said["created_by"].startswith("sae-pipeline ")
     shapes = {name: tuple(t.shape) for name, t in load_file(made.folder / "sae_weights.safetensors").items()}
     assert shapes == {"W_enc": (8, 16), "W_dec": (16, 8), "b_enc": (16,), "b_dec": (8,), "threshold": (16,)}
+
+
+def test_the_block_has_the_name_that_the_harvest_noted(sparse_cache, tmp_path):
+    assert module_of(Hook(1), None) == "model.layers.1"
+    assert module_of(Hook(1), sparse_cache) == "model.layers.1"  # it noted none
+    noted = sparse_cache.folder / "harvest.json"
+    before = noted.read_bytes() if noted.exists() else None
+    noted.write_text(json.dumps({"modules": {"layer_01": "transformer.h.1, hidden_states[2]"}}))
+    try:
+        assert module_of(Hook(1), sparse_cache) == "transformer.h.1"
+    finally:
+        noted.unlink() if before is None else noted.write_bytes(before)
 
 
 def test_a_folder_that_holds_something_is_refused_and_others_can_read_the_files(make, tmp_path):
