@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Device
+from .cli_options import Device, tokens_of
 from .terminal import echo, show_table, spoken
 
 ALL = "all"
@@ -28,6 +28,7 @@ class Asked:
     dataset: str | None
     cache: Path | None
     suite: str | None
+    evaluate_tokens: int | None
     folder: Path
     device: str
     on_paper_model: bool
@@ -83,6 +84,9 @@ def reproduce(
     suite: Annotated[
         str | None, typer.Option(help="As in `sae evaluate`. Default: full on the papers' model, else quick.")
     ] = None,
+    evaluate_tokens: Annotated[
+        int | None, typer.Option(parser=tokens_of, metavar="N", help="Of held-out text. Default: as `sae evaluate`.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of runs and pages. Default: reproduce/<model>.")] = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print tokens, disk, time and runs, and stop.")] = False,
@@ -104,7 +108,7 @@ def reproduce(
         metrics_of(suite)
     chosen = [load(number) for number in (PAPERS if ALL in papers else dict.fromkeys(papers))]
     asked = Asked(
-        model, layer, seed, reading, steps, batch_size, width, dataset, cache, suite,
+        model, layer, seed, reading, steps, batch_size, width, dataset, cache, suite, evaluate_tokens,
         out or home() / "reproduce" / Path(model_name(model)).name, device,
         on_paper_model=model in {paper.ran.reads_as for paper in chosen},
     )  # fmt: skip
@@ -238,7 +242,9 @@ def evaluated(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: Asked) -> i
     folders = dict.fromkeys(folder for found in runs.values() for folder in found)
     suite = asked.suite or ("full" if asked.on_paper_model else "quick")
     try:
-        run_evaluate(Request(runs=list(folders), suite=suite, mode=paper.mode, device=asked.device))
+        run_evaluate(
+            Request(runs=list(folders), suite=suite, tokens=asked.evaluate_tokens, mode=paper.mode, device=asked.device)
+        )
     except typer.Exit as stopped:
         return stopped.exit_code
     return 0

@@ -17,7 +17,7 @@ def call(*words):
 def asked(**more):
     return Asked(**{
         "model": "google/gemma-2-2b", "layers": None, "seeds": None, "reading": None, "steps": None, "batch_size": None,
-        "width": None, "dataset": None, "cache": None, "suite": None, "folder": None, "device": "cpu", "on_paper_model": True, **more,
+        "width": None, "dataset": None, "cache": None, "suite": None, "evaluate_tokens": None, "folder": None, "device": "cpu", "on_paper_model": True, **more,
     })  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def cache(tiny_model, sentences, home):
 
 def test_a_paper_becomes_runs_and_a_page_and_the_second_time_nothing_is_made(cache, tiny_model, home):
     words = ("reproduce", "003", "--model", tiny_model, "--cache", cache, "--layer", 1, "--seed", 0, "--seed", 1, "--steps", 20,
-             "--batch-size", 256, "--width", "2x", "--suite", "core")  # fmt: skip
+             "--batch-size", 256, "--width", "2x", "--suite", "core", "--evaluate-tokens", 100)  # fmt: skip
     done = call(*words)
     assert done.exit_code == 0, done.output
     (folder,) = (home / "reproduce").iterdir()
