@@ -233,8 +233,10 @@ function nothing(sentence) {
   drawRows();
 }
 
+const addressed = () => /^#latent-(\d{1,9})$/.exec(location.hash)?.[1]; // the address is ahead of what is drawn
+
 async function route() {
-  const latent = /^#latent-(\d{1,9})$/.exec(location.hash)?.[1];
+  const latent = addressed();
   const inRun = latent === undefined && location.hash !== "#latents";
   byId("view-run").hidden = !inRun;
   byId("view-latents").hidden = inRun;
@@ -249,7 +251,7 @@ async function route() {
 const go = (place) => { if (place !== undefined) location.hash = `#latent-${table.latent[place]}`; };
 
 function step(by) {
-  const at = order.indexOf(current);
+  const at = order.indexOf(places.get(Number(addressed())));
   go(order[at < 0 ? 0 : Math.min(order.length - 1, Math.max(0, at + by))]);
 }
 
@@ -258,7 +260,7 @@ function leave() {
     search.value = "";
     choose();
   } else if (document.activeElement === search) search.blur();
-  else location.hash = current === null ? "#run" : "#latents";
+  else location.hash = addressed() === undefined ? "#run" : "#latents";
 }
 
 const KEYS = {
