@@ -153,7 +153,7 @@ def jobs_of(paper: Any, asked: Asked) -> list[Job]:
             asked.dataset or (run.dataset if asked.on_paper_model else None),
             asked.steps or run.steps,
             asked.batch_size or (run.batch_size if asked.on_paper_model else None),
-            asked.width or system.width or None,
+            width_of(system.width, paper.systems["full" if "full" in paper.systems else next(iter(paper.systems))].width, asked.width),
             reading.literal,
             tuple(asked.layers or paper.ran.layers),
             tuple(asked.seeds or run.seeds),
@@ -161,6 +161,15 @@ def jobs_of(paper: Any, asked: Asked) -> list[Job]:
         for system in paper.systems.values()
         for recipe in system.recipes
     ]  # fmt: skip
+
+
+def width_of(own: str, main: str, asked: str | None) -> str | None:
+    """A system's width; where another is asked for, as many times that as the paper's own is of its main system's."""
+    if asked is None or own == main:
+        return asked or own or None
+    number, unit = (asked[:-1], asked[-1]) if asked[-1:].isalpha() else (asked, "")
+    times = float(own.removesuffix("x")) / float(main.removesuffix("x"))
+    return f"{float(number) * times:g}{unit}"
 
 
 def options_of(recipe: str, reading: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sae.cli import app
-from sae.cli_reproduce import Asked, jobs_of, packed
+from sae.cli_reproduce import Asked, jobs_of, packed, width_of
 from sae.evaluate.claims import PAPERS, load
 
 
@@ -42,7 +42,24 @@ def test_on_the_papers_model_the_papers_sizes_are_run():
     elsewhere = jobs_of(
         load("002"), asked(model="gemma-2-mini", on_paper_model=False, width="4x", steps=10, layers=[0])
     )
-    assert {(job.steps, job.batch_size, job.width, job.dataset) for job in elsewhere} == {(10, None, "4x", None)}
+    assert {(job.steps, job.batch_size, job.dataset) for job in elsewhere} == {(10, None, None)}
+    assert {job.system: job.width for job in elsewhere} == {  # the small one stays an eighth
+        **dict.fromkeys(load("002").systems, "4x"), "small": "0.5x",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "main", "asked", "width"),
+    [
+        ("1x", "8x", None, "1x"),
+        ("8x", "8x", "16k", "16k"),
+        ("1x", "8x", "16k", "2k"),
+        ("1x", "8x", "512", "64"),
+        ("", "1x", None, None),
+    ],
+)
+def test_widths_keep_their_proportion(own, main, asked, width):
+    assert width_of(own, main, asked) == width
 
 
 def test_groups_hold_every_job_once_and_no_recipe_with_two_sets_of_options():
