@@ -397,6 +397,15 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[Request, Cache], tmp_path: 
     assert files_of(request.out) == files_of(small[1].folder)
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell put into the background begins with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_stops_at_once(small: tuple[Request, Cache], tmp_path: Path, monkeypatch) -> None:
     """The first waits for the window that is being written; the second does not."""
     request, said = replace(small[0], out=tmp_path / "stopped"), []
