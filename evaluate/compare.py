@@ -31,6 +31,7 @@ SUMMARY = (  # metric and number: the columns of the table, and what is drawn ov
     ("core", "frac_alive"),
     ("core", "mean"),
     ("absorption", "mean_full_absorption_score"),
+    ("absorption", "mean_absorption_score"),  # of 2024-12
     *((metric, f"sae_top_{k}_test_accuracy") for metric in ("sparse_probing", "sparse_probing_stdlib") for k in (1, 5)),
     *((metric, "scr_metric_threshold_20") for metric in ("scr", "scr_stdlib")),
     *((metric, "tpp_threshold_20_total_metric") for metric in ("tpp", "tpp_stdlib")),

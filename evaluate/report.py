@@ -53,10 +53,12 @@ class Trained:
         warmup = record.get("resolved", {}).get("warmup")
         if warmup is not None and warmup > done:
             wrong.append(f"its learning rate never came to its peak: {warmup:,} steps of warm-up")
+        alive = core.metrics.get("misc_metrics", {}).get("frac_alive") if core is not None else None
+        if alive is None and self.log and "dead" in self.log[-1]:  # the definitions of 2024-12 have none
+            alive = 1 - self.log[-1]["dead"]
+        if alive is not None and alive < ALIVE:
+            wrong.append(f"{1 - alive:.0%} of its latents are dead")
         if core is not None:
-            alive = core.metrics.get("misc_metrics", {}).get("frac_alive")
-            if alive is not None and alive < ALIVE:
-                wrong.append(f"{1 - alive:.0%} of its latents are dead")
             trained, found = self.log[-1].get("explained_variance") if self.log else None, explained(core)
             if trained is not None and found is not None and abs(found - trained) > LIKE_TRAINED:
                 wrong.append(f"it explains {found:.3f} of the held-out text's variance, and {trained:.3f} in training")

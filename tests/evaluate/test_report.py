@@ -28,7 +28,10 @@ def run(
         }
     )
     record = {"layer": layer, "seed": seed, "steps": steps, "d_sae": 8, "batch_size": 4, "resolved": {"warmup": warmup}}
-    log = [{"step": n, "tokens": 4 * n, "explained_variance": 0.7, "alpha": n / 100} for n in (done // 2, done)]
+    log = [
+        {"step": n, "tokens": 4 * n, "explained_variance": 0.7, "alpha": n / 100, "dead": dead}
+        for n in (done // 2, done)
+    ]
     found = Compared(f"{recipe}-{seed}", Path("x"), {}, record, {"core": core, **(metrics or {})}, {})
     return Trained(system, recipe, found, log)
 
@@ -88,6 +91,7 @@ def test_a_claim_about_several_recipes_has_to_hold_of_each():
         ({"done": 60}, "60 of 100 steps"),
         ({"steps": 0, "done": 0}, "0 of 0 steps"),
         ({"alive": 0.05}, "95% of its latents are dead"),
+        ({"alive": None, "dead": 0.95}, "95% of its latents are dead"),  # as training counts them
         ({"fve": 0.2}, "0.200 of the held-out text's variance, and 0.700"),
         ({"warmup": 1000}, "1,000 steps of warm-up"),
     ],
