@@ -17,7 +17,19 @@ PAPER = load("004")
 
 
 def run(
-    system, recipe, seed=0, layer=19, ev=0.8, kl=0.5, metrics=None, steps=100, done=100, fve=0.7, alive=1.0, warmup=None
+    system,
+    recipe,
+    seed=0,
+    layer=19,
+    ev=0.8,
+    kl=0.5,
+    metrics=None,
+    steps=100,
+    done=100,
+    fve=0.7,
+    alive=1.0,
+    warmup=None,
+    dead=0.0,
 ):
     core = Result(
         {
