@@ -61,7 +61,7 @@ class Compared:
     reference: bool = False
 
     @property
-    def subject(self) -> "Compared":  # as `tables` asks a row of an evaluation
+    def subject(self) -> "Compared":  # as `notes` asks a row of an evaluation
         return self
 
     def value(self, metric: str, number: Number) -> float | None:
@@ -169,10 +169,7 @@ def what_differs(runs: Sequence[Compared]) -> list[str]:
     """One sentence for each thing, other than the training, that not all runs have the same."""
     found = []
     for name in ("model", "layer", "site"):
-        values = {
-            str(run.origin.get(name, {}) if name != "model" else run.origin.get("model", {}).get("name")): run
-            for run in runs
-        }
+        values = {str(place_of(run)[name]): run for run in runs}
         if len(values) > 1:
             found.append(f"{name}: " + ", ".join(f"{value} ({run.name})" for value, run in values.items()))
     for metric in METRICS:
@@ -183,6 +180,12 @@ def what_differs(runs: Sequence[Compared]) -> list[str]:
                 shown = ", ".join(f"{value[:24]} ({run.name})" for value, run in values.items())
                 found.append(f"{metric}, {key}: {shown}")
     return found
+
+
+def place_of(run: Compared) -> dict[str, Any]:
+    """Where the SAE stands: the model's name, the layer and the site."""
+    name = run.origin.get("model", {}).get("name")
+    return {"model": name, "layer": run.origin.get("layer"), "site": run.origin.get("site", "resid_post")}
 
 
 def systems_of(runs: Sequence[Compared]) -> list[System]:
@@ -253,11 +256,9 @@ def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[
 
 def headed(metric: str, number: Number) -> str:
     """The number's head, under the name of its metric where its own does not say it."""
-    plain = metric.removesuffix("_stdlib")
-    words = ["stdlib"] * metric.endswith("_stdlib") + {"absorption": ["absorption"], "sparse_probing": ["probing"]}.get(
-        plain, []
-    )
-    return " ".join(words) + "\n" * bool(words) + head(number)
+    named = {"absorption": "absorption", "sparse_probing": "probing", "sparse_probing_stdlib": "stdlib probing"}
+    over = named.get(metric, "stdlib" if metric.endswith("_stdlib") else "")
+    return f"{over}\n{head(number)}" if over else head(number)
 
 
 def records(comparison: Comparison) -> list[dict[str, Any]]:
@@ -324,11 +325,10 @@ def family(system: System, comparison: Comparison) -> str:
 
 def published(comparison: Comparison, metric: str, number: Number) -> list[Series]:
     """What others measured at the same place of the same model, where a number of the chart's kind was published."""
-    about = comparison.runs[0].origin
+    here = (*place_of(comparison.runs[0]).values(), metric, number.name)
     found = []
     for one in tomllib.loads(PUBLISHED.read_text())["series"]:
-        here = (about.get("model", {}).get("name"), about.get("layer"), about.get("site", "resid_post"))
-        if (one["model"], one["layer"], "resid_post", one["metric"], one["number"]) == (*here, metric, number.name):
+        if (one["model"], one["layer"], "resid_post", one["metric"], one["number"]) == here:
             labels = [f"{one['name']}, published: L0 {x}, {y}" for x, y in one["points"]]
             found.append(Series(f"{one['name']} (published)", *zip(*one["points"], strict=True), "both", labels=labels))
     return found

@@ -132,8 +132,9 @@ def row_of(claim: Claim, paper: Paper, runs: Sequence[Trained], on_paper_model: 
     if not verdicts:
         verdicts = ["paper inconsistent" if paper.inconsistent(claim) else "not measured"]
     layers = layers_of(claim, runs, on_paper_model)
-    if shown and not set(layers) & set(claim.layers):
-        notes.append(f"layer {', '.join(map(str, layers))} in the place of {', '.join(map(str, claim.layers))}")
+    if shown and set(layers) != set(claim.layers):
+        instead = "of" if set(layers) < set(claim.layers) else "in the place of"
+        notes.append(f"layer {', '.join(map(str, layers))} {instead} {', '.join(map(str, claim.layers))}")
     if shown and stands_in(claim, runs, on_paper_model):
         notes.append("on the stand-in of the standard library")
     if claim.why:

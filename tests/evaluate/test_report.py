@@ -132,6 +132,13 @@ def test_another_layer_and_a_stand_in_are_named():
     assert "stand-in" not in " ".join(report(of(asked), real, False).rows[0].notes)
 
 
+def test_a_part_of_the_claimed_layers_is_named():
+    (row,) = report(of(claim(layers=(5, 19))), [run("full", "hierarchical")], True).rows
+    assert row.notes == ["layer 19 of 5, 19"]
+    (row,) = report(of(claim()), [run("full", "hierarchical")], True).rows
+    assert row.notes == []
+
+
 def test_what_was_measured_as_text():
     percent = claim(unit="%", value=80.0, quote="80%")
     assert as_text(percent, [([0.5, 0.7], [])]) == "60 ± 14 %"
