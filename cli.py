@@ -1,9 +1,8 @@
 """The command line: parses, delegates, prints. `sae --help` imports neither torch nor any of our folders."""
 
-import time
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,8 +16,9 @@ from .cli_harvest import run_harvest
 from .cli_options import STREAM, Caches, Device, Layers, Sites, StreamTokens, Tokens
 from .cli_pages import dashboard, inspect
 from .cli_reproduce import reproduce
+from .cli_train import run_train
 from .config import ORIGINS
-from .terminal import bar, echo, show_table, spoken
+from .terminal import echo, spoken
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="rich", add_completion=False,
@@ -87,7 +87,7 @@ def harvest(
         origins=ORIGINS.get({}),
     )  # fmt: skip
     cache = run_harvest(request, dry_run)
-    if cache is not None:
+    if not dry_run:
         hook = cache.hooks[len(cache.hooks) // 2]
         echo(f"next     sae train --variant decorrelation {hook.flags} --cache {quote(str(cache.folder))}")
 
@@ -177,54 +177,6 @@ def train(
         runs = run_train(request, dry_run)
     if not dry_run:
         echo(f"next     sae evaluate {' '.join(quote(str(run.folder)) for run in runs)}")
-
-
-def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> list[Any]:
-    from .train.loggers import Loggers
-    from .train.run import plan
-    from .train.stream import Report, run_all
-
-    runs = plan(request)
-    for run in runs:
-        s = run.setting
-        echo(
-            f"train    {run.recipe.name} {s.d_in} -> {s.d_sae}, {run.hook}, seed {run.seed}: {s.steps:,} steps x {s.batch_size:,} tokens -> {run.folder}"
-        )
-    for note in dict.fromkeys(note for run in runs for note in run.notes):
-        echo(f"note     {note}")
-    if dry_run:
-        return runs
-    started = time.monotonic()
-    latest: dict[str, dict[str, float]] = {}
-    with bar("train", "steps") as shown, Loggers(request.log, runs) as loggers:
-
-        def step(number: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
-            latest.update(metrics)
-            loggers.log(metrics)
-            first = next(iter(metrics.values()), {})
-            shown(
-                number, steps, ", ".join(f"{head} {text}" for head, text in zip(TRAINED, summary(first), strict=True))
-            )
-            if len(runs) > 1:
-                shown.table(["run", *TRAINED], [[name, *summary(found)] for name, found in latest.items()])
-
-        (carry_out or run_all)(runs, request, Report(step, shown.say))
-    if latest:
-        lines = [[name, *summary(found)] for name, found in latest.items()]
-        show_table("trained (means over the last logged steps)", ["run", *TRAINED], lines)
-        waited = max(found["waited_for_data"] for found in latest.values())
-        echo(f"done     in {time.monotonic() - started:.0f} s, of which training waited {waited:.1f} s for data")
-    return runs
-
-
-TRAINED = ("loss", "L0", "EV", "dead")
-
-
-def summary(found: dict[str, float]) -> list[str]:
-    """The metrics of a run under the heads of TRAINED."""
-    if not found:
-        return ["-"] * len(TRAINED)
-    return [f"{found['loss']:.4g}", f"{found['l0']:.1f}", f"{found['explained_variance']:.3f}", f"{found['dead']:.1%}"]
 
 
 @app.command()

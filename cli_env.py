@@ -14,9 +14,8 @@ def env() -> None:
     """A report to paste into a bug report: versions, machine, folders. It never prints a token."""
     from .cache.device import best_device
     from .cache.environment import PACKAGE, environment
-    from .cache.files import bytes_text
+    from .cache.files import bytes_text, free_space
     from .cache.layout import home
-    from .harvest.plan import free_space
 
     found = environment()
     versions, source = found["versions"], found["source"]

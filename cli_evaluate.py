@@ -65,8 +65,7 @@ def left_out(planned: Any) -> str:
 
 def show_plan(planned: Any) -> set[tuple[str, str]]:
     """What will be measured, on what and where it goes, as lines; returns what is known not to run."""
-    from .cache.files import bytes_text, folder_bytes
-    from .harvest.plan import free_space
+    from .cache.files import bytes_text, folder_bytes, free_space
 
     for sentence in dict.fromkeys(map(str, planned.refused.values())):
         names = [folder.name for folder, error in planned.refused.items() if str(error) == sentence]
@@ -97,7 +96,7 @@ def show_plan(planned: Any) -> set[tuple[str, str]]:
         echo(f"not run  {metric}: {sentence}")
     if any(group.todo(metric.name) for group in planned.groups for metric in planned.metrics):
         shelf = planned.shelf.folder
-        there = folder_bytes(shelf) if shelf.exists() else 0
+        there = folder_bytes(shelf)
         echo(
             f"writes   evaluations/<metric>.json of each run; what no SAE changes is kept in {shelf} "
             f"({bytes_text(there)} now, {bytes_text(free_space(shelf))} free)"

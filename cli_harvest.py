@@ -9,8 +9,9 @@ from .terminal import QUIET, bar, echo
 
 
 def run_harvest(request: Any, dry_run: bool = False) -> Any:
-    from .cache.files import bytes_text
-    from .harvest.plan import IMPLIED_VARIANCE, free_space
+    """The cache; of a dry run the plan."""
+    from .cache.files import bytes_text, free_space
+    from .harvest.plan import IMPLIED_VARIANCE
     from .harvest.plan import plan as resolve
     from .harvest.run import Report
     from .harvest.run import harvest as carry_out
@@ -25,7 +26,7 @@ def run_harvest(request: Any, dry_run: bool = False) -> Any:
     echo(f"time     {time_of(plan)}")
     echo(f"cache    {plan.folder}")
     if dry_run:
-        return None
+        return plan
     started = time.monotonic()
     with bar("harvest", "tokens") as shown:
         cache = carry_out(plan, Report(shown, shown.say))

@@ -55,10 +55,6 @@ class Job:
         """Jobs that have this in common can be trained on one pass."""
         return self.dataset, self.steps, self.batch_size, self.width, self.literal, self.layers, self.seeds
 
-    @property
-    def count(self) -> int:
-        return len(self.layers) * len(self.seeds)
-
 
 @spoken
 def reproduce(
@@ -113,15 +109,14 @@ def reproduce(
         on_paper_model=model in {paper.ran.reads_as for paper in chosen},
     )  # fmt: skip
     jobs = [job for paper in chosen for job in jobs_of(paper, asked)]
-    caches = harvested(jobs, asked, dry_run)
-    runs: dict[Job, list[Path]] = {}
-    for group in packed(jobs):
-        if (text := caches[group[0].dataset]) is None:  # planned, and not there yet
-            echo(f"train    {sum(job.count for job in group):,} SAEs, {group[0].steps:,} steps each")
-            continue
-        runs |= trained(group, text, asked, dry_run)
+    groups = packed(jobs)
+    sources = harvested(jobs, asked, dry_run)
+    show_plan({tuple(group): foreseen(group, sources[group[0].dataset], asked) for group in groups}, asked, dry_run)
     if dry_run:
         return
+    runs: dict[Job, list[Path]] = {}
+    for group in groups:
+        runs |= trained(group, sources[group[0].dataset].folder, asked)
     code = 0
     for paper in chosen:
         own = {job: folders for job, folders in runs.items() if job.paper == paper.number}
@@ -200,8 +195,8 @@ def packed(jobs: Iterable[Job]) -> list[list[Job]]:
     return groups
 
 
-def harvested(jobs: Sequence[Job], asked: Asked, dry_run: bool) -> dict[str | None, Path | None]:
-    """A cache for each dataset, with the tokens of its longest job; None where it is only planned."""
+def harvested(jobs: Sequence[Job], asked: Asked, dry_run: bool) -> dict[str | None, Any]:
+    """A cache for each dataset, with the tokens of its longest job; of a dry run its plan, where it is not there yet."""
     from .cache.errors import UsageError
     from .cache.reader import Cache, model_name
     from .cli_harvest import run_harvest
@@ -213,34 +208,92 @@ def harvested(jobs: Sequence[Job], asked: Asked, dry_run: bool) -> dict[str | No
             f"--cache {asked.cache} holds activations of {held}, and the claims would be read of {asked.model}. "
             f"Give --model {held}, or a cache of {asked.model}."
         )
-    caches: dict[str | None, Path | None] = {}
+    sources: dict[str | None, Any] = {}
     for dataset in dict.fromkeys(job.dataset for job in jobs):
         own = [job for job in jobs if job.dataset == dataset]
         tokens = max(job.steps * (job.batch_size or find_recipe(job.recipe).batch_size) for job in own)
         layers = sorted({layer for job in own for layer in job.layers})
         if asked.cache is not None:
-            caches[dataset] = asked.cache
+            sources[dataset] = Cache(asked.cache)
             continue
         request = Request(model=asked.model, dataset=dataset, layers=layers, tokens=tokens, device=asked.device)
-        cache = run_harvest(request, dry_run)
-        caches[dataset] = None if cache is None else cache.folder
-    return caches
+        found = run_harvest(request, dry_run)
+        sources[dataset] = found.harvested or found if dry_run else found
+    return sources
 
 
-def trained(group: Sequence[Job], cache: Path, asked: Asked, dry_run: bool) -> dict[Job, list[Path]]:
-    """Train the group on one pass; the run folders of each job."""
-    from .cli import run_train
+def options_by_recipe(group: Iterable[Job]) -> dict[str, tuple[str, ...]]:
+    """What the group trains: a recipe of two papers, with the same options, once."""
+    return {job.recipe: job.options for job in group}
+
+
+def training_of(group: Sequence[Job], cache: Path, asked: Asked) -> Any:
+    """What the group asks of training."""
     from .train.run import Request
 
     first = group[0]
-    recipes = {job.recipe: job.options for job in group}
-    request = Request(
+    recipes = options_by_recipe(group)
+    return Request(
         variants=list(recipes), layers=first.layers, seeds=first.seeds, caches=(cache,), steps=first.steps, width=first.width,
         batch_size=first.batch_size, literal=first.literal, out=asked.folder / "runs", device=asked.device,
         options=[f"{recipe}.{option}" for recipe, options in recipes.items() for option in options],
     )  # fmt: skip
-    runs = run_train(request, dry_run)
+
+
+def foreseen(group: Sequence[Job], source: Any, asked: Asked) -> list[Any]:
+    """The streams of the group that are still to train, as `forecast` takes them."""
+    from .cache.layout import Hook
+    from .harvest.plan import Plan
+    from .train.recipe import Setting, find_recipe
+    from .train.run import parse_options, plan, streams, width_of
+
+    if not isinstance(source, Plan):
+        return streams(run for run in plan(training_of(group, source.folder, asked)) if not run.done)
+    first, found = group[0], []
+    for layer in first.layers:
+        d_in, stream = source.widths[Hook(layer, "resid_post").array], []
+        for name, options in options_by_recipe(group).items():
+            recipe = find_recipe(name)
+            given = parse_options(options, [recipe])[name]
+            sizes = d_in, width_of(first.width, recipe, d_in), first.steps, first.batch_size or recipe.batch_size
+            stream += [(recipe, given, Setting(*sizes, literal=first.literal))] * len(first.seeds)
+        found.append(stream)
+    return found
+
+
+def show_plan(streams: Mapping[Sequence[Job], Sequence[Any]], asked: Asked, dry_run: bool) -> None:
+    """What there is to train in all, as lines; OutsideError where it does not fit on the disk."""
+    from .cache.files import folder_bytes
+    from .cli_train import show_size, show_time
+    from .train.forecast import check_space
+
+    for group, of_group in streams.items():
+        first, recipes, todo = group[0], options_by_recipe(group), sum(map(len, of_group))
+        count = len(recipes) * len(first.layers) * len(first.seeds)
+        there = f"; {count - todo:,} of them are there" if todo < count else ""
+        echo(
+            f"train    {count:,} SAEs: {len(recipes)} recipe{'s' * (len(recipes) > 1)}, {first.steps:,} steps each{there}"
+        )
+    everything = [stream for of_group in streams.values() for stream in of_group]
+    if planned := [one for stream in everything for one in stream]:
+        begun = [path for path in (asked.folder / "runs").glob("*") if not (path / "sae.json").exists()]
+        check_space(planned, asked.folder, sum(map(folder_bytes, begun)))
+        show_size(planned, asked.folder)
+        if dry_run:
+            show_time(everything, asked.device)
+    echo(f"evaluate the runs of each paper in the suite {suite_of(asked)}; how long that takes is not foreseen")
+
+
+def trained(group: Sequence[Job], cache: Path, asked: Asked) -> dict[Job, list[Path]]:
+    """Train the group on one pass; the run folders of each job."""
+    from .cli_train import run_train
+
+    runs = run_train(training_of(group, cache, asked))
     return {job: [run.folder for run in runs if run.recipe.name == job.recipe] for job in group}
+
+
+def suite_of(asked: Asked) -> str:
+    return asked.suite or ("full" if asked.on_paper_model else "quick")
 
 
 def evaluated(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: Asked) -> int:
@@ -249,10 +302,15 @@ def evaluated(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: Asked) -> i
     from .evaluate.run import Request
 
     folders = dict.fromkeys(folder for found in runs.values() for folder in found)
-    suite = asked.suite or ("full" if asked.on_paper_model else "quick")
     try:
         run_evaluate(
-            Request(runs=list(folders), suite=suite, tokens=asked.evaluate_tokens, mode=paper.mode, device=asked.device)
+            Request(
+                runs=list(folders),
+                suite=suite_of(asked),
+                tokens=asked.evaluate_tokens,
+                mode=paper.mode,
+                device=asked.device,
+            )
         )
     except typer.Exit as stopped:
         return stopped.exit_code

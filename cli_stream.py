@@ -12,11 +12,10 @@ RING = 4  # windows
 def run_stream(request: Any, given: dict[str, Any], dry_run: bool = False) -> list[Any]:
     """Train on text whose activations are removed when every run has read them. `given`: the options of --stream."""
     from .cache.errors import UsageError
-    from .cache.files import bytes_text
-    from .cli import run_train
+    from .cache.files import bytes_text, free_space
     from .cli_harvest import show_source, time_of
+    from .cli_train import run_train
     from .harvest.plan import Request as Harvest
-    from .harvest.plan import free_space
     from .harvest.rolling import check_room, harvest_ahead, plan_ring
     from .train.rolling import run_rolling
 

@@ -32,6 +32,12 @@ def best_dtype(dtype: str, device: str) -> str:
     return ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
 
 
+def free_memory(device: torch.device | str) -> None:
+    """Give a GPU back what torch keeps for the next tensor."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the next tensor, where it is glibc.
 

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -155,7 +156,15 @@ def holder(note: Path) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
+    """Bytes of the files under `folder`; none where there is no such folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk that will hold `folder`."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def duration_text(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """What is asked of a harvest, resolved to what pins it: model, text, hooks, sizes, folder. Nothing is written here."""
 
+import contextlib
 import copy
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from ..cache.device import best_device, best_dtype
+from ..cache.device import best_device, best_dtype, free_memory
 from ..cache.environment import environment
-from ..cache.errors import OutsideError, UsageError
-from ..cache.files import bytes_text, digest_of
+from ..cache.errors import OutsideError, SaeError, UsageError
+from ..cache.files import bytes_text, digest_of, free_space
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of, home
 from ..cache.reader import Cache, caches, recorded_modules
 from . import mini
@@ -24,7 +24,6 @@ from .model import LanguageModel, Source, find_model, load_tokenizer
 from .rows import first_line
 from .sources import EMBEDDED, PILE, open_text
 from .text import Text, specials
-from .transfer import free_memory
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
@@ -116,6 +115,14 @@ class Plan:
     def modules(self) -> dict[str, str]:
         """Array -> where its hook is in transformers' words."""
         return {hook.array: module_of(hook, self.config) for hook in self.hooks}
+
+    @property
+    def harvested(self) -> Cache | None:
+        """The cache, where everything that is planned is in it."""
+        with contextlib.suppress(SaeError):
+            cache = Cache(self.folder)
+            return cache if set(self.hooks) <= set(cache.hooks) else None
+        return None
 
     def check_space(self, needed: float, per_token: float) -> None:
         """OutsideError when so many bytes do not fit on the disk."""
@@ -266,10 +273,3 @@ def estimated_seconds(plan: Plan) -> float:
     free_memory(plan.device)
     blocks = max(hook.layer for hook in plan.hooks) + 1
     return spent / ids.numel() * blocks * plan.tokens
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk that will hold `folder`."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

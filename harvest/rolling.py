@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..cache.errors import OutsideError, UsageError
-from ..cache.files import bytes_text, folder_bytes, keep_json, one_writer
+from ..cache.files import bytes_text, folder_bytes, free_space, keep_json, one_writer
 from ..cache.layout import CHUNK_ROWS, Layout
 from ..cache.ring import AHEAD, Ring
 from ..cache.writer import Writer, begun
 from .draft import discard
-from .plan import Plan, Request, free_space, plan
+from .plan import Plan, Request, plan
 from .run import Computing, Report, load, text_of, write_windows
 
 TEXT_BYTES = 5  # a token: its id, and the share of held-out text
@@ -47,7 +47,7 @@ def check_room(plan: Plan, ring: Ring) -> int:
     """The bytes that the ring takes. OutsideError when they do not fit on the disk; it says what would."""
     text = TEXT_BYTES * ring.layout.rows
     needed = bytes_of_ring(plan, ring) + text
-    free = free_space(plan.folder) + (folder_bytes(plan.folder) if plan.folder.exists() else 0)
+    free = free_space(plan.folder) + folder_bytes(plan.folder)
     if 1.02 * needed > free:
         rows = int((free / 1.02 - text) / plan.bytes_per_token)
         windows, half = rows // ring.layout.window_rows // AHEAD * AHEAD, rows // AHEAD

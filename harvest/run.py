@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..cache.contexts import Contexts
-from ..cache.device import keep_freed_memory
+from ..cache.device import free_memory, keep_freed_memory
 from ..cache.environment import source
 from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
 from ..cache.files import keep_json, one_writer
@@ -31,7 +31,7 @@ from .model import LanguageModel, load_trunk
 from .plan import Plan
 from .processes import alone_or_launched
 from .text import cut, rows_of
-from .transfer import Transfer, free_memory, out_of_memory
+from .transfer import Transfer, out_of_memory
 
 WINDOWS = 2  # in memory: one is computed, one is written
 

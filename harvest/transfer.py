@@ -1,7 +1,6 @@
 """Rows on their way from the device to their places in a window."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,8 +66,3 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         told in str(error) for told in ("can't allocate memory", "ALLOC_FAILED")
     )
-
-
-def free_memory(device: Any) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()

@@ -108,8 +108,19 @@ def test_a_dry_run_makes_nothing(tiny_model, sentences, home):
     done = call("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
                 "--batch-size", 64, "--dry-run")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "6 SAEs" in done.output and "tokens" in done.output
+    assert "train    6 SAEs: 2 recipes, 5 steps each\n" in done.output
+    heads = [line.split()[0] for line in done.output.splitlines()]
+    assert heads == ["model", "hook", "text", "size", "time", "cache", "train", "size", "memory", "time", "evaluate"]
     assert not (home / "reproduce").exists() and not (home / "activations").exists()
+
+
+def test_a_dry_run_counts_what_is_there(tiny_model, sentences, home):
+    words = ("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
+             "--batch-size", 64, "--suite", "core", "--evaluate-tokens", 100, "--seed", 0)  # fmt: skip
+    assert call(*words).exit_code == 0
+    planned = call(*words, "--seed", 1, "--dry-run").output
+    assert "train    4 SAEs: 2 recipes, 5 steps each; 2 of them are there\n" in planned
+    assert "in 2 run folders" in planned
 
 
 @pytest.mark.parametrize(

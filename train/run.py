@@ -12,7 +12,7 @@ The digest is of everything that decides the result, so the same command finds t
 import itertools
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ import torch
 
 from ..cache.batches import Plan
 from ..cache.errors import UsageError
-from ..cache.files import digest_of, read_json
+from ..cache.files import digest_of, folder_bytes, read_json
 from ..cache.joined import Joined, join
 from ..cache.layout import SITES, Hook, home
 from ..cache.reader import Cache, find_cache, model_name
 from ..cache.ring import Ring
+from .forecast import Planned, check_space
 from .recipe import Recipe, Setting, find_recipe
 
 FORMAT = 1
@@ -122,6 +123,10 @@ class Run:
         return f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.setting.d_sae}{knobs}-s{self.seed}-{digest}"
 
     @property
+    def planned(self) -> Planned:
+        return self.recipe, self.options, self.setting
+
+    @property
     def cache_folders(self) -> list[str]:
         caches = self.cache.caches if isinstance(self.cache, Joined) else [self.cache]
         return [str(cache.folder.resolve()) for cache in caches]
@@ -138,8 +143,13 @@ class Run:
 
 def plan(request: Request) -> list[Run]:
     """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong."""
-    if request.resume:
-        return [resumed(folder, request) for folder in request.resume]
+    runs = [resumed(folder, request) for folder in request.resume] if request.resume else planned(request)
+    check_space_of([run for run in runs if not run.done])
+    return runs
+
+
+def planned(request: Request) -> list[Run]:
+    """The runs of a request that goes on with none."""
     for seed in (request.order_seed, *request.seeds):
         if not 0 <= seed < 2**63:
             raise UsageError(f"The seed {seed} is out of range: --seed and --order-seed are 0 to 2^63 - 1.")
@@ -176,6 +186,23 @@ def plan(request: Request) -> list[Run]:
     if problems:
         raise UsageError("\n".join(dict.fromkeys(problems)))
     return runs
+
+
+def check_space_of(runs: Sequence[Run]) -> None:
+    """OutsideError where what the runs will write does not fit on the disk."""
+    by_parent: dict[Path, list[Run]] = {}
+    for run in runs:
+        by_parent.setdefault(run.folder.parent, []).append(run)
+    for parent, here in by_parent.items():
+        check_space([run.planned for run in here], parent, sum(folder_bytes(run.folder) for run in here))
+
+
+def streams(runs: Iterable[Run]) -> list[list[Planned]]:
+    """What is trained on one pass each, and is on the device together."""
+    together: dict[tuple[Any, ...], list[Planned]] = {}
+    for run in runs:
+        together.setdefault(run.order, []).append(run.planned)
+    return list(together.values())
 
 
 def setting_of(request: Request, recipe: Recipe, cache: Cache | Joined | Ring, d_in: int) -> Setting:

@@ -1,0 +1,82 @@
+"""What `sae train` prints: its plan, its progress, what came of it."""
+
+import time
+from typing import Any
+
+from .terminal import bar, echo, show_table
+
+
+def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> list[Any]:
+    from .train.loggers import Loggers
+    from .train.run import plan, streams
+    from .train.stream import Report, run_all
+
+    runs = plan(request)
+    for run in runs:
+        s = run.setting
+        echo(
+            f"train    {run.recipe.name} {s.d_in} -> {s.d_sae}, {run.hook}, seed {run.seed}: {s.steps:,} steps x {s.batch_size:,} tokens -> {run.folder}"
+        )
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
+        echo(f"note     {note}")
+    todo = [run for run in runs if not run.done]
+    if todo:
+        show_size([run.planned for run in todo], todo[0].folder.parent)
+    if dry_run:
+        if todo:
+            show_time(streams(todo), request.device)
+        return runs
+    started = time.monotonic()
+    latest: dict[str, dict[str, float]] = {}
+    with bar("train", "steps") as shown, Loggers(request.log, runs) as loggers:
+
+        def step(number: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
+            latest.update(metrics)
+            loggers.log(metrics)
+            first = next(iter(metrics.values()), {})
+            shown(
+                number, steps, ", ".join(f"{head} {text}" for head, text in zip(TRAINED, summary(first), strict=True))
+            )
+            if len(runs) > 1:
+                shown.table(["run", *TRAINED], [[name, *summary(found)] for name, found in latest.items()])
+
+        (carry_out or run_all)(runs, request, Report(step, shown.say))
+    if latest:
+        lines = [[name, *summary(found)] for name, found in latest.items()]
+        show_table("trained (means over the last logged steps)", ["run", *TRAINED], lines)
+        waited = max(found["waited_for_data"] for found in latest.values())
+        echo(f"done     in {time.monotonic() - started:.0f} s, of which training waited {waited:.1f} s for data")
+    return runs
+
+
+TRAINED = ("loss", "L0", "EV", "dead")
+
+
+def summary(found: dict[str, float]) -> list[str]:
+    """The metrics of a run under the heads of TRAINED."""
+    if not found:
+        return ["-"] * len(TRAINED)
+    return [f"{found['loss']:.4g}", f"{found['l0']:.1f}", f"{found['explained_variance']:.3f}", f"{found['dead']:.1%}"]
+
+
+def show_size(planned: Any, folder: Any) -> None:
+    """What the runs that are planned will leave on the disk, as a line."""
+    from .cache.files import bytes_text, free_space
+    from .train.forecast import disk_bytes
+
+    size, count = sum(map(disk_bytes, planned)), len(planned)
+    where = f"{count:,} run folders" if count > 1 else "a run folder"
+    echo(f"size     up to {bytes_text(size)} in {where}; {bytes_text(free_space(folder))} free")
+
+
+def show_time(streams: Any, device: str) -> None:
+    """What the training of streams, each of runs that share a pass, takes on the device: memory and time, as lines."""
+    from .cache.device import best_device
+    from .cache.files import bytes_text, duration_text
+    from .train.forecast import state_bytes, training_seconds
+
+    device = best_device(device)
+    memory = max(sum(map(state_bytes, stream)) for stream in streams)
+    seconds = training_seconds([planned for stream in streams for planned in stream], device)
+    echo(f"memory   {bytes_text(memory)} of weights and AdamW's moments on {device}, and what a step needs beside them")
+    echo(f"time     about {duration_text(seconds)} of training on {device}, by the time of a few steps of each recipe")

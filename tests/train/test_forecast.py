@@ -1,0 +1,95 @@
+"""What training will take: bytes as a run leaves them, times as its steps are counted, and a disk that is too small."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from sae.cache.errors import OutsideError
+from sae.train import forecast
+from sae.train.forecast import disk_bytes, state_bytes, step_seconds, training_seconds
+from sae.train.loop import Training
+from sae.train.recipe import RECIPES, Setting, find_recipe
+from sae.train.run import Request, plan, streams
+from sae.train.stream import run_all
+
+find_recipe("relu")  # registers them all
+
+
+def request_of(cache, *variants, **more):
+    sizes = dict(
+        layers=[0], caches=[cache.folder], steps=12, batch_size=64, width="512", device="cpu", checkpoint_every=4
+    )
+    return Request(list(variants), **sizes | more)
+
+
+def test_the_bytes_of_a_run_are_its_tensors():
+    weights = 4 * (2 * 4 * 8 + 8 + 4)  # W_enc, W_dec, b_enc, b_dec in float32
+    planned = find_recipe("relu"), {}, Setting(4, 8, 10, 16)
+    buffers = 4 * (4 + 1) + 8 * (
+        8 + 1
+    )  # mean and scale of the input; of each latent since when it is silent, and if it is dead
+    assert state_bytes(planned) == 3 * weights + buffers
+    assert disk_bytes(planned) == weights + 2 * state_bytes(planned)
+
+
+@pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
+def test_the_disk_holds_what_was_foreseen(sparse_cache, variant):
+    (run,) = runs = plan(request_of(sparse_cache, variant))
+    run_all(runs, request_of(sparse_cache, variant))
+    found = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
+    assert 1 <= found / disk_bytes(run.planned) < 1.02  # and the names of the tensors
+
+
+@pytest.mark.parametrize("variant", RECIPES)
+def test_a_step_of_every_recipe_is_timed(variant):
+    assert 0 < step_seconds((find_recipe(variant), {}, Setting(16, 64, 10, 32)), "cpu") < 60
+
+
+def test_a_batch_too_large_to_time_is_timed_in_part(monkeypatch):
+    rows = []
+    step = Training.step
+    monkeypatch.setattr(Training, "step", lambda self, x_BD: rows.append(len(x_BD)) or step(self, x_BD))
+    monkeypatch.setitem(forecast.AT_MOST, "cpu", forecast.PRODUCTS * 16 * 64 * 5)
+    step_seconds((find_recipe("relu"), {}, Setting(16, 64, 10, 32)), "cpu")
+    assert set(rows) == {5}
+
+
+def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
+    timed = []
+
+    def of(planned, device):
+        timed.append(planned[0].name)
+        return {"relu": 2.0, "topk": 3.0}[planned[0].name]
+
+    monkeypatch.setattr(forecast, "step_seconds", of)
+    relu, topk = ((find_recipe(name), {}, Setting(4, 8, 10, 16)) for name in ("relu", "topk"))
+    assert training_seconds([relu, topk, relu], "cpu") == 10 * (2 + 3 + 2)
+    assert sorted(timed) == ["relu", "topk"]
+
+
+def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
+    runs = plan(request_of(sparse_cache, "relu", "topk", seeds=[0, 1]))
+    assert [len(stream) for stream in streams(runs)] == [4]
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
+    request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
+    needed = sum(disk_bytes(run.planned) for run in plan(request)) + state_bytes(plan(request)[0].planned)
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
+    with pytest.raises(OutsideError, match="2 runs .* will need .* Train fewer"):
+        plan(request)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
+    assert len(plan(request)) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monkeypatch):
+    request = request_of(sparse_cache, "relu", out=tmp_path / "runs", steps=8)
+    (run,) = runs = plan(request)
+    run_all(runs, request)
+    (run.folder / "sae.json").unlink()  # killed just before its end
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, state_bytes(run.planned)))
+    assert plan(request)[0].folder == run.folder
