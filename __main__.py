@@ -1,5 +1,18 @@
-"""`python -m sae`, and so `accelerate launch -m sae`."""
+"""The command `sae`, also as `python -m sae`, and so for `accelerate launch -m sae`."""
 
-from sae.cli import app
+import sys
 
-app(prog_name="sae")
+
+def main() -> None:
+    """The command line; Ctrl-C is answered while its modules are still being read, too."""
+    try:
+        from sae.cli import app
+
+        app(prog_name="sae")
+    except KeyboardInterrupt:
+        print("stopped: interrupted before anything was begun.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -285,6 +285,3 @@ def demo(
 
 
 app.command()(env)
-
-if __name__ == "__main__":
-    app()

@@ -78,13 +78,14 @@ def info(folder: Folder) -> None:
 @spoken
 def verify(folder: Folder) -> None:
     """Read every byte and compare it with its checksum."""
+    from .cache.files import counted
     from .cache.reader import open_cache
 
     cache = open_cache(folder)
     with bar("verify", "files") as shown:
         for number, _ in enumerate(cache.verify(), 1):
             shown(number, len(cache.manifest["files"]))
-    typer.echo(f"{folder}: {len(cache.manifest['files'])} files, all as recorded")
+    typer.echo(f"{folder}: {counted(len(cache.manifest['files']), 'file')}, all as recorded")
 
 
 @cache_app.command()
@@ -96,6 +97,7 @@ def repair(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Read every byte, and harvest again the windows of what is missing or damaged."""
+    from .cache.files import counted
     from .harvest.repair import repair as mend
     from .harvest.run import Report
 
@@ -103,7 +105,7 @@ def repair(
         mended = mend(folder, Report(shown, shown.say), model=model, dataset=dataset, device=device)
     for sentence in mended:
         echo(sentence)
-    typer.echo(f"{folder}: {len(mended)} files mended" if mended else f"{folder}: nothing to mend")
+    typer.echo(f"{folder}: {counted(len(mended), 'file')} mended" if mended else f"{folder}: nothing to mend")
 
 
 @cache_app.command()

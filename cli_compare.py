@@ -36,7 +36,7 @@ def compare(
     import json
 
     from .cache.errors import UsageError
-    from .cache.files import make_folder, publish
+    from .cache.files import counted, make_folder, publish
     from .evaluate import compare as comparing
 
     for path in out or []:
@@ -46,7 +46,7 @@ def compare(
     beside = None if against is None else comparing.paired_table(found, against)
     for difference in found.differences:
         echo(f"differs  {difference}")
-    show_table(f"{len(found.runs)} runs, {len(found.systems)} systems", *comparing.table(found))
+    show_table(f"{counted(len(found.runs), 'run')}, {counted(len(found.systems), 'system')}", *comparing.table(found))
     if beside is not None:
         show_table(f"against {against}, paired by seed", *beside)
     for path in out or []:

@@ -22,6 +22,8 @@ def run_evaluate(request: Any, as_json: bool = False, dry_run: bool = False) -> 
         echo(f"skipped  {folder} is not trained to its end: sae train --resume {quote(str(folder))}")
     foreseen = show_plan(planned)
     if dry_run:
+        if planned.refused:
+            raise typer.Exit(1)
         return []
     rows = carry_out(planned, lambda metric: bar(f"evaluate {metric}", ""))
     if as_json:

@@ -263,7 +263,7 @@ def foreseen(group: Sequence[Job], source: Any, asked: Asked) -> list[Any]:
 
 def show_plan(streams: Mapping[Sequence[Job], Sequence[Any]], asked: Asked, dry_run: bool) -> None:
     """What there is to train in all, as lines; OutsideError where it does not fit on the disk."""
-    from .cache.files import folder_bytes
+    from .cache.files import counted, folder_bytes
     from .cli_train import show_size, show_time
     from .train.forecast import check_space
 
@@ -271,9 +271,7 @@ def show_plan(streams: Mapping[Sequence[Job], Sequence[Any]], asked: Asked, dry_
         first, recipes, todo = group[0], options_by_recipe(group), sum(map(len, of_group))
         count = len(recipes) * len(first.layers) * len(first.seeds)
         there = f"; {count - todo:,} of them are there" if todo < count else ""
-        echo(
-            f"train    {count:,} SAEs: {len(recipes)} recipe{'s' * (len(recipes) > 1)}, {first.steps:,} steps each{there}"
-        )
+        echo(f"train    {counted(count, 'SAE')}: {counted(len(recipes), 'recipe')}, {first.steps:,} steps each{there}")
     everything = [stream for of_group in streams.values() for stream in of_group]
     if planned := [one for stream in everything for one in stream]:
         begun = [path for path in (asked.folder / "runs").glob("*") if not (path / "sae.json").exists()]

@@ -61,12 +61,11 @@ def summary(found: dict[str, float]) -> list[str]:
 
 def show_size(planned: Any, folder: Any) -> None:
     """What the runs that are planned will leave on the disk, as a line."""
-    from .cache.files import bytes_text, free_space
+    from .cache.files import bytes_text, counted, free_space
     from .train.forecast import disk_bytes
 
-    size, count = sum(map(disk_bytes, planned)), len(planned)
-    where = f"{count:,} run folders" if count > 1 else "a run folder"
-    echo(f"size     up to {bytes_text(size)} in {where}; {bytes_text(free_space(folder))} free")
+    size = bytes_text(sum(map(disk_bytes, planned)))
+    echo(f"size     up to {size} in {counted(len(planned), 'run folder')}; {bytes_text(free_space(folder))} free")
 
 
 def show_time(streams: Any, device: str) -> None:

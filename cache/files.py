@@ -167,6 +167,11 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things for a reader: 1 run, 2 runs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration_text(seconds: float) -> str:
     """A time for a reader: seconds, minutes, hours or days."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from sae.cache.errors import UsageError
+from sae.cache.files import counted
 from sae.cli import app
 from sae.terminal import show_table, spoken
 from sae.train.sae import SAE, save_sae
@@ -294,6 +296,8 @@ def test_evaluate_prints_its_plan_before_and_the_next_command_after(tiny_cache, 
     assert heads == ["runs", "model", "text", "metric", "writes"]
     assert "metric   core: 3 to measure" in planned.stderr and "3 after layer 0; beside them identity" in planned.stderr
     assert not list(home.rglob("evaluations"))
+    partly = call("evaluate", runs[0], home, "--suite", "core", "--tokens", 60, "--device", "cpu", "--dry-run")
+    assert partly.exit_code == 1 and "refused  " in partly.stderr  # as the command itself would end
     done = call("evaluate", runs[0], "--suite", "core", "--tokens", 60, "--device", "cpu")
     assert [line.split()[0] for line in done.stderr.splitlines()][-2:] == ["done", "next"]
     again = call("evaluate", *runs, "--suite", "core", "--tokens", 60, "--device", "cpu")
@@ -467,3 +471,21 @@ def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path, capsys)
         spoken(lambda: (tmp_path / "file" / "plots").mkdir())()
     assert left.value.exit_code == 4
     assert "plots: Not a directory. Check the folder's permissions" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_command_line_is_read_is_a_sentence(monkeypatch, capsys):
+    from sae.__main__ import main
+
+    class Slow(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "sae.cli", Slow("sae.cli"))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped: interrupted before anything was begun.\n"
+
+
+def test_one_thing_is_not_many():
+    assert [counted(n, "run") for n in (0, 1, 2, 1000)] == ["0 runs", "1 run", "2 runs", "1,000 runs"]
