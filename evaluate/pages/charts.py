@@ -19,7 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#b3508a", "#9a6a00", "#2b8cbe", "#6
 MARKERS = "osD^vP*X"  # matplotlib's names; `SHAPES` draws the same
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 Kind = Literal["points", "line", "both", "bars"]
-LETTER = 6.5  # pixels that a letter of a label takes, about
+LETTER = 7  # pixels that a letter of a label takes, about
 SHAPES = {
     "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
     "s": "M-3.5-3.5H3.5V3.5H-3.5Z",
@@ -163,7 +163,7 @@ def svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) 
     (x_low, x_high), (y_low, y_high) = spans(chart)
     y_ticks = ticks(y_low, y_high, chart.y_log)
     right, top, bottom = 12, 10, 46 if chart.x_title else 26
-    left = max(64, 26 + round(LETTER * max(map(len, labelled(y_ticks)), default=0)))  # the axis' title, and its labels
+    left = max(64, 30 + round(LETTER * max(map(len, labelled(y_ticks)), default=0)))  # the axis' title, and its labels
     slanted = chart.slanted(width - left - right)
     if slanted:  # by 45 degrees, a name's end at its tick
         reach = math.ceil(chart.longest * math.sqrt(0.5))
@@ -253,7 +253,7 @@ def look_of(series: Series, number: int) -> dict[str, Any]:
 
 def legend_places(names: Sequence[str], width: int, left: int) -> list[tuple[int, int]]:
     """(x, row) of each name, in as many columns as the longest one allows."""
-    longest = max(map(len, names), default=0) * 7 + 26
+    longest = max(map(len, names), default=0) * LETTER + 26
     columns = max(1, (width - left) // longest)
     return [(left + number % columns * longest, number // columns) for number in range(len(names))]
 

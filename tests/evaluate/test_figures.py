@@ -1,5 +1,6 @@
 """A paper's figures, redrawn from runs."""
 
+import string
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,11 @@ def absorbed(seed):
     means = {"mean_absorption_score": 0.1 * seed, "mean_num_split_features": 1.0 + seed}
     probing = {f"sae_top_{k}_test_accuracy": 0.5 + k / 100 + seed / 10 for k in (1, 5, 20)}
     return {"absorption": Result({"mean": means}, letters), "sparse_probing_stdlib": Result({"sae": probing})}
+
+
+def lettered(seed):
+    letters = [{"first_letter": a, "absorption_rate": seed / 10} for a in string.ascii_lowercase]
+    return {"absorption": Result({"mean": {"mean_absorption_score": seed / 10}}, letters)}
 
 
 def drawn(paper, runs, heading=OWN):
