@@ -63,7 +63,8 @@ def over_training(found: Report, title: str, name: str, y: str, sd: str = "", to
                 widths = curve(runs, sd)
                 line = replace(line, spread=[mean(widths.get(tokens, [0.0])) for tokens in values])
             series.append(line)
-    note = "The band is ± 1 sd over pairs of latents, its mean over seeds." if sd else ""
+    banded = sd and any(any(line.spread) for line in series)
+    note = "The band is ± 1 sd over pairs of latents, its mean over seeds." if banded else ""
     return Chart(title, "tokens", y, series, y_log=to_one, note=note)
 
 

@@ -65,6 +65,8 @@ def test_the_band_of_correlations_is_their_sd_over_pairs():
     for line in chart.series:
         assert list(line.y) == pytest.approx([0.2, 0.2]) and list(line.spread) == pytest.approx([0.04, 0.04])
     assert "pairs" in chart.note
+    older = drawn(load("003"), runs_of(load("003"), mean_correlation=0.1))["Figure 1 (b): correlation of latents"]
+    assert not older.note and not any(older.series[0].spread)  # of runs that did not log it
 
 
 def test_steps_add_up():
