@@ -1,29 +1,19 @@
 """A paper's claims beside what was measured of its systems, with the gates that stand before any verdict."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
-from typing import Any
 
 from .claims import Claim, Paper, System
 from .compare import Compared, logged
 from .metric import Result
-from .pages.charts import Chart, Series
-from .verdict import Verdict, label_of, measured, of_all, verdict
+from .verdict import Verdict, measured, of_all, verdict
 
 ALIVE = 0.10  # share of latents that fire, at least: under it the numbers are those of a collapsed SAE
 LIKE_TRAINED = 0.10  # by which the explained variance of held-out text may differ from that of the last steps
 NO_GATE = "none of its runs passes the gates"
 STAND_INS = ("sparse_probing", "scr")  # metrics that have a `_stdlib` one, which reads no dataset of the Hub
-SCALARS = {  # of each paper's mechanisms, drawn over training in the place of its figures
-    "000": ("utilisation", "contrast", "tau", "lambda"),
-    "001": ("T", "rho", "enabled"),
-    "002": ("competition_strength", "pairs_above", "mean_coefficient"),
-    "003": ("tau", "mean_correlation"),
-    "004": ("alpha", "resampled", "merged", "stability"),
-}
-EVERYWHERE = ("explained_variance", "l0")
-KS = (1, 2, 5, 10, 20, 50)
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ def row_of(claim: Claim, paper: Paper, runs: Sequence[Trained], on_paper_model: 
     if shown and set(layers) != set(claim.layers):
         instead = "of" if set(layers) < set(claim.layers) else "in the place of"
         notes.append(f"layer {', '.join(map(str, layers))} {instead} {', '.join(map(str, claim.layers))}")
-    if shown and stands_in(claim, runs, on_paper_model):
+    if shown and stands_in(claim.metric, runs, on_paper_model):
         notes.append("on the stand-in of the standard library")
     if claim.why:
         notes.append(claim.why)
@@ -176,8 +166,8 @@ def results_of(run: Trained, on_paper_model: bool) -> dict[str, Result]:
     return results
 
 
-def stands_in(claim: Claim, runs: Sequence[Trained], on_paper_model: bool) -> bool:
-    name = claim.metric.split(".")[0]
+def stands_in(metric: str, runs: Sequence[Trained], on_paper_model: bool) -> bool:
+    name = metric.split(".")[0]
     return not on_paper_model and name in STAND_INS and not any(name in run.run.results for run in runs)
 
 
@@ -199,92 +189,36 @@ def as_text(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequence[float]
     return f"{min(means):.4g} to {max(means):.4g}{sign} over {len(shown)}"
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def figures(found: Report) -> list[Chart]:
-    """What the paper's figures show, of the runs: its mechanisms over training, and probing over k where it was measured.
-
-    A line is the mean over the seeds of one recipe, at the first layer.
-    """
-    groups = grouped(found)
-    charts = []
-    for name in (*SCALARS.get(found.paper.number, ()), *EVERYWHERE):
-        series = [
-            Series(label, *curve(runs, name), "line", look=look) for look, (label, runs) in enumerate(groups.items())
-        ]
-        if series := [one for one in series if one.x]:
-            charts.append(Chart(name.replace("_", " "), "tokens", name.replace("_", " "), series))
-    series = []
-    for look, (label, runs) in enumerate(groups.items()):
-        points = [(k, value) for k in KS if (value := probing(runs, k, found.on_paper_model)) is not None]
-        if points:
-            series.append(Series(label, *zip(*points, strict=True), "both", look=look))
-    if series:
-        charts.append(Chart("sparse probing", "latents", "test accuracy", series, x_log=True))
-    return charts
+# --- numbers by system ------------------------------------------------------------------------------------------------
 
 
 def grouped(found: Report) -> dict[str, list[Trained]]:
-    """The runs of each recipe at the first layer."""
+    """The runs at the first layer, by system; of a system of several recipes by recipe."""
     first = min((run.layer for run in found.runs), default=0)
     groups: dict[str, list[Trained]] = {}
     for run in found.runs:
         if run.layer == first:
-            groups.setdefault(run.recipe, []).append(run)
+            several = len(found.paper.systems[run.system].recipes) > 1
+            groups.setdefault(run.recipe if several else run.system, []).append(run)
     return groups
 
 
-def curve(runs: Sequence[Trained], name: str) -> tuple[list[float], list[float]]:
-    """Tokens, and the mean over runs of a logged scalar."""
-    values: dict[float, list[float]] = {}
-    for run in runs:
-        for line in run.log:
-            if name in line and "tokens" in line:
-                values.setdefault(line["tokens"], []).append(line[name])
-    return list(values), [mean(at) for at in values.values()]
-
-
-def probing(runs: Sequence[Trained], k: int, on_paper_model: bool) -> float | None:
-    name = f"sae_top_{k}_test_accuracy"
-    found = [results_of(run, on_paper_model).get("sparse_probing") for run in runs]
-    values = [value for one in found if one and (value := one.metrics.get("sae", {}).get(name)) is not None]
-    return mean(values) if values else None
-
-
-def letters(found: Report) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines: the absorption of each first letter in each recipe, the mean over seeds in %."""
-    groups = grouped(found)
-    rates: dict[str, dict[str, list[float]]] = {}
-    for label, runs in groups.items():
-        for letter, rate in (pair for run in runs for pair in rates_of(run.run.results.get("absorption"))):
-            rates.setdefault(letter, {}).setdefault(label, []).append(rate)
-    shown = [label for label in groups if any(label in by_recipe for by_recipe in rates.values())]
-    lines = [
-        [letter, *(f"{100 * mean(r[one]):.1f}" if one in r else "" for one in shown)]
-        for letter, r in sorted(rates.items())
-    ]
-    return ["letter", *shown], lines
-
-
-def rates_of(result: Result | None) -> Iterator[tuple[str, float]]:
-    for entry in result.details if result else ():
-        rate: Any = entry.get("absorption_rate", entry.get("full_absorption_rate"))
-        if rate is not None:
-            yield label_of(entry), rate
+def numbers(metric: str, runs: Sequence[Trained], on_paper_model: bool) -> list[float]:
+    """A metric as claims name it in each of the runs that pass the gates and have it."""
+    claim = Claim(id="", where="", quote="", value=0.0, metric=metric)
+    sound = [run for run in runs if not run.broken()]
+    found = [measured(claim, results_of(run, on_paper_model), run.log) for run in sound]
+    return [value for value in found if value is not None and math.isfinite(value)]
 
 
 def unreported(found: Report) -> tuple[list[str], list[list[str]]]:
-    """What the paper measures without giving a number: heads, and a line each, with ours of every recipe, mean and sd."""
+    """What the paper measures without giving a number: heads, and a line each, with ours of every system, mean and sd."""
     groups = grouped(found)
     lines = []
     for one in found.paper.unreported:
-        claim = Claim(id="", where="", quote=one.quote, value=0.0, metric=one.metric)
-        cells = []
-        for runs in groups.values():
-            values = [measured(claim, results_of(run, found.on_paper_model), run.log) for run in runs]
-            kept = [value for value in values if value is not None]
-            cells.append(as_text(claim, [(kept, [])]) if kept else "")
+        claim = Claim(id="", where="", quote="", value=0.0, metric=one.metric)
+        values = [numbers(one.metric, runs, found.on_paper_model) for runs in groups.values()]
+        cells = [as_text(claim, [(some, [])]) if some else "" for some in values]
         lines.append([one.what, one.metric, *cells])
     return ["what", "metric", *groups], lines
 

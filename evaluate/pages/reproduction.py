@@ -1,17 +1,23 @@
 """A paper's report as a page."""
 
+from collections.abc import Container, Sequence
 from datetime import date
 from importlib.metadata import version
 
-from ..report import Report, described, figures, letters, unreported
-from .charts import key, svg
+from markupsafe import Markup
+
+from ..figures import figures, letters
+from ..report import Report, described, grouped, unreported
+from .charts import Chart, key, svg
 from .page import page
+
+WIDE = 16  # categories over which a chart has the whole width of the page
 
 
 def reproduction_page(report: Report, model: str, reading: str) -> str:
     """HTML: every claim with its verdict, the gates, the paper's contradictions, what was run, figures."""
     paper = report.paper
-    drawn = figures(report)
+    systems = grouped(report)
     layers = sorted({run.layer for run in report.runs})
     seeds = sorted({run.seed for run in report.runs})
     sizes = sorted({(run.run.run["d_sae"], run.run.run["steps"], run.run.run["batch_size"]) for run in report.runs})
@@ -27,10 +33,29 @@ def reproduction_page(report: Report, model: str, reading: str) -> str:
         systems=[(system, described(system)) for system in paper.systems.values()],
         ran=f"{ran.model}, {ran.dataset}, layer {', '.join(map(str, ran.layers))}, {ran.d_sae:,} latents, {ran.steps:,} steps of {ran.batch_size:,}, rate {ran.lr:g}, penalty {ran.l1:.3g}, {ran.optimizer}",
         used=reading,
-        figures=[(chart, svg(chart, legend=False)) for chart in drawn],
-        key=key(drawn),
+        figures={heading: drawn(charts, systems) for heading, charts in figures(report).items()},
+        drawn_layer=min(layers, default=0),
+        several_seeds=any(len(runs) > 1 for runs in systems.values()),
         letters=letters(report),
         unreported=unreported(report),
         version=version("sae-pipeline"),
         date=date.today().isoformat(),
     )  # fmt: skip
+
+
+def drawn(charts: Sequence[Chart], systems: Container[str]) -> tuple[Markup, list[tuple[Chart, Markup, bool]]]:
+    """The key of the systems that no axis names; and each chart, drawn, and whether it is wide.
+
+    A chart of other series than systems has a legend of its own.
+    """
+    keyed = [
+        one
+        for one in charts
+        if all(series.name in systems and series.name not in one.categories for series in one.series)
+    ]
+    figures = []
+    for chart in charts:
+        legend, wide = any(series.name not in systems for series in chart.series), len(chart.categories) > WIDE
+        size = (1240, 460) if wide else (500, 320)  # small enough to be read on a telephone
+        figures.append((chart, svg(chart, legend, *size), wide))
+    return key(keyed), figures

@@ -10,6 +10,7 @@ from sae.evaluate.pages.reproduction import reproduction_page
 from sae.evaluate.report import report
 
 from .test_compare import make_run
+from .test_figures import lettered, runs_of
 
 
 def column(page, number: int) -> list[str]:
@@ -52,10 +53,13 @@ def test_every_number_has_its_chart_with_a_mark_for_each_system(comparison):
 def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
     runs = [make_run(tmp_path, f"{'long-name-' * 8}{n}") for n in range(3)]
     write_page(tmp_path / "compare.html", comparison_page(compare(runs)))
-    write_page(tmp_path / "report.html", reproduction_page(report(load("002"), [], False), "gemma-2-mini", "field"))
+    paper = load("000")
+    found = report(paper, runs_of(paper, lettered), False)
+    write_page(tmp_path / "report.html", reproduction_page(found, "gemma-2-mini", "field"))
     for name in ("compare.html", "report.html"):
         page = opened(tmp_path / name, width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("figure.wide").count() == 1
 
 
 def test_a_contradiction_leads_to_its_claims(tmp_path, opened):

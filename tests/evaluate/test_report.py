@@ -10,7 +10,7 @@ from sae.evaluate.claims import PAPERS, Claim, load
 from sae.evaluate.compare import Compared
 from sae.evaluate.metric import Result
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.report import Trained, as_text, curve, figures, letters, report
+from sae.evaluate.report import Trained, as_text, report
 
 EV = "core.reconstruction_quality.explained_variance"
 PAPER = load("004")
@@ -147,30 +147,12 @@ def test_what_was_measured_as_text():
     assert as_text(percent, []) == ""
 
 
-def test_curves_are_means_over_seeds():
-    one, two = run("full", "hierarchical"), run("full", "hierarchical", seed=1)
-    two = replace(two, log=[{**line, "alpha": 3 * line["alpha"]} for line in two.log])
-    assert curve([one, two], "alpha") == ([200, 400], [1.0, 2.0])
-    charts = figures(report(of(), [one, two], False))
-    assert [chart.title for chart in charts] == ["alpha", "explained variance"]
-
-
-def test_absorption_by_letter():
-    def absorbed(rates):
-        return {"absorption": Result({}, [{"first_letter": k, "absorption_rate": v} for k, v in rates.items()])}
-
-    runs = [
-        run("full", "hierarchical", metrics=absorbed({"a": 0.1, "b": None})),
-        run("full", "hierarchical", seed=1, metrics=absorbed({"a": 0.3})),
-    ]
-    assert letters(report(of(), runs, False)) == (["letter", "hierarchical"], [["a", "20.0"]])
-
-
 @pytest.mark.parametrize("number", PAPERS)
 def test_the_page_has_every_claim_and_contradiction(number):
     paper = load(number)
     html = reproduction_page(report(paper, [], False), "gemma-2-mini", "field")
     assert re.findall(r'<tr id="([^"]*)"', html) == [claim.id for claim in paper.claims]
     assert html.count("<h3>") == len(paper.contradictions)
+    assert "There is nothing to draw yet" in html and "<figure" not in html
     assert "Not the paper" in html
     assert "Not the paper" not in reproduction_page(report(paper, [], True), paper.ran.reads_as, "field")

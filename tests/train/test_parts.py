@@ -249,6 +249,7 @@ def test_decorrelation_is_its_definition(fraction: float) -> None:
     found.backward()
     assert float(step.notes["mean_correlation"]) == pytest.approx(mean, rel=1e-4)
     assert float(step.notes["tau"]) == pytest.approx(tau, rel=1e-4)
+    assert float(step.notes["sd_correlation"]) == pytest.approx(tau - mean, rel=1e-4)  # the reference's sd
     assert found.item() == pytest.approx(value.item(), rel=1e-4)
     torch.testing.assert_close(latents_BF.grad.double(), exact_BF.grad, rtol=1e-3, atol=1e-6)
     assert not latents_BF.grad[:, [0, 5, 23]].any()

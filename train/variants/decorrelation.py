@@ -46,7 +46,7 @@ class Decorrelation(Term):
             sd = (upper_FF.square().sum() / pairs - mean.square()).clamp_min(0).sqrt()
             tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair
             top = upper_FF.flatten().topk(max(1, round(self.fraction * n * (n - 1) / 2)), sorted=False)
-        step.notes |= {"tau": tau, "mean_correlation": mean}
+        step.notes |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd}
         # Where fewer pairs fire together than are asked for, the rest is zeros of the lower triangle, which are no pairs.
         pairs_over_P = (top.values > tau) & (top.values > 0)
         if FEW * len(top.indices) < n * n:
