@@ -5,6 +5,10 @@ LLM's side) over the counted tokens. Two probes per task: one on everything, tra
 rise, and scikit-learn's logistic regression on the k features whose means differ most. Accuracies are averaged over the
 classes of a dataset, then over the datasets; 0.5 is chance. The definitions and names are SAEBench's.
 
+Beside SAEBench's fields a result says which latents the probes on few of them chose: `sae_top_1_latents` and so on,
+dataset -> class -> latent -> difference, the largest first. A difference is the mean over the task's training texts of
+the class minus that over its others, so above 0 where the latent fires more for the class.
+
 The logistic regression is regularised, so accuracies depend on the scale of the latents: decoder rows of another length
 than 1 are folded into them first. Where SAEBench sums residuals in the model's dtype, the sums here are in float32.
 
@@ -42,6 +46,7 @@ from .texts import HUB, STAND_INS, Texts, labelled, pinned
 
 KS = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
 NAMED_KS = (1, 2, 5, 10, 20, 50, 100)  # in SAEBench's files
+LATENTS_KEPT = 5  # of a probe on more latents than this, a result does not say which they are
 BATCH, EPOCHS, PATIENCE, RATE = 250, 100, 10, 1e-2
 
 
@@ -151,12 +156,14 @@ class SparseProbingStdlib(SparseProbing):
 class Scores:
     """Test accuracies per class of one dataset: `full` on all features, `top[k]` on the k of the largest difference.
 
-    `constant[k]` counts the classes whose k features never vary, so that the probe has nothing to read.
+    `constant[k]` counts the classes whose k features never vary, so that the probe has nothing to read. `chosen[k]` are
+    class -> feature -> difference, for a k of at most LATENTS_KEPT.
     """
 
     full: dict[str, float] = field(default_factory=dict)
     top: dict[int, dict[str, float]] = field(default_factory=dict)
     constant: dict[int, int] = field(default_factory=dict)
+    chosen: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         top = {f"top_{k}": torch.tensor([*by_class.values()]).double() for k, by_class in self.top.items()}
@@ -174,6 +181,10 @@ class Scores:
         return {f"{side}_test_accuracy": self.full} | {
             f"{side}_top_{k}_test_accuracy": scores for k, scores in self.top.items()
         }
+
+    def latents(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Names like SAEBench's -> class -> latent -> difference."""
+        return {f"sae_top_{k}_latents": by_class for k, by_class in self.chosen.items()}
 
 
 def probe(features: Mapping[str, Features], ks: Sequence[int], drawn_by: Callable[..., torch.Generator]) -> Scores:
@@ -200,13 +211,24 @@ def probe(features: Mapping[str, Features], ks: Sequence[int], drawn_by: Callabl
         if k > train_ND.shape[1]:
             continue
         found.top[k], found.constant[k] = {}, 0
+        if k <= LATENTS_KEPT:
+            found.chosen[k] = {}
         for label in counts:
             train, test = tasks(label, drawn_by(k, label))
-            columns = largest(mean_difference(train_ND, train).abs(), k)
+            difference_D = mean_difference(train_ND, train)
+            columns = largest(difference_D.abs(), k)
             x_MK, test_x_MK = train_ND[:, columns].cpu()[train.rows], test_ND[:, columns].cpu()[test.rows]
             found.top[k][label] = regress(x_MK, train.label, test_x_MK, test.label)
             found.constant[k] += bool((x_MK == x_MK[0]).all())
+            if k in found.chosen:
+                found.chosen[k][label] = with_differences(columns, difference_D)
     return found
+
+
+def with_differences(columns: Tensor, difference_D: Tensor) -> dict[str, float]:
+    """Feature -> difference, the largest first; names are text, as in a file that is read."""
+    pairs = zip(columns.tolist(), difference_D[columns].tolist(), strict=True)
+    return {str(column): value for column, value in sorted(pairs, key=lambda pair: abs(pair[1]), reverse=True)}
 
 
 def result(
@@ -244,7 +266,7 @@ def result(
         intervals=intervals,
         n={"datasets": len(sae), "tasks": tasks, "test_texts_per_task": test_texts},
         flags=flags,
-        extra={f"{name}_results": flat for name, flat in by_dataset.items()},
+        extra={f"{name}_results": flat | sae[name].latents() for name, flat in by_dataset.items()},
     )
 
 

@@ -154,6 +154,19 @@ STAND_INS: dict[str, Table] = {
     ),
 }
 DATASETS: dict[str, Table | Code | Languages] = HUB | STAND_INS
+# What classes that are numbers in a dataset stand for there.
+CLASS_NAMES: dict[str, dict[str, str]] = {
+    BIOS: {str(number): name for number, name in enumerate((
+        "accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker interior_designer "
+        "journalist model nurse painter paralegal pastor personal_trainer photographer physician poet professor "
+        "psychologist rapper software_engineer surgeon teacher yoga_teacher"
+    ).split())},
+    REVIEWS: {
+        "1": "Toys_and_Games", "2": "Cell_Phones_and_Accessories", "3": "Industrial_and_Scientific",
+        "5": "Musical_Instruments", "6": "Electronics",
+    },
+    "fancyzhx/ag_news": {"0": "World", "1": "Sports", "2": "Business", "3": "Sci/Tech"},
+}  # fmt: skip
 
 
 def labelled(name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000) -> Texts:
@@ -232,6 +245,12 @@ def dataset(name: str) -> Table | Code | Languages:
     if name not in DATASETS:
         raise UsageError(f"There is no labelled dataset {name}{did_you_mean(name, DATASETS)}")
     return DATASETS[name]
+
+
+def class_name(dataset: str, label: str) -> str:
+    """What a class of a dataset is called, where it is a number there; else the class itself."""
+    source = DATASETS.get(dataset)
+    return CLASS_NAMES.get(source.name, {}).get(label, label) if source else label
 
 
 def sample(texts: Sequence[str], count: int) -> list[str]:

@@ -18,9 +18,11 @@ from sae.evaluate import features, look
 from sae.evaluate.features import BEFORE
 from sae.evaluate.look import encoded_prompt
 from sae.evaluate.look import look as open_run
+from sae.evaluate.metric import write_result
 from sae.evaluate.pages.dashboard import dashboard, drawn_latents
 from sae.evaluate.pages.terminal import bars, coloured
 from sae.evaluate.run import Request, evaluate
+from sae.evaluate.sparse_probing import SparseProbingStdlib
 from sae.train.sae import SAE, TopK, save_sae
 
 HOSTILE = [
@@ -154,6 +156,42 @@ def test_labels_are_what_probes_and_judges_found():
         4: ["first letter s (F1 0.65)", "rivers (score 0.75)"],
     }
     assert look.labels({}, 64) == {}
+
+
+def probed(texts: int = 200, **tasks) -> look.Result:
+    """Of sparse probing on a dataset "d": class -> latent, difference and accuracy of the probe on one latent."""
+    scores = {
+        "sae_top_1_test_accuracy": {label: accuracy for label, (_, _, accuracy) in tasks.items()},
+        "sae_top_1_latents": {label: {str(latent): difference} for label, (latent, difference, _) in tasks.items()},
+    }
+    return look.Result({}, extra={"d_results": scores}, n={"test_texts_per_task": texts})
+
+
+def test_a_latent_is_labelled_with_the_classes_it_tells():
+    found = probed(red=(3, 0.5, 0.7), blue=(3, 0.1, 0.9), green=(4, -2.0, 0.9), grey=(5, 2.0, 0.66), far=(64, 1.0, 1.0))
+    red, blue = "red (class of d, accuracy 0.70)", "blue (class of d, accuracy 0.90)"
+    labels = look.labels({"sparse_probing_stdlib": found}, 64)
+    assert labels == {3: [blue, red]}  # the best first; 4 fires less for its class, 5 may be right on 0.6 or less
+    both = {"sparse_probing_stdlib": found, "sparse_probing": probed(1000, grey=(5, 2.0, 0.66))}
+    assert look.labels(both, 64)[5] == ["grey (class of d, accuracy 0.66)"]  # on so many texts it is surely more
+    absorbed = look.Result({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
+    assert look.labels({"absorption": absorbed, **both}, 64)[3] == ["first letter s (F1 0.30)", blue, red]
+    old = {"d_results": {"sae_top_1_test_accuracy": {"red": 0.9}}}
+    assert look.labels({"sparse_probing": look.Result({}, extra=old)}, 64) == {}
+
+
+def test_hostile_classes_are_shown_as_what_they_are(run):
+    weights = open_run(run, 300, "cpu").row.weights
+    hostile = {"</script><b>\u202e\x1b[31m": (5, 1.0, 0.95), "[bold]" + "w" * 200: (5, 1.0, 0.85)}
+    write_result(run, SparseProbingStdlib(), {"weights": weights}, probed(**hostile), {})
+    html = page_of(run)
+    assert "<b>" not in html.split('id="packed-table"')[1] and "\x1b" not in html and "\u202e" not in html
+    shown = unpacked(html, "table")["labels"]
+    assert shown[5].startswith("</script><b>⟨202E⟩⟨001B⟩[31m (class of d, accuracy 0.95); [bold]www")
+    assert [i for i, label in enumerate(shown) if label] == [5]
+    code, out, _ = sae("inspect", run, "--latent", 5, "--tokens", 300)
+    assert code == 0 and "latent 5   </script><b>⟨202E⟩⟨001B⟩[31m (class of d" in out and "[bold]www" in out
+    assert "\x1b" not in out and "\u202e" not in out
 
 
 def test_curves_are_what_training_logged(run):

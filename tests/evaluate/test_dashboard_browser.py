@@ -28,7 +28,7 @@ def file(tiny_cache, tmp_path_factory) -> Path:
     origin = {"model": tiny_cache.identity["model"], "layer": 1, "cache": str(tiny_cache.folder)}
     save_sae(sae, folder, {**origin, "fingerprint": tiny_cache.fingerprint})
     found = look(folder, 400, "cpu")
-    found.labels[5] = ["the zebra latent <b>"]
+    found.labels[5] = ["the zebra latent <b>", "</script><i>" + "z" * 300]
     text = found.words.text
     found.words.text = lambda token: HOSTILE.get(token % 20, text(token))  # type: ignore[method-assign]
     write_page(
@@ -78,7 +78,7 @@ def test_search_finds_numbers_tokens_and_labels(page):
     assert latents(page) == [5] and page.locator("#found").inner_text() == "1 of 350"
     search.press("Enter")
     shows(page, 5)
-    assert "the zebra latent <b>" in page.locator("#latent .label").inner_text()
+    assert "the zebra latent <b>; </script><i>zzz" in page.locator("#latent .label").inner_text()
     search.fill("no latent has this")
     assert "No latent is like that." in page.locator("#rows").inner_text()
     search.press("Escape")

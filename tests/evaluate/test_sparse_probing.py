@@ -9,9 +9,11 @@ import torch
 
 from sae.cache.contexts import Contexts
 from sae.cache.errors import UsageError
+from sae.evaluate import look
 from sae.evaluate import sparse_probing as module
 from sae.evaluate.bench import Bench, Shelf
-from sae.evaluate.metric import Result, Subject
+from sae.evaluate.metric import Result, Subject, read_result, write_result
+from sae.evaluate.probes import Features, generator
 from sae.evaluate.references import Identity, Zero
 from sae.evaluate.run import metrics_of
 from sae.evaluate.sparse_probing import SparseProbing, SparseProbingStdlib
@@ -75,12 +77,52 @@ def test_the_fields_are_saebench_s(bench):
         for name, (low, high) in found.intervals[side].items():
             assert low < numbers[name] < high or numbers[name] == 1
     assert [detail["dataset_name"] for detail in found.details] == [f"{AG}_results", f"{SENTIMENT}_results"]
+    tops = [f"{side}_top_{k}_test_accuracy" for side in ("llm", "sae") for k in (1, 3)]
+    latents = {"sae_top_1_latents": 1, "sae_top_3_latents": 3}
+    for own in found.extra.values():
+        assert own.keys() == {"llm_test_accuracy", "sae_test_accuracy", *tops, *latents}
+        for name, k in latents.items():
+            assert own[name].keys() == own["sae_test_accuracy"].keys()
+            for chosen in own[name].values():
+                assert len(chosen) == k and all(0 <= int(latent) < 40 for latent in chosen)
     by_class = found.extra[f"{AG}_results"]["sae_top_3_test_accuracy"]
     assert list(by_class) == ["0", "1", "2", "3"]
     assert found.details[0]["sae_top_3_test_accuracy"] == pytest.approx(sum(by_class.values()) / 4)
     means = [detail["sae_top_3_test_accuracy"] for detail in found.details]
     assert found.metrics["sae"]["sae_top_3_test_accuracy"] == pytest.approx(sum(means) / 2)
     assert found.n == {"datasets": 2, "tasks": 6, "test_texts_per_task": 16}
+
+
+def test_the_latents_named_are_those_that_were_planted():
+    """Class 0 has latent 4 at 3; class 1 lacks latent 7, which the others have at 5; class 2 has 9 at 4 and 11 at 3."""
+    planted = {"0": {4: 3.0, 7: 5.0}, "1": {}, "2": {7: 5.0, 9: 4.0, 11: 3.0}}
+    x_ND = torch.zeros(60, 20)
+    for number, values in enumerate(planted.values()):
+        for latent, value in values.items():
+            x_ND[20 * number : 20 * number + 20, latent] = value
+    features = dict.fromkeys(("train", "test"), Features(x_ND, dict.fromkeys(planted, 20)))
+    scores = {AG: module.probe(features, (1, 3, 6), lambda *names: generator("paired", *names))}
+    found = module.result(scores, scores, (1, 3, 6), 40, False)
+    named = found.extra[f"{AG}_results"]  # half of a class's negatives are of each other class
+    assert named["sae_top_1_latents"] == {"0": {"4": 3.0}, "1": {"7": -5.0}, "2": {"9": 4.0}}
+    assert list(named["sae_top_3_latents"]["0"].items()) == [("4", 3.0), ("7", 2.5), ("9", -2.0)]
+    assert list(named["sae_top_3_latents"]["2"].items()) == [("9", 4.0), ("11", 3.0), ("7", 2.5)]
+    assert "sae_top_6_test_accuracy" in named and "sae_top_6_latents" not in named
+    assert look.labels({"sparse_probing": found}, 20) == {
+        4: ["World (class of fancyzhx/ag_news, accuracy 1.00)"],
+        9: ["Business (class of fancyzhx/ag_news, accuracy 1.00)"],
+    }
+
+
+def test_a_result_of_before_latents_were_named_is_kept(bench, home):
+    (found,) = measured(bench, make_sae())
+    write_result(home / "new", METRIC, METRIC.settings(bench), found, {})
+    assert read_result(home / "new", METRIC, METRIC.settings(bench)) == found
+    bare = {name: {k: v for k, v in own.items() if "latents" not in k} for name, own in found.extra.items()}
+    old = replace(found, extra=bare)
+    write_result(home / "old", METRIC, METRIC.settings(bench) | {"definition": 1}, old, {})
+    assert read_result(home / "old", METRIC, METRIC.settings(bench)) == old
+    assert look.labels({METRIC.name: old}, 40) == {}
 
 
 def test_the_identity_is_the_model_and_zero_is_chance(bench):

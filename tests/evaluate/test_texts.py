@@ -10,7 +10,19 @@ import pytest
 
 from sae.cache.errors import OutsideError, UsageError
 from sae.evaluate import hub
-from sae.evaluate.texts import DATASETS, HUB, STAND_INS, labelled, language_of, pinned, quadrants, sample
+from sae.evaluate.texts import (
+    DATASETS,
+    HUB,
+    REVIEWS,
+    STAND_INS,
+    Table,
+    class_name,
+    labelled,
+    language_of,
+    pinned,
+    quadrants,
+    sample,
+)
 
 AG, BIOS, CODE, EUROPARL = "fancyzhx/ag_news", "LabHC/bias_in_bios", "codeparrot/github-code", "Helsinki-NLP/europarl"
 
@@ -286,6 +298,19 @@ def test_stand_ins_have_quadrants():
 
 
 FIELDS = [*["classes"] * 5, "languages", "classes", "subsets"]
+
+
+def test_classes_that_are_numbers_have_names():
+    for name, source in HUB.items():
+        if isinstance(source, Table) and source.label != "rating":
+            names = [class_name(name, str(number)) for number in source.classes]
+            assert len({*names}) == len(names) and not any(own.isdecimal() for own in names)
+    assert [class_name(f"{BIOS}_class_set1", str(pair[0])) for pair in HUB[f"{BIOS}_class_set1"].pairs] == [
+        "professor", "architect", "surgeon", "attorney"
+    ]  # fmt: skip
+    assert class_name(f"{BIOS}_class_set2", "13") == "nurse" and class_name(REVIEWS, "6") == "Electronics"
+    assert class_name(f"{REVIEWS}_sentiment", "5.0") == "5.0" and class_name("stdlib/kind", "code") == "code"
+    assert class_name("of another time", "7") == "7"
 
 
 def test_there_are_eight_datasets_and_36_tasks():
