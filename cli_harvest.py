@@ -10,11 +10,14 @@ from .terminal import QUIET, bar, echo
 
 def run_harvest(request: Any, dry_run: bool = False) -> Any:
     """The cache; of a dry run the plan."""
+    plan = show_harvest(request)
+    return plan if dry_run else carry_out(plan)
+
+
+def show_harvest(request: Any) -> Any:
+    """The plan, as lines, too."""
     from .cache.files import bytes_text, free_space
-    from .harvest.plan import IMPLIED_VARIANCE
     from .harvest.plan import plan as resolve
-    from .harvest.run import Report
-    from .harvest.run import harvest as carry_out
 
     plan = resolve(request, echo)
     size = plan.tokens * plan.bytes_per_token
@@ -25,11 +28,17 @@ def run_harvest(request: Any, dry_run: bool = False) -> Any:
     )
     echo(f"time     {time_of(plan)}")
     echo(f"cache    {plan.folder}")
-    if dry_run:
-        return plan
+    return plan
+
+
+def carry_out(plan: Any) -> Any:
+    """The cache of a plan, with a bar meanwhile and what came of it as lines."""
+    from .harvest.plan import IMPLIED_VARIANCE
+    from .harvest.run import Report, harvest
+
     started = time.monotonic()
     with bar("harvest", "tokens") as shown:
-        cache = carry_out(plan, Report(shown, shown.say))
+        cache = harvest(plan, Report(shown, shown.say))
     for hook in plan.hooks:
         implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
         expected = f" (the papers' numbers imply about {implied:g})" if implied else ""

@@ -110,13 +110,14 @@ def reproduce(
     )  # fmt: skip
     jobs = [job for paper in chosen for job in jobs_of(paper, asked)]
     groups = packed(jobs)
-    sources = harvested(jobs, asked, dry_run)
-    show_plan({tuple(group): foreseen(group, sources[group[0].dataset], asked) for group in groups}, asked, dry_run)
+    sources = sources_of(jobs, asked)
+    show_plan(groups, sources, asked, dry_run)  # what is wrong with it is seen before the hours of a harvest
     if dry_run:
         return
+    caches = {dataset: cache_of(source) for dataset, source in sources.items()}
     runs: dict[Job, list[Path]] = {}
     for group in groups:
-        runs |= trained(group, sources[group[0].dataset].folder, asked)
+        runs |= trained(group, caches[group[0].dataset], asked)
     code = 0
     for paper in chosen:
         own = {job: folders for job, folders in runs.items() if job.paper == paper.number}
@@ -164,7 +165,10 @@ def width_of(own: str, main: str, asked: str | None) -> str | None:
         return asked or own or None
     number, unit = (asked[:-1], asked[-1]) if asked[-1:].isalpha() else (asked, "")
     times = float(own.removesuffix("x")) / float(main.removesuffix("x"))
-    return f"{float(number) * times:g}{unit}"
+    try:
+        return f"{float(number) * times:g}{unit}"
+    except ValueError:
+        return asked  # training says what is wrong with it
 
 
 def options_of(recipe: str, reading: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[str, ...]:
@@ -195,11 +199,11 @@ def packed(jobs: Iterable[Job]) -> list[list[Job]]:
     return groups
 
 
-def harvested(jobs: Sequence[Job], asked: Asked, dry_run: bool) -> dict[str | None, Any]:
-    """A cache for each dataset, with the tokens of its longest job; of a dry run its plan, where it is not there yet."""
+def sources_of(jobs: Sequence[Job], asked: Asked) -> dict[str | None, Any]:
+    """For each dataset the --cache, or the plan of a harvest with the tokens of its longest job."""
     from .cache.errors import UsageError
     from .cache.reader import Cache, model_name
-    from .cli_harvest import run_harvest
+    from .cli_harvest import show_harvest
     from .harvest.plan import Request
     from .train.recipe import find_recipe
 
@@ -217,9 +221,16 @@ def harvested(jobs: Sequence[Job], asked: Asked, dry_run: bool) -> dict[str | No
             sources[dataset] = Cache(asked.cache)
             continue
         request = Request(model=asked.model, dataset=dataset, layers=layers, tokens=tokens, device=asked.device)
-        found = run_harvest(request, dry_run)
-        sources[dataset] = found.harvested or found if dry_run else found
+        sources[dataset] = show_harvest(request)
     return sources
+
+
+def cache_of(source: Any) -> Path:
+    """The folder of a cache, which is harvested where it is planned."""
+    from .cache.reader import Cache
+    from .cli_harvest import carry_out
+
+    return source.folder if isinstance(source, Cache) else carry_out(source).folder
 
 
 def options_by_recipe(group: Iterable[Job]) -> dict[str, tuple[str, ...]]:
@@ -240,45 +251,51 @@ def training_of(group: Sequence[Job], cache: Path, asked: Asked) -> Any:
     )  # fmt: skip
 
 
-def foreseen(group: Sequence[Job], source: Any, asked: Asked) -> list[Any]:
-    """The streams of the group that are still to train, as `forecast` takes them."""
+def foreseen(group: Sequence[Job], source: Any, asked: Asked) -> list[list[tuple[Any, Path]]]:
+    """What of the group is still to train, and into which folder: a list for what shares a pass."""
     from .cache.layout import Hook
-    from .harvest.plan import Plan
+    from .cache.reader import Cache
     from .train.recipe import Setting, find_recipe
-    from .train.run import parse_options, plan, streams, width_of
+    from .train.run import check_seeds, parse_options, plan, streams, width_of
 
-    if not isinstance(source, Plan):
-        return streams(run for run in plan(training_of(group, source.folder, asked)) if not run.done)
+    if (cache := source if isinstance(source, Cache) else source.harvested) is not None:
+        todo = [run for run in plan(training_of(group, cache.folder, asked)) if not run.done]
+        return [[(run.planned, run.folder) for run in stream] for stream in streams(todo)]
     first, found = group[0], []
+    check_seeds(*first.seeds)
     for layer in first.layers:
         d_in, stream = source.widths[Hook(layer, "resid_post").array], []
         for name, options in options_by_recipe(group).items():
             recipe = find_recipe(name)
-            given = parse_options(options, [recipe])[name]
+            given = parse_options([f"{name}.{option}" for option in options], [recipe])[name]
             sizes = d_in, width_of(first.width, recipe, d_in), first.steps, first.batch_size or recipe.batch_size
-            stream += [(recipe, given, Setting(*sizes, literal=first.literal))] * len(first.seeds)
+            run = (recipe, given, Setting(*sizes, literal=first.literal)), asked.folder / "runs" / "not yet begun"
+            stream += [run] * len(first.seeds)
         found.append(stream)
     return found
 
 
-def show_plan(streams: Mapping[Sequence[Job], Sequence[Any]], asked: Asked, dry_run: bool) -> None:
+def show_plan(groups: Sequence[Sequence[Job]], sources: Mapping[str | None, Any], asked: Asked, dry_run: bool) -> None:
     """What there is to train in all, as lines; OutsideError where it does not fit on the disk."""
-    from .cache.files import counted, folder_bytes
+    from .cache.files import counted
     from .cli_train import show_size, show_time
+    from .harvest.plan import Plan
     from .train.forecast import check_space
 
-    for group, of_group in streams.items():
+    streams: list[list[tuple[Any, Path]]] = []
+    for group in groups:
+        of_group = foreseen(group, sources[group[0].dataset], asked)
         first, recipes, todo = group[0], options_by_recipe(group), sum(map(len, of_group))
         count = len(recipes) * len(first.layers) * len(first.seeds)
         there = f"; {count - todo:,} of them are there" if todo < count else ""
         echo(f"train    {counted(count, 'SAE')}: {counted(len(recipes), 'recipe')}, {first.steps:,} steps each{there}")
-    everything = [stream for of_group in streams.values() for stream in of_group]
-    if planned := [one for stream in everything for one in stream]:
-        begun = [path for path in (asked.folder / "runs").glob("*") if not (path / "sae.json").exists()]
-        check_space(planned, asked.folder, sum(map(folder_bytes, begun)))
-        show_size(planned, asked.folder)
+        streams += of_group
+    if runs := [run for stream in streams for run in stream]:
+        plans = [source for source in sources.values() if isinstance(source, Plan)]
+        check_space(runs, {plan.folder: plan.bytes_to_write for plan in plans})
+        show_size([planned for planned, _ in runs], asked.folder)
         if dry_run:
-            show_time(everything, asked.device)
+            show_time([[planned for planned, _ in stream] for stream in streams], asked.device)
     echo(f"evaluate the runs of each paper in the suite {suite_of(asked)}; how long that takes is not foreseen")
 
 

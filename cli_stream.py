@@ -12,7 +12,7 @@ RING = 4  # windows
 def run_stream(request: Any, given: dict[str, Any], dry_run: bool = False) -> list[Any]:
     """Train on text whose activations are removed when every run has read them. `given`: the options of --stream."""
     from .cache.errors import UsageError
-    from .cache.files import bytes_text, free_space
+    from .cache.files import bytes_text, folder_bytes, free_space
     from .cli_harvest import show_source, time_of
     from .cli_train import run_train
     from .harvest.plan import Request as Harvest
@@ -46,7 +46,8 @@ def run_stream(request: Any, given: dict[str, Any], dry_run: bool = False) -> li
     echo(f"order    {ring.groups:,} groups of windows, each once; normalised by the mean and the norm of the first")
     echo(f"time     {time_of(plan)}; training runs beside it")
     echo(f"cache    {plan.folder}")
-    runs = run_train(request, dry_run, partial(run_rolling, harvest=partial(harvest_ahead, plan, ring)))
+    beside = {plan.folder: max(bytes_of_ring - folder_bytes(plan.folder), 0)}
+    runs = run_train(request, dry_run, partial(run_rolling, harvest=partial(harvest_ahead, plan, ring)), beside)
     for batch_size in sorted({run.setting.batch_size for run in runs}):
         dropped = plan.tokens - ring.ends(batch_size)[-1] * batch_size
         echo(f"dropped  {dropped:,} rows that are left over at the ends of groups, with batches of {batch_size:,}")

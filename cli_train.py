@@ -6,12 +6,13 @@ from typing import Any
 from .terminal import bar, echo, show_table
 
 
-def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> list[Any]:
+def run_train(request: Any, dry_run: bool = False, carry_out: Any = None, beside: Any = None) -> list[Any]:
+    """The runs. `beside`: folders and the bytes that something else writes there meanwhile."""
     from .train.loggers import Loggers
     from .train.run import plan, streams
     from .train.stream import Report, run_all
 
-    runs = plan(request)
+    runs = plan(request, beside or {})
     for run in runs:
         s = run.setting
         echo(
@@ -24,7 +25,9 @@ def run_train(request: Any, dry_run: bool = False, carry_out: Any = None) -> lis
         show_size([run.planned for run in todo], todo[0].folder.parent)
     if dry_run:
         if todo:
-            show_time(streams(todo), request.device)
+            show_time([[run.planned for run in stream] for stream in streams(todo)], request.device)
+        if todo and request.compiled:
+            echo("note     that is without --compile, whose first step takes minutes and the others less")
         return runs
     started = time.monotonic()
     latest: dict[str, dict[str, float]] = {}
@@ -71,11 +74,16 @@ def show_size(planned: Any, folder: Any) -> None:
 def show_time(streams: Any, device: str) -> None:
     """What the training of streams, each of runs that share a pass, takes on the device: memory and time, as lines."""
     from .cache.device import best_device
+    from .cache.errors import OutsideError
     from .cache.files import bytes_text, duration_text
     from .train.forecast import state_bytes, training_seconds
 
     device = best_device(device)
     memory = max(sum(map(state_bytes, stream)) for stream in streams)
-    seconds = training_seconds([planned for stream in streams for planned in stream], device)
     echo(f"memory   {bytes_text(memory)} of weights and AdamW's moments on {device}, and what a step needs beside them")
+    try:
+        seconds = training_seconds([planned for stream in streams for planned in stream], device)
+    except OutsideError as error:
+        echo(f"time     {error}")
+        return
     echo(f"time     about {duration_text(seconds)} of training on {device}, by the time of a few steps of each recipe")

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import math
+from pathlib import Path
 
 import torch
 
@@ -36,6 +38,16 @@ def free_memory(device: torch.device | str) -> None:
     """Give a GPU back what torch keeps for the next tensor."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+
+
+def available_memory(device: str) -> float:
+    """Bytes that can be had on the device; infinity where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError, IndexError):  # Linux alone has the file
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * float(lines.get("MemAvailable", "inf kB").split()[0])
+    return math.inf
 
 
 def keep_freed_memory() -> None:

@@ -156,15 +156,25 @@ def holder(note: Path) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files under `folder`; none where there is no such folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of the files under `folder`; none where there is no such folder, nor of a file that goes meanwhile."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.stat(os.path.join(parent, name)).st_size
+    return size
+
+
+def place_of(folder: Path) -> Path:
+    """What is there of a folder that is still to be made: itself, or the nearest above it."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def free_space(folder: Path) -> int:
     """Bytes free on the disk that will hold `folder`."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(place_of(folder)).free
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoModel
 from ..cache.device import best_device, best_dtype, free_memory
 from ..cache.environment import environment
 from ..cache.errors import OutsideError, SaeError, UsageError
-from ..cache.files import bytes_text, digest_of, free_space
+from ..cache.files import bytes_text, digest_of, folder_bytes, free_space
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of, home
 from ..cache.reader import Cache, caches, recorded_modules
 from . import mini
@@ -123,6 +123,11 @@ class Plan:
             cache = Cache(self.folder)
             return cache if set(self.hooks) <= set(cache.hooks) else None
         return None
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes that the cache still takes, uncompressed."""
+        return 0 if self.harvested else max(self.tokens * self.bytes_per_token - folder_bytes(self.folder), 0)
 
     def check_space(self, needed: float, per_token: float) -> None:
         """OutsideError when so many bytes do not fit on the disk."""

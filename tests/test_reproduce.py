@@ -1,6 +1,8 @@
 """A paper's systems trained, evaluated and reported through the command line, on the tiny model."""
 
 import re
+import shutil
+from collections import namedtuple
 
 import pytest
 from typer.testing import CliRunner
@@ -143,3 +145,42 @@ def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, h
     done = call("reproduce", "003", "--cache", cache, "--layer", 1, "--steps", 5, "--batch-size", 64, "--dry-run")
     assert done.exit_code == 2, done.output
     assert f"holds activations of {tiny_model}" in done.output and "google/gemma-2-2b" in done.output
+
+
+@pytest.mark.parametrize(
+    ("paper", "words", "code", "said"),
+    [
+        ("003", ["--seed", "-1"], 2, "The seed -1 is out of range"),
+        ("003", ["--width", "0"], 2, "the width 0 is not positive"),
+        ("003", ["--out", "file"], 2, "file is no folder: a file is in its place"),
+        ("002", ["--width", "wide"], 2, "--width wide is no width"),
+        ("002", ["--width", ""], 2, "--width  is no width"),
+        ("003", [], 4, "runs of up to"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_what_cannot_be_trained_is_refused_before_the_harvest(
+    tiny_model, sentences, home, monkeypatch, paper, words, code, said, dry
+):
+    (home / "file").touch()
+    if code == 4:  # room for the harvest, and not for the runs
+        usage = namedtuple("Usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 200_000))
+    done = call("reproduce", paper, "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
+                "--batch-size", 64, *words, *dry)  # fmt: skip
+    assert done.exit_code == code and said in done.output, done.output
+    assert not (home / "reproduce").exists() and not (home / "activations").exists()
+
+
+def test_room_for_runs_is_what_activations_leave(tiny_model, sentences, home, monkeypatch):
+    words = ("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
+             "--batch-size", 64, "--dry-run")  # fmt: skip
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    needed = re.search(r"will need ([\d.]+) MB beside ([\d.]+) MB of activations", call(*words).output)
+    runs, activations = (1e6 * float(number) for number in needed.groups())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, int(runs + 1e5)))
+    enough = call(*words).exit_code == 0
+    assert activations < 1e5 and enough
+    monkeypatch.setattr("sae.harvest.plan.Plan.bytes_to_write", 10**6)
+    assert call(*words).exit_code == 4

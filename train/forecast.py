@@ -3,15 +3,15 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..cache.device import best_device, free_memory
-from ..cache.errors import OutsideError
-from ..cache.files import bytes_text, free_space
+from ..cache.device import available_memory, best_device, free_memory
+from ..cache.errors import OutsideError, UsageError
+from ..cache.files import bytes_text, counted, folder_bytes, free_space, place_of
 from .checkpoint import KEPT
 from .loop import Training
 from .recipe import Recipe, Setting, Variant, find_recipe
@@ -21,6 +21,9 @@ Planned = tuple[Recipe, Mapping[str, Any], Setting]  # what a run is trained fro
 STEPS, ENOUGH = 5, 1.0  # a step is timed so often, or until so many seconds are spent
 PRODUCTS = 10  # multiplications and additions of a step for each row and weight of W_enc, at least
 AT_MOST = {"cpu": 2e11, "cuda": 1e14}  # of them in a timed step: a second or two
+LATENTS = {"cpu": 3e7, "cuda": 3e9}  # of all rows of a timed step, at most
+SHARE = 0.5  # of the memory that can be had, which a timed step takes at most
+TENSORS = 6  # of a step that have the size of the latents, about, and half as many of that of their pairs
 
 
 def state_bytes(planned: Planned) -> int:
@@ -39,34 +42,91 @@ def sizes(module: torch.nn.Module) -> tuple[int, int]:
     return sum(p.nbytes for p in module.parameters()), sum(b.nbytes for b in module.buffers())
 
 
-def check_space(planned: Sequence[Planned], folder: Path, there: int = 0) -> None:
-    """OutsideError where such runs, of whose bytes `there` are there already, do not fit on the disk of `folder`."""
-    needed, free = sum(map(disk_bytes, planned)), free_space(folder)
-    beside = max(map(state_bytes, planned))  # a checkpoint is whole before an older one goes
-    if needed - there + beside > free:
-        count = f"{len(planned):,} runs" if len(planned) > 1 else "The run"
-        raise OutsideError(
-            f"{count} of up to {bytes_text(max(map(disk_bytes, planned)))} each will need {bytes_text(needed - there + beside)}, "
-            f"and {folder} has {bytes_text(free)} free. Train fewer, at a smaller --width, or give --out on another disk."
-        )
+def check_space(runs: Iterable[tuple[Planned, Path]], beside: Mapping[Path, float] = {}) -> None:
+    """OutsideError where what runs write into their folders does not fit on a disk, with what goes into those `beside`.
+
+    What a run that was begun has written needs no space again. UsageError where a file is in a folder's place.
+    """
+    by_disk: dict[int, list[tuple[Planned, Path]]] = {}
+    for planned, folder in runs:
+        by_disk.setdefault(disk_of(folder), []).append((planned, folder))
+    for disk, here in by_disk.items():
+        sizes = [disk_bytes(planned) for planned, _ in here]
+        activations = sum(size for folder, size in beside.items() if disk_of(folder) == disk)
+        # A checkpoint is whole before an older one goes.
+        needed = sum(sizes) - sum(written(folder) for _, folder in here) + max(state_bytes(run) for run, _ in here)
+        place = place_of(here[0][1])
+        if needed + activations > (free := free_space(place)):
+            also = f" beside {bytes_text(activations)} of activations" if activations else ""
+            raise OutsideError(
+                f"{counted(len(here), 'run')} of up to {bytes_text(max(sizes))} will need {bytes_text(needed)}{also}, "
+                f"and the disk of {place} has {bytes_text(free)} free. "
+                "Train fewer, at a smaller --width, or give --out on another disk."
+            )
+
+
+def disk_of(folder: Path) -> int:
+    """The disk that will hold a folder, as the system numbers them."""
+    place = place_of(folder)
+    if not place.is_dir():
+        raise UsageError(f"{place} is no folder: a file is in its place. Give a new folder with --out.")
+    return place.stat().st_dev
+
+
+def written(folder: Path) -> int:
+    """Bytes of a run's tensors that are there already, or that a kill left half-written."""
+    weights = sum(path.stat().st_size for path in folder.glob("sae.safetensors*"))
+    return weights + folder_bytes(folder / "checkpoints")
+
+
+def rows_timed(setting: Setting, device: str) -> int:
+    """Of a batch that would take seconds, as many rows as take one or two."""
+    kind = torch.device(device).type
+    limit = min(AT_MOST[kind] / PRODUCTS / setting.d_in, LATENTS[kind]) / setting.d_sae
+    return max(1, min(setting.batch_size, int(limit)))
+
+
+def step_bytes(planned: Planned, device: str) -> float:
+    """Bytes that a timed step takes, about: the state, gradients, and tensors of latents and of their pairs."""
+    setting, variant = planned[2], built(planned, "meta")
+    weights, buffers = sizes(variant)
+    latents = rows_timed(setting, device) * setting.d_sae
+    pairs = setting.d_sae**2 / 2 if any(term.all_pairs for term in variant.terms.values()) else 0
+    return 4 * weights + buffers + 4 * TENSORS * (latents + pairs)
 
 
 def step_seconds(planned: Planned, device: str) -> float:
-    """The time of a step on random rows. A batch whose products alone would take seconds is timed in part."""
-    _, _, setting = planned
-    limit = AT_MOST[torch.device(device).type] / PRODUCTS / (setting.d_in * setting.d_sae)
-    rows = max(1, min(setting.batch_size, int(limit)))
+    """The time of a step on random rows. A batch that would take seconds is timed in part.
+
+    OutsideError where that would take too much of the memory.
+    """
+    setting, rows = planned[2], rows_timed(planned[2], device)
+    needed, available = step_bytes(planned, device), available_memory(device)
+    if needed > SHARE * available:
+        raise OutsideError(
+            f"not timed: a step of {planned[0].name} takes {bytes_text(needed)} or more, "
+            f"and {device} has {bytes_text(available)} of memory free"
+        )
     training = Training(built(planned, device), setting.steps, device)
     x_BD = torch.randn(rows, setting.d_in, device=device).bfloat16()
+    seconds = fastest(training, x_BD)
+    if 1 < rows < setting.batch_size:  # a part of it is the optimizer's, however many the rows are
+        of_one = fastest(training, x_BD[:1])
+        seconds = of_one + max(seconds - of_one, 0.0) / (rows - 1) * (setting.batch_size - 1)
+    del training
+    free_memory(device)
+    return seconds
+
+
+def fastest(training: Training, x_BD: torch.Tensor) -> float:
+    """The time of the fastest of a few steps."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < STEPS and sum(times) < ENOUGH):  # the first one is slower
         started = time.perf_counter()
         training.step(x_BD)
         int(training.i)  # a GPU is waited for
         times.append(time.perf_counter() - started)
-    del training
-    free_memory(device)
-    return min(times) * setting.batch_size / rows
+    return min(times)
 
 
 def training_seconds(runs: Iterable[Planned], device: str) -> float:

@@ -227,6 +227,8 @@ class Recipe:
         ]
         if setting.d_sae < 1:
             problems.append(f"the width {setting.d_sae} is not positive.")
+        elif max(setting.d_in, setting.d_sae) * setting.d_sae >= 2**56:
+            problems.append(f"no machine holds a width of {setting.d_sae:,}: give a smaller --width.")
         elif (k := values.get("k")) is not None and not 0 < k <= setting.d_sae:
             problems.append(
                 f"k={k:g} latents cannot be kept of {setting.d_sae}: give 1 to {setting.d_sae}, or a larger --width."

@@ -21,7 +21,7 @@ import torch
 
 from ..cache.batches import Plan
 from ..cache.errors import UsageError
-from ..cache.files import digest_of, folder_bytes, read_json
+from ..cache.files import digest_of, read_json
 from ..cache.joined import Joined, join
 from ..cache.layout import SITES, Hook, home
 from ..cache.reader import Cache, find_cache, model_name
@@ -141,18 +141,19 @@ class Run:
         return (self.folder / "sae.json").exists()
 
 
-def plan(request: Request) -> list[Run]:
-    """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong."""
+def plan(request: Request, beside: Mapping[Path, float] = {}) -> list[Run]:
+    """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong.
+
+    OutsideError where they do not fit on a disk, with the bytes that something else writes into folders `beside`.
+    """
     runs = [resumed(folder, request) for folder in request.resume] if request.resume else planned(request)
-    check_space_of([run for run in runs if not run.done])
+    check_space([(run.planned, run.folder) for run in runs if not run.done], beside)
     return runs
 
 
 def planned(request: Request) -> list[Run]:
     """The runs of a request that goes on with none."""
-    for seed in (request.order_seed, *request.seeds):
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"The seed {seed} is out of range: --seed and --order-seed are 0 to 2^63 - 1.")
+    check_seeds(request.order_seed, *request.seeds)
     if request.site not in SITES:
         raise UsageError(f"--site {request.site} is unknown: give one of {', '.join(SITES)}.")
     recipes = [find_recipe(name) for name in dict.fromkeys(request.variants)]
@@ -188,20 +189,17 @@ def planned(request: Request) -> list[Run]:
     return runs
 
 
-def check_space_of(runs: Sequence[Run]) -> None:
-    """OutsideError where what the runs will write does not fit on the disk."""
-    by_parent: dict[Path, list[Run]] = {}
-    for run in runs:
-        by_parent.setdefault(run.folder.parent, []).append(run)
-    for parent, here in by_parent.items():
-        check_space([run.planned for run in here], parent, sum(folder_bytes(run.folder) for run in here))
+def check_seeds(*seeds: int) -> None:
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"The seed {seed} is out of range: --seed and --order-seed are 0 to 2^63 - 1.")
 
 
-def streams(runs: Iterable[Run]) -> list[list[Planned]]:
+def streams(runs: Iterable[Run]) -> list[list[Run]]:
     """What is trained on one pass each, and is on the device together."""
-    together: dict[tuple[Any, ...], list[Planned]] = {}
+    together: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        together.setdefault(run.order, []).append(run.planned)
+        together.setdefault(run.order, []).append(run)
     return list(together.values())
 
 
@@ -215,6 +213,8 @@ def setting_of(request: Request, recipe: Recipe, cache: Cache | Joined | Ring, d
     steps = epoch if request.steps is None else request.steps
     if steps < 1:
         raise UsageError(f"--steps {steps} would train nothing.")
+    if steps * batch_size >= 2**63:
+        raise UsageError(f"--steps {steps} of {batch_size:,} tokens are more than can be counted. Give fewer.")
     if rolling and steps > epoch:
         raise UsageError(
             f"--steps {steps} is more than there is: {cache.layout.rows:,} tokens are {epoch:,} batches of {batch_size:,}, "

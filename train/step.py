@@ -54,6 +54,7 @@ class Term(nn.Module, ABC):
     """A summand of the loss. Reads the step, may leave a note in it, changes nothing else; returns a 0-d tensor."""
 
     sparsity = False  # whether a larger coefficient leaves fewer latents on, so that `--l0` can move it
+    all_pairs = False  # whether it makes matrices of all pairs of latents
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor: ...

@@ -5,15 +5,17 @@ from collections import namedtuple
 
 import pytest
 
-from sae.cache.errors import OutsideError
+from sae.cache.device import available_memory
+from sae.cache.errors import OutsideError, UsageError
 from sae.train import forecast
-from sae.train.forecast import disk_bytes, state_bytes, step_seconds, training_seconds
+from sae.train.forecast import check_space, disk_bytes, state_bytes, step_seconds, training_seconds
 from sae.train.loop import Training
 from sae.train.recipe import RECIPES, Setting, find_recipe
 from sae.train.run import Request, plan, streams
 from sae.train.stream import run_all
 
 find_recipe("relu")  # registers them all
+USAGE = namedtuple("USAGE", "total used free")
 
 
 def request_of(cache, *variants, **more):
@@ -52,7 +54,13 @@ def test_a_batch_too_large_to_time_is_timed_in_part(monkeypatch):
     monkeypatch.setattr(Training, "step", lambda self, x_BD: rows.append(len(x_BD)) or step(self, x_BD))
     monkeypatch.setitem(forecast.AT_MOST, "cpu", forecast.PRODUCTS * 16 * 64 * 5)
     step_seconds((find_recipe("relu"), {}, Setting(16, 64, 10, 32)), "cpu")
-    assert set(rows) == {5}
+    assert set(rows) == {5, 1}
+
+
+def test_the_optimizers_part_of_a_step_is_counted_once(monkeypatch):
+    monkeypatch.setitem(forecast.LATENTS, "cpu", 5 * 64)
+    monkeypatch.setattr(forecast, "fastest", lambda training, x_BD: 10 + 2 * len(x_BD))
+    assert step_seconds((find_recipe("relu"), {}, Setting(16, 64, 10, 32)), "cpu") == 10 + 2 * 32
 
 
 def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
@@ -76,11 +84,10 @@ def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
     request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
     needed = sum(disk_bytes(run.planned) for run in plan(request)) + state_bytes(plan(request)[0].planned)
-    usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(OutsideError, match="2 runs .* will need .* Train fewer"):
         plan(request)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
     assert len(plan(request)) == 2
     assert not (tmp_path / "runs").exists()
 
@@ -90,6 +97,60 @@ def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monk
     (run,) = runs = plan(request)
     run_all(runs, request)
     (run.folder / "sae.json").unlink()  # killed just before its end
-    usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, state_bytes(run.planned)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, state_bytes(run.planned)))
     assert plan(request)[0].folder == run.folder
+
+
+def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
+    monkeypatch.setattr(forecast, "available_memory", lambda device: 1e6)
+    wide = Setting(16, 4096, 10, 32)
+    with pytest.raises(OutsideError, match="not timed: a step of relu takes .* MB or more, and cpu has 1.0 MB"):
+        step_seconds((find_recipe("relu"), {}, wide), "cpu")
+    monkeypatch.setattr(forecast, "available_memory", lambda device: 1e8)
+    assert step_seconds((find_recipe("relu"), {}, wide), "cpu") > 0
+    with pytest.raises(OutsideError, match="not timed: a step of decorrelation"):  # a matrix of all pairs of latents
+        step_seconds((find_recipe("decorrelation"), {}, wide), "cpu")
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert available_memory("cpu") > 1e6
+
+
+def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in "ab"]
+    one, two = (plan(request_of(sparse_cache, "relu", out=folder))[0] for folder in folders)
+    needed = 2 * disk_bytes(one.planned) + state_bytes(one.planned)
+    both = [(run.planned, run.folder) for run in (one, two)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
+    check_space(both)
+    check_space(both, {tmp_path / "activations": 0})
+    with pytest.raises(OutsideError, match="beside 0.0 MB of activations"):
+        check_space(both, {tmp_path / "activations": 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
+    with pytest.raises(OutsideError, match="2 runs"):
+        check_space(both)
+
+
+def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkeypatch):
+    (run,) = plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
+    run.folder.mkdir(parents=True)
+    (run.folder / "notes").write_bytes(bytes(10**6))
+    needed = disk_bytes(run.planned) + state_bytes(run.planned)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
+    with pytest.raises(OutsideError, match="1 run of up to"):
+        plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
+
+
+def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(UsageError, match="file is no folder: a file is in its place"):
+            plan(request_of(sparse_cache, "relu", out=out))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"width": "1e99x"}, {"width": "9" * 20}, {"width": "1" + "0" * 15}, {"steps": 10**21}]
+)
+def test_sizes_that_no_machine_holds_are_refused(sparse_cache, sizes):
+    with pytest.raises(UsageError, match="no machine holds a width|more than can be counted"):
+        plan(request_of(sparse_cache, "relu", **sizes))

@@ -25,6 +25,8 @@ class Decorrelation(Term):
     are few, another product of C's size when they are many.
     """
 
+    all_pairs = True
+
     def __init__(self, fraction: float = 0.001) -> None:
         super().__init__()
         self.fraction = fraction
