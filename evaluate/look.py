@@ -1,6 +1,7 @@
 """One run, opened to be looked at: its SAE, the model and held-out text, and what evaluations said of it."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,28 +81,40 @@ def results_of(folder: Path, weights: str) -> dict[str, Result]:
     return found
 
 
+Told = tuple[float, int, str]  # by what labels of a latent are ordered, the largest first; the latent; its label
+
+
 def labels(results: dict[str, Result], d_sae: int) -> dict[int, list[str]]:
     """What evaluations call a latent: the letter that absorption's probes found it to spell, autointerp's explanation,
     and the classes of texts that sparse probing found it for (`classes_told`), those that it tells best first.
+
+    A result that was changed by hand, so that it cannot be read, is passed over.
     """
+    told: list[Told] = []
+    for name, read in LABELS.items():
+        with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            told += [one for one in read(results[name]) if 0 <= one[1] < d_sae] if name in results else []
     found: dict[int, list[str]] = {}
-    for letter in results["absorption"].details if "absorption" in results else ():
-        for latent in letter["main_latents"]:
-            f1 = letter["f1_k_sparse"][len(letter["main_latents"]) - 1]
-            found.setdefault(latent, []).append(f"first letter {letter['first_letter']} (F1 {f1:.2f})")
-    explained = results["autointerp"].extra if "autointerp" in results else None
-    for entry in (explained or {}).values():
-        if entry["explanation"]:
-            score = "" if entry["score"] is None else f" (score {entry['score']:.2f})"
-            found.setdefault(entry["latent"], []).append(f"{entry['explanation']}{score}")
-    probed = [results[name] for name in ("sparse_probing", "sparse_probing_stdlib") if name in results]
-    told = [one for result in probed for one in classes_told(result)]
     for _, latent, text in sorted(told, key=lambda one: one[0], reverse=True):
         found.setdefault(latent, []).append(text)
-    return {latent: texts for latent, texts in found.items() if 0 <= latent < d_sae}
+    return found
 
 
-def classes_told(result: Result) -> Iterator[tuple[float, int, str]]:
+def letters_spelt(result: Result) -> Iterator[Told]:
+    for letter in result.details:
+        for latent in letter["main_latents"]:
+            f1 = letter["f1_k_sparse"][len(letter["main_latents"]) - 1]
+            yield math.inf, int(latent), f"first letter {letter['first_letter']} (F1 {f1:.2f})"
+
+
+def explanations(result: Result) -> Iterator[Told]:
+    for entry in (result.extra or {}).values():
+        if entry["explanation"]:
+            score = "" if entry["score"] is None else f" (score {entry['score']:.2f})"
+            yield math.inf, int(entry["latent"]), f"{entry['explanation']}{score}"
+
+
+def classes_told(result: Result) -> Iterator[Told]:
     """Of sparse probing, the latents that tell a class by themselves: test accuracy, latent, what to call it.
 
     Such a latent is the one whose mean differs most between texts of the class and others, and is larger for the class.
@@ -117,6 +130,12 @@ def classes_told(result: Result) -> Iterator[tuple[float, int, str]]:
             if difference > 0 and wilson(accuracy, result.n["test_texts_per_task"])[0] > TELLING:
                 text = f"{class_name(dataset, label)} (class of {dataset}, accuracy {accuracy:.2f})"
                 yield accuracy, int(latent), text
+
+
+LABELS = {
+    "absorption": letters_spelt, "autointerp": explanations, "sparse_probing": classes_told,
+    "sparse_probing_stdlib": classes_told,
+}  # fmt: skip
 
 
 def check_latents(latents: Sequence[int], d_sae: int, name: str) -> None:

@@ -180,6 +180,27 @@ def test_a_latent_is_labelled_with_the_classes_it_tells():
     assert look.labels({"sparse_probing": look.Result({}, extra=old)}, 64) == {}
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        None, [], {"sae_top_1_latents": ["red"]}, {"sae_top_1_latents": {"red": {}}},
+        {"sae_top_1_latents": {"red": {"3": 1.0, "4": 1.0}}}, {"sae_top_1_latents": {"red": {"3": None}}},
+        {"sae_top_1_latents": {"red": {"three": 1.0}}}, {"sae_top_1_test_accuracy": {}},
+        {"sae_top_1_test_accuracy": {"red": 7.0}}, {"sae_top_1_test_accuracy": {"red": None}},
+    ],
+)  # fmt: skip
+def test_a_result_that_was_changed_by_hand_labels_nothing(scores):
+    absorbed = look.Result({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
+    whole = {"sae_top_1_test_accuracy": {"red": 0.9}, "sae_top_1_latents": {"red": {"3": 1.0}}}
+    changed = scores if not isinstance(scores, dict) else whole | scores
+    probing = look.Result({}, extra={"d_results": changed}, n={"test_texts_per_task": 200})
+    found = {"absorption": absorbed, "sparse_probing": probing}
+    assert look.labels(found, 64) == {3: ["first letter s (F1 0.30)"]}
+    assert look.labels({"absorption": look.Result({}, [{"first_letter": "s"}])}, 64) == {}
+    for n in ({}, {"test_texts_per_task": 0}):
+        assert look.labels({"sparse_probing": look.Result({}, extra={"d_results": whole}, n=n)}, 64) == {}
+
+
 def test_hostile_classes_are_shown_as_what_they_are(run):
     weights = open_run(run, 300, "cpu").row.weights
     hostile = {"</script><b>\u202e\x1b[31m": (5, 1.0, 0.95), "[bold]" + "w" * 200: (5, 1.0, 0.85)}
