@@ -5,9 +5,11 @@ over them, with their standard deviation. Numbers of other models, layers, texts
 other unless asked for, and then it is said what differs.
 """
 
+import contextlib
 import csv
 import io
 import json
+import math
 import statistics
 import tomllib
 from collections.abc import Sequence
@@ -350,12 +352,12 @@ def curves(comparison: Comparison) -> list[Chart]:
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; one that a kill cut off is left out."""
+    """The lines of metrics.jsonl, and of each what is a number; one that a kill cut off is left out."""
     path = folder / "metrics.jsonl"
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, ArithmeticError, RecursionError):
+            line = json.loads(text)
+            numbers = line.items() if isinstance(line, dict) else ()
+            found.append({name: float(value) for name, value in numbers if type(value) in (int, float)})
+    return [line for line in found if math.isfinite(line.get("step", math.nan))]

@@ -156,7 +156,7 @@ def rates_by_letter(found: Report) -> dict[str, dict[str, list[float]]]:
 def rates_of(result: Result | None) -> Iterator[tuple[str, float]]:
     for entry in result.details if result else ():
         rate: Any = entry.get("absorption_rate", entry.get("full_absorption_rate"))
-        if rate is not None:
+        if isinstance(rate, (int, float)):
             yield label_of(entry), rate
 
 

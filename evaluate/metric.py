@@ -187,9 +187,10 @@ def result_of(path: Path, metric: Metric | type[Metric]) -> Result:
         metrics = {
             c: {n: v if v is None else float(v) for n, v in group.items()} for c, group in ours["metrics"].items()
         }
+        details, more["n"] = [{**entry} for entry in ours["details"]], {**more["n"]}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedError(f"{path} holds no result of {metric.name}. Remove it and evaluate again.") from error
-    return Result(metrics, ours["details"], **more)
+    return Result(metrics, details, **more)
 
 
 def earlier_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:

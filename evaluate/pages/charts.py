@@ -19,6 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#b3508a", "#9a6a00", "#2b8cbe", "#6
 MARKERS = "osD^vP*X"  # matplotlib's names; `SHAPES` draws the same
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 Kind = Literal["points", "line", "both", "bars"]
+LEAST, LARGEST = 1e-100, 1e100  # on an axis
 LETTER = 7  # pixels that a letter of a label takes, about
 SHAPES = {
     "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
@@ -116,16 +117,21 @@ def written(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def drawable(value: float, log: bool) -> bool:
+    """Whether a number has a place on an axis: nothing that trains or measures in float32 comes near the limits."""
+    return LEAST <= value <= LARGEST if log else abs(value) <= LARGEST
+
+
 def span(values: Sequence[float], log: bool) -> tuple[float, float]:
     """What an axis covers: the values and a margin; [0, 1] where there are none."""
-    found = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+    found = [value for value in values if drawable(value, log)]
     if not found:
         return (0.1, 1.0) if log else (0.0, 1.0)
     low, high = min(found), max(found)
     if log:
         factor = max((high / low) ** 0.06, 1.1)
         return low / factor, high * factor
-    if low == high == 0:
+    if max(abs(low), abs(high)) < LEAST:
         return -0.06, 1.0  # a share, more likely than not, and none is below zero
     margin = 0.06 * (high - low) or 0.06 * abs(high)
     return low - margin, high + margin
@@ -171,7 +177,7 @@ def svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) 
         bottom, height = bottom + reach, height + reach
 
     def place(value: float, low: float, high: float, log: bool) -> float | None:
-        if not math.isfinite(value) or (log and value <= 0):
+        if not drawable(value, log):
             return None
         return (math.log(value / low) / math.log(high / low)) if log else (value - low) / (high - low)
 
@@ -187,11 +193,11 @@ def svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) 
     for number, series in enumerate(chart.series):
         points = []
         labels = [*series.labels, *[""] * len(series.x)]
-        spreads = [*series.spread, *[0.0] * len(series.x)]
+        spreads = [spread if drawable(spread, False) else 0.0 for spread in (*series.spread, *[0.0] * len(series.x))]
         for x, at, y, label, spread in zip(series.x, chart.dodged(series), series.y, labels, spreads, strict=False):
             px, py = at_x(at), at_y(y)
             if px is not None and py is not None:
-                low, high = (at_y(y - spread) or height - bottom, at_y(y + spread)) if spread else (py, py)
+                low, high = (at_y(y - spread) or height - bottom, at_y(y + spread) or py) if spread else (py, py)
                 where = chart.categories[int(x)] if chart.categories else f"{x:.4g}"
                 label = label or f"{series.name}: {where}, {y:.4g}" + (f" ± {spread:.2g}" if spread else "")
                 points.append({"x": px, "y": py, "low": low, "high": high, "label": label})

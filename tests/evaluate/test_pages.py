@@ -129,6 +129,19 @@ def test_the_band_of_a_line_goes_through_mean_plus_and_minus_sd():
     assert band.startswith("M") and band.endswith("Z")
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    ("y", "spread"),
+    [
+        ([1e308, -1e308], [0, 0]), ([5e-324, 5e-324], [0, 0]), ([5e-324, 1.0], [0, 0]), ([1e-300, 1e300], [1e308, 0]),
+        ([float("inf"), float("nan")], [1, 1]), ([1.0, 2.0], [float("nan"), float("inf")]),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_axis_holds_are_left_out(y, spread, log):
+    drawn = svg(Chart("t", "x", "y", [Series("one", [0, 1], y, "line", spread=spread)], y_log=log))
+    assert not re.search("nan|inf|None", drawn)
+
+
 def test_a_line_without_spread_has_no_band():
     chart = Chart("t", "x", "y", [Series("one", [0, 1], [0, 1], "line"), Series("two", [0, 1], [0, 1], "line", [0, 0])])
     assert "fill-opacity" not in svg(chart)

@@ -1,5 +1,6 @@
 """A paper's claims beside what was measured."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sae.evaluate.claims import PAPERS, Claim, load
-from sae.evaluate.compare import Compared
+from sae.evaluate.compare import Compared, logged
 from sae.evaluate.metric import Result
 from sae.evaluate.pages.reproduction import reproduction_page
 from sae.evaluate.report import Trained, as_text, report
@@ -156,3 +157,13 @@ def test_the_page_has_every_claim_and_contradiction(number):
     assert "There is nothing to draw yet" in html and "<figure" not in html
     assert "Not the paper" in html
     assert "Not the paper" not in reproduction_page(report(paper, [], True), paper.ran.reads_as, "field")
+
+
+@pytest.mark.parametrize(
+    "line", ["5", '"x"', "null", "[1]", '{"step": null}', '{"step": Infinity}', '{"step": 1' + "0" * 400 + "}", '{"ste']
+)
+def test_a_line_of_the_log_that_is_none_is_left_out(tmp_path, line):
+    kept = {"step": 1, "tokens": 4, "loss": 2.0}
+    changed = '{"step": 2, "tokens": 8, "loss": "low", "dead": null}'
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join([line, json.dumps(kept), changed, line]).encode() + b"\xff")
+    assert logged(tmp_path) == [kept, {"step": 2, "tokens": 8}]
