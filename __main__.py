@@ -1,5 +1,6 @@
 """The command `sae`, also as `python -m sae`, and so for `accelerate launch -m sae`."""
 
+import signal
 import sys
 
 
@@ -10,6 +11,7 @@ def main() -> None:
 
         app(prog_name="sae")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would break into the exit
         print("stopped: interrupted before anything was begun.", file=sys.stderr)
         sys.exit(130)
 
