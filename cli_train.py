@@ -8,6 +8,7 @@ from .terminal import bar, echo, show_table
 
 def run_train(request: Any, dry_run: bool = False, carry_out: Any = None, beside: Any = None) -> list[Any]:
     """The runs. `beside`: folders and the bytes that something else writes there meanwhile."""
+    from .cache.files import counted
     from .train.loggers import Loggers
     from .train.run import plan, streams
     from .train.stream import Report, run_all
@@ -25,9 +26,12 @@ def run_train(request: Any, dry_run: bool = False, carry_out: Any = None, beside
         show_size([run.planned for run in todo], todo[0].folder.parent)
     if dry_run:
         if todo:
-            show_time([[run.planned for run in stream] for stream in streams(todo)], request.device)
-        if todo and request.compiled:
-            echo("note     that is without --compile, whose first step takes minutes and the others less")
+            together = streams(todo) if request.ring is None else [todo]  # behind a harvest all are there at once
+            show_time([[run.planned for run in stream] for stream in together], request.device)
+        if begun := [run for run in todo if (run.folder / "checkpoints").exists()]:
+            echo(f"note     {counted(len(begun), 'run')} of them began before; the time is of all steps")
+        if any(run.compiled for run in todo):
+            echo("note     the time is without --compile, whose first step takes minutes and the others less")
         return runs
     started = time.monotonic()
     latest: dict[str, dict[str, float]] = {}

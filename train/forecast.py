@@ -35,7 +35,11 @@ def state_bytes(planned: Planned) -> int:
 
 def disk_bytes(planned: Planned) -> int:
     """Bytes that a run's folder holds at most: of the SAE and the checkpoints that are kept, the tensors."""
-    return sizes(built(planned, "meta").sae)[0] + KEPT * state_bytes(planned)
+    return sae_bytes(planned) + KEPT * state_bytes(planned)
+
+
+def sae_bytes(planned: Planned) -> int:
+    return sizes(built(planned, "meta").sae)[0]
 
 
 def sizes(module: torch.nn.Module) -> tuple[int, int]:
@@ -53,8 +57,9 @@ def check_space(runs: Iterable[tuple[Planned, Path]], beside: Mapping[Path, floa
     for disk, here in by_disk.items():
         sizes = [disk_bytes(planned) for planned, _ in here]
         activations = sum(size for folder, size in beside.items() if disk_of(folder) == disk)
-        # A checkpoint is whole before an older one goes.
-        needed = sum(sizes) - sum(written(folder) for _, folder in here) + max(state_bytes(run) for run, _ in here)
+        # A checkpoint is whole before an older one goes, and the last one of a run before its SAE is written.
+        passing = max(state_bytes(planned) - sae_bytes(planned) for planned, _ in here)
+        needed = sum(sizes) - sum(written(folder) for _, folder in here) + passing
         place = place_of(here[0][1])
         if needed + activations > (free := free_space(place)):
             also = f" beside {bytes_text(activations)} of activations" if activations else ""
@@ -74,9 +79,9 @@ def disk_of(folder: Path) -> int:
 
 
 def written(folder: Path) -> int:
-    """Bytes of a run's tensors that are there already, or that a kill left half-written."""
-    weights = sum(path.stat().st_size for path in folder.glob("sae.safetensors*"))
-    return weights + folder_bytes(folder / "checkpoints")
+    """Bytes of a run's checkpoints, and of what a kill left half-written. The SAE of a run to go on with is made anew."""
+    strays = sum(path.stat().st_size for path in folder.glob("sae.safetensors.tmp-*"))
+    return strays + folder_bytes(folder / "checkpoints")
 
 
 def rows_timed(setting: Setting, device: str) -> int:

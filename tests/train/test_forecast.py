@@ -25,6 +25,11 @@ def request_of(cache, *variants, **more):
     return Request(list(variants), **sizes | more)
 
 
+def passing(planned):
+    """A third checkpoint before the first goes; there is no SAE then yet."""
+    return state_bytes(planned) - (disk_bytes(planned) - 2 * state_bytes(planned))
+
+
 def test_the_bytes_of_a_run_are_its_tensors():
     weights = 4 * (2 * 4 * 8 + 8 + 4)  # W_enc, W_dec, b_enc, b_dec in float32
     planned = find_recipe("relu"), {}, Setting(4, 8, 10, 16)
@@ -83,7 +88,7 @@ def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
     request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
-    needed = sum(disk_bytes(run.planned) for run in plan(request)) + state_bytes(plan(request)[0].planned)
+    needed = sum(disk_bytes(run.planned) for run in plan(request)) + passing(plan(request)[0].planned)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(OutsideError, match="2 runs .* will need .* Train fewer"):
         plan(request)
@@ -99,6 +104,11 @@ def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monk
     (run.folder / "sae.json").unlink()  # killed just before its end
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, state_bytes(run.planned)))
     assert plan(request)[0].folder == run.folder
+    (run.folder / "sae.safetensors").unlink()
+    assert plan(request)[0].folder == run.folder
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, state_bytes(run.planned) // 2))
+    with pytest.raises(OutsideError, match="1 run of up to"):
+        plan(request)
 
 
 def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
@@ -119,7 +129,7 @@ def test_the_memory_of_this_machine_is_known():
 def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
     folders = [tmp_path / name for name in "ab"]
     one, two = (plan(request_of(sparse_cache, "relu", out=folder))[0] for folder in folders)
-    needed = 2 * disk_bytes(one.planned) + state_bytes(one.planned)
+    needed = 2 * disk_bytes(one.planned) + passing(one.planned)
     both = [(run.planned, run.folder) for run in (one, two)]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
     check_space(both)
@@ -135,7 +145,7 @@ def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkey
     (run,) = plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
     run.folder.mkdir(parents=True)
     (run.folder / "notes").write_bytes(bytes(10**6))
-    needed = disk_bytes(run.planned) + state_bytes(run.planned)
+    needed = disk_bytes(run.planned) + passing(run.planned)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(OutsideError, match="1 run of up to"):
         plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
