@@ -67,7 +67,7 @@ def test_sigterm_ends_as_ctrl_c_does(tiny_model: Path, sentences: Path, tmp_path
     command = [
         sys.executable,
         "-m",
-        "sae.cli",
+        "sae",
         *map(str, words),
         "--window",
         "64",

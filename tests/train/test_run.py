@@ -94,7 +94,7 @@ def test_layers_seeds_and_batch_sizes_are_streams_of_their_own(sparse_cache, tmp
 def command(cache, out: Path) -> list[str]:
     variants = [word for name in NAMES for word in ("--variant", name)]
     return [
-        sys.executable, "-m", "sae.cli", "train", *variants, "--layer", "0", "--cache", str(cache.folder), "--steps", "120",
+        sys.executable, "-m", "sae", "train", *variants, "--layer", "0", "--cache", str(cache.folder), "--steps", "120",
         "--batch-size", "64", "--width", "128", "--checkpoint-every", "10", "--out", str(out),
     ]  # fmt: skip
 
