@@ -10,7 +10,7 @@ from .cli_cache import cache_app
 from .cli_compare import compare
 from .cli_config import config_app
 from .cli_env import env
-from .cli_evaluate import next_evaluate, run_evaluate
+from .cli_evaluate import next_evaluate, run_evaluate, runs_text
 from .cli_formats import export, import_
 from .cli_harvest import run_harvest
 from .cli_options import STREAM, Caches, Device, Layers, Sites, StreamTokens, Tokens
@@ -176,7 +176,7 @@ def train(
     else:
         runs = run_train(request, dry_run)
     if not dry_run:
-        echo(f"next     sae evaluate {' '.join(quote(str(run.folder)) for run in runs)}")
+        echo(f"next     sae evaluate {runs_text([run.folder for run in runs])}")
 
 
 @app.command()

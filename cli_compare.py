@@ -9,6 +9,7 @@ import typer
 from .terminal import echo, show_table, spoken
 
 ENDINGS = (".html", ".csv", ".json")
+FEW = 8  # runs that are named once more
 
 
 @spoken
@@ -70,4 +71,5 @@ def compare(
                 save(chart, plots / f"{stem}.{ending}")
         echo(f"written  {plots}/*.svg and *.png")
     if not out:
-        echo(f"next     sae compare {' '.join(quote(str(run)) for run in runs)} --out compare.html")
+        same = "the same command" if len(runs) > FEW else f"sae compare {' '.join(quote(str(run)) for run in runs)}"
+        echo(f"next     {same} --out compare.html")
