@@ -5,27 +5,48 @@
     python benchmarks/equal_l0.py runs/* > table.md
 
 Prints Markdown. A cell is the mean difference over seeds and half its 95 % interval by Student's t. `L0` is the mean
-difference over all layers and seeds, and `sign` counts there in how many pairs the first has the larger KL score.
+difference over all layers and seeds; `sign` counts there in how many pairs the first of the two has the larger KL score.
+`also differs` are the shared
+options in which two recipes differ beside what they are named for: such a line compares two whole systems, and says
+nothing of one mechanism.
+
+Seeds share the data, their order and the text of the evaluation; they differ in the weights at the start. All recipes of
+a seed start from the same, but for `collapse-06` and later, whose rows start orthonormal. Where `--l0` moves a penalty,
+what a recipe does with its own after a twentieth of the run does not count.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from sae.cache.errors import UsageError
+from sae.cache.files import read_json
 from sae.evaluate.compare import Compared, read_run
 from sae.evaluate.metric import Number
 from sae.evaluate.suites import METRICS
 from sae.evaluate.table import paired
 
 PLAIN = "progressive-baseline"  # ReLU and L1, the encoder sees x and not x - b_dec: the papers' own SAE
+L1 = "competition-baseline"  # the same with a penalty that warms up, and without weight decay
 PAIRS = [  # what is added, to what
-    *((name, PLAIN) for name in ("progressive", "progressive-no-ema", "progressive-no-competition")),
+    ("progressive", PLAIN),
+    ("progressive-no-competition", PLAIN),
+    ("progressive", "progressive-no-competition"),
+    ("progressive-no-ema", "progressive"),
     ("competition", "competition-off"),
-    ("decorrelation", PLAIN),
-    *((name, PLAIN) for name in ("hierarchical", "hierarchical-window")),
-    *((name, PLAIN) for name in ("collapse-06", "collapse-08", "collapse-09", "collapse-10")),
-    *((name, PLAIN) for name in ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka", "ortsae")),
-    *((name, "topk") for name in ("batchtopk", "matryoshka", "ortsae", "competition")),
+    *(("decorrelation", base) for base in (L1, PLAIN)),
+    ("hierarchical-window", PLAIN),
+    *(("hierarchical", base) for base in ("hierarchical-window", PLAIN)),
+    *((name, base) for name in ("collapse-06", "collapse-08", "collapse-09", "collapse-10") for base in (L1, PLAIN)),
+    ("collapse-08", "collapse-06"),
+    ("collapse-09", "collapse-08"),
+    ("collapse-10", "collapse-09"),
+    ("relu", L1),  # x - b_dec
+    *((name, "relu") for name in ("gated", "jumprelu", "topk")),
+    ("batchtopk", "topk"),
+    *((name, "batchtopk") for name in ("matryoshka", "ortsae")),
+    *((name, PLAIN) for name in ("relu", "gated", "jumprelu", "topk", "batchtopk")),
+    *((name, "topk") for name in ("competition-off", "competition")),
 ]
 NUMBERS = (("core", "kl_div_score"), ("core", "fve"))
 ALSO = (
@@ -38,6 +59,28 @@ ALSO = (
 )
 SHORT = {"absorption": "absorption, ", "sparse_probing_stdlib": "probing, "}
 Runs = dict[tuple[str, int, int], Compared]  # recipe, layer, seed -> run
+
+
+def by_place(read: Iterable[Compared]) -> Runs:
+    """The runs by recipe, layer and seed. UsageError where two have the same: one of them would be passed over."""
+    runs: Runs = {}
+    for run in read:
+        place = run.run["variant"], run.run["layer"], run.run["seed"]
+        if place in runs:
+            raise UsageError(
+                f"{runs[place].folder} and {run.folder} have one recipe, layer and seed: give one of them."
+            )
+        runs[place] = run
+    return runs
+
+
+def beside(one: Compared, other: Compared) -> list[str]:
+    """The options that both have, and in which they differ: rate, decay, whether the encoder sees x - b_dec, ..."""
+    own, others = (
+        run.run["resolved"] | {"pre_bias": read_json(run.folder / "sae.json", "pre_bias")["pre_bias"]}
+        for run in (one, other)
+    )
+    return [name for name in own if name in others and own[name] != others[name]]
 
 
 def found(metric: str, name: str) -> Number:
@@ -59,20 +102,18 @@ def lines(runs: Runs, layers: Sequence[int], numbers: Sequence[tuple[str, str]])
         by_layer = [pairs_of(runs, one, other, layer) for layer in layers]
         cells = [difference(pairs, *number) for pairs in by_layer for number in numbers]
         everything = [pair for pairs in by_layer for pair in pairs]
-        more = sum((a.value(*kl) or 0) > (b.value(*kl) or 0) for a, b in everything)
+        scores = [(a.value(*kl), b.value(*kl)) for a, b in everything]
+        both = [(a, b) for a, b in scores if a is not None and b is not None]
         if any(cells):
-            l0 = difference(everything, "core", "l0").split()[0]
-            yield [f"`{one}`", f"`{other}`", *cells, l0, f"{more} of {len(everything)}"]
+            l0 = difference(everything, "core", "l0").split(" ")[0]
+            sign = f"{sum(a > b for a, b in both)} of {len(both)}"
+            yield [f"`{one}`", f"`{other}`", *cells, l0, sign, ", ".join(beside(*everything[0]))]
 
 
 def table(runs: Runs, layers: Sequence[int], numbers: Sequence[tuple[str, str]]) -> None:
     at = {layer: f" L{layer}" if len(layers) > 1 else "" for layer in layers}
-    heads = [
-        f"{SHORT.get(metric, '')}{found(metric, name).heading}{at[layer]}"
-        for layer in layers
-        for metric, name in numbers
-    ]
-    heads = ["", "less", *heads, "L0", "sign"]
+    named = [(f"{SHORT.get(metric, '')}{found(metric, name).heading}") for metric, name in numbers]
+    heads = ["", "less", *(f"{head}{at[layer]}" for layer in layers for head in named), "L0", "sign", "also differs"]
     for line in (heads, ["---"] * len(heads), *lines(runs, layers, numbers)):
         print("| " + " | ".join(line) + " |")
 
@@ -80,8 +121,7 @@ def table(runs: Runs, layers: Sequence[int], numbers: Sequence[tuple[str, str]])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    read = [read_run(folder) for folder in parser.parse_args().runs]
-    runs: Runs = {(run.run["variant"], run.run["layer"], run.run["seed"]): run for run in read}
+    runs = by_place(read_run(folder) for folder in parser.parse_args().runs)
     layers = sorted({layer for _, layer, _ in runs})
     table(runs, layers, NUMBERS)
     for layer in layers:

@@ -192,12 +192,18 @@ def as_text(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequence[float]
 # --- numbers by system ------------------------------------------------------------------------------------------------
 
 
+def shown_layer(found: Report) -> int:
+    """The first layer that was run and that the paper has; where it has none of them, the first that was run."""
+    there = sorted({run.layer for run in found.runs})
+    return next((layer for layer in there if layer in found.paper.ran.layers), there[0] if there else 0)
+
+
 def grouped(found: Report) -> dict[str, list[Trained]]:
-    """The runs at the first layer, by system; of a system of several recipes by recipe."""
-    first = min((run.layer for run in found.runs), default=0)
+    """The runs at the layer that is shown, by system; of a system of several recipes by recipe."""
+    shown = shown_layer(found)
     groups: dict[str, list[Trained]] = {}
     for run in found.runs:
-        if run.layer == first:
+        if run.layer == shown:
             several = len(found.paper.systems[run.system].recipes) > 1
             groups.setdefault(run.recipe if several else run.system, []).append(run)
     return groups

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from markupsafe import Markup
 
 from ..figures import figures, letters
-from ..report import Report, described, grouped, unreported
+from ..report import Report, described, grouped, shown_layer, unreported
 from .charts import Chart, key, svg
 from .page import page
 
@@ -34,7 +34,7 @@ def reproduction_page(report: Report, model: str, reading: str) -> str:
         ran=f"{ran.model}, {ran.dataset}, layer {', '.join(map(str, ran.layers))}, {ran.d_sae:,} latents, {ran.steps:,} steps of {ran.batch_size:,}, rate {ran.lr:g}, penalty {ran.l1:.3g}, {ran.optimizer}",
         used=reading,
         figures={heading: drawn(charts, systems) for heading, charts in figures(report).items()},
-        drawn_layer=min(layers, default=0),
+        drawn_layer=shown_layer(report),
         several_seeds=any(len(runs) > 1 for runs in systems.values()),
         letters=letters(report),
         unreported=unreported(report),

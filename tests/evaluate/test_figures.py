@@ -69,6 +69,16 @@ def test_the_band_of_correlations_is_their_sd_over_pairs():
     assert not older.note and not any(older.series[0].spread)  # of runs that did not log it
 
 
+def test_figures_are_of_the_papers_layer():
+    made = [run("full", "hierarchical", seed, layer, ev=layer / 100) for layer in (5, 12, 19) for seed in range(2)]
+    title = "Figure 1: explained variance by configuration"
+    for layers, drawn_at in (((5, 12, 19), 19), ((5, 12), 5)):  # of 004, which is at 19
+        here = [one for one in made if one.layer in layers]
+        (point,) = drawn(PAPER, here)[title].series
+        assert list(point.y) == pytest.approx([drawn_at / 100])
+        assert f"At layer {drawn_at}." in reproduction_page(report(PAPER, here, False), "gemma-2-mini", "field")
+
+
 def test_steps_add_up():
     line = drawn(load("003"), runs_of(load("003")))["Figure 1 (c): cumulative successful steps"].series[0]
     assert (list(line.x), list(line.y), list(line.spread)) == ([200, 400], [50, 100], [0, 0])

@@ -120,6 +120,9 @@ def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
     assert step_seconds((find_recipe("relu"), {}, wide), "cpu") > 0
     with pytest.raises(OutsideError, match="not timed: a step of decorrelation"):  # a matrix of all pairs of latents
         step_seconds((find_recipe("decorrelation"), {}, wide), "cpu")
+    monkeypatch.setattr(forecast, "available_memory", lambda device: 5e8)  # enough for all but the pairs
+    with pytest.raises(OutsideError, match="not timed: a step of competition"):
+        step_seconds((find_recipe("competition"), {"pair_store": "dense"}, wide), "cpu")
 
 
 def test_the_memory_of_this_machine_is_known():

@@ -289,6 +289,7 @@ class Competition(Term):
     ) -> None:
         super().__init__()
         self.pairs = pairs
+        self.all_pairs = isinstance(pairs, DensePairs)
         self.tau = tau if tau_on == "conditional" else tau * chance
         self.unit = chance if weight == "lift" else 1.0
         self.pair_vec, self.direction, self.reduction, self.target = pair_vec, direction, reduction, target

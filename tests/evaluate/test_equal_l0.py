@@ -1,0 +1,46 @@
+"""benchmarks/equal_l0.py: systems at equal L0, paired by seed."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from sae.cache.errors import UsageError
+from sae.evaluate.compare import Compared
+from sae.evaluate.metric import Result
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "equal_l0.py"))
+
+
+def trained(tmp_path, variant, seed, kl=None, pre_bias=False, **resolved):
+    folder = tmp_path / f"{variant}-{seed}-{kl}"
+    folder.mkdir()
+    (folder / "sae.json").write_text(json.dumps({"pre_bias": pre_bias}))
+    core = {} if kl is None else {"core": Result({"model_behavior_preservation": {"kl_div_score": kl}})}
+    record = {"variant": variant, "layer": 12, "seed": seed, "resolved": {"lr": 3e-4, **resolved}}
+    return Compared(folder.name, folder, {}, record, core, {})
+
+
+def test_a_pair_of_which_one_was_not_measured_has_no_sign(tmp_path):
+    made = [trained(tmp_path, "batchtopk", seed, kl) for seed, kl in enumerate((0.9, 0.8, 0.7))]
+    made += [trained(tmp_path, "topk", seed, kl) for seed, kl in enumerate((0.8, 0.7, None))]
+    ((one, other, *cells, _, sign, differs),) = SCRIPT["lines"](
+        SCRIPT["by_place"](made), [12], [("core", "kl_div_score")]
+    )
+    assert (one, other, sign, differs) == ("`batchtopk`", "`topk`", "2 of 2", "")
+    assert cells[0].startswith("0.1000")
+
+
+def test_what_differs_beside_the_mechanism_is_told(tmp_path):
+    one = trained(tmp_path, "topk", 0, pre_bias=True, weight_decay=0.0, k=32)
+    one.run["resolved"]["lr"] = 1e-3
+    other = trained(tmp_path, "progressive-baseline", 0, weight_decay=0.01, l1=0.04)
+    assert SCRIPT["beside"](one, other) == ["lr", "weight_decay", "pre_bias"]
+    assert SCRIPT["beside"](one, one) == []
+
+
+def test_two_runs_in_one_place_are_refused(tmp_path):
+    two = [trained(tmp_path, "competition", 0, kl) for kl in (0.1, 0.2)]
+    with pytest.raises(UsageError, match="one recipe, layer and seed"):
+        SCRIPT["by_place"](two)
