@@ -63,6 +63,7 @@ def inspect(
 ) -> None:
     """One run in the terminal: what single latents do, or which latents fire on a prompt."""
     from .cache.errors import UsageError
+    from .cache.files import counted
     from .evaluate.features import features
     from .evaluate.look import check_latents, look
     from .evaluate.pages.terminal import latent_text, printed, prompt_table
@@ -78,7 +79,7 @@ def inspect(
     if latents:
         from torch import tensor
 
-        echo(f"inspect  {found.row.name}: {len(latents)} latents on {found.tokens:,} held-out tokens")
+        echo(f"inspect  {found.row.name}: {counted(len(latents), 'latent')} on {found.tokens:,} held-out tokens")
         with bar("inspect", "") as shown:
             numbers = features(found.bench, found.sae, found.hook, tensor(latents), shown)
         printing += [latent_text(found, numbers, place) for place in range(len(latents))]
