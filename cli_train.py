@@ -69,9 +69,9 @@ def summary(found: dict[str, float]) -> list[str]:
 def show_size(planned: Any, folder: Any) -> None:
     """What the runs that are planned will leave on the disk, as a line."""
     from .cache.files import bytes_text, counted, free_space
-    from .train.forecast import disk_bytes
+    from .train.forecast import bytes_of
 
-    size = bytes_text(sum(map(disk_bytes, planned)))
+    size = bytes_text(sum(bytes_of(one).folder for one in planned))
     echo(f"size     up to {size} in {counted(len(planned), 'run folder')}; {bytes_text(free_space(folder))} free")
 
 
@@ -80,10 +80,10 @@ def show_time(streams: Any, device: str) -> None:
     from .cache.device import best_device
     from .cache.errors import OutsideError
     from .cache.files import bytes_text, duration_text
-    from .train.forecast import state_bytes, training_seconds
+    from .train.forecast import bytes_of, training_seconds
 
     device = best_device(device)
-    memory = max(sum(map(state_bytes, stream)) for stream in streams)
+    memory = max(sum(bytes_of(one).state for one in stream) for stream in streams)
     echo(f"memory   {bytes_text(memory)} of weights and AdamW's moments on {device}, and what a step needs beside them")
     try:
         seconds = training_seconds([planned for stream in streams for planned in stream], device)

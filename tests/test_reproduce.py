@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sae.cli import app
-from sae.cli_reproduce import Asked, jobs_of, packed, width_of
+from sae.cli_jobs import Asked, jobs_of, packed, width_of
 from sae.evaluate.claims import PAPERS, load
 
 

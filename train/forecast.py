@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,20 +26,22 @@ SHARE = 0.5  # of the memory that can be had, which a timed step takes at most
 TENSORS = 6  # of a step that have the size of the latents, about, and half as many of that of their pairs
 
 
-def state_bytes(planned: Planned) -> int:
-    """Bytes of a run's weights, buffers and AdamW's two moments: what it has on the device, and a checkpoint."""
+class Bytes(NamedTuple):
+    """Of a run: its SAE's tensors, and its state, which it has on the device and in each checkpoint."""
+
+    sae: int
+    state: int  # weights, buffers and AdamW's two moments
+
+    @property
+    def folder(self) -> int:
+        """What its folder holds at most: the SAE and the checkpoints that are kept."""
+        return self.sae + KEPT * self.state
+
+
+def bytes_of(planned: Planned) -> Bytes:
     variant = built(planned, "meta")
     weights, buffers = sizes(variant)
-    return 3 * weights + buffers
-
-
-def disk_bytes(planned: Planned) -> int:
-    """Bytes that a run's folder holds at most: of the SAE and the checkpoints that are kept, the tensors."""
-    return sae_bytes(planned) + KEPT * state_bytes(planned)
-
-
-def sae_bytes(planned: Planned) -> int:
-    return sizes(built(planned, "meta").sae)[0]
+    return Bytes(sizes(variant.sae)[0], 3 * weights + buffers)
 
 
 def sizes(module: torch.nn.Module) -> tuple[int, int]:
@@ -55,16 +57,16 @@ def check_space(runs: Iterable[tuple[Planned, Path]], beside: Mapping[Path, floa
     for planned, folder in runs:
         by_disk.setdefault(disk_of(folder), []).append((planned, folder))
     for disk, here in by_disk.items():
-        sizes = [disk_bytes(planned) for planned, _ in here]
+        sizes = [bytes_of(planned) for planned, _ in here]
         activations = sum(size for folder, size in beside.items() if disk_of(folder) == disk)
         # A checkpoint is whole before an older one goes, and the last one of a run before its SAE is written.
-        passing = max(state_bytes(planned) - sae_bytes(planned) for planned, _ in here)
-        needed = sum(sizes) - sum(written(folder) for _, folder in here) + passing
+        passing = max(size.state - size.sae for size in sizes)
+        needed = sum(size.folder for size in sizes) - sum(written(folder) for _, folder in here) + passing
         place = place_of(here[0][1])
         if needed + activations > (free := free_space(place)):
             also = f" beside {bytes_text(activations)} of activations" if activations else ""
             raise OutsideError(
-                f"{counted(len(here), 'run')} of up to {bytes_text(max(sizes))} will need {bytes_text(needed)}{also}, "
+                f"{counted(len(here), 'run')} of up to {bytes_text(max(size.folder for size in sizes))} will need {bytes_text(needed)}{also}, "
                 f"and the disk of {place} has {bytes_text(free)} free. "
                 "Train fewer, at a smaller --width, or give --out on another disk."
             )

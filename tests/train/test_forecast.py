@@ -8,7 +8,7 @@ import pytest
 from sae.cache.device import available_memory
 from sae.cache.errors import OutsideError, UsageError
 from sae.train import forecast
-from sae.train.forecast import check_space, disk_bytes, state_bytes, step_seconds, training_seconds
+from sae.train.forecast import bytes_of, check_space, step_seconds, training_seconds
 from sae.train.loop import Training
 from sae.train.recipe import RECIPES, Setting, find_recipe
 from sae.train.run import Request, plan, streams
@@ -27,7 +27,7 @@ def request_of(cache, *variants, **more):
 
 def passing(planned):
     """A third checkpoint before the first goes; there is no SAE then yet."""
-    return state_bytes(planned) - (disk_bytes(planned) - 2 * state_bytes(planned))
+    return bytes_of(planned).state - bytes_of(planned).sae
 
 
 def test_the_bytes_of_a_run_are_its_tensors():
@@ -36,8 +36,8 @@ def test_the_bytes_of_a_run_are_its_tensors():
     buffers = 4 * (4 + 1) + 8 * (
         8 + 1
     )  # mean and scale of the input; of each latent since when it is silent, and if it is dead
-    assert state_bytes(planned) == 3 * weights + buffers
-    assert disk_bytes(planned) == weights + 2 * state_bytes(planned)
+    assert bytes_of(planned).state == 3 * weights + buffers
+    assert bytes_of(planned).folder == weights + 2 * bytes_of(planned).state
 
 
 @pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
@@ -45,7 +45,7 @@ def test_the_disk_holds_what_was_foreseen(sparse_cache, variant):
     (run,) = runs = plan(request_of(sparse_cache, variant))
     run_all(runs, request_of(sparse_cache, variant))
     found = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
-    assert 1 <= found / disk_bytes(run.planned) < 1.02  # and the names of the tensors
+    assert 1 <= found / bytes_of(run.planned).folder < 1.02  # and the names of the tensors
 
 
 @pytest.mark.parametrize("variant", RECIPES)
@@ -88,7 +88,7 @@ def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
     request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
-    needed = sum(disk_bytes(run.planned) for run in plan(request)) + passing(plan(request)[0].planned)
+    needed = sum(bytes_of(run.planned).folder for run in plan(request)) + passing(plan(request)[0].planned)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(OutsideError, match="2 runs .* will need .* Train fewer"):
         plan(request)
@@ -102,11 +102,11 @@ def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monk
     (run,) = runs = plan(request)
     run_all(runs, request)
     (run.folder / "sae.json").unlink()  # killed just before its end
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, state_bytes(run.planned)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, bytes_of(run.planned).state))
     assert plan(request)[0].folder == run.folder
     (run.folder / "sae.safetensors").unlink()
     assert plan(request)[0].folder == run.folder
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, state_bytes(run.planned) // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, bytes_of(run.planned).state // 2))
     with pytest.raises(OutsideError, match="1 run of up to"):
         plan(request)
 
@@ -132,7 +132,7 @@ def test_the_memory_of_this_machine_is_known():
 def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
     folders = [tmp_path / name for name in "ab"]
     one, two = (plan(request_of(sparse_cache, "relu", out=folder))[0] for folder in folders)
-    needed = 2 * disk_bytes(one.planned) + passing(one.planned)
+    needed = 2 * bytes_of(one.planned).folder + passing(one.planned)
     both = [(run.planned, run.folder) for run in (one, two)]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
     check_space(both)
@@ -148,7 +148,7 @@ def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkey
     (run,) = plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
     run.folder.mkdir(parents=True)
     (run.folder / "notes").write_bytes(bytes(10**6))
-    needed = disk_bytes(run.planned) + passing(run.planned)
+    needed = bytes_of(run.planned).folder + passing(run.planned)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(OutsideError, match="1 run of up to"):
         plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
