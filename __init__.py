@@ -1,46 +1,63 @@
-"""Sparse autoencoders for language models, in two stages with a cache of activations on disk between them.
+"""Sparse autoencoders for language models: harvest activations into a cache on disk, train on it, evaluate.
 
-    harvest/    text -> activations: the language model, its text, the embedded gemma-2-mini
-    cache/      every byte of activations on disk: format, writer, reader, shuffled batches
-    train/      activations -> SAE: parts, recipes (one file a paper in train/variants/), the loop, run folders
-    evaluate/   SAE + model -> numbers, tables, pages
-    cli.py      `sae harvest`, `sae train`, `sae evaluate`, `sae demo`
+    harvest/    text -> activations: the language model, datasets, the embedded gemma-2-mini
+    cache/      activations on disk: format, writer, reader, shuffled batches
+    train/      activations -> SAE: recipes (train/variants/, one file a paper), the training loop, run folders
+    evaluate/   SAE + language model -> metrics, tables, pages
+    workflows/  what joins the stages: harvesting while training, reproducing a paper, the demo
+    cli/        the command line, one file a command
 
-Public from Python: `sae.open_cache(folder)`, `sae.load_sae(run)`, `sae.activations(texts, model=..., layer=...)`,
-`sae.evaluate_saes({name: sae}, cache=..., layer=...)`, `sae.steering(model, s, latent=..., strength=...)`,
-`sae.export_sae(run, to)`, `sae.import_sae(path)`.
+The names in `__all__` are the public API. They are loaded when they are first used, so that `sae --help` does not
+import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .cache.reader import open_cache as open_cache
-    from .evaluate.run import evaluate_saes as evaluate_saes
-    from .evaluate.steering import steering as steering
-    from .harvest.activations import activations as activations
-    from .train.formats.export import export_sae as export_sae
-    from .train.formats.importing import import_sae as import_sae
-    from .train.sae import load_sae as load_sae
+if _TYPE_CHECKING:
+    from .cache.reader import open_cache
+    from .common.errors import DamagedError
+    from .common.errors import Interrupted
+    from .common.errors import SaeError
+    from .common.errors import UnavailableError
+    from .common.errors import UsageError
+    from .evaluate.latents.steering import steering
+    from .evaluate.run import evaluate_saes
+    from .harvest.in_memory import activations
+    from .harvest.run import harvest_activations
+    from .train.formats.export import export_sae
+    from .train.formats.import_ import import_sae
+    from .train.run import train_saes
+    from .train.sae import SAE
+    from .train.sae import load_sae
 
 __version__ = "0.1.0"
-PUBLIC = {
-    "activations": "harvest.activations",
+
+_MODULES = {
+    "DamagedError": "common.errors",
+    "Interrupted": "common.errors",
+    "SAE": "train.sae",
+    "SaeError": "common.errors",
+    "UnavailableError": "common.errors",
+    "UsageError": "common.errors",
+    "activations": "harvest.in_memory",
     "evaluate_saes": "evaluate.run",
     "export_sae": "train.formats.export",
-    "import_sae": "train.formats.importing",
+    "harvest_activations": "harvest.run",
+    "import_sae": "train.formats.import_",
     "load_sae": "train.sae",
     "open_cache": "cache.reader",
-    "steering": "evaluate.steering",
-}  # name -> where it is
-__all__ = list(PUBLIC)
+    "steering": "evaluate.latents.steering",
+    "train_saes": "train.run",
+}  # public name -> the module that defines it
+__all__ = [*_MODULES, "__version__"]
 
 
-def __getattr__(name: str) -> Any:  # so that `sae --help` does not wait for torch
-    if name in PUBLIC:
-        return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return getattr(_import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module 'sae' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *PUBLIC]
+    return sorted(__all__)

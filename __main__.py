@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """The command line; Ctrl-C is answered while its modules are still being read, too."""
     try:
-        from sae.cli import app
+        from .cli.main import app
 
         app(prog_name="sae")
     except KeyboardInterrupt:

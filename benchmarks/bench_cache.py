@@ -18,10 +18,10 @@ import datasets
 import numpy as np
 import torch
 import zarr
-from common import ARRAY, D_IN, AnonymousPeak, Spent, alone, drop_from_page_cache, in_rounds, machine, make_cache
 from torch import Tensor
 
-from sae.cache.batches import Batches, Resident, bits_of
+from common import ARRAY, D_IN, AnonymousPeak, Spent, alone, drop_from_page_cache, in_rounds, machine, make_cache
+from sae.cache.loader import BatchLoader, ResidentLoader, as_uint16
 from sae.cache.reader import Cache
 
 Way = Callable[[], Spent]  # seconds a batch
@@ -39,7 +39,7 @@ def timed(read: Callable[[int], object], count: int) -> Way:
 
 
 def from_loader(
-    batches: Batches | Resident, count: int, compute: Callable[[Tensor], object] = lambda x_BD: None
+    batches: BatchLoader | ResidentLoader, count: int, compute: Callable[[Tensor], object] = lambda x_BD: None
 ) -> Way:
     """Timed from when what was read ahead before is used up."""
     way = timed(lambda number: compute(next(batches)), count)
@@ -52,13 +52,13 @@ def from_loader(
     return run
 
 
-def loaders(cache: Cache, packed: Cache, batch: int) -> dict[str, Batches | Resident]:
+def loaders(cache: Cache, packed: Cache, batch: int) -> dict[str, BatchLoader | ResidentLoader]:
     """Ours, each having been through an epoch."""
     found = {
-        "our loader": Batches(cache, ARRAY, batch),
-        "our loader, one thread": Batches(cache, ARRAY, batch, threads=1),
-        "our loader, compressed cache": Batches(packed, ARRAY, batch),
-        "our copy on the device (cpu)": Resident(cache, ARRAY, batch),
+        "our loader": BatchLoader(cache, ARRAY, batch),
+        "our loader, one thread": BatchLoader(cache, ARRAY, batch, threads=1),
+        "our loader, compressed cache": BatchLoader(packed, ARRAY, batch),
+        "our copy on the device (cpu)": ResidentLoader(cache, ARRAY, batch),
     }
     for loader in found.values():
         for _ in range(loader.plan.batches_per_epoch):
@@ -79,7 +79,7 @@ def others(cache: Cache, batch: int, count: int, folder: Path) -> dict[str, Way]
 
     def zarr_slice(number: int) -> None:
         start = int(random.integers(0, opened.shape[0] - batch))
-        bits_of(target)[:] = opened[start : start + batch]
+        as_uint16(target)[:] = opened[start : start + batch]
 
     zarr_rows = timed(lambda number: opened.oindex[np.sort(random.choice(opened.shape[0], 16, replace=False))], 1)
     return {
@@ -145,7 +145,7 @@ def first_epoch(folder: str, batch: int, drop: bool) -> tuple[float, float, floa
         drop_from_page_cache(Path(folder))
     with AnonymousPeak() as peak:
         started = time.perf_counter()
-        with Batches(Cache(folder), ARRAY, batch) as batches:
+        with BatchLoader(Cache(folder), ARRAY, batch) as batches:
             next(batches)
             first = time.perf_counter() - started
             epochs = [from_loader(batches, batches.plan.batches_per_epoch - SLOTS)().wall for _ in range(2)]

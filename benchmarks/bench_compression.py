@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import D_IN, in_rounds, machine, model_like_rows
 
+from common import D_IN, in_rounds, machine, model_like_rows
 from sae.cache.chunks import Shard, encode_chunk, write_chunk
 from sae.cache.layout import Hook, Layout
-from sae.harvest.plan import Request, plan
+from sae.harvest.plan import HarvestConfig, plan
 from sae.harvest.run import harvest
 
 LAYERS = (5, 12, 19)
@@ -26,7 +26,7 @@ LAYERS = (5, 12, 19)
 
 def harvested_rows(folder: Path, tokens: int) -> dict[str, np.ndarray]:
     """Bits (rows, 128) of each layer."""
-    request = Request(
+    request = HarvestConfig(
         model="gemma-2-mini", layers=LAYERS, tokens=tokens, window=tokens, device="cpu", out=folder / "harvested"
     )
     cache = harvest(plan(request))

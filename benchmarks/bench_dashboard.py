@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import AnonymousPeak, Spent, machine
 
+from common import AnonymousPeak, Spent, machine
 from sae.cache.reader import Cache
-from sae.evaluate.look import Look, look
+from sae.evaluate.latents.inspection import RunView, open_run
 from sae.evaluate.pages.dashboard import dashboard
 from sae.evaluate.pages.page import write_page
 from sae.harvest import mini
-from sae.harvest.plan import Request, plan
+from sae.harvest.plan import HarvestConfig, plan
 from sae.harvest.run import harvest
-from sae.train.sae import SAE, TopK, save_sae
+from sae.train.activations import TopK
+from sae.train.sae import SAE, save_sae
 
 LAYER, K = 12, 32
 
@@ -48,7 +49,7 @@ def random_run(folder: Path, cache: Cache, latents: int) -> Path:
     return folder
 
 
-def made(found: Look, path: Path) -> tuple[float, float]:
+def made(found: RunView, path: Path) -> tuple[float, float]:
     """Seconds of the processor and megabytes of memory, those of torch included, that the page takes to make."""
     started = Spent.now()
     with AnonymousPeak() as peak:
@@ -91,10 +92,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as running:
         os.environ["SAE_HOME"] = folder
         browser = running.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        request = Request(model=mini.NAME, layers=(LAYER,), tokens=10 * asked.tokens)
+        request = HarvestConfig(model=mini.NAME, layers=(LAYER,), tokens=10 * asked.tokens)
         cache = harvest(plan(request))
         for latents in asked.latents:
-            found = look(random_run(Path(folder) / "runs" / str(latents), cache, latents), asked.tokens)
+            found = open_run(random_run(Path(folder) / "runs" / str(latents), cache, latents), asked.tokens)
             page = Path(folder) / f"{latents}.html"
             seconds, megabytes = made(found, page)
             times = [

@@ -23,24 +23,24 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import AnonymousPeak, Spent, alone, identity, in_rounds, machine, medians, model_like_rows, write_text
 from torch import Tensor
 
+from common import AnonymousPeak, Spent, alone, identity, in_rounds, machine, medians, model_like_rows, write_text
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook, Layout
-from sae.cache.writer import Rows, Writer
+from sae.cache.writer import CacheWriter, WindowRows
 from sae.harvest.model import LanguageModel
-from sae.harvest.plan import Plan, Request, plan
-from sae.harvest.run import Computing, cut_text, harvest, layout_of, load
+from sae.harvest.plan import HarvestConfig, HarvestPlan, plan
+from sae.harvest.run import WindowComputer, cut_text, harvest, layout_of, load
 
 LAYERS, WIDE = (5, 12, 19), 2304
 
 
-def begun(planned: Plan, contexts: Contexts) -> None:
+def begun(planned: HarvestPlan, contexts: Contexts) -> None:
     """What a harvest leaves that was stopped when the text was cut."""
     shutil.rmtree(planned.folder, ignore_errors=True)
     contexts.write(planned.folder)
-    Writer(planned.folder, planned.identity, layout_of(planned, contexts), planned.widths)
+    CacheWriter(planned.folder, planned.identity, layout_of(planned, contexts), planned.widths)
 
 
 @dataclass
@@ -73,7 +73,7 @@ def watched(owner: type, method: str) -> Iterator[Spans]:
         yield spans
 
 
-def passes_of(planned: Plan, contexts: Contexts) -> list[Tensor]:
+def passes_of(planned: HarvestPlan, contexts: Contexts) -> list[Tensor]:
     """The ids of every pass of a harvest, (N, S) each, in order."""
     begun(planned, contexts)
     original, passes = LanguageModel.capture_hooks, []
@@ -88,7 +88,7 @@ def passes_of(planned: Plan, contexts: Contexts) -> list[Tensor]:
 
 
 @torch.no_grad()
-def forward(planned: Plan, passes: list[Tensor]) -> Spent:
+def forward(planned: HarvestPlan, passes: list[Tensor]) -> Spent:
     started = Spent.now()
     model = load(planned, {0: list(planned.widths)}, "cpu")
     for ids_NS in passes:
@@ -96,10 +96,10 @@ def forward(planned: Plan, passes: list[Tensor]) -> Spent:
     return Spent.since(started)
 
 
-def harvested(planned: Plan, contexts: Contexts, splits: list[dict[str, float]]) -> Callable[[], Spent]:
+def harvested(planned: HarvestPlan, contexts: Contexts, splits: list[dict[str, float]]) -> Callable[[], Spent]:
     def run() -> Spent:
         begun(planned, contexts)
-        with watched(Computing, "window") as model, watched(Writer, "write_window") as writer:
+        with watched(WindowComputer, "window") as model, watched(CacheWriter, "write_window") as writer:
             started = Spent.now()
             harvest(planned)
             spent = Spent.since(started)
@@ -122,13 +122,13 @@ def written(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[], fl
     """A window of three layers, measured, checksummed, flushed and committed."""
     names = [Hook(layer).array for layer in LAYERS]
     bits, at = model_like_rows(rows, WIDE), np.arange(rows)
-    window = Rows(dict.fromkeys(names, bits), (at // 128).astype(np.uint32), (at % 128).astype(np.uint16))
+    window = WindowRows(dict.fromkeys(names, bits), (at // 128).astype(np.uint32), (at % 128).astype(np.uint16))
 
     def run() -> float:
         shutil.rmtree(folder, ignore_errors=True)
         layout = Layout(rows, rows, compress=compress)
         write_text(folder, rows)
-        writer = Writer(folder, identity(), layout, dict.fromkeys(names, WIDE))
+        writer = CacheWriter(folder, identity(), layout, dict.fromkeys(names, WIDE))
         started = time.perf_counter()
         writer.write_window(0, window, {})
         return rows / (time.perf_counter() - started)
@@ -143,8 +143,8 @@ def peak_of_harvest(folder: str, windows: int, window: int) -> float:
     return peak.mb
 
 
-def request(folder: Path, tokens: int, window: int) -> Request:
-    return Request(model="gemma-2-mini", layers=LAYERS, tokens=tokens, window=window, device="cpu", out=folder)
+def request(folder: Path, tokens: int, window: int) -> HarvestConfig:
+    return HarvestConfig(model="gemma-2-mini", layers=LAYERS, tokens=tokens, window=window, device="cpu", out=folder)
 
 
 def main() -> None:

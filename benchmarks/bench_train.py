@@ -5,7 +5,7 @@ order, one process at a time; median and spread (the middle half) of the rounds.
 
     step       of relu, topk and batchtopk, beside the peers' trainers as published on the same batches (environments as in
                peers/agree_train.py), and beside the limit: the five products of a dense step alone, in the same rounds.
-               Below 1 of it: rows are gathered (train/rows.py). FLOP are those of matrix products, by torch's counter,
+               Below 1 of it: rows are gathered (train/sparse_ops.py). FLOP are those of matrix products, by torch's counter,
                which counts none for gathered rows.
     recipes    every recipe over its base, topk where a fixed number of latents is kept and relu elsewhere; with what
                mechanisms do every so many steps, spread over those.
@@ -26,16 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ARRAY, Spent, in_rounds, machine, make_cache
 from peers.time_peer import batches, flops, timed
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from sae.cache.batches import Batches
+from common import ARRAY, Spent, in_rounds, machine, make_cache
+from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
-from sae.train.compiled import compile_step
-from sae.train.loop import Training, train
-from sae.train.recipe import RECIPES, Setting, find_recipe
-from sae.train.sae import KeepsK
+from sae.train.activations import KeepTopK
+from sae.train.compile import compile_step
+from sae.train.loop import Trainer, train
+from sae.train.recipe import RECIPES, find_recipe
+from sae.train.variant import RunConfig
 
 Step = Callable[[int], object]
 STEPS = 100_000  # of the run that a step is of: no latent is dead yet
@@ -58,12 +59,12 @@ class Peer:
         return json.loads(line)
 
 
-def training_of(recipe: str, setting: Setting) -> Training:
+def training_of(recipe: str, setting: RunConfig) -> Trainer:
     torch.manual_seed(0)
-    return Training(find_recipe(recipe).make(setting, {}), setting.steps, "cpu")
+    return Trainer(find_recipe(recipe).make(setting, {}), setting.steps, "cpu")
 
 
-def step_of(training: Training, setting: Setting) -> Step:
+def step_of(training: Trainer, setting: RunConfig) -> Step:
     x = batches(setting.batch_size, setting.d_in)
 
     def step(number: int) -> object:
@@ -73,7 +74,7 @@ def step_of(training: Training, setting: Setting) -> Step:
     return step
 
 
-def products(setting: Setting) -> Step:
+def products(setting: RunConfig) -> Step:
     """Encode, decode, and the gradients to latents, W_dec and W_enc; nothing else."""
     x_BD, f_BF = torch.randn(setting.batch_size, setting.d_in), torch.randn(setting.batch_size, setting.d_sae)
     w_DF, w_FD = torch.randn(setting.d_in, setting.d_sae), torch.randn(setting.d_sae, setting.d_in)
@@ -85,7 +86,7 @@ def products(setting: Setting) -> Step:
     return step
 
 
-def options_for(recipe: str, setting: Setting) -> dict[str, Any]:
+def options_for(recipe: str, setting: RunConfig) -> dict[str, Any]:
     """Our recipe's numbers, for a peer's trainer."""
     variant = training_of(recipe, setting).variant
     own = variant.options | {"l1_warmup": 1000, "warmup": 1000, "dead_tokens": setting.dead_tokens}
@@ -98,7 +99,7 @@ def spread(times: list[float]) -> str:
     return f"{statistics.median(times):.1f} ({low:.1f} to {high:.1f})"
 
 
-def show_steps(setting: Setting, peers: Mapping[str, Peer], rounds: int, steps: int) -> None:
+def show_steps(setting: RunConfig, peers: Mapping[str, Peer], rounds: int, steps: int) -> None:
     limit = products(setting)
     ways: dict[str, Callable[[], float]] = {"products": lambda: timed(limit, steps)}
     counted = {"products": flops(limit)}
@@ -122,17 +123,17 @@ def show_steps(setting: Setting, peers: Mapping[str, Peer], rounds: int, steps: 
         peer.ask("forget")
 
 
-def events(training: Training, setting: Setting) -> float:
+def events(training: Trainer, setting: RunConfig) -> float:
     """Milliseconds a step of what mechanisms do between steps, spread over the steps from one time to the next."""
     step, spent = training.step(batches(setting.batch_size, setting.d_in)[0]), 0.0
     with torch.no_grad():
         for mechanism in training.variant.mechanisms:
             if mechanism.every:
-                spent += timed(lambda number, m=mechanism: m.between(step), 1) / mechanism.every
+                spent += timed(lambda number, m=mechanism: m.every_n_steps(step), 1) / mechanism.every
     return spent
 
 
-def show_recipes(setting: Setting, rounds: int, steps: int) -> None:
+def show_recipes(setting: RunConfig, rounds: int, steps: int) -> None:
     ways: dict[str, Callable[[], float]] = {}
     between, base = {}, {}
     for recipe in RECIPES:
@@ -140,7 +141,7 @@ def show_recipes(setting: Setting, rounds: int, steps: int) -> None:
         step = step_of(training, setting)
         ways[recipe] = lambda step=step: timed(step, steps)
         between[recipe] = events(training_of(recipe, setting), setting)
-        base[recipe] = "topk" if any(isinstance(link, KeepsK) for link in training.variant.sae.activation) else "relu"
+        base[recipe] = "topk" if any(isinstance(link, KeepTopK) for link in training.variant.sae.activation) else "relu"
     found = in_rounds(ways, rounds)
     middle = {name: statistics.median(times) + between[name] for name, times in found.items()}
     print(f"\n| recipe at d_in {setting.d_in}, n {setting.d_sae} | ms | of it between steps | base | over it |")
@@ -150,18 +151,18 @@ def show_recipes(setting: Setting, rounds: int, steps: int) -> None:
         print(f"| {name} | {spread(found[name])} | {between[name]:.2f} | {base[name]} | {over:.2f} |", flush=True)
 
 
-def on_one_stream(cache: Cache, setting: Setting, seeds: range) -> None:
+def on_one_stream(cache: Cache, setting: RunConfig, seeds: range) -> None:
     trainings = []
     for seed in seeds:
         torch.manual_seed(seed)
-        trainings.append(Training(find_recipe("relu").make(setting, {}), setting.steps, "cpu"))
-    with Batches(cache, ARRAY, setting.batch_size, threads=1) as stream:
+        trainings.append(Trainer(find_recipe("relu").make(setting, {}), setting.steps, "cpu"))
+    with BatchLoader(cache, ARRAY, setting.batch_size, threads=1) as stream:
         train(trainings, islice(stream, setting.steps), range(setting.steps), lambda number: False)
 
 
 def show_together(folder: Path, rounds: int) -> None:
     cache = make_cache(folder / "cache", 0.1)
-    setting = Setting(cache.array(ARRAY).shape[1], 256, 16, 512)
+    setting = RunConfig(cache.array(ARRAY).shape[1], 256, 16, 512)
 
     def spent(work: Callable[[], object]) -> float:
         started = Spent.now()
@@ -185,7 +186,7 @@ def show_together(folder: Path, rounds: int) -> None:
         print(f"| {count} | {spread(both[0])} | {spread(both[1])} | {share:.2f} |", flush=True)
 
 
-def show_compiled(setting: Setting, rounds: int, steps: int) -> None:
+def show_compiled(setting: RunConfig, rounds: int, steps: int) -> None:
     ways: dict[str, Callable[[], float]] = {}
     took = {}
     for recipe in (*BASES, "decorrelation"):
@@ -228,9 +229,9 @@ def main() -> None:
     given = {"dictionary_learning": asked.dictionary_learning, "saelens": asked.saelens}
     peers = {name: Peer(name, python) for name, python in given.items() if python}
     for width in asked.width if "step" in asked.tables else ():
-        setting = Setting(asked.d_in, width * asked.d_in, STEPS, asked.batch)
+        setting = RunConfig(asked.d_in, width * asked.d_in, STEPS, asked.batch)
         show_steps(setting, peers, asked.rounds, asked.steps)
-    small = Setting(asked.small, 4 * asked.small, STEPS, asked.batch)
+    small = RunConfig(asked.small, 4 * asked.small, STEPS, asked.batch)
     if "recipes" in asked.tables:
         show_recipes(small, asked.rounds, asked.steps)
     if "together" in asked.tables:

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from sae.evaluate.claims import NUMBER, PAPERS, Paper, load
+from sae.evaluate.papers.claims import NUMBER, PAPERS, Paper, load
 
 REFERENCES = re.compile(r"^\W*REFERENCES\s*$", re.MULTILINE)
 # Numbers that are none of a result or a setting. Sections: one digit, perhaps a second, before a capital letter.

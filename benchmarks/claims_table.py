@@ -5,8 +5,8 @@ python benchmarks/claims_table.py > docs/claims.md
 
 from collections.abc import Iterator
 
-from sae.evaluate.claims import PAPERS, Paper, load
-from sae.evaluate.verdict import CLOSE, NOTHING, SEEDS, SPREAD
+from sae.evaluate.papers.claims import PAPERS, Paper, load
+from sae.evaluate.papers.verdict import CLOSE, NOTHING, SEEDS, SPREAD
 
 HEAD = f"""# What the five papers claim
 
@@ -16,7 +16,7 @@ that was taken. The same number in several places is one claim; two numbers for 
 numbers are there as its setting. `benchmarks/check_quotes.py --papers DIR` finds every quote in the papers' text, and
 every number of that text in a quote.
 
-The verdict on a claim (`evaluate/verdict.py`) is `reproduced` on the paper's own model only: {SEEDS} seeds or more, their mean
+The verdict on a claim (`evaluate/papers/verdict.py`) is `reproduced` on the paper's own model only: {SEEDS} seeds or more, their mean
 within {100 * CLOSE:.0f} % of the claimed number (or what rounds to it), and the 95 % interval of that mean within {100 * SPREAD:.0f} %. Of two systems
 it is `direction only` or `contradicted` by the interval of the differences of runs with the same seed; a difference below
 {100 * NOTHING:.0f} % of the claimed one is none, which contradicts. A number by itself is `not comparable` on another model, and

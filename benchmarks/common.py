@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 import torch
 
-from sae.cache.batches import bits_of
 from sae.cache.contexts import Contexts
 from sae.cache.layout import FORMAT, Layout
+from sae.cache.loader import as_uint16
 from sae.cache.reader import Cache
-from sae.cache.writer import Rows, Writer
+from sae.cache.writer import CacheWriter, WindowRows
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
         norm_R = (0.25 * torch.randn(len(part), 1, generator=random)).exp()
         tail_RD = (5 / (torch.randn(3, *part.shape, generator=random).square().sum(0) + 2)).sqrt()
         part.copy_(torch.randn(part.shape, generator=random) * tail_RD * norm_R * scale_D)
-    return bits_of(found)
+    return as_uint16(found)
 
 
 def make_cache(folder: Path, gigabytes: float, *, compress: bool = False) -> Cache:
@@ -49,11 +49,11 @@ def make_cache(folder: Path, gigabytes: float, *, compress: bool = False) -> Cac
     count = round(gigabytes * 1e9 / 2 / D_IN / window)
     layout = Layout(count * window, window, compress=compress)
     write_text(folder, layout.rows)
-    writer = Writer(folder, identity(), layout, {ARRAY: D_IN})
+    writer = CacheWriter(folder, identity(), layout, {ARRAY: D_IN})
     bits = model_like_rows(window)
     for number in writer.missing():
         at = np.arange(window) + number * window
-        rows = Rows({ARRAY: bits}, (at // CONTEXT).astype(np.uint32), (at % CONTEXT).astype(np.uint16))
+        rows = WindowRows({ARRAY: bits}, (at // CONTEXT).astype(np.uint32), (at % CONTEXT).astype(np.uint16))
         writer.write_window(number, rows, {})
     writer.finish()
     return Cache(folder)

@@ -19,12 +19,12 @@ import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sae.cache.errors import UsageError
-from sae.cache.files import read_json
-from sae.evaluate.compare import Compared, read_run
-from sae.evaluate.metric import Number
-from sae.evaluate.suites import METRICS
-from sae.evaluate.table import paired
+from sae.common.errors import UsageError
+from sae.common.files import read_json
+from sae.evaluate.compare import ComparedRun, read_run
+from sae.evaluate.metrics.base import MetricColumn
+from sae.evaluate.metrics.registry import METRICS
+from sae.evaluate.tables import paired
 
 PLAIN = "progressive-baseline"  # ReLU and L1, the encoder sees x and not x - b_dec: the papers' own SAE
 L1 = "competition-baseline"  # the same with a penalty that warms up, and without weight decay
@@ -58,10 +58,10 @@ ALSO = (
     ("tpp_stdlib", "tpp_threshold_20_total_metric"),
 )
 SHORT = {"absorption": "absorption, ", "sparse_probing_stdlib": "probing, "}
-Runs = dict[tuple[str, int, int], Compared]  # recipe, layer, seed -> run
+Runs = dict[tuple[str, int, int], ComparedRun]  # recipe, layer, seed -> run
 
 
-def by_place(read: Iterable[Compared]) -> Runs:
+def by_place(read: Iterable[ComparedRun]) -> Runs:
     """The runs by recipe, layer and seed. UsageError where two have the same: one of them would be passed over."""
     runs: Runs = {}
     for run in read:
@@ -74,7 +74,7 @@ def by_place(read: Iterable[Compared]) -> Runs:
     return runs
 
 
-def beside(one: Compared, other: Compared) -> list[str]:
+def beside(one: ComparedRun, other: ComparedRun) -> list[str]:
     """The options that both have, and in which they differ: rate, decay, whether the encoder sees x - b_dec, ..."""
     own, others = (
         run.run["resolved"] | {"pre_bias": read_json(run.folder / "sae.json", "pre_bias")["pre_bias"]}
@@ -83,16 +83,16 @@ def beside(one: Compared, other: Compared) -> list[str]:
     return [name for name in own if name in others and own[name] != others[name]]
 
 
-def found(metric: str, name: str) -> Number:
+def found(metric: str, name: str) -> MetricColumn:
     return next(number for number in METRICS[metric].numbers if number.name == name)
 
 
-def pairs_of(runs: Runs, one: str, other: str, layer: int) -> list[tuple[Compared, Compared]]:
+def pairs_of(runs: Runs, one: str, other: str, layer: int) -> list[tuple[ComparedRun, ComparedRun]]:
     seeds = sorted(seed for recipe, at, seed in runs if (recipe, at) == (one, layer))
     return [(runs[one, layer, seed], runs[other, layer, seed]) for seed in seeds if (other, layer, seed) in runs]
 
 
-def difference(pairs: Sequence[tuple[Compared, Compared]], metric: str, name: str) -> str:
+def difference(pairs: Sequence[tuple[ComparedRun, ComparedRun]], metric: str, name: str) -> str:
     return paired([pair for pair in pairs if all(metric in run.results for run in pair)], metric, found(metric, name))
 
 

@@ -124,7 +124,7 @@ def forked(words: list[str], files: list[Path], env: dict[str, str]) -> None:
         os.dup2(os.open(file, flags), number)
     sys.stdin, sys.argv = open(0), ["sae", *words]
     os.environ |= env
-    from sae.cli import app
+    from sae.cli.main import app
 
     files[0].unlink()
     app(prog_name="sae")
@@ -712,7 +712,7 @@ def main() -> None:
     context.set_forkserver_preload(
         [
             "sae.harvest.repair",
-            "sae.train.stream",
+            "sae.train.run",
             "sae.train.variants",
             "datasets",
             "transformers.models.gemma2.modeling_gemma2",

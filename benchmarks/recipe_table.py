@@ -13,14 +13,15 @@ import re
 import sys
 from pathlib import Path
 
-from sae.evaluate.run import Request, Row, evaluate
-from sae.evaluate.table import tables
-from sae.terminal import bar
+from sae.cli.console import bar
+from sae.evaluate.plan import EvalRow, EvaluateConfig
+from sae.evaluate.run import evaluate
+from sae.evaluate.tables import tables
 from sae.train import variants  # noqa: F401  (registers the recipes)
 from sae.train.recipe import RECIPES
 
 
-def place(row: Row) -> tuple[int, int, str]:
+def place(row: EvalRow) -> tuple[int, int, str]:
     """Layer, the recipe's place in the registry, name; references last."""
     names = list(RECIPES)
     recipe = re.split(r"-L\d+-", row.name)[0]
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--suite", default="core")
     parser.add_argument("--tokens", type=int, default=20_000, help="held-out tokens that core reads")
     asked = parser.parse_args()
-    request = Request(asked.runs, suite=asked.suite, tokens=asked.tokens, device="cpu")
+    request = EvaluateConfig(asked.runs, suite=asked.suite, tokens=asked.tokens, device="cpu")
     rows = sorted(evaluate(request, lambda metric: bar(metric, "")), key=place)
     for title, heads, lines in tables(rows):
         print(f"\n{title}\n")

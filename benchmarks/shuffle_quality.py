@@ -16,10 +16,10 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from common import machine
 
-from sae.cache.batches import Plan
+from common import machine
 from sae.cache.layout import Layout
+from sae.cache.loader import BatchOrder
 
 Order = Callable[[int], np.ndarray]  # epoch -> the rows in the order in which they are served
 
@@ -41,7 +41,7 @@ def harvested_rows(layout: Layout, seed: int) -> np.ndarray:
 def ours(layout: Layout, batch: int, seed: int) -> Order:
     rows = harvested_rows(layout, seed)
     first = np.arange(0, layout.rows, layout.chunk_rows)
-    plan = Plan(np.diff([*first, layout.rows]).tolist(), batch, seed)
+    plan = BatchOrder(np.diff([*first, layout.rows]).tolist(), batch, seed)
 
     def order(epoch: int) -> np.ndarray:
         start = epoch * plan.batches_per_epoch
@@ -118,7 +118,7 @@ def main() -> None:
                 for context in contexts:
                     mixed = mixing(served[0], batch, context, asked.sample)
                     found.setdefault((context, name), []).append(mixed | moved)
-        lanes = Plan([asked.rows], batch, 0).lanes
+        lanes = BatchOrder([asked.rows], batch, 0).lanes
         for (context, name), seeds in sorted(found.items(), key=lambda item: item[0][0]):
             mean = {key: float(np.mean([one[key] for one in seeds])) for key in seeds[0]}
             spread = f"{min(one['partners'] for one in seeds):.3f} to {max(one['partners'] for one in seeds):.3f}"

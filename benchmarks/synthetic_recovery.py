@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from sae.train.loop import Training
-from sae.train.recipe import RECIPES, Setting, find_recipe
+from sae.train.loop import Trainer
+from sae.train.recipe import RECIPES, find_recipe
+from sae.train.variant import RunConfig
 
 ATOMS, D_IN, D_SAE, L0, BATCH = 128, 64, 256, 4, 512
 
@@ -60,14 +61,14 @@ def recover(name: str, steps: int, seed: int = 0) -> tuple[Tensor, Tensor, dict[
     data = Atoms(seed)
     torch.manual_seed(seed)
     sample = data.rows(20_000)
-    setting = Setting(D_IN, D_SAE, steps, BATCH, variance=float(sample.var(0).mean()))
+    setting = RunConfig(D_IN, D_SAE, steps, BATCH, variance=float(sample.var(0).mean()))
     variant = find_recipe(name).make(setting, options_of(name))
     variant.adapt(sample.mean(0), float(sample.square().sum(1).mean()))
-    training, before_A = Training(variant, steps, "cpu"), data.found(variant.sae.W_dec.detach())
+    training, before_A = Trainer(variant, steps, "cpu"), data.found(variant.sae.W_dec.detach())
     for number in range(steps):
         if number == steps - 50:
             training.take_metrics()
-        training.between(number, training.step(data.rows(BATCH)))
+        training.run_periodic(number, training.step(data.rows(BATCH)))
     return before_A, data.found(variant.sae.W_dec.detach()), training.take_metrics()
 
 

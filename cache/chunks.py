@@ -12,8 +12,8 @@ import google_crc32c
 import numpy as np
 from numcodecs.blosc import SHUFFLE, Blosc
 
-from .errors import DamagedError, UsageError
-from .files import publish, read_json
+from ..common.errors import DamagedError, UsageError
+from ..common.files import atomic_write, read_json
 from .layout import BLOSC, FORMAT, Array
 
 Bytes = np.ndarray | bytes
@@ -41,7 +41,7 @@ def encode_chunk(array: Array, rows: np.ndarray) -> tuple[list[Bytes], dict[str,
 def write_chunk(folder: Path, array: Array, chunk: int, rows: np.ndarray) -> tuple[str, dict[str, Any]]:
     """Write a chunk; returns its file and the record of it."""
     parts, record = encode_chunk(array, rows)
-    publish(folder / array.file(chunk), *(memoryview(part) for part in parts))
+    atomic_write(folder / array.file(chunk), *(memoryview(part) for part in parts))
     return array.file(chunk), record
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..common.files import read_json, write_json
 from .chunks import all_there, encode_chunk, read_whole, write_chunk
-from .files import read_json, write_json
 from .layout import FORMAT, group_metadata, tokens_arrays
 
 

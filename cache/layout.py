@@ -19,12 +19,11 @@ The last chunk of an array is stored at full size, as Zarr demands: row counts c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .files import digest_of
+from ..common.files import digest_of
 
 FORMAT = 1
 CHUNK_ROWS = 8192
@@ -215,10 +214,3 @@ def unnamed(value: Any) -> Any:
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-
-
-def home() -> Path:
-    """Where `activations/` and `runs/` are: $SAE_HOME, or the working directory."""
-    import os
-
-    return Path(os.environ.get("SAE_HOME", "."))

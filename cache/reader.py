@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from ..common.errors import DamagedError, SaeError, UsageError
+from ..common.files import digest_of, folder_bytes, read_json, sae_home, writer_lock
 from . import bfloat16  # noqa: F401  (zarr can read the arrays from here on)
 from .chunks import MEND, Shard, attributes_of, check_chunk, map_rows, read_array, read_whole, rows_in
 from .contexts import Contexts
-from .errors import DamagedError, SaeError, UsageError
-from .files import digest_of, folder_bytes, one_writer, read_json
-from .layout import Array, Hook, Layout, home
-from .statistics import marked_rows, moments
+from .layout import Array, Hook, Layout
+from .statistics import moments, outlier_rows
 
 OPEN_MAPS = 256  # kept open, several for each lane: opening a map anew at every touch halves the speed
 DECODED_BLOCKS = 128  # of a compressed cache, 150 MB at d_in 2304: a lane comes back for the rest of its block
@@ -126,7 +126,7 @@ class Cache:
 
     def marked(self, name: str) -> np.ndarray:
         """Which rows are marked, ascending: training gives them no weight."""
-        return marked_rows(read_whole(self.folder, f"{name}.row_norm"), self.statistics(name)["norm_limit"])
+        return outlier_rows(read_whole(self.folder, f"{name}.row_norm"), self.statistics(name)["norm_limit"])
 
     def _read_array(self, name: str) -> Array:
         """The shape and type of an array."""
@@ -186,8 +186,8 @@ class Cache:
         """
         import torch
 
-        from .batches import copies, open_batches
-        from .device import best_device
+        from ..common.device import best_device
+        from .loader import copy_batches, open_loader
 
         if dtype not in ("float32", "bfloat16"):
             raise UsageError(
@@ -199,9 +199,9 @@ class Cache:
         if batch_size < 1 or batch < 0:
             raise UsageError(f"batch_size={batch_size} has to be positive, and batch={batch} not negative.")
         name = self.require(layer, site)
-        stream = open_batches(self, name, batch_size, seed=seed, batch=batch, device=best_device(device))
+        stream = open_loader(self, name, batch_size, seed=seed, batch=batch, device=best_device(device))
         last = None if epochs is None else epochs * stream.plan.batches_per_epoch
-        return copies(stream, last, getattr(torch, dtype))
+        return copy_batches(stream, last, getattr(torch, dtype))
 
     def contexts(self, *, held_out: bool) -> Contexts:
         """The text: what was harvested, or the documents that were held out."""
@@ -243,7 +243,7 @@ def check_removable(folder: Path) -> None:
 def remove_cache(folder: Path) -> int:
     """Remove a cache, or what was begun of one; returns the bytes freed. UsageError when the folder is none."""
     check_removable(folder)
-    with one_writer(folder, "sae cache rm"):
+    with writer_lock(folder, "sae cache rm"):
         size = folder_bytes(folder)
         shutil.rmtree(folder)
     return size
@@ -270,7 +270,7 @@ def open_cache(folder: Path | str) -> Cache:
 def caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
     """Every cache under `activations/` by its folder; one that does not open stands there as its error."""
     found: dict[Path, Cache | SaeError] = {}
-    for path in sorted((root or home() / "activations").glob("*/zarr.json")):
+    for path in sorted((root or sae_home() / "activations").glob("*/zarr.json")):
         try:
             found[path.parent] = Cache(path.parent)
         except SaeError as error:

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from .batches import Plan
+from ..common.errors import Interrupted, UsageError
+from ..common.files import digest_of, read_json, write_json
 from .chunks import map_rows
-from .errors import Interrupted, UsageError
-from .files import digest_of, read_json, write_json
 from .layout import FORMAT, Array, Hook, Layout, fingerprint_of
+from .loader import BatchOrder
 from .reader import Cache, is_ring
 from .writer import commit_file
 
 AHEAD = 2  # groups on the disk: one is read, one is written
 
 
-class Ring:
+class RingCache:
     """The windows of a harvest in groups, and what the harvest and training tell each other of them."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Ring:
         self.fingerprint = fingerprint_of(identity)
         self.groups = -(-layout.windows // (size // AHEAD))
         self.ends = cache(self._ends)
-        self.group: Group | None = None  # the one that training reads
+        self.group: WindowGroup | None = None  # the one that training reads
         self._at = self._harvested = 0  # the group that training reads or waits for; groups before this are there
         self._failed: BaseException | None = None
         self._closed = False
@@ -76,7 +76,9 @@ class Ring:
                 f"Half of the ring holds {sum(sizes[0]):,} rows, fewer than one batch of {batch_size:,}. "
                 "Give a larger --ring or --window, more --tokens, or a smaller --batch-size."
             )
-        batches = [Plan(rows, batch_size, 0).batches_per_epoch if sum(rows) >= batch_size else 0 for rows in sizes]
+        batches = [
+            BatchOrder(rows, batch_size, 0).batches_per_epoch if sum(rows) >= batch_size else 0 for rows in sizes
+        ]
         return np.cumsum(batches).tolist()
 
     def group_of(self, batch: int, batch_size: int) -> int:
@@ -126,10 +128,10 @@ class Ring:
                     )
             if self._harvested <= group:
                 raise self._failed  # type: ignore[misc]
-        self.group = Group(self, group)
+        self.group = WindowGroup(self, group)
         return time.perf_counter() - started
 
-    def source(self, batch: int, batch_size: int) -> tuple["Group", int]:
+    def source(self, batch: int, batch_size: int) -> tuple["WindowGroup", int]:
         """The group that training reads, and a batch's number in the endless stream of it; after its last comes another epoch."""
         assert self.group is not None
         before = [0, *self.ends(batch_size)][self.group.number]
@@ -182,10 +184,10 @@ class Ring:
             self._turn.notify_all()
 
 
-class Group(Cache):
+class WindowGroup(Cache):
     """The windows of a group as a cache: what there is of it is what their records list."""
 
-    def __init__(self, ring: Ring, number: int) -> None:
+    def __init__(self, ring: RingCache, number: int) -> None:
         super().__init__(ring.folder)
         self.ring, self.number, self.windows = ring, number, ring.windows(range(number, number + 1))
         self.first_chunk = self.windows.start * self.layout.window_rows // self.layout.chunk_rows

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.files import read_json
 from .chunks import read_array, read_whole, take
-from .files import read_json
 from .layout import FORMAT, Layout
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
@@ -52,7 +52,7 @@ def statistics(
     """
     norms = read_whole(folder, f"{name}.row_norm")
     limit = None if max_norm is None else max_norm * float(np.median(norms))
-    marked = marked_rows(norms, limit)
+    marked = outlier_rows(norms, limit)
     mean, square = moments(folder, layout, name, marked, files)
     norms = np.delete(norms, marked)
     spread = np.sqrt(np.maximum(square - mean**2, 0))
@@ -71,7 +71,7 @@ def statistics(
     }
 
 
-def marked_rows(norms: np.ndarray, limit: float | None) -> np.ndarray:
+def outlier_rows(norms: np.ndarray, limit: float | None) -> np.ndarray:
     """The rows whose norm is over the limit, ascending."""
     return np.flatnonzero(norms > limit) if limit is not None else np.array([], np.int64)
 

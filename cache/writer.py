@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.errors import DamagedError, SaeError, UsageError
+from ..common.files import digest_of, fsync_folder, read_json, write_json, write_json_if_changed
 from .chunks import MEND, all_there, attributes_of, write_chunk
-from .errors import DamagedError, SaeError, UsageError
-from .files import digest_of, flush_folder, keep_json, read_json, write_json
 from .layout import FORMAT, Array, Hook, Layout, fingerprint_of, group_metadata
 from .statistics import seal
 
@@ -30,7 +30,7 @@ Job = tuple[Array, int, np.ndarray]  # an array, a chunk of it, the rows
 
 
 @dataclass(frozen=True)
-class Rows:
+class WindowRows:
     """A window's rows in their own order: bits[array] (rows, d_in) uint16; row_ctx and row_pos (rows,)."""
 
     bits: Mapping[str, np.ndarray]
@@ -38,7 +38,7 @@ class Rows:
     row_pos: np.ndarray
 
 
-class Writer:
+class CacheWriter:
     """A writer of the arrays `widths` (name -> d_in); whoever makes it holds `one_writer(folder)`, or shares it."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int]) -> None:
@@ -59,7 +59,7 @@ class Writer:
                 "Use another --out."
             )
         for array in layout.arrays(self.widths):
-            keep_json(folder / array.name / "zarr.json", array.metadata())
+            write_json_if_changed(folder / array.name / "zarr.json", array.metadata())
 
     def _write_root(self, complete: list[str]) -> None:
         attributes = {
@@ -92,7 +92,7 @@ class Writer:
         wanted = {w: [name for name in self.widths if (name, w) not in have] for w in range(self.layout.windows)}
         return {window: names for window, names in wanted.items() if names}
 
-    def files_of(self, window: int, rows: Rows) -> Iterator[tuple[str, list[Job]]]:
+    def files_of(self, window: int, rows: WindowRows) -> Iterator[tuple[str, list[Job]]]:
         """What has to be written for a window: under "" where its rows came from, then the files of each array.
 
         Raises SaeError when an activation is not finite or a block has another shape than it should.
@@ -118,11 +118,11 @@ class Writer:
             chunks = [(stored, first + i, block[at : at + layout.chunk_rows]) for i, at in enumerate(starts)]
             yield name, [(norms, window, norm), (moments, window, moment[None]), *chunks]
 
-    def write_window(self, window: int, rows: Rows, made_with: Mapping[str, Any]) -> None:
+    def write_window(self, window: int, rows: WindowRows, made_with: Mapping[str, Any]) -> None:
         """Write and commit one window; nothing of it is committed when anything fails."""
         for name in rows.bits:  # a record of files that will be replaced proves nothing
             (self.folder / commit_file(window, name)).unlink(missing_ok=True)
-        flush_folder(self.folder / "commits")
+        fsync_folder(self.folder / "commits")
         with ThreadPoolExecutor(WRITERS) as pool:
             under_way = {  # an array is measured while the one before is written
                 name: pool.map(lambda job: write_chunk(self.folder, *job), jobs)

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cache.errors import UsageError, did_you_mean
-from ..cache.files import read_json
-from .metric import Number, Result, result_of
-from .pages.charts import Chart, Series
-from .suites import METRICS
-from .table import but_for_seed, head, paired, value_of, with_spread
+from ..common.errors import UsageError, did_you_mean
+from ..common.files import read_json
+from .charts import Chart, Series
+from .metrics.base import MetricColumn, Result
+from .metrics.registry import METRICS
+from .results import result_of
+from .tables import but_for_seed, head, paired, value_of, with_spread
 
 L0 = ("core", "l0")
 SUMMARY = (  # metric and number: the columns of the table, and what is drawn over L0
@@ -51,7 +52,7 @@ PUBLISHED = Path(__file__).parent / "published.toml"
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRun:
     """A run as its files tell it: sae.json's origin, run.json, and the result of each metric with its settings."""
 
     name: str
@@ -63,26 +64,26 @@ class Compared:
     reference: bool = False
 
     @property
-    def subject(self) -> "Compared":  # as `notes` asks a row of an evaluation
+    def subject(self) -> "ComparedRun":  # as `notes` asks a row of an evaluation
         return self
 
-    def value(self, metric: str, number: Number) -> float | None:
+    def value(self, metric: str, number: MetricColumn) -> float | None:
         return value_of(self, metric, number) if metric in self.results else None
 
 
 @dataclass(frozen=True)
-class System:
+class ComparedSystem:
     """Runs of one recipe, options and layer; of several seeds, or one."""
 
     label: str
-    runs: Sequence[Compared] = field(repr=False)
+    runs: Sequence[ComparedRun] = field(repr=False)
 
     @property
-    def seeds(self) -> dict[Any, Compared]:
+    def seeds(self) -> dict[Any, ComparedRun]:
         """The run of each seed. Of one seed trained again the last one: it is no other draw. A run without a seed is one."""
         return {run.run.get("seed", run.name): run for run in self.runs}
 
-    def mean_and_spread(self, metric: str, number: Number) -> tuple[float, float] | None:
+    def mean_and_spread(self, metric: str, number: MetricColumn) -> tuple[float, float] | None:
         """The mean and sd over seeds; of one seed its number and half its 95 % interval over the text, or 0."""
         measured = [(run, value) for run in self.seeds.values() if (value := run.value(metric, number)) is not None]
         values = [value for _, value in measured]
@@ -96,16 +97,16 @@ class System:
 
 @dataclass(frozen=True)
 class Comparison:
-    systems: Sequence[System]
-    references: Sequence[System]
+    systems: Sequence[ComparedSystem]
+    references: Sequence[ComparedSystem]
     differences: Sequence[str]  # sentences
 
     @property
-    def runs(self) -> list[Compared]:
+    def runs(self) -> list[ComparedRun]:
         return [run for system in self.systems for run in system.runs]
 
     @property
-    def columns(self) -> list[tuple[str, Number]]:
+    def columns(self) -> list[tuple[str, MetricColumn]]:
         """Of SUMMARY, what at least one run has."""
         found = [(m, n) for m, name in SUMMARY for n in METRICS[m].numbers if n.name == name]
         return [(m, n) for m, n in found if any(run.value(m, n) is not None for run in self.runs)]
@@ -126,16 +127,18 @@ def compare(folders: Sequence[Path], mix: bool = False, references: bool = True)
             + "\n".join(differences)
             + "\nCompare them apart, or with --mix."
         )
-    beside = [System(run.name, [run]) for run in found_references(runs)] if references and not differences else []
+    beside = (
+        [ComparedSystem(run.name, [run]) for run in found_references(runs)] if references and not differences else []
+    )
     return Comparison(systems_of(runs), beside, differences)
 
 
-def read_run(folder: Path) -> Compared:
+def read_run(folder: Path) -> ComparedRun:
     if not (folder / "sae.json").exists():
         raise UsageError(f"{folder} holds no trained SAE (no sae.json). Give run folders: sae compare runs/...")
     origin = read_json(folder / "sae.json", "origin")["origin"]
     run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    return Compared(folder.resolve().name, folder, origin, run, *results_of(folder))
+    return ComparedRun(folder.resolve().name, folder, origin, run, *results_of(folder))
 
 
 def results_of(folder: Path) -> tuple[dict[str, Result], dict[str, dict[str, Any]]]:
@@ -146,19 +149,19 @@ def results_of(folder: Path) -> tuple[dict[str, Result], dict[str, dict[str, Any
     return results, {name: read_json(path, "eval_config")["eval_config"] for name, path in there.items()}
 
 
-def found_references(runs: Sequence[Compared]) -> list[Compared]:
+def found_references(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
     """The identity, zero, PCA and random dictionaries that were measured on the runs' text and layer."""
-    from ..cache.layout import home
+    from ..common.files import sae_home
 
     layer = runs[0].origin.get("layer")
     settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
     found = []
-    for folder in sorted((home() / "activations" / "evaluation" / "references").glob(f"*-L{layer}-*")):
+    for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*-L{layer}-*")):
         results, theirs = results_of(folder)
         fits = [m for m in results if m in settings and apart(theirs[m]) == apart(settings[m])]
         if fits:
             name = folder.name.split(f"-L{layer}-")[0]
-            found.append(Compared(name, folder, {}, {}, {m: results[m] for m in fits}, theirs, reference=True))
+            found.append(ComparedRun(name, folder, {}, {}, {m: results[m] for m in fits}, theirs, reference=True))
     return found
 
 
@@ -167,7 +170,7 @@ def apart(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "weights"}
 
 
-def what_differs(runs: Sequence[Compared]) -> list[str]:
+def what_differs(runs: Sequence[ComparedRun]) -> list[str]:
     """One sentence for each thing, other than the training, that not all runs have the same."""
     found = []
     for name in ("model", "layer", "site"):
@@ -184,15 +187,15 @@ def what_differs(runs: Sequence[Compared]) -> list[str]:
     return found
 
 
-def place_of(run: Compared) -> dict[str, Any]:
+def place_of(run: ComparedRun) -> dict[str, Any]:
     """Where the SAE stands: the model's name, the layer and the site."""
     name = run.origin.get("model", {}).get("name")
     return {"model": name, "layer": run.origin.get("layer"), "site": run.origin.get("site", "resid_post")}
 
 
-def systems_of(runs: Sequence[Compared]) -> list[System]:
+def systems_of(runs: Sequence[ComparedRun]) -> list[ComparedSystem]:
     """Runs that differ in their seed alone, together; labels say what tells the systems apart."""
-    groups: dict[str, list[Compared]] = {}
+    groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
         groups.setdefault(but_for_seed(run.run if "seed" in run.run else {"folder": str(run.folder)}), []).append(run)
     firsts = [group[0].run for group in groups.values()]
@@ -201,12 +204,12 @@ def systems_of(runs: Sequence[Compared]) -> list[System]:
     }
     labels = [label_of(group[0], several) for group in groups.values()]
     return [
-        System(label if labels.count(label) == 1 else f"{label} {group[0].name[-6:]}", group)
+        ComparedSystem(label if labels.count(label) == 1 else f"{label} {group[0].name[-6:]}", group)
         for label, group in zip(labels, groups.values(), strict=True)
     ]
 
 
-def label_of(run: Compared, several: set[str]) -> str:
+def label_of(run: ComparedRun, several: set[str]) -> str:
     """The variant, the options that were set, and which of layer, width, L0 and steps it has where those differ."""
     if not run.run:
         return run.name
@@ -256,7 +259,7 @@ def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[
     return [f"minus {against}", *(headed(metric, number) for metric, number in comparison.columns)], lines
 
 
-def headed(metric: str, number: Number) -> str:
+def headed(metric: str, number: MetricColumn) -> str:
     """The number's head, under the name of its metric where its own does not say it."""
     named = {"absorption": "absorption", "sparse_probing": "probing", "sparse_probing_stdlib": "stdlib probing"}
     over = named.get(metric, "stdlib" if metric.endswith("_stdlib") else "")
@@ -315,7 +318,7 @@ def drawn(name: str, points: Sequence[tuple[float, float, float, str]], look: in
     return Series(name, x, y, "both" if len(points) > 1 else "points", spread, labels, look)
 
 
-def family(system: System, comparison: Comparison) -> str:
+def family(system: ComparedSystem, comparison: Comparison) -> str:
     """The systems that one line goes through: those of a recipe and width, PCA of all ranks, random dictionaries of all L0."""
     if system.runs[0].reference:
         return system.label.split("-")[0]
@@ -325,7 +328,7 @@ def family(system: System, comparison: Comparison) -> str:
     return f"{run.get('variant', system.label)}{wide}"
 
 
-def published(comparison: Comparison, metric: str, number: Number) -> list[Series]:
+def published(comparison: Comparison, metric: str, number: MetricColumn) -> list[Series]:
     """What others measured at the same place of the same model, where a number of the chart's kind was published."""
     here = (*place_of(comparison.runs[0]).values(), metric, number.name)
     found = []

@@ -11,23 +11,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..cache.device import best_device, best_dtype
-from ..cache.errors import DamagedError, OutsideError, SaeError, UsageError
-from ..cache.files import bytes_text, digest_of, outside, read_json
-from ..cache.layout import home
 from ..cache.reader import Cache, caches, is_ring, model_name
-from ..harvest.model import LanguageModel, Source, find_model, load_model, load_tokenizer
-from ..train.sae import SAE, load_sae, spec_of
-from .bench import Bench, Shelf, sweep
-from .metric import Metric, Result, Subject, check_mode, read_result
-from .suites import metrics_of
+from ..common.device import best_device, best_dtype
+from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from ..common.files import digest_of, os_error, read_json, sae_home
+from ..common.formatting import format_bytes
+from ..harvest.model import LanguageModel, ModelSource, find_model, load_model, load_tokenizer
+from ..train.sae import SAE, load_sae, sae_spec
+from .context import EvalContext
+from .metrics.base import EvalTarget, Metric, Result, check_mode
+from .metrics.registry import metrics_of
+from .results import read_result
+from .shelf import ArtifactCache, sweep
 
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 ROOM, ROOM_OF_A_LATENT = 1 << 20, 1024  # bytes that have to be free for the results of a run
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluateConfig:
     """What a user can ask of an evaluation."""
 
     runs: Sequence[Path]
@@ -45,11 +47,11 @@ class Request:
 
 
 @dataclass
-class Row:
+class EvalRow:
     """One line of the tables: a run, an SAE that Python gave, or something to read it against."""
 
     name: str
-    subject: Subject
+    subject: EvalTarget
     folder: Path | None = None  # its results are in evaluations/ there; of an object, nowhere
     record: dict[str, Any] = field(default_factory=dict)  # sae.json, or what the reference is
     weights: str = ""  # the digest of all that encodes and decodes, and of the layer
@@ -68,34 +70,34 @@ class Row:
 
 
 @dataclass
-class Group:
+class EvalGroup:
     """The rows of one cache: they share every pass of the model. `settings` are of the metrics that can be measured."""
 
     cache: Cache
-    bench: Bench
-    rows: list[Row]
+    bench: EvalContext
+    rows: list[EvalRow]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def todo(self, metric: str, rows: Sequence[Row] | None = None) -> list[Row]:
+    def todo(self, metric: str, rows: Sequence[EvalRow] | None = None) -> list[EvalRow]:
         """The rows that lack a metric, and for which it has not failed."""
         return [r for r in (self.rows if rows is None else rows) if metric not in r.results and metric not in r.failed]
 
 
 @dataclass
-class Plan:
-    request: Request
+class EvaluatePlan:
+    request: EvaluateConfig
     metrics: list[Metric]
-    groups: list[Group]
-    shelf: Shelf
+    groups: list[EvalGroup]
+    shelf: ArtifactCache
     refused: dict[Path, SaeError] = field(default_factory=dict)  # runs that cannot be evaluated
     notes: list[str] = field(default_factory=list)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[EvalRow]:
         return [row for group in self.groups for row in group.rows]
 
 
-def plan(request: Request) -> Plan:
+def plan(request: EvaluateConfig) -> EvaluatePlan:
     """Open the runs, find their text, and see what was measured with the same settings before.
 
     A run that cannot be evaluated is in `Plan.refused`, a metric that cannot be measured in `Row.failed`; when nothing
@@ -104,14 +106,14 @@ def plan(request: Request) -> Plan:
     metrics, device, dtype = check(request)
     if not request.runs:
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
-    found = Plan(request, metrics, [], Shelf(home() / "activations" / "evaluation"))
+    found = EvaluatePlan(request, metrics, [], ArtifactCache(sae_home() / "activations" / "evaluation"))
     begun, here = unfinished(request.runs), caches()
-    rows: dict[Path, list[Row]] = {}
+    rows: dict[Path, list[EvalRow]] = {}
     for folder, given in {path.resolve(): path for path in request.runs}.items():
         if given in begun and len(begun) < len(request.runs):
             continue  # among others; by itself it gets its sentence from load_sae
         try:
-            row, cache = open_run(given, folder, request, here, device)
+            row, cache = load_run(given, folder, request, here, device)
         except SaeError as error:
             found.refused[folder] = error
             continue
@@ -122,7 +124,7 @@ def plan(request: Request) -> Plan:
     for cache_folder, own in rows.items():
         cache = Cache(cache_folder)
         try:
-            group = Group(cache, make_bench(request, cache, device, dtype, load), own)
+            group = EvalGroup(cache, make_context(request, cache, device, dtype, load), own)
         except SaeError as error:
             found.refused |= dict.fromkeys((row.folder for row in own if row.folder), error)
             continue
@@ -133,15 +135,15 @@ def plan(request: Request) -> Plan:
     if any(group.todo(metric.name) for group in found.groups for metric in metrics):
         try:
             check_writable(found.shelf.folder, 0)
-        except OutsideError as error:
-            raise OutsideError(
+        except UnavailableError as error:
+            raise UnavailableError(
                 f"{error} What no SAE changes is kept there; SAE_HOME=... names another home."
             ) from error
         sweep(found.shelf.folder)
     return found
 
 
-def check(request: Request) -> tuple[list[Metric], str, str]:
+def check(request: EvaluateConfig) -> tuple[list[Metric], str, str]:
     """The metrics, the device and the dtype; UsageError for what makes no sense, whatever the SAEs are."""
     check_mode(request.mode)
     metrics = metrics_of(request.suite, request.options)
@@ -155,9 +157,9 @@ def check(request: Request) -> tuple[list[Metric], str, str]:
     return metrics, device, best_dtype(request.dtype, device)
 
 
-def open_run(
-    given: Path, folder: Path, request: Request, here: Mapping[Path, Cache | SaeError], device: str
-) -> tuple[Row, Cache]:
+def load_run(
+    given: Path, folder: Path, request: EvaluateConfig, here: Mapping[Path, Cache | SaeError], device: str
+) -> tuple[EvalRow, Cache]:
     """A run folder as a row, and the cache whose text it is evaluated on."""
     sae = load_sae(given, device)
     cache = cache_of(given, sae, request, here)
@@ -166,11 +168,11 @@ def open_run(
     return row_of(folder, sae), cache
 
 
-def row_of(folder: Path, sae: SAE) -> Row:
+def row_of(folder: Path, sae: SAE) -> EvalRow:
     """`weights` is not of the tensors alone: k of a TopK is none of them, and one SAE can stand behind another layer."""
     record = read_json(folder / "sae.json", "sha256")
-    weights = digest_of([spec_of(sae), record["sha256"], sae.origin["layer"]])
-    return Row(folder.resolve().name, Subject(sae, sae.origin["layer"]), folder, record, weights)
+    weights = digest_of([sae_spec(sae), record["sha256"], sae.origin["layer"]])
+    return EvalRow(folder.resolve().name, EvalTarget(sae, sae.origin["layer"]), folder, record, weights)
 
 
 def unfinished(runs: Sequence[Path]) -> list[Path]:
@@ -178,7 +180,7 @@ def unfinished(runs: Sequence[Path]) -> list[Path]:
     return [run for run in runs if (run / "run.json").exists() and not (run / "sae.json").exists()]
 
 
-def cache_of(folder: Path, sae: SAE, request: Request, here: Mapping[Path, Cache | SaeError]) -> Cache:
+def cache_of(folder: Path, sae: SAE, request: EvaluateConfig, here: Mapping[Path, Cache | SaeError]) -> Cache:
     """The cache that is named; that of the training, wherever it stands now; or, of an SAE that came without one, the
     only one of its model. It holds the text that training did not see.
     """
@@ -221,7 +223,7 @@ def only_cache(folder: Path, model: str, opened: Sequence[Cache]) -> Cache:
         return serving[0]
     if not serving:
         raise UsageError(
-            f"{folder} came without a cache, and none under {home() / 'activations'} holds held-out text for {model}. Make one "
+            f"{folder} came without a cache, and none under {sae_home() / 'activations'} holds held-out text for {model}. Make one "
             f"with `sae harvest --model {model}`, or name one with --cache."
         )
     listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in serving)
@@ -230,21 +232,21 @@ def only_cache(folder: Path, model: str, opened: Sequence[Cache]) -> Cache:
     )
 
 
-Load = Callable[[Source, str, str, str], LanguageModel]  # source, dtype, device, attention
+Load = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
 
 
 def loader() -> Load:
     """Keeps the model that was asked for last, so that several caches of one model load it once."""
 
     @lru_cache(1)
-    def load(source: Source, dtype: str, device: str, attention: str) -> LanguageModel:
+    def load(source: ModelSource, dtype: str, device: str, attention: str) -> LanguageModel:
         _, config = find_model(source.location, source.revision if source.on_hub else None)
         return load_model(source, config, dtype=dtype, device=device, attention=attention)
 
     return load
 
 
-def make_bench(request: Request, cache: Cache, device: str, dtype: str, load: Load) -> Bench:
+def make_context(request: EvaluateConfig, cache: Cache, device: str, dtype: str, load: Load) -> EvalContext:
     """The model that the cache was made with, found and not yet loaded, and the text that the cache held out."""
     name, revision = cache.identity["model"]["name"], cache.identity["model"]["revision"]
     source, config = find_model(name, revision if len(revision) == HUB_COMMIT else None)
@@ -263,7 +265,7 @@ def make_bench(request: Request, cache: Cache, device: str, dtype: str, load: Lo
     attention = cache.identity["attention"]
     tokenizer = load_tokenizer(source)
     special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
-    return Bench(
+    return EvalContext(
         lambda: load(source, dtype, device, attention),
         tokenizer,
         contexts,
@@ -272,14 +274,14 @@ def make_bench(request: Request, cache: Cache, device: str, dtype: str, load: Lo
         request.mode,
         identity={"model": source.name, "revision": source.revision, "attention": attention, "llm_dtype": dtype},
         text={"text": cache.fingerprint, "contexts": len(contexts)},
-        shelf=Shelf(home() / "activations" / "evaluation"),
+        shelf=ArtifactCache(sae_home() / "activations" / "evaluation"),
         data=request.data,
         device=device,
         config=config.get_text_config(),
     )
 
 
-def look_up(found: Plan, group: Group) -> None:
+def look_up(found: EvaluatePlan, group: EvalGroup) -> None:
     """See of each row and metric whether it was measured, fails, or is to be measured; leave out rows that cannot be."""
     config, name = group.bench.config, group.bench.identity["model"]
     for row in list(group.rows):
@@ -304,7 +306,7 @@ def look_up(found: Plan, group: Group) -> None:
                 sweep(row.folder / "evaluations")
 
 
-def prepare(metrics: Sequence[Metric], group: Group, force: bool) -> None:
+def prepare(metrics: Sequence[Metric], group: EvalGroup, force: bool) -> None:
     """The settings of every metric that can be measured, and what was measured with the same before."""
     for metric in metrics:
         try:
@@ -322,12 +324,12 @@ def prepare(metrics: Sequence[Metric], group: Group, force: bool) -> None:
                 del group.settings[metric.name]
 
 
-def fail(metric: Metric, rows: Sequence[Row], error: SaeError) -> None:
+def fail(metric: Metric, rows: Sequence[EvalRow], error: SaeError) -> None:
     for row in rows:
         row.failed[metric.name] = error
 
 
-def read_earlier(metric: Metric, group: Group, rows: Sequence[Row]) -> None:
+def read_earlier(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow]) -> None:
     for row in rows:
         if row.folder:
             try:
@@ -339,7 +341,7 @@ def read_earlier(metric: Metric, group: Group, rows: Sequence[Row]) -> None:
                     row.results[metric.name] = earlier
 
 
-def refuse(found: Plan, group: Group, row: Row, error: SaeError) -> None:
+def refuse(found: EvaluatePlan, group: EvalGroup, row: EvalRow, error: SaeError) -> None:
     group.rows.remove(row)
     if row.folder:
         found.refused[row.folder] = error
@@ -354,14 +356,14 @@ def check_writable(folder: Path, room: int) -> None:
         probe.unlink()
         free = shutil.disk_usage(there).free
     except OSError as error:
-        raise outside(error, folder) from error
+        raise os_error(error, folder) from error
     if free < room:
-        raise OutsideError(
-            f"The disk is full: {folder} has {bytes_text(free)} left, and a result can need {bytes_text(room)}. Free space."
+        raise UnavailableError(
+            f"The disk is full: {folder} has {format_bytes(free)} left, and a result can need {format_bytes(room)}. Free space."
         )
 
 
-def raise_if_nothing_is_left(found: Plan) -> None:
+def raise_if_nothing_is_left(found: EvaluatePlan) -> None:
     """The sentences of all that is refused, when nothing can be measured and nothing was; their exit code, if it is one."""
     if any(metric.name not in row.failed for row in found.rows for metric in found.metrics):
         return

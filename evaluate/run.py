@@ -9,27 +9,25 @@ from typing import Any
 
 import torch
 
-from ..cache.errors import OutsideError, SaeError, UsageError
-from ..cache.files import digest_of
 from ..cache.reader import Cache
-from .bench import Bench
-from .metric import Coder, Metric, Outcome, Progress, Subject, write_result
-from .plan import Group, Plan, Request, Row, check, loader, make_bench, plan, prepare, read_earlier
-from .references import references
-from .suites import METRICS, SUITES, metrics_of
-
-__all__ = [
-    "METRICS",
-    "SUITES",
-    "Plan",
-    "Request",
-    "Row",
-    "carry_out",
-    "evaluate",
-    "evaluate_saes",
-    "metrics_of",
-    "plan",
-]
+from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.files import digest_of
+from .context import EvalContext
+from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike
+from .plan import (
+    EvalGroup,
+    EvalRow,
+    EvaluateConfig,
+    EvaluatePlan,
+    check,
+    loader,
+    make_context,
+    plan,
+    prepare,
+    read_earlier,
+)
+from .reference_saes import references
+from .results import write_result
 
 Stage = Callable[[str], AbstractContextManager[Progress]]  # announces a metric, and takes what it tells of its work
 
@@ -39,24 +37,24 @@ def silent(title: str) -> Iterator[Progress]:
     yield lambda done, total, note="": None
 
 
-def evaluate(request: Request, stage: Stage = silent) -> list[Row]:
+def evaluate(request: EvaluateConfig, stage: Stage = silent) -> list[EvalRow]:
     """Plan and carry out. Runs that cannot be evaluated are left out; `plan` names them."""
-    return carry_out(plan(request), stage)
+    return execute(plan(request), stage)
 
 
-def carry_out(planned: Plan, stage: Stage = silent) -> list[Row]:
+def execute(planned: EvaluatePlan, stage: Stage = silent) -> list[EvalRow]:
     """Measure what a plan says, writing a result file for each run and metric as soon as it is there.
 
     A metric that cannot be measured leaves its sentence in `Row.failed`, and the others are measured all the same. When
     nothing can be measured at all, the sentences are raised, with the exit code of the first.
     """
-    rows: list[Row] = []
+    rows: list[EvalRow] = []
     for group in planned.groups:
         own = list(group.rows)
         if planned.request.references:
             try:
                 own += beside(group)
-            except OutsideError as error:  # such as a folder that can be read and not written
+            except UnavailableError as error:  # such as a folder that can be read and not written
                 planned.notes.append(f"identity, zero, PCA and random dictionary are left out: {error}")
         for metric in planned.metrics:
             if metric.name in group.settings:
@@ -71,10 +69,10 @@ def carry_out(planned: Plan, stage: Stage = silent) -> list[Row]:
 
 
 def evaluate_saes(
-    saes: Mapping[str, Coder], *, cache: Cache | Path | str, layer: int, suite: str = "quick", tokens: int | None = None,
+    saes: Mapping[str, SAELike], *, cache: Cache | Path | str, layer: int, suite: str = "quick", tokens: int | None = None,
     mode: str = "0.6.0", options: Sequence[str] = (), data: Path | str | None = None, references: bool = True,
     device: str = "auto", dtype: str = "auto", stage: Stage = silent,
-) -> list[Row]:  # fmt: skip
+) -> list[EvalRow]:  # fmt: skip
     """Evaluate objects without a run folder: anything with encode, (T, d_in) -> (T, d_sae), and decode, back again.
 
         rows = sae.evaluate_saes({"mine": my_sae}, cache="activations/...", layer=12, suite="core")
@@ -93,10 +91,10 @@ def evaluate_saes(
         raise UsageError(
             f"Give the SAEs with their names, as {{'mine': my_sae}}, and not {type(saes).__name__} {saes!r:.60}."
         )
-    request = Request([], suite, tokens, mode, options=options, data=Path(data) if data else None, device=device, dtype=dtype)  # fmt: skip
+    request = EvaluateConfig([], suite, tokens, mode, options=options, data=Path(data) if data else None, device=device, dtype=dtype)  # fmt: skip
     metrics, device, dtype = check(request)
     cache = cache if isinstance(cache, Cache) else Cache(cache)
-    bench = make_bench(request, cache, device, dtype, loader())
+    bench = make_context(request, cache, device, dtype, loader())
     blocks = bench.config.num_hidden_layers
     if not 0 <= layer < blocks:
         raise UsageError(f"The model has layers 0 to {blocks - 1}; there is no layer {layer}.")
@@ -104,13 +102,13 @@ def evaluate_saes(
         check_coder(name, sae, bench)
         if (trained := getattr(sae, "origin", {}).get("layer", layer)) != layer:
             raise UsageError(f"{name} was trained after layer {trained}: give layer={trained}, and not {layer}.")
-    group = Group(cache, bench, [Row(name, Subject(sae, layer)) for name, sae in saes.items()])
+    group = EvalGroup(cache, bench, [EvalRow(name, EvalTarget(sae, layer)) for name, sae in saes.items()])
     prepare(metrics, group, force=False)
-    return carry_out(Plan(replace(request, references=references), metrics, [group], bench.shelf), stage)
+    return execute(EvaluatePlan(replace(request, references=references), metrics, [group], bench.shelf), stage)
 
 
 @torch.no_grad()
-def check_coder(name: str, sae: Coder, bench: Bench) -> None:
+def check_coder(name: str, sae: SAELike, bench: EvalContext) -> None:
     """UsageError unless an object encodes and decodes rows of the model's width."""
     if getattr(sae, "training", False):
         raise UsageError(
@@ -129,7 +127,7 @@ def check_coder(name: str, sae: Coder, bench: Bench) -> None:
         )
 
 
-def beside(group: Group) -> list[Row]:
+def beside(group: EvalGroup) -> list[EvalRow]:
     """Reference rows for each layer of a group; their results are kept on the shelf."""
     bench, cache, rows = group.bench, group.cache, []
     layers = sorted({row.subject.layer for row in group.rows})
@@ -141,11 +139,11 @@ def beside(group: Group) -> list[Row]:
             digest = digest_of(record)
             folder = bench.shelf.folder / "references" / f"{name}-L{layer}-{digest[:8]}"
             shown = name if len(layers) == 1 else f"{name}-L{layer:02d}"
-            rows.append(Row(shown, subject, folder, record, digest))
+            rows.append(EvalRow(shown, subject, folder, record, digest))
     return rows
 
 
-def measure(metric: Metric, group: Group, rows: Sequence[Row], stage: Stage) -> None:
+def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], stage: Stage) -> None:
     """One metric for the rows that lack it, all in one pass."""
     todo = group.todo(metric.name, rows)
     if not todo:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..cache.errors import UsageError
 from ..cache.layout import Hook
+from ..common.errors import UsageError
 
 
 class Family(NamedTuple):

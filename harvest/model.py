@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..cache.errors import DamagedError, SaeError, UsageError
 from ..cache.layout import Hook
+from ..common.errors import DamagedError, SaeError, UsageError
 from . import mini
 from .architectures import FAMILIES, Family, check_sites, family_of, find_trunk, place_of, shorten, width_of
-from .refusals import explained
+from .load_errors import translate_load_errors
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Which model: its name, where it is loaded from, and what pins its bytes."""
 
     name: str
@@ -49,7 +49,7 @@ class Source:
         return {"name": self.name, "revision": self.revision}
 
 
-def find_model(name: str, revision: str | None = None) -> tuple[Source, Any]:
+def find_model(name: str, revision: str | None = None) -> tuple[ModelSource, Any]:
     """Pin a model to its bytes; returns its configuration too. Loads no weights.
 
     Raises OutsideError when the Hub cannot be reached or the model's licence has not been accepted.
@@ -60,12 +60,12 @@ def find_model(name: str, revision: str | None = None) -> tuple[Source, Any]:
     if name.startswith((".", "/")) and not folder.is_dir():
         raise UsageError(f"There is no folder {name}. Give a folder with a model, a Hub id, or --model {mini.NAME}.")
     if folder.is_dir():
-        with explained(name):
+        with translate_load_errors(name):
             called = name if name == mini.NAME else str(folder.resolve())
-            return Source(called, str(folder), digest_of_folder(folder)), AutoConfig.from_pretrained(folder)
-    with explained(name):
+            return ModelSource(called, str(folder), digest_of_folder(folder)), AutoConfig.from_pretrained(folder)
+    with translate_load_errors(name):
         config = AutoConfig.from_pretrained(name, revision=revision)
-    return Source(name, name, getattr(config, "_commit_hash", None) or revision or "unknown"), config
+    return ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or "unknown"), config
 
 
 def digest_of_folder(folder: Path) -> str:
@@ -78,9 +78,9 @@ def digest_of_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer. Without a BOS, as Qwen's, EOS stands before each text: it is what parted them in pretraining."""
-    with explained(source.name):
+    with translate_load_errors(source.name):
         return with_bos(AutoTokenizer.from_pretrained(source.location, **_revision(source)))
 
 
@@ -92,7 +92,7 @@ def with_bos(tokenizer: Any) -> Any:
 
 
 def load_trunk(
-    source: Source, config: Any, last_layer: int, *, dtype: str, device: str, attention: str
+    source: ModelSource, config: Any, last_layer: int, *, dtype: str, device: str, attention: str
 ) -> "LanguageModel":
     """The model up to a layer: no later block is loaded, and no unembedding."""
     config = copy.deepcopy(config)
@@ -100,19 +100,21 @@ def load_trunk(
     return _load(AutoModel, source, config, dtype, device, attention)
 
 
-def load_model(source: Source, config: Any, *, dtype: str, device: str, attention: str = "eager") -> "LanguageModel":
+def load_model(
+    source: ModelSource, config: Any, *, dtype: str, device: str, attention: str = "eager"
+) -> "LanguageModel":
     """The whole model, with its unembedding. UsageError when `forward` could not run the end of it alone."""
     model = _load(AutoModelForCausalLM, source, config, dtype, device, attention)
     model.check_forward()
     return model
 
 
-def _load(kind: Any, source: Source, config: Any, dtype: str, device: str, attention: str) -> "LanguageModel":
+def _load(kind: Any, source: ModelSource, config: Any, dtype: str, device: str, attention: str) -> "LanguageModel":
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it lists the blocks that are left out on purpose
     transformers_logging.disable_progress_bar()
     try:
-        with explained(source.name):
+        with translate_load_errors(source.name):
             model, found = kind.from_pretrained(
                 source.location,
                 config=config,
@@ -134,7 +136,7 @@ def _load(kind: Any, source: Source, config: Any, dtype: str, device: str, atten
     return LanguageModel(model.eval().requires_grad_(False))
 
 
-def _revision(source: Source) -> dict[str, str]:
+def _revision(source: ModelSource) -> dict[str, str]:
     return {"revision": source.revision} if source.on_hub and source.revision != "unknown" else {}
 
 

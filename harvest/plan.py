@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from ..cache.device import best_device, best_dtype, free_memory
-from ..cache.environment import environment
-from ..cache.errors import OutsideError, SaeError, UsageError
-from ..cache.files import bytes_text, digest_of, folder_bytes, free_space
-from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of, home
+from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of
 from ..cache.reader import Cache, caches, recorded_modules
+from ..common.device import best_device, best_dtype, free_memory
+from ..common.environment import environment
+from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.files import digest_of, folder_bytes, free_space, sae_home
+from ..common.formatting import format_bytes
 from . import mini
 from .architectures import check_context, check_layers, check_sites, module_of, shorten, width_of
-from .model import LanguageModel, Source, find_model, load_tokenizer
-from .rows import first_line
-from .sources import EMBEDDED, PILE, open_text
-from .text import Text, specials
+from .contexts import TextSource, specials
+from .dataset_reader import first_line
+from .datasets import EMBEDDED, PILE, open_text
+from .model import LanguageModel, ModelSource, find_model, load_tokenizer
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
@@ -33,7 +34,7 @@ TIMED_CONTEXT = 2048  # the attention of a longer one can take all of the memory
 
 
 @dataclass(frozen=True)
-class Request:
+class HarvestConfig:
     """What a user can ask of a harvest."""
 
     model: str = "google/gemma-2-2b"
@@ -68,14 +69,14 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class HarvestPlan:
     """A request, resolved: what will be read, computed and written, and where."""
 
-    request: Request
-    source: Source
+    request: HarvestConfig
+    source: ModelSource
     config: Any
     tokenizer: Any
-    text: Text
+    text: TextSource
     identity: dict[str, Any]
     folder: Path
     hooks: list[Hook]
@@ -136,12 +137,12 @@ class Plan:
             needed, per_token = needed / 1.3, per_token / 1.3
         if 1.02 * needed > free:
             fits = int(free / per_token / 1.02)
-            raise OutsideError(
-                f"The harvest needs {bytes_text(1.02 * needed)} and {self.folder} has {bytes_text(free)} free. --tokens {fits} would fit."
+            raise UnavailableError(
+                f"The harvest needs {format_bytes(1.02 * needed)} and {self.folder} has {format_bytes(free)} free. --tokens {fits} would fit."
             )
 
 
-def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) -> Plan:
+def plan(request: HarvestConfig, tell: Callable[[str], None] = lambda sentence: None) -> HarvestPlan:
     """Resolve everything to what pins it. Loads no weights and writes nothing. `tell` takes sentences about the text."""
     name = (EMBEDDED if request.model == mini.NAME else PILE) if request.dataset is None else request.dataset
     check(request, name)
@@ -182,10 +183,10 @@ def plan(request: Request, tell: Callable[[str], None] = lambda sentence: None) 
         "compress": BLOSC if request.compress else None,
     }
     short = source.name.rstrip("/").split("/")[-1]
-    folder = request.out or home() / "activations" / f"{short}--{text.name}--{fingerprint_of(identity)[:8]}"
+    folder = request.out or sae_home() / "activations" / f"{short}--{text.name}--{fingerprint_of(identity)[:8]}"
     if request.out is None and not folder.exists():
         tell_of_older(folder, identity, source.on_hub, tell)
-    return Plan(
+    return HarvestPlan(
         request, source, config, tokenizer, text, identity, folder, hooks, request.tokens or TOKENS, dtype, device
     )
 
@@ -205,7 +206,7 @@ def tell_of_older(folder: Path, identity: dict[str, Any], on_hub: bool, tell: Ca
             tell(f"{other.folder} is the same harvest of other revisions.{instead}")
 
 
-def check(request: Request, text: str) -> None:
+def check(request: HarvestConfig, text: str) -> None:
     """UsageError for what can be seen to be wrong before anything is opened."""
     if "" in (request.model, request.dataset):
         raise UsageError("--model and --dataset cannot be empty. Leave --dataset out for the model's own.")
@@ -248,7 +249,7 @@ def check(request: Request, text: str) -> None:
         )
 
 
-def estimated_seconds(plan: Plan) -> float:
+def estimated_seconds(plan: HarvestPlan) -> float:
     """How long the model will take: one block of its shape, with random weights, timed on this device.
 
     What else a harvest does runs beside it.

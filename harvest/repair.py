@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.chunks import attributes_of, check_chunk, encode_chunk, read_array, write_chunk
-from ..cache.errors import DamagedError, SaeError, UsageError
-from ..cache.files import one_writer, read_json
 from ..cache.layout import Hook, unnamed
-from ..cache.writer import Writer
-from .draft import discard
-from .plan import Plan, Request, plan
-from .run import UNWATCHED, Computing, Report, cut_text, layout_of, load, refuse_ring, text_of
+from ..cache.writer import CacheWriter
+from ..common.errors import DamagedError, SaeError, UsageError
+from ..common.files import read_json, writer_lock
+from .plan import HarvestConfig, HarvestPlan, plan
+from .run import UNWATCHED, HarvestProgress, WindowComputer, cut_text, layout_of, load, refuse_ring, text_of
+from .tokenize_checkpoint import discard
 
 
 def repair(
     folder: Path,
-    report: Report = UNWATCHED,
+    report: HarvestProgress = UNWATCHED,
     *,
     model: str | None = None,
     dataset: str | None = None,
@@ -39,19 +39,19 @@ def repair(
             f"{folder / 'harvest.json'} is missing, which says what was asked for. The same `sae harvest` writes it again."
         )
     refuse_ring(folder)
-    with one_writer(folder, "sae cache repair", report.say):
+    with writer_lock(folder, "sae cache repair", report.say):
         refuse_half_written(folder)
         mended = list(drop_unreadable(folder))
         again = planned_again(folder, model=model, dataset=dataset, device=device)
         limits = max_norms(again)
         mended += list(mend_text(again))
         contexts = text_of(again)
-        writer = Writer(folder, again.identity, layout_of(again, contexts), again.widths)
+        writer = CacheWriter(folder, again.identity, layout_of(again, contexts), again.widths)
         discard(folder)
-        mended += list(mend_windows(again, writer, Computing(again, contexts, writer.layout, report), report))
+        mended += list(mend_windows(again, writer, WindowComputer(again, contexts, writer.layout, report), report))
         for limit in {*limits.values()}:  # layers can have been marked differently
             arrays = {name: width for name, width in again.widths.items() if limits[name] == limit}
-            part = Writer(folder, again.identity, writer.layout, arrays)
+            part = CacheWriter(folder, again.identity, writer.layout, arrays)
             if mended or not part.finished(limit):
                 part.finish(limit)
                 mended = mended or [f"{folder} had lost its seal; manifest.json and zarr.json are made anew"]
@@ -65,7 +65,7 @@ def refuse_half_written(folder: Path) -> None:
             raise UsageError(f"{folder} is half written. Run the same `sae harvest` again: it finishes and mends it.")
 
 
-def max_norms(again: Plan) -> dict[str, float | None]:
+def max_norms(again: HarvestPlan) -> dict[str, float | None]:
     """The --max-norm of each array: the manifest's where there is one, else that of the last harvest."""
     manifest = again.folder / "manifest.json"
     known = read_json(manifest, "statistics")["statistics"] if manifest.exists() else {}
@@ -92,16 +92,16 @@ def drop_unreadable(folder: Path) -> Iterator[str]:
         raise UsageError(f"{folder} is hardly begun. Run the same `sae harvest` again.")
 
 
-def planned_again(folder: Path, *, model: str | None, dataset: str | None, device: str) -> Plan:
+def planned_again(folder: Path, *, model: str | None, dataset: str | None, device: str) -> HarvestPlan:
     """The plan that made a cache, made again; UsageError unless it would give the same bytes."""
     record = read_json(folder / "harvest.json")
-    known = {field.name for field in fields(Request)}
+    known = {field.name for field in fields(HarvestConfig)}
     given = {name: value for name, value in record.items() if name in known}
     arrays = {path.name.split(".", 1)[1].removesuffix(".json") for path in (folder / "commits").glob("*.json")}
     hooks = sorted(map(Hook.of, arrays))
     given |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
     given |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
-    again = replace(plan(Request(**given)), hooks=hooks)
+    again = replace(plan(HarvestConfig(**given)), hooks=hooks)
     if not (folder / "zarr.json").exists():
         return again
     identity = attributes_of(folder)["identity"]
@@ -114,7 +114,7 @@ def planned_again(folder: Path, *, model: str | None, dataset: str | None, devic
     return replace(again, identity=identity)
 
 
-def mend_text(again: Plan) -> Iterator[str]:
+def mend_text(again: HarvestPlan) -> Iterator[str]:
     """Cut the text again when a file of it is damaged; it has to come out the same."""
     record = again.folder / "tokens" / "commit.json"
     files = read_json(record, "files")["files"] if record.exists() else {}
@@ -141,7 +141,9 @@ def problem(folder: Path, file: str, record: dict[str, Any]) -> str | None:
     return None
 
 
-def mend_windows(again: Plan, writer: Writer, computing: Computing, report: Report) -> Iterator[str]:
+def mend_windows(
+    again: HarvestPlan, writer: CacheWriter, computing: WindowComputer, report: HarvestProgress
+) -> Iterator[str]:
     """Compute the windows of damaged files again, and write those files; the others of the window stay."""
     commits = {(c["window"], c["array"]): c for c in writer.commits(whole=False)}
     records = {file: record for commit in commits.values() for file, record in commit["files"].items()}

@@ -19,60 +19,60 @@ import numpy as np
 import torch
 
 from ..cache.contexts import Contexts
-from ..cache.device import free_memory, keep_freed_memory
-from ..cache.environment import source
-from ..cache.errors import Interrupted, OutsideError, SaeError, UsageError
-from ..cache.files import keep_json, one_writer
 from ..cache.layout import Hook, Layout, fingerprint_of
 from ..cache.reader import Cache, is_ring
-from ..cache.writer import Rows, Writer, begun
-from .draft import Draft, discard
+from ..cache.writer import CacheWriter, WindowRows, begun
+from ..common.device import free_memory, keep_freed_memory
+from ..common.environment import source_revision
+from ..common.errors import Interrupted, SaeError, UnavailableError, UsageError
+from ..common.files import write_json_if_changed, writer_lock
+from .contexts import cut, rows_of
+from .device_copy import DeviceCopy, out_of_memory
+from .distributed import current_process_group
 from .model import LanguageModel, load_trunk
-from .plan import Plan
-from .processes import alone_or_launched
-from .text import cut, rows_of
-from .transfer import Transfer, out_of_memory
+from .plan import HarvestPlan
+from .tokenize_checkpoint import TokenizeCheckpoint, discard
 
 WINDOWS = 2  # in memory: one is computed, one is written
 
 
 @dataclass(frozen=True)
-class Report:
+class HarvestProgress:
     """What a harvest tells whoever watches: (rows done, rows in all), and sentences."""
 
     rows: Callable[[int, int], None] = lambda done, total: None
     say: Callable[[str], None] = lambda sentence: None
 
 
-UNWATCHED = Report()
+UNWATCHED = HarvestProgress()
 
 
-def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
+def harvest(plan: HarvestPlan, report: HarvestProgress = UNWATCHED) -> Cache:
     """Carry out a plan, or the rest of it, and open the result. Several launched processes share the windows out.
 
     Raises OutsideError when the disk is too small or another process writes, Interrupted on Ctrl-C with every
     committed window safe.
     """
-    team = alone_or_launched(plan.device)
+    team = current_process_group(plan.device)
     keep_freed_memory()
     with contextlib.ExitStack() as held, terminated_as_interrupted():
         if team.first:
             refuse_foreign(plan)
-            held.enter_context(one_writer(plan.folder, "sae harvest", report.say))
+            held.enter_context(writer_lock(plan.folder, "sae harvest", report.say))
             for member in plan.folder.glob(".rank*"):  # of another launch, whose first process is gone
-                with one_writer(member, "sae harvest"):
+                with writer_lock(member, "sae harvest"):
                     pass
             if plan.request.tokens is not None and not Contexts.written(plan.folder):  # reading the text may take long
                 plan.check_space(plan.request.tokens * plan.bytes_per_token, plan.bytes_per_token)
             contexts = text_of(plan)
-            keep_json(plan.folder / "harvest.json", plan.record())
-            writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
+            write_json_if_changed(plan.folder / "harvest.json", plan.record())
+            writer = CacheWriter(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
             discard(plan.folder)  # the harvest has begun, so its tokens will be read, never cut again
         team.meet()  # the text and what the arrays are is written
         if not team.first:
-            held.enter_context(one_writer(plan.folder / f".rank{team.index}", "sae harvest", report.say))
+            held.enter_context(writer_lock(plan.folder / f".rank{team.index}", "sae harvest", report.say))
             contexts = Contexts.read(plan.folder)
-            writer = Writer(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
+            writer = CacheWriter(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
         missing = writer.missing()
         team.meet()  # all have seen the same list
         if missing:
@@ -85,7 +85,7 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
                 )
             mine = dict(list(missing.items())[team.index :: team.count])
             if mine:
-                computing = Computing(plan, contexts, writer.layout, report)
+                computing = WindowComputer(plan, contexts, writer.layout, report)
                 computing.load(load(plan, mine, team.device))
                 write_windows(computing, writer, mine, report)
         team.meet()
@@ -95,7 +95,7 @@ def harvest(plan: Plan, report: Report = UNWATCHED) -> Cache:
     return Cache(plan.folder)
 
 
-def refuse_foreign(plan: Plan) -> None:
+def refuse_foreign(plan: HarvestPlan) -> None:
     """UsageError when the folder holds something else than this harvest; nothing in it was touched then."""
     if plan.folder.is_dir():
         begun(plan.folder, fingerprint_of(plan.identity))
@@ -110,28 +110,28 @@ def refuse_ring(folder: Path) -> None:
         )
 
 
-def layout_of(plan: Plan, contexts: Contexts) -> Layout:
+def layout_of(plan: HarvestPlan, contexts: Contexts) -> Layout:
     kept = rows_of(contexts, plan.identity["skip"])[~contexts.held_out]
     return Layout(int(kept.sum()), plan.request.window, plan.request.storage_dtype, plan.request.compress)
 
 
-def load(plan: Plan, windows: Mapping[int, Sequence[str]], device: str) -> LanguageModel:
+def load(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], device: str) -> LanguageModel:
     """The model up to the deepest layer that these windows lack."""
     last = max(Hook.of(name).layer for names in windows.values() for name in names)
     return load_trunk(plan.source, plan.config, last, dtype=plan.dtype, device=device, attention=plan.request.attention)
 
 
-def text_of(plan: Plan) -> Contexts:
+def text_of(plan: HarvestPlan) -> Contexts:
     """The ids to run: those of an earlier start of the same harvest, or cut now and written down first."""
     if not (begun(plan.folder, fingerprint_of(plan.identity)) and Contexts.written(plan.folder)):
         cut_text(plan).write(plan.folder)
     return Contexts.read(plan.folder)
 
 
-def cut_text(plan: Plan) -> Contexts:
+def cut_text(plan: HarvestPlan) -> Contexts:
     request = plan.request
     return cut(
-        plan.text, plan.tokenizer, Draft(plan.folder, plan.identity), tokens=plan.tokens, exactly=request.tokens is not None,
+        plan.text, plan.tokenizer, TokenizeCheckpoint(plan.folder, plan.identity), tokens=plan.tokens, exactly=request.tokens is not None,
         context=request.context, held_out=request.held_out_share, skip=plan.identity["skip"], seed=request.seed, pack=request.pack,
     )  # fmt: skip
 
@@ -149,7 +149,9 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def write_windows(computing: "Computing", writer: Writer, windows: Mapping[int, list[str]], report: Report) -> None:
+def write_windows(
+    computing: "WindowComputer", writer: CacheWriter, windows: Mapping[int, list[str]], report: HarvestProgress
+) -> None:
     """Compute and write windows; the two overlap."""
     free: queue.SimpleQueue[dict[str, np.ndarray]] = queue.SimpleQueue()
     for _ in range(WINDOWS):
@@ -204,10 +206,10 @@ def write_windows(computing: "Computing", writer: Writer, windows: Mapping[int, 
         raise failed[0]
 
 
-class Computing:
+class WindowComputer:
     """The rows of windows: a pure function of the text, the seed, the window and the number of contexts in a pass."""
 
-    def __init__(self, plan: Plan, contexts: Contexts, layout: Layout, report: Report) -> None:
+    def __init__(self, plan: HarvestPlan, contexts: Contexts, layout: Layout, report: HarvestProgress) -> None:
         self.plan, self.layout, self.report = plan, layout, report
         self.tell: Callable[[int], None] = lambda rows: None  # of the window being computed
         self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held out come last; no copy
@@ -216,7 +218,7 @@ class Computing:
         self.at_once = plan.request.batch_contexts
 
     def load(self, model: LanguageModel) -> None:
-        self.model, self.transfer = model, Transfer(model.device)
+        self.model, self.transfer = model, DeviceCopy(model.device)
 
     def buffers(self, arrays: Sequence[str]) -> dict[str, np.ndarray]:
         """Memory for a window; it is taken from the system when it is first written to."""
@@ -224,10 +226,10 @@ class Computing:
 
     def made_with(self) -> dict[str, Any]:
         versions = {"torch": torch.__version__, "transformers": version("transformers")}
-        ours = {"sae-pipeline": version("sae-pipeline"), "source": source()}
+        ours = {"sae-pipeline": version("sae-pipeline"), "source": source_revision()}
         return {"batch_contexts": self.at_once, "device": self.model.device.type, **versions, **ours}
 
-    def window(self, window: int, buffers: Mapping[str, np.ndarray]) -> Rows:
+    def window(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowRows:
         """Compute a window into `buffers`; where the memory does not do, again with half as many contexts in a pass."""
         while True:
             try:
@@ -236,7 +238,7 @@ class Computing:
                 if not out_of_memory(error):
                     raise
             if self.at_once == 1:
-                raise OutsideError(
+                raise UnavailableError(
                     f"Not even one context of {self.plan.request.context} tokens fits into the memory of {self.model.device}. "
                     "Use a smaller --context, --dtype bfloat16, or a larger device."
                 )
@@ -247,7 +249,7 @@ class Computing:
             self.transfer.drop()
             free_memory(self.model.device)
 
-    def _window(self, rows: range, buffers: Mapping[str, np.ndarray]) -> Rows:
+    def _window(self, rows: range, buffers: Mapping[str, np.ndarray]) -> WindowRows:
         size = len(rows)
         slot = np.random.Generator(np.random.Philox(key=[self.plan.request.seed, rows.start])).permutation(size)
         bits = {name: buffer[:size] for name, buffer in buffers.items()}
@@ -278,4 +280,4 @@ class Computing:
             raise SaeError(
                 f"{filled:,} rows were captured for a window of {size:,}: its tokens and its layout disagree."
             )
-        return Rows(bits, row_ctx, row_pos)
+        return WindowRows(bits, row_ctx, row_pos)

@@ -69,11 +69,11 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_cache(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory):
     """Layers 0 and 1 of the tiny model on the sentences: 8,000 rows in four windows of 2,048. Read it; never write."""
-    from sae.harvest.plan import Request, plan
+    from sae.harvest.plan import HarvestConfig, plan
     from sae.harvest.run import harvest
 
     out = tmp_path_factory.mktemp("activations") / "tiny"
-    request = Request(
+    request = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=8000, context=32, window=2048,
         held_out=0.1, device="cpu", out=out,
     )  # fmt: skip

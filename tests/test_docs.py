@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from sae.cli import app
+from sae.cli.main import app
 from sae.harvest import mini
 from sae.train.recipe import RECIPES
 

@@ -1,30 +1,36 @@
-"""The doors between the folders, and the files in which this field grows ugly."""
+"""The layout of the package: which folder may import which, no import cycles, and no file beyond reading."""
 
 import ast
 import importlib
 import tomllib
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("cache", "harvest", "train", "evaluate")
+FOLDERS = ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows")
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] in FOLDERS or p.parent == ROOT)
 
-# What a file of a folder may import of the others: whole folders, or single modules.
-DOORS = {
-    "cache": (),
-    "harvest": ("cache",),
-    "train": ("cache",),
-    "evaluate": ("cache", "harvest.model", "harvest.architectures", "train.sae"),
+# The folders and single modules that a folder may import, besides itself.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "common": (),
+    "cache": ("common",),
+    "harvest": ("cache", "common"),
+    "train": ("cache", "common"),
+    "evaluate": ("cache", "common", "harvest.model", "harvest.architectures", "train.sae", "train.activations"),
+    "workflows": ("cache", "common", "evaluate", "harvest", "train"),
+    "cli": ("cache", "common", "evaluate", "harvest", "train", "workflows"),
 }
 LONGEST, LONGEST_LOOP = 400, 130  # lines
 
 
-def imported(source: str, package: tuple[str, ...]) -> set[str]:
-    """Modules of ours that a source imports, from the root of the package: `cache.reader`, `harvest.model`."""
+def imported(source: str, package: tuple[str, ...], *, top_level_only: bool = False) -> set[str]:
+    """The modules of this package that a source imports, relative to its root: `cache.reader`, `harvest.model`."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             module = tuple(node.module.split(".")) if node.module else ()
             if node.level:
@@ -33,26 +39,57 @@ def imported(source: str, package: tuple[str, ...]) -> set[str]:
                 base = module[1:]
             else:
                 continue
-            # `from . import mini` names a module, `from .mini import NAME` something in it
-            found |= {".".join((*base, alias.name)) for alias in node.names} if len(base) < 2 else {".".join(base)}
+            # `from . import mini` names a module, `from .mini import NAME` a name in it.
+            named = {".".join((*base, alias.name)) for alias in node.names}
+            modules = {name for name in named if path_of(name) is not None}
+            found |= modules | ({".".join(base)} if len(modules) < len(named) and base else set())
         elif isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("sae.") for alias in node.names if alias.name.startswith("sae.")}
     return found
 
 
-def through_a_door(module: str, folder: str) -> bool:
-    return any(f"{module}.".startswith(f"{door}.") for door in (folder, *DOORS[folder]))
+def path_of(module: str) -> Path | None:
+    """The file of a module, None if there is none."""
+    path = ROOT.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def is_allowed(module: str, folder: str) -> bool:
+    return any(f"{module}.".startswith(f"{allowed}.") for allowed in (folder, *ALLOWED[folder]))
 
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def test_only_the_public_api_and_the_entry_point_are_at_the_root():
+    assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != ROOT], ids=name_of)
-def test_imports_go_through_the_doors(path):
+def test_a_folder_imports_only_what_it_may(path):
     package = path.relative_to(ROOT).parent.parts
     modules = imported(path.read_text(), package)
-    assert {m for m in modules if not through_a_door(m, package[0])} == set()
+    assert {m for m in modules if not is_allowed(m, package[0])} == set()
+
+
+def test_there_are_no_import_cycles():
+    """Counting imports inside functions too: a cycle that is imported late is still a cycle for a reader."""
+    modules = {module_of(p): imported(p.read_text(), p.relative_to(ROOT).parent.parts) for p in SOURCES if p.parent != ROOT}
+    graph = {name: {m for m in found if m in modules and not is_package(m)} for name, found in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+
+
+def is_package(module: str) -> bool:
+    path = path_of(module)
+    return path is not None and path.name == "__init__.py"
 
 
 @pytest.mark.parametrize(
@@ -61,21 +98,25 @@ def test_imports_go_through_the_doors(path):
         ("from ..train.recipe import recipe", ("evaluate",), {"train.recipe"}),
         ("from ..train import sae", ("evaluate",), {"train.sae"}),
         ("from ... import cli", ("train", "variants"), {"cli"}),
-        ("from .core import Core", ("evaluate",), {"evaluate.core"}),
-        ("def f():\n    from sae.harvest.text import cut", ("train",), {"harvest.text"}),
+        ("from .metrics.core import Core", ("evaluate",), {"evaluate.metrics.core"}),
+        ("from .metrics import core, registry", ("evaluate",), {"evaluate.metrics.core", "evaluate.metrics.registry"}),
+        ("from . import mini", ("harvest",), {"harvest.mini"}),
+        ("from .mini import NAME", ("harvest",), {"harvest.mini"}),
+        ("def f():\n    from sae.harvest.contexts import cut", ("train",), {"harvest.contexts"}),
         ("import sae.harvest.run\nimport torch", ("cache",), {"harvest.run"}),
     ],
 )
-def test_the_reader_of_imports_sees_every_form(source, package, modules):
+def test_every_form_of_import_is_read(source, package, modules):
     assert imported(source, package) == modules
 
 
-def test_closed_doors_are_seen():
-    assert not through_a_door("train.recipe", "evaluate")
-    assert not through_a_door("train.sae_other", "evaluate")
-    assert not through_a_door("harvest.text", "evaluate")
-    assert not through_a_door("cli", "cache")
-    assert through_a_door("train.sae", "evaluate")
+def test_a_forbidden_import_is_seen():
+    assert not is_allowed("train.recipe", "evaluate")
+    assert not is_allowed("train.sae_other", "evaluate")
+    assert not is_allowed("harvest.contexts", "evaluate")
+    assert not is_allowed("cli", "cache")
+    assert not is_allowed("workflows.stream", "train")
+    assert is_allowed("train.sae", "evaluate")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -87,7 +128,7 @@ def test_no_bare_import_of_a_folder(path):
             bare |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             bare.add(node.module)
-    assert {name for name in bare if name.split(".")[0] in (*FOLDERS, "cli", "terminal")} == set()
+    assert {name for name in bare if name.split(".")[0] in FOLDERS} == set()
 
 
 def test_every_folder_with_code_is_a_package_and_is_listed():
@@ -100,7 +141,16 @@ def test_every_folder_with_code_is_a_package_and_is_listed():
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_every_module_can_be_imported(path):
-    importlib.import_module(".".join(["sae", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"))
+    importlib.import_module(f"sae.{module_of(path)}".rstrip("."))
+
+
+def test_a_class_name_has_one_meaning():
+    places = defaultdict(list)
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(name_of(path))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
 # A variant file is its paper, however many mechanisms that has.

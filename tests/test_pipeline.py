@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from sae.cli import app
+from sae.cli.main import app
 from sae.harvest.mini import WEIGHTS
 
 VARIANTS = ("relu", "topk", "batchtopk", "decorrelation")

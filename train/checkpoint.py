@@ -15,15 +15,15 @@ from safetensors.torch import load
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from ..cache.errors import DamagedError, UsageError
-from ..cache.files import publish, read_json, write_json
-from .loop import Training
+from ..common.errors import DamagedError, UsageError
+from ..common.files import atomic_write, read_json, write_json
+from .loop import Trainer
 
 FORMAT = 1
 KEPT = 2
 
 
-def tensors_of(training: Training) -> dict[str, Tensor]:
+def tensors_of(training: Trainer) -> dict[str, Tensor]:
     """Every tensor that a restart needs, by name; parts that share one appear once."""
     variant = training.variant
     tensors = {f"variant.{n}": t.detach() for n, t in [*variant.named_parameters(), *variant.named_buffers()]}
@@ -32,11 +32,11 @@ def tensors_of(training: Training) -> dict[str, Tensor]:
     return tensors | {"i": training.i, "failed_at": training.failed_at}
 
 
-def save_checkpoint(training: Training, folder: Path, step: int) -> None:
+def save_checkpoint(training: Trainer, folder: Path, step: int) -> None:
     """Write the state after `step` steps into checkpoints/, and drop all but the newest two."""
     target = folder / "checkpoints" / f"step-{step:08d}"
     data = to_safetensors({n: t.contiguous().cpu() for n, t in tensors_of(training).items()})
-    publish(target / "state.safetensors", data)
+    atomic_write(target / "state.safetensors", data)
     write_json(target / "state.json", {"format": FORMAT, "step": step, "sha256": hashlib.sha256(data).hexdigest()})
     everything = sorted((folder / "checkpoints").glob("step-*"))
     passed_over = [path for path in everything if path.name > target.name]  # or they would push out the whole ones
@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
     return record["step"], load(data)
 
 
-def restore(training: Training, folder: Path, tell: Callable[[str], None]) -> int:
+def restore(training: Trainer, folder: Path, tell: Callable[[str], None]) -> int:
     """Load the newest whole checkpoint; returns how many steps were taken, 0 without one.
 
     Raises UsageError when it is another version's: beginning again in silence would throw training away.
@@ -84,7 +84,7 @@ def restore(training: Training, folder: Path, tell: Callable[[str], None]) -> in
 
 
 @torch.no_grad()
-def load_into(training: Training, tensors: dict[str, Tensor]) -> None:
+def load_into(training: Trainer, tensors: dict[str, Tensor]) -> None:
     variant = training.variant
     for name, parameter in variant.named_parameters():
         keys = [k for k in tensors if k.startswith(f"optimizer.{name}.")]
@@ -94,4 +94,4 @@ def load_into(training: Training, tensors: dict[str, Tensor]) -> None:
     training.i.copy_(tensors["i"])
     training.failed_at.copy_(tensors["failed_at"])
     for mechanism in variant.mechanisms:
-        mechanism.restored()
+        mechanism.after_restore()

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ..cache.errors import OutsideError, UsageError
-from .run import Run
+from ..common.errors import UnavailableError, UsageError
+from .plan import Run
 
 PROJECT = "sae"
 
@@ -62,7 +62,7 @@ def imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise OutsideError(
+        raise UnavailableError(
             f"--log {name} needs a package that is not installed: pip install 'sae-pipeline[{name}]'. "
             "metrics.jsonl in the run's folder is written in any case."
         ) from None

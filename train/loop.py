@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .recipe import Variant
 from .step import Step
+from .variant import Variant
 
 
-class Training:
+class Trainer:
     """One variant being trained on the device it is on: what has to survive a restart besides its weights is here."""
 
     def __init__(self, variant: Variant, steps: int, device: str) -> None:
@@ -25,34 +25,34 @@ class Training:
         """One optimisation step on raw activations (B, d_in). Nothing here reads a value back to the host."""
         variant, optimizer = self.variant, self.optimizer
         with bfloat16_products(self.device):
-            step, losses = self.passed(x_BD)
+            step, losses = self.forward_losses(x_BD)
         loss = torch.stack(list(losses.values())).sum()
         loss.backward()
         with torch.no_grad():
             for mechanism in variant.mechanisms:
-                mechanism.before(step)
+                mechanism.after_backward(step)
             norm = clip_gradients(variant, variant.optimization.clip)
             self._refuse_unless_finite(loss + norm)
             optimizer.param_groups[0]["lr"].copy_(variant.optimization.rate(self.i, self.steps))
             optimizer.step()
             for mechanism in variant.mechanisms:
-                mechanism.after(step)
+                mechanism.after_step(step)
             self._observe(step, loss, losses, norm)
             self.i += 1
         optimizer.zero_grad(set_to_none=True)
         return step
 
-    def passed(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
+    def forward_losses(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
         """The forward pass and its losses, which change nothing: what `--compile` compiles."""
         step = self.variant(self.i, x_BD, self.optimizer)
         return step, self.variant.losses(step)
 
     @torch.no_grad()
-    def between(self, number: int, step: Step) -> None:
+    def run_periodic(self, number: int, step: Step) -> None:
         """What mechanisms do after every so many steps, outside the step proper."""
         for mechanism in self.variant.mechanisms:
             if mechanism.every and (number + 1) % mechanism.every == 0:
-                mechanism.between(step)
+                mechanism.every_n_steps(step)
 
     def _refuse_unless_finite(self, value: Tensor) -> None:
         """From the first step that is not finite on, the optimizer moves nothing; the host finds out when it logs."""
@@ -106,12 +106,12 @@ def bfloat16_products(device: str) -> contextlib.AbstractContextManager[None]:
 
 
 def train(
-    trainings: list[Training], batches: Iterator[Tensor], numbers: range, after_step: Callable[[int], bool]
+    trainings: list[Trainer], batches: Iterator[Tensor], numbers: range, after_step: Callable[[int], bool]
 ) -> None:
     """Steps `numbers`, every variant on each batch in turn, until `after_step(number)` says stop."""
     for number in numbers:
         x_BD = next(batches)
         for training in trainings:
-            training.between(number, training.step(x_BD))
+            training.run_periodic(number, training.step(x_BD))
         if after_step(number):
             break

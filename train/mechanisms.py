@@ -5,19 +5,20 @@ import math
 import torch
 from torch import Tensor
 
-from .sae import SAE, BatchTopK, KeepsK
+from .activations import BatchTopK, KeepTopK
+from .sae import SAE
 from .step import Mechanism, Step
 
 
 class UnitNormDecoder(Mechanism):
     """Rows of W_dec stay on the unit sphere, and the optimizer is not fed the radial gradient. The last mechanism."""
 
-    def before(self, step: Step) -> None:
+    def after_backward(self, step: Step) -> None:
         weight, gradient = step.sae.W_dec.data, step.sae.W_dec.grad
         assert gradient is not None  # the step has just been backpropagated
         gradient -= (gradient * weight).sum(1, keepdim=True) * weight
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         weight = step.sae.W_dec.data
         weight /= weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
@@ -56,14 +57,14 @@ class DeadLatents(Mechanism):
         self.register_buffer("dead_F", torch.zeros(d_sae, dtype=torch.bool))
         self.index_A, self.real_A = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         self.since_F.add_(step.tokens).mul_(~step.fired_F)
 
-    def between(self, step: Step) -> None:
+    def every_n_steps(self, step: Step) -> None:
         self.dead_F.copy_(self.since_F >= self.after_tokens)
-        self.restored()
+        self.after_restore()
 
-    def restored(self) -> None:
+    def after_restore(self) -> None:
         """dead_F as a padded list of indices; padding points at latent 0 and is masked by `real_A`."""
         found = self.dead_F.nonzero().squeeze(1)
         size = min(1 << max(6, (len(found) - 1).bit_length()), len(self.dead_F)) if len(found) else 0
@@ -86,11 +87,11 @@ class ActivityEMA(Mechanism):
         self.beta, self.threshold = beta, threshold
         self.register_buffer("rate_F", torch.zeros(d_sae))
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         self.rate_F.lerp_((step.f_BF.detach() > self.threshold).float().mean(0), 1 - self.beta)
 
 
-def forget(step: Step, index_N: Tensor) -> None:
+def reset_adam_state(step: Step, index_N: Tensor) -> None:
     """Zero the optimizer's moments of some latents, wherever their weights are. Whoever rewrites weights calls it."""
     sae = step.sae
     for parameter, dimension in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
@@ -99,7 +100,7 @@ def forget(step: Step, index_N: Tensor) -> None:
                 moment.index_fill_(dimension, index_N, 0.0)
 
 
-class Resample(Mechanism):
+class ResampleDead(Mechanism):
     """Dead latents restart on tokens that are badly reconstructed (Bricken et al. 2023).
 
     Every `every` steps until step `until`, each dead latent takes the direction v = x - b_dec of a token drawn with
@@ -121,7 +122,7 @@ class Resample(Mechanism):
         """Which latents are dead now, bool (F)."""
         return self.dead.since_F >= self.dead.after_tokens
 
-    def between(self, step: Step) -> None:
+    def every_n_steps(self, step: Step) -> None:
         if int(step.i) <= self.until:
             self.restart(step, self.silent().nonzero().squeeze(1))
 
@@ -145,7 +146,7 @@ class Resample(Mechanism):
         sae.W_enc.data[:, index_N] = (0.2 * norm * direction_ND).T
         # A restarted latent sees x - b_dec, whether or not the encoder subtracts it for the others.
         sae.b_enc.data[index_N] = 0 if sae.pre_bias else -(sae.b_dec @ sae.W_enc[:, index_N])
-        forget(step, index_N)
+        reset_adam_state(step, index_N)
         self.dead.since_F[index_N] = 0
         self.restarts += len(index_N)
         return index_N
@@ -154,7 +155,7 @@ class Resample(Mechanism):
         return {"resampled": self.restarts}
 
 
-class Threshold(Mechanism):
+class BatchTopKThreshold(Mechanism):
     """The threshold of a BatchTopK follows the smallest latent that its batches keep, t <- t + rate (min - t).
 
     When training is over it becomes the mean of that minimum over the batches that would come next (after one epoch of
@@ -176,7 +177,7 @@ class Threshold(Mechanism):
         target = torch.where(smallest.isinf(), threshold, smallest)  # a batch in which nothing fired says nothing
         threshold.copy_(threshold + rate * (target - threshold))
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         self._follow(step, torch.where(self.batches == 0, 1.0, self.rate))
         self.batches.add_(1)
 
@@ -199,23 +200,23 @@ class AnnealK(Mechanism):
 
     room: Tensor  # () int64
 
-    def __init__(self, activation: KeepsK, start: float, steps: int, every: int = 50) -> None:
+    def __init__(self, activation: KeepTopK, start: float, steps: int, every: int = 50) -> None:
         super().__init__()
         self.activation, self.start, self.steps, self.every = activation, start, steps, every
         self.register_buffer("room", torch.tensor(math.ceil(start)))
         activation.now, activation.room = torch.tensor(float(start)), math.ceil(start)
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         assert self.activation.now is not None  # this mechanism put it there
         share = ((step.i + 1) / self.steps).clamp(max=1.0)
         self.activation.now.copy_(self.start * (1 - share) + self.activation.k * share)
 
-    def between(self, step: Step) -> None:
+    def every_n_steps(self, step: Step) -> None:
         assert self.activation.now is not None
         self.room.copy_(self.activation.now.ceil())
-        self.restored()
+        self.after_restore()
 
-    def restored(self) -> None:
+    def after_restore(self) -> None:
         room, k = int(self.room), self.activation.k
         self.activation.room = room if room > math.ceil(k) else k
 

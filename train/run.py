@@ -1,303 +1,321 @@
-"""What is asked of training, as runs: each with its recipe, its options, its cache and its folder.
+"""Carrying runs out: those that read the same batches are one stream, and each batch is read once for all of them."""
 
-    runs/<variant>-L12-n512-s0-<digest6>/
-        run.json             everything that decides the result, and what it was made with
-        metrics.jsonl        one line per logged step
-        checkpoints/         resumable states
-        sae.safetensors, sae.json      written when training is done, sae.json last
-
-The digest is of everything that decides the result, so the same command finds the same folder and goes on with it.
-"""
-
+import contextlib
 import itertools
 import json
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 
-from ..cache.batches import Plan
-from ..cache.errors import UsageError
-from ..cache.files import digest_of, read_json
-from ..cache.joined import Joined, join
-from ..cache.layout import SITES, Hook, home
-from ..cache.reader import Cache, find_cache, model_name
-from ..cache.ring import Ring
-from .forecast import Planned, check_space
-from .recipe import Recipe, Setting, find_recipe
+from ..cache.concat import ConcatCache
+from ..cache.loader import BatchLoader, ResidentLoader, open_loader
+from ..cache.reader import Cache
+from ..cache.ring import RingCache
+from ..common.device import best_device
+from ..common.environment import environment
+from ..common.errors import Interrupted, SaeError, UsageError
+from ..common.files import atomic_write, os_error, read_json, write_json, writer_lock
+from .checkpoint import restore, save_checkpoint
+from .compile import compile_step
+from .loop import Trainer, bfloat16_products, train
+from .plan import FORMAT, Run, TrainConfig
+from .sae import fold_normalization, save_sae
+from .step import Mechanism
+from .variant import Variant
 
-FORMAT = 1
-RECORDED = (
-    "format",
-    "variant",
-    "options",
-    "layer",
-    "site",
-    "seed",
-    "order_seed",
-    "cache",
-    "cache_folders",
-    "resolved",
-    *Setting.SIZES,
-)
+CALIBRATION_BATCHES = 32
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a user can ask of training."""
+class TrainProgress:
+    """What training tells whoever watches: (steps taken, steps in all, metrics by run), and sentences."""
 
-    variants: Sequence[str] = ()
-    layers: Sequence[int] = (12,)
-    site: str = "resid_post"
-    seeds: Sequence[int] = (0,)
-    caches: Sequence[Path] = ()
-    ring: Ring | None = None  # instead of caches: what is harvested while training runs
-    model: str | None = None
-    steps: int | None = None  # None: one epoch of the cache
-    batch_size: int | None = None  # None: the recipe's
-    width: str | None = None  # "4x", "16k" or a number; None: the recipe's
-    l0: Sequence[float] = ()  # latents a token, for every recipe; none: its own default
-    literal: bool = False
-    options: Sequence[str] = ()  # "option=value" or "variant.option=value"
-    order_seed: int = 0
-    resume: Sequence[Path] = ()
-    out: Path | None = None
-    device: str = "auto"
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    log: Sequence[str] = ()  # loggers, by name
-    compiled: bool = False  # steps go through torch.compile
-    origins: Mapping[str, str] = field(default_factory=dict)  # flag -> "flag" or "file:line", of what was not default
-
-    def record(self) -> dict[str, Any]:
-        """All that was asked for, as JSON can hold it."""
-        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ring"}
-        return json.loads(json.dumps(asked, default=str))
+    step: Callable[[int, int, dict[str, dict[str, float]]], None] = lambda number, steps, metrics: None
+    say: Callable[[str], None] = lambda sentence: None
 
 
-@dataclass
-class Run:
-    """One run: what decides its result, and its folder."""
+def run_all(runs: Sequence[Run], request: TrainConfig, report: TrainProgress = TrainProgress()) -> None:
+    """Train what is not done yet, one stream after the other.
 
-    recipe: Recipe
-    options: dict[str, Any]
-    hook: Hook
-    seed: int
-    order_seed: int
-    setting: Setting
-    cache: Cache | Joined | Ring
-    folder: Path = Path()
-    compiled: bool = False
-    notes: Sequence[str] = ()  # what the plan says of its options
-    asked: Mapping[str, Any] = field(default_factory=dict)  # the request it came from
-    problem: str | None = field(default=None)  # why it was given up
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def steps(self) -> int:
-        return self.setting.steps
-
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides the result."""
-        return {
-            "variant": self.recipe.name,
-            "options": self.options,
-            **self.hook._asdict(),
-            "seed": self.seed,
-            "order_seed": self.order_seed,
-            **self.setting.identity(),
-            "cache": self.cache.digest(self.hook.array),
-            **({"compiled": True} if self.compiled else {}),
-        }
-
-    def default_name(self) -> str:
-        digest = digest_of(self.identity())[:6]
-        site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
-        knobs = ("" if self.setting.l0 is None else f"-l0_{self.setting.l0:g}") + "-literal" * self.setting.literal
-        return f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.setting.d_sae}{knobs}-s{self.seed}-{digest}"
-
-    @property
-    def planned(self) -> Planned:
-        return self.recipe, self.options, self.setting
-
-    @property
-    def cache_folders(self) -> list[str]:
-        caches = self.cache.caches if isinstance(self.cache, Joined) else [self.cache]
-        return [str(cache.folder.resolve()) for cache in caches]
-
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """What decides the batches: runs of the same read each once, together."""
-        return (*self.cache_folders, self.hook, self.setting.batch_size, self.order_seed)
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "sae.json").exists()
-
-
-def plan(request: Request, beside: Mapping[Path, float] = {}) -> list[Run]:
-    """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong.
-
-    OutsideError where they do not fit on a disk, with the bytes that something else writes into folders `beside`.
+    Raises Interrupted after Ctrl-C or SIGTERM, with checkpoints written, and SaeError at the end when a run failed.
     """
-    runs = [resumed(folder, request) for folder in request.resume] if request.resume else planned(request)
-    check_space([(run.planned, run.folder) for run in runs if not run.done], beside)
-    return runs
+    device = best_device(request.device)
+    streams: dict[tuple[Any, ...], list[Run]] = {}
+    for run in undone(runs, report):
+        streams.setdefault(run.order, []).append(run)
+    with stop_on_signal() as stopping:
+        for together in streams.values():
+            with contextlib.ExitStack() as held:
+                for run in together:
+                    held.enter_context(writer_lock(run.folder, "sae train", report.say))
+                begun = [begin(run, device, report) for run in together]
+                for training, taken in begun:
+                    if not taken:
+                        adapt(training, training.run.cache)
+                for stream in shared_passes(begun, request, report, stopping):
+                    stream.train(stream.longest)
+    raise_problems(runs)
 
 
-def planned(request: Request) -> list[Run]:
-    """The runs of a request that goes on with none."""
-    check_seeds(request.order_seed, *request.seeds)
-    if request.site not in SITES:
-        raise UsageError(f"--site {request.site} is unknown: give one of {', '.join(SITES)}.")
-    recipes = [find_recipe(name) for name in dict.fromkeys(request.variants)]
-    given = parse_options(request.options, recipes)
-    runs, problems = [], []
-    for layer in dict.fromkeys(request.layers):
-        hook = Hook(layer, request.site)
-        cache = request.ring or (join(request.caches) if request.caches else find_cache(request.model, hook))
-        if request.caches and model_name(request.model) not in (None, name := cache.identity["model"]["name"]):
-            raise UsageError(
-                f"The --cache given holds activations of {name}, not of {request.model}. Leave --model out."
-            )
-        d_in = cache.array(cache.require(*hook)).shape[1]
-        # Of a ring no row is known yet.
-        variance = None if isinstance(cache, Ring) else cache.statistics(hook.array)["variance"]
-        for recipe, l0 in itertools.product(recipes, dict.fromkeys(request.l0) or (None,)):
-            try:
-                sizes = setting_of(request, recipe, cache, d_in)
-                setting = sizes._replace(l0=l0, literal=request.literal, variance=variance)
-                with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
-                    notes = recipe.make(setting, given[recipe.name]).notes
-            except UsageError as error:
-                problems.append(str(error))
-                continue
-            for seed in dict.fromkeys(request.seeds):
-                options, order = given[recipe.name], request.order_seed
-                run = Run(recipe, options, hook, seed, order, setting, cache, compiled=request.compiled, notes=notes)
-                run.asked = request.record()
-                run.folder = (request.out or home() / "runs") / run.default_name()
-                runs.append(run)
-    if problems:
-        raise UsageError("\n".join(dict.fromkeys(problems)))
-    return runs
-
-
-def check_seeds(*seeds: int) -> None:
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"The seed {seed} is out of range: --seed and --order-seed are 0 to 2^63 - 1.")
-
-
-def streams(runs: Iterable[Run]) -> list[list[Run]]:
-    """What is trained on one pass each, and is on the device together."""
-    together: dict[tuple[Any, ...], list[Run]] = {}
+def undone(runs: Sequence[Run], report: TrainProgress) -> list[Run]:
     for run in runs:
-        together.setdefault(run.order, []).append(run)
-    return list(together.values())
+        if run.done:
+            report.say(f"{run.folder} is trained already.")
+    return [run for run in runs if not run.done]
 
 
-def setting_of(request: Request, recipe: Recipe, cache: Cache | Joined | Ring, d_in: int) -> Setting:
-    """The sizes of a run: what was asked for, else the recipe's, and one epoch."""
-    batch_size = recipe.batch_size if request.batch_size is None else request.batch_size
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is not positive.")
-    rolling = isinstance(cache, Ring)
-    epoch = cache.ends(batch_size)[-1] if rolling else Plan(cache.chunk_rows, batch_size, 0).batches_per_epoch
-    steps = epoch if request.steps is None else request.steps
-    if steps < 1:
-        raise UsageError(f"--steps {steps} would train nothing.")
-    if steps * batch_size >= 2**63:
-        raise UsageError(f"--steps {steps} of {batch_size:,} tokens are more than can be counted. Give fewer.")
-    if rolling and steps > epoch:
-        raise UsageError(
-            f"--steps {steps} is more than there is: {cache.layout.rows:,} tokens are {epoch:,} batches of {batch_size:,}, "
-            "and --stream reads them once. Give more --tokens, or fewer --steps."
-        )
-    return Setting(d_in, width_of(request.width, recipe, d_in), steps, batch_size)
+def raise_problems(runs: Sequence[Run]) -> None:
+    failed = [run for run in runs if run.problem]
+    if failed:
+        raise SaeError("\n".join(f"{run.folder}: {run.problem}" for run in failed))
 
 
-def resumed(folder: Path, request: Request) -> Run:
-    """The run of a folder, as its run.json describes it."""
-    if not (folder / "run.json").exists():
-        raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
-    fixed = {
-        "--variant": "variants", "--layer": "layers", "--site": "site", "--seed": "seeds", "--model": "model", "--steps": "steps", "--width": "width",
-        "--batch-size": "batch_size", "--l0": "l0", "--literal": "literal", "--set": "options", "--order-seed": "order_seed", "--out": "out", "--compile": "compiled",
-    }  # fmt: skip
-    changed = [flag for flag, name in fixed.items() if getattr(request, name) != getattr(Request(), name)]
+class RunTrainer(Trainer):
+    """A training that belongs to a run folder."""
+
+    def __init__(self, run: Run, variant: Variant, device: str) -> None:
+        super().__init__(variant, run.steps, device)
+        self.run = run
+
+
+def begin(run: Run, device: str, report: TrainProgress) -> tuple[RunTrainer, int]:
+    """Build a run's variant, load its newest checkpoint if it has one; returns how many steps were taken.
+
+    Without one it still has to `adapt`: the constants of normalisation come with a checkpoint.
+    """
+    training, taken = RunTrainer(run, build(run).to(device), device), 0
+    if (run.folder / "run.json").exists():
+        check_defaults(run, training.variant)
+        taken = restore(training, run.folder, report.say)
+        if taken:
+            report.say(f"{run.name} goes on from step {taken}.")
+        drop_metrics_after(run.folder, taken)
+    else:
+        write_json(run.folder / "run.json", record_of(run, training))
+    if run.compiled and (why := compile_step(training, run.setting.batch_size)):
+        report.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({why}).")
+    return training, taken
+
+
+def build(run: Run) -> Variant:
+    """The variant at step 0: the recipe under the run's seed, without the constants of its activations."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return run.recipe.make(run.setting, run.options)
+
+
+def adapt(training: RunTrainer, cache: Cache | ConcatCache) -> None:
+    """Give a training that begins the constants of normalisation."""
+    name = training.run.hook.array
+    mean_D = torch.from_numpy(cache.mean(name)).float().to(training.device)
+    training.variant.adapt(mean_D, cache.statistics(name)["mean_square_norm"])
+
+
+def record_of(run: Run, training: RunTrainer) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        **run.identity(),
+        "resolved": resolved(training.variant),
+        "paper": run.recipe.paper,
+        "cache_folders": run.cache_folders,
+        **({"ring": run.cache.size} if isinstance(run.cache, RingCache) else {}),
+        "asked": dict(run.asked),
+        "device": training.device,
+        "environment": environment(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def resolved(variant: Variant) -> dict[str, Any]:
+    """Every option, given or default."""
+    return {**variant.options, **asdict(variant.optimization)}
+
+
+def check_defaults(run: Run, variant: Variant) -> None:
+    """The folder's name holds the options that were given; the defaults of the others can change with the version."""
+    begun, now = read_json(run.folder / "run.json", "resolved")["resolved"], resolved(variant)
+    changed = [
+        f"{name} {value} then, {now[name]} now" for name, value in begun.items() if now.get(name, value) != value
+    ]
     if changed:
         raise UsageError(
-            f"{', '.join(changed)} cannot change a run that has begun. Leave them out to go on with {folder}, or start a new run."
+            f"{run.folder} was begun with other options ({'; '.join(changed)}). "
+            "Go on with the version that began it, or start a new run with --out."
         )
-    if "imported_from" in read_json(folder / "run.json"):
-        raise UsageError(f"{folder} was imported from another library; there is no training to go on with.")
-    record = read_json(folder / "run.json", *RECORDED)
-    if record["format"] != FORMAT:
-        raise UsageError(f"{folder}/run.json has format {record['format']}; this version reads {FORMAT}. Upgrade.")
-    if "ring" in record:
-        raise UsageError(
-            f"{folder} is trained on activations that are harvested meanwhile, into {record['cache_folders'][0]}. "
-            "To go on with it, repeat the `sae train --stream` command that began it."
-        )
-    cache = join(request.caches or list(map(Path, record["cache_folders"])))
-    recipe = find_recipe(record["variant"])
-    hook = Hook(record["layer"], record["site"])
-    cache.require(*hook)
-    setting = Setting.recorded(record, cache.statistics(hook.array)["variance"])
-    seeds, compiled = (record["seed"], record["order_seed"]), record.get("compiled", False)
-    run = Run(recipe, record["options"], hook, *seeds, setting, cache, folder, compiled)
-    if run.identity()["cache"] != record["cache"]:
-        raise UsageError(
-            f"{', '.join(run.cache_folders)} is not what {folder} was trained on. Give that cache with --cache."
-        )
-    return run
 
 
-def width_of(asked: str | None, recipe: Recipe, d_in: int) -> int:
-    """d_sae from "4x" (times d_in), "16k" (times 1024) or a number."""
-    if asked is None:
-        return round(recipe.width * d_in)
+def shared_passes(
+    begun: list[tuple[RunTrainer, int]], request: TrainConfig, report: TrainProgress, stopping: Callable[[], bool]
+) -> list["SharedPass"]:
+    """Runs that stopped at different steps read different batches next: each group of equals is a stream."""
+    groups = [([t for t, at in begun if at == taken], taken) for taken in sorted({taken for _, taken in begun})]
+    return [SharedPass(trainings, taken, request, report, stopping) for trainings, taken in groups]
+
+
+class SharedPass:
+    """Runs on one pass over the same batches, from batch `taken` until each is done, fails, or is told to stop."""
+
+    def __init__(
+        self,
+        trainings: list[RunTrainer],
+        taken: int,
+        request: TrainConfig,
+        report: TrainProgress,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.active, self.taken, self.request, self.report, self.stopping = trainings, taken, request, report, stopping
+        self.longest = max(training.steps for training in trainings)
+        self.batch_size = trainings[0].run.setting.batch_size
+        self.waited = 0.0  # seconds for data, in the batches that are closed
+
+    def train(self, until: int) -> None:
+        """Take the steps up to `until`; whoever is not done then has a checkpoint there."""
+        self._finish_those_at(self.taken)  # killed between their last checkpoint and their end
+        if self.active:
+            self.until, first = until, self.active[0]
+            with batches_of(first.run, self.taken, first.device) as self.batches:
+                train(self.active, self.batches, range(self.taken, until), self._after_step)
+            self.taken, self.waited = until, self.waited + self.batches.waited
+
+    def _after_step(self, number: int) -> bool:
+        count, stop = number + 1, self.stopping()
+        ending = any(training.steps == count for training in self.active)
+        checkpoint = stop or count == self.until or count % self.request.checkpoint_every == 0
+        if stop or ending or checkpoint or count % self.request.log_every == 0:
+            self._give_up_the_failed()
+            self._log(count)
+        self._finish_those_at(count)
+        if checkpoint:
+            for training in self.active:
+                save_checkpoint(training, training.run.folder, count)
+        if stop and self.active:
+            folders = " ".join(f"--resume {quote(str(training.run.folder))}" for training in self.active)
+            also = f", and so does: sae train {folders}" if self.request.ring is None else "."
+            raise Interrupted(f"Stopped after step {count}; everything is saved. The same command goes on{also}")
+        return not self.active
+
+    def _give_up_the_failed(self) -> None:
+        for training in list(self.active):
+            step = int(training.failed_at)
+            if step >= 0:
+                run = training.run
+                kept = (
+                    "the last good checkpoint is kept"
+                    if any(run.folder.glob("checkpoints/*"))
+                    else "there is no checkpoint yet"
+                )
+                run.problem = (
+                    f"the loss or its gradient was not finite at step {step} (batch {step} of order seed {run.order_seed}); "
+                    f"the weights were not moved by it, and {kept}. "
+                    f"A smaller rate usually helps: --set {run.recipe.name}.lr=..."
+                )
+                self.report.say(f"{run.name}: {run.problem}")
+                self.active.remove(training)
+
+    def _log(self, count: int) -> None:
+        metrics = {}
+        waited = round(self.waited + self.batches.waited, 3)
+        for training in self.active:
+            tokens = count * training.run.setting.batch_size
+            line = {"step": count, "tokens": tokens, **training.take_metrics(), "waited_for_data": waited}
+            metrics[training.run.name] = line
+            append_line(training.run.folder / "metrics.jsonl", line)
+        self.report.step(count, self.longest, metrics)
+
+    def _finish_those_at(self, count: int) -> None:
+        for training in [t for t in self.active if t.steps == count]:
+            finish(training)
+            self.active.remove(training)
+
+
+def finish(training: RunTrainer) -> None:
+    """Fold the normalisation in and write what evaluation loads; sae.json comes last and says that the run is done."""
+    run, variant = training.run, training.variant
+    save_checkpoint(training, run.folder, run.steps)
+    calibrate(training)
+    origin = {
+        "model": run.cache.identity["model"],
+        **run.hook._asdict(),
+        "hook_name": run.hook.name,
+        "variant": run.recipe.name,
+        "seed": run.seed,
+        "training_tokens": run.steps * run.setting.batch_size,
+        "cache": run.cache_folders[0],  # its held-out documents are held out of the others too
+        "fingerprint": run.cache.fingerprint,
+        "context": run.cache.identity["context"],
+    }
+    sae = fold_normalization(variant.sae, float(variant.scale), variant.mean_D)
+    with torch.no_grad():
+        for mechanism in variant.mechanisms:
+            mechanism.export(sae)
+    save_sae(sae, run.folder, origin)
+
+
+def batches_of(run: Run, batch: int, device: str, few: bool = False) -> BatchLoader | ResidentLoader:
+    """What a run reads, from a batch on; of a ring, the group that is there. For a `few` nothing is kept on a GPU."""
+    size = run.setting.batch_size
+    source, batch = run.cache.source(batch, size) if isinstance(run.cache, RingCache) else (run.cache, batch)
+    make = BatchLoader if few else open_loader
+    return make(source, run.hook.array, size, seed=run.order_seed, batch=batch, device=device)
+
+
+@torch.no_grad()
+def calibrate(training: RunTrainer) -> None:
+    """Let mechanisms settle what depends on the final weights, on the batches that come after the last step's."""
+    run = training.run
+    settling = [m for m in training.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
+    if not settling:
+        return
+    with batches_of(run, run.steps, training.device, few=True) as batches, bfloat16_products(training.device):
+        for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
+            step = training.variant(training.i, x_BD, training.optimizer)
+            for mechanism in settling:
+                mechanism.calibrate(step)
+
+
+def append_line(path: Path, content: dict[str, float]) -> None:
     try:
-        unit = {"x": d_in, "k": 1024}.get(asked[-1:].lower())
-        return round(float(asked[:-1]) * unit) if unit else int(asked)
-    except (ValueError, OverflowError):
-        raise UsageError(
-            f"--width {asked} is no width: give a number such as 2304, 16k, or 8x for eight times d_in."
-        ) from None
+        with path.open("a") as file:
+            file.write(json.dumps(content) + "\n")
+    except OSError as error:
+        raise os_error(error, path) from error
 
 
-def parse_options(given: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:
-    """`--set` as {variant: {option: value}}. A bare option goes to every variant that has it."""
-    parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
-    keys: set[str] = set()
-    for text in given:
-        key, equals, value = text.partition("=")
-        variant, dot, option = key.rpartition(".")
-        if not equals:
-            raise UsageError(f"--set {text} has no value: write --set option=value, or variant.option=value.")
-        if dot and variant not in parsed:
-            raise UsageError(f"--set {text}: {variant} is not among the variants {', '.join(parsed)}.")
-        if key in keys:
-            raise UsageError(f"--set gives {key} more than once; several values of an option are several commands.")
-        keys.add(key)
-        targets = [variant] if dot else [r.name for r in recipes if option in r.kinds()] or list(parsed)
-        for target in targets:
-            parsed[target][option] = literal(value)
-    return parsed
+def drop_metrics_after(folder: Path, step: int) -> None:
+    """Forget lines of steps that will be taken again, and a last line that a kill cut off."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    atomic_write(path, "".join(kept).encode())
 
 
-def literal(text: str) -> Any:
-    """A TOML value; `none` is None, and anything else is a string."""
-    if text.lower() == "none":
-        return None
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM finish the step; a second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(number: int, _frame: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise Interrupted("Stopped at once. The last checkpoint is kept; the same command goes on from it.")
+        asked = True
+
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs us there keeps the signals
+        previous = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .rows import Kept
 from .sae import SAE
+from .sparse_ops import KeptLatents
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Step:
     pre_BF: Tensor
     f_BF: Tensor
     recon_BD: Tensor
-    kept: Kept | None = None  # f_BF once more, where the SAE goes by rows
+    kept: KeptLatents | None = None  # f_BF once more, where the SAE goes by rows
     notes: dict[str, Tensor] = field(default_factory=dict)  # what a term found on the way and wants logged, each 0-d
     _error_BD: Tensor | None = None
 
@@ -50,7 +50,7 @@ class Step:
         return self.f_BF.detach().any(0)
 
 
-class Term(nn.Module, ABC):
+class LossTerm(nn.Module, ABC):
     """A summand of the loss. Reads the step, may leave a note in it, changes nothing else; returns a 0-d tensor."""
 
     sparsity = False  # whether a larger coefficient leaves fewer latents on, so that `--l0` can move it
@@ -69,13 +69,13 @@ class Mechanism(nn.Module):
 
     every: int | None = None
 
-    def before(self, step: Step) -> None:
+    def after_backward(self, step: Step) -> None:
         """Gradients are ready, weights have not moved."""
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         """Weights have moved; the step's latents are those of the weights before."""
 
-    def between(self, step: Step) -> None:
+    def every_n_steps(self, step: Step) -> None:
         """Between steps: may read values, change shapes and rewrite weights. `step.i` counts the step just taken."""
 
     def calibrate(self, step: Step) -> None:
@@ -84,7 +84,7 @@ class Mechanism(nn.Module):
     def export(self, sae: SAE) -> None:
         """The run is over: bring the copy that will be saved, already folded, into its public form."""
 
-    def restored(self) -> None:
+    def after_restore(self) -> None:
         """The buffers were loaded or moved: derive what is kept beside them."""
 
     def scalars(self) -> dict[str, Tensor]:

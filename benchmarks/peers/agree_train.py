@@ -35,8 +35,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae.train.loop import Training
-from sae.train.recipe import Setting, Variant, find_recipe
+from sae.train.loop import Trainer
+from sae.train.recipe import find_recipe
+from sae.train.variant import RunConfig, Variant
 
 
 class Size(NamedTuple):
@@ -115,11 +116,11 @@ def ours(
     with precision(dtype):
         variant = build(recipe, options, x_SBD)
         variant.sae.load_state_dict(initial)
-        training = Training(variant, len(x_SBD), "cpu")
+        training = Trainer(variant, len(x_SBD), "cpu")
         training.optimizer.found_inf = torch.zeros((), dtype=torch.float32)  # the fused step reads it as such
         losses = []
         for number, x_BD in enumerate(x_SBD):
-            training.between(number, training.step(x_BD))
+            training.run_periodic(number, training.step(x_BD))
             losses.append(training.take_metrics())
     seen = {f"seen.{name}": torch.tensor([s[name] for s in losses], dtype=torch.float64) for name in losses[0]}
     return seen | {f"final.{name}": tensor.detach() for name, tensor in variant.sae.state_dict().items()}
@@ -128,7 +129,7 @@ def ours(
 def build(recipe: str, options: dict[str, Any], x_SBD: Tensor) -> Variant:
     steps, batch, d_in = x_SBD.shape
     torch.manual_seed(0)
-    variant = find_recipe(recipe).make(Setting(d_in, 4 * d_in, steps, batch), options)
+    variant = find_recipe(recipe).make(RunConfig(d_in, 4 * d_in, steps, batch), options)
     variant.dead.every = DEAD_EVERY
     return variant
 

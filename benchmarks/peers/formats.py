@@ -28,12 +28,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae.cache.errors import UsageError
-from sae.train.formats.check import rows_of_run
+from sae.common.errors import UsageError
+from sae.train.formats.base import Format
+from sae.train.formats.canonical import CanonicalSAE, sae_of
 from sae.train.formats.export import export_sae
-from sae.train.formats.format import Format
-from sae.train.formats.importing import import_sae
-from sae.train.formats.plain import Plain, sae_of
+from sae.train.formats.import_ import import_sae
+from sae.train.formats.verify import rows_of_run
 from sae.train.sae import SAE, load_sae, save_sae
 
 WORKER = Path(__file__).with_name("formats_worker.py")
@@ -102,7 +102,7 @@ def outward(runs: list[Path], peers: list[Peer], work: Path) -> list[tuple[str, 
 
 
 def load_hook(run: Path) -> Any:
-    from sae.train.formats.about import hook_of_run
+    from sae.train.formats.metadata import hook_of_run
 
     return hook_of_run(load_sae(run))
 
@@ -136,10 +136,10 @@ def fixtures(peers: list[Peer], folder: Path, work: Path) -> None:
     W_dec = draw(F, D)
     matrices = (draw(D, F), 0.2 * draw(F), W_dec / W_dec.norm(dim=1, keepdim=True), draw(D))
     ours = {
-        "relu": Plain(*matrices, "relu"),
-        "topk": Plain(*matrices, "topk", k=4),
-        "jumprelu": Plain(*matrices, "jumprelu", threshold=draw(F).abs()),
-        "gated": Plain(*matrices, "gated", r_mag=draw(F), b_mag=draw(F)),
+        "relu": CanonicalSAE(*matrices, "relu"),
+        "topk": CanonicalSAE(*matrices, "topk", k=4),
+        "jumprelu": CanonicalSAE(*matrices, "jumprelu", threshold=draw(F).abs()),
+        "gated": CanonicalSAE(*matrices, "gated", r_mag=draw(F), b_mag=draw(F)),
     }
     requests, made = {}, {}
     for name, plain in ours.items():

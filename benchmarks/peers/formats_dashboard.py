@@ -42,8 +42,8 @@ def main(run: Path, python: str, page: Path) -> None:
     from safetensors.torch import save_file
 
     from sae.harvest.mini import WEIGHTS
-    from sae.train.formats.check import cache_of_run
     from sae.train.formats.export import export_sae
+    from sae.train.formats.verify import cache_of_run
     from sae.train.sae import load_sae
 
     cache = cache_of_run(load_sae(run).origin)

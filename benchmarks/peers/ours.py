@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import zarr
 
-from sae.cache.batches import Batches
 from sae.cache.contexts import Contexts
-from sae.cache.files import one_writer
 from sae.cache.layout import Layout
+from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
-from sae.cache.writer import Rows, Writer
+from sae.cache.writer import CacheWriter, WindowRows
+from sae.common.files import writer_lock
 
 LAYER = "layer_12"
 
@@ -25,10 +25,10 @@ def write(folder: Path, fed: np.ndarray) -> None:
     """As a harvest does: the text, then windows of shuffled rows, each committed, then the seal."""
     n = len(fed)
     layout = Layout(n * feed.CONTEXT)
-    with one_writer(folder, "benchmark"):
+    with writer_lock(folder, "benchmark"):
         documents = np.arange(n, dtype=np.uint32)
         Contexts(feed.ids(n), np.full(n, feed.CONTEXT, np.uint16), documents, np.zeros(n, bool)).write(folder)
-        writer = Writer(folder, {"made by": "benchmarks/peers"}, layout, {LAYER: feed.D_IN})
+        writer = CacheWriter(folder, {"made by": "benchmarks/peers"}, layout, {LAYER: feed.D_IN})
         for window in writer.missing():
             rows = layout.window(window)
             slot = np.random.default_rng(window).permutation(len(rows))
@@ -40,13 +40,13 @@ def write(folder: Path, fed: np.ndarray) -> None:
                 first = row // feed.CONTEXT
                 bits[target] = fed[first : first + feed.BATCH_CONTEXTS].reshape(-1, feed.D_IN)
                 row_ctx[target], row_pos[target] = np.divmod(number, feed.CONTEXT)
-            writer.write_window(window, Rows({LAYER: bits}, row_ctx, row_pos), {})
+            writer.write_window(window, WindowRows({LAYER: bits}, row_ctx, row_pos), {})
         writer.finish()
 
 
 def batches(folder: Path, batch: int, target: torch.Tensor | None = None) -> Generator[torch.Tensor]:
     """Without end; copied into `target`, as its type, when there is one."""
-    with Batches(Cache(folder), LAYER, batch) as found:
+    with BatchLoader(Cache(folder), LAYER, batch) as found:
         for rows in found:
             yield rows if target is None else target.copy_(rows)
 

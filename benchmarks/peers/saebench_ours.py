@@ -23,14 +23,16 @@ from saebench_problem import AMAZON, BIOS, BOS, EOS, PAD
 from safetensors.numpy import load_file
 
 from sae.cache.contexts import Contexts
-from sae.evaluate import spelling, texts
-from sae.evaluate.absorption import Absorption
-from sae.evaluate.bench import Bench, Shelf
-from sae.evaluate.core import Core
-from sae.evaluate.metric import Metric, Result, Subject
-from sae.evaluate.scr import Scr
-from sae.evaluate.sparse_probing import SparseProbing
-from sae.evaluate.tpp import Tpp
+from sae.evaluate.context import EvalContext
+from sae.evaluate.datasets import labelled
+from sae.evaluate.metrics import first_letter
+from sae.evaluate.metrics.absorption import Absorption
+from sae.evaluate.metrics.base import EvalTarget, Metric, Result
+from sae.evaluate.metrics.core import Core
+from sae.evaluate.metrics.scr import Scr
+from sae.evaluate.metrics.sparse_probing import SparseProbing
+from sae.evaluate.metrics.tpp import Tpp
+from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.sae import load_sae
 
@@ -51,7 +53,7 @@ def metrics_of(about: dict[str, Any]) -> dict[str, Metric]:
     }
 
 
-def bench_of(folder: Path, work: Path) -> Bench:
+def bench_of(folder: Path, work: Path) -> EvalContext:
     """The tables become the files that we read datasets from; the shelf is empty."""
     for name, splits in json.loads((folder / "tables.json").read_text()).items():
         for split, columns in splits.items():
@@ -64,25 +66,35 @@ def bench_of(folder: Path, work: Path) -> Bench:
     contexts = Contexts(ids, np.full(n, length, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
     source, config = find_model(str(folder))
     model = load_model(source, config, dtype="float32", device="cpu")
-    return Bench(
-        lambda: model, load_tokenizer(source), contexts, [PAD, EOS, BOS], "0.6.0", {}, {}, Shelf(work / "shelf"), work
+    return EvalContext(
+        lambda: model,
+        load_tokenizer(source),
+        contexts,
+        [PAD, EOS, BOS],
+        "0.6.0",
+        {},
+        {},
+        ArtifactCache(work / "shelf"),
+        work,
     )
 
 
 @contextlib.contextmanager
-def same_inputs(about: dict[str, Any], bench: Bench) -> Any:
+def same_inputs(about: dict[str, Any], bench: EvalContext) -> Any:
     """One pair of classes for SCR, and the problem's words in the place of the vocabulary."""
     known = {
         word.text: word
-        for word in spelling.vocabulary(bench.tokenizer, bench.tokenizer("\n", add_special_tokens=False)["input_ids"])
+        for word in first_letter.vocabulary(
+            bench.tokenizer, bench.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        )
     }
     words = sorted(known[text] for text in about["words"])
-    tables = {name: replace(texts.DATASETS[name], pairs=(pair,)) for name, pair in PAIRS.items()}
-    with patch.object(spelling, "vocabulary", lambda *_: words), patch.dict(texts.DATASETS, tables):
+    tables = {name: replace(labelled.DATASETS[name], pairs=(pair,)) for name, pair in PAIRS.items()}
+    with patch.object(first_letter, "vocabulary", lambda *_: words), patch.dict(labelled.DATASETS, tables):
         yield
 
 
-def timed(metric: Metric, bench: Bench, subjects: list[Subject]) -> tuple[list[Result], float, float]:
+def timed(metric: Metric, bench: EvalContext, subjects: list[EvalTarget]) -> tuple[list[Result], float, float]:
     """Results, seconds, and processor seconds."""
     wall, processor = time.perf_counter(), time.process_time()
     results = metric.measure(bench, subjects, lambda done, total, note="": None)
@@ -93,7 +105,7 @@ def timed(metric: Metric, bench: Bench, subjects: list[Subject]) -> tuple[list[R
     return results, *spent
 
 
-def measure(metric: Metric, bench: Bench, subjects: list[Subject]) -> list[dict[str, Any]]:
+def measure(metric: Metric, bench: EvalContext, subjects: list[EvalTarget]) -> list[dict[str, Any]]:
     """The first SAE alone; then the others in one call, as a user has them. What no SAE changes is on the shelf by then,
     but of core, which runs the model again: there all are measured at once, and a further one is the difference."""
     (first,), *spent = timed(metric, bench, subjects[:1])
@@ -113,7 +125,7 @@ def main() -> None:
     about = json.loads((Path(folder) / "problem.json").read_text())
     with tempfile.TemporaryDirectory() as work:
         bench = bench_of(Path(folder), Path(work))
-        subjects = [Subject(load_sae(Path(folder) / "saes" / kind), about["layer"]) for kind in kinds]
+        subjects = [EvalTarget(load_sae(Path(folder) / "saes" / kind), about["layer"]) for kind in kinds]
         with same_inputs(about, bench):
             saes = measure(metrics_of(about)[name], bench, subjects)
     print(json.dumps({"saes": saes, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))

@@ -17,9 +17,10 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from sae.harvest.mini import WEIGHTS
-from sae.harvest.mini.spelling import Word, prompt, words
+from sae.harvest.mini.spelling import SpellingWord, prompt, words
 from sae.harvest.model import find_model, load_model
-from sae.train.sae import SAE, ReLU, TopK, save_sae
+from sae.train.activations import ReLU, TopK
+from sae.train.sae import SAE, save_sae
 from sae.train.variants.jumprelu import JumpReLU
 
 PAD, EOS, BOS = 0, 1, 2
@@ -79,7 +80,7 @@ def make_problem(folder: Path, size: Size, seed: int, model: Path | None = None)
     (folder / "problem.json").write_text(json.dumps(about))
 
 
-def usable(known: list[Word], tokenizer: Any) -> list[Word]:
+def usable(known: list[SpellingWord], tokenizer: Any) -> list[SpellingWord]:
     """Words that are one token in a prompt, each once, so that all prompts are of one length."""
     found, seen = [], set()
     around = [word for word in known if word.text.startswith(" ") and len(word.text) > 3][:2]
@@ -93,7 +94,7 @@ def usable(known: list[Word], tokenizer: Any) -> list[Word]:
     return found
 
 
-def make_model(folder: Path, known: list[Word], seed: int) -> Tensor:
+def make_model(folder: Path, known: list[SpellingWord], seed: int) -> Tensor:
     """A Gemma 2 of two blocks, width 32, its numbers exact in bfloat16, with a direction for each first letter (26, 32)."""
     torch.manual_seed(seed)
     config = Gemma2Config(

@@ -3,10 +3,10 @@
 from datetime import date
 from importlib.metadata import version
 
-from ...cache.files import counted
+from ...common.formatting import format_count
+from ..charts import key, svg
 from ..compare import Comparison, curves, frontiers, paired_table, table
-from ..table import notes
-from .charts import key, svg
+from ..tables import notes
 from .page import page
 
 
@@ -19,7 +19,7 @@ def comparison_page(comparison: Comparison, against: str | None = None) -> str:
     return page(
         "compare.html",
         "sort.js",
-        title=f"{counted(len(comparison.runs), 'SAE')} of {', '.join(models)}, layer {', '.join(map(str, layers))}",
+        title=f"{format_count(len(comparison.runs), 'SAE')} of {', '.join(models)}, layer {', '.join(map(str, layers))}",
         lead=f"{len(comparison.systems)} systems; {', '.join(sorted({m for run in comparison.runs for m in run.results}))}.",
         heads=heads,
         lines=lines,

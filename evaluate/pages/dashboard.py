@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache.errors import DamagedError, UsageError
-from ..features import BEFORE, SAMPLED, Features, Listed, Passage, features, quantile_passages
-from ..look import Look, recipe_of
-from ..metric import Progress
-from ..table import tables
-from .charts import Chart, Series, svg
+from ...common.errors import DamagedError, UsageError
+from ..charts import Chart, Series, svg
+from ..latents.inspection import RunView, recipe_of
+from ..latents.stats import BEFORE, SAMPLED, LatentStats, Passage, RankedEntries, latent_stats, quantile_passages
+from ..metrics.base import Progress
+from ..tables import tables
 from .page import page, visible
 
 BLOCK = 64
@@ -51,7 +51,7 @@ def rounded(value: float) -> float:
 class Vocabulary:
     """Tokens by the order in which a page first needs them; `words` is what is shown of each."""
 
-    def __init__(self, look: Look) -> None:
+    def __init__(self, look: RunView) -> None:
         self.look, self.places = look, dict[int, int]()
         self.words: list[str] = []
 
@@ -78,9 +78,9 @@ def drawn_latents(d_sae: int, count: int | None) -> Tensor:
     return torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
-def dashboard(look: Look, latents_K: Tensor, date: str, progress: Progress) -> str:
+def dashboard(look: RunView, latents_K: Tensor, date: str, progress: Progress) -> str:
     """The page of a run, with the latents `latents_K` (K,) in it and the run's numbers over all of them."""
-    found = features(look.bench, look.sae, look.hook, latents_K, progress)
+    found = latent_stats(look.bench, look.sae, look.hook, latents_K, progress)
     vocabulary = Vocabulary(look)
     blocks = []
     for start in range(0, len(latents_K), BLOCK):
@@ -97,19 +97,19 @@ def dashboard(look: Look, latents_K: Tensor, date: str, progress: Progress) -> s
     return page(
         "dashboard.html", "dashboard.js",
         title=look.row.name, version=version("sae-pipeline"), date=date, look=look, recipe=recipe(look),
-        tokens=len(found.firings.l0), paired=found.firings.paired_tokens, directions=found.up is not None,
+        tokens=len(found.activation_stats.l0), paired=found.activation_stats.paired_tokens, directions=found.up is not None,
         shown=len(latents_K), dead=(density_F == 0).nonzero().flatten().tolist(), dead_listed=DEAD_LISTED,
-        l0=float(found.firings.l0.double().mean()) if len(found.firings.l0) else 0.0,
+        l0=float(found.activation_stats.l0.double().mean()) if len(found.activation_stats.l0) else 0.0,
         measured=[(title, list(zip(heads[1:], lines[0][1:], strict=True))) for title, heads, lines in tables([look.row])],
         flags=[f"{name}: {flag}" for name, result in look.row.results.items() for flag in result.flags],
         curves=[svg(chart) for chart in curves(look.folder)],
-        histograms=[svg(density_chart(density_F)), svg(l0_chart(found.firings.l0))],
-        sampled=SAMPLED, about={"block": BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(found.firings.l0), "d_sae": look.sae.d_sae},
+        histograms=[svg(density_chart(density_F)), svg(l0_chart(found.activation_stats.l0))],
+        sampled=SAMPLED, about={"block": BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(found.activation_stats.l0), "d_sae": look.sae.d_sae},
         packed={"table": packed(columns), "words": packed(vocabulary.words), "text": packed(text)}, blocks=blocks,
     )  # fmt: skip
 
 
-def recipe(look: Look) -> dict[str, str]:
+def recipe(look: RunView) -> dict[str, str]:
     """How it was trained, as names and texts; nothing for an SAE that came without a run.json."""
     run = recipe_of(look)
     shown = {name: run[name] for name in ("variant", "paper", "seed", "steps", "batch_size") if name in run}
@@ -117,30 +117,30 @@ def recipe(look: Look) -> dict[str, str]:
     return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
 
 
-def table(look: Look, found: Features, latents_K: Tensor, vocabulary: Vocabulary) -> dict[str, Any]:
+def table(look: RunView, found: LatentStats, latents_K: Tensor, vocabulary: Vocabulary) -> dict[str, Any]:
     """A column each for what the table of latents shows."""
     latents = latents_K.tolist()
     return {
         "latent": latents,
         "density": [rounded(value) for value in found.density[latents_K].tolist()],
         "mean": [rounded(value) for value in found.mean.tolist()],
-        "max": [rounded(value) for value in found.firings.peak_K.tolist()],
+        "max": [rounded(value) for value in found.activation_stats.peak_K.tolist()],
         "tokens": [
-            [vocabulary(token) for token in top_tokens(look, found.firings.top.of(place))]
+            [vocabulary(token) for token in top_tokens(look, found.activation_stats.top.of(place))]
             for place in range(len(latents))
         ],
         "labels": [visible("; ".join(look.labels.get(latent, ()))) for latent in latents],
     }
 
 
-def top_tokens(look: Look, passages: Sequence[Passage], count: int = 3) -> list[int]:
+def top_tokens(look: RunView, passages: Sequence[Passage], count: int = 3) -> list[int]:
     """The tokens at which a latent fires most strongly, each once."""
     return list(dict.fromkeys(int(look.bench.contexts.ids[p.context, p.position]) for p in passages))[:count]
 
 
-def entry(look: Look, found: Features, place: int, vocabulary: Vocabulary) -> dict[str, Any]:
+def entry(look: RunView, found: LatentStats, place: int, vocabulary: Vocabulary) -> dict[str, Any]:
     """All that the page shows of one latent, beside its row of the table."""
-    peak = float(found.firings.peak_K[place])
+    peak = float(found.activation_stats.peak_K[place])
 
     def passages(chosen: Sequence[Passage]) -> list[Any]:
         return [
@@ -148,15 +148,15 @@ def entry(look: Look, found: Features, place: int, vocabulary: Vocabulary) -> di
             for one in chosen
         ]
 
-    def tokens(listed: Listed | None) -> list[Any]:
+    def tokens(listed: RankedEntries | None) -> list[Any]:
         return [[vocabulary(token), rounded(value)] for token, value in listed.of(place)] if listed else []
 
-    histogram = found.firings.histogram
+    histogram = found.activation_stats.histogram
     return {
         "bins": histogram.count_KB[place].tolist(),
         "width": float(histogram.width[place]),
-        "top": passages(found.firings.top.of(place)),
-        "quantiles": passages(quantile_passages(found.firings.sample, place)),
+        "top": passages(found.activation_stats.top.of(place)),
+        "quantiles": passages(quantile_passages(found.activation_stats.sample, place)),
         "up": tokens(found.up),
         "down": tokens(found.down),
         "near": [[latent, rounded(value)] for latent, value in found.near.of(place)],

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...cache.files import publish
+from ...common.files import atomic_write
 
 HERE = Path(__file__).parent
 SHOWN_AS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
@@ -58,4 +58,4 @@ def page(template: str, script: str | None = None, **values: Any) -> str:
 
 def write_page(path: Path, html: str) -> None:
     """Write it whole or not at all."""
-    publish(path, html.encode("utf-8", "backslashreplace"))
+    atomic_write(path, html.encode("utf-8", "backslashreplace"))

@@ -6,15 +6,15 @@ from importlib.metadata import version
 
 from markupsafe import Markup
 
-from ..figures import figures, letters
-from ..report import Report, described, grouped, shown_layer, unreported
-from .charts import Chart, key, svg
+from ..charts import Chart, key, svg
+from ..papers.figures import figures, letters
+from ..papers.report import PaperReport, described, grouped, shown_layer, unreported
 from .page import page
 
 WIDE = 16  # categories over which a chart has the whole width of the page
 
 
-def reproduction_page(report: Report, model: str, reading: str) -> str:
+def reproduction_page(report: PaperReport, model: str, reading: str) -> str:
     """HTML: every claim with its verdict, the gates, the paper's contradictions, what was run, figures."""
     paper = report.paper
     systems = grouped(report)

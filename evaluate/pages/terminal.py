@@ -12,8 +12,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from ..features import BEFORE, Features, Listed, Passage, quantile_passages
-from ..look import Look, encoded_prompt
+from ..latents.inspection import RunView, encoded_prompt
+from ..latents.stats import BEFORE, LatentStats, Passage, RankedEntries, quantile_passages
 from .page import visible
 
 STRONGEST = 5  # latents of a token of a prompt
@@ -34,7 +34,7 @@ def printed(what: Sequence[Any]) -> None:
         own.print()
 
 
-def coloured(look: Look, ids: Sequence[int], values: Sequence[float], peak: float) -> Text:
+def coloured(look: RunView, ids: Sequence[int], values: Sequence[float], peak: float) -> Text:
     """Tokens, those that are active on a background; between << and >> where there are no colours."""
     plain = console().color_system is None or console().no_color
     text = Text()
@@ -51,7 +51,7 @@ def coloured(look: Look, ids: Sequence[int], values: Sequence[float], peak: floa
     return text
 
 
-def passage_text(look: Look, passage: Passage, peak: float) -> Text:
+def passage_text(look: RunView, passage: Passage, peak: float) -> Text:
     contexts = look.bench.contexts
     start = max(0, passage.position - BEFORE)
     end = min(int(contexts.length[passage.context]), passage.position - BEFORE + len(passage.values))
@@ -66,9 +66,9 @@ def bars(counts: Sequence[int]) -> str:
     return "".join(BLOCKS[math.ceil(count * (len(BLOCKS) - 1) / most)] for count in counts[: last + 1])
 
 
-def latent_text(look: Look, found: Features, place: int) -> Group:
+def latent_text(look: RunView, found: LatentStats, place: int) -> Group:
     """One latent: how often it fires, where, what it pushes, and what is near it."""
-    firings = found.firings
+    firings = found.activation_stats
     latent, peak = int(firings.latents_K[place]), float(firings.peak_K[place])
     density = float(found.density[latent])
     label = "; ".join(look.labels.get(latent, ()))
@@ -107,7 +107,7 @@ def latent_text(look: Look, found: Features, place: int) -> Group:
     return Group(*parts, lists)
 
 
-def token_list(look: Look, listed: Listed, place: int) -> Text:
+def token_list(look: RunView, listed: RankedEntries, place: int) -> Text:
     return Text(
         "   ".join(
             f"{visible(look.words.shown(token)).replace(' ', '·')} {value:.3g}" for token, value in listed.of(place)
@@ -115,14 +115,14 @@ def token_list(look: Look, listed: Listed, place: int) -> Text:
     )
 
 
-def latent_list(look: Look, found: Sequence[tuple[int, float]], beside: Sequence[str] = ()) -> str:
+def latent_list(look: RunView, found: Sequence[tuple[int, float]], beside: Sequence[str] = ()) -> str:
     notes = [*beside, *[""] * len(found)]
     return (
         "   ".join(f"{latent} {value:.3g}{note}" for (latent, value), note in zip(found, notes, strict=False)) or "none"
     )
 
 
-def prompt_table(look: Look, prompt: str, latents: Sequence[int] = ()) -> Table:
+def prompt_table(look: RunView, prompt: str, latents: Sequence[int] = ()) -> Table:
     """The tokens of a prompt, and at each its most active latents, of all or of some."""
     ids, f_SF = encoded_prompt(look, prompt)
     names = list(latents) or range(look.sae.d_sae)

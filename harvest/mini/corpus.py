@@ -28,7 +28,7 @@ SKIPPED_FOLDERS = {
 }
 
 
-class Document(NamedTuple):
+class StdlibDocument(NamedTuple):
     name: str
     text: str
     held_out: bool
@@ -39,10 +39,10 @@ def is_held_out(key: str) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little") % HELD_OUT_ONE_IN == 0
 
 
-def documents() -> Iterator[Document]:
+def documents() -> Iterator[StdlibDocument]:
     """Every document, in the order of its name."""
     for name in sorted(topics):
-        yield Document(f"topic:{name}", topics[name], held_out=False)
+        yield StdlibDocument(f"topic:{name}", topics[name], held_out=False)
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -55,9 +55,9 @@ def documents() -> Iterator[Document]:
             continue
         held_out = relative.parts[0] != "encodings" and is_held_out(relative.as_posix())
         if prose:
-            yield Document(f"docstrings:{relative.as_posix()}", prose, held_out)
+            yield StdlibDocument(f"docstrings:{relative.as_posix()}", prose, held_out)
         if source.strip():
-            yield Document(f"source:{relative.as_posix()}", source, held_out)
+            yield StdlibDocument(f"source:{relative.as_posix()}", source, held_out)
 
 
 def docstrings(source: str) -> str:

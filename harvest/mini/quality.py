@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..model import LanguageModel, find_model, load_model
 from . import WEIGHTS
 from .corpus import documents
-from .spelling import TEMPLATE, Word, others, prompt, words
+from .spelling import TEMPLATE, SpellingWord, others, prompt, words
 
 CONTEXT = 128
 LAYERS = (5, 12, 19)
@@ -91,7 +91,7 @@ def probe_f1(model: LanguageModel, tokenizer: Any, limit: int) -> dict[int, dict
     """Layer -> letter -> F1 of a linear probe at the word, on words that it was not trained on: mean of five splits."""
     rng = random.Random(2)
     pool = words(tokenizer)
-    by_letter: dict[str, list[Word]] = {}
+    by_letter: dict[str, list[SpellingWord]] = {}
     for word in rng.sample(pool, len(pool)):
         by_letter.setdefault(word.letter, []).append(word)
     asked = [word for found in by_letter.values() if len(found) >= 10 for word in found[:limit]]

@@ -13,32 +13,32 @@ from typing import NamedTuple
 TEMPLATE = " has the first letter:"
 
 
-class Word(NamedTuple):
+class SpellingWord(NamedTuple):
     token: int
     text: str  # as decoded: " cat", "cat" and "Cat" are three words
     letter: str  # "C"
 
 
-def words(tokenizer) -> list[Word]:
+def words(tokenizer) -> list[SpellingWord]:
     """Every vocabulary entry that is one optional space and ASCII letters, by token id."""
     found = []
     for token in range(len(tokenizer)):
         text = tokenizer.convert_ids_to_tokens(token).replace("▁", " ")
         bare = text.removeprefix(" ")
         if bare and all(c in string.ascii_letters for c in bare):
-            found.append(Word(token, text, bare[0].upper()))
+            found.append(SpellingWord(token, text, bare[0].upper()))
     return found
 
 
-def example(word: Word) -> str:
+def example(word: SpellingWord) -> str:
     return f"{word.text}{TEMPLATE} {word.letter}"
 
 
-def prompt(examples: Sequence[Word], word: Word) -> str:
+def prompt(examples: Sequence[SpellingWord], word: SpellingWord) -> str:
     """The examples, answered, and then the question, unanswered."""
     return "\n".join(["", *map(example, examples), word.text + TEMPLATE])
 
 
-def others(pool: Sequence[Word], word: Word, shots: int, rng: random.Random) -> list[Word]:
+def others(pool: Sequence[SpellingWord], word: SpellingWord, shots: int, rng: random.Random) -> list[SpellingWord]:
     """`shots` words of the pool that are not `word`, in random order."""
     return [other for other in rng.sample(pool, shots + 1) if other is not word][:shots]

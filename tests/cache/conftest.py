@@ -9,7 +9,7 @@ import pytest
 from sae.cache.contexts import Contexts
 from sae.cache.layout import FORMAT, Hook, Layout
 from sae.cache.reader import Cache
-from sae.cache.writer import Rows, Writer
+from sae.cache.writer import CacheWriter, WindowRows
 
 IDENTITY = {"format": FORMAT, "model": {"name": "none", "revision": "0"}, "data": {"name": "counted"}}
 
@@ -24,7 +24,7 @@ def finite_bits(rows: int, d_in: int, seed: int = 0) -> np.ndarray:
 
 def begin(
     folder: Path, bits: dict[int, np.ndarray], window: int, *, compress: bool = False, **identity: object
-) -> Writer:
+) -> CacheWriter:
     """A writer of these rows, of which nothing is written yet: row r is position 1 + r % 7 of context r // 7."""
     rows = len(next(iter(bits.values())))
     n = -(-rows // 7)
@@ -34,15 +34,17 @@ def begin(
             np.zeros(n, bool),
         ).write(folder)  # fmt: skip
     widths = {Hook(layer).array: block.shape[1] for layer, block in bits.items()}
-    return Writer(folder, {**IDENTITY, **identity}, Layout(rows, window, compress=compress), widths)
+    return CacheWriter(folder, {**IDENTITY, **identity}, Layout(rows, window, compress=compress), widths)
 
 
-def write_windows(writer: Writer, bits: dict[int, np.ndarray], windows: list[int]) -> None:
+def write_windows(writer: CacheWriter, bits: dict[int, np.ndarray], windows: list[int]) -> None:
     for window in windows:
         at = writer.layout.window(window)
         row = np.arange(at.start, at.stop)
         block = {Hook(layer).array: rows[at.start : at.stop] for layer, rows in bits.items()}
-        writer.write_window(window, Rows(block, (row // 7).astype(np.uint32), (1 + row % 7).astype(np.uint16)), {})
+        writer.write_window(
+            window, WindowRows(block, (row // 7).astype(np.uint32), (1 + row % 7).astype(np.uint16)), {}
+        )
 
 
 def write_whole(folder: Path, bits: dict[int, np.ndarray], window: int = 16) -> Cache:
@@ -71,7 +73,7 @@ def bits_of() -> Callable[..., np.ndarray]:
 
 
 @pytest.fixture
-def begin_cache() -> Callable[..., Writer]:
+def begin_cache() -> Callable[..., CacheWriter]:
     return begin
 
 

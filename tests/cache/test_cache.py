@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.device import best_device, best_dtype
-from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
-from sae.cache.files import digest_of, one_writer, read_json, sweep
 from sae.cache.layout import Hook
 from sae.cache.reader import Cache, caches, find_cache, open_cache, remove_cache
-from sae.cache.writer import Rows, Writer, begun
+from sae.cache.writer import CacheWriter, WindowRows, begun
+from sae.common.device import best_device, best_dtype
+from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from sae.common.files import digest_of, read_json, remove_stale_files, writer_lock
 
 D = 8
 ROWS = 40
@@ -234,7 +234,7 @@ def test_a_window_written_again_has_no_record_meanwhile(
 ) -> None:
     bits = {5: bits_of(ROWS, D, 5), 12: bits_of(ROWS, D, 12)}
     writer = begin_cache(cache.folder, bits, 16)
-    monkeypatch.setattr(Writer, "files_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(CacheWriter, "files_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_some(writer, bits, [1])
     assert writer.missing() == {1: ["layer_05", "layer_12"]}
@@ -262,7 +262,9 @@ def test_what_is_not_finite_is_never_committed(tmp_path: Path, bits_of, begin_ca
 def test_rows_that_were_not_captured_are_refused(tmp_path: Path, bits_of, begin_cache) -> None:
     writer = begin_cache(tmp_path / "c", {5: bits_of(ROWS, D)}, 16)
     with pytest.raises(SaeError, match=r"Window 0 of layer 5 has \(15, 8\) .* expected \(16, 8\): a hook did not fire"):
-        writer.write_window(0, Rows({"layer_05": bits_of(15, D)}, np.zeros(16, np.uint32), np.zeros(16, np.uint16)), {})
+        writer.write_window(
+            0, WindowRows({"layer_05": bits_of(15, D)}, np.zeros(16, np.uint32), np.zeros(16, np.uint16)), {}
+        )
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_stray(
@@ -282,7 +284,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_stray(
         return taken
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OutsideError, match="The disk is full: .* run the same command again") as refused:
+    with pytest.raises(UnavailableError, match="The disk is full: .* run the same command again") as refused:
         write_some(writer, bits, [1])
     monkeypatch.undo()
     assert refused.value.exit_code == 4 and not list((tmp_path / "c").rglob("*.tmp-*"))
@@ -305,26 +307,26 @@ def test_only_a_cache_is_removed(cache: Cache, tmp_path: Path) -> None:
 def test_what_a_kill_left_behind_is_swept(cache: Cache, bits_of, begin_cache) -> None:
     stray = cache.folder / "layer_05" / "c.0.0.tmp-12345"
     stray.write_bytes(b"half")
-    with one_writer(cache.folder, "sae harvest"):
-        assert not stray.exists() and sweep(cache.folder) == 0
+    with writer_lock(cache.folder, "sae harvest"):
+        assert not stray.exists() and remove_stale_files(cache.folder) == 0
 
 
 def test_a_dead_holder_is_named(tmp_path: Path) -> None:
     (tmp_path / ".lock.holder").write_text("process 4121 on node7 (sae harvest) since 2026-11-21 09:00:00")
     said: list[str] = []
-    with one_writer(tmp_path, "sae harvest", said.append):
+    with writer_lock(tmp_path, "sae harvest", said.append):
         pass
     assert said == [
         f"{tmp_path} was left by process 4121 on node7 (sae harvest) since 2026-11-21 09:00:00, which is gone; its lock was taken over."
     ]
-    with one_writer(tmp_path, "sae harvest", said.append):
+    with writer_lock(tmp_path, "sae harvest", said.append):
         assert len(said) == 1
 
 
 def test_a_note_that_a_full_disk_left_empty_is_read(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / ".lock.holder").write_text("")
-    with one_writer(tmp_path, "a test", said.append):
+    with writer_lock(tmp_path, "a test", said.append):
         pass
     assert said == [f"{tmp_path} was left by another process, which is gone; its lock was taken over."]
 
@@ -332,19 +334,19 @@ def test_a_note_that_a_full_disk_left_empty_is_read(tmp_path: Path) -> None:
 def test_a_file_where_the_folder_would_be_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("years of work")
     for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
-        with pytest.raises(UsageError, match="is no folder: a file is in its place"), one_writer(folder, "a test"):
+        with pytest.raises(UsageError, match="is no folder: a file is in its place"), writer_lock(folder, "a test"):
             pass
 
 
 def test_a_second_writer_is_refused_and_told_who_is_first(tmp_path: Path) -> None:
-    with one_writer(tmp_path, "sae harvest"):
+    with writer_lock(tmp_path, "sae harvest"):
         with pytest.raises(
-            OutsideError, match=rf"is being written by process {os.getpid()} on .* \(sae harvest\)"
+            UnavailableError, match=rf"is being written by process {os.getpid()} on .* \(sae harvest\)"
         ) as refused:
-            with one_writer(tmp_path, "sae harvest"):
+            with writer_lock(tmp_path, "sae harvest"):
                 pass
         assert refused.value.exit_code == 4
-    with one_writer(tmp_path, "sae train"):  # free again
+    with writer_lock(tmp_path, "sae train"):  # free again
         pass
 
 
@@ -384,7 +386,7 @@ def test_an_unknown_device_is_refused(device: str) -> None:
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     missing = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(OutsideError, match=f"--device {missing} was asked for, but torch sees"):
+    with pytest.raises(UnavailableError, match=f"--device {missing} was asked for, but torch sees"):
         best_device(missing)
     assert best_device("cpu") == "cpu"
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from sae.cache.bfloat16 import BFloat16, from_bits, to_bits
 from sae.cache.chunks import Shard, check_chunk, map_rows, take, write_chunk
-from sae.cache.errors import DamagedError
-from sae.cache.files import write_json
 from sae.cache.layout import Array, Layout, group_metadata
+from sae.common.errors import DamagedError
+from sae.common.files import write_json
 
 D = 16
 ROWS = 4100  # times 16: each of the 65,536 patterns, so every NaN, both infinities and -0.0

@@ -9,8 +9,8 @@ import statistics
 import pytest
 from typer.testing import CliRunner
 
-from sae.cache.errors import DamagedError, UsageError
-from sae.cli import app
+from sae.cli.main import app
+from sae.common.errors import DamagedError, UsageError
 from sae.evaluate.compare import as_csv, compare, curves, frontiers, paired_table, records, table
 from sae.evaluate.pages.comparison import comparison_page
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sae.cache.errors import UsageError
-from sae.evaluate.compare import Compared
-from sae.evaluate.metric import Result
+from sae.common.errors import UsageError
+from sae.evaluate.compare import ComparedRun
+from sae.evaluate.metrics.base import Result
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "equal_l0.py"))
 
@@ -19,7 +19,7 @@ def trained(tmp_path, variant, seed, kl=None, pre_bias=False, **resolved):
     (folder / "sae.json").write_text(json.dumps({"pre_bias": pre_bias}))
     core = {} if kl is None else {"core": Result({"model_behavior_preservation": {"kl_div_score": kl}})}
     record = {"variant": variant, "layer": 12, "seed": seed, "resolved": {"lr": 3e-4, **resolved}}
-    return Compared(folder.name, folder, {}, record, core, {})
+    return ComparedRun(folder.name, folder, {}, record, core, {})
 
 
 def test_a_pair_of_which_one_was_not_measured_has_no_sign(tmp_path):

@@ -15,18 +15,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.reader import Cache
-from sae.evaluate.bench import Bench
-from sae.evaluate.core import Core
-from sae.evaluate.metric import Result, read_result, write_result
-from sae.evaluate.plan import loader, make_bench, unfinished
-from sae.evaluate.run import METRICS, Request, carry_out, evaluate, metrics_of, plan
-from sae.evaluate.table import tables
-from sae.harvest.plan import Request as Harvest
+from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from sae.evaluate.context import EvalContext
+from sae.evaluate.metrics.base import Result
+from sae.evaluate.metrics.core import Core
+from sae.evaluate.metrics.registry import METRICS, metrics_of
+from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan, unfinished
+from sae.evaluate.results import read_result, write_result
+from sae.evaluate.run import evaluate, execute
+from sae.evaluate.tables import tables
+from sae.harvest.plan import HarvestConfig as Harvest
 from sae.harvest.plan import plan as plan_harvest
 from sae.harvest.run import harvest
-from sae.train.sae import SAE, ReLU, save_sae
+from sae.train.activations import ReLU
+from sae.train.sae import SAE, save_sae
 
 ENVELOPE = {
     "eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details",
@@ -51,12 +54,12 @@ def make_run(folder: Path, cache: Cache, layer: int = 0, seed: int = 0, /, **cha
     return folder
 
 
-def ask(*runs: Path, **changes) -> Request:
-    return replace(Request(runs=runs, suite="core", tokens=60, device="cpu", references=False), **changes)
+def ask(*runs: Path, **changes) -> EvaluateConfig:
+    return replace(EvaluateConfig(runs=runs, suite="core", tokens=60, device="cpu", references=False), **changes)
 
 
-def bench_of(cache: Cache, *runs: Path) -> Bench:
-    return make_bench(ask(*runs, tokens=None), cache, "cpu", "float32", loader())
+def bench_of(cache: Cache, *runs: Path) -> EvalContext:
+    return make_context(ask(*runs, tokens=None), cache, "cpu", "float32", loader())
 
 
 def result_of(run: Path) -> dict:
@@ -218,7 +221,7 @@ def test_runs_that_cannot_be_evaluated_are_named_together_and_leave_the_others(t
     make_run(far, tiny_cache, 7)
     found = plan(ask(empty, good, torn, far))
     assert [type(found.refused[folder]) for folder in (empty, torn, far)] == [UsageError, DamagedError, DamagedError]
-    assert [row.name for row in carry_out(found)] == ["good"] and result_of(good)
+    assert [row.name for row in execute(found)] == ["good"] and result_of(good)
     for run in (empty, torn, far):  # each by itself with its own exit code
         with pytest.raises(type(found.refused[run])) as alone:
             plan(ask(run))
@@ -283,7 +286,7 @@ def test_a_cache_that_is_named_overrides_and_is_of_the_same_model(tiny_cache, ti
     run, other = make_run(home / "run", tiny_cache), make_run(home / "other", tiny_cache, model={"name": "gpt2"})
     found = plan(ask(run, cache=small.folder))
     assert "may have seen that text" in found.notes[0]
-    carry_out(found)
+    execute(found)
     assert result_of(run)["eval_config"]["text"] == small.fingerprint
     with pytest.raises(UsageError, match="other was trained on gpt2, and .*small holds text for .*tiny-gemma"):
         plan(ask(other, cache=small.folder))
@@ -313,12 +316,12 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(ti
     monkeypatch.setattr(Path, "write_bytes", read_only)
     found = plan(ask(one, two))
     assert [row.name for row in found.rows] == ["one"] and list(found.refused) == [two]
-    with pytest.raises(OutsideError, match="Cannot write .*two/evaluations: Read-only file system"):
+    with pytest.raises(UnavailableError, match="Cannot write .*two/evaluations: Read-only file system"):
         plan(ask(two))
     monkeypatch.undo()
     monkeypatch.setenv("SAE_HOME", str(home))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OutsideError, match=r"The disk is full: .*two/evaluations has 0.0 MB left"):
+    with pytest.raises(UnavailableError, match=r"The disk is full: .*two/evaluations has 0.0 MB left"):
         plan(ask(two))
     assert not (two / "evaluations").exists() and (one / "evaluations" / "core.json").read_bytes() == kept
 
@@ -327,7 +330,7 @@ def test_a_disk_that_fills_up_costs_the_file_and_not_the_number(tiny_cache, home
     run = make_run(home / "run", tiny_cache)
 
     def full(*_):
-        raise OutsideError("The disk is full")
+        raise UnavailableError("The disk is full")
 
     monkeypatch.setattr("sae.evaluate.run.write_result", full)
     (row,) = evaluate(ask(run))
@@ -504,7 +507,7 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
         name = "broken"
 
         def measure(self, bench, subjects, progress):
-            return [OutsideError("no such text"), *([Result({})] * (len(subjects) - 1))]
+            return [UnavailableError("no such text"), *([Result({})] * (len(subjects) - 1))]
 
     monkeypatch.setitem(METRICS, "broken", Broken)
     one, two = make_run(home / "one", tiny_cache), make_run(home / "two", tiny_cache, 0, 1)
@@ -512,5 +515,5 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
     assert str(first.failed["broken"]) == "no such text" and first.results.keys() == {"core"}
     assert second.results.keys() == {"core", "broken"} and not second.failed
     assert not (one / "evaluations" / "broken.json").exists()
-    with pytest.raises(OutsideError, match="no such text"):
+    with pytest.raises(UnavailableError, match="no such text"):
         evaluate(ask(one, suite="broken"))

@@ -10,10 +10,10 @@ import pytest
 
 from sae.cache.contexts import Contexts
 from sae.harvest import mini
-from sae.harvest.draft import Draft
+from sae.harvest.contexts import Document, ListedDocuments, TextSource, cut, specials
+from sae.harvest.datasets import open_text
 from sae.harvest.model import find_model, load_tokenizer
-from sae.harvest.sources import open_text
-from sae.harvest.text import Document, Listed, Text, cut, specials
+from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def read(tokenizer: Any) -> Callable[..., Text]:
+def read(tokenizer: Any) -> Callable[..., TextSource]:
     return lambda path, column="text", split="train", tell=lambda sentence: None: open_text(
         str(path), tokenizer=tokenizer, revision=None, split=split, column=column, seed=0, tell=tell
     )
@@ -40,8 +40,17 @@ def cut_up(tokenizer: Any, tmp_path: Path) -> Callable[..., Contexts]:
     """cut_up(texts, tokens=..., context=...) -> contexts; `texts` may be a Text."""
 
     def cut_texts(texts: Any, tokens: int = 10**6, exactly: bool = False, held_out: float = 0.0, **more: Any):
-        text = texts if isinstance(texts, Text) else Text("some", {}, Listed(lambda: map(Document, texts)))
-        settings = {"draft": Draft(tmp_path, {}), "context": 8, "skip": specials(tokenizer), "seed": 0} | more
+        text = (
+            texts
+            if isinstance(texts, TextSource)
+            else TextSource("some", {}, ListedDocuments(lambda: map(Document, texts)))
+        )
+        settings = {
+            "draft": TokenizeCheckpoint(tmp_path, {}),
+            "context": 8,
+            "skip": specials(tokenizer),
+            "seed": 0,
+        } | more
         return cut(text, tokenizer, tokens=tokens, exactly=exactly, held_out=held_out, **settings)
 
     return cut_texts

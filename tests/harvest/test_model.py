@@ -35,18 +35,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from sae.cache.errors import DamagedError, OutsideError, SaeError, UsageError
 from sae.cache.layout import SITES, Hook
-from sae.harvest.architectures import (
-    FAMILIES,
-    check_context,
-    check_layers,
-    family_of,
-    module_of,
-    width_of,
-)
+from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from sae.harvest.architectures import FAMILIES, check_context, check_layers, family_of, module_of, width_of
 from sae.harvest.mini import WEIGHTS
-from sae.harvest.model import LanguageModel, Source, find_model, hidden_of, load_model, load_tokenizer, load_trunk
+from sae.harvest.model import LanguageModel, ModelSource, find_model, hidden_of, load_model, load_tokenizer, load_trunk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
@@ -347,7 +340,7 @@ def test_a_model_that_is_not_here_without_network_is_a_sentence(name: str) -> No
     sentence = (
         f"The model {name} could not be loaded: the Hub cannot be reached.*Check the network.*--model gemma-2-mini"
     )
-    with pytest.raises(OutsideError, match=sentence) as refused:
+    with pytest.raises(UnavailableError, match=sentence) as refused:
         find_model(name)
     assert refused.value.exit_code == 4
     assert ("licence" in str(refused.value)) == name.startswith("google/")
@@ -360,14 +353,14 @@ def http(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
 @pytest.mark.parametrize(
     ("cause", "kind", "sentence"),
     [
-        (http(GatedRepoError, 403), OutsideError, "It is gated: accept its licence at https://huggingface.co/google/some, then run `hf auth login`"),
-        (http(RepositoryNotFoundError, 404), OutsideError, "There is no model google/some on the Hub that you can read. Check the name"),
+        (http(GatedRepoError, 403), UnavailableError, "It is gated: accept its licence at https://huggingface.co/google/some, then run `hf auth login`"),
+        (http(RepositoryNotFoundError, 404), UnavailableError, "There is no model google/some on the Hub that you can read. Check the name"),
         (http(RevisionNotFoundError, 404), UsageError, "The model google/some has no such revision"),
-        (OSError(errno.ENOSPC, "No space left on device"), OutsideError, "the disk is full. Make room"),
-        (LocalEntryNotFoundError("Name or service not known"), OutsideError, "the Hub cannot be reached.*Check the network"),
-        (ConnectionError("Server disconnected"), OutsideError, "the Hub cannot be reached.*Check the network"),
-        (http(HfHubHTTPError, 503), OutsideError, "the Hub cannot be reached.*Check the network"),
-        (ValueError("Unrecognized model"), OutsideError, "The model google/some could not be loaded: Unrecognized model"),
+        (OSError(errno.ENOSPC, "No space left on device"), UnavailableError, "the disk is full. Make room"),
+        (LocalEntryNotFoundError("Name or service not known"), UnavailableError, "the Hub cannot be reached.*Check the network"),
+        (ConnectionError("Server disconnected"), UnavailableError, "the Hub cannot be reached.*Check the network"),
+        (http(HfHubHTTPError, 503), UnavailableError, "the Hub cannot be reached.*Check the network"),
+        (ValueError("Unrecognized model"), UnavailableError, "The model google/some could not be loaded: Unrecognized model"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -386,7 +379,7 @@ def test_what_the_hub_says_is_the_sentence(
 
 
 def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(OutsideError, match="could not be loaded"):
+    with pytest.raises(UnavailableError, match="could not be loaded"):
         find_model(str(tmp_path))
 
 
@@ -416,7 +409,7 @@ def test_where_a_tokenizer_has_no_bos_its_eos_stands_before_each_text(tmp_path: 
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(Source("without", str(tmp_path), "r"))
+    loaded = load_tokenizer(ModelSource("without", str(tmp_path), "r"))
     assert loaded.bos_token_id == loaded.eos_token_id == tokenizer.eos_token_id
     assert load_tokenizer(find_model("gemma-2-mini")[0]).bos_token_id == 2
 

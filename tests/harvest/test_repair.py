@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from sae.cache.errors import DamagedError, SaeError, UsageError
-from sae.cache.files import one_writer, read_json, write_json
 from sae.cache.reader import Cache, remove_cache
-from sae.harvest.model import Source
-from sae.harvest.plan import Request, plan
+from sae.common.errors import DamagedError, SaeError, UsageError
+from sae.common.files import read_json, write_json, writer_lock
+from sae.harvest.contexts import ListedDocuments, TextSource
+from sae.harvest.model import ModelSource
+from sae.harvest.plan import HarvestConfig, plan
 from sae.harvest.repair import repair
 from sae.harvest.run import harvest
-from sae.harvest.text import Listed, Text
 
 
 @pytest.fixture(scope="module")
-def request_(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Request:
+def request_(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
     """1,000 rows of two layers and another site in windows of 256, four contexts in a pass."""
-    return Request(
+    return HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0, 1), sites=("resid_post", "attn_z"), tokens=1000,
         context=32, window=256, held_out=0.1, device="cpu", batch_contexts=4, max_norm=3.0,
         out=tmp_path_factory.mktemp("repair") / "cache",
@@ -28,7 +28,7 @@ def request_(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def whole(request_: Request) -> Cache:
+def whole(request_: HarvestConfig) -> Cache:
     return harvest(plan(request_))
 
 
@@ -85,7 +85,7 @@ RECORDS = ["manifest.json", "zarr.json", "layer_01/zarr.json", "commits/000002.l
     "damage", [delete, lambda path: path.write_bytes(path.read_bytes()[:40])], ids=["lost", "torn"]
 )
 def test_a_record_is_made_again(
-    whole: Cache, folder: Path, file: str, damage: Callable[[Path], None], request_: Request
+    whole: Cache, folder: Path, file: str, damage: Callable[[Path], None], request_: HarvestConfig
 ) -> None:
     damage(folder / file)
     assert repair(folder) or file == "layer_01/zarr.json"  # which any writer writes again
@@ -112,7 +112,7 @@ def test_other_bytes_are_said_to_be_others(whole: Cache, folder: Path) -> None:
     assert different(folder, whole.folder) == set()  # here it was the record that had changed
 
 
-def test_a_moved_model_is_given(folder: Path, whole: Cache, request_: Request, tmp_path: Path) -> None:
+def test_a_moved_model_is_given(folder: Path, whole: Cache, request_: HarvestConfig, tmp_path: Path) -> None:
     moved = shutil.copytree(request_.model, tmp_path / "elsewhere")
     record = read_json(folder / "harvest.json")
     write_json(folder / "harvest.json", record | {"model": "/gone"})
@@ -123,7 +123,7 @@ def test_a_moved_model_is_given(folder: Path, whole: Cache, request_: Request, t
     assert Cache(folder).chunk("layer_00", 0).tobytes() == whole.chunk("layer_00", 0).tobytes()
 
 
-def test_another_model_or_text_is_refused(folder: Path, tmp_path: Path, request_: Request) -> None:
+def test_another_model_or_text_is_refused(folder: Path, tmp_path: Path, request_: HarvestConfig) -> None:
     (folder / "layer_00/c.0.0").unlink()
     text = tmp_path / "other.jsonl"
     text.write_text('{"text": "quite another text"}\n' * 100)
@@ -141,7 +141,7 @@ def test_text_that_comes_out_otherwise_is_refused(folder: Path) -> None:
 
 
 def test_a_model_that_was_named_from_here_is_still_the_same(
-    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """harvest.json has where the model is, from wherever it was called."""
     monkeypatch.chdir(Path(request_.model).parent)
@@ -153,17 +153,19 @@ def test_a_model_that_was_named_from_here_is_still_the_same(
     assert repair(called.out) and bytes_of(called.out) == before
 
 
-def test_the_revisions_of_the_hub_are_recorded(request_: Request) -> None:
+def test_the_revisions_of_the_hub_are_recorded(request_: HarvestConfig) -> None:
     """What was asked for without a commit is asked for with it: the Hub may have moved on."""
     here = plan(request_)
     assert here.record()["revision"] is None and here.record()["dataset_revision"] is None
-    source = Source("google/gemma-2-2b", "google/gemma-2-2b", "c0ffee")
-    text = Text("pile", {"name": "pile", "revision": "beef", "split": "train", "column": "text"}, Listed(lambda: []))
+    source = ModelSource("google/gemma-2-2b", "google/gemma-2-2b", "c0ffee")
+    text = TextSource(
+        "pile", {"name": "pile", "revision": "beef", "split": "train", "column": "text"}, ListedDocuments(lambda: [])
+    )
     there = replace(here, source=source, text=text).record()
     assert (there["revision"], there["dataset_revision"]) == ("c0ffee", "beef")
 
 
-def test_arrays_are_made_again_with_the_passes_of_their_own_commit(request_: Request, tmp_path: Path) -> None:
+def test_arrays_are_made_again_with_the_passes_of_their_own_commit(request_: HarvestConfig, tmp_path: Path) -> None:
     out = tmp_path / "passes"
     harvest(plan(replace(request_, layers=(0,), sites=("resid_post",), batch_contexts=4, out=out)))
     harvest(plan(replace(request_, layers=(1,), sites=("resid_post",), batch_contexts=1, out=out)))
@@ -180,7 +182,7 @@ def test_a_half_written_cache_is_not_mended(folder: Path) -> None:
         repair(folder)
 
 
-def test_layers_keep_the_marks_of_their_own_harvest(request_: Request, tmp_path: Path) -> None:
+def test_layers_keep_the_marks_of_their_own_harvest(request_: HarvestConfig, tmp_path: Path) -> None:
     out = tmp_path / "marks"
     harvest(plan(replace(request_, layers=(0,), sites=("resid_post",), max_norm=1.2, out=out)))
     harvest(plan(replace(request_, layers=(1,), sites=("resid_post",), max_norm=None, out=out)))
@@ -210,7 +212,7 @@ def test_a_cache_that_lost_what_was_asked_for_says_who_writes_it(folder: Path) -
 def test_what_is_no_harvest_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match="holds no harvest"):
         repair(tmp_path / "nothing")
-    with one_writer(folder, "sae harvest"), pytest.raises(SaeError, match="is being written by"):
+    with writer_lock(folder, "sae harvest"), pytest.raises(SaeError, match="is being written by"):
         repair(folder)
 
 
@@ -222,7 +224,7 @@ def test_a_cache_that_is_removed_is_gone(folder: Path, tmp_path: Path) -> None:
         remove_cache(tmp_path / "thesis")
 
 
-def test_what_is_mended_is_harvested_with_the_same_passes(request_: Request, whole: Cache, folder: Path) -> None:
+def test_what_is_mended_is_harvested_with_the_same_passes(request_: HarvestConfig, whole: Cache, folder: Path) -> None:
     """Bytes can depend on how many contexts are in a pass: a repair takes the number of the window's commit."""
     assert read_json(folder / "commits/000000.layer_00.json")["made_with"]["batch_contexts"] == 4
     write_json(folder / "harvest.json", read_json(folder / "harvest.json") | {"batch_contexts": 1})

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.batches import Batches, bits_of
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Layout
+from sae.cache.loader import BatchLoader, as_uint16
 from sae.cache.reader import Cache, open_cache
-from sae.cache.writer import Rows, Writer
-from sae.train.loop import Training
-from sae.train.recipe import Setting, Variant, find_recipe
-from sae.train.run import parse_options
+from sae.cache.writer import CacheWriter, WindowRows
+from sae.train.loop import Trainer
+from sae.train.plan import parse_options
+from sae.train.recipe import find_recipe
+from sae.train.variant import RunConfig, Variant
 
 D_IN, D_SAE, BATCH, ROWS, WINDOW = 32, 512, 64, 4096, 1024
 
@@ -38,14 +39,14 @@ def write_cache(folder: Path, seed: int) -> Cache:
         document=np.arange(contexts, dtype=np.uint32), held_out=np.zeros(contexts, np.bool_),
     ).write(folder)  # fmt: skip
     identity = {"model": {"name": "synthetic"}, "data": {"name": f"atoms-{seed}"}, "context": length}
-    writer = Writer(folder, identity, layout, {"layer_00": D_IN, "layer_01": D_IN})
-    bits = {f"layer_{n:02d}": bits_of(sparse_rows(seed + n).bfloat16()) for n in (0, 1)}
+    writer = CacheWriter(folder, identity, layout, {"layer_00": D_IN, "layer_01": D_IN})
+    bits = {f"layer_{n:02d}": as_uint16(sparse_rows(seed + n).bfloat16()) for n in (0, 1)}
     for window in writer.missing():
         rows = layout.window(window)
         number = np.arange(rows.start, rows.stop)
         block = {name: np.ascontiguousarray(all_rows[rows.start : rows.stop]) for name, all_rows in bits.items()}
         ctx, pos = (number // 16).astype(np.uint32), (number % 16 + 1).astype(np.uint16)
-        writer.write_window(window, Rows(block, ctx, pos), {})
+        writer.write_window(window, WindowRows(block, ctx, pos), {})
     writer.finish()
     return open_cache(folder)
 
@@ -70,7 +71,7 @@ def another_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 @pytest.fixture(scope="session")
 def batches(sparse_cache: Cache) -> list[torch.Tensor]:
     """The first forty batches of layer 0."""
-    with Batches(sparse_cache, "layer_00", BATCH) as stream:
+    with BatchLoader(sparse_cache, "layer_00", BATCH) as stream:
         return [x_BD.clone() for x_BD in islice(stream, 40)]
 
 
@@ -78,7 +79,7 @@ def batches(sparse_cache: Cache) -> list[torch.Tensor]:
 def make() -> Callable[..., Variant]:
     """A recipe by name, for a setting; options as keywords, or behind the name as "recipe option=value ..."."""
 
-    def build(name: str, setting: Setting, **options: object) -> Variant:
+    def build(name: str, setting: RunConfig, **options: object) -> Variant:
         name, *written = name.split()
         return find_recipe(name).make(setting, parse_options(written, [find_recipe(name)])[name] | options)
 
@@ -91,7 +92,7 @@ def variant_of(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..
 
     def build(name: str, steps: int = 30, **options: object) -> Variant:
         torch.manual_seed(0)
-        variant = make(name, Setting(D_IN, D_SAE, steps, BATCH), **options)
+        variant = make(name, RunConfig(D_IN, D_SAE, steps, BATCH), **options)
         mean_D = torch.from_numpy(sparse_cache.mean("layer_00")).float()
         variant.adapt(mean_D, sparse_cache.statistics("layer_00")["mean_square_norm"])
         return variant
@@ -100,30 +101,30 @@ def variant_of(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..
 
 
 @pytest.fixture
-def training_of(variant_of: Callable[..., Variant]) -> Callable[..., Training]:
+def training_of(variant_of: Callable[..., Variant]) -> Callable[..., Trainer]:
     """A training whose periodic parts act every fourth step and whose latents are dead after three silent batches.
 
     So what a real run does every some hundred steps happens several times in thirty.
     """
 
-    def build(name: str, steps: int = 30, **options: object) -> Training:
+    def build(name: str, steps: int = 30, **options: object) -> Trainer:
         variant = variant_of(name, steps, **options)
         variant.dead.after_tokens = 3 * BATCH
         for mechanism in variant.mechanisms:
             if mechanism.every:
                 mechanism.every = min(mechanism.every, 4)
-        return Training(variant, steps, "cpu")
+        return Trainer(variant, steps, "cpu")
 
     return build
 
 
 @pytest.fixture
-def take(batches: list[torch.Tensor]) -> Callable[[Training, range], Iterator[int]]:
+def take(batches: list[torch.Tensor]) -> Callable[[Trainer, range], Iterator[int]]:
     """Take the steps of a range on the first batches of the cache; yields after each."""
 
-    def steps(training: Training, numbers: range) -> Iterator[int]:
+    def steps(training: Trainer, numbers: range) -> Iterator[int]:
         for number in numbers:
-            training.between(number, training.step(batches[number]))
+            training.run_periodic(number, training.step(batches[number]))
             yield number
 
     return steps

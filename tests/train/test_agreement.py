@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.train.loop import Training
-from sae.train.recipe import Setting, find_recipe
+from sae.train.loop import Trainer
+from sae.train.recipe import find_recipe
+from sae.train.variant import RunConfig
 
 FOLDER = Path(__file__).parent / "fixtures" / "agree"
 PEERS = {
@@ -46,15 +47,15 @@ def agree(name: str) -> tuple[dict[str, float], dict[str, float]]:
         for kind in ("initial", "seen", "final")
     )
     steps, batch, d_in = x_SBD.shape
-    setting = Setting(d_in, len(initial["b_enc"]), steps, batch)
+    setting = RunConfig(d_in, len(initial["b_enc"]), steps, batch)
     variant = find_recipe(about["recipe"]).make(setting, json.loads(about["options"]))
     variant.dead.every = int(about["dead_every"])
     variant.sae.load_state_dict(initial)
-    training = Training(variant, steps, "cpu")
+    training = Trainer(variant, steps, "cpu")
     training.optimizer.found_inf = torch.zeros((), dtype=torch.float32)  # the fused step reads it as such
     seen = []
     for number, x_BD in enumerate(x_SBD):
-        training.between(number, training.step(x_BD))
+        training.run_periodic(number, training.step(x_BD))
         seen.append(training.take_metrics())
     ours = {key: torch.tensor([metrics[key] for metrics in seen], dtype=torch.float64) for key in theirs}
     return (

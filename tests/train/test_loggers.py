@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from sae.cache.errors import OutsideError, UsageError
+from sae.common.errors import UnavailableError, UsageError
 from sae.train.loggers import LOGGERS, Loggers
 
 
@@ -67,7 +67,7 @@ def test_a_logger_that_does_not_exist_is_refused() -> None:
 @pytest.mark.parametrize("name", LOGGERS)
 def test_a_logger_that_is_not_installed_is_refused(name: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(OutsideError, match=rf"--log {name} needs .* pip install 'sae-pipeline\[{name}\]'"):
+    with pytest.raises(UnavailableError, match=rf"--log {name} needs .* pip install 'sae-pipeline\[{name}\]'"):
         Loggers([name], [])
 
 

@@ -5,13 +5,21 @@ import math
 import pytest
 import torch
 
-from sae.train.coefficients import constant, cosine, linear, times, warmup
-from sae.train.loop import Training
-from sae.train.mechanisms import ActivityEMA, AnnealK, DeadLatents, Threshold, UnitNormDecoder, forget
-from sae.train.recipe import Optimization
-from sae.train.sae import SAE, BatchTopK, TopK
+from sae.train.activations import BatchTopK, TopK
+from sae.train.loop import Trainer
+from sae.train.losses import L1, MSE, AuxK, MultiTopK
+from sae.train.mechanisms import (
+    ActivityEMA,
+    AnnealK,
+    BatchTopKThreshold,
+    DeadLatents,
+    UnitNormDecoder,
+    reset_adam_state,
+)
+from sae.train.sae import SAE
+from sae.train.schedules import constant, cosine, linear, times, warmup
 from sae.train.step import Step
-from sae.train.terms import L1, MSE, AuxK, MultiTopK
+from sae.train.variant import Optimization
 from sae.train.variants.decorrelation import Decorrelation
 
 
@@ -74,7 +82,7 @@ def test_every_group_of_the_optimizer_follows_the_rate(training_of, batches) -> 
 def dead_set(d_sae: int, dead: list[int]) -> DeadLatents:
     mechanism = DeadLatents(d_sae, after_tokens=1)
     mechanism.since_F[dead] = 1
-    mechanism.between(None)
+    mechanism.every_n_steps(None)
     return mechanism
 
 
@@ -128,11 +136,11 @@ def test_dead_latents_count_tokens_since_they_fired() -> None:
     mechanism = DeadLatents(3, after_tokens=5)
     fired = ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     for f_BF, since in [(fired, [0, 2, 2]), (((0.0, 0.0, -2.0),), [1, 3, 0]), (fired, [0, 5, 2])]:
-        mechanism.after(step_with(x_BD=f_BF, f_BF=f_BF))
+        mechanism.after_step(step_with(x_BD=f_BF, f_BF=f_BF))
         assert mechanism.since_F.tolist() == since
     assert float(mechanism.scalars()["dead"]) == pytest.approx(1 / 3)
     assert len(mechanism.index_A) == 0  # the list is renewed in between
-    mechanism.between(None)
+    mechanism.every_n_steps(None)
     assert mechanism.dead_F.tolist() == [False, True, False]
     assert mechanism.index_A[mechanism.real_A > 0].tolist() == [1]
 
@@ -143,7 +151,7 @@ def test_the_list_of_the_dead_is_padded_to_a_power_of_two_within_the_width(dead:
     assert (len(mechanism.index_A), int(mechanism.real_A.sum())) == (padded, dead)
     again = DeadLatents(200, after_tokens=1)
     again.load_state_dict(mechanism.state_dict())
-    again.restored()
+    again.after_restore()
     assert torch.equal(again.index_A, mechanism.index_A) and torch.equal(again.real_A, mechanism.real_A)
 
 
@@ -154,20 +162,20 @@ def test_unit_norm_removes_the_radial_gradient_and_restores_the_norm() -> None:
     tangent_FD = sae.W_dec.grad.clone()
     step = step_of(sae, torch.randn(4, 8))
     with torch.no_grad():
-        mechanism.before(step)
+        mechanism.after_backward(step)
         assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-6
         removed_FD = tangent_FD - sae.W_dec.grad  # along the row and nothing else
         torch.testing.assert_close(removed_FD, (tangent_FD * sae.W_dec).sum(1, keepdim=True) * sae.W_dec)
         direction_FD = sae.W_dec.clone()
         sae.W_dec.mul_(torch.rand(20, 1) + 0.5)
-        mechanism.after(step)
+        mechanism.after_step(step)
         torch.testing.assert_close(sae.W_dec.detach(), direction_FD)
 
 
 def test_activity_follows_how_often_a_latent_fires() -> None:
     mechanism = ActivityEMA(2, beta=0.9, threshold=0.5)
     for _ in range(2):
-        mechanism.after(step_with(f_BF=((1.0, 0.5), (0.2, 0.0))))  # one of two over the threshold, none
+        mechanism.after_step(step_with(f_BF=((1.0, 0.5), (0.2, 0.0))))  # one of two over the threshold, none
     assert mechanism.rate_F.tolist() == pytest.approx([0.1 * 0.5 + 0.9 * 0.1 * 0.5, 0.0])
 
 
@@ -179,7 +187,7 @@ def test_forget_zeroes_the_moments_of_some_latents_and_keeps_the_count_of_steps(
     for parameter in sae.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    forget(step, torch.tensor([1, 4]))
+    reset_adam_state(step, torch.tensor([1, 4]))
     for parameter, latents_first in ((sae.W_dec, sae.W_dec), (sae.W_enc, sae.W_enc.T), (sae.b_enc, sae.b_enc)):
         state = optimizer.state[parameter]
         assert float(state["step"]) == 1
@@ -192,13 +200,13 @@ def test_forget_zeroes_the_moments_of_some_latents_and_keeps_the_count_of_steps(
 
 def test_the_threshold_starts_at_the_first_minimum_and_follows_the_others() -> None:
     activation = BatchTopK(1)
-    mechanism = Threshold(activation, rate=0.1)
+    mechanism = BatchTopKThreshold(activation, rate=0.1)
     for f_BF, expected in [
         (((4.0, 0.0), (2.0, 3.0)), 2.0),
         (((4.0, 5.0), (0.0, 0.0)), 2.0 + 0.1 * (4 - 2)),
         (((0.0, 0.0), (0.0, 0.0)), 2.2),  # nothing fired: nothing is learnt
     ]:
-        mechanism.after(step_with(f_BF=f_BF))
+        mechanism.after_step(step_with(f_BF=f_BF))
         assert float(activation.threshold) == pytest.approx(expected)
     for f_BF in ((4.0,),), ((1.0,),), ((7.0,),):
         mechanism.calibrate(step_with(f_BF=f_BF))
@@ -208,7 +216,7 @@ def test_the_threshold_starts_at_the_first_minimum_and_follows_the_others() -> N
 def test_the_calibrated_threshold_keeps_k_latents_a_token() -> None:
     torch.manual_seed(0)
     sae = SAE(32, 256, [BatchTopK(20)])
-    mechanism = Threshold(sae.activation[0])
+    mechanism = BatchTopKThreshold(sae.activation[0])
     with torch.no_grad():
         for _ in range(16):
             mechanism.calibrate(step_of(sae, torch.randn(256, 32)))
@@ -265,7 +273,7 @@ def test_decorrelation_of_silence_is_zero() -> None:
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_batch_that_is_not_finite_moves_no_weight(training_of, batches, bad: float) -> None:
     """The step is latched on the device; from it on parameters, moments and counts of the optimizer stay as they were."""
-    training: Training = training_of("relu")
+    training: Trainer = training_of("relu")
     for t in range(3):
         training.step(batches[t])
     before = {n: p.detach().clone() for n, p in training.variant.named_parameters()}
@@ -312,9 +320,9 @@ def test_annealed_k_falls_to_k_whatever_room_there_is(activation, kept: list[int
         assert bool(((f_BF == Z_BF) | (f_BF == 0)).all())
         if isinstance(activation, BatchTopK):
             assert f_BF.sum() == Z_BF.flatten().sort().values[-count:].sum()
-        anneal.after(step_with(i=t))
+        anneal.after_step(step_with(i=t))
         if (t + 1) % every == 0:
-            anneal.between(step_with(i=t + 1))
+            anneal.every_n_steps(step_with(i=t + 1))
     assert int((activation.eval()(Z_BF) > 0).sum()) == (4 if isinstance(activation, TopK) else 11)  # threshold 0
 
 

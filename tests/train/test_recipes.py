@@ -8,15 +8,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from sae.cache.files import read_json
 from sae.cache.reader import Cache
+from sae.common.files import read_json
 from sae.train.checkpoint import restore, save_checkpoint, tensors_of
-from sae.train.loop import Training
+from sae.train.loop import Trainer
 from sae.train.mechanisms import UnitNormDecoder
-from sae.train.recipe import RECIPES, Setting, fits
-from sae.train.run import Request, plan
-from sae.train.sae import folded, load_sae, save_sae
-from sae.train.stream import run_all
+from sae.train.plan import TrainConfig, plan
+from sae.train.recipe import RECIPES, fits
+from sae.train.run import run_all
+from sae.train.sae import fold_normalization, load_sae, save_sae
+from sae.train.variant import RunConfig
 
 # Recipes under options that add a part of their own, as "recipe option=value ...".
 VARIED = (
@@ -82,7 +83,7 @@ def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
     training = training_of(name, center=True)
     list(take(training, range(10)))
     variant = training.variant
-    save_sae(folded(variant.sae, float(variant.scale), variant.mean_D), tmp_path, {})
+    save_sae(fold_normalization(variant.sae, float(variant.scale), variant.mean_D), tmp_path, {})
     loaded, trained = load_sae(tmp_path), variant.sae.eval()
     x_BD = batches[20].float()
     with torch.no_grad():
@@ -98,7 +99,7 @@ def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
 def test_save_and_load_keep_every_bit(name, training_of, take, batches, tmp_path: Path) -> None:
     training = training_of(name)
     list(take(training, range(10)))
-    raw = folded(training.variant.sae, float(training.variant.scale), training.variant.mean_D)
+    raw = fold_normalization(training.variant.sae, float(training.variant.scale), training.variant.mean_D)
     save_sae(raw, tmp_path, {"layer": 0})
     loaded, x_BD = load_sae(tmp_path), batches[20].float()
     with torch.no_grad():
@@ -121,9 +122,9 @@ def test_a_token_is_coded_by_itself_after_training(name, training_of, take, batc
 def test_a_step_reads_nothing_back_to_the_host(name, make) -> None:
     """Under FakeTensorMode tensors have no values: `.item()`, `nonzero` and shapes that depend on data raise."""
     with FakeTensorMode():
-        variant = make(name, Setting(D_IN, D_SAE, 100, BATCH))
+        variant = make(name, RunConfig(D_IN, D_SAE, 100, BATCH))
         variant.dead.index_A, variant.dead.real_A = torch.arange(D_SAE), torch.ones(D_SAE)  # AuxK has work to do
-        training = Training(variant, 100, "cpu")
+        training = Trainer(variant, 100, "cpu")
         for _ in range(3):
             training.step(torch.randn(BATCH, D_IN, dtype=torch.bfloat16))
 
@@ -131,7 +132,7 @@ def test_a_step_reads_nothing_back_to_the_host(name, make) -> None:
 @every_recipe
 def test_options_are_checked_without_allocating(name, make) -> None:
     with torch.device("meta"):
-        variant = make(name, Setting(2304, 2**14, 1000, 2048))
+        variant = make(name, RunConfig(2304, 2**14, 1000, 2048))
     assert variant.sae.W_dec.is_meta
 
 
@@ -142,11 +143,13 @@ def test_defaults_are_of_the_type_they_are_annotated_with(name) -> None:
     assert RECIPES[name].summary and RECIPES[name].paper
 
 
-def request_of(name: str, cache: Cache, out: Path, **other: int) -> Request:
+def request_of(name: str, cache: Cache, out: Path, **other: int) -> TrainConfig:
     """A short run, as the command asks for it."""
     name, *options = name.split()
     sizes = {"steps": STEPS, "batch_size": BATCH, "width": "16x"}
-    return Request([name], layers=[0], caches=[cache.folder], device="cpu", out=out, options=options, **sizes, **other)
+    return TrainConfig(
+        [name], layers=[0], caches=[cache.folder], device="cpu", out=out, options=options, **sizes, **other
+    )
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from sae.train.loop import Training
-from sae.train.recipe import Setting, find_recipe
+from sae.train.loop import Trainer
+from sae.train.recipe import find_recipe
+from sae.train.variant import RunConfig
 
 STEPS = 600
 
@@ -24,11 +25,11 @@ def test_the_atoms_are_found(name: str, options: dict) -> None:
         return float((atoms_AD @ variant.sae.W_dec.detach().T).max(1).values.mean())
 
     torch.manual_seed(0)
-    variant = find_recipe(name).make(Setting(32, 64, STEPS, 256), {"lr": 5e-3, **options})
+    variant = find_recipe(name).make(RunConfig(32, 64, STEPS, 256), {"lr": 5e-3, **options})
     sample = rows(10_000)
     variant.adapt(sample.mean(0), float(sample.square().sum(1).mean()))
-    training, before = Training(variant, STEPS, "cpu"), cosine()
+    training, before = Trainer(variant, STEPS, "cpu"), cosine()
     for number in range(STEPS):
-        training.between(number, training.step(rows(256)))
+        training.run_periodic(number, training.step(rows(256)))
     assert before < 0.6
     assert cosine() > 0.95

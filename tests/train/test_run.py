@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from sae.cache.batches import Plan
 from sae.cache.chunks import write_chunk
-from sae.cache.errors import Interrupted, SaeError, UsageError
-from sae.cache.files import read_json
+from sae.cache.loader import BatchOrder
 from sae.cache.reader import open_cache
+from sae.common.errors import Interrupted, SaeError, UsageError
+from sae.common.files import read_json
 from sae.train.checkpoint import restore, save_checkpoint, tensors_of
-from sae.train.run import Request, plan
+from sae.train.plan import TrainConfig, plan
+from sae.train.run import TrainProgress, run_all
 from sae.train.sae import load_sae
-from sae.train.stream import Report, run_all
 
 NAMES = ["batchtopk", "decorrelation", "relu", "topk"]
 
 
-def request_of(cache, *variants: str, **changes) -> Request:
+def request_of(cache, *variants: str, **changes) -> TrainConfig:
     """Twelve steps of 64 tokens, a checkpoint after every fourth."""
     settings = dict(
         layers=[0],
@@ -39,12 +39,12 @@ def request_of(cache, *variants: str, **changes) -> Request:
         checkpoint_every=4,
         log_every=2,
     )
-    return Request(list(variants), **settings | changes)
+    return TrainConfig(list(variants), **settings | changes)
 
 
-def train(request: Request, report: Report | None = None) -> list[Path]:
+def train(request: TrainConfig, report: TrainProgress | None = None) -> list[Path]:
     runs = plan(request)
-    run_all(runs, request, report or Report())
+    run_all(runs, request, report or TrainProgress())
     return [run.folder for run in runs]
 
 
@@ -70,7 +70,7 @@ def test_the_same_command_does_not_train_twice(sparse_cache) -> None:
     request, said = request_of(sparse_cache, "relu"), []
     (folder,) = train(request)
     before = (folder / "sae.safetensors").stat().st_mtime_ns
-    assert train(request, Report(say=said.append)) == [folder]
+    assert train(request, TrainProgress(say=said.append)) == [folder]
     assert said == [f"{folder} is trained already."]
     assert (folder / "sae.safetensors").stat().st_mtime_ns == before
 
@@ -140,12 +140,12 @@ def test_a_stop_request_saves_and_names_the_command_that_goes_on(sparse_cache, t
 
     runs = plan(request)
     with pytest.raises(Interrupted, match="Stopped after step 7; everything is saved") as stopped:
-        run_all(runs, request, Report(step=press))
+        run_all(runs, request, TrainProgress(step=press))
     folders = [run.folder for run in runs]
     assert stopped.value.exit_code == 130
     assert all(f"--resume {folder}" in str(stopped.value) for folder in folders)
     assert [checkpoints(folder)[-1] for folder in folders] == ["step-00000007"] * 2
-    train(Request(resume=folders, device="cpu"))
+    train(TrainConfig(resume=folders, device="cpu"))
     for left, right in zip(folders, whole, strict=True):
         assert (left / "sae.safetensors").read_bytes() == (right / "sae.safetensors").read_bytes()
 
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_does_not_outlive_the_next(
         (newest / "state.json").unlink()
     else:
         (newest / "state.safetensors").unlink()
-    train(request, Report(say=said.append))
+    train(request, TrainProgress(say=said.append))
     assert "step-00000012 is passed over" in said[0] and said[1] == f"{folder.name} goes on from step 8."
     assert (folder / "sae.safetensors").read_bytes() == weights
 
@@ -227,7 +227,7 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     folder = tmp_path / "cache"
     shutil.copytree(sparse_cache.folder, folder)
     cache = open_cache(folder)
-    piece = Plan(cache.chunk_rows, 64, 0).pieces(9)[5]
+    piece = BatchOrder(cache.chunk_rows, 64, 0).pieces(9)[5]
     bits = cache.chunk("layer_00", piece.chunk).copy()
     bits[piece.start, 3] = torch.tensor(math.inf, dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     file, record = write_chunk(folder, cache.array("layer_00"), piece.chunk, bits)
@@ -238,7 +238,7 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     request = request_of(open_cache(folder), "relu", "topk", out=tmp_path / "runs")
     runs = plan(request)
     with pytest.raises(SaeError, match=r"not finite at step 9 \(batch 9 of order seed 0\)") as failed:
-        run_all(runs, request, Report(say=said.append))
+        run_all(runs, request, TrainProgress(say=said.append))
     assert failed.value.exit_code == 1 and "--set relu.lr=" in str(failed.value) and len(said) == 2
     for run in runs:
         assert checkpoints(run.folder) == ["step-00000004", "step-00000008"] and not run.done
@@ -348,7 +348,7 @@ def test_what_the_types_say_and_what_the_builder_finds_is_said_together(sparse_c
 
 def test_an_unknown_variant_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="no variant 'topkk'; did you mean topk?"):
-        plan(Request(["topkk"]))
+        plan(TrainConfig(["topkk"]))
 
 
 def test_everything_that_is_wrong_is_said_at_once(sparse_cache) -> None:
@@ -386,11 +386,11 @@ def test_a_run_that_has_begun_cannot_be_changed(sparse_cache, another_cache) -> 
         ({"variants": ["topk"], "width": "4x"}, "--variant, --width"),
     ]:
         with pytest.raises(UsageError, match=f"^{flag} cannot change a run that has begun"):
-            plan(Request(resume=[folder], **changes))
+            plan(TrainConfig(resume=[folder], **changes))
     with pytest.raises(UsageError, match="is not what .* was trained on"):
-        plan(Request(resume=[folder], caches=[another_cache.folder]))
+        plan(TrainConfig(resume=[folder], caches=[another_cache.folder]))
     with pytest.raises(UsageError, match="holds no run"):
-        plan(Request(resume=[folder.parent]))
+        plan(TrainConfig(resume=[folder.parent]))
 
 
 def test_defaults_that_have_changed_since_a_run_began_are_named(sparse_cache) -> None:

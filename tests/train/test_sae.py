@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae.cache.errors import DamagedError, UsageError
-from sae.train.sae import SAE, BatchTopK, ReLU, TopK, folded, load_sae, save_sae
+from sae.common.errors import DamagedError, UsageError
+from sae.train.activations import BatchTopK, ReLU, TopK
+from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
 
 
 def random_sae(d_in: int = 6, d_sae: int = 10, activation=(), **options) -> SAE:
@@ -101,7 +102,7 @@ def test_folding_scales_biases_and_thresholds_and_keeps_the_weights(pre_bias: bo
     activation = BatchTopK(2)
     activation.threshold.fill_(0.7)
     sae, mean_D = random_sae(activation=[activation], pre_bias=pre_bias).eval(), torch.randn(6, dtype=torch.float64)
-    raw, x_BD = folded(sae, 5.0, mean_D), 20 * torch.randn(50, 6, dtype=torch.float64)
+    raw, x_BD = fold_normalization(sae, 5.0, mean_D), 20 * torch.randn(50, 6, dtype=torch.float64)
     assert float(raw.activation[0].threshold) == pytest.approx(3.5)
     assert float(activation.threshold) == pytest.approx(0.7)  # the trained one is left alone
     assert torch.equal(raw.W_enc, sae.W_enc) and torch.equal(raw.W_dec, sae.W_dec)

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.errors import UsageError
+from ...common.errors import UsageError
 from ..sae import SAE
-from .plain import Plain, before_coupling, finished
+from .canonical import CanonicalSAE, before_coupling, finished
 
 KINDS = ("topk", "jumprelu", "relu")
 ROWS = 1024
 
 
 @torch.no_grad()
-def approximated(sae: SAE, kind: str, x_RD: Tensor) -> tuple[Plain, dict[str, Any]]:
+def approximated(sae: SAE, kind: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[str, Any]]:
     """The SAE with its last activations replaced by one of `kind` with as many latents a row, and what that costs.
 
     topk: k is the mean number of latents of these rows; jumprelu: one threshold that leaves as many; relu: neither.

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.errors import DamagedError, UsageError
-from ...cache.files import publish, write_json
-from .format import Format, Found, Reference
-from .names import first_hook, hub_name, model_said
-from .pickled import state_dict_of
-from .plain import Plain, sae_of
-from .stored import Claim, Folder, clipped, length, weights, words
+from ...common.errors import DamagedError, UsageError
+from ...common.files import atomic_write, write_json
+from .base import ForeignSAE, Format, Reference
+from .canonical import CanonicalSAE, sae_of
+from .hook_names import first_hook, hub_name, model_said
+from .safe_pickle import state_dict_of
+from .safe_read import Folder, TensorHeader, clipped, length, weights, words
 
 # By the tensors that only this class has. config.json can say otherwise: then the folder contradicts itself.
 KINDS = {
@@ -52,23 +52,23 @@ class DictionaryLearning(Format, name="dictionary-learning"):
     def recognise(self, folder: Folder) -> bool:
         return folder.has("ae.pt")
 
-    def write(self, plain: Plain, folder: Path, about: dict[str, Any]) -> None:
+    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
         encoder, decoder = plain.W_enc.T, plain.W_dec.T
         match plain:
-            case Plain(kind="relu"):
+            case CanonicalSAE(kind="relu"):
                 found = {"bias": plain.b_dec, "encoder.weight": encoder, "encoder.bias": plain.input_bias, "decoder.weight": decoder}  # fmt: skip
-            case Plain(kind="gated", r_mag=Tensor(), b_mag=Tensor()):
+            case CanonicalSAE(kind="gated", r_mag=Tensor(), b_mag=Tensor()):
                 inside_F = plain.b_dec @ plain.W_enc
                 found = {
                     "decoder_bias": plain.b_dec, "r_mag": plain.r_mag, "gate_bias": plain.b_enc + inside_F,
                     "mag_bias": plain.b_mag + plain.r_mag.exp() * inside_F, "encoder.weight": encoder, "decoder.weight": decoder,
                 }  # fmt: skip
-            case Plain(kind="topk"):
+            case CanonicalSAE(kind="topk"):
                 found = {
                     "b_dec": plain.b_dec, "k": torch.tensor(plain.k, dtype=torch.int32), "threshold": torch.tensor(-1.0),
                     "encoder.weight": encoder, "encoder.bias": plain.input_bias, "decoder.weight": decoder,
                 }  # fmt: skip
-            case Plain(kind="jumprelu", threshold=Tensor()):
+            case CanonicalSAE(kind="jumprelu", threshold=Tensor()):
                 found = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec, "threshold": plain.threshold}  # fmt: skip
             case _:
                 raise AssertionError(plain.kind)
@@ -85,7 +85,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         if plain.kind == "topk":
             trainer["k"] = plain.k
         buffer_record = {"ctx_len": about.get("context_size"), "d_submodule": plain.d_in, "io": "out"}
-        publish(folder / "ae.pt", buffer.getbuffer())
+        atomic_write(folder / "ae.pt", buffer.getbuffer())
         write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer_record, "about": about})
 
     def load(self, folder: Folder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -113,7 +113,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
             raise DamagedError(f"{folder.path / 'config.json'} says {clipped(name)}, but ae.pt holds the tensors of {' or '.join(fitting)}.")  # fmt: skip
         return name, config, weights(path, claims, shapes_of(path, name, claims))
 
-    def read(self, folder: Folder) -> Found:
+    def read(self, folder: Folder) -> ForeignSAE:
         name, config, found = self.load(folder)
         w = {n: t.double() for n, t in found.items()}
         W_enc = w["W_enc"] if "W_enc" in w else w["encoder.weight"].T
@@ -122,13 +122,15 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         b_enc = next(w[n] for n in ("b_enc", "encoder.bias", "gate_bias") if n in w)
         pre_bias = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
         inside_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
-        plain = Plain(W_enc, b_enc - inside_F, W_dec, b_dec, "relu")
+        plain = CanonicalSAE(W_enc, b_enc - inside_F, W_dec, b_dec, "relu")
         matrices = (plain.W_enc, plain.b_enc, plain.W_dec, plain.b_dec)
         match name:
             case "GatedAutoEncoder":
-                plain = Plain(*matrices, "gated", r_mag=w["r_mag"], b_mag=w["mag_bias"] - w["r_mag"].exp() * inside_F)
+                plain = CanonicalSAE(
+                    *matrices, "gated", r_mag=w["r_mag"], b_mag=w["mag_bias"] - w["r_mag"].exp() * inside_F
+                )
             case "AutoEncoderTopK":
-                plain = Plain(*matrices, "topk", k=chosen(folder, found, plain.d_sae))
+                plain = CanonicalSAE(*matrices, "topk", k=chosen(folder, found, plain.d_sae))
             case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
                 threshold = float(w["threshold"])
                 if threshold < 0:
@@ -136,10 +138,10 @@ class DictionaryLearning(Format, name="dictionary-learning"):
                         f"{folder.path / 'ae.pt'}: the threshold of this {name} was never set (it is {threshold:g}), and k is of a "
                         "whole batch: what it does to one token is not decided. Train it longer, or set its threshold."
                     )
-                plain = Plain(*matrices, "jumprelu", threshold=torch.full_like(b_enc, threshold))
+                plain = CanonicalSAE(*matrices, "jumprelu", threshold=torch.full_like(b_enc, threshold))
             case "JumpReluAutoEncoder":
-                plain = Plain(*matrices, "jumprelu", threshold=w["threshold"].clamp_min(0))
-        result = Found(sae_of(plain, pre_bias=pre_bias))
+                plain = CanonicalSAE(*matrices, "jumprelu", threshold=w["threshold"].clamp_min(0))
+        result = ForeignSAE(sae_of(plain, pre_bias=pre_bias))
         trainer = config.get("trainer") if isinstance(config.get("trainer"), dict) else {}
         assert isinstance(trainer, dict)
         result.model = model_said(trainer.get("lm_name"))
@@ -193,7 +195,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         return code
 
 
-def shapes_of(path: Path, name: str, claims: dict[str, Claim]) -> dict[str, tuple[int, ...]]:
+def shapes_of(path: Path, name: str, claims: dict[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
     """The shapes that a class demands: d_in and d_sae from its biases, or where it has one alone, from its encoder."""
     letters = KINDS[name]
     known = {"G": length(path, claims, "group_sizes")} if "group_sizes" in letters else {}

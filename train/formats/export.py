@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from ...cache.errors import UsageError
-from ...cache.files import flush_folder, make_folder, outside
+from ...common.errors import UsageError
+from ...common.files import fsync_folder, make_folder, os_error
 from ..sae import SAE, load_sae
-from .about import describe, hook_of_run
 from .approximate import approximated, sentence
-from .check import Check, Progress, Rows, compare, insist, rows_of_run, silent, synthetic_rows
-from .format import Format, find_format
-from .plain import UNIT, Plain, plain_of, sae_of
-from .stored import Folder
+from .base import Format, find_format
+from .canonical import UNIT, CanonicalSAE, canonical_form, sae_of
+from .metadata import describe, hook_of_run
+from .safe_read import Folder
+from .verify import Check, Progress, SampleRows, compare, insist, rows_of_run, silent, synthetic_rows
 
 
 @dataclass
@@ -84,11 +84,11 @@ def export_sae(
 
 
 def held(
-    sae: SAE, kind: Format, approximate: str | None, rows: Rows | None, about: dict[str, Any], notes: list[str]
-) -> Plain:
+    sae: SAE, kind: Format, approximate: str | None, rows: SampleRows | None, about: dict[str, Any], notes: list[str]
+) -> CanonicalSAE:
     """The SAE as a kind that the format holds. UsageError names those that hold it; `about` gets an approximation's record."""
     try:
-        plain = plain_of(sae)
+        plain = canonical_form(sae)
     except UsageError:
         if approximate is None:
             raise
@@ -126,14 +126,14 @@ def building(target: Path) -> Iterator[Path]:
     try:
         make_folder(temporary)
     except OSError as error:
-        raise outside(error, target) from error
+        raise os_error(error, target) from error
     try:
         yield temporary
         if target.is_dir():
             target.rmdir()
         os.replace(temporary, target)
-        flush_folder(target.parent)
+        fsync_folder(target.parent)
     except OSError as error:
-        raise outside(error, target) from error
+        raise os_error(error, target) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

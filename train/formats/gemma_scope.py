@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...cache.errors import UsageError
-from ...cache.files import publish, write_json
-from .format import Format, Found, Reference
-from .names import first_hook, model_said, of_gemma_scope
-from .plain import Plain, sae_of
-from .stored import Folder, length, npz_of, weights
+from ...common.errors import UsageError
+from ...common.files import atomic_write, write_json
+from .base import ForeignSAE, Format, Reference
+from .canonical import CanonicalSAE, sae_of
+from .hook_names import first_hook, model_said, of_gemma_scope
+from .safe_read import Folder, length, npz_of, weights
 
 
 class GemmaScope(Format, name="gemma-scope"):
@@ -28,12 +28,12 @@ class GemmaScope(Format, name="gemma-scope"):
     def recognise(self, folder: Folder) -> bool:
         return folder.has("params.npz")
 
-    def write(self, plain: Plain, folder: Path, about: dict[str, Any]) -> None:
+    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
         assert plain.threshold is not None
         names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
         buffer = io.BytesIO()
         np.savez(buffer, **{name: getattr(plain, name).float().contiguous().numpy() for name in names})
-        publish(folder / "params.npz", buffer.getbuffer())
+        atomic_write(folder / "params.npz", buffer.getbuffer())
         write_json(folder / "about.json", about)
 
     def load(self, folder: Folder) -> dict[str, Tensor]:
@@ -43,10 +43,12 @@ class GemmaScope(Format, name="gemma-scope"):
         expected = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
         return weights(path, claims, expected)
 
-    def read(self, folder: Folder) -> Found:
+    def read(self, folder: Folder) -> ForeignSAE:
         w = {name: t.double() for name, t in self.load(folder).items()}
-        plain = Plain(w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], "jumprelu", threshold=w["threshold"].clamp_min(0))
-        found = Found(sae_of(plain))
+        plain = CanonicalSAE(
+            w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], "jumprelu", threshold=w["threshold"].clamp_min(0)
+        )
+        found = ForeignSAE(sae_of(plain))
         parts = folder.path.resolve().parts
         if "embedding" in parts:
             raise UsageError(f"{folder.path} is of the embedding, which is no layer, and was scaled by sqrt(d_in).")

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ...cache.errors import DamagedError, Interrupted, OutsideError, SaeError, UsageError
-from ...cache.files import bytes_text, publish
+from ...common.errors import DamagedError, Interrupted, SaeError, UnavailableError, UsageError
+from ...common.files import atomic_write
+from ...common.formatting import format_bytes
 from ..sae import load_sae
-from .card import card
-from .check import Progress, silent
+from .base import Format
 from .export import export_sae
-from .format import Format
-from .importing import Imported, import_sae
+from .import_ import Imported, import_sae
+from .model_card import card
+from .verify import Progress, silent
 
 NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 
@@ -55,18 +56,18 @@ def reached(what: str) -> Iterator[None]:
     except SaeError:
         raise
     except errors.GatedRepoError as error:
-        raise OutsideError(
+        raise UnavailableError(
             f"{what} is gated: accept its licence on https://huggingface.co, then `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise OutsideError(
+        raise UnavailableError(
             f"There is no {what} on the Hub that you can see. Check the name; if it is private, run `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{what} has no such revision. Give a commit, a branch or a tag of it.") from error
     except Exception as error:  # of whichever client of HTTP it uses
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OutsideError(
+        raise UnavailableError(
             f"The Hub could not be reached for {what}: {first.rstrip('.')}. Check the network and `hf auth login`."
         ) from error
 
@@ -81,7 +82,7 @@ def import_from_hub(text: str, *, say: Callable[[str], None] = lambda line: None
     files = needed(address, [remote(sibling) for sibling in info.siblings or []])
     say(f"commit   {address.repo} at {info.sha}")
     for file in files:
-        say(f"file     {file.name} ({bytes_text(file.size)})")
+        say(f"file     {file.name} ({format_bytes(file.size)})")
     with tempfile.TemporaryDirectory() as place:
         root = Path(place, *address.repo.split("/"))
         for file in files:
@@ -160,7 +161,7 @@ def upload(
     base = model if isinstance(model, str) and NAME.fullmatch(model) else None
     with tempfile.TemporaryDirectory() as place:
         made = export_sae(run, "saelens", Path(place) / "sae", approximate=approximate, cache=cache, progress=progress)
-        publish(made.folder / "README.md", card(made, run, repo, base).encode())
+        atomic_write(made.folder / "README.md", card(made, run, repo, base).encode())
         for note in made.notes:
             say(f"note     {note}")
         say(f"checked  {made.check}")

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ...cache.errors import DamagedError, UsageError
-from ...cache.files import publish, write_json
-from .format import Format, Found, Reference
-from .names import first_hook, model_said
-from .plain import Plain, sae_of
-from .stored import Folder, clipped, flag, number, safetensors_of, text, weights, words
+from ...common.errors import DamagedError, UsageError
+from ...common.files import atomic_write, write_json
+from .base import ForeignSAE, Format, Reference
+from .canonical import CanonicalSAE, sae_of
+from .hook_names import first_hook, model_said
+from .safe_read import Folder, clipped, flag, number, safetensors_of, text, weights, words
 
 ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
 TRAINED = {"batchtopk", "matryoshka_batchtopk"}  # names of a training, whose inference is a jumprelu
@@ -36,7 +36,7 @@ class SAELens(Format, name="saelens"):
     def recognise(self, folder: Folder) -> bool:
         return folder.has("sae_weights.safetensors")
 
-    def write(self, plain: Plain, folder: Path, about: dict[str, Any]) -> None:
+    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
         names = {kind: name for name, kind in ARCHITECTURES.items()}
         config: dict[str, Any] = {
             "architecture": names[plain.kind],
@@ -52,13 +52,13 @@ class SAELens(Format, name="saelens"):
             config |= {"k": plain.k, "rescale_acts_by_decoder_norm": plain.unit_rows}
         tensors = {"W_enc": plain.W_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
         match plain:
-            case Plain(kind="gated", r_mag=Tensor(), b_mag=Tensor()):
+            case CanonicalSAE(kind="gated", r_mag=Tensor(), b_mag=Tensor()):
                 tensors |= {"b_gate": plain.b_enc, "r_mag": plain.r_mag, "b_mag": plain.b_mag}
-            case Plain(kind="jumprelu", threshold=Tensor()):
+            case CanonicalSAE(kind="jumprelu", threshold=Tensor()):
                 tensors |= {"b_enc": plain.b_enc, "threshold": plain.threshold}
             case _:
                 tensors["b_enc"] = plain.b_enc
-        publish(folder / self.files[0], save({n: t.float().contiguous().clone() for n, t in tensors.items()}))
+        atomic_write(folder / self.files[0], save({n: t.float().contiguous().clone() for n, t in tensors.items()}))
         write_json(folder / "cfg.json", {**config, "metadata": about})
 
     def load(self, folder: Folder) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
@@ -111,7 +111,7 @@ class SAELens(Format, name="saelens"):
             raise DamagedError(f"{at}: a scale of {clipped(value)} is none.")
         return float(value)
 
-    def read(self, folder: Folder) -> Found:
+    def read(self, folder: Folder) -> ForeignSAE:
         config, kind, found = self.load(folder)
         s, at = self.scale(folder, config), folder.path / "cfg.json"
         w = {name: t.double() for name, t in found.items()}
@@ -119,7 +119,7 @@ class SAELens(Format, name="saelens"):
         pre_bias = flag(at, config, "apply_b_dec_to_input", True)
         b_enc = w["b_gate"] if kind == "gated" else w["b_enc"]
         inside_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
-        plain = Plain(W_enc, b_enc - inside_F, W_dec, b_dec, kind)
+        plain = CanonicalSAE(W_enc, b_enc - inside_F, W_dec, b_dec, kind)
         match kind:
             case "topk":
                 if flag(at, config, "rescale_acts_by_decoder_norm", False):
@@ -128,14 +128,14 @@ class SAELens(Format, name="saelens"):
                         raise DamagedError(
                             f"{at}: {int((n_F == 0).sum())} rows of W_dec are zero, and have to be divided by."
                         )
-                    plain = Plain(W_enc * n_F, plain.b_enc * n_F, W_dec / n_F[:, None], b_dec, kind)
-                plain = Plain(plain.W_enc, plain.b_enc, plain.W_dec, b_dec, kind, k=number(at, config, "k"))
+                    plain = CanonicalSAE(W_enc * n_F, plain.b_enc * n_F, W_dec / n_F[:, None], b_dec, kind)
+                plain = CanonicalSAE(plain.W_enc, plain.b_enc, plain.W_dec, b_dec, kind, k=number(at, config, "k"))
             case "jumprelu":
-                plain = Plain(W_enc, plain.b_enc, W_dec, b_dec, kind, threshold=w["threshold"].clamp_min(0))
+                plain = CanonicalSAE(W_enc, plain.b_enc, W_dec, b_dec, kind, threshold=w["threshold"].clamp_min(0))
             case "gated":
                 b_mag = w["b_mag"] - w["r_mag"].exp() * inside_F
-                plain = Plain(W_enc, plain.b_enc, W_dec, b_dec, kind, r_mag=w["r_mag"], b_mag=b_mag)
-        return described(Found(sae_of(plain, pre_bias=pre_bias)), config)
+                plain = CanonicalSAE(W_enc, plain.b_enc, W_dec, b_dec, kind, r_mag=w["r_mag"], b_mag=b_mag)
+        return described(ForeignSAE(sae_of(plain, pre_bias=pre_bias)), config)
 
     def reference(self, folder: Folder) -> Reference:
         config, kind, found = self.load(folder)
@@ -177,7 +177,7 @@ def settled(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def described(found: Found, config: dict[str, Any]) -> Found:
+def described(found: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
     """What the configuration says of model and place; before version 6 it stood at the top."""
     said = {**config, **config.get("metadata", {})}
     found.model = model_said(said.get("model_name"))

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ...cache.errors import DamagedError, UsageError
-from ...cache.files import publish, write_json
-from .format import Format, Found, Reference
-from .names import first_hook, hub_name, model_said
-from .plain import Plain, sae_of
-from .stored import Folder, clipped, flag, number, safetensors_of, weights, words
+from ...common.errors import DamagedError, UsageError
+from ...common.files import atomic_write, write_json
+from .base import ForeignSAE, Format, Reference
+from .canonical import CanonicalSAE, sae_of
+from .hook_names import first_hook, hub_name, model_said
+from .safe_read import Folder, clipped, flag, number, safetensors_of, weights, words
 
 
 class Sparsify(Format, name="sparsify"):
@@ -43,7 +43,7 @@ class Sparsify(Format, name="sparsify"):
         folder.file(f"{found[0].name}/sae.safetensors")  # refused when a link leads elsewhere
         return Folder(found[0])
 
-    def write(self, plain: Plain, folder: Path, about: dict[str, Any]) -> None:
+    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
         layer = about.get("hook_layer")
         inner = folder / (f"layers.{layer}" if layer is not None else "sae")
         tensors = {
@@ -54,7 +54,7 @@ class Sparsify(Format, name="sparsify"):
             "num_latents": plain.d_sae, "k": plain.k, "multi_topk": False, "skip_connection": False, "transcode": False,
             "d_in": plain.d_in,
         }  # fmt: skip
-        publish(inner / "sae.safetensors", save({n: t.float().contiguous().clone() for n, t in tensors.items()}))
+        atomic_write(inner / "sae.safetensors", save({n: t.float().contiguous().clone() for n, t in tensors.items()}))
         write_json(inner / "cfg.json", config)
         write_json(inner / "about.json", about)
         run = {"sae": config, "model": hub_name(about.get("model_name", "")), "hookpoints": [inner.name]}
@@ -77,13 +77,13 @@ class Sparsify(Format, name="sparsify"):
             raise DamagedError(f"{at}: k is {config['k']}, and there are {F} latents.")
         return config, found
 
-    def read(self, folder: Folder) -> Found:
+    def read(self, folder: Folder) -> ForeignSAE:
         config, found = self.load(folder)
         w = {name: t.double() for name, t in found.items()}
         W_enc = w["encoder.weight"].T
         b_enc = w["encoder.bias"] - w["b_dec"] @ W_enc
-        plain = Plain(W_enc, b_enc, w["W_dec"], w["b_dec"], "topk", k=config["k"])
-        result = Found(sae_of(plain, pre_bias=True), metadata=dict(config))
+        plain = CanonicalSAE(W_enc, b_enc, w["W_dec"], w["b_dec"], "topk", k=config["k"])
+        result = ForeignSAE(sae_of(plain, pre_bias=True), metadata=dict(config))
         inner = self.inside(folder) or folder
         said = inner.record("about.json") if inner.has("about.json") else {}
         result.hook = first_hook([said.get("hook_name"), inner.path.resolve().name])

@@ -7,16 +7,17 @@ p-anneal   L = |x - x_hat|^2 + l1 c_t sum_i f_i^{p_t}          p_t: 1 -> p_end
 import torch
 from torch import Tensor
 
-from ...cache.errors import UsageError
-from ..coefficients import warmup
+from ...common.errors import UsageError
+from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder, UnitNormExport
-from ..recipe import Optimization, Setting, Variant, recipe
+from ..recipe import recipe
 from ..sae import SAE
-from ..step import Mechanism, Step, Term
-from ..terms import MSE
+from ..schedules import warmup
+from ..step import LossTerm, Mechanism, Step
+from ..variant import Optimization, RunConfig, Variant
 
 
-class WeightedL1(Term):
+class WeightedL1(LossTerm):
     """mean_B sum_F |f_i| |W_dec,i|: shrinking latents and growing their rows gains nothing."""
 
     sparsity = True
@@ -26,7 +27,7 @@ class WeightedL1(Term):
 
 
 @recipe("april", paper="Conerly et al. 2024 (Anthropic, April update)", width=1)
-def april(run: Setting, l1: float = 5.0, l1_warmup: int | None = None) -> Variant:
+def april(run: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> Variant:
     """Decoder rows of any length under an L1 penalty that weighs latents by it; saved with unit rows.
 
     `l1` counts in the paper's units, inputs with E|x| = sqrt(d_in): with E|x|^2 = 1 the same objective, divided by
@@ -44,7 +45,7 @@ def april(run: Setting, l1: float = 5.0, l1_warmup: int | None = None) -> Varian
     )
 
 
-class Annealing(Mechanism):
+class PAnnealing(Mechanism):
     """p falls from 1 to `end` in `updates` equal steps, the first after `start` steps, the last one interval before `stop`.
 
     At each change the coefficient takes the ratio of the old penalty to the new one over the last `queue` batches, so
@@ -70,7 +71,7 @@ class Annealing(Mechanism):
     def p(self, changes: Tensor) -> Tensor:
         return 1 + (self.end - 1) * (changes / self.updates).clamp(max=1.0)
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         done, f_BF = self.changes(step.i), step.f_BF.detach()
         row_2 = torch.stack([power_sum(f_BF, self.p(done)), power_sum(f_BF, self.p(done + 1))])
         self.sums_Q2.index_copy_(0, (step.i % len(self.sums_Q2)).view(1), row_2.view(1, 2))
@@ -90,12 +91,12 @@ def power_sum(f_BF: Tensor, p: Tensor) -> Tensor:
     return torch.where(f_BF > 0, (f_BF + 1e-6) ** p, 0.0).sum(-1).mean()
 
 
-class Lp(Term):
+class Lp(LossTerm):
     """c_t mean_B sum_F f^{p_t}."""
 
     sparsity = True
 
-    def __init__(self, annealing: Annealing) -> None:
+    def __init__(self, annealing: PAnnealing) -> None:
         super().__init__()
         self.annealing = annealing
 
@@ -107,7 +108,7 @@ class Lp(Term):
 
 @recipe("p-anneal", paper="Karvonen et al. 2024", width=1)
 def p_anneal(
-    run: Setting,
+    run: RunConfig,
     l1: float = 0.015,
     p_end: float = 0.2,
     start: float = 0.3,
@@ -124,7 +125,7 @@ def p_anneal(
             f"p cannot fall to p_end={p_end} in updates={updates} steps from start={start} on, weighed over queue={queue} "
             "batches: give p_end above 0 and up to 1, start from 0 to below 1, and at least one of the others."
         )
-    annealing = Annealing(p_end, start * run.steps, run.steps, updates, queue)
+    annealing = PAnnealing(p_end, start * run.steps, run.steps, updates, queue)
     return Variant(
         SAE(run.d_in, run.d_sae),
         {"mse": (1.0, MSE()), "lp": (warmup(l1, run.growth(l1_warmup)), Lp(annealing))},

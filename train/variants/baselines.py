@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 
-from ...cache.errors import UsageError
-from ..coefficients import warmup
-from ..mechanisms import AnnealK, DeadLatents, Threshold, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, recipe
-from ..sae import SAE, BatchTopK, KeepsK, TopK
+from ...common.errors import UsageError
+from ..activations import BatchTopK, KeepTopK, TopK
+from ..losses import L1, MSE, AuxK, MultiTopK
+from ..mechanisms import AnnealK, BatchTopKThreshold, DeadLatents, UnitNormDecoder
+from ..recipe import recipe
+from ..sae import SAE
+from ..schedules import warmup
 from ..step import Mechanism
-from ..terms import L1, MSE, AuxK, MultiTopK
+from ..variant import Optimization, RunConfig, Variant
 
 
 @recipe("relu", paper="Bricken et al. 2023", width=1)
-def relu(run: Setting, l1: float = 0.04, l1_warmup: int | None = None, pre_bias: bool = True) -> Variant:
+def relu(run: RunConfig, l1: float = 0.04, l1_warmup: int | None = None, pre_bias: bool = True) -> Variant:
     """ReLU latents, squared error and an L1 penalty: the standard SAE.
 
     `l1_warmup`: steps over which the penalty grows; None: a twentieth of the run.
@@ -31,7 +33,13 @@ def rate_by_width(d_sae: int) -> float:
 
 
 def auxk(
-    run: Setting, activation: KeepsK, aux: float, aux_k: int | None, steps: int, start: float | None, *extra: Mechanism
+    run: RunConfig,
+    activation: KeepTopK,
+    aux: float,
+    aux_k: int | None,
+    steps: int,
+    start: float | None,
+    *extra: Mechanism,
 ) -> Variant:
     """What topk and batchtopk share: no penalty, dead latents that model the residual, and a k that may be annealed."""
     begin = min(run.d_in, run.d_sae) if start is None else start
@@ -49,7 +57,9 @@ def auxk(
     )
 
 
-def problems(run: Setting, k: float, aux_k: int | None, steps: int, start: float | None, begin: float) -> Iterator[str]:
+def problems(
+    run: RunConfig, k: float, aux_k: int | None, steps: int, start: float | None, begin: float
+) -> Iterator[str]:
     """What is wrong with the options of `auxk`."""
     if aux_k is not None and aux_k < 1:
         yield f"aux_k={aux_k} is not positive. Without AuxK: aux=0."
@@ -61,7 +71,7 @@ def problems(run: Setting, k: float, aux_k: int | None, steps: int, start: float
 
 @recipe("topk", paper="Gao et al. 2024", equations="eq. 3, 5.3, A.2")
 def topk(
-    run: Setting,
+    run: RunConfig,
     k: int = 32,
     aux: float = 1 / 32,
     aux_k: int | None = None,
@@ -82,7 +92,7 @@ def topk(
 
 @recipe("batchtopk", paper="Bussmann et al. 2024")
 def batchtopk(
-    run: Setting,
+    run: RunConfig,
     k: float = 32,
     aux: float = 1 / 32,
     aux_k: int | None = None,
@@ -94,4 +104,4 @@ def batchtopk(
     `aux_k`: None is d_in / 2. `k_anneal_steps`: over so many steps k falls from `k_start` (None: d_in) to `k`.
     """
     activation = BatchTopK(k)
-    return auxk(run, activation, aux, aux_k, k_anneal_steps, k_start, Threshold(activation))
+    return auxk(run, activation, aux, aux_k, k_anneal_steps, k_start, BatchTopKThreshold(activation))

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...cache.errors import UsageError
-from ..coefficients import Coefficient, cosine, progress, times, warmup
-from ..knobs import AtWidth
+from ...common.errors import UsageError
+from ..activations import Activation, ReLU
+from ..losses import L1, MSE
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, ablation
-from ..sae import SAE, Activation, ReLU
-from ..step import Mechanism, Step, Term
-from ..terms import L1, MSE
+from ..recipe import ablation
+from ..sae import SAE
+from ..scaling import ScaleWithWidth
+from ..schedules import Coefficient, cosine, progress, times, warmup
+from ..step import LossTerm, Mechanism, Step
+from ..variant import Optimization, RunConfig, Variant
 
 LITERAL = {
     "contrast_cos": ("jl", "angles seen through 128 of 2304 dimensions have a noise of 0.088, and tau ends at 0.05"),
@@ -37,7 +39,7 @@ LITERAL = {
 # Shapes here: G groups, M latents of a group, S dimensions of the sketch, N neighbours.
 
 
-class Rows(nn.Module):
+class DecoderRows(nn.Module):
     """The decoder's rows in groups, as losses and constraints compare them.
 
     They are W_dec itself, until Gram-Schmidt in the forward pass makes W_dec out of free rows.
@@ -81,7 +83,7 @@ class Sketch(Mechanism):
         for name in ("mean_cosine", "max_cosine", "length"):
             self.register_buffer(name, torch.zeros(()))
 
-    def between(self, step: Step) -> None:
+    def every_n_steps(self, step: Step) -> None:
         if self.on == "activations":
             f_BF = step.f_BF.detach().float()
             wide = (len(self.R_DS) / self.R_DS.shape[1]) ** 0.5  # R keeps S/F of a length's square on average
@@ -104,7 +106,7 @@ class Sketch(Mechanism):
         return {"sketch_mean_cosine": self.mean_cosine, "sketch_max_cosine": self.max_cosine}
 
 
-class Utilisation(ActivityEMA):
+class UtilizationEMA(ActivityEMA):
     """u_i: how often latent i fired lately, divided by the weight that the average has gathered since it began at 0."""
 
     gathered: Tensor  # ()
@@ -117,8 +119,8 @@ class Utilisation(ActivityEMA):
     def u_F(self) -> Tensor:
         return self.rate_F / self.gathered.clamp_min(1e-8)
 
-    def after(self, step: Step) -> None:
-        super().after(step)
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
         self.gathered.lerp_(torch.ones_like(self.gathered), 1 - self.beta)
 
     def scalars(self) -> dict[str, Tensor]:
@@ -128,7 +130,7 @@ class Utilisation(ActivityEMA):
 # 4.2, first process.
 
 
-class Contrast(Term):
+class Contrast(LossTerm):
     """mean over pairs i < j, of a group or `everywhere`, of ReLU(|cos(W_i, W_j)| - tau(t))^power, tau by (4).
 
     Paper: through the sketch, the angle of unrelated rows has a standard deviation of 1/sqrt(128) = 0.088, so that at
@@ -136,7 +138,12 @@ class Contrast(Term):
     """
 
     def __init__(
-        self, rows: Rows, tau: Coefficient, power: float = 1.0, everywhere: bool = False, sketch: Sketch | None = None
+        self,
+        rows: DecoderRows,
+        tau: Coefficient,
+        power: float = 1.0,
+        everywhere: bool = False,
+        sketch: Sketch | None = None,
     ) -> None:
         super().__init__()
         self.rows, self.tau, self.power, self.everywhere, self.sketch = rows, tau, power, everywhere, sketch
@@ -186,7 +193,7 @@ class DynamicL1(Mechanism):
         value = step.notes["lambda"] = self.bounded(self.value, step)
         return value
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         if self.mode == "l0_target":
             self.value.copy_(self.bounded(self.value * torch.exp(self.kappa * (step.l0 / self.target - 1)), step))
         elif self.mode == "recon_ratio":
@@ -196,7 +203,7 @@ class DynamicL1(Mechanism):
             self.value.copy_(self.start * self.error / self.first_error.clamp_min(1e-12))
 
 
-class Diversity(Term):
+class Diversity(LossTerm):
     """1 - H(p) / log n, p the shares of what the groups emit, or the latents as long as there are no groups.
 
     Paper: names a diversity loss and says no more. Shares are of activation, as a count has no gradient.
@@ -215,10 +222,10 @@ class Diversity(Term):
         return 1 - entropy / math.log(len(share_G))
 
 
-class Orthogonality(Term):
+class GroupOrthogonalityLoss(LossTerm):
     """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2: what Gram-Schmidt would take away, as a loss."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: DecoderRows) -> None:
         super().__init__()
         self.rows = rows
 
@@ -263,7 +270,13 @@ class GramSchmidt(Mechanism):
     """
 
     def __init__(
-        self, sae: SAE, rows: Rows, utilisation: Utilisation, order: str, gradient: str, sketch: Sketch | None = None
+        self,
+        sae: SAE,
+        rows: DecoderRows,
+        utilisation: UtilizationEMA,
+        order: str,
+        gradient: str,
+        sketch: Sketch | None = None,
     ) -> None:
         super().__init__()
         rows.free_FD = nn.Parameter(sae.W_dec.detach().clone())
@@ -285,7 +298,7 @@ class GramSchmidt(Mechanism):
             rows_GMD = rows_GMD.take_along_dim(place_GM1.argsort(dim=1), 1)
         return rows_GMD.flatten(0, 1)
 
-    def before(self, step: Step) -> None:
+    def after_backward(self, step: Step) -> None:
         weight, gradient, free = step.sae.W_dec, step.sae.W_dec.grad, self.rows.free_FD
         assert gradient is not None and free is not None  # the step has just been backpropagated
         if self.gradient == "through":
@@ -298,7 +311,7 @@ class GramSchmidt(Mechanism):
         free.grad = total - (total * free).sum(1, keepdim=True) * free
         gradient.zero_()  # W_dec follows in `after`: the optimizer is not to move it, nor the clipping to count it
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         assert self.rows.free_FD is not None
         free_FD = self.rows.free_FD.data
         free_FD /= free_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -331,7 +344,7 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
 class Groups(Mechanism):
     """What the groups are used: u of a group is the mean, or the largest, of its latents' utilisation."""
 
-    def __init__(self, utilisation: Utilisation, count: int, stat: str = "mean") -> None:
+    def __init__(self, utilisation: UtilizationEMA, count: int, stat: str = "mean") -> None:
         super().__init__()
         self.utilisation, self.count, self.stat = utilisation, count, stat
 
@@ -352,7 +365,7 @@ class GroupRate(Mechanism):
     mean rate eta_0, `softmax_temp` also divides u by its spread, `inverse` favours the groups that are used least.
     """
 
-    def __init__(self, rows: Rows, groups: Groups, mode: str = "softmax_mean1") -> None:
+    def __init__(self, rows: DecoderRows, groups: Groups, mode: str = "softmax_mean1") -> None:
         super().__init__()
         self.rows, self.groups, self.mode = rows, groups, mode
         self.old: list[Tensor] = []  # of this step; nothing to keep
@@ -369,10 +382,10 @@ class GroupRate(Mechanism):
     def _owned(self, step: Step) -> list[Tensor]:
         return [self.rows.of(step.sae).data, step.sae.W_enc.data, step.sae.b_enc.data]
 
-    def before(self, step: Step) -> None:
+    def after_backward(self, step: Step) -> None:
         self.old = [weight.clone() for weight in self._owned(step)]
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         rate_F = self.rate_G.repeat_interleave(step.sae.d_sae // self.groups.count)
         for weight, old, rate in zip(self._owned(step), self.old, (rate_F[:, None], rate_F, rate_F), strict=True):
             weight.copy_(old + rate * (weight - old))
@@ -451,7 +464,7 @@ class Neighbours(Mechanism):
         self.activation.near_FN.copy_((top.indices + first_G[:, None, None]).flatten(0, 1))
         self.activation.closeness_FN.copy_(top.values.clamp_min(0).flatten(0, 1))
 
-    def between(self, step: Step) -> None:
+    def every_n_steps(self, step: Step) -> None:
         self.renew(step.sae)
 
     def scalars(self) -> dict[str, Tensor]:
@@ -464,11 +477,11 @@ class HardOrthogonality(Mechanism):
     Paper: gives no form. The iteration converges from rows that were orthonormal a few steps ago, and runs start so.
     """
 
-    def __init__(self, rows: Rows, steps: int = 1) -> None:
+    def __init__(self, rows: DecoderRows, steps: int = 1) -> None:
         super().__init__()
         self.rows, self.steps = rows, steps
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         rows_FD = self.rows.of(step.sae).data
         x_GMD = rows_FD.unflatten(0, (self.rows.groups, -1))
         for _ in range(5):
@@ -517,7 +530,7 @@ class RunningStatistics(Mechanism):
         super().__init__()
         self.norm, self.momentum = norm, momentum
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         pre_BF = step.pre_BF.detach().float()
         rate = torch.where(step.i == 0, 1.0, self.momentum)
         self.norm.mean_F.lerp_(pre_BF.mean(0), rate)
@@ -534,12 +547,12 @@ class RecentError(Mechanism):
         self.beta = beta
         self.register_buffer("value", torch.zeros(()))
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         error = step.error_BD.detach().square().sum(-1).mean()
         self.value.copy_(torch.where(step.i == 0, error, self.value.lerp(error, 1 - self.beta)))
 
 
-class ImportantError(Term):
+class ImportantError(LossTerm):
     """mean_B w |x - x_hat|^2 with w = |x - x_hat|^2 over the recent mean: hard tokens count for more.
 
     Paper: momentum-based importance sampling, undefined. A token is read once in an epoch, so there is no past loss of
@@ -557,13 +570,15 @@ class ImportantError(Term):
         return (error_B.detach() / known.clamp_min(1e-12) * error_B).mean()
 
 
-class Balanced(Term):
+class Balanced(LossTerm):
     """A term whose gradient, coefficient included, is at most `rho` times as long as that of the reconstruction.
 
     Paper: gradient balancing, undefined. Each balanced term costs a backward pass of its own.
     """
 
-    def __init__(self, coefficient: Coefficient, term: Term, rows: Rows, reconstruction: float, rho: float) -> None:
+    def __init__(
+        self, coefficient: Coefficient, term: LossTerm, rows: DecoderRows, reconstruction: float, rho: float
+    ) -> None:
         super().__init__()
         self.coefficient, self.term, self.rows = coefficient, term, rows
         self.reconstruction, self.rho = reconstruction, rho
@@ -585,7 +600,7 @@ class Balanced(Term):
 # Section 6: the runs.
 
 
-def start_orthonormal(sae: SAE, rows: Rows, why: str) -> None:
+def start_orthonormal(sae: SAE, rows: DecoderRows, why: str) -> None:
     """Begin with orthonormal rows in each group, and with the encoder as their transpose."""
     size = sae.d_sae // rows.groups
     if size > sae.d_in:
@@ -605,7 +620,7 @@ def fewest_groups(d_in: int, d_sae: int) -> int:
     return next(g for g in range(1, d_sae + 1) if d_sae % g == 0 and d_sae // g <= d_in)
 
 
-def optimization(run: Setting, normalize: str, budget: str | None) -> Optimization:
+def optimization(run: RunConfig, normalize: str, budget: str | None) -> Optimization:
     """The paper's budget has a rate of its own."""
     if budget is not None:
         tokens = {"paper": 100_000, "matched": 10_000_000}[budget]
@@ -645,7 +660,7 @@ def problems(given: dict[str, Any]) -> Iterator[str]:
 
 
 def build(
-    run: Setting,
+    run: RunConfig,
     number: int,
     l1: float = 0.04,
     l1_warmup: int | None = None,
@@ -654,7 +669,7 @@ def build(
     budget: Literal["paper", "matched"] | None = None,
     batch_norm: Literal["off", "pre"] = "off",
     importance: Literal["off", "loss_ema"] = "off",
-    jl_dim: int = AtWidth(128),
+    jl_dim: int = ScaleWithWidth(128),
     jl_on: Literal["decoder", "encoder", "activations"] = "decoder",
     beta: float = 0.9,
     alpha: float = 0.1,
@@ -703,11 +718,11 @@ def build(
         groups = fewest_groups(run.d_in, run.d_sae)
     if wrong := list(problems(locals())):
         raise UsageError("\n".join(wrong))
-    sae, rows = SAE(run.d_in, run.d_sae, pre_bias=pre_bias), Rows(groups)
+    sae, rows = SAE(run.d_in, run.d_sae, pre_bias=pre_bias), DecoderRows(groups)
     chain: list[Activation] = [ReLU()]
     mechanisms: list[Mechanism] = []
     late: list[Mechanism] = []  # after all others, before the unit norm
-    error: Term = MSE()
+    error: LossTerm = MSE()
     if batch_norm == "pre":
         norm = BatchNorm(run.d_sae, run.d_in**-0.5)  # about the spread of a unit row's product with a unit input
         chain.insert(0, norm)
@@ -717,11 +732,11 @@ def build(
         mechanisms.append(recent)
         error = ImportantError(recent)
     reconstruction = 1 / run.d_in if units == "evidence" else 1.0
-    terms: dict[str, tuple[Coefficient | float, Term]] = {
+    terms: dict[str, tuple[Coefficient | float, LossTerm]] = {
         "mse": (reconstruction, error), "l1": (warmup(l1, run.growth(l1_warmup)), L1()),
     }  # fmt: skip
 
-    def add(name: str, symbol: str | None, strength: float, term: Term) -> None:
+    def add(name: str, symbol: str | None, strength: float, term: LossTerm) -> None:
         """A term that grows; in shares of the input's variance, and balanced, if wished."""
         growth = warmup(strength, min(1000, run.steps // 10) if alpha_warmup is None else alpha_warmup)
 
@@ -740,7 +755,7 @@ def build(
             terms[name] = (1.0, Balanced(coefficient, term, rows, reconstruction, gradient_balance))
 
     if number >= 1:
-        sketch, utilisation = Sketch(run.d_in, run.d_sae, jl_dim, jl_on), Utilisation(run.d_sae, beta)
+        sketch, utilisation = Sketch(run.d_in, run.d_sae, jl_dim, jl_on), UtilizationEMA(run.d_sae, beta)
         mechanisms += [utilisation, sketch]
     if number >= 2:
         tau = cosine(tau_max, tau_min, run.steps)
@@ -753,7 +768,7 @@ def build(
     if number >= 4:
         add("diversity", None, diversity_strength, Diversity(groups if number >= 7 else None))
     if number >= 5:
-        add("orthogonality", "beta", beta_orth, Orthogonality(rows))
+        add("orthogonality", "beta", beta_orth, GroupOrthogonalityLoss(rows))
     if number >= 6 and gs_axis == "activation_batch":
         chain.append(GramSchmidtLatents(groups, gs_gradient))
     elif number >= 6:

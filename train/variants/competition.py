@@ -28,14 +28,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...cache.errors import UsageError
-from ..coefficients import Coefficient, warmup
-from ..knobs import AtWidth
-from ..mechanisms import DeadLatents, Threshold, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, ablation, recipe
-from ..sae import SAE, Activation, BatchTopK, ReLU, TopK
-from ..step import Mechanism, Step, Term
-from ..terms import L1, MSE, AuxK, Reconstruction, reconstruction_weight
+from ...common.errors import UsageError
+from ..activations import Activation, BatchTopK, ReLU, TopK
+from ..losses import L1, MSE, AuxK, Reconstruction, reconstruction_weight
+from ..mechanisms import BatchTopKThreshold, DeadLatents, UnitNormDecoder
+from ..recipe import ablation, recipe
+from ..sae import SAE
+from ..scaling import ScaleWithWidth
+from ..schedules import Coefficient, warmup
+from ..step import LossTerm, Mechanism, Step
+from ..variant import Optimization, RunConfig, Variant
 from .baselines import relu
 
 PAPER = {"paper": "002", "equations": "(3)-(5)"}
@@ -64,7 +66,7 @@ class Coactivation(Mechanism):
         self.register_buffer("rate_F", torch.zeros(d_sae))
         self.register_buffer("seen", torch.zeros(()))
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         on_BF = step.f_BF.detach() > 0
         self.rate_F.lerp_(on_BF.to(self.rate_F.dtype).mean(0), 1 - self.beta)
         self.seen += (1 - self.beta) * (1 - self.seen)
@@ -172,7 +174,7 @@ class PairTable(Coactivation):
     def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
         return PairProducts.apply(left_FX, right_FX, self.first_P, self.second_P)  # type: ignore[no-any-return]
 
-    def between(self, step: Step) -> None:
+    def every_n_steps(self, step: Step) -> None:
         unit_FD = F.normalize(step.sae.W_dec.detach(), dim=1)
         rank_P = self.conditional() if self.by == "cofire" else self.inner(unit_FD, unit_FD)
         rank_P = torch.where(self.first_P < self.second_P, rank_P, -1)
@@ -262,7 +264,7 @@ class PairProducts(torch.autograd.Function):
         return to_left, to_right, None, None
 
 
-class Competition(Term):
+class CompetitionLoss(LossTerm):
     """sum over pairs of max(c_ij, c_ji) <v_i, v_j>^2, for pairs that are bound strongly (5); c has no gradient.
 
     `tau_on`    what has to reach tau: "conditional", P of one given the other, or "lift", c itself
@@ -335,14 +337,14 @@ def rising(strength: float, steps: int) -> Coefficient:
     return coefficient
 
 
-def compete(variant: Variant, strength: Coefficient, term: Competition) -> Variant:
+def compete(variant: Variant, strength: Coefficient, term: CompetitionLoss) -> Variant:
     """Add the term to any variant, and its statistics to the mechanisms, of which unit norm stays the last."""
     variant.add_term("competition", strength, term)
     variant.mechanisms.insert(len(variant.mechanisms) - 1, term.pairs)
     return variant
 
 
-def problems(run: Setting, given: dict[str, Any]) -> Iterator[str]:
+def problems(run: RunConfig, given: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the options of `competition`."""
     if not 0 <= given["beta"] < 1:
         yield f"beta={given['beta']} is no decay rate: give 0 to below 1."
@@ -366,8 +368,8 @@ def problems(run: Setting, given: dict[str, Any]) -> Iterator[str]:
 
 @recipe("competition", literal=LITERAL, **PAPER)  # type: ignore[arg-type]
 def competition(
-    run: Setting,
-    k: int = AtWidth(100),
+    run: RunConfig,
+    k: int = ScaleWithWidth(100),
     strength: float = 0.03,
     strength_warmup: int | None = None,
     tau: float = 0.6,
@@ -407,7 +409,7 @@ def competition(
         activation = TopK(k)
     elif act == "batchtopk":
         activation = BatchTopK(k)
-        mechanisms.insert(0, Threshold(activation))
+        mechanisms.insert(0, BatchTopKThreshold(activation))
     variant = Variant(
         SAE(run.d_in, run.d_sae, [activation], pre_bias=pre_bias),
         {
@@ -425,7 +427,7 @@ def competition(
         if pair_store == "dense"
         else PairTable(run.d_sae, pairs * run.d_sae, beta, refresh, "cofire" if target == "cofire" else "cosine")
     )
-    term = Competition(store, k / run.d_sae, tau, tau_on, weight, pair_vec, direction, reduction, target)
+    term = CompetitionLoss(store, k / run.d_sae, tau, tau_on, weight, pair_vec, direction, reduction, target)
     return compete(variant, rising(strength, strength_warmup), term)
 
 
@@ -433,14 +435,14 @@ for _name, _width, _summary, _fixed in (
     ("no-warmup", 8, "`competition` at full strength from the first step.", {"strength_warmup": 0}),
     ("off", 8, "`competition` of strength zero: its statistics are followed, and act on nothing.", {"strength": 0.0}),
     ("small", 1, "`competition` in a dictionary of d_in latents. Paper: does not say how small.", {}),
-    ("k320", 8, "`competition` with the 320 latents a token of the paper's results.", {"k": AtWidth(320)}),
+    ("k320", 8, "`competition` with the 320 latents a token of the paper's results.", {"k": ScaleWithWidth(320)}),
 ):
     ablation(f"competition-{_name}", competition, _summary, {**PAPER, "width": _width, "literal": LITERAL}, **_fixed)
 
 
 @recipe("competition-baseline", paper="002", equations="(1)", literal={})
 def baseline(
-    run: Setting,
+    run: RunConfig,
     l1: float = 0.04,
     l1_warmup: int | None = None,
     reconstruction: Reconstruction = "sum",

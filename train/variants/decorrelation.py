@@ -9,15 +9,16 @@ The nine runs of the paper ended after zero steps, so nothing in it was measured
 import torch
 from torch import Tensor
 
-from ...cache.errors import UsageError
-from ..recipe import Setting, Variant, recipe
-from ..step import Step, Term
+from ...common.errors import UsageError
+from ..recipe import recipe
+from ..step import LossTerm, Step
+from ..variant import RunConfig, Variant
 from .baselines import relu
 
 FEW = 64  # one pair in so many of n^2: gathering their columns then costs less than a product of all
 
 
-class Decorrelation(Term):
+class Decorrelation(LossTerm):
     """R(tau): pull apart only the pairs that fire together most (3).
 
     Paper: claims O(n); finding the pairs takes the dense C, O(B n^2), and a share of the pairs is O(n^2) of them. C is
@@ -66,7 +67,7 @@ class Decorrelation(Term):
 
 @recipe("decorrelation", paper="003", equations="(1)-(5)", width=1, literal={})
 def decorrelation(
-    run: Setting,
+    run: RunConfig,
     strength: float = 0.1,
     fraction: float = 0.001,
     l1: float = 0.04,

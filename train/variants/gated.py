@@ -10,12 +10,14 @@ The step in f has no gradient: the gate learns from the last two terms alone.
 import torch
 from torch import Tensor, nn
 
-from ..coefficients import warmup
+from ..activations import Activation
+from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, recipe
-from ..sae import SAE, Activation
-from ..step import Step, Term
-from ..terms import MSE
+from ..recipe import recipe
+from ..sae import SAE
+from ..schedules import warmup
+from ..step import LossTerm, Step
+from ..variant import Optimization, RunConfig, Variant
 
 
 class Gated(Activation, name="gated"):
@@ -36,7 +38,7 @@ class Gated(Activation, name="gated"):
         self.b_mag.mul_(factor)
 
 
-class GateL1(Term):
+class GateL1(LossTerm):
     """mean_B sum_F f_gate."""
 
     sparsity = True
@@ -49,7 +51,7 @@ class GateL1(Term):
         return self.gated.gate(step.pre_BF).sum(-1).mean()
 
 
-class GateMSE(Term):
+class GateMSE(LossTerm):
     """mean_B |x - (f_gate sg(W_dec) + sg(b_dec))|^2: the gate's own latents reconstruct, through a decoder they cannot move."""
 
     def __init__(self, gated: Gated) -> None:
@@ -63,7 +65,7 @@ class GateMSE(Term):
 
 
 @recipe("gated", paper="Rajamanoharan et al. 2024a")
-def gated(run: Setting, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
+def gated(run: RunConfig, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
     """A gate decides which latents fire, under L1; their magnitudes are not penalised and so not shrunk.
 
     `l1_warmup`: steps over which the penalty grows; None: a twentieth of the run.

@@ -23,14 +23,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...cache.errors import UsageError
-from ..coefficients import Coefficient, linear, times
-from ..knobs import AtVariance, AtWidth
-from ..mechanisms import DeadLatents, Resample, UnitNormDecoder, forget
-from ..recipe import Optimization, Setting, Variant, ablation, recipe
+from ...common.errors import UsageError
+from ..losses import L1, MSE
+from ..mechanisms import DeadLatents, ResampleDead, UnitNormDecoder, reset_adam_state
+from ..recipe import ablation, recipe
 from ..sae import SAE
+from ..scaling import ScaleWithVariance, ScaleWithWidth
+from ..schedules import Coefficient, linear, times
 from ..step import Mechanism, Step
-from ..terms import L1, MSE
+from ..variant import Optimization, RunConfig, Variant
 from . import baselines
 
 PAPER = {"paper": "004", "width": 1}
@@ -41,7 +42,7 @@ LITERAL = {
 }
 
 
-class ResampleByWindow(Resample):
+class ResampleByWindow(ResampleDead):
     """`Resample` of latents with p_i < `below` over the last `every` steps (4).
 
     By `stability`, a step counts for p_i if `any` of its tokens fires i, or by its `mean` share of tokens that do.
@@ -56,7 +57,7 @@ class ResampleByWindow(Resample):
         self.below, self.stability = below, stability
         self.register_buffer("fired_WF", torch.ones(window, len(dead.since_F)))
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         if self.stability == "any":
             fired_F = step.fired_F.float()
         else:
@@ -110,11 +111,11 @@ class Merge(Mechanism):
         self.register_buffer("merged", torch.zeros((), dtype=torch.int64))
         self.register_buffer("disabled_F", torch.zeros(resample.fired_WF.shape[1], dtype=torch.bool))
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         self.resample.fired_WF.masked_fill_(self.disabled_F, 1)  # nobody restarts them
         self.resample.dead.since_F.masked_fill_(self.disabled_F, 0)
 
-    def between(self, step: Step) -> None:
+    def every_n_steps(self, step: Step) -> None:
         if int(step.i) > self.resample.until:
             return
         sae = step.sae
@@ -130,7 +131,7 @@ class Merge(Mechanism):
         sae.b_enc.data[i_M] = torch.lerp(sae.b_enc.data[j_M], sae.b_enc.data[i_M], share_M)
         direction_MD = torch.lerp(sae.W_dec.data[j_M], sae.W_dec.data[i_M], share_M[:, None])
         sae.W_dec.data[i_M] = direction_MD / direction_MD.norm(dim=1, keepdim=True)
-        forget(step, torch.cat([i_M, j_M]))
+        reset_adam_state(step, torch.cat([i_M, j_M]))
         if self.partner == "recycle":
             self.resample.restart(step, j_M)
         else:
@@ -171,7 +172,7 @@ class Modulate(Mechanism):
     def forward(self, step: Step) -> Tensor:
         return (self.target / self.averaged(step)).clamp(self.low, self.high)
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         self.alpha.copy_(self(step))
         self.average.copy_(self.averaged(step))
 
@@ -190,7 +191,7 @@ def noted(name: str, coefficient: Coefficient) -> Coefficient:
 
 
 def build(
-    run: Setting,
+    run: RunConfig,
     restarts: Literal["window", "dead", "never"] = "window",
     adaptive: bool = True,
     merging: bool = True,
@@ -201,7 +202,7 @@ def build(
     below: float = 0.01,
     stability: Literal["any", "mean"] = "any",
     recon_in_alpha: Literal["mean", "sum"] = "mean",
-    target: float = AtVariance(2.5),
+    target: float = ScaleWithVariance(2.5),
     alpha_low: float = 0.1,
     alpha_high: float = 2.0,
     alpha_ema: float = 0.0,
@@ -231,7 +232,7 @@ def build(
         mechanisms.append(resample)
     elif restarts == "dead":
         # Paper: restarts one ablation before the window says who is dead; until then it is the house's dead latents.
-        mechanisms.append(Resample(dead, resample_every, until))
+        mechanisms.append(ResampleDead(dead, resample_every, until))
     terms = {"mse": (1.0, MSE()), "l1": (penalty, L1())}  # (6)
     variant = Variant(sae, terms, [*mechanisms, UnitNormDecoder()], OPTIMIZATION, dead=dead)
     return variant  # by this name `modulate` finds the scale
@@ -296,18 +297,18 @@ def with_optimization(variant: Variant) -> Variant:
 
 
 @recipe("hierarchical-topk320", literal={}, **PAPER)
-def topk(run: Setting, k: int = AtWidth(320), aux: float = 1 / 32) -> Variant:
+def topk(run: RunConfig, k: int = ScaleWithWidth(320), aux: float = 1 / 32) -> Variant:
     """The paper's baseline: `topk`."""
     return with_optimization(baselines.topk(run, k=k, aux=aux))
 
 
 @recipe("hierarchical-batchtopk", literal={}, **PAPER)
-def batchtopk(run: Setting, k: float = AtWidth(320), aux: float = 1 / 32) -> Variant:
+def batchtopk(run: RunConfig, k: float = ScaleWithWidth(320), aux: float = 1 / 32) -> Variant:
     """The second baseline: `batchtopk`. Paper: gives it no k; this is that of the first."""
     return with_optimization(baselines.batchtopk(run, k=k, aux=aux))
 
 
 @recipe("hierarchical-l1", literal={}, **PAPER)
-def l1(run: Setting, l1: float = 0.04, l1_warmup: int = 0, pre_bias: bool = False) -> Variant:
+def l1(run: RunConfig, l1: float = 0.04, l1_warmup: int = 0, pre_bias: bool = False) -> Variant:
     """The third baseline: `relu` under a constant L1 penalty."""
     return with_optimization(baselines.relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias))

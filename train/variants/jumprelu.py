@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cache.errors import UsageError
-from ..coefficients import warmup
+from ...common.errors import UsageError
+from ..activations import Activation
+from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder, UnitNormExport
-from ..recipe import Optimization, Setting, Variant, recipe
-from ..sae import SAE, Activation
-from ..step import Mechanism, Step, Term
-from ..terms import MSE
+from ..recipe import recipe
+from ..sae import SAE
+from ..schedules import warmup
+from ..step import LossTerm, Mechanism, Step
+from ..variant import Optimization, RunConfig, Variant
 
 
 class Jump(torch.autograd.Function):
@@ -94,14 +96,14 @@ class NotNegative(Mechanism):
         super().__init__()
         self.activation = activation
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         self.activation.threshold.clamp_(min=0)
 
     def scalars(self) -> dict[str, Tensor]:
         return {"threshold": self.activation.threshold.detach().mean()}
 
 
-class Hurry(Mechanism):
+class ThresholdSpeedup(Mechanism):
     """`--l0`: thresholds have the way in a short run that 10,000 steps at a rate of 7e-5 have, 0.7 in all.
 
     Paper: a threshold moves by about the rate `lr` a step, as weights do, so a run of a thousand steps ends far above
@@ -112,22 +114,22 @@ class Hurry(Mechanism):
         super().__init__()
         self.activation, self.steps, self.lr = activation, steps, lr
 
-    def before(self, step: Step) -> None:
+    def after_backward(self, step: Step) -> None:
         self.old_F = self.activation.threshold.detach().clone()  # of this step; nothing to keep
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         faster = max(1.0, 0.7 / (self.steps * self.lr()))
         self.activation.threshold.copy_(self.old_F + faster * (self.activation.threshold - self.old_F))
 
 
-def arrives(run: Setting, variant: Variant, activation: JumpReLU) -> Variant:
+def arrives(run: RunConfig, variant: Variant, activation: JumpReLU) -> Variant:
     """The variant; with `--l0` its thresholds hurry."""
     if run.l0 is not None:
-        variant.mechanisms.insert(1, Hurry(activation, run.steps, lambda: variant.optimization.lr))
+        variant.mechanisms.insert(1, ThresholdSpeedup(activation, run.steps, lambda: variant.optimization.lr))
     return variant
 
 
-class L0(Term):
+class L0(LossTerm):
     """mean_B sum_F H(z - theta).
 
     H sees z, not f: in f, a z just below theta counts as far below, and the threshold would get half its gradient.
@@ -156,7 +158,7 @@ class TargetL0(L0):
         return (super().forward(step) / self.target - 1).square()
 
 
-class Tanh(Term):
+class Tanh(LossTerm):
     """mean_B sum_F tanh(c f |W_dec,i|): linear in small latents, constant in large ones."""
 
     sparsity = True
@@ -169,7 +171,7 @@ class Tanh(Term):
         return (self.c * step.f_BF.float() * step.sae.W_dec.norm(dim=1)).tanh().sum(-1).mean()
 
 
-class Reach(Term):
+class PreActLoss(LossTerm):
     """mean_B sum_F ReLU(theta - z) |W_dec,i|: a small pull on latents that do not fire, so that none dies for good."""
 
     def __init__(self, activation: JumpReLU) -> None:
@@ -195,14 +197,14 @@ def problems(bandwidth: float, threshold: float, l0: float) -> Iterator[str]:
 
 
 def jump_relu(
-    run: Setting, bandwidth: float, threshold: float, l0: float = 1.0, ste_to_input: bool = False
+    run: RunConfig, bandwidth: float, threshold: float, l0: float = 1.0, ste_to_input: bool = False
 ) -> JumpReLU:
     if wrong := list(problems(bandwidth, threshold, l0)):
         raise UsageError("\n".join(wrong))
     return JumpReLU(run.d_sae, bandwidth, threshold, ste_to_input)
 
 
-def jump(run: Setting, activation: JumpReLU, penalty: float, steps: int | None, term: Term) -> Variant:
+def jump(run: RunConfig, activation: JumpReLU, penalty: float, steps: int | None, term: LossTerm) -> Variant:
     """What `jumprelu` and `jumprelu-step` share: unit rows, and a penalty that grows over a twentieth of the run."""
     variant = Variant(
         SAE(run.d_in, run.d_sae, [activation], pre_bias=False),
@@ -216,7 +218,7 @@ def jump(run: Setting, activation: JumpReLU, penalty: float, steps: int | None, 
 
 @recipe("jumprelu", paper="Rajamanoharan et al. 2024b")
 def jumprelu(
-    run: Setting,
+    run: RunConfig,
     l0: float = 32,
     penalty: float = 1.0,
     penalty_warmup: int | None = None,
@@ -234,7 +236,7 @@ def jumprelu(
 
 @recipe("jumprelu-step", paper="Rajamanoharan et al. 2024b, Lieberum et al. 2024")
 def jumprelu_step(
-    run: Setting,
+    run: RunConfig,
     penalty: float = 1e-3,
     penalty_warmup: int | None = None,
     bandwidth: float = 0.001,
@@ -250,7 +252,7 @@ def jumprelu_step(
 
 @recipe("jumprelu-tanh", paper="Conerly et al. 2025 (Anthropic, January update)")
 def jumprelu_tanh(
-    run: Setting,
+    run: RunConfig,
     penalty: float = 20.0,
     c: float = 4.0,
     reach: float = 3e-6,
@@ -274,7 +276,7 @@ def jumprelu_tanh(
         {
             "mse": (1.0, MSE()),
             "tanh": (warmup(penalty / unit**2, run.steps), Tanh(c * unit)),
-            "reach": (reach / unit, Reach(activation)),
+            "reach": (reach / unit, PreActLoss(activation)),
         },
         [NotNegative(activation), UnitNormExport()],
         Optimization(lr=2e-4),

@@ -10,14 +10,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...cache.errors import UsageError
-from .. import rows
-from ..recipe import Setting, Variant, recipe
-from ..step import Step, Term
+from ...common.errors import UsageError
+from .. import sparse_ops
+from ..recipe import recipe
+from ..step import LossTerm, Step
+from ..variant import RunConfig, Variant
 from .baselines import batchtopk
 
 
-class NestedMSE(Term):
+class NestedMSE(LossTerm):
     """The mean over prefixes of their squared errors.
 
     Each block between two prefixes is decoded once, and a prefix's reconstruction is the sum of the blocks up to it. The
@@ -32,7 +33,7 @@ class NestedMSE(Term):
     def blocks(self, step: Step) -> list[Tensor]:
         """What each block adds, (B, D)."""
         if step.kept:
-            added = rows.decode(step.kept.by_section(self.sizes), step.sae.W_dec)
+            added = sparse_ops.decode(step.kept.by_section(self.sizes), step.sae.W_dec)
             return list(added.split(step.tokens))
         parts = zip(step.f_BF.split(self.sizes, -1), step.sae.W_dec.split(self.sizes), strict=True)
         return [f_BS @ dec_SD for f_BS, dec_SD in parts]
@@ -48,7 +49,7 @@ class NestedMSE(Term):
 
 @recipe("matryoshka", paper="Bussmann et al. 2025")
 def matryoshka(
-    run: Setting,
+    run: RunConfig,
     k: float = 32,
     prefixes: int = 5,
     aux: float = 1 / 32,

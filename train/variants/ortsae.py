@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...cache.errors import UsageError
-from ..recipe import Setting, Variant, recipe
-from ..step import Step, Term
+from ...common.errors import UsageError
+from ..recipe import recipe
+from ..step import LossTerm, Step
+from ..variant import RunConfig, Variant
 from .baselines import batchtopk
 
 
@@ -27,7 +28,7 @@ def shuffled(step: Step, count: int) -> Tensor:
     return (x ^ (x >> 16)).argsort()
 
 
-class Orthogonality(Term):
+class OrtSAELoss(LossTerm):
     """mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2.
 
     The nearest row is found without a gradient, and its cosine computed again with one: O(n d) instead of the chunks'
@@ -54,7 +55,7 @@ class Orthogonality(Term):
 
 @recipe("ortsae", paper="Korznikov et al. 2025")
 def ortsae(
-    run: Setting,
+    run: RunConfig,
     k: float = 32,
     strength: float = 0.25,
     chunk: int = 8192,
@@ -70,5 +71,5 @@ def ortsae(
             f"chunk={chunk} of {run.d_sae} latents can leave a row alone: give chunk=3 or more, --width 2 or more."
         )
     variant = batchtopk(run, k=k, aux=aux, aux_k=aux_k)
-    variant.add_term("orthogonality", strength, Orthogonality(chunk))
+    variant.add_term("orthogonality", strength, OrtSAELoss(chunk))
     return variant

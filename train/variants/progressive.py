@@ -19,14 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...cache.errors import UsageError
-from ..coefficients import Coefficient, constant, linear
-from ..knobs import AtDictionary, AtScale
+from ...common.errors import UsageError
+from ..activations import Activation, ReLU
+from ..losses import L1, MSE, Reconstruction, reconstruction_weight
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, ablation, recipe
-from ..sae import SAE, Activation, ReLU
-from ..step import Mechanism, Step, Term
-from ..terms import L1, MSE, Reconstruction, reconstruction_weight
+from ..recipe import ablation, recipe
+from ..sae import SAE
+from ..scaling import ScaleWithDictionary, ScaleWithNorm
+from ..schedules import Coefficient, constant, linear
+from ..step import LossTerm, Mechanism, Step
+from ..variant import Optimization, RunConfig, Variant
 
 PAPER = {"paper": "001", "width": 1}
 LITERAL = {
@@ -38,7 +40,7 @@ LITERAL = {
 }
 
 
-class Enabled(Activation, name="enabled"):
+class EnabledLatents(Activation, name="enabled"):
     """Latents that are not enabled yet are at minus infinity: they never fire and take no part in a competition."""
 
     on_F: Tensor  # 1 or 0
@@ -51,7 +53,7 @@ class Enabled(Activation, name="enabled"):
         return torch.where(self.on_F > 0, z_BF, -torch.inf)
 
 
-class Competition(Activation, name="competition"):
+class SoftCompetition(Activation, name="competition"):
     """alpha(z)_i = w_i z_i, z = ReLU(pre) (5), and zero where it is not above `cut`.
 
     With e_i = exp((z_i - max z) / T), `weights` are
@@ -98,7 +100,7 @@ class Competition(Activation, name="competition"):
             self.cut.mul_(factor)
 
 
-class ChainL1(Term):
+class ChainL1(LossTerm):
     """mean_B sum_F |c(pre)| of a chain c of activations that is not, or not all, in the way of the reconstruction."""
 
     sparsity = True
@@ -111,7 +113,7 @@ class ChainL1(Term):
         return self.chain(step.pre_BF).abs().sum(-1).mean()
 
 
-class Utilization(ActivityEMA):
+class EnabledUtilization(ActivityEMA):
     """v_i (3) and rho, one number that says how much the enabled latents are used.
 
     Paper: 1[|f_i(x_t)| > tau] is of one token, x_t here is a batch. By `reading`, v_i is
@@ -122,18 +124,18 @@ class Utilization(ActivityEMA):
 
     rho: Tensor  # ()
 
-    def __init__(self, enabled: Enabled, beta: float, tau: float, reading: str = "alive_fraction") -> None:
+    def __init__(self, enabled: EnabledLatents, beta: float, tau: float, reading: str = "alive_fraction") -> None:
         super().__init__(len(enabled.on_F), beta, tau)
         self.enabled = enabled
         self.reading = reading
         self.register_buffer("rho", torch.zeros(()))
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         if self.reading == "any":
             fired_F = (step.f_BF.detach() > self.threshold).any(0)
             self.rate_F.lerp_(fired_F.float(), 1 - self.beta)
         else:
-            super().after(step)
+            super().after_step(step)
         v_F = (self.rate_F > 1e-3).float() if self.reading == "alive_fraction" else self.rate_F
         self.rho.copy_((v_F * self.enabled.on_F).sum() / self.enabled.on_F.sum())
 
@@ -141,7 +143,7 @@ class Utilization(ActivityEMA):
         return {"rho": self.rho}
 
 
-class Grow(Mechanism):
+class GrowCapacity(Mechanism):
     """Enable `start` of the latents, and every `interval` steps some more, by rho (4).
 
     Until then a latent is at its initial value: no gradient, no weight decay, not counted as dead. Its Adam moments
@@ -156,7 +158,7 @@ class Grow(Mechanism):
     wish_F: Tensor
 
     def __init__(
-        self, enabled: Enabled, use: Utilization, dead: DeadLatents, start: float, interval: int = 10,
+        self, enabled: EnabledLatents, use: EnabledUtilization, dead: DeadLatents, start: float, interval: int = 10,
         hybrid: bool = True, n_ref: int | None = 100, pace: float = 1.0, order: str = "index",
     ) -> None:  # fmt: skip
         super().__init__()
@@ -179,10 +181,10 @@ class Grow(Mechanism):
         high = (0.15 * self.n_ref * rho).floor().clamp(4, 10)
         return torch.where(rho < 0.3, low, torch.where(rho < 0.6, middle, high))
 
-    def before(self, step: Step) -> None:
+    def after_backward(self, step: Step) -> None:
         self.kept_DF = step.sae.W_enc.detach().clone()
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         on_F = self.enabled.on_F
         step.sae.W_enc.data.copy_(torch.where(on_F > 0, step.sae.W_enc, self.kept_DF))  # decay moved the others too
         due = (step.i + 1) % self.interval == 0
@@ -199,7 +201,7 @@ class Grow(Mechanism):
         return {"enabled": self.enabled.on_F.sum()}
 
 
-class Temper(Mechanism):
+class CompetitionTemperature(Mechanism):
     """T follows rho: T <- 0.99 T + 0.01 clamp(T_base (1 + sign (exp(exp(rho) - 1) - 1) s), low, high) (6).
 
     Paper: more use makes T larger and competition weaker, against its text; `sign` -1 turns that around. For rho in
@@ -207,7 +209,7 @@ class Temper(Mechanism):
     """
 
     def __init__(
-        self, competition: Competition, use: Utilization, base: Coefficient, s: float = 0.3, sign: int = 1,
+        self, competition: SoftCompetition, use: EnabledUtilization, base: Coefficient, s: float = 0.3, sign: int = 1,
         low: float = 0.05, high: float = 0.3, momentum: float = 0.99,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -218,7 +220,7 @@ class Temper(Mechanism):
         """(6) before its momentum."""
         return (base * (1 + self.sign * (torch.exp(torch.exp(rho) - 1) - 1) * self.s)).clamp(self.low, self.high)
 
-    def after(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         self.competition.T.lerp_(self.target(self.use.rho, self.base(step)), 1 - self.momentum)
 
     def scalars(self) -> dict[str, Tensor]:
@@ -226,7 +228,9 @@ class Temper(Mechanism):
 
 
 @recipe("progressive-baseline", equations="(1)", literal={}, **PAPER)
-def baseline(run: Setting, l1: float = 0.04, reconstruction: Reconstruction = "sum", pre_bias: bool = False) -> Variant:
+def baseline(
+    run: RunConfig, l1: float = 0.04, reconstruction: Reconstruction = "sum", pre_bias: bool = False
+) -> Variant:
     """ReLU latents and an L1 penalty: `progressive` without growth and without competition."""
     return Variant(
         SAE(run.d_in, run.d_sae, pre_bias=pre_bias),
@@ -239,23 +243,23 @@ def baseline(run: Setting, l1: float = 0.04, reconstruction: Reconstruction = "s
 
 @recipe("progressive", equations="(2)-(6)", literal=LITERAL, **PAPER)
 def progressive(
-    run: Setting,
+    run: RunConfig,
     start: float = 0.25,
     interval: int | None = None,
     hybrid: bool = True,
     n_ref: int | None = 100,
-    pace: float = AtDictionary(1),
+    pace: float = ScaleWithDictionary(1),
     order: Literal["index", "importance"] = "index",
     beta: float = 0.9,
-    tau: float = AtScale(0.01),
+    tau: float = ScaleWithNorm(0.01),
     utilization: Literal["alive_fraction", "mean", "any"] = "alive_fraction",
     competition: Literal["softmax_peak", "softmax", "softmax_scaled", "softmax_active_only", "off"] = "softmax_peak",
     competition_in_recon: bool = True,
-    cut: float = AtScale(0.01),
-    temperature: float = AtScale(0.1),
+    cut: float = ScaleWithNorm(0.01),
+    temperature: float = ScaleWithNorm(0.1),
     temperature_unit: Literal["input", "rms_z"] = "input",
-    temperature_low: float = AtScale(0.05),
-    temperature_high: float = AtScale(0.3),
+    temperature_low: float = ScaleWithNorm(0.05),
+    temperature_high: float = ScaleWithNorm(0.3),
     density_scale: float = 0.3,
     density_sign: int = 1,
     momentum: float = 0.99,
@@ -282,12 +286,12 @@ def progressive(
         raise UsageError("\n".join(wrong))
     if interval is None:
         interval = max(1, round(10 * run.steps / 4882))
-    enabled = Enabled(run.d_sae)
+    enabled = EnabledLatents(run.d_sae)
     dead = DeadLatents(run.d_sae, run.dead_tokens)
-    use = Utilization(enabled, beta, tau, utilization)
-    grow = Grow(enabled, use, dead, start, interval, hybrid, n_ref, pace, order)
+    use = EnabledUtilization(enabled, beta, tau, utilization)
+    grow = GrowCapacity(enabled, use, dead, start, interval, hybrid, n_ref, pace, order)
     mechanisms: list[Mechanism] = [use, grow, UnitNormDecoder()]
-    terms: dict[str, tuple[Coefficient | float, Term]] = {
+    terms: dict[str, tuple[Coefficient | float, LossTerm]] = {
         "mse": (reconstruction_weight(reconstruction, run.d_in), MSE())
     }
     chain: list[Activation] = [enabled, ReLU()]
@@ -295,9 +299,12 @@ def progressive(
         terms["l1"] = (l1, L1())
     else:
         base = linear(temperature_high, temperature, anneal_steps) if anneal_steps else constant(temperature)
-        compete = Competition(temperature_high if anneal_steps else temperature, competition, temperature_unit, cut)
+        compete = SoftCompetition(temperature_high if anneal_steps else temperature, competition, temperature_unit, cut)
         mechanisms.insert(
-            1, Temper(compete, use, base, density_scale, density_sign, temperature_low, temperature_high, momentum)
+            1,
+            CompetitionTemperature(
+                compete, use, base, density_scale, density_sign, temperature_low, temperature_high, momentum
+            ),
         )
         if l1_on != "z":
             terms["l1"] = (l1, L1() if competition_in_recon else ChainL1(enabled, compete))

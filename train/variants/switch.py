@@ -11,12 +11,14 @@ The encoder is computed for every expert, so routing saves no work here; nor doe
 import torch
 from torch import Tensor, nn
 
-from ...cache.errors import UsageError
+from ...common.errors import UsageError
+from ..activations import Activation
+from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder
-from ..recipe import Optimization, Setting, Variant, recipe
-from ..sae import SAE, Activation
-from ..step import Step, Term
-from ..terms import MSE
+from ..recipe import recipe
+from ..sae import SAE
+from ..step import LossTerm, Step
+from ..variant import Optimization, RunConfig, Variant
 from .baselines import rate_by_width
 
 
@@ -52,7 +54,7 @@ class Switch(Activation, name="switch"):
         self.b_router.add_(mean_D)
 
 
-class Balance(Term):
+class Balance(LossTerm):
     """E sum_j F_j P_j: 1 where every expert gets its share, E where one gets all."""
 
     def __init__(self, switch: Switch) -> None:
@@ -68,7 +70,7 @@ class Balance(Term):
 
 
 @recipe("switch", paper="Mudide et al. 2024")
-def switch(run: Setting, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
+def switch(run: RunConfig, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
     """One expert a token, chosen by a router; the k largest of the expert's latents.
 
     `experts`: None is 16, or fewer in a dictionary of under 16 k latents.

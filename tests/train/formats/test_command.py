@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import sae
-from sae.cli import app
+from sae.cli.main import app
 from sae.train.sae import load_sae, save_sae
 
 FAILED, BAD_USAGE, DAMAGED = 1, 2, 3

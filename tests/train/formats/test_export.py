@@ -10,21 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae.cache.errors import SaeError, UsageError
 from sae.cache.layout import Hook
+from sae.common.errors import SaeError, UsageError
 from sae.train import variants  # noqa: F401  (registers the activations)
+from sae.train.activations import Activation, BatchTopK, ReLU, TopK
 from sae.train.formats import gemma_scope
-from sae.train.formats.about import module_of
-from sae.train.formats.check import Check, Rows, compare, synthetic_rows
+from sae.train.formats.base import Format
+from sae.train.formats.canonical import CanonicalSAE, canonical_form, sae_of
 from sae.train.formats.export import export_sae
-from sae.train.formats.format import Format
-from sae.train.formats.importing import import_sae
-from sae.train.formats.plain import Plain, plain_of, sae_of
-from sae.train.formats.stored import Folder
-from sae.train.sae import SAE, Activation, BatchTopK, ReLU, TopK, folded, load_sae, save_sae
+from sae.train.formats.import_ import import_sae
+from sae.train.formats.metadata import module_of
+from sae.train.formats.safe_read import Folder
+from sae.train.formats.verify import Check, SampleRows, compare, synthetic_rows
+from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
 from sae.train.variants.collapse import BatchNorm, WinnerTakeAll
 from sae.train.variants.gated import Gated
-from sae.train.variants.progressive import Competition, Enabled
+from sae.train.variants.progressive import EnabledLatents, SoftCompetition
 from sae.train.variants.switch import Switch
 
 HOLDS = {
@@ -77,7 +78,7 @@ def test_a_gate_is_a_jump_where_both_paths_share_the_encoder():
     """By hand: z = 2 + b_gate, f = ReLU(e^r 2 + b_mag) from x = 2; it opens at x = 1, where e^r x + b_mag = 7."""
     one = torch.ones(1, 1, dtype=torch.float64)
     r_mag = torch.log(torch.tensor([4.0], dtype=torch.float64))
-    gated = Plain(one, -one[0], one, 0 * one[0], "gated", r_mag=r_mag, b_mag=3 * one[0])
+    gated = CanonicalSAE(one, -one[0], one, 0 * one[0], "gated", r_mag=r_mag, b_mag=3 * one[0])
     jump = gated.within(("jumprelu",))
     assert jump is not None and jump.threshold is not None
     assert (float(jump.W_enc), float(jump.b_enc), float(jump.threshold)) == pytest.approx((4, 3, 7))
@@ -98,12 +99,12 @@ def test_batchtopk_is_a_jump_at_its_threshold_and_batch_norm_and_switched_off_la
     norm.variance_F.copy_(torch.linspace(0.5, 2, 16))
     norm.gain_F.data.copy_(torch.linspace(-1, 2, 16))
     norm.shift_F.data.copy_(torch.linspace(1, -1, 16))
-    some = Enabled(16)
+    some = EnabledLatents(16)
     some.on_F[::3] = 0
     for chain in ([batch], [norm, ReLU()], [some, ReLU()], [some, TopK(8)]):
         sae = make("relu")
         sae.activation = torch.nn.Sequential(*chain)
-        plain = plain_of(sae.eval())
+        plain = canonical_form(sae.eval())
         f_RF, recon_RD = coded(sae, x_RD)
         f2_RF, recon2_RD = coded(sae_of(plain), x_RD)
         assert 0 < (f_RF > 0).double().mean() < 0.9
@@ -113,8 +114,8 @@ def test_batchtopk_is_a_jump_at_its_threshold_and_batch_norm_and_switched_off_la
 
 def test_every_activation_is_folded_or_refused_by_its_name(make):
     builds = {
-        "relu": ReLU(), "topk": TopK(2), "batchtopk": BatchTopK(2), "gated": Gated(16), "enabled": Enabled(16),
-        "batch_norm": BatchNorm(16), "winner_take_all": WinnerTakeAll(16, 4, 1), "competition": Competition(0.1),
+        "relu": ReLU(), "topk": TopK(2), "batchtopk": BatchTopK(2), "gated": Gated(16), "enabled": EnabledLatents(16),
+        "batch_norm": BatchNorm(16), "winner_take_all": WinnerTakeAll(16, 4, 1), "competition": SoftCompetition(0.1),
         "switch": Switch(8, 4, 2), "jumprelu": Activation.registry["jumprelu"](16, 0.1),
         "gram_schmidt_latents": Activation.registry["gram_schmidt_latents"](4),
     }  # fmt: skip
@@ -124,7 +125,7 @@ def test_every_activation_is_folded_or_refused_by_its_name(make):
         sae = make("relu")
         sae.activation = torch.nn.Sequential(link, ReLU())
         try:
-            plain_of(sae)
+            canonical_form(sae)
         except UsageError as error:
             assert name in str(error)
             coupled.add(name)
@@ -147,7 +148,7 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(make, tmp_path, monkeypatc
 
     def unfolded(self, plain, folder, about):
         assert plain.threshold is not None
-        whole(self, Plain(plain.W_enc, plain.b_enc, plain.W_dec, plain.b_dec, "jumprelu", threshold=plain.threshold * 2), folder, about)  # fmt: skip
+        whole(self, CanonicalSAE(plain.W_enc, plain.b_enc, plain.W_dec, plain.b_dec, "jumprelu", threshold=plain.threshold * 2), folder, about)  # fmt: skip
 
     monkeypatch.setattr(gemma_scope.GemmaScope, "write", unfolded)
     with pytest.raises(
@@ -159,8 +160,8 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(make, tmp_path, monkeypatc
 
 def test_an_error_over_1e_5_is_refused_and_a_rounding_is_not(make, x_RD):
     sae = make("relu")
-    plain, (f_RF, recon_RD) = plain_of(sae), coded(make("relu"), x_RD)
-    rows = Rows(x_RD, "these")
+    plain, (f_RF, recon_RD) = canonical_form(sae), coded(make("relu"), x_RD)
+    rows = SampleRows(x_RD, "these")
     off = lambda by: compare(sae, plain, lambda x: (f_RF, recon_RD * (1 + by)), rows)  # noqa: E731
     assert off(9e-6).passed and not off(1.1e-5).passed
     assert off(9e-6).error_x == pytest.approx(9e-6, rel=1e-3)
@@ -171,13 +172,13 @@ def test_a_row_at_a_threshold_is_counted_and_said_and_one_away_from_it_is_refuse
     z_RF = x_RD.double() @ sae.W_enc.double() + sae.b_enc.double()
     row, latent, other = int(z_RF[:, 5].argmax()), 5, 6
     sae.activation[0].threshold.data[latent] = float(z_RF[row, latent].float())  # as near as float32 comes to it
-    plain = plain_of(sae)
+    plain = canonical_form(sae)
     f_RF, recon_RD = coded(sae, x_RD)
 
     def with_other(row: int, latent: int):
         other_RF = f_RF.clone()
         other_RF[row, latent] = 0 if f_RF[row, latent] > 0 else 1
-        return compare(sae, plain, lambda x: (other_RF, recon_RD), Rows(x_RD, "these"))
+        return compare(sae, plain, lambda x: (other_RF, recon_RD), SampleRows(x_RD, "these"))
 
     near = with_other(row, latent)
     assert (near.passed, near.rounded, near.different) == (True, 1, 0)
@@ -187,9 +188,9 @@ def test_a_row_at_a_threshold_is_counted_and_said_and_one_away_from_it_is_refuse
 
 
 def test_the_last_of_a_topk_is_in_doubt_only_when_the_next_is_as_large(make, x_RD):
-    plain = plain_of(make("topk", unit=True))
+    plain = canonical_form(make("topk", unit=True))
     assert not plain.doubt(x_RD.double()).any()
-    tied = Plain(plain.W_enc[:, [0] * 16], plain.b_enc[[0] * 16], plain.W_dec, plain.b_dec, "topk", k=4)
+    tied = CanonicalSAE(plain.W_enc[:, [0] * 16], plain.b_enc[[0] * 16], plain.W_dec, plain.b_dec, "topk", k=4)
     z_R = (x_RD.double() @ tied.W_enc + tied.b_enc)[:, 0]
     assert torch.equal(tied.doubt(x_RD.double()).all(1), z_R > 0)
 
@@ -213,8 +214,8 @@ def test_rows_are_the_caches_own_and_otherwise_synthetic_and_it_says_so(make, sp
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
 def test_synthetic_rows_see_every_threshold_and_bias_whatever_their_size(make, kind, size):
     """The same SAE with one bias or threshold moved, each latent in turn."""
-    sae = folded(make(kind, unit=True), size, torch.zeros(8))
-    plain = plain_of(sae)
+    sae = fold_normalization(make(kind, unit=True), size, torch.zeros(8))
+    plain = canonical_form(sae)
     rows = synthetic_rows(plain)
     name = {"relu": "b_enc", "jumprelu": "threshold", "gated": "b_enc"}[kind]
     gate_F = torch.ones(16) if kind != "gated" else plain.within(("jumprelu",)).threshold
@@ -231,7 +232,7 @@ def test_synthetic_rows_of_an_encoder_without_a_bias_are_not_all_b_dec():
     torch.manual_seed(0)
     sae = SAE(16, 32).eval().requires_grad_(False)
     sae.b_dec.normal_()
-    plain = plain_of(sae)
+    plain = canonical_form(sae)
     rows = synthetic_rows(plain)
     assert ((rows.x_RD - sae.b_dec).norm(dim=1) > 0.1 * sae.b_dec.norm()).float().mean() > 0.9
     other = sae_of(replace(plain, b_enc=plain.b_enc + 1e-3)).double()

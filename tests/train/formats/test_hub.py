@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from sae.cache.errors import DamagedError, Interrupted, OutsideError, UsageError
+from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
 from sae.train.formats.export import export_sae
 from sae.train.formats.hub import Address, Remote, import_from_hub, needed, upload
 from sae.train.sae import save_sae
@@ -172,11 +172,11 @@ def answered(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "kind", "sentence"),
     [
-        (GatedRepoError, OutsideError, "me/mine is gated: accept its licence"),
-        (RepositoryNotFoundError, OutsideError, "There is no me/mine on the Hub that you can see"),
+        (GatedRepoError, UnavailableError, "me/mine is gated: accept its licence"),
+        (RepositoryNotFoundError, UnavailableError, "There is no me/mine on the Hub that you can see"),
         (RevisionNotFoundError, UsageError, "me/mine has no such revision"),
-        (ConnectionError, OutsideError, "The Hub could not be reached for me/mine: no"),
-        (Unheard, OutsideError, "The Hub could not be reached for me/mine: no"),
+        (ConnectionError, UnavailableError, "The Hub could not be reached for me/mine: no"),
+        (Unheard, UnavailableError, "The Hub could not be reached for me/mine: no"),
     ],
 )
 def test_what_the_hub_can_answer_is_a_sentence(hub, monkeypatch, error, kind, sentence):

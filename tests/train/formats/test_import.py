@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.cache.errors import DamagedError, UsageError
 from sae.cache.layout import Hook
+from sae.common.errors import DamagedError, UsageError
 from sae.train.formats.export import export_sae
-from sae.train.formats.importing import import_sae
-from sae.train.formats.names import first_hook, hook_of, hub_name, of_gemma_scope, transformerlens_name
+from sae.train.formats.hook_names import first_hook, hook_of, hub_name, of_gemma_scope, transformerlens_name
+from sae.train.formats.import_ import import_sae
 from sae.train.sae import load_sae
 
 

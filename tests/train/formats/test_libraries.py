@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.cache.layout import Hook
+from sae.train.formats.base import Format
 from sae.train.formats.export import export_sae
-from sae.train.formats.format import Format
-from sae.train.formats.importing import import_sae
-from sae.train.formats.stored import Folder
+from sae.train.formats.import_ import import_sae
+from sae.train.formats.safe_read import Folder
 from sae.train.sae import load_sae
 
 FIXTURES = Path(__file__).parent / "fixtures"

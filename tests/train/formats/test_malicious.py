@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sae.cache.errors import DamagedError, SaeError, UsageError
+from sae.common.errors import DamagedError, SaeError, UsageError
+from sae.train.formats.base import recognised
 from sae.train.formats.export import export_sae
-from sae.train.formats.format import recognised
-from sae.train.formats.importing import import_sae, located
-from sae.train.formats.pickled import state_dict_of
-from sae.train.formats.stored import Folder, npz_of, safetensors_of, tensor_of
+from sae.train.formats.import_ import import_sae, located
+from sae.train.formats.safe_pickle import state_dict_of
+from sae.train.formats.safe_read import Folder, npz_of, safetensors_of, tensor_of
 
 HUGE = 10**12
 FORMATS = {"saelens": "jumprelu", "gemma-scope": "jumprelu", "dictionary-learning": "topk", "sparsify": "topk"}

@@ -1,0 +1,235 @@
+"""`sae reproduce`: a paper's systems trained and evaluated, and every number that it claims beside the number measured."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import quote
+from typing import Annotated, Any
+
+import typer
+
+from ..workflows.reproduce import (
+    Job,
+    ReproduceConfig,
+    group_by_pass,
+    jobs_of,
+    options_by_recipe,
+    reading_of,
+    suite_of,
+    train_config,
+)
+from .console import cli_command, echo, show_table
+from .options import Device, tokens_of
+
+ALL = "all"
+
+
+@cli_command
+def reproduce(
+    papers: Annotated[list[str], typer.Argument(help="000, 001, 002, 003, 004, or all.")],
+    model: Annotated[
+        str, typer.Option(help="The default is the papers'. Of another, what can hold is which system has more.")
+    ] = "google/gemma-2-2b",
+    layer: Annotated[list[int] | None, typer.Option("--layer", help="Default: each paper's. Repeats.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Default: each paper's three. Repeats.")] = None,
+    reading: Annotated[
+        str | None,
+        typer.Option(help="How units are read: evidence (default on the papers' model), field (elsewhere) or literal."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: each paper's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Tokens. Default: each paper's; off its model each recipe's.")
+    ] = None,
+    width: Annotated[str | None, typer.Option(help="Latents, as in `sae train`. Default: each system's.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="As in `sae harvest`. Default: each paper's on its model.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Train on this one instead of harvesting.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="As in `sae evaluate`. Default: full on the papers' model, else quick.")
+    ] = None,
+    evaluate_tokens: Annotated[
+        int | None, typer.Option(parser=tokens_of, metavar="N", help="Of held-out text. Default: as `sae evaluate`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of runs and pages. Default: reproduce/<model>.")] = None,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print tokens, disk, time and runs, and stop.")] = False,
+) -> None:
+    """A paper -> its systems, trained and evaluated, and a page: each claimed number beside the measured one, with a verdict.
+
+    What exists is not made again: the same command goes on after a kill, and with one more seed trains only that.
+    """
+    from ..cache.reader import model_name
+    from ..common.errors import UsageError
+    from ..common.files import sae_home
+    from ..evaluate.metrics.registry import metrics_of
+    from ..evaluate.papers.claims import PAPERS, load
+
+    for flag, number in (("steps", steps), ("batch-size", batch_size)):
+        if number is not None and number < 1:
+            raise UsageError(f"--{flag} {number} is not positive. Leave it out for the paper's.")
+    if suite is not None:  # now, and not when hours of training are over
+        metrics_of(suite)
+    chosen = [load(number) for number in (PAPERS if ALL in papers else dict.fromkeys(papers))]
+    asked = ReproduceConfig(
+        model, layer, seed, reading, steps, batch_size, width, dataset, cache, suite, evaluate_tokens,
+        out or sae_home() / "reproduce" / Path(model_name(model)).name, device,
+        on_paper_model=model in {paper.ran.reads_as for paper in chosen},
+    )  # fmt: skip
+    jobs = [job for paper in chosen for job in jobs_of(paper, asked)]
+    groups = group_by_pass(jobs)
+    sources = sources_of(jobs, asked)
+    show_plan(groups, sources, asked, dry_run)  # what is wrong with it is seen before the hours of a harvest
+    if dry_run:
+        return
+    caches = {dataset: cache_of(source) for dataset, source in sources.items()}
+    runs: dict[Job, list[Path]] = {}
+    for group in groups:
+        runs |= trained(group, caches[group[0].dataset], asked)
+    code = 0
+    for paper in chosen:
+        own = {job: folders for job, folders in runs.items() if job.paper == paper.number}
+        code = max(code, evaluated(paper, own, asked))
+        written(paper, own, asked)
+    echo(
+        f"next     sae compare {quote(str(asked.folder / 'runs'))}/* --mix --out {quote(str(asked.folder / 'all.html'))}"
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+def sources_of(jobs: Sequence[Job], asked: ReproduceConfig) -> dict[str | None, Any]:
+    """For each dataset the --cache, or the plan of a harvest with the tokens of its longest job."""
+    from ..cache.reader import Cache, model_name
+    from ..common.errors import UsageError
+    from ..harvest.plan import HarvestConfig
+    from ..train.recipe import find_recipe
+    from .harvest import show_harvest
+
+    if asked.cache is not None and (held := Cache(asked.cache).model) != model_name(asked.model):
+        raise UsageError(
+            f"--cache {asked.cache} holds activations of {held}, and the claims would be read of {asked.model}. "
+            f"Give --model {held}, or a cache of {asked.model}."
+        )
+    sources: dict[str | None, Any] = {}
+    for dataset in dict.fromkeys(job.dataset for job in jobs):
+        own = [job for job in jobs if job.dataset == dataset]
+        tokens = max(job.steps * (job.batch_size or find_recipe(job.recipe).batch_size) for job in own)
+        layers = sorted({layer for job in own for layer in job.layers})
+        if asked.cache is not None:
+            sources[dataset] = Cache(asked.cache)
+            continue
+        request = HarvestConfig(model=asked.model, dataset=dataset, layers=layers, tokens=tokens, device=asked.device)
+        sources[dataset] = show_harvest(request)
+    return sources
+
+
+def cache_of(source: Any) -> Path:
+    """The folder of a cache, which is harvested where it is planned."""
+    from ..cache.reader import Cache
+    from .harvest import execute
+
+    return source.folder if isinstance(source, Cache) else execute(source).folder
+
+
+def estimate_runs(group: Sequence[Job], source: Any, asked: ReproduceConfig) -> list[list[tuple[Any, Path]]]:
+    """What of the group is still to train, and into which folder: a list for what shares a pass."""
+    from ..cache.layout import Hook
+    from ..cache.reader import Cache
+    from ..train.plan import check_seeds, group_by_pass, parse_options, plan, width_of
+    from ..train.recipe import find_recipe
+    from ..train.variant import RunConfig
+
+    if (cache := source if isinstance(source, Cache) else source.harvested) is not None:
+        todo = [run for run in plan(train_config(group, cache.folder, asked)) if not run.done]
+        return [[(run.planned, run.folder) for run in stream] for stream in group_by_pass(todo)]
+    first, found = group[0], []
+    check_seeds(*first.seeds)
+    for layer in first.layers:
+        d_in, stream = source.widths[Hook(layer, "resid_post").array], []
+        for name, options in options_by_recipe(group).items():
+            recipe = find_recipe(name)
+            given = parse_options([f"{name}.{option}" for option in options], [recipe])[name]
+            sizes = d_in, width_of(first.width, recipe, d_in), first.steps, first.batch_size or recipe.batch_size
+            run = (recipe, given, RunConfig(*sizes, literal=first.literal)), asked.folder / "runs" / "not yet begun"
+            stream += [run] * len(first.seeds)
+        found.append(stream)
+    return found
+
+
+def show_plan(
+    groups: Sequence[Sequence[Job]], sources: Mapping[str | None, Any], asked: ReproduceConfig, dry_run: bool
+) -> None:
+    """What there is to train in all, as lines; OutsideError where it does not fit on the disk."""
+    from ..common.formatting import format_count
+    from ..harvest.plan import HarvestPlan
+    from ..train.estimate import check_space
+    from .train import show_size, show_time
+
+    group_by_pass: list[list[tuple[Any, Path]]] = []
+    for group in groups:
+        of_group = estimate_runs(group, sources[group[0].dataset], asked)
+        first, recipes, todo = group[0], options_by_recipe(group), sum(map(len, of_group))
+        count = len(recipes) * len(first.layers) * len(first.seeds)
+        there = f"; {count - todo:,} of them are there" if todo < count else ""
+        echo(
+            f"train    {format_count(count, 'SAE')}: {format_count(len(recipes), 'recipe')}, {first.steps:,} steps each{there}"
+        )
+        group_by_pass += of_group
+    if runs := [run for stream in group_by_pass for run in stream]:
+        plans = [source for source in sources.values() if isinstance(source, HarvestPlan)]
+        check_space(runs, {plan.folder: plan.bytes_to_write for plan in plans})
+        show_size([planned for planned, _ in runs], asked.folder)
+        if dry_run:
+            show_time([[planned for planned, _ in stream] for stream in group_by_pass], asked.device)
+    echo(f"evaluate the runs of each paper in the suite {suite_of(asked)}; how long that takes is not foreseen")
+
+
+def trained(group: Sequence[Job], cache: Path, asked: ReproduceConfig) -> dict[Job, list[Path]]:
+    """Train the group on one pass; the run folders of each job."""
+    from .train import run_train
+
+    runs = run_train(train_config(group, cache, asked))
+    return {job: [run.folder for run in runs if run.recipe.name == job.recipe] for job in group}
+
+
+def evaluated(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: ReproduceConfig) -> int:
+    """Evaluate in the paper's definitions; returns the exit code. What could not be measured is on the page, too."""
+    from ..evaluate.plan import EvaluateConfig
+    from .evaluate import run_evaluate
+
+    folders = dict.fromkeys(folder for found in runs.values() for folder in found)
+    try:
+        run_evaluate(
+            EvaluateConfig(
+                runs=list(folders),
+                suite=suite_of(asked),
+                tokens=asked.evaluate_tokens,
+                mode=paper.mode,
+                device=asked.device,
+            )
+        )
+    except typer.Exit as stopped:
+        return stopped.exit_code
+    return 0
+
+
+def written(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: ReproduceConfig) -> None:
+    """The paper's page, and its verdicts as a table in the terminal."""
+    from ..evaluate.compare import read_run
+    from ..evaluate.pages.page import write_page
+    from ..evaluate.pages.reproduction import reproduction_page
+    from ..evaluate.papers.report import report, trained
+
+    found = report(
+        paper,
+        [trained(job.system, job.recipe, read_run(folder)) for job, folders in runs.items() for folder in folders],
+        asked.on_paper_model,
+    )
+    lines = [
+        [row.claim.id, row.claim.system, f"{row.claim.value:g} {row.claim.unit}", row.measured, str(row.seeds or ""), row.verdict]
+        for row in found.rows
+    ]  # fmt: skip
+    show_table(f"{paper.number} {paper.title}", ["claim", "of", "claimed", "measured", "seeds", "verdict"], lines)
+    page = asked.folder / f"{paper.number}.html"
+    write_page(page, reproduction_page(found, asked.model, reading_of(paper, asked).name))
+    echo(f"written  {page}")

@@ -1,0 +1,225 @@
+"""Core: what an SAE costs the model (KL, CE), how well it reconstructs, how sparse and how correlated its latents are.
+
+The names and definitions are SAEBench's; where one of them is not what its name says, the correct number stands beside
+it under another name (`fve`, `mse_elementwise`). The text is not: contexts are the cache's, of one document each unless
+it was packed, so `mse`, which SAEBench divides by the tokens of a batch, compares within a text only. Positions of pad,
+eos and bos keep their residual and are not counted.
+
+Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.errors import UsageError
+from ...harvest.model import Forward, LanguageModel
+from ...train.sae import SAE
+from ..context import ContextBatch, EvalContext
+from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result
+from .sae_statistics import (
+    TOKENS_AT_ONCE,
+    SAEStatistics,
+    Share,
+    by_document,
+    dictionary,
+    interval,
+    misc,
+    per_latent,
+    value,
+)
+
+MOSTLY_DEAD = 0.5  # share of latents that never fire, from which on a flag says so
+
+
+@dataclass(frozen=True)
+class Core(Metric):
+    """Batches are of `batch_contexts` contexts; KL and CE are taken on the first `reconstruction_batches` of them.
+
+    SAEBench's sparsity batches begin where its reconstruction batches stop; held-out text is short, so ours overlap.
+    """
+
+    batch_contexts: int = 16
+    reconstruction_batches: int = 200
+    sparsity_batches: int = 2000
+
+    name = "core"
+    type_id = "core"
+    title = "core, on held-out text (KL and CE scores: 0 is a zeroed layer, 1 the model alone)"
+    numbers = (
+        MetricColumn("L0", "sparsity", "l0", ".1f"),
+        MetricColumn("KL score", "model_behavior_preservation", "kl_div_score", ".4f", "up", 0, 1),
+        MetricColumn("KL", "model_behavior_preservation", "kl_div_with_sae", ".4f", "down", 0),
+        MetricColumn("CE score", "model_performance_preservation", "ce_loss_score", ".4f", "up", 0, 1),
+        MetricColumn("EV", "reconstruction_quality", "fve", ".4f", "up", 0, 1),
+        MetricColumn("cosine", "reconstruction_quality", "cossim", ".3f", "up", 0, 1),
+        MetricColumn("alive", "misc_metrics", "frac_alive", ".3f", "up", 0, 1),
+        MetricColumn("corr", "correlation", "mean", ".4f", "down", 0, 1),
+        MetricColumn("corr 99.9%", "correlation", "quantile_99.9", ".3f", "down", 0, 1),
+    )
+
+    def settings(self, bench: EvalContext) -> dict[str, Any]:
+        return {**super().settings(bench), **bench.text}
+
+    @torch.no_grad()
+    def measure(self, bench: EvalContext, subjects: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+        for name in ("batch_contexts", "reconstruction_batches", "sparsity_batches"):
+            if (number := getattr(self, name)) < 1:
+                raise UsageError(f"core.{name}={number}: give 1 or more.")
+        batches = [batch for batch in bench.batches(self.batch_contexts, self.sparsity_batches) if batch.kept.any()]
+        if not batches:
+            raise UsageError(
+                "Nothing of the held-out text counts: its tokens are all pad, eos or bos. Harvest other text."
+            )
+        layers = sorted({subject.layer for subject in subjects})
+        own, ablated = SpliceLoss(), {layer: SpliceLoss() for layer in layers}
+        spliced, codes = [SpliceLoss() for _ in subjects], [SAEStatistics() for _ in subjects]
+        constant_D: dict[int, Tensor] = {}
+        for number, batch in enumerate(batches):
+            behaves = number < self.reconstruction_batches
+            run = bench.model.forward(batch.ids, layers) if behaves else None
+            residual = run.residual if run else bench.model.capture(batch.ids, layers)
+            finals = []  # of each subject: what the model ends with when it has seen this SAE's reconstruction
+            for subject, code in zip(subjects, codes, strict=True):
+                patched = code.add(subject, residual[subject.layer], batch.kept)
+                if run:
+                    finals.append(run.suffix(subject.layer, patched)[batch.kept])
+            if run:
+                zeroed = [zeroed_end(run, layer, batch, constant_D) for layer in layers]
+                losses = [own, *ablated.values(), *spliced]
+                compare(bench.model, batch, losses, [run.final[batch.kept], *zeroed, *finals])
+            progress(number + 1, len(batches), "batches")
+        read = [int(batch.inside.sum()) for batch in batches]
+        tokens = {
+            "total_tokens_eval_reconstruction": sum(read[: self.reconstruction_batches]),
+            "total_tokens_eval_sparsity_variance": sum(read),
+        }
+        document_N = torch.cat([batch.document for batch in batches])
+        return [
+            result(bench.mode, subject, own, ablated[subject.layer], loss, code, tokens, document_N)
+            for subject, loss, code in zip(subjects, spliced, codes, strict=True)
+        ]
+
+
+def zeroed_end(run: Forward, layer: int, batch: ContextBatch, constant_D: dict[int, Tensor]) -> Tensor:
+    """What the model ends with at the counted positions (T, D) when a layer is zeroed at every position.
+
+    Attention over equal values gives that value, so nothing tells positions apart any more, nor texts: where the first
+    batch shows it, its one end serves all.
+    """
+    if layer not in constant_D:
+        end_TD = run.suffix(layer, torch.zeros_like(run.residual[layer]))[batch.kept]
+        if not (end_TD == end_TD[:1]).all():
+            return end_TD
+        constant_D[layer] = end_TD[0]
+    return constant_D[layer].expand(int(batch.kept.sum()), -1)
+
+
+def compare(
+    model: LanguageModel, batch: ContextBatch, losses: Sequence["SpliceLoss"], finals_TD: Sequence[Tensor]
+) -> None:
+    """Add what the model predicts at the counted positions to each loss. The first is the model's own, the truth.
+
+    An end that is the same at all positions is unembedded once.
+    """
+    context_T, position_T = batch.kept.nonzero(as_tuple=True)
+    next_T = batch.ids.roll(-1, 1)[batch.kept]
+    # Of the last token of a context none is known.
+    has_next_T = position_T + 1 < batch.inside.sum(1)[context_T]
+    constant = [final.stride(0) == 0 for final in finals_TD]
+    for loss in losses:
+        loss.begin(len(batch.ids))
+    for start in range(0, len(context_T), TOKENS_AT_ONCE):
+        rows = slice(start, start + TOKENS_AT_ONCE)
+        true_TV = model.unembed(finals_TD[0][rows]).float().log_softmax(-1)
+        p_TV = true_TV.exp()
+        for loss, final_TD, same in zip(losses, finals_TD, constant, strict=True):
+            logp_TV = model.unembed(final_TD[:1] if same else final_TD[rows]).float().log_softmax(-1)
+            kl_T = torch.linalg.vecdot(p_TV, true_TV - logp_TV)
+            ce_T = -logp_TV.expand_as(p_TV).gather(1, next_T[rows, None])[:, 0]
+            loss.add(context_T[rows], kl_T, ce_T, has_next_T[rows])
+
+
+class SpliceLoss:
+    """Of each context, over its counted positions, in nats: KL(original || these logits), and CE of the next token."""
+
+    def __init__(self) -> None:
+        self.contexts: list[Tensor] = []  # of each batch: (N, 4), sums of KL and of CE, and how many of each
+
+    def begin(self, contexts: int) -> None:
+        self.contexts.append(torch.zeros(contexts, 4, dtype=torch.float64))
+
+    def add(self, context_T: Tensor, kl_T: Tensor, ce_T: Tensor, has_next_T: Tensor) -> None:
+        columns = [kl_T, torch.where(has_next_T, ce_T, 0), torch.ones_like(kl_T), has_next_T]
+        numbers = torch.stack([column.double() for column in columns], 1).cpu()
+        self.contexts[-1].index_add_(0, context_T.cpu(), numbers)
+
+    @property
+    def sums(self) -> Tensor:
+        """(4, contexts): KL, CE, tokens, tokens with a next one."""
+        return torch.cat(self.contexts).T
+
+
+def scores(own: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> dict[str, dict[str, Share]]:
+    """Raw divergences and losses (lower is better), and scores: 1 is the model's own, 0 that of a zeroed layer."""
+    _, ce_own, tokens, targets = own.sums
+    (kl_zero, ce_zero, *_), (kl, ce, *_) = ablated.sums, spliced.sums
+    return {
+        "model_behavior_preservation": {
+            "kl_div_score": (kl_zero - kl, kl_zero),
+            "kl_div_with_ablation": (kl_zero, tokens),
+            "kl_div_with_sae": (kl, tokens),
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": (ce_zero - ce, ce_zero - ce_own),
+            "ce_loss_with_ablation": (ce_zero, targets),
+            "ce_loss_with_sae": (ce, targets),
+            "ce_loss_without_sae": (ce_own, targets),
+        },
+    }
+
+
+def result(
+    mode: str, subject: EvalTarget, own: SpliceLoss, ablated: SpliceLoss, loss: SpliceLoss, codes: SAEStatistics, tokens: dict[str, int],
+    document_N: Tensor,
+) -> Result:  # fmt: skip
+    shares = scores(own, ablated, loss)
+    behaviour = {name: {key: value(share) for key, share in group.items()} for name, group in shares.items()}
+    W_dec_FD = getattr(subject.sae, "W_dec", None)
+    metrics = {
+        **behaviour,
+        **codes.scalars(mode),
+        "token_stats": dict(tokens),
+        "correlation": codes.correlation(W_dec_FD),
+    }
+    if W_dec_FD is not None:
+        metrics["dictionary"] = dictionary(W_dec_FD)
+    details = per_latent(subject.sae, codes) if isinstance(subject.sae, SAE) else []
+    if details and mode != "2024-12":  # added to SAEBench in January 2025
+        metrics["misc_metrics"] = misc(codes.density(), details)
+    intervals = {
+        name: {key: interval(by_document(share, document_N)) for key, share in group.items()}
+        for name, group in (shares | codes.shares()).items()
+    }
+    quality = intervals["reconstruction_quality"]
+    quality["fve"] = codes.about_the_mean(quality["fve"], metrics["reconstruction_quality"]["fve"])
+    n = {"documents": len(document_N.unique()), "contexts": len(own.sums[0]), "tokens": codes.tokens}
+    return Result.of(metrics, details, intervals=intervals, n=n, flags=flags(subject, metrics, codes))
+
+
+def flags(subject: EvalTarget, metrics: dict[str, dict[str, float]], codes: SAEStatistics) -> list[str]:
+    """What makes a number mean less than it seems to. The references are what they are, and get none."""
+    if subject.reference:
+        return []
+    found = []
+    dead = float((codes.density() == 0).double().mean())
+    if metrics["sparsity"]["l0"] == 0:
+        found.append("L0 is 0: no latent ever fires, so the SAE is its decoder bias.")
+    elif dead > MOSTLY_DEAD:
+        found.append(f"{dead:.0%} of the latents never fire on this text.")
+    if metrics["reconstruction_quality"]["fve"] < 0:
+        found.append("The explained variance is negative: the mean alone would reconstruct better.")
+    return found

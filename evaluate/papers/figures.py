@@ -1,0 +1,233 @@
+"""A paper's figures, redrawn from our runs, and what its mechanisms logged of which it has no figure.
+
+A series is a system of the paper, at the first of its layers that was run. Training is drawn of every run, what was
+measured of those that pass the gates. A chart of which there is nothing is left out.
+
+Paper: of the figures only captions are at hand, without axes. Which metrics stand in figure 1 of 004, that the
+reconstruction in figure 1 (a) of 001 is the explained variance, and tokens as the time of 001 and 003 are our readings.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import mean, stdev
+from typing import Any
+
+from ..charts import Chart, Kind, Series
+from ..metrics.base import Result
+from .report import PaperReport, ReportedRun, grouped, numbers, stands_in
+from .verdict import label_of
+
+OWN = "The paper's figures and tables"
+OTHERS = "Training and mechanisms, without a figure in the paper"
+KS = (1, 2, 5, 10, 20, 50)
+L0 = "core.sparsity.l0"
+VARIANCE = "core.reconstruction_quality.explained_variance"
+KL = "core.model_behavior_preservation.kl_div_with_sae"
+KL_SCORE = "core.model_behavior_preservation.kl_div_score"
+MSE = "core.reconstruction_quality.mse"
+ABSORPTION = "absorption.mean.mean_absorption_score"
+SPLIT = "absorption.mean.mean_num_split_features"
+SCR = "scr.scr_metrics.scr_metric_threshold_2"
+Draw = Callable[[PaperReport, str], Chart]  # of a report and a title
+Values = dict[float, list[float]]  # x -> what was found there, in each run
+ON_STAND_IN = "On the stand-in of the standard library."
+
+
+def figures(found: PaperReport) -> dict[str, list[Chart]]:
+    """Under a heading each: what stands for the paper's own figures, and the rest."""
+    headed = {OWN: PAPERS.get(found.paper.number, {}), OTHERS: MECHANISMS.get(found.paper.number, {}) | EVERYWHERE}
+    charts = {heading: [draw(found, title) for title, draw in draws.items()] for heading, draws in headed.items()}
+    drawn = {heading: [chart for chart in some if chart.series] for heading, some in charts.items()}
+    return {heading: some for heading, some in drawn.items() if some}
+
+
+def averaged(name: str, values: Values, kind: Kind = "points", look: int | None = None) -> Series:
+    """The mean and sd over seeds at each x; of one alone an sd of 0."""
+    sds = [stdev(some) if len(some) > 1 else 0.0 for some in values.values()]
+    return Series(name, list(values), [mean(some) for some in values.values()], kind, sds, look=look)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def over_training(found: PaperReport, title: str, name: str, y: str, sd: str = "", to_one: bool = False) -> Chart:
+    """A logged scalar, the mean over seeds, in a band of 1 sd over seeds; or of the mean of another scalar, `sd`.
+
+    With `to_one` what it lacks to 1, on a logarithmic axis.
+    """
+    series = []
+    for look, (label, runs) in enumerate(grouped(found).items()):
+        if values := curve(runs, name):
+            values = {tokens: [1 - one for one in some] for tokens, some in values.items()} if to_one else values
+            line = averaged(label, values, "line", look)
+            if sd:
+                widths = curve(runs, sd)
+                line = replace(line, spread=[mean(widths.get(tokens, [0.0])) for tokens in values])
+            series.append(line)
+    banded = sd and any(any(line.spread) for line in series)
+    note = "The band is ± 1 sd over pairs of latents, its mean over seeds." if banded else ""
+    return Chart(title, "tokens", y, series, y_log=to_one, note=note)
+
+
+def curve(runs: Sequence[ReportedRun], name: str) -> Values:
+    """Of a logged scalar the number of each run, by tokens."""
+    values: Values = {}
+    for run in runs:
+        logged = {line["tokens"]: line[name] for line in run.log if name in line and "tokens" in line}
+        for tokens, value in logged.items():
+            if math.isfinite(value):
+                values.setdefault(tokens, []).append(value)
+    return dict(sorted(values.items()))
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def by_system(found: PaperReport, title: str, metric: str, y: str) -> Chart:
+    """A category for each system."""
+    series: list[Series] = []
+    for look, (label, runs) in enumerate(grouped(found).items()):
+        if values := numbers(metric, runs, found.on_paper_model):
+            series.append(averaged(label, {len(series): values}, look=look))
+    return Chart(title, "", y, series, categories=[one.name for one in series], note=standing_in(metric, found))
+
+
+def by_system_and_k(found: PaperReport, title: str, ks: Sequence[int]) -> Chart:
+    """Sparse probing: a category for each system, a series for each number of latents."""
+    measured = {label: probing(runs, ks, found.on_paper_model) for label, runs in grouped(found).items()}
+    systems = [label for label, values in measured.items() if values]
+    of_k = {k: {place: measured[one][k] for place, one in enumerate(systems) if k in measured[one]} for k in ks}
+    series = [averaged(f"top-{k}", values) for k, values in of_k.items() if values]
+    return Chart(title, "", "test accuracy", series, categories=systems, note=standing_in(top(1), found))
+
+
+def over_k(found: PaperReport, title: str) -> Chart:
+    """Sparse probing over the number of latents."""
+    measured = [(label, probing(runs, KS, found.on_paper_model)) for label, runs in grouped(found).items()]
+    series = [averaged(label, values, "both", look) for look, (label, values) in enumerate(measured) if values]
+    return Chart(title, "latents", "test accuracy", series, x_log=True, note=standing_in(top(1), found))
+
+
+def probing(runs: Sequence[ReportedRun], ks: Sequence[int], on_paper_model: bool) -> Values:
+    """The accuracies of probes on the top k latents."""
+    return {k: values for k in ks if (values := numbers(top(k), runs, on_paper_model))}
+
+
+def over_another(found: PaperReport, title: str, x: str, y: str, x_title: str, y_title: str) -> Chart:
+    """One number over another: a point for each run."""
+    series = []
+    for look, (label, runs) in enumerate(grouped(found).items()):
+        both = [(numbers(x, [run], found.on_paper_model), numbers(y, [run], found.on_paper_model)) for run in runs]
+        points = [(one[0], other[0]) for one, other in both if one and other]
+        if points:
+            series.append(Series(label, [one for one, _ in points], [other for _, other in points], look=look))
+    return Chart(title, x_title, y_title, series, note="A point for each run.")
+
+
+def by_letter(found: PaperReport, title: str) -> Chart:
+    """Absorption: a category for each first letter."""
+    rates = rates_by_letter(found)
+    series = []
+    for look, label in enumerate(grouped(found)):
+        if values := {place: of[label] for place, of in enumerate(rates.values()) if label in of}:
+            series.append(averaged(label, values, look=look))
+    return Chart(title, "first letter", "absorption rate", series, categories=list(rates))
+
+
+def letters(found: PaperReport) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: the absorption of each first letter in each system, the mean over seeds in %."""
+    rates = rates_by_letter(found)
+    shown = [label for label in grouped(found) if any(label in of for of in rates.values())]
+    lines = [
+        [letter, *(f"{100 * mean(of[one]):.1f}" if one in of else "" for one in shown)] for letter, of in rates.items()
+    ]
+    return ["letter", *shown], lines
+
+
+def rates_by_letter(found: PaperReport) -> dict[str, dict[str, list[float]]]:
+    """Of each letter and system, the absorption in each run."""
+    rates: dict[str, dict[str, list[float]]] = {}
+    for label, runs in grouped(found).items():
+        for run in runs:
+            for letter, rate in () if run.broken() else rates_of(run.run.results.get("absorption")):
+                rates.setdefault(letter, {}).setdefault(label, []).append(rate)
+    return dict(sorted(rates.items()))
+
+
+def rates_of(result: Result | None) -> Iterator[tuple[str, float]]:
+    for entry in result.details if result else ():
+        rate: Any = entry.get("absorption_rate", entry.get("full_absorption_rate"))
+        if isinstance(rate, (int, float)):
+            yield label_of(entry), rate
+
+
+def top(k: int) -> str:
+    return f"sparse_probing.sae.sae_top_{k}_test_accuracy"
+
+
+def standing_in(metric: str, found: PaperReport) -> str:
+    return ON_STAND_IN if stands_in(metric, found.runs, found.on_paper_model) else ""
+
+
+# --- which paper has which --------------------------------------------------------------------------------------------
+
+
+def logged(**scalars: str) -> dict[str, Draw]:
+    """A chart for each scalar of metrics.jsonl, by its title."""
+    return {
+        f"{title[0].upper()}{title[1:]}": partial(over_training, name=name, y=title) for name, title in scalars.items()
+    }
+
+
+PAPERS: Mapping[str, dict[str, Draw]] = {
+    "000": {
+        "Figure 1: mean absorption by configuration": partial(by_system, metric=ABSORPTION, y="absorption rate"),
+        "Figure 2: split features by configuration": partial(by_system, metric=SPLIT, y="latents per letter"),
+        "Figure 3: absorption by first letter": by_letter,
+    },
+    "001": {
+        "Figure 1 (a): sparsity against reconstruction": partial(
+            over_another, x=L0, y=VARIANCE, x_title="L0", y_title="explained variance"
+        ),
+        "Figure 1 (b): temperature": partial(over_training, name="T", y="temperature T"),
+    },
+    "002": {
+        "Table 1: KL score": partial(by_system, metric=KL_SCORE, y="KL score"),
+        "Table 1: MSE": partial(by_system, metric=MSE, y="MSE"),
+        "Table 1: SCR at threshold 2": partial(by_system, metric=SCR, y="SCR"),
+    },
+    "003": {
+        "Figure 1 (a): threshold tau": partial(over_training, name="tau", y="tau"),
+        "Figure 1 (b): correlation of latents": partial(
+            over_training, name="mean_correlation", y="correlation", sd="sd_correlation"
+        ),
+        "Figure 1 (c): cumulative successful steps": partial(over_training, name="step", y="steps"),
+        "Figure 1 (d): training loss": partial(over_training, name="loss", y="loss"),
+    },
+    "004": {
+        "Figure 1: explained variance by configuration": partial(by_system, metric=VARIANCE, y="explained variance"),
+        "Figure 1: KL divergence by configuration": partial(by_system, metric=KL, y="KL divergence"),
+        "Figure 1: mean absorption by configuration": partial(by_system, metric=ABSORPTION, y="absorption rate"),
+        "Figure 2: sparse probing at top-1, 5 and 20": partial(by_system_and_k, ks=(1, 5, 20)),
+    },
+}
+MECHANISMS: Mapping[str, dict[str, Draw]] = {
+    "000": logged(utilisation="mean utilisation", contrast="contrast term", tau="contrast threshold tau")
+    | {"Bounded penalty lambda": partial(over_training, name="lambda", y="lambda")},
+    "001": logged(rho="utilisation rho", enabled="latents enabled"),
+    "002": logged(
+        competition_strength="competition strength", pairs_above="pairs above the threshold",
+        mean_coefficient="mean coefficient of those pairs",
+    ),
+    "004": logged(
+        alpha="adaptive factor alpha", stability="stability in the window", resampled="latents resampled",
+        merged="latents merged",
+    ),
+}  # fmt: skip
+EVERYWHERE: dict[str, Draw] = {
+    "Variance unexplained": partial(over_training, name="explained_variance", y="1 - explained variance", to_one=True),
+    "L0": partial(over_training, name="l0", y="L0"),
+    "Sparse probing over the number of latents": over_k,
+}

@@ -1,0 +1,91 @@
+"""Rows to read a number against: the SAEs that change nothing and keep nothing, and what no training is needed for."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cache.contexts import Contexts
+from ..common.files import digest_of
+from ..train.activations import TopK
+from ..train.sae import SAE
+from .context import EvalContext
+from .metrics.base import EvalTarget
+
+CONTEXTS = 256  # of training text, to fit means and directions on: some 30,000 rows
+ROWS = 2048  # of those, to count the SAEs' latents on and to fit a gain
+
+
+class Identity:
+    """x_hat = x: every score is 1."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f
+
+
+class Zero:
+    """x_hat = 0 at every position, BOS included: what the scores call 0."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f
+
+
+class PCA:
+    """x_hat = mean + the projection on the `rank` directions of largest variance; its latents are signed and dense."""
+
+    def __init__(self, x_RD: Tensor, rank: int) -> None:
+        self.b_dec = x_RD.mean(0)
+        covariance_DD = torch.cov(x_RD.T.double())
+        self.W_dec = torch.linalg.eigh(covariance_DD).eigenvectors[:, -rank:].T.to(x_RD.dtype).contiguous()
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x - self.b_dec) @ self.W_dec.T
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ self.W_dec + self.b_dec
+
+
+def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
+    """Random unit rows, TopK of their products with x - mean, and the gain that leaves the smallest squared error."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sae = SAE(x_RD.shape[1], d_sae, [TopK(k)]).requires_grad_(False).to(x_RD.device).eval()
+    sae.b_dec.copy_(x_RD.mean(0))
+    recon_RD = sae.decode(sae.encode(x_RD)) - sae.b_dec
+    sae.W_enc.mul_((recon_RD * (x_RD - sae.b_dec)).sum() / recon_RD.square().sum())
+    return sae
+
+
+def references(bench: EvalContext, text: Contexts, subjects: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
+    """For SAEs of one layer: the identity, zero, PCA and a random dictionary at their median L0 and width."""
+    layer = subjects[0].layer
+    x_RD = sample(bench, text, layer).float()
+    few_RD = x_RD[:ROWS]
+    counts = torch.stack([(subject.sae.encode(few_RD) != 0).sum(1).float().mean() for subject in subjects])
+    widths = torch.tensor([subject.sae.encode(few_RD[:1]).shape[1] for subject in subjects])
+    rank = min(max(round(float(counts.median())), 1), x_RD.shape[1] - 1)
+    width = max(int(widths.median()), rank)
+    return {
+        "identity": EvalTarget(Identity(), layer, reference=True),
+        "zero": EvalTarget(Zero(), layer, everywhere=True, reference=True),
+        f"pca-{rank}": EvalTarget(PCA(x_RD, rank), layer, reference=True),
+        f"random-{rank}": EvalTarget(random_dictionary(few_RD, width, rank), layer, reference=True),
+    }
+
+
+def sample(bench: EvalContext, text: Contexts, layer: int) -> Tensor:
+    """Rows (R, D) of the beginning of the text, from the shelf or one pass."""
+    text = text.select(slice(0, CONTEXTS))
+
+    def make() -> dict[str, Tensor]:
+        batches = bench.batches(16, CONTEXTS, text)
+        return {"x": torch.cat([bench.model.capture(b.ids, [layer])[layer][b.kept].cpu() for b in batches])}
+
+    pinned = {**bench.identity, "skip": bench.skip, "layer": layer, "ids": digest_of(text.ids.tolist())}
+    return bench.shelf.keep("sample", pinned, make)["x"].to(bench.device)

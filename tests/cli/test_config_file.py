@@ -1,0 +1,203 @@
+"""What --config says is what the flags would say: checked the same, beaten by them, shown with its origin."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from sae.cli.config_file import leaves, lines_of, options_of, toml
+from sae.cli.main import app
+
+BAD_USAGE = 2
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def shown(*words: object) -> tuple[dict, dict[str, str]]:
+    """What `sae config show` prints: the TOML, and the origin of each line."""
+    result = call("config", "show", *words)
+    assert result.exit_code == 0, result.output
+    lines = (re.fullmatch(r"#? ?([^ ]+|    \"[^ ]*\",)( .*)?  # (.+)", line) for line in result.stdout.splitlines())
+    return tomllib.loads(result.stdout), {m[1].strip(): m[3] for m in lines if m}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "sae.toml"
+    path.write_text(
+        "# of two verbs\n[harvest]\nmodel = 'gemma-2-mini'\nlayer = [0,\n   1]\ntokens = '3k'\nkeep-special = true\n"
+        "[train]\nsteps = 100\nvariant = 'topk'\nl0 = [16, 32.5]\n[train.set]\nk = 64\nb_dec_init = 'zero'\ntopk.lr = 1e-3\n"
+    )
+    return path
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_defaults(file: Path) -> None:
+    values, origins = shown("train", "--config", file, "--steps", "5", "--set", "k=3", "--set", "clip=none")
+    assert values["train"] | {
+        "steps": 5, "variant": ["topk"], "l0": [16, 32.5], "site": "resid_post",
+        "set": ["b_dec_init=zero", "topk.lr=0.001", "k=3", "clip=none"],
+    } == values["train"]  # fmt: skip
+    assert origins | {
+        "steps": "flag", "variant": f"{file}:10", "l0": f"{file}:11", "site": "default", "seed": "not set",
+        '"b_dec_init=zero",': f"{file}:14", '"topk.lr=0.001",': f"{file}:15", '"k=3",': "flag",
+    } == origins  # fmt: skip
+    values, origins = shown("harvest", "--config", file)
+    assert values["harvest"]["tokens"] == 3000 and values["harvest"]["layer"] == [0, 1]
+    assert (origins["layer"], origins["tokens"], origins["keep-special"]) == (f"{file}:4", f"{file}:6", f"{file}:7")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--variant", "topk", "--variant", "relu", "--l0", "32", "--set", "k=64", "--width", "16k", "--out", 'a "b" \\ c'],
+        ["train", "--stream", "--tokens", "10M", "--seed", "3", "--literal", "--log", "wandb"],
+        ["harvest", "--layer", "5", "--layer", "12", "--held-out", "0.1", "--no-keep-special", "--max-norm", "1e1"],
+        ["evaluate", "runs/a", "--set", "sparse_probing.k=1,2,5", "--no-references", "--json"],
+        ["cache", "repair", "folder", "--device", "cpu"],
+        ["variants"],
+    ],
+)  # fmt: skip
+def test_what_is_shown_reads_back_as_itself(words: list[str], tmp_path: Path) -> None:
+    first = call("config", "show", *words).stdout
+    (tmp_path / "again.toml").write_text(first)
+    verb = [word for word in words[:2] if word in ("cache", "repair")] or words[:1]
+    again = call("config", "show", *verb, "--config", tmp_path / "again.toml")
+    assert again.exit_code == 0, again.output
+    assert tomllib.loads(again.stdout) == tomllib.loads(first)
+    assert "# flag" not in again.stdout
+
+
+def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        "seed = 0\n[harvst]\nx = 1\n[harvest]\nbatch_contexts = 3\ntokens = 'many'\npack = 1\nmodel = ['a']\ncontext = true\n"
+        "[train]\nsteps = 'ten'\nlayer = [1, 'a']\nlog-every = 0\nsteps-every = 1\nseed = 1979-05-27\n[train.out]\na = 1\n"
+        "[cache]\nverfy = 3\nlist = 4\n"
+    )
+    result = call("variants", "--config", path)  # whatever verb reads it
+    assert result.exit_code == BAD_USAGE and result.stdout == ""
+    lines = result.stderr.removeprefix("error: ").splitlines()
+    expected = {
+        1: "seed is no verb", 2: "harvst is no verb with options; did you mean harvest?",
+        5: "batch_contexts is no option of harvest; did you mean batch-contexts?",
+        6: 'tokens = "many": many is no number of tokens: write 10M, 2e8 or 500000.',
+        7: "pack = 1: it is a switch: give true or false.", 8: "it takes one value, no list.", 9: "it is no switch",
+        11: 'steps = "ten": .*valid integer', 12: 'layer = .*valid integer', 13: "log-every = 0: .*1", 14: "steps-every is no option",
+        15: "no string or number", 16: "out = .*: it is no table.", 19: "verfy is no verb with options; did you mean verify?",
+        20: r"list is a verb: write its options under \[cache.list\]",
+    }  # fmt: skip
+    assert len(lines) == len(expected)
+    for line, (number, sentence) in zip(lines, expected.items(), strict=True):
+        assert re.search(f"^{re.escape(str(path))}:{number}: .*{sentence}", line), line
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "There is no verb 'trian' of .*; did you mean train?"),
+        (["cache"], "There is no verb '' of cache; there are info, list, repair, rm, verify."),
+        (["train", "--steps", "x"], "Invalid value for '--steps'"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(words: list[str], sentence: str) -> None:
+    result = call("config", "show", *words)
+    assert result.exit_code == BAD_USAGE and re.search(sentence, result.stderr) and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(None, "cannot be read: No such file"), (b"a = ", "is no TOML: Invalid value"), (b"a = '\xff'", "is not UTF-8")]
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
+    if content is not None:
+        (tmp_path / "c.toml").write_bytes(content)
+    result = call("cache", "list", "--config", tmp_path / "c.toml")
+    assert result.exit_code == BAD_USAGE and sentence in result.stderr
+
+
+def test_a_command_runs_as_its_file_says_and_records_from_where(tiny_cache, tmp_path: Path) -> None:
+    path = tmp_path / "sae.toml"
+    path.write_text(
+        f"[train]\nvariant = ['topk', 'relu']\nlayer = 1\ncache = {toml(str(tiny_cache.folder))}\nsteps = 3\nbatch-size = 256\n"
+        "width = '2x'\n[train.set]\nlr = 1e-3\ntopk.k = 8\n"
+    )
+    result = call("train", "--config", path, "--steps", 2, "--set", "topk.k=4")
+    assert result.exit_code == 0, result.output
+    records = [json.loads((run / "run.json").read_text()) for run in sorted((tmp_path / "runs").iterdir())]
+    assert [(r["variant"], r["options"], r["steps"]) for r in records] == [
+        ("relu", {"lr": 1e-3}, 2), ("topk", {"lr": 1e-3, "k": 4}, 2),
+    ]  # fmt: skip
+    for record in records:
+        asked = record["asked"]
+        assert (asked["steps"], asked["caches"], asked["log_every"]) == (2, [str(tiny_cache.folder)], 50)
+        assert asked["origins"] == {
+            "variant": f"{path}:2", "layer": f"{path}:3", "cache": f"{path}:4", "steps": "flag", "batch-size": f"{path}:6",
+            "width": f"{path}:7", "set": f"{path}:9, flag",
+        }  # fmt: skip
+
+
+def test_the_starter_file_is_read_as_it_is_and_with_its_defaults_taken_in(tmp_path: Path) -> None:
+    starter = call("config", "init").stdout
+    (tmp_path / "starter.toml").write_text(starter)
+    with_defaults = re.sub(r"(?m)^# (\S+ = \S)", r"\1", starter)
+    (tmp_path / "defaults.toml").write_text(with_defaults)
+    plain = [shown(verb)[0] for verb in ("harvest", "train", "evaluate")]
+    for name in ("starter", "defaults"):
+        assert [shown(v, "--config", tmp_path / f"{name}.toml")[0] for v in ("harvest", "train", "evaluate")] == plain
+    assert {key for key, _ in leaves(tomllib.loads(with_defaults))} > {("harvest", "model"), ("train", "log-every")}
+
+
+def commands(command: object, words: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object]]:
+    verbs = getattr(command, "commands", None)
+    if verbs is None:
+        return [(words, command)]
+    return [found for name, verb in verbs.items() for found in commands(verb, (*words, name))]
+
+
+@pytest.mark.parametrize(("words", "command"), commands(typer.main.get_command(app)), ids=lambda p: str(p)[:40])
+def test_every_verb_takes_a_config_and_no_flag_twice(words: tuple[str, ...], command: object) -> None:
+    flags = [flag for param in command.params for flag in (*param.opts, *param.secondary_opts)]  # type: ignore[attr-defined]
+    assert ("--config" in flags) == (words[0] != "config")
+    assert len(flags) == len(set(flags))
+    assert all(option.param_type_name == "option" for option in options_of(command).values())
+
+
+@given(
+    st.recursive(
+        st.text() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.booleans(),
+        st.lists,
+        max_leaves=5,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_a_value_written_as_toml_reads_back(value: object) -> None:
+    assert tomllib.loads(f"x = {toml(value)}") == {"x": value}
+
+
+def test_keys_are_found_on_the_line_where_they_begin() -> None:
+    text = "a = 1\r\n\n# \u2028 no\nb = '''\nc = 2\n'''\n[t]\nx = [\n 1,\n]\ny.z = 3\n[t.u]\n\nv = {w = 1}"
+    assert lines_of(text) == {
+        ("a",): 1, ("b",): 4, ("t",): 7, ("t", "x"): 8, ("t", "y"): 11, ("t", "y", "z"): 11, ("t", "u"): 12,
+        ("t", "u", "v"): 14, ("t", "u", "v", "w"): 14,
+    }  # fmt: skip
+
+
+def test_a_byte_order_mark_is_not_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "sae.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\nsteps = 7\n")
+    said, origins = shown("train", "--config", path)
+    assert said["train"]["steps"] == 7 and origins["steps"] == f"{path}:2"
+
+
+def test_a_verb_without_options_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "sae.toml"
+    path.write_text("[cache.verify]\nfoo = 1\n")
+    result = call("config", "show", "train", "--config", path)
+    assert result.exit_code == BAD_USAGE and "foo is no option of cache verify; there are none." in result.stderr

@@ -1,0 +1,491 @@
+"""What a user sees when something is wrong: one sentence, the right exit code, and never a traceback."""
+
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from sae.cli.console import cli_command, show_table
+from sae.cli.main import app
+from sae.common.errors import UsageError
+from sae.common.formatting import format_count
+from sae.train.sae import SAE, save_sae
+
+BAD_USAGE, DAMAGED, OUTSIDE = 2, 3, 4
+
+
+def call(*words) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def refused(code: int, *words) -> str:
+    """The one sentence on stderr with which a command is refused."""
+    result = call(*words)
+    assert result.exit_code == code, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)  # and so no traceback
+    assert result.stdout == ""
+    assert len(re.findall("^error: ", result.stderr, re.M)) == 1
+    *before, sentence = result.stderr.partition("error: ")
+    assert re.fullmatch(r"((model|hook|text|size|time|cache|train) .*\n)*error: ", "".join(before))
+    assert "Traceback" not in sentence
+    assert len(sentence.strip()) > 20
+    return sentence.strip()
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def untrained(folder: Path, cache) -> Path:
+    origin = {"model": cache.identity["model"], "layer": 0, "cache": str(cache.folder)}
+    save_sae(SAE(32, 16), folder, {**origin, "fingerprint": cache.attributes["fingerprint"]})
+    return folder
+
+
+# --- the whole program ----------------------------------------------------------------------------------------------
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_help_lists_the_commands_and_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from sae.cli.main import app\n"
+        "try:\n    app(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'datasets', 'zarr', 'numpy'} & set(sys.modules)))"
+    )
+    shown = python(code)
+    assert shown.returncode == 0, shown.stderr
+    assert "heavy: []" in shown.stdout
+    for command in ("demo", "harvest", "train", "evaluate", "variants", "cache"):
+        assert re.search(rf"\b{command}\b", shown.stdout), command
+
+
+def test_an_error_is_one_sentence_on_stderr_of_the_real_program():
+    shown = python("from sae.cli.main import app; app(['evaluate', 'nothing/here'])")
+    assert shown.returncode == BAD_USAGE
+    assert shown.stdout == ""
+    assert shown.stderr.startswith("error: nothing/here holds no trained SAE")
+    assert len(shown.stderr.splitlines()) == 1
+
+
+def test_version_and_variants():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", call("--version").stdout)
+    shown = call("variants").stdout
+    for name in ("relu", "topk", "batchtopk", "decorrelation"):
+        assert re.search(rf"^{name}   ", shown, re.MULTILINE)
+    assert "--set k=32" in shown
+    assert "--set k=320 at d_in 2304" in shown
+    assert "--literal tau_on=lift (chance is 1 on the scale of c" in shown
+
+
+@pytest.mark.parametrize(("text", "number"), [("10M", 10_000_000), ("2e8", 200_000_000), ("1.5b", 1_500_000_000), ("500k", 500_000), ("77", 77)])  # fmt: skip
+def test_tokens_have_units(text, number):
+    from sae.cli.options import tokens_of
+
+    assert tokens_of(text) == number
+
+
+@pytest.mark.parametrize("text", ["many", "10Q", "", "M", "nan", "inf"])
+def test_tokens_that_are_no_number_are_refused(text):
+    result = call("harvest", "--model", "gemma-2-mini", "--tokens", text)
+    assert result.exit_code == BAD_USAGE
+    assert "is no number of tokens: write 10M, 2e8 or 500000" in " ".join(
+        re.sub("[│╭╮╰╯─]", " ", result.stderr).split()
+    )
+
+
+# --- harvest --------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_behind_the_last_is_refused():
+    sentence = refused(BAD_USAGE, "harvest", "--model", "gemma-2-mini", "--layer", 26)
+    assert sentence == "gemma-2-mini has 26 blocks, so layers 0 to 25; there is no layer 26."
+
+
+def test_gemma_without_access_names_the_licence_and_a_way_on():
+    sentence = refused(OUTSIDE, "harvest", "--layer", 12)
+    for needed in ("https://huggingface.co/google/gemma-2-2b", "`hf auth login`", "--model gemma-2-mini"):
+        assert needed in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("binary.txt", b"\xff\xfe\x00\x80", "is not UTF-8 text"),
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("empty.jsonl", b"", "empty.jsonl is empty"),
+        ("blank.txt", b" \n\n\t\n", "has no tokens to harvest"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"', "cannot be read as json"),
+        ("column.jsonl", b'{"content": "a"}\n', "has no column 'text'; its columns are 'content'"),
+        ("table.parquet", b"PAR1", "cannot be read as parquet"),
+        ("sheet.xls", b"x", "give files of one kind"),
+        ("short.txt", b"three words only", "ended at .* of 1,000 tokens"),
+    ],
+)  # fmt: skip
+def test_text_that_cannot_be_harvested_is_refused(tiny_model, home, name, content, sentence):
+    (home / name).write_bytes(content)
+    found = refused(BAD_USAGE, "harvest", "--model", tiny_model, "--layer", 0, "--dataset", home / name, "--tokens", "1k", "--out", home / "out")  # fmt: skip
+    assert re.search(sentence, found)
+    assert not (home / "out" / "zarr.json").exists()
+
+
+def test_a_text_that_is_not_there_is_refused(tiny_model):
+    found = refused(BAD_USAGE, "harvest", "--model", tiny_model, "--layer", 0, "--dataset", "./no such.txt")
+    assert "There is no file" in found
+
+
+def test_a_dry_run_writes_nothing(tiny_model, sentences, tiny_cache, home):
+    result = call("harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--tokens", "2k", "--dry-run")
+    assert result.exit_code == 0
+    assert "blocks.0.hook_resid_post = model.layers.0, hidden_states[1], 32 wide" in result.stderr
+    assert "2,000 tokens x 74 B" in result.stderr  # 2 x 32 and 4 for the norm, 6 for where the row came from
+    result = call("train", "--variant", "topk", "--layer", 0, "--cache", tiny_cache.folder, "--dry-run")
+    assert result.exit_code == 0
+    assert "topk 32 -> 256, layer 0, seed 0" in result.stderr
+    assert files(home) == set()
+
+
+def test_a_plan_says_what_is_scaled_and_what_is_void(tiny_cache):
+    def notes(*words) -> list[str]:
+        shown = call(*train(tiny_cache, "--variant", "competition", "--dry-run", *words)).stderr
+        return [line for line in shown.splitlines() if line.startswith("note ")]
+
+    assert notes() == ["note     competition: k 100 at d_in 2304 -> 1 at 32"]
+    literal = notes("--literal", "--set", "reduction=n")
+    assert [line.split("=")[0].split()[-1] for line in literal] == ["tau_on", "pair_store"]
+    assert "warning, tau_on=lift is the letter: chance is 1" in literal[0]
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+def train(cache, *words) -> tuple:
+    return ("train", "--layer", 0, "--cache", cache.folder, *words)
+
+
+def test_an_unknown_variant_is_refused_with_the_nearest(tiny_cache):
+    found = refused(BAD_USAGE, *train(tiny_cache, "--variant", "decorelation"))
+    assert found.startswith("There is no variant 'decorelation'; did you mean decorrelation?")
+
+
+def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):
+    found = refused(BAD_USAGE, *train(tiny_cache, "--variant", "relu", "--set", "l1_warmpu=3"))
+    assert "l1_warmpu is no option of relu; did you mean l1_warmup?" in found
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--variant", "topk", "--set", "k"], "--set k has no value"),
+        (["--variant", "topk", "--set", "k=many"], "k='many' is no int"),
+        (["--variant", "topk", "--set", "k=0"], "k=0 latents cannot be kept"),
+        (["--variant", "topk", "--set", "k=8", "--set", "k=9"], "--set gives k more than once"),
+        (["--variant", "topk", "--set", "k=8", "--l0", "9"], "--l0 9 and k=8 set the same: give one"),
+        (["--variant", "topk", "--set", "relu.l1=1"], "relu is not among the variants topk"),
+        (["--variant", "topk", "--width", "wide"], "--width wide is no width"),
+        (["--variant", "topk", "--steps", "0"], "--steps 0 would train nothing"),
+        (["--variant", "topk", "--batch-size", "9000"], "fewer than one batch of 9,000"),
+        ([], "Say what to train: --variant"),
+        (["--resume", "nothing"], "nothing holds no run"),
+    ],
+)
+def test_training_that_makes_no_sense_is_refused(tiny_cache, home, words, sentence):
+    assert sentence in refused(BAD_USAGE, *train(tiny_cache, *words))
+    assert not (home / "runs").exists()
+
+
+def test_a_missing_cache_names_the_command_that_makes_it(home):
+    found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 12, "--model", "gemma-2-mini")
+    assert "No cache holds layer 12 of gemma-2-mini" in found
+    assert (
+        "`sae harvest --layer 12` --model gemma-2-mini" in found
+        or "sae harvest --layer 12 --model gemma-2-mini" in found
+    )
+
+
+def copy_of(cache, folder: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(cache.folder, folder)
+
+
+def test_a_cache_of_another_model_than_asked_for_is_refused(tiny_cache, home):
+    words = train(tiny_cache, "--variant", "topk", "--model", "gemma-2-mini")
+    assert "tiny-gemma, not of gemma-2-mini. Leave --model out" in refused(BAD_USAGE, *words)
+    assert not (home / "runs").exists()
+
+
+def test_a_half_written_cache_is_refused_with_the_way_to_finish_it(tiny_cache, home):
+    import json
+
+    half = copy_of(tiny_cache, home / "activations" / "half")
+    (half / "manifest.json").unlink()
+    attributes = json.loads((half / "zarr.json").read_text())
+    attributes["attributes"]["complete"] = []
+    (half / "zarr.json").write_text(json.dumps(attributes))
+    sentence = r"half written.* Run the same `sae harvest` again to finish it"
+    assert re.search(sentence, refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0))
+    assert re.search(sentence, refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0, "--cache", half))
+
+
+def test_several_caches_are_listed_with_the_flag_that_chooses(tiny_cache, home):
+    folders = [copy_of(tiny_cache, home / "activations" / name) for name in ("one", "two")]
+    found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0)
+    for folder in folders:
+        assert f"--cache {folder}" in found
+
+
+def test_a_layer_that_the_cache_lacks_is_refused(tiny_cache):
+    found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 7, "--cache", tiny_cache.folder)
+    assert "holds layer 0, layer 1, not layer 7" in found
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_another_model_is_refused(tiny_cache, home):
+    run = untrained(home / "run", tiny_cache)
+    assert "not on gemma-2-mini" in refused(BAD_USAGE, "evaluate", run, "--model", "gemma-2-mini")
+
+
+def test_damaged_weights_are_refused(tiny_cache, home):
+    run = untrained(home / "run", tiny_cache)
+    weights = run / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert "does not hold the SAE that sae.json describes" in refused(DAMAGED, "evaluate", run)
+
+
+def test_what_a_reference_cannot_have_is_no_failure(tiny_cache, home, monkeypatch):
+    """The identity has no directions, so absorption is not of it; the run was measured, and the exit code says so."""
+    from sae.evaluate.metrics.base import Result
+    from sae.evaluate.metrics.core import Core
+    from sae.evaluate.metrics.registry import METRICS
+
+    class Picky(Core):
+        name = "picky"
+
+        def measure(self, bench, subjects, progress):
+            return [Result({}) if hasattr(s.sae, "W_dec") else UsageError("no W_dec") for s in subjects]
+
+    monkeypatch.setitem(METRICS, "picky", Picky)
+    run = untrained(home / "run", tiny_cache)
+    result = call("evaluate", run, "--suite", "core,picky", "--tokens", "60", "--device", "cpu")
+    assert result.exit_code == 0 and "not run" not in result.output
+
+
+def test_evaluate_prints_its_plan_before_and_the_next_command_after(tiny_cache, home):
+    runs = [untrained(home / "runs" / name, tiny_cache) for name in "abc"]
+    planned = call("evaluate", *runs, "--suite", "core", "--tokens", 60, "--device", "cpu", "--dry-run")
+    assert planned.exit_code == 0 and planned.stdout == ""
+    heads = [line.split()[0] for line in planned.stderr.splitlines()]
+    assert heads == ["runs", "model", "text", "metric", "writes"]
+    assert "metric   core: 3 to measure" in planned.stderr and "3 after layer 0; beside them identity" in planned.stderr
+    assert not list(home.rglob("evaluations"))
+    partly = call("evaluate", runs[0], home, "--suite", "core", "--tokens", 60, "--device", "cpu", "--dry-run")
+    assert partly.exit_code == 1 and "refused  " in partly.stderr  # as the command itself would end
+    done = call("evaluate", runs[0], "--suite", "core", "--tokens", 60, "--device", "cpu")
+    assert [line.split()[0] for line in done.stderr.splitlines()][-2:] == ["done", "next"]
+    again = call("evaluate", *runs, "--suite", "core", "--tokens", 60, "--device", "cpu")
+    assert "metric   core: 2 to measure, 1 kept from before" in again.stderr
+    following = again.stderr.splitlines()[-1].split(maxsplit=1)
+    assert following == ["next", f"sae evaluate {home}/runs/* --suite quick --device cpu"]
+
+
+def test_a_broken_run_among_others_is_named_and_costs_the_exit_code(tiny_cache, home):
+    good, broken, text = (
+        untrained(home / "good", tiny_cache),
+        untrained(home / "broken", tiny_cache),
+        home / "notes.txt",
+    )
+    (broken / "sae.safetensors").write_bytes(b"")
+    text.write_text("mine")
+    words = ("--suite", "core", "--tokens", 60, "--device", "cpu", "--no-references")
+    result = call("evaluate", good, broken, text, *words)
+    assert result.exit_code == 1 and "good" in result.stdout and "broken" not in result.stdout
+    named = [line for line in result.stderr.splitlines() if line.startswith("refused")]
+    assert len(named) == 2 and "broken/sae.safetensors" in named[0] and "notes.txt holds no trained SAE" in named[1]
+    assert "2 runs were left out, as said above" in result.stderr and "Traceback" not in result.stderr
+    assert "broken/sae.safetensors" in refused(DAMAGED, "evaluate", broken, *words)
+
+
+def test_a_suite_names_each_metric_that_the_machine_cannot_reach_once(tiny_cache, home, monkeypatch):
+    """And has done what was asked; a metric that was asked for by name has not been measured."""
+    from sae.evaluate.metrics.registry import SUITES
+
+    monkeypatch.setitem(SUITES, "full", ("core", "scr", "unlearning"))
+    run = untrained(home / "run", tiny_cache)
+    words = ("--tokens", 60, "--device", "cpu", "--no-references")
+    result = call("evaluate", run, "--suite", "full", *words)
+    assert result.exit_code == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("not run")]
+    assert [line.split()[2] for line in lines] == ["scr:", "unlearning:"] and "--data" in lines[0]
+    assert "Not run, as said above: scr, unlearning" in result.stderr
+    assert call("evaluate", run, "--suite", "core,scr", *words).exit_code == 1
+    assert "LabHC/bias_in_bios could not be read" in refused(OUTSIDE, "evaluate", run, "--suite", "scr", *words)
+
+
+def test_a_gpu_that_is_not_there_is_refused(tiny_cache, home):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = untrained(home / "run", tiny_cache)
+    assert "torch sees no GPU" in refused(OUTSIDE, "evaluate", run, "--device", "cuda")
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+
+def test_caches_are_listed_and_verified(tiny_cache, home):
+    copy = copy_of(tiny_cache, home / "activations" / "copy")
+    assert re.search(r"copy   .*tiny-gemma, layer 0, layer 1, 8,000 rows", call("cache", "list").stdout)
+    shown = call("cache", "verify", copy)
+    assert shown.exit_code == 0
+    assert "all as recorded" in shown.stdout
+    chunk = copy / "layer_00" / "c.0.0"
+    raw = bytearray(chunk.read_bytes())
+    raw[100] ^= 1
+    chunk.write_bytes(raw)
+    assert "a bit was flipped" in refused(DAMAGED, "cache", "verify", copy)
+    assert "holds no activation cache" in refused(BAD_USAGE, "cache", "verify", home)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_no_cache_is_not_asked_about(home, there):
+    if there:
+        (home / "thesis").mkdir()
+    assert "thesis holds no activation cache; nothing was removed" in refused(BAD_USAGE, "cache", "rm", home / "thesis")
+
+
+def test_a_question_that_nobody_answers_removes_nothing(tiny_cache, home):
+    copy = copy_of(tiny_cache, home / "copy")
+    result = CliRunner().invoke(app, ["cache", "rm", str(copy)], input="")
+    assert result.exit_code == 130
+    assert "stopped: Nothing was removed. --yes removes without a question." in result.stderr
+    assert (copy / "zarr.json").exists()
+
+
+def test_the_next_command_can_be_pasted(tiny_model, sentences, home):
+    folder = home / "two words"
+    result = call("harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--tokens", 300, "--window", 256, "--out", folder)  # fmt: skip
+    *_, following = result.stderr.splitlines()
+    assert shlex.split(following)[-2:] == ["--cache", str(folder)]
+
+
+def test_an_attention_that_is_unknown_is_refused(tiny_model, sentences, home):
+    words = ["harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--attention", "nonsense"]
+    assert "--attention nonsense cannot be used: " in refused(BAD_USAGE, *words)
+    assert files(home) == set()
+
+
+def test_output_that_is_not_read_to_its_end_is_a_sentence():
+    code = "from sae.cli.main import app; app(['variants'])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    told = process.stderr.read()
+    assert (process.wait(), told) == (OUTSIDE, "stopped: whoever read the output has closed it.\n")
+
+
+def test_a_memory_too_small_is_a_sentence(capsys):
+    def too_much():
+        raise MemoryError("Unable to allocate 3.00 TiB for an array")
+
+    with pytest.raises(typer.Exit) as left:
+        cli_command(too_much)()
+    assert left.value.exit_code == OUTSIDE
+    assert "The memory is too small: Unable to allocate 3.00 TiB for an array. A smaller" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_ctrl_c_is_answered_is_no_traceback(monkeypatch):
+    """The second one comes while the sentence for the first is being said; a third comes too late."""
+    said = []
+
+    def again(sentence, err):
+        said.append(sentence)
+        signal.raise_signal(signal.SIGINT)
+
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise UsageError("--tokens 0 is not positive.") from None
+
+    def slow():
+        raise UsageError("--tokens 0 is not positive.")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(typer, "echo", again)
+    try:
+        for command, code in ((slow, 130), (interrupted, BAD_USAGE)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with pytest.raises(typer.Exit) as left:
+                cli_command(command)()
+            assert left.value.exit_code == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:"]
+
+
+def test_a_table_keeps_its_numbers_whole_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
+    show_table("t", ["run", *"abcdefgh"], [["topk-L12-n512-s0-dd3101", *["0.9755 ±.0028"] * 8]])
+    assert capsys.readouterr().out.count("0.9755 ±.0028") == 8
+
+
+def test_a_table_shows_names_as_they_are_and_its_title_on_one_line(capsys):
+    title = "autointerp, by detection (always none: 0.714); n = 256 latents"
+    show_table(title, ["run"], [["a[/b] [red]c"]])
+    assert capsys.readouterr().out.splitlines()[0] == title
+    show_table("t", ["run"], [["a[/b] [red]c"]])
+    assert "a[/b] [red]c" in capsys.readouterr().out
+
+
+def test_an_output_that_lacks_a_character_gets_another_in_its_place(monkeypatch):
+    """LANG=C on an old machine, ISO-8859-1, a code page of Windows: the table is printed all the same."""
+    out = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    cli_command(lambda: show_table("t", ["run", "EV \u2191"], [["a", "1 \u00b1.5"]]))()
+    out.flush()
+    assert b"EV ?" in out.buffer.getvalue() and b"1 ?.5" in out.buffer.getvalue()
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(typer.Exit) as left:
+        cli_command(lambda: (tmp_path / "file" / "plots").mkdir())()
+    assert left.value.exit_code == 4
+    assert "plots: Not a directory. Check the folder's permissions" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_command_line_is_read_is_a_sentence(monkeypatch, capsys):
+    from sae.__main__ import main
+
+    class Slow(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "sae.cli.main", Slow("sae.cli.main"))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped: interrupted before anything was begun.\n"
+
+
+def test_one_thing_is_not_many():
+    assert [format_count(n, "run") for n in (0, 1, 2, 1000)] == ["0 runs", "1 run", "2 runs", "1,000 runs"]

@@ -1,0 +1,248 @@
+"""What single latents do: hand-worked numbers, and the same by other ways."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from sae.cache.layout import Hook
+from sae.common.errors import SaeError
+from sae.evaluate.latents import stats as module
+from sae.evaluate.latents.stats import (
+    BEFORE,
+    BINS,
+    ActivationStats,
+    Histogram,
+    Passages,
+    coactive,
+    direct_logits,
+    latent_stats,
+    logit_effects,
+    neighbours,
+    quantile_passages,
+)
+from sae.evaluate.plan import EvaluateConfig, loader, make_context
+from sae.harvest.architectures import FAMILIES
+from sae.harvest.model import LanguageModel, find_model, load_model
+from sae.train.activations import TopK
+from sae.train.sae import SAE
+
+
+def quiet(done, total, note=""):
+    pass
+
+
+def every(f_NSF):
+    return torch.ones(f_NSF.shape[:2], dtype=torch.bool)
+
+
+@given(st.lists(st.floats(0, 2.0**15, width=32), min_size=1, max_size=60), st.integers(1, 7))
+def test_a_histogram_in_one_pass_is_that_of_all_values(values, size):
+    found = Histogram(1)
+    f_TK = torch.tensor(values)[:, None]
+    for part in f_TK.split(size):
+        found.add(part)
+    width = float(found.width)
+    edges = np.arange(BINS + 1) * width
+    positive = [value for value in values if value > 0]
+    assert found.count_KB[0].tolist() == np.histogram(positive, edges)[0].tolist()
+    assert math.log2(width).is_integer() and sum(found.count_KB[0]) == len(positive)
+    if width > 2.0**-20:
+        assert max(positive) >= BINS / 2 * width  # no wider than it has to be
+
+
+def test_histograms_of_latents_do_not_touch_each_other():
+    found = Histogram(2)
+    found.add(torch.tensor([[1.0, 0.0], [1.0, 100.0]]))
+    assert found.width.tolist() == [1 / 16, 4.0]
+    assert found.count_KB[0, 16] == 2 and found.count_KB[1, 25] == 1 and found.count_KB.sum() == 3
+
+
+def of_one_latent(rows):
+    """Activations (N, S, 1) of a latent, and its firings, fed a context at a time."""
+    f_NSF = torch.tensor(rows, dtype=torch.float32)[..., None]
+    found = ActivationStats(1, torch.tensor([0]))
+    for number, f_SF in enumerate(f_NSF):
+        found.add(f_SF[None], every(f_SF[None]), number)
+    return f_NSF, found
+
+
+def test_counts_means_and_passages_by_hand():
+    _, found = of_one_latent([[0, 1, 3], [0, 0, 0], [0, 5, 0]])
+    assert (found.fired_F.tolist(), found.sum_K.tolist(), found.peak_K.tolist()) == ([3], [9.0], [5.0])
+    assert found.l0.tolist() == [0, 1, 1, 0, 0, 0, 0, 1, 0]
+    best, second = found.top.of(0)
+    assert (best.context, best.position, best.value) == (2, 1, 5)
+    assert (second.context, second.position, second.value) == (0, 2, 3)
+    assert second.values[BEFORE - 2 : BEFORE + 1].tolist() == [0, 1, 3]
+    assert second.values.sum() == 4  # nothing outside the context
+
+
+def test_positions_that_do_not_count_do_not_fire():
+    found = ActivationStats(1, torch.tensor([0]))
+    found.add(torch.tensor([[[7.0], [2.0]]]), torch.tensor([[False, True]]), 0)
+    assert found.fired_F.tolist() == [1] and found.peak_K.tolist() == [2.0] and found.l0.tolist() == [1]
+    (only,) = found.top.of(0)
+    assert only.position == 1 and only.values.max() == 2
+
+
+def test_top_passages_are_those_of_sorting_everything(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    f_NSF = torch.randn(37, 9, 6, generator=generator).relu()
+    found = ActivationStats(6, torch.tensor([4, 1]))
+    for start in range(0, 37, 5):
+        part = f_NSF[start : start + 5]
+        found.add(part, every(part), start)
+    for place, latent in enumerate([4, 1]):
+        peaks = f_NSF[..., latent].amax(1).sort(descending=True)
+        own = found.top.of(place)
+        assert [p.context for p in own] == peaks.indices[:10].tolist()
+        assert [p.value for p in own] == peaks.values[:10].tolist()
+        for p in own:
+            around = [f_NSF[p.context, p.position + i, latent] if 0 <= p.position + i < 9 else 0 for i in range(-16, 8)]
+            assert p.values.tolist() == [float(value) for value in around]
+
+
+def test_the_sample_draws_tokens_alike():
+    """Context 0 fires at three tokens and context 1 at one: of one passage, each token in a quarter of the draws."""
+    drawn = {}
+    found = ActivationStats(1, torch.tensor([0]))
+    fires = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.float32)[..., None]
+    for _ in range(800):
+        key_NK, at_NK = found.drawn(fires)
+        context = int(key_NK.argmax())
+        place = (context, int(at_NK[context]))
+        drawn[place] = drawn.get(place, 0) + 1
+    assert drawn.keys() == {(0, 0), (0, 1), (0, 3), (1, 2)}
+    assert max(abs(count - 200) for count in drawn.values()) < 62  # five standard deviations
+
+
+def test_quantiles_are_of_the_order_by_activation():
+    found = Passages(1, 11)
+    f_NSK = torch.arange(1, 12.0)[:, None, None]
+    found.offer(torch.rand(11, 1), torch.zeros(11, 1, dtype=torch.int64), f_NSK, 0)
+    assert [p.value for p in quantile_passages(found, 0)] == [10, 8, 6, 4, 2]
+    assert quantile_passages(Passages(1, 3), 0) == []
+
+
+def test_activations_that_are_not_finite_are_refused():
+    found = ActivationStats(1, torch.tensor([0]))
+    with pytest.raises(SaeError, match="not finite"):
+        found.add(torch.tensor([[[math.inf]]]), torch.ones(1, 1, dtype=torch.bool), 0)
+
+
+def test_neighbours_by_hand():
+    W_dec_FD = torch.tensor([[2.0, 0], [3, 4], [0, 1], [-1, 0]])
+    found = neighbours(W_dec_FD, torch.tensor([0, 2]), quiet)
+    assert found.of(0) == [(1, pytest.approx(0.6)), (2, 0.0), (3, -1.0)]
+    assert found.of(1)[0] == (1, pytest.approx(0.8)) and sorted(found.of(1)[1:]) == [(0, 0.0), (3, 0.0)]
+
+
+def test_latents_that_fire_together_by_hand():
+    f_TF = np.array([[3, 4, 0], [0, 3, 0], [4, 0, 0], [0, 0, 0]], dtype=np.float32)
+    found, jaccard = coactive(sparse.csc_array(f_TF), torch.arange(3), quiet)
+    assert found.of(0) == [(1, pytest.approx(12 / 25))]  # the other's cosine is 0: it is not listed
+    assert found.of(1) == [(0, pytest.approx(12 / 25))] and found.of(2) == []
+    assert jaccard[0, 0] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("cells", [1, 50, module.CELLS])
+def test_lists_do_not_depend_on_the_size_of_blocks(cells, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    W_dec_FD = torch.randn(20, 5, generator=generator)
+    f_TF = torch.randn(30, 20, generator=generator).relu()
+    monkeypatch.setattr(module, "CELLS", cells)
+    unit = torch.nn.functional.normalize(W_dec_FD, dim=1)
+    near = neighbours(W_dec_FD, torch.arange(20), quiet)
+    expected = (unit @ unit.T).fill_diagonal_(-2).sort(1, descending=True)
+    assert near.index.equal(expected.indices[:, :8])
+    together, jaccard = coactive(sparse.csc_array(f_TF.numpy()), torch.arange(20), quiet)
+    column = torch.nn.functional.normalize(f_TF, dim=0)
+    assert together.index.equal((column.T @ column).fill_diagonal_(-1).sort(1, descending=True).indices[:, :8])
+    one, other = f_TF[:, 3] > 0, f_TF[:, together.index[3, 2]] > 0
+    assert float(jaccard[3, 2]) == pytest.approx(float((one & other).sum() / (one | other).sum()))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> LanguageModel:
+    source, config = find_model(str(tiny_model))
+    found = load_model(source, config, dtype="float32", device="cpu")
+    found.trunk.norm.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    return found
+
+
+def test_direct_logits_are_the_unembedding_of_a_weighted_direction(model):
+    rows_KD = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    expected = (rows_KD * (1 + model.trunk.norm.weight)) @ model.model.lm_head.weight.T  # Gemma's norm weighs by 1 + w
+    torch.testing.assert_close(direct_logits(model, rows_KD), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_direct_logits_are_what_a_small_step_does_to_the_logits(model):
+    """But for what the norm's division takes back along the residual, which is the same share of every logit."""
+    x_D, row_D = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+
+    def logits(x_D):
+        return model.model.lm_head(model.trunk.norm(x_D))
+
+    now_V, change_V = torch.autograd.functional.jvp(logits, x_D, row_D)
+    back = (x_D @ row_D) / (x_D @ x_D)
+    torch.testing.assert_close(
+        direct_logits(model, row_D[None])[0] / x_D.square().mean().sqrt(), change_V + back * now_V, rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_direct_logits_of_every_family_are_a_step_before_its_final_norm(kind):
+    """As the test above; a LayerNorm, of GPT-2 and GPT-NeoX, takes the mean of a direction away and adds a bias."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    like = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **heads, **ends)).eval()
+    for parameter in like.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model, (x_D, row_D) = LanguageModel(like), torch.randn(2, 16)
+    final = lambda x_D: like.get_output_embeddings()(model.norm(x_D))  # noqa: E731
+    _, change_V = torch.autograd.functional.jvp(final, x_D, row_D + 3)
+    _, own_V = torch.autograd.functional.jvp(final, x_D, x_D)  # nothing but eps: a norm does not see a length
+    size_D, direction_D = (
+        y_D - y_D.mean() if isinstance(model.norm, torch.nn.LayerNorm) else y_D for y_D in (x_D, row_D + 3)
+    )
+    back = (size_D @ direction_D) / (size_D @ size_D)
+    along_V = direct_logits(model, size_D[None])[0]
+    found_V = (direct_logits(model, (row_D + 3)[None])[0] - back * along_V) / size_D.square().mean().sqrt()
+    torch.testing.assert_close(found_V, change_V, rtol=1e-3, atol=1e-3)
+    assert own_V.abs().max() < 1e-3
+
+
+def test_logit_effects_are_both_ends_of_the_direct_logits(model):
+    rows_KD = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    effect = direct_logits(model, rows_KD).sort(1)
+    up, down = logit_effects(model, rows_KD, quiet)
+    assert up.index[:, 0].tolist() == effect.indices[:, -1].tolist()
+    assert down.index[:, 0].tolist() == effect.indices[:, 0].tolist()
+    assert down.value[1, 0] == pytest.approx(float(effect.values[1, 0]))
+
+
+@pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_z"])
+def test_everything_of_a_few_latents_is_that_of_all(tiny_cache, site):
+    bench = make_context(EvaluateConfig(runs=[], tokens=300, device="cpu"), tiny_cache, "cpu", "float32", loader())
+    torch.manual_seed(0)
+    sae, latents = SAE(32, 12, [TopK(3)]).eval(), torch.tensor([2, 7])
+    whole, few = (latent_stats(bench, sae, Hook(1, site), chosen, quiet) for chosen in (torch.arange(12), latents))
+    x = torch.cat(
+        [bench.model.capture_hooks(b.ids, [Hook(1, site)])[Hook(1, site)][b.kept] for b in bench.batches(4, 99)]
+    )
+    f_TF = sae.encode(x)
+    assert whole.density.tolist() == few.density.tolist() == ((f_TF > 0).double().mean(0)).tolist()
+    torch.testing.assert_close(whole.mean[latents], few.mean)
+    torch.testing.assert_close(few.activation_stats.peak_K, f_TF.amax(0)[latents], rtol=1e-5, atol=1e-6)
+    for name in ("near", "together"):
+        assert getattr(whole, name).index[latents].equal(getattr(few, name).index)
+    assert whole.activation_stats.top.position[latents].equal(few.activation_stats.top.position)
+    assert (few.up is None) == (site == "attn_z")

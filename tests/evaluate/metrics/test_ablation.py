@@ -1,0 +1,222 @@
+"""The linear read-out is ablation itself; effects and probes are those of their definitions."""
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from sae.common.errors import UsageError
+from sae.evaluate.metrics.ablation import (
+    PROBE,
+    BootstrapDraws,
+    ProbeReadout,
+    TextProbes,
+    check_thresholds,
+    correct,
+    decoder_of,
+    differences,
+    interval,
+    strongest,
+    train_probes,
+)
+from sae.evaluate.metrics.pooled_activations import PooledLatents, TextRows, pool
+from sae.evaluate.metrics.probes import ProbeTask, train_probe
+from sae.evaluate.reference_saes import Identity, Zero
+from sae.train.activations import BatchTopK, ReLU, TopK
+from sae.train.sae import SAE
+
+CPU = torch.device("cpu")
+D_IN, D_SAE, CONTEXT = 12, 30, 9
+COUNTS = (3, 8, 1, 5)
+
+
+def random_sae(kind: str, dtype: torch.dtype = torch.float32) -> SAE:
+    """Some of its latents fire on a zero row."""
+    torch.manual_seed(1)
+    sae = SAE(D_IN, D_SAE, {"relu": [ReLU()], "topk": [TopK(6)], "threshold": [BatchTopK(6)]}[kind])
+    sae.b_dec.data.normal_()
+    sae.b_enc.data.normal_(mean=0.2)
+    sae.W_dec.data *= torch.rand(D_SAE, 1) + 0.5
+    if kind == "threshold":
+        sae.activation[0].threshold.fill_(0.4)
+    return sae.eval().requires_grad_(False).to(dtype)
+
+
+def random_rows(dtype: torch.dtype = torch.float32) -> TextRows:
+    return TextRows(
+        torch.randn(sum(COUNTS), D_IN, generator=torch.Generator().manual_seed(2), dtype=dtype), torch.tensor(COUNTS)
+    )
+
+
+def padded(rows: TextRows) -> torch.Tensor:
+    """(N, CONTEXT, D), with zeros for BOS and behind the end."""
+    parts = rows.x_TD.split(rows.count_N.tolist())
+    return torch.stack([pad(part, (0, 0, 1, CONTEXT - 1 - len(part))) for part in parts])
+
+
+def random_probes(dtype: torch.dtype) -> TextProbes:
+    generator = torch.Generator().manual_seed(3)
+    return TextProbes(*(torch.randn(shape, generator=generator, dtype=dtype) for shape in ((3, D_IN), (3,))))
+
+
+def ablated_by_hand(sae: SAE, rows: TextRows, probes: TextProbes, latents: torch.Tensor) -> torch.Tensor:
+    x = padded(rows)
+    f = sae.encode(x)
+    without = f.clone()
+    without[..., latents] = 0
+    changed = x - sae.decode(f) + sae.decode(without)
+    return probes.logits(changed.sum(1) / rows.count_N[:, None])
+
+
+def pooled_in(sae: SAE, rows: TextRows) -> PooledLatents:
+    """`pool` in the dtype of the rows."""
+    f = [sae.encode(part).sum(0) for part in rows.x_TD.split(rows.count_N.tolist())]
+    return PooledLatents(torch.stack(f), rows.count_N, sae.encode(torch.zeros(1, D_IN, dtype=rows.x_TD.dtype))[0])
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk", "threshold"])
+def test_the_read_out_is_ablation_with_all_that_leaks_from_padding(kind):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        sae, rows, probes = random_sae(kind, dtype), random_rows(dtype), random_probes(dtype)
+        pooled = pool(sae, rows, CPU) if dtype is torch.float32 else pooled_in(sae, rows)
+        mean_ND = torch.stack([part.mean(0) for part in rows.x_TD.split(rows.count_N.tolist())])
+        readout = ProbeReadout.of(probes, mean_ND, pooled, sae.W_dec, CONTEXT)
+        for latents in (
+            torch.tensor([], dtype=torch.int64),
+            torch.tensor([4]),
+            torch.tensor([9, 2, 17, 20]),
+            torch.arange(D_SAE),
+        ):
+            expected = ablated_by_hand(sae, rows, probes, latents)
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(readout.ablated(latents), expected, rtol=0, atol=tolerance * scale)
+        tight = ProbeReadout.of(probes, mean_ND, pooled, sae.W_dec, max(COUNTS))
+        assert (tight.ablated(torch.arange(D_SAE)) - expected).abs().max() > 0.01 * scale  # padding is not nothing
+
+
+def test_the_norms_of_decoder_rows_change_nothing():
+    sae, rows, probes = random_sae("relu"), random_rows(), random_probes(torch.float32)
+    other = random_sae("relu")
+    factor_F = torch.rand(D_SAE) + 0.5
+    other.W_dec.data /= factor_F[:, None]
+    other.W_enc.data *= factor_F
+    other.b_enc.data *= factor_F
+    task = ProbeTask(torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 0, 0, 1]))
+    found = []
+    for one in (sae, other):
+        pooled = pool(one, rows, CPU)
+        readout = ProbeReadout.of(probes, rows.mean_ND(), pooled, one.W_dec, CONTEXT)
+        effect_F = differences(pooled, [task])[0] * readout.align_FP[:, 1]
+        found.append((effect_F, readout.ablated(strongest(effect_F, 5))))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_difference_of_means():
+    pooled = PooledLatents(
+        torch.tensor([[2.0, 0], [3, 6], [4, 4], [0, 8]]), torch.tensor([1, 3, 2, 4]), torch.tensor([9.0, 9])
+    )
+    tasks = [
+        ProbeTask(torch.tensor([3, 0, 1]), torch.tensor([0.0, 1, 1])),
+        ProbeTask(torch.tensor([2, 0, 3]), torch.tensor([1.0, 0, 0])),
+    ]
+    torch.testing.assert_close(differences(pooled, tasks), torch.tensor([[1.5 - 0, 1 - 2], [2.0 - 1, 2 - 1]]))
+
+
+def test_the_strongest_latents_have_an_effect_or_stand_before_those_that_harm():
+    effect_F = torch.tensor([0.0, -0.5, 0.2, 0.0, 0.7, -0.1])
+    assert strongest(effect_F, 1).tolist() == [4]
+    assert strongest(effect_F, 2).tolist() == [4, 2]
+    assert set(strongest(effect_F, 3).tolist()) in ({4, 2, 0}, {4, 2, 3})
+    for count in (4, 5, 6):  # four effects are not 0
+        assert set(strongest(effect_F, count).tolist()) == {4, 2, 0, 3}
+    assert strongest(torch.zeros(4), 2).tolist() == []
+
+
+def test_accuracies_count_every_text_once_and_then_as_often_as_drawn():
+    task = ProbeTask(torch.tensor([0, 1, 3, 4]), torch.tensor([1.0, 1, 0, 0]))
+    logit_N = torch.tensor([1.0, -1, 5, 2, -3])
+    assert correct(logit_N, task).tolist() == [1, 0, 0, 1]
+    resample = BootstrapDraws.of([3, 2], replicates=50)
+    accuracy_R = resample.accuracy(logit_N, task)
+    assert accuracy_R[0] == 0.5
+    for times_N, accuracy in zip(resample.times_RN, accuracy_R, strict=True):
+        drawn = [right for right, row in zip([1, 0, 0, 1], [0, 1, 3, 4], strict=True) for _ in range(int(times_N[row]))]
+        assert float(accuracy) == pytest.approx(sum(drawn) / len(drawn), abs=1e-7)
+    assert (resample.times_RN.sum(1) == 5).all()
+    assert torch.equal(BootstrapDraws.of([3, 2], replicates=50).times_RN, resample.times_RN)
+
+
+def test_the_interval_is_that_of_a_proportion():
+    task = ProbeTask(torch.arange(1000), torch.ones(1000))
+    logit_N = torch.where(torch.arange(1000) < 800, 1.0, -1.0)
+    low, high = interval(BootstrapDraws.of([1000], replicates=2000).accuracy(logit_N, task))
+    error = 1.96 * (0.8 * 0.2 / 1000) ** 0.5
+    assert low == pytest.approx(0.8 - error, abs=0.004)
+    assert high == pytest.approx(0.8 + error, abs=0.004)
+
+
+def test_classes_keep_their_size_and_problems_their_own_draws():
+    """What is right of every text of a class and of none of another is certain; two problems err apart."""
+    task = ProbeTask(torch.arange(200), torch.ones(200))
+    right_N = torch.where(torch.arange(200) < 100, 1.0, -1.0)
+    assert interval(BootstrapDraws.of([100, 100], "a").accuracy(right_N, task)) == [0.5, 0.5]
+    half_N = torch.where(torch.arange(200) % 2 == 0, 1.0, -1.0)
+    a_R, b_R = (BootstrapDraws.of([100, 100], name).accuracy(half_N, task)[1:] for name in "ab")
+    assert abs(float(torch.stack([a_R, b_R]).corrcoef()[0, 1])) < 0.15
+
+
+def toy_tasks() -> tuple[torch.Tensor, list[ProbeTask], torch.Tensor, list[ProbeTask]]:
+    """Three tasks of 40 texts each: the sign of dimension p, with noise, of different texts."""
+    generator = torch.Generator().manual_seed(4)
+    x_ND, x_test_ND = torch.randn(90, 6, generator=generator), torch.randn(60, 6, generator=generator)
+
+    def tasks(x: torch.Tensor, size: int) -> list[ProbeTask]:
+        rows = [torch.randperm(len(x), generator=generator)[:size] for _ in range(3)]
+        return [
+            ProbeTask(r, (x[r, p] + 0.3 * torch.randn(size, generator=generator) > 0).float())
+            for p, r in enumerate(rows)
+        ]
+
+    return x_ND, tasks(x_ND, 40), x_test_ND, tasks(x_test_ND, 30)
+
+
+def test_probes_trained_together_are_those_trained_alone():
+    x_ND, tasks, x_test_ND, test_tasks = toy_tasks()
+    together = train_probes(x_ND, tasks, x_test_ND, test_tasks, [torch.Generator().manual_seed(p) for p in range(3)])
+    for p, (task, test) in enumerate(zip(tasks, test_tasks, strict=True)):
+        alone = train_probe(
+            x_ND[task.rows], task.label, x_test_ND[test.rows], test.label, torch.Generator().manual_seed(p),
+            lr=PROBE["lr"], batch_size=PROBE["batch"], epochs=PROBE["epochs"], patience=PROBE["epochs"], l1=PROBE["l1"],
+        )  # fmt: skip
+        torch.testing.assert_close(together.weight_PD[p], alone.weight_D, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together.bias_P[p], alone.bias[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_decoder_that_is_given_or_found():
+    sae = random_sae("relu")
+    assert torch.equal(decoder_of(sae, D_IN, CPU), sae.W_dec)
+
+    class Bare:
+        encode, decode = sae.encode, sae.decode
+
+    torch.testing.assert_close(decoder_of(Bare(), D_IN, CPU), sae.W_dec.data, rtol=1e-5, atol=1e-5)
+    for reference in (Identity(), Zero()):
+        assert torch.equal(decoder_of(reference, D_IN, CPU), torch.eye(D_IN))
+
+
+def test_a_decoder_that_is_not_affine_is_refused():
+    sae = random_sae("relu")
+
+    class Squares:
+        encode, W_dec = sae.encode, sae.W_dec
+
+        def decode(self, f):
+            return f**2 @ sae.W_dec
+
+    with pytest.raises(UsageError, match="affine decoder"):
+        decoder_of(Squares(), D_IN, CPU)
+
+
+def test_more_thresholds_than_latents_are_refused_with_those_that_fit():
+    check_thresholds((2, 30), 30, "scr")
+    with pytest.raises(UsageError, match=r"up to 500 latents, and this SAE has 30.*--set scr\.thresholds=2,5,10,20"):
+        check_thresholds((2, 5, 10, 20, 50, 500), 30, "scr")

@@ -1,0 +1,587 @@
+"""Absorption: planted rates are found exactly, a clean dictionary has none, and all of it equals plain loops."""
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from sae.cache.contexts import Contexts
+from sae.common.errors import SaeError, UsageError
+from sae.evaluate.context import EvalContext
+from sae.evaluate.metrics.absorption import Absorption, bootstrap, rate, score_words
+from sae.evaluate.metrics.base import EvalTarget, Result
+from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, spell
+from sae.evaluate.metrics.letter_probes import (
+    DenseRows,
+    LetterProbes,
+    SparseCodes,
+    accepted,
+    generator_of,
+    linear_probe,
+)
+from sae.evaluate.reference_saes import Identity
+from sae.evaluate.shelf import ArtifactCache
+from sae.harvest.mini import WEIGHTS
+from sae.harvest.model import find_model, load_model, load_tokenizer
+from sae.train.activations import ReLU, TopK
+from sae.train.sae import SAE
+
+CPU = torch.device("cpu")
+TRAIN, TEST = 32, 8  # planted words of each letter
+PLANTED = Absorption(k_sparse_probe_batch_size=52, k_sparse_probe_num_epochs=20, k_sparse_probe_l1_decay=0.1)
+
+
+def silent(done, total, note=""):
+    pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Everything here is small: a second thread only waits, for long where others work too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(WEIGHTS)
+
+
+@pytest.fixture
+def bench(tiny_model, tmp_path) -> EvalContext:
+    return bench_of(tiny_model, tmp_path, "0.6.0")
+
+
+def bench_of(tiny_model: Path, folder: Path, mode: str) -> EvalContext:
+    source, config = find_model(str(tiny_model))
+    model = load_model(source, config, dtype="float32", device="cpu")
+    nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
+    return EvalContext(
+        lambda: model,
+        load_tokenizer(source),
+        nothing,
+        [0, 1, 2],
+        mode,
+        source.identity(),
+        {},
+        ArtifactCache(folder / "shelf"),
+    )
+
+
+# --- words and prompts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("newline", [True, False])
+def test_prompts_are_what_the_tokenizer_makes_of_their_text(tokenizer, newline):
+    spelling = SpellingPrompts.of(tokenizer, 300, 0, newline=newline)
+    chosen, fresh = spelling.all_prompts(0)
+    assert (len(chosen), len(fresh)) == (300, 60)
+    train = {word.text for word in spelling.words[: spelling.train]}
+    test = {word.text for word in spelling.words[spelling.train :]}
+    assert len(train) == 240
+    assert not train & test
+    seen = set()
+    for ids, word in zip([*chosen, *fresh], [*spelling.words, *spelling.words[spelling.train :]], strict=True):
+        text = tokenizer.decode(ids[1:]) + " has the first letter:"
+        whole = tokenizer(text)["input_ids"]
+        assert whole[:-5] == ids.tolist()
+        assert whole[-6] == word.token  # where SAEBench reads
+        assert len(whole) == (88 if newline else 87)
+        *examples, last = text.split("\n")[1 if newline else 0 :]
+        assert last == f"{word.text} has the first letter:"
+        assert word.letter == LETTERS.index(word.text.strip()[0].lower())
+        assert len(examples) == 10
+        for example in examples:
+            other, _, letter = example.partition(" has the first letter: ")
+            assert letter == other.strip()[0].upper()
+            assert other != word.text
+            seen.add((word.text in train, other in train))
+    assert seen == {(True, True), (False, False), (False, True)}  # the last of fresh prompts only
+
+
+def test_words_are_the_vocabulary_s_entries_of_letters_by_token(tokenizer):
+    everything = sorted(SpellingPrompts.of(tokenizer, 0, 0).words)
+    pieces = [tokenizer.convert_ids_to_tokens(token).replace("▁", " ") for token in range(len(tokenizer))]
+    expected = [
+        (token, piece)
+        for token, piece in enumerate(pieces)
+        if all(c in LETTERS + LETTERS.upper() for c in piece.removeprefix(" ")) and piece.strip()
+    ]
+    assert [(word.token, word.text) for word in everything] == expected
+    assert len({word.text for word in everything}) == len(everything)
+
+
+def test_a_seed_decides_words_and_prompts(tokenizer):
+    first, again, other = (SpellingPrompts.of(tokenizer, 260, seed) for seed in (1, 1, 3))
+    assert first == again
+    assert first.words != other.words
+    assert [[word.letter for word in first.words].count(letter) for letter in range(26)] == [10] * 26
+    capped = SpellingPrompts.of(tokenizer, 1300, 0)
+    assert all(3 <= [word.letter for word in capped.words[capped.train :]].count(letter) <= 20 for letter in range(26))
+    assert all(map(torch.equal, first.all_prompts(1), again.all_prompts(1)))
+    assert not torch.equal(first.all_prompts(1)[0], first.all_prompts(2)[0])
+
+
+class Pieces:
+    """A tokenizer of whole pieces, split at `|` for the tests' sake: what is no piece goes letter by letter."""
+
+    bos_token_id, all_special_ids = None, ()
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.pieces = pieces
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def decode(self, ids, **_):
+        return "".join(self.pieces[i] for i in ids)
+
+    def __call__(self, text, **_):
+        if isinstance(text, list):
+            return {"input_ids": [self(one)["input_ids"] for one in text]}
+        ids, at = [], 0
+        while at < len(text):
+            fitting = [piece for piece in self.pieces if text.startswith(piece, at)]
+            if not fitting:
+                at += 1
+                continue
+            best = max(fitting, key=len)
+            ids.append(self.pieces.index(best))
+            at += len(best)
+        return {"input_ids": ids}
+
+
+def pieces(*more: str, newline: str = "\n") -> list[str]:
+    frame = [newline, " has", " the", " first", " letter", ":", *(" " + letter for letter in LETTERS.upper())]
+    return [*frame, *(first + second for first in LETTERS for second in LETTERS), *more]
+
+
+def test_a_word_that_its_text_would_not_give_is_put_in_by_its_token():
+    known = pieces("ab\n", "ca has", "ab")  # another entry with the text of "ab", and one that eats the question
+    spelling = SpellingPrompts.of(Pieces(known), 0, 0)
+    token = {word.text: word.token for word in spelling.words}
+    assert token["ab"] == known.index("ab")
+    assert len(token) == len(spelling.words)
+    assert spelling.from_ids == 1
+    chosen, _ = spelling.all_prompts(0)
+    assert known.index("ca") in chosen[:, -1]
+    assert chosen.shape[1] == 1 + 10 * 8 + 1
+
+
+def test_tokenizers_and_vocabularies_that_cannot_serve_get_one_sentence(tokenizer):
+    with pytest.raises(UsageError, match=r"no word of its vocabulary is one token, behind a newline that it keeps"):
+        SpellingPrompts.of(Pieces(pieces(newline="\r")), 0, 0)
+    with pytest.raises(UsageError, match=r"prompts would be of unequal lengths"):
+        SpellingPrompts.of(Pieces([" " if piece == " Q" else piece for piece in pieces("Q")]), 0, 0)
+    with pytest.raises(UsageError, match=r"to fit on \(none begins with q, z\) .* Take a model with more"):
+        SpellingPrompts.of(
+            Pieces([piece for piece in pieces() if piece[0] not in "qz" and piece not in (" Q", " Z")]), 0, 0
+        )
+    with pytest.raises(
+        UsageError,
+        match=r"The 40 words taken cannot .* 8 to test on; every letter, and more than 10 .* with absorption\.words",
+    ):
+        SpellingPrompts.of(tokenizer, 40, 1)
+
+
+# --- what no SAE changes ----------------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_whole_prompts_and_made_once(bench, monkeypatch):
+    passes = []
+    capture = bench.model.capture
+    monkeypatch.setattr(bench.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
+    spelling = SpellingPrompts.of(bench.tokenizer, 260, 0)
+    words = spell(bench, spelling, [0, 1], 0, silent)
+    assert {tuple(layers) for layers in passes} == {(0, 1)}
+    count = len(passes)
+    again = spell(bench, spelling, [1], 0, silent)[1]
+    assert len(passes) == count
+    assert torch.equal(again.fresh_ND, words[1].fresh_ND)
+    assert torch.equal(again.probe.weight_LD, words[1].probe.weight_LD)
+    chosen, fresh = spelling.all_prompts(0)
+    ends = torch.tensor([spelling.question])
+    for layer in (0, 1):
+        for prompts, rows in ((chosen[:3], words[layer].train_ND), (fresh[:3], words[layer].fresh_ND)):
+            whole = torch.cat([prompts, ends.expand(3, -1)], 1)
+            x = bench.model.forward(whole, [layer]).residual[layer][:, -6]
+            torch.testing.assert_close(x, rows[:3])
+
+
+def plain_probe(x, letters, *, batch, epochs, weight_decay, l1, generator):
+    """As SAEBench trains it, with torch's own parts."""
+    linear = torch.nn.Linear(x.shape[1], 26)
+    bound = x.shape[1] ** -0.5
+    linear.weight.data.uniform_(-bound, bound, generator=generator)
+    linear.bias.data.uniform_(-bound, bound, generator=generator)
+    answers = torch.nn.functional.one_hot(letters, 26).float()
+    loss_of = torch.nn.BCEWithLogitsLoss(pos_weight=(1 - answers).sum(0) / answers.sum(0))
+    optimizer = torch.optim.Adam(linear.parameters(), lr=1e-2, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-5 / 1e-2) ** (1 / epochs))
+    for _ in range(epochs):
+        order = torch.randperm(len(x), generator=generator)
+        for start in range(0, len(x), batch):
+            index = order[start : start + batch]
+            loss = loss_of(linear(x[index]), answers[index]) + l1 * linear.weight.abs().sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    return linear.weight.detach(), linear.bias.detach()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_probes_are_those_of_a_plain_training_loop(sparse):
+    torch.manual_seed(0)
+    x, letters = torch.randn(130, 40).relu(), torch.arange(130) % 26
+    x[5] = 0  # a word on which nothing fires
+    rows = SparseCodes.of(x.split(50), 40) if sparse else DenseRows(x)
+    settings = {"batch": 32, "epochs": 6, "weight_decay": 1e-4, "l1": 0.01}
+    found = linear_probe(rows, letters, **settings, generator=generator_of(0, "a"))
+    weight, bias = plain_probe(x, letters, **settings, generator=generator_of(0, "a"))
+    torch.testing.assert_close(found.weight_LD, weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.bias_L, bias, atol=1e-5, rtol=1e-4)
+    if sparse:
+        chosen = torch.tensor([3, 0, 39])
+        assert torch.equal(rows.columns(chosen), x[:, chosen])
+
+
+# --- planted ----------------------------------------------------------------------------------------------------------
+
+
+def planted(absorbed: dict[str, int], *, share: float = 1.0, split: str = "") -> tuple[SpellingRows, SAE]:
+    """Words with a direction for their letter and one of their own, and a dictionary of the letters.
+
+    Of a letter in `absorbed` that many test words, and four times as many to fit on, each have a latent of their own,
+    which takes `share` of the letter's projection from the letter's latent. The letters in `split` have two latents.
+    """
+    letter = torch.arange(26).repeat_interleave(TRAIN + TEST)
+    number = torch.arange(TRAIN + TEST).repeat(26)
+    n = len(letter)
+    x = torch.zeros(n, 26 + n + 1)
+    x[torch.arange(n), letter] = 1
+    x[torch.arange(n), 26 + torch.arange(n)] = 1
+    x[:, -1] = torch.where(number % 2 == 0, 1, -1) * torch.isin(letter, torch.tensor([LETTERS.index(c) for c in split]))
+    is_train = number < TRAIN
+    swallowed = [
+        i
+        for i in range(n)
+        if (own := absorbed.get(LETTERS[letter[i]], 0)) and (number[i] < 4 * own or TRAIN <= number[i] < TRAIN + own)
+    ]
+    latents: list[tuple[torch.Tensor, float, torch.Tensor]] = []  # encoder, bias, decoder
+    for at in range(26):
+        direction = torch.zeros(x.shape[1])
+        direction[at] = 1
+        encoder = direction.clone()
+        for i in swallowed:
+            if letter[i] == at:
+                encoder[26 + i] = -share
+        if LETTERS[at] in split:
+            for sign in (1, -1):
+                side = torch.zeros(x.shape[1])
+                side[-1] = sign
+                latents.append((encoder + side, -1.0, direction))
+        else:
+            latents.append((encoder, 0.0, direction))
+    for i in swallowed:
+        own = torch.zeros(x.shape[1])
+        own[26 + i] = 1
+        both = own.clone()
+        both[letter[i]] = 1
+        latents.append((own * share * math.sqrt(2), 0.0, both / math.sqrt(2)))
+    sae = SAE(x.shape[1], len(latents), [ReLU()]).requires_grad_(False)
+    for index, (encoder, bias, decoder) in enumerate(latents):
+        sae.W_enc[:, index], sae.b_enc[index], sae.W_dec[index] = encoder, bias, decoder
+    probe = LetterProbes(torch.eye(26, x.shape[1]) * 3, torch.full((26,), -1.5))
+    test = x[~is_train]
+    return SpellingRows(x[is_train], letter[is_train], test, letter[~is_train], test.clone(), probe), sae
+
+
+def letter_of(result: Result, letter: str) -> dict:
+    return next(entry for entry in result.details if entry["first_letter"] == letter)
+
+
+def test_planted_absorption_is_found_at_its_rate():
+    rates = {"c": 1, "m": 2, "q": 2}
+    words, sae = planted(rates)
+    result = PLANTED.result("0.6.0", sae, words, CPU)
+    assert len(result.details) == 26
+    for entry in result.details:
+        hits = rates.get(entry["first_letter"], 0)
+        assert entry["num_full_absorption"] == hits
+        assert entry["full_absorption_rate"] == entry["mean_absorption_fraction"] == hits / TEST
+        assert entry["num_probe_true_positives"] == TEST
+        assert entry["num_split_features"] == 1
+        assert entry["main_latents"] == [LETTERS.index(entry["first_letter"])]
+    values = [rates.get(letter, 0) / TEST for letter in LETTERS]
+    mean = result.metrics["mean"]
+    assert mean["mean_full_absorption_score"] == pytest.approx(5 / TEST / 26)
+    assert mean["mean_absorption_fraction_score"] == pytest.approx(5 / TEST / 26)
+    assert mean["std_dev_full_absorption_score"] == pytest.approx(np.std(values, ddof=1))
+    assert mean["mean_num_split_features"] == 1
+    assert mean["std_dev_num_split_features"] == 0
+    low, high = result.intervals["mean"]["mean_full_absorption_score"]
+    assert 0 < low < 5 / TEST / 26 < high
+    assert not result.flags
+    old = PLANTED.result("2024-12", sae, words, CPU)
+    assert {entry["first_letter"]: entry["absorption_rate"] for entry in old.details if entry["num_candidates"]} == {
+        letter: hits / TEST for letter, hits in rates.items()
+    }
+    assert old.metrics["mean"] == {"mean_absorption_score": 5 / TEST / 3, "mean_num_split_features": 1}
+    assert "Only 3 of 26 letters have a word that the k-sparse probe misses" in old.flags[0]
+
+
+def test_a_latent_that_takes_part_of_the_letter_absorbs_that_part():
+    words, sae = planted({"c": 2}, share=0.45)
+    result = PLANTED.result("0.6.0", sae, words, CPU)
+    assert letter_of(result, "c")["mean_absorption_fraction"] == pytest.approx(0.45 * 2 / TEST)
+    assert result.metrics["mean"]["mean_full_absorption_score"] == 0
+    words, sae = planted({"c": 2}, share=0.35)  # below 0.4 of the projection it does not count
+    assert PLANTED.result("0.6.0", sae, words, CPU).metrics["mean"]["mean_absorption_fraction_score"] == 0
+
+
+def test_a_clean_dictionary_absorbs_nothing():
+    words, sae = planted({})
+    result = PLANTED.result("0.6.0", sae, words, CPU)
+    assert result.metrics["mean"] == {
+        "mean_absorption_fraction_score": 0,
+        "std_dev_absorption_fraction_score": 0,
+        "mean_full_absorption_score": 0,
+        "std_dev_full_absorption_score": 0,
+        "mean_num_split_features": 1,
+        "std_dev_num_split_features": 0,
+    }
+    assert result.metrics["k_sparse"]["mean_f1_1"] == 1
+    old = PLANTED.result("2024-12", sae, words, CPU)
+    assert old.metrics["mean"] == {"mean_absorption_score": None, "mean_num_split_features": None}
+    assert "No letter has a word that the k-sparse probe misses" in old.flags[0]
+
+
+def test_a_planted_split_is_two_latents():
+    words, sae = planted({}, split="dt")
+    result = PLANTED.result("0.6.0", sae, words, CPU)
+    for entry in result.details:
+        assert entry["num_split_features"] == (2 if entry["first_letter"] in "dt" else 1)
+    entry = letter_of(result, "d")
+    assert entry["f1_k_sparse"] == pytest.approx([2 / 3, 1, 1])
+    assert result.metrics["mean"]["mean_num_split_features"] == pytest.approx(28 / 26)
+    assert result.metrics["mean"]["mean_absorption_fraction_score"] == 0
+
+
+def test_norms_of_decoder_rows_do_not_count():
+    words, sae = planted({"c": 2, "f": 1})
+    plain = PLANTED.result("0.6.0", sae, words, CPU)
+    factor = torch.tensor(random.Random(0).choices([0.25, 0.5, 2.0, 4.0], k=sae.d_sae))
+    sae.W_enc.mul_(factor)
+    sae.b_enc.mul_(factor)
+    sae.W_dec.div_(factor[:, None])
+    scaled = PLANTED.result("0.6.0", sae, words, CPU)
+    assert scaled.metrics == plain.metrics
+    assert scaled.details == plain.details
+    assert "norms were folded" in scaled.flags[0]
+
+
+def test_degenerate_saes_get_a_flag_or_a_sentence():
+    words, sae = planted({"c": 2})
+    with pytest.raises(SaeError, match="Identity has no W_dec"):
+        PLANTED.result("0.6.0", Identity(), words, CPU)
+    dead = SAE(sae.d_in, 12).requires_grad_(False)
+    dead.b_enc.fill_(-1e3)
+    result = PLANTED.result("0.6.0", dead, words, CPU)
+    assert result.metrics["mean"]["mean_full_absorption_score"] == 0
+    assert result.metrics["mean"]["mean_num_split_features"] == 1
+    assert any("No latent fires on any word" in flag for flag in result.flags)
+    hasty = dataclasses.replace(PLANTED, k_sparse_probe_batch_size=4096).result("0.6.0", sae, words, CPU)
+    assert "made only 20 steps" in hasty.flags[0]
+    sae.b_enc[:3] = -1e3  # the latents of a, b and c
+    sae.W_dec[5] = 0  # the direction of f
+    result = PLANTED.result("0.6.0", sae, words, CPU)
+    assert any("do not spell 4 of 26 letters (F1 below 0.5: a, b, c, f)" in flag for flag in result.flags)
+    assert all(math.isfinite(value) for value in result.metrics["mean"].values())
+
+
+def test_letters_that_the_model_does_not_spell_do_not_count():
+    words, sae = planted({"c": 2})
+    weight = words.probe.weight_LD.clone()
+    weight[3:] = 0
+    deaf = dataclasses.replace(words, probe=LetterProbes(weight, words.probe.bias_L))
+    result = PLANTED.result("0.6.0", sae, deaf, CPU)
+    assert [entry["first_letter"] for entry in result.details] == ["a", "b", "c"]
+    assert result.metrics["mean"]["mean_full_absorption_score"] == pytest.approx(2 / TEST / 3)
+    assert "Only 3 letters count; SAEBench gives no number below 20." in result.flags
+    weight[:] = 0
+    with pytest.raises(SaeError, match=r"finds none at F1 above 0\.6: the best has 0\.00"):
+        PLANTED.result("0.6.0", sae, deaf, CPU)
+
+
+# --- against plain loops ----------------------------------------------------------------------------------------------
+
+
+def word_by_hand(f: np.ndarray, a: np.ndarray, probe: np.ndarray, W_dec: np.ndarray, main: list[int]):
+    """evaluation.md 3.5 for one word: fraction, the top latent's criteria, whether the main latents are silent."""
+    u = probe / np.linalg.norm(probe)
+    c = [float(d @ u / np.linalg.norm(d)) for d in W_dec]
+    p = [float(f[i]) * c[i] for i in range(len(f))]
+    along = float(a @ u)
+    from_main = sum(p[i] for i in main)
+    absorbers = sorted((p[i] for i in range(len(f)) if i not in main and c[i] >= 0.1 and p[i] > 0), reverse=True)
+    total = sum(absorbers[:3])
+    if from_main >= along or total / along < 0.4:
+        fraction = 0.0
+    elif from_main <= 0:
+        fraction = 1.0
+    else:
+        y = min(total, along - from_main)
+        fraction = min(1.0, max(0.0, y / (y + from_main)))
+    top = max(range(len(f)), key=lambda i: p[i])
+    dominated = c[top] >= 0.025 and along >= 0 and p[top] / along >= 0.4
+    return fraction, dominated, all(f[i] < 1e-8 for i in main)
+
+
+def test_scores_are_those_of_a_loop_over_words_and_latents():
+    draw = np.random.default_rng(0)
+    kinds = set()
+    for _ in range(20):
+        W_dec = draw.normal(size=(30, 8))
+        W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
+        f = draw.exponential(size=(40, 30)) * (draw.random((40, 30)) < 0.15)
+        a = f @ W_dec + draw.normal(size=(40, 8)) * 0.3
+        probe, main = draw.normal(size=8), draw.choice(30, 3, replace=False).tolist()
+        u = torch.from_numpy(probe / np.linalg.norm(probe))
+        found = score_words(
+            torch.from_numpy(f), torch.from_numpy(a) @ u, torch.from_numpy(W_dec) @ u, torch.tensor(main), Absorption()
+        )
+        for n in range(40):
+            fraction, dominated, quiet = word_by_hand(f[n], a[n], probe, W_dec, main)
+            assert float(found.fraction_N[n]) == pytest.approx(fraction, abs=1e-9)
+            assert (bool(found.dominated_N[n]), bool(found.silent_N[n])) == (dominated, quiet)
+            assert float(found.main_sum_N[n]) == pytest.approx(f[n][main].sum())
+            kinds.add((fraction in (0.0, 1.0), dominated, quiet))
+    assert len(kinds) >= 6
+
+
+def noisy() -> tuple[SpellingRows, SAE]:
+    """Planted words in noise, and a TopK SAE of their letters and of much else."""
+    words, sae = planted({"b": 2, "g": 2, "s": 1}, split="kp")
+    torch.manual_seed(0)
+    train, test, fresh = (x + 0.05 * torch.randn_like(x) for x in (words.train_ND, words.test_ND, words.fresh_ND))
+    other = SAE(sae.d_in, sae.d_sae + 40, [ReLU(), TopK(6)]).requires_grad_(False)
+    other.W_enc[:, : sae.d_sae], other.b_enc[: sae.d_sae], other.W_dec[: sae.d_sae] = sae.W_enc, sae.b_enc, sae.W_dec
+    return dataclasses.replace(words, train_ND=train, test_ND=test, fresh_ND=fresh), other
+
+
+@pytest.mark.parametrize("mode", ["0.6.0", "2024-12"])
+def test_a_result_is_that_of_plain_loops(mode):
+    words, sae = noisy()
+    settings = dataclasses.replace(PLANTED, k_sparse_probe_num_epochs=10)
+    result = settings.result(mode, sae, words, CPU)
+    probe = linear_probe(
+        DenseRows(sae.encode(words.train_ND)), words.train_letter_N, batch=52, epochs=10, weight_decay=1e-6, l1=0.1,
+        generator=generator_of(42, "k-sparse"),
+    )  # fmt: skip
+    train, test, fresh = (sae.encode(x).numpy() for x in (words.train_ND, words.test_ND, words.fresh_ND))
+    weight, bias = words.probe.weight_LD.numpy(), words.probe.bias_L.numpy()
+    rows = []
+    for letter in range(26):
+        order = np.argsort(-probe.weight_LD[letter].numpy(), kind="stable")
+        target, answer = (words.train_letter_N == letter).numpy(), (words.test_letter_N == letter).numpy()
+        scores, f1s = [], []
+        for k in range(1, 11):
+            fit = LogisticRegression(C=1.0, max_iter=500, class_weight="balanced", solver="lbfgs")
+            fit.fit(train[:, order[:k]], target)
+            scores.append(test[:, order[:k]] @ fit.coef_[0] + fit.intercept_[0])
+            hits = int(((scores[-1] > 0) & answer).sum())
+            f1s.append(2 * hits / ((scores[-1] > 0).sum() + answer.sum()) if hits else 0.0)
+        before, k = -100.0, 0
+        while k < 10 and f1s[k] > before + 0.03:
+            before, k = f1s[k], k + 1
+        main = order[:k].tolist()
+        fractions, full, candidates, old = [], [], 0, []
+        for n in range(len(test)):
+            logit = words.test_ND[n].numpy() @ weight[letter] + bias[letter]
+            if not (answer[n] and logit > 0):
+                continue
+            fraction, dominated, quiet = word_by_hand(
+                fresh[n], words.fresh_ND[n].numpy(), weight[letter], sae.W_dec.numpy(), main
+            )
+            candidate = scores[k - 1][n] <= 0 and fresh[n][main].sum() < 1e-8
+            candidates += candidate
+            old.append(candidate and dominated)
+            fractions.append(fraction)
+            full.append(dominated and quiet)
+        rows.append((k, main, np.mean(fractions), np.mean(full), np.mean(old), candidates))
+    for entry, (k, main, fraction, full, old, candidates) in zip(result.details, rows, strict=True):
+        assert (entry["num_split_features"], entry["main_latents"]) == (k, main)
+        if mode == "0.6.0":
+            assert entry["mean_absorption_fraction"] == pytest.approx(fraction, abs=1e-6)
+            assert entry["full_absorption_rate"] == full
+        else:
+            assert (entry["absorption_rate"], entry["num_candidates"]) == (old, candidates)
+    mean = result.metrics["mean"]
+    if mode == "0.6.0":
+        assert mean["mean_absorption_fraction_score"] == pytest.approx(np.mean([row[2] for row in rows]), abs=1e-6)
+        assert mean["mean_full_absorption_score"] == pytest.approx(np.mean([row[3] for row in rows]))
+        assert 0 < mean["mean_full_absorption_score"] < mean["mean_absorption_fraction_score"]
+    else:
+        counted = [row for row in rows if row[5]]
+        assert 0 < len(counted) < 26
+        assert mean["mean_absorption_score"] == pytest.approx(np.mean([row[4] for row in counted]))
+        assert mean["mean_num_split_features"] == pytest.approx(np.mean([row[0] for row in counted]))
+
+
+@pytest.mark.parametrize(
+    ("f1s", "count", "looked_at"),
+    [
+        ([0.5, 0.54, 0.56, 0.9], 2, 3),
+        ([0.9, 0.1], 1, 2),
+        ([0.0, 0.0], 1, 2),
+        ([0.5, 0.53], 1, 2),  # 0.03 more is not more than 0.03 more
+        ([0.1, 0.2, 0.3], 3, 3),
+        ([0.7], 1, 1),
+    ],
+)
+def test_latents_are_taken_as_long_as_f1_jumps(f1s, count, looked_at):
+    assert accepted(iter(f1s), 0.03) == (count, f1s[:looked_at])
+
+
+def test_intervals():
+    share = rate("r", "n", torch.tensor([1.0] * 3 + [0.0] * 17))
+    assert (share["r"], share["n"]) == (0.15, 3)
+    assert share["r_interval"] == pytest.approx([0.0524, 0.3604], abs=1e-4)  # Wilson, 3 of 20
+    assert bootstrap([torch.ones(5).double(), torch.zeros(9).double()], generator_of(0, "b")) == [0.5, 0.5]
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_saes_and_their_company_change_nothing(bench):
+    metric = Absorption(words=260, min_GT_probe_f1=0.0, min_feats_for_eval=0)
+    torch.manual_seed(0)
+    saes = [SAE(32, 50, [ReLU()]).requires_grad_(False), SAE(32, 64, [TopK(4)]).requires_grad_(False)]
+    subjects = [EvalTarget(saes[0], 1), EvalTarget(Identity(), 1), EvalTarget(saes[1], 0)]
+    first = metric.measure(bench, subjects, silent)
+    again = metric.measure(bench, subjects[::-1], silent)[::-1]
+    alone = metric.measure(bench, subjects[:1], silent)
+    assert isinstance(first[1], SaeError)
+    assert (first[0], first[2]) == (again[0], again[2])
+    assert first[0] == alone[0]
+    assert first[0].n["words_train"] == 208
+    assert first[0].n["words_test"] == 52
+    with pytest.raises(UsageError, match=r"absorption\.max_k_value is 0; the least is 1"):
+        Absorption(max_k_value=0).measure(bench, subjects, silent)
+
+
+def test_a_model_that_does_not_spell_gets_a_sentence_for_each_sae(bench):
+    subjects = [EvalTarget(SAE(32, 50, [ReLU()]).requires_grad_(False), layer) for layer in (0, 1)]
+    for outcome in Absorption(words=260, min_GT_probe_f1=0.99).measure(bench, subjects, silent):
+        assert isinstance(outcome, SaeError)
+        assert "Absorption needs letters that the model spells" in str(outcome)

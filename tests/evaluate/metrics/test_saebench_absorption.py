@@ -1,0 +1,184 @@
+"""Absorption against SAEBench 0.6.0, from its own words, rows, probe and latents. fixtures/saebench/README.md"""
+
+import numpy as np
+import pytest
+import torch
+
+from sae.cache.contexts import Contexts
+from sae.evaluate.context import EvalContext
+from sae.evaluate.metrics import absorption, first_letter
+from sae.evaluate.metrics.absorption import Absorption, UnitDecoderSAE, score_words
+from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, last_rows
+from sae.evaluate.metrics.letter_probes import LetterProbes, accepted, f1, linear_probe, logistic
+from sae.evaluate.shelf import ArtifactCache
+from sae.harvest.mini import WEIGHTS
+from sae.train.sae import SAE
+
+CPU = torch.device("cpu")
+KINDS = ("relu", "topk", "jumprelu")
+
+
+@pytest.fixture(scope="module")
+def theirs(saebench):
+    return saebench.json("absorption/results")
+
+
+@pytest.fixture(scope="module")
+def words(saebench, theirs) -> SpellingRows:
+    """Their rows and their probe. `fresh` has rows of true positives only: zeros stand where the others would be."""
+    arrays = saebench.arrays("absorption")
+    probe = LetterProbes(arrays["probe.weight"], arrays["probe.bias"])
+    found = SpellingRows(
+        arrays["train.activations"],
+        arrays["train.labels"].long(),
+        arrays["test.activations"],
+        arrays["test.labels"].long(),
+        torch.zeros_like(arrays["test.activations"]),
+        probe,
+    )
+    texts = saebench.json("problem/problem")["words"]
+    place = {texts[row[-1]]: n for n, row in enumerate(arrays["test.prompts"].tolist())}
+    for token, x in zip(theirs["relu"]["words"]["token"], arrays["fresh.activations"], strict=True):
+        found.fresh_ND[place[token]] = x
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(WEIGHTS)
+
+
+class Draws:
+    """In the place of random numbers: what they drew."""
+
+    def __init__(self, drawn) -> None:
+        self.drawn = drawn
+
+    def sample(self, pool, count):
+        return [*next(self.drawn), pool[0]][:count]
+
+
+def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monkeypatch):
+    texts, arrays = saebench.json("problem/problem")["words"], saebench.arrays("absorption")
+    piece = {word.text: word for word in first_letter.vocabulary(tokenizer, [tokenizer.convert_tokens_to_ids("\n")])}
+    known = [piece[text] for text in texts]
+    monkeypatch.setattr(first_letter, "vocabulary", lambda *_: known)
+    made = SpellingPrompts.of(tokenizer, 0, 0)
+    bench = EvalContext(
+        lambda: saebench.model, tokenizer, Contexts(*[np.zeros(0)] * 4), [], "0.6.0", {}, {}, ArtifactCache(tmp_path)
+    )
+    for part in ("train", "test"):
+        rows = arrays[f"{part}.prompts"].tolist()
+        asked = [known[row[-1]] for row in rows]
+        assert [word.letter for word in asked] == arrays[f"{part}.labels"].tolist()
+        ids_NS = made.prompts(asked, known, Draws(iter([[known[i] for i in row[:-1]] for row in rows])))
+        x_ND = last_rows(bench, ids_NS, [0], lambda *_: None)[0]
+        torch.testing.assert_close(x_ND, arrays[f"{part}.activations"], atol=2e-5, rtol=1e-5)
+    example = theirs["prompt"]
+    asked = iter(example["text"].removeprefix("\n").split("\n"))
+    *shown, last = [piece[line.partition(" has the")[0]] for line in asked]
+    ids_NS = made.prompts([last], known, Draws(iter([shown])))
+    assert [*ids_NS[0].tolist(), *made.question] == example["tokens"]
+    assert len(made.question) == -example["position"] - 1
+
+
+def test_the_letters_probe_finds_the_same_words(theirs, words):
+    for kind in KINDS:
+        for letter, found in theirs[kind]["letters"].items():
+            assert float(words.f1_L[LETTERS.index(letter)]) == pytest.approx(found["f1_probe"], abs=1e-7)
+    column = theirs["relu"]["words"]
+    counts = dict(zip(column["letter"], column["num_probe_true_positives"], strict=True))
+    assert words.true_positive_NL.sum(0).tolist() == [counts.get(letter, 0) for letter in LETTERS]
+
+
+def test_the_l1_probe_is_theirs(saebench, theirs, words):
+    """All train words are one batch of theirs, so their order does not count, and the seed decides the rest."""
+    codes = UnitDecoderSAE.of(saebench.saes["relu"], CPU).codes(words.train_ND)
+    seeded = torch.Generator().manual_seed(42)
+    found = linear_probe(
+        codes, words.train_letter_N, batch=4096, epochs=50, weight_decay=1e-6, l1=0.01, generator=seeded
+    )
+    difference_LF = (found.weight_LD - saebench.arrays("absorption")["l1_probe.weight"]).abs()
+    assert (difference_LF > 1e-5).sum() <= 5  # of 13,312: where a weight crosses 0, Adam makes much of the last bit
+    assert difference_LF.max() < 1e-3
+    order_LK = found.weight_LD.sort(dim=1, descending=True).indices[:, :10].tolist()
+    assert order_LK == [theirs["relu"]["letters"][letter]["latents"] for letter in LETTERS]
+
+
+def as_theirs(sae: SAE, x_ND: torch.Tensor) -> torch.Tensor:
+    """Their latents to the last bit: they subtract b_dec first. The solver's tolerance makes a last bit a sixth digit."""
+    z_NF = (x_ND - sae.b_dec * sae.pre_bias) @ sae.W_enc + sae.b_enc
+    f_NF = sae.activate(z_NF, x_ND)
+    torch.testing.assert_close(f_NF, sae.encode(x_ND))
+    return f_NF
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_regressions_and_chosen_latents_are_theirs(saebench, theirs, words, noted, kind):
+    sae = saebench.saes[kind]
+    train_NF, test_NF = (as_theirs(sae, x_ND).numpy() for x_ND in (words.train_ND, words.test_ND))
+    fits, same = [], {"split latents": True, "F1": True}
+    for letter, found in theirs[kind]["letters"].items():
+        at = LETTERS.index(letter)
+        train_NK, test_NK = train_NF[:, found["latents"]], test_NF[:, found["latents"]]
+        same["split latents"] &= accepted(found["f1"], 0.03)[0] == len(found["split_features"])
+        assert found["latents"][: len(found["split_features"])] == found["split_features"]
+        for k in (1, 2, 3, 10):
+            fit = logistic(train_NK[:, :k], (words.train_letter_N == at).numpy())
+            fits.append(
+                (np.append(found["coef"][k - 1], found["intercept"][k - 1]), np.append(fit.coef_[0], fit.intercept_))
+            )
+            positive = fit.decision_function(test_NK[:, :k]) > 0
+            same["F1"] &= f1(positive, (words.test_letter_N == at).numpy()) == found["f1"][k - 1]
+    noted("absorption", f"{kind}: regressions on 1, 2, 3, 10 latents", fits, same)
+    assert all(same.values())
+    for expected, fitted in fits:
+        np.testing.assert_allclose(fitted, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_word_s_absorption_is_theirs(saebench, theirs, words, noted, kind):
+    sae, columns = saebench.saes[kind], theirs[kind]["words"]
+    fresh_ND = saebench.arrays("absorption")["fresh.activations"]
+    f_NF = sae.encode(fresh_ND)
+    fractions, full = [], []
+    for n, letter in enumerate(columns["letter"]):
+        unit_D = torch.nn.functional.normalize(words.probe.weight_LD[LETTERS.index(letter)], dim=0)
+        cosine_F = torch.nn.functional.normalize(sae.W_dec, dim=1) @ unit_D
+        main = torch.tensor(columns["split_feats"][n])
+        scores = score_words(f_NF[n : n + 1], fresh_ND[n : n + 1] @ unit_D, cosine_F, main, Absorption())
+        fractions.append(float(scores.fraction_N))
+        full.append(bool(scores.dominated_N & scores.silent_N))
+    expected = columns["absorption_fraction"]
+    same = {"full absorption": full == columns["is_full_absorption"]}
+    noted("absorption", f"{kind}: {len(full)} words", [(np.array(expected), np.array(fractions))], same)
+    assert fractions == pytest.approx(expected, abs=1e-6)
+    assert all(same.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_is_theirs(saebench, theirs, words, noted, kind, monkeypatch):
+    """With the ranking of their L1 probe."""
+    weight_LF = torch.zeros(26, 512)
+    for letter, found in theirs[kind]["letters"].items():
+        weight_LF[LETTERS.index(letter), found["latents"]] = torch.arange(10.0, 0, -1)
+    monkeypatch.setattr(absorption, "linear_probe", lambda *_, **__: LetterProbes(weight_LF, torch.zeros(26)))
+    result = Absorption().result("0.6.0", saebench.saes[kind], words, CPU)
+    expected = theirs[kind]["eval_result_metrics"]["mean"]
+    headline = "mean_absorption_fraction_score"
+    names = [headline, *(expected.keys() - {headline})]
+    pairs = [(expected[name], result.metrics["mean"][name]) for name in names]
+    noted(
+        "absorption",
+        f"{kind}: {headline}",
+        pairs,
+        {"letters": len(result.details) == len(theirs[kind]["eval_result_details"])},
+    )
+    assert result.metrics["mean"] == pytest.approx(expected, abs=1e-6)
+    assert len(result.details) == len(theirs[kind]["eval_result_details"]) > 20
+    for ours, other in zip(result.details, theirs[kind]["eval_result_details"], strict=True):
+        assert {name: ours[name] for name in other} == {
+            name: pytest.approx(value, abs=1e-6) if isinstance(value, float) else value for name, value in other.items()
+        }

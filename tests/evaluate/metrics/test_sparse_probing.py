@@ -1,0 +1,202 @@
+"""Sparse probing: what its numbers are, that no SAE changes another's, and what is refused."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sae.cache.contexts import Contexts
+from sae.common.errors import UsageError
+from sae.evaluate.context import EvalContext
+from sae.evaluate.latents import inspection
+from sae.evaluate.metrics import sparse_probing as module
+from sae.evaluate.metrics.base import EvalTarget, Result
+from sae.evaluate.metrics.probes import ProbeFeatures, generator
+from sae.evaluate.metrics.registry import metrics_of
+from sae.evaluate.metrics.sparse_probing import SparseProbing, SparseProbingStdlib
+from sae.evaluate.reference_saes import Identity, Zero
+from sae.evaluate.results import read_result, write_result
+from sae.evaluate.shelf import ArtifactCache
+from sae.harvest.model import find_model, load_model, load_tokenizer
+from sae.train.activations import ReLU
+from sae.train.sae import SAE
+
+AG, SENTIMENT = "fancyzhx/ag_news", "canrager/amazon_reviews_mcauley_1and5_sentiment"
+WORDS = ("the quick brown fox", "jumps over a lazy", "dog while seven zebras", "quietly read yellow books")
+
+
+def silent(done, total, note=""):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(module, "EPOCHS", 6)  # the agreement with SAEBench is tested with all of them
+
+
+@pytest.fixture
+def bench(tiny_model, home) -> EvalContext:
+    """Two datasets in the folder of the bench: four and two classes, told apart by the words of their texts."""
+    rng = random.Random(0)
+    for name, labels, column in ((AG, range(4), "label"), (SENTIMENT.removesuffix("_sentiment"), (1.0, 5.0), "rating")):
+        for split in ("train", "test"):
+            rows = [{"text": " ".join(rng.choices(WORDS[i].split(), k=6)), column: label} for i, label in enumerate(labels) for _ in range(20)]  # fmt: skip
+            path = home / "data" / name / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, config = find_model(str(tiny_model))
+    model = load_model(source, config, dtype="float32", device="cpu")
+    nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
+    shelf = ArtifactCache(home / "shelf")
+    return EvalContext(
+        lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", source.identity(), {}, shelf, home / "data"
+    )
+
+
+METRIC = SparseProbing(datasets=(AG, SENTIMENT), k=(1, 3), train_set_size=24, test_set_size=16, context=32)
+
+
+def make_sae(seed: int = 0, latents: int = 40) -> SAE:
+    torch.manual_seed(seed)
+    sae = SAE(32, latents, [ReLU()]).requires_grad_(False)
+    sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    return sae
+
+
+def measured(bench: EvalContext, *coders, metric: SparseProbing = METRIC) -> list:
+    return metric.measure(bench, [EvalTarget(coder, 1) for coder in coders], silent)
+
+
+def test_the_fields_are_saebench_s(bench):
+    (found,) = measured(bench, make_sae())
+    assert list(found.metrics) == ["llm", "sae"]
+    for side, numbers in found.metrics.items():
+        tops = [f"{side}_top_{k}_test_accuracy" for k in (1, 2, 3, 5, 10, 20, 50, 100)]
+        assert list(numbers) == [f"{side}_test_accuracy", *tops]
+        assert [name for name, value in numbers.items() if value is None] == [tops[1], *tops[3:]]
+        assert list(found.intervals[side]) == [f"{side}_test_accuracy", tops[0], tops[2]]
+        for name, (low, high) in found.intervals[side].items():
+            assert low < numbers[name] < high or numbers[name] == 1
+    assert [detail["dataset_name"] for detail in found.details] == [f"{AG}_results", f"{SENTIMENT}_results"]
+    tops = [f"{side}_top_{k}_test_accuracy" for side in ("llm", "sae") for k in (1, 3)]
+    latents = {"sae_top_1_latents": 1, "sae_top_3_latents": 3}
+    for own in found.extra.values():
+        assert own.keys() == {"llm_test_accuracy", "sae_test_accuracy", *tops, *latents}
+        for name, k in latents.items():
+            assert own[name].keys() == own["sae_test_accuracy"].keys()
+            for chosen in own[name].values():
+                assert len(chosen) == k and all(0 <= int(latent) < 40 for latent in chosen)
+    by_class = found.extra[f"{AG}_results"]["sae_top_3_test_accuracy"]
+    assert list(by_class) == ["0", "1", "2", "3"]
+    assert found.details[0]["sae_top_3_test_accuracy"] == pytest.approx(sum(by_class.values()) / 4)
+    means = [detail["sae_top_3_test_accuracy"] for detail in found.details]
+    assert found.metrics["sae"]["sae_top_3_test_accuracy"] == pytest.approx(sum(means) / 2)
+    assert found.n == {"datasets": 2, "tasks": 6, "test_texts_per_task": 16}
+
+
+def test_the_latents_named_are_those_that_were_planted():
+    """Class 0 has latent 4 at 3; class 1 lacks latent 7, which the others have at 5; class 2 has 9 at 4 and 11 at 3."""
+    planted = {"0": {4: 3.0, 7: 5.0}, "1": {}, "2": {7: 5.0, 9: 4.0, 11: 3.0}}
+    x_ND = torch.zeros(60, 20)
+    for number, values in enumerate(planted.values()):
+        for latent, value in values.items():
+            x_ND[20 * number : 20 * number + 20, latent] = value
+    features = dict.fromkeys(("train", "test"), ProbeFeatures(x_ND, dict.fromkeys(planted, 20)))
+    scores = {AG: module.probe(features, (1, 3, 6), lambda *names: generator("paired", *names))}
+    found = module.result(scores, scores, (1, 3, 6), 40, False)
+    named = found.extra[f"{AG}_results"]  # half of a class's negatives are of each other class
+    assert named["sae_top_1_latents"] == {"0": {"4": 3.0}, "1": {"7": -5.0}, "2": {"9": 4.0}}
+    assert list(named["sae_top_3_latents"]["0"].items()) == [("4", 3.0), ("7", 2.5), ("9", -2.0)]
+    assert list(named["sae_top_3_latents"]["2"].items()) == [("9", 4.0), ("11", 3.0), ("7", 2.5)]
+    assert "sae_top_6_test_accuracy" in named and "sae_top_6_latents" not in named
+    assert inspection.labels({"sparse_probing": found}, 20) == {
+        4: ["World (class of fancyzhx/ag_news, accuracy 1.00)"],
+        9: ["Business (class of fancyzhx/ag_news, accuracy 1.00)"],
+    }
+
+
+def test_a_result_of_before_latents_were_named_is_kept(bench, home):
+    (found,) = measured(bench, make_sae())
+    write_result(home / "new", METRIC, METRIC.settings(bench), found, {})
+    assert read_result(home / "new", METRIC, METRIC.settings(bench)) == found
+    bare = {name: {k: v for k, v in own.items() if "latents" not in k} for name, own in found.extra.items()}
+    old = replace(found, extra=bare)
+    write_result(home / "old", METRIC, METRIC.settings(bench) | {"definition": 1}, old, {})
+    assert read_result(home / "old", METRIC, METRIC.settings(bench)) == old
+    assert inspection.labels({METRIC.name: old}, 40) == {}
+
+
+def test_the_identity_is_the_model_and_zero_is_chance(bench):
+    identity, zero = measured(bench, Identity(), Zero())
+    llm = [value for value in identity.metrics["llm"].values() if value is not None]
+    assert llm == [value for value in identity.metrics["sae"].values() if value is not None]
+    assert llm[0] > 0.75  # no two classes share a word
+    assert {value for value in zero.metrics["sae"].values() if value is not None} == {0.5}
+    assert zero.metrics["llm"] == identity.metrics["llm"]
+    assert identity.flags == []
+    assert zero.flags == [
+        f"k={k}: in 6 of 6 tasks the chosen latents never vary, which gives exactly 0.5." for k in (1, 3)
+    ]
+
+
+@pytest.mark.parametrize("rng", ["paired", "saebench"])
+def test_no_sae_changes_another_s_numbers(bench, rng):
+    metric = replace(METRIC, rng=rng)
+    together = measured(bench, make_sae(0), make_sae(1), metric=metric)
+    assert [measured(bench, make_sae(seed), metric=metric)[0] for seed in (0, 1)] == together
+    assert together[0] != together[1]
+    assert measured(bench, make_sae(1), make_sae(0), metric=metric) == together[::-1]
+
+
+def test_the_side_of_the_model_is_measured_once(bench, monkeypatch):
+    sides = []
+    real = module.probe
+    monkeypatch.setattr(module, "probe", lambda f, *rest: sides.append(f["train"].x_ND.shape[1]) or real(f, *rest))
+    first = measured(bench, make_sae())
+    assert sides == [32, 40, 32, 40]
+    assert measured(bench, make_sae()) == first and sides == [32, 40, 32, 40, 40, 40]
+    measured(bench, make_sae(), metric=replace(METRIC, k=(2,)))
+    assert sides[6:] == [32, 40, 32, 40]
+
+
+def test_the_length_of_decoder_rows_changes_nothing(bench):
+    sae, stretched = make_sae(), make_sae()
+    factor = torch.linspace(0.01, 4, 40)
+    stretched.W_dec /= factor[:, None]
+    stretched.W_enc *= factor
+    stretched.b_enc *= factor
+    plain, folded = measured(bench, sae, stretched)
+    for name, value in plain.metrics["sae"].items():
+        assert folded.metrics["sae"][name] == pytest.approx(value, abs=0.02)
+    assert folded.flags == ["Decoder rows were not of length 1: latents are scaled as if they were."]
+
+
+def test_what_cannot_be_probed_has_a_sentence(bench, home):
+    narrow, wide = measured(bench, make_sae(0, 2), make_sae())
+    assert str(narrow).startswith("A probe on 3 latents needs as many, and there are 2.") and isinstance(wide, Result)
+    with pytest.raises(UsageError, match="a probe reads at least one latent"):
+        measured(bench, make_sae(), metric=replace(METRIC, k=(0,)))
+    with pytest.raises(UsageError, match="rng=fast is unknown"):
+        measured(bench, make_sae(), metric=replace(METRIC, rng="fast"))
+    (home / "data" / AG / "train.jsonl").write_text("".join(json.dumps({"text": " " * (i > 70), "label": i % 4}) + "\n" for i in range(80)))  # fmt: skip
+    with pytest.raises(UsageError, match=r"ag_news: the text '.*' has no token that counts"):
+        measured(bench, make_sae())
+
+
+def test_k_is_that_of_the_mode_unless_asked(bench):
+    (metric,) = metrics_of("sparse_probing")
+    assert metric.ks("0.6.0") == (1, 2, 5) and metric.ks("2024-12") == (1, 2, 5, 10, 20, 50)
+    (metric,) = metrics_of("sparse_probing_stdlib", ["sparse_probing_stdlib.k=3,4"])
+    assert isinstance(metric, SparseProbingStdlib) and metric.ks("0.6.0") == (3, 4)
+    with pytest.raises(UsageError, match="'x' is no value for k"):
+        metrics_of("sparse_probing", ["sparse_probing.k=x"])
+
+
+def test_a_result_belongs_to_its_texts(bench, home):
+    before = METRIC.settings(bench)
+    assert before["k"] == (1, 3) and before["texts"][AG].startswith("sha256")
+    path = home / "data" / AG / "test.jsonl"
+    path.write_text(path.read_text() + path.read_text())
+    assert METRIC.settings(bench) != before

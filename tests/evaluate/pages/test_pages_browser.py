@@ -1,0 +1,71 @@
+"""The comparison and a paper's report in a browser; any message on the console fails a test."""
+
+import pytest
+
+from sae.evaluate.compare import compare
+from sae.evaluate.pages.comparison import comparison_page
+from sae.evaluate.pages.page import write_page
+from sae.evaluate.pages.reproduction import reproduction_page
+from sae.evaluate.papers.claims import load
+from sae.evaluate.papers.report import report
+
+from ..test_compare import make_run
+from ..papers.test_figures import lettered, runs_of
+
+
+def column(page, number: int) -> list[str]:
+    return page.locator(f"table.sortable >> nth=0 >> tbody tr td:nth-child({number})").all_inner_texts()
+
+
+@pytest.fixture
+def comparison(tmp_path, opened):
+    runs = [
+        make_run(tmp_path, name, l0=l0, kl=kl)
+        for name, l0, kl in (("b", 9.0, 0.5), ("a", 100.0, 0.7), ("c", 32.0, 0.6))
+    ]
+    runs += [make_run(tmp_path, "a", seed=1, l0=100.0, kl=0.8)]
+    write_page(tmp_path / "compare.html", comparison_page(compare(runs)))
+    return opened(tmp_path / "compare.html")
+
+
+def test_a_click_on_a_head_sorts_by_number_and_again_the_other_way(comparison):
+    assert column(comparison, 1) == ["b", "a (2 seeds)", "c"]
+    head = comparison.locator("table.sortable th >> nth=1")
+    head.click()
+    assert column(comparison, 2) == ["100.0", "32.0", "9.0"]
+    head.click()
+    assert column(comparison, 2) == ["9.0", "32.0", "100.0"]
+
+
+def test_the_keyboard_sorts_too(comparison):
+    comparison.locator("table.sortable th >> nth=0").focus()
+    comparison.keyboard.press("Enter")
+    assert column(comparison, 1) == ["a (2 seeds)", "b", "c"]
+
+
+def test_every_number_has_its_chart_with_a_mark_for_each_system(comparison):
+    figure = comparison.locator("figure", has_text="KL score")
+    assert figure.locator("svg.chart path title").count() == 3
+    assert comparison.locator("ul.key").first.inner_text().split() == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
+    runs = [make_run(tmp_path, f"{'long-name-' * 8}{n}") for n in range(3)]
+    write_page(tmp_path / "compare.html", comparison_page(compare(runs)))
+    paper = load("000")
+    found = report(paper, runs_of(paper, lettered), False)
+    write_page(tmp_path / "report.html", reproduction_page(found, "gemma-2-mini", "field"))
+    for name in ("compare.html", "report.html"):
+        page = opened(tmp_path / name, width)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("figure.wide").count() == 1
+
+
+def test_a_contradiction_leads_to_its_claims(tmp_path, opened):
+    paper = load("002")
+    write_page(tmp_path / "report.html", reproduction_page(report(paper, [], False), "gemma-2-mini", "field"))
+    page = opened(tmp_path / "report.html")
+    named = next(one for one in paper.contradictions if one.claims).claims[0]
+    page.locator(f'a[href="#{named}"]').first.click()
+    assert page.locator(f"#{named}").is_visible()

@@ -1,0 +1,319 @@
+"""The claims of the five papers: what their files hold, how they are read, and what is refused."""
+
+import dataclasses
+import runpy
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.common.errors import UsageError
+from sae.evaluate.datasets.labelled import HUB
+from sae.evaluate.metrics import sparse_probing
+from sae.evaluate.metrics.registry import METRICS
+from sae.evaluate.papers.claims import (
+    BESIDE,
+    FOLDER,
+    LOGGED,
+    LONGEST,
+    PAPERS,
+    REGISTRY,
+    PaperFact,
+    load,
+    numbers,
+    parse,
+)
+from sae.evaluate.papers.verdict import measured
+from sae.evaluate.plan import EvaluateConfig
+from sae.evaluate.run import evaluate
+from sae.train.activations import ReLU
+from sae.train.loop import Trainer
+from sae.train.recipe import RECIPES
+from sae.train.sae import SAE, save_sae
+from sae.train.variant import RunConfig
+
+ALL = [load(number) for number in PAPERS]
+CLAIMS = [(paper, claim) for paper in ALL for claim in paper.claims]
+every_paper = pytest.mark.parametrize("paper", ALL, ids=PAPERS)
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_every_paper_has_a_file_and_every_file_a_paper():
+    assert [path.stem for path in sorted(FOLDER.glob("*.toml"))] == list(PAPERS)
+    assert [paper.number for paper in ALL] == list(PAPERS)
+
+
+def test_the_files_are_installed_with_the_package():
+    root = Path(__file__).parents[3]
+    shipped = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = {path.name for pattern in shipped["sae.evaluate.papers"] for path in (root / "evaluate" / "papers").glob(pattern)}
+    assert found >= {path.name for path in FOLDER.glob("*.toml")}
+
+
+def test_the_overview_is_of_these_claims():
+    """docs/claims.md is what benchmarks/claims_table.py prints."""
+    root = Path(__file__).parents[3]
+    made = runpy.run_path(str(root / "benchmarks" / "claims_table.py"))["overview"]()
+    assert (root / "docs" / "claims.md").read_text(encoding="utf-8") == made
+
+
+@pytest.mark.parametrize(("paper", "claim"), CLAIMS, ids=lambda one: getattr(one, "id", getattr(one, "number", "")))
+def test_a_claim_stands_on_a_line_that_holds_its_value(paper, claim):
+    for quote in (claim.quote, *(place.quote for place in claim.also)):
+        assert len(quote) <= LONGEST
+        assert any(abs(number) == abs(claim.value) for number, _ in numbers(quote))
+    assert claim.metric in REGISTRY or claim.metric.startswith(f"{LOGGED}.") or (claim.metric == "none" and claim.why)
+    assert claim.metric == "none" or claim.system in paper.systems
+    assert set(claim.layers) <= set(paper.ran.layers) and claim.layers
+
+
+@every_paper
+def test_ids_are_unique(paper):
+    assert [name for name, count in Counter(claim.id for claim in paper.claims).items() if count > 1] == []
+
+
+@every_paper
+def test_a_change_is_that_of_the_two_numbers_beside_it_or_a_contradiction(paper):
+    """The papers' arithmetic: a printed change is within a point, or a tenth, of what the printed numbers give."""
+    for change in (claim for claim in paper.claims if claim.is_change and claim.metric != "none"):
+        own, other = (
+            [c.value for c in paper.claims if (c.system, c.metric, c.entries) == (system, change.metric, change.entries) and not c.is_change]
+            for system in (change.system, change.against)
+        )  # fmt: skip
+        given = [{"%": 100 * (a - b) / abs(b), "pp": a - b, "x": a / b}[change.unit] for a in own for b in other]
+        slack = 0.1 if change.unit == "x" else 1
+        right = all(abs(one - change.value) < slack for one in given)
+        assert right or paper.inconsistent(change), (change.id, given)
+
+
+@every_paper
+def test_claims_of_one_number_that_differ_are_inconsistent(paper):
+    """Where a paper prints two numbers for one system and metric, no verdict is given on either."""
+    groups: dict[tuple, list] = {}
+    for claim in paper.claims:
+        if not claim.is_change and claim.metric != "none":
+            groups.setdefault((claim.system, claim.metric, claim.entries), []).append(claim)
+    for group in groups.values():
+        if len({claim.value for claim in group}) > 1:
+            assert all(paper.inconsistent(claim) for claim in group), [claim.id for claim in group]
+
+
+# --- what they refer to -----------------------------------------------------------------------------------------------
+
+
+@every_paper
+@pytest.mark.parametrize("d_in", [2304, 128])
+def test_systems_are_recipes_that_can_be_built(paper, d_in):
+    """At the paper's size under every reading; at another width under the one that is meant for it."""
+    for reading in paper.readings:
+        if d_in != 2304 and reading.name != "field":
+            continue
+        for system in paper.systems.values():
+            for name in system.recipes:
+                width = round(float(system.width.removesuffix("x")) * d_in)
+                setting = RunConfig(d_in, width, paper.run.steps, paper.run.batch_size, None, reading.literal, 24.0)
+                asked = {**{k: v for k, v in reading.options.items() if k in RECIPES[name].kinds()}, **system.options}
+                with torch.device("meta"):
+                    variant = RECIPES[name].make(setting, asked)
+                assert variant.sae.d_sae == width
+    assert "field" in [reading.name for reading in paper.readings]
+
+
+@every_paper
+def test_an_option_of_a_reading_is_one_of_some_recipe(paper):
+    names = [name for system in paper.systems.values() for name in system.recipes]
+    for reading in paper.readings:
+        for option in reading.options:
+            assert any(option in RECIPES[name].kinds() for name in names), option
+
+
+@every_paper
+def test_a_system_at_the_paper_s_size_has_its_width(paper):
+    widths = {s.width for s in paper.systems.values() if s.recipes}
+    assert f"{paper.ran.d_sae // paper.ran.d_in}x" in widths
+    assert len(paper.run.seeds) >= 3
+
+
+@every_paper
+def test_a_scalar_of_training_is_one_that_its_recipes_log(paper):
+    torch.manual_seed(0)
+    for claim in (*paper.claims, *paper.unreported):
+        if not claim.metric.startswith(f"{LOGGED}."):
+            continue
+        asked = [getattr(claim, name, "") for name in ("system", "against")]
+        systems = [paper.systems[name] for name in asked if name] or list(paper.systems.values())
+        logged = []
+        for recipe in {name for system in systems for name in system.recipes}:
+            training = Trainer(RECIPES[recipe].make(RunConfig(32, 64, 20, 16), {}), 20, "cpu")
+            training.step(torch.randn(16, 32))
+            logged.append(claim.metric.removeprefix(f"{LOGGED}.") in training.take_metrics())
+        assert all(logged) if asked[0] else any(logged), claim
+
+
+def test_what_no_table_shows_is_in_results(tiny_cache, home):
+    """The names of BESIDE, in results of mode 2024-12."""
+    torch.manual_seed(0)
+    sae = SAE(32, 16, [ReLU()])
+    origin = {"model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder)}
+    save_sae(sae, home / "run", origin | {"fingerprint": tiny_cache.attributes["fingerprint"]})
+    options = ("absorption.words=260", "absorption.k_sparse_probe_num_epochs=1")
+    (row,) = evaluate(
+        EvaluateConfig(
+            [home / "run"], "core,absorption", 60, "2024-12", options=options, device="cpu", references=False
+        )
+    )
+    assert not row.failed
+    scores = sparse_probing.ProbingScores(
+        {"a": 0.5}, {k: {"a": 0.5} for k in METRICS["sparse_probing"]().ks("2024-12")}
+    )
+    scores.constant = dict.fromkeys(scores.top, 0)
+    by_dataset = dict.fromkeys(HUB, scores)
+    results = row.results | {"sparse_probing": sparse_probing.result(by_dataset, by_dataset, [*scores.top], 100, False)}
+    for name in BESIDE:
+        metric, category, field = name.split(".", 2)
+        result = results[metric]
+        found = {"n": [result.n], "details": result.details}.get(category) or [result.metrics[category]]
+        assert all(field in one for one in found), name
+    labels = {entry["dataset_name"].removesuffix("_results") for entry in results["sparse_probing"].details}
+    letters = {entry["first_letter"] for entry in results["absorption"].details}
+    for _, claim in CLAIMS:
+        assert set(claim.entries) <= (letters if claim.metric.startswith("absorption") else labels)
+        if claim.metric.startswith("sparse_probing"):
+            assert measured(claim, results, []) == 0.5
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quote", "expected"),
+    [
+        ("L0: 42.05 vs baseline 90.60", [(42.05, 2), (90.6, 2)]),
+        ("Active features: 320 \\rightarrow 1,735 (5.4x increase)", [(320, 0), (1735, 0), (5.4, 1)]),
+        ("85.3% vs 70.1%, a 3.5× gain", [(85.3, 1), (70.1, 1), (3.5, 1)]),
+        ("0.0088 (± 0.0002)", [(0.0088, 4), (0.0002, 4)]),
+        ("-0.008 (baseline 0.168)", [(-0.008, 3), (0.168, 3)]),
+        ("range 68.43-90.03%", [(68.43, 2), (90.03, 2)]),
+        ("Tracking -31.2% and +12.4%", [(-31.2, 1), (12.4, 1)]),
+        ("a rate of $3 \\times 10^{-4}$ or 3×10^{-4}", [(3e-4, 4), (3e-4, 4)]),
+        ("k 1,2,5,10", [(1, 0), (2, 0), (5, 0), (10, 0)]),
+        ("through nine runs", [(9, 0)]),
+        ("in none of the papers", []),
+    ],
+)
+def test_numbers_of_a_line(quote, expected):
+    found = [pair for pair in numbers(quote) if pair[0] not in (0.0,)]
+    assert [places for _, places in found] == [places for _, places in expected]
+    assert [number for number, _ in found] == pytest.approx([number for number, _ in expected])
+
+
+def claim_of(name, number="001"):
+    return next(claim for claim in load(number).claims if claim.id == name)
+
+
+def test_targets_are_in_the_unit_of_the_metric_and_changes_in_their_own():
+    assert claim_of("ev", "004").target == pytest.approx(0.902)
+    assert claim_of("l0-change").target == -53.6
+    assert claim_of("l0-change").effect == -53.6
+    assert claim_of("ev-change", "004").effect == 7.8
+    assert claim_of("l0-change", "004").effect == pytest.approx(4.4)  # 5.4 times is 4.4 more
+    assert claim_of("l0").effect == pytest.approx(42.05 / 90.60 - 1)
+    assert claim_of("l0-baseline").effect is None
+
+
+def test_the_last_printed_digit_is_that_of_the_paper():
+    assert claim_of("absorption", "000").rounding == pytest.approx(0.05)  # 0.0
+    assert claim_of("ev", "004").rounding == pytest.approx(0.0005)  # 90.2 %
+    assert claim_of("scr-10").rounding == pytest.approx(0.0005)  # -0.008
+    assert claim_of("l0", "004").rounding == 0.5  # 1,735
+
+
+def test_what_was_never_trained_is_known():
+    steps = {paper.number: (paper.ran.steps, paper.ran.peak_reached) for paper in ALL}
+    assert steps["000"] == (100_000 // 125, False)
+    assert steps["003"] == (0, False)
+    assert steps["001"] == steps["002"] == steps["004"] == (4882, True)
+
+
+GOOD = (FOLDER / "003.toml").read_text(encoding="utf-8")
+
+
+def changed(before, after):
+    assert before in GOOD
+    return GOOD.replace(before, after, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (changed("value = 9", "value = 8"), "claim runs: the value 8 does not stand in its quote"),
+        (changed('id = "runs"', 'id = "steps"'), "Two of claim are called steps."),
+        (changed('id = "runs"', 'id = "runs"\nmetrics = "none"'), "claim runs: metrics is no key; did you mean metric?"),
+        (changed('id = "runs"\n', ""), "claim 2: id is missing."),
+        (changed("value = 9", 'value = "9"'), "claim runs: value = '9' is of the wrong type."),
+        (changed('system = "full"\nmetric = "none"', 'system = "half"\nmetric = "none"'), "claim steps: there is no system half"),
+        (changed('"full"\nmetric = "none"', '"full"\nmetric = "core.sparsity.l7"'), "core.sparsity.l7 is no number of a metric of ours"),
+        (changed('"full"\nmetric = "none"', '"full"\nmetric = "core.sparsity.l0"'), "`why` says why no metric of ours speaks to it"),
+        (changed("value = 9", 'value = 9\nunit = "km"'), "the unit km is unknown"),
+        (changed("value = 9", 'value = 9\nunit = "pp"'), "pp is the unit of a change"),
+        (changed("value = 9", "value = 9\nagainst_value = 7"), "against_value = 7 is no claim about a system"),
+        (changed("value = 9", "value = 9\nlayers = [6]"), "layers (6,) are not all among the paper's"),
+        (changed('mode = "2024-12"', 'mode = "2023"'), "mode = 2023 is unknown"),
+        (changed("Tokenizes text", "Tokenizes  text"), "other white space than single spaces"),
+        (changed("Tokenizes text", "Tokenizes text " * 12), "and a line has 160"),
+        (changed("follows =", 'claims = ["stepz"]\nfollows ='), "there is no claim stepz; did you mean steps?"),
+        (GOOD + "\n[nothing]\n", "nothing is no key"),
+        ("number = ", "is no TOML"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(text, sentence):
+    with pytest.raises(UsageError) as caught:
+        parse(text, "claims/003.toml")
+    assert sentence in str(caught.value)
+
+
+def test_the_number_that_a_claim_is_set_against_is_one_of_the_claims():
+    text = (FOLDER / "001.toml").read_text(encoding="utf-8").replace("against_value = 90.6\n", "against_value = 90.7\n")
+    with pytest.raises(UsageError, match="claim l0: against_value = 90.7 is no claim about baseline."):
+        parse(text, "claims/001.toml")
+
+
+def test_everything_wrong_is_said_at_once():
+    text = changed("value = 9", "value = 8").replace('mode = "2024-12"', 'mode = "2023"')
+    with pytest.raises(UsageError, match="2023") as caught:
+        parse(text, "claims/003.toml")
+    assert "the value 8 does not stand" in str(caught.value)
+
+
+def test_an_unknown_paper_is_refused():
+    with pytest.raises(UsageError, match="There is no paper 005"):
+        load("005")
+
+
+def test_a_claim_has_the_layers_of_its_paper_unless_it_says_which():
+    text = changed("value = 9", "value = 9\nlayers = [12]")
+    claims = {claim.id: claim for claim in parse(text, "x").claims}
+    assert claims["runs"].layers == (12,)
+    assert claims["steps"].layers == (5, 12, 19)
+    assert dataclasses.replace(claims["runs"], layers=claims["steps"].layers) == claim_of("runs", "003")
+
+
+# --- the script that reads the papers ---------------------------------------------------------------------------------
+
+
+def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():
+    script = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "check_quotes.py"))
+    paper = dataclasses.replace(
+        load("003"), facts=(PaperFact("", "an ortho-gonal code"), PaperFact("", "an L0 of 42.05")), claims=(), contradictions=(), unreported=()
+    )  # fmt: skip
+    text = "1 Introduction\nAn autoencoder, an ortho-\ngonal code, has an L0\nof 42.05 (Smith, 2024) at\nMSE 7.5 (Figure 2).\n\nREFERENCES\n\nSmith 99."
+    assert script["missing"](paper, text) == []
+    assert script["missing"](paper, text.replace("42.05", "42.06")) == ["an L0 of 42.05"]
+    assert [line.split(">>")[1][:3] for line in script["loose_numbers"](paper, text)] == ["7.5"]
+    unhyphened = dataclasses.replace(paper, facts=(PaperFact("", "an orthogonal code"),))
+    assert script["missing"](unhyphened, text) == []

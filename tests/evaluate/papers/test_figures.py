@@ -1,0 +1,182 @@
+"""A paper's figures, redrawn from runs."""
+
+import string
+from dataclasses import replace
+
+import pytest
+
+from sae.evaluate.metrics.base import Result
+from sae.evaluate.pages.reproduction import reproduction_page
+from sae.evaluate.papers.claims import PAPERS, load
+from sae.evaluate.papers.figures import MECHANISMS, OTHERS, OWN, curve, figures, letters
+from sae.evaluate.papers.figures import PAPERS as FIGURES
+from sae.evaluate.papers.report import report
+
+from .test_report import PAPER, of, run
+
+
+def runs_of(paper, metrics=None, **scalars):
+    """Three seeds of each recipe of each system; what is measured and logged grows with the seed."""
+    made = [
+        run(one.id, recipe, seed, layer=12, ev=0.7 + seed / 10, metrics=metrics(seed) if metrics else None)
+        for one in paper.systems.values() for recipe in one.recipes for seed in range(3)
+    ]  # fmt: skip
+    return [
+        replace(
+            one, log=[{**line, **{name: value * (1 + one.seed) for name, value in scalars.items()}} for line in one.log]
+        )
+        for one in made
+    ]
+
+
+def absorbed(seed):
+    letters = [{"first_letter": a, "absorption_rate": r * seed} for a, r in (("b", 0.2), ("a", 0.1))]
+    means = {"mean_absorption_score": 0.1 * seed, "mean_num_split_features": 1.0 + seed}
+    probing = {f"sae_top_{k}_test_accuracy": 0.5 + k / 100 + seed / 10 for k in (1, 5, 20)}
+    return {"absorption": Result({"mean": means}, letters), "sparse_probing_stdlib": Result({"sae": probing})}
+
+
+def lettered(seed):
+    letters = [{"first_letter": a, "absorption_rate": seed / 10} for a in string.ascii_lowercase]
+    return {"absorption": Result({"mean": {"mean_absorption_score": seed / 10}}, letters)}
+
+
+def drawn(paper, runs, heading=OWN):
+    return {chart.title: chart for chart in figures(report(paper, runs, False)).get(heading, [])}
+
+
+def test_a_line_is_the_mean_over_seeds_and_its_band_their_sd():
+    made = runs_of(load("001"), T=0.1)  # 0.1, 0.2 and 0.3
+    chart = drawn(load("001"), made)["Figure 1 (b): temperature"]
+    assert [one.name for one in chart.series] == list(load("001").systems)
+    for line in chart.series:
+        assert line.kind == "line" and list(line.x) == [200, 400]
+        assert list(line.y) == pytest.approx([0.2, 0.2]) and list(line.spread) == pytest.approx([0.1, 0.1])
+
+
+def test_one_seed_has_no_band():
+    (line, *_) = drawn(load("001"), runs_of(load("001"), T=0.1)[::3])["Figure 1 (b): temperature"].series
+    assert list(line.y) == [0.1, 0.1] and not any(line.spread)
+
+
+def test_the_band_of_correlations_is_their_sd_over_pairs():
+    made = runs_of(load("003"), mean_correlation=0.1, sd_correlation=0.02)
+    chart = drawn(load("003"), made)["Figure 1 (b): correlation of latents"]
+    for line in chart.series:
+        assert list(line.y) == pytest.approx([0.2, 0.2]) and list(line.spread) == pytest.approx([0.04, 0.04])
+    assert "pairs" in chart.note
+    older = drawn(load("003"), runs_of(load("003"), mean_correlation=0.1))["Figure 1 (b): correlation of latents"]
+    assert not older.note and not any(older.series[0].spread)  # of runs that did not log it
+
+
+def test_figures_are_of_the_papers_layer():
+    made = [run("full", "hierarchical", seed, layer, ev=layer / 100) for layer in (5, 12, 19) for seed in range(2)]
+    title = "Figure 1: explained variance by configuration"
+    for layers, drawn_at in (((5, 12, 19), 19), ((5, 12), 5)):  # of 004, which is at 19
+        here = [one for one in made if one.layer in layers]
+        (point,) = drawn(PAPER, here)[title].series
+        assert list(point.y) == pytest.approx([drawn_at / 100])
+        assert f"At layer {drawn_at}." in reproduction_page(report(PAPER, here, False), "gemma-2-mini", "field")
+
+
+def test_steps_add_up():
+    line = drawn(load("003"), runs_of(load("003")))["Figure 1 (c): cumulative successful steps"].series[0]
+    assert (list(line.x), list(line.y), list(line.spread)) == ([200, 400], [50, 100], [0, 0])
+
+
+def test_what_training_logged_twice_or_without_a_number():
+    one = run("full", "hierarchical")
+    again = replace(
+        one, log=[*one.log, {"tokens": 400, "alpha": 3.0}, {"tokens": 100, "alpha": float("nan")}, {"step": 9}]
+    )
+    assert curve([one, again], "alpha") == {200: [0.5, 0.5], 400: [1.0, 3.0]}
+
+
+def test_a_category_is_the_mean_over_seeds_of_a_system():
+    paper = load("000")
+    charts = drawn(paper, runs_of(paper, absorbed))
+    names = [*paper.systems["runs"].recipes, "baseline"]
+    for title, middle, sd in (
+        ("Figure 1: mean absorption by configuration", 0.1, 0.1),
+        ("Figure 2: split features by configuration", 2.0, 1.0),
+    ):
+        chart = charts[title]
+        assert list(chart.categories) == [one.name for one in chart.series] == names
+        for place, one in enumerate(chart.series):
+            assert (list(one.x), list(one.y), list(one.spread)) == (
+                [place],
+                pytest.approx([middle]),
+                pytest.approx([sd]),
+            )
+
+
+def test_absorption_by_letter():
+    paper = load("000")
+    chart = drawn(paper, runs_of(paper, absorbed))["Figure 3: absorption by first letter"]
+    assert list(chart.categories) == ["a", "b"]
+    for one in chart.series:
+        assert list(one.y) == pytest.approx([0.1, 0.2]) and list(one.spread) == pytest.approx([0.1, 0.2])
+    heads, lines = letters(report(paper, runs_of(paper, absorbed), False))
+    assert heads[:2] == ["letter", "collapse-01"] and [line[:2] for line in lines] == [["a", "10.0"], ["b", "20.0"]]
+
+
+def test_probing_by_system():
+    chart = drawn(PAPER, runs_of(PAPER, absorbed))["Figure 2: sparse probing at top-1, 5 and 20"]
+    assert list(chart.categories) == list(PAPER.systems) and [one.name for one in chart.series] == [
+        "top-1",
+        "top-5",
+        "top-20",
+    ]
+    for k, one in zip((1, 5, 20), chart.series, strict=True):
+        assert list(one.x) == list(range(len(PAPER.systems)))
+        assert list(one.y) == pytest.approx([0.6 + k / 100] * len(one.x)) and list(one.spread) == pytest.approx(
+            [0.1] * len(one.x)
+        )
+    assert "stand-in" in chart.note
+
+
+def test_systems_of_one_recipe_are_not_mixed():
+    paper = load("002")
+    chart = drawn(paper, [
+        run(one, "competition-off", metrics={"scr": Result({"scr_metrics": {"scr_metric_threshold_2": value}})})
+        for one, value in (("no-competition", 0.1), ("topk", 0.2))
+    ])["Table 1: SCR at threshold 2"]  # fmt: skip
+    assert [(one.name, list(one.y)) for one in chart.series] == [("no-competition", [0.1]), ("topk", [0.2])]
+
+
+def test_a_point_for_each_run_over_its_l0():
+    chart = drawn(load("001"), runs_of(load("001")))["Figure 1 (a): sparsity against reconstruction"]
+    for one in chart.series:
+        assert list(one.x) == [30.0] * 3 and list(one.y) == pytest.approx([0.7, 0.8, 0.9])
+
+
+def test_a_run_that_does_not_pass_the_gates_is_drawn_in_training_only():
+    broken = [run("full", "hierarchical", metrics=absorbed(1), alive=0.01)]
+    assert drawn(PAPER, broken) == {} and letters(report(PAPER, broken, False)) == (["letter"], [])
+    assert "Adaptive factor alpha" in drawn(PAPER, broken, OTHERS)
+    html = reproduction_page(report(PAPER, broken, False), "gemma-2-mini", "field")
+    assert "stand in the curves of training only" in html
+
+
+def test_what_is_missing_to_one_is_drawn_of_explained_variance():
+    chart = drawn(of(), [run("full", "hierarchical")], OTHERS)["Variance unexplained"]
+    assert chart.y_log and list(chart.series[0].y) == pytest.approx([0.3, 0.3])
+
+
+@pytest.mark.parametrize("number", PAPERS)
+def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing(number):
+    paper = load(number)
+    scalars = ("T", "rho", "enabled", "tau", "loss", "lambda", "utilisation", "contrast", "mean_correlation", "l0", "merged",
+               "competition_strength", "pairs_above", "mean_coefficient", "alpha", "stability", "resampled")  # fmt: skip
+    scr = {"scr_stdlib": Result({"scr_metrics": {"scr_metric_threshold_2": 0.1}})}
+    core = {"reconstruction_quality": {"explained_variance": 0.8, "fve": 0.7, "mse": 1.0}, "sparsity": {"l0": 30.0},
+            "model_behavior_preservation": {"kl_div_with_sae": 0.1, "kl_div_score": 0.9}}  # fmt: skip
+    made = runs_of(paper, lambda seed: {**absorbed(seed), **scr, "core": Result(core)}, **dict.fromkeys(scalars, 1.0))
+    found = figures(report(paper, made, False))
+    assert [chart.title for chart in found[OWN]] == list(FIGURES[number])
+    assert [chart.title for chart in found[OTHERS]][: len(MECHANISMS.get(number, {}))] == list(
+        MECHANISMS.get(number, {})
+    )
+    html = reproduction_page(report(paper, made, False), "gemma-2-mini", "field")
+    assert html.count("<figure") == sum(map(len, found.values())) and "nothing measured" not in html
+    assert figures(report(paper, [], False)) == {}

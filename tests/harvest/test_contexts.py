@@ -1,0 +1,388 @@
+"""Text becomes contexts: BOS first, one document each, as many tokens as asked for, and a sentence for bad input."""
+
+import itertools
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.common.errors import UnavailableError, UsageError
+from sae.harvest.contexts import (
+    ContextCutter,
+    Document,
+    ListedDocuments,
+    TextSource,
+    cut,
+    is_held_out,
+    rows_of,
+    specials,
+)
+from sae.harvest.datasets import sections
+from sae.harvest.mini.corpus import StdlibDocument as CorpusDocument
+from sae.harvest.mini.corpus import documents as corpus_documents
+from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
+
+TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
+
+
+def test_contexts_begin_with_bos_and_hold_one_document(cut_up, tokenizer: Any) -> None:
+    contexts = cut_up(TEXTS)
+    assert (contexts.ids[:, 0] == tokenizer.bos_token_id).all() and contexts.ids.shape[1] == 8
+    whole = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+    for number, ids in enumerate(whole):
+        mine = contexts.select(contexts.document == number)
+        pieces = sorted(tuple(c[1:n].tolist()) for c, n in zip(mine.ids, mine.length, strict=True))
+        assert pieces == sorted(tuple(ids[start : start + 7]) for start in range(0, len(ids), 7))
+    assert all((c[n:] == tokenizer.pad_token_id).all() for c, n in zip(contexts.ids, contexts.length, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
+@pytest.mark.parametrize("keep_special", [False, True])
+def test_there_are_exactly_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tokens: int, keep_special: bool) -> None:
+    skip = [] if keep_special else specials(tokenizer)
+    contexts = cut_up(TEXTS, tokens, exactly=True, skip=skip)
+    assert rows_of(contexts, skip).sum() == tokens and contexts.length.min() >= 1
+
+
+def test_a_text_too_short_names_what_fits(cut_up, tokenizer: Any) -> None:
+    rows = sum(map(len, tokenizer(TEXTS, add_special_tokens=False)["input_ids"]))
+    with pytest.raises(UsageError, match=f"ended at {rows} of 1,000 tokens. Ask for --tokens {rows} or fewer"):
+        cut_up(TEXTS, 1000, exactly=True)
+    assert rows_of(cut_up(TEXTS, rows, exactly=True), specials(tokenizer)).sum() == rows
+    assert rows_of(cut_up(TEXTS, 1000), specials(tokenizer)).sum() == rows  # "up to"
+
+
+def test_special_tokens_in_the_text_are_no_rows(cut_up, tokenizer: Any) -> None:
+    contexts = cut_up(["one<eos>two<bos><pad>three"], context=64)
+    ids = contexts.ids[0, : contexts.length[0]]
+    assert {0, 1, 2} < set(ids.tolist())
+    assert not np.isin(ids[rows_of(contexts, specials(tokenizer))[0, : len(ids)]], [0, 1, 2]).any()
+    assert rows_of(contexts, []).sum() == len(ids)
+
+
+def test_held_out_documents_come_last_and_are_chosen_by_their_tokens(cut_up, tokenizer) -> None:
+    texts = [f"number {n} reads the yellow books" for n in range(200)]
+    contexts, other = cut_up(texts, held_out=0.3), cut_up(texts, held_out=0.3, seed=1)
+    expected = [is_held_out(ids, 0, 0.3) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    assert [expected[d] for d in contexts.document] == contexts.held_out.tolist() == sorted(contexts.held_out)
+    assert 0.2 < np.mean(expected) < 0.4
+    assert set(other.document[other.held_out].tolist()) != set(contexts.document[contexts.held_out].tolist())
+
+
+def test_a_document_is_on_one_side_as_text_and_tokenised_before(cut_up, tokenizer) -> None:
+    texts = [f"number {n} reads the yellow books" for n in range(100)]
+    tokenised = tokenizer(texts, add_special_tokens=True)["input_ids"]  # with a BOS, which is not the document's
+    as_text, as_ids = cut_up(texts, held_out=0.3), cut_up(tokenised, held_out=0.3)
+    assert np.array_equal(as_text.held_out, as_ids.held_out) and np.array_equal(as_text.ids, as_ids.ids)
+
+
+def test_the_order_of_contexts_is_that_of_the_seed(cut_up) -> None:
+    one, same, other = cut_up(TEXTS), cut_up(TEXTS), cut_up(TEXTS, seed=1)
+    assert np.array_equal(one.ids, same.ids) and not np.array_equal(one.ids, other.ids)
+    assert sorted(map(tuple, one.ids.tolist())) == sorted(map(tuple, other.ids.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"), [([], "it is empty"), (["", None, " "], r"its documents were skipped \(2 empty, 1 not text\)")]
+)
+def test_an_empty_text_is_refused(cut_up, texts: list[Any], why: str) -> None:
+    with pytest.raises(UsageError, match=f"The text some has no tokens to harvest: {why}. Give another --dataset"):
+        cut_up(texts)
+
+
+def test_a_tokenizer_without_bos_is_a_sentence(tmp_path: Path) -> None:
+    text, draft = (
+        TextSource("some", {}, ListedDocuments(lambda: map(Document, TEXTS))),
+        TokenizeCheckpoint(tmp_path, {}),
+    )
+    with pytest.raises(UsageError, match="neither a BOS nor an EOS token.*choose a model whose tokenizer has it"):
+        cut(text, SimpleNamespace(bos_token_id=None), draft, tokens=9, exactly=False, context=8, held_out=0, skip=[], seed=0)  # fmt: skip
+
+
+# Files
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_kind_of_file_gives_its_documents(tmp_path: Path, read) -> None:
+    rows = [{"text": t, "other": 1} for t in TEXTS]
+    lines = write_lines(tmp_path / "a.jsonl", rows)
+    packed = tmp_path / "a.jsonl.zst"
+    packed.write_bytes(zstandard.compress(lines.read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (lines, packed, tmp_path / "a.parquet"):
+        text = read(path)
+        assert [d.text for d in text.documents] == TEXTS and text.name == "a"
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    assert [d.text for d in read(tmp_path / "a.txt").documents] == [TEXTS[0]]
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path, read) -> None:
+    (tmp_path / "deeper").mkdir()
+    for name, text in zip(("b.jsonl", "a.jsonl", "deeper/c.jsonl"), TEXTS, strict=True):
+        write_lines(tmp_path / name, [{"text": text}])
+    (tmp_path / "README").write_text("not text of the data set")
+    assert [d.text for d in read(tmp_path).documents] == [TEXTS[1], TEXTS[0], TEXTS[2]]
+
+
+def test_a_digest_is_of_the_bytes_and_the_column(tmp_path: Path, read) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one", "other": "two"}])
+    first = read(path).identity
+    assert read(path).identity == first != read(path, "other").identity
+    write_lines(path, [{"text": "One", "other": "two"}])
+    assert read(path).identity != first
+
+
+def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
+    rows = [{"text": t} for t in ("one", "", None, "  \n", "two", None)]
+    text = read(write_lines(tmp_path / "a.jsonl", rows))
+    assert [d.text for d in text.documents] == ["one", "two"] and text.skipped == {"empty": 2, "not text": 2, "huge": 0}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=12), st.integers(1, 80))
+def test_sections_lose_nothing(paragraphs: list[str], at_least: int) -> None:
+    text = "\n\n".join(paragraphs)
+    found = list(sections(text, at_least))
+    assert "\n\n".join(found).rstrip() == text.rstrip()  # a blank end is no document
+    assert all(
+        len(section.replace("\n\n", "")) >= at_least for section in found[:-1] if "\n" not in "".join(paragraphs)
+    )
+
+
+def bad_utf8(folder: Path) -> Path:
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    return folder / "a.txt"
+
+
+def mixed(folder: Path) -> Path:
+    (folder / "a.txt").write_text("a")
+    (folder / "b.jsonl").write_text('{"text": "b"}\n')
+    return folder
+
+
+def broken_json(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    return folder / "a.jsonl"
+
+
+def broken_parquet(folder: Path) -> Path:
+    (folder / "a.parquet").write_bytes(b"PAR1 no more")
+    return folder / "a.parquet"
+
+
+def unknown_kind(folder: Path) -> Path:
+    (folder / "a.docx").write_text("a")
+    return folder / "a.docx"
+
+
+def other_columns(folder: Path) -> Path:
+    return write_lines(folder / "a.jsonl", [{"content": "a", "id": 3}])
+
+
+def empty(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text("")
+    return folder / "a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (bad_utf8, r"a.txt is not UTF-8 text \(byte 3\). Convert it"),
+        (mixed, r"has \['.jsonl', '.txt'\]; give files of one kind"),
+        (broken_json, "a.jsonl cannot be read as json: "),
+        (broken_parquet, "a.parquet cannot be read as parquet: "),
+        (unknown_kind, r"has \['.docx'\]; give files of one kind"),
+        (lambda folder: folder, "has no files; give files of one kind"),
+        (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column"),
+        (empty, "a.jsonl is empty. Give a text"),
+        (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl, .parquet or .arrow file"),
+        (lambda folder: "./gone", "There is no file ./gone"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_sentence(tmp_path: Path, read, make: Callable[[Path], Path | str], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as refused:
+        list(read(make(tmp_path)).documents)
+    assert refused.value.exit_code == 2
+
+
+def test_what_breaks_further_down_is_a_sentence_too(tmp_path: Path, read) -> None:
+    line = json.dumps({"text": "word " * 1000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * (11 * 2**20 // len(line)) + "{broken\n")  # read in blocks of 10 MiB
+    documents = read(tmp_path / "a.jsonl").documents
+    assert len(list(islice(documents, 100))) == 100
+    with pytest.raises(UsageError, match="a.jsonl cannot be read as json"):
+        list(documents)
+
+
+def test_a_dataset_out_of_reach_is_a_sentence(read) -> None:
+    with pytest.raises(UnavailableError, match="nobody/nothing could not be read.*--dataset python-stdlib") as refused:
+        read("nobody/nothing")
+    assert refused.value.exit_code == 4
+
+
+# The embedded text
+
+
+def test_the_two_documents_of_a_module_are_on_one_side() -> None:
+    side: dict[str, set[bool]] = {}
+    for document in corpus_documents():
+        side.setdefault(document.name.split(":", 1)[1], set()).add(document.held_out)
+    assert len(side) > 300 and all(len(sides) == 1 for sides in side.values())
+
+
+def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_out(read) -> None:
+    found = list(read("python-stdlib").documents)
+    spelled = [document.text.count(" has the first letter: ") == 40 for document in found]
+    plain = [document for document, spells in zip(found, spelled, strict=True) if not spells]
+    assert len(plain) > 600 and 0.05 < np.mean([document.held_out for document in plain]) < 0.2
+    for number, document in enumerate(found):
+        followed = number + 1 < len(found) and spelled[number + 1]
+        assert not (spelled[number] and document.held_out)
+        assert spelled[number] or followed == (not document.held_out)
+
+
+def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spelling too, which is drawn."""
+    few = [CorpusDocument(f"source:{n}.py", f"number {n}", held_out=n % 3 == 0) for n in range(9)]
+    monkeypatch.setattr("sae.harvest.mini.corpus.documents", lambda: iter(few))
+    text = read("python-stdlib")
+    whole = list(text.documents)
+    assert len(whole) == 15
+    for number in range(15):
+        text.go_to({"position": number, "skipped": text.skipped})
+        assert list(text.documents) == whole[number:] and text.source.position == 15
+
+
+def test_what_repeats_itself_is_never_held_out() -> None:
+    repeated = [d for d in corpus_documents() if d.name.startswith("topic:") or ":encodings/" in d.name]
+    assert len(repeated) > 100 and not any(document.held_out for document in repeated)
+
+
+def test_a_document_that_occurs_twice_is_on_one_side(cut_up) -> None:
+    texts = [f"number {n} reads the yellow books" for n in range(100)] * 2
+    contexts = cut_up(texts, held_out=0.3)
+    side = dict(zip(contexts.document.tolist(), contexts.held_out.tolist(), strict=True))
+    assert all(side[n] == side[n + 100] for n in range(100)) and len(set(side.values())) == 2
+
+
+# Tokenised before
+
+
+def test_ids_give_what_their_text_gives(same, cut_up, tokenizer: Any) -> None:
+    ids = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+    with_bos = [[tokenizer.bos_token_id, *body] for body in ids]
+    for tokenised in (ids, with_bos, [ids[0], TEXTS[1], with_bos[2]]):
+        assert same(cut_up(tokenised), cut_up(TEXTS))
+
+
+def test_a_row_as_long_as_a_context_is_that_context(cut_up) -> None:
+    row = [2, 40, 41, 1, 2, 42, 43, 44]
+    contexts = cut_up([row])
+    assert contexts.ids.tolist() == [row] and contexts.length.tolist() == [8]
+    assert rows_of(contexts, [0, 1, 2]).tolist() == [[False, True, True, False, False, True, True, True]]
+    assert cut_up([row[1:]]).ids.tolist() == [row]
+
+
+def test_ids_are_held_out_by_their_hash(same, cut_up) -> None:
+    ids = [[2, n, n + 1, 9] for n in range(100, 300)]
+    contexts, without_bos = cut_up(ids, held_out=0.3), cut_up([row[1:] for row in ids], held_out=0.3)
+    assert 0.2 < contexts.held_out.mean() < 0.4 and same(contexts, without_bos)
+    assert [is_held_out(ids[d][1:], 0, 0.3) for d in contexts.document] == contexts.held_out.tolist()
+
+
+def test_documents_that_are_too_long_are_counted_not_read(cut_up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.harvest.contexts.HUGE", 10)
+    documents = ["0123456789", "0123456789a", [5] * 10, [5] * 11, "", [], [1.5], ["a"], [True], 7, "  "]
+    text = TextSource("some", {}, ListedDocuments(lambda: map(Document, documents)))
+    assert [d.text for d in text.documents] == ["0123456789", [5] * 10]
+    assert text.skipped == {"empty": 3, "not text": 4, "huge": 2}
+
+
+# Packing
+
+
+def packed(
+    documents: list[tuple[list[int], bool]], context: int, tokens: int = 10**6
+) -> list[tuple[list[int], int, bool]]:
+    """(ids, first document, held out) of each context, in the order in which they are cut."""
+    cutter = ContextCutter(2, context, [0, 1, 2], tokens, pack=True)
+    for number, (body, held_out) in enumerate(documents):
+        cutter.add(body, number, held_out)
+    cutter.close()
+    part = cutter.take()
+    pieces = np.split(part["ids"], np.cumsum(part["length"])[:-1])
+    return [(p.tolist(), d, bool(h)) for p, d, h in zip(pieces, part["document"], part["held_out"], strict=True)]
+
+
+def test_packing_by_hand() -> None:
+    documents = [
+        ([10, 11, 12, 13, 14], False),
+        ([], False),
+        ([20, 21], False),
+        ([90, 91], True),
+        ([30, 31, 32, 33], False),
+        ([92], True),
+    ]
+    expected = [
+        ([2, 10, 11, 12], 0, False),
+        ([2, 13, 14, 2], 0, False),
+        ([2, 20, 21, 2], 2, False),
+        ([2, 30, 31, 32], 4, False),
+        ([2, 90, 91, 2], 3, True),
+        ([2, 33], 4, False),
+        ([2, 92], 5, True),
+    ]
+    assert sorted(packed(documents, 4)) == sorted(expected)
+    assert [c[0] for c in packed(documents, 4, tokens=6) if not c[2]] == [[2, 10, 11, 12], [2, 13, 14, 2], [2, 20]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=20), st.integers(2, 12))
+def test_packing_keeps_every_token_once_and_in_order(sizes: list[tuple[int, bool]], context: int) -> None:
+    number = itertools.count(10)
+    documents = [(list(itertools.islice(number, size)), held_out) for size, held_out in sizes]
+    if not any(body for body, _ in documents):
+        return
+    contexts = packed(documents, context)
+    for side in (False, True):
+        mine = [ids for ids, _, held_out in contexts if held_out == side]
+        wanted = [token for body, held_out in documents if held_out == side for token in body]
+        assert [token for ids in mine for token in ids if token != 2] == wanted
+        assert all(len(ids) == context for ids in mine[:-1]) and all(ids[0] == 2 for ids in mine)
+    before = {token: previous for ids, _, _ in contexts for previous, token in itertools.pairwise(ids)}
+    assert all(before[body[0]] == 2 for body, _ in documents if body)
+    for ids, first, _ in contexts:
+        assert ids[1] in documents[first][0]
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
+def test_packed_contexts_have_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tokens: int) -> None:
+    contexts = cut_up(TEXTS, tokens, exactly=True, pack=True)
+    assert rows_of(contexts, specials(tokenizer)).sum() == tokens
+
+
+def test_packing_fills_contexts(cut_up) -> None:
+    assert len(cut_up(["seven zebras"] * 20, context=64)) == 20
+    assert sorted(cut_up(["seven zebras"] * 20, context=64, pack=True).length) == [14, 64, 64]  # 7 each, and two BOS
+
+
+def test_packing_keeps_held_out_documents_to_themselves(cut_up) -> None:
+    ids = [[n, n, n] for n in range(100, 300)]
+    side = {n: is_held_out([n, n, n], 0, 0.3) for n in range(100, 300)}
+    contexts = cut_up(ids, held_out=0.3, pack=True, context=32)
+    for row, length, held_out in zip(contexts.ids, contexts.length, contexts.held_out, strict=True):
+        assert {side[n] for n in row[:length].tolist() if n != 2} == {bool(held_out)}

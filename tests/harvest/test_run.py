@@ -1,0 +1,482 @@
+"""What a harvest writes is what the model computes, each row once, and nothing that was held out."""
+
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sae.cache.layout import Hook, fingerprint_of
+from sae.cache.reader import Cache
+from sae.cache.writer import CacheWriter
+from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
+from sae.common.files import read_json, writer_lock
+from sae.harvest.contexts import rows_of
+from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
+from sae.harvest.plan import HarvestConfig, estimated_seconds, plan
+from sae.harvest.run import HarvestProgress, harvest
+
+SPECIAL = {0, 1, 2}  # pad, eos, bos
+
+
+def layer_rows(cache: Cache, layer: int) -> Tensor:
+    """(rows, d_in) float64"""
+    chunks = [cache.chunk(cache.require(layer), n) for n in range(len(cache.chunk_rows))]
+    return torch.from_numpy(np.concatenate(chunks)).view(torch.bfloat16).double()
+
+
+def origins(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+    windows = range(cache.layout.windows)
+    return tuple(np.concatenate([cache.chunk(name, w) for w in windows]) for name in ("row_ctx", "row_pos"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name[0] != "."
+    }
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[HarvestConfig, Cache]:
+    """Both layers, 600 rows in windows of 256."""
+    request = HarvestConfig(
+        model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=600, context=32, window=256, held_out=0.2,
+        device="cpu", batch_contexts=8, out=tmp_path_factory.mktemp("small") / "cache",
+    )  # fmt: skip
+    return request, harvest(plan(request))
+
+
+@pytest.fixture
+def again(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> HarvestConfig:
+    """The same harvest, whole already, in a folder of the test's own."""
+    request, cache = small
+    return replace(request, out=Path(shutil.copytree(cache.folder, tmp_path / "again")))
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> LanguageModel:
+    source, config = find_model(str(tiny_model))
+    return load_model(source, config, dtype="float32", device="cpu")
+
+
+def test_rows_are_those_of_a_hook_placed_by_hand(tiny_cache: Cache, model: LanguageModel) -> None:
+    contexts, (ctx, pos) = tiny_cache.contexts(held_out=False), origins(tiny_cache)
+    rows = {layer: layer_rows(tiny_cache, layer) for layer in (0, 1)}
+    seen: dict[int, Tensor] = {}
+    handles = [
+        model.blocks[layer].register_forward_hook(lambda _m, _i, out, layer=layer: seen.update({layer: hidden_of(out)}))
+        for layer in (0, 1)
+    ]
+    for context in range(0, len(contexts), 29):
+        ids = contexts.ids[context, : contexts.length[context]].astype(np.int64)
+        with torch.no_grad():
+            model.trunk(torch.from_numpy(ids)[None])
+        mine = np.flatnonzero(ctx == context)
+        assert len(mine) == len(ids) - 1  # all but BOS
+        for layer in (0, 1):
+            expected = seen[layer][0, pos[mine].astype(np.int64)].double()
+            # One context alone is another matrix product than 32 of them: float32 noise, then the rounding to bfloat16,
+            # half of 2^-7 of the number, or a whole step where the noise crosses a border.
+            assert torch.allclose(rows[layer][mine], expected, rtol=2**-7, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+
+
+def test_every_kept_position_is_one_row(tiny_cache: Cache) -> None:
+    contexts, (ctx, pos) = tiny_cache.contexts(held_out=False), origins(tiny_cache)
+    kept = rows_of(contexts, sorted(SPECIAL))
+    assert Counter(zip(ctx.tolist(), pos.tolist(), strict=True)) == Counter(map(tuple, np.argwhere(kept).tolist()))
+    assert len(ctx) == tiny_cache.rows == 8000
+    assert not SPECIAL.intersection(contexts.ids[ctx, pos].tolist()) and (pos < contexts.length[ctx]).all()
+    assert int(contexts.length.sum()) - tiny_cache.rows == len(contexts)  # one BOS each, and no other special token
+
+
+def test_row_ctx_is_an_index_into_the_stored_tokens(tiny_cache: Cache) -> None:
+    """So a reader that knows nothing of held-out contexts finds the same token."""
+    stored = tiny_cache.chunk("tokens/ids", 0)
+    ctx, pos = origins(tiny_cache)
+    assert np.array_equal(stored[ctx, pos], tiny_cache.contexts(held_out=False).ids[ctx, pos])
+
+
+def test_rows_are_shuffled_inside_their_window_only(tiny_cache: Cache) -> None:
+    ctx, _ = origins(tiny_cache)
+    windows = [ctx[w * 2048 : (w + 1) * 2048].astype(int) for w in range(tiny_cache.layout.windows)]
+    assert all((np.diff(window) < 0).mean() > 0.4 for window in windows)
+    assert all(one.max() <= two.min() for one, two in zip(windows, windows[1:], strict=False))
+
+
+def test_held_out_documents_are_never_harvested(tiny_cache: Cache) -> None:
+    harvested, held = tiny_cache.contexts(held_out=False), tiny_cache.contexts(held_out=True)
+    assert len(held) and not set(harvested.document.tolist()) & set(held.document.tolist())
+    assert origins(tiny_cache)[0].max() < len(harvested)
+
+
+def test_special_tokens_are_kept_on_request(again: HarvestConfig) -> None:
+    cache = harvest(plan(replace(again, keep_special=True, layers=(0,), out=None)))
+    contexts, (ctx, pos) = cache.contexts(held_out=False), origins(cache)
+    assert cache.rows == 600 == contexts.length.sum()
+    assert set(contexts.ids[ctx[pos == 0], 0].tolist()) == {2} and (pos == 0).sum() == len(contexts)
+
+
+def test_layers_together_are_each_alone(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
+    request, both = small
+    for layer in (0, 1):
+        alone = harvest(plan(replace(request, layers=(layer,), out=tmp_path / str(layer))))
+        assert alone.digest(f"layer_{layer:02d}") == both.digest(f"layer_{layer:02d}") and alone.layers == [layer]
+
+
+def test_a_layer_added_later_is_as_if_harvested_at_once(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
+    request, both = small
+    folder = tmp_path / "later"
+    harvest(plan(replace(request, layers=(1,), out=folder)))
+    before = {p: p.stat().st_mtime_ns for p in (folder / "layer_01").iterdir()}
+    harvest(plan(replace(request, layers=(0, 1), out=folder)))  # the one that is there stays untouched
+    assert {p: p.stat().st_mtime_ns for p in (folder / "layer_01").iterdir()} == before
+    assert files_of(folder) == files_of(both.folder)
+
+
+def test_other_sites_are_added_row_for_row(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
+    """mlp_out and attn_z of a cached row are those of the position that row_ctx and row_pos name."""
+    request, both = small
+    folder = Path(shutil.copytree(both.folder, tmp_path / "sites"))
+    cache = harvest(plan(replace(request, layers=(1,), sites=("mlp_out", "attn_z"), out=folder)))
+    assert cache.hooks == [Hook(0), Hook(1, "attn_z"), Hook(1, "mlp_out"), Hook(1)]
+    source, config = find_model(request.model)
+    model = load_model(source, config, dtype="float32", device="cpu", attention="eager")
+    contexts, (ctx, pos) = cache.contexts(held_out=False), origins(cache)
+    for row in range(0, cache.rows, 37):
+        ids = torch.from_numpy(contexts.ids[ctx[row], : contexts.length[ctx[row]]].astype(np.int64))[None]
+        for hook, x_NSD in model.capture_hooks(ids, cache.hooks).items():
+            chunk = cache.chunk(hook.array, row // cache.layout.chunk_rows)
+            stored = torch.from_numpy(chunk[row % cache.layout.chunk_rows].copy()).view(torch.bfloat16)
+            torch.testing.assert_close(stored.float(), x_NSD[0, pos[row]], rtol=2**-7, atol=1e-3)
+
+
+def test_a_compressed_harvest_holds_the_same_rows(small: tuple[HarvestConfig, Cache]) -> None:
+    request, raw = small
+    compressed = harvest(plan(replace(request, compress=True, out=None)))
+    assert compressed.folder != raw.folder and compressed.layout.compress
+    for array in ("layer_00", "layer_01"):
+        for chunk in range(len(raw.chunk_rows)):
+            assert np.array_equal(compressed.chunk(array, chunk), raw.chunk(array, chunk))
+    assert len(list(compressed.verify())) == len(compressed.manifest["files"])
+
+
+def test_a_memory_too_small_halves_the_pass(small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch) -> None:
+    """What was committed before keeps its record; from then on the smaller number is recorded."""
+    request, said = replace(small[0], out=tmp_path / "tight"), []
+    capture = LanguageModel.capture_hooks
+    passes = []
+
+    def tight(model, ids_NS, hooks):
+        passes.append(len(ids_NS))
+        if len(passes) > 3 and len(ids_NS) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return capture(model, ids_NS, hooks)
+
+    monkeypatch.setattr(LanguageModel, "capture_hooks", tight)
+    cache = harvest(plan(request), HarvestProgress(say=said.append))
+    assert [s.split(": ")[1] for s in said] == [
+        "from here on 4 contexts in a pass.",
+        "from here on 2 contexts in a pass.",
+    ]
+    made = [
+        read_json(p)["made_with"]["batch_contexts"] for p in sorted((cache.folder / "commits").glob("*.layer_01.json"))
+    ]
+    assert made[0] == 8 and made[-1] == 2
+    np.testing.assert_allclose(layer_rows(cache, 1), layer_rows(small[1], 1), rtol=2**-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+def test_a_context_that_does_not_fit_is_refused(
+    small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch, error
+) -> None:
+    def full(model, ids_NS, hooks):
+        raise error
+
+    monkeypatch.setattr(LanguageModel, "capture_hooks", full)
+    with pytest.raises(
+        UnavailableError, match="Not even one context of 32 tokens fits into the memory of cpu. Use a smaller"
+    ):
+        harvest(plan(replace(small[0], out=tmp_path / "none")))
+
+
+def test_the_model_never_runs_more_than_a_window_ahead(
+    small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch
+) -> None:
+    """There are two windows of memory: while one waits to be written the next is computed, and no third."""
+    request = replace(small[0], window=128, out=tmp_path / "slow")
+    second, done = threading.Event(), [0]
+    write_window = CacheWriter.write_window
+
+    def slow(writer, window, rows, made_with):
+        if window == 0:
+            assert second.wait(30)
+            time.sleep(0.3)  # a third would be computed by now
+            assert done[-1] == 256
+        write_window(writer, window, rows, made_with)
+
+    def computed(rows: int, total: int) -> None:
+        done.append(rows)
+        if rows == 256:
+            second.set()
+
+    monkeypatch.setattr(CacheWriter, "write_window", slow)
+    harvest(plan(request), HarvestProgress(computed))
+    assert done == [0, 128, 256, 384, 512, 600]
+
+
+def test_the_same_command_twice_writes_nothing(again: HarvestConfig) -> None:
+    def state() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in again.out.rglob("*") if p.name[0] != "."}
+
+    before = state()
+    assert harvest(plan(again)).layers == [0, 1]
+    assert {p: t for p, t in state().items() if p != again.out} == {p: t for p, t in before.items() if p != again.out}
+
+
+@pytest.mark.parametrize(
+    "lost", ["layer_01/c.1.0", "row_pos/c.2", "layer_00.row_norm/c.0", "tokens/ids/c.0.0", "manifest.json"]
+)
+def test_the_same_command_mends_what_was_lost(
+    small: tuple[HarvestConfig, Cache], again: HarvestConfig, lost: str
+) -> None:
+    (again.out / lost).unlink()
+    with pytest.raises(DamagedError, match=f"{lost} is .*missing"):
+        list(Cache(again.out).verify())
+    cache = harvest(plan(again))
+    assert files_of(again.out) == files_of(small[1].folder) and len(list(cache.verify())) == len(
+        cache.manifest["files"]
+    )
+
+
+@pytest.mark.parametrize("torn", ["layer_01/zarr.json", "row_ctx/zarr.json", "harvest.json"])
+def test_the_same_command_mends_a_record_that_it_can_write(
+    small: tuple[HarvestConfig, Cache], again: HarvestConfig, torn: str
+) -> None:
+    (again.out / torn).write_bytes((again.out / torn).read_bytes()[:50])
+    harvest(plan(again))
+    assert files_of(again.out) == files_of(small[1].folder) | {
+        "harvest.json": (again.out / "harvest.json").read_bytes()
+    }
+
+
+def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:
+    """The scores of 65,535 positions would be 34 GB for each of the heads' pairs, however short the documents are."""
+    lengths, capture = [], LanguageModel.capture
+
+    def short(model, ids_NS, layers):
+        lengths.append(ids_NS.shape[1])
+        return capture(model, ids_NS[:, :64], layers)
+
+    monkeypatch.setattr(LanguageModel, "capture", short)
+    assert estimated_seconds(plan(replace(small[0], context=65535, out=None))) > 0
+    assert max(lengths) <= 2048
+
+
+def test_a_second_harvest_into_the_folder_is_refused(again: HarvestConfig) -> None:
+    with (
+        writer_lock(again.out, "sae harvest"),
+        pytest.raises(UnavailableError, match=r"is being written by process \d+ on"),
+    ):
+        harvest(plan(again))
+
+
+def test_another_harvest_into_the_folder_is_refused(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
+    with pytest.raises(UsageError, match="holds another harvest .* Use another --out"):
+        harvest(plan(replace(again, seed=1)))
+    assert files_of(again.out) == files_of(small[1].folder)
+
+
+def test_a_refused_harvest_touches_nothing(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs" / "deep" / "report.tmp-17"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("a thesis")
+    with pytest.raises(UsageError, match="holds deep, but no activation cache"):
+        harvest(plan(replace(small[0], out=tmp_path / "theirs")))
+    assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [theirs]
+
+
+def test_the_same_harvest_of_another_revision_is_told_of(small: tuple[HarvestConfig, Cache], home: Path) -> None:
+    text = Path(shutil.copy(small[0].dataset, home))
+    request = replace(small[0], dataset=str(text), out=None)
+    older = harvest(plan(request))
+    text.write_text(text.read_text() + '{"text": "one more line"}\n')
+    told: list[str] = []
+    assert plan(request, told.append).folder != older.folder
+    assert told == [f"{older.folder} is the same harvest of other revisions."]  # a file cannot be had as it was
+
+
+def test_tokens_of_a_harvest_that_never_began_are_not_used(
+    small: tuple[HarvestConfig, Cache], again: HarvestConfig
+) -> None:
+    for path in again.out.iterdir():
+        if path.name != "tokens":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    other = harvest(plan(replace(again, seed=1)))
+    assert not np.array_equal(other.contexts(held_out=False).ids, small[1].contexts(held_out=False).ids)
+
+
+IDENTITY = {
+    "tokens": 601, "context": 33, "held_out": 0.3, "keep_special": True, "pack": True, "compress": True, "seed": 1,
+    "window": 512, "storage_dtype": "uint16", "dtype": "bfloat16", "attention": "sdpa",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_what_changes_a_byte_changes_the_folder(small: tuple[HarvestConfig, Cache], name: str) -> None:
+    request = replace(small[0], out=None)
+    assert plan(replace(request, **{name: IDENTITY[name]})).folder != plan(request).folder
+
+
+def test_text_and_model_change_the_folder(small: tuple[HarvestConfig, Cache], tmp_path: Path, tiny_model: Path) -> None:
+    request = replace(small[0], out=None)
+    folder = plan(request).folder
+    text = Path(shutil.copy(request.dataset, tmp_path))
+    assert plan(replace(request, dataset=str(text))).folder == folder  # where it is does not matter
+    text.write_text(text.read_text() + '{"text": "one more"}\n')
+    assert plan(replace(request, dataset=str(text))).folder != folder
+    copy = Path(shutil.copytree(tiny_model, tmp_path / tiny_model.name))
+    assert plan(replace(request, model=str(copy))).source.revision == plan(request).source.revision
+    assert fingerprint_of(plan(replace(request, model=str(copy))).identity) == fingerprint_of(plan(request).identity)
+    renamed = Path(shutil.copy(request.dataset, tmp_path / "renamed.jsonl"))
+    assert fingerprint_of(plan(replace(request, dataset=str(renamed))).identity) == fingerprint_of(
+        plan(request).identity
+    )
+    (copy / "generation_config.json").write_text("{}")
+    assert plan(replace(request, model=str(copy))).source.revision != plan(request).source.revision
+
+
+@pytest.mark.parametrize("change", [{"layers": (1,)}, {"layers": (1, 0, 1)}, {"sites": ("mlp_out",)}, {"batch_contexts": 3}, {"max_norm": 4.0}, {"device": "cpu"}])  # fmt: skip
+def test_layers_and_batches_do_not_change_the_folder(small: tuple[HarvestConfig, Cache], change: dict) -> None:
+    request = replace(small[0], out=None)
+    assert plan(replace(request, **change)).folder == plan(request).folder
+
+
+def test_statistics_are_those_of_the_rows(tiny_cache: Cache) -> None:
+    for layer in (0, 1):
+        rows = layer_rows(tiny_cache, layer).numpy()
+        np.testing.assert_allclose(tiny_cache.mean(f"layer_{layer:02d}"), rows.mean(0), rtol=1e-9, atol=1e-12)
+        found = tiny_cache.statistics(f"layer_{layer:02d}")
+        assert found["variance"] == pytest.approx(rows.var(0).mean(), rel=1e-9)
+        assert found["mean_square_norm"] == pytest.approx((rows**2).sum(1).mean(), rel=1e-9)
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(
+    small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = replace(small[0], out=tmp_path / "new")
+    needed = int(600 * plan(request).bytes_per_token * 1.02)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: Usage(0, 0, needed - 1000))
+    with pytest.raises(
+        UnavailableError, match=r"The harvest needs .* MB and .* MB free. --tokens 59\d would fit"
+    ) as refused:
+        harvest(plan(request))
+    assert refused.value.exit_code == 4 and not [p for p in request.out.iterdir() if p.name[0] != "."]
+    # All of an unknown text is asked for: only when it has been cut is it known to be too much.
+    with pytest.raises(UnavailableError, match="would fit"):
+        harvest(plan(replace(request, tokens=None, out=tmp_path / "all")))
+
+
+def test_ctrl_c_keeps_what_is_committed(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
+    request = replace(small[0], out=tmp_path / "stopped")
+
+    def stop(done: int, total: int) -> None:
+        if done > 256:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="Stopped. 1 of 3 windows are safe; the same command goes on") as stopped:
+        harvest(plan(request), HarvestProgress(stop))
+    assert stopped.value.exit_code == 130
+    harvest(plan(request))
+    assert files_of(request.out) == files_of(small[1].folder)
+
+
+@pytest.fixture
+def interruptible():
+    """A process that a shell put into the background begins with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch) -> None:
+    """The first waits for the window that is being written; the second does not."""
+    request, said = replace(small[0], out=tmp_path / "stopped"), []
+    writing, let_go, waited_for = threading.Event(), threading.Event(), threading.Event()
+
+    def stuck(writer, window, rows, made_with):
+        writing.set()
+        if not let_go.wait(120):
+            waited_for.set()
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        signal.raise_signal(signal.SIGINT)
+
+    def stop(done: int, total: int) -> None:
+        if done > 256 and writing.wait(10):  # the first window is handed over by then, and its thread may begin late
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CacheWriter, "write_window", stuck)
+    with pytest.raises(Interrupted, match="Stopped. 0 of 3 windows are safe"):
+        harvest(plan(request), HarvestProgress(stop, say))
+    assert not waited_for.is_set()
+    let_go.set()
+    assert said == ["Stopping when the window being written is safe; Ctrl-C again stops at once."]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"tokens": 0}, "--tokens 0 is not positive"),
+        ({"tokens": 2**40 + 1}, r"--tokens 1099511627777 is more than 2\^40"),
+        ({"context": 1}, "--context 1 is out of range"),
+        ({"context": 65536}, "--context 65536 is out of range"),
+        ({"window": 8193}, "--window 8193 is no whole number of chunks"),
+        ({"window": 0}, "--window 0 is no whole number"),
+        ({"window": 2**33}, "--window 8589934592 is more than there will be tokens"),
+        ({"model": ""}, "--model and --dataset cannot be empty"),
+        ({"dataset": ""}, "--model and --dataset cannot be empty"),
+        ({"held_out": 1.0}, "--held-out 1.0 is no fraction"),
+        ({"seed": -1}, "--seed -1 is out of range"),
+        ({"seed": 2**63}, "--seed .* is out of range"),
+        ({"model": "gemma-2-mini", "dataset": None, "held_out": 0.1}, "--held-out cannot be given for python-stdlib"),
+        ({"model": "./nothere"}, "There is no folder ./nothere"),
+        ({"revision": "abc"}, "--revision is a commit of the Hub"),
+        ({"sites": ("resid_pre",)}, "--site resid_pre is unknown: give one of resid_post, mlp_out, attn_z"),
+        ({"max_norm": 1.0}, "--max-norm 1.0 would mark half of the rows"),
+        ({"storage_dtype": "float16"}, "--storage-dtype float16 is unknown"),
+        ({"dtype": "float64"}, "--dtype float64 is unknown"),
+        ({"device": "tpu"}, "--device tpu is unknown"),
+        ({"layers": (0, 2)}, "has 2 blocks, so layers 0 to 1; there is no layer 2"),
+        ({"model": "gemma-2-mini", "layers": (26,)}, "gemma-2-mini has 26 blocks, so layers 0 to 25; there is no layer 26"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(small: tuple[HarvestConfig, Cache], wrong: dict, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as refused:
+        plan(replace(small[0], **wrong))
+    assert refused.value.exit_code == 2
+
+
+def test_the_tokenizer_s_own_words_come_back(small: tuple[HarvestConfig, Cache]) -> None:
+    """Text of a row: the words of the sentences, and no others."""
+    request, cache = small
+    tokenizer = load_tokenizer(find_model(request.model)[0])
+    contexts = cache.contexts(held_out=False)
+    text = Path(request.dataset).read_text()
+    for ids, length in zip(contexts.ids[:20], contexts.length[:20], strict=True):
+        assert tokenizer.decode(ids[1:length].tolist()).strip() in text

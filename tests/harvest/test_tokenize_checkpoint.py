@@ -1,0 +1,250 @@
+"""A cut that is killed goes on from its draft, and ends in the same contexts as one that nobody disturbed."""
+
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.cache.contexts import Contexts
+from sae.common.errors import DamagedError, UnavailableError
+from sae.harvest import run
+from sae.harvest import tokenize_checkpoint as draft_module
+from sae.harvest.contexts import ContextCutter, Document, ListedDocuments, TextSource, cut, is_held_out
+from sae.harvest.plan import HarvestConfig, plan
+from sae.harvest.run import harvest
+from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
+
+DOCUMENTS = [[5 + (n * k) % 7000 for k in range(1, 3 + n % 23)] for n in range(1, 120)]  # of 2 to 24 ids
+HERE = {"some": "harvest"}
+
+
+class Killed(BaseException):
+    """What nobody catches."""
+
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.harvest.contexts.DOCUMENTS_AT_ONCE", 5)
+
+
+@pytest.fixture
+def cut_some(cut_up, tmp_path: Path) -> Callable[..., Contexts]:
+    """cut_some(text, pack=...): a thousand rows, with a draft every 150 tokens, in tmp_path / "killed"."""
+
+    def cut_into(text: Any = DOCUMENTS, draft: TokenizeCheckpoint | None = None, **more: Any) -> Contexts:
+        settings = {"held_out": 0.2, "draft_tokens": 150} | more
+        return cut_up(
+            text, 1000, exactly=True, draft=draft or TokenizeCheckpoint(tmp_path / "killed", HERE), **settings
+        )
+
+    return cut_into
+
+
+@pytest.fixture
+def whole(cut_some, tmp_path: Path) -> Callable[..., Contexts]:
+    """whole(pack=...): the same in one go, without a draft."""
+    return lambda **more: cut_some(draft=TokenizeCheckpoint(tmp_path / "whole", HERE), draft_tokens=10**9, **more)
+
+
+def breaking_at(number: int, error: BaseException | None = None) -> TextSource:
+    """The documents, which break before one of them."""
+
+    def documents() -> Iterator[Document]:
+        for at, ids in enumerate(DOCUMENTS):
+            if at == number:
+                raise error or Killed
+            yield Document(ids)
+
+    return TextSource("some", {}, ListedDocuments(documents))
+
+
+def left_rows(documents: list[list[int]]) -> int:
+    return sum(len(ids) for ids in documents if not is_held_out(ids, 0, 0.2))
+
+
+def drafts(folder: Path) -> int:
+    return len(list(folder.glob("tokens/draft/*.safetensors")))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_drafts_do_not_change_what_is_cut(same, cut_some, whole, tmp_path: Path, pack: bool) -> None:
+    assert same(cut_some(pack=pack), whole(pack=pack))
+    assert drafts(tmp_path / "killed") == 7 and drafts(tmp_path / "whole") == 0
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path, pack: bool) -> None:
+    expected, gone_on = whole(pack=pack), set()
+    for number in range(0, 96, 3):
+        with pytest.raises(Killed):
+            cut_some(breaking_at(number), pack=pack)
+        left = TokenizeCheckpoint(tmp_path / "killed", HERE)
+        gone_on.add(left.state["documents"] if left.state else 0)
+        assert same(cut_some(draft=left, pack=pack), expected)
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+    assert len(gone_on) == 8 and all(documents % 5 == 0 for documents in gone_on)  # seven drafts, and none
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kill_at_any_write_of_a_draft(
+    same, cut_some, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool, before: bool
+) -> None:
+    """Each of the fourteen files, killed before or after it was renamed; every run is killed again until it ends."""
+    expected = whole(pack=pack)
+    for which in ("atomic_write", "write_json"):
+        for number in range(1, 8):
+            calls, write = [], getattr(draft_module, which)
+
+            def dying(*arguments: Any, calls=calls, write=write, number=number, **more: Any) -> None:
+                calls.append(1)
+                if not (len(calls) == number and before):
+                    write(*arguments, **more)
+                if len(calls) == number:
+                    raise Killed
+
+            with monkeypatch.context() as patched:
+                patched.setattr(draft_module, which, dying)
+                with pytest.raises(Killed):
+                    cut_some(pack=pack)
+            kept = number - (before or which == "atomic_write")
+            assert len(TokenizeCheckpoint(tmp_path / "killed", HERE).checksums) == kept
+            assert same(cut_some(pack=pack), expected)
+            shutil.rmtree(tmp_path / "killed")
+
+
+def test_what_was_cut_is_not_cut_again(cut_some, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Killed):
+        cut_some(breaking_at(60))
+    left, added, told = TokenizeCheckpoint(tmp_path / "killed", HERE), [], []
+    add = ContextCutter.add
+    monkeypatch.setattr(
+        ContextCutter, "add", lambda self, body, number, out: (added.append(number), add(self, body, number, out))
+    )
+    cut_some(TextSource("some", {}, ListedDocuments(lambda: map(Document, DOCUMENTS)), told.append), left)
+    assert added[0] == 50 and added == list(range(50, 50 + len(added)))
+    assert told == [f"Going on with some after {left_rows(DOCUMENTS[:50])} tokens, which were cut before."]
+
+
+def test_a_network_that_stays_away_keeps_all_that_was_cut(same, cut_some, whole, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="gone"):
+        cut_some(breaking_at(43, UnavailableError("gone")), draft_tokens=10**9)
+    left = TokenizeCheckpoint(tmp_path / "killed", HERE)
+    assert left.state["documents"] == 40 and same(cut_some(draft=left), whole())
+
+
+def test_skipped_documents_are_counted_once(cut_some, tmp_path: Path) -> None:
+    documents = [x for ids in DOCUMENTS for x in (ids, [], None)]
+
+    def text(number: int = 10**9) -> TextSource:
+        return TextSource(
+            "some", {}, ListedDocuments(lambda: itertools.chain(map(Document, documents[:number]), breaking()))
+        )
+
+    def breaking() -> Iterator[Document]:
+        raise Killed
+        yield
+
+    plain, again = text(), text()
+    cut_some(plain, TokenizeCheckpoint(tmp_path / "whole", HERE))
+    with pytest.raises(Killed):
+        cut_some(text(150))
+    cut_some(again)
+    assert again.skipped == plain.skipped and again.skipped["empty"] == again.skipped["not text"] > 60
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def other_number(path: Path) -> None:
+    saved = json.loads(path.read_text())
+    saved["content"]["state"]["rows"] += 1
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("000001.safetensors", flip),
+        ("000001.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+        ("000000.safetensors", Path.unlink),
+        ("state.json", Path.unlink),
+        ("state.json", flip),
+        ("state.json", other_number),
+        ("state.json", lambda path: path.write_text("[]")),
+        ("state.json", lambda path: path.write_text('{"digest": "", "content": []}')),
+    ],
+)
+def test_a_damaged_draft_is_cut_anew(
+    same, cut_some, whole, tmp_path: Path, file: str, damage: Callable[[Path], Any]
+) -> None:
+    with pytest.raises(Killed):
+        cut_some(breaking_at(60))
+    damage(tmp_path / "killed" / "tokens" / "draft" / file)
+    left = TokenizeCheckpoint(tmp_path / "killed", HERE)
+    assert left.state is None and not list(left.parts()) and not left.folder.exists()
+    assert same(cut_some(draft=left), whole())
+
+
+def test_a_draft_damaged_while_it_is_used_is_a_sentence(cut_some, tmp_path: Path) -> None:
+    left = TokenizeCheckpoint(tmp_path / "killed", HERE)
+    with pytest.raises(Killed):
+        cut_some(breaking_at(60), left)
+    flip(left.file(0))
+    with pytest.raises(
+        DamagedError, match="000000.safetensors is not what was written there. Run the same command again"
+    ):
+        list(left.parts())
+
+
+def test_the_draft_of_another_harvest_is_not_used(cut_some, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        cut_some(breaking_at(60))
+    other = TokenizeCheckpoint(tmp_path / "killed", HERE | {"seed": 1})
+    assert other.state is None and not other.folder.exists()
+
+
+# The whole harvest
+
+
+def test_a_harvest_killed_while_it_cuts(
+    tiny_model: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the draft, after the tokens, and once they belong to the harvest: the same files, and no draft."""
+    request = HarvestConfig(
+        model=str(tiny_model), dataset=str(sentences), layers=(0,), tokens=2000, context=32, window=1024, held_out=0.2,
+        device="cpu", pack=True, out=tmp_path / "whole",
+    )  # fmt: skip
+
+    def files_of(folder: Path) -> dict[str, bytes]:
+        return {
+            str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."
+        }
+
+    expected = files_of(harvest(plan(request)).folder)
+    monkeypatch.setattr(run, "cut", functools.partial(cut, draft_tokens=100))
+    killed = replace(request, out=tmp_path / "killed")
+    told: list[str] = []
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    for where, name in ((run, "CacheWriter"), (run, "discard")):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, name, die)
+            with pytest.raises(Killed):
+                harvest(plan(killed, told.append))
+        assert drafts(killed.out)
+    assert len(told) == 1 and told[0].startswith("Going on with sentences after ")
+    harvest(plan(killed, told.append))
+    assert files_of(killed.out) == expected and not drafts(killed.out) and len(told) == 1
+    assert plan(killed).identity["pack"] and not plan(replace(killed, pack=False)).identity["pack"]

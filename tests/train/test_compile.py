@@ -1,0 +1,81 @@
+"""`--compile`: the same step up to rounding, a resume that is exact, and a sentence where it cannot be had."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.config
+
+from sae.common.errors import UsageError
+from sae.train import run
+from sae.train.checkpoint import restore, save_checkpoint, tensors_of
+from sae.train.compile import compile_step
+from sae.train.loop import Trainer
+from sae.train.plan import TrainConfig, plan
+from sae.train.run import TrainProgress, run_all
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on a CPU"
+)
+
+
+@needs_compiler
+def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
+    training_of, take, batches, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # starting others takes longer than the work
+
+    def compiled_one() -> Trainer:
+        torch._dynamo.reset()
+        training = training_of("topk")
+        assert compile_step(training, len(batches[0])) is None
+        return training
+
+    eager, whole = training_of("topk"), compiled_one()
+    list(take(whole, range(2)))
+    save_checkpoint(whole, tmp_path, 2)
+    list(take(whole, range(2, 3)))
+    list(take(eager, range(3)))
+    for name, tensor in tensors_of(eager).items():
+        found = tensors_of(whole)[name]
+        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    again = compiled_one()
+    assert restore(again, tmp_path, pytest.fail) == 2
+    list(take(again, range(2, 3)))
+    assert [n for n, t in tensors_of(again).items() if not torch.equal(t, tensors_of(whole)[n])] == []
+
+
+def request_of(sparse_cache, out: Path, **other: object) -> TrainConfig:
+    sizes = {"steps": 4, "batch_size": 64, "width": "4x"}
+    return TrainConfig(["relu"], layers=[0], caches=[sparse_cache.folder], device="cpu", out=out, **sizes | other)
+
+
+def test_a_recipe_that_cannot_be_compiled_is_trained_without(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    def refused(function, **_: object):
+        def call(*_: object):
+            raise RuntimeError("no compiler\n\n and much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refused)
+    said: list[str] = []
+    for out, asked in (("compiled", True), ("eager", False)):
+        request = request_of(sparse_cache, tmp_path / out, compiled=asked)
+        run_all(plan(request), request, TrainProgress(say=said.append))
+    (line,) = said
+    assert "is trained without --compile: relu cannot be compiled here (no compiler)." in line
+    left, right = (sorted(tmp_path.glob(f"{out}/*/sae.safetensors")) for out in ("compiled", "eager"))
+    assert left[0].read_bytes() == right[0].read_bytes()
+
+
+def test_compiling_is_part_of_a_run(sparse_cache, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "compile_step", lambda training, batch_size: None)
+    (eager,), (other,) = (plan(request_of(sparse_cache, tmp_path, compiled=c)) for c in (False, True))
+    assert eager.folder != other.folder
+    request = request_of(sparse_cache, tmp_path, compiled=True)
+    run_all([other], request)
+    (resumed,) = plan(TrainConfig(resume=[other.folder]))
+    assert resumed.compiled and resumed.identity() == other.identity()
+    with pytest.raises(UsageError, match="--compile cannot change a run"):
+        plan(TrainConfig(resume=[other.folder], compiled=True))

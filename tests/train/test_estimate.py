@@ -1,0 +1,172 @@
+"""What training will take: bytes as a run leaves them, times as its steps are counted, and a disk that is too small."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from sae.common.device import available_memory
+from sae.common.errors import UnavailableError, UsageError
+from sae.train import estimate
+from sae.train.estimate import bytes_of, check_space, step_seconds, training_seconds
+from sae.train.loop import Trainer
+from sae.train.plan import TrainConfig, group_by_pass, plan
+from sae.train.recipe import RECIPES, find_recipe
+from sae.train.run import run_all
+from sae.train.variant import RunConfig
+
+find_recipe("relu")  # registers them all
+USAGE = namedtuple("USAGE", "total used free")
+
+
+def request_of(cache, *variants, **more):
+    sizes = dict(
+        layers=[0], caches=[cache.folder], steps=12, batch_size=64, width="512", device="cpu", checkpoint_every=4
+    )
+    return TrainConfig(list(variants), **sizes | more)
+
+
+def passing(planned):
+    """A third checkpoint before the first goes; there is no SAE then yet."""
+    return bytes_of(planned).state - bytes_of(planned).sae
+
+
+def test_the_bytes_of_a_run_are_its_tensors():
+    weights = 4 * (2 * 4 * 8 + 8 + 4)  # W_enc, W_dec, b_enc, b_dec in float32
+    planned = find_recipe("relu"), {}, RunConfig(4, 8, 10, 16)
+    buffers = 4 * (4 + 1) + 8 * (
+        8 + 1
+    )  # mean and scale of the input; of each latent since when it is silent, and if it is dead
+    assert bytes_of(planned).state == 3 * weights + buffers
+    assert bytes_of(planned).folder == weights + 2 * bytes_of(planned).state
+
+
+@pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
+def test_the_disk_holds_what_was_foreseen(sparse_cache, variant):
+    (run,) = runs = plan(request_of(sparse_cache, variant))
+    run_all(runs, request_of(sparse_cache, variant))
+    found = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
+    assert 1 <= found / bytes_of(run.planned).folder < 1.02  # and the names of the tensors
+
+
+@pytest.mark.parametrize("variant", RECIPES)
+def test_a_step_of_every_recipe_is_timed(variant):
+    assert 0 < step_seconds((find_recipe(variant), {}, RunConfig(16, 64, 10, 32)), "cpu") < 60
+
+
+def test_a_batch_too_large_to_time_is_timed_in_part(monkeypatch):
+    rows = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, x_BD: rows.append(len(x_BD)) or step(self, x_BD))
+    monkeypatch.setitem(estimate.AT_MOST, "cpu", estimate.PRODUCTS * 16 * 64 * 5)
+    step_seconds((find_recipe("relu"), {}, RunConfig(16, 64, 10, 32)), "cpu")
+    assert set(rows) == {5, 1}
+
+
+def test_the_optimizers_part_of_a_step_is_counted_once(monkeypatch):
+    monkeypatch.setitem(estimate.LATENTS, "cpu", 5 * 64)
+    monkeypatch.setattr(estimate, "fastest", lambda training, x_BD: 10 + 2 * len(x_BD))
+    assert step_seconds((find_recipe("relu"), {}, RunConfig(16, 64, 10, 32)), "cpu") == 10 + 2 * 32
+
+
+def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
+    timed = []
+
+    def of(planned, device):
+        timed.append(planned[0].name)
+        return {"relu": 2.0, "topk": 3.0}[planned[0].name]
+
+    monkeypatch.setattr(estimate, "step_seconds", of)
+    relu, topk = ((find_recipe(name), {}, RunConfig(4, 8, 10, 16)) for name in ("relu", "topk"))
+    assert training_seconds([relu, topk, relu], "cpu") == 10 * (2 + 3 + 2)
+    assert sorted(timed) == ["relu", "topk"]
+
+
+def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
+    runs = plan(request_of(sparse_cache, "relu", "topk", seeds=[0, 1]))
+    assert [len(stream) for stream in group_by_pass(runs)] == [4]
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
+    request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
+    needed = sum(bytes_of(run.planned).folder for run in plan(request)) + passing(plan(request)[0].planned)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
+    with pytest.raises(UnavailableError, match="2 runs .* will need .* Train fewer"):
+        plan(request)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
+    assert len(plan(request)) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monkeypatch):
+    request = request_of(sparse_cache, "relu", out=tmp_path / "runs", steps=8)
+    (run,) = runs = plan(request)
+    run_all(runs, request)
+    (run.folder / "sae.json").unlink()  # killed just before its end
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, bytes_of(run.planned).state))
+    assert plan(request)[0].folder == run.folder
+    (run.folder / "sae.safetensors").unlink()
+    assert plan(request)[0].folder == run.folder
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, bytes_of(run.planned).state // 2))
+    with pytest.raises(UnavailableError, match="1 run of up to"):
+        plan(request)
+
+
+def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
+    monkeypatch.setattr(estimate, "available_memory", lambda device: 1e6)
+    wide = RunConfig(16, 4096, 10, 32)
+    with pytest.raises(UnavailableError, match="not timed: a step of relu takes .* MB or more, and cpu has 1.0 MB"):
+        step_seconds((find_recipe("relu"), {}, wide), "cpu")
+    monkeypatch.setattr(estimate, "available_memory", lambda device: 1e8)
+    assert step_seconds((find_recipe("relu"), {}, wide), "cpu") > 0
+    with pytest.raises(
+        UnavailableError, match="not timed: a step of decorrelation"
+    ):  # a matrix of all pairs of latents
+        step_seconds((find_recipe("decorrelation"), {}, wide), "cpu")
+    monkeypatch.setattr(estimate, "available_memory", lambda device: 5e8)  # enough for all but the pairs
+    with pytest.raises(UnavailableError, match="not timed: a step of competition"):
+        step_seconds((find_recipe("competition"), {"pair_store": "dense"}, wide), "cpu")
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert available_memory("cpu") > 1e6
+
+
+def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in "ab"]
+    one, two = (plan(request_of(sparse_cache, "relu", out=folder))[0] for folder in folders)
+    needed = 2 * bytes_of(one.planned).folder + passing(one.planned)
+    both = [(run.planned, run.folder) for run in (one, two)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
+    check_space(both)
+    check_space(both, {tmp_path / "activations": 0})
+    with pytest.raises(UnavailableError, match="beside 0.0 MB of activations"):
+        check_space(both, {tmp_path / "activations": 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
+    with pytest.raises(UnavailableError, match="2 runs"):
+        check_space(both)
+
+
+def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkeypatch):
+    (run,) = plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
+    run.folder.mkdir(parents=True)
+    (run.folder / "notes").write_bytes(bytes(10**6))
+    needed = bytes_of(run.planned).folder + passing(run.planned)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
+    with pytest.raises(UnavailableError, match="1 run of up to"):
+        plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
+
+
+def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(UsageError, match="file is no folder: a file is in its place"):
+            plan(request_of(sparse_cache, "relu", out=out))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"width": "1e99x"}, {"width": "9" * 20}, {"width": "1" + "0" * 15}, {"steps": 10**21}]
+)
+def test_sizes_that_no_machine_holds_are_refused(sparse_cache, sizes):
+    with pytest.raises(UsageError, match="no machine holds a width|more than can be counted"):
+        plan(request_of(sparse_cache, "relu", **sizes))

@@ -1,0 +1,86 @@
+"""Products over the chosen latents are the dense ones: forward, every gradient, and which of the two is taken."""
+
+import pytest
+import torch
+
+from sae.train import sparse_ops
+from sae.train.activations import BatchTopK, ReLU, TopK
+from sae.train.sae import SAE
+
+D_IN, D_SAE, BATCH = 6, 40, 32
+both = pytest.mark.parametrize(
+    "activation", [TopK(3), BatchTopK(2.5), BatchTopK(0.5)], ids=["topk", "batchtopk", "few"]
+)
+
+
+def tensors(monkeypatch, ways: dict[str, int], activation, pre_bias: bool) -> dict[str, torch.Tensor]:
+    """What a forward pass gives and the gradients of a loss that uses all of it, rows gathered from so much n/k on."""
+    monkeypatch.setattr(sparse_ops, "SPARSE_FROM", ways)
+    torch.manual_seed(0)
+    sae = SAE(D_IN, D_SAE, [activation], pre_bias=pre_bias).double()
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)
+    x_BD, weight_BD, weight_BF = torch.randn(BATCH, D_IN), torch.randn(BATCH, D_IN), torch.randn(BATCH, D_SAE)
+    done = sae(x_BD.double())
+    assert (sae.gathers() is not None) == bool(ways)
+    loss = (done.recon_BD * weight_BD).sum() + done.recon_BD.square().sum()
+    loss = loss + (done.f_BF.square() * weight_BF).sum() + (done.pre_BF.relu() * weight_BF).sum()
+    loss.backward()
+    return {name: getattr(done, name) for name in ("pre_BF", "f_BF", "recon_BD")} | {
+        f"gradient of {name}": p.grad for name, p in sae.named_parameters()
+    }
+
+
+@both
+@pytest.mark.parametrize("pre_bias", [True, False])
+def test_rows_are_the_dense_products(activation, pre_bias, monkeypatch) -> None:
+    gathered = tensors(monkeypatch, {"cpu": 1}, activation, pre_bias)
+    dense = tensors(monkeypatch, {}, activation, pre_bias)
+    assert gathered.keys() == dense.keys()
+    assert all((dense[f"gradient of {name}"] != 0).any() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    for name, tensor in dense.items():
+        torch.testing.assert_close(gathered[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        assert gathered[name].stride() == tensor.stride(), name  # the optimizer and checkpoints see the same layout
+
+
+def test_by_hand() -> None:
+    """Two tokens of three latents: 2 and 3 of the first, 5 of the second; latent 1 of nobody."""
+    at = sparse_ops.SelectedLatents.of(torch.tensor([0, 2, 5]), 2, 3)
+    assert [t.tolist() for t in at[1:]] == [[0, 0, 1], [0, 2, 2], [0, 2], [0, 1, 2], [0, 1, 1]]
+    value_N = torch.tensor([2.0, 3.0, 5.0], requires_grad=True)
+    w_FD = torch.tensor([[1.0, 0.0], [7.0, 7.0], [1.0, 1.0]], requires_grad=True)
+    recon_BD = sparse_ops.decode(sparse_ops.KeptLatents(value_N, at), w_FD)
+    assert recon_BD.tolist() == [[5, 3], [5, 5]]
+    recon_BD.backward(torch.tensor([[1.0, 0.0], [0.0, 10.0]]))
+    assert value_N.grad.tolist() == [1, 1, 10]
+    assert w_FD.grad.tolist() == [[2, 0], [0, 0], [3, 50]]
+
+
+def test_threads_do_not_change_a_bit(monkeypatch) -> None:
+    """Each sum is one thread's, in one order: what makes a resumed run exact."""
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        sae = SAE(64, 512, [BatchTopK(8.0)])
+        sae(torch.randn(256, 64)).recon_BD.square().sum().backward()
+        return [p.grad for p in (sae.W_dec, sae.b_enc)]
+
+    one = gradients()
+    torch.set_num_threads(2)
+    two = gradients()
+    torch.set_num_threads(1)
+    assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
+
+
+def test_it_is_decided_by_shapes_and_device() -> None:
+    assert sparse_ops.sparse_is_faster(128, 8, "cpu") and not sparse_ops.sparse_is_faster(127, 8, "cpu")
+    assert sparse_ops.sparse_is_faster(2**16, 64, "cuda") and not sparse_ops.sparse_is_faster(18432, 100, "cuda")
+    assert not sparse_ops.sparse_is_faster(2**20, 1, "mps")
+
+
+def test_a_chain_and_an_sae_that_is_not_trained_are_dense() -> None:
+    assert SAE(D_IN, D_SAE, [TopK(2)]).gathers()
+    assert SAE(D_IN, D_SAE, [TopK(2)]).eval().gathers() is None
+    assert SAE(D_IN, D_SAE, [ReLU(), TopK(2)]).gathers() is None
+    assert SAE(D_IN, D_SAE, [ReLU()]).gathers() is None
+    assert SAE(D_IN, D_SAE, [TopK(3)]).gathers() is None

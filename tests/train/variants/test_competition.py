@@ -1,0 +1,322 @@
+"""Paper 002: the statistics of pairs against counting, the penalty against eq. 5 written densely, the table against all pairs."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.common.errors import UsageError
+from sae.train.activations import TopK
+from sae.train.loop import Trainer
+from sae.train.recipe import find_recipe
+from sae.train.sae import SAE
+from sae.train.step import Step
+from sae.train.variant import RunConfig
+from sae.train.variants.competition import CompetitionLoss, DensePairs, PairTable, compete, pairs_together, rising
+
+NAMES = ["competition", *(f"competition-{n}" for n in ("no-warmup", "off", "small", "k320", "baseline"))]
+
+
+def step_of(f_BF: Tensor, sae: SAE | None = None, i: int = 0) -> Step:
+    """A step in which the latents are these."""
+    sae = sae or SAE(4, f_BF.shape[1])
+    x_BD = torch.zeros(len(f_BF), sae.d_in)
+    return Step(torch.tensor(i), sae, torch.optim.SGD(sae.parameters()), x_BD, f_BF, f_BF, x_BD)
+
+
+def codes(seed: int, tokens: int = 256, latents: int = 24, k: int = 4) -> Tensor:
+    """k positive latents a token, the first of them far more often than the last."""
+    generator = torch.Generator().manual_seed(seed)
+    noise_BF = torch.rand(tokens, latents, generator=generator) + torch.linspace(0.5, 0, latents)
+    return TopK(k)(noise_BF)
+
+
+def stores(latents: int = 24) -> tuple[DensePairs, PairTable]:
+    return DensePairs(latents), PairTable(latents, latents * (latents - 1) // 2)
+
+
+def three_latents() -> tuple[Step, SAE]:
+    """Four tokens: latent 0 fires in all but the last, 1 in the first two, 2 in the last two."""
+    f_BF = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 3.0]])
+    sae = SAE(2, 3)
+    sae.W_dec.data = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    return step_of(f_BF, sae), sae
+
+
+def test_statistics_of_three_latents_by_hand() -> None:
+    """p = 3/4, 2/4, 2/4 and J_01 = 2/4, J_02 = 1/4, J_12 = 0: P of the commoner given the rarer is 1, 1/2, 0."""
+    step, _ = three_latents()
+    for store in stores(3):
+        for _ in range(3):  # the same batch: averages stay
+            store.after_step(step)
+        known = store.conditional()
+        found = known[known >= 0] if known.dim() == 1 else known[[0, 0, 1], [1, 2, 2]]
+        torch.testing.assert_close(store.rates(), torch.tensor([0.75, 0.5, 0.5]))
+        torch.testing.assert_close(found, torch.tensor([1.0, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_penalty_of_three_latents_by_hand(kind: int) -> None:
+    """With k/n = 1/3, c is 3, 1.5 and 0, and the squared cosines 0.36, 0 and 0.64."""
+    step, _ = three_latents()
+    store = stores(3)[kind]
+    store.after_step(step)
+
+    def penalty(**reading: object) -> float:
+        return CompetitionLoss(store, 1 / 3, **reading)(step).item()  # type: ignore[arg-type]
+
+    assert penalty() == pytest.approx(3 * 0.36)  # one pair passes 0.6
+    assert penalty(weight="conditional") == pytest.approx(0.36)
+    assert penalty(reduction="sum") == pytest.approx(2 * 3 * 0.36)
+    assert penalty(reduction="n") == pytest.approx(2 * 3 * 0.36 / 3)
+    assert penalty(tau=0.4) == pytest.approx((3 * 0.36 + 1.5 * 0) / 2)
+    assert penalty(tau_on="lift", tau=1.6) == pytest.approx(3 * 0.36)
+    assert penalty(tau_on="lift", tau=1.4) == pytest.approx(3 * 0.36 / 2)
+    # <f_0, f_1> = (1*2 + 1*2) / 4 over the batch
+    assert penalty(pair_vec="activation", weight="conditional") == pytest.approx(1.0)
+    # pairs that look alike, 0-1 and 1-2, of which 1-2 never fire together: it lacks 0.6
+    assert penalty(target="absorption", weight="conditional") == pytest.approx(0.6 * 0.64)
+    assert step.notes["pairs_above"] == 1
+    assert step.notes["mean_coefficient"] == pytest.approx(0.6)
+
+
+def test_coefficient_is_the_larger_direction_and_symmetric() -> None:
+    """max(c_ij, c_ji) from the two conditional probabilities, each divided by k/n; the matrix is its own transpose."""
+    f_BF = codes(0)
+    store = DensePairs(24)
+    store.after_step(step_of(f_BF))
+    on_BF = (f_BF > 0).double()
+    given_FF = on_BF.T @ on_BF / on_BF.sum(0)  # P(f_i | f_j): column j is the condition
+    assert not torch.allclose(given_FF, given_FF.T)
+    c_FF = torch.maximum(given_FF, given_FF.T) / (4 / 24)
+    torch.testing.assert_close(c_FF, c_FF.T)
+    found_FF = store.conditional().double() / (4 / 24)
+    upper = torch.ones(24, 24).triu(1) > 0
+    torch.testing.assert_close(found_FF[upper], c_FF[upper], rtol=1e-5, atol=1e-6)
+
+
+def test_independent_codes_have_coefficients_about_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    store = DensePairs(40)
+    for _ in range(20):
+        store.after_step(step_of((torch.rand(2048, 40, generator=generator) < 0.1).float()))
+    conditional_FF = store.conditional()
+    lift = conditional_FF[conditional_FF >= 0] / 0.1
+    assert len(lift) == 40 * 39 // 2
+    assert lift.mean() == pytest.approx(1.0, abs=0.05)
+    step = step_of(torch.ones(8, 40))
+    CompetitionLoss(store, 0.1, tau_on="lift")(step)
+    assert step.notes["pairs_above"] > 0.99 * len(lift)  # the threshold to the letter lies below chance
+    CompetitionLoss(store, 0.1)(step)
+    assert step.notes["pairs_above"] == 0
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("direction", ["symmetric", "child_only", "parent_only"])
+@pytest.mark.parametrize("pair_vec", ["decoder", "activation"])
+def test_gradient_is_that_of_the_dense_formula(kind: int, direction: str, pair_vec: str) -> None:
+    """Eq. 5 as a double loop over i != j in float64, differentiated by autograd."""
+    sae = SAE(5, 12).double()
+    f_BF = codes(1, 64, 12).double().requires_grad_()
+    store = stores(12)[kind].double()
+    store.after_step(step_of(f_BF.detach(), sae))
+    step = step_of(f_BF, sae)
+    term = CompetitionLoss(store, 4 / 12, tau=0.5, direction=direction, pair_vec=pair_vec, reduction="sum")
+    of = sae.W_dec if pair_vec == "decoder" else f_BF
+    (found,) = torch.autograd.grad(term(step), of)
+
+    on_BF = (f_BF.detach() > 0).double()
+    rate_F = on_BF.mean(0)
+    vector_FX = sae.W_dec if pair_vec == "decoder" else f_BF.T.float().double() / 8
+    total = torch.zeros((), dtype=torch.float64)
+    passed = 0
+    for i, j in itertools.permutations(range(12), 2):
+        conditional = (on_BF[:, i] * on_BF[:, j]).mean() / torch.minimum(rate_F[i], rate_F[j])
+        if conditional >= 0.5:
+            passed += 1
+            child, parent = (i, j) if (rate_F[i], i) <= (rate_F[j], j) else (j, i)
+            left, right = vector_FX[child], vector_FX[parent]
+            left = left.detach() if direction == "parent_only" else left
+            right = right.detach() if direction == "child_only" else right
+            total = total + conditional / (4 / 12) * (left @ right) ** 2
+    assert 0 < passed < 12 * 11
+    (expected,) = torch.autograd.grad(total, of)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5 if pair_vec == "activation" else 1e-10, atol=1e-7)
+
+
+def test_pairs_are_counted_bit_by_bit_as_a_product_counts_them() -> None:
+    """Also where tokens do not fill a word, and where all 64 bits of one are set."""
+    for tokens in (1, 63, 64, 130):
+        on_BF = torch.rand(tokens, 9, generator=torch.Generator().manual_seed(tokens)) < 0.5
+        on_BF[:, 0] = True
+        first_P, second_P = torch.triu_indices(9, 9)
+        expected_FF = on_BF.float().T @ on_BF.float()
+        assert torch.equal(pairs_together(on_BF, first_P, second_P).float(), expected_FF[first_P, second_P])
+
+
+def test_table_with_room_for_all_pairs_equals_the_dense_store() -> None:
+    dense, table = stores()
+    sae = SAE(6, 24)
+    for seed in range(5):
+        for store in (dense, table):
+            store.after_step(step_of(codes(seed), sae))
+    first_P, second_P = table.first_P, table.second_P
+    torch.testing.assert_close(table.conditional(), dense.conditional()[first_P, second_P])
+    for target, tau in (("cofire", 0.3), ("absorption", 0.6)):
+        term, other = (CompetitionLoss(s, 4 / 24, tau=tau, target=target) for s in (dense, table))
+        step, twin = step_of(codes(9), sae), step_of(codes(9), sae)
+        assert term(step) > 0
+        torch.testing.assert_close(term(step), other(twin))
+        assert step.notes["pairs_above"] == twin.notes["pairs_above"]
+
+
+def test_a_small_table_finds_the_pairs_that_fire_together_and_agrees_about_them() -> None:
+    """Six pairs of forty latents always fire together, and the table has room for eight pairs of 780."""
+    generator = torch.Generator().manual_seed(0)
+    dense, table = DensePairs(40), PairTable(40, 8, every=1)
+    bound = {(2 * i, 2 * i + 1) for i in range(6)}
+    history = []
+    for _ in range(12):
+        f_BF = (torch.rand(512, 40, generator=generator) < 0.05).float()
+        f_BF[:, 1:12:2] = f_BF[:, 0:12:2]
+        step = step_of(f_BF)
+        for store in (dense, table):
+            store.after_step(step)
+        table.every_n_steps(step)
+        history.append({(i, j) for i, j in zip(table.first_P.tolist(), table.second_P.tolist(), strict=True) if i < j})
+    assert all(bound <= held for held in history)  # found in the first batch, and never lost
+    assert len(history[-1]) == 8
+    assert len(set(zip(table.first_P.tolist(), table.second_P.tolist(), strict=True))) == 8
+    conditional_FF = dense.conditional()
+    for i, j, p in zip(table.first_P, table.second_P, table.conditional(), strict=True):
+        if (int(i), int(j)) in bound:
+            assert float(p) == pytest.approx(1.0, abs=0.05)
+            assert float(conditional_FF[i, j]) == pytest.approx(1.0, abs=0.05)
+    # Held since the first renewal: eleven batches of the twelve, weighed as the dense average weighs them.
+    at = (table.first_P == 0) & (table.second_P == 1)
+    assert float(table.seen_P[at]) == pytest.approx(1 - 0.99**11)
+
+
+def test_a_table_for_absorption_follows_rows_that_look_alike() -> None:
+    sae = SAE(16, 20)
+    sae.W_dec.data[7] = sae.W_dec.data[3]
+    table = PairTable(20, 3, every=1, by="cosine")
+    step = step_of(codes(0, 128, 20), sae)
+    table.after_step(step)
+    table.every_n_steps(step)
+    table.after_step(step)
+    table.every_n_steps(step)
+    assert (3, 7) in set(zip(table.first_P.tolist(), table.second_P.tolist(), strict=True))
+    cosine_FF = (sae.W_dec @ sae.W_dec.T).detach().triu(1)
+    held = cosine_FF[table.first_P, table.second_P]
+    torch.testing.assert_close(held.sort().values, cosine_FF.flatten().topk(3).values.sort().values)
+
+
+def test_what_a_step_sees_does_not_depend_on_how_much_is_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = SAE(6, 24)
+    results = []
+    for block in (2**24, 50):
+        monkeypatch.setattr("sae.train.variants.competition.BLOCK", block)
+        table = PairTable(24, 40, every=1)
+        for seed in range(3):
+            step = step_of(codes(seed), sae)
+            table.after_step(step)
+            table.every_n_steps(step)
+        loss = CompetitionLoss(table, 4 / 24, tau=0.2)(step)
+        (gradient,) = torch.autograd.grad(loss, sae.W_dec)
+        results.append((sorted(zip(table.first_P.tolist(), table.second_P.tolist(), strict=True)), loss, gradient))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[0][1:], results[1][1:])
+
+
+def test_strength_rises_over_the_warm_up() -> None:
+    coefficient = rising(0.03, 2000)
+    assert [round(float(coefficient(step_of(torch.ones(1, 2), i=i))), 6) for i in (0, 999, 1999, 3000)] == [
+        0.000015, 0.015, 0.03, 0.03,
+    ]  # fmt: skip
+    assert float(rising(0.03, 0)(step_of(torch.ones(1, 2)))) == pytest.approx(0.03)
+
+
+def test_counts_follow_the_width_unless_given() -> None:
+    for name, options, k in (
+        ("competition", {}, 6), ("competition-k320", {}, 18), ("competition", {"k": 100}, 100)
+    ):  # fmt: skip
+        variant = find_recipe(name).make(RunConfig(128, 256, 100, 64), options)
+        assert variant.sae.activation[0].k == k
+    paper = RunConfig(2304, 18432, 4882, 2048)
+    with torch.device("meta"):
+        assert find_recipe("competition").make(paper, {}).sae.activation[0].k == 100
+        assert find_recipe("competition-k320").make(paper, {}).sae.activation[0].k == 320
+
+
+def test_refusals_are_sentences() -> None:
+    paper = RunConfig(2304, 18432, 4882, 2048)
+    make = find_recipe("competition").make
+    with torch.device("meta"):
+        make(paper, {"pair_store": "dense", "memory_gb": 11.0})
+        with pytest.raises(UsageError, match=r"pair_store=dense takes 10\.9 GB for 18432 latents.* memory_gb=2: "):
+            make(paper, {"pair_store": "dense"})
+        with pytest.raises(UsageError, match=r"pair_store=table takes 25\.3 GB for 10000 pairs a latent"):
+            make(paper, {"pairs": 10_000})
+        with pytest.raises(UsageError) as caught:
+            make(paper, {"tau_on": "both", "direction": "up", "strength_warmup": 5000, "tau": -1.0, "refresh": 0})
+    for part in ("tau_on=both is unknown: conditional, lift.", "direction=up is unknown", "longer than the run of 4882",
+                 "tau=-1.0 is negative", "refresh=0 is not positive"):  # fmt: skip
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_takes_steps(name: str, training_of, take) -> None:
+    training = training_of(name, steps=5)
+    list(take(training, range(5)))
+    metrics = training.take_metrics()
+    assert all(value == value and abs(value) < 1e6 for value in metrics.values())
+    if name != "competition-baseline":
+        expected = {"competition-off": 0.0, "competition-no-warmup": 0.03}.get(name)
+        if expected is not None:
+            assert metrics["competition_strength"] == pytest.approx(expected)
+        assert {"pairs_above", "mean_coefficient", "competition"} <= metrics.keys()
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        {"act": "batchtopk", "k": 3}, {"act": "relu", "pair_store": "dense"}, {"pair_vec": "activation", "tau": 0.05},
+        {"direction": "child_only"}, {"target": "absorption", "aux": 0.03}, {"reconstruction": "mean", "normalize": "none"},
+        {"tau_on": "lift", "reduction": "sum"},
+    ],
+)  # fmt: skip
+def test_every_reading_trains(reading: dict[str, object], training_of, take) -> None:
+    training = training_of("competition-no-warmup", steps=10, **reading)
+    before = training.variant.sae.W_dec.detach().clone()
+    list(take(training, range(10)))
+    metrics = training.take_metrics()
+    assert all(value == value for value in metrics.values())
+    assert not torch.equal(before, training.variant.sae.W_dec)
+
+
+def test_it_composes_with_another_base(variant_of, take) -> None:
+    """Six lines: matryoshka that competes. The statistics come before unit norm, and pairs are penalised."""
+    variant = variant_of("matryoshka", k=8)
+    term = CompetitionLoss(PairTable(variant.sae.d_sae, 1000, every=2), 8 / variant.sae.d_sae, tau=0.2)
+    compete(variant, rising(0.03, 0), term)
+    assert variant.mechanisms[len(variant.mechanisms) - 2] is term.pairs
+    training = Trainer(variant, 30, "cpu")
+    list(take(training, range(6)))
+    metrics = training.take_metrics()
+    assert metrics["pairs_above"] > 0 and metrics["competition"] > 0
+
+
+def test_bound_directions_are_pushed_apart(training_of, take) -> None:
+    """From the same start, the pairs that pass end less alike under the penalty than without it."""
+    similar = []
+    for strength in (0.0, 3.0):
+        training = training_of("competition", k=6, tau=0.15, strength=strength, strength_warmup=0, lr=3e-3, warmup=0)
+        list(take(training, range(30)))
+        (store,) = [m for m in training.variant.mechanisms if isinstance(m, PairTable)]
+        bound_P = store.conditional() >= 0.15
+        similarity_P = store.inner(training.variant.sae.W_dec, training.variant.sae.W_dec).square()
+        similar.append(similarity_P[bound_P].mean().item())
+    assert similar[1] < 0.8 * similar[0]

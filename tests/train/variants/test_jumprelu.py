@@ -1,0 +1,157 @@
+"""JumpReLU's surrogates against their definition written in loops, and its penalties by hand."""
+
+import pytest
+import torch
+
+from sae.train.loop import Trainer
+from sae.train.recipe import find_recipe
+from sae.train.sae import fold_normalization, load_sae, save_sae
+from sae.train.variant import RunConfig
+from sae.train.variants.jumprelu import L0, JumpReLU, NotNegative, PreActLoss, Tanh, TargetL0
+
+EPS = 0.5
+
+
+@pytest.fixture
+def activation() -> JumpReLU:
+    activation = JumpReLU(3, EPS)
+    activation.threshold.data = torch.tensor([0.5, 1.0, 2.0])
+    return activation
+
+
+def built(name: str, d_in: int = 8, d_sae: int = 16, steps: int = 200, **options: object) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(find_recipe(name).make(RunConfig(d_in, d_sae, steps, 32), options), steps, "cpu")
+
+
+def with_axes(name: str, activation_threshold: list[float], **options: object) -> Trainer:
+    """d_in = d_sae = 3 and W_enc = 1, so that z = x."""
+    training = built(name, 3, 3, **options)
+    sae = training.variant.sae
+    sae.W_enc.data, sae.W_dec.data = torch.eye(3), torch.diag(torch.tensor([1.0, 2.0, 0.5]))
+    sae.activation[0].threshold.data = torch.tensor(activation_threshold)
+    return training
+
+
+def test_what_exceeds_its_threshold_passes_unchanged(activation) -> None:
+    z_BF = torch.tensor([[0.4, 1.5, 2.0], [0.6, -3.0, 2.5]])
+    assert activation(z_BF).tolist() == [[0.0, 1.5, 0.0], [pytest.approx(0.6), 0.0, 2.5]]
+    assert activation.fires(z_BF).tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
+
+
+def test_surrogates_are_their_definition(activation) -> None:
+    torch.manual_seed(0)
+    z_BF, out_BF = 2 * torch.rand(64, 3), torch.randn(64, 3)
+    z_BF.requires_grad_()
+    theta_F = activation.threshold.detach()
+    of_f, of_count, to_z = torch.zeros(3), torch.zeros(3), torch.zeros(64, 3)
+    for b in range(64):
+        for i in range(3):
+            u = (z_BF[b, i].item() - theta_F[i].item()) / EPS
+            kernel = 1.0 if abs(u) < 0.5 else 0.0
+            of_f[i] -= theta_F[i] / EPS * kernel * out_BF[b, i]
+            of_count[i] -= kernel / EPS * out_BF[b, i]
+            to_z[b, i] = out_BF[b, i] if z_BF[b, i] > theta_F[i] else 0.0
+    assert of_f.all() and of_count.all()  # some z lies near every threshold
+    gradients = torch.autograd.grad(activation(z_BF), (z_BF, activation.threshold), out_BF)
+    torch.testing.assert_close(gradients, (to_z, of_f))
+    count, *none = torch.autograd.grad(activation.fires(z_BF), (activation.threshold, z_BF), out_BF, allow_unused=True)
+    torch.testing.assert_close(count, of_count)
+    assert none == [None]  # a count pulls at no pre-activation
+
+
+def test_with_ste_to_input_a_pre_activation_gets_what_its_threshold_loses(activation) -> None:
+    """z = 1.1 within eps/2 of theta = 1: dz = 1 + theta/eps = 3, dtheta = -2. Below, z = 0.9: 2 and -2. Far off: 1 or 0."""
+    z_BF = torch.tensor([[9.0, 1.1, 0.0], [9.0, 0.9, 9.0]], requires_grad=True)
+    activation.ste_to_input = True
+    to_z_BF, to_theta_F = torch.autograd.grad(activation(z_BF).sum(), (z_BF, activation.threshold))
+    assert to_z_BF.tolist() == [[1.0, 3.0, 0.0], [1.0, 2.0, 1.0]]
+    assert to_theta_F.tolist() == [0.0, -4.0, 0.0]
+
+
+def test_any_leading_shape(activation) -> None:
+    z = torch.rand(4, 5, 3, requires_grad=True)
+    activation(z).sum().backward()
+    there = activation.threshold.grad.clone()
+    activation.threshold.grad = None
+    activation(z.detach().flatten(0, 1)).sum().backward()
+    torch.testing.assert_close(there, activation.threshold.grad)
+
+
+def test_a_threshold_gets_its_gradient_in_float32_from_bfloat16_products(activation) -> None:
+    z_BF = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.bfloat16, requires_grad=True)
+    f_BF = activation(z_BF)
+    f_BF.backward(torch.full_like(f_BF, 1 + 2**-7))
+    assert f_BF.dtype == z_BF.grad.dtype == torch.bfloat16 and activation.threshold.grad.dtype == torch.float32
+    torch.testing.assert_close(activation.threshold.grad, -activation.threshold.detach() / EPS * (1 + 2**-7))
+
+
+def test_a_threshold_moves_at_a_rate_that_bfloat16_would_swallow(tmp_path) -> None:
+    """One Adam step of 7e-5 on a threshold of 0.1: half a unit in the last place of a bfloat16 is 2.4e-4 there."""
+    training = built("jumprelu", l0=2, threshold=0.1, bandwidth=2.0, lr=7e-5, warmup=0)
+    training.step(torch.randn(32, 8))
+    threshold = training.variant.sae.activation[0].threshold
+    moved_F = (threshold.detach() - 0.1).abs()
+    assert threshold.dtype == torch.float32
+    torch.testing.assert_close(moved_F, torch.full((16,), 7e-5), rtol=0.01, atol=0)
+    assert torch.equal(threshold.detach().bfloat16(), torch.full((16,), 0.1).bfloat16())
+    save_sae(fold_normalization(training.variant.sae, 1.0, torch.zeros(8)), tmp_path, {})
+    assert torch.equal(load_sae(tmp_path).activation[0].threshold, threshold)
+
+
+def test_penalties_by_hand() -> None:
+    training = with_axes("jumprelu", [0.5, 1.0, 2.0])
+    activation = training.variant.sae.activation[0]
+    step = training.variant(training.i, torch.tensor([[1.0, 1.5, 0.5], [0.25, 3.0, 0.0]]), training.optimizer)
+    # fires: latents 0, 1 and 1; rows of norm 1, 2, 0.5
+    assert L0(activation)(step).item() == pytest.approx(3 / 2)
+    assert TargetL0(activation, 1.0)(step).item() == pytest.approx(0.25)
+    tanh = torch.tensor([0.5 * 1.0, 0.5 * 3.0, 0.5 * 6.0]).tanh().sum() / 2
+    assert Tanh(0.5)(step).item() == pytest.approx(tanh.item())
+    # short of their thresholds: 1.5 of latent 2, then 0.25 of latent 0 and 2 of latent 2
+    assert PreActLoss(activation)(step).item() == pytest.approx((1.5 * 0.5 + 0.25 * 1 + 2.0 * 0.5) / 2)
+
+
+def test_tanh_is_the_papers_objective_in_its_units() -> None:
+    """With x sqrt(d) times as large the paper's loss is d times this one."""
+    training = built("jumprelu-tanh", d_in=16, d_sae=32, steps=1)
+    sae, x_BD = training.variant.sae, torch.randn(64, 16) / 4
+    loss = sum(training.variant.losses(training.variant(training.i, x_BD, training.optimizer)).values())
+    x_BD, theta, norm_F = 4 * x_BD, 0.1, sae.W_dec.norm(dim=1)
+    z_BF = x_BD @ sae.W_enc
+    f_BF = z_BF * (z_BF > theta)
+    error = (x_BD - f_BF @ sae.W_dec).square().sum(1).mean()
+    tanh = (4 * f_BF * norm_F).tanh().sum(1).mean()
+    reach = ((theta - z_BF).relu() * norm_F).sum(1).mean()
+    torch.testing.assert_close(loss, (error + 20 * tanh + 3e-6 * reach) / 16)
+
+
+def test_thresholds_stay_at_zero_or_above(activation) -> None:
+    activation.threshold.data = torch.tensor([-1.0, 0.0, 2.0])
+    training = built("jumprelu")
+    with torch.no_grad():
+        NotNegative(activation).after_step(training.variant(training.i, torch.randn(2, 8), training.optimizer))
+    assert activation.threshold.tolist() == [0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("threshold", [0.03, 1.5])
+def test_the_target_is_approached_from_both_sides(threshold) -> None:
+    """Half of the latents fire at first, or one in fifteen; under a strong penalty about 4 of 16 do in the end."""
+    options = {"l0": 4, "penalty": 100.0, "bandwidth": 0.5, "lr": 1e-2, "warmup": 0}
+    training = built("jumprelu", steps=300, threshold=threshold, **options)
+    torch.manual_seed(1)
+    for number in range(300):
+        training.step(torch.randn(64, 8))
+        if number == 0:
+            first = training.take_metrics()["l0"]
+        if number == 250:
+            training.take_metrics()
+    assert (first > 6) if threshold < 1 else (first < 2)
+    assert training.take_metrics()["l0"] == pytest.approx(4, rel=0.1)
+
+
+def test_thresholds_scale_with_the_input() -> None:
+    training = with_axes("jumprelu", [0.5, 1.0, 2.0])
+    raw, x_BD = fold_normalization(training.variant.sae, 5.0, torch.zeros(3)), 10 * torch.rand(64, 3)
+    assert raw.activation[0].threshold.tolist() == [2.5, 5.0, 10.0]
+    torch.testing.assert_close(raw.encode(x_BD), 5 * training.variant.sae.encode(x_BD / 5))

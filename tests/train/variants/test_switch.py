@@ -1,0 +1,100 @@
+"""Routing by hand, its balance, and its fold."""
+
+import pytest
+import torch
+
+from sae.common.errors import UsageError
+from sae.train.loop import Trainer
+from sae.train.recipe import find_recipe
+from sae.train.sae import fold_normalization
+from sae.train.variant import RunConfig
+from sae.train.variants.switch import Balance, Switch
+
+
+@pytest.fixture
+def switch() -> Switch:
+    """Expert 0 where x_0 > x_1, else expert 1, two latents each, one of which is kept; sure of it to e^2 : 1."""
+    switch = Switch(d_in=2, experts=2, k=1)
+    switch.W_router.data = torch.eye(2)
+    return switch
+
+
+P = torch.tensor([2.0, 0.0]).softmax(0)[0].item()
+
+
+def test_latents_by_hand(switch) -> None:
+    x_BD = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    z_BF = torch.tensor([[1.0, 3.0, 9.0, 9.0], [9.0, 9.0, 4.0, -1.0]])
+    expected = torch.tensor([[0.0, 3 * P, 0.0, 0.0], [0.0, 0.0, 4 * P, 0.0]])
+    torch.testing.assert_close(switch(z_BF, x_BD), expected)
+
+
+def test_a_negative_latent_is_not_kept(switch) -> None:
+    assert not switch(torch.full((1, 4), -1.0), torch.tensor([[2.0, 0.0]])).any()
+
+
+def test_any_leading_shape() -> None:
+    torch.manual_seed(0)
+    switch, z, x = Switch(d_in=8, experts=4, k=2), torch.randn(3, 5, 16), torch.randn(3, 5, 8)
+    torch.testing.assert_close(switch(z, x).flatten(0, 1), switch(z.flatten(0, 1), x.flatten(0, 1)))
+
+
+def training_of(**options: object) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(find_recipe("switch").make(RunConfig(8, 32, 20, 64), {"k": 4, "experts": 4, **options}), 20, "cpu")
+
+
+def test_balance_is_one_where_all_get_their_share_and_the_count_where_one_gets_all() -> None:
+    training = training_of()
+    switch = training.variant.sae.activation[0]
+    switch.W_router.data = torch.eye(8)[:, :4] * 100
+    balance = Balance(switch)
+    even = training.variant(training.i, torch.eye(8)[:4].repeat(4, 1), training.optimizer)
+    assert balance(even).item() == pytest.approx(1.0) and even.notes["busiest_expert"] == 0.25
+    one = training.variant(training.i, torch.eye(8)[:1].repeat(16, 1), training.optimizer)
+    assert balance(one).item() == pytest.approx(4.0) and one.notes["busiest_expert"] == 1.0
+
+
+def test_balance_by_hand_and_its_gradient_through_probabilities_alone(switch) -> None:
+    training = Trainer(find_recipe("switch").make(RunConfig(2, 4, 20, 2), {"k": 1, "experts": 2}), 20, "cpu")
+    x_BD = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
+    step = training.variant(training.i, x_BD, training.optimizer)
+    loss = Balance(switch)(step)
+    mean_E = (x_BD @ switch.W_router).softmax(1).mean(0)
+    expected = 2 * (0.75 * mean_E[0] + 0.25 * mean_E[1])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, switch.W_router), torch.autograd.grad(expected, switch.W_router)
+    )
+
+
+def test_reconstruction_teaches_the_router() -> None:
+    training = training_of()
+    training.variant.terms["mse"](training.variant(training.i, torch.randn(64, 8), training.optimizer)).backward()
+    assert training.variant.sae.activation[0].W_router.grad.any()
+
+
+def test_normalisation_folds_into_the_router() -> None:
+    training = training_of(lr=1e-2, warmup=0)
+    for _ in range(10):
+        training.step(torch.randn(64, 8))
+    sae, mean_D, x_BD = training.variant.sae, torch.randn(8), 10 * torch.randn(256, 8)
+    assert sae.activation[0].b_router.any()
+    raw = fold_normalization(sae, 5.0, mean_D)
+    torch.testing.assert_close(raw.encode(x_BD), 5 * sae.encode((x_BD - mean_D) / 5), rtol=1e-4, atol=1e-4)
+
+
+def test_latents_of_one_expert_a_token() -> None:
+    training = training_of()
+    f_BF = training.variant(training.i, torch.randn(64, 8), training.optimizer).f_BF
+    used_BE = (f_BF.unflatten(1, (4, 8)) != 0).any(-1)
+    assert (used_BE.sum(1) == 1).all() and (f_BF != 0).sum(1).max() <= 4
+    assert used_BE.any(0).sum() > 1  # and not of the same one for all
+
+
+def test_experts_fit_the_dictionary() -> None:
+    assert training_of(experts=None, k=16).variant.sae.activation[0].experts == 2
+    with pytest.raises(UsageError, match="3 experts cannot share 32 latents"):
+        training_of(experts=3)
+    with pytest.raises(UsageError, match="at least k=9"):
+        training_of(k=9)

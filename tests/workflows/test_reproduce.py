@@ -1,0 +1,187 @@
+"""A paper's systems trained, evaluated and reported through the command line, on the tiny model."""
+
+import re
+import shutil
+from collections import namedtuple
+
+import pytest
+from typer.testing import CliRunner
+
+from sae.cli.main import app
+from sae.evaluate.papers.claims import PAPERS, load
+from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, width_of
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+
+
+def asked(**more):
+    return ReproduceConfig(**{
+        "model": "google/gemma-2-2b", "layers": None, "seeds": None, "reading": None, "steps": None, "batch_size": None,
+        "width": None, "dataset": None, "cache": None, "suite": None, "evaluate_tokens": None, "folder": None, "device": "cpu", "on_paper_model": True, **more,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("number", PAPERS)
+@pytest.mark.parametrize("reading", ["evidence", "field", "literal"])
+def test_every_recipe_takes_the_options_of_its_paper(number, reading):
+    from sae.train import variants  # noqa: F401
+    from sae.train.recipe import find_recipe
+    from sae.train.variant import Optimization
+
+    paper = load(number)
+    if reading not in [one.name for one in paper.readings]:
+        return
+    for job in jobs_of(paper, asked(reading=reading)):
+        known = {*find_recipe(job.recipe).options, *vars(Optimization())}
+        assert {option.split("=")[0] for option in job.options} <= known
+
+
+def test_on_the_papers_model_the_papers_sizes_are_run():
+    jobs = jobs_of(load("002"), asked())
+    assert {(job.steps, job.batch_size, job.layers, job.seeds) for job in jobs} == {(4882, 2048, (12,), (0, 1, 2))}
+    assert {job.width for job in jobs} == {"8x", "1x"}
+    elsewhere = jobs_of(
+        load("002"), asked(model="gemma-2-mini", on_paper_model=False, width="4x", steps=10, layers=[0])
+    )
+    assert {(job.steps, job.batch_size, job.dataset) for job in elsewhere} == {(10, None, None)}
+    assert {job.system: job.width for job in elsewhere} == {  # the small one stays an eighth
+        **dict.fromkeys(load("002").systems, "4x"), "small": "0.5x",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "main", "asked", "width"),
+    [
+        ("1x", "8x", None, "1x"),
+        ("8x", "8x", "16k", "16k"),
+        ("1x", "8x", "16k", "2k"),
+        ("1x", "8x", "512", "64"),
+        ("", "1x", None, None),
+    ],
+)
+def test_widths_keep_their_proportion(own, main, asked, width):
+    assert width_of(own, main, asked) == width
+
+
+def test_groups_hold_every_job_once_and_no_recipe_with_two_sets_of_options():
+    jobs = [
+        job
+        for number in PAPERS
+        for job in jobs_of(load(number), asked(on_paper_model=False, width="4x", steps=10, layers=[0], seeds=[0]))
+    ]
+    groups = group_by_pass(jobs)
+    assert sorted(map(hash, jobs)) == sorted(hash(job) for group in groups for job in group)
+    for group in groups:
+        assert len({job.together for job in group}) == 1
+        assert len({(job.recipe, job.options) for job in group}) == len({job.recipe for job in group})
+    assert len(groups) < 6  # most of five papers in one pass
+
+
+@pytest.fixture
+def cache(tiny_model, sentences, home):
+    done = call("harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--tokens", 3000, "--context", 32,
+                "--window", 1024, "--held-out", 0.1)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (folder,) = (home / "activations").iterdir()
+    return folder
+
+
+def test_a_paper_becomes_runs_and_a_page_and_the_second_time_nothing_is_made(cache, tiny_model, home):
+    words = ("reproduce", "003", "--model", tiny_model, "--cache", cache, "--layer", 1, "--seed", 0, "--seed", 1, "--steps", 20,
+             "--batch-size", 256, "--width", "2x", "--suite", "core", "--evaluate-tokens", 100)  # fmt: skip
+    done = call(*words)
+    assert done.exit_code == 0, done.output
+    (folder,) = (home / "reproduce").iterdir()
+    runs = sorted(path.name for path in (folder / "runs").iterdir())
+    assert [re.sub("-[0-9a-f]{6}$", "", name) for name in runs] == [
+        "decorrelation-L01-n64-s0", "decorrelation-L01-n64-s1", "relu-L01-n64-s0", "relu-L01-n64-s1",
+    ]  # fmt: skip
+    page = (folder / "003.html").read_text()
+    assert "Not the paper&#39;s model" in page or "Not the paper's model" in page
+    for claim in load("003").claims:
+        assert f'id="{claim.id}"' in page
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.s*")}
+    assert call(*words).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_dry_run_makes_nothing(tiny_model, sentences, home):
+    done = call("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
+                "--batch-size", 64, "--dry-run")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "train    6 SAEs: 2 recipes, 5 steps each\n" in done.output
+    heads = [line.split()[0] for line in done.output.splitlines()]
+    assert heads == ["model", "hook", "text", "size", "time", "cache", "train", "size", "memory", "time", "evaluate"]
+    assert not (home / "reproduce").exists() and not (home / "activations").exists()
+
+
+def test_a_dry_run_counts_what_is_there(tiny_model, sentences, home):
+    words = ("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
+             "--batch-size", 64, "--suite", "core", "--evaluate-tokens", 100, "--seed", 0)  # fmt: skip
+    assert call(*words).exit_code == 0
+    planned = call(*words, "--seed", 1, "--dry-run").output
+    assert "train    4 SAEs: 2 recipes, 5 steps each; 2 of them are there\n" in planned
+    assert "in 2 run folders" in planned
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["005"], "no paper 005"),
+        (["003", "--reading", "evidence"], "--reading evidence: paper 003 has field"),
+        (["003", "--steps", "0"], "--steps 0 is not positive"),
+        (["003", "--batch-size", "-1"], "--batch-size -1 is not positive"),
+        (["003", "--suite", "cor"], "there is no metric cor; did you mean core?"),
+    ],
+)
+def test_what_is_refused(words, said):
+    done = call("reproduce", *words)
+    assert done.exit_code == 2 and said in done.output, done.output
+
+
+def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, home):
+    """Its numbers would stand beside the paper's claims as if they were of the paper's model."""
+    done = call("reproduce", "003", "--cache", cache, "--layer", 1, "--steps", 5, "--batch-size", 64, "--dry-run")
+    assert done.exit_code == 2, done.output
+    assert f"holds activations of {tiny_model}" in done.output and "google/gemma-2-2b" in done.output
+
+
+@pytest.mark.parametrize(
+    ("paper", "words", "code", "said"),
+    [
+        ("003", ["--seed", "-1"], 2, "The seed -1 is out of range"),
+        ("003", ["--width", "0"], 2, "the width 0 is not positive"),
+        ("003", ["--out", "file"], 2, "file is no folder: a file is in its place"),
+        ("002", ["--width", "wide"], 2, "--width wide is no width"),
+        ("002", ["--width", ""], 2, "--width  is no width"),
+        ("003", [], 4, "runs of up to"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_what_cannot_be_trained_is_refused_before_the_harvest(
+    tiny_model, sentences, home, monkeypatch, paper, words, code, said, dry
+):
+    (home / "file").touch()
+    if code == 4:  # room for the harvest, and not for the runs
+        usage = namedtuple("Usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 200_000))
+    done = call("reproduce", paper, "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
+                "--batch-size", 64, *words, *dry)  # fmt: skip
+    assert done.exit_code == code and said in done.output, done.output
+    assert not (home / "reproduce").exists() and not (home / "activations").exists()
+
+
+def test_room_for_runs_is_what_activations_leave(tiny_model, sentences, home, monkeypatch):
+    words = ("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
+             "--batch-size", 64, "--dry-run")  # fmt: skip
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    needed = re.search(r"will need ([\d.]+) MB beside ([\d.]+) MB of activations", call(*words).output)
+    runs, activations = (1e6 * float(number) for number in needed.groups())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, int(runs + 1e5)))
+    enough = call(*words).exit_code == 0
+    assert activations < 1e5 and enough
+    monkeypatch.setattr("sae.harvest.plan.HarvestPlan.bytes_to_write", 10**6)
+    assert call(*words).exit_code == 4

@@ -1,0 +1,354 @@
+"""Training behind a harvest: the same bits whatever happens, never more on the disk than the ring, and what is refused.
+
+3,000 tokens in twelve windows of 256, four on the disk: six groups of 512 rows, 8 batches of 60 in each but the last.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import random
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from sae.cache.layout import Hook
+from sae.cache.reader import Cache, find_cache
+from sae.cli.main import app
+from sae.common.errors import Interrupted, SaeError, UnavailableError, UsageError
+from sae.common.files import read_json
+from sae.evaluate.plan import EvaluateConfig as Evaluate
+from sae.evaluate.run import evaluate
+from sae.harvest.plan import HarvestConfig as Harvest
+from sae.harvest.plan import plan as plan_harvest
+from sae.harvest.repair import repair
+from sae.harvest.run import harvest
+from sae.harvest.streaming import check_room, harvest_ahead, plan_ring
+from sae.train.checkpoint import tensors_of
+from sae.train.loop import Trainer
+from sae.train.plan import TrainConfig, plan
+from sae.train.recipe import find_recipe
+from sae.train.run import TrainProgress
+from sae.train.streaming import train_streaming
+from sae.train.variant import RunConfig
+from sae.workflows.stream import run_stream
+
+TOKENS, WINDOW, RING, BATCH = 3000, 256, 4, 60
+PER_GROUP, LEFT_FOR_THE_LAST = 8, 440 // BATCH
+STEPS = 5 * PER_GROUP + LEFT_FOR_THE_LAST
+WINDOW_BYTES = WINDOW * (2 * 32 + 4) + 2 * 32 * 8 + 3 * 4  # of an array: rows, norms, moments, checksums
+ORIGIN_BYTES = WINDOW * (4 + 2) + 2 * 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def asked(tiny_model: Path, sentences: Path) -> dict:
+    """What is asked of the harvest."""
+    return dict(model=str(tiny_model), dataset=str(sentences), tokens=TOKENS, context=32, window=WINDOW, batch_contexts=8, device="cpu")  # fmt: skip
+
+
+def request_of(*variants: str, **changes) -> TrainConfig:
+    settings = dict(
+        layers=[1], batch_size=BATCH, width="64", options=["k=4"], device="cpu", checkpoint_every=1000, log_every=1
+    )
+    return TrainConfig(list(variants), **settings | changes)
+
+
+def stream(asked: dict, request: TrainConfig, report: TrainProgress | None = None, ring: int = RING) -> list[Path]:
+    planned, windows = plan_ring(Harvest(layers=request.layers, **asked), ring)
+    request = TrainConfig(**vars(request) | {"ring": windows})
+    runs = plan(request)
+    train_streaming(runs, request, report or TrainProgress(), partial(harvest_ahead, planned, windows))
+    return [run.folder for run in runs]
+
+
+def the_ring() -> Path:
+    (folder,) = Path("activations").glob("*--stream")
+    return folder
+
+
+def windows_there(folder: Path) -> set[int]:
+    return {int(path.name[:6]) for path in folder.glob("commits/*.json")}
+
+
+def bytes_of_windows(folder: Path) -> int:
+    """Whatever windows put on the disk, half-written files too."""
+    sizes = []
+    for path in [*folder.glob("layer_*/c.*"), *folder.glob("row_*/c.*")]:
+        try:
+            sizes.append(path.stat().st_size)
+        except FileNotFoundError:  # renamed meanwhile
+            continue
+    return sum(sizes)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "sae.safetensors").read_bytes()
+
+
+def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked, tmp_path: Path) -> None:
+    """Laid out with numpy: chunks of a group in the order of its number, thirty lanes, two rows of each a batch."""
+    (folder,) = stream(asked, request_of("topk", order_seed=5))
+    cache = harvest(plan_harvest(Harvest(layers=[1], out=tmp_path / "whole", **asked)))
+    rows = [
+        torch.from_numpy(cache.chunk("layer_01", n).astype(np.int32)).short().view(torch.bfloat16) for n in range(12)
+    ]
+    first = torch.cat(rows[:2]).double()
+
+    torch.manual_seed(0)
+    variant = find_recipe("topk").make(RunConfig(32, 64, STEPS, BATCH), {"k": 4})
+    variant.adapt(first.mean(0).float(), float(first.square().sum(1).mean()))
+    training = Trainer(variant, STEPS, "cpu")
+    number, dropped = 0, 0
+    for group in range(6):
+        chunks = rows[2 * group : 2 * group + 2]
+        order = np.random.Generator(np.random.Philox(key=[5, group])).permutation(len(chunks))
+        laid = torch.cat([chunks[chunk] for chunk in order])
+        lanes = laid[: len(laid) // 30 * 30].view(30, -1, 32)
+        for at in range(0, lanes.shape[1] - 1, 2):
+            training.run_periodic(number, training.step(lanes[:, at : at + 2].reshape(BATCH, 32)))
+            number += 1
+        dropped += len(laid) - BATCH * (lanes.shape[1] // 2)
+    assert (number, dropped) == (STEPS, TOKENS - BATCH * STEPS)
+    state = load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "state.safetensors")
+    expected = tensors_of(training)
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_the_disk_never_holds_more_than_the_ring(asked) -> None:
+    """Nor windows of other groups than the one that is read and the next; at the end the text alone is left."""
+    seen, most = [], 0
+
+    def look(step: int, *_: object) -> None:
+        nonlocal most
+        folder, group = the_ring(), (step - 1) // PER_GROUP
+        most = max(most, bytes_of_windows(folder))
+        there = windows_there(folder)
+        assert {2 * group, 2 * group + 1} <= there <= set(range(2 * group, 2 * group + 4))
+        seen.append(there)
+        time.sleep(0.003)  # the harvest gets ahead
+
+    stream(asked, request_of("topk", layers=[0, 1]), TrainProgress(step=look))
+    assert len(seen) == 2 * STEPS and max(map(len, seen)) == RING
+    assert 3 * WINDOW_BYTES < most <= RING * (2 * WINDOW_BYTES + ORIGIN_BYTES)
+    assert bytes_of_windows(the_ring()) == 0 and windows_there(the_ring()) == set()
+    assert Cache(the_ring()).contexts(held_out=False).length.sum() > TOKENS
+
+
+def test_variants_and_layers_together_equal_each_alone(asked, tmp_path: Path) -> None:
+    together = stream(asked, request_of("topk", "batchtopk", layers=[0, 1]))
+    alone = stream(asked | {"out": tmp_path / "alone"}, request_of("batchtopk", layers=[1], out=tmp_path / "runs"))
+    assert weights(together[3]) == weights(alone[0])
+    assert len({weights(folder) for folder in together}) == 4
+
+
+# --- stopped, killed, failed --------------------------------------------------------------------------------------
+
+
+def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None:
+    """Stopped in the third group; the same command goes on with windows of the third group and later ones only."""
+    request, seen = request_of("topk"), set()
+
+    def press(step: int, *_: object) -> None:
+        if step == 2 * PER_GROUP + 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=rf"Stopped after step {2 * PER_GROUP + 3}; .* The same command goes on\.$"):
+        stream(asked, request, TrainProgress(step=press))
+    before = {path: path.stat().st_mtime_ns for path in the_ring().glob("commits/*.json")}
+    assert {4, 5} <= windows_there(the_ring()) <= {4, 5, 6, 7}
+    half_removed = the_ring() / "layer_01" / "c.3.0"  # as if a kill had come in between
+    half_removed.write_bytes(b"rows")
+
+    def look(*_: object) -> None:
+        assert not half_removed.exists()
+        seen.update(windows_there(the_ring()))
+        assert all(path.stat().st_mtime_ns == at for path, at in before.items() if path.exists())
+
+    (folder,) = stream(asked, request, TrainProgress(step=look))
+    assert seen == set(range(4, 12))
+    (whole,) = stream(asked | {"out": tmp_path / "ring"}, request_of("topk", out=tmp_path / "whole"))
+    assert weights(folder) == weights(whole)
+
+
+def test_a_run_that_comes_later_begins_at_the_beginning(asked, tmp_path: Path) -> None:
+    """With what another has left behind harvested again, to the same bits."""
+    stream(asked, request_of("topk"))
+    (later,) = stream(asked, request_of("relu", options=[]))
+    (alone,) = stream(asked | {"out": tmp_path / "ring"}, request_of("relu", options=[], out=tmp_path / "alone"))
+    assert weights(later) == weights(alone)
+
+
+def test_a_harvest_that_fails_stops_training_with_its_sentence_after_a_checkpoint(asked, tmp_path: Path) -> None:
+    request = request_of("topk")
+
+    def obstruct(step: int, *_: object) -> None:
+        origins = the_ring() / "row_pos"
+        if step == 1:
+            origins.rename(tmp_path / "away")
+            origins.write_text("in the way")
+
+    with pytest.raises(UnavailableError, match="Cannot write .*row_pos"):
+        stream(asked, request, TrainProgress(step=obstruct))
+    (the_ring() / "row_pos").unlink()
+    (tmp_path / "away").rename(the_ring() / "row_pos")
+    said: list[str] = []
+    (folder,) = stream(asked, request, TrainProgress(say=said.append))
+    assert re.fullmatch(r"topk-\S+ goes on from step (8|16|24).", said[0])
+    (whole,) = stream(asked | {"out": tmp_path / "ring"}, request_of("topk", out=tmp_path / "whole"))
+    assert weights(folder) == weights(whole)
+
+
+def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
+    """Five SIGKILLs, with the text unread, with windows half-written, between checkpoints and removals; bit for bit."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sae.harvest.run", "transformers.models.gemma2.modeling_gemma2", "datasets", "sae.train.streaming"])  # fmt: skip
+    given = {name: value for name, value in asked.items() if name not in ("model", "device")} | {"ring": RING}
+
+    def start(place: Path) -> multiprocessing.process.BaseProcess:
+        request = request_of("topk", "batchtopk", model=asked["model"], caches=[place / "ring"], out=place / "runs")
+        process = context.Process(target=run_stream, args=(request, given))
+        process.start()
+        return process
+
+    def finished(place: Path) -> dict[str, bytes]:
+        process = start(place)
+        process.join()
+        assert process.exitcode == 0
+        return {
+            path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*")
+            if path.is_file() and path.name[0] != "." and path.name not in ("metrics.jsonl", "sae.json", "run.json")
+        }  # fmt: skip
+
+    whole, killed = finished(tmp_path / "whole"), tmp_path / "killed"
+    rng, at_work = random.Random(0), 0
+    signs = ["ring/ring.json", "ring/commits/000001.*", *(f"runs/*/checkpoints/step-{PER_GROUP * n:08d}" for n in (1, 4)), "runs/*/sae.json"]  # fmt: skip
+    for sign in signs:
+        process = start(killed)
+        while process.is_alive() and not list(killed.glob(sign)):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        at_work += process.exitcode == -signal.SIGKILL
+    assert at_work >= 3  # a quick machine may be done before the last of them
+    assert finished(killed) == whole
+
+
+def test_a_stop_while_there_is_nothing_to_read_yet(asked) -> None:
+    @contextlib.contextmanager
+    def never(groups: range, say: object):
+        signal.raise_signal(signal.SIGTERM)
+        yield
+
+    _, windows = plan_ring(Harvest(layers=[1], **asked), RING)
+    request = request_of("topk", ring=windows)
+    with pytest.raises(Interrupted, match="Stopped while waiting for the harvest"):
+        train_streaming(plan(request), request, TrainProgress(), never)
+
+
+def test_nothing_is_harvested_for_runs_that_are_given_up(asked) -> None:
+    seen: set[int] = set()
+    with pytest.raises(SaeError, match="was not finite at step"):
+        stream(
+            asked,
+            request_of("topk", options=["lr=1e38"]),
+            TrainProgress(say=lambda _: seen.update(windows_there(the_ring()))),
+        )
+    assert max(seen) <= 3 and windows_there(the_ring()) <= {2, 3, 4, 5}
+
+
+# --- what comes after ---------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_run_is_evaluated_on_the_text_that_was_held_out(asked) -> None:
+    (folder,) = stream(asked, request_of("topk"))
+    (row,) = evaluate(Evaluate(runs=[folder], tokens=60, device="cpu", references=False))
+    assert 0 < row.results["core"].metrics["sparsity"]["l0"] <= 4
+    origin = read_json(folder / "sae.json")["origin"]
+    assert (origin["layer"], origin["context"], origin["cache"]) == (1, 32, str(the_ring().resolve()))
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["waited_for_data"] > 0
+
+
+def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
+    def stop(step: int, *_: object) -> None:
+        if step == PER_GROUP + 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        stream(asked, request_of("topk"), TrainProgress(step=stop))
+    shown = CliRunner().invoke(app, ["cache", "list"]).stdout
+    assert re.search(r"--stream   \S+, rolling, windows 2-[345] of 12, 3,000 rows", shown)
+    with pytest.raises(UsageError, match="keeps only the windows"):
+        harvest(plan_harvest(Harvest(layers=[1], out=the_ring(), **asked)))
+    with pytest.raises(UsageError, match="keeps only the windows"):
+        repair(the_ring())
+    with pytest.raises(UsageError, match="is rolling, windows 2-"):
+        plan(request_of("topk", caches=[the_ring()]))
+    with pytest.raises(UsageError, match="No cache holds layer 1. Make one with"):
+        find_cache(None, Hook(1))
+    (folder,) = Path("runs").iterdir()
+    with pytest.raises(UsageError, match="repeat the `sae train --stream` command"):
+        plan(TrainConfig(resume=[folder]))
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--stream --ring 3", "--ring 3 cannot be halved"),
+        ("--stream --ring 0", "--ring 0 cannot be halved"),
+        (f"--stream --steps {STEPS + 1}", f"--steps {STEPS + 1} is more than there is: 3,000 tokens are {STEPS} batches of 60"),
+        ("--stream --batch-size 600", "Half of the ring holds 512 rows, fewer than one batch of 600"),
+        ("--stream --resume runs/topk", "--resume cannot be given with --stream"),
+        ("--stream --cache a --cache b", "--stream fills one folder"),
+        ("--stream --cache kept", "kept is a cache to keep"),
+        ("--stream --cache theirs", "theirs holds thesis.tex, but no activation cache"),
+        ("--ring 4", "--tokens, --ring, --dataset, --context, --window can only be given with --stream"),
+    ],
+)  # fmt: skip
+def test_refused_with_a_sentence_and_nothing_is_written(asked, home: Path, words: str, sentence: str) -> None:
+    (home / "kept").mkdir()
+    (home / "kept" / "zarr.json").write_text("{}")
+    (home / "theirs").mkdir()
+    (home / "theirs" / "thesis.tex").write_text("")
+    words += f" --model {asked['model']} --dataset {asked['dataset']} --tokens {TOKENS} --context 32 --window {WINDOW}"
+    result = CliRunner().invoke(app, f"train --variant topk --layer 1 --batch-size {BATCH} {words}".split())
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert f"error: {sentence}" in result.stderr
+    assert {path.name for path in home.rglob("*")} == {"kept", "zarr.json", "theirs", "thesis.tex"}
+
+
+def test_the_number_of_tokens_has_to_be_given(asked) -> None:
+    with pytest.raises(UsageError, match="--stream needs --tokens"):
+        stream(asked | {"tokens": None}, request_of("topk"))
+
+
+@pytest.mark.parametrize(
+    ("windows", "said"),
+    [(3.5, "--ring 2 would fit"), (1.5, "--ring 2 --window 191 would fit"), (0, "Free space first")],
+)
+def test_a_disk_too_small_for_the_ring_is_refused_with_what_would_fit(asked, monkeypatch, windows, said) -> None:
+    planned, ring = plan_ring(Harvest(layers=[1], **asked), RING)
+    free = 1.02 * (windows * WINDOW * planned.bytes_per_token + 5 * TOKENS)
+    monkeypatch.setattr("sae.harvest.streaming.free_space", lambda folder: int(free))
+    with pytest.raises(UnavailableError, match=f"4 windows of 256 rows needs .* {said}"):
+        check_room(planned, ring)
