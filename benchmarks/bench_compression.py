@@ -18,8 +18,8 @@ import torch
 from common import D_IN, in_rounds, machine, model_like_rows
 from sae.cache.chunks import Shard, encode_chunk, write_chunk
 from sae.cache.layout import Hook, Layout
-from sae.harvest.plan import HarvestConfig, plan
-from sae.harvest.run import harvest
+from sae.harvest.plan import HarvestConfig, plan_harvest
+from sae.harvest.run import run_harvest
 
 LAYERS = (5, 12, 19)
 
@@ -29,7 +29,7 @@ def harvested_rows(folder: Path, tokens: int) -> dict[str, np.ndarray]:
     request = HarvestConfig(
         model="gemma-2-mini", layers=LAYERS, tokens=tokens, window=tokens, device="cpu", out=folder / "harvested"
     )
-    cache = harvest(plan(request))
+    cache = run_harvest(plan_harvest(request))
     chunks = range(len(cache.chunk_rows))
     return {f"gemma-2-mini, layer {n}": np.concatenate([cache.chunk(Hook(n).array, i) for i in chunks]) for n in LAYERS}
 

@@ -21,11 +21,11 @@ import torch
 from common import AnonymousPeak, Spent, machine
 from sae.cache.reader import Cache
 from sae.evaluate.latents.inspection import RunView, open_run
-from sae.evaluate.pages.dashboard import dashboard
+from sae.evaluate.pages.dashboard import dashboard_page
 from sae.evaluate.pages.page import write_page
 from sae.harvest import mini
-from sae.harvest.plan import HarvestConfig, plan
-from sae.harvest.run import harvest
+from sae.harvest.plan import HarvestConfig, plan_harvest
+from sae.harvest.run import run_harvest
 from sae.train.activations import TopK
 from sae.train.sae import SAE, save_sae
 
@@ -53,7 +53,7 @@ def made(found: RunView, path: Path) -> tuple[float, float]:
     """Seconds of the processor and megabytes of memory, those of torch included, that the page takes to make."""
     started = Spent.now()
     with AnonymousPeak() as peak:
-        write_page(path, dashboard(found, torch.arange(found.sae.d_sae), "", lambda done, total, note="": None))
+        write_page(path, dashboard_page(found, torch.arange(found.sae.d_sae), "", lambda done, total, note="": None))
     return Spent.since(started).processor, peak.mb
 
 
@@ -93,7 +93,7 @@ def main() -> None:
         os.environ["SAE_HOME"] = folder
         browser = running.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         request = HarvestConfig(model=mini.NAME, layers=(LAYER,), tokens=10 * asked.tokens)
-        cache = harvest(plan(request))
+        cache = run_harvest(plan_harvest(request))
         for latents in asked.latents:
             found = open_run(random_run(Path(folder) / "runs" / str(latents), cache, latents), asked.tokens)
             page = Path(folder) / f"{latents}.html"

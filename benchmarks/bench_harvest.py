@@ -30,8 +30,8 @@ from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook, Layout
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.harvest.model import LanguageModel
-from sae.harvest.plan import HarvestConfig, HarvestPlan, plan
-from sae.harvest.run import WindowComputer, cut_text, harvest, layout_of, load
+from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
+from sae.harvest.run import WindowComputer, cut_text, layout_of, load, run_harvest
 
 LAYERS, WIDE = (5, 12, 19), 2304
 
@@ -83,7 +83,7 @@ def passes_of(planned: HarvestPlan, contexts: Contexts) -> list[Tensor]:
         return original(model, ids_NS, hooks)
 
     with mock.patch.object(LanguageModel, "capture_hooks", keep):
-        harvest(planned)
+        run_harvest(planned)
     return passes
 
 
@@ -101,7 +101,7 @@ def harvested(planned: HarvestPlan, contexts: Contexts, splits: list[dict[str, f
         begun(planned, contexts)
         with watched(WindowComputer, "window") as model, watched(CacheWriter, "write_window") as writer:
             started = Spent.now()
-            harvest(planned)
+            run_harvest(planned)
             spent = Spent.since(started)
         last = model.of[-1][1]
         splits.append(
@@ -139,7 +139,7 @@ def written(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[], fl
 def peak_of_harvest(folder: str, windows: int, window: int) -> float:
     torch.set_num_threads(1)
     with AnonymousPeak() as peak:
-        harvest(plan(request(Path(folder), windows * window, window)))
+        run_harvest(plan_harvest(request(Path(folder), windows * window, window)))
     return peak.mb
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     print(machine("transformers", "zarr"))
     with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
         folder = Path(temporary)
-        three = plan(request(folder / "three", asked.tokens, asked.window))
+        three = plan_harvest(request(folder / "three", asked.tokens, asked.window))
         one = replace(three, folder=folder / "one", hooks=[Hook(19)])
         contexts, splits = cut_text(three), []
         passes = passes_of(three, contexts)

@@ -267,7 +267,7 @@ def open_cache(folder: Path | str) -> Cache:
     return Cache(folder)
 
 
-def caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
+def list_caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
     """Every cache under `activations/` by its folder; one that does not open stands there as its error."""
     found: dict[Path, Cache | SaeError] = {}
     for path in sorted((root or sae_home() / "activations").glob("*/zarr.json")):
@@ -285,7 +285,7 @@ def model_name(asked: str | None) -> str | None:
 
 def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache:
     """The one whole cache of this model and hook; UsageError lists them when it is none or several."""
-    everything, model = caches(root), model_name(model)
+    everything, model = list_caches(root), model_name(model)
     opened = [cache for cache in everything.values() if isinstance(cache, Cache)]
     matching = [c for c in opened if model in (None, c.model) and hook in c.hooks]
     if len(matching) == 1:

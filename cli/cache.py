@@ -29,10 +29,10 @@ def describe(statistics: dict[str, Any]) -> str:
 @cli_command
 def list_() -> None:
     """Every cache, with its model, arrays and rows."""
-    from ..cache.reader import caches
+    from ..cache.reader import list_caches
     from ..common.files import sae_home
 
-    found = caches()
+    found = list_caches()
     if not found:
         typer.echo(f"no caches under {sae_home() / 'activations'}; `sae harvest` makes one")
     for folder, cache in found.items():

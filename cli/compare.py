@@ -44,12 +44,13 @@ def compare(
     for path in out or []:
         if path.suffix not in ENDINGS:
             raise UsageError(f"--out {path}: the ending says what is written. Give one of {', '.join(ENDINGS)}.")
-    found = comparing.compare(runs, mix, references)
+    found = comparing.compare_runs(runs, mix, references)
     beside = None if against is None else comparing.paired_table(found, against)
     for difference in found.differences:
         echo(f"differs  {difference}")
     show_table(
-        f"{format_count(len(found.runs), 'run')}, {format_count(len(found.systems), 'system')}", *comparing.table(found)
+        f"{format_count(len(found.runs), 'run')}, {format_count(len(found.systems), 'system')}",
+        *comparing.comparison_table(found),
     )
     if beside is not None:
         show_table(f"against {against}, paired by seed", *beside)

@@ -33,7 +33,7 @@ def dashboard(
     from ..common.formatting import format_bytes
     from ..evaluate.latents.inspection import open_run
     from ..evaluate.pages.dashboard import check_out, drawn_latents
-    from ..evaluate.pages.dashboard import dashboard as make
+    from ..evaluate.pages.dashboard import dashboard_page as make
     from ..evaluate.pages.page import write_page
 
     path = check_out(out or run / "dashboard.html")
@@ -66,7 +66,7 @@ def inspect(
     from ..common.formatting import format_count
     from ..evaluate.latents.inspection import check_latents, open_run
     from ..evaluate.latents.stats import latent_stats
-    from ..evaluate.pages.terminal import latent_text, printed, prompt_table
+    from ..evaluate.pages.terminal import latent_text, print_blocks, prompt_table
 
     latents = list(dict.fromkeys(latent or ()))
     if not latents and prompt is None:
@@ -81,7 +81,7 @@ def inspect(
 
         echo(f"inspect  {found.row.name}: {format_count(len(latents), 'latent')} on {found.tokens:,} held-out tokens")
         with bar("inspect", "") as shown:
-            numbers = latent_stats(found.bench, found.sae, found.hook, tensor(latents), shown)
+            numbers = latent_stats(found.ctx, found.sae, found.hook, tensor(latents), shown)
         printing += [latent_text(found, numbers, place) for place in range(len(latents))]
-    printed(printing)
+    print_blocks(printing)
     echo(f"next     sae dashboard {quote(str(run))}     (all latents, as a page)")

@@ -13,11 +13,11 @@ from .console import cli_command
 def env() -> None:
     """A report to paste into a bug report: versions, machine, folders. It never prints a token."""
     from ..common.device import best_device
-    from ..common.environment import PACKAGE, environment
+    from ..common.environment import PACKAGE, environment_record
     from ..common.files import free_space, sae_home
     from ..common.formatting import format_bytes
 
-    found = environment()
+    found = environment_record()
     versions, source = found["versions"], found["source"]
     changed = {True: ", changed since", False: "", None: ", unknown whether changed"}[source["changed"]]
     folder = sae_home()

@@ -4,20 +4,21 @@ import json
 import time
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from .console import bar, echo, show_table
+from .console import bar, cli_command, echo, show_table
+from .options import Device, Tokens
 
 
 def run_evaluate(request: Any, as_json: bool = False, dry_run: bool = False) -> list[Any]:
-    from ..evaluate.plan import plan, unfinished
-    from ..evaluate.run import execute
+    from ..evaluate.plan import plan_evaluation, unfinished
+    from ..evaluate.run import run_evaluation
     from ..evaluate.tables import notes, tables
 
     started = time.monotonic()
-    planned = plan(request)
+    planned = plan_evaluation(request)
     for folder in unfinished(request.runs):
         echo(f"skipped  {folder} is not trained to its end: sae train --resume {quote(str(folder))}")
     foreseen = show_plan(planned)
@@ -25,7 +26,7 @@ def run_evaluate(request: Any, as_json: bool = False, dry_run: bool = False) -> 
         if planned.refused:
             raise typer.Exit(1)
         return []
-    rows = execute(planned, lambda metric: bar(f"evaluate {metric}", ""))
+    rows = run_evaluation(planned, lambda metric: bar(f"evaluate {metric}", ""))
     if as_json:
         typer.echo(json.dumps([row.flat() for row in rows], indent=2))
     else:
@@ -57,7 +58,7 @@ def lenient(planned: Any) -> bool:
 
 def failures(rows: Any) -> set[tuple[str, str]]:
     """Metric and sentence, each once."""
-    return {(m, str(error)) for row in rows if not row.subject.reference for m, error in row.failed.items()}
+    return {(m, str(error)) for row in rows if not row.target.reference for m, error in row.failed.items()}
 
 
 def left_out(planned: Any) -> str:
@@ -75,19 +76,19 @@ def show_plan(planned: Any) -> set[tuple[str, str]]:
         unnamed = [name for name in names if name not in sentence]
         echo(f"refused  {sentence}" + (f" ({', '.join(unnamed)})" if unnamed else ""))
     for group in planned.groups:
-        bench = group.bench
-        layers = sorted({row.subject.layer for row in group.rows})
+        ctx = group.ctx
+        layers = sorted({row.target.layer for row in group.rows})
         behind = ", ".join(
-            f"{sum(row.subject.layer == layer for row in group.rows)} after layer {layer}" for layer in layers
+            f"{sum(row.target.layer == layer for row in group.rows)} after layer {layer}" for layer in layers
         )
         beside = "; beside them identity, zero, a PCA and a random dictionary" if planned.request.references else ""
         echo(f"runs     {behind}{beside}")
-        identity = bench.identity
+        identity = ctx.identity
         echo(
-            f"model    {identity['model']} at {identity['revision'][:12]}, computed in {identity['llm_dtype']} on {bench.device}"
+            f"model    {identity['model']} at {identity['revision'][:12]}, computed in {identity['llm_dtype']} on {ctx.device}"
         )
-        tokens = int(bench.contexts.length.sum())
-        echo(f"text     {tokens:,} held-out tokens in {len(bench.contexts):,} contexts of {group.cache.folder}")
+        tokens = int(ctx.contexts.length.sum())
+        echo(f"text     {tokens:,} held-out tokens in {len(ctx.contexts):,} contexts of {group.cache.folder}")
     for metric in planned.metrics:
         kept = sum(metric.name in row.results for row in planned.rows)
         todo = sum(len(group.todo(metric.name)) for group in planned.groups)
@@ -98,11 +99,11 @@ def show_plan(planned: Any) -> set[tuple[str, str]]:
     for metric, sentence in sorted(foreseen):
         echo(f"not run  {metric}: {sentence}")
     if any(group.todo(metric.name) for group in planned.groups for metric in planned.metrics):
-        shelf = planned.shelf.folder
-        there = folder_bytes(shelf)
+        artifacts = planned.artifacts.folder
+        there = folder_bytes(artifacts)
         echo(
-            f"writes   evaluations/<metric>.json of each run; what no SAE changes is kept in {shelf} "
-            f"({format_bytes(there)} now, {format_bytes(free_space(shelf))} free)"
+            f"writes   evaluations/<metric>.json of each run; what no SAE changes is kept in {artifacts} "
+            f"({format_bytes(there)} now, {format_bytes(free_space(artifacts))} free)"
         )
     return foreseen
 
@@ -125,3 +126,43 @@ def runs_text(runs: Any) -> str:
         if {path for path in parent.iterdir() if not path.name.startswith(".")} == set(map(Path, runs)):
             return f"{quote(str(parent))}/*"
     return " ".join(quote(str(run)) for run in runs)
+
+
+@cli_command
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; those of one cache share every pass of the model.")],
+    suite: Annotated[str, typer.Option(help="quick, full, or metrics by name: core,...")] = "quick",
+    tokens: Tokens = None,
+    mode: Annotated[
+        str, typer.Option(help="Definitions: 0.6.0 (SAEBench now) or 2024-12 (behind the papers).")
+    ] = "0.6.0",
+    model: Annotated[str | None, typer.Option(help="Refuse runs of another model.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Whose held-out text is read, of the runs' model. Default: the cache that they were trained on."
+        ),
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="metric.option=value. Repeats.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with datasets: <name on the Hub>/<split>.jsonl or .parquet.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what was measured.")] = False,
+    references: Annotated[
+        bool, typer.Option(help="Add rows for the identity, zero, a PCA and a random dictionary.")
+    ] = True,
+    dtype: Annotated[str, typer.Option(help="What the model computes in: auto, bfloat16, float32.")] = "auto",
+    device: Device = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Runs -> numbers: splice each SAE into the model and measure what it costs, on held-out text."""
+    from ..evaluate.plan import EvaluateConfig
+
+    request = EvaluateConfig(
+        runs=runs, suite=suite, tokens=tokens, mode=mode, model=model, cache=cache, options=set_ or [], data=data, force=force,
+        references=references, device=device, dtype=dtype,
+    )  # fmt: skip
+    rows = run_evaluate(request, json_, dry_run)
+    if rows and (command := next_evaluate(request)):
+        echo(f"next     {command}")

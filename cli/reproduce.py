@@ -61,14 +61,14 @@ def reproduce(
     from ..cache.reader import model_name
     from ..common.errors import UsageError
     from ..common.files import sae_home
-    from ..evaluate.metrics.registry import metrics_of
+    from ..evaluate.metrics.registry import metrics_of_suite
     from ..evaluate.papers.claims import PAPERS, load
 
     for flag, number in (("steps", steps), ("batch-size", batch_size)):
         if number is not None and number < 1:
             raise UsageError(f"--{flag} {number} is not positive. Leave it out for the paper's.")
     if suite is not None:  # now, and not when hours of training are over
-        metrics_of(suite)
+        metrics_of_suite(suite)
     chosen = [load(number) for number in (PAPERS if ALL in papers else dict.fromkeys(papers))]
     asked = ReproduceConfig(
         model, layer, seed, reading, steps, batch_size, width, dataset, cache, suite, evaluate_tokens,
@@ -135,12 +135,12 @@ def estimate_runs(group: Sequence[Job], source: Any, asked: ReproduceConfig) -> 
     """What of the group is still to train, and into which folder: a list for what shares a pass."""
     from ..cache.layout import Hook
     from ..cache.reader import Cache
-    from ..train.plan import check_seeds, group_by_pass, parse_options, plan, width_of
+    from ..train.plan import check_seeds, group_by_pass, parse_options, parse_width, plan_training
     from ..train.recipe import find_recipe
     from ..train.variant import RunConfig
 
     if (cache := source if isinstance(source, Cache) else source.harvested) is not None:
-        todo = [run for run in plan(train_config(group, cache.folder, asked)) if not run.done]
+        todo = [run for run in plan_training(train_config(group, cache.folder, asked)) if not run.done]
         return [[(run.planned, run.folder) for run in stream] for stream in group_by_pass(todo)]
     first, found = group[0], []
     check_seeds(*first.seeds)
@@ -149,7 +149,7 @@ def estimate_runs(group: Sequence[Job], source: Any, asked: ReproduceConfig) -> 
         for name, options in options_by_recipe(group).items():
             recipe = find_recipe(name)
             given = parse_options([f"{name}.{option}" for option in options], [recipe])[name]
-            sizes = d_in, width_of(first.width, recipe, d_in), first.steps, first.batch_size or recipe.batch_size
+            sizes = d_in, parse_width(first.width, recipe, d_in), first.steps, first.batch_size or recipe.batch_size
             run = (recipe, given, RunConfig(*sizes, literal=first.literal)), asked.folder / "runs" / "not yet begun"
             stream += [run] * len(first.seeds)
         found.append(stream)
@@ -218,9 +218,9 @@ def written(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: ReproduceConf
     from ..evaluate.compare import read_run
     from ..evaluate.pages.page import write_page
     from ..evaluate.pages.reproduction import reproduction_page
-    from ..evaluate.papers.report import report, trained
+    from ..evaluate.papers.report import build_report, trained
 
-    found = report(
+    found = build_report(
         paper,
         [trained(job.system, job.recipe, read_run(folder)) for job, folders in runs.items() for folder in folders],
         asked.on_paper_model,

@@ -1,19 +1,25 @@
 """What `sae train` prints: its plan, its progress, what came of it."""
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from .console import bar, echo, show_table
+import typer
+
+from .config_file import ORIGINS
+from .console import bar, cli_command, echo, show_table
+from .evaluate import runs_text
+from .options import STREAM, Caches, Device, Layers, StreamTokens
 
 
 def run_train(request: Any, dry_run: bool = False, carry_out: Any = None, beside: Any = None) -> list[Any]:
     """The runs. `beside`: folders and the bytes that something else writes there meanwhile."""
     from ..common.formatting import format_count
     from ..train.loggers import Loggers
-    from ..train.plan import group_by_pass, plan
-    from ..train.run import TrainProgress, run_all
+    from ..train.plan import group_by_pass, plan_training
+    from ..train.run import TrainProgress, run_training
 
-    runs = plan(request, beside or {})
+    runs = plan_training(request, beside or {})
     for run in runs:
         s = run.setting
         echo(
@@ -47,7 +53,7 @@ def run_train(request: Any, dry_run: bool = False, carry_out: Any = None, beside
             if len(runs) > 1:
                 shown.table(["run", *TRAINED], [[name, *summary(found)] for name, found in latest.items()])
 
-        (carry_out or run_all)(runs, request, TrainProgress(step, shown.say))
+        (carry_out or run_training)(runs, request, TrainProgress(step, shown.say))
     if latest:
         lines = [[name, *summary(found)] for name, found in latest.items()]
         show_table("trained (means over the last logged steps)", ["run", *TRAINED], lines)
@@ -98,3 +104,89 @@ def show_time(group_by_pass: Any, device: str) -> None:
     echo(
         f"time     about {format_duration(seconds)} of training on {device}, by the time of a few steps of each recipe"
     )
+
+
+@cli_command
+def train(
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", help="A recipe (`sae variants`). Repeats: all are trained on one pass."),
+    ] = None,
+    layer: Layers = None,
+    site: Annotated[str, typer.Option(help="resid_post, mlp_out or attn_z.")] = "resid_post",
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeats.")] = None,
+    cache: Caches = None,
+    model: Annotated[
+        str | None, typer.Option(help="Choose the cache by its model; with --stream, the model to harvest.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: one epoch of the cache.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tokens in a batch. Default: the recipe's.")] = None,
+    width: Annotated[
+        str | None, typer.Option(help="Latents: 2304, 16k, or 8x for eight times d_in. Default: the recipe's.")
+    ] = None,
+    l0: Annotated[
+        list[float] | None, typer.Option("--l0", help="Latents a token, for any recipe. Repeats: a run for each.")
+    ] = None,
+    literal: Annotated[
+        bool, typer.Option("--literal", help="The paper's letter, also where it is void, and its constants unscaled.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="option=value or variant.option=value. Repeats.")
+    ] = None,
+    resume: Annotated[list[Path] | None, typer.Option(help="Go on with a run folder. Repeats.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where run folders go. Default: runs/.")] = None,
+    order_seed: Annotated[int, typer.Option(help="Order of the batches, shared by all variants.")] = 0,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
+    log: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or trackio, besides metrics.jsonl. Repeats.")
+    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile the steps: another run, in its last bits. Not faster on a CPU."),
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Harvest while training, and keep only a ring of activations on the disk.")
+    ] = False,
+    tokens: StreamTokens = None,
+    ring: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=STREAM, help="Windows on the disk at most, an even number. Default: 4."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(rich_help_panel=STREAM, help="As in `sae harvest`.")] = None,
+    context: Annotated[
+        int | None, typer.Option(rich_help_panel=STREAM, help="Tokens in a context. Default: 128.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(rich_help_panel=STREAM, help="Rows in a window. Default: 262,144.")
+    ] = None,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache, or with --stream over a text."""
+    from ..common.errors import UsageError
+    from ..train.plan import TrainConfig
+
+    if not variant and not resume:
+        raise UsageError(
+            "Say what to train: --variant batchtopk, or several; `sae variants` lists them. Or --resume runs/..."
+        )
+    request = TrainConfig(
+        variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
+        l0=l0 or (), literal=literal, options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (), compiled=compiled,
+        origins=ORIGINS.get({}),
+    )  # fmt: skip
+    of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
+    given = {name: value for name, value in of_stream.items() if value is not None}
+    if stream:
+        from ..workflows.stream import run_stream
+
+        runs = run_stream(request, given, dry_run)
+    elif given:
+        raise UsageError(
+            f"{', '.join(f'--{name}' for name in given)} can only be given with --stream. A cache has its own."
+        )
+    else:
+        runs = run_train(request, dry_run)
+    if not dry_run:
+        echo(f"next     sae evaluate {runs_text([run.folder for run in runs])}")

@@ -27,7 +27,7 @@ VARIABLES = (
 )  # fmt: skip
 
 
-def environment() -> dict[str, Any]:
+def environment_record() -> dict[str, Any]:
     """Versions, machine, source and settings, as JSON can hold them."""
     import torch
 

@@ -64,7 +64,7 @@ class ComparedRun:
     reference: bool = False
 
     @property
-    def subject(self) -> "ComparedRun":  # as `notes` asks a row of an evaluation
+    def target(self) -> "ComparedRun":  # as `notes` asks a row of an evaluation
         return self
 
     def value(self, metric: str, number: MetricColumn) -> float | None:
@@ -112,7 +112,7 @@ class Comparison:
         return [(m, n) for m, n in found if any(run.value(m, n) is not None for run in self.runs)]
 
 
-def compare(folders: Sequence[Path], mix: bool = False, references: bool = True) -> Comparison:
+def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = True) -> Comparison:
     """Read the runs' results. Raises UsageError for runs without any, and, unless `mix`, for those that differ in more
     than what was trained."""
     if not folders:
@@ -222,7 +222,7 @@ def label_of(run: ComparedRun, several: set[str]) -> str:
     return " ".join([run.run.get("variant", run.name), *kept, *options])
 
 
-def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Heads, and a line for each system and then each reference."""
     columns = comparison.columns
     heads = ["system", *(headed(metric, number) for metric, number in columns)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache.contexts import Contexts
 from ..harvest.model import LanguageModel
-from .shelf import ArtifactCache
+from .artifacts import ArtifactCache
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class EvalContext:
     mode: str
     identity: dict[str, Any]
     text: dict[str, Any]
-    shelf: ArtifactCache
+    artifacts: ArtifactCache
     data: Path | None = None
     device: str = "cpu"  # where the model computes
     config: Any = None  # of the model

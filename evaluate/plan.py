@@ -11,18 +11,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..cache.reader import Cache, caches, is_ring, model_name
+from ..cache.reader import Cache, is_ring, list_caches, model_name
 from ..common.device import best_device, best_dtype
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.files import digest_of, os_error, read_json, sae_home
 from ..common.formatting import format_bytes
 from ..harvest.model import LanguageModel, ModelSource, find_model, load_model, load_tokenizer
 from ..train.sae import SAE, load_sae, sae_spec
+from .artifacts import ArtifactCache, sweep
 from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, Result, check_mode
-from .metrics.registry import metrics_of
+from .metrics.registry import metrics_of_suite
 from .results import read_result
-from .shelf import ArtifactCache, sweep
 
 HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
 ROOM, ROOM_OF_A_LATENT = 1 << 20, 1024  # bytes that have to be free for the results of a run
@@ -51,7 +51,7 @@ class EvalRow:
     """One line of the tables: a run, an SAE that Python gave, or something to read it against."""
 
     name: str
-    subject: EvalTarget
+    target: EvalTarget
     folder: Path | None = None  # its results are in evaluations/ there; of an object, nowhere
     record: dict[str, Any] = field(default_factory=dict)  # sae.json, or what the reference is
     weights: str = ""  # the digest of all that encodes and decodes, and of the layer
@@ -66,7 +66,7 @@ class EvalRow:
             for category, group in result.metrics.items()
             for name, value in group.items()
         }
-        return {"name": self.name, "layer": self.subject.layer, **values, **{m: str(e) for m, e in self.failed.items()}}
+        return {"name": self.name, "layer": self.target.layer, **values, **{m: str(e) for m, e in self.failed.items()}}
 
 
 @dataclass
@@ -74,7 +74,7 @@ class EvalGroup:
     """The rows of one cache: they share every pass of the model. `settings` are of the metrics that can be measured."""
 
     cache: Cache
-    bench: EvalContext
+    ctx: EvalContext
     rows: list[EvalRow]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -88,7 +88,7 @@ class EvaluatePlan:
     request: EvaluateConfig
     metrics: list[Metric]
     groups: list[EvalGroup]
-    shelf: ArtifactCache
+    artifacts: ArtifactCache
     refused: dict[Path, SaeError] = field(default_factory=dict)  # runs that cannot be evaluated
     notes: list[str] = field(default_factory=list)
 
@@ -97,7 +97,7 @@ class EvaluatePlan:
         return [row for group in self.groups for row in group.rows]
 
 
-def plan(request: EvaluateConfig) -> EvaluatePlan:
+def plan_evaluation(request: EvaluateConfig) -> EvaluatePlan:
     """Open the runs, find their text, and see what was measured with the same settings before.
 
     A run that cannot be evaluated is in `Plan.refused`, a metric that cannot be measured in `Row.failed`; when nothing
@@ -107,7 +107,7 @@ def plan(request: EvaluateConfig) -> EvaluatePlan:
     if not request.runs:
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
     found = EvaluatePlan(request, metrics, [], ArtifactCache(sae_home() / "activations" / "evaluation"))
-    begun, here = unfinished(request.runs), caches()
+    begun, here = unfinished(request.runs), list_caches()
     rows: dict[Path, list[EvalRow]] = {}
     for folder, given in {path.resolve(): path for path in request.runs}.items():
         if given in begun and len(begun) < len(request.runs):
@@ -134,19 +134,19 @@ def plan(request: EvaluateConfig) -> EvaluatePlan:
     raise_if_nothing_is_left(found)
     if any(group.todo(metric.name) for group in found.groups for metric in metrics):
         try:
-            check_writable(found.shelf.folder, 0)
+            check_writable(found.artifacts.folder, 0)
         except UnavailableError as error:
             raise UnavailableError(
                 f"{error} What no SAE changes is kept there; SAE_HOME=... names another home."
             ) from error
-        sweep(found.shelf.folder)
+        sweep(found.artifacts.folder)
     return found
 
 
 def check(request: EvaluateConfig) -> tuple[list[Metric], str, str]:
     """The metrics, the device and the dtype; UsageError for what makes no sense, whatever the SAEs are."""
     check_mode(request.mode)
-    metrics = metrics_of(request.suite, request.options)
+    metrics = metrics_of_suite(request.suite, request.options)
     if request.tokens is not None and request.tokens <= 0:
         raise UsageError(f"--tokens {request.tokens} is not positive. Give how many to evaluate on, such as 20k.")
     if request.data is not None and not request.data.is_dir():
@@ -274,7 +274,7 @@ def make_context(request: EvaluateConfig, cache: Cache, device: str, dtype: str,
         request.mode,
         identity={"model": source.name, "revision": source.revision, "attention": attention, "llm_dtype": dtype},
         text={"text": cache.fingerprint, "contexts": len(contexts)},
-        shelf=ArtifactCache(sae_home() / "activations" / "evaluation"),
+        artifacts=ArtifactCache(sae_home() / "activations" / "evaluation"),
         data=request.data,
         device=device,
         config=config.get_text_config(),
@@ -283,9 +283,9 @@ def make_context(request: EvaluateConfig, cache: Cache, device: str, dtype: str,
 
 def look_up(found: EvaluatePlan, group: EvalGroup) -> None:
     """See of each row and metric whether it was measured, fails, or is to be measured; leave out rows that cannot be."""
-    config, name = group.bench.config, group.bench.identity["model"]
+    config, name = group.ctx.config, group.ctx.identity["model"]
     for row in list(group.rows):
-        layer, d_in = row.subject.layer, row.subject.sae.d_in  # type: ignore[attr-defined]
+        layer, d_in = row.target.layer, row.target.sae.d_in  # type: ignore[attr-defined]
         if not 0 <= layer < config.num_hidden_layers:
             refuse(found, group, row, DamagedError(
                 f"{row.folder}/sae.json says layer {layer}, but {name} has layers 0 to {config.num_hidden_layers - 1}. "
@@ -299,7 +299,7 @@ def look_up(found: EvaluatePlan, group: EvalGroup) -> None:
     for row in list(group.rows):
         if row.folder and any(row in group.todo(metric.name) for metric in found.metrics):
             try:
-                check_writable(row.folder / "evaluations", ROOM + ROOM_OF_A_LATENT * row.subject.sae.d_sae)  # type: ignore[attr-defined]
+                check_writable(row.folder / "evaluations", ROOM + ROOM_OF_A_LATENT * row.target.sae.d_sae)  # type: ignore[attr-defined]
             except SaeError as error:
                 refuse(found, group, row, error)
             else:
@@ -310,7 +310,7 @@ def prepare(metrics: Sequence[Metric], group: EvalGroup, force: bool) -> None:
     """The settings of every metric that can be measured, and what was measured with the same before."""
     for metric in metrics:
         try:
-            group.settings[metric.name] = metric.settings(group.bench)
+            group.settings[metric.name] = metric.settings(group.ctx)
         except SaeError as error:  # something that the metric reads is not there
             fail(metric, group.rows, error)
             continue

@@ -62,13 +62,13 @@ def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
     return sae
 
 
-def references(bench: EvalContext, text: Contexts, subjects: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
+def references(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
     """For SAEs of one layer: the identity, zero, PCA and a random dictionary at their median L0 and width."""
-    layer = subjects[0].layer
-    x_RD = sample(bench, text, layer).float()
+    layer = targets[0].layer
+    x_RD = sample(ctx, text, layer).float()
     few_RD = x_RD[:ROWS]
-    counts = torch.stack([(subject.sae.encode(few_RD) != 0).sum(1).float().mean() for subject in subjects])
-    widths = torch.tensor([subject.sae.encode(few_RD[:1]).shape[1] for subject in subjects])
+    counts = torch.stack([(target.sae.encode(few_RD) != 0).sum(1).float().mean() for target in targets])
+    widths = torch.tensor([target.sae.encode(few_RD[:1]).shape[1] for target in targets])
     rank = min(max(round(float(counts.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)
     return {
@@ -79,13 +79,13 @@ def references(bench: EvalContext, text: Contexts, subjects: Sequence[EvalTarget
     }
 
 
-def sample(bench: EvalContext, text: Contexts, layer: int) -> Tensor:
+def sample(ctx: EvalContext, text: Contexts, layer: int) -> Tensor:
     """Rows (R, D) of the beginning of the text, from the shelf or one pass."""
     text = text.select(slice(0, CONTEXTS))
 
     def make() -> dict[str, Tensor]:
-        batches = bench.batches(16, CONTEXTS, text)
-        return {"x": torch.cat([bench.model.capture(b.ids, [layer])[layer][b.kept].cpu() for b in batches])}
+        batches = ctx.batches(16, CONTEXTS, text)
+        return {"x": torch.cat([ctx.model.capture(b.ids, [layer])[layer][b.kept].cpu() for b in batches])}
 
-    pinned = {**bench.identity, "skip": bench.skip, "layer": layer, "ids": digest_of(text.ids.tolist())}
-    return bench.shelf.keep("sample", pinned, make)["x"].to(bench.device)
+    pinned = {**ctx.identity, "skip": ctx.skip, "layer": layer, "ids": digest_of(text.ids.tolist())}
+    return ctx.artifacts.keep("sample", pinned, make)["x"].to(ctx.device)

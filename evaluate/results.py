@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.errors import DamagedError
 from ..common.files import digest_of, make_folder, os_error, read_json, write_json
-from .metrics.base import Metric, Place, Result
+from .metrics.base import JsonPath, Metric, Result
 
 
 def result_file(folder: Path, metric: Metric) -> Path:
@@ -109,7 +109,7 @@ def set_aside(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None
                 path.replace(aside)
 
 
-def paths_of(leaf: float | None, tree: Any) -> Iterator[Place]:
+def paths_of(leaf: float | None, tree: Any) -> Iterator[JsonPath]:
     """Where a leaf stands."""
     branches = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, branch in branches:
@@ -119,7 +119,7 @@ def paths_of(leaf: float | None, tree: Any) -> Iterator[Place]:
             yield [key]
 
 
-def with_values(tree: Any, places: Sequence[Place], leaf: float | None) -> Any:
+def with_values(tree: Any, places: Sequence[JsonPath], leaf: float | None) -> Any:
     """A copy of the tree with this leaf at some places."""
     tree = copy.deepcopy(tree)
     for *branches, last in places:

@@ -22,7 +22,7 @@ from .plan import (
     check,
     loader,
     make_context,
-    plan,
+    plan_evaluation,
     prepare,
     read_earlier,
 )
@@ -39,10 +39,10 @@ def silent(title: str) -> Iterator[Progress]:
 
 def evaluate(request: EvaluateConfig, stage: Stage = silent) -> list[EvalRow]:
     """Plan and carry out. Runs that cannot be evaluated are left out; `plan` names them."""
-    return execute(plan(request), stage)
+    return run_evaluation(plan_evaluation(request), stage)
 
 
-def execute(planned: EvaluatePlan, stage: Stage = silent) -> list[EvalRow]:
+def run_evaluation(planned: EvaluatePlan, stage: Stage = silent) -> list[EvalRow]:
     """Measure what a plan says, writing a result file for each run and metric as soon as it is there.
 
     A metric that cannot be measured leaves its sentence in `Row.failed`, and the others are measured all the same. When
@@ -59,10 +59,10 @@ def execute(planned: EvaluatePlan, stage: Stage = silent) -> list[EvalRow]:
         for metric in planned.metrics:
             if metric.name in group.settings:
                 if not planned.request.force:
-                    read_earlier(metric, group, [row for row in own if row.subject.reference])
+                    read_earlier(metric, group, [row for row in own if row.target.reference])
                 measure(metric, group, own, stage)
-        rows += [row for row in own if row.results or not row.subject.reference]
-    failures = [error for row in rows for error in row.failed.values() if not row.subject.reference]
+        rows += [row for row in own if row.results or not row.target.reference]
+    failures = [error for row in rows for error in row.failed.values() if not row.target.reference]
     if failures and not any(row.results for row in rows):
         raise type(failures[0])("\n".join(dict.fromkeys(map(str, failures))))
     return rows
@@ -94,32 +94,32 @@ def evaluate_saes(
     request = EvaluateConfig([], suite, tokens, mode, options=options, data=Path(data) if data else None, device=device, dtype=dtype)  # fmt: skip
     metrics, device, dtype = check(request)
     cache = cache if isinstance(cache, Cache) else Cache(cache)
-    bench = make_context(request, cache, device, dtype, loader())
-    blocks = bench.config.num_hidden_layers
+    ctx = make_context(request, cache, device, dtype, loader())
+    blocks = ctx.config.num_hidden_layers
     if not 0 <= layer < blocks:
         raise UsageError(f"The model has layers 0 to {blocks - 1}; there is no layer {layer}.")
     for name, sae in saes.items():
-        check_coder(name, sae, bench)
+        check_coder(name, sae, ctx)
         if (trained := getattr(sae, "origin", {}).get("layer", layer)) != layer:
             raise UsageError(f"{name} was trained after layer {trained}: give layer={trained}, and not {layer}.")
-    group = EvalGroup(cache, bench, [EvalRow(name, EvalTarget(sae, layer)) for name, sae in saes.items()])
+    group = EvalGroup(cache, ctx, [EvalRow(name, EvalTarget(sae, layer)) for name, sae in saes.items()])
     prepare(metrics, group, force=False)
-    return execute(EvaluatePlan(replace(request, references=references), metrics, [group], bench.shelf), stage)
+    return run_evaluation(EvaluatePlan(replace(request, references=references), metrics, [group], ctx.artifacts), stage)
 
 
 @torch.no_grad()
-def check_coder(name: str, sae: SAELike, bench: EvalContext) -> None:
+def check_coder(name: str, sae: SAELike, ctx: EvalContext) -> None:
     """UsageError unless an object encodes and decodes rows of the model's width."""
     if getattr(sae, "training", False):
         raise UsageError(
             f"{name} is in training mode, in which some activations look at the whole batch: call .eval() on it."
         )
-    x_BD = torch.zeros(2, bench.config.hidden_size, device=bench.device)
+    x_BD = torch.zeros(2, ctx.config.hidden_size, device=ctx.device)
     try:
         recon_BD = sae.decode(sae.encode(x_BD))
     except Exception as error:
         raise UsageError(
-            f"{name} does not encode and decode rows of {x_BD.shape[1]} float32 numbers on {bench.device}: {error}"
+            f"{name} does not encode and decode rows of {x_BD.shape[1]} float32 numbers on {ctx.device}: {error}"
         ) from error
     if getattr(recon_BD, "shape", None) != x_BD.shape:
         raise UsageError(
@@ -129,17 +129,17 @@ def check_coder(name: str, sae: SAELike, bench: EvalContext) -> None:
 
 def beside(group: EvalGroup) -> list[EvalRow]:
     """Reference rows for each layer of a group; their results are kept on the shelf."""
-    bench, cache, rows = group.bench, group.cache, []
-    layers = sorted({row.subject.layer for row in group.rows})
+    ctx, cache, rows = group.ctx, group.cache, []
+    layers = sorted({row.target.layer for row in group.rows})
     for layer in layers:
-        own = [row.subject for row in group.rows if row.subject.layer == layer]
-        for name, subject in references(bench, cache.contexts(held_out=False), own).items():
-            width = getattr(subject.sae, "d_sae", None)
-            record = {"reference": name, "layer": layer, "d_sae": width, "text": cache.fingerprint, **bench.identity}
+        own = [row.target for row in group.rows if row.target.layer == layer]
+        for name, target in references(ctx, cache.contexts(held_out=False), own).items():
+            width = getattr(target.sae, "d_sae", None)
+            record = {"reference": name, "layer": layer, "d_sae": width, "text": cache.fingerprint, **ctx.identity}
             digest = digest_of(record)
-            folder = bench.shelf.folder / "references" / f"{name}-L{layer}-{digest[:8]}"
+            folder = ctx.artifacts.folder / "references" / f"{name}-L{layer}-{digest[:8]}"
             shown = name if len(layers) == 1 else f"{name}-L{layer:02d}"
-            rows.append(EvalRow(shown, subject, folder, record, digest))
+            rows.append(EvalRow(shown, target, folder, record, digest))
     return rows
 
 
@@ -151,7 +151,7 @@ def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], stage: St
     outcomes: Sequence[Outcome]
     try:
         with stage(metric.name) as progress:
-            outcomes = metric.measure(group.bench, [row.subject for row in todo], progress)
+            outcomes = metric.measure(group.ctx, [row.target for row in todo], progress)
     except SaeError as error:
         outcomes = [error] * len(todo)
     except torch.OutOfMemoryError as error:

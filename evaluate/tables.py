@@ -42,7 +42,7 @@ def notes(rows: Sequence[EvalRow]) -> list[str]:
     told: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for row in rows:
         for name, result in row.results.items():
-            for flag in () if row.subject.reference else result.flags:
+            for flag in () if row.target.reference else result.flags:
                 told.setdefault((name, re.sub(r"[0-9.]+", "#", flag)), []).append((row.name, flag))
     return [
         f"{metric}, {found[0][0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "") + f": {found[0][1]}"

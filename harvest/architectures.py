@@ -54,14 +54,14 @@ def find_trunk(model: nn.Module) -> Any:
     )
 
 
-def place_of(hook: Hook, trunk: Any, family: Family) -> tuple[nn.Module, bool]:
+def find_module(hook: Hook, trunk: Any, family: Family) -> tuple[nn.Module, bool]:
     """The module where a hook is, and whether it is what goes in there; else it is what comes out."""
     block = getattr(trunk, family.blocks)[hook.layer]
     name = {"resid_post": "", "mlp_out": family.mlp, "attn_z": family.projection}[hook.site]
     return attrgetter(name)(block) if name else block, hook.site == "attn_z"
 
 
-def module_of(hook: Hook, config: Any) -> str:
+def module_name(hook: Hook, config: Any) -> str:
     """Where a hook is in transformers' words: `model.layers.12`, of which it is the output."""
     decoder, family = config.get_text_config(), family_of(config)
     trunk = family.trunk if decoder is config else f"{family.trunk}.language_model"
@@ -72,7 +72,7 @@ def module_of(hook: Hook, config: Any) -> str:
     return block + ("" if last else f", hidden_states[{hook.layer + 1}]")
 
 
-def width_of(hook: Hook, config: Any) -> int:
+def hook_width(hook: Hook, config: Any) -> int:
     """How many numbers a token has there."""
     config = config.get_text_config()
     if hook.site != "attn_z":

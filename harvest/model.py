@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from ..cache.layout import Hook
 from ..common.errors import DamagedError, SaeError, UsageError
 from . import mini
-from .architectures import FAMILIES, Family, check_sites, family_of, find_trunk, place_of, shorten, width_of
+from .architectures import FAMILIES, Family, check_sites, family_of, find_module, find_trunk, hook_width, shorten
 from .load_errors import translate_load_errors
 
 
@@ -191,7 +191,7 @@ class LanguageModel:
 
     def width(self, hook: Hook) -> int:
         """How many numbers a token has at a hook."""
-        return width_of(hook, self.config)
+        return hook_width(hook, self.config)
 
     @contextlib.contextmanager
     def _capturing(self, hooks: Sequence[Hook], found: dict[Hook, Tensor]) -> Iterator[None]:
@@ -210,7 +210,7 @@ class LanguageModel:
         check_sites(self.config, hooks)
         handles = []
         for hook in hooks:
-            module, is_input = place_of(hook, self.trunk, self.family)
+            module, is_input = find_module(hook, self.trunk, self.family)
             handles.append(
                 module.register_forward_pre_hook(input_of(hook))
                 if is_input
@@ -237,7 +237,7 @@ class LanguageModel:
             return (change(inputs[0]), *inputs[1:])
 
         check_sites(self.config, [hook])
-        module, is_input = place_of(hook, self.trunk, self.family)
+        module, is_input = find_module(hook, self.trunk, self.family)
         handle = module.register_forward_pre_hook(input_) if is_input else module.register_forward_hook(output)
         try:
             yield

@@ -13,14 +13,14 @@ import torch
 from transformers import AutoModel
 
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of
-from ..cache.reader import Cache, caches, recorded_modules
+from ..cache.reader import Cache, list_caches, recorded_modules
 from ..common.device import best_device, best_dtype, free_memory
-from ..common.environment import environment
+from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of, folder_bytes, free_space, sae_home
 from ..common.formatting import format_bytes
 from . import mini
-from .architectures import check_context, check_layers, check_sites, module_of, shorten, width_of
+from .architectures import check_context, check_layers, check_sites, hook_width, module_name, shorten
 from .contexts import TextSource, specials
 from .dataset_reader import first_line
 from .datasets import EMBEDDED, PILE, open_text
@@ -87,7 +87,7 @@ class HarvestPlan:
     @cached_property
     def widths(self) -> dict[str, int]:
         """Array -> numbers in a row."""
-        return {hook.array: width_of(hook, self.config) for hook in self.hooks}
+        return {hook.array: hook_width(hook, self.config) for hook in self.hooks}
 
     def bytes_of(self, arrays: Sequence[str]) -> int:
         """Bytes that a token takes in these arrays, uncompressed, and where it came from."""
@@ -110,12 +110,16 @@ class HarvestPlan:
             asked["dataset_revision"] = self.text.identity["revision"]
         asked = {name: value for name, value in asked.items() if name not in ("layers", "sites", "device", "out")}
         modules = recorded_modules(self.folder) | self.modules  # those of layers that were harvested before stay
-        return asked | {"device": self.device, "modules": dict(sorted(modules.items())), "environment": environment()}
+        return asked | {
+            "device": self.device,
+            "modules": dict(sorted(modules.items())),
+            "environment": environment_record(),
+        }
 
     @property
     def modules(self) -> dict[str, str]:
         """Array -> where its hook is in transformers' words."""
-        return {hook.array: module_of(hook, self.config) for hook in self.hooks}
+        return {hook.array: module_name(hook, self.config) for hook in self.hooks}
 
     @property
     def harvested(self) -> Cache | None:
@@ -142,7 +146,7 @@ class HarvestPlan:
             )
 
 
-def plan(request: HarvestConfig, tell: Callable[[str], None] = lambda sentence: None) -> HarvestPlan:
+def plan_harvest(request: HarvestConfig, tell: Callable[[str], None] = lambda sentence: None) -> HarvestPlan:
     """Resolve everything to what pins it. Loads no weights and writes nothing. `tell` takes sentences about the text."""
     name = (EMBEDDED if request.model == mini.NAME else PILE) if request.dataset is None else request.dataset
     check(request, name)
@@ -197,7 +201,7 @@ def tell_of_older(folder: Path, identity: dict[str, Any], on_hub: bool, tell: Ca
     def unpinned(one: dict[str, Any]) -> dict[str, Any]:
         return one | {"model": one["model"]["name"], "data": one["data"]["name"]}
 
-    for other in caches(folder.parent).values():
+    for other in list_caches(folder.parent).values():
         if isinstance(other, Cache) and unpinned(other.identity) == unpinned(identity):
             flags = f" --revision {other.identity['model']['revision']}" if on_hub else ""
             if "split" in identity["data"]:  # on the Hub

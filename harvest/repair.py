@@ -12,7 +12,7 @@ from ..cache.layout import Hook, unnamed
 from ..cache.writer import CacheWriter
 from ..common.errors import DamagedError, SaeError, UsageError
 from ..common.files import read_json, writer_lock
-from .plan import HarvestConfig, HarvestPlan, plan
+from .plan import HarvestConfig, HarvestPlan, plan_harvest
 from .run import UNWATCHED, HarvestProgress, WindowComputer, cut_text, layout_of, load, refuse_ring, text_of
 from .tokenize_checkpoint import discard
 
@@ -101,7 +101,7 @@ def planned_again(folder: Path, *, model: str | None, dataset: str | None, devic
     hooks = sorted(map(Hook.of, arrays))
     given |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
     given |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
-    again = replace(plan(HarvestConfig(**given)), hooks=hooks)
+    again = replace(plan_harvest(HarvestConfig(**given)), hooks=hooks)
     if not (folder / "zarr.json").exists():
         return again
     identity = attributes_of(folder)["identity"]

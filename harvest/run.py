@@ -47,7 +47,7 @@ class HarvestProgress:
 UNWATCHED = HarvestProgress()
 
 
-def harvest(plan: HarvestPlan, report: HarvestProgress = UNWATCHED) -> Cache:
+def run_harvest(plan: HarvestPlan, report: HarvestProgress = UNWATCHED) -> Cache:
     """Carry out a plan, or the rest of it, and open the result. Several launched processes share the windows out.
 
     Raises OutsideError when the disk is too small or another process writes, Interrupted on Ctrl-C with every

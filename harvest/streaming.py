@@ -14,7 +14,7 @@ from ..cache.writer import CacheWriter, begun
 from ..common.errors import UnavailableError, UsageError
 from ..common.files import folder_bytes, free_space, write_json_if_changed, writer_lock
 from ..common.formatting import format_bytes
-from .plan import HarvestConfig, HarvestPlan, plan
+from .plan import HarvestConfig, HarvestPlan, plan_harvest
 from .run import HarvestProgress, WindowComputer, load, text_of, write_windows
 from .tokenize_checkpoint import discard
 
@@ -34,7 +34,7 @@ def plan_ring(request: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache
         raise UsageError(
             "--stream needs --tokens: the steps are counted before the text is read. Give how many, such as 10M."
         )
-    found = plan(request)
+    found = plan_harvest(request)
     if request.out is None:
         found = replace(found, folder=found.folder.with_name(f"{found.folder.name}--stream"))
     layout = Layout(request.tokens, request.window, request.storage_dtype, request.compress)

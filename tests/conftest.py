@@ -69,12 +69,12 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_cache(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory):
     """Layers 0 and 1 of the tiny model on the sentences: 8,000 rows in four windows of 2,048. Read it; never write."""
-    from sae.harvest.plan import HarvestConfig, plan
-    from sae.harvest.run import harvest
+    from sae.harvest.plan import HarvestConfig, plan_harvest
+    from sae.harvest.run import run_harvest
 
     out = tmp_path_factory.mktemp("activations") / "tiny"
     request = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=8000, context=32, window=2048,
         held_out=0.1, device="cpu", out=out,
     )  # fmt: skip
-    return harvest(plan(request))
+    return run_harvest(plan_harvest(request))

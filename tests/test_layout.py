@@ -79,7 +79,9 @@ def test_a_folder_imports_only_what_it_may(path):
 
 def test_there_are_no_import_cycles():
     """Counting imports inside functions too: a cycle that is imported late is still a cycle for a reader."""
-    modules = {module_of(p): imported(p.read_text(), p.relative_to(ROOT).parent.parts) for p in SOURCES if p.parent != ROOT}
+    modules = {
+        module_of(p): imported(p.read_text(), p.relative_to(ROOT).parent.parts) for p in SOURCES if p.parent != ROOT
+    }
     graph = {name: {m for m in found if m in modules and not is_package(m)} for name, found in modules.items()}
     try:
         TopologicalSorter(graph).prepare()

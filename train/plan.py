@@ -142,7 +142,7 @@ class Run:
         return (self.folder / "sae.json").exists()
 
 
-def plan(request: TrainConfig, beside: Mapping[Path, float] = {}) -> list[Run]:
+def plan_training(request: TrainConfig, beside: Mapping[Path, float] = {}) -> list[Run]:
     """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong.
 
     OutsideError where they do not fit on a disk, with the bytes that something else writes into folders `beside`.
@@ -221,7 +221,7 @@ def setting_of(request: TrainConfig, recipe: Recipe, cache: Cache | ConcatCache 
             f"--steps {steps} is more than there is: {cache.layout.rows:,} tokens are {epoch:,} batches of {batch_size:,}, "
             "and --stream reads them once. Give more --tokens, or fewer --steps."
         )
-    return RunConfig(d_in, width_of(request.width, recipe, d_in), steps, batch_size)
+    return RunConfig(d_in, parse_width(request.width, recipe, d_in), steps, batch_size)
 
 
 def resumed(folder: Path, request: TrainConfig) -> Run:
@@ -261,7 +261,7 @@ def resumed(folder: Path, request: TrainConfig) -> Run:
     return run
 
 
-def width_of(asked: str | None, recipe: Recipe, d_in: int) -> int:
+def parse_width(asked: str | None, recipe: Recipe, d_in: int) -> int:
     """d_sae from "4x" (times d_in), "16k" (times 1024) or a number."""
     if asked is None:
         return round(recipe.width * d_in)

@@ -17,7 +17,7 @@ from ..cache.loader import BatchLoader, ResidentLoader, open_loader
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.device import best_device
-from ..common.environment import environment
+from ..common.environment import environment_record
 from ..common.errors import Interrupted, SaeError, UsageError
 from ..common.files import atomic_write, os_error, read_json, write_json, writer_lock
 from .checkpoint import restore, save_checkpoint
@@ -39,7 +39,7 @@ class TrainProgress:
     say: Callable[[str], None] = lambda sentence: None
 
 
-def run_all(runs: Sequence[Run], request: TrainConfig, report: TrainProgress = TrainProgress()) -> None:
+def run_training(runs: Sequence[Run], request: TrainConfig, report: TrainProgress = TrainProgress()) -> None:
     """Train what is not done yet, one stream after the other.
 
     Raises Interrupted after Ctrl-C or SIGTERM, with checkpoints written, and SaeError at the end when a run failed.
@@ -126,7 +126,7 @@ def record_of(run: Run, training: RunTrainer) -> dict[str, Any]:
         **({"ring": run.cache.size} if isinstance(run.cache, RingCache) else {}),
         "asked": dict(run.asked),
         "device": training.device,
-        "environment": environment(),
+        "environment": environment_record(),
         "threads": torch.get_num_threads(),
     }
 

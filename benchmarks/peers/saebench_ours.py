@@ -23,6 +23,7 @@ from saebench_problem import AMAZON, BIOS, BOS, EOS, PAD
 from safetensors.numpy import load_file
 
 from sae.cache.contexts import Contexts
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labelled
 from sae.evaluate.metrics import first_letter
@@ -32,7 +33,6 @@ from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.scr import Scr
 from sae.evaluate.metrics.sparse_probing import SparseProbing
 from sae.evaluate.metrics.tpp import Tpp
-from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.sae import load_sae
 
@@ -80,13 +80,11 @@ def bench_of(folder: Path, work: Path) -> EvalContext:
 
 
 @contextlib.contextmanager
-def same_inputs(about: dict[str, Any], bench: EvalContext) -> Any:
+def same_inputs(about: dict[str, Any], ctx: EvalContext) -> Any:
     """One pair of classes for SCR, and the problem's words in the place of the vocabulary."""
     known = {
         word.text: word
-        for word in first_letter.vocabulary(
-            bench.tokenizer, bench.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        )
+        for word in first_letter.vocabulary(ctx.tokenizer, ctx.tokenizer("\n", add_special_tokens=False)["input_ids"])
     }
     words = sorted(known[text] for text in about["words"])
     tables = {name: replace(labelled.DATASETS[name], pairs=(pair,)) for name, pair in PAIRS.items()}
@@ -94,10 +92,10 @@ def same_inputs(about: dict[str, Any], bench: EvalContext) -> Any:
         yield
 
 
-def timed(metric: Metric, bench: EvalContext, subjects: list[EvalTarget]) -> tuple[list[Result], float, float]:
+def timed(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> tuple[list[Result], float, float]:
     """Results, seconds, and processor seconds."""
     wall, processor = time.perf_counter(), time.process_time()
-    results = metric.measure(bench, subjects, lambda done, total, note="": None)
+    results = metric.measure(ctx, targets, lambda done, total, note="": None)
     spent = time.perf_counter() - wall, time.process_time() - processor
     for result in results:
         if not isinstance(result, Result):
@@ -105,14 +103,14 @@ def timed(metric: Metric, bench: EvalContext, subjects: list[EvalTarget]) -> tup
     return results, *spent
 
 
-def measure(metric: Metric, bench: EvalContext, subjects: list[EvalTarget]) -> list[dict[str, Any]]:
+def measure(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> list[dict[str, Any]]:
     """The first SAE alone; then the others in one call, as a user has them. What no SAE changes is on the shelf by then,
     but of core, which runs the model again: there all are measured at once, and a further one is the difference."""
-    (first,), *spent = timed(metric, bench, subjects[:1])
+    (first,), *spent = timed(metric, ctx, targets[:1])
     again = 1 if metric.name == "core" else 0
-    others, *more = timed(metric, bench, subjects if again else subjects[1:])
-    each = [(total - again * one) / (len(subjects) - 1) for one, total in zip(spent, more, strict=True)]
-    costs = [spent] + [each] * (len(subjects) - 1)
+    others, *more = timed(metric, ctx, targets if again else targets[1:])
+    each = [(total - again * one) / (len(targets) - 1) for one, total in zip(spent, more, strict=True)]
+    costs = [spent] + [each] * (len(targets) - 1)
     return [
         {"wall": wall, "processor": processor, "numbers": result.metrics}
         for (wall, processor), result in zip(costs, [first, *others[again:]], strict=True)
@@ -124,10 +122,10 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     about = json.loads((Path(folder) / "problem.json").read_text())
     with tempfile.TemporaryDirectory() as work:
-        bench = bench_of(Path(folder), Path(work))
-        subjects = [EvalTarget(load_sae(Path(folder) / "saes" / kind), about["layer"]) for kind in kinds]
-        with same_inputs(about, bench):
-            saes = measure(metrics_of(about)[name], bench, subjects)
+        ctx = bench_of(Path(folder), Path(work))
+        targets = [EvalTarget(load_sae(Path(folder) / "saes" / kind), about["layer"]) for kind in kinds]
+        with same_inputs(about, ctx):
+            saes = measure(metrics_of(about)[name], ctx, targets)
     print(json.dumps({"saes": saes, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
 
 

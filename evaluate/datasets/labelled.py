@@ -68,7 +68,7 @@ class LabelledDataset:
         """The texts of each label and value of the attribute, in the order of the dataset."""
         groups: dict[tuple[Any, Any], list[str]] = {(label, value): [] for label in labels for value in self.values}
         columns = [column for column in (self.text, self.label, self.attribute) if column]
-        for row in rows(self.name, split, columns, data):
+        for row in read_dataset_rows(self.name, split, columns, data):
             key = (row[self.label], row[self.attribute] if self.attribute else None)
             if all(isinstance(part, Hashable) for part in key) and key in groups:
                 groups[key].append(text_of(self.name, split, row[self.text], self.text))
@@ -86,7 +86,7 @@ class CodeDataset:
     def read(self, dataset: str, data: Path | None, sizes: dict[str, int]) -> Texts:
         wanted = sum(size // 2 for size in sizes.values())
         found: dict[str, list[str]] = {language: [] for language in self.languages}
-        for row in rows(self.name, "train", ["code", "language"], data):
+        for row in read_dataset_rows(self.name, "train", ["code", "language"], data):
             if not isinstance(row["language"], str) or row["language"] not in found:
                 continue
             if len(code := text_of(self.name, "train", row["code"], "code")) > self.shortest:
@@ -108,7 +108,7 @@ class TranslationDataset:
         found: dict[str, list[str]] = {}
         for language, subset in self.subsets:
             found[language] = []
-            for row in rows(self.name, "train", ["translation"], data, subset):
+            for row in read_dataset_rows(self.name, "train", ["translation"], data, subset):
                 sides = row["translation"] if isinstance(row["translation"], dict) else {}
                 found[language].append(text_of(self.name, "train", sides.get(language), f"translation.{language}"))
                 if len(found[language]) == wanted:
@@ -289,7 +289,9 @@ def too_few(name: str, split: str, label: str, found: int, needed: int) -> Usage
     )
 
 
-def rows(name: str, split: str, columns: Sequence[str], data: Path | None, subset: str | None = None) -> Iterator[Row]:
+def read_dataset_rows(
+    name: str, split: str, columns: Sequence[str], data: Path | None, subset: str | None = None
+) -> Iterator[Row]:
     """The rows of a split, in order: of the standard library, of a file under `data`, or of the Hub."""
     if name in STAND_INS:
         yield from stdlib.rows(name.removeprefix("stdlib/"), split)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ...cache.layout import Hook
-from ...cache.reader import caches
+from ...cache.reader import list_caches
 from ...common.errors import DamagedError, SaeError, UsageError
 from ...common.files import read_json
-from ...harvest.architectures import check_layers, width_of
+from ...harvest.architectures import check_layers, hook_width
 from ...train.sae import SAE, load_sae
 from ..context import EvalContext
 from ..datasets.labelled import class_name
 from ..metrics.activation_examples import TokenText
 from ..metrics.base import Result
-from ..metrics.packing import TOKENS_AT_ONCE, encode
+from ..metrics.packing import TOKENS_AT_ONCE, encode_in_chunks
 from ..metrics.probes import wilson
 from ..metrics.registry import METRICS
 from ..plan import EvalRow, EvaluateConfig, cache_of, check, loader, make_context, row_of
@@ -37,7 +37,7 @@ class RunView:
     folder: Path
     sae: SAE
     hook: Hook
-    bench: EvalContext
+    ctx: EvalContext
     words: TokenText
     row: EvalRow
     labels: dict[int, list[str]]
@@ -45,7 +45,7 @@ class RunView:
     @property
     def tokens(self) -> int:
         """Of the text, special ones included."""
-        return int(self.bench.contexts.length.sum())
+        return int(self.ctx.contexts.length.sum())
 
 
 def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtype: str = "auto") -> RunView:
@@ -56,19 +56,19 @@ def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtyp
     request = EvaluateConfig(runs=[folder], tokens=TOKENS if tokens is None else tokens, device=device, dtype=dtype)
     _, device, dtype = check(request)
     sae = load_sae(folder)
-    cache = cache_of(folder, sae, request, caches())
-    bench = make_context(request, cache, device, dtype, loader())
+    cache = cache_of(folder, sae, request, list_caches())
+    ctx = make_context(request, cache, device, dtype, loader())
     hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
     try:
-        check_layers(bench.config, [hook.layer], cache.identity["model"]["name"])
+        check_layers(ctx.config, [hook.layer], cache.identity["model"]["name"])
     except UsageError as error:
         raise DamagedError(f"{folder}/sae.json was overwritten: {error}") from None
-    if (width := width_of(hook, bench.config)) != sae.d_in:
+    if (width := hook_width(hook, ctx.config)) != sae.d_in:
         raise DamagedError(f"{folder} takes activations of {sae.d_in} numbers, but {hook} of the model has {width}.")
     row = row_of(folder, sae)
     row.results |= results_of(folder, row.weights)
     sae.to(device)
-    return RunView(folder, sae, hook, bench, TokenText(bench.tokenizer), row, labels(row.results, sae.d_sae))
+    return RunView(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, labels(row.results, sae.d_sae))
 
 
 def results_of(folder: Path, weights: str) -> dict[str, Result]:
@@ -154,16 +154,16 @@ def encoded_prompt(open_run: RunView, prompt: str) -> tuple[list[int], Tensor]:
 
     Raises UsageError for a prompt without tokens, or longer than the model reads.
     """
-    ids = open_run.bench.tokenizer(prompt.encode("utf-8", "replace").decode(), verbose=False)["input_ids"]
-    kept = [token not in open_run.bench.skip for token in ids]
+    ids = open_run.ctx.tokenizer(prompt.encode("utf-8", "replace").decode(), verbose=False)["input_ids"]
+    kept = [token not in open_run.ctx.skip for token in ids]
     if not any(kept):
         raise UsageError("--prompt has no tokens. Give it some text.")
-    most = getattr(open_run.bench.model.config, "max_position_embeddings", len(ids))
+    most = getattr(open_run.ctx.model.config, "max_position_embeddings", len(ids))
     if len(ids) > most:
         raise UsageError(f"--prompt has {len(ids):,} tokens, and the model reads {most:,}. Give a shorter one.")
-    device = open_run.bench.model.device
-    x_SD = open_run.bench.model.capture_hooks(torch.tensor([ids], device=device), [open_run.hook])[open_run.hook][0]
-    f_SF = torch.cat([encode(open_run.sae, part) for part in x_SD.split(TOKENS_AT_ONCE)])
+    device = open_run.ctx.model.device
+    x_SD = open_run.ctx.model.capture_hooks(torch.tensor([ids], device=device), [open_run.hook])[open_run.hook][0]
+    f_SF = torch.cat([encode_in_chunks(open_run.sae, part) for part in x_SD.split(TOKENS_AT_ONCE)])
     if not torch.isfinite(f_SF).all():
         raise SaeError("The SAE gives activations on this prompt that are not finite, so there is nothing to show.")
     return ids, torch.where(torch.tensor(kept, device=device)[:, None], f_SF, 0).cpu()

@@ -20,7 +20,7 @@ from ...common.errors import SaeError, UnavailableError
 from ...harvest.model import LanguageModel
 from ..context import EvalContext
 from ..metrics.base import Progress
-from ..metrics.packing import TOKENS_AT_ONCE, encode
+from ..metrics.packing import TOKENS_AT_ONCE, encode_in_chunks
 
 BEFORE, AFTER = 16, 7  # positions of a passage around the token that it is chosen for
 WIDTH = BEFORE + 1 + AFTER
@@ -213,15 +213,13 @@ class LatentStats:
         return (found.sum_K / found.fired_F[found.latents_K].clamp(min=1)).cpu()
 
 
-def activation_stats(
-    bench: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress
-) -> ActivationStats:
+def activation_stats(ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress) -> ActivationStats:
     """Read the bench's text once. BOS, EOS and pad do not count."""
-    found = ActivationStats(sae.d_sae, latents_K.to(bench.model.device))
-    at_once, done, total = max(1, TOKENS_AT_ONCE // bench.contexts.ids.shape[1]), 0, len(bench.contexts)
-    for batch in bench.batches(at_once, total):
-        x_NSD = bench.model.capture_hooks(batch.ids, [hook])[hook]
-        f_NSF = encode(sae, x_NSD.flatten(0, 1)).unflatten(0, batch.ids.shape)
+    found = ActivationStats(sae.d_sae, latents_K.to(ctx.model.device))
+    at_once, done, total = max(1, TOKENS_AT_ONCE // ctx.contexts.ids.shape[1]), 0, len(ctx.contexts)
+    for batch in ctx.batches(at_once, total):
+        x_NSD = ctx.model.capture_hooks(batch.ids, [hook])[hook]
+        f_NSF = encode_in_chunks(sae, x_NSD.flatten(0, 1)).unflatten(0, batch.ids.shape)
         found.add(f_NSF, batch.kept, done)
         done += len(batch.ids)
         progress(done, total, "contexts")
@@ -229,22 +227,22 @@ def activation_stats(
 
 
 @torch.no_grad()
-def latent_stats(bench: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress) -> LatentStats:
+def latent_stats(ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress) -> LatentStats:
     """Everything of the latents `latents_K` (K,) int64 of an SAE at a hook of the bench's model, on the bench's text.
 
     Raises SaeError when the SAE's activations are not finite, OutsideError when the device has too little memory.
     """
     try:
-        return _latent_stats(bench, sae, hook, latents_K, progress)
+        return _latent_stats(ctx, sae, hook, latents_K, progress)
     except torch.OutOfMemoryError as error:
         raise UnavailableError(f"The device has too little memory: {error} Give --latents or --device cpu.") from error
 
 
-def _latent_stats(bench: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress) -> LatentStats:
-    found = activation_stats(bench, sae, hook, latents_K, progress)
+def _latent_stats(ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress) -> LatentStats:
+    found = activation_stats(ctx, sae, hook, latents_K, progress)
     up, down = None, None
     if hook.site != "attn_z":
-        effects = logit_effects(bench.model, sae.W_dec[latents_K], partial(progress, note="logit effects"))
+        effects = logit_effects(ctx.model, sae.W_dec[latents_K], partial(progress, note="logit effects"))
         up, down = effects
     near = neighbours(sae.W_dec, latents_K, partial(progress, note="neighbours"))
     together, jaccard = coactive(found.paired, latents_K, partial(progress, note="latents that fire together"))

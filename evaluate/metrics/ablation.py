@@ -284,9 +284,9 @@ class Ablation(Metric):
     ) -> AblationScores:
         """What `draw` gives are the tasks to measure ablations on."""
 
-    def settings(self, bench: EvalContext) -> dict[str, Any]:
-        texts = {name: pinned(name, bench.data) for name in self.datasets}
-        return {**super().settings(bench), "texts": texts}
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
+        texts = {name: pinned(name, ctx.data) for name in self.datasets}
+        return {**super().settings(ctx), "texts": texts}
 
     def check(self) -> None:
         """Raises UsageError for settings that make no sense."""
@@ -298,37 +298,37 @@ class Ablation(Metric):
                 raise UsageError(f"{self.name}.{size}={given} is less than 4, one text of each kind.")
 
     @torch.no_grad()
-    def measure(self, bench: EvalContext, subjects: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         self.check()
-        begun = [self.begin(bench, subject) for subject in subjects]
+        begun = [self.begin(ctx, target) for target in targets]
         able = [
-            (subject, found) for subject, found in zip(subjects, begun, strict=True) if isinstance(found, AblationState)
+            (target, found) for target, found in zip(targets, begun, strict=True) if isinstance(found, AblationState)
         ]
         for dataset in self.datasets if able else ():
-            for problem in self.problems(dataset, bench.data):
-                bases = self.bases(bench, problem, sorted({subject.layer for subject, _ in able}), progress)
+            for problem in self.problems(dataset, ctx.data):
+                bases = self.bases(ctx, problem, sorted({target.layer for target, _ in able}), progress)
                 resample = BootstrapDraws.of([len(texts) for texts in problem.texts["test"].values()], problem.name)
-                for number, (subject, found) in enumerate(able):
-                    self.add(bench, problem, bases[subject.layer], resample, subject.sae, found)
+                for number, (target, found) in enumerate(able):
+                    self.add(ctx, problem, bases[target.layer], resample, target.sae, found)
                     progress(number + 1, len(able), f"SAEs on {problem.name}")
         return [self.result(found) if isinstance(found, AblationState) else found for found in begun]
 
-    def begin(self, bench: EvalContext, subject: EvalTarget) -> AblationState | SaeError:
+    def begin(self, ctx: EvalContext, target: EvalTarget) -> AblationState | SaeError:
         try:
-            W_dec_FD = decoder_of(subject.sae, bench.model.config.hidden_size, bench.model.device)
+            W_dec_FD = decoder_of(target.sae, ctx.model.config.hidden_size, ctx.model.device)
             check_thresholds(self.thresholds, len(W_dec_FD), self.name)
         except SaeError as error:
             return error
         return AblationState(W_dec_FD, generator(self.rng) if self.rng == "saebench" else None)
 
     def bases(
-        self, bench: EvalContext, problem: AblationProblem, layers: Sequence[int], progress: Progress
+        self, ctx: EvalContext, problem: AblationProblem, layers: Sequence[int], progress: Progress
     ) -> dict[int, AblationBasis]:
         """The texts' rows and the probes on them, from the shelf or made."""
         tasks = {split: problem.fixed(split) for split in problem.texts}
-        known = read_labelled(bench, layers, problem.name, problem.texts, progress, self.context)
+        known = read_labelled(ctx, layers, problem.name, problem.texts, progress, self.context)
         pinned = {
-            **bench.identity, "skip": bench.skip, "context": self.context, "probe": PROBE, "problem": problem.name,
+            **ctx.identity, "skip": ctx.skip, "context": self.context, "probe": PROBE, "problem": problem.name,
             "texts": digest_of(problem.texts), "tasks": digest_of([task.rows.tolist() for split in tasks.values() for task in split]),
         }  # fmt: skip
         found = {}
@@ -340,14 +340,14 @@ class Ablation(Metric):
                 made = train_probes(mean["train"], tasks["train"], mean["test"], tasks["test"], draws)
                 return {"weight": made.weight_PD, "bias": made.bias_P}
 
-            kept = bench.shelf.keep("probes", {**pinned, "layer": layer}, make)
+            kept = ctx.artifacts.keep("probes", {**pinned, "layer": layer}, make)
             found[layer] = AblationBasis(labelled, mean["test"], TextProbes(kept["weight"], kept["bias"]))
             progress(number + 1, len(layers), f"probes of {problem.name}")
         return found
 
     def add(
         self,
-        bench: EvalContext,
+        ctx: EvalContext,
         problem: AblationProblem,
         basis: AblationBasis,
         resample: BootstrapDraws,
@@ -355,7 +355,7 @@ class Ablation(Metric):
         found: AblationState,
     ) -> None:
         """Measure one SAE on one problem."""
-        pooled = pool(sae, basis.labelled.rows, bench.model.device)
+        pooled = pool(sae, basis.labelled.rows, ctx.model.device)
         sums, counts = basis.labelled.split(pooled.sum_NF), basis.labelled.split(pooled.count_N)
         train, test = (
             PooledLatents(sums[split].x_ND, counts[split].x_ND, pooled.zero_F) for split in ("train", "test")
@@ -377,8 +377,8 @@ class Ablation(Metric):
                 draws("test", found.stream and found.stream.clone_state()),
                 BootstrapDraws(resample.times_RN[:1]),
             )
-            found.without_leak[problem.name] = self.scores(problem, dry, effect_PF, of_test, once, bench.mode).values
-        scores = self.scores(problem, readout, effect_PF, draws("test", found.stream), resample, bench.mode)
+            found.without_leak[problem.name] = self.scores(problem, dry, effect_PF, of_test, once, ctx.mode).values
+        scores = self.scores(problem, readout, effect_PF, draws("test", found.stream), resample, ctx.mode)
         found.scores[problem.name], found.extra[problem.name] = scores.values, scores.extra
         found.flags += [f"{problem.name}: {flag}" for flag in scores.flags]
         found.texts += len(basis.mean_ND)

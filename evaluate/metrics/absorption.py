@@ -71,20 +71,20 @@ class Absorption(Metric):
         MetricColumn("F1, probe", "llm", "mean_f1_probe", ".3f", "up", 0, 1),
     )
 
-    def measure(self, bench: EvalContext, subjects: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Raises UsageError when the tokenizer or its vocabulary cannot serve."""
         self.check()
-        spelling = SpellingPrompts.of(bench.tokenizer, self.words, self.random_seed, newline=bench.mode != "2024-12")
-        layers = sorted({subject.layer for subject in subjects})
-        spelled = spell(bench, spelling, layers, self.random_seed, progress)
+        spelling = SpellingPrompts.of(ctx.tokenizer, self.words, self.random_seed, newline=ctx.mode != "2024-12")
+        layers = sorted({target.layer for target in targets})
+        spelled = spell(ctx, spelling, layers, self.random_seed, progress)
         outcomes: list[Outcome] = []
-        for number, subject in enumerate(subjects):
-            progress(number, len(subjects), "SAEs")
+        for number, target in enumerate(targets):
+            progress(number, len(targets), "SAEs")
             try:
-                outcomes.append(self.result(bench.mode, subject.sae, spelled[subject.layer], bench.model.device))
+                outcomes.append(self.result(ctx.mode, target.sae, spelled[target.layer], ctx.model.device))
             except SaeError as error:
                 outcomes.append(error)
-        progress(len(subjects), len(subjects), "SAEs")
+        progress(len(targets), len(targets), "SAEs")
         return outcomes
 
     def check(self) -> None:

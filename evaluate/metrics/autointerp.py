@@ -27,7 +27,7 @@ from ..context import EvalContext
 from .activation_examples import BUFFER, RANDOM, LatentExamples, TokenText, examples
 from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result
 from .llm_judge import Endpoint, Judge, Message, key_from
-from .packing import TOKENS_AT_ONCE, encode, frequencies, in_passes, packed_contexts
+from .packing import TOKENS_AT_ONCE, encode_in_chunks, frequencies, in_passes, packed_contexts
 
 FIRINGS_AT_ONCE = 20_000_000
 SEED = 42
@@ -86,8 +86,8 @@ class Autointerp(Metric):
         MetricColumn("sd", "autointerp", "autointerp_std_dev", ".3f"),
     )
 
-    def settings(self, bench: EvalContext) -> dict[str, Any]:
-        return {**super().settings(bench), **bench.text}
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
+        return {**super().settings(ctx), **ctx.text}
 
     def check(self) -> None:
         """Ask the judge one small question, so that a wrong key or endpoint is known before anything is measured."""
@@ -111,32 +111,32 @@ class Autointerp(Metric):
         return Endpoint(self.endpoint, self.judge_model, key_from(self.key_variable))
 
     @torch.no_grad()
-    def measure(self, bench: EvalContext, subjects: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         self.check_numbers()
         judge = self.judge()
-        rows_RS = packed_contexts(bench, self.context)[: max(1, self.tokens // self.context)]
+        rows_RS = packed_contexts(ctx, self.context)[: max(1, self.tokens // self.context)]
         if not len(rows_RS):
             raise UsageError(f"The held-out text has less than one row of {self.context} tokens. Harvest more of it.")
         useless = UsageError("Autointerp explains latents that were trained; this row is only there to compare with.")
-        outcomes: list[Outcome] = [useless] * len(subjects)
-        places = [i for i, subject in enumerate(subjects) if not subject.reference]
-        trained = [subjects[i] for i in places]
+        outcomes: list[Outcome] = [useless] * len(targets)
+        places = [i for i, target in enumerate(targets) if not target.reference]
+        trained = [targets[i] for i in places]
         if not trained:
             return outcomes
-        shares = frequencies(bench.model, torch.tensor(bench.skip), rows_RS, trained, progress)
+        shares = frequencies(ctx.model, torch.tensor(ctx.skip), rows_RS, trained, progress)
         drawn = [self.draw(share_F, rows_RS.numel()) for share_F in shares]
         found: list[dict[int, LatentExamples]] = [{} for _ in trained]
-        for number, latent, place_P, value_P in firings(bench, rows_RS, trained, drawn, shares, progress):
+        for number, latent, place_P, value_P in firings(ctx, rows_RS, trained, drawn, shares, progress):
             rng = np.random.default_rng([SEED, latent])
             if chosen := examples(place_P, value_P, rows_RS.numpy(), rng):
                 found[number][latent] = chosen
-        words = TokenText(bench.tokenizer)
+        words = TokenText(ctx.tokenizer)
         for number, i in enumerate(places):
             try:
                 told = partial(progress, note=f"latents before the judge, SAE {number + 1} of {len(places)}")
                 extra = judged(judge, found[number], words, told)
             except UnavailableError as error:  # of a judge that answers no more; what it said of earlier SAEs is kept
-                outcomes[i:] = [error if j in places[number:] else useless for j in range(i, len(subjects))]
+                outcomes[i:] = [error if j in places[number:] else useless for j in range(i, len(targets))]
                 break
             outcomes[i] = self.result(extra, len(drawn[number]), rows_RS, judge)
         return outcomes
@@ -182,7 +182,7 @@ NAMES = ("autointerp_score", "autointerp_std_dev")
 
 
 def firings(
-    bench: EvalContext, rows_RS: Tensor, subjects: Sequence[EvalTarget], drawn: Sequence[Sequence[int]],
+    ctx: EvalContext, rows_RS: Tensor, targets: Sequence[EvalTarget], drawn: Sequence[Sequence[int]],
     shares: Sequence[np.ndarray], progress: Progress,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:  # fmt: skip
     """(number of the subject, latent, flat places, activations there) of every drawn latent, in few passes."""
@@ -198,31 +198,31 @@ def firings(
             total += count
     for each, part in enumerate(parts):
         told = partial(progress, note=f"rows for passages, pass {each + 1} of {len(parts)}")
-        for number, found in enumerate(one_pass(bench, rows_RS, subjects, part, told)):
+        for number, found in enumerate(one_pass(ctx, rows_RS, targets, part, told)):
             for latent, (place_P, value_P) in zip(part[number], found, strict=True):
                 yield number, latent, place_P, value_P
 
 
 def one_pass(
-    bench: EvalContext,
+    ctx: EvalContext,
     rows_RS: Tensor,
-    subjects: Sequence[EvalTarget],
+    targets: Sequence[EvalTarget],
     latents: Sequence[list[int]],
     progress: Progress,
 ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    device = bench.model.device
-    layers = sorted({subject.layer for subject, own in zip(subjects, latents, strict=True) if own})
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in subjects]
-    skip, done = torch.tensor(bench.skip, device=device), 0
+    device = ctx.model.device
+    layers = sorted({target.layer for target, own in zip(targets, latents, strict=True) if own})
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in targets]
+    skip, done = torch.tensor(ctx.skip, device=device), 0
     for ids_NS in in_passes(rows_RS.to(device)):
         kept_NS = ~torch.isin(ids_NS, skip)
         place_T = kept_NS.flatten().nonzero().squeeze(1) + done * ids_NS.shape[1]
-        residual = bench.model.capture(ids_NS, layers)
-        for subject, own, into in zip(subjects, latents, found, strict=True):
+        residual = ctx.model.capture(ids_NS, layers)
+        for target, own, into in zip(targets, latents, found, strict=True):
             if own:
-                x_TD = residual[subject.layer][kept_NS]
+                x_TD = residual[target.layer][kept_NS]
                 for x_BD, place_B in zip(x_TD.split(TOKENS_AT_ONCE), place_T.split(TOKENS_AT_ONCE), strict=True):
-                    f_BK = encode(subject.sae, x_BD)[:, own]
+                    f_BK = encode_in_chunks(target.sae, x_BD)[:, own]
                     token, k = (f_BK > 0).nonzero(as_tuple=True)
                     into.append((place_B[token].cpu(), k.to(torch.int32).cpu(), f_BK[token, k].cpu()))
         done += len(ids_NS)

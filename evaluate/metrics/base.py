@@ -96,18 +96,18 @@ class Metric(ABC):
     numbers: ClassVar[tuple[MetricColumn, ...]]  # the columns of its table
     definition: ClassVar[int] = 1
 
-    def settings(self, bench: EvalContext) -> dict[str, Any]:
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
         """Everything but the SAE that decides a result. A metric that reads more than model and settings adds to it.
 
         Raises SaeError when that is not there.
         """
-        return {**asdict(self), "definition": self.definition, **bench.settings}  # type: ignore[call-overload]
+        return {**asdict(self), "definition": self.definition, **ctx.settings}  # type: ignore[call-overload]
 
     def check(self) -> None:  # noqa: B027  (most have nothing to check)
         """Raises SaeError at once for what would be refused after hours: settings, or a judge that does not answer."""
 
     @abstractmethod
-    def measure(self, bench: EvalContext, subjects: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Evaluate every subject on the same text. Raises SaeError when the bench cannot serve this metric."""
 
 
@@ -119,7 +119,7 @@ def without_nan(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-Place = list[str | int]  # in a tree of dictionaries and lists
+JsonPath = list[str | int]  # in a tree of dictionaries and lists
 
 
 def check_mode(mode: str) -> None:

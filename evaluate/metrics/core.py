@@ -61,36 +61,36 @@ class Core(Metric):
         MetricColumn("corr 99.9%", "correlation", "quantile_99.9", ".3f", "down", 0, 1),
     )
 
-    def settings(self, bench: EvalContext) -> dict[str, Any]:
-        return {**super().settings(bench), **bench.text}
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
+        return {**super().settings(ctx), **ctx.text}
 
     @torch.no_grad()
-    def measure(self, bench: EvalContext, subjects: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         for name in ("batch_contexts", "reconstruction_batches", "sparsity_batches"):
             if (number := getattr(self, name)) < 1:
                 raise UsageError(f"core.{name}={number}: give 1 or more.")
-        batches = [batch for batch in bench.batches(self.batch_contexts, self.sparsity_batches) if batch.kept.any()]
+        batches = [batch for batch in ctx.batches(self.batch_contexts, self.sparsity_batches) if batch.kept.any()]
         if not batches:
             raise UsageError(
                 "Nothing of the held-out text counts: its tokens are all pad, eos or bos. Harvest other text."
             )
-        layers = sorted({subject.layer for subject in subjects})
+        layers = sorted({target.layer for target in targets})
         own, ablated = SpliceLoss(), {layer: SpliceLoss() for layer in layers}
-        spliced, codes = [SpliceLoss() for _ in subjects], [SAEStatistics() for _ in subjects]
+        spliced, codes = [SpliceLoss() for _ in targets], [SAEStatistics() for _ in targets]
         constant_D: dict[int, Tensor] = {}
         for number, batch in enumerate(batches):
             behaves = number < self.reconstruction_batches
-            run = bench.model.forward(batch.ids, layers) if behaves else None
-            residual = run.residual if run else bench.model.capture(batch.ids, layers)
+            run = ctx.model.forward(batch.ids, layers) if behaves else None
+            residual = run.residual if run else ctx.model.capture(batch.ids, layers)
             finals = []  # of each subject: what the model ends with when it has seen this SAE's reconstruction
-            for subject, code in zip(subjects, codes, strict=True):
-                patched = code.add(subject, residual[subject.layer], batch.kept)
+            for target, code in zip(targets, codes, strict=True):
+                patched = code.add(target, residual[target.layer], batch.kept)
                 if run:
-                    finals.append(run.suffix(subject.layer, patched)[batch.kept])
+                    finals.append(run.suffix(target.layer, patched)[batch.kept])
             if run:
                 zeroed = [zeroed_end(run, layer, batch, constant_D) for layer in layers]
                 losses = [own, *ablated.values(), *spliced]
-                compare(bench.model, batch, losses, [run.final[batch.kept], *zeroed, *finals])
+                compare(ctx.model, batch, losses, [run.final[batch.kept], *zeroed, *finals])
             progress(number + 1, len(batches), "batches")
         read = [int(batch.inside.sum()) for batch in batches]
         tokens = {
@@ -99,8 +99,8 @@ class Core(Metric):
         }
         document_N = torch.cat([batch.document for batch in batches])
         return [
-            result(bench.mode, subject, own, ablated[subject.layer], loss, code, tokens, document_N)
-            for subject, loss, code in zip(subjects, spliced, codes, strict=True)
+            result(ctx.mode, target, own, ablated[target.layer], loss, code, tokens, document_N)
+            for target, loss, code in zip(targets, spliced, codes, strict=True)
         ]
 
 
@@ -183,12 +183,12 @@ def scores(own: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> dict[st
 
 
 def result(
-    mode: str, subject: EvalTarget, own: SpliceLoss, ablated: SpliceLoss, loss: SpliceLoss, codes: SAEStatistics, tokens: dict[str, int],
+    mode: str, target: EvalTarget, own: SpliceLoss, ablated: SpliceLoss, loss: SpliceLoss, codes: SAEStatistics, tokens: dict[str, int],
     document_N: Tensor,
 ) -> Result:  # fmt: skip
     shares = scores(own, ablated, loss)
     behaviour = {name: {key: value(share) for key, share in group.items()} for name, group in shares.items()}
-    W_dec_FD = getattr(subject.sae, "W_dec", None)
+    W_dec_FD = getattr(target.sae, "W_dec", None)
     metrics = {
         **behaviour,
         **codes.scalars(mode),
@@ -197,7 +197,7 @@ def result(
     }
     if W_dec_FD is not None:
         metrics["dictionary"] = dictionary(W_dec_FD)
-    details = per_latent(subject.sae, codes) if isinstance(subject.sae, SAE) else []
+    details = per_latent(target.sae, codes) if isinstance(target.sae, SAE) else []
     if details and mode != "2024-12":  # added to SAEBench in January 2025
         metrics["misc_metrics"] = misc(codes.density(), details)
     intervals = {
@@ -207,12 +207,12 @@ def result(
     quality = intervals["reconstruction_quality"]
     quality["fve"] = codes.about_the_mean(quality["fve"], metrics["reconstruction_quality"]["fve"])
     n = {"documents": len(document_N.unique()), "contexts": len(own.sums[0]), "tokens": codes.tokens}
-    return Result.of(metrics, details, intervals=intervals, n=n, flags=flags(subject, metrics, codes))
+    return Result.of(metrics, details, intervals=intervals, n=n, flags=flags(target, metrics, codes))
 
 
-def flags(subject: EvalTarget, metrics: dict[str, dict[str, float]], codes: SAEStatistics) -> list[str]:
+def flags(target: EvalTarget, metrics: dict[str, dict[str, float]], codes: SAEStatistics) -> list[str]:
     """What makes a number mean less than it seems to. The references are what they are, and get none."""
-    if subject.reference:
+    if target.reference:
         return []
     found = []
     dead = float((codes.density() == 0).double().mean())

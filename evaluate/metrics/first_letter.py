@@ -169,45 +169,45 @@ class SpellingRows:
 
 
 def spell(
-    bench: EvalContext, spelling: SpellingPrompts, layers: Sequence[int], seed: int, progress: Progress
+    ctx: EvalContext, spelling: SpellingPrompts, layers: Sequence[int], seed: int, progress: Progress
 ) -> dict[int, SpellingRows]:
     """The rows of every word after each layer and the probe on them: from the shelf, or one pass of the model."""
     chosen_NS, fresh_NS = spelling.all_prompts(seed)
     ids_NS = torch.cat([chosen_NS, fresh_NS])
-    pinned = {**bench.identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
-    lacking = [layer for layer in layers if not bench.shelf.holds("letters", {**pinned, "layer": layer})]
-    made = last_rows(bench, ids_NS, lacking, progress) if lacking else {}
+    pinned = {**ctx.identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
+    lacking = [layer for layer in layers if not ctx.artifacts.holds("letters", {**pinned, "layer": layer})]
+    made = last_rows(ctx, ids_NS, lacking, progress) if lacking else {}
     letter_N = torch.tensor([word.letter for word in spelling.words])
     found = {}
     for layer in layers:
 
         def rows(layer: int = layer) -> dict[str, Tensor]:
-            return {"x": made[layer] if layer in made else last_rows(bench, ids_NS, [layer], progress)[layer]}
+            return {"x": made[layer] if layer in made else last_rows(ctx, ids_NS, [layer], progress)[layer]}
 
         at = {**pinned, "layer": layer}
-        x_ND = bench.shelf.keep("letters", at, rows)["x"]
+        x_ND = ctx.artifacts.keep("letters", at, rows)["x"]
         train_ND, test_ND, fresh_ND = x_ND.tensor_split([spelling.train, len(chosen_NS)])
         settings = {"batch": 64, "epochs": 50, "weight_decay": 1e-4}
 
         def probe(train_ND: Tensor = train_ND, settings: dict[str, Any] = settings) -> dict[str, Tensor]:
-            rows = DenseRows(train_ND.to(bench.model.device).float())
+            rows = DenseRows(train_ND.to(ctx.model.device).float())
             generator = generator_of(seed, "letters")
             fitted = linear_probe(rows, letter_N[: spelling.train], **settings, generator=generator, progress=progress)
             return {"weight": fitted.weight_LD, "bias": fitted.bias_L}
 
-        kept = bench.shelf.keep("letters-probe", {**at, **settings, "seed": seed, "train": spelling.train}, probe)
+        kept = ctx.artifacts.keep("letters-probe", {**at, **settings, "seed": seed, "train": spelling.train}, probe)
         own = LetterProbes(kept["weight"], kept["bias"])
         train_letter_N, test_letter_N = letter_N.tensor_split([spelling.train])
         found[layer] = SpellingRows(train_ND, train_letter_N, test_ND, test_letter_N, fresh_ND, own, spelling.from_ids)
     return found
 
 
-def last_rows(bench: EvalContext, ids_NS: Tensor, layers: Sequence[int], progress: Progress) -> dict[int, Tensor]:
+def last_rows(ctx: EvalContext, ids_NS: Tensor, layers: Sequence[int], progress: Progress) -> dict[int, Tensor]:
     """The residual at the last position of each prompt, (N, D) in the model's dtype, after each layer."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for start in range(0, len(ids_NS), PROMPTS_AT_ONCE):
-        part_NS = ids_NS[start : start + PROMPTS_AT_ONCE].to(bench.model.device)
-        for layer, x_NSD in bench.model.capture(part_NS, layers).items():
+        part_NS = ids_NS[start : start + PROMPTS_AT_ONCE].to(ctx.model.device)
+        for layer, x_NSD in ctx.model.capture(part_NS, layers).items():
             found[layer].append(x_NSD[:, -1].cpu())
         progress(min(start + PROMPTS_AT_ONCE, len(ids_NS)), len(ids_NS), "prompts through the model")
     return {layer: torch.cat(parts) for layer, parts in found.items()}

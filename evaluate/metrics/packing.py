@@ -31,12 +31,12 @@ def packed_texts(texts: Sequence[str], tokenizer: Any, context: int) -> Tensor:
     return in_rows(flat, context, tokenizer.bos_token_id)
 
 
-def packed_contexts(bench: EvalContext, context: int) -> Tensor:
+def packed_contexts(ctx: EvalContext, context: int) -> Tensor:
     """The held-out text as rows (R, context): what follows BOS of each of its contexts, then EOS; BOS in column 0."""
-    bos, eos = bench.tokenizer.bos_token_id, bench.tokenizer.eos_token_id
+    bos, eos = ctx.tokenizer.bos_token_id, ctx.tokenizer.eos_token_id
     end = torch.tensor([] if eos is None else [eos], dtype=torch.int64)
     parts = []
-    for ids, length in zip(bench.contexts.ids, bench.contexts.length, strict=True):
+    for ids, length in zip(ctx.contexts.ids, ctx.contexts.length, strict=True):
         own = torch.from_numpy(ids[: int(length)].astype(np.int64))
         parts += [own if bos is None else own[own != bos], end]
     return in_rows(torch.cat(parts or [end]), context, bos)
@@ -56,26 +56,26 @@ def in_passes(rows_RS: Tensor) -> tuple[Tensor, ...]:
 
 
 def frequencies(
-    model: LanguageModel, skip: Tensor, rows_RS: Tensor, subjects: Sequence[EvalTarget], progress: Progress
+    model: LanguageModel, skip: Tensor, rows_RS: Tensor, targets: Sequence[EvalTarget], progress: Progress
 ) -> list[np.ndarray]:
     """Of each SAE, the share of counted tokens at which each latent is positive (F,)."""
-    layers = sorted({subject.layer for subject in subjects})
-    counts: list[Any] = [0] * len(subjects)
+    layers = sorted({target.layer for target in targets})
+    counts: list[Any] = [0] * len(targets)
     tokens = 0
     done = 0
     for ids_NS in in_passes(rows_RS):
         kept_NS = ~torch.isin(ids_NS, skip)
         tokens += int(kept_NS.sum())
         residual = model.capture(ids_NS.to(model.device), layers)
-        for number, subject in enumerate(subjects):
-            for x_TD in residual[subject.layer][kept_NS.to(model.device)].split(TOKENS_AT_ONCE):
-                counts[number] += (encode(subject.sae, x_TD) > 0).sum(0)
+        for number, target in enumerate(targets):
+            for x_TD in residual[target.layer][kept_NS.to(model.device)].split(TOKENS_AT_ONCE):
+                counts[number] += (encode_in_chunks(target.sae, x_TD) > 0).sum(0)
         done += len(ids_NS)
         progress(done, len(rows_RS), "rows of text")
     return [count.cpu().double().numpy() / max(tokens, 1) for count in counts]
 
 
-def encode(sae: SAELike, x_TD: Tensor) -> Tensor:
+def encode_in_chunks(sae: SAELike, x_TD: Tensor) -> Tensor:
     return sae.encode(x_TD.float()).float()
 
 

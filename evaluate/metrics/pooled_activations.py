@@ -84,7 +84,7 @@ def pool(sae: SAELike, rows: TextRows, device: torch.device) -> PooledLatents:
 
 
 def read_rows(
-    bench: EvalContext, layers: Sequence[int], texts: Sequence[str], progress: Progress, context: int = 128
+    ctx: EvalContext, layers: Sequence[int], texts: Sequence[str], progress: Progress, context: int = 128
 ) -> dict[int, TextRows]:
     """The rows of texts, cut at `context` tokens (BOS included), after each layer: from the shelf, or one pass.
 
@@ -92,27 +92,27 @@ def read_rows(
     """
     if context < 2:  # the tokenizer would take 0 for no limit
         raise UsageError(f"A context of {context} tokens holds no text beside BOS. Give 2 or more.")
-    ids: list[list[int]] = bench.tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]
-    pinned = {**bench.identity, "skip": bench.skip, "ids": digest_of(ids)}
-    lacking = [layer for layer in layers if not bench.shelf.holds("rows", {**pinned, "layer": layer})]
-    made = run_model(bench, lacking, ids, progress) if lacking else {}
+    ids: list[list[int]] = ctx.tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]
+    pinned = {**ctx.identity, "skip": ctx.skip, "ids": digest_of(ids)}
+    lacking = [layer for layer in layers if not ctx.artifacts.holds("rows", {**pinned, "layer": layer})]
+    made = run_model(ctx, lacking, ids, progress) if lacking else {}
 
     def rows_of(layer: int) -> TextRows:
         def make() -> dict[str, Tensor]:
-            rows = made[layer] if layer in made else run_model(bench, [layer], ids, progress)[layer]
+            rows = made[layer] if layer in made else run_model(ctx, [layer], ids, progress)[layer]
             return {"x": rows.x_TD, "count": rows.count_N}
 
-        kept: dict[str, Any] = bench.shelf.keep("rows", {**pinned, "layer": layer}, make)
+        kept: dict[str, Any] = ctx.artifacts.keep("rows", {**pinned, "layer": layer}, make)
         return TextRows(kept["x"], kept["count"])
 
     return {layer: rows_of(layer) for layer in layers}
 
 
 def run_model(
-    bench: EvalContext, layers: Sequence[int], ids: Sequence[Sequence[int]], progress: Progress
+    ctx: EvalContext, layers: Sequence[int], ids: Sequence[Sequence[int]], progress: Progress
 ) -> dict[int, TextRows]:
     """One pass over the texts, those of like length together; no later block than the last layer asked for is needed."""
-    skip = torch.tensor(bench.skip)
+    skip = torch.tensor(ctx.skip)
     found: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(ids) for layer in layers}
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
     for start in range(0, len(order), TEXTS_AT_ONCE):
@@ -123,7 +123,7 @@ def run_model(
             own = torch.tensor(ids[number])
             ids_NS[line, : len(own)] = own
             kept_NS[line, : len(own)] = ~torch.isin(own, skip)
-        for layer, x_NSD in bench.model.capture(ids_NS.to(bench.model.device), layers).items():
+        for layer, x_NSD in ctx.model.capture(ids_NS.to(ctx.model.device), layers).items():
             x_NSD = x_NSD.cpu()
             for line, number in enumerate(numbers):
                 found[layer][number] = x_NSD[line, kept_NS[line]]

@@ -48,7 +48,7 @@ class LabelledRows:
 
 
 def read_labelled(
-    bench: EvalContext, layers: Sequence[int], name: str, texts: Texts, progress: Progress, context: int = 128
+    ctx: EvalContext, layers: Sequence[int], name: str, texts: Texts, progress: Progress, context: int = 128
 ) -> dict[int, LabelledRows]:
     """The rows of the texts of a dataset after each layer, from the shelf or one pass.
 
@@ -56,7 +56,7 @@ def read_labelled(
     counts: it has no mean.
     """
     listed = [text for classes in texts.values() for own in classes.values() for text in own]
-    found = read_rows(bench, layers, listed, progress, context)
+    found = read_rows(ctx, layers, listed, progress, context)
     count_N = next(iter(found.values())).count_N
     if not bool((count_N > 0).all()):
         raise UsageError(

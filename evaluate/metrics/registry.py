@@ -23,7 +23,7 @@ SUITES = {
 }
 
 
-def metrics_of(suite: str, options: Sequence[str] = ()) -> list[Metric]:
+def metrics_of_suite(suite: str, options: Sequence[str] = ()) -> list[Metric]:
     """The metrics of a suite, or of a list of names; `options` are `metric.option=value`. Names every mistake at once."""
     names = SUITES.get(suite) or tuple(dict.fromkeys(name for part in suite.split(",") if (name := part.strip())))
     if not names:

@@ -66,18 +66,18 @@ class SAEStatistics:
         self.centre_D: Tensor | None = None  # the first batch's mean: what variance within contexts is taken about
         self.pairs: Tensor | None = None  # which latents are correlated with each other
 
-    def add(self, subject: EvalTarget, x_NSD: Tensor, kept_NS: Tensor) -> Tensor:
+    def add(self, target: EvalTarget, x_NSD: Tensor, kept_NS: Tensor) -> Tensor:
         """Take one batch; returns its residual with what the SAE makes of it in place."""
-        replaced = torch.ones_like(kept_NS) if subject.everywhere else kept_NS
+        replaced = torch.ones_like(kept_NS) if target.everywhere else kept_NS
         x_RD, counted_R, context_R = x_NSD[replaced], kept_NS[replaced], replaced.nonzero()[:, 0]
         fired_NF: Tensor | None = None
         gram_FF: Tensor | None = None
         recons, numbers = [], []
         for start in range(0, len(x_RD), TOKENS_AT_ONCE):
             rows = slice(start, start + TOKENS_AT_ONCE)
-            f_TF = subject.sae.encode(x_RD[rows].float())
-            recons.append(subject.sae.decode(f_TF).float())
-            f_TF = f_TF[counted_R[rows]] if subject.everywhere else f_TF
+            f_TF = target.sae.encode(x_RD[rows].float())
+            recons.append(target.sae.decode(f_TF).float())
+            f_TF = f_TF[counted_R[rows]] if target.everywhere else f_TF
             numbers.append(torch.stack([f_TF.count_nonzero(-1).double(), f_TF.sum(-1).double()], 1))
             if fired_NF is None:
                 fired_NF = f_TF.new_zeros(len(kept_NS), f_TF.shape[1])

@@ -77,43 +77,43 @@ class SparseProbing(Metric):
         MetricColumn("k=5", "sae", "sae_top_5_test_accuracy", ".4f", "up", 0.5, 1),
     )
 
-    def settings(self, bench: EvalContext) -> dict[str, Any]:
-        texts = {name: pinned(name, bench.data) for name in self.datasets}
-        return {**super().settings(bench), "k": self.ks(bench.mode), "texts": texts}
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
+        texts = {name: pinned(name, ctx.data) for name in self.datasets}
+        return {**super().settings(ctx), "k": self.ks(ctx.mode), "texts": texts}
 
     def ks(self, mode: str) -> tuple[int, ...]:
         if any(k < 1 for k in self.k):
             raise UsageError(f"{self.name}.k={','.join(map(str, self.k))}: a probe reads at least one latent.")
         return self.k or KS[mode]
 
-    def measure(self, bench: EvalContext, subjects: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        ks = self.ks(bench.mode)
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+        ks = self.ks(ctx.mode)
         generator(self.rng)  # an unknown one is refused before the model runs
-        texts = {name: labelled(name, bench.data, self.train_set_size, self.test_set_size) for name in self.datasets}
-        layers = sorted({subject.layer for subject in subjects})
-        own = [generator(self.rng) for _ in subjects]  # of "saebench": one per SAE
+        texts = {name: labelled(name, ctx.data, self.train_set_size, self.test_set_size) for name in self.datasets}
+        layers = sorted({target.layer for target in targets})
+        own = [generator(self.rng) for _ in targets]  # of "saebench": one per SAE
         llm: dict[int, dict[str, ProbingScores]] = {layer: {} for layer in layers}
-        sae: list[dict[str, ProbingScores]] = [{} for _ in subjects]
+        sae: list[dict[str, ProbingScores]] = [{} for _ in targets]
         refused: dict[int, UsageError] = {}
         folded: set[int] = set()
         for number, (name, classes) in enumerate(texts.items()):
-            found = read_labelled(bench, layers, name, classes, progress, self.context)
+            found = read_labelled(ctx, layers, name, classes, progress, self.context)
             for layer, rows in found.items():
-                depends = {"layer": layer, "dataset": name, "texts": digest_of(classes), "k": ks, **self.draws(bench)}
+                depends = {"layer": layer, "dataset": name, "texts": digest_of(classes), "k": ks, **self.draws(ctx)}
 
                 def make(rows=rows, name=name) -> dict[str, Tensor]:
                     features = rows.split(rows.rows.mean_ND())
                     one = generator(self.rng)
                     return probe(features, ks, lambda *names: self.drawn_by(one, name, *names)).tensors()
 
-                kept = bench.shelf.keep("llm_probes", depends, make)
+                kept = ctx.artifacts.keep("llm_probes", depends, make)
                 llm[layer][name] = ProbingScores.of_tensors(kept, classes["test"], ks)
-            for index, subject in enumerate(subjects):
-                progress(number * len(subjects) + index, len(texts) * len(subjects), f"{name}, SAE {index + 1}")
+            for index, target in enumerate(targets):
+                progress(number * len(targets) + index, len(texts) * len(targets), f"{name}, SAE {index + 1}")
                 if index in refused:
                     continue
-                rows = found[subject.layer]
-                pooled, scaled = pool_unit(subject.sae, rows.rows, bench.model.device)
+                rows = found[target.layer]
+                pooled, scaled = pool_unit(target.sae, rows.rows, ctx.model.device)
                 if (latents := len(pooled.zero_F)) < max(ks):
                     refused[index] = UsageError(
                         f"A probe on {max(ks)} latents needs as many, and there are {latents}. Give smaller ones: --set {self.name}.k=1"
@@ -121,20 +121,20 @@ class SparseProbing(Metric):
                     continue
                 if scaled:
                     folded.add(index)
-                features = rows.split(pooled.mean_NF.to(bench.model.device))
+                features = rows.split(pooled.mean_NF.to(ctx.model.device))
 
                 def drawn(*names: object, one=own[index], name=name) -> torch.Generator:
                     return self.drawn_by(one, name, *names)
 
                 sae[index][name] = probe(features, ks, drawn)
         return [
-            refused.get(index) or result(llm[subject.layer], sae[index], ks, self.test_set_size, index in folded)
-            for index, subject in enumerate(subjects)
+            refused.get(index) or result(llm[target.layer], sae[index], ks, self.test_set_size, index in folded)
+            for index, target in enumerate(targets)
         ]
 
-    def draws(self, bench: EvalContext) -> dict[str, Any]:
+    def draws(self, ctx: EvalContext) -> dict[str, Any]:
         """What decides the numbers of the LLM's side, besides layer and texts."""
-        return {**bench.identity, "skip": bench.skip, "context": self.context, "rng": self.rng}
+        return {**ctx.identity, "skip": ctx.skip, "context": self.context, "rng": self.rng}
 
     def drawn_by(self, one: torch.Generator, *names: object) -> torch.Generator:
         return one if self.rng == "saebench" else generator(self.rng, "sparse_probing", *names)

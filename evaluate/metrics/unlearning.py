@@ -28,10 +28,10 @@ from ...common.errors import SaeError, UnavailableError, UsageError
 from ...common.files import digest_of
 from ...harvest.model import ModelSource, find_model, load_model, load_tokenizer
 from ..context import EvalContext
-from ..datasets.labelled import Row, commit_of, local_file, rows
+from ..datasets.labelled import Row, commit_of, local_file, read_dataset_rows
 from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result
 from .multiple_choice import MultipleChoiceModel, Question, question_of, resampled
-from .packing import TOKENS_AT_ONCE, encode, frequencies, packed_texts, select
+from .packing import TOKENS_AT_ONCE, encode_in_chunks, frequencies, packed_texts, select
 from .probes import decoder_norm
 
 TARGET = "wmdp-bio"
@@ -75,14 +75,14 @@ class Unlearning(Metric):
     title = "unlearning, WMDP-bio (0: nothing is forgotten, or not without loss elsewhere)"
     numbers = (MetricColumn("unlearning", "unlearning", "unlearning_score", ".4f", "up", 0, 1),)
 
-    def settings(self, bench: EvalContext) -> dict[str, Any]:
-        source, _ = self.source(bench)
-        digests = {name: self.pin(bench, name, place) for name, place in self.places(bench).items()}
-        return {**super().settings(bench), "questioned": source.identity(), "data": digests}
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
+        source, _ = self.source(ctx)
+        digests = {name: self.pin(ctx, name, place) for name, place in self.places(ctx).items()}
+        return {**super().settings(ctx), "questioned": source.identity(), "data": digests}
 
-    def source(self, bench: EvalContext) -> tuple[ModelSource, Any]:
+    def source(self, ctx: EvalContext) -> tuple[ModelSource, Any]:
         """The instruction-tuned model. OutsideError when it is not to be had."""
-        name = self.model or f"{bench.identity['model']}-it"
+        name = self.model or f"{ctx.identity['model']}-it"
         if not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
             raise UnavailableError(
                 f"Unlearning asks questions of an instruction-tuned model, and there is no {name}. Name one with "
@@ -97,10 +97,10 @@ class Unlearning(Metric):
                 f"{'Name' if Path(name).is_dir() else licence} another with --set unlearning.model=..., a folder or a Hub id."
             ) from error
 
-    def places(self, bench: EvalContext) -> dict[str, Place]:
+    def places(self, ctx: EvalContext) -> dict[str, Place]:
         """Where two corpora are, and the sets of questions by name."""
         question, text = ("question", "choices", "answer"), ("text",)
-        handed_out = local_file("", FORGET, bench.data) is not None
+        handed_out = local_file("", FORGET, ctx.data) is not None
         return {
             "forget": ("", FORGET, text) if handed_out else ("cais/wmdp-bio-forget-corpus", "train", text),
             "retain": ("Salesforce/wikitext", "test", text, "wikitext-2-raw-v1"),
@@ -108,36 +108,36 @@ class Unlearning(Metric):
             **{name: ("cais/mmlu", "test", question, name) for name in self.side_effects},
         }
 
-    def pin(self, bench: EvalContext, name: str, place: Place) -> str:
+    def pin(self, ctx: EvalContext, name: str, place: Place) -> str:
         """The digest of the rows of a file, whatever its kind; the commit of what is on the Hub."""
         dataset, split, _, *subset = place
         folder = "/".join([dataset, *subset])
-        if local_file(folder, split, bench.data):
-            return digest_of_rows(self.data(bench)[name])
+        if local_file(folder, split, ctx.data):
+            return digest_of_rows(self.data(ctx)[name])
         return f"the Hub {commit_of(dataset, f'{folder}/{split}')}"
 
-    def data(self, bench: EvalContext) -> dict[str, Read]:
+    def data(self, ctx: EvalContext) -> dict[str, Read]:
         """The rows of each."""
         return {
-            name: partial(rows, dataset, split, columns, bench.data, *subset)
-            for name, (dataset, split, columns, *subset) in self.places(bench).items()
+            name: partial(read_dataset_rows, dataset, split, columns, ctx.data, *subset)
+            for name, (dataset, split, columns, *subset) in self.places(ctx).items()
         }
 
     @torch.no_grad()
-    def measure(self, bench: EvalContext, subjects: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         self.check()
         lacking = UsageError("Unlearning clamps latents along the rows of W_dec, and this has none.")
-        outcomes: list[Outcome] = [lacking] * len(subjects)
-        places = [i for i, subject in enumerate(subjects) if isinstance(getattr(subject.sae, "W_dec", None), Tensor)]
+        outcomes: list[Outcome] = [lacking] * len(targets)
+        places = [i for i, target in enumerate(targets) if isinstance(getattr(target.sae, "W_dec", None), Tensor)]
         if not places:
             return outcomes
-        clampable = [subjects[i] for i in places]
-        data, asked = self.data(bench), self.load(bench)
+        clampable = [targets[i] for i in places]
+        data, asked = self.data(ctx), self.load(ctx)
         corpora = self.corpora(data, asked)
         forget, retain = (frequencies(asked.model, asked.skip, rows, clampable, progress) for rows in corpora.values())
         plans = [self.plan(*each) for each in zip(clampable, forget, retain, strict=True)]
         sets = (TARGET, *self.side_effects)
-        questions = {name: self.questions(bench, name, data[name], asked, progress) for name in sets}
+        questions = {name: self.questions(ctx, name, data[name], asked, progress) for name in sets}
         self.check_questions(questions, asked)
         right = self.intervene(asked, plans, questions, progress)
         for i, plan, counts in zip(places, plans, right, strict=True):
@@ -150,13 +150,13 @@ class Unlearning(Metric):
         if min(self.rows, *self.n_features) < 1 or self.context < 2:
             raise UsageError("unlearning.rows and unlearning.n_features have to be 1 or more, unlearning.context 2.")
 
-    def load(self, bench: EvalContext) -> MultipleChoiceModel:
-        source, config = self.source(bench)
-        here = bench.identity
+    def load(self, ctx: EvalContext) -> MultipleChoiceModel:
+        source, config = self.source(ctx)
+        here = ctx.identity
         model = load_model(
-            source, config, dtype=here["llm_dtype"], device=str(bench.model.device), attention=here["attention"]
+            source, config, dtype=here["llm_dtype"], device=str(ctx.model.device), attention=here["attention"]
         )
-        sizes = [(m.config.num_hidden_layers, m.config.hidden_size) for m in (bench.model, model)]
+        sizes = [(m.config.num_hidden_layers, m.config.hidden_size) for m in (ctx.model, model)]
         if sizes[0] != sizes[1]:
             raise UsageError(
                 f"{source.name} has {sizes[1][0]} blocks of width {sizes[1][1]}, the model of the SAEs {sizes[0][0]} of {sizes[0][1]}: "
@@ -182,20 +182,20 @@ class Unlearning(Metric):
             found[name] = rows_RS[torch.randperm(len(rows_RS), generator=generator)][: self.rows]
         return found
 
-    def plan(self, subject: EvalTarget, forget_F: np.ndarray, retain_F: np.ndarray) -> "ClampPlan":
+    def plan(self, target: EvalTarget, forget_F: np.ndarray, retain_F: np.ndarray) -> "ClampPlan":
         chosen = {
             (threshold, n): select(forget_F, retain_F, threshold)[:n]
             for threshold in self.retain_thresholds
             for n in self.n_features
         }
-        rows_FD = subject.sae.W_dec.detach().float()  # type: ignore[attr-defined]
-        norm_F = decoder_norm(subject.sae)
+        rows_FD = target.sae.W_dec.detach().float()  # type: ignore[attr-defined]
+        norm_F = decoder_norm(target.sae)
         length_F = torch.ones(len(rows_FD)) if norm_F is None else torch.where(norm_F > 0, norm_F, 1.0)
         length_F = length_F.to(rows_FD.device)
-        return ClampPlan(subject, chosen, rows_FD / length_F[:, None], length_F, norm_F is not None)
+        return ClampPlan(target, chosen, rows_FD / length_F[:, None], length_F, norm_F is not None)
 
     def questions(
-        self, bench: EvalContext, name: str, read: Read, asked: MultipleChoiceModel, progress: Progress
+        self, ctx: EvalContext, name: str, read: Read, asked: MultipleChoiceModel, progress: Progress
     ) -> list[Question]:
         """Those that the model answers under every order of their choices."""
         every = [question_of(row, number, name) for number, row in enumerate(read(), 1)]
@@ -211,7 +211,7 @@ class Unlearning(Metric):
             return {"known": torch.tensor(known, dtype=torch.int64)}
 
         depends = {**asked.identity, "subject": subject, "questions": digest_of([list(q) for q in every])}
-        known = bench.shelf.keep("questions", depends, make)["known"].tolist()
+        known = ctx.artifacts.keep("questions", depends, make)["known"].tolist()
         return [every[i]._replace(subject=subject) for i in known]
 
     def check_questions(self, questions: dict[str, list[Question]], asked: MultipleChoiceModel) -> None:
@@ -231,7 +231,7 @@ class Unlearning(Metric):
         progress: Progress,
     ) -> list[dict[tuple[int, ...], dict[str, Tensor]]]:
         """For each plan, selection and set: which questions are right under each multiplier (M, N)."""
-        layers = sorted({plan.subject.layer for plan in plans})
+        layers = sorted({plan.target.layer for plan in plans})
         multipliers_M = torch.tensor(self.multipliers, device=asked.model.device)
         right: list[dict[tuple[int, ...], dict[str, Tensor]]] = [
             {
@@ -249,11 +249,11 @@ class Unlearning(Metric):
             for numbers, ids_NS, last_N in asked.batches([asked.prompt(q.subject, q) for q in known]):
                 run = asked.model.forward(ids_NS, layers)
                 for plan, found in zip(plans, right, strict=True):
-                    x_NSD = run.residual[plan.subject.layer]
+                    x_NSD = run.residual[plan.target.layer]
                     f_NSK = plan.latents(x_NSD)
                     for selection in plan.selections:
                         versions = plan.clamped(x_NSD, f_NSK, selection, multipliers_M)
-                        final_MNSD = run.suffix(plan.subject.layer, versions.flatten(0, 1)).view_as(versions)
+                        final_MNSD = run.suffix(plan.target.layer, versions.flatten(0, 1)).view_as(versions)
                         last_MND = final_MNSD[:, torch.arange(len(last_N)), last_N]
                         picks_MN = asked.pick(asked.model.unembed(last_MND)).cpu()
                         found[selection][name][:, numbers] = picks_MN == answer_N[numbers]
@@ -317,7 +317,7 @@ class Unlearning(Metric):
 class ClampPlan:
     """What is clamped of one SAE: for each threshold and number, the latents."""
 
-    subject: EvalTarget
+    target: EvalTarget
     chosen: dict[tuple[float, int], tuple[int, ...]]
     rows_FD: Tensor  # of length one
     length_F: Tensor  # what they had before
@@ -335,7 +335,7 @@ class ClampPlan:
     def latents(self, x_NSD: Tensor) -> Tensor:
         """Of every latent that any selection clamps, in the order of `union`: (N, S, K), in units of their rows."""
         union = torch.tensor(self.union, dtype=torch.int64, device=x_NSD.device)
-        parts = [encode(self.subject.sae, x)[:, union] for x in x_NSD.flatten(0, 1).split(TOKENS_AT_ONCE)]
+        parts = [encode_in_chunks(self.target.sae, x)[:, union] for x in x_NSD.flatten(0, 1).split(TOKENS_AT_ONCE)]
         return torch.cat(parts).view(*x_NSD.shape[:2], -1) * self.length_F[union]
 
     def clamped(self, x_NSD: Tensor, f_NSK: Tensor, selection: Sequence[int], multipliers_M: Tensor) -> Tensor:

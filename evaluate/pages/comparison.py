@@ -5,14 +5,14 @@ from importlib.metadata import version
 
 from ...common.formatting import format_count
 from ..charts import key, svg
-from ..compare import Comparison, curves, frontiers, paired_table, table
+from ..compare import Comparison, comparison_table, curves, frontiers, paired_table
 from ..tables import notes
 from .page import page
 
 
 def comparison_page(comparison: Comparison, against: str | None = None) -> str:
     """HTML: the table, the paired differences to the system `against`, what else differs, notes, the frontiers over L0 and the curves of training."""
-    heads, lines = table(comparison)
+    heads, lines = comparison_table(comparison)
     models = sorted({run.origin.get("model", {}).get("name", "?") for run in comparison.runs})
     layers = sorted({run.origin.get("layer", -1) for run in comparison.runs})
     over_l0, trained = frontiers(comparison), curves(comparison)

@@ -78,16 +78,16 @@ def drawn_latents(d_sae: int, count: int | None) -> Tensor:
     return torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
-def dashboard(look: RunView, latents_K: Tensor, date: str, progress: Progress) -> str:
+def dashboard_page(look: RunView, latents_K: Tensor, date: str, progress: Progress) -> str:
     """The page of a run, with the latents `latents_K` (K,) in it and the run's numbers over all of them."""
-    found = latent_stats(look.bench, look.sae, look.hook, latents_K, progress)
+    found = latent_stats(look.ctx, look.sae, look.hook, latents_K, progress)
     vocabulary = Vocabulary(look)
     blocks = []
     for start in range(0, len(latents_K), BLOCK):
         places = range(start, min(start + BLOCK, len(latents_K)))
         blocks.append(packed([entry(look, found, place, vocabulary) for place in places]))
         progress(places.stop, len(latents_K), "latents packed")
-    contexts = look.bench.contexts
+    contexts = look.ctx.contexts
     text = [
         [vocabulary(token) for token in ids[:length]]
         for ids, length in zip(contexts.ids.tolist(), contexts.length.tolist(), strict=True)
@@ -135,7 +135,7 @@ def table(look: RunView, found: LatentStats, latents_K: Tensor, vocabulary: Voca
 
 def top_tokens(look: RunView, passages: Sequence[Passage], count: int = 3) -> list[int]:
     """The tokens at which a latent fires most strongly, each once."""
-    return list(dict.fromkeys(int(look.bench.contexts.ids[p.context, p.position]) for p in passages))[:count]
+    return list(dict.fromkeys(int(look.ctx.contexts.ids[p.context, p.position]) for p in passages))[:count]
 
 
 def entry(look: RunView, found: LatentStats, place: int, vocabulary: Vocabulary) -> dict[str, Any]:

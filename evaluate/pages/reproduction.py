@@ -7,7 +7,7 @@ from importlib.metadata import version
 from markupsafe import Markup
 
 from ..charts import Chart, key, svg
-from ..papers.figures import figures, letters
+from ..papers.figures import letters, paper_figures
 from ..papers.report import PaperReport, described, grouped, shown_layer, unreported
 from .page import page
 
@@ -33,7 +33,7 @@ def reproduction_page(report: PaperReport, model: str, reading: str) -> str:
         systems=[(system, described(system)) for system in paper.systems.values()],
         ran=f"{ran.model}, {ran.dataset}, layer {', '.join(map(str, ran.layers))}, {ran.d_sae:,} latents, {ran.steps:,} steps of {ran.batch_size:,}, rate {ran.lr:g}, penalty {ran.l1:.3g}, {ran.optimizer}",
         used=reading,
-        figures={heading: drawn(charts, systems) for heading, charts in figures(report).items()},
+        figures={heading: drawn(charts, systems) for heading, charts in paper_figures(report).items()},
         drawn_layer=shown_layer(report),
         several_seeds=any(len(runs) > 1 for runs in systems.values()),
         letters=letters(report),

@@ -27,7 +27,7 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=PLAIN_WIDTH)
 
 
-def printed(what: Sequence[Any]) -> None:
+def print_blocks(what: Sequence[Any]) -> None:
     own = console()
     for one in what:
         own.print(one)
@@ -52,7 +52,7 @@ def coloured(look: RunView, ids: Sequence[int], values: Sequence[float], peak: f
 
 
 def passage_text(look: RunView, passage: Passage, peak: float) -> Text:
-    contexts = look.bench.contexts
+    contexts = look.ctx.contexts
     start = max(0, passage.position - BEFORE)
     end = min(int(contexts.length[passage.context]), passage.position - BEFORE + len(passage.values))
     values = passage.values[start - (passage.position - BEFORE) :][: end - start]
@@ -133,7 +133,7 @@ def prompt_table(look: RunView, prompt: str, latents: Sequence[int] = ()) -> Tab
     table.add_column("activations of latents", overflow="fold")
     for token, all_F, own_K in zip(ids, f_SF, chosen_SK, strict=True):
         word = visible(look.words.shown(token)).replace(" ", "·")
-        if token in look.bench.skip:
+        if token in look.ctx.skip:
             table.add_row(Text(word, "dim"), "", Text("a special token: not read", "dim"))
             continue
         value, at = own_K.topk(min(STRONGEST, len(own_K)))

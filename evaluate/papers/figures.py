@@ -35,7 +35,7 @@ Values = dict[float, list[float]]  # x -> what was found there, in each run
 ON_STAND_IN = "On the stand-in of the standard library."
 
 
-def figures(found: PaperReport) -> dict[str, list[Chart]]:
+def paper_figures(found: PaperReport) -> dict[str, list[Chart]]:
     """Under a heading each: what stands for the paper's own figures, and the rest."""
     headed = {OWN: PAPERS.get(found.paper.number, {}), OTHERS: MECHANISMS.get(found.paper.number, {}) | EVERYWHERE}
     charts = {heading: [draw(found, title) for title, draw in draws.items()] for heading, draws in headed.items()}

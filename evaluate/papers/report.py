@@ -93,7 +93,7 @@ def trained(system: str, recipe: str, run: ComparedRun) -> ReportedRun:
     return ReportedRun(system, recipe, run, logged(run.folder))
 
 
-def report(paper: Paper, runs: Sequence[ReportedRun], on_paper_model: bool) -> PaperReport:
+def build_report(paper: Paper, runs: Sequence[ReportedRun], on_paper_model: bool) -> PaperReport:
     """Every claim of the paper, in its order. Runs that do not pass the gates count as not measured."""
     sound = [run for run in runs if not run.broken()]
     rows = [row_of(claim, paper, sound, on_paper_model) for claim in paper.claims]

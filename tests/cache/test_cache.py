@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sae.cache.layout import Hook
-from sae.cache.reader import Cache, caches, find_cache, open_cache, remove_cache
+from sae.cache.reader import Cache, find_cache, list_caches, open_cache, remove_cache
 from sae.cache.writer import CacheWriter, WindowRows, begun
 from sae.common.device import best_device, best_dtype
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
@@ -363,7 +363,7 @@ def test_the_one_cache_that_matches_is_found(tmp_path: Path, write_cache, bits_o
     with pytest.raises(UsageError, match="No cache holds layer 12"):
         find_cache(None, Hook(12), tmp_path)
     write_cache({5: bits_of(ROWS, D)}, name="two")
-    assert [folder.name for folder in caches(tmp_path)] == ["one", "two"]
+    assert [folder.name for folder in list_caches(tmp_path)] == ["one", "two"]
     with pytest.raises(UsageError, match=r"2 caches hold layer 5. Say which:\n  --cache .*one .*\n  --cache .*two "):
         find_cache(None, Hook(5), tmp_path)
 
@@ -407,7 +407,7 @@ def test_one_broken_cache_does_not_hide_the_others(tiny_cache, tmp_path: Path) -
         find_cache(None, Hook(0), root)
     (root / "whole").symlink_to(tiny_cache.folder)
     assert find_cache(None, Hook(0), root).folder == root / "whole"
-    assert isinstance(caches(root)[root / "broken"], DamagedError)
+    assert isinstance(list_caches(root)[root / "broken"], DamagedError)
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '{"attributes"'])

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common import environment as module
-from sae.common.environment import environment, source_revision
+from sae.common.environment import environment_record, source_revision
 
 TOKEN = "hf_thisIsASecretThatNobodyMaySee"
 
@@ -79,7 +79,7 @@ def test_of_a_wheel_the_files_are_compared_with_what_was_installed(
 def test_versions_are_recorded_and_tokens_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, TOKEN if name != "OMP_NUM_THREADS" else "1")
-    found = environment()
+    found = environment_record()
     assert found["versions"]["torch"] == version("torch") and found["variables"]["OMP_NUM_THREADS"] == "1"
     assert TOKEN not in json.dumps(found)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, UsageError
-from sae.evaluate.compare import as_csv, compare, curves, frontiers, paired_table, records, table
+from sae.evaluate.compare import as_csv, compare_runs, comparison_table, curves, frontiers, paired_table, records
 from sae.evaluate.pages.comparison import comparison_page
 
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
@@ -47,29 +47,29 @@ def make_run(
 
 
 def test_a_line_has_the_numbers_of_its_run(tmp_path):
-    heads, lines = table(compare([make_run(tmp_path)]))
+    heads, lines = comparison_table(compare_runs([make_run(tmp_path)]))
     assert [head.split("\n")[0] for head in heads] == ["system", "L0", "KL score ↑"]
     assert lines == [["topk", "32.0", "0.9000 ±.0100"]]
 
 
 def test_seeds_become_mean_and_sd(tmp_path):
     scores = [0.90, 0.93, 0.95]
-    found = compare([make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate(scores)])
+    found = compare_runs([make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate(scores)])
     assert len(found.systems) == 1
     mean, spread = statistics.mean(scores), f"{statistics.stdev(scores):.4f}".removeprefix("0")
-    assert table(found)[1] == [["topk (3 seeds)", "32.0", f"{mean:.4f} ±{spread}"]]
+    assert comparison_table(found)[1] == [["topk (3 seeds)", "32.0", f"{mean:.4f} ±{spread}"]]
 
 
 def test_systems_are_told_apart_by_what_differs(tmp_path):
     runs = [make_run(tmp_path, k=16), make_run(tmp_path, k=64), make_run(tmp_path, "relu")]
-    assert [system.label for system in compare(runs).systems] == ["topk k=16", "topk k=64", "relu"]
+    assert [system.label for system in compare_runs(runs).systems] == ["topk k=16", "topk k=64", "relu"]
 
 
 def test_paired_differences_are_of_the_same_seed(tmp_path):
     base = [make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate([0.90, 0.80, 0.70])]
     other = [make_run(tmp_path, "relu", seed=seed, kl=kl) for seed, kl in ((2, 0.71), (1, 0.82), (0, 0.93))]
     alone = make_run(tmp_path, "gated", seed=7)
-    found = compare([*base, *other, alone])
+    found = compare_runs([*base, *other, alone])
     heads, lines = paired_table(found, "topk")
     assert heads[0] == "minus topk"
     assert lines == [["relu (3 seeds)", "0.0", "0.0200 ±.0248"]]  # of 0.03, 0.02 and 0.01: 4.303 x 0.01 / sqrt(3)
@@ -84,16 +84,16 @@ def test_a_seed_trained_twice_is_one_draw(tmp_path):
     """Else a system would have a spread of 0 over two seeds, and paired differences more degrees of freedom."""
     base = [make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate([0.90, 0.80])]
     again = [make_run(tmp_path, "relu", seed=0, kl=0.93) for _ in range(2)]
-    found = compare([*base, *again])
-    assert [line[0] for line in table(found)[1]] == ["topk (2 seeds)", "relu"]
-    assert table(found)[1][1][2] == "0.9300 ±.0100"  # over the text, as of one run
+    found = compare_runs([*base, *again])
+    assert [line[0] for line in comparison_table(found)[1]] == ["topk (2 seeds)", "relu"]
+    assert comparison_table(found)[1][1][2] == "0.9300 ±.0100"  # over the text, as of one run
     with pytest.raises(UsageError, match="two seeds"):
         paired_table(found, "topk")
 
 
 def test_one_folder_twice_is_one_run(tmp_path):
     run = make_run(tmp_path)
-    assert len(compare([run, run]).runs) == 1
+    assert len(compare_runs([run, run]).runs) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,20 +107,20 @@ def test_one_folder_twice_is_one_run(tmp_path):
 def test_what_cannot_be_read_beside_each_other(tmp_path, other, said):
     runs = [make_run(tmp_path), make_run(tmp_path, "relu", **other)]
     with pytest.raises(UsageError, match=said) as refused:
-        compare(runs)
+        compare_runs(runs)
     assert "--mix" in str(refused.value)
-    mixed = compare(runs, mix=True)
+    mixed = compare_runs(runs, mix=True)
     assert len(mixed.systems) == 2
     assert any(re.search(said, sentence) for sentence in mixed.differences)
 
 
 def test_runs_that_were_not_evaluated(tmp_path):
     with pytest.raises(UsageError, match="sae evaluate"):
-        compare([make_run(tmp_path, evaluated=False)])
+        compare_runs([make_run(tmp_path, evaluated=False)])
     with pytest.raises(UsageError, match="sae.json"):
-        compare([tmp_path / "nowhere"])
+        compare_runs([tmp_path / "nowhere"])
     with pytest.raises(UsageError, match="Name the runs"):
-        compare([])
+        compare_runs([])
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_a_damaged_result_is_named(tmp_path, content):
     run = make_run(tmp_path)
     (run / "evaluations" / "core.json").write_text(content)
     with pytest.raises(DamagedError, match="core.json"):
-        compare([run])
+        compare_runs([run])
 
 
 def test_a_line_goes_through_the_systems_of_a_recipe_in_the_order_of_l0(tmp_path):
     runs = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((64, 0.97), (16, 0.9), (32, 0.95))]
-    (chart,) = frontiers(compare([*runs, make_run(tmp_path, "relu", l0=80.0)]))
+    (chart,) = frontiers(compare_runs([*runs, make_run(tmp_path, "relu", l0=80.0)]))
     assert [(one.name, list(one.x), list(one.y)) for one in chart.series] == [
         ("topk", [16, 32, 64], [0.9, 0.95, 0.97]),
         ("relu", [80], [0.9]),
@@ -155,7 +155,7 @@ def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
         result = json.loads((run / "evaluations" / "core.json").read_text())
         result["eval_result_metrics"] = {"mean": {"mean_full_absorption_score": 0.1}}
         (run / "evaluations" / "absorption.json").write_text(json.dumps(result))
-        chart = next(chart for chart in frontiers(compare([run])) if "absorption" in chart.title)
+        chart = next(chart for chart in frontiers(compare_runs([run])) if "absorption" in chart.title)
         return [(x, y) for one in chart.series if "published" in one.name for x, y in zip(one.x, one.y, strict=True)]
 
     assert (85.3, 0.109) in absorbed(model=gemma)
@@ -164,14 +164,14 @@ def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
 
 
 def test_curves_show_what_was_logged_and_skip_a_torn_line(tmp_path):
-    found = {chart.title: chart.series[0] for chart in curves(compare([make_run(tmp_path)]))}
+    found = {chart.title: chart.series[0] for chart in curves(compare_runs([make_run(tmp_path)]))}
     assert list(found["variance unexplained"].x) == [100, 200]
     assert list(found["variance unexplained"].y) == [1, 0.5]
     assert list(found["L0"].y) == [32, 32]
 
 
 def test_csv_reads_back(tmp_path):
-    found = compare([make_run(tmp_path), make_run(tmp_path, "relu", kl=0.5)])
+    found = compare_runs([make_run(tmp_path), make_run(tmp_path, "relu", kl=0.5)])
     lines = list(csv.DictReader(io.StringIO(as_csv(found))))
     expected = [{k: "" if v is None else str(v) for k, v in record.items()} for record in records(found)]
     assert lines == expected
@@ -179,7 +179,7 @@ def test_csv_reads_back(tmp_path):
 
 
 def test_the_page_holds_the_table_and_escapes_what_is_not_ours(tmp_path):
-    html = comparison_page(compare([make_run(tmp_path, "</script><b>")]))
+    html = comparison_page(compare_runs([make_run(tmp_path, "</script><b>")]))
     assert "0.9000 ±.0100" in html
     assert "</script><b>" not in html and "<b>flag" not in html
 

@@ -20,14 +20,14 @@ from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageErr
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import Result
 from sae.evaluate.metrics.core import Core
-from sae.evaluate.metrics.registry import METRICS, metrics_of
-from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan, unfinished
+from sae.evaluate.metrics.registry import METRICS, metrics_of_suite
+from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan_evaluation, unfinished
 from sae.evaluate.results import read_result, write_result
-from sae.evaluate.run import evaluate, execute
+from sae.evaluate.run import evaluate, run_evaluation
 from sae.evaluate.tables import tables
 from sae.harvest.plan import HarvestConfig as Harvest
-from sae.harvest.plan import plan as plan_harvest
-from sae.harvest.run import harvest
+from sae.harvest.plan import plan_harvest
+from sae.harvest.run import run_harvest
 from sae.train.activations import ReLU
 from sae.train.sae import SAE, save_sae
 
@@ -128,7 +128,7 @@ def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
     before = written_at(old)
     rows = evaluate(ask(old, new, references=True))
     assert written_at(old) == before
-    names = [(row.name.split("-")[0], row.subject.layer) for row in rows]
+    names = [(row.name.split("-")[0], row.target.layer) for row in rows]
     beside = ("identity", "zero", "pca", "random")
     assert names == [("old", 0), ("new", 1), *((name, layer) for layer in (0, 1) for name in beside)]
     ((title, heads, lines),) = tables(rows)
@@ -219,15 +219,15 @@ def test_runs_that_cannot_be_evaluated_are_named_together_and_leave_the_others(t
     weights = make_run(torn, tiny_cache) / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     make_run(far, tiny_cache, 7)
-    found = plan(ask(empty, good, torn, far))
+    found = plan_evaluation(ask(empty, good, torn, far))
     assert [type(found.refused[folder]) for folder in (empty, torn, far)] == [UsageError, DamagedError, DamagedError]
-    assert [row.name for row in execute(found)] == ["good"] and result_of(good)
+    assert [row.name for row in run_evaluation(found)] == ["good"] and result_of(good)
     for run in (empty, torn, far):  # each by itself with its own exit code
         with pytest.raises(type(found.refused[run])) as alone:
-            plan(ask(run))
+            plan_evaluation(ask(run))
         assert str(alone.value) == str(found.refused[run])
     with pytest.raises(SaeError) as together:
-        plan(ask(empty, torn))
+        plan_evaluation(ask(empty, torn))
     assert together.value.exit_code == 1 and len(str(together.value).splitlines()) == 2
 
 
@@ -239,7 +239,7 @@ def test_a_plan_measures_nothing_and_loads_no_model(tiny_cache, home, monkeypatc
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("sae.evaluate.plan.load_model", load)
-    found = plan(ask(run, other))
+    found = plan_evaluation(ask(run, other))
     ((todo,),) = [group.todo("core") for group in found.groups]
     assert todo.name == "other" and [row.name for row in found.rows if row.results] == ["run"]
     assert not (other / "evaluations").exists()
@@ -284,14 +284,14 @@ def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_
 def test_a_cache_that_is_named_overrides_and_is_of_the_same_model(tiny_cache, tiny_model, sentences, home):
     small = small_harvest(home, tiny_model, sentences, 0.2)
     run, other = make_run(home / "run", tiny_cache), make_run(home / "other", tiny_cache, model={"name": "gpt2"})
-    found = plan(ask(run, cache=small.folder))
+    found = plan_evaluation(ask(run, cache=small.folder))
     assert "may have seen that text" in found.notes[0]
-    execute(found)
+    run_evaluation(found)
     assert result_of(run)["eval_config"]["text"] == small.fingerprint
     with pytest.raises(UsageError, match="other was trained on gpt2, and .*small holds text for .*tiny-gemma"):
-        plan(ask(other, cache=small.folder))
+        plan_evaluation(ask(other, cache=small.folder))
     with pytest.raises(UsageError, match="nowhere holds no activation cache"):
-        plan(ask(run, cache=home / "nowhere"))
+        plan_evaluation(ask(run, cache=home / "nowhere"))
 
 
 def test_an_sae_of_another_width_is_refused(tiny_cache, home):
@@ -299,7 +299,7 @@ def test_an_sae_of_another_width_is_refused(tiny_cache, home):
     origin = {"model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder)}
     save_sae(SAE(48, 16, [ReLU()]), run, {**origin, "fingerprint": tiny_cache.fingerprint})
     with pytest.raises(UsageError, match="reads rows of 48 numbers, and those of .* have 32"):
-        plan(ask(run))
+        plan_evaluation(ask(run))
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(tiny_cache, home, monkeypatch):
@@ -314,15 +314,15 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(ti
         return real(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", read_only)
-    found = plan(ask(one, two))
+    found = plan_evaluation(ask(one, two))
     assert [row.name for row in found.rows] == ["one"] and list(found.refused) == [two]
     with pytest.raises(UnavailableError, match="Cannot write .*two/evaluations: Read-only file system"):
-        plan(ask(two))
+        plan_evaluation(ask(two))
     monkeypatch.undo()
     monkeypatch.setenv("SAE_HOME", str(home))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UnavailableError, match=r"The disk is full: .*two/evaluations has 0.0 MB left"):
-        plan(ask(two))
+        plan_evaluation(ask(two))
     assert not (two / "evaluations").exists() and (one / "evaluations" / "core.json").read_bytes() == kept
 
 
@@ -340,17 +340,17 @@ def test_a_disk_that_fills_up_costs_the_file_and_not_the_number(tiny_cache, home
 def test_what_dead_processes_left_half_written_is_removed(tiny_cache, home):
     """Not what a living one writes, nor what is fresh: it may be written on another machine."""
     run = make_run(home / "run", tiny_cache)
-    shelf = home / "activations" / "evaluation"
+    artifacts = home / "activations" / "evaluation"
     dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
     names = [f"x.safetensors.tmp-{dead}", f"y.json.tmp-{os.getpid()}", f"z.json.tmp-{dead}", "w.tmp-kept"]
-    for folder in (shelf, run / "evaluations"):
+    for folder in (artifacts, run / "evaluations"):
         folder.mkdir(parents=True)
         for name in names:
             (folder / name).write_text("half")
             age = 10 if name.startswith("z") else 7200
             os.utime(folder / name, (time.time() - age,) * 2)
     evaluate(ask(run))
-    for folder in (shelf, run / "evaluations"):
+    for folder in (artifacts, run / "evaluations"):
         assert {path.name for path in folder.glob("*.tmp-*")} == set(names[1:])
 
 
@@ -441,7 +441,7 @@ def small_harvest(home: Path, model: Path, text: Path, held_out: float) -> Cache
         model=str(model), dataset=str(text), layers=(0,), tokens=300, context=32, window=512, held_out=held_out,
         device="cpu", out=home / "activations" / "small",
     )  # fmt: skip
-    return harvest(plan_harvest(request))
+    return run_harvest(plan_harvest(request))
 
 
 def test_a_model_that_changed_since_the_harvest_is_refused(tiny_model, sentences, home):
@@ -482,16 +482,16 @@ def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
 
 
 def test_a_suite_of_names_is_read_leniently():
-    assert [metric.name for metric in metrics_of("core, absorption,,core,")] == ["core", "absorption"]
+    assert [metric.name for metric in metrics_of_suite("core, absorption,,core,")] == ["core", "absorption"]
     with pytest.raises(UsageError, match="--suite ',' names no metric; there are quick, full, core"):
-        metrics_of(",")
+        metrics_of_suite(",")
 
 
 def test_options_of_metrics_are_checked_together(tiny_cache, home):
-    (metric,) = metrics_of("core", ["core.batch_contexts=8"])
+    (metric,) = metrics_of_suite("core", ["core.batch_contexts=8"])
     assert metric.batch_contexts == 8
     with pytest.raises(UsageError) as refused:
-        metrics_of("core,cor", ["core.batch_context=8", "core.batch_contexts=x", "core.batch_contexts"])
+        metrics_of_suite("core,cor", ["core.batch_context=8", "core.batch_contexts=x", "core.batch_contexts"])
     lines = str(refused.value).splitlines()
     assert len(lines) == 4
     assert (
@@ -506,8 +506,8 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
     class Broken(Core):
         name = "broken"
 
-        def measure(self, bench, subjects, progress):
-            return [UnavailableError("no such text"), *([Result({})] * (len(subjects) - 1))]
+        def measure(self, ctx, targets, progress):
+            return [UnavailableError("no such text"), *([Result({})] * (len(targets) - 1))]
 
     monkeypatch.setitem(METRICS, "broken", Broken)
     one, two = make_run(home / "one", tiny_cache), make_run(home / "two", tiny_cache, 0, 1)

@@ -37,7 +37,7 @@ from transformers import (
 
 from sae.cache.layout import SITES, Hook
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
-from sae.harvest.architectures import FAMILIES, check_context, check_layers, family_of, module_of, width_of
+from sae.harvest.architectures import FAMILIES, check_context, check_layers, family_of, hook_width, module_name
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import LanguageModel, ModelSource, find_model, hidden_of, load_model, load_tokenizer, load_trunk
 
@@ -130,7 +130,7 @@ def test_a_hook_is_named_where_transformers_has_it(any_model: LanguageModel, ids
     found = any_model.capture_hooks(ids_NS, hooks)
     seen: list[Tensor] = []
     for hook in hooks:
-        words = module_of(hook, any_model.model.config)
+        words = module_name(hook, any_model.model.config)
         module = any_model.model.get_submodule(words.removeprefix("the input of ").split(",")[0])
         if words.startswith("the input of "):
             handle = module.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
@@ -143,11 +143,14 @@ def test_a_hook_is_named_where_transformers_has_it(any_model: LanguageModel, ids
 
 
 def test_the_names_of_hooks(model: LanguageModel, images: LanguageModel) -> None:
-    assert [module_of(Hook(n), model.config) for n in (0, 1)] == ["model.layers.0, hidden_states[1]", "model.layers.1"]
-    assert module_of(Hook(2), images.model.config) == "model.language_model.layers.2"
-    assert module_of(Hook(0, "attn_z"), model.config) == "the input of model.layers.0.self_attn.o_proj"
-    assert module_of(Hook(0), tiny("gpt2").config) == "transformer.h.0, hidden_states[1]"
-    assert module_of(Hook(1, "mlp_out"), tiny("gpt_neox").config) == "gpt_neox.layers.1.mlp"
+    assert [module_name(Hook(n), model.config) for n in (0, 1)] == [
+        "model.layers.0, hidden_states[1]",
+        "model.layers.1",
+    ]
+    assert module_name(Hook(2), images.model.config) == "model.language_model.layers.2"
+    assert module_name(Hook(0, "attn_z"), model.config) == "the input of model.layers.0.self_attn.o_proj"
+    assert module_name(Hook(0), tiny("gpt2").config) == "transformer.h.0, hidden_states[1]"
+    assert module_name(Hook(1, "mlp_out"), tiny("gpt_neox").config) == "gpt_neox.layers.1.mlp"
 
 
 @pytest.mark.parametrize("site", ["mlp_out", "attn_z"])
@@ -178,7 +181,7 @@ def test_the_sites_of_a_block_add_up(any_model: LanguageModel, ids_NS: Tensor) -
     here, block = Hook(last), any_model.blocks[last]
     hooks = [Hook(last - 1), Hook(last, "attn_z"), Hook(last, "mlp_out"), here]
     found = any_model.capture_hooks(ids_NS, hooks)
-    assert [x.shape[-1] for x in found.values()] == [width_of(hook, any_model.config) for hook in found]
+    assert [x.shape[-1] for x in found.values()] == [hook_width(hook, any_model.config) for hook in found]
     before, z, mlp_out, after = (found[hook] for hook in hooks)
     attended = attrgetter(family_of(any_model.config).projection)(block)(z)
     if hasattr(block, "post_feedforward_layernorm"):
@@ -313,7 +316,7 @@ def test_a_model_that_reads_images_is_its_decoder(images: LanguageModel, tmp_pat
     check_layers(config, [0, 2], "images")
     with pytest.raises(UsageError, match="images has 3 blocks"):
         check_layers(config, [3], "images")
-    assert (width_of(Hook(0), config), width_of(Hook(0, "attn_z"), config)) == (16, 16)
+    assert (hook_width(Hook(0), config), hook_width(Hook(0, "attn_z"), config)) == (16, 16)
     trunk = load_trunk(source, config, 1, **SETTINGS)
     ids = torch.arange(3, 25).reshape(2, 11)
     assert len(trunk.blocks) == 2 and torch.equal(trunk.capture(ids, [1])[1], images.capture(ids, [1])[1])

@@ -12,9 +12,9 @@ from sae.common.errors import DamagedError, SaeError, UsageError
 from sae.common.files import read_json, write_json, writer_lock
 from sae.harvest.contexts import ListedDocuments, TextSource
 from sae.harvest.model import ModelSource
-from sae.harvest.plan import HarvestConfig, plan
+from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.repair import repair
-from sae.harvest.run import harvest
+from sae.harvest.run import run_harvest
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def request_(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def whole(request_: HarvestConfig) -> Cache:
-    return harvest(plan(request_))
+    return run_harvest(plan_harvest(request_))
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_model_that_was_named_from_here_is_still_the_same(
     """harvest.json has where the model is, from wherever it was called."""
     monkeypatch.chdir(Path(request_.model).parent)
     called = replace(request_, model=f"./{Path(request_.model).name}", layers=(0,), out=tmp_path / "named")
-    harvest(plan(called))
+    run_harvest(plan_harvest(called))
     before = bytes_of(called.out)
     monkeypatch.chdir(tmp_path)
     (called.out / "zarr.json").unlink()
@@ -155,7 +155,7 @@ def test_a_model_that_was_named_from_here_is_still_the_same(
 
 def test_the_revisions_of_the_hub_are_recorded(request_: HarvestConfig) -> None:
     """What was asked for without a commit is asked for with it: the Hub may have moved on."""
-    here = plan(request_)
+    here = plan_harvest(request_)
     assert here.record()["revision"] is None and here.record()["dataset_revision"] is None
     source = ModelSource("google/gemma-2-2b", "google/gemma-2-2b", "c0ffee")
     text = TextSource(
@@ -167,8 +167,8 @@ def test_the_revisions_of_the_hub_are_recorded(request_: HarvestConfig) -> None:
 
 def test_arrays_are_made_again_with_the_passes_of_their_own_commit(request_: HarvestConfig, tmp_path: Path) -> None:
     out = tmp_path / "passes"
-    harvest(plan(replace(request_, layers=(0,), sites=("resid_post",), batch_contexts=4, out=out)))
-    harvest(plan(replace(request_, layers=(1,), sites=("resid_post",), batch_contexts=1, out=out)))
+    run_harvest(plan_harvest(replace(request_, layers=(0,), sites=("resid_post",), batch_contexts=4, out=out)))
+    run_harvest(plan_harvest(replace(request_, layers=(1,), sites=("resid_post",), batch_contexts=1, out=out)))
     before = bytes_of(out)
     flip(out / "row_ctx/c.0")  # of both
     assert len(repair(out)) == 1 and bytes_of(out) == before
@@ -184,8 +184,8 @@ def test_a_half_written_cache_is_not_mended(folder: Path) -> None:
 
 def test_layers_keep_the_marks_of_their_own_harvest(request_: HarvestConfig, tmp_path: Path) -> None:
     out = tmp_path / "marks"
-    harvest(plan(replace(request_, layers=(0,), sites=("resid_post",), max_norm=1.2, out=out)))
-    harvest(plan(replace(request_, layers=(1,), sites=("resid_post",), max_norm=None, out=out)))
+    run_harvest(plan_harvest(replace(request_, layers=(0,), sites=("resid_post",), max_norm=1.2, out=out)))
+    run_harvest(plan_harvest(replace(request_, layers=(1,), sites=("resid_post",), max_norm=None, out=out)))
     before = bytes_of(out)
     assert repair(out) == [] and bytes_of(out) == before
     flip(out / "layer_01/c.1.0")

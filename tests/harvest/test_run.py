@@ -20,8 +20,8 @@ from sae.common.errors import DamagedError, Interrupted, UnavailableError, Usage
 from sae.common.files import read_json, writer_lock
 from sae.harvest.contexts import rows_of
 from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
-from sae.harvest.plan import HarvestConfig, estimated_seconds, plan
-from sae.harvest.run import HarvestProgress, harvest
+from sae.harvest.plan import HarvestConfig, estimated_seconds, plan_harvest
+from sae.harvest.run import HarvestProgress, run_harvest
 
 SPECIAL = {0, 1, 2}  # pad, eos, bos
 
@@ -52,7 +52,7 @@ def small(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFa
         model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=600, context=32, window=256, held_out=0.2,
         device="cpu", batch_contexts=8, out=tmp_path_factory.mktemp("small") / "cache",
     )  # fmt: skip
-    return request, harvest(plan(request))
+    return request, run_harvest(plan_harvest(request))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_held_out_documents_are_never_harvested(tiny_cache: Cache) -> None:
 
 
 def test_special_tokens_are_kept_on_request(again: HarvestConfig) -> None:
-    cache = harvest(plan(replace(again, keep_special=True, layers=(0,), out=None)))
+    cache = run_harvest(plan_harvest(replace(again, keep_special=True, layers=(0,), out=None)))
     contexts, (ctx, pos) = cache.contexts(held_out=False), origins(cache)
     assert cache.rows == 600 == contexts.length.sum()
     assert set(contexts.ids[ctx[pos == 0], 0].tolist()) == {2} and (pos == 0).sum() == len(contexts)
@@ -130,16 +130,16 @@ def test_special_tokens_are_kept_on_request(again: HarvestConfig) -> None:
 def test_layers_together_are_each_alone(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
     request, both = small
     for layer in (0, 1):
-        alone = harvest(plan(replace(request, layers=(layer,), out=tmp_path / str(layer))))
+        alone = run_harvest(plan_harvest(replace(request, layers=(layer,), out=tmp_path / str(layer))))
         assert alone.digest(f"layer_{layer:02d}") == both.digest(f"layer_{layer:02d}") and alone.layers == [layer]
 
 
 def test_a_layer_added_later_is_as_if_harvested_at_once(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
     request, both = small
     folder = tmp_path / "later"
-    harvest(plan(replace(request, layers=(1,), out=folder)))
+    run_harvest(plan_harvest(replace(request, layers=(1,), out=folder)))
     before = {p: p.stat().st_mtime_ns for p in (folder / "layer_01").iterdir()}
-    harvest(plan(replace(request, layers=(0, 1), out=folder)))  # the one that is there stays untouched
+    run_harvest(plan_harvest(replace(request, layers=(0, 1), out=folder)))  # the one that is there stays untouched
     assert {p: p.stat().st_mtime_ns for p in (folder / "layer_01").iterdir()} == before
     assert files_of(folder) == files_of(both.folder)
 
@@ -148,7 +148,7 @@ def test_other_sites_are_added_row_for_row(small: tuple[HarvestConfig, Cache], t
     """mlp_out and attn_z of a cached row are those of the position that row_ctx and row_pos name."""
     request, both = small
     folder = Path(shutil.copytree(both.folder, tmp_path / "sites"))
-    cache = harvest(plan(replace(request, layers=(1,), sites=("mlp_out", "attn_z"), out=folder)))
+    cache = run_harvest(plan_harvest(replace(request, layers=(1,), sites=("mlp_out", "attn_z"), out=folder)))
     assert cache.hooks == [Hook(0), Hook(1, "attn_z"), Hook(1, "mlp_out"), Hook(1)]
     source, config = find_model(request.model)
     model = load_model(source, config, dtype="float32", device="cpu", attention="eager")
@@ -163,7 +163,7 @@ def test_other_sites_are_added_row_for_row(small: tuple[HarvestConfig, Cache], t
 
 def test_a_compressed_harvest_holds_the_same_rows(small: tuple[HarvestConfig, Cache]) -> None:
     request, raw = small
-    compressed = harvest(plan(replace(request, compress=True, out=None)))
+    compressed = run_harvest(plan_harvest(replace(request, compress=True, out=None)))
     assert compressed.folder != raw.folder and compressed.layout.compress
     for array in ("layer_00", "layer_01"):
         for chunk in range(len(raw.chunk_rows)):
@@ -184,7 +184,7 @@ def test_a_memory_too_small_halves_the_pass(small: tuple[HarvestConfig, Cache], 
         return capture(model, ids_NS, hooks)
 
     monkeypatch.setattr(LanguageModel, "capture_hooks", tight)
-    cache = harvest(plan(request), HarvestProgress(say=said.append))
+    cache = run_harvest(plan_harvest(request), HarvestProgress(say=said.append))
     assert [s.split(": ")[1] for s in said] == [
         "from here on 4 contexts in a pass.",
         "from here on 2 contexts in a pass.",
@@ -207,7 +207,7 @@ def test_a_context_that_does_not_fit_is_refused(
     with pytest.raises(
         UnavailableError, match="Not even one context of 32 tokens fits into the memory of cpu. Use a smaller"
     ):
-        harvest(plan(replace(small[0], out=tmp_path / "none")))
+        run_harvest(plan_harvest(replace(small[0], out=tmp_path / "none")))
 
 
 def test_the_model_never_runs_more_than_a_window_ahead(
@@ -231,7 +231,7 @@ def test_the_model_never_runs_more_than_a_window_ahead(
             second.set()
 
     monkeypatch.setattr(CacheWriter, "write_window", slow)
-    harvest(plan(request), HarvestProgress(computed))
+    run_harvest(plan_harvest(request), HarvestProgress(computed))
     assert done == [0, 128, 256, 384, 512, 600]
 
 
@@ -240,7 +240,7 @@ def test_the_same_command_twice_writes_nothing(again: HarvestConfig) -> None:
         return {p: p.stat().st_mtime_ns for p in again.out.rglob("*") if p.name[0] != "."}
 
     before = state()
-    assert harvest(plan(again)).layers == [0, 1]
+    assert run_harvest(plan_harvest(again)).layers == [0, 1]
     assert {p: t for p, t in state().items() if p != again.out} == {p: t for p, t in before.items() if p != again.out}
 
 
@@ -253,7 +253,7 @@ def test_the_same_command_mends_what_was_lost(
     (again.out / lost).unlink()
     with pytest.raises(DamagedError, match=f"{lost} is .*missing"):
         list(Cache(again.out).verify())
-    cache = harvest(plan(again))
+    cache = run_harvest(plan_harvest(again))
     assert files_of(again.out) == files_of(small[1].folder) and len(list(cache.verify())) == len(
         cache.manifest["files"]
     )
@@ -264,7 +264,7 @@ def test_the_same_command_mends_a_record_that_it_can_write(
     small: tuple[HarvestConfig, Cache], again: HarvestConfig, torn: str
 ) -> None:
     (again.out / torn).write_bytes((again.out / torn).read_bytes()[:50])
-    harvest(plan(again))
+    run_harvest(plan_harvest(again))
     assert files_of(again.out) == files_of(small[1].folder) | {
         "harvest.json": (again.out / "harvest.json").read_bytes()
     }
@@ -279,7 +279,7 @@ def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, 
         return capture(model, ids_NS[:, :64], layers)
 
     monkeypatch.setattr(LanguageModel, "capture", short)
-    assert estimated_seconds(plan(replace(small[0], context=65535, out=None))) > 0
+    assert estimated_seconds(plan_harvest(replace(small[0], context=65535, out=None))) > 0
     assert max(lengths) <= 2048
 
 
@@ -288,12 +288,12 @@ def test_a_second_harvest_into_the_folder_is_refused(again: HarvestConfig) -> No
         writer_lock(again.out, "sae harvest"),
         pytest.raises(UnavailableError, match=r"is being written by process \d+ on"),
     ):
-        harvest(plan(again))
+        run_harvest(plan_harvest(again))
 
 
 def test_another_harvest_into_the_folder_is_refused(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
     with pytest.raises(UsageError, match="holds another harvest .* Use another --out"):
-        harvest(plan(replace(again, seed=1)))
+        run_harvest(plan_harvest(replace(again, seed=1)))
     assert files_of(again.out) == files_of(small[1].folder)
 
 
@@ -302,17 +302,17 @@ def test_a_refused_harvest_touches_nothing(small: tuple[HarvestConfig, Cache], t
     theirs.parent.mkdir(parents=True)
     theirs.write_text("a thesis")
     with pytest.raises(UsageError, match="holds deep, but no activation cache"):
-        harvest(plan(replace(small[0], out=tmp_path / "theirs")))
+        run_harvest(plan_harvest(replace(small[0], out=tmp_path / "theirs")))
     assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [theirs]
 
 
 def test_the_same_harvest_of_another_revision_is_told_of(small: tuple[HarvestConfig, Cache], home: Path) -> None:
     text = Path(shutil.copy(small[0].dataset, home))
     request = replace(small[0], dataset=str(text), out=None)
-    older = harvest(plan(request))
+    older = run_harvest(plan_harvest(request))
     text.write_text(text.read_text() + '{"text": "one more line"}\n')
     told: list[str] = []
-    assert plan(request, told.append).folder != older.folder
+    assert plan_harvest(request, told.append).folder != older.folder
     assert told == [f"{older.folder} is the same harvest of other revisions."]  # a file cannot be had as it was
 
 
@@ -322,7 +322,7 @@ def test_tokens_of_a_harvest_that_never_began_are_not_used(
     for path in again.out.iterdir():
         if path.name != "tokens":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    other = harvest(plan(replace(again, seed=1)))
+    other = run_harvest(plan_harvest(replace(again, seed=1)))
     assert not np.array_equal(other.contexts(held_out=False).ids, small[1].contexts(held_out=False).ids)
 
 
@@ -335,31 +335,33 @@ IDENTITY = {
 @pytest.mark.parametrize("name", IDENTITY)
 def test_what_changes_a_byte_changes_the_folder(small: tuple[HarvestConfig, Cache], name: str) -> None:
     request = replace(small[0], out=None)
-    assert plan(replace(request, **{name: IDENTITY[name]})).folder != plan(request).folder
+    assert plan_harvest(replace(request, **{name: IDENTITY[name]})).folder != plan_harvest(request).folder
 
 
 def test_text_and_model_change_the_folder(small: tuple[HarvestConfig, Cache], tmp_path: Path, tiny_model: Path) -> None:
     request = replace(small[0], out=None)
-    folder = plan(request).folder
+    folder = plan_harvest(request).folder
     text = Path(shutil.copy(request.dataset, tmp_path))
-    assert plan(replace(request, dataset=str(text))).folder == folder  # where it is does not matter
+    assert plan_harvest(replace(request, dataset=str(text))).folder == folder  # where it is does not matter
     text.write_text(text.read_text() + '{"text": "one more"}\n')
-    assert plan(replace(request, dataset=str(text))).folder != folder
+    assert plan_harvest(replace(request, dataset=str(text))).folder != folder
     copy = Path(shutil.copytree(tiny_model, tmp_path / tiny_model.name))
-    assert plan(replace(request, model=str(copy))).source.revision == plan(request).source.revision
-    assert fingerprint_of(plan(replace(request, model=str(copy))).identity) == fingerprint_of(plan(request).identity)
+    assert plan_harvest(replace(request, model=str(copy))).source.revision == plan_harvest(request).source.revision
+    assert fingerprint_of(plan_harvest(replace(request, model=str(copy))).identity) == fingerprint_of(
+        plan_harvest(request).identity
+    )
     renamed = Path(shutil.copy(request.dataset, tmp_path / "renamed.jsonl"))
-    assert fingerprint_of(plan(replace(request, dataset=str(renamed))).identity) == fingerprint_of(
-        plan(request).identity
+    assert fingerprint_of(plan_harvest(replace(request, dataset=str(renamed))).identity) == fingerprint_of(
+        plan_harvest(request).identity
     )
     (copy / "generation_config.json").write_text("{}")
-    assert plan(replace(request, model=str(copy))).source.revision != plan(request).source.revision
+    assert plan_harvest(replace(request, model=str(copy))).source.revision != plan_harvest(request).source.revision
 
 
 @pytest.mark.parametrize("change", [{"layers": (1,)}, {"layers": (1, 0, 1)}, {"sites": ("mlp_out",)}, {"batch_contexts": 3}, {"max_norm": 4.0}, {"device": "cpu"}])  # fmt: skip
 def test_layers_and_batches_do_not_change_the_folder(small: tuple[HarvestConfig, Cache], change: dict) -> None:
     request = replace(small[0], out=None)
-    assert plan(replace(request, **change)).folder == plan(request).folder
+    assert plan_harvest(replace(request, **change)).folder == plan_harvest(request).folder
 
 
 def test_statistics_are_those_of_the_rows(tiny_cache: Cache) -> None:
@@ -378,16 +380,16 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
     small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = replace(small[0], out=tmp_path / "new")
-    needed = int(600 * plan(request).bytes_per_token * 1.02)
+    needed = int(600 * plan_harvest(request).bytes_per_token * 1.02)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: Usage(0, 0, needed - 1000))
     with pytest.raises(
         UnavailableError, match=r"The harvest needs .* MB and .* MB free. --tokens 59\d would fit"
     ) as refused:
-        harvest(plan(request))
+        run_harvest(plan_harvest(request))
     assert refused.value.exit_code == 4 and not [p for p in request.out.iterdir() if p.name[0] != "."]
     # All of an unknown text is asked for: only when it has been cut is it known to be too much.
     with pytest.raises(UnavailableError, match="would fit"):
-        harvest(plan(replace(request, tokens=None, out=tmp_path / "all")))
+        run_harvest(plan_harvest(replace(request, tokens=None, out=tmp_path / "all")))
 
 
 def test_ctrl_c_keeps_what_is_committed(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
@@ -398,9 +400,9 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[HarvestConfig, Cache], tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="Stopped. 1 of 3 windows are safe; the same command goes on") as stopped:
-        harvest(plan(request), HarvestProgress(stop))
+        run_harvest(plan_harvest(request), HarvestProgress(stop))
     assert stopped.value.exit_code == 130
-    harvest(plan(request))
+    run_harvest(plan_harvest(request))
     assert files_of(request.out) == files_of(small[1].folder)
 
 
@@ -433,7 +435,7 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
 
     monkeypatch.setattr(CacheWriter, "write_window", stuck)
     with pytest.raises(Interrupted, match="Stopped. 0 of 3 windows are safe"):
-        harvest(plan(request), HarvestProgress(stop, say))
+        run_harvest(plan_harvest(request), HarvestProgress(stop, say))
     assert not waited_for.is_set()
     let_go.set()
     assert said == ["Stopping when the window being written is safe; Ctrl-C again stops at once."]
@@ -468,7 +470,7 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(small: tuple[HarvestConfig, Cache], wrong: dict, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence) as refused:
-        plan(replace(small[0], **wrong))
+        plan_harvest(replace(small[0], **wrong))
     assert refused.value.exit_code == 2
 
 

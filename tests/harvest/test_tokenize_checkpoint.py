@@ -16,8 +16,8 @@ from sae.common.errors import DamagedError, UnavailableError
 from sae.harvest import run
 from sae.harvest import tokenize_checkpoint as draft_module
 from sae.harvest.contexts import ContextCutter, Document, ListedDocuments, TextSource, cut, is_held_out
-from sae.harvest.plan import HarvestConfig, plan
-from sae.harvest.run import harvest
+from sae.harvest.plan import HarvestConfig, plan_harvest
+from sae.harvest.run import run_harvest
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
 
 DOCUMENTS = [[5 + (n * k) % 7000 for k in range(1, 3 + n % 23)] for n in range(1, 120)]  # of 2 to 24 ids
@@ -230,7 +230,7 @@ def test_a_harvest_killed_while_it_cuts(
             str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."
         }
 
-    expected = files_of(harvest(plan(request)).folder)
+    expected = files_of(run_harvest(plan_harvest(request)).folder)
     monkeypatch.setattr(run, "cut", functools.partial(cut, draft_tokens=100))
     killed = replace(request, out=tmp_path / "killed")
     told: list[str] = []
@@ -242,9 +242,9 @@ def test_a_harvest_killed_while_it_cuts(
         with monkeypatch.context() as patched:
             patched.setattr(where, name, die)
             with pytest.raises(Killed):
-                harvest(plan(killed, told.append))
+                run_harvest(plan_harvest(killed, told.append))
         assert drafts(killed.out)
     assert len(told) == 1 and told[0].startswith("Going on with sentences after ")
-    harvest(plan(killed, told.append))
+    run_harvest(plan_harvest(killed, told.append))
     assert files_of(killed.out) == expected and not drafts(killed.out) and len(told) == 1
-    assert plan(killed).identity["pack"] and not plan(replace(killed, pack=False)).identity["pack"]
+    assert plan_harvest(killed).identity["pack"] and not plan_harvest(replace(killed, pack=False)).identity["pack"]

@@ -12,8 +12,8 @@ from sae.train import run
 from sae.train.checkpoint import restore, save_checkpoint, tensors_of
 from sae.train.compile import compile_step
 from sae.train.loop import Trainer
-from sae.train.plan import TrainConfig, plan
-from sae.train.run import TrainProgress, run_all
+from sae.train.plan import TrainConfig, plan_training
+from sae.train.run import TrainProgress, run_training
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on a CPU"
@@ -62,7 +62,7 @@ def test_a_recipe_that_cannot_be_compiled_is_trained_without(sparse_cache, tmp_p
     said: list[str] = []
     for out, asked in (("compiled", True), ("eager", False)):
         request = request_of(sparse_cache, tmp_path / out, compiled=asked)
-        run_all(plan(request), request, TrainProgress(say=said.append))
+        run_training(plan_training(request), request, TrainProgress(say=said.append))
     (line,) = said
     assert "is trained without --compile: relu cannot be compiled here (no compiler)." in line
     left, right = (sorted(tmp_path.glob(f"{out}/*/sae.safetensors")) for out in ("compiled", "eager"))
@@ -71,11 +71,11 @@ def test_a_recipe_that_cannot_be_compiled_is_trained_without(sparse_cache, tmp_p
 
 def test_compiling_is_part_of_a_run(sparse_cache, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run, "compile_step", lambda training, batch_size: None)
-    (eager,), (other,) = (plan(request_of(sparse_cache, tmp_path, compiled=c)) for c in (False, True))
+    (eager,), (other,) = (plan_training(request_of(sparse_cache, tmp_path, compiled=c)) for c in (False, True))
     assert eager.folder != other.folder
     request = request_of(sparse_cache, tmp_path, compiled=True)
-    run_all([other], request)
-    (resumed,) = plan(TrainConfig(resume=[other.folder]))
+    run_training([other], request)
+    (resumed,) = plan_training(TrainConfig(resume=[other.folder]))
     assert resumed.compiled and resumed.identity() == other.identity()
     with pytest.raises(UsageError, match="--compile cannot change a run"):
-        plan(TrainConfig(resume=[other.folder], compiled=True))
+        plan_training(TrainConfig(resume=[other.folder], compiled=True))

@@ -10,9 +10,9 @@ from sae.common.errors import UnavailableError, UsageError
 from sae.train import estimate
 from sae.train.estimate import bytes_of, check_space, step_seconds, training_seconds
 from sae.train.loop import Trainer
-from sae.train.plan import TrainConfig, group_by_pass, plan
+from sae.train.plan import TrainConfig, group_by_pass, plan_training
 from sae.train.recipe import RECIPES, find_recipe
-from sae.train.run import run_all
+from sae.train.run import run_training
 from sae.train.variant import RunConfig
 
 find_recipe("relu")  # registers them all
@@ -43,8 +43,8 @@ def test_the_bytes_of_a_run_are_its_tensors():
 
 @pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
 def test_the_disk_holds_what_was_foreseen(sparse_cache, variant):
-    (run,) = runs = plan(request_of(sparse_cache, variant))
-    run_all(runs, request_of(sparse_cache, variant))
+    (run,) = runs = plan_training(request_of(sparse_cache, variant))
+    run_training(runs, request_of(sparse_cache, variant))
     found = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
     assert 1 <= found / bytes_of(run.planned).folder < 1.02  # and the names of the tensors
 
@@ -83,33 +83,35 @@ def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
 
 
 def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
-    runs = plan(request_of(sparse_cache, "relu", "topk", seeds=[0, 1]))
+    runs = plan_training(request_of(sparse_cache, "relu", "topk", seeds=[0, 1]))
     assert [len(stream) for stream in group_by_pass(runs)] == [4]
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
     request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
-    needed = sum(bytes_of(run.planned).folder for run in plan(request)) + passing(plan(request)[0].planned)
+    needed = sum(bytes_of(run.planned).folder for run in plan_training(request)) + passing(
+        plan_training(request)[0].planned
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="2 runs .* will need .* Train fewer"):
-        plan(request)
+        plan_training(request)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
-    assert len(plan(request)) == 2
+    assert len(plan_training(request)) == 2
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monkeypatch):
     request = request_of(sparse_cache, "relu", out=tmp_path / "runs", steps=8)
-    (run,) = runs = plan(request)
-    run_all(runs, request)
+    (run,) = runs = plan_training(request)
+    run_training(runs, request)
     (run.folder / "sae.json").unlink()  # killed just before its end
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, bytes_of(run.planned).state))
-    assert plan(request)[0].folder == run.folder
+    assert plan_training(request)[0].folder == run.folder
     (run.folder / "sae.safetensors").unlink()
-    assert plan(request)[0].folder == run.folder
+    assert plan_training(request)[0].folder == run.folder
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, bytes_of(run.planned).state // 2))
     with pytest.raises(UnavailableError, match="1 run of up to"):
-        plan(request)
+        plan_training(request)
 
 
 def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
@@ -134,7 +136,7 @@ def test_the_memory_of_this_machine_is_known():
 
 def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
     folders = [tmp_path / name for name in "ab"]
-    one, two = (plan(request_of(sparse_cache, "relu", out=folder))[0] for folder in folders)
+    one, two = (plan_training(request_of(sparse_cache, "relu", out=folder))[0] for folder in folders)
     needed = 2 * bytes_of(one.planned).folder + passing(one.planned)
     both = [(run.planned, run.folder) for run in (one, two)]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
@@ -148,20 +150,20 @@ def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tm
 
 
 def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkeypatch):
-    (run,) = plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
+    (run,) = plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
     run.folder.mkdir(parents=True)
     (run.folder / "notes").write_bytes(bytes(10**6))
     needed = bytes_of(run.planned).folder + passing(run.planned)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="1 run of up to"):
-        plan(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
+        plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
 
 
 def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "runs"):
         with pytest.raises(UsageError, match="file is no folder: a file is in its place"):
-            plan(request_of(sparse_cache, "relu", out=out))
+            plan_training(request_of(sparse_cache, "relu", out=out))
 
 
 @pytest.mark.parametrize(
@@ -169,4 +171,4 @@ def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_pa
 )
 def test_sizes_that_no_machine_holds_are_refused(sparse_cache, sizes):
     with pytest.raises(UsageError, match="no machine holds a width|more than can be counted"):
-        plan(request_of(sparse_cache, "relu", **sizes))
+        plan_training(request_of(sparse_cache, "relu", **sizes))

@@ -20,8 +20,8 @@ from sae.cache.reader import open_cache
 from sae.common.errors import Interrupted, SaeError, UsageError
 from sae.common.files import read_json
 from sae.train.checkpoint import restore, save_checkpoint, tensors_of
-from sae.train.plan import TrainConfig, plan
-from sae.train.run import TrainProgress, run_all
+from sae.train.plan import TrainConfig, plan_training
+from sae.train.run import TrainProgress, run_training
 from sae.train.sae import load_sae
 
 NAMES = ["batchtopk", "decorrelation", "relu", "topk"]
@@ -43,8 +43,8 @@ def request_of(cache, *variants: str, **changes) -> TrainConfig:
 
 
 def train(request: TrainConfig, report: TrainProgress | None = None) -> list[Path]:
-    runs = plan(request)
-    run_all(runs, request, report or TrainProgress())
+    runs = plan_training(request)
+    run_training(runs, request, report or TrainProgress())
     return [run.folder for run in runs]
 
 
@@ -76,7 +76,7 @@ def test_the_same_command_does_not_train_twice(sparse_cache) -> None:
 
 
 def test_what_is_asked_for_twice_is_trained_once(sparse_cache) -> None:
-    assert len(plan(request_of(sparse_cache, "relu", "relu", seeds=[0, 0, 1], layers=[0, 0]))) == 2
+    assert len(plan_training(request_of(sparse_cache, "relu", "relu", seeds=[0, 0, 1], layers=[0, 0]))) == 2
 
 
 def test_layers_seeds_and_batch_sizes_are_streams_of_their_own(sparse_cache, tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_a_stop_request_saves_and_names_the_command_that_goes_on(sparse_cache, t
         if number == 6:
             signal.raise_signal(signal.SIGINT)
 
-    runs = plan(request)
+    runs = plan_training(request)
     with pytest.raises(Interrupted, match="Stopped after step 7; everything is saved") as stopped:
-        run_all(runs, request, TrainProgress(step=press))
+        run_training(runs, request, TrainProgress(step=press))
     folders = [run.folder for run in runs]
     assert stopped.value.exit_code == 130
     assert all(f"--resume {folder}" in str(stopped.value) for folder in folders)
@@ -236,9 +236,9 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     (folder / "manifest.json").write_text(json.dumps(manifest))
     said: list[str] = []
     request = request_of(open_cache(folder), "relu", "topk", out=tmp_path / "runs")
-    runs = plan(request)
+    runs = plan_training(request)
     with pytest.raises(SaeError, match=r"not finite at step 9 \(batch 9 of order seed 0\)") as failed:
-        run_all(runs, request, TrainProgress(say=said.append))
+        run_training(runs, request, TrainProgress(say=said.append))
     assert failed.value.exit_code == 1 and "--set relu.lr=" in str(failed.value) and len(said) == 2
     for run in runs:
         assert checkpoints(run.folder) == ["step-00000004", "step-00000008"] and not run.done
@@ -247,9 +247,9 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
 def test_a_run_that_diverges_does_not_stop_the_others(sparse_cache, tmp_path: Path) -> None:
     (alone,) = train(request_of(sparse_cache, "topk", out=tmp_path / "alone"))
     request = request_of(sparse_cache, "relu", "topk", out=tmp_path / "both", options=["relu.lr=1e30", "relu.warmup=0"])
-    runs = plan(request)
+    runs = plan_training(request)
     with pytest.raises(SaeError, match="relu.*not finite at step") as failed:
-        run_all(runs, request)
+        run_training(runs, request)
     assert "topk" not in str(failed.value) and "there is no checkpoint yet" in str(failed.value)
     assert not runs[0].done and runs[1].done
     assert (runs[1].folder / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()
@@ -261,7 +261,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(sparse_cache, tmp_path: Pa
 def refusal(cache, *variants: str, **changes) -> str:
     """The sentence, and that nothing was written."""
     with pytest.raises(UsageError) as refused:
-        plan(request_of(cache, *variants, **changes))
+        plan_training(request_of(cache, *variants, **changes))
     assert not Path("runs").exists()
     return str(refused.value)
 
@@ -348,7 +348,7 @@ def test_what_the_types_say_and_what_the_builder_finds_is_said_together(sparse_c
 
 def test_an_unknown_variant_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="no variant 'topkk'; did you mean topk?"):
-        plan(TrainConfig(["topkk"]))
+        plan_training(TrainConfig(["topkk"]))
 
 
 def test_everything_that_is_wrong_is_said_at_once(sparse_cache) -> None:
@@ -366,13 +366,16 @@ def test_everything_that_is_wrong_is_said_at_once(sparse_cache) -> None:
 
 
 def test_a_bare_option_goes_to_the_variants_that_have_it(sparse_cache) -> None:
-    runs = plan(request_of(sparse_cache, "relu", "topk", options=["k=8", "lr=1e-3", "topk.lr=2e-3", "warmup=none"]))
+    runs = plan_training(
+        request_of(sparse_cache, "relu", "topk", options=["k=8", "lr=1e-3", "topk.lr=2e-3", "warmup=none"])
+    )
     assert [run.options for run in runs] == [{"lr": 1e-3, "warmup": None}, {"k": 8, "lr": 2e-3, "warmup": None}]
 
 
 def test_widths_are_numbers_multiples_and_kilos(sparse_cache) -> None:
     widths = {
-        text: plan(request_of(sparse_cache, "relu", width=text))[0].setting.d_sae for text in ("96", "4x", "1.5x", "2k")
+        text: plan_training(request_of(sparse_cache, "relu", width=text))[0].setting.d_sae
+        for text in ("96", "4x", "1.5x", "2k")
     }
     assert widths == {"96": 96, "4x": 128, "1.5x": 48, "2k": 2048}
 
@@ -386,11 +389,11 @@ def test_a_run_that_has_begun_cannot_be_changed(sparse_cache, another_cache) -> 
         ({"variants": ["topk"], "width": "4x"}, "--variant, --width"),
     ]:
         with pytest.raises(UsageError, match=f"^{flag} cannot change a run that has begun"):
-            plan(TrainConfig(resume=[folder], **changes))
+            plan_training(TrainConfig(resume=[folder], **changes))
     with pytest.raises(UsageError, match="is not what .* was trained on"):
-        plan(TrainConfig(resume=[folder], caches=[another_cache.folder]))
+        plan_training(TrainConfig(resume=[folder], caches=[another_cache.folder]))
     with pytest.raises(UsageError, match="holds no run"):
-        plan(TrainConfig(resume=[folder.parent]))
+        plan_training(TrainConfig(resume=[folder.parent]))
 
 
 def test_defaults_that_have_changed_since_a_run_began_are_named(sparse_cache) -> None:
@@ -410,5 +413,8 @@ def test_the_folder_is_named_by_everything_that_decides_the_result(sparse_cache,
         base, request_of(sparse_cache, "relu", steps=13), request_of(sparse_cache, "relu", options=["lr=1e-3"]),
         request_of(sparse_cache, "relu", order_seed=1), request_of(another_cache, "relu"), request_of(sparse_cache, "relu", batch_size=32),
     ]  # fmt: skip
-    assert len({plan(request)[0].name for request in variations}) == len(variations)
-    assert plan(base)[0].name == plan(request_of(sparse_cache, "relu", log_every=1, checkpoint_every=1))[0].name
+    assert len({plan_training(request)[0].name for request in variations}) == len(variations)
+    assert (
+        plan_training(base)[0].name
+        == plan_training(request_of(sparse_cache, "relu", log_every=1, checkpoint_every=1))[0].name
+    )

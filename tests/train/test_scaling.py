@@ -12,9 +12,9 @@ from sae.train.l0_control import L0Controller
 from sae.train.loop import Trainer
 from sae.train.losses import MSE
 from sae.train.mechanisms import DeadLatents
-from sae.train.plan import TrainConfig, plan
+from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import RECIPES, find_recipe
-from sae.train.run import run_all
+from sae.train.run import run_training
 from sae.train.sae import SAE
 from sae.train.scaling import ScaledDefault, ScaleWithNorm, ScaleWithVariance, ScaleWithWidth
 from sae.train.step import Step
@@ -126,7 +126,9 @@ def test_l0_is_refused_where_nothing_sets_it_or_something_else_does(monkeypatch)
 
 def test_l0_and_literal_are_part_of_a_run_only_when_given(sparse_cache, tmp_path) -> None:
     def runs(**knobs: object) -> list:
-        return plan(TrainConfig(["relu"], layers=[0], caches=[sparse_cache.folder], steps=10, batch_size=64, **knobs))
+        return plan_training(
+            TrainConfig(["relu"], layers=[0], caches=[sparse_cache.folder], steps=10, batch_size=64, **knobs)
+        )
 
     (plain,) = runs()
     assert not {"l0", "literal"} & plain.identity().keys()
@@ -141,12 +143,12 @@ def test_l0_and_literal_are_part_of_a_run_only_when_given(sparse_cache, tmp_path
 def test_a_run_with_knobs_is_resumed_with_them(sparse_cache, tmp_path) -> None:
     asked = TrainConfig(["competition"], layers=[0], caches=[sparse_cache.folder], steps=4, batch_size=64, l0=[8], literal=True,
                     device="cpu", out=tmp_path)  # fmt: skip
-    (run,) = plan(asked)
-    run_all([run], asked)
-    (again,) = plan(TrainConfig(resume=[run.folder]))
+    (run,) = plan_training(asked)
+    run_training([run], asked)
+    (again,) = plan_training(TrainConfig(resume=[run.folder]))
     assert again.setting == run.setting and again.setting.l0 == 8 and again.setting.literal
     with pytest.raises(UsageError, match="--l0, --literal cannot change a run that has begun"):
-        plan(TrainConfig(resume=[run.folder], l0=[8], literal=True))
+        plan_training(TrainConfig(resume=[run.folder], l0=[8], literal=True))
 
 
 # --- literal --------------------------------------------------------------------------------------------------------

@@ -27,13 +27,13 @@ from sae.common.files import read_json
 from sae.evaluate.plan import EvaluateConfig as Evaluate
 from sae.evaluate.run import evaluate
 from sae.harvest.plan import HarvestConfig as Harvest
-from sae.harvest.plan import plan as plan_harvest
+from sae.harvest.plan import plan_harvest
 from sae.harvest.repair import repair
-from sae.harvest.run import harvest
+from sae.harvest.run import run_harvest
 from sae.harvest.streaming import check_room, harvest_ahead, plan_ring
 from sae.train.checkpoint import tensors_of
 from sae.train.loop import Trainer
-from sae.train.plan import TrainConfig, plan
+from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import find_recipe
 from sae.train.run import TrainProgress
 from sae.train.streaming import train_streaming
@@ -71,7 +71,7 @@ def request_of(*variants: str, **changes) -> TrainConfig:
 def stream(asked: dict, request: TrainConfig, report: TrainProgress | None = None, ring: int = RING) -> list[Path]:
     planned, windows = plan_ring(Harvest(layers=request.layers, **asked), ring)
     request = TrainConfig(**vars(request) | {"ring": windows})
-    runs = plan(request)
+    runs = plan_training(request)
     train_streaming(runs, request, report or TrainProgress(), partial(harvest_ahead, planned, windows))
     return [run.folder for run in runs]
 
@@ -103,7 +103,7 @@ def weights(folder: Path) -> bytes:
 def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked, tmp_path: Path) -> None:
     """Laid out with numpy: chunks of a group in the order of its number, thirty lanes, two rows of each a batch."""
     (folder,) = stream(asked, request_of("topk", order_seed=5))
-    cache = harvest(plan_harvest(Harvest(layers=[1], out=tmp_path / "whole", **asked)))
+    cache = run_harvest(plan_harvest(Harvest(layers=[1], out=tmp_path / "whole", **asked)))
     rows = [
         torch.from_numpy(cache.chunk("layer_01", n).astype(np.int32)).short().view(torch.bfloat16) for n in range(12)
     ]
@@ -260,7 +260,7 @@ def test_a_stop_while_there_is_nothing_to_read_yet(asked) -> None:
     _, windows = plan_ring(Harvest(layers=[1], **asked), RING)
     request = request_of("topk", ring=windows)
     with pytest.raises(Interrupted, match="Stopped while waiting for the harvest"):
-        train_streaming(plan(request), request, TrainProgress(), never)
+        train_streaming(plan_training(request), request, TrainProgress(), never)
 
 
 def test_nothing_is_harvested_for_runs_that_are_given_up(asked) -> None:
@@ -296,16 +296,16 @@ def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
     shown = CliRunner().invoke(app, ["cache", "list"]).stdout
     assert re.search(r"--stream   \S+, rolling, windows 2-[345] of 12, 3,000 rows", shown)
     with pytest.raises(UsageError, match="keeps only the windows"):
-        harvest(plan_harvest(Harvest(layers=[1], out=the_ring(), **asked)))
+        run_harvest(plan_harvest(Harvest(layers=[1], out=the_ring(), **asked)))
     with pytest.raises(UsageError, match="keeps only the windows"):
         repair(the_ring())
     with pytest.raises(UsageError, match="is rolling, windows 2-"):
-        plan(request_of("topk", caches=[the_ring()]))
+        plan_training(request_of("topk", caches=[the_ring()]))
     with pytest.raises(UsageError, match="No cache holds layer 1. Make one with"):
         find_cache(None, Hook(1))
     (folder,) = Path("runs").iterdir()
     with pytest.raises(UsageError, match="repeat the `sae train --stream` command"):
-        plan(TrainConfig(resume=[folder]))
+        plan_training(TrainConfig(resume=[folder]))
 
 
 # --- refused --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.layout import Hook
-from ...cache.reader import Cache, caches, model_name
+from ...cache.reader import Cache, list_caches, model_name
 from ...common.errors import UsageError
 from ...common.files import digest_of, sae_home, write_json
 from ..sae import SAE, save_sae
@@ -130,7 +130,7 @@ def cache_for(model: str, hook: Hook, d_in: int, given: Path | None, notes: list
         if width != d_in:
             raise UsageError(f"--cache {given} has rows of {width} numbers, and the SAE takes {d_in}.")
         return cache
-    opened = [c for c in caches().values() if isinstance(c, Cache)]
+    opened = [c for c in list_caches().values() if isinstance(c, Cache)]
     fitting = [c for c in opened if c.model == model and hook in c.hooks and c.array(hook.array).shape[1] == d_in]
     if len(fitting) == 1:
         return fitting[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...cache.layout import Hook
-from ...cache.reader import Cache, caches
+from ...cache.reader import Cache, list_caches
 from ...common.errors import SaeError, UsageError
 from ..sae import SAE
 from .base import Reference
@@ -180,7 +180,7 @@ def cache_of_run(origin: Mapping[str, Any]) -> Cache | None:
     candidates = []
     if (Path(recorded) / "zarr.json").exists():
         candidates.append(Cache(recorded))
-    candidates += [cache for cache in caches().values() if isinstance(cache, Cache)]
+    candidates += [cache for cache in list_caches().values() if isinstance(cache, Cache)]
     return next((cache for cache in candidates if cache.fingerprint == origin["fingerprint"]), None)
 
 

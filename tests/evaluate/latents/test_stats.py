@@ -231,13 +231,11 @@ def test_logit_effects_are_both_ends_of_the_direct_logits(model):
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_z"])
 def test_everything_of_a_few_latents_is_that_of_all(tiny_cache, site):
-    bench = make_context(EvaluateConfig(runs=[], tokens=300, device="cpu"), tiny_cache, "cpu", "float32", loader())
+    ctx = make_context(EvaluateConfig(runs=[], tokens=300, device="cpu"), tiny_cache, "cpu", "float32", loader())
     torch.manual_seed(0)
     sae, latents = SAE(32, 12, [TopK(3)]).eval(), torch.tensor([2, 7])
-    whole, few = (latent_stats(bench, sae, Hook(1, site), chosen, quiet) for chosen in (torch.arange(12), latents))
-    x = torch.cat(
-        [bench.model.capture_hooks(b.ids, [Hook(1, site)])[Hook(1, site)][b.kept] for b in bench.batches(4, 99)]
-    )
+    whole, few = (latent_stats(ctx, sae, Hook(1, site), chosen, quiet) for chosen in (torch.arange(12), latents))
+    x = torch.cat([ctx.model.capture_hooks(b.ids, [Hook(1, site)])[Hook(1, site)][b.kept] for b in ctx.batches(4, 99)])
     f_TF = sae.encode(x)
     assert whole.density.tolist() == few.density.tolist() == ((f_TF > 0).double().mean(0)).tolist()
     torch.testing.assert_close(whole.mean[latents], few.mean)

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from sae.cache.contexts import Contexts
 from sae.common.errors import SaeError, UsageError
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.absorption import Absorption, bootstrap, rate, score_words
 from sae.evaluate.metrics.base import EvalTarget, Result
@@ -25,7 +26,6 @@ from sae.evaluate.metrics.letter_probes import (
     linear_probe,
 )
 from sae.evaluate.reference_saes import Identity
-from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.activations import ReLU, TopK
@@ -57,7 +57,7 @@ def tokenizer():
 
 
 @pytest.fixture
-def bench(tiny_model, tmp_path) -> EvalContext:
+def ctx(tiny_model, tmp_path) -> EvalContext:
     return bench_of(tiny_model, tmp_path, "0.6.0")
 
 
@@ -196,15 +196,15 @@ def test_tokenizers_and_vocabularies_that_cannot_serve_get_one_sentence(tokenize
 # --- what no SAE changes ----------------------------------------------------------------------------------------------
 
 
-def test_rows_are_those_of_whole_prompts_and_made_once(bench, monkeypatch):
+def test_rows_are_those_of_whole_prompts_and_made_once(ctx, monkeypatch):
     passes = []
-    capture = bench.model.capture
-    monkeypatch.setattr(bench.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
-    spelling = SpellingPrompts.of(bench.tokenizer, 260, 0)
-    words = spell(bench, spelling, [0, 1], 0, silent)
+    capture = ctx.model.capture
+    monkeypatch.setattr(ctx.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
+    spelling = SpellingPrompts.of(ctx.tokenizer, 260, 0)
+    words = spell(ctx, spelling, [0, 1], 0, silent)
     assert {tuple(layers) for layers in passes} == {(0, 1)}
     count = len(passes)
-    again = spell(bench, spelling, [1], 0, silent)[1]
+    again = spell(ctx, spelling, [1], 0, silent)[1]
     assert len(passes) == count
     assert torch.equal(again.fresh_ND, words[1].fresh_ND)
     assert torch.equal(again.probe.weight_LD, words[1].probe.weight_LD)
@@ -213,7 +213,7 @@ def test_rows_are_those_of_whole_prompts_and_made_once(bench, monkeypatch):
     for layer in (0, 1):
         for prompts, rows in ((chosen[:3], words[layer].train_ND), (fresh[:3], words[layer].fresh_ND)):
             whole = torch.cat([prompts, ends.expand(3, -1)], 1)
-            x = bench.model.forward(whole, [layer]).residual[layer][:, -6]
+            x = ctx.model.forward(whole, [layer]).residual[layer][:, -6]
             torch.testing.assert_close(x, rows[:3])
 
 
@@ -563,25 +563,25 @@ def test_intervals():
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_saes_and_their_company_change_nothing(bench):
+def test_the_order_of_saes_and_their_company_change_nothing(ctx):
     metric = Absorption(words=260, min_GT_probe_f1=0.0, min_feats_for_eval=0)
     torch.manual_seed(0)
     saes = [SAE(32, 50, [ReLU()]).requires_grad_(False), SAE(32, 64, [TopK(4)]).requires_grad_(False)]
-    subjects = [EvalTarget(saes[0], 1), EvalTarget(Identity(), 1), EvalTarget(saes[1], 0)]
-    first = metric.measure(bench, subjects, silent)
-    again = metric.measure(bench, subjects[::-1], silent)[::-1]
-    alone = metric.measure(bench, subjects[:1], silent)
+    targets = [EvalTarget(saes[0], 1), EvalTarget(Identity(), 1), EvalTarget(saes[1], 0)]
+    first = metric.measure(ctx, targets, silent)
+    again = metric.measure(ctx, targets[::-1], silent)[::-1]
+    alone = metric.measure(ctx, targets[:1], silent)
     assert isinstance(first[1], SaeError)
     assert (first[0], first[2]) == (again[0], again[2])
     assert first[0] == alone[0]
     assert first[0].n["words_train"] == 208
     assert first[0].n["words_test"] == 52
     with pytest.raises(UsageError, match=r"absorption\.max_k_value is 0; the least is 1"):
-        Absorption(max_k_value=0).measure(bench, subjects, silent)
+        Absorption(max_k_value=0).measure(ctx, targets, silent)
 
 
-def test_a_model_that_does_not_spell_gets_a_sentence_for_each_sae(bench):
-    subjects = [EvalTarget(SAE(32, 50, [ReLU()]).requires_grad_(False), layer) for layer in (0, 1)]
-    for outcome in Absorption(words=260, min_GT_probe_f1=0.99).measure(bench, subjects, silent):
+def test_a_model_that_does_not_spell_gets_a_sentence_for_each_sae(ctx):
+    targets = [EvalTarget(SAE(32, 50, [ReLU()]).requires_grad_(False), layer) for layer in (0, 1)]
+    for outcome in Absorption(words=260, min_GT_probe_f1=0.99).measure(ctx, targets, silent):
         assert isinstance(outcome, SaeError)
         assert "Absorption needs letters that the model spells" in str(outcome)

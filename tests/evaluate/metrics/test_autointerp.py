@@ -27,8 +27,8 @@ from sae.evaluate.metrics.autointerp import (
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.llm_judge import Endpoint
 from sae.evaluate.metrics.packing import frequencies, packed_contexts
-from sae.evaluate.metrics.registry import METRICS, SUITES, metrics_of
-from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan
+from sae.evaluate.metrics.registry import METRICS, SUITES, metrics_of_suite
+from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan_evaluation
 from sae.evaluate.reference_saes import Identity
 from sae.evaluate.run import evaluate
 from sae.harvest.model import find_model, load_tokenizer
@@ -117,7 +117,7 @@ def test_a_latent_with_too_few_passages_has_none(rows):
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_cache):
+def ctx(tiny_cache):
     request = EvaluateConfig(runs=[], device="cpu")
     return make_context(request, tiny_cache, "cpu", "float32", loader())
 
@@ -129,19 +129,19 @@ def sae_of(seed: int) -> SAE:
     return sae.eval().requires_grad_(False)
 
 
-def test_firings_are_the_dense_activations_however_many_passes(bench, monkeypatch):
-    rows = packed_contexts(bench, 32)
-    subjects = [EvalTarget(sae_of(0), 0), EvalTarget(sae_of(1), 1)]
-    shares = frequencies(bench.model, torch.tensor(bench.skip), rows, subjects, silent)
+def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch):
+    rows = packed_contexts(ctx, 32)
+    targets = [EvalTarget(sae_of(0), 0), EvalTarget(sae_of(1), 1)]
+    shares = frequencies(ctx.model, torch.tensor(ctx.skip), rows, targets, silent)
     drawn = [[1, 5, 9], [2, 3]]
     passes = []
-    capture = bench.model.capture
-    monkeypatch.setattr(bench.model, "capture", lambda ids, layers: passes.append(layers) or capture(ids, layers))
+    capture = ctx.model.capture
+    monkeypatch.setattr(ctx.model, "capture", lambda ids, layers: passes.append(layers) or capture(ids, layers))
     expected = {}
-    for number, subject in enumerate(subjects):
-        f = subject.sae.encode(capture(rows, [subject.layer])[subject.layer])
-        f[torch.isin(rows, torch.tensor(bench.skip))] = 0
-        kept = ~torch.isin(rows, torch.tensor(bench.skip))
+    for number, target in enumerate(targets):
+        f = target.sae.encode(capture(rows, [target.layer])[target.layer])
+        f[torch.isin(rows, torch.tensor(ctx.skip))] = 0
+        kept = ~torch.isin(rows, torch.tensor(ctx.skip))
         assert shares[number][0] == 0
         torch.testing.assert_close(torch.from_numpy(shares[number]), (f[kept] > 0).double().mean(0))
         expected |= {(number, latent): f[..., latent].flatten() for latent in drawn[number]}
@@ -149,7 +149,7 @@ def test_firings_are_the_dense_activations_however_many_passes(bench, monkeypatc
     for most in (10**9, 1):
         monkeypatch.setattr(module, "FIRINGS_AT_ONCE", most)
         passes.clear()
-        found = {(n, latent): (p, v) for n, latent, p, v in firings(bench, rows, subjects, drawn, shares, silent)}
+        found = {(n, latent): (p, v) for n, latent, p, v in firings(ctx, rows, targets, drawn, shares, silent)}
         assert found.keys() == expected.keys()
         once = once or len(passes)
         assert len(passes) == (once if most > 1 else 5 * once) > 0
@@ -160,9 +160,9 @@ def test_firings_are_the_dense_activations_however_many_passes(bench, monkeypatc
             assert (np.diff(place) > 0).all()
 
 
-def test_held_out_contexts_are_packed_with_eos_between_them(bench):
-    rows = packed_contexts(bench, 32)
-    contexts = bench.contexts
+def test_held_out_contexts_are_packed_with_eos_between_them(ctx):
+    rows = packed_contexts(ctx, 32)
+    contexts = ctx.contexts
     flat = [i for ids, n in zip(contexts.ids, contexts.length, strict=True) for i in [*ids[1:n].tolist(), 1]]
     assert len(rows) == len(flat) // 32 and (rows[:, 0] == 2).all()
     assert rows[:, 1:].flatten().tolist() == [i for n, i in enumerate(flat[: rows.numel()]) if n % 32]
@@ -304,15 +304,15 @@ SMALL = ["autointerp.latents=3", "autointerp.context=32", "autointerp.tokens=200
 
 def test_it_is_in_no_suite_unless_an_option_is_set():
     assert all("autointerp" not in names for names in SUITES.values()) and "autointerp" in METRICS
-    assert [metric.name for metric in metrics_of("quick", ["autointerp.endpoint=http://x"])][-1] == "autointerp"
-    assert "autointerp" not in [metric.name for metric in metrics_of("full")]
+    assert [metric.name for metric in metrics_of_suite("quick", ["autointerp.endpoint=http://x"])][-1] == "autointerp"
+    assert "autointerp" not in [metric.name for metric in metrics_of_suite("full")]
     with pytest.raises(UsageError, match="with a metric of this suite"):
-        metrics_of("core", ["autointerp.endpoint=http://x"])
+        metrics_of_suite("core", ["autointerp.endpoint=http://x"])
 
 
 def test_without_an_endpoint_the_result_file_holds_the_prompts(run):
     rows = evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=SMALL, device="cpu"))
-    (row,) = [row for row in rows if not row.subject.reference]
+    (row,) = [row for row in rows if not row.target.reference]
     found = json.loads((run / "evaluations" / "autointerp.json").read_text())
     entries = found["eval_result_unstructured"]["extra"]
     assert found["eval_result_metrics"] == {} and len(entries) == 3 and "0" not in entries
@@ -385,7 +385,7 @@ def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):
         "autointerp.key_variable=JUDGE_KEY",
     ]
     rows = evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu"))
-    (row,) = [row for row in rows if not row.subject.reference]
+    (row,) = [row for row in rows if not row.target.reference]
     entries = row.results["autointerp"].extra
     scores = [1 - len(entry["correct seqs"]) / 14 for entry in entries.values()]
     assert row.results["autointerp"].metrics["autointerp"]["autointerp_score"] == pytest.approx(sum(scores) / 3)
@@ -402,9 +402,9 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
     server.replies = [(401, {}, {"error": {"message": "no such key"}})]
     options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
     with pytest.raises(UnavailableError, match=r"refuses the key \(HTTP 401\).* It says: no such key"):
-        plan(EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu"))
+        plan_evaluation(EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu"))
     assert not (run / "evaluations").exists() and len(server.seen) == 1
-    found = plan(
+    found = plan_evaluation(
         EvaluateConfig(runs=[run], suite="core,autointerp", options=options, device="cpu")
     )  # core is to be measured
     assert [list(group.settings) for group in found.groups] == [["core"]]
@@ -413,14 +413,14 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
         evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=options[:-1], device="cpu"))
 
 
-def test_references_and_settings_that_make_no_sense_are_refused(bench):
-    (outcome,) = Autointerp(context=32).measure(bench, [EvalTarget(Identity(), 0, reference=True)], silent)
+def test_references_and_settings_that_make_no_sense_are_refused(ctx):
+    (outcome,) = Autointerp(context=32).measure(ctx, [EvalTarget(Identity(), 0, reference=True)], silent)
     assert isinstance(outcome, UsageError)
     for change in ({"latents": 0}, {"context": 20}, {"tokens": 0}):
         with pytest.raises(UsageError, match="have to be 1 or more"):
-            replace(Autointerp(), **change).measure(bench, [EvalTarget(sae_of(0), 0)], silent)
+            replace(Autointerp(), **change).measure(ctx, [EvalTarget(sae_of(0), 0)], silent)
     with pytest.raises(UsageError, match="less than one row of 9000 tokens"):
-        Autointerp(context=9000).measure(bench, [EvalTarget(sae_of(0), 0)], silent)
+        Autointerp(context=9000).measure(ctx, [EvalTarget(sae_of(0), 0)], silent)
 
 
 def test_a_busy_endpoint_is_waited_for(server):

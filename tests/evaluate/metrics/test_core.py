@@ -12,12 +12,12 @@ import torch
 
 from sae.cache.contexts import Contexts
 from sae.common.errors import UsageError
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.sae_statistics import SAEStatistics, interval, largest_other_cosine
 from sae.evaluate.reference_saes import Identity, Zero
-from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.model import find_model, load_model
 from sae.train.activations import BatchTopK, ReLU, TopK
 from sae.train.sae import SAE
@@ -66,10 +66,8 @@ def random_sae(kind: str, seed: int = 0) -> SAE:
     return sae.eval().requires_grad_(False)
 
 
-def measure(bench: EvalContext, *saes: SAE, **settings) -> list[dict]:
-    results = Core(**settings).measure(
-        bench, [EvalTarget(sae, LAYER) for sae in saes], lambda done, total, note="": None
-    )
+def measure(ctx: EvalContext, *saes: SAE, **settings) -> list[dict]:
+    results = Core(**settings).measure(ctx, [EvalTarget(sae, LAYER) for sae in saes], lambda done, total, note="": None)
     return [{**result.metrics, "latents": result.details} for result in results]
 
 
@@ -287,15 +285,15 @@ def test_every_number_is_the_definition(model, kind, size, batches):
 
 def test_several_saes_in_one_pass_equal_each_alone(model):
     saes = [random_sae(kind, seed) for seed, kind in enumerate(("relu", "topk", "batchtopk"))]
-    bench = bench_of(model, ragged())
-    assert measure(bench, *saes, batch_contexts=2) == [measure(bench, sae, batch_contexts=2)[0] for sae in saes]
+    ctx = bench_of(model, ragged())
+    assert measure(ctx, *saes, batch_contexts=2) == [measure(ctx, sae, batch_contexts=2)[0] for sae in saes]
 
 
 def test_layers_are_spliced_where_they_stand(model):
     """Behind the last block nothing follows: KL at layer 1 is that of the unembedding alone, unlike at layer 0."""
-    sae, bench = random_sae("relu"), bench_of(model, ragged())
-    both = Core().measure(bench, [EvalTarget(sae, 0), EvalTarget(sae, 1)], lambda done, total, note="": None)
-    alone = [Core().measure(bench, [EvalTarget(sae, layer)], lambda done, total, note="": None)[0] for layer in (0, 1)]
+    sae, ctx = random_sae("relu"), bench_of(model, ragged())
+    both = Core().measure(ctx, [EvalTarget(sae, 0), EvalTarget(sae, 1)], lambda done, total, note="": None)
+    alone = [Core().measure(ctx, [EvalTarget(sae, layer)], lambda done, total, note="": None)[0] for layer in (0, 1)]
     for one, other in zip(both, alone, strict=True):
         assert one.metrics == other.metrics
     assert both[0].metrics["shrinkage"]["l2_norm_in"] != both[1].metrics["shrinkage"]["l2_norm_in"]
@@ -303,8 +301,8 @@ def test_layers_are_spliced_where_they_stand(model):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_identity_scores_one_and_zero_scores_zero(model, layer):
-    subjects = [EvalTarget(Identity(), layer), EvalTarget(Zero(), layer, everywhere=True)]
-    identity, zero = Core().measure(bench_of(model, ragged()), subjects, lambda done, total, note="": None)
+    targets = [EvalTarget(Identity(), layer), EvalTarget(Zero(), layer, everywhere=True)]
+    identity, zero = Core().measure(bench_of(model, ragged()), targets, lambda done, total, note="": None)
     for result, score in ((identity, 1), (zero, 0)):
         assert result.metrics["model_behavior_preservation"]["kl_div_score"] == pytest.approx(score, abs=1e-5)
         assert result.metrics["model_performance_preservation"]["ce_loss_score"] == pytest.approx(score, abs=1e-5)
@@ -460,8 +458,8 @@ def test_an_interval_is_that_of_a_mean_over_contexts_and_of_a_share():
 
 
 def test_every_interval_holds_its_number(model):
-    bench = bench_of(model, ragged())
-    (found,) = Core().measure(bench, [EvalTarget(random_sae("relu"), LAYER)], lambda done, total, note="": None)
+    ctx = bench_of(model, ragged())
+    (found,) = Core().measure(ctx, [EvalTarget(random_sae("relu"), LAYER)], lambda done, total, note="": None)
     for category, group in found.intervals.items():
         for name, (low, high) in group.items():
             assert (low + high) / 2 == pytest.approx(found.metrics[category][name], rel=1e-5), name
@@ -473,7 +471,7 @@ def test_contexts_of_one_document_are_one_draw(model):
     once = bench_of(model, ragged())
     twice = replace(once, contexts=once.contexts.select(np.arange(5).repeat(2)))
     sae = EvalTarget(random_sae("relu"), LAYER)
-    alone, again = (Core().measure(bench, [sae], lambda done, total, note="": None)[0] for bench in (once, twice))
+    alone, again = (Core().measure(ctx, [sae], lambda done, total, note="": None)[0] for ctx in (once, twice))
     assert again.n == {"documents": 5, "contexts": 10, "tokens": 70}
     for category, group in alone.intervals.items():
         for name, interval_once in group.items():
@@ -516,12 +514,12 @@ def test_the_interval_of_fve_is_about_the_mean_of_all():
 def test_degenerate_saes_are_flagged(model):
     dead = random_sae("relu")
     dead.b_enc.fill_(-1e3)
-    subjects = [
+    targets = [
         EvalTarget(dead, LAYER),
         EvalTarget(random_sae("topk"), LAYER),
         EvalTarget(Zero(), LAYER, True, reference=True),
     ]
-    found = Core().measure(bench_of(model, ragged()), subjects, lambda done, total, note="": None)
+    found = Core().measure(bench_of(model, ragged()), targets, lambda done, total, note="": None)
     assert "L0 is 0" in found[0].flags[0]
     assert not any("L0 is 0" in flag for flag in found[1].flags)
     assert found[2].flags == []

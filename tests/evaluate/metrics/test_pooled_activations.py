@@ -5,10 +5,10 @@ import torch
 
 from sae.cache.contexts import Contexts
 from sae.common.errors import UsageError
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics import pooled_activations as module
 from sae.evaluate.metrics.pooled_activations import pool, read_rows
-from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.activations import ReLU
 from sae.train.sae import SAE
@@ -19,7 +19,7 @@ CONTEXT = 32
 
 
 @pytest.fixture
-def bench(tiny_model, tmp_path) -> EvalContext:
+def ctx(tiny_model, tmp_path) -> EvalContext:
     source, config = find_model(str(tiny_model))
     model = load_model(source, config, dtype="float32", device="cpu")
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
@@ -39,25 +39,25 @@ def silent(done, total, note=""):
     pass
 
 
-def padded(bench: EvalContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(ctx: EvalContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As SAEBench reads them: (N, CONTEXT, D) with zeros where nothing counts, and the count of each text."""
     rows = []
     for text in TEXTS:
-        ids = torch.tensor([bench.tokenizer(text, truncation=True, max_length=CONTEXT)["input_ids"]])
-        x = bench.model.forward(ids, [layer]).residual[layer][0]
+        ids = torch.tensor([ctx.tokenizer(text, truncation=True, max_length=CONTEXT)["input_ids"]])
+        x = ctx.model.forward(ids, [layer]).residual[layer][0]
         x[torch.isin(ids[0], torch.tensor(SKIP))] = 0
         rows.append(torch.nn.functional.pad(x, (0, 0, 0, CONTEXT - len(x))))
     x = torch.stack(rows)
     return x, (x != 0).any(-1).sum(1)
 
 
-def test_rows_and_sums_are_those_of_padded_passes(bench, monkeypatch):
+def test_rows_and_sums_are_those_of_padded_passes(ctx, monkeypatch):
     monkeypatch.setattr(module, "tokens_at_once", lambda *_: 7)
     torch.manual_seed(0)
     sae = SAE(32, 20, [ReLU()]).requires_grad_(False)
     sae.b_enc += 0.3  # latents fire on a zero row
-    for layer, rows in read_rows(bench, [0, 1], TEXTS, silent, CONTEXT).items():
-        x, count = padded(bench, layer)
+    for layer, rows in read_rows(ctx, [0, 1], TEXTS, silent, CONTEXT).items():
+        x, count = padded(ctx, layer)
         assert torch.equal(rows.count_N, count)
         torch.testing.assert_close(rows.x_TD, x[(x != 0).any(-1)])
         torch.testing.assert_close(rows.mean_ND(), x.sum(1) / count[:, None])
@@ -70,52 +70,52 @@ def test_rows_and_sums_are_those_of_padded_passes(bench, monkeypatch):
         torch.testing.assert_close(pooled.mean_NF, (sae.encode(x) * mask).sum(1) / count[:, None])
 
 
-def test_the_model_runs_once_and_only_for_what_lacks(bench, monkeypatch):
+def test_the_model_runs_once_and_only_for_what_lacks(ctx, monkeypatch):
     passes = []
-    capture = bench.model.capture
-    monkeypatch.setattr(bench.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
-    first = read_rows(bench, [0], TEXTS, silent, CONTEXT)[0]
-    again = read_rows(bench, [0, 1], TEXTS, silent, CONTEXT)[0]
+    capture = ctx.model.capture
+    monkeypatch.setattr(ctx.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
+    first = read_rows(ctx, [0], TEXTS, silent, CONTEXT)[0]
+    again = read_rows(ctx, [0, 1], TEXTS, silent, CONTEXT)[0]
     assert passes == [[0], [1]]
     assert torch.equal(first.x_TD, again.x_TD)
-    read_rows(bench, [0], TEXTS[:2], silent, CONTEXT)
+    read_rows(ctx, [0], TEXTS[:2], silent, CONTEXT)
     assert passes == [[0], [1], [0]]
 
 
 def test_what_is_damaged_on_the_shelf_is_made_again(tmp_path):
-    shelf, made = ArtifactCache(tmp_path), []
+    artifacts, made = ArtifactCache(tmp_path), []
 
     def make():
         made.append(1)
         return {"a": torch.arange(6.0)}
 
-    shelf.keep("numbers", {"of": 1}, make)
-    assert torch.equal(shelf.keep("numbers", {"of": 1}, make)["a"], torch.arange(6.0))
+    artifacts.keep("numbers", {"of": 1}, make)
+    assert torch.equal(artifacts.keep("numbers", {"of": 1}, make)["a"], torch.arange(6.0))
     assert len(made) == 1
-    path = shelf.path("numbers", {"of": 1})
+    path = artifacts.path("numbers", {"of": 1})
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert torch.equal(shelf.keep("numbers", {"of": 1}, make)["a"], torch.arange(6.0))
+    assert torch.equal(artifacts.keep("numbers", {"of": 1}, make)["a"], torch.arange(6.0))
     path.write_bytes(data[:10])
-    shelf.keep("numbers", {"of": 1}, make)
+    artifacts.keep("numbers", {"of": 1}, make)
     assert len(made) == 3
-    shelf.keep("numbers", {"of": 2}, make)
+    artifacts.keep("numbers", {"of": 2}, make)
     assert len(made) == 4
 
 
-def test_no_block_behind_the_last_layer_asked_for_is_run(bench):
+def test_no_block_behind_the_last_layer_asked_for_is_run(ctx):
     ran = []
-    for number, block in enumerate(bench.model.blocks):
+    for number, block in enumerate(ctx.model.blocks):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     ids = torch.tensor([[2, 300, 301]])
-    alone = bench.model.capture(ids, [0])[0]
+    alone = ctx.model.capture(ids, [0])[0]
     assert ran == [0]
-    assert torch.equal(alone, bench.model.forward(ids, [0, 1]).residual[0])
+    assert torch.equal(alone, ctx.model.forward(ids, [0, 1]).residual[0])
     assert ran == [0, 0, 1]
 
 
 @pytest.mark.parametrize("context", [-1, 0, 1])
-def test_a_context_without_room_for_text_is_refused(bench, context):
+def test_a_context_without_room_for_text_is_refused(ctx, context):
     with pytest.raises(UsageError, match=f"A context of {context} tokens holds no text"):
-        read_rows(bench, [0], TEXTS, silent, context)
+        read_rows(ctx, [0], TEXTS, silent, context)

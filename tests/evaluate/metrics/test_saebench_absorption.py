@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics import absorption, first_letter
 from sae.evaluate.metrics.absorption import Absorption, UnitDecoderSAE, score_words
 from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, last_rows
 from sae.evaluate.metrics.letter_probes import LetterProbes, accepted, f1, linear_probe, logistic
-from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.mini import WEIGHTS
 from sae.train.sae import SAE
 
@@ -66,7 +66,7 @@ def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monk
     known = [piece[text] for text in texts]
     monkeypatch.setattr(first_letter, "vocabulary", lambda *_: known)
     made = SpellingPrompts.of(tokenizer, 0, 0)
-    bench = EvalContext(
+    ctx = EvalContext(
         lambda: saebench.model, tokenizer, Contexts(*[np.zeros(0)] * 4), [], "0.6.0", {}, {}, ArtifactCache(tmp_path)
     )
     for part in ("train", "test"):
@@ -74,7 +74,7 @@ def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monk
         asked = [known[row[-1]] for row in rows]
         assert [word.letter for word in asked] == arrays[f"{part}.labels"].tolist()
         ids_NS = made.prompts(asked, known, Draws(iter([[known[i] for i in row[:-1]] for row in rows])))
-        x_ND = last_rows(bench, ids_NS, [0], lambda *_: None)[0]
+        x_ND = last_rows(ctx, ids_NS, [0], lambda *_: None)[0]
         torch.testing.assert_close(x_ND, arrays[f"{part}.activations"], atol=2e-5, rtol=1e-5)
     example = theirs["prompt"]
     asked = iter(example["text"].removeprefix("\n").split("\n"))

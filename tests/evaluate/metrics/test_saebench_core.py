@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
-from sae.evaluate.shelf import ArtifactCache
 
 KINDS = ("relu", "topk", "jumprelu")
 COUNTS = ("total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance", "frac_alive",
@@ -30,11 +30,11 @@ def ours(saebench, contexts):
     ids = contexts[: about["contexts_per_batch"] * batches].numpy().astype(np.uint32)
     n, width = ids.shape
     text = Contexts(ids, np.full(n, width, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
-    bench = EvalContext(lambda: saebench.model, None, text, [0, 1, 2], "0.6.0", {}, {}, ArtifactCache(Path("shelf")))
+    ctx = EvalContext(lambda: saebench.model, None, text, [0, 1, 2], "0.6.0", {}, {}, ArtifactCache(Path("shelf")))
     metric = Core(about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
     asked = [(kind, everywhere) for kind in KINDS for everywhere in (False, True)]
-    subjects = [EvalTarget(saebench.saes[kind], about["layer"], everywhere) for kind, everywhere in asked]
-    found = metric.measure(bench, subjects, lambda done, total, note="": None)
+    targets = [EvalTarget(saebench.saes[kind], about["layer"], everywhere) for kind, everywhere in asked]
+    found = metric.measure(ctx, targets, lambda done, total, note="": None)
     return {
         (kind, "everywhere" if all_ else "rewound"): result for (kind, all_), result in zip(asked, found, strict=True)
     }

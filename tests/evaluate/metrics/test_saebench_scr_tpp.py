@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labelled
 from sae.evaluate.metrics import ablation as shared
@@ -16,7 +17,6 @@ from sae.evaluate.metrics.pooled_activations import TextRows
 from sae.evaluate.metrics.probes import LabelledRows
 from sae.evaluate.metrics.scr import ATTRIBUTE, CLASS, Scr, scr_scores
 from sae.evaluate.metrics.tpp import Tpp
-from sae.evaluate.shelf import ArtifactCache
 
 KINDS = ("relu", "topk", "jumprelu")
 SCR_KEYS = ("male / female", "professor / nurse", "male_professor / female_nurse")  # of our three probes
@@ -33,7 +33,7 @@ SHORT = {labelled.BIOS: "bios", labelled.REVIEWS: "amazon"}
 
 
 @pytest.fixture
-def bench(saebench, tmp_path, monkeypatch) -> EvalContext:
+def ctx(saebench, tmp_path, monkeypatch) -> EvalContext:
     """The tables as files, one pair of classes each, and SAEBench's activations of their texts."""
     found = {}  # text -> its rows
     for name, splits in saebench.json("problem/tables").items():
@@ -49,7 +49,7 @@ def bench(saebench, tmp_path, monkeypatch) -> EvalContext:
     for name, pair in ((BIOS, (21, 13)), (REVIEWS, (24, 26))):
         monkeypatch.setitem(labelled.DATASETS, name, replace(labelled.DATASETS[name], pairs=(pair,)))
 
-    def read_labelled(bench, layers, name, classes, progress, context):
+    def read_labelled(ctx, layers, name, classes, progress, context):
         parts = [found[text] for split in classes.values() for own in split.values() for text in own]
         counts = {split: {label: len(own) for label, own in classes[split].items()} for split in classes}
         rows = TextRows(torch.cat(parts), torch.tensor([len(part) for part in parts]))
@@ -115,12 +115,12 @@ def scores_beside(headline: str, theirs: dict, ours: dict) -> list[tuple]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scr(saebench, bench, monkeypatch, noted, kind):
+def test_scr(saebench, ctx, monkeypatch, noted, kind):
     give_probes(saebench, monkeypatch, "scr")
     effects = listen(monkeypatch, Scr, "effects")
     theirs = saebench.json("scr/results")[kind]
     metric = Scr((BIOS, REVIEWS), **settings(saebench, "scr"))
-    (found,) = metric.measure(bench, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
+    (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
     scores = theirs["eval_result_metrics"]["scr_metrics"]
     headline = "scr_metric_threshold_20"
     chosen = [
@@ -150,7 +150,7 @@ def test_scr(saebench, bench, monkeypatch, noted, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tpp(saebench, bench, monkeypatch, noted, kind):
+def test_tpp(saebench, ctx, monkeypatch, noted, kind):
     """On SAEBench's clean accuracies: it draws their texts among those of training the probes."""
     give_probes(saebench, monkeypatch, "tpp")
     effects, accuracies = listen(monkeypatch, Tpp, "effects"), listen(monkeypatch, Tpp, "ablated")
@@ -163,7 +163,7 @@ def test_tpp(saebench, bench, monkeypatch, noted, kind):
 
     monkeypatch.setattr(Tpp, "clean", clean_of)
     metric = Tpp((BIOS, REVIEWS), **settings(saebench, "tpp"))
-    (found,) = metric.measure(bench, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
+    (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
     heard = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # first without the leak
     steps = [theirs["steps"][dataset] for dataset in TASKS["tpp"]]
     scores = theirs["eval_result_metrics"]["tpp_metrics"]

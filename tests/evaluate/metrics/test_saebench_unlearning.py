@@ -18,9 +18,9 @@ def silent(done, total, note=""):
 
 def test_frequencies(saebench, noted):
     tokens, expected = saebench.arrays("problem/contexts")["tokens"].long(), saebench.arrays("unlearning")
-    subjects = [EvalTarget(saebench.saes[kind], 0) for kind in KINDS]
+    targets = [EvalTarget(saebench.saes[kind], 0) for kind in KINDS]
     for name, rows in (("forget", tokens[:10]), ("retain", tokens[10:])):
-        for kind, share in zip(KINDS, frequencies(saebench.model, SPECIAL, rows, subjects, silent), strict=True):
+        for kind, share in zip(KINDS, frequencies(saebench.model, SPECIAL, rows, targets, silent), strict=True):
             noted("unlearning", f"{kind}: frequencies, {name}", [(expected[f"{kind}.{name}"], share)])
             np.testing.assert_allclose(share, expected[f"{kind}.{name}"].numpy(), rtol=0, atol=1e-6)
 

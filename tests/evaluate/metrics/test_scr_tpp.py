@@ -10,6 +10,7 @@ import torch
 
 from sae.cache.contexts import Contexts
 from sae.common.errors import UsageError
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labelled
 from sae.evaluate.metrics import ablation as shared
@@ -20,7 +21,6 @@ from sae.evaluate.metrics.probes import ProbeTask
 from sae.evaluate.metrics.scr import ATTRIBUTE, BIASED, CLASS, PROBES, Scr, doubts, scr_scores, task
 from sae.evaluate.metrics.tpp import Tpp, class_scores
 from sae.evaluate.reference_saes import Identity, Zero
-from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.activations import ReLU
 from sae.train.sae import SAE
@@ -216,16 +216,16 @@ def write_reviews(data: Path, rows: int = 70) -> None:
 
 
 @pytest.fixture
-def bench(tiny_model, tmp_path, monkeypatch) -> EvalContext:
+def ctx(tiny_model, tmp_path, monkeypatch) -> EvalContext:
     write_reviews(tmp_path)
     source, config = find_model(str(tiny_model))
     model = load_model(source, config, dtype="float32", device="cpu")
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
     table = labelled.DATASETS[REVIEWS]
     monkeypatch.setitem(labelled.DATASETS, REVIEWS, replace(table, classes=(24, 26), pairs=((24, 26),)))
-    shelf = ArtifactCache(tmp_path / "shelf")
+    artifacts = ArtifactCache(tmp_path / "shelf")
     return EvalContext(
-        lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", source.identity(), {}, shelf, tmp_path
+        lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", source.identity(), {}, artifacts, tmp_path
     )
 
 
@@ -244,14 +244,14 @@ def silent(done, total, note=""):
     pass
 
 
-def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(bench, monkeypatch):
-    subjects = [
+def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(ctx, monkeypatch):
+    targets = [
         EvalTarget(random_sae(0), 0),
         EvalTarget(random_sae(1), 1),
         EvalTarget(random_sae(2), 0),
         EvalTarget(Identity(), 0),
     ]
-    together = SMALL.measure(bench, subjects, silent)
+    together = SMALL.measure(ctx, targets, silent)
     for kind in ("dir1", "metric", "dir2"):
         for n in (2, 20):
             assert -5 < together[0].metrics["scr_metrics"][f"scr_{kind}_threshold_{n}"] < 5
@@ -262,16 +262,16 @@ def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(bench, monkeypa
     assert together[0].n == {"problems": 1, "test_texts": 150}
     for name, (low, high) in together[0].intervals["scr_metrics"].items():
         assert low <= together[0].metrics["scr_metrics"][name] <= high
-    monkeypatch.setattr(bench.model, "capture", None)  # texts and probes are on the shelf
+    monkeypatch.setattr(ctx.model, "capture", None)  # texts and probes are on the shelf
     monkeypatch.setattr(shared, "train_probes", None)
-    alone = [SMALL.measure(bench, [subject], silent)[0] for subject in reversed(subjects)]
+    alone = [SMALL.measure(ctx, [target], silent)[0] for target in reversed(targets)]
     assert alone[::-1] == together
 
 
-def test_what_fires_on_nothing_leaks_and_is_said(bench):
+def test_what_fires_on_nothing_leaks_and_is_said(ctx):
     loud = random_sae(0)
     loud.b_enc += 1.0
-    quiet, leaking = SMALL.measure(bench, [EvalTarget(random_sae(0), 0), EvalTarget(loud, 0)], silent)
+    quiet, leaking = SMALL.measure(ctx, [EvalTarget(random_sae(0), 0), EvalTarget(loud, 0)], silent)
     assert "without_leak" not in quiet.metrics
     assert leaking.metrics["without_leak"].keys() == leaking.metrics["scr_metrics"].keys()
     assert leaking.metrics["without_leak"] != leaking.metrics["scr_metrics"]
@@ -279,13 +279,13 @@ def test_what_fires_on_nothing_leaks_and_is_said(bench):
     assert not any("fire on a zero row" in flag for flag in quiet.flags)
 
 
-def test_what_cannot_be_measured_has_a_sentence_in_its_place(bench):
+def test_what_cannot_be_measured_has_a_sentence_in_its_place(ctx):
     class Squares(Zero):
         def decode(self, f):
             return f**2
 
     few, odd, fine = SMALL.measure(
-        bench, [EvalTarget(random_sae(0, 12), 0), EvalTarget(Squares(), 0), EvalTarget(Zero(), 0)], silent
+        ctx, [EvalTarget(random_sae(0, 12), 0), EvalTarget(Squares(), 0), EvalTarget(Zero(), 0)], silent
     )
     assert isinstance(few, UsageError)
     assert "--set scr.thresholds=2." in str(few)
@@ -294,11 +294,11 @@ def test_what_cannot_be_measured_has_a_sentence_in_its_place(bench):
     assert any("Only 0 latents have an effect" in flag for flag in fine.flags)
 
 
-def test_tpp_draws_the_same_for_every_sae_or_as_saebench_for_each(bench):
+def test_tpp_draws_the_same_for_every_sae_or_as_saebench_for_each(ctx):
     for rng in ("paired", "saebench"):
         metric = Tpp((REVIEWS,), (2, 20), **SETS, rng=rng)
         first, second, again = metric.measure(
-            bench, [EvalTarget(random_sae(0), 0), EvalTarget(random_sae(2), 0), EvalTarget(random_sae(0), 0)], silent
+            ctx, [EvalTarget(random_sae(0), 0), EvalTarget(random_sae(2), 0), EvalTarget(random_sae(0), 0)], silent
         )
         assert first == again
         assert first.metrics != second.metrics
@@ -321,6 +321,6 @@ def test_tpp_draws_the_same_for_every_sae_or_as_saebench_for_each(bench):
         ({"rng": "mine"}, "rng=mine"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(bench, setting, says):
+def test_settings_that_make_no_sense_are_refused(ctx, setting, says):
     with pytest.raises(UsageError, match=says):
-        Scr(**setting).measure(bench, [], silent)
+        Scr(**setting).measure(ctx, [], silent)

@@ -9,16 +9,16 @@ import torch
 
 from sae.cache.contexts import Contexts
 from sae.common.errors import UsageError
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.latents import inspection
 from sae.evaluate.metrics import sparse_probing as module
 from sae.evaluate.metrics.base import EvalTarget, Result
 from sae.evaluate.metrics.probes import ProbeFeatures, generator
-from sae.evaluate.metrics.registry import metrics_of
+from sae.evaluate.metrics.registry import metrics_of_suite
 from sae.evaluate.metrics.sparse_probing import SparseProbing, SparseProbingStdlib
 from sae.evaluate.reference_saes import Identity, Zero
 from sae.evaluate.results import read_result, write_result
-from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.activations import ReLU
 from sae.train.sae import SAE
@@ -37,7 +37,7 @@ def short(monkeypatch):
 
 
 @pytest.fixture
-def bench(tiny_model, home) -> EvalContext:
+def ctx(tiny_model, home) -> EvalContext:
     """Two datasets in the folder of the bench: four and two classes, told apart by the words of their texts."""
     rng = random.Random(0)
     for name, labels, column in ((AG, range(4), "label"), (SENTIMENT.removesuffix("_sentiment"), (1.0, 5.0), "rating")):
@@ -49,9 +49,17 @@ def bench(tiny_model, home) -> EvalContext:
     source, config = find_model(str(tiny_model))
     model = load_model(source, config, dtype="float32", device="cpu")
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
-    shelf = ArtifactCache(home / "shelf")
+    artifacts = ArtifactCache(home / "shelf")
     return EvalContext(
-        lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", source.identity(), {}, shelf, home / "data"
+        lambda: model,
+        load_tokenizer(source),
+        nothing,
+        [0, 1, 2],
+        "0.6.0",
+        source.identity(),
+        {},
+        artifacts,
+        home / "data",
     )
 
 
@@ -65,12 +73,12 @@ def make_sae(seed: int = 0, latents: int = 40) -> SAE:
     return sae
 
 
-def measured(bench: EvalContext, *coders, metric: SparseProbing = METRIC) -> list:
-    return metric.measure(bench, [EvalTarget(coder, 1) for coder in coders], silent)
+def measured(ctx: EvalContext, *coders, metric: SparseProbing = METRIC) -> list:
+    return metric.measure(ctx, [EvalTarget(coder, 1) for coder in coders], silent)
 
 
-def test_the_fields_are_saebench_s(bench):
-    (found,) = measured(bench, make_sae())
+def test_the_fields_are_saebench_s(ctx):
+    (found,) = measured(ctx, make_sae())
     assert list(found.metrics) == ["llm", "sae"]
     for side, numbers in found.metrics.items():
         tops = [f"{side}_top_{k}_test_accuracy" for k in (1, 2, 3, 5, 10, 20, 50, 100)]
@@ -117,19 +125,19 @@ def test_the_latents_named_are_those_that_were_planted():
     }
 
 
-def test_a_result_of_before_latents_were_named_is_kept(bench, home):
-    (found,) = measured(bench, make_sae())
-    write_result(home / "new", METRIC, METRIC.settings(bench), found, {})
-    assert read_result(home / "new", METRIC, METRIC.settings(bench)) == found
+def test_a_result_of_before_latents_were_named_is_kept(ctx, home):
+    (found,) = measured(ctx, make_sae())
+    write_result(home / "new", METRIC, METRIC.settings(ctx), found, {})
+    assert read_result(home / "new", METRIC, METRIC.settings(ctx)) == found
     bare = {name: {k: v for k, v in own.items() if "latents" not in k} for name, own in found.extra.items()}
     old = replace(found, extra=bare)
-    write_result(home / "old", METRIC, METRIC.settings(bench) | {"definition": 1}, old, {})
-    assert read_result(home / "old", METRIC, METRIC.settings(bench)) == old
+    write_result(home / "old", METRIC, METRIC.settings(ctx) | {"definition": 1}, old, {})
+    assert read_result(home / "old", METRIC, METRIC.settings(ctx)) == old
     assert inspection.labels({METRIC.name: old}, 40) == {}
 
 
-def test_the_identity_is_the_model_and_zero_is_chance(bench):
-    identity, zero = measured(bench, Identity(), Zero())
+def test_the_identity_is_the_model_and_zero_is_chance(ctx):
+    identity, zero = measured(ctx, Identity(), Zero())
     llm = [value for value in identity.metrics["llm"].values() if value is not None]
     assert llm == [value for value in identity.metrics["sae"].values() if value is not None]
     assert llm[0] > 0.75  # no two classes share a word
@@ -142,61 +150,61 @@ def test_the_identity_is_the_model_and_zero_is_chance(bench):
 
 
 @pytest.mark.parametrize("rng", ["paired", "saebench"])
-def test_no_sae_changes_another_s_numbers(bench, rng):
+def test_no_sae_changes_another_s_numbers(ctx, rng):
     metric = replace(METRIC, rng=rng)
-    together = measured(bench, make_sae(0), make_sae(1), metric=metric)
-    assert [measured(bench, make_sae(seed), metric=metric)[0] for seed in (0, 1)] == together
+    together = measured(ctx, make_sae(0), make_sae(1), metric=metric)
+    assert [measured(ctx, make_sae(seed), metric=metric)[0] for seed in (0, 1)] == together
     assert together[0] != together[1]
-    assert measured(bench, make_sae(1), make_sae(0), metric=metric) == together[::-1]
+    assert measured(ctx, make_sae(1), make_sae(0), metric=metric) == together[::-1]
 
 
-def test_the_side_of_the_model_is_measured_once(bench, monkeypatch):
+def test_the_side_of_the_model_is_measured_once(ctx, monkeypatch):
     sides = []
     real = module.probe
     monkeypatch.setattr(module, "probe", lambda f, *rest: sides.append(f["train"].x_ND.shape[1]) or real(f, *rest))
-    first = measured(bench, make_sae())
+    first = measured(ctx, make_sae())
     assert sides == [32, 40, 32, 40]
-    assert measured(bench, make_sae()) == first and sides == [32, 40, 32, 40, 40, 40]
-    measured(bench, make_sae(), metric=replace(METRIC, k=(2,)))
+    assert measured(ctx, make_sae()) == first and sides == [32, 40, 32, 40, 40, 40]
+    measured(ctx, make_sae(), metric=replace(METRIC, k=(2,)))
     assert sides[6:] == [32, 40, 32, 40]
 
 
-def test_the_length_of_decoder_rows_changes_nothing(bench):
+def test_the_length_of_decoder_rows_changes_nothing(ctx):
     sae, stretched = make_sae(), make_sae()
     factor = torch.linspace(0.01, 4, 40)
     stretched.W_dec /= factor[:, None]
     stretched.W_enc *= factor
     stretched.b_enc *= factor
-    plain, folded = measured(bench, sae, stretched)
+    plain, folded = measured(ctx, sae, stretched)
     for name, value in plain.metrics["sae"].items():
         assert folded.metrics["sae"][name] == pytest.approx(value, abs=0.02)
     assert folded.flags == ["Decoder rows were not of length 1: latents are scaled as if they were."]
 
 
-def test_what_cannot_be_probed_has_a_sentence(bench, home):
-    narrow, wide = measured(bench, make_sae(0, 2), make_sae())
+def test_what_cannot_be_probed_has_a_sentence(ctx, home):
+    narrow, wide = measured(ctx, make_sae(0, 2), make_sae())
     assert str(narrow).startswith("A probe on 3 latents needs as many, and there are 2.") and isinstance(wide, Result)
     with pytest.raises(UsageError, match="a probe reads at least one latent"):
-        measured(bench, make_sae(), metric=replace(METRIC, k=(0,)))
+        measured(ctx, make_sae(), metric=replace(METRIC, k=(0,)))
     with pytest.raises(UsageError, match="rng=fast is unknown"):
-        measured(bench, make_sae(), metric=replace(METRIC, rng="fast"))
+        measured(ctx, make_sae(), metric=replace(METRIC, rng="fast"))
     (home / "data" / AG / "train.jsonl").write_text("".join(json.dumps({"text": " " * (i > 70), "label": i % 4}) + "\n" for i in range(80)))  # fmt: skip
     with pytest.raises(UsageError, match=r"ag_news: the text '.*' has no token that counts"):
-        measured(bench, make_sae())
+        measured(ctx, make_sae())
 
 
-def test_k_is_that_of_the_mode_unless_asked(bench):
-    (metric,) = metrics_of("sparse_probing")
+def test_k_is_that_of_the_mode_unless_asked(ctx):
+    (metric,) = metrics_of_suite("sparse_probing")
     assert metric.ks("0.6.0") == (1, 2, 5) and metric.ks("2024-12") == (1, 2, 5, 10, 20, 50)
-    (metric,) = metrics_of("sparse_probing_stdlib", ["sparse_probing_stdlib.k=3,4"])
+    (metric,) = metrics_of_suite("sparse_probing_stdlib", ["sparse_probing_stdlib.k=3,4"])
     assert isinstance(metric, SparseProbingStdlib) and metric.ks("0.6.0") == (3, 4)
     with pytest.raises(UsageError, match="'x' is no value for k"):
-        metrics_of("sparse_probing", ["sparse_probing.k=x"])
+        metrics_of_suite("sparse_probing", ["sparse_probing.k=x"])
 
 
-def test_a_result_belongs_to_its_texts(bench, home):
-    before = METRIC.settings(bench)
+def test_a_result_belongs_to_its_texts(ctx, home):
+    before = METRIC.settings(ctx)
     assert before["k"] == (1, 3) and before["texts"][AG].startswith("sha256")
     path = home / "data" / AG / "test.jsonl"
     path.write_text(path.read_text() + path.read_text())
-    assert METRIC.settings(bench) != before
+    assert METRIC.settings(ctx) != before

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from sae.cache.contexts import Contexts
 from sae.common.errors import SaeError, UnavailableError, UsageError
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.multiple_choice import MultipleChoiceModel, Question, question_of
@@ -28,12 +29,11 @@ from sae.evaluate.metrics.unlearning import Unlearning, clamp, long_texts, unlea
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.reference_saes import Identity
 from sae.evaluate.run import evaluate
-from sae.evaluate.shelf import ArtifactCache
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.harvest.plan import HarvestConfig as Harvest
-from sae.harvest.plan import plan
-from sae.harvest.run import harvest
+from sae.harvest.plan import plan_harvest
+from sae.harvest.run import run_harvest
 from sae.train.activations import ReLU, TopK
 from sae.train.sae import SAE, save_sae
 
@@ -130,13 +130,15 @@ def sae_that_fires_on(*words: int) -> SAE:
 
 
 @pytest.fixture(scope="module")
-def bench(planted, data, tmp_path_factory) -> EvalContext:
+def ctx(planted, data, tmp_path_factory) -> EvalContext:
     source, config = find_model(str(planted))
     model = load_model(source, config, dtype="float32", device="cpu")
     nothing = Contexts(*(np.zeros(0) for _ in range(4)))
     identity = {"model": source.name, "revision": source.revision, "attention": "eager", "llm_dtype": "float32"}
-    shelf = ArtifactCache(tmp_path_factory.mktemp("shelf"))
-    return EvalContext(lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", identity, {}, shelf, data)
+    artifacts = ArtifactCache(tmp_path_factory.mktemp("shelf"))
+    return EvalContext(
+        lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", identity, {}, artifacts, data
+    )
 
 
 @pytest.fixture
@@ -144,12 +146,12 @@ def metric() -> Unlearning:
     return Unlearning(side_effects=(SIDE, "human_aging"), **SMALL)
 
 
-def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_it(bench, metric):
+def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_it(ctx, metric):
     """Four of the six questions are lost, the others and all of the other sets stay; the same in any company."""
     both = replace(metric, n_features=(1, 2))
     sae, every, silent_one = (sae_that_fires_on(*w) for w in ((VALUE,), (VALUE, NUMBER), ()))
-    subjects = [EvalTarget(one, 0) for one in (sae, Identity(), every, silent_one)]
-    first, identity, second, third = both.measure(bench, subjects, silent)
+    targets = [EvalTarget(one, 0) for one in (sae, Identity(), every, silent_one)]
+    first, identity, second, third = both.measure(ctx, targets, silent)
     assert first.metrics == {"unlearning": {"unlearning_score": pytest.approx(4 / 6)}}
     assert {name: first.n[name] for name in ("wmdp-bio", SIDE, "human_aging")} == {
         "wmdp-bio": 6,
@@ -169,42 +171,42 @@ def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_
     assert second.metrics == first.metrics
     assert third.metrics == {"unlearning": {"unlearning_score": 0}} and third.details == []
     assert any("nothing was clamped" in flag for flag in third.flags)
-    (alone,) = both.measure(bench, [EvalTarget(every, 0)], silent)
+    (alone,) = both.measure(ctx, [EvalTarget(every, 0)], silent)
     assert alone == second
-    (inadmissible,) = replace(metric, n_features=(2,)).measure(bench, [EvalTarget(every, 0)], silent)
+    (inadmissible,) = replace(metric, n_features=(2,)).measure(ctx, [EvalTarget(every, 0)], silent)
     assert inadmissible.metrics == {"unlearning": {"unlearning_score": 0}}
     assert any("Every intervention lost" in flag for flag in inadmissible.flags)
 
 
-def test_the_length_of_decoder_rows_changes_nothing_and_is_said(bench, metric):
+def test_the_length_of_decoder_rows_changes_nothing_and_is_said(ctx, metric):
     sae = sae_that_fires_on(VALUE)
     scaled = sae_that_fires_on(VALUE)
     scaled.W_dec.mul_(0.01)
     scaled.W_enc.mul_(100)
-    plain, folded = metric.measure(bench, [EvalTarget(sae, 0), EvalTarget(scaled, 0)], silent)
+    plain, folded = metric.measure(ctx, [EvalTarget(sae, 0), EvalTarget(scaled, 0)], silent)
     assert folded.metrics == plain.metrics and folded.details == plain.details
     assert [flag for flag in folded.flags if flag not in plain.flags] == [
         "Rows of W_dec are not of length one: latents were measured in units of their row's length."
     ]
 
 
-def test_known_questions_are_found_once_for_a_model(bench, metric, monkeypatch, tmp_path):
-    bench, metric = replace(bench, shelf=ArtifactCache(tmp_path)), replace(metric, side_effects=("human_aging",))
+def test_known_questions_are_found_once_for_a_model(ctx, metric, monkeypatch, tmp_path):
+    ctx, metric = replace(ctx, artifacts=ArtifactCache(tmp_path)), replace(metric, side_effects=("human_aging",))
     asked_for = []
     answers = MultipleChoiceModel.answers
     monkeypatch.setattr(
         MultipleChoiceModel, "answers", lambda self, prompts: asked_for.append(len(prompts)) or answers(self, prompts)
     )
-    first = metric.measure(bench, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent)
+    first = metric.measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent)
     assert len(asked_for) == 2 * 24
     assert max(asked_for) == 7 and asked_for[23] == 6  # what is answered wrongly once is not asked again
-    assert metric.measure(bench, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent) == first
+    assert metric.measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent) == first
     assert len(asked_for) == 2 * 24
 
 
-def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(bench, planted, data, sentences, home):
-    cache = harvest(
-        plan(
+def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(ctx, planted, data, sentences, home):
+    cache = run_harvest(
+        plan_harvest(
             Harvest(
                 model=str(planted),
                 dataset=str(sentences),
@@ -232,7 +234,7 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(bench, planted, dat
         "unlearning.rows=64",
         "unlearning.n_features=1",
     ]
-    shutil.copytree(bench.shelf.folder, home / "activations" / "evaluation")  # the known questions
+    shutil.copytree(ctx.artifacts.folder, home / "activations" / "evaluation")  # the known questions
     request = EvaluateConfig(
         runs=[run], suite="unlearning", options=options, data=data, device="cpu", tokens=50, references=False
     )
@@ -266,26 +268,26 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(bench, planted, dat
         ),
     ],
 )
-def test_what_cannot_be_measured_is_a_sentence(bench, metric, change, error, sentence):
+def test_what_cannot_be_measured_is_a_sentence(ctx, metric, change, error, sentence):
     with pytest.raises(error, match=sentence):
-        replace(metric, **change).measure(bench, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent)
+        replace(metric, **change).measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent)
 
 
-def test_a_model_that_is_not_the_one_is_refused(bench, metric, planted, tiny_model, tmp_path):
-    subjects = [EvalTarget(sae_that_fires_on(VALUE), 0)]
+def test_a_model_that_is_not_the_one_is_refused(ctx, metric, planted, tiny_model, tmp_path):
+    targets = [EvalTarget(sae_that_fires_on(VALUE), 0)]
     with pytest.raises(UsageError, match="planted has no chat template, so it is no instruction-tuned model"):
-        replace(metric, model=str(planted)).measure(bench, subjects, silent)
-    mini = replace(bench, identity={**bench.identity, "model": "gemma-2-mini"})
+        replace(metric, model=str(planted)).measure(ctx, targets, silent)
+    mini = replace(ctx, identity={**ctx.identity, "model": "gemma-2-mini"})
     with pytest.raises(UnavailableError, match="there is no gemma-2-mini-it"):
         metric.settings(mini)
     with pytest.raises(UsageError, match="has 26 blocks of width 128, the model of the SAEs 2 of 32"):
-        replace(metric, model=str(WEIGHTS)).measure(bench, subjects, silent)
+        replace(metric, model=str(WEIGHTS)).measure(ctx, targets, silent)
     tiny = shutil.copytree(tiny_model, tmp_path / "tiny-it")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tiny)
     with pytest.raises(SaeError, match="answers no question of wmdp-bio under all 24 orders"):  # it is random
-        replace(metric, model=str(tiny)).measure(bench, subjects, silent)
+        replace(metric, model=str(tiny)).measure(ctx, targets, silent)
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------
@@ -354,21 +356,21 @@ def test_the_interval_chooses_the_best_intervention_anew(metric):
     assert of([halves], [wrong]) == [0, 0]
 
 
-def test_corpora_are_packed_as_specified(bench):
+def test_corpora_are_packed_as_specified(ctx):
     """Joined by EOS, cut into twenty, each with a BOS; rows of eight begin with BOS in the place of a token."""
     texts = ["the value of a list and the number of names in a file " * 2, "another line " * 6]
     joined = "<eos>".join(texts)
     size = -(-len(joined) // 20)
     flat = [
-        i for start in range(0, len(joined), size) for i in bench.tokenizer(joined[start : start + size])["input_ids"]
+        i for start in range(0, len(joined), size) for i in ctx.tokenizer(joined[start : start + size])["input_ids"]
     ]
     assert flat.count(2) == 20
-    rows = packed_texts(texts, bench.tokenizer, 8)
+    rows = packed_texts(texts, ctx.tokenizer, 8)
     assert len(rows) == len(flat) // 8 > 5
     expected = torch.tensor(flat[: 8 * len(rows)]).view(-1, 8)
     expected[:, 0] = 2
     assert torch.equal(rows, expected)
-    assert len(packed_texts(["x"], bench.tokenizer, 8)) == 0
+    assert len(packed_texts(["x"], ctx.tokenizer, 8)) == 0
 
 
 def test_texts_are_long_ones_drawn_as_random_sample_draws():
@@ -384,9 +386,9 @@ def test_texts_are_long_ones_drawn_as_random_sample_draws():
     assert sorted(long_texts(data, random.Random(42), 1024)) == sorted(long)
 
 
-def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(bench, metric):
-    asked = metric.load(bench)
-    data = metric.data(bench)
+def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(ctx, metric):
+    asked = metric.load(ctx)
+    data = metric.data(ctx)
     one = torch.Generator().manual_seed(42)
     drawn = replace(metric, rng="saebench").corpora(data, asked)
     for name in ("forget", "retain"):
@@ -400,19 +402,19 @@ def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(bench, metr
     assert len(replace(metric, rows=3).corpora(data, asked)["forget"]) == 3
 
 
-def test_shares_are_of_the_counted_tokens(bench, metric):
-    asked = metric.load(bench)
+def test_shares_are_of_the_counted_tokens(ctx, metric):
+    asked = metric.load(ctx)
     rows = torch.tensor([[2, VALUE, 300, VALUE], [2, 1, NUMBER, 300]])
     (share,) = frequencies(asked.model, asked.skip, rows, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), 0)], silent)
     assert share[3] == pytest.approx(2 / 5) and share[7] == pytest.approx(1 / 5) and share[0] == 0
 
 
-def test_a_prompt_has_one_bos_the_subject_and_the_choices_in_order(bench, metric):
-    asked = metric.load(bench)
+def test_a_prompt_has_one_bos_the_subject_and_the_choices_in_order(ctx, metric):
+    asked = metric.load(ctx)
     item = Question("Which?", ("one", "two", "three", "four"), 2)
     ids = asked.prompt("human aging", item)
     assert ids.count(2) == 1 and ids[0] == 2
-    assert bench.tokenizer.decode(ids[1:]) == (
+    assert ctx.tokenizer.decode(ids[1:]) == (
         "user\nThe following are multiple choice questions (with answers) about human aging.\nWhich?\nA. one\nB. two\nC. three\nD. four\n"
         "model\nAnswer: ("
     )
@@ -421,8 +423,8 @@ def test_a_prompt_has_one_bos_the_subject_and_the_choices_in_order(bench, metric
         assert shown.choices[shown.answer] == "three" and sorted(shown.choices) == sorted(item.choices)
 
 
-def test_the_larger_of_a_letter_s_two_tokens_counts(bench, metric):
-    asked = metric.load(bench)
+def test_the_larger_of_a_letter_s_two_tokens_counts(ctx, metric):
+    asked = metric.load(ctx)
     logits = torch.zeros(2, 8192)
     logits[0, asked.letters[1, 0]], logits[0, asked.letters[2, 1]] = 3, 4  # "B", " C"
     logits[1, asked.letters[3, 0]], logits[1, 5] = 1, 9  # "D"; another token does not count
@@ -438,7 +440,7 @@ def test_a_row_that_is_no_question_is_a_sentence(row):
         question_of({**question("value", 0, 0), **row}, 5, "wmdp")
 
 
-def test_data_are_the_same_from_either_kind_of_file(data, bench, metric, tmp_path):
+def test_data_are_the_same_from_either_kind_of_file(data, ctx, metric, tmp_path):
     import pyarrow.parquet
 
     other = shutil.copytree(data, tmp_path / "data")
@@ -446,4 +448,4 @@ def test_data_are_the_same_from_either_kind_of_file(data, bench, metric, tmp_pat
         table = pyarrow.Table.from_pylist([json.loads(line) for line in file.read_text().splitlines()])
         pyarrow.parquet.write_table(table, file.with_suffix(".parquet"))
         file.unlink()
-    assert metric.settings(replace(bench, data=other)) == metric.settings(bench)
+    assert metric.settings(replace(ctx, data=other)) == metric.settings(ctx)

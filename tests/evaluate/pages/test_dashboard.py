@@ -18,7 +18,7 @@ from sae.evaluate.latents import inspection, stats
 from sae.evaluate.latents.inspection import encoded_prompt, open_run
 from sae.evaluate.latents.stats import BEFORE
 from sae.evaluate.metrics.sparse_probing import SparseProbingStdlib
-from sae.evaluate.pages.dashboard import dashboard, drawn_latents
+from sae.evaluate.pages.dashboard import dashboard_page, drawn_latents
 from sae.evaluate.pages.terminal import bars, coloured
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.results import write_result
@@ -64,7 +64,7 @@ def run(tiny_cache, home) -> Path:
 
 def page_of(run: Path, count: int | None = None) -> str:
     found = open_run(run, 300, "cpu")
-    return dashboard(found, drawn_latents(found.sae.d_sae, count), "2026-11-21", quiet)
+    return dashboard_page(found, drawn_latents(found.sae.d_sae, count), "2026-11-21", quiet)
 
 
 def unpacked(html: str, name: str | int):
@@ -75,11 +75,11 @@ def unpacked(html: str, name: str | int):
 def test_the_page_holds_what_was_measured(run):
     html = page_of(run)
     found = open_run(run, 300, "cpu")
-    numbers = stats.latent_stats(found.bench, found.sae, found.hook, torch.arange(70), quiet)
+    numbers = stats.latent_stats(found.ctx, found.sae, found.hook, torch.arange(70), quiet)
     table, words, text = (unpacked(html, name) for name in ("table", "words", "text"))
     assert table["latent"] == list(range(70))
     assert table["density"] == [float(f"{value:.4g}") for value in numbers.density.tolist()]
-    contexts = found.bench.contexts
+    contexts = found.ctx.contexts
     assert [len(ids) for ids in text] == contexts.length.tolist()
     assert [words[token] for token in text[0]] == [
         found.words.shown(int(i)).replace("\n", "↵") for i in contexts.ids[0][: len(text[0])]
@@ -246,11 +246,11 @@ def test_active_tokens_stand_between_brackets_where_there_are_no_colours(run, mo
 
 def test_a_prompt_is_encoded_as_text_is(run):
     found = open_run(run, 300, "cpu")
-    ids = found.bench.contexts.ids[0][:9].tolist()
-    prompt = found.bench.tokenizer.decode(ids, skip_special_tokens=True)
+    ids = found.ctx.contexts.ids[0][:9].tolist()
+    prompt = found.ctx.tokenizer.decode(ids, skip_special_tokens=True)
     again, f_SF = encoded_prompt(found, prompt)
     assert again == ids
-    x = found.bench.model.capture_hooks(torch.tensor([ids]), [found.hook])[found.hook][0]
+    x = found.ctx.model.capture_hooks(torch.tensor([ids]), [found.hook])[found.hook][0]
     expected = found.sae.encode(x)
     expected[0] = 0  # BOS
     torch.testing.assert_close(f_SF, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.evaluate.latents.inspection import open_run
-from sae.evaluate.pages.dashboard import dashboard
+from sae.evaluate.pages.dashboard import dashboard_page
 from sae.evaluate.pages.page import write_page
 from sae.train.activations import TopK
 from sae.train.sae import SAE, save_sae
@@ -33,7 +33,7 @@ def file(tiny_cache, tmp_path_factory) -> Path:
     text = found.words.text
     found.words.text = lambda token: HOSTILE.get(token % 20, text(token))  # type: ignore[method-assign]
     write_page(
-        folder / "dashboard.html", dashboard(found, torch.arange(350), "today", lambda done, total, note="": None)
+        folder / "dashboard.html", dashboard_page(found, torch.arange(350), "today", lambda done, total, note="": None)
     )
     return folder / "dashboard.html"
 

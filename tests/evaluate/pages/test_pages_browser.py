@@ -2,15 +2,15 @@
 
 import pytest
 
-from sae.evaluate.compare import compare
+from sae.evaluate.compare import compare_runs
 from sae.evaluate.pages.comparison import comparison_page
 from sae.evaluate.pages.page import write_page
 from sae.evaluate.pages.reproduction import reproduction_page
 from sae.evaluate.papers.claims import load
-from sae.evaluate.papers.report import report
+from sae.evaluate.papers.report import build_report
 
-from ..test_compare import make_run
 from ..papers.test_figures import lettered, runs_of
+from ..test_compare import make_run
 
 
 def column(page, number: int) -> list[str]:
@@ -24,7 +24,7 @@ def comparison(tmp_path, opened):
         for name, l0, kl in (("b", 9.0, 0.5), ("a", 100.0, 0.7), ("c", 32.0, 0.6))
     ]
     runs += [make_run(tmp_path, "a", seed=1, l0=100.0, kl=0.8)]
-    write_page(tmp_path / "compare.html", comparison_page(compare(runs)))
+    write_page(tmp_path / "compare.html", comparison_page(compare_runs(runs)))
     return opened(tmp_path / "compare.html")
 
 
@@ -52,9 +52,9 @@ def test_every_number_has_its_chart_with_a_mark_for_each_system(comparison):
 @pytest.mark.parametrize("width", [400, 1300])
 def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
     runs = [make_run(tmp_path, f"{'long-name-' * 8}{n}") for n in range(3)]
-    write_page(tmp_path / "compare.html", comparison_page(compare(runs)))
+    write_page(tmp_path / "compare.html", comparison_page(compare_runs(runs)))
     paper = load("000")
-    found = report(paper, runs_of(paper, lettered), False)
+    found = build_report(paper, runs_of(paper, lettered), False)
     write_page(tmp_path / "report.html", reproduction_page(found, "gemma-2-mini", "field"))
     for name in ("compare.html", "report.html"):
         page = opened(tmp_path / name, width)
@@ -64,7 +64,7 @@ def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
 
 def test_a_contradiction_leads_to_its_claims(tmp_path, opened):
     paper = load("002")
-    write_page(tmp_path / "report.html", reproduction_page(report(paper, [], False), "gemma-2-mini", "field"))
+    write_page(tmp_path / "report.html", reproduction_page(build_report(paper, [], False), "gemma-2-mini", "field"))
     page = opened(tmp_path / "report.html")
     named = next(one for one in paper.contradictions if one.claims).claims[0]
     page.locator(f'a[href="#{named}"]').first.click()

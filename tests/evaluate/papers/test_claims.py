@@ -51,7 +51,9 @@ def test_every_paper_has_a_file_and_every_file_a_paper():
 def test_the_files_are_installed_with_the_package():
     root = Path(__file__).parents[3]
     shipped = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    found = {path.name for pattern in shipped["sae.evaluate.papers"] for path in (root / "evaluate" / "papers").glob(pattern)}
+    found = {
+        path.name for pattern in shipped["sae.evaluate.papers"] for path in (root / "evaluate" / "papers").glob(pattern)
+    }
     assert found >= {path.name for path in FOLDER.glob("*.toml")}
 
 

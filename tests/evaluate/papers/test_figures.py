@@ -8,9 +8,9 @@ import pytest
 from sae.evaluate.metrics.base import Result
 from sae.evaluate.pages.reproduction import reproduction_page
 from sae.evaluate.papers.claims import PAPERS, load
-from sae.evaluate.papers.figures import MECHANISMS, OTHERS, OWN, curve, figures, letters
+from sae.evaluate.papers.figures import MECHANISMS, OTHERS, OWN, curve, letters, paper_figures
 from sae.evaluate.papers.figures import PAPERS as FIGURES
-from sae.evaluate.papers.report import report
+from sae.evaluate.papers.report import build_report
 
 from .test_report import PAPER, of, run
 
@@ -42,7 +42,7 @@ def lettered(seed):
 
 
 def drawn(paper, runs, heading=OWN):
-    return {chart.title: chart for chart in figures(report(paper, runs, False)).get(heading, [])}
+    return {chart.title: chart for chart in paper_figures(build_report(paper, runs, False)).get(heading, [])}
 
 
 def test_a_line_is_the_mean_over_seeds_and_its_band_their_sd():
@@ -76,7 +76,7 @@ def test_figures_are_of_the_papers_layer():
         here = [one for one in made if one.layer in layers]
         (point,) = drawn(PAPER, here)[title].series
         assert list(point.y) == pytest.approx([drawn_at / 100])
-        assert f"At layer {drawn_at}." in reproduction_page(report(PAPER, here, False), "gemma-2-mini", "field")
+        assert f"At layer {drawn_at}." in reproduction_page(build_report(PAPER, here, False), "gemma-2-mini", "field")
 
 
 def test_steps_add_up():
@@ -116,7 +116,7 @@ def test_absorption_by_letter():
     assert list(chart.categories) == ["a", "b"]
     for one in chart.series:
         assert list(one.y) == pytest.approx([0.1, 0.2]) and list(one.spread) == pytest.approx([0.1, 0.2])
-    heads, lines = letters(report(paper, runs_of(paper, absorbed), False))
+    heads, lines = letters(build_report(paper, runs_of(paper, absorbed), False))
     assert heads[:2] == ["letter", "collapse-01"] and [line[:2] for line in lines] == [["a", "10.0"], ["b", "20.0"]]
 
 
@@ -152,9 +152,9 @@ def test_a_point_for_each_run_over_its_l0():
 
 def test_a_run_that_does_not_pass_the_gates_is_drawn_in_training_only():
     broken = [run("full", "hierarchical", metrics=absorbed(1), alive=0.01)]
-    assert drawn(PAPER, broken) == {} and letters(report(PAPER, broken, False)) == (["letter"], [])
+    assert drawn(PAPER, broken) == {} and letters(build_report(PAPER, broken, False)) == (["letter"], [])
     assert "Adaptive factor alpha" in drawn(PAPER, broken, OTHERS)
-    html = reproduction_page(report(PAPER, broken, False), "gemma-2-mini", "field")
+    html = reproduction_page(build_report(PAPER, broken, False), "gemma-2-mini", "field")
     assert "stand in the curves of training only" in html
 
 
@@ -172,11 +172,11 @@ def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing
     core = {"reconstruction_quality": {"explained_variance": 0.8, "fve": 0.7, "mse": 1.0}, "sparsity": {"l0": 30.0},
             "model_behavior_preservation": {"kl_div_with_sae": 0.1, "kl_div_score": 0.9}}  # fmt: skip
     made = runs_of(paper, lambda seed: {**absorbed(seed), **scr, "core": Result(core)}, **dict.fromkeys(scalars, 1.0))
-    found = figures(report(paper, made, False))
+    found = paper_figures(build_report(paper, made, False))
     assert [chart.title for chart in found[OWN]] == list(FIGURES[number])
     assert [chart.title for chart in found[OTHERS]][: len(MECHANISMS.get(number, {}))] == list(
         MECHANISMS.get(number, {})
     )
-    html = reproduction_page(report(paper, made, False), "gemma-2-mini", "field")
+    html = reproduction_page(build_report(paper, made, False), "gemma-2-mini", "field")
     assert html.count("<figure") == sum(map(len, found.values())) and "nothing measured" not in html
-    assert figures(report(paper, [], False)) == {}
+    assert paper_figures(build_report(paper, [], False)) == {}

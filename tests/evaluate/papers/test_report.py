@@ -11,7 +11,7 @@ from sae.evaluate.compare import ComparedRun, logged
 from sae.evaluate.metrics.base import Result
 from sae.evaluate.pages.reproduction import reproduction_page
 from sae.evaluate.papers.claims import PAPERS, Claim, load
-from sae.evaluate.papers.report import ReportedRun, as_text, report
+from sae.evaluate.papers.report import ReportedRun, as_text, build_report
 
 EV = "core.reconstruction_quality.explained_variance"
 PAPER = load("004")
@@ -70,8 +70,8 @@ def claim(**more):
 
 def test_a_number_by_itself_is_compared_on_the_papers_model_only():
     runs = [run("full", "hierarchical", seed, ev=ev) for seed, ev in enumerate((0.799, 0.8, 0.801))]
-    assert [row.verdict for row in report(of(claim()), runs, True).rows] == ["reproduced"]
-    (row,) = report(of(claim()), runs, False).rows
+    assert [row.verdict for row in build_report(of(claim()), runs, True).rows] == ["reproduced"]
+    (row,) = build_report(of(claim()), runs, False).rows
     assert (row.verdict, row.seeds, row.measured) == ("not comparable", 3, "0.8 ± 0.001")
 
 
@@ -79,10 +79,10 @@ def test_two_systems_tell_a_direction_on_any_model():
     better = claim(against="baseline", against_value=0.5)
     own = [run("full", "hierarchical", seed, ev=0.7 + seed / 1000) for seed in range(3)]
     other = [run("baseline", "hierarchical-topk320", seed, ev=0.6) for seed in range(3)]
-    (row,) = report(of(better), own + other, False).rows
+    (row,) = build_report(of(better), own + other, False).rows
     assert row.verdict == "direction only"
     assert row.measured == "0.701 ± 0.001 and 0.6 ± 0"
-    (row,) = report(of(replace(better, system="baseline", against="full")), own + other, False).rows
+    (row,) = build_report(of(replace(better, system="baseline", against="full")), own + other, False).rows
     assert row.verdict == "contradicted"
 
 
@@ -92,9 +92,9 @@ def test_a_claim_about_several_recipes_has_to_hold_of_each():
     })  # fmt: skip
     runs = [run("full", "a", seed, ev=0.9) for seed in (0, 1)] + [run("full", "b", seed, ev=0.1) for seed in (0, 1)]
     runs += [run("baseline", "hierarchical-topk320", seed, ev=0.5) for seed in (0, 1)]
-    (row,) = report(paper, runs, False).rows
+    (row,) = build_report(paper, runs, False).rows
     assert row.verdict == "contradicted" and row.measured == "0.1 to 0.9 over 2"
-    (row,) = report(paper, [one for one in runs if one.recipe != "b"], False).rows
+    (row,) = build_report(paper, [one for one in runs if one.recipe != "b"], False).rows
     assert row.verdict == "not measured"  # of b nothing is known
 
 
@@ -110,7 +110,7 @@ def test_a_claim_about_several_recipes_has_to_hold_of_each():
     ],
 )
 def test_a_run_that_does_not_pass_a_gate_is_not_measured(broken, said):
-    found = report(of(claim()), [run("full", "hierarchical", **broken)], True)
+    found = build_report(of(claim()), [run("full", "hierarchical", **broken)], True)
     assert found.rows[0].verdict == "not measured" and found.rows[0].seeds == 0
     assert found.rows[0].notes == ["none of its runs passes the gates"]
     ((name, why),) = found.broken
@@ -121,22 +121,22 @@ def test_another_layer_and_a_stand_in_are_named():
     probing = Result({"sae": {"sae_top_1_test_accuracy": 0.7}})
     asked = claim(metric="sparse_probing.sae.sae_top_1_test_accuracy", value=85.3, unit="%", quote="85.3%")
     runs = [run("full", "hierarchical", layer=12, metrics={"sparse_probing_stdlib": probing})]
-    (row,) = report(of(asked), runs, False).rows
+    (row,) = build_report(of(asked), runs, False).rows
     assert row.measured == "70 %"
     assert [note.split(",")[0] for note in row.notes] == [
         "layer 12 in the place of 19",
         "on the stand-in of the standard library",
     ]
-    (row,) = report(of(asked), runs, True).rows  # never beside the paper's own
+    (row,) = build_report(of(asked), runs, True).rows  # never beside the paper's own
     assert row.verdict == "not measured" and row.measured == "" and not row.notes
     real = [run("full", "hierarchical", layer=12, metrics={"sparse_probing": probing})]
-    assert "stand-in" not in " ".join(report(of(asked), real, False).rows[0].notes)
+    assert "stand-in" not in " ".join(build_report(of(asked), real, False).rows[0].notes)
 
 
 def test_a_part_of_the_claimed_layers_is_named():
-    (row,) = report(of(claim(layers=(5, 19))), [run("full", "hierarchical")], True).rows
+    (row,) = build_report(of(claim(layers=(5, 19))), [run("full", "hierarchical")], True).rows
     assert row.notes == ["layer 19 of 5, 19"]
-    (row,) = report(of(claim()), [run("full", "hierarchical")], True).rows
+    (row,) = build_report(of(claim()), [run("full", "hierarchical")], True).rows
     assert row.notes == []
 
 
@@ -151,12 +151,12 @@ def test_what_was_measured_as_text():
 @pytest.mark.parametrize("number", PAPERS)
 def test_the_page_has_every_claim_and_contradiction(number):
     paper = load(number)
-    html = reproduction_page(report(paper, [], False), "gemma-2-mini", "field")
+    html = reproduction_page(build_report(paper, [], False), "gemma-2-mini", "field")
     assert re.findall(r'<tr id="([^"]*)"', html) == [claim.id for claim in paper.claims]
     assert html.count("<h3>") == len(paper.contradictions)
     assert "There is nothing to draw yet" in html and "<figure" not in html
     assert "Not the paper" in html
-    assert "Not the paper" not in reproduction_page(report(paper, [], True), paper.ran.reads_as, "field")
+    assert "Not the paper" not in reproduction_page(build_report(paper, [], True), paper.ran.reads_as, "field")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import torch
 from sae.common.errors import UsageError
 from sae.train.loop import Trainer
 from sae.train.mechanisms import UnitNormExport
-from sae.train.plan import TrainConfig, plan
+from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import find_recipe
-from sae.train.run import run_all
+from sae.train.run import run_training
 from sae.train.sae import fold_normalization, load_sae
 from sae.train.variant import RunConfig
 from sae.train.variants.april import Lp, PAnnealing, WeightedL1, power_sum
@@ -75,8 +75,8 @@ def test_the_saved_sae_has_unit_rows(sparse_cache, tmp_path) -> None:
     request = TrainConfig(
         ["april"], layers=[0], caches=[sparse_cache.folder], steps=3, batch_size=64, device="cpu", out=tmp_path
     )
-    (run,) = plan(request)
-    run_all([run], request)
+    (run,) = plan_training(request)
+    run_training([run], request)
     sae = load_sae(run.folder)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae))
 
