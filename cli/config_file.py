@@ -1,4 +1,4 @@
-"""`--config file.toml`, which every verb takes: a table for each verb, its keys the long names of the flags.
+"""`--config file.toml`, which every command takes: a table for each command, with the long names of its flags as keys.
 
     [harvest]
     model = "google/gemma-2-2b"
@@ -8,191 +8,233 @@
     batch-size = 4096
     set = { k = 64, topk.k = 32 }
 
-The whole file is checked as the flags would be, with all that is wrong said at once. Flags beat the file; of `set` they
-beat it option by option. Imports nothing but typer and the errors, since `sae --help` passes here.
+The whole file is checked as the flags would be, and all mistakes are reported together. Flags override the file; `--set`
+overrides it option by option. This module imports only typer and the errors, because `sae --help` imports it.
 """
 
 import functools
 import inspect
 import io
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperCommand
 
 from ..common.errors import SaeError, UsageError, did_you_mean
 
-SET = "set_"  # the parameter of --set, the one flag that a table can stand for
-ORIGINS: ContextVar[Mapping[str, str]] = ContextVar("ORIGINS")  # of the verb that runs: flag -> where it was given
-FILE = "sae.cli.config_file"  # where a context keeps what was read
+SET = "set_"  # the parameter of --set, the only flag that can be given as a table
+ORIGINS: ContextVar[Mapping[str, str]] = ContextVar("ORIGINS")  # of the running command: flag -> where it was given
+FILE = "sae.cli.config_file"  # the key under which a typer context keeps the file that was read
+
+# Flags and TOML keys that were renamed: command -> old name -> new name. The old ones still work, with a note.
+RENAMED: dict[tuple[str, ...], dict[str, str]] = {
+    ("train",): {"literal": "paper-exact", "order-seed": "shuffle-seed"},
+}
+
+Command = tuple[str, ...]  # the words after the program's name: ("train",), ("cache", "verify")
+Key = tuple[str, ...]  # the path of a key in a TOML file: ("train", "set", "k")
+
+
+class CommandWithOldNames(TyperCommand):
+    """A command whose renamed flags still work. They are not listed in --help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_current_names(args, RENAMED.get(command_of(ctx), {}))))
+
+
+def _current_names(args: Sequence[str], renamed: Mapping[str, str]) -> Iterator[str]:
+    """The arguments with old flags replaced, up to a `--`."""
+    only_values = False
+    for arg in args:
+        only_values = only_values or arg == "--"
+        flag, equals, value = arg.partition("=")
+        name = flag.removeprefix("--")
+        if not only_values and flag.startswith("--") and name in renamed:
+            note_renamed(flag, f"--{renamed[name]}")
+            arg = f"--{renamed[name]}{equals}{value}"
+        yield arg
+
+
+def note_renamed(old: str, new: str) -> None:
+    typer.echo(f"note     {old} is now {new}; the old name still works", err=True)
 
 
 class Value(NamedTuple):
-    """A value, and where it comes from: "default", "flag" or "file.toml:7"; of --set an origin for each option."""
+    """A parameter, its value and where that was given: "default", "flag" or "file.toml:7"; --set has a list of origins."""
 
     param: Any
     value: Any
     origin: str | list[str]
 
 
-class File:
-    """A configuration file, checked against the commands of a program; UsageError says everything that is wrong."""
+class ConfigFile:
+    """A configuration file, checked against the program's commands. Raises UsageError with all mistakes at once."""
 
-    def __init__(self, path: Path, context: typer.Context) -> None:
+    def __init__(self, path: Path, context: Any) -> None:
         self.path, self.context = path, context
         try:
             text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
             content = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"--config {path} is no TOML: {error}.") from None
+            raise UsageError(f"--config {path} is not valid TOML: {error}.") from None
         except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise UsageError(f"--config {path} cannot be read: {why}.") from None
-        self.lines = lines_of(text)
-        self.given: dict[tuple[str, ...], dict[str, Any]] = {}  # verb -> parameter -> what its flag would be given
-        self.origins: dict[tuple[str, ...], dict[str, Any]] = {}
-        mistakes = list(self._read(content, context.find_root().command, ()))
+            reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8"
+            raise UsageError(f"--config {path} cannot be read: {reason}.") from None
+        self.lines = line_numbers(text)
+        self.values: dict[Command, dict[str, Any]] = {}  # parameter -> its value as the command line would have it
+        self.origins: dict[Command, dict[str, Any]] = {}  # parameter -> file:line, or a list of those for --set
+        mistakes = list(self._read_table(content, context.find_root().command, ()))
         if mistakes:
             raise UsageError("\n".join(mistakes))
 
-    def origin(self, key: tuple[str, ...]) -> str:
+    def origin(self, key: Key) -> str:
         return f"{self.path}:{self.lines[key]}"
 
-    def _read(self, table: Mapping[str, Any], command: Any, verb: tuple[str, ...]) -> Iterator[str]:
-        """Take over a table; yields what is wrong with it."""
-        verbs = getattr(command, "commands", None)
-        known = verbs if verbs is not None else options_of(command)
+    def _read_table(self, table: Mapping[str, Any], command: Any, words: Command) -> Iterator[str]:
+        """Read the table of a command or of a group of commands; yields the mistakes in it."""
+        subcommands = getattr(command, "commands", None)
+        known = subcommands if subcommands is not None else options_of(command)
         for key, value in table.items():
-            at = (*verb, key)
-            if key not in known:
-                what = "verb with options" if verbs is not None else f"option of {' '.join(verb)}"
-                yield f"{self.origin(at)}: {key} is no {what}{did_you_mean(key, known)}"
-            elif verbs is None:
-                yield from self._option(known[key], value, at)
+            name, path = key, (*words, key)
+            if subcommands is None and key not in known and key in RENAMED.get(words, {}):
+                name = RENAMED[words][key]
+                note_renamed(f"{self.origin(path)}: {key}", name)
+            if name not in known:
+                kind = "command" if subcommands is not None else f"option of {' '.join(words)}"
+                yield f"{self.origin(path)}: unknown {kind} {key!r}{did_you_mean(key, known)}"
+            elif subcommands is None:
+                yield from self._read_option(known[name], value, path)
             elif isinstance(value, dict):
-                yield from self._read(value, known[key], at)
+                yield from self._read_table(value, known[name], path)
             else:
-                yield f"{self.origin(at)}: {key} is a verb: write its options under [{'.'.join(at)}]."
+                yield f"{self.origin(path)}: {key} is a command; write its options under [{'.'.join(path)}]."
 
-    def _option(self, param: Any, value: Any, at: tuple[str, ...]) -> Iterator[str]:
+    def _read_option(self, param: Any, value: Any, path: Key) -> Iterator[str]:
         try:
-            words = words_of(param, value)
-            param.process_value(self.context, words)
+            args = to_args(param, value)
+            param.process_value(self.context, args)
         except (typer.BadParameter, ValueError) as error:
-            said = error.message if isinstance(error, typer.BadParameter) else str(error)
-            yield f"{self.origin(at)}: {at[-1]} = {toml(value)}: {said.rstrip('.')}."
+            reason = error.message if isinstance(error, typer.BadParameter) else str(error)
+            yield f"{self.origin(path)}: {path[-1]} = {to_toml(value)}: {reason.rstrip('.')}."
             return
-        self.given.setdefault(at[:-1], {})[param.name] = words
-        origins = [self.origin((*at, *key)) for key, _ in leaves(value)] if isinstance(value, dict) else self.origin(at)
-        if param.name == SET and isinstance(origins, str):
-            origins = [origins] * len(words)
-        self.origins.setdefault(at[:-1], {})[param.name] = origins
+        self.values.setdefault(path[:-1], {})[param.name] = args
+        origins: str | list[str]
+        if isinstance(value, dict):
+            origins = [self.origin((*path, *key)) for key, _ in flatten(value)]
+        else:
+            origins = [self.origin(path)] * len(args) if param.name == SET else self.origin(path)
+        self.origins.setdefault(path[:-1], {})[param.name] = origins
 
 
-def lines_of(text: str) -> dict[tuple[str, ...], int]:
+def line_numbers(text: str) -> dict[Key, int]:
     """The line on which each key of a TOML text begins.
 
-    Beginnings of the text that end with a line are read one after the other: the first that has a key tells where it is.
+    Parses the first line, the first two, and so on: the first prefix that has a key shows where the key is.
     """
-    lines, found, begins = list(io.StringIO(text)), dict[tuple[str, ...], int](), 1
+    lines, found, start = list(io.StringIO(text)), dict[Key, int](), 1
     for number in range(1, len(lines) + 1):
         try:
             content = tomllib.loads("".join(lines[:number]))
-        except tomllib.TOMLDecodeError:  # inside a value of several lines
+        except tomllib.TOMLDecodeError:  # the prefix ends inside a value of several lines
             continue
-        for key, _ in leaves(content, tables=True):
-            found.setdefault(key, begins)
-        begins = number + 1
+        for key, _ in flatten(content, tables=True):
+            found.setdefault(key, start)
+        start = number + 1
     return found
 
 
-def leaves(table: Mapping[str, Any], tables: bool = False) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The keys of a table, each as its path, with their values; with `tables` those of the tables in it too."""
+def flatten(table: Mapping[str, Any], tables: bool = False) -> Iterator[tuple[Key, Any]]:
+    """The keys of a nested table as paths, with their values; with `tables`, the keys of inner tables too."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from (((key, *path), leaf) for path, leaf in leaves(value, tables))
+            yield from (((key, *path), leaf) for path, leaf in flatten(value, tables))
         if tables or not isinstance(value, dict):
             yield (key,), value
 
 
 def options_of(command: Any) -> dict[str, Any]:
-    """The options of a command by their long name, but for --config itself."""
+    """The options of a command by their long names, without --config itself."""
     options = (param for param in command.params if param.param_type_name == "option" and param.name != "config")
     return {param.opts[0].removeprefix("--"): param for param in options}
 
 
-def words_of(param: Any, value: Any) -> Any:
-    """A value of the file as the command line would have it: strings, a list of them, or a bool for a switch."""
+def to_args(param: Any, value: Any) -> Any:
+    """A TOML value as the command line would have it: a string, a list of strings, or a bool for a switch.
+
+    Raises ValueError if the value does not fit the parameter.
+    """
     if isinstance(value, dict):
         if param.name != SET:
-            raise ValueError("it is no table")
-        return [f"{'.'.join(key)}={word_of(leaf, within=',')}" for key, leaf in leaves(value)]
+            raise ValueError("expected a value, not a table")
+        return [f"{'.'.join(key)}={to_arg(leaf, list_separator=',')}" for key, leaf in flatten(value)]
     if param.is_flag:
         if not isinstance(value, bool):
-            raise ValueError("it is a switch: give true or false")
+            raise ValueError("expected true or false")
         return value
     if isinstance(value, list) and not param.multiple:
-        raise ValueError("it takes one value, no list")
+        raise ValueError("expected one value, not a list")
     if isinstance(value, bool):
-        raise ValueError("it is no switch: give a value")
+        raise ValueError("expected a value, not true or false")
     if not param.multiple:
-        return word_of(value)
-    return [word_of(one) for one in (value if isinstance(value, list) else [value])]
+        return to_arg(value)
+    return [to_arg(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def word_of(value: Any, within: str | None = None) -> str:
-    """A value as a word of the command line; of --set a list is written with `within` between its elements."""
-    if within and isinstance(value, bool):
+def to_arg(value: Any, list_separator: str | None = None) -> str:
+    """A TOML value as one word of the command line. With a separator, as for --set, lists and bools are allowed."""
+    if list_separator and isinstance(value, bool):
         return str(value).lower()
-    if within and isinstance(value, list):
-        return within.join(word_of(one, within) for one in value)
+    if list_separator and isinstance(value, list):
+        return list_separator.join(to_arg(item, list_separator) for item in value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"{value!r} is no string or number")
+        raise ValueError(f"expected a string or a number, not {value!r}")
     return str(value)
 
 
-def toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
     """A value as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(toml, value))}]"
+        return f"[{', '.join(map(to_toml, value))}]"
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{toml(key)} = {toml(one)}' for key, one in value.items())} }}"
+        return f"{{ {', '.join(f'{to_toml(key)} = {to_toml(item)}' for key, item in value.items())} }}"
     if isinstance(value, (int, float)):
         return str(value)
     text = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if " " <= c != "\x7f" else f"\\u{ord(c):04x}" for c in text) + '"'
 
 
-def read(context: typer.Context, path: Path | None) -> Path | None:
-    """The callback of --config: what the file says becomes what the flags are by default."""
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """The callback of --config: values of the file become the defaults of the flags."""
     if path is not None:
         try:
-            file = File(path, context)
+            file = ConfigFile(path, context)
         except SaeError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
-        context.default_map = file.given.get(verb_of(context), {})
+        context.default_map = file.values.get(command_of(context), {})
         context.meta[FILE] = file
     return path
 
 
-def verb_of(context: typer.Context) -> tuple[str, ...]:
+def command_of(context: Any) -> Command:
     """The words after the program's name: ("train",), ("cache", "verify")."""
     if context.parent is None:
         return ()
-    return (*verb_of(context.parent), str(context.info_name))  # type: ignore[arg-type]
+    return (*command_of(context.parent), str(context.info_name))
 
 
-def resolved(context: typer.Context) -> dict[str, Value]:
-    """Every parameter of a command by its long name, with its value and where that comes from."""
-    file: File | None = context.meta.get(FILE)
-    in_file = file.origins.get(verb_of(context), {}) if file else {}
-    found = {}
+def resolve(context: Any) -> dict[str, Value]:
+    """Every parameter of a command by its long name, with its value and where that was given."""
+    file: ConfigFile | None = context.meta.get(FILE)
+    command = command_of(context)
+    in_file = file.origins.get(command, {}) if file else {}
+    values = {}
     for name, param in options_of(context.command).items():
         source = context.get_parameter_source(param.name)
         value, origin = context.params[param.name], "default"
@@ -200,43 +242,51 @@ def resolved(context: typer.Context) -> dict[str, Value]:
             origin = "flag"
         elif source is not None and source.name == "DEFAULT_MAP":
             origin = in_file[param.name]
+        values[name] = Value(param, value, origin)
         if param.name == SET and origin == "flag":
-            flags, given = list(value), file.given.get(verb_of(context), {}).get(SET, []) if file else []
-            keys = {text.partition("=")[0] for text in flags}
-            kept = [n for n, text in enumerate(given) if text.partition("=")[0] not in keys]
-            value = [given[n] for n in kept] + flags
-            origin = [in_file[SET][n] for n in kept] + ["flag"] * len(flags)
-        found[name] = Value(param, value, origin)
-    return found
+            values[name] = _merge_set(
+                param, list(value), file.values.get(command, {}).get(SET, []) if file else [], in_file
+            )
+    return values
 
 
-def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb its --config; what comes from where is then in `ORIGINS` while it runs."""
+def _merge_set(param: Any, flags: list[str], from_file: list[str], origins: Mapping[str, Any]) -> Value:
+    """The --set options of the flags, and those of the file that they do not override."""
+    overridden = {text.partition("=")[0] for text in flags}
+    kept = [n for n, text in enumerate(from_file) if text.partition("=")[0] not in overridden]
+    where = [origins[SET][n] for n in kept] + ["flag"] * len(flags)
+    return Value(param, [from_file[n] for n in kept] + flags, where)
+
+
+def with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command: it takes --config, and `ORIGINS` says while it runs where each of its values was given."""
 
     @functools.wraps(command)
-    def run(
-        *arguments: Any, config: Path | None = None, context_: typer.Context | None = None, **keywords: Any
-    ) -> None:
-        values = resolved(context_) if context_ is not None else {}
+    def run(*args: Any, config: Path | None = None, context_: typer.Context | None = None, **kwargs: Any) -> None:
+        values = resolve(context_) if context_ is not None else {}
         if "set" in values:
-            keywords[SET] = values["set"].value or None
+            kwargs[SET] = values["set"].value or None
         given = {name: v.origin for name, v in values.items() if v.origin not in ("default", [])}
         token = ORIGINS.set(
             {name: ", ".join([o] if isinstance(o, str) else dict.fromkeys(o)) for name, o in given.items()}
         )
         try:
-            command(*arguments, **keywords)
+            command(*args, **kwargs)
         finally:
             ORIGINS.reset(token)
 
     option = typer.Option(
-        "--config", is_eager=True, callback=read, metavar="FILE",
-        help="TOML with a table of these flags for each verb, such as \\[train]. Flags beat it.",
-    )  # fmt: skip
-    own = inspect.signature(command)
-    more = [
-        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, option]),
-        inspect.Parameter("context_", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=typer.Context),
-    ]  # fmt: skip
-    run.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
+        "--config",
+        is_eager=True,
+        callback=read_config,
+        metavar="FILE",
+        help="TOML file with a table of these flags for each command, such as \\[train]. Flags override it.",
+    )
+    parameters = [*inspect.signature(command).parameters.values()]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters += [
+        inspect.Parameter("config", kind, default=None, annotation=Annotated[Path | None, option]),
+        inspect.Parameter("context_", kind, default=None, annotation=typer.Context),
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run

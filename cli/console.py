@@ -1,4 +1,8 @@
-"""What the command line shows: sentences and one live bar on stderr, tables on stdout."""
+"""Terminal output: lines and one progress bar on stderr, tables on stdout; errors become a line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damaged data, 4 something outside is missing (access, disk, GPU), 130
+interrupted, 141 the reader of the output closed it (128 + SIGPIPE, which shells report for any program).
+"""
 
 import contextlib
 import functools
@@ -17,75 +21,79 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .config_file import configured
+from .config_file import with_config
 
-PLAIN_SECONDS = 10  # between the lines that stand for the bar where stderr is no terminal
-PLAIN_WIDTH = 200
+SECONDS_PER_LINE = 10  # between the progress lines that replace the bar where stderr is not a terminal
+TABLE_WIDTH = 200  # where stdout is not a terminal
+BROKEN_PIPE = 141
 
-
-QUIET = int(os.environ.get("RANK", "0")) > 0  # of several launched processes the first speaks for all
+QUIET = int(os.environ.get("RANK", "0")) > 0  # of several launched processes only the first prints
 
 
 def echo(text: str) -> None:
+    """Print a line on stderr, in the first of several launched processes."""
     if not QUIET:
         typer.echo(text, err=True)
 
 
 def cli_command(command: Callable[..., None]) -> Callable[..., None]:
-    """A verb: it takes --config, and speaks."""
-    return configured(report_errors(command))
+    """Decorate a command: it takes --config, and its errors become a line and an exit code."""
+    return with_config(report_errors(command))
 
 
 def report_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors of ours become a sentence and an exit code; any other is a bug and shows its traceback."""
+    """Turn errors that a user can act on into a line and an exit code. Any other is a bug and shows its traceback."""
 
     @functools.wraps(command)
-    def run(*arguments: Any, **keywords: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # not every encoding has ↑ and ±, nor every file's name
-        from ..common.errors import SaeError
-        from ..common.files import os_error
-
+            sys.stdout.reconfigure(errors="replace")  # not every encoding has ↑ and ±, nor every file name
         try:
-            try:
-                command(*arguments, **keywords)
-            except SaeError as error:
-                if isinstance(error.__context__, KeyboardInterrupt):
-                    no_more_interrupts()
-                typer.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}", err=True)
-                raise typer.Exit(error.exit_code) from None
-            except MemoryError as error:
-                echo(
-                    f"error: The memory is too small: {error}. A smaller --window or --context takes less; what was committed is safe."
-                )
-                raise typer.Exit(4) from None
-            except BrokenPipeError:
-                with contextlib.suppress(OSError):
-                    echo("stopped: whoever read the output has closed it.")
-                close_output()
-                raise typer.Exit(4) from None
-            except OSError as error:  # of the terminal or a pipe, mostly: our own files have their own sentences
-                if error.filename:
-                    echo(f"error: {os_error(error, Path(error.filename))}")
-                else:
-                    echo(f"error: {error.strerror or error}. Free space, or check the pipe.")
-                raise typer.Exit(4) from None
-        except KeyboardInterrupt:  # also one that came while another was answered
-            no_more_interrupts()
-            echo("stopped: interrupted. What was committed is safe, and the same command goes on from there.")
+            _run_command(command, args, kwargs)
+        except KeyboardInterrupt:  # also one that arrives while another error is being reported
+            ignore_interrupts()
+            echo("stopped: interrupted. Everything committed is safe; run the same command again to continue.")
             raise typer.Exit(130) from None
+        except BrokenPipeError:
+            discard_output()
+            raise typer.Exit(BROKEN_PIPE) from None
 
     return run
 
 
-def no_more_interrupts() -> None:
-    """Ctrl-C was understood: one more would break into the exit and print a traceback."""
-    with contextlib.suppress(ValueError):  # in a thread: whoever runs us there keeps the signals
+def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from ..common.errors import SaeError
+    from ..common.files import os_error
+
+    try:
+        command(*args, **kwargs)
+        sys.stdout.flush()
+    except SaeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            ignore_interrupts()
+        typer.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except MemoryError as error:
+        echo(f"error: Out of memory: {error}. Use a smaller --window or --context; everything committed is safe.")
+        raise typer.Exit(4) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # mostly of the terminal or a pipe: errors of our own files are SaeErrors
+        if error.filename:
+            echo(f"error: {os_error(error, Path(error.filename))}")
+        else:
+            echo(f"error: {error.strerror or error}. Free space, or check the pipe.")
+        raise typer.Exit(4) from None
+
+
+def ignore_interrupts() -> None:
+    """Ignore further Ctrl-C: one is being handled, and another would break into the exit and print a traceback."""
+    with contextlib.suppress(ValueError):  # not in the main thread, which keeps its signal handlers
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def close_output() -> None:
-    """Nobody reads it: what is still to be said goes nowhere, and not into an error at exit."""
+def discard_output() -> None:
+    """Send the rest of the output nowhere, so that flushing at exit does not fail on a closed pipe."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
@@ -95,6 +103,8 @@ def close_output() -> None:
 
 
 class BarAndTable(Progress):
+    """A progress display with a table under its bar."""
+
     table: Table | None = None
 
     def get_renderables(self) -> Iterator[Any]:
@@ -104,11 +114,15 @@ class BarAndTable(Progress):
 
 
 class Bar:
-    """One live bar; where stderr is no terminal, a line every ten seconds."""
+    """A live progress bar; where stderr is not a terminal, a line every ten seconds.
+
+    Call it with the work done, the total and a note. Work that is smaller than before starts another stage.
+    """
 
     def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit = title, unit
         self.done = 0
-        self.title, self.unit, self.started, self.told = title, unit, time.monotonic(), time.monotonic()
+        self.started = self.last_line = time.monotonic()
         console = Console(stderr=True)
         self.live = console.is_terminal
         columns = (
@@ -122,48 +136,51 @@ class Bar:
         self.task = self.progress.add_task(title, total=None, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        if done < self.done:  # another stage of the same work
+        if done < self.done:
             self.started = time.monotonic()
             self.progress.reset(self.task, total=total)
         self.done = done
-        spent = max(time.monotonic() - self.started, 1e-9)
-        rate = f"{done / spent:,.0f} {self.unit}/s {note}" if self.unit else note
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rate = f"{done / seconds:,.0f} {self.unit}/s {note}" if self.unit else note
         self.progress.update(self.task, completed=done, total=total, note=rate)
-        if not self.live and time.monotonic() - self.told > PLAIN_SECONDS:
-            self.told = time.monotonic()
-            left = spent * (total - done) / max(done, 1)
-            echo(f"{self.title} {done}/{total} {100 * done / total:.1f}% {rate} eta={left:.0f}s")
+        if not self.live and time.monotonic() - self.last_line > SECONDS_PER_LINE:
+            self.last_line = time.monotonic()
+            eta = seconds * (total - done) / max(done, 1)
+            echo(f"{self.title} {done}/{total} {100 * done / total:.1f}% {rate} eta={eta:.0f}s")
 
-    def table(self, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-        """Show a table under the bar, until the next one."""
-        self.progress.table = table_of(heads, lines)
+    def table(self, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Show a table under the bar, in place of the previous one."""
+        self.progress.table = make_table(heads, rows)
 
     def say(self, sentence: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if not QUIET:
             self.progress.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def bar(title: str, unit: str) -> Iterator[Bar]:
+    """A progress bar, shown while the block runs."""
     shown = Bar(title, unit)
     with shown.progress:
         yield shown
 
 
-def table_of(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+def make_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose first column is aligned to the left and the others to the right."""
     table = Table(box=None, pad_edge=False)
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number == 0 else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line))  # a name is no markup
+    for row in rows:
+        table.add_row(*map(Text, row))  # as Text: brackets in a name are not markup
     return table
 
 
-def show_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    table = table_of(heads, lines)
+def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout, never narrower than its numbers."""
+    table = make_table(heads, rows)
     console = Console()
-    width = console.width if console.is_terminal else PLAIN_WIDTH
-    wide = Console(width=10_000).measure(table).maximum  # a narrower one would break numbers in two
-    console.print(Text(title, "italic"), soft_wrap=True)  # as a part of the table it would be folded to its width
-    Console(width=max(width, wide)).print(table, crop=False)
+    width = console.width if console.is_terminal else TABLE_WIDTH
+    full_width = Console(width=10_000).measure(table).maximum  # a narrower table would break numbers in two
+    console.print(Text(title, "italic"), soft_wrap=True)  # as the table's own title it would be folded to its width
+    Console(width=max(width, full_width)).print(table, crop=False)

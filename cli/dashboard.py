@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from .console import bar, cli_command, echo
-from .options import Device, tokens_of
+from .options import Device, parse_tokens
 
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
 Tokens = Annotated[
     int | None,
-    typer.Option("--tokens", parser=tokens_of, metavar="N", help="Held-out tokens to read. Default: 100k, or all."),
+    typer.Option("--tokens", parser=parse_tokens, metavar="N", help="Held-out tokens to read. Default: 100k, or all."),
 ]
 BYTES_OF_A_LATENT, BYTES_OF_A_TOKEN = 900, 3  # of a page, about: what the plan says
 

@@ -7,6 +7,7 @@ import typer
 from .cache import cache_app
 from .compare import compare
 from .config import config_app
+from .config_file import CommandWithOldNames
 from .convert import export, import_
 from .dashboard import dashboard, inspect
 from .demo import demo
@@ -36,6 +37,6 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 for command in (harvest, train, evaluate, compare, reproduce, dashboard, inspect, variants, demo, env):
-    app.command()(command)
+    app.command(cls=CommandWithOldNames)(command)
 app.command("export")(export)
 app.command("import")(import_)

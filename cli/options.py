@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options that several commands share, and the groups of their help."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,29 +6,37 @@ from typing import Annotated
 import typer
 
 
-def tokens_of(text: str) -> int:
-    """A count with a unit: 10M, 2e8, 1.5B, 500k."""
+def parse_tokens(text: str) -> int:
+    """A token count, with or without a unit: 10M, 2e8, 1.5B, 500k. Raises typer.BadParameter for anything else."""
     try:
         unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
         return int(float(text[:-1]) * unit) if unit else int(float(text))
     except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text} is no number of tokens: write 10M, 2e8 or 500000") from None
+        raise typer.BadParameter(f"invalid token count {text!r}; try 10M, 2e8 or 500000") from None
 
 
-Tokens = Annotated[int | None, typer.Option("--tokens", parser=tokens_of, metavar="N", help="Such as 10M.")]
-STREAM = "With --stream, of the harvest"
+STREAMING = "Harvesting while training (with --stream)"  # a group of flags in the help
+
+Tokens = Annotated[
+    int | None, typer.Option("--tokens", parser=parse_tokens, metavar="N", help="Number of tokens, such as 10M.")
+]
 StreamTokens = Annotated[
-    int | None, typer.Option("--tokens", parser=tokens_of, metavar="N", help="Such as 10M.", rich_help_panel=STREAM)
+    int | None,
+    typer.Option(
+        "--tokens", parser=parse_tokens, metavar="N", help="Number of tokens, such as 10M.", rich_help_panel=STREAMING
+    ),
 ]
 Layers = Annotated[
-    list[int] | None, typer.Option("--layer", help="Zero-based block; the residual stream after it. Repeats.")
+    list[int] | None,
+    typer.Option("--layer", help="Zero-based block; its output, the residual stream, is read. Can be repeated."),
 ]
 Caches = Annotated[
     list[Path] | None,
     typer.Option(
         "--cache",
-        help="Needed only when several match. Repeats: they are read as one. With --stream, the folder of the ring.",
+        help="Activation cache. Needed only when several match; several are read as one. "
+        "With --stream, the folder for the windows being harvested.",
     ),
 ]
-Sites = Annotated[list[str] | None, typer.Option("--site", help="resid_post, mlp_out or attn_z. Repeats.")]
+Sites = Annotated[list[str] | None, typer.Option("--site", help="resid_post, mlp_out or attn_z. Can be repeated.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

@@ -18,7 +18,7 @@ from ..workflows.reproduce import (
     train_config,
 )
 from .console import cli_command, echo, show_table
-from .options import Device, tokens_of
+from .options import Device, parse_tokens
 
 ALL = "all"
 
@@ -48,7 +48,7 @@ def reproduce(
         str | None, typer.Option(help="As in `sae evaluate`. Default: full on the papers' model, else quick.")
     ] = None,
     evaluate_tokens: Annotated[
-        int | None, typer.Option(parser=tokens_of, metavar="N", help="Of held-out text. Default: as `sae evaluate`.")
+        int | None, typer.Option(parser=parse_tokens, metavar="N", help="Of held-out text. Default: as `sae evaluate`.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of runs and pages. Default: reproduce/<model>.")] = None,
     device: Device = "auto",

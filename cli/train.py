@@ -9,7 +9,7 @@ import typer
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo, show_table
 from .evaluate import runs_text
-from .options import STREAM, Caches, Device, Layers, StreamTokens
+from .options import STREAMING, Caches, Device, Layers, StreamTokens
 
 
 def run_train(request: Any, dry_run: bool = False, carry_out: Any = None, beside: Any = None) -> list[Any]:
@@ -128,14 +128,17 @@ def train(
         list[float] | None, typer.Option("--l0", help="Latents a token, for any recipe. Repeats: a run for each.")
     ] = None,
     literal: Annotated[
-        bool, typer.Option("--literal", help="The paper's letter, also where it is void, and its constants unscaled.")
+        bool,
+        typer.Option("--paper-exact", help="The paper's letter, also where it is void, and its constants unscaled."),
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="option=value or variant.option=value. Repeats.")
     ] = None,
     resume: Annotated[list[Path] | None, typer.Option(help="Go on with a run folder. Repeats.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where run folders go. Default: runs/.")] = None,
-    order_seed: Annotated[int, typer.Option(help="Order of the batches, shared by all variants.")] = 0,
+    order_seed: Annotated[
+        int, typer.Option("--shuffle-seed", help="Order of the batches, shared by all variants.")
+    ] = 0,
     log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
     log: Annotated[
@@ -151,14 +154,14 @@ def train(
     tokens: StreamTokens = None,
     ring: Annotated[
         int | None,
-        typer.Option(rich_help_panel=STREAM, help="Windows on the disk at most, an even number. Default: 4."),
+        typer.Option(rich_help_panel=STREAMING, help="Windows on the disk at most, an even number. Default: 4."),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(rich_help_panel=STREAM, help="As in `sae harvest`.")] = None,
+    dataset: Annotated[str | None, typer.Option(rich_help_panel=STREAMING, help="As in `sae harvest`.")] = None,
     context: Annotated[
-        int | None, typer.Option(rich_help_panel=STREAM, help="Tokens in a context. Default: 128.")
+        int | None, typer.Option(rich_help_panel=STREAMING, help="Tokens in a context. Default: 128.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(rich_help_panel=STREAM, help="Rows in a window. Default: 262,144.")
+        int | None, typer.Option(rich_help_panel=STREAMING, help="Rows in a window. Default: 262,144.")
     ] = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -179,9 +182,9 @@ def train(
     of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
     given = {name: value for name, value in of_stream.items() if value is not None}
     if stream:
-        from ..workflows.stream import run_stream
+        from .stream import run_stream
 
-        runs = run_stream(request, given, dry_run)
+        runs = run_stream(request, given, run_train, dry_run)
     elif given:
         raise UsageError(
             f"{', '.join(f'--{name}' for name in given)} can only be given with --stream. A cache has its own."

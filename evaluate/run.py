@@ -14,18 +14,7 @@ from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of
 from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike
-from .plan import (
-    EvalGroup,
-    EvalRow,
-    EvaluateConfig,
-    EvaluatePlan,
-    check,
-    loader,
-    make_context,
-    plan_evaluation,
-    prepare,
-    read_earlier,
-)
+from .plan import EvalGroup, EvalRow, EvaluateConfig, EvaluatePlan, check, loader, make_context, plan_evaluation, prepare, read_earlier
 from .reference_saes import references
 from .results import write_result
 

@@ -12,17 +12,7 @@ from ..cache.ring import RingCache
 from ..common.device import best_device
 from ..common.files import writer_lock
 from .plan import Run, TrainConfig
-from .run import (
-    RunTrainer,
-    SharedPass,
-    TrainProgress,
-    adapt,
-    begin,
-    raise_problems,
-    shared_passes,
-    stop_on_signal,
-    undone,
-)
+from .run import RunTrainer, SharedPass, TrainProgress, adapt, begin, raise_problems, shared_passes, stop_on_signal, undone
 
 Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]  # makes these groups while it is open
 

@@ -20,17 +20,7 @@ from ...harvest.model import Forward, LanguageModel
 from ...train.sae import SAE
 from ..context import ContextBatch, EvalContext
 from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result
-from .sae_statistics import (
-    TOKENS_AT_ONCE,
-    SAEStatistics,
-    Share,
-    by_document,
-    dictionary,
-    interval,
-    misc,
-    per_latent,
-    value,
-)
+from .sae_statistics import TOKENS_AT_ONCE, SAEStatistics, Share, by_document, dictionary, interval, misc, per_latent, value
 
 MOSTLY_DEAD = 0.5  # share of latents that never fire, from which on a flag says so
 

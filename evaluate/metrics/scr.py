@@ -17,17 +17,7 @@ import torch
 from torch import Tensor
 
 from ..datasets.labelled import BIOS, REVIEWS, quadrants
-from .ablation import (
-    THRESHOLDS,
-    Ablation,
-    AblationProblem,
-    AblationScores,
-    BootstrapDraws,
-    Draw,
-    ProbeReadout,
-    interval,
-    strongest,
-)
+from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, BootstrapDraws, Draw, ProbeReadout, interval, strongest
 from .base import MetricColumn
 from .probes import ProbeTask
 

@@ -30,19 +30,7 @@ from ...common.files import digest_of
 from ..context import EvalContext
 from ..datasets.labelled import HUB, STAND_INS, Texts, labelled, pinned
 from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result
-from .probes import (
-    ProbeFeatures,
-    ProbeTask,
-    generator,
-    largest,
-    mean_difference,
-    one_against_rest,
-    pool_unit,
-    read_labelled,
-    regress,
-    train_probe,
-    wilson,
-)
+from .probes import ProbeFeatures, ProbeTask, generator, largest, mean_difference, one_against_rest, pool_unit, read_labelled, regress, train_probe, wilson
 
 KS = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
 NAMED_KS = (1, 2, 5, 10, 20, 50, 100)  # in SAEBench's files

@@ -14,16 +14,7 @@ import torch
 from torch import Tensor
 
 from ..datasets.labelled import BIOS, REVIEWS, Texts, labelled
-from .ablation import (
-    THRESHOLDS,
-    Ablation,
-    AblationProblem,
-    AblationScores,
-    BootstrapDraws,
-    Draw,
-    ProbeReadout,
-    strongest,
-)
+from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, BootstrapDraws, Draw, ProbeReadout, strongest
 from .base import MetricColumn
 from .probes import ProbeTask, one_against_rest
 

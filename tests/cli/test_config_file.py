@@ -9,9 +9,10 @@ import pytest
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from sae.cli.config_file import leaves, lines_of, options_of, toml
+from sae.cli.config_file import RENAMED, flatten, line_numbers, options_of, to_toml
 from sae.cli.main import app
 
 BAD_USAGE = 2
@@ -86,14 +87,22 @@ def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
     assert result.exit_code == BAD_USAGE and result.stdout == ""
     lines = result.stderr.removeprefix("error: ").splitlines()
     expected = {
-        1: "seed is no verb", 2: "harvst is no verb with options; did you mean harvest?",
-        5: "batch_contexts is no option of harvest; did you mean batch-contexts?",
-        6: 'tokens = "many": many is no number of tokens: write 10M, 2e8 or 500000.',
-        7: "pack = 1: it is a switch: give true or false.", 8: "it takes one value, no list.", 9: "it is no switch",
-        11: 'steps = "ten": .*valid integer', 12: 'layer = .*valid integer', 13: "log-every = 0: .*1", 14: "steps-every is no option",
-        15: "no string or number", 16: "out = .*: it is no table.", 19: "verfy is no verb with options; did you mean verify?",
-        20: r"list is a verb: write its options under \[cache.list\]",
-    }  # fmt: skip
+        1: "unknown command 'seed'",
+        2: "unknown command 'harvst'; did you mean harvest?",
+        5: "unknown option of harvest 'batch_contexts'; did you mean batch-contexts?",
+        6: 'tokens = "many": .*many.*',
+        7: "pack = 1: expected true or false.",
+        8: "expected one value, not a list.",
+        9: "expected a value, not true or false",
+        11: 'steps = "ten": .*valid integer',
+        12: "layer = .*valid integer",
+        13: "log-every = 0: .*1",
+        14: "unknown option of train 'steps-every'",
+        15: "expected a string or a number",
+        16: "out = .*: expected a value, not a table.",
+        19: "unknown command 'verfy'; did you mean verify?",
+        20: r"list is a command; write its options under \[cache.list\]",
+    }
     assert len(lines) == len(expected)
     for line, (number, sentence) in zip(lines, expected.items(), strict=True):
         assert re.search(f"^{re.escape(str(path))}:{number}: .*{sentence}", line), line
@@ -102,8 +111,8 @@ def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trian"], "There is no verb 'trian' of .*; did you mean train?"),
-        (["cache"], "There is no verb '' of cache; there are info, list, repair, rm, verify."),
+        (["trian"], "There is no command 'trian' of .*; did you mean train?"),
+        (["cache"], "There is no command '' of cache; there are info, list, repair, rm, verify."),
         (["train", "--steps", "x"], "Invalid value for '--steps'"),
     ],
 )
@@ -113,8 +122,13 @@ def test_what_cannot_be_shown_is_refused(words: list[str], sentence: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(None, "cannot be read: No such file"), (b"a = ", "is no TOML: Invalid value"), (b"a = '\xff'", "is not UTF-8")]
-)  # fmt: skip
+    ("content", "sentence"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"a = ", "is not valid TOML: Invalid value"),
+        (b"a = '\xff'", "is not UTF-8"),
+    ],
+)
 def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
     if content is not None:
         (tmp_path / "c.toml").write_bytes(content)
@@ -125,7 +139,7 @@ def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, content: bytes
 def test_a_command_runs_as_its_file_says_and_records_from_where(tiny_cache, tmp_path: Path) -> None:
     path = tmp_path / "sae.toml"
     path.write_text(
-        f"[train]\nvariant = ['topk', 'relu']\nlayer = 1\ncache = {toml(str(tiny_cache.folder))}\nsteps = 3\nbatch-size = 256\n"
+        f"[train]\nvariant = ['topk', 'relu']\nlayer = 1\ncache = {to_toml(str(tiny_cache.folder))}\nsteps = 3\nbatch-size = 256\n"
         "width = '2x'\n[train.set]\nlr = 1e-3\ntopk.k = 8\n"
     )
     result = call("train", "--config", path, "--steps", 2, "--set", "topk.k=4")
@@ -151,7 +165,7 @@ def test_the_starter_file_is_read_as_it_is_and_with_its_defaults_taken_in(tmp_pa
     plain = [shown(verb)[0] for verb in ("harvest", "train", "evaluate")]
     for name in ("starter", "defaults"):
         assert [shown(v, "--config", tmp_path / f"{name}.toml")[0] for v in ("harvest", "train", "evaluate")] == plain
-    assert {key for key, _ in leaves(tomllib.loads(with_defaults))} > {("harvest", "model"), ("train", "log-every")}
+    assert {key for key, _ in flatten(tomllib.loads(with_defaults))} > {("harvest", "model"), ("train", "log-every")}
 
 
 def commands(command: object, words: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object]]:
@@ -178,12 +192,12 @@ def test_every_verb_takes_a_config_and_no_flag_twice(words: tuple[str, ...], com
 )
 @settings(max_examples=200, deadline=None)
 def test_a_value_written_as_toml_reads_back(value: object) -> None:
-    assert tomllib.loads(f"x = {toml(value)}") == {"x": value}
+    assert tomllib.loads(f"x = {to_toml(value)}") == {"x": value}
 
 
 def test_keys_are_found_on_the_line_where_they_begin() -> None:
     text = "a = 1\r\n\n# \u2028 no\nb = '''\nc = 2\n'''\n[t]\nx = [\n 1,\n]\ny.z = 3\n[t.u]\n\nv = {w = 1}"
-    assert lines_of(text) == {
+    assert line_numbers(text) == {
         ("a",): 1, ("b",): 4, ("t",): 7, ("t", "x"): 8, ("t", "y"): 11, ("t", "y", "z"): 11, ("t", "u"): 12,
         ("t", "u", "v"): 14, ("t", "u", "v", "w"): 14,
     }  # fmt: skip
@@ -200,4 +214,31 @@ def test_a_verb_without_options_says_so(tmp_path: Path) -> None:
     path = tmp_path / "sae.toml"
     path.write_text("[cache.verify]\nfoo = 1\n")
     result = call("config", "show", "train", "--config", path)
-    assert result.exit_code == BAD_USAGE and "foo is no option of cache verify; there are none." in result.stderr
+    assert result.exit_code == BAD_USAGE and "unknown option of cache verify 'foo'; there are none." in result.stderr
+
+
+OLD_NAMES = [(command, old, new) for command, names in RENAMED.items() for old, new in names.items()]
+
+
+@pytest.mark.parametrize(("command", "old", "new"), OLD_NAMES)
+def test_a_renamed_flag_works_under_its_old_name_with_one_note_and_is_not_listed(
+    command: tuple[str, ...], old: str, new: str, tmp_path: Path
+) -> None:
+    root = get_command(app)
+    option = options_of(root.commands[command[0]])[new]
+    words = [] if option.is_flag else ["3"]
+    by_old, by_new = (call("config", "show", *command, f"--{name}", *words) for name in (old, new))
+    assert by_old.stdout == by_new.stdout and by_new.exit_code == 0 and f"{new} = " in by_new.stdout
+    assert by_new.stderr == "" and by_old.stderr == f"note     --{old} is now --{new}; the old name still works\n"
+    assert f"--{old}" not in call(*command, "--help").stdout and f"--{new}" in call(*command, "--help").stdout
+
+    path = tmp_path / "sae.toml"
+    path.write_text(f"[{'.'.join(command)}]\n{old} = {'true' if option.is_flag else 3}\n")
+    result = call("config", "show", *command, "--config", path)
+    assert result.exit_code == 0 and f"# {path}:2" in result.stdout
+    assert result.stderr == f"note     {path}:2: {old} is now {new}; the old name still works\n"
+
+
+def test_an_old_name_behind_a_double_dash_or_as_a_value_is_not_a_flag(tmp_path: Path) -> None:
+    result = call("train", "--", "--literal")
+    assert result.exit_code == BAD_USAGE and "is now" not in result.stderr

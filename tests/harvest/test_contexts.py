@@ -17,16 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.common.errors import UnavailableError, UsageError
-from sae.harvest.contexts import (
-    ContextCutter,
-    Document,
-    ListedDocuments,
-    TextSource,
-    cut,
-    is_held_out,
-    rows_of,
-    specials,
-)
+from sae.harvest.contexts import ContextCutter, Document, ListedDocuments, TextSource, cut, is_held_out, rows_of, specials
 from sae.harvest.datasets import sections
 from sae.harvest.mini.corpus import StdlibDocument as CorpusDocument
 from sae.harvest.mini.corpus import documents as corpus_documents

@@ -38,7 +38,8 @@ from sae.train.recipe import find_recipe
 from sae.train.run import TrainProgress
 from sae.train.streaming import train_streaming
 from sae.train.variant import RunConfig
-from sae.workflows.stream import run_stream
+from sae.cli.stream import run_stream
+from sae.cli.train import run_train
 
 TOKENS, WINDOW, RING, BATCH = 3000, 256, 4, 60
 PER_GROUP, LEFT_FOR_THE_LAST = 8, 440 // BATCH
@@ -223,7 +224,7 @@ def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
 
     def start(place: Path) -> multiprocessing.process.BaseProcess:
         request = request_of("topk", "batchtopk", model=asked["model"], caches=[place / "ring"], out=place / "runs")
-        process = context.Process(target=run_stream, args=(request, given))
+        process = context.Process(target=run_stream, args=(request, given, run_train))
         process.start()
         return process
 

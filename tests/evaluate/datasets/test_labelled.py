@@ -10,19 +10,7 @@ import pytest
 
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.datasets import hub
-from sae.evaluate.datasets.labelled import (
-    DATASETS,
-    HUB,
-    REVIEWS,
-    STAND_INS,
-    LabelledDataset,
-    class_name,
-    labelled,
-    language_of,
-    pinned,
-    quadrants,
-    sample,
-)
+from sae.evaluate.datasets.labelled import DATASETS, HUB, REVIEWS, STAND_INS, LabelledDataset, class_name, labelled, language_of, pinned, quadrants, sample
 
 AG, BIOS, CODE, EUROPARL = "fancyzhx/ag_news", "LabHC/bias_in_bios", "codeparrot/github-code", "Helsinki-NLP/europarl"
 

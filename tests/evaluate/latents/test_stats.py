@@ -13,19 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from sae.cache.layout import Hook
 from sae.common.errors import SaeError
 from sae.evaluate.latents import stats as module
-from sae.evaluate.latents.stats import (
-    BEFORE,
-    BINS,
-    ActivationStats,
-    Histogram,
-    Passages,
-    coactive,
-    direct_logits,
-    latent_stats,
-    logit_effects,
-    neighbours,
-    quantile_passages,
-)
+from sae.evaluate.latents.stats import BEFORE, BINS, ActivationStats, Histogram, Passages, coactive, direct_logits, latent_stats, logit_effects, neighbours, quantile_passages
 from sae.evaluate.plan import EvaluateConfig, loader, make_context
 from sae.harvest.architectures import FAMILIES
 from sae.harvest.model import LanguageModel, find_model, load_model

@@ -5,19 +5,7 @@ import torch
 from torch.nn.functional import pad
 
 from sae.common.errors import UsageError
-from sae.evaluate.metrics.ablation import (
-    PROBE,
-    BootstrapDraws,
-    ProbeReadout,
-    TextProbes,
-    check_thresholds,
-    correct,
-    decoder_of,
-    differences,
-    interval,
-    strongest,
-    train_probes,
-)
+from sae.evaluate.metrics.ablation import PROBE, BootstrapDraws, ProbeReadout, TextProbes, check_thresholds, correct, decoder_of, differences, interval, strongest, train_probes
 from sae.evaluate.metrics.pooled_activations import PooledLatents, TextRows, pool
 from sae.evaluate.metrics.probes import ProbeTask, train_probe
 from sae.evaluate.reference_saes import Identity, Zero

@@ -17,14 +17,7 @@ from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.absorption import Absorption, bootstrap, rate, score_words
 from sae.evaluate.metrics.base import EvalTarget, Result
 from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, spell
-from sae.evaluate.metrics.letter_probes import (
-    DenseRows,
-    LetterProbes,
-    SparseCodes,
-    accepted,
-    generator_of,
-    linear_probe,
-)
+from sae.evaluate.metrics.letter_probes import DenseRows, LetterProbes, SparseCodes, accepted, generator_of, linear_probe
 from sae.evaluate.reference_saes import Identity
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import find_model, load_model, load_tokenizer

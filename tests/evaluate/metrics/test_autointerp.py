@@ -14,16 +14,7 @@ import torch
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.metrics import autointerp as module
 from sae.evaluate.metrics.activation_examples import BUFFER, ExampleWindow, LatentExamples, TokenText, examples
-from sae.evaluate.metrics.autointerp import (
-    Autointerp,
-    explain_prompt,
-    explanation_of,
-    firings,
-    judged,
-    predictions_of,
-    score_of,
-    score_prompt,
-)
+from sae.evaluate.metrics.autointerp import Autointerp, explain_prompt, explanation_of, firings, judged, predictions_of, score_of, score_prompt
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.llm_judge import Endpoint
 from sae.evaluate.metrics.packing import frequencies, packed_contexts

@@ -8,17 +8,7 @@ from torch import nn
 
 from sae.common.errors import UsageError
 from sae.evaluate.metrics.pooled_activations import TextRows, pool
-from sae.evaluate.metrics.probes import (
-    ProbeTask,
-    generator,
-    largest,
-    mean_difference,
-    one_against_rest,
-    pool_unit,
-    regress,
-    train_probe,
-    wilson,
-)
+from sae.evaluate.metrics.probes import ProbeTask, generator, largest, mean_difference, one_against_rest, pool_unit, regress, train_probe, wilson
 from sae.train.activations import ReLU
 from sae.train.sae import SAE
 

@@ -14,18 +14,7 @@ from sae.common.errors import UsageError
 from sae.evaluate.datasets.labelled import HUB
 from sae.evaluate.metrics import sparse_probing
 from sae.evaluate.metrics.registry import METRICS
-from sae.evaluate.papers.claims import (
-    BESIDE,
-    FOLDER,
-    LOGGED,
-    LONGEST,
-    PAPERS,
-    REGISTRY,
-    PaperFact,
-    load,
-    numbers,
-    parse,
-)
+from sae.evaluate.papers.claims import BESIDE, FOLDER, LOGGED, LONGEST, PAPERS, REGISTRY, PaperFact, load, numbers, parse
 from sae.evaluate.papers.verdict import measured
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.run import evaluate

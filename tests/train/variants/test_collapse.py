@@ -14,27 +14,7 @@ from sae.train.recipe import RECIPES, find_recipe
 from sae.train.sae import SAE, fold_normalization
 from sae.train.step import Step
 from sae.train.variant import RunConfig, Variant
-from sae.train.variants.collapse import (
-    Balanced,
-    BatchNorm,
-    Contrast,
-    DecoderRows,
-    Diversity,
-    DynamicL1,
-    GramSchmidt,
-    GramSchmidtLatents,
-    GroupOrthogonalityLoss,
-    GroupRate,
-    Groups,
-    HardOrthogonality,
-    ImportantError,
-    RecentError,
-    Sketch,
-    UtilizationEMA,
-    WinnerTakeAll,
-    combination,
-    gram_schmidt,
-)
+from sae.train.variants.collapse import Balanced, BatchNorm, Contrast, DecoderRows, Diversity, DynamicL1, GramSchmidt, GramSchmidtLatents, GroupOrthogonalityLoss, GroupRate, Groups, HardOrthogonality, ImportantError, RecentError, Sketch, UtilizationEMA, WinnerTakeAll, combination, gram_schmidt
 
 RUNS = ["collapse-baseline", *[f"collapse-{number:02d}" for number in range(1, 11)]]
 

@@ -13,14 +13,7 @@ from sae.train.recipe import RECIPES, find_recipe
 from sae.train.sae import SAE
 from sae.train.step import Step
 from sae.train.variant import RunConfig
-from sae.train.variants.progressive import (
-    ChainL1,
-    CompetitionTemperature,
-    EnabledLatents,
-    EnabledUtilization,
-    GrowCapacity,
-    SoftCompetition,
-)
+from sae.train.variants.progressive import ChainL1, CompetitionTemperature, EnabledLatents, EnabledUtilization, GrowCapacity, SoftCompetition
 
 
 def step_of(f_BF: torch.Tensor, i: int = 0, pre_BF: torch.Tensor | None = None) -> Step:

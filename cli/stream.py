@@ -4,21 +4,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..cli.console import echo
+from .console import echo
 
 RING = 4  # windows
 
 
-def run_stream(request: Any, given: dict[str, Any], dry_run: bool = False) -> list[Any]:
+def run_stream(request: Any, given: dict[str, Any], run_train: Any, dry_run: bool = False) -> list[Any]:
     """Train on text whose activations are removed when every run has read them. `given`: the options of --stream."""
-    from ..cli.harvest import show_source, time_of
-    from ..cli.train import run_train
     from ..common.errors import UsageError
     from ..common.files import folder_bytes, free_space
     from ..common.formatting import format_bytes
     from ..harvest.plan import HarvestConfig as Harvest
     from ..harvest.streaming import check_room, harvest_ahead, plan_ring
     from ..train.streaming import train_streaming
+    from .harvest import show_source, time_of
 
     if request.resume:
         raise UsageError("--resume cannot be given with --stream. The command that began a run goes on with it.")
