@@ -15,21 +15,21 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
-    from .cache.reader import open_cache
-    from .common.errors import DamagedError
-    from .common.errors import Interrupted
-    from .common.errors import SaeError
-    from .common.errors import UnavailableError
-    from .common.errors import UsageError
-    from .evaluate.latents.steering import steering
-    from .evaluate.run import evaluate_saes
-    from .harvest.in_memory import activations
-    from .harvest.run import harvest_activations
-    from .train.formats.export import export_sae
-    from .train.formats.import_ import import_sae
-    from .train.run import train_saes
-    from .train.sae import SAE
-    from .train.sae import load_sae
+    from .cache.reader import open_cache as open_cache
+    from .common.errors import DamagedError as DamagedError
+    from .common.errors import Interrupted as Interrupted
+    from .common.errors import SaeError as SaeError
+    from .common.errors import UnavailableError as UnavailableError
+    from .common.errors import UsageError as UsageError
+    from .evaluate.latents.steering import steering as steering
+    from .evaluate.run import evaluate_saes as evaluate_saes
+    from .harvest.in_memory import activations as activations
+    from .harvest.run import harvest_activations as harvest_activations
+    from .train.formats.export import export_sae as export_sae
+    from .train.formats.import_ import import_sae as import_sae
+    from .train.run import train_saes as train_saes
+    from .train.sae import SAE as SAE
+    from .train.sae import load_sae as load_sae
 
 __version__ = "0.1.0"
 
