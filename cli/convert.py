@@ -29,7 +29,7 @@ def export(
     from ..common.errors import UsageError
 
     if to == "hub":
-        from ..train.formats.hub import upload
+        from ..train.formats.hub import upload_sae
 
         if repo is None or out is not None:
             raise UsageError("--to hub takes --repo owner/name, and no --out.")
@@ -40,7 +40,7 @@ def export(
                 "cache": cache,
                 "progress": shown,
             }
-            url = upload(run, repo, agree=agree(yes, shown), say=shown.say, **options)
+            url = upload_sae(run, repo, agree=agree(yes, shown), say=shown.say, **options)
         echo(f"done     {url}")
         return
     if repo is not None or private or yes:

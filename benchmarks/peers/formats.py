@@ -30,10 +30,10 @@ from torch import Tensor
 
 from sae.common.errors import UsageError
 from sae.train.formats.base import Format
-from sae.train.formats.canonical import CanonicalSAE, sae_of
+from sae.train.formats.canonical import CanonicalSAE, from_canonical
 from sae.train.formats.export import export_sae
 from sae.train.formats.import_ import import_sae
-from sae.train.formats.verify import rows_of_run
+from sae.train.formats.verify import sample_run_rows
 from sae.train.sae import SAE, load_sae, save_sae
 
 WORKER = Path(__file__).with_name("formats_worker.py")
@@ -88,7 +88,7 @@ def outward(runs: list[Path], peers: list[Peer], work: Path) -> list[tuple[str, 
                 lines[name] = {}
             except UsageError:
                 continue
-    _, rows = rows_of_run(load_sae(runs[0]).origin, load_hook(runs[0]), None)
+    _, rows = sample_run_rows(load_sae(runs[0]).origin, load_hook(runs[0]), None)
     assert rows is not None, "the cache of the runs has to be there"
     requests = {name: {"format": to, "folder": str(m.folder)} for name, (_, to, m) in made.items()}
     for number, peer in enumerate(peers):
@@ -102,9 +102,9 @@ def outward(runs: list[Path], peers: list[Peer], work: Path) -> list[tuple[str, 
 
 
 def load_hook(run: Path) -> Any:
-    from sae.train.formats.metadata import hook_of_run
+    from sae.train.formats.metadata import run_hook
 
-    return hook_of_run(load_sae(run))
+    return run_hook(load_sae(run))
 
 
 def kind_of(made: Any) -> str:
@@ -145,7 +145,9 @@ def fixtures(peers: list[Peer], folder: Path, work: Path) -> None:
     for name, plain in ours.items():
         run = folder / "ours" / name
         save_sae(
-            sae_of(plain, pre_bias=name in ("relu", "topk")), run, {"layer": 12, "model": {"name": "google/gemma-2-2b"}}
+            from_canonical(plain, pre_bias=name in ("relu", "topk")),
+            run,
+            {"layer": 12, "model": {"name": "google/gemma-2-2b"}},
         )
         for to, kind in Format.registry.items():
             if plain.within(kind.holds):
@@ -190,7 +192,7 @@ def main() -> None:
         for recipe, kind, to, found in lines:
             print(f"| {recipe} | {kind} | {to} | " + " | ".join(found.get(library, "") for library in libraries) + " |")
         sae = load_sae(options.runs[0])
-        _, rows = rows_of_run(sae.origin, load_hook(options.runs[0]), None)
+        _, rows = sample_run_rows(sae.origin, load_hook(options.runs[0]), None)
         assert rows is not None
         print("\n| written by | SAE | imported as | agreement |\n|---|---|---|---|")
         for line in inward(peers, work, rows.x_RD / rows.x_RD.norm(dim=1).mean() * 4, 4 * sae.d_in):

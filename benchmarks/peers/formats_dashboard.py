@@ -43,10 +43,10 @@ def main(run: Path, python: str, page: Path) -> None:
 
     from sae.harvest.mini import WEIGHTS
     from sae.train.formats.export import export_sae
-    from sae.train.formats.verify import cache_of_run
+    from sae.train.formats.verify import find_run_cache
     from sae.train.sae import load_sae
 
-    cache = cache_of_run(load_sae(run).origin)
+    cache = find_run_cache(load_sae(run).origin)
     assert cache is not None, "the cache of the run has to be there"
     contexts = cache.contexts(held_out=True)
     whole = contexts.ids[contexts.length == contexts.length.max()][:CONTEXTS]

@@ -8,24 +8,24 @@ from torch import Tensor
 
 from ...common.errors import UsageError
 from ..sae import SAE
-from .canonical import CanonicalSAE, before_coupling, finished
+from .canonical import CanonicalSAE, fold_until_coupling, require_activation
 
-KINDS = ("topk", "jumprelu", "relu")
-ROWS = 1024
+APPROXIMATIONS = ("topk", "jumprelu", "relu")
+FIT_ROWS = 1024
 
 
 @torch.no_grad()
-def approximated(sae: SAE, kind: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[str, Any]]:
+def approximate_sae(sae: SAE, kind: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[str, Any]]:
     """The SAE with its last activations replaced by one of `kind` with as many latents a row, and what that costs.
 
     topk: k is the mean number of latents of these rows; jumprelu: one threshold that leaves as many; relu: neither.
     """
-    if kind not in KINDS:
-        raise UsageError(f"--approximate {kind} is unknown: give one of {', '.join(KINDS)}.")
-    x_RD = x_RD[:: max(1, len(x_RD) // ROWS)][:ROWS]
+    if kind not in APPROXIMATIONS:
+        raise UsageError(f"--approximate {kind} is unknown: give one of {', '.join(APPROXIMATIONS)}.")
+    x_RD = x_RD[:: max(1, len(x_RD) // FIT_ROWS)][:FIT_ROWS]
     f_RF = sae.encode(x_RD)
     l0 = float((f_RF != 0).sum(1).double().mean())
-    plain = before_coupling(sae)
+    plain = fold_until_coupling(sae)
     plain = replace(plain.within(("jumprelu",)) or plain, kind="relu", threshold=None).unit()
     z_RF = x_RD.double() @ plain.W_enc + plain.b_enc
     if kind == "topk":
@@ -63,10 +63,10 @@ def approximated(sae: SAE, kind: str, x_RD: Tensor) -> tuple[CanonicalSAE, dict[
         record["k"] = plain.k
     elif plain.threshold is not None:
         record["threshold"] = float(plain.threshold[0])
-    return finished(plain), record
+    return require_activation(plain), record
 
 
-def sentence(record: dict[str, Any]) -> str:
+def describe_approximation(record: dict[str, Any]) -> str:
     knob = "".join(f", {name} {record[name]:.4g}" for name in ("k", "threshold") if name in record)
     return (
         f"{record['of']} as {record['as']}{knob}: x_hat is {record['relative_error_of_x_hat']:.2g} of its size away, L0 "

@@ -15,7 +15,7 @@ from ...cache.layout import Hook
 from ...common.errors import UsageError, did_you_mean
 from ..sae import SAE
 from .canonical import CanonicalSAE
-from .safe_read import Folder
+from .safe_read import ForeignFolder
 
 Reference = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (B, d_in) -> f (B, d_sae) and x_hat (B, d_in), in float64
 
@@ -45,18 +45,18 @@ class Format:
         cls.name = name
         Format.registry[name] = cls()
 
-    def recognise(self, folder: Folder) -> bool:
+    def recognise(self, folder: ForeignFolder) -> bool:
         raise NotImplementedError
 
     def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
         """Its files into an empty folder; `about` has SAELens' names (`about.describe`)."""
         raise NotImplementedError
 
-    def read(self, folder: Folder) -> ForeignSAE:
+    def read(self, folder: ForeignFolder) -> ForeignSAE:
         """DamagedError for files that contradict themselves, UsageError for what we have not."""
         raise NotImplementedError
 
-    def reference(self, folder: Folder) -> Reference:
+    def reference(self, folder: ForeignFolder) -> Reference:
         """From the files alone, in the other library's own convention."""
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ def find_format(name: str) -> Format:
     return Format.registry[name]
 
 
-def recognised(folder: Folder) -> Format:
+def detect_format(folder: ForeignFolder) -> Format:
     """The format of a folder, by its files."""
     if folder.has("sae.json"):
         raise UsageError(f"{folder.path} is a run of ours already: sae evaluate {folder.path}")

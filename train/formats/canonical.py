@@ -26,8 +26,8 @@ from ..variants.gated import Gated
 from ..variants.jumprelu import JumpReLU
 from ..variants.progressive import EnabledLatents
 
-ROUNDING = 2.0**-22  # of float32, four times: a weight and a bias here and there
-UNIT = 1e-6  # how far from 1 the norm of a unit row of float32 can be
+FLOAT32_ROUNDING = 2.0**-22  # of float32, four times: a weight and a bias here and there
+UNIT_NORM_TOLERANCE = 1e-6  # how far from 1 the norm of a unit row of float32 can be
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CanonicalSAE:
 
     @property
     def unit_rows(self) -> bool:
-        return bool((self.W_dec.norm(dim=1) - 1).abs().max() < UNIT)
+        return bool((self.W_dec.norm(dim=1) - 1).abs().max() < UNIT_NORM_TOLERANCE)
 
     @property
     def input_bias(self) -> Tensor:
@@ -94,51 +94,51 @@ class CanonicalSAE:
         size_BF = x_BD.abs() @ plain.W_enc.abs() + plain.b_enc.abs()
         if plain.kind == "jumprelu":
             assert plain.threshold is not None
-            return (z_BF - plain.threshold).abs() <= ROUNDING * (size_BF + plain.threshold)
+            return (z_BF - plain.threshold).abs() <= FLOAT32_ROUNDING * (size_BF + plain.threshold)
         edge_BF = torch.zeros_like(z_BF)
         if plain.k < plain.d_sae:  # the middle between the last that is kept and the first that is not
             edge_BF += z_BF.topk(plain.k + 1, dim=-1).values[:, -2:].mean(1, keepdim=True).clamp_min(0)
         largest_B1 = size_BF.amax(1, keepdim=True)
-        return torch.minimum((z_BF - edge_BF).abs(), z_BF.abs()) <= ROUNDING * (size_BF + largest_B1)
+        return torch.minimum((z_BF - edge_BF).abs(), z_BF.abs()) <= FLOAT32_ROUNDING * (size_BF + largest_B1)
 
 
-def canonical_form(sae: SAE) -> CanonicalSAE:
+def to_canonical(sae: SAE) -> CanonicalSAE:
     """The SAE, taking raw activations, in float64 with unit rows. UsageError names a link that couples latents."""
-    plain = linear(sae)
+    plain = linear_part(sae)
     for link in sae.activation:
-        plain = settle(link, plain)
-    return finished(plain)
+        plain = fold_link(link, plain)
+    return require_activation(plain)
 
 
-def linear(sae: SAE) -> CanonicalSAE:
+def linear_part(sae: SAE) -> CanonicalSAE:
     """An SAE before its chain."""
     W_enc, b_enc, W_dec, b_dec = (getattr(sae, n).detach().double().cpu() for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
     return CanonicalSAE(W_enc, b_enc - b_dec @ W_enc if sae.pre_bias else b_enc, W_dec, b_dec)
 
 
-def before_coupling(sae: SAE) -> CanonicalSAE:
+def fold_until_coupling(sae: SAE) -> CanonicalSAE:
     """An SAE as far as its chain codes each latent by itself."""
-    plain = linear(sae)
+    plain = linear_part(sae)
     for link in sae.activation:
         try:
-            plain = settle(link, plain)
+            plain = fold_link(link, plain)
         except UsageError:
             break
     return plain
 
 
-def finished(plain: CanonicalSAE) -> CanonicalSAE:
+def require_activation(plain: CanonicalSAE) -> CanonicalSAE:
     if not plain.kind:
         raise UsageError("Latents of this SAE are never made zero or positive; no format holds that.")
     return plain.unit()
 
 
-def wide(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     return tensor.detach().double().cpu()
 
 
 @singledispatch
-def settle(link: Activation, plain: CanonicalSAE) -> CanonicalSAE:
+def fold_link(link: Activation, plain: CanonicalSAE) -> CanonicalSAE:
     """What follows of the chain up to this link. UsageError where no format can hold it."""
     raise UsageError(
         f"The activation {getattr(link, 'name', type(link).__name__)!r} makes the latents of a token depend on each other, "
@@ -147,69 +147,69 @@ def settle(link: Activation, plain: CanonicalSAE) -> CanonicalSAE:
     )
 
 
-def ends(link: Activation, plain: CanonicalSAE, kind: str) -> CanonicalSAE:
+def set_activation(link: Activation, plain: CanonicalSAE, kind: str) -> CanonicalSAE:
     """z becomes latents; a second time only a relu can follow, which then changes nothing."""
     if plain.kind and kind != "relu":
         raise UsageError(f"The activation {link.name!r} follows another one ({plain.kind}); no format holds both.")
     return plain if plain.kind else replace(plain, kind=kind)
 
 
-@settle.register
+@fold_link.register
 def _(link: ReLU, plain: CanonicalSAE) -> CanonicalSAE:
-    return ends(link, plain, "relu")
+    return set_activation(link, plain, "relu")
 
 
-@settle.register
+@fold_link.register
 def _(link: TopK, plain: CanonicalSAE) -> CanonicalSAE:
-    return replace(ends(link, plain, "topk"), k=int(link.k))
+    return replace(set_activation(link, plain, "topk"), k=int(link.k))
 
 
-@settle.register
+@fold_link.register
 def _(link: BatchTopK, plain: CanonicalSAE) -> CanonicalSAE:
-    jump_F = wide(link.threshold).clamp_min(0).expand(plain.d_sae).clone()
-    return replace(ends(link, plain, "jumprelu"), threshold=jump_F)
+    jump_F = to_float64(link.threshold).clamp_min(0).expand(plain.d_sae).clone()
+    return replace(set_activation(link, plain, "jumprelu"), threshold=jump_F)
 
 
-@settle.register
+@fold_link.register
 def _(link: JumpReLU, plain: CanonicalSAE) -> CanonicalSAE:
-    jump_F = wide(link.threshold)
+    jump_F = to_float64(link.threshold)
     if (jump_F < 0).any():
         raise UsageError(
             f"{int((jump_F < 0).sum())} thresholds of this jumprelu are negative, so latents can be; no format holds that."
         )
-    return replace(ends(link, plain, "jumprelu"), threshold=jump_F)
+    return replace(set_activation(link, plain, "jumprelu"), threshold=jump_F)
 
 
-@settle.register
+@fold_link.register
 def _(link: Gated, plain: CanonicalSAE) -> CanonicalSAE:
-    r_mag, b_gate, b_mag = map(wide, (link.r_mag, link.b_gate, link.b_mag))
-    whole = ends(link, plain, "gated")
+    r_mag, b_gate, b_mag = map(to_float64, (link.r_mag, link.b_gate, link.b_mag))
+    whole = set_activation(link, plain, "gated")
     return replace(whole, b_enc=plain.b_enc + b_gate, r_mag=r_mag, b_mag=b_mag + r_mag.exp() * plain.b_enc)
 
 
-@settle.register
+@fold_link.register
 def _(link: BatchNorm, plain: CanonicalSAE) -> CanonicalSAE:
     if plain.kind:
-        return settle.dispatch(Activation)(link, plain)
-    gain_F = wide(link.gain_F) / (wide(link.variance_F) + wide(link.eps)).sqrt()
-    b_enc = gain_F * (plain.b_enc - wide(link.mean_F)) + wide(link.shift_F)
+        return fold_link.dispatch(Activation)(link, plain)
+    gain_F = to_float64(link.gain_F) / (to_float64(link.variance_F) + to_float64(link.eps)).sqrt()
+    b_enc = gain_F * (plain.b_enc - to_float64(link.mean_F)) + to_float64(link.shift_F)
     return replace(plain, W_enc=plain.W_enc * gain_F, b_enc=b_enc)
 
 
-@settle.register
+@fold_link.register
 def _(link: EnabledLatents, plain: CanonicalSAE) -> CanonicalSAE:
     if plain.kind:
-        return settle.dispatch(Activation)(link, plain)
-    on_F = wide(link.on_F) > 0
+        return fold_link.dispatch(Activation)(link, plain)
+    on_F = to_float64(link.on_F) > 0
     return replace(plain, W_enc=plain.W_enc * on_F, b_enc=torch.where(on_F, plain.b_enc, -1.0))
 
 
-@settle.register
+@fold_link.register
 def _(link: GramSchmidtLatents, plain: CanonicalSAE) -> CanonicalSAE:
     return plain  # of a trained SAE it does nothing
 
 
-def sae_of(plain: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
+def from_canonical(plain: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
     """An SAE of ours in float32. With `pre_bias` its encoder sees x - b_dec, as that of many formats does."""
     links: dict[str, Activation] = {
         "relu": ReLU(),

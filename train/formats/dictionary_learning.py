@@ -20,13 +20,13 @@ from torch import Tensor
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
 from .base import ForeignSAE, Format, Reference
-from .canonical import CanonicalSAE, sae_of
-from .hook_names import first_hook, hub_name, model_said
-from .safe_pickle import state_dict_of
-from .safe_read import Folder, TensorHeader, clipped, length, weights, words
+from .canonical import CanonicalSAE, from_canonical
+from .hook_names import first_hook, hub_id, parse_model
+from .safe_pickle import read_state_dict_headers
+from .safe_read import ForeignFolder, TensorHeader, get_nested, read_weights, short_repr, vector_size
 
 # By the tensors that only this class has. config.json can say otherwise: then the folder contradicts itself.
-KINDS = {
+TENSORS = {
     "AutoEncoder": {"bias": "D", "encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"},
     "AutoEncoderNew": {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF", "decoder.bias": "D"},
     "GatedAutoEncoder": {
@@ -40,8 +40,8 @@ KINDS = {
     },
     "JumpReluAutoEncoder": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
 }  # fmt: skip
-KINDS["BatchTopKSAE"] = KINDS["AutoEncoderTopK"]
-WRITTEN = {"relu": "AutoEncoder", "gated": "GatedAutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}  # fmt: skip
+TENSORS["BatchTopKSAE"] = TENSORS["AutoEncoderTopK"]
+DICT_CLASSES = {"relu": "AutoEncoder", "gated": "GatedAutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}  # fmt: skip
 TRAINERS = {"relu": "StandardTrainer", "gated": "GatedSAETrainer", "topk": "TopKTrainer", "jumprelu": "JumpReluTrainer"}
 
 
@@ -49,7 +49,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
     holds = ("relu", "topk", "gated", "jumprelu")
     files = ("ae.pt", "config.json")
 
-    def recognise(self, folder: Folder) -> bool:
+    def recognise(self, folder: ForeignFolder) -> bool:
         return folder.has("ae.pt")
 
     def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
@@ -76,11 +76,11 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         torch.save(
             {n: (t.float() if t.is_floating_point() else t).contiguous().clone() for n, t in found.items()}, buffer
         )
-        name = WRITTEN[plain.kind]
+        name = DICT_CLASSES[plain.kind]
         trainer = {
             "trainer_class": TRAINERS[plain.kind], "dict_class": name, "activation_dim": plain.d_in, "dict_size": plain.d_sae,
-            "device": "cpu", "layer": about.get("hook_layer"), "lm_name": hub_name(about.get("model_name", "")) or None,
-            "submodule_name": place(about.get("hook_name", "")), "seed": about.get("seed"),
+            "device": "cpu", "layer": about.get("hook_layer"), "lm_name": hub_id(about.get("model_name", "")) or None,
+            "submodule_name": submodule_name(about.get("hook_name", "")), "seed": about.get("seed"),
         }  # fmt: skip
         if plain.kind == "topk":
             trainer["k"] = plain.k
@@ -88,19 +88,21 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         atomic_write(folder / "ae.pt", buffer.getbuffer())
         write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer_record, "about": about})
 
-    def load(self, folder: Folder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    def load(self, folder: ForeignFolder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         """The class, config.json, and the tensors as they lie there."""
         path = folder.file("ae.pt")
-        claims = state_dict_of(path)
+        claims = read_state_dict_headers(path)
         config = folder.record("config.json") if folder.has("config.json") else {}
-        name = words(config, "trainer", "dict_class")
-        fitting = [kind for kind, names in KINDS.items() if set(names) == set(claims)]
+        name = get_nested(config, "trainer", "dict_class")
+        fitting = [kind for kind, names in TENSORS.items() if set(names) == set(claims)]
         if not fitting:
-            apart = {kind: set(names) ^ set(claims) for kind, names in KINDS.items()}
-            nearest = name if isinstance(name, str) and name in KINDS else min(apart, key=lambda kind: len(apart[kind]))
+            apart = {kind: set(names) ^ set(claims) for kind, names in TENSORS.items()}
+            nearest = (
+                name if isinstance(name, str) and name in TENSORS else min(apart, key=lambda kind: len(apart[kind]))
+            )
             raise DamagedError(
-                f"{path} holds the tensors of no class that is known here ({', '.join(KINDS)}): from {nearest} it differs in "
-                f"{clipped(sorted(apart[nearest]))}. Get it again, or ask the author."
+                f"{path} holds the tensors of no class that is known here ({', '.join(TENSORS)}): from {nearest} it differs in "
+                f"{short_repr(sorted(apart[nearest]))}. Get it again, or ask the author."
             )
         if name is None:
             if len(fitting) > 1:
@@ -110,10 +112,10 @@ class DictionaryLearning(Format, name="dictionary-learning"):
                 )
             name = fitting[0]
         if name not in fitting:
-            raise DamagedError(f"{folder.path / 'config.json'} says {clipped(name)}, but ae.pt holds the tensors of {' or '.join(fitting)}.")  # fmt: skip
-        return name, config, weights(path, claims, shapes_of(path, name, claims))
+            raise DamagedError(f"{folder.path / 'config.json'} says {short_repr(name)}, but ae.pt holds the tensors of {' or '.join(fitting)}.")  # fmt: skip
+        return name, config, read_weights(path, claims, expected_shapes(path, name, claims))
 
-    def read(self, folder: Folder) -> ForeignSAE:
+    def read(self, folder: ForeignFolder) -> ForeignSAE:
         name, config, found = self.load(folder)
         w = {n: t.double() for n, t in found.items()}
         W_enc = w["W_enc"] if "W_enc" in w else w["encoder.weight"].T
@@ -130,7 +132,7 @@ class DictionaryLearning(Format, name="dictionary-learning"):
                     *matrices, "gated", r_mag=w["r_mag"], b_mag=w["mag_bias"] - w["r_mag"].exp() * inside_F
                 )
             case "AutoEncoderTopK":
-                plain = CanonicalSAE(*matrices, "topk", k=chosen(folder, found, plain.d_sae))
+                plain = CanonicalSAE(*matrices, "topk", k=read_k(folder, found, plain.d_sae))
             case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
                 threshold = float(w["threshold"])
                 if threshold < 0:
@@ -141,24 +143,24 @@ class DictionaryLearning(Format, name="dictionary-learning"):
                 plain = CanonicalSAE(*matrices, "jumprelu", threshold=torch.full_like(b_enc, threshold))
             case "JumpReluAutoEncoder":
                 plain = CanonicalSAE(*matrices, "jumprelu", threshold=w["threshold"].clamp_min(0))
-        result = ForeignSAE(sae_of(plain, pre_bias=pre_bias))
+        result = ForeignSAE(from_canonical(plain, pre_bias=pre_bias))
         trainer = config.get("trainer") if isinstance(config.get("trainer"), dict) else {}
         assert isinstance(trainer, dict)
-        result.model = model_said(trainer.get("lm_name"))
+        result.model = parse_model(trainer.get("lm_name"))
         layer = trainer.get("layer")
         said = f"blocks.{layer}.hook_resid_post" if type(layer) is int and layer >= 0 else None
-        if not resid_post(trainer.get("submodule_name")):
+        if not may_be_resid_post(trainer.get("submodule_name")):
             said = None  # the number of a layer says nothing of the place in it
-        own = words(config, "about", "hook_name")
+        own = get_nested(config, "about", "hook_name")
         result.hook = first_hook(
             [own, trainer.get("submodule_name"), *reversed(folder.path.resolve().parts[-3:]), said]
         )
-        if isinstance(context := words(config, "buffer", "ctx_len"), int):
+        if isinstance(context := get_nested(config, "buffer", "ctx_len"), int):
             result.context = context
         result.metadata = {**config, "dict_class": name}
         return result
 
-    def reference(self, folder: Folder) -> Reference:
+    def reference(self, folder: ForeignFolder) -> Reference:
         name, _, found = self.load(folder)
         w = {n: t.double() for n, t in found.items()}
 
@@ -195,28 +197,28 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         return code
 
 
-def shapes_of(path: Path, name: str, claims: dict[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(path: Path, name: str, claims: dict[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
     """The shapes that a class demands: d_in and d_sae from its biases, or where it has one alone, from its encoder."""
-    letters = KINDS[name]
-    known = {"G": length(path, claims, "group_sizes")} if "group_sizes" in letters else {}
-    known["D"] = length(path, claims, next(n for n, s in letters.items() if s == "D"))
-    known["F"] = length(path, claims, next(n for n, s in letters.items() if s == "F"))
+    letters = TENSORS[name]
+    known = {"G": vector_size(path, claims, "group_sizes")} if "group_sizes" in letters else {}
+    known["D"] = vector_size(path, claims, next(n for n, s in letters.items() if s == "D"))
+    known["F"] = vector_size(path, claims, next(n for n, s in letters.items() if s == "F"))
     return {n: tuple(known[letter] for letter in s) for n, s in letters.items()}
 
 
-def chosen(folder: Folder, found: dict[str, Tensor], d_sae: int) -> int:
+def read_k(folder: ForeignFolder, found: dict[str, Tensor], d_sae: int) -> int:
     k = int(found["k"])
     if not 0 < k <= d_sae:
         raise DamagedError(f"{folder.path / 'ae.pt'}: k is {k}, and there are {d_sae} latents.")
     return k
 
 
-def resid_post(submodule: object) -> bool:
+def may_be_resid_post(submodule: object) -> bool:
     """Whether the words for a place leave open or say that it is the residual stream after a block."""
     return not isinstance(submodule, str) or not re.search(r"mlp|att|pre|mid|_in\b", submodule)
 
 
-def place(hook_name: str) -> str | None:
+def submodule_name(hook_name: str) -> str | None:
     """`resid_post_layer_12`, as its own demo calls it."""
     hook = first_hook([hook_name])
     return None if hook is None else f"{hook.site}_layer_{hook.layer}"

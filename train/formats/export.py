@@ -13,16 +13,16 @@ import torch
 from ...common.errors import UsageError
 from ...common.files import fsync_folder, make_folder, os_error
 from ..sae import SAE, load_sae
-from .approximate import approximated, sentence
+from .approximate import approximate_sae, describe_approximation
 from .base import Format, find_format
-from .canonical import UNIT, CanonicalSAE, canonical_form, sae_of
-from .metadata import describe, hook_of_run
-from .safe_read import Folder
-from .verify import Check, Progress, SampleRows, compare, insist, rows_of_run, silent, synthetic_rows
+from .canonical import UNIT_NORM_TOLERANCE, CanonicalSAE, from_canonical, to_canonical
+from .metadata import export_metadata, run_hook
+from .safe_read import ForeignFolder
+from .verify import Check, Progress, SampleRows, compare, no_progress, require_passed, sample_run_rows, synthetic_rows
 
 
 @dataclass
-class Exported:
+class ExportResult:
     """What was written, and how it was checked."""
 
     folder: Path
@@ -43,8 +43,8 @@ def export_sae(
     *,
     approximate: str | None = None,
     cache: Path | str | None = None,
-    progress: Progress = silent,
-) -> Exported:
+    progress: Progress = no_progress,
+) -> ExportResult:
     """Write an SAE, or that of a run folder, as `to`: saelens, gemma-scope, dictionary-learning or sparsify.
 
     It takes raw activations, its decoder has unit rows, and what training divided by is folded in, in float64. The files
@@ -59,36 +59,36 @@ def export_sae(
     if out is None and folder is None:
         raise UsageError("Say where to export to: export_sae(sae, to, out=...).")
     target = Path(out) if out is not None else Path(folder or "") / "exports" / to
-    hook = hook_of_run(loaded)
+    hook = run_hook(loaded)
     given = Path(cache) if cache is not None else None
-    source, rows = rows_of_run(loaded.origin, hook, given)
-    about, notes = describe(loaded, folder, source), []
-    plain, compared = held(loaded, kind, approximate, rows, about, notes), loaded
+    source, rows = sample_run_rows(loaded.origin, hook, given)
+    about, notes = export_metadata(loaded, folder, source), []
+    plain, compared = fit_to_format(loaded, kind, approximate, rows, about, notes), loaded
     if "approximation" in about:
-        compared = sae_of(plain)
+        compared = from_canonical(plain)
     if kind.name == "saelens" and plain.kind == "topk" and not plain.unit_rows:
         notes.append("The decoder has no unit rows, and scaling them would change which latents are the k largest.")
     n_F = compared.W_dec.detach().double().cpu().norm(dim=1)
     size_F = torch.where(n_F > 0, n_F / plain.W_dec.norm(dim=1), 1)
-    if (size_F - 1).abs().max() > UNIT:
+    if (size_F - 1).abs().max() > UNIT_NORM_TOLERANCE:
         notes.append(
             f"Decoder rows had norms from {float(n_F.min()):.3g} to {float(n_F.max()):.3g}; latents are now as much larger."
         )
-    with building(target) as temporary:
+    with new_folder(target) as temporary:
         kind.write(plain, temporary, about)
         check = compare(
-            compared, plain, kind.reference(Folder(temporary)), rows or synthetic_rows(plain), size_F, progress
+            compared, plain, kind.reference(ForeignFolder(temporary)), rows or synthetic_rows(plain), size_F, progress
         )
-        insist(check, f"The export to {to}")
-    return Exported(target, to, check, about, notes)
+        require_passed(check, f"The export to {to}")
+    return ExportResult(target, to, check, about, notes)
 
 
-def held(
+def fit_to_format(
     sae: SAE, kind: Format, approximate: str | None, rows: SampleRows | None, about: dict[str, Any], notes: list[str]
 ) -> CanonicalSAE:
     """The SAE as a kind that the format holds. UsageError names those that hold it; `about` gets an approximation's record."""
     try:
-        plain = canonical_form(sae)
+        plain = to_canonical(sae)
     except UsageError:
         if approximate is None:
             raise
@@ -109,16 +109,16 @@ def held(
         raise UsageError(
             "An approximation is fitted to and measured on cached rows, and this SAE's cache is not there. Give one with --cache."
         )
-    nearest, record = approximated(sae, approximate, rows.x_RD)
+    nearest, record = approximate_sae(sae, approximate, rows.x_RD)
     if (fitting := nearest.within(kind.holds)) is None:
         raise UsageError(f"{kind.name} holds no {approximate} either, but {' and '.join(kind.holds)}.")
     about["approximation"] = record
-    notes.append(sentence(record))
+    notes.append(describe_approximation(record))
     return fitting.unit()
 
 
 @contextlib.contextmanager
-def building(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A new folder that becomes `target` when all went well, and goes away when not. UsageError when `target` holds anything."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UsageError(f"{target} is not empty; nothing was written. Give a new folder with --out.")

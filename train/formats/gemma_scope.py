@@ -16,16 +16,16 @@ from torch import Tensor
 from ...common.errors import UsageError
 from ...common.files import atomic_write, write_json
 from .base import ForeignSAE, Format, Reference
-from .canonical import CanonicalSAE, sae_of
-from .hook_names import first_hook, model_said, of_gemma_scope
-from .safe_read import Folder, length, npz_of, weights
+from .canonical import CanonicalSAE, from_canonical
+from .hook_names import first_hook, parse_gemma_scope_path, parse_model
+from .safe_read import ForeignFolder, read_npz_headers, read_weights, vector_size
 
 
 class GemmaScope(Format, name="gemma-scope"):
     holds = ("jumprelu",)
     files = ("params.npz", "about.json")
 
-    def recognise(self, folder: Folder) -> bool:
+    def recognise(self, folder: ForeignFolder) -> bool:
         return folder.has("params.npz")
 
     def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
@@ -36,32 +36,32 @@ class GemmaScope(Format, name="gemma-scope"):
         atomic_write(folder / "params.npz", buffer.getbuffer())
         write_json(folder / "about.json", about)
 
-    def load(self, folder: Folder) -> dict[str, Tensor]:
+    def load(self, folder: ForeignFolder) -> dict[str, Tensor]:
         path = folder.file("params.npz")
-        claims = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(name, name): c for name, c in npz_of(path).items()}
-        D, F = length(path, claims, "b_dec"), length(path, claims, "b_enc")
+        claims = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(name, name): c for name, c in read_npz_headers(path).items()}
+        D, F = vector_size(path, claims, "b_dec"), vector_size(path, claims, "b_enc")
         expected = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
-        return weights(path, claims, expected)
+        return read_weights(path, claims, expected)
 
-    def read(self, folder: Folder) -> ForeignSAE:
+    def read(self, folder: ForeignFolder) -> ForeignSAE:
         w = {name: t.double() for name, t in self.load(folder).items()}
         plain = CanonicalSAE(
             w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], "jumprelu", threshold=w["threshold"].clamp_min(0)
         )
-        found = ForeignSAE(sae_of(plain))
+        found = ForeignSAE(from_canonical(plain))
         parts = folder.path.resolve().parts
         if "embedding" in parts:
             raise UsageError(f"{folder.path} is of the embedding, which is no layer, and was scaled by sqrt(d_in).")
-        found.model, found.hook = of_gemma_scope(parts)
+        found.model, found.hook = parse_gemma_scope_path(parts)
         if folder.has("about.json"):
             found.metadata = folder.record("about.json")
             found.hook = first_hook([found.metadata.get("hook_name")]) or found.hook
-            found.model = model_said(found.metadata.get("model_name")) or found.model
+            found.model = parse_model(found.metadata.get("model_name")) or found.model
             if isinstance(context := found.metadata.get("context_size"), int):
                 found.context = context
         return found
 
-    def reference(self, folder: Folder) -> Reference:
+    def reference(self, folder: ForeignFolder) -> Reference:
         w = {name: t.double() for name, t in self.load(folder).items()}
 
         def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:

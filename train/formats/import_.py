@@ -10,17 +10,17 @@ from ...cache.reader import Cache, list_caches, model_name
 from ...common.errors import UsageError
 from ...common.files import digest_of, sae_home, write_json
 from ..sae import SAE, save_sae
-from .base import ForeignSAE, Format, recognised
-from .canonical import canonical_form
-from .export import building
-from .safe_read import Folder
-from .verify import Check, Progress, cached_rows, compare, insist, silent, synthetic_rows
+from .base import ForeignSAE, Format, detect_format
+from .canonical import to_canonical
+from .export import new_folder
+from .safe_read import ForeignFolder
+from .verify import Check, Progress, cached_rows, compare, no_progress, require_passed, synthetic_rows
 
 FORMAT = 1
 
 
 @dataclass
-class Imported:
+class ImportResult:
     """The run folder that was made, its SAE, and how it was checked."""
 
     folder: Path
@@ -40,8 +40,8 @@ def import_sae(
     out: Path | str | None = None,
     name: str | None = None,
     origin: dict[str, Any] | None = None,
-    progress: Progress = silent,
-) -> Imported:
+    progress: Progress = no_progress,
+) -> ImportResult:
     """Make a run folder of an SAE of SAELens, Gemma Scope, dictionary_learning or sparsify; which, its files say.
 
     Model and layer are taken from the files where they say them. With a cache of that model and layer, given or found,
@@ -52,24 +52,24 @@ def import_sae(
     if name and (Path(name).name != name or name.startswith(".") or not name.isprintable()):
         raise UsageError(f"--name {name!r} is no name of a folder. Give one word, such as gemma-scope-16k.")
     path = Path(path)
-    folder = Folder(path.parent if path.is_file() else path)
+    folder = ForeignFolder(path.parent if path.is_file() else path)
     if not folder.path.is_dir():
         raise UsageError(f"There is no folder {path}. Give one with an SAE, or hf://owner/repo/folder.")
-    kind = recognised(folder)
+    kind = detect_format(folder)
     if path.is_file() and path.name not in kind.files:
         raise UsageError(
             f"{path} is not the file of an SAE; its folder holds one of {kind.name}: sae import {path.parent}"
         )
     found = kind.read(folder)
-    hook, called = located(found, folder.path, model, layer)
-    source = cache_for(called, hook, found.sae.d_in, Path(cache) if cache is not None else None, found.notes)
+    hook, called = resolve_hook_and_model(found, folder.path, model, layer)
+    source = find_cache(called, hook, found.sae.d_in, Path(cache) if cache is not None else None, found.notes)
     if source is not None:
         called = source.model
-    plain = canonical_form(found.sae)
+    plain = to_canonical(found.sae)
     rows = synthetic_rows(plain) if source is None else cached_rows(source, hook)
     check = compare(found.sae, plain, kind.reference(folder), rows, progress=progress)
-    insist(check, f"The import of {path}")
-    files = digests(kind, folder)
+    require_passed(check, f"The import of {path}")
+    files = file_digests(kind, folder)
     variant = f"imported-{plain.kind}"
     digest = digest_of([files, called, *hook])[:6]
     title = name or f"{variant}-L{hook.layer:02d}-n{found.sae.d_sae}-{digest}"
@@ -77,7 +77,7 @@ def import_sae(
     if (target / "sae.json").exists():
         raise UsageError(f"{target} is there already: sae evaluate {target}. For another, give --name.")
     about: dict[str, Any] = {
-        "model": {"name": called, "revision": revision_of(source, found)},
+        "model": {"name": called, "revision": model_revision(source, found)},
         **hook._asdict(),
         "hook_name": hook.name,
         "variant": variant,
@@ -92,14 +92,14 @@ def import_sae(
         "d_sae": found.sae.d_sae, "imported_from": {"format": kind.name, **elsewhere, "sha256": files},
         "check": check.record(), "notes": found.notes, "metadata": found.metadata,
     }  # fmt: skip
-    with building(target) as temporary:
+    with new_folder(target) as temporary:
         write_json(temporary / "run.json", record)
         save_sae(found.sae, temporary, about)
     found.sae.origin = about
-    return Imported(target, kind.name, found.sae, check, source.folder if source else None, found.notes)
+    return ImportResult(target, kind.name, found.sae, check, source.folder if source else None, found.notes)
 
 
-def located(found: ForeignSAE, path: Path, model: str | None, layer: int | None) -> tuple[Hook, str]:
+def resolve_hook_and_model(found: ForeignSAE, path: Path, model: str | None, layer: int | None) -> tuple[Hook, str]:
     """The hook point and the model, asked for or said by the files. UsageError when neither."""
     hook = found.hook
     if layer is not None:
@@ -120,7 +120,7 @@ def located(found: ForeignSAE, path: Path, model: str | None, layer: int | None)
     return hook, called
 
 
-def cache_for(model: str, hook: Hook, d_in: int, given: Path | None, notes: list[str]) -> Cache | None:
+def find_cache(model: str, hook: Hook, d_in: int, given: Path | None, notes: list[str]) -> Cache | None:
     """The cache that an SAE can be evaluated on: the one given, or the only one of its model and hook."""
     if given is not None:
         cache = Cache(given)
@@ -141,14 +141,14 @@ def cache_for(model: str, hook: Hook, d_in: int, given: Path | None, notes: list
     return None
 
 
-def revision_of(cache: Cache | None, found: ForeignSAE) -> str | None:
+def model_revision(cache: Cache | None, found: ForeignSAE) -> str | None:
     if cache is not None:
         return cache.identity["model"].get("revision")
     said = found.metadata.get("model_revision")
     return said if isinstance(said, str) else None
 
 
-def digests(kind: Format, folder: Folder) -> dict[str, str]:
+def file_digests(kind: Format, folder: ForeignFolder) -> dict[str, str]:
     """sha256 of every file that was read, by its name in the folder."""
     found = {}
     names = (*kind.files, *kind.above)

@@ -12,15 +12,17 @@ from ...common.files import read_json
 from ..sae import SAE
 from .hook_names import transformerlens_name
 
-SAELENS = "6.28.0"  # the oldest release that reads what is written here; without it the loader drops all the rest
+SAELENS_VERSION = (
+    "6.28.0"  # the oldest release that reads what is written here; without it the loader drops all the rest
+)
 
 
-def hook_of_run(sae: SAE) -> Hook | None:
+def run_hook(sae: SAE) -> Hook | None:
     layer = sae.origin.get("layer")
     return Hook(layer, sae.origin.get("site", "resid_post")) if isinstance(layer, int) else None
 
 
-def module_of(hook: Hook, cache: Cache | None) -> str:
+def module_path(hook: Hook, cache: Cache | None) -> str:
     """The block in transformers' words, as the harvest noted it: GPT-2 and GPT-NeoX call theirs otherwise than most."""
     noted: dict[str, str] = {}
     if cache is not None:
@@ -29,15 +31,15 @@ def module_of(hook: Hook, cache: Cache | None) -> str:
     return noted.get(hook.array, f"model.layers.{hook.layer}").split(",")[0]
 
 
-def describe(sae: SAE, folder: Path | None, cache: Cache | None) -> dict[str, Any]:
+def export_metadata(sae: SAE, folder: Path | None, cache: Cache | None) -> dict[str, Any]:
     """The metadata of an export; names of SAELens first, then ours."""
-    origin, hook = sae.origin, hook_of_run(sae)
+    origin, hook = sae.origin, run_hook(sae)
     run: dict[str, Any] = {}
     if folder is not None:
         with contextlib.suppress(SaeError):
             run = read_json(folder / "run.json")
     model = origin.get("model") or {}
-    about: dict[str, Any] = {"sae_lens_version": SAELENS}
+    about: dict[str, Any] = {"sae_lens_version": SAELENS_VERSION}
     if model.get("name"):
         about["model_name"] = transformerlens_name(model["name"])
         about["model_class_name"] = "HookedTransformer"
@@ -45,7 +47,7 @@ def describe(sae: SAE, folder: Path | None, cache: Cache | None) -> dict[str, An
     if hook is not None:
         about |= {"hook_name": hook.name, "hook_layer": hook.layer, "hook_head_index": None}
         if hook.site == "resid_post":
-            about["hf_hook_name"] = module_of(hook, cache)
+            about["hf_hook_name"] = module_path(hook, cache)
     about |= {"context_size": origin.get("context"), "prepend_bos": True}
     if cache is not None:
         about |= {"dataset_path": cache.identity["data"]["name"], "exclude_special_tokens": cache.identity.get("skip")}

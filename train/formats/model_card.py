@@ -7,10 +7,10 @@ from typing import Any
 
 from ...common.errors import SaeError
 from ...common.files import read_json
-from .export import Exported
+from .export import ExportResult
 
 # file of evaluations/, category, name, heading
-NUMBERS = (
+CARD_METRICS = (
     ("core", "sparsity", "l0", "L0, latents a token"),
     ("core", "model_behavior_preservation", "kl_div_score", "KL score"),
     ("core", "model_performance_preservation", "ce_loss_score", "CE score"),
@@ -24,7 +24,7 @@ NUMBERS = (
 )
 
 
-def card(made: Exported, run: Path, repo: str, base: str | None) -> str:
+def model_card(made: ExportResult, run: Path, repo: str, base: str | None) -> str:
     """README.md of a repository with a SAELens directory. `base`: the model's id on the Hub."""
     about = made.about
     head = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens"]}
@@ -42,8 +42,12 @@ def card(made: Exported, run: Path, repo: str, base: str | None) -> str:
     ]
     if "approximation" in about:
         lines.append(f"**An approximation**: {'; '.join(made.notes)}.\n")
-    if numbers := evaluated(run):
-        lines += ["## Numbers\n", table(("metric", "value"), numbers), "By `sae evaluate`, on held-out text.\n"]
+    if numbers := evaluation_numbers(run):
+        lines += [
+            "## Numbers\n",
+            markdown_table(("metric", "value"), numbers),
+            "By `sae evaluate`, on held-out text.\n",
+        ]
     lines += [
         "## Loading\n",
         f'```python\nfrom huggingface_hub import snapshot_download\nfrom sae_lens import SAE\n\nsae = SAE.load_from_disk(snapshot_download("{repo}"))\nf = sae.encode(x)\n```\n',
@@ -51,14 +55,14 @@ def card(made: Exported, run: Path, repo: str, base: str | None) -> str:
     ]
     recipe = {k: about[k] for k in ("variant", "seed", "training_tokens", "dataset_path", "context_size", "model_revision", "cache_digest") if about.get(k) is not None}  # fmt: skip
     recipe |= {k: v for k, v in (about.get("training_options") or {}).items() if v is not None}
-    lines += ["## Training\n", table(("option", "value"), [(k, str(v)) for k, v in recipe.items()])]
+    lines += ["## Training\n", markdown_table(("option", "value"), [(k, str(v)) for k, v in recipe.items()])]
     return "\n".join(lines)
 
 
-def evaluated(run: Path) -> list[tuple[str, str]]:
+def evaluation_numbers(run: Path) -> list[tuple[str, str]]:
     """What evaluations/ of a run says, of the numbers above; a stand-in's data set is called so."""
     found = []
-    for name, category, number, heading in NUMBERS:
+    for name, category, number, heading in CARD_METRICS:
         for path, aside in ((f"{name}.json", ""), (f"{name}_stdlib.json", ", on texts of Python's standard library")):
             with contextlib.suppress(SaeError, KeyError, TypeError, ValueError):
                 metrics: Any = read_json(run / "evaluations" / path)["eval_result_metrics"]
@@ -67,6 +71,6 @@ def evaluated(run: Path) -> list[tuple[str, str]]:
     return found
 
 
-def table(heads: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+def markdown_table(heads: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     text = [f"| {heads[0]} | {heads[1]} |", "|---|---|"]
     return "\n".join(text + [f"| {a} | {b.replace('|', chr(92) + '|')} |" for a, b in rows]) + "\n"

@@ -16,13 +16,22 @@ from torch import Tensor
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
 from .base import ForeignSAE, Format, Reference
-from .canonical import CanonicalSAE, sae_of
-from .hook_names import first_hook, model_said
-from .safe_read import Folder, clipped, flag, number, safetensors_of, text, weights, words
+from .canonical import CanonicalSAE, from_canonical
+from .hook_names import first_hook, parse_model
+from .safe_read import (
+    ForeignFolder,
+    get_bool,
+    get_nested,
+    get_positive_int,
+    get_str,
+    read_safetensors_headers,
+    read_weights,
+    short_repr,
+)
 
 ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-TRAINED = {"batchtopk", "matryoshka_batchtopk"}  # names of a training, whose inference is a jumprelu
-BY_TOKEN = {
+TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # names of a training, whose inference is a jumprelu
+PER_TOKEN_NORMALIZATIONS = {
     "layer_norm": "divides every token by its own standard deviation",
     "constant_norm_rescale": "divides every token by its own norm",
     "covariance_whitening": "whitens its input",
@@ -33,7 +42,7 @@ class SAELens(Format, name="saelens"):
     holds = ("relu", "topk", "gated", "jumprelu")
     files = ("sae_weights.safetensors", "cfg.json", "activation_scaler.json")
 
-    def recognise(self, folder: Folder) -> bool:
+    def recognise(self, folder: ForeignFolder) -> bool:
         return folder.has("sae_weights.safetensors")
 
     def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
@@ -61,83 +70,87 @@ class SAELens(Format, name="saelens"):
         atomic_write(folder / self.files[0], save({n: t.float().contiguous().clone() for n, t in tensors.items()}))
         write_json(folder / "cfg.json", {**config, "metadata": about})
 
-    def load(self, folder: Folder) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
+    def load(self, folder: ForeignFolder) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
         """The configuration, the kind, and the tensors as they lie there."""
-        config, at = settled(folder.record("cfg.json")), folder.path / "cfg.json"
-        architecture = text(at, config, "architecture", "standard")
-        if architecture in TRAINED:
+        config, at = upgrade_config(folder.record("cfg.json")), folder.path / "cfg.json"
+        architecture = get_str(at, config, "architecture", "standard")
+        if architecture in TRAINING_ARCHITECTURES:
             raise UsageError(
                 f"{at} is of a {architecture} in training; SAELens saves its inference as jumprelu. Save it with save_inference_model."
             )
         if architecture not in ARCHITECTURES:
             raise UsageError(
-                f"{at} has the architecture {clipped(architecture)}; known here are {', '.join(ARCHITECTURES)}."
+                f"{at} has the architecture {short_repr(architecture)}; known here are {', '.join(ARCHITECTURES)}."
             )
         act = config.get("activation_fn", "relu")
         if act not in (None, "relu", architecture):  # SAELens itself makes a relu of it
             raise UsageError(
-                f"{at} has the activation {clipped(act)}, and is called {architecture}: one of the two is wrong. Ask the author."
+                f"{at} has the activation {short_repr(act)}, and is called {architecture}: one of the two is wrong. Ask the author."
             )
         if config.get("finetuning_scaling_factor"):
             raise UsageError(f"{at} has finetuning_scaling_factor, which SAELens itself no longer knows.")
         kind = ARCHITECTURES[architecture]
         path = folder.file(self.files[0])
-        claims = safetensors_of(path)
-        D, F = number(at, config, "d_in"), number(at, config, "d_sae")
+        claims = read_safetensors_headers(path)
+        D, F = get_positive_int(at, config, "d_in"), get_positive_int(at, config, "d_sae")
         expected: dict[str, tuple[int, ...]] = {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,)}
         more = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(kind, ("b_enc",))
-        found = weights(path, claims, {**expected, **{name: (F,) for name in more}})
-        if kind == "topk" and number(at, config, "k") > F:
+        found = read_weights(path, claims, {**expected, **{name: (F,) for name in more}})
+        if kind == "topk" and get_positive_int(at, config, "k") > F:
             raise DamagedError(f"{at}: k is {config['k']}, and there are {F} latents.")
         return config, kind, found
 
-    def scale(self, folder: Folder, config: dict[str, Any]) -> float:
+    def scale(self, folder: ForeignFolder, config: dict[str, Any]) -> float:
         """What x is multiplied by before the SAE. UsageError where it is not the same for every token, or not said."""
         at = folder.path / "cfg.json"
-        how = text(at, config, "normalize_activations", "none")
+        how = get_str(at, config, "normalize_activations", "none")
         if how == "none":
             return 1.0
-        if how in BY_TOKEN:
-            raise UsageError(f"{at}: normalize_activations is {how}, which {BY_TOKEN[how]}. No SAE of ours does that.")
+        if how in PER_TOKEN_NORMALIZATIONS:
+            raise UsageError(
+                f"{at}: normalize_activations is {how}, which {PER_TOKEN_NORMALIZATIONS[how]}. No SAE of ours does that."
+            )
         value = config.get("norm_scaling_factor")
         if folder.has("activation_scaler.json"):
             value = folder.record("activation_scaler.json").get("scaling_factor")
         if how != "expected_average_only_in" or isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UsageError(
-                f"{at}: normalize_activations is {clipped(how)}, and by how much its input was scaled stands nowhere in the "
+                f"{at}: normalize_activations is {short_repr(how)}, and by how much its input was scaled stands nowhere in the "
                 "files. Ask the author to fold it (fold_activation_norm_scaling_factor), or for the factor: norm_scaling_factor in cfg.json."
             )
         if not 1e-30 < value < 1e30:
-            raise DamagedError(f"{at}: a scale of {clipped(value)} is none.")
+            raise DamagedError(f"{at}: a scale of {short_repr(value)} is none.")
         return float(value)
 
-    def read(self, folder: Folder) -> ForeignSAE:
+    def read(self, folder: ForeignFolder) -> ForeignSAE:
         config, kind, found = self.load(folder)
         s, at = self.scale(folder, config), folder.path / "cfg.json"
         w = {name: t.double() for name, t in found.items()}
         W_enc, W_dec, b_dec = w["W_enc"] * s, w["W_dec"] / s, w["b_dec"] / s
-        pre_bias = flag(at, config, "apply_b_dec_to_input", True)
+        pre_bias = get_bool(at, config, "apply_b_dec_to_input", True)
         b_enc = w["b_gate"] if kind == "gated" else w["b_enc"]
         inside_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
         plain = CanonicalSAE(W_enc, b_enc - inside_F, W_dec, b_dec, kind)
         match kind:
             case "topk":
-                if flag(at, config, "rescale_acts_by_decoder_norm", False):
+                if get_bool(at, config, "rescale_acts_by_decoder_norm", False):
                     n_F = w["W_dec"].norm(dim=1)
                     if (n_F == 0).any():
                         raise DamagedError(
                             f"{at}: {int((n_F == 0).sum())} rows of W_dec are zero, and have to be divided by."
                         )
                     plain = CanonicalSAE(W_enc * n_F, plain.b_enc * n_F, W_dec / n_F[:, None], b_dec, kind)
-                plain = CanonicalSAE(plain.W_enc, plain.b_enc, plain.W_dec, b_dec, kind, k=number(at, config, "k"))
+                plain = CanonicalSAE(
+                    plain.W_enc, plain.b_enc, plain.W_dec, b_dec, kind, k=get_positive_int(at, config, "k")
+                )
             case "jumprelu":
                 plain = CanonicalSAE(W_enc, plain.b_enc, W_dec, b_dec, kind, threshold=w["threshold"].clamp_min(0))
             case "gated":
                 b_mag = w["b_mag"] - w["r_mag"].exp() * inside_F
                 plain = CanonicalSAE(W_enc, plain.b_enc, W_dec, b_dec, kind, r_mag=w["r_mag"], b_mag=b_mag)
-        return described(ForeignSAE(sae_of(plain, pre_bias=pre_bias)), config)
+        return add_metadata(ForeignSAE(from_canonical(plain, pre_bias=pre_bias)), config)
 
-    def reference(self, folder: Folder) -> Reference:
+    def reference(self, folder: ForeignFolder) -> Reference:
         config, kind, found = self.load(folder)
         s, w = self.scale(folder, config), {name: t.double() for name, t in found.items()}
 
@@ -162,11 +175,11 @@ class SAELens(Format, name="saelens"):
         return code
 
 
-def settled(config: dict[str, Any]) -> dict[str, Any]:
+def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration of before version 6 in the words of now: topk was an activation of `standard`."""
     old = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     config = {old.get(name, name): value for name, value in config.items()}
-    if config.get("activation_fn") == "topk" and (k := words(config, "activation_fn_kwargs", "k")) is not None:
+    if config.get("activation_fn") == "topk" and (k := get_nested(config, "activation_fn_kwargs", "k")) is not None:
         config |= {"architecture": "topk", "k": k}
     if isinstance(how := config.get("normalize_activations"), bool):
         config["normalize_activations"] = "expected_average_only_in" if how else "none"
@@ -177,10 +190,10 @@ def settled(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def described(found: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
+def add_metadata(found: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
     """What the configuration says of model and place; before version 6 it stood at the top."""
     said = {**config, **config.get("metadata", {})}
-    found.model = model_said(said.get("model_name"))
+    found.model = parse_model(said.get("model_name"))
     found.hook = first_hook([said.get("hook_name"), said.get("hf_hook_name")])
     if isinstance(context := said.get("context_size"), int):
         found.context = context

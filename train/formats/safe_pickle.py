@@ -19,79 +19,83 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DamagedError, UsageError
-from .safe_read import TensorHeader, check_archive, clipped, suspected
+from .safe_read import TensorHeader, check_archive, damaged_if_unreadable, short_repr
 
-LONGEST = 1 << 14  # a state dict of ten tensors has 1,500 bytes; one of a million nested tuples would exhaust the stack
-STORAGES = {
+MAX_PICKLE_BYTES = (
+    1 << 14
+)  # a state dict of ten tensors has 1,500 bytes; one of a million nested tuples would exhaust the stack
+STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
 }  # fmt: skip
-HARMLESS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2")}
-HARMLESS |= {("torch", name) for name in STORAGES}
-OPCODES = set(
+ALLOWED_GLOBALS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2")}
+ALLOWED_GLOBALS |= {("torch", name) for name in STORAGE_DTYPES}
+ALLOWED_OPCODES = set(
     "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 "
     "BININT2 LONG1 BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS".split()
 )
 
 
-class Storage(NamedTuple):
+class StorageRef(NamedTuple):
     dtype: torch.dtype
     key: str
     elements: int
 
 
-class View(NamedTuple):
-    storage: Storage
+class TensorView(NamedTuple):
+    storage: StorageRef
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
 
-class Rebuild:
+class RebuildTensor:
     """Stands for torch._utils._rebuild_tensor_v2; nothing can be set on it."""
 
     __slots__ = ()
 
-    def __call__(self, storage: Storage, offset: int, shape: Any, stride: Any, *_: Any) -> View:
-        return View(storage, offset, tuple(shape), tuple(stride))
+    def __call__(self, storage: StorageRef, offset: int, shape: Any, stride: Any, *_: Any) -> TensorView:
+        return TensorView(storage, offset, tuple(shape), tuple(stride))
 
 
-class Reader(pickle.Unpickler):
+class TensorUnpickler(pickle.Unpickler):
     """Knows three names, and opens nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in HARMLESS:
+        if (module, name) not in ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(f"{module}.{name}")
         if name == "OrderedDict":
             return OrderedDict
-        return Rebuild() if name == "_rebuild_tensor_v2" else STORAGES[name]
+        return RebuildTensor() if name == "_rebuild_tensor_v2" else STORAGE_DTYPES[name]
 
-    def persistent_load(self, what: Any) -> Storage:
+    def persistent_load(self, what: Any) -> StorageRef:
         kind, dtype, key, _, elements = what
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise pickle.UnpicklingError("no storage")
-        return Storage(dtype, key, elements)
+        return StorageRef(dtype, key, elements)
 
 
 def check_opcodes(path: Path, program: bytes) -> None:
     """UsageError when a pickle does anything but name tensors. Reads it; runs nothing."""
     for opcode, argument, _ in pickletools.genops(program):
         name = tuple(str(argument).split(" ", 1))
-        if opcode.name == "GLOBAL" and name not in HARMLESS:
+        if opcode.name == "GLOBAL" and name not in ALLOWED_GLOBALS:
             raise UsageError(
-                f"Refused: {path} is a pickle with code in it ({clipped('.'.join(name))}); nothing of it was run. "
+                f"Refused: {path} is a pickle with code in it ({short_repr('.'.join(name))}); nothing of it was run. "
                 "Ask the author for safetensors, or for a plain state dict."
             )
-        if opcode.name not in OPCODES:
+        if opcode.name not in ALLOWED_OPCODES:
             raise UsageError(
                 f"Refused: {path} is a pickle that does more than name tensors ({opcode.name}); nothing of it was run. "
                 "Ask the author for safetensors, or for a plain state dict."
             )
-        if opcode.name == "LONG_BINPUT" and not 0 <= int(argument) < LONGEST:  # it makes a table as long as it says
+        if (
+            opcode.name == "LONG_BINPUT" and not 0 <= int(argument) < MAX_PICKLE_BYTES
+        ):  # it makes a table as long as it says
             raise DamagedError(f"{path}: its pickle asks for a table of {argument:,} entries. Get it again.")
 
 
-def state_dict_of(path: Path) -> dict[str, TensorHeader]:
+def read_state_dict_headers(path: Path) -> dict[str, TensorHeader]:
     """What a file of torch.save claims to hold. Raises UsageError for code, DamagedError for what cannot be."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -99,24 +103,26 @@ def state_dict_of(path: Path) -> dict[str, TensorHeader]:
                 f"Refused: {path} is no zip file of torch.save: torch before 1.6 wrote bare pickles, which can run code. "
                 "Ask the author to save it anew."
             )
-    with suspected(path), zipfile.ZipFile(path) as archive:
+    with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive:
         check_archive(path, archive, compressed=False)
         programs = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
-        if len(programs) != 1 or programs[0].file_size > LONGEST:
+        if len(programs) != 1 or programs[0].file_size > MAX_PICKLE_BYTES:
             raise DamagedError(f"{path} is no state dict: it holds {len(programs)} pickles, or a very long one.")
         prefix = programs[0].filename.removesuffix("data.pkl")
         program = archive.read(programs[0])
         check_opcodes(path, program)
-        found = Reader(io.BytesIO(program)).load()
+        found = TensorUnpickler(io.BytesIO(program)).load()
         order = f"{prefix}byteorder"
         if order in archive.namelist() and archive.getinfo(order).file_size < 16 and archive.read(order) != b"little":
             raise DamagedError(f"{path} was written on a big-endian machine. Ask the author for safetensors.")
-        if not isinstance(found, dict) or not all(isinstance(v, View) and isinstance(k, str) for k, v in found.items()):
+        if not isinstance(found, dict) or not all(
+            isinstance(v, TensorView) and isinstance(k, str) for k, v in found.items()
+        ):
             raise DamagedError(f"{path} holds no plain dictionary of tensors. Ask the author for a state dict.")
-        return {name: claim_of(path, archive, f"{prefix}data/", name, view) for name, view in found.items()}
+        return {name: view_header(path, archive, f"{prefix}data/", name, view) for name, view in found.items()}
 
 
-def claim_of(path: Path, archive: zipfile.ZipFile, prefix: str, name: str, view: View) -> TensorHeader:
+def view_header(path: Path, archive: zipfile.ZipFile, prefix: str, name: str, view: TensorView) -> TensorHeader:
     storage, offset, shape, stride = view
     counts = (storage.elements, offset, *shape, *stride)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts) or len(shape) != len(stride):
@@ -131,8 +137,8 @@ def claim_of(path: Path, archive: zipfile.ZipFile, prefix: str, name: str, view:
     return TensorHeader(shape, storage.dtype, lambda: read_view(path, entry, view))
 
 
-def read_view(path: Path, entry: str, view: View) -> Tensor:
-    with suspected(path), zipfile.ZipFile(path) as archive:
+def read_view(path: Path, entry: str, view: TensorView) -> Tensor:
+    with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive:
         data = bytearray(archive.read(entry))
         whole = torch.frombuffer(data, dtype=view.storage.dtype) if data else torch.zeros(0, dtype=view.storage.dtype)
         return whole.as_strided(view.shape, view.stride, view.offset)

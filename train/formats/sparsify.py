@@ -14,9 +14,17 @@ from torch import Tensor
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
 from .base import ForeignSAE, Format, Reference
-from .canonical import CanonicalSAE, sae_of
-from .hook_names import first_hook, hub_name, model_said
-from .safe_read import Folder, clipped, flag, number, safetensors_of, weights, words
+from .canonical import CanonicalSAE, from_canonical
+from .hook_names import first_hook, hub_id, parse_model
+from .safe_read import (
+    ForeignFolder,
+    get_bool,
+    get_nested,
+    get_positive_int,
+    read_safetensors_headers,
+    read_weights,
+    short_repr,
+)
 
 
 class Sparsify(Format, name="sparsify"):
@@ -24,10 +32,10 @@ class Sparsify(Format, name="sparsify"):
     files = ("sae.safetensors", "cfg.json", "about.json")
     above = ("config.json",)
 
-    def recognise(self, folder: Folder) -> bool:
+    def recognise(self, folder: ForeignFolder) -> bool:
         return self.inside(folder) is not None
 
-    def inside(self, folder: Folder) -> Folder | None:
+    def inside(self, folder: ForeignFolder) -> ForeignFolder | None:
         """The folder of its SAE: itself, or its only one. UsageError when it has several."""
         if folder.has("sae.safetensors"):
             return folder
@@ -41,7 +49,7 @@ class Sparsify(Format, name="sparsify"):
         if not found:
             return None
         folder.file(f"{found[0].name}/sae.safetensors")  # refused when a link leads elsewhere
-        return Folder(found[0])
+        return ForeignFolder(found[0])
 
     def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
         layer = about.get("hook_layer")
@@ -57,45 +65,45 @@ class Sparsify(Format, name="sparsify"):
         atomic_write(inner / "sae.safetensors", save({n: t.float().contiguous().clone() for n, t in tensors.items()}))
         write_json(inner / "cfg.json", config)
         write_json(inner / "about.json", about)
-        run = {"sae": config, "model": hub_name(about.get("model_name", "")), "hookpoints": [inner.name]}
+        run = {"sae": config, "model": hub_id(about.get("model_name", "")), "hookpoints": [inner.name]}
         write_json(folder / "config.json", run | {"ctx_len": about.get("context_size")})
 
-    def load(self, folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def load(self, folder: ForeignFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
         inner = self.inside(folder) or folder
         config, at = inner.record("cfg.json"), inner.path / "cfg.json"
         if (kind := config.get("activation", "topk")) != "topk":
-            raise UsageError(f"{at}: the activation is {clipped(kind)}; of sparsify only topk is known here.")
+            raise UsageError(f"{at}: the activation is {short_repr(kind)}; of sparsify only topk is known here.")
         for name in ("transcode", "skip_connection"):
-            if flag(at, config, name, False):
+            if get_bool(at, config, name, False):
                 raise UsageError(f"{at}: {name} is true: it predicts another place than it reads, and is no SAE.")
-        D = number(at, config, "d_in")
-        F = number(at, config, "num_latents", 0) if config.get("num_latents") else D * number(at, config, "expansion_factor")  # fmt: skip
+        D = get_positive_int(at, config, "d_in")
+        F = get_positive_int(at, config, "num_latents", 0) if config.get("num_latents") else D * get_positive_int(at, config, "expansion_factor")  # fmt: skip
         path = inner.file("sae.safetensors")
         expected = {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
-        found = weights(path, safetensors_of(path), expected)
-        if number(at, config, "k") > F:
+        found = read_weights(path, read_safetensors_headers(path), expected)
+        if get_positive_int(at, config, "k") > F:
             raise DamagedError(f"{at}: k is {config['k']}, and there are {F} latents.")
         return config, found
 
-    def read(self, folder: Folder) -> ForeignSAE:
+    def read(self, folder: ForeignFolder) -> ForeignSAE:
         config, found = self.load(folder)
         w = {name: t.double() for name, t in found.items()}
         W_enc = w["encoder.weight"].T
         b_enc = w["encoder.bias"] - w["b_dec"] @ W_enc
         plain = CanonicalSAE(W_enc, b_enc, w["W_dec"], w["b_dec"], "topk", k=config["k"])
-        result = ForeignSAE(sae_of(plain, pre_bias=True), metadata=dict(config))
+        result = ForeignSAE(from_canonical(plain, pre_bias=True), metadata=dict(config))
         inner = self.inside(folder) or folder
         said = inner.record("about.json") if inner.has("about.json") else {}
         result.hook = first_hook([said.get("hook_name"), inner.path.resolve().name])
-        above = Folder(inner.path.parent)
+        above = ForeignFolder(inner.path.parent)
         run = above.record("config.json") if above.has("config.json") else {}
-        result.model = model_said(run.get("model"))
-        if isinstance(context := words(run, "ctx_len"), int):
+        result.model = parse_model(run.get("model"))
+        if isinstance(context := get_nested(run, "ctx_len"), int):
             result.context = context
         result.metadata |= said
         return result
 
-    def reference(self, folder: Folder) -> Reference:
+    def reference(self, folder: ForeignFolder) -> Reference:
         config, found = self.load(folder)
         w = {name: t.double() for name, t in found.items()}
 

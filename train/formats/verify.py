@@ -18,8 +18,8 @@ from ..sae import SAE
 from .base import Reference
 from .canonical import CanonicalSAE
 
-ROWS, STRETCHES, AT_ONCE = 4096, 16, 256
-WORST = 1e-5
+SAMPLE_ROWS, SAMPLE_BLOCKS, BATCH_ROWS = 4096, 16, 256
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Check:
     rounded: int  # rows with such pairs within reach of it, left out of the errors
     error_f: float  # |f - f'| / |f| over all rows
     error_x: float
-    worst: float = WORST
+    worst: float = TOLERANCE
 
     @property
     def passed(self) -> bool:
@@ -67,7 +67,7 @@ class Check:
 Progress = Callable[[int, int], None]  # rows done, of how many
 
 
-def silent(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     pass
 
 
@@ -77,7 +77,7 @@ def compare(
     reference: Reference,
     rows: SampleRows,
     size_F: Tensor | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Check:
     """An SAE of ours against the files. `plain` is the same SAE: it knows where rounding could decide.
 
@@ -88,8 +88,8 @@ def compare(
     fired = 0.0
     squares = dict.fromkeys(("f", "df", "x", "dx"), 0.0)
     with torch.no_grad():
-        for number, x_BD in enumerate(rows.x_RD.double().split(AT_ONCE)):
-            progress(number * AT_ONCE, len(rows.x_RD))
+        for number, x_BD in enumerate(rows.x_RD.double().split(BATCH_ROWS)):
+            progress(number * BATCH_ROWS, len(rows.x_RD))
             f_BF = wide.encode(x_BD)
             recon_BD = wide.decode(f_BF)
             theirs_BF, their_recon_BD = reference(x_BD)
@@ -104,11 +104,11 @@ def compare(
             for name, t in pairs.items():
                 squares[name] += float(t[same_B].square().sum())
     n = max(len(rows.x_RD), 1)
-    error_f, error_x = (relative(squares[f"d{name}"], squares[name]) for name in ("f", "x"))
+    error_f, error_x = (relative_error(squares[f"d{name}"], squares[name]) for name in ("f", "x"))
     return Check(len(rows.x_RD), rows.what, fired / n, different, rounded, error_f, error_x)
 
 
-def relative(off: float, whole: float) -> float:
+def relative_error(off: float, whole: float) -> float:
     """sqrt(off / whole); of nothing at all 0, and infinite where it is no number."""
     if off == 0:
         return 0.0
@@ -116,18 +116,18 @@ def relative(off: float, whole: float) -> float:
     return ratio if math.isfinite(ratio) else math.inf
 
 
-def insist(check: Check, doing: str) -> Check:
+def require_passed(check: Check, doing: str) -> Check:
     if not check.passed:
         raise SaeError(f"{doing} failed its own check and nothing was left behind: {check}. Please report it.")
     return check
 
 
-def cached_rows(cache: Cache, hook: Hook, count: int = ROWS) -> SampleRows:
+def cached_rows(cache: Cache, hook: Hook, count: int = SAMPLE_ROWS) -> SampleRows:
     """Rows of a cache, from all over it."""
     name = cache.require(*hook)
     chunks = cache.chunk_rows
     count = min(count, sum(chunks))
-    each = max(1, count // STRETCHES)
+    each = max(1, count // SAMPLE_BLOCKS)
     parts: list[np.ndarray] = []
     ends = np.cumsum(chunks)
     for at in np.linspace(0, sum(chunks) - each, math.ceil(count / each)).astype(int):
@@ -138,7 +138,7 @@ def cached_rows(cache: Cache, hook: Hook, count: int = ROWS) -> SampleRows:
     return SampleRows(torch.from_numpy(bits_RD).view(torch.bfloat16).float(), f"of the cache {cache.folder.name}")
 
 
-def synthetic_rows(plain: CanonicalSAE, count: int = ROWS) -> SampleRows:
+def synthetic_rows(plain: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleRows:
     """Sums of decoder rows on b_dec, of sizes at which latents begin to fire.
 
     Every other one is moved along a latent's encoder until that latent stands near its threshold, on either side: rows
@@ -173,7 +173,7 @@ def synthetic_rows(plain: CanonicalSAE, count: int = ROWS) -> SampleRows:
     return SampleRows(x_RD.float(), what)
 
 
-def cache_of_run(origin: Mapping[str, Any]) -> Cache | None:
+def find_run_cache(origin: Mapping[str, Any]) -> Cache | None:
     """The cache that a run was trained on, where it stands now; None when it is gone."""
     if not isinstance(recorded := origin.get("cache"), str) or not isinstance(origin.get("fingerprint"), str):
         return None
@@ -184,11 +184,11 @@ def cache_of_run(origin: Mapping[str, Any]) -> Cache | None:
     return next((cache for cache in candidates if cache.fingerprint == origin["fingerprint"]), None)
 
 
-def rows_of_run(
+def sample_run_rows(
     origin: Mapping[str, Any], hook: Hook | None, given: Path | None
 ) -> tuple[Cache | None, SampleRows | None]:
     """The cache of a run, or the one that was given, and rows of it; None where it is gone, or holds none any more."""
-    cache = Cache(given) if given is not None else cache_of_run(origin)
+    cache = Cache(given) if given is not None else find_run_cache(origin)
     if cache is None or hook is None:
         return cache, None
     try:

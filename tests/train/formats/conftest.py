@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.train.formats.canonical import CanonicalSAE, sae_of
+from sae.train.formats.canonical import CanonicalSAE, from_canonical
 from sae.train.sae import SAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -41,7 +41,7 @@ def make() -> Callable[..., SAE]:
             "jumprelu": {"threshold": draw(F).abs()},
             "gated": {"r_mag": 0.5 * draw(F), "b_mag": draw(F)},
         }
-        sae = sae_of(CanonicalSAE(*matrices, kind, **more.get(kind, {})), pre_bias=pre_bias)
+        sae = from_canonical(CanonicalSAE(*matrices, kind, **more.get(kind, {})), pre_bias=pre_bias)
         sae.origin = dict(ORIGIN)
         return sae
 

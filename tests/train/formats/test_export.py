@@ -16,11 +16,11 @@ from sae.train import variants  # noqa: F401  (registers the activations)
 from sae.train.activations import Activation, BatchTopK, ReLU, TopK
 from sae.train.formats import gemma_scope
 from sae.train.formats.base import Format
-from sae.train.formats.canonical import CanonicalSAE, canonical_form, sae_of
+from sae.train.formats.canonical import CanonicalSAE, from_canonical, to_canonical
 from sae.train.formats.export import export_sae
 from sae.train.formats.import_ import import_sae
-from sae.train.formats.metadata import module_of
-from sae.train.formats.safe_read import Folder
+from sae.train.formats.metadata import module_path
+from sae.train.formats.safe_read import ForeignFolder
 from sae.train.formats.verify import Check, SampleRows, compare, synthetic_rows
 from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
 from sae.train.variants.collapse import BatchNorm, WinnerTakeAll
@@ -104,9 +104,9 @@ def test_batchtopk_is_a_jump_at_its_threshold_and_batch_norm_and_switched_off_la
     for chain in ([batch], [norm, ReLU()], [some, ReLU()], [some, TopK(8)]):
         sae = make("relu")
         sae.activation = torch.nn.Sequential(*chain)
-        plain = canonical_form(sae.eval())
+        plain = to_canonical(sae.eval())
         f_RF, recon_RD = coded(sae, x_RD)
-        f2_RF, recon2_RD = coded(sae_of(plain), x_RD)
+        f2_RF, recon2_RD = coded(from_canonical(plain), x_RD)
         assert 0 < (f_RF > 0).double().mean() < 0.9
         assert torch.equal(f_RF > 0, f2_RF > 0)
         assert torch.allclose(recon_RD.float(), recon2_RD.float(), rtol=1e-4, atol=1e-5)
@@ -125,7 +125,7 @@ def test_every_activation_is_folded_or_refused_by_its_name(make):
         sae = make("relu")
         sae.activation = torch.nn.Sequential(link, ReLU())
         try:
-            canonical_form(sae)
+            to_canonical(sae)
         except UsageError as error:
             assert name in str(error)
             coupled.add(name)
@@ -160,7 +160,7 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(make, tmp_path, monkeypatc
 
 def test_an_error_over_1e_5_is_refused_and_a_rounding_is_not(make, x_RD):
     sae = make("relu")
-    plain, (f_RF, recon_RD) = canonical_form(sae), coded(make("relu"), x_RD)
+    plain, (f_RF, recon_RD) = to_canonical(sae), coded(make("relu"), x_RD)
     rows = SampleRows(x_RD, "these")
     off = lambda by: compare(sae, plain, lambda x: (f_RF, recon_RD * (1 + by)), rows)  # noqa: E731
     assert off(9e-6).passed and not off(1.1e-5).passed
@@ -172,7 +172,7 @@ def test_a_row_at_a_threshold_is_counted_and_said_and_one_away_from_it_is_refuse
     z_RF = x_RD.double() @ sae.W_enc.double() + sae.b_enc.double()
     row, latent, other = int(z_RF[:, 5].argmax()), 5, 6
     sae.activation[0].threshold.data[latent] = float(z_RF[row, latent].float())  # as near as float32 comes to it
-    plain = canonical_form(sae)
+    plain = to_canonical(sae)
     f_RF, recon_RD = coded(sae, x_RD)
 
     def with_other(row: int, latent: int):
@@ -188,7 +188,7 @@ def test_a_row_at_a_threshold_is_counted_and_said_and_one_away_from_it_is_refuse
 
 
 def test_the_last_of_a_topk_is_in_doubt_only_when_the_next_is_as_large(make, x_RD):
-    plain = canonical_form(make("topk", unit=True))
+    plain = to_canonical(make("topk", unit=True))
     assert not plain.doubt(x_RD.double()).any()
     tied = CanonicalSAE(plain.W_enc[:, [0] * 16], plain.b_enc[[0] * 16], plain.W_dec, plain.b_dec, "topk", k=4)
     z_R = (x_RD.double() @ tied.W_enc + tied.b_enc)[:, 0]
@@ -215,14 +215,14 @@ def test_rows_are_the_caches_own_and_otherwise_synthetic_and_it_says_so(make, sp
 def test_synthetic_rows_see_every_threshold_and_bias_whatever_their_size(make, kind, size):
     """The same SAE with one bias or threshold moved, each latent in turn."""
     sae = fold_normalization(make(kind, unit=True), size, torch.zeros(8))
-    plain = canonical_form(sae)
+    plain = to_canonical(sae)
     rows = synthetic_rows(plain)
     name = {"relu": "b_enc", "jumprelu": "threshold", "gated": "b_enc"}[kind]
     gate_F = torch.ones(16) if kind != "gated" else plain.within(("jumprelu",)).threshold
     for latent in gate_F.nonzero().flatten().tolist():  # behind a gate that is always open its bias does nothing
         moved_F = getattr(plain, name).clone()
         moved_F[latent] += 0.3 * size
-        other = sae_of(replace(plain, **{name: moved_F})).double()
+        other = from_canonical(replace(plain, **{name: moved_F})).double()
         check = compare(sae, plain, lambda x, o=other: (o.encode(x), o.decode(o.encode(x))), rows)
         assert not check.passed, (latent, check)
 
@@ -232,10 +232,10 @@ def test_synthetic_rows_of_an_encoder_without_a_bias_are_not_all_b_dec():
     torch.manual_seed(0)
     sae = SAE(16, 32).eval().requires_grad_(False)
     sae.b_dec.normal_()
-    plain = canonical_form(sae)
+    plain = to_canonical(sae)
     rows = synthetic_rows(plain)
     assert ((rows.x_RD - sae.b_dec).norm(dim=1) > 0.1 * sae.b_dec.norm()).float().mean() > 0.9
-    other = sae_of(replace(plain, b_enc=plain.b_enc + 1e-3)).double()
+    other = from_canonical(replace(plain, b_enc=plain.b_enc + 1e-3)).double()
     assert not compare(sae, plain, lambda x: (other.encode(x), other.decode(other.encode(x))), rows).passed
 
 
@@ -311,13 +311,13 @@ def test_metadata_has_what_consumers_ask_for(make, tmp_path):
 
 
 def test_the_block_has_the_name_that_the_harvest_noted(sparse_cache, tmp_path):
-    assert module_of(Hook(1), None) == "model.layers.1"
-    assert module_of(Hook(1), sparse_cache) == "model.layers.1"  # it noted none
+    assert module_path(Hook(1), None) == "model.layers.1"
+    assert module_path(Hook(1), sparse_cache) == "model.layers.1"  # it noted none
     noted = sparse_cache.folder / "harvest.json"
     before = noted.read_bytes() if noted.exists() else None
     noted.write_text(json.dumps({"modules": {"layer_01": "transformer.h.1, hidden_states[2]"}}))
     try:
-        assert module_of(Hook(1), sparse_cache) == "transformer.h.1"
+        assert module_path(Hook(1), sparse_cache) == "transformer.h.1"
     finally:
         noted.unlink() if before is None else noted.write_bytes(before)
 
@@ -348,4 +348,4 @@ def test_what_was_imported_can_be_exported_again(make, tmp_path):
     again = export_sae(run, "dictionary-learning", tmp_path / "b")
     one, two = (torch.load(m.folder / "ae.pt", weights_only=True) for m in (first, again))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
-    assert Format.registry["dictionary-learning"].recognise(Folder(again.folder))
+    assert Format.registry["dictionary-learning"].recognise(ForeignFolder(again.folder))

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
 from sae.train.formats.export import export_sae
-from sae.train.formats.hub import Address, Remote, import_from_hub, needed, upload
+from sae.train.formats.hub import HubAddress, RemoteFile, import_from_hub, select_files, upload_sae
 from sae.train.sae import save_sae
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -151,10 +151,10 @@ def test_what_is_no_place_on_the_hub_is_refused(hub, text):
 
 
 def test_addresses():
-    assert Address.of("hf://a/b") == ("a/b", None, "")
-    assert Address.of("hf://a/b@v1/c/d/") == ("a/b", "v1", "c/d")
-    files = [Remote("c/params.npz", 1, None), Remote("c/README.md", 1, None)]
-    assert needed(Address("a/b", None, "c/params.npz"), files) == files[:1]
+    assert HubAddress.of("hf://a/b") == ("a/b", None, "")
+    assert HubAddress.of("hf://a/b@v1/c/d/") == ("a/b", "v1", "c/d")
+    files = [RemoteFile("c/params.npz", 1, None), RemoteFile("c/README.md", 1, None)]
+    assert select_files(HubAddress("a/b", None, "c/params.npz"), files) == files[:1]
 
 
 class Unheard(Exception):
@@ -217,7 +217,7 @@ def test_a_saelens_directory_and_a_card_go_out_after_the_question(hub, run):
         assert question == "Upload these 3 files to https://huggingface.co/me/mine, private if it is new?"
         return True
 
-    url = upload(run, "me/mine", private=True, agree=agree, say=said.append)
+    url = upload_sae(run, "me/mine", private=True, agree=agree, say=said.append)
     assert url == f"https://huggingface.co/me/mine at {COMMIT}"
     (first, repo, private), (second, target, files) = hub.uploaded
     assert (first, repo, private, second, target) == ("create", "me/mine", True, "folder", "me/mine")
@@ -240,14 +240,14 @@ def test_a_saelens_directory_and_a_card_go_out_after_the_question(hub, run):
 
 def test_nothing_leaves_when_the_answer_is_no_or_nobody_can_give_one(hub, run):
     with pytest.raises(Interrupted, match="Nothing left this machine"):
-        upload(run, "me/mine", agree=lambda question: False)
+        upload_sae(run, "me/mine", agree=lambda question: False)
     assert not hub.uploaded
     with pytest.raises(UsageError, match="--repo mine is no name of a repository: write owner/name"):
-        upload(run, "mine", agree=lambda question: True)
+        upload_sae(run, "mine", agree=lambda question: True)
 
 
 def test_what_goes_out_comes_back(hub, run, tmp_path):
-    upload(run, "me/mine", agree=lambda question: True)
+    upload_sae(run, "me/mine", agree=lambda question: True)
     for name, data in hub.uploaded[1][2].items():
         (hub.folder / name).write_bytes(data)
     made = import_from_hub("hf://me/mine", out=tmp_path / "again")

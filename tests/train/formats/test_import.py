@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sae.cache.layout import Hook
 from sae.common.errors import DamagedError, UsageError
 from sae.train.formats.export import export_sae
-from sae.train.formats.hook_names import first_hook, hook_of, hub_name, of_gemma_scope, transformerlens_name
+from sae.train.formats.hook_names import first_hook, hub_id, parse_gemma_scope_path, parse_hook, transformerlens_name
 from sae.train.formats.import_ import import_sae
 from sae.train.sae import load_sae
 
@@ -231,7 +231,7 @@ def test_of_several_saes_one_has_to_be_named(exported, tmp_path):
     ],
 )
 def test_every_scheme_of_hook_names(text, hook):
-    assert hook_of(text) == hook
+    assert parse_hook(text) == hook
 
 
 def test_names_of_places_that_we_have_not_are_refused_and_unknown_words_are_not():
@@ -242,11 +242,14 @@ def test_names_of_places_that_we_have_not_are_refused_and_unknown_words_are_not(
 
 
 def test_models_have_a_name_each_way():
-    assert hub_name("gemma-2-2b") == "google/gemma-2-2b" and transformerlens_name("google/gemma-2-2b") == "gemma-2-2b"
-    assert hub_name("pythia-70m-deduped") == "EleutherAI/pythia-70m-deduped"
-    assert hub_name("gemma-2-mini") == transformerlens_name("gemma-2-mini") == "gemma-2-mini"
+    assert hub_id("gemma-2-2b") == "google/gemma-2-2b" and transformerlens_name("google/gemma-2-2b") == "gemma-2-2b"
+    assert hub_id("pythia-70m-deduped") == "EleutherAI/pythia-70m-deduped"
+    assert hub_id("gemma-2-mini") == transformerlens_name("gemma-2-mini") == "gemma-2-mini"
     assert transformerlens_name("/home/someone/models/mine") == "mine"
-    assert of_gemma_scope(["google", "gemma-scope-2b-pt-att", "layer_9"]) == ("google/gemma-2-2b", Hook(9, "attn_z"))
+    assert parse_gemma_scope_path(["google", "gemma-scope-2b-pt-att", "layer_9"]) == (
+        "google/gemma-2-2b",
+        Hook(9, "attn_z"),
+    )
 
 
 # --- the run folder -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from sae.cache.layout import Hook
 from sae.train.formats.base import Format
 from sae.train.formats.export import export_sae
 from sae.train.formats.import_ import import_sae
-from sae.train.formats.safe_read import Folder
+from sae.train.formats.safe_read import ForeignFolder
 from sae.train.sae import load_sae
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -44,7 +44,7 @@ def test_our_files_mean_to_a_library_what_they_mean_to_us(library, name, tmp_pat
     run = FIXTURES / "ours" / kind
     made = export_sae(run, to, tmp_path / "out")
     assert made.check.rounded == 0
-    same(Format.registry[to].reference(Folder(made.folder))(x_RD), READ[library], name)
+    same(Format.registry[to].reference(ForeignFolder(made.folder))(x_RD), READ[library], name)
     sae = load_sae(run).double()
     f_RF = sae.encode(x_RD.double())
     same((f_RF.detach(), sae.decode(f_RF).detach()), READ[library], name)

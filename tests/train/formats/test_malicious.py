@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sae.common.errors import DamagedError, SaeError, UsageError
-from sae.train.formats.base import recognised
+from sae.train.formats.base import detect_format
 from sae.train.formats.export import export_sae
-from sae.train.formats.import_ import import_sae, located
-from sae.train.formats.safe_pickle import state_dict_of
-from sae.train.formats.safe_read import Folder, npz_of, safetensors_of, tensor_of
+from sae.train.formats.import_ import import_sae, resolve_hook_and_model
+from sae.train.formats.safe_pickle import read_state_dict_headers
+from sae.train.formats.safe_read import ForeignFolder, read_npz_headers, read_safetensors_headers, tensor_from_bytes
 
 HUGE = 10**12
 FORMATS = {"saelens": "jumprelu", "gemma-scope": "jumprelu", "dictionary-learning": "topk", "sparsify": "topk"}
@@ -162,7 +162,7 @@ def test_a_tensor_that_claims_more_than_its_storage_is_refused(theirs, shape, el
 def test_a_transposed_view_of_a_storage_is_read_as_it_is(tmp_path):
     w = torch.arange(6.0).reshape(2, 3)
     torch.save({"a": w.T, "b": w[1]}, tmp_path / "ae.pt")
-    claims = state_dict_of(tmp_path / "ae.pt")
+    claims = read_state_dict_headers(tmp_path / "ae.pt")
     assert torch.equal(claims["a"].read(), w.T) and torch.equal(claims["b"].read(), w[1])
 
 
@@ -249,7 +249,7 @@ def test_a_compressed_state_dict_is_refused(theirs):
 def test_weights_that_cannot_be_are_refused(theirs, to, what):
     folder = theirs(to)
     path = folder / WEIGHTS[to]
-    read = {"ae.pt": state_dict_of, "params.npz": npz_of}.get(path.name, safetensors_of)
+    read = {"ae.pt": read_state_dict_headers, "params.npz": read_npz_headers}.get(path.name, read_safetensors_headers)
     found = {name: claim.read().clone() for name, claim in read(path).items()}
     matrix = "W_dec" if "W_dec" in found else "decoder.weight"
     words = {
@@ -316,7 +316,11 @@ def test_a_pipe_in_place_of_a_file_is_not_opened(theirs):
 
 # --- fuzz -----------------------------------------------------------------------------------------------------------
 
-READERS = {"saelens": safetensors_of, "gemma-scope": npz_of, "dictionary-learning": state_dict_of}
+READERS = {
+    "saelens": read_safetensors_headers,
+    "gemma-scope": read_npz_headers,
+    "dictionary-learning": read_state_dict_headers,
+}
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -403,11 +407,11 @@ def test_any_configuration_gives_an_sae_or_a_sentence(theirs, tmp_path, to, chan
     for path in (tmp_path / "theirs").rglob("*.json"):
         changed = json.dumps({**json.loads(path.read_text()), **changes})
         (tmp_path / "changed" / path.relative_to(tmp_path / "theirs")).write_text(changed)
-    folder = Folder(tmp_path / "changed")
+    folder = ForeignFolder(tmp_path / "changed")
     try:
-        kind = recognised(folder)
+        kind = detect_format(folder)
         found = kind.read(folder)
-        located(found, folder.path, "gpt2", 12)
+        resolve_hook_and_model(found, folder.path, "gpt2", 12)
         f_BF, recon_BD = kind.reference(folder)(torch.zeros(2, 8))
         assert found.sae.encode(torch.zeros(2, 8)).shape == f_BF.shape
     except SaeError as error:
@@ -415,4 +419,4 @@ def test_any_configuration_gives_an_sae_or_a_sentence(theirs, tmp_path, to, chan
 
 
 def test_nothing_is_a_tensor_of_nothing():
-    assert tensor_of(bytearray(), (0, 3), torch.float32).shape == (0, 3)
+    assert tensor_from_bytes(bytearray(), (0, 3), torch.float32).shape == (0, 3)
