@@ -1,116 +1,124 @@
-"""`sae export` and `sae import`: SAEs to and from other libraries, and the Hub."""
+"""`sae export` and `sae import`: SAEs to and from the formats of other libraries, and the Hugging Face Hub."""
 
+import sys
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import bar, cli_command, echo
+from .console import Bar, bar, cli_command, echo
+
+if TYPE_CHECKING:
+    from ..train.formats.import_ import ImportResult
+
+HUB = "With --to hub"
+OVERRIDES = "If the files do not say, or to override them"
 
 
 @cli_command
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    to: Annotated[str, typer.Option(help="saelens, gemma-scope, dictionary-learning, sparsify, or hub.")],
+    to: Annotated[str, typer.Option(help="saelens, gemma-scope, dictionary-learning, sparsify or hub.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write, empty or new. Default: exports/<to> in the run.")
+        Path | None, typer.Option(help="Folder to write, new or empty. Default: exports/<to> in the run folder.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Cache with rows to verify on. Default: the one the run was trained on.")
     ] = None,
     approximate: Annotated[
         str | None,
-        typer.Option(help="Where the format cannot hold it: write the nearest topk, jumprelu or relu, and measure it."),
+        typer.Option(
+            help="topk, jumprelu or relu: if the format cannot store the SAE, write the nearest with this activation."
+        ),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Rows to check on. Default: the run's own cache.")] = None,
-    repo: Annotated[str | None, typer.Option(help="With --to hub: owner/name.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --to hub: a repository that only you see.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --to hub: do not ask.")] = False,
+    repo: Annotated[str | None, typer.Option(rich_help_panel=HUB, help="Repository to upload to: owner/name.")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", rich_help_panel=HUB, help="Make a new repository private.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", rich_help_panel=HUB, help="Upload without asking.")] = False,
 ) -> None:
-    """A run -> the files of another library: raw activations in, everything folded, checked against the run."""
+    """Write a run in the format of another library, and verify the files against it."""
     from ..common.errors import UsageError
 
     if to == "hub":
-        from ..train.formats.hub import upload_sae
-
         if repo is None or out is not None:
-            raise UsageError("--to hub takes --repo owner/name, and no --out.")
-        with bar("check", "rows") as shown:
-            options: dict[str, Any] = {
-                "private": private,
-                "approximate": approximate,
-                "cache": cache,
-                "progress": shown,
-            }
-            url = upload_sae(run, repo, agree=agree(yes, shown), say=shown.say, **options)
+            raise UsageError("--to hub needs --repo owner/name, and takes no --out.")
+        from ..train.formats.upload import upload_sae
+
+        with bar("verify", "rows") as shown:
+            url = upload_sae(
+                run,
+                repo,
+                private=private,
+                approximate=approximate,
+                cache=cache,
+                confirm=lambda question: yes or confirm(question, shown),
+                say=shown.say,
+                progress=shown,
+            )
         echo(f"done     {url}")
         return
     if repo is not None or private or yes:
-        raise UsageError("--repo, --private and --yes belong to --to hub.")
+        raise UsageError("--repo, --private and --yes need --to hub.")
     from ..train.formats.export import export_sae
 
-    with bar("check", "rows") as shown:
-        made = export_sae(run, to, out, approximate=approximate, cache=cache, progress=shown)
-    for note in made.notes:
+    with bar("verify", "rows") as shown:
+        exported = export_sae(run, to, out, approximate=approximate, cache=cache, progress=shown)
+    for note in exported.notes:
         echo(f"note     {note}")
-    echo(f"checked  {made.check}")
-    for path in made.files:
+    echo(f"checked  {exported.check}")
+    for path in exported.files:
         echo(f"file     {path} ({path.stat().st_size:,} bytes)")
 
 
-def agree(yes: bool, shown: Any) -> Any:
-    """A question that --yes answers; without a terminal to ask on, it is refused. The bar `shown` makes room for it."""
-    import sys
-
+def confirm(question: str, shown: Bar) -> bool:
+    """Ask on the terminal; the bar makes room for the question. UsageError if there is no terminal to ask on."""
     from ..common.errors import UsageError
 
-    def asked(question: str) -> bool:
-        if yes:
-            return True
-        if not sys.stdin.isatty():
-            raise UsageError(
-                "Nobody is there to be asked, and nothing left this machine. --yes uploads without a question."
-            )
-        shown.progress.stop()
-        try:
-            return typer.confirm(question, err=True)
-        except typer.Abort:
-            return False
-
-    return asked
+    if not sys.stdin.isatty():
+        raise UsageError("No terminal to ask for confirmation; nothing was uploaded. To upload without asking: --yes.")
+    shown.progress.stop()
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        return False
 
 
 @cli_command
 def import_(
     path: Annotated[
-        str, typer.Argument(help="A folder of another library's files, or hf://owner/repo\\[@revision]/path.")
+        str, typer.Argument(help="Folder with another library's files, or hf://owner/repo\\[@revision]/folder.")
     ],
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Needed only when the files do not say.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Zero-based block; needed only when the files do not say.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="A cache of its model, to check and to evaluate on. Default: the only one.")
+        Path | None,
+        typer.Option(help="Cache of its model, to verify and evaluate on. Default: the only one that fits."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the run folder goes. Default: runs/.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the run folder is made. Default: runs/.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
+    model: Annotated[str | None, typer.Option(rich_help_panel=OVERRIDES, help="Id on the Hub, or a folder.")] = None,
+    layer: Annotated[int | None, typer.Option(rich_help_panel=OVERRIDES, help="Zero-based block.")] = None,
 ) -> None:
-    """The files of SAELens, Gemma Scope, dictionary_learning or sparsify -> a run folder. Runs no code in them."""
-    with bar("check", "rows") as shown:
-        options = {"model": model, "layer": layer, "cache": cache, "out": out, "name": name, "progress": shown}
-        if path.startswith("hf://"):
-            from ..train.formats.hub import import_from_hub
+    """Make a run from files of SAELens, Gemma Scope, dictionary_learning or sparsify. Runs no code in them."""
+    from ..train.formats.import_ import import_sae
 
-            made = import_from_hub(path, say=shown.say, **options)
-        else:
-            from ..train.formats.import_ import import_sae
-
-            made = import_sae(path, **options)
-    for note in made.notes:
-        echo(f"note     {note}")
-    echo(f"checked  {made.check}")
-    echo(
-        f"found    {made.format}: {made.sae.d_in} -> {made.sae.d_sae}, {made.sae.origin['hook_name']} of {made.sae.origin['model']['name']}"
-    )
-    echo(f"run      {made.folder}")
-    if made.cache is None:
-        echo(
-            f"note     No cache of it is here, and none is recorded. To evaluate: sae harvest --model {quote(made.sae.origin['model']['name'])} --layer {made.sae.origin['layer']}"
+    with bar("verify", "rows") as shown:
+        imported = import_sae(
+            path, model=model, layer=layer, cache=cache, out=out, name=name, say=shown.say, progress=shown
         )
-    echo(f"next     sae evaluate {quote(str(made.folder))}")
+    for line in describe_import(imported):
+        echo(line)
+
+
+def describe_import(imported: "ImportResult") -> list[str]:
+    sae = imported.sae
+    model, hook_name, layer = sae.origin["model"]["name"], sae.origin["hook_name"], sae.origin["layer"]
+    lines = [f"note     {note}" for note in imported.notes]
+    lines.append(f"checked  {imported.check}")
+    lines.append(f"found    {imported.format}: {sae.d_in} -> {sae.d_sae}, {hook_name} of {model}")
+    lines.append(f"run      {imported.folder}")
+    if imported.cache is None:
+        harvest = f"sae harvest --model {quote(model)} --layer {layer}"
+        lines.append(f"note     There is no cache of this model and layer. Before evaluating: {harvest}")
+    lines.append(f"next     sae evaluate {quote(str(imported.folder))}")
+    return lines

@@ -108,7 +108,7 @@ def load_hook(run: Path) -> Any:
 
 
 def kind_of(made: Any) -> str:
-    return "+".join(made.about["training_architecture"].split("+"))
+    return "+".join(made.metadata["training_architecture"].split("+"))
 
 
 def inward(peers: list[Peer], work: Path, x_RD: Tensor, d_sae: int) -> list[tuple[str, str, str, str]]:
@@ -150,7 +150,7 @@ def fixtures(peers: list[Peer], folder: Path, work: Path) -> None:
             {"layer": 12, "model": {"name": "google/gemma-2-2b"}},
         )
         for to, kind in Format.registry.items():
-            if plain.within(kind.holds):
+            if plain.convert_to(kind.activations):
                 made[f"{name}--{to}"] = export_sae(run, to, work / "small" / f"{name}--{to}")
                 requests[f"{name}--{to}"] = {"format": to, "folder": str(made[f"{name}--{to}"].folder)}
     save_file({"x": x_RD}, folder / "rows.safetensors")

@@ -1,4 +1,8 @@
-"""SAEs to and from other libraries. Dropping a file with a `Format` into this folder is all it takes to add one."""
+"""SAEs to and from the file formats of other libraries.
+
+Each format is one module with a subclass of `base.Format`. Importing this package imports every module in the folder,
+which registers the formats; a new format is therefore one new file.
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules

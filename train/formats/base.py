@@ -1,7 +1,7 @@
-"""What a format is: one file each, and one registry.
+"""The interface of a file format, and the registry of all formats.
 
-`write` and `read` go through `Plain`; `reference` does not: it computes from the files alone, as the other library does,
-and is what both directions are checked against.
+`write` and `read` go through `CanonicalSAE`. `reference` does not: it computes latents and reconstructions from the
+files alone, following the other library's own equations. Exports and imports are both checked against it.
 """
 
 from collections.abc import Callable
@@ -17,63 +17,71 @@ from ..sae import SAE
 from .canonical import CanonicalSAE
 from .safe_read import ForeignFolder
 
-Reference = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (B, d_in) -> f (B, d_sae) and x_hat (B, d_in), in float64
+Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x (B, d_in) -> latents f (B, d_sae) and reconstructions x_hat (B, d_in), in float64."""
 
 
 @dataclass
 class ForeignSAE:
-    """An SAE from elsewhere, and what its files say of it; None where they do not."""
+    """An SAE read from another library's files, with what the files record about it. None: not recorded."""
 
     sae: SAE
-    model: str | None = None  # on the Hub
+    model: str | None = None  # id on the Hub
     hook: Hook | None = None
-    context: int | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)  # whatever else they say
-    notes: list[str] = field(default_factory=list)
+    context: int | None = None  # context length in tokens
+    metadata: dict[str, Any] = field(default_factory=dict)  # everything else in the files
+    notes: list[str] = field(default_factory=list)  # for the user, printed by `sae import`
 
 
 class Format:
-    """One format on disk."""
+    """One file format: `class SAELens(Format, name="saelens")` registers an instance under that name."""
 
     registry: ClassVar[dict[str, "Format"]] = {}
     name: ClassVar[str]
-    holds: ClassVar[tuple[str, ...]]  # kinds of Plain, the one to prefer first
-    files: ClassVar[tuple[str, ...]]  # the names that it can have, of which the weights' come first
-    above: ClassVar[tuple[str, ...]] = ()  # those in the folder above it
+    activations: ClassVar[tuple[str, ...]]  # of CanonicalSAE, that the format can store; the preferred one first
+    files: ClassVar[tuple[str, ...]]  # file names, the weights first
+    parent_files: ClassVar[tuple[str, ...]] = ()  # file names in the folder above
 
     def __init_subclass__(cls, *, name: str) -> None:
         cls.name = name
         Format.registry[name] = cls()
 
-    def recognise(self, folder: ForeignFolder) -> bool:
+    def matches(self, folder: ForeignFolder) -> bool:
+        """Whether a folder has the files of this format."""
         raise NotImplementedError
 
-    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
-        """Its files into an empty folder; `about` has SAELens' names (`about.describe`)."""
+    def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
+        """Write the files into an empty folder. `metadata` uses SAELens' keys (`metadata.export_metadata`)."""
         raise NotImplementedError
 
     def read(self, folder: ForeignFolder) -> ForeignSAE:
-        """DamagedError for files that contradict themselves, UsageError for what we have not."""
+        """Read the files.
+
+        Raises DamagedError for files that contradict themselves, UsageError for SAEs that this package has no
+        equivalent for.
+        """
         raise NotImplementedError
 
     def reference(self, folder: ForeignFolder) -> Reference:
-        """From the files alone, in the other library's own convention."""
+        """A function that encodes and decodes with the files' own tensors, in the other library's convention."""
         raise NotImplementedError
 
 
 def find_format(name: str) -> Format:
     if name not in Format.registry:
-        raise UsageError(f"--to {name} is no format{did_you_mean(name, [*Format.registry, 'hub'])}")
+        raise UsageError(f"--to {name} is not a known format{did_you_mean(name, [*Format.registry, 'hub'])}")
     return Format.registry[name]
 
 
 def detect_format(folder: ForeignFolder) -> Format:
-    """The format of a folder, by its files."""
+    """The format of a folder, detected by its files."""
     if folder.has("sae.json"):
-        raise UsageError(f"{folder.path} is a run of ours already: sae evaluate {folder.path}")
+        raise UsageError(
+            f"{folder.path} is already a run folder of this package; nothing to import. Run: sae evaluate {folder.path}"
+        )
     for candidate in Format.registry.values():
-        if candidate.recognise(folder):
+        if candidate.matches(folder):
             return candidate
-    there = ", ".join(sorted(path.name for path in folder.path.iterdir())[:8]) or "nothing"
-    known = "; ".join(f"{f.name} has {f.files[0]}" for f in Format.registry.values())
-    raise UsageError(f"{folder.path} holds no SAE of a known format: {known}. There is {there}.")
+    contents = ", ".join(sorted(path.name for path in folder.path.iterdir())[:8]) or "nothing"
+    known = ", ".join(f"{fmt.files[0]} ({fmt.name})" for fmt in Format.registry.values())
+    raise UsageError(f"No SAE of a known format in {folder.path}. Expected one of {known}; found {contents}.")

@@ -1,19 +1,21 @@
-"""An SAE without its chain: what every format can be written from.
+"""The canonical form of an SAE: every export is written from it and every import is read into it.
 
-    z = x W_enc + b_enc                     b_dec is inside b_enc, and W_dec has unit rows
+    z = x W_enc + b_enc                     b_dec is folded into b_enc, and W_dec has unit rows
     relu      f = ReLU(z)
     topk      f = ReLU(z) where z is among the k largest of its token
     jumprelu  f = ReLU(z) where z > threshold
     gated     f = ReLU(exp(r_mag) x W_enc + b_mag) where z > 0
     x_hat = f W_dec + b_dec
 
-All in float64. A chain folds into it link by link (`settle`); a link that is not known here couples the latents of a
-token when it encodes, and is refused by its name.
+All tensors are float64. `to_canonical` folds the activation chain of an SAE into this form link by link (`fold_link`).
+A link without a folding rule makes the latents of a token depend on each other while encoding; no other library can
+store that, so it is rejected by name.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,23 +28,28 @@ from ..variants.gated import Gated
 from ..variants.jumprelu import JumpReLU
 from ..variants.progressive import EnabledLatents
 
-FLOAT32_ROUNDING = 2.0**-22  # of float32, four times: a weight and a bias here and there
-UNIT_NORM_TOLERANCE = 1e-6  # how far from 1 the norm of a unit row of float32 can be
+FLOAT32_ROUNDING = (
+    2.0**-22
+)  # four times the relative rounding of float32: weights and biases are rounded in a few places
+UNIT_NORM_TOLERANCE = 1e-6  # how far a unit row's norm can be from 1 after rounding to float32
 
 
 @dataclass(frozen=True)
 class CanonicalSAE:
-    """`kind` is "" while no link has made latents of z yet."""
+    """An SAE without its activation chain, in float64.
+
+    `activation` is "relu", "topk", "jumprelu" or "gated"; "" while folding, before a link has turned z into latents.
+    """
 
     W_enc: Tensor  # (d_in, d_sae)
-    b_enc: Tensor  # (d_sae)
+    b_enc: Tensor  # (d_sae); of a gated SAE the gate's bias
     W_dec: Tensor  # (d_sae, d_in)
     b_dec: Tensor  # (d_in)
-    kind: str = ""
-    k: int = 0
-    threshold: Tensor | None = None  # (d_sae), of jumprelu, not negative
-    r_mag: Tensor | None = None  # (d_sae), of gated
-    b_mag: Tensor | None = None  # (d_sae), of gated; b_enc is then that of the gate
+    activation: str = ""
+    k: int = 0  # topk
+    threshold: Tensor | None = None  # (d_sae), jumprelu; not negative
+    r_mag: Tensor | None = None  # (d_sae), gated
+    b_mag: Tensor | None = None  # (d_sae), gated
 
     @property
     def d_in(self) -> int:
@@ -53,84 +60,107 @@ class CanonicalSAE:
         return self.W_enc.shape[1]
 
     @property
-    def unit_rows(self) -> bool:
+    def has_unit_rows(self) -> bool:
         return bool((self.W_dec.norm(dim=1) - 1).abs().max() < UNIT_NORM_TOLERANCE)
 
     @property
-    def input_bias(self) -> Tensor:
-        """(d_sae): b_enc for an encoder that sees x - b_dec."""
+    def centered_b_enc(self) -> Tensor:
+        """(d_sae): the b_enc of an encoder whose input is x - b_dec."""
         return self.b_enc + self.b_dec @ self.W_enc
 
-    def unit(self) -> "CanonicalSAE":
-        """The same with unit rows of W_dec. Of a topk it would change which latents are chosen, unless they nearly are."""
-        if self.kind == "topk" and not self.unit_rows:
+    def with_unit_rows(self) -> "CanonicalSAE":
+        """The same SAE with unit rows of W_dec.
+
+        A topk SAE whose rows are not of unit norm already is returned as it is: rescaling would change which latents
+        are the k largest.
+        """
+        if self.activation == "topk" and not self.has_unit_rows:
             return self
         n_F = self.W_dec.norm(dim=1)
         n_F = torch.where(n_F > 0, n_F, 1)
         scaled = {name: n_F * t for name in ("threshold", "b_mag") if (t := getattr(self, name)) is not None}
         return replace(self, W_enc=self.W_enc * n_F, b_enc=self.b_enc * n_F, W_dec=self.W_dec / n_F[:, None], **scaled)
 
-    def within(self, kinds: Sequence[str]) -> "CanonicalSAE | None":
-        """The same SAE as one of these kinds, or None. A relu jumps at 0; a gate is a jump, its two paths sharing W_enc."""
-        if self.kind in kinds:
+    def convert_to(self, activations: Sequence[str]) -> "CanonicalSAE | None":
+        """The same function with one of these activations, or None if there is no exact conversion.
+
+        relu is a jumprelu with threshold 0. gated is a jumprelu too, since its gate and magnitude share W_enc.
+        """
+        if self.activation in activations:
             return self
-        if "jumprelu" in kinds and self.kind == "relu":
-            return replace(self, kind="jumprelu", threshold=torch.zeros_like(self.b_enc))
-        if "jumprelu" in kinds and self.kind == "gated":
+        if "jumprelu" in activations and self.activation == "relu":
+            return replace(self, activation="jumprelu", threshold=torch.zeros_like(self.b_enc))
+        if "jumprelu" in activations and self.activation == "gated":
             assert self.r_mag is not None and self.b_mag is not None
             gain_F = self.r_mag.exp()
-            shift_F = self.b_mag - gain_F * self.b_enc  # where z + b_gate is 0
+            threshold_F = self.b_mag - gain_F * self.b_enc  # the magnitude's pre-activation where the gate opens
             return replace(
-                self, kind="jumprelu", W_enc=self.W_enc * gain_F, b_enc=self.b_mag, threshold=shift_F.clamp_min(0),
-                r_mag=None, b_mag=None,
+                self, activation="jumprelu", W_enc=self.W_enc * gain_F, b_enc=self.b_mag,
+                threshold=threshold_F.clamp_min(0), r_mag=None, b_mag=None,
             )  # fmt: skip
         return None
 
-    def doubt(self, x_BD: Tensor) -> Tensor:
-        """(B, d_sae) bool: where float32's rounding of the weights could decide whether a latent fires."""
-        plain = self.within(("jumprelu", "topk"))
-        assert plain is not None
-        z_BF = x_BD @ plain.W_enc + plain.b_enc
-        size_BF = x_BD.abs() @ plain.W_enc.abs() + plain.b_enc.abs()
-        if plain.kind == "jumprelu":
-            assert plain.threshold is not None
-            return (z_BF - plain.threshold).abs() <= FLOAT32_ROUNDING * (size_BF + plain.threshold)
-        edge_BF = torch.zeros_like(z_BF)
-        if plain.k < plain.d_sae:  # the middle between the last that is kept and the first that is not
-            edge_BF += z_BF.topk(plain.k + 1, dim=-1).values[:, -2:].mean(1, keepdim=True).clamp_min(0)
-        largest_B1 = size_BF.amax(1, keepdim=True)
-        return torch.minimum((z_BF - edge_BF).abs(), z_BF.abs()) <= FLOAT32_ROUNDING * (size_BF + largest_B1)
+    def is_ambiguous(self, x_BD: Tensor) -> Tensor:
+        """(B, d_sae) bool: where rounding the weights to float32 could decide whether a latent is active."""
+        canonical = self.convert_to(("jumprelu", "topk"))
+        assert canonical is not None
+        z_BF = x_BD @ canonical.W_enc + canonical.b_enc
+        magnitude_BF = x_BD.abs() @ canonical.W_enc.abs() + canonical.b_enc.abs()
+        if canonical.activation == "jumprelu":
+            assert canonical.threshold is not None
+            return (z_BF - canonical.threshold).abs() <= FLOAT32_ROUNDING * (magnitude_BF + canonical.threshold)
+        cutoff_BF = torch.zeros_like(z_BF)
+        if canonical.k < canonical.d_sae:  # halfway between the smallest latent kept and the largest dropped
+            cutoff_BF += z_BF.topk(canonical.k + 1, dim=-1).values[:, -2:].mean(1, keepdim=True).clamp_min(0)
+        largest_B1 = magnitude_BF.amax(1, keepdim=True)
+        distance_BF = torch.minimum((z_BF - cutoff_BF).abs(), z_BF.abs())
+        return distance_BF <= FLOAT32_ROUNDING * (magnitude_BF + largest_B1)
+
+
+# --- from an SAE ------------------------------------------------------------------------------------------------------
 
 
 def to_canonical(sae: SAE) -> CanonicalSAE:
-    """The SAE, taking raw activations, in float64 with unit rows. UsageError names a link that couples latents."""
-    plain = linear_part(sae)
-    for link in sae.activation:
-        plain = fold_link(link, plain)
-    return require_activation(plain)
+    """The SAE as a function of raw activations, in float64 with unit decoder rows (topk excepted).
 
-
-def linear_part(sae: SAE) -> CanonicalSAE:
-    """An SAE before its chain."""
-    W_enc, b_enc, W_dec, b_dec = (getattr(sae, n).detach().double().cpu() for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
-    return CanonicalSAE(W_enc, b_enc - b_dec @ W_enc if sae.pre_bias else b_enc, W_dec, b_dec)
+    Raises UsageError with the name of a link that makes latents depend on each other.
+    """
+    canonical = linear_part(sae)
+    for link in activation_chain(sae):
+        canonical = fold_link(link, canonical)
+    return require_activation(canonical).with_unit_rows()
 
 
 def fold_until_coupling(sae: SAE) -> CanonicalSAE:
-    """An SAE as far as its chain codes each latent by itself."""
-    plain = linear_part(sae)
-    for link in sae.activation:
+    """Fold the chain up to the first link that makes latents depend on each other."""
+    canonical = linear_part(sae)
+    for link in activation_chain(sae):
         try:
-            plain = fold_link(link, plain)
+            canonical = fold_link(link, canonical)
         except UsageError:
             break
-    return plain
+    return canonical
 
 
-def require_activation(plain: CanonicalSAE) -> CanonicalSAE:
-    if not plain.kind:
-        raise UsageError("Latents of this SAE are never made zero or positive; no format holds that.")
-    return plain.unit()
+def linear_part(sae: SAE) -> CanonicalSAE:
+    """An SAE before its activation chain."""
+    W_enc, b_enc, W_dec, b_dec = map(to_float64, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    return CanonicalSAE(W_enc, b_enc - b_dec @ W_enc if sae.pre_bias else b_enc, W_dec, b_dec)
+
+
+def activation_chain(sae: SAE) -> list[Activation]:
+    return [cast(Activation, link) for link in sae.activation]
+
+
+def chain_name(sae: SAE) -> str:
+    """The names of the activation chain: "relu+winner_take_all"."""
+    return "+".join(link.name for link in activation_chain(sae))
+
+
+def require_activation(canonical: CanonicalSAE) -> CanonicalSAE:
+    if not canonical.activation:
+        raise UsageError("This SAE has no activation function: its latents can be negative, which no format can store.")
+    return canonical
 
 
 def to_float64(tensor: Tensor) -> Tensor:
@@ -138,98 +168,106 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 
 @singledispatch
-def fold_link(link: Activation, plain: CanonicalSAE) -> CanonicalSAE:
-    """What follows of the chain up to this link. UsageError where no format can hold it."""
+def fold_link(link: Activation, canonical: CanonicalSAE) -> CanonicalSAE:
+    """Fold one link of the activation chain into what precedes it. UsageError if no format can store the result."""
     raise UsageError(
-        f"The activation {getattr(link, 'name', type(link).__name__)!r} makes the latents of a token depend on each other, "
-        "which no format of another library can hold. "
-        "--approximate topk, jumprelu or relu writes the nearest of these, and says how far it is."
+        f"The activation {getattr(link, 'name', type(link).__name__)!r} makes the latents of a token depend on each "
+        "other, which no other library's format can store. --approximate topk, jumprelu or relu writes the nearest SAE "
+        "of that kind and reports how far it is from this one."
     )
 
 
-def set_activation(link: Activation, plain: CanonicalSAE, kind: str) -> CanonicalSAE:
-    """z becomes latents; a second time only a relu can follow, which then changes nothing."""
-    if plain.kind and kind != "relu":
-        raise UsageError(f"The activation {link.name!r} follows another one ({plain.kind}); no format holds both.")
-    return plain if plain.kind else replace(plain, kind=kind)
-
-
-@fold_link.register
-def _(link: ReLU, plain: CanonicalSAE) -> CanonicalSAE:
-    return set_activation(link, plain, "relu")
-
-
-@fold_link.register
-def _(link: TopK, plain: CanonicalSAE) -> CanonicalSAE:
-    return replace(set_activation(link, plain, "topk"), k=int(link.k))
-
-
-@fold_link.register
-def _(link: BatchTopK, plain: CanonicalSAE) -> CanonicalSAE:
-    jump_F = to_float64(link.threshold).clamp_min(0).expand(plain.d_sae).clone()
-    return replace(set_activation(link, plain, "jumprelu"), threshold=jump_F)
-
-
-@fold_link.register
-def _(link: JumpReLU, plain: CanonicalSAE) -> CanonicalSAE:
-    jump_F = to_float64(link.threshold)
-    if (jump_F < 0).any():
+def set_activation(link: Activation, canonical: CanonicalSAE, activation: str) -> CanonicalSAE:
+    """Turn z into latents. After another activation only a relu is accepted: it changes nothing there."""
+    if canonical.activation and activation != "relu":
         raise UsageError(
-            f"{int((jump_F < 0).sum())} thresholds of this jumprelu are negative, so latents can be; no format holds that."
+            f"The activation {link.name!r} follows another one ({canonical.activation}); no format can store both."
         )
-    return replace(set_activation(link, plain, "jumprelu"), threshold=jump_F)
+    return canonical if canonical.activation else replace(canonical, activation=activation)
 
 
 @fold_link.register
-def _(link: Gated, plain: CanonicalSAE) -> CanonicalSAE:
+def _(link: ReLU, canonical: CanonicalSAE) -> CanonicalSAE:
+    return set_activation(link, canonical, "relu")
+
+
+@fold_link.register
+def _(link: TopK, canonical: CanonicalSAE) -> CanonicalSAE:
+    return replace(set_activation(link, canonical, "topk"), k=int(link.k))
+
+
+@fold_link.register
+def _(link: BatchTopK, canonical: CanonicalSAE) -> CanonicalSAE:
+    threshold_F = to_float64(link.threshold).clamp_min(0).expand(canonical.d_sae).clone()
+    return replace(set_activation(link, canonical, "jumprelu"), threshold=threshold_F)
+
+
+@fold_link.register
+def _(link: JumpReLU, canonical: CanonicalSAE) -> CanonicalSAE:
+    threshold_F = to_float64(link.threshold)
+    if (threshold_F < 0).any():
+        raise UsageError(
+            f"{int((threshold_F < 0).sum())} thresholds of this jumprelu are negative, so its latents can be negative; "
+            "no format can store that."
+        )
+    return replace(set_activation(link, canonical, "jumprelu"), threshold=threshold_F)
+
+
+@fold_link.register
+def _(link: Gated, canonical: CanonicalSAE) -> CanonicalSAE:
     r_mag, b_gate, b_mag = map(to_float64, (link.r_mag, link.b_gate, link.b_mag))
-    whole = set_activation(link, plain, "gated")
-    return replace(whole, b_enc=plain.b_enc + b_gate, r_mag=r_mag, b_mag=b_mag + r_mag.exp() * plain.b_enc)
+    gated = set_activation(link, canonical, "gated")
+    return replace(gated, b_enc=canonical.b_enc + b_gate, r_mag=r_mag, b_mag=b_mag + r_mag.exp() * canonical.b_enc)
 
 
 @fold_link.register
-def _(link: BatchNorm, plain: CanonicalSAE) -> CanonicalSAE:
-    if plain.kind:
-        return fold_link.dispatch(Activation)(link, plain)
+def _(link: BatchNorm, canonical: CanonicalSAE) -> CanonicalSAE:
+    if canonical.activation:
+        return fold_link.dispatch(Activation)(link, canonical)
     gain_F = to_float64(link.gain_F) / (to_float64(link.variance_F) + to_float64(link.eps)).sqrt()
-    b_enc = gain_F * (plain.b_enc - to_float64(link.mean_F)) + to_float64(link.shift_F)
-    return replace(plain, W_enc=plain.W_enc * gain_F, b_enc=b_enc)
+    b_enc = gain_F * (canonical.b_enc - to_float64(link.mean_F)) + to_float64(link.shift_F)
+    return replace(canonical, W_enc=canonical.W_enc * gain_F, b_enc=b_enc)
 
 
 @fold_link.register
-def _(link: EnabledLatents, plain: CanonicalSAE) -> CanonicalSAE:
-    if plain.kind:
-        return fold_link.dispatch(Activation)(link, plain)
+def _(link: EnabledLatents, canonical: CanonicalSAE) -> CanonicalSAE:
+    if canonical.activation:
+        return fold_link.dispatch(Activation)(link, canonical)
     on_F = to_float64(link.on_F) > 0
-    return replace(plain, W_enc=plain.W_enc * on_F, b_enc=torch.where(on_F, plain.b_enc, -1.0))
+    return replace(canonical, W_enc=canonical.W_enc * on_F, b_enc=torch.where(on_F, canonical.b_enc, -1.0))
 
 
 @fold_link.register
-def _(link: GramSchmidtLatents, plain: CanonicalSAE) -> CanonicalSAE:
-    return plain  # of a trained SAE it does nothing
+def _(link: GramSchmidtLatents, canonical: CanonicalSAE) -> CanonicalSAE:
+    return canonical  # acts only while training
 
 
-def from_canonical(plain: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
-    """An SAE of ours in float32. With `pre_bias` its encoder sees x - b_dec, as that of many formats does."""
+# --- to an SAE --------------------------------------------------------------------------------------------------------
+
+
+def from_canonical(canonical: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
+    """An `SAE` in float32. With `pre_bias` its encoder takes x - b_dec, as in many formats."""
     links: dict[str, Activation] = {
         "relu": ReLU(),
-        "topk": TopK(max(plain.k, 1)),
-        "jumprelu": JumpReLU(plain.d_sae, bandwidth=0.001),  # of the training, and unknown
-        "gated": Gated(plain.d_sae),
+        "topk": TopK(max(canonical.k, 1)),
+        "jumprelu": JumpReLU(canonical.d_sae, bandwidth=0.001),  # used only in training; no format records it
+        "gated": Gated(canonical.d_sae),
     }
-    link = links[plain.kind]
+    link = links[canonical.activation]
     with torch.device("meta"):
-        sae = SAE(plain.d_in, plain.d_sae, [link], pre_bias=pre_bias)
-    b_enc = plain.input_bias if pre_bias else plain.b_enc
-    tensors = {"W_enc": plain.W_enc, "b_enc": b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
-    if plain.kind == "jumprelu":
-        assert plain.threshold is not None
-        tensors["activation.0.threshold"] = plain.threshold.clamp_min(0)  # a latent is not negative below it
-    if plain.kind == "gated":
-        assert plain.r_mag is not None and plain.b_mag is not None
-        # The gate's bias goes where ours has it; both paths see the same z.
-        tensors |= {"activation.0.r_mag": plain.r_mag, "activation.0.b_gate": b_enc, "b_enc": torch.zeros_like(b_enc)}
-        b_mag = plain.b_mag + plain.r_mag.exp() * (plain.b_dec @ plain.W_enc) if pre_bias else plain.b_mag
-        tensors["activation.0.b_mag"] = b_mag
+        sae = SAE(canonical.d_in, canonical.d_sae, [link], pre_bias=pre_bias)
+    b_enc = canonical.centered_b_enc if pre_bias else canonical.b_enc
+    tensors = {"W_enc": canonical.W_enc, "b_enc": b_enc, "W_dec": canonical.W_dec, "b_dec": canonical.b_dec}
+    if canonical.activation == "jumprelu":
+        assert canonical.threshold is not None
+        tensors["activation.0.threshold"] = canonical.threshold.clamp_min(0)  # below 0 the ReLU decides
+    if canonical.activation == "gated":
+        assert canonical.r_mag is not None and canonical.b_mag is not None
+        # `Gated` keeps the gate's bias itself: both paths take the same z, so b_enc is zero.
+        b_mag = canonical.b_mag
+        if pre_bias:
+            b_mag = b_mag + canonical.r_mag.exp() * (canonical.b_dec @ canonical.W_enc)
+        tensors |= {"activation.0.r_mag": canonical.r_mag, "activation.0.b_gate": b_enc, "activation.0.b_mag": b_mag}
+        tensors["b_enc"] = torch.zeros_like(b_enc)
     sae.load_state_dict({name: t.float().contiguous() for name, t in tensors.items()}, assign=True)
     return sae.requires_grad_(False).eval()

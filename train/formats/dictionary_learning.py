@@ -1,22 +1,24 @@
-"""dictionary_learning's folder: ae.pt, a state dict, and config.json, which names its class.
+"""dictionary_learning: ae.pt, a state dict, and config.json, which names its class.
 
 AutoEncoder        f = ReLU(We (x - bias) + be),  x_hat = Wd f + bias          We is (d_sae, d_in), Wd (d_in, d_sae)
 AutoEncoderNew     f = ReLU(We x + be),           x_hat = Wd f + bd
 GatedAutoEncoder   z = We (x - decoder_bias);  f = 1[z + gate_bias > 0] ReLU(exp(r_mag) z + mag_bias)
 AutoEncoderTopK    the k largest of ReLU(We (x - b_dec) + be)
-BatchTopKSAE       those of ReLU(We (x - b_dec) + be) over `threshold`, which is one for all and -1 until it was set
+BatchTopKSAE       those of ReLU(We (x - b_dec) + be) above `threshold`, a scalar that is -1 until training sets it
 MatryoshkaBatchTopKSAE   the same with W_enc (d_in, d_sae) and W_dec (d_sae, d_in)
 JumpReluAutoEncoder      ReLU(z) where z > threshold, z = x W_enc + b_enc
 """
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...cache.layout import Hook
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
 from .base import ForeignSAE, Format, Reference
@@ -25,12 +27,14 @@ from .hook_names import first_hook, hub_id, parse_model
 from .safe_pickle import read_state_dict_headers
 from .safe_read import ForeignFolder, TensorHeader, get_nested, read_weights, short_repr, vector_size
 
-# By the tensors that only this class has. config.json can say otherwise: then the folder contradicts itself.
-TENSORS = {
+# The tensors of each class and their shapes: D is d_in, F d_sae, G the number of groups, "" a scalar. A folder whose
+# config.json names a class with other tensors contradicts itself.
+CLASS_TENSORS = {
     "AutoEncoder": {"bias": "D", "encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"},
     "AutoEncoderNew": {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF", "decoder.bias": "D"},
     "GatedAutoEncoder": {
-        "decoder_bias": "D", "r_mag": "F", "gate_bias": "F", "mag_bias": "F", "encoder.weight": "FD", "decoder.weight": "DF",
+        "decoder_bias": "D", "r_mag": "F", "gate_bias": "F", "mag_bias": "F", "encoder.weight": "FD",
+        "decoder.weight": "DF",
     },
     "AutoEncoderTopK": {
         "b_dec": "D", "k": "", "threshold": "", "encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF",
@@ -40,134 +44,95 @@ TENSORS = {
     },
     "JumpReluAutoEncoder": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
 }  # fmt: skip
-TENSORS["BatchTopKSAE"] = TENSORS["AutoEncoderTopK"]
-DICT_CLASSES = {"relu": "AutoEncoder", "gated": "GatedAutoEncoder", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}  # fmt: skip
-TRAINERS = {"relu": "StandardTrainer", "gated": "GatedSAETrainer", "topk": "TopKTrainer", "jumprelu": "JumpReluTrainer"}
+CLASS_TENSORS["BatchTopKSAE"] = CLASS_TENSORS["AutoEncoderTopK"]
+EXPORT_CLASSES = {
+    "relu": ("AutoEncoder", "StandardTrainer"),
+    "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
+    "topk": ("AutoEncoderTopK", "TopKTrainer"),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
+}
+"""Activation of CanonicalSAE -> (class of the SAE, class of its trainer) that an export names."""
 
 
 class DictionaryLearning(Format, name="dictionary-learning"):
-    holds = ("relu", "topk", "gated", "jumprelu")
+    activations = ("relu", "topk", "gated", "jumprelu")
     files = ("ae.pt", "config.json")
 
-    def recognise(self, folder: ForeignFolder) -> bool:
+    def matches(self, folder: ForeignFolder) -> bool:
         return folder.has("ae.pt")
 
-    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
-        encoder, decoder = plain.W_enc.T, plain.W_dec.T
-        match plain:
-            case CanonicalSAE(kind="relu"):
-                found = {"bias": plain.b_dec, "encoder.weight": encoder, "encoder.bias": plain.input_bias, "decoder.weight": decoder}  # fmt: skip
-            case CanonicalSAE(kind="gated", r_mag=Tensor(), b_mag=Tensor()):
-                inside_F = plain.b_dec @ plain.W_enc
-                found = {
-                    "decoder_bias": plain.b_dec, "r_mag": plain.r_mag, "gate_bias": plain.b_enc + inside_F,
-                    "mag_bias": plain.b_mag + plain.r_mag.exp() * inside_F, "encoder.weight": encoder, "decoder.weight": decoder,
-                }  # fmt: skip
-            case CanonicalSAE(kind="topk"):
-                found = {
-                    "b_dec": plain.b_dec, "k": torch.tensor(plain.k, dtype=torch.int32), "threshold": torch.tensor(-1.0),
-                    "encoder.weight": encoder, "encoder.bias": plain.input_bias, "decoder.weight": decoder,
-                }  # fmt: skip
-            case CanonicalSAE(kind="jumprelu", threshold=Tensor()):
-                found = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec, "threshold": plain.threshold}  # fmt: skip
-            case _:
-                raise AssertionError(plain.kind)
+    def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
+        dict_class, trainer_class = EXPORT_CLASSES[canonical.activation]
+        tensors = state_dict(canonical)
+        tensors = {
+            name: (t.float() if (t := tensors[name]).is_floating_point() else t).contiguous().clone()
+            for name in CLASS_TENSORS[dict_class]
+        }
         buffer = io.BytesIO()
-        torch.save(
-            {n: (t.float() if t.is_floating_point() else t).contiguous().clone() for n, t in found.items()}, buffer
-        )
-        name = DICT_CLASSES[plain.kind]
+        torch.save(tensors, buffer)
         trainer = {
-            "trainer_class": TRAINERS[plain.kind], "dict_class": name, "activation_dim": plain.d_in, "dict_size": plain.d_sae,
-            "device": "cpu", "layer": about.get("hook_layer"), "lm_name": hub_id(about.get("model_name", "")) or None,
-            "submodule_name": submodule_name(about.get("hook_name", "")), "seed": about.get("seed"),
-        }  # fmt: skip
-        if plain.kind == "topk":
-            trainer["k"] = plain.k
-        buffer_record = {"ctx_len": about.get("context_size"), "d_submodule": plain.d_in, "io": "out"}
+            "trainer_class": trainer_class,
+            "dict_class": dict_class,
+            "activation_dim": canonical.d_in,
+            "dict_size": canonical.d_sae,
+            "device": "cpu",
+            "layer": metadata.get("hook_layer"),
+            "lm_name": hub_id(metadata.get("model_name", "")) or None,
+            "submodule_name": submodule_name(metadata.get("hook_name", "")),
+            "seed": metadata.get("seed"),
+        }
+        if canonical.activation == "topk":
+            trainer["k"] = canonical.k
+        buffer_config = {"ctx_len": metadata.get("context_size"), "d_submodule": canonical.d_in, "io": "out"}
         atomic_write(folder / "ae.pt", buffer.getbuffer())
-        write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer_record, "about": about})
+        write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer_config, "about": metadata})
 
     def load(self, folder: ForeignFolder) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-        """The class, config.json, and the tensors as they lie there."""
-        path = folder.file("ae.pt")
-        claims = read_state_dict_headers(path)
-        config = folder.record("config.json") if folder.has("config.json") else {}
-        name = get_nested(config, "trainer", "dict_class")
-        fitting = [kind for kind, names in TENSORS.items() if set(names) == set(claims)]
-        if not fitting:
-            apart = {kind: set(names) ^ set(claims) for kind, names in TENSORS.items()}
-            nearest = (
-                name if isinstance(name, str) and name in TENSORS else min(apart, key=lambda kind: len(apart[kind]))
-            )
-            raise DamagedError(
-                f"{path} holds the tensors of no class that is known here ({', '.join(TENSORS)}): from {nearest} it differs in "
-                f"{short_repr(sorted(apart[nearest]))}. Get it again, or ask the author."
-            )
-        if name is None:
-            if len(fitting) > 1:
-                raise UsageError(
-                    f"{folder.path} can be {' or '.join(fitting)}, and has no config.json that says which. Get config.json too: "
-                    'its trainer.dict_class decides ({"trainer": {"dict_class": "..."}}).'
-                )
-            name = fitting[0]
-        if name not in fitting:
-            raise DamagedError(f"{folder.path / 'config.json'} says {short_repr(name)}, but ae.pt holds the tensors of {' or '.join(fitting)}.")  # fmt: skip
-        return name, config, read_weights(path, claims, expected_shapes(path, name, claims))
+        """The class, config.json, and the tensors as they are in the file."""
+        path = folder.require_file("ae.pt")
+        headers = read_state_dict_headers(path)
+        config = folder.read_json("config.json") if folder.has("config.json") else {}
+        dict_class = resolve_class(path, headers, get_nested(config, "trainer", "dict_class"))
+        return dict_class, config, read_weights(path, headers, expected_shapes(path, dict_class, headers))
 
     def read(self, folder: ForeignFolder) -> ForeignSAE:
-        name, config, found = self.load(folder)
-        w = {n: t.double() for n, t in found.items()}
+        dict_class, config, tensors = self.load(folder)
+        w = {name: t.double() for name, t in tensors.items()}
         W_enc = w["W_enc"] if "W_enc" in w else w["encoder.weight"].T
         W_dec = w["W_dec"] if "W_dec" in w else w["decoder.weight"].T
-        b_dec = next(w[n] for n in ("b_dec", "bias", "decoder_bias", "decoder.bias") if n in w)
-        b_enc = next(w[n] for n in ("b_enc", "encoder.bias", "gate_bias") if n in w)
-        pre_bias = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
-        inside_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
-        plain = CanonicalSAE(W_enc, b_enc - inside_F, W_dec, b_dec, "relu")
-        matrices = (plain.W_enc, plain.b_enc, plain.W_dec, plain.b_dec)
-        match name:
+        b_dec = next(w[name] for name in ("b_dec", "bias", "decoder_bias", "decoder.bias") if name in w)
+        b_enc = next(w[name] for name in ("b_enc", "encoder.bias", "gate_bias") if name in w)
+        pre_bias = dict_class not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+        b_dec_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
+        canonical = CanonicalSAE(W_enc, b_enc - b_dec_F, W_dec, b_dec, "relu")
+        match dict_class:
             case "GatedAutoEncoder":
-                plain = CanonicalSAE(
-                    *matrices, "gated", r_mag=w["r_mag"], b_mag=w["mag_bias"] - w["r_mag"].exp() * inside_F
-                )
+                b_mag = w["mag_bias"] - w["r_mag"].exp() * b_dec_F
+                canonical = replace(canonical, activation="gated", r_mag=w["r_mag"], b_mag=b_mag)
             case "AutoEncoderTopK":
-                plain = CanonicalSAE(*matrices, "topk", k=read_k(folder, found, plain.d_sae))
+                canonical = replace(canonical, activation="topk", k=read_k(folder, tensors, canonical.d_sae))
             case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
-                threshold = float(w["threshold"])
-                if threshold < 0:
-                    raise UsageError(
-                        f"{folder.path / 'ae.pt'}: the threshold of this {name} was never set (it is {threshold:g}), and k is of a "
-                        "whole batch: what it does to one token is not decided. Train it longer, or set its threshold."
-                    )
-                plain = CanonicalSAE(*matrices, "jumprelu", threshold=torch.full_like(b_enc, threshold))
+                threshold = read_threshold(folder, tensors, dict_class)
+                threshold_F = torch.full_like(b_enc, threshold)
+                canonical = replace(canonical, activation="jumprelu", threshold=threshold_F)
             case "JumpReluAutoEncoder":
-                plain = CanonicalSAE(*matrices, "jumprelu", threshold=w["threshold"].clamp_min(0))
-        result = ForeignSAE(from_canonical(plain, pre_bias=pre_bias))
-        trainer = config.get("trainer") if isinstance(config.get("trainer"), dict) else {}
-        assert isinstance(trainer, dict)
-        result.model = parse_model(trainer.get("lm_name"))
-        layer = trainer.get("layer")
-        said = f"blocks.{layer}.hook_resid_post" if type(layer) is int and layer >= 0 else None
-        if not may_be_resid_post(trainer.get("submodule_name")):
-            said = None  # the number of a layer says nothing of the place in it
-        own = get_nested(config, "about", "hook_name")
-        result.hook = first_hook(
-            [own, trainer.get("submodule_name"), *reversed(folder.path.resolve().parts[-3:]), said]
-        )
+                canonical = replace(canonical, activation="jumprelu", threshold=w["threshold"].clamp_min(0))
+        foreign = ForeignSAE(from_canonical(canonical, pre_bias=pre_bias))
+        foreign.model = parse_model(get_nested(config, "trainer", "lm_name"))
+        foreign.hook = find_hook(folder, config)
         if isinstance(context := get_nested(config, "buffer", "ctx_len"), int):
-            result.context = context
-        result.metadata = {**config, "dict_class": name}
-        return result
+            foreign.context = context
+        foreign.metadata = {**config, "dict_class": dict_class}
+        return foreign
 
     def reference(self, folder: ForeignFolder) -> Reference:
-        name, _, found = self.load(folder)
-        w = {n: t.double() for n, t in found.items()}
+        dict_class, _, tensors = self.load(folder)
+        w = {name: t.double() for name, t in tensors.items()}
 
-        def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        def encode_decode(x_BD: Tensor) -> tuple[Tensor, Tensor]:
             x_BD = x_BD.double()
             relu = torch.nn.functional.relu
-            match name:
+            match dict_class:
                 case "AutoEncoder":
                     f_BF = relu((x_BD - w["bias"]) @ w["encoder.weight"].T + w["encoder.bias"])
                     return f_BF, f_BF @ w["decoder.weight"].T + w["bias"]
@@ -187,38 +152,134 @@ class DictionaryLearning(Format, name="dictionary-learning"):
                     f_BF = z_BF * (z_BF > w["threshold"])
                     return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
             z_BF = relu((x_BD - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
-            if name == "BatchTopKSAE":
+            if dict_class == "BatchTopKSAE":
                 f_BF = z_BF * (z_BF > w["threshold"])
             else:
                 top = z_BF.topk(int(w["k"]), dim=-1)
                 f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
             return f_BF, f_BF @ w["decoder.weight"].T + w["b_dec"]
 
-        return code
+        return encode_decode
 
 
-def expected_shapes(path: Path, name: str, claims: dict[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
-    """The shapes that a class demands: d_in and d_sae from its biases, or where it has one alone, from its encoder."""
-    letters = TENSORS[name]
-    known = {"G": vector_size(path, claims, "group_sizes")} if "group_sizes" in letters else {}
-    known["D"] = vector_size(path, claims, next(n for n, s in letters.items() if s == "D"))
-    known["F"] = vector_size(path, claims, next(n for n, s in letters.items() if s == "F"))
-    return {n: tuple(known[letter] for letter in s) for n, s in letters.items()}
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def read_k(folder: ForeignFolder, found: dict[str, Tensor], d_sae: int) -> int:
-    k = int(found["k"])
-    if not 0 < k <= d_sae:
-        raise DamagedError(f"{folder.path / 'ae.pt'}: k is {k}, and there are {d_sae} latents.")
-    return k
-
-
-def may_be_resid_post(submodule: object) -> bool:
-    """Whether the words for a place leave open or say that it is the residual stream after a block."""
-    return not isinstance(submodule, str) or not re.search(r"mlp|att|pre|mid|_in\b", submodule)
+def state_dict(canonical: CanonicalSAE) -> dict[str, Tensor]:
+    """The tensors of the class that an SAE is exported as, in float64."""
+    matrices = {"encoder.weight": canonical.W_enc.T, "decoder.weight": canonical.W_dec.T}
+    match canonical.activation:
+        case "relu":
+            return matrices | {"bias": canonical.b_dec, "encoder.bias": canonical.centered_b_enc}
+        case "gated":
+            assert canonical.r_mag is not None and canonical.b_mag is not None
+            b_dec_F = canonical.b_dec @ canonical.W_enc
+            return matrices | {
+                "decoder_bias": canonical.b_dec,
+                "r_mag": canonical.r_mag,
+                "gate_bias": canonical.b_enc + b_dec_F,
+                "mag_bias": canonical.b_mag + canonical.r_mag.exp() * b_dec_F,
+            }
+        case "topk":
+            return matrices | {
+                "b_dec": canonical.b_dec,
+                "k": torch.tensor(canonical.k, dtype=torch.int32),
+                "threshold": torch.tensor(-1.0),
+                "encoder.bias": canonical.centered_b_enc,
+            }
+        case "jumprelu":
+            assert canonical.threshold is not None
+            return {
+                "W_enc": canonical.W_enc,
+                "b_enc": canonical.b_enc,
+                "W_dec": canonical.W_dec,
+                "b_dec": canonical.b_dec,
+                "threshold": canonical.threshold,
+            }
+    raise AssertionError(canonical.activation)
 
 
 def submodule_name(hook_name: str) -> str | None:
-    """`resid_post_layer_12`, as its own demo calls it."""
+    """`resid_post_layer_12`, the scheme of dictionary_learning's own demo."""
     hook = first_hook([hook_name])
     return None if hook is None else f"{hook.site}_layer_{hook.layer}"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def resolve_class(path: Path, headers: dict[str, TensorHeader], recorded: object) -> str:
+    """The class of an SAE, by its tensors and the class that config.json records, if any.
+
+    Raises DamagedError if the two contradict each other, UsageError if the tensors fit several classes and none is
+    recorded.
+    """
+    fitting = [name for name, tensors in CLASS_TENSORS.items() if set(tensors) == set(headers)]
+    if not fitting:
+        differences = {name: set(tensors) ^ set(headers) for name, tensors in CLASS_TENSORS.items()}
+        nearest = min(differences, key=lambda name: len(differences[name]))
+        if isinstance(recorded, str) and recorded in CLASS_TENSORS:
+            nearest = recorded
+        raise DamagedError(
+            f"{path} does not hold the tensors of any supported class ({', '.join(CLASS_TENSORS)}). Missing or "
+            f"unexpected for {nearest}: {short_repr(sorted(differences[nearest]))}. Download it again, or ask the "
+            "author."
+        )
+    if recorded is None:
+        if len(fitting) > 1:
+            raise UsageError(
+                f"{path} can be {' or '.join(fitting)}, and there is no config.json that says which. Download "
+                'config.json too, or write it: {"trainer": {"dict_class": "..."}}.'
+            )
+        return fitting[0]
+    if not isinstance(recorded, str) or recorded not in fitting:
+        raise DamagedError(
+            f"{path.with_name('config.json')} says {short_repr(recorded)}, but ae.pt holds the tensors of "
+            f"{' or '.join(fitting)}."
+        )
+    return recorded
+
+
+def expected_shapes(path: Path, dict_class: str, headers: dict[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a class' tensors, with d_in, d_sae and the number of groups taken from its vectors."""
+    tensors = CLASS_TENSORS[dict_class]
+    sizes = {"G": vector_size(path, headers, "group_sizes")} if "group_sizes" in tensors else {}
+    sizes["D"] = vector_size(path, headers, next(name for name, shape in tensors.items() if shape == "D"))
+    sizes["F"] = vector_size(path, headers, next(name for name, shape in tensors.items() if shape == "F"))
+    return {name: tuple(sizes[letter] for letter in shape) for name, shape in tensors.items()}
+
+
+def read_k(folder: ForeignFolder, tensors: dict[str, Tensor], d_sae: int) -> int:
+    k = int(tensors["k"])
+    if not 0 < k <= d_sae:
+        raise DamagedError(f"{folder.path / 'ae.pt'}: k is {k}; expected 1 to {d_sae}, the number of latents.")
+    return k
+
+
+def read_threshold(folder: ForeignFolder, tensors: dict[str, Tensor], dict_class: str) -> float:
+    threshold = float(tensors["threshold"].double())
+    if threshold < 0:
+        raise UsageError(
+            f"{folder.path / 'ae.pt'}: the threshold of this {dict_class} was never set (it is {threshold:g}). Its k "
+            "applies to a whole batch, so its latents for a single token are undefined. Train it longer, or set the "
+            "threshold."
+        )
+    return threshold
+
+
+def find_hook(folder: ForeignFolder, config: dict[str, Any]) -> Hook | None:
+    """The hook point: from our own metadata, the submodule's name, the folder's path, or the layer's number.
+
+    The number of a layer says nothing about the site in it, so it is used only if the submodule can be resid_post.
+    """
+    submodule, layer = get_nested(config, "trainer", "submodule_name"), get_nested(config, "trainer", "layer")
+    by_number = f"blocks.{layer}.hook_resid_post" if type(layer) is int and layer >= 0 else None
+    if not may_be_resid_post(submodule):
+        by_number = None
+    path_parts = reversed(folder.path.resolve().parts[-3:])
+    return first_hook([get_nested(config, "about", "hook_name"), submodule, *path_parts, by_number])
+
+
+def may_be_resid_post(submodule: object) -> bool:
+    """Whether a submodule's name means the residual stream after a block, or does not name a site at all."""
+    return not isinstance(submodule, str) or not re.search(r"mlp|att|pre|mid|_in\b", submodule)

@@ -1,4 +1,4 @@
-"""An SAE of ours as the files of another library, checked before they are called by their name."""
+"""Export of an SAE to another library's files, verified before the folder gets its final name."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...common.errors import UsageError
 from ...common.files import fsync_folder, make_folder, os_error
@@ -23,103 +24,148 @@ from .verify import Check, Progress, SampleRows, compare, no_progress, require_p
 
 @dataclass
 class ExportResult:
-    """What was written, and how it was checked."""
+    """The folder of an export, which can also be used as a path, and how it was verified."""
 
     folder: Path
     format: str
     check: Check
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
     @property
     def files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
+    def __fspath__(self) -> str:
+        return os.fspath(self.folder)
+
 
 def export_sae(
-    sae: SAE | Path | str,
+    run: SAE | str | os.PathLike[str],
     to: str,
-    out: Path | str | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
     approximate: str | None = None,
-    cache: Path | str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
 ) -> ExportResult:
-    """Write an SAE, or that of a run folder, as `to`: saelens, gemma-scope, dictionary-learning or sparsify.
+    """Write an SAE in the file format of another library, and verify the files.
 
-    It takes raw activations, its decoder has unit rows, and what training divided by is folded in, in float64. The files
-    are computed with by themselves and compared with the SAE on 4,096 rows of its cache, or where there is none on
-    synthetic ones. `out`: an empty folder or none; by default exports/<to> in the run folder.
+    The exported SAE takes raw activations, has unit decoder rows and float32 weights; whatever training divided
+    activations by is folded in. The files are then read back, and latents and reconstructions computed from them are
+    compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if that is gone: the active latents have to
+    be equal and relative errors at most 1e-5.
 
-    Raises UsageError for what the format cannot hold, SaeError when the check fails; then nothing is left behind.
+    Args:
+        run: a run folder (a path or a `Run`), or an `SAE` in memory.
+        to: "saelens", "gemma-scope", "dictionary-learning" or "sparsify".
+        out: the folder to write, new or empty. Default: exports/<to> in the run folder.
+        approximate: "topk", "jumprelu" or "relu": if the format cannot store the SAE exactly, write the nearest SAE
+            with this activation, and record how far it is.
+        cache: the cache with rows to verify on. Default: the one that the run was trained on.
+        progress: called with (rows compared, rows in all).
+
+    Returns:
+        An `ExportResult` with `.folder`, `.files`, `.check` (the comparison) and `.notes`.
+
+    Raises:
+        UsageError: the format cannot store this SAE, or `out` is not empty.
+        SaeError: the verification failed; nothing is left behind.
+
+    Example:
+        >>> exported = sae.export_sae("runs/topk-L12-n18432-s0-1a2b3c", "saelens", "exported")
+        >>> print(exported.check)
+        4,096 rows (from cache gemma-2-2b--pile--1a2b3c4d): active sets equal, L0 32.0; relative error 5.1e-08 in f, ...
     """
-    kind = find_format(to)
-    folder = None if isinstance(sae, SAE) else Path(sae)
-    loaded = sae if isinstance(sae, SAE) else load_sae(sae)
-    if out is None and folder is None:
-        raise UsageError("Say where to export to: export_sae(sae, to, out=...).")
-    target = Path(out) if out is not None else Path(folder or "") / "exports" / to
-    hook = run_hook(loaded)
-    given = Path(cache) if cache is not None else None
-    source, rows = sample_run_rows(loaded.origin, hook, given)
-    about, notes = export_metadata(loaded, folder, source), []
-    plain, compared = fit_to_format(loaded, kind, approximate, rows, about, notes), loaded
-    if "approximation" in about:
-        compared = from_canonical(plain)
-    if kind.name == "saelens" and plain.kind == "topk" and not plain.unit_rows:
-        notes.append("The decoder has no unit rows, and scaling them would change which latents are the k largest.")
-    n_F = compared.W_dec.detach().double().cpu().norm(dim=1)
-    size_F = torch.where(n_F > 0, n_F / plain.W_dec.norm(dim=1), 1)
-    if (size_F - 1).abs().max() > UNIT_NORM_TOLERANCE:
-        notes.append(
-            f"Decoder rows had norms from {float(n_F.min()):.3g} to {float(n_F.max()):.3g}; latents are now as much larger."
-        )
+    fmt = find_format(to)
+    folder = None if isinstance(run, SAE) else Path(run)
+    sae = run if isinstance(run, SAE) else load_sae(Path(run))
+    target = export_folder(folder, to, out)
+    source, rows = sample_run_rows(sae.origin, run_hook(sae), Path(cache) if cache is not None else None)
+    metadata = export_metadata(sae, folder, source)
+    notes: list[str] = []
+    canonical, record = fit_to_format(sae, fmt, approximate, rows, notes)
+    if record is not None:
+        metadata["approximation"] = record
+    compared = sae if record is None else from_canonical(canonical)
+    scale_F = latent_scale(compared, canonical, fmt, notes)
     with new_folder(target) as temporary:
-        kind.write(plain, temporary, about)
-        check = compare(
-            compared, plain, kind.reference(ForeignFolder(temporary)), rows or synthetic_rows(plain), size_F, progress
-        )
+        fmt.write(canonical, temporary, metadata)
+        reference = fmt.reference(ForeignFolder(temporary))
+        check = compare(compared, canonical, reference, rows or synthetic_rows(canonical), scale_F, progress)
         require_passed(check, f"The export to {to}")
-    return ExportResult(target, to, check, about, notes)
+    return ExportResult(target, to, check, metadata, notes)
+
+
+def export_folder(run: Path | None, to: str, out: str | os.PathLike[str] | None) -> Path:
+    if out is not None:
+        return Path(out)
+    if run is None:
+        raise UsageError("An SAE in memory has no run folder to export into: give out=, a new folder.")
+    return run / "exports" / to
 
 
 def fit_to_format(
-    sae: SAE, kind: Format, approximate: str | None, rows: SampleRows | None, about: dict[str, Any], notes: list[str]
-) -> CanonicalSAE:
-    """The SAE as a kind that the format holds. UsageError names those that hold it; `about` gets an approximation's record."""
+    sae: SAE, fmt: Format, approximate: str | None, rows: SampleRows | None, notes: list[str]
+) -> tuple[CanonicalSAE, dict[str, Any] | None]:
+    """The SAE in a form that the format can store, and the record of an approximation if one was needed.
+
+    UsageError if it cannot be stored, naming the formats that can; a note is added about `approximate`.
+    """
+    canonical: CanonicalSAE | None = None
     try:
-        plain = to_canonical(sae)
+        canonical = to_canonical(sae)
     except UsageError:
         if approximate is None:
             raise
-        plain = None
-    if plain is not None:
-        if exact := plain.within(kind.holds):
+    if canonical is not None:
+        if exact := canonical.convert_to(fmt.activations):
             if approximate is not None:
-                notes.append(f"{kind.name} holds this {plain.kind} as it is; --approximate was not needed.")
-            return exact.unit()
-        able = [f.name for f in Format.registry.values() if plain.within(f.holds)]
+                notes.append(f"{fmt.name} stores this {canonical.activation} SAE exactly; --approximate was ignored.")
+            return exact.with_unit_rows(), None
         if approximate is None:
+            able = [other.name for other in Format.registry.values() if canonical.convert_to(other.activations)]
             raise UsageError(
-                f"{kind.name} holds {' and '.join(kind.holds)}, and this SAE is a {plain.kind}: {', '.join(able)} can hold it. "
-                f"--approximate {kind.holds[0]} writes the nearest that {kind.name} holds, and says how far it is."
+                f"{fmt.name} cannot store a {canonical.activation} SAE, only {' and '.join(fmt.activations)}; "
+                f"{', '.join(able)} can. --approximate {fmt.activations[0]} writes the nearest SAE that {fmt.name} can "
+                "store and reports how far it is."
             )
     assert approximate is not None
     if rows is None:
         raise UsageError(
-            "An approximation is fitted to and measured on cached rows, and this SAE's cache is not there. Give one with --cache."
+            "An approximation is fitted and measured on cached activations, but the cache of this SAE is gone. "
+            "Give one with --cache."
         )
     nearest, record = approximate_sae(sae, approximate, rows.x_RD)
-    if (fitting := nearest.within(kind.holds)) is None:
-        raise UsageError(f"{kind.name} holds no {approximate} either, but {' and '.join(kind.holds)}.")
-    about["approximation"] = record
+    if (fitting := nearest.convert_to(fmt.activations)) is None:
+        raise UsageError(f"{fmt.name} cannot store a {approximate} SAE either, only {' and '.join(fmt.activations)}.")
     notes.append(describe_approximation(record))
-    return fitting.unit()
+    return fitting.with_unit_rows(), record
+
+
+def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str]) -> Tensor:
+    """(d_sae): how many times larger the exported latents are, since their decoder rows were given unit norm."""
+    if fmt.name == "saelens" and canonical.activation == "topk" and not canonical.has_unit_rows:
+        notes.append(
+            "The decoder rows do not have unit norm and were left so: rescaling would change which latents are the k "
+            "largest. SAELens' fold_W_dec_norm() will refuse this SAE."
+        )
+    norm_F = sae.W_dec.detach().double().cpu().norm(dim=1)
+    scale_F = torch.where(norm_F > 0, norm_F / canonical.W_dec.norm(dim=1), 1)
+    if (scale_F - 1).abs().max() > UNIT_NORM_TOLERANCE:
+        notes.append(
+            f"Decoder rows had norms from {float(norm_F.min()):.3g} to {float(norm_F.max()):.3g} and were normalized; "
+            "latents are larger by the same factors."
+        )
+    return scale_F
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A new folder that becomes `target` when all went well, and goes away when not. UsageError when `target` holds anything."""
+    """A temporary folder that is renamed to `target` if the block succeeds and removed if it fails.
+
+    UsageError if `target` exists and is not an empty folder.
+    """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UsageError(f"{target} is not empty; nothing was written. Give a new folder with --out.")
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")

@@ -1,9 +1,9 @@
-"""Gemma Scope's file: params.npz with W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec and threshold, all float32.
+"""Gemma Scope: params.npz with W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec and threshold, all float32.
 
-    f = ReLU(z) where z > threshold,  z = x W_enc + b_enc;  b_dec is not subtracted at the input
+    f = ReLU(z) where z > threshold,  z = x W_enc + b_enc;  b_dec is not subtracted from the input
 
-Some files have lower-case w_enc and w_dec. Model and layer stand in no file but in its path, as
-gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82/params.npz; what we write has an about.json beside it.
+Some files have lower-case w_enc and w_dec. Model and layer are recorded only in the path, such as
+gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82/params.npz; our exports add an about.json.
 """
 
 import io
@@ -22,51 +22,53 @@ from .safe_read import ForeignFolder, read_npz_headers, read_weights, vector_siz
 
 
 class GemmaScope(Format, name="gemma-scope"):
-    holds = ("jumprelu",)
+    activations = ("jumprelu",)
     files = ("params.npz", "about.json")
 
-    def recognise(self, folder: ForeignFolder) -> bool:
+    def matches(self, folder: ForeignFolder) -> bool:
         return folder.has("params.npz")
 
-    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
-        assert plain.threshold is not None
+    def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
+        assert canonical.threshold is not None
         names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
         buffer = io.BytesIO()
-        np.savez(buffer, **{name: getattr(plain, name).float().contiguous().numpy() for name in names})
+        np.savez(buffer, **{name: getattr(canonical, name).float().contiguous().numpy() for name in names})
         atomic_write(folder / "params.npz", buffer.getbuffer())
-        write_json(folder / "about.json", about)
+        write_json(folder / "about.json", metadata)
 
     def load(self, folder: ForeignFolder) -> dict[str, Tensor]:
-        path = folder.file("params.npz")
-        claims = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(name, name): c for name, c in read_npz_headers(path).items()}
-        D, F = vector_size(path, claims, "b_dec"), vector_size(path, claims, "b_enc")
+        path = folder.require_file("params.npz")
+        capitals = {"w_enc": "W_enc", "w_dec": "W_dec"}
+        headers = {capitals.get(name, name): header for name, header in read_npz_headers(path).items()}
+        D, F = vector_size(path, headers, "b_dec"), vector_size(path, headers, "b_enc")
         expected = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
-        return read_weights(path, claims, expected)
+        return read_weights(path, headers, expected)
 
     def read(self, folder: ForeignFolder) -> ForeignSAE:
         w = {name: t.double() for name, t in self.load(folder).items()}
-        plain = CanonicalSAE(
-            w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], "jumprelu", threshold=w["threshold"].clamp_min(0)
-        )
-        found = ForeignSAE(from_canonical(plain))
+        threshold_F = w["threshold"].clamp_min(0)
+        canonical = CanonicalSAE(w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], "jumprelu", threshold=threshold_F)
+        foreign = ForeignSAE(from_canonical(canonical))
         parts = folder.path.resolve().parts
         if "embedding" in parts:
-            raise UsageError(f"{folder.path} is of the embedding, which is no layer, and was scaled by sqrt(d_in).")
-        found.model, found.hook = parse_gemma_scope_path(parts)
+            raise UsageError(
+                f"{folder.path} is an SAE on the embedding, scaled by sqrt(d_in). Only SAEs on layers are supported."
+            )
+        foreign.model, foreign.hook = parse_gemma_scope_path(parts)
         if folder.has("about.json"):
-            found.metadata = folder.record("about.json")
-            found.hook = first_hook([found.metadata.get("hook_name")]) or found.hook
-            found.model = parse_model(found.metadata.get("model_name")) or found.model
-            if isinstance(context := found.metadata.get("context_size"), int):
-                found.context = context
-        return found
+            foreign.metadata = folder.read_json("about.json")
+            foreign.hook = first_hook([foreign.metadata.get("hook_name")]) or foreign.hook
+            foreign.model = parse_model(foreign.metadata.get("model_name")) or foreign.model
+            if isinstance(context := foreign.metadata.get("context_size"), int):
+                foreign.context = context
+        return foreign
 
     def reference(self, folder: ForeignFolder) -> Reference:
         w = {name: t.double() for name, t in self.load(folder).items()}
 
-        def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        def encode_decode(x_BD: Tensor) -> tuple[Tensor, Tensor]:
             z_BF = x_BD.double() @ w["W_enc"] + w["b_enc"]
             f_BF = z_BF.relu() * (z_BF > w["threshold"])
             return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
 
-        return code
+        return encode_decode

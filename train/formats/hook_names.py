@@ -1,4 +1,4 @@
-"""What others call a model and a hook point, in our words and back."""
+"""Names of models and hook points in other libraries, translated to ours and back."""
 
 import re
 from collections.abc import Iterable
@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from ...cache.layout import SITES, Hook
 from ...common.errors import UsageError
 
+PYTHIA_SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 HUB_IDS = {
     "gpt2-small": "gpt2",
     **{f"gemma-{size}": f"google/gemma-{size}" for size in ("2b", "7b", "2b-it", "7b-it")},
     **{f"gemma-2-{size}{it}": f"google/gemma-2-{size}{it}" for size in ("2b", "9b", "27b") for it in ("", "-it")},
-    **{f"pythia-{size}{dedup}": f"EleutherAI/pythia-{size}{dedup}" for size in ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b") for dedup in ("", "-deduped")},
-}  # fmt: skip
+    **{f"pythia-{size}{end}": f"EleutherAI/pythia-{size}{end}" for size in PYTHIA_SIZES for end in ("", "-deduped")},
+}
+"""TransformerLens' name of a model -> its id on the Hub, where the two differ."""
 TRANSFORMERLENS_NAMES = {hub: name for name, hub in HUB_IDS.items()}
 
 HOOK_PATTERNS = {
@@ -21,66 +23,73 @@ HOOK_PATTERNS = {
         r"(?:.*/)?(?:model\.|model\.language_model\.)?layers\.(\d{1,4})(?:\.output)?",
         r"(?:.*/)?layer_(\d{1,4})(?:/.*)?",
     ),
-    "resid_pre": (
+    "resid_pre": (  # resid_post of the block before
         r"blocks\.(\d{1,4})\.hook_resid_pre",
         r"(?:.*/)?resid_pre_layer_(\d{1,4})(?:/.*)?",
-    ),  # of the block before it
+    ),
     "mlp_out": (r"blocks\.(\d{1,4})\.hook_mlp_out", r"(?:.*/)?mlp_out_layer_(\d{1,4})(?:/.*)?"),
     "attn_z": (r"blocks\.(\d{1,4})\.attn\.hook_z", r"(?:.*/)?attn_z_layer_(\d{1,4})(?:/.*)?"),
 }
-GEMMA_SCOPE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}  # of Gemma Scope's repositories
+GEMMA_SCOPE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}  # the last word of a repository's name
 
 
 def hub_id(name: str) -> str:
-    """The model's id on the Hub, where TransformerLens has another."""
+    """A model's id on the Hub, from that or from TransformerLens' name."""
     return HUB_IDS.get(name, name)
 
 
 def parse_model(value: object) -> str | None:
-    """What a file says of its model, on the Hub; None for what is no name of one."""
+    """A model's id on the Hub, from a value in a file; None if the value cannot be a model's name."""
     return hub_id(value) if isinstance(value, str) and re.fullmatch(r"[\w.\-/]{1,200}", value) else None
 
 
 def transformerlens_name(model: str) -> str:
-    """TransformerLens' name; of a folder its last part, for its place is nobody's business."""
+    """TransformerLens' name of a model. Of a local folder only the last part, so that no local path is published."""
     if model.startswith("/"):
         return model.rstrip("/").rsplit("/", 1)[-1]
     return TRANSFORMERLENS_NAMES.get(model, model)
 
 
 def parse_hook(text: str) -> Hook | None:
-    """The hook point that a name in any scheme means, or None."""
+    """The hook point that a name means in any library's scheme, or None.
+
+    Raises UsageError for resid_pre of block 0, the embedding.
+    """
     for site, patterns in HOOK_PATTERNS.items():
         for pattern in patterns:
-            if found := re.fullmatch(pattern, text.strip()):
-                layer = int(found[1])
+            if match := re.fullmatch(pattern, text.strip()):
+                layer = int(match[1])
                 if site != "resid_pre":
                     return Hook(layer, site)
                 if layer == 0:
-                    raise UsageError(f"{text!r} is the embedding, before every block; no layer of ours is that.")
+                    raise UsageError(
+                        f"{text!r} is the embedding, before the first block; SAEs on it are not supported."
+                    )
                 return Hook(layer - 1)
     return None
 
 
 def first_hook(texts: Iterable[object]) -> Hook | None:
-    """The hook of the first text that names one. UsageError where a text names a place that we do not have."""
+    """The hook point of the first text that names one. UsageError if a text names one that is not supported."""
     for text in texts:
         if not isinstance(text, str) or not text:
             continue
         if hook := parse_hook(text):
             return hook
         if text.startswith("blocks.") or re.fullmatch(r"(model\.)?layers\.\d+\..*", text):
-            raise UsageError(f"{text[:80]!r} is no place that is known here; known are {', '.join(SITES.values())}.")
+            raise UsageError(
+                f"The hook point {text[:80]!r} is not supported. Supported are {', '.join(SITES.values())}."
+            )
     return None
 
 
 def parse_gemma_scope_path(parts: Iterable[str]) -> tuple[str | None, Hook | None]:
-    """Model and hook of `gemma-scope-2b-pt-res/.../layer_12/width_16k/average_l0_82`, as far as the parts of a path say."""
+    """Model and hook point from `gemma-scope-2b-pt-res/.../layer_12/width_16k/average_l0_82`; None where unnamed."""
     model, site, layer = None, "resid_post", None
     for part in parts:
-        if found := re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)", part):
-            model = f"google/gemma-2-{found[1]}{'-it' if found[2] == 'it' else ''}"
-            site = GEMMA_SCOPE_SITES[found[3]]
-        if found := re.fullmatch(r"layer_(\d{1,3})", part):
-            layer = int(found[1])
+        if match := re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)", part):
+            model = f"google/gemma-2-{match[1]}{'-it' if match[2] == 'it' else ''}"
+            site = GEMMA_SCOPE_SITES[match[3]]
+        if match := re.fullmatch(r"layer_(\d{1,3})", part):
+            layer = int(match[1])
     return model, None if layer is None else Hook(layer, site)

@@ -1,22 +1,15 @@
-"""SAEs from and to the Hub: hf://owner/repo[@revision]/folder, pinned to a commit; and a SAELens directory with a card."""
+"""SAEs on the Hugging Face Hub: hf://owner/repo[@revision]/folder, downloaded from one commit."""
 
 import contextlib
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ...common.errors import DamagedError, Interrupted, SaeError, UnavailableError, UsageError
-from ...common.files import atomic_write
+from ...common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ...common.formatting import format_bytes
-from ..sae import load_sae
 from .base import Format
-from .export import export_sae
-from .import_ import ImportResult, import_sae
-from .model_card import model_card
-from .verify import Progress, no_progress
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 
@@ -29,26 +22,28 @@ class HubAddress(NamedTuple):
     folder: str
 
     @classmethod
-    def of(cls, text: str) -> "HubAddress":
+    def parse(cls, text: str) -> "HubAddress":
         parts = text.removeprefix("hf://").rstrip("/").split("/", 2)
-        name, _, revision = "/".join(parts[:2]).partition("@")
+        repo, _, revision = "/".join(parts[:2]).partition("@")
         folder = parts[2] if len(parts) > 2 else ""
-        if not REPO_ID.fullmatch(name) or ".." in PurePosixPath(folder).parts or folder.startswith("/"):
+        if not REPO_ID.fullmatch(repo) or ".." in PurePosixPath(folder).parts or folder.startswith("/"):
             raise UsageError(
-                f"{text} is no place on the Hub: write hf://owner/repo/folder, or hf://owner/repo@revision/folder."
+                f"Invalid address {text}: expected hf://owner/repo/folder or hf://owner/repo@revision/folder."
             )
-        return cls(name, revision or None, folder)
+        return cls(repo, revision or None, folder)
 
 
 class RemoteFile(NamedTuple):
+    """A file of a repository, with the size and checksum that the Hub declares."""
+
     name: str
     size: int
     sha256: str | None
 
 
 @contextlib.contextmanager
-def translate_hub_errors(what: str) -> Iterator[None]:
-    """What the Hub can answer, as sentences."""
+def translate_hub_errors(repo: str) -> Iterator[None]:
+    """Turn the client's exceptions into errors of this package that say what to do."""
     from huggingface_hub import errors
 
     try:
@@ -57,41 +52,44 @@ def translate_hub_errors(what: str) -> Iterator[None]:
         raise
     except errors.GatedRepoError as error:
         raise UnavailableError(
-            f"{what} is gated: accept its licence on https://huggingface.co, then `hf auth login`."
+            f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, then run `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UnavailableError(
-            f"There is no {what} on the Hub that you can see. Check the name; if it is private, run `hf auth login`."
+            f"{repo} was not found on the Hub. Check the name; if it is private, run `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise UsageError(f"{what} has no such revision. Give a commit, a branch or a tag of it.") from error
-    except Exception as error:  # of whichever client of HTTP it uses
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{repo} has no such revision. Give one of its commits, branches or tags.") from error
+    except Exception as error:  # the HTTP client's own exceptions are not always OSErrors
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnavailableError(
-            f"The Hub could not be reached for {what}: {first.rstrip('.')}. Check the network and `hf auth login`."
+            f"Could not reach the Hub for {repo}: {first_line.rstrip('.')}. Check the network and `hf auth login`."
         ) from error
 
 
-def import_from_hub(text: str, *, say: Callable[[str], None] = lambda line: None, **options: Any) -> ImportResult:
-    """`import_sae` of a folder on the Hub. Only the files that its format needs are fetched, from one commit."""
+def download_sae(address: str, root: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """Download the files of one SAE, and no others, from one commit.
+
+    Returns its folder below `root`, and its origin: repository, revision and path. `say` is told the commit and the
+    files before the download begins.
+    """
     from huggingface_hub import HfApi, hf_hub_download
 
-    address = HubAddress.of(text)
-    with translate_hub_errors(address.repo):
-        info = HfApi().model_info(address.repo, revision=address.revision, files_metadata=True)
-    files = select_files(address, [remote_file(sibling) for sibling in info.siblings or []])
-    say(f"commit   {address.repo} at {info.sha}")
+    repo, revision, _ = parsed = HubAddress.parse(address)
+    with translate_hub_errors(repo):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    files = select_files(parsed, [remote_file(sibling) for sibling in info.siblings or []])
+    say(f"commit   {repo} at {info.sha}")
     for file in files:
         say(f"file     {file.name} ({format_bytes(file.size)})")
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place, *address.repo.split("/"))
-        for file in files:
-            with translate_hub_errors(address.repo):
-                hf_hub_download(address.repo, file.name, revision=info.sha, local_dir=root)
-            check_download(root / file.name, file)
-        folder = Path(files[0].name).parent
-        origin = {"repository": address.repo, "revision": info.sha, "path": folder.as_posix()}
-        return import_sae(root / folder, origin=origin, **options)
+    # The repository's name stays part of the local path: Gemma Scope's names model and site.
+    local_repo = Path(root, *repo.split("/"))
+    for file in files:
+        with translate_hub_errors(repo):
+            hf_hub_download(repo, file.name, revision=info.sha, local_dir=local_repo)
+        check_download(local_repo / file.name, file)
+    folder = Path(files[0].name).parent
+    return local_repo / folder, {"repository": repo, "revision": info.sha, "path": folder.as_posix()}
 
 
 def remote_file(sibling: Any) -> RemoteFile:
@@ -99,79 +97,52 @@ def remote_file(sibling: Any) -> RemoteFile:
     return RemoteFile(sibling.rfilename, sibling.size or 0, getattr(lfs, "sha256", None))
 
 
-def select_files(address: HubAddress, everything: list[RemoteFile]) -> list[RemoteFile]:
-    """The files of the SAE in a folder, its weights first. UsageError when there is none, or several."""
-    wrong = [file.name for file in everything if is_unsafe_name(file.name)]
-    if wrong:
-        raise UsageError(f"Refused: {address.repo} holds {wrong[0][:80]!r}, which leads out of its folder.")
+def select_files(address: HubAddress, files: list[RemoteFile]) -> list[RemoteFile]:
+    """The files of the SAE at an address, weights first. UsageError if there is none, or more than one."""
+    unsafe = [file.name for file in files if is_unsafe_name(file.name)]
+    if unsafe:
+        raise UsageError(f"Refused: {address.repo} holds {unsafe[0][:80]!r}, which leads out of its folder.")
     folder = PurePosixPath(address.folder)
-    if folder.name in {name for kind in Format.registry.values() for name in kind.files}:
+    if folder.name in {name for fmt in Format.registry.values() for name in fmt.files}:
         folder = folder.parent
-    for kind in Format.registry.values():
-        found = [file for file in everything if PurePosixPath(file.name).name == kind.files[0]]
-        if here := [file for file in found if PurePosixPath(file.name).parent == folder]:
-            beside = [folder / name for name in kind.files[1:]] + [folder.parent / name for name in kind.above]
-            return here + [file for file in everything if PurePosixPath(file.name) in beside]
-    inside = sorted(
+    for fmt in Format.registry.values():
+        weights = [file for file in weights_files(files, fmt) if PurePosixPath(file.name).parent == folder]
+        if weights:
+            others = [folder / name for name in fmt.files[1:]] + [folder.parent / name for name in fmt.parent_files]
+            return weights + [file for file in files if PurePosixPath(file.name) in others]
+    below = sorted(
         str(PurePosixPath(file.name).parent)
-        for kind in Format.registry.values()
-        for file in everything
-        if PurePosixPath(file.name).name == kind.files[0] and PurePosixPath(file.name).is_relative_to(folder)
+        for fmt in Format.registry.values()
+        for file in weights_files(files, fmt)
+        if PurePosixPath(file.name).is_relative_to(folder)
     )
-    where = f" in {address.folder}" if address.folder else ""
-    if len(inside) == 1:
-        return select_files(address._replace(folder=inside[0]), everything)
-    if inside:
-        shown = "\n".join(f"  hf://{address.repo}/{name}" for name in inside[:12])
-        raise UsageError(f"{address.repo} holds {len(inside):,} SAEs{where}. Name one:\n{shown}")
-    raise UsageError(
-        f"{address.repo} holds no SAE of a known format{where}. Look at https://huggingface.co/{address.repo}/tree/main"
-    )
+    if len(below) == 1:
+        return select_files(address._replace(folder=below[0]), files)
+    location = f"{address.repo}/{address.folder}" if address.folder else address.repo
+    if below:
+        choices = "\n".join(f"  hf://{address.repo}/{name}" for name in below[:12])
+        raise UsageError(f"{location} holds {len(below):,} SAEs. Choose one:\n{choices}")
+    raise UsageError(f"{location} holds no SAE of a known format. See https://huggingface.co/{address.repo}/tree/main")
+
+
+def weights_files(files: list[RemoteFile], fmt: Format) -> list[RemoteFile]:
+    return [file for file in files if PurePosixPath(file.name).name == fmt.files[0]]
 
 
 def is_unsafe_name(name: str) -> bool:
-    """Whether a name leads out of its folder, or holds what a terminal would obey."""
+    """Whether a file name leads out of its folder, or holds control characters that a terminal would obey."""
     return not name.isprintable() or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts
 
 
 def check_download(path: Path, file: RemoteFile) -> None:
-    """DamagedError unless a file has the bytes that the Hub promises."""
+    """DamagedError unless a file has the size and checksum that the Hub declares."""
     if not path.is_file() or path.stat().st_size != file.size:
         raise DamagedError(
-            f"{file.name} did not come whole: {file.size:,} bytes were promised. Run the same command again."
+            f"The download of {file.name} is incomplete: expected {file.size:,} bytes. Run the same command again."
         )
     if file.sha256 is not None:
         with path.open("rb") as opened:
             if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
                 raise DamagedError(
-                    f"{file.name} came with another checksum than the Hub promises. Run the same command again."
+                    f"{file.name} does not have the checksum that the Hub declares. Run the same command again."
                 )
-
-
-def upload_sae(
-    run: Path, repo: str, *, private: bool = False, approximate: str | None = None, cache: Path | None = None,
-    agree: Callable[[str], bool], say: Callable[[str], None] = lambda line: None, progress: Progress = no_progress,
-) -> str:  # fmt: skip
-    """Upload a run as a SAELens directory with a model card; returns its address. Nothing leaves before `agree` says so."""
-    from huggingface_hub import HfApi
-
-    if not REPO_ID.fullmatch(repo):
-        raise UsageError(f"--repo {repo} is no name of a repository: write owner/name.")
-    model = load_sae(run).origin.get("model", {}).get("name")
-    base = model if isinstance(model, str) and REPO_ID.fullmatch(model) else None
-    with tempfile.TemporaryDirectory() as place:
-        made = export_sae(run, "saelens", Path(place) / "sae", approximate=approximate, cache=cache, progress=progress)
-        atomic_write(made.folder / "README.md", model_card(made, run, repo, base).encode())
-        for note in made.notes:
-            say(f"note     {note}")
-        say(f"checked  {made.check}")
-        for path in made.files:
-            say(f"file     {path.name} ({path.stat().st_size:,} bytes)")
-        kind = "private" if private else "public"
-        if not agree(f"Upload these {len(made.files)} files to https://huggingface.co/{repo}, {kind} if it is new?"):
-            raise Interrupted("Nothing left this machine.")
-        api = HfApi()
-        with translate_hub_errors(repo):
-            api.create_repo(repo, private=private, exist_ok=True)
-            done = api.upload_folder(repo_id=repo, folder_path=made.folder, commit_message=f"SAE {run.resolve().name}")
-        return f"https://huggingface.co/{repo} at {getattr(done, 'oid', 'main')}"

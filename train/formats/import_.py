@@ -1,6 +1,9 @@
-"""The files of another library as a run folder of ours, checked before it is called by its name."""
+"""Import of another library's files as a run folder, verified before the folder gets its final name."""
 
 import hashlib
+import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,147 +16,210 @@ from ..sae import SAE, save_sae
 from .base import ForeignSAE, Format, detect_format
 from .canonical import to_canonical
 from .export import new_folder
+from .hub import download_sae
 from .safe_read import ForeignFolder
 from .verify import Check, Progress, cached_rows, compare, no_progress, require_passed, synthetic_rows
 
-FORMAT = 1
+FORMAT = 1  # of run.json
 
 
 @dataclass
 class ImportResult:
-    """The run folder that was made, its SAE, and how it was checked."""
+    """The run folder of an import, which can also be used as a path, its SAE, and how it was verified."""
 
     folder: Path
     format: str
     sae: SAE
     check: Check
-    cache: Path | None
+    cache: Path | None  # the cache that the run is tied to
     notes: list[str] = field(default_factory=list)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.folder)
 
 
 def import_sae(
-    path: Path | str,
+    path: str | os.PathLike[str],
     *,
     model: str | None = None,
     layer: int | None = None,
-    cache: Path | str | None = None,
-    out: Path | str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
     name: str | None = None,
-    origin: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> ImportResult:
-    """Make a run folder of an SAE of SAELens, Gemma Scope, dictionary_learning or sparsify; which, its files say.
+    """Make a run folder from the files of SAELens, Gemma Scope, dictionary_learning or sparsify.
 
-    Model and layer are taken from the files where they say them. With a cache of that model and layer, given or found,
-    `sae evaluate` works on it as on a run of ours. `origin`: where the files were before, of the Hub.
+    The format is detected from the files, and nothing in them is run. Latents and reconstructions computed with the
+    files' own tensors are compared with those of the imported SAE, as in `export_sae`. If there is a cache of its model
+    and layer, `sae evaluate` works on the run folder as on any other.
 
-    Raises UsageError for what is refused or missing, DamagedError for files that contradict themselves.
+    Args:
+        path: a folder, the weights file in it, or hf://owner/repo[@revision]/folder.
+        model: id on the Hub, or a folder. Needed only if the files do not record it; overrides what they record.
+        layer: zero-based block. Needed only if the files do not record it; overrides what they record.
+        cache: a cache of the model, to verify on and to evaluate with. Default: the only cache that fits, if any.
+        out: the folder in which the run folder is made. Default: runs/.
+        name: of the run folder. Default: imported-<activation>-L<layer>-n<d_sae>-<digest>.
+        say: called with lines about a download.
+        progress: called with (rows compared, rows in all).
+
+    Returns:
+        An `ImportResult` with `.sae`, `.folder`, `.check` (the comparison) and `.notes`.
+
+    Raises:
+        UsageError: the files are refused, unsupported or missing, or model and layer are not known.
+        DamagedError: the files are truncated or contradict each other.
+        UnavailableError: the Hub cannot be reached or does not grant access.
+        SaeError: the verification failed; nothing is left behind.
+
+    Example:
+        >>> imported = sae.import_sae("hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
+        >>> f = imported.sae.encode(x)  # (..., 2304) -> (..., 16384)
+        >>> sae.evaluate_saes([imported.folder])
     """
     if name and (Path(name).name != name or name.startswith(".") or not name.isprintable()):
-        raise UsageError(f"--name {name!r} is no name of a folder. Give one word, such as gemma-scope-16k.")
-    path = Path(path)
-    folder = ForeignFolder(path.parent if path.is_file() else path)
-    if not folder.path.is_dir():
-        raise UsageError(f"There is no folder {path}. Give one with an SAE, or hf://owner/repo/folder.")
-    kind = detect_format(folder)
-    if path.is_file() and path.name not in kind.files:
-        raise UsageError(
-            f"{path} is not the file of an SAE; its folder holds one of {kind.name}: sae import {path.parent}"
-        )
-    found = kind.read(folder)
-    hook, called = resolve_hook_and_model(found, folder.path, model, layer)
-    source = find_cache(called, hook, found.sae.d_in, Path(cache) if cache is not None else None, found.notes)
-    if source is not None:
-        called = source.model
-    plain = to_canonical(found.sae)
-    rows = synthetic_rows(plain) if source is None else cached_rows(source, hook)
-    check = compare(found.sae, plain, kind.reference(folder), rows, progress=progress)
-    require_passed(check, f"The import of {path}")
-    files = file_digests(kind, folder)
-    variant = f"imported-{plain.kind}"
-    digest = digest_of([files, called, *hook])[:6]
-    title = name or f"{variant}-L{hook.layer:02d}-n{found.sae.d_sae}-{digest}"
-    target = (Path(out) if out is not None else sae_home() / "runs") / title
+        raise UsageError(f"Invalid --name {name!r}: expected the name of one folder, such as gemma-scope-16k.")
+    runs = Path(out) if out is not None else sae_home() / "runs"
+    cache_folder = Path(cache) if cache is not None else None
+    text = os.fspath(path)
+    if not text.startswith("hf://"):
+        return import_files(Path(path), None, model, layer, cache_folder, runs, name, progress)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, origin = download_sae(text, Path(temporary), say)
+        return import_files(folder, origin, model, layer, cache_folder, runs, name, progress)
+
+
+def import_files(
+    path: Path,
+    hub_origin: dict[str, Any] | None,
+    model: str | None,
+    layer: int | None,
+    cache_folder: Path | None,
+    runs: Path,
+    name: str | None,
+    progress: Progress,
+) -> ImportResult:
+    """`import_sae` of local files. `hub_origin`: where they were downloaded from."""
+    folder, fmt = open_folder(path)
+    foreign = fmt.read(folder)
+    hook, model = resolve_hook_and_model(foreign, folder.path, model, layer)
+    cache = find_cache(model, hook, foreign.sae.d_in, cache_folder, foreign.notes)
+    if cache is not None:
+        model = cache.model
+    canonical = to_canonical(foreign.sae)
+    rows = synthetic_rows(canonical) if cache is None else cached_rows(cache, hook)
+    check = compare(foreign.sae, canonical, fmt.reference(folder), rows, progress=progress)
+    require_passed(check, f"The import of {path if hub_origin is None else hub_origin['repository']}")
+    sha256 = file_digests(fmt, folder)
+    variant = f"imported-{canonical.activation}"
+    digest = digest_of([sha256, model, *hook])[:6]
+    target = runs / (name or f"{variant}-L{hook.layer:02d}-n{foreign.sae.d_sae}-{digest}")
     if (target / "sae.json").exists():
-        raise UsageError(f"{target} is there already: sae evaluate {target}. For another, give --name.")
-    about: dict[str, Any] = {
-        "model": {"name": called, "revision": model_revision(source, found)},
-        **hook._asdict(),
-        "hook_name": hook.name,
-        "variant": variant,
-        "format": kind.name,
-        "context": source.identity["context"] if source is not None else found.context,
-    }
-    if source is not None:
-        about |= {"cache": str(source.folder.resolve()), "fingerprint": source.fingerprint}
-    elsewhere = origin or {"path": str(folder.path.resolve())}
+        raise UsageError(f"{target} already exists: run sae evaluate {target}, or give another name with --name.")
+    source = hub_origin or {"path": str(folder.path.resolve())}
     record = {
-        "format": FORMAT, "variant": variant, "layer": hook.layer, "site": hook.site, "d_in": found.sae.d_in,
-        "d_sae": found.sae.d_sae, "imported_from": {"format": kind.name, **elsewhere, "sha256": files},
-        "check": check.record(), "notes": found.notes, "metadata": found.metadata,
-    }  # fmt: skip
+        "format": FORMAT,
+        "variant": variant,
+        "layer": hook.layer,
+        "site": hook.site,
+        "d_in": foreign.sae.d_in,
+        "d_sae": foreign.sae.d_sae,
+        "imported_from": {"format": fmt.name, **source, "sha256": sha256},
+        "check": check.record(),
+        "notes": foreign.notes,
+        "metadata": foreign.metadata,
+    }
+    foreign.sae.origin = sae_origin(foreign, fmt, hook, model, cache, variant)
     with new_folder(target) as temporary:
         write_json(temporary / "run.json", record)
-        save_sae(found.sae, temporary, about)
-    found.sae.origin = about
-    return ImportResult(target, kind.name, found.sae, check, source.folder if source else None, found.notes)
+        save_sae(foreign.sae, temporary, foreign.sae.origin)
+    return ImportResult(target, fmt.name, foreign.sae, check, cache.folder if cache else None, foreign.notes)
 
 
-def resolve_hook_and_model(found: ForeignSAE, path: Path, model: str | None, layer: int | None) -> tuple[Hook, str]:
-    """The hook point and the model, asked for or said by the files. UsageError when neither."""
-    hook = found.hook
+def open_folder(path: Path) -> tuple[ForeignFolder, Format]:
+    """The folder of an SAE, given itself or one of its files, and its format."""
+    folder = ForeignFolder(path.parent if path.is_file() else path)
+    if not folder.path.is_dir():
+        raise UsageError(f"No such folder: {path}. Give a folder with an SAE, or hf://owner/repo/folder.")
+    fmt = detect_format(folder)
+    if path.is_file() and path.name not in fmt.files:
+        raise UsageError(
+            f"{path} is not a file of the {fmt.name} SAE in its folder. To import that: sae import {path.parent}"
+        )
+    return folder, fmt
+
+
+def resolve_hook_and_model(foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None) -> tuple[Hook, str]:
+    """Hook point and model: the given ones, else those that the files record. UsageError if neither is known."""
+    hook = foreign.hook
     if layer is not None:
         if layer < 0:
-            raise UsageError(f"--layer {layer} is no block: they count from 0.")
+            raise UsageError(f"Invalid --layer {layer}: expected a block number, counted from 0.")
         if hook is not None and hook.layer != layer:
-            found.notes.append(f"The files say {hook}; --layer {layer} was taken.")
+            foreign.notes.append(f"The files say {hook}; --layer {layer} overrides it.")
         hook = Hook(layer, hook.site if hook is not None else "resid_post")
-    called = model_name(model) or found.model
-    if model is not None and found.model not in (None, called):
-        found.notes.append(f"The files say {found.model}; --model {called} was taken.")
-    lacking = [flag for flag, value in (("--layer 12", hook), ("--model google/gemma-2-2b", called)) if value is None]
-    if hook is None or called is None:
+    resolved = model_name(model) or foreign.model
+    if model is not None and foreign.model not in (None, resolved):
+        foreign.notes.append(f"The files say {foreign.model}; --model {resolved} overrides it.")
+    if hook is None or resolved is None:
+        missing = {"model": "--model google/gemma-2-2b"} if resolved is None else {}
+        missing |= {"layer": "--layer 12"} if hook is None else {}
         raise UsageError(
-            f"The files of {path} do not say which {'model and layer' if len(lacking) > 1 else lacking[0].split()[0][2:]} they are of. "
-            f"Add {' '.join(reversed(lacking))}."
+            f"The files in {folder} do not record their {' and '.join(missing)}. Add {' '.join(missing.values())}."
         )
-    return hook, called
+    return hook, resolved
 
 
-def find_cache(model: str, hook: Hook, d_in: int, given: Path | None, notes: list[str]) -> Cache | None:
-    """The cache that an SAE can be evaluated on: the one given, or the only one of its model and hook."""
-    if given is not None:
-        cache = Cache(given)
+def find_cache(model: str, hook: Hook, d_in: int, cache_folder: Path | None, notes: list[str]) -> Cache | None:
+    """A cache to evaluate an SAE on: the given one, else the only one of its model and hook, else None."""
+    if cache_folder is not None:
+        cache = Cache(cache_folder)
         width = cache.array(cache.require(*hook)).shape[1]
         if cache.model != model:
-            raise UsageError(f"--cache {given} holds activations of {cache.model}, and the SAE is of {model}.")
+            raise UsageError(f"--cache {cache_folder} holds activations of {cache.model}, but the SAE is of {model}.")
         if width != d_in:
-            raise UsageError(f"--cache {given} has rows of {width} numbers, and the SAE takes {d_in}.")
+            raise UsageError(f"--cache {cache_folder} has rows of width {width}, but the SAE has d_in {d_in}.")
         return cache
-    opened = [c for c in list_caches().values() if isinstance(c, Cache)]
-    fitting = [c for c in opened if c.model == model and hook in c.hooks and c.array(hook.array).shape[1] == d_in]
+    caches = [c for c in list_caches().values() if isinstance(c, Cache)]
+    fitting = [c for c in caches if c.model == model and hook in c.hooks and c.array(hook.array).shape[1] == d_in]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         notes.append(
-            f"{len(fitting)} caches hold {hook} of {model}; none was taken. --cache {fitting[0].folder} takes the first."
+            f"{len(fitting)} caches hold {hook} of {model}, so none was chosen. To use the first: "
+            f"--cache {fitting[0].folder}"
         )
     return None
 
 
-def model_revision(cache: Cache | None, found: ForeignSAE) -> str | None:
+def sae_origin(
+    foreign: ForeignSAE, fmt: Format, hook: Hook, model: str, cache: Cache | None, variant: str
+) -> dict[str, Any]:
+    """The origin that sae.json records, with the keys that training writes."""
+    revision = foreign.metadata.get("model_revision")
     if cache is not None:
-        return cache.identity["model"].get("revision")
-    said = found.metadata.get("model_revision")
-    return said if isinstance(said, str) else None
+        revision = cache.identity["model"].get("revision")
+    origin: dict[str, Any] = {
+        "model": {"name": model, "revision": revision if isinstance(revision, str) else None},
+        **hook._asdict(),
+        "hook_name": hook.name,
+        "variant": variant,
+        "format": fmt.name,
+        "context": cache.identity["context"] if cache is not None else foreign.context,
+    }
+    if cache is not None:
+        origin |= {"cache": str(cache.folder.resolve()), "fingerprint": cache.fingerprint}
+    return origin
 
 
-def file_digests(kind: Format, folder: ForeignFolder) -> dict[str, str]:
-    """sha256 of every file that was read, by its name in the folder."""
-    found = {}
-    names = (*kind.files, *kind.above)
+def file_digests(fmt: Format, folder: ForeignFolder) -> dict[str, str]:
+    """sha256 of every file that was read, by its path in the folder."""
+    digests = {}
+    names = (*fmt.files, *fmt.parent_files)
     for path in sorted(p for name in names for p in (folder.path / name, *folder.path.glob(f"*/{name}"))):
         if path.is_file() and path.resolve().is_relative_to(folder.path.resolve()):
             with path.open("rb") as file:
-                found[path.relative_to(folder.path).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                digests[path.relative_to(folder.path).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

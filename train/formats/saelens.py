@@ -1,11 +1,13 @@
-"""SAELens' directory of version 6: cfg.json and sae_weights.safetensors.
+"""SAELens, the directory of version 6: cfg.json and sae_weights.safetensors.
 
-    x'   = x - b_dec where apply_b_dec_to_input, which is true where it is not said
+    x'     = x - b_dec if apply_b_dec_to_input; true if the key is missing
     topk   with rescale_acts_by_decoder_norm: f = the k largest of z |W_dec,i|, x_hat = (f / |W_dec|) W_dec + b_dec
 
-We write raw activations in, unit rows, b_dec inside b_enc. So a relu is `standard`, and what has a threshold is `jumprelu`.
+Exports take raw activations and have unit decoder rows and b_dec folded into b_enc. A relu is exported as `standard`,
+everything with a threshold as `jumprelu`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,160 +31,116 @@ from .safe_read import (
     short_repr,
 )
 
-ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # names of a training, whose inference is a jumprelu
+ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # to CanonicalSAE's
+TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # saved only while training; for inference a jumprelu
 PER_TOKEN_NORMALIZATIONS = {
-    "layer_norm": "divides every token by its own standard deviation",
-    "constant_norm_rescale": "divides every token by its own norm",
-    "covariance_whitening": "whitens its input",
+    "layer_norm": "divides each token by its own standard deviation",
+    "constant_norm_rescale": "divides each token by its own norm",
+    "covariance_whitening": "whitens the input",
 }
 
 
 class SAELens(Format, name="saelens"):
-    holds = ("relu", "topk", "gated", "jumprelu")
+    activations = ("relu", "topk", "gated", "jumprelu")
     files = ("sae_weights.safetensors", "cfg.json", "activation_scaler.json")
 
-    def recognise(self, folder: ForeignFolder) -> bool:
+    def matches(self, folder: ForeignFolder) -> bool:
         return folder.has("sae_weights.safetensors")
 
-    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
-        names = {kind: name for name, kind in ARCHITECTURES.items()}
+    def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
+        architectures = {activation: name for name, activation in ARCHITECTURES.items()}
         config: dict[str, Any] = {
-            "architecture": names[plain.kind],
-            "d_in": plain.d_in,
-            "d_sae": plain.d_sae,
+            "architecture": architectures[canonical.activation],
+            "d_in": canonical.d_in,
+            "d_sae": canonical.d_sae,
             "dtype": "float32",
             "device": "cpu",
             "apply_b_dec_to_input": False,
             "normalize_activations": "none",
-            "reshape_activations": "hook_z" if ".hook_z" in about.get("hook_name", "") else "none",
+            "reshape_activations": "hook_z" if ".hook_z" in metadata.get("hook_name", "") else "none",
         }
-        if plain.kind == "topk":  # with unit rows both mean the same, and without it fold_W_dec_norm() is refused
-            config |= {"k": plain.k, "rescale_acts_by_decoder_norm": plain.unit_rows}
-        tensors = {"W_enc": plain.W_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
-        match plain:
-            case CanonicalSAE(kind="gated", r_mag=Tensor(), b_mag=Tensor()):
-                tensors |= {"b_gate": plain.b_enc, "r_mag": plain.r_mag, "b_mag": plain.b_mag}
-            case CanonicalSAE(kind="jumprelu", threshold=Tensor()):
-                tensors |= {"b_enc": plain.b_enc, "threshold": plain.threshold}
-            case _:
-                tensors["b_enc"] = plain.b_enc
-        atomic_write(folder / self.files[0], save({n: t.float().contiguous().clone() for n, t in tensors.items()}))
-        write_json(folder / "cfg.json", {**config, "metadata": about})
+        if canonical.activation == "topk":
+            # With unit rows True and False mean the same, but SAELens' fold_W_dec_norm() works only with True.
+            config |= {"k": canonical.k, "rescale_acts_by_decoder_norm": canonical.has_unit_rows}
+        tensors = {"W_enc": canonical.W_enc, "W_dec": canonical.W_dec, "b_dec": canonical.b_dec}
+        if canonical.activation == "gated":
+            assert canonical.r_mag is not None and canonical.b_mag is not None
+            tensors |= {"b_gate": canonical.b_enc, "r_mag": canonical.r_mag, "b_mag": canonical.b_mag}
+        else:
+            tensors["b_enc"] = canonical.b_enc
+        if canonical.activation == "jumprelu":
+            assert canonical.threshold is not None
+            tensors["threshold"] = canonical.threshold
+        data = save({name: t.float().contiguous().clone() for name, t in tensors.items()})
+        atomic_write(folder / "sae_weights.safetensors", data)
+        write_json(folder / "cfg.json", {**config, "metadata": metadata})
 
     def load(self, folder: ForeignFolder) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
-        """The configuration, the kind, and the tensors as they lie there."""
-        config, at = upgrade_config(folder.record("cfg.json")), folder.path / "cfg.json"
-        architecture = get_str(at, config, "architecture", "standard")
-        if architecture in TRAINING_ARCHITECTURES:
-            raise UsageError(
-                f"{at} is of a {architecture} in training; SAELens saves its inference as jumprelu. Save it with save_inference_model."
-            )
-        if architecture not in ARCHITECTURES:
-            raise UsageError(
-                f"{at} has the architecture {short_repr(architecture)}; known here are {', '.join(ARCHITECTURES)}."
-            )
-        act = config.get("activation_fn", "relu")
-        if act not in (None, "relu", architecture):  # SAELens itself makes a relu of it
-            raise UsageError(
-                f"{at} has the activation {short_repr(act)}, and is called {architecture}: one of the two is wrong. Ask the author."
-            )
-        if config.get("finetuning_scaling_factor"):
-            raise UsageError(f"{at} has finetuning_scaling_factor, which SAELens itself no longer knows.")
-        kind = ARCHITECTURES[architecture]
-        path = folder.file(self.files[0])
-        claims = read_safetensors_headers(path)
-        D, F = get_positive_int(at, config, "d_in"), get_positive_int(at, config, "d_sae")
+        """The config in version 6 form, the activation of CanonicalSAE, and the tensors as they are in the file."""
+        config, config_path = upgrade_config(folder.read_json("cfg.json")), folder.path / "cfg.json"
+        activation = read_activation(config_path, config)
+        path = folder.require_file("sae_weights.safetensors")
+        headers = read_safetensors_headers(path)
+        D, F = get_positive_int(config_path, config, "d_in"), get_positive_int(config_path, config, "d_sae")
         expected: dict[str, tuple[int, ...]] = {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,)}
-        more = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(kind, ("b_enc",))
-        found = read_weights(path, claims, {**expected, **{name: (F,) for name in more}})
-        if kind == "topk" and get_positive_int(at, config, "k") > F:
-            raise DamagedError(f"{at}: k is {config['k']}, and there are {F} latents.")
-        return config, kind, found
-
-    def scale(self, folder: ForeignFolder, config: dict[str, Any]) -> float:
-        """What x is multiplied by before the SAE. UsageError where it is not the same for every token, or not said."""
-        at = folder.path / "cfg.json"
-        how = get_str(at, config, "normalize_activations", "none")
-        if how == "none":
-            return 1.0
-        if how in PER_TOKEN_NORMALIZATIONS:
-            raise UsageError(
-                f"{at}: normalize_activations is {how}, which {PER_TOKEN_NORMALIZATIONS[how]}. No SAE of ours does that."
-            )
-        value = config.get("norm_scaling_factor")
-        if folder.has("activation_scaler.json"):
-            value = folder.record("activation_scaler.json").get("scaling_factor")
-        if how != "expected_average_only_in" or isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UsageError(
-                f"{at}: normalize_activations is {short_repr(how)}, and by how much its input was scaled stands nowhere in the "
-                "files. Ask the author to fold it (fold_activation_norm_scaling_factor), or for the factor: norm_scaling_factor in cfg.json."
-            )
-        if not 1e-30 < value < 1e30:
-            raise DamagedError(f"{at}: a scale of {short_repr(value)} is none.")
-        return float(value)
+        vectors = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
+        tensors = read_weights(path, headers, {**expected, **{n: (F,) for n in vectors.get(activation, ("b_enc",))}})
+        if activation == "topk" and get_positive_int(config_path, config, "k") > F:
+            raise DamagedError(f"{config_path}: k is {config['k']}, but there are only {F} latents.")
+        return config, activation, tensors
 
     def read(self, folder: ForeignFolder) -> ForeignSAE:
-        config, kind, found = self.load(folder)
-        s, at = self.scale(folder, config), folder.path / "cfg.json"
-        w = {name: t.double() for name, t in found.items()}
-        W_enc, W_dec, b_dec = w["W_enc"] * s, w["W_dec"] / s, w["b_dec"] / s
-        pre_bias = get_bool(at, config, "apply_b_dec_to_input", True)
-        b_enc = w["b_gate"] if kind == "gated" else w["b_enc"]
-        inside_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
-        plain = CanonicalSAE(W_enc, b_enc - inside_F, W_dec, b_dec, kind)
-        match kind:
-            case "topk":
-                if get_bool(at, config, "rescale_acts_by_decoder_norm", False):
-                    n_F = w["W_dec"].norm(dim=1)
-                    if (n_F == 0).any():
-                        raise DamagedError(
-                            f"{at}: {int((n_F == 0).sum())} rows of W_dec are zero, and have to be divided by."
-                        )
-                    plain = CanonicalSAE(W_enc * n_F, plain.b_enc * n_F, W_dec / n_F[:, None], b_dec, kind)
-                plain = CanonicalSAE(
-                    plain.W_enc, plain.b_enc, plain.W_dec, b_dec, kind, k=get_positive_int(at, config, "k")
-                )
-            case "jumprelu":
-                plain = CanonicalSAE(W_enc, plain.b_enc, W_dec, b_dec, kind, threshold=w["threshold"].clamp_min(0))
-            case "gated":
-                b_mag = w["b_mag"] - w["r_mag"].exp() * inside_F
-                plain = CanonicalSAE(W_enc, plain.b_enc, W_dec, b_dec, kind, r_mag=w["r_mag"], b_mag=b_mag)
-        return add_metadata(ForeignSAE(from_canonical(plain, pre_bias=pre_bias)), config)
+        config, activation, tensors = self.load(folder)
+        scale, config_path = input_scale(folder, config), folder.path / "cfg.json"
+        w = {name: t.double() for name, t in tensors.items()}
+        W_enc, W_dec, b_dec = w["W_enc"] * scale, w["W_dec"] / scale, w["b_dec"] / scale
+        pre_bias = get_bool(config_path, config, "apply_b_dec_to_input", True)
+        b_enc = w["b_gate"] if activation == "gated" else w["b_enc"]
+        b_dec_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
+        canonical = CanonicalSAE(W_enc, b_enc - b_dec_F, W_dec, b_dec, activation)
+        if activation == "topk":
+            canonical = replace(canonical, k=get_positive_int(config_path, config, "k"))
+            if get_bool(config_path, config, "rescale_acts_by_decoder_norm", False):
+                canonical = fold_decoder_norm(canonical, w["W_dec"].norm(dim=1), config_path)
+        elif activation == "jumprelu":
+            canonical = replace(canonical, threshold=w["threshold"].clamp_min(0))
+        elif activation == "gated":
+            canonical = replace(canonical, r_mag=w["r_mag"], b_mag=w["b_mag"] - w["r_mag"].exp() * b_dec_F)
+        return add_metadata(ForeignSAE(from_canonical(canonical, pre_bias=pre_bias)), config)
 
     def reference(self, folder: ForeignFolder) -> Reference:
-        config, kind, found = self.load(folder)
-        s, w = self.scale(folder, config), {name: t.double() for name, t in found.items()}
+        config, activation, tensors = self.load(folder)
+        scale, w = input_scale(folder, config), {name: t.double() for name, t in tensors.items()}
 
-        def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:
-            x_BD = x_BD.double() * s
+        def encode_decode(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+            x_BD = x_BD.double() * scale
             if config.get("apply_b_dec_to_input", True):
                 x_BD = x_BD - w["b_dec"]
             z_BF = x_BD @ w["W_enc"]
-            if kind == "gated":
+            if activation == "gated":
                 f_BF = (z_BF + w["b_gate"] > 0) * (x_BD @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]).relu()
-            elif kind == "topk":
+            elif activation == "topk":
                 n_F = w["W_dec"].norm(dim=-1) if config.get("rescale_acts_by_decoder_norm", False) else 1.0
                 top = ((z_BF + w["b_enc"]) * n_F).topk(config["k"], dim=-1)
                 f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values.relu())
-                return f_BF, ((f_BF / n_F) @ w["W_dec"] + w["b_dec"]) / s
+                return f_BF, ((f_BF / n_F) @ w["W_dec"] + w["b_dec"]) / scale
             else:
                 f_BF = (z_BF + w["b_enc"]).relu()
-                if kind == "jumprelu":
+                if activation == "jumprelu":
                     f_BF = f_BF * (z_BF + w["b_enc"] > w["threshold"])
-            return f_BF, (f_BF @ w["W_dec"] + w["b_dec"]) / s
+            return f_BF, (f_BF @ w["W_dec"] + w["b_dec"]) / scale
 
-        return code
+        return encode_decode
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of before version 6 in the words of now: topk was an activation of `standard`."""
-    old = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
-    config = {old.get(name, name): value for name, value in config.items()}
+    """A config from before version 6 in the terms of version 6: topk was an activation of `standard`."""
+    renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+    config = {renamed.get(name, name): value for name, value in config.items()}
     if config.get("activation_fn") == "topk" and (k := get_nested(config, "activation_fn_kwargs", "k")) is not None:
         config |= {"architecture": "topk", "k": k}
-    if isinstance(how := config.get("normalize_activations"), bool):
-        config["normalize_activations"] = "expected_average_only_in" if how else "none"
+    if isinstance(normalize := config.get("normalize_activations"), bool):
+        config["normalize_activations"] = "expected_average_only_in" if normalize else "none"
     if config.get("normalize_activations", 0) is None:
         config["normalize_activations"] = "none"
     if not isinstance(config.get("metadata", {}), dict):
@@ -190,14 +148,78 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def add_metadata(found: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
-    """What the configuration says of model and place; before version 6 it stood at the top."""
-    said = {**config, **config.get("metadata", {})}
-    found.model = parse_model(said.get("model_name"))
-    found.hook = first_hook([said.get("hook_name"), said.get("hf_hook_name")])
-    if isinstance(context := said.get("context_size"), int):
-        found.context = context
-    found.metadata = {name: value for name, value in said.items() if name != "metadata"}
+def read_activation(path: Path, config: dict[str, Any]) -> str:
+    """The activation of CanonicalSAE that a config stands for. UsageError if it is not supported."""
+    architecture = get_str(path, config, "architecture", "standard")
+    if architecture in TRAINING_ARCHITECTURES:
+        raise UsageError(
+            f"{path} is the training state of a {architecture}, which SAELens saves as jumprelu for inference. "
+            "Save it with save_inference_model."
+        )
+    if architecture not in ARCHITECTURES:
+        raise UsageError(
+            f"{path}: architecture {short_repr(architecture)} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    activation_fn = config.get("activation_fn", "relu")
+    if activation_fn not in (None, "relu", architecture):  # SAELens itself would load it as a relu
+        raise UsageError(
+            f"{path}: activation_fn {short_repr(activation_fn)} contradicts architecture {architecture}. "
+            "Ask the author."
+        )
+    if config.get("finetuning_scaling_factor"):
+        raise UsageError(f"{path} has finetuning_scaling_factor, which SAELens no longer supports either.")
+    return ARCHITECTURES[architecture]
+
+
+def input_scale(folder: ForeignFolder, config: dict[str, Any]) -> float:
+    """The factor that x is multiplied by before the SAE.
+
+    UsageError if it differs from token to token or is not recorded.
+    """
+    path = folder.path / "cfg.json"
+    normalization = get_str(path, config, "normalize_activations", "none")
+    if normalization == "none":
+        return 1.0
+    if normalization in PER_TOKEN_NORMALIZATIONS:
+        raise UsageError(
+            f"{path}: normalize_activations {normalization} {PER_TOKEN_NORMALIZATIONS[normalization]}, which is not "
+            "supported: it cannot be folded into the weights."
+        )
+    factor: Any = config.get("norm_scaling_factor")
+    if folder.has("activation_scaler.json"):
+        factor = folder.read_json("activation_scaler.json").get("scaling_factor")
+    known = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    if normalization != "expected_average_only_in" or not known:
+        raise UsageError(
+            f"{path}: normalize_activations is {short_repr(normalization)}, but the files do not record the factor. "
+            "Ask the author to fold it (fold_activation_norm_scaling_factor), or add it to cfg.json as "
+            "norm_scaling_factor."
+        )
+    if not 1e-30 < factor < 1e30:
+        raise DamagedError(f"{path}: invalid scaling factor {short_repr(factor)}; expected a positive number.")
+    return float(factor)
+
+
+def fold_decoder_norm(canonical: CanonicalSAE, norm_F: Tensor, config_path: Path) -> CanonicalSAE:
+    """Fold rescale_acts_by_decoder_norm: latents are multiplied by their decoder row's norm before the top k."""
+    if (norm_F == 0).any():
+        raise DamagedError(
+            f"{config_path}: rescale_acts_by_decoder_norm divides by the norms of W_dec's rows, but "
+            f"{int((norm_F == 0).sum())} of them are zero."
+        )
+    W_enc, b_enc, W_dec = canonical.W_enc * norm_F, canonical.b_enc * norm_F, canonical.W_dec / norm_F[:, None]
+    return replace(canonical, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
+
+
+def add_metadata(foreign: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
+    """Model and hook point from the config: under "metadata", before version 6 at the top level."""
+    recorded = {**config, **config.get("metadata", {})}
+    foreign.model = parse_model(recorded.get("model_name"))
+    foreign.hook = first_hook([recorded.get("hook_name"), recorded.get("hf_hook_name")])
+    if isinstance(context := recorded.get("context_size"), int):
+        foreign.context = context
+    foreign.metadata = {name: value for name, value in recorded.items() if name != "metadata"}
     if config.get("apply_b_dec_to_input") is None:
-        found.notes.append("apply_b_dec_to_input is not in cfg.json; SAELens then subtracts b_dec, and so does this.")
-    return found
+        foreign.notes.append("cfg.json has no apply_b_dec_to_input; as in SAELens, b_dec is subtracted from the input.")
+    return foreign

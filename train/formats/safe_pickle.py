@@ -1,9 +1,12 @@
-"""A torch state dict (`ae.pt`) without torch.load: its pickle is looked at, and may only name tensors.
+"""The tensors of a `torch.save` state dict (ae.pt), read without torch.load and without running its pickle.
 
-A pickle is a program. This one may make an OrderedDict, and call `torch._utils._rebuild_tensor_v2`, in whose place
-stands a function that only writes down what it is told. Everything else is code, and the file is refused before anything
-runs. What is written down is compared with the sizes of the files inside before a byte of them is read: torch.load
-trusts the numbers of elements that a pickle claims.
+A pickle is a program. Before anything runs, every instruction of this one is inspected, and the file is refused unless
+it only builds dictionaries, lists, tuples, numbers and strings, an OrderedDict, and tensors by
+`torch._utils._rebuild_tensor_v2`. In place of that function the unpickler calls `RebuildTensor`, which only writes down
+what it was called with. The sizes written down are compared with the sizes of the entries in the zip file before any
+byte of a tensor is read.
+
+torch.load is not used, not even with `weights_only=True`: it trusts the number of elements that a pickle claims.
 """
 
 import io
@@ -12,6 +15,7 @@ import pickle
 import pickletools
 import zipfile
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +23,10 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DamagedError, UsageError
-from .safe_read import TensorHeader, check_archive, damaged_if_unreadable, short_repr
+from .safe_read import TensorHeader, check_archive, damaged_if_unreadable, format_shape, short_repr
 
-MAX_PICKLE_BYTES = (
-    1 << 14
-)  # a state dict of ten tensors has 1,500 bytes; one of a million nested tuples would exhaust the stack
+# The state dict of an SAE has about 1,500 bytes; a million nested tuples would exhaust the stack.
+MAX_PICKLE_BYTES = 1 << 14
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -31,18 +34,24 @@ STORAGE_DTYPES = {
 ALLOWED_GLOBALS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2")}
 ALLOWED_GLOBALS |= {("torch", name) for name in STORAGE_DTYPES}
 ALLOWED_OPCODES = set(
-    "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 "
-    "BININT2 LONG1 BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS".split()
+    "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT "
+    "BININT1 BININT2 LONG1 BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS "
+    "APPEND APPENDS".split()
 )
+ASK_FOR_SAFETENSORS = "Nothing in it was run. Ask the author for safetensors, or for a plain state dict."
 
 
 class StorageRef(NamedTuple):
+    """A storage that the pickle refers to: an entry `data/<key>` of the zip file."""
+
     dtype: torch.dtype
     key: str
     elements: int
 
 
 class TensorView(NamedTuple):
+    """A tensor that the pickle describes: a strided view of a storage. Nothing in it has been checked yet."""
+
     storage: StorageRef
     offset: int
     shape: tuple[int, ...]
@@ -50,7 +59,7 @@ class TensorView(NamedTuple):
 
 
 class RebuildTensor:
-    """Stands for torch._utils._rebuild_tensor_v2; nothing can be set on it."""
+    """Stands in for torch._utils._rebuild_tensor_v2 and only records its arguments. No attribute can be set on it."""
 
     __slots__ = ()
 
@@ -59,7 +68,7 @@ class RebuildTensor:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Knows three names, and opens nothing."""
+    """An unpickler that resolves the names in ALLOWED_GLOBALS, none of them to the real torch object."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED_GLOBALS:
@@ -68,77 +77,87 @@ class TensorUnpickler(pickle.Unpickler):
             return OrderedDict
         return RebuildTensor() if name == "_rebuild_tensor_v2" else STORAGE_DTYPES[name]
 
-    def persistent_load(self, what: Any) -> StorageRef:
-        kind, dtype, key, _, elements = what
+    def persistent_load(self, pid: Any) -> StorageRef:
+        kind, dtype, key, _, elements = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise pickle.UnpicklingError("no storage")
+            raise pickle.UnpicklingError("not a storage")
         return StorageRef(dtype, key, elements)
 
 
 def check_opcodes(path: Path, program: bytes) -> None:
-    """UsageError when a pickle does anything but name tensors. Reads it; runs nothing."""
+    """UsageError if a pickle does anything but describe tensors. Inspects the program; runs nothing."""
     for opcode, argument, _ in pickletools.genops(program):
         name = tuple(str(argument).split(" ", 1))
         if opcode.name == "GLOBAL" and name not in ALLOWED_GLOBALS:
             raise UsageError(
-                f"Refused: {path} is a pickle with code in it ({short_repr('.'.join(name))}); nothing of it was run. "
-                "Ask the author for safetensors, or for a plain state dict."
+                f"Refused: {path} is a pickle that contains code ({short_repr('.'.join(name))}). {ASK_FOR_SAFETENSORS}"
             )
         if opcode.name not in ALLOWED_OPCODES:
             raise UsageError(
-                f"Refused: {path} is a pickle that does more than name tensors ({opcode.name}); nothing of it was run. "
-                "Ask the author for safetensors, or for a plain state dict."
+                f"Refused: {path} is a pickle that does more than describe tensors ({opcode.name}). "
+                f"{ASK_FOR_SAFETENSORS}"
             )
-        if (
-            opcode.name == "LONG_BINPUT" and not 0 <= int(argument) < MAX_PICKLE_BYTES
-        ):  # it makes a table as long as it says
-            raise DamagedError(f"{path}: its pickle asks for a table of {argument:,} entries. Get it again.")
+        if opcode.name == "LONG_BINPUT":  # the unpickler allocates a memo table up to the index that it names
+            assert isinstance(argument, int)
+            if not 0 <= argument < MAX_PICKLE_BYTES:
+                raise DamagedError(f"{path}: its pickle asks for a memo table of {argument:,} entries.")
 
 
 def read_state_dict_headers(path: Path) -> dict[str, TensorHeader]:
-    """What a file of torch.save claims to hold. Raises UsageError for code, DamagedError for what cannot be."""
+    """The tensors of a `torch.save` file by name.
+
+    Raises UsageError for a pickle that contains code, DamagedError for sizes that do not fit the file.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             raise UsageError(
-                f"Refused: {path} is no zip file of torch.save: torch before 1.6 wrote bare pickles, which can run code. "
-                "Ask the author to save it anew."
+                f"Refused: {path} is not a zip file. torch before 1.6 saved bare pickles, which can run code. "
+                "Ask the author to save it with a newer torch."
             )
     with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive:
         check_archive(path, archive, compressed=False)
-        programs = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
+        programs = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
         if len(programs) != 1 or programs[0].file_size > MAX_PICKLE_BYTES:
-            raise DamagedError(f"{path} is no state dict: it holds {len(programs)} pickles, or a very long one.")
-        prefix = programs[0].filename.removesuffix("data.pkl")
+            raise DamagedError(
+                f"{path} is not a state dict: expected one pickle of at most {MAX_PICKLE_BYTES:,} bytes, found "
+                f"{[entry.file_size for entry in programs[:4]]}."
+            )
+        root = programs[0].filename.removesuffix("data.pkl")
         program = archive.read(programs[0])
         check_opcodes(path, program)
-        found = TensorUnpickler(io.BytesIO(program)).load()
-        order = f"{prefix}byteorder"
-        if order in archive.namelist() and archive.getinfo(order).file_size < 16 and archive.read(order) != b"little":
-            raise DamagedError(f"{path} was written on a big-endian machine. Ask the author for safetensors.")
-        if not isinstance(found, dict) or not all(
-            isinstance(v, TensorView) and isinstance(k, str) for k, v in found.items()
+        content = TensorUnpickler(io.BytesIO(program)).load()
+        check_byte_order(path, archive, f"{root}byteorder")
+        if not isinstance(content, dict) or not all(
+            isinstance(view, TensorView) and isinstance(name, str) for name, view in content.items()
         ):
-            raise DamagedError(f"{path} holds no plain dictionary of tensors. Ask the author for a state dict.")
-        return {name: view_header(path, archive, f"{prefix}data/", name, view) for name, view in found.items()}
+            raise DamagedError(f"{path} does not hold a plain dictionary of tensors. Ask the author for a state dict.")
+        return {name: view_header(path, archive, f"{root}data/", name, view) for name, view in content.items()}
 
 
-def view_header(path: Path, archive: zipfile.ZipFile, prefix: str, name: str, view: TensorView) -> TensorHeader:
+def check_byte_order(path: Path, archive: zipfile.ZipFile, entry: str) -> None:
+    if entry in archive.namelist() and archive.getinfo(entry).file_size < 16 and archive.read(entry) != b"little":
+        raise DamagedError(f"{path} was written on a big-endian machine. Ask the author for safetensors.")
+
+
+def view_header(path: Path, archive: zipfile.ZipFile, data: str, name: str, view: TensorView) -> TensorHeader:
+    """The header of a tensor. DamagedError unless it lies within its storage, and the storage within the zip file."""
     storage, offset, shape, stride = view
     counts = (storage.elements, offset, *shape, *stride)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts) or len(shape) != len(stride):
-        raise DamagedError(f"{path}: {name} has sizes that are none. Get it again.")
-    there = archive.getinfo(entry := prefix + storage.key).file_size
+        raise DamagedError(f"{path}: {name} has invalid sizes or strides. Download it again.")
+    available = archive.getinfo(entry := data + storage.key).file_size
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    fits = storage.elements * storage.dtype.itemsize == there and last < storage.elements
+    fits = storage.elements * storage.dtype.itemsize == available and last < storage.elements
     if len(shape) > 2 or not fits or math.prod(shape) > storage.elements:
         raise DamagedError(
-            f"{path}: {name} claims {' x '.join(f'{n:,}' for n in shape) or 1} numbers of a storage of {storage.elements:,}, and there are {there:,} bytes. Get it again."
+            f"{path}: {name} claims {format_shape(shape)} numbers in a storage of {storage.elements:,}, but the file "
+            f"has {available:,} bytes for it. Download it again."
         )
-    return TensorHeader(shape, storage.dtype, lambda: read_view(path, entry, view))
+    return TensorHeader(shape, storage.dtype, partial(read_view, path, entry, view))
 
 
 def read_view(path: Path, entry: str, view: TensorView) -> Tensor:
     with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive:
         data = bytearray(archive.read(entry))
-        whole = torch.frombuffer(data, dtype=view.storage.dtype) if data else torch.zeros(0, dtype=view.storage.dtype)
-        return whole.as_strided(view.shape, view.stride, view.offset)
+        flat = torch.frombuffer(data, dtype=view.storage.dtype) if data else torch.zeros(0, dtype=view.storage.dtype)
+        return flat.as_strided(view.shape, view.stride, view.offset)

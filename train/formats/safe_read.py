@@ -1,7 +1,16 @@
-"""Files of strangers: looked at before they are read, and read without running anything in them.
+"""Reading files from strangers without trusting them.
 
-A header may claim any shape. What it claims is compared with the bytes that are there and with the shapes that the
-format demands, and only then memory is taken. Names may not leave the folder, also not through a link.
+The rules that every reader in this folder follows, and why:
+
+1. Nothing in a foreign file is run. Neither torch nor numpy unpickles anything: a pickle is a program, and loading it
+   can do whatever its author likes. Object arrays in an .npz are pickles and are refused; for ae.pt see safe_pickle.py.
+2. Only regular files inside the SAE's folder are opened. Symbolic links and archive entries that lead out of it are
+   refused, so that an import cannot be made to read other files; a pipe or device counts as missing, since opening
+   one can block or have effects.
+3. Memory is bounded by the size of the file. A header can claim any shape, so the claim is compared with the bytes
+   in the file and with the shapes that the format requires before anything is allocated. Archives that would unpack to
+   more than 100 times their size, and headers or configs of more than 1 MiB, are refused.
+4. Whatever else a parser raises on such bytes becomes a DamagedError that names the file.
 """
 
 import contextlib
@@ -11,6 +20,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +30,36 @@ from torch import Tensor
 
 from ...common.errors import DamagedError, SaeError, UsageError
 
-MAX_HEADER_BYTES = 1 << 20  # no header or configuration of an SAE is that long
-MAX_COMPRESSION_RATIO = 100  # how much smaller weights can be compressed; what claims more is made to fill the memory
-MAX_WIDTH = 1 << 31  # of a width
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}  # fmt: skip
-NUMPY_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "int32": torch.int32}  # fmt: skip
+MAX_HEADER_BYTES = 1 << 20  # of a header or config; those of real SAEs are far smaller
+MAX_COMPRESSION_RATIO = 100  # weights hardly compress; an archive that claims more is made to fill the memory
+MAX_WIDTH = 1 << 31
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32,
+}  # fmt: skip
+NUMPY_DTYPES = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "int64": torch.int64,
+    "int32": torch.int32,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
 def damaged_if_unreadable(path: Path) -> Iterator[None]:
-    """Whatever a parser says of bytes that an enemy may have chosen becomes a sentence."""
+    """Turn any exception that a parser raises on untrusted bytes into a DamagedError."""
     try:
         yield
     except SaeError:
         raise
     except Exception as error:
         raise DamagedError(
-            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); it is cut off, overwritten or no such file. Get it again."
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}). It is truncated, overwritten or not "
+            "of this file type; download it again."
         ) from error
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of a tensor, and how to read it."""
+    """What a file claims about one tensor; `read` loads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,204 +75,219 @@ class ForeignFolder:
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
 
-    def file(self, name: str) -> Path:
+    def require_file(self, name: str) -> Path:
+        """The path of a file. UsageError if a link leads out of the folder, DamagedError if it is no regular file."""
         path, root = self.path / name, self.path.resolve()
         if not path.resolve().is_relative_to(root):
             raise UsageError(
-                f"Refused: {path} leads out of its folder, to {path.resolve()}. If you trust it, copy the files: cp -rL {self.path} copy"
+                f"Refused: {path} is a link out of its folder, to {path.resolve()}. If you trust it, copy the files: "
+                f"cp -rL {self.path} copy"
             )
         if not path.is_file():
-            raise DamagedError(f"{path} is missing. Get it again.")
+            raise DamagedError(f"{path} is missing. Download it again.")
         return path
 
-    def record(self, name: str) -> dict[str, Any]:
-        """A JSON object; DamagedError when it is none."""
-        path = self.file(name)
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise DamagedError(f"{path} has {path.stat().st_size:,} bytes, too many for a configuration. Get it again.")
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object. DamagedError if the file is too large or holds anything else."""
+        path = self.require_file(name)
+        if (size := path.stat().st_size) > MAX_HEADER_BYTES:
+            raise DamagedError(f"{path} has {size:,} bytes; a config has at most {MAX_HEADER_BYTES:,}.")
         with damaged_if_unreadable(path):
             content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
-            raise DamagedError(f"{path} holds no JSON object. Get it again.")
+            raise DamagedError(f"{path} does not hold a JSON object. Download it again.")
         return content
 
 
-def get_positive_int(path: Path, record: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number of a record."""
-    value = record.get(key, default)
+# --- values of a config: any JSON value can stand in any place --------------------------------------------------------
+
+
+def get_positive_int(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_WIDTH:
         raise DamagedError(
-            f"{path}: {key} is {short_repr(value)}, and has to be a whole number from 1 to {MAX_WIDTH - 1:,}."
+            f"{path}: {key} is {short_repr(value)}; expected a whole number from 1 to {MAX_WIDTH - 1:,}."
         )
     return value
 
 
-def get_bool(path: Path, record: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = record.get(key, default)
+def get_bool(path: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key, default)
     if not isinstance(value, bool):
-        raise DamagedError(f"{path}: {key} is {short_repr(value)}, and has to be true or false.")
+        raise DamagedError(f"{path}: {key} is {short_repr(value)}; expected true or false.")
     return value
 
 
-def get_str(path: Path, record: Mapping[str, Any], key: str, default: str) -> str:
-    value = record.get(key, default)
+def get_str(path: Path, config: Mapping[str, Any], key: str, default: str) -> str:
+    value = config.get(key, default)
     if not isinstance(value, str):
-        raise DamagedError(f"{path}: {key} is {short_repr(value)}, and has to be a word.")
+        raise DamagedError(f"{path}: {key} is {short_repr(value)}; expected a string.")
     return value
 
 
-def get_nested(record: Mapping[str, Any], *path: str) -> Any:
-    """What is at a path of keys, or None."""
-    found: Any = record
-    for key in path:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+def get_nested(config: Mapping[str, Any], *keys: str) -> Any:
+    """The value at a path of keys, or None."""
+    value: Any = config
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def short_repr(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:60] + "..."
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
 
 
 def read_safetensors_headers(path: Path) -> dict[str, TensorHeader]:
-    """What a safetensors file claims. DamagedError unless each tensor's bytes are there."""
+    """The tensors of a safetensors file by name. DamagedError unless the bytes of each are in the file."""
     size = path.stat().st_size
     with damaged_if_unreadable(path), path.open("rb") as file:
-        (vector_size,) = struct.unpack("<Q", file.read(8))
-        if vector_size > min(MAX_HEADER_BYTES, size - 8):
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(MAX_HEADER_BYTES, size - 8):
             raise DamagedError(
-                f"{path} claims a header of {vector_size:,} bytes, and has {size:,} in all. Get it again."
+                f"{path} claims a header of {length:,} bytes, but has {size:,} in all. Download it again."
             )
-        header = json.loads(file.read(vector_size))
-        start, claims = 8 + vector_size, {}
-        for name, entry in header.items():
+        entries = json.loads(file.read(length))
+        data_start = 8 + length
+        headers = {}
+        for name, entry in entries.items():
             if name == "__metadata__":
                 continue
             shape, dtype = tuple(entry["shape"]), SAFETENSORS_DTYPES.get(entry["dtype"])
             begin, end = entry["data_offsets"]
             if dtype is None:
                 raise DamagedError(
-                    f"{path}: {name} is of type {short_repr(entry['dtype'])}; weights are floating point."
+                    f"{path}: {name} has dtype {short_repr(entry['dtype'])}; weights are floating point."
                 )
             check_header(path, name, shape, dtype, end - begin)
-            if not 0 <= begin <= end <= size - start:
-                raise DamagedError(f"{path}: {name} is said to lie outside of the file. Get it again.")
-            claims[name] = TensorHeader(
-                shape, dtype, lambda at=start + begin, s=shape, d=dtype: read_safetensors_tensor(path, at, s, d)
-            )
-        return claims
+            if not 0 <= begin <= end <= size - data_start:
+                raise DamagedError(f"{path}: {name} would be outside of the file. Download it again.")
+            read = partial(read_safetensors_tensor, path, data_start + begin, shape, dtype)
+            headers[name] = TensorHeader(shape, dtype, read)
+        return headers
 
 
-def read_npz_headers(path: Path) -> dict[str, TensorHeader]:
-    """What an npz file claims. Object arrays, which are pickles, are refused."""
-    with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive:
-        claims = {}
-        check_archive(path, archive, compressed=True)
-        for info in archive.infolist():
-            name = info.filename.removesuffix(".npy")
-            if name == info.filename or "/" in name:
-                raise DamagedError(f"{path} holds {short_repr(info.filename)}, which is no array. Get it again.")
-            with archive.open(info) as file:
-                version = np.lib.format.read_magic(file)
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-                    version
-                ]
-                shape, fortran, kind = header(file, max_header_size=4096)
-                at = file.tell()
-            if kind.hasobject:
-                raise UsageError(
-                    f"Refused: {name} of {path} is an object array, which is a pickle and can run code. Ask the author for plain arrays."
-                )
-            dtype = NUMPY_DTYPES.get(kind.name) if kind.isnative else None
-            if dtype is None:
-                raise DamagedError(
-                    f"{path}: {name} is of type {kind}; weights are floating point of this machine's order."
-                )
-            check_header(path, name, shape, dtype, info.file_size - at)
-            claims[name] = TensorHeader(shape, dtype, lambda n=info.filename, a=at, s=shape, d=dtype, f=fortran: read_npz_tensor(path, n, a, s, d, f))  # fmt: skip
-        return claims
-
-
-def check_archive(path: Path, archive: zipfile.ZipFile, *, compressed: bool) -> None:
-    """No entry twice or encrypted, no name out of the folder, and not much more inside than the file has bytes."""
-    infos, size = archive.infolist(), path.stat().st_size
-    names = [info.filename for info in infos]
-    if len(set(names)) < len(names):
-        raise DamagedError(f"{path} holds a file twice. Get it again.")
-    for info in infos:
-        if info.filename.startswith(("/", "\\")) or ".." in Path(info.filename).parts or info.flag_bits & 1:
-            raise UsageError(
-                f"Refused: {path} holds {short_repr(info.filename)}, which leads out of it or is encrypted."
-            )
-        if not compressed and (info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size):
-            raise DamagedError(
-                f"{path}: {short_repr(info.filename)} is compressed, as this format never is. Get it again."
-            )
-    if (total := sum(info.file_size for info in infos)) > size * (MAX_COMPRESSION_RATIO if compressed else 1):
-        raise DamagedError(f"{path} claims to hold {total:,} bytes, and has {size:,}. Get it again.")
-
-
-def check_header(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, there: int) -> None:
-    """DamagedError unless a shape is one, and needs the bytes that are there."""
-    if len(shape) > 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
-        raise DamagedError(f"{path}: {name} has the shape {short_repr(shape)}, and has to have two sizes at most.")
-    needed = math.prod(shape) * dtype.itemsize
-    if needed != there:
-        raise DamagedError(
-            f"{path}: {name} claims {' x '.join(f'{n:,}' for n in shape) or 1} numbers, {needed:,} bytes, and there are {there:,}. Get it again."
-        )
-
-
-def read_safetensors_tensor(path: Path, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def read_safetensors_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with path.open("rb") as file:
-        file.seek(at)
+        file.seek(offset)
         return tensor_from_bytes(bytearray(file.read(math.prod(shape) * dtype.itemsize)), shape, dtype)
 
 
+# --- npz --------------------------------------------------------------------------------------------------------------
+
+
+def read_npz_headers(path: Path) -> dict[str, TensorHeader]:
+    """The arrays of an npz file by name. UsageError for object arrays, which are pickles."""
+    with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive:
+        check_archive(path, archive, compressed=True)
+        return dict(read_npy_header(path, archive, info) for info in archive.infolist())
+
+
+def read_npy_header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, TensorHeader]:
+    name = info.filename.removesuffix(".npy")
+    if name == info.filename or "/" in name:
+        raise DamagedError(f"{path} holds {short_repr(info.filename)}, which is not an array. Download it again.")
+    parsers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        shape, fortran_order, numpy_dtype = parsers[version](file, max_header_size=4096)
+        offset = file.tell()
+    if numpy_dtype.hasobject:
+        raise UsageError(
+            f"Refused: {name} in {path} is an object array, which is a pickle and can run code. "
+            "Ask the author for plain arrays."
+        )
+    dtype = NUMPY_DTYPES.get(numpy_dtype.name) if numpy_dtype.isnative else None
+    if dtype is None:
+        raise DamagedError(
+            f"{path}: {name} has dtype {numpy_dtype}; weights are floating point, in this machine's byte order."
+        )
+    check_header(path, name, shape, dtype, info.file_size - offset)
+    return name, TensorHeader(
+        shape, dtype, partial(read_npz_tensor, path, info.filename, offset, shape, dtype, fortran_order)
+    )
+
+
 def read_npz_tensor(
-    path: Path, name: str, at: int, shape: tuple[int, ...], dtype: torch.dtype, fortran: bool
+    path: Path, entry: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype, fortran_order: bool
 ) -> Tensor:
-    with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive, archive.open(name) as file:
-        file.read(at)
+    with damaged_if_unreadable(path), zipfile.ZipFile(path) as archive, archive.open(entry) as file:
+        file.read(offset)
         data = bytearray(file.read(math.prod(shape) * dtype.itemsize))
-        tensor = tensor_from_bytes(data, shape[::-1] if fortran else shape, dtype)
-        return tensor.T if fortran and len(shape) == 2 else tensor
+        tensor = tensor_from_bytes(data, shape[::-1] if fortran_order else shape, dtype)
+        return tensor.T if fortran_order and len(shape) == 2 else tensor
+
+
+def check_archive(path: Path, archive: zipfile.ZipFile, *, compressed: bool) -> None:
+    """Refuse a zip file with duplicate, encrypted or escaping entries, or one that unpacks to far more than its size.
+
+    Without `compressed` every entry has to be stored as it is, so that the archive holds no more than it has bytes.
+    """
+    entries, size = archive.infolist(), path.stat().st_size
+    names = [entry.filename for entry in entries]
+    if len(set(names)) < len(names):
+        raise DamagedError(f"{path} holds two entries of the same name. Download it again.")
+    for entry in entries:
+        name = short_repr(entry.filename)
+        if entry.filename.startswith(("/", "\\")) or ".." in Path(entry.filename).parts or entry.flag_bits & 1:
+            raise UsageError(f"Refused: {path} holds {name}, which leads out of the archive or is encrypted.")
+        if not compressed and (entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size):
+            raise DamagedError(f"{path}: {name} is compressed, which torch.save never does. Download it again.")
+    if (total := sum(entry.file_size for entry in entries)) > size * (MAX_COMPRESSION_RATIO if compressed else 1):
+        raise DamagedError(f"{path} claims to hold {total:,} bytes, but has {size:,}. Download it again.")
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def check_header(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, available: int) -> None:
+    """DamagedError unless a shape is valid and needs exactly the bytes available."""
+    if len(shape) > 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+        raise DamagedError(f"{path}: {name} has the shape {short_repr(shape)}; expected at most two sizes.")
+    needed = math.prod(shape) * dtype.itemsize
+    if needed != available:
+        raise DamagedError(
+            f"{path}: {name} claims {format_shape(shape)} numbers, {needed:,} bytes, but has {available:,}. "
+            "Download it again."
+        )
+
+
+def format_shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(f"{n:,}" for n in shape) or "1"
 
 
 def tensor_from_bytes(data: bytearray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.zeros(shape, dtype=dtype)
 
 
-def vector_size(path: Path, claims: Mapping[str, TensorHeader], name: str) -> int:
-    """The size that a vector claims."""
-    if name not in claims or len(claims[name].shape) != 1 or claims[name].shape[0] < 1:
-        raise DamagedError(f"{path} has no vector {name}. It holds {short_repr(sorted(claims))}.")
-    return claims[name].shape[0]
-
-
-def matrix_shape(path: Path, claims: Mapping[str, TensorHeader], name: str) -> tuple[int, int]:
-    """The two sizes that a matrix claims."""
-    if name not in claims or len(claims[name].shape) != 2 or min(claims[name].shape) < 1:
-        raise DamagedError(f"{path} has no matrix {name}. It holds {short_repr(sorted(claims))}.")
-    return claims[name].shape[0], claims[name].shape[1]
+def vector_size(path: Path, headers: Mapping[str, TensorHeader], name: str) -> int:
+    """The size of a vector by its header."""
+    if name not in headers or len(headers[name].shape) != 1 or headers[name].shape[0] < 1:
+        raise DamagedError(f"{path} has no vector {name}. It holds {short_repr(sorted(headers))}.")
+    return headers[name].shape[0]
 
 
 def read_weights(
-    path: Path, claims: Mapping[str, TensorHeader], expected: Mapping[str, tuple[int, ...]]
+    path: Path, headers: Mapping[str, TensorHeader], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The tensors of a format, each of the shape that it demands and finite. Every mistake is named, before any is read."""
-    wrong = [f"{name} is missing" for name in expected if name not in claims]
-    wrong += [f"{short_repr(name)} does not belong there" for name in claims if name not in expected]
+    """The tensors of a format. DamagedError, before any is read, unless names and shapes are exactly the expected ones.
+
+    A transposed matrix is refused too: nothing is guessed. Values have to be finite.
+    """
+    errors = [f"{name} is missing" for name in expected if name not in headers]
+    errors += [f"{short_repr(name)} is not expected" for name in headers if name not in expected]
     for name, shape in expected.items():
-        if name in claims and claims[name].shape != shape:
-            turned = len(shape) == 2 and claims[name].shape == shape[::-1]
-            wrong.append(
-                f"{name} is {claims[name].shape}, not {shape}{', so transposed; nothing is guessed' if turned else ''}"
-            )
-    if wrong:
-        raise DamagedError(f"{path}: {'; '.join(wrong[:6])}. Get it again, or ask the author.")
-    tensors = {name: claims[name].read() for name in expected}
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        raise DamagedError(f"{path}: {', '.join(broken)} holds NaN or infinity; nothing can be encoded with it.")
+        if name in headers and headers[name].shape != shape:
+            transposed = len(shape) == 2 and headers[name].shape == shape[::-1]
+            hint = " (it is transposed; this is not corrected automatically)" if transposed else ""
+            errors.append(f"{name} has shape {headers[name].shape}, expected {shape}{hint}")
+    if errors:
+        raise DamagedError(f"{path}: {'; '.join(errors[:6])}. Download it again, or ask the author.")
+    tensors = {name: headers[name].read() for name in expected}
+    not_finite = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if not_finite:
+        raise DamagedError(f"{path}: {', '.join(not_finite)} holds NaN or infinity.")
     return tensors

@@ -1,7 +1,7 @@
-"""EleutherAI's sparsify: layers.12/ with cfg.json and sae.safetensors.
+"""EleutherAI's sparsify: layers.12/ with cfg.json and sae.safetensors, below the config.json of its training run.
 
 f     = the k largest of ReLU((x - b_dec) We^T + be)          encoder.weight We is (d_sae, d_in)
-x_hat = f W_dec + b_dec                                       W_dec is (d_sae, d_in) already
+x_hat = f W_dec + b_dec                                       W_dec is (d_sae, d_in)
 """
 
 from pathlib import Path
@@ -28,89 +28,104 @@ from .safe_read import (
 
 
 class Sparsify(Format, name="sparsify"):
-    holds = ("topk",)
+    activations = ("topk",)
     files = ("sae.safetensors", "cfg.json", "about.json")
-    above = ("config.json",)
+    parent_files = ("config.json",)
 
-    def recognise(self, folder: ForeignFolder) -> bool:
-        return self.inside(folder) is not None
+    def matches(self, folder: ForeignFolder) -> bool:
+        return self.sae_folder(folder) is not None
 
-    def inside(self, folder: ForeignFolder) -> ForeignFolder | None:
-        """The folder of its SAE: itself, or its only one. UsageError when it has several."""
+    def sae_folder(self, folder: ForeignFolder) -> ForeignFolder | None:
+        """The folder of the SAE: the given one, or its only subfolder with one. UsageError if there are several."""
         if folder.has("sae.safetensors"):
             return folder
         if not folder.path.is_dir():
             return None
-        found = sorted(path.parent for path in folder.path.glob("*/sae.safetensors"))
-        if len(found) > 1:
+        subfolders = sorted(path.parent for path in folder.path.glob("*/sae.safetensors"))
+        if len(subfolders) > 1:
             raise UsageError(
-                f"{folder.path} holds {len(found)} SAEs: {', '.join(path.name for path in found[:8])}. Name one: sae import {found[0]}"
+                f"{folder.path} holds {len(subfolders)} SAEs: {', '.join(path.name for path in subfolders[:8])}. "
+                f"Choose one: sae import {subfolders[0]}"
             )
-        if not found:
+        if not subfolders:
             return None
-        folder.file(f"{found[0].name}/sae.safetensors")  # refused when a link leads elsewhere
-        return ForeignFolder(found[0])
+        folder.require_file(f"{subfolders[0].name}/sae.safetensors")  # refuses a link out of the folder
+        return ForeignFolder(subfolders[0])
 
-    def write(self, plain: CanonicalSAE, folder: Path, about: dict[str, Any]) -> None:
-        layer = about.get("hook_layer")
-        inner = folder / (f"layers.{layer}" if layer is not None else "sae")
+    def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
+        layer = metadata.get("hook_layer")
+        sae_folder = folder / (f"layers.{layer}" if layer is not None else "sae")
         tensors = {
-            "encoder.weight": plain.W_enc.T, "encoder.bias": plain.input_bias, "W_dec": plain.W_dec, "b_dec": plain.b_dec
-        }  # fmt: skip
+            "encoder.weight": canonical.W_enc.T,
+            "encoder.bias": canonical.centered_b_enc,
+            "W_dec": canonical.W_dec,
+            "b_dec": canonical.b_dec,
+        }
         config = {
-            "activation": "topk", "expansion_factor": max(1, plain.d_sae // plain.d_in), "normalize_decoder": plain.unit_rows,
-            "num_latents": plain.d_sae, "k": plain.k, "multi_topk": False, "skip_connection": False, "transcode": False,
-            "d_in": plain.d_in,
-        }  # fmt: skip
-        atomic_write(inner / "sae.safetensors", save({n: t.float().contiguous().clone() for n, t in tensors.items()}))
-        write_json(inner / "cfg.json", config)
-        write_json(inner / "about.json", about)
-        run = {"sae": config, "model": hub_id(about.get("model_name", "")), "hookpoints": [inner.name]}
-        write_json(folder / "config.json", run | {"ctx_len": about.get("context_size")})
+            "activation": "topk",
+            "expansion_factor": max(1, canonical.d_sae // canonical.d_in),
+            "normalize_decoder": canonical.has_unit_rows,
+            "num_latents": canonical.d_sae,
+            "k": canonical.k,
+            "multi_topk": False,
+            "skip_connection": False,
+            "transcode": False,
+            "d_in": canonical.d_in,
+        }
+        data = save({name: t.float().contiguous().clone() for name, t in tensors.items()})
+        atomic_write(sae_folder / "sae.safetensors", data)
+        write_json(sae_folder / "cfg.json", config)
+        write_json(sae_folder / "about.json", metadata)
+        run = {"sae": config, "model": hub_id(metadata.get("model_name", "")), "hookpoints": [sae_folder.name]}
+        write_json(folder / "config.json", run | {"ctx_len": metadata.get("context_size")})
 
     def load(self, folder: ForeignFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        inner = self.inside(folder) or folder
-        config, at = inner.record("cfg.json"), inner.path / "cfg.json"
-        if (kind := config.get("activation", "topk")) != "topk":
-            raise UsageError(f"{at}: the activation is {short_repr(kind)}; of sparsify only topk is known here.")
+        """The config, and the tensors as they are in the file."""
+        sae_folder = self.sae_folder(folder) or folder
+        config, config_path = sae_folder.read_json("cfg.json"), sae_folder.path / "cfg.json"
+        if (activation := config.get("activation", "topk")) != "topk":
+            raise UsageError(f"{config_path}: activation is {short_repr(activation)}; only topk is supported.")
         for name in ("transcode", "skip_connection"):
-            if get_bool(at, config, name, False):
-                raise UsageError(f"{at}: {name} is true: it predicts another place than it reads, and is no SAE.")
-        D = get_positive_int(at, config, "d_in")
-        F = get_positive_int(at, config, "num_latents", 0) if config.get("num_latents") else D * get_positive_int(at, config, "expansion_factor")  # fmt: skip
-        path = inner.file("sae.safetensors")
+            if get_bool(config_path, config, name, False):
+                raise UsageError(f"{config_path}: {name} is true: this is a transcoder, not an SAE.")
+        D = get_positive_int(config_path, config, "d_in")
+        if config.get("num_latents"):
+            F = get_positive_int(config_path, config, "num_latents")
+        else:
+            F = D * get_positive_int(config_path, config, "expansion_factor")
+        path = sae_folder.require_file("sae.safetensors")
         expected = {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
-        found = read_weights(path, read_safetensors_headers(path), expected)
-        if get_positive_int(at, config, "k") > F:
-            raise DamagedError(f"{at}: k is {config['k']}, and there are {F} latents.")
-        return config, found
+        tensors = read_weights(path, read_safetensors_headers(path), expected)
+        if get_positive_int(config_path, config, "k") > F:
+            raise DamagedError(f"{config_path}: k is {config['k']}, but there are only {F} latents.")
+        return config, tensors
 
     def read(self, folder: ForeignFolder) -> ForeignSAE:
-        config, found = self.load(folder)
-        w = {name: t.double() for name, t in found.items()}
+        config, tensors = self.load(folder)
+        w = {name: t.double() for name, t in tensors.items()}
         W_enc = w["encoder.weight"].T
         b_enc = w["encoder.bias"] - w["b_dec"] @ W_enc
-        plain = CanonicalSAE(W_enc, b_enc, w["W_dec"], w["b_dec"], "topk", k=config["k"])
-        result = ForeignSAE(from_canonical(plain, pre_bias=True), metadata=dict(config))
-        inner = self.inside(folder) or folder
-        said = inner.record("about.json") if inner.has("about.json") else {}
-        result.hook = first_hook([said.get("hook_name"), inner.path.resolve().name])
-        above = ForeignFolder(inner.path.parent)
-        run = above.record("config.json") if above.has("config.json") else {}
-        result.model = parse_model(run.get("model"))
+        canonical = CanonicalSAE(W_enc, b_enc, w["W_dec"], w["b_dec"], "topk", k=config["k"])
+        foreign = ForeignSAE(from_canonical(canonical, pre_bias=True), metadata=dict(config))
+        sae_folder = self.sae_folder(folder) or folder
+        about = sae_folder.read_json("about.json") if sae_folder.has("about.json") else {}
+        foreign.hook = first_hook([about.get("hook_name"), sae_folder.path.resolve().name])
+        parent = ForeignFolder(sae_folder.path.parent)
+        run = parent.read_json("config.json") if parent.has("config.json") else {}
+        foreign.model = parse_model(run.get("model"))
         if isinstance(context := get_nested(run, "ctx_len"), int):
-            result.context = context
-        result.metadata |= said
-        return result
+            foreign.context = context
+        foreign.metadata |= about
+        return foreign
 
     def reference(self, folder: ForeignFolder) -> Reference:
-        config, found = self.load(folder)
-        w = {name: t.double() for name, t in found.items()}
+        config, tensors = self.load(folder)
+        w = {name: t.double() for name, t in tensors.items()}
 
-        def code(x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        def encode_decode(x_BD: Tensor) -> tuple[Tensor, Tensor]:
             z_BF = ((x_BD.double() - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]).relu()
             top = z_BF.topk(config["k"], dim=-1)
             f_BF = torch.zeros_like(z_BF).scatter(-1, top.indices, top.values)
             return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
 
-        return code
+        return encode_decode

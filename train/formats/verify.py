@@ -1,4 +1,4 @@
-"""Whether files say what an SAE does: both compute the same rows, in float64, and are compared."""
+"""Verification of exports and imports: the SAE and the files encode the same rows in float64, and are compared."""
 
 import copy
 import math
@@ -18,182 +18,232 @@ from ..sae import SAE
 from .base import Reference
 from .canonical import CanonicalSAE
 
-SAMPLE_ROWS, SAMPLE_BLOCKS, BATCH_ROWS = 4096, 16, 256
-TOLERANCE = 1e-5
+SAMPLE_ROWS, SAMPLE_BLOCKS = 4096, 16  # rows to compare on, read from this many places in a cache
+BATCH_ROWS = 256
+TOLERANCE = 1e-5  # largest relative error of f and of x_hat
 
-
-@dataclass(frozen=True)
-class SampleRows:
-    """Activations to compare on, and what they are."""
-
-    x_RD: Tensor  # float32
-    what: str
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a comparison found; `passed` unless it is refused."""
-
-    rows: int
-    what: str
-    l0: float  # latents a row, of the SAE of ours
-    different: int  # pairs of row and latent that only one side has, out of reach of rounding
-    rounded: int  # rows with such pairs within reach of it, left out of the errors
-    error_f: float  # |f - f'| / |f| over all rows
-    error_x: float
-    worst: float = TOLERANCE
-
-    @property
-    def passed(self) -> bool:
-        return self.different == 0 and self.rounded < self.rows and max(self.error_f, self.error_x) <= self.worst
-
-    def __str__(self) -> str:
-        if self.different:
-            return f"{self.different:,} latents fire on one side alone in {self.rows:,} rows ({self.what})"
-        if self.rounded >= self.rows:
-            return f"no row of {self.rows:,} ({self.what}) can be compared: in each a latent is within float32's rounding of its threshold"
-        sets = "active sets equal"
-        if self.rounded:
-            sets = f"active sets equal but in {self.rounded:,} rows, at a threshold within float32's rounding"
-        return (
-            f"{self.rows:,} rows ({self.what}): {sets}, {self.l0:.1f} latents a row; relative error {self.error_f:.1e} of f, "
-            f"{self.error_x:.1e} of x_hat"
-        )
-
-    def record(self) -> dict[str, Any]:
-        return {**vars(self), "passed": self.passed}
-
-
-Progress = Callable[[int, int], None]  # rows done, of how many
+Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 def no_progress(done: int, total: int) -> None:
     pass
 
 
+@dataclass(frozen=True)
+class SampleRows:
+    """Activations to compare on."""
+
+    x_RD: Tensor  # float32
+    description: str  # where they come from
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of a comparison.
+
+    An active latent is one that is not zero. Rows with ambiguous latents are left out of the two errors.
+    """
+
+    rows: int
+    description: str  # of the rows
+    l0: float  # active latents per row of the SAE
+    mismatches: int  # (row, latent) pairs active on one side only, beyond what float32 rounding explains
+    ambiguous_rows: int  # rows with a latent active on one side only, within float32 rounding of its threshold
+    latent_error: float  # |f - f'| / |f| over all rows
+    reconstruction_error: float  # the same for x_hat
+    tolerance: float = TOLERANCE
+
+    @property
+    def passed(self) -> bool:
+        errors = max(self.latent_error, self.reconstruction_error)
+        return self.mismatches == 0 and self.ambiguous_rows < self.rows and errors <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.mismatches:
+            return f"{self.mismatches:,} latents are active on one side only in {self.rows:,} rows ({self.description})"
+        if self.ambiguous_rows >= self.rows:
+            return (
+                f"none of the {self.rows:,} rows ({self.description}) can be compared: each has a latent within "
+                "float32 rounding of its threshold"
+            )
+        sets = "active sets equal"
+        if self.ambiguous_rows:
+            sets += f" except in {self.ambiguous_rows:,} rows, within float32 rounding of a threshold"
+        return (
+            f"{self.rows:,} rows ({self.description}): {sets}, L0 {self.l0:.1f}; relative error "
+            f"{self.latent_error:.1e} in f, {self.reconstruction_error:.1e} in x_hat"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """For run.json, under the keys that earlier versions wrote too."""
+        return {
+            "rows": self.rows,
+            "what": self.description,
+            "l0": self.l0,
+            "different": self.mismatches,
+            "rounded": self.ambiguous_rows,
+            "error_f": self.latent_error,
+            "error_x": self.reconstruction_error,
+            "worst": self.tolerance,
+            "passed": self.passed,
+        }
+
+
 def compare(
     sae: SAE,
-    plain: CanonicalSAE,
+    canonical: CanonicalSAE,
     reference: Reference,
     rows: SampleRows,
-    size_F: Tensor | None = None,
+    scale_F: Tensor | None = None,
     progress: Progress = no_progress,
 ) -> Check:
-    """An SAE of ours against the files. `plain` is the same SAE: it knows where rounding could decide.
+    """Compare an SAE with `reference`, which computes from files.
 
-    `size_F`: how many times as large the latents of the files are.
+    Args:
+        canonical: the same SAE in canonical form, to decide where rounding matters.
+        scale_F: how many times larger the latents of the files are, (d_sae).
     """
-    wide = copy.deepcopy(sae).double().cpu().eval()
-    different = rounded = 0
-    fired = 0.0
+    sae64 = copy.deepcopy(sae).double().cpu().eval()
+    mismatches = ambiguous_rows = 0
+    active = 0.0
     squares = dict.fromkeys(("f", "df", "x", "dx"), 0.0)
     with torch.no_grad():
         for number, x_BD in enumerate(rows.x_RD.double().split(BATCH_ROWS)):
             progress(number * BATCH_ROWS, len(rows.x_RD))
-            f_BF = wide.encode(x_BD)
-            recon_BD = wide.decode(f_BF)
-            theirs_BF, their_recon_BD = reference(x_BD)
-            f_BF = f_BF if size_F is None else f_BF * size_F
-            apart_BF = (f_BF != 0) != (theirs_BF != 0)
-            close_BF = apart_BF & plain.doubt(x_BD) if apart_BF.any() else apart_BF
-            different += int((apart_BF & ~close_BF).sum())
-            same_B = ~apart_BF.any(1)
-            rounded += int(close_BF.any(1).sum())
-            fired += float((f_BF != 0).sum())
-            pairs = {"f": f_BF, "df": f_BF - theirs_BF, "x": recon_BD, "dx": recon_BD - their_recon_BD}
+            f_BF = sae64.encode(x_BD)
+            recon_BD = sae64.decode(f_BF)
+            their_f_BF, their_recon_BD = reference(x_BD)
+            f_BF = f_BF if scale_F is None else f_BF * scale_F
+            differs_BF = (f_BF != 0) != (their_f_BF != 0)
+            ambiguous_BF = differs_BF & canonical.is_ambiguous(x_BD) if differs_BF.any() else differs_BF
+            mismatches += int((differs_BF & ~ambiguous_BF).sum())
+            ambiguous_rows += int(ambiguous_BF.any(1).sum())
+            active += float((f_BF != 0).sum())
+            agrees_B = ~differs_BF.any(1)
+            pairs = {"f": f_BF, "df": f_BF - their_f_BF, "x": recon_BD, "dx": recon_BD - their_recon_BD}
             for name, t in pairs.items():
-                squares[name] += float(t[same_B].square().sum())
-    n = max(len(rows.x_RD), 1)
-    error_f, error_x = (relative_error(squares[f"d{name}"], squares[name]) for name in ("f", "x"))
-    return Check(len(rows.x_RD), rows.what, fired / n, different, rounded, error_f, error_x)
+                squares[name] += float(t[agrees_B].square().sum())
+    latent_error, reconstruction_error = (relative_error(squares[f"d{name}"], squares[name]) for name in ("f", "x"))
+    count = len(rows.x_RD)
+    l0 = active / max(count, 1)
+    return Check(count, rows.description, l0, mismatches, ambiguous_rows, latent_error, reconstruction_error)
 
 
-def relative_error(off: float, whole: float) -> float:
-    """sqrt(off / whole); of nothing at all 0, and infinite where it is no number."""
-    if off == 0:
+def relative_error(difference_square: float, square: float) -> float:
+    """sqrt(difference_square / square): 0 when nothing differs, inf when the ratio is not finite."""
+    if difference_square == 0:
         return 0.0
-    ratio = math.sqrt(off / whole) if whole > 0 else math.inf
+    ratio = math.sqrt(difference_square / square) if square > 0 else math.inf
     return ratio if math.isfinite(ratio) else math.inf
 
 
-def require_passed(check: Check, doing: str) -> Check:
+def require_passed(check: Check, action: str) -> Check:
+    """SaeError if a comparison did not pass. `action`: the subject of the sentence, "The export to saelens"."""
     if not check.passed:
-        raise SaeError(f"{doing} failed its own check and nothing was left behind: {check}. Please report it.")
+        raise SaeError(
+            f"{action} failed verification, and no files were kept: {check}. This is a bug: please report it."
+        )
     return check
 
 
+# --- rows to compare on -----------------------------------------------------------------------------------------------
+
+
 def cached_rows(cache: Cache, hook: Hook, count: int = SAMPLE_ROWS) -> SampleRows:
-    """Rows of a cache, from all over it."""
+    """Rows of a cache, in blocks spread evenly over it."""
     name = cache.require(*hook)
     chunks = cache.chunk_rows
     count = min(count, sum(chunks))
-    each = max(1, count // SAMPLE_BLOCKS)
+    block = max(1, count // SAMPLE_BLOCKS)
     parts: list[np.ndarray] = []
-    ends = np.cumsum(chunks)
-    for at in np.linspace(0, sum(chunks) - each, math.ceil(count / each)).astype(int):
-        chunk = int(np.searchsorted(ends, at, side="right"))
-        start = int(at - (ends[chunk] - chunks[chunk]))
-        parts += cache.rows_of(name, chunk, start, min(each, chunks[chunk] - start))
+    chunk_ends = np.cumsum(chunks)
+    for row in np.linspace(0, sum(chunks) - block, math.ceil(count / block)).astype(int):
+        chunk = int(np.searchsorted(chunk_ends, row, side="right"))
+        start = int(row - (chunk_ends[chunk] - chunks[chunk]))
+        parts += cache.rows_of(name, chunk, start, min(block, chunks[chunk] - start))
     bits_RD = np.concatenate(parts)
-    return SampleRows(torch.from_numpy(bits_RD).view(torch.bfloat16).float(), f"of the cache {cache.folder.name}")
+    return SampleRows(torch.from_numpy(bits_RD).view(torch.bfloat16).float(), f"from cache {cache.folder.name}")
 
 
-def synthetic_rows(plain: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleRows:
-    """Sums of decoder rows on b_dec, of sizes at which latents begin to fire.
+def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleRows:
+    """Random sums of decoder rows plus b_dec, at norms where latents begin to activate.
 
-    Every other one is moved along a latent's encoder until that latent stands near its threshold, on either side: rows
-    that are drawn alone hardly ever come near one.
+    Every other row is then moved along one latent's encoder direction until that latent is near its threshold, on
+    either side: rows drawn at random hardly ever come near one, so they would not notice a wrong threshold.
     """
     generator = torch.Generator().manual_seed(0)
-    several = min(32, max(1, plain.d_sae // 8))
-    code = plain.within(("jumprelu", "topk"))
-    assert code is not None
-    jump_F = torch.zeros_like(code.b_enc) if code.threshold is None else code.threshold
-    sum_RD = torch.zeros(count, plain.d_in, dtype=torch.float64)
-    for at_R in torch.randint(plain.d_sae, (several, count), generator=generator):
-        amount_R = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
-        sum_RD += amount_R[:, None] * plain.W_dec[at_R]
-    # As long as a row has to be for a latent to come to its threshold. Where b_enc is that of an encoder that sees
-    # x - b_dec and has no bias, only the rounding of their difference is left, and b_dec gives the scale.
-    norm_F = code.W_enc.norm(dim=0).clamp_min(1e-30)
-    reach = float(((jump_F + (plain.b_dec @ code.W_enc + code.b_enc).abs()) / norm_F).median())
-    if reach <= 1e-6 * (length := float(plain.b_dec.norm())):
-        reach = length or 1.0
-    length_R1 = reach * 2 ** (4 * torch.rand(count, 1, generator=generator, dtype=torch.float64) - 1)
-    x_RD = plain.b_dec + length_R1 * sum_RD / sum_RD.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    spread = float((x_RD[:64] @ code.W_enc).std())
-    at_N = torch.randint(plain.d_sae, (count // 2,), generator=generator)
-    w_ND = code.W_enc.T[at_N]
-    aside_N = (jump_F[at_N] + spread) * (torch.rand(len(at_N), generator=generator, dtype=torch.float64) - 0.5)
-    short_N = jump_F[at_N] + aside_N - (x_RD[::2][: len(at_N)] * w_ND).sum(1) - code.b_enc[at_N]
+    summands = min(32, max(1, canonical.d_sae // 8))
+    encoder = canonical.convert_to(("jumprelu", "topk"))
+    assert encoder is not None
+    threshold_F = torch.zeros_like(encoder.b_enc) if encoder.threshold is None else encoder.threshold
+    sum_RD = torch.zeros(count, canonical.d_in, dtype=torch.float64)
+    for latent_R in torch.randint(canonical.d_sae, (summands, count), generator=generator):
+        weight_R = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
+        sum_RD += weight_R[:, None] * canonical.W_dec[latent_R]
+    norm_R1 = activating_norm(canonical, encoder, threshold_F) * 2 ** (
+        4 * torch.rand(count, 1, generator=generator, dtype=torch.float64) - 1
+    )
+    x_RD = canonical.b_dec + norm_R1 * sum_RD / sum_RD.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    move_near_thresholds(x_RD, encoder, threshold_F, generator)
+    description = (
+        f"synthetic, since no cache was found: b_dec plus {summands} decoder rows, half of them moved near a latent's "
+        f"threshold, mean norm {float(x_RD.norm(dim=1).mean()):.3g}"
+    )
+    return SampleRows(x_RD.float(), description)
+
+
+def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F: Tensor) -> float:
+    """How long a row has to be for a latent to reach its threshold, median over latents.
+
+    If the encoder takes x - b_dec and has no bias, only the rounding error of b_enc + b_dec W_enc is left; the norm of
+    b_dec is then returned instead.
+    """
+    encoder_norm_F = encoder.W_enc.norm(dim=0).clamp_min(1e-30)
+    bias_F = canonical.b_dec @ encoder.W_enc + encoder.b_enc
+    norm = float(((threshold_F + bias_F.abs()) / encoder_norm_F).median())
+    b_dec_norm = float(canonical.b_dec.norm())
+    return (b_dec_norm or 1.0) if norm <= 1e-6 * b_dec_norm else norm
+
+
+def move_near_thresholds(x_RD: Tensor, encoder: CanonicalSAE, threshold_F: Tensor, generator: torch.Generator) -> None:
+    """Move every other row along a random latent's encoder direction to near that latent's threshold, in place."""
+    spread = float((x_RD[:64] @ encoder.W_enc).std())
+    latent_N = torch.randint(encoder.d_sae, (len(x_RD) // 2,), generator=generator)
+    w_ND = encoder.W_enc.T[latent_N]
+    noise_N = torch.rand(len(latent_N), generator=generator, dtype=torch.float64) - 0.5
+    target_N = threshold_F[latent_N] + (threshold_F[latent_N] + spread) * noise_N
+    moved_ND = x_RD[::2][: len(latent_N)]  # a view
+    missing_N = target_N - (moved_ND * w_ND).sum(1) - encoder.b_enc[latent_N]
     square_N = w_ND.square().sum(1)
-    x_RD[::2][: len(at_N)] += torch.where(square_N > 0, short_N / square_N, 0)[:, None] * w_ND
-    norm = float(x_RD.norm(dim=1).mean())
-    what = f"synthetic, no cache being at hand: b_dec plus {several} decoder rows, half of them moved to near a latent's threshold, mean norm {norm:.3g}"
-    return SampleRows(x_RD.float(), what)
+    moved_ND += torch.where(square_N > 0, missing_N / square_N, 0)[:, None] * w_ND
 
 
 def find_run_cache(origin: Mapping[str, Any]) -> Cache | None:
-    """The cache that a run was trained on, where it stands now; None when it is gone."""
-    if not isinstance(recorded := origin.get("cache"), str) or not isinstance(origin.get("fingerprint"), str):
+    """The cache that a run was trained on, where it is now; None if it is gone. `origin`: of the SAE."""
+    folder, fingerprint = origin.get("cache"), origin.get("fingerprint")
+    if not isinstance(folder, str) or not isinstance(fingerprint, str):
         return None
     candidates = []
-    if (Path(recorded) / "zarr.json").exists():
-        candidates.append(Cache(recorded))
+    if (Path(folder) / "zarr.json").exists():
+        candidates.append(Cache(folder))
     candidates += [cache for cache in list_caches().values() if isinstance(cache, Cache)]
-    return next((cache for cache in candidates if cache.fingerprint == origin["fingerprint"]), None)
+    return next((cache for cache in candidates if cache.fingerprint == fingerprint), None)
 
 
 def sample_run_rows(
-    origin: Mapping[str, Any], hook: Hook | None, given: Path | None
+    origin: Mapping[str, Any], hook: Hook | None, cache_folder: Path | None
 ) -> tuple[Cache | None, SampleRows | None]:
-    """The cache of a run, or the one that was given, and rows of it; None where it is gone, or holds none any more."""
-    cache = Cache(given) if given is not None else find_run_cache(origin)
+    """The cache in `cache_folder`, by default the run's own, and rows of it.
+
+    The cache is None if it is gone; the rows are None if it is gone or, a ring buffer, keeps no rows. UsageError if an
+    explicit cache has no rows of the hook.
+    """
+    cache = Cache(cache_folder) if cache_folder is not None else find_run_cache(origin)
     if cache is None or hook is None:
         return cache, None
     try:
         return cache, cached_rows(cache, hook)
     except UsageError:
-        if given is not None:
+        if cache_folder is not None:
             raise
-        return cache, None  # a ring keeps no rows
+        return cache, None

@@ -1,4 +1,4 @@
-"""Small SAEs of every kind, and rows on which some of their latents fire."""
+"""Small SAEs with every activation, and rows on which some of their latents are active."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +22,10 @@ def x_RD() -> Tensor:
 
 
 @pytest.fixture
-def make() -> Callable[..., SAE]:
-    """A random SAE of a kind; its decoder rows have norms from 0.5 to 2, unless `unit`."""
+def make_sae() -> Callable[..., SAE]:
+    """A factory of random SAEs; decoder rows have norms from 0.5 to 2, or 1 with `unit`."""
 
-    def build(kind: str, *, pre_bias: bool = True, unit: bool = False) -> SAE:
+    def make(activation: str, *, pre_bias: bool = True, unit: bool = False) -> SAE:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -36,13 +36,14 @@ def make() -> Callable[..., SAE]:
         if not unit:
             W_dec = W_dec * (0.5 + 1.5 * torch.rand(F, 1, generator=generator, dtype=torch.float64))
         matrices = (draw(D, F), 0.3 * draw(F), W_dec, draw(D))
-        more = {
+        options = {
             "topk": {"k": 4},
             "jumprelu": {"threshold": draw(F).abs()},
             "gated": {"r_mag": 0.5 * draw(F), "b_mag": draw(F)},
         }
-        sae = from_canonical(CanonicalSAE(*matrices, kind, **more.get(kind, {})), pre_bias=pre_bias)
+        canonical = CanonicalSAE(*matrices, activation, **options.get(activation, {}))
+        sae = from_canonical(canonical, pre_bias=pre_bias)
         sae.origin = dict(ORIGIN)
         return sae
 
-    return build
+    return make

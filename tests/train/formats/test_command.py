@@ -22,8 +22,8 @@ def call(*words) -> Result:
 
 
 @pytest.fixture
-def run(make, tmp_path) -> Path:
-    one = make("topk", unit=True)
+def run(make_sae, tmp_path) -> Path:
+    one = make_sae("topk", unit=True)
     save_sae(one, tmp_path / "runs" / "topk", {**one.origin, "variant": "topk"})
     return tmp_path / "runs" / "topk"
 
@@ -31,7 +31,7 @@ def run(make, tmp_path) -> Path:
 def test_out_and_in_again(run, tmp_path):
     shown = call("export", run, "--to", "saelens", "--out", tmp_path / "out")
     assert shown.exit_code == 0 and shown.stdout == ""
-    assert re.search(r"^checked  4,096 rows \(synthetic, .*\): active sets equal, [\d.]+ latents a row; relative error", shown.stderr, re.M)  # fmt: skip
+    assert re.search(r"^checked  4,096 rows \(synthetic, .*\): active sets equal, L0 [\d.]+; relative error", shown.stderr, re.M)  # fmt: skip
     assert re.findall(r"^file     (\S+) \([\d,]+ bytes\)$", shown.stderr, re.M) == [
         str(tmp_path / "out" / name) for name in ("cfg.json", "sae_weights.safetensors")
     ]
@@ -47,11 +47,11 @@ def test_out_and_in_again(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--to", "gemma-scope"), "gemma-scope holds jumprelu, and this SAE is a topk: dictionary-learning, saelens, sparsify can hold it"),
-        (("--to", "onnx"), "--to onnx is no format; there are"),
-        (("--to", "hub"), "--to hub takes --repo owner/name"),
-        (("--to", "hub", "--repo", "me/mine"), "Nobody is there to be asked, and nothing left this machine"),
-        (("--to", "saelens", "--yes"), "--repo, --private and --yes belong to --to hub"),
+        (("--to", "gemma-scope"), "gemma-scope cannot store a topk SAE, only jumprelu; dictionary-learning, saelens, sparsify can"),
+        (("--to", "onnx"), "--to onnx is not a known format; there are"),
+        (("--to", "hub"), "--to hub needs --repo owner/name"),
+        (("--to", "hub", "--repo", "me/mine"), "No terminal to ask for confirmation; nothing was uploaded"),
+        (("--to", "saelens", "--yes"), "--repo, --private and --yes need --to hub"),
         (("--to", "saelens", "--cache", "nowhere"), "nowhere holds no activation cache"),
     ],
 )  # fmt: skip
@@ -67,7 +67,7 @@ def test_a_damaged_file_has_its_own_exit_code(run, tmp_path):
     weights = tmp_path / "out" / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
     result = call("import", tmp_path / "out")
-    assert result.exit_code == DAMAGED and "is said to lie outside of the file" in result.stderr
+    assert result.exit_code == DAMAGED and "would be outside of the file" in result.stderr
     assert call("import", tmp_path / "none").exit_code == BAD_USAGE
 
 

@@ -50,8 +50,8 @@ def coded(sae: SAE, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("pre_bias", [True, False])
 @pytest.mark.parametrize(("kind", "to"), PAIRS)
-def test_there_and_back_is_the_same_sae_with_unit_rows(make, x_RD, tmp_path, kind, to, pre_bias):
-    sae = make(kind, pre_bias=pre_bias)
+def test_there_and_back_is_the_same_sae_with_unit_rows(make_sae, x_RD, tmp_path, kind, to, pre_bias):
+    sae = make_sae(kind, pre_bias=pre_bias)
     made = export_sae(sae, to, tmp_path / "out")
     back = load_sae(import_sae(made.folder, out=tmp_path / "runs").folder)
     f_RF, recon_RD = coded(sae, x_RD)
@@ -66,11 +66,11 @@ def test_there_and_back_is_the_same_sae_with_unit_rows(make, x_RD, tmp_path, kin
 
 
 @pytest.mark.parametrize(("kind", "to"), MISSING)
-def test_what_a_format_cannot_hold_is_refused_with_those_that_can(make, tmp_path, kind, to):
+def test_what_a_format_cannot_hold_is_refused_with_those_that_can(make_sae, tmp_path, kind, to):
     with pytest.raises(UsageError) as error:
-        export_sae(make(kind), to, tmp_path / "out")
+        export_sae(make_sae(kind), to, tmp_path / "out")
     assert all(able in str(error.value) for able in HOLDS[kind])
-    assert f"this SAE is a {kind}" in str(error.value)
+    assert f"cannot store a {kind} SAE" in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -79,19 +79,19 @@ def test_a_gate_is_a_jump_where_both_paths_share_the_encoder():
     one = torch.ones(1, 1, dtype=torch.float64)
     r_mag = torch.log(torch.tensor([4.0], dtype=torch.float64))
     gated = CanonicalSAE(one, -one[0], one, 0 * one[0], "gated", r_mag=r_mag, b_mag=3 * one[0])
-    jump = gated.within(("jumprelu",))
+    jump = gated.convert_to(("jumprelu",))
     assert jump is not None and jump.threshold is not None
     assert (float(jump.W_enc), float(jump.b_enc), float(jump.threshold)) == pytest.approx((4, 3, 7))
 
 
-def test_a_topk_with_unit_rows_says_so_to_saelens_and_one_without_does_not(make, tmp_path):
+def test_a_topk_with_unit_rows_says_so_to_saelens_and_one_without_does_not(make_sae, tmp_path):
     for unit in (True, False):
-        made = export_sae(make("topk", unit=unit), "saelens", tmp_path / str(unit))
+        made = export_sae(make_sae("topk", unit=unit), "saelens", tmp_path / str(unit))
         assert json.loads((made.folder / "cfg.json").read_text())["rescale_acts_by_decoder_norm"] is unit
         assert bool(made.notes) is not unit
 
 
-def test_batchtopk_is_a_jump_at_its_threshold_and_batch_norm_and_switched_off_latents_fold(make, x_RD, tmp_path):
+def test_batchtopk_is_a_jump_at_its_threshold_and_batch_norm_and_switched_off_latents_fold(make_sae, x_RD, tmp_path):
     batch = BatchTopK(4)
     batch.threshold.fill_(0.7)
     norm = BatchNorm(16)
@@ -102,7 +102,7 @@ def test_batchtopk_is_a_jump_at_its_threshold_and_batch_norm_and_switched_off_la
     some = EnabledLatents(16)
     some.on_F[::3] = 0
     for chain in ([batch], [norm, ReLU()], [some, ReLU()], [some, TopK(8)]):
-        sae = make("relu")
+        sae = make_sae("relu")
         sae.activation = torch.nn.Sequential(*chain)
         plain = to_canonical(sae.eval())
         f_RF, recon_RD = coded(sae, x_RD)
@@ -112,7 +112,7 @@ def test_batchtopk_is_a_jump_at_its_threshold_and_batch_norm_and_switched_off_la
         assert torch.allclose(recon_RD.float(), recon2_RD.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_every_activation_is_folded_or_refused_by_its_name(make):
+def test_every_activation_is_folded_or_refused_by_its_name(make_sae):
     builds = {
         "relu": ReLU(), "topk": TopK(2), "batchtopk": BatchTopK(2), "gated": Gated(16), "enabled": EnabledLatents(16),
         "batch_norm": BatchNorm(16), "winner_take_all": WinnerTakeAll(16, 4, 1), "competition": SoftCompetition(0.1),
@@ -122,7 +122,7 @@ def test_every_activation_is_folded_or_refused_by_its_name(make):
     assert set(builds) == set(Activation.registry)
     coupled = set()
     for name, link in builds.items():
-        sae = make("relu")
+        sae = make_sae("relu")
         sae.activation = torch.nn.Sequential(link, ReLU())
         try:
             to_canonical(sae)
@@ -133,8 +133,8 @@ def test_every_activation_is_folded_or_refused_by_its_name(make):
     assert coupled == {"winner_take_all", "competition", "switch"}
 
 
-def test_negative_thresholds_are_refused(make, tmp_path):
-    sae = make("jumprelu")
+def test_negative_thresholds_are_refused(make_sae, tmp_path):
+    sae = make_sae("jumprelu")
     sae.activation[0].threshold.data[3] = -0.5
     with pytest.raises(UsageError, match="1 thresholds of this jumprelu are negative"):
         export_sae(sae, "saelens", tmp_path / "out")
@@ -143,7 +143,7 @@ def test_negative_thresholds_are_refused(make, tmp_path):
 # --- the check ------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_export_is_refused_and_leaves_nothing(make, tmp_path, monkeypatch):
+def test_a_wrong_export_is_refused_and_leaves_nothing(make_sae, tmp_path, monkeypatch):
     whole = gemma_scope.GemmaScope.write
 
     def unfolded(self, plain, folder, about):
@@ -152,23 +152,23 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(make, tmp_path, monkeypatc
 
     monkeypatch.setattr(gemma_scope.GemmaScope, "write", unfolded)
     with pytest.raises(
-        SaeError, match="failed its own check and nothing was left behind: .* latents fire on one side alone"
+        SaeError, match="failed verification, and no files were kept: .* latents are active on one side only"
     ):
-        export_sae(make("jumprelu"), "gemma-scope", tmp_path / "out")
+        export_sae(make_sae("jumprelu"), "gemma-scope", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_over_1e_5_is_refused_and_a_rounding_is_not(make, x_RD):
-    sae = make("relu")
-    plain, (f_RF, recon_RD) = to_canonical(sae), coded(make("relu"), x_RD)
+def test_an_error_over_1e_5_is_refused_and_a_rounding_is_not(make_sae, x_RD):
+    sae = make_sae("relu")
+    plain, (f_RF, recon_RD) = to_canonical(sae), coded(make_sae("relu"), x_RD)
     rows = SampleRows(x_RD, "these")
     off = lambda by: compare(sae, plain, lambda x: (f_RF, recon_RD * (1 + by)), rows)  # noqa: E731
     assert off(9e-6).passed and not off(1.1e-5).passed
-    assert off(9e-6).error_x == pytest.approx(9e-6, rel=1e-3)
+    assert off(9e-6).reconstruction_error == pytest.approx(9e-6, rel=1e-3)
 
 
-def test_a_row_at_a_threshold_is_counted_and_said_and_one_away_from_it_is_refused(make, x_RD):
-    sae = make("jumprelu", pre_bias=False, unit=True)
+def test_a_row_at_a_threshold_is_counted_and_said_and_one_away_from_it_is_refused(make_sae, x_RD):
+    sae = make_sae("jumprelu", pre_bias=False, unit=True)
     z_RF = x_RD.double() @ sae.W_enc.double() + sae.b_enc.double()
     row, latent, other = int(z_RF[:, 5].argmax()), 5, 6
     sae.activation[0].threshold.data[latent] = float(z_RF[row, latent].float())  # as near as float32 comes to it
@@ -181,44 +181,46 @@ def test_a_row_at_a_threshold_is_counted_and_said_and_one_away_from_it_is_refuse
         return compare(sae, plain, lambda x: (other_RF, recon_RD), SampleRows(x_RD, "these"))
 
     near = with_other(row, latent)
-    assert (near.passed, near.rounded, near.different) == (True, 1, 0)
-    assert "but in 1 rows, at a threshold within float32's rounding" in str(near)
+    assert (near.passed, near.ambiguous_rows, near.mismatches) == (True, 1, 0)
+    assert "active sets equal except in 1 rows, within float32 rounding of a threshold" in str(near)
     far = with_other(row, other)
-    assert (far.passed, far.rounded, far.different) == (False, 0, 1)
+    assert (far.passed, far.ambiguous_rows, far.mismatches) == (False, 0, 1)
 
 
-def test_the_last_of_a_topk_is_in_doubt_only_when_the_next_is_as_large(make, x_RD):
-    plain = to_canonical(make("topk", unit=True))
-    assert not plain.doubt(x_RD.double()).any()
+def test_the_last_of_a_topk_is_in_doubt_only_when_the_next_is_as_large(make_sae, x_RD):
+    plain = to_canonical(make_sae("topk", unit=True))
+    assert not plain.is_ambiguous(x_RD.double()).any()
     tied = CanonicalSAE(plain.W_enc[:, [0] * 16], plain.b_enc[[0] * 16], plain.W_dec, plain.b_dec, "topk", k=4)
     z_R = (x_RD.double() @ tied.W_enc + tied.b_enc)[:, 0]
-    assert torch.equal(tied.doubt(x_RD.double()).all(1), z_R > 0)
+    assert torch.equal(tied.is_ambiguous(x_RD.double()).all(1), z_R > 0)
 
 
-def test_rows_are_the_caches_own_and_otherwise_synthetic_and_it_says_so(make, sparse_cache, tmp_path):
+def test_rows_are_the_caches_own_and_otherwise_synthetic_and_it_says_so(make_sae, sparse_cache, tmp_path):
     sae = SAE(32, 64)
     hook = {"layer": 0, "site": "resid_post", "model": {"name": "synthetic"}}
     save_sae(
         sae, tmp_path / "run", {**hook, "cache": str(sparse_cache.folder), "fingerprint": sparse_cache.fingerprint}
     )
     made = export_sae(tmp_path / "run", "saelens")
-    assert (made.check.rows, made.check.what) == (4096, f"of the cache {sparse_cache.folder.name}")
+    assert (made.check.rows, made.check.description) == (4096, f"from cache {sparse_cache.folder.name}")
     assert made.folder == tmp_path / "run" / "exports" / "saelens"
     save_sae(sae, tmp_path / "lost", {**hook, "cache": "/nowhere", "fingerprint": "0"})
     lost = export_sae(tmp_path / "lost", "saelens")
-    assert lost.check.what.startswith("synthetic, no cache being at hand: b_dec plus 8 decoder rows, half of them")
+    assert lost.check.description.startswith(
+        "synthetic, since no cache was found: b_dec plus 8 decoder rows, half of them"
+    )
     assert lost.check.l0 > 10
 
 
 @pytest.mark.parametrize("size", [1e-3, 1, 1e3])
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
-def test_synthetic_rows_see_every_threshold_and_bias_whatever_their_size(make, kind, size):
+def test_synthetic_rows_see_every_threshold_and_bias_whatever_their_size(make_sae, kind, size):
     """The same SAE with one bias or threshold moved, each latent in turn."""
-    sae = fold_normalization(make(kind, unit=True), size, torch.zeros(8))
+    sae = fold_normalization(make_sae(kind, unit=True), size, torch.zeros(8))
     plain = to_canonical(sae)
     rows = synthetic_rows(plain)
     name = {"relu": "b_enc", "jumprelu": "threshold", "gated": "b_enc"}[kind]
-    gate_F = torch.ones(16) if kind != "gated" else plain.within(("jumprelu",)).threshold
+    gate_F = torch.ones(16) if kind != "gated" else plain.convert_to(("jumprelu",)).threshold
     for latent in gate_F.nonzero().flatten().tolist():  # behind a gate that is always open its bias does nothing
         moved_F = getattr(plain, name).clone()
         moved_F[latent] += 0.3 * size
@@ -241,7 +243,7 @@ def test_synthetic_rows_of_an_encoder_without_a_bias_are_not_all_b_dec():
 
 def test_a_check_that_could_compare_no_row_is_none():
     assert not Check(4, "these", 1.0, 0, 4, 0.0, 0.0).passed
-    assert "no row of 4 (these) can be compared" in str(Check(4, "these", 1.0, 0, 4, 0.0, 0.0))
+    assert "none of the 4 rows (these) can be compared" in str(Check(4, "these", 1.0, 0, 4, 0.0, 0.0))
     assert Check(4, "these", 1.0, 0, 3, 0.0, 0.0).passed
 
 
@@ -266,9 +268,9 @@ def test_coupled_latents_are_refused_by_name_and_approximated_when_asked(sparse_
     assert record["l0_approximated"] == pytest.approx(record["l0"], abs=0.51)
     assert record["relative_error_of_x_hat"] > 0
     assert made.notes[0].startswith("relu+winner_take_all as topk, k ")
-    with pytest.raises(UsageError, match="gemma-scope holds no topk either"):
+    with pytest.raises(UsageError, match="gemma-scope cannot store a topk SAE either, only jumprelu"):
         export_sae(run, "gemma-scope", tmp_path / "no", approximate="topk")
-    with pytest.raises(UsageError, match="--approximate sparse is unknown: give one of topk, jumprelu, relu"):
+    with pytest.raises(UsageError, match="--approximate sparse is unknown; expected one of topk, jumprelu, relu"):
         export_sae(run, "saelens", tmp_path / "no", approximate="sparse")
 
 
@@ -279,22 +281,22 @@ def test_a_threshold_in_place_of_k_leaves_as_many_latents(sparse_cache, tmp_path
     assert record["l0_approximated"] == pytest.approx(record["l0"], rel=1e-3)
 
 
-def test_an_approximation_without_rows_to_measure_it_on_is_refused(make, tmp_path):
-    with pytest.raises(UsageError, match="measured on cached rows, and this SAE's cache is not there"):
-        export_sae(make("topk"), "gemma-scope", tmp_path / "out", approximate="jumprelu")
+def test_an_approximation_without_rows_to_measure_it_on_is_refused(make_sae, tmp_path):
+    with pytest.raises(UsageError, match="measured on cached activations, but the cache of this SAE is gone"):
+        export_sae(make_sae("topk"), "gemma-scope", tmp_path / "out", approximate="jumprelu")
 
 
-def test_an_exact_export_does_not_need_to_be_approximate(make, tmp_path):
-    made = export_sae(make("topk"), "saelens", tmp_path / "out", approximate="relu")
-    assert any("--approximate was not needed" in note for note in made.notes)
-    assert "approximation" not in made.about
+def test_an_exact_export_does_not_need_to_be_approximate(make_sae, tmp_path):
+    made = export_sae(make_sae("topk"), "saelens", tmp_path / "out", approximate="relu")
+    assert any("saelens stores this topk SAE exactly; --approximate was ignored" in note for note in made.notes)
+    assert "approximation" not in made.metadata
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_metadata_has_what_consumers_ask_for(make, tmp_path):
-    made = export_sae(make("jumprelu"), "saelens", tmp_path / "out")
+def test_metadata_has_what_consumers_ask_for(make_sae, tmp_path):
+    made = export_sae(make_sae("jumprelu"), "saelens", tmp_path / "out")
     config = json.loads((made.folder / "cfg.json").read_text())
     assert {k: config[k] for k in ("architecture", "d_in", "d_sae", "dtype", "apply_b_dec_to_input", "normalize_activations")} == {
         "architecture": "jumprelu", "d_in": 8, "d_sae": 16, "dtype": "float32", "apply_b_dec_to_input": False, "normalize_activations": "none",
@@ -322,30 +324,30 @@ def test_the_block_has_the_name_that_the_harvest_noted(sparse_cache, tmp_path):
         noted.unlink() if before is None else noted.write_bytes(before)
 
 
-def test_a_folder_that_holds_something_is_refused_and_others_can_read_the_files(make, tmp_path):
+def test_a_folder_that_holds_something_is_refused_and_others_can_read_the_files(make_sae, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="full is not empty; nothing was written"):
-        export_sae(make("relu"), "saelens", tmp_path / "full")
+        export_sae(make_sae("relu"), "saelens", tmp_path / "full")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
     before = os.umask(0o022)
     try:
-        made = export_sae(make("relu"), "saelens", tmp_path / "empty")
+        made = export_sae(make_sae("relu"), "saelens", tmp_path / "empty")
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in made.files} == {0o644}
 
 
-def test_an_unknown_format_suggests_one(make, tmp_path):
-    with pytest.raises(UsageError, match="--to saelense is no format; did you mean saelens"):
-        export_sae(make("relu"), "saelense", tmp_path / "out")
+def test_an_unknown_format_suggests_one(make_sae, tmp_path):
+    with pytest.raises(UsageError, match="--to saelense is not a known format; did you mean saelens"):
+        export_sae(make_sae("relu"), "saelense", tmp_path / "out")
 
 
-def test_what_was_imported_can_be_exported_again(make, tmp_path):
-    first = export_sae(make("gated"), "dictionary-learning", tmp_path / "a")
+def test_what_was_imported_can_be_exported_again(make_sae, tmp_path):
+    first = export_sae(make_sae("gated"), "dictionary-learning", tmp_path / "a")
     run = import_sae(first.folder, out=tmp_path / "runs").folder
     again = export_sae(run, "dictionary-learning", tmp_path / "b")
     one, two = (torch.load(m.folder / "ae.pt", weights_only=True) for m in (first, again))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
-    assert Format.registry["dictionary-learning"].recognise(ForeignFolder(again.folder))
+    assert Format.registry["dictionary-learning"].matches(ForeignFolder(again.folder))

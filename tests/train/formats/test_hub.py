@@ -13,7 +13,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
 from sae.train.formats.export import export_sae
-from sae.train.formats.hub import HubAddress, RemoteFile, import_from_hub, select_files, upload_sae
+from sae.train.formats.hub import HubAddress, RemoteFile, select_files
+from sae.train.formats.import_ import import_sae
+from sae.train.formats.upload import upload_sae
 from sae.train.sae import save_sae
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -71,8 +73,8 @@ def hub(tmp_path, monkeypatch) -> Hub:
 
 
 @pytest.fixture
-def theirs(make, tmp_path):
-    return lambda kind, to: export_sae(make(kind, unit=True), to, tmp_path / f"{kind}-{to}").folder
+def theirs(make_sae, tmp_path):
+    return lambda kind, to: export_sae(make_sae(kind, unit=True), to, tmp_path / f"{kind}-{to}").folder
 
 
 # --- import ---------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def test_only_what_the_format_needs_is_fetched_from_one_commit_after_it_was_show
     hub.add(PLACE, source)
     hub.add("layer_13/width_16k/average_l0_83", source)
     said: list[str] = []
-    made = import_from_hub(f"hf://{GEMMA}@main/{PLACE}", say=said.append, out=tmp_path / "runs")
+    made = import_sae(f"hf://{GEMMA}@main/{PLACE}", say=said.append, out=tmp_path / "runs")
     assert hub.asked == [(GEMMA, "main", True)]
     assert hub.fetched == [(GEMMA, f"{PLACE}/params.npz", COMMIT)]
     assert said[0] == f"commit   {GEMMA} at {COMMIT}" and said[1].startswith(f"file     {PLACE}/params.npz (")
@@ -98,7 +100,7 @@ def test_sparsify_brings_the_run_above_it_which_names_the_model(hub, theirs, tmp
     source = theirs("topk", "sparsify")
     (source / "layers.12" / "about.json").unlink()
     hub.add("", source)
-    made = import_from_hub("hf://EleutherAI/sae-things/layers.12", out=tmp_path / "runs")
+    made = import_sae("hf://EleutherAI/sae-things/layers.12", out=tmp_path / "runs")
     assert sorted(name for _, name, _ in hub.fetched) == [
         "config.json",
         "layers.12/cfg.json",
@@ -109,12 +111,12 @@ def test_sparsify_brings_the_run_above_it_which_names_the_model(hub, theirs, tmp
 
 def test_a_repository_with_one_sae_needs_no_folder_and_one_with_several_lists_them(hub, theirs, tmp_path):
     hub.add("a/b", theirs("relu", "saelens"))
-    assert import_from_hub("hf://me/mine", out=tmp_path / "runs").format == "saelens"
+    assert import_sae("hf://me/mine", out=tmp_path / "runs").format == "saelens"
     hub.add("c", tmp_path / "relu-saelens")
-    with pytest.raises(UsageError, match="holds 2 SAEs.*\n  hf://me/mine/a/b\n  hf://me/mine/c"):
-        import_from_hub("hf://me/mine")
-    with pytest.raises(UsageError, match="holds no SAE of a known format in nothing"):
-        import_from_hub("hf://me/mine/nothing")
+    with pytest.raises(UsageError, match="me/mine holds 2 SAEs. Choose one:\n  hf://me/mine/a/b\n  hf://me/mine/c"):
+        import_sae("hf://me/mine")
+    with pytest.raises(UsageError, match="me/mine/nothing holds no SAE of a known format"):
+        import_sae("hf://me/mine/nothing")
 
 
 def test_a_file_that_did_not_come_as_promised_is_refused(hub, theirs, tmp_path, monkeypatch):
@@ -129,8 +131,8 @@ def test_a_file_that_did_not_come_as_promised_is_refused(hub, theirs, tmp_path, 
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", other)
-    with pytest.raises(DamagedError, match="came with another checksum than the Hub promises"):
-        import_from_hub("hf://me/mine", out=tmp_path / "runs")
+    with pytest.raises(DamagedError, match="does not have the checksum that the Hub declares"):
+        import_sae("hf://me/mine", out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -139,20 +141,20 @@ def test_a_repository_with_names_that_leave_it_is_refused(hub, theirs, name):
     hub.add("", theirs("relu", "saelens"))
     hub.names = [name]
     with pytest.raises(UsageError, match="Refused: me/mine holds .*, which leads out of its folder"):
-        import_from_hub("hf://me/mine")
+        import_sae("hf://me/mine")
     assert not hub.fetched
 
 
 @pytest.mark.parametrize("text", ["hf://one", "hf://", "hf://a/b/../../c", "hf://a b/c", "hf:///x/y"])
 def test_what_is_no_place_on_the_hub_is_refused(hub, text):
-    with pytest.raises(UsageError, match="is no place on the Hub: write hf://owner/repo/folder"):
-        import_from_hub(text)
+    with pytest.raises(UsageError, match="Invalid address .*: expected hf://owner/repo/folder"):
+        import_sae(text)
     assert not hub.asked
 
 
 def test_addresses():
-    assert HubAddress.of("hf://a/b") == ("a/b", None, "")
-    assert HubAddress.of("hf://a/b@v1/c/d/") == ("a/b", "v1", "c/d")
+    assert HubAddress.parse("hf://a/b") == ("a/b", None, "")
+    assert HubAddress.parse("hf://a/b@v1/c/d/") == ("a/b", "v1", "c/d")
     files = [RemoteFile("c/params.npz", 1, None), RemoteFile("c/README.md", 1, None)]
     assert select_files(HubAddress("a/b", None, "c/params.npz"), files) == files[:1]
 
@@ -173,10 +175,10 @@ def answered(kind: type[Exception]) -> Exception:
     ("error", "kind", "sentence"),
     [
         (GatedRepoError, UnavailableError, "me/mine is gated: accept its licence"),
-        (RepositoryNotFoundError, UnavailableError, "There is no me/mine on the Hub that you can see"),
+        (RepositoryNotFoundError, UnavailableError, "me/mine was not found on the Hub"),
         (RevisionNotFoundError, UsageError, "me/mine has no such revision"),
-        (ConnectionError, UnavailableError, "The Hub could not be reached for me/mine: no"),
-        (Unheard, UnavailableError, "The Hub could not be reached for me/mine: no"),
+        (ConnectionError, UnavailableError, "Could not reach the Hub for me/mine: no"),
+        (Unheard, UnavailableError, "Could not reach the Hub for me/mine: no"),
     ],
 )
 def test_what_the_hub_can_answer_is_a_sentence(hub, monkeypatch, error, kind, sentence):
@@ -185,7 +187,7 @@ def test_what_the_hub_can_answer_is_a_sentence(hub, monkeypatch, error, kind, se
 
     monkeypatch.setattr(hub, "model_info", fail)
     with pytest.raises(kind) as raised:
-        import_from_hub("hf://me/mine")
+        import_sae("hf://me/mine")
     assert sentence in str(raised.value)
 
 
@@ -193,9 +195,9 @@ def test_what_the_hub_can_answer_is_a_sentence(hub, monkeypatch, error, kind, se
 
 
 @pytest.fixture
-def run(make, tmp_path) -> Path:
+def run(make_sae, tmp_path) -> Path:
     folder = tmp_path / "runs" / "batchtopk-L12"
-    sae = make("jumprelu", unit=True)
+    sae = make_sae("jumprelu", unit=True)
     save_sae(sae, folder, {**sae.origin, "variant": "batchtopk", "seed": 3})
     (folder / "run.json").write_text(json.dumps({"resolved": {"k": 32, "aux": None}, "cache": "c0ffee", "cache_folders": ["/home/me"]}))  # fmt: skip
     (folder / "evaluations").mkdir()
@@ -211,13 +213,13 @@ def run(make, tmp_path) -> Path:
 def test_a_saelens_directory_and_a_card_go_out_after_the_question(hub, run):
     said: list[str] = []
 
-    def agree(question: str) -> bool:
+    def confirm(question: str) -> bool:
         assert not hub.uploaded
         assert [line.split()[1] for line in said if line.startswith("file")] == ["README.md", "cfg.json", "sae_weights.safetensors"]  # fmt: skip
-        assert question == "Upload these 3 files to https://huggingface.co/me/mine, private if it is new?"
+        assert question == "Upload these 3 files to https://huggingface.co/me/mine (private if new)?"
         return True
 
-    url = upload_sae(run, "me/mine", private=True, agree=agree, say=said.append)
+    url = upload_sae(run, "me/mine", private=True, confirm=confirm, say=said.append)
     assert url == f"https://huggingface.co/me/mine at {COMMIT}"
     (first, repo, private), (second, target, files) = hub.uploaded
     assert (first, repo, private, second, target) == ("create", "me/mine", True, "folder", "me/mine")
@@ -225,7 +227,7 @@ def test_a_saelens_directory_and_a_card_go_out_after_the_question(hub, run):
     assert card.startswith('---\nlibrary_name: "saelens"\ntags: ["sparse-autoencoder", "saelens"]\nbase_model: "google/gemma-2-2b"\n---\n')  # fmt: skip
     for line in (
         "# batchtopk on gemma-2-2b, blocks.12.hook_resid_post",
-        "| L0, latents a token | 31.96 |",
+        "| L0 (active latents per token) | 31.96 |",
         "| explained variance | 0.9123 |",
         "| TPP, 20 latents, on texts of Python's standard library | 0.25 |",
         "sae import hf://me/mine",
@@ -239,17 +241,17 @@ def test_a_saelens_directory_and_a_card_go_out_after_the_question(hub, run):
 
 
 def test_nothing_leaves_when_the_answer_is_no_or_nobody_can_give_one(hub, run):
-    with pytest.raises(Interrupted, match="Nothing left this machine"):
-        upload_sae(run, "me/mine", agree=lambda question: False)
+    with pytest.raises(Interrupted, match="nothing was uploaded"):
+        upload_sae(run, "me/mine", confirm=lambda question: False)
     assert not hub.uploaded
-    with pytest.raises(UsageError, match="--repo mine is no name of a repository: write owner/name"):
-        upload_sae(run, "mine", agree=lambda question: True)
+    with pytest.raises(UsageError, match="Invalid --repo mine: expected owner/name"):
+        upload_sae(run, "mine", confirm=lambda question: True)
 
 
 def test_what_goes_out_comes_back(hub, run, tmp_path):
-    upload_sae(run, "me/mine", agree=lambda question: True)
+    upload_sae(run, "me/mine", confirm=lambda question: True)
     for name, data in hub.uploaded[1][2].items():
         (hub.folder / name).write_bytes(data)
-    made = import_from_hub("hf://me/mine", out=tmp_path / "again")
+    made = import_sae("hf://me/mine", out=tmp_path / "again")
     assert sorted(name for _, name, _ in hub.fetched) == ["cfg.json", "sae_weights.safetensors"]
     assert (made.sae.origin["model"]["name"], made.sae.origin["layer"]) == ("google/gemma-2-2b", 12)

@@ -19,11 +19,11 @@ from sae.train.sae import load_sae
 
 
 @pytest.fixture
-def exported(make, tmp_path):
+def exported(make_sae, tmp_path):
     """A folder of a format, with its configuration changed and keys taken out of it."""
 
     def build(kind: str, to: str, *dropped: str, **changed: Any) -> Path:
-        folder = export_sae(make(kind, unit=True), to, tmp_path / "theirs").folder
+        folder = export_sae(make_sae(kind, unit=True), to, tmp_path / "theirs").folder
         path = next(p for name in ("cfg.json", "about.json") for p in folder.rglob(name))
         config = json.loads(path.read_text())
         config = {name: value for name, value in (config | changed).items() if name not in dropped}
@@ -45,7 +45,7 @@ def test_b_dec_is_subtracted_where_nothing_is_said(exported, tmp_path, x_RD):
     folder = exported("relu", "saelens", "apply_b_dec_to_input")
     made = import_sae(folder, out=tmp_path)
     assert made.sae.pre_bias
-    assert any("apply_b_dec_to_input is not in cfg.json" in note for note in made.notes)
+    assert any("cfg.json has no apply_b_dec_to_input" in note for note in made.notes)
     w = load_file(folder / "sae_weights.safetensors")
     f_RF = ((x_RD - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
     assert torch.allclose(made.sae.encode(x_RD), f_RF, atol=1e-5)
@@ -64,10 +64,10 @@ def test_rescaled_topk_selects_by_the_decoders_norms(exported, tmp_path, x_RD):
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk", "jumprelu", "gated"])
-def test_a_scale_in_the_files_is_folded(exported, make, tmp_path, x_RD, kind):
+def test_a_scale_in_the_files_is_folded(exported, make_sae, tmp_path, x_RD, kind):
     """x is multiplied by 4 before and divided after: f is that of 4 x, and x_hat a fourth."""
     folder = exported(kind, "saelens", normalize_activations="expected_average_only_in", norm_scaling_factor=4.0)
-    made, plain = import_sae(folder, out=tmp_path), make(kind, unit=True)
+    made, plain = import_sae(folder, out=tmp_path), make_sae(kind, unit=True)
     assert torch.allclose(made.sae.encode(x_RD), plain.encode(4 * x_RD), rtol=1e-4, atol=1e-4)
     assert torch.allclose(made.sae.decode(made.sae.encode(x_RD)), plain.decode(plain.encode(4 * x_RD)) / 4, atol=1e-4)
 
@@ -75,19 +75,19 @@ def test_a_scale_in_the_files_is_folded(exported, make, tmp_path, x_RD, kind):
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"normalize_activations": "layer_norm"}, "layer_norm, which divides every token by its own standard deviation"),
-        ({"normalize_activations": "constant_norm_rescale"}, "divides every token by its own norm"),
-        ({"normalize_activations": "covariance_whitening"}, "whitens its input"),
-        ({"normalize_activations": "expected_average_only_in"}, "by how much its input was scaled stands nowhere in the files"),
-        ({"architecture": "transcoder"}, "architecture 'transcoder'; known here are standard, topk, jumprelu, gated"),
-        ({"architecture": "batchtopk"}, "SAELens saves its inference as jumprelu"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations layer_norm divides each token by its own standard deviation"),
+        ({"normalize_activations": "constant_norm_rescale"}, "divides each token by its own norm"),
+        ({"normalize_activations": "covariance_whitening"}, "whitens the input"),
+        ({"normalize_activations": "expected_average_only_in"}, "but the files do not record the factor"),
+        ({"architecture": "transcoder"}, "architecture 'transcoder' is not supported; supported are standard, topk, jumprelu, gated"),
+        ({"architecture": "batchtopk"}, "SAELens saves as jumprelu for inference"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
-        ({"architecture": "standard", "activation_fn_str": "tanh-relu"}, "the activation 'tanh-relu', and is called standard"),
-        ({"architecture": "standard", "activation_fn_str": "topk"}, "the activation 'topk', and is called standard"),
-        ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_in"}}, "'blocks.3.hook_mlp_in' is no place that is known"),
-        ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.0.hook_resid_pre"}}, "is the embedding, before every block"),
-        ({"metadata": {}}, "do not say which model and layer they are of. Add --model google/gemma-2-2b --layer 12"),
-        ({"metadata": {"model_name": "gpt2"}}, "do not say which layer they are of. Add --layer 12"),
+        ({"architecture": "standard", "activation_fn_str": "tanh-relu"}, "activation_fn 'tanh-relu' contradicts architecture standard"),
+        ({"architecture": "standard", "activation_fn_str": "topk"}, "activation_fn 'topk' contradicts architecture standard"),
+        ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_in"}}, "The hook point 'blocks.3.hook_mlp_in' is not supported"),
+        ({"metadata": {"model_name": "gpt2", "hook_name": "blocks.0.hook_resid_pre"}}, "is the embedding, before the first block"),
+        ({"metadata": {}}, "do not record their model and layer. Add --model google/gemma-2-2b --layer 12"),
+        ({"metadata": {"model_name": "gpt2"}}, "do not record their layer. Add --layer 12"),
     ],
 )  # fmt: skip
 def test_what_no_sae_of_ours_does_is_refused(exported, tmp_path, changed, sentence):
@@ -136,14 +136,14 @@ def test_lower_case_names_and_the_path_of_gemma_scope(exported, tmp_path):
     np.savez_compressed(place / "params.npz", **{names.get(name, name): array for name, array in arrays.items()})
     origin = import_sae(place, out=tmp_path).sae.origin
     assert (origin["model"]["name"], origin["layer"], origin["site"]) == ("google/gemma-2-9b-it", 20, "mlp_out")
-    with pytest.raises(UsageError, match="is of the embedding, which is no layer"):
+    with pytest.raises(UsageError, match="is an SAE on the embedding, scaled by sqrt"):
         shutil.copytree(place, tmp_path / "embedding" / "width_4k")
         import_sae(tmp_path / "embedding" / "width_4k", model="gpt2", layer=0, out=tmp_path)
 
 
-def test_a_class_that_could_be_two_is_not_guessed(make, tmp_path):
+def test_a_class_that_could_be_two_is_not_guessed(make_sae, tmp_path):
     """AutoEncoderTopK and BatchTopKSAE have the same tensors: config.json alone tells them apart."""
-    folder = export_sae(make("topk"), "dictionary-learning", tmp_path / "theirs").folder
+    folder = export_sae(make_sae("topk"), "dictionary-learning", tmp_path / "theirs").folder
     config = json.loads((folder / "config.json").read_text())
     config["trainer"]["dict_class"] = "BatchTopKSAE"
     (folder / "config.json").write_text(json.dumps(config))
@@ -155,7 +155,7 @@ def test_a_class_that_could_be_two_is_not_guessed(make, tmp_path):
         import_sae(folder, out=tmp_path)
     (folder / "config.json").unlink()
     with pytest.raises(
-        UsageError, match="can be AutoEncoderTopK or BatchTopKSAE, and has no config.json that says which"
+        UsageError, match="can be AutoEncoderTopK or BatchTopKSAE, and there is no config.json that says which"
     ):
         import_sae(folder, out=tmp_path)
 
@@ -168,15 +168,15 @@ def test_a_class_that_could_be_two_is_not_guessed(make, tmp_path):
     ],
 )  # fmt: skip
 def test_a_layer_of_dictionary_learning_is_the_residual_stream_unless_another_place_is_named(
-    make, tmp_path, submodule, hook
+    make_sae, tmp_path, submodule, hook
 ):
-    folder = export_sae(make("relu"), "dictionary-learning", tmp_path / "theirs").folder
+    folder = export_sae(make_sae("relu"), "dictionary-learning", tmp_path / "theirs").folder
     config = json.loads((folder / "config.json").read_text())
     config["trainer"] |= {"submodule_name": submodule, "layer": 7}
     del config["about"]
     (folder / "config.json").write_text(json.dumps(config))
     if hook is None:
-        with pytest.raises(UsageError, match="do not say which layer they are of"):
+        with pytest.raises(UsageError, match="do not record their layer"):
             import_sae(folder, out=tmp_path)
     else:
         origin = import_sae(folder, out=tmp_path).sae.origin
@@ -186,7 +186,7 @@ def test_a_layer_of_dictionary_learning_is_the_residual_stream_unless_another_pl
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"activation": "groupmax"}, "the activation is 'groupmax'; of sparsify only topk"),
+        ({"activation": "groupmax"}, "activation is 'groupmax'; only topk is supported"),
         ({"transcode": True}, "transcode is true"),
         ({"skip_connection": True}, "skip_connection is true"),
     ],
@@ -204,7 +204,7 @@ def test_sparsify_counts_its_latents_by_the_factor_where_it_says_0(exported, tmp
 def test_of_several_saes_one_has_to_be_named(exported, tmp_path):
     folder = exported("topk", "sparsify")
     shutil.copytree(folder / "layers.12", folder / "layers.5")
-    with pytest.raises(UsageError, match=r"holds 2 SAEs: layers.12, layers.5. Name one: sae import .*layers.12"):
+    with pytest.raises(UsageError, match=r"holds 2 SAEs: layers.12, layers.5. Choose one: sae import .*layers.12"):
         import_sae(folder, out=tmp_path)
     assert import_sae(folder / "layers.5", out=tmp_path).sae.origin["model"]["name"] == "google/gemma-2-2b"
 
@@ -237,7 +237,7 @@ def test_every_scheme_of_hook_names(text, hook):
 def test_names_of_places_that_we_have_not_are_refused_and_unknown_words_are_not():
     assert first_hook([None, 3, "trainer_0", "resid_post_layer_4"]) == Hook(4)
     for text in ("layers.12.mlp", "blocks.2.hook_mlp_in", "model.layers.2.self_attn"):
-        with pytest.raises(UsageError, match="is no place that is known here"):
+        with pytest.raises(UsageError, match="is not supported"):
             first_hook([text])
 
 
@@ -263,29 +263,29 @@ def test_the_run_folder_says_where_it_came_from(exported, tmp_path):
     assert set(said["imported_from"]["sha256"]) == {"cfg.json", "sae_weights.safetensors"}
     assert all(len(digest) == 64 for digest in said["imported_from"]["sha256"].values())
     assert said["check"]["passed"] and said["metadata"]["training_architecture"] == "gated"
-    with pytest.raises(UsageError, match="is there already: sae evaluate"):
+    with pytest.raises(UsageError, match="already exists: run sae evaluate"):
         import_sae(tmp_path / "theirs", out=tmp_path)
     assert import_sae(tmp_path / "theirs", out=tmp_path, name="again").folder == tmp_path / "again"
-    with pytest.raises(UsageError, match="--name '../elsewhere' is no name of a folder"):
+    with pytest.raises(UsageError, match="Invalid --name '../elsewhere'"):
         import_sae(tmp_path / "theirs", out=tmp_path, name="../elsewhere")
-    with pytest.raises(UsageError, match=r"--name 'two\\nlines' is no name of a folder"):
+    with pytest.raises(UsageError, match=r"Invalid --name 'two\\nlines'"):
         import_sae(tmp_path / "theirs", out=tmp_path, name="two\nlines")
-    with pytest.raises(UsageError, match="is a run of ours already"):
+    with pytest.raises(UsageError, match="is already a run folder of this package"):
         import_sae(made.folder, out=tmp_path)
 
 
 def test_model_and_layer_can_be_given_and_a_difference_is_said(exported, tmp_path):
     made = import_sae(exported("relu", "saelens"), model="gpt2", layer=3, out=tmp_path)
     assert (made.sae.origin["model"]["name"], made.sae.origin["layer"]) == ("gpt2", 3)
-    assert made.notes == ["The files say layer 12; --layer 3 was taken.", "The files say google/gemma-2-2b; --model gpt2 was taken."]  # fmt: skip
+    assert made.notes == ["The files say layer 12; --layer 3 overrides it.", "The files say google/gemma-2-2b; --model gpt2 overrides it."]  # fmt: skip
 
 
-def test_a_cache_is_found_or_given_and_has_to_fit(make, sparse_cache, tmp_path, monkeypatch):
-    sae = make("relu")
-    with pytest.raises(UsageError, match="has rows of 32 numbers, and the SAE takes 8"):
+def test_a_cache_is_found_or_given_and_has_to_fit(make_sae, sparse_cache, tmp_path, monkeypatch):
+    sae = make_sae("relu")
+    with pytest.raises(UsageError, match="has rows of width 32, but the SAE has d_in 8"):
         folder = export_sae(sae, "saelens", tmp_path / "small").folder
         import_sae(folder, model="synthetic", layer=0, cache=sparse_cache.folder, out=tmp_path)
-    with pytest.raises(UsageError, match="holds activations of synthetic, and the SAE is of google/gemma-2-2b"):
+    with pytest.raises(UsageError, match="holds activations of synthetic, but the SAE is of google/gemma-2-2b"):
         import_sae(folder, layer=0, cache=sparse_cache.folder, out=tmp_path)
     from sae.train.sae import SAE
 
@@ -293,19 +293,19 @@ def test_a_cache_is_found_or_given_and_has_to_fit(make, sparse_cache, tmp_path, 
     wide.origin = {"model": {"name": "synthetic"}, "layer": 0}
     folder = export_sae(wide, "saelens", tmp_path / "wide").folder
     made = import_sae(folder, cache=sparse_cache.folder, out=tmp_path)
-    assert made.check.what == f"of the cache {sparse_cache.folder.name}"
+    assert made.check.description == f"from cache {sparse_cache.folder.name}"
     assert made.sae.origin["fingerprint"] == sparse_cache.fingerprint
     (tmp_path / "activations").mkdir()
     (tmp_path / "activations" / "one").symlink_to(sparse_cache.folder)
     assert import_sae(folder, out=tmp_path, name="found").cache == tmp_path / "activations" / "one"
     (tmp_path / "activations" / "two").symlink_to(sparse_cache.folder)
     two = import_sae(folder, out=tmp_path, name="two")
-    assert two.cache is None and "2 caches hold layer 0 of synthetic; none was taken" in two.notes[0]
+    assert two.cache is None and "2 caches hold layer 0 of synthetic, so none was chosen" in two.notes[0]
 
 
 def test_a_folder_without_an_sae_says_what_it_looked_for(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="saelens has sae_weights.safetensors.*There is nothing"):
+    with pytest.raises(UsageError, match="sae_weights.safetensors \\(saelens\\).*found nothing"):
         import_sae(tmp_path / "empty")
-    with pytest.raises(UsageError, match="There is no folder"):
+    with pytest.raises(UsageError, match="No such folder"):
         import_sae(tmp_path / "none")

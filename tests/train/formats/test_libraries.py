@@ -43,7 +43,7 @@ def test_our_files_mean_to_a_library_what_they_mean_to_us(library, name, tmp_pat
     kind, to = name.split("--")
     run = FIXTURES / "ours" / kind
     made = export_sae(run, to, tmp_path / "out")
-    assert made.check.rounded == 0
+    assert made.check.ambiguous_rows == 0
     same(Format.registry[to].reference(ForeignFolder(made.folder))(x_RD), READ[library], name)
     sae = load_sae(run).double()
     f_RF = sae.encode(x_RD.double())
