@@ -84,7 +84,7 @@ def beside(one: ComparedRun, other: ComparedRun) -> list[str]:
 
 
 def found(metric: str, name: str) -> MetricColumn:
-    return next(number for number in METRICS[metric].numbers if number.name == name)
+    return next(number for number in METRICS[metric].columns if number.name == name)
 
 
 def pairs_of(runs: Runs, one: str, other: str, layer: int) -> list[tuple[ComparedRun, ComparedRun]]:

@@ -20,7 +20,7 @@ from typing import Any
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import read_json
 from .charts import Chart, Series
-from .metrics.base import MetricColumn, Result
+from .metrics.base import MetricColumn, MetricResult
 from .metrics.registry import METRICS
 from .results import result_of
 from .tables import but_for_seed, head, paired, value_of, with_spread
@@ -59,7 +59,7 @@ class ComparedRun:
     folder: Path
     origin: dict[str, Any]
     run: dict[str, Any]
-    results: dict[str, Result]
+    results: dict[str, MetricResult]
     settings: dict[str, dict[str, Any]]
     reference: bool = False
 
@@ -108,7 +108,7 @@ class Comparison:
     @property
     def columns(self) -> list[tuple[str, MetricColumn]]:
         """Of SUMMARY, what at least one run has."""
-        found = [(m, n) for m, name in SUMMARY for n in METRICS[m].numbers if n.name == name]
+        found = [(m, n) for m, name in SUMMARY for n in METRICS[m].columns if n.name == name]
         return [(m, n) for m, n in found if any(run.value(m, n) is not None for run in self.runs)]
 
 
@@ -141,7 +141,7 @@ def read_run(folder: Path) -> ComparedRun:
     return ComparedRun(folder.resolve().name, folder, origin, run, *results_of(folder))
 
 
-def results_of(folder: Path) -> tuple[dict[str, Result], dict[str, dict[str, Any]]]:
+def results_of(folder: Path) -> tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]:
     """Each metric's result file, and its settings."""
     paths = {name: folder / "evaluations" / f"{name}.json" for name in METRICS}
     there = {name: path for name, path in paths.items() if path.exists()}
@@ -230,7 +230,7 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
     for system in [*comparison.systems, *comparison.references]:
         seeds = f" ({len(system.seeds)} seeds)" if len(system.seeds) > 1 else ""
         found = [system.mean_and_spread(metric, number) for metric, number in columns]
-        cells = [with_spread(*at, n.form) if at else "" for at, (_, n) in zip(found, columns, strict=True)]
+        cells = [with_spread(*at, n.format) if at else "" for at, (_, n) in zip(found, columns, strict=True)]
         lines.append([system.label + seeds, *cells])
     return heads, lines
 
@@ -293,7 +293,7 @@ def as_csv(comparison: Comparison) -> str:
 
 def frontiers(comparison: Comparison) -> list[Chart]:
     """Each column over L0: a series for each recipe, through its systems in the order of L0; references as points."""
-    l0 = next(n for n in METRICS[L0[0]].numbers if n.name == L0[1])
+    l0 = next(n for n in METRICS[L0[0]].columns if n.name == L0[1])
     families = list(
         dict.fromkeys(family(system, comparison) for system in [*comparison.systems, *comparison.references])
     )

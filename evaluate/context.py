@@ -22,8 +22,8 @@ class ContextBatch:
     """
 
     ids: Tensor
-    inside: Tensor
-    kept: Tensor
+    is_token: Tensor
+    counted: Tensor
     document: Tensor
 
 

@@ -20,7 +20,7 @@ from ..harvest.model import LanguageModel, ModelSource, find_model, load_model, 
 from ..train.sae import SAE, load_sae, sae_spec
 from .artifacts import ArtifactCache, sweep
 from .context import EvalContext
-from .metrics.base import EvalTarget, Metric, Result, check_mode
+from .metrics.base import EvalTarget, Metric, MetricResult, check_mode
 from .metrics.registry import metrics_of_suite
 from .results import read_result
 
@@ -55,7 +55,7 @@ class EvalRow:
     folder: Path | None = None  # its results are in evaluations/ there; of an object, nowhere
     record: dict[str, Any] = field(default_factory=dict)  # sae.json, or what the reference is
     weights: str = ""  # the digest of all that encodes and decodes, and of the layer
-    results: dict[str, Result] = field(default_factory=dict)  # by metric
+    results: dict[str, MetricResult] = field(default_factory=dict)  # by metric
     failed: dict[str, SaeError] = field(default_factory=dict)  # why a metric has no result
 
     def flat(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def sample(ctx: EvalContext, text: Contexts, layer: int) -> Tensor:
 
     def make() -> dict[str, Tensor]:
         batches = ctx.batches(16, CONTEXTS, text)
-        return {"x": torch.cat([ctx.model.capture(b.ids, [layer])[layer][b.kept].cpu() for b in batches])}
+        return {"x": torch.cat([ctx.model.capture(b.ids, [layer])[layer][b.counted].cpu() for b in batches])}
 
     pinned = {**ctx.identity, "skip": ctx.skip, "layer": layer, "ids": digest_of(text.ids.tolist())}
     return ctx.artifacts.keep("sample", pinned, make)["x"].to(ctx.device)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.errors import DamagedError
 from ..common.files import digest_of, make_folder, os_error, read_json, write_json
-from .metrics.base import JsonPath, Metric, Result
+from .metrics.base import JsonPath, Metric, MetricResult
 
 
 def result_file(folder: Path, metric: Metric) -> Path:
@@ -19,7 +19,7 @@ def result_file(folder: Path, metric: Metric) -> Path:
 
 
 def write_result(
-    folder: Path, metric: Metric, settings: Mapping[str, Any], result: Result, run: Mapping[str, Any]
+    folder: Path, metric: Metric, settings: Mapping[str, Any], result: MetricResult, run: Mapping[str, Any]
 ) -> None:
     """One file per run and metric, with SAEBench's envelope. As in its files, -1 stands for a number that does not exist;
     since a number can be -1 too, `absent` says where.
@@ -58,7 +58,7 @@ UNSTRUCTURED = ("intervals", "n", "flags", "extra")
 RECORDED = ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
 
 
-def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Result | None:
+def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> MetricResult | None:
     """The result of an earlier evaluation with the same settings, if there is one; it is then the metric's file again,
     where that can be written.
 
@@ -76,7 +76,7 @@ def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Re
     return found
 
 
-def result_of(path: Path, metric: Metric | type[Metric]) -> Result:
+def result_of(path: Path, metric: Metric | type[Metric]) -> MetricResult:
     """What a result file holds. Raises DamagedError for one that holds none."""
     found = read_json(path, *RECORDED)
     try:
@@ -90,7 +90,7 @@ def result_of(path: Path, metric: Metric | type[Metric]) -> Result:
         details, more["n"] = [{**entry} for entry in ours["details"]], {**more["n"]}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedError(f"{path} holds no result of {metric.name}. Remove it and evaluate again.") from error
-    return Result(metrics, details, **more)
+    return MetricResult(metrics, details, **more)
 
 
 def earlier_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:

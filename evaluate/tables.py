@@ -32,7 +32,7 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
                 for row in measured
             }
             title = f"{metric.title}; n = {counted.pop()}" if len(counted) == 1 and counted != {""} else metric.title
-            numbers = [n for n in metric.numbers if any(value_of(row, name, n) is not None for row in measured)]
+            numbers = [n for n in metric.columns if any(value_of(row, name, n) is not None for row in measured)]
             lines = [[row.name, *(cell(row, name, number) for number in numbers)] for row in measured]
             yield title, ["run", *map(head, numbers)], lines + over_seeds(measured, name, numbers)
 
@@ -65,7 +65,7 @@ def cell(row: EvalRow, metric: str, number: MetricColumn) -> str:
     if value is None:
         return ""
     low, high = row.results[metric].intervals.get(number.category, {}).get(number.name) or (None, None)
-    return with_spread(value, 0 if low is None or high is None else (high - low) / 2, number.form)
+    return with_spread(value, 0 if low is None or high is None else (high - low) / 2, number.format)
 
 
 def with_spread(value: float, spread: float, form: str) -> str:
@@ -92,7 +92,7 @@ def over_seeds(rows: Sequence[EvalRow], metric: str, numbers: Sequence[MetricCol
         found = [[v for row in group.values() if (v := value_of(row, metric, n)) is not None] for n in numbers]
         spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
         cells = [
-            with_spread(statistics.mean(values), sd, n.form) if values else ""
+            with_spread(statistics.mean(values), sd, n.format) if values else ""
             for n, values, sd in zip(numbers, found, spread, strict=True)
         ]
         lines.append([f"{name}, {len(group)} seeds ± sd", *cells])
@@ -123,4 +123,4 @@ def paired(pairs: Sequence[tuple[EvalRow, EvalRow]], metric: str, number: Metric
     if len(differences) < 2:
         return ""
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    return with_spread(statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * error, number.form)
+    return with_spread(statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * error, number.format)

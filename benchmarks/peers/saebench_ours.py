@@ -28,7 +28,7 @@ from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labelled
 from sae.evaluate.metrics import first_letter
 from sae.evaluate.metrics.absorption import Absorption
-from sae.evaluate.metrics.base import EvalTarget, Metric, Result
+from sae.evaluate.metrics.base import EvalTarget, Metric, MetricResult
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.scr import Scr
 from sae.evaluate.metrics.sparse_probing import SparseProbing
@@ -84,7 +84,9 @@ def same_inputs(about: dict[str, Any], ctx: EvalContext) -> Any:
     """One pair of classes for SCR, and the problem's words in the place of the vocabulary."""
     known = {
         word.text: word
-        for word in first_letter.vocabulary(ctx.tokenizer, ctx.tokenizer("\n", add_special_tokens=False)["input_ids"])
+        for word in first_letter.vocabulary_words(
+            ctx.tokenizer, ctx.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        )
     }
     words = sorted(known[text] for text in about["words"])
     tables = {name: replace(labelled.DATASETS[name], pairs=(pair,)) for name, pair in PAIRS.items()}
@@ -92,13 +94,13 @@ def same_inputs(about: dict[str, Any], ctx: EvalContext) -> Any:
         yield
 
 
-def timed(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> tuple[list[Result], float, float]:
+def timed(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> tuple[list[MetricResult], float, float]:
     """Results, seconds, and processor seconds."""
     wall, processor = time.perf_counter(), time.process_time()
     results = metric.measure(ctx, targets, lambda done, total, note="": None)
     spent = time.perf_counter() - wall, time.process_time() - processor
     for result in results:
-        if not isinstance(result, Result):
+        if not isinstance(result, MetricResult):
             raise result
     return results, *spent
 

@@ -19,9 +19,9 @@ from ...train.sae import SAE, load_sae
 from ..context import EvalContext
 from ..datasets.labelled import class_name
 from ..metrics.activation_examples import TokenText
-from ..metrics.base import Result
-from ..metrics.packing import TOKENS_AT_ONCE, encode_in_chunks
-from ..metrics.probes import wilson
+from ..metrics.base import MetricResult
+from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
+from ..metrics.probes import wilson_interval
 from ..metrics.registry import METRICS
 from ..plan import EvalRow, EvaluateConfig, cache_of, check, loader, make_context, row_of
 from ..results import result_of
@@ -71,7 +71,7 @@ def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtyp
     return RunView(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, labels(row.results, sae.d_sae))
 
 
-def results_of(folder: Path, weights: str) -> dict[str, Result]:
+def results_of(folder: Path, weights: str) -> dict[str, MetricResult]:
     """The results in evaluations/ that are of these weights; files that hold no result are passed over."""
     found = {}
     for name, metric in METRICS.items():
@@ -87,7 +87,7 @@ LabelCandidate = tuple[
 ]  # by what labels of a latent are ordered, the largest first; the latent; its label
 
 
-def labels(results: dict[str, Result], d_sae: int) -> dict[int, list[str]]:
+def labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:
     """What evaluations call a latent: the letter that absorption's probes found it to spell, autointerp's explanation,
     and the classes of texts that sparse probing found it for (`classes_told`), those that it tells best first.
 
@@ -103,21 +103,21 @@ def labels(results: dict[str, Result], d_sae: int) -> dict[int, list[str]]:
     return found
 
 
-def letters_spelt(result: Result) -> Iterator[LabelCandidate]:
+def letters_spelt(result: MetricResult) -> Iterator[LabelCandidate]:
     for letter in result.details:
         for latent in letter["main_latents"]:
             f1 = letter["f1_k_sparse"][len(letter["main_latents"]) - 1]
             yield math.inf, int(latent), f"first letter {letter['first_letter']} (F1 {f1:.2f})"
 
 
-def explanations(result: Result) -> Iterator[LabelCandidate]:
+def explanations(result: MetricResult) -> Iterator[LabelCandidate]:
     for entry in (result.extra or {}).values():
         if entry["explanation"]:
             score = "" if entry["score"] is None else f" (score {entry['score']:.2f})"
             yield math.inf, int(entry["latent"]), f"{entry['explanation']}{score}"
 
 
-def classes_told(result: Result) -> Iterator[LabelCandidate]:
+def classes_told(result: MetricResult) -> Iterator[LabelCandidate]:
     """Of sparse probing, the latents that tell a class by themselves: test accuracy, latent, what to call it.
 
     Such a latent is the one whose mean differs most between texts of the class and others, and is larger for the class.
@@ -130,7 +130,7 @@ def classes_told(result: Result) -> Iterator[LabelCandidate]:
         for label, chosen in scores.get("sae_top_1_latents", {}).items():
             accuracy = scores["sae_top_1_test_accuracy"][label]
             ((latent, difference),) = chosen.items()
-            if difference > 0 and wilson(accuracy, result.n["test_texts_per_task"])[0] > TELLING:
+            if difference > 0 and wilson_interval(accuracy, result.n["test_texts_per_task"])[0] > TELLING:
                 text = f"{class_name(dataset, label)} (class of {dataset}, accuracy {accuracy:.2f})"
                 yield accuracy, int(latent), text
 
@@ -163,7 +163,7 @@ def encoded_prompt(open_run: RunView, prompt: str) -> tuple[list[int], Tensor]:
         raise UsageError(f"--prompt has {len(ids):,} tokens, and the model reads {most:,}. Give a shorter one.")
     device = open_run.ctx.model.device
     x_SD = open_run.ctx.model.capture_hooks(torch.tensor([ids], device=device), [open_run.hook])[open_run.hook][0]
-    f_SF = torch.cat([encode_in_chunks(open_run.sae, part) for part in x_SD.split(TOKENS_AT_ONCE)])
+    f_SF = torch.cat([encode_float32(open_run.sae, part) for part in x_SD.split(TOKENS_PER_ENCODE)])
     if not torch.isfinite(f_SF).all():
         raise SaeError("The SAE gives activations on this prompt that are not finite, so there is nothing to show.")
     return ids, torch.where(torch.tensor(kept, device=device)[:, None], f_SF, 0).cpu()

@@ -20,7 +20,7 @@ from ...common.errors import SaeError, UnavailableError
 from ...harvest.model import LanguageModel
 from ..context import EvalContext
 from ..metrics.base import Progress
-from ..metrics.packing import TOKENS_AT_ONCE, encode_in_chunks
+from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 
 BEFORE, AFTER = 16, 7  # positions of a passage around the token that it is chosen for
 WIDTH = BEFORE + 1 + AFTER
@@ -216,11 +216,11 @@ class LatentStats:
 def activation_stats(ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress) -> ActivationStats:
     """Read the bench's text once. BOS, EOS and pad do not count."""
     found = ActivationStats(sae.d_sae, latents_K.to(ctx.model.device))
-    at_once, done, total = max(1, TOKENS_AT_ONCE // ctx.contexts.ids.shape[1]), 0, len(ctx.contexts)
+    at_once, done, total = max(1, TOKENS_PER_ENCODE // ctx.contexts.ids.shape[1]), 0, len(ctx.contexts)
     for batch in ctx.batches(at_once, total):
         x_NSD = ctx.model.capture_hooks(batch.ids, [hook])[hook]
-        f_NSF = encode_in_chunks(sae, x_NSD.flatten(0, 1)).unflatten(0, batch.ids.shape)
-        found.add(f_NSF, batch.kept, done)
+        f_NSF = encode_float32(sae, x_NSD.flatten(0, 1)).unflatten(0, batch.ids.shape)
+        found.add(f_NSF, batch.counted, done)
         done += len(batch.ids)
         progress(done, total, "contexts")
     return found

@@ -25,16 +25,16 @@ from torch.nn import functional
 
 from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
-from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result, SAELike
-from .first_letter import LETTERS, SpellingPrompts, SpellingRows, spell
-from .letter_probes import SparseCodes, generator_of, linear_probe, split_latents
-from .probes import wilson
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, SAELike
+from .first_letter import LETTERS, SpellingPrompts, SpellingRows, read_spelling_rows
+from .letter_probes import SparseLatents, seeded_generator, split_latents, train_letter_probes
+from .probes import wilson_interval
 
-CELLS = 2**25  # words x latents that are dense at one time
+MAX_DENSE_LATENTS = 2**25  # words x latents that are dense at one time
 SILENT = 1e-8
-UNIT = 1e-5  # by how much the norm of a row of W_dec may differ from 1
-SPELLS = 0.5  # the F1 below which latents are not called those of a letter
-FEW_STEPS = 300  # of the probe that proposes latents; Gemma's vocabulary gives it about a thousand
+NORM_TOLERANCE = 1e-5  # by how much the norm of a row of W_dec may differ from 1
+MIN_SPELLING_F1 = 0.5  # the F1 below which latents are not called those of a letter
+MIN_PROBE_STEPS = 300  # of the probe that proposes latents; Gemma's vocabulary gives it about a thousand
 RESAMPLES = 1000
 
 
@@ -62,7 +62,7 @@ class Absorption(Metric):
     name = "absorption"
     type_id = "absorption_first_letter"
     title = "absorption of first letters (a silent or dead SAE has 0 too: read the flags)"
-    numbers = (
+    columns = (
         MetricColumn("fraction", "mean", "mean_absorption_fraction_score", ".4f", "down", 0, 1),
         MetricColumn("full", "mean", "mean_full_absorption_score", ".4f", "down", 0, 1),
         MetricColumn("rate (2024-12)", "mean", "mean_absorption_score", ".4f", "down", 0, 1),
@@ -76,7 +76,7 @@ class Absorption(Metric):
         self.check()
         spelling = SpellingPrompts.of(ctx.tokenizer, self.words, self.random_seed, newline=ctx.mode != "2024-12")
         layers = sorted({target.layer for target in targets})
-        spelled = spell(ctx, spelling, layers, self.random_seed, progress)
+        spelled = read_spelling_rows(ctx, spelling, layers, self.random_seed, progress)
         outcomes: list[Outcome] = []
         for number, target in enumerate(targets):
             progress(number, len(targets), "SAEs")
@@ -95,7 +95,7 @@ class Absorption(Metric):
                 raise UsageError(f"absorption.{name} is {getattr(self, name)}; the least is {lowest}.")
 
     @torch.no_grad()
-    def result(self, mode: str, sae: SAELike, words: "SpellingRows", device: torch.device) -> Result:
+    def result(self, mode: str, sae: SAELike, words: "SpellingRows", device: torch.device) -> MetricResult:
         """Everything that depends on the SAE. Raises SaeError where the metric does not exist for it."""
         coder = UnitDecoderSAE.of(sae, device)
         old = mode == "2024-12"
@@ -106,14 +106,14 @@ class Absorption(Metric):
                 f"the best has {float(words.f1_L.max()):.2f}. Take another layer or model, or lower absorption.min_GT_probe_f1."
             )
         train, test = coder.codes(words.train_ND), coder.codes(words.test_ND)
-        probe = linear_probe(
+        probe = train_letter_probes(
             train,
             words.train_letter_N,
             l1=self.k_sparse_probe_l1_decay,
             batch=self.k_sparse_probe_batch_size,
             epochs=self.k_sparse_probe_num_epochs,
             weight_decay=1e-6,
-            generator=generator_of(self.random_seed, "k-sparse"),
+            generator=seeded_generator(self.random_seed, "k-sparse"),
         )
         order_LK = probe.weight_LD.sort(dim=1, descending=True, stable=True).indices[:, : self.max_k_value].cpu()
         candidates, place = order_LK.unique(return_inverse=True)
@@ -143,13 +143,13 @@ class Absorption(Metric):
             if old:
                 candidate_N = (own.main_sum_N < SILENT) & torch.from_numpy(split.missed)[positive_N]
                 absorbed_N = (own.dominated_N & candidate_N).double()
-                entry |= rate("absorption_rate", "num_absorption", absorbed_N)
+                entry |= rate_entry("absorption_rate", "num_absorption", absorbed_N)
                 entry["num_candidates"] = int(candidate_N.sum())
                 scores.append({"absorption_score": absorbed_N})
             else:
                 full_N = (own.dominated_N & own.silent_N).double()
                 entry |= {"mean_absorption_fraction": float(own.fraction_N.mean())}
-                entry |= rate("full_absorption_rate", "num_full_absorption", full_N)
+                entry |= rate_entry("full_absorption_rate", "num_full_absorption", full_N)
                 scores.append({"absorption_fraction_score": own.fraction_N.double(), "full_absorption_score": full_N})
             details.append(entry)
         return self.summary(old, coder, words, train, details, scores)
@@ -169,29 +169,29 @@ class Absorption(Metric):
         old: bool,
         coder: "UnitDecoderSAE",
         words: "SpellingRows",
-        train: "SparseCodes",
+        train: "SparseLatents",
         details: list[dict[str, Any]],
         scores: list[dict[str, Tensor]],
-    ) -> Result:
+    ) -> MetricResult:
         kept = [number for number, entry in enumerate(details) if not old or entry["num_candidates"]]
-        generator = generator_of(self.random_seed, "bootstrap")
+        generator = seeded_generator(self.random_seed, "bootstrap")
         mean: dict[str, float] = {}
         intervals: dict[str, list[float]] = {}
         names = ("absorption_score",) if old else ("absorption_fraction_score", "full_absorption_score")
         for name in names:
             values = [scores[number][name] for number in kept]
-            mean |= mean_of(name, [float(value_N.mean()) for value_N in values], deviation=not old)
+            mean |= mean_entry(name, [float(value_N.mean()) for value_N in values], deviation=not old)
             if values:
-                intervals[f"mean_{name}"] = bootstrap(values, generator)
-        mean |= mean_of(
+                intervals[f"mean_{name}"] = bootstrap_interval(values, generator)
+        mean |= mean_entry(
             "num_split_features", [float(details[n]["num_split_features"]) for n in kept], deviation=not old
         )
         f1_1 = [entry["f1_k_sparse"][0] for entry in details]
         f1_k = [entry["f1_k_sparse"][entry["num_split_features"] - 1] for entry in details]
-        return Result.of(
+        return MetricResult.of(
             {
                 "mean": mean,
-                "k_sparse": {**mean_of("f1_1", f1_1), **mean_of("f1_split", f1_k)},
+                "k_sparse": {**mean_entry("f1_1", f1_1), **mean_entry("f1_split", f1_k)},
                 "llm": {"mean_f1_probe": float(words.f1_L.mean())},
             },
             details,
@@ -207,12 +207,12 @@ class Absorption(Metric):
         )
 
     def flags(
-        self, old: bool, coder: "UnitDecoderSAE", train: "SparseCodes", details: list[dict[str, Any]], kept: list[int]
+        self, old: bool, coder: "UnitDecoderSAE", train: "SparseLatents", details: list[dict[str, Any]], kept: list[int]
     ) -> Iterator[str]:
         if coder.folded:
             yield f"The rows of W_dec were not of unit length ({coder.folded} of {len(coder.W_dec)}); their norms were folded into the latents."
         steps = self.k_sparse_probe_num_epochs * -(-(len(train.start_N) - 1) // self.k_sparse_probe_batch_size)
-        if steps < FEW_STEPS:
+        if steps < MIN_PROBE_STEPS:
             yield (
                 f"The probe that proposes latents made only {steps} steps, so those proposed may not be the letters' best; "
                 "more words or a smaller absorption.k_sparse_probe_batch_size give it more."
@@ -220,10 +220,12 @@ class Absorption(Metric):
         if not len(train.latents):
             yield "No latent fires on any word: an absorption of 0 says nothing of such an SAE."
         elif mute := [
-            entry["first_letter"] for entry in details if entry["f1_k_sparse"][entry["num_split_features"] - 1] < SPELLS
+            entry["first_letter"]
+            for entry in details
+            if entry["f1_k_sparse"][entry["num_split_features"] - 1] < MIN_SPELLING_F1
         ]:
             yield (
-                f"The latents chosen do not spell {len(mute)} of {len(details)} letters (F1 below {SPELLS}: {', '.join(mute)}); "
+                f"The latents chosen do not spell {len(mute)} of {len(details)} letters (F1 below {MIN_SPELLING_F1}: {', '.join(mute)}); "
                 "absorption there is not of a latent for the letter."
             )
         if old and len(kept) < 26:
@@ -233,21 +235,21 @@ class Absorption(Metric):
             yield f"Only {len(kept)} letters count; SAEBench gives no number below {self.min_feats_for_eval}."
 
 
-def rate(name: str, count: str, hit_N: Tensor) -> dict[str, Any]:
+def rate_entry(name: str, count: str, hit_N: Tensor) -> dict[str, Any]:
     """A share, its count, and its 95 % interval."""
     n, hits = len(hit_N), float(hit_N.sum())
     if not n:
         return {name: float("nan"), count: 0}
-    return {name: hits / n, count: int(hits), f"{name}_interval": wilson(hits / n, n)}
+    return {name: hits / n, count: int(hits), f"{name}_interval": wilson_interval(hits / n, n)}
 
 
-def mean_of(name: str, values: Sequence[float], deviation: bool = False) -> dict[str, float]:
+def mean_entry(name: str, values: Sequence[float], deviation: bool = False) -> dict[str, float]:
     """The unweighted mean over letters, and the sample standard deviation; NaN where there are too few."""
     found = {f"mean_{name}": sum(values) / len(values) if values else float("nan")}
     return found | ({f"std_dev_{name}": stdev(values) if len(values) > 1 else float("nan")} if deviation else {})
 
 
-def bootstrap(values: Sequence[Tensor], generator: torch.Generator) -> list[float]:
+def bootstrap_interval(values: Sequence[Tensor], generator: torch.Generator) -> list[float]:
     """95 % of the mean over letters of means over words, when each letter's words are drawn anew."""
     draws = torch.zeros(RESAMPLES, dtype=torch.float64)
     for value_N in values:
@@ -274,17 +276,17 @@ class UnitDecoderSAE:
             raise SaeError(f"Absorption is of latents with directions, and {type(sae).__name__} has no W_dec.")
         W_dec = W_dec.detach().to(device).float()
         norm_F = W_dec.norm(dim=1)
-        folded = int(((norm_F - 1).abs() > UNIT).sum())
+        folded = int(((norm_F - 1).abs() > NORM_TOLERANCE).sum())
         unit = W_dec / torch.where(norm_F > 0, norm_F, 1)[:, None]
         return cls(sae, unit, norm_F if folded else torch.ones_like(norm_F), folded)
 
     def encoded(self, x_ND: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and their latents, as many at a time as CELLS allows; float32."""
-        for part_ND in x_ND.split(max(1, CELLS // len(self.W_dec))):
+        for part_ND in x_ND.split(max(1, MAX_DENSE_LATENTS // len(self.W_dec))):
             yield part_ND, self.sae.encode(part_ND.to(self.W_dec.device).float()).float() * self.norm_F
 
-    def codes(self, x_ND: Tensor) -> SparseCodes:
-        return SparseCodes.of((f_NF for _, f_NF in self.encoded(x_ND)), len(self.W_dec))
+    def codes(self, x_ND: Tensor) -> SparseLatents:
+        return SparseLatents.of((f_NF for _, f_NF in self.encoded(x_ND)), len(self.W_dec))
 
 
 class AbsorptionScores(NamedTuple):

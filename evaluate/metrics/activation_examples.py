@@ -10,7 +10,7 @@ import numpy as np
 BUFFER = 10  # tokens on each side of the middle of a passage
 TOP, WEIGHTED, RANDOM = 12, 7, 10  # passages of each kind
 TOP_SCORED, WEIGHTED_SCORED = 2, 2  # of those, the ones that are not shown with the explanation
-FIRES_ABOVE = 0.01  # of the largest activation in the top passages
+FIRING_SHARE = 0.01  # of the largest activation in the top passages
 
 
 class ExampleWindow(NamedTuple):
@@ -33,7 +33,7 @@ class LatentExamples(NamedTuple):
         return [i for i, window in enumerate(self.scored, 1) if (window.values > self.threshold).any()]
 
 
-def examples(
+def select_examples(
     place_P: np.ndarray, value_P: np.ndarray, ids_RS: np.ndarray, rng: np.random.Generator
 ) -> LatentExamples | None:
     """The passages of a latent that is `value_P` > 0 at the flat places `place_P` (ascending); None where too few.
@@ -74,7 +74,7 @@ def examples(
     anywhere = rng.integers(rows, size=RANDOM) * context + rng.integers(BUFFER, context - BUFFER, size=RANDOM)
     strongest = [window(int(place_P[i])) for i in rng.permutation(top)]
     weaker = [window(int(place_P[i])) for i in rng.permutation(weighted)]
-    threshold = FIRES_ABOVE * max(float(one.values.max()) for one in strongest)
+    threshold = FIRING_SHARE * max(float(one.values.max()) for one in strongest)
     shown = strongest[TOP_SCORED:] + weaker[WEIGHTED_SCORED:]
     scored = strongest[:TOP_SCORED] + weaker[:WEIGHTED_SCORED] + [window(int(place), True) for place in anywhere]
     shown.sort(key=lambda one: -float(one.values.max()))
@@ -100,7 +100,7 @@ class TokenText:
         """A token's text on one line."""
         return self.text(token).replace("\n", "\\n")
 
-    def shown(self, token: int) -> str:
+    def display(self, token: int) -> str:
         """A token's text for a page or a terminal; the tokenizer's own name of one that is a part of a character."""
         text = self.text(token)
         return self.tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text

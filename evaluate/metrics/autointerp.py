@@ -24,19 +24,19 @@ from torch import Tensor
 
 from ...common.errors import UnavailableError, UsageError
 from ..context import EvalContext
-from .activation_examples import BUFFER, RANDOM, LatentExamples, TokenText, examples
-from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result
-from .llm_judge import Endpoint, Judge, Message, key_from
-from .packing import TOKENS_AT_ONCE, encode_in_chunks, frequencies, in_passes, packed_contexts
+from .activation_examples import BUFFER, RANDOM, LatentExamples, TokenText, select_examples
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
+from .llm_judge import Endpoint, Judge, Message, read_key
+from .packing import TOKENS_PER_ENCODE, encode_float32, firing_frequencies, forward_batches, pack_contexts
 
-FIRINGS_AT_ONCE = 20_000_000
+MAX_FIRINGS = 20_000_000
 SEED = 42
-QUESTIONS_AT_ONCE = 10
-UNEXPLAINED = "{explanation}"
-FIRST: list[Message] = [{"role": "user", "content": "Reply with None, and with nothing else."}]
-FIRST_WAITS = (1,)  # seconds: who is there answers
+PARALLEL_QUESTIONS = 10
+EXPLANATION_PLACEHOLDER = "{explanation}"
+TEST_QUESTION: list[Message] = [{"role": "user", "content": "Reply with None, and with nothing else."}]
+TEST_WAITS = (1,)  # seconds: who is there answers
 
-EXPLAIN = """\
+EXPLAIN_PROMPT = """\
 You study one latent of a sparse autoencoder that was trained on a language model. You get numbered passages of text on \
 which the latent fires, the strongest first. Every token on which it fires stands between << and >>. Find what the marked \
 tokens have in common: a word, a kind of word, a topic, a position in a phrase, or what comes next. Reply with one line \
@@ -47,7 +47,7 @@ Replies may look like this:
 This latent activates on the last digit of a year.
 This latent activates on words for bodies of water (lake, river, sea).
 This latent activates on the opening bracket of a function call in source code."""
-SCORE = """\
+SCORE_PROMPT = """\
 A latent of a sparse autoencoder is described to you in a few words. You get {count} numbered passages of text, in no order. \
 On some of them the latent fires, at one token or more. Decide from the description which they are. Reply with their \
 numbers, with commas between them, or with None when it fires on none of them, and with nothing else.
@@ -81,7 +81,7 @@ class Autointerp(Metric):
     name = "autointerp"
     type_id = "autointerp"
     title = "autointerp, by detection (always none: 0.714)"
-    numbers = (
+    columns = (
         MetricColumn("score", "autointerp", "autointerp_score", ".3f", "up", RANDOM / 14, 1),
         MetricColumn("sd", "autointerp", "autointerp_std_dev", ".3f"),
     )
@@ -93,7 +93,7 @@ class Autointerp(Metric):
         """Ask the judge one small question, so that a wrong key or endpoint is known before anything is measured."""
         self.check_numbers()
         if (judge := self.judge()) is not None:
-            (replace(judge, waits=FIRST_WAITS) if isinstance(judge, Endpoint) else judge).ask(FIRST)
+            (replace(judge, waits=TEST_WAITS) if isinstance(judge, Endpoint) else judge).ask(TEST_QUESTION)
 
     def check_numbers(self) -> None:
         if min(self.latents, self.tokens) < 1 or self.context <= 2 * BUFFER:
@@ -108,13 +108,13 @@ class Autointerp(Metric):
             raise UsageError(
                 f"Which model is the judge at {self.endpoint}? Name it with --set autointerp.judge_model=..."
             )
-        return Endpoint(self.endpoint, self.judge_model, key_from(self.key_variable))
+        return Endpoint(self.endpoint, self.judge_model, read_key(self.key_variable))
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         self.check_numbers()
         judge = self.judge()
-        rows_RS = packed_contexts(ctx, self.context)[: max(1, self.tokens // self.context)]
+        rows_RS = pack_contexts(ctx, self.context)[: max(1, self.tokens // self.context)]
         if not len(rows_RS):
             raise UsageError(f"The held-out text has less than one row of {self.context} tokens. Harvest more of it.")
         useless = UsageError("Autointerp explains latents that were trained; this row is only there to compare with.")
@@ -123,18 +123,18 @@ class Autointerp(Metric):
         trained = [targets[i] for i in places]
         if not trained:
             return outcomes
-        shares = frequencies(ctx.model, torch.tensor(ctx.skip), rows_RS, trained, progress)
+        shares = firing_frequencies(ctx.model, torch.tensor(ctx.skip), rows_RS, trained, progress)
         drawn = [self.draw(share_F, rows_RS.numel()) for share_F in shares]
         found: list[dict[int, LatentExamples]] = [{} for _ in trained]
-        for number, latent, place_P, value_P in firings(ctx, rows_RS, trained, drawn, shares, progress):
+        for number, latent, place_P, value_P in collect_firings(ctx, rows_RS, trained, drawn, shares, progress):
             rng = np.random.default_rng([SEED, latent])
-            if chosen := examples(place_P, value_P, rows_RS.numpy(), rng):
+            if chosen := select_examples(place_P, value_P, rows_RS.numpy(), rng):
                 found[number][latent] = chosen
         words = TokenText(ctx.tokenizer)
         for number, i in enumerate(places):
             try:
                 told = partial(progress, note=f"latents before the judge, SAE {number + 1} of {len(places)}")
-                extra = judged(judge, found[number], words, told)
+                extra = judge_latents(judge, found[number], words, told)
             except UnavailableError as error:  # of a judge that answers no more; what it said of earlier SAEs is kept
                 outcomes[i:] = [error if j in places[number:] else useless for j in range(i, len(targets))]
                 break
@@ -145,7 +145,7 @@ class Autointerp(Metric):
         alive = [int(latent) for latent in np.flatnonzero(share_F * tokens > self.dead_latent_threshold)]
         return sorted(random.Random(SEED).sample(alive, min(self.latents, len(alive))))
 
-    def result(self, extra: dict[str, Any], drawn: int, rows_RS: Tensor, judge: Judge | None) -> Result:
+    def result(self, extra: dict[str, Any], drawn: int, rows_RS: Tensor, judge: Judge | None) -> MetricResult:
         n = {"latents": drawn, "with_passages": len(extra), "tokens": rows_RS.numel()}
         flags = []
         if drawn < self.latents:
@@ -161,15 +161,15 @@ class Autointerp(Metric):
                 f"No judge was asked: the prompts for {len(extra)} latents are in evaluations/{self.name}.json. Name one with "
                 "--set autointerp.endpoint=URL --set autointerp.judge_model=NAME."
             )
-            return Result.of({}, n=n, flags=flags, extra=extra)
+            return MetricResult.of({}, n=n, flags=flags, extra=extra)
         scores = [entry["score"] for entry in extra.values() if entry["score"] is not None]
         if len(scores) < len(extra):
             flags.append(f"{len(extra) - len(scores)} latents are left out: the judge's answers could not be read.")
         if not scores:
-            return Result.of({"autointerp": dict.fromkeys(NAMES, float("nan"))}, n=n, flags=flags, extra=extra)
+            return MetricResult.of({"autointerp": dict.fromkeys(NAMES, float("nan"))}, n=n, flags=flags, extra=extra)
         mean, deviation = statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
         spread = 1.959964 * deviation / len(scores) ** 0.5
-        return Result.of(
+        return MetricResult.of(
             {"autointerp": dict(zip(NAMES, (mean, deviation), strict=True))},
             intervals={"autointerp": {NAMES[0]: [mean - spread, mean + spread]}},
             n={**n, "scored": len(scores)},
@@ -181,29 +181,29 @@ class Autointerp(Metric):
 NAMES = ("autointerp_score", "autointerp_std_dev")
 
 
-def firings(
+def collect_firings(
     ctx: EvalContext, rows_RS: Tensor, targets: Sequence[EvalTarget], drawn: Sequence[Sequence[int]],
     shares: Sequence[np.ndarray], progress: Progress,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:  # fmt: skip
     """(number of the subject, latent, flat places, activations there) of every drawn latent, in few passes."""
     parts: list[list[list[int]]] = []  # of each pass, the latents of each subject
-    total = FIRINGS_AT_ONCE + 1.0
+    total = MAX_FIRINGS + 1.0
     for number, latents in enumerate(drawn):
         for latent in latents:
             count = float(shares[number][latent]) * rows_RS.numel()
-            if total + count > FIRINGS_AT_ONCE:
+            if total + count > MAX_FIRINGS:
                 parts.append([[] for _ in drawn])
                 total = 0.0
             parts[-1][number].append(latent)
             total += count
     for each, part in enumerate(parts):
         told = partial(progress, note=f"rows for passages, pass {each + 1} of {len(parts)}")
-        for number, found in enumerate(one_pass(ctx, rows_RS, targets, part, told)):
+        for number, found in enumerate(collect_in_one_pass(ctx, rows_RS, targets, part, told)):
             for latent, (place_P, value_P) in zip(part[number], found, strict=True):
                 yield number, latent, place_P, value_P
 
 
-def one_pass(
+def collect_in_one_pass(
     ctx: EvalContext,
     rows_RS: Tensor,
     targets: Sequence[EvalTarget],
@@ -214,23 +214,23 @@ def one_pass(
     layers = sorted({target.layer for target, own in zip(targets, latents, strict=True) if own})
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in targets]
     skip, done = torch.tensor(ctx.skip, device=device), 0
-    for ids_NS in in_passes(rows_RS.to(device)):
+    for ids_NS in forward_batches(rows_RS.to(device)):
         kept_NS = ~torch.isin(ids_NS, skip)
         place_T = kept_NS.flatten().nonzero().squeeze(1) + done * ids_NS.shape[1]
         residual = ctx.model.capture(ids_NS, layers)
         for target, own, into in zip(targets, latents, found, strict=True):
             if own:
                 x_TD = residual[target.layer][kept_NS]
-                for x_BD, place_B in zip(x_TD.split(TOKENS_AT_ONCE), place_T.split(TOKENS_AT_ONCE), strict=True):
-                    f_BK = encode_in_chunks(target.sae, x_BD)[:, own]
+                for x_BD, place_B in zip(x_TD.split(TOKENS_PER_ENCODE), place_T.split(TOKENS_PER_ENCODE), strict=True):
+                    f_BK = encode_float32(target.sae, x_BD)[:, own]
                     token, k = (f_BK > 0).nonzero(as_tuple=True)
                     into.append((place_B[token].cpu(), k.to(torch.int32).cpu(), f_BK[token, k].cpu()))
         done += len(ids_NS)
         progress(done, len(rows_RS))
-    return [by_latent(parts, len(own)) for parts, own in zip(found, latents, strict=True)]
+    return [group_by_latent(parts, len(own)) for parts, own in zip(found, latents, strict=True)]
 
 
-def by_latent(parts: list[tuple[Tensor, Tensor, Tensor]], latents: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def group_by_latent(parts: list[tuple[Tensor, Tensor, Tensor]], latents: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(place, latent, value) triples in the order of places -> places and values of each latent."""
     if not latents:
         return []
@@ -240,29 +240,29 @@ def by_latent(parts: list[tuple[Tensor, Tensor, Tensor]], latents: int) -> list[
     return list(zip(np.split(place[order].numpy(), ends), np.split(value[order].numpy(), ends), strict=True))
 
 
-def numbered(passages: Sequence[str]) -> str:
+def numbered_lines(passages: Sequence[str]) -> str:
     return "\n".join(f"{number}. {passage}" for number, passage in enumerate(passages, 1))
 
 
 def explain_prompt(found: LatentExamples, words: TokenText) -> list[Message]:
-    passages = numbered([words.passage(window, found.threshold) for window in found.shown])
-    return [{"role": "system", "content": EXPLAIN}, {"role": "user", "content": passages}]
+    passages = numbered_lines([words.passage(window, found.threshold) for window in found.shown])
+    return [{"role": "system", "content": EXPLAIN_PROMPT}, {"role": "user", "content": passages}]
 
 
 def score_prompt(found: LatentExamples, words: TokenText, explanation: str) -> list[Message]:
-    passages = numbered([words.passage(window) for window in found.scored])
+    passages = numbered_lines([words.passage(window) for window in found.scored])
     asked = f"The latent activates on {explanation}\n\n{passages}"
-    system = SCORE.format(count=len(found.scored))
+    system = SCORE_PROMPT.format(count=len(found.scored))
     return [{"role": "system", "content": system}, {"role": "user", "content": asked}]
 
 
-def explanation_of(answer: str) -> str:
+def parse_explanation(answer: str) -> str:
     """What comes after "activates on", or all of it; empty where there is nothing."""
     line = next((line for line in answer.strip().splitlines() if "activates on" in line.lower()), answer)
     return re.split("activates on", line, maxsplit=1, flags=re.IGNORECASE)[-1].strip()
 
 
-def predictions_of(answer: str, count: int) -> list[int] | None:
+def parse_predictions(answer: str, count: int) -> list[int] | None:
     """The numbers of passages, from 1 to `count`; [] for None; None for what is neither."""
     text = answer.strip().strip("[].").strip()
     if text.lower() == "none":
@@ -273,12 +273,12 @@ def predictions_of(answer: str, count: int) -> list[int] | None:
     return sorted({int(number) for number in numbers})
 
 
-def score_of(predicted: Sequence[int], firing: Sequence[int], count: int) -> float:
+def detection_accuracy(predicted: Sequence[int], firing: Sequence[int], count: int) -> float:
     """The share of the passages of which it was said rightly whether the latent fires."""
     return sum((number in predicted) == (number in firing) for number in range(1, count + 1)) / count
 
 
-def judged(
+def judge_latents(
     judge: Judge | None, found: dict[int, LatentExamples], words: TokenText, progress: Progress
 ) -> dict[str, Any]:
     """One entry per latent, with SAEBench's names: what was asked, what the judge answered, what is right."""
@@ -288,20 +288,20 @@ def judged(
         asked = explain_prompt(own, words)
         entry = {"latent": latent, "explanation": None, "predictions": None, "correct seqs": own.firing, "score": None}
         if judge is None:
-            return {**entry, "prompts": [asked, score_prompt(own, words, UNEXPLAINED)]}
+            return {**entry, "prompts": [asked, score_prompt(own, words, EXPLANATION_PLACEHOLDER)]}
         said = [judge.ask(asked)]
         prompts = [asked]
-        entry["explanation"] = explanation_of(said[0]) or None
+        entry["explanation"] = parse_explanation(said[0]) or None
         if entry["explanation"]:
             prompts.append(score_prompt(own, words, entry["explanation"]))
             said.append(judge.ask(prompts[1]))
-            entry["predictions"] = predictions_of(said[1], count)
+            entry["predictions"] = parse_predictions(said[1], count)
         if entry["predictions"] is not None:
-            entry["score"] = score_of(entry["predictions"], own.firing, count)
+            entry["score"] = detection_accuracy(entry["predictions"], own.firing, count)
         return {**entry, "prompts": prompts, "answers": said}
 
     entries: dict[str, Any] = {}
-    with ThreadPoolExecutor(QUESTIONS_AT_ONCE if judge else 1) as pool:
+    with ThreadPoolExecutor(PARALLEL_QUESTIONS if judge else 1) as pool:
         try:
             for entry in pool.map(one, found):
                 entries[str(entry["latent"])] = entry

@@ -52,14 +52,14 @@ class MetricColumn:
     heading: str
     category: str
     name: str
-    form: str = ".4f"
+    format: str = ".4f"
     better: str = ""  # "up" or "down"; "" for a number that is neither
     floor: float | None = None  # the least: where more is better, what chance or a useless SAE has
     ceiling: float | None = None  # the largest: where less is better, the worst
 
 
 @dataclass(frozen=True)
-class Result:
+class MetricResult:
     """Category -> name -> number, and one entry per latent, letter or dataset; None where a number does not exist.
 
     `intervals` has the shape of `metrics`: 95 %, [low, high]. `flags` are sentences about numbers that mean less than
@@ -78,10 +78,10 @@ class Result:
         cls, metrics: Mapping[str, Mapping[str, float | None]], details: list[dict[str, Any]] | None = None, **more: Any
     ) -> Self:
         """NaN and infinity become None: fresh and read results then look the same."""
-        return cls(*without_nan([metrics, details or []]), **without_nan(more))
+        return cls(*nan_to_none([metrics, details or []]), **nan_to_none(more))
 
 
-Outcome = Result | SaeError  # a subject that a metric cannot measure has a sentence in the place of its numbers
+Outcome = MetricResult | SaeError  # a subject that a metric cannot measure has a sentence in the place of its numbers
 
 
 class Metric(ABC):
@@ -93,7 +93,7 @@ class Metric(ABC):
     name: ClassVar[str]
     type_id: ClassVar[str]
     title: ClassVar[str]  # over its table
-    numbers: ClassVar[tuple[MetricColumn, ...]]  # the columns of its table
+    columns: ClassVar[tuple[MetricColumn, ...]]  # the columns of its table
     definition: ClassVar[int] = 1
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
@@ -111,11 +111,11 @@ class Metric(ABC):
         """Evaluate every subject on the same text. Raises SaeError when the bench cannot serve this metric."""
 
 
-def without_nan(tree: Any) -> Any:
+def nan_to_none(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {k: without_nan(v) for k, v in tree.items()}
+        return {k: nan_to_none(v) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [without_nan(v) for v in tree]
+        return [nan_to_none(v) for v in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 

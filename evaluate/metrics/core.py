@@ -19,8 +19,18 @@ from ...common.errors import UsageError
 from ...harvest.model import Forward, LanguageModel
 from ...train.sae import SAE
 from ..context import ContextBatch, EvalContext
-from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result
-from .sae_statistics import TOKENS_AT_ONCE, SAEStatistics, Share, by_document, dictionary, interval, misc, per_latent, value
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
+from .sae_statistics import (
+    TOKENS_PER_CHUNK,
+    Ratio,
+    SAEStatistics,
+    decoder_geometry,
+    density_summary,
+    latent_details,
+    ratio_interval,
+    ratio_value,
+    sum_by_document,
+)
 
 MOSTLY_DEAD = 0.5  # share of latents that never fire, from which on a flag says so
 
@@ -39,7 +49,7 @@ class Core(Metric):
     name = "core"
     type_id = "core"
     title = "core, on held-out text (KL and CE scores: 0 is a zeroed layer, 1 the model alone)"
-    numbers = (
+    columns = (
         MetricColumn("L0", "sparsity", "l0", ".1f"),
         MetricColumn("KL score", "model_behavior_preservation", "kl_div_score", ".4f", "up", 0, 1),
         MetricColumn("KL", "model_behavior_preservation", "kl_div_with_sae", ".4f", "down", 0),
@@ -59,7 +69,7 @@ class Core(Metric):
         for name in ("batch_contexts", "reconstruction_batches", "sparsity_batches"):
             if (number := getattr(self, name)) < 1:
                 raise UsageError(f"core.{name}={number}: give 1 or more.")
-        batches = [batch for batch in ctx.batches(self.batch_contexts, self.sparsity_batches) if batch.kept.any()]
+        batches = [batch for batch in ctx.batches(self.batch_contexts, self.sparsity_batches) if batch.counted.any()]
         if not batches:
             raise UsageError(
                 "Nothing of the held-out text counts: its tokens are all pad, eos or bos. Harvest other text."
@@ -74,56 +84,56 @@ class Core(Metric):
             residual = run.residual if run else ctx.model.capture(batch.ids, layers)
             finals = []  # of each subject: what the model ends with when it has seen this SAE's reconstruction
             for target, code in zip(targets, codes, strict=True):
-                patched = code.add(target, residual[target.layer], batch.kept)
+                patched = code.add(target, residual[target.layer], batch.counted)
                 if run:
-                    finals.append(run.suffix(target.layer, patched)[batch.kept])
+                    finals.append(run.suffix(target.layer, patched)[batch.counted])
             if run:
-                zeroed = [zeroed_end(run, layer, batch, constant_D) for layer in layers]
+                zeroed = [zero_ablated_output(run, layer, batch, constant_D) for layer in layers]
                 losses = [own, *ablated.values(), *spliced]
-                compare(ctx.model, batch, losses, [run.final[batch.kept], *zeroed, *finals])
+                add_losses(ctx.model, batch, losses, [run.final[batch.counted], *zeroed, *finals])
             progress(number + 1, len(batches), "batches")
-        read = [int(batch.inside.sum()) for batch in batches]
+        read = [int(batch.is_token.sum()) for batch in batches]
         tokens = {
             "total_tokens_eval_reconstruction": sum(read[: self.reconstruction_batches]),
             "total_tokens_eval_sparsity_variance": sum(read),
         }
         document_N = torch.cat([batch.document for batch in batches])
         return [
-            result(ctx.mode, target, own, ablated[target.layer], loss, code, tokens, document_N)
+            build_result(ctx.mode, target, own, ablated[target.layer], loss, code, tokens, document_N)
             for target, loss, code in zip(targets, spliced, codes, strict=True)
         ]
 
 
-def zeroed_end(run: Forward, layer: int, batch: ContextBatch, constant_D: dict[int, Tensor]) -> Tensor:
+def zero_ablated_output(run: Forward, layer: int, batch: ContextBatch, constant_D: dict[int, Tensor]) -> Tensor:
     """What the model ends with at the counted positions (T, D) when a layer is zeroed at every position.
 
     Attention over equal values gives that value, so nothing tells positions apart any more, nor texts: where the first
     batch shows it, its one end serves all.
     """
     if layer not in constant_D:
-        end_TD = run.suffix(layer, torch.zeros_like(run.residual[layer]))[batch.kept]
+        end_TD = run.suffix(layer, torch.zeros_like(run.residual[layer]))[batch.counted]
         if not (end_TD == end_TD[:1]).all():
             return end_TD
         constant_D[layer] = end_TD[0]
-    return constant_D[layer].expand(int(batch.kept.sum()), -1)
+    return constant_D[layer].expand(int(batch.counted.sum()), -1)
 
 
-def compare(
+def add_losses(
     model: LanguageModel, batch: ContextBatch, losses: Sequence["SpliceLoss"], finals_TD: Sequence[Tensor]
 ) -> None:
     """Add what the model predicts at the counted positions to each loss. The first is the model's own, the truth.
 
     An end that is the same at all positions is unembedded once.
     """
-    context_T, position_T = batch.kept.nonzero(as_tuple=True)
-    next_T = batch.ids.roll(-1, 1)[batch.kept]
+    context_T, position_T = batch.counted.nonzero(as_tuple=True)
+    next_T = batch.ids.roll(-1, 1)[batch.counted]
     # Of the last token of a context none is known.
-    has_next_T = position_T + 1 < batch.inside.sum(1)[context_T]
+    has_next_T = position_T + 1 < batch.is_token.sum(1)[context_T]
     constant = [final.stride(0) == 0 for final in finals_TD]
     for loss in losses:
         loss.begin(len(batch.ids))
-    for start in range(0, len(context_T), TOKENS_AT_ONCE):
-        rows = slice(start, start + TOKENS_AT_ONCE)
+    for start in range(0, len(context_T), TOKENS_PER_CHUNK):
+        rows = slice(start, start + TOKENS_PER_CHUNK)
         true_TV = model.unembed(finals_TD[0][rows]).float().log_softmax(-1)
         p_TV = true_TV.exp()
         for loss, final_TD, same in zip(losses, finals_TD, constant, strict=True):
@@ -153,7 +163,7 @@ class SpliceLoss:
         return torch.cat(self.contexts).T
 
 
-def scores(own: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> dict[str, dict[str, Share]]:
+def loss_ratios(own: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> dict[str, dict[str, Ratio]]:
     """Raw divergences and losses (lower is better), and scores: 1 is the model's own, 0 that of a zeroed layer."""
     _, ce_own, tokens, targets = own.sums
     (kl_zero, ce_zero, *_), (kl, ce, *_) = ablated.sums, spliced.sums
@@ -172,12 +182,12 @@ def scores(own: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> dict[st
     }
 
 
-def result(
+def build_result(
     mode: str, target: EvalTarget, own: SpliceLoss, ablated: SpliceLoss, loss: SpliceLoss, codes: SAEStatistics, tokens: dict[str, int],
     document_N: Tensor,
-) -> Result:  # fmt: skip
-    shares = scores(own, ablated, loss)
-    behaviour = {name: {key: value(share) for key, share in group.items()} for name, group in shares.items()}
+) -> MetricResult:  # fmt: skip
+    shares = loss_ratios(own, ablated, loss)
+    behaviour = {name: {key: ratio_value(share) for key, share in group.items()} for name, group in shares.items()}
     W_dec_FD = getattr(target.sae, "W_dec", None)
     metrics = {
         **behaviour,
@@ -186,21 +196,21 @@ def result(
         "correlation": codes.correlation(W_dec_FD),
     }
     if W_dec_FD is not None:
-        metrics["dictionary"] = dictionary(W_dec_FD)
-    details = per_latent(target.sae, codes) if isinstance(target.sae, SAE) else []
+        metrics["dictionary"] = decoder_geometry(W_dec_FD)
+    details = latent_details(target.sae, codes) if isinstance(target.sae, SAE) else []
     if details and mode != "2024-12":  # added to SAEBench in January 2025
-        metrics["misc_metrics"] = misc(codes.density(), details)
+        metrics["misc_metrics"] = density_summary(codes.density(), details)
     intervals = {
-        name: {key: interval(by_document(share, document_N)) for key, share in group.items()}
+        name: {key: ratio_interval(sum_by_document(share, document_N)) for key, share in group.items()}
         for name, group in (shares | codes.shares()).items()
     }
     quality = intervals["reconstruction_quality"]
     quality["fve"] = codes.about_the_mean(quality["fve"], metrics["reconstruction_quality"]["fve"])
     n = {"documents": len(document_N.unique()), "contexts": len(own.sums[0]), "tokens": codes.tokens}
-    return Result.of(metrics, details, intervals=intervals, n=n, flags=flags(target, metrics, codes))
+    return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=core_flags(target, metrics, codes))
 
 
-def flags(target: EvalTarget, metrics: dict[str, dict[str, float]], codes: SAEStatistics) -> list[str]:
+def core_flags(target: EvalTarget, metrics: dict[str, dict[str, float]], codes: SAEStatistics) -> list[str]:
     """What makes a number mean less than it seems to. The references are what they are, and get none."""
     if target.reference:
         return []

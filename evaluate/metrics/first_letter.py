@@ -23,13 +23,13 @@ from torch.nn import functional
 from ...common.errors import UsageError
 from ..context import EvalContext
 from .base import Progress
-from .letter_probes import DenseRows, LetterProbes, f1, generator_of, linear_probe
+from .letter_probes import DenseRows, LetterProbes, f1_score, seeded_generator, train_letter_probes
 
 LETTERS = string.ascii_lowercase
 TEMPLATE = " has the first letter:"
 EXAMPLES = 10  # answered in each prompt
 TRAIN_SHARE = 0.8
-PROMPTS_AT_ONCE = 64
+PROMPTS_PER_FORWARD = 64
 
 
 class VocabularyWord(NamedTuple):
@@ -63,13 +63,13 @@ class SpellingPrompts:
             return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
         start = ids_of(["\n"])[0]
-        chosen = drawn(vocabulary(tokenizer, start), words, random.Random(f"{seed} words"))
+        chosen = draw_words(vocabulary_words(tokenizer, start), words, random.Random(f"{seed} words"))
         train = int(TRAIN_SHARE * len(chosen))
         lacking = sorted(set(range(26)) - {word.letter for word in chosen[:train]})
         if lacking or len(chosen) - train <= EXAMPLES:
             none = f" (none begins with {', '.join(LETTERS[letter] for letter in lacking)})" if lacking else ""
             raise UsageError(
-                f"The {len(chosen)} words {'taken' if words else 'of this vocabulary'} cannot serve absorption: they are {train} to "
+                f"The {len(chosen)} words {'taken' if words else 'of this vocabulary_words'} cannot serve absorption: they are {train} to "
                 f"fit on{none} and {len(chosen) - train} to test on; every letter, and more than {EXAMPLES} to test on, are needed. "
                 f"Take {'more with absorption.words' if words else 'a model with more'}."
             )
@@ -113,7 +113,7 @@ class SpellingPrompts:
         return chosen, self.prompts(test, self.words, random.Random(f"{seed} fresh examples"))
 
 
-def drawn(pool: Sequence[VocabularyWord], count: int, draw: random.Random) -> list[VocabularyWord]:
+def draw_words(pool: Sequence[VocabularyWord], count: int, draw: random.Random) -> list[VocabularyWord]:
     """All words in random order, or `count` of them: the same number of each letter, as far as it has them."""
     order, seen, rank = draw.sample(pool, len(pool)), Counter[int](), {}
     for word in order:
@@ -123,7 +123,7 @@ def drawn(pool: Sequence[VocabularyWord], count: int, draw: random.Random) -> li
     return draw.sample(taken, len(taken))
 
 
-def vocabulary(tokenizer: Any, start: list[int]) -> list[VocabularyWord]:
+def vocabulary_words(tokenizer: Any, start: list[int]) -> list[VocabularyWord]:
     """Every entry that is ASCII letters after at most one space, by token. `start` are the ids of a newline.
 
     An entry is decoded behind a newline: at the beginning of a text some tokenizers drop its space.
@@ -165,10 +165,10 @@ class SpellingRows:
     @property
     def f1_L(self) -> Tensor:
         answer_NL, positive_NL = functional.one_hot(self.test_letter_N, 26).bool(), self.positive_NL
-        return torch.tensor([f1(positive_NL[:, n].numpy(), answer_NL[:, n].numpy()) for n in range(26)])
+        return torch.tensor([f1_score(positive_NL[:, n].numpy(), answer_NL[:, n].numpy()) for n in range(26)])
 
 
-def spell(
+def read_spelling_rows(
     ctx: EvalContext, spelling: SpellingPrompts, layers: Sequence[int], seed: int, progress: Progress
 ) -> dict[int, SpellingRows]:
     """The rows of every word after each layer and the probe on them: from the shelf, or one pass of the model."""
@@ -176,13 +176,13 @@ def spell(
     ids_NS = torch.cat([chosen_NS, fresh_NS])
     pinned = {**ctx.identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
     lacking = [layer for layer in layers if not ctx.artifacts.holds("letters", {**pinned, "layer": layer})]
-    made = last_rows(ctx, ids_NS, lacking, progress) if lacking else {}
+    made = last_token_rows(ctx, ids_NS, lacking, progress) if lacking else {}
     letter_N = torch.tensor([word.letter for word in spelling.words])
     found = {}
     for layer in layers:
 
         def rows(layer: int = layer) -> dict[str, Tensor]:
-            return {"x": made[layer] if layer in made else last_rows(ctx, ids_NS, [layer], progress)[layer]}
+            return {"x": made[layer] if layer in made else last_token_rows(ctx, ids_NS, [layer], progress)[layer]}
 
         at = {**pinned, "layer": layer}
         x_ND = ctx.artifacts.keep("letters", at, rows)["x"]
@@ -191,8 +191,10 @@ def spell(
 
         def probe(train_ND: Tensor = train_ND, settings: dict[str, Any] = settings) -> dict[str, Tensor]:
             rows = DenseRows(train_ND.to(ctx.model.device).float())
-            generator = generator_of(seed, "letters")
-            fitted = linear_probe(rows, letter_N[: spelling.train], **settings, generator=generator, progress=progress)
+            generator = seeded_generator(seed, "letters")
+            fitted = train_letter_probes(
+                rows, letter_N[: spelling.train], **settings, generator=generator, progress=progress
+            )
             return {"weight": fitted.weight_LD, "bias": fitted.bias_L}
 
         kept = ctx.artifacts.keep("letters-probe", {**at, **settings, "seed": seed, "train": spelling.train}, probe)
@@ -202,12 +204,12 @@ def spell(
     return found
 
 
-def last_rows(ctx: EvalContext, ids_NS: Tensor, layers: Sequence[int], progress: Progress) -> dict[int, Tensor]:
+def last_token_rows(ctx: EvalContext, ids_NS: Tensor, layers: Sequence[int], progress: Progress) -> dict[int, Tensor]:
     """The residual at the last position of each prompt, (N, D) in the model's dtype, after each layer."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for start in range(0, len(ids_NS), PROMPTS_AT_ONCE):
-        part_NS = ids_NS[start : start + PROMPTS_AT_ONCE].to(ctx.model.device)
+    for start in range(0, len(ids_NS), PROMPTS_PER_FORWARD):
+        part_NS = ids_NS[start : start + PROMPTS_PER_FORWARD].to(ctx.model.device)
         for layer, x_NSD in ctx.model.capture(part_NS, layers).items():
             found[layer].append(x_NSD[:, -1].cpu())
-        progress(min(start + PROMPTS_AT_ONCE, len(ids_NS)), len(ids_NS), "prompts through the model")
+        progress(min(start + PROMPTS_PER_FORWARD, len(ids_NS)), len(ids_NS), "prompts through the model")
     return {layer: torch.cat(parts) for layer, parts in found.items()}

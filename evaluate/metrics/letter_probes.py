@@ -17,7 +17,7 @@ from torch.nn import functional
 from .base import Progress
 
 
-def generator_of(seed: int, purpose: str) -> torch.Generator:
+def seeded_generator(seed: int, purpose: str) -> torch.Generator:
     """Random numbers that depend on nothing else."""
     digest = hashlib.sha256(f"absorption {purpose} {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:6]))
@@ -52,7 +52,7 @@ class DenseRows:
 
 
 @dataclass(frozen=True)
-class SparseCodes:
+class SparseLatents:
     """The latents that fire on each word, one word after the other: which (int32) and how strongly (float32)."""
 
     latents: Tensor
@@ -98,8 +98,8 @@ class SparseCodes:
         return dense_NK.cpu()
 
 
-def linear_probe(
-    rows: DenseRows | SparseCodes,
+def train_letter_probes(
+    rows: DenseRows | SparseLatents,
     letter_N: Tensor,
     *,
     batch: int,
@@ -139,13 +139,13 @@ def linear_probe(
     return LetterProbes(weight_LD.detach(), bias_L.detach())
 
 
-def f1(positive_N: np.ndarray, answer_N: np.ndarray) -> float:
+def f1_score(positive_N: np.ndarray, answer_N: np.ndarray) -> float:
     """0 where nothing is found."""
     hits = int((positive_N & answer_N).sum())
     return 2 * hits / (int(positive_N.sum()) + int(answer_N.sum())) if hits else 0.0
 
 
-class Split(NamedTuple):
+class FeatureSplit(NamedTuple):
     count: int  # the latents that spell the letter are the first so many candidates
     f1: list[float]  # of 1, 2, ... candidates, up to the one that added too little
     missed: np.ndarray  # (N,) bool: the test words that the regression on those latents does not find
@@ -153,7 +153,7 @@ class Split(NamedTuple):
 
 def split_latents(
     train_NK: np.ndarray, train_answer_N: np.ndarray, test_NK: np.ndarray, test_answer_N: np.ndarray, jump: float
-) -> Split:
+) -> FeatureSplit:
     """How many of a letter's candidates, best first, spell it: as long as each raises F1 on the test words by `jump`.
 
     SAEBench fits all K regressions; those after the first that adds too little decide nothing and are not fitted here.
@@ -161,15 +161,15 @@ def split_latents(
     missed: dict[int, np.ndarray] = {}
 
     def f1_of(k: int) -> float:
-        score_N = logistic(train_NK[:, :k], train_answer_N).decision_function(test_NK[:, :k])
+        score_N = fit_logistic(train_NK[:, :k], train_answer_N).decision_function(test_NK[:, :k])
         missed[k] = score_N <= 0
-        return f1(score_N > 0, test_answer_N)
+        return f1_score(score_N > 0, test_answer_N)
 
-    count, found = accepted((f1_of(k) for k in range(1, train_NK.shape[1] + 1)), jump)
-    return Split(count, found, missed[count])
+    count, found = count_split_latents((f1_of(k) for k in range(1, train_NK.shape[1] + 1)), jump)
+    return FeatureSplit(count, found, missed[count])
 
 
-def accepted(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
+def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
     """How many of F1_1, F1_2, ... exceed the one before by more than `jump`, at least one; and those looked at."""
     seen: list[float] = []
     for value in f1_of_k:
@@ -179,7 +179,7 @@ def accepted(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
     return len(seen), seen
 
 
-def logistic(x_NK: np.ndarray, answer_N: np.ndarray) -> Any:
+def fit_logistic(x_NK: np.ndarray, answer_N: np.ndarray) -> Any:
     """SAEBench's regression on raw latents; letters that are rare weigh as much as the rest."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

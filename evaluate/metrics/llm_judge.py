@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from ...common.errors import SaeError, UnavailableError, UsageError
 
 Message = dict[str, str]  # role, content
-WAITS = (1, 2, 4, 8, 16)  # seconds, before an endpoint that is busy or not reached is tried again
-LONGEST_WAIT = 60  # seconds: of those that an endpoint may ask for
-MOST_TOKENS = 100  # of an answer
+RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds, before an endpoint that is busy or not reached is tried again
+MAX_WAIT = 60  # seconds: of those that an endpoint may ask for
+MAX_ANSWER_TOKENS = 100  # of an answer
 
 
 class Judge(Protocol):
@@ -43,7 +43,7 @@ class Endpoint:
     model: str
     key: str = ""
     timeout: float = 60.0
-    waits: Sequence[float] = WAITS
+    waits: Sequence[float] = RETRY_WAITS
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
@@ -59,19 +59,19 @@ class Endpoint:
             )
 
     def ask(self, messages: Sequence[Message]) -> str:
-        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MOST_TOKENS}
+        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         for wait in (*self.waits, None):
             try:
                 with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as reply:
-                    return content_of(reply.read(), self.url)
+                    return parse_reply(reply.read(), self.url)
             except urllib.error.HTTPError as error:
                 if (error.code != 429 and error.code < 500) or wait is None:
                     raise self.refusal(error) from None
                 asked = error.headers.get("Retry-After") or ""
-                self.sleep(max(wait, min(float(asked), LONGEST_WAIT)) if asked.isdecimal() else wait)
+                self.sleep(max(wait, min(float(asked), MAX_WAIT)) if asked.isdecimal() else wait)
             except (OSError, HTTPException) as error:  # URLError and TimeoutError among them
                 if wait is None:
                     problem = getattr(error, "reason", None) or str(error) or type(error).__name__
@@ -107,7 +107,7 @@ class Endpoint:
         return UnavailableError(f"The judge at {self.url} answered HTTP {error.code} {error.reason}.{said}")
 
 
-def content_of(reply: bytes, url: str) -> str:
+def parse_reply(reply: bytes, url: str) -> str:
     try:
         return str(json.loads(reply)["choices"][0]["message"]["content"] or "")
     except (ValueError, LookupError, TypeError) as error:
@@ -116,6 +116,6 @@ def content_of(reply: bytes, url: str) -> str:
         ) from error
 
 
-def key_from(variable: str) -> str:
+def read_key(variable: str) -> str:
     """The key that an environment variable holds; none, as for an endpoint on one's own machine."""
     return os.environ.get(variable, "").strip()

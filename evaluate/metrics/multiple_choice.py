@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...common.errors import UsageError
 from ...harvest.model import LanguageModel
-from .probes import generator
+from .probes import make_generator
 
 LETTERS = "ABCD"
-PROMPTS_AT_ONCE = 8  # in one pass of the model
+PROMPTS_PER_FORWARD = 8  # in one pass of the model
 REPLICATES = 1000
 
 
@@ -28,7 +28,7 @@ class Question(NamedTuple):
         return self._replace(choices=tuple(self.choices[i] for i in order), answer=order.index(self.answer))
 
 
-def question_of(row: dict[str, Any], number: int, name: str) -> Question:
+def parse_question(row: dict[str, Any], number: int, name: str) -> Question:
     text, choices, answer = row["question"], row["choices"], row["answer"]
     if not (isinstance(text, str) and isinstance(choices, list) and len(choices) == 4 and answer in range(4)):
         raise UsageError(
@@ -69,8 +69,8 @@ class MultipleChoiceModel:
     def batches(self, prompts: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Prompts of like length together, padded on the right: their numbers, ids (N, S) and last positions (N,)."""
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-        for start in range(0, len(order), PROMPTS_AT_ONCE):
-            numbers = order[start : start + PROMPTS_AT_ONCE]
+        for start in range(0, len(order), PROMPTS_PER_FORWARD):
+            numbers = order[start : start + PROMPTS_PER_FORWARD]
             ids_NS = torch.zeros(len(numbers), len(prompts[numbers[0]]), dtype=torch.int64)
             for line, number in enumerate(numbers):
                 ids_NS[line, : len(prompts[number])] = torch.tensor(prompts[number])
@@ -91,10 +91,12 @@ class MultipleChoiceModel:
         return found
 
 
-def resampled(right_IN: Tensor, name: str) -> Tensor:
+def resample_right(right_IN: Tensor, name: str) -> Tensor:
     """How many of N questions are right under each intervention, in each replicate (R, I); the same draws for every SAE."""
     count = right_IN.shape[1]
-    drawn_RN = torch.randint(count, (REPLICATES, count), generator=generator("paired", "bootstrap", "unlearning", name))
+    drawn_RN = torch.randint(
+        count, (REPLICATES, count), generator=make_generator("paired", "bootstrap", "unlearning", name)
+    )
     times_RN = torch.zeros(drawn_RN.shape, dtype=torch.float64).scatter_add_(
         1, drawn_RN, torch.ones(()).double().expand(drawn_RN.shape)
     )

@@ -18,8 +18,8 @@ from ...common.files import digest_of
 from ..context import EvalContext
 from .base import Progress, SAELike
 
-TEXTS_AT_ONCE = 32  # in one pass of the model
-FEWEST_AT_ONCE = 64  # tokens through one SAE: with fewer, reading its weights takes longer than the product
+TEXTS_PER_FORWARD = 32  # in one pass of the model
+MIN_TOKENS_PER_ENCODE = 64  # tokens through one SAE: with fewer, reading its weights takes longer than the product
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,27 @@ class PooledLatents:
         return self.sum_NF / self.count_N[:, None]
 
 
-def tokens_at_once(d_sae: int, device: torch.device) -> int:
+def tokens_per_encode(d_sae: int, device: torch.device) -> int:
     """How many rows go through an SAE together. On a CPU their latents take 4 MB, which its cache holds and which is
     memory used before: tensors of tens of MB come anew from the system each time, and that took as long as the products.
     """
     latents = 2**20 if device.type == "cpu" else 2**26
-    return max(FEWEST_AT_ONCE, latents // d_sae)
+    return max(MIN_TOKENS_PER_ENCODE, latents // d_sae)
 
 
 @torch.no_grad()
-def pool(sae: SAELike, rows: TextRows, device: torch.device) -> PooledLatents:
+def pool_latents(sae: SAELike, rows: TextRows, device: torch.device) -> PooledLatents:
     """Encode every row once."""
     zero_F = sae.encode(torch.zeros(1, rows.x_TD.shape[1], device=device))[0].float().cpu()
     sum_NF = torch.zeros(len(rows), len(zero_F))
-    for texts, x_TD, owner_T in rows.parts(tokens_at_once(len(zero_F), device)):
+    for texts, x_TD, owner_T in rows.parts(tokens_per_encode(len(zero_F), device)):
         f_TF = sae.encode(x_TD.to(device).float()).float()
         part_NF = torch.zeros(texts.stop - texts.start, f_TF.shape[1], device=device)
         sum_NF[texts] = part_NF.index_add_(0, owner_T.to(device), f_TF).cpu()
     return PooledLatents(sum_NF, rows.count_N, zero_F)
 
 
-def read_rows(
+def read_text_rows(
     ctx: EvalContext, layers: Sequence[int], texts: Sequence[str], progress: Progress, context: int = 128
 ) -> dict[int, TextRows]:
     """The rows of texts, cut at `context` tokens (BOS included), after each layer: from the shelf, or one pass.
@@ -95,11 +95,11 @@ def read_rows(
     ids: list[list[int]] = ctx.tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]
     pinned = {**ctx.identity, "skip": ctx.skip, "ids": digest_of(ids)}
     lacking = [layer for layer in layers if not ctx.artifacts.holds("rows", {**pinned, "layer": layer})]
-    made = run_model(ctx, lacking, ids, progress) if lacking else {}
+    made = capture_rows(ctx, lacking, ids, progress) if lacking else {}
 
     def rows_of(layer: int) -> TextRows:
         def make() -> dict[str, Tensor]:
-            rows = made[layer] if layer in made else run_model(ctx, [layer], ids, progress)[layer]
+            rows = made[layer] if layer in made else capture_rows(ctx, [layer], ids, progress)[layer]
             return {"x": rows.x_TD, "count": rows.count_N}
 
         kept: dict[str, Any] = ctx.artifacts.keep("rows", {**pinned, "layer": layer}, make)
@@ -108,15 +108,15 @@ def read_rows(
     return {layer: rows_of(layer) for layer in layers}
 
 
-def run_model(
+def capture_rows(
     ctx: EvalContext, layers: Sequence[int], ids: Sequence[Sequence[int]], progress: Progress
 ) -> dict[int, TextRows]:
     """One pass over the texts, those of like length together; no later block than the last layer asked for is needed."""
     skip = torch.tensor(ctx.skip)
     found: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(ids) for layer in layers}
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
-    for start in range(0, len(order), TEXTS_AT_ONCE):
-        numbers = order[start : start + TEXTS_AT_ONCE]
+    for start in range(0, len(order), TEXTS_PER_FORWARD):
+        numbers = order[start : start + TEXTS_PER_FORWARD]
         ids_NS = torch.zeros(len(numbers), len(ids[numbers[0]]), dtype=torch.int64)
         kept_NS = torch.zeros_like(ids_NS, dtype=torch.bool)
         for line, number in enumerate(numbers):
@@ -127,5 +127,5 @@ def run_model(
             x_NSD = x_NSD.cpu()
             for line, number in enumerate(numbers):
                 found[layer][number] = x_NSD[line, kept_NS[line]]
-        progress(min(start + TEXTS_AT_ONCE, len(order)), len(order), "texts through the model")
+        progress(min(start + TEXTS_PER_FORWARD, len(order)), len(order), "texts through the model")
     return {layer: TextRows(torch.cat(x), torch.tensor([len(part) for part in x])) for layer, x in found.items()}

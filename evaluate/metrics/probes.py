@@ -20,7 +20,7 @@ from ...common.errors import UsageError
 from ..context import EvalContext
 from ..datasets.labelled import Texts
 from .base import Progress, SAELike
-from .pooled_activations import PooledLatents, TextRows, pool, read_rows
+from .pooled_activations import PooledLatents, TextRows, pool_latents, read_text_rows
 
 RNGS = ("paired", "saebench")
 SEED = 42
@@ -47,7 +47,7 @@ class LabelledRows:
         return {split: ProbeFeatures(x, counts) for (split, counts), x in zip(self.counts.items(), parts, strict=True)}
 
 
-def read_labelled(
+def read_labelled_rows(
     ctx: EvalContext, layers: Sequence[int], name: str, texts: Texts, progress: Progress, context: int = 128
 ) -> dict[int, LabelledRows]:
     """The rows of the texts of a dataset after each layer, from the shelf or one pass.
@@ -56,7 +56,7 @@ def read_labelled(
     counts: it has no mean.
     """
     listed = [text for classes in texts.values() for own in classes.values() for text in own]
-    found = read_rows(ctx, layers, listed, progress, context)
+    found = read_text_rows(ctx, layers, listed, progress, context)
     count_N = next(iter(found.values())).count_N
     if not bool((count_N > 0).all()):
         raise UsageError(
@@ -73,7 +73,7 @@ class ProbeTask(NamedTuple):
     label: Tensor
 
 
-def generator(rng: str, *names: object) -> torch.Generator:
+def make_generator(rng: str, *names: object) -> torch.Generator:
     """A generator of its own for what `names` say, whatever was drawn before; for "saebench", torch's with seed 42.
 
     Under "saebench" one generator has to serve every draw of an SAE, in SAEBench's order.
@@ -85,27 +85,27 @@ def generator(rng: str, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def one_against_rest(counts: Mapping[str, int], positive: str, generator: torch.Generator) -> ProbeTask:
+def one_vs_rest_task(counts: Mapping[str, int], positive: str, generator: torch.Generator) -> ProbeTask:
     """All texts of a class, and as many negatives, drawn evenly from the other classes. `counts` are texts per class.
 
     The draws are SAEBench's, in its order.
     """
-    starts = starts_of(counts)
+    starts = class_offsets(counts)
     needed, others = counts[positive], [label for label in counts if label != positive]
     share = math.ceil(needed / len(others))
     drawn = torch.cat([starts[o] + torch.randperm(counts[o], generator=generator)[:share] for o in others])
     drawn = drawn[torch.randperm(len(drawn), generator=generator)[:needed]]
-    return mixed(starts[positive] + torch.arange(needed), drawn, generator)
+    return shuffled_task(starts[positive] + torch.arange(needed), drawn, generator)
 
 
-def starts_of(counts: Mapping[str, int]) -> dict[str, int]:
+def class_offsets(counts: Mapping[str, int]) -> dict[str, int]:
     starts, total = {}, 0
     for label, count in counts.items():
         starts[label], total = total, total + count
     return starts
 
 
-def mixed(positive: Tensor, negative: Tensor, generator: torch.Generator) -> ProbeTask:
+def shuffled_task(positive: Tensor, negative: Tensor, generator: torch.Generator) -> ProbeTask:
     rows = torch.cat([positive, negative])
     label = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])
     order = torch.randperm(len(rows), generator=generator)
@@ -170,12 +170,12 @@ def mean_difference(feature_ND: Tensor, task: ProbeTask) -> Tensor:
     return feature_ND[rows[positive]].mean(0) - feature_ND[rows[~positive]].mean(0)
 
 
-def largest(score_D: Tensor, k: int) -> Tensor:
+def top_features(score_D: Tensor, k: int) -> Tensor:
     """The k features of the largest score, in the order of the features (K,)."""
     return score_D.argsort(descending=True)[:k].sort().values
 
 
-def regress(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_label_M: Tensor) -> float:
+def logistic_accuracy(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_label_M: Tensor) -> float:
     """Test accuracy of scikit-learn's logistic regression (C = 1, L2, lbfgs, at most 1000 steps) on raw columns."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -186,7 +186,7 @@ def regress(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_label_M: Tens
     return float((model.predict(test_x_MK.float().cpu().numpy()) == test_label_M.numpy()).mean())
 
 
-def wilson(share: float, count: float) -> list[float]:
+def wilson_interval(share: float, count: float) -> list[float]:
     """95 % interval of a share of `count` independent trials (Wilson 1927)."""
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
@@ -194,7 +194,7 @@ def wilson(share: float, count: float) -> list[float]:
     return [middle - half, middle + half]
 
 
-def decoder_norm(sae: SAELike) -> Tensor | None:
+def decoder_norms_to_fold(sae: SAELike) -> Tensor | None:
     """What to scale latents with so that they are those of unit decoder rows (F,); None when they are, or have none."""
     W_dec = getattr(sae, "W_dec", None)
     if W_dec is None:
@@ -204,9 +204,9 @@ def decoder_norm(sae: SAELike) -> Tensor | None:
     return None if bool(((norm_F - 1).abs() <= tolerance).all()) else norm_F
 
 
-def pool_unit(sae: SAELike, rows: TextRows, device: torch.device) -> tuple[PooledLatents, bool]:
+def pool_unit_norm(sae: SAELike, rows: TextRows, device: torch.device) -> tuple[PooledLatents, bool]:
     """`pool`, with latents as those of unit decoder rows; whether they had to be scaled."""
-    pooled, norm_F = pool(sae, rows, device), decoder_norm(sae)
+    pooled, norm_F = pool_latents(sae, rows, device), decoder_norms_to_fold(sae)
     if norm_F is None:
         return pooled, False
     norm_F = norm_F.cpu()

@@ -14,12 +14,23 @@ from .sparse_probing import SparseProbing, SparseProbingStdlib
 from .tpp import Tpp, TppStdlib
 from .unlearning import Unlearning
 
-KINDS = (Core, Absorption, SparseProbing, SparseProbingStdlib, Scr, ScrStdlib, Tpp, TppStdlib, Unlearning, Autointerp)
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in KINDS}
-ASKED_FOR = ("autointerp",)  # it costs money: in no suite, unless an option of it is set
+METRIC_CLASSES = (
+    Core,
+    Absorption,
+    SparseProbing,
+    SparseProbingStdlib,
+    Scr,
+    ScrStdlib,
+    Tpp,
+    TppStdlib,
+    Unlearning,
+    Autointerp,
+)
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in METRIC_CLASSES}
+OPT_IN = ("autointerp",)  # it costs money: in no suite, unless an option of it is set
 SUITES = {
     "quick": ("core", "absorption", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib"),
-    "full": tuple(name for name in METRICS if name not in ASKED_FOR),
+    "full": tuple(name for name in METRICS if name not in OPT_IN),
 }
 
 
@@ -28,7 +39,7 @@ def metrics_of_suite(suite: str, options: Sequence[str] = ()) -> list[Metric]:
     names = SUITES.get(suite) or tuple(dict.fromkeys(name for part in suite.split(",") if (name := part.strip())))
     if not names:
         raise UsageError(f"--suite {suite!r} names no metric; there are {', '.join([*SUITES, *METRICS])}.")
-    names += tuple(name for name in ASKED_FOR if suite in SUITES and any(o.startswith(f"{name}.") for o in options))
+    names += tuple(name for name in OPT_IN if suite in SUITES and any(o.startswith(f"{name}.") for o in options))
     wrong = [
         f"--suite {suite}: {name} is a suite, which stands alone; name the metrics, such as {','.join(SUITES['quick'][:2])}."
         if name in SUITES
@@ -48,7 +59,7 @@ def metrics_of_suite(suite: str, options: Sequence[str] = ()) -> list[Metric]:
             )
             continue
         try:
-            asked[metric][name] = value_like(known[name], text)
+            asked[metric][name] = parse_like(known[name], text)
         except ValueError:
             wrong.append(f"--set {option}: {text!r} is no value for {name}, which is {known[name]!r} by default.")
     if wrong:
@@ -56,10 +67,10 @@ def metrics_of_suite(suite: str, options: Sequence[str] = ()) -> list[Metric]:
     return [METRICS[name](**asked[name]) for name in names]
 
 
-def value_like(default: Any, text: str) -> Any:
+def parse_like(default: Any, text: str) -> Any:
     """The text as a value of the default's kind; of a tuple's elements (of an empty one: int), with commas between."""
     if isinstance(default, tuple):
-        return tuple(value_like(default[0] if default else 0, part.strip()) for part in text.split(","))
+        return tuple(parse_like(default[0] if default else 0, part.strip()) for part in text.split(","))
     if isinstance(default, bool):
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else int("")
     return type(default)(text)

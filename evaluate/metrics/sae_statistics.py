@@ -16,39 +16,39 @@ from .base import EvalTarget
 
 # Logits and latents exist for so many tokens at a time. In float32 Gemma's logits of them take 0.5 GB, and three such
 # exist at most; latents of 65,536 take 0.13 GB.
-TOKENS_AT_ONCE = 512
-DENSE_PAIRS = 2048  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
+TOKENS_PER_CHUNK = 512
+PAIRED_LATENTS = 2048  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
 GRAM_ROWS = 256  # of their products, computed at a time from the diagonal on
 PAIRED_TOKENS = 32_768  # the batches that begin before so many tokens are what is correlated
 PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums that intervals are taken from
 
-Share = tuple[Tensor, Tensor]  # a number as one sum over contexts through another, context by context
+Ratio = tuple[Tensor, Tensor]  # a number as one sum over contexts through another, context by context
 
 
-def value(share: Share) -> float:
-    return ratio(float(share[0].sum()), float(share[1].sum()))
+def ratio_value(share: Ratio) -> float:
+    return divide(float(share[0].sum()), float(share[1].sum()))
 
 
-def interval(share: Share) -> list[float]:
+def ratio_interval(share: Ratio) -> list[float]:
     """95 %: the share is linearised, and its entries are taken as independent draws: documents, not their contexts."""
     part, whole = share
     count, total = len(whole), float(whole.sum())
     if count < 2 or not total:
         return [math.nan, math.nan]
-    centre = value(share)
+    centre = ratio_value(share)
     spread = float((part - centre * whole).square().sum()) * count / (count - 1)
     half = 1.96 * math.sqrt(spread) / abs(total)
     return [centre - half, centre + half]
 
 
-def by_document(share: Share, document_N: Tensor) -> Share:
+def sum_by_document(share: Ratio, document_N: Tensor) -> Ratio:
     """Sums over contexts -> sums over documents; `document_N` begins with those of the share's contexts."""
     _, place_N = document_N[: len(share[1])].unique(return_inverse=True)
     part, whole = (torch.zeros(int(place_N.max()) + 1).to(column).index_add_(0, place_N, column) for column in share)
     return part, whole
 
 
-def ratio(part: float, whole: float) -> float:
+def divide(part: float, whole: float) -> float:
     """part / whole; NaN where there is no whole: a text of one token has neither a variance nor a next token."""
     return part / whole if whole else math.nan
 
@@ -73,8 +73,8 @@ class SAEStatistics:
         fired_NF: Tensor | None = None
         gram_FF: Tensor | None = None
         recons, numbers = [], []
-        for start in range(0, len(x_RD), TOKENS_AT_ONCE):
-            rows = slice(start, start + TOKENS_AT_ONCE)
+        for start in range(0, len(x_RD), TOKENS_PER_CHUNK):
+            rows = slice(start, start + TOKENS_PER_CHUNK)
             f_TF = target.sae.encode(x_RD[rows].float())
             recons.append(target.sae.decode(f_TF).float())
             f_TF = f_TF[counted_R[rows]] if target.everywhere else f_TF
@@ -102,7 +102,9 @@ class SAEStatistics:
         """f^T f added to that of the batch so far, on and above the diagonal: what is below is not all there."""
         if self.pairs is None:
             generator = torch.Generator().manual_seed(0)
-            self.pairs = torch.randperm(f_TF.shape[1], generator=generator)[:DENSE_PAIRS].sort().values.to(f_TF.device)
+            self.pairs = (
+                torch.randperm(f_TF.shape[1], generator=generator)[:PAIRED_LATENTS].sort().values.to(f_TF.device)
+            )
         chosen = f_TF[:, self.pairs] if len(self.pairs) < f_TF.shape[1] else f_TF
         if gram_FF is None:
             gram_FF = f_TF.new_zeros(len(self.pairs), len(self.pairs))
@@ -156,9 +158,9 @@ class SAEStatistics:
         square = s["batch_square"] / self.batches
         quality = {
             # What 0.6.0 calls explained_variance subtracts the wrong mean; its legacy formula is the published one.
-            "explained_variance": 1 - ratio(s["batch_error"] / self.batches, square - (square / d_in) ** 2),
+            "explained_variance": 1 - divide(s["batch_error"] / self.batches, square - (square / d_in) ** 2),
             **mean("explained_variance_legacy", "mse", "cossim"),
-            "fve": 1 - ratio(s["error"], self.variance),
+            "fve": 1 - divide(s["error"], self.variance),
             "mse_elementwise": s["error"] / self.tokens / d_in,
         }
         if mode == "2024-12":
@@ -179,10 +181,10 @@ class SAEStatistics:
     def about_the_mean(self, interval: list[float], fve: float) -> list[float]:
         """That of the share about the first batch's mean, which alone is known in time -> that of `fve`."""
         around = self.sums["around_centre"]
-        half = (interval[1] - interval[0]) / 2 * ratio(around, self.variance)
+        half = (interval[1] - interval[0]) / 2 * divide(around, self.variance)
         return [fve - half, fve + half]
 
-    def shares(self) -> dict[str, dict[str, Share]]:
+    def shares(self) -> dict[str, dict[str, Ratio]]:
         """What has an interval."""
         column = dict(zip(PER_CONTEXT, torch.cat(self.contexts).T, strict=True))
         tokens = column["tokens"]
@@ -204,28 +206,28 @@ class SAEStatistics:
         gram_FF = self.sums["gram"]
         alive = gram_FF.diagonal() > 0
         counts = {"latents": int(alive.sum()), "latents_dead": int((~alive).sum())}
-        cosines = pairs_of(cosines_of(gram_FF[alive][:, alive]))
+        cosines = upper_triangle(gram_cosines(gram_FF[alive][:, alive]))
         if not len(cosines):
             return {"mean": math.nan, **counts}
-        found = {**spread_of(cosines.abs()), **counts}
+        found = {**distribution(cosines.abs()), **counts}
         if W_dec_FD is not None:
             assert self.pairs is not None
             rows = W_dec_FD[self.pairs][alive].double()
-            found["spearman_decoder"] = spearman(cosines, pairs_of(cosines_of(rows @ rows.T)))
+            found["spearman_decoder"] = spearman(cosines, upper_triangle(gram_cosines(rows @ rows.T)))
         return found
 
 
-def cosines_of(gram_FF: Tensor) -> Tensor:
+def gram_cosines(gram_FF: Tensor) -> Tensor:
     norm_F = gram_FF.diagonal().sqrt()
     return gram_FF / norm_F[:, None] / norm_F
 
 
-def pairs_of(matrix_FF: Tensor) -> Tensor:
+def upper_triangle(matrix_FF: Tensor) -> Tensor:
     """Above the diagonal: every pair once."""
     return matrix_FF[tuple(torch.triu_indices(len(matrix_FF), len(matrix_FF), 1))]
 
 
-def spread_of(numbers: Tensor) -> dict[str, float]:
+def distribution(numbers: Tensor) -> dict[str, float]:
     shares = {"quantile_50": 0.5, "quantile_90": 0.9, "quantile_99": 0.99, "quantile_99.9": 0.999}
     places = {name: share * (len(numbers) - 1) for name, share in shares.items()}
     # Only these places are put in order: torch.quantile takes 16 million numbers at most, and a sort takes several times as long.
@@ -252,16 +254,16 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float(ranked.corrcoef()[0, 1])
 
 
-def dictionary(W_dec_FD: Tensor) -> dict[str, float]:
+def decoder_geometry(W_dec_FD: Tensor) -> dict[str, float]:
     """Of the decoder rows: |cosine| of pairs, and effective rank, exp of the entropy of their singular values' shares.
 
     Both are of unit rows, so that a row's length does not count; Roy and Vetterli 2007.
     """
     unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
-    some = unit_FD[torch.randperm(len(unit_FD), generator=torch.Generator().manual_seed(0))[:DENSE_PAIRS]]
+    some = unit_FD[torch.randperm(len(unit_FD), generator=torch.Generator().manual_seed(0))[:PAIRED_LATENTS]]
     share = torch.linalg.eigvalsh((unit_FD.T @ unit_FD).double()).clamp(min=0).sqrt()
     share = share / share.sum()
-    spread = spread_of(pairs_of(some @ some.T).abs()) if len(some) > 1 else {}
+    spread = distribution(upper_triangle(some @ some.T).abs()) if len(some) > 1 else {}
     return {
         **{f"decoder_cosine_{name}": number for name, number in spread.items()},
         "effective_rank": float(torch.special.entr(share).sum().exp()),
@@ -279,7 +281,7 @@ def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:
     return torch.cat(found)
 
 
-def per_latent(sae: SAE, codes: SAEStatistics) -> list[dict[str, Any]]:
+def latent_details(sae: SAE, codes: SAEStatistics) -> list[dict[str, Any]]:
     """One entry per latent, numbers rounded to ten decimals as SAEBench does."""
     encoder, decoder = sae.W_enc.T.float(), sae.W_dec.float()
     columns = {
@@ -298,7 +300,7 @@ def per_latent(sae: SAE, codes: SAEStatistics) -> list[dict[str, Any]]:
     ]
 
 
-def misc(density: Tensor, details: list[dict[str, Any]]) -> dict[str, float]:
+def density_summary(density: Tensor, details: list[dict[str, Any]]) -> dict[str, float]:
     """Summaries of the entries per latent."""
 
     def mass_over(cut: float) -> float:

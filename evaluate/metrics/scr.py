@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..datasets.labelled import BIOS, REVIEWS, quadrants
-from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, BootstrapDraws, Draw, ProbeReadout, interval, strongest
+from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, DrawTask
 from .base import MetricColumn
+from .bootstrap import BootstrapWeights, bootstrap_interval
+from .probe_readout import ProbeReadout, strongest_latents
 from .probes import ProbeTask
 
 PROBES = ("attribute", "class", "biased")
@@ -27,8 +29,8 @@ ATTRIBUTE, CLASS, BIASED = range(3)
 POSITIVE = {ATTRIBUTE: ("PP/2", "PN"), CLASS: ("PP/2", "NP"), BIASED: ("PP",)}
 NEGATIVE = {ATTRIBUTE: ("NP", "NN/2"), CLASS: ("PN", "NN/2"), BIASED: ("NN",)}
 DIRECTIONS = {CLASS: ATTRIBUTE, ATTRIBUTE: CLASS}  # what is to be read -> whose latents are ablated
-LEAST_ROOM = 1e-3  # SAEBench since 2025-02-14
-LABELS = {  # of the pairs, in the names of SAEBench's results
+MIN_ROOM = 1e-3  # SAEBench since 2025-02-14
+CLASS_NAMES = {  # of the pairs, in the names of SAEBench's results
     f"{BIOS}_class_set1": {
         "21": "professor", "13": "nurse", "1": "architect", "11": "journalist", "25": "surgeon", "22": "psychologist",
         "2": "attorney", "26": "teacher",
@@ -44,24 +46,24 @@ LABELS = {  # of the pairs, in the names of SAEBench's results
 class Scr(Ablation):
     """A score is absent for a pair whose biased probe is equally bad at both tasks: neither direction is the harder."""
 
-    datasets: tuple[str, ...] = tuple(LABELS)
+    datasets: tuple[str, ...] = tuple(CLASS_NAMES)
 
     name = "scr"
     type_id = "scr"
     title = "scr, spurious correlation removal by number of latents ablated (0: nothing, 1: all of the bias)"
     category = "scr_metrics"
-    numbers = tuple(
+    columns = tuple(
         MetricColumn(f"SCR {n}", "scr_metrics", f"scr_metric_threshold_{n}", ".3f", "up", 0, 1) for n in THRESHOLDS
     )
 
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
         found = quadrants(dataset, data, self.train_set_size, self.test_set_size)
         for pair, texts in found.items():
-            labels = "_".join(LABELS.get(dataset, {}).get(label, label) for label in pair)
+            labels = "_".join(CLASS_NAMES.get(dataset, {}).get(label, label) for label in pair)
             yield AblationProblem(f"{dataset}_scr_{labels}_results", texts, PROBES, self.task)
 
-    def task(self, split: str, probe: int, _: torch.Generator) -> ProbeTask:
-        return task({"train": self.train_set_size, "test": self.test_set_size}[split] // 4, probe)
+    def quadrant_task(self, split: str, probe: int, _: torch.Generator) -> ProbeTask:
+        return quadrant_task({"train": self.train_set_size, "test": self.test_set_size}[split] // 4, probe)
 
     def effects(self, difference_PF: Tensor, align_FP: Tensor) -> Tensor:
         return (difference_PF * align_FP.T).abs()
@@ -71,8 +73,8 @@ class Scr(Ablation):
         problem: AblationProblem,
         readout: ProbeReadout,
         effect_PF: Tensor,
-        draw: Draw,
-        resample: BootstrapDraws,
+        draw: DrawTask,
+        resample: BootstrapWeights,
         mode: str,
     ) -> AblationScores:
         tasks = problem.fixed("test")
@@ -84,7 +86,8 @@ class Scr(Ablation):
         clean = {target: accuracy(readout.logit_NP, target, target) for target in DIRECTIONS}
         ablated = {
             target: {
-                n: accuracy(readout.ablated(strongest(effect_PF[spurious], n)), BIASED, target) for n in self.thresholds
+                n: accuracy(readout.ablated(strongest_latents(effect_PF[spurious], n)), BIASED, target)
+                for n in self.thresholds
             }
             for target, spurious in DIRECTIONS.items()
         }
@@ -92,10 +95,10 @@ class Scr(Ablation):
             PROBES[target]: {"own_probe": float(clean[target][0]), "biased_probe": float(biased[target][0])}
             for target in DIRECTIONS
         }
-        return AblationScores(scr_scores(biased, clean, ablated, mode), extra, doubts(biased, clean))
+        return AblationScores(scr_scores(biased, clean, ablated, mode), extra, pair_flags(biased, clean))
 
 
-def task(size: int, probe: int) -> ProbeTask:
+def quadrant_task(size: int, probe: int) -> ProbeTask:
     """All the texts of a probe's task, in quadrants PP and NN of 2 * size texts, NP and PN of size."""
     starts = {"PP": 0, "NN": 2 * size, "NP": 4 * size, "PN": 5 * size}
 
@@ -124,7 +127,7 @@ def scr_scores(
         for n, after_R in ablated[target].items():
             score_R = (after_R - biased[target]) / room_R
             if mode != "2024-12":
-                score_R = torch.where(room_R < LEAST_ROOM, 0.0, score_R)
+                score_R = torch.where(room_R < MIN_ROOM, 0.0, score_R)
             if score_R[0].isfinite():
                 found[f"scr_dir{number}_threshold_{n}"] = score_R
                 if biased[target][0] < biased[other][0]:
@@ -132,14 +135,14 @@ def scr_scores(
     return found
 
 
-def doubts(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> list[str]:
+def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> list[str]:
     """Why the scores of a pair may mean little."""
     if biased[CLASS][0] == biased[ATTRIBUTE][0]:
         return ["the biased probe is equally good at both tasks, so this pair has no scr_metric."]
     target = min(DIRECTIONS, key=lambda target: float(biased[target][0]))
     room_R = clean[target] - biased[target]
-    low, high = interval(room_R)
-    if low >= LEAST_ROOM:
+    low, high = bootstrap_interval(room_R)
+    if low >= MIN_ROOM:
         return []
     return [
         f"the biased probe is not surely worse at the {PROBES[target]} than the probe of it (by {float(room_R[0]):.3f}, "

@@ -29,12 +29,24 @@ from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
 from ..datasets.labelled import HUB, STAND_INS, Texts, labelled, pinned
-from .base import EvalTarget, Metric, MetricColumn, Outcome, Progress, Result
-from .probes import ProbeFeatures, ProbeTask, generator, largest, mean_difference, one_against_rest, pool_unit, read_labelled, regress, train_probe, wilson
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
+from .probes import (
+    ProbeFeatures,
+    ProbeTask,
+    logistic_accuracy,
+    make_generator,
+    mean_difference,
+    one_vs_rest_task,
+    pool_unit_norm,
+    read_labelled_rows,
+    top_features,
+    train_probe,
+    wilson_interval,
+)
 
-KS = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
-NAMED_KS = (1, 2, 5, 10, 20, 50, 100)  # in SAEBench's files
-LATENTS_KEPT = 5  # of a probe on more latents than this, a result does not say which they are
+K_OF_MODE = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
+RESULT_KS = (1, 2, 5, 10, 20, 50, 100)  # in SAEBench's files
+MAX_NAMED_LATENTS = 5  # of a probe on more latents than this, a result does not say which they are
 BATCH, EPOCHS, PATIENCE, RATE = 250, 100, 10, 1e-2
 
 
@@ -56,7 +68,7 @@ class SparseProbing(Metric):
     name = "sparse_probing"
     type_id = "sparse_probing"
     title = "sparse probing, test accuracy (0.5 is chance)"
-    numbers = (
+    columns = (
         MetricColumn("LLM", "llm", "llm_test_accuracy", ".4f", "up", 0.5, 1),
         MetricColumn("SAE", "sae", "sae_test_accuracy", ".4f", "up", 0.5, 1),
         MetricColumn("LLM k=1", "llm", "llm_top_1_test_accuracy", ".4f", "up", 0.5, 1),
@@ -72,27 +84,27 @@ class SparseProbing(Metric):
     def ks(self, mode: str) -> tuple[int, ...]:
         if any(k < 1 for k in self.k):
             raise UsageError(f"{self.name}.k={','.join(map(str, self.k))}: a probe reads at least one latent.")
-        return self.k or KS[mode]
+        return self.k or K_OF_MODE[mode]
 
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         ks = self.ks(ctx.mode)
-        generator(self.rng)  # an unknown one is refused before the model runs
+        make_generator(self.rng)  # an unknown one is refused before the model runs
         texts = {name: labelled(name, ctx.data, self.train_set_size, self.test_set_size) for name in self.datasets}
         layers = sorted({target.layer for target in targets})
-        own = [generator(self.rng) for _ in targets]  # of "saebench": one per SAE
+        own = [make_generator(self.rng) for _ in targets]  # of "saebench": one per SAE
         llm: dict[int, dict[str, ProbingScores]] = {layer: {} for layer in layers}
         sae: list[dict[str, ProbingScores]] = [{} for _ in targets]
         refused: dict[int, UsageError] = {}
         folded: set[int] = set()
         for number, (name, classes) in enumerate(texts.items()):
-            found = read_labelled(ctx, layers, name, classes, progress, self.context)
+            found = read_labelled_rows(ctx, layers, name, classes, progress, self.context)
             for layer, rows in found.items():
                 depends = {"layer": layer, "dataset": name, "texts": digest_of(classes), "k": ks, **self.draws(ctx)}
 
                 def make(rows=rows, name=name) -> dict[str, Tensor]:
                     features = rows.split(rows.rows.mean_ND())
-                    one = generator(self.rng)
-                    return probe(features, ks, lambda *names: self.drawn_by(one, name, *names)).tensors()
+                    one = make_generator(self.rng)
+                    return probe_dataset(features, ks, lambda *names: self.drawn_by(one, name, *names)).tensors()
 
                 kept = ctx.artifacts.keep("llm_probes", depends, make)
                 llm[layer][name] = ProbingScores.of_tensors(kept, classes["test"], ks)
@@ -101,7 +113,7 @@ class SparseProbing(Metric):
                 if index in refused:
                     continue
                 rows = found[target.layer]
-                pooled, scaled = pool_unit(target.sae, rows.rows, ctx.model.device)
+                pooled, scaled = pool_unit_norm(target.sae, rows.rows, ctx.model.device)
                 if (latents := len(pooled.zero_F)) < max(ks):
                     refused[index] = UsageError(
                         f"A probe on {max(ks)} latents needs as many, and there are {latents}. Give smaller ones: --set {self.name}.k=1"
@@ -114,9 +126,9 @@ class SparseProbing(Metric):
                 def drawn(*names: object, one=own[index], name=name) -> torch.Generator:
                     return self.drawn_by(one, name, *names)
 
-                sae[index][name] = probe(features, ks, drawn)
+                sae[index][name] = probe_dataset(features, ks, drawn)
         return [
-            refused.get(index) or result(llm[target.layer], sae[index], ks, self.test_set_size, index in folded)
+            refused.get(index) or build_result(llm[target.layer], sae[index], ks, self.test_set_size, index in folded)
             for index, target in enumerate(targets)
         ]
 
@@ -125,7 +137,7 @@ class SparseProbing(Metric):
         return {**ctx.identity, "skip": ctx.skip, "context": self.context, "rng": self.rng}
 
     def drawn_by(self, one: torch.Generator, *names: object) -> torch.Generator:
-        return one if self.rng == "saebench" else generator(self.rng, "sparse_probing", *names)
+        return one if self.rng == "saebench" else make_generator(self.rng, "sparse_probing", *names)
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,7 @@ class ProbingScores:
         return {f"sae_top_{k}_latents": by_class for k, by_class in self.chosen.items()}
 
 
-def probe(
+def probe_dataset(
     features: Mapping[str, ProbeFeatures], ks: Sequence[int], drawn_by: Callable[..., torch.Generator]
 ) -> ProbingScores:
     """Probes on the texts of one dataset: the numeric part, on one row of features per text.
@@ -188,7 +200,7 @@ def probe(
     (train_ND, counts), (test_ND, test_counts) = features["train"], features["test"]
 
     def tasks(label: str, generator: torch.Generator) -> tuple[ProbeTask, ProbeTask]:
-        return one_against_rest(counts, label, generator), one_against_rest(test_counts, label, generator)
+        return one_vs_rest_task(counts, label, generator), one_vs_rest_task(test_counts, label, generator)
 
     found = ProbingScores()
     for label in counts:
@@ -203,31 +215,31 @@ def probe(
         if k > train_ND.shape[1]:
             continue
         found.top[k], found.constant[k] = {}, 0
-        if k <= LATENTS_KEPT:
+        if k <= MAX_NAMED_LATENTS:
             found.chosen[k] = {}
         for label in counts:
             train, test = tasks(label, drawn_by(k, label))
             difference_D = mean_difference(train_ND, train)
-            columns = largest(difference_D.abs(), k)
+            columns = top_features(difference_D.abs(), k)
             x_MK, test_x_MK = train_ND[:, columns].cpu()[train.rows], test_ND[:, columns].cpu()[test.rows]
-            found.top[k][label] = regress(x_MK, train.label, test_x_MK, test.label)
+            found.top[k][label] = logistic_accuracy(x_MK, train.label, test_x_MK, test.label)
             found.constant[k] += bool((x_MK == x_MK[0]).all())
             if k in found.chosen:
-                found.chosen[k][label] = with_differences(columns, difference_D)
+                found.chosen[k][label] = ranked_differences(columns, difference_D)
     return found
 
 
-def with_differences(columns: Tensor, difference_D: Tensor) -> dict[str, float]:
+def ranked_differences(columns: Tensor, difference_D: Tensor) -> dict[str, float]:
     """Feature -> difference, the largest first; names are text, as in a file that is read."""
     pairs = zip(columns.tolist(), difference_D[columns].tolist(), strict=True)
     return {str(column): value for column, value in sorted(pairs, key=lambda pair: abs(pair[1]), reverse=True)}
 
 
-def result(
+def build_result(
     llm: Mapping[str, ProbingScores], sae: Mapping[str, ProbingScores], ks: Sequence[int], test_texts: int, folded: bool
-) -> Result:
+) -> MetricResult:
     """Scores by dataset -> SAEBench's fields, with intervals as if tasks were independent (they share their texts)."""
-    named = {side: ["test_accuracy", *(f"top_{k}_test_accuracy" for k in sorted({*NAMED_KS, *ks}))] for side in ("llm", "sae")}  # fmt: skip
+    named = {side: ["test_accuracy", *(f"top_{k}_test_accuracy" for k in sorted({*RESULT_KS, *ks}))] for side in ("llm", "sae")}  # fmt: skip
     by_dataset = {name: llm[name].flat("llm") | sae[name].flat("sae") for name in sae}
     details = [
         {"dataset_name": f"{name}_results"}
@@ -242,7 +254,9 @@ def result(
     for side, names in named.items():
         metrics[side] = {f"{side}_{n}": mean([detail[f"{side}_{n}"] for detail in details]) for n in names}
         spread = sum(1 / (len(sae) ** 2 * len(scores.full) * test_texts) for scores in sae.values())
-        intervals[side] = {name: wilson(value, 1 / spread) for name, value in metrics[side].items() if value >= 0}
+        intervals[side] = {
+            name: wilson_interval(value, 1 / spread) for name, value in metrics[side].items() if value >= 0
+        }
     tasks = sum(len(scores.full) for scores in sae.values())
     flags = []
     for k in ks:
@@ -252,7 +266,7 @@ def result(
             )
     if folded:
         flags.append("Decoder rows were not of length 1: latents are scaled as if they were.")
-    return Result.of(
+    return MetricResult.of(
         metrics,
         details,
         intervals=intervals,

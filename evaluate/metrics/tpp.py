@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..datasets.labelled import BIOS, REVIEWS, Texts, labelled
-from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, BootstrapDraws, Draw, ProbeReadout, strongest
+from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, DrawTask
 from .base import MetricColumn
-from .probes import ProbeTask, one_against_rest
+from .bootstrap import BootstrapWeights
+from .probe_readout import ProbeReadout, strongest_latents
+from .probes import ProbeTask, one_vs_rest_task
 
-LITTLE = 0.6  # accuracy; 0.5 is chance
+MIN_CLEAN_ACCURACY = 0.6  # accuracy; 0.5 is chance
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Tpp(Ablation):
     type_id = "tpp"
     title = "tpp, targeted probe perturbation by number of latents ablated (accuracy lost by the class's probe alone)"
     category = "tpp_metrics"
-    numbers = tuple(
+    columns = tuple(
         MetricColumn(f"TPP {n}", "tpp_metrics", f"tpp_threshold_{n}_total_metric", ".3f", "up", 0, 0.5)
         for n in THRESHOLDS
     )
@@ -48,8 +50,8 @@ class Tpp(Ablation):
         problem: AblationProblem,
         readout: ProbeReadout,
         effect_PF: Tensor,
-        draw: Draw,
-        resample: BootstrapDraws,
+        draw: DrawTask,
+        resample: BootstrapWeights,
         mode: str,
     ) -> AblationScores:
         clean, ablated = self.clean(problem, readout, resample), self.ablated(readout, effect_PF, draw, resample)
@@ -65,29 +67,29 @@ class Tpp(Ablation):
         flags = [
             f"the probe of {label} is right on {float(clean_R[0]):.3f} of its texts, so it has little to lose."
             for label, clean_R in zip(problem.probes, clean, strict=True)
-            if clean_R[0] < LITTLE
+            if clean_R[0] < MIN_CLEAN_ACCURACY
         ]
         return AblationScores(values, extra, flags)
 
-    def clean(self, problem: AblationProblem, readout: ProbeReadout, resample: BootstrapDraws) -> list[Tensor]:
+    def clean(self, problem: AblationProblem, readout: ProbeReadout, resample: BootstrapWeights) -> list[Tensor]:
         """Each probe's accuracy (R,) on its own task, with nothing ablated."""
         return [resample.accuracy(readout.logit_NP[:, c], task) for c, task in enumerate(problem.fixed("test"))]
 
     def ablated(
-        self, readout: ProbeReadout, effect_PF: Tensor, draw: Draw, resample: BootstrapDraws
+        self, readout: ProbeReadout, effect_PF: Tensor, draw: DrawTask, resample: BootstrapWeights
     ) -> list[dict[int, list[Tensor]]]:
         """For each class, and each number of its latents that are ablated, every probe's accuracy (R,)."""
         found: list[dict[int, list[Tensor]]] = [{} for _ in effect_PF]
         for by_n, effect_F in zip(found, effect_PF, strict=True):
             for n in self.thresholds:
-                logit_NP = readout.ablated(strongest(effect_F, n))
+                logit_NP = readout.ablated(strongest_latents(effect_F, n))
                 by_n[n] = [resample.accuracy(logit_N, draw(probe)) for probe, logit_N in enumerate(logit_NP.T)]
         return found
 
 
 def draw_task(texts: Texts, split: str, probe: int, generator: torch.Generator) -> ProbeTask:
     counts = {label: len(own) for label, own in texts[split].items()}
-    return one_against_rest(counts, list(counts)[probe], generator)
+    return one_vs_rest_task(counts, list(counts)[probe], generator)
 
 
 def class_scores(own: int, clean: Sequence[Tensor], ablated: dict[int, list[Tensor]]) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ class Vocabulary:
     def __call__(self, token: int) -> int:
         if token not in self.places:
             self.places[token] = len(self.words)
-            self.words.append(visible(self.look.words.shown(token)))
+            self.words.append(visible(self.look.words.display(token)))
         return self.places[token]
 
 

@@ -39,7 +39,7 @@ def coloured(look: RunView, ids: Sequence[int], values: Sequence[float], peak: f
     plain = console().color_system is None or console().no_color
     text = Text()
     for token, value in zip(ids, values, strict=True):
-        word = visible(look.words.shown(token))
+        word = visible(look.words.display(token))
         share = min(1.0, value / peak) if value > 0 else 0.0
         if not share:
             text.append(word)
@@ -110,7 +110,7 @@ def latent_text(look: RunView, found: LatentStats, place: int) -> Group:
 def token_list(look: RunView, listed: RankedEntries, place: int) -> Text:
     return Text(
         "   ".join(
-            f"{visible(look.words.shown(token)).replace(' ', '·')} {value:.3g}" for token, value in listed.of(place)
+            f"{visible(look.words.display(token)).replace(' ', '·')} {value:.3g}" for token, value in listed.of(place)
         )
     )
 
@@ -132,7 +132,7 @@ def prompt_table(look: RunView, prompt: str, latents: Sequence[int] = ()) -> Tab
     table.add_column("L0", justify="right")
     table.add_column("activations of latents", overflow="fold")
     for token, all_F, own_K in zip(ids, f_SF, chosen_SK, strict=True):
-        word = visible(look.words.shown(token)).replace(" ", "·")
+        word = visible(look.words.display(token)).replace(" ", "·")
         if token in look.ctx.skip:
             table.add_row(Text(word, "dim"), "", Text("a special token: not read", "dim"))
             continue

@@ -45,7 +45,7 @@ BESIDE = {
     "sparse_probing.sae.sae_top_50_test_accuracy": "up",
 }
 REGISTRY = BESIDE | {
-    f"{name}.{number.category}.{number.name}": number.better for name, m in METRICS.items() for number in m.numbers
+    f"{name}.{number.category}.{number.name}": number.better for name, m in METRICS.items() for number in m.columns
 }
 
 

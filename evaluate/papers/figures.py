@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..charts import Chart, Kind, Series
-from ..metrics.base import Result
+from ..metrics.base import MetricResult
 from .report import PaperReport, ReportedRun, grouped, numbers, stands_in
 from .verdict import label_of
 
@@ -156,7 +156,7 @@ def rates_by_letter(found: PaperReport) -> dict[str, dict[str, list[float]]]:
     return dict(sorted(rates.items()))
 
 
-def rates_of(result: Result | None) -> Iterator[tuple[str, float]]:
+def rates_of(result: MetricResult | None) -> Iterator[tuple[str, float]]:
     for entry in result.details if result else ():
         rate: Any = entry.get("absorption_rate", entry.get("full_absorption_rate"))
         if isinstance(rate, (int, float)):

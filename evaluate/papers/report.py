@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 from ..compare import ComparedRun, logged
-from ..metrics.base import Result
+from ..metrics.base import MetricResult
 from .claims import Claim, Paper, PaperSystem
 from .verdict import Verdict, measured, of_all, verdict
 
@@ -55,7 +55,7 @@ class ReportedRun:
         return wrong
 
 
-def explained(core: Result) -> float | None:
+def explained(core: MetricResult) -> float | None:
     """The share of variance that training logs, too: 1 - the summed squared error over the summed squared deviation."""
     return core.metrics.get("reconstruction_quality", {}).get("fve")
 
@@ -158,7 +158,7 @@ def by_seed(
     return found
 
 
-def results_of(run: ReportedRun, on_paper_model: bool) -> dict[str, Result]:
+def results_of(run: ReportedRun, on_paper_model: bool) -> dict[str, MetricResult]:
     """The run's results; off the paper's model a stand-in takes the place of what was not measured."""
     results = dict(run.run.results)
     if not on_paper_model:

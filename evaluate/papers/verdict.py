@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from scipy.stats import t
 
-from ..metrics.base import Result
+from ..metrics.base import MetricResult
 from .claims import LOGGED, Claim
 
 Verdict = Literal[
@@ -24,7 +24,7 @@ SPREAD = 0.10  # and within which the 95 % interval of that mean has to lie
 NOTHING = 0.10  # share of a claimed effect below which there is none
 
 
-def measured(claim: Claim, results: Mapping[str, Result], logged: Sequence[Mapping[str, float]]) -> float | None:
+def measured(claim: Claim, results: Mapping[str, MetricResult], logged: Sequence[Mapping[str, float]]) -> float | None:
     """The claim's metric in the results of one run, or in the lines of its metrics.jsonl; None where there is none."""
     metric, _, rest = claim.metric.partition(".")
     if metric == LOGGED:

@@ -270,7 +270,7 @@ def test_damaged_weights_are_refused(tiny_cache, home):
 
 def test_what_a_reference_cannot_have_is_no_failure(tiny_cache, home, monkeypatch):
     """The identity has no directions, so absorption is not of it; the run was measured, and the exit code says so."""
-    from sae.evaluate.metrics.base import Result
+    from sae.evaluate.metrics.base import MetricResult
     from sae.evaluate.metrics.core import Core
     from sae.evaluate.metrics.registry import METRICS
 
@@ -278,7 +278,7 @@ def test_what_a_reference_cannot_have_is_no_failure(tiny_cache, home, monkeypatc
         name = "picky"
 
         def measure(self, bench, subjects, progress):
-            return [Result({}) if hasattr(s.sae, "W_dec") else UsageError("no W_dec") for s in subjects]
+            return [MetricResult({}) if hasattr(s.sae, "W_dec") else UsageError("no W_dec") for s in subjects]
 
     monkeypatch.setitem(METRICS, "picky", Picky)
     run = untrained(home / "run", tiny_cache)

@@ -8,7 +8,7 @@ import pytest
 
 from sae.common.errors import UsageError
 from sae.evaluate.compare import ComparedRun
-from sae.evaluate.metrics.base import Result
+from sae.evaluate.metrics.base import MetricResult
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "equal_l0.py"))
 
@@ -17,7 +17,7 @@ def trained(tmp_path, variant, seed, kl=None, pre_bias=False, **resolved):
     folder = tmp_path / f"{variant}-{seed}-{kl}"
     folder.mkdir()
     (folder / "sae.json").write_text(json.dumps({"pre_bias": pre_bias}))
-    core = {} if kl is None else {"core": Result({"model_behavior_preservation": {"kl_div_score": kl}})}
+    core = {} if kl is None else {"core": MetricResult({"model_behavior_preservation": {"kl_div_score": kl}})}
     record = {"variant": variant, "layer": 12, "seed": seed, "resolved": {"lr": 3e-4, **resolved}}
     return ComparedRun(folder.name, folder, {}, record, core, {})
 

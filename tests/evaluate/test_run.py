@@ -18,7 +18,7 @@ import torch
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from sae.evaluate.context import EvalContext
-from sae.evaluate.metrics.base import Result
+from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.registry import METRICS, metrics_of_suite
 from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan_evaluation, unfinished
@@ -356,7 +356,7 @@ def test_what_dead_processes_left_half_written_is_removed(tiny_cache, home):
 
 def test_a_number_of_minus_one_is_not_one_that_does_not_exist(tmp_path):
     """SAEBench's files say -1 for both; ours say beside it which is which."""
-    result = Result.of(
+    result = MetricResult.of(
         {"a": {"score": -1.0, "none": math.nan, "zero": 0.0}}, [{"x": -1.0, "y": math.inf, "z": [None, -1.0]}]
     )
     assert result.metrics["a"] == {"score": -1.0, "none": None, "zero": 0.0}
@@ -507,7 +507,7 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
         name = "broken"
 
         def measure(self, ctx, targets, progress):
-            return [UnavailableError("no such text"), *([Result({})] * (len(targets) - 1))]
+            return [UnavailableError("no such text"), *([MetricResult({})] * (len(targets) - 1))]
 
     monkeypatch.setitem(METRICS, "broken", Broken)
     one, two = make_run(home / "one", tiny_cache), make_run(home / "two", tiny_cache, 0, 1)

@@ -223,7 +223,7 @@ def test_everything_of_a_few_latents_is_that_of_all(tiny_cache, site):
     torch.manual_seed(0)
     sae, latents = SAE(32, 12, [TopK(3)]).eval(), torch.tensor([2, 7])
     whole, few = (latent_stats(ctx, sae, Hook(1, site), chosen, quiet) for chosen in (torch.arange(12), latents))
-    x = torch.cat([ctx.model.capture_hooks(b.ids, [Hook(1, site)])[Hook(1, site)][b.kept] for b in ctx.batches(4, 99)])
+    x = torch.cat([ctx.model.capture_hooks(b.ids, [Hook(1, site)])[Hook(1, site)][b.counted] for b in ctx.batches(4, 99)])
     f_TF = sae.encode(x)
     assert whole.density.tolist() == few.density.tolist() == ((f_TF > 0).double().mean(0)).tolist()
     torch.testing.assert_close(whole.mean[latents], few.mean)

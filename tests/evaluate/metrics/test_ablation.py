@@ -5,8 +5,11 @@ import torch
 from torch.nn.functional import pad
 
 from sae.common.errors import UsageError
-from sae.evaluate.metrics.ablation import PROBE, BootstrapDraws, ProbeReadout, TextProbes, check_thresholds, correct, decoder_of, differences, interval, strongest, train_probes
-from sae.evaluate.metrics.pooled_activations import PooledLatents, TextRows, pool
+from sae.evaluate.metrics.ablation import check_thresholds
+from sae.evaluate.metrics.batched_probes import PROBE_SETTINGS, LinearProbes, is_correct, train_probes
+from sae.evaluate.metrics.bootstrap import BootstrapWeights, bootstrap_interval
+from sae.evaluate.metrics.pooled_activations import PooledLatents, TextRows, pool_latents
+from sae.evaluate.metrics.probe_readout import ProbeReadout, affine_decoder, mean_latent_differences, strongest_latents
 from sae.evaluate.metrics.probes import ProbeTask, train_probe
 from sae.evaluate.reference_saes import Identity, Zero
 from sae.train.activations import BatchTopK, ReLU, TopK
@@ -41,12 +44,12 @@ def padded(rows: TextRows) -> torch.Tensor:
     return torch.stack([pad(part, (0, 0, 1, CONTEXT - 1 - len(part))) for part in parts])
 
 
-def random_probes(dtype: torch.dtype) -> TextProbes:
+def random_probes(dtype: torch.dtype) -> LinearProbes:
     generator = torch.Generator().manual_seed(3)
-    return TextProbes(*(torch.randn(shape, generator=generator, dtype=dtype) for shape in ((3, D_IN), (3,))))
+    return LinearProbes(*(torch.randn(shape, generator=generator, dtype=dtype) for shape in ((3, D_IN), (3,))))
 
 
-def ablated_by_hand(sae: SAE, rows: TextRows, probes: TextProbes, latents: torch.Tensor) -> torch.Tensor:
+def ablated_by_hand(sae: SAE, rows: TextRows, probes: LinearProbes, latents: torch.Tensor) -> torch.Tensor:
     x = padded(rows)
     f = sae.encode(x)
     without = f.clone()
@@ -65,7 +68,7 @@ def pooled_in(sae: SAE, rows: TextRows) -> PooledLatents:
 def test_the_read_out_is_ablation_with_all_that_leaks_from_padding(kind):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         sae, rows, probes = random_sae(kind, dtype), random_rows(dtype), random_probes(dtype)
-        pooled = pool(sae, rows, CPU) if dtype is torch.float32 else pooled_in(sae, rows)
+        pooled = pool_latents(sae, rows, CPU) if dtype is torch.float32 else pooled_in(sae, rows)
         mean_ND = torch.stack([part.mean(0) for part in rows.x_TD.split(rows.count_N.tolist())])
         readout = ProbeReadout.of(probes, mean_ND, pooled, sae.W_dec, CONTEXT)
         for latents in (
@@ -91,10 +94,10 @@ def test_the_norms_of_decoder_rows_change_nothing():
     task = ProbeTask(torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 0, 0, 1]))
     found = []
     for one in (sae, other):
-        pooled = pool(one, rows, CPU)
+        pooled = pool_latents(one, rows, CPU)
         readout = ProbeReadout.of(probes, rows.mean_ND(), pooled, one.W_dec, CONTEXT)
-        effect_F = differences(pooled, [task])[0] * readout.align_FP[:, 1]
-        found.append((effect_F, readout.ablated(strongest(effect_F, 5))))
+        effect_F = mean_latent_differences(pooled, [task])[0] * readout.align_FP[:, 1]
+        found.append((effect_F, readout.ablated(strongest_latents(effect_F, 5))))
     torch.testing.assert_close(found[0], found[1])
 
 
@@ -106,37 +109,39 @@ def test_difference_of_means():
         ProbeTask(torch.tensor([3, 0, 1]), torch.tensor([0.0, 1, 1])),
         ProbeTask(torch.tensor([2, 0, 3]), torch.tensor([1.0, 0, 0])),
     ]
-    torch.testing.assert_close(differences(pooled, tasks), torch.tensor([[1.5 - 0, 1 - 2], [2.0 - 1, 2 - 1]]))
+    torch.testing.assert_close(
+        mean_latent_differences(pooled, tasks), torch.tensor([[1.5 - 0, 1 - 2], [2.0 - 1, 2 - 1]])
+    )
 
 
 def test_the_strongest_latents_have_an_effect_or_stand_before_those_that_harm():
     effect_F = torch.tensor([0.0, -0.5, 0.2, 0.0, 0.7, -0.1])
-    assert strongest(effect_F, 1).tolist() == [4]
-    assert strongest(effect_F, 2).tolist() == [4, 2]
-    assert set(strongest(effect_F, 3).tolist()) in ({4, 2, 0}, {4, 2, 3})
+    assert strongest_latents(effect_F, 1).tolist() == [4]
+    assert strongest_latents(effect_F, 2).tolist() == [4, 2]
+    assert set(strongest_latents(effect_F, 3).tolist()) in ({4, 2, 0}, {4, 2, 3})
     for count in (4, 5, 6):  # four effects are not 0
-        assert set(strongest(effect_F, count).tolist()) == {4, 2, 0, 3}
-    assert strongest(torch.zeros(4), 2).tolist() == []
+        assert set(strongest_latents(effect_F, count).tolist()) == {4, 2, 0, 3}
+    assert strongest_latents(torch.zeros(4), 2).tolist() == []
 
 
 def test_accuracies_count_every_text_once_and_then_as_often_as_drawn():
     task = ProbeTask(torch.tensor([0, 1, 3, 4]), torch.tensor([1.0, 1, 0, 0]))
     logit_N = torch.tensor([1.0, -1, 5, 2, -3])
-    assert correct(logit_N, task).tolist() == [1, 0, 0, 1]
-    resample = BootstrapDraws.of([3, 2], replicates=50)
+    assert is_correct(logit_N, task).tolist() == [1, 0, 0, 1]
+    resample = BootstrapWeights.of([3, 2], replicates=50)
     accuracy_R = resample.accuracy(logit_N, task)
     assert accuracy_R[0] == 0.5
     for times_N, accuracy in zip(resample.times_RN, accuracy_R, strict=True):
         drawn = [right for right, row in zip([1, 0, 0, 1], [0, 1, 3, 4], strict=True) for _ in range(int(times_N[row]))]
         assert float(accuracy) == pytest.approx(sum(drawn) / len(drawn), abs=1e-7)
     assert (resample.times_RN.sum(1) == 5).all()
-    assert torch.equal(BootstrapDraws.of([3, 2], replicates=50).times_RN, resample.times_RN)
+    assert torch.equal(BootstrapWeights.of([3, 2], replicates=50).times_RN, resample.times_RN)
 
 
 def test_the_interval_is_that_of_a_proportion():
     task = ProbeTask(torch.arange(1000), torch.ones(1000))
     logit_N = torch.where(torch.arange(1000) < 800, 1.0, -1.0)
-    low, high = interval(BootstrapDraws.of([1000], replicates=2000).accuracy(logit_N, task))
+    low, high = bootstrap_interval(BootstrapWeights.of([1000], replicates=2000).accuracy(logit_N, task))
     error = 1.96 * (0.8 * 0.2 / 1000) ** 0.5
     assert low == pytest.approx(0.8 - error, abs=0.004)
     assert high == pytest.approx(0.8 + error, abs=0.004)
@@ -146,9 +151,9 @@ def test_classes_keep_their_size_and_problems_their_own_draws():
     """What is right of every text of a class and of none of another is certain; two problems err apart."""
     task = ProbeTask(torch.arange(200), torch.ones(200))
     right_N = torch.where(torch.arange(200) < 100, 1.0, -1.0)
-    assert interval(BootstrapDraws.of([100, 100], "a").accuracy(right_N, task)) == [0.5, 0.5]
+    assert bootstrap_interval(BootstrapWeights.of([100, 100], "a").accuracy(right_N, task)) == [0.5, 0.5]
     half_N = torch.where(torch.arange(200) % 2 == 0, 1.0, -1.0)
-    a_R, b_R = (BootstrapDraws.of([100, 100], name).accuracy(half_N, task)[1:] for name in "ab")
+    a_R, b_R = (BootstrapWeights.of([100, 100], name).accuracy(half_N, task)[1:] for name in "ab")
     assert abs(float(torch.stack([a_R, b_R]).corrcoef()[0, 1])) < 0.15
 
 
@@ -173,7 +178,7 @@ def test_probes_trained_together_are_those_trained_alone():
     for p, (task, test) in enumerate(zip(tasks, test_tasks, strict=True)):
         alone = train_probe(
             x_ND[task.rows], task.label, x_test_ND[test.rows], test.label, torch.Generator().manual_seed(p),
-            lr=PROBE["lr"], batch_size=PROBE["batch"], epochs=PROBE["epochs"], patience=PROBE["epochs"], l1=PROBE["l1"],
+            lr=PROBE_SETTINGS["lr"], batch_size=PROBE_SETTINGS["batch"], epochs=PROBE_SETTINGS["epochs"], patience=PROBE_SETTINGS["epochs"], l1=PROBE_SETTINGS["l1"],
         )  # fmt: skip
         torch.testing.assert_close(together.weight_PD[p], alone.weight_D, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(together.bias_P[p], alone.bias[0], rtol=1e-4, atol=1e-6)
@@ -181,14 +186,14 @@ def test_probes_trained_together_are_those_trained_alone():
 
 def test_a_decoder_that_is_given_or_found():
     sae = random_sae("relu")
-    assert torch.equal(decoder_of(sae, D_IN, CPU), sae.W_dec)
+    assert torch.equal(affine_decoder(sae, D_IN, CPU), sae.W_dec)
 
     class Bare:
         encode, decode = sae.encode, sae.decode
 
-    torch.testing.assert_close(decoder_of(Bare(), D_IN, CPU), sae.W_dec.data, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(affine_decoder(Bare(), D_IN, CPU), sae.W_dec.data, rtol=1e-5, atol=1e-5)
     for reference in (Identity(), Zero()):
-        assert torch.equal(decoder_of(reference, D_IN, CPU), torch.eye(D_IN))
+        assert torch.equal(affine_decoder(reference, D_IN, CPU), torch.eye(D_IN))
 
 
 def test_a_decoder_that_is_not_affine_is_refused():
@@ -201,7 +206,7 @@ def test_a_decoder_that_is_not_affine_is_refused():
             return f**2 @ sae.W_dec
 
     with pytest.raises(UsageError, match="affine decoder"):
-        decoder_of(Squares(), D_IN, CPU)
+        affine_decoder(Squares(), D_IN, CPU)
 
 
 def test_more_thresholds_than_latents_are_refused_with_those_that_fit():

@@ -14,10 +14,17 @@ from sae.cache.contexts import Contexts
 from sae.common.errors import SaeError, UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
-from sae.evaluate.metrics.absorption import Absorption, bootstrap, rate, score_words
-from sae.evaluate.metrics.base import EvalTarget, Result
-from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, spell
-from sae.evaluate.metrics.letter_probes import DenseRows, LetterProbes, SparseCodes, accepted, generator_of, linear_probe
+from sae.evaluate.metrics.absorption import Absorption, bootstrap_interval, rate_entry, score_words
+from sae.evaluate.metrics.base import EvalTarget, MetricResult
+from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, read_spelling_rows
+from sae.evaluate.metrics.letter_probes import (
+    DenseRows,
+    LetterProbes,
+    SparseLatents,
+    count_split_latents,
+    seeded_generator,
+    train_letter_probes,
+)
 from sae.evaluate.reference_saes import Identity
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import find_model, load_model, load_tokenizer
@@ -194,10 +201,10 @@ def test_rows_are_those_of_whole_prompts_and_made_once(ctx, monkeypatch):
     capture = ctx.model.capture
     monkeypatch.setattr(ctx.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
     spelling = SpellingPrompts.of(ctx.tokenizer, 260, 0)
-    words = spell(ctx, spelling, [0, 1], 0, silent)
+    words = read_spelling_rows(ctx, spelling, [0, 1], 0, silent)
     assert {tuple(layers) for layers in passes} == {(0, 1)}
     count = len(passes)
-    again = spell(ctx, spelling, [1], 0, silent)[1]
+    again = read_spelling_rows(ctx, spelling, [1], 0, silent)[1]
     assert len(passes) == count
     assert torch.equal(again.fresh_ND, words[1].fresh_ND)
     assert torch.equal(again.probe.weight_LD, words[1].probe.weight_LD)
@@ -237,10 +244,10 @@ def test_probes_are_those_of_a_plain_training_loop(sparse):
     torch.manual_seed(0)
     x, letters = torch.randn(130, 40).relu(), torch.arange(130) % 26
     x[5] = 0  # a word on which nothing fires
-    rows = SparseCodes.of(x.split(50), 40) if sparse else DenseRows(x)
+    rows = SparseLatents.of(x.split(50), 40) if sparse else DenseRows(x)
     settings = {"batch": 32, "epochs": 6, "weight_decay": 1e-4, "l1": 0.01}
-    found = linear_probe(rows, letters, **settings, generator=generator_of(0, "a"))
-    weight, bias = plain_probe(x, letters, **settings, generator=generator_of(0, "a"))
+    found = train_letter_probes(rows, letters, **settings, generator=seeded_generator(0, "a"))
+    weight, bias = plain_probe(x, letters, **settings, generator=seeded_generator(0, "a"))
     torch.testing.assert_close(found.weight_LD, weight, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.bias_L, bias, atol=1e-5, rtol=1e-4)
     if sparse:
@@ -299,7 +306,7 @@ def planted(absorbed: dict[str, int], *, share: float = 1.0, split: str = "") ->
     return SpellingRows(x[is_train], letter[is_train], test, letter[~is_train], test.clone(), probe), sae
 
 
-def letter_of(result: Result, letter: str) -> dict:
+def letter_of(result: MetricResult, letter: str) -> dict:
     return next(entry for entry in result.details if entry["first_letter"] == letter)
 
 
@@ -477,9 +484,9 @@ def test_a_result_is_that_of_plain_loops(mode):
     words, sae = noisy()
     settings = dataclasses.replace(PLANTED, k_sparse_probe_num_epochs=10)
     result = settings.result(mode, sae, words, CPU)
-    probe = linear_probe(
+    probe = train_letter_probes(
         DenseRows(sae.encode(words.train_ND)), words.train_letter_N, batch=52, epochs=10, weight_decay=1e-6, l1=0.1,
-        generator=generator_of(42, "k-sparse"),
+        generator=seeded_generator(42, "k-sparse"),
     )  # fmt: skip
     train, test, fresh = (sae.encode(x).numpy() for x in (words.train_ND, words.test_ND, words.fresh_ND))
     weight, bias = words.probe.weight_LD.numpy(), words.probe.bias_L.numpy()
@@ -543,14 +550,14 @@ def test_a_result_is_that_of_plain_loops(mode):
     ],
 )
 def test_latents_are_taken_as_long_as_f1_jumps(f1s, count, looked_at):
-    assert accepted(iter(f1s), 0.03) == (count, f1s[:looked_at])
+    assert count_split_latents(iter(f1s), 0.03) == (count, f1s[:looked_at])
 
 
 def test_intervals():
-    share = rate("r", "n", torch.tensor([1.0] * 3 + [0.0] * 17))
+    share = rate_entry("r", "n", torch.tensor([1.0] * 3 + [0.0] * 17))
     assert (share["r"], share["n"]) == (0.15, 3)
     assert share["r_interval"] == pytest.approx([0.0524, 0.3604], abs=1e-4)  # Wilson, 3 of 20
-    assert bootstrap([torch.ones(5).double(), torch.zeros(9).double()], generator_of(0, "b")) == [0.5, 0.5]
+    assert bootstrap_interval([torch.ones(5).double(), torch.zeros(9).double()], seeded_generator(0, "b")) == [0.5, 0.5]
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

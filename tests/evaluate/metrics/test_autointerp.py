@@ -13,11 +13,20 @@ import torch
 
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.metrics import autointerp as module
-from sae.evaluate.metrics.activation_examples import BUFFER, ExampleWindow, LatentExamples, TokenText, examples
-from sae.evaluate.metrics.autointerp import Autointerp, explain_prompt, explanation_of, firings, judged, predictions_of, score_of, score_prompt
+from sae.evaluate.metrics.activation_examples import BUFFER, ExampleWindow, LatentExamples, TokenText, select_examples
+from sae.evaluate.metrics.autointerp import (
+    Autointerp,
+    collect_firings,
+    detection_accuracy,
+    explain_prompt,
+    judge_latents,
+    parse_explanation,
+    parse_predictions,
+    score_prompt,
+)
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.llm_judge import Endpoint
-from sae.evaluate.metrics.packing import frequencies, packed_contexts
+from sae.evaluate.metrics.packing import firing_frequencies, pack_contexts
 from sae.evaluate.metrics.registry import METRICS, SUITES, metrics_of_suite
 from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan_evaluation
 from sae.evaluate.reference_saes import Identity
@@ -59,7 +68,7 @@ def middle(window: ExampleWindow) -> tuple[int, int]:
 
 def test_passages_are_as_specified():
     ids, values = planted()
-    found = examples(*arrays(values), ids, np.random.default_rng(0))
+    found = select_examples(*arrays(values), ids, np.random.default_rng(0))
     silent_ones = [w for w in found.scored if not w.values.any()]
     firing = [w for w in found.scored if w.values.any()]
     assert (len(found.shown), len(found.scored), len(silent_ones), len(firing)) == (15, 14, 10, 4)
@@ -85,7 +94,7 @@ def test_passages_are_as_specified():
 
 def test_passages_depend_on_the_generator_alone():
     ids, values = planted()
-    one, same, other = (examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    one, same, other = (select_examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in (0, 0, 1))
     spread = [[middle(w) for w in (*found.shown, *found.scored)] for found in (one, same, other)]
     assert spread[0] == spread[1] != spread[2]
 
@@ -94,17 +103,20 @@ def test_weak_passages_are_drawn_by_their_square():
     """Nine of a thousandth and one of one: the one is nearly always among the seven."""
     ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
     values = {(row, 15): 5.0 for row in range(12)} | {(row, 15): 1e-3 for row in range(12, 21)} | {(21, 15): 1.0}
-    drawn = [examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in range(20)]
+    drawn = [select_examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in range(20)]
     assert all((21, 15) in [middle(w) for w in (*d.shown, *d.scored) if w.values.any()] for d in drawn)
 
 
 @pytest.mark.parametrize("rows", [11, 18])
 def test_a_latent_with_too_few_passages_has_none(rows):
     ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
-    assert examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(rows)}), ids, np.random.default_rng(0)) is None
-    assert examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(19)}), ids, np.random.default_rng(0))
+    assert (
+        select_examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(rows)}), ids, np.random.default_rng(0))
+        is None
+    )
+    assert select_examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(19)}), ids, np.random.default_rng(0))
     ties = {(row, 15): 5.0 for row in range(30)}  # none is below the least of the top ones
-    assert examples(*arrays(ties), ids, np.random.default_rng(0)) is None
+    assert select_examples(*arrays(ties), ids, np.random.default_rng(0)) is None
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +133,9 @@ def sae_of(seed: int) -> SAE:
 
 
 def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch):
-    rows = packed_contexts(ctx, 32)
+    rows = pack_contexts(ctx, 32)
     targets = [EvalTarget(sae_of(0), 0), EvalTarget(sae_of(1), 1)]
-    shares = frequencies(ctx.model, torch.tensor(ctx.skip), rows, targets, silent)
+    shares = firing_frequencies(ctx.model, torch.tensor(ctx.skip), rows, targets, silent)
     drawn = [[1, 5, 9], [2, 3]]
     passes = []
     capture = ctx.model.capture
@@ -138,9 +150,9 @@ def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch)
         expected |= {(number, latent): f[..., latent].flatten() for latent in drawn[number]}
     once = 0
     for most in (10**9, 1):
-        monkeypatch.setattr(module, "FIRINGS_AT_ONCE", most)
+        monkeypatch.setattr(module, "MAX_FIRINGS", most)
         passes.clear()
-        found = {(n, latent): (p, v) for n, latent, p, v in firings(ctx, rows, targets, drawn, shares, silent)}
+        found = {(n, latent): (p, v) for n, latent, p, v in collect_firings(ctx, rows, targets, drawn, shares, silent)}
         assert found.keys() == expected.keys()
         once = once or len(passes)
         assert len(passes) == (once if most > 1 else 5 * once) > 0
@@ -152,7 +164,7 @@ def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch)
 
 
 def test_held_out_contexts_are_packed_with_eos_between_them(ctx):
-    rows = packed_contexts(ctx, 32)
+    rows = pack_contexts(ctx, 32)
     contexts = ctx.contexts
     flat = [i for ids, n in zip(contexts.ids, contexts.length, strict=True) for i in [*ids[1:n].tolist(), 1]]
     assert len(rows) == len(flat) // 32 and (rows[:, 0] == 2).all()
@@ -186,7 +198,7 @@ def test_a_passage_reads_as_its_text_with_marks(words):
     ],
 )  # fmt: skip
 def test_predictions_are_numbers_or_none(answer, predicted):
-    assert predictions_of(answer, 14) == predicted
+    assert parse_predictions(answer, 14) == predicted
 
 
 @pytest.mark.parametrize(
@@ -200,14 +212,14 @@ def test_predictions_are_numbers_or_none(answer, predicted):
     ],
 )
 def test_an_explanation_is_what_it_activates_on(answer, explanation):
-    assert explanation_of(answer) == explanation
+    assert parse_explanation(answer) == explanation
 
 
 def test_a_score_is_the_share_that_is_right():
-    assert score_of([1, 2, 3, 4], [1, 2, 3, 4], 14) == 1
-    assert score_of([], [1, 2, 3, 4], 14) == pytest.approx(10 / 14)
-    assert score_of([1, 5], [1, 2, 3, 4], 14) == pytest.approx(10 / 14)
-    assert score_of(range(1, 15), [1, 2, 3, 4], 14) == pytest.approx(4 / 14)
+    assert detection_accuracy([1, 2, 3, 4], [1, 2, 3, 4], 14) == 1
+    assert detection_accuracy([], [1, 2, 3, 4], 14) == pytest.approx(10 / 14)
+    assert detection_accuracy([1, 5], [1, 2, 3, 4], 14) == pytest.approx(10 / 14)
+    assert detection_accuracy(range(1, 15), [1, 2, 3, 4], 14) == pytest.approx(4 / 14)
 
 
 @dataclass
@@ -228,7 +240,7 @@ class Scripted:
 def latents_of(words: TokenText) -> dict[int, LatentExamples]:
     ids, values = planted()
     ids = 300 + ids % 5000
-    return {latent: examples(*arrays(values), ids, np.random.default_rng(latent)) for latent in (4, 9, 11)}
+    return {latent: select_examples(*arrays(values), ids, np.random.default_rng(latent)) for latent in (4, 9, 11)}
 
 
 def test_a_perfect_judge_has_one_and_one_that_says_none_has_ten_of_fourteen(words):
@@ -240,7 +252,7 @@ def test_a_perfect_judge_has_one_and_one_that_says_none_has_ten_of_fourteen(word
     rows = torch.zeros(30, CONTEXT, dtype=torch.int64)
     for predict, score in ((truth, 1.0), ("None", 10 / 14), (", ".join(map(str, range(1, 15))), 4 / 14)):
         judge = Scripted(predict)
-        entries = judged(judge, found, words, silent)
+        entries = judge_latents(judge, found, words, silent)
         assert [entry["score"] for entry in entries.values()] == pytest.approx([score] * 3)
         assert entries["4"]["explanation"] == "something." and len(judge.asked) == 6
         result = metric.result(entries, 3, rows, judge)
@@ -261,7 +273,7 @@ def test_means_intervals_and_what_is_left_out(words):
     truth[score_prompt(found[4], words, "something.")[1]["content"]] = ", ".join(map(str, found[4].firing))
     judge = Scripted(truth)
     result = Autointerp(latents=5, tokens=1200).result(
-        judged(judge, found, words, silent), 4, torch.zeros(30, CONTEXT), judge
+        judge_latents(judge, found, words, silent), 4, torch.zeros(30, CONTEXT), judge
     )
     mean, deviation = (1 + 10 / 14) / 2, (4 / 14) / 2**0.5
     assert result.metrics["autointerp"] == pytest.approx({"autointerp_score": mean, "autointerp_std_dev": deviation})
@@ -274,7 +286,7 @@ def test_means_intervals_and_what_is_left_out(words):
         "1 latents are left out: the judge's answers could not be read.",
     ]
     nobody = Scripted("?")
-    result = Autointerp(latents=3).result(judged(nobody, found, words, silent), 3, torch.zeros(1, 1), nobody)
+    result = Autointerp(latents=3).result(judge_latents(nobody, found, words, silent), 3, torch.zeros(1, 1), nobody)
     assert result.metrics == {"autointerp": {"autointerp_score": None, "autointerp_std_dev": None}}
 
 

@@ -16,7 +16,7 @@ from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
-from sae.evaluate.metrics.sae_statistics import SAEStatistics, interval, largest_other_cosine
+from sae.evaluate.metrics.sae_statistics import SAEStatistics, largest_other_cosine, ratio_interval
 from sae.evaluate.reference_saes import Identity, Zero
 from sae.harvest.model import find_model, load_model
 from sae.train.activations import BatchTopK, ReLU, TopK
@@ -446,15 +446,15 @@ def test_largest_other_cosine_is_brute_force(block):
 def test_an_interval_is_that_of_a_mean_over_contexts_and_of_a_share():
     torch.manual_seed(0)
     part, one = torch.randn(400, dtype=torch.float64), torch.ones(400, dtype=torch.float64)
-    low, high = interval((part, one))
+    low, high = ratio_interval((part, one))
     assert (low + high) / 2 == pytest.approx(float(part.mean()))
     assert (high - low) / 2 == pytest.approx(1.96 * float(part.std()) / 20)
     whole = torch.rand(400, dtype=torch.float64) + 0.5
-    low, high = interval((part * whole, whole))
+    low, high = ratio_interval((part * whole, whole))
     drawn = torch.randint(400, (4000, 400))
     ratios = (part * whole)[drawn].sum(1) / whole[drawn].sum(1)
     assert (high - low) / 2 == pytest.approx(1.96 * float(ratios.std()), rel=0.05)  # the bootstrap agrees
-    assert all(math.isnan(end) for end in interval((part[:1], one[:1])))
+    assert all(math.isnan(end) for end in ratio_interval((part[:1], one[:1])))
 
 
 def test_every_interval_holds_its_number(model):
@@ -500,7 +500,7 @@ def test_the_interval_of_fve_is_about_the_mean_of_all():
     for x_NSD in x_BNSD:
         codes.add(EvalTarget(noisy, 0), x_NSD, torch.ones(8, 6, dtype=torch.bool))
     fve = codes.scalars("0.6.0")["reconstruction_quality"]["fve"]
-    low, high = codes.about_the_mean(interval(codes.shares()["reconstruction_quality"]["fve"]), fve)
+    low, high = codes.about_the_mean(ratio_interval(codes.shares()["reconstruction_quality"]["fve"]), fve)
     x_TD, error_C = x_BNSD.flatten(0, 1), torch.tensor(noisy.errors).view(320, 6).sum(1)
     draws = []
     for _ in range(500):

@@ -8,7 +8,7 @@ from sae.common.errors import UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics import pooled_activations as module
-from sae.evaluate.metrics.pooled_activations import pool, read_rows
+from sae.evaluate.metrics.pooled_activations import pool_latents, read_text_rows
 from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.activations import ReLU
 from sae.train.sae import SAE
@@ -52,16 +52,16 @@ def padded(ctx: EvalContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_rows_and_sums_are_those_of_padded_passes(ctx, monkeypatch):
-    monkeypatch.setattr(module, "tokens_at_once", lambda *_: 7)
+    monkeypatch.setattr(module, "tokens_per_encode", lambda *_: 7)
     torch.manual_seed(0)
     sae = SAE(32, 20, [ReLU()]).requires_grad_(False)
     sae.b_enc += 0.3  # latents fire on a zero row
-    for layer, rows in read_rows(ctx, [0, 1], TEXTS, silent, CONTEXT).items():
+    for layer, rows in read_text_rows(ctx, [0, 1], TEXTS, silent, CONTEXT).items():
         x, count = padded(ctx, layer)
         assert torch.equal(rows.count_N, count)
         torch.testing.assert_close(rows.x_TD, x[(x != 0).any(-1)])
         torch.testing.assert_close(rows.mean_ND(), x.sum(1) / count[:, None])
-        pooled = pool(sae, rows, torch.device("cpu"))
+        pooled = pool_latents(sae, rows, torch.device("cpu"))
         everywhere = sae.encode(x).sum(1)
         leak = (CONTEXT - count)[:, None] * pooled.zero_F
         assert leak.max() > 1
@@ -74,11 +74,11 @@ def test_the_model_runs_once_and_only_for_what_lacks(ctx, monkeypatch):
     passes = []
     capture = ctx.model.capture
     monkeypatch.setattr(ctx.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
-    first = read_rows(ctx, [0], TEXTS, silent, CONTEXT)[0]
-    again = read_rows(ctx, [0, 1], TEXTS, silent, CONTEXT)[0]
+    first = read_text_rows(ctx, [0], TEXTS, silent, CONTEXT)[0]
+    again = read_text_rows(ctx, [0, 1], TEXTS, silent, CONTEXT)[0]
     assert passes == [[0], [1]]
     assert torch.equal(first.x_TD, again.x_TD)
-    read_rows(ctx, [0], TEXTS[:2], silent, CONTEXT)
+    read_text_rows(ctx, [0], TEXTS[:2], silent, CONTEXT)
     assert passes == [[0], [1], [0]]
 
 
@@ -118,4 +118,4 @@ def test_no_block_behind_the_last_layer_asked_for_is_run(ctx):
 @pytest.mark.parametrize("context", [-1, 0, 1])
 def test_a_context_without_room_for_text_is_refused(ctx, context):
     with pytest.raises(UsageError, match=f"A context of {context} tokens holds no text"):
-        read_rows(ctx, [0], TEXTS, silent, context)
+        read_text_rows(ctx, [0], TEXTS, silent, context)

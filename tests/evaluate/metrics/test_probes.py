@@ -7,8 +7,18 @@ import torch
 from torch import nn
 
 from sae.common.errors import UsageError
-from sae.evaluate.metrics.pooled_activations import TextRows, pool
-from sae.evaluate.metrics.probes import ProbeTask, generator, largest, mean_difference, one_against_rest, pool_unit, regress, train_probe, wilson
+from sae.evaluate.metrics.pooled_activations import TextRows, pool_latents
+from sae.evaluate.metrics.probes import (
+    ProbeTask,
+    logistic_accuracy,
+    make_generator,
+    mean_difference,
+    one_vs_rest_task,
+    pool_unit_norm,
+    top_features,
+    train_probe,
+    wilson_interval,
+)
 from sae.train.activations import ReLU
 from sae.train.sae import SAE
 
@@ -22,19 +32,19 @@ def test_a_task_has_all_of_its_class_and_even_parts_of_the_others():
     order = torch.randperm(14)
     expected = torch.cat([torch.arange(10, 17), negative])[order]
 
-    rows, label = one_against_rest(COUNTS, "b", generator("saebench"))
+    rows, label = one_vs_rest_task(COUNTS, "b", make_generator("saebench"))
     assert torch.equal(rows, expected)
     assert torch.equal(label, (torch.arange(14) < 7)[order].float())
     assert sorted(rows[label > 0.5].tolist()) == list(range(10, 17))
 
 
 def test_paired_draws_depend_on_their_names_alone():
-    first = torch.randperm(99, generator=generator("paired", "set", "class", 2))
+    first = torch.randperm(99, generator=make_generator("paired", "set", "class", 2))
     torch.manual_seed(7)
-    assert torch.equal(first, torch.randperm(99, generator=generator("paired", "set", "class", 2)))
-    assert not torch.equal(first, torch.randperm(99, generator=generator("paired", "set", "class", 5)))
+    assert torch.equal(first, torch.randperm(99, generator=make_generator("paired", "set", "class", 2)))
+    assert not torch.equal(first, torch.randperm(99, generator=make_generator("paired", "set", "class", 5)))
     with pytest.raises(UsageError, match="rng=fast is unknown: paired"):
-        generator("fast")
+        make_generator("fast")
 
 
 def two_clouds(count: int, width: int, distance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +71,7 @@ def test_a_probe_is_the_one_that_torch_s_own_parts_train(l1):
         right = ((linear(test_x).flatten() > 0) == (test_y > 0)).double().mean().item()
         best, since = ((right, linear.weight[0].tolist()), 0) if right > best[0] else (best, since + 1)
 
-    draws = generator("saebench")
+    draws = make_generator("saebench")
     probe = train_probe(x, y, test_x, test_y, draws, lr=1e-2, batch_size=32, epochs=100, patience=4, l1=l1)
     assert (probe.test_accuracy, probe.weight_D.tolist()) == (best[0], pytest.approx(best[1], abs=1e-6))
     assert probe.accuracy(test_x, test_y) == probe.test_accuracy
@@ -73,7 +83,7 @@ def test_an_l1_penalty_takes_what_does_not_help():
     x[:, 0] += 3 * y
 
     def weight(l1: float) -> torch.Tensor:
-        draws = generator("paired", "l1")
+        draws = make_generator("paired", "l1")
         return train_probe(x, y, x, y, draws, lr=1e-2, batch_size=50, epochs=60, patience=60, l1=l1).weight_D.abs()
 
     assert weight(0.1)[1:].max() < 0.05 < weight(0)[1:].max()
@@ -85,20 +95,20 @@ def test_the_columns_of_the_largest_difference_stand_in_their_own_order():
     task = ProbeTask(torch.tensor([3, 0, 2, 1]), torch.tensor([0.0, 1, 0, 1]))
     difference = mean_difference(feature, task)
     assert difference.tolist() == [2, -4.5, 0, -1]
-    assert largest(difference.abs(), 2).tolist() == [0, 1]
-    assert largest(difference.abs(), 3).tolist() == [0, 1, 3]
+    assert top_features(difference.abs(), 2).tolist() == [0, 1]
+    assert top_features(difference.abs(), 3).tolist() == [0, 1, 3]
 
 
 def test_a_regression_separates_what_a_line_separates_and_guesses_what_does_not_vary():
     x, y = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([0.0, 0, 1, 1])
-    assert regress(x, y, torch.tensor([[-5.0], [9], [0]]), torch.tensor([0.0, 1, 1])) == pytest.approx(2 / 3)
-    assert regress(torch.ones(4, 2), y, torch.ones(4, 2), y) == 0.5
+    assert logistic_accuracy(x, y, torch.tensor([[-5.0], [9], [0]]), torch.tensor([0.0, 1, 1])) == pytest.approx(2 / 3)
+    assert logistic_accuracy(torch.ones(4, 2), y, torch.ones(4, 2), y) == 0.5
 
 
 def test_wilson_s_interval():
-    low, high = wilson(0.5, 100)
+    low, high = wilson_interval(0.5, 100)
     assert (low, high) == (pytest.approx(0.40383, abs=1e-5), pytest.approx(0.59617, abs=1e-5))
-    low, high = wilson(1.0, 50)
+    low, high = wilson_interval(1.0, 50)
     assert (low, high) == (pytest.approx(1 / (1 + 1.959964**2 / 50)), pytest.approx(1))
 
 
@@ -107,13 +117,13 @@ def test_latents_are_those_of_unit_decoder_rows():
     sae = SAE(6, 10, [ReLU()]).requires_grad_(False)
     sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
     rows = TextRows(torch.randn(7, 6), torch.tensor([3, 4]))
-    unit, scaled = pool_unit(sae, rows, torch.device("cpu"))
-    assert not scaled and torch.equal(unit.sum_NF, pool(sae, rows, torch.device("cpu")).sum_NF)
+    unit, scaled = pool_unit_norm(sae, rows, torch.device("cpu"))
+    assert not scaled and torch.equal(unit.sum_NF, pool_latents(sae, rows, torch.device("cpu")).sum_NF)
     factor = torch.linspace(0.2, 3, 10)
     sae.W_enc *= factor
     sae.b_enc *= factor
     sae.W_dec /= factor[:, None]
-    folded, scaled = pool_unit(sae, rows, torch.device("cpu"))
+    folded, scaled = pool_unit_norm(sae, rows, torch.device("cpu"))
     assert scaled
     torch.testing.assert_close(folded.sum_NF, unit.sum_NF)
     torch.testing.assert_close(folded.zero_F, unit.zero_F)

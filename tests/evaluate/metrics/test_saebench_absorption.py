@@ -9,8 +9,14 @@ from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics import absorption, first_letter
 from sae.evaluate.metrics.absorption import Absorption, UnitDecoderSAE, score_words
-from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, last_rows
-from sae.evaluate.metrics.letter_probes import LetterProbes, accepted, f1, linear_probe, logistic
+from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, last_token_rows
+from sae.evaluate.metrics.letter_probes import (
+    LetterProbes,
+    count_split_latents,
+    f1_score,
+    fit_logistic,
+    train_letter_probes,
+)
 from sae.harvest.mini import WEIGHTS
 from sae.train.sae import SAE
 
@@ -62,9 +68,11 @@ class Draws:
 
 def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monkeypatch):
     texts, arrays = saebench.json("problem/problem")["words"], saebench.arrays("absorption")
-    piece = {word.text: word for word in first_letter.vocabulary(tokenizer, [tokenizer.convert_tokens_to_ids("\n")])}
+    piece = {
+        word.text: word for word in first_letter.vocabulary_words(tokenizer, [tokenizer.convert_tokens_to_ids("\n")])
+    }
     known = [piece[text] for text in texts]
-    monkeypatch.setattr(first_letter, "vocabulary", lambda *_: known)
+    monkeypatch.setattr(first_letter, "vocabulary_words", lambda *_: known)
     made = SpellingPrompts.of(tokenizer, 0, 0)
     ctx = EvalContext(
         lambda: saebench.model, tokenizer, Contexts(*[np.zeros(0)] * 4), [], "0.6.0", {}, {}, ArtifactCache(tmp_path)
@@ -74,7 +82,7 @@ def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monk
         asked = [known[row[-1]] for row in rows]
         assert [word.letter for word in asked] == arrays[f"{part}.labels"].tolist()
         ids_NS = made.prompts(asked, known, Draws(iter([[known[i] for i in row[:-1]] for row in rows])))
-        x_ND = last_rows(ctx, ids_NS, [0], lambda *_: None)[0]
+        x_ND = last_token_rows(ctx, ids_NS, [0], lambda *_: None)[0]
         torch.testing.assert_close(x_ND, arrays[f"{part}.activations"], atol=2e-5, rtol=1e-5)
     example = theirs["prompt"]
     asked = iter(example["text"].removeprefix("\n").split("\n"))
@@ -97,7 +105,7 @@ def test_the_l1_probe_is_theirs(saebench, theirs, words):
     """All train words are one batch of theirs, so their order does not count, and the seed decides the rest."""
     codes = UnitDecoderSAE.of(saebench.saes["relu"], CPU).codes(words.train_ND)
     seeded = torch.Generator().manual_seed(42)
-    found = linear_probe(
+    found = train_letter_probes(
         codes, words.train_letter_N, batch=4096, epochs=50, weight_decay=1e-6, l1=0.01, generator=seeded
     )
     difference_LF = (found.weight_LD - saebench.arrays("absorption")["l1_probe.weight"]).abs()
@@ -123,15 +131,15 @@ def test_regressions_and_chosen_latents_are_theirs(saebench, theirs, words, note
     for letter, found in theirs[kind]["letters"].items():
         at = LETTERS.index(letter)
         train_NK, test_NK = train_NF[:, found["latents"]], test_NF[:, found["latents"]]
-        same["split latents"] &= accepted(found["f1"], 0.03)[0] == len(found["split_features"])
+        same["split latents"] &= count_split_latents(found["f1"], 0.03)[0] == len(found["split_features"])
         assert found["latents"][: len(found["split_features"])] == found["split_features"]
         for k in (1, 2, 3, 10):
-            fit = logistic(train_NK[:, :k], (words.train_letter_N == at).numpy())
+            fit = fit_logistic(train_NK[:, :k], (words.train_letter_N == at).numpy())
             fits.append(
                 (np.append(found["coef"][k - 1], found["intercept"][k - 1]), np.append(fit.coef_[0], fit.intercept_))
             )
             positive = fit.decision_function(test_NK[:, :k]) > 0
-            same["F1"] &= f1(positive, (words.test_letter_N == at).numpy()) == found["f1"][k - 1]
+            same["F1"] &= f1_score(positive, (words.test_letter_N == at).numpy()) == found["f1"][k - 1]
     noted("absorption", f"{kind}: regressions on 1, 2, 3, 10 latents", fits, same)
     assert all(same.values())
     for expected, fitted in fits:
@@ -164,7 +172,7 @@ def test_the_result_is_theirs(saebench, theirs, words, noted, kind, monkeypatch)
     weight_LF = torch.zeros(26, 512)
     for letter, found in theirs[kind]["letters"].items():
         weight_LF[LETTERS.index(letter), found["latents"]] = torch.arange(10.0, 0, -1)
-    monkeypatch.setattr(absorption, "linear_probe", lambda *_, **__: LetterProbes(weight_LF, torch.zeros(26)))
+    monkeypatch.setattr(absorption, "train_letter_probes", lambda *_, **__: LetterProbes(weight_LF, torch.zeros(26)))
     result = Absorption().result("0.6.0", saebench.saes[kind], words, CPU)
     expected = theirs[kind]["eval_result_metrics"]["mean"]
     headline = "mean_absorption_fraction_score"

@@ -10,10 +10,11 @@ from sae.cache.contexts import Contexts
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labelled
-from sae.evaluate.metrics import ablation as shared
-from sae.evaluate.metrics.ablation import TextProbes, strongest
+from sae.evaluate.metrics import ablation
 from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.batched_probes import LinearProbes
 from sae.evaluate.metrics.pooled_activations import TextRows
+from sae.evaluate.metrics.probe_readout import strongest_latents
 from sae.evaluate.metrics.probes import LabelledRows
 from sae.evaluate.metrics.scr import ATTRIBUTE, CLASS, Scr, scr_scores
 from sae.evaluate.metrics.tpp import Tpp
@@ -55,7 +56,7 @@ def ctx(saebench, tmp_path, monkeypatch) -> EvalContext:
         rows = TextRows(torch.cat(parts), torch.tensor([len(part) for part in parts]))
         return {layer: LabelledRows(rows, counts) for layer in layers}
 
-    monkeypatch.setattr(shared, "read_labelled", read_labelled)
+    monkeypatch.setattr(ablation, "read_labelled_rows", read_labelled)
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
     return EvalContext(
         lambda: saebench.model, None, nothing, [0, 1, 2], "0.6.0", {}, {}, ArtifactCache(tmp_path / "shelf"), tmp_path
@@ -78,9 +79,9 @@ def give_probes(saebench, monkeypatch, metric: str) -> None:
         weights, biases = zip(
             *((arrays[f"{task}/probe/{key}/weight"], arrays[f"{task}/probe/{key}/bias"]) for key in keys), strict=True
         )
-        chosen[dataset] = TextProbes(torch.stack(weights), torch.cat(biases))
+        chosen[dataset] = LinearProbes(torch.stack(weights), torch.cat(biases))
     queue = iter(chosen.values())
-    monkeypatch.setattr(shared, "train_probes", lambda *_: next(queue))
+    monkeypatch.setattr(ablation, "train_probes", lambda *_: next(queue))
 
 
 def listen(monkeypatch, owner: type, name: str) -> list:
@@ -102,7 +103,7 @@ def agree(ours: dict, theirs: dict) -> None:
 def selected(step, effect_PF) -> bool:
     """Whether the latents of largest effect are SAEBench's, of each probe and for every n."""
     return all(
-        sorted(strongest(effect_F, int(n)).tolist()) == latents
+        sorted(strongest_latents(effect_F, int(n)).tolist()) == latents
         for own, effect_F in zip(step["selected"].values(), effect_PF, strict=True)
         for n, latents in own.items()
     )
@@ -205,4 +206,4 @@ def test_scores_of_made_up_accuracies(saebench):
 
 def test_the_latents_that_are_selected(saebench):
     for case in saebench.json("scr/results")["selection"]:
-        assert sorted(strongest(torch.tensor(case["effects"]), case["n"]).tolist()) == case["selected"]
+        assert sorted(strongest_latents(torch.tensor(case["effects"]), case["n"]).tolist()) == case["selected"]

@@ -8,8 +8,8 @@ import torch
 from sae.evaluate.datasets.labelled import DATASETS, Texts, labelled
 from sae.evaluate.metrics import sparse_probing as module
 from sae.evaluate.metrics.pooled_activations import TextRows
-from sae.evaluate.metrics.probes import LabelledRows, generator, pool_unit
-from sae.evaluate.metrics.sparse_probing import ProbingScores, probe, result
+from sae.evaluate.metrics.probes import LabelledRows, make_generator, pool_unit_norm
+from sae.evaluate.metrics.sparse_probing import ProbingScores, build_result, probe_dataset
 
 BIOS, SENTIMENT = "LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5_sentiment"
 TABLES = {BIOS: ("LabHC/bias_in_bios", "hard_text", "bios"), SENTIMENT: ("canrager/amazon_reviews_mcauley_1and5", "text", "amazon")}  # fmt: skip
@@ -76,17 +76,17 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
     heard("train_probe", trained, lambda made: made)
     expected = saebench.json("sparse_probing/results")[run]
     arrays = saebench.arrays("sparse_probing")
-    draws = generator("saebench")
+    draws = make_generator("saebench")
     scores: dict[str, dict[str, ProbingScores]] = {"llm": {}, "sae": {}}
     pairs, same = [], {"draws": True, "latents": True}
     for dataset in TABLES:
         rows = rows_of(saebench, dataset, texts_of(saebench, data, dataset))
         features = {"llm": rows.rows.mean_ND()} if run.endswith(".first") else {}
-        pooled, scaled = pool_unit(saebench.saes[run.removesuffix(".first")], rows.rows, torch.device("cpu"))
+        pooled, scaled = pool_unit_norm(saebench.saes[run.removesuffix(".first")], rows.rows, torch.device("cpu"))
         assert not scaled
         for side, x_ND in (features | {"sae": pooled.mean_NF}).items():
             del labels[:], chosen[:], trained[:]
-            found = scores[side][dataset] = probe(rows.split(x_ND), KS, lambda *_: draws)
+            found = scores[side][dataset] = probe_dataset(rows.split(x_ND), KS, lambda *_: draws)
             theirs = expected["probes"][dataset][side]
             flat = [theirs[k][label] for k in ("all", *map(str, KS)) for label in found.full]
             draws_of_theirs = [text for each in flat for text in (each["train_labels"], each["test_labels"])]
@@ -99,7 +99,7 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
                 key = f"{run}/{dataset}/{side}/all/{label}"
                 torch.testing.assert_close(made.weight_D, arrays[f"{key}/weight"], rtol=1e-3, atol=1e-4)
                 torch.testing.assert_close(made.bias, arrays[f"{key}/bias"], rtol=1e-3, atol=1e-4)
-    ours = result(scores["llm"] or scores["sae"], scores["sae"], KS, 72, folded=False)
+    ours = build_result(scores["llm"] or scores["sae"], scores["sae"], KS, 72, folded=False)
     name = "sae_top_1_test_accuracy"
     headline = (expected["eval_result_metrics"]["sae"][name], ours.metrics["sae"][name])
     noted("sparse probing", f"{run}: {name}", [headline, *pairs], same)
@@ -117,7 +117,7 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
 @pytest.mark.parametrize("kind", ["relu", "topk", "jumprelu"])
 def test_pooled_latents_are_the_same(saebench, data, kind):
     rows = rows_of(saebench, BIOS, texts_of(saebench, data, BIOS))
-    latents = rows.split(pool_unit(saebench.saes[kind], rows.rows, torch.device("cpu"))[0].mean_NF)["train"].x_ND
+    latents = rows.split(pool_unit_norm(saebench.saes[kind], rows.rows, torch.device("cpu"))[0].mean_NF)["train"].x_ND
     means = rows.split(rows.rows.mean_ND())["train"].x_ND
     each = rows.counts["train"]["0"]
     for start, label in ((0, "0"), (each, "1")):

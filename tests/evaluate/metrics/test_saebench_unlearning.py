@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sae.evaluate.metrics.base import EvalTarget
-from sae.evaluate.metrics.packing import frequencies, select
-from sae.evaluate.metrics.unlearning import clamp, unlearning_score
+from sae.evaluate.metrics.packing import firing_frequencies, select_forget_latents
+from sae.evaluate.metrics.unlearning import clamp_latents, unlearning_score
 
 KINDS = ("relu", "topk", "jumprelu")
 SPECIAL = torch.tensor([0, 1, 2])
@@ -20,7 +20,7 @@ def test_frequencies(saebench, noted):
     tokens, expected = saebench.arrays("problem/contexts")["tokens"].long(), saebench.arrays("unlearning")
     targets = [EvalTarget(saebench.saes[kind], 0) for kind in KINDS]
     for name, rows in (("forget", tokens[:10]), ("retain", tokens[10:])):
-        for kind, share in zip(KINDS, frequencies(saebench.model, SPECIAL, rows, targets, silent), strict=True):
+        for kind, share in zip(KINDS, firing_frequencies(saebench.model, SPECIAL, rows, targets, silent), strict=True):
             noted("unlearning", f"{kind}: frequencies, {name}", [(expected[f"{kind}.{name}"], share)])
             np.testing.assert_allclose(share, expected[f"{kind}.{name}"].numpy(), rtol=0, atol=1e-6)
 
@@ -31,7 +31,7 @@ def test_selection(saebench, noted, kind):
     arrays = saebench.arrays("unlearning")
     forget, retain = (arrays[f"{kind}.{name}"].double().numpy() for name in ("forget", "retain"))
     for threshold, expected in saebench.json("unlearning/results")["selected"][kind].items():
-        mine = select(forget, retain, float(threshold))
+        mine = select_forget_latents(forget, retain, float(threshold))
         shares = [f"{forget[latent]:f}" for latent in mine]
         same = shares[: len(expected)] == [f"{forget[latent]:f}" for latent in expected]
         noted("unlearning", f"{kind}: latents chosen at {threshold}", [], {"but for ties": same})
@@ -47,7 +47,7 @@ def test_selection(saebench, noted, kind):
 def test_ties_and_rounding(saebench, noted):
     ties = saebench.json("unlearning/results")["ties"]
     forget, retain = np.array(ties["forget"]), np.array(ties["retain"])
-    ours = {threshold: list(select(forget, retain, float(threshold))) for threshold in ties["selected"]}
+    ours = {threshold: list(select_forget_latents(forget, retain, float(threshold))) for threshold in ties["selected"]}
     noted("unlearning", "ties of rounded frequencies", [], {"order": ours == ties["selected"]})
     assert ours == ties["selected"]
 
@@ -58,7 +58,7 @@ def test_clamp(saebench, noted, kind, n, multiplier):
     arrays, sae = saebench.arrays("unlearning"), saebench.saes[kind]
     chosen = saebench.json("unlearning/results")["selected"][kind]["0.2"][:n]
     x, expected = arrays["residual"], arrays[f"{kind}.clamped.{n}.{multiplier}"]
-    (made,) = clamp(x, sae.encode(x)[..., chosen], sae.W_dec[chosen], torch.tensor([float(multiplier)]))
+    (made,) = clamp_latents(x, sae.encode(x)[..., chosen], sae.W_dec[chosen], torch.tensor([float(multiplier)]))
     noted("unlearning", f"{kind}: residual, {n} latents clamped at {multiplier}", [(expected, made)])
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
     assert float((expected - x).abs().max()) > multiplier / 10

@@ -13,12 +13,15 @@ from sae.common.errors import UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labelled
-from sae.evaluate.metrics import ablation as shared
-from sae.evaluate.metrics.ablation import AblationProblem, BootstrapDraws, ProbeReadout, TextProbes
+from sae.evaluate.metrics import ablation
+from sae.evaluate.metrics.ablation import AblationProblem
 from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.batched_probes import LinearProbes
+from sae.evaluate.metrics.bootstrap import BootstrapWeights
 from sae.evaluate.metrics.pooled_activations import PooledLatents
+from sae.evaluate.metrics.probe_readout import ProbeReadout, mean_latent_differences
 from sae.evaluate.metrics.probes import ProbeTask
-from sae.evaluate.metrics.scr import ATTRIBUTE, BIASED, CLASS, PROBES, Scr, doubts, scr_scores, task
+from sae.evaluate.metrics.scr import ATTRIBUTE, BIASED, CLASS, PROBES, Scr, pair_flags, quadrant_task, scr_scores
 from sae.evaluate.metrics.tpp import Tpp, class_scores
 from sae.evaluate.reference_saes import Identity, Zero
 from sae.harvest.model import find_model, load_model, load_tokenizer
@@ -76,7 +79,7 @@ def test_tasks_are_the_quadrants():
         BIASED: (list(quadrants["PP"]), list(quadrants["NN"])),
     }
     for probe, (positive, negative) in expected.items():
-        found = task(2, probe)
+        found = quadrant_task(2, probe)
         assert sorted(found.rows[found.label == 1].tolist()) == sorted(positive)
         assert sorted(found.rows[found.label == 0].tolist()) == sorted(negative)
 
@@ -86,17 +89,17 @@ def planted(size: int = 50) -> tuple[ProbeReadout, torch.Tensor, AblationProblem
     signs = {"PP": (1, 1), "NN": (-1, -1), "NP": (1, -1), "PN": (-1, 1)}
     counts = {"PP": 2 * size, "NN": 2 * size, "NP": size, "PN": size}
     both_N2 = torch.tensor([signs[name] for name, count in counts.items() for _ in range(count)], dtype=torch.float32)
-    probes = TextProbes(
+    probes = LinearProbes(
         torch.tensor([[0.0, 1], [1, 0], [1, 3]]), torch.zeros(3)
     )  # the biased one reads the attribute more
     noise_NF = torch.rand(len(both_N2), 3, generator=torch.Generator().manual_seed(0))
     x_ND = torch.cat([both_N2, torch.zeros(len(both_N2), 1)], 1)
     W_dec_FD = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 0, 1]])
-    probes = TextProbes(torch.cat([probes.weight_PD, torch.zeros(3, 1)], 1), probes.bias_P)
+    probes = LinearProbes(torch.cat([probes.weight_PD, torch.zeros(3, 1)], 1), probes.bias_P)
     pooled = PooledLatents(torch.cat([both_N2, noise_NF], 1), torch.ones(len(both_N2)), torch.zeros(5))
     problem = AblationProblem("planted", {"test": {name: [""] * count for name, count in counts.items()}}, PROBES,
-                      lambda split, probe, _: task(size, probe))  # fmt: skip
-    difference_PF = shared.differences(pooled, [task(size, probe) for probe in range(3)])
+                      lambda split, probe, _: quadrant_task(size, probe))  # fmt: skip
+    difference_PF = mean_latent_differences(pooled, [quadrant_task(size, probe) for probe in range(3)])
     return ProbeReadout.of(probes, x_ND, pooled, W_dec_FD, 1), difference_PF, problem
 
 
@@ -110,7 +113,7 @@ def test_ablating_the_attribute_s_own_latent_frees_the_probe_of_it():
         readout,
         effect_PF,
         problem.fixed("test").__getitem__,
-        BootstrapDraws.of([100, 100, 50, 50], replicates=20),
+        BootstrapWeights.of([100, 100, 50, 50], replicates=20),
         "0.6.0",
     )
     # Of class and attribute at odds, the biased probe gets the class wrong: half of the texts.
@@ -132,19 +135,19 @@ def test_effects_do_not_ask_for_a_sign():
 
 def test_a_difference_that_may_be_none_is_flagged():
     accuracies = torch.tensor([0.62, 0.5, 0.7, 0.66], dtype=torch.float64)
-    (flag,) = doubts(
+    (flag,) = pair_flags(
         {CLASS: one(0.6).expand(4), ATTRIBUTE: one(0.8).expand(4)}, {CLASS: accuracies, ATTRIBUTE: one(0.9).expand(4)}
     )
     assert "not surely worse at the class" in flag
     assert "by 0.020" in flag
     assert (
-        doubts(
+        pair_flags(
             {CLASS: one(0.6).expand(4), ATTRIBUTE: one(0.8).expand(4)},
             {CLASS: one(0.9).expand(4), ATTRIBUTE: one(0.9).expand(4)},
         )
         == []
     )
-    (flag,) = doubts({CLASS: one(0.6), ATTRIBUTE: one(0.6)}, {CLASS: one(0.9), ATTRIBUTE: one(0.9)})
+    (flag,) = pair_flags({CLASS: one(0.6), ATTRIBUTE: one(0.6)}, {CLASS: one(0.9), ATTRIBUTE: one(0.9)})
     assert "no scr_metric" in flag
 
 
@@ -169,7 +172,7 @@ def test_a_latent_for_every_class_is_all_that_its_probe_loses():
     """Three classes, a latent and a dimension each."""
     label_N = torch.arange(3).repeat_interleave(20)
     x_ND = torch.nn.functional.one_hot(label_N, 3).float()
-    probes = TextProbes(torch.eye(3), torch.full((3,), -0.5))
+    probes = LinearProbes(torch.eye(3), torch.full((3,), -0.5))
     pooled = PooledLatents(x_ND, torch.ones(60), torch.zeros(3))
     tasks = [ProbeTask(torch.arange(60), (label_N == c).float()) for c in range(3)]
     problem = AblationProblem(
@@ -177,10 +180,10 @@ def test_a_latent_for_every_class_is_all_that_its_probe_loses():
     )
     readout = ProbeReadout.of(probes, x_ND, pooled, torch.eye(3), 1)
     metric = Tpp(thresholds=(1, 3))
-    effect_PF = metric.effects(shared.differences(pooled, tasks), readout.align_FP)
+    effect_PF = metric.effects(mean_latent_differences(pooled, tasks), readout.align_FP)
     torch.testing.assert_close(effect_PF, torch.eye(3))
     found = metric.scores(
-        problem, readout, effect_PF, tasks.__getitem__, BootstrapDraws.of([20] * 3, replicates=20), "0.6.0"
+        problem, readout, effect_PF, tasks.__getitem__, BootstrapWeights.of([20] * 3, replicates=20), "0.6.0"
     )
     for n in (1, 3):
         assert float(found.values[f"tpp_threshold_{n}_intended_diff_only"][0]) == pytest.approx(1 / 3)  # 20 of 60 texts
@@ -189,7 +192,7 @@ def test_a_latent_for_every_class_is_all_that_its_probe_loses():
     assert found.flags == []
     blind = replace(readout, logit_NP=-readout.logit_NP)
     flags = metric.scores(
-        problem, blind, effect_PF, tasks.__getitem__, BootstrapDraws.of([20] * 3, replicates=20), "0.6.0"
+        problem, blind, effect_PF, tasks.__getitem__, BootstrapWeights.of([20] * 3, replicates=20), "0.6.0"
     ).flags
     assert flags == [f"the probe of {c} is right on 0.000 of its texts, so it has little to lose." for c in range(3)]
 
@@ -263,7 +266,7 @@ def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(ctx, monkeypatc
     for name, (low, high) in together[0].intervals["scr_metrics"].items():
         assert low <= together[0].metrics["scr_metrics"][name] <= high
     monkeypatch.setattr(ctx.model, "capture", None)  # texts and probes are on the shelf
-    monkeypatch.setattr(shared, "train_probes", None)
+    monkeypatch.setattr(ablation, "train_probes", None)
     alone = [SMALL.measure(ctx, [target], silent)[0] for target in reversed(targets)]
     assert alone[::-1] == together
 

@@ -13,8 +13,8 @@ from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.latents import inspection
 from sae.evaluate.metrics import sparse_probing as module
-from sae.evaluate.metrics.base import EvalTarget, Result
-from sae.evaluate.metrics.probes import ProbeFeatures, generator
+from sae.evaluate.metrics.base import EvalTarget, MetricResult
+from sae.evaluate.metrics.probes import ProbeFeatures, make_generator
 from sae.evaluate.metrics.registry import metrics_of_suite
 from sae.evaluate.metrics.sparse_probing import SparseProbing, SparseProbingStdlib
 from sae.evaluate.reference_saes import Identity, Zero
@@ -112,8 +112,8 @@ def test_the_latents_named_are_those_that_were_planted():
         for latent, value in values.items():
             x_ND[20 * number : 20 * number + 20, latent] = value
     features = dict.fromkeys(("train", "test"), ProbeFeatures(x_ND, dict.fromkeys(planted, 20)))
-    scores = {AG: module.probe(features, (1, 3, 6), lambda *names: generator("paired", *names))}
-    found = module.result(scores, scores, (1, 3, 6), 40, False)
+    scores = {AG: module.probe_dataset(features, (1, 3, 6), lambda *names: make_generator("paired", *names))}
+    found = module.build_result(scores, scores, (1, 3, 6), 40, False)
     named = found.extra[f"{AG}_results"]  # half of a class's negatives are of each other class
     assert named["sae_top_1_latents"] == {"0": {"4": 3.0}, "1": {"7": -5.0}, "2": {"9": 4.0}}
     assert list(named["sae_top_3_latents"]["0"].items()) == [("4", 3.0), ("7", 2.5), ("9", -2.0)]
@@ -160,8 +160,8 @@ def test_no_sae_changes_another_s_numbers(ctx, rng):
 
 def test_the_side_of_the_model_is_measured_once(ctx, monkeypatch):
     sides = []
-    real = module.probe
-    monkeypatch.setattr(module, "probe", lambda f, *rest: sides.append(f["train"].x_ND.shape[1]) or real(f, *rest))
+    real = module.probe_dataset
+    monkeypatch.setattr(module, "probe_dataset", lambda f, *rest: sides.append(f["train"].x_ND.shape[1]) or real(f, *rest))
     first = measured(ctx, make_sae())
     assert sides == [32, 40, 32, 40]
     assert measured(ctx, make_sae()) == first and sides == [32, 40, 32, 40, 40, 40]
@@ -183,7 +183,9 @@ def test_the_length_of_decoder_rows_changes_nothing(ctx):
 
 def test_what_cannot_be_probed_has_a_sentence(ctx, home):
     narrow, wide = measured(ctx, make_sae(0, 2), make_sae())
-    assert str(narrow).startswith("A probe on 3 latents needs as many, and there are 2.") and isinstance(wide, Result)
+    assert str(narrow).startswith("A probe on 3 latents needs as many, and there are 2.") and isinstance(
+        wide, MetricResult
+    )
     with pytest.raises(UsageError, match="a probe reads at least one latent"):
         measured(ctx, make_sae(), metric=replace(METRIC, k=(0,)))
     with pytest.raises(UsageError, match="rng=fast is unknown"):

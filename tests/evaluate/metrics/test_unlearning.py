@@ -23,9 +23,9 @@ from sae.common.errors import SaeError, UnavailableError, UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
-from sae.evaluate.metrics.multiple_choice import MultipleChoiceModel, Question, question_of
-from sae.evaluate.metrics.packing import frequencies, packed_texts, select
-from sae.evaluate.metrics.unlearning import Unlearning, clamp, long_texts, unlearning_score
+from sae.evaluate.metrics.multiple_choice import MultipleChoiceModel, Question, parse_question
+from sae.evaluate.metrics.packing import firing_frequencies, pack_texts, select_forget_latents
+from sae.evaluate.metrics.unlearning import Unlearning, clamp_latents, sample_long_texts, unlearning_score
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.reference_saes import Identity
 from sae.evaluate.run import evaluate
@@ -298,7 +298,7 @@ def test_a_clamp_by_hand():
     x = torch.tensor([[[1.0, 2.0, 3.0]] * 3])
     rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
     f = torch.tensor([[[5.0, 5.0], [0.0, 2.0], [4.0, 0.0]]])
-    made = clamp(x, f, rows, torch.tensor([25.0, 100.0]))
+    made = clamp_latents(x, f, rows, torch.tensor([25.0, 100.0]))
     expected = [
         [[1, 2, 3], [1, 2 - 27 * 0.6, 3 - 27 * 0.8], [1 - 29, 2, 3]],
         [[1, 2, 3], [1, 2 - 102 * 0.6, 3 - 102 * 0.8], [1 - 104, 2, 3]],
@@ -318,15 +318,20 @@ def test_a_clamp_is_the_change_of_the_reconstruction(activation):
     moved[..., chosen] = torch.where(f[..., chosen] > 0, -50.0, f[..., chosen])
     expected = x + sae.decode(moved) - sae.decode(f)
     expected[:, 0] = x[:, 0]
-    (made,) = clamp(x, f[..., chosen], sae.W_dec[chosen], torch.tensor([50.0]))
+    (made,) = clamp_latents(x, f[..., chosen], sae.W_dec[chosen], torch.tensor([50.0]))
     torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-5)
 
 
 def test_selection_is_by_rounded_shares_with_the_last_of_ties_first():
     forget = np.array([0.2, 0.3, 0.0000004, 0.3, 0.9, 0.1000001, 0.1000004, 0.0])
     retain = np.array([0.0, 0.0, 0.0, 0.009999, 0.01, 0.00999999, 0.0, 0.0])
-    assert select(forget, retain, 0.01) == (3, 1, 0, 6)  # 5 rounds up to the threshold; 2 rounds to nothing
-    assert select(forget, retain, 0.02) == (4, 3, 1, 0, 6, 5)  # 6 and 5 are a tie after rounding
+    assert select_forget_latents(forget, retain, 0.01) == (
+        3,
+        1,
+        0,
+        6,
+    )  # 5 rounds up to the threshold; 2 rounds to nothing
+    assert select_forget_latents(forget, retain, 0.02) == (4, 3, 1, 0, 6, 5)  # 6 and 5 are a tie after rounding
 
 
 def test_the_score_is_the_best_of_what_costs_at_most_one_percent():
@@ -365,12 +370,12 @@ def test_corpora_are_packed_as_specified(ctx):
         i for start in range(0, len(joined), size) for i in ctx.tokenizer(joined[start : start + size])["input_ids"]
     ]
     assert flat.count(2) == 20
-    rows = packed_texts(texts, ctx.tokenizer, 8)
+    rows = pack_texts(texts, ctx.tokenizer, 8)
     assert len(rows) == len(flat) // 8 > 5
     expected = torch.tensor(flat[: 8 * len(rows)]).view(-1, 8)
     expected[:, 0] = 2
     assert torch.equal(rows, expected)
-    assert len(packed_texts(["x"], ctx.tokenizer, 8)) == 0
+    assert len(pack_texts(["x"], ctx.tokenizer, 8)) == 0
 
 
 def test_texts_are_long_ones_drawn_as_random_sample_draws():
@@ -381,9 +386,9 @@ def test_texts_are_long_ones_drawn_as_random_sample_draws():
 
     long = [text for text in texts if len(text) > 50]
     assert 10 < len(long) < 40
-    assert long_texts(data, random.Random(42), None) == long
-    assert long_texts(data, random.Random(42), 6) == random.Random(42).sample(long, 6)
-    assert sorted(long_texts(data, random.Random(42), 1024)) == sorted(long)
+    assert sample_long_texts(data, random.Random(42), None) == long
+    assert sample_long_texts(data, random.Random(42), 6) == random.Random(42).sample(long, 6)
+    assert sorted(sample_long_texts(data, random.Random(42), 1024)) == sorted(long)
 
 
 def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(ctx, metric):
@@ -392,8 +397,8 @@ def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(ctx, metric
     one = torch.Generator().manual_seed(42)
     drawn = replace(metric, rng="saebench").corpora(data, asked)
     for name in ("forget", "retain"):
-        rows = packed_texts(
-            long_texts(data[name], random.Random(42), 1024 if name == "forget" else None), asked.tokenizer, 8
+        rows = pack_texts(
+            sample_long_texts(data[name], random.Random(42), 1024 if name == "forget" else None), asked.tokenizer, 8
         )
         assert torch.equal(drawn[name], rows[torch.randperm(len(rows), generator=one)])
     paired = metric.corpora(data, asked)
@@ -405,7 +410,9 @@ def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(ctx, metric
 def test_shares_are_of_the_counted_tokens(ctx, metric):
     asked = metric.load(ctx)
     rows = torch.tensor([[2, VALUE, 300, VALUE], [2, 1, NUMBER, 300]])
-    (share,) = frequencies(asked.model, asked.skip, rows, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), 0)], silent)
+    (share,) = firing_frequencies(
+        asked.model, asked.skip, rows, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), 0)], silent
+    )
     assert share[3] == pytest.approx(2 / 5) and share[7] == pytest.approx(1 / 5) and share[0] == 0
 
 
@@ -437,7 +444,7 @@ def test_the_larger_of_a_letter_s_two_tokens_counts(ctx, metric):
 )
 def test_a_row_that_is_no_question_is_a_sentence(row):
     with pytest.raises(UsageError, match="Row 5 of wmdp is no question: it needs a text, 4 choices and an answer"):
-        question_of({**question("value", 0, 0), **row}, 5, "wmdp")
+        parse_question({**question("value", 0, 0), **row}, 5, "wmdp")
 
 
 def test_data_are_the_same_from_either_kind_of_file(data, ctx, metric, tmp_path):

@@ -82,7 +82,7 @@ def test_the_page_holds_what_was_measured(run):
     contexts = found.ctx.contexts
     assert [len(ids) for ids in text] == contexts.length.tolist()
     assert [words[token] for token in text[0]] == [
-        found.words.shown(int(i)).replace("\n", "↵") for i in contexts.ids[0][: len(text[0])]
+        found.words.display(int(i)).replace("\n", "↵") for i in contexts.ids[0][: len(text[0])]
     ]
     latent = int(numbers.density.argmax())
     entry = unpacked(html, latent // 64)[latent % 64]
@@ -93,7 +93,7 @@ def test_the_page_holds_what_was_measured(run):
     assert (context, position) == (own.context, own.position)
     assert (np.array(levels) > 0).tolist() == (own.values > 0).tolist()
     assert [other for other, _ in entry["near"]] == numbers.near.index[latent].tolist()
-    assert words[entry["up"][0][0]] == found.words.shown(int(numbers.up.index[latent, 0]))
+    assert words[entry["up"][0][0]] == found.words.display(int(numbers.up.index[latent, 0]))
 
 
 def test_the_same_run_gives_the_same_page(run):
@@ -151,8 +151,8 @@ def test_evaluations_stand_on_the_page_if_they_are_of_these_weights(run):
 
 def test_labels_are_what_probes_and_judges_found():
     results = {
-        "absorption": inspection.Result({}, [{"first_letter": "s", "main_latents": [62, 4], "f1_k_sparse": [0.3, 0.65, 0.6]}]),
-        "autointerp": inspection.Result({}, extra={"4": {"latent": 4, "explanation": "rivers", "score": 0.75}, "5": {"latent": 5, "explanation": None, "score": None}}),
+        "absorption": inspection.MetricResult({}, [{"first_letter": "s", "main_latents": [62, 4], "f1_k_sparse": [0.3, 0.65, 0.6]}]),
+        "autointerp": inspection.MetricResult({}, extra={"4": {"latent": 4, "explanation": "rivers", "score": 0.75}, "5": {"latent": 5, "explanation": None, "score": None}}),
     }  # fmt: skip
     assert inspection.labels(results, 64) == {
         62: ["first letter s (F1 0.65)"],
@@ -161,13 +161,13 @@ def test_labels_are_what_probes_and_judges_found():
     assert inspection.labels({}, 64) == {}
 
 
-def probed(texts: int = 200, **tasks) -> inspection.Result:
+def probed(texts: int = 200, **tasks) -> inspection.MetricResult:
     """Of sparse probing on a dataset "d": class -> latent, difference and accuracy of the probe on one latent."""
     scores = {
         "sae_top_1_test_accuracy": {label: accuracy for label, (_, _, accuracy) in tasks.items()},
         "sae_top_1_latents": {label: {str(latent): difference} for label, (latent, difference, _) in tasks.items()},
     }
-    return inspection.Result({}, extra={"d_results": scores}, n={"test_texts_per_task": texts})
+    return inspection.MetricResult({}, extra={"d_results": scores}, n={"test_texts_per_task": texts})
 
 
 def test_a_latent_is_labelled_with_the_classes_it_tells():
@@ -177,10 +177,10 @@ def test_a_latent_is_labelled_with_the_classes_it_tells():
     assert labels == {3: [blue, red]}  # the best first; 4 fires less for its class, 5 may be right on 0.6 or less
     both = {"sparse_probing_stdlib": found, "sparse_probing": probed(1000, grey=(5, 2.0, 0.66))}
     assert inspection.labels(both, 64)[5] == ["grey (class of d, accuracy 0.66)"]  # on so many texts it is surely more
-    absorbed = inspection.Result({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
+    absorbed = inspection.MetricResult({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
     assert inspection.labels({"absorption": absorbed, **both}, 64)[3] == ["first letter s (F1 0.30)", blue, red]
     old = {"d_results": {"sae_top_1_test_accuracy": {"red": 0.9}}}
-    assert inspection.labels({"sparse_probing": inspection.Result({}, extra=old)}, 64) == {}
+    assert inspection.labels({"sparse_probing": inspection.MetricResult({}, extra=old)}, 64) == {}
 
 
 @pytest.mark.parametrize(
@@ -193,15 +193,15 @@ def test_a_latent_is_labelled_with_the_classes_it_tells():
     ],
 )  # fmt: skip
 def test_a_result_that_was_changed_by_hand_labels_nothing(scores):
-    absorbed = inspection.Result({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
+    absorbed = inspection.MetricResult({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
     whole = {"sae_top_1_test_accuracy": {"red": 0.9}, "sae_top_1_latents": {"red": {"3": 1.0}}}
     changed = scores if not isinstance(scores, dict) else whole | scores
-    probing = inspection.Result({}, extra={"d_results": changed}, n={"test_texts_per_task": 200})
+    probing = inspection.MetricResult({}, extra={"d_results": changed}, n={"test_texts_per_task": 200})
     found = {"absorption": absorbed, "sparse_probing": probing}
     assert inspection.labels(found, 64) == {3: ["first letter s (F1 0.30)"]}
-    assert inspection.labels({"absorption": inspection.Result({}, [{"first_letter": "s"}])}, 64) == {}
+    assert inspection.labels({"absorption": inspection.MetricResult({}, [{"first_letter": "s"}])}, 64) == {}
     for n in ({}, {"test_texts_per_task": 0}):
-        assert inspection.labels({"sparse_probing": inspection.Result({}, extra={"d_results": whole}, n=n)}, 64) == {}
+        assert inspection.labels({"sparse_probing": inspection.MetricResult({}, extra={"d_results": whole}, n=n)}, 64) == {}
 
 
 def test_hostile_classes_are_shown_as_what_they_are(run):

@@ -164,7 +164,9 @@ def test_what_no_table_shows_is_in_results(tiny_cache, home):
     )
     scores.constant = dict.fromkeys(scores.top, 0)
     by_dataset = dict.fromkeys(HUB, scores)
-    results = row.results | {"sparse_probing": sparse_probing.result(by_dataset, by_dataset, [*scores.top], 100, False)}
+    results = row.results | {
+        "sparse_probing": sparse_probing.build_result(by_dataset, by_dataset, [*scores.top], 100, False)
+    }
     for name in BESIDE:
         metric, category, field = name.split(".", 2)
         result = results[metric]

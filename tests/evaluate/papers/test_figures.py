@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sae.evaluate.metrics.base import Result
+from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
 from sae.evaluate.papers.claims import PAPERS, load
 from sae.evaluate.papers.figures import MECHANISMS, OTHERS, OWN, curve, letters, paper_figures
@@ -33,12 +33,15 @@ def absorbed(seed):
     letters = [{"first_letter": a, "absorption_rate": r * seed} for a, r in (("b", 0.2), ("a", 0.1))]
     means = {"mean_absorption_score": 0.1 * seed, "mean_num_split_features": 1.0 + seed}
     probing = {f"sae_top_{k}_test_accuracy": 0.5 + k / 100 + seed / 10 for k in (1, 5, 20)}
-    return {"absorption": Result({"mean": means}, letters), "sparse_probing_stdlib": Result({"sae": probing})}
+    return {
+        "absorption": MetricResult({"mean": means}, letters),
+        "sparse_probing_stdlib": MetricResult({"sae": probing}),
+    }
 
 
 def lettered(seed):
     letters = [{"first_letter": a, "absorption_rate": seed / 10} for a in string.ascii_lowercase]
-    return {"absorption": Result({"mean": {"mean_absorption_score": seed / 10}}, letters)}
+    return {"absorption": MetricResult({"mean": {"mean_absorption_score": seed / 10}}, letters)}
 
 
 def drawn(paper, runs, heading=OWN):
@@ -138,7 +141,7 @@ def test_probing_by_system():
 def test_systems_of_one_recipe_are_not_mixed():
     paper = load("002")
     chart = drawn(paper, [
-        run(one, "competition-off", metrics={"scr": Result({"scr_metrics": {"scr_metric_threshold_2": value}})})
+        run(one, "competition-off", metrics={"scr": MetricResult({"scr_metrics": {"scr_metric_threshold_2": value}})})
         for one, value in (("no-competition", 0.1), ("topk", 0.2))
     ])["Table 1: SCR at threshold 2"]  # fmt: skip
     assert [(one.name, list(one.y)) for one in chart.series] == [("no-competition", [0.1]), ("topk", [0.2])]
@@ -168,10 +171,12 @@ def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing
     paper = load(number)
     scalars = ("T", "rho", "enabled", "tau", "loss", "lambda", "utilisation", "contrast", "mean_correlation", "l0", "merged",
                "competition_strength", "pairs_above", "mean_coefficient", "alpha", "stability", "resampled")  # fmt: skip
-    scr = {"scr_stdlib": Result({"scr_metrics": {"scr_metric_threshold_2": 0.1}})}
+    scr = {"scr_stdlib": MetricResult({"scr_metrics": {"scr_metric_threshold_2": 0.1}})}
     core = {"reconstruction_quality": {"explained_variance": 0.8, "fve": 0.7, "mse": 1.0}, "sparsity": {"l0": 30.0},
             "model_behavior_preservation": {"kl_div_with_sae": 0.1, "kl_div_score": 0.9}}  # fmt: skip
-    made = runs_of(paper, lambda seed: {**absorbed(seed), **scr, "core": Result(core)}, **dict.fromkeys(scalars, 1.0))
+    made = runs_of(
+        paper, lambda seed: {**absorbed(seed), **scr, "core": MetricResult(core)}, **dict.fromkeys(scalars, 1.0)
+    )
     found = paper_figures(build_report(paper, made, False))
     assert [chart.title for chart in found[OWN]] == list(FIGURES[number])
     assert [chart.title for chart in found[OTHERS]][: len(MECHANISMS.get(number, {}))] == list(

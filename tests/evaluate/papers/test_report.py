@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sae.evaluate.compare import ComparedRun, logged
-from sae.evaluate.metrics.base import Result
+from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
 from sae.evaluate.papers.claims import PAPERS, Claim, load
 from sae.evaluate.papers.report import ReportedRun, as_text, build_report
@@ -32,7 +32,7 @@ def run(
     warmup=None,
     dead=0.0,
 ):
-    core = Result(
+    core = MetricResult(
         {
             "reconstruction_quality": {"explained_variance": ev, "fve": fve},
             "model_behavior_preservation": {"kl_div_with_sae": kl},
@@ -118,7 +118,7 @@ def test_a_run_that_does_not_pass_a_gate_is_not_measured(broken, said):
 
 
 def test_another_layer_and_a_stand_in_are_named():
-    probing = Result({"sae": {"sae_top_1_test_accuracy": 0.7}})
+    probing = MetricResult({"sae": {"sae_top_1_test_accuracy": 0.7}})
     asked = claim(metric="sparse_probing.sae.sae_top_1_test_accuracy", value=85.3, unit="%", quote="85.3%")
     runs = [run("full", "hierarchical", layer=12, metrics={"sparse_probing_stdlib": probing})]
     (row,) = build_report(of(asked), runs, False).rows

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.evaluate.metrics.base import Result
+from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.papers.claims import Claim
 from sae.evaluate.papers.verdict import WORST_FIRST, changes, interval, measured, of_all, verdict
 
@@ -186,7 +186,7 @@ def test_changes_are_in_the_unit_of_the_claim():
 # --- what was measured ------------------------------------------------------------------------------------------------
 
 LETTERS = [{"first_letter": "k", "rate": 0.2}, {"first_letter": "o", "rate": 0.4}, {"first_letter": "z", "rate": None}]
-RESULT = Result({"sparsity": {"l0": 7.0, "l1": None}}, LETTERS, n={"letters": 3})
+RESULT = MetricResult({"sparsity": {"l0": 7.0, "l1": None}}, LETTERS, n={"letters": 3})
 
 
 def read(metric, **more):
