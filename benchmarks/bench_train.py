@@ -34,7 +34,7 @@ from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
 from sae.train.activations import KeepTopK
 from sae.train.compile import compile_step
-from sae.train.loop import Trainer, train
+from sae.train.loop import Trainer, train_loop
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig
 
@@ -89,7 +89,7 @@ def products(setting: RunConfig) -> Step:
 def options_for(recipe: str, setting: RunConfig) -> dict[str, Any]:
     """Our recipe's numbers, for a peer's trainer."""
     variant = training_of(recipe, setting).variant
-    own = variant.options | {"l1_warmup": 1000, "warmup": 1000, "dead_tokens": setting.dead_tokens}
+    own = variant.options | {"l1_warmup": 1000, "warmup": 1000, "dead_tokens": setting.dead_after_tokens}
     sizes = {"d_in": setting.d_in, "d_sae": setting.d_sae, "batch": setting.batch_size, "steps": setting.steps}
     return asdict(variant.optimization) | own | sizes
 
@@ -157,7 +157,7 @@ def on_one_stream(cache: Cache, setting: RunConfig, seeds: range) -> None:
         torch.manual_seed(seed)
         trainings.append(Trainer(find_recipe("relu").make(setting, {}), setting.steps, "cpu"))
     with BatchLoader(cache, ARRAY, setting.batch_size, threads=1) as stream:
-        train(trainings, islice(stream, setting.steps), range(setting.steps), lambda number: False)
+        train_loop(trainings, islice(stream, setting.steps), range(setting.steps), lambda number: False)
 
 
 def show_together(folder: Path, rounds: int) -> None:

@@ -63,13 +63,13 @@ def recover(name: str, steps: int, seed: int = 0) -> tuple[Tensor, Tensor, dict[
     sample = data.rows(20_000)
     setting = RunConfig(D_IN, D_SAE, steps, BATCH, variance=float(sample.var(0).mean()))
     variant = find_recipe(name).make(setting, options_of(name))
-    variant.adapt(sample.mean(0), float(sample.square().sum(1).mean()))
+    variant.set_normalization(sample.mean(0), float(sample.square().sum(1).mean()))
     training, before_A = Trainer(variant, steps, "cpu"), data.found(variant.sae.W_dec.detach())
     for number in range(steps):
         if number == steps - 50:
-            training.take_metrics()
+            training.pop_metrics()
         training.run_periodic(number, training.step(data.rows(BATCH)))
-    return before_A, data.found(variant.sae.W_dec.detach()), training.take_metrics()
+    return before_A, data.found(variant.sae.W_dec.detach()), training.pop_metrics()
 
 
 def main() -> None:

@@ -150,7 +150,7 @@ def estimate_runs(group: Sequence[Job], source: Any, asked: ReproduceConfig) -> 
             recipe = find_recipe(name)
             given = parse_options([f"{name}.{option}" for option in options], [recipe])[name]
             sizes = d_in, parse_width(first.width, recipe, d_in), first.steps, first.batch_size or recipe.batch_size
-            run = (recipe, given, RunConfig(*sizes, literal=first.literal)), asked.folder / "runs" / "not yet begun"
+            run = (recipe, given, RunConfig(*sizes, paper_exact=first.literal)), asked.folder / "runs" / "not yet begun"
             stream += [run] * len(first.seeds)
         found.append(stream)
     return found
@@ -162,7 +162,7 @@ def show_plan(
     """What there is to train in all, as lines; OutsideError where it does not fit on the disk."""
     from ..common.formatting import format_count
     from ..harvest.plan import HarvestPlan
-    from ..train.estimate import check_space
+    from ..train.estimate import check_disk_space
     from .train import show_size, show_time
 
     group_by_pass: list[list[tuple[Any, Path]]] = []
@@ -177,7 +177,7 @@ def show_plan(
         group_by_pass += of_group
     if runs := [run for stream in group_by_pass for run in stream]:
         plans = [source for source in sources.values() if isinstance(source, HarvestPlan)]
-        check_space(runs, {plan.folder: plan.bytes_to_write for plan in plans})
+        check_disk_space(runs, {plan.folder: plan.bytes_to_write for plan in plans})
         show_size([planned for planned, _ in runs], asked.folder)
         if dry_run:
             show_time([[planned for planned, _ in stream] for stream in group_by_pass], asked.device)

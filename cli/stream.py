@@ -48,7 +48,7 @@ def run_stream(request: Any, given: dict[str, Any], run_train: Any, dry_run: boo
     echo(f"cache    {plan.folder}")
     beside = {plan.folder: max(bytes_of_ring - folder_bytes(plan.folder), 0)}
     runs = run_train(request, dry_run, partial(train_streaming, harvest=partial(harvest_ahead, plan, ring)), beside)
-    for batch_size in sorted({run.setting.batch_size for run in runs}):
+    for batch_size in sorted({run.config.batch_size for run in runs}):
         dropped = plan.tokens - ring.ends(batch_size)[-1] * batch_size
         echo(f"dropped  {dropped:,} rows that are left over at the ends of groups, with batches of {batch_size:,}")
     return runs

@@ -21,7 +21,7 @@ def run_train(request: Any, dry_run: bool = False, carry_out: Any = None, beside
 
     runs = plan_training(request, beside or {})
     for run in runs:
-        s = run.setting
+        s = run.config
         echo(
             f"train    {run.recipe.name} {s.d_in} -> {s.d_sae}, {run.hook}, seed {run.seed}: {s.steps:,} steps x {s.batch_size:,} tokens -> {run.folder}"
         )
@@ -76,9 +76,9 @@ def show_size(planned: Any, folder: Any) -> None:
     """What the runs that are planned will leave on the disk, as a line."""
     from ..common.files import free_space
     from ..common.formatting import format_bytes, format_count
-    from ..train.estimate import bytes_of
+    from ..train.estimate import run_bytes
 
-    size = format_bytes(sum(bytes_of(one).folder for one in planned))
+    size = format_bytes(sum(run_bytes(one).folder for one in planned))
     echo(
         f"size     up to {size} in {format_count(len(planned), 'run folder')}; {format_bytes(free_space(folder))} free"
     )
@@ -89,10 +89,10 @@ def show_time(group_by_pass: Any, device: str) -> None:
     from ..common.device import best_device
     from ..common.errors import UnavailableError
     from ..common.formatting import format_bytes, format_duration
-    from ..train.estimate import bytes_of, training_seconds
+    from ..train.estimate import run_bytes, training_seconds
 
     device = best_device(device)
-    memory = max(sum(bytes_of(one).state for one in stream) for stream in group_by_pass)
+    memory = max(sum(run_bytes(one).state for one in stream) for stream in group_by_pass)
     echo(
         f"memory   {format_bytes(memory)} of weights and AdamW's moments on {device}, and what a step needs beside them"
     )
@@ -127,17 +127,20 @@ def train(
     l0: Annotated[
         list[float] | None, typer.Option("--l0", help="Latents a token, for any recipe. Repeats: a run for each.")
     ] = None,
-    literal: Annotated[
+    paper_exact: Annotated[
         bool,
-        typer.Option("--paper-exact", help="The paper's letter, also where it is void, and its constants unscaled."),
+        typer.Option(
+            "--paper-exact",
+            help="Use the paper's settings and constants verbatim, even where they have no effect.",
+        ),
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="option=value or variant.option=value. Repeats.")
     ] = None,
     resume: Annotated[list[Path] | None, typer.Option(help="Go on with a run folder. Repeats.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where run folders go. Default: runs/.")] = None,
-    order_seed: Annotated[
-        int, typer.Option("--shuffle-seed", help="Order of the batches, shared by all variants.")
+    shuffle_seed: Annotated[
+        int, typer.Option("--shuffle-seed", help="Seed of the batch order, shared by all variants.")
     ] = 0,
     log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
@@ -176,7 +179,7 @@ def train(
         )
     request = TrainConfig(
         variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
-        l0=l0 or (), literal=literal, options=set_ or (), order_seed=order_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (), compiled=compiled,
+        l0=l0 or (), paper_exact=paper_exact, options=set_ or (), shuffle_seed=shuffle_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (), compiled=compiled,
         origins=ORIGINS.get({}),
     )  # fmt: skip
     of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}

@@ -17,8 +17,8 @@ def variants() -> None:
         typer.echo(f"    {recipe.summary}")
         options = ", ".join(f"{k}={v}" for k, v in recipe.options.items())
         typer.echo(f"    width {recipe.width:g}x, batch {recipe.batch_size}; --set {options}")
-        if recipe.literal is not None:
-            letter = ", ".join(f"{k}={v} ({why})" for k, (v, why) in recipe.literal.items())
-            typer.echo(f"    --literal {letter or 'changes nothing: the defaults are the letter'}")
+        if recipe.paper_exact is not None:
+            letter = ", ".join(f"{k}={v} ({why})" for k, (v, why) in recipe.paper_exact.items())
+            typer.echo(f"    --paper-exact {letter or 'changes nothing: the defaults are the letter'}")
     shared = ", ".join(f"{k}={v}" for k, v in vars(Optimization()).items())
     typer.echo(f"every recipe also takes --set {shared}")

@@ -58,13 +58,13 @@ class KeepTopK(Activation):
     def anneals(self) -> bool:
         return self.training and self.now is not None and self.room != self.k
 
-    def choose(self, z_BF: Tensor) -> Tensor:
+    def select(self, z_BF: Tensor) -> Tensor:
         """(N) int64: places in the flattened z of the latents chosen, rising by token."""
         raise NotImplementedError
 
     def forward(self, z_BF: Tensor) -> Tensor:
-        flat_N = self.choose(z_BF.detach().reshape(-1, z_BF.shape[-1]))
-        return sparse_ops.scatter_latents(z_BF.flatten().index_select(0, flat_N).relu(), flat_N, z_BF)
+        flat_index_N = self.select(z_BF.detach().reshape(-1, z_BF.shape[-1]))
+        return sparse_ops.scatter_latents(z_BF.flatten().index_select(0, flat_index_N).relu(), flat_index_N, z_BF)
 
     def annealed(self, z: Tensor, tokens: int) -> Tensor:
         """The latents (..., n) that are positive and among the largest `now` `tokens` of their row; the others are zero."""
@@ -94,7 +94,7 @@ class TopK(KeepTopK, name="topk"):
     def __init__(self, k: int) -> None:
         super().__init__(k)
 
-    def choose(self, z_BF: Tensor) -> Tensor:
+    def select(self, z_BF: Tensor) -> Tensor:
         index_BK = topk_indices(z_BF, self.k)
         begin_B = torch.arange(0, z_BF.numel(), z_BF.shape[1], device=z_BF.device)
         return (index_BK + begin_B[:, None]).flatten()
@@ -115,7 +115,7 @@ class BatchTopK(KeepTopK, name="batchtopk"):
         super().__init__(k)
         self.register_buffer("threshold", torch.zeros(()))
 
-    def choose(self, z_BF: Tensor) -> Tensor:
+    def select(self, z_BF: Tensor) -> Tensor:
         return z_BF.flatten().topk(int(self.k * len(z_BF)), sorted=False).indices.sort().values
 
     def forward(self, z_BF: Tensor) -> Tensor:

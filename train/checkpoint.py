@@ -23,7 +23,7 @@ FORMAT = 1
 KEPT = 2
 
 
-def tensors_of(training: Trainer) -> dict[str, Tensor]:
+def training_state(training: Trainer) -> dict[str, Tensor]:
     """Every tensor that a restart needs, by name; parts that share one appear once."""
     variant = training.variant
     tensors = {f"variant.{n}": t.detach() for n, t in [*variant.named_parameters(), *variant.named_buffers()]}
@@ -35,7 +35,7 @@ def tensors_of(training: Trainer) -> dict[str, Tensor]:
 def save_checkpoint(training: Trainer, folder: Path, step: int) -> None:
     """Write the state after `step` steps into checkpoints/, and drop all but the newest two."""
     target = folder / "checkpoints" / f"step-{step:08d}"
-    data = to_safetensors({n: t.contiguous().cpu() for n, t in tensors_of(training).items()})
+    data = to_safetensors({n: t.contiguous().cpu() for n, t in training_state(training).items()})
     atomic_write(target / "state.safetensors", data)
     write_json(target / "state.json", {"format": FORMAT, "step": step, "sha256": hashlib.sha256(data).hexdigest()})
     everything = sorted((folder / "checkpoints").glob("step-*"))
@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
     return record["step"], load(data)
 
 
-def restore(training: Trainer, folder: Path, tell: Callable[[str], None]) -> int:
+def restore_checkpoint(training: Trainer, folder: Path, tell: Callable[[str], None]) -> int:
     """Load the newest whole checkpoint; returns how many steps were taken, 0 without one.
 
     Raises UsageError when it is another version's: beginning again in silence would throw training away.
@@ -72,19 +72,19 @@ def restore(training: Trainer, folder: Path, tell: Callable[[str], None]) -> int
         except DamagedError as error:
             tell(f"The checkpoint {path.name} is passed over: {error}")
             continue
-        shapes = {name: t.shape for name, t in tensors_of(training).items()}
+        shapes = {name: t.shape for name, t in training_state(training).items()}
         if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
             raise UsageError(
                 f"{path} is a checkpoint of other parts than this version builds. "
                 "Go on with the version that wrote it, or remove the run to begin again."
             )
-        load_into(training, tensors)
+        load_training_state(training, tensors)
         return step
     return 0
 
 
 @torch.no_grad()
-def load_into(training: Trainer, tensors: dict[str, Tensor]) -> None:
+def load_training_state(training: Trainer, tensors: dict[str, Tensor]) -> None:
     variant = training.variant
     for name, parameter in variant.named_parameters():
         keys = [k for k in tensors if k.startswith(f"optimizer.{name}.")]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loop import Trainer, bfloat16_products
+from .loop import Trainer, autocast
 from .step import Step
 
 MANY = 1 << 16
@@ -24,18 +24,18 @@ def compile_step(training: Trainer, batch_size: int) -> str | None:
     def pure(i: Tensor, x_BD: Tensor) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, Tensor]]:
         step = variant(i, x_BD, optimizer)
         losses = variant.losses(step)
-        return (step.x_BD, step.pre_BF, step.f_BF, step.recon_BD, step.kept), losses, step.notes
+        return (step.x_BD, step.pre_BF, step.f_BF, step.recon_BD, step.kept), losses, step.metrics
 
     # One for each length of the list of dead latents and each variant: over its limit, torch would stop.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MANY
     compiled = torch.compile(pure, fullgraph=True, dynamic=False)
 
     def forward_losses(x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
-        passed_on, losses, notes = compiled(training.i, x_BD)
-        return Step(training.i, variant.sae, optimizer, *passed_on, notes=notes), losses
+        outputs, losses, metrics = compiled(training.i, x_BD)
+        return Step(training.i, variant.sae, optimizer, *outputs, metrics=metrics), losses
 
     try:
-        with bfloat16_products(training.device):
+        with autocast(training.device):
             _, losses = forward_losses(
                 torch.zeros(batch_size, variant.sae.d_in, dtype=torch.bfloat16, device=training.device)
             )

@@ -28,7 +28,7 @@ SHARE = 0.5  # of the memory that can be had, which a timed step takes at most
 TENSORS = 6  # of a step that have the size of the latents, about, and half as many of that of their pairs
 
 
-class Bytes(NamedTuple):
+class RunBytes(NamedTuple):
     """Of a run: its SAE's tensors, and its state, which it has on the device and in each checkpoint."""
 
     sae: int
@@ -40,30 +40,30 @@ class Bytes(NamedTuple):
         return self.sae + KEPT * self.state
 
 
-def bytes_of(planned: Planned) -> Bytes:
-    variant = built(planned, "meta")
-    weights, buffers = sizes(variant)
-    return Bytes(sizes(variant.sae)[0], 3 * weights + buffers)
+def run_bytes(planned: Planned) -> RunBytes:
+    variant = build_variant(planned, "meta")
+    weights, buffers = tensor_bytes(variant)
+    return RunBytes(tensor_bytes(variant.sae)[0], 3 * weights + buffers)
 
 
-def sizes(module: torch.nn.Module) -> tuple[int, int]:
+def tensor_bytes(module: torch.nn.Module) -> tuple[int, int]:
     return sum(p.nbytes for p in module.parameters()), sum(b.nbytes for b in module.buffers())
 
 
-def check_space(runs: Iterable[tuple[Planned, Path]], beside: Mapping[Path, float] = {}) -> None:
+def check_disk_space(runs: Iterable[tuple[Planned, Path]], beside: Mapping[Path, float] = {}) -> None:
     """OutsideError where what runs write into their folders does not fit on a disk, with what goes into those `beside`.
 
     What a run that was begun has written needs no space again. UsageError where a file is in a folder's place.
     """
     by_disk: dict[int, list[tuple[Planned, Path]]] = {}
     for planned, folder in runs:
-        by_disk.setdefault(disk_of(folder), []).append((planned, folder))
+        by_disk.setdefault(disk_id(folder), []).append((planned, folder))
     for disk, here in by_disk.items():
-        sizes = [bytes_of(planned) for planned, _ in here]
-        activations = sum(size for folder, size in beside.items() if disk_of(folder) == disk)
+        sizes = [run_bytes(planned) for planned, _ in here]
+        activations = sum(size for folder, size in beside.items() if disk_id(folder) == disk)
         # A checkpoint is whole before an older one goes, and the last one of a run before its SAE is written.
         passing = max(size.state - size.sae for size in sizes)
-        needed = sum(size.folder for size in sizes) - sum(written(folder) for _, folder in here) + passing
+        needed = sum(size.folder for size in sizes) - sum(checkpoint_bytes(folder) for _, folder in here) + passing
         place = existing_parent(here[0][1])
         if needed + activations > (free := free_space(place)):
             also = f" beside {format_bytes(activations)} of activations" if activations else ""
@@ -74,7 +74,7 @@ def check_space(runs: Iterable[tuple[Planned, Path]], beside: Mapping[Path, floa
             )
 
 
-def disk_of(folder: Path) -> int:
+def disk_id(folder: Path) -> int:
     """The disk that will hold a folder, as the system numbers them."""
     place = existing_parent(folder)
     if not place.is_dir():
@@ -82,25 +82,25 @@ def disk_of(folder: Path) -> int:
     return place.stat().st_dev
 
 
-def written(folder: Path) -> int:
+def checkpoint_bytes(folder: Path) -> int:
     """Bytes of a run's checkpoints, and of what a kill left half-written. The SAE of a run to go on with is made anew."""
     strays = sum(path.stat().st_size for path in folder.glob("sae.safetensors.tmp-*"))
     return strays + folder_bytes(folder / "checkpoints")
 
 
-def rows_timed(setting: RunConfig, device: str) -> int:
+def timed_rows(config: RunConfig, device: str) -> int:
     """Of a batch that would take seconds, as many rows as take one or two."""
     kind = torch.device(device).type
-    limit = min(AT_MOST[kind] / PRODUCTS / setting.d_in, LATENTS[kind]) / setting.d_sae
-    return max(1, min(setting.batch_size, int(limit)))
+    limit = min(AT_MOST[kind] / PRODUCTS / config.d_in, LATENTS[kind]) / config.d_sae
+    return max(1, min(config.batch_size, int(limit)))
 
 
-def step_bytes(planned: Planned, device: str) -> float:
+def step_memory_bytes(planned: Planned, device: str) -> float:
     """Bytes that a timed step takes, about: the state, gradients, and tensors of latents and of their pairs."""
-    setting, variant = planned[2], built(planned, "meta")
-    weights, buffers = sizes(variant)
-    latents = rows_timed(setting, device) * setting.d_sae
-    pairs = setting.d_sae**2 / 2 if any(term.all_pairs for term in variant.terms.values()) else 0
+    config, variant = planned[2], build_variant(planned, "meta")
+    weights, buffers = tensor_bytes(variant)
+    latents = timed_rows(config, device) * config.d_sae
+    pairs = config.d_sae**2 / 2 if any(term.all_pairs for term in variant.terms.values()) else 0
     return 4 * weights + buffers + 4 * TENSORS * (latents + pairs)
 
 
@@ -109,25 +109,25 @@ def step_seconds(planned: Planned, device: str) -> float:
 
     OutsideError where that would take too much of the memory.
     """
-    setting, rows = planned[2], rows_timed(planned[2], device)
-    needed, available = step_bytes(planned, device), available_memory(device)
+    config, rows = planned[2], timed_rows(planned[2], device)
+    needed, available = step_memory_bytes(planned, device), available_memory(device)
     if needed > SHARE * available:
         raise UnavailableError(
             f"not timed: a step of {planned[0].name} takes {format_bytes(needed)} or more, "
             f"and {device} has {format_bytes(available)} of memory free"
         )
-    training = Trainer(built(planned, device), setting.steps, device)
-    x_BD = torch.randn(rows, setting.d_in, device=device).bfloat16()
-    seconds = fastest(training, x_BD)
-    if 1 < rows < setting.batch_size:  # a part of it is the optimizer's, however many the rows are
-        of_one = fastest(training, x_BD[:1])
-        seconds = of_one + max(seconds - of_one, 0.0) / (rows - 1) * (setting.batch_size - 1)
+    training = Trainer(build_variant(planned, device), config.steps, device)
+    x_BD = torch.randn(rows, config.d_in, device=device).bfloat16()
+    seconds = fastest_step(training, x_BD)
+    if 1 < rows < config.batch_size:  # a part of it is the optimizer's, however many the rows are
+        of_one = fastest_step(training, x_BD[:1])
+        seconds = of_one + max(seconds - of_one, 0.0) / (rows - 1) * (config.batch_size - 1)
     del training
     free_memory(device)
     return seconds
 
 
-def fastest(training: Trainer, x_BD: torch.Tensor) -> float:
+def fastest_step(training: Trainer, x_BD: torch.Tensor) -> float:
     """The time of the fastest of a few steps."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < STEPS and sum(times) < ENOUGH):  # the first one is slower
@@ -141,14 +141,14 @@ def fastest(training: Trainer, x_BD: torch.Tensor) -> float:
 def training_seconds(runs: Iterable[Planned], device: str) -> float:
     """The time of all steps of the runs, one run after the other, as they take turns on one device. Nothing is read."""
     device, alike = best_device(device), Counter()
-    alike.update((recipe.name, json.dumps(options, sort_keys=True), setting) for recipe, options, setting in runs)
+    alike.update((recipe.name, json.dumps(options, sort_keys=True), config) for recipe, options, config in runs)
     return sum(
-        count * setting.steps * step_seconds((find_recipe(name), json.loads(options), setting), device)
-        for (name, options, setting), count in alike.items()
+        count * config.steps * step_seconds((find_recipe(name), json.loads(options), config), device)
+        for (name, options, config), count in alike.items()
     )
 
 
-def built(planned: Planned, device: str) -> Variant:
-    recipe, options, setting = planned
+def build_variant(planned: Planned, device: str) -> Variant:
+    recipe, options, config = planned
     with torch.random.fork_rng(devices=[]), torch.device("meta") if device == "meta" else torch.device("cpu"):
-        return recipe.make(setting, options).to(device)
+        return recipe.make(config, options).to(device)

@@ -24,7 +24,7 @@ class TensorBoard:
     """Event files under the run's folder: `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        imported("tensorboard")
+        import_logger("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
@@ -40,7 +40,7 @@ class TensorBoard:
 
 def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
     """A run of that name in the project `sae`; one that was begun goes on. WANDB_MODE=offline keeps it here."""
-    module = imported("wandb")
+    module = import_logger("wandb")
     settings = module.Settings(silent=True)
     return module.init(
         project=PROJECT, name=folder.name, id=folder.name, dir=str(folder), config=dict(config), resume="allow",
@@ -50,7 +50,7 @@ def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
 
 def trackio(folder: Path, config: Mapping[str, Any]) -> Logger:
     """A run of that name in the project `sae`: `trackio show --project sae`."""
-    module = imported("trackio")
+    module = import_logger("trackio")
     with contextlib.redirect_stdout(io.StringIO()):  # standard output is for results
         return module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", embed=False)
 
@@ -58,7 +58,7 @@ def trackio(folder: Path, config: Mapping[str, Any]) -> Logger:
 LOGGERS = {"tensorboard": TensorBoard, "wandb": wandb, "trackio": trackio}
 
 
-def imported(name: str) -> Any:
+def import_logger(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -76,7 +76,7 @@ class Loggers:
         if unknown:
             raise UsageError(f"--log {unknown[0]} is unknown: give one of {', '.join(LOGGERS)}.")
         for name in names:
-            imported(name)
+            import_logger(name)
         self.names, self.runs = names, {run.name: run for run in runs}
         self.begun: dict[str, list[Logger]] = {}
 

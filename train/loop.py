@@ -24,7 +24,7 @@ class Trainer:
     def step(self, x_BD: Tensor) -> Step:
         """One optimisation step on raw activations (B, d_in). Nothing here reads a value back to the host."""
         variant, optimizer = self.variant, self.optimizer
-        with bfloat16_products(self.device):
+        with autocast(self.device):
             step, losses = self.forward_losses(x_BD)
         loss = torch.stack(list(losses.values())).sum()
         loss.backward()
@@ -33,7 +33,7 @@ class Trainer:
                 mechanism.after_backward(step)
             norm = clip_gradients(variant, variant.optimization.clip)
             self._refuse_unless_finite(loss + norm)
-            optimizer.param_groups[0]["lr"].copy_(variant.optimization.rate(self.i, self.steps))
+            optimizer.param_groups[0]["lr"].copy_(variant.optimization.lr_at(self.i, self.steps))
             optimizer.step()
             for mechanism in variant.mechanisms:
                 mechanism.after_step(step)
@@ -68,13 +68,13 @@ class Trainer:
             "l0": step.l0,
             "explained_variance": 1 - step.error_BD.square().sum() / centred.square().sum(),
             "gradient_norm": norm,
-            **step.notes,
+            **step.metrics,
         }
         for name, value in seen.items():
             self.seen[name] = self.seen.get(name, 0) + value.detach()
         self.count += 1
 
-    def take_metrics(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """Means over the steps since the last call, and the mechanisms' scalars as they are. Reads from the device."""
         metrics = {name: total.item() / self.count for name, total in self.seen.items()}
         metrics |= {name: value.item() for name, value in self.variant.scalars().items()}
@@ -100,12 +100,12 @@ def clip_gradients(variant: Variant, limit: float | None) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(variant.parameters(), float("inf") if limit is None else limit, foreach=True)
 
 
-def bfloat16_products(device: str) -> contextlib.AbstractContextManager[None]:
+def autocast(device: str) -> contextlib.AbstractContextManager[None]:
     """On a GPU, matrix products in bfloat16 with float32 masters; on a CPU, float32."""
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
 
 
-def train(
+def train_loop(
     trainings: list[Trainer], batches: Iterator[Tensor], numbers: range, after_step: Callable[[int], bool]
 ) -> None:
     """Steps `numbers`, every variant on each batch in turn, until `after_step(number)` says stop."""

@@ -26,7 +26,7 @@ from ..cache.reader import Cache, find_cache, model_name
 from ..cache.ring import RingCache
 from ..common.errors import UsageError
 from ..common.files import digest_of, read_json, sae_home
-from .estimate import Planned, check_space
+from .estimate import Planned, check_disk_space
 from .recipe import Recipe, find_recipe
 from .variant import RunConfig
 
@@ -61,9 +61,9 @@ class TrainConfig:
     batch_size: int | None = None  # None: the recipe's
     width: str | None = None  # "4x", "16k" or a number; None: the recipe's
     l0: Sequence[float] = ()  # latents a token, for every recipe; none: its own default
-    literal: bool = False
+    paper_exact: bool = False
     options: Sequence[str] = ()  # "option=value" or "variant.option=value"
-    order_seed: int = 0
+    shuffle_seed: int = 0
     resume: Sequence[Path] = ()
     out: Path | None = None
     device: str = "auto"
@@ -74,9 +74,10 @@ class TrainConfig:
     origins: Mapping[str, str] = field(default_factory=dict)  # flag -> "flag" or "file:line", of what was not default
 
     def record(self) -> dict[str, Any]:
-        """All that was asked for, as JSON can hold it."""
-        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ring"}
-        return json.loads(json.dumps(asked, default=str))
+        """The request as JSON, under the names that run.json has always used."""
+        on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
+        values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "ring"}
+        return json.loads(json.dumps(values, default=str))
 
 
 @dataclass
@@ -87,8 +88,8 @@ class Run:
     options: dict[str, Any]
     hook: Hook
     seed: int
-    order_seed: int
-    setting: RunConfig
+    shuffle_seed: int
+    config: RunConfig
     cache: Cache | ConcatCache | RingCache
     folder: Path = Path()
     compiled: bool = False
@@ -102,7 +103,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return self.setting.steps
+        return self.config.steps
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result."""
@@ -111,8 +112,8 @@ class Run:
             "options": self.options,
             **self.hook._asdict(),
             "seed": self.seed,
-            "order_seed": self.order_seed,
-            **self.setting.identity(),
+            "order_seed": self.shuffle_seed,
+            **self.config.identity(),
             "cache": self.cache.digest(self.hook.array),
             **({"compiled": True} if self.compiled else {}),
         }
@@ -120,12 +121,12 @@ class Run:
     def default_name(self) -> str:
         digest = digest_of(self.identity())[:6]
         site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
-        knobs = ("" if self.setting.l0 is None else f"-l0_{self.setting.l0:g}") + "-literal" * self.setting.literal
-        return f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.setting.d_sae}{knobs}-s{self.seed}-{digest}"
+        knobs = ("" if self.config.l0 is None else f"-l0_{self.config.l0:g}") + "-literal" * self.config.paper_exact
+        return f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.config.d_sae}{knobs}-s{self.seed}-{digest}"
 
     @property
     def planned(self) -> Planned:
-        return self.recipe, self.options, self.setting
+        return self.recipe, self.options, self.config
 
     @property
     def cache_folders(self) -> list[str]:
@@ -135,7 +136,7 @@ class Run:
     @property
     def order(self) -> tuple[Any, ...]:
         """What decides the batches: runs of the same read each once, together."""
-        return (*self.cache_folders, self.hook, self.setting.batch_size, self.order_seed)
+        return (*self.cache_folders, self.hook, self.config.batch_size, self.shuffle_seed)
 
     @property
     def done(self) -> bool:
@@ -147,14 +148,14 @@ def plan_training(request: TrainConfig, beside: Mapping[Path, float] = {}) -> li
 
     OutsideError where they do not fit on a disk, with the bytes that something else writes into folders `beside`.
     """
-    runs = [resumed(folder, request) for folder in request.resume] if request.resume else planned(request)
-    check_space([(run.planned, run.folder) for run in runs if not run.done], beside)
+    runs = [resume_run(folder, request) for folder in request.resume] if request.resume else new_runs(request)
+    check_disk_space([(run.planned, run.folder) for run in runs if not run.done], beside)
     return runs
 
 
-def planned(request: TrainConfig) -> list[Run]:
+def new_runs(request: TrainConfig) -> list[Run]:
     """The runs of a request that goes on with none."""
-    check_seeds(request.order_seed, *request.seeds)
+    check_seeds(request.shuffle_seed, *request.seeds)
     if request.site not in SITES:
         raise UsageError(f"--site {request.site} is unknown: give one of {', '.join(SITES)}.")
     recipes = [find_recipe(name) for name in dict.fromkeys(request.variants)]
@@ -172,16 +173,16 @@ def planned(request: TrainConfig) -> list[Run]:
         variance = None if isinstance(cache, RingCache) else cache.statistics(hook.array)["variance"]
         for recipe, l0 in itertools.product(recipes, dict.fromkeys(request.l0) or (None,)):
             try:
-                sizes = setting_of(request, recipe, cache, d_in)
-                setting = sizes._replace(l0=l0, literal=request.literal, variance=variance)
+                sizes = make_run_config(request, recipe, cache, d_in)
+                config = sizes._replace(l0=l0, paper_exact=request.paper_exact, variance=variance)
                 with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
-                    notes = recipe.make(setting, given[recipe.name]).notes
+                    notes = recipe.make(config, given[recipe.name]).notes
             except UsageError as error:
                 problems.append(str(error))
                 continue
             for seed in dict.fromkeys(request.seeds):
-                options, order = given[recipe.name], request.order_seed
-                run = Run(recipe, options, hook, seed, order, setting, cache, compiled=request.compiled, notes=notes)
+                options, order = given[recipe.name], request.shuffle_seed
+                run = Run(recipe, options, hook, seed, order, config, cache, compiled=request.compiled, notes=notes)
                 run.asked = request.record()
                 run.folder = (request.out or sae_home() / "runs") / run.default_name()
                 runs.append(run)
@@ -204,7 +205,9 @@ def group_by_pass(runs: Iterable[Run]) -> list[list[Run]]:
     return list(together.values())
 
 
-def setting_of(request: TrainConfig, recipe: Recipe, cache: Cache | ConcatCache | RingCache, d_in: int) -> RunConfig:
+def make_run_config(
+    request: TrainConfig, recipe: Recipe, cache: Cache | ConcatCache | RingCache, d_in: int
+) -> RunConfig:
     """The sizes of a run: what was asked for, else the recipe's, and one epoch."""
     batch_size = recipe.batch_size if request.batch_size is None else request.batch_size
     if batch_size < 1:
@@ -224,13 +227,13 @@ def setting_of(request: TrainConfig, recipe: Recipe, cache: Cache | ConcatCache 
     return RunConfig(d_in, parse_width(request.width, recipe, d_in), steps, batch_size)
 
 
-def resumed(folder: Path, request: TrainConfig) -> Run:
+def resume_run(folder: Path, request: TrainConfig) -> Run:
     """The run of a folder, as its run.json describes it."""
     if not (folder / "run.json").exists():
         raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
     fixed = {
         "--variant": "variants", "--layer": "layers", "--site": "site", "--seed": "seeds", "--model": "model", "--steps": "steps", "--width": "width",
-        "--batch-size": "batch_size", "--l0": "l0", "--literal": "literal", "--set": "options", "--order-seed": "order_seed", "--out": "out", "--compile": "compiled",
+        "--batch-size": "batch_size", "--l0": "l0", "--paper-exact": "paper_exact", "--set": "options", "--shuffle-seed": "shuffle_seed", "--out": "out", "--compile": "compiled",
     }  # fmt: skip
     changed = [flag for flag, name in fixed.items() if getattr(request, name) != getattr(TrainConfig(), name)]
     if changed:
@@ -251,9 +254,9 @@ def resumed(folder: Path, request: TrainConfig) -> Run:
     recipe = find_recipe(record["variant"])
     hook = Hook(record["layer"], record["site"])
     cache.require(*hook)
-    setting = RunConfig.recorded(record, cache.statistics(hook.array)["variance"])
+    config = RunConfig.from_record(record, cache.statistics(hook.array)["variance"])
     seeds, compiled = (record["seed"], record["order_seed"]), record.get("compiled", False)
-    run = Run(recipe, record["options"], hook, *seeds, setting, cache, folder, compiled)
+    run = Run(recipe, record["options"], hook, *seeds, config, cache, folder, compiled)
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(
             f"{', '.join(run.cache_folders)} is not what {folder} was trained on. Give that cache with --cache."
@@ -288,13 +291,13 @@ def parse_options(given: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, 
         if key in keys:
             raise UsageError(f"--set gives {key} more than once; several values of an option are several commands.")
         keys.add(key)
-        targets = [variant] if dot else [r.name for r in recipes if option in r.kinds()] or list(parsed)
+        targets = [variant] if dot else [r.name for r in recipes if option in r.option_types()] or list(parsed)
         for target in targets:
-            parsed[target][option] = literal(value)
+            parsed[target][option] = parse_value(value)
     return parsed
 
 
-def literal(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """A TOML value; `none` is None, and anything else is a string."""
     if text.lower() == "none":
         return None

@@ -26,7 +26,7 @@ Build = Callable[..., Variant]
 class Recipe:
     """A registered way to build a variant. `width` is its default d_sae over d_in.
 
-    `literal` holds what `--literal` sets: for each option whose default is not the paper's letter, the letter and what
+    `paper_exact` holds what `--paper-exact` sets: for each option whose default is not the paper's letter, the letter and what
     is void about it. Empty: the defaults are the letter. None: nobody has compared them.
     """
 
@@ -36,7 +36,7 @@ class Recipe:
     equations: str
     width: float
     batch_size: int
-    literal: Mapping[str, tuple[Any, str]] | None = None
+    paper_exact: Mapping[str, tuple[Any, str]] | None = None
 
     @property
     def summary(self) -> str:
@@ -47,47 +47,47 @@ class Recipe:
         """The recipe's own options and their defaults."""
         return {p.name: p.default for p in list(inspect.signature(self.build).parameters.values())[1:]}
 
-    def kinds(self) -> dict[str, Any]:
+    def option_types(self) -> dict[str, Any]:
         """Every option and its annotated type."""
         own = {p.name: p.annotation for p in list(inspect.signature(self.build).parameters.values())[1:]}
         return own | {f.name: f.type for f in fields(Optimization)}
 
-    def make(self, setting: RunConfig, given: Mapping[str, Any]) -> Variant:
+    def make(self, config: RunConfig, given: Mapping[str, Any]) -> Variant:
         """Build the variant with some options given. UsageError lists everything that is wrong with them, at once."""
-        own, kinds = self.options, self.kinds()
-        letter = {name: value for name, (value, _) in (self.literal or {}).items()} if setting.literal else {}
-        asked, problems = letter | dict(given), []
-        if setting.l0 is not None:
-            asked, problems = self.with_l0(setting, asked, given)
+        own, kinds = self.options, self.option_types()
+        exact = {name: value for name, (value, _) in (self.paper_exact or {}).items()} if config.paper_exact else {}
+        asked, problems = exact | dict(given), []
+        if config.l0 is not None:
+            asked, problems = self.apply_l0(config, asked, given)
         problems += [
             f"{name} is no option of {self.name}{did_you_mean(name, kinds)}" for name in asked if name not in kinds
         ]
-        unfit = [name for name in asked if name in kinds and not fits(asked[name], kinds[name])]
-        problems += [misfit(name, asked[name], kinds[name]) for name in unfit]
-        understood = {n: as_float(v, kinds[n]) for n, v in asked.items() if n in kinds and n not in unfit}
+        unfit = [name for name in asked if name in kinds and not matches_type(asked[name], kinds[name])]
+        problems += [type_mismatch(name, asked[name], kinds[name]) for name in unfit]
+        understood = {n: int_as_float(v, kinds[n]) for n, v in asked.items() if n in kinds and n not in unfit}
         shared = {name: value for name, value in understood.items() if name not in own}
-        problems += Optimization(**shared).problems(setting.steps)
+        problems += Optimization(**shared).validation_errors(config.steps)
         chosen = {name: value for name, value in understood.items() if name in own}
-        values, notes = scale_options(own | chosen, setting, raw=shared.get("normalize") == "none")
+        values, notes = scale_options(own | chosen, config, raw=shared.get("normalize") == "none")
         problems += [
-            f"{name}={n} is negative or longer than the run of {setting.steps} steps."
+            f"{name}={n} is negative or longer than the run of {config.steps} steps."
             for name, n in chosen.items()
-            if name.endswith(("_warmup", "anneal_steps")) and n is not None and not 0 <= n <= setting.steps
+            if name.endswith(("_warmup", "anneal_steps")) and n is not None and not 0 <= n <= config.steps
         ]
-        if setting.d_sae < 1:
-            problems.append(f"the width {setting.d_sae} is not positive.")
-        elif max(setting.d_in, setting.d_sae) * setting.d_sae >= 2**56:
-            problems.append(f"no machine holds a width of {setting.d_sae:,}: give a smaller --width.")
-        elif (k := values.get("k")) is not None and not 0 < k <= setting.d_sae:
+        if config.d_sae < 1:
+            problems.append(f"the width {config.d_sae} is not positive.")
+        elif max(config.d_in, config.d_sae) * config.d_sae >= 2**56:
+            problems.append(f"no machine holds a width of {config.d_sae:,}: give a smaller --width.")
+        elif (k := values.get("k")) is not None and not 0 < k <= config.d_sae:
             problems.append(
-                f"k={k:g} latents cannot be kept of {setting.d_sae}: give 1 to {setting.d_sae}, or a larger --width."
+                f"k={k:g} latents cannot be kept of {config.d_sae}: give 1 to {config.d_sae}, or a larger --width."
             )
         else:
             try:
-                variant = self.build(setting, **values)
+                variant = self.build(config, **values)
                 variant.optimization = replace(variant.optimization, **shared)
-                problems += variant.optimization.problems(setting.steps)
-                if setting.l0 is not None and not control_l0(variant, setting.l0, setting.steps) and "l0" not in own:
+                problems += variant.optimization.validation_errors(config.steps)
+                if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in own:
                     problems.append(
                         "--l0 has nothing to act on: no option k or l0, and no term that makes latents sparse."
                     )
@@ -96,51 +96,58 @@ class Recipe:
         if problems:
             listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
             raise UsageError(f"The variant {self.name} cannot be built:\n{listed}")
-        variant.options, variant.notes = values, [f"{self.name}: {n}" for n in notes + self.void(setting, given)]
+        variant.options, variant.notes = (
+            values,
+            [f"{self.name}: {n}" for n in notes + self.paper_exact_notes(config, given)],
+        )
         return variant
 
-    def with_l0(
-        self, setting: RunConfig, asked: dict[str, Any], given: Mapping[str, Any]
+    def apply_l0(
+        self, config: RunConfig, asked: dict[str, Any], given: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
         """The options with `--l0` as k or as l0, where the recipe has one of them; and what is wrong with that."""
-        l0, own = setting.l0, self.options
-        if l0 is None or not 0 < l0 <= setting.d_sae:
-            return asked, [f"--l0 {l0:g} latents a token cannot be had of {setting.d_sae}."]
+        l0, own = config.l0, self.options
+        if l0 is None or not 0 < l0 <= config.d_sae:
+            return asked, [f"--l0 {l0:g} latents a token cannot be had of {config.d_sae}."]
         knobs = [name for name in ("k", "l0") if name in own]
         asked = asked | {name: int(l0) if l0 == int(l0) else l0 for name in knobs}
         return asked, [
             f"--l0 {l0:g} and {name}={given[name]} set the same: give one." for name in knobs if name in given
         ]
 
-    def void(self, setting: RunConfig, given: Mapping[str, Any]) -> list[str]:
-        """The warnings of `--literal`: what is void about the letter, for each option that follows it."""
-        if not setting.literal:
+    def paper_exact_notes(self, config: RunConfig, given: Mapping[str, Any]) -> list[str]:
+        """The warnings of `--paper-exact`: what is void about the letter, for each option that follows it."""
+        if not config.paper_exact:
             return []
-        if not self.literal:
-            return ["its defaults are the letter" if self.literal is not None else "has no paper's letter to follow"]
+        if not self.paper_exact:
+            return [
+                "its defaults are the letter" if self.paper_exact is not None else "has no paper's letter to follow"
+            ]
         return [
-            f"warning, {name}={v} is the letter: {why}" for name, (v, why) in self.literal.items() if name not in given
+            f"warning, {name}={v} is the letter: {why}"
+            for name, (v, why) in self.paper_exact.items()
+            if name not in given
         ]
 
 
-def fits(value: Any, kind: Any) -> bool:
+def matches_type(value: Any, kind: Any) -> bool:
     """Whether a value is of an annotated type, or one of its `Literal`s; an int is a float, a bool is neither."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_args(kind):
-        return any(fits(value, one) for one in get_args(kind))
+        return any(matches_type(value, one) for one in get_args(kind))
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def as_float(value: Any, kind: Any) -> Any:
+def int_as_float(value: Any, kind: Any) -> Any:
     """An int given for a float, as what it stands for: a tensor of ints is no tensor of floats."""
     kinds = get_args(kind) or (kind,)
     return float(value) if float in kinds and int not in kinds and isinstance(value, int) else value
 
 
-def misfit(name: str, value: Any, kind: Any) -> str:
+def type_mismatch(name: str, value: Any, kind: Any) -> str:
     """The sentence for a value that does not fit."""
     known = [one for part in (kind, *get_args(kind)) if get_origin(part) is Literal for one in get_args(part)]
     if known:
@@ -160,18 +167,18 @@ def recipe(
     equations: str = "",
     width: float = 8,
     batch_size: int = 2048,
-    literal: Mapping[str, tuple[Any, str]] | None = None,
+    paper_exact: Mapping[str, tuple[Any, str]] | None = None,
 ) -> Callable[[Build], Build]:
     def register(build: Build) -> Build:
         if name in RECIPES:
             raise TypeError(f"two recipes are called {name!r}: {RECIPES[name].build.__module__}, {build.__module__}")
-        RECIPES[name] = Recipe(name, build, paper, equations, width, batch_size, literal)
+        RECIPES[name] = Recipe(name, build, paper, equations, width, batch_size, paper_exact)
         return build
 
     return register
 
 
-def ablation(name: str, of: Build, summary: str, about: dict[str, Any], *idle: str, **fixed: Any) -> None:
+def register_ablation(name: str, of: Build, summary: str, about: dict[str, Any], *idle: str, **fixed: Any) -> None:
     """Register `of` with some options fixed. Those, and the ones that are idle then, are no longer options.
 
     A number that is scaled to the run is another default of its option, which stays one.
@@ -187,8 +194,8 @@ def ablation(name: str, of: Build, summary: str, about: dict[str, Any], *idle: s
     build.__signature__ = signature.replace(parameters=open_)  # type: ignore[attr-defined]
     build.__doc__ = summary
     names = {p.name for p in open_}
-    literal = {option: letter for option, letter in about["literal"].items() if option in names}
-    recipe(name, **about | {"literal": literal})(build)
+    paper_exact = {option: exact for option, exact in about["paper_exact"].items() if option in names}
+    recipe(name, **about | {"paper_exact": paper_exact})(build)
 
 
 def find_recipe(name: str) -> Recipe:

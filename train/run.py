@@ -20,9 +20,9 @@ from ..common.device import best_device
 from ..common.environment import environment_record
 from ..common.errors import Interrupted, SaeError, UsageError
 from ..common.files import atomic_write, os_error, read_json, write_json, writer_lock
-from .checkpoint import restore, save_checkpoint
+from .checkpoint import restore_checkpoint, save_checkpoint
 from .compile import compile_step
-from .loop import Trainer, bfloat16_products, train
+from .loop import Trainer, autocast, train_loop
 from .plan import FORMAT, Run, TrainConfig
 from .sae import fold_normalization, save_sae
 from .step import Mechanism
@@ -46,23 +46,23 @@ def run_training(runs: Sequence[Run], request: TrainConfig, report: TrainProgres
     """
     device = best_device(request.device)
     streams: dict[tuple[Any, ...], list[Run]] = {}
-    for run in undone(runs, report):
+    for run in unfinished_runs(runs, report):
         streams.setdefault(run.order, []).append(run)
     with stop_on_signal() as stopping:
         for together in streams.values():
             with contextlib.ExitStack() as held:
                 for run in together:
                     held.enter_context(writer_lock(run.folder, "sae train", report.say))
-                begun = [begin(run, device, report) for run in together]
+                begun = [prepare_trainer(run, device, report) for run in together]
                 for training, taken in begun:
                     if not taken:
-                        adapt(training, training.run.cache)
+                        set_normalization(training, training.run.cache)
                 for stream in shared_passes(begun, request, report, stopping):
                     stream.train(stream.longest)
     raise_problems(runs)
 
 
-def undone(runs: Sequence[Run], report: TrainProgress) -> list[Run]:
+def unfinished_runs(runs: Sequence[Run], report: TrainProgress) -> list[Run]:
     for run in runs:
         if run.done:
             report.say(f"{run.folder} is trained already.")
@@ -83,44 +83,44 @@ class RunTrainer(Trainer):
         self.run = run
 
 
-def begin(run: Run, device: str, report: TrainProgress) -> tuple[RunTrainer, int]:
+def prepare_trainer(run: Run, device: str, report: TrainProgress) -> tuple[RunTrainer, int]:
     """Build a run's variant, load its newest checkpoint if it has one; returns how many steps were taken.
 
     Without one it still has to `adapt`: the constants of normalisation come with a checkpoint.
     """
-    training, taken = RunTrainer(run, build(run).to(device), device), 0
+    training, taken = RunTrainer(run, build_variant(run).to(device), device), 0
     if (run.folder / "run.json").exists():
-        check_defaults(run, training.variant)
-        taken = restore(training, run.folder, report.say)
+        check_defaults_unchanged(run, training.variant)
+        taken = restore_checkpoint(training, run.folder, report.say)
         if taken:
             report.say(f"{run.name} goes on from step {taken}.")
-        drop_metrics_after(run.folder, taken)
+        truncate_metrics(run.folder, taken)
     else:
-        write_json(run.folder / "run.json", record_of(run, training))
-    if run.compiled and (why := compile_step(training, run.setting.batch_size)):
+        write_json(run.folder / "run.json", run_record(run, training))
+    if run.compiled and (why := compile_step(training, run.config.batch_size)):
         report.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({why}).")
     return training, taken
 
 
-def build(run: Run) -> Variant:
+def build_variant(run: Run) -> Variant:
     """The variant at step 0: the recipe under the run's seed, without the constants of its activations."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        return run.recipe.make(run.setting, run.options)
+        return run.recipe.make(run.config, run.options)
 
 
-def adapt(training: RunTrainer, cache: Cache | ConcatCache) -> None:
+def set_normalization(training: RunTrainer, cache: Cache | ConcatCache) -> None:
     """Give a training that begins the constants of normalisation."""
     name = training.run.hook.array
     mean_D = torch.from_numpy(cache.mean(name)).float().to(training.device)
-    training.variant.adapt(mean_D, cache.statistics(name)["mean_square_norm"])
+    training.variant.set_normalization(mean_D, cache.statistics(name)["mean_square_norm"])
 
 
-def record_of(run: Run, training: RunTrainer) -> dict[str, Any]:
+def run_record(run: Run, training: RunTrainer) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **run.identity(),
-        "resolved": resolved(training.variant),
+        "resolved": resolved_options(training.variant),
         "paper": run.recipe.paper,
         "cache_folders": run.cache_folders,
         **({"ring": run.cache.size} if isinstance(run.cache, RingCache) else {}),
@@ -131,14 +131,14 @@ def record_of(run: Run, training: RunTrainer) -> dict[str, Any]:
     }
 
 
-def resolved(variant: Variant) -> dict[str, Any]:
+def resolved_options(variant: Variant) -> dict[str, Any]:
     """Every option, given or default."""
     return {**variant.options, **asdict(variant.optimization)}
 
 
-def check_defaults(run: Run, variant: Variant) -> None:
+def check_defaults_unchanged(run: Run, variant: Variant) -> None:
     """The folder's name holds the options that were given; the defaults of the others can change with the version."""
-    begun, now = read_json(run.folder / "run.json", "resolved")["resolved"], resolved(variant)
+    begun, now = read_json(run.folder / "run.json", "resolved")["resolved"], resolved_options(variant)
     changed = [
         f"{name} {value} then, {now[name]} now" for name, value in begun.items() if now.get(name, value) != value
     ]
@@ -170,7 +170,7 @@ class SharedPass:
     ) -> None:
         self.active, self.taken, self.request, self.report, self.stopping = trainings, taken, request, report, stopping
         self.longest = max(training.steps for training in trainings)
-        self.batch_size = trainings[0].run.setting.batch_size
+        self.batch_size = trainings[0].run.config.batch_size
         self.waited = 0.0  # seconds for data, in the batches that are closed
 
     def train(self, until: int) -> None:
@@ -178,8 +178,8 @@ class SharedPass:
         self._finish_those_at(self.taken)  # killed between their last checkpoint and their end
         if self.active:
             self.until, first = until, self.active[0]
-            with batches_of(first.run, self.taken, first.device) as self.batches:
-                train(self.active, self.batches, range(self.taken, until), self._after_step)
+            with open_batches(first.run, self.taken, first.device) as self.batches:
+                train_loop(self.active, self.batches, range(self.taken, until), self._after_step)
             self.taken, self.waited = until, self.waited + self.batches.waited
 
     def _after_step(self, number: int) -> bool:
@@ -210,7 +210,7 @@ class SharedPass:
                     else "there is no checkpoint yet"
                 )
                 run.problem = (
-                    f"the loss or its gradient was not finite at step {step} (batch {step} of order seed {run.order_seed}); "
+                    f"the loss or its gradient was not finite at step {step} (batch {step} of order seed {run.shuffle_seed}); "
                     f"the weights were not moved by it, and {kept}. "
                     f"A smaller rate usually helps: --set {run.recipe.name}.lr=..."
                 )
@@ -221,19 +221,19 @@ class SharedPass:
         metrics = {}
         waited = round(self.waited + self.batches.waited, 3)
         for training in self.active:
-            tokens = count * training.run.setting.batch_size
-            line = {"step": count, "tokens": tokens, **training.take_metrics(), "waited_for_data": waited}
+            tokens = count * training.run.config.batch_size
+            line = {"step": count, "tokens": tokens, **training.pop_metrics(), "waited_for_data": waited}
             metrics[training.run.name] = line
             append_line(training.run.folder / "metrics.jsonl", line)
         self.report.step(count, self.longest, metrics)
 
     def _finish_those_at(self, count: int) -> None:
         for training in [t for t in self.active if t.steps == count]:
-            finish(training)
+            finish_run(training)
             self.active.remove(training)
 
 
-def finish(training: RunTrainer) -> None:
+def finish_run(training: RunTrainer) -> None:
     """Fold the normalisation in and write what evaluation loads; sae.json comes last and says that the run is done."""
     run, variant = training.run, training.variant
     save_checkpoint(training, run.folder, run.steps)
@@ -244,7 +244,7 @@ def finish(training: RunTrainer) -> None:
         "hook_name": run.hook.name,
         "variant": run.recipe.name,
         "seed": run.seed,
-        "training_tokens": run.steps * run.setting.batch_size,
+        "training_tokens": run.steps * run.config.batch_size,
         "cache": run.cache_folders[0],  # its held-out documents are held out of the others too
         "fingerprint": run.cache.fingerprint,
         "context": run.cache.identity["context"],
@@ -256,12 +256,12 @@ def finish(training: RunTrainer) -> None:
     save_sae(sae, run.folder, origin)
 
 
-def batches_of(run: Run, batch: int, device: str, few: bool = False) -> BatchLoader | ResidentLoader:
+def open_batches(run: Run, batch: int, device: str, few: bool = False) -> BatchLoader | ResidentLoader:
     """What a run reads, from a batch on; of a ring, the group that is there. For a `few` nothing is kept on a GPU."""
-    size = run.setting.batch_size
+    size = run.config.batch_size
     source, batch = run.cache.source(batch, size) if isinstance(run.cache, RingCache) else (run.cache, batch)
     make = BatchLoader if few else open_loader
-    return make(source, run.hook.array, size, seed=run.order_seed, batch=batch, device=device)
+    return make(source, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
 
 
 @torch.no_grad()
@@ -271,7 +271,7 @@ def calibrate(training: RunTrainer) -> None:
     settling = [m for m in training.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
     if not settling:
         return
-    with batches_of(run, run.steps, training.device, few=True) as batches, bfloat16_products(training.device):
+    with open_batches(run, run.steps, training.device, few=True) as batches, autocast(training.device):
         for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
             step = training.variant(training.i, x_BD, training.optimizer)
             for mechanism in settling:
@@ -286,7 +286,7 @@ def append_line(path: Path, content: dict[str, float]) -> None:
         raise os_error(error, path) from error
 
 
-def drop_metrics_after(folder: Path, step: int) -> None:
+def truncate_metrics(folder: Path, step: int) -> None:
     """Forget lines of steps that will be taken again, and a last line that a kill cut off."""
     path = folder / "metrics.jsonl"
     if not path.exists():

@@ -65,11 +65,11 @@ class SAE(nn.Module):
     def forward(self, x_BD: Tensor) -> SAEOutput:
         pre_BF = self.pre_activations(x_BD)
         if choice := self.gathers():
-            at = sparse_ops.SelectedLatents.of(choice.choose(pre_BF.detach()), *pre_BF.shape)
+            at = sparse_ops.SelectedLatents.of(choice.select(pre_BF.detach()), *pre_BF.shape)
             b_D = self.b_dec if self.pre_bias else None
             kept = sparse_ops.KeptLatents(sparse_ops.encode(pre_BF, x_BD, self.W_enc, self.b_enc, b_D, at).relu(), at)
             recon_BD = sparse_ops.decode(kept, self.W_dec) + self.b_dec
-            return SAEOutput(pre_BF, sparse_ops.scatter_latents(kept.value_N, at.flat_N, pre_BF), recon_BD, kept)
+            return SAEOutput(pre_BF, sparse_ops.scatter_latents(kept.value_N, at.flat_index_N, pre_BF), recon_BD, kept)
         f_BF = self.activate(pre_BF, x_BD)
         return SAEOutput(pre_BF, f_BF, self.decode(f_BF))
 

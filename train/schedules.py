@@ -15,19 +15,19 @@ def constant(value: float) -> Coefficient:
     return lambda step: value
 
 
-def progress(step: Step, steps: float) -> Tensor:
+def ramp(step: Step, steps: float) -> Tensor:
     """0 at step 0, 1 from step `steps` on."""
     return (step.i / steps).clamp(max=1.0)
 
 
 def linear(start: float, end: float, steps: float) -> Coefficient:
     """start -> end over `steps`, then end."""
-    return lambda step: start + (end - start) * progress(step, steps)
+    return lambda step: start + (end - start) * ramp(step, steps)
 
 
 def cosine(start: float, end: float, steps: float) -> Coefficient:
     """end + (start - end)(1 + cos(pi t/T))/2."""
-    return lambda step: end + 0.5 * (start - end) * (1 + torch.cos(math.pi * progress(step, steps)))
+    return lambda step: end + 0.5 * (start - end) * (1 + torch.cos(math.pi * ramp(step, steps)))
 
 
 def warmup(to: float, steps: int) -> Coefficient:
@@ -39,11 +39,13 @@ def warmup(to: float, steps: int) -> Coefficient:
     return lambda step: to * ((step.i + 1) / max(steps, 1)).clamp(max=1.0)
 
 
-def times(*factors: Coefficient) -> Coefficient:
-    def product(step: Step) -> Tensor | float:
+def product(*factors: Coefficient) -> Coefficient:
+    """The product of several coefficients."""
+
+    def coefficient(step: Step) -> Tensor | float:
         result: Tensor | float = 1.0
         for factor in factors:
             result = result * factor(step)
         return result
 
-    return product
+    return coefficient

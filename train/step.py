@@ -26,7 +26,7 @@ class Step:
     f_BF: Tensor
     recon_BD: Tensor
     kept: KeptLatents | None = None  # f_BF once more, where the SAE goes by rows
-    notes: dict[str, Tensor] = field(default_factory=dict)  # what a term found on the way and wants logged, each 0-d
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # what a term found on the way and wants logged, each 0-d
     _error_BD: Tensor | None = None
 
     @property

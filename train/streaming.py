@@ -12,7 +12,17 @@ from ..cache.ring import RingCache
 from ..common.device import best_device
 from ..common.files import writer_lock
 from .plan import Run, TrainConfig
-from .run import RunTrainer, SharedPass, TrainProgress, adapt, begin, raise_problems, shared_passes, stop_on_signal, undone
+from .run import (
+    RunTrainer,
+    SharedPass,
+    TrainProgress,
+    prepare_trainer,
+    raise_problems,
+    set_normalization,
+    shared_passes,
+    stop_on_signal,
+    unfinished_runs,
+)
 
 Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]  # makes these groups while it is open
 
@@ -28,9 +38,9 @@ def train_streaming(runs: Sequence[Run], request: TrainConfig, report: TrainProg
     assert ring is not None
     begun: dict[tuple[Any, ...], list[tuple[RunTrainer, int]]] = {}
     with stop_on_signal() as stopping, ExitStack() as held:
-        for run in undone(runs, report):
+        for run in unfinished_runs(runs, report):
             held.enter_context(writer_lock(run.folder, "sae train", report.say))
-            begun.setdefault(run.order, []).append(begin(run, device, report))
+            begun.setdefault(run.order, []).append(prepare_trainer(run, device, report))
         streams = [stream for each in begun.values() for stream in shared_passes(each, request, report, stopping)]
         if not streams:
             return
@@ -59,5 +69,5 @@ def train_on_group(ring: RingCache, stream: SharedPass) -> None:
     assert ring.group is not None
     if not stream.taken:
         for training in stream.active:
-            adapt(training, ring.group)
+            set_normalization(training, ring.group)
     stream.train(min(ring.ends(stream.batch_size)[ring.group.number], stream.longest))

@@ -21,28 +21,28 @@ class RunConfig(NamedTuple):
     steps: int
     batch_size: int
     l0: float | None = None  # what `--l0` asks for
-    literal: bool = False  # the paper's letter instead of the readings that work
+    paper_exact: bool = False  # the paper's letter instead of the readings that work
     variance: float | None = None  # of an element of the cache's rows; None: not known, nothing is scaled by it
 
     SIZES = ("d_in", "d_sae", "steps", "batch_size")
 
     def identity(self) -> dict[str, Any]:
         """What of it decides a run's result, beside the cache: knobs only where they are used."""
-        knobs = {"l0": self.l0, "literal": self.literal}
+        knobs = {"l0": self.l0, "literal": self.paper_exact}
         return {name: getattr(self, name) for name in self.SIZES} | {name: knob for name, knob in knobs.items() if knob}
 
     @classmethod
-    def recorded(cls, record: Mapping[str, Any], variance: float) -> "RunConfig":
+    def from_record(cls, record: Mapping[str, Any], variance: float) -> "RunConfig":
         """The setting with this identity."""
         sizes = (record[name] for name in cls.SIZES)
         return cls(*sizes, record.get("l0"), record.get("literal", False), variance)
 
-    def growth(self, steps: int | None) -> int:
+    def penalty_warmup(self, steps: int | None) -> int:
         """The steps over which a penalty grows: those given, else a twentieth of the run."""
         return self.steps // 20 if steps is None else steps
 
     @property
-    def dead_tokens(self) -> int:
+    def dead_after_tokens(self) -> int:
         """A latent is dead that has not fired for ten million tokens, or a tenth of a shorter run."""
         return min(10_000_000, max(self.steps * self.batch_size // 10, self.batch_size))
 
@@ -66,13 +66,13 @@ class Optimization:
     def warmup_steps(self, steps: int) -> int:
         return min(1000, steps // 10) if self.warmup is None else self.warmup
 
-    def rate(self, i: Tensor, steps: int) -> Tensor:
+    def lr_at(self, i: Tensor, steps: int) -> Tensor:
         """lr min(1, (t+1)/w), and from `decay_start` linearly down; the first step already moves."""
         up = ((i + 1) / max(self.warmup_steps(steps), 1)).clamp(max=1.0)
         down = ((steps - i) / max(steps * (1 - self.decay_start), 1)).clamp(max=1.0)
         return self.lr * up * down
 
-    def problems(self, steps: int) -> Iterator[str]:
+    def validation_errors(self, steps: int) -> Iterator[str]:
         if not self.lr > 0:
             yield f"lr={self.lr:g} is not positive."
         for name in ("beta1", "beta2"):
@@ -127,7 +127,7 @@ class Variant(nn.Module):
         self.terms[name] = term
         self.coefficients[name] = coefficient if callable(coefficient) else constant(coefficient)
 
-    def adapt(self, mean_D: Tensor, mean_square_norm: float) -> None:
+    def set_normalization(self, mean_D: Tensor, mean_square_norm: float) -> None:
         """Take the constants of normalisation from the cache, once; they are saved with the run."""
         how, square = self.optimization, mean_square_norm
         if how.center:
@@ -150,7 +150,7 @@ class Variant(nn.Module):
         for name, term in self.terms.items():
             coefficient = self.coefficients[name](step)
             if isinstance(coefficient, Tensor):
-                step.notes[f"{name}_coefficient"] = coefficient.detach()
+                step.metrics[f"{name}_coefficient"] = coefficient.detach()
             losses[name] = coefficient * term(step)
         return losses
 

@@ -131,7 +131,7 @@ def train_config(group: Sequence[Job], cache: Path, asked: ReproduceConfig) -> A
     recipes = options_by_recipe(group)
     return TrainConfig(
         variants=list(recipes), layers=first.layers, seeds=first.seeds, caches=(cache,), steps=first.steps, width=first.width,
-        batch_size=first.batch_size, literal=first.literal, out=asked.folder / "runs", device=asked.device,
+        batch_size=first.batch_size, paper_exact=first.literal, out=asked.folder / "runs", device=asked.device,
         options=[f"{recipe}.{option}" for recipe, options in recipes.items() for option in options],
     )  # fmt: skip
 

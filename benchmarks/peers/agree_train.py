@@ -121,7 +121,7 @@ def ours(
         losses = []
         for number, x_BD in enumerate(x_SBD):
             training.run_periodic(number, training.step(x_BD))
-            losses.append(training.take_metrics())
+            losses.append(training.pop_metrics())
     seen = {f"seen.{name}": torch.tensor([s[name] for s in losses], dtype=torch.float64) for name in losses[0]}
     return seen | {f"final.{name}": tensor.detach() for name, tensor in variant.sae.state_dict().items()}
 

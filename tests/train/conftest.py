@@ -94,7 +94,7 @@ def variant_of(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..
         torch.manual_seed(0)
         variant = make(name, RunConfig(D_IN, D_SAE, steps, BATCH), **options)
         mean_D = torch.from_numpy(sparse_cache.mean("layer_00")).float()
-        variant.adapt(mean_D, sparse_cache.statistics("layer_00")["mean_square_norm"])
+        variant.set_normalization(mean_D, sparse_cache.statistics("layer_00")["mean_square_norm"])
         return variant
 
     return build

@@ -56,7 +56,7 @@ def agree(name: str) -> tuple[dict[str, float], dict[str, float]]:
     seen = []
     for number, x_BD in enumerate(x_SBD):
         training.run_periodic(number, training.step(x_BD))
-        seen.append(training.take_metrics())
+        seen.append(training.pop_metrics())
     ours = {key: torch.tensor([metrics[key] for metrics in seen], dtype=torch.float64) for key in theirs}
     return (
         {key: apart(ours[key], theirs[key]) for key in theirs},

@@ -9,7 +9,7 @@ import torch._inductor.config
 
 from sae.common.errors import UsageError
 from sae.train import run
-from sae.train.checkpoint import restore, save_checkpoint, tensors_of
+from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.compile import compile_step
 from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, plan_training
@@ -37,13 +37,13 @@ def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
     save_checkpoint(whole, tmp_path, 2)
     list(take(whole, range(2, 3)))
     list(take(eager, range(3)))
-    for name, tensor in tensors_of(eager).items():
-        found = tensors_of(whole)[name]
+    for name, tensor in training_state(eager).items():
+        found = training_state(whole)[name]
         torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     again = compiled_one()
-    assert restore(again, tmp_path, pytest.fail) == 2
+    assert restore_checkpoint(again, tmp_path, pytest.fail) == 2
     list(take(again, range(2, 3)))
-    assert [n for n, t in tensors_of(again).items() if not torch.equal(t, tensors_of(whole)[n])] == []
+    assert [n for n, t in training_state(again).items() if not torch.equal(t, training_state(whole)[n])] == []
 
 
 def request_of(sparse_cache, out: Path, **other: object) -> TrainConfig:

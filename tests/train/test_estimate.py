@@ -8,7 +8,7 @@ import pytest
 from sae.common.device import available_memory
 from sae.common.errors import UnavailableError, UsageError
 from sae.train import estimate
-from sae.train.estimate import bytes_of, check_space, step_seconds, training_seconds
+from sae.train.estimate import check_disk_space, run_bytes, step_seconds, training_seconds
 from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, group_by_pass, plan_training
 from sae.train.recipe import RECIPES, find_recipe
@@ -28,7 +28,7 @@ def request_of(cache, *variants, **more):
 
 def passing(planned):
     """A third checkpoint before the first goes; there is no SAE then yet."""
-    return bytes_of(planned).state - bytes_of(planned).sae
+    return run_bytes(planned).state - run_bytes(planned).sae
 
 
 def test_the_bytes_of_a_run_are_its_tensors():
@@ -37,8 +37,8 @@ def test_the_bytes_of_a_run_are_its_tensors():
     buffers = 4 * (4 + 1) + 8 * (
         8 + 1
     )  # mean and scale of the input; of each latent since when it is silent, and if it is dead
-    assert bytes_of(planned).state == 3 * weights + buffers
-    assert bytes_of(planned).folder == weights + 2 * bytes_of(planned).state
+    assert run_bytes(planned).state == 3 * weights + buffers
+    assert run_bytes(planned).folder == weights + 2 * run_bytes(planned).state
 
 
 @pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
@@ -46,7 +46,7 @@ def test_the_disk_holds_what_was_foreseen(sparse_cache, variant):
     (run,) = runs = plan_training(request_of(sparse_cache, variant))
     run_training(runs, request_of(sparse_cache, variant))
     found = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
-    assert 1 <= found / bytes_of(run.planned).folder < 1.02  # and the names of the tensors
+    assert 1 <= found / run_bytes(run.planned).folder < 1.02  # and the names of the tensors
 
 
 @pytest.mark.parametrize("variant", RECIPES)
@@ -65,7 +65,7 @@ def test_a_batch_too_large_to_time_is_timed_in_part(monkeypatch):
 
 def test_the_optimizers_part_of_a_step_is_counted_once(monkeypatch):
     monkeypatch.setitem(estimate.LATENTS, "cpu", 5 * 64)
-    monkeypatch.setattr(estimate, "fastest", lambda training, x_BD: 10 + 2 * len(x_BD))
+    monkeypatch.setattr(estimate, "fastest_step", lambda training, x_BD: 10 + 2 * len(x_BD))
     assert step_seconds((find_recipe("relu"), {}, RunConfig(16, 64, 10, 32)), "cpu") == 10 + 2 * 32
 
 
@@ -89,7 +89,7 @@ def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
     request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
-    needed = sum(bytes_of(run.planned).folder for run in plan_training(request)) + passing(
+    needed = sum(run_bytes(run.planned).folder for run in plan_training(request)) + passing(
         plan_training(request)[0].planned
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
@@ -105,11 +105,11 @@ def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monk
     (run,) = runs = plan_training(request)
     run_training(runs, request)
     (run.folder / "sae.json").unlink()  # killed just before its end
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, bytes_of(run.planned).state))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, run_bytes(run.planned).state))
     assert plan_training(request)[0].folder == run.folder
     (run.folder / "sae.safetensors").unlink()
     assert plan_training(request)[0].folder == run.folder
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, bytes_of(run.planned).state // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, run_bytes(run.planned).state // 2))
     with pytest.raises(UnavailableError, match="1 run of up to"):
         plan_training(request)
 
@@ -137,23 +137,23 @@ def test_the_memory_of_this_machine_is_known():
 def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
     folders = [tmp_path / name for name in "ab"]
     one, two = (plan_training(request_of(sparse_cache, "relu", out=folder))[0] for folder in folders)
-    needed = 2 * bytes_of(one.planned).folder + passing(one.planned)
+    needed = 2 * run_bytes(one.planned).folder + passing(one.planned)
     both = [(run.planned, run.folder) for run in (one, two)]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
-    check_space(both)
-    check_space(both, {tmp_path / "activations": 0})
+    check_disk_space(both)
+    check_disk_space(both, {tmp_path / "activations": 0})
     with pytest.raises(UnavailableError, match="beside 0.0 MB of activations"):
-        check_space(both, {tmp_path / "activations": 1})
+        check_disk_space(both, {tmp_path / "activations": 1})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="2 runs"):
-        check_space(both)
+        check_disk_space(both)
 
 
 def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkeypatch):
     (run,) = plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
     run.folder.mkdir(parents=True)
     (run.folder / "notes").write_bytes(bytes(10**6))
-    needed = bytes_of(run.planned).folder + passing(run.planned)
+    needed = run_bytes(run.planned).folder + passing(run.planned)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="1 run of up to"):
         plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs"))

@@ -10,7 +10,7 @@ from sae.train.loop import Trainer
 from sae.train.losses import L1, MSE, AuxK, MultiTopK
 from sae.train.mechanisms import ActivityEMA, AnnealK, BatchTopKThreshold, DeadLatents, UnitNormDecoder, reset_adam_state
 from sae.train.sae import SAE
-from sae.train.schedules import constant, cosine, linear, times, warmup
+from sae.train.schedules import constant, cosine, linear, product, warmup
 from sae.train.step import Step
 from sae.train.variant import Optimization
 from sae.train.variants.decorrelation import Decorrelation
@@ -46,7 +46,7 @@ def test_l1_sums_over_latents_and_averages_over_tokens() -> None:
         (cosine(1.0, 0.2, 8), {0: 1.0, 4: 0.6, 8: 0.2, 99: 0.2}),
         (warmup(2.0, 4), {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 99: 2.0}),
         (warmup(2.0, 0), {0: 2.0}),
-        (times(warmup(2.0, 4), constant(3.0), linear(1.0, 0.0, 10)), {0: 1.5, 5: 3.0, 10: 0.0}),
+        (product(warmup(2.0, 4), constant(3.0), linear(1.0, 0.0, 10)), {0: 1.5, 5: 3.0, 10: 0.0}),
     ],
 )
 def test_coefficients_at_the_start_the_middle_the_end_and_beyond(coefficient, values: dict[int, float]) -> None:
@@ -58,7 +58,7 @@ def test_the_rate_rises_stays_and_falls() -> None:
     """lr (t+1)/w up to w = 10, lr until 0.8 of 100 steps, then lr (T - t)/20: the last step still moves."""
     how = Optimization(lr=2.0, warmup=10, decay_start=0.8)
     expected = {0: 0.2, 9: 2.0, 10: 2.0, 80: 2.0, 90: 1.0, 99: 0.1}
-    assert {t: float(how.rate(torch.tensor(t), 100)) for t in expected} == pytest.approx(expected, rel=1e-5)
+    assert {t: float(how.lr_at(torch.tensor(t), 100)) for t in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_group_of_the_optimizer_follows_the_rate(training_of, batches) -> None:
@@ -248,9 +248,9 @@ def test_decorrelation_is_its_definition(fraction: float) -> None:
     step = Step(torch.tensor(0), None, None, latents_BF, latents_BF, latents_BF, latents_BF)
     found = Decorrelation(fraction)(step)
     found.backward()
-    assert float(step.notes["mean_correlation"]) == pytest.approx(mean, rel=1e-4)
-    assert float(step.notes["tau"]) == pytest.approx(tau, rel=1e-4)
-    assert float(step.notes["sd_correlation"]) == pytest.approx(tau - mean, rel=1e-4)  # the reference's sd
+    assert float(step.metrics["mean_correlation"]) == pytest.approx(mean, rel=1e-4)
+    assert float(step.metrics["tau"]) == pytest.approx(tau, rel=1e-4)
+    assert float(step.metrics["sd_correlation"]) == pytest.approx(tau - mean, rel=1e-4)  # the reference's sd
     assert found.item() == pytest.approx(value.item(), rel=1e-4)
     torch.testing.assert_close(latents_BF.grad.double(), exact_BF.grad, rtol=1e-3, atol=1e-6)
     assert not latents_BF.grad[:, [0, 5, 23]].any()

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.cache.reader import Cache
 from sae.common.files import read_json
-from sae.train.checkpoint import restore, save_checkpoint, tensors_of
+from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.loop import Trainer
 from sae.train.mechanisms import UnitNormDecoder
 from sae.train.plan import TrainConfig, plan_training
-from sae.train.recipe import RECIPES, fits
+from sae.train.recipe import RECIPES, matches_type
 from sae.train.run import run_training
 from sae.train.sae import fold_normalization, load_sae, save_sae
 from sae.train.variant import RunConfig
@@ -48,8 +48,8 @@ def test_thirty_steps_are_finite_and_rows_stay_unit(name, training_of, take) -> 
             norms_F = training.variant.sae.W_dec.norm(dim=1)
             assert (norms_F - 1).abs().max() < 1e-6, f"after step {number}"
     assert int(training.failed_at) == -1
-    assert [n for n, t in tensors_of(training).items() if not torch.isfinite(t).all()] == []
-    assert all(value == value for value in training.take_metrics().values())
+    assert [n for n, t in training_state(training).items() if not torch.isfinite(t).all()] == []
+    assert all(value == value for value in training.pop_metrics().values())
     assert not torch.equal(before, training.variant.sae.W_enc)
 
 
@@ -70,10 +70,10 @@ def test_resume_is_exact(name, training_of, take, tmp_path: Path) -> None:
     save_checkpoint(first, tmp_path, 10)
     second = training_of(name)
     torch.manual_seed(2)
-    assert restore(second, tmp_path, pytest.fail) == 10
-    assert same(tensors_of(second), tensors_of(first)) == []
+    assert restore_checkpoint(second, tmp_path, pytest.fail) == 10
+    assert same(training_state(second), training_state(first)) == []
     list(take(second, range(10, 20)))
-    assert same(tensors_of(whole), tensors_of(second)) == []
+    assert same(training_state(whole), training_state(second)) == []
 
 
 @every_recipe
@@ -138,8 +138,8 @@ def test_options_are_checked_without_allocating(name, make) -> None:
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_defaults_are_of_the_type_they_are_annotated_with(name) -> None:
-    kinds = RECIPES[name].kinds()
-    assert [k for k, default in RECIPES[name].options.items() if not fits(default, kinds[k])] == []
+    kinds = RECIPES[name].option_types()
+    assert [k for k, default in RECIPES[name].options.items() if not matches_type(default, kinds[k])] == []
     assert RECIPES[name].summary and RECIPES[name].paper
 
 

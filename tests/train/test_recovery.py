@@ -27,7 +27,7 @@ def test_the_atoms_are_found(name: str, options: dict) -> None:
     torch.manual_seed(0)
     variant = find_recipe(name).make(RunConfig(32, 64, STEPS, 256), {"lr": 5e-3, **options})
     sample = rows(10_000)
-    variant.adapt(sample.mean(0), float(sample.square().sum(1).mean()))
+    variant.set_normalization(sample.mean(0), float(sample.square().sum(1).mean()))
     training, before = Trainer(variant, STEPS, "cpu"), cosine()
     for number in range(STEPS):
         training.run_periodic(number, training.step(rows(256)))

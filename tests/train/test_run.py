@@ -19,7 +19,7 @@ from sae.cache.loader import BatchOrder
 from sae.cache.reader import open_cache
 from sae.common.errors import Interrupted, SaeError, UsageError
 from sae.common.files import read_json
-from sae.train.checkpoint import restore, save_checkpoint, tensors_of
+from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.run import TrainProgress, run_training
 from sae.train.sae import load_sae
@@ -194,7 +194,7 @@ def test_checkpoints_of_an_abandoned_future_do_not_push_out_whole_ones(training_
         save_checkpoint(training, tmp_path, step)
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "state.json").unlink()
     save_checkpoint(training, tmp_path, 50)
-    assert restore(training, tmp_path, pytest.fail) == 50
+    assert restore_checkpoint(training, tmp_path, pytest.fail) == 50
 
 
 def test_a_checkpoint_of_another_version_is_refused_and_kept(sparse_cache) -> None:
@@ -211,13 +211,13 @@ def test_a_checkpoint_of_another_version_is_refused_and_kept(sparse_cache) -> No
 def test_a_checkpoint_of_other_parts_is_refused(training_of, tmp_path: Path) -> None:
     save_checkpoint(training_of("relu"), tmp_path, 3)
     with pytest.raises(UsageError, match="checkpoint of other parts"):
-        restore(training_of("batchtopk"), tmp_path, pytest.fail)
+        restore_checkpoint(training_of("batchtopk"), tmp_path, pytest.fail)
 
 
 def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(training_of, batches) -> None:
     training = training_of("batchtopk")
     training.step(batches[0])
-    names = set(tensors_of(training))
+    names = set(training_state(training))
     assert {"i", "failed_at", "variant.scale", "variant.mean_D", "variant.sae.activation.0.threshold"} <= names
     assert {f"optimizer.sae.{p}.{key}" for p in ("W_enc", "W_dec", "b_enc", "b_dec") for key in ("step", "exp_avg", "exp_avg_sq")} <= names  # fmt: skip
 
@@ -374,7 +374,7 @@ def test_a_bare_option_goes_to_the_variants_that_have_it(sparse_cache) -> None:
 
 def test_widths_are_numbers_multiples_and_kilos(sparse_cache) -> None:
     widths = {
-        text: plan_training(request_of(sparse_cache, "relu", width=text))[0].setting.d_sae
+        text: plan_training(request_of(sparse_cache, "relu", width=text))[0].config.d_sae
         for text in ("96", "4x", "1.5x", "2k")
     }
     assert widths == {"96": 96, "4x": 128, "1.5x": 48, "2k": 2048}
@@ -411,7 +411,7 @@ def test_the_folder_is_named_by_everything_that_decides_the_result(sparse_cache,
     base = request_of(sparse_cache, "relu")
     variations = [
         base, request_of(sparse_cache, "relu", steps=13), request_of(sparse_cache, "relu", options=["lr=1e-3"]),
-        request_of(sparse_cache, "relu", order_seed=1), request_of(another_cache, "relu"), request_of(sparse_cache, "relu", batch_size=32),
+        request_of(sparse_cache, "relu", shuffle_seed=1), request_of(another_cache, "relu"), request_of(sparse_cache, "relu", batch_size=32),
     ]  # fmt: skip
     assert len({plan_training(request)[0].name for request in variations}) == len(variations)
     assert (

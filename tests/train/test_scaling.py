@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.common.errors import UsageError
 from sae.train import recipe as registry
-from sae.train.checkpoint import restore, save_checkpoint, tensors_of
+from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.l0_control import L0Controller
 from sae.train.loop import Trainer
 from sae.train.losses import MSE
@@ -30,12 +30,12 @@ def trained(cache, setting: RunConfig, name: str, batches: list[torch.Tensor], *
     torch.manual_seed(0)
     variant = find_recipe(name).make(setting, options)
     mean_D = torch.from_numpy(cache.mean("layer_00")).float()
-    variant.adapt(mean_D, cache.statistics("layer_00")["mean_square_norm"])
+    variant.set_normalization(mean_D, cache.statistics("layer_00")["mean_square_norm"])
     training = Trainer(variant, setting.steps, "cpu")
     for number in range(setting.steps):
         training.run_periodic(number, training.step(batches[number % len(batches)]))
         if number == setting.steps * 9 // 10:
-            training.take_metrics()
+            training.pop_metrics()
     return training
 
 
@@ -45,7 +45,7 @@ def trained(cache, setting: RunConfig, name: str, batches: list[torch.Tensor], *
 @every_recipe
 def test_l0_is_a_knob_of_every_recipe_and_turns_the_right_way(name, sparse_cache, batches) -> None:
     few, many = (
-        trained(sparse_cache, SETTING._replace(l0=n), name, batches, lr=3e-3, warmup=0).take_metrics() for n in (4, 48)
+        trained(sparse_cache, SETTING._replace(l0=n), name, batches, lr=3e-3, warmup=0).pop_metrics() for n in (4, 48)
     )
     assert few["l0"] < many["l0"]
 
@@ -61,7 +61,7 @@ def test_l0_is_a_knob_of_every_recipe_and_turns_the_right_way(name, sparse_cache
 def test_a_run_ends_at_the_l0_that_was_asked_for(name, sparse_cache, batches) -> None:
     setting = SETTING._replace(steps=400, l0=8)
     training = trained(sparse_cache, setting, name, batches, lr=2e-3)
-    assert training.take_metrics()["l0"] == pytest.approx(8, rel=0.1)
+    assert training.pop_metrics()["l0"] == pytest.approx(8, rel=0.1)
 
 
 @every_recipe
@@ -82,10 +82,10 @@ def test_resume_is_exact_with_l0(sparse_cache, batches, tmp_path) -> None:
         for number in numbers:
             training.step(batches[number])
     save_checkpoint(first, tmp_path, 10)
-    assert restore(second, tmp_path, pytest.fail) == 10
+    assert restore_checkpoint(second, tmp_path, pytest.fail) == 10
     for number in range(10, 20):
         second.step(batches[number])
-    ours, theirs = tensors_of(second), tensors_of(whole)
+    ours, theirs = training_state(second), training_state(whole)
     assert [n for n in theirs if not torch.equal(ours[n], theirs[n])] == []
 
 
@@ -134,21 +134,21 @@ def test_l0_and_literal_are_part_of_a_run_only_when_given(sparse_cache, tmp_path
     assert not {"l0", "literal"} & plain.identity().keys()
     few, many = runs(l0=[4, 16.5])
     assert (few.identity()["l0"], many.identity()["l0"]) == (4, 16.5)
-    (literal,) = runs(literal=True)
+    (literal,) = runs(paper_exact=True)
     assert literal.identity()["literal"] is True
     names = [run.default_name().rpartition("-")[0] for run in (plain, few, many, literal)]
     assert names == ["relu-L00-n32-s0", "relu-L00-n32-l0_4-s0", "relu-L00-n32-l0_16.5-s0", "relu-L00-n32-literal-s0"]
 
 
 def test_a_run_with_knobs_is_resumed_with_them(sparse_cache, tmp_path) -> None:
-    asked = TrainConfig(["competition"], layers=[0], caches=[sparse_cache.folder], steps=4, batch_size=64, l0=[8], literal=True,
+    asked = TrainConfig(["competition"], layers=[0], caches=[sparse_cache.folder], steps=4, batch_size=64, l0=[8], paper_exact=True,
                     device="cpu", out=tmp_path)  # fmt: skip
     (run,) = plan_training(asked)
     run_training([run], asked)
     (again,) = plan_training(TrainConfig(resume=[run.folder]))
-    assert again.setting == run.setting and again.setting.l0 == 8 and again.setting.literal
-    with pytest.raises(UsageError, match="--l0, --literal cannot change a run that has begun"):
-        plan_training(TrainConfig(resume=[run.folder], l0=[8], literal=True))
+    assert again.config == run.config and again.config.l0 == 8 and again.config.paper_exact
+    with pytest.raises(UsageError, match="--l0, --paper-exact cannot change a run that has begun"):
+        plan_training(TrainConfig(resume=[run.folder], l0=[8], paper_exact=True))
 
 
 # --- literal --------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_a_run_with_knobs_is_resumed_with_them(sparse_cache, tmp_path) -> None:
 
 @of_the_papers
 def test_a_papers_recipe_declares_its_letter_with_reasons(name) -> None:
-    letter, options = RECIPES[name].literal, RECIPES[name].options
+    letter, options = RECIPES[name].paper_exact, RECIPES[name].options
     assert letter is not None  # {}: the defaults are the letter
     assert [option for option in letter if option not in options] == []
     for option, (value, why) in letter.items():
@@ -167,9 +167,9 @@ def test_a_papers_recipe_declares_its_letter_with_reasons(name) -> None:
 @every_recipe
 def test_literal_changes_what_is_declared_and_what_is_scaled_and_nothing_else(name) -> None:
     recipe, setting = RECIPES[name], RunConfig(32, 512, 100, 64, variance=6.0)
-    ours, literal = recipe.make(setting, {}), recipe.make(setting._replace(literal=True), {})
+    ours, literal = recipe.make(setting, {}), recipe.make(setting._replace(paper_exact=True), {})
     changed = {option: value for option, value in literal.options.items() if value != ours.options[option]}
-    declared = {option: value for option, (value, _) in (recipe.literal or {}).items()}
+    declared = {option: value for option, (value, _) in (recipe.paper_exact or {}).items()}
     raw = {option: value for option, value in recipe.options.items() if isinstance(value, ScaledDefault)}
     assert {o: v for o, v in changed.items() if o not in raw} == {o: v for o, v in declared.items() if o not in raw}
     assert {o: literal.options[o] for o in raw} == {o: declared.get(o, v) for o, v in raw.items()}
@@ -180,13 +180,13 @@ def test_literal_changes_what_is_declared_and_what_is_scaled_and_nothing_else(na
 
 @of_the_papers
 def test_a_literal_run_is_finite_or_stops_by_itself(name, sparse_cache, batches) -> None:
-    training = trained(sparse_cache, RunConfig(32, 512, 12, 64, literal=True), name, batches)
+    training = trained(sparse_cache, RunConfig(32, 512, 12, 64, paper_exact=True), name, batches)
     weights = [w for w in training.variant.sae.state_dict().values() if not torch.isfinite(w).all()]
     assert weights == []  # a step that is not finite moves nothing
 
 
 def test_what_is_set_overrides_the_letter() -> None:
-    variant = RECIPES["competition"].make(SETTING._replace(literal=True), {"reduction": "n", "k": 3})
+    variant = RECIPES["competition"].make(SETTING._replace(paper_exact=True), {"reduction": "n", "k": 3})
     assert (variant.options["tau_on"], variant.options["reduction"], variant.options["k"]) == ("lift", "n", 3)
     assert not any("reduction" in note for note in variant.notes)
 
@@ -215,10 +215,10 @@ def test_a_length_is_scaled_where_the_input_is_raw() -> None:
 
 def test_numbers_that_follow_the_run_are_plain_numbers_to_everybody_else() -> None:
     run = RunConfig(128, 512, 100, 64, variance=6.0)
-    assert ScaleWithWidth(1).at(run, False) == 1  # of anything there is one at least
+    assert ScaleWithWidth(1).resolve(run, False) == 1  # of anything there is one at least
     assert (ScaleWithWidth(100) + 1, ScaleWithVariance(2.5) * 2, f"{ScaleWithNorm(0.01)}") == (
         101,
         5.0,
         "0.01 at variance 24",
     )
-    assert ScaleWithVariance(2.5).at(run._replace(variance=None), False) == 2.5
+    assert ScaleWithVariance(2.5).resolve(run._replace(variance=None), False) == 2.5

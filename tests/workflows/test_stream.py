@@ -31,7 +31,7 @@ from sae.harvest.plan import plan_harvest
 from sae.harvest.repair import repair
 from sae.harvest.run import run_harvest
 from sae.harvest.streaming import check_room, harvest_ahead, plan_ring
-from sae.train.checkpoint import tensors_of
+from sae.train.checkpoint import training_state
 from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import find_recipe
@@ -103,7 +103,7 @@ def weights(folder: Path) -> bytes:
 
 def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked, tmp_path: Path) -> None:
     """Laid out with numpy: chunks of a group in the order of its number, thirty lanes, two rows of each a batch."""
-    (folder,) = stream(asked, request_of("topk", order_seed=5))
+    (folder,) = stream(asked, request_of("topk", shuffle_seed=5))
     cache = run_harvest(plan_harvest(Harvest(layers=[1], out=tmp_path / "whole", **asked)))
     rows = [
         torch.from_numpy(cache.chunk("layer_01", n).astype(np.int32)).short().view(torch.bfloat16) for n in range(12)
@@ -112,7 +112,7 @@ def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked
 
     torch.manual_seed(0)
     variant = find_recipe("topk").make(RunConfig(32, 64, STEPS, BATCH), {"k": 4})
-    variant.adapt(first.mean(0).float(), float(first.square().sum(1).mean()))
+    variant.set_normalization(first.mean(0).float(), float(first.square().sum(1).mean()))
     training = Trainer(variant, STEPS, "cpu")
     number, dropped = 0, 0
     for group in range(6):
@@ -126,7 +126,7 @@ def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked
         dropped += len(laid) - BATCH * (lanes.shape[1] // 2)
     assert (number, dropped) == (STEPS, TOKENS - BATCH * STEPS)
     state = load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "state.safetensors")
-    expected = tensors_of(training)
+    expected = training_state(training)
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor), name

@@ -27,21 +27,21 @@ class WeightedL1(LossTerm):
 
 
 @recipe("april", paper="Conerly et al. 2024 (Anthropic, April update)", width=1)
-def april(run: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> Variant:
+def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> Variant:
     """Decoder rows of any length under an L1 penalty that weighs latents by it; saved with unit rows.
 
     `l1` counts in the paper's units, inputs with E|x| = sqrt(d_in): with E|x|^2 = 1 the same objective, divided by
     d_in, has l1 / sqrt(d_in). `l1_warmup`: None is a twentieth of the run.
     """
-    sae = SAE(run.d_in, run.d_sae, pre_bias=False)
+    sae = SAE(config.d_in, config.d_sae, pre_bias=False)
     for weight in (sae.W_dec, sae.W_enc):
         weight.data *= 0.1
     return Variant(
         sae,
-        {"mse": (1.0, MSE()), "l1": (warmup(l1 / run.d_in**0.5, run.growth(l1_warmup)), WeightedL1())},
+        {"mse": (1.0, MSE()), "l1": (warmup(l1 / config.d_in**0.5, config.penalty_warmup(l1_warmup)), WeightedL1())},
         [UnitNormExport()],
         Optimization(lr=5e-5, b_dec_init="zero"),
-        dead=DeadLatents(run.d_sae, run.dead_tokens),
+        dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )
 
 
@@ -102,13 +102,13 @@ class Lp(LossTerm):
 
     def forward(self, step: Step) -> Tensor:
         p = self.annealing.p(self.annealing.changes(step.i))
-        step.notes["p"] = p
+        step.metrics["p"] = p
         return self.annealing.factor * power_sum(step.f_BF, p)
 
 
 @recipe("p-anneal", paper="Karvonen et al. 2024", width=1)
 def p_anneal(
-    run: RunConfig,
+    config: RunConfig,
     l1: float = 0.015,
     p_end: float = 0.2,
     start: float = 0.3,
@@ -125,10 +125,10 @@ def p_anneal(
             f"p cannot fall to p_end={p_end} in updates={updates} steps from start={start} on, weighed over queue={queue} "
             "batches: give p_end above 0 and up to 1, start from 0 to below 1, and at least one of the others."
         )
-    annealing = PAnnealing(p_end, start * run.steps, run.steps, updates, queue)
+    annealing = PAnnealing(p_end, start * config.steps, config.steps, updates, queue)
     return Variant(
-        SAE(run.d_in, run.d_sae),
-        {"mse": (1.0, MSE()), "lp": (warmup(l1, run.growth(l1_warmup)), Lp(annealing))},
+        SAE(config.d_in, config.d_sae),
+        {"mse": (1.0, MSE()), "lp": (warmup(l1, config.penalty_warmup(l1_warmup)), Lp(annealing))},
         [annealing, UnitNormDecoder()],
-        dead=DeadLatents(run.d_sae, run.dead_tokens),
+        dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )

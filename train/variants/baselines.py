@@ -14,16 +14,16 @@ from ..variant import Optimization, RunConfig, Variant
 
 
 @recipe("relu", paper="Bricken et al. 2023", width=1)
-def relu(run: RunConfig, l1: float = 0.04, l1_warmup: int | None = None, pre_bias: bool = True) -> Variant:
+def relu(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None, pre_bias: bool = True) -> Variant:
     """ReLU latents, squared error and an L1 penalty: the standard SAE.
 
     `l1_warmup`: steps over which the penalty grows; None: a twentieth of the run.
     """
     return Variant(
-        SAE(run.d_in, run.d_sae, pre_bias=pre_bias),
-        {"mse": (1.0, MSE()), "l1": (warmup(l1, run.growth(l1_warmup)), L1())},
+        SAE(config.d_in, config.d_sae, pre_bias=pre_bias),
+        {"mse": (1.0, MSE()), "l1": (warmup(l1, config.penalty_warmup(l1_warmup)), L1())},
         [UnitNormDecoder()],
-        dead=DeadLatents(run.d_sae, run.dead_tokens),
+        dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )
 
 
@@ -33,7 +33,7 @@ def rate_by_width(d_sae: int) -> float:
 
 
 def auxk(
-    run: RunConfig,
+    config: RunConfig,
     activation: KeepTopK,
     aux: float,
     aux_k: int | None,
@@ -42,36 +42,36 @@ def auxk(
     *extra: Mechanism,
 ) -> Variant:
     """What topk and batchtopk share: no penalty, dead latents that model the residual, and a k that may be annealed."""
-    begin = min(run.d_in, run.d_sae) if start is None else start
-    if wrong := list(problems(run, activation.k, aux_k, steps, start, begin)):
+    begin = min(config.d_in, config.d_sae) if start is None else start
+    if wrong := list(problems(config, activation.k, aux_k, steps, start, begin)):
         raise UsageError("\n".join(wrong))
     if steps:
         extra = (*extra, AnnealK(activation, begin, steps))
-    dead = DeadLatents(run.d_sae, run.dead_tokens)
+    dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     return Variant(
-        SAE(run.d_in, run.d_sae, [activation]),
-        {"mse": (1.0, MSE()), "aux": (aux, AuxK(dead, max(1, run.d_in // 2) if aux_k is None else aux_k))},
+        SAE(config.d_in, config.d_sae, [activation]),
+        {"mse": (1.0, MSE()), "aux": (aux, AuxK(dead, max(1, config.d_in // 2) if aux_k is None else aux_k))},
         [*extra, UnitNormDecoder()],
-        Optimization(lr=rate_by_width(run.d_sae)),
+        Optimization(lr=rate_by_width(config.d_sae)),
         dead=dead,
     )
 
 
 def problems(
-    run: RunConfig, k: float, aux_k: int | None, steps: int, start: float | None, begin: float
+    config: RunConfig, k: float, aux_k: int | None, steps: int, start: float | None, begin: float
 ) -> Iterator[str]:
     """What is wrong with the options of `auxk`."""
     if aux_k is not None and aux_k < 1:
         yield f"aux_k={aux_k} is not positive. Without AuxK: aux=0."
     if start is not None and not steps:
         yield f"k_start={start} has no effect without k_anneal_steps: give both."
-    if steps and not k <= begin <= run.d_sae:
-        yield f"k cannot fall from k_start={begin} to k={k}: give a k_start from {k} to {run.d_sae}."
+    if steps and not k <= begin <= config.d_sae:
+        yield f"k cannot fall from k_start={begin} to k={k}: give a k_start from {k} to {config.d_sae}."
 
 
 @recipe("topk", paper="Gao et al. 2024", equations="eq. 3, 5.3, A.2")
 def topk(
-    run: RunConfig,
+    config: RunConfig,
     k: int = 32,
     aux: float = 1 / 32,
     aux_k: int | None = None,
@@ -84,15 +84,15 @@ def topk(
     `multi`: the weight of the error with 4 k latents, Multi-TopK; the paper's is 1/8. `k_anneal_steps`: over so many
     steps k falls from `k_start` (None: d_in) to `k`.
     """
-    variant = auxk(run, TopK(k), aux, aux_k, k_anneal_steps, k_start)
+    variant = auxk(config, TopK(k), aux, aux_k, k_anneal_steps, k_start)
     if multi:
-        variant.add_term("multi", multi, MultiTopK(min(4 * k, run.d_sae)))
+        variant.add_term("multi", multi, MultiTopK(min(4 * k, config.d_sae)))
     return variant
 
 
 @recipe("batchtopk", paper="Bussmann et al. 2024")
 def batchtopk(
-    run: RunConfig,
+    config: RunConfig,
     k: float = 32,
     aux: float = 1 / 32,
     aux_k: int | None = None,
@@ -104,4 +104,4 @@ def batchtopk(
     `aux_k`: None is d_in / 2. `k_anneal_steps`: over so many steps k falls from `k_start` (None: d_in) to `k`.
     """
     activation = BatchTopK(k)
-    return auxk(run, activation, aux, aux_k, k_anneal_steps, k_start, BatchTopKThreshold(activation))
+    return auxk(config, activation, aux, aux_k, k_anneal_steps, k_start, BatchTopKThreshold(activation))

@@ -22,14 +22,14 @@ from ...common.errors import UsageError
 from ..activations import Activation, ReLU
 from ..losses import L1, MSE
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
-from ..recipe import ablation
+from ..recipe import register_ablation
 from ..sae import SAE
 from ..scaling import ScaleWithWidth
-from ..schedules import Coefficient, cosine, progress, times, warmup
+from ..schedules import Coefficient, cosine, product, ramp, warmup
 from ..step import LossTerm, Mechanism, Step
 from ..variant import Optimization, RunConfig, Variant
 
-LITERAL = {
+PAPER_EXACT = {
     "contrast_cos": ("jl", "angles seen through 128 of 2304 dimensions have a noise of 0.088, and tau ends at 0.05"),
     "l1_controller": ("none", "0.04 lies inside all bounds, so they never act"),
     "gs_axis": ("activation_batch", "latents depend on their batch and are hardly ever zero; one token has no rule"),
@@ -156,7 +156,7 @@ class Contrast(LossTerm):
         unit_GMD = F.normalize(rows_GMD.float(), dim=-1)
         cosine_GMM = (unit_GMD @ unit_GMD.mT).float()
         groups, size, _ = cosine_GMM.shape
-        tau = step.notes["tau"] = torch.as_tensor(self.tau(step))
+        tau = step.metrics["tau"] = torch.as_tensor(self.tau(step))
         excess = (cosine_GMM.abs() - tau).relu().pow(self.power)
         return excess.triu(1).sum() / (groups * size * (size - 1) / 2)
 
@@ -185,12 +185,12 @@ class DynamicL1(Mechanism):
         self.register_buffer("first_error", torch.zeros(()))
 
     def bounded(self, value: Tensor, step: Step) -> Tensor:
-        share = progress(step, self.steps)
+        share = ramp(step, self.steps)
         return value.clamp(min=0.02 - 0.01 * share, max=1.0 - 0.5 * share)
 
     def coefficient(self, step: Step) -> Tensor:
         """lambda(t), the coefficient of |f|_1."""
-        value = step.notes["lambda"] = self.bounded(self.value, step)
+        value = step.metrics["lambda"] = self.bounded(self.value, step)
         return value
 
     def after_step(self, step: Step) -> None:
@@ -590,10 +590,10 @@ class Balanced(LossTerm):
 
     def forward(self, step: Step) -> Tensor:
         value = self.coefficient(step) * self.term(step)
-        if "reconstruction_gradient" not in step.notes:
+        if "reconstruction_gradient" not in step.metrics:
             error = self.reconstruction * step.error_BD.square().sum(-1).mean()
-            step.notes["reconstruction_gradient"] = self._length(error, step)
-        longest = self.rho * step.notes["reconstruction_gradient"]
+            step.metrics["reconstruction_gradient"] = self._length(error, step)
+        longest = self.rho * step.metrics["reconstruction_gradient"]
         return value * (longest / self._length(value, step).clamp_min(1e-12)).clamp(max=1.0)
 
 
@@ -620,47 +620,47 @@ def fewest_groups(d_in: int, d_sae: int) -> int:
     return next(g for g in range(1, d_sae + 1) if d_sae % g == 0 and d_sae // g <= d_in)
 
 
-def optimization(run: RunConfig, normalize: str, budget: str | None) -> Optimization:
+def optimization(config: RunConfig, normalize: str, budget: str | None) -> Optimization:
     """The paper's budget has a rate of its own."""
     if budget is not None:
         tokens = {"paper": 100_000, "matched": 10_000_000}[budget]
-        if run.steps != tokens // run.batch_size:
+        if config.steps != tokens // config.batch_size:
             raise UsageError(
-                f"budget={budget} is {tokens:,} tokens, {tokens // run.batch_size} steps of {run.batch_size}, and this "
-                f"run has {run.steps}: give --steps {tokens // run.batch_size}, or leave the budget out. "
+                f"budget={budget} is {tokens:,} tokens, {tokens // config.batch_size} steps of {config.batch_size}, and this "
+                f"run has {config.steps}: give --steps {tokens // config.batch_size}, or leave the budget out. "
                 "The paper's batch size is 125."
             )
     if budget != "paper":
         return Optimization(normalize=normalize)
     # Paper: warms up over 1000 steps. In a shorter run the rate rises to the last step and stays below its peak.
-    lr = Optimization.lr * min(1.0, run.steps / 1000)
-    return Optimization(normalize=normalize, lr=lr, warmup=min(1000, run.steps), decay_start=1.0)
+    lr = Optimization.lr * min(1.0, config.steps / 1000)
+    return Optimization(normalize=normalize, lr=lr, warmup=min(1000, config.steps), decay_start=1.0)
 
 
 def problems(given: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the options of a run."""
-    run, l0 = given["run"], given["l0"]
+    config, l0 = given["config"], given["l0"]
     for name in ("jl_dim", "neighbours", "hard_every", "contrast_power"):
         if given[name] <= 0:
             yield f"{name}={given[name]:g} is not positive."
     if given["contrast_cos"] == "jl" and given["jl_on"] == "activations":
         yield "contrast_cos=jl compares rows, and jl_on=activations projects none: give jl_on=decoder or encoder."
-    if l0 is not None and not 0 < l0 <= run.d_sae:
-        yield f"l0={l0:g} latents a token cannot be met with {run.d_sae}: give a number above 0 and up to that."
+    if l0 is not None and not 0 < l0 <= config.d_sae:
+        yield f"l0={l0:g} latents a token cannot be met with {config.d_sae}: give a number above 0 and up to that."
     if not 0 < given["wta_share"] <= 1:
         yield f"wta_share={given['wta_share']:g} is no share of the latents: give one above 0 and up to 1."
     if given["gamma"] < 0:
         yield f"gamma={given['gamma']:g} is negative."
     groups = given["groups"]
-    if groups < 1 or run.d_sae % groups or run.d_sae // groups < 2:
+    if groups < 1 or config.d_sae % groups or config.d_sae // groups < 2:
         yield (
-            f"A dictionary of {run.d_sae} cannot be divided into {groups} equal groups of two latents or more: "
+            f"A dictionary of {config.d_sae} cannot be divided into {groups} equal groups of two latents or more: "
             "give --set groups=... a divisor, or another --width."
         )
 
 
 def build(
-    run: RunConfig,
+    config: RunConfig,
     number: int,
     l1: float = 0.04,
     l1_warmup: int | None = None,
@@ -715,35 +715,35 @@ def build(
     7   `groups` are contiguous: rows start at random, so that another division is the same
     """
     if number < 7:  # rows are compared with all others for which there is room in one group
-        groups = fewest_groups(run.d_in, run.d_sae)
+        groups = fewest_groups(config.d_in, config.d_sae)
     if wrong := list(problems(locals())):
         raise UsageError("\n".join(wrong))
-    sae, rows = SAE(run.d_in, run.d_sae, pre_bias=pre_bias), DecoderRows(groups)
+    sae, rows = SAE(config.d_in, config.d_sae, pre_bias=pre_bias), DecoderRows(groups)
     chain: list[Activation] = [ReLU()]
     mechanisms: list[Mechanism] = []
     late: list[Mechanism] = []  # after all others, before the unit norm
     error: LossTerm = MSE()
     if batch_norm == "pre":
-        norm = BatchNorm(run.d_sae, run.d_in**-0.5)  # about the spread of a unit row's product with a unit input
+        norm = BatchNorm(config.d_sae, config.d_in**-0.5)  # about the spread of a unit row's product with a unit input
         chain.insert(0, norm)
         mechanisms.append(RunningStatistics(norm))
     if importance == "loss_ema":
         recent = RecentError()
         mechanisms.append(recent)
         error = ImportantError(recent)
-    reconstruction = 1 / run.d_in if units == "evidence" else 1.0
+    reconstruction = 1 / config.d_in if units == "evidence" else 1.0
     terms: dict[str, tuple[Coefficient | float, LossTerm]] = {
-        "mse": (reconstruction, error), "l1": (warmup(l1, run.growth(l1_warmup)), L1()),
+        "mse": (reconstruction, error), "l1": (warmup(l1, config.penalty_warmup(l1_warmup)), L1()),
     }  # fmt: skip
 
     def add(name: str, symbol: str | None, strength: float, term: LossTerm) -> None:
         """A term that grows; in shares of the input's variance, and balanced, if wished."""
-        growth = warmup(strength, min(1000, run.steps // 10) if alpha_warmup is None else alpha_warmup)
+        growth = warmup(strength, min(1000, config.steps // 10) if alpha_warmup is None else alpha_warmup)
 
         def coefficient(step: Step) -> Tensor:
             value = torch.as_tensor(growth(step))
             if symbol:
-                step.notes[symbol] = value
+                step.metrics[symbol] = value
             if loss_units == "raw":
                 return value
             centred_BD = step.x_BD - step.x_BD.mean(0)
@@ -755,16 +755,16 @@ def build(
             terms[name] = (1.0, Balanced(coefficient, term, rows, reconstruction, gradient_balance))
 
     if number >= 1:
-        sketch, utilisation = Sketch(run.d_in, run.d_sae, jl_dim, jl_on), UtilizationEMA(run.d_sae, beta)
+        sketch, utilisation = Sketch(config.d_in, config.d_sae, jl_dim, jl_on), UtilizationEMA(config.d_sae, beta)
         mechanisms += [utilisation, sketch]
     if number >= 2:
-        tau = cosine(tau_max, tau_min, run.steps)
+        tau = cosine(tau_max, tau_min, config.steps)
         seen = sketch if contrast_cos == "jl" else None
         add("contrast", "alpha", alpha, Contrast(rows, tau, contrast_power, contrast_cos != "exact_group", seen))
     if number >= 3:
-        control = DynamicL1(l1, run.steps, min(40.0, run.d_sae / 8) if l0 is None else l0, l1_controller, kappa)
+        control = DynamicL1(l1, config.steps, min(40.0, config.d_sae / 8) if l0 is None else l0, l1_controller, kappa)
         mechanisms.append(control)
-        terms["l1"] = (times(warmup(1.0, run.growth(l1_warmup)), control.coefficient), L1())
+        terms["l1"] = (product(warmup(1.0, config.penalty_warmup(l1_warmup)), control.coefficient), L1())
     if number >= 4:
         add("diversity", None, diversity_strength, Diversity(groups if number >= 7 else None))
     if number >= 5:
@@ -772,11 +772,11 @@ def build(
     if number >= 6 and gs_axis == "activation_batch":
         chain.append(GramSchmidtLatents(groups, gs_gradient))
     elif number >= 6:
-        size, watch = run.d_sae // groups, sketch if gs_axis == "jl" else None
+        size, watch = config.d_sae // groups, sketch if gs_axis == "jl" else None
         if watch is not None and (jl_on != "decoder" or size > watch.R_DS.shape[1]):
             raise UsageError(
                 f"gs_axis=jl needs jl_on=decoder and groups of at most jl_dim = {watch.R_DS.shape[1]} latents; "
-                f"{groups} groups of {run.d_sae} have {size}."
+                f"{groups} groups of {config.d_sae} have {size}."
             )
         start_orthonormal(sae, rows, "Gram-Schmidt")
         late.append(GramSchmidt(sae, rows, utilisation, gs_order, gs_gradient, watch))
@@ -786,12 +786,12 @@ def build(
     if number >= 8:
         mechanisms.append(GroupRate(rows, grouped, group_lr))
     if number >= 9:
-        if run.l0 is not None:
-            wta_share = max(wta_share, run.l0 / run.d_sae)  # room for what `--l0` asks for
-        winners, fields = math.ceil(wta_share * run.d_sae / groups), groups
+        if config.l0 is not None:
+            wta_share = max(wta_share, config.l0 / config.d_sae)  # room for what `--l0` asks for
+        winners, fields = math.ceil(wta_share * config.d_sae / groups), groups
         if wta_scope == "global":
             winners, fields = winners * groups, 1
-        compete = WinnerTakeAll(run.d_sae, fields, winners, gamma, neighbours, inhibition)
+        compete = WinnerTakeAll(config.d_sae, fields, winners, gamma, neighbours, inhibition)
         chain.append(compete)
         mechanisms.append(Neighbours(compete, sae, near))
     if number >= 10:
@@ -799,8 +799,8 @@ def build(
         start_orthonormal(sae, rows, "Hard orthogonality")
         mechanisms.append(HardOrthogonality(rows, hard_every))
     sae.activation = nn.Sequential(*chain)
-    how = optimization(run, "unit_ms" if units == "field" else "none", budget)
-    dead = DeadLatents(run.d_sae, run.dead_tokens)
+    how = optimization(config, "unit_ms" if units == "field" else "none", budget)
+    dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     return Variant(sae, terms, [*mechanisms, *late, UnitNormDecoder()], how, dead=dead)
 
 
@@ -842,5 +842,5 @@ def name_of(number: int) -> str:
 for _number, (_summary, _equation, _) in enumerate(RUNS):
     _later = [name for _, _, names in RUNS[_number + 1 :] for name in names]
     _head = f"Run {_number}, `{name_of(_number - 1)}` and one thing more. " if _number else ""
-    _about = {"paper": "000", "equations": _equation, "width": 1, "literal": LITERAL}
-    ablation(name_of(_number), build, _head + _summary, _about, *_later, number=_number)
+    _about = {"paper": "000", "equations": _equation, "width": 1, "paper_exact": PAPER_EXACT}
+    register_ablation(name_of(_number), build, _head + _summary, _about, *_later, number=_number)

@@ -7,7 +7,7 @@
 P(f_i | f_j) = J_ij / p_j, so max(c_ij, c_ji) = J_ij / min(p_i, p_j) / (k/n): how often the rarer latent of a pair
 brings the other, over chance. It is symmetric, and <f_i, f_j> is: the direction of (3) has no effect on (5).
 
-To the letter: `tau_on=lift reduction=sum pair_store=dense`. That is void in two places (`LITERAL`). The defaults are
+To the letter: `tau_on=lift reduction=sum pair_store=dense`. That is void in two places (`PAPER_EXACT`). The defaults are
 readings that work: tau on P, and the mean over the pairs that pass.
 
 The dense J has n^2 entries, 1.4 GB at n = 18432, and its products have n (2B + 6d) / 10Bd = 7 times the operations of the
@@ -32,7 +32,7 @@ from ...common.errors import UsageError
 from ..activations import Activation, BatchTopK, ReLU, TopK
 from ..losses import L1, MSE, AuxK, Reconstruction, reconstruction_weight
 from ..mechanisms import BatchTopKThreshold, DeadLatents, UnitNormDecoder
-from ..recipe import ablation, recipe
+from ..recipe import recipe, register_ablation
 from ..sae import SAE
 from ..scaling import ScaleWithWidth
 from ..schedules import Coefficient, warmup
@@ -41,7 +41,7 @@ from ..variant import Optimization, RunConfig, Variant
 from .baselines import relu
 
 PAPER = {"paper": "002", "equations": "(3)-(5)"}
-LITERAL = {
+PAPER_EXACT = {
     "tau_on": ("lift", "chance is 1 on the scale of c and tau is 0.6, so most independent pairs pass"),
     "reduction": ("sum", "over n^2 pairs of random rows it is n^2/d, thousands of times the reconstruction"),
     "pair_store": ("dense", "a sum over all pairs needs all of them: n^2 entries"),
@@ -310,7 +310,7 @@ class CompetitionLoss(LossTerm):
             active_S &= conditional_S >= 0
             weight_S = torch.where(active_S, amount_S / self.unit, 0.0)
             count = active_S.sum()
-        step.notes |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
+        step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
         total = (weight_S * self.similarity(vector_FX).square()).sum()
         if self.reduction == "active_pairs":
             return total / count.clamp_min(1)
@@ -331,7 +331,7 @@ def rising(strength: float, steps: int) -> Coefficient:
     ramp = warmup(strength, steps)
 
     def coefficient(step: Step) -> Tensor | float:
-        step.notes["competition_strength"] = value = ramp(step)  # type: ignore[assignment]
+        step.metrics["competition_strength"] = value = ramp(step)  # type: ignore[assignment]
         return value
 
     return coefficient
@@ -344,7 +344,7 @@ def compete(variant: Variant, strength: Coefficient, term: CompetitionLoss) -> V
     return variant
 
 
-def problems(run: RunConfig, given: dict[str, Any]) -> Iterator[str]:
+def problems(config: RunConfig, given: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the options of `competition`."""
     if not 0 <= given["beta"] < 1:
         yield f"beta={given['beta']} is no decay rate: give 0 to below 1."
@@ -354,21 +354,21 @@ def problems(run: RunConfig, given: dict[str, Any]) -> Iterator[str]:
     if given["tau"] < 0:
         yield f"tau={given['tau']} is negative: every pair would pass."
     room = given["memory_gb"]
-    if given["pair_store"] == "dense" and (needed := DensePairs.gigabytes(run.d_sae)) > room:
+    if given["pair_store"] == "dense" and (needed := DensePairs.gigabytes(config.d_sae)) > room:
         yield (
-            f"pair_store=dense takes {needed:.1f} GB for {run.d_sae} latents, eight matrices of n x n in float32, and "
+            f"pair_store=dense takes {needed:.1f} GB for {config.d_sae} latents, eight matrices of n x n in float32, and "
             f"memory_gb={room:g}: take pair_store=table, a narrower dictionary, or allow more."
         )
-    if given["pair_store"] == "table" and (needed := PairTable.gigabytes(given["pairs"] * run.d_sae)) > room:
+    if given["pair_store"] == "table" and (needed := PairTable.gigabytes(given["pairs"] * config.d_sae)) > room:
         yield (
             f"pair_store=table takes {needed:.1f} GB for {given['pairs']} pairs a latent, and memory_gb={room:g}: "
             f"follow fewer pairs, or allow more."
         )
 
 
-@recipe("competition", literal=LITERAL, **PAPER)  # type: ignore[arg-type]
+@recipe("competition", paper_exact=PAPER_EXACT, **PAPER)  # type: ignore[arg-type]
 def competition(
-    run: RunConfig,
+    config: RunConfig,
     k: int = ScaleWithWidth(100),
     strength: float = 0.03,
     strength_warmup: int | None = None,
@@ -397,12 +397,12 @@ def competition(
     `pairs`: how many a latent the table follows on average, and `refresh` the steps between its renewals; `memory_gb`:
     what pair statistics may take. `l1_warmup`: None is a twentieth of the run. `aux`: AuxK, which the paper has not.
     """
-    wrong = list(problems(run, locals()))
+    wrong = list(problems(config, locals()))
     if wrong:
         raise UsageError("\n".join(wrong))
     if strength_warmup is None:
-        strength_warmup = min(2000, round(run.steps * 2000 / 4882))
-    dead = DeadLatents(run.d_sae, run.dead_tokens)
+        strength_warmup = min(2000, round(config.steps * 2000 / 4882))
+    dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     mechanisms: list[Mechanism] = [UnitNormDecoder()]
     activation: Activation = ReLU()
     if act == "topk":
@@ -411,23 +411,23 @@ def competition(
         activation = BatchTopK(k)
         mechanisms.insert(0, BatchTopKThreshold(activation))
     variant = Variant(
-        SAE(run.d_in, run.d_sae, [activation], pre_bias=pre_bias),
+        SAE(config.d_in, config.d_sae, [activation], pre_bias=pre_bias),
         {
-            "mse": (reconstruction_weight(reconstruction, run.d_in), MSE()),
-            "l1": (warmup(l1, run.growth(l1_warmup)), L1()),
+            "mse": (reconstruction_weight(reconstruction, config.d_in), MSE()),
+            "l1": (warmup(l1, config.penalty_warmup(l1_warmup)), L1()),
         },
         mechanisms,
         Optimization(),
         dead=dead,
     )
     if aux:
-        variant.add_term("aux", aux, AuxK(dead, max(1, run.d_in // 2)))
+        variant.add_term("aux", aux, AuxK(dead, max(1, config.d_in // 2)))
     store: Coactivation = (
-        DensePairs(run.d_sae, beta)
+        DensePairs(config.d_sae, beta)
         if pair_store == "dense"
-        else PairTable(run.d_sae, pairs * run.d_sae, beta, refresh, "cofire" if target == "cofire" else "cosine")
+        else PairTable(config.d_sae, pairs * config.d_sae, beta, refresh, "cofire" if target == "cofire" else "cosine")
     )
-    term = CompetitionLoss(store, k / run.d_sae, tau, tau_on, weight, pair_vec, direction, reduction, target)
+    term = CompetitionLoss(store, k / config.d_sae, tau, tau_on, weight, pair_vec, direction, reduction, target)
     return compete(variant, rising(strength, strength_warmup), term)
 
 
@@ -437,18 +437,20 @@ for _name, _width, _summary, _fixed in (
     ("small", 1, "`competition` in a dictionary of d_in latents. Paper: does not say how small.", {}),
     ("k320", 8, "`competition` with the 320 latents a token of the paper's results.", {"k": ScaleWithWidth(320)}),
 ):
-    ablation(f"competition-{_name}", competition, _summary, {**PAPER, "width": _width, "literal": LITERAL}, **_fixed)
+    register_ablation(
+        f"competition-{_name}", competition, _summary, {**PAPER, "width": _width, "paper_exact": PAPER_EXACT}, **_fixed
+    )
 
 
-@recipe("competition-baseline", paper="002", equations="(1)", literal={})
+@recipe("competition-baseline", paper="002", equations="(1)", paper_exact={})
 def baseline(
-    run: RunConfig,
+    config: RunConfig,
     l1: float = 0.04,
     l1_warmup: int | None = None,
     reconstruction: Reconstruction = "sum",
     pre_bias: bool = False,
 ) -> Variant:
     """ReLU latents and an L1 penalty, which the paper compares with."""
-    variant = relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)
-    variant.add_term("mse", reconstruction_weight(reconstruction, run.d_in), MSE())
+    variant = relu(config, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)
+    variant.add_term("mse", reconstruction_weight(reconstruction, config.d_in), MSE())
     return variant

@@ -49,7 +49,7 @@ class Decorrelation(LossTerm):
             sd = (upper_FF.square().sum() / pairs - mean.square()).clamp_min(0).sqrt()
             tau = mean + sd  # (4). Paper: tau is a statistic; with a gradient it would correlate every other pair
             top = upper_FF.flatten().topk(max(1, round(self.fraction * n * (n - 1) / 2)), sorted=False)
-        step.notes |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd}
+        step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd}
         # Where fewer pairs fire together than are asked for, the rest is zeros of the lower triangle, which are no pairs.
         pairs_over_P = (top.values > tau) & (top.values > 0)
         if FEW * len(top.indices) < n * n:
@@ -65,9 +65,9 @@ class Decorrelation(LossTerm):
         return value + (product - product.detach())
 
 
-@recipe("decorrelation", paper="003", equations="(1)-(5)", width=1, literal={})
+@recipe("decorrelation", paper="003", equations="(1)-(5)", width=1, paper_exact={})
 def decorrelation(
-    run: RunConfig,
+    config: RunConfig,
     strength: float = 0.1,
     fraction: float = 0.001,
     l1: float = 0.04,
@@ -80,6 +80,6 @@ def decorrelation(
     """
     if not 0 < fraction <= 1:
         raise UsageError(f"fraction={fraction:g} is no share of the pairs: give one above 0 and up to 1.")
-    variant = relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)
+    variant = relu(config, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)
     variant.add_term("decorrelation", strength, Decorrelation(fraction))
     return variant

@@ -65,22 +65,22 @@ class GateMSE(LossTerm):
 
 
 @recipe("gated", paper="Rajamanoharan et al. 2024a")
-def gated(run: RunConfig, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
+def gated(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
     """A gate decides which latents fire, under L1; their magnitudes are not penalised and so not shrunk.
 
     `l1_warmup`: steps over which the penalty grows; None: a twentieth of the run.
     """
-    activation = Gated(run.d_sae)
-    sae = SAE(run.d_in, run.d_sae, [activation])
+    activation = Gated(config.d_sae)
+    sae = SAE(config.d_in, config.d_sae, [activation])
     sae.b_enc.requires_grad_(False)  # stays zero: b_gate and b_mag take its place
     return Variant(
         sae,
         {
             "mse": (1.0, MSE()),
-            "l1": (warmup(l1, run.growth(l1_warmup)), GateL1(activation)),
+            "l1": (warmup(l1, config.penalty_warmup(l1_warmup)), GateL1(activation)),
             "gate": (1.0, GateMSE(activation)),
         },
         [UnitNormDecoder()],
         Optimization(beta1=0.0),
-        dead=DeadLatents(run.d_sae, run.dead_tokens),
+        dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )

@@ -26,17 +26,17 @@ from torch import Tensor
 from ...common.errors import UsageError
 from ..losses import L1, MSE
 from ..mechanisms import DeadLatents, ResampleDead, UnitNormDecoder, reset_adam_state
-from ..recipe import ablation, recipe
+from ..recipe import recipe, register_ablation
 from ..sae import SAE
 from ..scaling import ScaleWithVariance, ScaleWithWidth
-from ..schedules import Coefficient, linear, times
+from ..schedules import Coefficient, linear, product
 from ..step import Mechanism, Step
 from ..variant import Optimization, RunConfig, Variant
 from . import baselines
 
 PAPER = {"paper": "004", "width": 1}
 OPTIMIZATION = Optimization(weight_decay=0.01, clip=1.0)
-LITERAL = {
+PAPER_EXACT = {
     "stability": ("mean", "of a sparse SAE most latents fire for less than 1 % of tokens, so most of them restart"),
     "recon_in_alpha": ("sum", "a token's summed error is in the thousands, so alpha is 0.1 throughout"),
 }
@@ -184,14 +184,14 @@ def noted(name: str, coefficient: Coefficient) -> Coefficient:
     """The coefficient, its value left in the step's notes."""
 
     def value(step: Step) -> Tensor:
-        step.notes[name] = torch.as_tensor(coefficient(step))
-        return step.notes[name]
+        step.metrics[name] = torch.as_tensor(coefficient(step))
+        return step.metrics[name]
 
     return value
 
 
 def build(
-    run: RunConfig,
+    config: RunConfig,
     restarts: Literal["window", "dead", "never"] = "window",
     adaptive: bool = True,
     merging: bool = True,
@@ -216,14 +216,14 @@ def build(
     counts = {"resample_every": resample_every, "window": window, "merge_every": merge_every}
     if wrong := [f"{name}={count}" for name, count in counts.items() if count < 1]:
         raise UsageError(f"{', '.join(wrong)} is no number of steps: give 1 or more.")
-    sae = SAE(run.d_in, run.d_sae, pre_bias=pre_bias)
-    dead = DeadLatents(run.d_sae, run.dead_tokens)
-    penalty = noted("lambda", linear(run.d_in**-0.5 if l1 is None else l1, l1_end, run.steps))  # (3)
-    until = run.steps * 9 // 10  # Paper: to the end. A latent restarted just before it would stay as it was drawn.
+    sae = SAE(config.d_in, config.d_sae, pre_bias=pre_bias)
+    dead = DeadLatents(config.d_sae, config.dead_after_tokens)
+    penalty = noted("lambda", linear(config.d_in**-0.5 if l1 is None else l1, l1_end, config.steps))  # (3)
+    until = config.steps * 9 // 10  # Paper: to the end. A latent restarted just before it would stay as it was drawn.
     mechanisms: list[Mechanism] = []
     if adaptive:
         modulate = Modulate(lambda: variant.scale, recon_in_alpha, target, alpha_low, alpha_high, alpha_ema)
-        penalty = times(penalty, modulate)
+        penalty = product(penalty, modulate)
         mechanisms.append(modulate)
     if restarts == "window":
         resample = ResampleByWindow(dead, window, until, below, stability)
@@ -280,11 +280,11 @@ for _name, _summary, _equations, _idle, _fixed in (
         {"restarts": "window", "adaptive": True, "merging": True},
     ),
 ):
-    ablation(
+    register_ablation(
         f"hierarchical{_name}",
         build,
         _summary,
-        {"equations": _equations, "literal": LITERAL, **PAPER},
+        {"equations": _equations, "paper_exact": PAPER_EXACT, **PAPER},
         *_idle,
         **_fixed,
     )
@@ -296,19 +296,19 @@ def with_optimization(variant: Variant) -> Variant:
     return variant
 
 
-@recipe("hierarchical-topk320", literal={}, **PAPER)
-def topk(run: RunConfig, k: int = ScaleWithWidth(320), aux: float = 1 / 32) -> Variant:
+@recipe("hierarchical-topk320", paper_exact={}, **PAPER)
+def topk(config: RunConfig, k: int = ScaleWithWidth(320), aux: float = 1 / 32) -> Variant:
     """The paper's baseline: `topk`."""
-    return with_optimization(baselines.topk(run, k=k, aux=aux))
+    return with_optimization(baselines.topk(config, k=k, aux=aux))
 
 
-@recipe("hierarchical-batchtopk", literal={}, **PAPER)
-def batchtopk(run: RunConfig, k: float = ScaleWithWidth(320), aux: float = 1 / 32) -> Variant:
+@recipe("hierarchical-batchtopk", paper_exact={}, **PAPER)
+def batchtopk(config: RunConfig, k: float = ScaleWithWidth(320), aux: float = 1 / 32) -> Variant:
     """The second baseline: `batchtopk`. Paper: gives it no k; this is that of the first."""
-    return with_optimization(baselines.batchtopk(run, k=k, aux=aux))
+    return with_optimization(baselines.batchtopk(config, k=k, aux=aux))
 
 
-@recipe("hierarchical-l1", literal={}, **PAPER)
-def l1(run: RunConfig, l1: float = 0.04, l1_warmup: int = 0, pre_bias: bool = False) -> Variant:
+@recipe("hierarchical-l1", paper_exact={}, **PAPER)
+def l1(config: RunConfig, l1: float = 0.04, l1_warmup: int = 0, pre_bias: bool = False) -> Variant:
     """The third baseline: `relu` under a constant L1 penalty."""
-    return with_optimization(baselines.relu(run, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias))
+    return with_optimization(baselines.relu(config, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias))

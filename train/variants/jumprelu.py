@@ -122,10 +122,10 @@ class ThresholdSpeedup(Mechanism):
         self.activation.threshold.copy_(self.old_F + faster * (self.activation.threshold - self.old_F))
 
 
-def arrives(run: RunConfig, variant: Variant, activation: JumpReLU) -> Variant:
+def arrives(config: RunConfig, variant: Variant, activation: JumpReLU) -> Variant:
     """The variant; with `--l0` its thresholds hurry."""
-    if run.l0 is not None:
-        variant.mechanisms.insert(1, ThresholdSpeedup(activation, run.steps, lambda: variant.optimization.lr))
+    if config.l0 is not None:
+        variant.mechanisms.insert(1, ThresholdSpeedup(activation, config.steps, lambda: variant.optimization.lr))
     return variant
 
 
@@ -197,28 +197,28 @@ def problems(bandwidth: float, threshold: float, l0: float) -> Iterator[str]:
 
 
 def jump_relu(
-    run: RunConfig, bandwidth: float, threshold: float, l0: float = 1.0, ste_to_input: bool = False
+    config: RunConfig, bandwidth: float, threshold: float, l0: float = 1.0, ste_to_input: bool = False
 ) -> JumpReLU:
     if wrong := list(problems(bandwidth, threshold, l0)):
         raise UsageError("\n".join(wrong))
-    return JumpReLU(run.d_sae, bandwidth, threshold, ste_to_input)
+    return JumpReLU(config.d_sae, bandwidth, threshold, ste_to_input)
 
 
-def jump(run: RunConfig, activation: JumpReLU, penalty: float, steps: int | None, term: LossTerm) -> Variant:
+def jump(config: RunConfig, activation: JumpReLU, penalty: float, steps: int | None, term: LossTerm) -> Variant:
     """What `jumprelu` and `jumprelu-step` share: unit rows, and a penalty that grows over a twentieth of the run."""
     variant = Variant(
-        SAE(run.d_in, run.d_sae, [activation], pre_bias=False),
-        {"mse": (1.0, MSE()), "l0_penalty": (warmup(penalty, run.growth(steps)), term)},
+        SAE(config.d_in, config.d_sae, [activation], pre_bias=False),
+        {"mse": (1.0, MSE()), "l0_penalty": (warmup(penalty, config.penalty_warmup(steps)), term)},
         [NotNegative(activation), UnitNormDecoder()],
         GEMMA_SCOPE,
-        dead=DeadLatents(run.d_sae, run.dead_tokens),
+        dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )
-    return arrives(run, variant, activation)
+    return arrives(config, variant, activation)
 
 
 @recipe("jumprelu", paper="Rajamanoharan et al. 2024b")
 def jumprelu(
-    run: RunConfig,
+    config: RunConfig,
     l0: float = 32,
     penalty: float = 1.0,
     penalty_warmup: int | None = None,
@@ -230,13 +230,13 @@ def jumprelu(
     `bandwidth` and `threshold`, its start, presume inputs with E|x|^2 = 1. A threshold moves by about lr a step: at the
     default lr a run of a thousand steps ends far above `l0`; with `--l0` thresholds alone move faster, and it arrives.
     """
-    activation = jump_relu(run, bandwidth, threshold, l0)
-    return jump(run, activation, penalty, penalty_warmup, TargetL0(activation, l0))
+    activation = jump_relu(config, bandwidth, threshold, l0)
+    return jump(config, activation, penalty, penalty_warmup, TargetL0(activation, l0))
 
 
 @recipe("jumprelu-step", paper="Rajamanoharan et al. 2024b, Lieberum et al. 2024")
 def jumprelu_step(
-    run: RunConfig,
+    config: RunConfig,
     penalty: float = 1e-3,
     penalty_warmup: int | None = None,
     bandwidth: float = 0.001,
@@ -246,13 +246,13 @@ def jumprelu_step(
 
     `bandwidth` and `threshold`, its start, presume inputs with E|x|^2 = 1.
     """
-    activation = jump_relu(run, bandwidth, threshold)
-    return jump(run, activation, penalty, penalty_warmup, L0(activation))
+    activation = jump_relu(config, bandwidth, threshold)
+    return jump(config, activation, penalty, penalty_warmup, L0(activation))
 
 
 @recipe("jumprelu-tanh", paper="Conerly et al. 2025 (Anthropic, January update)")
 def jumprelu_tanh(
-    run: RunConfig,
+    config: RunConfig,
     penalty: float = 20.0,
     c: float = 4.0,
     reach: float = 3e-6,
@@ -268,18 +268,18 @@ def jumprelu_tanh(
     `ste_to_input`: what the step gives a threshold it also gives the pre-activation, and so the encoder. Paper: prints
     dJumpReLU/dx without it, and writes that the estimator's gradient reaches all parameters; SAELens has it.
     """
-    unit = run.d_in**0.5
+    unit = config.d_in**0.5
     # Paper: learns log theta, which Adam moves by its rate in log space: hardly at all. theta itself is learned here.
-    activation = jump_relu(run, bandwidth / unit, threshold / unit, ste_to_input=ste_to_input)
+    activation = jump_relu(config, bandwidth / unit, threshold / unit, ste_to_input=ste_to_input)
     variant = Variant(
-        SAE(run.d_in, run.d_sae, [activation], pre_bias=False),
+        SAE(config.d_in, config.d_sae, [activation], pre_bias=False),
         {
             "mse": (1.0, MSE()),
-            "tanh": (warmup(penalty / unit**2, run.steps), Tanh(c * unit)),
+            "tanh": (warmup(penalty / unit**2, config.steps), Tanh(c * unit)),
             "reach": (reach / unit, PreActLoss(activation)),
         },
         [NotNegative(activation), UnitNormExport()],
         Optimization(lr=2e-4),
-        dead=DeadLatents(run.d_sae, run.dead_tokens),
+        dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )
-    return arrives(run, variant, activation)
+    return arrives(config, variant, activation)

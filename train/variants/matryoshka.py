@@ -49,7 +49,7 @@ class NestedMSE(LossTerm):
 
 @recipe("matryoshka", paper="Bussmann et al. 2025")
 def matryoshka(
-    run: RunConfig,
+    config: RunConfig,
     k: float = 32,
     prefixes: int = 5,
     aux: float = 1 / 32,
@@ -58,10 +58,10 @@ def matryoshka(
     k_start: float | None = None,
 ) -> Variant:
     """`batchtopk` whose first n/16, n/8, n/4, n/2 latents reconstruct on their own too. `prefixes`: how many, n included."""
-    if not 1 <= prefixes <= run.d_sae.bit_length():
+    if not 1 <= prefixes <= config.d_sae.bit_length():
         raise UsageError(
-            f"prefixes={prefixes} halves {run.d_sae} latents to none: give 1 to {run.d_sae.bit_length()}, or a larger --width."
+            f"prefixes={prefixes} halves {config.d_sae} latents to none: give 1 to {config.d_sae.bit_length()}, or a larger --width."
         )
-    variant = batchtopk(run, k=k, aux=aux, aux_k=aux_k, k_anneal_steps=k_anneal_steps, k_start=k_start)
-    variant.add_term("mse", 1.0, NestedMSE([run.d_sae >> g for g in reversed(range(prefixes))]))
+    variant = batchtopk(config, k=k, aux=aux, aux_k=aux_k, k_anneal_steps=k_anneal_steps, k_start=k_start)
+    variant.add_term("mse", 1.0, NestedMSE([config.d_sae >> g for g in reversed(range(prefixes))]))
     return variant

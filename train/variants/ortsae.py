@@ -49,13 +49,13 @@ class OrtSAELoss(LossTerm):
                 near_CC = (unit_FD[index_C] @ unit_FD[index_C].T).square().fill_diagonal_(-1)
                 nearest_F[index_C] = index_C[near_CC.argmax(1)]
         square_F = (unit_FD * unit_FD[nearest_F]).sum(1).square()
-        step.notes["nearest_cosine"] = square_F.detach().sqrt().mean()
+        step.metrics["nearest_cosine"] = square_F.detach().sqrt().mean()
         return square_F.mean()
 
 
 @recipe("ortsae", paper="Korznikov et al. 2025")
 def ortsae(
-    run: RunConfig,
+    config: RunConfig,
     k: float = 32,
     strength: float = 0.25,
     chunk: int = 8192,
@@ -66,10 +66,10 @@ def ortsae(
 
     Paper: its text was not at hand; strength and chunk are ours. `aux_k`: None is d_in / 2.
     """
-    if chunk < 3 or run.d_sae < 2:  # chunks of nearly equal size then have two rows at least
+    if chunk < 3 or config.d_sae < 2:  # chunks of nearly equal size then have two rows at least
         raise UsageError(
-            f"chunk={chunk} of {run.d_sae} latents can leave a row alone: give chunk=3 or more, --width 2 or more."
+            f"chunk={chunk} of {config.d_sae} latents can leave a row alone: give chunk=3 or more, --width 2 or more."
         )
-    variant = batchtopk(run, k=k, aux=aux, aux_k=aux_k)
+    variant = batchtopk(config, k=k, aux=aux, aux_k=aux_k)
     variant.add_term("orthogonality", strength, OrtSAELoss(chunk))
     return variant

@@ -7,7 +7,7 @@
     T     = T_base (1 + (exp(exp(rho) - 1) - 1) s), within [0.05, 0.3], momentum 0.99             (6)
 
 To the letter: `utilization=mean n_ref=none interval=1 competition=softmax cut=0`. That is void in three places
-(`LITERAL`). The defaults are readings that work.
+(`PAPER_EXACT`). The defaults are readings that work.
 
 The paper does not state the units of its loss. Ours is the house's, |x|^2 = 1 on average and errors summed over d_in;
 what its numbers point to is `reconstruction=mean normalize=none`.
@@ -23,7 +23,7 @@ from ...common.errors import UsageError
 from ..activations import Activation, ReLU
 from ..losses import L1, MSE, Reconstruction, reconstruction_weight
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
-from ..recipe import ablation, recipe
+from ..recipe import recipe, register_ablation
 from ..sae import SAE
 from ..scaling import ScaleWithDictionary, ScaleWithNorm
 from ..schedules import Coefficient, constant, linear
@@ -31,7 +31,7 @@ from ..step import LossTerm, Mechanism, Step
 from ..variant import Optimization, RunConfig, Variant
 
 PAPER = {"paper": "001", "width": 1}
-LITERAL = {
+PAPER_EXACT = {
     "utilization": ("mean", "rho is about L0/n, so growth stays in the first branch of (4)"),
     "n_ref": (None, "at n = 2304 the bounds of (4) always bind: 5, 7 or 10"),
     "interval": (1, "growth is over after 173 to 346 of 4,882 steps"),
@@ -227,23 +227,23 @@ class CompetitionTemperature(Mechanism):
         return {"T": self.competition.T}
 
 
-@recipe("progressive-baseline", equations="(1)", literal={}, **PAPER)
+@recipe("progressive-baseline", equations="(1)", paper_exact={}, **PAPER)
 def baseline(
-    run: RunConfig, l1: float = 0.04, reconstruction: Reconstruction = "sum", pre_bias: bool = False
+    config: RunConfig, l1: float = 0.04, reconstruction: Reconstruction = "sum", pre_bias: bool = False
 ) -> Variant:
     """ReLU latents and an L1 penalty: `progressive` without growth and without competition."""
     return Variant(
-        SAE(run.d_in, run.d_sae, pre_bias=pre_bias),
-        {"mse": (reconstruction_weight(reconstruction, run.d_in), MSE()), "l1": (l1, L1())},
+        SAE(config.d_in, config.d_sae, pre_bias=pre_bias),
+        {"mse": (reconstruction_weight(reconstruction, config.d_in), MSE()), "l1": (l1, L1())},
         [UnitNormDecoder()],
         Optimization(weight_decay=0.01),
-        dead=DeadLatents(run.d_sae, run.dead_tokens),
+        dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )
 
 
-@recipe("progressive", equations="(2)-(6)", literal=LITERAL, **PAPER)
+@recipe("progressive", equations="(2)-(6)", paper_exact=PAPER_EXACT, **PAPER)
 def progressive(
-    run: RunConfig,
+    config: RunConfig,
     start: float = 0.25,
     interval: int | None = None,
     hybrid: bool = True,
@@ -285,14 +285,14 @@ def progressive(
     if wrong:
         raise UsageError("\n".join(wrong))
     if interval is None:
-        interval = max(1, round(10 * run.steps / 4882))
-    enabled = EnabledLatents(run.d_sae)
-    dead = DeadLatents(run.d_sae, run.dead_tokens)
+        interval = max(1, round(10 * config.steps / 4882))
+    enabled = EnabledLatents(config.d_sae)
+    dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     use = EnabledUtilization(enabled, beta, tau, utilization)
     grow = GrowCapacity(enabled, use, dead, start, interval, hybrid, n_ref, pace, order)
     mechanisms: list[Mechanism] = [use, grow, UnitNormDecoder()]
     terms: dict[str, tuple[Coefficient | float, LossTerm]] = {
-        "mse": (reconstruction_weight(reconstruction, run.d_in), MSE())
+        "mse": (reconstruction_weight(reconstruction, config.d_in), MSE())
     }
     chain: list[Activation] = [enabled, ReLU()]
     if competition == "off":
@@ -312,7 +312,7 @@ def progressive(
             terms["l1_z"] = (l1, ChainL1(enabled, ReLU()))
         if competition_in_recon:
             chain = [enabled, compete]
-    sae = SAE(run.d_in, run.d_sae, chain, pre_bias=pre_bias)
+    sae = SAE(config.d_in, config.d_sae, chain, pre_bias=pre_bias)
     return Variant(sae, terms, mechanisms, Optimization(weight_decay=0.01), dead=dead)
 
 
@@ -333,11 +333,11 @@ for _name, _summary, _idle, _fixed in (
         {"competition": "off"},
     ),
 ):
-    ablation(
+    register_ablation(
         f"progressive-{_name}",
         progressive,
         _summary,
-        {"equations": "(2)-(6)", "literal": LITERAL, **PAPER},
+        {"equations": "(2)-(6)", "paper_exact": PAPER_EXACT, **PAPER},
         *_idle,
         **_fixed,
     )

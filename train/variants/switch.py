@@ -65,12 +65,12 @@ class Balance(LossTerm):
         p_BE = self.switch.probabilities(step.x_BD)
         sent_BE = torch.zeros_like(p_BE).scatter(-1, p_BE.argmax(-1, keepdim=True), 1.0)
         share_E = sent_BE.mean(0)
-        step.notes["busiest_expert"] = share_E.max()
+        step.metrics["busiest_expert"] = share_E.max()
         return self.switch.experts * (share_E * p_BE.mean(0)).sum()
 
 
 @recipe("switch", paper="Mudide et al. 2024")
-def switch(run: RunConfig, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
+def switch(config: RunConfig, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
     """One expert a token, chosen by a router; the k largest of the expert's latents.
 
     `experts`: None is 16, or fewer in a dictionary of under 16 k latents.
@@ -78,18 +78,18 @@ def switch(run: RunConfig, k: int = 32, experts: int | None = None, balance: flo
     Paper: weighs the balance with 3 times d_in on inputs of its own scale; `balance` presumes E|x|^2 = 1.
     """
     if experts is None:
-        experts = next(e for e in (16, 8, 4, 2, 1) if run.d_sae % e == 0 and run.d_sae // e >= k)
-    if experts < 1 or run.d_sae % experts or k > run.d_sae // experts:
+        experts = next(e for e in (16, 8, 4, 2, 1) if config.d_sae % e == 0 and config.d_sae // e >= k)
+    if experts < 1 or config.d_sae % experts or k > config.d_sae // experts:
         raise UsageError(
-            f"{experts} experts cannot share {run.d_sae} latents so that each has a whole number of them, and at least k={k}: "
+            f"{experts} experts cannot share {config.d_sae} latents so that each has a whole number of them, and at least k={k}: "
             f"set fewer experts, a smaller k, or another --width."
         )
-    activation = Switch(run.d_in, experts, k)
+    activation = Switch(config.d_in, experts, k)
     return Variant(
-        SAE(run.d_in, run.d_sae, [activation]),
+        SAE(config.d_in, config.d_sae, [activation]),
         {"mse": (1.0, MSE()), "balance": (balance, Balance(activation))},
         [UnitNormDecoder()],
         # The authors start b_dec and b_router both at the data's centre: a centred input is the same.
-        Optimization(lr=rate_by_width(run.d_sae), center=True),
-        dead=DeadLatents(run.d_sae, run.dead_tokens),
+        Optimization(lr=rate_by_width(config.d_sae), center=True),
+        dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )

@@ -108,7 +108,10 @@ def test_systems_are_recipes_that_can_be_built(paper, d_in):
             for name in system.recipes:
                 width = round(float(system.width.removesuffix("x")) * d_in)
                 setting = RunConfig(d_in, width, paper.run.steps, paper.run.batch_size, None, reading.literal, 24.0)
-                asked = {**{k: v for k, v in reading.options.items() if k in RECIPES[name].kinds()}, **system.options}
+                asked = {
+                    **{k: v for k, v in reading.options.items() if k in RECIPES[name].option_types()},
+                    **system.options,
+                }
                 with torch.device("meta"):
                     variant = RECIPES[name].make(setting, asked)
                 assert variant.sae.d_sae == width
@@ -120,7 +123,7 @@ def test_an_option_of_a_reading_is_one_of_some_recipe(paper):
     names = [name for system in paper.systems.values() for name in system.recipes]
     for reading in paper.readings:
         for option in reading.options:
-            assert any(option in RECIPES[name].kinds() for name in names), option
+            assert any(option in RECIPES[name].option_types() for name in names), option
 
 
 @every_paper
@@ -142,7 +145,7 @@ def test_a_scalar_of_training_is_one_that_its_recipes_log(paper):
         for recipe in {name for system in systems for name in system.recipes}:
             training = Trainer(RECIPES[recipe].make(RunConfig(32, 64, 20, 16), {}), 20, "cpu")
             training.step(torch.randn(16, 32))
-            logged.append(claim.metric.removeprefix(f"{LOGGED}.") in training.take_metrics())
+            logged.append(claim.metric.removeprefix(f"{LOGGED}.") in training.pop_metrics())
         assert all(logged) if asked[0] else any(logged), claim
 
 

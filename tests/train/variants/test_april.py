@@ -120,7 +120,7 @@ def test_the_penalty_goes_on_where_it_was_when_p_changes() -> None:
         with torch.no_grad():
             step = forward(training, x_BD)
             values.append(penalty(step).item())
-            exponents.append(step.notes["p"].item())
+            exponents.append(step.metrics["p"].item())
             annealing.after_step(step)
     assert len(set(exponents)) == 11
     assert values == pytest.approx([values[0]] * 100, rel=1e-4)

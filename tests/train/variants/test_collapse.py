@@ -151,7 +151,7 @@ def test_contrast_equals_a_sum_over_pairs(pairs: str) -> None:
         if pairs != "exact_group" or i // 4 == j // 4
     ]
     assert term(step).item() == pytest.approx(sum(values) / len(values), rel=1e-5)
-    assert float(step.notes["tau"]) == pytest.approx(tau)
+    assert float(step.metrics["tau"]) == pytest.approx(tau)
 
 
 def test_the_threshold_falls_from_0_4_to_0_05_by_a_cosine() -> None:
@@ -348,7 +348,7 @@ def test_hard_orthogonality_is_the_nearest_orthonormal_matrix() -> None:
 
 def test_batch_norm_uses_the_batch_in_training_and_folds_like_any_link() -> None:
     variant = build("collapse-04", batch_norm="pre")
-    variant.adapt(torch.zeros(32), 25.0)
+    variant.set_normalization(torch.zeros(32), 25.0)
     trained(variant, 20)
     sae, norm = variant.sae, variant.sae.activation[0]
     assert isinstance(norm, BatchNorm)
@@ -380,7 +380,7 @@ def test_a_balanced_term_pulls_no_harder_than_its_share_of_the_reconstruction() 
         step = step_of(sae, torch.randn(16, 6, generator=torch.Generator().manual_seed(1)))
         term = Balanced(lambda step: strength, GroupOrthogonalityLoss(rows), rows, 1.0, rho=0.5)
         found = torch.autograd.grad(term(step), sae.W_dec, retain_graph=True)[0]
-        return float(found.norm()), float(step.notes["reconstruction_gradient"])
+        return float(found.norm()), float(step.metrics["reconstruction_gradient"])
 
     strong, reconstruction = lengths(1e6)
     assert strong == pytest.approx(0.5 * reconstruction, rel=1e-4)
@@ -433,7 +433,7 @@ READINGS: list[tuple[str, dict]] = [
 @pytest.mark.parametrize("name, options", [*[(name, {}) for name in RUNS[:-1]], *READINGS])
 def test_every_reading_trains_and_keeps_unit_rows(name: str, options: dict, d_sae: int) -> None:
     training = trained(build(name, d_sae=d_sae, **options), 5)
-    metrics = training.take_metrics()
+    metrics = training.pop_metrics()
     assert int(training.failed_at) == -1
     assert all(math.isfinite(value) for value in metrics.values())
     assert (training.variant.sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
@@ -448,15 +448,15 @@ def test_no_reading_reads_back_to_the_host(name: str, options: dict) -> None:
 
 
 def test_each_part_logs_its_numbers() -> None:
-    metrics = trained(build("collapse-10"), 5).take_metrics()
+    metrics = trained(build("collapse-10"), 5).pop_metrics()
     assert {"utilisation", "tau", "alpha", "beta", "lambda", "group_utilisation_max", "group_rate_min",
             "sketch_mean_cosine", "neighbour_cosine"} <= metrics.keys()  # fmt: skip
 
 
 def test_the_paper_budget_stays_inside_its_warm_up() -> None:
     how = find_recipe("collapse-10").make(RunConfig(32, 64, 800, 125), {"budget": "paper"}).optimization
-    assert float(how.rate(torch.tensor(399), 800)) == pytest.approx(3e-4 * 400 / 1000)
-    assert float(how.rate(torch.tensor(799), 800)) == pytest.approx(3e-4 * 800 / 1000)
+    assert float(how.lr_at(torch.tensor(399), 800)) == pytest.approx(3e-4 * 400 / 1000)
+    assert float(how.lr_at(torch.tensor(799), 800)) == pytest.approx(3e-4 * 800 / 1000)
     with pytest.raises(UsageError, match="10,000,000 tokens, 4882 steps of 2048"):
         find_recipe("collapse-04").make(RunConfig(32, 64, 800, 2048), {"budget": "matched"})
 

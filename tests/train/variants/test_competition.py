@@ -77,8 +77,8 @@ def test_penalty_of_three_latents_by_hand(kind: int) -> None:
     assert penalty(pair_vec="activation", weight="conditional") == pytest.approx(1.0)
     # pairs that look alike, 0-1 and 1-2, of which 1-2 never fire together: it lacks 0.6
     assert penalty(target="absorption", weight="conditional") == pytest.approx(0.6 * 0.64)
-    assert step.notes["pairs_above"] == 1
-    assert step.notes["mean_coefficient"] == pytest.approx(0.6)
+    assert step.metrics["pairs_above"] == 1
+    assert step.metrics["mean_coefficient"] == pytest.approx(0.6)
 
 
 def test_coefficient_is_the_larger_direction_and_symmetric() -> None:
@@ -107,9 +107,9 @@ def test_independent_codes_have_coefficients_about_one() -> None:
     assert lift.mean() == pytest.approx(1.0, abs=0.05)
     step = step_of(torch.ones(8, 40))
     CompetitionLoss(store, 0.1, tau_on="lift")(step)
-    assert step.notes["pairs_above"] > 0.99 * len(lift)  # the threshold to the letter lies below chance
+    assert step.metrics["pairs_above"] > 0.99 * len(lift)  # the threshold to the letter lies below chance
     CompetitionLoss(store, 0.1)(step)
-    assert step.notes["pairs_above"] == 0
+    assert step.metrics["pairs_above"] == 0
 
 
 @pytest.mark.parametrize("kind", [0, 1])
@@ -169,7 +169,7 @@ def test_table_with_room_for_all_pairs_equals_the_dense_store() -> None:
         step, twin = step_of(codes(9), sae), step_of(codes(9), sae)
         assert term(step) > 0
         torch.testing.assert_close(term(step), other(twin))
-        assert step.notes["pairs_above"] == twin.notes["pairs_above"]
+        assert step.metrics["pairs_above"] == twin.metrics["pairs_above"]
 
 
 def test_a_small_table_finds_the_pairs_that_fire_together_and_agrees_about_them() -> None:
@@ -271,7 +271,7 @@ def test_refusals_are_sentences() -> None:
 def test_every_recipe_takes_steps(name: str, training_of, take) -> None:
     training = training_of(name, steps=5)
     list(take(training, range(5)))
-    metrics = training.take_metrics()
+    metrics = training.pop_metrics()
     assert all(value == value and abs(value) < 1e6 for value in metrics.values())
     if name != "competition-baseline":
         expected = {"competition-off": 0.0, "competition-no-warmup": 0.03}.get(name)
@@ -292,7 +292,7 @@ def test_every_reading_trains(reading: dict[str, object], training_of, take) -> 
     training = training_of("competition-no-warmup", steps=10, **reading)
     before = training.variant.sae.W_dec.detach().clone()
     list(take(training, range(10)))
-    metrics = training.take_metrics()
+    metrics = training.pop_metrics()
     assert all(value == value for value in metrics.values())
     assert not torch.equal(before, training.variant.sae.W_dec)
 
@@ -305,7 +305,7 @@ def test_it_composes_with_another_base(variant_of, take) -> None:
     assert variant.mechanisms[len(variant.mechanisms) - 2] is term.pairs
     training = Trainer(variant, 30, "cpu")
     list(take(training, range(6)))
-    metrics = training.take_metrics()
+    metrics = training.pop_metrics()
     assert metrics["pairs_above"] > 0 and metrics["competition"] > 0
 
 

@@ -64,7 +64,7 @@ def test_lambda_is_noted_and_its_ends_are_options() -> None:
     variant = build("hierarchical-linear", l1=0.5, l1_end=0.1)
     step = firing(torch.zeros(1, 64), 500)
     assert float(variant.coefficients["l1"](step)) == pytest.approx(0.3)
-    assert step.notes["lambda"].item() == pytest.approx(0.3)
+    assert step.metrics["lambda"].item() == pytest.approx(0.3)
 
 
 # Resampling
@@ -223,7 +223,7 @@ def test_the_target_of_alpha_belongs_to_a_variance_of_24_unless_given_or_to_the_
 
     assert target(run) == pytest.approx(2.5 / 4)
     assert target(run, target=2.0) == 2.0
-    assert target(run._replace(literal=True)) == target(run._replace(variance=None)) == 2.5
+    assert target(run._replace(paper_exact=True)) == target(run._replace(variance=None)) == 2.5
 
 
 def test_alpha_of_an_average() -> None:
@@ -364,7 +364,7 @@ def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
     for i in range(20):
         training.run_periodic(i, training.step(rows(i)))
     cosine_FF = variant.sae.W_dec @ variant.sae.W_dec.T
-    assert training.take_metrics()["merged"] >= 16
+    assert training.pop_metrics()["merged"] >= 16
     assert (cosine_FF.triu(1) <= 0.9).all()
     assert (cosine_FF.diagonal() - 1).abs().max() < 1e-6
 

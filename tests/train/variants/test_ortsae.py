@@ -23,7 +23,7 @@ def test_three_rows_by_hand() -> None:
     sae.W_dec.data = torch.tensor([[2.0, 0.0], [0.6, -0.8], [0.0, 1.0]])  # the length of a row does not matter
     step = step_of(sae)
     assert OrtSAELoss()(step).item() == pytest.approx((0.36 + 0.64 + 0.64) / 3)
-    assert float(step.notes["nearest_cosine"]) == pytest.approx((0.6 + 0.8 + 0.8) / 3)
+    assert float(step.metrics["nearest_cosine"]) == pytest.approx((0.6 + 0.8 + 0.8) / 3)
 
 
 def dense(weight_FD: Tensor, chunks: list[Tensor]) -> Tensor:

@@ -50,9 +50,9 @@ def test_balance_is_one_where_all_get_their_share_and_the_count_where_one_gets_a
     switch.W_router.data = torch.eye(8)[:, :4] * 100
     balance = Balance(switch)
     even = training.variant(training.i, torch.eye(8)[:4].repeat(4, 1), training.optimizer)
-    assert balance(even).item() == pytest.approx(1.0) and even.notes["busiest_expert"] == 0.25
+    assert balance(even).item() == pytest.approx(1.0) and even.metrics["busiest_expert"] == 0.25
     one = training.variant(training.i, torch.eye(8)[:1].repeat(16, 1), training.optimizer)
-    assert balance(one).item() == pytest.approx(4.0) and one.notes["busiest_expert"] == 1.0
+    assert balance(one).item() == pytest.approx(4.0) and one.metrics["busiest_expert"] == 1.0
 
 
 def test_balance_by_hand_and_its_gradient_through_probabilities_alone(switch) -> None:
