@@ -1,17 +1,28 @@
 # The README's commands, by name. `just` itself: pip install rust-just.
 
-# Install, and walk through all three stages on the embedded model.
-demo:
-    python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e . && .venv/bin/sae demo
+# Install, and run all three stages on the embedded model.
+demo: install
+    .venv/bin/sae demo
 
-# Install with the tests, and run them.
-test:
-    python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' && .venv/bin/pytest
+# Install with the tools of the tests and the checks.
+install:
+    python3 -m venv .venv
+    .venv/bin/pip install -q -c constraints.txt -e '.[test]'
 
-# What a commit has to pass besides the tests.
-check:
-    .venv/bin/pip install -q ruff && .venv/bin/ruff check . && .venv/bin/ruff format --check .
+# The quick tests: at most five minutes on two cores.
+test: install
+    .venv/bin/pytest
+
+# The tests that take longer.
+test-slow: install
+    .venv/bin/pytest -m slow
+
+# What a commit has to pass besides the tests: lint, format, types.
+check: install
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .ci/mypy .venv/bin/mypy
 
 # Every benchmark, one after the other; each prints its table.
-bench:
+bench: install
     for script in benchmarks/bench_*.py; do .venv/bin/python $script; done
