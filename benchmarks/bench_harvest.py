@@ -31,7 +31,8 @@ from sae.cache.layout import Hook, Layout
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.harvest.model import LanguageModel
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
-from sae.harvest.run import WindowComputer, cut_text, layout_of, load, run_harvest
+from sae.harvest.run import layout_of, load_model_for, run_harvest, tokenize
+from sae.harvest.windows import WindowComputer
 
 LAYERS, WIDE = (5, 12, 19), 2304
 
@@ -90,7 +91,7 @@ def passes_of(planned: HarvestPlan, contexts: Contexts) -> list[Tensor]:
 @torch.no_grad()
 def forward(planned: HarvestPlan, passes: list[Tensor]) -> Spent:
     started = Spent.now()
-    model = load(planned, {0: list(planned.widths)}, "cpu")
+    model = load_model_for(planned, {0: list(planned.widths)}, "cpu")
     for ids_NS in passes:
         model.trunk(ids_NS, use_cache=False)
     return Spent.since(started)
@@ -99,7 +100,7 @@ def forward(planned: HarvestPlan, passes: list[Tensor]) -> Spent:
 def harvested(planned: HarvestPlan, contexts: Contexts, splits: list[dict[str, float]]) -> Callable[[], Spent]:
     def run() -> Spent:
         begun(planned, contexts)
-        with watched(WindowComputer, "window") as model, watched(CacheWriter, "write_window") as writer:
+        with watched(WindowComputer, "compute") as model, watched(CacheWriter, "write_window") as writer:
             started = Spent.now()
             run_harvest(planned)
             spent = Spent.since(started)
@@ -167,7 +168,7 @@ def main() -> None:
         folder = Path(temporary)
         three = plan_harvest(request(folder / "three", asked.tokens, asked.window))
         one = replace(three, folder=folder / "one", hooks=[Hook(19)])
-        contexts, splits = cut_text(three), []
+        contexts, splits = tokenize(three), []
         passes = passes_of(three, contexts)
         run = sum(ids_NS.numel() for ids_NS in passes)
         ways = {

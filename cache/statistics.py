@@ -85,3 +85,13 @@ def moments(folder: Path, layout: Layout, name: str, marked: np.ndarray, files: 
         values = torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
         sums -= np.stack([values.sum(0), np.square(values).sum(0)])
     return sums / (layout.rows - len(marked))
+
+
+def describe_statistics(statistics: dict[str, Any]) -> str:
+    """The statistics of an array as a line of text."""
+    s, q = statistics, statistics["norm_quantiles"]
+    masked = f", {s['marked']:,} rows over {s['max_norm']:g}x the median norm masked" if s["max_norm"] else ""
+    return (
+        f"mean norm {s['mean_norm']:.4g} (1% {q['0.01']:.4g}, median {q['0.5']:.4g}, 99.9% {q['0.999']:.4g}), "
+        f"elementwise variance {s['variance']:.4g}, {len(s['outlier_dimensions'])} outlier dimensions{masked}"
+    )

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,17 +12,6 @@ cache_app = typer.Typer(
     no_args_is_help=True, help="Look at the activation caches under activations/; check, mend, remove."
 )
 Folder = Annotated[Path, typer.Argument(help="A folder under activations/.")]
-
-
-def describe(statistics: dict[str, Any]) -> str:
-    """An array's statistics as a line."""
-    s = statistics
-    q = s["norm_quantiles"]
-    marked = f", {s['marked']:,} rows over {s['max_norm']:g} medians marked" if s["max_norm"] else ""
-    return (
-        f"mean norm {s['mean_norm']:.4g} (1 % {q['0.01']:.4g}, median {q['0.5']:.4g}, 99.9 % {q['0.999']:.4g}), "
-        f"elementwise variance {s['variance']:.4g}, {len(s['outlier_dimensions'])} outlier dimensions{marked}"
-    )
 
 
 @cache_app.command("list")
@@ -47,6 +36,7 @@ def list_() -> None:
 def info(folder: Folder) -> None:
     """What a cache holds, and whether its files are there at their sizes; reads no activations."""
     from ..cache.reader import open_cache, recorded_modules
+    from ..cache.statistics import describe_statistics
     from ..common.formatting import format_bytes
 
     started = time.monotonic()
@@ -67,7 +57,7 @@ def info(folder: Folder) -> None:
     modules = recorded_modules(folder)
     for hook in cache.hooks:
         name = f"{hook.name} = {modules[hook.array]}" if hook.array in modules else hook.name
-        typer.echo(f"{hook.array:8s} {name}: {describe(cache.statistics(hook.array))}")
+        typer.echo(f"{hook.array:8s} {name}: {describe_statistics(cache.statistics(hook.array))}")
     cache.check_sizes()
     typer.echo(
         f"files    {len(files):,}, all there at their sizes, seen in {time.monotonic() - started:.2f} s; `sae cache verify` reads them"
@@ -98,8 +88,8 @@ def repair(
 ) -> None:
     """Read every byte, and harvest again the windows of what is missing or damaged."""
     from ..common.formatting import format_count
+    from ..harvest.progress import HarvestProgress
     from ..harvest.repair import repair as mend
-    from ..harvest.run import HarvestProgress
 
     with bar("repair", "") as shown:
         mended = mend(folder, HarvestProgress(shown, shown.say), model=model, dataset=dataset, device=device)

@@ -7,7 +7,7 @@ import typer
 
 from .console import cli_command, echo
 from .evaluate import run_evaluate
-from .harvest import run_harvest
+from .harvest import execute, show_harvest
 from .options import Tokens
 from .train import run_train
 
@@ -25,7 +25,7 @@ def demo(
     tokens = 200_000 if tokens is None else tokens
     if tokens < 2000:
         raise UsageError(f"--tokens {tokens} is too little to train on: give 2000 or more.")
-    cache = run_harvest(Harvest(model=mini.NAME, tokens=tokens))
+    cache = execute(show_harvest(Harvest(model=mini.NAME, tokens=tokens)))
     from ..train.plan import TrainConfig as Train
 
     # At the paper's 0.1 % of pairs `decorrelation` does not lower the mean correlation here; docs/log.md has the numbers.

@@ -139,7 +139,7 @@ def estimate_runs(group: Sequence[Job], source: Any, asked: ReproduceConfig) -> 
     from ..train.recipe import find_recipe
     from ..train.variant import RunConfig
 
-    if (cache := source if isinstance(source, Cache) else source.harvested) is not None:
+    if (cache := source if isinstance(source, Cache) else source.finished_cache) is not None:
         todo = [run for run in plan_training(train_config(group, cache.folder, asked)) if not run.done]
         return [[(run.planned, run.folder) for run in stream] for stream in group_by_pass(todo)]
     first, found = group[0], []

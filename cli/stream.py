@@ -17,7 +17,6 @@ def run_stream(request: Any, given: dict[str, Any], run_train: Any, dry_run: boo
     from ..harvest.plan import HarvestConfig as Harvest
     from ..harvest.streaming import check_room, harvest_ahead, plan_ring
     from ..train.streaming import train_streaming
-    from .harvest import show_source, time_of
 
     if request.resume:
         raise UsageError("--resume cannot be given with --stream. The command that began a run goes on with it.")
@@ -37,14 +36,15 @@ def run_stream(request: Any, given: dict[str, Any], run_train: Any, dry_run: boo
     )
     plan, ring = plan_ring(asked, given.get("ring", RING))
     request = replace(request, ring=ring)
-    show_source(plan)
+    for line in plan.describe_source():
+        echo(line)
     bytes_of_ring = check_room(plan, ring)
     echo(
         f"size     {plan.tokens:,} tokens in {ring.layout.windows:,} windows of {ring.layout.window_rows:,}, at most {ring.size} "
         f"at a time: {format_bytes(bytes_of_ring)}; {format_bytes(free_space(plan.folder))} free"
     )
     echo(f"order    {ring.groups:,} groups of windows, each once; normalised by the mean and the norm of the first")
-    echo(f"time     {time_of(plan)}; training runs beside it")
+    echo(f"time     {plan.describe_time()}; training runs at the same time")
     echo(f"cache    {plan.folder}")
     beside = {plan.folder: max(bytes_of_ring - folder_bytes(plan.folder), 0)}
     runs = run_train(request, dry_run, partial(train_streaming, harvest=partial(harvest_ahead, plan, ring)), beside)

@@ -7,29 +7,34 @@ from datetime import timedelta
 
 import torch
 
-PATIENCE = timedelta(days=7)  # a process that is done waits for the others
+TIMEOUT = timedelta(days=7)  # a process that has finished waits for the others
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
     """This process among those that were launched together."""
 
-    index: int = 0
+    rank: int = 0
     count: int = 1
     device: str = "cpu"
-    meet: Callable[[], None] = lambda: None  # waits until all are here
+    barrier: Callable[[], None] = lambda: None  # returns when all processes have called it
 
     @property
-    def first(self) -> bool:
-        return self.index == 0
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def rank_and_count() -> tuple[int, int]:
+    """The rank of this process and how many were launched, from the environment: (0, 1) without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def current_process_group(device: str) -> ProcessGroup:
-    """The team of this process; each has a GPU of its own where `device` is a GPU without a number."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The group of this process. If `device` is "cuda", without a number, each process gets a GPU of its own."""
+    if rank_and_count()[1] == 1:
         return ProcessGroup(device=device)
     from accelerate import PartialState
 
-    state = PartialState(cpu=torch.device(device).type == "cpu", timeout=PATIENCE)
-    own = str(state.device) if device == "cuda" else device
-    return ProcessGroup(state.process_index, state.num_processes, own, state.wait_for_everyone)
+    state = PartialState(cpu=torch.device(device).type == "cpu", timeout=TIMEOUT)
+    own_device = str(state.device) if device == "cuda" else device
+    return ProcessGroup(state.process_index, state.num_processes, own_device, state.wait_for_everyone)

@@ -1,44 +1,41 @@
-"""What is asked of a harvest, resolved to what pins it: model, text, hooks, sizes, folder. Nothing is written here."""
+"""The plan of a harvest: model, text, hooks, sizes and folder, checked and costed before anything is written."""
 
 import contextlib
-import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModel
-
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of
 from ..cache.reader import Cache, list_caches, recorded_modules
-from ..common.device import best_device, best_dtype, free_memory
+from ..cache.statistics import describe_statistics
+from ..common.device import best_device, best_dtype
 from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of, folder_bytes, free_space, sae_home
-from ..common.formatting import format_bytes
+from ..common.formatting import format_bytes, format_duration
 from . import mini
-from .architectures import check_context, check_layers, check_sites, hook_width, module_name, shorten
+from .architectures import check_context, check_layers, check_sites, hook_width, module_name
 from .contexts import TextSource, specials
-from .dataset_reader import first_line
 from .datasets import EMBEDDED, PILE, open_text
-from .model import LanguageModel, ModelSource, find_model, load_tokenizer
+from .distributed import rank_and_count
+from .estimate import block_seconds_per_token
+from .model import ModelSource, find_model, load_tokenizer
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
-# What the papers' MSE and explained variance of one SAE imply for the rows; derived, so a check of plausibility only.
+# (model, layer) -> the elementwise variance that the papers' MSE and explained variance of one SAE imply. Derived, so it
+# only serves as a plausibility check.
 IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
-TIMED_CONTEXT = 2048  # the attention of a longer one can take all of the memory, and few documents are as long
 
 
 @dataclass(frozen=True)
 class HarvestConfig:
-    """What a user can ask of a harvest."""
+    """The options of `sae harvest`, under the names of its flags."""
 
     model: str = "google/gemma-2-2b"
-    revision: str | None = None
+    revision: str | None = None  # of the model, on the Hub
     layers: Sequence[int] = LAYERS
     sites: Sequence[str] = ("resid_post",)
     dataset: str | None = None  # None: the Pile, or the embedded text for the embedded model
@@ -47,21 +44,21 @@ class HarvestConfig:
     split: str = "train"
     text_column: str = "text"
     tokens: int | None = None  # None: ten million, or all of a shorter text
-    context: int = 128
-    held_out: float | None = None  # None: 0.05; the embedded text holds out its own documents
-    keep_special: bool = False
-    pack: bool = False
-    window: int = WINDOW_ROWS
+    context: int = 128  # tokens, BOS included
+    held_out: float | None = None  # share of the documents; None: 0.05, or by name for the embedded text
+    keep_special: bool = False  # harvest the rows of BOS, EOS and pad too
+    pack: bool = False  # several documents in a context
+    window: int = WINDOW_ROWS  # rows shuffled and written together
     storage_dtype: str = "bfloat16"
     compress: bool = False
-    max_norm: float | None = None  # rows whose norm is over so many medians are marked
+    max_norm: float | None = None  # rows whose norm exceeds this multiple of the median are masked
     dtype: str = "auto"
-    attention: str = "eager"  # the implementation in which Gemma's soft-capping is exact
-    batch_contexts: int = 32
+    attention: str = "eager"  # the implementation that computes Gemma's soft-capping exactly
+    batch_contexts: int = 32  # contexts in a forward pass
     seed: int = 0
     device: str = "auto"
     out: Path | None = None
-    origins: Mapping[str, str] = field(default_factory=dict)  # flag -> "flag" or "file:line", of what was not default
+    origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     @property
     def held_out_share(self) -> float:
@@ -70,60 +67,44 @@ class HarvestConfig:
 
 @dataclass(frozen=True)
 class HarvestPlan:
-    """A request, resolved: what will be read, computed and written, and where."""
+    """What will be read, computed and written, and where: a HarvestConfig with everything in it resolved.
 
-    request: HarvestConfig
+    `describe` is what `sae harvest` prints before the work (and `--dry-run` stops after), `summary` what it prints after.
+    """
+
+    config: HarvestConfig
     source: ModelSource
-    config: Any
+    model_config: Any  # transformers' configuration of the model
     tokenizer: Any
     text: TextSource
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # everything that decides a byte of the cache
     folder: Path
     hooks: list[Hook]
-    tokens: int
+    tokens: int  # rows to harvest; an upper bound where config.tokens is None
     dtype: str
     device: str
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """Array -> numbers in a row."""
-        return {hook.array: hook_width(hook, self.config) for hook in self.hooks}
+        """Array name -> width of its rows."""
+        return {hook.array: hook_width(hook, self.model_config) for hook in self.hooks}
 
-    def bytes_of(self, arrays: Sequence[str]) -> int:
-        """Bytes that a token takes in these arrays, uncompressed, and where it came from."""
+    @property
+    def modules(self) -> dict[str, str]:
+        """Array name -> the hooked module, as transformers names it."""
+        return {hook.array: module_name(hook, self.model_config) for hook in self.hooks}
+
+    def bytes_per_token_of(self, arrays: Sequence[str]) -> int:
+        """Uncompressed bytes per token: bfloat16 activations and a float32 norm per array, then row_ctx and row_pos."""
         return sum(2 * self.widths[name] + 4 for name in arrays) + 6
 
     @property
     def bytes_per_token(self) -> int:
-        return self.bytes_of(list(self.widths))
-
-    def record(self) -> dict[str, Any]:
-        """What `sae cache repair` needs to ask for the same again, from anywhere, and when the Hub has moved on; and with
-        what it was asked for last. With what a window was made stands in its commit."""
-        asked = asdict(self.request)
-        for name in ("model", "dataset"):
-            if asked[name] and Path(asked[name]).exists():
-                asked[name] = str(Path(asked[name]).resolve())
-        if self.source.on_hub:
-            asked["revision"] = self.source.revision
-        if "split" in self.text.identity:  # on the Hub
-            asked["dataset_revision"] = self.text.identity["revision"]
-        asked = {name: value for name, value in asked.items() if name not in ("layers", "sites", "device", "out")}
-        modules = recorded_modules(self.folder) | self.modules  # those of layers that were harvested before stay
-        return asked | {
-            "device": self.device,
-            "modules": dict(sorted(modules.items())),
-            "environment": environment_record(),
-        }
+        return self.bytes_per_token_of(list(self.widths))
 
     @property
-    def modules(self) -> dict[str, str]:
-        """Array -> where its hook is in transformers' words."""
-        return {hook.array: module_name(hook, self.config) for hook in self.hooks}
-
-    @property
-    def harvested(self) -> Cache | None:
-        """The cache, where everything that is planned is in it."""
+    def finished_cache(self) -> Cache | None:
+        """The cache, if every planned hook is already in it."""
         with contextlib.suppress(SaeError):
             cache = Cache(self.folder)
             return cache if set(self.hooks) <= set(cache.hooks) else None
@@ -131,72 +112,156 @@ class HarvestPlan:
 
     @property
     def bytes_to_write(self) -> int:
-        """Bytes that the cache still takes, uncompressed."""
-        return 0 if self.harvested else max(self.tokens * self.bytes_per_token - folder_bytes(self.folder), 0)
+        """Uncompressed bytes still to be written."""
+        return 0 if self.finished_cache else max(self.tokens * self.bytes_per_token - folder_bytes(self.folder), 0)
+
+    def describe(self) -> list[str]:
+        """The lines that `sae harvest` prints before any work. Timing one block of the model takes a few seconds."""
+        size = (
+            f"{self.tokens:,} tokens x {self.bytes_per_token:,} B = {format_bytes(self.tokens * self.bytes_per_token)}"
+        )
+        return [
+            *self.describe_source(),
+            f"size     {'' if self.config.tokens else 'up to '}{size}{' before compression' if self.config.compress else ''}; "
+            f"{format_bytes(free_space(self.folder))} free",
+            f"time     {self.describe_time()}",
+            f"cache    {self.folder}",
+        ]
+
+    def describe_source(self) -> list[str]:
+        """The lines of `describe` about the model, its hooks and the text."""
+        held_out = "a tenth" if self.identity["held_out"] == "by name" else f"{self.config.held_out_share:.0%}"
+        return [
+            f"model    {self.source.name} at {self.source.revision[:12]}, computed in {self.dtype} on {self.device}",
+            *(f"hook     {h.name} = {self.modules[h.array]}, {self.widths[h.array]} wide" for h in self.hooks),
+            f"text     {self.text.name} at {self.text.identity['revision'][:12]}, {held_out} of the documents held out",
+        ]
+
+    def describe_time(self) -> str:
+        """The estimated time as text. Of several launched processes only the first, which prints, measures it."""
+        rank, processes = rank_and_count()
+        if rank > 0:
+            return "estimated by the first process"
+        where = self.device if processes == 1 else f"{processes} processes"
+        seconds = self.estimated_seconds() / processes
+        return f"about {format_duration(seconds)} of model time on {where}, estimated from one timed block"
+
+    def estimated_seconds(self) -> float:
+        """How long the model computes on one device, from timing one block. The rest of a harvest runs in parallel."""
+        config = self.config
+        per_block = block_seconds_per_token(
+            self.model_config, dtype=self.dtype, device=self.device, attention=config.attention,
+            context=config.context, batch_contexts=config.batch_contexts,
+        )  # fmt: skip
+        return per_block * (max(hook.layer for hook in self.hooks) + 1) * self.tokens
+
+    def summary(self, cache: Cache, seconds: float) -> list[str]:
+        """The lines that `sae harvest` prints when the cache is finished: each array's statistics, rows and time."""
+        lines = []
+        for hook in self.hooks:
+            implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
+            expected = f" (the papers' numbers imply about {implied:g})" if implied else ""
+            lines.append(f"{hook.array:8s} {describe_statistics(cache.statistics(hook.array))}{expected}")
+        contexts = cache.contexts(held_out=False)
+        special = int(contexts.length.sum()) - cache.rows
+        skipped = "".join(f", {n:,} {why} documents skipped" for why, n in self.text.skipped.items() if n)
+        lines.append(
+            f"done     {cache.rows:,} rows from {len(contexts):,} contexts ({special:,} special tokens left out{skipped}) "
+            f"in {seconds:.0f} s; `sae cache verify` re-reads every byte"
+        )
+        return lines
+
+    def record(self) -> dict[str, Any]:
+        """The content of harvest.json: the last request for this cache, from which `sae cache repair` repeats it.
+
+        Paths are absolute and Hub revisions pinned, so that it works from any folder and after the Hub has moved on.
+        What each window was made with is recorded in the window's commit.
+        """
+        record = asdict(self.config)
+        for name in ("model", "dataset"):
+            if record[name] and Path(record[name]).exists():
+                record[name] = str(Path(record[name]).resolve())
+        if self.source.on_hub:
+            record["revision"] = self.source.revision
+        if "split" in self.text.identity:  # a dataset of the Hub
+            record["dataset_revision"] = self.text.identity["revision"]
+        record = {name: value for name, value in record.items() if name not in ("layers", "sites", "device", "out")}
+        modules = recorded_modules(self.folder) | self.modules  # keeps those of layers harvested earlier
+        return record | {
+            "device": self.device,
+            "modules": dict(sorted(modules.items())),
+            "environment": environment_record(),
+        }
 
     def check_space(self, needed: float, per_token: float) -> None:
-        """OutsideError when so many bytes do not fit on the disk."""
+        """Raise UnavailableError if so many bytes do not fit on the disk."""
         free = free_space(self.folder)
-        if self.request.compress:  # bfloat16 shrinks by 1.3 at least; a disk that is full in the end loses nothing
+        if self.config.compress:  # bfloat16 shrinks by 1.3 at least, and a disk that fills up after all loses nothing
             needed, per_token = needed / 1.3, per_token / 1.3
         if 1.02 * needed > free:
-            fits = int(free / per_token / 1.02)
             raise UnavailableError(
-                f"The harvest needs {format_bytes(1.02 * needed)} and {self.folder} has {format_bytes(free)} free. --tokens {fits} would fit."
+                f"The harvest needs {format_bytes(1.02 * needed)} and {self.folder} has {format_bytes(free)} free. "
+                f"--tokens {int(free / per_token / 1.02)} would fit."
             )
 
 
-def plan_harvest(request: HarvestConfig, tell: Callable[[str], None] = lambda sentence: None) -> HarvestPlan:
-    """Resolve everything to what pins it. Loads no weights and writes nothing. `tell` takes sentences about the text."""
-    name = (EMBEDDED if request.model == mini.NAME else PILE) if request.dataset is None else request.dataset
-    check(request, name)
-    source, config = find_model(request.model, request.revision)
-    hooks = sorted({Hook(layer, site) for layer in request.layers for site in request.sites})
-    check_layers(config, [hook.layer for hook in hooks], request.model)
-    check_sites(config, hooks)
-    check_context(config, request.context, request.model)
-    device = best_device(request.device)
-    dtype = best_dtype(request.dtype, device)
+def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sentence: None) -> HarvestPlan:
+    """Check a configuration and resolve everything in it. Loads no weights and writes nothing.
+
+    `say` receives notes about the text and about caches of other revisions.
+
+    Raises UsageError for a configuration that cannot be harvested and UnavailableError if the model or the text cannot
+    be reached.
+    """
+    dataset = (EMBEDDED if config.model == mini.NAME else PILE) if config.dataset is None else config.dataset
+    check_config(config, dataset)
+    source, model_config = find_model(config.model, config.revision)
+    hooks = sorted({Hook(layer, site) for layer in config.layers for site in config.sites})
+    check_layers(model_config, [hook.layer for hook in hooks], config.model)
+    check_sites(model_config, hooks)
+    check_context(model_config, config.context, config.model)
+    device = best_device(config.device)
+    dtype = best_dtype(config.dtype, device)
     tokenizer = load_tokenizer(source)
     text = open_text(
-        name,
-        tokenizer=tokenizer,
-        revision=request.dataset_revision,
-        subset=request.subset,
-        split=request.split,
-        column=request.text_column,
-        seed=request.seed,
-        tell=tell,
-    )
-    identity = {
+        dataset, tokenizer=tokenizer, revision=config.dataset_revision, subset=config.subset, split=config.split,
+        column=config.text_column, seed=config.seed, tell=say,
+    )  # fmt: skip
+    identity = identity_of(config, source, dtype, tokenizer, text, held_out_by_name=dataset == EMBEDDED)
+    name = f"{source.name.rstrip('/').split('/')[-1]}--{text.name}--{fingerprint_of(identity)[:8]}"
+    folder = config.out or sae_home() / "activations" / name
+    if config.out is None and not folder.exists():
+        mention_other_revisions(folder, identity, source.on_hub, say)
+    tokens = config.tokens or TOKENS
+    return HarvestPlan(config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device)
+
+
+def identity_of(
+    config: HarvestConfig, source: ModelSource, dtype: str, tokenizer: Any, text: TextSource, *, held_out_by_name: bool
+) -> dict[str, Any]:
+    """Everything that decides a byte of the cache, except layers and sites: a cache can hold several of them."""
+    return {
         "format": FORMAT,
         "model": source.identity(),
         "dtype": dtype,
-        "attention": request.attention,
+        "attention": config.attention,
         "tokenizer": digest_of(tokenizer.backend_tokenizer.to_str()),
         "data": text.identity,
-        "tokens": request.tokens or f"up to {TOKENS}",
-        "context": request.context,
-        "held_out": "by name" if name == EMBEDDED else request.held_out_share,
-        "skip": [] if request.keep_special else specials(tokenizer),
-        "pack": request.pack,
-        "seed": request.seed,
-        "window_rows": request.window,
-        "chunk_rows": min(CHUNK_ROWS, request.window),
-        "storage_dtype": request.storage_dtype,
-        "compress": BLOSC if request.compress else None,
+        "tokens": config.tokens or f"up to {TOKENS}",
+        "context": config.context,
+        "held_out": "by name" if held_out_by_name else config.held_out_share,
+        "skip": [] if config.keep_special else specials(tokenizer),
+        "pack": config.pack,
+        "seed": config.seed,
+        "window_rows": config.window,
+        "chunk_rows": min(CHUNK_ROWS, config.window),
+        "storage_dtype": config.storage_dtype,
+        "compress": BLOSC if config.compress else None,
     }
-    short = source.name.rstrip("/").split("/")[-1]
-    folder = request.out or sae_home() / "activations" / f"{short}--{text.name}--{fingerprint_of(identity)[:8]}"
-    if request.out is None and not folder.exists():
-        tell_of_older(folder, identity, source.on_hub, tell)
-    return HarvestPlan(
-        request, source, config, tokenizer, text, identity, folder, hooks, request.tokens or TOKENS, dtype, device
-    )
 
 
-def tell_of_older(folder: Path, identity: dict[str, Any], on_hub: bool, tell: Callable[[str], None]) -> None:
-    """Say so when the same was harvested from another revision: the Hub has moved on since, or a file has changed."""
+def mention_other_revisions(folder: Path, identity: dict[str, Any], on_hub: bool, say: Callable[[str], None]) -> None:
+    """Say so if the same harvest exists for another revision: the Hub has moved on since, or a file has changed."""
 
     def unpinned(one: dict[str, Any]) -> dict[str, Any]:
         return one | {"model": one["model"]["name"], "data": one["data"]["name"]}
@@ -204,82 +269,53 @@ def tell_of_older(folder: Path, identity: dict[str, Any], on_hub: bool, tell: Ca
     for other in list_caches(folder.parent).values():
         if isinstance(other, Cache) and unpinned(other.identity) == unpinned(identity):
             flags = f" --revision {other.identity['model']['revision']}" if on_hub else ""
-            if "split" in identity["data"]:  # on the Hub
+            if "split" in identity["data"]:  # a dataset of the Hub
                 flags += f" --dataset-revision {other.identity['data']['revision']}"
-            instead = f" To go on with that one instead:{flags}" if flags else ""
-            tell(f"{other.folder} is the same harvest of other revisions.{instead}")
+            instead = f" To continue that one instead, add{flags}" if flags else ""
+            say(f"{other.folder} is the same harvest of another revision.{instead}")
 
 
-def check(request: HarvestConfig, text: str) -> None:
-    """UsageError for what can be seen to be wrong before anything is opened."""
-    if "" in (request.model, request.dataset):
-        raise UsageError("--model and --dataset cannot be empty. Leave --dataset out for the model's own.")
-    if request.tokens is not None and request.tokens <= 0:
-        raise UsageError(f"--tokens {request.tokens} is not positive. Give how many rows to harvest, such as 10M.")
-    if request.tokens is not None and request.tokens > 2**40:
+def check_config(config: HarvestConfig, dataset: str) -> None:
+    """Raise UsageError for values that are wrong whatever the model and the text are."""
+    if "" in (config.model, config.dataset):
+        raise UsageError("--model and --dataset cannot be empty. Leave out --dataset for the model's default text.")
+    check_sizes(config)
+    if not 0 <= config.seed < 2**63:
+        raise UsageError(f"invalid --seed {config.seed}: expected 0 to 2^63 - 1.")
+    if dataset == EMBEDDED and config.held_out is not None:
         raise UsageError(
-            f"--tokens {request.tokens} is more than 2^40, a million million. Give how many rows to harvest, such as 10M."
+            f"--held-out has no effect on {EMBEDDED}, which always holds out one document in ten. Leave it out."
         )
-    if not 2 <= request.context <= 65535:
+    if not 0 <= config.held_out_share < 1:
+        raise UsageError(f"invalid --held-out {config.held_out}: expected a share from 0 up to, but not including, 1.")
+    if config.storage_dtype not in ("bfloat16", "uint16"):
         raise UsageError(
-            f"--context {request.context} is out of range: a context is BOS and at least one token, at most 65,535."
+            f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without bfloat16."
         )
-    if request.window <= 0 or request.window % min(CHUNK_ROWS, request.window):
-        raise UsageError(
-            f"--window {request.window} is no whole number of chunks: give a multiple of {CHUNK_ROWS:,}, or less than that."
-        )
-    if request.window > max(WINDOW_ROWS, request.tokens or TOKENS):
-        raise UsageError(
-            f"--window {request.window} is more than there will be tokens, and a window is kept in memory and filled up on disk. Give less."
-        )
-    if not 0 <= request.seed < 2**63:
-        raise UsageError(f"--seed {request.seed} is out of range: give 0 to 2^63 - 1.")
-    if text == EMBEDDED and request.held_out is not None:
-        raise UsageError(f"--held-out cannot be given for {EMBEDDED}: it holds out its own documents, one in ten.")
-    if not 0 <= request.held_out_share < 1:
-        raise UsageError(
-            f"--held-out {request.held_out} is no fraction of the documents: give 0 up to, but not including, 1."
-        )
-    if request.storage_dtype not in ("bfloat16", "uint16"):
-        raise UsageError(
-            f"--storage-dtype {request.storage_dtype} is unknown: bfloat16, or uint16 for readers that lack it."
-        )
-    unknown = [site for site in request.sites if site not in SITES]
+    unknown = [site for site in config.sites if site not in SITES]
     if unknown:
-        raise UsageError(f"--site {unknown[0]} is unknown: give one of {', '.join(SITES)}.")
-    if request.max_norm is not None and not request.max_norm > 1:
+        raise UsageError(f"unknown --site {unknown[0]}: expected one of {', '.join(SITES)}.")
+    if config.max_norm is not None and not config.max_norm > 1:
         raise UsageError(
-            f"--max-norm {request.max_norm} would mark half of the rows: give a multiple of the median, such as 10."
+            f"--max-norm {config.max_norm} would mask half of the rows. Give a multiple of the median norm, such as 10."
         )
 
 
-def estimated_seconds(plan: HarvestPlan) -> float:
-    """How long the model will take: one block of its shape, with random weights, timed on this device.
-
-    What else a harvest does runs beside it.
-    """
-    config = copy.deepcopy(plan.config.get_text_config())
-    config.vocab_size, config.pad_token_id = 8, 0
-    shorten(config, 1)
-    settings = {"dtype": getattr(torch, plan.dtype), "attn_implementation": plan.request.attention}
-    with torch.random.fork_rng():
-        try:
-            model = LanguageModel(AutoModel.from_config(config, **settings).to(plan.device).eval())
-        except (ValueError, ImportError) as error:
-            raise UsageError(f"--attention {plan.request.attention} cannot be used: {first_line(error)}") from error
-    at_once, length = 1, min(plan.request.context, TIMED_CONTEXT)
-    while True:  # more contexts at once until a pass can be timed
-        ids = torch.zeros(at_once, length, dtype=torch.long, device=plan.device)
-        times = []
-        for _ in range(3):  # the first pass of a shape is slower
-            started = time.perf_counter()
-            model.capture(ids, [0])[0].float().mean().item()
-            times.append(time.perf_counter() - started)
-        spent = min(times)
-        if spent > 0.1 or at_once >= plan.request.batch_contexts:
-            break
-        at_once = min(4 * at_once, plan.request.batch_contexts)
-    del model
-    free_memory(plan.device)
-    blocks = max(hook.layer for hook in plan.hooks) + 1
-    return spent / ids.numel() * blocks * plan.tokens
+def check_sizes(config: HarvestConfig) -> None:
+    """The part of `check_config` about tokens, contexts and windows."""
+    tokens, context, window = config.tokens, config.context, config.window
+    if tokens is not None and not 0 < tokens <= 2**40:
+        raise UsageError(
+            f"invalid --tokens {tokens}: expected 1 to 2^40 (about 10^12). Give how many rows to harvest, such as 10M."
+        )
+    if not 2 <= context <= 65535:
+        raise UsageError(
+            f"invalid --context {context}: expected 2 to 65,535, since a context is BOS and at least one token."
+        )
+    if window <= 0 or window % min(CHUNK_ROWS, window):
+        raise UsageError(f"invalid --window {window}: expected a multiple of {CHUNK_ROWS:,}, or a smaller number.")
+    if window > max(WINDOW_ROWS, tokens or TOKENS):
+        raise UsageError(
+            f"--window {window} exceeds the number of tokens, and a whole window is kept in memory and filled up on disk. "
+            "Give a smaller one."
+        )

@@ -1,4 +1,4 @@
-"""Mend a cache: what is missing or damaged is harvested again, window by window, and nothing else is written."""
+"""Repair a cache: missing or damaged files are harvested again, window by window. Nothing else is written."""
 
 import contextlib
 from collections import defaultdict
@@ -13,67 +13,66 @@ from ..cache.writer import CacheWriter
 from ..common.errors import DamagedError, SaeError, UsageError
 from ..common.files import read_json, writer_lock
 from .plan import HarvestConfig, HarvestPlan, plan_harvest
-from .run import UNWATCHED, HarvestProgress, WindowComputer, cut_text, layout_of, load, refuse_ring, text_of
-from .tokenize_checkpoint import discard
+from .progress import SILENT, HarvestProgress
+from .run import check_not_ring, load_model_for, start_cache, tokenize
+from .windows import WindowComputer
 
 
 def repair(
-    folder: Path,
-    report: HarvestProgress = UNWATCHED,
-    *,
-    model: str | None = None,
-    dataset: str | None = None,
+    folder: Path, progress: HarvestProgress = SILENT, *, model: str | None = None, dataset: str | None = None,
     device: str = "auto",
-) -> list[str]:
-    """Check every byte and harvest again what is not as recorded. Returns a sentence for each file that was mended.
+) -> list[str]:  # fmt: skip
+    """Check every byte and harvest again what differs from its record. Returns a sentence for each repaired file.
 
-    `model` and `dataset` say where they are now. UsageError when the model or the text is not what it was, or when the
-    cache is half written.
+    `model` and `dataset` say where they are now, if they have moved.
+
+    Raises UsageError if the model or the text has changed, or if the cache is only half written.
     """
     if not (folder / "commits").is_dir():
-        raise UsageError(
-            f"{folder} holds no harvest (no commits/). `sae cache repair` takes a folder under activations/."
-        )
+        raise UsageError(f"{folder} is not a cache (it has no commits/). Give a folder under activations/.")
     if not (folder / "harvest.json").exists():
         raise DamagedError(
-            f"{folder / 'harvest.json'} is missing, which says what was asked for. The same `sae harvest` writes it again."
+            f"{folder / 'harvest.json'} is missing, which records how the cache was harvested. "
+            "Run the same `sae harvest` again to restore it."
         )
-    refuse_ring(folder)
-    with writer_lock(folder, "sae cache repair", report.say):
-        refuse_half_written(folder)
-        mended = list(drop_unreadable(folder))
-        again = planned_again(folder, model=model, dataset=dataset, device=device)
-        limits = max_norms(again)
-        mended += list(mend_text(again))
-        contexts = text_of(again)
-        writer = CacheWriter(folder, again.identity, layout_of(again, contexts), again.widths)
-        discard(folder)
-        mended += list(mend_windows(again, writer, WindowComputer(again, contexts, writer.layout, report), report))
-        for limit in {*limits.values()}:  # layers can have been marked differently
-            arrays = {name: width for name, width in again.widths.items() if limits[name] == limit}
-            part = CacheWriter(folder, again.identity, writer.layout, arrays)
-            if mended or not part.finished(limit):
-                part.finish(limit)
-                mended = mended or [f"{folder} had lost its seal; manifest.json and zarr.json are made anew"]
-    return mended
+    check_not_ring(folder)
+    with writer_lock(folder, "sae cache repair", progress.say):
+        check_complete(folder)
+        repaired = list(remove_unreadable_records(folder))
+        plan = plan_same_harvest(folder, model=model, dataset=dataset, device=device)
+        max_norms = recorded_max_norms(plan)
+        repaired += list(repair_tokens(plan))
+        writer, contexts = start_cache(plan)
+        repaired += list(
+            repair_windows(plan, writer, WindowComputer(plan, contexts, writer.layout, progress), progress)
+        )
+        for max_norm in {*max_norms.values()}:  # layers can have been harvested with different ones
+            widths = {name: width for name, width in plan.widths.items() if max_norms[name] == max_norm}
+            part = CacheWriter(folder, plan.identity, writer.layout, widths)
+            if repaired or not part.finished(max_norm):
+                part.finish(max_norm)
+                repaired = repaired or [f"{folder}: manifest.json and zarr.json were missing or damaged; rewritten"]
+    return repaired
 
 
-def refuse_half_written(folder: Path) -> None:
-    """UsageError when a harvest has not come to its end; where that cannot be read, it is brought there."""
+def check_complete(folder: Path) -> None:
+    """Raise UsageError if the harvest has not finished. If zarr.json cannot be read, `repair` finishes it."""
     with contextlib.suppress(DamagedError):
         if not attributes_of(folder)["complete"]:
-            raise UsageError(f"{folder} is half written. Run the same `sae harvest` again: it finishes and mends it.")
+            raise UsageError(
+                f"{folder} is half written. Run the same `sae harvest` again, which finishes and repairs it."
+            )
 
 
-def max_norms(again: HarvestPlan) -> dict[str, float | None]:
-    """The --max-norm of each array: the manifest's where there is one, else that of the last harvest."""
-    manifest = again.folder / "manifest.json"
+def recorded_max_norms(plan: HarvestPlan) -> dict[str, float | None]:
+    """Array name -> its --max-norm: from the manifest, or from the last harvest if the array is not in it."""
+    manifest = plan.folder / "manifest.json"
     known = read_json(manifest, "statistics")["statistics"] if manifest.exists() else {}
-    return {name: known[name]["max_norm"] if name in known else again.request.max_norm for name in again.widths}
+    return {name: known[name]["max_norm"] if name in known else plan.config.max_norm for name in plan.widths}
 
 
-def drop_unreadable(folder: Path) -> Iterator[str]:
-    """Remove records that cannot be read: all but harvest.json follow from the rest."""
+def remove_unreadable_records(folder: Path) -> Iterator[str]:
+    """Remove damaged JSON records. All of them follow from the other files, except harvest.json."""
     records = [
         *folder.glob("*.json"),
         *(folder / "commits").glob("*.json"),
@@ -87,52 +86,52 @@ def drop_unreadable(folder: Path) -> Iterator[str]:
             if path.name == "harvest.json":
                 raise
             path.unlink()
-            yield f"{path} could not be read; it is made anew from the rest"
+            yield f"{path} could not be read; rewritten"
     if not (folder / "manifest.json").exists() and not list((folder / "commits").glob("*.json")):
-        raise UsageError(f"{folder} is hardly begun. Run the same `sae harvest` again.")
+        raise UsageError(f"{folder} holds no finished window. Run the same `sae harvest` again.")
 
 
-def planned_again(folder: Path, *, model: str | None, dataset: str | None, device: str) -> HarvestPlan:
-    """The plan that made a cache, made again; UsageError unless it would give the same bytes."""
+def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, device: str) -> HarvestPlan:
+    """The plan of the harvest that wrote a cache. Raises UsageError unless it would give the same bytes."""
     record = read_json(folder / "harvest.json")
     known = {field.name for field in fields(HarvestConfig)}
-    given = {name: value for name, value in record.items() if name in known}
+    options = {name: value for name, value in record.items() if name in known}
     arrays = {path.name.split(".", 1)[1].removesuffix(".json") for path in (folder / "commits").glob("*.json")}
     hooks = sorted(map(Hook.of, arrays))
-    given |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
-    given |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
-    again = replace(plan_harvest(HarvestConfig(**given)), hooks=hooks)
+    options |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
+    options |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
+    plan = replace(plan_harvest(HarvestConfig(**options)), hooks=hooks)
     if not (folder / "zarr.json").exists():
-        return again
+        return plan
     identity = attributes_of(folder)["identity"]
-    changed = [key for key in identity if unnamed(identity[key]) != unnamed(again.identity.get(key))]
+    changed = [key for key in identity if unnamed(identity[key]) != unnamed(plan.identity.get(key))]
     if changed:
         raise UsageError(
-            f"{folder} was harvested with another {', '.join(changed)} than is found now, so its bytes cannot be made again. "
-            "Give --model or --dataset where they are now, or harvest anew."
+            f"{folder} was harvested with a different {', '.join(changed)} than is there now, so its bytes cannot be "
+            "reproduced. Say where they are now with --model or --dataset, or harvest into a new folder."
         )
-    return replace(again, identity=identity)
+    return replace(plan, identity=identity)
 
 
-def mend_text(again: HarvestPlan) -> Iterator[str]:
-    """Cut the text again when a file of it is damaged; it has to come out the same."""
-    record = again.folder / "tokens" / "commit.json"
+def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
+    """Tokenize the text again if one of its files is damaged. The result has to equal the record."""
+    record = plan.folder / "tokens" / "commit.json"
     files = read_json(record, "files")["files"] if record.exists() else {}
-    damaged = [f for f in files if problem(again.folder, f, files[f])]
+    damaged = [file for file in files if chunk_error(plan.folder, file, files[file])]
     if files and not damaged:
         return
-    contexts = cut_text(again)
+    contexts = tokenize(plan)
     if files and contexts.records() != files:
         raise SaeError(
-            f"The text of {again.folder} comes out otherwise than it did, probably with another version of tokenizers, "
-            "so the damaged files cannot be made again. Harvest into a new folder with --out."
+            f"Tokenizing the text of {plan.folder} gives different tokens than before, probably because of another "
+            "version of tokenizers, so the damaged files cannot be reproduced. Harvest into a new folder with --out."
         )
-    contexts.write(again.folder)
-    yield from (f"{file} was missing or damaged; cut again" for file in damaged or ["tokens"])
+    contexts.write(plan.folder)
+    yield from (f"{file} was missing or damaged; tokenized again" for file in damaged or ["tokens"])
 
 
-def problem(folder: Path, file: str, record: dict[str, Any]) -> str | None:
-    """What is wrong with a file, or None."""
+def chunk_error(folder: Path, file: str, record: dict[str, Any]) -> str | None:
+    """What is wrong with a chunk file, or None."""
     name, chunk = file.rsplit("/", 1)
     try:
         check_chunk(folder, read_array(folder, name), int(chunk.split(".")[1]), record)
@@ -141,53 +140,59 @@ def problem(folder: Path, file: str, record: dict[str, Any]) -> str | None:
     return None
 
 
-def mend_windows(
-    again: HarvestPlan, writer: CacheWriter, computing: WindowComputer, report: HarvestProgress
+def repair_windows(
+    plan: HarvestPlan, writer: CacheWriter, computer: WindowComputer, progress: HarvestProgress
 ) -> Iterator[str]:
-    """Compute the windows of damaged files again, and write those files; the others of the window stay."""
+    """Compute again the windows with damaged files, and write those files. The window's other files stay."""
     commits = {(c["window"], c["array"]): c for c in writer.commits(whole=False)}
     records = {file: record for commit in commits.values() for file, record in commit["files"].items()}
-    damaged = set()
-    for number, (file, record) in enumerate(records.items(), 1):
-        if found := problem(again.folder, file, record):
-            report.say(found.split(". ")[0] + ".")
-            damaged.add(file)
-        report.rows(number, len(records))
-    wanted: dict[int, list[str]] = defaultdict(list)
+    damaged = find_damaged(plan.folder, records, progress)
+    missing: dict[int, list[str]] = defaultdict(list)
     for window in range(writer.layout.windows):
-        for array in again.widths:
+        for array in plan.widths:
             commit = commits.get((window, array))
             if commit is None or damaged & commit["files"].keys():
-                wanted[window].append(array)
-    if not wanted:
+                missing[window].append(array)
+    if not missing:
         return
-    computing.load(load(again, wanted, again.device))
-    for (window, at_once), arrays in by_passes(wanted, commits, again.request.batch_contexts).items():
-        computing.at_once = at_once
-        rows = computing.window(window, computing.buffers(arrays))
-        jobs = dict(writer.files_of(window, rows))
+    computer.set_model(load_model_for(plan, missing, plan.device))
+    for (window, batch_contexts), arrays in group_by_batch(missing, commits, plan.config.batch_contexts).items():
+        computer.batch_contexts = batch_contexts
+        rows = computer.compute(window, computer.buffers(arrays))
+        files_of_array = dict(writer.files_of(window, rows))
         for array in arrays:
-            files = {a.file(chunk): (a, chunk, block) for a, chunk, block in jobs[""] + jobs[array]}
+            files = {a.file(chunk): (a, chunk, block) for a, chunk, block in files_of_array[""] + files_of_array[array]}
             old = commits[window, array]["files"] if (window, array) in commits else {}
             if all(encode_chunk(a, block)[1] == old.get(file) for file, (a, _, block) in files.items()):
                 for file in sorted(damaged & files.keys()):
-                    write_chunk(again.folder, *files[file])
-                    damaged.remove(file)  # where rows came from is of every array of the window, and mended once
-                    yield f"{file} was missing or damaged; harvested again, to the same bytes"
+                    write_chunk(plan.folder, *files[file])
+                    damaged.remove(file)  # row_ctx and row_pos belong to every array of a window, and are written once
+                    yield f"{file} was missing or damaged; harvested again, with the same bytes"
             else:
-                writer.write_window(window, replace(rows, bits={array: rows.bits[array]}), computing.made_with())
+                writer.write_window(window, replace(rows, bits={array: rows.bits[array]}), computer.made_with())
                 yield f"window {window} of {array} was harvested again as a whole" + (
-                    ", to other bytes: made with other versions or on another device" if old else ""
+                    ", with different bytes: other versions or another device made it" if old else ""
                 )
 
 
-def by_passes(
-    wanted: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], asked: int
+def find_damaged(folder: Path, records: dict[str, Any], progress: HarvestProgress) -> set[str]:
+    """The chunk files that are missing or differ from their records."""
+    damaged = set()
+    for number, (file, record) in enumerate(records.items(), 1):
+        if error := chunk_error(folder, file, record):
+            progress.say(error.split(". ")[0] + ".")
+            damaged.add(file)
+        progress.rows(number, len(records))
+    return damaged
+
+
+def group_by_batch(
+    missing: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], default: int
 ) -> dict[tuple[int, int], list[str]]:
-    """Arrays by their window and by how many contexts were in a pass when they were made, which can decide bits."""
+    """Group arrays by window and by the contexts per forward pass they were made with, which can affect the last bits."""
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for window, arrays in wanted.items():
+    for window, arrays in missing.items():
         for array in arrays:
             commit = commits.get((window, array))
-            groups[window, commit["made_with"]["batch_contexts"] if commit else asked].append(array)
+            groups[window, commit["made_with"]["batch_contexts"] if commit else default].append(array)
     return groups

@@ -1,6 +1,6 @@
-"""A harvest that runs ahead of training: the windows of a ring in order, in a thread, no further than the ring has room.
+"""Harvest while training: windows of a ring are harvested in order, in a thread, as far ahead as the ring has room.
 
-They are the windows of the same `sae harvest`, bit for bit; training hands them back when it has read them.
+They equal the windows of the same `sae harvest`, bit for bit. Training releases them once it has read them.
 """
 
 import contextlib
@@ -10,44 +10,46 @@ from dataclasses import replace
 
 from ..cache.layout import CHUNK_ROWS, Layout
 from ..cache.ring import AHEAD, RingCache
-from ..cache.writer import CacheWriter, begun
+from ..cache.writer import begun
 from ..common.errors import UnavailableError, UsageError
-from ..common.files import folder_bytes, free_space, write_json_if_changed, writer_lock
+from ..common.files import folder_bytes, free_space, writer_lock
 from ..common.formatting import format_bytes
 from .plan import HarvestConfig, HarvestPlan, plan_harvest
-from .run import HarvestProgress, WindowComputer, load, text_of, write_windows
-from .tokenize_checkpoint import discard
+from .progress import HarvestProgress
+from .run import load_model_for, start_cache
+from .windows import WindowComputer, write_windows
 
-TEXT_BYTES = 5  # a token: its id, and the share of held-out text
-
-
-class TrainingEnded(Exception):
-    """Nobody will read what is being computed."""
+TEXT_BYTES = 5  # per token: its id, and its share of the held-out text
 
 
-def plan_ring(request: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]:
-    """The plan of a harvest in a folder of its own, and the ring of its windows. Writes nothing.
+class TrainingEnded(Exception):  # noqa: N818  (not an error: the harvest has run as far as it has to)
+    """Raised in the harvesting thread when nobody will read its windows any more."""
 
-    Raises UsageError when the number of rows is not known beforehand, or when the folder holds something else.
+
+def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]:
+    """Plan a harvest in a folder of its own, and the ring of its windows. Writes nothing.
+
+    Raises UsageError if config.tokens is not given, or if the folder holds something else.
     """
-    if request.tokens is None:
+    if config.tokens is None:
         raise UsageError(
-            "--stream needs --tokens: the steps are counted before the text is read. Give how many, such as 10M."
+            "--stream needs --tokens, since the number of steps is fixed before the text is read. "
+            "Give how many, such as 10M."
         )
-    found = plan_harvest(request)
-    if request.out is None:
-        found = replace(found, folder=found.folder.with_name(f"{found.folder.name}--stream"))
-    layout = Layout(request.tokens, request.window, request.storage_dtype, request.compress)
-    ring = RingCache(found.folder, found.identity, layout, found.widths, size)
-    if found.folder.is_dir():
-        begun(found.folder, ring.fingerprint)
-    return found, ring
+    plan = plan_harvest(config)
+    if config.out is None:
+        plan = replace(plan, folder=plan.folder.with_name(f"{plan.folder.name}--stream"))
+    layout = Layout(config.tokens, config.window, config.storage_dtype, config.compress)
+    ring = RingCache(plan.folder, plan.identity, layout, plan.widths, size)
+    if plan.folder.is_dir():
+        begun(plan.folder, ring.fingerprint)
+    return plan, ring
 
 
 def check_room(plan: HarvestPlan, ring: RingCache) -> int:
-    """The bytes that the ring takes. OutsideError when they do not fit on the disk; it says what would."""
+    """The bytes that the ring takes. Raises UnavailableError, with sizes that would fit, if the disk is too small."""
     text = TEXT_BYTES * ring.layout.rows
-    needed = bytes_of_ring(plan, ring) + text
+    needed = ring_bytes(plan, ring) + text
     free = free_space(plan.folder) + folder_bytes(plan.folder)
     if 1.02 * needed > free:
         rows = int((free / 1.02 - text) / plan.bytes_per_token)
@@ -60,46 +62,47 @@ def check_room(plan: HarvestPlan, ring: RingCache) -> int:
     return needed
 
 
-def bytes_of_ring(plan: HarvestPlan, ring: RingCache) -> int:
+def ring_bytes(plan: HarvestPlan, ring: RingCache) -> int:
+    """Bytes of the activations on the disk when the ring is full."""
     return min(ring.size, ring.layout.windows) * ring.layout.window_rows * plan.bytes_per_token
 
 
 @contextlib.contextmanager
 def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callable[[str], None]) -> Iterator[None]:
-    """While this is open, a thread harvests these groups. Training's end stops it when the window being written is safe."""
+    """Harvest these groups of windows in a thread while the context is open.
+
+    Leaving the context stops the thread once the window being written is safe.
+    """
     with writer_lock(plan.folder, "sae train --stream", say):
         ring.begin()
-        contexts = text_of(plan)
-        write_json_if_changed(plan.folder / "harvest.json", plan.record())
-        writer = CacheWriter(plan.folder, plan.identity, ring.layout, plan.widths)
-        discard(plan.folder)
+        writer, contexts = start_cache(plan)
         ring.start(groups.start)
         wanted = ring.windows(groups)
         missing = {window: arrays for window, arrays in writer.missing().items() if window in wanted}
 
-        def watch(done: int, total: int) -> None:
+        def stop_when_closed(done: int, total: int) -> None:
             if ring.closed:
                 raise TrainingEnded
 
-        report = HarvestProgress(watch, say)
-        computing = WindowComputer(plan, contexts, ring.layout, report)
-        if missing:  # here, not in the thread: loading a model touches torch's default type and random state
-            computing.load(load(plan, missing, plan.device))
+        progress = HarvestProgress(stop_when_closed, say)
+        computer = WindowComputer(plan, contexts, ring.layout, progress)
+        if missing:  # not in the thread, since loading a model touches torch's default dtype and random state
+            computer.set_model(load_model_for(plan, missing, plan.device))
 
-        def work() -> None:
+        def harvest_groups() -> None:
             try:
                 for group in groups:
-                    lacking = {w: missing[w] for w in ring.windows(range(group, group + 1)) if w in missing}
+                    windows = {w: missing[w] for w in ring.windows(range(group, group + 1)) if w in missing}
                     if not ring.room_for(group):
                         return
-                    write_windows(computing, writer, lacking, report)
+                    write_windows(computer, writer, windows, progress)
                     ring.harvested(group)
             except TrainingEnded:
                 pass
-            except BaseException as error:  # raised again by whoever waits for the group
+            except BaseException as error:  # raised in whoever waits for the group
                 ring.fail(error)
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=harvest_groups, daemon=True)
         thread.start()
         try:
             yield

@@ -6,12 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from sae.cache.reader import Cache
-from sae.cli.harvest import run_harvest
-from sae.harvest.plan import HarvestConfig
+from sae.harvest.run import harvest_activations
 
 KILLS = 8  # the first while the text is written, the others ten commits of ninety-four apart
 
@@ -21,41 +19,41 @@ def reached(folder: Path, commits: int) -> bool:
 
 
 def test_kill_at_any_instant(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
-    request = HarvestConfig(
-        model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=6000, context=32, window=128, held_out=0.1,
-        device="cpu", batch_contexts=8, out=tmp_path / "whole",
-    )  # fmt: skip
+    options = {
+        "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 6000, "context": 32, "window": 128,
+        "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
+    }  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sae.harvest.run", "transformers.models.gemma2.modeling_gemma2", "datasets"])
 
-    def start(asked: HarvestConfig) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=run_harvest, args=(asked,))
+    def start(out: Path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=harvest_activations, kwargs=options | {"out": out})
         process.start()
         return process
 
-    def finished(asked: HarvestConfig) -> None:
-        process = start(asked)
+    def finish(out: Path) -> None:
+        process = start(out)
         process.join()
         assert process.exitcode == 0
 
-    finished(request)
-    killed = replace(request, out=tmp_path / "killed")
+    finish(whole)
     rng, at_work = random.Random(0), 0
     for number in range(KILLS):
         process = start(killed)
-        while process.is_alive() and not reached(killed.out, 10 * number):
+        while process.is_alive() and not reached(killed, 10 * number):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.01))
         process.kill()
         process.join()
         at_work += process.exitcode == -signal.SIGKILL
     assert at_work >= 3  # a quick machine may be done before the last of them
-    finished(killed)
-    cache = Cache(killed.out)
+    finish(killed)
+    cache = Cache(killed)
     assert len(list(cache.verify())) == len(cache.manifest["files"])
     contents = [
         {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
-        for folder in (request.out, killed.out)
+        for folder in (whole, killed)
     ]
     assert contents[0] == contents[1]
 
@@ -81,5 +79,5 @@ def test_sigterm_ends_as_ctrl_c_does(tiny_model: Path, sentences: Path, tmp_path
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate()
-    assert process.returncode == 130 and "the same command goes on from there" in told, told
+    assert process.returncode == 130 and "run the same command again to continue" in told, told
     assert reached(out, 2) and not (out / ".lock.holder").exists()

@@ -108,7 +108,7 @@ def test_other_bytes_are_said_to_be_others(whole: Cache, folder: Path) -> None:
     commit["files"]["layer_01/c.1.0"]["crc32c"] = "00000000"
     write_json(path, commit, indent=None)
     (said,) = repair(folder)
-    assert said.startswith("window 1 of layer_01 was harvested again as a whole, to other bytes")
+    assert said.startswith("window 1 of layer_01 was harvested again as a whole, with different bytes")
     assert different(folder, whole.folder) == set()  # here it was the record that had changed
 
 
@@ -127,7 +127,7 @@ def test_another_model_or_text_is_refused(folder: Path, tmp_path: Path, request_
     (folder / "layer_00/c.0.0").unlink()
     text = tmp_path / "other.jsonl"
     text.write_text('{"text": "quite another text"}\n' * 100)
-    with pytest.raises(UsageError, match="was harvested with another data than is found now"):
+    with pytest.raises(UsageError, match="was harvested with a different data than is there now"):
         repair(folder, dataset=str(text))
 
 
@@ -136,7 +136,7 @@ def test_text_that_comes_out_otherwise_is_refused(folder: Path) -> None:
     record["files"]["tokens/ids/c.0.0"]["crc32c"] = "00000000"
     write_json(folder / "tokens/commit.json", record)
     (folder / "tokens/length/c.0").unlink()
-    with pytest.raises(SaeError, match="comes out otherwise than it did"):
+    with pytest.raises(SaeError, match="gives different tokens than before"):
         repair(folder)
 
 
@@ -205,12 +205,14 @@ def test_a_newer_format_is_not_touched(folder: Path) -> None:
 
 def test_a_cache_that_lost_what_was_asked_for_says_who_writes_it(folder: Path) -> None:
     (folder / "harvest.json").unlink()
-    with pytest.raises(DamagedError, match="harvest.json is missing, .* The same `sae harvest` writes it again"):
+    with pytest.raises(
+        DamagedError, match="harvest.json is missing, .* Run the same `sae harvest` again to restore it"
+    ):
         repair(folder)
 
 
 def test_what_is_no_harvest_is_refused(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(UsageError, match="holds no harvest"):
+    with pytest.raises(UsageError, match="is not a cache"):
         repair(tmp_path / "nothing")
     with writer_lock(folder, "sae harvest"), pytest.raises(SaeError, match="is being written by"):
         repair(folder)
@@ -229,4 +231,4 @@ def test_what_is_mended_is_harvested_with_the_same_passes(request_: HarvestConfi
     assert read_json(folder / "commits/000000.layer_00.json")["made_with"]["batch_contexts"] == 4
     write_json(folder / "harvest.json", read_json(folder / "harvest.json") | {"batch_contexts": 1})
     flip(folder / "layer_00/c.0.0")
-    assert "to the same bytes" in repair(folder)[0]
+    assert "with the same bytes" in repair(folder)[0]

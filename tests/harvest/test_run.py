@@ -20,8 +20,9 @@ from sae.common.errors import DamagedError, Interrupted, UnavailableError, Usage
 from sae.common.files import read_json, writer_lock
 from sae.harvest.contexts import rows_of
 from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
-from sae.harvest.plan import HarvestConfig, estimated_seconds, plan_harvest
-from sae.harvest.run import HarvestProgress, run_harvest
+from sae.harvest.plan import HarvestConfig, plan_harvest
+from sae.harvest.progress import HarvestProgress
+from sae.harvest.run import harvest_activations, run_harvest
 
 SPECIAL = {0, 1, 2}  # pad, eos, bos
 
@@ -185,10 +186,7 @@ def test_a_memory_too_small_halves_the_pass(small: tuple[HarvestConfig, Cache], 
 
     monkeypatch.setattr(LanguageModel, "capture_hooks", tight)
     cache = run_harvest(plan_harvest(request), HarvestProgress(say=said.append))
-    assert [s.split(": ")[1] for s in said] == [
-        "from here on 4 contexts in a pass.",
-        "from here on 2 contexts in a pass.",
-    ]
+    assert said == [f"cpu is out of memory: continuing with {n} contexts per pass." for n in (4, 2)]
     made = [
         read_json(p)["made_with"]["batch_contexts"] for p in sorted((cache.folder / "commits").glob("*.layer_01.json"))
     ]
@@ -279,7 +277,7 @@ def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, 
         return capture(model, ids_NS[:, :64], layers)
 
     monkeypatch.setattr(LanguageModel, "capture", short)
-    assert estimated_seconds(plan_harvest(replace(small[0], context=65535, out=None))) > 0
+    assert plan_harvest(replace(small[0], context=65535, out=None)).estimated_seconds() > 0
     assert max(lengths) <= 2048
 
 
@@ -313,7 +311,7 @@ def test_the_same_harvest_of_another_revision_is_told_of(small: tuple[HarvestCon
     text.write_text(text.read_text() + '{"text": "one more line"}\n')
     told: list[str] = []
     assert plan_harvest(request, told.append).folder != older.folder
-    assert told == [f"{older.folder} is the same harvest of other revisions."]  # a file cannot be had as it was
+    assert told == [f"{older.folder} is the same harvest of another revision."]  # a file cannot be had as it was
 
 
 def test_tokens_of_a_harvest_that_never_began_are_not_used(
@@ -399,7 +397,7 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[HarvestConfig, Cache], tmp_
         if done > 256:
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="Stopped. 1 of 3 windows are safe; the same command goes on") as stopped:
+    with pytest.raises(Interrupted, match="Stopped. 1 of 3 windows are safe; run the same command again") as stopped:
         run_harvest(plan_harvest(request), HarvestProgress(stop))
     assert stopped.value.exit_code == 130
     run_harvest(plan_harvest(request))
@@ -438,30 +436,30 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         run_harvest(plan_harvest(request), HarvestProgress(stop, say))
     assert not waited_for.is_set()
     let_go.set()
-    assert said == ["Stopping when the window being written is safe; Ctrl-C again stops at once."]
+    assert said == ["Stopping once the window being written is safe; press Ctrl-C again to stop at once."]
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"tokens": 0}, "--tokens 0 is not positive"),
-        ({"tokens": 2**40 + 1}, r"--tokens 1099511627777 is more than 2\^40"),
-        ({"context": 1}, "--context 1 is out of range"),
-        ({"context": 65536}, "--context 65536 is out of range"),
-        ({"window": 8193}, "--window 8193 is no whole number of chunks"),
-        ({"window": 0}, "--window 0 is no whole number"),
-        ({"window": 2**33}, "--window 8589934592 is more than there will be tokens"),
+        ({"tokens": 0}, "invalid --tokens 0: expected 1 to"),
+        ({"tokens": 2**40 + 1}, r"invalid --tokens 1099511627777: expected 1 to 2\^40"),
+        ({"context": 1}, "invalid --context 1: expected 2 to 65,535"),
+        ({"context": 65536}, "invalid --context 65536: expected 2 to 65,535"),
+        ({"window": 8193}, "invalid --window 8193: expected a multiple of 8,192"),
+        ({"window": 0}, "invalid --window 0: expected a multiple"),
+        ({"window": 2**33}, "--window 8589934592 exceeds the number of tokens"),
         ({"model": ""}, "--model and --dataset cannot be empty"),
         ({"dataset": ""}, "--model and --dataset cannot be empty"),
-        ({"held_out": 1.0}, "--held-out 1.0 is no fraction"),
-        ({"seed": -1}, "--seed -1 is out of range"),
-        ({"seed": 2**63}, "--seed .* is out of range"),
-        ({"model": "gemma-2-mini", "dataset": None, "held_out": 0.1}, "--held-out cannot be given for python-stdlib"),
+        ({"held_out": 1.0}, "invalid --held-out 1.0: expected a share from 0"),
+        ({"seed": -1}, "invalid --seed -1: expected 0 to"),
+        ({"seed": 2**63}, "invalid --seed 9223372036854775808: expected 0 to"),
+        ({"model": "gemma-2-mini", "dataset": None, "held_out": 0.1}, "--held-out has no effect on python-stdlib"),
         ({"model": "./nothere"}, "There is no folder ./nothere"),
         ({"revision": "abc"}, "--revision is a commit of the Hub"),
-        ({"sites": ("resid_pre",)}, "--site resid_pre is unknown: give one of resid_post, mlp_out, attn_z"),
-        ({"max_norm": 1.0}, "--max-norm 1.0 would mark half of the rows"),
-        ({"storage_dtype": "float16"}, "--storage-dtype float16 is unknown"),
+        ({"sites": ("resid_pre",)}, "unknown --site resid_pre: expected one of resid_post, mlp_out, attn_z"),
+        ({"max_norm": 1.0}, "--max-norm 1.0 would mask half of the rows"),
+        ({"storage_dtype": "float16"}, "unknown --storage-dtype float16"),
         ({"dtype": "float64"}, "--dtype float64 is unknown"),
         ({"device": "tpu"}, "--device tpu is unknown"),
         ({"layers": (0, 2)}, "has 2 blocks, so layers 0 to 1; there is no layer 2"),
@@ -482,3 +480,39 @@ def test_the_tokenizer_s_own_words_come_back(small: tuple[HarvestConfig, Cache])
     text = Path(request.dataset).read_text()
     for ids, length in zip(contexts.ids[:20], contexts.length[:20], strict=True):
         assert tokenizer.decode(ids[1:length].tolist()).strip() in text
+
+
+# --- the public function --------------------------------------------------------------------------------------------
+
+
+def test_harvest_activations_writes_what_the_plan_of_a_config_writes(
+    small: tuple[HarvestConfig, Cache], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, cache = small
+    opened = harvest_activations(
+        config.model, layers=[0, 1], dataset=Path(config.dataset), tokens=600, context=32, held_out=0.2,
+        device="cpu", out=str(tmp_path / "public"), window=256, batch_contexts=8,
+    )  # fmt: skip
+    assert files_of(opened.folder) == files_of(cache.folder)
+    assert capfd.readouterr() == ("", "")
+    said: list[str] = []
+    one = harvest_activations(
+        config.model, layers=0, sites="mlp_out", dataset=config.dataset, tokens=600, context=32, held_out=0.2,
+        device="cpu", out=opened.folder, window=256, batch_contexts=8, progress=HarvestProgress(say=said.append),
+    )  # fmt: skip
+    assert one.folder == opened.folder and Hook(0, "mlp_out") in one.hooks and one.layers == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ({"contexts": 32}, "harvest_activations has no option 'contexts'; did you mean context?"),
+        ({"origins": {}}, "harvest_activations has no option 'origins'; there are attention, batch_contexts,"),
+        ({"layers": 2}, "there is no layer 2"),
+    ],
+)
+def test_harvest_activations_refuses_unknown_options(
+    small: tuple[HarvestConfig, Cache], option: dict, sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        harvest_activations(small[0].model, **{"dataset": small[0].dataset, **option})

@@ -1,0 +1,186 @@
+"""Compute the windows of a cache and write them.
+
+While the model computes one window, a thread measures, compresses if asked, writes and flushes the one before. There is
+memory for two windows and no more: if neither is free, the model waits.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache.contexts import Contexts
+from ..cache.layout import Hook, Layout
+from ..cache.writer import CacheWriter, WindowRows
+from ..common.device import free_memory
+from ..common.environment import source_revision
+from ..common.errors import Interrupted, SaeError, UnavailableError
+from .contexts import rows_of
+from .device_copy import DeviceCopy, out_of_memory
+from .model import LanguageModel
+from .plan import HarvestPlan
+from .progress import HarvestProgress
+
+WINDOWS_IN_MEMORY = 2  # one is computed, one is written
+
+
+def write_windows(
+    computer: "WindowComputer", writer: CacheWriter, windows: Mapping[int, list[str]], progress: HarvestProgress
+) -> None:
+    """Compute the arrays of each window and write them, both at the same time.
+
+    Raises Interrupted on Ctrl-C, when the window being written is safe.
+    """
+    thread = WriterThread(writer, [computer.buffers(list(writer.widths)) for _ in range(WINDOWS_IN_MEMORY)])
+    total, done = sum(len(writer.layout.window(window)) for window in windows), 0
+
+    def report_rows(rows: int) -> None:
+        thread.raise_error()
+        progress.rows(done + rows, total)
+
+    computer.report_rows = report_rows
+    try:
+        for window, arrays in windows.items():
+            buffers = thread.free.get()
+            if thread.error is not None:
+                break
+            rows = computer.compute(window, {name: buffers[name] for name in arrays})
+            thread.write(window, rows, computer.made_with(), buffers)
+            done += len(writer.layout.window(window))
+        thread.finish()
+    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
+        with contextlib.suppress(KeyboardInterrupt):
+            progress.say("Stopping once the window being written is safe; press Ctrl-C again to stop at once.")
+            thread.finish()
+        safe = writer.layout.windows - len(writer.missing())
+        raise Interrupted(
+            f"Stopped. {safe} of {writer.layout.windows} windows are safe; run the same command again to continue."
+        ) from None
+    except BaseException:  # of the model, or of a progress callback
+        thread.finish()
+        raise
+    thread.raise_error()
+
+
+class WriterThread:
+    """Writes windows in a thread. After an error it writes nothing more; `raise_error` raises it in the caller."""
+
+    def __init__(self, writer: CacheWriter, buffers: Sequence[dict[str, np.ndarray]]) -> None:
+        self.writer = writer
+        self.error: BaseException | None = None
+        self.free: queue.SimpleQueue[dict[str, np.ndarray]] = queue.SimpleQueue()
+        for one in buffers:
+            self.free.put(one)
+        self._jobs: queue.SimpleQueue[tuple[int, WindowRows, dict[str, Any], dict[str, np.ndarray]] | None]
+        self._jobs = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)  # a second Ctrl-C does not wait for it
+        self._thread.start()
+
+    def write(self, window: int, rows: WindowRows, made_with: dict[str, Any], buffers: dict[str, np.ndarray]) -> None:
+        """Queue a window. Its buffers return to `free` when it is written."""
+        self._jobs.put((window, rows, made_with, buffers))
+
+    def finish(self) -> None:
+        """Wait until everything queued is written."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            window, rows, made_with, buffers = job
+            try:
+                if self.error is None:
+                    self.writer.write_window(window, rows, made_with)
+            except BaseException as error:
+                self.error = error
+            self.free.put(buffers)
+
+
+class WindowComputer:
+    """Computes the rows of windows.
+
+    They are a pure function of the text, the seed, the window and the number of contexts in a forward pass.
+    """
+
+    def __init__(self, plan: HarvestPlan, contexts: Contexts, layout: Layout, progress: HarvestProgress) -> None:
+        self.plan, self.layout, self.progress = plan, layout, progress
+        self.report_rows: Callable[[int], None] = lambda rows: None  # rows done of the current window
+        self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held out come last; no copy
+        self.kept_NS = rows_of(self.contexts, plan.identity["skip"])
+        self.rows_before = np.concatenate([[0], np.cumsum(self.kept_NS.sum(1))])
+        self.batch_contexts = plan.config.batch_contexts
+
+    def set_model(self, model: LanguageModel) -> None:
+        self.model, self.device_copy = model, DeviceCopy(model.device)
+
+    def buffers(self, arrays: Sequence[str]) -> dict[str, np.ndarray]:
+        """Memory for a window. The system provides it when it is first written to."""
+        return {name: np.empty((self.plan.config.window, self.plan.widths[name]), np.uint16) for name in arrays}
+
+    def made_with(self) -> dict[str, Any]:
+        """The part of a commit that says how its window was computed."""
+        versions = {"torch": torch.__version__, "transformers": version("transformers")}
+        ours = {"sae-pipeline": version("sae-pipeline"), "source": source_revision()}
+        return {"batch_contexts": self.batch_contexts, "device": self.model.device.type, **versions, **ours}
+
+    def compute(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowRows:
+        """Compute a window into `buffers`. If memory runs out, retry with half as many contexts per pass."""
+        while True:
+            try:
+                return self._compute(self.layout.window(window), buffers)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            if self.batch_contexts == 1:
+                raise UnavailableError(
+                    f"Not even one context of {self.plan.config.context} tokens fits into the memory of "
+                    f"{self.model.device}. Use a smaller --context, --dtype bfloat16, or a larger device."
+                )
+            self.batch_contexts //= 2
+            self.progress.say(
+                f"{self.model.device} is out of memory: continuing with {self.batch_contexts} contexts per pass."
+            )
+            self.device_copy.drop()
+            free_memory(self.model.device)
+
+    def _compute(self, rows: range, buffers: Mapping[str, np.ndarray]) -> WindowRows:
+        size = len(rows)
+        slot = np.random.Generator(np.random.Philox(key=[self.plan.config.seed, rows.start])).permutation(size)
+        bits = {name: buffer[:size] for name, buffer in buffers.items()}
+        row_ctx, row_pos = np.empty(size, np.uint32), np.empty(size, np.uint16)
+        hooks = [Hook.of(name) for name in buffers]
+        first = int(np.searchsorted(self.rows_before, rows.start, side="right")) - 1
+        last = int(np.searchsorted(self.rows_before, rows.stop, side="left"))
+        filled = 0
+        for start in range(first, last, self.batch_contexts):
+            batch = slice(start, min(start + self.batch_contexts, last))
+            longest = int(self.contexts.length[batch].max())
+            ids_NS = torch.from_numpy(self.contexts.ids[batch, :longest].astype(np.int64)).to(self.model.device)
+            context, position = np.nonzero(self.kept_NS[batch, :longest])
+            # A context at the edge of the window belongs to two windows; only its rows in this one are kept.
+            number = self.rows_before[start] + np.arange(len(context))
+            inside = (number >= rows.start) & (number < rows.stop)
+            context, position = context[inside], position[inside]
+            target = slot[filled : filled + len(context)]
+            flat = torch.from_numpy(context * longest + position).to(self.model.device)
+            captured = self.model.capture_hooks(ids_NS, hooks)
+            x_TD = {hook.array: captured[hook].flatten(0, 1)[flat].to(torch.bfloat16) for hook in hooks}
+            self.device_copy.send(x_TD, target, bits)
+            row_ctx[target], row_pos[target] = start + context, position
+            filled += len(context)
+            self.report_rows(filled)
+        self.device_copy.wait()
+        if filled != size:
+            raise SaeError(
+                f"{filled:,} rows were captured for a window of {size:,}: the cache's tokens and layout do not match."
+            )
+        return WindowRows(bits, row_ctx, row_pos)
