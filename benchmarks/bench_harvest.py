@@ -31,7 +31,7 @@ from sae.cache.layout import Hook, Layout
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.harvest.model import LanguageModel
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
-from sae.harvest.run import layout_of, load_model_for, run_harvest, tokenize
+from sae.harvest.run import cache_layout, load_model_for, run_harvest, tokenize
 from sae.harvest.windows import WindowComputer
 
 LAYERS, WIDE = (5, 12, 19), 2304
@@ -41,7 +41,7 @@ def begun(planned: HarvestPlan, contexts: Contexts) -> None:
     """What a harvest leaves that was stopped when the text was cut."""
     shutil.rmtree(planned.folder, ignore_errors=True)
     contexts.write(planned.folder)
-    CacheWriter(planned.folder, planned.identity, layout_of(planned, contexts), planned.widths)
+    CacheWriter(planned.folder, planned.identity, cache_layout(planned, contexts), planned.widths)
 
 
 @dataclass

@@ -111,7 +111,7 @@ def check_context(config: Any, context: int, name: str) -> None:
         raise UsageError(f"--context {context} is too long: {name} has learned {most} positions. Give at most that.")
 
 
-def shorten(config: Any, blocks: int) -> None:
+def truncate_config(config: Any, blocks: int) -> None:
     """Make the configuration one of a model that ends after so many blocks."""
     decoder = config.get_text_config()
     decoder.num_hidden_layers = blocks

@@ -22,9 +22,11 @@ from ..cache.contexts import Contexts
 from ..common.errors import UnavailableError, UsageError
 from .tokenize_checkpoint import TokenizeCheckpoint
 
-HUGE = 20_000_000  # characters, or ids: a document longer than this is a dump, and its tokens would fill the memory
-DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**24  # tokenised together
-DRAFT_TOKENS = 2_000_000
+MAX_DOCUMENT = (
+    20_000_000  # characters, or ids: a document longer than this is a dump, and its tokens would fill the memory
+)
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 2**24  # tokenised together
+CHECKPOINT_TOKENS = 2_000_000
 
 
 class Document(NamedTuple):
@@ -71,7 +73,7 @@ class TextSource:
     @property
     def documents(self) -> Iterator[Document]:
         for document in self.source:
-            if reason := unusable(document.text):
+            if reason := skip_reason(document.text):
                 self.skipped[reason] += 1
             else:
                 yield document
@@ -86,16 +88,16 @@ class TextSource:
         self.skipped |= state["skipped"] if state else dict.fromkeys(self.skipped, 0)
 
 
-def unusable(text: Any) -> str | None:
+def skip_reason(text: Any) -> str | None:
     """Why a document is skipped; None when it is not."""
-    if not (isinstance(text, str) or is_ids(text)):
+    if not (isinstance(text, str) or is_token_ids(text)):
         return "not text"
-    if len(text) > HUGE:
+    if len(text) > MAX_DOCUMENT:
         return "huge"
     return "empty" if not text or (isinstance(text, str) and text.isspace()) else None
 
 
-def is_ids(value: Any) -> bool:
+def is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
@@ -105,14 +107,14 @@ def is_held_out(ids: list[int], seed: int, fraction: float) -> bool:
     return hashed < fraction * 2**64
 
 
-def specials(tokenizer: Any) -> list[int]:
+def special_token_ids(tokenizer: Any) -> list[int]:
     """The ids of pad, eos and bos: the tokens whose rows are not harvested, and not evaluated."""
     return sorted(
         {i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None}
     )
 
 
-def bos_of(tokenizer: Any) -> int:
+def require_bos_id(tokenizer: Any) -> int:
     """The id with which every context begins; UsageError where there is none."""
     if tokenizer.bos_token_id is None:
         raise UsageError(
@@ -122,7 +124,7 @@ def bos_of(tokenizer: Any) -> int:
     return tokenizer.bos_token_id
 
 
-def rows_of(contexts: Contexts, skip: list[int]) -> np.ndarray:
+def row_mask(contexts: Contexts, skip: list[int]) -> np.ndarray:
     """Which positions are rows, (N, S) bool: inside the context, and no token of `skip`."""
     inside = np.arange(contexts.ids.shape[1]) < contexts.length[:, None]
     return inside & ~np.isin(contexts.ids, skip)
@@ -138,11 +140,11 @@ class ContextCutter:
         self.bos, self.context, self.skip, self.tokens, self.pack = bos, context, set(skip), tokens, pack
         self.rows = 0
         self.open: list[tuple[list[int], int]] = [([], 0), ([], 0)]
-        self.part = no_contexts()
+        self.part = empty_contexts()
 
     def take(self) -> dict[str, np.ndarray]:
         """The contexts since the last call: ids (T,) of all, one after the other; length, document, held_out (N,)."""
-        taken, self.part = self.part, no_contexts()
+        taken, self.part = self.part, empty_contexts()
         return {name: np.asarray(values) for name, values in taken.items()}
 
     def add(self, body: list[int], document: int, held_out: bool) -> None:
@@ -181,14 +183,14 @@ class ContextCutter:
         self.part["held_out"].append(held_out)
 
 
-def no_contexts() -> dict[str, array]:
+def empty_contexts() -> dict[str, array]:
     """Where contexts are gathered: four arrays, however many there are."""
     return {"ids": array("I"), "length": array("H"), "document": array("I"), "held_out": array("B")}
 
 
-def cut(
+def make_contexts(
     text: TextSource, tokenizer: Any, draft: TokenizeCheckpoint, *, tokens: int, exactly: bool, context: int, held_out: float,
-    skip: list[int], seed: int, pack: bool = False, draft_tokens: int = DRAFT_TOKENS,
+    skip: list[int], seed: int, pack: bool = False, draft_tokens: int = CHECKPOINT_TOKENS,
 ) -> Contexts:  # fmt: skip
     """Contexts holding `tokens` rows to harvest, in shuffled order, and the held-out ones met on the way.
 
@@ -199,7 +201,7 @@ def cut(
     With `exactly`, UsageError when the text is too short. OutsideError when the text cannot be read further; the draft
     then holds all that was cut.
     """
-    cutter, number, state = ContextCutter(bos_of(tokenizer), context, skip, tokens, pack), 0, draft.state
+    cutter, number, state = ContextCutter(require_bos_id(tokenizer), context, skip, tokens, pack), 0, draft.state
     if state:
         cutter.rows, cutter.open, number = state["rows"], state["open"], state["documents"]
         text.tell(f"Going on with {text.name} after {cutter.rows:,} tokens, which were cut before.")
@@ -214,13 +216,13 @@ def cut(
         if len(cutter.part["ids"]) >= draft_tokens:
             keep(reading)
         try:
-            batch = batch_of(documents)
+            batch = next_batch(documents)
         except UnavailableError:
             keep(reading)
             raise
         if not batch:
             break
-        for document, body in zip(batch, ids_of(batch, tokenizer), strict=True):
+        for document, body in zip(batch, tokenize_batch(batch, tokenizer), strict=True):
             out = document.held_out
             if out is None:
                 out = is_held_out(body, seed, held_out)
@@ -238,27 +240,29 @@ def cut(
             f"The text {text.name} ended at {cutter.rows:,} of {tokens:,} tokens. Ask for --tokens {cutter.rows} or fewer, or give more text."
         )
     last = cutter.take()
-    return shuffled(lambda: itertools.chain(draft.parts(), [last]), context, tokenizer.pad_token_id or 0, seed)
+    return shuffle_contexts(lambda: itertools.chain(draft.parts(), [last]), context, tokenizer.pad_token_id or 0, seed)
 
 
-def batch_of(documents: Iterator[Document]) -> list[Document]:
+def next_batch(documents: Iterator[Document]) -> list[Document]:
     """The next documents that are tokenised together; none at the end."""
     batch: list[Document] = []
     size = 0
-    while len(batch) < DOCUMENTS_AT_ONCE and size < CHARACTERS_AT_ONCE and (document := next(documents, None)):
+    while len(batch) < BATCH_DOCUMENTS and size < BATCH_CHARACTERS and (document := next(documents, None)):
         batch.append(document)
         size += len(document.text)
     return batch
 
 
-def ids_of(batch: list[Document], tokenizer: Any) -> list[list[int]]:
+def tokenize_batch(batch: list[Document], tokenizer: Any) -> list[list[int]]:
     """The ids of each document; a BOS before those tokenised before is dropped, since contexts put their own."""
     texts = [document.text for document in batch if isinstance(document.text, str)]
     encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
     return [next(encoded) if isinstance(text, str) else text[text[0] == tokenizer.bos_token_id :] for text, _ in batch]
 
 
-def shuffled(parts: Callable[[], Iterable[dict[str, np.ndarray]]], context: int, padding: int, seed: int) -> Contexts:
+def shuffle_contexts(
+    parts: Callable[[], Iterable[dict[str, np.ndarray]]], context: int, padding: int, seed: int
+) -> Contexts:
     """The contexts of all parts, padded, in the seed's order, those held out last: row_ctx counts from the first."""
     each = zip(*((part["length"], part["document"], part["held_out"]) for part in parts()), strict=True)
     length, document, held_out = map(np.concatenate, each)

@@ -6,9 +6,9 @@ from time import sleep
 from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from .contexts import Document, is_ids
+from .contexts import Document, is_token_ids
 
-WAITS = (1, 2, 4, 8, 16)  # seconds, before a network that failed is tried again
+RETRY_SECONDS = (1, 2, 4, 8, 16)  # seconds, before a network that failed is tried again
 
 
 class DatasetReader:
@@ -39,7 +39,7 @@ class DatasetReader:
     def __iter__(self) -> Iterator[Document]:
         for row in self.rows:
             value = row.get(self.column)
-            if value and is_ids(value) and not 0 <= min(value) <= max(value) < self.vocabulary:
+            if value and is_token_ids(value) and not 0 <= min(value) <= max(value) < self.vocabulary:
                 raise UsageError(
                     f"Row {self.number} of {self.name} holds the id {next(i for i in value if not 0 <= i < self.vocabulary)}, but the model's tokenizer has the ids 0 to "
                     f"{self.vocabulary - 1:,}: it was tokenised for another model. Give a column of text with --text-column."
@@ -65,7 +65,7 @@ class DatasetReader:
                 row = next(rows, None)
             except Exception as error:  # pyarrow, httpx, fsspec, datasets and the Hub have classes of their own
                 problem = first_line(error)
-                if not (self.waits and is_of_the_network(error)):
+                if not (self.waits and is_network_error(error)):
                     raise self.sentence(problem) from error
                 if failures == len(self.waits):
                     raise UnavailableError(
@@ -91,7 +91,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def is_of_the_network(error: Exception) -> bool:
+def is_network_error(error: Exception) -> bool:
     """Whether waiting may help."""
     from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
     from huggingface_hub.errors import HfHubHTTPError

@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from ..common.device import free_memory
 from ..common.errors import UsageError
-from .architectures import shorten
+from .architectures import truncate_config
 from .dataset_reader import first_line
 from .model import LanguageModel
 
@@ -26,7 +26,7 @@ def block_seconds_per_token(
     """
     config = copy.deepcopy(model_config.get_text_config())
     config.vocab_size, config.pad_token_id = 8, 0
-    shorten(config, 1)
+    truncate_config(config, 1)
     with torch.random.fork_rng():
         try:
             block = AutoModel.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)

@@ -13,10 +13,10 @@ from ..cache.layout import SITES, Hook
 from ..common.device import best_device, best_dtype
 from ..common.errors import UsageError
 from .architectures import check_context, check_layers, check_sites
-from .contexts import ContextCutter, Document, bos_of, ids_of, specials
-from .model import LanguageModel, find_model, load_tokenizer, load_trunk, with_bos
+from .contexts import ContextCutter, Document, require_bos_id, special_token_ids, tokenize_batch
+from .model import LanguageModel, ensure_bos, find_model, load_tokenizer, load_trunk
 
-NO_END = 2**62  # rows
+UNLIMITED = 2**62  # rows
 
 
 class Activations(NamedTuple):
@@ -59,7 +59,7 @@ def activations(
     else:
         config, name = model.config, type(model).__name__
         if tokenizer.bos_token_id is None:
-            tokenizer = with_bos(copy.deepcopy(tokenizer))  # the caller's stays as it is
+            tokenizer = ensure_bos(copy.deepcopy(tokenizer))  # the caller's stays as it is
     check_layers(config, [layer], name)
     check_sites(config, [hook])
     check_context(config, context, name)
@@ -70,15 +70,15 @@ def activations(
         )
     else:
         language_model = LanguageModel(model)
-    return captured(language_model, tokenizer, texts, hook, context, keep_special, batch_contexts)
+    return capture_texts(language_model, tokenizer, texts, hook, context, keep_special, batch_contexts)
 
 
-def captured(
+def capture_texts(
     model: LanguageModel, tokenizer: Any, texts: Sequence[str], hook: Hook, context: int, keep_special: bool, at_once: int
 ) -> Activations:  # fmt: skip
-    skip = [] if keep_special else specials(tokenizer)
-    cutter = ContextCutter(bos_of(tokenizer), context, skip, NO_END, pack=False)
-    for number, body in enumerate(ids_of([Document(text) for text in texts], tokenizer)):
+    skip = [] if keep_special else special_token_ids(tokenizer)
+    cutter = ContextCutter(require_bos_id(tokenizer), context, skip, UNLIMITED, pack=False)
+    for number, body in enumerate(tokenize_batch([Document(text) for text in texts], tokenizer)):
         cutter.add(body, number, held_out=False)
     cut = cutter.take()
     lengths, documents = cut["length"].astype(np.int64), cut["document"]

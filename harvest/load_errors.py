@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from . import mini
-from .dataset_reader import is_of_the_network
+from .dataset_reader import is_network_error
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def load_error(error: Exception, name: str) -> SaeError | None:
             f"The model {name} could not be loaded: the disk is full. Make room, or set HF_HOME to a folder of another disk."
         )
     if found(LocalEntryNotFoundError) or any(
-        isinstance(cause, Exception) and is_of_the_network(cause) for cause in causes
+        isinstance(cause, Exception) and is_network_error(cause) for cause in causes
     ):
         gated = f" If it has not been done yet: {licence}" if name.startswith("google/gemma") else ""
         return UnavailableError(

@@ -29,7 +29,16 @@ from transformers.utils import logging as transformers_logging
 from ..cache.layout import Hook
 from ..common.errors import DamagedError, SaeError, UsageError
 from . import mini
-from .architectures import FAMILIES, Family, check_sites, family_of, find_module, find_trunk, hook_width, shorten
+from .architectures import (
+    FAMILIES,
+    Family,
+    check_sites,
+    family_of,
+    find_module,
+    find_trunk,
+    hook_width,
+    truncate_config,
+)
 from .load_errors import translate_load_errors
 
 
@@ -81,10 +90,10 @@ def digest_of_folder(folder: Path) -> str:
 def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer. Without a BOS, as Qwen's, EOS stands before each text: it is what parted them in pretraining."""
     with translate_load_errors(source.name):
-        return with_bos(AutoTokenizer.from_pretrained(source.location, **_revision(source)))
+        return ensure_bos(AutoTokenizer.from_pretrained(source.location, **_revision(source)))
 
 
-def with_bos(tokenizer: Any) -> Any:
+def ensure_bos(tokenizer: Any) -> Any:
     """The tokenizer, given its EOS as BOS where it has none."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.bos_token = tokenizer.eos_token
@@ -96,7 +105,7 @@ def load_trunk(
 ) -> "LanguageModel":
     """The model up to a layer: no later block is loaded, and no unembedding."""
     config = copy.deepcopy(config)
-    shorten(config, last_layer + 1)
+    truncate_config(config, last_layer + 1)
     return _load(AutoModel, source, config, dtype, device, attention)
 
 
@@ -140,23 +149,23 @@ def _revision(source: ModelSource) -> dict[str, str]:
     return {"revision": source.revision} if source.on_hub and source.revision != "unknown" else {}
 
 
-def hidden_of(output: Any) -> Tensor:
+def output_tensor(output: Any) -> Tensor:
     """A block returns its residual stream alone (transformers 5) or first in a tuple (before)."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass
-class Forward:
+class ForwardPass:
     """One pass of the model over some contexts, from which the part after any captured layer can be run again."""
 
     residual: dict[int, Tensor]  # layer -> (N, S, D)
     final: Tensor  # (N, S, D): what `LanguageModel.unembed` makes logits of
     # layer, (N, S, D) -> (N, S, D): `final`, had the residual been this. Several versions of the contexts, one after
     # the other (M N, S, D), give the `final` of each.
-    suffix: Callable[[int, Tensor], Tensor]
+    run_from: Callable[[int, Tensor], Tensor]
 
 
-class _Enough(Exception):  # noqa: N818  (no error: the model has run as far as it has to)
+class _StopForward(Exception):  # noqa: N818  (no error: the model has run as far as it has to)
     pass
 
 
@@ -197,7 +206,7 @@ class LanguageModel:
     def _capturing(self, hooks: Sequence[Hook], found: dict[Hook, Tensor]) -> Iterator[None]:
         def output_of(hook: Hook) -> Callable[..., None]:
             def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                found[hook] = hidden_of(output)
+                found[hook] = output_tensor(output)
 
             return keep
 
@@ -226,11 +235,11 @@ class LanguageModel:
             raise SaeError(f"The hook on {', '.join(silent)} did not fire: nothing was captured.")
 
     @contextlib.contextmanager
-    def changing(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def patching(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """While this is open, the model goes on with `change(x)` for the x (N, S, d) that stands at the hook."""
 
         def output(_module: nn.Module, _inputs: Any, found: Any) -> Any:
-            x = change(hidden_of(found))
+            x = change(output_tensor(found))
             return (x, *found[1:]) if isinstance(found, tuple) else x
 
         def input_(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -249,11 +258,11 @@ class LanguageModel:
         """Run no block behind this one: what is captured does not depend on them."""
 
         def stop(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-            raise _Enough
+            raise _StopForward
 
         handle = self.blocks[layer].register_forward_hook(stop)  # runs after those that capture
         try:
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(_StopForward):
                 yield
         finally:
             handle.remove()
@@ -277,7 +286,7 @@ class LanguageModel:
         return {hook.layer: x_NSD for hook, x_NSD in self.capture_hooks(ids_NS, [Hook(n) for n in layers]).items()}
 
     @torch.no_grad()
-    def forward(self, ids_NS: Tensor, layers: Sequence[int]) -> Forward:
+    def forward(self, ids_NS: Tensor, layers: Sequence[int]) -> ForwardPass:
         """One pass. What each later block was called with is kept, so that `suffix` runs those blocks alone."""
         found: dict[Hook, Tensor] = {}
         calls: dict[int, dict[str, Any]] = {}
@@ -301,14 +310,14 @@ class LanguageModel:
             for handle in handles:
                 handle.remove()
 
-        def suffix(layer: int, residual_NSD: Tensor) -> Tensor:
+        def run_from(layer: int, residual_NSD: Tensor) -> Tensor:
             hidden = residual_NSD
             for index in range(layer + 1, len(self.blocks)):
-                hidden = hidden_of(self.blocks[index](hidden, **calls[index]))
+                hidden = output_tensor(self.blocks[index](hidden, **calls[index]))
             return self.norm(hidden)
 
         residual = {hook.layer: x_NSD for hook, x_NSD in found.items()}
-        return Forward(residual, final, torch.no_grad()(suffix))
+        return ForwardPass(residual, final, torch.no_grad()(run_from))
 
     @torch.no_grad()
     def unembed(self, final: Tensor) -> Tensor:
@@ -326,7 +335,7 @@ class LanguageModel:
         ids_NS = torch.arange(8, device=self.device).reshape(2, 4) % self.config.vocab_size
         try:
             run = self.forward(ids_NS, [0])
-            ours = self.unembed(run.suffix(0, run.residual[0])).float()
+            ours = self.unembed(run.run_from(0, run.residual[0])).float()
         except (AttributeError, TypeError, KeyError) as error:
             raise UsageError(self._not_evaluated(f"its parts are called otherwise ({error})")) from error
         theirs = self.model(ids_NS, use_cache=False).logits.float()

@@ -17,8 +17,8 @@ from ..common.files import digest_of, folder_bytes, free_space, sae_home
 from ..common.formatting import format_bytes, format_duration
 from . import mini
 from .architectures import check_context, check_layers, check_sites, hook_width, module_name
-from .contexts import TextSource, specials
-from .datasets import EMBEDDED, PILE, open_text
+from .contexts import TextSource, special_token_ids
+from .datasets import EMBEDDED_TEXT, PILE, open_text
 from .distributed import rank_and_count
 from .estimate import block_seconds_per_token
 from .model import ModelSource, find_model, load_tokenizer
@@ -213,7 +213,7 @@ def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sent
     Raises UsageError for a configuration that cannot be harvested and UnavailableError if the model or the text cannot
     be reached.
     """
-    dataset = (EMBEDDED if config.model == mini.NAME else PILE) if config.dataset is None else config.dataset
+    dataset = (EMBEDDED_TEXT if config.model == mini.NAME else PILE) if config.dataset is None else config.dataset
     check_config(config, dataset)
     source, model_config = find_model(config.model, config.revision)
     hooks = sorted({Hook(layer, site) for layer in config.layers for site in config.sites})
@@ -227,7 +227,7 @@ def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sent
         dataset, tokenizer=tokenizer, revision=config.dataset_revision, subset=config.subset, split=config.split,
         column=config.text_column, seed=config.seed, tell=say,
     )  # fmt: skip
-    identity = identity_of(config, source, dtype, tokenizer, text, held_out_by_name=dataset == EMBEDDED)
+    identity = identity_of(config, source, dtype, tokenizer, text, held_out_by_name=dataset == EMBEDDED_TEXT)
     name = f"{source.name.rstrip('/').split('/')[-1]}--{text.name}--{fingerprint_of(identity)[:8]}"
     folder = config.out or sae_home() / "activations" / name
     if config.out is None and not folder.exists():
@@ -250,7 +250,7 @@ def identity_of(
         "tokens": config.tokens or f"up to {TOKENS}",
         "context": config.context,
         "held_out": "by name" if held_out_by_name else config.held_out_share,
-        "skip": [] if config.keep_special else specials(tokenizer),
+        "skip": [] if config.keep_special else special_token_ids(tokenizer),
         "pack": config.pack,
         "seed": config.seed,
         "window_rows": config.window,
@@ -282,9 +282,9 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
     check_sizes(config)
     if not 0 <= config.seed < 2**63:
         raise UsageError(f"invalid --seed {config.seed}: expected 0 to 2^63 - 1.")
-    if dataset == EMBEDDED and config.held_out is not None:
+    if dataset == EMBEDDED_TEXT and config.held_out is not None:
         raise UsageError(
-            f"--held-out has no effect on {EMBEDDED}, which always holds out one document in ten. Leave it out."
+            f"--held-out has no effect on {EMBEDDED_TEXT}, which always holds out one document in ten. Leave it out."
         )
     if not 0 <= config.held_out_share < 1:
         raise UsageError(f"invalid --held-out {config.held_out}: expected a share from 0 up to, but not including, 1.")

@@ -18,12 +18,12 @@ from ..cache.writer import CacheWriter, begun
 from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import write_json_if_changed, writer_lock
-from .contexts import cut, rows_of
+from .contexts import make_contexts, row_mask
 from .distributed import ProcessGroup, current_process_group
 from .model import LanguageModel, load_trunk
 from .plan import LAYERS, HarvestConfig, HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
-from .tokenize_checkpoint import TokenizeCheckpoint, discard
+from .tokenize_checkpoint import TokenizeCheckpoint, remove_checkpoint
 from .windows import WindowComputer, write_windows
 
 
@@ -101,7 +101,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
         if not group.is_first:
             stack.enter_context(writer_lock(plan.folder / f".rank{group.rank}", "sae harvest", progress.say))
             contexts = Contexts.read(plan.folder)
-            writer = CacheWriter(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
+            writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
         missing = writer.missing()
         group.barrier()  # every process has seen the same list
         if missing:
@@ -117,8 +117,8 @@ def start_cache(plan: HarvestPlan) -> tuple[CacheWriter, Contexts]:
     """Write what comes before the first window: tokens, harvest.json, the arrays' metadata. The caller holds the lock."""
     contexts = read_or_tokenize(plan)
     write_json_if_changed(plan.folder / "harvest.json", plan.record())
-    writer = CacheWriter(plan.folder, plan.identity, layout_of(plan, contexts), plan.widths)
-    discard(plan.folder)  # from here on the tokens are read, never made again
+    writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
+    remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again
     return writer, contexts
 
 
@@ -157,9 +157,9 @@ def check_not_ring(folder: Path) -> None:
         )
 
 
-def layout_of(plan: HarvestPlan, contexts: Contexts) -> Layout:
+def cache_layout(plan: HarvestPlan, contexts: Contexts) -> Layout:
     """The layout of the cache, whose number of rows is known once the text is tokenized."""
-    kept = rows_of(contexts, plan.identity["skip"])[~contexts.held_out]
+    kept = row_mask(contexts, plan.identity["skip"])[~contexts.held_out]
     return Layout(int(kept.sum()), plan.config.window, plan.config.storage_dtype, plan.config.compress)
 
 
@@ -181,7 +181,7 @@ def read_or_tokenize(plan: HarvestPlan) -> Contexts:
 def tokenize(plan: HarvestPlan) -> Contexts:
     """Tokenize the text of a plan, continuing from its checkpoint if there is one."""
     config = plan.config
-    return cut(
+    return make_contexts(
         plan.text, plan.tokenizer, TokenizeCheckpoint(plan.folder, plan.identity), tokens=plan.tokens,
         exactly=config.tokens is not None, context=config.context, held_out=config.held_out_share,
         skip=plan.identity["skip"], seed=config.seed, pack=config.pack,

@@ -41,7 +41,7 @@ class TokenizeCheckpoint:
             pass  # of a missing one too
         if self.state is None:
             self.checksums = []
-            discard(folder)
+            remove_checkpoint(folder)
 
     def add(self, part: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Keep a part and the state after it: all or nothing."""
@@ -64,6 +64,6 @@ class TokenizeCheckpoint:
         return self.folder / f"{number:06d}.safetensors"
 
 
-def discard(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Remove the draft of a cache."""
     shutil.rmtree(folder / "tokens" / "draft", ignore_errors=True)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from sae.harvest.mini import WEIGHTS
-from sae.harvest.mini.spelling import SpellingWord, prompt, words
+from sae.harvest.mini.spelling import SpellingWord, spelling_prompt, spelling_words
 from sae.harvest.model import find_model, load_model
 from sae.train.activations import ReLU, TopK
 from sae.train.sae import SAE, save_sae
@@ -59,7 +59,7 @@ def make_problem(folder: Path, size: Size, seed: int, model: Path | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(model or WEIGHTS)
-    known = usable(words(tokenizer), tokenizer)
+    known = usable(spelling_words(tokenizer), tokenizer)
     letters_AD = None
     if model is None:
         letters_AD = make_model(folder, known, seed)
@@ -84,8 +84,8 @@ def usable(known: list[SpellingWord], tokenizer: Any) -> list[SpellingWord]:
     """Words that are one token in a prompt, each once, so that all prompts are of one length."""
     found, seen = [], set()
     around = [word for word in known if word.text.startswith(" ") and len(word.text) > 3][:2]
-    lengths = [len(ids) for ids in tokenizer([prompt(around, word) for word in known])["input_ids"]]
-    asked = tokenizer([prompt([word], around[0]) for word in known])["input_ids"]
+    lengths = [len(ids) for ids in tokenizer([spelling_prompt(around, word) for word in known])["input_ids"]]
+    asked = tokenizer([spelling_prompt([word], around[0]) for word in known])["input_ids"]
     shown = [len(ids) for ids in asked]
     for word, length, other in zip(known, lengths, shown, strict=True):
         if length == min(lengths) and other == min(shown) and word.text not in seen:

@@ -59,7 +59,7 @@ def steering(
     def change(x_NSD: Tensor) -> Tensor:
         return x_NSD + torch.where(where.mask(x_NSD.device)[..., None], added(x_NSD), 0)
 
-    with where.watching(language_model.blocks[hook.layer]), language_model.changing(hook, change):
+    with where.watching(language_model.blocks[hook.layer]), language_model.patching(hook, change):
         yield model
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ...harvest.model import Forward, LanguageModel
+from ...harvest.model import ForwardPass, LanguageModel
 from ...train.sae import SAE
 from ..context import ContextBatch, EvalContext
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
@@ -86,7 +86,7 @@ class Core(Metric):
             for target, code in zip(targets, codes, strict=True):
                 patched = code.add(target, residual[target.layer], batch.counted)
                 if run:
-                    finals.append(run.suffix(target.layer, patched)[batch.counted])
+                    finals.append(run.run_from(target.layer, patched)[batch.counted])
             if run:
                 zeroed = [zero_ablated_output(run, layer, batch, constant_D) for layer in layers]
                 losses = [own, *ablated.values(), *spliced]
@@ -104,14 +104,14 @@ class Core(Metric):
         ]
 
 
-def zero_ablated_output(run: Forward, layer: int, batch: ContextBatch, constant_D: dict[int, Tensor]) -> Tensor:
+def zero_ablated_output(run: ForwardPass, layer: int, batch: ContextBatch, constant_D: dict[int, Tensor]) -> Tensor:
     """What the model ends with at the counted positions (T, D) when a layer is zeroed at every position.
 
     Attention over equal values gives that value, so nothing tells positions apart any more, nor texts: where the first
     batch shows it, its one end serves all.
     """
     if layer not in constant_D:
-        end_TD = run.suffix(layer, torch.zeros_like(run.residual[layer]))[batch.counted]
+        end_TD = run.run_from(layer, torch.zeros_like(run.residual[layer]))[batch.counted]
         if not (end_TD == end_TD[:1]).all():
             return end_TD
         constant_D[layer] = end_TD[0]

@@ -257,7 +257,7 @@ class Unlearning(Metric):
                     f_NSK = plan.latents(x_NSD)
                     for selection in plan.selections:
                         versions = plan.clamped(x_NSD, f_NSK, selection, multipliers_M)
-                        final_MNSD = run.suffix(plan.target.layer, versions.flatten(0, 1)).view_as(versions)
+                        final_MNSD = run.run_from(plan.target.layer, versions.flatten(0, 1)).view_as(versions)
                         last_MND = final_MNSD[:, torch.arange(len(last_N)), last_N]
                         picks_MN = asked.pick(asked.model.unembed(last_MND)).cpu()
                         found[selection][name][:, numbers] = picks_MN == answer_N[numbers]

@@ -39,7 +39,7 @@ def is_held_out(key: str) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little") % HELD_OUT_ONE_IN == 0
 
 
-def documents() -> Iterator[StdlibDocument]:
+def stdlib_documents() -> Iterator[StdlibDocument]:
     """Every document, in the order of its name."""
     for name in sorted(topics):
         yield StdlibDocument(f"topic:{name}", topics[name], held_out=False)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from .corpus import documents
-from .spelling import TEMPLATE, SpellingWord, example, words
+from .corpus import stdlib_documents
+from .spelling import TEMPLATE, SpellingWord, spelling_line, spelling_words
 
 VOCABULARY = 8192
 CONTEXT = 128
@@ -94,7 +94,7 @@ class PretrainBatches:
     """Contexts of text and of spelling, with what each position has to predict."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stream: Tensor, seed: int) -> None:
-        self.stream, self.rng, self.words = stream, random.Random(seed), words(tokenizer)
+        self.stream, self.rng, self.words = stream, random.Random(seed), spelling_words(tokenizer)
         self.letter_of_token = torch.full((len(tokenizer),), -100)
         for word in self.words:
             self.letter_of_token[word.token] = ord(word.letter) - ord("A")
@@ -103,7 +103,7 @@ class PretrainBatches:
         self.newline = ids("\n", add_special_tokens=False)
         self.answer = {chr(65 + i): ids(f" {chr(65 + i)}", add_special_tokens=False) for i in range(LETTERS)}
         sample = self.rng.sample(self.words, 3)
-        text = "".join(f"\n{example(word)}" for word in sample)
+        text = "".join(f"\n{spelling_line(word)}" for word in sample)
         assert ids(text, add_special_tokens=False) == [token for word in sample for token in self._line(word)]
 
     def _line(self, word: SpellingWord) -> list[int]:
@@ -234,7 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 
-    texts = [d.text for d in documents() if not d.held_out]
+    texts = [d.text for d in stdlib_documents() if not d.held_out]
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(arguments.out)
     tokenizer = AutoTokenizer.from_pretrained(arguments.out)
@@ -246,7 +246,7 @@ def main() -> None:
         f"{len(texts)} documents, {len(stream):,} tokens; train unigram entropy {unigram[stream].mean():.3f} nats",
         flush=True,
     )
-    letters = [w.letter for w in words(tokenizer)]
+    letters = [w.letter for w in spelling_words(tokenizer)]
     print("words per letter:", {c: letters.count(c) for c in sorted(set(letters))}, flush=True)
 
     model = make_model()

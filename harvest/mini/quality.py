@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..model import LanguageModel, find_model, load_model
 from . import WEIGHTS
-from .corpus import documents
-from .spelling import TEMPLATE, SpellingWord, others, prompt, words
+from .corpus import stdlib_documents
+from .spelling import TEMPLATE, SpellingWord, sample_others, spelling_prompt, spelling_words
 
 CONTEXT = 128
 LAYERS = (5, 12, 19)
@@ -41,7 +41,7 @@ def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 def text_of(tokenizer: Any, *, held_out: bool) -> list[list[int]]:
     """The documents of one side, as token ids."""
-    texts = [d.text for d in documents() if d.held_out == held_out]
+    texts = [d.text for d in stdlib_documents() if d.held_out == held_out]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -66,11 +66,11 @@ def cross_entropies(model: LanguageModel, tokenizer: Any, contexts: int) -> tupl
 @torch.no_grad()
 def spelling_accuracy(model: LanguageModel, tokenizer: Any, per_letter: int) -> dict[str, float]:
     """Share of fresh ten-shot prompts answered with the right letter, by letter."""
-    pool, rng = words(tokenizer), random.Random(1)
+    pool, rng = spelling_words(tokenizer), random.Random(1)
     accuracy = {}
     for letter in sorted({word.letter for word in pool}):
         asked = [rng.choice([w for w in pool if w.letter == letter]) for _ in range(per_letter)]
-        texts = [prompt(others(pool, word, SHOTS, rng), word) for word in asked]
+        texts = [spelling_prompt(sample_others(pool, word, SHOTS, rng), word) for word in asked]
         ids = equal_length(tokenizer, texts)
         answer = tokenizer.encode(f" {letter}", add_special_tokens=False)[0]
         guesses = torch.cat([model.model(b, use_cache=False).logits[:, -1].argmax(-1) for b in ids.split(16)])
@@ -90,12 +90,12 @@ def equal_length(tokenizer: Any, texts: list[str]) -> Tensor:
 def probe_f1(model: LanguageModel, tokenizer: Any, limit: int) -> dict[int, dict[str, float]]:
     """Layer -> letter -> F1 of a linear probe at the word, on words that it was not trained on: mean of five splits."""
     rng = random.Random(2)
-    pool = words(tokenizer)
+    pool = spelling_words(tokenizer)
     by_letter: dict[str, list[SpellingWord]] = {}
     for word in rng.sample(pool, len(pool)):
         by_letter.setdefault(word.letter, []).append(word)
     asked = [word for found in by_letter.values() if len(found) >= 10 for word in found[:limit]]
-    texts = [prompt(others(pool, word, SHOTS, rng), word) for word in asked]
+    texts = [spelling_prompt(sample_others(pool, word, SHOTS, rng), word) for word in asked]
     ids = equal_length(tokenizer, texts)
     captured = [model.capture(batch, LAYERS) for batch in ids.split(32)]
     labels = np.array([word.letter for word in asked])

@@ -19,7 +19,7 @@ class SpellingWord(NamedTuple):
     letter: str  # "C"
 
 
-def words(tokenizer) -> list[SpellingWord]:
+def spelling_words(tokenizer) -> list[SpellingWord]:
     """Every vocabulary entry that is one optional space and ASCII letters, by token id."""
     found = []
     for token in range(len(tokenizer)):
@@ -30,15 +30,17 @@ def words(tokenizer) -> list[SpellingWord]:
     return found
 
 
-def example(word: SpellingWord) -> str:
+def spelling_line(word: SpellingWord) -> str:
     return f"{word.text}{TEMPLATE} {word.letter}"
 
 
-def prompt(examples: Sequence[SpellingWord], word: SpellingWord) -> str:
+def spelling_prompt(examples: Sequence[SpellingWord], word: SpellingWord) -> str:
     """The examples, answered, and then the question, unanswered."""
-    return "\n".join(["", *map(example, examples), word.text + TEMPLATE])
+    return "\n".join(["", *map(spelling_line, examples), word.text + TEMPLATE])
 
 
-def others(pool: Sequence[SpellingWord], word: SpellingWord, shots: int, rng: random.Random) -> list[SpellingWord]:
+def sample_others(
+    pool: Sequence[SpellingWord], word: SpellingWord, shots: int, rng: random.Random
+) -> list[SpellingWord]:
     """`shots` words of the pool that are not `word`, in random order."""
     return [other for other in rng.sample(pool, shots + 1) if other is not word][:shots]

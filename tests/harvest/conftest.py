@@ -10,7 +10,7 @@ import pytest
 
 from sae.cache.contexts import Contexts
 from sae.harvest import mini
-from sae.harvest.contexts import Document, ListedDocuments, TextSource, cut, specials
+from sae.harvest.contexts import Document, ListedDocuments, TextSource, make_contexts, special_token_ids
 from sae.harvest.datasets import open_text
 from sae.harvest.model import find_model, load_tokenizer
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
@@ -48,9 +48,9 @@ def cut_up(tokenizer: Any, tmp_path: Path) -> Callable[..., Contexts]:
         settings = {
             "draft": TokenizeCheckpoint(tmp_path, {}),
             "context": 8,
-            "skip": specials(tokenizer),
+            "skip": special_token_ids(tokenizer),
             "seed": 0,
         } | more
-        return cut(text, tokenizer, tokens=tokens, exactly=exactly, held_out=held_out, **settings)
+        return make_contexts(text, tokenizer, tokens=tokens, exactly=exactly, held_out=held_out, **settings)
 
     return cut_texts

@@ -17,10 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.common.errors import UnavailableError, UsageError
-from sae.harvest.contexts import ContextCutter, Document, ListedDocuments, TextSource, cut, is_held_out, rows_of, specials
-from sae.harvest.datasets import sections
+from sae.harvest.contexts import (
+    ContextCutter,
+    Document,
+    ListedDocuments,
+    TextSource,
+    is_held_out,
+    make_contexts,
+    row_mask,
+    special_token_ids,
+)
+from sae.harvest.datasets import split_paragraphs
 from sae.harvest.mini.corpus import StdlibDocument as CorpusDocument
-from sae.harvest.mini.corpus import documents as corpus_documents
+from sae.harvest.mini.corpus import stdlib_documents as corpus_documents
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
@@ -40,25 +49,25 @@ def test_contexts_begin_with_bos_and_hold_one_document(cut_up, tokenizer: Any) -
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
 @pytest.mark.parametrize("keep_special", [False, True])
 def test_there_are_exactly_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tokens: int, keep_special: bool) -> None:
-    skip = [] if keep_special else specials(tokenizer)
+    skip = [] if keep_special else special_token_ids(tokenizer)
     contexts = cut_up(TEXTS, tokens, exactly=True, skip=skip)
-    assert rows_of(contexts, skip).sum() == tokens and contexts.length.min() >= 1
+    assert row_mask(contexts, skip).sum() == tokens and contexts.length.min() >= 1
 
 
 def test_a_text_too_short_names_what_fits(cut_up, tokenizer: Any) -> None:
     rows = sum(map(len, tokenizer(TEXTS, add_special_tokens=False)["input_ids"]))
     with pytest.raises(UsageError, match=f"ended at {rows} of 1,000 tokens. Ask for --tokens {rows} or fewer"):
         cut_up(TEXTS, 1000, exactly=True)
-    assert rows_of(cut_up(TEXTS, rows, exactly=True), specials(tokenizer)).sum() == rows
-    assert rows_of(cut_up(TEXTS, 1000), specials(tokenizer)).sum() == rows  # "up to"
+    assert row_mask(cut_up(TEXTS, rows, exactly=True), special_token_ids(tokenizer)).sum() == rows
+    assert row_mask(cut_up(TEXTS, 1000), special_token_ids(tokenizer)).sum() == rows  # "up to"
 
 
 def test_special_tokens_in_the_text_are_no_rows(cut_up, tokenizer: Any) -> None:
     contexts = cut_up(["one<eos>two<bos><pad>three"], context=64)
     ids = contexts.ids[0, : contexts.length[0]]
     assert {0, 1, 2} < set(ids.tolist())
-    assert not np.isin(ids[rows_of(contexts, specials(tokenizer))[0, : len(ids)]], [0, 1, 2]).any()
-    assert rows_of(contexts, []).sum() == len(ids)
+    assert not np.isin(ids[row_mask(contexts, special_token_ids(tokenizer))[0, : len(ids)]], [0, 1, 2]).any()
+    assert row_mask(contexts, []).sum() == len(ids)
 
 
 def test_held_out_documents_come_last_and_are_chosen_by_their_tokens(cut_up, tokenizer) -> None:
@@ -97,7 +106,7 @@ def test_a_tokenizer_without_bos_is_a_sentence(tmp_path: Path) -> None:
         TokenizeCheckpoint(tmp_path, {}),
     )
     with pytest.raises(UsageError, match="neither a BOS nor an EOS token.*choose a model whose tokenizer has it"):
-        cut(text, SimpleNamespace(bos_token_id=None), draft, tokens=9, exactly=False, context=8, held_out=0, skip=[], seed=0)  # fmt: skip
+        make_contexts(text, SimpleNamespace(bos_token_id=None), draft, tokens=9, exactly=False, context=8, held_out=0, skip=[], seed=0)  # fmt: skip
 
 
 # Files
@@ -147,7 +156,7 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=12), st.integers(1, 80))
 def test_sections_lose_nothing(paragraphs: list[str], at_least: int) -> None:
     text = "\n\n".join(paragraphs)
-    found = list(sections(text, at_least))
+    found = list(split_paragraphs(text, at_least))
     assert "\n\n".join(found).rstrip() == text.rstrip()  # a blank end is no document
     assert all(
         len(section.replace("\n\n", "")) >= at_least for section in found[:-1] if "\n" not in "".join(paragraphs)
@@ -249,7 +258,7 @@ def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_o
 def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its spelling too, which is drawn."""
     few = [CorpusDocument(f"source:{n}.py", f"number {n}", held_out=n % 3 == 0) for n in range(9)]
-    monkeypatch.setattr("sae.harvest.mini.corpus.documents", lambda: iter(few))
+    monkeypatch.setattr("sae.harvest.mini.corpus.stdlib_documents", lambda: iter(few))
     text = read("python-stdlib")
     whole = list(text.documents)
     assert len(whole) == 15
@@ -284,7 +293,7 @@ def test_a_row_as_long_as_a_context_is_that_context(cut_up) -> None:
     row = [2, 40, 41, 1, 2, 42, 43, 44]
     contexts = cut_up([row])
     assert contexts.ids.tolist() == [row] and contexts.length.tolist() == [8]
-    assert rows_of(contexts, [0, 1, 2]).tolist() == [[False, True, True, False, False, True, True, True]]
+    assert row_mask(contexts, [0, 1, 2]).tolist() == [[False, True, True, False, False, True, True, True]]
     assert cut_up([row[1:]]).ids.tolist() == [row]
 
 
@@ -296,7 +305,7 @@ def test_ids_are_held_out_by_their_hash(same, cut_up) -> None:
 
 
 def test_documents_that_are_too_long_are_counted_not_read(cut_up, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.harvest.contexts.HUGE", 10)
+    monkeypatch.setattr("sae.harvest.contexts.MAX_DOCUMENT", 10)
     documents = ["0123456789", "0123456789a", [5] * 10, [5] * 11, "", [], [1.5], ["a"], [True], 7, "  "]
     text = TextSource("some", {}, ListedDocuments(lambda: map(Document, documents)))
     assert [d.text for d in text.documents] == ["0123456789", [5] * 10]
@@ -363,7 +372,7 @@ def test_packing_keeps_every_token_once_and_in_order(sizes: list[tuple[int, bool
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
 def test_packed_contexts_have_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tokens: int) -> None:
     contexts = cut_up(TEXTS, tokens, exactly=True, pack=True)
-    assert rows_of(contexts, specials(tokenizer)).sum() == tokens
+    assert row_mask(contexts, special_token_ids(tokenizer)).sum() == tokens
 
 
 def test_packing_fills_contexts(cut_up) -> None:

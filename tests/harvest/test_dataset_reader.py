@@ -19,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from sae.common.errors import SaeError, UnavailableError, UsageError
 from sae.harvest.contexts import TextSource
-from sae.harvest.datasets import EMBEDDED, open_text
+from sae.harvest.datasets import EMBEDDED_TEXT, open_text
 
 ROWS = [{"text": f"the quick brown fox {n} reads " + "yellow books " * (n % 5), "n": n} for n in range(40)]
 TEXTS = [row["text"] for row in ROWS]
@@ -276,6 +276,6 @@ def test_subsets_are_listed_where_one_is_needed(
 
 
 def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:
-    for name in (str(table(tmp_path)), EMBEDDED):
+    for name in (str(table(tmp_path)), EMBEDDED_TEXT):
         with pytest.raises(UsageError, match="--subset is a configuration of a Hub dataset"):
             open_text(name, tokenizer=tokenizer, revision=None, subset="en", split="train", column="text", seed=0)

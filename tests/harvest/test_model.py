@@ -39,7 +39,15 @@ from sae.cache.layout import SITES, Hook
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from sae.harvest.architectures import FAMILIES, check_context, check_layers, family_of, hook_width, module_name
 from sae.harvest.mini import WEIGHTS
-from sae.harvest.model import LanguageModel, ModelSource, find_model, hidden_of, load_model, load_tokenizer, load_trunk
+from sae.harvest.model import (
+    LanguageModel,
+    ModelSource,
+    find_model,
+    load_model,
+    load_tokenizer,
+    load_trunk,
+    output_tensor,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
@@ -135,7 +143,7 @@ def test_a_hook_is_named_where_transformers_has_it(any_model: LanguageModel, ids
         if words.startswith("the input of "):
             handle = module.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
         else:
-            handle = module.register_forward_hook(lambda _m, _i, output: seen.append(hidden_of(output)))
+            handle = module.register_forward_hook(lambda _m, _i, output: seen.append(output_tensor(output)))
         with torch.no_grad():
             any_model.model(ids_NS, use_cache=False)
         handle.remove()
@@ -238,7 +246,7 @@ def test_the_suffix_of_the_residual_is_the_forward_pass(any_model: LanguageModel
     with torch.no_grad():
         assert torch.equal(any_model.unembed(run.final), any_model.model(ids_NS, use_cache=False).logits)
     for layer in layers:
-        assert torch.equal(run.suffix(layer, run.residual[layer]), run.final)
+        assert torch.equal(run.run_from(layer, run.residual[layer]), run.final)
 
 
 def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, ids_NS: Tensor) -> None:
@@ -253,7 +261,7 @@ def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, i
         with torch.no_grad():
             expected = any_model.model(ids_NS, use_cache=False).logits
         handle.remove()
-        spliced = run.suffix(layer, other)
+        spliced = run.run_from(layer, other)
         assert torch.equal(any_model.unembed(spliced), expected) and not torch.equal(spliced, run.final)
 
 
@@ -261,15 +269,15 @@ def test_versions_of_the_contexts_go_together(any_model: LanguageModel, ids_NS: 
     run = any_model.forward(ids_NS, [0, 1])
     for layer, residual in run.residual.items():
         versions = [residual, 0.5 * residual.roll(1, 0), -residual, residual + 0.1]
-        alone = [run.suffix(layer, version) for version in versions]
-        torch.testing.assert_close(run.suffix(layer, torch.cat(versions)), torch.cat(alone))
+        alone = [run.run_from(layer, version) for version in versions]
+        torch.testing.assert_close(run.run_from(layer, torch.cat(versions)), torch.cat(alone))
         assert not torch.allclose(alone[0], alone[1])
 
 
 def test_a_suffix_leaves_nothing_behind(any_model: LanguageModel, ids_NS: Tensor) -> None:
     before = hooks_on(any_model)
     first = any_model.forward(ids_NS, [0])
-    first.suffix(0, torch.zeros_like(first.residual[0]))
+    first.run_from(0, torch.zeros_like(first.residual[0]))
     assert torch.equal(any_model.forward(ids_NS, [0]).final, first.final)
     assert hooks_on(any_model) == before
 
@@ -291,7 +299,7 @@ def test_a_hook_that_does_not_fire_is_an_error(deep: LanguageModel) -> None:
 
 def test_a_block_may_return_a_tensor_or_a_tuple() -> None:
     residual = torch.ones(2, 3)
-    assert hidden_of(residual) is hidden_of((residual, None)) is residual
+    assert output_tensor(residual) is output_tensor((residual, None)) is residual
     assert Hook(12).name == "blocks.12.hook_resid_post" and Hook(12).array == "layer_12"
     assert Hook(3, "mlp_out").name == "blocks.3.hook_mlp_out" and Hook(3, "mlp_out").array == "layer_03.mlp_out"
     assert Hook(12, "attn_z").name == "blocks.12.attn.hook_z"

@@ -18,8 +18,8 @@ from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
 from sae.common.files import read_json, writer_lock
-from sae.harvest.contexts import rows_of
-from sae.harvest.model import LanguageModel, find_model, hidden_of, load_model, load_tokenizer
+from sae.harvest.contexts import row_mask
+from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer, output_tensor
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import harvest_activations, run_harvest
@@ -74,7 +74,9 @@ def test_rows_are_those_of_a_hook_placed_by_hand(tiny_cache: Cache, model: Langu
     rows = {layer: layer_rows(tiny_cache, layer) for layer in (0, 1)}
     seen: dict[int, Tensor] = {}
     handles = [
-        model.blocks[layer].register_forward_hook(lambda _m, _i, out, layer=layer: seen.update({layer: hidden_of(out)}))
+        model.blocks[layer].register_forward_hook(
+            lambda _m, _i, out, layer=layer: seen.update({layer: output_tensor(out)})
+        )
         for layer in (0, 1)
     ]
     for context in range(0, len(contexts), 29):
@@ -94,7 +96,7 @@ def test_rows_are_those_of_a_hook_placed_by_hand(tiny_cache: Cache, model: Langu
 
 def test_every_kept_position_is_one_row(tiny_cache: Cache) -> None:
     contexts, (ctx, pos) = tiny_cache.contexts(held_out=False), origins(tiny_cache)
-    kept = rows_of(contexts, sorted(SPECIAL))
+    kept = row_mask(contexts, sorted(SPECIAL))
     assert Counter(zip(ctx.tolist(), pos.tolist(), strict=True)) == Counter(map(tuple, np.argwhere(kept).tolist()))
     assert len(ctx) == tiny_cache.rows == 8000
     assert not SPECIAL.intersection(contexts.ids[ctx, pos].tolist()) and (pos < contexts.length[ctx]).all()

@@ -15,7 +15,7 @@ from sae.cache.contexts import Contexts
 from sae.common.errors import DamagedError, UnavailableError
 from sae.harvest import run
 from sae.harvest import tokenize_checkpoint as draft_module
-from sae.harvest.contexts import ContextCutter, Document, ListedDocuments, TextSource, cut, is_held_out
+from sae.harvest.contexts import ContextCutter, Document, ListedDocuments, TextSource, is_held_out, make_contexts
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.run import run_harvest
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.harvest.contexts.DOCUMENTS_AT_ONCE", 5)
+    monkeypatch.setattr("sae.harvest.contexts.BATCH_DOCUMENTS", 5)
 
 
 @pytest.fixture
@@ -231,14 +231,14 @@ def test_a_harvest_killed_while_it_cuts(
         }
 
     expected = files_of(run_harvest(plan_harvest(request)).folder)
-    monkeypatch.setattr(run, "cut", functools.partial(cut, draft_tokens=100))
+    monkeypatch.setattr(run, "make_contexts", functools.partial(make_contexts, draft_tokens=100))
     killed = replace(request, out=tmp_path / "killed")
     told: list[str] = []
 
     def die(*_: Any, **__: Any) -> None:
         raise Killed
 
-    for where, name in ((run, "CacheWriter"), (run, "discard")):
+    for where, name in ((run, "CacheWriter"), (run, "remove_checkpoint")):
         with monkeypatch.context() as patched:
             patched.setattr(where, name, die)
             with pytest.raises(Killed):
