@@ -1,21 +1,23 @@
 """A recipe builds a variant: an SAE, the terms of its loss, and the mechanisms around its steps.
 
     @recipe("topk", paper="Gao et al. 2024", equations="eq. 3, A.2")
-    def topk(run: Setting, k: int = 32) -> Variant: ...
+    def topk(config: RunConfig, k: int = 32) -> Variant: ...
 
-The arguments after `run` are the recipe's options, with their defaults; `--set k=64` reaches them by name. The one
-registry is read by the command line, the tests and the loader.
+The arguments after `config` are the recipe's options, with their defaults; `--set k=64` reaches them by name. A recipe
+with many options takes them as one dataclass (options.py). The registry is read by the command line, the tests and the
+loader.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal, get_args, get_origin
 
 from ..common.errors import UsageError, did_you_mean
 from .l0_control import control_l0
+from .options import DeclaredBy, RecipeOptions, options_class, read_option_docs, read_options
 from .scaling import ScaledDefault, scale_options
 from .variant import Optimization, RunConfig, Variant
 
@@ -24,39 +26,40 @@ Build = Callable[..., Variant]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A registered way to build a variant. `width` is its default d_sae over d_in.
+    """A registered way to build a variant.
 
-    `paper_exact` holds what `--paper-exact` sets: for each option whose default is not the paper's letter, the letter and what
-    is void about it. Empty: the defaults are the letter. None: nobody has compared them.
+    `width` is its default d_sae over d_in. `paper_exact` holds what `--paper-exact` sets: for each option whose default
+    is not the paper's own setting, that setting and why it does not work as intended. Empty: the defaults are the
+    paper's. None: they have not been compared with a paper.
     """
 
     name: str
-    build: Build
+    build: Build  # called with a RunConfig and the options by name
+    declared_by: DeclaredBy
+    options: Mapping[str, Any]  # the recipe's own options and their defaults
+    types: Mapping[str, Any]  # of the recipe's own options
+    summary: str
     paper: str
     equations: str
     width: float
     batch_size: int
     paper_exact: Mapping[str, tuple[Any, str]] | None = None
 
-    @property
-    def summary(self) -> str:
-        return (inspect.getdoc(self.build) or "").split("\n")[0]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The recipe's own options and their defaults."""
-        return {p.name: p.default for p in list(inspect.signature(self.build).parameters.values())[1:]}
-
     def option_types(self) -> dict[str, Any]:
-        """Every option and its annotated type."""
-        own = {p.name: p.annotation for p in list(inspect.signature(self.build).parameters.values())[1:]}
-        return own | {f.name: f.type for f in fields(Optimization)}
+        """The type of every option, those of the optimizer included."""
+        return {**self.types, **{f.name: f.type for f in fields(Optimization)}}
+
+    def option_docs(self) -> dict[str, str]:
+        """The meaning of each of the recipe's own options, for those that are documented."""
+        docs = read_option_docs(self.declared_by)
+        return {name: docs[name] for name in self.options if name in docs}
 
     def make(self, config: RunConfig, given: Mapping[str, Any]) -> Variant:
         """Build the variant with some options given. UsageError lists everything that is wrong with them, at once."""
         own, kinds = self.options, self.option_types()
         exact = {name: value for name, (value, _) in (self.paper_exact or {}).items()} if config.paper_exact else {}
-        asked, problems = exact | dict(given), []
+        asked: dict[str, Any] = exact | dict(given)
+        problems: list[str] = []
         if config.l0 is not None:
             asked, problems = self.apply_l0(config, asked, given)
         problems += [
@@ -68,7 +71,7 @@ class Recipe:
         shared = {name: value for name, value in understood.items() if name not in own}
         problems += Optimization(**shared).validation_errors(config.steps)
         chosen = {name: value for name, value in understood.items() if name in own}
-        values, notes = scale_options(own | chosen, config, raw=shared.get("normalize") == "none")
+        values, notes = scale_options({**own, **chosen}, config, raw=shared.get("normalize") == "none")
         problems += [
             f"{name}={n} is negative or longer than the run of {config.steps} steps."
             for name, n in chosen.items()
@@ -168,34 +171,58 @@ def recipe(
     width: float = 8,
     batch_size: int = 2048,
     paper_exact: Mapping[str, tuple[Any, str]] | None = None,
+    options: type[RecipeOptions] | None = None,
+    summary: str | None = None,
+    unused: Collection[str] = (),
+    fixed: Mapping[str, Any] | None = None,
 ) -> Callable[[Build], Build]:
+    """Register a build function. Its options are its arguments after `config`, or the fields of a RecipeOptions.
+
+    Args:
+        options: The class of its options; by default the annotation of its second argument.
+        summary: One line that describes it; by default the first of the docstring.
+        unused: Options that have no effect in this recipe, and are not options of it.
+        fixed: Values of options that are not options of this recipe. A `ScaledDefault` is another default instead.
+    """
+
     def register(build: Build) -> Build:
         if name in RECIPES:
-            raise TypeError(f"two recipes are called {name!r}: {RECIPES[name].build.__module__}, {build.__module__}")
-        RECIPES[name] = Recipe(name, build, paper, equations, width, batch_size, paper_exact)
+            raise TypeError(
+                f"two recipes are called {name!r}: {RECIPES[name].declared_by.__module__}, {build.__module__}"
+            )
+        options_type = options or options_class(build)
+        declared = read_options(options_type or build)
+        defaults = {n: value for n, value in (fixed or {}).items() if isinstance(value, ScaledDefault)}
+        constants = {n: value for n, value in (fixed or {}).items() if n not in defaults}
+        own = [n for n in declared if n not in unused and n not in constants]
+        RECIPES[name] = Recipe(
+            name,
+            partial(build if options_type is None else keyword_build(build, options_type), **constants),
+            options_type or build,
+            {n: defaults.get(n, declared[n].default) for n in own},
+            {n: declared[n].type for n in own},
+            summary or (inspect.getdoc(build) or "").split("\n")[0],
+            paper,
+            equations,
+            width,
+            batch_size,
+            paper_exact and {n: exact for n, exact in paper_exact.items() if n in own},
+        )
         return build
 
     return register
 
 
-def register_ablation(name: str, of: Build, summary: str, about: dict[str, Any], *idle: str, **fixed: Any) -> None:
-    """Register `of` with some options fixed. Those, and the ones that are idle then, are no longer options.
+def keyword_build(build: Build, options_type: type[RecipeOptions]) -> Build:
+    """A build function that takes the fields of its options by name, and validates them."""
 
-    A number that is scaled to the run is another default of its option, which stays one.
-    """
-    defaults = {name: fixed.pop(name) for name, value in list(fixed.items()) if isinstance(value, ScaledDefault)}
-    build = partial(of, **fixed)
-    signature = inspect.signature(of)
-    open_ = [
-        p.replace(default=defaults.get(p.name, p.default))
-        for p in signature.parameters.values()
-        if p.name not in {*idle, *fixed}
-    ]
-    build.__signature__ = signature.replace(parameters=open_)  # type: ignore[attr-defined]
-    build.__doc__ = summary
-    names = {p.name for p in open_}
-    paper_exact = {option: exact for option, exact in about["paper_exact"].items() if option in names}
-    recipe(name, **about | {"paper_exact": paper_exact})(build)
+    @wraps(build)
+    def build_from_keywords(config: RunConfig, **values: Any) -> Variant:
+        options = options_type(**values)
+        options.validate(config)
+        return build(config, options)
+
+    return build_from_keywords
 
 
 def find_recipe(name: str) -> Recipe:

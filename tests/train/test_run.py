@@ -279,13 +279,13 @@ def refusal(cache, *variants: str, **changes) -> str:
         ({"options": ["k_start=64"]}, "k_start=64 has no effect without k_anneal_steps"),
         (
             {"options": ["k_anneal_steps=6", "k_start=31"]},
-            "k cannot fall from k_start=31 to k=32: give a k_start from 32",
+            "k cannot fall from k_start=31 to k=32: set k_start from 32",
         ),
         ({"options": ["k_anneal_steps=6", "k_start=129"]}, "k cannot fall from k_start=129 to k=32"),
         ({"options": ["lr=0"]}, "lr=0 is not positive."),
         ({"options": ["lr=nan"]}, "lr=nan is not finite."),
         ({"options": ["aux=inf"]}, "aux=inf is not finite."),
-        ({"options": ["aux_k=-1"]}, "aux_k=-1 is not positive."),
+        ({"options": ["aux_k=-1"]}, "invalid aux_k=-1: expected 1 or more."),
         ({"options": ["warmup=13"]}, "warmup=13 is negative or longer than the run of 12 steps."),
         ({"options": ["beta2=1.0"]}, "beta2=1 is no decay rate"),
         ({"options": ["weight_decay=-1"]}, "weight_decay=-1 is negative"),
@@ -315,13 +315,13 @@ def test_bad_options_are_refused_with_a_sentence(sparse_cache, changes: dict, se
         ("relu", ["l1_warmup=13"], "l1_warmup=13 is negative or longer than the run of 12 steps."),
         ("collapse-07", ["alpha_warmup=-1"], "alpha_warmup=-1 is negative or longer than the run of 12 steps."),
         ("collapse-07", ["groups=7"], "128 cannot be divided into 7 equal groups"),
-        ("collapse-02", ["contrast_power=-1"], "contrast_power=-1 is not positive."),
-        ("matryoshka", ["prefixes=99"], "prefixes=99 halves 128 latents to none: give 1 to 8"),
-        ("switch", ["experts=3"], "3 experts cannot share 128 latents"),
-        ("jumprelu", ["l0=0", "bandwidth=0"], "l0=0 latents a token are no target"),
+        ("collapse-02", ["contrast_power=-1"], "invalid contrast_power=-1: expected a positive exponent."),
+        ("matryoshka", ["prefixes=99"], "invalid prefixes=99: 128 latents can be halved into 1 to 8 prefixes"),
+        ("switch", ["experts=3"], "128 latents cannot be divided into 3 equal experts"),
+        ("jumprelu", ["l0=0", "bandwidth=0"], "invalid l0=0: expected a positive number of latents per token"),
         ("jumprelu-tanh", ["bandwidth=-1"], "bandwidth=-0.1"),
-        ("decorrelation", ["fraction=2"], "fraction=2 is no share of the pairs"),
-        ("progressive", ["temperature=0"], "temperature=0 is not positive."),
+        ("decorrelation", ["fraction=2"], "invalid fraction=2: expected a share of the pairs"),
+        ("progressive", ["temperature=0"], "invalid temperature=0: expected a positive number."),
         ("progressive", ["competition=max"], "competition=max is unknown: softmax_peak, softmax, "),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 16 else "",
@@ -340,7 +340,7 @@ def test_what_the_types_say_and_what_the_builder_finds_is_said_together(sparse_c
         sparse_cache, "collapse-10", options=["near=here", "groups=7", "gamma=-1", "lr=-1", "beta=x", "budgett=1"]
     )
     for sentence in (
-        "near=here is unknown: encoder, decoder.", "7 equal groups", "gamma=-1 is negative", "lr=-1 is not positive",
+        "near=here is unknown: encoder, decoder.", "7 equal groups", "invalid gamma=-1: expected 0 or more", "lr=-1 is not positive",
         "beta='x' is no float", "budgett is no option of collapse-10; did you mean budget?",
     ):  # fmt: skip
         assert sentence in said

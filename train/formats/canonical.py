@@ -23,7 +23,8 @@ from torch import Tensor
 from ...common.errors import UsageError
 from ..activations import Activation, BatchTopK, ReLU, TopK
 from ..sae import SAE
-from ..variants.collapse import BatchNorm, GramSchmidtLatents
+from ..variants.collapse.batch_norm import BatchNorm
+from ..variants.collapse.orthogonality import GramSchmidtLatents
 from ..variants.gated import Gated
 from ..variants.jumprelu import JumpReLU
 from ..variants.progressive import EnabledLatents

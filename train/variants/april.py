@@ -1,4 +1,4 @@
-"""Two other penalties on ReLU latents: weighted by the decoder's norms, and with an exponent that falls.
+"""Two more penalties on ReLU latents: weighted by decoder norms, and with an exponent that decreases.
 
 april      L = |x - x_hat|^2 + l1 sum_i f_i |W_dec,i|          rows of W_dec are free
 p-anneal   L = |x - x_hat|^2 + l1 c_t sum_i f_i^{p_t}          p_t: 1 -> p_end
@@ -18,7 +18,7 @@ from ..variant import Optimization, RunConfig, Variant
 
 
 class WeightedL1(LossTerm):
-    """mean_B sum_F |f_i| |W_dec,i|: shrinking latents and growing their rows gains nothing."""
+    """mean_B sum_F |f_i| |W_dec,i|: making latents smaller and their decoder rows longer does not reduce it."""
 
     sparsity = True
 
@@ -28,10 +28,14 @@ class WeightedL1(LossTerm):
 
 @recipe("april", paper="Conerly et al. 2024 (Anthropic, April update)", width=1)
 def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> Variant:
-    """Decoder rows of any length under an L1 penalty that weighs latents by it; saved with unit rows.
+    """Free decoder rows and an L1 penalty weighted by their norms.
 
-    `l1` counts in the paper's units, inputs with E|x| = sqrt(d_in): with E|x|^2 = 1 the same objective, divided by
-    d_in, has l1 / sqrt(d_in). `l1_warmup`: None is a twentieth of the run.
+    Rows are scaled to unit norm when the SAE is saved.
+
+    Args:
+        l1: Strength of the penalty in the paper's units, inputs with E|x| = sqrt(d_in). With E|x|^2 = 1 the same
+            objective, divided by d_in, has l1 / sqrt(d_in).
+        l1_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
     """
     sae = SAE(config.d_in, config.d_sae, pre_bias=False)
     for weight in (sae.W_dec, sae.W_enc):
@@ -46,10 +50,10 @@ def april(config: RunConfig, l1: float = 5.0, l1_warmup: int | None = None) -> V
 
 
 class PAnnealing(Mechanism):
-    """p falls from 1 to `end` in `updates` equal steps, the first after `start` steps, the last one interval before `stop`.
+    """p decreases from 1 to `end` in `updates` equal steps, from step `start` to one interval before step `stop`.
 
-    At each change the coefficient takes the ratio of the old penalty to the new one over the last `queue` batches, so
-    that the penalty's value goes on where it was.
+    At each change the coefficient is multiplied by the ratio of the old penalty to the new one over the last `queue`
+    batches, so that the value of the penalty is continuous.
 
     Paper: its code places the last change at the last step, so that p_end is never trained.
     """
@@ -65,28 +69,28 @@ class PAnnealing(Mechanism):
         self.register_buffer("sums_Q2", torch.zeros(queue, 2))
 
     def changes(self, i: Tensor) -> Tensor:
-        """How many changes lie behind at step i."""
+        """The number of changes before step i."""
         return ((i - self.start) / self.interval).floor().add(1).clamp(0, self.updates)
 
     def p(self, changes: Tensor) -> Tensor:
         return 1 + (self.end - 1) * (changes / self.updates).clamp(max=1.0)
 
     def after_step(self, step: Step) -> None:
-        done, f_BF = self.changes(step.i), step.f_BF.detach()
-        row_2 = torch.stack([power_sum(f_BF, self.p(done)), power_sum(f_BF, self.p(done + 1))])
+        changes, f_BF = self.changes(step.i), step.f_BF.detach()
+        row_2 = torch.stack([power_sum(f_BF, self.p(changes)), power_sum(f_BF, self.p(changes + 1))])
         self.sums_Q2.index_copy_(0, (step.i % len(self.sums_Q2)).view(1), row_2.view(1, 2))
-        now, following = self.sums_Q2.sum(0)
-        ratio = torch.where(following > 0, now / following, 1.0)
-        changing = self.changes(step.i + 1) > done
-        self.factor.mul_(torch.where(changing, ratio, 1.0))
-        self.sums_Q2.mul_(~changing)  # what was summed at exponents that are over says nothing of the next change
+        current, following = self.sums_Q2.sum(0)
+        ratio = torch.where(following > 0, current / following, 1.0)
+        p_changes = self.changes(step.i + 1) > changes
+        self.factor.mul_(torch.where(p_changes, ratio, 1.0))
+        self.sums_Q2.mul_(~p_changes)  # sums at the old exponents do not apply to the next change
 
     def scalars(self) -> dict[str, Tensor]:
         return {"p_factor": self.factor}
 
 
 def power_sum(f_BF: Tensor, p: Tensor) -> Tensor:
-    """mean_B sum_F f^p over active latents; f + 1e-6 because the slope of f^p at zero is infinite."""
+    """mean_B sum_F (f + 1e-6)^p over active latents; 1e-6 because the slope of f^p at zero is infinite."""
     f_BF = f_BF.float()
     return torch.where(f_BF > 0, (f_BF + 1e-6) ** p, 0.0).sum(-1).mean()
 
@@ -116,15 +120,30 @@ def p_anneal(
     queue: int = 10,
     l1_warmup: int | None = None,
 ) -> Variant:
-    """The exponent of the penalty falls from 1 to 0.2, so that it comes to count latents instead of shrinking them.
+    """ReLU latents under a penalty whose exponent falls from 1 to 0.2.
 
-    `start`: the share of the run after which it begins to fall. `l1_warmup`: None is a twentieth of the run.
+    With a small exponent it counts latents instead of shrinking them.
+
+    Args:
+        l1: Strength of the penalty.
+        p_end: Last exponent.
+        start: Share of the run after which the exponent starts to fall.
+        updates: Number of equal steps in which the exponent falls.
+        queue: Batches over which the penalty is measured to keep its value at a change of the exponent.
+        l1_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
     """
-    if not 0 < p_end <= 1 or not 0 <= start < 1 or updates < 1 or queue < 1:
-        raise UsageError(
-            f"p cannot fall to p_end={p_end} in updates={updates} steps from start={start} on, weighed over queue={queue} "
-            "batches: give p_end above 0 and up to 1, start from 0 to below 1, and at least one of the others."
-        )
+    errors = []
+    if not 0 < p_end <= 1:
+        errors.append(f"invalid p_end={p_end:g}: expected an exponent above 0 and up to 1.")
+    if not 0 <= start < 1:
+        errors.append(f"invalid start={start:g}: expected a share of the run from 0 to below 1.")
+    errors += [
+        f"invalid {name}={count}: expected 1 or more."
+        for name, count in (("updates", updates), ("queue", queue))
+        if count < 1
+    ]
+    if errors:
+        raise UsageError("\n".join(errors))
     annealing = PAnnealing(p_end, start * config.steps, config.steps, updates, queue)
     return Variant(
         SAE(config.d_in, config.d_sae),

@@ -1,6 +1,4 @@
-"""The baselines that every paper compares against."""
-
-from collections.abc import Iterator
+"""The baselines that every paper compares with: ReLU with L1, TopK and BatchTopK."""
 
 from ...common.errors import UsageError
 from ..activations import BatchTopK, KeepTopK, TopK
@@ -17,7 +15,10 @@ from ..variant import Optimization, RunConfig, Variant
 def relu(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None, pre_bias: bool = True) -> Variant:
     """ReLU latents, squared error and an L1 penalty: the standard SAE.
 
-    `l1_warmup`: steps over which the penalty grows; None: a twentieth of the run.
+    Args:
+        l1: Strength of the L1 penalty.
+        l1_warmup: Steps over which the L1 penalty rises from zero. None: a twentieth of the run.
+        pre_bias: Subtract b_dec from the encoder's input.
     """
     return Variant(
         SAE(config.d_in, config.d_sae, pre_bias=pre_bias),
@@ -27,46 +28,41 @@ def relu(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None, pre_
     )
 
 
-def rate_by_width(d_sae: int) -> float:
+def lr_for_width(d_sae: int) -> float:
     """2e-4 / sqrt(d_sae / 2^14): smaller for wider dictionaries (Gao et al. 2024)."""
     return 2e-4 / (d_sae / 2**14) ** 0.5
 
 
-def auxk(
+def topk_variant(
     config: RunConfig,
     activation: KeepTopK,
     aux: float,
     aux_k: int | None,
-    steps: int,
-    start: float | None,
-    *extra: Mechanism,
+    k_anneal_steps: int,
+    k_start: float | None,
+    *mechanisms: Mechanism,
 ) -> Variant:
-    """What topk and batchtopk share: no penalty, dead latents that model the residual, and a k that may be annealed."""
-    begin = min(config.d_in, config.d_sae) if start is None else start
-    if wrong := list(problems(config, activation.k, aux_k, steps, start, begin)):
-        raise UsageError("\n".join(wrong))
-    if steps:
-        extra = (*extra, AnnealK(activation, begin, steps))
+    """The variant of `topk` and `batchtopk`: no penalty, AuxK for dead latents, and a k that may be annealed."""
+    start = min(config.d_in, config.d_sae) if k_start is None else k_start
+    k, errors = activation.k, []
+    if aux_k is not None and aux_k < 1:
+        errors.append(f"invalid aux_k={aux_k}: expected 1 or more. To turn AuxK off set aux=0.")
+    if k_start is not None and not k_anneal_steps:
+        errors.append(f"k_start={k_start} has no effect without k_anneal_steps: set both.")
+    if k_anneal_steps and not k <= start <= config.d_sae:
+        errors.append(f"k cannot fall from k_start={start} to k={k}: set k_start from {k} to {config.d_sae}.")
+    if errors:
+        raise UsageError("\n".join(errors))
+    if k_anneal_steps:
+        mechanisms = (*mechanisms, AnnealK(activation, start, k_anneal_steps))
     dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     return Variant(
         SAE(config.d_in, config.d_sae, [activation]),
         {"mse": (1.0, MSE()), "aux": (aux, AuxK(dead, max(1, config.d_in // 2) if aux_k is None else aux_k))},
-        [*extra, UnitNormDecoder()],
-        Optimization(lr=rate_by_width(config.d_sae)),
+        [*mechanisms, UnitNormDecoder()],
+        Optimization(lr=lr_for_width(config.d_sae)),
         dead=dead,
     )
-
-
-def problems(
-    config: RunConfig, k: float, aux_k: int | None, steps: int, start: float | None, begin: float
-) -> Iterator[str]:
-    """What is wrong with the options of `auxk`."""
-    if aux_k is not None and aux_k < 1:
-        yield f"aux_k={aux_k} is not positive. Without AuxK: aux=0."
-    if start is not None and not steps:
-        yield f"k_start={start} has no effect without k_anneal_steps: give both."
-    if steps and not k <= begin <= config.d_sae:
-        yield f"k cannot fall from k_start={begin} to k={k}: give a k_start from {k} to {config.d_sae}."
 
 
 @recipe("topk", paper="Gao et al. 2024", equations="eq. 3, 5.3, A.2")
@@ -79,12 +75,17 @@ def topk(
     k_anneal_steps: int = 0,
     k_start: int | None = None,
 ) -> Variant:
-    """The k largest latents of each token; dead latents are revived by AuxK. `aux_k`: None is d_in / 2.
+    """The k largest latents of each token; AuxK revives dead latents.
 
-    `multi`: the weight of the error with 4 k latents, Multi-TopK; the paper's is 1/8. `k_anneal_steps`: over so many
-    steps k falls from `k_start` (None: d_in) to `k`.
+    Args:
+        k: Latents kept per token.
+        aux: Weight of AuxK, which trains dead latents to model the residual (A.2).
+        aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
+        multi: Weight of Multi-TopK, the error with 4 k latents (5.3). 0 is off; the paper's is 1/8.
+        k_anneal_steps: Steps over which k falls from `k_start` to `k`. 0: k is constant.
+        k_start: k at the first step of the annealing. None: d_in.
     """
-    variant = auxk(config, TopK(k), aux, aux_k, k_anneal_steps, k_start)
+    variant = topk_variant(config, TopK(k), aux, aux_k, k_anneal_steps, k_start)
     if multi:
         variant.add_term("multi", multi, MultiTopK(min(4 * k, config.d_sae)))
     return variant
@@ -99,9 +100,17 @@ def batchtopk(
     k_anneal_steps: int = 0,
     k_start: float | None = None,
 ) -> Variant:
-    """The k largest latents a token on average over the batch; afterwards a threshold, so tokens are coded alone.
+    """The k largest latents per token, on average over a batch.
 
-    `aux_k`: None is d_in / 2. `k_anneal_steps`: over so many steps k falls from `k_start` (None: d_in) to `k`.
+    The B k largest of a batch of B tokens are kept. After training a threshold takes their place, so that each token is
+    coded alone.
+
+    Args:
+        k: Latents kept per token, on average over the batch.
+        aux: Weight of AuxK, which trains dead latents to model the residual.
+        aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
+        k_anneal_steps: Steps over which k falls from `k_start` to `k`. 0: k is constant.
+        k_start: k at the first step of the annealing. None: d_in.
     """
     activation = BatchTopK(k)
-    return auxk(config, activation, aux, aux_k, k_anneal_steps, k_start, BatchTopKThreshold(activation))
+    return topk_variant(config, activation, aux, aux_k, k_anneal_steps, k_start, BatchTopKThreshold(activation))

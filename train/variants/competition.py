@@ -1,38 +1,41 @@
-"""CompeteSAE (paper 002): pairs of latents that fire together pay for the similarity of their directions.
+"""CompeteSAE (paper 002): pairs of latents that fire together are penalised for similar decoder directions.
 
     c_ij  = P(f_i | f_j) / (k/n)                                                                  (3)
     alpha = min(1, t / t_w)                                                                       (4)
     L     = |x - x_hat|^2 + l1 |f|_1 + strength alpha sum_ij max(c_ij, c_ji) <f_i, f_j>^2         (5)
 
 P(f_i | f_j) = J_ij / p_j, so max(c_ij, c_ji) = J_ij / min(p_i, p_j) / (k/n): how often the rarer latent of a pair
-brings the other, over chance. It is symmetric, and <f_i, f_j> is: the direction of (3) has no effect on (5).
+brings the other, over chance. It is symmetric, and so is <f_i, f_j>: the direction of (3) has no effect on (5).
 
-To the letter: `tau_on=lift reduction=sum pair_store=dense`. That is void in two places (`PAPER_EXACT`). The defaults are
-readings that work: tau on P, and the mean over the pairs that pass.
+The paper's own settings are `tau_on=lift reduction=sum pair_store=dense`. Two of them have no effect as intended
+(`PAPER_EXACT`). The defaults are readings that work: tau on P, and the mean over the pairs that pass.
 
-The dense J has n^2 entries, 1.4 GB at n = 18432, and its products have n (2B + 6d) / 10Bd = 7 times the operations of the
-other part of a step. With k latents a token few pairs ever pass, so `pair_store=table` follows a fixed number of pairs
+The dense J has n^2 entries, 1.4 GB at n = 18432, and its products take n (2B + 6d) / 10Bd = 7 times the operations of
+the rest of a step. With k latents per token few pairs ever pass, so `pair_store=table` follows a fixed number of pairs
 and looks for better ones now and then.
 
 Paper: states two numbers of steps, of k and of every result, and prints the L1 baseline's numbers as those of "no
 competition"; `competition-off` is the same model without (5), `competition-baseline` the other one. It writes E(x), so
 the encoder does not see x - b_dec. It does not state the activation or the units of its loss: what its baseline's
 explained variance of 0.293 points to is `reconstruction=mean normalize=none`.
+
+Shape suffixes here: S pairs in the shape of their store, P pairs in a table, I a block of latents, X d_in or tokens.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...common.errors import UsageError
 from ..activations import Activation, BatchTopK, ReLU, TopK
 from ..losses import L1, MSE, AuxK, Reconstruction, reconstruction_weight
 from ..mechanisms import BatchTopKThreshold, DeadLatents, UnitNormDecoder
-from ..recipe import recipe, register_ablation
+from ..options import RecipeOptions
+from ..recipe import recipe
 from ..sae import SAE
 from ..scaling import ScaleWithWidth
 from ..schedules import Coefficient, warmup
@@ -40,21 +43,24 @@ from ..step import LossTerm, Mechanism, Step
 from ..variant import Optimization, RunConfig, Variant
 from .baselines import relu
 
-PAPER = {"paper": "002", "equations": "(3)-(5)"}
-PAPER_EXACT = {
+PAPER: dict[str, Any] = {"paper": "002", "equations": "(3)-(5)"}
+PAPER_EXACT: dict[str, tuple[Any, str]] = {
     "tau_on": ("lift", "chance is 1 on the scale of c and tau is 0.6, so most independent pairs pass"),
     "reduction": ("sum", "over n^2 pairs of random rows it is n^2/d, thousands of times the reconstruction"),
     "pair_store": ("dense", "a sum over all pairs needs all of them: n^2 entries"),
 }
-RARE = 1e-5  # of a latent that fires less than once in so many tokens nothing is said
-BLOCK = 2**24  # elements worked on at once, so that the table's work needs no memory beside it
+MIN_RATE = 1e-5  # a latent that fires less often than this per token has no known conditional probability
+BLOCK = 2**24  # elements to work on at once, so that the table's work needs little memory besides the table
+
+
+# (3): the statistics of pairs.
 
 
 class Coactivation(Mechanism):
-    """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over the steps: a <- beta a + (1 - beta) of the batch.
+    """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: a <- beta a + (1 - beta) of the batch.
 
-    The averages begin at zero and are divided by the weight that they have seen, 1 - beta^t. Each pair is there once;
-    what is known of pairs has the shape S, which the store decides.
+    The averages start at zero and are divided by the weight that they have gathered, 1 - beta^t. Each unordered pair
+    occurs once. A store decides which pairs it follows, and with that the shape S of everything about pairs.
     """
 
     rate_F: Tensor
@@ -67,35 +73,36 @@ class Coactivation(Mechanism):
         self.register_buffer("seen", torch.zeros(()))
 
     def after_step(self, step: Step) -> None:
-        on_BF = step.f_BF.detach() > 0
-        self.rate_F.lerp_(on_BF.to(self.rate_F.dtype).mean(0), 1 - self.beta)
+        fires_BF = step.f_BF.detach() > 0
+        self.rate_F.lerp_(fires_BF.to(self.rate_F.dtype).mean(0), 1 - self.beta)
         self.seen += (1 - self.beta) * (1 - self.seen)
-        self.count(on_BF)
+        self.update_joint(fires_BF)
 
     def rates(self) -> Tensor:
+        """p (F)."""
         return self.rate_F / self.seen.clamp_min(1e-12)
 
     def conditional(self) -> Tensor:
         """J_ij / min(p_i, p_j), the larger of P(f_i | f_j) and P(f_j | f_i) (S); -1 where it is not known."""
         joint_S, known_S = self.joint()
         rarer_S = torch.minimum(*self.ends(self.rates()))
-        return torch.where(known_S & (rarer_S >= RARE), (joint_S / rarer_S.clamp_min(RARE)).clamp(max=1), -1.0)
+        return torch.where(known_S & (rarer_S >= MIN_RATE), (joint_S / rarer_S.clamp_min(MIN_RATE)).clamp(max=1), -1.0)
 
     @abstractmethod
-    def count(self, on_BF: Tensor) -> None:
-        """Take a batch into J."""
+    def update_joint(self, fires_BF: Tensor) -> None:
+        """Average a batch into J."""
 
     @abstractmethod
     def joint(self) -> tuple[Tensor, Tensor]:
-        """J (S), and which of it are pairs that were counted."""
+        """J (S), and a mask (S) of its entries that are pairs with statistics."""
 
     @abstractmethod
     def ends(self, value_F: Tensor) -> tuple[Tensor, Tensor]:
-        """A number of each latent, for the first and for the second of each pair; both broadcast to S."""
+        """The value of the first and of the second latent of each pair; both broadcast to S."""
 
     @abstractmethod
     def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
-        """<left_i, right_j> (S)."""
+        """<left_i, right_j> for each pair i < j (S)."""
 
 
 class DensePairs(Coactivation):
@@ -109,12 +116,12 @@ class DensePairs(Coactivation):
 
     @staticmethod
     def gigabytes(d_sae: int) -> float:
-        """J, and what a step makes of it: eight matrices of its size at most."""
+        """J and the temporaries of a step: at most eight matrices of its size."""
         return 8 * 4 * d_sae**2 / 1e9
 
-    def count(self, on_BF: Tensor) -> None:
-        on_BF = on_BF.to(self.joint_FF.dtype)
-        self.joint_FF.lerp_(on_BF.T @ on_BF / len(on_BF), 1 - self.beta)
+    def update_joint(self, fires_BF: Tensor) -> None:
+        fires_BF = fires_BF.to(self.joint_FF.dtype)
+        self.joint_FF.lerp_(fires_BF.T @ fires_BF / len(fires_BF), 1 - self.beta)
 
     def joint(self) -> tuple[Tensor, Tensor]:
         upper_FF = torch.ones_like(self.joint_FF, dtype=torch.bool).triu_(1)
@@ -128,12 +135,12 @@ class DensePairs(Coactivation):
 
 
 class PairTable(Coactivation):
-    """`capacity` pairs i < j: S is (P).
+    """A table of `capacity` pairs i < j: S is (P).
 
-    Every `every` steps the table is renewed: all pairs of the last batch are ranked beside those that it holds, and the
-    best stay. A newcomer's J begins then, and has its own weight in `seen_P`. Where the table has room for all pairs it
-    holds them from the start, and is `DensePairs` in another shape. `by` is what makes a pair good: "cofire", its
-    conditional probability, or "cosine", that of its decoder rows.
+    Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with those in the table,
+    and the best stay. A new pair's J starts then, and has its own weight in `seen_P`. A table with room for all pairs
+    holds them from the start, and is `DensePairs` in another shape. `by` ranks pairs: "cofire" by their conditional
+    probability, "cosine" by the cosine of their decoder rows.
     """
 
     first_P: Tensor  # int64; entries in which first = second are empty
@@ -157,12 +164,12 @@ class PairTable(Coactivation):
 
     @staticmethod
     def gigabytes(capacity: int) -> float:
-        """The table's columns of 24 B, the four times 28 B of its renewal, and four blocks."""
+        """The table's columns of 24 B, four times 28 B while it is refreshed, and four blocks."""
         return ((24 + 4 * 28) * capacity + 4 * 4 * BLOCK) / 1e9
 
-    def count(self, on_BF: Tensor) -> None:
-        together_P = pairs_together(on_BF, self.first_P, self.second_P).to(self.joint_P.dtype)
-        self.joint_P.lerp_(together_P / len(on_BF), 1 - self.beta)
+    def update_joint(self, fires_BF: Tensor) -> None:
+        together_P = count_cofiring(fires_BF, self.first_P, self.second_P).to(self.joint_P.dtype)
+        self.joint_P.lerp_(together_P / len(fires_BF), 1 - self.beta)
         self.seen_P += (1 - self.beta) * (1 - self.seen_P)
 
     def joint(self) -> tuple[Tensor, Tensor]:
@@ -172,66 +179,68 @@ class PairTable(Coactivation):
         return value_F[self.first_P], value_F[self.second_P]
 
     def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
-        return PairProducts.apply(left_FX, right_FX, self.first_P, self.second_P)  # type: ignore[no-any-return]
+        products_P: Tensor = PairProducts.apply(left_FX, right_FX, self.first_P, self.second_P)
+        return products_P
 
     def every_n_steps(self, step: Step) -> None:
+        """Refresh the table. `slot` is the place of a pair in the table so far, -1 for a new one."""
         unit_FD = F.normalize(step.sae.W_dec.detach(), dim=1)
-        rank_P = self.conditional() if self.by == "cofire" else self.inner(unit_FD, unit_FD)
-        rank_P = torch.where(self.first_P < self.second_P, rank_P, -1)
-        held_P = torch.arange(len(rank_P), device=rank_P.device)
-        best = (rank_P, self.first_P, self.second_P, held_P)
-        for begin, score_IF in self.candidates(step, unit_FD):
-            found = score_IF.flatten().topk(min(len(rank_P), score_IF.numel()))
-            first, second = begin + found.indices // score_IF.shape[1], found.indices % score_IF.shape[1]
-            both = [
-                torch.cat(p) for p in zip(best, (found.values, first, second, -torch.ones_like(first)), strict=True)
-            ]
-            chosen = both[0].topk(len(rank_P)).indices
-            best = tuple(column[chosen] for column in both)
-        rank_P, first_P, second_P, held_P = best
-        full_P = rank_P > 0
-        stays_P = full_P & (held_P >= 0)
-        self.first_P.copy_(torch.where(full_P, first_P, 0))
-        self.second_P.copy_(torch.where(full_P, second_P, 0))
-        self.joint_P.copy_(torch.where(stays_P, self.joint_P[held_P], 0))
-        self.seen_P.copy_(torch.where(stays_P, self.seen_P[held_P], 0))
+        score_P = self.conditional() if self.by == "cofire" else self.inner(unit_FD, unit_FD)
+        score_P = torch.where(self.first_P < self.second_P, score_P, -1)
+        best = (score_P, self.first_P, self.second_P, torch.arange(len(score_P), device=score_P.device))
+        for start, score_IF in self.candidates(step, unit_FD):
+            top = score_IF.flatten().topk(min(len(score_P), score_IF.numel()))
+            first, second = start + top.indices // score_IF.shape[1], top.indices % score_IF.shape[1]
+            new = (top.values, first, second, -torch.ones_like(first))
+            columns = [torch.cat(pair) for pair in zip(best, new, strict=True)]
+            chosen = columns[0].topk(len(score_P)).indices
+            score_P, first_P, second_P, slot_P = (column[chosen] for column in columns)
+            best = (score_P, first_P, second_P, slot_P)
+        score_P, first_P, second_P, slot_P = best
+        filled_P = score_P > 0
+        stays_P = filled_P & (slot_P >= 0)
+        self.first_P.copy_(torch.where(filled_P, first_P, 0))
+        self.second_P.copy_(torch.where(filled_P, second_P, 0))
+        self.joint_P.copy_(torch.where(stays_P, self.joint_P[slot_P], 0))
+        self.seen_P.copy_(torch.where(stays_P, self.seen_P[slot_P], 0))
 
     def candidates(self, step: Step, unit_FD: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Scores of the pairs that the table does not hold, a block of first latents at a time; no pair has zero."""
-        on_BF = (step.f_BF.detach() > 0).float()
-        n, size = on_BF.shape[1], max(1, BLOCK // on_BF.shape[1])
-        # As if each had fired three times more, without the other: one batch makes rare latents that met once look alike.
-        rate_F = self.rates() + 3 / len(on_BF)
-        for begin in range(0, n, size):
-            rows = slice(begin, begin + size)
+        """Scores (I, F) of pairs that are not in the table, a block of first latents at a time; 0 marks no pair."""
+        fires_BF = (step.f_BF.detach() > 0).float()
+        n, size = fires_BF.shape[1], max(1, BLOCK // fires_BF.shape[1])
+        # As if each latent had fired three more times, without the other: in a single batch, rare latents that fired
+        # together once would look alike.
+        rate_F = self.rates() + 3 / len(fires_BF)
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
             if self.by == "cofire":
-                joint_IF = on_BF[:, rows].T @ on_BF / len(on_BF)
+                joint_IF = fires_BF[:, rows].T @ fires_BF / len(fires_BF)
                 score_IF = joint_IF / torch.minimum(rate_F[rows, None], rate_F[None])
             else:
                 score_IF = unit_FD[rows] @ unit_FD.T
-            score_IF = score_IF.triu_(begin + 1)
-            inside_P = (self.first_P >= begin) & (self.first_P < begin + size)
-            score_IF[self.first_P[inside_P] - begin, self.second_P[inside_P]] = 0
-            yield begin, score_IF
+            score_IF = score_IF.triu_(start + 1)
+            inside_P = (self.first_P >= start) & (self.first_P < start + size)
+            score_IF[self.first_P[inside_P] - start, self.second_P[inside_P]] = 0
+            yield start, score_IF
 
 
-def blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs, so many at a time that their rows of `width` elements make a block."""
+def pair_blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs, as many at a time as have `BLOCK` elements in rows of `width`."""
     size = max(1, BLOCK // width)
     return zip(first_P.split(size), second_P.split(size), strict=True)
 
 
-def pairs_together(on_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
-    """In how many tokens both latents of each pair are on.
+def count_cofiring(fires_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+    """The number of tokens on which both latents of each pair fire (P).
 
-    64 tokens make a word, so a pair costs B/64 words: their AND, and its bits counted by twos, fours, bytes and words.
+    64 tokens fit a word, so a pair costs B/64 words: their AND, and its bits counted by twos, fours, bytes and words.
     """
-    on_BF = F.pad(on_BF.to(torch.uint8), (0, 0, 0, -len(on_BF) % 64))
-    place_8 = torch.arange(8, dtype=torch.uint8, device=on_BF.device)[:, None]
-    bytes_F = (on_BF.unflatten(0, (-1, 8)) << place_8).sum(1, dtype=torch.uint8).T.contiguous()
+    fires_BF = F.pad(fires_BF.to(torch.uint8), (0, 0, 0, -len(fires_BF) % 64))
+    place_8 = torch.arange(8, dtype=torch.uint8, device=fires_BF.device)[:, None]
+    bytes_F = (fires_BF.unflatten(0, (-1, 8)) << place_8).sum(1, dtype=torch.uint8).T.contiguous()
     words_FW = bytes_F.view(torch.int64)
     counts = []
-    for first, second in blocks(first_P, second_P, words_FW.shape[1]):
+    for first, second in pair_blocks(first_P, second_P, words_FW.shape[1]):
         bits = words_FW[first] & words_FW[second]
         bits = bits - ((bits >> 1) & 0x5555555555555555)
         bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
@@ -241,22 +250,22 @@ def pairs_together(on_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
 
 
 class PairProducts(torch.autograd.Function):
-    """<left_i, right_j> for each pair, a block at a time: rows of all pairs at once would be larger than the dense J."""
+    """<left_i, right_j> for each pair, by blocks: the rows of all pairs at once would be larger than the dense J."""
 
     @staticmethod
     def forward(ctx: Any, left_FX: Tensor, right_FX: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
         ctx.save_for_backward(left_FX, right_FX, first_P, second_P)
-        parts = blocks(first_P, second_P, left_FX.shape[1])
-        return torch.cat([(left_FX[first] * right_FX[second]).sum(1) for first, second in parts])
+        blocks = pair_blocks(first_P, second_P, left_FX.shape[1])
+        return torch.cat([(left_FX[first] * right_FX[second]).sum(1) for first, second in blocks])
 
     @staticmethod
-    def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor | None, ...]:
         left_FX, right_FX, first_P, second_P = ctx.saved_tensors
         to_left = torch.zeros_like(left_FX) if ctx.needs_input_grad[0] else None
         to_right = torch.zeros_like(right_FX) if ctx.needs_input_grad[1] else None
-        parts = blocks(first_P, second_P, left_FX.shape[1])
-        width = max(1, BLOCK // left_FX.shape[1])
-        for (first, second), gradient in zip(parts, gradient_P.split(width), strict=True):
+        blocks = pair_blocks(first_P, second_P, left_FX.shape[1])
+        size = max(1, BLOCK // left_FX.shape[1])
+        for (first, second), gradient in zip(blocks, gradient_P.split(size), strict=True):
             if to_left is not None:
                 to_left.index_add_(0, first, gradient[:, None] * right_FX[second])
             if to_right is not None:
@@ -264,17 +273,20 @@ class PairProducts(torch.autograd.Function):
         return to_left, to_right, None, None
 
 
+# (4) and (5): the penalty.
+
+
 class CompetitionLoss(LossTerm):
-    """sum over pairs of max(c_ij, c_ji) <v_i, v_j>^2, for pairs that are bound strongly (5); c has no gradient.
+    """sum over pairs of max(c_ij, c_ji) <v_i, v_j>^2, for pairs above tau (5); c has no gradient.
 
     `tau_on`    what has to reach tau: "conditional", P of one given the other, or "lift", c itself
-    `weight`    what a pair weighs: "lift", c, or "conditional"
+    `weight`    the weight of a pair: "lift", c, or "conditional"
     `pair_vec`  v_i: "decoder", row i of W_dec, or "activation", f_i over the batch divided by sqrt(B)
-    `direction` who moves: "symmetric", both; "child_only", the rarer latent; "parent_only", the other
+    `direction` which latent gets the gradient: "symmetric", both; "child_only", the rarer; "parent_only", the other
     `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as printed; "n", that over n
     `target`    "cofire", as printed; or "absorption": pairs of decoder cosine over 0.2 that fire together less than
-                tau, weighing what they lack. Paper: a parent that is absorbed is silent when its child fires, so
-                that absorbed pairs are those which (5) leaves alone.
+                tau, weighted by what they lack. Paper: a parent that is absorbed is silent when its child fires, so
+                absorbed pairs are those which (5) leaves alone.
     """
 
     def __init__(
@@ -299,146 +311,190 @@ class CompetitionLoss(LossTerm):
     def forward(self, step: Step) -> Tensor:
         vector_FX = step.sae.W_dec if self.pair_vec == "decoder" else step.f_BF.float().T / step.tokens**0.5
         with torch.no_grad():
-            conditional_S = self.pairs.conditional()
-            if self.target == "cofire":
-                active_S, amount_S = conditional_S >= self.tau, conditional_S
-            else:
-                unit_FD = F.normalize(step.sae.W_dec, dim=1)
-                alike_S = self.pairs.inner(unit_FD, unit_FD) > 0.2
-                active_S = alike_S & (conditional_S >= 0) & (conditional_S < self.tau)
-                amount_S = self.tau - conditional_S
-            active_S &= conditional_S >= 0
-            weight_S = torch.where(active_S, amount_S / self.unit, 0.0)
-            count = active_S.sum()
+            weight_S, count = self.weights(step)
         step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
         total = (weight_S * self.similarity(vector_FX).square()).sum()
         if self.reduction == "active_pairs":
             return total / count.clamp_min(1)
         return 2 * total / (step.sae.d_sae if self.reduction == "n" else 1)  # (i, j) and (j, i)
 
+    def weights(self, step: Step) -> tuple[Tensor, Tensor]:
+        """The weight of each pair (S), zero unless the pair passes tau, and the number () of pairs that pass."""
+        conditional_S = self.pairs.conditional()
+        if self.target == "cofire":
+            active_S, amount_S = conditional_S >= self.tau, conditional_S
+        else:
+            unit_FD = F.normalize(step.sae.W_dec, dim=1)
+            alike_S = self.pairs.inner(unit_FD, unit_FD) > 0.2
+            active_S = alike_S & (conditional_S >= 0) & (conditional_S < self.tau)
+            amount_S = self.tau - conditional_S
+        active_S &= conditional_S >= 0
+        return torch.where(active_S, amount_S / self.unit, 0.0), active_S.sum()
+
     def similarity(self, vector_FX: Tensor) -> Tensor:
-        """<v_i, v_j> (S), with a gradient to those that `direction` lets move."""
+        """<v_i, v_j> (S), with a gradient to the latents that `direction` names."""
         if self.direction == "symmetric":
             return self.pairs.inner(vector_FX, vector_FX)
         first_S, second_S = self.pairs.ends(self.pairs.rate_F)
         first_moves_S = (first_S <= second_S) == (self.direction == "child_only")
-        still_FX = vector_FX.detach()
-        return torch.where(first_moves_S, self.pairs.inner(vector_FX, still_FX), self.pairs.inner(still_FX, vector_FX))
+        fixed_FX = vector_FX.detach()
+        return torch.where(first_moves_S, self.pairs.inner(vector_FX, fixed_FX), self.pairs.inner(fixed_FX, vector_FX))
 
 
-def rising(strength: float, steps: int) -> Coefficient:
-    """strength min(1, t/steps), t counted from 1 (4); the step's notes have it."""
+def competition_strength(strength: float, steps: int) -> Coefficient:
+    """strength min(1, t/steps), t counted from 1 (4). Logged as `competition_strength`."""
     ramp = warmup(strength, steps)
 
     def coefficient(step: Step) -> Tensor | float:
-        step.metrics["competition_strength"] = value = ramp(step)  # type: ignore[assignment]
+        value = ramp(step)
+        step.metrics["competition_strength"] = torch.as_tensor(value)
         return value
 
     return coefficient
 
 
-def compete(variant: Variant, strength: Coefficient, term: CompetitionLoss) -> Variant:
-    """Add the term to any variant, and its statistics to the mechanisms, of which unit norm stays the last."""
-    variant.add_term("competition", strength, term)
-    variant.mechanisms.insert(len(variant.mechanisms) - 1, term.pairs)
+def add_competition(variant: Variant, strength: Coefficient, loss: CompetitionLoss) -> Variant:
+    """Add the loss to any variant, and its statistics to the mechanisms, before the unit norm."""
+    variant.add_term("competition", strength, loss)
+    variant.mechanisms.insert(len(variant.mechanisms) - 1, loss.pairs)
     return variant
 
 
-def problems(config: RunConfig, given: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the options of `competition`."""
-    if not 0 <= given["beta"] < 1:
-        yield f"beta={given['beta']} is no decay rate: give 0 to below 1."
-    for name in ("pairs", "refresh"):
-        if given[name] < 1:
-            yield f"{name}={given[name]} is not positive."
-    if given["tau"] < 0:
-        yield f"tau={given['tau']} is negative: every pair would pass."
-    room = given["memory_gb"]
-    if given["pair_store"] == "dense" and (needed := DensePairs.gigabytes(config.d_sae)) > room:
-        yield (
-            f"pair_store=dense takes {needed:.1f} GB for {config.d_sae} latents, eight matrices of n x n in float32, and "
-            f"memory_gb={room:g}: take pair_store=table, a narrower dictionary, or allow more."
-        )
-    if given["pair_store"] == "table" and (needed := PairTable.gigabytes(given["pairs"] * config.d_sae)) > room:
-        yield (
-            f"pair_store=table takes {needed:.1f} GB for {given['pairs']} pairs a latent, and memory_gb={room:g}: "
-            f"follow fewer pairs, or allow more."
-        )
+# The recipes.
 
 
-@recipe("competition", paper_exact=PAPER_EXACT, **PAPER)  # type: ignore[arg-type]
-def competition(
-    config: RunConfig,
-    k: int = ScaleWithWidth(100),
-    strength: float = 0.03,
-    strength_warmup: int | None = None,
-    tau: float = 0.6,
-    tau_on: Literal["conditional", "lift"] = "conditional",
-    weight: Literal["lift", "conditional"] = "lift",
-    pair_vec: Literal["decoder", "activation"] = "decoder",
-    direction: Literal["symmetric", "child_only", "parent_only"] = "symmetric",
-    reduction: Literal["active_pairs", "sum", "n"] = "active_pairs",
-    target: Literal["cofire", "absorption"] = "cofire",
-    beta: float = 0.99,
-    pair_store: Literal["table", "dense"] = "table",
-    pairs: int = 16,
-    refresh: int = 100,
-    memory_gb: float = 2.0,
-    act: Literal["topk", "batchtopk", "relu"] = "topk",
-    l1: float = 0.04,
-    l1_warmup: int | None = None,
-    aux: float = 0.0,
-    reconstruction: Reconstruction = "sum",
-    pre_bias: bool = False,
-) -> Variant:
-    """The k largest latents of each token; pairs that fire together pay for the similarity of their decoder rows.
+@dataclass(frozen=True)
+class CompetitionOptions(RecipeOptions):
+    k: int = ScaleWithWidth(100)
+    """Latents kept per token. The paper's results also say 320 (`competition-k320`)."""
+    strength: float = 0.03
+    """Strength of the competition loss (5)."""
+    strength_warmup: int | None = None
+    """Steps t_w over which the strength rises (4). None: 2000, or 2000/4882 of a shorter run."""
+    tau: float = 0.6
+    """Value that a pair must reach to be penalised."""
+    tau_on: Literal["conditional", "lift"] = "conditional"
+    """Scale of tau: the conditional probability P of one latent given the other, or the lift c of (3) (the paper)."""
+    weight: Literal["lift", "conditional"] = "lift"
+    """Weight of a pair in (5): its lift c, or its conditional probability."""
+    pair_vec: Literal["decoder", "activation"] = "decoder"
+    """Vectors compared in (5): rows of W_dec, or latents over the batch divided by sqrt(B)."""
+    direction: Literal["symmetric", "child_only", "parent_only"] = "symmetric"
+    """Latent of a pair that gets the gradient: both, the rarer one (child), or the other (parent)."""
+    reduction: Literal["active_pairs", "sum", "n"] = "active_pairs"
+    """active_pairs: mean over pairs that pass tau. sum: over all ordered pairs (the paper). n: that sum over d_sae."""
+    target: Literal["cofire", "absorption"] = "cofire"
+    """Pairs to penalise: those that fire together (the paper), or those of decoder cosine over 0.2 that rarely do."""
+    beta: float = 0.99
+    """Decay of the averages of p and J, per step."""
+    pair_store: Literal["table", "dense"] = "table"
+    """table: follow a fixed number of pairs. dense: all of them, n^2 entries (the paper)."""
+    pairs: int = 16
+    """Pairs per latent that the table follows, on average."""
+    refresh: int = 100
+    """Steps after which the table looks for better pairs."""
+    memory_gb: float = 2.0
+    """Memory that the statistics of pairs may take, in GB. More is refused before the run starts."""
+    act: Literal["topk", "batchtopk", "relu"] = "topk"
+    """Activation function. The paper bounds L0 by k and does not name one."""
+    l1: float = 0.04
+    """Strength of the L1 penalty (5)."""
+    l1_warmup: int | None = None
+    """Steps over which the L1 penalty rises from zero. None: a twentieth of the run."""
+    aux: float = 0.0
+    """Weight of AuxK, which revives dead latents. The paper has none."""
+    reconstruction: Reconstruction = "sum"
+    """Squared error summed or averaged over d_in. The paper's numbers point to mean, with normalize=none."""
+    pre_bias: bool = False
+    """Subtract b_dec from the encoder's input. The paper writes E(x)."""
 
-    `strength_warmup`: None is 2000 steps, or 2000/4882 of a shorter run.
-    `pairs`: how many a latent the table follows on average, and `refresh` the steps between its renewals; `memory_gb`:
-    what pair statistics may take. `l1_warmup`: None is a twentieth of the run. `aux`: AuxK, which the paper has not.
+    def validation_errors(self, config: RunConfig) -> Iterator[str]:
+        if not 0 <= self.beta < 1:
+            yield f"invalid beta={self.beta:g}: expected a decay from 0 to below 1."
+        for name in ("pairs", "refresh"):
+            if (count := getattr(self, name)) < 1:
+                yield f"invalid {name}={count}: expected 1 or more."
+        if self.tau < 0:
+            yield f"invalid tau={self.tau:g}: below 0 every pair would pass."
+        limit = self.memory_gb
+        if self.pair_store == "dense" and (needed := DensePairs.gigabytes(config.d_sae)) > limit:
+            yield (
+                f"pair_store=dense takes {needed:.1f} GB for {config.d_sae} latents, eight matrices of n x n in "
+                f"float32, but memory_gb={limit:g}: use pair_store=table, a smaller --width, or raise memory_gb."
+            )
+        if self.pair_store == "table" and (needed := PairTable.gigabytes(self.pairs * config.d_sae)) > limit:
+            yield (
+                f"pair_store=table takes {needed:.1f} GB for {self.pairs} pairs per latent, but memory_gb={limit:g}: "
+                "set fewer pairs, or raise memory_gb."
+            )
+
+
+@recipe("competition", paper_exact=PAPER_EXACT, **PAPER)
+def competition(config: RunConfig, options: CompetitionOptions) -> Variant:
+    """TopK; latents that fire together are pushed apart.
+
+    Pairs that fire together are penalised for the similarity of their decoder rows.
     """
-    wrong = list(problems(config, locals()))
-    if wrong:
-        raise UsageError("\n".join(wrong))
-    if strength_warmup is None:
-        strength_warmup = min(2000, round(config.steps * 2000 / 4882))
+    variant = topk_with_l1(config, options)
+    loss = CompetitionLoss(
+        pair_statistics(config, options),
+        options.k / config.d_sae,
+        options.tau,
+        options.tau_on,
+        options.weight,
+        options.pair_vec,
+        options.direction,
+        options.reduction,
+        options.target,
+    )
+    steps = options.strength_warmup
+    if steps is None:
+        steps = min(2000, round(config.steps * 2000 / 4882))
+    return add_competition(variant, competition_strength(options.strength, steps), loss)
+
+
+def topk_with_l1(config: RunConfig, options: CompetitionOptions) -> Variant:
+    """The model of (1): the variant before (5) is added."""
     dead = DeadLatents(config.d_sae, config.dead_after_tokens)
     mechanisms: list[Mechanism] = [UnitNormDecoder()]
     activation: Activation = ReLU()
-    if act == "topk":
-        activation = TopK(k)
-    elif act == "batchtopk":
-        activation = BatchTopK(k)
+    if options.act == "topk":
+        activation = TopK(options.k)
+    elif options.act == "batchtopk":
+        activation = BatchTopK(options.k)
         mechanisms.insert(0, BatchTopKThreshold(activation))
     variant = Variant(
-        SAE(config.d_in, config.d_sae, [activation], pre_bias=pre_bias),
+        SAE(config.d_in, config.d_sae, [activation], pre_bias=options.pre_bias),
         {
-            "mse": (reconstruction_weight(reconstruction, config.d_in), MSE()),
-            "l1": (warmup(l1, config.penalty_warmup(l1_warmup)), L1()),
+            "mse": (reconstruction_weight(options.reconstruction, config.d_in), MSE()),
+            "l1": (warmup(options.l1, config.penalty_warmup(options.l1_warmup)), L1()),
         },
         mechanisms,
         Optimization(),
         dead=dead,
     )
-    if aux:
-        variant.add_term("aux", aux, AuxK(dead, max(1, config.d_in // 2)))
-    store: Coactivation = (
-        DensePairs(config.d_sae, beta)
-        if pair_store == "dense"
-        else PairTable(config.d_sae, pairs * config.d_sae, beta, refresh, "cofire" if target == "cofire" else "cosine")
-    )
-    term = CompetitionLoss(store, k / config.d_sae, tau, tau_on, weight, pair_vec, direction, reduction, target)
-    return compete(variant, rising(strength, strength_warmup), term)
+    if options.aux:
+        variant.add_term("aux", options.aux, AuxK(dead, max(1, config.d_in // 2)))
+    return variant
 
 
-for _name, _width, _summary, _fixed in (
+def pair_statistics(config: RunConfig, options: CompetitionOptions) -> Coactivation:
+    if options.pair_store == "dense":
+        return DensePairs(config.d_sae, options.beta)
+    by = "cofire" if options.target == "cofire" else "cosine"
+    return PairTable(config.d_sae, options.pairs * config.d_sae, options.beta, options.refresh, by)
+
+
+# Paper: does not say how small the reduced dictionary is.
+ABLATIONS: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
     ("no-warmup", 8, "`competition` at full strength from the first step.", {"strength_warmup": 0}),
-    ("off", 8, "`competition` of strength zero: its statistics are followed, and act on nothing.", {"strength": 0.0}),
-    ("small", 1, "`competition` in a dictionary of d_in latents. Paper: does not say how small.", {}),
-    ("k320", 8, "`competition` with the 320 latents a token of the paper's results.", {"k": ScaleWithWidth(320)}),
-):
-    register_ablation(
-        f"competition-{_name}", competition, _summary, {**PAPER, "width": _width, "paper_exact": PAPER_EXACT}, **_fixed
+    ("off", 8, "`competition` with strength zero; its statistics are kept.", {"strength": 0.0}),
+    ("small", 1, "`competition` in a dictionary of d_in latents.", {}),
+    ("k320", 8, "`competition` with the 320 latents per token of the paper's results.", {"k": ScaleWithWidth(320)}),
+)
+for _name, _width, _summary, _fixed in ABLATIONS:
+    recipe(f"competition-{_name}", width=_width, paper_exact=PAPER_EXACT, summary=_summary, fixed=_fixed, **PAPER)(
+        competition
     )
 
 
@@ -450,7 +506,15 @@ def baseline(
     reconstruction: Reconstruction = "sum",
     pre_bias: bool = False,
 ) -> Variant:
-    """ReLU latents and an L1 penalty, which the paper compares with."""
+    """ReLU latents and an L1 penalty: the paper's baseline.
+
+    Args:
+        l1: Strength of the L1 penalty.
+        l1_warmup: Steps over which the L1 penalty rises from zero. None: a twentieth of the run.
+        reconstruction: Squared error summed or averaged over d_in. The paper's numbers point to mean, with
+            normalize=none.
+        pre_bias: Subtract b_dec from the encoder's input. The paper writes E(x).
+    """
     variant = relu(config, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias)
     variant.add_term("mse", reconstruction_weight(reconstruction, config.d_in), MSE())
     return variant

@@ -1,10 +1,10 @@
-"""Gated SAE (Rajamanoharan et al. 2024a): whether a latent fires and how strongly are two paths that share W_enc.
+"""Gated SAE (Rajamanoharan et al. 2024a): a gate and a magnitude, which share W_enc.
 
     z    = (x - b_dec) W_enc
     f    = 1[z + b_gate > 0] ReLU(exp(r_mag) z + b_mag)
     L    = |x - x_hat(f)|^2 + l1 |f_gate|_1 + |x - (f_gate sg(W_dec) + sg(b_dec))|^2,     f_gate = ReLU(z + b_gate)
 
-The step in f has no gradient: the gate learns from the last two terms alone.
+The step function in f has no gradient: the gate learns from the last two terms alone. sg stops the gradient.
 """
 
 import torch
@@ -28,6 +28,7 @@ class Gated(Activation, name="gated"):
         self.r_mag, self.b_gate, self.b_mag = (nn.Parameter(torch.zeros(d_sae)) for _ in range(3))
 
     def gate(self, z_BF: Tensor) -> Tensor:
+        """f_gate = ReLU(z + b_gate)."""
         return (z_BF + self.b_gate).relu()
 
     def forward(self, z_BF: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class GateL1(LossTerm):
 
 
 class GateMSE(LossTerm):
-    """mean_B |x - (f_gate sg(W_dec) + sg(b_dec))|^2: the gate's own latents reconstruct, through a decoder they cannot move."""
+    """mean_B |x - (f_gate sg(W_dec) + sg(b_dec))|^2: the gate's latents reconstruct through a frozen decoder."""
 
     def __init__(self, gated: Gated) -> None:
         super().__init__()
@@ -66,9 +67,13 @@ class GateMSE(LossTerm):
 
 @recipe("gated", paper="Rajamanoharan et al. 2024a")
 def gated(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
-    """A gate decides which latents fire, under L1; their magnitudes are not penalised and so not shrunk.
+    """A gate under an L1 penalty chooses the latents that fire.
 
-    `l1_warmup`: steps over which the penalty grows; None: a twentieth of the run.
+    Their magnitudes are not penalised and so not shrunk.
+
+    Args:
+        l1: Strength of the L1 penalty on the gate.
+        l1_warmup: Steps over which the L1 penalty rises from zero. None: a twentieth of the run.
     """
     activation = Gated(config.d_sae)
     sae = SAE(config.d_in, config.d_sae, [activation])

@@ -1,17 +1,18 @@
-"""JumpReLU SAEs: each latent has a threshold, and learns it (Rajamanoharan et al. 2024b).
+"""JumpReLU SAEs: each latent has a threshold, which is learned (Rajamanoharan et al. 2024b).
 
     f = z H(z - theta),     z = x W_enc + b_enc
 
-A step has no useful gradient. These stand in for it, with K(u) = 1[|u| < 1/2] and a bandwidth eps:
+The gradient of a step function is zero or undefined. These are used instead, with K(u) = 1[|u| < 1/2] and a
+bandwidth eps:
 
     d (z H(z - theta)) / d theta = -(theta/eps) K((z - theta)/eps)
     d H(z - theta)     / d theta = -(1/eps)     K((z - theta)/eps)
 
-Three penalties: on the number of latents (`jumprelu-step`), on its distance from a target (`jumprelu`), and on the tanh
-of their sizes (`jumprelu-tanh`).
+Three penalties: on the number of active latents (`jumprelu-step`), on its distance from a target (`jumprelu`), and on
+the tanh of their sizes (`jumprelu-tanh`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ from ..step import LossTerm, Mechanism, Step
 from ..variant import Optimization, RunConfig, Variant
 
 
-class Jump(torch.autograd.Function):
-    """z H(z - theta). The gradient reaches z where the latent fires, and theta within eps/2 of it.
+class JumpFunction(torch.autograd.Function):
+    """z H(z - theta). The gradient reaches z where the latent fires, and theta where |z - theta| < eps/2.
 
-    With `to_input` what theta gets there z gets too, with the other sign: H depends on z - theta alone.
+    With `to_input` z also gets what theta gets there, with the other sign: H depends on z - theta alone.
     """
 
     @staticmethod
@@ -51,8 +52,8 @@ class Jump(torch.autograd.Function):
         return to_z_BF, -theta_F / ctx.eps * grad_F, None, None
 
 
-class Fires(torch.autograd.Function):
-    """H(z - theta) in theta's dtype. The gradient reaches theta alone: a count pulls at no pre-activation."""
+class FiresFunction(torch.autograd.Function):
+    """H(z - theta) in theta's dtype. The gradient reaches theta alone: a count does not move pre-activations."""
 
     @staticmethod
     def forward(ctx: Any, z_BF: Tensor, theta_F: Tensor, eps: float) -> Tensor:
@@ -68,29 +69,32 @@ class Fires(torch.autograd.Function):
 
 
 class JumpReLU(Activation, name="jumprelu"):
-    """z H(z - theta) with a threshold per latent, kept in float32 by everything that holds it.
+    """z H(z - theta) with a threshold per latent, always in float32.
 
-    `bandwidth` is a length on the axis of z, so it presumes the normalisation of the run; it matters in training only
+    `bandwidth` is a length on the axis of z, so it presumes the normalisation of the run. It matters in training only
     and is not rescaled.
     """
 
     def __init__(self, d_sae: int, bandwidth: float, start: float = 0.0, ste_to_input: bool = False) -> None:
-        super().__init__(d_sae=d_sae, bandwidth=bandwidth)  # all that an SAE is rebuilt with to encode
+        super().__init__(d_sae=d_sae, bandwidth=bandwidth)  # what a saved SAE needs to encode
         self.bandwidth, self.ste_to_input = bandwidth, ste_to_input
         self.threshold = nn.Parameter(torch.full((d_sae,), start))
 
     def forward(self, z_BF: Tensor) -> Tensor:
-        return Jump.apply(z_BF, self.threshold, self.bandwidth, self.ste_to_input)
+        f_BF: Tensor = JumpFunction.apply(z_BF, self.threshold, self.bandwidth, self.ste_to_input)
+        return f_BF
 
     def fires(self, z_BF: Tensor) -> Tensor:
-        return Fires.apply(z_BF, self.threshold, self.bandwidth)
+        """1 where a latent fires, 0 elsewhere (B, F), with a gradient to the thresholds."""
+        fires_BF: Tensor = FiresFunction.apply(z_BF, self.threshold, self.bandwidth)
+        return fires_BF
 
     def rescale_(self, factor: float | Tensor) -> None:
         self.threshold.mul_(factor)
 
 
-class NotNegative(Mechanism):
-    """theta >= 0 after every step, so that what fires is positive."""
+class NonNegativeThreshold(Mechanism):
+    """Clamps theta to 0 or above after every step, so that active latents are positive."""
 
     def __init__(self, activation: JumpReLU) -> None:
         super().__init__()
@@ -104,10 +108,10 @@ class NotNegative(Mechanism):
 
 
 class ThresholdSpeedup(Mechanism):
-    """`--l0`: thresholds have the way in a short run that 10,000 steps at a rate of 7e-5 have, 0.7 in all.
+    """With `--l0`, scales the updates of thresholds so that a short run can move them as far as a long one.
 
-    Paper: a threshold moves by about the rate `lr` a step, as weights do, so a run of a thousand steps ends far above
-    its target.
+    10,000 steps at a learning rate of 7e-5 can move a threshold by 0.7. Paper: a threshold moves by about the rate `lr`
+    per step, as weights do, so a run of a thousand steps ends far above its target.
     """
 
     def __init__(self, activation: JumpReLU, steps: int, lr: Callable[[], float]) -> None:
@@ -115,15 +119,17 @@ class ThresholdSpeedup(Mechanism):
         self.activation, self.steps, self.lr = activation, steps, lr
 
     def after_backward(self, step: Step) -> None:
-        self.old_F = self.activation.threshold.detach().clone()  # of this step; nothing to keep
+        # Before this step's update; not part of the state.
+        self.threshold_before_F = self.activation.threshold.detach().clone()
 
     def after_step(self, step: Step) -> None:
-        faster = max(1.0, 0.7 / (self.steps * self.lr()))
-        self.activation.threshold.copy_(self.old_F + faster * (self.activation.threshold - self.old_F))
+        factor = max(1.0, 0.7 / (self.steps * self.lr()))
+        before_F, threshold = self.threshold_before_F, self.activation.threshold
+        threshold.copy_(before_F + factor * (threshold - before_F))
 
 
-def arrives(config: RunConfig, variant: Variant, activation: JumpReLU) -> Variant:
-    """The variant; with `--l0` its thresholds hurry."""
+def speed_up_thresholds(config: RunConfig, variant: Variant, activation: JumpReLU) -> Variant:
+    """Add `ThresholdSpeedup` to the variant if the run has an `--l0`."""
     if config.l0 is not None:
         variant.mechanisms.insert(1, ThresholdSpeedup(activation, config.steps, lambda: variant.optimization.lr))
     return variant
@@ -132,7 +138,8 @@ def arrives(config: RunConfig, variant: Variant, activation: JumpReLU) -> Varian
 class L0(LossTerm):
     """mean_B sum_F H(z - theta).
 
-    H sees z, not f: in f, a z just below theta counts as far below, and the threshold would get half its gradient.
+    H is computed from z, not f: in f, a z just below theta is 0 and looks far below, and the threshold would get half
+    its gradient.
     """
 
     sparsity = True
@@ -148,7 +155,7 @@ class L0(LossTerm):
 class TargetL0(L0):
     """(L0 / target - 1)^2."""
 
-    sparsity = False  # it has a target of its own
+    sparsity = False  # it has its own target, so `--l0` does not control its coefficient
 
     def __init__(self, activation: JumpReLU, target: float) -> None:
         super().__init__(activation)
@@ -159,7 +166,7 @@ class TargetL0(L0):
 
 
 class Tanh(LossTerm):
-    """mean_B sum_F tanh(c f |W_dec,i|): linear in small latents, constant in large ones."""
+    """mean_B sum_F tanh(c f |W_dec,i|): linear for small latents, constant for large ones."""
 
     sparsity = True
 
@@ -172,48 +179,51 @@ class Tanh(LossTerm):
 
 
 class PreActLoss(LossTerm):
-    """mean_B sum_F ReLU(theta - z) |W_dec,i|: a small pull on latents that do not fire, so that none dies for good."""
+    """mean_B sum_F ReLU(theta - z) |W_dec,i|: a small pull on latents that do not fire, so that none stays dead."""
 
     def __init__(self, activation: JumpReLU) -> None:
         super().__init__()
         self.activation = activation
 
     def forward(self, step: Step) -> Tensor:
-        short_BF = (self.activation.threshold - step.pre_BF).relu()
-        return (short_BF * step.sae.W_dec.norm(dim=1)).sum(-1).mean()
+        shortfall_BF = (self.activation.threshold - step.pre_BF).relu()
+        return (shortfall_BF * step.sae.W_dec.norm(dim=1)).sum(-1).mean()
 
 
 GEMMA_SCOPE = Optimization(lr=7e-5, beta1=0.0)
 
 
-def problems(bandwidth: float, threshold: float, l0: float) -> Iterator[str]:
-    """What is wrong with the options of a JumpReLU."""
-    if bandwidth <= 0:
-        yield f"bandwidth={bandwidth:g} is not positive: no latent would be near enough for its threshold to learn."
-    if threshold < 0:
-        yield f"threshold={threshold:g} is negative, and stays at 0 or above."
-    if l0 <= 0:
-        yield f"l0={l0:g} latents a token are no target: give a number above 0."
-
-
-def jump_relu(
-    config: RunConfig, bandwidth: float, threshold: float, l0: float = 1.0, ste_to_input: bool = False
+def make_activation(
+    config: RunConfig, bandwidth: float, threshold: float, ste_to_input: bool = False, l0: float = 1.0
 ) -> JumpReLU:
-    if wrong := list(problems(bandwidth, threshold, l0)):
-        raise UsageError("\n".join(wrong))
+    """The activation; UsageError lists what is wrong with the options of any of the three recipes."""
+    errors = []
+    if bandwidth <= 0:
+        errors.append(
+            f"invalid bandwidth={bandwidth:g}: expected a positive number, or no latent is close enough to its "
+            "threshold for the threshold to learn."
+        )
+    if threshold < 0:
+        errors.append(f"invalid threshold={threshold:g}: expected 0 or more.")
+    if l0 <= 0:
+        errors.append(f"invalid l0={l0:g}: expected a positive number of latents per token.")
+    if errors:
+        raise UsageError("\n".join(errors))
     return JumpReLU(config.d_sae, bandwidth, threshold, ste_to_input)
 
 
-def jump(config: RunConfig, activation: JumpReLU, penalty: float, steps: int | None, term: LossTerm) -> Variant:
-    """What `jumprelu` and `jumprelu-step` share: unit rows, and a penalty that grows over a twentieth of the run."""
+def unit_norm_variant(
+    config: RunConfig, activation: JumpReLU, loss: LossTerm, penalty: float, penalty_warmup: int | None
+) -> Variant:
+    """The variant of `jumprelu` and `jumprelu-step`: unit rows, and a penalty that rises from zero."""
     variant = Variant(
         SAE(config.d_in, config.d_sae, [activation], pre_bias=False),
-        {"mse": (1.0, MSE()), "l0_penalty": (warmup(penalty, config.penalty_warmup(steps)), term)},
-        [NotNegative(activation), UnitNormDecoder()],
+        {"mse": (1.0, MSE()), "l0_penalty": (warmup(penalty, config.penalty_warmup(penalty_warmup)), loss)},
+        [NonNegativeThreshold(activation), UnitNormDecoder()],
         GEMMA_SCOPE,
         dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )
-    return arrives(config, variant, activation)
+    return speed_up_thresholds(config, variant, activation)
 
 
 @recipe("jumprelu", paper="Rajamanoharan et al. 2024b")
@@ -225,13 +235,20 @@ def jumprelu(
     bandwidth: float = 0.001,
     threshold: float = 0.001,
 ) -> Variant:
-    """Learned thresholds under (L0/l0 - 1)^2: the number of latents a token settles at `l0`.
+    """Learned thresholds under a penalty that holds L0 at `l0`.
 
-    `bandwidth` and `threshold`, its start, presume inputs with E|x|^2 = 1. A threshold moves by about lr a step: at the
-    default lr a run of a thousand steps ends far above `l0`; with `--l0` thresholds alone move faster, and it arrives.
+    The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step. At the default rate a run of a thousand steps ends far above
+    `l0`; with `--l0` thresholds alone move faster, and it arrives.
+
+    Args:
+        l0: Target of the number of latents per token.
+        penalty: Strength of the penalty.
+        penalty_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
+        bandwidth: Width eps of the window in which a threshold gets a gradient. Presumes inputs with E|x|^2 = 1.
+        threshold: Initial threshold of every latent. Presumes inputs with E|x|^2 = 1.
     """
-    activation = jump_relu(config, bandwidth, threshold, l0)
-    return jump(config, activation, penalty, penalty_warmup, TargetL0(activation, l0))
+    activation = make_activation(config, bandwidth, threshold, l0=l0)
+    return unit_norm_variant(config, activation, TargetL0(activation, l0), penalty, penalty_warmup)
 
 
 @recipe("jumprelu-step", paper="Rajamanoharan et al. 2024b, Lieberum et al. 2024")
@@ -242,12 +259,16 @@ def jumprelu_step(
     bandwidth: float = 0.001,
     threshold: float = 0.001,
 ) -> Variant:
-    """Learned thresholds under `penalty` times L0, as in Gemma Scope.
+    """Learned thresholds under a penalty on L0, as in Gemma Scope.
 
-    `bandwidth` and `threshold`, its start, presume inputs with E|x|^2 = 1.
+    Args:
+        penalty: Strength of the penalty on L0.
+        penalty_warmup: Steps over which the penalty rises from zero. None: a twentieth of the run.
+        bandwidth: Width eps of the window in which a threshold gets a gradient. Presumes inputs with E|x|^2 = 1.
+        threshold: Initial threshold of every latent. Presumes inputs with E|x|^2 = 1.
     """
-    activation = jump_relu(config, bandwidth, threshold)
-    return jump(config, activation, penalty, penalty_warmup, L0(activation))
+    activation = make_activation(config, bandwidth, threshold)
+    return unit_norm_variant(config, activation, L0(activation), penalty, penalty_warmup)
 
 
 @recipe("jumprelu-tanh", paper="Conerly et al. 2025 (Anthropic, January update)")
@@ -260,26 +281,35 @@ def jumprelu_tanh(
     threshold: float = 0.1,
     ste_to_input: bool = False,
 ) -> Variant:
-    """Learned thresholds under a tanh of the latents' sizes, with free decoder rows; saved with unit rows.
+    """Learned thresholds under a tanh penalty, with free decoder rows.
 
-    Options count in the paper's units, inputs with E|x| = sqrt(d_in). With E|x|^2 = 1 the same objective, divided by
+    Rows are scaled to unit norm when the SAE is saved. Options are in the paper's units, inputs with E|x| = sqrt(d_in). With E|x|^2 = 1 the same objective, divided by
     d_in, has penalty/d_in, c sqrt(d_in), and reach, bandwidth and threshold over sqrt(d_in).
 
-    `ste_to_input`: what the step gives a threshold it also gives the pre-activation, and so the encoder. Paper: prints
-    dJumpReLU/dx without it, and writes that the estimator's gradient reaches all parameters; SAELens has it.
+    Paper: prints dJumpReLU/dx without `ste_to_input`, and writes that the estimator's gradient reaches all parameters;
+    SAELens has it.
+
+    Args:
+        penalty: Strength of the tanh penalty, which rises over the whole run.
+        c: Slope of the tanh.
+        reach: Strength of the pull on latents that do not fire, so that none stays dead.
+        bandwidth: Width eps of the window in which a threshold gets a gradient.
+        threshold: Initial threshold of every latent.
+        ste_to_input: The gradient that a threshold gets within the window also reaches the pre-activation, and so the
+            encoder.
     """
-    unit = config.d_in**0.5
+    scale = config.d_in**0.5
     # Paper: learns log theta, which Adam moves by its rate in log space: hardly at all. theta itself is learned here.
-    activation = jump_relu(config, bandwidth / unit, threshold / unit, ste_to_input=ste_to_input)
+    activation = make_activation(config, bandwidth / scale, threshold / scale, ste_to_input)
     variant = Variant(
         SAE(config.d_in, config.d_sae, [activation], pre_bias=False),
         {
             "mse": (1.0, MSE()),
-            "tanh": (warmup(penalty / unit**2, config.steps), Tanh(c * unit)),
-            "reach": (reach / unit, PreActLoss(activation)),
+            "tanh": (warmup(penalty / scale**2, config.steps), Tanh(c * scale)),
+            "reach": (reach / scale, PreActLoss(activation)),
         },
-        [NotNegative(activation), UnitNormExport()],
+        [NonNegativeThreshold(activation), UnitNormExport()],
         Optimization(lr=2e-4),
         dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )
-    return arrives(config, variant, activation)
+    return speed_up_thresholds(config, variant, activation)

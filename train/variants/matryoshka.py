@@ -1,4 +1,4 @@
-"""Matryoshka SAE (Bussmann et al. 2025): every prefix of the dictionary is to be a dictionary.
+"""Matryoshka SAE (Bussmann et al. 2025): every prefix of the dictionary is trained as a dictionary of its own.
 
     L = mean_g |x - (f_{1:n_g} W_dec,{1:n_g} + b_dec)|^2,     n_g = n/2^(G-1), ..., n/2, n
 
@@ -19,29 +19,30 @@ from .baselines import batchtopk
 
 
 class NestedMSE(LossTerm):
-    """The mean over prefixes of their squared errors.
+    """The squared error, averaged over prefixes.
 
-    Each block between two prefixes is decoded once, and a prefix's reconstruction is the sum of the blocks up to it. The
-    gradient at a block is then that of the residuals of all prefixes which contain it, summed first: one product, as
-    for a plain decoder.
+    Each block between two prefixes is decoded once, and a prefix's reconstruction is the sum of the blocks up to it.
+    The residuals of all prefixes that contain a block are summed before the gradient at the block is computed: one
+    product, as for a plain decoder.
     """
 
     def __init__(self, ends: list[int]) -> None:
         super().__init__()
-        self.sizes = [end - begin for begin, end in pairwise([0, *ends])]
+        self.sizes = [end - start for start, end in pairwise([0, *ends])]
 
     def blocks(self, step: Step) -> list[Tensor]:
-        """What each block adds, (B, D)."""
+        """Each block's part of the reconstruction (B, D)."""
         if step.kept:
-            added = sparse_ops.decode(step.kept.by_section(self.sizes), step.sae.W_dec)
-            return list(added.split(step.tokens))
+            decoded = sparse_ops.decode(step.kept.by_section(self.sizes), step.sae.W_dec)
+            return list(decoded.split(step.tokens))
         parts = zip(step.f_BF.split(self.sizes, -1), step.sae.W_dec.split(self.sizes), strict=True)
         return [f_BS @ dec_SD for f_BS, dec_SD in parts]
 
     def forward(self, step: Step) -> Tensor:
-        recon_BD, losses = step.sae.b_dec, []
-        for added_BD in self.blocks(step):
-            recon_BD = added_BD + recon_BD
+        recon_BD: Tensor = step.sae.b_dec
+        losses = []
+        for block_BD in self.blocks(step):
+            recon_BD = block_BD + recon_BD
             losses.append((step.x_BD - recon_BD).square().sum(-1).mean())
         # Paper: does not say whether the losses are summed or averaged; with a mean the other terms keep their weight.
         return torch.stack(losses).mean()
@@ -57,10 +58,21 @@ def matryoshka(
     k_anneal_steps: int = 0,
     k_start: float | None = None,
 ) -> Variant:
-    """`batchtopk` whose first n/16, n/8, n/4, n/2 latents reconstruct on their own too. `prefixes`: how many, n included."""
-    if not 1 <= prefixes <= config.d_sae.bit_length():
+    """`batchtopk` whose first n/2, n/4, ... latents also reconstruct alone.
+
+    Args:
+        k: Latents kept per token, on average over the batch.
+        prefixes: Number of prefixes, each twice as long as the one before; the last is the whole dictionary.
+        aux: Weight of AuxK, which trains dead latents to model the residual.
+        aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
+        k_anneal_steps: Steps over which k falls from `k_start` to `k`. 0: k is constant.
+        k_start: k at the first step of the annealing. None: d_in.
+    """
+    most = config.d_sae.bit_length()
+    if not 1 <= prefixes <= most:
         raise UsageError(
-            f"prefixes={prefixes} halves {config.d_sae} latents to none: give 1 to {config.d_sae.bit_length()}, or a larger --width."
+            f"invalid prefixes={prefixes}: {config.d_sae} latents can be halved into 1 to {most} prefixes. "
+            "Set fewer, or a larger --width."
         )
     variant = batchtopk(config, k=k, aux=aux, aux_k=aux_k, k_anneal_steps=k_anneal_steps, k_start=k_start)
     variant.add_term("mse", 1.0, NestedMSE([config.d_sae >> g for g in reversed(range(prefixes))]))

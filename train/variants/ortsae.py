@@ -1,9 +1,9 @@
-"""OrtSAE (Korznikov et al. 2025): each decoder row pays for the row that is most like it.
+"""OrtSAE (Korznikov et al. 2025): each decoder row is penalised for its similarity to the nearest other row.
 
     L = |x - x_hat|^2 + aux + strength mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2
 
-The rows are dealt into chunks of at most `chunk`, anew at each step, so that the cost is O(n chunk d) and every pair
-meets sooner or later.
+The rows are shuffled into chunks of at most `chunk` at each step, so that the cost is O(n chunk d) and every pair meets
+sooner or later.
 """
 
 import torch
@@ -17,10 +17,10 @@ from ..variant import RunConfig, Variant
 from .baselines import batchtopk
 
 
-def shuffled(step: Step, count: int) -> Tensor:
-    """A permutation of `count` that is a function of the step alone, so that a resumed run deals the same chunks.
+def permutation_of_step(step: Step, count: int) -> Tensor:
+    """A permutation of `count` that depends on the step alone, so that a resumed run has the same chunks.
 
-    Each index is mixed with the step (the finalizer of MurmurHash3, on 32 of 64 bits), and the mixtures are sorted.
+    Each index is hashed with the step (the finalizer of MurmurHash3, on 32 of 64 bits), and the hashes are sorted.
     """
     x = (torch.arange(count, device=step.i.device) * 0x9E3779B1 + step.i * 0x85EBCA6B) & 0xFFFFFFFF
     for multiplier in (0x85EBCA6B, 0xC2B2AE35):
@@ -31,8 +31,8 @@ def shuffled(step: Step, count: int) -> Tensor:
 class OrtSAELoss(LossTerm):
     """mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2.
 
-    The nearest row is found without a gradient, and its cosine computed again with one: O(n d) instead of the chunks'
-    matrices. Where the maximum is unique this is its gradient.
+    The nearest row is found without a gradient, and its cosine is computed again with one: O(n d) instead of a backward
+    pass through the chunks' matrices. Where the maximum is unique this is its gradient.
     """
 
     def __init__(self, chunk: int = 8192) -> None:
@@ -42,12 +42,12 @@ class OrtSAELoss(LossTerm):
     def forward(self, step: Step) -> Tensor:
         unit_FD = F.normalize(step.sae.W_dec, dim=1)
         with torch.no_grad():
-            order_F = shuffled(step, len(unit_FD))
+            order_F = permutation_of_step(step, len(unit_FD))
             chunks = -(-len(order_F) // self.chunk)
             nearest_F = torch.empty_like(order_F)
             for index_C in order_F.tensor_split(chunks):
-                near_CC = (unit_FD[index_C] @ unit_FD[index_C].T).square().fill_diagonal_(-1)
-                nearest_F[index_C] = index_C[near_CC.argmax(1)]
+                square_CC = (unit_FD[index_C] @ unit_FD[index_C].T).square().fill_diagonal_(-1)
+                nearest_F[index_C] = index_C[square_CC.argmax(1)]
         square_F = (unit_FD * unit_FD[nearest_F]).sum(1).square()
         step.metrics["nearest_cosine"] = square_F.detach().sqrt().mean()
         return square_F.mean()
@@ -62,13 +62,23 @@ def ortsae(
     aux: float = 1 / 32,
     aux_k: int | None = None,
 ) -> Variant:
-    """`batchtopk` whose decoder rows pay for the row that is most like them, within chunks dealt anew at each step.
+    """`batchtopk` with a penalty on each decoder row's nearest row.
 
-    Paper: its text was not at hand; strength and chunk are ours. `aux_k`: None is d_in / 2.
+    The nearest row is that of a random chunk of rows, drawn anew at each step.
+
+    Paper: its text was not at hand; strength and chunk are ours.
+
+    Args:
+        k: Latents kept per token, on average over the batch.
+        strength: Strength of the penalty on similar decoder rows.
+        chunk: Rows in a chunk, at most. Each row is compared with those of its chunk.
+        aux: Weight of AuxK, which trains dead latents to model the residual.
+        aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
     """
-    if chunk < 3 or config.d_sae < 2:  # chunks of nearly equal size then have two rows at least
+    if chunk < 3 or config.d_sae < 2:  # from 3 on, chunks of nearly equal size have at least two rows
         raise UsageError(
-            f"chunk={chunk} of {config.d_sae} latents can leave a row alone: give chunk=3 or more, --width 2 or more."
+            f"chunk={chunk} of {config.d_sae} latents can leave a row without another: set chunk to 3 or more and "
+            "--width to 2 or more."
         )
     variant = batchtopk(config, k=k, aux=aux, aux_k=aux_k)
     variant.add_term("orthogonality", strength, OrtSAELoss(chunk))

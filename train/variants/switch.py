@@ -19,11 +19,11 @@ from ..recipe import recipe
 from ..sae import SAE
 from ..step import LossTerm, Step
 from ..variant import Optimization, RunConfig, Variant
-from .baselines import rate_by_width
+from .baselines import lr_for_width
 
 
 class Switch(Activation, name="switch"):
-    """TopK within the expert that a token is sent to, its latents times the router's probability."""
+    """TopK within the expert that a token is routed to, whose latents are multiplied by the router's probability."""
 
     sees_input = True
 
@@ -34,6 +34,7 @@ class Switch(Activation, name="switch"):
         self.b_router = nn.Parameter(torch.zeros(d_in))
 
     def probabilities(self, x_BD: Tensor) -> Tensor:
+        """p (B, E)."""
         return (x_BD @ self.W_router - self.b_router @ self.W_router).float().softmax(-1)
 
     def forward(self, z_BF: Tensor, x_BD: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ class Switch(Activation, name="switch"):
         z_BS = z_BES.take_along_dim(at_B11, dim=-2).squeeze(-2) * p_B[..., None]
         top = z_BS.topk(self.k, dim=-1, sorted=False)
         f_BS = torch.zeros_like(z_BS).scatter(-1, top.indices, top.values)
-        here_BE1 = torch.arange(self.experts, device=z_BF.device)[:, None] == at_B11
-        return (f_BS[..., None, :] * here_BE1).flatten(-2)
+        chosen_BE1 = torch.arange(self.experts, device=z_BF.device)[:, None] == at_B11
+        return (f_BS[..., None, :] * chosen_BE1).flatten(-2)
 
     def rescale_(self, factor: float) -> None:
         self.W_router.div_(factor)
@@ -54,8 +55,8 @@ class Switch(Activation, name="switch"):
         self.b_router.add_(mean_D)
 
 
-class Balance(LossTerm):
-    """E sum_j F_j P_j: 1 where every expert gets its share, E where one gets all."""
+class LoadBalanceLoss(LossTerm):
+    """E sum_j F_j P_j: 1 if tokens are spread evenly over the experts, E if one expert gets all of them."""
 
     def __init__(self, switch: Switch) -> None:
         super().__init__()
@@ -63,33 +64,37 @@ class Balance(LossTerm):
 
     def forward(self, step: Step) -> Tensor:
         p_BE = self.switch.probabilities(step.x_BD)
-        sent_BE = torch.zeros_like(p_BE).scatter(-1, p_BE.argmax(-1, keepdim=True), 1.0)
-        share_E = sent_BE.mean(0)
+        routed_BE = torch.zeros_like(p_BE).scatter(-1, p_BE.argmax(-1, keepdim=True), 1.0)
+        share_E = routed_BE.mean(0)
         step.metrics["busiest_expert"] = share_E.max()
         return self.switch.experts * (share_E * p_BE.mean(0)).sum()
 
 
 @recipe("switch", paper="Mudide et al. 2024")
 def switch(config: RunConfig, k: int = 32, experts: int | None = None, balance: float = 0.1) -> Variant:
-    """One expert a token, chosen by a router; the k largest of the expert's latents.
-
-    `experts`: None is 16, or fewer in a dictionary of under 16 k latents.
+    """A router picks one expert per token and keeps its k largest latents.
 
     Paper: weighs the balance with 3 times d_in on inputs of its own scale; `balance` presumes E|x|^2 = 1.
+
+    Args:
+        k: Latents kept per token.
+        experts: Number of experts, each with an equal share of the latents. None: 16, or fewer in a dictionary of under
+            16 k latents.
+        balance: Strength of the loss that spreads tokens evenly over the experts.
     """
     if experts is None:
         experts = next(e for e in (16, 8, 4, 2, 1) if config.d_sae % e == 0 and config.d_sae // e >= k)
     if experts < 1 or config.d_sae % experts or k > config.d_sae // experts:
         raise UsageError(
-            f"{experts} experts cannot share {config.d_sae} latents so that each has a whole number of them, and at least k={k}: "
-            f"set fewer experts, a smaller k, or another --width."
+            f"{config.d_sae} latents cannot be divided into {experts} equal experts of at least k={k} latents: "
+            "set fewer experts, a smaller k, or another --width."
         )
     activation = Switch(config.d_in, experts, k)
     return Variant(
         SAE(config.d_in, config.d_sae, [activation]),
-        {"mse": (1.0, MSE()), "balance": (balance, Balance(activation))},
+        {"mse": (1.0, MSE()), "balance": (balance, LoadBalanceLoss(activation))},
         [UnitNormDecoder()],
         # The authors start b_dec and b_router both at the data's centre: a centred input is the same.
-        Optimization(lr=rate_by_width(config.d_sae), center=True),
+        Optimization(lr=lr_for_width(config.d_sae), center=True),
         dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )

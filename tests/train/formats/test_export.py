@@ -23,7 +23,8 @@ from sae.train.formats.metadata import module_path
 from sae.train.formats.safe_read import ForeignFolder
 from sae.train.formats.verify import Check, SampleRows, compare, synthetic_rows
 from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
-from sae.train.variants.collapse import BatchNorm, WinnerTakeAll
+from sae.train.variants.collapse.batch_norm import BatchNorm
+from sae.train.variants.collapse.groups import WinnerTakeAll
 from sae.train.variants.gated import Gated
 from sae.train.variants.progressive import EnabledLatents, SoftCompetition
 from sae.train.variants.switch import Switch

@@ -14,7 +14,19 @@ from sae.train.recipe import RECIPES, find_recipe
 from sae.train.sae import SAE, fold_normalization
 from sae.train.step import Step
 from sae.train.variant import RunConfig, Variant
-from sae.train.variants.collapse import Balanced, BatchNorm, Contrast, DecoderRows, Diversity, DynamicL1, GramSchmidt, GramSchmidtLatents, GroupOrthogonalityLoss, GroupRate, Groups, HardOrthogonality, ImportantError, RecentError, Sketch, UtilizationEMA, WinnerTakeAll, combination, gram_schmidt
+from sae.train.variants.collapse.batch_norm import BatchNorm
+from sae.train.variants.collapse.groups import DecoderRows, GroupLearningRate, GroupUtilization, WinnerTakeAll
+from sae.train.variants.collapse.l1_controller import DynamicL1
+from sae.train.variants.collapse.losses import BalancedLoss, ContrastLoss, DiversityLoss, ImportanceWeightedMSE
+from sae.train.variants.collapse.monitors import RecentError, Sketch, UtilizationEMA
+from sae.train.variants.collapse.orthogonality import (
+    GramSchmidt,
+    GramSchmidtLatents,
+    GroupOrthogonalityLoss,
+    HardOrthogonality,
+    gram_schmidt,
+    gram_schmidt_matrix,
+)
 
 RUNS = ["collapse-baseline", *[f"collapse-{number:02d}" for number in range(1, 11)]]
 
@@ -56,7 +68,7 @@ def test_modified_gram_schmidt_is_q_times_the_diagonal_of_r() -> None:
     unit_GMD = gram_schmidt(rows_GMD)
     length_GM1 = (unit_GMD * rows_GMD).sum(-1, keepdim=True)  # diag(R), made positive
     torch.testing.assert_close(unit_GMD * length_GM1, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(combination(rows_GMD @ rows_GMD.mT) @ rows_GMD, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gram_schmidt_matrix(rows_GMD @ rows_GMD.mT) @ rows_GMD, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_orthogonality_is_exact_to_1e_5_in_single_precision() -> None:
@@ -74,7 +86,7 @@ def test_the_first_in_order_keeps_its_direction(order: str) -> None:
     step.f_BF = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]).expand(4, 8)
     utilisation.after_step(step)
     part = GramSchmidt(sae, rows, utilisation, order, "straight_through")
-    shown_FD, free_FD = part.orthogonalised(rows.free_FD), rows.free_FD
+    shown_FD, free_FD = part.orthogonalize(rows.free_FD), rows.free_FD
     kept = [i for i in range(8) if torch.allclose(shown_FD[i], free_FD[i], atol=1e-6)]
     assert kept == ([0, 4] if order == "index" else [2, 5])
 
@@ -92,7 +104,7 @@ def test_gradient_through_is_that_of_the_orthogonalised_decoder() -> None:
     along_FD = torch.randn(6, 10).double()
     along_FD -= (along_FD * rows.free_FD.detach()).sum(1, keepdim=True) * rows.free_FD.detach()
     with torch.no_grad():
-        up, down = (((part.orthogonalised(rows.free_FD + s * along_FD)) * target_FD).sum() for s in (1e-5, -1e-5))
+        up, down = (((part.orthogonalize(rows.free_FD + s * along_FD)) * target_FD).sum() for s in (1e-5, -1e-5))
     assert float((rows.free_FD.grad * along_FD).sum()) == pytest.approx(float(up - down) / 2e-5, rel=1e-6)
 
 
@@ -141,7 +153,7 @@ def test_contrast_equals_a_sum_over_pairs(pairs: str) -> None:
     torch.manual_seed(0)
     sae, rows, sketch = SAE(8, 12), DecoderRows(3), Sketch(8, 12, 4)
     tau = 0.2
-    term = Contrast(rows, lambda step: tau, 2.0, pairs != "exact_group", sketch if pairs == "jl" else None)
+    term = ContrastLoss(rows, lambda step: tau, 2.0, pairs != "exact_group", sketch if pairs == "jl" else None)
     step = step_of(sae, torch.randn(4, 8))
     row = sae.W_dec.detach() @ sketch.R_DS if pairs == "jl" else sae.W_dec.detach()
     values = [
@@ -198,7 +210,7 @@ def test_diversity_is_0_for_equal_use_and_1_for_a_single_user() -> None:
         (None, [0.0, 0.0, 0.0, 0.0], 1.0),
     ):
         step.f_BF = torch.tensor([f_F, f_F])
-        assert Diversity(groups)(step).item() == pytest.approx(expected, abs=1e-6)
+        assert DiversityLoss(groups)(step).item() == pytest.approx(expected, abs=1e-6)
 
 
 # The controller of lambda
@@ -237,11 +249,11 @@ def test_lambda_follows_the_controller_by_hand_and_to_the_letter_stays() -> None
 # Groups
 
 
-def rates(mode: str, u_G: list[float]) -> tuple[GroupRate, UtilizationEMA]:
+def rates(mode: str, u_G: list[float]) -> tuple[GroupLearningRate, UtilizationEMA]:
     utilisation = UtilizationEMA(4 * len(u_G))
     utilisation.rate_F.copy_(0.1 * torch.tensor(u_G).repeat_interleave(4))
     utilisation.gathered.fill_(0.1)  # as after the first step
-    return GroupRate(DecoderRows(len(u_G)), Groups(utilisation, len(u_G)), mode), utilisation
+    return GroupLearningRate(DecoderRows(len(u_G)), GroupUtilization(utilisation, len(u_G)), mode), utilisation
 
 
 def test_utilisation_is_right_from_the_first_batch_on() -> None:
@@ -265,7 +277,7 @@ def test_group_rates_by_hand() -> None:
     assert busy[3] > 3 * busy[1]
     for mode in ("softmax_mean1", "softmax_temp", "inverse"):
         assert float(rates(mode, u_G)[0].rate_G.mean()) == pytest.approx(1.0)
-    largest = Groups(rates("softmax", u_G)[1], 2, "max")
+    largest = GroupUtilization(rates("softmax", u_G)[1], 2, "max")
     torch.testing.assert_close(largest.u_G, torch.tensor([0.1, 0.3]))
 
 
@@ -363,13 +375,13 @@ def test_importance_weighs_a_token_by_its_error_over_the_recent_one() -> None:
     sae, recent = SAE(4, 4), RecentError()
     step = step_of(sae, torch.zeros(2, 4))
     step.x_BD, step.recon_BD = torch.tensor([[1.0, 0, 0, 0], [0, 3.0, 0, 0]]), torch.zeros(2, 4)  # errors 1 and 9
-    assert ImportantError(recent)(step).item() == pytest.approx(
+    assert ImportanceWeightedMSE(recent)(step).item() == pytest.approx(
         (1 / 5 * 1 + 9 / 5 * 9) / 2
     )  # their mean is all we know
     recent.after_step(step)
     recent.value.mul_(2.0)
     step.i = torch.tensor(1)
-    assert ImportantError(recent)(step).item() == pytest.approx((1 / 10 * 1 + 9 / 10 * 9) / 2)
+    assert ImportanceWeightedMSE(recent)(step).item() == pytest.approx((1 / 10 * 1 + 9 / 10 * 9) / 2)
 
 
 def test_a_balanced_term_pulls_no_harder_than_its_share_of_the_reconstruction() -> None:
@@ -378,7 +390,7 @@ def test_a_balanced_term_pulls_no_harder_than_its_share_of_the_reconstruction() 
 
     def lengths(strength: float) -> tuple[float, float]:
         step = step_of(sae, torch.randn(16, 6, generator=torch.Generator().manual_seed(1)))
-        term = Balanced(lambda step: strength, GroupOrthogonalityLoss(rows), rows, 1.0, rho=0.5)
+        term = BalancedLoss(lambda step: strength, GroupOrthogonalityLoss(rows), rows, 1.0, rho=0.5)
         found = torch.autograd.grad(term(step), sae.W_dec, retain_graph=True)[0]
         return float(found.norm()), float(step.metrics["reconstruction_gradient"])
 
@@ -399,17 +411,15 @@ def parts(variant: Variant) -> list[str]:
 
 def test_each_run_is_the_one_before_and_its_own_parts() -> None:
     own = [
-        ["Sketch", "UtilizationEMA"], ["Contrast"], ["DynamicL1"], ["Diversity"], ["GroupOrthogonalityLoss"], ["GramSchmidt"],
-        ["Groups"], ["GroupRate"], ["Neighbours", "WinnerTakeAll"], ["HardOrthogonality"],
+        ["Sketch", "UtilizationEMA"], ["ContrastLoss"], ["DynamicL1"], ["DiversityLoss"], ["GroupOrthogonalityLoss"], ["GramSchmidt"],
+        ["GroupUtilization"], ["GroupLearningRate"], ["Neighbours", "WinnerTakeAll"], ["HardOrthogonality"],
     ]  # fmt: skip
     expected = ["DeadLatents", "L1", "MSE", "ReLU", "UnitNormDecoder"]
     assert parts(build(RUNS[0])) == expected
     for name, added in zip(RUNS[1:], own, strict=True):
         expected = sorted([*expected, *added])
         assert parts(build(name)) == expected
-        assert RECIPES[name].options.items() > RECIPES[RUNS[RUNS.index(name) - 1]].options.items() or added == [
-            "Groups"
-        ]
+        assert RECIPES[name].options.items() > RECIPES[RUNS[RUNS.index(name) - 1]].options.items()
 
 
 READINGS: list[tuple[str, dict]] = [
@@ -468,12 +478,12 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: build("collapse-10", d_in=8, groups=4, gs_axis="activation_batch"), "Hard orthogonality needs groups"),
     (lambda: build("collapse-07", gs_axis="jl", jl_dim=2), "groups of at most jl_dim = 2"),
     (lambda: build("collapse-02", contrast_cos="jl", jl_on="activations"), "give jl_on=decoder or encoder"),
-    (lambda: build("collapse-03", l0=65), "l0=65 latents a token"),
+    (lambda: build("collapse-03", l0=65), "invalid l0=65"),
     (lambda: build("collapse-08", group_lr="fast"), "group_lr=fast is unknown: softmax_mean1"),
     (lambda: build("collapse-08", gamma=0.1), "gamma is no option of collapse-08"),
-    (lambda: build("collapse-09", wta_share=0.0), "wta_share=0 is no share of the latents"),
-    (lambda: build("collapse-10", hard_every=0), "hard_every=0 is not positive"),
-    (lambda: build("collapse-01", jl_dim=0), "jl_dim=0 is not positive"),
+    (lambda: build("collapse-09", wta_share=0.0), "invalid wta_share=0: expected a share of the latents"),
+    (lambda: build("collapse-10", hard_every=0), "invalid hard_every=0: expected a positive number of steps"),
+    (lambda: build("collapse-01", jl_dim=0), "invalid jl_dim=0: expected a positive number"),
 ]
 
 

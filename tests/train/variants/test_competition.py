@@ -13,16 +13,23 @@ from sae.train.recipe import find_recipe
 from sae.train.sae import SAE
 from sae.train.step import Step
 from sae.train.variant import RunConfig
-from sae.train.variants.competition import CompetitionLoss, DensePairs, PairTable, compete, pairs_together, rising
+from sae.train.variants.competition import (
+    CompetitionLoss,
+    DensePairs,
+    PairTable,
+    add_competition,
+    competition_strength,
+    count_cofiring,
+)
 
 NAMES = ["competition", *(f"competition-{n}" for n in ("no-warmup", "off", "small", "k320", "baseline"))]
 
 
 def step_of(f_BF: Tensor, sae: SAE | None = None, i: int = 0) -> Step:
-    """A step in which the latents are these."""
+    """A step with these latents. Its pre-activations are NaN, so that nothing can read them instead."""
     sae = sae or SAE(4, f_BF.shape[1])
-    x_BD = torch.zeros(len(f_BF), sae.d_in)
-    return Step(torch.tensor(i), sae, torch.optim.SGD(sae.parameters()), x_BD, f_BF, f_BF, x_BD)
+    x_BD, pre_BF = torch.zeros(len(f_BF), sae.d_in), torch.full_like(f_BF, torch.nan)
+    return Step(torch.tensor(i), sae, torch.optim.SGD(sae.parameters()), x_BD, pre_BF, f_BF, x_BD)
 
 
 def codes(seed: int, tokens: int = 256, latents: int = 24, k: int = 4) -> Tensor:
@@ -153,7 +160,7 @@ def test_pairs_are_counted_bit_by_bit_as_a_product_counts_them() -> None:
         on_BF[:, 0] = True
         first_P, second_P = torch.triu_indices(9, 9)
         expected_FF = on_BF.float().T @ on_BF.float()
-        assert torch.equal(pairs_together(on_BF, first_P, second_P).float(), expected_FF[first_P, second_P])
+        assert torch.equal(count_cofiring(on_BF, first_P, second_P).float(), expected_FF[first_P, second_P])
 
 
 def test_table_with_room_for_all_pairs_equals_the_dense_store() -> None:
@@ -232,11 +239,11 @@ def test_what_a_step_sees_does_not_depend_on_how_much_is_worked_on_at_once(monke
 
 
 def test_strength_rises_over_the_warm_up() -> None:
-    coefficient = rising(0.03, 2000)
+    coefficient = competition_strength(0.03, 2000)
     assert [round(float(coefficient(step_of(torch.ones(1, 2), i=i))), 6) for i in (0, 999, 1999, 3000)] == [
         0.000015, 0.015, 0.03, 0.03,
     ]  # fmt: skip
-    assert float(rising(0.03, 0)(step_of(torch.ones(1, 2)))) == pytest.approx(0.03)
+    assert float(competition_strength(0.03, 0)(step_of(torch.ones(1, 2)))) == pytest.approx(0.03)
 
 
 def test_counts_follow_the_width_unless_given() -> None:
@@ -258,12 +265,12 @@ def test_refusals_are_sentences() -> None:
         make(paper, {"pair_store": "dense", "memory_gb": 11.0})
         with pytest.raises(UsageError, match=r"pair_store=dense takes 10\.9 GB for 18432 latents.* memory_gb=2: "):
             make(paper, {"pair_store": "dense"})
-        with pytest.raises(UsageError, match=r"pair_store=table takes 25\.3 GB for 10000 pairs a latent"):
+        with pytest.raises(UsageError, match=r"pair_store=table takes 25\.3 GB for 10000 pairs per latent"):
             make(paper, {"pairs": 10_000})
         with pytest.raises(UsageError) as caught:
             make(paper, {"tau_on": "both", "direction": "up", "strength_warmup": 5000, "tau": -1.0, "refresh": 0})
     for part in ("tau_on=both is unknown: conditional, lift.", "direction=up is unknown", "longer than the run of 4882",
-                 "tau=-1.0 is negative", "refresh=0 is not positive"):  # fmt: skip
+                 "invalid tau=-1: below 0 every pair would pass", "invalid refresh=0: expected 1 or more"):  # fmt: skip
         assert part in str(caught.value)
 
 
@@ -301,7 +308,7 @@ def test_it_composes_with_another_base(variant_of, take) -> None:
     """Six lines: matryoshka that competes. The statistics come before unit norm, and pairs are penalised."""
     variant = variant_of("matryoshka", k=8)
     term = CompetitionLoss(PairTable(variant.sae.d_sae, 1000, every=2), 8 / variant.sae.d_sae, tau=0.2)
-    compete(variant, rising(0.03, 0), term)
+    add_competition(variant, competition_strength(0.03, 0), term)
     assert variant.mechanisms[len(variant.mechanisms) - 2] is term.pairs
     training = Trainer(variant, 30, "cpu")
     list(take(training, range(6)))

@@ -13,7 +13,7 @@ from sae.train.recipe import find_recipe
 from sae.train.sae import SAE
 from sae.train.step import Step
 from sae.train.variant import RunConfig, Variant
-from sae.train.variants.hierarchical import Merge, Modulate, ResampleByWindow, matching
+from sae.train.variants.hierarchical import AdaptivePenalty, MergeSimilar, ResampleByWindow, match_pairs
 
 LADDER = [
     "hierarchical-linear",
@@ -35,9 +35,10 @@ def step_on(sae: SAE, x_BD: torch.Tensor, i: int = 0) -> Step:
 
 
 def firing(f_BF: torch.Tensor, i: int) -> Step:
+    """A step with these latents. Its pre-activations are NaN, so that nothing can read them instead."""
     sae = SAE(1, f_BF.shape[1])
-    x_BD = torch.zeros(len(f_BF), 1)
-    return Step(torch.tensor(i), sae, torch.optim.AdamW(sae.parameters()), x_BD, f_BF, f_BF, x_BD)
+    x_BD, pre_BF = torch.zeros(len(f_BF), 1), torch.full_like(f_BF, torch.nan)
+    return Step(torch.tensor(i), sae, torch.optim.AdamW(sae.parameters()), x_BD, pre_BF, f_BF, x_BD)
 
 
 def build(name: str, d_in: int = 32, d_sae: int = 64, steps: int = 1000, **options: object) -> Variant:
@@ -198,7 +199,7 @@ def test_a_restarted_latent_gets_a_full_window() -> None:
 
 
 def modulated(reading: str, error_BD: torch.Tensor, x_BD: torch.Tensor, scale: float = 1.0) -> float:
-    modulate = Modulate(lambda: torch.tensor(scale), reading, 2.5, 0.1, 2.0, 0.0)
+    modulate = AdaptivePenalty(lambda: torch.tensor(scale), reading, 2.5, 0.1, 2.0, 0.0)
     step = Step(torch.tensor(0), SAE(x_BD.shape[1], 1), None, x_BD, None, None, x_BD - error_BD)
     modulate.after_step(step)
     assert modulate.scalars()["alpha"] == modulate(step)
@@ -219,7 +220,7 @@ def test_the_target_of_alpha_belongs_to_a_variance_of_24_unless_given_or_to_the_
     make, run = find_recipe("hierarchical").make, RunConfig(32, 64, 20, 64, variance=6.0)
 
     def target(run: RunConfig, **options: object) -> float:
-        return next(m.target for m in make(run, options).mechanisms if isinstance(m, Modulate))
+        return next(m.target for m in make(run, options).mechanisms if isinstance(m, AdaptivePenalty))
 
     assert target(run) == pytest.approx(2.5 / 4)
     assert target(run, target=2.0) == 2.0
@@ -228,7 +229,7 @@ def test_the_target_of_alpha_belongs_to_a_variance_of_24_unless_given_or_to_the_
 
 def test_alpha_of_an_average() -> None:
     """Losses 2 and 4 with ema 0.75: 2, then 0.75 * 2 + 0.25 * 4 = 2.5."""
-    modulate = Modulate(lambda: torch.ones(()), "mean", 2.5, 0.1, 2.0, 0.75)
+    modulate = AdaptivePenalty(lambda: torch.ones(()), "mean", 2.5, 0.1, 2.0, 0.75)
     x_BD = torch.zeros(2, 3)
     for i, (loss, alpha) in enumerate(((2.0, 1.25), (4.0, 1.0))):
         step = Step(torch.tensor(i), SAE(3, 1), None, x_BD, None, None, x_BD + math.sqrt(loss))
@@ -257,21 +258,21 @@ def test_a_merge_is_a_matching_of_the_most_similar() -> None:
     cosine_FF = torch.eye(5)
     for i, j, value in ((0, 1, 0.95), (1, 2, 0.99), (0, 2, 0.92), (3, 4, 0.91), (0, 3, 0.5)):
         cosine_FF[i, j] = cosine_FF[j, i] = value
-    i_M, j_M = matching(cosine_FF, 0.9)
+    i_M, j_M = match_pairs(cosine_FF, 0.9)
     assert list(zip(i_M.tolist(), j_M.tolist(), strict=True)) == [(1, 2), (3, 4)]
 
 
 def test_a_matching_names_no_latent_twice_and_leaves_no_pair() -> None:
     rows_FD = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     unit_FD = rows_FD / rows_FD.norm(dim=1, keepdim=True)
-    i_M, j_M = matching(unit_FD @ unit_FD.T, 0.9)
+    i_M, j_M = match_pairs(unit_FD @ unit_FD.T, 0.9)
     named = torch.cat([i_M, j_M]).tolist()
     assert len(named) == len(set(named)) > 20
     free_FD = unit_FD[[n for n in range(60) if n not in named]]
     assert ((free_FD @ free_FD.T).triu(1) <= 0.9).all()
 
 
-def merging(**options: str) -> tuple[SAE, Merge, Step]:
+def merging(**options: str) -> tuple[SAE, MergeSimilar, Step]:
     """Rows 0 and 1 at cosine 0.96, rows 2 and 3 at right angles to them."""
     settings = {"on": "decoder", "weights": "equal", "partner": "recycle", **options}
     sae = SAE(4, 4)
@@ -281,7 +282,7 @@ def merging(**options: str) -> tuple[SAE, Merge, Step]:
         sae.b_enc.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     resample = ResampleByWindow(DeadLatents(4, 10), 4, until=100, below=0.01, stability="any")
     step = step_on(sae, torch.tensor([[0.0, 3, 4, 0]]))
-    return sae, Merge(resample, above=0.9, every=4, **settings), step
+    return sae, MergeSimilar(resample, above=0.9, every=4, **settings), step
 
 
 def test_merged_latents_are_averaged_and_forgotten_and_the_partner_restarts() -> None:
@@ -342,7 +343,7 @@ def test_each_ablation_adds_one_part() -> None:
 
     linear, resample, window, adaptive, full = (parts(name) for name in LADDER)
     assert linear == set() and resample == {"ResampleDead"} and window == {"ResampleByWindow"}
-    assert adaptive == window | {"Modulate"} and full == adaptive | {"Merge"}
+    assert adaptive == window | {"AdaptivePenalty"} and full == adaptive | {"MergeSimilar"}
 
 
 def test_baselines_keep_the_same_share_of_the_width() -> None:
@@ -375,7 +376,7 @@ def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
         ("hierarchical", {"merge_partner": "drop"}, "merge_partner=drop is unknown: recycle, disable"),
         ("hierarchical", {"recon_in_alpha": "max"}, "recon_in_alpha=max is unknown: mean, sum"),
         ("hierarchical-adaptive", {"merge_above": 0.8}, "merge_above is no option of hierarchical-adaptive"),
-        ("hierarchical", {"window": 0}, "window=0 is no number of steps"),
+        ("hierarchical", {"window": 0}, "invalid window=0: expected 1 step or more"),
         ("hierarchical-linear", {"window": 50}, "window is no option of hierarchical-linear"),
     ],
 )

@@ -7,7 +7,7 @@ from sae.train.loop import Trainer
 from sae.train.recipe import find_recipe
 from sae.train.sae import fold_normalization, load_sae, save_sae
 from sae.train.variant import RunConfig
-from sae.train.variants.jumprelu import L0, JumpReLU, NotNegative, PreActLoss, Tanh, TargetL0
+from sae.train.variants.jumprelu import L0, JumpReLU, NonNegativeThreshold, PreActLoss, Tanh, TargetL0
 
 EPS = 0.5
 
@@ -130,7 +130,7 @@ def test_thresholds_stay_at_zero_or_above(activation) -> None:
     activation.threshold.data = torch.tensor([-1.0, 0.0, 2.0])
     training = built("jumprelu")
     with torch.no_grad():
-        NotNegative(activation).after_step(training.variant(training.i, torch.randn(2, 8), training.optimizer))
+        NonNegativeThreshold(activation).after_step(training.variant(training.i, torch.randn(2, 8), training.optimizer))
     assert activation.threshold.tolist() == [0.0, 0.0, 2.0]
 
 

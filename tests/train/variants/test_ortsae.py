@@ -1,4 +1,4 @@
-"""OrtSAE: the nearest row of each, by hand and against the formula; chunks that are dealt by the step alone."""
+"""OrtSAE: the nearest row of each, by hand and against the formula; chunks depend on the step alone."""
 
 import pytest
 import torch
@@ -9,12 +9,13 @@ from sae.train.recipe import find_recipe
 from sae.train.sae import SAE
 from sae.train.step import Step
 from sae.train.variant import RunConfig
-from sae.train.variants.ortsae import OrtSAELoss, shuffled
+from sae.train.variants.ortsae import OrtSAELoss, permutation_of_step
 
 
 def step_of(sae: SAE, i: int = 0) -> Step:
-    x_BD, f_BF = torch.zeros(1, sae.d_in), torch.zeros(1, sae.d_sae)
-    return Step(torch.tensor(i), sae, torch.optim.SGD(sae.parameters()), x_BD, f_BF, f_BF, x_BD)
+    """A step of which the loss reads the decoder alone: pre-activations and latents are NaN."""
+    x_BD, pre_BF, f_BF = torch.zeros(1, sae.d_in), *torch.full((2, 1, sae.d_sae), torch.nan)
+    return Step(torch.tensor(i), sae, torch.optim.SGD(sae.parameters()), x_BD, pre_BF, f_BF, x_BD)
 
 
 def test_three_rows_by_hand() -> None:
@@ -43,7 +44,7 @@ def test_value_and_gradient_are_those_of_the_formula(chunk: int) -> None:
     sae = SAE(6, 20).double()
     step = step_of(sae, i=5)
     found = OrtSAELoss(chunk)(step)
-    expected = dense(sae.W_dec, list(shuffled(step, 20).tensor_split(-(-20 // chunk))))
+    expected = dense(sae.W_dec, list(permutation_of_step(step, 20).tensor_split(-(-20 // chunk))))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(value, sae.W_dec)[0] for value in (found, expected)]
     assert gradients[1].abs().max() > 0
@@ -56,12 +57,12 @@ def test_chunks_are_dealt_by_the_step_alone_and_every_pair_meets() -> None:
     steps = 400
     for i in range(steps):
         torch.rand(3)  # whatever else draws
-        order_F = shuffled(step_of(sae, i), n)
+        order_F = permutation_of_step(step_of(sae, i), n)
         assert order_F.sort().values.tolist() == list(range(n))
         for chunk_C in order_F.tensor_split(4):
             together_FF[chunk_C[:, None], chunk_C] += 1
-    assert torch.equal(shuffled(step_of(sae, 7), n), shuffled(step_of(sae, 7), n))
-    assert not torch.equal(shuffled(step_of(sae, 7), n), shuffled(step_of(sae, 8), n))
+    assert torch.equal(permutation_of_step(step_of(sae, 7), n), permutation_of_step(step_of(sae, 7), n))
+    assert not torch.equal(permutation_of_step(step_of(sae, 7), n), permutation_of_step(step_of(sae, 8), n))
     pairs = together_FF[torch.ones(n, n).triu(1) > 0] / steps
     chance = 9 / 39  # nine of the other 39 are in one's chunk of ten
     assert pairs.mean().item() == pytest.approx(chance)
@@ -80,7 +81,7 @@ def test_rows_end_less_alike_than_without_it(training_of, take) -> None:
 
 def test_a_chunk_without_pairs_is_refused() -> None:
     """Two rows orthogonal to each other, in chunks of two of three, leave one to be compared with itself."""
-    with pytest.raises(UsageError, match="chunk=2 of 65 latents can leave a row alone"):
+    with pytest.raises(UsageError, match="chunk=2 of 65 latents can leave a row without another"):
         find_recipe("ortsae").make(RunConfig(32, 65, 10, 64), {"chunk": 2})
     for count in range(2, 60):
         sae = SAE(64, count)

@@ -13,16 +13,23 @@ from sae.train.recipe import RECIPES, find_recipe
 from sae.train.sae import SAE
 from sae.train.step import Step
 from sae.train.variant import RunConfig
-from sae.train.variants.progressive import ChainL1, CompetitionTemperature, EnabledLatents, EnabledUtilization, GrowCapacity, SoftCompetition
+from sae.train.variants.progressive import (
+    ChainL1,
+    CompetitionTemperature,
+    EnabledLatents,
+    EnabledUtilization,
+    GrowCapacity,
+    SoftCompetition,
+)
 
 
 def step_of(f_BF: torch.Tensor, i: int = 0, pre_BF: torch.Tensor | None = None) -> Step:
-    """A step whose latents are given, of an SAE that nobody looks at."""
+    """A step with these latents. Pre-activations that are not given are NaN, so that nothing can read them instead."""
     sae = SAE(1, f_BF.shape[1])
     x_BD = torch.zeros(len(f_BF), 1)
-    return Step(
-        torch.tensor(i), sae, torch.optim.AdamW(sae.parameters()), x_BD, f_BF if pre_BF is None else pre_BF, f_BF, x_BD
-    )
+    if pre_BF is None:
+        pre_BF = torch.full_like(f_BF, torch.nan)
+    return Step(torch.tensor(i), sae, torch.optim.AdamW(sae.parameters()), x_BD, pre_BF, f_BF, x_BD)
 
 
 def growing(d_sae: int, start: float = 0.25, reading: str = "alive_fraction", beta: float = 0.9, **options: object):
@@ -253,7 +260,9 @@ def test_a_mean_over_d_in_weighs_the_error_less() -> None:
 def test_chain_l1_leaves_out_what_is_not_enabled() -> None:
     enabled = EnabledLatents(3)
     enabled.on_F[0] = 0
-    assert ChainL1(enabled, ReLU())(step_of(torch.tensor([[5.0, 1, -2], [5.0, 2, 4]]))).item() == pytest.approx(3.5)
+    pre_BF = torch.tensor([[5.0, 1, -2], [5.0, 2, 4]])
+    step = step_of(torch.full_like(pre_BF, torch.nan), pre_BF=pre_BF)  # it reads pre-activations, not latents
+    assert ChainL1(enabled, ReLU())(step).item() == pytest.approx(3.5)
 
 
 def test_ablations_take_away_what_they_say() -> None:
@@ -276,8 +285,8 @@ def test_ablations_take_away_what_they_say() -> None:
     ("name", "given", "said"),
     [
         ("progressive", {"competition": "max"}, "competition=max is unknown: softmax_peak, softmax"),
-        ("progressive", {"start": 0.0}, "start=0 is no share of the latents"),
-        ("progressive", {"interval": 0}, "interval=0 is no number of steps"),
+        ("progressive", {"start": 0.0}, "invalid start=0: expected a share of the latents"),
+        ("progressive", {"interval": 0}, "invalid interval=0: expected 1 step or more"),
         ("progressive", {"utilization": "median"}, "utilization=median is unknown"),
         ("progressive-no-competition", {"temperature": 0.2}, "temperature is no option of progressive-no-competition"),
         ("progressive-no-ema", {"beta": 0.5}, "beta is no option of progressive-no-ema"),

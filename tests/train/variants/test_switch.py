@@ -8,7 +8,7 @@ from sae.train.loop import Trainer
 from sae.train.recipe import find_recipe
 from sae.train.sae import fold_normalization
 from sae.train.variant import RunConfig
-from sae.train.variants.switch import Balance, Switch
+from sae.train.variants.switch import LoadBalanceLoss, Switch
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_balance_is_one_where_all_get_their_share_and_the_count_where_one_gets_a
     training = training_of()
     switch = training.variant.sae.activation[0]
     switch.W_router.data = torch.eye(8)[:, :4] * 100
-    balance = Balance(switch)
+    balance = LoadBalanceLoss(switch)
     even = training.variant(training.i, torch.eye(8)[:4].repeat(4, 1), training.optimizer)
     assert balance(even).item() == pytest.approx(1.0) and even.metrics["busiest_expert"] == 0.25
     one = training.variant(training.i, torch.eye(8)[:1].repeat(16, 1), training.optimizer)
@@ -59,7 +59,7 @@ def test_balance_by_hand_and_its_gradient_through_probabilities_alone(switch) ->
     training = Trainer(find_recipe("switch").make(RunConfig(2, 4, 20, 2), {"k": 1, "experts": 2}), 20, "cpu")
     x_BD = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
     step = training.variant(training.i, x_BD, training.optimizer)
-    loss = Balance(switch)(step)
+    loss = LoadBalanceLoss(switch)(step)
     mean_E = (x_BD @ switch.W_router).softmax(1).mean(0)
     expected = 2 * (0.75 * mean_E[0] + 0.25 * mean_E[1])
     torch.testing.assert_close(loss, expected)
@@ -94,7 +94,7 @@ def test_latents_of_one_expert_a_token() -> None:
 
 def test_experts_fit_the_dictionary() -> None:
     assert training_of(experts=None, k=16).variant.sae.activation[0].experts == 2
-    with pytest.raises(UsageError, match="3 experts cannot share 32 latents"):
+    with pytest.raises(UsageError, match="32 latents cannot be divided into 3 equal experts"):
         training_of(experts=3)
     with pytest.raises(UsageError, match="at least k=9"):
         training_of(k=9)

@@ -1,0 +1,19 @@
+"""The feature collapse problem (paper 000): a baseline and ten runs, each the one before plus one mechanism.
+
+    L = |x - x_hat|^2 + lambda(t) |f|_1 + alpha(t) L_contrast + beta(t) L_orth   (5)
+
+`recipes.py` has the eleven runs in order, `options.py` their options. The parts follow the paper's method section:
+`monitors.py` and `groups.py` and `orthogonality.py` are 4.1, `losses.py`, `l1_controller.py` and, in `groups.py`, the
+winner-take-all are 4.2, `batch_norm.py` is 4.3. Every default is a reading that works. Where the paper's own setting
+differs, it is another value of an option.
+
+Paper: names five pairs of runs; the split inside a pair is ours. It gives no alpha, no beta, and no rule for lambda
+inside its bounds.
+Paper: calls absorption 0 and one split feature a collapse. 0 is the good end of that score, and 1 means no splitting.
+Paper: 100,000 tokens in batches of 125 are 800 steps, all of them inside its warm-up of 1000 (`budget=paper`).
+
+Shape suffixes here, besides those of train/step.py: G groups, M latents in a group, S dimensions of the sketch,
+N neighbours.
+"""
+
+from . import recipes  # noqa: F401  (registers them)

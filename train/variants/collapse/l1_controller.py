@@ -1,0 +1,51 @@
+"""Paper 000, 4.2, second process: the L1 penalty moves within bounds."""
+
+import torch
+from torch import Tensor
+
+from ...schedules import ramp
+from ...step import Mechanism, Step
+
+
+class DynamicL1(Mechanism):
+    """lambda(t), kept in bounds that move linearly from [0.02, 1.0] to [0.01, 0.5] (4.2).
+
+    `mode` chooses what the bounds hold:
+        l0_target    lambda <- lambda exp(kappa (L0/L0* - 1))
+        recon_ratio  0.04 times the error's share of the first error
+        none         0.04
+
+    Paper: 0.04 lies in all of these bounds, so they never act on it (`none`). What they are to bound is left open.
+    """
+
+    value: Tensor  # ()
+    error: Tensor  # (), the mean squared error lately
+    first_error: Tensor  # ()
+
+    def __init__(
+        self, start: float, steps: int, target: float, mode: str = "l0_target", kappa: float = 0.01, beta: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.start, self.steps, self.target, self.mode, self.kappa, self.beta = start, steps, target, mode, kappa, beta
+        self.register_buffer("value", torch.tensor(start))
+        self.register_buffer("error", torch.zeros(()))
+        self.register_buffer("first_error", torch.zeros(()))
+
+    def clamp(self, value: Tensor, step: Step) -> Tensor:
+        """`value` within the bounds of this step."""
+        share = ramp(step, self.steps)
+        return value.clamp(min=0.02 - 0.01 * share, max=1.0 - 0.5 * share)
+
+    def coefficient(self, step: Step) -> Tensor:
+        """lambda(t), the coefficient of |f|_1."""
+        value = step.metrics["lambda"] = self.clamp(self.value, step)
+        return value
+
+    def after_step(self, step: Step) -> None:
+        if self.mode == "l0_target":
+            self.value.copy_(self.clamp(self.value * torch.exp(self.kappa * (step.l0 / self.target - 1)), step))
+        elif self.mode == "recon_ratio":
+            error = step.error_BD.detach().square().sum(-1).mean()
+            self.first_error.copy_(torch.where(step.i == 0, error, self.first_error))
+            self.error.copy_(torch.where(step.i == 0, error, self.error.lerp(error, 1 - self.beta)))
+            self.value.copy_(self.start * self.error / self.first_error.clamp_min(1e-12))

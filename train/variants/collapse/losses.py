@@ -1,0 +1,110 @@
+"""Paper 000: the losses of 4.2 and 4.3, and the balance between them."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...schedules import Coefficient
+from ...step import LossTerm, Step
+from .groups import DecoderRows
+from .monitors import RecentError, Sketch
+
+
+class ContrastLoss(LossTerm):
+    """mean over pairs i < j of ReLU(|cos(W_i, W_j)| - tau(t))^power, tau by (4); pairs of a group, or all of them.
+
+    Paper: through the sketch, the angle of unrelated rows has a standard deviation of 1/sqrt(128) = 0.088, so that at
+    the final tau of 0.05 more than half of all unrelated pairs count as alike. Without `sketch` angles are exact.
+    """
+
+    def __init__(
+        self,
+        rows: DecoderRows,
+        tau: Coefficient,
+        power: float = 1.0,
+        across_groups: bool = False,
+        sketch: Sketch | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows, self.tau, self.power, self.sketch = rows, tau, power, sketch
+        self.across_groups = across_groups
+
+    def forward(self, step: Step) -> Tensor:
+        rows_FD: Tensor = self.rows.parameter(step.sae)
+        if self.sketch is not None:
+            rows_FD = (rows_FD if self.sketch.on == "decoder" else step.sae.W_enc.T) @ self.sketch.R_DS
+        rows_GMD = rows_FD.unflatten(0, (1 if self.across_groups else self.rows.groups, -1))
+        unit_GMD = F.normalize(rows_GMD.float(), dim=-1)
+        cosine_GMM = (unit_GMD @ unit_GMD.mT).float()
+        groups, size, _ = cosine_GMM.shape
+        tau = step.metrics["tau"] = torch.as_tensor(self.tau(step))
+        excess_GMM = (cosine_GMM.abs() - tau).relu().pow(self.power)
+        return excess_GMM.triu(1).sum() / (groups * size * (size - 1) / 2)
+
+
+class DiversityLoss(LossTerm):
+    """1 - H(p) / log n, where p are the shares of total activation of n groups, or of all latents without groups.
+
+    0 if all are used equally, 1 if one is used alone.
+
+    Paper: names a diversity loss and says no more. Shares are of activation, as a count has no gradient.
+    """
+
+    def __init__(self, groups: int | None) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, step: Step) -> Tensor:
+        share_G = step.f_BF.float().abs().mean(0)
+        if self.groups is not None:
+            share_G = share_G.view(self.groups, -1).sum(1)
+        share_G = share_G / share_G.sum().clamp_min(1e-8)
+        entropy = -(share_G * share_G.clamp_min(1e-12).log()).sum()
+        return 1 - entropy / math.log(len(share_G))
+
+
+class ImportanceWeightedMSE(LossTerm):
+    """mean_B w |x - x_hat|^2, where w is |x - x_hat|^2 over its recent mean and has no gradient.
+
+    Paper: momentum-based importance sampling, undefined. A token is read once in an epoch, so there is no past loss of
+    its own to sample it by; instead of being drawn more often, a token with a large error weighs more. The correction
+    1/(N p) would undo that.
+    """
+
+    def __init__(self, recent: RecentError) -> None:
+        super().__init__()
+        self.recent = recent
+
+    def forward(self, step: Step) -> Tensor:
+        error_B = step.error_BD.square().sum(-1)
+        mean = torch.where(step.i == 0, error_B.detach().mean(), self.recent.value)
+        return (error_B.detach() / mean.clamp_min(1e-12) * error_B).mean()
+
+
+class BalancedLoss(LossTerm):
+    """A loss scaled so that its gradient, coefficient included, is at most `rho` times as long as the reconstruction's.
+
+    Paper: gradient balancing, undefined. Each balanced loss costs a backward pass of its own.
+    """
+
+    def __init__(
+        self, coefficient: Coefficient, term: LossTerm, rows: DecoderRows, reconstruction: float, rho: float
+    ) -> None:
+        super().__init__()
+        self.coefficient, self.term, self.rows = coefficient, term, rows
+        self.reconstruction, self.rho = reconstruction, rho
+
+    def _gradient_norm(self, value: Tensor, step: Step) -> Tensor:
+        weights = {id(p): p for p in (*step.sae.parameters(), self.rows.parameter(step.sae))}.values()
+        gradients = torch.autograd.grad(value, list(weights), retain_graph=True, allow_unused=True)
+        return torch.stack([g.norm() for g in gradients if g is not None]).norm()
+
+    def forward(self, step: Step) -> Tensor:
+        value = self.coefficient(step) * self.term(step)
+        if "reconstruction_gradient" not in step.metrics:
+            error = self.reconstruction * step.error_BD.square().sum(-1).mean()
+            step.metrics["reconstruction_gradient"] = self._gradient_norm(error, step)
+        limit = self.rho * step.metrics["reconstruction_gradient"]
+        return value * (limit / self._gradient_norm(value, step).clamp_min(1e-12)).clamp(max=1.0)

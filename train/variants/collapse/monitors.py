@@ -1,0 +1,92 @@
+"""Paper 000, 4.1: the projection, and the averages that other parts read. They act on nothing."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...mechanisms import ActivityEMA
+from ...step import Mechanism, Step
+
+
+class Sketch(Mechanism):
+    """Rows seen through R, the Q of a random Gaussian matrix: S dimensions that keep angles up to 1/sqrt(S) (4.1).
+
+    Paper: R is d_sae x 128 and is to project features; with d_sae = d_in that is a decoder's row as well as a token's
+    latents. `on` chooses: decoder, encoder, or activations, of which only lengths are logged.
+    """
+
+    every = 50
+    R_DS: Tensor  # (d_sae, S) on activations
+    mean_cosine: Tensor  # ()
+    max_cosine: Tensor  # ()
+    length: Tensor  # ()
+
+    def __init__(self, d_in: int, d_sae: int, size: int = 128, on: str = "decoder") -> None:
+        super().__init__()
+        self.on = on
+        rows = d_sae if on == "activations" else d_in
+        self.register_buffer("R_DS", torch.linalg.qr(torch.randn(rows, min(size, rows))).Q)
+        for name in ("mean_cosine", "max_cosine", "length"):
+            self.register_buffer(name, torch.zeros(()))
+
+    def every_n_steps(self, step: Step) -> None:
+        if self.on == "activations":
+            f_BF = step.f_BF.detach().float()
+            scale = (len(self.R_DS) / self.R_DS.shape[1]) ** 0.5  # R keeps S/F of a squared length on average
+            projected_B = (f_BF @ self.R_DS).norm(dim=1) * scale
+            self.length.copy_((projected_B / f_BF.norm(dim=1).clamp_min(1e-8)).mean())
+            return
+        rows_FD = step.sae.W_dec if self.on == "decoder" else step.sae.W_enc.T
+        unit_FS = F.normalize(rows_FD.detach() @ self.R_DS, dim=1)
+        n = len(unit_FS)
+        total = largest = torch.zeros((), device=unit_FS.device)
+        for start in range(0, n, 1024):  # a wide dictionary's n x n cosines do not fit
+            cosine_CF = (unit_FS[start : start + 1024] @ unit_FS.T).abs()
+            cosine_CF.diagonal(start).zero_()
+            total, largest = total + cosine_CF.sum(), torch.maximum(largest, cosine_CF.max())
+        self.mean_cosine.copy_(total / (n * (n - 1)))
+        self.max_cosine.copy_(largest)
+
+    def scalars(self) -> dict[str, Tensor]:
+        if self.on == "activations":
+            return {"sketch_length": self.length}
+        return {"sketch_mean_cosine": self.mean_cosine, "sketch_max_cosine": self.max_cosine}
+
+
+class UtilizationEMA(ActivityEMA):
+    """u_i of (2): how often latent i fired lately, an average over steps with decay beta and bias correction.
+
+    The average starts at zero and is divided by the weight 1 - beta^t that it has gathered.
+    """
+
+    gathered: Tensor  # ()
+
+    def __init__(self, d_sae: int, beta: float = 0.9) -> None:
+        super().__init__(d_sae, beta)
+        self.register_buffer("gathered", torch.zeros(()))
+
+    @property
+    def u_F(self) -> Tensor:
+        return self.rate_F / self.gathered.clamp_min(1e-8)
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        self.gathered.lerp_(torch.ones_like(self.gathered), 1 - self.beta)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"utilisation": self.u_F.mean(), "utilisation_max": self.u_F.max()}
+
+
+class RecentError(Mechanism):
+    """The mean squared error of a token, averaged over steps with decay beta. The first step sets it."""
+
+    value: Tensor  # ()
+
+    def __init__(self, beta: float = 0.9) -> None:
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("value", torch.zeros(()))
+
+    def after_step(self, step: Step) -> None:
+        error = step.error_BD.detach().square().sum(-1).mean()
+        self.value.copy_(torch.where(step.i == 0, error, self.value.lerp(error, 1 - self.beta)))

@@ -1,0 +1,214 @@
+"""The options of the eleven runs of paper 000. Each run has those of the run before and its own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ...options import RecipeOptions
+from ...scaling import ScaleWithWidth
+from ...variant import RunConfig
+
+BUDGET_TOKENS = {"paper": 100_000, "matched": 10_000_000}
+
+
+def fewest_groups(d_in: int, d_sae: int) -> int:
+    """The smallest number of equal groups whose rows can be orthogonal: one if the dictionary is no wider than d_in."""
+    return next(groups for groups in range(1, d_sae + 1) if d_sae % groups == 0 and d_sae // groups <= d_in)
+
+
+@dataclass(frozen=True)
+class BaselineOptions(RecipeOptions):
+    """Run 0: ReLU latents and an L1 penalty, and what section 4.3 "uses for stability"."""
+
+    l1: float = 0.04
+    """Strength lambda of the L1 penalty (1)."""
+    l1_warmup: int | None = None
+    """Steps over which the L1 penalty rises from zero. None: a twentieth of the run."""
+    pre_bias: bool = False
+    """Subtract b_dec from the encoder's input. The paper's encoder sees x itself (3.1)."""
+    units: Literal["field", "as_printed", "evidence"] = "field"
+    """Units of the loss. field: input scaled to E|x|^2 = 1, error summed over d_in. as_printed: raw input, error
+    summed. evidence: raw input, error averaged over d_in."""
+    budget: Literal["paper", "matched"] | None = None
+    """Require a number of tokens: paper is 100,000 with the paper's learning-rate schedule, matched is 10 million, as
+    in the other papers. None: any."""
+    batch_norm: Literal["off", "pre"] = "off"
+    """pre: batch normalisation of the pre-activations (4.3). The paper does not say where it normalises."""
+    importance: Literal["off", "loss_ema"] = "off"
+    """loss_ema: weigh each token by its error over the recent mean error, for the paper's importance sampling (4.3)."""
+
+    def group_count(self, config: RunConfig) -> int:
+        """Groups in which rows are compared: before run 7, as few as leave room for orthogonal rows."""
+        return fewest_groups(config.d_in, config.d_sae)
+
+    def validation_errors(self, config: RunConfig) -> Iterator[str]:
+        if self.budget is not None:
+            tokens = BUDGET_TOKENS[self.budget]
+            steps = tokens // config.batch_size
+            if config.steps != steps:
+                yield (
+                    f"budget={self.budget} is {tokens:,} tokens, {steps} steps of {config.batch_size}, and this run "
+                    f"has {config.steps}: give --steps {steps}, or leave the budget out. The paper's batch size is 125."
+                )
+        groups, d_sae = self.group_count(config), config.d_sae
+        if groups < 1 or d_sae % groups or d_sae // groups < 2:
+            yield (
+                f"A dictionary of {d_sae} cannot be divided into {groups} equal groups of two latents or more: "
+                "give --set groups=... a divisor, or another --width."
+            )
+
+
+@dataclass(frozen=True)
+class MonitorOptions(BaselineOptions):
+    """Run 1: the projection and the average of utilization (4.1)."""
+
+    jl_dim: int = ScaleWithWidth(128)
+    """Dimensions of the Johnson-Lindenstrauss projection."""
+    jl_on: Literal["decoder", "encoder", "activations"] = "decoder"
+    """What the projection sees: rows of the decoder, directions of the encoder, or the latents of a token."""
+    beta: float = 0.9
+    """Decay of the average of utilization u_i, per step (2)."""
+
+    def validation_errors(self, config: RunConfig) -> Iterator[str]:
+        yield from super().validation_errors(config)
+        if self.jl_dim <= 0:
+            yield f"invalid jl_dim={self.jl_dim}: expected a positive number of dimensions."
+
+
+@dataclass(frozen=True)
+class ContrastOptions(MonitorOptions):
+    """Run 2: the contrast loss (4), and how it and the losses of later runs enter the total (5)."""
+
+    alpha: float = 0.1
+    """Strength of the contrast loss (1). The paper gives none."""
+    alpha_warmup: int | None = None
+    """Steps over which this and later losses rise from zero. None: 1000, or a tenth of a shorter run."""
+    contrast_cos: Literal["exact_group", "exact", "jl"] = "exact_group"
+    """Pairs whose angle counts: those in a group, all pairs, or all pairs seen through the projection (the paper)."""
+    tau_max: float = 0.4
+    """|cos| above which a pair is pushed apart, at the first step (4)."""
+    tau_min: float = 0.05
+    """|cos| above which a pair is pushed apart, at the last step (4)."""
+    contrast_power: float = 1.0
+    """Exponent of the excess |cos| - tau: 1 is linear, 2 squared."""
+    loss_units: Literal["fvu", "raw"] = "fvu"
+    """Units of this and later losses. fvu: shares of the input's variance, so that strengths fit any input. raw: as
+    printed."""
+    gradient_balance: float | None = None
+    """Largest gradient norm of this and later losses, over that of the reconstruction (4.3). None: not balanced."""
+
+    def validation_errors(self, config: RunConfig) -> Iterator[str]:
+        yield from super().validation_errors(config)
+        if self.contrast_power <= 0:
+            yield f"invalid contrast_power={self.contrast_power:g}: expected a positive exponent."
+        if self.contrast_cos == "jl" and self.jl_on == "activations":
+            yield "contrast_cos=jl compares rows, and jl_on=activations projects none: give jl_on=decoder or encoder."
+
+
+@dataclass(frozen=True)
+class DynamicL1Options(ContrastOptions):
+    """Run 3: lambda moves within bounds (4.2)."""
+
+    l1_controller: Literal["l0_target", "recon_ratio", "none"] = "l0_target"
+    """What moves lambda within its bounds: the distance of L0 from `l0`, the error's share of the first error, or
+    nothing (the paper), so that the bounds never act."""
+    l0: float | None = None
+    """Latents per token that `l1_controller=l0_target` aims at. None: 40, or an eighth of a narrow dictionary."""
+    kappa: float = 0.01
+    """Rate of `l1_controller=l0_target`: lambda grows by exp(kappa (L0/l0 - 1)) per step."""
+
+    def validation_errors(self, config: RunConfig) -> Iterator[str]:
+        yield from super().validation_errors(config)
+        if self.l0 is not None and not 0 < self.l0 <= config.d_sae:
+            yield f"invalid l0={self.l0:g}: expected latents per token above 0 and at most {config.d_sae}."
+
+
+@dataclass(frozen=True)
+class DiversityOptions(DynamicL1Options):
+    """Run 4: the diversity loss (6)."""
+
+    diversity_strength: float = 0.01
+    """Strength of the diversity loss, which the paper names and does not define."""
+
+
+@dataclass(frozen=True)
+class OrthogonalityLossOptions(DiversityOptions):
+    """Run 5: L_orth (5)."""
+
+    beta_orth: float = 0.01
+    """Strength beta of the orthogonality loss (5). The paper gives none."""
+
+
+@dataclass(frozen=True)
+class GramSchmidtOptions(OrthogonalityLossOptions):
+    """Run 6: Gram-Schmidt in the forward pass (3)."""
+
+    gs_axis: Literal["decoder_group", "jl", "activation_batch"] = "decoder_group"
+    """What (3) makes orthogonal: rows of W_dec in a group; the same by their projections; or the latents, each a column
+    over the batch (the paper)."""
+    gs_order: Literal["index", "utilisation"] = "index"
+    """Order in which (3) takes the latents of a group; the first keeps its direction. utilisation: busiest first."""
+    gs_gradient: Literal["straight_through", "through"] = "straight_through"
+    """straight_through: the gradient of an orthogonal row goes to the row it is made of. through: differentiate (3)."""
+
+
+@dataclass(frozen=True)
+class GroupOptions(GramSchmidtOptions):
+    """Run 7: groups of latents (4.1)."""
+
+    groups: int = 16
+    """Number of equal groups of contiguous latents. Rows start at random, so any other division is the same."""
+    group_stat: Literal["mean", "max"] = "mean"
+    """Utilization of a group: the mean or the maximum of its latents' (2)."""
+
+    def group_count(self, config: RunConfig) -> int:
+        return self.groups
+
+
+@dataclass(frozen=True)
+class GroupRateOptions(GroupOptions):
+    """Run 8: a learning rate for each group (2)."""
+
+    group_lr: Literal["softmax_mean1", "softmax", "softmax_temp", "inverse"] = "softmax_mean1"
+    """Rate of a group over the run's rate. softmax: of utilization over groups (the paper). softmax_mean1: the same
+    times the number of groups. softmax_temp: utilization also divided by its spread. inverse: favours idle groups."""
+
+
+@dataclass(frozen=True)
+class WinnerTakeAllOptions(GroupRateOptions):
+    """Run 9: winner-take-all with local inhibition (4.2)."""
+
+    wta_share: float = 0.1
+    """Share of each group's latents that stay on per token, rounded up. `--l0` raises it if it needs more."""
+    wta_scope: Literal["group", "global"] = "group"
+    """Where winners compete: in each group, or in the whole dictionary."""
+    inhibition: Literal["subtractive", "divisive", "off"] = "subtractive"
+    """How the strongest neighbour weakens a latent: by subtraction, by division, or not at all."""
+    gamma: float = 0.25
+    """Strength of the inhibition."""
+    neighbours: int = 8
+    """Neighbours of each latent, at most one fewer than its group has latents."""
+    near: Literal["encoder", "decoder"] = "encoder"
+    """Whose angles say who is a neighbour: directions of the encoder or rows of the decoder."""
+
+    def validation_errors(self, config: RunConfig) -> Iterator[str]:
+        yield from super().validation_errors(config)
+        if self.neighbours <= 0:
+            yield f"invalid neighbours={self.neighbours}: expected a positive number."
+        if not 0 < self.wta_share <= 1:
+            yield f"invalid wta_share={self.wta_share:g}: expected a share of the latents above 0 and up to 1."
+        if self.gamma < 0:
+            yield f"invalid gamma={self.gamma:g}: expected 0 or more."
+
+
+@dataclass(frozen=True)
+class HardOrthogonalityOptions(WinnerTakeAllOptions):
+    """Run 10: rows are made orthonormal after the update (6)."""
+
+    hard_every: int = 1
+    """Steps between two projections onto orthonormal rows."""
+
+    def validation_errors(self, config: RunConfig) -> Iterator[str]:
+        yield from super().validation_errors(config)
+        if self.hard_every <= 0:
+            yield f"invalid hard_every={self.hard_every}: expected a positive number of steps."

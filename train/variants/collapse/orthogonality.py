@@ -1,0 +1,170 @@
+"""Paper 000: orthogonal rows, by Gram-Schmidt in the forward pass (3), as a loss (5), or after the update (6)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ....common.errors import UsageError
+from ...activations import Activation
+from ...sae import SAE
+from ...step import LossTerm, Mechanism, Step
+from .groups import DecoderRows
+from .monitors import Sketch, UtilizationEMA
+from .options import fewest_groups
+
+
+class GroupOrthogonalityLoss(LossTerm):
+    """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), D_G the rows of a group: what Gram-Schmidt would remove."""
+
+    def __init__(self, rows: DecoderRows) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, step: Step) -> Tensor:
+        rows_GMD = self.rows.grouped(step.sae)
+        gram_GMM = (rows_GMD @ rows_GMD.mT).float()
+        return (gram_GMM - torch.eye(gram_GMM.shape[1], device=gram_GMM.device)).square().mean()
+
+
+# 4.1, third component: (3).
+
+
+def gram_schmidt(rows_GMD: Tensor) -> Tensor:
+    """Unit rows in the directions of (3), by a QR: modified Gram-Schmidt gives Q diag(R), up to R's signs.
+
+    Paper: sums over j <= k, which subtracts a row from itself; it has to be j < k.
+    """
+    q_GDM, r_GMM = torch.linalg.qr(rows_GMD.mT)
+    sign_GM = torch.where(r_GMM.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)
+    return (q_GDM * sign_GM[:, None, :].to(q_GDM.dtype)).mT
+
+
+def gram_schmidt_matrix(gram_GMM: Tensor) -> Tensor:
+    """The unit lower triangular T for which the rows of T A are (3) of those of A, given the Gram matrix A A^T.
+
+    With A A^T = L L^T, T is diag(L) L^-1. The diagonal of A A^T is raised by a millionth of its mean, because silent
+    latents are rows of zeros.
+    """
+    eye_MM = torch.eye(gram_GMM.shape[1], device=gram_GMM.device, dtype=gram_GMM.dtype)
+    guard_G = 1e-6 * gram_GMM.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+    L_GMM = torch.linalg.cholesky_ex(gram_GMM + guard_G[:, None, None] * eye_MM).L
+    inverse_GMM = torch.linalg.solve_triangular(L_GMM, eye_MM.expand_as(L_GMM), upper=False)
+    return inverse_GMM * L_GMM.diagonal(dim1=1, dim2=2).unsqueeze(2)
+
+
+class GramSchmidt(Mechanism):
+    """Makes W_dec out of free rows by (3), group by group. The optimizer moves the free rows; W_dec is saved.
+
+    `gradient`: straight_through hands the gradient of a row of W_dec to its free row, less the part along either;
+    through differentiates (3). `order`: a group's first row keeps its direction and its last changes most; utilisation
+    puts the busiest latents first. With a sketch, (3) uses the inner products of the sketched rows.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        rows: DecoderRows,
+        utilization: UtilizationEMA,
+        order: str,
+        gradient: str,
+        sketch: Sketch | None = None,
+    ) -> None:
+        super().__init__()
+        rows.free_FD = nn.Parameter(sae.W_dec.detach().clone())
+        self.rows, self.utilisation = rows, utilization  # the spelling is a key in checkpoints
+        self.order, self.gradient, self.sketch = order, gradient, sketch
+
+    def orthogonalize(self, free_FD: Tensor) -> Tensor:
+        """(3) of free rows (F, D), as unit rows (F, D)."""
+        rows_GMD = free_FD.unflatten(0, (self.rows.groups, -1))
+        order_GM1 = None
+        if self.order == "utilisation":
+            u_GM = self.utilisation.u_F.view(self.rows.groups, -1)
+            order_GM1 = u_GM.argsort(dim=1, descending=True, stable=True)[..., None]
+            rows_GMD = rows_GMD.take_along_dim(order_GM1, 1)
+        if self.sketch is None:
+            rows_GMD = gram_schmidt(rows_GMD)
+        else:
+            short_GMS = rows_GMD @ self.sketch.R_DS
+            rows_GMD = F.normalize(gram_schmidt_matrix(short_GMS @ short_GMS.mT) @ rows_GMD, dim=-1)
+        if order_GM1 is not None:
+            rows_GMD = rows_GMD.take_along_dim(order_GM1.argsort(dim=1), 1)
+        return rows_GMD.flatten(0, 1)
+
+    def after_backward(self, step: Step) -> None:
+        weight, gradient, free = step.sae.W_dec, step.sae.W_dec.grad, self.rows.free_FD
+        assert gradient is not None and free is not None  # the step has just been backpropagated
+        if self.gradient == "through":
+            with torch.enable_grad():
+                free_FD = free.detach().requires_grad_()
+                (to_free_FD,) = torch.autograd.grad(self.orthogonalize(free_FD), free_FD, gradient)
+        else:
+            to_free_FD = gradient - (gradient * weight).sum(1, keepdim=True) * weight
+        total_FD = to_free_FD if free.grad is None else to_free_FD + free.grad
+        free.grad = total_FD - (total_FD * free).sum(1, keepdim=True) * free
+        gradient.zero_()  # W_dec follows in `after_step`: the optimizer must not move it, nor the clipping count it
+
+    def after_step(self, step: Step) -> None:
+        assert self.rows.free_FD is not None
+        free_FD = self.rows.free_FD.data
+        free_FD /= free_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        step.sae.W_dec.data.copy_(self.orthogonalize(free_FD))
+
+
+class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
+    """(3) as printed, on the latents themselves, each a column over the batch. After training it does nothing.
+
+    Paper: so a token's latents depend on the rest of its batch, are negative in places and hardly ever zero, and a
+    column beyond the number of tokens has nothing left. There is no rule for a single token.
+    """
+
+    def __init__(self, groups: int, gradient: str = "straight_through") -> None:
+        super().__init__(groups=groups, gradient=gradient)
+        self.groups, self.gradient = groups, gradient
+
+    def forward(self, f_BF: Tensor) -> Tensor:
+        if not self.training:
+            return f_BF
+        with torch.autocast(f_BF.device.type, enabled=False):
+            rows_GMB = f_BF.float().T.unflatten(0, (self.groups, -1))
+            T_GMM = gram_schmidt_matrix(rows_GMB @ rows_GMB.mT)
+            return ((T_GMM if self.gradient == "through" else T_GMM.detach()) @ rows_GMB).flatten(0, 1).T
+
+
+# Section 6, runs 9 and 10.
+
+
+class HardOrthogonality(Mechanism):
+    """After the update each group's rows become the nearest orthonormal ones: five times X <- (3 X - X X^T X) / 2.
+
+    Paper: gives no form. The iteration converges from rows that were orthonormal a few steps ago, and runs start so.
+    """
+
+    def __init__(self, rows: DecoderRows, steps: int = 1) -> None:
+        super().__init__()
+        self.rows, self.steps = rows, steps
+
+    def after_step(self, step: Step) -> None:
+        rows_FD = self.rows.parameter(step.sae).data
+        x_GMD = rows_FD.unflatten(0, (self.rows.groups, -1))
+        for _ in range(5):
+            x_GMD = 1.5 * x_GMD - 0.5 * (x_GMD @ x_GMD.mT) @ x_GMD
+        rows_FD.copy_(torch.where((step.i + 1) % self.steps == 0, x_GMD.flatten(0, 1), rows_FD))
+
+
+def init_orthonormal(sae: SAE, rows: DecoderRows, part: str) -> None:
+    """Start with orthonormal decoder rows in each group and the encoder as their transpose.
+
+    `part` names what needs them in the UsageError that is raised if a group has more than d_in latents.
+    """
+    size = sae.d_sae // rows.groups
+    if size > sae.d_in:
+        raise UsageError(
+            f"{part} needs groups of at most d_in = {sae.d_in} latents, and {rows.groups} groups of a "
+            f"dictionary of {sae.d_sae} have {size}: give --set groups={fewest_groups(sae.d_in, sae.d_sae)}, "
+            "or a smaller --width."
+        )
+    with torch.no_grad():
+        unit_FD = gram_schmidt(rows.grouped(sae)).flatten(0, 1)
+        sae.W_dec.copy_(unit_FD)
+        sae.W_enc.copy_(unit_FD.T)

@@ -1,0 +1,268 @@
+"""Paper 000: a baseline and its ten runs, each of which adds one mechanism to the run before."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ....common.errors import UsageError
+from ...activations import Activation, ReLU
+from ...losses import L1, MSE
+from ...mechanisms import DeadLatents, UnitNormDecoder
+from ...recipe import recipe
+from ...sae import SAE
+from ...schedules import Coefficient, cosine, product, warmup
+from ...step import LossTerm, Mechanism, Step
+from ...variant import Optimization, RunConfig, Variant
+from . import options as o
+from .batch_norm import BatchNorm, RunningStatistics
+from .groups import DecoderRows, GroupLearningRate, GroupUtilization, Neighbours, WinnerTakeAll
+from .l1_controller import DynamicL1
+from .losses import BalancedLoss, ContrastLoss, DiversityLoss, ImportanceWeightedMSE
+from .monitors import RecentError, Sketch, UtilizationEMA
+from .orthogonality import GramSchmidt, GramSchmidtLatents, GroupOrthogonalityLoss, HardOrthogonality, init_orthonormal
+
+PAPER_EXACT = {
+    "contrast_cos": ("jl", "angles seen through 128 of 2304 dimensions have a noise of 0.088, and tau ends at 0.05"),
+    "l1_controller": ("none", "0.04 lies inside all bounds, so they never act"),
+    "gs_axis": ("activation_batch", "latents depend on their batch and are hardly ever zero; one token has no rule"),
+    "group_lr": ("softmax", "it sums to one and is flat over 16 groups, so every rate is lr/16"),
+}
+
+
+class CollapseParts:
+    """The parts of a variant, to which each run adds its own."""
+
+    utilization: UtilizationEMA  # from run 1 on
+    sketch: Sketch  # from run 1 on
+    groups: GroupUtilization  # from run 7 on
+
+    def __init__(self, config: RunConfig, options: o.BaselineOptions) -> None:
+        self.config, self.options = config, options
+        self.sae = SAE(config.d_in, config.d_sae, pre_bias=options.pre_bias)
+        self.rows = DecoderRows(options.group_count(config))
+        self.error_weight = 1 / config.d_in if options.units == "evidence" else 1.0
+        self.activations: list[Activation] = []
+        self.mechanisms: list[Mechanism] = []
+        self.last_mechanisms: list[Mechanism] = []  # after all others, before the unit norm
+        self.losses: dict[str, tuple[Coefficient | float, LossTerm]] = {}
+
+    def add_loss(
+        self, name: str, strength: float, loss: LossTerm, options: o.ContrastOptions, note: str | None = None
+    ) -> None:
+        """Add a loss whose strength grows over `alpha_warmup`; it is logged as `note`."""
+        coefficient = self.growing(strength, options, note)
+        if options.gradient_balance is not None:
+            loss = BalancedLoss(coefficient, loss, self.rows, self.error_weight, options.gradient_balance)
+            self.losses[name] = (1.0, loss)
+        else:
+            self.losses[name] = (coefficient, loss)
+
+    def growing(self, strength: float, options: o.ContrastOptions, note: str | None) -> Coefficient:
+        """`strength` after a linear warm-up, times the input's variance under `loss_units=fvu`."""
+        steps = min(1000, self.config.steps // 10) if options.alpha_warmup is None else options.alpha_warmup
+        ramp = warmup(strength, steps)
+
+        def coefficient(step: Step) -> Tensor:
+            value = torch.as_tensor(ramp(step))
+            if note:
+                step.metrics[note] = value
+            if options.loss_units == "raw":
+                return value
+            centered_BD = step.x_BD - step.x_BD.mean(0)
+            return value * self.error_weight * centered_BD.square().sum(-1).mean()
+
+        return coefficient
+
+    def variant(self) -> Variant:
+        self.sae.activation = nn.Sequential(*self.activations)
+        return Variant(
+            self.sae,
+            self.losses,
+            [*self.mechanisms, *self.last_mechanisms, UnitNormDecoder()],
+            optimization(self.config, self.options),
+            dead=DeadLatents(self.config.d_sae, self.config.dead_after_tokens),
+        )
+
+
+def optimization(config: RunConfig, options: o.BaselineOptions) -> Optimization:
+    """The optimizer's settings; the paper's budget has a learning-rate schedule of its own."""
+    normalize: Literal["unit_ms", "none"] = "unit_ms" if options.units == "field" else "none"
+    if options.budget != "paper":
+        return Optimization(normalize=normalize)
+    # Paper: warms up over 1000 steps. In a shorter run the rate rises to the last step and stays below its peak.
+    lr = Optimization.lr * min(1.0, config.steps / 1000)
+    return Optimization(normalize=normalize, lr=lr, warmup=min(1000, config.steps), decay_start=1.0)
+
+
+# The runs, each with what it adds to the one before.
+
+
+def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
+    """Add ReLU latents and an L1 penalty.
+
+    The batch norm and the importance weights of 4.3 are options.
+    """
+    config = parts.config
+    error: LossTerm = MSE()
+    if options.batch_norm == "pre":
+        norm = BatchNorm(config.d_sae, config.d_in**-0.5)  # about the spread of a unit row's product with a unit input
+        parts.activations.append(norm)
+        parts.mechanisms.append(RunningStatistics(norm))
+    parts.activations.append(ReLU())
+    if options.importance == "loss_ema":
+        recent = RecentError()
+        parts.mechanisms.append(recent)
+        error = ImportanceWeightedMSE(recent)
+    parts.losses["mse"] = (parts.error_weight, error)
+    parts.losses["l1"] = (warmup(options.l1, config.penalty_warmup(options.l1_warmup)), L1())
+
+
+def add_monitors(parts: CollapseParts, options: o.MonitorOptions) -> None:
+    """Add monitors: a projection and utilization."""
+    config = parts.config
+    parts.sketch = Sketch(config.d_in, config.d_sae, options.jl_dim, options.jl_on)
+    parts.utilization = UtilizationEMA(config.d_sae, options.beta)
+    parts.mechanisms += [parts.utilization, parts.sketch]
+
+
+def add_contrast(parts: CollapseParts, options: o.ContrastOptions) -> None:
+    """Add a contrast loss on rows at a small angle."""
+    tau = cosine(options.tau_max, options.tau_min, parts.config.steps)
+    sketch = parts.sketch if options.contrast_cos == "jl" else None
+    across_groups = options.contrast_cos != "exact_group"
+    loss = ContrastLoss(parts.rows, tau, options.contrast_power, across_groups, sketch)
+    parts.add_loss("contrast", options.alpha, loss, options, note="alpha")
+
+
+def add_dynamic_l1(parts: CollapseParts, options: o.DynamicL1Options) -> None:
+    """Add an L1 penalty that moves within falling bounds.
+
+    `--l0` does not rely on this controller: within its bounds and at this kappa L0 passes the target by far. So with
+    `--l0` lambda is controlled as in every other recipe.
+    """
+    config = parts.config
+    target = min(40.0, config.d_sae / 8) if options.l0 is None else options.l0
+    controller = DynamicL1(options.l1, config.steps, target, options.l1_controller, options.kappa)
+    parts.mechanisms.append(controller)
+    growth = warmup(1.0, config.penalty_warmup(options.l1_warmup))
+    parts.losses["l1"] = (product(growth, controller.coefficient), L1())
+
+
+def add_diversity(parts: CollapseParts, options: o.DiversityOptions) -> None:
+    """Add a loss on latents that are used unequally."""
+    groups = options.groups if isinstance(options, o.GroupOptions) else None
+    parts.add_loss("diversity", options.diversity_strength, DiversityLoss(groups), options)
+
+
+def add_orthogonality_loss(parts: CollapseParts, options: o.OrthogonalityLossOptions) -> None:
+    """Add Gram-Schmidt as a loss on the rows of a group."""
+    parts.add_loss("orthogonality", options.beta_orth, GroupOrthogonalityLoss(parts.rows), options, note="beta")
+
+
+def add_gram_schmidt(parts: CollapseParts, options: o.GramSchmidtOptions) -> None:
+    """Add modified Gram-Schmidt in the forward pass."""
+    groups, d_sae = parts.rows.groups, parts.config.d_sae
+    if options.gs_axis == "activation_batch":
+        parts.activations.append(GramSchmidtLatents(groups, options.gs_gradient))
+        return
+    sketch = parts.sketch if options.gs_axis == "jl" else None
+    if sketch is not None and (options.jl_on != "decoder" or d_sae // groups > sketch.R_DS.shape[1]):
+        raise UsageError(
+            f"gs_axis=jl needs jl_on=decoder and groups of at most jl_dim = {sketch.R_DS.shape[1]} latents; "
+            f"{groups} groups of {d_sae} have {d_sae // groups}."
+        )
+    init_orthonormal(parts.sae, parts.rows, "Gram-Schmidt")
+    order, gradient = options.gs_order, options.gs_gradient
+    parts.last_mechanisms.append(GramSchmidt(parts.sae, parts.rows, parts.utilization, order, gradient, sketch))
+
+
+def add_groups(parts: CollapseParts, options: o.GroupOptions) -> None:
+    """Add sixteen groups, within which rows are compared.
+
+    Every loss and constraint that compared any two rows now compares those of a group. The part that is added is a
+    monitor.
+    """
+    parts.groups = GroupUtilization(parts.utilization, options.groups, options.group_stat)
+    parts.mechanisms.append(parts.groups)
+
+
+def add_group_rate(parts: CollapseParts, options: o.GroupRateOptions) -> None:
+    """Add a learning rate per group, by its utilization."""
+    parts.mechanisms.append(GroupLearningRate(parts.rows, parts.groups, options.group_lr))
+
+
+def add_winner_take_all(parts: CollapseParts, options: o.WinnerTakeAllOptions) -> None:
+    """Add winner-take-all in each group, with inhibition."""
+    config, share = parts.config, options.wta_share
+    if config.l0 is not None:
+        share = max(share, config.l0 / config.d_sae)  # room for what `--l0` asks for
+    groups, winners = options.groups, math.ceil(share * config.d_sae / options.groups)
+    if options.wta_scope == "global":
+        groups, winners = 1, winners * groups
+    activation = WinnerTakeAll(config.d_sae, groups, winners, options.gamma, options.neighbours, options.inhibition)
+    parts.activations.append(activation)
+    parts.mechanisms.append(Neighbours(activation, parts.sae, options.near))
+
+
+def add_hard_orthogonality(parts: CollapseParts, options: o.HardOrthogonalityOptions) -> None:
+    """Add orthonormal rows in each group after every update."""
+    # Paper: with (3) in the forward pass as well; of rows that are orthonormal, (3) changes nothing.
+    init_orthonormal(parts.sae, parts.rows, "Hard orthogonality")
+    parts.mechanisms.append(HardOrthogonality(parts.rows, options.hard_every))
+
+
+class CollapseRun(NamedTuple):
+    equations: str
+    options: type[o.BaselineOptions]
+    add: Callable[[CollapseParts, Any], None]
+
+    @property
+    def addition(self) -> str:
+        """What this run adds, from "Add ..." in the first line of its function."""
+        return (inspect.getdoc(self.add) or "").split("\n")[0].removeprefix("Add ")
+
+
+RUNS = (
+    CollapseRun("(1)", o.BaselineOptions, add_baseline),
+    CollapseRun("4.1", o.MonitorOptions, add_monitors),
+    CollapseRun("(4)", o.ContrastOptions, add_contrast),
+    CollapseRun("4.2", o.DynamicL1Options, add_dynamic_l1),
+    CollapseRun("6", o.DiversityOptions, add_diversity),
+    CollapseRun("(5)", o.OrthogonalityLossOptions, add_orthogonality_loss),
+    CollapseRun("(3)", o.GramSchmidtOptions, add_gram_schmidt),
+    CollapseRun("4.1", o.GroupOptions, add_groups),
+    CollapseRun("(2)", o.GroupRateOptions, add_group_rate),
+    CollapseRun("4.2", o.WinnerTakeAllOptions, add_winner_take_all),
+    CollapseRun("6", o.HardOrthogonalityOptions, add_hard_orthogonality),
+)
+
+
+def build(config: RunConfig, options: o.BaselineOptions) -> Variant:
+    """The run whose options these are: the parts of run 0, 1, ... up to it."""
+    parts = CollapseParts(config, options)
+    for run in RUNS:
+        if isinstance(options, run.options):
+            run.add(parts, options)
+    return parts.variant()
+
+
+def recipe_name(number: int) -> str:
+    return f"collapse-{number:02d}" if number else "collapse-baseline"
+
+
+for _number, _run in enumerate(RUNS):
+    _summary = f"`{recipe_name(_number - 1)}` plus {_run.addition}" if _number else _run.addition
+    # The default batch size of 2048 lets these runs share a pass with all others; the paper's is --batch-size 125.
+    recipe(
+        recipe_name(_number),
+        paper="000",
+        equations=_run.equations,
+        width=1,
+        paper_exact=PAPER_EXACT,
+        options=_run.options,
+        summary=_summary,
+    )(build)
