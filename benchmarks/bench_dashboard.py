@@ -20,7 +20,7 @@ import torch
 
 from common import AnonymousPeak, Spent, machine
 from sae.cache.reader import Cache
-from sae.evaluate.latents.inspection import RunView, open_run
+from sae.evaluate.latents.inspection import InspectedRun, open_run
 from sae.evaluate.pages.dashboard import dashboard_page
 from sae.evaluate.pages.page import write_page
 from sae.harvest import mini
@@ -49,7 +49,7 @@ def random_run(folder: Path, cache: Cache, latents: int) -> Path:
     return folder
 
 
-def made(found: RunView, path: Path) -> tuple[float, float]:
+def made(found: InspectedRun, path: Path) -> tuple[float, float]:
     """Seconds of the processor and megabytes of memory, those of torch included, that the page takes to make."""
     started = Spent.now()
     with AnonymousPeak() as peak:

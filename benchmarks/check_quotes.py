@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from sae.evaluate.papers.claims import NUMBER, PAPERS, Paper, load
+from sae.evaluate.papers.claims import NUMBER, PAPERS, Paper, load_paper
 
 REFERENCES = re.compile(r"^\W*REFERENCES\s*$", re.MULTILINE)
 # Numbers that are none of a result or a setting. Sections: one digit, perhaps a second, before a capital letter.
@@ -60,7 +60,7 @@ def main() -> int:
         if len(files) != 1:
             print(f"{asked.papers} has {len(files)} files {number}*.txt; one was expected.", file=sys.stderr)
             return 2
-        paper, text = load(number), files[0].read_text(encoding="utf-8")
+        paper, text = load_paper(number), files[0].read_text(encoding="utf-8")
         gone, loose = missing(paper, text), loose_numbers(paper, text)
         failed += len(gone) + len(loose)
         print(f"{number}: {len(set(paper.quotes()))} quotes, {len(gone)} not found; {len(loose)} numbers in no quote")

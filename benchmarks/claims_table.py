@@ -5,8 +5,8 @@ python benchmarks/claims_table.py > docs/claims.md
 
 from collections.abc import Iterator
 
-from sae.evaluate.papers.claims import PAPERS, Paper, load
-from sae.evaluate.papers.verdict import CLOSE, NOTHING, SEEDS, SPREAD
+from sae.evaluate.papers.claims import PAPERS, Paper, load_paper
+from sae.evaluate.papers.verdict import INTERVAL_TOLERANCE, MEAN_TOLERANCE, MIN_SEEDS, NO_EFFECT
 
 HEAD = f"""# What the five papers claim
 
@@ -16,10 +16,10 @@ that was taken. The same number in several places is one claim; two numbers for 
 numbers are there as its setting. `benchmarks/check_quotes.py --papers DIR` finds every quote in the papers' text, and
 every number of that text in a quote.
 
-The verdict on a claim (`evaluate/papers/verdict.py`) is `reproduced` on the paper's own model only: {SEEDS} seeds or more, their mean
-within {100 * CLOSE:.0f} % of the claimed number (or what rounds to it), and the 95 % interval of that mean within {100 * SPREAD:.0f} %. Of two systems
+The verdict on a claim (`evaluate/papers/verdict.py`) is `reproduced` on the paper's own model only: {MIN_SEEDS} seeds or more, their mean
+within {100 * MEAN_TOLERANCE:.0f} % of the claimed number (or what rounds to it), and the 95 % interval of that mean within {100 * INTERVAL_TOLERANCE:.0f} %. Of two systems
 it is `direction only` or `contradicted` by the interval of the differences of runs with the same seed; a difference below
-{100 * NOTHING:.0f} % of the claimed one is none, which contradicts. A number by itself is `not comparable` on another model, and
+{100 * NO_EFFECT:.0f} % of the claimed one is none, which contradicts. A number by itself is `not comparable` on another model, and
 what no metric speaks to, or nobody ran, is `not measured`. Where the paper contradicts a number it is `paper inconsistent`.
 
 | paper | claims | of them differences or changes | with a metric of ours | paper inconsistent | contradictions | measured, not reported |
@@ -66,7 +66,7 @@ def section(paper: Paper) -> Iterator[str]:
 
 
 def overview() -> str:
-    papers = [load(number) for number in PAPERS]
+    papers = [load_paper(number) for number in PAPERS]
     lines = [HEAD, *map(line, papers), *(text for paper in papers for text in section(paper))]
     return "\n".join(lines) + "\n"
 

@@ -24,7 +24,7 @@ from sae.common.files import read_json
 from sae.evaluate.compare import ComparedRun, read_run
 from sae.evaluate.metrics.base import MetricColumn
 from sae.evaluate.metrics.registry import METRICS
-from sae.evaluate.tables import paired
+from sae.evaluate.tables import paired_difference
 
 PLAIN = "progressive-baseline"  # ReLU and L1, the encoder sees x and not x - b_dec: the papers' own SAE
 L1 = "competition-baseline"  # the same with a penalty that warms up, and without weight decay
@@ -93,7 +93,9 @@ def pairs_of(runs: Runs, one: str, other: str, layer: int) -> list[tuple[Compare
 
 
 def difference(pairs: Sequence[tuple[ComparedRun, ComparedRun]], metric: str, name: str) -> str:
-    return paired([pair for pair in pairs if all(metric in run.results for run in pair)], metric, found(metric, name))
+    return paired_difference(
+        [pair for pair in pairs if all(metric in run.results for run in pair)], metric, found(metric, name)
+    )
 
 
 def lines(runs: Runs, layers: Sequence[int], numbers: Sequence[tuple[str, str]]) -> Iterator[list[str]]:

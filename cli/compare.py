@@ -56,9 +56,9 @@ def compare(
         show_table(f"against {against}, paired by seed", *beside)
     for path in out or []:
         if path.suffix == ".csv":
-            atomic_write(path, comparing.as_csv(found).encode())
+            atomic_write(path, comparing.to_csv(found).encode())
         elif path.suffix == ".json":
-            atomic_write(path, json.dumps(comparing.records(found), indent=2).encode())
+            atomic_write(path, json.dumps(comparing.to_records(found), indent=2).encode())
         else:
             from ..evaluate.pages.comparison import comparison_page
             from ..evaluate.pages.page import write_page
@@ -66,13 +66,13 @@ def compare(
             write_page(path, comparison_page(found, against))
         echo(f"written  {path}")
     if plots is not None:
-        from ..evaluate.charts import save
+        from ..evaluate.pages.plots import save_chart
 
         make_folder(plots)
-        for chart in [*comparing.frontiers(found), *comparing.curves(found)]:
+        for chart in [*comparing.frontiers(found), *comparing.training_curves(found)]:
             stem = "-".join("".join(c if c.isalnum() else " " for c in chart.title.lower()).split())
             for ending in ("svg", "png"):
-                save(chart, plots / f"{stem}.{ending}")
+                save_chart(chart, plots / f"{stem}.{ending}")
         echo(f"written  {plots}/*.svg and *.png")
     if not out:
         same = "the same command" if len(runs) > FEW else f"sae compare {' '.join(quote(str(run)) for run in runs)}"

@@ -32,13 +32,13 @@ def dashboard(
 
     from ..common.formatting import format_bytes
     from ..evaluate.latents.inspection import open_run
-    from ..evaluate.pages.dashboard import check_out, drawn_latents
+    from ..evaluate.pages.dashboard import check_page_path, sample_latents
     from ..evaluate.pages.dashboard import dashboard_page as make
     from ..evaluate.pages.page import write_page
 
-    path = check_out(out or run / "dashboard.html")
+    path = check_page_path(out or run / "dashboard.html")
     found = open_run(run, tokens, device)
-    chosen = drawn_latents(found.sae.d_sae, latents)
+    chosen = sample_latents(found.sae.d_sae, latents)
     size = BYTES_OF_A_LATENT * len(chosen) + BYTES_OF_A_TOKEN * found.tokens
     echo(
         f"dashboard {found.row.name}: {len(chosen):,} of {found.sae.d_sae:,} latents on {found.tokens:,} held-out tokens, "
@@ -66,7 +66,7 @@ def inspect(
     from ..common.formatting import format_count
     from ..evaluate.latents.inspection import check_latents, open_run
     from ..evaluate.latents.stats import latent_stats
-    from ..evaluate.pages.terminal import latent_text, print_blocks, prompt_table
+    from ..evaluate.pages.terminal import latent_summary, print_blocks, prompt_table
 
     latents = list(dict.fromkeys(latent or ()))
     if not latents and prompt is None:
@@ -82,6 +82,6 @@ def inspect(
         echo(f"inspect  {found.row.name}: {format_count(len(latents), 'latent')} on {found.tokens:,} held-out tokens")
         with bar("inspect", "") as shown:
             numbers = latent_stats(found.ctx, found.sae, found.hook, tensor(latents), shown)
-        printing += [latent_text(found, numbers, place) for place in range(len(latents))]
+        printing += [latent_summary(found, numbers, place) for place in range(len(latents))]
     print_blocks(printing)
     echo(f"next     sae dashboard {quote(str(run))}     (all latents, as a page)")

@@ -13,13 +13,13 @@ from .options import Device, Tokens
 
 
 def run_evaluate(request: Any, as_json: bool = False, dry_run: bool = False) -> list[Any]:
-    from ..evaluate.plan import plan_evaluation, unfinished
+    from ..evaluate.plan import plan_evaluation, unfinished_runs
     from ..evaluate.run import run_evaluation
     from ..evaluate.tables import notes, tables
 
     started = time.monotonic()
     planned = plan_evaluation(request)
-    for folder in unfinished(request.runs):
+    for folder in unfinished_runs(request.runs):
         echo(f"skipped  {folder} is not trained to its end: sae train --resume {quote(str(folder))}")
     foreseen = show_plan(planned)
     if dry_run:
@@ -53,7 +53,7 @@ def lenient(planned: Any) -> bool:
     from ..evaluate.metrics.registry import SUITES
 
     errors = [error for row in planned.rows for error in row.failed.values()]
-    return planned.request.suite in SUITES and all(isinstance(error, UnavailableError) for error in errors)
+    return planned.config.suite in SUITES and all(isinstance(error, UnavailableError) for error in errors)
 
 
 def failures(rows: Any) -> set[tuple[str, str]]:
@@ -81,9 +81,9 @@ def show_plan(planned: Any) -> set[tuple[str, str]]:
         behind = ", ".join(
             f"{sum(row.target.layer == layer for row in group.rows)} after layer {layer}" for layer in layers
         )
-        beside = "; beside them identity, zero, a PCA and a random dictionary" if planned.request.references else ""
+        beside = "; beside them identity, zero, a PCA and a random dictionary" if planned.config.references else ""
         echo(f"runs     {behind}{beside}")
-        identity = ctx.identity
+        identity = ctx.model_identity
         echo(
             f"model    {identity['model']} at {identity['revision'][:12]}, computed in {identity['llm_dtype']} on {ctx.device}"
         )

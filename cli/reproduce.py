@@ -62,14 +62,14 @@ def reproduce(
     from ..common.errors import UsageError
     from ..common.files import sae_home
     from ..evaluate.metrics.registry import metrics_of_suite
-    from ..evaluate.papers.claims import PAPERS, load
+    from ..evaluate.papers.claims import PAPERS, load_paper
 
     for flag, number in (("steps", steps), ("batch-size", batch_size)):
         if number is not None and number < 1:
             raise UsageError(f"--{flag} {number} is not positive. Leave it out for the paper's.")
     if suite is not None:  # now, and not when hours of training are over
         metrics_of_suite(suite)
-    chosen = [load(number) for number in (PAPERS if ALL in papers else dict.fromkeys(papers))]
+    chosen = [load_paper(number) for number in (PAPERS if ALL in papers else dict.fromkeys(papers))]
     asked = ReproduceConfig(
         model, layer, seed, reading, steps, batch_size, width, dataset, cache, suite, evaluate_tokens,
         out or sae_home() / "reproduce" / Path(model_name(model)).name, device,
@@ -218,11 +218,15 @@ def written(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: ReproduceConf
     from ..evaluate.compare import read_run
     from ..evaluate.pages.page import write_page
     from ..evaluate.pages.reproduction import reproduction_page
-    from ..evaluate.papers.report import build_report, trained
+    from ..evaluate.papers.report import build_report, load_system_run
 
     found = build_report(
         paper,
-        [trained(job.system, job.recipe, read_run(folder)) for job, folders in runs.items() for folder in folders],
+        [
+            load_system_run(job.system, job.recipe, read_run(folder))
+            for job, folders in runs.items()
+            for folder in folders
+        ],
         asked.on_paper_model,
     )
     lines = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common.errors import DamagedError
 from ..common.files import atomic_write, digest_of, read_json, write_json
 
-STRAY = 3600  # seconds without a write, after which what a dead process left half-written is removed
+STALE_SECONDS = 3600  # seconds without a write, after which what a dead process left half-written is removed
 
 
 FORMAT = 1  # of what stands on the shelf: raised when how any of it is made changes
@@ -32,7 +32,7 @@ class ArtifactCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def keep(
+    def get_or_compute(
         self, kind: str, depends: Mapping[str, Any], make: Callable[[], dict[str, Tensor]], device: str = "cpu"
     ) -> dict[str, Tensor]:
         """The tensors of `kind` that `depends` pins down: mapped from the disk, or made and written there."""
@@ -48,7 +48,7 @@ class ArtifactCache:
     def path(self, kind: str, depends: Mapping[str, Any]) -> Path:
         return self.folder / f"{kind}-{digest_of([FORMAT, kind, depends])[:16]}.safetensors"
 
-    def holds(self, kind: str, depends: Mapping[str, Any]) -> bool:
+    def contains(self, kind: str, depends: Mapping[str, Any]) -> bool:
         return self.path(kind, depends).with_suffix(".json").exists()
 
     def _read(self, path: Path, device: str) -> dict[str, Tensor] | None:
@@ -62,7 +62,7 @@ class ArtifactCache:
         return None
 
 
-def sweep(folder: Path) -> int:
+def remove_stale_temporaries(folder: Path) -> int:
     """Remove what killed processes left half-written in a folder that has no lock; returns how many files.
 
     A process of another machine may be writing there under a number that is dead here, so a fresh file stays.
@@ -71,13 +71,17 @@ def sweep(folder: Path) -> int:
     for path in folder.glob("**/*.tmp-*"):
         with contextlib.suppress(OSError):  # another process has just finished or swept it
             number = path.suffix.removeprefix(".tmp-")
-            if number.isdecimal() and not alive(int(number)) and time.time() - path.stat().st_mtime > STRAY:
+            if (
+                number.isdecimal()
+                and not is_running(int(number))
+                and time.time() - path.stat().st_mtime > STALE_SECONDS
+            ):
                 path.unlink()
                 strays += 1
     return strays
 
 
-def alive(process: int) -> bool:
+def is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -22,11 +22,11 @@ from ..common.files import read_json
 from .charts import Chart, Series
 from .metrics.base import MetricColumn, MetricResult
 from .metrics.registry import METRICS
-from .results import result_of
-from .tables import but_for_seed, head, paired, value_of, with_spread
+from .results import read_result_file
+from .tables import column_heading, digest_without_seed, format_with_spread, metric_value, paired_difference
 
 L0 = ("core", "l0")
-SUMMARY = (  # metric and number: the columns of the table, and what is drawn over L0
+SUMMARY_COLUMNS = (  # metric and number: the columns of the table, and what is drawn over L0
     L0,
     ("core", "kl_div_score"),
     ("core", "ce_loss_score"),
@@ -41,13 +41,13 @@ SUMMARY = (  # metric and number: the columns of the table, and what is drawn ov
     ("unlearning", "unlearning_score"),
     ("autointerp", "autointerp_score"),
 )
-CURVES = {
+CURVE_TITLES = {
     "explained_variance": "variance unexplained",
     "l0": "L0",
     "dead": "dead",
     "loss": "loss",
 }  # as logged, as shown
-LOGARITHMIC = ("explained_variance", "loss")
+LOG_SCALE_CURVES = ("explained_variance", "loss")
 PUBLISHED = Path(__file__).parent / "published.toml"
 
 
@@ -68,7 +68,7 @@ class ComparedRun:
         return self
 
     def value(self, metric: str, number: MetricColumn) -> float | None:
-        return value_of(self, metric, number) if metric in self.results else None
+        return metric_value(self, metric, number) if metric in self.results else None
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Comparison:
     @property
     def columns(self) -> list[tuple[str, MetricColumn]]:
         """Of SUMMARY, what at least one run has."""
-        found = [(m, n) for m, name in SUMMARY for n in METRICS[m].columns if n.name == name]
+        found = [(m, n) for m, name in SUMMARY_COLUMNS for n in METRICS[m].columns if n.name == name]
         return [(m, n) for m, n in found if any(run.value(m, n) is not None for run in self.runs)]
 
 
@@ -120,7 +120,7 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     if empty := [str(run.folder) for run in runs if not run.results]:
         raise UsageError(f"{', '.join(empty)}: nothing was measured there yet. Run: sae evaluate {' '.join(empty)}")
-    differences = what_differs(runs)
+    differences = find_differences(runs)
     if differences and not mix:
         raise UsageError(
             "These runs cannot be read beside each other:\n"
@@ -128,9 +128,9 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
             + "\nCompare them apart, or with --mix."
         )
     beside = (
-        [ComparedSystem(run.name, [run]) for run in found_references(runs)] if references and not differences else []
+        [ComparedSystem(run.name, [run]) for run in read_references(runs)] if references and not differences else []
     )
-    return Comparison(systems_of(runs), beside, differences)
+    return Comparison(group_by_system(runs), beside, differences)
 
 
 def read_run(folder: Path) -> ComparedRun:
@@ -138,18 +138,18 @@ def read_run(folder: Path) -> ComparedRun:
         raise UsageError(f"{folder} holds no trained SAE (no sae.json). Give run folders: sae compare runs/...")
     origin = read_json(folder / "sae.json", "origin")["origin"]
     run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    return ComparedRun(folder.resolve().name, folder, origin, run, *results_of(folder))
+    return ComparedRun(folder.resolve().name, folder, origin, run, *read_results(folder))
 
 
-def results_of(folder: Path) -> tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]:
+def read_results(folder: Path) -> tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]:
     """Each metric's result file, and its settings."""
     paths = {name: folder / "evaluations" / f"{name}.json" for name in METRICS}
     there = {name: path for name, path in paths.items() if path.exists()}
-    results = {name: result_of(path, METRICS[name]) for name, path in there.items()}
+    results = {name: read_result_file(path, METRICS[name]) for name, path in there.items()}
     return results, {name: read_json(path, "eval_config")["eval_config"] for name, path in there.items()}
 
 
-def found_references(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
+def read_references(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
     """The identity, zero, PCA and random dictionaries that were measured on the runs' text and layer."""
     from ..common.files import sae_home
 
@@ -157,29 +157,29 @@ def found_references(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
     settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
     found = []
     for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*-L{layer}-*")):
-        results, theirs = results_of(folder)
-        fits = [m for m in results if m in settings and apart(theirs[m]) == apart(settings[m])]
+        results, theirs = read_results(folder)
+        fits = [m for m in results if m in settings and without_weights(theirs[m]) == without_weights(settings[m])]
         if fits:
             name = folder.name.split(f"-L{layer}-")[0]
             found.append(ComparedRun(name, folder, {}, {}, {m: results[m] for m in fits}, theirs, reference=True))
     return found
 
 
-def apart(settings: dict[str, Any]) -> dict[str, Any]:
+def without_weights(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without the SAE's own digest."""
     return {name: value for name, value in settings.items() if name != "weights"}
 
 
-def what_differs(runs: Sequence[ComparedRun]) -> list[str]:
+def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
     """One sentence for each thing, other than the training, that not all runs have the same."""
     found = []
     for name in ("model", "layer", "site"):
-        values = {str(place_of(run)[name]): run for run in runs}
+        values = {str(sae_location(run)[name]): run for run in runs}
         if len(values) > 1:
             found.append(f"{name}: " + ", ".join(f"{value} ({run.name})" for value, run in values.items()))
     for metric in METRICS:
         measured = [run for run in runs if metric in run.settings]
-        for key in sorted({key for run in measured for key in apart(run.settings[metric])}):
+        for key in sorted({key for run in measured for key in without_weights(run.settings[metric])}):
             values = {json.dumps(run.settings[metric].get(key)): run for run in measured}
             if len(values) > 1:
                 shown = ", ".join(f"{value[:24]} ({run.name})" for value, run in values.items())
@@ -187,29 +187,31 @@ def what_differs(runs: Sequence[ComparedRun]) -> list[str]:
     return found
 
 
-def place_of(run: ComparedRun) -> dict[str, Any]:
+def sae_location(run: ComparedRun) -> dict[str, Any]:
     """Where the SAE stands: the model's name, the layer and the site."""
     name = run.origin.get("model", {}).get("name")
     return {"model": name, "layer": run.origin.get("layer"), "site": run.origin.get("site", "resid_post")}
 
 
-def systems_of(runs: Sequence[ComparedRun]) -> list[ComparedSystem]:
+def group_by_system(runs: Sequence[ComparedRun]) -> list[ComparedSystem]:
     """Runs that differ in their seed alone, together; labels say what tells the systems apart."""
     groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
-        groups.setdefault(but_for_seed(run.run if "seed" in run.run else {"folder": str(run.folder)}), []).append(run)
+        groups.setdefault(
+            digest_without_seed(run.run if "seed" in run.run else {"folder": str(run.folder)}), []
+        ).append(run)
     firsts = [group[0].run for group in groups.values()]
     several = {
         name for name in ("layer", "d_sae", "l0", "steps") if len({str(first.get(name)) for first in firsts}) > 1
     }
-    labels = [label_of(group[0], several) for group in groups.values()]
+    labels = [system_label(group[0], several) for group in groups.values()]
     return [
         ComparedSystem(label if labels.count(label) == 1 else f"{label} {group[0].name[-6:]}", group)
         for label, group in zip(labels, groups.values(), strict=True)
     ]
 
 
-def label_of(run: ComparedRun, several: set[str]) -> str:
+def system_label(run: ComparedRun, several: set[str]) -> str:
     """The variant, the options that were set, and which of layer, width, L0 and steps it has where those differ."""
     if not run.run:
         return run.name
@@ -225,12 +227,12 @@ def label_of(run: ComparedRun, several: set[str]) -> str:
 def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Heads, and a line for each system and then each reference."""
     columns = comparison.columns
-    heads = ["system", *(headed(metric, number) for metric, number in columns)]
+    heads = ["system", *(metric_heading(metric, number) for metric, number in columns)]
     lines = []
     for system in [*comparison.systems, *comparison.references]:
         seeds = f" ({len(system.seeds)} seeds)" if len(system.seeds) > 1 else ""
         found = [system.mean_and_spread(metric, number) for metric, number in columns]
-        cells = [with_spread(*at, n.format) if at else "" for at, (_, n) in zip(found, columns, strict=True)]
+        cells = [format_with_spread(*at, n.format) if at else "" for at, (_, n) in zip(found, columns, strict=True)]
         lines.append([system.label + seeds, *cells])
     return heads, lines
 
@@ -248,7 +250,7 @@ def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[
         pairs = [(run, first[seed]) for seed, run in system.seeds.items() if seed in first]
         if system is not base and len(pairs) > 1:
             cells = [
-                paired([p for p in pairs if m in p[0].results and m in p[1].results], m, n)
+                paired_difference([p for p in pairs if m in p[0].results and m in p[1].results], m, n)
                 for m, n in comparison.columns
             ]
             lines.append([f"{system.label} ({len(pairs)} seeds)", *cells])
@@ -256,17 +258,17 @@ def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[
         raise UsageError(
             f"No system has two seeds in common with {against}; train more with --seed 0 --seed 1 --seed 2."
         )
-    return [f"minus {against}", *(headed(metric, number) for metric, number in comparison.columns)], lines
+    return [f"minus {against}", *(metric_heading(metric, number) for metric, number in comparison.columns)], lines
 
 
-def headed(metric: str, number: MetricColumn) -> str:
+def metric_heading(metric: str, number: MetricColumn) -> str:
     """The number's head, under the name of its metric where its own does not say it."""
     named = {"absorption": "absorption", "sparse_probing": "probing", "sparse_probing_stdlib": "stdlib probing"}
     over = named.get(metric, "stdlib" if metric.endswith("_stdlib") else "")
-    return f"{over}\n{head(number)}" if over else head(number)
+    return f"{over}\n{column_heading(number)}" if over else column_heading(number)
 
 
-def records(comparison: Comparison) -> list[dict[str, Any]]:
+def to_records(comparison: Comparison) -> list[dict[str, Any]]:
     """Every number of every run, flat, by metric.category.name; with what the run is."""
     about = ("variant", "layer", "seed", "d_sae", "l0", "steps")
     return [
@@ -282,8 +284,8 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def as_csv(comparison: Comparison) -> str:
-    lines = records(comparison)
+def to_csv(comparison: Comparison) -> str:
+    lines = to_records(comparison)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     writer.writeheader()
@@ -295,7 +297,7 @@ def frontiers(comparison: Comparison) -> list[Chart]:
     """Each column over L0: a series for each recipe, through its systems in the order of L0; references as points."""
     l0 = next(n for n in METRICS[L0[0]].columns if n.name == L0[1])
     families = list(
-        dict.fromkeys(family(system, comparison) for system in [*comparison.systems, *comparison.references])
+        dict.fromkeys(series_name(system, comparison) for system in [*comparison.systems, *comparison.references])
     )
     charts = []
     for metric, number in comparison.columns:
@@ -305,20 +307,20 @@ def frontiers(comparison: Comparison) -> list[Chart]:
         for system in [*comparison.systems, *comparison.references]:
             x, y = system.mean_and_spread("core", l0), system.mean_and_spread(metric, number)
             if x and y and x[0] > 0:
-                name = family(system, comparison)
+                name = series_name(system, comparison)
                 lines.setdefault(name, []).append((x[0], *y, f"{system.label}: L0 {x[0]:.1f}, {y[0]:.4g}"))
-        series = [drawn(name, sorted(points), families.index(name)) for name, points in lines.items()]
-        title = headed(metric, number).split("\n0")[0].replace("\n", " ")
-        charts.append(Chart(title, "L0", title, series + published(comparison, metric, number), x_log=True))
+        series = [frontier_series(name, sorted(points), families.index(name)) for name, points in lines.items()]
+        title = metric_heading(metric, number).split("\n0")[0].replace("\n", " ")
+        charts.append(Chart(title, "L0", title, series + published_series(comparison, metric, number), x_log=True))
     return charts
 
 
-def drawn(name: str, points: Sequence[tuple[float, float, float, str]], look: int) -> Series:
+def frontier_series(name: str, points: Sequence[tuple[float, float, float, str]], look: int) -> Series:
     x, y, spread, labels = zip(*points, strict=True)
     return Series(name, x, y, "both" if len(points) > 1 else "points", spread, labels, look)
 
 
-def family(system: ComparedSystem, comparison: Comparison) -> str:
+def series_name(system: ComparedSystem, comparison: Comparison) -> str:
     """The systems that one line goes through: those of a recipe and width, PCA of all ranks, random dictionaries of all L0."""
     if system.runs[0].reference:
         return system.label.split("-")[0]
@@ -328,9 +330,9 @@ def family(system: ComparedSystem, comparison: Comparison) -> str:
     return f"{run.get('variant', system.label)}{wide}"
 
 
-def published(comparison: Comparison, metric: str, number: MetricColumn) -> list[Series]:
+def published_series(comparison: Comparison, metric: str, number: MetricColumn) -> list[Series]:
     """What others measured at the same place of the same model, where a number of the chart's kind was published."""
-    here = (*place_of(comparison.runs[0]).values(), metric, number.name)
+    here = (*sae_location(comparison.runs[0]).values(), metric, number.name)
     found = []
     for one in tomllib.loads(PUBLISHED.read_text())["series"]:
         if (one["model"], one["layer"], "resid_post", one["metric"], one["number"]) == here:
@@ -339,22 +341,22 @@ def published(comparison: Comparison, metric: str, number: MetricColumn) -> list
     return found
 
 
-def curves(comparison: Comparison) -> list[Chart]:
+def training_curves(comparison: Comparison) -> list[Chart]:
     """What training logged, over tokens: a line for each run. Of the explained variance what is missing to 1."""
-    logs = {run.name: logged(run.folder) for run in comparison.runs}
+    logs = {run.name: read_metrics_log(run.folder) for run in comparison.runs}
     charts = []
-    for name, title in CURVES.items():
+    for name, title in CURVE_TITLES.items():
         series = []
         for look, (run, log) in enumerate(logs.items()):
             points = [(line["tokens"], line[name]) for line in log if "tokens" in line and name in line]
             y = [1 - value if name == "explained_variance" else value for _, value in points]
             series.append(Series(run, [tokens for tokens, _ in points], y, "line", look=look))
         if any(one.x for one in series):
-            charts.append(Chart(title, "tokens", title, series, y_log=name in LOGARITHMIC))
+            charts.append(Chart(title, "tokens", title, series, y_log=name in LOG_SCALE_CURVES))
     return charts
 
 
-def logged(folder: Path) -> list[dict[str, float]]:
+def read_metrics_log(folder: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, and of each what is a number; one that a kill cut off is left out."""
     path = folder / "metrics.jsonl"
     found = []

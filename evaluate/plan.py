@@ -18,14 +18,14 @@ from ..common.files import digest_of, os_error, read_json, sae_home
 from ..common.formatting import format_bytes
 from ..harvest.model import LanguageModel, ModelSource, find_model, load_model, load_tokenizer
 from ..train.sae import SAE, load_sae, sae_spec
-from .artifacts import ArtifactCache, sweep
+from .artifacts import ArtifactCache, remove_stale_temporaries
 from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, MetricResult, check_mode
 from .metrics.registry import metrics_of_suite
 from .results import read_result
 
-HUB_COMMIT = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
-ROOM, ROOM_OF_A_LATENT = 1 << 20, 1024  # bytes that have to be free for the results of a run
+HUB_COMMIT_LENGTH = 40  # hexadecimal digits; a folder's revision is a sha256, of 64
+RESULT_BYTES, RESULT_BYTES_PER_LATENT = 1 << 20, 1024  # bytes that have to be free for the results of a run
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def plan_evaluation(request: EvaluateConfig) -> EvaluatePlan:
     A run that cannot be evaluated is in `Plan.refused`, a metric that cannot be measured in `Row.failed`; when nothing
     is left to measure or to show, that is raised.
     """
-    metrics, device, dtype = check(request)
+    metrics, device, dtype = resolve_config(request)
     if not request.runs:
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
     found = EvaluatePlan(request, metrics, [], ArtifactCache(sae_home() / "activations" / "evaluation"))
-    begun, here = unfinished(request.runs), list_caches()
+    begun, here = unfinished_runs(request.runs), list_caches()
     rows: dict[Path, list[EvalRow]] = {}
     for folder, given in {path.resolve(): path for path in request.runs}.items():
         if given in begun and len(begun) < len(request.runs):
@@ -120,7 +120,7 @@ def plan_evaluation(request: EvaluateConfig) -> EvaluatePlan:
         rows.setdefault(cache.folder, []).append(row)
         if request.cache and row.record["origin"].get("fingerprint") not in (None, cache.fingerprint):
             found.notes.append(f"{given} was trained on another cache than {cache.folder}: it may have seen that text.")
-    load = loader()
+    load = model_loader()
     for cache_folder, own in rows.items():
         cache = Cache(cache_folder)
         try:
@@ -128,10 +128,10 @@ def plan_evaluation(request: EvaluateConfig) -> EvaluatePlan:
         except SaeError as error:
             found.refused |= dict.fromkeys((row.folder for row in own if row.folder), error)
             continue
-        look_up(found, group)
+        check_group(found, group)
         if group.rows:
             found.groups.append(group)
-    raise_if_nothing_is_left(found)
+    raise_if_nothing_to_do(found)
     if any(group.todo(metric.name) for group in found.groups for metric in metrics):
         try:
             check_writable(found.artifacts.folder, 0)
@@ -139,11 +139,11 @@ def plan_evaluation(request: EvaluateConfig) -> EvaluatePlan:
             raise UnavailableError(
                 f"{error} What no SAE changes is kept there; SAE_HOME=... names another home."
             ) from error
-        sweep(found.artifacts.folder)
+        remove_stale_temporaries(found.artifacts.folder)
     return found
 
 
-def check(request: EvaluateConfig) -> tuple[list[Metric], str, str]:
+def resolve_config(request: EvaluateConfig) -> tuple[list[Metric], str, str]:
     """The metrics, the device and the dtype; UsageError for what makes no sense, whatever the SAEs are."""
     check_mode(request.mode)
     metrics = metrics_of_suite(request.suite, request.options)
@@ -162,25 +162,25 @@ def load_run(
 ) -> tuple[EvalRow, Cache]:
     """A run folder as a row, and the cache whose text it is evaluated on."""
     sae = load_sae(given, device)
-    cache = cache_of(given, sae, request, here)
+    cache = find_cache(given, sae, request, here)
     if (site := sae.origin.get("site", "resid_post")) != "resid_post":
         raise UsageError(f"{given} was trained on {site}; only SAEs of resid_post can be spliced into the model yet.")
-    return row_of(folder, sae), cache
+    return row_of_run(folder, sae), cache
 
 
-def row_of(folder: Path, sae: SAE) -> EvalRow:
+def row_of_run(folder: Path, sae: SAE) -> EvalRow:
     """`weights` is not of the tensors alone: k of a TopK is none of them, and one SAE can stand behind another layer."""
     record = read_json(folder / "sae.json", "sha256")
     weights = digest_of([sae_spec(sae), record["sha256"], sae.origin["layer"]])
     return EvalRow(folder.resolve().name, EvalTarget(sae, sae.origin["layer"]), folder, record, weights)
 
 
-def unfinished(runs: Sequence[Path]) -> list[Path]:
+def unfinished_runs(runs: Sequence[Path]) -> list[Path]:
     """Run folders that were begun and have no trained SAE yet."""
     return [run for run in runs if (run / "run.json").exists() and not (run / "sae.json").exists()]
 
 
-def cache_of(folder: Path, sae: SAE, request: EvaluateConfig, here: Mapping[Path, Cache | SaeError]) -> Cache:
+def find_cache(folder: Path, sae: SAE, request: EvaluateConfig, here: Mapping[Path, Cache | SaeError]) -> Cache:
     """The cache that is named; that of the training, wherever it stands now; or, of an SAE that came without one, the
     only one of its model. It holds the text that training did not see.
     """
@@ -202,7 +202,7 @@ def cache_of(folder: Path, sae: SAE, request: EvaluateConfig, here: Mapping[Path
     opened = [cache for cache in here.values() if isinstance(cache, Cache)]
     recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
     if recorded is None and fingerprint is None:
-        return only_cache(folder, trained_on, opened)
+        return only_cache_of_model(folder, trained_on, opened)
     if isinstance(recorded, str) and (Path(recorded) / "zarr.json").exists():
         opened.insert(0, Cache(recorded))
     for cache in opened:
@@ -216,7 +216,7 @@ def cache_of(folder: Path, sae: SAE, request: EvaluateConfig, here: Mapping[Path
     )
 
 
-def only_cache(folder: Path, model: str, opened: Sequence[Cache]) -> Cache:
+def only_cache_of_model(folder: Path, model: str, opened: Sequence[Cache]) -> Cache:
     """For an SAE that was trained elsewhere: any held-out text of its model serves."""
     serving = [c for c in opened if c.model == model and not is_ring(c.folder) and len(c.contexts(held_out=True))]
     if len(serving) == 1:
@@ -232,10 +232,10 @@ def only_cache(folder: Path, model: str, opened: Sequence[Cache]) -> Cache:
     )
 
 
-Load = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
+ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
 
 
-def loader() -> Load:
+def model_loader() -> ModelLoader:
     """Keeps the model that was asked for last, so that several caches of one model load it once."""
 
     @lru_cache(1)
@@ -246,10 +246,10 @@ def loader() -> Load:
     return load
 
 
-def make_context(request: EvaluateConfig, cache: Cache, device: str, dtype: str, load: Load) -> EvalContext:
+def make_context(request: EvaluateConfig, cache: Cache, device: str, dtype: str, load: ModelLoader) -> EvalContext:
     """The model that the cache was made with, found and not yet loaded, and the text that the cache held out."""
     name, revision = cache.identity["model"]["name"], cache.identity["model"]["revision"]
-    source, config = find_model(name, revision if len(revision) == HUB_COMMIT else None)
+    source, config = find_model(name, revision if len(revision) == HUB_COMMIT_LENGTH else None)
     if source.revision != revision:
         raise UsageError(
             f"{cache.folder} was harvested from {name} at {revision[:12]}, but what is found under that name is {source.revision[:12]}. "
@@ -281,55 +281,57 @@ def make_context(request: EvaluateConfig, cache: Cache, device: str, dtype: str,
     )
 
 
-def look_up(found: EvaluatePlan, group: EvalGroup) -> None:
+def check_group(found: EvaluatePlan, group: EvalGroup) -> None:
     """See of each row and metric whether it was measured, fails, or is to be measured; leave out rows that cannot be."""
-    config, name = group.ctx.config, group.ctx.identity["model"]
+    config, name = group.ctx.model_config, group.ctx.model_identity["model"]
     for row in list(group.rows):
         layer, d_in = row.target.layer, row.target.sae.d_in  # type: ignore[attr-defined]
         if not 0 <= layer < config.num_hidden_layers:
-            refuse(found, group, row, DamagedError(
+            refuse_row(found, group, row, DamagedError(
                 f"{row.folder}/sae.json says layer {layer}, but {name} has layers 0 to {config.num_hidden_layers - 1}. "
                 "It was overwritten; put the right layer back."
             ))  # fmt: skip
         elif d_in != config.hidden_size:
-            refuse(found, group, row, UsageError(
+            refuse_row(found, group, row, UsageError(
                 f"{row.folder} reads rows of {d_in} numbers, and those of {name} have {config.hidden_size}: it is of another model."
             ))  # fmt: skip
-    prepare(found.metrics, group, found.request.force)
+    prepare_metrics(found.metrics, group, found.config.force)
     for row in list(group.rows):
         if row.folder and any(row in group.todo(metric.name) for metric in found.metrics):
             try:
-                check_writable(row.folder / "evaluations", ROOM + ROOM_OF_A_LATENT * row.target.sae.d_sae)  # type: ignore[attr-defined]
+                check_writable(
+                    row.folder / "evaluations", RESULT_BYTES + RESULT_BYTES_PER_LATENT * row.target.sae.d_sae
+                )  # type: ignore[attr-defined]
             except SaeError as error:
-                refuse(found, group, row, error)
+                refuse_row(found, group, row, error)
             else:
-                sweep(row.folder / "evaluations")
+                remove_stale_temporaries(row.folder / "evaluations")
 
 
-def prepare(metrics: Sequence[Metric], group: EvalGroup, force: bool) -> None:
+def prepare_metrics(metrics: Sequence[Metric], group: EvalGroup, force: bool) -> None:
     """The settings of every metric that can be measured, and what was measured with the same before."""
     for metric in metrics:
         try:
             group.settings[metric.name] = metric.settings(group.ctx)
         except SaeError as error:  # something that the metric reads is not there
-            fail(metric, group.rows, error)
+            record_failure(metric, group.rows, error)
             continue
         if not force:
-            read_earlier(metric, group, group.rows)
+            read_earlier_results(metric, group, group.rows)
         if lacking := group.todo(metric.name):
             try:
                 metric.check()
             except SaeError as error:
-                fail(metric, lacking, error)
+                record_failure(metric, lacking, error)
                 del group.settings[metric.name]
 
 
-def fail(metric: Metric, rows: Sequence[EvalRow], error: SaeError) -> None:
+def record_failure(metric: Metric, rows: Sequence[EvalRow], error: SaeError) -> None:
     for row in rows:
         row.failed[metric.name] = error
 
 
-def read_earlier(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow]) -> None:
+def read_earlier_results(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow]) -> None:
     for row in rows:
         if row.folder:
             try:
@@ -341,7 +343,7 @@ def read_earlier(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow]) -> N
                     row.results[metric.name] = earlier
 
 
-def refuse(found: EvaluatePlan, group: EvalGroup, row: EvalRow, error: SaeError) -> None:
+def refuse_row(found: EvaluatePlan, group: EvalGroup, row: EvalRow, error: SaeError) -> None:
     group.rows.remove(row)
     if row.folder:
         found.refused[row.folder] = error
@@ -363,7 +365,7 @@ def check_writable(folder: Path, room: int) -> None:
         )
 
 
-def raise_if_nothing_is_left(found: EvaluatePlan) -> None:
+def raise_if_nothing_to_do(found: EvaluatePlan) -> None:
     """The sentences of all that is refused, when nothing can be measured and nothing was; their exit code, if it is one."""
     if any(metric.name not in row.failed for row in found.rows for metric in found.metrics):
         return

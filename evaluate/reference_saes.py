@@ -12,8 +12,8 @@ from ..train.sae import SAE
 from .context import EvalContext
 from .metrics.base import EvalTarget
 
-CONTEXTS = 256  # of training text, to fit means and directions on: some 30,000 rows
-ROWS = 2048  # of those, to count the SAEs' latents on and to fit a gain
+FIT_CONTEXTS = 256  # of training text, to fit means and directions on: some 30,000 rows
+GAIN_ROWS = 2048  # of those, to count the SAEs' latents on and to fit a gain
 
 
 class Identity:
@@ -62,11 +62,11 @@ def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
     return sae
 
 
-def references(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
+def reference_targets(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
     """For SAEs of one layer: the identity, zero, PCA and a random dictionary at their median L0 and width."""
     layer = targets[0].layer
-    x_RD = sample(ctx, text, layer).float()
-    few_RD = x_RD[:ROWS]
+    x_RD = sample_activations(ctx, text, layer).float()
+    few_RD = x_RD[:GAIN_ROWS]
     counts = torch.stack([(target.sae.encode(few_RD) != 0).sum(1).float().mean() for target in targets])
     widths = torch.tensor([target.sae.encode(few_RD[:1]).shape[1] for target in targets])
     rank = min(max(round(float(counts.median())), 1), x_RD.shape[1] - 1)
@@ -79,13 +79,13 @@ def references(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTarget]) 
     }
 
 
-def sample(ctx: EvalContext, text: Contexts, layer: int) -> Tensor:
+def sample_activations(ctx: EvalContext, text: Contexts, layer: int) -> Tensor:
     """Rows (R, D) of the beginning of the text, from the shelf or one pass."""
-    text = text.select(slice(0, CONTEXTS))
+    text = text.select(slice(0, FIT_CONTEXTS))
 
     def make() -> dict[str, Tensor]:
-        batches = ctx.batches(16, CONTEXTS, text)
+        batches = ctx.batches(16, FIT_CONTEXTS, text)
         return {"x": torch.cat([ctx.model.capture(b.ids, [layer])[layer][b.counted].cpu() for b in batches])}
 
-    pinned = {**ctx.identity, "skip": ctx.skip, "layer": layer, "ids": digest_of(text.ids.tolist())}
-    return ctx.artifacts.keep("sample", pinned, make)["x"].to(ctx.device)
+    pinned = {**ctx.model_identity, "skip": ctx.special_ids, "layer": layer, "ids": digest_of(text.ids.tolist())}
+    return ctx.artifacts.get_or_compute("sample", pinned, make)["x"].to(ctx.device)

@@ -25,8 +25,8 @@ def write_result(
     since a number can be -1 too, `absent` says where.
     """
     ours = {"metrics": result.metrics, "details": result.details}
-    absent = list(paths_of(None, ours))
-    theirs = with_values(ours, absent, ABSENT)
+    absent = list(find_leaves(None, ours))
+    theirs = replace_leaves(ours, absent, ABSENT)
     envelope = {
         "eval_type_id": metric.type_id,
         "eval_config": dict(settings),
@@ -39,11 +39,11 @@ def write_result(
         "sae_lens_release_id": folder.name,
         "sae_lens_version": "none",
         "sae_cfg_dict": dict(run),
-        "eval_result_unstructured": {name: getattr(result, name) for name in UNSTRUCTURED} | {"absent": absent},
+        "eval_result_unstructured": {name: getattr(result, name) for name in UNSTRUCTURED_KEYS} | {"absent": absent},
     }
     path = result_file(folder, metric)
     try:
-        set_aside(folder, metric, settings)
+        archive_other_settings(folder, metric, settings)
     except OSError as error:
         raise os_error(error, path) from error
     write_json(path, envelope)
@@ -52,10 +52,10 @@ def write_result(
 ABSENT = -1.0
 
 
-UNSTRUCTURED = ("intervals", "n", "flags", "extra")
+UNSTRUCTURED_KEYS = ("intervals", "n", "flags", "extra")
 
 
-RECORDED = ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
+RESULT_KEYS = ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
 
 
 def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> MetricResult | None:
@@ -64,26 +64,26 @@ def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Me
 
     Raises DamagedError for a file that holds no result.
     """
-    path, aside = result_file(folder, metric), earlier_file(folder, metric, settings)
-    if path.exists() and earlier_file(folder, metric, read_json(path, *RECORDED)["eval_config"]) == aside:
-        return result_of(path, metric)
+    path, aside = result_file(folder, metric), archived_file(folder, metric, settings)
+    if path.exists() and archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"]) == aside:
+        return read_result_file(path, metric)
     if not aside.exists():
         return None
-    found = result_of(aside, metric)
+    found = read_result_file(aside, metric)
     with contextlib.suppress(OSError):
-        set_aside(folder, metric, settings)
+        archive_other_settings(folder, metric, settings)
         aside.replace(path)
     return found
 
 
-def result_of(path: Path, metric: Metric | type[Metric]) -> MetricResult:
+def read_result_file(path: Path, metric: Metric | type[Metric]) -> MetricResult:
     """What a result file holds. Raises DamagedError for one that holds none."""
-    found = read_json(path, *RECORDED)
+    found = read_json(path, *RESULT_KEYS)
     try:
-        more = {name: found["eval_result_unstructured"][name] for name in UNSTRUCTURED}
+        more = {name: found["eval_result_unstructured"][name] for name in UNSTRUCTURED_KEYS}
         theirs = {"metrics": found["eval_result_metrics"], "details": found["eval_result_details"]}
         absent = found["eval_result_unstructured"].get("absent")
-        ours = with_values(theirs, list(paths_of(ABSENT, theirs)) if absent is None else absent, None)
+        ours = replace_leaves(theirs, list(find_leaves(ABSENT, theirs)) if absent is None else absent, None)
         metrics = {
             c: {n: v if v is None else float(v) for n, v in group.items()} for c, group in ours["metrics"].items()
         }
@@ -93,33 +93,33 @@ def result_of(path: Path, metric: Metric | type[Metric]) -> MetricResult:
     return MetricResult(metrics, details, **more)
 
 
-def earlier_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:
+def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:
     """Where the result of these settings stands once one of other settings has taken its place."""
     return folder / "evaluations" / "earlier" / f"{metric.name}-{digest_of(settings)[:8]}.json"
 
 
-def set_aside(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
+def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
     """Make room for a result of these settings: one of others was perhaps hours of work, and is kept."""
     path = result_file(folder, metric)
     with contextlib.suppress(DamagedError):  # there is none, or nothing in it that could be kept
-        aside = earlier_file(folder, metric, read_json(path, *RECORDED)["eval_config"])
-        if aside != earlier_file(folder, metric, settings):
+        aside = archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"])
+        if aside != archived_file(folder, metric, settings):
             make_folder(aside.parent)
             with contextlib.suppress(FileNotFoundError):  # another process has just done so
                 path.replace(aside)
 
 
-def paths_of(leaf: float | None, tree: Any) -> Iterator[JsonPath]:
+def find_leaves(leaf: float | None, tree: Any) -> Iterator[JsonPath]:
     """Where a leaf stands."""
     branches = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, branch in branches:
         if isinstance(branch, (dict, list)):
-            yield from ([key, *rest] for rest in paths_of(leaf, branch))
+            yield from ([key, *rest] for rest in find_leaves(leaf, branch))
         elif branch is leaf if leaf is None else branch == leaf:
             yield [key]
 
 
-def with_values(tree: Any, places: Sequence[JsonPath], leaf: float | None) -> Any:
+def replace_leaves(tree: Any, places: Sequence[JsonPath], leaf: float | None) -> Any:
     """A copy of the tree with this leaf at some places."""
     tree = copy.deepcopy(tree)
     for *branches, last in places:

@@ -32,9 +32,9 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
                 for row in measured
             }
             title = f"{metric.title}; n = {counted.pop()}" if len(counted) == 1 and counted != {""} else metric.title
-            numbers = [n for n in metric.columns if any(value_of(row, name, n) is not None for row in measured)]
-            lines = [[row.name, *(cell(row, name, number) for number in numbers)] for row in measured]
-            yield title, ["run", *map(head, numbers)], lines + over_seeds(measured, name, numbers)
+            numbers = [n for n in metric.columns if any(metric_value(row, name, n) is not None for row in measured)]
+            lines = [[row.name, *(format_cell(row, name, number) for number in numbers)] for row in measured]
+            yield title, ["run", *map(column_heading, numbers)], lines + seed_lines(measured, name, numbers)
 
 
 def notes(rows: Sequence[EvalRow]) -> list[str]:
@@ -50,29 +50,29 @@ def notes(rows: Sequence[EvalRow]) -> list[str]:
     ]
 
 
-def head(number: MetricColumn) -> str:
+def column_heading(number: MetricColumn) -> str:
     """The name with the better direction, and under it the least and the largest that the number can well be."""
     ends = ["" if end is None else f"{end:g}" for end in (number.floor, number.ceiling)]
     return number.heading + ARROWS[number.better] + (f"\n{ends[0]}..{ends[1]}" if any(ends) else "")
 
 
-def value_of(row: EvalRow, metric: str, number: MetricColumn) -> float | None:
+def metric_value(row: EvalRow, metric: str, number: MetricColumn) -> float | None:
     return row.results[metric].metrics.get(number.category, {}).get(number.name)
 
 
-def cell(row: EvalRow, metric: str, number: MetricColumn) -> str:
-    value = value_of(row, metric, number)
+def format_cell(row: EvalRow, metric: str, number: MetricColumn) -> str:
+    value = metric_value(row, metric, number)
     if value is None:
         return ""
     low, high = row.results[metric].intervals.get(number.category, {}).get(number.name) or (None, None)
-    return with_spread(value, 0 if low is None or high is None else (high - low) / 2, number.format)
+    return format_with_spread(value, 0 if low is None or high is None else (high - low) / 2, number.format)
 
 
-def with_spread(value: float, spread: float, form: str) -> str:
+def format_with_spread(value: float, spread: float, form: str) -> str:
     return format(value, form) + (f" ±{format(spread, form).removeprefix('0')}" if spread > 0 else "")
 
 
-def over_seeds(rows: Sequence[EvalRow], metric: str, numbers: Sequence[MetricColumn]) -> list[list[str]]:
+def seed_lines(rows: Sequence[EvalRow], metric: str, numbers: Sequence[MetricColumn]) -> list[list[str]]:
     """Mean and sd of runs that differ in their seed alone; then what each such group has more than the first one.
 
     That difference is paired: of runs with the same seed, with half the 95 % interval of Student's t.
@@ -82,45 +82,47 @@ def over_seeds(rows: Sequence[EvalRow], metric: str, numbers: Sequence[MetricCol
         if row.folder:
             with contextlib.suppress(DamagedError):  # a reference, or imported: it has no seed
                 record = read_json(row.folder / "run.json", "seed")
-                groups.setdefault(but_for_seed(record), {})[record["seed"]] = row
+                groups.setdefault(digest_without_seed(record), {})[record["seed"]] = row
     lines: list[list[str]] = []
     first: dict[int, EvalRow] = {}
     for group in groups.values():
         if len(group) < 2:
             continue
-        name = series(group)
-        found = [[v for row in group.values() if (v := value_of(row, metric, n)) is not None] for n in numbers]
+        name = group_name(group)
+        found = [[v for row in group.values() if (v := metric_value(row, metric, n)) is not None] for n in numbers]
         spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
         cells = [
-            with_spread(statistics.mean(values), sd, n.format) if values else ""
+            format_with_spread(statistics.mean(values), sd, n.format) if values else ""
             for n, values, sd in zip(numbers, found, spread, strict=True)
         ]
         lines.append([f"{name}, {len(group)} seeds ± sd", *cells])
         first = first or group
         shared = sorted(first.keys() & group.keys())
         if group is not first and len(shared) > 1:
-            cells = [paired([(group[seed], first[seed]) for seed in shared], metric, n) for n in numbers]
-            lines.append([f"{name} - {series(first)}, paired", *cells])
+            cells = [paired_difference([(group[seed], first[seed]) for seed in shared], metric, n) for n in numbers]
+            lines.append([f"{name} - {group_name(first)}, paired", *cells])
     return lines
 
 
 # Of a run's record, what does not decide its result: runs of one recipe can come from several commands and machines.
-INCIDENTAL = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
+IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
 
 
-def but_for_seed(record: Mapping[str, Any]) -> str:
+def digest_without_seed(record: Mapping[str, Any]) -> str:
     """The same for runs that differ in nothing but their seed."""
-    return digest_of({name: value for name, value in record.items() if name not in INCIDENTAL})
+    return digest_of({name: value for name, value in record.items() if name not in IGNORED_KEYS})
 
 
-def series(group: dict[int, EvalRow]) -> str:
+def group_name(group: dict[int, EvalRow]) -> str:
     return next(iter(group.values())).name.rsplit("-s", 1)[0]
 
 
-def paired(pairs: Sequence[tuple[EvalRow, EvalRow]], metric: str, number: MetricColumn) -> str:
-    values = [(value_of(one, metric, number), value_of(other, metric, number)) for one, other in pairs]
+def paired_difference(pairs: Sequence[tuple[EvalRow, EvalRow]], metric: str, number: MetricColumn) -> str:
+    values = [(metric_value(one, metric, number), metric_value(other, metric, number)) for one, other in pairs]
     differences = [one - other for one, other in values if one is not None and other is not None]
     if len(differences) < 2:
         return ""
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    return with_spread(statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * error, number.format)
+    return format_with_spread(
+        statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * error, number.format
+    )

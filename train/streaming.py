@@ -12,17 +12,7 @@ from ..cache.ring import RingCache
 from ..common.device import best_device
 from ..common.files import writer_lock
 from .plan import Run, TrainConfig
-from .run import (
-    RunTrainer,
-    SharedPass,
-    TrainProgress,
-    prepare_trainer,
-    raise_problems,
-    set_normalization,
-    shared_passes,
-    stop_on_signal,
-    unfinished_runs,
-)
+from .run import RunTrainer, SharedPass, TrainProgress, prepare_trainer, raise_problems, set_normalization, shared_passes, stop_on_signal, unfinished_runs
 
 Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]  # makes these groups while it is open
 

@@ -13,48 +13,48 @@ from typing import Any
 from ...common.errors import UnavailableError
 from ...common.files import read_json, sae_home, write_json
 
-SECONDS = 20  # for one answer
+TIMEOUT_SECONDS = 20  # for one answer
 
 
-def commit(name: str) -> str:
+def pinned_commit(name: str) -> str:
     """The commit of a dataset. Raises whatever says that the Hub cannot be reached, or does not give it."""
     record = sae_home() / "activations" / "evaluation" / "datasets" / f"{name.replace('/', '--')}.json"
     if record.exists():
         return read_json(record, "commit")["commit"]
-    found = newest(name)
+    found = latest_commit(name)
     with contextlib.suppress(UnavailableError):  # where nothing can be written, it is asked for again
         write_json(record, {"dataset": name, "commit": found})
     return found
 
 
-def newest(name: str) -> str:
+def latest_commit(name: str) -> str:
     """The Hub's; without the Hub, that of the copy which `datasets` would read."""
     import huggingface_hub
 
-    if (error := unreachable()) is not None:
-        if (copy := cached(name)) is None:
+    if (error := connection_error()) is not None:
+        if (copy := cached_commit(name)) is None:
             raise error
         return copy
     api = huggingface_hub.HfApi()
-    info = api.dataset_info(name, timeout=SECONDS)
+    info = api.dataset_info(name, timeout=TIMEOUT_SECONDS)
     if info.gated:
         api.auth_check(name, repo_type="dataset")
     return str(info.sha)
 
 
 @functools.cache
-def unreachable() -> Exception | None:
+def connection_error() -> Exception | None:
     """Why the Hub cannot be reached; found once, since a network that swallows everything answers nobody for long."""
     import huggingface_hub
 
     try:
-        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
     except Exception as error:  # of whatever HTTP client it has; or that it was told to be offline
         return error
     return None
 
 
-def cached(name: str) -> str | None:
+def cached_commit(name: str) -> str | None:
     """The commit of the copy that `datasets` takes when it is offline: the one written last."""
     from datasets import config
     from datasets.naming import camelcase_to_snakecase

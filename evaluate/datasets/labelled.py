@@ -24,7 +24,7 @@ from . import hub, stdlib
 
 SEED = 42
 SPLITS = ("train", "test")
-ROWS_AT_ONCE = 1000
+ROWS_PER_BLOCK = 1000
 READERS = {".jsonl": "json", ".parquet": "parquet"}
 Texts = dict[str, dict[str, list[str]]]  # train, test -> class -> texts
 Quadrants = dict[str, dict[str, list[str]]]  # train, test -> PP, NN, NP, PN -> texts
@@ -54,9 +54,9 @@ class LabelledDataset:
             groups = self.groups(split, data, self.classes)
             for (label, value), texts in groups.items():
                 if len(texts) < quota:
-                    raise too_few(dataset, split, self.group(label, value), len(texts), quota)
+                    raise too_few_texts(dataset, split, self.group(label, value), len(texts), quota)
             found[split] = {
-                str(label): [text for value in self.values for text in sample(groups[label, value], quota)]
+                str(label): [text for value in self.values for text in sample_texts(groups[label, value], quota)]
                 for label in self.classes
             }
         return found
@@ -71,7 +71,7 @@ class LabelledDataset:
         for row in read_dataset_rows(self.name, split, columns, data):
             key = (row[self.label], row[self.attribute] if self.attribute else None)
             if all(isinstance(part, Hashable) for part in key) and key in groups:
-                groups[key].append(text_of(self.name, split, row[self.text], self.text))
+                groups[key].append(checked_text(self.name, split, row[self.text], self.text))
         return groups
 
 
@@ -89,11 +89,11 @@ class CodeDataset:
         for row in read_dataset_rows(self.name, "train", ["code", "language"], data):
             if not isinstance(row["language"], str) or row["language"] not in found:
                 continue
-            if len(code := text_of(self.name, "train", row["code"], "code")) > self.shortest:
+            if len(code := checked_text(self.name, "train", row["code"], "code")) > self.shortest:
                 found[row["language"]].append(code[self.head :])
                 if all(len(texts) > wanted for texts in found.values()):
                     break
-        return shuffled(dataset, found, sizes)
+        return shuffle_and_split(dataset, found, sizes)
 
 
 @dataclass(frozen=True)
@@ -110,23 +110,23 @@ class TranslationDataset:
             found[language] = []
             for row in read_dataset_rows(self.name, "train", ["translation"], data, subset):
                 sides = row["translation"] if isinstance(row["translation"], dict) else {}
-                found[language].append(text_of(self.name, "train", sides.get(language), f"translation.{language}"))
+                found[language].append(checked_text(self.name, "train", sides.get(language), f"translation.{language}"))
                 if len(found[language]) == wanted:
                     break
-        return shuffled(dataset, found, sizes)
+        return shuffle_and_split(dataset, found, sizes)
 
 
 BIOS, REVIEWS = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
 GITHUB, EUROPARL = "codeparrot/github-code", "Helsinki-NLP/europarl"
-ENDINGS = {
+CODE_SUFFIXES = {
     "C": (".c", ".h"),
     "Python": (".py",),
     "HTML": (".html",),
     "Java": (".java",),
     "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"),
 }
-PROFESSIONS: dict[str, Any] = {"text": "hard_text", "label": "profession", "attribute": "gender", "values": (0, 1)}
-RATINGS: dict[str, Any] = {"text": "text", "label": "category", "attribute": "rating", "values": (1.0, 5.0)}
+BIOS_COLUMNS: dict[str, Any] = {"text": "hard_text", "label": "profession", "attribute": "gender", "values": (0, 1)}
+REVIEW_COLUMNS: dict[str, Any] = {"text": "text", "label": "category", "attribute": "rating", "values": (1.0, 5.0)}
 # (professor, nurse), (architect, journalist), (surgeon, psychologist), (attorney, teacher); 0 is male, 1 female
 BIOS_PAIRS = ((21, 13), (1, 11), (25, 22), (2, 26))
 # (books, CDs and vinyl), (software, electronics), (pet supplies, office products), (industrial, toys and games)
@@ -135,12 +135,12 @@ REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
 SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
 HUB: dict[str, LabelledDataset | CodeDataset | TranslationDataset] = {
-    f"{BIOS}_class_set1": LabelledDataset(BIOS, classes=(0, 1, 2, 6, 9), pairs=BIOS_PAIRS, **PROFESSIONS),
-    f"{BIOS}_class_set2": LabelledDataset(BIOS, classes=(11, 13, 14, 18, 19), **PROFESSIONS),
-    f"{BIOS}_class_set3": LabelledDataset(BIOS, classes=(20, 21, 22, 25, 26), **PROFESSIONS),
-    REVIEWS: LabelledDataset(REVIEWS, classes=(1, 2, 3, 5, 6), pairs=REVIEWS_PAIRS, **RATINGS),
+    f"{BIOS}_class_set1": LabelledDataset(BIOS, classes=(0, 1, 2, 6, 9), pairs=BIOS_PAIRS, **BIOS_COLUMNS),
+    f"{BIOS}_class_set2": LabelledDataset(BIOS, classes=(11, 13, 14, 18, 19), **BIOS_COLUMNS),
+    f"{BIOS}_class_set3": LabelledDataset(BIOS, classes=(20, 21, 22, 25, 26), **BIOS_COLUMNS),
+    REVIEWS: LabelledDataset(REVIEWS, classes=(1, 2, 3, 5, 6), pairs=REVIEWS_PAIRS, **REVIEW_COLUMNS),
     f"{REVIEWS}_sentiment": LabelledDataset(REVIEWS, "text", "rating", (1.0, 5.0)),
-    GITHUB: CodeDataset(GITHUB, tuple(ENDINGS)),
+    GITHUB: CodeDataset(GITHUB, tuple(CODE_SUFFIXES)),
     "fancyzhx/ag_news": LabelledDataset("fancyzhx/ag_news", "text", "label", (0, 1, 2, 3)),
     EUROPARL: TranslationDataset(
         EUROPARL, (("en", "en-fr"), ("fr", "fr-it"), ("de", "de-en"), ("es", "es-fr"), ("nl", "nl-pt"))
@@ -169,7 +169,7 @@ CLASS_NAMES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def labelled(name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000) -> Texts:
+def load_texts(name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000) -> Texts:
     """train/test -> class -> texts, in SAEBench's order of classes: train_set_size // 2 (test_set_size // 2) of each.
 
     Raises UsageError for an unknown name, a missing column and a class with too few texts, OutsideError without the Hub.
@@ -177,10 +177,10 @@ def labelled(name: str, data: Path | None, train_set_size: int = 4000, test_set_
     for option, size in (("train_set_size", train_set_size), ("test_set_size", test_set_size)):
         if size < 4:
             raise UsageError(f"{option}={size} leaves no text for a class. Give at least 4.")
-    return dataset(name).read(name, data, {"train": train_set_size, "test": test_set_size})
+    return find_dataset(name).read(name, data, {"train": train_set_size, "test": test_set_size})
 
 
-def quadrants(
+def load_quadrants(
     name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000
 ) -> dict[tuple[str, str], Quadrants]:
     """For each of SCR's pairs of classes (c+, c-): train/test -> quadrant -> texts in the order of the dataset.
@@ -190,7 +190,7 @@ def quadrants(
 
     Raises UsageError for a dataset without pairs and a quadrant with too few texts, and what `labelled` raises.
     """
-    table = dataset(name)
+    table = find_dataset(name)
     if not isinstance(table, LabelledDataset) or not table.pairs:
         known = [known for known, other in DATASETS.items() if isinstance(other, LabelledDataset) and other.pairs]
         raise UsageError(f"{name} has no pairs of classes with a second attribute; these have: {', '.join(known)}.")
@@ -204,19 +204,19 @@ def quadrants(
             needed = {"PP": 2 * q + 1, "NN": 2 * q + 1, "NP": q, "PN": q}
             for quadrant, (label, value) in cells.items():
                 if (count := len(groups[label, value])) < needed[quadrant]:
-                    raise too_few(name, split, table.group(label, value), count, needed[quadrant])
+                    raise too_few_texts(name, split, table.group(label, value), count, needed[quadrant])
             found[str(plus), str(minus)][split] = {
                 quadrant: groups[cell][: 2 * q if quadrant in ("PP", "NN") else q] for quadrant, cell in cells.items()
             }
     return found
 
 
-def pinned(name: str, data: Path | None) -> str:
+def dataset_version(name: str, data: Path | None) -> str:
     """What stands for the texts of a dataset in the settings of a result: the digest of files, a commit of the Hub.
 
     Raises OutsideError when they are of the Hub and its commit cannot be known.
     """
-    source = dataset(name)
+    source = find_dataset(name)
     if name in STAND_INS:
         return f"python {platform.python_version()}"
     subsets = [f"/{subset}" for _, subset in source.subsets] if isinstance(source, TranslationDataset) else [""]
@@ -229,19 +229,19 @@ def pinned(name: str, data: Path | None) -> str:
     found = [f"sha256 {digest.hexdigest()}"] if any(places.values()) else []
     for (place, split), file in places.items():
         if file is None:
-            return ", ".join([*found, f"the Hub {commit_of(source.name, f'{place}/{split}')}"])
+            return ", ".join([*found, f"the Hub {hub_commit(source.name, f'{place}/{split}')}"])
     return found[0]
 
 
-def commit_of(name: str, place: str) -> str:
+def hub_commit(name: str, place: str) -> str:
     """The commit of a dataset that is read from the Hub; OutsideError when it cannot be known."""
     try:
-        return hub.commit(name)
+        return hub.pinned_commit(name)
     except Exception as error:  # whatever `huggingface_hub` and what stands below it can raise
-        raise error if isinstance(error, SaeError) else refusal(error, name, place, None) from error
+        raise error if isinstance(error, SaeError) else read_error(error, name, place, None) from error
 
 
-def dataset(name: str) -> LabelledDataset | CodeDataset | TranslationDataset:
+def find_dataset(name: str) -> LabelledDataset | CodeDataset | TranslationDataset:
     if name not in DATASETS:
         raise UsageError(f"There is no labelled dataset {name}{did_you_mean(name, DATASETS)}")
     return DATASETS[name]
@@ -253,19 +253,19 @@ def class_name(dataset: str, label: str) -> str:
     return CLASS_NAMES.get(source.name, {}).get(label, label) if source else label
 
 
-def sample(texts: Sequence[str], count: int) -> list[str]:
+def sample_texts(texts: Sequence[str], count: int) -> list[str]:
     """The rows that pandas' `DataFrame.sample(count, random_state=42)` draws."""
     chosen = np.random.RandomState(SEED).choice(len(texts), size=count, replace=False)
     return [texts[number] for number in chosen]
 
 
-def shuffled(name: str, found: dict[str, list[str]], sizes: dict[str, int]) -> Texts:
+def shuffle_and_split(name: str, found: dict[str, list[str]], sizes: dict[str, int]) -> Texts:
     """All texts of each class shuffled, one class after the other with one generator; the first are for training."""
     train, test = (sizes[split] // 2 for split in SPLITS)
     rng = random.Random(SEED)
     for label, texts in found.items():
         if len(texts) < train + test:
-            raise too_few(name, "train", label, len(texts), train + test)
+            raise too_few_texts(name, "train", label, len(texts), train + test)
         rng.shuffle(texts)
     return {
         "train": {label: texts[:train] for label, texts in found.items()},
@@ -273,7 +273,7 @@ def shuffled(name: str, found: dict[str, list[str]], sizes: dict[str, int]) -> T
     }
 
 
-def text_of(name: str, split: str, value: Any, column: str) -> str:
+def checked_text(name: str, split: str, value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise UsageError(
             f"{name} has a row in {split} with {value!r:.40} in {column}, where a text was expected. "
@@ -282,7 +282,7 @@ def text_of(name: str, split: str, value: Any, column: str) -> str:
     return value
 
 
-def too_few(name: str, split: str, label: str, found: int, needed: int) -> UsageError:
+def too_few_texts(name: str, split: str, label: str, found: int, needed: int) -> UsageError:
     return UsageError(
         f"{name} has {found:,} texts of {label} in {split}, but {needed:,} are needed. "
         "Ask for fewer with train_set_size and test_set_size, or give more text."
@@ -294,14 +294,14 @@ def read_dataset_rows(
 ) -> Iterator[Row]:
     """The rows of a split, in order: of the standard library, of a file under `data`, or of the Hub."""
     if name in STAND_INS:
-        yield from stdlib.rows(name.removeprefix("stdlib/"), split)
+        yield from stdlib.labelled_rows(name.removeprefix("stdlib/"), split)
         return
     place = f"{name}/{subset}" if subset else name
     file = local_file(place, split, data)
     shown = str(file) if file else name
     try:
-        stream = opened(file) if file else on_the_hub(name, split, subset)
-        for block in stream.iter(ROWS_AT_ONCE):
+        stream = open_file(file) if file else open_on_hub(name, split, subset)
+        for block in stream.iter(ROWS_PER_BLOCK):
             if lacking := [column for column in columns if column not in block]:
                 raise UsageError(
                     f"{shown} has no column {lacking[0]!r}; its columns are {', '.join(map(repr, block))}. "
@@ -312,7 +312,7 @@ def read_dataset_rows(
     except SaeError:
         raise
     except Exception as error:  # whatever `datasets` and what stands below it can raise
-        raise refusal(error, name, f"{place}/{split}", file) from error
+        raise read_error(error, name, f"{place}/{split}", file) from error
 
 
 def local_file(name: str, split: str, data: Path | None) -> Path | None:
@@ -320,19 +320,19 @@ def local_file(name: str, split: str, data: Path | None) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def opened(file: Path) -> Any:
+def open_file(file: Path) -> Any:
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say the same before us, with a traceback
     return datasets.load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True)
 
 
-def on_the_hub(name: str, split: str, subset: str | None) -> Any:
+def open_on_hub(name: str, split: str, subset: str | None) -> Any:
     """What is read whole is kept by `datasets`; of europarl and github-code the beginning is enough, so they stream."""
     import datasets
 
-    at = hub.commit(name)
-    if (error := hub.unreachable()) and hub.cached(name) is None:
+    at = hub.pinned_commit(name)
+    if (error := hub.connection_error()) and hub.cached_commit(name) is None:
         raise error  # at once, where `datasets` tries for half a minute
     if name != GITHUB:
         found = datasets.load_dataset(name, name=subset, split=split, streaming=subset is not None, revision=at)
@@ -345,10 +345,10 @@ def on_the_hub(name: str, split: str, subset: str | None) -> Any:
 
 
 def language_of(path: str) -> str | None:
-    return next((language for language, endings in ENDINGS.items() if path.endswith(endings)), None)
+    return next((language for language, endings in CODE_SUFFIXES.items() if path.endswith(endings)), None)
 
 
-def refusal(error: Exception, name: str, place: str, file: Path | None) -> SaeError:
+def read_error(error: Exception, name: str, place: str, file: Path | None) -> SaeError:
     """The sentence for texts that cannot be read."""
     from huggingface_hub.errors import GatedRepoError
 

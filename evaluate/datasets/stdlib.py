@@ -28,13 +28,13 @@ SUBJECTS = {
     "python": "ast inspect dis tokenize pdb bdb traceback doctest pydoc typing".split(),
     "text": "string textwrap difflib csv configparser json html re optparse argparse gettext plistlib".split(),
 }
-PIECE, SHORTEST = 200, 60  # characters
-TEST_ONE_IN = 3
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+PIECE_CHARACTERS, MIN_CHARACTERS = 200, 60  # characters
+TEST_EVERY = 3
+DocumentedNode = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @functools.cache
-def rows(task: str, split: str) -> tuple[dict[str, str], ...]:
+def labelled_rows(task: str, split: str) -> tuple[dict[str, str], ...]:
     """Rows of a split: `text`, and `library` and `kind` of library, `kind` of kind, `subject` and `kind` of subject."""
     named = {"library": library_rows, "kind": kind_rows, "subject": subject_rows}[task]
     groups: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}
@@ -43,35 +43,35 @@ def rows(task: str, split: str) -> tuple[dict[str, str], ...]:
     found = []
     for labels, texts in groups.items():
         for number, text in enumerate(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())):
-            if (number % TEST_ONE_IN == 0) == (split == "test"):
+            if (number % TEST_EVERY == 0) == (split == "test"):
                 found.append({"text": text, **dict(labels)})
     return tuple(found)
 
 
 def library_rows() -> Iterator[tuple[str, dict[str, str]]]:
     for library in LIBRARIES:
-        for kind, text in pieces_of(library):
+        for kind, text in module_pieces(library):
             yield text, {"library": library, "kind": "code" if kind == "code" else "prose"}
 
 
 def kind_rows() -> Iterator[tuple[str, dict[str, str]]]:
     for module in (*LIBRARIES, *(module for modules in SUBJECTS.values() for module in modules)):
-        for kind, text in pieces_of(module):
+        for kind, text in module_pieces(module):
             yield text, {"kind": kind}
     for name in sorted(topics):
-        for text in pieces(topics[name]):
+        for text in split_into_pieces(topics[name]):
             yield text, {"kind": "topic"}
 
 
 def subject_rows() -> Iterator[tuple[str, dict[str, str]]]:
     for subject, modules in SUBJECTS.items():
         for module in modules:
-            for kind, text in pieces_of(module):
+            for kind, text in module_pieces(module):
                 yield text, {"subject": subject, "kind": kind}
 
 
 @functools.cache
-def pieces_of(module: str) -> tuple[tuple[str, str], ...]:
+def module_pieces(module: str) -> tuple[tuple[str, str], ...]:
     """(kind, text) of every piece of a module or package; none where this Python has no such module."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
@@ -81,22 +81,24 @@ def pieces_of(module: str) -> tuple[tuple[str, str], ...]:
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
         for node in ast.walk(tree):
-            if isinstance(node, Documented) and (docstring := ast.get_docstring(node)):
-                found += [("docstring", text) for text in pieces(docstring)]
+            if isinstance(node, DocumentedNode) and (docstring := ast.get_docstring(node)):
+                found += [("docstring", text) for text in split_into_pieces(docstring)]
                 node.body = node.body[1:] or [ast.Pass()]
         for comment in re.findall(r"(?:^[ \t]*#.*\n)+", source, re.MULTILINE):
-            found += [("comment", text) for text in pieces(re.sub(r"^[ \t]*#+ ?", "", comment, flags=re.MULTILINE))]
-        found += [("code", text) for text in pieces(ast.unparse(tree))]
+            found += [
+                ("comment", text) for text in split_into_pieces(re.sub(r"^[ \t]*#+ ?", "", comment, flags=re.MULTILINE))
+            ]
+        found += [("code", text) for text in split_into_pieces(ast.unparse(tree))]
     return tuple(found)
 
 
-def pieces(text: str) -> Iterator[str]:
+def split_into_pieces(text: str) -> Iterator[str]:
     """Runs of lines of about PIECE characters."""
     held = ""
     for line in text.splitlines():
         held += line.rstrip() + "\n" if line.strip() else ""
-        if len(held) >= PIECE:
+        if len(held) >= PIECE_CHARACTERS:
             yield held.rstrip()
             held = ""
-    if len(held) > SHORTEST:
+    if len(held) > MIN_CHARACTERS:
         yield held.rstrip()

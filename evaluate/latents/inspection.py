@@ -23,15 +23,17 @@ from ..metrics.base import MetricResult
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from ..metrics.probes import wilson_interval
 from ..metrics.registry import METRICS
-from ..plan import EvalRow, EvaluateConfig, cache_of, check, loader, make_context, row_of
-from ..results import result_of
+from ..plan import EvalRow, EvaluateConfig, find_cache, make_context, model_loader, resolve_config, row_of_run
+from ..results import read_result_file
 
-TOKENS = 100_000  # of held-out text, unless asked otherwise
-TELLING = 0.6  # accuracy of a probe on one latent, above which it tells something of its class; 0.5 is chance
+DEFAULT_TOKENS = 100_000  # of held-out text, unless asked otherwise
+MIN_PROBE_ACCURACY = (
+    0.6  # accuracy of a probe on one latent, above which it tells something of its class; 0.5 is chance
+)
 
 
 @dataclass(frozen=True)
-class RunView:
+class InspectedRun:
     """`row` has the results that are of this very SAE; `labels` are what they call a latent."""
 
     folder: Path
@@ -48,37 +50,39 @@ class RunView:
         return int(self.ctx.contexts.length.sum())
 
 
-def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtype: str = "auto") -> RunView:
+def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtype: str = "auto") -> InspectedRun:
     """Open a run folder with at most about `tokens` tokens of its cache's held-out text.
 
     Raises UsageError when it is no trained run or its cache is gone, DamagedError when its files contradict each other.
     """
-    request = EvaluateConfig(runs=[folder], tokens=TOKENS if tokens is None else tokens, device=device, dtype=dtype)
-    _, device, dtype = check(request)
+    request = EvaluateConfig(
+        runs=[folder], tokens=DEFAULT_TOKENS if tokens is None else tokens, device=device, dtype=dtype
+    )
+    _, device, dtype = resolve_config(request)
     sae = load_sae(folder)
-    cache = cache_of(folder, sae, request, list_caches())
-    ctx = make_context(request, cache, device, dtype, loader())
+    cache = find_cache(folder, sae, request, list_caches())
+    ctx = make_context(request, cache, device, dtype, model_loader())
     hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
     try:
-        check_layers(ctx.config, [hook.layer], cache.identity["model"]["name"])
+        check_layers(ctx.model_config, [hook.layer], cache.identity["model"]["name"])
     except UsageError as error:
         raise DamagedError(f"{folder}/sae.json was overwritten: {error}") from None
-    if (width := hook_width(hook, ctx.config)) != sae.d_in:
+    if (width := hook_width(hook, ctx.model_config)) != sae.d_in:
         raise DamagedError(f"{folder} takes activations of {sae.d_in} numbers, but {hook} of the model has {width}.")
-    row = row_of(folder, sae)
-    row.results |= results_of(folder, row.weights)
+    row = row_of_run(folder, sae)
+    row.results |= results_of_weights(folder, row.weights)
     sae.to(device)
-    return RunView(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, labels(row.results, sae.d_sae))
+    return InspectedRun(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, latent_labels(row.results, sae.d_sae))
 
 
-def results_of(folder: Path, weights: str) -> dict[str, MetricResult]:
+def results_of_weights(folder: Path, weights: str) -> dict[str, MetricResult]:
     """The results in evaluations/ that are of these weights; files that hold no result are passed over."""
     found = {}
     for name, metric in METRICS.items():
         path = folder / "evaluations" / f"{name}.json"
         with contextlib.suppress(DamagedError, AttributeError):
             if read_json(path, "eval_config")["eval_config"].get("weights") == weights:
-                found[name] = result_of(path, metric)
+                found[name] = read_result_file(path, metric)
     return found
 
 
@@ -87,14 +91,14 @@ LabelCandidate = tuple[
 ]  # by what labels of a latent are ordered, the largest first; the latent; its label
 
 
-def labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:
+def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:
     """What evaluations call a latent: the letter that absorption's probes found it to spell, autointerp's explanation,
     and the classes of texts that sparse probing found it for (`classes_told`), those that it tells best first.
 
     A result that was changed by hand, so that it cannot be read, is passed over.
     """
     told: list[LabelCandidate] = []
-    for name, read in LABELS.items():
+    for name, read in LABEL_SOURCES.items():
         with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             told += [one for one in read(results[name]) if 0 <= one[1] < d_sae] if name in results else []
     found: dict[int, list[str]] = {}
@@ -103,21 +107,21 @@ def labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]
     return found
 
 
-def letters_spelt(result: MetricResult) -> Iterator[LabelCandidate]:
+def letter_labels(result: MetricResult) -> Iterator[LabelCandidate]:
     for letter in result.details:
         for latent in letter["main_latents"]:
             f1 = letter["f1_k_sparse"][len(letter["main_latents"]) - 1]
             yield math.inf, int(latent), f"first letter {letter['first_letter']} (F1 {f1:.2f})"
 
 
-def explanations(result: MetricResult) -> Iterator[LabelCandidate]:
+def explanation_labels(result: MetricResult) -> Iterator[LabelCandidate]:
     for entry in (result.extra or {}).values():
         if entry["explanation"]:
             score = "" if entry["score"] is None else f" (score {entry['score']:.2f})"
             yield math.inf, int(entry["latent"]), f"{entry['explanation']}{score}"
 
 
-def classes_told(result: MetricResult) -> Iterator[LabelCandidate]:
+def class_labels(result: MetricResult) -> Iterator[LabelCandidate]:
     """Of sparse probing, the latents that tell a class by themselves: test accuracy, latent, what to call it.
 
     Such a latent is the one whose mean differs most between texts of the class and others, and is larger for the class.
@@ -130,14 +134,14 @@ def classes_told(result: MetricResult) -> Iterator[LabelCandidate]:
         for label, chosen in scores.get("sae_top_1_latents", {}).items():
             accuracy = scores["sae_top_1_test_accuracy"][label]
             ((latent, difference),) = chosen.items()
-            if difference > 0 and wilson_interval(accuracy, result.n["test_texts_per_task"])[0] > TELLING:
+            if difference > 0 and wilson_interval(accuracy, result.n["test_texts_per_task"])[0] > MIN_PROBE_ACCURACY:
                 text = f"{class_name(dataset, label)} (class of {dataset}, accuracy {accuracy:.2f})"
                 yield accuracy, int(latent), text
 
 
-LABELS = {
-    "absorption": letters_spelt, "autointerp": explanations, "sparse_probing": classes_told,
-    "sparse_probing_stdlib": classes_told,
+LABEL_SOURCES = {
+    "absorption": letter_labels, "autointerp": explanation_labels, "sparse_probing": class_labels,
+    "sparse_probing_stdlib": class_labels,
 }  # fmt: skip
 
 
@@ -149,13 +153,13 @@ def check_latents(latents: Sequence[int], d_sae: int, name: str) -> None:
 
 
 @torch.no_grad()
-def encoded_prompt(open_run: RunView, prompt: str) -> tuple[list[int], Tensor]:
+def encode_prompt(open_run: InspectedRun, prompt: str) -> tuple[list[int], Tensor]:
     """The token ids of a prompt (S,) as the model reads it, and the activations there (S, F), zero at special tokens.
 
     Raises UsageError for a prompt without tokens, or longer than the model reads.
     """
     ids = open_run.ctx.tokenizer(prompt.encode("utf-8", "replace").decode(), verbose=False)["input_ids"]
-    kept = [token not in open_run.ctx.skip for token in ids]
+    kept = [token not in open_run.ctx.special_ids for token in ids]
     if not any(kept):
         raise UsageError("--prompt has no tokens. Give it some text.")
     most = getattr(open_run.ctx.model.config, "max_position_embeddings", len(ids))
@@ -169,7 +173,7 @@ def encoded_prompt(open_run: RunView, prompt: str) -> tuple[list[int], Tensor]:
     return ids, torch.where(torch.tensor(kept, device=device)[:, None], f_SF, 0).cpu()
 
 
-def recipe_of(open_run: RunView) -> dict[str, Any]:
+def training_record(open_run: InspectedRun) -> dict[str, Any]:
     """What the run says of its training: run.json, or {} where the SAE came without one."""
     path = open_run.folder / "run.json"
     return read_json(path) if path.exists() else {}

@@ -24,13 +24,16 @@ from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 
 BEFORE, AFTER = 16, 7  # positions of a passage around the token that it is chosen for
 WIDTH = BEFORE + 1 + AFTER
-TOP, SAMPLED = 10, 15  # passages with the largest activations, and those that quantiles are taken from
+TOP_PASSAGES, SAMPLED_PASSAGES = (
+    10,
+    15,
+)  # passages with the largest activations, and those that quantiles are taken from
 BINS = 32
-LISTED = 8  # neighbours, and latents that fire together
-PUSHED = 10  # tokens at each end of the logit effects
-CELLS = 2**25  # of a dense block: 128 MiB
-PAIRED_TOKENS = 32_768  # at most so many tokens tell which latents fire together,
-PAIRED_COST = 2e9  # and so many pairs of firing latents, which is half a minute of one core
+LISTED_LATENTS = 8  # neighbours, and latents that fire together
+LOGIT_TOKENS = 10  # tokens at each end of the logit effects
+BLOCK_ELEMENTS = 2**25  # of a dense block: 128 MiB
+MAX_PAIR_TOKENS = 32_768  # at most so many tokens tell which latents fire together,
+MAX_PAIR_COST = 2e9  # and so many pairs of firing latents, which is half a minute of one core
 
 
 class Histogram:
@@ -54,7 +57,7 @@ class Histogram:
         self.count_KB.view(-1).index_add_(0, place, torch.ones_like(place))
 
 
-class Passages:
+class PassageTable:
     """Of each latent the `count` passages of the largest score, one of a context at most.
 
     `score` (K, P) descends, -inf where there are fewer; `context` and `position` (K, P) are of the token that a passage
@@ -124,7 +127,7 @@ class ActivationStats:
         self.sum_K = torch.zeros(count, dtype=torch.float64, device=device)
         self.peak_K = torch.zeros(count, device=device)
         self.histogram = Histogram(count, device)
-        self.top, self.sample = Passages(count, TOP, device), Passages(count, SAMPLED, device)
+        self.top, self.sample = PassageTable(count, TOP_PASSAGES, device), PassageTable(count, SAMPLED_PASSAGES, device)
         self.random = torch.Generator().manual_seed(0)  # on the CPU: every device draws the same
         self.l0_parts: list[Tensor] = []
         self.paired_parts: list[Any] = []
@@ -140,7 +143,7 @@ class ActivationStats:
         self.fired_F += fires_NSF.sum((0, 1)).long()
         l0_T = fires_NSF.sum(-1)[kept_NS].long().cpu()
         self.l0_parts.append(l0_T)
-        if self.paired_tokens < PAIRED_TOKENS and self.paired_cost < PAIRED_COST:
+        if self.paired_tokens < MAX_PAIR_TOKENS and self.paired_cost < MAX_PAIR_COST:
             self.paired_parts.append(sparse.csr_array(f_NSF[kept_NS].cpu().numpy()))
             self.paired_tokens += len(l0_T)
             self.paired_cost += float(l0_T.double().square().sum())
@@ -245,7 +248,7 @@ def _latent_stats(ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, pro
         effects = logit_effects(ctx.model, sae.W_dec[latents_K], partial(progress, note="logit effects"))
         up, down = effects
     near = neighbours(sae.W_dec, latents_K, partial(progress, note="neighbours"))
-    together, jaccard = coactive(found.paired, latents_K, partial(progress, note="latents that fire together"))
+    together, jaccard = coactive_latents(found.paired, latents_K, partial(progress, note="latents that fire together"))
     return LatentStats(found, up, down, near, together, jaccard)
 
 
@@ -270,24 +273,24 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
 def logit_effects(model: LanguageModel, rows_KD: Tensor, progress: Progress) -> tuple[RankedEntries, RankedEntries]:
     """The tokens whose logits a unit of each latent raises most and lowers most, by `direct_logits`."""
     ups, downs = [], []
-    for rows_CD in in_blocks(rows_KD, model.config.vocab_size, progress):
+    for rows_CD in split_blocks(rows_KD, model.config.vocab_size, progress):
         effect_CV = direct_logits(model, rows_CD)
-        ups.append(strongest(effect_CV, PUSHED))
-        downs.append(strongest(-effect_CV, PUSHED))
-    down = joined(downs)
-    return joined(ups), RankedEntries(down.index, -down.value)
+        ups.append(top_entries(effect_CV, LOGIT_TOKENS))
+        downs.append(top_entries(-effect_CV, LOGIT_TOKENS))
+    down = concat_entries(downs)
+    return concat_entries(ups), RankedEntries(down.index, -down.value)
 
 
 def neighbours(W_dec_FD: Tensor, latents_K: Tensor, progress: Progress) -> RankedEntries:
     """The latents whose decoder rows have the largest cosines with each one's."""
     unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
     found = []
-    for own_C in in_blocks(latents_K.to(unit_FD.device), len(unit_FD), progress):
-        found.append(strongest(without(unit_FD[own_C] @ unit_FD.T, own_C), LISTED))
-    return joined(found)
+    for own_C in split_blocks(latents_K.to(unit_FD.device), len(unit_FD), progress):
+        found.append(top_entries(mask_self(unit_FD[own_C] @ unit_FD.T, own_C), LISTED_LATENTS))
+    return concat_entries(found)
 
 
-def coactive(paired_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[RankedEntries, Tensor]:
+def coactive_latents(paired_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[RankedEntries, Tensor]:
     """The latents that fire together with each: cosine of activations over tokens, and beside it Jaccard's index (K, M).
 
     `paired_TF` is a scipy.sparse array of activations, column by column. Jaccard's index is the share of the tokens with
@@ -296,10 +299,10 @@ def coactive(paired_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[Ran
     norm_F = np.sqrt(paired_TF.multiply(paired_TF).sum(0))
     fires_TF = paired_TF.astype(bool).astype(np.int32)
     count_F = fires_TF.sum(0)
-    index_KM = np.full((len(latents_K), LISTED), -1)
-    cosine_KM, jaccard_KM = np.zeros((2, len(latents_K), LISTED))
+    index_KM = np.full((len(latents_K), LISTED_LATENTS), -1)
+    cosine_KM, jaccard_KM = np.zeros((2, len(latents_K), LISTED_LATENTS))
     done = 0
-    for own_C in in_blocks(latents_K.cpu(), paired_TF.shape[1], progress):
+    for own_C in split_blocks(latents_K.cpu(), paired_TF.shape[1], progress):
         dot_CF = (paired_TF[:, own_C.numpy()].T @ paired_TF).tocsr()
         dot_CF.sort_indices()
         for row, own in enumerate(own_C.tolist(), done):
@@ -307,43 +310,43 @@ def coactive(paired_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[Ran
             others = dot_CF.indices[part]
             cosines = dot_CF.data[part] / norm_F[others] / norm_F[own]
             cosines[others == own] = 0
-            best = np.argsort(-cosines, kind="stable")[:LISTED]
+            best = np.argsort(-cosines, kind="stable")[:LISTED_LATENTS]
             best = best[cosines[best] > 0]
             index_KM[row, : len(best)], cosine_KM[row, : len(best)] = others[best], cosines[best]
         rows = slice(done, done := done + len(own_C))
-        one, other = np.repeat(own_C.numpy(), LISTED), index_KM[rows].clip(0).ravel()
+        one, other = np.repeat(own_C.numpy(), LISTED_LATENTS), index_KM[rows].clip(0).ravel()
         both = fires_TF[:, one].multiply(fires_TF[:, other]).sum(0)
         share = both / (count_F[one] + count_F[other] - both).clip(1)
-        jaccard_KM[rows] = share.reshape(-1, LISTED) * (index_KM[rows] >= 0)
+        jaccard_KM[rows] = share.reshape(-1, LISTED_LATENTS) * (index_KM[rows] >= 0)
     return RankedEntries(torch.from_numpy(index_KM), torch.from_numpy(cosine_KM)), torch.from_numpy(jaccard_KM)
 
 
-def in_blocks(rows: Tensor, width: int, progress: Progress) -> Iterator[Tensor]:
+def split_blocks(rows: Tensor, width: int, progress: Progress) -> Iterator[Tensor]:
     """The rows, as many at a time as dense blocks of that width have room for."""
     done = 0
-    for part in rows.split(max(1, CELLS // width)):
+    for part in rows.split(max(1, BLOCK_ELEMENTS // width)):
         yield part
         done += len(part)
         progress(done, len(rows))
 
 
-def without(similarity_CF: Tensor, own_C: Tensor) -> Tensor:
+def mask_self(similarity_CF: Tensor, own_C: Tensor) -> Tensor:
     """-inf at each row's own latent."""
     return similarity_CF.scatter(1, own_C[:, None], -math.inf)
 
 
-def strongest(value_CF: Tensor, count: int) -> RankedEntries:
+def top_entries(value_CF: Tensor, count: int) -> RankedEntries:
     value, index = value_CF.topk(min(count, value_CF.shape[1]), 1)
     missing = value == -math.inf
     return RankedEntries(index.masked_fill(missing, -1).cpu(), value.masked_fill(missing, 0).double().cpu())
 
 
-def joined(parts: list[RankedEntries]) -> RankedEntries:
+def concat_entries(parts: list[RankedEntries]) -> RankedEntries:
     return RankedEntries(torch.cat([part.index for part in parts]), torch.cat([part.value for part in parts]))
 
 
 def quantile_passages(
-    found: Passages, latent: int, shares: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
+    found: PassageTable, latent: int, shares: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
 ) -> list[Passage]:
     """Of a latent's sampled passages those at these shares of their order by activation, the strongest first."""
     ordered = sorted(found.of(latent), key=lambda passage: passage.value)

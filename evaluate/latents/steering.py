@@ -39,7 +39,7 @@ def steering(
             "Steering takes a model of transformers and an SAE: sae.steering(model, sae.load_sae(...), latent=...)."
         )
     language_model, where = LanguageModel(model), PositionMask(positions)
-    hook = hook_of(sae, language_model)
+    hook = hook_of_sae(sae, language_model)
     if latent not in range(sae.d_sae):
         raise UsageError(f"There is no latent {latent!r}: the SAE has {sae.d_sae}, from 0 to {sae.d_sae - 1}.")
     if (strength is None) == (clamp is None):
@@ -63,7 +63,7 @@ def steering(
         yield model
 
 
-def hook_of(sae: SAE, model: LanguageModel) -> Hook:
+def hook_of_sae(sae: SAE, model: LanguageModel) -> Hook:
     """Where the SAE reads; UsageError when the model has no such place, or another width there."""
     if "layer" not in sae.origin:
         raise UsageError("This SAE does not say of which layer it is. Set sae.origin['layer'], a zero-based block.")

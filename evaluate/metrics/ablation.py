@@ -24,7 +24,7 @@ from torch import Tensor
 from ...common.errors import SaeError, UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
-from ..datasets.labelled import Texts, pinned
+from ..datasets.labelled import Texts, dataset_version
 from .base import EvalTarget, Metric, MetricResult, Outcome, Progress, SAELike
 from .batched_probes import PROBE_SETTINGS, LinearProbes, train_probes
 from .bootstrap import BootstrapWeights, bootstrap_interval
@@ -130,7 +130,7 @@ class Ablation(Metric):
         """What `draw` gives are the tasks to measure ablations on."""
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        texts = {name: pinned(name, ctx.data) for name in self.datasets}
+        texts = {name: dataset_version(name, ctx.data) for name in self.datasets}
         return {**super().settings(ctx), "texts": texts}
 
     def check(self) -> None:
@@ -173,7 +173,7 @@ class Ablation(Metric):
         tasks = {split: problem.fixed(split) for split in problem.texts}
         known = read_labelled_rows(ctx, layers, problem.name, problem.texts, progress, self.context)
         pinned = {
-            **ctx.identity, "skip": ctx.skip, "context": self.context, "probe": PROBE_SETTINGS, "problem": problem.name,
+            **ctx.model_identity, "skip": ctx.special_ids, "context": self.context, "probe": PROBE_SETTINGS, "problem": problem.name,
             "texts": digest_of(problem.texts), "tasks": digest_of([task.rows.tolist() for split in tasks.values() for task in split]),
         }  # fmt: skip
         found = {}
@@ -185,7 +185,7 @@ class Ablation(Metric):
                 made = train_probes(mean["train"], tasks["train"], mean["test"], tasks["test"], draws)
                 return {"weight": made.weight_PD, "bias": made.bias_P}
 
-            kept = ctx.artifacts.keep("probes", {**pinned, "layer": layer}, make)
+            kept = ctx.artifacts.get_or_compute("probes", {**pinned, "layer": layer}, make)
             found[layer] = AblationBasis(labelled, mean["test"], LinearProbes(kept["weight"], kept["bias"]))
             progress(number + 1, len(layers), f"probes of {problem.name}")
         return found

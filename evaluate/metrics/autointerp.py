@@ -87,7 +87,7 @@ class Autointerp(Metric):
     )
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        return {**super().settings(ctx), **ctx.text}
+        return {**super().settings(ctx), **ctx.text_identity}
 
     def check(self) -> None:
         """Ask the judge one small question, so that a wrong key or endpoint is known before anything is measured."""
@@ -123,7 +123,7 @@ class Autointerp(Metric):
         trained = [targets[i] for i in places]
         if not trained:
             return outcomes
-        shares = firing_frequencies(ctx.model, torch.tensor(ctx.skip), rows_RS, trained, progress)
+        shares = firing_frequencies(ctx.model, torch.tensor(ctx.special_ids), rows_RS, trained, progress)
         drawn = [self.draw(share_F, rows_RS.numel()) for share_F in shares]
         found: list[dict[int, LatentExamples]] = [{} for _ in trained]
         for number, latent, place_P, value_P in collect_firings(ctx, rows_RS, trained, drawn, shares, progress):
@@ -213,7 +213,7 @@ def collect_in_one_pass(
     device = ctx.model.device
     layers = sorted({target.layer for target, own in zip(targets, latents, strict=True) if own})
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in targets]
-    skip, done = torch.tensor(ctx.skip, device=device), 0
+    skip, done = torch.tensor(ctx.special_ids, device=device), 0
     for ids_NS in forward_batches(rows_RS.to(device)):
         kept_NS = ~torch.isin(ids_NS, skip)
         place_T = kept_NS.flatten().nonzero().squeeze(1) + done * ids_NS.shape[1]

@@ -62,7 +62,7 @@ class Core(Metric):
     )
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        return {**super().settings(ctx), **ctx.text}
+        return {**super().settings(ctx), **ctx.text_identity}
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:

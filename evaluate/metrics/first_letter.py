@@ -174,8 +174,8 @@ def read_spelling_rows(
     """The rows of every word after each layer and the probe on them: from the shelf, or one pass of the model."""
     chosen_NS, fresh_NS = spelling.all_prompts(seed)
     ids_NS = torch.cat([chosen_NS, fresh_NS])
-    pinned = {**ctx.identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
-    lacking = [layer for layer in layers if not ctx.artifacts.holds("letters", {**pinned, "layer": layer})]
+    pinned = {**ctx.model_identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
+    lacking = [layer for layer in layers if not ctx.artifacts.contains("letters", {**pinned, "layer": layer})]
     made = last_token_rows(ctx, ids_NS, lacking, progress) if lacking else {}
     letter_N = torch.tensor([word.letter for word in spelling.words])
     found = {}
@@ -185,7 +185,7 @@ def read_spelling_rows(
             return {"x": made[layer] if layer in made else last_token_rows(ctx, ids_NS, [layer], progress)[layer]}
 
         at = {**pinned, "layer": layer}
-        x_ND = ctx.artifacts.keep("letters", at, rows)["x"]
+        x_ND = ctx.artifacts.get_or_compute("letters", at, rows)["x"]
         train_ND, test_ND, fresh_ND = x_ND.tensor_split([spelling.train, len(chosen_NS)])
         settings = {"batch": 64, "epochs": 50, "weight_decay": 1e-4}
 
@@ -197,7 +197,9 @@ def read_spelling_rows(
             )
             return {"weight": fitted.weight_LD, "bias": fitted.bias_L}
 
-        kept = ctx.artifacts.keep("letters-probe", {**at, **settings, "seed": seed, "train": spelling.train}, probe)
+        kept = ctx.artifacts.get_or_compute(
+            "letters-probe", {**at, **settings, "seed": seed, "train": spelling.train}, probe
+        )
         own = LetterProbes(kept["weight"], kept["bias"])
         train_letter_N, test_letter_N = letter_N.tensor_split([spelling.train])
         found[layer] = SpellingRows(train_ND, train_letter_N, test_ND, test_letter_N, fresh_ND, own, spelling.from_ids)

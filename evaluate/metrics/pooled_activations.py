@@ -93,8 +93,8 @@ def read_text_rows(
     if context < 2:  # the tokenizer would take 0 for no limit
         raise UsageError(f"A context of {context} tokens holds no text beside BOS. Give 2 or more.")
     ids: list[list[int]] = ctx.tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]
-    pinned = {**ctx.identity, "skip": ctx.skip, "ids": digest_of(ids)}
-    lacking = [layer for layer in layers if not ctx.artifacts.holds("rows", {**pinned, "layer": layer})]
+    pinned = {**ctx.model_identity, "skip": ctx.special_ids, "ids": digest_of(ids)}
+    lacking = [layer for layer in layers if not ctx.artifacts.contains("rows", {**pinned, "layer": layer})]
     made = capture_rows(ctx, lacking, ids, progress) if lacking else {}
 
     def rows_of(layer: int) -> TextRows:
@@ -102,7 +102,7 @@ def read_text_rows(
             rows = made[layer] if layer in made else capture_rows(ctx, [layer], ids, progress)[layer]
             return {"x": rows.x_TD, "count": rows.count_N}
 
-        kept: dict[str, Any] = ctx.artifacts.keep("rows", {**pinned, "layer": layer}, make)
+        kept: dict[str, Any] = ctx.artifacts.get_or_compute("rows", {**pinned, "layer": layer}, make)
         return TextRows(kept["x"], kept["count"])
 
     return {layer: rows_of(layer) for layer in layers}
@@ -112,7 +112,7 @@ def capture_rows(
     ctx: EvalContext, layers: Sequence[int], ids: Sequence[Sequence[int]], progress: Progress
 ) -> dict[int, TextRows]:
     """One pass over the texts, those of like length together; no later block than the last layer asked for is needed."""
-    skip = torch.tensor(ctx.skip)
+    skip = torch.tensor(ctx.special_ids)
     found: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(ids) for layer in layers}
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
     for start in range(0, len(order), TEXTS_PER_FORWARD):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..datasets.labelled import BIOS, REVIEWS, quadrants
+from ..datasets.labelled import BIOS, REVIEWS, load_quadrants
 from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, DrawTask
 from .base import MetricColumn
 from .bootstrap import BootstrapWeights, bootstrap_interval
@@ -57,7 +57,7 @@ class Scr(Ablation):
     )
 
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
-        found = quadrants(dataset, data, self.train_set_size, self.test_set_size)
+        found = load_quadrants(dataset, data, self.train_set_size, self.test_set_size)
         for pair, texts in found.items():
             labels = "_".join(CLASS_NAMES.get(dataset, {}).get(label, label) for label in pair)
             yield AblationProblem(f"{dataset}_scr_{labels}_results", texts, PROBES, self.task)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
-from ..datasets.labelled import HUB, STAND_INS, Texts, labelled, pinned
+from ..datasets.labelled import HUB, STAND_INS, Texts, dataset_version, load_texts
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
 from .probes import (
     ProbeFeatures,
@@ -78,7 +78,7 @@ class SparseProbing(Metric):
     )
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        texts = {name: pinned(name, ctx.data) for name in self.datasets}
+        texts = {name: dataset_version(name, ctx.data) for name in self.datasets}
         return {**super().settings(ctx), "k": self.ks(ctx.mode), "texts": texts}
 
     def ks(self, mode: str) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class SparseProbing(Metric):
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         ks = self.ks(ctx.mode)
         make_generator(self.rng)  # an unknown one is refused before the model runs
-        texts = {name: labelled(name, ctx.data, self.train_set_size, self.test_set_size) for name in self.datasets}
+        texts = {name: load_texts(name, ctx.data, self.train_set_size, self.test_set_size) for name in self.datasets}
         layers = sorted({target.layer for target in targets})
         own = [make_generator(self.rng) for _ in targets]  # of "saebench": one per SAE
         llm: dict[int, dict[str, ProbingScores]] = {layer: {} for layer in layers}
@@ -106,7 +106,7 @@ class SparseProbing(Metric):
                     one = make_generator(self.rng)
                     return probe_dataset(features, ks, lambda *names: self.drawn_by(one, name, *names)).tensors()
 
-                kept = ctx.artifacts.keep("llm_probes", depends, make)
+                kept = ctx.artifacts.get_or_compute("llm_probes", depends, make)
                 llm[layer][name] = ProbingScores.of_tensors(kept, classes["test"], ks)
             for index, target in enumerate(targets):
                 progress(number * len(targets) + index, len(texts) * len(targets), f"{name}, SAE {index + 1}")
@@ -134,7 +134,7 @@ class SparseProbing(Metric):
 
     def draws(self, ctx: EvalContext) -> dict[str, Any]:
         """What decides the numbers of the LLM's side, besides layer and texts."""
-        return {**ctx.identity, "skip": ctx.skip, "context": self.context, "rng": self.rng}
+        return {**ctx.model_identity, "skip": ctx.special_ids, "context": self.context, "rng": self.rng}
 
     def drawn_by(self, one: torch.Generator, *names: object) -> torch.Generator:
         return one if self.rng == "saebench" else make_generator(self.rng, "sparse_probing", *names)

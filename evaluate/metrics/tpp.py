@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..datasets.labelled import BIOS, REVIEWS, Texts, labelled
+from ..datasets.labelled import BIOS, REVIEWS, Texts, load_texts
 from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, DrawTask
 from .base import MetricColumn
 from .bootstrap import BootstrapWeights
@@ -39,7 +39,7 @@ class Tpp(Ablation):
     )
 
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
-        texts = labelled(dataset, data, self.train_set_size, self.test_set_size)
+        texts = load_texts(dataset, data, self.train_set_size, self.test_set_size)
         yield AblationProblem(f"{dataset}_tpp_results", texts, tuple(texts["train"]), partial(draw_task, texts))
 
     def effects(self, difference_PF: Tensor, align_FP: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ...common.errors import SaeError, UnavailableError, UsageError
 from ...common.files import digest_of
 from ...harvest.model import ModelSource, find_model, load_model, load_tokenizer
 from ..context import EvalContext
-from ..datasets.labelled import Row, commit_of, local_file, read_dataset_rows
+from ..datasets.labelled import Row, hub_commit, local_file, read_dataset_rows
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
 from .multiple_choice import MultipleChoiceModel, Question, parse_question, resample_right
 from .packing import TOKENS_PER_ENCODE, encode_float32, firing_frequencies, pack_texts, select_forget_latents
@@ -82,7 +82,7 @@ class Unlearning(Metric):
 
     def source(self, ctx: EvalContext) -> tuple[ModelSource, Any]:
         """The instruction-tuned model. OutsideError when it is not to be had."""
-        name = self.model or f"{ctx.identity['model']}-it"
+        name = self.model or f"{ctx.model_identity['model']}-it"
         if not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
             raise UnavailableError(
                 f"Unlearning asks questions of an instruction-tuned model, and there is no {name}. Name one with "
@@ -114,7 +114,7 @@ class Unlearning(Metric):
         folder = "/".join([dataset, *subset])
         if local_file(folder, split, ctx.data):
             return digest_of_rows(self.data(ctx)[name])
-        return f"the Hub {commit_of(dataset, f'{folder}/{split}')}"
+        return f"the Hub {hub_commit(dataset, f'{folder}/{split}')}"
 
     def data(self, ctx: EvalContext) -> dict[str, ReadRows]:
         """The rows of each."""
@@ -154,7 +154,7 @@ class Unlearning(Metric):
 
     def load(self, ctx: EvalContext) -> MultipleChoiceModel:
         source, config = self.source(ctx)
-        here = ctx.identity
+        here = ctx.model_identity
         model = load_model(
             source, config, dtype=here["llm_dtype"], device=str(ctx.model.device), attention=here["attention"]
         )
@@ -213,7 +213,7 @@ class Unlearning(Metric):
             return {"known": torch.tensor(known, dtype=torch.int64)}
 
         depends = {**asked.identity, "subject": subject, "questions": digest_of([list(q) for q in every])}
-        known = ctx.artifacts.keep("questions", depends, make)["known"].tolist()
+        known = ctx.artifacts.get_or_compute("questions", depends, make)["known"].tolist()
         return [every[i]._replace(subject=subject) for i in known]
 
     def check_questions(self, questions: dict[str, list[Question]], asked: MultipleChoiceModel) -> None:

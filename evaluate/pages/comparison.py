@@ -4,10 +4,10 @@ from datetime import date
 from importlib.metadata import version
 
 from ...common.formatting import format_count
-from ..charts import key, svg
-from ..compare import Comparison, comparison_table, curves, frontiers, paired_table
+from ..compare import Comparison, comparison_table, frontiers, paired_table, training_curves
 from ..tables import notes
-from .page import page
+from .page import render_page
+from .svg import draw_svg, shared_legend
 
 
 def comparison_page(comparison: Comparison, against: str | None = None) -> str:
@@ -15,8 +15,8 @@ def comparison_page(comparison: Comparison, against: str | None = None) -> str:
     heads, lines = comparison_table(comparison)
     models = sorted({run.origin.get("model", {}).get("name", "?") for run in comparison.runs})
     layers = sorted({run.origin.get("layer", -1) for run in comparison.runs})
-    over_l0, trained = frontiers(comparison), curves(comparison)
-    return page(
+    over_l0, trained = frontiers(comparison), training_curves(comparison)
+    return render_page(
         "compare.html",
         "sort.js",
         title=f"{format_count(len(comparison.runs), 'SAE')} of {', '.join(models)}, layer {', '.join(map(str, layers))}",
@@ -26,10 +26,10 @@ def comparison_page(comparison: Comparison, against: str | None = None) -> str:
         paired=paired_table(comparison, against) if against else None,
         systems=len(comparison.systems),
         differences=comparison.differences,
-        frontiers=[(chart, svg(chart, legend=False)) for chart in over_l0],
-        frontier_key=key(over_l0),
-        curves=[(chart, svg(chart, legend=False)) for chart in trained],
-        curve_key=key(trained),
+        frontiers=[(chart, draw_svg(chart, legend=False)) for chart in over_l0],
+        frontier_key=shared_legend(over_l0),
+        curves=[(chart, draw_svg(chart, legend=False)) for chart in trained],
+        curve_key=shared_legend(trained),
         notes=notes(comparison.runs),
         version=version("sae-pipeline"),
         date=date.today().isoformat(),

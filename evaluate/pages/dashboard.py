@@ -17,12 +17,21 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DamagedError, UsageError
-from ..charts import Chart, Series, svg
-from ..latents.inspection import RunView, recipe_of
-from ..latents.stats import BEFORE, SAMPLED, LatentStats, Passage, RankedEntries, latent_stats, quantile_passages
+from ..charts import Chart, Series
+from ..latents.inspection import InspectedRun, training_record
+from ..latents.stats import (
+    BEFORE,
+    SAMPLED_PASSAGES,
+    LatentStats,
+    Passage,
+    RankedEntries,
+    latent_stats,
+    quantile_passages,
+)
 from ..metrics.base import Progress
 from ..tables import tables
-from .page import page, visible
+from .page import make_visible, render_page
+from .svg import draw_svg
 
 BLOCK = 64
 LEVELS = 255  # of a colour; a page holds activations in a passage as shares of the latent's largest
@@ -36,40 +45,40 @@ CURVES = {
 DENSITY_BINS, L0_BINS = 8, 40  # in a decade, at most
 
 
-def packed(value: Any) -> str:
+def compress_json(value: Any) -> str:
     """JSON, gzip, base64: the same value, the same text."""
     return base64.b64encode(
         gzip.compress(json.dumps(value, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
     ).decode()
 
 
-def rounded(value: float) -> float:
+def round_digits(value: float) -> float:
     """Four digits, which is more than a page shows."""
     return float(f"{value:.4g}")
 
 
-class Vocabulary:
+class TokenIndex:
     """Tokens by the order in which a page first needs them; `words` is what is shown of each."""
 
-    def __init__(self, look: RunView) -> None:
+    def __init__(self, look: InspectedRun) -> None:
         self.look, self.places = look, dict[int, int]()
         self.words: list[str] = []
 
     def __call__(self, token: int) -> int:
         if token not in self.places:
             self.places[token] = len(self.words)
-            self.words.append(visible(self.look.words.display(token)))
+            self.words.append(make_visible(self.look.words.display(token)))
         return self.places[token]
 
 
-def check_out(path: Path) -> Path:
+def check_page_path(path: Path) -> Path:
     """UsageError for a path that no page should be written to."""
     if path.suffix != ".html" or path.is_dir():
         raise UsageError(f"--out {path}: a page is a file whose name ends in .html.")
     return path
 
 
-def drawn_latents(d_sae: int, count: int | None) -> Tensor:
+def sample_latents(d_sae: int, count: int | None) -> Tensor:
     """All latents, or so many of them, drawn at random, in their order (K,)."""
     if count is not None and count <= 0:
         raise UsageError(f"--latents {count} is not positive. Give how many the page holds, or leave it out for all.")
@@ -78,78 +87,83 @@ def drawn_latents(d_sae: int, count: int | None) -> Tensor:
     return torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
-def dashboard_page(look: RunView, latents_K: Tensor, date: str, progress: Progress) -> str:
+def dashboard_page(look: InspectedRun, latents_K: Tensor, date: str, progress: Progress) -> str:
     """The page of a run, with the latents `latents_K` (K,) in it and the run's numbers over all of them."""
     found = latent_stats(look.ctx, look.sae, look.hook, latents_K, progress)
-    vocabulary = Vocabulary(look)
+    vocabulary = TokenIndex(look)
     blocks = []
     for start in range(0, len(latents_K), BLOCK):
         places = range(start, min(start + BLOCK, len(latents_K)))
-        blocks.append(packed([entry(look, found, place, vocabulary) for place in places]))
+        blocks.append(compress_json([latent_entry(look, found, place, vocabulary) for place in places]))
         progress(places.stop, len(latents_K), "latents packed")
     contexts = look.ctx.contexts
     text = [
         [vocabulary(token) for token in ids[:length]]
         for ids, length in zip(contexts.ids.tolist(), contexts.length.tolist(), strict=True)
     ]
-    columns = table(look, found, latents_K, vocabulary)
+    columns = table_columns(look, found, latents_K, vocabulary)
     density_F = found.density
-    return page(
+    return render_page(
         "dashboard.html", "dashboard.js",
-        title=look.row.name, version=version("sae-pipeline"), date=date, look=look, recipe=recipe(look),
+        title=look.row.name, version=version("sae-pipeline"), date=date, look=look, recipe=recipe_settings(look),
         tokens=len(found.activation_stats.l0), paired=found.activation_stats.paired_tokens, directions=found.up is not None,
         shown=len(latents_K), dead=(density_F == 0).nonzero().flatten().tolist(), dead_listed=DEAD_LISTED,
         l0=float(found.activation_stats.l0.double().mean()) if len(found.activation_stats.l0) else 0.0,
         measured=[(title, list(zip(heads[1:], lines[0][1:], strict=True))) for title, heads, lines in tables([look.row])],
         flags=[f"{name}: {flag}" for name, result in look.row.results.items() for flag in result.flags],
-        curves=[svg(chart) for chart in curves(look.folder)],
-        histograms=[svg(density_chart(density_F)), svg(l0_chart(found.activation_stats.l0))],
-        sampled=SAMPLED, about={"block": BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(found.activation_stats.l0), "d_sae": look.sae.d_sae},
-        packed={"table": packed(columns), "words": packed(vocabulary.words), "text": packed(text)}, blocks=blocks,
+        curves=[draw_svg(chart) for chart in read_training_curves(look.folder)],
+        histograms=[draw_svg(density_chart(density_F)), draw_svg(l0_chart(found.activation_stats.l0))],
+        sampled=SAMPLED_PASSAGES, about={"block": BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(found.activation_stats.l0), "d_sae": look.sae.d_sae},
+        packed={"table": compress_json(columns), "words": compress_json(vocabulary.words), "text": compress_json(text)}, blocks=blocks,
     )  # fmt: skip
 
 
-def recipe(look: RunView) -> dict[str, str]:
+def recipe_settings(look: InspectedRun) -> dict[str, str]:
     """How it was trained, as names and texts; nothing for an SAE that came without a run.json."""
-    run = recipe_of(look)
+    run = training_record(look)
     shown = {name: run[name] for name in ("variant", "paper", "seed", "steps", "batch_size") if name in run}
     shown |= run.get("resolved") or {}
     return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
 
 
-def table(look: RunView, found: LatentStats, latents_K: Tensor, vocabulary: Vocabulary) -> dict[str, Any]:
+def table_columns(look: InspectedRun, found: LatentStats, latents_K: Tensor, vocabulary: TokenIndex) -> dict[str, Any]:
     """A column each for what the table of latents shows."""
     latents = latents_K.tolist()
     return {
         "latent": latents,
-        "density": [rounded(value) for value in found.density[latents_K].tolist()],
-        "mean": [rounded(value) for value in found.mean.tolist()],
-        "max": [rounded(value) for value in found.activation_stats.peak_K.tolist()],
+        "density": [round_digits(value) for value in found.density[latents_K].tolist()],
+        "mean": [round_digits(value) for value in found.mean.tolist()],
+        "max": [round_digits(value) for value in found.activation_stats.peak_K.tolist()],
         "tokens": [
             [vocabulary(token) for token in top_tokens(look, found.activation_stats.top.of(place))]
             for place in range(len(latents))
         ],
-        "labels": [visible("; ".join(look.labels.get(latent, ()))) for latent in latents],
+        "labels": [make_visible("; ".join(look.labels.get(latent, ()))) for latent in latents],
     }
 
 
-def top_tokens(look: RunView, passages: Sequence[Passage], count: int = 3) -> list[int]:
+def top_tokens(look: InspectedRun, passages: Sequence[Passage], count: int = 3) -> list[int]:
     """The tokens at which a latent fires most strongly, each once."""
     return list(dict.fromkeys(int(look.ctx.contexts.ids[p.context, p.position]) for p in passages))[:count]
 
 
-def entry(look: RunView, found: LatentStats, place: int, vocabulary: Vocabulary) -> dict[str, Any]:
+def latent_entry(look: InspectedRun, found: LatentStats, place: int, vocabulary: TokenIndex) -> dict[str, Any]:
     """All that the page shows of one latent, beside its row of the table."""
     peak = float(found.activation_stats.peak_K[place])
 
     def passages(chosen: Sequence[Passage]) -> list[Any]:
         return [
-            [one.context, one.position, rounded(one.value), np.ceil(LEVELS * (one.values / peak)).astype(int).tolist()]
+            [
+                one.context,
+                one.position,
+                round_digits(one.value),
+                np.ceil(LEVELS * (one.values / peak)).astype(int).tolist(),
+            ]
             for one in chosen
         ]
 
     def tokens(listed: RankedEntries | None) -> list[Any]:
-        return [[vocabulary(token), rounded(value)] for token, value in listed.of(place)] if listed else []
+        return [[vocabulary(token), round_digits(value)] for token, value in listed.of(place)] if listed else []
 
     histogram = found.activation_stats.histogram
     return {
@@ -159,15 +173,15 @@ def entry(look: RunView, found: LatentStats, place: int, vocabulary: Vocabulary)
         "quantiles": passages(quantile_passages(found.activation_stats.sample, place)),
         "up": tokens(found.up),
         "down": tokens(found.down),
-        "near": [[latent, rounded(value)] for latent, value in found.near.of(place)],
+        "near": [[latent, round_digits(value)] for latent, value in found.near.of(place)],
         "together": [
-            [latent, rounded(value), rounded(float(share))]
+            [latent, round_digits(value), round_digits(float(share))]
             for (latent, value), share in zip(found.together.of(place), found.jaccard[place], strict=False)
         ],
     }
 
 
-def curves(folder: Path) -> list[Chart]:
+def read_training_curves(folder: Path) -> list[Chart]:
     """What training logged; nothing where no metrics.jsonl is, or one that cannot be read."""
     path = folder / "metrics.jsonl"
     if not path.exists():
@@ -189,7 +203,7 @@ def density_chart(density_F: Tensor) -> Chart:
     decades = density_F[density_F > 0].log10()
     bins, counts = (decades * DENSITY_BINS).floor().unique(return_counts=True)
     x, y = 10 ** ((bins + 0.5) / DENSITY_BINS), counts
-    return histogram("density of latents", "share of tokens at which a latent fires", "latents", x, y, x_log=True)
+    return bar_chart("density of latents", "share of tokens at which a latent fires", "latents", x, y, x_log=True)
 
 
 def l0_chart(l0_T: Tensor) -> Chart:
@@ -197,11 +211,11 @@ def l0_chart(l0_T: Tensor) -> Chart:
     low, high = (int(l0_T.min()), int(l0_T.max())) if len(l0_T) else (0, 0)
     width = -(-(high - low + 1) // L0_BINS)
     bins, counts = ((l0_T - low) // width).unique(return_counts=True)
-    return histogram(
+    return bar_chart(
         "L0 over tokens", "latents that fire at a token", "tokens", low + bins * width + (width - 1) / 2, counts
     )
 
 
-def histogram(title: str, x_title: str, y_title: str, x: Tensor, y: Tensor, x_log: bool = False) -> Chart:
+def bar_chart(title: str, x_title: str, y_title: str, x: Tensor, y: Tensor, x_log: bool = False) -> Chart:
     labels = [f"{at:.3g}: {count:,} {y_title}" for at, count in zip(x.tolist(), y.tolist(), strict=True)]
     return Chart(title, x_title, y_title, [Series(title, x.tolist(), y.tolist(), "bars", labels=labels)], x_log=x_log)

@@ -18,16 +18,16 @@ from markupsafe import Markup
 from ...common.files import atomic_write
 
 HERE = Path(__file__).parent
-SHOWN_AS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+REPLACEMENTS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
-def visible(text: str) -> str:
+def make_visible(text: str) -> str:
     """The text with nothing hidden in it: controls, bidi marks, lone surrogates and unassigned code points as ⟨202E⟩.
 
     A line break is ↵, a tab ⇥. Letters, combining marks and emoji stay.
     """
     return "".join(
-        SHOWN_AS.get(c) or (f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") else c)
+        REPLACEMENTS.get(c) or (f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") else c)
         for c in text
     )  # fmt: skip
 
@@ -40,11 +40,11 @@ def as_json(value: Any) -> Markup:
 @cache
 def templates() -> Environment:
     found = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    found.filters.update(visible=visible, json=as_json)
+    found.filters.update(visible=make_visible, json=as_json)
     return found
 
 
-def page(template: str, script: str | None = None, **values: Any) -> str:
+def render_page(template: str, script: str | None = None, **values: Any) -> str:
     """A template of this folder, filled; `script` names the file of the one script that may run in it."""
     code = (HERE / script).read_text() if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()

@@ -24,13 +24,13 @@ from ..metrics.base import MODES
 from ..metrics.registry import METRICS
 
 PAPERS = ("000", "001", "002", "003", "004")
-FOLDER = Path(__file__).parent
-LONGEST = 160  # characters of a quote
-LOGGED = "training"  # the first word of a metric that is a scalar of metrics.jsonl
+CLAIMS_FOLDER = Path(__file__).parent
+MAX_QUOTE = 160  # characters of a quote
+TRAINING_LOG = "training"  # the first word of a metric that is a scalar of metrics.jsonl
 UNITS = ("", "%", "pp", "x")
 # What results of mode 2024-12 hold beside the columns of tables, as far as claims read it, and which way is better.
 # `details` are the entries by letter or dataset, `n` what was counted.
-BESIDE = {
+EXTRA_METRICS = {
     "core.reconstruction_quality.mse": "down",
     "core.reconstruction_quality.explained_variance": "up",
     "core.sparsity.l1": "",
@@ -44,7 +44,7 @@ BESIDE = {
     "sparse_probing.sae.sae_top_20_test_accuracy": "up",
     "sparse_probing.sae.sae_top_50_test_accuracy": "up",
 }
-REGISTRY = BESIDE | {
+CLAIM_METRICS = EXTRA_METRICS | {
     f"{name}.{number.category}.{number.name}": number.better for name, m in METRICS.items() for number in m.columns
 }
 
@@ -86,7 +86,7 @@ class PaperSetup:
 
 
 @dataclass(frozen=True)
-class PaperRun:
+class ReproductionSetup:
     """What we run to reproduce it, at the paper's size."""
 
     steps: int
@@ -151,7 +151,7 @@ class Claim:
     @property
     def better(self) -> str:
         """The metric's: up or down, or nothing for a number that is neither."""
-        return REGISTRY.get(self.metric, "")
+        return CLAIM_METRICS.get(self.metric, "")
 
     @property
     def is_change(self) -> bool:
@@ -173,7 +173,11 @@ class Claim:
     @property
     def rounding(self) -> float:
         """Half of the last printed digit, in the unit of `target`: what rounds to the value is the value."""
-        places = max(places for number, places in numbers(self.quote) if same(number, self.value, self.is_change))
+        places = max(
+            places
+            for number, places in printed_numbers(self.quote)
+            if is_same_number(number, self.value, self.is_change)
+        )
         return 0.5 * 10.0**-places * (self.target / self.value if self.value else 1)
 
 
@@ -202,7 +206,7 @@ class Paper:
     title: str
     mode: str  # of `sae evaluate`, whose definitions the metrics' names mean
     ran: PaperSetup
-    run: PaperRun
+    run: ReproductionSetup
     facts: tuple[PaperFact, ...]
     readings: tuple[Reading, ...]
     systems: Mapping[str, PaperSystem]
@@ -223,56 +227,59 @@ class Paper:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-Kind = TypeVar("Kind")
-LISTS = {
+Table = TypeVar("Kind")
+TABLE_TYPES = {
     "fact": PaperFact, "reading": Reading, "system": PaperSystem, "claim": Claim, "contradiction": Contradiction,
     "unreported": Unreported,
 }  # fmt: skip
 
 
-def load(number: str) -> Paper:
+def load_paper(number: str) -> Paper:
     """The claims of a paper. UsageError lists everything that is wrong with its file, at once."""
     if number not in PAPERS:
         raise UsageError(f"There is no paper {number}{did_you_mean(number, PAPERS)}")
-    return parse((FOLDER / f"{number}.toml").read_text(encoding="utf-8"), f"claims/{number}.toml")
+    return parse_paper((CLAIMS_FOLDER / f"{number}.toml").read_text(encoding="utf-8"), f"claims/{number}.toml")
 
 
-def parse(text: str, name: str) -> Paper:
+def parse_paper(text: str, name: str) -> Paper:
     wrong: list[str] = []
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name} is no TOML: {error}.") from error
-    known = {"number": str, "title": str, "mode": str, "ran": dict, "run": dict, **dict.fromkeys(LISTS, list)}
+    known = {"number": str, "title": str, "mode": str, "ran": dict, "run": dict, **dict.fromkeys(TABLE_TYPES, list)}
     wrong += [f"{key} is no key{did_you_mean(key, known)}" for key in tree if key not in known]
     for key, kind in known.items():
         if not isinstance(tree.get(key, [] if kind is list else None), kind):
             wrong.append(f"{key} is missing, or no {kind.__name__}.")
-    found: dict[str, list[Any]] = {key: [] for key in LISTS}
+    found: dict[str, list[Any]] = {key: [] for key in TABLE_TYPES}
     if not wrong:
-        single = [build(PaperSetup, tree["ran"], "ran", wrong), build(PaperRun, tree["run"], "run", wrong)]
-        for key, kind in LISTS.items():
+        single = [
+            build_table(PaperSetup, tree["ran"], "ran", wrong),
+            build_table(ReproductionSetup, tree["run"], "run", wrong),
+        ]
+        for key, kind in TABLE_TYPES.items():
             tables = tree.get(key, [])
             named = [f"{key} {one.get('id', place)}" if isinstance(one, dict) else key for place, one in enumerate(tables, 1)]  # fmt: skip
-            found[key] = [build(kind, one, label, wrong) for one, label in zip(tables, named, strict=True)]
+            found[key] = [build_table(kind, one, label, wrong) for one, label in zip(tables, named, strict=True)]
     if not wrong:
         systems = {system.id: system for system in found["system"]}
         paper = Paper(
             tree["number"], tree["title"], tree["mode"], *single, tuple(found["fact"]), tuple(found["reading"]),
-            systems, tuple(at_layers(claim, single[0].layers) for claim in found["claim"]),
+            systems, tuple(with_default_layers(claim, single[0].layers) for claim in found["claim"]),
             tuple(found["contradiction"]), tuple(found["unreported"]),
         )  # fmt: skip
-        wrong += problems(paper, [system.id for system in found["system"]])
+        wrong += find_problems(paper, [system.id for system in found["system"]])
     if wrong:
         raise UsageError("\n".join([f"{name} cannot be read:", *(f"  {sentence}" for sentence in wrong)]))
     return paper
 
 
-def at_layers(claim: Claim, layers: tuple[int, ...]) -> Claim:
+def with_default_layers(claim: Claim, layers: tuple[int, ...]) -> Claim:
     return Claim(**{f.name: getattr(claim, f.name) for f in fields(Claim)} | {"layers": claim.layers or layers})
 
 
-def build(kind: type[Kind], table: Any, label: str, wrong: list[str]) -> Kind:
+def build_table(kind: type[Table], table: Any, label: str, wrong: list[str]) -> Table:
     """The dataclass of a table; what is wrong with it is added to `wrong`, and it is not to be used then."""
     if not isinstance(table, dict):
         wrong.append(f"{label} is no table.")
@@ -283,33 +290,33 @@ def build(kind: type[Kind], table: Any, label: str, wrong: list[str]) -> Kind:
     for name, one in kinds.items():
         if name not in table and one.default is MISSING and one.default_factory is MISSING:
             wrong.append(f"{label}: {name} is missing.")
-        elif name in table and not fits(table[name], one.type):
+        elif name in table and not has_type(table[name], one.type):
             wrong.append(f"{label}: {name} = {table[name]!r} is of the wrong type.")
     if len(wrong) > before:
         return None  # type: ignore[return-value]
     if kind is Claim and "also" in table:
-        places = [build(ClaimSource, one, f"{label}, also {n}", wrong) for n, one in enumerate(table["also"], 1)]
+        places = [build_table(ClaimSource, one, f"{label}, also {n}", wrong) for n, one in enumerate(table["also"], 1)]
         table = table | {"also": places}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
 
 
-def fits(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value of TOML is of an annotated type."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
         one = dict if get_args(kind)[0] is ClaimSource else get_args(kind)[0]
-        return isinstance(value, list) and all(fits(element, one) for element in value)
+        return isinstance(value, list) and all(has_type(element, one) for element in value)
     if get_origin(kind) is Mapping:
         return isinstance(value, dict)
     if get_args(kind):
-        return any(fits(value, one) for one in get_args(kind))
+        return any(has_type(value, one) for one in get_args(kind))
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
+def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
     """What is wrong with a paper whose tables are all of the right form, in sentences."""
     ids = [claim.id for claim in paper.claims]
     for name, names in (("system", system_ids), ("claim", ids), ("reading", [r.name for r in paper.readings])):
@@ -319,8 +326,8 @@ def problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
     if not paper.readings:
         yield "There is no reading, so no units to train in."
     for quote in paper.quotes():
-        if len(quote) > LONGEST:
-            yield f"A quote has {len(quote)} characters, and a line has {LONGEST}: {quote[:60]}..."
+        if len(quote) > MAX_QUOTE:
+            yield f"A quote has {len(quote)} characters, and a line has {MAX_QUOTE}: {quote[:60]}..."
         if quote != " ".join(quote.split()):
             yield f"A quote has other white space than single spaces between words: {quote!r}"
     for contradiction in paper.contradictions:
@@ -330,14 +337,14 @@ def problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
             if one not in ids
         )
     for one in paper.unreported:
-        yield from misnamed(one.metric, f"unreported {one.what}")
+        yield from check_metric_name(one.metric, f"unreported {one.what}")
     for claim in paper.claims:
         yield from claim_problems(claim, paper)
 
 
 def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
     label = f"claim {claim.id}"
-    yield from misnamed(claim.metric, label)
+    yield from check_metric_name(claim.metric, label)
     if (claim.metric == "none") != bool(claim.why):
         yield f"{label}: `why` says why no metric of ours speaks to it, where metric = none and only there."
     if claim.metric != "none" and not claim.system:
@@ -346,7 +353,7 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
         if system not in paper.systems:
             yield f"{label}: there is no system {system}{did_you_mean(system, paper.systems)}"
     for quote in (claim.quote, *(place.quote for place in claim.also)):
-        if not any(same(number, claim.value, claim.is_change) for number, _ in numbers(quote)):
+        if not any(is_same_number(number, claim.value, claim.is_change) for number, _ in printed_numbers(quote)):
             yield f"{label}: the value {claim.value:g} does not stand in its quote: {quote}"
     if claim.unit not in UNITS:
         yield f"{label}: the unit {claim.unit} is unknown; leave it out, or give one of {', '.join(UNITS[1:])}."
@@ -364,20 +371,20 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
         yield f"{label}: layers {claim.layers} are not all among the paper's {paper.ran.layers}."
 
 
-def misnamed(metric: str, label: str) -> Iterator[str]:
+def check_metric_name(metric: str, label: str) -> Iterator[str]:
     """Nothing, for `none`, a number of our metrics, or a scalar that training logs."""
-    if metric != "none" and not metric.startswith(f"{LOGGED}.") and metric not in REGISTRY:
-        yield f"{label}: {metric} is no number of a metric of ours, no {LOGGED}.<scalar>, and not none{did_you_mean(metric, REGISTRY)}"
+    if metric != "none" and not metric.startswith(f"{TRAINING_LOG}.") and metric not in CLAIM_METRICS:
+        yield f"{label}: {metric} is no number of a metric of ours, no {TRAINING_LOG}.<scalar>, and not none{did_you_mean(metric, CLAIM_METRICS)}"
 
 
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)\]}%])[-−+])?(?P<digits>\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?:\s*(?:×|\\times)\s*10\^\{?(?P<power>[-−]?\d+)\}?)?"
 )
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def numbers(quote: str) -> list[tuple[float, int]]:
+def printed_numbers(quote: str) -> list[tuple[float, int]]:
     """The numbers of a line, and how many decimals each is printed with.
 
     1,735 is one number; 5.4x, 3.5×, 82.4% and ±0.0002 are what stands before or after the sign; a hyphen between
@@ -390,9 +397,9 @@ def numbers(quote: str) -> list[tuple[float, int]]:
         sign = -1 if match["sign"] in ("-", "−") else 1
         found.append((sign * float(f"{digits}e{power}"), len(digits.partition(".")[2]) - power))
     words = re.findall(r"[a-z]+", quote.lower())
-    return found + [(float(WORDS.index(word)), 0) for word in words if word in WORDS]
+    return found + [(float(NUMBER_WORDS.index(word)), 0) for word in words if word in NUMBER_WORDS]
 
 
-def same(number: float, value: float, either_sign: bool = False) -> bool:
+def is_same_number(number: float, value: float, either_sign: bool = False) -> bool:
     """Whether a printed number is the value; of a change the words say the sign."""
     return math.isclose(number, value, rel_tol=1e-9) or (either_sign and math.isclose(number, -value, rel_tol=1e-9))

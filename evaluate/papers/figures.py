@@ -16,11 +16,11 @@ from typing import Any
 
 from ..charts import Chart, Kind, Series
 from ..metrics.base import MetricResult
-from .report import PaperReport, ReportedRun, grouped, numbers, stands_in
-from .verdict import label_of
+from .report import PaperReport, SystemRun, metric_values, runs_by_system, uses_stand_in
+from .verdict import entry_label
 
-OWN = "The paper's figures and tables"
-OTHERS = "Training and mechanisms, without a figure in the paper"
+PAPER_HEADING = "The paper's figures and tables"
+EXTRA_HEADING = "Training and mechanisms, without a figure in the paper"
 KS = (1, 2, 5, 10, 20, 50)
 L0 = "core.sparsity.l0"
 VARIANCE = "core.reconstruction_quality.explained_variance"
@@ -37,13 +37,16 @@ ON_STAND_IN = "On the stand-in of the standard library."
 
 def paper_figures(found: PaperReport) -> dict[str, list[Chart]]:
     """Under a heading each: what stands for the paper's own figures, and the rest."""
-    headed = {OWN: PAPERS.get(found.paper.number, {}), OTHERS: MECHANISMS.get(found.paper.number, {}) | EVERYWHERE}
+    headed = {
+        PAPER_HEADING: PAPER_FIGURES.get(found.paper.number, {}),
+        EXTRA_HEADING: MECHANISM_FIGURES.get(found.paper.number, {}) | COMMON_FIGURES,
+    }
     charts = {heading: [draw(found, title) for title, draw in draws.items()] for heading, draws in headed.items()}
     drawn = {heading: [chart for chart in some if chart.series] for heading, some in charts.items()}
     return {heading: some for heading, some in drawn.items() if some}
 
 
-def averaged(name: str, values: Values, kind: Kind = "points", look: int | None = None) -> Series:
+def mean_series(name: str, values: Values, kind: Kind = "points", look: int | None = None) -> Series:
     """The mean and sd over seeds at each x; of one alone an sd of 0."""
     sds = [stdev(some) if len(some) > 1 else 0.0 for some in values.values()]
     return Series(name, list(values), [mean(some) for some in values.values()], kind, sds, look=look)
@@ -58,10 +61,10 @@ def over_training(found: PaperReport, title: str, name: str, y: str, sd: str = "
     With `to_one` what it lacks to 1, on a logarithmic axis.
     """
     series = []
-    for look, (label, runs) in enumerate(grouped(found).items()):
+    for look, (label, runs) in enumerate(runs_by_system(found).items()):
         if values := curve(runs, name):
             values = {tokens: [1 - one for one in some] for tokens, some in values.items()} if to_one else values
-            line = averaged(label, values, "line", look)
+            line = mean_series(label, values, "line", look)
             if sd:
                 widths = curve(runs, sd)
                 line = replace(line, spread=[mean(widths.get(tokens, [0.0])) for tokens in values])
@@ -71,7 +74,7 @@ def over_training(found: PaperReport, title: str, name: str, y: str, sd: str = "
     return Chart(title, "tokens", y, series, y_log=to_one, note=note)
 
 
-def curve(runs: Sequence[ReportedRun], name: str) -> Values:
+def curve(runs: Sequence[SystemRun], name: str) -> Values:
     """Of a logged scalar the number of each run, by tokens."""
     values: Values = {}
     for run in runs:
@@ -88,38 +91,41 @@ def curve(runs: Sequence[ReportedRun], name: str) -> Values:
 def by_system(found: PaperReport, title: str, metric: str, y: str) -> Chart:
     """A category for each system."""
     series: list[Series] = []
-    for look, (label, runs) in enumerate(grouped(found).items()):
-        if values := numbers(metric, runs, found.on_paper_model):
-            series.append(averaged(label, {len(series): values}, look=look))
+    for look, (label, runs) in enumerate(runs_by_system(found).items()):
+        if values := metric_values(metric, runs, found.on_paper_model):
+            series.append(mean_series(label, {len(series): values}, look=look))
     return Chart(title, "", y, series, categories=[one.name for one in series], note=standing_in(metric, found))
 
 
 def by_system_and_k(found: PaperReport, title: str, ks: Sequence[int]) -> Chart:
     """Sparse probing: a category for each system, a series for each number of latents."""
-    measured = {label: probing(runs, ks, found.on_paper_model) for label, runs in grouped(found).items()}
+    measured = {label: probing(runs, ks, found.on_paper_model) for label, runs in runs_by_system(found).items()}
     systems = [label for label, values in measured.items() if values]
     of_k = {k: {place: measured[one][k] for place, one in enumerate(systems) if k in measured[one]} for k in ks}
-    series = [averaged(f"top-{k}", values) for k, values in of_k.items() if values]
+    series = [mean_series(f"top-{k}", values) for k, values in of_k.items() if values]
     return Chart(title, "", "test accuracy", series, categories=systems, note=standing_in(top(1), found))
 
 
 def over_k(found: PaperReport, title: str) -> Chart:
     """Sparse probing over the number of latents."""
-    measured = [(label, probing(runs, KS, found.on_paper_model)) for label, runs in grouped(found).items()]
-    series = [averaged(label, values, "both", look) for look, (label, values) in enumerate(measured) if values]
+    measured = [(label, probing(runs, KS, found.on_paper_model)) for label, runs in runs_by_system(found).items()]
+    series = [mean_series(label, values, "both", look) for look, (label, values) in enumerate(measured) if values]
     return Chart(title, "latents", "test accuracy", series, x_log=True, note=standing_in(top(1), found))
 
 
-def probing(runs: Sequence[ReportedRun], ks: Sequence[int], on_paper_model: bool) -> Values:
+def probing(runs: Sequence[SystemRun], ks: Sequence[int], on_paper_model: bool) -> Values:
     """The accuracies of probes on the top k latents."""
-    return {k: values for k in ks if (values := numbers(top(k), runs, on_paper_model))}
+    return {k: values for k in ks if (values := metric_values(top(k), runs, on_paper_model))}
 
 
 def over_another(found: PaperReport, title: str, x: str, y: str, x_title: str, y_title: str) -> Chart:
     """One number over another: a point for each run."""
     series = []
-    for look, (label, runs) in enumerate(grouped(found).items()):
-        both = [(numbers(x, [run], found.on_paper_model), numbers(y, [run], found.on_paper_model)) for run in runs]
+    for look, (label, runs) in enumerate(runs_by_system(found).items()):
+        both = [
+            (metric_values(x, [run], found.on_paper_model), metric_values(y, [run], found.on_paper_model))
+            for run in runs
+        ]
         points = [(one[0], other[0]) for one, other in both if one and other]
         if points:
             series.append(Series(label, [one for one, _ in points], [other for _, other in points], look=look))
@@ -130,16 +136,16 @@ def by_letter(found: PaperReport, title: str) -> Chart:
     """Absorption: a category for each first letter."""
     rates = rates_by_letter(found)
     series = []
-    for look, label in enumerate(grouped(found)):
+    for look, label in enumerate(runs_by_system(found)):
         if values := {place: of[label] for place, of in enumerate(rates.values()) if label in of}:
-            series.append(averaged(label, values, look=look))
+            series.append(mean_series(label, values, look=look))
     return Chart(title, "first letter", "absorption rate", series, categories=list(rates))
 
 
 def letters(found: PaperReport) -> tuple[list[str], list[list[str]]]:
     """Heads and lines: the absorption of each first letter in each system, the mean over seeds in %."""
     rates = rates_by_letter(found)
-    shown = [label for label in grouped(found) if any(label in of for of in rates.values())]
+    shown = [label for label in runs_by_system(found) if any(label in of for of in rates.values())]
     lines = [
         [letter, *(f"{100 * mean(of[one]):.1f}" if one in of else "" for one in shown)] for letter, of in rates.items()
     ]
@@ -149,7 +155,7 @@ def letters(found: PaperReport) -> tuple[list[str], list[list[str]]]:
 def rates_by_letter(found: PaperReport) -> dict[str, dict[str, list[float]]]:
     """Of each letter and system, the absorption in each run."""
     rates: dict[str, dict[str, list[float]]] = {}
-    for label, runs in grouped(found).items():
+    for label, runs in runs_by_system(found).items():
         for run in runs:
             for letter, rate in () if run.broken() else rates_of(run.run.results.get("absorption")):
                 rates.setdefault(letter, {}).setdefault(label, []).append(rate)
@@ -160,7 +166,7 @@ def rates_of(result: MetricResult | None) -> Iterator[tuple[str, float]]:
     for entry in result.details if result else ():
         rate: Any = entry.get("absorption_rate", entry.get("full_absorption_rate"))
         if isinstance(rate, (int, float)):
-            yield label_of(entry), rate
+            yield entry_label(entry), rate
 
 
 def top(k: int) -> str:
@@ -168,7 +174,7 @@ def top(k: int) -> str:
 
 
 def standing_in(metric: str, found: PaperReport) -> str:
-    return ON_STAND_IN if stands_in(metric, found.runs, found.on_paper_model) else ""
+    return ON_STAND_IN if uses_stand_in(metric, found.runs, found.on_paper_model) else ""
 
 
 # --- which paper has which --------------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ def logged(**scalars: str) -> dict[str, Draw]:
     }
 
 
-PAPERS: Mapping[str, dict[str, Draw]] = {
+PAPER_FIGURES: Mapping[str, dict[str, Draw]] = {
     "000": {
         "Figure 1: mean absorption by configuration": partial(by_system, metric=ABSORPTION, y="absorption rate"),
         "Figure 2: split features by configuration": partial(by_system, metric=SPLIT, y="latents per letter"),
@@ -213,7 +219,7 @@ PAPERS: Mapping[str, dict[str, Draw]] = {
         "Figure 2: sparse probing at top-1, 5 and 20": partial(by_system_and_k, ks=(1, 5, 20)),
     },
 }
-MECHANISMS: Mapping[str, dict[str, Draw]] = {
+MECHANISM_FIGURES: Mapping[str, dict[str, Draw]] = {
     "000": logged(utilisation="mean utilisation", contrast="contrast term", tau="contrast threshold tau")
     | {"Bounded penalty lambda": partial(over_training, name="lambda", y="lambda")},
     "001": logged(rho="utilisation rho", enabled="latents enabled"),
@@ -226,7 +232,7 @@ MECHANISMS: Mapping[str, dict[str, Draw]] = {
         merged="latents merged",
     ),
 }  # fmt: skip
-EVERYWHERE: dict[str, Draw] = {
+COMMON_FIGURES: dict[str, Draw] = {
     "Variance unexplained": partial(over_training, name="explained_variance", y="1 - explained variance", to_one=True),
     "L0": partial(over_training, name="l0", y="L0"),
     "Sparse probing over the number of latents": over_k,

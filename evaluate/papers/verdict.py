@@ -8,7 +8,7 @@ from typing import Any, Literal
 from scipy.stats import t
 
 from ..metrics.base import MetricResult
-from .claims import LOGGED, Claim
+from .claims import TRAINING_LOG, Claim
 
 Verdict = Literal[
     "reproduced", "direction only", "contradicted", "not comparable", "paper inconsistent", "not measured"
@@ -16,18 +16,20 @@ Verdict = Literal[
 WORST_FIRST: tuple[Verdict, ...] = (
     "paper inconsistent", "contradicted", "not measured", "not comparable", "direction only", "reproduced",
 )  # fmt: skip
-Seeds = Mapping[int, float]  # seed -> the metric, in its own unit
+ValueBySeed = Mapping[int, float]  # seed -> the metric, in its own unit
 
-SEEDS = 3  # at least, for `reproduced`
-CLOSE = 0.05  # share of the claimed number by which the mean of the seeds may differ
-SPREAD = 0.10  # and within which the 95 % interval of that mean has to lie
-NOTHING = 0.10  # share of a claimed effect below which there is none
+MIN_SEEDS = 3  # at least, for `reproduced`
+MEAN_TOLERANCE = 0.05  # share of the claimed number by which the mean of the seeds may differ
+INTERVAL_TOLERANCE = 0.10  # and within which the 95 % interval of that mean has to lie
+NO_EFFECT = 0.10  # share of a claimed effect below which there is none
 
 
-def measured(claim: Claim, results: Mapping[str, MetricResult], logged: Sequence[Mapping[str, float]]) -> float | None:
+def measured_value(
+    claim: Claim, results: Mapping[str, MetricResult], logged: Sequence[Mapping[str, float]]
+) -> float | None:
     """The claim's metric in the results of one run, or in the lines of its metrics.jsonl; None where there is none."""
     metric, _, rest = claim.metric.partition(".")
-    if metric == LOGGED:
+    if metric == TRAINING_LOG:
         lines = [line[rest] for line in logged if rest in line]
         return lines[0 if claim.at == "first" else -1] if lines else None
     if metric not in results:
@@ -37,20 +39,20 @@ def measured(claim: Claim, results: Mapping[str, MetricResult], logged: Sequence
         return result.n.get(name)
     if category != "details":
         return result.metrics.get(category, {}).get(name)
-    asked = set(claim.entries) or {label_of(entry) for entry in result.details}
-    by_label = {label_of(entry): entry.get(name) for entry in result.details}
+    asked = set(claim.entries) or {entry_label(entry) for entry in result.details}
+    by_label = {entry_label(entry): entry.get(name) for entry in result.details}
     values = [value for label in asked if (value := by_label.get(label)) is not None]
     if len(values) < len(claim.entries) or not values:
         return None
     return max(values) if claim.over == "max" else mean(values)
 
 
-def label_of(entry: Mapping[str, Any]) -> str:
+def entry_label(entry: Mapping[str, Any]) -> str:
     """The letter or the dataset of an entry of a result's details."""
     return str(entry.get("first_letter", entry.get("dataset_name", ""))).removesuffix("_results")
 
 
-def verdict(claim: Claim, values: Mapping[str, Seeds], *, on_paper_model: bool, inconsistent: bool) -> Verdict:
+def verdict(claim: Claim, values: Mapping[str, ValueBySeed], *, on_paper_model: bool, inconsistent: bool) -> Verdict:
     """What is to be said of a claim, from the metric of each system by seed.
 
     The first of these that is so, where T is the claim's target, and an interval is the 95 % one of Student's t for the
@@ -77,22 +79,22 @@ def verdict(claim: Claim, values: Mapping[str, Seeds], *, on_paper_model: bool, 
     needs_other = claim.is_change or (claim.against and not on_paper_model)
     if claim.metric == "none" or not own or (needs_other and not pairs):
         return "not measured"
-    printed = changes(claim.unit, pairs) if claim.is_change else list(own.values())
-    band = interval(printed)
-    near = max(CLOSE * abs(claim.target), claim.rounding)
-    far = near * SPREAD / CLOSE
-    if on_paper_model and band and len(printed) >= SEEDS:
-        if abs(mean(printed) - claim.target) <= near and within(band, claim.target - far, claim.target + far):
+    printed = paired_changes(claim.unit, pairs) if claim.is_change else list(own.values())
+    band = confidence_interval(printed)
+    near = max(MEAN_TOLERANCE * abs(claim.target), claim.rounding)
+    far = near * INTERVAL_TOLERANCE / MEAN_TOLERANCE
+    if on_paper_model and band and len(printed) >= MIN_SEEDS:
+        if abs(mean(printed) - claim.target) <= near and is_within(band, claim.target - far, claim.target + far):
             return "reproduced"
     if claim.is_change:
         differences = shares = [change - (claim.unit == "x") for change in printed]
     else:
-        differences, shares = [one - two for one, two in pairs], changes("share", pairs)
-    side, size = interval(differences), interval(shares)
+        differences, shares = [one - two for one, two in pairs], paired_changes("share", pairs)
+    side, size = confidence_interval(differences), confidence_interval(shares)
     if claim.effect and side:
         low, high = side if claim.effect > 0 else (-side[1], -side[0])  # now the paper says: above zero
-        nothing = NOTHING * abs(claim.effect)
-        if high < 0 or (size and within(size, -nothing, nothing)):
+        nothing = NO_EFFECT * abs(claim.effect)
+        if high < 0 or (size and is_within(size, -nothing, nothing)):
             return "contradicted"
         if low > 0:
             return "direction only"
@@ -101,12 +103,12 @@ def verdict(claim: Claim, values: Mapping[str, Seeds], *, on_paper_model: bool, 
     return "not comparable"
 
 
-def of_all(verdicts: Iterable[Verdict]) -> Verdict:
+def combine_verdicts(verdicts: Iterable[Verdict]) -> Verdict:
     """The verdict on a claim about several recipes or layers, from that on each: it holds as far as it holds of all."""
     return min(verdicts, key=WORST_FIRST.index, default="not measured")
 
 
-def changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
+def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
     """What each system has over the other, in % of it, in pp, as x times it, or as a share; none where that is of zero."""
     if unit == "pp":
         return [100 * (one - two) for one, two in pairs]
@@ -117,7 +119,7 @@ def changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
     return [(100 if unit == "%" else 1) * (one - two) / abs(two) for one, two in pairs]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
+def confidence_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % of the mean, by Student's t; None of fewer than two, and where a number is infinite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
@@ -125,5 +127,5 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
-def within(band: tuple[float, float], low: float, high: float) -> bool:
+def is_within(band: tuple[float, float], low: float, high: float) -> bool:
     return low <= band[0] and band[1] <= high

@@ -11,7 +11,15 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, UsageError
-from sae.evaluate.compare import as_csv, compare_runs, comparison_table, curves, frontiers, paired_table, records
+from sae.evaluate.compare import (
+    compare_runs,
+    comparison_table,
+    frontiers,
+    paired_table,
+    to_csv,
+    to_records,
+    training_curves,
+)
 from sae.evaluate.pages.comparison import comparison_page
 
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
@@ -164,7 +172,7 @@ def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
 
 
 def test_curves_show_what_was_logged_and_skip_a_torn_line(tmp_path):
-    found = {chart.title: chart.series[0] for chart in curves(compare_runs([make_run(tmp_path)]))}
+    found = {chart.title: chart.series[0] for chart in training_curves(compare_runs([make_run(tmp_path)]))}
     assert list(found["variance unexplained"].x) == [100, 200]
     assert list(found["variance unexplained"].y) == [1, 0.5]
     assert list(found["L0"].y) == [32, 32]
@@ -172,8 +180,8 @@ def test_curves_show_what_was_logged_and_skip_a_torn_line(tmp_path):
 
 def test_csv_reads_back(tmp_path):
     found = compare_runs([make_run(tmp_path), make_run(tmp_path, "relu", kl=0.5)])
-    lines = list(csv.DictReader(io.StringIO(as_csv(found))))
-    expected = [{k: "" if v is None else str(v) for k, v in record.items()} for record in records(found)]
+    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    expected = [{k: "" if v is None else str(v) for k, v in record.items()} for record in to_records(found)]
     assert lines == expected
     assert [line["core.model_behavior_preservation.kl_div_score"] for line in lines] == ["0.9", "0.5"]
 

@@ -21,7 +21,7 @@ from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.registry import METRICS, metrics_of_suite
-from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan_evaluation, unfinished
+from sae.evaluate.plan import EvaluateConfig, make_context, model_loader, plan_evaluation, unfinished_runs
 from sae.evaluate.results import read_result, write_result
 from sae.evaluate.run import evaluate, run_evaluation
 from sae.evaluate.tables import tables
@@ -59,7 +59,7 @@ def ask(*runs: Path, **changes) -> EvaluateConfig:
 
 
 def bench_of(cache: Cache, *runs: Path) -> EvalContext:
-    return make_context(ask(*runs, tokens=None), cache, "cpu", "float32", loader())
+    return make_context(ask(*runs, tokens=None), cache, "cpu", "float32", model_loader())
 
 
 def result_of(run: Path) -> dict:
@@ -475,7 +475,7 @@ def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
     whole, begun = make_run(home / "runs" / "whole", tiny_cache), home / "runs" / "begun"
     begun.mkdir()
     (begun / "run.json").write_text("{}")
-    assert unfinished([whole, begun]) == [begun]
+    assert unfinished_runs([whole, begun]) == [begun]
     assert [row.name for row in evaluate(ask(whole, begun))] == ["whole"]
     with pytest.raises(UsageError, match="begun holds no trained SAE"):
         evaluate(ask(begun))

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sae.cli.main import app
-from sae.evaluate.papers.claims import PAPERS, load
+from sae.evaluate.papers.claims import PAPERS, load_paper
 from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, width_of
 
 
@@ -30,7 +30,7 @@ def test_every_recipe_takes_the_options_of_its_paper(number, reading):
     from sae.train.recipe import find_recipe
     from sae.train.variant import Optimization
 
-    paper = load(number)
+    paper = load_paper(number)
     if reading not in [one.name for one in paper.readings]:
         return
     for job in jobs_of(paper, asked(reading=reading)):
@@ -39,15 +39,15 @@ def test_every_recipe_takes_the_options_of_its_paper(number, reading):
 
 
 def test_on_the_papers_model_the_papers_sizes_are_run():
-    jobs = jobs_of(load("002"), asked())
+    jobs = jobs_of(load_paper("002"), asked())
     assert {(job.steps, job.batch_size, job.layers, job.seeds) for job in jobs} == {(4882, 2048, (12,), (0, 1, 2))}
     assert {job.width for job in jobs} == {"8x", "1x"}
     elsewhere = jobs_of(
-        load("002"), asked(model="gemma-2-mini", on_paper_model=False, width="4x", steps=10, layers=[0])
+        load_paper("002"), asked(model="gemma-2-mini", on_paper_model=False, width="4x", steps=10, layers=[0])
     )
     assert {(job.steps, job.batch_size, job.dataset) for job in elsewhere} == {(10, None, None)}
     assert {job.system: job.width for job in elsewhere} == {  # the small one stays an eighth
-        **dict.fromkeys(load("002").systems, "4x"), "small": "0.5x",
+        **dict.fromkeys(load_paper("002").systems, "4x"), "small": "0.5x",
     }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_groups_hold_every_job_once_and_no_recipe_with_two_sets_of_options():
     jobs = [
         job
         for number in PAPERS
-        for job in jobs_of(load(number), asked(on_paper_model=False, width="4x", steps=10, layers=[0], seeds=[0]))
+        for job in jobs_of(load_paper(number), asked(on_paper_model=False, width="4x", steps=10, layers=[0], seeds=[0]))
     ]
     groups = group_by_pass(jobs)
     assert sorted(map(hash, jobs)) == sorted(hash(job) for group in groups for job in group)
@@ -100,7 +100,7 @@ def test_a_paper_becomes_runs_and_a_page_and_the_second_time_nothing_is_made(cac
     ]  # fmt: skip
     page = (folder / "003.html").read_text()
     assert "Not the paper&#39;s model" in page or "Not the paper's model" in page
-    for claim in load("003").claims:
+    for claim in load_paper("003").claims:
         assert f'id="{claim.id}"' in page
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.s*")}
     assert call(*words).exit_code == 0

@@ -10,7 +10,19 @@ import pytest
 
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.datasets import hub
-from sae.evaluate.datasets.labelled import DATASETS, HUB, REVIEWS, STAND_INS, LabelledDataset, class_name, labelled, language_of, pinned, quadrants, sample
+from sae.evaluate.datasets.labelled import (
+    DATASETS,
+    HUB,
+    REVIEWS,
+    STAND_INS,
+    LabelledDataset,
+    class_name,
+    dataset_version,
+    language_of,
+    load_quadrants,
+    load_texts,
+    sample_texts,
+)
 
 AG, BIOS, CODE, EUROPARL = "fancyzhx/ag_news", "LabHC/bias_in_bios", "codeparrot/github-code", "Helsinki-NLP/europarl"
 
@@ -29,23 +41,23 @@ def the_hub(monkeypatch) -> list[str]:
         asked.append(name)
         return SimpleNamespace(sha=COMMIT, gated=False)
 
-    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(hub, "connection_error", lambda: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     return asked
 
 
 def test_a_home_goes_on_reading_the_commit_that_it_read_first(home, the_hub, monkeypatch):
-    assert pinned(AG, None) == f"the Hub {COMMIT}" and the_hub == [AG]
+    assert dataset_version(AG, None) == f"the Hub {COMMIT}" and the_hub == [AG]
 
     def nobody():
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr(hub, "unreachable", nobody)
-    assert pinned(AG, None) == f"the Hub {COMMIT}"
+    monkeypatch.setattr(hub, "connection_error", nobody)
+    assert dataset_version(AG, None) == f"the Hub {COMMIT}"
     (record,) = (home / "activations" / "evaluation" / "datasets").iterdir()
     record.unlink()
     with pytest.raises(AssertionError):
-        hub.commit(AG)
+        hub.pinned_commit(AG)
 
 
 def test_without_the_hub_the_commit_is_that_of_the_copy(home, monkeypatch):
@@ -54,19 +66,19 @@ def test_without_the_hub_the_commit_is_that_of_the_copy(home, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
     with pytest.raises(UnavailableError, match="ag_news could not be read: .*offline.*ag_news/train.jsonl"):
-        pinned(AG, None)
+        dataset_version(AG, None)
     for number, commit in enumerate(("a" * 40, "b" * 40)):
         copy = home / "cache" / "fancyzhx___ag_news" / "default" / "0.0.0" / commit
         copy.mkdir(parents=True)
         os.utime(copy, (1e9 + number,) * 2)
-    assert pinned(AG, None) == f"the Hub {'b' * 40}"
+    assert dataset_version(AG, None) == f"the Hub {'b' * 40}"
     os.utime(copy.parent / ("a" * 40), (2e9,) * 2)
     taken = SimpleNamespace(cache_files=[{"filename": str(copy.parent / ("a" * 40) / "ag_news-train.arrow")}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: taken)
     with pytest.raises(
         UnavailableError, match="this home reads commit bbbbbbbbbbbb, and the copy on this machine is aaaaaaaaaaaa"
     ):
-        labelled(AG, None)
+        load_texts(AG, None)
 
 
 def write(data: Path, name: str, split: str, rows: list[dict]) -> Path:
@@ -87,28 +99,28 @@ def test_a_sample_is_the_one_that_pandas_draws():
     texts = [f"text {i}" for i in range(57)]
     for count in (1, 20, 57):
         drawn = pandas.DataFrame({"text": texts}).sample(n=count, random_state=42)["text"].tolist()
-        assert sample(texts, count) == drawn
+        assert sample_texts(texts, count) == drawn
 
 
 def test_classes_are_saebench_s_and_balanced_over_the_second_attribute(home):
     rows = biographies()
     for split in ("train", "test"):
         write(home, BIOS, split, rows)
-    found = labelled(f"{BIOS}_class_set2", home, 24, 16)
+    found = load_texts(f"{BIOS}_class_set2", home, 24, 16)
     assert list(found) == ["train", "test"] and list(found["train"]) == ["11", "13", "14", "18", "19"]
     of = {g: [row["hard_text"] for row in rows if (row["profession"], row["gender"]) == (13, g)] for g in (0, 1)}
-    assert found["train"]["13"] == sample(of[0], 6) + sample(of[1], 6)
-    assert found["test"]["13"] == sample(of[0], 4) + sample(of[1], 4)
+    assert found["train"]["13"] == sample_texts(of[0], 6) + sample_texts(of[1], 6)
+    assert found["test"]["13"] == sample_texts(of[0], 4) + sample_texts(of[1], 4)
     with pytest.raises(UsageError, match=r"9 texts of profession 11 with gender 0 in train, but 10 are needed"):
-        labelled(f"{BIOS}_class_set2", home, 40, 16)
+        load_texts(f"{BIOS}_class_set2", home, 40, 16)
 
 
 def test_one_label_is_sampled_where_there_is_no_second_attribute(home):
     rows = [{"text": f"{i}", "label": i % 4} for i in range(40)]
     for split in ("train", "test"):
         write(home, AG, split, rows)
-    found = labelled(AG, home, 16, 8)
-    assert found["train"]["2"] == sample([row["text"] for row in rows if row["label"] == 2], 8)
+    found = load_texts(AG, home, 16, 8)
+    assert found["train"]["2"] == sample_texts([row["text"] for row in rows if row["label"] == 2], 8)
     assert [len(texts) for texts in found["test"].values()] == [4, 4, 4, 4]
 
 
@@ -116,7 +128,7 @@ def test_code_is_cut_and_shuffled_one_language_after_the_other(home):
     languages = ["C", "Python", "HTML", "Java", "PHP", "Rust"]
     rows = [{"code": f"{'x' * 150}{i}".ljust(534 + i % 7), "language": languages[i % 6]} for i in range(300)]
     write(home, CODE, "train", rows)
-    found = labelled(CODE, home, 8, 4)
+    found = load_texts(CODE, home, 8, 4)
     kept = {
         name: [row["code"][150:] for row in rows if row["language"] == name and len(row["code"]) > 534]
         for name in languages[:5]
@@ -133,7 +145,7 @@ def test_code_is_cut_and_shuffled_one_language_after_the_other(home):
         rng.shuffle(texts)
         assert (found["train"][name], found["test"][name]) == (texts[:4], texts[4:6])
     with pytest.raises(UsageError, match="texts of C in train, but 80 are needed"):
-        labelled(CODE, home, 120, 40)
+        load_texts(CODE, home, 120, 40)
 
 
 def test_the_hub_s_code_has_its_language_from_its_path():
@@ -146,7 +158,7 @@ def test_languages_come_from_one_side_of_their_pairs(home):
     for pair in ("en-fr", "fr-it", "de-en", "es-fr", "nl-pt"):
         rows = [{"translation": {side: f"{pair} {side} {i}" for side in pair.split("-")}} for i in range(30)]
         write(home, f"{EUROPARL}/{pair}", "train", rows)
-    found = labelled(EUROPARL, home, 12, 8)
+    found = load_texts(EUROPARL, home, 12, 8)
     rng = random.Random(42)
     for language, pair in (("en", "en-fr"), ("fr", "fr-it"), ("de", "de-en"), ("es", "es-fr"), ("nl", "nl-pt")):
         expected = [f"{pair} {language} {i}" for i in range(11)]  # one more than are needed
@@ -158,7 +170,7 @@ def test_quadrants_are_first_rows(home):
     rows = biographies(each=9)
     for split in ("train", "test"):
         write(home, BIOS, split, rows)
-    found = quadrants(f"{BIOS}_class_set1", home, 16, 8)
+    found = load_quadrants(f"{BIOS}_class_set1", home, 16, 8)
     assert list(found) == [("21", "13"), ("1", "11"), ("25", "22"), ("2", "26")]
 
     def first(profession: int, gender: int, count: int) -> list[str]:
@@ -169,26 +181,26 @@ def test_quadrants_are_first_rows(home):
     }  # fmt: skip
     assert found["2", "26"]["test"]["PP"] == first(2, 0, 4)
     with pytest.raises(UsageError, match="9 texts of profession 21 with gender 0 in train, but 11 are needed"):
-        quadrants(f"{BIOS}_class_set1", home, 20, 8)
+        load_quadrants(f"{BIOS}_class_set1", home, 20, 8)
     with pytest.raises(UsageError, match="has no pairs of classes"):
-        quadrants(AG, home)
+        load_quadrants(AG, home)
 
 
 def test_what_cannot_be_read_has_a_sentence(home, monkeypatch):
     with pytest.raises(UsageError, match="did you mean fancyzhx/ag_news"):
-        labelled("fancyzhx/ag_new", home)
+        load_texts("fancyzhx/ag_new", home)
     with pytest.raises(
         UnavailableError, match=r"ag_news could not be read: .*ag_news/train.jsonl \(or .parquet\) with --data"
     ):
-        labelled(AG, home)
+        load_texts(AG, home)
     write(home, AG, "train", [{"text": "a", "topic": 1}])
     with pytest.raises(UsageError, match="no column 'label'; its columns are 'text', 'topic'"):
-        labelled(AG, home)
+        load_texts(AG, home)
     (home / AG / "train.jsonl").write_text('{"text": "a", "lab')
     with pytest.raises(UsageError, match="train.jsonl cannot be read: "):
-        labelled(AG, home)
+        load_texts(AG, home)
     with pytest.raises(UsageError, match="test_set_size=2 leaves no text"):
-        labelled(AG, home, 4000, 2)
+        load_texts(AG, home, 4000, 2)
 
 
 @pytest.mark.parametrize("wrong", [5, None, ["a"]])
@@ -198,19 +210,19 @@ def test_a_row_whose_text_is_no_text_has_a_sentence(home, wrong):
     write(home, "Helsinki-NLP/europarl/en-fr", "train", [{"translation": {"en": wrong}}])
     for name in (AG, "codeparrot/github-code", "Helsinki-NLP/europarl"):
         with pytest.raises(UsageError, match=f"{name} has a row in train with .* where a text was expected"):
-            labelled(name, home)
+            load_texts(name, home)
 
 
 def test_labels_and_translations_of_another_kind_have_a_sentence(home):
     write(home, AG, "train", [{"text": "a", "label": [0]}])
     with pytest.raises(UsageError, match="has 0 texts of label 0 in train"):
-        labelled(AG, home)
+        load_texts(AG, home)
     write(home, "codeparrot/github-code", "train", [{"code": "a", "language": ["C"]}])
     with pytest.raises(UsageError, match="has 0 texts of C in train"):
-        labelled("codeparrot/github-code", home)
+        load_texts("codeparrot/github-code", home)
     write(home, "Helsinki-NLP/europarl/en-fr", "train", [{"translation": "a"}])
     with pytest.raises(UsageError, match="None in translation.en, where a text was expected"):
-        labelled("Helsinki-NLP/europarl", home)
+        load_texts("Helsinki-NLP/europarl", home)
 
 
 def test_a_gated_dataset_names_its_page(monkeypatch, the_hub):
@@ -222,7 +234,7 @@ def test_a_gated_dataset_names_its_page(monkeypatch, the_hub):
 
     monkeypatch.setattr(datasets, "load_dataset", gated)
     with pytest.raises(UnavailableError, match="accept its terms at https://huggingface.co/datasets/fancyzhx/ag_news"):
-        labelled(AG, None)
+        load_texts(AG, None)
 
 
 def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home, the_hub):
@@ -244,42 +256,42 @@ def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home, the_h
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     write(home, AG, "test", [{"text": f"{i}", "label": i % 4} for i in range(16)])
-    assert len(labelled(AG, home, 8, 8)["train"]["0"]) == 4
+    assert len(load_texts(AG, home, 8, 8)["train"]["0"]) == 4
     assert asked == [(AG, None, "train", False, COMMIT), ("json", None, "train", True, None)]
     del asked[:]
-    assert set(labelled(EUROPARL, None, 4, 4)["train"]) == {"en", "fr", "de", "es", "nl"}
+    assert set(load_texts(EUROPARL, None, 4, 4)["train"]) == {"en", "fr", "de", "es", "nl"}
     assert asked[0] == (EUROPARL, "en-fr", "train", True, COMMIT)
-    assert labelled(CODE, None, 4, 4)["test"]["HTML"] == ["y" * 450] * 2
+    assert load_texts(CODE, None, 4, 4)["test"]["HTML"] == ["y" * 450] * 2
 
 
 def test_a_result_is_pinned_to_its_texts(home, the_hub):
-    assert pinned(AG, home) == pinned(AG, None) == f"the Hub {COMMIT}"
+    assert dataset_version(AG, home) == dataset_version(AG, None) == f"the Hub {COMMIT}"
     write(home, AG, "train", [{"text": "a", "label": 0}])
-    half = pinned(AG, home)
+    half = dataset_version(AG, home)
     assert half.startswith("sha256 ") and half.endswith(f", the Hub {COMMIT}")
     write(home, AG, "test", [{"text": "a", "label": 0}])
     write(home, "codeparrot/github-code", "train", [])
-    assert "the Hub" not in pinned("codeparrot/github-code", home)  # it has no other split
-    before = pinned(AG, home)
+    assert "the Hub" not in dataset_version("codeparrot/github-code", home)  # it has no other split
+    before = dataset_version(AG, home)
     assert before.startswith("sha256 ")
     write(home, AG, "test", [{"text": "b", "label": 0}])
-    assert pinned(AG, home) != before
-    assert pinned("stdlib/kind", home).startswith("python 3.")
+    assert dataset_version(AG, home) != before
+    assert dataset_version("stdlib/kind", home).startswith("python 3.")
 
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_stand_ins_are_balanced_and_train_never_meets_test(name):
-    found = labelled(name, None, 400, 200)
+    found = load_texts(name, None, 400, 200)
     assert [len(texts) for texts in found["train"].values()] == [200] * len(DATASETS[name].classes)
     assert [len(texts) for texts in found["test"].values()] == [100] * len(DATASETS[name].classes)
     for label in found["train"]:
         assert not set(found["train"][label]) & set(found["test"][label])
     assert all(len(text) >= 60 for classes in found.values() for texts in classes.values() for text in texts)
-    assert found == labelled(name, None, 400, 200)
+    assert found == load_texts(name, None, 400, 200)
 
 
 def test_stand_ins_have_quadrants():
-    for pair in quadrants("stdlib/subject", None, 400, 200).values():
+    for pair in load_quadrants("stdlib/subject", None, 400, 200).values():
         assert {q: len(texts) for q, texts in pair["train"].items()} == {"PP": 200, "NN": 200, "NP": 100, "PN": 100}
         assert "import " not in " ".join(pair["test"]["PP"][:3])  # a docstring
         assert any("return " in text or " = " in text for text in pair["test"]["NN"])  # code

@@ -13,8 +13,20 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from sae.cache.layout import Hook
 from sae.common.errors import SaeError
 from sae.evaluate.latents import stats as module
-from sae.evaluate.latents.stats import BEFORE, BINS, ActivationStats, Histogram, Passages, coactive, direct_logits, latent_stats, logit_effects, neighbours, quantile_passages
-from sae.evaluate.plan import EvaluateConfig, loader, make_context
+from sae.evaluate.latents.stats import (
+    BEFORE,
+    BINS,
+    ActivationStats,
+    Histogram,
+    PassageTable,
+    coactive_latents,
+    direct_logits,
+    latent_stats,
+    logit_effects,
+    neighbours,
+    quantile_passages,
+)
+from sae.evaluate.plan import EvaluateConfig, make_context, model_loader
 from sae.harvest.architectures import FAMILIES
 from sae.harvest.model import LanguageModel, find_model, load_model
 from sae.train.activations import TopK
@@ -111,11 +123,11 @@ def test_the_sample_draws_tokens_alike():
 
 
 def test_quantiles_are_of_the_order_by_activation():
-    found = Passages(1, 11)
+    found = PassageTable(1, 11)
     f_NSK = torch.arange(1, 12.0)[:, None, None]
     found.offer(torch.rand(11, 1), torch.zeros(11, 1, dtype=torch.int64), f_NSK, 0)
     assert [p.value for p in quantile_passages(found, 0)] == [10, 8, 6, 4, 2]
-    assert quantile_passages(Passages(1, 3), 0) == []
+    assert quantile_passages(PassageTable(1, 3), 0) == []
 
 
 def test_activations_that_are_not_finite_are_refused():
@@ -133,23 +145,23 @@ def test_neighbours_by_hand():
 
 def test_latents_that_fire_together_by_hand():
     f_TF = np.array([[3, 4, 0], [0, 3, 0], [4, 0, 0], [0, 0, 0]], dtype=np.float32)
-    found, jaccard = coactive(sparse.csc_array(f_TF), torch.arange(3), quiet)
+    found, jaccard = coactive_latents(sparse.csc_array(f_TF), torch.arange(3), quiet)
     assert found.of(0) == [(1, pytest.approx(12 / 25))]  # the other's cosine is 0: it is not listed
     assert found.of(1) == [(0, pytest.approx(12 / 25))] and found.of(2) == []
     assert jaccard[0, 0] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("cells", [1, 50, module.CELLS])
+@pytest.mark.parametrize("cells", [1, 50, module.BLOCK_ELEMENTS])
 def test_lists_do_not_depend_on_the_size_of_blocks(cells, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     W_dec_FD = torch.randn(20, 5, generator=generator)
     f_TF = torch.randn(30, 20, generator=generator).relu()
-    monkeypatch.setattr(module, "CELLS", cells)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", cells)
     unit = torch.nn.functional.normalize(W_dec_FD, dim=1)
     near = neighbours(W_dec_FD, torch.arange(20), quiet)
     expected = (unit @ unit.T).fill_diagonal_(-2).sort(1, descending=True)
     assert near.index.equal(expected.indices[:, :8])
-    together, jaccard = coactive(sparse.csc_array(f_TF.numpy()), torch.arange(20), quiet)
+    together, jaccard = coactive_latents(sparse.csc_array(f_TF.numpy()), torch.arange(20), quiet)
     column = torch.nn.functional.normalize(f_TF, dim=0)
     assert together.index.equal((column.T @ column).fill_diagonal_(-1).sort(1, descending=True).indices[:, :8])
     one, other = f_TF[:, 3] > 0, f_TF[:, together.index[3, 2]] > 0
@@ -219,11 +231,13 @@ def test_logit_effects_are_both_ends_of_the_direct_logits(model):
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_z"])
 def test_everything_of_a_few_latents_is_that_of_all(tiny_cache, site):
-    ctx = make_context(EvaluateConfig(runs=[], tokens=300, device="cpu"), tiny_cache, "cpu", "float32", loader())
+    ctx = make_context(EvaluateConfig(runs=[], tokens=300, device="cpu"), tiny_cache, "cpu", "float32", model_loader())
     torch.manual_seed(0)
     sae, latents = SAE(32, 12, [TopK(3)]).eval(), torch.tensor([2, 7])
     whole, few = (latent_stats(ctx, sae, Hook(1, site), chosen, quiet) for chosen in (torch.arange(12), latents))
-    x = torch.cat([ctx.model.capture_hooks(b.ids, [Hook(1, site)])[Hook(1, site)][b.counted] for b in ctx.batches(4, 99)])
+    x = torch.cat(
+        [ctx.model.capture_hooks(b.ids, [Hook(1, site)])[Hook(1, site)][b.counted] for b in ctx.batches(4, 99)]
+    )
     f_TF = sae.encode(x)
     assert whole.density.tolist() == few.density.tolist() == ((f_TF > 0).double().mean(0)).tolist()
     torch.testing.assert_close(whole.mean[latents], few.mean)

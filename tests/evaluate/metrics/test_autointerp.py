@@ -28,7 +28,7 @@ from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.llm_judge import Endpoint
 from sae.evaluate.metrics.packing import firing_frequencies, pack_contexts
 from sae.evaluate.metrics.registry import METRICS, SUITES, metrics_of_suite
-from sae.evaluate.plan import EvaluateConfig, loader, make_context, plan_evaluation
+from sae.evaluate.plan import EvaluateConfig, make_context, model_loader, plan_evaluation
 from sae.evaluate.reference_saes import Identity
 from sae.evaluate.run import evaluate
 from sae.harvest.model import find_model, load_tokenizer
@@ -122,7 +122,7 @@ def test_a_latent_with_too_few_passages_has_none(rows):
 @pytest.fixture(scope="module")
 def ctx(tiny_cache):
     request = EvaluateConfig(runs=[], device="cpu")
-    return make_context(request, tiny_cache, "cpu", "float32", loader())
+    return make_context(request, tiny_cache, "cpu", "float32", model_loader())
 
 
 def sae_of(seed: int) -> SAE:
@@ -135,7 +135,7 @@ def sae_of(seed: int) -> SAE:
 def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch):
     rows = pack_contexts(ctx, 32)
     targets = [EvalTarget(sae_of(0), 0), EvalTarget(sae_of(1), 1)]
-    shares = firing_frequencies(ctx.model, torch.tensor(ctx.skip), rows, targets, silent)
+    shares = firing_frequencies(ctx.model, torch.tensor(ctx.special_ids), rows, targets, silent)
     drawn = [[1, 5, 9], [2, 3]]
     passes = []
     capture = ctx.model.capture
@@ -143,8 +143,8 @@ def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch)
     expected = {}
     for number, target in enumerate(targets):
         f = target.sae.encode(capture(rows, [target.layer])[target.layer])
-        f[torch.isin(rows, torch.tensor(ctx.skip))] = 0
-        kept = ~torch.isin(rows, torch.tensor(ctx.skip))
+        f[torch.isin(rows, torch.tensor(ctx.special_ids))] = 0
+        kept = ~torch.isin(rows, torch.tensor(ctx.special_ids))
         assert shares[number][0] == 0
         torch.testing.assert_close(torch.from_numpy(shares[number]), (f[kept] > 0).double().mean(0))
         expected |= {(number, latent): f[..., latent].flatten() for latent in drawn[number]}

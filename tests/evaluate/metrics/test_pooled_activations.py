@@ -89,18 +89,18 @@ def test_what_is_damaged_on_the_shelf_is_made_again(tmp_path):
         made.append(1)
         return {"a": torch.arange(6.0)}
 
-    artifacts.keep("numbers", {"of": 1}, make)
-    assert torch.equal(artifacts.keep("numbers", {"of": 1}, make)["a"], torch.arange(6.0))
+    artifacts.get_or_compute("numbers", {"of": 1}, make)
+    assert torch.equal(artifacts.get_or_compute("numbers", {"of": 1}, make)["a"], torch.arange(6.0))
     assert len(made) == 1
     path = artifacts.path("numbers", {"of": 1})
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert torch.equal(artifacts.keep("numbers", {"of": 1}, make)["a"], torch.arange(6.0))
+    assert torch.equal(artifacts.get_or_compute("numbers", {"of": 1}, make)["a"], torch.arange(6.0))
     path.write_bytes(data[:10])
-    artifacts.keep("numbers", {"of": 1}, make)
+    artifacts.get_or_compute("numbers", {"of": 1}, make)
     assert len(made) == 3
-    artifacts.keep("numbers", {"of": 2}, make)
+    artifacts.get_or_compute("numbers", {"of": 2}, make)
     assert len(made) == 4
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sae.evaluate.datasets.labelled import DATASETS, Texts, labelled
+from sae.evaluate.datasets.labelled import DATASETS, Texts, load_texts
 from sae.evaluate.metrics import sparse_probing as module
 from sae.evaluate.metrics.pooled_activations import TextRows
 from sae.evaluate.metrics.probes import LabelledRows, make_generator, pool_unit_norm
@@ -30,7 +30,7 @@ def data(saebench, home):
 
 def texts_of(saebench, data, dataset: str) -> Texts:
     config = saebench.json("sparse_probing/results")["relu"]["eval_config"]
-    return labelled(dataset, data, config["probe_train_set_size"], config["probe_test_set_size"])
+    return load_texts(dataset, data, config["probe_train_set_size"], config["probe_test_set_size"])
 
 
 def rows_of(saebench, dataset: str, texts: Texts) -> LabelledRows:

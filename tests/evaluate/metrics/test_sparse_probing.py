@@ -119,7 +119,7 @@ def test_the_latents_named_are_those_that_were_planted():
     assert list(named["sae_top_3_latents"]["0"].items()) == [("4", 3.0), ("7", 2.5), ("9", -2.0)]
     assert list(named["sae_top_3_latents"]["2"].items()) == [("9", 4.0), ("11", 3.0), ("7", 2.5)]
     assert "sae_top_6_test_accuracy" in named and "sae_top_6_latents" not in named
-    assert inspection.labels({"sparse_probing": found}, 20) == {
+    assert inspection.latent_labels({"sparse_probing": found}, 20) == {
         4: ["World (class of fancyzhx/ag_news, accuracy 1.00)"],
         9: ["Business (class of fancyzhx/ag_news, accuracy 1.00)"],
     }
@@ -133,7 +133,7 @@ def test_a_result_of_before_latents_were_named_is_kept(ctx, home):
     old = replace(found, extra=bare)
     write_result(home / "old", METRIC, METRIC.settings(ctx) | {"definition": 1}, old, {})
     assert read_result(home / "old", METRIC, METRIC.settings(ctx)) == old
-    assert inspection.labels({METRIC.name: old}, 40) == {}
+    assert inspection.latent_labels({METRIC.name: old}, 40) == {}
 
 
 def test_the_identity_is_the_model_and_zero_is_chance(ctx):
@@ -161,7 +161,9 @@ def test_no_sae_changes_another_s_numbers(ctx, rng):
 def test_the_side_of_the_model_is_measured_once(ctx, monkeypatch):
     sides = []
     real = module.probe_dataset
-    monkeypatch.setattr(module, "probe_dataset", lambda f, *rest: sides.append(f["train"].x_ND.shape[1]) or real(f, *rest))
+    monkeypatch.setattr(
+        module, "probe_dataset", lambda f, *rest: sides.append(f["train"].x_ND.shape[1]) or real(f, *rest)
+    )
     first = measured(ctx, make_sae())
     assert sides == [32, 40, 32, 40]
     assert measured(ctx, make_sae()) == first and sides == [32, 40, 32, 40, 40, 40]

@@ -277,7 +277,7 @@ def test_a_model_that_is_not_the_one_is_refused(ctx, metric, planted, tiny_model
     targets = [EvalTarget(sae_that_fires_on(VALUE), 0)]
     with pytest.raises(UsageError, match="planted has no chat template, so it is no instruction-tuned model"):
         replace(metric, model=str(planted)).measure(ctx, targets, silent)
-    mini = replace(ctx, identity={**ctx.identity, "model": "gemma-2-mini"})
+    mini = replace(ctx, model_identity={**ctx.model_identity, "model": "gemma-2-mini"})
     with pytest.raises(UnavailableError, match="there is no gemma-2-mini-it"):
         metric.settings(mini)
     with pytest.raises(UsageError, match="has 26 blocks of width 128, the model of the SAEs 2 of 32"):

@@ -15,11 +15,11 @@ from sae.cli.main import app
 from sae.common.errors import DamagedError, UsageError
 from sae.common.files import write_json
 from sae.evaluate.latents import inspection, stats
-from sae.evaluate.latents.inspection import encoded_prompt, open_run
+from sae.evaluate.latents.inspection import encode_prompt, open_run
 from sae.evaluate.latents.stats import BEFORE
 from sae.evaluate.metrics.sparse_probing import SparseProbingStdlib
-from sae.evaluate.pages.dashboard import dashboard_page, drawn_latents
-from sae.evaluate.pages.terminal import bars, coloured
+from sae.evaluate.pages.dashboard import dashboard_page, sample_latents
+from sae.evaluate.pages.terminal import highlight_tokens, text_histogram
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.results import write_result
 from sae.evaluate.run import evaluate
@@ -64,7 +64,7 @@ def run(tiny_cache, home) -> Path:
 
 def page_of(run: Path, count: int | None = None) -> str:
     found = open_run(run, 300, "cpu")
-    return dashboard_page(found, drawn_latents(found.sae.d_sae, count), "2026-11-21", quiet)
+    return dashboard_page(found, sample_latents(found.sae.d_sae, count), "2026-11-21", quiet)
 
 
 def unpacked(html: str, name: str | int):
@@ -154,11 +154,11 @@ def test_labels_are_what_probes_and_judges_found():
         "absorption": inspection.MetricResult({}, [{"first_letter": "s", "main_latents": [62, 4], "f1_k_sparse": [0.3, 0.65, 0.6]}]),
         "autointerp": inspection.MetricResult({}, extra={"4": {"latent": 4, "explanation": "rivers", "score": 0.75}, "5": {"latent": 5, "explanation": None, "score": None}}),
     }  # fmt: skip
-    assert inspection.labels(results, 64) == {
+    assert inspection.latent_labels(results, 64) == {
         62: ["first letter s (F1 0.65)"],
         4: ["first letter s (F1 0.65)", "rivers (score 0.75)"],
     }
-    assert inspection.labels({}, 64) == {}
+    assert inspection.latent_labels({}, 64) == {}
 
 
 def probed(texts: int = 200, **tasks) -> inspection.MetricResult:
@@ -173,14 +173,16 @@ def probed(texts: int = 200, **tasks) -> inspection.MetricResult:
 def test_a_latent_is_labelled_with_the_classes_it_tells():
     found = probed(red=(3, 0.5, 0.7), blue=(3, 0.1, 0.9), green=(4, -2.0, 0.9), grey=(5, 2.0, 0.66), far=(64, 1.0, 1.0))
     red, blue = "red (class of d, accuracy 0.70)", "blue (class of d, accuracy 0.90)"
-    labels = inspection.labels({"sparse_probing_stdlib": found}, 64)
+    labels = inspection.latent_labels({"sparse_probing_stdlib": found}, 64)
     assert labels == {3: [blue, red]}  # the best first; 4 fires less for its class, 5 may be right on 0.6 or less
     both = {"sparse_probing_stdlib": found, "sparse_probing": probed(1000, grey=(5, 2.0, 0.66))}
-    assert inspection.labels(both, 64)[5] == ["grey (class of d, accuracy 0.66)"]  # on so many texts it is surely more
+    assert inspection.latent_labels(both, 64)[5] == [
+        "grey (class of d, accuracy 0.66)"
+    ]  # on so many texts it is surely more
     absorbed = inspection.MetricResult({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
-    assert inspection.labels({"absorption": absorbed, **both}, 64)[3] == ["first letter s (F1 0.30)", blue, red]
+    assert inspection.latent_labels({"absorption": absorbed, **both}, 64)[3] == ["first letter s (F1 0.30)", blue, red]
     old = {"d_results": {"sae_top_1_test_accuracy": {"red": 0.9}}}
-    assert inspection.labels({"sparse_probing": inspection.MetricResult({}, extra=old)}, 64) == {}
+    assert inspection.latent_labels({"sparse_probing": inspection.MetricResult({}, extra=old)}, 64) == {}
 
 
 @pytest.mark.parametrize(
@@ -198,10 +200,15 @@ def test_a_result_that_was_changed_by_hand_labels_nothing(scores):
     changed = scores if not isinstance(scores, dict) else whole | scores
     probing = inspection.MetricResult({}, extra={"d_results": changed}, n={"test_texts_per_task": 200})
     found = {"absorption": absorbed, "sparse_probing": probing}
-    assert inspection.labels(found, 64) == {3: ["first letter s (F1 0.30)"]}
-    assert inspection.labels({"absorption": inspection.MetricResult({}, [{"first_letter": "s"}])}, 64) == {}
+    assert inspection.latent_labels(found, 64) == {3: ["first letter s (F1 0.30)"]}
+    assert inspection.latent_labels({"absorption": inspection.MetricResult({}, [{"first_letter": "s"}])}, 64) == {}
     for n in ({}, {"test_texts_per_task": 0}):
-        assert inspection.labels({"sparse_probing": inspection.MetricResult({}, extra={"d_results": whole}, n=n)}, 64) == {}
+        assert (
+            inspection.latent_labels(
+                {"sparse_probing": inspection.MetricResult({}, extra={"d_results": whole}, n=n)}, 64
+            )
+            == {}
+        )
 
 
 def test_hostile_classes_are_shown_as_what_they_are(run):
@@ -230,7 +237,7 @@ def test_curves_are_what_training_logged(run):
 
 
 def test_a_bar_a_bin():
-    assert bars([0, 1, 8, 4, 0, 0]) == " ▁█▄"
+    assert text_histogram([0, 1, 8, 4, 0, 0]) == " ▁█▄"
 
 
 def test_active_tokens_stand_between_brackets_where_there_are_no_colours(run, monkeypatch):
@@ -238,9 +245,9 @@ def test_active_tokens_stand_between_brackets_where_there_are_no_colours(run, mo
     monkeypatch.setattr(
         "sae.evaluate.metrics.activation_examples.TokenText.text", lambda self, token: ["\x1b[2J", "[red]b"][token]
     )
-    assert coloured(found, [0, 1], [0.0, 2.0], 4.0).plain == "⟨001B⟩[2J<<[red]b>>"
+    assert highlight_tokens(found, [0, 1], [0.0, 2.0], 4.0).plain == "⟨001B⟩[2J<<[red]b>>"
     monkeypatch.setenv("FORCE_COLOR", "1")
-    text = coloured(found, [0, 1], [0.0, 2.0], 4.0)
+    text = highlight_tokens(found, [0, 1], [0.0, 2.0], 4.0)
     assert text.plain == "⟨001B⟩[2J[red]b" and text.spans[0].style.bgcolor is not None
 
 
@@ -248,7 +255,7 @@ def test_a_prompt_is_encoded_as_text_is(run):
     found = open_run(run, 300, "cpu")
     ids = found.ctx.contexts.ids[0][:9].tolist()
     prompt = found.ctx.tokenizer.decode(ids, skip_special_tokens=True)
-    again, f_SF = encoded_prompt(found, prompt)
+    again, f_SF = encode_prompt(found, prompt)
     assert again == ids
     x = found.ctx.model.capture_hooks(torch.tensor([ids]), [found.hook])[found.hook][0]
     expected = found.sae.encode(x)
@@ -306,4 +313,4 @@ def test_a_run_whose_files_contradict_the_model_is_damaged(tiny_cache, home):
 
 def test_a_number_of_latents_that_is_none():
     with pytest.raises(UsageError, match="not positive"):
-        drawn_latents(10, -1)
+        sample_latents(10, -1)

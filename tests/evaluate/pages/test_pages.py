@@ -12,20 +12,21 @@ from hypothesis import strategies as st
 
 from sae.common.errors import UsageError
 from sae.evaluate import charts
-from sae.evaluate.charts import Chart, Series, span, svg, ticks, written
-from sae.evaluate.pages.page import as_json, page, visible, write_page
+from sae.evaluate.charts import Chart, Series, axis_range, tick_label, ticks
+from sae.evaluate.pages.page import as_json, make_visible, render_page, write_page
+from sae.evaluate.pages.svg import draw_svg
 
 
 @given(st.text())
 def test_nothing_hides_in_what_is_visible(text):
     import unicodedata
 
-    assert not {unicodedata.category(c) for c in visible(text)} & {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
+    assert not {unicodedata.category(c) for c in make_visible(text)} & {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 
 def test_what_hides_is_shown_as_its_code_point():
-    assert visible("a\nb\t\u202ec\x1b[31m\ud800") == "a↵b⇥⟨202E⟩c⟨001B⟩[31m⟨D800⟩"
-    assert visible("naïve e\u0301 日本 🙂") == "naïve e\u0301 日本 🙂"
+    assert make_visible("a\nb\t\u202ec\x1b[31m\ud800") == "a↵b⇥⟨202E⟩c⟨001B⟩[31m⟨D800⟩"
+    assert make_visible("naïve e\u0301 日本 🙂") == "naïve e\u0301 日本 🙂"
 
 
 @given(
@@ -45,7 +46,7 @@ def test_json_refuses_what_javascript_cannot_read():
 
 
 def test_the_policy_of_a_page_lets_nothing_in(tmp_path):
-    html = page("frame.html", title="</title><script>alert(1)</script>", version="1", date="today")
+    html = render_page("frame.html", title="</title><script>alert(1)</script>", version="1", date="today")
     policy = re.search('Content-Security-Policy" content="([^"]*)"', html)[1]
     assert "default-src &#39;none&#39;" in policy and "script-src &#39;none&#39;" in policy
     assert "<script" not in html.lower()
@@ -57,7 +58,7 @@ def test_the_policy_names_the_one_script(monkeypatch, tmp_path):
     monkeypatch.setattr("sae.evaluate.pages.page.HERE", tmp_path)
     (tmp_path / "page.css").write_text("")
     (tmp_path / "one.js").write_text("let x = 1 < 2;\n")
-    html = page("frame.html", "one.js", title="t", version="1", date="today")
+    html = render_page("frame.html", "one.js", title="t", version="1", date="today")
     code = re.search("<script>(.*)</script>", html, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     assert f"sha256-{digest}" in html.replace("&#43;", "+").replace("&#x2b;", "+")
@@ -82,12 +83,12 @@ def test_logarithmic_ticks(low, high, expected):
 
 
 def test_axes_hold_what_they_show():
-    assert span([], log=False) == (0, 1)
-    low, high = span([3, 3], log=False)
+    assert axis_range([], log=False) == (0, 1)
+    low, high = axis_range([3, 3], log=False)
     assert low < 3 < high
-    low, high = span([0, 2, float("nan"), 8], log=True)
+    low, high = axis_range([0, 2, float("nan"), 8], log=True)
     assert 0 < low < 2 and high > 8
-    assert [written(v) for v in (1e-5, 0.25, 2000, 25_000, 2e6)] == ["1e-05", "0.25", "2000", "25k", "2M"]
+    assert [tick_label(v) for v in (1e-5, 0.25, 2000, 25_000, 2e6)] == ["1e-05", "0.25", "2000", "25k", "2M"]
 
 
 CHART = Chart("t <b>", "L0", "y & z", [
@@ -97,25 +98,25 @@ CHART = Chart("t <b>", "L0", "y & z", [
 
 
 def test_a_chart_is_xml_with_a_mark_at_every_point():
-    root = ElementTree.fromstring(svg(CHART))
+    root = ElementTree.fromstring(draw_svg(CHART))
     titles = [element.text for element in root.iter() if element.tag.endswith("title")]
     assert titles == ["one⟨202E⟩", "<i>", "b", "c", "two: 8, 0.1"]  # neither a number that is none, nor a log of -1
 
 
 def test_points_stand_where_their_numbers_say():
-    root = ElementTree.fromstring(svg(CHART))
+    root = ElementTree.fromstring(draw_svg(CHART))
     at = [e.get("transform") for e in root.iter() if e.get("transform", "").startswith("translate(") and list(e)]
     x = [float(re.match(r"translate\(([\d.]+) ", place)[1]) for place in at if "rotate" not in place][:3]
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)  # 8, 16, 32 on a logarithmic axis
 
 
 def test_an_empty_chart_says_so():
-    assert "nothing measured" in svg(Chart("t", "x", "y", []))
-    assert "nothing measured" not in svg(CHART)
+    assert "nothing measured" in draw_svg(Chart("t", "x", "y", []))
+    assert "nothing measured" not in draw_svg(CHART)
 
 
 def root_of(chart):
-    return ElementTree.fromstring(svg(chart))
+    return ElementTree.fromstring(draw_svg(chart))
 
 
 def test_the_band_of_a_line_goes_through_mean_plus_and_minus_sd():
@@ -138,13 +139,13 @@ def test_the_band_of_a_line_goes_through_mean_plus_and_minus_sd():
     ],
 )  # fmt: skip
 def test_numbers_that_no_axis_holds_are_left_out(y, spread, log):
-    drawn = svg(Chart("t", "x", "y", [Series("one", [0, 1], y, "line", spread=spread)], y_log=log))
+    drawn = draw_svg(Chart("t", "x", "y", [Series("one", [0, 1], y, "line", spread=spread)], y_log=log))
     assert not re.search("nan|inf|None", drawn)
 
 
 def test_a_line_without_spread_has_no_band():
     chart = Chart("t", "x", "y", [Series("one", [0, 1], [0, 1], "line"), Series("two", [0, 1], [0, 1], "line", [0, 0])])
-    assert "fill-opacity" not in svg(chart)
+    assert "fill-opacity" not in draw_svg(chart)
 
 
 def test_the_band_of_a_logarithmic_axis_ends_at_its_foot():
@@ -189,7 +190,7 @@ def test_names_too_long_for_their_places_are_slanted_and_not_cut_off():
     labels = [e for e in root.iter() if e.text in names]
     assert len(labels) == 10
     _, _, width, height = map(float, root.get("viewBox").split())
-    reach = charts.LETTER * len(names[0]) / 2**0.5
+    reach = charts.CHARACTER_WIDTH * len(names[0]) / 2**0.5
     for label in labels:
         x, y = map(float, re.match(r"translate\(([\d.]+) ([\d.]+)\) rotate\(-45\)", label.get("transform")).groups())
         assert 0 <= x - reach and x <= width and y + reach <= height
@@ -198,24 +199,26 @@ def test_names_too_long_for_their_places_are_slanted_and_not_cut_off():
 
 
 def test_what_pointing_tells_names_the_category():
-    assert "one: b, 2 ± 0.5" in svg(Chart("t", "", "y", [Series("one", [1], [2], spread=[0.5])], categories=("a", "b")))
+    assert "one: b, 2 ± 0.5" in draw_svg(
+        Chart("t", "", "y", [Series("one", [1], [2], spread=[0.5])], categories=("a", "b"))
+    )
 
 
 def test_long_labels_have_room():
     chart = Chart("t", "x", "y", [Series("one", [0, 1], [0.99985, 0.99995])])
     ends = [float(e.get("x")) for e in root_of(chart).iter() if e.get("text-anchor") == "end"]
-    assert min(ends) - charts.LETTER * len("0.99995") > 18  # right of the axis' title
+    assert min(ends) - charts.CHARACTER_WIDTH * len("0.99995") > 18  # right of the axis' title
 
 
 def test_ticks_that_differ_read_differently():
-    assert charts.labelled([0.99985, 0.9999, 0.99995]) == ["0.99985", "0.9999", "0.99995"]
-    assert charts.labelled([0.25, 0.5]) == ["0.25", "0.5"]
+    assert charts.tick_labels([0.99985, 0.9999, 0.99995]) == ["0.99985", "0.9999", "0.99995"]
+    assert charts.tick_labels([0.25, 0.5]) == ["0.25", "0.5"]
 
 
 def test_the_key_of_charts_is_in_the_order_of_looks():
     first = Chart("t", "x", "y", [Series("c", [1], [1], "line", look=2)])
     second = Chart("t", "x", "y", [Series(n, [1], [1], look=look) for look, n in enumerate("abc")])
-    assert re.findall(r"</svg>(\w+)", charts.key([first, second])) == ["a", "b", "c"]
+    assert re.findall(r"</svg>(\w+)", charts.shared_legend([first, second])) == ["a", "b", "c"]
 
 
 def test_64_series_differ_in_colour_or_shape():
@@ -226,7 +229,7 @@ def test_64_series_differ_in_colour_or_shape():
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
 def test_a_chart_for_a_paper(tmp_path, ending):
     pytest.importorskip("matplotlib")
-    charts.save(CHART, tmp_path / f"chart.{ending}")
+    charts.save_chart(CHART, tmp_path / f"chart.{ending}")
     assert (tmp_path / f"chart.{ending}").stat().st_size > 1000
 
 
@@ -237,7 +240,7 @@ def test_a_band_and_names_on_paper(tmp_path):
         Series("one", [0, 1, 2], [1, 2, 3], "line", spread=[1, 0, 1]),
         Series("two", [0, 1], [1, 2], spread=[1, 1]),
     ]
-    charts.save(Chart("t", "", "y", series, categories=names), tmp_path / "chart.svg")
+    charts.save_chart(Chart("t", "", "y", series, categories=names), tmp_path / "chart.svg")
     drawn = (tmp_path / "chart.svg").read_text()
     assert all(name in drawn for name in names) and "rotate(-45 " in drawn
     assert "FillBetween" in drawn
@@ -246,4 +249,4 @@ def test_a_band_and_names_on_paper(tmp_path):
 def test_an_ending_that_no_chart_has(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UsageError, match=".xyz"):
-        charts.save(CHART, tmp_path / "chart.xyz")
+        charts.save_chart(CHART, tmp_path / "chart.xyz")

@@ -6,7 +6,7 @@ from sae.evaluate.compare import compare_runs
 from sae.evaluate.pages.comparison import comparison_page
 from sae.evaluate.pages.page import write_page
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.papers.claims import load
+from sae.evaluate.papers.claims import load_paper
 from sae.evaluate.papers.report import build_report
 
 from ..papers.test_figures import lettered, runs_of
@@ -53,7 +53,7 @@ def test_every_number_has_its_chart_with_a_mark_for_each_system(comparison):
 def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
     runs = [make_run(tmp_path, f"{'long-name-' * 8}{n}") for n in range(3)]
     write_page(tmp_path / "compare.html", comparison_page(compare_runs(runs)))
-    paper = load("000")
+    paper = load_paper("000")
     found = build_report(paper, runs_of(paper, lettered), False)
     write_page(tmp_path / "report.html", reproduction_page(found, "gemma-2-mini", "field"))
     for name in ("compare.html", "report.html"):
@@ -63,7 +63,7 @@ def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
 
 
 def test_a_contradiction_leads_to_its_claims(tmp_path, opened):
-    paper = load("002")
+    paper = load_paper("002")
     write_page(tmp_path / "report.html", reproduction_page(build_report(paper, [], False), "gemma-2-mini", "field"))
     page = opened(tmp_path / "report.html")
     named = next(one for one in paper.contradictions if one.claims).claims[0]

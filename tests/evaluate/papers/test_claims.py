@@ -14,8 +14,19 @@ from sae.common.errors import UsageError
 from sae.evaluate.datasets.labelled import HUB
 from sae.evaluate.metrics import sparse_probing
 from sae.evaluate.metrics.registry import METRICS
-from sae.evaluate.papers.claims import BESIDE, FOLDER, LOGGED, LONGEST, PAPERS, REGISTRY, PaperFact, load, numbers, parse
-from sae.evaluate.papers.verdict import measured
+from sae.evaluate.papers.claims import (
+    CLAIM_METRICS,
+    CLAIMS_FOLDER,
+    EXTRA_METRICS,
+    MAX_QUOTE,
+    PAPERS,
+    TRAINING_LOG,
+    PaperFact,
+    load_paper,
+    parse_paper,
+    printed_numbers,
+)
+from sae.evaluate.papers.verdict import measured_value
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.run import evaluate
 from sae.train.activations import ReLU
@@ -24,7 +35,7 @@ from sae.train.recipe import RECIPES
 from sae.train.sae import SAE, save_sae
 from sae.train.variant import RunConfig
 
-ALL = [load(number) for number in PAPERS]
+ALL = [load_paper(number) for number in PAPERS]
 CLAIMS = [(paper, claim) for paper in ALL for claim in paper.claims]
 every_paper = pytest.mark.parametrize("paper", ALL, ids=PAPERS)
 
@@ -33,7 +44,7 @@ every_paper = pytest.mark.parametrize("paper", ALL, ids=PAPERS)
 
 
 def test_every_paper_has_a_file_and_every_file_a_paper():
-    assert [path.stem for path in sorted(FOLDER.glob("*.toml"))] == list(PAPERS)
+    assert [path.stem for path in sorted(CLAIMS_FOLDER.glob("*.toml"))] == list(PAPERS)
     assert [paper.number for paper in ALL] == list(PAPERS)
 
 
@@ -43,7 +54,7 @@ def test_the_files_are_installed_with_the_package():
     found = {
         path.name for pattern in shipped["sae.evaluate.papers"] for path in (root / "evaluate" / "papers").glob(pattern)
     }
-    assert found >= {path.name for path in FOLDER.glob("*.toml")}
+    assert found >= {path.name for path in CLAIMS_FOLDER.glob("*.toml")}
 
 
 def test_the_overview_is_of_these_claims():
@@ -56,9 +67,13 @@ def test_the_overview_is_of_these_claims():
 @pytest.mark.parametrize(("paper", "claim"), CLAIMS, ids=lambda one: getattr(one, "id", getattr(one, "number", "")))
 def test_a_claim_stands_on_a_line_that_holds_its_value(paper, claim):
     for quote in (claim.quote, *(place.quote for place in claim.also)):
-        assert len(quote) <= LONGEST
-        assert any(abs(number) == abs(claim.value) for number, _ in numbers(quote))
-    assert claim.metric in REGISTRY or claim.metric.startswith(f"{LOGGED}.") or (claim.metric == "none" and claim.why)
+        assert len(quote) <= MAX_QUOTE
+        assert any(abs(number) == abs(claim.value) for number, _ in printed_numbers(quote))
+    assert (
+        claim.metric in CLAIM_METRICS
+        or claim.metric.startswith(f"{TRAINING_LOG}.")
+        or (claim.metric == "none" and claim.why)
+    )
     assert claim.metric == "none" or claim.system in paper.systems
     assert set(claim.layers) <= set(paper.ran.layers) and claim.layers
 
@@ -137,7 +152,7 @@ def test_a_system_at_the_paper_s_size_has_its_width(paper):
 def test_a_scalar_of_training_is_one_that_its_recipes_log(paper):
     torch.manual_seed(0)
     for claim in (*paper.claims, *paper.unreported):
-        if not claim.metric.startswith(f"{LOGGED}."):
+        if not claim.metric.startswith(f"{TRAINING_LOG}."):
             continue
         asked = [getattr(claim, name, "") for name in ("system", "against")]
         systems = [paper.systems[name] for name in asked if name] or list(paper.systems.values())
@@ -145,7 +160,7 @@ def test_a_scalar_of_training_is_one_that_its_recipes_log(paper):
         for recipe in {name for system in systems for name in system.recipes}:
             training = Trainer(RECIPES[recipe].make(RunConfig(32, 64, 20, 16), {}), 20, "cpu")
             training.step(torch.randn(16, 32))
-            logged.append(claim.metric.removeprefix(f"{LOGGED}.") in training.pop_metrics())
+            logged.append(claim.metric.removeprefix(f"{TRAINING_LOG}.") in training.pop_metrics())
         assert all(logged) if asked[0] else any(logged), claim
 
 
@@ -170,7 +185,7 @@ def test_what_no_table_shows_is_in_results(tiny_cache, home):
     results = row.results | {
         "sparse_probing": sparse_probing.build_result(by_dataset, by_dataset, [*scores.top], 100, False)
     }
-    for name in BESIDE:
+    for name in EXTRA_METRICS:
         metric, category, field = name.split(".", 2)
         result = results[metric]
         found = {"n": [result.n], "details": result.details}.get(category) or [result.metrics[category]]
@@ -180,7 +195,7 @@ def test_what_no_table_shows_is_in_results(tiny_cache, home):
     for _, claim in CLAIMS:
         assert set(claim.entries) <= (letters if claim.metric.startswith("absorption") else labels)
         if claim.metric.startswith("sparse_probing"):
-            assert measured(claim, results, []) == 0.5
+            assert measured_value(claim, results, []) == 0.5
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -203,13 +218,13 @@ def test_what_no_table_shows_is_in_results(tiny_cache, home):
     ],
 )
 def test_numbers_of_a_line(quote, expected):
-    found = [pair for pair in numbers(quote) if pair[0] not in (0.0,)]
+    found = [pair for pair in printed_numbers(quote) if pair[0] not in (0.0,)]
     assert [places for _, places in found] == [places for _, places in expected]
     assert [number for number, _ in found] == pytest.approx([number for number, _ in expected])
 
 
 def claim_of(name, number="001"):
-    return next(claim for claim in load(number).claims if claim.id == name)
+    return next(claim for claim in load_paper(number).claims if claim.id == name)
 
 
 def test_targets_are_in_the_unit_of_the_metric_and_changes_in_their_own():
@@ -236,7 +251,7 @@ def test_what_was_never_trained_is_known():
     assert steps["001"] == steps["002"] == steps["004"] == (4882, True)
 
 
-GOOD = (FOLDER / "003.toml").read_text(encoding="utf-8")
+GOOD = (CLAIMS_FOLDER / "003.toml").read_text(encoding="utf-8")
 
 
 def changed(before, after):
@@ -269,31 +284,35 @@ def changed(before, after):
 )  # fmt: skip
 def test_what_is_wrong_is_said(text, sentence):
     with pytest.raises(UsageError) as caught:
-        parse(text, "claims/003.toml")
+        parse_paper(text, "claims/003.toml")
     assert sentence in str(caught.value)
 
 
 def test_the_number_that_a_claim_is_set_against_is_one_of_the_claims():
-    text = (FOLDER / "001.toml").read_text(encoding="utf-8").replace("against_value = 90.6\n", "against_value = 90.7\n")
+    text = (
+        (CLAIMS_FOLDER / "001.toml")
+        .read_text(encoding="utf-8")
+        .replace("against_value = 90.6\n", "against_value = 90.7\n")
+    )
     with pytest.raises(UsageError, match="claim l0: against_value = 90.7 is no claim about baseline."):
-        parse(text, "claims/001.toml")
+        parse_paper(text, "claims/001.toml")
 
 
 def test_everything_wrong_is_said_at_once():
     text = changed("value = 9", "value = 8").replace('mode = "2024-12"', 'mode = "2023"')
     with pytest.raises(UsageError, match="2023") as caught:
-        parse(text, "claims/003.toml")
+        parse_paper(text, "claims/003.toml")
     assert "the value 8 does not stand" in str(caught.value)
 
 
 def test_an_unknown_paper_is_refused():
     with pytest.raises(UsageError, match="There is no paper 005"):
-        load("005")
+        load_paper("005")
 
 
 def test_a_claim_has_the_layers_of_its_paper_unless_it_says_which():
     text = changed("value = 9", "value = 9\nlayers = [12]")
-    claims = {claim.id: claim for claim in parse(text, "x").claims}
+    claims = {claim.id: claim for claim in parse_paper(text, "x").claims}
     assert claims["runs"].layers == (12,)
     assert claims["steps"].layers == (5, 12, 19)
     assert dataclasses.replace(claims["runs"], layers=claims["steps"].layers) == claim_of("runs", "003")
@@ -305,7 +324,7 @@ def test_a_claim_has_the_layers_of_its_paper_unless_it_says_which():
 def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():
     script = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "check_quotes.py"))
     paper = dataclasses.replace(
-        load("003"), facts=(PaperFact("", "an ortho-gonal code"), PaperFact("", "an L0 of 42.05")), claims=(), contradictions=(), unreported=()
+        load_paper("003"), facts=(PaperFact("", "an ortho-gonal code"), PaperFact("", "an L0 of 42.05")), claims=(), contradictions=(), unreported=()
     )  # fmt: skip
     text = "1 Introduction\nAn autoencoder, an ortho-\ngonal code, has an L0\nof 42.05 (Smith, 2024) at\nMSE 7.5 (Figure 2).\n\nREFERENCES\n\nSmith 99."
     assert script["missing"](paper, text) == []

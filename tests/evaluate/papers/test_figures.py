@@ -7,9 +7,9 @@ import pytest
 
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.papers.claims import PAPERS, load
-from sae.evaluate.papers.figures import MECHANISMS, OTHERS, OWN, curve, letters, paper_figures
-from sae.evaluate.papers.figures import PAPERS as FIGURES
+from sae.evaluate.papers.claims import PAPERS, load_paper
+from sae.evaluate.papers.figures import EXTRA_HEADING, MECHANISM_FIGURES, PAPER_HEADING, curve, letters, paper_figures
+from sae.evaluate.papers.figures import PAPER_FIGURES as FIGURES
 from sae.evaluate.papers.report import build_report
 
 from .test_report import PAPER, of, run
@@ -44,31 +44,33 @@ def lettered(seed):
     return {"absorption": MetricResult({"mean": {"mean_absorption_score": seed / 10}}, letters)}
 
 
-def drawn(paper, runs, heading=OWN):
+def drawn(paper, runs, heading=PAPER_HEADING):
     return {chart.title: chart for chart in paper_figures(build_report(paper, runs, False)).get(heading, [])}
 
 
 def test_a_line_is_the_mean_over_seeds_and_its_band_their_sd():
-    made = runs_of(load("001"), T=0.1)  # 0.1, 0.2 and 0.3
-    chart = drawn(load("001"), made)["Figure 1 (b): temperature"]
-    assert [one.name for one in chart.series] == list(load("001").systems)
+    made = runs_of(load_paper("001"), T=0.1)  # 0.1, 0.2 and 0.3
+    chart = drawn(load_paper("001"), made)["Figure 1 (b): temperature"]
+    assert [one.name for one in chart.series] == list(load_paper("001").systems)
     for line in chart.series:
         assert line.kind == "line" and list(line.x) == [200, 400]
         assert list(line.y) == pytest.approx([0.2, 0.2]) and list(line.spread) == pytest.approx([0.1, 0.1])
 
 
 def test_one_seed_has_no_band():
-    (line, *_) = drawn(load("001"), runs_of(load("001"), T=0.1)[::3])["Figure 1 (b): temperature"].series
+    (line, *_) = drawn(load_paper("001"), runs_of(load_paper("001"), T=0.1)[::3])["Figure 1 (b): temperature"].series
     assert list(line.y) == [0.1, 0.1] and not any(line.spread)
 
 
 def test_the_band_of_correlations_is_their_sd_over_pairs():
-    made = runs_of(load("003"), mean_correlation=0.1, sd_correlation=0.02)
-    chart = drawn(load("003"), made)["Figure 1 (b): correlation of latents"]
+    made = runs_of(load_paper("003"), mean_correlation=0.1, sd_correlation=0.02)
+    chart = drawn(load_paper("003"), made)["Figure 1 (b): correlation of latents"]
     for line in chart.series:
         assert list(line.y) == pytest.approx([0.2, 0.2]) and list(line.spread) == pytest.approx([0.04, 0.04])
     assert "pairs" in chart.note
-    older = drawn(load("003"), runs_of(load("003"), mean_correlation=0.1))["Figure 1 (b): correlation of latents"]
+    older = drawn(load_paper("003"), runs_of(load_paper("003"), mean_correlation=0.1))[
+        "Figure 1 (b): correlation of latents"
+    ]
     assert not older.note and not any(older.series[0].spread)  # of runs that did not log it
 
 
@@ -83,7 +85,7 @@ def test_figures_are_of_the_papers_layer():
 
 
 def test_steps_add_up():
-    line = drawn(load("003"), runs_of(load("003")))["Figure 1 (c): cumulative successful steps"].series[0]
+    line = drawn(load_paper("003"), runs_of(load_paper("003")))["Figure 1 (c): cumulative successful steps"].series[0]
     assert (list(line.x), list(line.y), list(line.spread)) == ([200, 400], [50, 100], [0, 0])
 
 
@@ -96,7 +98,7 @@ def test_what_training_logged_twice_or_without_a_number():
 
 
 def test_a_category_is_the_mean_over_seeds_of_a_system():
-    paper = load("000")
+    paper = load_paper("000")
     charts = drawn(paper, runs_of(paper, absorbed))
     names = [*paper.systems["runs"].recipes, "baseline"]
     for title, middle, sd in (
@@ -114,7 +116,7 @@ def test_a_category_is_the_mean_over_seeds_of_a_system():
 
 
 def test_absorption_by_letter():
-    paper = load("000")
+    paper = load_paper("000")
     chart = drawn(paper, runs_of(paper, absorbed))["Figure 3: absorption by first letter"]
     assert list(chart.categories) == ["a", "b"]
     for one in chart.series:
@@ -139,7 +141,7 @@ def test_probing_by_system():
 
 
 def test_systems_of_one_recipe_are_not_mixed():
-    paper = load("002")
+    paper = load_paper("002")
     chart = drawn(paper, [
         run(one, "competition-off", metrics={"scr": MetricResult({"scr_metrics": {"scr_metric_threshold_2": value}})})
         for one, value in (("no-competition", 0.1), ("topk", 0.2))
@@ -148,7 +150,7 @@ def test_systems_of_one_recipe_are_not_mixed():
 
 
 def test_a_point_for_each_run_over_its_l0():
-    chart = drawn(load("001"), runs_of(load("001")))["Figure 1 (a): sparsity against reconstruction"]
+    chart = drawn(load_paper("001"), runs_of(load_paper("001")))["Figure 1 (a): sparsity against reconstruction"]
     for one in chart.series:
         assert list(one.x) == [30.0] * 3 and list(one.y) == pytest.approx([0.7, 0.8, 0.9])
 
@@ -156,19 +158,19 @@ def test_a_point_for_each_run_over_its_l0():
 def test_a_run_that_does_not_pass_the_gates_is_drawn_in_training_only():
     broken = [run("full", "hierarchical", metrics=absorbed(1), alive=0.01)]
     assert drawn(PAPER, broken) == {} and letters(build_report(PAPER, broken, False)) == (["letter"], [])
-    assert "Adaptive factor alpha" in drawn(PAPER, broken, OTHERS)
+    assert "Adaptive factor alpha" in drawn(PAPER, broken, EXTRA_HEADING)
     html = reproduction_page(build_report(PAPER, broken, False), "gemma-2-mini", "field")
     assert "stand in the curves of training only" in html
 
 
 def test_what_is_missing_to_one_is_drawn_of_explained_variance():
-    chart = drawn(of(), [run("full", "hierarchical")], OTHERS)["Variance unexplained"]
+    chart = drawn(of(), [run("full", "hierarchical")], EXTRA_HEADING)["Variance unexplained"]
     assert chart.y_log and list(chart.series[0].y) == pytest.approx([0.3, 0.3])
 
 
 @pytest.mark.parametrize("number", PAPERS)
 def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing(number):
-    paper = load(number)
+    paper = load_paper(number)
     scalars = ("T", "rho", "enabled", "tau", "loss", "lambda", "utilisation", "contrast", "mean_correlation", "l0", "merged",
                "competition_strength", "pairs_above", "mean_coefficient", "alpha", "stability", "resampled")  # fmt: skip
     scr = {"scr_stdlib": MetricResult({"scr_metrics": {"scr_metric_threshold_2": 0.1}})}
@@ -178,9 +180,9 @@ def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing
         paper, lambda seed: {**absorbed(seed), **scr, "core": MetricResult(core)}, **dict.fromkeys(scalars, 1.0)
     )
     found = paper_figures(build_report(paper, made, False))
-    assert [chart.title for chart in found[OWN]] == list(FIGURES[number])
-    assert [chart.title for chart in found[OTHERS]][: len(MECHANISMS.get(number, {}))] == list(
-        MECHANISMS.get(number, {})
+    assert [chart.title for chart in found[PAPER_HEADING]] == list(FIGURES[number])
+    assert [chart.title for chart in found[EXTRA_HEADING]][: len(MECHANISM_FIGURES.get(number, {}))] == list(
+        MECHANISM_FIGURES.get(number, {})
     )
     html = reproduction_page(build_report(paper, made, False), "gemma-2-mini", "field")
     assert html.count("<figure") == sum(map(len, found.values())) and "nothing measured" not in html

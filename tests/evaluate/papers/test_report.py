@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sae.evaluate.compare import ComparedRun, logged
+from sae.evaluate.compare import ComparedRun, read_metrics_log
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.papers.claims import PAPERS, Claim, load
-from sae.evaluate.papers.report import ReportedRun, as_text, build_report
+from sae.evaluate.papers.claims import PAPERS, Claim, load_paper
+from sae.evaluate.papers.report import SystemRun, build_report, format_measured
 
 EV = "core.reconstruction_quality.explained_variance"
-PAPER = load("004")
+PAPER = load_paper("004")
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
         for n in (done // 2, done)
     ]
     found = ComparedRun(f"{recipe}-{seed}", Path("x"), {}, record, {"core": core, **(metrics or {})}, {})
-    return ReportedRun(system, recipe, found, log)
+    return SystemRun(system, recipe, found, log)
 
 
 def of(*claims, **more):
@@ -142,15 +142,15 @@ def test_a_part_of_the_claimed_layers_is_named():
 
 def test_what_was_measured_as_text():
     percent = claim(unit="%", value=80.0, quote="80%")
-    assert as_text(percent, [([0.5, 0.7], [])]) == "60 ± 14 %"
+    assert format_measured(percent, [([0.5, 0.7], [])]) == "60 ± 14 %"
     change = claim(unit="%", value=80.0, quote="80%", against="baseline")
-    assert as_text(change, [([30.0], [60.0])]) == "30 and 60"
-    assert as_text(percent, []) == ""
+    assert format_measured(change, [([30.0], [60.0])]) == "30 and 60"
+    assert format_measured(percent, []) == ""
 
 
 @pytest.mark.parametrize("number", PAPERS)
 def test_the_page_has_every_claim_and_contradiction(number):
-    paper = load(number)
+    paper = load_paper(number)
     html = reproduction_page(build_report(paper, [], False), "gemma-2-mini", "field")
     assert re.findall(r'<tr id="([^"]*)"', html) == [claim.id for claim in paper.claims]
     assert html.count("<h3>") == len(paper.contradictions)
@@ -166,4 +166,4 @@ def test_a_line_of_the_log_that_is_none_is_left_out(tmp_path, line):
     kept = {"step": 1, "tokens": 4, "loss": 2.0}
     changed = '{"step": 2, "tokens": 8, "loss": "low", "dead": null}'
     (tmp_path / "metrics.jsonl").write_bytes("\n".join([line, json.dumps(kept), changed, line]).encode() + b"\xff")
-    assert logged(tmp_path) == [kept, {"step": 2, "tokens": 8}]
+    assert read_metrics_log(tmp_path) == [kept, {"step": 2, "tokens": 8}]

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.papers.claims import Claim
-from sae.evaluate.papers.verdict import WORST_FIRST, changes, interval, measured, of_all, verdict
+from sae.evaluate.papers.verdict import (
+    WORST_FIRST,
+    combine_verdicts,
+    confidence_interval,
+    measured_value,
+    paired_changes,
+    verdict,
+)
 
 TEN = Claim("ten", "6", "an L0 of 10.0", 10.0, "core.sparsity.l0", system="own")
 PAIR = dataclasses.replace(TEN, quote="10.0 against 20.0", against="other", against_value=20.0)  # half of the other
@@ -159,28 +166,28 @@ def test_the_opposite_claim_has_the_opposite_direction(own, other):
 
 
 def test_of_several_recipes_the_claim_has_to_hold_of_each():
-    assert of_all(["reproduced", "reproduced"]) == "reproduced"
-    assert of_all(["reproduced", "direction only"]) == "direction only"
-    assert of_all(["reproduced", "not measured", "contradicted"]) == "contradicted"
-    assert of_all(["reproduced", "not measured"]) == "not measured"
-    assert of_all([]) == "not measured"
+    assert combine_verdicts(["reproduced", "reproduced"]) == "reproduced"
+    assert combine_verdicts(["reproduced", "direction only"]) == "direction only"
+    assert combine_verdicts(["reproduced", "not measured", "contradicted"]) == "contradicted"
+    assert combine_verdicts(["reproduced", "not measured"]) == "not measured"
+    assert combine_verdicts([]) == "not measured"
     assert set(WORST_FIRST) == set(verdict.__annotations__["return"].__args__)
 
 
 def test_the_interval_is_student_s():
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), rel=1e-5)
-    assert interval([1.0, 2.0]) == pytest.approx((1.5 - 12.7062 / 2, 1.5 + 12.7062 / 2), rel=1e-5)
-    assert interval([1.0]) is None
+    assert confidence_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), rel=1e-5)
+    assert confidence_interval([1.0, 2.0]) == pytest.approx((1.5 - 12.7062 / 2, 1.5 + 12.7062 / 2), rel=1e-5)
+    assert confidence_interval([1.0]) is None
 
 
 def test_changes_are_in_the_unit_of_the_claim():
     pairs = [(3.0, 2.0), (-1.0, -2.0)]
-    assert changes("%", pairs) == [50.0, 50.0]  # of |other|: -1 is above -2
-    assert changes("share", pairs) == [0.5, 0.5]
-    assert changes("pp", pairs) == [100.0, 100.0]
-    assert changes("x", pairs) == [1.5, 0.5]
-    assert changes("%", [(1.0, 0.0)]) == []
-    assert changes("pp", [(1.0, 0.0)]) == [100.0]
+    assert paired_changes("%", pairs) == [50.0, 50.0]  # of |other|: -1 is above -2
+    assert paired_changes("share", pairs) == [0.5, 0.5]
+    assert paired_changes("pp", pairs) == [100.0, 100.0]
+    assert paired_changes("x", pairs) == [1.5, 0.5]
+    assert paired_changes("%", [(1.0, 0.0)]) == []
+    assert paired_changes("pp", [(1.0, 0.0)]) == [100.0]
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ RESULT = MetricResult({"sparsity": {"l0": 7.0, "l1": None}}, LETTERS, n={"letter
 
 def read(metric, **more):
     claim = dataclasses.replace(TEN, metric=metric, **more)
-    return measured(claim, {"core": RESULT}, [{"loss": 3.0, "tau": 1.0}, {"loss": 2.0}])
+    return measured_value(claim, {"core": RESULT}, [{"loss": 3.0, "tau": 1.0}, {"loss": 2.0}])
 
 
 def test_a_metric_is_read_where_it_stands():
