@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from sae.cli.console import bar
-from sae.evaluate.plan import EvalRow, EvaluateConfig
+from sae.evaluate.plan import EvaluateConfig
+from sae.evaluate.rows import EvalRow
 from sae.evaluate.run import evaluate
 from sae.evaluate.tables import tables
 from sae.train import variants  # noqa: F401  (registers the recipes)
@@ -48,7 +49,7 @@ def main() -> None:
         for name, *cells in lines:
             print(f"| `{short(name)}` | " + " | ".join(cells) + " |")
     for row in rows:
-        for metric, error in row.failed.items():
+        for metric, error in row.errors.items():
             print(f"not measured: {metric} of {row.name}: {error}", file=sys.stderr)
 
 

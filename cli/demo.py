@@ -36,9 +36,11 @@ def demo(
         )
     )  # fmt: skip
     echo("note     decorrelation ran with fraction=0.05 and strength=0.2; its default is the paper's 0.1 % of pairs")
-    from ..evaluate.plan import EvaluateConfig as Evaluate
+    from ..evaluate.plan import EvaluateConfig, plan_evaluation
 
-    run_evaluate(Evaluate(runs=[run.folder for run in runs], suite="core", tokens=tokens // 12))
+    config = EvaluateConfig(runs=[run.folder for run in runs], suite="core", tokens=tokens // 12)
+    if code := run_evaluate(plan_evaluation(config)):
+        raise typer.Exit(code)
     first = next(quote(str(run.folder)) for run in runs if run.recipe.name == "topk")
     echo(f"next     sae dashboard {first}     (its latents, as a page)")
     echo(f"         sae evaluate {quote(str(runs[0].folder.parent))}/*     (absorption, probing, SCR and TPP, too)")

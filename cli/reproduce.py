@@ -194,23 +194,14 @@ def trained(group: Sequence[Job], cache: Path, asked: ReproduceConfig) -> dict[J
 
 def evaluated(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: ReproduceConfig) -> int:
     """Evaluate in the paper's definitions; returns the exit code. What could not be measured is on the page, too."""
-    from ..evaluate.plan import EvaluateConfig
+    from ..evaluate.plan import EvaluateConfig, plan_evaluation
     from .evaluate import run_evaluate
 
     folders = dict.fromkeys(folder for found in runs.values() for folder in found)
-    try:
-        run_evaluate(
-            EvaluateConfig(
-                runs=list(folders),
-                suite=suite_of(asked),
-                tokens=asked.evaluate_tokens,
-                mode=paper.mode,
-                device=asked.device,
-            )
-        )
-    except typer.Exit as stopped:
-        return stopped.exit_code
-    return 0
+    config = EvaluateConfig(
+        runs=list(folders), suite=suite_of(asked), tokens=asked.evaluate_tokens, mode=paper.mode, device=asked.device
+    )
+    return run_evaluate(plan_evaluation(config))
 
 
 def written(paper: Any, runs: Mapping[Job, Sequence[Path]], asked: ReproduceConfig) -> None:

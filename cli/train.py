@@ -8,7 +8,6 @@ import typer
 
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo, show_table
-from .evaluate import runs_text
 from .options import STREAMING, Caches, Device, Layers, StreamTokens
 
 
@@ -195,4 +194,6 @@ def train(
     else:
         runs = run_train(request, dry_run)
     if not dry_run:
-        echo(f"next     sae evaluate {runs_text([run.folder for run in runs])}")
+        from ..common.formatting import shell_paths
+
+        echo(f"next     sae evaluate {shell_paths([run.folder for run in runs])}")

@@ -1,5 +1,9 @@
 """Numbers, times and sizes as text for a reader."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+
 
 def format_count(number: int, noun: str) -> str:
     """A number of things for a reader: 1 run, 2 runs."""
@@ -17,3 +21,13 @@ def format_duration(seconds: float) -> str:
 def format_bytes(count: float) -> str:
     """A number of bytes for a reader: GB, or MB below a tenth of one."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def shell_paths(paths: Sequence[Path]) -> str:
+    """Paths as arguments of a shell command: `folder/*` when they are all there is in a folder."""
+    parents = {Path(path).parent for path in paths}
+    if len(parents) == 1 and len(paths) > 2:
+        parent = parents.pop()
+        if {child for child in parent.iterdir() if not child.name.startswith(".")} == set(map(Path, paths)):
+            return f"{quote(str(parent))}/*"
+    return " ".join(quote(str(path)) for path in paths)

@@ -1,4 +1,4 @@
-"""What every metric measures with: the model, its tokenizer, text, and a shelf for what no SAE changes."""
+"""The inputs that every metric shares: the language model, its tokenizer, the held-out text, and cached artifacts."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +16,13 @@ from .artifacts import ArtifactCache
 
 @dataclass(frozen=True)
 class ContextBatch:
-    """Contexts, padded on the right: their ids, which positions hold a token, and which of those count; each (N, S).
+    """A batch of N contexts, padded on the right to S tokens.
 
-    `document` (N,), on the CPU, says which of them are cut from one text.
+    Attributes:
+        ids: token ids (N, S), int64.
+        is_token: True where there is a token, not padding (N, S).
+        counted: True where metrics are computed: tokens that are not special tokens (N, S).
+        document: the document that each context was cut from (N,), on the CPU.
     """
 
     ids: Tensor
@@ -29,41 +33,54 @@ class ContextBatch:
 
 @dataclass(frozen=True)
 class EvalContext:
-    """The model and the held-out text; `skip` are the ids that no number is taken at (pad, eos, bos).
+    """The language model, the held-out text and the settings that apply to every metric.
 
-    `identity` pins the model and how it computes; `text` pins the held-out text, for the metrics that read it. `data`
-    is a folder where a dataset is looked for before the Hub: <data>/<name on the Hub>/<split>.jsonl or .parquet.
+    Attributes:
+        load_model: returns the model; called repeatedly, it returns the same object.
+        contexts: the held-out text.
+        special_ids: token ids at which no metric is computed (pad, EOS, BOS).
+        mode: "0.6.0" or "2024-12", the definitions of the metrics.
+        model_identity: identifies the model and how it computes; part of every result's settings.
+        text_identity: identifies the held-out text; part of the settings of the metrics that read it.
+        data: a folder that is searched for datasets before the Hub:
+            <data>/<name on the Hub>/<split>.jsonl or .parquet.
+        device: where the model computes.
+        model_config: the model's transformers config.
     """
 
-    load: Callable[[], LanguageModel]  # may be asked again and again, and gives the same one
+    load_model: Callable[[], LanguageModel]
     tokenizer: Any
     contexts: Contexts
-    skip: list[int]
+    special_ids: list[int]
     mode: str
-    identity: dict[str, Any]
-    text: dict[str, Any]
+    model_identity: dict[str, Any]
+    text_identity: dict[str, Any]
     artifacts: ArtifactCache
     data: Path | None = None
-    device: str = "cpu"  # where the model computes
-    config: Any = None  # of the model
+    device: str = "cpu"
+    model_config: Any = None
 
     @property
     def model(self) -> LanguageModel:
-        """Loaded when it is first needed: what was measured before can be read without."""
-        return self.load()
+        """The language model, loaded on first use: reading earlier results does not need it."""
+        return self.load_model()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What of the bench decides every metric's result."""
-        return {"mode": self.mode, **self.identity}
+        """The part of this context that every metric's result depends on."""
+        return {"mode": self.mode, **self.model_identity}
 
     def batches(self, size: int, count: int, text: Contexts | None = None) -> Iterator[ContextBatch]:
-        """At most `count` batches of `size` contexts of the held-out text or another, as wide as their longest."""
+        """Yield at most `count` batches of `size` contexts of `text` (default: the held-out text).
+
+        Each batch is as wide as its longest context.
+        """
         text = self.contexts if text is None else text
         for start in range(0, min(len(text), count * size), size):
             part = text.select(slice(start, start + size))
             ids = torch.from_numpy(part.ids[:, : int(part.length.max())].astype(np.int64))
-            inside = torch.arange(ids.shape[1]) < torch.from_numpy(part.length.astype(np.int64))[:, None]
-            kept = inside & ~torch.isin(ids, torch.tensor(self.skip, dtype=torch.int64))
+            is_token = torch.arange(ids.shape[1]) < torch.from_numpy(part.length.astype(np.int64))[:, None]
+            counted = is_token & ~torch.isin(ids, torch.tensor(self.special_ids, dtype=torch.int64))
             document = torch.from_numpy(part.document.astype(np.int64))
-            yield ContextBatch(*(tensor.to(self.model.device) for tensor in (ids, inside, kept)), document)
+            device = self.model.device
+            yield ContextBatch(ids.to(device), is_token.to(device), counted.to(device), document)

@@ -1,6 +1,7 @@
-"""Runs -> result files and a table. Runs of one model and one text share every pass of the model."""
+"""Run an evaluation: measure every metric, in one pass of the model per text for all SAEs, and write the results."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -13,25 +14,15 @@ from ..cache.reader import Cache
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of
 from .context import EvalContext
+from .inputs import make_context
 from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike
-from .plan import (
-    EvalGroup,
-    EvalRow,
-    EvaluateConfig,
-    EvaluatePlan,
-    make_context,
-    model_loader,
-    plan_evaluation,
-    prepare_metrics,
-    read_earlier_results,
-    resolve_config,
-)
+from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics, read_earlier_results, resolve_config
 from .reference_saes import reference_targets
 from .results import write_result
+from .rows import EvalGroup, EvalRow
 
-ProgressFactory = Callable[
-    [str], AbstractContextManager[Progress]
-]  # announces a metric, and takes what it tells of its work
+# Called with a metric's name before it is measured; the context manager gives the function that receives its progress.
+ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
 
 
 @contextlib.contextmanager
@@ -39,111 +30,180 @@ def no_progress(title: str) -> Iterator[Progress]:
     yield lambda done, total, note="": None
 
 
-def evaluate(request: EvaluateConfig, stage: ProgressFactory = no_progress) -> list[EvalRow]:
-    """Plan and carry out. Runs that cannot be evaluated are left out; `plan` names them."""
-    return run_evaluation(plan_evaluation(request), stage)
+def evaluate(config: EvaluateConfig, progress: ProgressFactory = no_progress) -> list[EvalRow]:
+    """Plan and run. Runs that cannot be evaluated are left out; use `plan_evaluation` to see which and why."""
+    return run_evaluation(plan_evaluation(config), progress)
 
 
-def run_evaluation(planned: EvaluatePlan, stage: ProgressFactory = no_progress) -> list[EvalRow]:
-    """Measure what a plan says, writing a result file for each run and metric as soon as it is there.
+def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress) -> list[EvalRow]:
+    """Measure what a plan lists, and write a result file for each run and metric as soon as it is measured.
 
-    A metric that cannot be measured leaves its sentence in `Row.failed`, and the others are measured all the same. When
-    nothing can be measured at all, the sentences are raised, with the exit code of the first.
+    Returns the rows of all runs, each group followed by its reference rows. A metric that fails leaves its error in
+    `EvalRow.errors`, and the others still run.
+
+    Raises the errors as one, with the exit code of the first, when no metric could be measured at all.
     """
     rows: list[EvalRow] = []
-    for group in planned.groups:
-        own = list(group.rows)
-        if planned.config.references:
+    for group in plan.groups:
+        group_rows = list(group.rows)
+        if plan.config.references:
             try:
-                own += reference_rows(group)
-            except UnavailableError as error:  # such as a folder that can be read and not written
-                planned.notes.append(f"identity, zero, PCA and random dictionary are left out: {error}")
-        for metric in planned.metrics:
+                group_rows += reference_rows(group)
+            except UnavailableError as error:  # for example a read-only folder
+                plan.notes.append(f"The rows identity, zero, PCA and random dictionary are left out: {error}")
+        for metric in plan.metrics:
             if metric.name in group.settings:
-                if not planned.config.force:
-                    read_earlier_results(metric, group, [row for row in own if row.target.reference])
-                measure(metric, group, own, stage)
-        rows += [row for row in own if row.results or not row.target.reference]
-    failures = [error for row in rows for error in row.failed.values() if not row.target.reference]
-    if failures and not any(row.results for row in rows):
-        raise type(failures[0])("\n".join(dict.fromkeys(map(str, failures))))
+                if not plan.config.force:
+                    read_earlier_results(metric, group, [row for row in group_rows if row.target.reference])
+                measure(metric, group, group_rows, progress)
+        rows += [row for row in group_rows if row.results or not row.target.reference]
+    errors = [error for row in rows for error in row.errors.values() if not row.target.reference]
+    if errors and not any(row.results for row in rows):
+        raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))
     return rows
 
 
 def evaluate_saes(
-    saes: Mapping[str, SAELike], *, cache: Cache | Path | str, layer: int, suite: str = "quick", tokens: int | None = None,
-    mode: str = "0.6.0", options: Sequence[str] = (), data: Path | str | None = None, references: bool = True,
-    device: str = "auto", dtype: str = "auto", stage: ProgressFactory = no_progress,
-) -> list[EvalRow]:  # fmt: skip
-    """Evaluate objects without a run folder: anything with encode, (T, d_in) -> (T, d_sae), and decode, back again.
+    saes: Mapping[str, SAELike] | Sequence[str | os.PathLike[str]],
+    *,
+    cache: Cache | Path | str | None = None,
+    layer: int | None = None,
+    suite: str = "quick",
+    tokens: int | None = None,
+    mode: str = "0.6.0",
+    options: Sequence[str] = (),
+    data: Path | str | None = None,
+    force: bool = False,
+    references: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: ProgressFactory = no_progress,
+) -> list[EvalRow]:
+    """Evaluate SAEs on held-out text: your own objects, or runs of `train_saes`.
 
-        rows = sae.evaluate_saes({"mine": my_sae}, cache="activations/...", layer=12, suite="core")
-        rows[0].results["core"].metrics["sparsity"]["l0"]
-        pandas.DataFrame([row.flat() for row in rows])
+    Example:
+        >>> import pandas, sae
+        >>> runs = sae.train_saes(["topk", "relu"], cache="activations/...", layers=[12])
+        >>> rows = sae.evaluate_saes(runs, suite="core")
+        >>> pandas.DataFrame([row.flat() for row in rows])
+        >>>
+        >>> rows = sae.evaluate_saes({"mine": my_sae}, cache="activations/...", layer=12, suite="core")
+        >>> rows[0].results["core"].metrics["sparsity"]["l0"]
+        31.8
 
-    They stand behind `layer`, are on `device` already, and take raw activations of the model that the cache was made
-    with; its held-out text is read. The other arguments are those of `sae evaluate`. A row for each, in order, then with
-    `references` the identity, zero, a PCA and a random dictionary. No result file is written for them; what no SAE
-    changes is kept under activations/evaluation, as always.
+    Args:
+        saes: One of two things. A mapping of names to objects with `encode`, (T, d_in) -> (T, d_sae), and `decode`,
+            (T, d_sae) -> (T, d_in). They take raw activations, are on `device` already, and need `cache` and `layer`.
+            No result files are written for them. Or a sequence of run folders (anything `os.PathLike`), for which
+            model, layer and cache are known; results are read from and written to `<run>/evaluations/<metric>.json`,
+            as by `sae evaluate`.
+        cache: The cache whose held-out text is read, and whose model is run. For run folders it defaults to the cache
+            that each was trained on.
+        layer: The zero-based block after which the objects were trained. Not for run folders, which record it.
+        suite: "quick", "full", or names of metrics separated by commas, such as "core,absorption".
+        tokens: How many tokens of held-out text to read. Default: as many as SAEBench reads, or all.
+        mode: Definitions of the metrics: "0.6.0" (SAEBench now) or "2024-12" (behind the papers' numbers).
+        options: Options of metrics, as "metric.option=value".
+        data: A folder to search for datasets before the Hub: `<name on the Hub>/<split>.jsonl` or `.parquet`.
+        force: Measure runs again that have a result with the same settings.
+        references: Add rows for the identity, zero, a PCA and a random dictionary.
+        device: Where the model computes: "auto", "cpu", "cuda", ...
+        dtype: What the model computes in: "auto", "bfloat16" or "float32".
+        progress: Called with each metric's name; see `ProgressFactory`.
 
-    A metric that an object cannot have (absorption needs W_dec) is in `Row.failed`. Raises UsageError for an object
-    that does not map rows of the model's width to such rows, and what `sae evaluate` refuses.
+    Returns:
+        A row per SAE, in order, then the reference rows. `row.results[metric].metrics[category][name]` is a number,
+        `row.errors[metric]` says why a metric has no result (absorption, for example, needs an object with `W_dec`),
+        and `row.flat()` is one dictionary for a data frame.
+
+    Raises:
+        UsageError: an object does not encode and decode activations of the model's width, a run folder cannot be
+            evaluated, or an argument is invalid.
+        DamagedError: a file of a run or cache is corrupt.
+        UnavailableError: the model, the disk or the device is missing something.
     """
-    if not isinstance(saes, Mapping) or not saes:
+    config = EvaluateConfig(
+        [], suite, tokens, mode, options=options, data=Path(data) if data else None, force=force,
+        references=references, device=device, dtype=dtype,
+    )  # fmt: skip
+    if isinstance(saes, Mapping):
+        if cache is None or layer is None:
+            raise UsageError("SAEs without a run folder need cache= and layer=: cache='activations/...', layer=12.")
+        plan = plan_objects(saes, cache if isinstance(cache, Cache) else Cache(cache), layer, config)
+    elif isinstance(saes, str) or not isinstance(saes, Sequence):
         raise UsageError(
-            f"Give the SAEs with their names, as {{'mine': my_sae}}, and not {type(saes).__name__} {saes!r:.60}."
+            f"expected SAEs with their names, as in {{'mine': my_sae}}, or a list of run folders; got "
+            f"{type(saes).__name__} {saes!r:.60}."
         )
-    request = EvaluateConfig([], suite, tokens, mode, options=options, data=Path(data) if data else None, device=device, dtype=dtype)  # fmt: skip
-    metrics, device, dtype = resolve_config(request)
-    cache = cache if isinstance(cache, Cache) else Cache(cache)
-    ctx = make_context(request, cache, device, dtype, model_loader())
-    blocks = ctx.model_config.num_hidden_layers
-    if not 0 <= layer < blocks:
-        raise UsageError(f"The model has layers 0 to {blocks - 1}; there is no layer {layer}.")
+    else:
+        if layer is not None:
+            raise UsageError("Run folders record their layer: omit layer=.")
+        folder = cache.folder if isinstance(cache, Cache) else cache
+        plan = plan_folders(saes, replace(config, cache=Path(folder) if folder else None))
+    return run_evaluation(plan, progress)
+
+
+def plan_folders(folders: Sequence[str | os.PathLike[str]], config: EvaluateConfig) -> EvaluatePlan:
+    """The plan for run folders; in contrast to `plan_evaluation`, a run that cannot be evaluated is an error."""
+    plan = plan_evaluation(replace(config, runs=[Path(folder) for folder in folders]))
+    problems = [f"{folder} has not finished training." for folder in plan.unfinished]
+    problems += map(str, plan.refused.values())
+    if problems:
+        kind = type(next(iter(plan.refused.values()))) if plan.refused else UsageError
+        raise kind("\n".join(dict.fromkeys(problems)))
+    return plan
+
+
+def plan_objects(saes: Mapping[str, SAELike], cache: Cache, layer: int, config: EvaluateConfig) -> EvaluatePlan:
+    """The plan for objects that have no run folder."""
+    if not saes:
+        raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
+    metrics, device, dtype = resolve_config(config)
+    ctx = make_context(cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype)
+    layers = ctx.model_config.num_hidden_layers
+    if not 0 <= layer < layers:
+        raise UsageError(f"There is no layer {layer}: the model has layers 0 to {layers - 1}.")
     for name, sae in saes.items():
         check_sae_like(name, sae, ctx)
         if (trained := getattr(sae, "origin", {}).get("layer", layer)) != layer:
-            raise UsageError(f"{name} was trained after layer {trained}: give layer={trained}, and not {layer}.")
+            raise UsageError(f"{name} was trained after layer {trained}, not {layer}: pass layer={trained}.")
     group = EvalGroup(cache, ctx, [EvalRow(name, EvalTarget(sae, layer)) for name, sae in saes.items()])
     prepare_metrics(metrics, group, force=False)
-    return run_evaluation(EvaluatePlan(replace(request, references=references), metrics, [group], ctx.artifacts), stage)
+    return EvaluatePlan(config, metrics, [group], ctx.artifacts)
 
 
 @torch.no_grad()
 def check_sae_like(name: str, sae: SAELike, ctx: EvalContext) -> None:
-    """UsageError unless an object encodes and decodes rows of the model's width."""
+    """Raise UsageError unless an object encodes and decodes activations of the model's width."""
     if getattr(sae, "training", False):
         raise UsageError(
-            f"{name} is in training mode, in which some activations look at the whole batch: call .eval() on it."
+            f"{name} is in training mode, in which some activations depend on the whole batch: call .eval() on it."
         )
     x_BD = torch.zeros(2, ctx.model_config.hidden_size, device=ctx.device)
     try:
         recon_BD = sae.decode(sae.encode(x_BD))
     except Exception as error:
         raise UsageError(
-            f"{name} does not encode and decode rows of {x_BD.shape[1]} float32 numbers on {ctx.device}: {error}"
+            f"{name} cannot encode and decode float32 activations of width {x_BD.shape[1]} on {ctx.device}: {error}"
         ) from error
     if getattr(recon_BD, "shape", None) != x_BD.shape:
         raise UsageError(
-            f"{name} makes {tuple(getattr(recon_BD, 'shape', ()))} of rows {tuple(x_BD.shape)}: encode and decode have to give the shape back."
+            f"{name} turns {tuple(x_BD.shape)} into {tuple(getattr(recon_BD, 'shape', ()))}: decode(encode(x)) must "
+            "have the shape of x."
         )
 
 
 def reference_rows(group: EvalGroup) -> list[EvalRow]:
-    """Reference rows for each layer of a group; their results are kept on the shelf."""
+    """Reference rows for each layer of a group. Their results are kept in the artifact cache."""
     ctx, cache, rows = group.ctx, group.cache, []
     layers = sorted({row.target.layer for row in group.rows})
     for layer in layers:
-        own = [row.target for row in group.rows if row.target.layer == layer]
-        for name, target in reference_targets(ctx, cache.contexts(held_out=False), own).items():
-            width = getattr(target.sae, "d_sae", None)
+        targets = [row.target for row in group.rows if row.target.layer == layer]
+        for name, target in reference_targets(ctx, cache.contexts(held_out=False), targets).items():
+            d_sae = getattr(target.sae, "d_sae", None)
             record = {
-                "reference": name,
-                "layer": layer,
-                "d_sae": width,
-                "text": cache.fingerprint,
-                **ctx.model_identity,
-            }
+                "reference": name, "layer": layer, "d_sae": d_sae, "text": cache.fingerprint, **ctx.model_identity
+            }  # fmt: skip
             digest = digest_of(record)
             folder = ctx.artifacts.folder / "references" / f"{name}-L{layer}-{digest[:8]}"
             shown = name if len(layers) == 1 else f"{name}-L{layer:02d}"
@@ -151,27 +211,27 @@ def reference_rows(group: EvalGroup) -> list[EvalRow]:
     return rows
 
 
-def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], stage: ProgressFactory) -> None:
-    """One metric for the rows that lack it, all in one pass."""
-    todo = group.todo(metric.name, rows)
-    if not todo:
+def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress: ProgressFactory) -> None:
+    """Measure one metric for all rows that lack it, in one pass."""
+    pending = group.pending(metric.name, rows)
+    if not pending:
         return
     outcomes: Sequence[Outcome]
     try:
-        with stage(metric.name) as progress:
-            outcomes = metric.measure(group.ctx, [row.target for row in todo], progress)
+        with progress(metric.name) as report:
+            outcomes = metric.measure(group.ctx, [row.target for row in pending], report)
     except SaeError as error:
-        outcomes = [error] * len(todo)
+        outcomes = [error] * len(pending)
     except torch.OutOfMemoryError as error:
-        outcomes = [SaeError(f"The device has too little memory: {error}")] * len(todo)
-    for row, outcome in zip(todo, outcomes, strict=True):
+        outcomes = [SaeError(f"The device is out of memory: {error}")] * len(pending)
+    for row, outcome in zip(pending, outcomes, strict=True):
         if isinstance(outcome, SaeError):
-            row.failed[metric.name] = outcome
+            row.errors[metric.name] = outcome
             continue
         row.results[metric.name] = outcome
         if row.folder:
             settings: dict[str, Any] = {**group.settings[metric.name], "weights": row.weights}
             try:
                 write_result(row.folder, metric, settings, outcome, row.record)
-            except SaeError as error:  # a disk that has become full: the number is shown all the same
-                row.failed[metric.name] = error
+            except SaeError as error:  # such as a full disk: the result is still shown
+                row.errors[metric.name] = error

@@ -23,6 +23,22 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "workflows": ("cache", "common", "evaluate", "harvest", "train"),
     "cli": ("cache", "common", "evaluate", "harvest", "train", "workflows"),
 }
+# The parts of evaluate/, lowest first: a part may import itself and the parts before it.
+EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
+    ("artifacts", "charts"),
+    ("context",),
+    ("datasets",),
+    ("metrics",),
+    ("results", "reference_saes"),
+    ("rows",),
+    ("inputs",),
+    ("plan",),
+    ("run",),
+    ("tables",),
+    ("compare",),
+    ("latents", "papers"),
+    ("pages",),
+)
 LONGEST, LONGEST_LOOP = 400, 130  # lines
 
 
@@ -75,6 +91,33 @@ def test_a_folder_imports_only_what_it_may(path):
     package = path.relative_to(ROOT).parent.parts
     modules = imported(path.read_text(), package)
     assert {m for m in modules if not is_allowed(m, package[0])} == set()
+
+
+def evaluate_level(module: str) -> int:
+    """The place of a module of evaluate/ in EVALUATE_ORDER; the package itself is the lowest."""
+    part = module.removeprefix("evaluate").lstrip(".").split(".")[0]
+    return next((level for level, parts in enumerate(EVALUATE_ORDER) if part in parts), -1)
+
+
+def is_upward(importer: str, module: str) -> bool:
+    """Whether an import inside evaluate/ goes to a higher part, or to another part of the same level."""
+    low, high = evaluate_level(importer), evaluate_level(module)
+    return low < high or (low == high and importer.split(".")[1] != module.split(".")[1])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evaluate").rglob("*.py")), ids=name_of)
+def test_imports_inside_evaluate_go_down(path):
+    module = module_of(path)
+    assert module == "evaluate" or evaluate_level(module) >= 0, f"add {module} to EVALUATE_ORDER"
+    modules = imported(path.read_text(), path.relative_to(ROOT).parent.parts)
+    assert {m for m in modules if m.startswith("evaluate.") and is_upward(module, m)} == set()
+
+
+def test_an_upward_import_inside_evaluate_is_seen():
+    assert is_upward("evaluate.charts", "evaluate.pages.page")
+    assert is_upward("evaluate.latents.stats", "evaluate.papers.claims")
+    assert not is_upward("evaluate.pages.svg", "evaluate.charts")
+    assert not is_upward("evaluate.metrics.core", "evaluate.metrics.base")
 
 
 def test_there_are_no_import_cycles():

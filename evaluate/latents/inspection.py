@@ -12,19 +12,21 @@ from torch import Tensor
 
 from ...cache.layout import Hook
 from ...cache.reader import list_caches
+from ...common.device import best_device, best_dtype
 from ...common.errors import DamagedError, SaeError, UsageError
 from ...common.files import read_json
 from ...harvest.architectures import check_layers, hook_width
 from ...train.sae import SAE, load_sae
 from ..context import EvalContext
 from ..datasets.labelled import class_name
+from ..inputs import check_tokens, find_eval_cache, make_context, row_of_run
 from ..metrics.activation_examples import TokenText
 from ..metrics.base import MetricResult
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from ..metrics.probes import wilson_interval
 from ..metrics.registry import METRICS
-from ..plan import EvalRow, EvaluateConfig, find_cache, make_context, model_loader, resolve_config, row_of_run
 from ..results import read_result_file
+from ..rows import EvalRow
 
 DEFAULT_TOKENS = 100_000  # of held-out text, unless asked otherwise
 MIN_PROBE_ACCURACY = (
@@ -55,13 +57,12 @@ def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtyp
 
     Raises UsageError when it is no trained run or its cache is gone, DamagedError when its files contradict each other.
     """
-    request = EvaluateConfig(
-        runs=[folder], tokens=DEFAULT_TOKENS if tokens is None else tokens, device=device, dtype=dtype
-    )
-    _, device, dtype = resolve_config(request)
+    check_tokens(tokens)
+    device = best_device(device)
     sae = load_sae(folder)
-    cache = find_cache(folder, sae, request, list_caches())
-    ctx = make_context(request, cache, device, dtype, model_loader())
+    cache = find_eval_cache(folder, sae, list_caches())
+    tokens = DEFAULT_TOKENS if tokens is None else tokens
+    ctx = make_context(cache, tokens=tokens, device=device, dtype=best_dtype(dtype, device))
     hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
     try:
         check_layers(ctx.model_config, [hook.layer], cache.identity["model"]["name"])

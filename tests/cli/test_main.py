@@ -292,14 +292,16 @@ def test_evaluate_prints_its_plan_before_and_the_next_command_after(tiny_cache, 
     assert planned.exit_code == 0 and planned.stdout == ""
     heads = [line.split()[0] for line in planned.stderr.splitlines()]
     assert heads == ["runs", "model", "text", "metric", "writes"]
-    assert "metric   core: 3 to measure" in planned.stderr and "3 after layer 0; beside them identity" in planned.stderr
+    assert (
+        "metric   core: 3 to measure" in planned.stderr and "3 after layer 0; with rows for identity" in planned.stderr
+    )
     assert not list(home.rglob("evaluations"))
     partly = call("evaluate", runs[0], home, "--suite", "core", "--tokens", 60, "--device", "cpu", "--dry-run")
     assert partly.exit_code == 1 and "refused  " in partly.stderr  # as the command itself would end
     done = call("evaluate", runs[0], "--suite", "core", "--tokens", 60, "--device", "cpu")
     assert [line.split()[0] for line in done.stderr.splitlines()][-2:] == ["done", "next"]
     again = call("evaluate", *runs, "--suite", "core", "--tokens", 60, "--device", "cpu")
-    assert "metric   core: 2 to measure, 1 kept from before" in again.stderr
+    assert "metric   core: 2 to measure, 1 already measured" in again.stderr
     following = again.stderr.splitlines()[-1].split(maxsplit=1)
     assert following == ["next", f"sae evaluate {home}/runs/* --suite quick --device cpu"]
 
@@ -317,7 +319,7 @@ def test_a_broken_run_among_others_is_named_and_costs_the_exit_code(tiny_cache, 
     assert result.exit_code == 1 and "good" in result.stdout and "broken" not in result.stdout
     named = [line for line in result.stderr.splitlines() if line.startswith("refused")]
     assert len(named) == 2 and "broken/sae.safetensors" in named[0] and "notes.txt holds no trained SAE" in named[1]
-    assert "2 runs were left out, as said above" in result.stderr and "Traceback" not in result.stderr
+    assert "Refused, for the reasons above: 2 runs" in result.stderr and "Traceback" not in result.stderr
     assert "broken/sae.safetensors" in refused(DAMAGED, "evaluate", broken, *words)
 
 

@@ -46,13 +46,28 @@ def test_an_object_has_the_numbers_of_its_run_folder_and_nothing_is_written(tiny
     ] == pytest.approx(1)
 
 
+def test_run_folders_are_evaluated_as_by_the_command(tiny_cache, home):
+    origin = {"model": tiny_cache.identity["model"], "layer": 1, "cache": str(tiny_cache.folder)}
+    folders = [home / "one", home / "two"]
+    for seed, folder in enumerate(folders):
+        save_sae(trained(seed), folder, {**origin, "fingerprint": tiny_cache.fingerprint})
+    rows = sae.evaluate_saes([folders[0], str(folders[1])], references=False, **ASKED)
+    assert [row.name for row in rows] == ["one", "two"]
+    assert all((folder / "evaluations" / "core.json").exists() for folder in folders)
+    assert rows[0].results == evaluate(EvaluateConfig(runs=folders[:1], references=False, **ASKED))[0].results
+    broken = home / "broken"
+    broken.mkdir()
+    with pytest.raises(UsageError, match="broken"):  # the others are not measured without it
+        sae.evaluate_saes([*folders, broken], references=False, force=True, **ASKED)
+
+
 def test_what_an_object_cannot_have_is_a_sentence_in_its_row(tiny_cache, home):
     rows = sae.evaluate_saes(
         {"half": Half()}, cache=tiny_cache, layer=0, references=False, options=["absorption.words=0"],
         suite="core,absorption", tokens=60, device="cpu",
     )  # fmt: skip
     assert rows[0].results.keys() == {"core"}
-    assert "Half has no W_dec" in str(rows[0].failed["absorption"]) or "letters" in str(rows[0].failed["absorption"])
+    assert "Half has no W_dec" in str(rows[0].errors["absorption"]) or "letters" in str(rows[0].errors["absorption"])
 
 
 def of_layer_1() -> SAE:
@@ -64,18 +79,18 @@ def of_layer_1() -> SAE:
 @pytest.mark.parametrize(
     ("make", "change", "sentence"),
     [
-        (lambda: SAE(48, 16).eval(), {}, "one does not encode and decode rows of 32 float32 numbers on cpu: "),
+        (lambda: SAE(48, 16).eval(), {}, "one cannot encode and decode float32 activations of width 32 on cpu: "),
         (lambda: SAE(32, 16, [BatchTopK(4)]).train(), {}, "one is in training mode.*call .eval()"),
         (
             lambda: type("Flat", (Half,), {"decode": lambda self, f: f.sum(0)})(),
             {},
-            r"one makes \(32,\) of rows \(2, 32\)",
+            r"one turns \(2, 32\) into \(32,\)",
         ),
-        (trained, {"layer": 2}, "there is no layer 2"),
-        (of_layer_1, {}, "one was trained after layer 1: give layer=1, and not 0"),
+        (trained, {"layer": 2}, "There is no layer 2"),
+        (of_layer_1, {}, "one was trained after layer 1, not 0: pass layer=1"),
         (trained, {"suite": "cor"}, "there is no metric cor; did you mean core"),
         (trained, {"cache": "nowhere"}, "nowhere holds no activation cache"),
-        (None, {}, "Give the SAEs with their names"),
+        (None, {}, "There are no SAEs to evaluate. Give them with their names"),
     ],
 )
 def test_an_object_that_cannot_be_evaluated_is_refused(tiny_cache, make, change, sentence):
@@ -85,5 +100,12 @@ def test_an_object_that_cannot_be_evaluated_is_refused(tiny_cache, make, change,
 
 
 def test_an_sae_without_a_name_is_refused(tiny_cache):
-    with pytest.raises(UsageError, match="with their names, as {'mine': my_sae}, and not SAE"):
+    with pytest.raises(UsageError, match="SAEs with their names, as in .*, or a list of run folders; got SAE"):
         sae.evaluate_saes(SAE(32, 16), cache=tiny_cache, layer=0)
+
+
+def test_objects_need_a_cache_and_a_layer_and_run_folders_no_layer(tiny_cache):
+    with pytest.raises(UsageError, match="need cache= and layer="):
+        sae.evaluate_saes({"own": trained()})
+    with pytest.raises(UsageError, match="omit layer="):
+        sae.evaluate_saes(["runs/one"], layer=0)

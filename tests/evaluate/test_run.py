@@ -18,10 +18,11 @@ import torch
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from sae.evaluate.context import EvalContext
+from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.registry import METRICS, metrics_of_suite
-from sae.evaluate.plan import EvaluateConfig, make_context, model_loader, plan_evaluation, unfinished_runs
+from sae.evaluate.plan import EvaluateConfig, plan_evaluation, unfinished_runs
 from sae.evaluate.results import read_result, write_result
 from sae.evaluate.run import evaluate, run_evaluation
 from sae.evaluate.tables import tables
@@ -59,7 +60,7 @@ def ask(*runs: Path, **changes) -> EvaluateConfig:
 
 
 def bench_of(cache: Cache, *runs: Path) -> EvalContext:
-    return make_context(ask(*runs, tokens=None), cache, "cpu", "float32", model_loader())
+    return make_context(cache)
 
 
 def result_of(run: Path) -> dict:
@@ -180,7 +181,7 @@ def test_only_held_out_text_is_read(tiny_cache):
 
 def test_a_cache_that_moved_is_found_by_its_fingerprint(tiny_cache, home):
     run = make_run(home / "run", tiny_cache, cache="/nowhere/at/all")
-    with pytest.raises(UsageError, match=r"is gone: it was /nowhere/at/all"):
+    with pytest.raises(UsageError, match=r"was trained on \(/nowhere/at/all\) was not found"):
         evaluate(ask(run))
     shutil.copytree(tiny_cache.folder, home / "activations" / "moved")
     assert len(evaluate(ask(run))) == 1
@@ -189,7 +190,7 @@ def test_a_cache_that_moved_is_found_by_its_fingerprint(tiny_cache, home):
 def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
     """Its held-out text may have been trained on."""
     run = make_run(home / "run", tiny_cache, fingerprint="0" * 64)
-    with pytest.raises(UsageError, match="is gone"):
+    with pytest.raises(UsageError, match="was not found"):
         evaluate(ask(run))
 
 
@@ -201,7 +202,7 @@ def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
         ({"suite": "core,absorbtion"}, "there is no metric absorbtion; did you mean absorption?"),
         ({"mode": "0.5"}, "--mode 0.5 is unknown: 0.6.0"),
         ({"runs": ()}, "Name the runs to evaluate"),
-        ({"tokens": 0}, "--tokens 0 is not positive"),
+        ({"tokens": 0}, "--tokens 0: expected a positive number"),
         ({"options": ["core.batch_contexts=0"]}, "core.batch_contexts=0: give 1 or more"),
         ({"options": ["core.sparsity_batches=-1"]}, "core.sparsity_batches=-1: give 1 or more"),
     ],
@@ -238,9 +239,9 @@ def test_a_plan_measures_nothing_and_loads_no_model(tiny_cache, home, monkeypatc
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("sae.evaluate.plan.load_model", load)
+    monkeypatch.setattr("sae.evaluate.inputs.load_model", load)
     found = plan_evaluation(ask(run, other))
-    ((todo,),) = [group.todo("core") for group in found.groups]
+    ((todo,),) = [group.pending("core") for group in found.groups]
     assert todo.name == "other" and [row.name for row in found.rows if row.results] == ["run"]
     assert not (other / "evaluations").exists()
     assert [row.name.split("-")[0] for row in evaluate(ask(run, references=True))] == [
@@ -266,7 +267,7 @@ def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_
     del spec["origin"]["cache"], spec["origin"]["fingerprint"]
     (absent / "sae.json").write_text(json.dumps(spec))
     for imported in (run, absent):
-        with pytest.raises(UsageError, match="came without a cache, and none under .*activations holds held-out text"):
+        with pytest.raises(UsageError, match="names no cache, and no cache in .*activations holds held-out text"):
             evaluate(ask(imported))
     small = small_harvest(home, tiny_model, sentences, 0.2)
     for imported in (run, absent):
@@ -274,7 +275,7 @@ def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_
         assert result_of(imported)["eval_config"]["text"] == small.fingerprint
     shutil.copytree(tiny_cache.folder, home / "activations" / "tiny")
     with pytest.raises(
-        UsageError, match=r"2 hold held-out text for .*Say which:\n  --cache .*small .*\n  --cache .*tiny"
+        UsageError, match=r"2 caches hold held-out text for .*Choose one:\n  --cache .*small .*\n  --cache .*tiny"
     ):
         evaluate(ask(run))
     evaluate(ask(run, cache=home / "activations" / "tiny"))
@@ -285,10 +286,10 @@ def test_a_cache_that_is_named_overrides_and_is_of_the_same_model(tiny_cache, ti
     small = small_harvest(home, tiny_model, sentences, 0.2)
     run, other = make_run(home / "run", tiny_cache), make_run(home / "other", tiny_cache, model={"name": "gpt2"})
     found = plan_evaluation(ask(run, cache=small.folder))
-    assert "may have seen that text" in found.notes[0]
+    assert "may have been trained on this text" in found.notes[0]
     run_evaluation(found)
     assert result_of(run)["eval_config"]["text"] == small.fingerprint
-    with pytest.raises(UsageError, match="other was trained on gpt2, and .*small holds text for .*tiny-gemma"):
+    with pytest.raises(UsageError, match="other was trained on gpt2, but .*small holds text for .*tiny-gemma"):
         plan_evaluation(ask(other, cache=small.folder))
     with pytest.raises(UsageError, match="nowhere holds no activation cache"):
         plan_evaluation(ask(run, cache=home / "nowhere"))
@@ -298,7 +299,7 @@ def test_an_sae_of_another_width_is_refused(tiny_cache, home):
     run = home / "wide"
     origin = {"model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder)}
     save_sae(SAE(48, 16, [ReLU()]), run, {**origin, "fingerprint": tiny_cache.fingerprint})
-    with pytest.raises(UsageError, match="reads rows of 48 numbers, and those of .* have 32"):
+    with pytest.raises(UsageError, match="takes activations of width 48, but .* has width 32"):
         plan_evaluation(ask(run))
 
 
@@ -321,7 +322,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(ti
     monkeypatch.undo()
     monkeypatch.setenv("SAE_HOME", str(home))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(UnavailableError, match=r"The disk is full: .*two/evaluations has 0.0 MB left"):
+    with pytest.raises(UnavailableError, match=r"The disk is full: .*two/evaluations has 0.0 MB free"):
         plan_evaluation(ask(two))
     assert not (two / "evaluations").exists() and (one / "evaluations" / "core.json").read_bytes() == kept
 
@@ -334,7 +335,7 @@ def test_a_disk_that_fills_up_costs_the_file_and_not_the_number(tiny_cache, home
 
     monkeypatch.setattr("sae.evaluate.run.write_result", full)
     (row,) = evaluate(ask(run))
-    assert row.results["core"].metrics["sparsity"]["l0"] and str(row.failed["core"]) == "The disk is full"
+    assert row.results["core"].metrics["sparsity"]["l0"] and str(row.errors["core"]) == "The disk is full"
 
 
 def test_what_dead_processes_left_half_written_is_removed(tiny_cache, home):
@@ -373,7 +374,7 @@ def test_a_number_of_minus_one_is_not_one_that_does_not_exist(tmp_path):
 def test_a_run_that_does_not_say_what_it_was_trained_on_is_refused(tiny_cache, home):
     run = home / "run"
     save_sae(SAE(32, 16), run, {})
-    with pytest.raises(UsageError, match="does not say what it was trained on"):
+    with pytest.raises(UsageError, match="does not record the model and layer it was trained on"):
         evaluate(ask(run))
 
 
@@ -419,10 +420,10 @@ def test_a_result_is_of_the_sae_json_that_it_was_measured_with(tiny_cache, home)
 @pytest.mark.parametrize(
     ("origin", "sentence"),
     [
-        ([], "does not say what it was trained on"),
-        ({"model": "gemma"}, "does not say what it was trained on"),
-        ({"cache": None, "fingerprint": "0"}, "was trained on is not here: it held the text"),
-        ({"layer": "twelve"}, "does not say what it was trained on"),
+        ([], "does not record the model and layer it was trained on"),
+        ({"model": "gemma"}, "does not record the model and layer it was trained on"),
+        ({"cache": None, "fingerprint": "0"}, "was trained on was not found; it holds the text"),
+        ({"layer": "twelve"}, "does not record the model and layer it was trained on"),
         ({"layer": 99}, "says layer 99, but .* has layers 0 to"),
         ({"layer": -1}, "says layer -1, but .* has layers 0 to"),
     ],
@@ -450,13 +451,13 @@ def test_a_model_that_changed_since_the_harvest_is_refused(tiny_model, sentences
     evaluate(ask(run, tokens=50))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
-    with pytest.raises(UsageError, match="was harvested from .* but what is found under that name is"):
+    with pytest.raises(UsageError, match="was harvested from .* but .* is now at revision"):
         evaluate(ask(run, tokens=50))
 
 
 def test_a_cache_without_held_out_text_is_refused(tiny_model, sentences, home):
     run = make_run(home / "run", small_harvest(home, tiny_model, sentences, 0.0))
-    with pytest.raises(UsageError, match="holds no held-out text"):
+    with pytest.raises(UsageError, match="has no held-out text"):
         evaluate(ask(run))
 
 
@@ -512,8 +513,8 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
     monkeypatch.setitem(METRICS, "broken", Broken)
     one, two = make_run(home / "one", tiny_cache), make_run(home / "two", tiny_cache, 0, 1)
     first, second = evaluate(ask(one, two, suite="broken,core"))
-    assert str(first.failed["broken"]) == "no such text" and first.results.keys() == {"core"}
-    assert second.results.keys() == {"core", "broken"} and not second.failed
+    assert str(first.errors["broken"]) == "no such text" and first.results.keys() == {"core"}
+    assert second.results.keys() == {"core", "broken"} and not second.errors
     assert not (one / "evaluations" / "broken.json").exists()
     with pytest.raises(UnavailableError, match="no such text"):
         evaluate(ask(one, suite="broken"))

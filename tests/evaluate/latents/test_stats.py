@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from sae.cache.layout import Hook
 from sae.common.errors import SaeError
+from sae.evaluate.inputs import make_context
 from sae.evaluate.latents import stats as module
 from sae.evaluate.latents.stats import (
     BEFORE,
@@ -26,7 +27,6 @@ from sae.evaluate.latents.stats import (
     neighbours,
     quantile_passages,
 )
-from sae.evaluate.plan import EvaluateConfig, make_context, model_loader
 from sae.harvest.architectures import FAMILIES
 from sae.harvest.model import LanguageModel, find_model, load_model
 from sae.train.activations import TopK
@@ -231,7 +231,7 @@ def test_logit_effects_are_both_ends_of_the_direct_logits(model):
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_z"])
 def test_everything_of_a_few_latents_is_that_of_all(tiny_cache, site):
-    ctx = make_context(EvaluateConfig(runs=[], tokens=300, device="cpu"), tiny_cache, "cpu", "float32", model_loader())
+    ctx = make_context(tiny_cache, tokens=300)
     torch.manual_seed(0)
     sae, latents = SAE(32, 12, [TopK(3)]).eval(), torch.tensor([2, 7])
     whole, few = (latent_stats(ctx, sae, Hook(1, site), chosen, quiet) for chosen in (torch.arange(12), latents))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sae.common.errors import UnavailableError, UsageError
+from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics import autointerp as module
 from sae.evaluate.metrics.activation_examples import BUFFER, ExampleWindow, LatentExamples, TokenText, select_examples
 from sae.evaluate.metrics.autointerp import (
@@ -28,7 +29,7 @@ from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.llm_judge import Endpoint
 from sae.evaluate.metrics.packing import firing_frequencies, pack_contexts
 from sae.evaluate.metrics.registry import METRICS, SUITES, metrics_of_suite
-from sae.evaluate.plan import EvaluateConfig, make_context, model_loader, plan_evaluation
+from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.reference_saes import Identity
 from sae.evaluate.run import evaluate
 from sae.harvest.model import find_model, load_tokenizer
@@ -121,8 +122,7 @@ def test_a_latent_with_too_few_passages_has_none(rows):
 
 @pytest.fixture(scope="module")
 def ctx(tiny_cache):
-    request = EvaluateConfig(runs=[], device="cpu")
-    return make_context(request, tiny_cache, "cpu", "float32", model_loader())
+    return make_context(tiny_cache)
 
 
 def sae_of(seed: int) -> SAE:
@@ -398,7 +398,7 @@ def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):
     assert {body["model"] for *_, body in server.seen} == {"j"}
     text = (run / "evaluations" / "autointerp.json").read_text()
     assert "secret" not in text and "words." in text
-    assert not row.failed
+    assert not row.errors
 
 
 def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
@@ -411,7 +411,7 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
         EvaluateConfig(runs=[run], suite="core,autointerp", options=options, device="cpu")
     )  # core is to be measured
     assert [list(group.settings) for group in found.groups] == [["core"]]
-    assert "refuses the key" in str(found.rows[0].failed["autointerp"])
+    assert "refuses the key" in str(found.rows[0].errors["autointerp"])
     with pytest.raises(UsageError, match=r"Name it with --set autointerp\.judge_model"):
         evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=options[:-1], device="cpu"))
 

@@ -245,8 +245,8 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(ctx, planted, data,
     assert found["eval_config"]["data"].keys() == {"forget", "retain", "wmdp-bio", SIDE}
     assert row.results["unlearning"].n["forget_rows"] > 4
     (row,) = evaluate(replace(request, suite="core,unlearning", data=None))
-    assert "core" in row.results and isinstance(row.failed["unlearning"], UnavailableError)
-    assert "cais/wmdp-bio-forget-corpus/train.jsonl (or .parquet) with --data" in str(row.failed["unlearning"])
+    assert "core" in row.results and isinstance(row.errors["unlearning"], UnavailableError)
+    assert "cais/wmdp-bio-forget-corpus/train.jsonl (or .parquet) with --data" in str(row.errors["unlearning"])
 
 
 @pytest.mark.parametrize(

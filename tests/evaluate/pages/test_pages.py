@@ -14,7 +14,8 @@ from sae.common.errors import UsageError
 from sae.evaluate import charts
 from sae.evaluate.charts import Chart, Series, axis_range, tick_label, ticks
 from sae.evaluate.pages.page import as_json, make_visible, render_page, write_page
-from sae.evaluate.pages.svg import draw_svg
+from sae.evaluate.pages.plots import save_chart
+from sae.evaluate.pages.svg import draw_svg, shared_legend
 
 
 @given(st.text())
@@ -218,7 +219,7 @@ def test_ticks_that_differ_read_differently():
 def test_the_key_of_charts_is_in_the_order_of_looks():
     first = Chart("t", "x", "y", [Series("c", [1], [1], "line", look=2)])
     second = Chart("t", "x", "y", [Series(n, [1], [1], look=look) for look, n in enumerate("abc")])
-    assert re.findall(r"</svg>(\w+)", charts.shared_legend([first, second])) == ["a", "b", "c"]
+    assert re.findall(r"</svg>(\w+)", shared_legend([first, second])) == ["a", "b", "c"]
 
 
 def test_64_series_differ_in_colour_or_shape():
@@ -229,7 +230,7 @@ def test_64_series_differ_in_colour_or_shape():
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
 def test_a_chart_for_a_paper(tmp_path, ending):
     pytest.importorskip("matplotlib")
-    charts.save_chart(CHART, tmp_path / f"chart.{ending}")
+    save_chart(CHART, tmp_path / f"chart.{ending}")
     assert (tmp_path / f"chart.{ending}").stat().st_size > 1000
 
 
@@ -240,7 +241,7 @@ def test_a_band_and_names_on_paper(tmp_path):
         Series("one", [0, 1, 2], [1, 2, 3], "line", spread=[1, 0, 1]),
         Series("two", [0, 1], [1, 2], spread=[1, 1]),
     ]
-    charts.save_chart(Chart("t", "", "y", series, categories=names), tmp_path / "chart.svg")
+    save_chart(Chart("t", "", "y", series, categories=names), tmp_path / "chart.svg")
     drawn = (tmp_path / "chart.svg").read_text()
     assert all(name in drawn for name in names) and "rotate(-45 " in drawn
     assert "FillBetween" in drawn
@@ -249,4 +250,4 @@ def test_a_band_and_names_on_paper(tmp_path):
 def test_an_ending_that_no_chart_has(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UsageError, match=".xyz"):
-        charts.save_chart(CHART, tmp_path / "chart.xyz")
+        save_chart(CHART, tmp_path / "chart.xyz")

@@ -176,7 +176,7 @@ def test_what_no_table_shows_is_in_results(tiny_cache, home):
             [home / "run"], "core,absorption", 60, "2024-12", options=options, device="cpu", references=False
         )
     )
-    assert not row.failed
+    assert not row.errors
     scores = sparse_probing.ProbingScores(
         {"a": 0.5}, {k: {"a": 0.5} for k in METRICS["sparse_probing"]().ks("2024-12")}
     )

@@ -1,0 +1,185 @@
+"""Open what an evaluation reads: the SAE of a run, the cache with its held-out text, and the model of that cache."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from ..cache.reader import Cache, is_ring, model_name
+from ..common.errors import SaeError, UsageError
+from ..common.files import digest_of, read_json, sae_home
+from ..harvest.model import LanguageModel, ModelSource, find_model, load_model, load_tokenizer
+from ..train.sae import SAE, load_sae, sae_spec
+from .artifacts import ArtifactCache
+from .context import EvalContext
+from .metrics.base import EvalTarget
+from .rows import EvalRow
+
+HUB_COMMIT_LENGTH = 40  # hexadecimal digits; the revision of a local model folder is a sha256 with 64
+
+ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
+
+
+def artifact_cache() -> ArtifactCache:
+    """The cache of everything that does not depend on an SAE, in `activations/evaluation`."""
+    return ArtifactCache(sae_home() / "activations" / "evaluation")
+
+
+def find_eval_cache(
+    folder: Path,
+    sae: SAE,
+    known_caches: Mapping[Path, Cache | SaeError],
+    *,
+    cache: Path | None = None,
+    model: str | None = None,
+) -> Cache:
+    """The cache whose held-out text an SAE is evaluated on.
+
+    That is `cache` if given, else the cache the SAE was trained on, even if it has moved within `known_caches`. For an
+    SAE that was imported and names no cache, it is the only known cache of its model.
+
+    Raises UsageError when there is no such cache, when several fit, or when the SAE belongs to another model.
+    """
+    match sae.origin:
+        case {"model": {"name": str(trained_on)}, "layer": int()}:
+            pass
+        case _:
+            raise UsageError(
+                f"{folder} does not record the model and layer it was trained on (`origin` in sae.json), "
+                "so it cannot be evaluated."
+            )
+    if model and model_name(model) != trained_on:
+        raise UsageError(
+            f"{folder} was trained on {trained_on}, not on {model}. Omit --model, or evaluate a run of that model."
+        )
+    if cache:
+        if (named := Cache(cache)).model != trained_on:
+            raise UsageError(f"{folder} was trained on {trained_on}, but {cache} holds text for {named.model}.")
+        return named
+    candidates = [known for known in known_caches.values() if isinstance(known, Cache)]
+    recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
+    if recorded is None and fingerprint is None:
+        return only_cache_of_model(folder, trained_on, candidates)
+    if isinstance(recorded, str) and (Path(recorded) / "zarr.json").exists():
+        candidates.insert(0, Cache(recorded))
+    for candidate in candidates:
+        if candidate.fingerprint == fingerprint:
+            return candidate
+    where = f" ({recorded})" if isinstance(recorded, str) else ""
+    raise UsageError(
+        f"The cache that {folder} was trained on{where} was not found; it holds the text to evaluate on. "
+        f"Move it back or to activations/, harvest it again with the same `sae harvest --model {trained_on}`, "
+        "or name another cache of that model with --cache."
+    )
+
+
+def load_run(
+    folder: Path,
+    known_caches: Mapping[Path, Cache | SaeError],
+    *,
+    cache: Path | None = None,
+    model: str | None = None,
+    device: str = "cpu",
+) -> tuple[EvalRow, Cache]:
+    """A run folder as a row, and the cache whose text it is evaluated on (`find_eval_cache`)."""
+    sae = load_sae(folder, device)
+    text_cache = find_eval_cache(folder, sae, known_caches, cache=cache, model=model)
+    if (site := sae.origin.get("site", "resid_post")) != "resid_post":
+        raise UsageError(f"{folder} was trained on {site}; only SAEs of resid_post can be evaluated so far.")
+    return row_of_run(folder, sae), text_cache
+
+
+def row_of_run(folder: Path, sae: SAE) -> EvalRow:
+    """The row of a run folder.
+
+    The digest in `weights` covers more than the tensors: the k of a TopK is not a tensor, and one SAE can be evaluated
+    at several layers.
+    """
+    folder = folder.resolve()
+    record = read_json(folder / "sae.json", "sha256")
+    weights = digest_of([sae_spec(sae), record["sha256"], sae.origin["layer"]])
+    return EvalRow(folder.name, EvalTarget(sae, sae.origin["layer"]), folder, record, weights)
+
+
+def only_cache_of_model(folder: Path, model: str, caches: Sequence[Cache]) -> Cache:
+    """The one cache with held-out text of a model: any will do for an SAE that was trained elsewhere."""
+    usable = [c for c in caches if c.model == model and not is_ring(c.folder) and len(c.contexts(held_out=True))]
+    if len(usable) == 1:
+        return usable[0]
+    if not usable:
+        raise UsageError(
+            f"{folder} names no cache, and no cache in {sae_home() / 'activations'} holds held-out text for {model}. "
+            f"Make one with `sae harvest --model {model}`, or name one with --cache."
+        )
+    listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in usable)
+    raise UsageError(
+        f"{folder} names no cache, and {len(usable)} caches hold held-out text for {model}. Choose one:\n{listed}"
+    )
+
+
+def check_tokens(tokens: int | None) -> None:
+    if tokens is not None and tokens <= 0:
+        raise UsageError(f"--tokens {tokens}: expected a positive number of tokens, such as 20k.")
+
+
+def model_loader() -> ModelLoader:
+    """A function that loads models and keeps the last one, so that several caches of one model load it once."""
+
+    @lru_cache(1)
+    def load(source: ModelSource, dtype: str, device: str, attention: str) -> LanguageModel:
+        _, config = find_model(source.location, source.revision if source.on_hub else None)
+        return load_model(source, config, dtype=dtype, device=device, attention=attention)
+
+    return load
+
+
+def make_context(
+    cache: Cache,
+    *,
+    mode: str = "0.6.0",
+    tokens: int | None = None,
+    data: Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    load: ModelLoader | None = None,
+) -> EvalContext:
+    """The evaluation context of a cache: its model, found but not loaded yet, and its held-out text.
+
+    The text is cut to the first contexts that hold `tokens` tokens, or is all of it.
+
+    Raises UsageError when the model on this machine is another revision than the cache was made with, or when the cache
+    has no held-out text.
+    """
+    load = load or model_loader()
+    name, revision = cache.identity["model"]["name"], cache.identity["model"]["revision"]
+    source, model_config = find_model(name, revision if len(revision) == HUB_COMMIT_LENGTH else None)
+    if source.revision != revision:
+        raise UsageError(
+            f"{cache.folder} was harvested from {name} at revision {revision[:12]}, but {name} is now at revision "
+            f"{source.revision[:12]}. Results of one would be reported for the other: restore that revision, or "
+            "harvest and train again."
+        )
+    contexts = cache.contexts(held_out=True)
+    if not len(contexts):
+        raise UsageError(
+            f"{cache.folder} has no held-out text to evaluate on. Harvest again with --held-out above 0, or with more "
+            "text."
+        )
+    if tokens is not None:
+        contexts = contexts.select(slice(0, 1 + int((contexts.length.cumsum() < tokens).sum())))
+    attention = cache.identity["attention"]
+    tokenizer = load_tokenizer(source)
+    special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    return EvalContext(
+        load_model=lambda: load(source, dtype, device, attention),
+        tokenizer=tokenizer,
+        contexts=contexts,
+        # SAEBench never counts special tokens; a cache harvested with --keep-special skips none.
+        special_ids=cache.identity["skip"] or sorted(special),
+        mode=mode,
+        model_identity={"model": source.name, "revision": source.revision, "attention": attention, "llm_dtype": dtype},
+        text_identity={"text": cache.fingerprint, "contexts": len(contexts)},
+        artifacts=artifact_cache(),
+        data=data,
+        device=device,
+        model_config=model_config.get_text_config(),
+    )

@@ -1,0 +1,69 @@
+"""The rows of an evaluation: SAEs with their results, grouped by the cache whose text they are evaluated on."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..cache.reader import Cache
+from ..common.errors import SaeError
+from .context import EvalContext
+from .metrics.base import EvalTarget, MetricResult
+
+
+@dataclass
+class EvalRow:
+    """One row of the tables: a run, an SAE object, or a reference such as the identity.
+
+    Attributes:
+        name: what the tables call it.
+        target: the SAE and its layer.
+        folder: its results are in `evaluations/` there; None for an object, whose results are not written.
+        record: the contents of sae.json, or a description of the reference.
+        weights: digest of the weights, the activations and the layer.
+        results: metric name -> result.
+        errors: metric name -> why that metric has no result.
+    """
+
+    name: str
+    target: EvalTarget
+    folder: Path | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    results: dict[str, MetricResult] = field(default_factory=dict)
+    errors: dict[str, SaeError] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Any]:
+        """The row as one flat dictionary, for `pandas.DataFrame([row.flat() for row in rows])`.
+
+        Keys are `name`, `layer` and `metric.category.number`, whose values are numbers or None. A metric that failed
+        has its error message under the metric's name.
+        """
+        values = {
+            f"{metric}.{category}.{name}": value
+            for metric, result in self.results.items()
+            for category, group in result.metrics.items()
+            for name, value in group.items()
+        }
+        errors = {metric: str(error) for metric, error in self.errors.items()}
+        return {"name": self.name, "layer": self.target.layer, **values, **errors}
+
+
+@dataclass
+class EvalGroup:
+    """The rows of one cache: they share every pass of the model. `settings` has an entry per metric that can run."""
+
+    cache: Cache
+    ctx: EvalContext
+    rows: list[EvalRow]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def pending(self, metric: str, rows: Sequence[EvalRow] | None = None) -> list[EvalRow]:
+        """The rows (default: of this group) for which a metric has neither a result nor an error."""
+        rows = self.rows if rows is None else rows
+        return [row for row in rows if metric not in row.results and metric not in row.errors]
+
+
+def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
+    """(metric, reason) of everything that has no result, without the reference rows."""
+    return {(m, str(error)) for row in rows if not row.target.reference for m, error in row.errors.items()}
