@@ -1,23 +1,37 @@
-"""Small SAEs with every activation, and rows on which some of their latents are active."""
+"""Small SAEs with every activation, their files in every format, and a Hub in a folder."""
 
+import hashlib
+import json
+import shutil
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae.common.errors import SaeError
 from sae.train.formats.canonical import CanonicalSAE, from_canonical
+from sae.train.formats.export import export_sae
+from sae.train.formats.import_ import import_sae
 from sae.train.sae import SAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
 D, F = 8, 16
 ORIGIN = {"model": {"name": "google/gemma-2-2b", "revision": None}, "layer": 12, "site": "resid_post", "context": 128}
+ACTIVATIONS = {"saelens": "jumprelu", "gemma-scope": "jumprelu", "dictionary-learning": "topk", "sparsify": "topk"}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="session")
 def x_RD() -> Tensor:
+    """Rows on which some latents are active."""
     return load_file(FIXTURES / "rows.safetensors")["x"]
 
 
@@ -47,3 +61,132 @@ def make_sae() -> Callable[..., SAE]:
         return sae
 
     return make
+
+
+@pytest.fixture(scope="session")
+def encode_decode() -> Callable[[SAE, Tensor], tuple[Tensor, Tensor]]:
+    """Latents and reconstructions in float64."""
+
+    def run(sae: SAE, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        sae64 = sae.double()
+        with torch.no_grad():
+            f_RF = sae64.encode(x_RD.double())
+            return f_RF, sae64.decode(f_RF)
+
+    return run
+
+
+# --- files of other libraries ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign_folder(make_sae, tmp_path) -> Callable[..., Path]:
+    """A factory of folders in a format, by default with an activation that it supports."""
+
+    def write(to: str, activation: str | None = None) -> Path:
+        return export_sae(make_sae(activation or ACTIVATIONS[to], unit=True), to, tmp_path / to).folder
+
+    return write
+
+
+@pytest.fixture
+def export_with_config(make_sae, tmp_path) -> Callable[..., Path]:
+    """A factory of folders in a format, with keys of the config dropped or changed."""
+
+    def write(activation: str, to: str, /, *dropped: str, **changed: Any) -> Path:
+        folder = export_sae(make_sae(activation, unit=True), to, tmp_path / "foreign").folder
+        path = next(p for name in ("cfg.json", "about.json") for p in folder.rglob(name))
+        config = json.loads(path.read_text())
+        config = {name: value for name, value in (config | changed).items() if name not in dropped}
+        path.write_text(json.dumps(config))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def import_fails() -> Callable[..., None]:
+    """Check that an import raises this error with these words, makes no run, and takes less memory than 4 MB."""
+
+    def check(folder: Path, error_type: type[SaeError], *words: str) -> None:
+        tracemalloc.start()
+        try:
+            with pytest.raises(error_type) as error:
+                import_sae(folder, out=folder.parent / "runs")
+            assert tracemalloc.get_traced_memory()[1] < 4e6
+        finally:
+            tracemalloc.stop()
+        assert type(error.value) is error_type
+        assert all(word in str(error.value) for word in words), error.value
+        assert not (folder.parent / "runs").exists()
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def rewrite_zip() -> Callable[..., None]:
+    """Replace the entries of a zip file by `change(name, data)`."""
+
+    def rewrite(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+        with zipfile.ZipFile(path) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, data in files.items():
+                archive.writestr(name, change(name, data))
+
+    return rewrite
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+class FakeHub:
+    """One repository in a folder, with a record of every request."""
+
+    commit = COMMIT
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: list[tuple[str, str | None, bool]] = []
+        self.downloads: list[tuple[str, str, str]] = []
+        self.uploads: list[tuple[Any, ...]] = []
+        self.extra_names: list[str] = []  # listed, but not there
+
+    def add(self, path: str, source: Path) -> None:
+        shutil.copytree(source, self.folder / path, dirs_exist_ok=True)
+
+    # huggingface_hub.HfApi
+    def model_info(self, repo: str, revision: str | None = None, files_metadata: bool = False) -> Any:
+        self.requests.append((repo, revision, files_metadata))
+        siblings = []
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            lfs = SimpleNamespace(sha256=sha256) if path.suffix != ".json" else None
+            name = path.relative_to(self.folder).as_posix()
+            siblings.append(SimpleNamespace(rfilename=name, size=path.stat().st_size, lfs=lfs))
+        siblings += [SimpleNamespace(rfilename=name, size=1, lfs=None) for name in self.extra_names]
+        return SimpleNamespace(sha=COMMIT, siblings=siblings)
+
+    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+        self.uploads.append(("create", repo, private))
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+        files = {path.name: path.read_bytes() for path in Path(folder_path).rglob("*") if path.is_file()}
+        self.uploads.append(("folder", repo_id, files))
+        return SimpleNamespace(oid=COMMIT)
+
+    # huggingface_hub.hf_hub_download
+    def download(self, repo: str, filename: str, revision: str, local_dir: Path) -> str:
+        self.downloads.append((repo, filename, revision))
+        (target := Path(local_dir) / filename).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.folder / filename, target)
+        return str(target)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> FakeHub:
+    fake = FakeHub(tmp_path / "hub")
+    fake.folder.mkdir()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.download)
+    return fake

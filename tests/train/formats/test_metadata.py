@@ -1,0 +1,50 @@
+"""The metadata of an export."""
+
+import json
+
+from safetensors.torch import load_file
+
+from sae.cache.layout import Hook
+from sae.train.formats.export import export_sae
+from sae.train.formats.metadata import module_path
+
+
+def test_metadata_has_the_keys_that_saelens_consumers_read(make_sae, tmp_path):
+    exported = export_sae(make_sae("jumprelu"), "saelens", tmp_path / "out")
+    config = json.loads((exported.folder / "cfg.json").read_text())
+    expected_config = {
+        "architecture": "jumprelu",
+        "d_in": 8,
+        "d_sae": 16,
+        "dtype": "float32",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+    }
+    assert {key: config[key] for key in expected_config} == expected_config
+    metadata = config["metadata"]
+    assert metadata["sae_lens_version"].split(".")[0] == "6"
+    expected_metadata = {
+        "model_name": "gemma-2-2b",
+        "hook_name": "blocks.12.hook_resid_post",
+        "hook_layer": 12,
+        "hf_hook_name": "model.layers.12",
+        "context_size": 128,
+        "prepend_bos": True,
+        "training_architecture": "jumprelu",
+    }
+    assert {key: metadata[key] for key in expected_metadata} == expected_metadata
+    assert metadata["created_by"].startswith("sae-pipeline ")
+    shapes = {name: tuple(t.shape) for name, t in load_file(exported.folder / "sae_weights.safetensors").items()}
+    assert shapes == {"W_enc": (8, 16), "W_dec": (16, 8), "b_enc": (16,), "b_dec": (8,), "threshold": (16,)}
+
+
+def test_the_module_path_is_the_one_that_the_harvest_recorded(sparse_cache, tmp_path):
+    assert module_path(Hook(1), None) == "model.layers.1"
+    assert module_path(Hook(1), sparse_cache) == "model.layers.1"  # it recorded none
+    record = sparse_cache.folder / "harvest.json"
+    before = record.read_bytes() if record.exists() else None
+    record.write_text(json.dumps({"modules": {"layer_01": "transformer.h.1, hidden_states[2]"}}))
+    try:
+        assert module_path(Hook(1), sparse_cache) == "transformer.h.1"
+    finally:
+        record.unlink() if before is None else record.write_bytes(before)
