@@ -61,7 +61,7 @@ def loaders(cache: Cache, packed: Cache, batch: int) -> dict[str, BatchLoader | 
         "our copy on the device (cpu)": ResidentLoader(cache, ARRAY, batch),
     }
     for loader in found.values():
-        for _ in range(loader.plan.batches_per_epoch):
+        for _ in range(loader.order.batches_per_epoch):
             next(loader)
     return found
 
@@ -70,7 +70,7 @@ def others(cache: Cache, batch: int, count: int, folder: Path) -> dict[str, Way]
     """What one could use instead. The slow ones read fewer batches."""
     target, source = torch.empty(batch, D_IN, dtype=torch.bfloat16), torch.randn(8, batch, D_IN).bfloat16()
     ring = [torch.zeros_like(target) for _ in range(SLOTS)]
-    rows = torch.from_numpy(np.concatenate([cache.chunk(ARRAY, n) for n in range(8)])).view(torch.bfloat16)
+    rows = torch.from_numpy(np.concatenate([cache.read_chunk(ARRAY, n) for n in range(8)])).view(torch.bfloat16)
     hf, opened = as_hf_dataset(rows[: 8 * batch], folder), zarr.open_array(str(cache.folder / ARRAY), mode="r")
     random, few = np.random.default_rng(0), max(2, count // 16)
 
@@ -148,7 +148,7 @@ def first_epoch(folder: str, batch: int, drop: bool) -> tuple[float, float, floa
         with BatchLoader(Cache(folder), ARRAY, batch) as batches:
             next(batches)
             first = time.perf_counter() - started
-            epochs = [from_loader(batches, batches.plan.batches_per_epoch - SLOTS)().wall for _ in range(2)]
+            epochs = [from_loader(batches, batches.order.batches_per_epoch - SLOTS)().wall for _ in range(2)]
     return first, *epochs, peak.mb
 
 

@@ -31,7 +31,9 @@ def harvested_rows(folder: Path, tokens: int) -> dict[str, np.ndarray]:
     )
     cache = run_harvest(plan_harvest(request))
     chunks = range(len(cache.chunk_rows))
-    return {f"gemma-2-mini, layer {n}": np.concatenate([cache.chunk(Hook(n).array, i) for i in chunks]) for n in LAYERS}
+    return {
+        f"gemma-2-mini, layer {n}": np.concatenate([cache.read_chunk(Hook(n).array, i) for i in chunks]) for n in LAYERS
+    }
 
 
 def bound(bits_RD: np.ndarray) -> float:
@@ -44,8 +46,8 @@ def bound(bits_RD: np.ndarray) -> float:
 
 
 def measured(name: str, bits: np.ndarray, folder: Path, rounds: int) -> str:
-    array = Layout(len(bits), len(bits), compress=True).activations("layer_00", bits.shape[1])[0]
-    bits = bits[: array.chunk[0]]
+    array = Layout(len(bits), len(bits), compress=True).activation_arrays("layer_00", bits.shape[1])[0]
+    bits = bits[: array.chunk_shape[0]]
     folder.mkdir()
     _, record = write_chunk(folder, array, 0, bits)
     shard = Shard(folder, array, 0, record["bytes"])
@@ -58,10 +60,10 @@ def measured(name: str, bits: np.ndarray, folder: Path, rounds: int) -> str:
 
         return run
 
-    raw = Layout(len(bits), len(bits)).activations("layer_00", bits.shape[1])[0]
+    raw = Layout(len(bits), len(bits)).activation_arrays("layer_00", bits.shape[1])[0]
     ways = {
         "encode": timed(lambda: encode_chunk(array, bits)),
-        "decode": timed(lambda: [shard.block(n) for n in range(len(shard.index))]),
+        "decode": timed(lambda: [shard.decode_block(n) for n in range(len(shard.index))]),
         "checksum": timed(lambda: encode_chunk(raw, bits)),
     }
     speeds = [bits.nbytes / statistics.median(t) / 1e6 for t in in_rounds(ways, rounds).values()]

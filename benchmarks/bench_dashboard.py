@@ -39,7 +39,7 @@ def numbers(text: str) -> list[int]:
 def random_run(folder: Path, cache: Cache, latents: int) -> Path:
     """Random directions; its pre-activations have the spread of a trained SAE's, so most latents fire somewhere."""
     torch.manual_seed(0)
-    rows_RD = torch.from_numpy(cache.chunk(f"layer_{LAYER}", 0).copy()).view(torch.bfloat16).float()
+    rows_RD = torch.from_numpy(cache.read_chunk(f"layer_{LAYER}", 0).copy()).view(torch.bfloat16).float()
     sae = SAE(rows_RD.shape[1], latents, [TopK(K)])
     sae.b_dec.data = rows_RD.mean(0)
     scale_F = ((rows_RD - sae.b_dec) @ sae.W_enc).std(0).detach()

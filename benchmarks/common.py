@@ -51,7 +51,7 @@ def make_cache(folder: Path, gigabytes: float, *, compress: bool = False) -> Cac
     write_text(folder, layout.rows)
     writer = CacheWriter(folder, identity(), layout, {ARRAY: D_IN})
     bits = model_like_rows(window)
-    for number in writer.missing():
+    for number in writer.missing_windows():
         at = np.arange(window) + number * window
         rows = WindowRows({ARRAY: bits}, (at // CONTEXT).astype(np.uint32), (at % CONTEXT).astype(np.uint16))
         writer.write_window(number, rows, {})

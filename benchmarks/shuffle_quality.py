@@ -31,8 +31,8 @@ def generator(*key: int) -> np.random.Generator:
 def harvested_rows(layout: Layout, seed: int) -> np.ndarray:
     """Place in the cache -> number of the row in the order of the text, as Computing._window places them."""
     placed = np.empty(layout.rows, np.int64)
-    for window in range(layout.windows):
-        rows = layout.window(window)
+    for window in range(layout.n_windows):
+        rows = layout.row_range(window)
         slot = generator(seed, rows.start).permutation(len(rows))
         placed[rows.start + slot] = np.arange(rows.start, rows.stop)
     return placed
@@ -45,7 +45,7 @@ def ours(layout: Layout, batch: int, seed: int) -> Order:
 
     def order(epoch: int) -> np.ndarray:
         start = epoch * plan.batches_per_epoch
-        pieces = (piece for n in range(plan.batches_per_epoch) for piece in plan.pieces(start + n))
+        pieces = (piece for n in range(plan.batches_per_epoch) for piece in plan.spans(start + n))
         return np.concatenate([rows[first[p.chunk] + p.start :][: p.rows] for p in pieces])
 
     return order

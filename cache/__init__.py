@@ -1,1 +1,1 @@
-"""Every byte of activations on disk. Imports nothing of the other folders."""
+"""The activation cache: all reading and writing of activations on disk. Imports only `common`."""

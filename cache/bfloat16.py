@@ -1,8 +1,8 @@
-"""bfloat16 for Zarr v3: the registered extension name on disk, the same sixteen bits as uint16 in NumPy.
+"""The bfloat16 data type for zarr-python: the registered Zarr extension on disk, its 16 bits as uint16 in NumPy.
 
-zarr-python has no bfloat16 of its own yet. Importing this module registers one, so that an array of a cache opens with
-`zarr.open_array`; `torch.from_numpy(array).view(torch.bfloat16)` is then free. The metadata is what the zarr-extensions
-specification says, so tensorstore and zarrs read the same files as native bfloat16.
+zarr-python has no bfloat16 yet. Importing this module registers one, so that `zarr.open_array` opens the arrays of a
+cache; `torch.from_numpy(array).view(torch.bfloat16)` then costs nothing. The metadata follows the zarr-extensions
+specification, so tensorstore and zarrs read the same files as native bfloat16.
 """
 
 import math
@@ -18,7 +18,7 @@ NAN_BITS, INFINITY_BITS, MINUS_INFINITY_BITS = 0x7FC0, 0x7F80, 0xFF80
 
 
 def to_bits(value: float) -> int:
-    """The bits of the nearest bfloat16, ties to even."""
+    """The bits of the nearest bfloat16; ties round to even."""
     if math.isnan(value):
         return NAN_BITS
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
@@ -26,20 +26,21 @@ def to_bits(value: float) -> int:
 
 
 def from_bits(bits: int) -> float:
+    """The value of a bfloat16 given by its bits."""
     (value,) = struct.unpack("<f", struct.pack("<I", (int(bits) & 0xFFFF) << 16))
     return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemSize):
-    """`"data_type": "bfloat16"`; has to be asked for by name, so plain uint16 arrays keep zarr's own type."""
+    """The type of `"data_type": "bfloat16"`. Never inferred from a NumPy dtype: uint16 arrays keep zarr's own type."""
 
     dtype_cls: ClassVar[Any] = np.dtypes.UInt16DType
     _zarr_v3_name: ClassVar[Any] = "bfloat16"
 
     @classmethod
     def from_native_dtype(cls, dtype: Any) -> Self:
-        raise DataTypeValidationError("bfloat16 has to be asked for by name")
+        raise DataTypeValidationError("bfloat16 must be requested by name")
 
     def to_native_dtype(self) -> Any:
         return np.dtype(np.uint16).newbyteorder("<" if self.endianness == "little" else ">")
@@ -69,11 +70,11 @@ class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemS
         return np.uint16(0)
 
     def to_json_scalar(self, data: object, *, zarr_format: int) -> Any:
-        """A number; NaN and infinities by name; other NaNs as their bits in hexadecimal."""
+        """A number, or a string: "NaN", "Infinity", "-Infinity", or the bits of any other NaN in hexadecimal."""
         bits = int(data)  # type: ignore[call-overload]
-        named = {NAN_BITS: "NaN", INFINITY_BITS: "Infinity", MINUS_INFINITY_BITS: "-Infinity"}
-        if bits in named:
-            return named[bits]
+        names = {NAN_BITS: "NaN", INFINITY_BITS: "Infinity", MINUS_INFINITY_BITS: "-Infinity"}
+        if bits in names:
+            return names[bits]
         value = from_bits(bits)
         return f"0x{bits:04x}" if math.isnan(value) else value
 

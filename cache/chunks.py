@@ -1,6 +1,7 @@
-"""One chunk, one file: raw rows and a crc32c behind them, so that a Zarr reader checks it and we map it.
+"""Read and write chunks: one file each, with a checksum that any Zarr reader verifies and that lets us memory-map it.
 
-With compression a file is a Zarr shard instead: blocks of rows, each compressed, and an index of them at the end.
+An uncompressed chunk is its raw rows followed by a crc32c. A compressed chunk is a Zarr shard: blocks of rows, each
+compressed, followed by an index of the blocks.
 """
 
 import functools
@@ -14,23 +15,60 @@ from numcodecs.blosc import SHUFFLE, Blosc
 
 from ..common.errors import DamagedError, UsageError
 from ..common.files import atomic_write, read_json
-from .layout import BLOSC, FORMAT, Array
+from .layout import BLOSC, FORMAT, ArraySpec
 
-Bytes = np.ndarray | bytes
-PART = 1 << 20  # bytes read at a time to be checked
+BytesLike = bytes | memoryview
+READ_BYTES = 1 << 20  # bytes read at a time to compute a checksum
 BLOSC_CODEC = Blosc(BLOSC["cname"], BLOSC["clevel"], SHUFFLE, BLOSC["blocksize"])
+REPAIR_HINT = (
+    "Run `sae cache repair` to harvest the damaged parts again, or delete the file and run the same `sae harvest`."
+)
+
+# --- metadata --------------------------------------------------------------------------------------------------------
 
 
-def encode_chunk(array: Array, rows: np.ndarray) -> tuple[list[Bytes], dict[str, Any]]:
-    """The bytes of a chunk's file in parts, and its record. A short last chunk is filled up with zeros."""
+def read_attributes(folder: Path) -> dict[str, Any]:
+    """The attributes in a cache's zarr.json.
+
+    Raises UsageError if it is another kind of Zarr group or has a newer format, DamagedError if it cannot be read.
+    """
+    attributes = read_json(folder / "zarr.json", "attributes")["attributes"]
+    if attributes.get("format") is None:
+        raise UsageError(f"{folder} is a Zarr group, but not an activation cache. Create a cache with `sae harvest`.")
+    if attributes["format"] > FORMAT:
+        raise UsageError(
+            f"{folder} was written in format {attributes['format']}; this version reads up to {FORMAT}. "
+            "Upgrade this package."
+        )
+    return attributes
+
+
+def read_array_spec(folder: Path, name: str) -> ArraySpec:
+    """The shape and storage of an array, from its zarr.json. Raises DamagedError if that cannot be read."""
+    keys = ("shape", "chunk_grid", "data_type", "attributes", "codecs")
+    return ArraySpec.from_metadata(name, read_json(folder / name / "zarr.json", *keys))
+
+
+def files_exist(folder: Path, records: dict[str, dict[str, Any]]) -> bool:
+    """Whether every recorded file exists with its recorded size. Reads no content."""
+    return all((folder / f).is_file() and (folder / f).stat().st_size == r["bytes"] for f, r in records.items())
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def encode_chunk(array: ArraySpec, rows: np.ndarray) -> tuple[list[BytesLike], dict[str, Any]]:
+    """The bytes of a chunk's file, in parts, and its record {"bytes", "crc32c"}. A short last chunk is zero-padded."""
     block = np.ascontiguousarray(rows, array.numpy_dtype)
-    if len(block) < array.chunk[0]:
-        block = np.concatenate([block, np.zeros((array.chunk[0] - len(block), *block.shape[1:]), block.dtype)])
-    if array.block is None:
+    if len(block) < array.chunk_shape[0]:
+        block = np.concatenate([block, np.zeros((array.chunk_shape[0] - len(block), *block.shape[1:]), block.dtype)])
+    if array.block_rows is None:
         raw = block.reshape(-1).view(np.uint8)
         checksum = google_crc32c.value(raw)
-        return [raw, struct.pack("<I", checksum)], {"bytes": len(raw) + 4, "crc32c": f"{checksum:08x}"}
-    parts: list[Bytes] = [BLOSC_CODEC.encode(block[at : at + array.block]) for at in range(0, len(block), array.block)]
+        return [raw.data, struct.pack("<I", checksum)], {"bytes": len(raw) + 4, "crc32c": f"{checksum:08x}"}
+    parts: list[BytesLike] = [
+        BLOSC_CODEC.encode(block[start : start + array.block_rows]) for start in range(0, len(block), array.block_rows)
+    ]
     sizes = np.array([len(part) for part in parts], np.uint64)
     index = np.stack([np.cumsum(sizes) - sizes, sizes], 1).astype("<u8").tobytes()
     parts += [index, struct.pack("<I", google_crc32c.value(index))]
@@ -38,119 +76,104 @@ def encode_chunk(array: Array, rows: np.ndarray) -> tuple[list[Bytes], dict[str,
     return parts, {"bytes": sum(map(len, parts)), "crc32c": f"{checksum:08x}"}
 
 
-def write_chunk(folder: Path, array: Array, chunk: int, rows: np.ndarray) -> tuple[str, dict[str, Any]]:
-    """Write a chunk; returns its file and the record of it."""
+def write_chunk(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray) -> tuple[str, dict[str, Any]]:
+    """Write a chunk; returns its file, relative to the cache, and its record {"bytes", "crc32c"}."""
     parts, record = encode_chunk(array, rows)
-    atomic_write(folder / array.file(chunk), *(memoryview(part) for part in parts))
-    return array.file(chunk), record
+    atomic_write(folder / array.chunk_file(chunk), *parts)
+    return array.chunk_file(chunk), record
 
 
-MEND = "`sae cache repair` harvests again what is damaged, and so does the same `sae harvest` once the file is removed."
-
-
-def all_there(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
-    """Whether every file of a record exists at its size."""
-    return all((folder / f).is_file() and (folder / f).stat().st_size == r["bytes"] for f, r in files.items())
-
-
-def attributes_of(folder: Path) -> dict[str, Any]:
-    """What zarr.json says of a cache; UsageError when it is a Zarr group of something else, or of a newer format."""
-    attributes = read_json(folder / "zarr.json", "attributes")["attributes"]
-    if attributes.get("format") is None:
-        raise UsageError(f"{folder} is a Zarr group but no activation cache. Make one with `sae harvest`.")
-    if attributes["format"] > FORMAT:
-        raise UsageError(
-            f"{folder} was written in format {attributes['format']}; this version reads up to {FORMAT}. Upgrade."
-        )
-    return attributes
-
-
-def read_array(folder: Path, name: str) -> Array:
-    return Array.from_metadata(
-        name, read_json(folder / name / "zarr.json", "shape", "chunk_grid", "data_type", "attributes", "codecs")
-    )
+# --- checking --------------------------------------------------------------------------------------------------------
 
 
 def check_size(path: Path, size: int) -> None:
-    """DamagedError when a file is missing or of another size."""
+    """Raise DamagedError unless the file exists and has `size` bytes."""
     try:
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except FileNotFoundError:
-        raise DamagedError(f"{path} is listed in the cache but missing. {MEND}") from None
-    if found != size:
-        raise DamagedError(f"{path} has {found:,} bytes, expected {size:,}: it was cut off. {MEND}")
+        raise DamagedError(f"{path} is listed in the cache but missing. {REPAIR_HINT}") from None
+    if actual != size:
+        raise DamagedError(f"{path} has {actual:,} bytes, expected {size:,}: it was truncated. {REPAIR_HINT}")
+
+
+def check_chunk(folder: Path, array: ArraySpec, chunk: int, record: dict[str, Any] | None = None) -> None:
+    """Read a chunk's file and raise DamagedError unless its size and checksum match its record.
+
+    Without a record, an uncompressed chunk is compared with the checksum at its own end. The checksum of an
+    uncompressed chunk covers its rows, that of a shard the whole file.
+    """
+    path, size = folder / array.chunk_file(chunk), record["bytes"] if record else array.chunk_bytes + 4
+    check_size(path, size)
+    checksum, stored = file_checksums(path, size if array.block_rows else size - 4)
+    if array.block_rows is None and checksum != stored:
+        raise DamagedError(f"The checksum of {path} does not match: a bit was flipped. {REPAIR_HINT}")
+    if record and checksum != record["crc32c"]:
+        cause = "a bit was flipped" if array.block_rows else "it comes from another harvest"
+        raise DamagedError(f"{path} is not the file that the manifest lists: {cause}. {REPAIR_HINT}")
+
+
+def file_checksums(path: Path, size: int) -> tuple[str, str]:
+    """The crc32c of the first `size` bytes of a file, and the crc32c stored after them, both as hexadecimal.
+
+    Reads in parts: computing a checksum holds the interpreter lock, waiting for the disk does not.
+    """
+    buffer, checksum = np.empty(READ_BYTES, np.uint8), 0
+    with path.open("rb", buffering=0) as file:
+        while size and (count := file.readinto(buffer[:size].data)):
+            checksum, size = google_crc32c.extend(checksum, buffer[:count]), size - count
+        return f"{checksum:08x}", file.read()[::-1].hex()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def map_file(path: Path, size: int) -> np.ndarray:
-    """The bytes of a file, mapped; DamagedError when it is missing or of another size than `size`."""
+    """The bytes of a file as a read-only memory map. Raises DamagedError unless it has `size` bytes."""
     check_size(path, size)
     return np.memmap(path, np.uint8, mode="r")
 
 
-def check_chunk(folder: Path, array: Array, chunk: int, record: dict[str, Any] | None = None) -> None:
-    """DamagedError unless a chunk's file is the one that was recorded; without a record, unless it is whole in itself.
+def map_chunk(folder: Path, array: ArraySpec, chunk: int) -> np.ndarray:
+    """The rows of an uncompressed chunk as a read-only memory map, without the padding of the last chunk.
 
-    The checksum of a raw chunk is that of its rows and stands behind them; that of a shard is of the whole file.
+    Checks the size, not the checksum: raises DamagedError if the file is missing or short.
     """
-    path, size = folder / array.file(chunk), record["bytes"] if record else array.chunk_bytes + 4
-    check_size(path, size)
-    found, behind = checksum_of(path, size if array.block else size - 4)
-    if array.block is None and found != behind:
-        raise DamagedError(f"The checksum of {path} does not match: a bit was flipped. {MEND}")
-    if record and found != record["crc32c"]:
-        cause = "a bit was flipped" if array.block else "it comes from another harvest"
-        raise DamagedError(f"{path} is not the file that the manifest lists: {cause}. {MEND}")
-
-
-def checksum_of(path: Path, size: int) -> tuple[str, str]:
-    """The checksum of the first `size` bytes of a file, and the one that stands behind them.
-
-    A part at a time, because the checksum holds the interpreter's lock: the disk is waited for without it.
-    """
-    part, checksum = np.empty(PART, np.uint8), 0
-    with path.open("rb", buffering=0) as file:
-        while size and (count := file.readinto(part[:size].data)):
-            checksum, size = google_crc32c.extend(checksum, part[:count]), size - count
-        return f"{checksum:08x}", file.read()[::-1].hex()
-
-
-def map_rows(folder: Path, array: Array, chunk: int) -> np.ndarray:
-    """A raw chunk's rows as a read-only map, the last chunk without its filling. DamagedError when missing or short."""
-    raw = map_file(folder / array.file(chunk), array.chunk_bytes + 4)
-    return raw[:-4].view(array.numpy_dtype).reshape(array.chunk)[: rows_in(array, chunk)]
-
-
-def rows_in(array: Array, chunk: int) -> int:
-    return min(array.chunk[0], array.shape[0] - chunk * array.chunk[0])
+    raw = map_file(folder / array.chunk_file(chunk), array.chunk_bytes + 4)
+    return raw[:-4].view(array.numpy_dtype).reshape(array.chunk_shape)[: array.rows_in_chunk(chunk)]
 
 
 class Shard:
-    """A compressed chunk: its file stays mapped, its index is read once, its blocks are decoded one at a time."""
+    """A compressed chunk of `size` bytes: a memory map whose blocks are decoded one at a time."""
 
-    def __init__(self, folder: Path, array: Array, chunk: int, size: int) -> None:
-        self.raw, self.array = map_file(folder / array.file(chunk), size), array
-        blocks = array.chunk[0] // (array.block or 1)
-        self.index = self.raw[-4 - 16 * blocks : -4].view("<u8").reshape(blocks, 2)
+    def __init__(self, folder: Path, array: ArraySpec, chunk: int, size: int) -> None:
+        assert array.block_rows is not None
+        self.raw, self.block_rows = map_file(folder / array.chunk_file(chunk), size), array.block_rows
+        self.block_shape, self.dtype = (array.block_rows, *array.chunk_shape[1:]), array.numpy_dtype
+        n_blocks = array.chunk_shape[0] // array.block_rows
+        self.index = self.raw[-4 - 16 * n_blocks : -4].view("<u8").reshape(n_blocks, 2)  # start, size of each block
 
-    def block(self, number: int) -> np.ndarray:
-        """A block's rows (block, ...), in memory of their own."""
+    def decode_block(self, number: int) -> np.ndarray:
+        """The rows of a block, (block_rows, ...), in newly allocated memory."""
         start, size = (int(n) for n in self.index[number])
-        rows = np.empty((self.array.block, *self.array.chunk[1:]), self.array.numpy_dtype)
+        rows = np.empty(self.block_shape, self.dtype)
         BLOSC_CODEC.decode(self.raw[start : start + size], out=rows)
         return rows
 
 
-def take(folder: Path, array: Array, chunk: int, which: np.ndarray, size: int) -> np.ndarray:
-    """Some rows of a chunk, whose file has `size` bytes."""
-    if array.block is None:
-        return map_rows(folder, array, chunk)[which]
+def read_rows(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray, size: int) -> np.ndarray:
+    """The given rows of a chunk, whose file has `size` bytes. Does not verify its checksum."""
+    if array.block_rows is None:
+        return map_chunk(folder, array, chunk)[rows]
     shard = Shard(folder, array, chunk, size)
-    return np.stack([shard.block(row // array.block)[row % array.block] for row in which])
+    return np.stack([shard.decode_block(row // shard.block_rows)[row % shard.block_rows] for row in rows])
 
 
-def read_whole(folder: Path, name: str) -> np.ndarray:
-    """A small array, checked, in memory."""
-    array = read_array(folder, name)
-    for chunk in range(array.chunks):
+def read_array(folder: Path, name: str) -> np.ndarray:
+    """A whole uncompressed array in memory, with every checksum verified; meant for the small arrays.
+
+    Raises DamagedError if a file is missing, short or does not match its checksum.
+    """
+    array = read_array_spec(folder, name)
+    for chunk in range(array.n_chunks):
         check_chunk(folder, array, chunk)
-    return np.concatenate([map_rows(folder, array, chunk) for chunk in range(array.chunks)])
+    return np.concatenate([map_chunk(folder, array, chunk) for chunk in range(array.n_chunks)])

@@ -1,4 +1,4 @@
-"""Several caches of one class read as one: same model, same way of computing, same choice of held-out documents."""
+"""Read several caches of the same model, computation and held-out documents as one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +8,18 @@ import numpy as np
 
 from ..common.errors import UsageError
 from ..common.files import digest_of
-from .layout import Array
+from .layout import ArraySpec
 from .reader import Cache
 
-# The held-out share and the seed decide which documents training must not see, wherever they turn up.
+# The held-out share and the seed are among them: they decide which documents training must not see, in any cache.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
 
 class ConcatCache:
-    """Caches as one: their chunks stand one after the other. UsageError when they are not of one class."""
+    """The chunks of several caches one after the other, read like one cache.
+
+    Raises UsageError if the caches differ in one of COMPATIBLE_KEYS or if one is given twice.
+    """
 
     def __init__(self, caches: Sequence[Cache]) -> None:
         self.caches = list(caches)
@@ -25,49 +28,57 @@ class ConcatCache:
             different = [key for key in COMPATIBLE_KEYS if other.identity[key] != first.identity[key]]
             if different:
                 raise UsageError(
-                    f"{first.folder} and {other.folder} cannot be read as one: they differ in {', '.join(different)}. "
-                    "Give caches of one model, harvested with the same options."
+                    f"{first.folder} and {other.folder} cannot be combined: they differ in {', '.join(different)}. "
+                    "Use caches of one model that were harvested with the same options."
                 )
         if len({cache.fingerprint for cache in self.caches}) < len(self.caches):
-            raise UsageError("One cache was given twice. Name each once.")
+            raise UsageError("The same cache was given twice. Give each cache once.")
         self.identity: dict[str, Any] = first.identity
         self.fingerprint = first.fingerprint
         self.rows = sum(cache.rows for cache in self.caches)
         self.chunk_rows = [rows for cache in self.caches for rows in cache.chunk_rows]
-        self._place = [(cache, chunk) for cache in self.caches for chunk in range(len(cache.chunk_rows))]
+        self._chunks = [(cache, chunk) for cache in self.caches for chunk in range(len(cache.chunk_rows))]
 
-    def require(self, layer: int, site: str = "resid_post") -> str:
-        (name,) = {cache.require(layer, site) for cache in self.caches}
+    def require_array(self, layer: int, site: str = "resid_post") -> str:
+        """The name of the array of a layer and site. Raises UsageError if a cache does not hold it complete."""
+        (name,) = {cache.require_array(layer, site) for cache in self.caches}
         return name
 
-    def array(self, name: str) -> Array:
+    def array(self, name: str) -> ArraySpec:
+        """The array in the first cache: its width and dtype are the same in all, its number of rows is not."""
         return self.caches[0].array(name)
 
-    def rows_of(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
-        cache, chunk = self._place[index]
-        return cache.rows_of(name, chunk, start, count)
+    def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
+        """`count` rows of chunk number `index`, from row `start` of the chunk on; see `Cache.read_rows`."""
+        cache, chunk = self._chunks[index]
+        return cache.read_rows(name, chunk, start, count)
 
-    def marked(self, name: str) -> np.ndarray:
-        before = np.cumsum([0, *(cache.rows for cache in self.caches)])
-        return np.concatenate([cache.marked(name) + at for cache, at in zip(self.caches, before[:-1], strict=True)])
+    def outlier_rows(self, name: str) -> np.ndarray:
+        """The rows that training must ignore, ascending, counted over all caches."""
+        first_row = np.cumsum([0, *(cache.rows for cache in self.caches)])
+        return np.concatenate(
+            [cache.outlier_rows(name) + first for cache, first in zip(self.caches, first_row[:-1], strict=True)]
+        )
 
-    def digest(self, name: str) -> str:
-        return digest_of([cache.digest(name) for cache in self.caches])
+    def array_digest(self, name: str) -> str:
+        """A digest of everything that decides the rows of an array; it depends on the order of the caches."""
+        return digest_of([cache.array_digest(name) for cache in self.caches])
 
     def statistics(self, name: str) -> dict[str, float]:
-        """Of all rows: `count`, `mean_square_norm` and the elementwise `variance`."""
-        found = [cache.statistics(name) for cache in self.caches]
-        count = sum(s["count"] for s in found)
-        square = sum(s["mean_square_norm"] * s["count"] for s in found) / count
+        """`count`, `mean_square_norm` and elementwise `variance` over the rows of all caches, without outlier rows."""
+        statistics = [cache.statistics(name) for cache in self.caches]
+        count = sum(s["count"] for s in statistics)
+        square = sum(s["mean_square_norm"] * s["count"] for s in statistics) / count
         mean = self.mean(name)
         return {"count": count, "mean_square_norm": square, "variance": (square - float(mean @ mean)) / len(mean)}
 
     def mean(self, name: str) -> np.ndarray:
+        """The mean row (d_in,) float64 over all caches, without outlier rows."""
         counts = np.array([cache.statistics(name)["count"] for cache in self.caches])
         return counts @ np.stack([cache.mean(name) for cache in self.caches]) / counts.sum()
 
 
 def concat_caches(folders: Sequence[Path]) -> Cache | ConcatCache:
-    """One cache, or several as one."""
+    """Open one cache, or several as one. Raises UsageError if they cannot be combined."""
     caches = [Cache(folder) for folder in folders]
     return caches[0] if len(caches) == 1 else ConcatCache(caches)

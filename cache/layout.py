@@ -1,20 +1,21 @@
-"""What a cache is: the names, shapes and metadata of its arrays, and the records that say which bytes exist.
+"""The layout of a cache on disk: the names, shapes and metadata of its arrays, and the records of what exists.
 
     activations/<model>--<dataset>--<digest8>/     a Zarr v3 group
-        zarr.json            format version, identity (every input that changes a byte), rows, which arrays are whole
-        layer_12/            "bfloat16" (rows, d_in), one file per chunk of rows: raw bytes and a crc32c, or a compressed shard
+        zarr.json            format version, identity (every input that changes a byte), rows, complete arrays
+        layer_12/            "bfloat16" (rows, d_in), one file per chunk: raw bytes and a crc32c, or a compressed shard
         layer_12.row_norm/   float32 (rows,): the L2 norm of each row
         layer_12.moments/    float64 (windows, 2, d_in): sum and sum of squares of each window's rows
-        layer_12.mlp_out/    other sites of a layer beside it, each with its row_norm and moments
-        row_ctx/ row_pos/    uint32, uint16 (rows,): where in tokens/ids a row came from
-        tokens/              the exact ids fed to the model: ids, length, document, held_out (these come last)
+        layer_12.mlp_out/    another site of the layer, with its own row_norm and moments
+        row_ctx/ row_pos/    uint32, uint16 (rows,): the position in tokens/ids that each row comes from
+        tokens/              the exact ids fed to the model: ids, length, document, held_out (held-out contexts last)
         commits/             one file per window and array, written last: the only proof that they exist
-        harvest.json         what was asked for, so that a damaged window can be harvested again
+        harvest.json         the harvest's configuration, so that a damaged window can be harvested again
         manifest.json        the union of the commits, with statistics, written once at the end
-        ring.json            instead of a manifest, where `sae train --stream` removes windows that it has read
+        ring.json            instead of a manifest, if `sae train --stream` deletes windows that it has read
 
-A chunk is `chunk_rows` rows, a window `window_rows` rows: a whole number of chunks, shuffled as one, written as one.
-The last chunk of an array is stored at full size, as Zarr demands: row counts come from the metadata, never from sizes.
+A chunk holds `chunk_rows` rows. A window holds `window_rows` rows, a whole number of chunks, which are shuffled and
+written together. Zarr requires that the last chunk of an array is stored at full size, so row counts come from the
+metadata, never from file sizes.
 """
 
 from collections.abc import Mapping
@@ -29,22 +30,28 @@ FORMAT = 1
 CHUNK_ROWS = 8192
 WINDOW_ROWS = 262_144
 BLOCK_ROWS = 256
-# The high bytes of bfloat16 (sign and exponent) compress, the low ones are noise: shuffled bytewise, the cheapest level does
-# as well as any; blosc's own choice of block size would lose half of the gain.
+# The high bytes of bfloat16 (sign and exponent) compress, the low bytes are noise. With byte shuffle the cheapest level
+# compresses as well as any; with blosc's default block size half of the gain is lost.
 BLOSC = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 20}
 
-DTYPES = {"bfloat16": np.uint16, "uint16": np.uint16, "uint32": np.uint32, "float32": np.float32, "float64": np.float64, "bool": np.bool_}  # fmt: skip
+DTYPES = {  # Zarr data type -> NumPy
+    "bfloat16": np.uint16,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "float32": np.float32,
+    "float64": np.float64,
+    "bool": np.bool_,
+}
 
-
-SITES = {
+SITES = {  # site -> TransformerLens' name of the hook
     "resid_post": "blocks.{}.hook_resid_post",
     "mlp_out": "blocks.{}.hook_mlp_out",
     "attn_z": "blocks.{}.attn.hook_z",
-}  # with TransformerLens' names
+}
 
 
 class Hook(NamedTuple):
-    """Where activations are read: a site of a layer."""
+    """Where activations are read from the model: a site of a layer."""
 
     layer: int
     site: str = "resid_post"
@@ -53,35 +60,37 @@ class Hook(NamedTuple):
         return f"layer {self.layer}" if self.site == "resid_post" else f"{self.site} of layer {self.layer}"
 
     @property
-    def flags(self) -> str:
-        """The options of the command line that ask for it."""
+    def cli_flags(self) -> str:
+        """The command line options that select this hook: `--layer 12 --site mlp_out`."""
         return f"--layer {self.layer}" + (f" --site {self.site}" if self.site != "resid_post" else "")
 
     @property
     def array(self) -> str:
-        """`layer_12` for the residual stream; other sites stand beside it, `layer_12.mlp_out`."""
+        """The name of its array in a cache: `layer_12` for the residual stream, `layer_12.mlp_out` for another site."""
         return f"layer_{self.layer:02d}" if self.site == "resid_post" else f"layer_{self.layer:02d}.{self.site}"
 
     @property
     def name(self) -> str:
+        """TransformerLens' name: `blocks.12.hook_resid_post`."""
         return SITES[self.site].format(self.layer)
 
     @classmethod
-    def of(cls, array: str) -> "Hook":
+    def from_array(cls, array: str) -> "Hook":
+        """The hook of an array name, the inverse of `array`."""
         layer, _, site = array.removeprefix("layer_").partition(".")
         return cls(int(layer), site or "resid_post")
 
 
 @dataclass(frozen=True)
-class Array:
-    """The metadata of one Zarr array."""
+class ArraySpec:
+    """The name, shape and storage of one Zarr array; the data is read and written in chunks.py."""
 
     name: str
     shape: tuple[int, ...]
-    chunk: tuple[int, ...]
-    dtype: str  # a Zarr v3 data type
-    logical_dtype: str | None = None  # "bfloat16" where the bits are stored as uint16 for readers without the type
-    block: int | None = None  # rows compressed as one, where a chunk is a shard of compressed blocks
+    chunk_shape: tuple[int, ...]
+    dtype: str  # a Zarr v3 data type, a key of DTYPES
+    logical_dtype: str | None = None  # "bfloat16" if its bits are stored as uint16, for readers without bfloat16
+    block_rows: int | None = None  # rows per compressed block, if chunks are shards of compressed blocks
 
     @property
     def numpy_dtype(self) -> Any:
@@ -89,26 +98,31 @@ class Array:
 
     @property
     def chunk_bytes(self) -> int:
-        return int(np.prod(self.chunk)) * self.numpy_dtype.itemsize
+        return int(np.prod(self.chunk_shape)) * self.numpy_dtype.itemsize
 
     @property
-    def chunks(self) -> int:
-        """Chunks along the first axis; every other axis is one chunk."""
-        return -(-self.shape[0] // self.chunk[0])
+    def n_chunks(self) -> int:
+        """The number of chunks along the first axis; the other axes are not split."""
+        return -(-self.shape[0] // self.chunk_shape[0])
 
-    def file(self, chunk: int) -> str:
-        """The file of a chunk, relative to the cache."""
+    def chunk_file(self, chunk: int) -> str:
+        """The file of a chunk, relative to the cache's folder: `layer_12/c.3.0`."""
         return f"{self.name}/" + ".".join(["c", str(chunk), *["0"] * (len(self.shape) - 1)])
 
+    def rows_in_chunk(self, chunk: int) -> int:
+        """The number of rows in a chunk; the last chunk can have fewer than the others."""
+        return min(self.chunk_shape[0], self.shape[0] - chunk * self.chunk_shape[0])
+
     def metadata(self) -> dict[str, Any]:
+        """The content of the array's zarr.json."""
         fill: Any = {"bool": False, "float32": 0.0, "float64": 0.0, "bfloat16": 0.0}.get(self.dtype, 0)
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         checked: list[dict[str, Any]] = [little, {"name": "crc32c"}]
         codecs = checked
-        if self.block is not None:
+        if self.block_rows is not None:
             blosc = {"typesize": self.numpy_dtype.itemsize, **BLOSC}
             shard = {
-                "chunk_shape": [self.block, *self.chunk[1:]],
+                "chunk_shape": [self.block_rows, *self.chunk_shape[1:]],
                 "codecs": [little, {"name": "blosc", "configuration": blosc}],
                 "index_codecs": checked,
                 "index_location": "end",
@@ -119,7 +133,7 @@ class Array:
             "node_type": "array",
             "shape": list(self.shape),
             "data_type": self.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk)}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": fill,
             "codecs": codecs,
@@ -127,7 +141,8 @@ class Array:
         }
 
     @classmethod
-    def from_metadata(cls, name: str, metadata: dict[str, Any]) -> "Array":
+    def from_metadata(cls, name: str, metadata: dict[str, Any]) -> "ArraySpec":
+        """The inverse of `metadata`."""
         shard = metadata["codecs"][0].get("configuration", {})
         return cls(
             name,
@@ -141,7 +156,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows, and how they are cut into chunks and windows."""
+    """The number of rows of a cache, how they are split into chunks and windows, and how they are stored."""
 
     rows: int
     window_rows: int = WINDOW_ROWS
@@ -153,64 +168,69 @@ class Layout:
         return min(CHUNK_ROWS, self.window_rows)
 
     @property
-    def windows(self) -> int:
+    def n_windows(self) -> int:
         return -(-self.rows // self.window_rows)
 
-    def window(self, index: int) -> range:
-        """The rows of a window."""
+    def row_range(self, index: int) -> range:
+        """The rows of window number `index`."""
         return range(index * self.window_rows, min(self.rows, (index + 1) * self.window_rows))
 
     @property
     def block_rows(self) -> int:
-        """Rows that are compressed as one: few, so that a lane reads little more than it needs, and a whole part of a chunk."""
-        whole = max(n for n in range(1, BLOCK_ROWS + 1) if self.chunk_rows % n == 0)
-        return whole if whole >= BLOCK_ROWS // 4 else self.chunk_rows
+        """Rows per compressed block: a divisor of the chunk, small so that a lane reads little more than it needs."""
+        divisor = max(n for n in range(1, BLOCK_ROWS + 1) if self.chunk_rows % n == 0)
+        return divisor if divisor >= BLOCK_ROWS // 4 else self.chunk_rows
 
-    def activations(self, name: str, d_in: int) -> list[Array]:
-        """The arrays that belong to the array `name` of activations; itself first."""
+    def activation_arrays(self, name: str, d_in: int) -> list[ArraySpec]:
+        """The activation array `name` (layer_12), its row_norm and its moments, in this order."""
         logical = "bfloat16" if self.storage_dtype == "uint16" else None
         block = self.block_rows if self.compress else None
         return [
-            Array(name, (self.rows, d_in), (self.chunk_rows, d_in), self.storage_dtype, logical, block),
-            Array(f"{name}.row_norm", (self.rows,), (self.window_rows,), "float32"),
-            Array(f"{name}.moments", (self.windows, 2, d_in), (1, 2, d_in), "float64"),
+            ArraySpec(name, (self.rows, d_in), (self.chunk_rows, d_in), self.storage_dtype, logical, block),
+            ArraySpec(f"{name}.row_norm", (self.rows,), (self.window_rows,), "float32"),
+            ArraySpec(f"{name}.moments", (self.n_windows, 2, d_in), (1, 2, d_in), "float64"),
         ]
 
-    def origins(self) -> list[Array]:
-        """Where each row came from."""
+    def origin_arrays(self) -> list[ArraySpec]:
+        """row_ctx and row_pos: the context and position that each row comes from."""
         return [
-            Array("row_ctx", (self.rows,), (self.window_rows,), "uint32"),
-            Array("row_pos", (self.rows,), (self.window_rows,), "uint16"),
+            ArraySpec("row_ctx", (self.rows,), (self.window_rows,), "uint32"),
+            ArraySpec("row_pos", (self.rows,), (self.window_rows,), "uint16"),
         ]
 
-    def arrays(self, widths: Mapping[str, int]) -> list[Array]:
-        """Every array that windows write, for arrays of activations by name and width."""
-        return [*self.origins(), *(a for name, d_in in widths.items() for a in self.activations(name, d_in))]
+    def arrays(self, widths: Mapping[str, int]) -> list[ArraySpec]:
+        """Every array that the windows write, for activation arrays given as {name: d_in}."""
+        return [
+            *self.origin_arrays(),
+            *(a for name, d_in in widths.items() for a in self.activation_arrays(name, d_in)),
+        ]
 
-    def chunks_of(self, array: Array, windows: range) -> range:
-        """An array's chunks in these windows: several a window where it holds activations, else one."""
-        each = self.window_rows // array.chunk[0] if len(array.shape) == 2 else 1
-        return range(windows.start * each, min(windows.stop * each, array.chunks))
+    def chunk_range(self, array: ArraySpec, windows: range) -> range:
+        """The chunks of `array` that lie in these windows: several per window for activations, one for other arrays."""
+        per_window = self.window_rows // array.chunk_shape[0] if len(array.shape) == 2 else 1
+        return range(windows.start * per_window, min(windows.stop * per_window, array.n_chunks))
 
 
-def tokens_arrays(contexts: int, length: int) -> list[Array]:
+def token_arrays(contexts: int, length: int) -> list[ArraySpec]:
+    """The arrays of `contexts` contexts of at most `length` tokens."""
     return [
-        Array("tokens/ids", (contexts, length), (contexts, length), "uint32"),
-        Array("tokens/length", (contexts,), (contexts,), "uint16"),
-        Array("tokens/document", (contexts,), (contexts,), "uint32"),
-        Array("tokens/held_out", (contexts,), (contexts,), "bool"),
+        ArraySpec("tokens/ids", (contexts, length), (contexts, length), "uint32"),
+        ArraySpec("tokens/length", (contexts,), (contexts,), "uint16"),
+        ArraySpec("tokens/document", (contexts,), (contexts,), "uint32"),
+        ArraySpec("tokens/held_out", (contexts,), (contexts,), "bool"),
     ]
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
-    """The digest of everything that decides a byte: what a model or a text is called is not."""
-    return digest_of({key: unnamed(value) for key, value in identity.items()})
+    """The digest of everything in the identity that decides a byte of the cache; names do not."""
+    return digest_of({key: without_name(value) for key, value in identity.items()})
 
 
-def unnamed(value: Any) -> Any:
-    """An entry of the identity without its name: a model and a text are what their revisions say, wherever they are."""
+def without_name(value: Any) -> Any:
+    """An entry of the identity without its name: revisions identify a model or a dataset, wherever it is stored."""
     return {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The zarr.json of a group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}

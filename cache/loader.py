@@ -1,9 +1,10 @@
 """Shuffled batches at the speed of a memory copy, in an order that is a pure function of the batch number.
 
-The rows of a window were permuted when they were written. An epoch is the chunks in a seeded order, laid end to end as
-one stream; the stream is cut into `lanes` equal segments; batch t is the t-th block of B/lanes rows of every lane. So a
-read is contiguous and a batch still mixes rows from up to as many windows as there are lanes: per row, the expected
-number of others of its own context is about B L (1/(lanes W) + 1/T) for contexts of L rows, windows of W and T rows in all.
+The rows of each window were permuted when they were written. An epoch takes the chunks in a seeded order, lays them end
+to end, and cuts this sequence into `lanes` equal segments. Batch t is the t-th block of batch_size/lanes rows of every
+lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows: the expected number of other
+rows of the same context, per row of a batch of B, is about B L (1/(lanes W) + 1/T) for contexts of L rows, windows of W
+rows and T rows in all.
 """
 
 import threading
@@ -17,36 +18,44 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UsageError
-from .layout import Array
+from .layout import ArraySpec
 
-LANES = 32
-DEVICE_SHARE = 0.4  # of a GPU's free memory: a cache that takes less is kept there
-ALIGN = 8  # rows: lanes then start on a page, 8 x 4608 bytes being nine of them
+MAX_LANES = 32
+DEVICE_SHARE = 0.4  # an array that takes less than this share of a GPU's free memory is copied there as a whole
+ALIGN = 8  # lanes start at a multiple of 8 rows: at d_in 2304 (4608 bytes) that is nine memory pages
 
 
 class BatchSource(Protocol):
-    """What batches are read from: a Cache, or several as one."""
+    """What batches are read from: a `Cache`, a `ConcatCache` or a group of windows of a `RingCache`."""
 
     @property
     def chunk_rows(self) -> list[int]: ...
-    def array(self, name: str) -> Array: ...
-    def rows_of(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]: ...
-    def marked(self, name: str) -> np.ndarray: ...
+    def array(self, name: str) -> ArraySpec: ...
+    def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]: ...
+    def outlier_rows(self, name: str) -> np.ndarray: ...
 
 
 class Span(NamedTuple):
+    """Consecutive rows of a chunk, from row `start` of the chunk on."""
+
     chunk: int
     start: int
     rows: int
 
 
 def lane_count(batch_size: int) -> int:
-    """The largest divisor of the batch size up to 32."""
-    return next(n for n in range(min(LANES, batch_size), 0, -1) if batch_size % n == 0)
+    """The number of lanes: the largest divisor of the batch size up to 32."""
+    return next(n for n in range(min(MAX_LANES, batch_size), 0, -1) if batch_size % n == 0)
 
 
 class BatchOrder:
-    """Batch number -> rows. The same for everybody who has the seed; nothing to save but the number."""
+    """The order of the rows: maps a batch number to the rows of that batch.
+
+    It depends only on the sizes of the chunks, the batch size and the seed, so the batch number is the only state that
+    a resumed run needs. Each row occurs at most once per epoch; the rows left over at the end of the lanes are dropped.
+
+    Raises UsageError if there are fewer rows than one batch.
+    """
 
     def __init__(self, chunk_rows: list[int], batch_size: int, seed: int) -> None:
         self.chunk_rows, self.batch_size, self.seed = np.asarray(chunk_rows, np.int64), batch_size, seed
@@ -58,136 +67,155 @@ class BatchOrder:
         self.batches_per_epoch = segment // self.block
         if not self.batches_per_epoch:
             raise UsageError(
-                f"The cache has {rows:,} rows, fewer than one batch of {batch_size:,}. Harvest more tokens or use a smaller --batch-size."
+                f"The cache has {rows:,} rows, fewer than one batch of {batch_size:,}. "
+                "Harvest more tokens or use a smaller --batch-size."
             )
         self.lane_start = np.arange(self.lanes) * segment
-        self._epoch = -1
+        self._epoch = -1  # the epoch of _order and _end
 
     def _shuffle(self, epoch: int) -> None:
+        """Set the order of the chunks in an epoch, and the number of rows up to the end of each."""
         if epoch != self._epoch:
-            self._order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(
-                len(self.chunk_rows)
-            )
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            self._order = rng.permutation(len(self.chunk_rows))
             self._end = np.cumsum(self.chunk_rows[self._order])
             self._epoch = epoch
 
-    def pieces(self, batch: int) -> list[Span]:
-        """Where the rows of a batch are, in their order."""
-        epoch, within = divmod(batch, self.batches_per_epoch)
+    def spans(self, batch: int) -> list[Span]:
+        """The rows of a batch, in order."""
+        epoch, index_in_epoch = divmod(batch, self.batches_per_epoch)
         self._shuffle(epoch)
-        first = self.lane_start + within * self.block
-        at = np.searchsorted(self._end, first, side="right")
-        chunk = self._order[at]
-        left = self._end[at] - first  # in the chunk where a lane's block begins
-        found = []
-        lanes = (a.tolist() for a in (at, chunk, self.chunk_rows[chunk] - left, left))
-        for position, index, offset, inside in zip(*lanes, strict=True):
-            rows = min(self.block, inside)
-            found.append(Span(index, offset, rows))
-            while rows < self.block:  # the block goes on in the chunk that comes next in the epoch's order
-                position += 1
-                index = int(self._order[position])
-                taken = min(self.block - rows, int(self.chunk_rows[index]))
-                found.append(Span(index, 0, taken))
-                rows += taken
-        return found
+        first = self.lane_start + index_in_epoch * self.block  # of each lane's block, counted in the epoch's order
+        position = np.searchsorted(self._end, first, side="right")  # of the chunk in which the block begins
+        chunk = self._order[position]
+        remaining = self._end[position] - first  # rows of that chunk from the beginning of the block on
+        start = self.chunk_rows[chunk] - remaining
+        spans = []
+        lanes = (array.tolist() for array in (position, chunk, start, remaining))
+        for at, index, offset, left in zip(*lanes, strict=True):
+            rows = min(self.block, left)
+            spans.append(Span(index, offset, rows))
+            while rows < self.block:  # the block continues in the next chunk of the epoch's order
+                at += 1
+                index = int(self._order[at])
+                more = min(self.block - rows, int(self.chunk_rows[index]))
+                spans.append(Span(index, 0, more))
+                rows += more
+        return spans
 
 
 class BatchLoader:
-    """An endless stream of (batch_size, d_in) bfloat16 tensors of one array, starting at any batch.
+    """An endless iterator over the batches of one array, (batch_size, d_in) bfloat16, starting at any batch.
 
-    Threads read ahead into a few slots. A thread takes the next number and a free slot at once, so a batch never waits
-    for a slot that a later one holds. A tensor handed out is overwritten after the next call of `next`. The position is
-    two integers: seed and `batch`. On a GPU the slots are pinned, and a copy stream sends batch n + 1 while the caller
-    computes on batch n.
+    A batch is overwritten after the next call of `next`. The seed and the number `batch` of the next batch are the
+    whole state. `seconds_waited` counts the time that the caller has waited for data.
+
+    Threads read ahead into a few slots. A thread takes the next batch number and a free slot in one step, so a batch
+    never waits for a slot that a later batch holds. On a GPU the slots are pinned, and a separate CUDA stream copies
+    batch n + 1 while the caller computes on batch n.
+
+    Raises UsageError if there are fewer rows than one batch. An error of a reading thread is raised by `next` when its
+    batch is due.
     """
 
     def __init__(
-        self, cache: BatchSource, name: str, batch_size: int, *, seed: int = 0, batch: int = 0, device: torch.device | str = "cpu",
-        depth: int = 4, threads: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        cache: BatchSource,
+        name: str,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        batch: int = 0,
+        device: torch.device | str = "cpu",
+        depth: int = 4,
+        threads: int = 2,
+    ) -> None:
         self.cache, self.name, self.batch, self.device = cache, name, batch, torch.device(device)
-        self.plan = BatchOrder(cache.chunk_rows, batch_size, seed)
-        self.waited = 0.0  # seconds that training stood still for data
-        self._marks = OutlierMask(cache, name)
+        self.order = BatchOrder(cache.chunk_rows, batch_size, seed)
+        self.seconds_waited = 0.0
+        self._outliers = OutlierMask(cache, name)
         d_in = cache.array(name).shape[1]
         gpu = self.device.type == "cuda"
         self._slots = [torch.empty(batch_size, d_in, dtype=torch.bfloat16, pin_memory=gpu) for _ in range(depth)]
-        self._sender = HostToDevice(self._slots, self.device) if gpu else None
-        self._free = deque(range(depth))
-        self._following = batch  # the next batch to be read
-        self._read_ahead: dict[int, int | BaseException] = {}  # batch -> its slot, or why it could not be read
-        self._lent: int | None = None  # the slot that the caller has
+        self._copier = HostToDevice(self._slots, self.device) if gpu else None
+        self._free_slots = deque(range(depth))
+        self._next_to_read = batch
+        self._read_ahead: dict[
+            int, int | BaseException
+        ] = {}  # batch number -> its slot, or the error that reading raised
+        self._lent_slot: int | None = None  # the slot that the caller is using
         self._closed = False
         lock = threading.Lock()
-        self._one_is_free, self._one_is_read = threading.Condition(lock), threading.Condition(lock)
-        self._planning = threading.Lock()  # a plan keeps the order of the epoch that was asked for last
+        self._slot_freed, self._batch_read = threading.Condition(lock), threading.Condition(lock)
+        self._order_lock = threading.Lock()  # BatchOrder caches the order of one epoch
         self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def _read(self) -> None:
         while True:
-            with self._one_is_free:
-                self._one_is_free.wait_for(lambda: self._closed or self._free)
+            with self._slot_freed:
+                self._slot_freed.wait_for(lambda: self._closed or self._free_slots)
                 if self._closed:
                     return
-                # What was given back last is still near the core; on a GPU what was given back first has been sent.
-                slot = self._free.popleft() if self._sender else self._free.pop()
-                number, self._following = self._following, self._following + 1
-            read: int | BaseException = slot
+                # On a CPU the slot freed last is still in the cache; on a GPU the one freed first has been copied.
+                slot = self._free_slots.popleft() if self._copier else self._free_slots.pop()
+                number, self._next_to_read = self._next_to_read, self._next_to_read + 1
+            result: int | BaseException = slot
             try:
-                with self._planning:
-                    pieces = self.plan.pieces(number)
-                if self._sender:
-                    self._sender.wait_until_sent(slot)
-                self._fill(self._slots[slot], pieces)
-            except BaseException as error:  # handed to the training thread, which raises it
-                read = error
-            with self._one_is_read:
-                self._read_ahead[number] = read
-                self._one_is_read.notify()
+                with self._order_lock:
+                    spans = self.order.spans(number)
+                if self._copier:
+                    self._copier.wait_until_copied(slot)
+                self._fill(self._slots[slot], spans)
+            except BaseException as error:  # the training thread raises it
+                result = error
+            with self._batch_read:
+                self._read_ahead[number] = result
+                self._batch_read.notify()
 
-    def _fill(self, slot: Tensor, pieces: list[Span]) -> None:
+    def _fill(self, slot: Tensor, spans: list[Span]) -> None:
         rows = as_uint16(slot)
-        parts = (part for piece in pieces for part in self.cache.rows_of(self.name, *piece))
-        np.concatenate(list(parts), out=rows)  # one call: threads that copy piece by piece queue for the interpreter
-        marked, instead = self._marks.replaced(pieces)
-        if len(marked):
-            rows[marked] = rows[instead]
+        parts = [part for span in spans for part in self.cache.read_rows(self.name, *span)]
+        np.concatenate(parts, out=rows)  # one call: with one copy per span, threads queue for the interpreter lock
+        outliers, replacements = self._outliers.replacements(spans)
+        if len(outliers):
+            rows[outliers] = rows[replacements]
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
         number, started = self.batch, time.perf_counter()
-        with self._one_is_read:
-            if self._lent is not None:
-                self._free.append(self._lent)
-                self._lent = None
-                self._one_is_free.notify()
-            self._one_is_read.wait_for(lambda: self._closed or number in self._read_ahead)
+        with self._batch_read:
+            if self._lent_slot is not None:
+                self._free_slots.append(self._lent_slot)
+                self._lent_slot = None
+                self._slot_freed.notify()
+            self._batch_read.wait_for(lambda: self._closed or number in self._read_ahead)
             if self._closed:
                 raise StopIteration
             slot = self._read_ahead[number]
             if isinstance(slot, BaseException):
                 raise slot
-            self._lent = self._read_ahead.pop(number)
-            following = self._read_ahead.get(number + 1)
-        self.waited += time.perf_counter() - started
+            del self._read_ahead[number]
+            self._lent_slot = slot
+            next_slot = self._read_ahead.get(number + 1)
+        self.seconds_waited += time.perf_counter() - started
         self.batch += 1
-        if self._sender is None:
+        if self._copier is None:
             return self._slots[slot]
-        return self._sender.take(number, slot, following if isinstance(following, int) else None)
+        return self._copier.take(number, slot, next_slot if isinstance(next_slot, int) else None)
 
     def close(self) -> None:
-        with self._one_is_free:
+        """Stop the reading threads; `next` then raises StopIteration."""
+        with self._slot_freed:
             self._closed = True
-            self._one_is_free.notify_all()
+            self._slot_freed.notify_all()
         for thread in self._threads:
             thread.join()
-        if self._sender:
-            self._sender.close()
+        if self._copier:
+            self._copier.close()
 
     def __enter__(self) -> Self:
         return self
@@ -197,83 +225,94 @@ class BatchLoader:
 
 
 class HostToDevice:
-    """Host slots -> two buffers on the GPU, over a stream of their own; nothing here stops the host."""
+    """Copies host slots into two buffers on the GPU, on a CUDA stream of its own; never blocks the host."""
 
     def __init__(self, slots: list[Tensor], device: torch.device) -> None:
         self.slots, self.stream = slots, torch.cuda.Stream(device)
         self.buffers = [torch.empty_like(slots[0], device=device) for _ in range(2)]
-        self.free: list[torch.cuda.Event | None] = [None, None]  # what was computed on a buffer has come to its end
-        self.sent: list[torch.cuda.Event | None] = [None] * len(slots)
-        self.last = -1  # the last batch that was sent
-        self.stream.wait_stream(torch.cuda.current_stream(device))  # what had the buffers' memory before is through
+        self.free: list[torch.cuda.Event | None] = [None, None]  # the computation on each buffer has finished
+        self.copied: list[torch.cuda.Event | None] = [None] * len(slots)
+        self.last_copied = -1  # the last batch whose copy was queued
+        self.stream.wait_stream(
+            torch.cuda.current_stream(device)
+        )  # until work that used the buffers' memory has finished
 
-    def take(self, number: int, slot: int, following: int | None) -> Tensor:
-        """The buffer that holds batch `number` of `slot`; batch `number + 1` is sent meanwhile when it has a slot."""
-        computing = torch.cuda.current_stream(self.buffers[0].device)
-        if self.last < number:
-            self._send(number, slot)
-        self.free[(number + 1) % 2] = computing.record_event()  # all work on batch number - 1 was queued before this
-        if following is not None:
-            self._send(number + 1, following)
-        computing.wait_event(self.sent[slot])  # type: ignore[arg-type]
+    def take(self, number: int, slot: int, next_slot: int | None) -> Tensor:
+        """The buffer of batch `number`, which is in `slot`; also queues the copy of the next batch if it has a slot."""
+        compute_stream = torch.cuda.current_stream(self.buffers[0].device)
+        if self.last_copied < number:
+            self._copy(number, slot)
+        # All work on batch number - 1 was queued before this, so the event frees its buffer.
+        self.free[(number + 1) % 2] = compute_stream.record_event()
+        if next_slot is not None:
+            self._copy(number + 1, next_slot)
+        copied = self.copied[slot]
+        assert copied is not None
+        compute_stream.wait_event(copied)
         return self.buffers[number % 2]
 
-    def _send(self, number: int, slot: int) -> None:
+    def _copy(self, number: int, slot: int) -> None:
         buffer = number % 2
         if (event := self.free[buffer]) is not None:
             self.stream.wait_event(event)
         with torch.cuda.stream(self.stream):
             self.buffers[buffer].copy_(self.slots[slot], non_blocking=True)
-        self.sent[slot], self.last = self.stream.record_event(), number
+        self.copied[slot], self.last_copied = self.stream.record_event(), number
+
+    def wait_until_copied(self, slot: int) -> None:
+        """Block until the last copy of a slot has finished; for the thread that wants to fill the slot again."""
+        if (event := self.copied[slot]) is not None:
+            event.synchronize()
 
     def close(self) -> None:
-        """The buffers' memory may be used again by what is queued after this, not while a batch is still on its way."""
+        """Make work that is queued later, and may reuse the buffers' memory, wait for the last copy."""
         torch.cuda.current_stream(self.buffers[0].device).wait_stream(self.stream)
-
-    def wait_until_sent(self, slot: int) -> None:
-        """Called by the thread that wants to fill the slot again."""
-        if (event := self.sent[slot]) is not None:
-            event.synchronize()
 
 
 class ResidentLoader:
-    """The same stream as Batches, from a copy of the whole array on the device."""
+    """The same batches as `BatchLoader`, from a copy of the whole array on the device."""
 
     def __init__(
-        self, cache: BatchSource, name: str, batch_size: int, *, seed: int = 0, batch: int = 0, device: torch.device | str = "cpu"
-    ) -> None:  # fmt: skip
-        self.batch, self.plan, self._marks = (
-            batch,
-            BatchOrder(cache.chunk_rows, batch_size, seed),
-            OutlierMask(cache, name),
-        )
-        self.first = np.cumsum([0, *cache.chunk_rows])
+        self,
+        cache: BatchSource,
+        name: str,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        batch: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.batch = batch
+        self.order = BatchOrder(cache.chunk_rows, batch_size, seed)
+        self._outliers = OutlierMask(cache, name)
+        self.first_row = np.cumsum([0, *cache.chunk_rows])
         d_in = cache.array(name).shape[1]
-        self._rows = torch.empty(int(self.first[-1]), d_in, dtype=torch.bfloat16, device=device)
+        self._rows = torch.empty(int(self.first_row[-1]), d_in, dtype=torch.bfloat16, device=device)
         started = time.perf_counter()
         for chunk, size in enumerate(cache.chunk_rows):
             rows = torch.empty(size, d_in, dtype=torch.bfloat16)
-            np.concatenate(cache.rows_of(name, chunk, 0, size), out=as_uint16(rows))
-            self._rows[self.first[chunk] : self.first[chunk + 1]] = rows.to(device)
-        self.waited = time.perf_counter() - started
+            np.concatenate(cache.read_rows(name, chunk, 0, size), out=as_uint16(rows))
+            self._rows[self.first_row[chunk] : self.first_row[chunk + 1]] = rows.to(device)
+        self.seconds_waited = time.perf_counter() - started
         self._buffers = [torch.empty(batch_size, d_in, dtype=torch.bfloat16, device=device) for _ in range(2)]
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
-        pieces = self.plan.pieces(self.batch)
-        starts = [int(self.first[p.chunk]) + p.start for p in pieces]
+        spans = self.order.spans(self.batch)
+        starts = [int(self.first_row[span.chunk]) + span.start for span in spans]
         buffer = self._buffers[self.batch % 2]
-        parts = [self._rows[at : at + p.rows] for at, p in zip(starts, pieces, strict=True)]
+        parts = [self._rows[start : start + span.rows] for start, span in zip(starts, spans, strict=True)]
         torch.cat(parts, out=buffer)
-        marked, instead = self._marks.replaced(pieces)
-        if len(marked):
-            buffer[torch.from_numpy(marked)] = buffer[torch.from_numpy(instead)]
+        outliers, replacements = self._outliers.replacements(spans)
+        if len(outliers):
+            buffer[torch.from_numpy(outliers)] = buffer[torch.from_numpy(replacements)]
         self.batch += 1
         return buffer
 
     def close(self) -> None:
+        """Free the copy of the array."""
         del self._rows
 
     def __enter__(self) -> Self:
@@ -284,30 +323,35 @@ class ResidentLoader:
 
 
 class OutlierMask:
-    """Marked rows get no weight: another row of their batch, the next that is not marked, stands in their place."""
+    """Keeps outlier rows out of batches: each is replaced by the next row of its batch that is not an outlier."""
 
     def __init__(self, cache: BatchSource, name: str) -> None:
-        self.marked, self.first = cache.marked(name), np.cumsum([0, *cache.chunk_rows])
+        self.outlier_rows, self.first_row = cache.outlier_rows(name), np.cumsum([0, *cache.chunk_rows])
 
-    def replaced(self, pieces: list[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the batch that hold marked rows, and the positions of what stands in for them."""
-        if not len(self.marked):
-            return self.marked, self.marked
-        first = np.array([self.first[p.chunk] + p.start for p in pieces])
-        sizes = np.array([p.rows for p in pieces])
-        rows = np.concatenate([np.arange(at, at + size) for at, size in zip(first, sizes, strict=True)])
-        at = np.searchsorted(self.marked, rows).clip(max=len(self.marked) - 1)
-        is_marked = self.marked[at] == rows
-        marked, good = np.flatnonzero(is_marked), np.flatnonzero(~is_marked)
-        if not len(good):
-            raise UsageError("A batch holds only rows marked by --max-norm. Harvest again with a larger --max-norm.")
-        return marked, good[np.searchsorted(good, marked) % len(good)]
+    def replacements(self, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of outliers in a batch, and for each the position of the row that replaces it.
+
+        Raises UsageError if every row of the batch is an outlier.
+        """
+        if not len(self.outlier_rows):
+            return self.outlier_rows, self.outlier_rows
+        starts = [int(self.first_row[span.chunk]) + span.start for span in spans]
+        rows = np.concatenate([np.arange(at, at + span.rows) for at, span in zip(starts, spans, strict=True)])
+        nearest = np.searchsorted(self.outlier_rows, rows).clip(max=len(self.outlier_rows) - 1)
+        is_outlier = self.outlier_rows[nearest] == rows
+        outliers, others = np.flatnonzero(is_outlier), np.flatnonzero(~is_outlier)
+        if not len(others):
+            raise UsageError("A batch holds only rows over --max-norm. Harvest again with a larger --max-norm.")
+        return outliers, others[np.searchsorted(others, outliers) % len(others)]
 
 
 def open_loader(
     cache: BatchSource, name: str, batch_size: int, *, seed: int, batch: int, device: torch.device | str
 ) -> BatchLoader | ResidentLoader:
-    """The stream of batches for a device: from a copy on a GPU that has room for the whole array, else read ahead."""
+    """The loader for a device: `ResidentLoader` on a GPU with room for the whole array, else `BatchLoader`.
+
+    Raises UsageError if there are fewer rows than one batch.
+    """
     if torch.device(device).type == "cuda":
         d_in = cache.array(name).shape[1]
         if 2 * sum(cache.chunk_rows) * d_in < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
@@ -315,13 +359,13 @@ def open_loader(
     return BatchLoader(cache, name, batch_size, seed=seed, batch=batch, device=device)
 
 
-def copy_batches(stream: BatchLoader | ResidentLoader, last: int | None, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The batches of a stream before batch `last`, each a tensor of its own; the stream is closed behind them."""
-    with stream:
-        while last is None or stream.batch < last:
-            yield next(stream).to(dtype, copy=True)
+def copy_batches(loader: BatchLoader | ResidentLoader, stop: int | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Iterate over new tensors with the batches before number `stop` (None: endless); closes the loader at the end."""
+    with loader:
+        while stop is None or loader.batch < stop:
+            yield next(loader).to(dtype, copy=True)
 
 
 def as_uint16(rows: Tensor) -> np.ndarray:
-    """The bits (rows, d_in) uint16 of a bfloat16 tensor on the host, sharing its memory."""
+    """The bits of a bfloat16 tensor on the CPU as a uint16 array that shares its memory."""
     return rows.view(torch.int16).numpy().view(np.uint16)

@@ -1,13 +1,13 @@
-"""A cache of which only a ring of windows is on the disk: harvested ahead of training, removed behind it.
+"""A cache that keeps only a ring of windows on disk: harvested ahead of training and deleted behind it.
 
-    ring.json            that this is one, so that nobody takes the windows that are gone for missing ones
+`sae train --stream` uses it. The file ring.json marks the folder, so that deleted windows do not count as damage.
 
-Windows are taken in groups of half the ring: training reads one group while the next is harvested. A group is a small
-epoch of `Plan`, with its number as the epoch's: its chunks in a seeded order, cut into lanes; the rows left over at its
-end are dropped. So batch number -> rows is a pure function of the sizes, the seed and the batch size.
+Windows are processed in groups of half the ring: training reads one group while the next is harvested. A group is read
+as one epoch of a `BatchOrder`, whose epoch number is the number of the group; the rows left over at its end are
+dropped. So the rows of a batch depend only on the sizes, the seed and the batch size.
 
-Nothing is written down about where the ring stands. Training's checkpoints say which group it needs; windows of that
-group and the next may exist, others are removed, and what lacks is harvested, to the same bytes whenever that is.
+The position of the ring is not recorded. Training's checkpoints say which group is needed. The windows of that group
+and the next may exist; other windows are deleted, and missing ones are harvested, to the same bytes no matter when.
 """
 
 import threading
@@ -21,56 +21,64 @@ import numpy as np
 
 from ..common.errors import Interrupted, UsageError
 from ..common.files import digest_of, read_json, write_json
-from .chunks import map_rows
-from .layout import FORMAT, Array, Hook, Layout, fingerprint_of
+from .chunks import map_chunk
+from .layout import FORMAT, ArraySpec, Hook, Layout, fingerprint_of
 from .loader import BatchOrder
-from .reader import Cache, is_ring
+from .reader import Cache, is_ring_cache
 from .writer import commit_file
 
-AHEAD = 2  # groups on the disk: one is read, one is written
+GROUPS_ON_DISK = 2  # one is read while the other is written
 
 
 class RingCache:
-    """The windows of a harvest in groups, and what the harvest and training tell each other of them."""
+    """A ring of windows, shared by the thread that harvests them and the thread that trains on them.
+
+    `capacity` is the number of windows that the ring keeps on disk.
+
+    Raises UsageError if `capacity` is not an even number of at least 2, or if the folder holds an ordinary cache.
+    """
 
     def __init__(
-        self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int], size: int
+        self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int], capacity: int
     ) -> None:
-        if size < AHEAD or size % AHEAD:
+        if capacity < GROUPS_ON_DISK or capacity % GROUPS_ON_DISK:
             raise UsageError(
-                f"--ring {size} cannot be halved: training reads one half while the other is harvested. "
+                f"--ring {capacity} cannot be halved: training reads one half while the other is harvested. "
                 "Give an even number of windows, 2 or more."
             )
-        if (folder / "zarr.json").exists() and not is_ring(folder):
+        if (folder / "zarr.json").exists() and not is_ring_cache(folder):
             raise UsageError(
-                f"{folder} is a cache to keep, and a ring removes what was read. Train on it without --stream, or give another --cache."
+                f"{folder} is an ordinary cache, and --stream would delete its windows once they are read. "
+                "Train on it without --stream, or give another --cache."
             )
-        self.folder, self.identity, self.layout, self.widths, self.size = folder, identity, layout, dict(widths), size
+        self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(widths)
+        self.capacity = capacity
         self.fingerprint = fingerprint_of(identity)
-        self.groups = -(-layout.windows // (size // AHEAD))
-        self.ends = cache(self._ends)
-        self.group: WindowGroup | None = None  # the one that training reads
-        self._at = self._harvested = 0  # the group that training reads or waits for; groups before this are there
-        self._failed: BaseException | None = None
+        self.n_groups = -(-layout.n_windows // (capacity // GROUPS_ON_DISK))
+        self.cumulative_batches = cache(self._cumulative_batches)
+        self.current_group: WindowGroup | None = None  # the group that training reads
+        self._training_at = 0  # the group that training reads or waits for
+        self._harvested = 0  # groups before this number are on disk
+        self._failure: BaseException | None = None
         self._closed = False
-        self._turn = threading.Condition()
+        self._changed = threading.Condition()
 
-    # --- sizes: pure functions -----------------------------------------------------------------------------------
+    # --- sizes: pure functions ---------------------------------------------------------------------------------------
 
     def windows(self, groups: range) -> range:
-        """The windows of some groups."""
-        each = self.size // AHEAD
-        return range(groups.start * each, min(groups.stop * each, self.layout.windows))
+        """The windows of a range of groups."""
+        per_group = self.capacity // GROUPS_ON_DISK
+        return range(groups.start * per_group, min(groups.stop * per_group, self.layout.n_windows))
 
     def chunk_rows(self, group: int) -> list[int]:
-        """How many rows each chunk of a group holds."""
+        """The number of rows in each chunk of a group."""
         size = self.layout.chunk_rows
-        windows = map(self.layout.window, self.windows(range(group, group + 1)))
+        windows = map(self.layout.row_range, self.windows(range(group, group + 1)))
         return [min(size, rows.stop - start) for rows in windows for start in range(rows.start, rows.stop, size)]
 
-    def _ends(self, batch_size: int) -> list[int]:
-        """For each group, how many batches there are up to its end. UsageError when there are none."""
-        sizes = [self.chunk_rows(group) for group in range(self.groups)]
+    def _cumulative_batches(self, batch_size: int) -> list[int]:
+        """For each group, the number of batches up to its end. Raises UsageError if a group has no whole batch."""
+        sizes = [self.chunk_rows(group) for group in range(self.n_groups)]
         if sum(sizes[0]) < batch_size:
             raise UsageError(
                 f"Half of the ring holds {sum(sizes[0]):,} rows, fewer than one batch of {batch_size:,}. "
@@ -81,111 +89,120 @@ class RingCache:
         ]
         return np.cumsum(batches).tolist()
 
-    def group_of(self, batch: int, batch_size: int) -> int:
-        return int(np.searchsorted(self.ends(batch_size), batch, side="right"))
+    def group_at(self, batch: int, batch_size: int) -> int:
+        """The group that a batch is read from."""
+        return int(np.searchsorted(self.cumulative_batches(batch_size), batch, side="right"))
 
-    def array(self, name: str) -> Array:
-        return self.layout.activations(name, self.widths[name])[0]
+    def array(self, name: str) -> ArraySpec:
+        """The shape and storage of an activation array."""
+        return self.layout.activation_arrays(name, self.widths[name])[0]
 
-    def require(self, layer: int, site: str = "resid_post") -> str:
+    def require_array(self, layer: int, site: str = "resid_post") -> str:
+        """The name of the array of a layer and site."""
         return Hook(layer, site).array
 
-    def digest(self, name: str) -> str:
-        """What decides the rows of an array and the order in which they are read."""
-        return digest_of([self.fingerprint, name, self.size // AHEAD])
+    def array_digest(self, name: str) -> str:
+        """A digest of everything that decides the rows of an array and the order in which they are read."""
+        return digest_of([self.fingerprint, name, self.capacity // GROUPS_ON_DISK])
 
-    # --- files -----------------------------------------------------------------------------------------------------
+    # --- files -------------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Say that the folder holds a ring, before anything else stands in it."""
-        if not is_ring(self.folder):
+    def create(self) -> None:
+        """Mark the folder as a ring, before anything else is written into it."""
+        if not is_ring_cache(self.folder):
             write_json(self.folder / "ring.json", {"format": FORMAT})
 
-    def keep(self, groups: range) -> None:
-        """Remove every window that is not of these groups; the records first, so that what they list is there."""
+    def keep_only(self, groups: range) -> None:
+        """Delete every window outside these groups; commits first, so that a commit never lists a deleted file."""
         windows = self.windows(groups)
         kept = {commit_file(window, name) for window in windows for name in self.widths}
         for array in self.layout.arrays(self.widths):
-            kept |= {array.file(chunk) for chunk in self.layout.chunks_of(array, windows)}
+            kept |= {array.chunk_file(chunk) for chunk in self.layout.chunk_range(array, windows)}
         for pattern in ("commits/*.json", "row_*/c.*", "layer_*/c.*"):
             for path in self.folder.glob(pattern):
                 if path.relative_to(self.folder).as_posix() not in kept and ".tmp-" not in path.name:
                     path.unlink()
 
-    # --- training ----------------------------------------------------------------------------------------------------
+    # --- called by training ------------------------------------------------------------------------------------------
 
-    def wait_for(self, group: int, stopping: Callable[[], bool]) -> float:
-        """Open a group when it is there; returns the seconds that it took.
+    def wait_for_group(self, group: int, stopping: Callable[[], bool]) -> float:
+        """Wait until a group is harvested and make it the current one; returns the seconds waited.
 
-        Raises Interrupted when asked to stop, and what the harvest raised when it will not come.
+        Raises Interrupted as soon as `stopping()` is true, and the harvest's error if the harvest failed before.
         """
         started = time.perf_counter()
-        with self._turn:
-            while not self._turn.wait_for(lambda: self._harvested > group or self._failed, timeout=0.1):
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._harvested > group or self._failure, timeout=0.1):
                 if stopping():
                     raise Interrupted(
-                        "Stopped while waiting for the harvest; everything is saved. The same command goes on."
+                        "Stopped while waiting for the harvest. Everything is saved; run the same command to continue."
                     )
-            if self._harvested <= group:
-                raise self._failed  # type: ignore[misc]
-        self.group = WindowGroup(self, group)
+            if self._harvested <= group and self._failure is not None:
+                raise self._failure
+        self.current_group = WindowGroup(self, group)
         return time.perf_counter() - started
 
-    def source(self, batch: int, batch_size: int) -> tuple["WindowGroup", int]:
-        """The group that training reads, and a batch's number in the endless stream of it; after its last comes another epoch."""
-        assert self.group is not None
-        before = [0, *self.ends(batch_size)][self.group.number]
-        each = self.ends(batch_size)[self.group.number] - before
-        return self.group, self.group.number * each + batch - before
+    def locate_batch(self, batch: int, batch_size: int) -> tuple["WindowGroup", int]:
+        """The current group, and the number that a batch of training has in the `BatchOrder` of this group.
 
-    def release(self, group: int) -> None:
-        """Every run has a checkpoint at the end of the group: remove it and make room."""
-        if self.group is not None:
-            self.group.close()
-        with self._turn:
-            self.keep(range(group + 1, group + 1 + AHEAD))
-            self._at = group + 1
-            self._turn.notify_all()
+        That order is endless: the last batch of the group is followed by another epoch of it.
+        """
+        assert self.current_group is not None
+        group = self.current_group
+        before = [0, *self.cumulative_batches(batch_size)][group.number]
+        batches_in_group = self.cumulative_batches(batch_size)[group.number] - before
+        return group, group.number * batches_in_group + batch - before
+
+    def release_group(self, group: int) -> None:
+        """Delete a group, once every run has a checkpoint at its end, and let the harvest continue."""
+        if self.current_group is not None:
+            self.current_group.close()
+        with self._changed:
+            self.keep_only(range(group + 1, group + 1 + GROUPS_ON_DISK))
+            self._training_at = group + 1
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Training ends: the harvest should, too."""
-        if self.group is not None:
-            self.group.close()
-        with self._turn:
+        """End the ring because training has ended; `wait_for_room` then returns False."""
+        if self.current_group is not None:
+            self.current_group.close()
+        with self._changed:
             self._closed = True
-            self._turn.notify_all()
+            self._changed.notify_all()
 
-    # --- the harvest -------------------------------------------------------------------------------------------------
+    # --- called by the harvest ---------------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
+        """Whether training has ended."""
         return self._closed
 
-    def start(self, group: int) -> None:
-        """Training goes on with this group: clear away what is not of it or the next."""
-        self.keep(range(group, group + AHEAD))
-        self._at = self._harvested = group
+    def start_at(self, group: int) -> None:
+        """Set the first group that training needs, and delete all windows except those of this group and the next."""
+        self.keep_only(range(group, group + GROUPS_ON_DISK))
+        self._training_at = self._harvested = group
 
-    def room_for(self, group: int) -> bool:
-        """Wait until a group may be written; False when training has ended."""
-        with self._turn:
-            self._turn.wait_for(lambda: self._closed or group < self._at + AHEAD)
+    def wait_for_room(self, group: int) -> bool:
+        """Wait until a group may be written; False if training has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or group < self._training_at + GROUPS_ON_DISK)
             return not self._closed
 
-    def harvested(self, group: int) -> None:
-        with self._turn:
+    def mark_harvested(self, group: int) -> None:
+        """Record that a group is completely on disk."""
+        with self._changed:
             self._harvested = group + 1
-            self._turn.notify_all()
+            self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> None:
-        """The harvest has ended with an error, which training raises when it is through with what there is."""
-        with self._turn:
-            self._failed = error
-            self._turn.notify_all()
+    def report_failure(self, error: BaseException) -> None:
+        """Record the error that ended the harvest; `wait_for_group` raises it for the first group that is missing."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
 
 
 class WindowGroup(Cache):
-    """The windows of a group as a cache: what there is of it is what their records list."""
+    """The windows of one group of a ring, as a cache; its manifest is the union of their commits."""
 
     def __init__(self, ring: RingCache, number: int) -> None:
         super().__init__(ring.folder)
@@ -194,35 +211,41 @@ class WindowGroup(Cache):
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
+        """The record of each file of the group; there are no statistics."""
         records = [commit_file(window, name) for window in self.windows for name in self.ring.widths]
         commits = [read_json(self.folder / record, "files") for record in records]
-        return {"files": {file: found for commit in commits for file, found in commit["files"].items()}}
+        return {"files": {file: record for commit in commits for file, record in commit["files"].items()}}
 
     @property
     def chunk_rows(self) -> list[int]:
+        """The number of rows in each chunk of the group."""
         return self.ring.chunk_rows(self.number)
 
-    def rows_of(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
-        return super().rows_of(name, self.first_chunk + index, start, count)
+    def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]:
+        """`count` rows of chunk number `index` of the group; see `Cache.read_rows`."""
+        return super().read_rows(name, self.first_chunk + index, start, count)
 
-    def marked(self, name: str) -> np.ndarray:
-        """None: the median norm of all rows is not known before the last."""
+    def outlier_rows(self, name: str) -> np.ndarray:
+        """Always empty: the median norm is not known before the last window."""
         return np.array([], np.int64)
 
-    def moments(self, name: str) -> np.ndarray:
-        """The mean and the mean square (2, d_in) of the group's rows, float64."""
+    def mean_and_mean_square(self, name: str) -> np.ndarray:
+        """The elementwise mean and mean square (2, d_in) float64 of the group's rows."""
         array = self.array(f"{name}.moments")
         for window in self.windows:
-            self.check(array.file(window))
-        return sum(map_rows(self.folder, array, window)[0] for window in self.windows) / sum(self.chunk_rows)
+            self.verify_file(array.chunk_file(window))
+        sums = [map_chunk(self.folder, array, window)[0] for window in self.windows]
+        return sum(sums, start=np.zeros(())) / sum(self.chunk_rows)
 
     def mean(self, name: str) -> np.ndarray:
-        return self.moments(name)[0]
+        """The mean row (d_in,) float64 of the group."""
+        return self.mean_and_mean_square(name)[0]
 
     def statistics(self, name: str) -> dict[str, Any]:
-        return {"count": sum(self.chunk_rows), "mean_square_norm": float(self.moments(name)[1].sum())}
+        """`count` and `mean_square_norm` of the group's rows."""
+        return {"count": sum(self.chunk_rows), "mean_square_norm": float(self.mean_and_mean_square(name)[1].sum())}
 
     def close(self) -> None:
-        """Let go of the files: what is mapped keeps its room on the disk after it was removed."""
-        self._opened.cache_clear()
-        self._block.cache_clear()
+        """Close the memory maps: a deleted file keeps its disk space as long as it is mapped."""
+        self._open_chunk.cache_clear()
+        self._decode_block.cache_clear()

@@ -1,9 +1,9 @@
-"""Write a cache: windows of shuffled rows, each whole or absent, in any order, by anybody who holds the lock.
+"""Write a cache: windows of shuffled rows, each complete or absent, in any order, by the holder of the folder's lock.
 
 contexts.write(folder)
-writer = Writer(folder, identity, layout, widths={"layer_05": 2304, "layer_12": 2304})
-for window, arrays in writer.missing().items():
-    writer.write_window(window, Rows({"layer_05": bits, "layer_12": bits}, row_ctx, row_pos), made_with={})
+writer = CacheWriter(folder, identity, layout, widths={"layer_05": 2304, "layer_12": 2304})
+for window, arrays in writer.missing_windows().items():
+    writer.write_window(window, WindowRows({"layer_05": bits, "layer_12": bits}, row_ctx, row_pos), made_with={})
 writer.finish()
 """
 
@@ -18,45 +18,53 @@ import torch
 
 from ..common.errors import DamagedError, SaeError, UsageError
 from ..common.files import digest_of, fsync_folder, read_json, write_json, write_json_if_changed
-from .chunks import MEND, all_there, attributes_of, write_chunk
-from .layout import FORMAT, Array, Hook, Layout, fingerprint_of, group_metadata
-from .statistics import seal
+from .chunks import REPAIR_HINT, files_exist, read_attributes, write_chunk
+from .layout import FORMAT, ArraySpec, Hook, Layout, fingerprint_of, group_metadata
+from .statistics import build_manifest
 
-WRITERS = 2  # threads: two saturate a disk, four gain a tenth more
-PART_ROWS = 128  # measured at once: as many as fit into a core's cache
-OURS = {"tokens", "harvest.json", "ring.json", "zarr.json", ".lock", ".lock.holder"}  # what a folder holds first
+WRITE_THREADS = 2  # two saturate a disk; four are a tenth faster
+MEASURED_ROWS = 128  # rows per step of `norms_and_moments`: as many as fit into a core's cache
+# The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
+INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", ".lock", ".lock.holder"}
 
-Job = tuple[Array, int, np.ndarray]  # an array, a chunk of it, the rows
+ChunkWrite = tuple[ArraySpec, int, np.ndarray]  # an array, the number of a chunk, its rows
 
 
 @dataclass(frozen=True)
 class WindowRows:
-    """A window's rows in their own order: bits[array] (rows, d_in) uint16; row_ctx and row_pos (rows,)."""
+    """The rows of a window, already shuffled."""
 
-    bits: Mapping[str, np.ndarray]
-    row_ctx: np.ndarray
-    row_pos: np.ndarray
+    bits: Mapping[str, np.ndarray]  # array name -> (rows, d_in) uint16, the bits of bfloat16
+    row_ctx: np.ndarray  # (rows,): the context that each row comes from
+    row_pos: np.ndarray  # (rows,): its position in the context
 
 
 class CacheWriter:
-    """A writer of the arrays `widths` (name -> d_in); whoever makes it holds `one_writer(folder)`, or shares it."""
+    """Writes the activation arrays `widths` ({name: d_in}) into a cache, which it creates or continues.
+
+    The contexts must be written first, and the caller, or the process that started it, must hold `writer_lock(folder)`.
+
+    Raises UsageError if the folder holds another harvest or other files, DamagedError if it was started with another
+    number of rows or other tokens.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int]) -> None:
         self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(widths)
         self.fingerprint = fingerprint_of(identity)
-        begun(folder, self.fingerprint)
-        self.tokens = digest_of(read_json(folder / "tokens" / "commit.json", "files")["files"])
+        harvest_started(folder, self.fingerprint)
+        self.tokens_digest = digest_of(read_json(folder / "tokens" / "commit.json", "files")["files"])
         if not (folder / "zarr.json").exists():
             self._write_root(complete=[])
-        begun_with = read_json(folder / "zarr.json")["attributes"]
-        if begun_with["rows"] != layout.rows:
+        recorded = read_json(folder / "zarr.json")["attributes"]
+        if recorded["rows"] != layout.rows:
             raise DamagedError(
-                f"{folder} was begun with {begun_with['rows']:,} rows, but its text now has {layout.rows:,}. Use another --out."
-            )
-        if begun_with["tokens"] != self.tokens:
-            raise DamagedError(
-                f"{folder} was begun with other tokens than its text gives now, probably with another version of tokenizers. "
+                f"{folder} was started with {recorded['rows']:,} rows, but its text now has {layout.rows:,}. "
                 "Use another --out."
+            )
+        if recorded["tokens"] != self.tokens_digest:
+            raise DamagedError(
+                f"{folder} was started with other tokens than its text gives now, probably with another version of "
+                "tokenizers. Use another --out."
             )
         for array in layout.arrays(self.widths):
             write_json_if_changed(folder / array.name / "zarr.json", array.metadata())
@@ -66,7 +74,7 @@ class CacheWriter:
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
-            "tokens": self.tokens,
+            "tokens": self.tokens_digest,
             "rows": self.layout.rows,
             "window_rows": self.layout.window_rows,
             "chunk_rows": self.layout.chunk_rows,
@@ -77,58 +85,68 @@ class CacheWriter:
         }
         write_json(self.folder / "zarr.json", group_metadata(attributes))
 
-    def commits(self, *, whole: bool = True) -> Iterator[dict[str, Any]]:
-        """The records of windows; with `whole`, of those whose files are all there."""
+    def commits(self, *, check_files: bool = True) -> Iterator[dict[str, Any]]:
+        """The commits of windows; with `check_files`, only those whose files exist with their recorded sizes.
+
+        Raises DamagedError if a commit is broken or belongs to another harvest.
+        """
         for path in sorted((self.folder / "commits").glob("*.json")):
             commit = read_json(path, "fingerprint", "window", "array", "files")
             if commit["fingerprint"] != self.fingerprint:
-                raise DamagedError(f"{path} belongs to another harvest ({commit['fingerprint'][:8]}). {MEND}")
-            if not whole or all_there(self.folder, commit["files"]):
+                raise DamagedError(f"{path} belongs to another harvest ({commit['fingerprint'][:8]}). {REPAIR_HINT}")
+            if not check_files or files_exist(self.folder, commit["files"]):
                 yield commit
 
-    def missing(self) -> dict[int, list[str]]:
-        """Window -> the arrays asked for that are not committed in it."""
-        have = {(commit["array"], commit["window"]) for commit in self.commits()}
-        wanted = {w: [name for name in self.widths if (name, w) not in have] for w in range(self.layout.windows)}
-        return {window: names for window, names in wanted.items() if names}
+    def missing_windows(self) -> dict[int, list[str]]:
+        """{window: names of the arrays of `widths` that are not committed for it}, without complete windows."""
+        committed = {(commit["array"], commit["window"]) for commit in self.commits()}
+        windows = range(self.layout.n_windows)
+        missing = {w: [name for name in self.widths if (name, w) not in committed] for w in windows}
+        return {window: names for window, names in missing.items() if names}
 
-    def files_of(self, window: int, rows: WindowRows) -> Iterator[tuple[str, list[Job]]]:
-        """What has to be written for a window: under "" where its rows came from, then the files of each array.
+    def chunks_to_write(self, window: int, rows: WindowRows) -> Iterator[tuple[str, list[ChunkWrite]]]:
+        """The chunks of a window: first ("", row_ctx and row_pos), then (name, row_norm, moments and rows) per array.
 
-        Raises SaeError when an activation is not finite or a block has another shape than it should.
+        Raises SaeError if an activation is not finite or an array has the wrong shape.
         """
-        layout, size = self.layout, len(self.layout.window(window))
-        ctx, pos = layout.origins()
-        yield "", [(ctx, window, rows.row_ctx), (pos, window, rows.row_pos)]
-        first = window * layout.window_rows // layout.chunk_rows
+        layout, size = self.layout, len(self.layout.row_range(window))
+        row_ctx, row_pos = layout.origin_arrays()
+        yield "", [(row_ctx, window, rows.row_ctx), (row_pos, window, rows.row_pos)]
+        first_chunk = window * layout.window_rows // layout.chunk_rows
         for name, block in rows.bits.items():
             if block.shape != (size, self.widths[name]):
                 raise SaeError(
-                    f"Window {window} of {Hook.of(name)} has {block.shape} activations captured, expected {(size, self.widths[name])}: a hook did not fire."
+                    f"Window {window} of {Hook.from_array(name)} has {block.shape} activations, "
+                    f"expected {(size, self.widths[name])}: a hook did not fire."
                 )
-            stored, norms, moments = layout.activations(name, self.widths[name])
-            norm, moment = measure(block)
-            if not np.isfinite(norm).all():
-                bad = int(np.flatnonzero(~np.isfinite(norm))[0])
+            activations, row_norm, moments = layout.activation_arrays(name, self.widths[name])
+            norms, sums = norms_and_moments(block)
+            if not np.isfinite(norms).all():
+                bad = int(np.flatnonzero(~np.isfinite(norms))[0])
                 raise SaeError(
-                    f"An activation of {Hook.of(name)} is not finite, in context {int(rows.row_ctx[bad])} at position {int(rows.row_pos[bad])}. "
-                    "Nothing of this window was committed. Try --dtype bfloat16 or float32, and --attention eager."
+                    f"An activation of {Hook.from_array(name)} is not finite, in context {int(rows.row_ctx[bad])} "
+                    f"at position {int(rows.row_pos[bad])}. This window was not committed. "
+                    "Try --dtype bfloat16 or float32, and --attention eager."
                 )
-            starts = range(0, size, layout.chunk_rows)
-            chunks = [(stored, first + i, block[at : at + layout.chunk_rows]) for i, at in enumerate(starts)]
-            yield name, [(norms, window, norm), (moments, window, moment[None]), *chunks]
+            parts = (block[start : start + layout.chunk_rows] for start in range(0, size, layout.chunk_rows))
+            chunks = [(activations, chunk, part) for chunk, part in enumerate(parts, first_chunk)]
+            yield name, [(row_norm, window, norms), (moments, window, sums[None]), *chunks]
 
     def write_window(self, window: int, rows: WindowRows, made_with: Mapping[str, Any]) -> None:
-        """Write and commit one window; nothing of it is committed when anything fails."""
-        for name in rows.bits:  # a record of files that will be replaced proves nothing
+        """Write and commit the arrays `rows.bits` of a window; if anything fails, none of them is committed.
+
+        `made_with` is recorded in the commits. Raises SaeError like `chunks_to_write`, UnavailableError if the disk is
+        full or not writable.
+        """
+        for name in rows.bits:  # a commit must not outlive the files that it lists, which are about to be replaced
             (self.folder / commit_file(window, name)).unlink(missing_ok=True)
         fsync_folder(self.folder / "commits")
-        with ThreadPoolExecutor(WRITERS) as pool:
-            under_way = {  # an array is measured while the one before is written
-                name: pool.map(lambda job: write_chunk(self.folder, *job), jobs)
-                for name, jobs in self.files_of(window, rows)
+        with ThreadPoolExecutor(WRITE_THREADS) as pool:
+            pending = {  # norms and moments of an array are computed while the previous one is written
+                name: pool.map(lambda chunk: write_chunk(self.folder, *chunk), chunks)
+                for name, chunks in self.chunks_to_write(window, rows)
             }
-            written = {name: dict(files) for name, files in under_way.items()}
+            written = {name: dict(files) for name, files in pending.items()}
         origins = written.pop("")
         for name, files in written.items():
             commit = {
@@ -143,16 +161,19 @@ class CacheWriter:
             write_json(self.folder / commit_file(window, name), commit, indent=None)
 
     def finish(self, max_norm: float | None = None) -> None:
-        """Seal the cache: manifest.json, then the mark in zarr.json that says which arrays are whole.
+        """Complete the cache: write manifest.json, then the list of complete arrays in zarr.json.
 
-        Rows of the arrays written here whose norm is over `max_norm` medians are marked, and left out of the statistics.
+        Rows of the arrays of `widths` whose norm is over `max_norm` x the median norm become outlier rows: they are
+        kept, but masked out of training and statistics.
         """
-        manifest = seal(self.folder, self.fingerprint, self.layout, list(self.commits()), set(self.widths), max_norm)
+        manifest = build_manifest(
+            self.folder, self.fingerprint, self.layout, list(self.commits()), set(self.widths), max_norm
+        )
         write_json(self.folder / "manifest.json", manifest)
         self._write_root(manifest["complete"])
 
-    def finished(self, max_norm: float | None = None) -> bool:
-        """Whether the seal covers every array asked for, with these marks."""
+    def is_finished(self, max_norm: float | None = None) -> bool:
+        """Whether the manifest covers every array of `widths`, with outlier rows by this `max_norm`."""
         complete = read_json(self.folder / "zarr.json")["attributes"]["complete"]
         if not (self.folder / "manifest.json").exists() or not set(self.widths) <= set(complete):
             return False
@@ -161,40 +182,45 @@ class CacheWriter:
 
 
 def commit_file(window: int, array: str) -> str:
+    """The commit of a window of an array, relative to the cache's folder."""
     return f"commits/{window:06d}.{array}.json"
 
 
-def begun(folder: Path, fingerprint: str) -> bool:
-    """Whether this harvest has begun here. UsageError when another one has, or when the folder is used for something else."""
-    found = fingerprint_in(folder)
-    if found is None:
-        # What a killed writer left half-written is ours, too.
-        others = {p.name for p in folder.iterdir() if p.name.split(".tmp-")[0] not in OURS}
+def harvest_started(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder holds the start of the harvest with this fingerprint; False if it is empty.
+
+    Raises UsageError if it holds another harvest or other files.
+    """
+    existing = read_fingerprint(folder)
+    if existing is None:
+        # A name without its suffix: a killed writer may have left the temporary file of a record.
+        others = {p.name for p in folder.iterdir() if p.name.split(".tmp-")[0] not in INITIAL_FILES}
         if others:
-            raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Give a new folder with --out.")
-    elif found != fingerprint:
+            raise UsageError(f"{folder} holds {min(others)}, but no activation cache. Choose a new folder with --out.")
+    elif existing != fingerprint:
         raise UsageError(
-            f"{folder} holds another harvest ({found[:8]}, this one is {fingerprint[:8]}). Use another --out."
+            f"{folder} holds another harvest ({existing[:8]}, this one is {fingerprint[:8]}). Use another --out."
         )
-    return found is not None
+    return existing is not None
 
 
-def fingerprint_in(folder: Path) -> str | None:
-    """The fingerprint of the harvest in a folder; where zarr.json was lost a commit has it."""
+def read_fingerprint(folder: Path) -> str | None:
+    """The fingerprint of the harvest in a folder, from a commit if zarr.json was lost; None if there is no harvest."""
     if (folder / "zarr.json").exists():
-        return attributes_of(folder)["fingerprint"]
+        return read_attributes(folder)["fingerprint"]
     commit = next((folder / "commits").glob("*.json"), None)
     return read_json(commit, "fingerprint")["fingerprint"] if commit else None
 
 
-def measure(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Norms (R,) float32, and the sum and sum of squares (2, D) in float64, of rows of bfloat16 bits."""
+def norms_and_moments(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """L2 norms (R,) float32, and elementwise sum and sum of squares (2, D) float64, of rows of bfloat16 bits."""
     d_in = bits_RD.shape[1]
     squares, moments = [], torch.zeros(2, d_in, dtype=torch.float64)
-    ones_D, ones_R = torch.ones(d_in, dtype=torch.float64), torch.ones(PART_ROWS, dtype=torch.float64)
-    part_RD = torch.empty(PART_ROWS, d_in, dtype=torch.float64)  # used again: new memory would cost more than the sums
-    for block in torch.from_numpy(bits_RD).view(torch.bfloat16).split(PART_ROWS):
-        values, ones = part_RD[: len(block)].copy_(block), ones_R[: len(block)]
+    ones_D, ones_R = torch.ones(d_in, dtype=torch.float64), torch.ones(MEASURED_ROWS, dtype=torch.float64)
+    # One buffer for all blocks: allocating memory for each would cost more than the sums.
+    buffer_RD = torch.empty(MEASURED_ROWS, d_in, dtype=torch.float64)
+    for block in torch.from_numpy(bits_RD).view(torch.bfloat16).split(MEASURED_ROWS):
+        values, ones = buffer_RD[: len(block)].copy_(block), ones_R[: len(block)]
         moments[0] += ones @ values
         values.square_()
         moments[1] += ones @ values

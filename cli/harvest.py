@@ -90,7 +90,7 @@ def harvest(
     if not dry_run:
         cache = execute(plan)
         hook = cache.hooks[len(cache.hooks) // 2]
-        echo(f"next     sae train --variant decorrelation {hook.flags} --cache {quote(str(cache.folder))}")
+        echo(f"next     sae train --variant decorrelation {hook.cli_flags} --cache {quote(str(cache.folder))}")
 
 
 def show_harvest(config: "HarvestConfig") -> "HarvestPlan":

@@ -58,7 +58,7 @@ def reproduce(
 
     What exists is not made again: the same command goes on after a kill, and with one more seed trains only that.
     """
-    from ..cache.reader import model_name
+    from ..cache.catalog import canonical_model_name
     from ..common.errors import UsageError
     from ..common.files import sae_home
     from ..evaluate.metrics.registry import metrics_of_suite
@@ -72,7 +72,7 @@ def reproduce(
     chosen = [load_paper(number) for number in (PAPERS if ALL in papers else dict.fromkeys(papers))]
     asked = ReproduceConfig(
         model, layer, seed, reading, steps, batch_size, width, dataset, cache, suite, evaluate_tokens,
-        out or sae_home() / "reproduce" / Path(model_name(model)).name, device,
+        out or sae_home() / "reproduce" / Path(canonical_model_name(model)).name, device,
         on_paper_model=model in {paper.ran.reads_as for paper in chosen},
     )  # fmt: skip
     jobs = [job for paper in chosen for job in jobs_of(paper, asked)]
@@ -99,13 +99,14 @@ def reproduce(
 
 def sources_of(jobs: Sequence[Job], asked: ReproduceConfig) -> dict[str | None, Any]:
     """For each dataset the --cache, or the plan of a harvest with the tokens of its longest job."""
-    from ..cache.reader import Cache, model_name
+    from ..cache.catalog import canonical_model_name
+    from ..cache.reader import Cache
     from ..common.errors import UsageError
     from ..harvest.plan import HarvestConfig
     from ..train.recipe import find_recipe
     from .harvest import show_harvest
 
-    if asked.cache is not None and (held := Cache(asked.cache).model) != model_name(asked.model):
+    if asked.cache is not None and (held := Cache(asked.cache).model) != canonical_model_name(asked.model):
         raise UsageError(
             f"--cache {asked.cache} holds activations of {held}, and the claims would be read of {asked.model}. "
             f"Give --model {held}, or a cache of {asked.model}."

@@ -40,15 +40,15 @@ def run_stream(request: Any, given: dict[str, Any], run_train: Any, dry_run: boo
         echo(line)
     bytes_of_ring = check_room(plan, ring)
     echo(
-        f"size     {plan.tokens:,} tokens in {ring.layout.windows:,} windows of {ring.layout.window_rows:,}, at most {ring.size} "
+        f"size     {plan.tokens:,} tokens in {ring.layout.n_windows:,} windows of {ring.layout.window_rows:,}, at most {ring.capacity} "
         f"at a time: {format_bytes(bytes_of_ring)}; {format_bytes(free_space(plan.folder))} free"
     )
-    echo(f"order    {ring.groups:,} groups of windows, each once; normalised by the mean and the norm of the first")
+    echo(f"order    {ring.n_groups:,} groups of windows, each once; normalised by the mean and the norm of the first")
     echo(f"time     {plan.describe_time()}; training runs at the same time")
     echo(f"cache    {plan.folder}")
     beside = {plan.folder: max(bytes_of_ring - folder_bytes(plan.folder), 0)}
     runs = run_train(request, dry_run, partial(train_streaming, harvest=partial(harvest_ahead, plan, ring)), beside)
     for batch_size in sorted({run.config.batch_size for run in runs}):
-        dropped = plan.tokens - ring.ends(batch_size)[-1] * batch_size
+        dropped = plan.tokens - ring.cumulative_batches(batch_size)[-1] * batch_size
         echo(f"dropped  {dropped:,} rows that are left over at the ends of groups, with batches of {batch_size:,}")
     return runs

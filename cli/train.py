@@ -85,12 +85,12 @@ def show_size(planned: Any, folder: Any) -> None:
 
 def show_time(group_by_pass: Any, device: str) -> None:
     """What the training of streams, each of runs that share a pass, takes on the device: memory and time, as lines."""
-    from ..common.device import best_device
+    from ..common.device import resolve_device
     from ..common.errors import UnavailableError
     from ..common.formatting import format_bytes, format_duration
     from ..train.estimate import run_bytes, training_seconds
 
-    device = best_device(device)
+    device = resolve_device(device)
     memory = max(sum(run_bytes(one).state for one in stream) for stream in group_by_pass)
     echo(
         f"memory   {format_bytes(memory)} of weights and AdamW's moments on {device}, and what a step needs beside them"

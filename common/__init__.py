@@ -1,1 +1,1 @@
-"""What every folder may use: errors, files, devices, the environment record, text formatting."""
+"""Utilities that every folder may import: errors, files, devices, the environment record, number formatting."""

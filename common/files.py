@@ -1,7 +1,8 @@
-"""Files that are whole or absent: written under a temporary name, flushed, renamed; and a lock for one writer.
+"""Atomic and durable file writes, JSON records, a lock for the one writer of a folder, and the sizes of folders.
 
-Every file of a cache and of a run folder is written through `publish`, so a kill at any instant leaves either the old
-file, the new one, or none, and perhaps a stray `*.tmp-*`, which `sweep` removes.
+Every file of a cache or a run folder is written with `atomic_write`: under a temporary name, flushed to disk, renamed.
+So a kill at any instant leaves the old file, the new one or neither, and at most a stray `*.tmp-<pid>` file, which
+`remove_stale_files` deletes.
 """
 
 import contextlib
@@ -20,11 +21,13 @@ import filelock
 
 from .errors import DamagedError, UnavailableError, UsageError
 
+# --- writing ---------------------------------------------------------------------------------------------------------
+
 
 def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
-    """Write the parts, one after the other, as the file `path`: all or nothing, and on the disk when this returns.
+    """Write the concatenated parts to `path`, all or nothing; the file is on disk when this returns.
 
-    Raises OutsideError when the disk is full or cannot be written.
+    Raises UnavailableError if the disk is full or not writable.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -32,9 +35,9 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             for part in parts:
-                rest = memoryview(part).cast("B")
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
+                remaining = memoryview(part).cast("B")
+                while remaining:
+                    remaining = remaining[os.write(descriptor, remaining) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -47,10 +50,11 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def os_error(error: OSError, path: Path) -> UnavailableError:
-    """The sentence for a disk that refuses."""
+    """The UnavailableError that explains why `path` could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UnavailableError(
-            f"The disk is full: {path} could not be written. Free space and run the same command again; what is committed is safe."
+            f"The disk is full: {path} could not be written. "
+            "Free space and run the same command again; what is committed is safe."
         )
     return UnavailableError(
         f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and that it is not read-only."
@@ -58,7 +62,10 @@ def os_error(error: OSError, path: Path) -> UnavailableError:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, so that they survive a power cut."""
+    """Create a folder and its parents, each flushed so that it survives a power cut.
+
+    Raises OSError (FileExistsError or NotADirectoryError if a file is in the way).
+    """
     if not folder.exists():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -66,8 +73,8 @@ def make_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut."""
-    with contextlib.suppress(OSError):  # some network file systems refuse to flush a folder
+    """Flush a folder, so that renames in it survive a power cut. Ignores file systems that refuse to flush folders."""
+    with contextlib.suppress(OSError):  # some network file systems
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -76,55 +83,71 @@ def fsync_folder(folder: Path) -> None:
 
 
 def remove_stale_files(folder: Path) -> int:
-    """Remove what killed writers left half-written; the folder is ours and the caller holds the lock. Returns how many files."""
-    strays = [p for p in folder.rglob("*.tmp-*") if p.suffix.removeprefix(".tmp-").isdecimal() and p.is_file()]
-    for stray in strays:
-        stray.unlink(missing_ok=True)
-    return len(strays)
+    """Delete the temporary files that killed writers left under `folder`; returns how many.
+
+    The caller must hold the folder's lock.
+    """
+    stale = [p for p in folder.rglob("*.tmp-*") if p.suffix.removeprefix(".tmp-").isdecimal() and p.is_file()]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
 
 
-def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
-    atomic_write(path, (json.dumps(content, indent=indent, sort_keys=False) + "\n").encode())
-
-
-def write_json_if_changed(path: Path, content: Any) -> None:
-    """Write a record unless it is there already, as it should be."""
-    with contextlib.suppress(DamagedError):  # of a missing one too
-        if read_json(path) == content:
-            return
-    write_json(path, content)
+# --- JSON records ----------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, *keys: str) -> Any:
-    """The content of a JSON file; DamagedError when it is missing, no JSON, or lacks a key that it has to have."""
+    """The content of a JSON file, which must be an object with all of `keys` if any are given.
+
+    Raises DamagedError if the file is missing, unreadable, not JSON, or lacks a key.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing. Run the command that wrote it again.") from None
     except (ValueError, OSError) as error:
         raise DamagedError(
-            f"{path} cannot be read ({error}); it was cut off or overwritten. "
-            "Remove it and run the command that wrote it again."
+            f"{path} cannot be read ({error}): it was truncated or overwritten. "
+            "Delete it and run the command that wrote it again."
         ) from error
-    lacking = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if lacking:
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
         raise DamagedError(
-            f"{path} has no {lacking[0]!r}; it was overwritten. Remove it and run the command that wrote it again."
+            f"{path} has no {missing[0]!r}: it was overwritten. Delete it and run the command that wrote it again."
         )
     return content
 
 
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write `content` as JSON, atomically. Raises UnavailableError if the disk is full or not writable."""
+    atomic_write(path, (json.dumps(content, indent=indent, sort_keys=False) + "\n").encode())
+
+
+def write_json_if_changed(path: Path, content: Any) -> None:
+    """Write `content` as JSON unless the file already holds it. Raises UnavailableError like `write_json`."""
+    with contextlib.suppress(DamagedError):  # also raised for a missing file
+        if read_json(path) == content:
+            return
+    write_json(path, content)
+
+
 def digest_of(content: Any) -> str:
-    """sha256 of the canonical JSON of `content`."""
+    """sha256 (hex) of the canonical JSON of `content`: sorted keys, no whitespace."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def writer_lock(folder: Path, doing: str, say: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
-    """Hold the only right to write into `folder`; OutsideError names the holder when somebody else has it.
+# --- the writer's lock -----------------------------------------------------------------------------------------------
 
-    The lock is the operating system's, so a dead holder's lock is free at once. Whether the folder is ours at all is to
-    be looked at before: what a dead holder left half-written in it is removed.
+
+@contextlib.contextmanager
+def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
+    """Hold the exclusive right to write into `folder`, which is created if needed; `command` is shown to others.
+
+    It is an operating system lock, so it is free as soon as its holder dies; `say` is then called with a message. On
+    entry the temporary files of dead writers are deleted: check first that the folder belongs to this package.
+
+    Raises UnavailableError if another process holds the lock (the message names it) or the folder cannot be written,
+    UsageError if a file is in the folder's place.
     """
     lock, note = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
     try:
@@ -132,19 +155,20 @@ def writer_lock(folder: Path, doing: str, say: Callable[[str], None] = lambda se
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UnavailableError(
-            f"{folder} is being written by {lock_holder(note)}. Wait for it, or stop it first."
+            f"{folder} is being written by {lock_holder(note)}. Wait until it ends, or stop it first."
         ) from None
     except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{folder} is no folder: a file is in its place. Give a new folder with --out.") from None
+        raise UsageError(f"{folder} is not a folder: a file is in its place. Choose a new folder with --out.") from None
     except OSError as error:
         raise os_error(error, folder) from error
     try:
-        if note.exists():  # a holder that lives no more: one that comes to its end takes its note away
-            say(f"{folder} was left by {lock_holder(note)}, which is gone; its lock was taken over.")
+        if note.exists():  # its process died: one that ends normally deletes its note
+            say(f"{folder} was locked by {lock_holder(note)}, which no longer runs; its lock was taken over.")
         remove_stale_files(folder)
-        with contextlib.suppress(OSError):  # a full disk has its own sentence when something has to be written
+        with contextlib.suppress(OSError):  # a full disk is reported when something has to be written
             note.write_text(
-                f"process {os.getpid()} on {socket.gethostname()} ({doing}) since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+                f"process {os.getpid()} on {socket.gethostname()} ({command}) "
+                f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             )
         yield
     finally:
@@ -153,12 +177,20 @@ def writer_lock(folder: Path, doing: str, say: Callable[[str], None] = lambda se
 
 
 def lock_holder(note: Path) -> str:
-    """Who holds a lock; on a full disk the note is empty."""
+    """The process that `note` names; the note is empty if the disk was full."""
     return (note.read_text() if note.exists() else "") or "another process"
 
 
+# --- folders and space -----------------------------------------------------------------------------------------------
+
+
+def sae_home() -> Path:
+    """The folder that holds `activations/` and `runs/`: $SAE_HOME, or the working directory."""
+    return Path(os.environ.get("SAE_HOME", "."))
+
+
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files under `folder`; none where there is no such folder, nor of a file that goes meanwhile."""
+    """Total bytes of the files under `folder`; 0 if it does not exist. Skips files that vanish while counting."""
     size = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -168,19 +200,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def existing_parent(folder: Path) -> Path:
-    """What is there of a folder that is still to be made: itself, or the nearest above it."""
+    """`folder` if it exists, else its nearest parent that does."""
     while not folder.exists():
         folder = folder.parent
     return folder
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on the disk that will hold `folder`."""
+    """Free bytes on the disk that holds, or will hold, `folder`."""
     return shutil.disk_usage(existing_parent(folder)).free
-
-
-def sae_home() -> Path:
-    """Where `activations/` and `runs/` are: $SAE_HOME, or the working directory."""
-    import os
-
-    return Path(os.environ.get("SAE_HOME", "."))

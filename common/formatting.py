@@ -1,4 +1,4 @@
-"""Numbers, times and sizes as text for a reader."""
+"""Counts, sizes, durations and shell arguments as text for people."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,25 +6,25 @@ from shlex import quote
 
 
 def format_count(number: int, noun: str) -> str:
-    """A number of things for a reader: 1 run, 2 runs."""
+    """A count and its noun: `1 run`, `2 runs`, `1,200 files`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def format_bytes(count: float) -> str:
+    """A size in GB, or in MB below 0.1 GB (decimal units): `1.50 GB`, `12.3 MB`."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
 def format_duration(seconds: float) -> str:
-    """A time for a reader: seconds, minutes, hours or days."""
+    """A duration in the largest unit of which there are at least two: `90 s`, `3.5 min`, `2.0 h`, `4.2 days`."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
 
 
-def format_bytes(count: float) -> str:
-    """A number of bytes for a reader: GB, or MB below a tenth of one."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
 def shell_paths(paths: Sequence[Path]) -> str:
-    """Paths as arguments of a shell command: `folder/*` when they are all there is in a folder."""
+    """Paths as arguments of a shell command: `folder/*` if they are three or more and all that the folder contains."""
     parents = {Path(path).parent for path in paths}
     if len(parents) == 1 and len(paths) > 2:
         parent = parents.pop()

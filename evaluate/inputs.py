@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ..cache.reader import Cache, is_ring, model_name
+from ..cache.catalog import canonical_model_name
+from ..cache.reader import Cache, is_ring_cache
 from ..common.errors import SaeError, UsageError
 from ..common.files import digest_of, read_json, sae_home
 from ..harvest.model import LanguageModel, ModelSource, find_model, load_model, load_tokenizer
@@ -47,7 +48,7 @@ def find_eval_cache(
                 f"{folder} does not record the model and layer it was trained on (`origin` in sae.json), "
                 "so it cannot be evaluated."
             )
-    if model and model_name(model) != trained_on:
+    if model and canonical_model_name(model) != trained_on:
         raise UsageError(
             f"{folder} was trained on {trained_on}, not on {model}. Omit --model, or evaluate a run of that model."
         )
@@ -102,7 +103,7 @@ def row_of_run(folder: Path, sae: SAE) -> EvalRow:
 
 def only_cache_of_model(folder: Path, model: str, caches: Sequence[Cache]) -> Cache:
     """The one cache with held-out text of a model: any will do for an SAE that was trained elsewhere."""
-    usable = [c for c in caches if c.model == model and not is_ring(c.folder) and len(c.contexts(held_out=True))]
+    usable = [c for c in caches if c.model == model and not is_ring_cache(c.folder) and len(c.contexts(held_out=True))]
     if len(usable) == 1:
         return usable[0]
     if not usable:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
-from ..cache.reader import Cache, list_caches
-from ..common.device import best_device, best_dtype
+from ..cache.catalog import list_caches
+from ..cache.reader import Cache
+from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.files import existing_parent, folder_bytes, free_space, os_error
 from ..common.formatting import format_bytes, format_count, shell_paths
@@ -210,8 +211,8 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
             f"--data {config.data} is not a folder. Give a folder that holds <name on the Hub>/<split>.jsonl or "
             ".parquet."
         )
-    device = best_device(config.device)
-    return metrics, device, best_dtype(config.dtype, device)
+    device = resolve_device(config.device)
+    return metrics, device, resolve_dtype(config.dtype, device)
 
 
 def load_rows(plan: EvaluatePlan, device: str) -> list[tuple[Cache, list[EvalRow]]]:

@@ -12,7 +12,7 @@ from ..common.errors import DamagedError
 from ..common.files import digest_of, read_json
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
-from .plan import EvalRow
+from .rows import EvalRow
 
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from ..common.device import free_memory
+from ..common.device import empty_gpu_cache
 from ..common.errors import UsageError
 from .architectures import truncate_config
 from .dataset_reader import first_line
@@ -41,7 +41,7 @@ def block_seconds_per_token(
             break
         contexts = min(4 * contexts, batch_contexts)
     del model, block
-    free_memory(device)
+    empty_gpu_cache(device)
     return seconds / ids_NS.numel()
 
 

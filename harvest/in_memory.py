@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.layout import SITES, Hook
-from ..common.device import best_device, best_dtype
+from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import UsageError
 from .architectures import check_context, check_layers, check_sites
 from .contexts import ContextCutter, Document, require_bos_id, special_token_ids, tokenize_batch
@@ -64,9 +64,9 @@ def activations(
     check_sites(config, [hook])
     check_context(config, context, name)
     if isinstance(model, str):
-        device = best_device(device)
+        device = resolve_device(device)
         language_model = load_trunk(
-            source, config, layer, dtype=best_dtype(dtype, device), device=device, attention=attention
+            source, config, layer, dtype=resolve_dtype(dtype, device), device=device, attention=attention
         )
     else:
         language_model = LanguageModel(model)

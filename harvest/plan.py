@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..cache.catalog import list_caches
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of
-from ..cache.reader import Cache, list_caches, recorded_modules
+from ..cache.reader import Cache, read_hook_modules
 from ..cache.statistics import describe_statistics
-from ..common.device import best_device, best_dtype
+from ..common.device import resolve_device, resolve_dtype
 from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of, folder_bytes, free_space, sae_home
@@ -186,7 +187,7 @@ class HarvestPlan:
         if "split" in self.text.identity:  # a dataset of the Hub
             record["dataset_revision"] = self.text.identity["revision"]
         record = {name: value for name, value in record.items() if name not in ("layers", "sites", "device", "out")}
-        modules = recorded_modules(self.folder) | self.modules  # keeps those of layers harvested earlier
+        modules = read_hook_modules(self.folder) | self.modules  # keeps those of layers harvested earlier
         return record | {
             "device": self.device,
             "modules": dict(sorted(modules.items())),
@@ -220,8 +221,8 @@ def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sent
     check_layers(model_config, [hook.layer for hook in hooks], config.model)
     check_sites(model_config, hooks)
     check_context(model_config, config.context, config.model)
-    device = best_device(config.device)
-    dtype = best_dtype(config.dtype, device)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
     tokenizer = load_tokenizer(source)
     text = open_text(
         dataset, tokenizer=tokenizer, revision=config.dataset_revision, subset=config.subset, split=config.split,

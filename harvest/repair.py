@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..cache.chunks import attributes_of, check_chunk, encode_chunk, read_array, write_chunk
-from ..cache.layout import Hook, unnamed
+from ..cache.chunks import check_chunk, encode_chunk, read_array_spec, read_attributes, write_chunk
+from ..cache.layout import Hook, without_name
 from ..cache.writer import CacheWriter
 from ..common.errors import DamagedError, SaeError, UsageError
 from ..common.files import read_json, writer_lock
@@ -49,7 +49,7 @@ def repair(
         for max_norm in {*max_norms.values()}:  # layers can have been harvested with different ones
             widths = {name: width for name, width in plan.widths.items() if max_norms[name] == max_norm}
             part = CacheWriter(folder, plan.identity, writer.layout, widths)
-            if repaired or not part.finished(max_norm):
+            if repaired or not part.is_finished(max_norm):
                 part.finish(max_norm)
                 repaired = repaired or [f"{folder}: manifest.json and zarr.json were missing or damaged; rewritten"]
     return repaired
@@ -58,7 +58,7 @@ def repair(
 def check_complete(folder: Path) -> None:
     """Raise UsageError if the harvest has not finished. If zarr.json cannot be read, `repair` finishes it."""
     with contextlib.suppress(DamagedError):
-        if not attributes_of(folder)["complete"]:
+        if not read_attributes(folder)["complete"]:
             raise UsageError(
                 f"{folder} is half written. Run the same `sae harvest` again, which finishes and repairs it."
             )
@@ -97,14 +97,14 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
     known = {field.name for field in fields(HarvestConfig)}
     options = {name: value for name, value in record.items() if name in known}
     arrays = {path.name.split(".", 1)[1].removesuffix(".json") for path in (folder / "commits").glob("*.json")}
-    hooks = sorted(map(Hook.of, arrays))
+    hooks = sorted(map(Hook.from_array, arrays))
     options |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
     options |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
     plan = replace(plan_harvest(HarvestConfig(**options)), hooks=hooks)
     if not (folder / "zarr.json").exists():
         return plan
-    identity = attributes_of(folder)["identity"]
-    changed = [key for key in identity if unnamed(identity[key]) != unnamed(plan.identity.get(key))]
+    identity = read_attributes(folder)["identity"]
+    changed = [key for key in identity if without_name(identity[key]) != without_name(plan.identity.get(key))]
     if changed:
         raise UsageError(
             f"{folder} was harvested with a different {', '.join(changed)} than is there now, so its bytes cannot be "
@@ -121,7 +121,7 @@ def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
     if files and not damaged:
         return
     contexts = tokenize(plan)
-    if files and contexts.records() != files:
+    if files and contexts.file_records() != files:
         raise SaeError(
             f"Tokenizing the text of {plan.folder} gives different tokens than before, probably because of another "
             "version of tokenizers, so the damaged files cannot be reproduced. Harvest into a new folder with --out."
@@ -134,7 +134,7 @@ def chunk_error(folder: Path, file: str, record: dict[str, Any]) -> str | None:
     """What is wrong with a chunk file, or None."""
     name, chunk = file.rsplit("/", 1)
     try:
-        check_chunk(folder, read_array(folder, name), int(chunk.split(".")[1]), record)
+        check_chunk(folder, read_array_spec(folder, name), int(chunk.split(".")[1]), record)
     except DamagedError as error:
         return str(error)
     return None
@@ -144,11 +144,11 @@ def repair_windows(
     plan: HarvestPlan, writer: CacheWriter, computer: WindowComputer, progress: HarvestProgress
 ) -> Iterator[str]:
     """Compute again the windows with damaged files, and write those files. The window's other files stay."""
-    commits = {(c["window"], c["array"]): c for c in writer.commits(whole=False)}
+    commits = {(c["window"], c["array"]): c for c in writer.commits(check_files=False)}
     records = {file: record for commit in commits.values() for file, record in commit["files"].items()}
     damaged = find_damaged(plan.folder, records, progress)
     missing: dict[int, list[str]] = defaultdict(list)
-    for window in range(writer.layout.windows):
+    for window in range(writer.layout.n_windows):
         for array in plan.widths:
             commit = commits.get((window, array))
             if commit is None or damaged & commit["files"].keys():
@@ -159,9 +159,11 @@ def repair_windows(
     for (window, batch_contexts), arrays in group_by_batch(missing, commits, plan.config.batch_contexts).items():
         computer.batch_contexts = batch_contexts
         rows = computer.compute(window, computer.buffers(arrays))
-        files_of_array = dict(writer.files_of(window, rows))
+        files_of_array = dict(writer.chunks_to_write(window, rows))
         for array in arrays:
-            files = {a.file(chunk): (a, chunk, block) for a, chunk, block in files_of_array[""] + files_of_array[array]}
+            files = {
+                a.chunk_file(chunk): (a, chunk, block) for a, chunk, block in files_of_array[""] + files_of_array[array]
+            }
             old = commits[window, array]["files"] if (window, array) in commits else {}
             if all(encode_chunk(a, block)[1] == old.get(file) for file, (a, _, block) in files.items()):
                 for file in sorted(damaged & files.keys()):

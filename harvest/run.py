@@ -13,8 +13,8 @@ from typing import Any
 
 from ..cache.contexts import Contexts
 from ..cache.layout import Hook, Layout, fingerprint_of
-from ..cache.reader import Cache, is_ring
-from ..cache.writer import CacheWriter, begun
+from ..cache.reader import Cache, is_ring_cache
+from ..cache.writer import CacheWriter, harvest_started
 from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import write_json_if_changed, writer_lock
@@ -94,7 +94,9 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
             for rank_folder in plan.folder.glob(".rank*"):  # of an earlier launch, whose first process is gone
                 with writer_lock(rank_folder, "sae harvest"):
                     pass
-            if plan.config.tokens is not None and not Contexts.written(plan.folder):  # reading the text can take long
+            if plan.config.tokens is not None and not Contexts.is_complete(
+                plan.folder
+            ):  # reading the text can take long
                 plan.check_space(plan.config.tokens * plan.bytes_per_token, plan.bytes_per_token)
             writer, contexts = start_cache(plan)
         group.barrier()  # the tokens and the arrays' metadata are written
@@ -102,12 +104,12 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
             stack.enter_context(writer_lock(plan.folder / f".rank{group.rank}", "sae harvest", progress.say))
             contexts = Contexts.read(plan.folder)
             writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
-        missing = writer.missing()
+        missing = writer.missing_windows()
         group.barrier()  # every process has seen the same list
         if missing:
             harvest_missing(plan, writer, contexts, missing, group, progress)
         group.barrier()
-        if group.is_first and (missing or not writer.finished(plan.config.max_norm)):
+        if group.is_first and (missing or not writer.is_finished(plan.config.max_norm)):
             writer.finish(plan.config.max_norm)
         group.barrier()
     return Cache(plan.folder)
@@ -127,13 +129,13 @@ def harvest_missing(
     progress: HarvestProgress,
 ) -> None:  # fmt: skip
     """Harvest this process's share of the missing windows."""
-    rows = {window: len(writer.layout.window(window)) for window in missing}
+    rows = {window: len(writer.layout.row_range(window)) for window in missing}
     plan.check_space(
         sum(rows[window] * plan.bytes_per_token_of(arrays) for window, arrays in missing.items()), plan.bytes_per_token
     )
-    if len(missing) < writer.layout.windows:
-        existing = writer.layout.windows - len(missing)
-        progress.say(f"{existing} of {writer.layout.windows} windows already exist.")
+    if len(missing) < writer.layout.n_windows:
+        existing = writer.layout.n_windows - len(missing)
+        progress.say(f"{existing} of {writer.layout.n_windows} windows already exist.")
     share = dict(list(missing.items())[group.rank :: group.count])
     if share:
         computer = WindowComputer(plan, contexts, writer.layout, progress)
@@ -144,13 +146,13 @@ def harvest_missing(
 def check_folder(plan: HarvestPlan) -> None:
     """Raise UsageError if the folder holds something other than this harvest. Touches nothing in it."""
     if plan.folder.is_dir():
-        begun(plan.folder, fingerprint_of(plan.identity))
+        harvest_started(plan.folder, fingerprint_of(plan.identity))
         check_not_ring(plan.folder)
 
 
 def check_not_ring(folder: Path) -> None:
     """Raise UsageError if windows are missing from the folder on purpose."""
-    if is_ring(folder):
+    if is_ring_cache(folder):
         raise UsageError(
             f"{folder} keeps only the windows that `sae train --stream` is about to read. To keep a whole cache, harvest "
             "with another --out."
@@ -165,7 +167,7 @@ def cache_layout(plan: HarvestPlan, contexts: Contexts) -> Layout:
 
 def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], device: str) -> LanguageModel:
     """The model up to the deepest layer among the arrays of these windows."""
-    last = max(Hook.of(name).layer for names in windows.values() for name in names)
+    last = max(Hook.from_array(name).layer for names in windows.values() for name in names)
     return load_trunk(
         plan.source, plan.model_config, last, dtype=plan.dtype, device=device, attention=plan.config.attention
     )
@@ -173,7 +175,7 @@ def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], devi
 
 def read_or_tokenize(plan: HarvestPlan) -> Contexts:
     """The contexts to run: those that an earlier start of this harvest wrote, or tokenized and written now."""
-    if not (begun(plan.folder, fingerprint_of(plan.identity)) and Contexts.written(plan.folder)):
+    if not (harvest_started(plan.folder, fingerprint_of(plan.identity)) and Contexts.is_complete(plan.folder)):
         tokenize(plan).write(plan.folder)
     return Contexts.read(plan.folder)
 

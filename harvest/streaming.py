@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..cache.layout import CHUNK_ROWS, Layout
-from ..cache.ring import AHEAD, RingCache
-from ..cache.writer import begun
+from ..cache.ring import GROUPS_ON_DISK, RingCache
+from ..cache.writer import harvest_started
 from ..common.errors import UnavailableError, UsageError
 from ..common.files import folder_bytes, free_space, writer_lock
 from ..common.formatting import format_bytes
@@ -42,7 +42,7 @@ def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]
     layout = Layout(config.tokens, config.window, config.storage_dtype, config.compress)
     ring = RingCache(plan.folder, plan.identity, layout, plan.widths, size)
     if plan.folder.is_dir():
-        begun(plan.folder, ring.fingerprint)
+        harvest_started(plan.folder, ring.fingerprint)
     return plan, ring
 
 
@@ -53,10 +53,14 @@ def check_room(plan: HarvestPlan, ring: RingCache) -> int:
     free = free_space(plan.folder) + folder_bytes(plan.folder)
     if 1.02 * needed > free:
         rows = int((free / 1.02 - text) / plan.bytes_per_token)
-        windows, half = rows // ring.layout.window_rows // AHEAD * AHEAD, rows // AHEAD
-        fits = f"--ring {windows}" if windows else f"--ring {AHEAD} --window {half // CHUNK_ROWS * CHUNK_ROWS or half}"
+        windows, half = rows // ring.layout.window_rows // GROUPS_ON_DISK * GROUPS_ON_DISK, rows // GROUPS_ON_DISK
+        fits = (
+            f"--ring {windows}"
+            if windows
+            else f"--ring {GROUPS_ON_DISK} --window {half // CHUNK_ROWS * CHUNK_ROWS or half}"
+        )
         raise UnavailableError(
-            f"A ring of {ring.size} windows of {ring.layout.window_rows:,} rows needs {format_bytes(1.02 * needed)} and "
+            f"A ring of {ring.capacity} windows of {ring.layout.window_rows:,} rows needs {format_bytes(1.02 * needed)} and "
             f"{plan.folder} has {format_bytes(free)} for it. {f'{fits} would fit.' if half > 0 else 'Free space first.'}"
         )
     return needed
@@ -64,7 +68,7 @@ def check_room(plan: HarvestPlan, ring: RingCache) -> int:
 
 def ring_bytes(plan: HarvestPlan, ring: RingCache) -> int:
     """Bytes of the activations on the disk when the ring is full."""
-    return min(ring.size, ring.layout.windows) * ring.layout.window_rows * plan.bytes_per_token
+    return min(ring.capacity, ring.layout.n_windows) * ring.layout.window_rows * plan.bytes_per_token
 
 
 @contextlib.contextmanager
@@ -74,11 +78,11 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
     Leaving the context stops the thread once the window being written is safe.
     """
     with writer_lock(plan.folder, "sae train --stream", say):
-        ring.begin()
+        ring.create()
         writer, contexts = start_cache(plan)
-        ring.start(groups.start)
+        ring.start_at(groups.start)
         wanted = ring.windows(groups)
-        missing = {window: arrays for window, arrays in writer.missing().items() if window in wanted}
+        missing = {window: arrays for window, arrays in writer.missing_windows().items() if window in wanted}
 
         def stop_when_closed(done: int, total: int) -> None:
             if ring.closed:
@@ -93,14 +97,14 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
             try:
                 for group in groups:
                     windows = {w: missing[w] for w in ring.windows(range(group, group + 1)) if w in missing}
-                    if not ring.room_for(group):
+                    if not ring.wait_for_room(group):
                         return
                     write_windows(computer, writer, windows, progress)
-                    ring.harvested(group)
+                    ring.mark_harvested(group)
             except TrainingEnded:
                 pass
             except BaseException as error:  # raised in whoever waits for the group
-                ring.fail(error)
+                ring.report_failure(error)
 
         thread = threading.Thread(target=harvest_groups, daemon=True)
         thread.start()

@@ -17,7 +17,7 @@ import torch
 from ..cache.contexts import Contexts
 from ..cache.layout import Hook, Layout
 from ..cache.writer import CacheWriter, WindowRows
-from ..common.device import free_memory
+from ..common.device import empty_gpu_cache
 from ..common.environment import source_revision
 from ..common.errors import Interrupted, SaeError, UnavailableError
 from .contexts import row_mask
@@ -37,7 +37,7 @@ def write_windows(
     Raises Interrupted on Ctrl-C, when the window being written is safe.
     """
     thread = WriterThread(writer, [computer.buffers(list(writer.widths)) for _ in range(WINDOWS_IN_MEMORY)])
-    total, done = sum(len(writer.layout.window(window)) for window in windows), 0
+    total, done = sum(len(writer.layout.row_range(window)) for window in windows), 0
 
     def report_rows(rows: int) -> None:
         thread.raise_error()
@@ -51,15 +51,15 @@ def write_windows(
                 break
             rows = computer.compute(window, {name: buffers[name] for name in arrays})
             thread.write(window, rows, computer.made_with(), buffers)
-            done += len(writer.layout.window(window))
+            done += len(writer.layout.row_range(window))
         thread.finish()
     except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
         with contextlib.suppress(KeyboardInterrupt):
             progress.say("Stopping once the window being written is safe; press Ctrl-C again to stop at once.")
             thread.finish()
-        safe = writer.layout.windows - len(writer.missing())
+        safe = writer.layout.n_windows - len(writer.missing_windows())
         raise Interrupted(
-            f"Stopped. {safe} of {writer.layout.windows} windows are safe; run the same command again to continue."
+            f"Stopped. {safe} of {writer.layout.n_windows} windows are safe; run the same command again to continue."
         ) from None
     except BaseException:  # of the model, or of a progress callback
         thread.finish()
@@ -136,7 +136,7 @@ class WindowComputer:
         """Compute a window into `buffers`. If memory runs out, retry with half as many contexts per pass."""
         while True:
             try:
-                return self._compute(self.layout.window(window), buffers)
+                return self._compute(self.layout.row_range(window), buffers)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -150,14 +150,14 @@ class WindowComputer:
                 f"{self.model.device} is out of memory: continuing with {self.batch_contexts} contexts per pass."
             )
             self.device_copy.drop()
-            free_memory(self.model.device)
+            empty_gpu_cache(self.model.device)
 
     def _compute(self, rows: range, buffers: Mapping[str, np.ndarray]) -> WindowRows:
         size = len(rows)
         slot = np.random.Generator(np.random.Philox(key=[self.plan.config.seed, rows.start])).permutation(size)
         bits = {name: buffer[:size] for name, buffer in buffers.items()}
         row_ctx, row_pos = np.empty(size, np.uint32), np.empty(size, np.uint16)
-        hooks = [Hook.of(name) for name in buffers]
+        hooks = [Hook.from_array(name) for name in buffers]
         first = int(np.searchsorted(self.rows_before, rows.start, side="right")) - 1
         last = int(np.searchsorted(self.rows_before, rows.stop, side="left"))
         filled = 0

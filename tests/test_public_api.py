@@ -53,11 +53,11 @@ def test_batches_are_those_that_training_reads(tiny_cache: Cache) -> None:
     [
         ({"layer": 7}, "holds layer 0, layer 1, not layer 7"),
         ({"layer": 0, "batch_size": 9000}, "fewer than one batch"),
-        ({"layer": 0, "batch_size": 0}, "has to be positive"),
-        ({"layer": 0, "batch_size": 2.5}, "batch_size=2.5 has to be a whole number"),
-        ({"layer": 0, "seed": "x"}, "seed=.x. has to be a whole number"),
-        ({"layer": 0, "dtype": "float16"}, "Batches of dtype 'float16'"),
-        ({"layer": 0, "device": "tpu"}, "--device tpu is unknown"),
+        ({"layer": 0, "batch_size": 0}, "invalid batch_size 0: expected a positive number"),
+        ({"layer": 0, "batch_size": 2.5}, "invalid batch_size 2.5: expected an integer"),
+        ({"layer": 0, "seed": "x"}, "invalid seed .x.: expected an integer"),
+        ({"layer": 0, "dtype": "float16"}, "unknown dtype 'float16'"),
+        ({"layer": 0, "device": "tpu"}, "unknown device 'tpu'"),
     ],
 )
 def test_batches_that_cannot_be_had_are_refused_at_once(
@@ -115,7 +115,7 @@ def test_a_long_text_is_cut_as_a_harvest_cuts_it(tiny_model: Path, sentences: Pa
     texts = [json.loads(line)["text"] for line in sentences.read_text().splitlines()]
     found = sae.activations(texts, model=str(tiny_model), layer=1, context=32, device="cpu")
     rows = {row.tobytes() for row in found.x.bfloat16().view(torch.int16).numpy()}
-    held = np.concatenate([tiny_cache.chunk("layer_01", n) for n in range(len(tiny_cache.chunk_rows))])[
+    held = np.concatenate([tiny_cache.read_chunk("layer_01", n) for n in range(len(tiny_cache.chunk_rows))])[
         : tiny_cache.rows
     ]
     assert np.mean([row.tobytes() in rows for row in held]) > 0.95  # in another batch a last bit may round otherwise

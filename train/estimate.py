@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.device import available_memory, best_device, free_memory
+from ..common.device import available_memory, empty_gpu_cache, resolve_device
 from ..common.errors import UnavailableError, UsageError
 from ..common.files import existing_parent, folder_bytes, free_space
 from ..common.formatting import format_bytes, format_count
@@ -123,7 +123,7 @@ def step_seconds(planned: Planned, device: str) -> float:
         of_one = fastest_step(training, x_BD[:1])
         seconds = of_one + max(seconds - of_one, 0.0) / (rows - 1) * (config.batch_size - 1)
     del training
-    free_memory(device)
+    empty_gpu_cache(device)
     return seconds
 
 
@@ -140,7 +140,7 @@ def fastest_step(training: Trainer, x_BD: torch.Tensor) -> float:
 
 def training_seconds(runs: Iterable[Planned], device: str) -> float:
     """The time of all steps of the runs, one run after the other, as they take turns on one device. Nothing is read."""
-    device, alike = best_device(device), Counter()
+    device, alike = resolve_device(device), Counter()
     alike.update((recipe.name, json.dumps(options, sort_keys=True), config) for recipe, options, config in runs)
     return sum(
         count * config.steps * step_seconds((find_recipe(name), json.loads(options), config), device)

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from ..cache.catalog import canonical_model_name, find_cache
 from ..cache.concat import ConcatCache, concat_caches
 from ..cache.layout import SITES, Hook
 from ..cache.loader import BatchOrder
-from ..cache.reader import Cache, find_cache, model_name
+from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.errors import UsageError
 from ..common.files import digest_of, read_json, sae_home
@@ -114,7 +115,7 @@ class Run:
             "seed": self.seed,
             "order_seed": self.shuffle_seed,
             **self.config.identity(),
-            "cache": self.cache.digest(self.hook.array),
+            "cache": self.cache.array_digest(self.hook.array),
             **({"compiled": True} if self.compiled else {}),
         }
 
@@ -164,11 +165,14 @@ def new_runs(request: TrainConfig) -> list[Run]:
     for layer in dict.fromkeys(request.layers):
         hook = Hook(layer, request.site)
         cache = request.ring or (concat_caches(request.caches) if request.caches else find_cache(request.model, hook))
-        if request.caches and model_name(request.model) not in (None, name := cache.identity["model"]["name"]):
+        if request.caches and canonical_model_name(request.model) not in (
+            None,
+            name := cache.identity["model"]["name"],
+        ):
             raise UsageError(
                 f"The --cache given holds activations of {name}, not of {request.model}. Leave --model out."
             )
-        d_in = cache.array(cache.require(*hook)).shape[1]
+        d_in = cache.array(cache.require_array(*hook)).shape[1]
         # Of a ring no row is known yet.
         variance = None if isinstance(cache, RingCache) else cache.statistics(hook.array)["variance"]
         for recipe, l0 in itertools.product(recipes, dict.fromkeys(request.l0) or (None,)):
@@ -213,7 +217,11 @@ def make_run_config(
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not positive.")
     rolling = isinstance(cache, RingCache)
-    epoch = cache.ends(batch_size)[-1] if rolling else BatchOrder(cache.chunk_rows, batch_size, 0).batches_per_epoch
+    epoch = (
+        cache.cumulative_batches(batch_size)[-1]
+        if rolling
+        else BatchOrder(cache.chunk_rows, batch_size, 0).batches_per_epoch
+    )
     steps = epoch if request.steps is None else request.steps
     if steps < 1:
         raise UsageError(f"--steps {steps} would train nothing.")
@@ -253,7 +261,7 @@ def resume_run(folder: Path, request: TrainConfig) -> Run:
     cache = concat_caches(request.caches or list(map(Path, record["cache_folders"])))
     recipe = find_recipe(record["variant"])
     hook = Hook(record["layer"], record["site"])
-    cache.require(*hook)
+    cache.require_array(*hook)
     config = RunConfig.from_record(record, cache.statistics(hook.array)["variance"])
     seeds, compiled = (record["seed"], record["order_seed"]), record.get("compiled", False)
     run = Run(recipe, record["options"], hook, *seeds, config, cache, folder, compiled)

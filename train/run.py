@@ -16,7 +16,7 @@ from ..cache.concat import ConcatCache
 from ..cache.loader import BatchLoader, ResidentLoader, open_loader
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
-from ..common.device import best_device
+from ..common.device import resolve_device
 from ..common.environment import environment_record
 from ..common.errors import Interrupted, SaeError, UsageError
 from ..common.files import atomic_write, os_error, read_json, write_json, writer_lock
@@ -44,7 +44,7 @@ def run_training(runs: Sequence[Run], request: TrainConfig, report: TrainProgres
 
     Raises Interrupted after Ctrl-C or SIGTERM, with checkpoints written, and SaeError at the end when a run failed.
     """
-    device = best_device(request.device)
+    device = resolve_device(request.device)
     streams: dict[tuple[Any, ...], list[Run]] = {}
     for run in unfinished_runs(runs, report):
         streams.setdefault(run.order, []).append(run)
@@ -123,7 +123,7 @@ def run_record(run: Run, training: RunTrainer) -> dict[str, Any]:
         "resolved": resolved_options(training.variant),
         "paper": run.recipe.paper,
         "cache_folders": run.cache_folders,
-        **({"ring": run.cache.size} if isinstance(run.cache, RingCache) else {}),
+        **({"ring": run.cache.capacity} if isinstance(run.cache, RingCache) else {}),
         "asked": dict(run.asked),
         "device": training.device,
         "environment": environment_record(),
@@ -180,7 +180,7 @@ class SharedPass:
             self.until, first = until, self.active[0]
             with open_batches(first.run, self.taken, first.device) as self.batches:
                 train_loop(self.active, self.batches, range(self.taken, until), self._after_step)
-            self.taken, self.waited = until, self.waited + self.batches.waited
+            self.taken, self.waited = until, self.waited + self.batches.seconds_waited
 
     def _after_step(self, number: int) -> bool:
         count, stop = number + 1, self.stopping()
@@ -219,7 +219,7 @@ class SharedPass:
 
     def _log(self, count: int) -> None:
         metrics = {}
-        waited = round(self.waited + self.batches.waited, 3)
+        waited = round(self.waited + self.batches.seconds_waited, 3)
         for training in self.active:
             tokens = count * training.run.config.batch_size
             line = {"step": count, "tokens": tokens, **training.pop_metrics(), "waited_for_data": waited}
@@ -259,7 +259,7 @@ def finish_run(training: RunTrainer) -> None:
 def open_batches(run: Run, batch: int, device: str, few: bool = False) -> BatchLoader | ResidentLoader:
     """What a run reads, from a batch on; of a ring, the group that is there. For a `few` nothing is kept on a GPU."""
     size = run.config.batch_size
-    source, batch = run.cache.source(batch, size) if isinstance(run.cache, RingCache) else (run.cache, batch)
+    source, batch = run.cache.locate_batch(batch, size) if isinstance(run.cache, RingCache) else (run.cache, batch)
     make = BatchLoader if few else open_loader
     return make(source, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
 

@@ -9,10 +9,20 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from ..cache.ring import RingCache
-from ..common.device import best_device
+from ..common.device import resolve_device
 from ..common.files import writer_lock
 from .plan import Run, TrainConfig
-from .run import RunTrainer, SharedPass, TrainProgress, prepare_trainer, raise_problems, set_normalization, shared_passes, stop_on_signal, unfinished_runs
+from .run import (
+    RunTrainer,
+    SharedPass,
+    TrainProgress,
+    prepare_trainer,
+    raise_problems,
+    set_normalization,
+    shared_passes,
+    stop_on_signal,
+    unfinished_runs,
+)
 
 Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]  # makes these groups while it is open
 
@@ -24,7 +34,7 @@ def train_streaming(runs: Sequence[Run], request: TrainConfig, report: TrainProg
     Interrupted after Ctrl-C or SIGTERM and what the harvest raised, both with checkpoints written, and SaeError at the
     end when a run failed.
     """
-    ring, device = request.ring, best_device(request.device)
+    ring, device = request.ring, resolve_device(request.device)
     assert ring is not None
     begun: dict[tuple[Any, ...], list[tuple[RunTrainer, int]]] = {}
     with stop_on_signal() as stopping, ExitStack() as held:
@@ -38,12 +48,12 @@ def train_streaming(runs: Sequence[Run], request: TrainConfig, report: TrainProg
         last = max(group_of(ring, stream, stream.longest) for stream in streams)
         held.enter_context(harvest(range(first, last + 1), report.say))
         for group in range(first, last + 1):
-            waited = ring.wait_for(group, stopping)
+            waited = ring.wait_for_group(group, stopping)
             for stream in streams:
                 stream.waited += waited
                 if group_of(ring, stream, stream.taken) == group:
                     train_on_group(ring, stream)
-            ring.release(group)
+            ring.release_group(group)
             if not any(stream.active for stream in streams):
                 break
     raise_problems(runs)
@@ -51,13 +61,13 @@ def train_streaming(runs: Sequence[Run], request: TrainConfig, report: TrainProg
 
 def group_of(ring: RingCache, stream: SharedPass, step: int) -> int:
     """The group that a stream reads after so many steps; after its last, the one that it read last."""
-    return ring.group_of(min(step, stream.longest - 1), stream.batch_size)
+    return ring.group_at(min(step, stream.longest - 1), stream.batch_size)
 
 
 def train_on_group(ring: RingCache, stream: SharedPass) -> None:
     """Take a stream to the end of the group that is there."""
-    assert ring.group is not None
+    assert ring.current_group is not None
     if not stream.taken:
         for training in stream.active:
-            set_normalization(training, ring.group)
-    stream.train(min(ring.ends(stream.batch_size)[ring.group.number], stream.longest))
+            set_normalization(training, ring.current_group)
+    stream.train(min(ring.cumulative_batches(stream.batch_size)[ring.current_group.number], stream.longest))

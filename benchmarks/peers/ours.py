@@ -29,8 +29,8 @@ def write(folder: Path, fed: np.ndarray) -> None:
         documents = np.arange(n, dtype=np.uint32)
         Contexts(feed.ids(n), np.full(n, feed.CONTEXT, np.uint16), documents, np.zeros(n, bool)).write(folder)
         writer = CacheWriter(folder, {"made by": "benchmarks/peers"}, layout, {LAYER: feed.D_IN})
-        for window in writer.missing():
-            rows = layout.window(window)
+        for window in writer.missing_windows():
+            rows = layout.row_range(window)
             slot = np.random.default_rng(window).permutation(len(rows))
             bits = np.empty((len(rows), feed.D_IN), np.uint16)
             row_ctx, row_pos = np.empty(len(rows), np.uint32), np.empty(len(rows), np.uint16)
@@ -77,7 +77,7 @@ def main() -> None:
     result |= {f"{name} float32": rate for name, rate in in_float32.items()}
     if asked.check:
         cache = Cache(asked.folder)
-        held = (cache.chunk(LAYER, i) for i in range(len(cache.chunk_rows)))
+        held = (cache.read_chunk(LAYER, i) for i in range(len(cache.chunk_rows)))
         with contextlib.closing(batches(asked.folder, 4096)) as served:
             given = [feed.names(next(served).view(torch.int16).numpy().view(np.uint16)) for _ in range(tokens // 4096)]
         result["check"] = feed.check(fed, map(feed.names, held), given)

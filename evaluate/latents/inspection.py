@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.catalog import list_caches
 from ...cache.layout import Hook
-from ...cache.reader import list_caches
-from ...common.device import best_device, best_dtype
+from ...common.device import resolve_device, resolve_dtype
 from ...common.errors import DamagedError, SaeError, UsageError
 from ...common.files import read_json
 from ...harvest.architectures import check_layers, hook_width
@@ -58,11 +58,11 @@ def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtyp
     Raises UsageError when it is no trained run or its cache is gone, DamagedError when its files contradict each other.
     """
     check_tokens(tokens)
-    device = best_device(device)
+    device = resolve_device(device)
     sae = load_sae(folder)
     cache = find_eval_cache(folder, sae, list_caches())
     tokens = DEFAULT_TOKENS if tokens is None else tokens
-    ctx = make_context(cache, tokens=tokens, device=device, dtype=best_dtype(dtype, device))
+    ctx = make_context(cache, tokens=tokens, device=device, dtype=resolve_dtype(dtype, device))
     hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
     try:
         check_layers(ctx.model_config, [hook.layer], cache.identity["model"]["name"])

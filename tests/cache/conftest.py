@@ -39,7 +39,7 @@ def begin(
 
 def write_windows(writer: CacheWriter, bits: dict[int, np.ndarray], windows: list[int]) -> None:
     for window in windows:
-        at = writer.layout.window(window)
+        at = writer.layout.row_range(window)
         row = np.arange(at.start, at.stop)
         block = {Hook(layer).array: rows[at.start : at.stop] for layer, rows in bits.items()}
         writer.write_window(
@@ -49,7 +49,7 @@ def write_windows(writer: CacheWriter, bits: dict[int, np.ndarray], windows: lis
 
 def write_whole(folder: Path, bits: dict[int, np.ndarray], window: int = 16) -> Cache:
     writer = begin(folder, bits, window)
-    write_windows(writer, bits, list(writer.missing()))
+    write_windows(writer, bits, list(writer.missing_windows()))
     writer.finish()
     return Cache(folder)
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.cache.bfloat16 import BFloat16, from_bits, to_bits
-from sae.cache.chunks import Shard, check_chunk, map_rows, take, write_chunk
-from sae.cache.layout import Array, Layout, group_metadata
+from sae.cache.chunks import Shard, check_chunk, map_chunk, read_rows, write_chunk
+from sae.cache.layout import ArraySpec, Layout, group_metadata
 from sae.common.errors import DamagedError
 from sae.common.files import write_json
 
@@ -24,19 +24,19 @@ ROWS = 4100  # times 16: each of the 65,536 patterns, so every NaN, both infinit
 EVERY_PATTERN = (np.arange(ROWS * D) % 65536).astype(np.uint16).reshape(ROWS, D)
 
 
-def write_array(folder: Path, rows: np.ndarray, dtype: str, compress: bool = False) -> Array:
-    array = Layout(len(rows), 1024, dtype, compress).activations("layer_05", rows.shape[1])[0]
+def write_array(folder: Path, rows: np.ndarray, dtype: str, compress: bool = False) -> ArraySpec:
+    array = Layout(len(rows), 1024, dtype, compress).activation_arrays("layer_05", rows.shape[1])[0]
     write_json(folder / "zarr.json", group_metadata({}))
     write_json(folder / array.name / "zarr.json", array.metadata())
-    for chunk in range(array.chunks):
+    for chunk in range(array.n_chunks):
         write_chunk(folder, array, chunk, rows[chunk * 1024 : (chunk + 1) * 1024])
     return array
 
 
 def test_every_reader_sees_the_same_bits(tmp_path: Path) -> None:
     array = write_array(tmp_path, EVERY_PATTERN, "bfloat16")
-    assert array.chunks == 5  # the last holds 4 rows of 1,024
-    ours = np.concatenate([map_rows(tmp_path, array, n) for n in range(5)])
+    assert array.n_chunks == 5  # the last holds 4 rows of 1,024
+    ours = np.concatenate([map_chunk(tmp_path, array, n) for n in range(5)])
     files = [tmp_path / "layer_05" / f"c.{n}.0" for n in range(5)]
     prefixes = [np.memmap(file, np.uint16, "r", shape=(1024, D)) for file in files]
     store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "layer_05")}}
@@ -55,15 +55,15 @@ def test_every_reader_sees_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "uint16"])
 def test_every_reader_decodes_the_same_bits(tmp_path: Path, dtype: str) -> None:
     array = write_array(tmp_path, EVERY_PATTERN, dtype, compress=True)
-    assert array.block == 256
+    assert array.block_rows == 256
     path = tmp_path / "layer_05"
     shards = [Shard(tmp_path, array, n, (path / f"c.{n}.0").stat().st_size) for n in range(5)]
     store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
     for read in (
-        np.concatenate([shard.block(n) for shard in shards for n in range(4)])[:ROWS],
+        np.concatenate([shard.decode_block(n) for shard in shards for n in range(4)])[:ROWS],
         zarr.open_array(str(path), mode="r")[:],
         tensorstore.open(store).result().read().result().view(np.uint16),
-        np.concatenate([take(tmp_path, array, 0, np.arange(1024), len(shards[0].raw)), EVERY_PATTERN[1024:]]),
+        np.concatenate([read_rows(tmp_path, array, 0, np.arange(1024), len(shards[0].raw)), EVERY_PATTERN[1024:]]),
     ):
         assert read.dtype == np.uint16 and np.array_equal(read, EVERY_PATTERN)
 
@@ -72,7 +72,7 @@ def test_rows_that_compress_are_compressed(tmp_path: Path) -> None:
     """Sign and exponent of normal rows have about 2.6 bits of eight: the limit is 1.53, and blosc comes near it."""
     normal = torch.randn(4096, 2304, generator=torch.Generator().manual_seed(0)).bfloat16().view(torch.int16).numpy()
     array = write_array(tmp_path, normal.view(np.uint16), "bfloat16", compress=True)
-    stored = sum((tmp_path / array.file(n)).stat().st_size for n in range(4))
+    stored = sum((tmp_path / array.chunk_file(n)).stat().st_size for n in range(4))
     assert 1.35 < normal.nbytes / stored < 1.53
 
 
@@ -82,14 +82,14 @@ def test_a_chunk_is_a_whole_number_of_blocks(chunk_rows: int, block: int) -> Non
 
 
 def test_a_flipped_bit_of_a_shard_is_found(tmp_path: Path) -> None:
-    array = Layout(1024, 1024, "bfloat16", True).activations("layer_05", D)[0]
+    array = Layout(1024, 1024, "bfloat16", True).activation_arrays("layer_05", D)[0]
     file, record = write_chunk(tmp_path, array, 0, EVERY_PATTERN[:1024])
     check_chunk(tmp_path, array, 0, record)
     raw = bytearray((tmp_path / file).read_bytes())
     raw[100] ^= 1
     (tmp_path / file).write_bytes(raw)
     with pytest.raises(
-        DamagedError, match="is not the file that the manifest lists: a bit was flipped. `sae cache repair`"
+        DamagedError, match="is not the file that the manifest lists: a bit was flipped. Run `sae cache repair`"
     ):
         check_chunk(tmp_path, array, 0, record)
 
@@ -114,12 +114,12 @@ def test_the_two_storage_types_are_the_same_files(tmp_path: Path) -> None:
 
 def test_a_chunk_of_zeros_is_written(tmp_path: Path) -> None:
     array = write_array(tmp_path, np.zeros((1024, D), np.uint16), "bfloat16")
-    assert (tmp_path / array.file(0)).stat().st_size == 1024 * D * 2 + 4
+    assert (tmp_path / array.chunk_file(0)).stat().st_size == 1024 * D * 2 + 4
 
 
 def test_zarr_refuses_a_flipped_bit(tmp_path: Path) -> None:
     array = write_array(tmp_path, EVERY_PATTERN, "bfloat16")
-    file = tmp_path / array.file(2)
+    file = tmp_path / array.chunk_file(2)
     raw = bytearray(file.read_bytes())
     raw[777] ^= 1
     file.write_bytes(raw)

@@ -18,7 +18,7 @@ D = 8
 def rows_of(plan: BatchOrder, batch: int) -> np.ndarray:
     """The numbers of a batch's rows in the cache, counted from its first chunk."""
     first = np.concatenate([[0], np.cumsum(plan.chunk_rows)])
-    return np.concatenate([np.arange(p.start, p.start + p.rows) + first[p.chunk] for p in plan.pieces(batch)])
+    return np.concatenate([np.arange(p.start, p.start + p.rows) + first[p.chunk] for p in plan.spans(batch)])
 
 
 chunk_lists = st.lists(st.integers(1, 300), min_size=1, max_size=12)
@@ -43,8 +43,8 @@ def test_a_fresh_plan_gives_the_same_pieces(chunks: list[int], batch_size: int, 
     assume(sum(chunks) >= batch_size)
     used = BatchOrder(chunks, batch_size, seed=3)
     for earlier in range(0, batch, 50):
-        used.pieces(earlier)
-    assert used.pieces(batch) == BatchOrder(chunks, batch_size, seed=3).pieces(batch)
+        used.spans(earlier)
+    assert used.spans(batch) == BatchOrder(chunks, batch_size, seed=3).spans(batch)
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -56,7 +56,7 @@ def test_epochs_and_seeds_differ() -> None:
 def test_pieces_lie_inside_their_chunks() -> None:
     plan = BatchOrder([100, 7, 300, 1, 92], 50, seed=5)
     for batch in range(3 * plan.batches_per_epoch):
-        for piece in plan.pieces(batch):
+        for piece in plan.spans(batch):
             assert piece.rows > 0 and piece.start + piece.rows <= plan.chunk_rows[piece.chunk]
 
 
@@ -133,7 +133,7 @@ def test_a_slow_consumer_sees_no_batch_change_under_it(cache) -> None:
 
 def test_a_reader_s_error_comes_at_its_own_batch(cache) -> None:
     plan = BatchOrder(cache.chunk_rows, 3, 0)  # three lanes come to some chunks late
-    touched = [{p.chunk for p in plan.pieces(n)} for n in range(plan.batches_per_epoch)]
+    touched = [{p.chunk for p in plan.spans(n)} for n in range(plan.batches_per_epoch)]
     last = max(range(8), key=lambda chunk: next(n for n, chunks in enumerate(touched) if chunk in chunks))
     number = next(n for n, chunks in enumerate(touched) if last in chunks)
     assert number > 0
@@ -154,7 +154,7 @@ def test_threads_that_come_to_a_chunk_together_check_it_once(cache, monkeypatch)
 
     monkeypatch.setattr("sae.cache.reader.check_chunk", check)
     with BatchLoader(cache, "layer_05", 60, threads=4) as batches:
-        take(batches, batches.plan.batches_per_epoch)
+        take(batches, batches.order.batches_per_epoch)
     assert sorted(checked) == list(range(len(cache.chunk_rows)))
 
 
@@ -165,7 +165,7 @@ def test_a_failure_of_the_order_reaches_the_caller(cache, monkeypatch) -> None:
         raise MemoryError("no room for an order")
 
     batches = BatchLoader(cache, "layer_05", 60, threads=0)
-    monkeypatch.setattr(batches.plan, "_shuffle", shuffle)
+    monkeypatch.setattr(batches.order, "_shuffle", shuffle)
     reader = threading.Thread(target=batches._read, daemon=True)
     reader.start()
     waited = threading.Thread(target=lambda: pytest.raises(MemoryError, next, batches), daemon=True)
@@ -189,9 +189,9 @@ def test_closing_early_ends_the_threads(cache, taken: int) -> None:
 
 def test_a_layer_that_is_not_there_is_named(cache) -> None:
     with pytest.raises(UsageError, match=r"holds layer 5, not layer 12. Add it with `sae harvest --layer 12`"):
-        cache.require(12)
+        cache.require_array(12)
     with pytest.raises(UsageError, match=r"not mlp_out of layer 5. Add it with `sae harvest --layer 5 --site mlp_out`"):
-        cache.require(5, "mlp_out")
+        cache.require_array(5, "mlp_out")
 
 
 @pytest.mark.gpu

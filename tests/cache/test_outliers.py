@@ -24,13 +24,13 @@ def marked(request, tmp_path, rows, begin_cache, write_some) -> Cache:
     bits = {5: rows.view(torch.int16).numpy().view(np.uint16)}
     bits[12] = bits[5]
     writer = begin_cache(tmp_path / "marked", bits, 16, compress=request.param)
-    write_some(writer, bits, list(writer.missing()))
+    write_some(writer, bits, list(writer.missing_windows()))
     writer.finish(max_norm=10)
     return Cache(tmp_path / "marked")
 
 
 def test_long_rows_are_marked(marked: Cache) -> None:
-    assert marked.marked("layer_05").tolist() == list(MARKED)
+    assert marked.outlier_rows("layer_05").tolist() == list(MARKED)
     found = marked.statistics("layer_05")
     assert (found["marked"], found["count"], found["max_norm"]) == (5, 195, 10)
 
@@ -51,7 +51,7 @@ def test_another_row_of_the_batch_stands_in(marked: Cache, rows: torch.Tensor, s
     with stream(marked, "layer_05", 40, seed=1) as batches:
         for number in range(3 * plan.batches_per_epoch):
             planned = np.concatenate(
-                [first[p.chunk] + np.arange(p.start, p.start + p.rows) for p in plan.pieces(number)]
+                [first[p.chunk] + np.arange(p.start, p.start + p.rows) for p in plan.spans(number)]
             )
             expected = []
             for at, row in enumerate(planned):
@@ -66,21 +66,23 @@ def test_another_row_of_the_batch_stands_in(marked: Cache, rows: torch.Tensor, s
 
 def test_a_batch_of_marked_rows_only_is_refused(marked: Cache) -> None:
     with BatchLoader(marked, "layer_05", 1) as batches:
-        with pytest.raises(UsageError, match="only rows marked by --max-norm. Harvest again with a larger --max-norm"):
+        with pytest.raises(UsageError, match="only rows over --max-norm. Harvest again with a larger --max-norm"):
             for _ in range(ROWS):
                 next(batches)
 
 
 def test_marking_again_writes_no_activations(marked: Cache, rows, begin_cache) -> None:
-    digests = {name: marked.digest(name) for name in ("layer_05", "layer_12")}
+    digests = {name: marked.array_digest(name) for name in ("layer_05", "layer_12")}
     files = {p: p.stat().st_mtime_ns for p in marked.folder.glob("layer_*/c.*")}
     bits = {5: rows.view(torch.int16).numpy().view(np.uint16)}
     writer = begin_cache(marked.folder, bits, 16, compress=marked.layout.compress)
-    assert writer.finished(10) and not writer.finished() and not writer.finished(20)
+    assert writer.is_finished(10) and not writer.is_finished() and not writer.is_finished(20)
     writer.finish()
     after = Cache(marked.folder)
-    assert not len(after.marked("layer_05")) and after.marked("layer_12").tolist() == list(MARKED)
-    assert after.digest("layer_05") != digests["layer_05"] and after.digest("layer_12") == digests["layer_12"]
+    assert not len(after.outlier_rows("layer_05")) and after.outlier_rows("layer_12").tolist() == list(MARKED)
+    assert (
+        after.array_digest("layer_05") != digests["layer_05"] and after.array_digest("layer_12") == digests["layer_12"]
+    )
     assert {p: p.stat().st_mtime_ns for p in marked.folder.glob("layer_*/c.*")} == files
 
 
@@ -89,10 +91,10 @@ def test_batches_of_a_compressed_cache_are_the_same(tmp_path, rows, begin_cache,
     for compress in (False, True):
         bits = {5: rows.view(torch.int16).numpy().view(np.uint16)}
         writer = begin_cache(tmp_path / str(compress), bits, 64, compress=compress)
-        write_some(writer, bits, list(writer.missing()))
+        write_some(writer, bits, list(writer.missing_windows()))
         writer.finish()
         cache = Cache(tmp_path / str(compress))
-        assert np.array_equal(np.concatenate([cache.chunk("layer_05", n) for n in range(4)]), bits[5])
+        assert np.array_equal(np.concatenate([cache.read_chunk("layer_05", n) for n in range(4)]), bits[5])
         with open_loader(cache, "layer_05", 24, seed=3, batch=2, device="cpu") as batches:
             read.append([next(batches).clone() for _ in range(20)])
     assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(*read, strict=True))

@@ -112,7 +112,7 @@ def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["trian"], "There is no command 'trian' of .*; did you mean train?"),
-        (["cache"], "There is no command '' of cache; there are info, list, repair, rm, verify."),
+        (["cache"], "There is no command '' of cache; available: info, list, repair, rm, verify."),
         (["train", "--steps", "x"], "Invalid value for '--steps'"),
     ],
 )
@@ -214,7 +214,9 @@ def test_a_verb_without_options_says_so(tmp_path: Path) -> None:
     path = tmp_path / "sae.toml"
     path.write_text("[cache.verify]\nfoo = 1\n")
     result = call("config", "show", "train", "--config", path)
-    assert result.exit_code == BAD_USAGE and "unknown option of cache verify 'foo'; there are none." in result.stderr
+    assert (
+        result.exit_code == BAD_USAGE and "unknown option of cache verify 'foo'; none are available." in result.stderr
+    )
 
 
 OLD_NAMES = [(command, old, new) for command, names in RENAMED.items() for old, new in names.items()]

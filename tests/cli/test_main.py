@@ -356,7 +356,7 @@ def test_caches_are_listed_and_verified(tiny_cache, home):
     assert re.search(r"copy   .*tiny-gemma, layer 0, layer 1, 8,000 rows", call("cache", "list").stdout)
     shown = call("cache", "verify", copy)
     assert shown.exit_code == 0
-    assert "all as recorded" in shown.stdout
+    assert "all checksums match" in shown.stdout
     chunk = copy / "layer_00" / "c.0.0"
     raw = bytearray(chunk.read_bytes())
     raw[100] ^= 1
@@ -369,14 +369,14 @@ def test_caches_are_listed_and_verified(tiny_cache, home):
 def test_what_is_no_cache_is_not_asked_about(home, there):
     if there:
         (home / "thesis").mkdir()
-    assert "thesis holds no activation cache; nothing was removed" in refused(BAD_USAGE, "cache", "rm", home / "thesis")
+    assert "thesis holds no activation cache; nothing was deleted" in refused(BAD_USAGE, "cache", "rm", home / "thesis")
 
 
 def test_a_question_that_nobody_answers_removes_nothing(tiny_cache, home):
     copy = copy_of(tiny_cache, home / "copy")
     result = CliRunner().invoke(app, ["cache", "rm", str(copy)], input="")
     assert result.exit_code == 130
-    assert "stopped: Nothing was removed. --yes removes without a question." in result.stderr
+    assert "stopped: Nothing was deleted. Use --yes to delete without a question." in result.stderr
     assert (copy / "zarr.json").exists()
 
 

@@ -303,7 +303,7 @@ def test_a_block_may_return_a_tensor_or_a_tuple() -> None:
     assert Hook(12).name == "blocks.12.hook_resid_post" and Hook(12).array == "layer_12"
     assert Hook(3, "mlp_out").name == "blocks.3.hook_mlp_out" and Hook(3, "mlp_out").array == "layer_03.mlp_out"
     assert Hook(12, "attn_z").name == "blocks.12.attn.hook_z"
-    assert all(Hook.of(Hook(7, site).array) == Hook(7, site) for site in SITES)
+    assert all(Hook.from_array(Hook(7, site).array) == Hook(7, site) for site in SITES)
 
 
 def test_a_model_is_pinned_by_its_bytes(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sae.cache.reader import Cache, remove_cache
+from sae.cache.catalog import remove_cache
+from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, SaeError, UsageError
 from sae.common.files import read_json, write_json, writer_lock
 from sae.harvest.contexts import ListedDocuments, TextSource
@@ -120,7 +121,7 @@ def test_a_moved_model_is_given(folder: Path, whole: Cache, request_: HarvestCon
     with pytest.raises(UsageError, match="There is no folder /gone"):
         repair(folder)
     assert repair(folder, model=str(moved))
-    assert Cache(folder).chunk("layer_00", 0).tobytes() == whole.chunk("layer_00", 0).tobytes()
+    assert Cache(folder).read_chunk("layer_00", 0).tobytes() == whole.read_chunk("layer_00", 0).tobytes()
 
 
 def test_another_model_or_text_is_refused(folder: Path, tmp_path: Path, request_: HarvestConfig) -> None:
@@ -222,7 +223,7 @@ def test_a_cache_that_is_removed_is_gone(folder: Path, tmp_path: Path) -> None:
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert remove_cache(folder) == pytest.approx(size, abs=200) and not folder.exists()  # the lock's note
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(UsageError, match="holds no activation cache; nothing was removed"):
+    with pytest.raises(UsageError, match="holds no activation cache; nothing was deleted"):
         remove_cache(tmp_path / "thesis")
 
 

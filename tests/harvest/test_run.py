@@ -29,13 +29,13 @@ SPECIAL = {0, 1, 2}  # pad, eos, bos
 
 def layer_rows(cache: Cache, layer: int) -> Tensor:
     """(rows, d_in) float64"""
-    chunks = [cache.chunk(cache.require(layer), n) for n in range(len(cache.chunk_rows))]
+    chunks = [cache.read_chunk(cache.require_array(layer), n) for n in range(len(cache.chunk_rows))]
     return torch.from_numpy(np.concatenate(chunks)).view(torch.bfloat16).double()
 
 
 def origins(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
-    windows = range(cache.layout.windows)
-    return tuple(np.concatenate([cache.chunk(name, w) for w in windows]) for name in ("row_ctx", "row_pos"))
+    windows = range(cache.layout.n_windows)
+    return tuple(np.concatenate([cache.read_chunk(name, w) for w in windows]) for name in ("row_ctx", "row_pos"))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -105,14 +105,14 @@ def test_every_kept_position_is_one_row(tiny_cache: Cache) -> None:
 
 def test_row_ctx_is_an_index_into_the_stored_tokens(tiny_cache: Cache) -> None:
     """So a reader that knows nothing of held-out contexts finds the same token."""
-    stored = tiny_cache.chunk("tokens/ids", 0)
+    stored = tiny_cache.read_chunk("tokens/ids", 0)
     ctx, pos = origins(tiny_cache)
     assert np.array_equal(stored[ctx, pos], tiny_cache.contexts(held_out=False).ids[ctx, pos])
 
 
 def test_rows_are_shuffled_inside_their_window_only(tiny_cache: Cache) -> None:
     ctx, _ = origins(tiny_cache)
-    windows = [ctx[w * 2048 : (w + 1) * 2048].astype(int) for w in range(tiny_cache.layout.windows)]
+    windows = [ctx[w * 2048 : (w + 1) * 2048].astype(int) for w in range(tiny_cache.layout.n_windows)]
     assert all((np.diff(window) < 0).mean() > 0.4 for window in windows)
     assert all(one.max() <= two.min() for one, two in zip(windows, windows[1:], strict=False))
 
@@ -134,7 +134,9 @@ def test_layers_together_are_each_alone(small: tuple[HarvestConfig, Cache], tmp_
     request, both = small
     for layer in (0, 1):
         alone = run_harvest(plan_harvest(replace(request, layers=(layer,), out=tmp_path / str(layer))))
-        assert alone.digest(f"layer_{layer:02d}") == both.digest(f"layer_{layer:02d}") and alone.layers == [layer]
+        assert alone.array_digest(f"layer_{layer:02d}") == both.array_digest(f"layer_{layer:02d}") and alone.layers == [
+            layer
+        ]
 
 
 def test_a_layer_added_later_is_as_if_harvested_at_once(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_other_sites_are_added_row_for_row(small: tuple[HarvestConfig, Cache], t
     for row in range(0, cache.rows, 37):
         ids = torch.from_numpy(contexts.ids[ctx[row], : contexts.length[ctx[row]]].astype(np.int64))[None]
         for hook, x_NSD in model.capture_hooks(ids, cache.hooks).items():
-            chunk = cache.chunk(hook.array, row // cache.layout.chunk_rows)
+            chunk = cache.read_chunk(hook.array, row // cache.layout.chunk_rows)
             stored = torch.from_numpy(chunk[row % cache.layout.chunk_rows].copy()).view(torch.bfloat16)
             torch.testing.assert_close(stored.float(), x_NSD[0, pos[row]], rtol=2**-7, atol=1e-3)
 
@@ -170,7 +172,7 @@ def test_a_compressed_harvest_holds_the_same_rows(small: tuple[HarvestConfig, Ca
     assert compressed.folder != raw.folder and compressed.layout.compress
     for array in ("layer_00", "layer_01"):
         for chunk in range(len(raw.chunk_rows)):
-            assert np.array_equal(compressed.chunk(array, chunk), raw.chunk(array, chunk))
+            assert np.array_equal(compressed.read_chunk(array, chunk), raw.read_chunk(array, chunk))
     assert len(list(compressed.verify())) == len(compressed.manifest["files"])
 
 
@@ -462,8 +464,8 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         ({"sites": ("resid_pre",)}, "unknown --site resid_pre: expected one of resid_post, mlp_out, attn_z"),
         ({"max_norm": 1.0}, "--max-norm 1.0 would mask half of the rows"),
         ({"storage_dtype": "float16"}, "unknown --storage-dtype float16"),
-        ({"dtype": "float64"}, "--dtype float64 is unknown"),
-        ({"device": "tpu"}, "--device tpu is unknown"),
+        ({"dtype": "float64"}, "unknown dtype 'float64'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"layers": (0, 2)}, "has 2 blocks, so layers 0 to 1; there is no layer 2"),
         ({"model": "gemma-2-mini", "layers": (26,)}, "gemma-2-mini has 26 blocks, so layers 0 to 25; there is no layer 26"),
     ],

@@ -41,8 +41,8 @@ def write_cache(folder: Path, seed: int) -> Cache:
     identity = {"model": {"name": "synthetic"}, "data": {"name": f"atoms-{seed}"}, "context": length}
     writer = CacheWriter(folder, identity, layout, {"layer_00": D_IN, "layer_01": D_IN})
     bits = {f"layer_{n:02d}": as_uint16(sparse_rows(seed + n).bfloat16()) for n in (0, 1)}
-    for window in writer.missing():
-        rows = layout.window(window)
+    for window in writer.missing_windows():
+        rows = layout.row_range(window)
         number = np.arange(rows.start, rows.stop)
         block = {name: np.ascontiguousarray(all_rows[rows.start : rows.stop]) for name, all_rows in bits.items()}
         ctx, pos = (number // 16).astype(np.uint32), (number % 16 + 1).astype(np.uint16)

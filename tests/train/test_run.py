@@ -227,8 +227,8 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     folder = tmp_path / "cache"
     shutil.copytree(sparse_cache.folder, folder)
     cache = open_cache(folder)
-    piece = BatchOrder(cache.chunk_rows, 64, 0).pieces(9)[5]
-    bits = cache.chunk("layer_00", piece.chunk).copy()
+    piece = BatchOrder(cache.chunk_rows, 64, 0).spans(9)[5]
+    bits = cache.read_chunk("layer_00", piece.chunk).copy()
     bits[piece.start, 3] = torch.tensor(math.inf, dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     file, record = write_chunk(folder, cache.array("layer_00"), piece.chunk, bits)
     manifest = read_json(folder / "manifest.json")

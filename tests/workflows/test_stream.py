@@ -19,9 +19,12 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from sae.cache.catalog import find_cache
 from sae.cache.layout import Hook
-from sae.cache.reader import Cache, find_cache
+from sae.cache.reader import Cache
 from sae.cli.main import app
+from sae.cli.stream import run_stream
+from sae.cli.train import run_train
 from sae.common.errors import Interrupted, SaeError, UnavailableError, UsageError
 from sae.common.files import read_json
 from sae.evaluate.plan import EvaluateConfig as Evaluate
@@ -38,8 +41,6 @@ from sae.train.recipe import find_recipe
 from sae.train.run import TrainProgress
 from sae.train.streaming import train_streaming
 from sae.train.variant import RunConfig
-from sae.cli.stream import run_stream
-from sae.cli.train import run_train
 
 TOKENS, WINDOW, RING, BATCH = 3000, 256, 4, 60
 PER_GROUP, LEFT_FOR_THE_LAST = 8, 440 // BATCH
@@ -106,7 +107,8 @@ def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked
     (folder,) = stream(asked, request_of("topk", shuffle_seed=5))
     cache = run_harvest(plan_harvest(Harvest(layers=[1], out=tmp_path / "whole", **asked)))
     rows = [
-        torch.from_numpy(cache.chunk("layer_01", n).astype(np.int32)).short().view(torch.bfloat16) for n in range(12)
+        torch.from_numpy(cache.read_chunk("layer_01", n).astype(np.int32)).short().view(torch.bfloat16)
+        for n in range(12)
     ]
     first = torch.cat(rows[:2]).double()
 
@@ -295,14 +297,14 @@ def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
     with pytest.raises(Interrupted):
         stream(asked, request_of("topk"), TrainProgress(step=stop))
     shown = CliRunner().invoke(app, ["cache", "list"]).stdout
-    assert re.search(r"--stream   \S+, rolling, windows 2-[345] of 12, 3,000 rows", shown)
+    assert re.search(r"--stream   \S+, a ring with windows 2-[345] of 12, 3,000 rows", shown)
     with pytest.raises(UsageError, match="keeps only the windows"):
         run_harvest(plan_harvest(Harvest(layers=[1], out=the_ring(), **asked)))
     with pytest.raises(UsageError, match="keeps only the windows"):
         repair(the_ring())
-    with pytest.raises(UsageError, match="is rolling, windows 2-"):
+    with pytest.raises(UsageError, match="is a ring with windows 2-"):
         plan_training(request_of("topk", caches=[the_ring()]))
-    with pytest.raises(UsageError, match="No cache holds layer 1. Make one with"):
+    with pytest.raises(UsageError, match="No cache holds layer 1. Create one with"):
         find_cache(None, Hook(1))
     (folder,) = Path("runs").iterdir()
     with pytest.raises(UsageError, match="repeat the `sae train --stream` command"):
@@ -321,7 +323,7 @@ def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
         ("--stream --batch-size 600", "Half of the ring holds 512 rows, fewer than one batch of 600"),
         ("--stream --resume runs/topk", "--resume cannot be given with --stream"),
         ("--stream --cache a --cache b", "--stream fills one folder"),
-        ("--stream --cache kept", "kept is a cache to keep"),
+        ("--stream --cache kept", "kept is an ordinary cache"),
         ("--stream --cache theirs", "theirs holds thesis.tex, but no activation cache"),
         ("--ring 4", "--tokens, --ring, --dataset, --context, --window can only be given with --stream"),
     ],

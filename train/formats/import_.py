@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...cache.catalog import canonical_model_name, list_caches
 from ...cache.layout import Hook
-from ...cache.reader import Cache, list_caches, model_name
+from ...cache.reader import Cache
 from ...common.errors import UsageError
 from ...common.files import digest_of, sae_home, write_json
 from ..sae import SAE, save_sae
@@ -160,7 +161,7 @@ def resolve_hook_and_model(foreign: ForeignSAE, folder: Path, model: str | None,
         if hook is not None and hook.layer != layer:
             foreign.notes.append(f"The files say {hook}; --layer {layer} overrides it.")
         hook = Hook(layer, hook.site if hook is not None else "resid_post")
-    resolved = model_name(model) or foreign.model
+    resolved = canonical_model_name(model) or foreign.model
     if model is not None and foreign.model not in (None, resolved):
         foreign.notes.append(f"The files say {foreign.model}; --model {resolved} overrides it.")
     if hook is None or resolved is None:
@@ -176,7 +177,7 @@ def find_cache(model: str, hook: Hook, d_in: int, cache_folder: Path | None, not
     """A cache to evaluate an SAE on: the given one, else the only one of its model and hook, else None."""
     if cache_folder is not None:
         cache = Cache(cache_folder)
-        width = cache.array(cache.require(*hook)).shape[1]
+        width = cache.array(cache.require_array(*hook)).shape[1]
         if cache.model != model:
             raise UsageError(f"--cache {cache_folder} holds activations of {cache.model}, but the SAE is of {model}.")
         if width != d_in:

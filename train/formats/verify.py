@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.catalog import list_caches
 from ...cache.layout import Hook
-from ...cache.reader import Cache, list_caches
+from ...cache.reader import Cache
 from ...common.errors import SaeError, UsageError
 from ..sae import SAE
 from .base import Reference
@@ -151,7 +152,7 @@ def require_passed(check: Check, action: str) -> Check:
 
 def cached_rows(cache: Cache, hook: Hook, count: int = SAMPLE_ROWS) -> SampleRows:
     """Rows of a cache, in blocks spread evenly over it."""
-    name = cache.require(*hook)
+    name = cache.require_array(*hook)
     chunks = cache.chunk_rows
     count = min(count, sum(chunks))
     block = max(1, count // SAMPLE_BLOCKS)
@@ -160,7 +161,7 @@ def cached_rows(cache: Cache, hook: Hook, count: int = SAMPLE_ROWS) -> SampleRow
     for row in np.linspace(0, sum(chunks) - block, math.ceil(count / block)).astype(int):
         chunk = int(np.searchsorted(chunk_ends, row, side="right"))
         start = int(row - (chunk_ends[chunk] - chunks[chunk]))
-        parts += cache.rows_of(name, chunk, start, min(block, chunks[chunk] - start))
+        parts += cache.read_rows(name, chunk, start, min(block, chunks[chunk] - start))
     bits_RD = np.concatenate(parts)
     return SampleRows(torch.from_numpy(bits_RD).view(torch.bfloat16).float(), f"from cache {cache.folder.name}")
 
