@@ -132,29 +132,16 @@ def cache_of(source: Any) -> Path:
     return source.folder if isinstance(source, Cache) else execute(source).folder
 
 
-def estimate_runs(group: Sequence[Job], source: Any, asked: ReproduceConfig) -> list[list[tuple[Any, Path]]]:
-    """What of the group is still to train, and into which folder: a list for what shares a pass."""
-    from ..cache.layout import Hook
+def estimate_runs(
+    group: Sequence[Job], source: Any, asked: ReproduceConfig, reserved: Mapping[Path, float]
+) -> list[list[Any]]:
+    """The runs of a group that are still to be trained: a list for each pass. `reserved` is that of plan_training."""
     from ..cache.reader import Cache
-    from ..train.plan import check_seeds, group_by_pass, parse_options, parse_width, plan_training
-    from ..train.recipe import find_recipe
-    from ..train.variant import RunConfig
+    from ..train.plan import plan_training
 
-    if (cache := source if isinstance(source, Cache) else source.finished_cache) is not None:
-        todo = [run for run in plan_training(train_config(group, cache.folder, asked)) if not run.done]
-        return [[(run.planned, run.folder) for run in stream] for stream in group_by_pass(todo)]
-    first, found = group[0], []
-    check_seeds(*first.seeds)
-    for layer in first.layers:
-        d_in, stream = source.widths[Hook(layer, "resid_post").array], []
-        for name, options in options_by_recipe(group).items():
-            recipe = find_recipe(name)
-            given = parse_options([f"{name}.{option}" for option in options], [recipe])[name]
-            sizes = d_in, parse_width(first.width, recipe, d_in), first.steps, first.batch_size or recipe.batch_size
-            run = (recipe, given, RunConfig(*sizes, paper_exact=first.literal)), asked.folder / "runs" / "not yet begun"
-            stream += [run] * len(first.seeds)
-        found.append(stream)
-    return found
+    cache = source if isinstance(source, Cache) else source.finished_cache
+    config = train_config(group, source.planned_cache() if cache is None else cache.folder, asked)
+    return plan_training(config, reserved).passes
 
 
 def show_plan(
@@ -163,12 +150,13 @@ def show_plan(
     """What there is to train in all, as lines; OutsideError where it does not fit on the disk."""
     from ..common.formatting import format_count
     from ..harvest.plan import HarvestPlan
-    from ..train.estimate import check_disk_space
-    from .train import show_size, show_time
+    from ..train.estimate import check_disk_space, describe_size, describe_time
 
-    group_by_pass: list[list[tuple[Any, Path]]] = []
+    plans = [source for source in sources.values() if isinstance(source, HarvestPlan)]
+    reserved = {plan.folder: plan.bytes_to_write for plan in plans}
+    group_by_pass: list[list[Any]] = []
     for group in groups:
-        of_group = estimate_runs(group, sources[group[0].dataset], asked)
+        of_group = estimate_runs(group, sources[group[0].dataset], asked, reserved)
         first, recipes, todo = group[0], options_by_recipe(group), sum(map(len, of_group))
         count = len(recipes) * len(first.layers) * len(first.seeds)
         there = f"; {count - todo:,} of them are there" if todo < count else ""
@@ -177,11 +165,11 @@ def show_plan(
         )
         group_by_pass += of_group
     if runs := [run for stream in group_by_pass for run in stream]:
-        plans = [source for source in sources.values() if isinstance(source, HarvestPlan)]
-        check_disk_space(runs, {plan.folder: plan.bytes_to_write for plan in plans})
-        show_size([planned for planned, _ in runs], asked.folder)
+        check_disk_space(runs, reserved)
+        echo(describe_size(runs, asked.folder))
         if dry_run:
-            show_time([[planned for planned, _ in stream] for stream in group_by_pass], asked.device)
+            for line in describe_time(group_by_pass, asked.device):
+                echo(line)
     echo(f"evaluate the runs of each paper in the suite {suite_of(asked)}; how long that takes is not foreseen")
 
 

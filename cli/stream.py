@@ -35,7 +35,7 @@ def run_stream(request: Any, given: dict[str, Any], run_train: Any, dry_run: boo
         **of_harvest,
     )
     plan, ring = plan_ring(asked, given.get("ring", RING))
-    request = replace(request, ring=ring)
+    request = replace(request, source=ring)
     for line in plan.describe_source():
         echo(line)
     bytes_of_ring = check_room(plan, ring)

@@ -1,199 +1,219 @@
-"""What `sae train` prints: its plan, its progress, what came of it."""
+"""`sae train`: cache -> runs."""
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo, show_table
-from .options import STREAMING, Caches, Device, Layers, StreamTokens
+from .options import STREAMING, Caches, Layers, StreamTokens
 
+if TYPE_CHECKING:
+    from ..train.plan import Run, TrainConfig, TrainPlan
+    from ..train.run import TrainProgress
 
-def run_train(request: Any, dry_run: bool = False, carry_out: Any = None, beside: Any = None) -> list[Any]:
-    """The runs. `beside`: folders and the bytes that something else writes there meanwhile."""
-    from ..common.formatting import format_count
-    from ..train.loggers import Loggers
-    from ..train.plan import group_by_pass, plan_training
-    from ..train.run import TrainProgress, run_training
-
-    runs = plan_training(request, beside or {})
-    for run in runs:
-        s = run.config
-        echo(
-            f"train    {run.recipe.name} {s.d_in} -> {s.d_sae}, {run.hook}, seed {run.seed}: {s.steps:,} steps x {s.batch_size:,} tokens -> {run.folder}"
-        )
-    for note in dict.fromkeys(note for run in runs for note in run.notes):
-        echo(f"note     {note}")
-    todo = [run for run in runs if not run.done]
-    if todo:
-        show_size([run.planned for run in todo], todo[0].folder.parent)
-    if dry_run:
-        if todo:
-            together = group_by_pass(todo) if request.ring is None else [todo]  # behind a harvest all are there at once
-            show_time([[run.planned for run in stream] for stream in together], request.device)
-        if begun := [run for run in todo if (run.folder / "checkpoints").exists()]:
-            echo(f"note     {format_count(len(begun), 'run')} of them began before; the time is of all steps")
-        if any(run.compiled for run in todo):
-            echo("note     the time is without --compile, whose first step takes minutes and the others less")
-        return runs
-    started = time.monotonic()
-    latest: dict[str, dict[str, float]] = {}
-    with bar("train", "steps") as shown, Loggers(request.log, runs) as loggers:
-
-        def step(number: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
-            latest.update(metrics)
-            loggers.log(metrics)
-            first = next(iter(metrics.values()), {})
-            shown(
-                number, steps, ", ".join(f"{head} {text}" for head, text in zip(TRAINED, summary(first), strict=True))
-            )
-            if len(runs) > 1:
-                shown.table(["run", *TRAINED], [[name, *summary(found)] for name, found in latest.items()])
-
-        (carry_out or run_training)(runs, request, TrainProgress(step, shown.say))
-    if latest:
-        lines = [[name, *summary(found)] for name, found in latest.items()]
-        show_table("trained (means over the last logged steps)", ["run", *TRAINED], lines)
-        waited = max(found["waited_for_data"] for found in latest.values())
-        echo(f"done     in {time.monotonic() - started:.0f} s, of which training waited {waited:.1f} s for data")
-    return runs
-
-
-TRAINED = ("loss", "L0", "EV", "dead")
-
-
-def summary(found: dict[str, float]) -> list[str]:
-    """The metrics of a run under the heads of TRAINED."""
-    if not found:
-        return ["-"] * len(TRAINED)
-    return [f"{found['loss']:.4g}", f"{found['l0']:.1f}", f"{found['explained_variance']:.3f}", f"{found['dead']:.1%}"]
-
-
-def show_size(planned: Any, folder: Any) -> None:
-    """What the runs that are planned will leave on the disk, as a line."""
-    from ..common.files import free_space
-    from ..common.formatting import format_bytes, format_count
-    from ..train.estimate import run_bytes
-
-    size = format_bytes(sum(run_bytes(one).folder for one in planned))
-    echo(
-        f"size     up to {size} in {format_count(len(planned), 'run folder')}; {format_bytes(free_space(folder))} free"
-    )
-
-
-def show_time(group_by_pass: Any, device: str) -> None:
-    """What the training of streams, each of runs that share a pass, takes on the device: memory and time, as lines."""
-    from ..common.device import resolve_device
-    from ..common.errors import UnavailableError
-    from ..common.formatting import format_bytes, format_duration
-    from ..train.estimate import run_bytes, training_seconds
-
-    device = resolve_device(device)
-    memory = max(sum(run_bytes(one).state for one in stream) for stream in group_by_pass)
-    echo(
-        f"memory   {format_bytes(memory)} of weights and AdamW's moments on {device}, and what a step needs beside them"
-    )
-    try:
-        seconds = training_seconds([planned for stream in group_by_pass for planned in stream], device)
-    except UnavailableError as error:
-        echo(f"time     {error}")
-        return
-    echo(
-        f"time     about {format_duration(seconds)} of training on {device}, by the time of a few steps of each recipe"
-    )
+DATA = "Data and batches"
+RECORDS = "Checkpoints and logging"
+MACHINE = "Machine"
+COLUMNS = ("loss", "L0", "EV", "dead")  # of the table of runs
 
 
 @cli_command
 def train(
     variant: Annotated[
         list[str] | None,
-        typer.Option("--variant", help="A recipe (`sae variants`). Repeats: all are trained on one pass."),
+        typer.Option("--variant", help="Recipe to train (`sae variants`). Can be repeated; all share one pass."),
     ] = None,
     layer: Layers = None,
-    site: Annotated[str, typer.Option(help="resid_post, mlp_out or attn_z.")] = "resid_post",
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeats.")] = None,
     cache: Caches = None,
-    model: Annotated[
-        str | None, typer.Option(help="Choose the cache by its model; with --stream, the model to harvest.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Default: one epoch of the cache.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Tokens in a batch. Default: the recipe's.")] = None,
     width: Annotated[
-        str | None, typer.Option(help="Latents: 2304, 16k, or 8x for eight times d_in. Default: the recipe's.")
+        str | None,
+        typer.Option(help="Number of latents: 2304, 16k, or 8x for eight times d_in. Default: the recipe's."),
     ] = None,
     l0: Annotated[
-        list[float] | None, typer.Option("--l0", help="Latents a token, for any recipe. Repeats: a run for each.")
+        list[float] | None,
+        typer.Option("--l0", help="Target latents per token, for any recipe. Can be repeated, with a run for each."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: one epoch of the cache.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Random seed. Can be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of a recipe: k=64, or topk.lr=1e-3. Can be repeated.")
     ] = None,
     paper_exact: Annotated[
         bool,
-        typer.Option(
-            "--paper-exact",
-            help="Use the paper's settings and constants verbatim, even where they have no effect.",
-        ),
+        typer.Option("--paper-exact", help="Use the paper's settings verbatim, even where they have no effect."),
     ] = False,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="option=value or variant.option=value. Repeats.")
+    out: Annotated[Path | None, typer.Option(help="Folder for the run folders. Default: runs/.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    site: Annotated[str, typer.Option(help="resid_post, mlp_out or attn_z.", rich_help_panel=DATA)] = "resid_post",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Choose the cache by its model. With --stream: model to harvest.", rich_help_panel=DATA),
     ] = None,
-    resume: Annotated[list[Path] | None, typer.Option(help="Go on with a run folder. Repeats.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where run folders go. Default: runs/.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Tokens per batch. Default: the recipe's.", rich_help_panel=DATA)
+    ] = None,
     shuffle_seed: Annotated[
-        int, typer.Option("--shuffle-seed", help="Seed of the batch order, shared by all variants.")
+        int,
+        typer.Option("--shuffle-seed", help="Seed of the batch order, which all runs share.", rich_help_panel=DATA),
     ] = 0,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
-    log: Annotated[
-        list[str] | None, typer.Option(help="tensorboard, wandb or trackio, besides metrics.jsonl. Repeats.")
-    ] = None,
-    compiled: Annotated[
-        bool,
-        typer.Option("--compile", help="torch.compile the steps: another run, in its last bits. Not faster on a CPU."),
-    ] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Harvest while training, and keep only a ring of activations on the disk.")
+        bool,
+        typer.Option(
+            "--stream",
+            help="Harvest while training. Activations are deleted once they have been read.",
+            rich_help_panel=STREAMING,
+        ),
     ] = False,
     tokens: StreamTokens = None,
     ring: Annotated[
         int | None,
-        typer.Option(rich_help_panel=STREAMING, help="Windows on the disk at most, an even number. Default: 4."),
+        typer.Option(help="Maximum number of windows on the disk, even. Default: 4.", rich_help_panel=STREAMING),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(rich_help_panel=STREAMING, help="As in `sae harvest`.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="As in `sae harvest`.", rich_help_panel=STREAMING)] = None,
     context: Annotated[
-        int | None, typer.Option(rich_help_panel=STREAMING, help="Tokens in a context. Default: 128.")
+        int | None, typer.Option(help="Tokens per context. Default: 128.", rich_help_panel=STREAMING)
     ] = None,
     window: Annotated[
-        int | None, typer.Option(rich_help_panel=STREAMING, help="Rows in a window. Default: 262,144.")
+        int | None, typer.Option(help="Rows per window. Default: 262,144.", rich_help_panel=STREAMING)
     ] = None,
-    device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    resume: Annotated[
+        list[Path] | None, typer.Option(help="Run folder to resume. Can be repeated.", rich_help_panel=RECORDS)
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=RECORDS)
+    ] = 1000,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between log lines.", rich_help_panel=RECORDS)] = 50,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tensorboard, wandb or trackio, in addition to metrics.jsonl. Can be repeated.",
+            rich_help_panel=RECORDS,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)
+    ] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the training step. Results differ in the last bits. Not faster on a CPU.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
 ) -> None:
-    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache, or with --stream over a text."""
+    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache, or over a text with --stream."""
     from ..common.errors import UsageError
     from ..train.plan import TrainConfig
 
     if not variant and not resume:
         raise UsageError(
-            "Say what to train: --variant batchtopk, or several; `sae variants` lists them. Or --resume runs/..."
+            "Nothing to train: give --variant batchtopk, or several (`sae variants` lists them), or --resume runs/..."
         )
-    request = TrainConfig(
-        variants=variant or (), layers=layer or (12,), site=site, seeds=seed or (0,), caches=cache or (), model=model, steps=steps, batch_size=batch_size, width=width,
-        l0=l0 or (), paper_exact=paper_exact, options=set_ or (), shuffle_seed=shuffle_seed, resume=resume or (), out=out, device=device, log_every=log_every, checkpoint_every=checkpoint_every, log=log or (), compiled=compiled,
+    config = TrainConfig(
+        variants=variant or (),
+        layers=layer or (12,),
+        site=site,
+        seeds=seed or (0,),
+        caches=cache or (),
+        model=model,
+        steps=steps,
+        batch_size=batch_size,
+        width=width,
+        l0=l0 or (),
+        paper_exact=paper_exact,
+        options=set_ or (),
+        shuffle_seed=shuffle_seed,
+        resume=resume or (),
+        out=out,
+        device=device,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        log=log or (),
+        compiled=compiled,
         origins=ORIGINS.get({}),
-    )  # fmt: skip
-    of_stream = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
-    given = {name: value for name, value in of_stream.items() if value is not None}
+    )
+    stream_options = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
+    given = {name: value for name, value in stream_options.items() if value is not None}
     if stream:
         from .stream import run_stream
 
-        runs = run_stream(request, given, run_train, dry_run)
+        runs = run_stream(config, given, run_train, dry_run)
     elif given:
-        raise UsageError(
-            f"{', '.join(f'--{name}' for name in given)} can only be given with --stream. A cache has its own."
-        )
+        raise UsageError(f"{', '.join(f'--{name}' for name in given)} can only be given with --stream.")
     else:
-        runs = run_train(request, dry_run)
+        runs = run_train(config, dry_run)
     if not dry_run:
         from ..common.formatting import shell_paths
 
         echo(f"next     sae evaluate {shell_paths([run.folder for run in runs])}")
+
+
+def run_train(
+    config: "TrainConfig",
+    dry_run: bool = False,
+    run: "Callable[[TrainPlan, TrainProgress], None] | None" = None,
+    reserved: Mapping[Path, float] | None = None,
+) -> "list[Run]":
+    """Plan, print the plan, and train unless it is a dry run. Returns the runs.
+
+    `run` trains instead of `run_training`; `reserved` is that of `plan_training`.
+    """
+    from ..train.plan import plan_training
+
+    plan = plan_training(config, reserved or {})
+    for line in plan.describe(time=dry_run):
+        echo(line)
+    if not dry_run:
+        execute(plan, run)
+    return plan.runs
+
+
+def execute(plan: "TrainPlan", run: "Callable[[TrainPlan, TrainProgress], None] | None" = None) -> None:
+    """Train the runs of a plan with a bar, and print their last metrics."""
+    from ..train.loggers import Loggers
+    from ..train.run import TrainProgress, run_training
+
+    started = time.monotonic()
+    latest: dict[str, dict[str, float]] = {}
+    with bar("train", "steps") as progress_bar, Loggers(plan.config.log, plan.runs) as loggers:
+
+        def on_step(step: int, steps: int, metrics: dict[str, dict[str, float]]) -> None:
+            latest.update(metrics)
+            loggers.log(metrics)
+            if len(plan.runs) > 1:
+                progress_bar.table(["run", *COLUMNS], table_rows(latest))
+            progress_bar(step, steps, progress_note(metrics, plan.runs, progress_bar.live))
+
+        (run or run_training)(plan, TrainProgress(on_step, progress_bar.say))
+    if latest:
+        show_table("trained (means over the last logged steps)", ["run", *COLUMNS], table_rows(latest))
+        waited = max(metrics["waited_for_data"] for metrics in latest.values())
+        echo(f"done     in {time.monotonic() - started:.0f} s, of which training waited {waited:.1f} s for data")
+
+
+def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:
+    """The numbers behind the bar: of the only run, or of the first of several, named. A live bar has a table of several."""
+    if not metrics or (live and len(runs) > 1):
+        return ""
+    name, numbers = next(iter(metrics.items()))
+    text = ", ".join(f"{column} {value}" for column, value in zip(COLUMNS, format_metrics(numbers), strict=True))
+    return text if len(runs) == 1 else f"{name}: {text}"
+
+
+def table_rows(metrics: Mapping[str, dict[str, float]]) -> list[list[str]]:
+    return [[name, *format_metrics(numbers)] for name, numbers in metrics.items()]
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics of a run, in the order of COLUMNS."""
+    return [
+        f"{metrics['loss']:.4g}",
+        f"{metrics['l0']:.1f}",
+        f"{metrics['explained_variance']:.3f}",
+        f"{metrics['dead']:.1%}",
+    ]

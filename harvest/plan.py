@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.catalog import list_caches
-from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, fingerprint_of
+from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, Layout, fingerprint_of
+from ..cache.planned import PlannedCache
 from ..cache.reader import Cache, read_hook_modules
 from ..cache.statistics import describe_statistics
 from ..common.device import resolve_device, resolve_dtype
@@ -110,6 +111,11 @@ class HarvestPlan:
             cache = Cache(self.folder)
             return cache if set(self.hooks) <= set(cache.hooks) else None
         return None
+
+    def planned_cache(self) -> PlannedCache:
+        """The cache that this plan will write, for training to be planned on it before the harvest."""
+        layout = Layout(self.tokens, self.config.window, self.config.storage_dtype, self.config.compress)
+        return PlannedCache(self.folder, self.identity, layout, self.widths)
 
     @property
     def bytes_to_write(self) -> int:

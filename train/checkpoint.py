@@ -1,7 +1,12 @@
-"""Checkpoints: whole, verified, resumable. Tensors in safetensors, numbers in JSON, no pickle.
+"""The checkpoint format: whole, verified, resumable. Tensors in safetensors, numbers in JSON, no pickle.
 
-state.json is written last and holds the checksum of state.safetensors: its presence and their agreement are what makes
-a checkpoint one. The last two are kept; a damaged one is passed over with a sentence.
+    checkpoints/step-00001000/
+        state.safetensors    every tensor of the variant ("variant.<name>"), AdamW's state ("optimizer.<name>.<key>"),
+                             the step index "i" and "failed_at"
+        state.json           {"format", "step", "sha256" of state.safetensors}, written last
+
+A checkpoint is valid if state.json exists and its checksum matches. The newest two are kept; damaged ones are skipped
+with a message.
 """
 
 import hashlib
@@ -23,34 +28,40 @@ FORMAT = 1
 KEPT = 2
 
 
-def training_state(training: Trainer) -> dict[str, Tensor]:
-    """Every tensor that a restart needs, by name; parts that share one appear once."""
-    variant = training.variant
+def training_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor that a restart needs, by name. A tensor that several modules share appears once."""
+    variant = trainer.variant
     tensors = {f"variant.{n}": t.detach() for n, t in [*variant.named_parameters(), *variant.named_buffers()]}
     for name, parameter in variant.named_parameters():
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in training.optimizer.state[parameter].items()}
-    return tensors | {"i": training.i, "failed_at": training.failed_at}
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in trainer.optimizer.state[parameter].items()}
+    return tensors | {"i": trainer.i, "failed_at": trainer.failed_at}
 
 
-def save_checkpoint(training: Trainer, folder: Path, step: int) -> None:
-    """Write the state after `step` steps into checkpoints/, and drop all but the newest two."""
+def save_checkpoint(trainer: Trainer, folder: Path, step: int) -> None:
+    """Write the state after `step` steps into the run folder's checkpoints/, and remove all but the newest two."""
     target = folder / "checkpoints" / f"step-{step:08d}"
-    data = to_safetensors({n: t.contiguous().cpu() for n, t in training_state(training).items()})
+    data = to_safetensors({n: t.contiguous().cpu() for n, t in training_state(trainer).items()})
     atomic_write(target / "state.safetensors", data)
     write_json(target / "state.json", {"format": FORMAT, "step": step, "sha256": hashlib.sha256(data).hexdigest()})
-    everything = sorted((folder / "checkpoints").glob("step-*"))
-    passed_over = [path for path in everything if path.name > target.name]  # or they would push out the whole ones
-    for old in [*passed_over, *[path for path in everything if path.name <= target.name][:-KEPT]]:
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    # Those of later steps were damaged and skipped when the run was resumed; kept, they would push out valid ones.
+    skipped = [path for path in checkpoints if path.name > target.name]
+    for old in [*skipped, *[path for path in checkpoints if path.name <= target.name][:-KEPT]]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
-    """The step and the tensors; DamagedError when they are not what was written, UsageError for another version's."""
+    """The step and the tensors of a checkpoint.
+
+    Raises:
+        DamagedError: a file is missing, or not what was written.
+        UsageError: the checkpoint has another format version.
+    """
     record: dict[str, Any] = read_json(path / "state.json", "format", "step", "sha256")
     if record.get("format") != FORMAT:
         raise UsageError(
             f"{path} is a checkpoint of format {record.get('format')}; this version reads {FORMAT}. "
-            "Go on with the version that wrote it, or remove it to begin again."
+            "Resume with the version that wrote it, or remove it to start over."
         )
     try:
         data = (path / "state.safetensors").read_bytes()
@@ -61,37 +72,38 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
     return record["step"], load(data)
 
 
-def restore_checkpoint(training: Trainer, folder: Path, tell: Callable[[str], None]) -> int:
-    """Load the newest whole checkpoint; returns how many steps were taken, 0 without one.
+def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None]) -> int:
+    """Load the newest valid checkpoint of a run folder; returns its step, or 0 if there is none.
 
-    Raises UsageError when it is another version's: beginning again in silence would throw training away.
+    Raises UsageError if it comes from another version: starting over silently would throw training away.
     """
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
             step, tensors = read_checkpoint(path)
         except DamagedError as error:
-            tell(f"The checkpoint {path.name} is passed over: {error}")
+            say(f"Skipping the checkpoint {path.name}: {error}")
             continue
-        shapes = {name: t.shape for name, t in training_state(training).items()}
+        shapes = {name: t.shape for name, t in training_state(trainer).items()}
         if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
             raise UsageError(
-                f"{path} is a checkpoint of other parts than this version builds. "
-                "Go on with the version that wrote it, or remove the run to begin again."
+                f"{path} holds other tensors than this version's variant has. "
+                "Resume with the version that wrote it, or remove the run to start over."
             )
-        load_training_state(training, tensors)
+        load_training_state(trainer, tensors)
         return step
     return 0
 
 
 @torch.no_grad()
-def load_training_state(training: Trainer, tensors: dict[str, Tensor]) -> None:
-    variant = training.variant
+def load_training_state(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of `training_state` into a trainer."""
+    variant = trainer.variant
     for name, parameter in variant.named_parameters():
         keys = [k for k in tensors if k.startswith(f"optimizer.{name}.")]
-        training.optimizer.state[parameter] = {k.rsplit(".", 1)[1]: tensors[k].to(training.device) for k in keys}
+        trainer.optimizer.state[parameter] = {k.rsplit(".", 1)[1]: tensors[k].to(trainer.device) for k in keys}
     for name, tensor in [*variant.named_parameters(), *variant.named_buffers()]:
         tensor.copy_(tensors[f"variant.{name}"])
-    training.i.copy_(tensors["i"])
-    training.failed_at.copy_(tensors["failed_at"])
+    trainer.i.copy_(tensors["i"])
+    trainer.failed_at.copy_(tensors["failed_at"])
     for mechanism in variant.mechanisms:
         mechanism.after_restore()

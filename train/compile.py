@@ -1,9 +1,9 @@
 """`sae train --compile`: torch.compile of a step's forward pass, losses and their gradient.
 
-What moves state (mechanisms, clipping, the optimizer) stays as it is. The sums of a compiled step run in another order,
-so it is another run than an eager one, in the last bits and soon in more; the choice is part of a run's identity. Shapes
-are compiled as they are, never as variables: what a step computes does not depend on which shapes came before, and so a
-run that goes on from a checkpoint is still the same bit for bit, with the same compiler on the same kind of machine.
+What changes state (mechanisms, clipping, the optimizer) is not compiled. A compiled step sums in another order, so its
+results differ from an eager one's in the last bits and soon in more; whether to compile is part of a run's identity.
+Shapes are compiled as constants, never as variables, so that what a step computes does not depend on which shapes came
+before. A resumed run is therefore still identical bit for bit, with the same compiler on the same kind of machine.
 """
 
 from typing import Any
@@ -14,35 +14,37 @@ from torch import Tensor
 from .loop import Trainer, autocast
 from .step import Step
 
-MANY = 1 << 16
+RECOMPILE_LIMIT = 1 << 16
 
 
-def compile_step(training: Trainer, batch_size: int) -> str | None:
-    """Compile the step of a training, trying it on zeros first; None, or why it stays eager, in a few words."""
-    variant, optimizer = training.variant, training.optimizer
+def compile_step(trainer: Trainer, batch_size: int) -> str | None:
+    """Compile a trainer's `forward_losses`, and try it on a batch of zeros.
+
+    Returns None, or the reason why the trainer stays eager in a few words.
+    """
+    variant, optimizer = trainer.variant, trainer.optimizer
 
     def pure(i: Tensor, x_BD: Tensor) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, Tensor]]:
         step = variant(i, x_BD, optimizer)
         losses = variant.losses(step)
         return (step.x_BD, step.pre_BF, step.f_BF, step.recon_BD, step.kept), losses, step.metrics
 
-    # One for each length of the list of dead latents and each variant: over its limit, torch would stop.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MANY
+    # There is one compilation per variant and length of the list of dead latents; beyond the limit torch would stop.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     compiled = torch.compile(pure, fullgraph=True, dynamic=False)
 
     def forward_losses(x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
-        outputs, losses, metrics = compiled(training.i, x_BD)
-        return Step(training.i, variant.sae, optimizer, *outputs, metrics=metrics), losses
+        outputs, losses, metrics = compiled(trainer.i, x_BD)
+        return Step(trainer.i, variant.sae, optimizer, *outputs, metrics=metrics), losses
 
+    zeros_BD = torch.zeros(batch_size, variant.sae.d_in, dtype=torch.bfloat16, device=trainer.device)
     try:
-        with autocast(training.device):
-            _, losses = forward_losses(
-                torch.zeros(batch_size, variant.sae.d_in, dtype=torch.bfloat16, device=training.device)
-            )
+        with autocast(trainer.device):
+            _, losses = forward_losses(zeros_BD)
         torch.stack(list(losses.values())).sum().backward()
-    except Exception as error:  # whatever the compilers of this machine come up with
+    except Exception as error:  # whatever the compilers of this machine raise
         return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     finally:
         optimizer.zero_grad(set_to_none=True)
-    training.forward_losses = forward_losses  # type: ignore[method-assign]
+    trainer.forward_losses = forward_losses  # type: ignore[method-assign]
     return None

@@ -1,154 +1,202 @@
-"""What training will take, before it begins: bytes on the disk, bytes on the device, and the time of its steps."""
+"""Estimates made before training: bytes on the disk, bytes on the device, and the time of the steps."""
 
 import json
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ..common.device import available_memory, empty_gpu_cache, resolve_device
 from ..common.errors import UnavailableError, UsageError
 from ..common.files import existing_parent, folder_bytes, free_space
-from ..common.formatting import format_bytes, format_count
+from ..common.formatting import format_bytes, format_count, format_duration
 from .checkpoint import KEPT
 from .loop import Trainer
-from .recipe import Recipe, find_recipe
+from .recipe import Recipe
 from .variant import RunConfig, Variant
 
-Planned = tuple[Recipe, Mapping[str, Any], RunConfig]  # what a run is trained from
+TIMED_STEPS, TIMED_SECONDS = 5, 1.0  # a step is timed this often, or until this much time is spent
+OPERATIONS = 10  # multiplications and additions of a step for each row and weight of W_enc, at least
+MAX_OPERATIONS = {"cpu": 2e11, "cuda": 1e14}  # in a timed step: a second or two
+MAX_LATENTS = {"cpu": 3e7, "cuda": 3e9}  # elements of f_BF in a timed step
+MEMORY_SHARE = 0.5  # of the free memory that timing may use
+LATENT_TENSORS = 6  # tensors of the size of f_BF in a step, about; half as many of the size of all pairs of latents
 
-STEPS, ENOUGH = 5, 1.0  # a step is timed so often, or until so many seconds are spent
-PRODUCTS = 10  # multiplications and additions of a step for each row and weight of W_enc, at least
-AT_MOST = {"cpu": 2e11, "cuda": 1e14}  # of them in a timed step: a second or two
-LATENTS = {"cpu": 3e7, "cuda": 3e9}  # of all rows of a timed step, at most
-SHARE = 0.5  # of the memory that can be had, which a timed step takes at most
-TENSORS = 6  # of a step that have the size of the latents, about, and half as many of that of their pairs
+
+class BuildableRun(Protocol):
+    """What a variant is built from; `plan.Run` is one."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+    @property
+    def config(self) -> RunConfig: ...
+
+
+class RunInFolder(BuildableRun, Protocol):
+    @property
+    def folder(self) -> Path: ...
 
 
 class RunBytes(NamedTuple):
-    """Of a run: its SAE's tensors, and its state, which it has on the device and in each checkpoint."""
+    """The bytes of a run's SAE, and of its training state on the device and in each checkpoint."""
 
     sae: int
     state: int  # weights, buffers and AdamW's two moments
 
     @property
     def folder(self) -> int:
-        """What its folder holds at most: the SAE and the checkpoints that are kept."""
+        """What the run folder holds at most: the SAE and the checkpoints that are kept."""
         return self.sae + KEPT * self.state
 
 
-def run_bytes(planned: Planned) -> RunBytes:
-    variant = build_variant(planned, "meta")
+def run_bytes(run: BuildableRun) -> RunBytes:
+    variant = untrained_variant(run, "meta")
     weights, buffers = tensor_bytes(variant)
     return RunBytes(tensor_bytes(variant.sae)[0], 3 * weights + buffers)
 
 
 def tensor_bytes(module: torch.nn.Module) -> tuple[int, int]:
+    """Bytes of a module's parameters, and of its buffers."""
     return sum(p.nbytes for p in module.parameters()), sum(b.nbytes for b in module.buffers())
 
 
-def check_disk_space(runs: Iterable[tuple[Planned, Path]], beside: Mapping[Path, float] = {}) -> None:
-    """OutsideError where what runs write into their folders does not fit on a disk, with what goes into those `beside`.
+def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float] = {}) -> None:
+    """Check that the runs fit on their disks, besides the `reserved` bytes that something else will write.
 
-    What a run that was begun has written needs no space again. UsageError where a file is in a folder's place.
+    Checkpoints that a run has written already need no further space.
+
+    Args:
+        runs: the runs that are still to be trained.
+        reserved: folder -> bytes that a harvest will write into it.
+
+    Raises:
+        UnavailableError: a disk has too little space; the message says how much is needed and free.
+        UsageError: a file is in the place of a run folder.
     """
-    by_disk: dict[int, list[tuple[Planned, Path]]] = {}
-    for planned, folder in runs:
-        by_disk.setdefault(disk_id(folder), []).append((planned, folder))
-    for disk, here in by_disk.items():
-        sizes = [run_bytes(planned) for planned, _ in here]
-        activations = sum(size for folder, size in beside.items() if disk_id(folder) == disk)
-        # A checkpoint is whole before an older one goes, and the last one of a run before its SAE is written.
-        passing = max(size.state - size.sae for size in sizes)
-        needed = sum(size.folder for size in sizes) - sum(checkpoint_bytes(folder) for _, folder in here) + passing
-        place = existing_parent(here[0][1])
+    by_disk: dict[int, list[RunInFolder]] = {}
+    for run in runs:
+        by_disk.setdefault(disk_id(run.folder), []).append(run)
+    for disk, on_disk in by_disk.items():
+        sizes = [run_bytes(run) for run in on_disk]
+        activations = sum(size for folder, size in reserved.items() if disk_id(folder) == disk)
+        # A new checkpoint is complete before an older one is removed, and a run's last one before its SAE is written.
+        transient = max(size.state - size.sae for size in sizes)
+        needed = sum(size.folder for size in sizes) - sum(checkpoint_bytes(run.folder) for run in on_disk) + transient
+        place = existing_parent(on_disk[0].folder)
         if needed + activations > (free := free_space(place)):
-            also = f" beside {format_bytes(activations)} of activations" if activations else ""
+            also = f" besides {format_bytes(activations)} of activations" if activations else ""
             raise UnavailableError(
-                f"{format_count(len(here), 'run')} of up to {format_bytes(max(size.folder for size in sizes))} will need {format_bytes(needed)}{also}, "
-                f"and the disk of {place} has {format_bytes(free)} free. "
+                f"{format_count(len(on_disk), 'run')} of up to {format_bytes(max(size.folder for size in sizes))} will "
+                f"need {format_bytes(needed)}{also}, and the disk of {place} has {format_bytes(free)} free. "
                 "Train fewer, at a smaller --width, or give --out on another disk."
             )
 
 
 def disk_id(folder: Path) -> int:
-    """The disk that will hold a folder, as the system numbers them."""
+    """The number of the disk that will hold a folder (st_dev)."""
     place = existing_parent(folder)
     if not place.is_dir():
-        raise UsageError(f"{place} is no folder: a file is in its place. Give a new folder with --out.")
+        raise UsageError(f"{place} is a file, not a folder. Give a new folder with --out.")
     return place.stat().st_dev
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of a run's checkpoints, and of what a kill left half-written. The SAE of a run to go on with is made anew."""
-    strays = sum(path.stat().st_size for path in folder.glob("sae.safetensors.tmp-*"))
-    return strays + folder_bytes(folder / "checkpoints")
+    """Bytes of a run's checkpoints and of half-written SAEs. A finished SAE does not count: resuming rewrites it."""
+    partial = sum(path.stat().st_size for path in folder.glob("sae.safetensors.tmp-*"))
+    return partial + folder_bytes(folder / "checkpoints")
 
 
 def timed_rows(config: RunConfig, device: str) -> int:
-    """Of a batch that would take seconds, as many rows as take one or two."""
+    """How many rows of a batch to time: all, or as many as take a second or two."""
     kind = torch.device(device).type
-    limit = min(AT_MOST[kind] / PRODUCTS / config.d_in, LATENTS[kind]) / config.d_sae
+    limit = min(MAX_OPERATIONS[kind] / OPERATIONS / config.d_in, MAX_LATENTS[kind]) / config.d_sae
     return max(1, min(config.batch_size, int(limit)))
 
 
-def step_memory_bytes(planned: Planned, device: str) -> float:
-    """Bytes that a timed step takes, about: the state, gradients, and tensors of latents and of their pairs."""
-    config, variant = planned[2], build_variant(planned, "meta")
+def step_memory_bytes(run: BuildableRun, device: str) -> float:
+    """Approximate bytes of a timed step: state, gradients, tensors of latents and of pairs of latents."""
+    config, variant = run.config, untrained_variant(run, "meta")
     weights, buffers = tensor_bytes(variant)
     latents = timed_rows(config, device) * config.d_sae
     pairs = config.d_sae**2 / 2 if any(term.all_pairs for term in variant.terms.values()) else 0
-    return 4 * weights + buffers + 4 * TENSORS * (latents + pairs)
+    return 4 * weights + buffers + 4 * LATENT_TENSORS * (latents + pairs)
 
 
-def step_seconds(planned: Planned, device: str) -> float:
-    """The time of a step on random rows. A batch that would take seconds is timed in part.
+def step_seconds(run: BuildableRun, device: str) -> float:
+    """The time of one step, measured on random rows. A batch that would take seconds is timed in part.
 
-    OutsideError where that would take too much of the memory.
+    Raises UnavailableError if timing would take more than half of the free memory.
     """
-    config, rows = planned[2], timed_rows(planned[2], device)
-    needed, available = step_memory_bytes(planned, device), available_memory(device)
-    if needed > SHARE * available:
+    config, rows = run.config, timed_rows(run.config, device)
+    needed, available = step_memory_bytes(run, device), available_memory(device)
+    if needed > MEMORY_SHARE * available:
         raise UnavailableError(
-            f"not timed: a step of {planned[0].name} takes {format_bytes(needed)} or more, "
+            f"not timed: a step of {run.recipe.name} takes {format_bytes(needed)} or more, "
             f"and {device} has {format_bytes(available)} of memory free"
         )
-    training = Trainer(build_variant(planned, device), config.steps, device)
+    trainer = Trainer(untrained_variant(run, device), config.steps, device)
     x_BD = torch.randn(rows, config.d_in, device=device).bfloat16()
-    seconds = fastest_step(training, x_BD)
-    if 1 < rows < config.batch_size:  # a part of it is the optimizer's, however many the rows are
-        of_one = fastest_step(training, x_BD[:1])
-        seconds = of_one + max(seconds - of_one, 0.0) / (rows - 1) * (config.batch_size - 1)
-    del training
+    seconds = fastest_step(trainer, x_BD)
+    if 1 < rows < config.batch_size:  # the optimizer's part of a step does not grow with the rows
+        one_row = fastest_step(trainer, x_BD[:1])
+        seconds = one_row + max(seconds - one_row, 0.0) / (rows - 1) * (config.batch_size - 1)
+    del trainer
     empty_gpu_cache(device)
     return seconds
 
 
-def fastest_step(training: Trainer, x_BD: torch.Tensor) -> float:
+def fastest_step(trainer: Trainer, x_BD: torch.Tensor) -> float:
     """The time of the fastest of a few steps."""
     times: list[float] = []
-    while len(times) < 2 or (len(times) < STEPS and sum(times) < ENOUGH):  # the first one is slower
+    while len(times) < 2 or (len(times) < TIMED_STEPS and sum(times) < TIMED_SECONDS):  # the first one is slower
         started = time.perf_counter()
-        training.step(x_BD)
-        int(training.i)  # a GPU is waited for
+        trainer.step(x_BD)
+        int(trainer.i)  # waits for a GPU
         times.append(time.perf_counter() - started)
     return min(times)
 
 
-def training_seconds(runs: Iterable[Planned], device: str) -> float:
-    """The time of all steps of the runs, one run after the other, as they take turns on one device. Nothing is read."""
-    device, alike = resolve_device(device), Counter()
-    alike.update((recipe.name, json.dumps(options, sort_keys=True), config) for recipe, options, config in runs)
-    return sum(
-        count * config.steps * step_seconds((find_recipe(name), json.loads(options), config), device)
-        for (name, options, config), count in alike.items()
-    )
+def training_seconds(runs: Iterable[BuildableRun], device: str) -> float:
+    """The time of all steps of the runs, which take turns on one device. Reading the batches is not included.
+
+    Runs that differ only in seed and data are timed once. Raises UnavailableError as `step_seconds` does.
+    """
+    device = resolve_device(device)
+    alike: dict[Any, list[BuildableRun]] = {}
+    for run in runs:
+        alike.setdefault((run.recipe.name, json.dumps(run.options, sort_keys=True), run.config), []).append(run)
+    return sum(len(same) * same[0].config.steps * step_seconds(same[0], device) for same in alike.values())
 
 
-def build_variant(planned: Planned, device: str) -> Variant:
-    recipe, options, config = planned
+def untrained_variant(run: BuildableRun, device: str) -> Variant:
+    """The untrained variant of a run. The device "meta" allocates nothing."""
     with torch.random.fork_rng(devices=[]), torch.device("meta") if device == "meta" else torch.device("cpu"):
-        return recipe.make(config, options).to(device)
+        return run.recipe.make(run.config, run.options).to(device)
+
+
+def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
+    """The line of a plan that says what the runs will leave on the disk of `folder`."""
+    size = format_bytes(sum(run_bytes(run).folder for run in runs))
+    return f"size     up to {size} in {format_count(len(runs), 'run folder')}; {format_bytes(free_space(folder))} free"
+
+
+def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str) -> list[str]:
+    """The lines of a plan that say what training takes on the device: memory and time. Takes a few steps of each recipe.
+
+    `passes` lists the runs that are on the device together, as `plan.group_by_pass` returns them.
+    """
+    device = resolve_device(device)
+    memory = format_bytes(max(sum(run_bytes(run).state for run in runs) for runs in passes))
+    try:
+        seconds = training_seconds([run for runs in passes for run in runs], device)
+        duration = f"about {format_duration(seconds)} of training on {device}, from timing a few steps of each recipe"
+    except UnavailableError as error:
+        duration = str(error)
+    return [
+        f"memory   {memory} of weights and AdamW's moments on {device}, plus what a step needs",
+        f"time     {duration}",
+    ]

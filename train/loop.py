@@ -1,7 +1,7 @@
-"""The training loop: every variant of a stream takes one step on each batch."""
+"""The training loop: every variant of a pass takes one step on each batch."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,19 +10,31 @@ from .step import Step
 from .variant import Variant
 
 
+def train_loop(
+    trainers: Sequence["Trainer"], batches: Iterator[Tensor], steps: range, after_step: Callable[[int], bool]
+) -> None:
+    """Take the steps, every trainer on each batch in turn, until `after_step(number)` returns True."""
+    for number in steps:
+        x_BD = next(batches)
+        for trainer in trainers:
+            trainer.run_periodic(number, trainer.step(x_BD))
+        if after_step(number):
+            break
+
+
 class Trainer:
-    """One variant being trained on the device it is on: what has to survive a restart besides its weights is here."""
+    """Trains one variant on the device it is on. Checkpoints hold the variant, the optimizer, `i` and `failed_at`."""
 
     def __init__(self, variant: Variant, steps: int, device: str) -> None:
         self.variant, self.steps, self.device = variant, steps, device
-        self.i = torch.zeros((), dtype=torch.int64, device=device)
+        self.i = torch.zeros((), dtype=torch.int64, device=device)  # index of the next step
         self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
         self.optimizer = make_optimizer(variant, device)
-        self.seen: dict[str, Tensor] = {}  # sums since they were last taken
-        self.count = 0
+        self.metric_sums: dict[str, Tensor] = {}  # over the steps since the last pop_metrics
+        self.metric_steps = 0
 
     def step(self, x_BD: Tensor) -> Step:
-        """One optimisation step on raw activations (B, d_in). Nothing here reads a value back to the host."""
+        """One optimisation step on raw activations (B, d_in). Reads no value back to the host."""
         variant, optimizer = self.variant, self.optimizer
         with autocast(self.device):
             step, losses = self.forward_losses(x_BD)
@@ -31,87 +43,79 @@ class Trainer:
         with torch.no_grad():
             for mechanism in variant.mechanisms:
                 mechanism.after_backward(step)
-            norm = clip_gradients(variant, variant.optimization.clip)
-            self._refuse_unless_finite(loss + norm)
+            grad_norm = clip_gradients(variant, variant.optimization.clip)
+            self._skip_update_unless_finite(loss + grad_norm)
             optimizer.param_groups[0]["lr"].copy_(variant.optimization.lr_at(self.i, self.steps))
             optimizer.step()
             for mechanism in variant.mechanisms:
                 mechanism.after_step(step)
-            self._observe(step, loss, losses, norm)
+            self._add_metrics(step, loss, losses, grad_norm)
             self.i += 1
         optimizer.zero_grad(set_to_none=True)
         return step
 
     def forward_losses(self, x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
-        """The forward pass and its losses, which change nothing: what `--compile` compiles."""
+        """The forward pass and its weighted losses. Changes no state, so `--compile` can compile it."""
         step = self.variant(self.i, x_BD, self.optimizer)
         return step, self.variant.losses(step)
 
     @torch.no_grad()
     def run_periodic(self, number: int, step: Step) -> None:
-        """What mechanisms do after every so many steps, outside the step proper."""
+        """Call the mechanisms that act every so many steps, after step `number`."""
         for mechanism in self.variant.mechanisms:
             if mechanism.every and (number + 1) % mechanism.every == 0:
                 mechanism.every_n_steps(step)
 
-    def _refuse_unless_finite(self, value: Tensor) -> None:
-        """From the first step that is not finite on, the optimizer moves nothing; the host finds out when it logs."""
+    def _skip_update_unless_finite(self, value: Tensor) -> None:
+        """From the first step that is not finite on, the optimizer changes nothing; the host notices when it logs."""
         first = (self.failed_at < 0) & ~torch.isfinite(value)
         self.failed_at.copy_(torch.where(first, self.i, self.failed_at))
-        self.optimizer.found_inf.copy_(self.failed_at >= 0)
+        self.optimizer.found_inf.copy_(self.failed_at >= 0)  # type: ignore[attr-defined]
 
-    def _observe(self, step: Step, loss: Tensor, losses: dict[str, Tensor], norm: Tensor) -> None:
-        centred = step.x_BD - step.x_BD.mean(0)
-        seen = {
+    def _add_metrics(self, step: Step, loss: Tensor, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        centred_BD = step.x_BD - step.x_BD.mean(0)
+        metrics = {
             "loss": loss,
             **losses,
             "l0": step.l0,
-            "explained_variance": 1 - step.error_BD.square().sum() / centred.square().sum(),
-            "gradient_norm": norm,
+            "explained_variance": 1 - step.error_BD.square().sum() / centred_BD.square().sum(),
+            "gradient_norm": grad_norm,
             **step.metrics,
         }
-        for name, value in seen.items():
-            self.seen[name] = self.seen.get(name, 0) + value.detach()
-        self.count += 1
+        for name, value in metrics.items():
+            self.metric_sums[name] = self.metric_sums.get(name, 0) + value.detach()
+        self.metric_steps += 1
 
     def pop_metrics(self) -> dict[str, float]:
-        """Means over the steps since the last call, and the mechanisms' scalars as they are. Reads from the device."""
-        metrics = {name: total.item() / self.count for name, total in self.seen.items()}
+        """Means over the steps since the last call, and the mechanisms' current scalars. Reads from the device."""
+        metrics = {name: total.item() / self.metric_steps for name, total in self.metric_sums.items()}
         metrics |= {name: value.item() for name, value in self.variant.scalars().items()}
-        self.seen, self.count = {}, 0
+        self.metric_sums, self.metric_steps = {}, 0
         return metrics
 
 
 def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
-    """Fused AdamW whose rate and whose mask of refused steps live on the device."""
-    how, sae = variant.optimization, variant.sae
-    decayed = [sae.W_enc]
-    others = [p for p in variant.parameters() if p is not sae.W_enc]
+    """Fused AdamW whose learning rate and whose flag to skip an update live on the device."""
+    settings, W_enc = variant.optimization, variant.sae.W_enc
+    others = [p for p in variant.parameters() if p is not W_enc]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": how.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=torch.tensor(how.lr, device=device), betas=(how.beta1, how.beta2), eps=how.eps, fused=True,
-    )  # fmt: skip
-    optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=device)  # read by the fused kernel
+        [{"params": [W_enc], "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=torch.tensor(settings.lr, device=device),
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+    # Attributes that the fused kernel reads: it skips the update where found_inf is not zero.
+    optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=device)  # type: ignore[attr-defined]
     return optimizer
 
 
-def clip_gradients(variant: Variant, limit: float | None) -> Tensor:
-    """The global norm of the gradient; longer ones are scaled down to `limit`."""
-    return torch.nn.utils.clip_grad_norm_(variant.parameters(), float("inf") if limit is None else limit, foreach=True)
+def clip_gradients(variant: Variant, max_norm: float | None) -> Tensor:
+    """Scale a longer gradient down to `max_norm`; returns the global norm before that."""
+    limit = float("inf") if max_norm is None else max_norm
+    return torch.nn.utils.clip_grad_norm_(variant.parameters(), limit, foreach=True)
 
 
 def autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    """On a GPU, matrix products in bfloat16 with float32 masters; on a CPU, float32."""
+    """On a GPU, matrix products in bfloat16 with float32 weights; on a CPU, float32."""
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
-
-
-def train_loop(
-    trainings: list[Trainer], batches: Iterator[Tensor], numbers: range, after_step: Callable[[int], bool]
-) -> None:
-    """Steps `numbers`, every variant on each batch in turn, until `after_step(number)` says stop."""
-    for number in numbers:
-        x_BD = next(batches)
-        for training in trainings:
-            training.run_periodic(number, training.step(x_BD))
-        if after_step(number):
-            break

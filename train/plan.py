@@ -1,17 +1,16 @@
-"""What is asked of training, as runs: each with its recipe, its options, its cache and its folder.
+"""The plan of training: the runs that a TrainConfig asks for, each checked, costed and with its folder.
 
     runs/<variant>-L12-n512-s0-<digest6>/
-        run.json             everything that decides the result, and what it was made with
+        run.json             everything that decides the result, and the versions and device that made it
         metrics.jsonl        one line per logged step
         checkpoints/         resumable states
         sae.safetensors, sae.json      written when training is done, sae.json last
 
-The digest is of everything that decides the result, so the same command finds the same folder and goes on with it.
+The digest covers everything that decides the result, so the same command finds the same folder and resumes it.
 """
 
 import itertools
 import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,12 +22,16 @@ from ..cache.catalog import canonical_model_name, find_cache
 from ..cache.concat import ConcatCache, concat_caches
 from ..cache.layout import SITES, Hook
 from ..cache.loader import BatchOrder
+from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.errors import UsageError
 from ..common.files import digest_of, read_json, sae_home
-from .estimate import Planned, check_disk_space
+from ..common.formatting import format_count
+from .estimate import check_disk_space, describe_size, describe_time
+from .parse import parse_options, parse_width
 from .recipe import Recipe, find_recipe
+from .sae import SAE, load_sae
 from .variant import RunConfig
 
 FORMAT = 1
@@ -45,45 +48,64 @@ RECORDED = (
     "resolved",
     *RunConfig.SIZES,
 )
+# The flags that decide a run, and the fields of TrainConfig that hold them: none of them can be given with --resume.
+FIXED = {
+    "--variant": "variants",
+    "--layer": "layers",
+    "--site": "site",
+    "--seed": "seeds",
+    "--model": "model",
+    "--steps": "steps",
+    "--width": "width",
+    "--batch-size": "batch_size",
+    "--l0": "l0",
+    "--paper-exact": "paper_exact",
+    "--set": "options",
+    "--shuffle-seed": "shuffle_seed",
+    "--out": "out",
+    "--compile": "compiled",
+}
+
+AnyCache = Cache | ConcatCache | RingCache | PlannedCache
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a user can ask of training."""
+    """The options of `sae train`, under the names of its flags (plural where a flag repeats)."""
 
-    variants: Sequence[str] = ()
+    variants: Sequence[str] = ()  # names of recipes
     layers: Sequence[int] = (12,)
     site: str = "resid_post"
     seeds: Sequence[int] = (0,)
-    caches: Sequence[Path] = ()
-    ring: RingCache | None = None  # instead of caches: what is harvested while training runs
+    caches: Sequence[Path] = ()  # several are read as one; none: the cache that holds the model and layer
+    source: RingCache | PlannedCache | None = None  # instead of caches: harvested while training, or still to be
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
-    batch_size: int | None = None  # None: the recipe's
-    width: str | None = None  # "4x", "16k" or a number; None: the recipe's
-    l0: Sequence[float] = ()  # latents a token, for every recipe; none: its own default
-    paper_exact: bool = False
-    options: Sequence[str] = ()  # "option=value" or "variant.option=value"
-    shuffle_seed: int = 0
-    resume: Sequence[Path] = ()
-    out: Path | None = None
+    batch_size: int | None = None  # tokens; None: the recipe's
+    width: str | None = None  # d_sae as "4x" (times d_in), "16k" or a number; None: the recipe's
+    l0: Sequence[float] = ()  # target latents per token, for every recipe; empty: the recipe's default
+    paper_exact: bool = False  # the paper's settings verbatim, unscaled
+    options: Mapping[str, Any] | Sequence[str] = ()  # {"k": 64, "topk.lr": 1e-3}, or "k=64", "topk.lr=1e-3"
+    shuffle_seed: int = 0  # of the batch order, which all runs share
+    resume: Sequence[Path] = ()  # run folders to resume, instead of new runs
+    out: Path | None = None  # where run folders go; None: runs/
     device: str = "auto"
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    log: Sequence[str] = ()  # loggers, by name
-    compiled: bool = False  # steps go through torch.compile
-    origins: Mapping[str, str] = field(default_factory=dict)  # flag -> "flag" or "file:line", of what was not default
+    log_every: int = 50  # steps
+    checkpoint_every: int = 1000  # steps
+    log: Sequence[str] = ()  # names of loggers
+    compiled: bool = False  # compile the training step
+    origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     def record(self) -> dict[str, Any]:
-        """The request as JSON, under the names that run.json has always used."""
+        """The config as JSON, under the names that run.json has always used."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
-        values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "ring"}
+        values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
         return json.loads(json.dumps(values, default=str))
 
 
 @dataclass
 class Run:
-    """One run: what decides its result, and its folder."""
+    """One training run: what decides its result, and its folder. It can be given wherever a path is taken."""
 
     recipe: Recipe
     options: dict[str, Any]
@@ -91,12 +113,15 @@ class Run:
     seed: int
     shuffle_seed: int
     config: RunConfig
-    cache: Cache | ConcatCache | RingCache
+    cache: AnyCache
     folder: Path = Path()
     compiled: bool = False
-    notes: Sequence[str] = ()  # what the plan says of its options
-    asked: Mapping[str, Any] = field(default_factory=dict)  # the request it came from
-    problem: str | None = field(default=None)  # why it was given up
+    notes: Sequence[str] = ()  # what the plan says about its options
+    requested: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig.record() of the plan it comes from
+    problem: str | None = None  # why training gave it up
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     @property
     def name(self) -> str:
@@ -105,6 +130,14 @@ class Run:
     @property
     def steps(self) -> int:
         return self.config.steps
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "sae.json").exists()
+
+    def load(self, device: str = "cpu") -> SAE:
+        """The trained SAE, ready to encode raw activations. Raises UsageError if the run is not finished."""
+        return load_sae(self.folder, device)
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result."""
@@ -120,14 +153,13 @@ class Run:
         }
 
     def default_name(self) -> str:
-        digest = digest_of(self.identity())[:6]
+        """The name of the run folder. It ends in `*` on a planned cache, since the digest includes that of its rows."""
+        digest = "*" if isinstance(self.cache, PlannedCache) else digest_of(self.identity())[:6]
         site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
-        knobs = ("" if self.config.l0 is None else f"-l0_{self.config.l0:g}") + "-literal" * self.config.paper_exact
-        return f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.config.d_sae}{knobs}-s{self.seed}-{digest}"
-
-    @property
-    def planned(self) -> Planned:
-        return self.recipe, self.options, self.config
+        l0 = "" if self.config.l0 is None else f"-l0_{self.config.l0:g}"
+        exact = "-literal" if self.config.paper_exact else ""
+        prefix = f"{self.recipe.name}-L{self.hook.layer:02d}{site}-n{self.config.d_sae}{l0}{exact}"
+        return f"{prefix}-s{self.seed}-{digest}"
 
     @property
     def cache_folders(self) -> list[str]:
@@ -135,181 +167,186 @@ class Run:
         return [str(cache.folder.resolve()) for cache in caches]
 
     @property
-    def order(self) -> tuple[Any, ...]:
-        """What decides the batches: runs of the same read each once, together."""
+    def batches_key(self) -> tuple[Any, ...]:
+        """What decides the batches: runs with the same key share one pass over the data."""
         return (*self.cache_folders, self.hook, self.config.batch_size, self.shuffle_seed)
 
+    def describe(self) -> str:
+        c = self.config
+        return (
+            f"train    {self.recipe.name} {c.d_in} -> {c.d_sae}, {self.hook}, seed {self.seed}: "
+            f"{c.steps:,} steps x {c.batch_size:,} tokens -> {self.folder}"
+        )
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The runs that a TrainConfig asks for. Nothing has been written; `run.run_training` trains them."""
+
+    config: TrainConfig
+    runs: list[Run]
+
     @property
-    def done(self) -> bool:
-        return (self.folder / "sae.json").exists()
+    def unfinished(self) -> list[Run]:
+        """The runs that are still to be trained, or to be resumed."""
+        return [run for run in self.runs if not run.done]
+
+    @property
+    def passes(self) -> list[list[Run]]:
+        """The unfinished runs, grouped by what is on the device together."""
+        if isinstance(self.config.source, RingCache):  # behind a harvest all runs are there at once
+            return [self.unfinished] if self.unfinished else []
+        return group_by_pass(self.unfinished)
+
+    def describe(self, time: bool = False) -> list[str]:
+        """The lines that `sae train` prints before it trains; with `time` also memory and time, which takes seconds."""
+        lines = [run.describe() for run in self.runs]
+        lines += [f"note     {note}" for note in dict.fromkeys(note for run in self.runs for note in run.notes)]
+        if self.unfinished:
+            lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
+            if time:
+                lines += describe_time(self.passes, self.config.device)
+        if time and (started := [run for run in self.unfinished if (run.folder / "checkpoints").exists()]):
+            lines.append(f"note     {format_count(len(started), 'run')} will be resumed; the time is of all steps")
+        if time and any(run.compiled for run in self.unfinished):
+            lines.append("note     the time is without --compile: its first step takes minutes, the others less")
+        return lines
 
 
-def plan_training(request: TrainConfig, beside: Mapping[Path, float] = {}) -> list[Run]:
-    """The runs asked for, each checked and with its folder; nothing is written. UsageError names all that is wrong.
+def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> TrainPlan:
+    """Plan the runs that a config asks for. Writes nothing.
 
-    OutsideError where they do not fit on a disk, with the bytes that something else writes into folders `beside`.
+    Args:
+        config: what to train. With a `PlannedCache` as its source the plan is that of the finished cache, except for
+            what depends on its rows: the variance is unknown, so options that scale with it stay unscaled (a note
+            says so), and folder names end in `*` instead of a digest.
+        reserved: folder -> bytes that something else will write into it meanwhile.
+
+    Raises:
+        UsageError: something is wrong with the config; the message lists every problem.
+        UnavailableError: the runs do not fit on a disk.
     """
-    runs = [resume_run(folder, request) for folder in request.resume] if request.resume else new_runs(request)
-    check_disk_space([(run.planned, run.folder) for run in runs if not run.done], beside)
-    return runs
+    runs = [resume_run(folder, config) for folder in config.resume] if config.resume else new_runs(config)
+    plan = TrainPlan(config, runs)
+    check_disk_space(plan.unfinished, reserved)
+    return plan
 
 
-def new_runs(request: TrainConfig) -> list[Run]:
-    """The runs of a request that goes on with none."""
-    check_seeds(request.shuffle_seed, *request.seeds)
-    if request.site not in SITES:
-        raise UsageError(f"--site {request.site} is unknown: give one of {', '.join(SITES)}.")
-    recipes = [find_recipe(name) for name in dict.fromkeys(request.variants)]
-    given = parse_options(request.options, recipes)
+def new_runs(config: TrainConfig) -> list[Run]:
+    """The runs of a config that does not resume any: every layer, recipe, L0 and seed."""
+    check_seeds(config.shuffle_seed, *config.seeds)
+    if config.site not in SITES:
+        raise UsageError(f"--site {config.site} is unknown: give one of {', '.join(SITES)}.")
+    recipes = [find_recipe(name) for name in dict.fromkeys(config.variants)]
+    options = parse_options(config.options, recipes)
     runs, problems = [], []
-    for layer in dict.fromkeys(request.layers):
-        hook = Hook(layer, request.site)
-        cache = request.ring or (concat_caches(request.caches) if request.caches else find_cache(request.model, hook))
-        if request.caches and canonical_model_name(request.model) not in (
-            None,
-            name := cache.identity["model"]["name"],
-        ):
-            raise UsageError(
-                f"The --cache given holds activations of {name}, not of {request.model}. Leave --model out."
-            )
-        d_in = cache.array(cache.require_array(*hook)).shape[1]
-        # Of a ring no row is known yet.
-        variance = None if isinstance(cache, RingCache) else cache.statistics(hook.array)["variance"]
-        for recipe, l0 in itertools.product(recipes, dict.fromkeys(request.l0) or (None,)):
+    for layer in dict.fromkeys(config.layers):
+        hook = Hook(layer, config.site)
+        cache = open_source(config, hook)
+        for recipe, l0 in itertools.product(recipes, dict.fromkeys(config.l0) or (None,)):
             try:
-                sizes = make_run_config(request, recipe, cache, d_in)
-                config = sizes._replace(l0=l0, paper_exact=request.paper_exact, variance=variance)
+                sizes = make_run_config(config, recipe, cache, hook)
+                run_config = sizes._replace(l0=l0, paper_exact=config.paper_exact)
                 with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
-                    notes = recipe.make(config, given[recipe.name]).notes
+                    notes = recipe.make(run_config, options[recipe.name]).notes
             except UsageError as error:
                 problems.append(str(error))
                 continue
-            for seed in dict.fromkeys(request.seeds):
-                options, order = given[recipe.name], request.shuffle_seed
-                run = Run(recipe, options, hook, seed, order, config, cache, compiled=request.compiled, notes=notes)
-                run.asked = request.record()
-                run.folder = (request.out or sae_home() / "runs") / run.default_name()
+            for seed in dict.fromkeys(config.seeds):
+                run = Run(recipe, options[recipe.name], hook, seed, config.shuffle_seed, run_config, cache)
+                run.compiled, run.notes, run.requested = config.compiled, notes, config.record()
+                run.folder = (config.out or sae_home() / "runs") / run.default_name()
                 runs.append(run)
     if problems:
         raise UsageError("\n".join(dict.fromkeys(problems)))
     return runs
 
 
+def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
+    """What a config trains on: its source, its caches, or the one cache that holds the model and the hook."""
+    if config.source is not None:
+        return config.source
+    if not config.caches:
+        return find_cache(config.model, hook)
+    cache = concat_caches(config.caches)
+    if canonical_model_name(config.model) not in (None, name := cache.identity["model"]["name"]):
+        raise UsageError(f"The cache holds activations of {name}, not of {config.model}. Leave --model out.")
+    return cache
+
+
 def check_seeds(*seeds: int) -> None:
     for seed in seeds:
         if not 0 <= seed < 2**63:
-            raise UsageError(f"The seed {seed} is out of range: --seed and --order-seed are 0 to 2^63 - 1.")
+            raise UsageError(f"The seed {seed} is out of range: --seed and --shuffle-seed are 0 to 2^63 - 1.")
 
 
 def group_by_pass(runs: Iterable[Run]) -> list[list[Run]]:
-    """What is trained on one pass each, and is on the device together."""
-    together: dict[tuple[Any, ...], list[Run]] = {}
+    """The runs grouped by the batches that they read: each group shares one pass and is on the device together."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        together.setdefault(run.order, []).append(run)
-    return list(together.values())
+        groups.setdefault(run.batches_key, []).append(run)
+    return list(groups.values())
 
 
-def make_run_config(
-    request: TrainConfig, recipe: Recipe, cache: Cache | ConcatCache | RingCache, d_in: int
-) -> RunConfig:
-    """The sizes of a run: what was asked for, else the recipe's, and one epoch."""
-    batch_size = recipe.batch_size if request.batch_size is None else request.batch_size
+def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: Hook) -> RunConfig:
+    """The sizes of a run: those of the config, else the recipe's, and one epoch."""
+    array = cache.require_array(*hook)
+    d_in = cache.array(array).shape[1]
+    batch_size = recipe.batch_size if config.batch_size is None else config.batch_size
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not positive.")
-    rolling = isinstance(cache, RingCache)
-    epoch = (
-        cache.cumulative_batches(batch_size)[-1]
-        if rolling
-        else BatchOrder(cache.chunk_rows, batch_size, 0).batches_per_epoch
-    )
-    steps = epoch if request.steps is None else request.steps
+    if isinstance(cache, RingCache):
+        epoch = cache.cumulative_batches(batch_size)[-1]
+    else:
+        epoch = BatchOrder(cache.chunk_rows, batch_size, 0).batches_per_epoch
+    steps = epoch if config.steps is None else config.steps
     if steps < 1:
         raise UsageError(f"--steps {steps} would train nothing.")
     if steps * batch_size >= 2**63:
         raise UsageError(f"--steps {steps} of {batch_size:,} tokens are more than can be counted. Give fewer.")
-    if rolling and steps > epoch:
+    if isinstance(cache, RingCache) and steps > epoch:
         raise UsageError(
-            f"--steps {steps} is more than there is: {cache.layout.rows:,} tokens are {epoch:,} batches of {batch_size:,}, "
+            f"--steps {steps} is too many: {cache.layout.rows:,} tokens are {epoch:,} batches of {batch_size:,}, "
             "and --stream reads them once. Give more --tokens, or fewer --steps."
         )
-    return RunConfig(d_in, parse_width(request.width, recipe, d_in), steps, batch_size)
+    width = parse_width(config.width, recipe, d_in)
+    return RunConfig(d_in, width, steps, batch_size, variance=known_variance(cache, array))
 
 
-def resume_run(folder: Path, request: TrainConfig) -> Run:
-    """The run of a folder, as its run.json describes it."""
+def known_variance(cache: AnyCache, array: str) -> float | None:
+    """The elementwise variance of an array; None where its rows do not exist yet."""
+    return cache.statistics(array)["variance"] if isinstance(cache, Cache | ConcatCache) else None
+
+
+def resume_run(folder: Path, config: TrainConfig) -> Run:
+    """The run of an existing folder, as its run.json describes it. Raises UsageError if it cannot be resumed."""
     if not (folder / "run.json").exists():
         raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
-    fixed = {
-        "--variant": "variants", "--layer": "layers", "--site": "site", "--seed": "seeds", "--model": "model", "--steps": "steps", "--width": "width",
-        "--batch-size": "batch_size", "--l0": "l0", "--paper-exact": "paper_exact", "--set": "options", "--shuffle-seed": "shuffle_seed", "--out": "out", "--compile": "compiled",
-    }  # fmt: skip
-    changed = [flag for flag, name in fixed.items() if getattr(request, name) != getattr(TrainConfig(), name)]
-    if changed:
+    default = TrainConfig()
+    if changed := [flag for flag, name in FIXED.items() if getattr(config, name) != getattr(default, name)]:
         raise UsageError(
-            f"{', '.join(changed)} cannot change a run that has begun. Leave them out to go on with {folder}, or start a new run."
+            f"{', '.join(changed)} cannot be changed once a run has started. "
+            f"Leave them out to resume {folder}, or start a new run."
         )
     if "imported_from" in read_json(folder / "run.json"):
-        raise UsageError(f"{folder} was imported from another library; there is no training to go on with.")
+        raise UsageError(f"{folder} was imported from another library; it has no training to resume.")
     record = read_json(folder / "run.json", *RECORDED)
     if record["format"] != FORMAT:
         raise UsageError(f"{folder}/run.json has format {record['format']}; this version reads {FORMAT}. Upgrade.")
     if "ring" in record:
         raise UsageError(
-            f"{folder} is trained on activations that are harvested meanwhile, into {record['cache_folders'][0]}. "
-            "To go on with it, repeat the `sae train --stream` command that began it."
+            f"{folder} was trained with --stream, on activations in {record['cache_folders'][0]} that are removed "
+            "once they are read. To resume it, repeat the `sae train --stream` command that started it."
         )
-    cache = concat_caches(request.caches or list(map(Path, record["cache_folders"])))
-    recipe = find_recipe(record["variant"])
+    cache = concat_caches(config.caches or list(map(Path, record["cache_folders"])))
     hook = Hook(record["layer"], record["site"])
-    cache.require_array(*hook)
-    config = RunConfig.from_record(record, cache.statistics(hook.array)["variance"])
-    seeds, compiled = (record["seed"], record["order_seed"]), record.get("compiled", False)
-    run = Run(recipe, record["options"], hook, *seeds, config, cache, folder, compiled)
+    run_config = RunConfig.from_record(record, known_variance(cache, cache.require_array(*hook)))
+    run = Run(
+        find_recipe(record["variant"]), record["options"], hook, record["seed"], record["order_seed"], run_config,
+        cache, folder, record.get("compiled", False),
+    )  # fmt: skip
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(
             f"{', '.join(run.cache_folders)} is not what {folder} was trained on. Give that cache with --cache."
         )
     return run
-
-
-def parse_width(asked: str | None, recipe: Recipe, d_in: int) -> int:
-    """d_sae from "4x" (times d_in), "16k" (times 1024) or a number."""
-    if asked is None:
-        return round(recipe.width * d_in)
-    try:
-        unit = {"x": d_in, "k": 1024}.get(asked[-1:].lower())
-        return round(float(asked[:-1]) * unit) if unit else int(asked)
-    except (ValueError, OverflowError):
-        raise UsageError(
-            f"--width {asked} is no width: give a number such as 2304, 16k, or 8x for eight times d_in."
-        ) from None
-
-
-def parse_options(given: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:
-    """`--set` as {variant: {option: value}}. A bare option goes to every variant that has it."""
-    parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
-    keys: set[str] = set()
-    for text in given:
-        key, equals, value = text.partition("=")
-        variant, dot, option = key.rpartition(".")
-        if not equals:
-            raise UsageError(f"--set {text} has no value: write --set option=value, or variant.option=value.")
-        if dot and variant not in parsed:
-            raise UsageError(f"--set {text}: {variant} is not among the variants {', '.join(parsed)}.")
-        if key in keys:
-            raise UsageError(f"--set gives {key} more than once; several values of an option are several commands.")
-        keys.add(key)
-        targets = [variant] if dot else [r.name for r in recipes if option in r.option_types()] or list(parsed)
-        for target in targets:
-            parsed[target][option] = parse_value(value)
-    return parsed
-
-
-def parse_value(text: str) -> Any:
-    """A TOML value; `none` is None, and anything else is a string."""
-    if text.lower() == "none":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

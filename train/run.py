@@ -1,11 +1,11 @@
-"""Carrying runs out: those that read the same batches are one stream, and each batch is read once for all of them."""
+"""Run a TrainPlan. Runs that read the same batches share one pass: each batch is read once and steps all of them."""
 
 import contextlib
 import itertools
-import json
+import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,230 +14,292 @@ import torch
 
 from ..cache.concat import ConcatCache
 from ..cache.loader import BatchLoader, ResidentLoader, open_loader
+from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.device import resolve_device
-from ..common.environment import environment_record
-from ..common.errors import Interrupted, SaeError, UsageError
-from ..common.files import atomic_write, os_error, read_json, write_json, writer_lock
+from ..common.errors import Interrupted, SaeError, UsageError, did_you_mean
+from ..common.files import write_json, writer_lock
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .compile import compile_step
 from .loop import Trainer, autocast, train_loop
-from .plan import FORMAT, Run, TrainConfig
+from .plan import Run, TrainConfig, TrainPlan, group_by_pass, plan_training
+from .run_folder import append_metrics, check_defaults_unchanged, run_record, truncate_metrics
 from .sae import fold_normalization, save_sae
 from .step import Mechanism
 from .variant import Variant
 
 CALIBRATION_BATCHES = 32
 
+PathLike = str | os.PathLike[str]
+
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """What training tells whoever watches: (steps taken, steps in all, metrics by run), and sentences."""
+    """Callbacks of training, silent by default."""
 
-    step: Callable[[int, int, dict[str, dict[str, float]]], None] = lambda number, steps, metrics: None
+    step: Callable[[int, int, dict[str, dict[str, float]]], None] = lambda step, steps, metrics: None
+    """Called when metrics are logged, with the steps taken, the steps in all, and run name -> metrics."""
     say: Callable[[str], None] = lambda sentence: None
+    """Called with sentences such as "... resumes from step 1000."."""
 
 
-def run_training(runs: Sequence[Run], request: TrainConfig, report: TrainProgress = TrainProgress()) -> None:
-    """Train what is not done yet, one stream after the other.
+def train_saes(
+    variants: str | Sequence[str],
+    *,
+    cache: Cache | ConcatCache | PathLike | Sequence[PathLike] | None = None,
+    layers: int | Sequence[int] = 12,
+    seeds: int | Sequence[int] = 0,
+    steps: int | None = None,
+    width: int | str | None = None,
+    l0: float | Sequence[float] | None = None,
+    options: Mapping[str, Any] | Sequence[str] | None = None,
+    out: PathLike | None = None,
+    device: str = "auto",
+    progress: TrainProgress | None = None,
+    **more: Any,
+) -> list[Run]:
+    """Train SAEs on an activation cache, as `sae train` does, and return the finished runs.
 
-    Raises Interrupted after Ctrl-C or SIGTERM, with checkpoints written, and SaeError at the end when a run failed.
+    Every combination of variant, layer, L0 and seed is one run with a folder of its own; those that read the same
+    batches are trained together on one pass over the cache. Runs that are finished already are returned as they are,
+    and interrupted ones are resumed from their last checkpoint.
+
+    Example:
+        >>> runs = sae.train_saes(["topk", "batchtopk"], cache="activations/...", options={"k": 64, "topk.lr": 1e-3})
+        >>> s = runs[0].load()
+        >>> rows = sae.evaluate_saes(runs, suite="core")
+
+    Args:
+        variants: the name of a recipe, or several; `sae variants` lists them.
+        cache: an open cache, its folder, or several folders that are read as one. Needed only when several caches hold
+            the layer.
+        layers: zero-based blocks; activations are of the residual stream after them.
+        seeds: seeds of the initial weights.
+        steps: optimisation steps. None: one epoch of the cache.
+        width: d_sae, as a number, "16k" or "8x" for eight times d_in. None: the recipe's.
+        l0: target latents per token, for any recipe. None: the recipe's default.
+        options: options of the recipes, {"k": 64, "topk.lr": 1e-3} or ["k=64", "topk.lr=1e-3"] as for --set.
+        out: the folder of the run folders. None: runs/.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        progress: callbacks; None is silent.
+        more: any other field of `sae.train.plan.TrainConfig`, such as batch_size, site, paper_exact, shuffle_seed,
+            checkpoint_every or log_every.
+
+    Returns:
+        A list of `Run`, which can be given wherever a path is taken; `run.load()` is its SAE, `run.folder` its folder.
+
+    Raises:
+        UsageError: an argument is wrong; the message lists every problem. Nothing has been written.
+        UnavailableError: the runs do not fit on the disk, or the device does not exist.
+        Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
+        SaeError: a run was given up because its loss was not finite. The others are finished.
     """
-    device = resolve_device(request.device)
-    streams: dict[tuple[Any, ...], list[Run]] = {}
-    for run in unfinished_runs(runs, report):
-        streams.setdefault(run.order, []).append(run)
-    with stop_on_signal() as stopping:
-        for together in streams.values():
-            with contextlib.ExitStack() as held:
-                for run in together:
-                    held.enter_context(writer_lock(run.folder, "sae train", report.say))
-                begun = [prepare_trainer(run, device, report) for run in together]
-                for training, taken in begun:
-                    if not taken:
-                        set_normalization(training, training.run.cache)
-                for stream in shared_passes(begun, request, report, stopping):
-                    stream.train(stream.longest)
-    raise_problems(runs)
+    known = {f.name for f in fields(TrainConfig)} - {"variants", "caches"}
+    for name in more:
+        if name not in known:
+            raise UsageError(f"train_saes has no argument {name!r}{did_you_mean(name, known)}")
+    config = TrainConfig(
+        variants=[variants] if isinstance(variants, str) else list(variants),
+        caches=cache_folders(cache),
+        layers=[layers] if isinstance(layers, int) else list(layers),
+        seeds=[seeds] if isinstance(seeds, int) else list(seeds),
+        steps=steps,
+        width=None if width is None else str(width),
+        l0=() if l0 is None else [l0] if isinstance(l0, int | float) else list(l0),
+        options=options or (),
+        out=None if out is None else Path(out),
+        device=device,
+        **more,
+    )
+    plan = plan_training(config)
+    run_training(plan, progress or TrainProgress())
+    return plan.runs
 
 
-def unfinished_runs(runs: Sequence[Run], report: TrainProgress) -> list[Run]:
-    for run in runs:
+def cache_folders(cache: Cache | ConcatCache | PathLike | Sequence[PathLike] | None) -> list[Path]:
+    if cache is None:
+        return []
+    if isinstance(cache, ConcatCache):
+        return [one.folder for one in cache.caches]
+    if isinstance(cache, Cache):
+        return [cache.folder]
+    if isinstance(cache, str | os.PathLike):
+        return [Path(cache)]
+    return [Path(folder) for folder in cache]
+
+
+def run_training(plan: TrainPlan, progress: TrainProgress = TrainProgress()) -> None:
+    """Train the unfinished runs of a plan, one pass after the other.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
+        SaeError: a run failed; raised when all others are done.
+        UsageError: the plan is on a cache that has not been harvested.
+    """
+    if isinstance(plan.config.source, PlannedCache):
+        raise UsageError(f"{plan.config.source.folder} has not been harvested yet. Harvest it, then plan again.")
+    device = resolve_device(plan.config.device)
+    with stop_on_signal() as should_stop:
+        for runs in group_by_pass(skip_finished(plan, progress)):
+            with contextlib.ExitStack() as locks:
+                for run in runs:
+                    locks.enter_context(writer_lock(run.folder, "sae train", progress.say))
+                trainers = [prepare_trainer(run, device, progress) for run in runs]
+                for trainer in trainers:
+                    if not trainer.steps_done:
+                        set_normalization(trainer, trainer.run.cache)
+                for shared_pass in shared_passes(trainers, plan.config, progress, should_stop):
+                    shared_pass.train(shared_pass.max_steps)
+    raise_problems(plan)
+
+
+def skip_finished(plan: TrainPlan, progress: TrainProgress) -> list[Run]:
+    """The unfinished runs of a plan; the others are mentioned."""
+    for run in plan.runs:
         if run.done:
-            report.say(f"{run.folder} is trained already.")
-    return [run for run in runs if not run.done]
+            progress.say(f"{run.folder} is already trained.")
+    return plan.unfinished
 
 
-def raise_problems(runs: Sequence[Run]) -> None:
-    failed = [run for run in runs if run.problem]
-    if failed:
+def raise_problems(plan: TrainPlan) -> None:
+    if failed := [run for run in plan.runs if run.problem]:
         raise SaeError("\n".join(f"{run.folder}: {run.problem}" for run in failed))
 
 
 class RunTrainer(Trainer):
-    """A training that belongs to a run folder."""
+    """The trainer of a run that has a folder."""
 
     def __init__(self, run: Run, variant: Variant, device: str) -> None:
         super().__init__(variant, run.steps, device)
         self.run = run
+        self.steps_done = 0  # when it was prepared
 
 
-def prepare_trainer(run: Run, device: str, report: TrainProgress) -> tuple[RunTrainer, int]:
-    """Build a run's variant, load its newest checkpoint if it has one; returns how many steps were taken.
+def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTrainer:
+    """Build a run's variant, and load its newest checkpoint if it has one.
 
-    Without one it still has to `adapt`: the constants of normalisation come with a checkpoint.
+    Without a checkpoint (`steps_done` is 0) the caller still has to `set_normalization`.
     """
-    training, taken = RunTrainer(run, build_variant(run).to(device), device), 0
+    trainer = RunTrainer(run, build_variant(run).to(device), device)
     if (run.folder / "run.json").exists():
-        check_defaults_unchanged(run, training.variant)
-        taken = restore_checkpoint(training, run.folder, report.say)
-        if taken:
-            report.say(f"{run.name} goes on from step {taken}.")
-        truncate_metrics(run.folder, taken)
+        check_defaults_unchanged(run, trainer.variant)
+        trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say)
+        if trainer.steps_done:
+            progress.say(f"{run.name} resumes from step {trainer.steps_done}.")
+        truncate_metrics(run.folder, trainer.steps_done)
     else:
-        write_json(run.folder / "run.json", run_record(run, training))
-    if run.compiled and (why := compile_step(training, run.config.batch_size)):
-        report.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({why}).")
-    return training, taken
+        write_json(run.folder / "run.json", run_record(run, trainer.variant, trainer.device))
+    if run.compiled and (reason := compile_step(trainer, run.config.batch_size)):
+        progress.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({reason}).")
+    return trainer
 
 
 def build_variant(run: Run) -> Variant:
-    """The variant at step 0: the recipe under the run's seed, without the constants of its activations."""
+    """The variant at step 0: the recipe under the run's seed, before `set_normalization`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         return run.recipe.make(run.config, run.options)
 
 
-def set_normalization(training: RunTrainer, cache: Cache | ConcatCache) -> None:
-    """Give a training that begins the constants of normalisation."""
-    name = training.run.hook.array
-    mean_D = torch.from_numpy(cache.mean(name)).float().to(training.device)
-    training.variant.set_normalization(mean_D, cache.statistics(name)["mean_square_norm"])
-
-
-def run_record(run: Run, training: RunTrainer) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        **run.identity(),
-        "resolved": resolved_options(training.variant),
-        "paper": run.recipe.paper,
-        "cache_folders": run.cache_folders,
-        **({"ring": run.cache.capacity} if isinstance(run.cache, RingCache) else {}),
-        "asked": dict(run.asked),
-        "device": training.device,
-        "environment": environment_record(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def resolved_options(variant: Variant) -> dict[str, Any]:
-    """Every option, given or default."""
-    return {**variant.options, **asdict(variant.optimization)}
-
-
-def check_defaults_unchanged(run: Run, variant: Variant) -> None:
-    """The folder's name holds the options that were given; the defaults of the others can change with the version."""
-    begun, now = read_json(run.folder / "run.json", "resolved")["resolved"], resolved_options(variant)
-    changed = [
-        f"{name} {value} then, {now[name]} now" for name, value in begun.items() if now.get(name, value) != value
-    ]
-    if changed:
-        raise UsageError(
-            f"{run.folder} was begun with other options ({'; '.join(changed)}). "
-            "Go on with the version that began it, or start a new run with --out."
-        )
+def set_normalization(trainer: RunTrainer, cache: object) -> None:
+    """Give a new trainer the constants of normalisation, from the statistics of a cache."""
+    assert isinstance(cache, Cache | ConcatCache)
+    array = trainer.run.hook.array
+    mean_D = torch.from_numpy(cache.mean(array)).float().to(trainer.device)
+    trainer.variant.set_normalization(mean_D, cache.statistics(array)["mean_square_norm"])
 
 
 def shared_passes(
-    begun: list[tuple[RunTrainer, int]], request: TrainConfig, report: TrainProgress, stopping: Callable[[], bool]
+    trainers: Sequence[RunTrainer], config: TrainConfig, progress: TrainProgress, should_stop: Callable[[], bool]
 ) -> list["SharedPass"]:
-    """Runs that stopped at different steps read different batches next: each group of equals is a stream."""
-    groups = [([t for t, at in begun if at == taken], taken) for taken in sorted({taken for _, taken in begun})]
-    return [SharedPass(trainings, taken, request, report, stopping) for trainings, taken in groups]
+    """Group trainers of the same batches by the step they resume from, since that decides the batch they read next."""
+    starts = sorted({trainer.steps_done for trainer in trainers})
+    groups = [[trainer for trainer in trainers if trainer.steps_done == start] for start in starts]
+    return [SharedPass(group, config, progress, should_stop) for group in groups]
 
 
 class SharedPass:
-    """Runs on one pass over the same batches, from batch `taken` until each is done, fails, or is told to stop."""
+    """Runs on one pass over the same batches, from the same step on, until each is done, fails or is interrupted."""
 
     def __init__(
         self,
-        trainings: list[RunTrainer],
-        taken: int,
-        request: TrainConfig,
-        report: TrainProgress,
-        stopping: Callable[[], bool],
+        trainers: list[RunTrainer],
+        config: TrainConfig,
+        progress: TrainProgress,
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.active, self.taken, self.request, self.report, self.stopping = trainings, taken, request, report, stopping
-        self.longest = max(training.steps for training in trainings)
-        self.batch_size = trainings[0].run.config.batch_size
-        self.waited = 0.0  # seconds for data, in the batches that are closed
+        self.active, self.config, self.progress, self.should_stop = trainers, config, progress, should_stop
+        self.steps_done = trainers[0].steps_done
+        self.max_steps = max(trainer.steps for trainer in trainers)
+        self.batch_size = trainers[0].run.config.batch_size
+        self.seconds_waited = 0.0  # for data, by the loaders that are closed
 
     def train(self, until: int) -> None:
-        """Take the steps up to `until`; whoever is not done then has a checkpoint there."""
-        self._finish_those_at(self.taken)  # killed between their last checkpoint and their end
+        """Take the steps up to `until`. Runs that are not done then have a checkpoint there."""
+        self._finish_runs(self.steps_done)  # a run that was killed between its last checkpoint and its end
         if self.active:
             self.until, first = until, self.active[0]
-            with open_batches(first.run, self.taken, first.device) as self.batches:
-                train_loop(self.active, self.batches, range(self.taken, until), self._after_step)
-            self.taken, self.waited = until, self.waited + self.batches.seconds_waited
+            with open_batches(first.run, self.steps_done, first.device) as self.batches:
+                train_loop(self.active, self.batches, range(self.steps_done, until), self._after_step)
+            self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
 
     def _after_step(self, number: int) -> bool:
-        count, stop = number + 1, self.stopping()
-        ending = any(training.steps == count for training in self.active)
-        checkpoint = stop or count == self.until or count % self.request.checkpoint_every == 0
-        if stop or ending or checkpoint or count % self.request.log_every == 0:
-            self._give_up_the_failed()
-            self._log(count)
-        self._finish_those_at(count)
+        """Log, finish, checkpoint; returns whether there is nothing left to train. Raises Interrupted if told to stop."""
+        steps_done, stop = number + 1, self.should_stop()
+        ending = any(trainer.steps == steps_done for trainer in self.active)
+        checkpoint = stop or steps_done == self.until or steps_done % self.config.checkpoint_every == 0
+        if stop or ending or checkpoint or steps_done % self.config.log_every == 0:
+            self._drop_failed_runs()
+            self._log(steps_done)
+        self._finish_runs(steps_done)
         if checkpoint:
-            for training in self.active:
-                save_checkpoint(training, training.run.folder, count)
+            for trainer in self.active:
+                save_checkpoint(trainer, trainer.run.folder, steps_done)
         if stop and self.active:
-            folders = " ".join(f"--resume {quote(str(training.run.folder))}" for training in self.active)
-            also = f", and so does: sae train {folders}" if self.request.ring is None else "."
-            raise Interrupted(f"Stopped after step {count}; everything is saved. The same command goes on{also}")
+            folders = " ".join(f"--resume {quote(str(trainer.run.folder))}" for trainer in self.active)
+            also = "" if isinstance(self.config.source, RingCache) else f", or with: sae train {folders}"
+            raise Interrupted(
+                f"Stopped after step {steps_done}; everything is saved. Resume with the same command{also or '.'}"
+            )
         return not self.active
 
-    def _give_up_the_failed(self) -> None:
-        for training in list(self.active):
-            step = int(training.failed_at)
-            if step >= 0:
-                run = training.run
-                kept = (
-                    "the last good checkpoint is kept"
-                    if any(run.folder.glob("checkpoints/*"))
-                    else "there is no checkpoint yet"
-                )
-                run.problem = (
-                    f"the loss or its gradient was not finite at step {step} (batch {step} of order seed {run.shuffle_seed}); "
-                    f"the weights were not moved by it, and {kept}. "
-                    f"A smaller rate usually helps: --set {run.recipe.name}.lr=..."
-                )
-                self.report.say(f"{run.name}: {run.problem}")
-                self.active.remove(training)
+    def _drop_failed_runs(self) -> None:
+        for trainer in list(self.active):
+            step, run = int(trainer.failed_at), trainer.run
+            if step < 0:
+                continue
+            saved = any(run.folder.glob("checkpoints/*"))
+            run.problem = (
+                f"the loss or its gradient was not finite at step {step} (batch {step} of shuffle seed "
+                f"{run.shuffle_seed}). That step did not change the weights, and "
+                f"{'the last good checkpoint is kept' if saved else 'there is no checkpoint yet'}. "
+                f"A smaller learning rate usually helps: --set {run.recipe.name}.lr=..."
+            )
+            self.progress.say(f"{run.name}: {run.problem}")
+            self.active.remove(trainer)
 
-    def _log(self, count: int) -> None:
-        metrics = {}
-        waited = round(self.waited + self.batches.seconds_waited, 3)
-        for training in self.active:
-            tokens = count * training.run.config.batch_size
-            line = {"step": count, "tokens": tokens, **training.pop_metrics(), "waited_for_data": waited}
-            metrics[training.run.name] = line
-            append_line(training.run.folder / "metrics.jsonl", line)
-        self.report.step(count, self.longest, metrics)
+    def _log(self, steps_done: int) -> None:
+        metrics: dict[str, dict[str, float]] = {}
+        waited = round(self.seconds_waited + self.batches.seconds_waited, 3)
+        for trainer in self.active:
+            run, tokens = trainer.run, steps_done * trainer.run.config.batch_size
+            line = {"step": steps_done, "tokens": tokens, **trainer.pop_metrics(), "waited_for_data": waited}
+            metrics[run.name] = line
+            append_metrics(run.folder, line)
+        self.progress.step(steps_done, self.max_steps, metrics)
 
-    def _finish_those_at(self, count: int) -> None:
-        for training in [t for t in self.active if t.steps == count]:
-            finish_run(training)
-            self.active.remove(training)
+    def _finish_runs(self, steps_done: int) -> None:
+        for trainer in [t for t in self.active if t.steps == steps_done]:
+            finish_run(trainer)
+            self.active.remove(trainer)
 
 
-def finish_run(training: RunTrainer) -> None:
-    """Fold the normalisation in and write what evaluation loads; sae.json comes last and says that the run is done."""
-    run, variant = training.run, training.variant
-    save_checkpoint(training, run.folder, run.steps)
-    calibrate(training)
+def finish_run(trainer: RunTrainer) -> None:
+    """Fold the normalisation in and write what evaluation loads. sae.json comes last and marks the run as done."""
+    run, variant = trainer.run, trainer.variant
+    save_checkpoint(trainer, run.folder, run.steps)
+    calibrate(trainer)
     origin = {
         "model": run.cache.identity["model"],
         **run.hook._asdict(),
@@ -245,7 +307,7 @@ def finish_run(training: RunTrainer) -> None:
         "variant": run.recipe.name,
         "seed": run.seed,
         "training_tokens": run.steps * run.config.batch_size,
-        "cache": run.cache_folders[0],  # its held-out documents are held out of the others too
+        "cache": run.cache_folders[0],  # its held-out documents are held out of the other caches too
         "fingerprint": run.cache.fingerprint,
         "context": run.cache.identity["context"],
     }
@@ -256,66 +318,49 @@ def finish_run(training: RunTrainer) -> None:
     save_sae(sae, run.folder, origin)
 
 
-def open_batches(run: Run, batch: int, device: str, few: bool = False) -> BatchLoader | ResidentLoader:
-    """What a run reads, from a batch on; of a ring, the group that is there. For a `few` nothing is kept on a GPU."""
-    size = run.config.batch_size
-    source, batch = run.cache.locate_batch(batch, size) if isinstance(run.cache, RingCache) else (run.cache, batch)
-    make = BatchLoader if few else open_loader
-    return make(source, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
+def open_batches(run: Run, step: int, device: str, resident: bool = True) -> BatchLoader | ResidentLoader:
+    """The batches of a run from a step on; of a ring, those of the group that is open.
+
+    `resident` lets the loader keep the rows on a GPU, which does not pay for a few batches.
+    """
+    size, cache, batch = run.config.batch_size, run.cache, step
+    assert not isinstance(cache, PlannedCache)
+    rows, batch = cache.locate_batch(step, size) if isinstance(cache, RingCache) else (cache, step)
+    make_loader = open_loader if resident else BatchLoader
+    return make_loader(rows, run.hook.array, size, seed=run.shuffle_seed, batch=batch, device=device)
 
 
 @torch.no_grad()
-def calibrate(training: RunTrainer) -> None:
-    """Let mechanisms settle what depends on the final weights, on the batches that come after the last step's."""
-    run = training.run
-    settling = [m for m in training.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
-    if not settling:
+def calibrate(trainer: RunTrainer) -> None:
+    """Call the mechanisms that fit a number to the final weights, on the batches that follow the last step's."""
+    run = trainer.run
+    calibrating = [m for m in trainer.variant.mechanisms if type(m).calibrate is not Mechanism.calibrate]
+    if not calibrating:
         return
-    with open_batches(run, run.steps, training.device, few=True) as batches, autocast(training.device):
+    with open_batches(run, run.steps, trainer.device, resident=False) as batches, autocast(trainer.device):
         for x_BD in itertools.islice(batches, CALIBRATION_BATCHES):
-            step = training.variant(training.i, x_BD, training.optimizer)
-            for mechanism in settling:
+            step = trainer.variant(trainer.i, x_BD, trainer.optimizer)
+            for mechanism in calibrating:
                 mechanism.calibrate(step)
-
-
-def append_line(path: Path, content: dict[str, float]) -> None:
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps(content) + "\n")
-    except OSError as error:
-        raise os_error(error, path) from error
-
-
-def truncate_metrics(folder: Path, step: int) -> None:
-    """Forget lines of steps that will be taken again, and a last line that a kill cut off."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    atomic_write(path, "".join(kept).encode())
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM finish the step; a second Ctrl-C stops at once."""
-    asked = False
+    """Yields whether to stop: true after Ctrl-C or SIGTERM. A second Ctrl-C raises Interrupted at once."""
+    stop = False
 
-    def ask(number: int, _frame: Any) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise Interrupted("Stopped at once. The last checkpoint is kept; the same command goes on from it.")
-        asked = True
+    def handle(number: int, _frame: Any) -> None:
+        nonlocal stop
+        if stop and number == signal.SIGINT:
+            raise Interrupted("Stopped at once. The last checkpoint is kept; the same command resumes from it.")
+        stop = True
 
     try:
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever runs us there keeps the signals
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller keeps its own handlers
         previous = {}
     try:
-        yield lambda: asked
+        yield lambda: stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,17 +1,17 @@
-"""Training behind a harvest: all runs on one group of windows, a checkpoint of each, then the group is removed.
+"""Training on a harvest that runs at the same time: all runs train on one group of windows, then the group is removed.
 
-Runs that read other batches, of another layer or batch size or because they stopped elsewhere, are streams of their
-own, but there is room for two groups only: so the groups are the outer loop, and in each the streams take turns.
+Runs that read different batches (another layer or batch size, or resumed at another step) are passes of their own, but
+the disk has room for two groups only. So the outer loop is over groups, and in each the passes take turns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from ..cache.ring import RingCache
 from ..common.device import resolve_device
 from ..common.files import writer_lock
-from .plan import Run, TrainConfig
+from .plan import TrainPlan
 from .run import (
     RunTrainer,
     SharedPass,
@@ -20,54 +20,60 @@ from .run import (
     raise_problems,
     set_normalization,
     shared_passes,
+    skip_finished,
     stop_on_signal,
-    unfinished_runs,
 )
 
-Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]  # makes these groups while it is open
+Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]
+"""Harvests a range of groups while the context that it returns is open."""
 
 
-def train_streaming(runs: Sequence[Run], request: TrainConfig, report: TrainProgress, harvest: Harvest) -> None:
-    """Train what is not done yet on the request's ring, from the group on that the last of them needs.
+def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) -> None:
+    """Train the unfinished runs of a plan whose source is a RingCache, from the earliest group that one of them needs.
 
-    The constants of normalisation are the first group's: later rows are not known when training begins. Raises
-    Interrupted after Ctrl-C or SIGTERM and what the harvest raised, both with checkpoints written, and SaeError at the
-    end when a run failed.
+    The constants of normalisation are those of the first group, since later rows are not known when training begins.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM, with checkpoints written.
+        SaeError: a run failed; raised when all others are done.
+        Exception: whatever the harvest raised, with checkpoints written.
     """
-    ring, device = request.ring, resolve_device(request.device)
-    assert ring is not None
-    begun: dict[tuple[Any, ...], list[tuple[RunTrainer, int]]] = {}
-    with stop_on_signal() as stopping, ExitStack() as held:
-        for run in unfinished_runs(runs, report):
-            held.enter_context(writer_lock(run.folder, "sae train", report.say))
-            begun.setdefault(run.order, []).append(prepare_trainer(run, device, report))
-        streams = [stream for each in begun.values() for stream in shared_passes(each, request, report, stopping)]
-        if not streams:
+    ring, device = plan.config.source, resolve_device(plan.config.device)
+    assert isinstance(ring, RingCache)
+    trainers: dict[tuple[Any, ...], list[RunTrainer]] = {}
+    with stop_on_signal() as should_stop, ExitStack() as stack:
+        for run in skip_finished(plan, progress):
+            stack.enter_context(writer_lock(run.folder, "sae train", progress.say))
+            trainers.setdefault(run.batches_key, []).append(prepare_trainer(run, device, progress))
+        passes = [p for same in trainers.values() for p in shared_passes(same, plan.config, progress, should_stop)]
+        if not passes:
             return
-        first = min(group_of(ring, stream, stream.taken) for stream in streams)
-        last = max(group_of(ring, stream, stream.longest) for stream in streams)
-        held.enter_context(harvest(range(first, last + 1), report.say))
+        first = min(group_at(ring, one, one.steps_done) for one in passes)
+        last = max(group_at(ring, one, one.max_steps) for one in passes)
+        stack.enter_context(harvest(range(first, last + 1), progress.say))
         for group in range(first, last + 1):
-            waited = ring.wait_for_group(group, stopping)
-            for stream in streams:
-                stream.waited += waited
-                if group_of(ring, stream, stream.taken) == group:
-                    train_on_group(ring, stream)
+            waited = ring.wait_for_group(group, should_stop)
+            for one in passes:
+                one.seconds_waited += waited
+                if group_at(ring, one, one.steps_done) == group:
+                    train_on_group(ring, one)
             ring.release_group(group)
-            if not any(stream.active for stream in streams):
+            if not any(one.active for one in passes):
                 break
-    raise_problems(runs)
+    raise_problems(plan)
 
 
-def group_of(ring: RingCache, stream: SharedPass, step: int) -> int:
-    """The group that a stream reads after so many steps; after its last, the one that it read last."""
-    return ring.group_at(min(step, stream.longest - 1), stream.batch_size)
+def group_at(ring: RingCache, shared_pass: SharedPass, step: int) -> int:
+    """The group that a pass reads at a step; at its end, the group that it read last."""
+    return ring.group_at(min(step, shared_pass.max_steps - 1), shared_pass.batch_size)
 
 
-def train_on_group(ring: RingCache, stream: SharedPass) -> None:
-    """Take a stream to the end of the group that is there."""
+def train_on_group(ring: RingCache, shared_pass: SharedPass) -> None:
+    """Train a pass to the end of the group that is open."""
     assert ring.current_group is not None
-    if not stream.taken:
-        for training in stream.active:
-            set_normalization(training, ring.current_group)
-    stream.train(min(ring.cumulative_batches(stream.batch_size)[ring.current_group.number], stream.longest))
+    if not shared_pass.steps_done:
+        for trainer in shared_pass.active:
+            set_normalization(trainer, ring.current_group)
+    shared_pass.train(
+        min(ring.cumulative_batches(shared_pass.batch_size)[ring.current_group.number], shared_pass.max_steps)
+    )

@@ -123,14 +123,15 @@ def options_by_recipe(group: Iterable[Job]) -> dict[str, tuple[str, ...]]:
     return {job.recipe: job.options for job in group}
 
 
-def train_config(group: Sequence[Job], cache: Path, asked: ReproduceConfig) -> Any:
-    """What the group asks of training."""
+def train_config(group: Sequence[Job], cache: Any, asked: ReproduceConfig) -> Any:
+    """What the group asks of training, on the folder of a cache or on a PlannedCache."""
     from ..train.plan import TrainConfig
 
     first = group[0]
     recipes = options_by_recipe(group)
+    caches, source = ((cache,), None) if isinstance(cache, Path) else ((), cache)
     return TrainConfig(
-        variants=list(recipes), layers=first.layers, seeds=first.seeds, caches=(cache,), steps=first.steps, width=first.width,
+        variants=list(recipes), layers=first.layers, seeds=first.seeds, caches=caches, source=source, steps=first.steps, width=first.width,
         batch_size=first.batch_size, paper_exact=first.literal, out=asked.folder / "runs", device=asked.device,
         options=[f"{recipe}.{option}" for recipe, options in recipes.items() for option in options],
     )  # fmt: skip

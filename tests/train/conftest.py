@@ -14,7 +14,7 @@ from sae.cache.loader import BatchLoader, as_uint16
 from sae.cache.reader import Cache, open_cache
 from sae.cache.writer import CacheWriter, WindowRows
 from sae.train.loop import Trainer
-from sae.train.plan import parse_options
+from sae.train.parse import parse_options
 from sae.train.recipe import find_recipe
 from sae.train.variant import RunConfig, Variant
 

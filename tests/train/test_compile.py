@@ -62,7 +62,7 @@ def test_a_recipe_that_cannot_be_compiled_is_trained_without(sparse_cache, tmp_p
     said: list[str] = []
     for out, asked in (("compiled", True), ("eager", False)):
         request = request_of(sparse_cache, tmp_path / out, compiled=asked)
-        run_training(plan_training(request), request, TrainProgress(say=said.append))
+        run_training(plan_training(request), TrainProgress(say=said.append))
     (line,) = said
     assert "is trained without --compile: relu cannot be compiled here (no compiler)." in line
     left, right = (sorted(tmp_path.glob(f"{out}/*/sae.safetensors")) for out in ("compiled", "eager"))
@@ -71,11 +71,11 @@ def test_a_recipe_that_cannot_be_compiled_is_trained_without(sparse_cache, tmp_p
 
 def test_compiling_is_part_of_a_run(sparse_cache, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run, "compile_step", lambda training, batch_size: None)
-    (eager,), (other,) = (plan_training(request_of(sparse_cache, tmp_path, compiled=c)) for c in (False, True))
+    (eager,), (other,) = (plan_training(request_of(sparse_cache, tmp_path, compiled=c)).runs for c in (False, True))
     assert eager.folder != other.folder
     request = request_of(sparse_cache, tmp_path, compiled=True)
-    run_training([other], request)
-    (resumed,) = plan_training(TrainConfig(resume=[other.folder]))
+    run_training(plan_training(request))
+    (resumed,) = plan_training(TrainConfig(resume=[other.folder])).runs
     assert resumed.compiled and resumed.identity() == other.identity()
-    with pytest.raises(UsageError, match="--compile cannot change a run"):
+    with pytest.raises(UsageError, match="--compile cannot be changed"):
         plan_training(TrainConfig(resume=[other.folder], compiled=True))

@@ -17,6 +17,7 @@ from sae.train.variant import RunConfig
 
 find_recipe("relu")  # registers them all
 USAGE = namedtuple("USAGE", "total used free")
+Spec = namedtuple("Spec", "recipe options config")
 
 
 def request_of(cache, *variants, **more):
@@ -26,90 +27,91 @@ def request_of(cache, *variants, **more):
     return TrainConfig(list(variants), **sizes | more)
 
 
-def passing(planned):
+def passing(run):
     """A third checkpoint before the first goes; there is no SAE then yet."""
-    return run_bytes(planned).state - run_bytes(planned).sae
+    return run_bytes(run).state - run_bytes(run).sae
 
 
 def test_the_bytes_of_a_run_are_its_tensors():
     weights = 4 * (2 * 4 * 8 + 8 + 4)  # W_enc, W_dec, b_enc, b_dec in float32
-    planned = find_recipe("relu"), {}, RunConfig(4, 8, 10, 16)
+    run = Spec(find_recipe("relu"), {}, RunConfig(4, 8, 10, 16))
     buffers = 4 * (4 + 1) + 8 * (
         8 + 1
     )  # mean and scale of the input; of each latent since when it is silent, and if it is dead
-    assert run_bytes(planned).state == 3 * weights + buffers
-    assert run_bytes(planned).folder == weights + 2 * run_bytes(planned).state
+    assert run_bytes(run).state == 3 * weights + buffers
+    assert run_bytes(run).folder == weights + 2 * run_bytes(run).state
 
 
 @pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
 def test_the_disk_holds_what_was_foreseen(sparse_cache, variant):
-    (run,) = runs = plan_training(request_of(sparse_cache, variant))
-    run_training(runs, request_of(sparse_cache, variant))
+    plan = plan_training(request_of(sparse_cache, variant))
+    (run,) = plan.runs
+    run_training(plan)
     found = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
-    assert 1 <= found / run_bytes(run.planned).folder < 1.02  # and the names of the tensors
+    assert 1 <= found / run_bytes(run).folder < 1.02  # and the names of the tensors
 
 
 @pytest.mark.parametrize("variant", RECIPES)
 def test_a_step_of_every_recipe_is_timed(variant):
-    assert 0 < step_seconds((find_recipe(variant), {}, RunConfig(16, 64, 10, 32)), "cpu") < 60
+    assert 0 < step_seconds(Spec(find_recipe(variant), {}, RunConfig(16, 64, 10, 32)), "cpu") < 60
 
 
 def test_a_batch_too_large_to_time_is_timed_in_part(monkeypatch):
     rows = []
     step = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda self, x_BD: rows.append(len(x_BD)) or step(self, x_BD))
-    monkeypatch.setitem(estimate.AT_MOST, "cpu", estimate.PRODUCTS * 16 * 64 * 5)
-    step_seconds((find_recipe("relu"), {}, RunConfig(16, 64, 10, 32)), "cpu")
+    monkeypatch.setitem(estimate.MAX_OPERATIONS, "cpu", estimate.OPERATIONS * 16 * 64 * 5)
+    step_seconds(Spec(find_recipe("relu"), {}, RunConfig(16, 64, 10, 32)), "cpu")
     assert set(rows) == {5, 1}
 
 
 def test_the_optimizers_part_of_a_step_is_counted_once(monkeypatch):
-    monkeypatch.setitem(estimate.LATENTS, "cpu", 5 * 64)
+    monkeypatch.setitem(estimate.MAX_LATENTS, "cpu", 5 * 64)
     monkeypatch.setattr(estimate, "fastest_step", lambda training, x_BD: 10 + 2 * len(x_BD))
-    assert step_seconds((find_recipe("relu"), {}, RunConfig(16, 64, 10, 32)), "cpu") == 10 + 2 * 32
+    assert step_seconds(Spec(find_recipe("relu"), {}, RunConfig(16, 64, 10, 32)), "cpu") == 10 + 2 * 32
 
 
 def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
     timed = []
 
-    def of(planned, device):
-        timed.append(planned[0].name)
-        return {"relu": 2.0, "topk": 3.0}[planned[0].name]
+    def seconds_of(run, device):
+        timed.append(run.recipe.name)
+        return {"relu": 2.0, "topk": 3.0}[run.recipe.name]
 
-    monkeypatch.setattr(estimate, "step_seconds", of)
-    relu, topk = ((find_recipe(name), {}, RunConfig(4, 8, 10, 16)) for name in ("relu", "topk"))
+    monkeypatch.setattr(estimate, "step_seconds", seconds_of)
+    relu, topk = (Spec(find_recipe(name), {}, RunConfig(4, 8, 10, 16)) for name in ("relu", "topk"))
     assert training_seconds([relu, topk, relu], "cpu") == 10 * (2 + 3 + 2)
     assert sorted(timed) == ["relu", "topk"]
 
 
 def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
-    runs = plan_training(request_of(sparse_cache, "relu", "topk", seeds=[0, 1]))
+    runs = plan_training(request_of(sparse_cache, "relu", "topk", seeds=[0, 1])).runs
     assert [len(stream) for stream in group_by_pass(runs)] == [4]
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
     request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
-    needed = sum(run_bytes(run.planned).folder for run in plan_training(request)) + passing(
-        plan_training(request)[0].planned
-    )
+    runs = plan_training(request).runs
+    needed = sum(run_bytes(run).folder for run in runs) + passing(runs[0])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="2 runs .* will need .* Train fewer"):
         plan_training(request)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
-    assert len(plan_training(request)) == 2
+    assert len(plan_training(request).runs) == 2
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monkeypatch):
     request = request_of(sparse_cache, "relu", out=tmp_path / "runs", steps=8)
-    (run,) = runs = plan_training(request)
-    run_training(runs, request)
+    plan = plan_training(request)
+    (run,) = plan.runs
+    run_training(plan)
     (run.folder / "sae.json").unlink()  # killed just before its end
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, run_bytes(run.planned).state))
-    assert plan_training(request)[0].folder == run.folder
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, run_bytes(run).state))
+    assert plan_training(request).runs[0].folder == run.folder
     (run.folder / "sae.safetensors").unlink()
-    assert plan_training(request)[0].folder == run.folder
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, run_bytes(run.planned).state // 2))
+    assert plan_training(request).runs[0].folder == run.folder
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, run_bytes(run).state // 2))
     with pytest.raises(UnavailableError, match="1 run of up to"):
         plan_training(request)
 
@@ -118,16 +120,16 @@ def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1e6)
     wide = RunConfig(16, 4096, 10, 32)
     with pytest.raises(UnavailableError, match="not timed: a step of relu takes .* MB or more, and cpu has 1.0 MB"):
-        step_seconds((find_recipe("relu"), {}, wide), "cpu")
+        step_seconds(Spec(find_recipe("relu"), {}, wide), "cpu")
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1e8)
-    assert step_seconds((find_recipe("relu"), {}, wide), "cpu") > 0
+    assert step_seconds(Spec(find_recipe("relu"), {}, wide), "cpu") > 0
     with pytest.raises(
         UnavailableError, match="not timed: a step of decorrelation"
     ):  # a matrix of all pairs of latents
-        step_seconds((find_recipe("decorrelation"), {}, wide), "cpu")
+        step_seconds(Spec(find_recipe("decorrelation"), {}, wide), "cpu")
     monkeypatch.setattr(estimate, "available_memory", lambda device: 5e8)  # enough for all but the pairs
     with pytest.raises(UnavailableError, match="not timed: a step of competition"):
-        step_seconds((find_recipe("competition"), {"pair_store": "dense"}, wide), "cpu")
+        step_seconds(Spec(find_recipe("competition"), {"pair_store": "dense"}, wide), "cpu")
 
 
 def test_the_memory_of_this_machine_is_known():
@@ -136,13 +138,13 @@ def test_the_memory_of_this_machine_is_known():
 
 def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
     folders = [tmp_path / name for name in "ab"]
-    one, two = (plan_training(request_of(sparse_cache, "relu", out=folder))[0] for folder in folders)
-    needed = 2 * run_bytes(one.planned).folder + passing(one.planned)
-    both = [(run.planned, run.folder) for run in (one, two)]
+    one, two = (plan_training(request_of(sparse_cache, "relu", out=folder)).runs[0] for folder in folders)
+    needed = 2 * run_bytes(one).folder + passing(one)
+    both = [one, two]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
     check_disk_space(both)
     check_disk_space(both, {tmp_path / "activations": 0})
-    with pytest.raises(UnavailableError, match="beside 0.0 MB of activations"):
+    with pytest.raises(UnavailableError, match="besides 0.0 MB of activations"):
         check_disk_space(both, {tmp_path / "activations": 1})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="2 runs"):
@@ -150,10 +152,10 @@ def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tm
 
 
 def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkeypatch):
-    (run,) = plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
+    (run,) = plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs")).runs
     run.folder.mkdir(parents=True)
     (run.folder / "notes").write_bytes(bytes(10**6))
-    needed = run_bytes(run.planned).folder + passing(run.planned)
+    needed = run_bytes(run).folder + passing(run)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="1 run of up to"):
         plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
@@ -162,7 +164,7 @@ def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkey
 def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "runs"):
-        with pytest.raises(UsageError, match="file is no folder: a file is in its place"):
+        with pytest.raises(UsageError, match="file is a file, not a folder"):
             plan_training(request_of(sparse_cache, "relu", out=out))
 
 

@@ -8,7 +8,14 @@ import torch
 from sae.train.activations import BatchTopK, TopK
 from sae.train.loop import Trainer
 from sae.train.losses import L1, MSE, AuxK, MultiTopK
-from sae.train.mechanisms import ActivityEMA, AnnealK, BatchTopKThreshold, DeadLatents, UnitNormDecoder, reset_adam_state
+from sae.train.mechanisms import (
+    ActivityEMA,
+    AnnealK,
+    BatchTopKThreshold,
+    DeadLatents,
+    UnitNormDecoder,
+    reset_adam_state,
+)
 from sae.train.sae import SAE
 from sae.train.schedules import constant, cosine, linear, product, warmup
 from sae.train.step import Step

@@ -13,7 +13,7 @@ from sae.common.files import read_json
 from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.loop import Trainer
 from sae.train.mechanisms import UnitNormDecoder
-from sae.train.plan import TrainConfig, plan_training
+from sae.train.plan import TrainConfig, TrainPlan, plan_training
 from sae.train.recipe import RECIPES, matches_type
 from sae.train.run import run_training
 from sae.train.sae import fold_normalization, load_sae, save_sae
@@ -157,16 +157,17 @@ def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """The folders of all recipes, trained on one stream with the command's own code."""
     out = tmp_path_factory.mktemp("together")
     requests = [request_of(name, sparse_cache, out, checkpoint_every=6) for name in EVERY]
-    runs = [run for request in requests for run in plan_training(request)]
-    run_training(runs, requests[0])
+    runs = [run for request in requests for run in plan_training(request).runs]
+    run_training(TrainPlan(requests[0], runs))
     return {name: run.folder for name, run in zip(EVERY, runs, strict=True)}
 
 
 @every_recipe
 def test_on_one_stream_a_variant_is_what_it_is_alone(name, together, sparse_cache, tmp_path: Path) -> None:
     request = request_of(name, sparse_cache, tmp_path)
-    (run,) = plan_training(request)
-    run_training([run], request)
+    plan = plan_training(request)
+    (run,) = plan.runs
+    run_training(plan)
     for file in ("sae.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
         assert (run.folder / file).read_bytes() == (together[name] / file).read_bytes(), file
 
@@ -180,8 +181,8 @@ def test_a_run_without_its_end_goes_on_from_its_checkpoint(name, together, spars
     (folder / "sae.safetensors").unlink()
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
     request = request_of(name, sparse_cache, tmp_path)
-    (run,) = plan_training(request)
-    assert run.folder == folder
-    run_training([run], request)
+    plan = plan_training(request)
+    assert [run.folder for run in plan.runs] == [folder]
+    run_training(plan)
     assert (folder / "sae.safetensors").read_bytes() == (together[name] / "sae.safetensors").read_bytes()
     assert read_json(folder / "sae.json") == read_json(together[name] / "sae.json")

@@ -43,9 +43,9 @@ def request_of(cache, *variants: str, **changes) -> TrainConfig:
 
 
 def train(request: TrainConfig, report: TrainProgress | None = None) -> list[Path]:
-    runs = plan_training(request)
-    run_training(runs, request, report or TrainProgress())
-    return [run.folder for run in runs]
+    plan = plan_training(request)
+    run_training(plan, report or TrainProgress())
+    return [run.folder for run in plan.runs]
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -71,12 +71,12 @@ def test_the_same_command_does_not_train_twice(sparse_cache) -> None:
     (folder,) = train(request)
     before = (folder / "sae.safetensors").stat().st_mtime_ns
     assert train(request, TrainProgress(say=said.append)) == [folder]
-    assert said == [f"{folder} is trained already."]
+    assert said == [f"{folder} is already trained."]
     assert (folder / "sae.safetensors").stat().st_mtime_ns == before
 
 
 def test_what_is_asked_for_twice_is_trained_once(sparse_cache) -> None:
-    assert len(plan_training(request_of(sparse_cache, "relu", "relu", seeds=[0, 0, 1], layers=[0, 0]))) == 2
+    assert len(plan_training(request_of(sparse_cache, "relu", "relu", seeds=[0, 0, 1], layers=[0, 0])).runs) == 2
 
 
 def test_layers_seeds_and_batch_sizes_are_streams_of_their_own(sparse_cache, tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def test_a_stop_request_saves_and_names_the_command_that_goes_on(sparse_cache, t
         if number == 6:
             signal.raise_signal(signal.SIGINT)
 
-    runs = plan_training(request)
+    plan = plan_training(request)
     with pytest.raises(Interrupted, match="Stopped after step 7; everything is saved") as stopped:
-        run_training(runs, request, TrainProgress(step=press))
-    folders = [run.folder for run in runs]
+        run_training(plan, TrainProgress(step=press))
+    folders = [run.folder for run in plan.runs]
     assert stopped.value.exit_code == 130
     assert all(f"--resume {folder}" in str(stopped.value) for folder in folders)
     assert [checkpoints(folder)[-1] for folder in folders] == ["step-00000007"] * 2
@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_does_not_outlive_the_next(
     else:
         (newest / "state.safetensors").unlink()
     train(request, TrainProgress(say=said.append))
-    assert "step-00000012 is passed over" in said[0] and said[1] == f"{folder.name} goes on from step 8."
+    assert "Skipping the checkpoint step-00000012" in said[0] and said[1] == f"{folder.name} resumes from step 8."
     assert (folder / "sae.safetensors").read_bytes() == weights
 
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_kept(sparse_cache) -> No
 
 def test_a_checkpoint_of_other_parts_is_refused(training_of, tmp_path: Path) -> None:
     save_checkpoint(training_of("relu"), tmp_path, 3)
-    with pytest.raises(UsageError, match="checkpoint of other parts"):
+    with pytest.raises(UsageError, match="holds other tensors than this version's variant has"):
         restore_checkpoint(training_of("batchtopk"), tmp_path, pytest.fail)
 
 
@@ -236,20 +236,21 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     (folder / "manifest.json").write_text(json.dumps(manifest))
     said: list[str] = []
     request = request_of(open_cache(folder), "relu", "topk", out=tmp_path / "runs")
-    runs = plan_training(request)
-    with pytest.raises(SaeError, match=r"not finite at step 9 \(batch 9 of order seed 0\)") as failed:
-        run_training(runs, request, TrainProgress(say=said.append))
+    plan = plan_training(request)
+    with pytest.raises(SaeError, match=r"not finite at step 9 \(batch 9 of shuffle seed 0\)") as failed:
+        run_training(plan, TrainProgress(say=said.append))
     assert failed.value.exit_code == 1 and "--set relu.lr=" in str(failed.value) and len(said) == 2
-    for run in runs:
+    for run in plan.runs:
         assert checkpoints(run.folder) == ["step-00000004", "step-00000008"] and not run.done
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(sparse_cache, tmp_path: Path) -> None:
     (alone,) = train(request_of(sparse_cache, "topk", out=tmp_path / "alone"))
     request = request_of(sparse_cache, "relu", "topk", out=tmp_path / "both", options=["relu.lr=1e30", "relu.warmup=0"])
-    runs = plan_training(request)
+    plan = plan_training(request)
+    runs = plan.runs
     with pytest.raises(SaeError, match="relu.*not finite at step") as failed:
-        run_training(runs, request)
+        run_training(plan)
     assert "topk" not in str(failed.value) and "there is no checkpoint yet" in str(failed.value)
     assert not runs[0].done and runs[1].done
     assert (runs[1].folder / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()
@@ -294,10 +295,10 @@ def refusal(cache, *variants: str, **changes) -> str:
         ({"options": ["normalize=rms"]}, "normalize=rms is unknown: unit_ms, none."),
         ({"options": ["b_dec_init=median"]}, "b_dec_init=median is unknown: mean, zero."),
         ({"options": ["k"]}, "--set k has no value"),
-        ({"options": ["relu.l1=1"]}, "relu is not among the variants topk"),
+        ({"options": ["relu.l1=1"]}, "relu is not one of the variants topk"),
         ({"width": "0"}, "the width 0 is not positive."),
-        ({"width": "wide"}, "--width wide is no width"),
-        ({"width": "infx"}, "--width infx is no width"),
+        ({"width": "wide"}, "invalid --width wide"),
+        ({"width": "infx"}, "invalid --width infx"),
         ({"steps": 0}, "--steps 0 would train nothing."),
         ({"batch_size": 0}, "--batch-size 0 is not positive."),
         ({"batch_size": 5000}, "fewer than one batch of 5,000"),
@@ -368,13 +369,13 @@ def test_everything_that_is_wrong_is_said_at_once(sparse_cache) -> None:
 def test_a_bare_option_goes_to_the_variants_that_have_it(sparse_cache) -> None:
     runs = plan_training(
         request_of(sparse_cache, "relu", "topk", options=["k=8", "lr=1e-3", "topk.lr=2e-3", "warmup=none"])
-    )
+    ).runs
     assert [run.options for run in runs] == [{"lr": 1e-3, "warmup": None}, {"k": 8, "lr": 2e-3, "warmup": None}]
 
 
 def test_widths_are_numbers_multiples_and_kilos(sparse_cache) -> None:
     widths = {
-        text: plan_training(request_of(sparse_cache, "relu", width=text))[0].config.d_sae
+        text: plan_training(request_of(sparse_cache, "relu", width=text)).runs[0].config.d_sae
         for text in ("96", "4x", "1.5x", "2k")
     }
     assert widths == {"96": 96, "4x": 128, "1.5x": 48, "2k": 2048}
@@ -388,7 +389,7 @@ def test_a_run_that_has_begun_cannot_be_changed(sparse_cache, another_cache) -> 
         ({"seeds": (3,)}, "--seed"),
         ({"variants": ["topk"], "width": "4x"}, "--variant, --width"),
     ]:
-        with pytest.raises(UsageError, match=f"^{flag} cannot change a run that has begun"):
+        with pytest.raises(UsageError, match=f"^{flag} cannot be changed once a run has started"):
             plan_training(TrainConfig(resume=[folder], **changes))
     with pytest.raises(UsageError, match="is not what .* was trained on"):
         plan_training(TrainConfig(resume=[folder], caches=[another_cache.folder]))
@@ -403,7 +404,7 @@ def test_defaults_that_have_changed_since_a_run_began_are_named(sparse_cache) ->
     record = read_json(folder / "run.json")
     record["resolved"]["l1"] = 0.5  # as if the version that began it had another default
     (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match=r"begun with other options \(l1 0.5 then, 0.04 now\)"):
+    with pytest.raises(UsageError, match=r"started with other options \(l1 was 0.5, is 0.04\)"):
         train(request)
 
 
@@ -413,8 +414,8 @@ def test_the_folder_is_named_by_everything_that_decides_the_result(sparse_cache,
         base, request_of(sparse_cache, "relu", steps=13), request_of(sparse_cache, "relu", options=["lr=1e-3"]),
         request_of(sparse_cache, "relu", shuffle_seed=1), request_of(another_cache, "relu"), request_of(sparse_cache, "relu", batch_size=32),
     ]  # fmt: skip
-    assert len({plan_training(request)[0].name for request in variations}) == len(variations)
+    assert len({plan_training(request).runs[0].name for request in variations}) == len(variations)
     assert (
-        plan_training(base)[0].name
-        == plan_training(request_of(sparse_cache, "relu", log_every=1, checkpoint_every=1))[0].name
+        plan_training(base).runs[0].name
+        == plan_training(request_of(sparse_cache, "relu", log_every=1, checkpoint_every=1)).runs[0].name
     )

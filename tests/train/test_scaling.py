@@ -128,7 +128,7 @@ def test_l0_and_literal_are_part_of_a_run_only_when_given(sparse_cache, tmp_path
     def runs(**knobs: object) -> list:
         return plan_training(
             TrainConfig(["relu"], layers=[0], caches=[sparse_cache.folder], steps=10, batch_size=64, **knobs)
-        )
+        ).runs
 
     (plain,) = runs()
     assert not {"l0", "literal"} & plain.identity().keys()
@@ -143,11 +143,12 @@ def test_l0_and_literal_are_part_of_a_run_only_when_given(sparse_cache, tmp_path
 def test_a_run_with_knobs_is_resumed_with_them(sparse_cache, tmp_path) -> None:
     asked = TrainConfig(["competition"], layers=[0], caches=[sparse_cache.folder], steps=4, batch_size=64, l0=[8], paper_exact=True,
                     device="cpu", out=tmp_path)  # fmt: skip
-    (run,) = plan_training(asked)
-    run_training([run], asked)
-    (again,) = plan_training(TrainConfig(resume=[run.folder]))
+    plan = plan_training(asked)
+    (run,) = plan.runs
+    run_training(plan)
+    (again,) = plan_training(TrainConfig(resume=[run.folder])).runs
     assert again.config == run.config and again.config.l0 == 8 and again.config.paper_exact
-    with pytest.raises(UsageError, match="--l0, --paper-exact cannot change a run that has begun"):
+    with pytest.raises(UsageError, match="--l0, --paper-exact cannot be changed once a run has started"):
         plan_training(TrainConfig(resume=[run.folder], l0=[8], paper_exact=True))
 
 

@@ -153,9 +153,9 @@ def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, h
     [
         ("003", ["--seed", "-1"], 2, "The seed -1 is out of range"),
         ("003", ["--width", "0"], 2, "the width 0 is not positive"),
-        ("003", ["--out", "file"], 2, "file is no folder: a file is in its place"),
-        ("002", ["--width", "wide"], 2, "--width wide is no width"),
-        ("002", ["--width", ""], 2, "--width  is no width"),
+        ("003", ["--out", "file"], 2, "file is a file, not a folder"),
+        ("002", ["--width", "wide"], 2, "invalid --width wide"),
+        ("002", ["--width", ""], 2, "invalid --width "),
         ("003", [], 4, "runs of up to"),
     ],
 )
@@ -178,7 +178,7 @@ def test_room_for_runs_is_what_activations_leave(tiny_model, sentences, home, mo
              "--batch-size", 64, "--dry-run")  # fmt: skip
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
-    needed = re.search(r"will need ([\d.]+) MB beside ([\d.]+) MB of activations", call(*words).output)
+    needed = re.search(r"will need ([\d.]+) MB besides ([\d.]+) MB of activations", call(*words).output)
     runs, activations = (1e6 * float(number) for number in needed.groups())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, int(runs + 1e5)))
     enough = call(*words).exit_code == 0

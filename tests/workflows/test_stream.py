@@ -72,10 +72,10 @@ def request_of(*variants: str, **changes) -> TrainConfig:
 
 def stream(asked: dict, request: TrainConfig, report: TrainProgress | None = None, ring: int = RING) -> list[Path]:
     planned, windows = plan_ring(Harvest(layers=request.layers, **asked), ring)
-    request = TrainConfig(**vars(request) | {"ring": windows})
-    runs = plan_training(request)
-    train_streaming(runs, request, report or TrainProgress(), partial(harvest_ahead, planned, windows))
-    return [run.folder for run in runs]
+    request = TrainConfig(**vars(request) | {"source": windows})
+    plan = plan_training(request)
+    train_streaming(plan, report or TrainProgress(), partial(harvest_ahead, planned, windows))
+    return [run.folder for run in plan.runs]
 
 
 def the_ring() -> Path:
@@ -172,7 +172,7 @@ def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None
         if step == 2 * PER_GROUP + 2:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=rf"Stopped after step {2 * PER_GROUP + 3}; .* The same command goes on\.$"):
+    with pytest.raises(Interrupted, match=rf"Stopped after step {2 * PER_GROUP + 3}; .* Resume with the same command\.$"):
         stream(asked, request, TrainProgress(step=press))
     before = {path: path.stat().st_mtime_ns for path in the_ring().glob("commits/*.json")}
     assert {4, 5} <= windows_there(the_ring()) <= {4, 5, 6, 7}
@@ -213,7 +213,7 @@ def test_a_harvest_that_fails_stops_training_with_its_sentence_after_a_checkpoin
     (tmp_path / "away").rename(the_ring() / "row_pos")
     said: list[str] = []
     (folder,) = stream(asked, request, TrainProgress(say=said.append))
-    assert re.fullmatch(r"topk-\S+ goes on from step (8|16|24).", said[0])
+    assert re.fullmatch(r"topk-\S+ resumes from step (8|16|24).", said[0])
     (whole,) = stream(asked | {"out": tmp_path / "ring"}, request_of("topk", out=tmp_path / "whole"))
     assert weights(folder) == weights(whole)
 
@@ -261,9 +261,9 @@ def test_a_stop_while_there_is_nothing_to_read_yet(asked) -> None:
         yield
 
     _, windows = plan_ring(Harvest(layers=[1], **asked), RING)
-    request = request_of("topk", ring=windows)
+    request = request_of("topk", source=windows)
     with pytest.raises(Interrupted, match="Stopped while waiting for the harvest"):
-        train_streaming(plan_training(request), request, TrainProgress(), never)
+        train_streaming(plan_training(request), TrainProgress(), never)
 
 
 def test_nothing_is_harvested_for_runs_that_are_given_up(asked) -> None:

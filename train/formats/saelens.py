@@ -20,7 +20,16 @@ from ...common.files import atomic_write, write_json
 from .base import ForeignSAE, Format, Reference
 from .canonical import CanonicalSAE, from_canonical
 from .hook_names import first_hook, parse_model
-from .safe_read import ForeignFolder, get_bool, get_nested, get_positive_int, get_str, read_safetensors_headers, read_weights, short_repr
+from .safe_read import (
+    ForeignFolder,
+    get_bool,
+    get_nested,
+    get_positive_int,
+    get_str,
+    read_safetensors_headers,
+    read_weights,
+    short_repr,
+)
 
 ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # to CanonicalSAE's
 TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # saved only while training; for inference a jumprelu

@@ -16,7 +16,15 @@ from ...common.files import atomic_write, write_json
 from .base import ForeignSAE, Format, Reference
 from .canonical import CanonicalSAE, from_canonical
 from .hook_names import first_hook, hub_id, parse_model
-from .safe_read import ForeignFolder, get_bool, get_nested, get_positive_int, read_safetensors_headers, read_weights, short_repr
+from .safe_read import (
+    ForeignFolder,
+    get_bool,
+    get_nested,
+    get_positive_int,
+    read_safetensors_headers,
+    read_weights,
+    short_repr,
+)
 
 
 class Sparsify(Format, name="sparsify"):

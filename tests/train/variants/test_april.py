@@ -75,8 +75,9 @@ def test_the_saved_sae_has_unit_rows(sparse_cache, tmp_path) -> None:
     request = TrainConfig(
         ["april"], layers=[0], caches=[sparse_cache.folder], steps=3, batch_size=64, device="cpu", out=tmp_path
     )
-    (run,) = plan_training(request)
-    run_training([run], request)
+    plan = plan_training(request)
+    (run,) = plan.runs
+    run_training(plan)
     sae = load_sae(run.folder)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae))
 

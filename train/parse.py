@@ -1,0 +1,61 @@
+"""Parse what users write: widths, and the options of recipes given with --set."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..common.errors import UsageError
+from .recipe import Recipe
+
+
+def parse_width(text: str | None, recipe: Recipe, d_in: int) -> int:
+    """d_sae from "4x" (times d_in), "16k" (times 1024) or a number; None is the recipe's."""
+    if text is None:
+        return round(recipe.width * d_in)
+    try:
+        unit = {"x": d_in, "k": 1024}.get(text[-1:].lower())
+        return round(float(text[:-1]) * unit) if unit else int(text)
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"invalid --width {text}: give a number such as 2304, 16k, or 8x for eight times d_in."
+        ) from None
+
+
+def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:
+    """The options of each recipe: {variant: {option: value}}.
+
+    `options` maps "option" or "variant.option" to values, or lists them as --set does: "option=value". An option without
+    a variant goes to every recipe that has it.
+    """
+    parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
+    for key, value in (options if isinstance(options, Mapping) else split_options(options)).items():
+        variant, dot, option = key.rpartition(".")
+        if dot and variant not in parsed:
+            raise UsageError(f"--set {key}: {variant} is not one of the variants {', '.join(parsed)}.")
+        targets = [variant] if dot else [r.name for r in recipes if option in r.option_types()] or list(parsed)
+        for target in targets:
+            parsed[target][option] = value
+    return parsed
+
+
+def split_options(texts: Sequence[str]) -> dict[str, Any]:
+    """The strings of --set, "key=value", as a mapping."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text} has no value: write --set option=value, or variant.option=value.")
+        if key in options:
+            raise UsageError(f"--set gives {key} more than once. Run one command for each value.")
+        options[key] = parse_value(value)
+    return options
+
+
+def parse_value(text: str) -> Any:
+    """A TOML value; `none` is None, and anything that is not TOML is a string."""
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,76 @@
+"""The records in a run folder: run.json, which says what decides the run, and metrics.jsonl, one line per logged step."""
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.ring import RingCache
+from ..common.environment import environment_record
+from ..common.errors import UsageError
+from ..common.files import atomic_write, os_error, read_json
+from .plan import FORMAT, Run
+from .variant import Variant
+
+
+def run_record(run: Run, variant: Variant, device: str) -> dict[str, Any]:
+    """The content of run.json."""
+    return {
+        "format": FORMAT,
+        **run.identity(),
+        "resolved": resolved_options(variant),
+        "paper": run.recipe.paper,
+        "cache_folders": run.cache_folders,
+        **({"ring": run.cache.capacity} if isinstance(run.cache, RingCache) else {}),
+        "asked": dict(run.requested),
+        "device": device,
+        "environment": environment_record(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def resolved_options(variant: Variant) -> dict[str, Any]:
+    """Every option of a variant, whether given or default."""
+    return {**variant.options, **asdict(variant.optimization)}
+
+
+def check_defaults_unchanged(run: Run, variant: Variant) -> None:
+    """Raise UsageError if a default has changed since the run started, as it can with the version of this package.
+
+    The name of the folder covers only the options that were given.
+    """
+    recorded, now = read_json(run.folder / "run.json", "resolved")["resolved"], resolved_options(variant)
+    changed = [
+        f"{name} was {value}, is {now[name]}" for name, value in recorded.items() if now.get(name, value) != value
+    ]
+    if changed:
+        raise UsageError(
+            f"{run.folder} was started with other options ({'; '.join(changed)}). "
+            "Resume it with the version that started it, or start a new run with --out."
+        )
+
+
+def append_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    """Add a line to metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        raise os_error(error, path) from error
+
+
+def truncate_metrics(folder: Path, step: int) -> None:
+    """Drop the lines after `step`, whose steps will be taken again, and a last line that a kill cut off."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    atomic_write(path, "".join(kept).encode())
