@@ -90,7 +90,7 @@ def same_inputs(about: dict[str, Any], ctx: EvalContext) -> Any:
     }
     words = sorted(known[text] for text in about["words"])
     tables = {name: replace(labelled.DATASETS[name], pairs=(pair,)) for name, pair in PAIRS.items()}
-    with patch.object(first_letter, "vocabulary", lambda *_: words), patch.dict(labelled.DATASETS, tables):
+    with patch.object(first_letter, "vocabulary_words", lambda *_: words), patch.dict(labelled.DATASETS, tables):
         yield
 
 

@@ -1,1 +1,1 @@
-"""The metrics: one file each, all of the same shape."""
+"""The metrics of `sae evaluate`: one file each, all of the shape of `base.Metric`, listed in `registry`."""

@@ -1,14 +1,9 @@
-"""What linear probes read from texts, and what they read once latents are ablated: what SCR and TPP share.
+"""Shared by SCR and TPP: train probes on texts, rank latents by their effect on each probe, ablate, measure accuracies.
 
-SAEBench ablates by x' = x - x_hat + decode(f with some latents set to 0), at every position of the padded text. The
-decoder is affine, so a probe on the mean of x' over a text reads
+`Ablation` is the metric without its scores; scr.py and tpp.py add which tasks a dataset gives, how the effect of a
+latent is defined and which scores follow. Ablation never decodes: see probe_readout.
 
-    w x_mean + b - sum over ablated i of F_i (w . d_i),    F_i = (sum of f_i over all positions) / (counted tokens)
-
-and nothing has to be decoded: each text is encoded once, whatever is ablated. What `encode` makes of a zero row leaks in
-at BOS and at padding, as it does in SAEBench.
-
-Shape suffixes: N texts, B texts of a task, D d_in, F latents, P probes, R replicates of a bootstrap.
+Shape suffixes: N texts, D d_in, F latents, P probes, R replicates of the bootstrap.
 """
 
 import sys
@@ -32,72 +27,66 @@ from .pooled_activations import PooledLatents, pool_latents
 from .probe_readout import ProbeReadout, affine_decoder, mean_latent_differences
 from .probes import LabelledRows, ProbeTask, make_generator, read_labelled_rows
 
-THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # latents ablated
+THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # numbers of latents to ablate
 
-
-def check_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> None:
-    """Raises UsageError when an SAE has fewer latents than are to be ablated."""
-    if (most := max(thresholds)) > d_sae:
-        fit = ",".join(str(n) for n in thresholds if n <= d_sae) or str(d_sae)
-        raise UsageError(
-            f"{metric} ablates up to {most} latents, and this SAE has {d_sae}. "
-            f"Give thresholds that fit: --set {metric}.thresholds={fit}."
-        )
-
-
-DrawTask = Callable[[int], ProbeTask]  # the next task of a probe
+DrawTask = Callable[[int], ProbeTask]  # returns the next task of a probe
 
 
 @dataclass(frozen=True)
 class AblationProblem:
-    """Texts by split and class, and tasks over the texts of a split: `draw(split, probe, generator)`, one per probe."""
+    """Labelled texts and one probe per task on them. `draw(split, probe, generator)` returns the task of a probe."""
 
     name: str
-    texts: Texts
+    texts: Texts  # split -> class -> texts
     probes: tuple[str, ...]
     draw: Callable[[str, int, torch.Generator], ProbeTask]
 
-    def fixed(self, split: str) -> list[ProbeTask]:
-        """Always the same ones, one per probe."""
+    def fixed_tasks(self, split: str) -> list[ProbeTask]:
+        """One task per probe, the same on every call."""
         return [self.draw(split, p, make_generator("paired", self.name, split, p)) for p in range(len(self.probes))]
+
+    def task_source(self, split: str, generator: torch.Generator | None) -> DrawTask:
+        """Tasks drawn from the generator, or without one the fixed tasks."""
+        fixed = self.fixed_tasks(split)
+        return lambda probe: self.draw(split, probe, generator) if generator else fixed[probe]
 
 
 class AblationBasis(NamedTuple):
-    """What no SAE changes of a problem, after one layer."""
+    """The part of a problem at one layer that does not depend on the SAE."""
 
     labelled: LabelledRows
-    mean_ND: Tensor  # of the test texts
+    test_mean_ND: Tensor
     probes: LinearProbes
 
 
 @dataclass
 class AblationState:
-    """An SAE, and by problem: its scores (R,) with and without what leaks in at padding, and details of them."""
+    """What has been measured of one SAE so far, by problem."""
 
     W_dec_FD: Tensor
-    stream: torch.Generator | None  # that all draws of this SAE come from, if they do
-    scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    generator: torch.Generator | None  # serves all draws of this SAE with rng="saebench"
+    scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # problem -> name -> score (R,)
+    without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # the same without encode(0) at padding
     extra: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
-    texts: int = 0
-    effective: int = sys.maxsize  # latents that have an effect on a probe, at least
+    test_texts: int = 0
+    fewest_effective: int = sys.maxsize  # latents with an effect on a probe, the minimum over probes
 
 
 class AblationScores(NamedTuple):
-    """Each score (R,) by name; what else is kept of a problem; and sentences on scores that mean less than they seem."""
+    """The scores of one SAE on one problem."""
 
-    values: dict[str, Tensor]
+    values: dict[str, Tensor]  # name -> score (R,)
     extra: dict[str, Any]
     flags: list[str]
 
 
 @dataclass(frozen=True)
 class Ablation(Metric):
-    """Probes on texts, the latents that matter to each of them, and accuracies without these.
+    """Intervals come from a bootstrap over the test texts of each class, with the same draws for every SAE.
 
-    Intervals are a bootstrap over the test texts of each class, the same draws for every SAE. Memory: the texts of one problem (at
-    most 12,500), of one SAE, summed over each text: (12,500, d_sae) in float32, 0.8 GB at 16k latents.
+    Memory: one SAE's latents summed over each text of one problem (at most 12,500 texts): (12,500, d_sae) in float32,
+    0.8 GB at 16k latents.
     """
 
     datasets: tuple[str, ...] = ()
@@ -107,15 +96,15 @@ class Ablation(Metric):
     context: int = 128
     rng: str = "paired"
 
-    category: ClassVar[str]
+    category: ClassVar[str]  # of the scores in the result
 
     @abstractmethod
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
-        """Those of one dataset. Raises SaeError when its texts cannot be had."""
+        """The problems of one dataset. Raises SaeError if its texts are not available."""
 
     @abstractmethod
     def effects(self, difference_PF: Tensor, align_FP: Tensor) -> Tensor:
-        """How much each latent matters to each probe (P, F)."""
+        """The effect of each latent on each probe (P, F), by which latents are ranked."""
 
     @abstractmethod
     def scores(
@@ -123,42 +112,43 @@ class Ablation(Metric):
         problem: AblationProblem,
         readout: ProbeReadout,
         effect_PF: Tensor,
-        draw: DrawTask,
-        resample: BootstrapWeights,
+        draw_task: DrawTask,
+        bootstrap: BootstrapWeights,
         mode: str,
     ) -> AblationScores:
-        """What `draw` gives are the tasks to measure ablations on."""
+        """Ablate the latents of largest effect and measure accuracies on the tasks that `draw_task` returns."""
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         texts = {name: dataset_version(name, ctx.data) for name in self.datasets}
         return {**super().settings(ctx), "texts": texts}
 
     def check(self) -> None:
-        """Raises UsageError for settings that make no sense."""
+        """Raise UsageError for an option out of range."""
         make_generator(self.rng)
         if min(self.thresholds) < 1:
             raise UsageError(f"{self.name}.thresholds={','.join(map(str, self.thresholds))}: give 1 latent or more.")
-        for size in ("train_set_size", "test_set_size"):
-            if (given := getattr(self, size)) < 4:
-                raise UsageError(f"{self.name}.{size}={given} is less than 4, one text of each kind.")
+        for option in ("train_set_size", "test_set_size"):
+            if (size := getattr(self, option)) < 4:
+                raise UsageError(f"{self.name}.{option}={size}: give 4 or more, one text of each kind.")
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         self.check()
-        begun = [self.begin(ctx, target) for target in targets]
-        able = [
-            (target, found) for target, found in zip(targets, begun, strict=True) if isinstance(found, AblationState)
+        states = [self.initial_state(ctx, target) for target in targets]
+        measurable = [
+            (target, state) for target, state in zip(targets, states, strict=True) if isinstance(state, AblationState)
         ]
-        for dataset in self.datasets if able else ():
+        for dataset in self.datasets if measurable else ():
             for problem in self.problems(dataset, ctx.data):
-                bases = self.bases(ctx, problem, sorted({target.layer for target, _ in able}), progress)
-                resample = BootstrapWeights.of([len(texts) for texts in problem.texts["test"].values()], problem.name)
-                for number, (target, found) in enumerate(able):
-                    self.add(ctx, problem, bases[target.layer], resample, target.sae, found)
-                    progress(number + 1, len(able), f"SAEs on {problem.name}")
-        return [self.result(found) if isinstance(found, AblationState) else found for found in begun]
+                bases = self.bases(ctx, problem, sorted({target.layer for target, _ in measurable}), progress)
+                bootstrap = BootstrapWeights.of([len(texts) for texts in problem.texts["test"].values()], problem.name)
+                for number, (target, state) in enumerate(measurable):
+                    self.measure_problem(ctx, problem, bases[target.layer], bootstrap, target.sae, state)
+                    progress(number + 1, len(measurable), f"SAEs on {problem.name}")
+        return [self.result(state) if isinstance(state, AblationState) else state for state in states]
 
-    def begin(self, ctx: EvalContext, target: EvalTarget) -> AblationState | SaeError:
+    def initial_state(self, ctx: EvalContext, target: EvalTarget) -> AblationState | SaeError:
+        """The empty state of an SAE, or the reason why it cannot be measured."""
         try:
             W_dec_FD = affine_decoder(target.sae, ctx.model.config.hidden_size, ctx.model.device)
             check_thresholds(self.thresholds, len(W_dec_FD), self.name)
@@ -169,91 +159,106 @@ class Ablation(Metric):
     def bases(
         self, ctx: EvalContext, problem: AblationProblem, layers: Sequence[int], progress: Progress
     ) -> dict[int, AblationBasis]:
-        """The texts' rows and the probes on them, from the shelf or made."""
-        tasks = {split: problem.fixed(split) for split in problem.texts}
-        known = read_labelled_rows(ctx, layers, problem.name, problem.texts, progress, self.context)
-        pinned = {
-            **ctx.model_identity, "skip": ctx.special_ids, "context": self.context, "probe": PROBE_SETTINGS, "problem": problem.name,
-            "texts": digest_of(problem.texts), "tasks": digest_of([task.rows.tolist() for split in tasks.values() for task in split]),
-        }  # fmt: skip
-        found = {}
-        for number, (layer, labelled) in enumerate(known.items()):
-            mean = {split: part.x_ND for split, part in labelled.split(labelled.rows.mean_ND()).items()}
+        """Rows of the texts and probes on them at each layer, from the artifact cache or computed."""
+        tasks = {split: problem.fixed_tasks(split) for split in problem.texts}
+        by_layer = read_labelled_rows(ctx, layers, problem.name, problem.texts, progress, self.context)
+        depends = {
+            **ctx.model_identity,
+            "skip": ctx.special_ids,
+            "context": self.context,
+            "probe": PROBE_SETTINGS,
+            "problem": problem.name,
+            "texts": digest_of(problem.texts),
+            "tasks": digest_of([task.rows.tolist() for of_split in tasks.values() for task in of_split]),
+        }
+        bases = {}
+        for number, (layer, labelled) in enumerate(by_layer.items()):
+            mean = {split: features.x_ND for split, features in labelled.split(labelled.rows.mean_ND()).items()}
 
             def make(mean: dict[str, Tensor] = mean) -> dict[str, Tensor]:
-                draws = [make_generator("paired", problem.name, "probe", probe) for probe in problem.probes]
-                made = train_probes(mean["train"], tasks["train"], mean["test"], tasks["test"], draws)
-                return {"weight": made.weight_PD, "bias": made.bias_P}
+                generators = [make_generator("paired", problem.name, "probe", probe) for probe in problem.probes]
+                trained = train_probes(mean["train"], tasks["train"], mean["test"], tasks["test"], generators)
+                return {"weight": trained.weight_PD, "bias": trained.bias_P}
 
-            kept = ctx.artifacts.get_or_compute("probes", {**pinned, "layer": layer}, make)
-            found[layer] = AblationBasis(labelled, mean["test"], LinearProbes(kept["weight"], kept["bias"]))
+            arrays = ctx.artifacts.get_or_compute("probes", {**depends, "layer": layer}, make)
+            bases[layer] = AblationBasis(labelled, mean["test"], LinearProbes(arrays["weight"], arrays["bias"]))
             progress(number + 1, len(layers), f"probes of {problem.name}")
-        return found
+        return bases
 
-    def add(
+    def measure_problem(
         self,
         ctx: EvalContext,
         problem: AblationProblem,
         basis: AblationBasis,
-        resample: BootstrapWeights,
+        bootstrap: BootstrapWeights,
         sae: SAELike,
-        found: AblationState,
+        state: AblationState,
     ) -> None:
-        """Measure one SAE on one problem."""
+        """Measure one SAE on one problem and add the scores to its state."""
         pooled = pool_latents(sae, basis.labelled.rows, ctx.model.device)
         sums, counts = basis.labelled.split(pooled.sum_NF), basis.labelled.split(pooled.count_N)
         train, test = (
             PooledLatents(sums[split].x_ND, counts[split].x_ND, pooled.zero_F) for split in ("train", "test")
         )
 
-        def draws(split: str, stream: torch.Generator | None) -> DrawTask:
-            fixed = problem.fixed(split)
-            return lambda probe: problem.draw(split, probe, stream) if stream else fixed[probe]
+        def readout_of(test: PooledLatents) -> ProbeReadout:
+            return ProbeReadout.of(basis.probes, basis.test_mean_ND, test, state.W_dec_FD, self.context)
 
-        readout = ProbeReadout.of(basis.probes, basis.mean_ND, test, found.W_dec_FD, self.context)
-        of_train = draws("train", found.stream)
-        difference_PF = mean_latent_differences(train, [of_train(probe) for probe in range(len(problem.probes))])
+        readout = readout_of(test)
+        draw_train = problem.task_source("train", state.generator)
+        difference_PF = mean_latent_differences(train, [draw_train(probe) for probe in range(len(problem.probes))])
         effect_PF = self.effects(difference_PF, readout.align_FP)
         if bool(pooled.zero_F.any()):
-            dry = ProbeReadout.of(
-                basis.probes, basis.mean_ND, replace(test, zero_F=0 * test.zero_F), found.W_dec_FD, self.context
-            )
-            of_test, once = (
-                draws("test", found.stream and found.stream.clone_state()),
-                BootstrapWeights(resample.times_RN[:1]),
-            )
-            found.without_leak[problem.name] = self.scores(problem, dry, effect_PF, of_test, once, ctx.mode).values
-        scores = self.scores(problem, readout, effect_PF, draws("test", found.stream), resample, ctx.mode)
-        found.scores[problem.name], found.extra[problem.name] = scores.values, scores.extra
-        found.flags += [f"{problem.name}: {flag}" for flag in scores.flags]
-        found.texts += len(basis.mean_ND)
-        found.effective = min(found.effective, int((effect_PF != 0).sum(1).min()))
+            without_leak = readout_of(replace(test, zero_F=0 * test.zero_F))
+            # A copy of the generator, so that the scores below are drawn as if this had not run.
+            draw_test = problem.task_source("test", state.generator and state.generator.clone_state())
+            sample_only = BootstrapWeights(bootstrap.weight_RN[:1])
+            scores = self.scores(problem, without_leak, effect_PF, draw_test, sample_only, ctx.mode)
+            state.without_leak[problem.name] = scores.values
+        draw_test = problem.task_source("test", state.generator)
+        scores = self.scores(problem, readout, effect_PF, draw_test, bootstrap, ctx.mode)
+        state.scores[problem.name], state.extra[problem.name] = scores.values, scores.extra
+        state.flags += [f"{problem.name}: {flag}" for flag in scores.flags]
+        state.test_texts += len(basis.test_mean_ND)
+        state.fewest_effective = min(state.fewest_effective, int((effect_PF != 0).sum(1).min()))
 
-    def result(self, found: AblationState) -> MetricResult:
-        """Means over the problems that have a score."""
-        values = average_scores(found.scores)
+    def result(self, state: AblationState) -> MetricResult:
+        """The mean of each score over the problems that have it."""
+        values = average_scores(state.scores)
         metrics = {self.category: {name: float(score_R[0]) for name, score_R in values.items()}}
-        flags = list(found.flags)
-        if found.effective < max(self.thresholds):
-            flags.append(
-                f"Only {found.effective} latents have an effect on one of the probes; more are not ablated there."
-            )
-        if found.without_leak:
-            dry = {name: float(score_R[0]) for name, score_R in average_scores(found.without_leak).items()}
-            metrics["without_leak"] = dry
-            shown = {number.name for number in self.columns} & dry.keys()
-            most = max((abs(dry[name] - metrics[self.category][name]) for name in shown), default=0.0)
-            flags.append(
-                "Some latents fire on a zero row, so ablating them changes BOS and padding too, as in SAEBench; without that "
-                f"(category without_leak) the scores of the table change by up to {most:.3f}."
-            )
+        if state.without_leak:
+            average = average_scores(state.without_leak)
+            metrics["without_leak"] = {name: float(score_R[0]) for name, score_R in average.items()}
         details = [
             {"dataset_name": name, **{score: float(score_R[0]) for score, score_R in scores.items()}}
-            for name, scores in found.scores.items()
+            for name, scores in state.scores.items()
         ]
         intervals = {self.category: {name: bootstrap_interval(score_R) for name, score_R in values.items()}}
-        n = {"problems": len(found.scores), "test_texts": found.texts}
-        return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=flags, extra=found.extra)
+        n = {"problems": len(state.scores), "test_texts": state.test_texts}
+        flags = [*state.flags, *self.flags(state, metrics)]
+        return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=flags, extra=state.extra)
+
+    def flags(self, state: AblationState, metrics: dict[str, dict[str, float]]) -> Iterator[str]:
+        if state.fewest_effective < max(self.thresholds):
+            yield f"Only {state.fewest_effective} latents affect one of the probes; no more are ablated there."
+        if state.without_leak:
+            scores, without_leak = metrics[self.category], metrics["without_leak"]
+            shown = {column.name for column in self.columns} & without_leak.keys()
+            most = max((abs(without_leak[name] - scores[name]) for name in shown), default=0.0)
+            yield (
+                "Some latents fire on a zero row, so ablating them changes BOS and padding too, as in SAEBench. "
+                f"Without that (category without_leak), the scores of the table change by up to {most:.3f}."
+            )
+
+
+def check_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> None:
+    """Raise UsageError if an SAE has fewer latents than are to be ablated."""
+    if (most := max(thresholds)) > d_sae:
+        fit = ",".join(str(n) for n in thresholds if n <= d_sae) or str(d_sae)
+        raise UsageError(
+            f"{metric} ablates up to {most} latents, but this SAE has {d_sae}. "
+            f"Give thresholds that fit: --set {metric}.thresholds={fit}."
+        )
 
 
 def average_scores(scores: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

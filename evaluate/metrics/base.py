@@ -1,6 +1,7 @@
-"""What every metric is: a name, its settings, and a function from a bench and SAEs to results; and where results go.
+"""The interface of every metric: `Metric` takes an `EvalContext` and `EvalTarget`s, and returns `MetricResult`s.
 
-A metric is one file of the same shape. Whatever the number of SAEs, it runs the model once over its text.
+Each metric is a file of this folder and is listed in registry.py. However many SAEs it evaluates, a metric runs the
+model once over its text.
 """
 
 import math
@@ -14,11 +15,11 @@ from torch import Tensor
 from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
 
-MODES = ("0.6.0", "2024-12")  # SAEBench now, and the one behind the five papers' numbers
+MODES = ("0.6.0", "2024-12")  # SAEBench's current definitions, and those behind the five papers' numbers
 
 
 class SAELike(Protocol):
-    """What can be evaluated: anything that encodes and decodes raw activations (..., d_in)."""
+    """Anything that encodes and decodes activations (..., d_in) can be evaluated."""
 
     def encode(self, x: Tensor, /) -> Tensor: ...
 
@@ -27,10 +28,10 @@ class SAELike(Protocol):
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """An SAE under evaluation, and the layer that it stands behind.
+    """An SAE to evaluate, and the layer whose residual stream it reads.
 
-    It replaces the residual at the positions that count; with `everywhere`, at BOS and padding too. A `reference` is
-    there to read others against.
+    Its reconstruction replaces the residual at the counted tokens; with `everywhere`, at BOS and padding as well.
+    `reference` marks a baseline row (identity, zero, PCA, random dictionary) that other rows are compared with.
     """
 
     sae: SAELike
@@ -40,30 +41,32 @@ class EvalTarget:
 
 
 class Progress(Protocol):
-    """What a metric tells about its work; a smaller `done` than before begins another stage of it."""
+    """Called as a metric advances. A `done` smaller than the last one starts another stage of the work."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
 class MetricColumn:
-    """One number of a metric as a reader needs it: where it stands in the result, and how to read it."""
+    """One number of a metric as a table shows it: where it is in `MetricResult.metrics`, and how to read it."""
 
     heading: str
     category: str
     name: str
     format: str = ".4f"
-    better: str = ""  # "up" or "down"; "" for a number that is neither
-    floor: float | None = None  # the least: where more is better, what chance or a useless SAE has
-    ceiling: float | None = None  # the largest: where less is better, the worst
+    better: str = ""  # "up", "down", or "" if neither is better
+    floor: float | None = None  # smallest value; where higher is better, that of chance or of a useless SAE
+    ceiling: float | None = None  # largest value; where lower is better, the worst
 
 
 @dataclass(frozen=True)
 class MetricResult:
-    """Category -> name -> number, and one entry per latent, letter or dataset; None where a number does not exist.
+    """What a metric measured of one SAE.
 
-    `intervals` has the shape of `metrics`: 95 %, [low, high]. `flags` are sentences about numbers that mean less than
-    they seem to. `n` says what was counted. `extra` is whatever else a metric keeps.
+    `metrics` maps category -> name -> number, None where the number is undefined. `details` has one entry per latent,
+    letter or dataset. `intervals` has the shape of `metrics` and holds 95 % intervals [low, high]. `n` counts what was
+    measured. `flags` are sentences about numbers that mean less than they seem to. `extra` is anything else that a
+    metric keeps.
     """
 
     metrics: dict[str, dict[str, float | None]]
@@ -77,41 +80,43 @@ class MetricResult:
     def of(
         cls, metrics: Mapping[str, Mapping[str, float | None]], details: list[dict[str, Any]] | None = None, **more: Any
     ) -> Self:
-        """NaN and infinity become None: fresh and read results then look the same."""
+        """Replace NaN and infinity by None, so that a new result equals the same result read from its file."""
         return cls(*nan_to_none([metrics, details or []]), **nan_to_none(more))
 
 
-Outcome = MetricResult | SaeError  # a subject that a metric cannot measure has a sentence in the place of its numbers
+Outcome = MetricResult | SaeError  # an error explains why this metric cannot measure the SAE
 
 
+@dataclass(frozen=True)
 class Metric(ABC):
-    """Settings are the fields of a dataclass; `name` is the result file's, `type_id` SAEBench's.
+    """A metric is a dataclass: its fields are the options of `--set <name>.<option>=<value>`.
 
-    `definition` is raised when what is computed changes: results of an earlier one are measured again.
+    Raise `definition` whenever the computed numbers change; results of an earlier definition are then measured again.
     """
 
-    name: ClassVar[str]
-    type_id: ClassVar[str]
-    title: ClassVar[str]  # over its table
-    columns: ClassVar[tuple[MetricColumn, ...]]  # the columns of its table
+    name: ClassVar[str]  # of the suite entry and of the result file
+    type_id: ClassVar[str]  # SAEBench's `eval_type_id`
+    title: ClassVar[str]  # the heading of its table
+    columns: ClassVar[tuple[MetricColumn, ...]]  # of its table
     definition: ClassVar[int] = 1
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        """Everything but the SAE that decides a result. A metric that reads more than model and settings adds to it.
+        """Everything besides the SAE that determines the result. Metrics that read a dataset add its digest.
 
-        Raises SaeError when that is not there.
+        Raises SaeError if that dataset is not available.
         """
-        return {**asdict(self), "definition": self.definition, **ctx.settings}  # type: ignore[call-overload]
+        return {**asdict(self), "definition": self.definition, **ctx.settings}
 
-    def check(self) -> None:  # noqa: B027  (most have nothing to check)
-        """Raises SaeError at once for what would be refused after hours: settings, or a judge that does not answer."""
+    def check(self) -> None:  # noqa: B027  (most metrics have nothing to check)
+        """Raise SaeError before any work for what would fail later: invalid options, a judge that does not answer."""
 
     @abstractmethod
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Evaluate every subject on the same text. Raises SaeError when the bench cannot serve this metric."""
+        """Evaluate every target on the same text, one outcome each. Raises SaeError if no target can be measured."""
 
 
 def nan_to_none(tree: Any) -> Any:
+    """Replace the NaN and infinities in nested dictionaries and lists by None."""
     if isinstance(tree, dict):
         return {k: nan_to_none(v) for k, v in tree.items()}
     if isinstance(tree, list):
@@ -119,11 +124,13 @@ def nan_to_none(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-JsonPath = list[str | int]  # in a tree of dictionaries and lists
+JsonPath = list[str | int]  # keys and indices that lead to a value in nested dictionaries and lists
 
 
 def check_mode(mode: str) -> None:
+    """Raise UsageError unless `mode` is one of MODES."""
     if mode not in MODES:
         raise UsageError(
-            f"--mode {mode} is unknown: {MODES[0]} (SAEBench now) or {MODES[1]} (behind the papers' numbers)."
+            f"--mode {mode} is unknown: {MODES[0]} (SAEBench's current definitions) or {MODES[1]} (those behind the "
+            "papers' numbers)."
         )

@@ -1,4 +1,7 @@
-"""Linear probes that are trained side by side, one per task, in one batched matrix product."""
+"""Linear probes of many tasks trained together, as one batched matrix product (SCR and TPP).
+
+Shape suffixes: N texts, B texts of a task, b texts of a batch, D d_in, P probes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ PROBE_SETTINGS = {"batch": 16, "epochs": 20, "lr": 1e-3, "l1": 1e-3}
 
 @dataclass(frozen=True)
 class LinearProbes:
-    """Linear probes: a positive logit says yes."""
+    """One linear probe per task; a positive logit predicts the positive class."""
 
     weight_PD: Tensor
     bias_P: Tensor
@@ -28,28 +31,28 @@ def train_probes(
     tasks: Sequence[ProbeTask],
     x_test_ND: Tensor,
     test_tasks: Sequence[ProbeTask],
-    draws: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator],
 ) -> LinearProbes:
-    """One probe per task, as `train_probe` makes them one by one, in one batched product; the tasks are of one size.
+    """Train one probe per task, all in one batched product. The result is that of `probes.train_probe` for each.
 
-    Cross-entropy + 1e-3 |w|_1, AdamW, 20 epochs of batches of 16; of each probe the first epoch of the best accuracy on
-    the test texts is kept. Draws from the generator of a probe: weight, bias, one order per epoch.
+    Cross-entropy + 1e-3 |w|_1, AdamW, 20 epochs in batches of 16; each probe keeps the first epoch of its best test
+    accuracy. All tasks have the same size. Draws from each probe's generator: weight, bias, one order per epoch.
     """
     # Paper: SAEBench trains in the model's dtype, bfloat16 for Gemma; this is float32.
     rows_PB = torch.stack([task.rows for task in tasks])
     label_PB = torch.stack([task.label for task in tasks]).to(x_ND.dtype)
     bound = x_ND.shape[1] ** -0.5
 
-    def start(width: int) -> Tensor:
-        drawn = [torch.empty(width).uniform_(-bound, bound, generator=one) for one in draws]
-        return torch.stack(drawn).to(x_ND.dtype).requires_grad_()
+    def initialize(width: int) -> Tensor:
+        rows = [torch.empty(width).uniform_(-bound, bound, generator=generator) for generator in generators]
+        return torch.stack(rows).to(x_ND.dtype).requires_grad_()
 
-    weight_PD, bias_P1 = start(x_ND.shape[1]), start(1)
+    weight_PD, bias_P1 = initialize(x_ND.shape[1]), initialize(1)
     optimizer = torch.optim.AdamW([weight_PD, bias_P1], lr=PROBE_SETTINGS["lr"], weight_decay=0.01)
-    best_P = torch.zeros(len(tasks), dtype=torch.float64)
-    kept = LinearProbes(weight_PD.detach().clone(), bias_P1.detach()[:, 0].clone())
+    best_accuracy_P = torch.zeros(len(tasks), dtype=torch.float64)
+    best = LinearProbes(weight_PD.detach().clone(), bias_P1.detach()[:, 0].clone())
     for _ in range(int(PROBE_SETTINGS["epochs"])):
-        order_PB = torch.stack([torch.randperm(rows_PB.shape[1], generator=one) for one in draws])
+        order_PB = torch.stack([torch.randperm(rows_PB.shape[1], generator=generator) for generator in generators])
         for batch_Pb in order_PB.split(int(PROBE_SETTINGS["batch"]), 1):
             with torch.enable_grad():
                 x_PbD, label_Pb = x_ND[rows_PB.gather(1, batch_Pb)], label_PB.gather(1, batch_Pb)
@@ -58,15 +61,15 @@ def train_probes(
                 optimizer.zero_grad()
                 (loss_Pb.mean(1).sum() + PROBE_SETTINGS["l1"] * weight_PD.abs().sum()).backward()
             optimizer.step()
-        now = LinearProbes(weight_PD.detach(), bias_P1.detach()[:, 0])
-        logit_NP = now.logits(x_test_ND)
-        reached_P = torch.stack([is_correct(logit_NP[:, p], task).mean() for p, task in enumerate(test_tasks)])
-        better_P = reached_P > best_P
-        best_P[better_P] = reached_P[better_P]
-        kept.weight_PD[better_P], kept.bias_P[better_P] = now.weight_PD[better_P], now.bias_P[better_P]
-    return kept
+        current = LinearProbes(weight_PD.detach(), bias_P1.detach()[:, 0])
+        logit_NP = current.logits(x_test_ND)
+        accuracy_P = torch.stack([is_correct(logit_NP[:, p], task).mean() for p, task in enumerate(test_tasks)])
+        better_P = accuracy_P > best_accuracy_P
+        best_accuracy_P[better_P] = accuracy_P[better_P]
+        best.weight_PD[better_P], best.bias_P[better_P] = current.weight_PD[better_P], current.bias_P[better_P]
+    return best
 
 
 def is_correct(logit_N: Tensor, task: ProbeTask) -> Tensor:
-    """1 where the logit has the sign of its label, 0 elsewhere (B,), in float64."""
+    """1.0 where the logit has the sign of its label, else 0.0: (B,) float64."""
     return ((logit_N[task.rows] > 0) == (task.label > 0.5)).double()

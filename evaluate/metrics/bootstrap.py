@@ -1,4 +1,7 @@
-"""Bootstrap over the texts of a probe task, with the same draws for every SAE."""
+"""Bootstrap over test texts for the intervals of SCR and TPP, with the same draws for every SAE.
+
+Shape suffixes: N texts, B texts of a task, R replicates.
+"""
 
 import math
 from collections.abc import Sequence
@@ -16,31 +19,35 @@ REPLICATES = 400
 
 @dataclass(frozen=True)
 class BootstrapWeights:
-    """How often each text is drawn (R, N): the first replicate has every text once, the others are a bootstrap's.
+    """How often each replicate draws each text (R, N). Replicate 0 is the sample itself: every text once.
 
-    So an accuracy is a vector (R,), every score made of accuracies is one too, and its first entry is the score.
+    An accuracy is therefore a vector (R,), and so is every score computed from accuracies; its entry 0 is the score.
     """
 
-    times_RN: Tensor
+    weight_RN: Tensor
 
     @classmethod
     def of(cls, counts: Sequence[int], *names: object, replicates: int = REPLICATES) -> Self:
-        """Each class keeps its number of texts, which is by design. The same draws whatever the SAE, so differences
-        between SAEs are paired; others for another problem, which `names` name, as its texts are others.
+        """Resample within each class, whose number of texts `counts` is fixed by design.
+
+        The draws are seeded by `names`, the problem whose texts these are. They are the same for every SAE, so
+        differences between SAEs are paired.
         """
-        one = make_generator("paired", "bootstrap", *names)
-        times = [torch.ones(1, sum(counts))]
-        drawn = [torch.randint(count, (replicates, count), generator=one) for count in counts]
-        times.append(torch.cat([torch.zeros(d.shape).scatter_add_(1, d, torch.ones(d.shape)) for d in drawn], 1))
-        return cls(torch.cat(times).double())
+        generator = make_generator("paired", "bootstrap", *names)
+        drawn = [torch.randint(count, (replicates, count), generator=generator) for count in counts]
+        resampled = torch.cat([torch.zeros(d.shape).scatter_add_(1, d, torch.ones(d.shape)) for d in drawn], 1)
+        return cls(torch.cat([torch.ones(1, sum(counts)), resampled]).double())
 
     def accuracy(self, logit_N: Tensor, task: ProbeTask) -> Tensor:
-        """(R,), rounded to float32 as SAEBench's are: that decides whether a difference of 0.001 is one."""
-        times_RB = self.times_RN[:, task.rows]
-        return (times_RB @ is_correct(logit_N, task) / times_RB.sum(1)).float().double()
+        """The accuracy in each replicate (R,), rounded to float32 like SAEBench's.
+
+        The rounding decides whether a difference reaches SCR's threshold of 0.001.
+        """
+        weight_RB = self.weight_RN[:, task.rows]
+        return (weight_RB @ is_correct(logit_N, task) / weight_RB.sum(1)).float().double()
 
 
 def bootstrap_interval(score_R: Tensor) -> list[float]:
-    """95 % of the bootstrap, of those of its replicates that have the score."""
-    drawn_R = score_R[1:][score_R[1:].isfinite()]
-    return torch.quantile(drawn_R, drawn_R.new_tensor([0.025, 0.975])).tolist() if len(drawn_R) else [math.nan] * 2
+    """95 % interval over the replicates in which the score is defined."""
+    finite_R = score_R[1:][score_R[1:].isfinite()]
+    return torch.quantile(finite_R, finite_R.new_tensor([0.025, 0.975])).tolist() if len(finite_R) else [math.nan] * 2

@@ -1,9 +1,13 @@
-"""Core: what an SAE costs the model (KL, CE), how well it reconstructs, how sparse and how correlated its latents are.
+"""The core metric: what splicing an SAE costs the model (KL, CE), how well it reconstructs, how sparse it is, how
+correlated its latents are.
 
-The names and definitions are SAEBench's; where one of them is not what its name says, the correct number stands beside
-it under another name (`fve`, `mse_elementwise`). The text is not: contexts are the cache's, of one document each unless
-it was packed, so `mse`, which SAEBench divides by the tokens of a batch, compares within a text only. Positions of pad,
-eos and bos keep their residual and are not counted.
+Higher is better for the KL and CE scores (1: the model alone, 0: the layer zeroed), explained variance, cosine and the
+share of alive latents; lower for KL, CE, MSE and correlations.
+
+Names and definitions are those of SAEBench 0.6.0 (`evals/core`). Where a definition is not what its name says, the
+correct number is reported as well under another name: `fve` (explained variance), `mse_elementwise`. The text differs:
+contexts are the cache's, of one document each unless it was packed. SAEBench divides `mse` by the tokens of a batch, so
+it is comparable within one text only. Pad, EOS and BOS positions keep their residual and are not counted.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
@@ -32,14 +36,16 @@ from .sae_statistics import (
     sum_by_document,
 )
 
-MOSTLY_DEAD = 0.5  # share of latents that never fire, from which on a flag says so
+MOSTLY_DEAD = 0.5  # share of dead latents above which a flag says so
 
 
 @dataclass(frozen=True)
 class Core(Metric):
-    """Batches are of `batch_contexts` contexts; KL and CE are taken on the first `reconstruction_batches` of them.
+    """A batch has `batch_contexts` contexts. KL and CE are measured on the first `reconstruction_batches` batches,
+    everything else on the first `sparsity_batches`.
 
-    SAEBench's sparsity batches begin where its reconstruction batches stop; held-out text is short, so ours overlap.
+    In SAEBench the sparsity batches start where the reconstruction batches stop; held-out text is short, so here they
+    overlap.
     """
 
     batch_contexts: int = 16
@@ -66,106 +72,111 @@ class Core(Metric):
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        for name in ("batch_contexts", "reconstruction_batches", "sparsity_batches"):
-            if (number := getattr(self, name)) < 1:
-                raise UsageError(f"core.{name}={number}: give 1 or more.")
-        batches = [batch for batch in ctx.batches(self.batch_contexts, self.sparsity_batches) if batch.counted.any()]
-        if not batches:
-            raise UsageError(
-                "Nothing of the held-out text counts: its tokens are all pad, eos or bos. Harvest other text."
-            )
+        batches = self.counted_batches(ctx)
         layers = sorted({target.layer for target in targets})
-        own, ablated = SpliceLoss(), {layer: SpliceLoss() for layer in layers}
-        spliced, codes = [SpliceLoss() for _ in targets], [SAEStatistics() for _ in targets]
+        original, ablated = SpliceLoss(), {layer: SpliceLoss() for layer in layers}
+        spliced, statistics = [SpliceLoss() for _ in targets], [SAEStatistics() for _ in targets]
         constant_D: dict[int, Tensor] = {}
         for number, batch in enumerate(batches):
-            behaves = number < self.reconstruction_batches
-            run = ctx.model.forward(batch.ids, layers) if behaves else None
+            with_loss = number < self.reconstruction_batches
+            run = ctx.model.forward(batch.ids, layers) if with_loss else None
             residual = run.residual if run else ctx.model.capture(batch.ids, layers)
-            finals = []  # of each subject: what the model ends with when it has seen this SAE's reconstruction
-            for target, code in zip(targets, codes, strict=True):
-                patched = code.add(target, residual[target.layer], batch.counted)
+            outputs = []  # for each target: the model's final residual after splicing its reconstruction
+            for target, stats in zip(targets, statistics, strict=True):
+                patched = stats.add(target, residual[target.layer], batch.counted)
                 if run:
-                    finals.append(run.run_from(target.layer, patched)[batch.counted])
+                    outputs.append(run.run_from(target.layer, patched)[batch.counted])
             if run:
                 zeroed = [zero_ablated_output(run, layer, batch, constant_D) for layer in layers]
-                losses = [own, *ablated.values(), *spliced]
-                add_losses(ctx.model, batch, losses, [run.final[batch.counted], *zeroed, *finals])
+                losses = [original, *ablated.values(), *spliced]
+                add_losses(ctx.model, batch, losses, [run.final[batch.counted], *zeroed, *outputs])
             progress(number + 1, len(batches), "batches")
-        read = [int(batch.is_token.sum()) for batch in batches]
-        tokens = {
-            "total_tokens_eval_reconstruction": sum(read[: self.reconstruction_batches]),
-            "total_tokens_eval_sparsity_variance": sum(read),
+        token_counts = [int(batch.is_token.sum()) for batch in batches]
+        tokens: dict[str, float | None] = {
+            "total_tokens_eval_reconstruction": sum(token_counts[: self.reconstruction_batches]),
+            "total_tokens_eval_sparsity_variance": sum(token_counts),
         }
         document_N = torch.cat([batch.document for batch in batches])
         return [
-            build_result(ctx.mode, target, own, ablated[target.layer], loss, code, tokens, document_N)
-            for target, loss, code in zip(targets, spliced, codes, strict=True)
+            build_result(ctx.mode, target, original, ablated[target.layer], loss, stats, tokens, document_N)
+            for target, loss, stats in zip(targets, spliced, statistics, strict=True)
         ]
+
+    def counted_batches(self, ctx: EvalContext) -> list[ContextBatch]:
+        """The batches that contain a counted token. Raises UsageError for invalid options or if there are none."""
+        for name in ("batch_contexts", "reconstruction_batches", "sparsity_batches"):
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"core.{name}={value}: give 1 or more.")
+        batches = [batch for batch in ctx.batches(self.batch_contexts, self.sparsity_batches) if batch.counted.any()]
+        if not batches:
+            raise UsageError(
+                "The held-out text contains only special tokens (pad, EOS, BOS). Harvest with a different dataset."
+            )
+        return batches
 
 
 def zero_ablated_output(run: ForwardPass, layer: int, batch: ContextBatch, constant_D: dict[int, Tensor]) -> Tensor:
-    """What the model ends with at the counted positions (T, D) when a layer is zeroed at every position.
+    """The model's final residual at the counted positions (T, D) when a layer is zeroed at every position.
 
-    Attention over equal values gives that value, so nothing tells positions apart any more, nor texts: where the first
-    batch shows it, its one end serves all.
+    Attention over equal values returns that value, so all positions and texts have the same output. Once the first
+    batch confirms it, `constant_D` keeps that one vector per layer and no later batch runs the model for it.
     """
     if layer not in constant_D:
-        end_TD = run.run_from(layer, torch.zeros_like(run.residual[layer]))[batch.counted]
-        if not (end_TD == end_TD[:1]).all():
-            return end_TD
-        constant_D[layer] = end_TD[0]
+        output_TD = run.run_from(layer, torch.zeros_like(run.residual[layer]))[batch.counted]
+        if not (output_TD == output_TD[:1]).all():
+            return output_TD
+        constant_D[layer] = output_TD[0]
     return constant_D[layer].expand(int(batch.counted.sum()), -1)
 
 
 def add_losses(
-    model: LanguageModel, batch: ContextBatch, losses: Sequence["SpliceLoss"], finals_TD: Sequence[Tensor]
+    model: LanguageModel, batch: ContextBatch, losses: Sequence["SpliceLoss"], outputs_TD: Sequence[Tensor]
 ) -> None:
-    """Add what the model predicts at the counted positions to each loss. The first is the model's own, the truth.
+    """Add the KL and CE of each final residual (T, D) to its loss. The first is the original model's, the reference.
 
-    An end that is the same at all positions is unembedded once.
+    A residual that is constant over positions (stride 0) is unembedded once.
     """
     context_T, position_T = batch.counted.nonzero(as_tuple=True)
     next_T = batch.ids.roll(-1, 1)[batch.counted]
-    # Of the last token of a context none is known.
+    # The last token of a context has no known next token.
     has_next_T = position_T + 1 < batch.is_token.sum(1)[context_T]
-    constant = [final.stride(0) == 0 for final in finals_TD]
+    constant = [output.stride(0) == 0 for output in outputs_TD]
     for loss in losses:
-        loss.begin(len(batch.ids))
+        loss.start_batch(len(batch.ids))
     for start in range(0, len(context_T), TOKENS_PER_CHUNK):
         rows = slice(start, start + TOKENS_PER_CHUNK)
-        true_TV = model.unembed(finals_TD[0][rows]).float().log_softmax(-1)
-        p_TV = true_TV.exp()
-        for loss, final_TD, same in zip(losses, finals_TD, constant, strict=True):
-            logp_TV = model.unembed(final_TD[:1] if same else final_TD[rows]).float().log_softmax(-1)
-            kl_T = torch.linalg.vecdot(p_TV, true_TV - logp_TV)
+        original_TV = model.unembed(outputs_TD[0][rows]).float().log_softmax(-1)
+        p_TV = original_TV.exp()
+        for loss, output_TD, is_constant in zip(losses, outputs_TD, constant, strict=True):
+            logp_TV = model.unembed(output_TD[:1] if is_constant else output_TD[rows]).float().log_softmax(-1)
+            kl_T = torch.linalg.vecdot(p_TV, original_TV - logp_TV)
             ce_T = -logp_TV.expand_as(p_TV).gather(1, next_T[rows, None])[:, 0]
             loss.add(context_T[rows], kl_T, ce_T, has_next_T[rows])
 
 
 class SpliceLoss:
-    """Of each context, over its counted positions, in nats: KL(original || these logits), and CE of the next token."""
+    """Sums per context over its counted tokens, in nats: KL(original || spliced), and CE of the next token."""
 
     def __init__(self) -> None:
-        self.contexts: list[Tensor] = []  # of each batch: (N, 4), sums of KL and of CE, and how many of each
+        self.batches: list[Tensor] = []  # (N, 4) each: sum of KL, sum of CE, tokens, tokens with a next token
 
-    def begin(self, contexts: int) -> None:
-        self.contexts.append(torch.zeros(contexts, 4, dtype=torch.float64))
+    def start_batch(self, contexts: int) -> None:
+        self.batches.append(torch.zeros(contexts, 4, dtype=torch.float64))
 
     def add(self, context_T: Tensor, kl_T: Tensor, ce_T: Tensor, has_next_T: Tensor) -> None:
         columns = [kl_T, torch.where(has_next_T, ce_T, 0), torch.ones_like(kl_T), has_next_T]
-        numbers = torch.stack([column.double() for column in columns], 1).cpu()
-        self.contexts[-1].index_add_(0, context_T.cpu(), numbers)
+        sums = torch.stack([column.double() for column in columns], 1).cpu()
+        self.batches[-1].index_add_(0, context_T.cpu(), sums)
 
     @property
     def sums(self) -> Tensor:
-        """(4, contexts): KL, CE, tokens, tokens with a next one."""
-        return torch.cat(self.contexts).T
+        """(4, contexts): KL, CE, tokens, tokens with a next token."""
+        return torch.cat(self.batches).T
 
 
-def loss_ratios(own: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> dict[str, dict[str, Ratio]]:
-    """Raw divergences and losses (lower is better), and scores: 1 is the model's own, 0 that of a zeroed layer."""
-    _, ce_own, tokens, targets = own.sums
+def loss_ratios(original: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> dict[str, dict[str, Ratio]]:
+    """Raw KL and CE (lower is better), and scores: 1 is the original model, 0 the zeroed layer."""
+    _, ce_original, tokens, predictions = original.sums
     (kl_zero, ce_zero, *_), (kl, ce, *_) = ablated.sums, spliced.sums
     return {
         "model_behavior_preservation": {
@@ -174,52 +185,57 @@ def loss_ratios(own: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> di
             "kl_div_with_sae": (kl, tokens),
         },
         "model_performance_preservation": {
-            "ce_loss_score": (ce_zero - ce, ce_zero - ce_own),
-            "ce_loss_with_ablation": (ce_zero, targets),
-            "ce_loss_with_sae": (ce, targets),
-            "ce_loss_without_sae": (ce_own, targets),
+            "ce_loss_score": (ce_zero - ce, ce_zero - ce_original),
+            "ce_loss_with_ablation": (ce_zero, predictions),
+            "ce_loss_with_sae": (ce, predictions),
+            "ce_loss_without_sae": (ce_original, predictions),
         },
     }
 
 
 def build_result(
-    mode: str, target: EvalTarget, own: SpliceLoss, ablated: SpliceLoss, loss: SpliceLoss, codes: SAEStatistics, tokens: dict[str, int],
+    mode: str,
+    target: EvalTarget,
+    original: SpliceLoss,
+    ablated: SpliceLoss,
+    spliced: SpliceLoss,
+    stats: SAEStatistics,
+    tokens: dict[str, float | None],
     document_N: Tensor,
-) -> MetricResult:  # fmt: skip
-    shares = loss_ratios(own, ablated, loss)
-    behaviour = {name: {key: ratio_value(share) for key, share in group.items()} for name, group in shares.items()}
+) -> MetricResult:
+    ratios = loss_ratios(original, ablated, spliced)
     W_dec_FD = getattr(target.sae, "W_dec", None)
-    metrics = {
-        **behaviour,
-        **codes.scalars(mode),
+    metrics: dict[str, dict[str, Any]] = {
+        **{name: {key: ratio_value(ratio) for key, ratio in group.items()} for name, group in ratios.items()},
+        **stats.scalars(mode),
         "token_stats": dict(tokens),
-        "correlation": codes.correlation(W_dec_FD),
+        "correlation": stats.correlation(W_dec_FD),
     }
     if W_dec_FD is not None:
         metrics["dictionary"] = decoder_geometry(W_dec_FD)
-    details = latent_details(target.sae, codes) if isinstance(target.sae, SAE) else []
-    if details and mode != "2024-12":  # added to SAEBench in January 2025
-        metrics["misc_metrics"] = density_summary(codes.density(), details)
+    details = latent_details(target.sae, stats) if isinstance(target.sae, SAE) else []
+    if details and mode != "2024-12":  # SAEBench reports these since January 2025
+        metrics["misc_metrics"] = density_summary(stats.density(), details)
     intervals = {
-        name: {key: ratio_interval(sum_by_document(share, document_N)) for key, share in group.items()}
-        for name, group in (shares | codes.shares()).items()
+        name: {key: ratio_interval(sum_by_document(ratio, document_N)) for key, ratio in group.items()}
+        for name, group in (ratios | stats.ratios()).items()
     }
     quality = intervals["reconstruction_quality"]
-    quality["fve"] = codes.about_the_mean(quality["fve"], metrics["reconstruction_quality"]["fve"])
-    n = {"documents": len(document_N.unique()), "contexts": len(own.sums[0]), "tokens": codes.tokens}
-    return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=core_flags(target, metrics, codes))
+    quality["fve"] = stats.fve_interval(quality["fve"], metrics["reconstruction_quality"]["fve"])
+    n = {"documents": len(document_N.unique()), "contexts": len(original.sums[0]), "tokens": stats.tokens}
+    return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=core_flags(target, metrics, stats))
 
 
-def core_flags(target: EvalTarget, metrics: dict[str, dict[str, float]], codes: SAEStatistics) -> list[str]:
-    """What makes a number mean less than it seems to. The references are what they are, and get none."""
+def core_flags(target: EvalTarget, metrics: dict[str, dict[str, Any]], stats: SAEStatistics) -> list[str]:
+    """Sentences on numbers that mean less than they seem to. References get none: they are degenerate by design."""
     if target.reference:
         return []
-    found = []
-    dead = float((codes.density() == 0).double().mean())
+    flags = []
+    dead = float((stats.density() == 0).double().mean())
     if metrics["sparsity"]["l0"] == 0:
-        found.append("L0 is 0: no latent ever fires, so the SAE is its decoder bias.")
+        flags.append("L0 is 0: no latent ever fires, so the SAE is its decoder bias.")
     elif dead > MOSTLY_DEAD:
-        found.append(f"{dead:.0%} of the latents never fire on this text.")
+        flags.append(f"{dead:.0%} of the latents never fire on this text.")
     if metrics["reconstruction_quality"]["fve"] < 0:
-        found.append("The explained variance is negative: the mean alone would reconstruct better.")
-    return found
+        flags.append("The explained variance is negative: the mean alone would reconstruct better.")
+    return flags

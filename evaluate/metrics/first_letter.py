@@ -1,8 +1,11 @@
-"""First-letter spelling: words of a tokenizer's vocabulary in prompts, the residual at each, and where its letter is.
+"""The first-letter task of the absorption metric: spelling prompts, the residual at their words, and letter probes.
+
+A prompt repeats the line
 
     {word} has the first letter: {L}
 
-Words are sorted by token and every draw is seeded. Prompts are made of token ids and end at the word asked for.
+for ten example words and ends at the word in question. Words come from the tokenizer's vocabulary, sorted by token, and
+every draw is seeded. Prompts are built from token ids. After `sae-spelling` (Chanin et al. 2024), as SAEBench uses it.
 
 Shape suffixes: N words or prompts, S positions, D d_in, L letters.
 """
@@ -27,7 +30,7 @@ from .letter_probes import DenseRows, LetterProbes, f1_score, seeded_generator, 
 
 LETTERS = string.ascii_lowercase
 TEMPLATE = " has the first letter:"
-EXAMPLES = 10  # answered in each prompt
+EXAMPLES = 10  # answered lines before the word in question
 TRAIN_SHARE = 0.8
 PROMPTS_PER_FORWARD = 64
 
@@ -40,122 +43,134 @@ class VocabularyWord(NamedTuple):
 
 @dataclass(frozen=True)
 class SpellingPrompts:
-    """The words in the order of a seeded shuffle, the first `train` of them to fit on; prompts as token ids.
+    """Words in a seeded random order, the first `train` of them for training, and their prompts as token ids.
 
-    All prompts are of one length: a word is one token, and each part between words is the same. Prompts end at the word
-    that they ask for: what comes after it cannot change the residual there.
+    All prompts have one length, because a word is one token and the parts between words are the same. A prompt ends at
+    the word in question: what follows it cannot change the residual there.
 
-    Paper: two entries of the vocabulary with the same text (a letter, and a byte that is that letter) are one word here.
+    Paper: two entries of the vocabulary with the same text (a letter, and a byte that is that letter) are one word
+    here.
     """
 
     words: list[VocabularyWord]
     train: int
-    prefix: list[int]  # BOS, and a newline but in mode 2024-12
-    question: list[int]  # after a word
-    answers: list[list[int]]  # after the question, by letter, with the newline
-    from_ids: int  # words whose text the tokenizer would cut otherwise
+    prefix: list[int]  # BOS, then a newline except in mode 2024-12
+    question: list[int]  # the tokens after a word
+    answers: list[list[int]]  # by letter: the tokens after the question, newline included
+    from_ids: int  # words that the tokenizer would split differently in their text
 
     @classmethod
     def of(cls, tokenizer: Any, words: int, seed: int, *, newline: bool = True) -> Self:
-        """Raises UsageError when the tokenizer has no such prompts, or too few words."""
+        """Draw `words` words (0: all) and tokenize the template.
 
-        def ids_of(texts: list[str]) -> list[list[int]]:
-            return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-        start = ids_of(["\n"])[0]
-        chosen = draw_words(vocabulary_words(tokenizer, start), words, random.Random(f"{seed} words"))
-        train = int(TRAIN_SHARE * len(chosen))
-        lacking = sorted(set(range(26)) - {word.letter for word in chosen[:train]})
-        if lacking or len(chosen) - train <= EXAMPLES:
-            none = f" (none begins with {', '.join(LETTERS[letter] for letter in lacking)})" if lacking else ""
-            raise UsageError(
-                f"The {len(chosen)} words {'taken' if words else 'of this vocabulary_words'} cannot serve absorption: they are {train} to "
-                f"fit on{none} and {len(chosen) - train} to test on; every letter, and more than {EXAMPLES} to test on, are needed. "
-                f"Take {'more with absorption.words' if words else 'a model with more'}."
-            )
-        lines = ids_of([f"\n{word.text}{TEMPLATE}" for word in chosen])
-        head = [[*start, word.token] for word in chosen]
+        Raises UsageError if the tokenizer cannot build such prompts or has too few words.
+        """
+        start = token_ids(tokenizer, ["\n"])[0]
+        drawn = draw_words(vocabulary_words(tokenizer, start), words, random.Random(f"{seed} words"))
+        train = int(TRAIN_SHARE * len(drawn))
+        check_words(drawn, train, sampled=bool(words))
+        lines = token_ids(tokenizer, [f"\n{word.text}{TEMPLATE}" for word in drawn])
+        head = [[*start, word.token] for word in drawn]
         after = [tuple(line[len(h) :]) if line[: len(h)] == h else () for line, h in zip(lines, head, strict=True)]
         question = Counter(filter(None, after)).most_common(1)
         if not start or not question:
             raise UsageError(
-                "This tokenizer cannot serve absorption: in a line such as 'cat has the first letter:' no word of its vocabulary "
-                "is one token, behind a newline that it keeps."
+                "This tokenizer does not suit absorption: no word of its vocabulary is one token in a line such as "
+                "'cat has the first letter:' after a newline."
             )
         usual = question[0][0]
         first = after.index(usual)
-        answered = ids_of([f"\n{chosen[first].text}{TEMPLATE} {letter}\n" for letter in LETTERS.upper()])
+        answered = token_ids(tokenizer, [f"\n{drawn[first].text}{TEMPLATE} {letter}\n" for letter in LETTERS.upper()])
         answers = [line[len(head[first]) + len(usual) :] for line in answered]
         if len({len(answer) for answer in answers}) > 1:
             raise UsageError(
-                "This tokenizer cannot serve absorption: its answers ' A' to ' Z' differ in their number of tokens, so prompts "
-                "would be of unequal lengths."
+                "This tokenizer does not suit absorption: its answers ' A' to ' Z' differ in their number of tokens, "
+                "so prompts would be of unequal lengths."
             )
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         from_ids = sum(tokens != usual for tokens in after)
-        return cls(chosen, train, bos + (start if newline else []), list(usual), answers, from_ids)
+        return cls(drawn, train, bos + (start if newline else []), list(usual), answers, from_ids)
 
-    def prompts(self, words: Sequence[VocabularyWord], pool: Sequence[VocabularyWord], draw: random.Random) -> Tensor:
-        """A prompt for each word, with examples from the pool, never the word itself: (N, S) int64."""
-        part = len(self.question) + len(self.answers[0]) + 1
-        ids_NS = np.empty((len(words), len(self.prefix) + EXAMPLES * part + 1), np.int64)
+    def prompts(self, words: Sequence[VocabularyWord], pool: Sequence[VocabularyWord], rng: random.Random) -> Tensor:
+        """One prompt per word, with examples from the pool other than the word itself: (N, S) int64."""
+        line = len(self.question) + len(self.answers[0]) + 1
+        ids_NS = np.empty((len(words), len(self.prefix) + EXAMPLES * line + 1), np.int64)
         for row_S, word in zip(ids_NS, words, strict=True):
-            examples = [other for other in draw.sample(pool, EXAMPLES + 1) if other != word][:EXAMPLES]
-            asked = [i for other in examples for i in (other.token, *self.question, *self.answers[other.letter])]
-            row_S[:] = [*self.prefix, *asked, word.token]
+            examples = [other for other in rng.sample(pool, EXAMPLES + 1) if other != word][:EXAMPLES]
+            lines = [i for other in examples for i in (other.token, *self.question, *self.answers[other.letter])]
+            row_S[:] = [*self.prefix, *lines, word.token]
         return torch.from_numpy(ids_NS)
 
     def all_prompts(self, seed: int) -> tuple[Tensor, Tensor]:
-        """A prompt for each word, with examples of its own split; fresh ones for the test words, with any examples."""
+        """Prompts for all words with examples of their own split, and fresh prompts for the test words with any."""
         train, test = self.words[: self.train], self.words[self.train :]
-        draw = random.Random(f"{seed} examples")
-        chosen = torch.cat([self.prompts(train, train, draw), self.prompts(test, test, draw)])
-        return chosen, self.prompts(test, self.words, random.Random(f"{seed} fresh examples"))
+        rng = random.Random(f"{seed} examples")
+        own_split = torch.cat([self.prompts(train, train, rng), self.prompts(test, test, rng)])
+        return own_split, self.prompts(test, self.words, random.Random(f"{seed} fresh examples"))
 
 
-def draw_words(pool: Sequence[VocabularyWord], count: int, draw: random.Random) -> list[VocabularyWord]:
-    """All words in random order, or `count` of them: the same number of each letter, as far as it has them."""
-    order, seen, rank = draw.sample(pool, len(pool)), Counter[int](), {}
+def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def check_words(words: Sequence[VocabularyWord], train: int, *, sampled: bool) -> None:
+    """Raise UsageError unless every letter can be trained on and there are enough words to test on."""
+    missing = sorted(set(range(26)) - {word.letter for word in words[:train]})
+    if not missing and len(words) - train > EXAMPLES:
+        return
+    none = f" (none begins with {', '.join(LETTERS[letter] for letter in missing)})" if missing else ""
+    raise UsageError(
+        f"The {len(words)} words {'sampled' if sampled else 'of this vocabulary'} are too few for absorption: {train} "
+        f"to train on{none} and {len(words) - train} to test on. It needs words of every letter to train on and more "
+        f"than {EXAMPLES} to test on. "
+        f"Use {'more with absorption.words' if sampled else 'a model with a larger vocabulary'}."
+    )
+
+
+def draw_words(pool: Sequence[VocabularyWord], count: int, rng: random.Random) -> list[VocabularyWord]:
+    """All words in random order, or `count` of them, as evenly over letters as the pool allows."""
+    order, seen, rank = rng.sample(pool, len(pool)), Counter[int](), {}
     for word in order:
         rank[word] = seen[word.letter]
         seen[word.letter] += 1
-    taken = sorted(order, key=rank.__getitem__)[: count or None]
-    return draw.sample(taken, len(taken))
+    drawn = sorted(order, key=rank.__getitem__)[: count or None]
+    return rng.sample(drawn, len(drawn))
 
 
 def vocabulary_words(tokenizer: Any, start: list[int]) -> list[VocabularyWord]:
-    """Every entry that is ASCII letters after at most one space, by token. `start` are the ids of a newline.
+    """Every vocabulary entry of ASCII letters, with or without a leading space, sorted by token.
 
-    An entry is decoded behind a newline: at the beginning of a text some tokenizers drop its space.
+    `start` holds the ids of a newline. Entries are decoded after it, because some tokenizers drop the space of the
+    first token of a text.
     """
     newline, special = tokenizer.decode(start), set(tokenizer.all_special_ids)
-    found: dict[str, VocabularyWord] = {}
+    words: dict[str, VocabularyWord] = {}
     for token in range(len(tokenizer)):
         text = tokenizer.decode([*start, token], clean_up_tokenization_spaces=False).removeprefix(newline)
         bare = text.removeprefix(" ")
         if not (bare.isascii() and bare.isalpha()) or token in special:
             continue
         usual = [*start, token]
-        if text not in found or tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"] == usual:
-            found[text] = VocabularyWord(token, text, LETTERS.index(bare[0].lower()))
-    return sorted(found.values())
+        if text not in words or tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"] == usual:
+            words[text] = VocabularyWord(token, text, LETTERS.index(bare[0].lower()))
+    return sorted(words.values())
 
 
 @dataclass(frozen=True)
 class SpellingRows:
-    """The residual at the words behind one layer, and the model's own probe. Letters are 0 to 25."""
+    """The residual at the words of all prompts at one layer, and the model's own letter probes. Letters are 0 to 25."""
 
     train_ND: Tensor
     train_letter_N: Tensor
     test_ND: Tensor
     test_letter_N: Tensor
-    fresh_ND: Tensor  # of the test words, on other prompts: what is scored
+    fresh_ND: Tensor  # of the test words in fresh prompts, on which absorption is scored
     probe: LetterProbes
-    from_ids: int = 0  # words whose text the tokenizer would cut otherwise
+    from_ids: int = 0  # see SpellingPrompts
 
     @property
     def positive_NL(self) -> Tensor:
-        """Which letters the probe finds in the test words."""
+        """Letters that the probes predict for the test words."""
         return self.probe.logits(self.test_ND) > 0
 
     @property
@@ -169,49 +184,54 @@ class SpellingRows:
 
 
 def read_spelling_rows(
-    ctx: EvalContext, spelling: SpellingPrompts, layers: Sequence[int], seed: int, progress: Progress
+    ctx: EvalContext, prompts: SpellingPrompts, layers: Sequence[int], seed: int, progress: Progress
 ) -> dict[int, SpellingRows]:
-    """The rows of every word after each layer and the probe on them: from the shelf, or one pass of the model."""
-    chosen_NS, fresh_NS = spelling.all_prompts(seed)
-    ids_NS = torch.cat([chosen_NS, fresh_NS])
-    pinned = {**ctx.model_identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
-    lacking = [layer for layer in layers if not ctx.artifacts.contains("letters", {**pinned, "layer": layer})]
-    made = last_token_rows(ctx, ids_NS, lacking, progress) if lacking else {}
-    letter_N = torch.tensor([word.letter for word in spelling.words])
-    found = {}
+    """Rows and letter probes of each layer, from the artifact cache or one pass of the model."""
+    own_split_NS, fresh_NS = prompts.all_prompts(seed)
+    ids_NS = torch.cat([own_split_NS, fresh_NS])
+    depends = {**ctx.model_identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
+    missing = [layer for layer in layers if not ctx.artifacts.contains("letters", {**depends, "layer": layer})]
+    captured = last_token_rows(ctx, ids_NS, missing, progress) if missing else {}
+    train_letter_N, test_letter_N = torch.tensor([word.letter for word in prompts.words]).tensor_split([prompts.train])
+    by_layer = {}
     for layer in layers:
 
-        def rows(layer: int = layer) -> dict[str, Tensor]:
-            return {"x": made[layer] if layer in made else last_token_rows(ctx, ids_NS, [layer], progress)[layer]}
+        def make(layer: int = layer) -> dict[str, Tensor]:
+            in_memory = layer in captured
+            return {"x": captured[layer] if in_memory else last_token_rows(ctx, ids_NS, [layer], progress)[layer]}
 
-        at = {**pinned, "layer": layer}
-        x_ND = ctx.artifacts.get_or_compute("letters", at, rows)["x"]
-        train_ND, test_ND, fresh_ND = x_ND.tensor_split([spelling.train, len(chosen_NS)])
-        settings = {"batch": 64, "epochs": 50, "weight_decay": 1e-4}
-
-        def probe(train_ND: Tensor = train_ND, settings: dict[str, Any] = settings) -> dict[str, Tensor]:
-            rows = DenseRows(train_ND.to(ctx.model.device).float())
-            generator = seeded_generator(seed, "letters")
-            fitted = train_letter_probes(
-                rows, letter_N[: spelling.train], **settings, generator=generator, progress=progress
-            )
-            return {"weight": fitted.weight_LD, "bias": fitted.bias_L}
-
-        kept = ctx.artifacts.get_or_compute(
-            "letters-probe", {**at, **settings, "seed": seed, "train": spelling.train}, probe
+        x_ND = ctx.artifacts.get_or_compute("letters", {**depends, "layer": layer}, make)["x"]
+        train_ND, test_ND, fresh_ND = x_ND.tensor_split([prompts.train, len(own_split_NS)])
+        probe = read_letter_probes(ctx, {**depends, "layer": layer}, train_ND, train_letter_N, seed, progress)
+        by_layer[layer] = SpellingRows(
+            train_ND, train_letter_N, test_ND, test_letter_N, fresh_ND, probe, prompts.from_ids
         )
-        own = LetterProbes(kept["weight"], kept["bias"])
-        train_letter_N, test_letter_N = letter_N.tensor_split([spelling.train])
-        found[layer] = SpellingRows(train_ND, train_letter_N, test_ND, test_letter_N, fresh_ND, own, spelling.from_ids)
-    return found
+    return by_layer
+
+
+def read_letter_probes(
+    ctx: EvalContext, depends: dict[str, Any], train_ND: Tensor, train_letter_N: Tensor, seed: int, progress: Progress
+) -> LetterProbes:
+    """The letter probes of one layer's residual, from the artifact cache or trained."""
+    settings: dict[str, Any] = {"batch": 64, "epochs": 50, "weight_decay": 1e-4}
+
+    def make() -> dict[str, Tensor]:
+        rows = DenseRows(train_ND.to(ctx.model.device).float())
+        generator = seeded_generator(seed, "letters")
+        fitted = train_letter_probes(rows, train_letter_N, **settings, generator=generator, progress=progress)
+        return {"weight": fitted.weight_LD, "bias": fitted.bias_L}
+
+    depends = {**depends, **settings, "seed": seed, "train": len(train_ND)}
+    arrays = ctx.artifacts.get_or_compute("letters-probe", depends, make)
+    return LetterProbes(arrays["weight"], arrays["bias"])
 
 
 def last_token_rows(ctx: EvalContext, ids_NS: Tensor, layers: Sequence[int], progress: Progress) -> dict[int, Tensor]:
-    """The residual at the last position of each prompt, (N, D) in the model's dtype, after each layer."""
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    """The residual at the last position of each prompt, (N, D) in the model's dtype, at each layer."""
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for start in range(0, len(ids_NS), PROMPTS_PER_FORWARD):
-        part_NS = ids_NS[start : start + PROMPTS_PER_FORWARD].to(ctx.model.device)
-        for layer, x_NSD in ctx.model.capture(part_NS, layers).items():
-            found[layer].append(x_NSD[:, -1].cpu())
+        batch_NS = ids_NS[start : start + PROMPTS_PER_FORWARD].to(ctx.model.device)
+        for layer, x_NSD in ctx.model.capture(batch_NS, layers).items():
+            parts[layer].append(x_NSD[:, -1].cpu())
         progress(min(start + PROMPTS_PER_FORWARD, len(ids_NS)), len(ids_NS), "prompts through the model")
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    return {layer: torch.cat(rows) for layer, rows in parts.items()}

@@ -1,4 +1,5 @@
-"""Probes for 26 letters side by side, on rows of a model or on the latents of an SAE; and how many latents spell one.
+"""Letter probes of the absorption metric: 26 logistic regressions on residual rows or on SAE latents, and the split
+latents, those that spell a letter together.
 
 Shape suffixes: N words, B words of a batch, D d_in, F latents, K candidate latents, L letters.
 """
@@ -18,7 +19,7 @@ from .base import Progress
 
 
 def seeded_generator(seed: int, purpose: str) -> torch.Generator:
-    """Random numbers that depend on nothing else."""
+    """A random generator that depends on the seed and the purpose only."""
     digest = hashlib.sha256(f"absorption {purpose} {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:6]))
 
@@ -35,7 +36,7 @@ class LetterProbes(NamedTuple):
 
 @dataclass(frozen=True)
 class DenseRows:
-    """Rows to fit a probe on."""
+    """Dense rows (N, D) to train letter probes on."""
 
     x_ND: Tensor
 
@@ -47,22 +48,23 @@ class DenseRows:
     def device(self) -> torch.device:
         return self.x_ND.device
 
-    def times(self, index_B: Tensor, weight_LD: Tensor) -> Tensor:
+    def matmul(self, index_B: Tensor, weight_LD: Tensor) -> Tensor:
+        """x @ W.T for these words: (B, L)."""
         return self.x_ND[index_B] @ weight_LD.T
 
 
 @dataclass(frozen=True)
 class SparseLatents:
-    """The latents that fire on each word, one word after the other: which (int32) and how strongly (float32)."""
+    """The latents that fire on each word, one word after the other, in compressed sparse rows."""
 
-    latents: Tensor
-    values: Tensor
-    start_N: Tensor  # where each word's begin; one more than there are words
+    latents: Tensor  # int32: which
+    values: Tensor  # float32: how strongly
+    start_N: Tensor  # where each word's entries start, and the total: (N + 1,)
     width: int
 
     @classmethod
-    def of(cls, parts: Iterable[Tensor], width: int) -> Self:
-        """From the dense latents (N, width) of some words at a time."""
+    def from_dense(cls, parts: Iterable[Tensor], width: int) -> Self:
+        """From batches of dense latents (B, width)."""
         latents, values, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
         for f_NF in parts:
             row, column = f_NF.nonzero(as_tuple=True)
@@ -76,25 +78,25 @@ class SparseLatents:
     def device(self) -> torch.device:
         return self.values.device
 
-    def times(self, index_B: Tensor, weight_LF: Tensor) -> Tensor:
-        """f @ W.T for these words, by gathering: (B, L)."""
+    def matmul(self, index_B: Tensor, weight_LF: Tensor) -> Tensor:
+        """f @ W.T for these words, by gathering rows of W.T: (B, L)."""
         first_B = self.start_N[index_B]
         count_B = self.start_N[index_B + 1] - first_B
         offset_B = count_B.cumsum(0) - count_B
-        place = torch.arange(int(count_B.sum()), device=self.device)
-        place = place + (first_B - offset_B).repeat_interleave(count_B)
+        entry = torch.arange(int(count_B.sum()), device=self.device)
+        entry = entry + (first_B - offset_B).repeat_interleave(count_B)
         return functional.embedding_bag(
-            self.latents[place], weight_LF.T, offset_B.int(), mode="sum", per_sample_weights=self.values[place]
+            self.latents[entry], weight_LF.T, offset_B.int(), mode="sum", per_sample_weights=self.values[entry]
         )
 
-    def columns(self, latents_K: Tensor) -> Tensor:
-        """What these latents are on every word, on the CPU: (N, K)."""
-        place_F = torch.full((self.width,), -1, device=self.device)
-        place_F[latents_K.to(self.device)] = torch.arange(len(latents_K), device=self.device)
-        place = place_F[self.latents.long()]
+    def dense_columns(self, latents_K: Tensor) -> Tensor:
+        """The dense activations (N, K) of some latents on every word, on the CPU."""
+        column_F = torch.full((self.width,), -1, device=self.device)
+        column_F[latents_K.to(self.device)] = torch.arange(len(latents_K), device=self.device)
+        column = column_F[self.latents.long()]
         word = torch.arange(len(self.start_N) - 1, device=self.device).repeat_interleave(self.start_N.diff())
         dense_NK = torch.zeros(len(self.start_N) - 1, len(latents_K), device=self.device)
-        dense_NK[word[place >= 0], place[place >= 0]] = self.values[place >= 0]
+        dense_NK[word[column >= 0], column[column >= 0]] = self.values[column >= 0]
         return dense_NK.cpu()
 
 
@@ -109,10 +111,10 @@ def train_letter_probes(
     l1: float = 0.0,
     progress: Progress | None = None,
 ) -> LetterProbes:
-    """26 logistic regressions on the same rows, each letter's positives weighing as much as all others.
+    """Train 26 logistic regressions on the same rows; each letter's positives weigh as much as all its negatives.
 
-    Adam from 1e-2 down to 1e-5, a step of the schedule an epoch; `l1` times the mean over letters of sum |w| is added.
-    Every letter has to occur.
+    Adam with a learning rate that decays exponentially from 1e-2 to 1e-5, one step per epoch. The loss adds `l1` times
+    the mean over letters of sum |w|. Every letter has to occur among the rows.
     """
     device, bound = rows.device, rows.width**-0.5
     weight_LD = torch.empty(26, rows.width).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()
@@ -125,7 +127,7 @@ def train_letter_probes(
         for epoch in range(epochs):
             optimizer.param_groups[0]["lr"] = 1e-2 * (1e-5 / 1e-2) ** (epoch / epochs)
             for index_B in torch.randperm(len(answer_NL), generator=generator).to(device).split(batch):
-                logits_BL = rows.times(index_B, weight_LD) + bias_L
+                logits_BL = rows.matmul(index_B, weight_LD) + bias_L
                 loss = functional.binary_cross_entropy_with_logits(
                     logits_BL, answer_NL[index_B], pos_weight=weight_of_positives_L
                 )
@@ -135,28 +137,30 @@ def train_letter_probes(
                 loss.backward()
                 optimizer.step()
             if progress:
-                progress(epoch + 1, epochs, "epochs of the letters' probe")
+                progress(epoch + 1, epochs, "epochs of the letter probes")
     return LetterProbes(weight_LD.detach(), bias_L.detach())
 
 
 def f1_score(positive_N: np.ndarray, answer_N: np.ndarray) -> float:
-    """0 where nothing is found."""
+    """F1 of boolean predictions; 0 without a true positive."""
     hits = int((positive_N & answer_N).sum())
     return 2 * hits / (int(positive_N.sum()) + int(answer_N.sum())) if hits else 0.0
 
 
 class FeatureSplit(NamedTuple):
-    count: int  # the latents that spell the letter are the first so many candidates
-    f1: list[float]  # of 1, 2, ... candidates, up to the one that added too little
-    missed: np.ndarray  # (N,) bool: the test words that the regression on those latents does not find
+    """The latents that spell one letter: the first `size` candidates."""
+
+    size: int
+    f1: list[float]  # of 1, 2, ... candidates, up to the first that adds too little
+    missed: np.ndarray  # (N,) bool: test words whose letter the regression on these latents misses
 
 
 def split_latents(
     train_NK: np.ndarray, train_answer_N: np.ndarray, test_NK: np.ndarray, test_answer_N: np.ndarray, jump: float
 ) -> FeatureSplit:
-    """How many of a letter's candidates, best first, spell it: as long as each raises F1 on the test words by `jump`.
+    """Find a letter's split latents: candidates, best first, as long as each raises F1 on the test words by `jump`.
 
-    SAEBench fits all K regressions; those after the first that adds too little decide nothing and are not fitted here.
+    SAEBench fits all K regressions; those after the first that adds too little have no influence and are skipped here.
     """
     missed: dict[int, np.ndarray] = {}
 
@@ -165,12 +169,12 @@ def split_latents(
         missed[k] = score_N <= 0
         return f1_score(score_N > 0, test_answer_N)
 
-    count, found = count_split_latents((f1_of(k) for k in range(1, train_NK.shape[1] + 1)), jump)
-    return FeatureSplit(count, found, missed[count])
+    size, f1 = count_split_latents((f1_of(k) for k in range(1, train_NK.shape[1] + 1)), jump)
+    return FeatureSplit(size, f1, missed[size])
 
 
 def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, list[float]]:
-    """How many of F1_1, F1_2, ... exceed the one before by more than `jump`, at least one; and those looked at."""
+    """How many of F1_1, F1_2, ... exceed the one before by more than `jump` (at least 1), and the F1s consumed."""
     seen: list[float] = []
     for value in f1_of_k:
         seen.append(value)
@@ -180,7 +184,7 @@ def count_split_latents(f1_of_k: Iterable[float], jump: float) -> tuple[int, lis
 
 
 def fit_logistic(x_NK: np.ndarray, answer_N: np.ndarray) -> Any:
-    """SAEBench's regression on raw latents; letters that are rare weigh as much as the rest."""
+    """SAEBench's logistic regression on raw latents, with balanced classes."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 

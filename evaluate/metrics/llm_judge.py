@@ -1,4 +1,4 @@
-"""A language model that is asked in words: whatever speaks the OpenAI protocol of chat completions, by its URL."""
+"""A client for the judge of autointerp: any endpoint of the OpenAI chat-completions protocol."""
 
 import contextlib
 import json
@@ -15,17 +15,19 @@ from typing import Any, Protocol
 from ...common.errors import SaeError, UnavailableError, UsageError
 
 Message = dict[str, str]  # role, content
-RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds, before an endpoint that is busy or not reached is tried again
-MAX_WAIT = 60  # seconds: of those that an endpoint may ask for
-MAX_ANSWER_TOKENS = 100  # of an answer
+RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a busy or unreachable endpoint
+MAX_WAIT = 60  # seconds that an endpoint's Retry-After may ask for
+MAX_ANSWER_TOKENS = 100
 
 
 class Judge(Protocol):
+    """Answers a conversation with a text."""
+
     def ask(self, messages: Sequence[Message], /) -> str: ...
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to the URL that was given and nowhere else."""
+    """Refuses redirects, so that the key is sent to the given URL only."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -33,10 +35,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """`url` is what clients call the base URL, such as https://api.openai.com/v1. Calls may run in several threads.
+    """A chat model at `url`, the base URL of an API such as https://api.openai.com/v1. Thread-safe.
 
-    A busy or unreachable endpoint is tried again after each of `waits`. Raises OutsideError when it does not answer or
-    refuses, UsageError for a URL or a model that is none.
+    A busy or unreachable endpoint is retried after each of `waits` seconds. Raises UnavailableError if it does not
+    answer or refuses, UsageError for an invalid URL or an unknown model.
     """
 
     url: str
@@ -49,16 +51,18 @@ class Endpoint:
     def __post_init__(self) -> None:
         try:
             parts = urllib.parse.urlsplit(self.url)
-            port = parts.port  # ValueError for one that is none
+            port = parts.port  # raises ValueError for an invalid port
         except ValueError:
             parts, port = urllib.parse.urlsplit(""), None
         spaced = any(character.isspace() for character in self.url)
         if spaced or port == 0 or parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
             raise UsageError(
-                f"autointerp.endpoint={self.url} is no URL without a password. Give one such as https://api.openai.com/v1."
+                f"autointerp.endpoint={self.url} is not a valid URL (http or https, without a password). "
+                "Give one such as https://api.openai.com/v1."
             )
 
     def ask(self, messages: Sequence[Message]) -> str:
+        """Send the messages and return the text of the reply."""
         body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
@@ -70,52 +74,55 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 if (error.code != 429 and error.code < 500) or wait is None:
                     raise self.refusal(error) from None
-                asked = error.headers.get("Retry-After") or ""
-                self.sleep(max(wait, min(float(asked), MAX_WAIT)) if asked.isdecimal() else wait)
+                retry_after = error.headers.get("Retry-After") or ""
+                self.sleep(max(wait, min(float(retry_after), MAX_WAIT)) if retry_after.isdecimal() else wait)
             except (OSError, HTTPException) as error:  # URLError and TimeoutError among them
                 if wait is None:
                     problem = getattr(error, "reason", None) or str(error) or type(error).__name__
                     raise UnavailableError(
-                        f"The judge at {self.url} could not be reached, {len(self.waits) + 1} times: {problem}. "
+                        f"The judge at {self.url} could not be reached in {len(self.waits) + 1} attempts: {problem}. "
                         "Check the network and --set autointerp.endpoint=..."
                     ) from error
                 self.sleep(wait)
-        raise AssertionError("the last turn returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     def refusal(self, error: urllib.error.HTTPError) -> SaeError:
-        """The sentence for a reply that is none."""
-        said = ""
-        with contextlib.suppress(Exception):  # it may be anything
-            found = json.loads(error.read(10_000))
-            said = str(found["error"]["message"] if isinstance(found["error"], dict) else found["error"])[:200]
-        said = f" It says: {said}" if said and not (self.key and self.key in said) else ""
+        """The error to raise for an HTTP error, with the endpoint's own message unless it contains the key."""
+        message = ""
+        with contextlib.suppress(Exception):  # the body may be anything
+            body = json.loads(error.read(10_000))
+            message = str(body["error"]["message"] if isinstance(body["error"], dict) else body["error"])[:200]
+        reply = f" It says: {message}" if message and not (self.key and self.key in message) else ""
         if error.code in (401, 403):
             return UnavailableError(
-                f"The judge at {self.url} refuses the key (HTTP {error.code}). Put a valid one into the environment variable "
-                f"that autointerp.key_variable names.{said}"
+                f"The judge at {self.url} refuses the key (HTTP {error.code}). Put a valid key into the environment "
+                f"variable that autointerp.key_variable names.{reply}"
             )
         if error.code == 404:
             return UsageError(
-                f"There is no chat model {self.model} at {self.url} (HTTP 404). Check --set autointerp.judge_model=... and "
-                f"--set autointerp.endpoint=..., which usually ends with /v1.{said}"
+                f"There is no chat model {self.model} at {self.url} (HTTP 404). Check "
+                "--set autointerp.judge_model=... and --set autointerp.endpoint=..., which usually ends with "
+                f"/v1.{reply}"
             )
         if error.code == 429:
             return UnavailableError(
-                f"The judge at {self.url} takes no more questions for now, or the account is used up (HTTP 429, "
-                f"{len(self.waits) + 1} times). Try again later.{said}"
+                f"The judge at {self.url} accepts no more questions for now, or the account is used up (HTTP 429, "
+                f"{len(self.waits) + 1} times). Try again later.{reply}"
             )
-        return UnavailableError(f"The judge at {self.url} answered HTTP {error.code} {error.reason}.{said}")
+        return UnavailableError(f"The judge at {self.url} answered HTTP {error.code} {error.reason}.{reply}")
 
 
 def parse_reply(reply: bytes, url: str) -> str:
+    """The text of a chat completion. Raises UnavailableError for any other reply."""
     try:
         return str(json.loads(reply)["choices"][0]["message"]["content"] or "")
     except (ValueError, LookupError, TypeError) as error:
         raise UnavailableError(
-            f"What the judge at {url} answered is no chat completion. Check --set autointerp.endpoint=..., which usually ends with /v1."
+            f"The judge at {url} did not answer with a chat completion. Check --set autointerp.endpoint=..., which "
+            "usually ends with /v1."
         ) from error
 
 
 def read_key(variable: str) -> str:
-    """The key that an environment variable holds; none, as for an endpoint on one's own machine."""
+    """The key in an environment variable, or "" if it is not set: an endpoint on one's own machine needs none."""
     return os.environ.get(variable, "").strip()

@@ -1,4 +1,4 @@
-"""Multiple-choice questions, and an instruction-tuned model that is asked them.
+"""Multiple-choice questions, and an instruction-tuned model that answers them (unlearning).
 
 Shape suffixes: N prompts or questions, S positions, V vocabulary, I interventions, R replicates of a bootstrap.
 """
@@ -21,31 +21,36 @@ REPLICATES = 1000
 class Question(NamedTuple):
     text: str
     choices: tuple[str, ...]
-    answer: int
+    answer: int  # index of the right choice
     subject: str = ""
 
-    def ordered(self, order: Sequence[int]) -> "Question":
+    def reorder(self, order: Sequence[int]) -> "Question":
+        """The same question with its choices in another order."""
         return self._replace(choices=tuple(self.choices[i] for i in order), answer=order.index(self.answer))
 
 
 def parse_question(row: dict[str, Any], number: int, name: str) -> Question:
+    """Check row `number` of the dataset `name`. Raises UsageError."""
     text, choices, answer = row["question"], row["choices"], row["answer"]
     if not (isinstance(text, str) and isinstance(choices, list) and len(choices) == 4 and answer in range(4)):
         raise UsageError(
-            f"Row {number} of {name} is no question: it needs a text, 4 choices and an answer from 0 to 3, and has "
+            f"Row {number} of {name} is not a question: expected a text, 4 choices and an answer from 0 to 3, found "
             f"{type(text).__name__}, {choices!r:.60} and {answer!r:.20}."
         )
     return Question(text, tuple(map(str, choices)), answer)
 
 
 class MultipleChoiceModel:
-    """The instruction-tuned model as it is asked: one user turn with the question, and its answer begun for it."""
+    """An instruction-tuned model that picks A, B, C or D: one user turn with the question, then "Answer: (".
+
+    Raises UsageError if the tokenizer has no chat template or no tokens for the four letters.
+    """
 
     def __init__(self, model: LanguageModel, tokenizer: Any, identity: dict[str, str]) -> None:
         self.model, self.tokenizer, self.identity = model, tokenizer, identity
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
-                f"{identity['name']} has no chat template, so it is no instruction-tuned model. Name one with "
+                f"{identity['name']} has no chat template, so it is not an instruction-tuned model. Name one with "
                 "--set unlearning.model=..., a folder or a Hub id."
             )
         letters = [[tokenizer.encode(space + a, add_special_tokens=False) for space in ("", " ")] for a in LETTERS]
@@ -58,8 +63,9 @@ class MultipleChoiceModel:
         self.skip = torch.tensor([i for i in ids if i is not None])
 
     def prompt(self, subject: str, question: Question) -> list[int]:
-        listed = "".join(f"\n{a}. {choice}" for a, choice in zip(LETTERS, question.choices, strict=True))
-        body = f"The following are multiple choice questions (with answers) about {subject}.\n{question.text}{listed}"
+        """The token ids of a question, with WMDP's wording as SAEBench uses it."""
+        choices = "".join(f"\n{a}. {choice}" for a, choice in zip(LETTERS, question.choices, strict=True))
+        body = f"The following are multiple choice questions (with answers) about {subject}.\n{question.text}{choices}"
         turns = [{"role": "user", "content": body}]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + "Answer: ("
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -67,37 +73,43 @@ class MultipleChoiceModel:
         return ids if bos is None or ids[0] == bos else [bos, *ids]
 
     def batches(self, prompts: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Prompts of like length together, padded on the right: their numbers, ids (N, S) and last positions (N,)."""
-        order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-        for start in range(0, len(order), PROMPTS_PER_FORWARD):
-            numbers = order[start : start + PROMPTS_PER_FORWARD]
-            ids_NS = torch.zeros(len(numbers), len(prompts[numbers[0]]), dtype=torch.int64)
-            for line, number in enumerate(numbers):
-                ids_NS[line, : len(prompts[number])] = torch.tensor(prompts[number])
-            last_N = torch.tensor([len(prompts[number]) - 1 for number in numbers])
-            yield numbers, ids_NS.to(self.model.device), last_N.to(self.model.device)
+        """Batches of prompts of similar length: their indices, ids (N, S) padded on the right, last positions (N,)."""
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(longest_first), PROMPTS_PER_FORWARD):
+            batch = longest_first[start : start + PROMPTS_PER_FORWARD]
+            ids_NS = torch.zeros(len(batch), len(prompts[batch[0]]), dtype=torch.int64)
+            for row, i in enumerate(batch):
+                ids_NS[row, : len(prompts[i])] = torch.tensor(prompts[i])
+            last_N = torch.tensor([len(prompts[i]) - 1 for i in batch])
+            yield batch, ids_NS.to(self.model.device), last_N.to(self.model.device)
 
     def pick(self, logits: Tensor) -> Tensor:
-        """Of logits (..., V) the choice (...,) whose letter, with or without a space before it, is the most probable: softmax keeps order."""
+        """From logits (..., V), the choice (...,) whose letter is the most probable, with or without a leading space.
+
+        Logits are compared directly, because softmax preserves their order.
+        """
         return logits.float()[..., self.letters.to(logits.device)].amax(-1).argmax(-1)
 
     def answers(self, prompts: Sequence[list[int]]) -> list[int]:
-        found = [0] * len(prompts)
-        for numbers, ids_NS, last_N in self.batches(prompts):
+        """The choice of each prompt."""
+        picks = [0] * len(prompts)
+        for batch, ids_NS, last_N in self.batches(prompts):
             final_NSD = self.model.forward(ids_NS, [len(self.model.blocks) - 1]).final
             logits_NV = self.model.unembed(final_NSD[torch.arange(len(last_N)), last_N])
-            for number, pick in zip(numbers, self.pick(logits_NV).tolist(), strict=True):
-                found[number] = pick
-        return found
+            for i, pick in zip(batch, self.pick(logits_NV).tolist(), strict=True):
+                picks[i] = pick
+        return picks
 
 
 def resample_right(right_IN: Tensor, name: str) -> Tensor:
-    """How many of N questions are right under each intervention, in each replicate (R, I); the same draws for every SAE."""
+    """Bootstrap the number of right answers: (R, I) from right_IN, which questions are right under each intervention.
+
+    The draws are seeded by `name`, so they are the same for every SAE.
+    """
     count = right_IN.shape[1]
     drawn_RN = torch.randint(
         count, (REPLICATES, count), generator=make_generator("paired", "bootstrap", "unlearning", name)
     )
-    times_RN = torch.zeros(drawn_RN.shape, dtype=torch.float64).scatter_add_(
-        1, drawn_RN, torch.ones(()).double().expand(drawn_RN.shape)
-    )
-    return times_RN @ right_IN.double().T
+    weight_RN = torch.zeros(drawn_RN.shape, dtype=torch.float64)
+    weight_RN.scatter_add_(1, drawn_RN, torch.ones(()).double().expand(drawn_RN.shape))
+    return weight_RN @ right_IN.double().T

@@ -1,4 +1,15 @@
-"""What a linear probe reads from texts, and what it reads after latents of an SAE are ablated."""
+"""Logits of linear probes on texts, before and after latents are ablated, without decoding (SCR and TPP).
+
+SAEBench ablates by x' = x - x_hat + decode(f with some latents set to 0), at every position of the padded text. The
+decoder is affine, so a probe on the mean of x' over a text reads
+
+    w x_mean + b - sum over ablated i of F_i (w . d_i),    F_i = (sum of f_i over all positions) / (counted tokens)
+
+and each text is encoded once, whatever is ablated. What `encode` returns for a zero row leaks in at BOS and at padding,
+as it does in SAEBench.
+
+Shape suffixes: N texts, B rows of latents, D d_in, F latents, P probes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +26,7 @@ from .probes import ProbeTask
 
 
 def mean_latent_differences(pooled: PooledLatents, tasks: Sequence[ProbeTask]) -> Tensor:
-    """Mean latents of each task's positive texts minus those of its negative ones (P, F), over the counted tokens."""
+    """Mean latents of each task's positive texts minus those of its negative texts (P, F), over counted tokens."""
     share_PN = torch.zeros(len(tasks), len(pooled.count_N))
     for share_N, task in zip(share_PN, tasks, strict=True):
         positive, negative = task.rows[task.label > 0.5], task.rows[task.label <= 0.5]
@@ -25,39 +36,39 @@ def mean_latent_differences(pooled: PooledLatents, tasks: Sequence[ProbeTask]) -
 
 
 def strongest_latents(effect_F: Tensor, count: int) -> Tensor:
-    """The latents of largest effect, `count` or as many as have an effect that is not 0.
+    """The `count` latents of largest effect, fewer if fewer have a nonzero effect.
 
-    Where effects are negative, a latent without any ranks before them and may be picked; which one of several is
-    left to `topk`, as in SAEBench.
+    Latents without an effect rank before those of negative effect and may be selected; `topk` decides among ties, as in
+    SAEBench.
     """
     return effect_F.topk(min(count, int(effect_F.count_nonzero()))).indices
 
 
 @dataclass(frozen=True)
 class ProbeReadout:
-    """What probes read from each text, and what each latent adds to that."""
+    """The logits of probes on each text, and how much each latent contributes to them."""
 
     logit_NP: Tensor
-    latent_NF: Tensor  # over all positions, per counted token
-    align_FP: Tensor  # w . d: what a probe reads of one unit of a latent
+    latent_NF: Tensor  # F_i of the module's docstring: summed over all positions, per counted token
+    align_FP: Tensor  # w . d: change of a probe's logit per unit of a latent
 
     @classmethod
     def of(cls, probes: LinearProbes, mean_ND: Tensor, pooled: PooledLatents, W_dec: Tensor, context: int) -> Self:
-        """`context` is what SAEBench pads texts to. A latent that fires on a zero row fires in all of the padding."""
+        """`context` is the length SAEBench pads texts to. A latent that fires on a zero row fires on all padding."""
         padded_N = context - pooled.count_N
         latent_NF = (pooled.sum_NF + padded_N[:, None] * pooled.zero_F) / pooled.count_N[:, None]
         return cls(probes.logits(mean_ND), latent_NF, W_dec @ probes.weight_PD.T)
 
-    def ablated(self, latents: Tensor) -> Tensor:
-        """The logits (N, P) without these latents."""
+    def ablate(self, latents: Tensor) -> Tensor:
+        """The logits (N, P) after ablating these latents."""
         return self.logit_NP - self.latent_NF[:, latents] @ self.align_FP[latents]
 
 
 @torch.no_grad()
 def affine_decoder(sae: SAELike, d_in: int, device: torch.device) -> Tensor:
-    """The decoder's matrix (F, D) on the CPU; that of an object without W_dec is what it makes of unit latents.
+    """The decoder matrix (F, D) on the CPU. Without a W_dec it is computed by decoding unit latents.
 
-    Raises UsageError where decode is no affine function of the latents, which the read-out relies on.
+    Raises UsageError if `decode` is not an affine function of the latents, which the read-out relies on.
     """
     d_sae = sae.encode(torch.zeros(1, d_in, device=device)).shape[-1]
     offset_D = sae.decode(torch.zeros(1, d_sae, device=device))[0]
@@ -70,7 +81,7 @@ def affine_decoder(sae: SAELike, d_in: int, device: torch.device) -> Tensor:
     error = (decoded_BD - (f_BF @ W_dec + offset_D)).abs().max()
     if not error <= 1e-2 * decoded_BD.abs().max():
         raise UsageError(
-            "This SAE decodes by more than f W_dec + b, so what ablating a latent does to a probe cannot be read off "
-            "W_dec. SCR and TPP measure SAEs with an affine decoder only."
+            "This SAE's decoder is not affine (f W_dec + b), so the effect of ablating a latent on a probe cannot be "
+            "read from W_dec. SCR and TPP need an affine decoder."
         )
     return W_dec.cpu()

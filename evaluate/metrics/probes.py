@@ -1,7 +1,7 @@
-"""Linear probes on whole texts: binary tasks from classes of texts, and the probes that sparse probing, SCR and TPP fit.
+"""Binary tasks from classes of texts, and linear probes on them (sparse probing, SCR and TPP).
 
-Texts are represented by one row each, the mean over their counted tokens. A task is a list of rows and their labels, so
-that one matrix of all texts serves every task.
+A text is one row of features, the mean over its counted tokens. A task lists rows and their labels, so that one matrix
+of all texts serves every task.
 
 Shape suffixes: N texts, M texts of a task, D features of a text (dimensions of the residual, or latents), K of them.
 """
@@ -21,13 +21,14 @@ from ..context import EvalContext
 from ..datasets.labelled import Texts
 from .base import Progress, SAELike
 from .pooled_activations import PooledLatents, TextRows, pool_latents, read_text_rows
+from .unit_decoder import decoder_norms_to_fold
 
-RNGS = ("paired", "saebench")
-SEED = 42
+RNGS = ("paired", "saebench")  # values of the option `rng`: see make_generator
+SEED = 42  # SAEBench's
 
 
 class ProbeFeatures(NamedTuple):
-    """One row per text (N, D), all texts of a class before those of the next, and how many are of each class."""
+    """One row per text (N, D), sorted by class, and the number of texts of each class."""
 
     x_ND: Tensor
     counts: dict[str, int]
@@ -35,13 +36,13 @@ class ProbeFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """The rows of the texts of one dataset after one layer: training before test texts, one class after the other."""
+    """The residual rows of one dataset's texts at one layer, sorted by split (train, test), then by class."""
 
     rows: TextRows
-    counts: dict[str, dict[str, int]]  # split -> class -> texts
+    counts: dict[str, dict[str, int]]  # split -> class -> number of texts
 
     def split(self, feature_ND: Tensor) -> dict[str, ProbeFeatures]:
-        """One row per text -> train, test -> features."""
+        """Split a matrix with one row per text into train and test."""
         sizes = [sum(counts.values()) for counts in self.counts.values()]
         parts = feature_ND.split(sizes)
         return {split: ProbeFeatures(x, counts) for (split, counts), x in zip(self.counts.items(), parts, strict=True)}
@@ -50,55 +51,63 @@ class LabelledRows:
 def read_labelled_rows(
     ctx: EvalContext, layers: Sequence[int], name: str, texts: Texts, progress: Progress, context: int = 128
 ) -> dict[int, LabelledRows]:
-    """The rows of the texts of a dataset after each layer, from the shelf or one pass.
+    """The residual rows of a dataset's texts at each layer, from the artifact cache or one pass of the model.
 
-    Metrics that ask for the same texts in the same order share them. Raises UsageError for a text without a token that
-    counts: it has no mean.
+    Metrics that read the same texts in the same order share them. Raises UsageError for a text that consists of special
+    tokens only: it has no mean.
     """
-    listed = [text for classes in texts.values() for own in classes.values() for text in own]
-    found = read_text_rows(ctx, layers, listed, progress, context)
-    count_N = next(iter(found.values())).count_N
+    flat = [text for classes in texts.values() for texts_of_class in classes.values() for text in texts_of_class]
+    by_layer = read_text_rows(ctx, layers, flat, progress, context)
+    count_N = next(iter(by_layer.values())).count_N
     if not bool((count_N > 0).all()):
         raise UsageError(
-            f"{name}: the text {listed[int(count_N.argmin())]!r} has no token that counts. Take it out of the dataset."
+            f"{name}: the text {flat[int(count_N.argmin())]!r} contains only special tokens. "
+            "Remove it from the dataset."
         )
-    counts = {split: {label: len(own) for label, own in classes.items()} for split, classes in texts.items()}
-    return {layer: LabelledRows(rows, counts) for layer, rows in found.items()}
+    counts = {
+        split: {label: len(texts_of_class) for label, texts_of_class in classes.items()}
+        for split, classes in texts.items()
+    }
+    return {layer: LabelledRows(rows, counts) for layer, rows in by_layer.items()}
 
 
 class ProbeTask(NamedTuple):
-    """Which of the texts, all classes one after the other, are in a binary task (M,), and which are positive (M,)."""
+    """A binary task: indices of its texts (M,) among all texts of a split, and their labels (M,), 1.0 or 0.0."""
 
     rows: Tensor
     label: Tensor
 
 
 def make_generator(rng: str, *names: object) -> torch.Generator:
-    """A generator of its own for what `names` say, whatever was drawn before; for "saebench", torch's with seed 42.
+    """A random generator. With rng="paired" it is seeded by `names`, with rng="saebench" by 42.
 
-    Under "saebench" one generator has to serve every draw of an SAE, in SAEBench's order.
+    Paired draws do not depend on earlier draws, so they are the same for every SAE. With "saebench", one generator has
+    to serve all draws of an SAE, in SAEBench's order.
     """
     if rng not in RNGS:
-        raise UsageError(f"rng={rng} is unknown: paired (every draw has its own generator) or saebench (one for all).")
+        raise UsageError(
+            f"rng={rng} is unknown: paired (one generator per draw) or saebench (one generator for all draws)."
+        )
     digest = hashlib.sha256("\0".join(map(str, names)).encode()).digest()
     seed = SEED if rng == "saebench" else int.from_bytes(digest[:7], "little")
     return torch.Generator().manual_seed(seed)
 
 
 def one_vs_rest_task(counts: Mapping[str, int], positive: str, generator: torch.Generator) -> ProbeTask:
-    """All texts of a class, and as many negatives, drawn evenly from the other classes. `counts` are texts per class.
+    """All texts of class `positive`, and as many negatives, drawn evenly from the other classes.
 
-    The draws are SAEBench's, in its order.
+    `counts` maps each class to its number of texts. The draws are SAEBench's, in its order.
     """
     starts = class_offsets(counts)
     needed, others = counts[positive], [label for label in counts if label != positive]
     share = math.ceil(needed / len(others))
-    drawn = torch.cat([starts[o] + torch.randperm(counts[o], generator=generator)[:share] for o in others])
-    drawn = drawn[torch.randperm(len(drawn), generator=generator)[:needed]]
-    return shuffled_task(starts[positive] + torch.arange(needed), drawn, generator)
+    negative = torch.cat([starts[o] + torch.randperm(counts[o], generator=generator)[:share] for o in others])
+    negative = negative[torch.randperm(len(negative), generator=generator)[:needed]]
+    return shuffled_task(starts[positive] + torch.arange(needed), negative, generator)
 
 
 def class_offsets(counts: Mapping[str, int]) -> dict[str, int]:
+    """Index of the first text of each class."""
     starts, total = {}, 0
     for label, count in counts.items():
         starts[label], total = total, total + count
@@ -114,7 +123,7 @@ def shuffled_task(positive: Tensor, negative: Tensor, generator: torch.Generator
 
 @dataclass(frozen=True)
 class BinaryProbe:
-    """logit = x . weight + bias, of the epoch that was best on the test texts."""
+    """logit = x . weight + bias, from the epoch with the best test accuracy."""
 
     weight_D: Tensor
     bias: Tensor
@@ -125,19 +134,28 @@ class BinaryProbe:
 
 
 def accuracy(logit_M: Tensor, label_M: Tensor) -> float:
-    """Share of the texts whose logit is on the side of their label."""
+    """Share of the texts whose logit has the sign of their label."""
     return float(((logit_M > 0) == (label_M.to(logit_M.device) > 0.5)).double().mean())
 
 
 def train_probe(
-    x_MD: Tensor, label_M: Tensor, test_x_MD: Tensor, test_label_M: Tensor, generator: torch.Generator, *,
-    lr: float, batch_size: int, epochs: int, patience: int, l1: float = 0.0,
-) -> BinaryProbe:  # fmt: skip
-    """Logistic regression by AdamW (weight decay 0.01) on BCE + l1 * sum |weight|, in another order each epoch.
+    x_MD: Tensor,
+    label_M: Tensor,
+    test_x_MD: Tensor,
+    test_label_M: Tensor,
+    generator: torch.Generator,
+    *,
+    lr: float,
+    batch_size: int,
+    epochs: int,
+    patience: int,
+    l1: float = 0.0,
+) -> BinaryProbe:
+    """Logistic regression by AdamW (weight decay 0.01) on BCE + l1 * sum |weight|, reshuffled every epoch.
 
-    Stops after `patience` epochs without a better test accuracy, and keeps the first best epoch. Choosing the epoch by
-    the texts that are then reported flatters every probe a little; SAEBench does so. Draws from the generator: weight,
-    bias, one order per epoch.
+    Stops after `patience` epochs without a better test accuracy and returns the first best epoch. Choosing the epoch by
+    the texts that are then reported flatters every probe a little; SAEBench does the same. Draws from the generator:
+    weight, bias, one order per epoch.
     """
     linear = nn.utils.skip_init(nn.Linear, x_MD.shape[1], 1)
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
@@ -146,7 +164,7 @@ def train_probe(
     linear, label_M = linear.to(x_MD), label_M.to(x_MD)
     optimizer = torch.optim.AdamW(linear.parameters(), lr=lr)
     best = BinaryProbe(linear.weight[0].detach().clone(), linear.bias.detach().clone(), 0.0)
-    waited = 0
+    epochs_since_best = 0
     for _ in range(epochs):
         for rows in torch.randperm(len(x_MD), generator=generator).to(x_MD.device).split(batch_size):
             optimizer.zero_grad()
@@ -154,29 +172,30 @@ def train_probe(
             (loss + l1 * linear.weight.abs().sum() if l1 else loss).backward()
             optimizer.step()
         with torch.no_grad():
-            reached = accuracy(linear(test_x_MD)[:, 0], test_label_M)
-        if reached > best.test_accuracy:
-            best, waited = BinaryProbe(linear.weight[0].detach().clone(), linear.bias.detach().clone(), reached), 0
+            test_accuracy = accuracy(linear(test_x_MD)[:, 0], test_label_M)
+        if test_accuracy > best.test_accuracy:
+            best = BinaryProbe(linear.weight[0].detach().clone(), linear.bias.detach().clone(), test_accuracy)
+            epochs_since_best = 0
         else:
-            waited += 1
-            if waited >= patience:
+            epochs_since_best += 1
+            if epochs_since_best >= patience:
                 break
     return best
 
 
 def mean_difference(feature_ND: Tensor, task: ProbeTask) -> Tensor:
-    """Mean over the positives minus mean over the negatives of a task, for each feature (D,)."""
+    """Mean over a task's positive texts minus mean over its negative texts, per feature (D,)."""
     positive, rows = task.label > 0.5, task.rows.to(feature_ND.device)
     return feature_ND[rows[positive]].mean(0) - feature_ND[rows[~positive]].mean(0)
 
 
 def top_features(score_D: Tensor, k: int) -> Tensor:
-    """The k features of the largest score, in the order of the features (K,)."""
+    """The indices of the k largest scores, in ascending order (K,)."""
     return score_D.argsort(descending=True)[:k].sort().values
 
 
 def logistic_accuracy(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_label_M: Tensor) -> float:
-    """Test accuracy of scikit-learn's logistic regression (C = 1, L2, lbfgs, at most 1000 steps) on raw columns."""
+    """Test accuracy of scikit-learn's logistic regression (C = 1, L2, lbfgs, at most 1000 steps), features unscaled."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -187,25 +206,15 @@ def logistic_accuracy(x_MK: Tensor, label_M: Tensor, test_x_MK: Tensor, test_lab
 
 
 def wilson_interval(share: float, count: float) -> list[float]:
-    """95 % interval of a share of `count` independent trials (Wilson 1927)."""
+    """95 % interval for a share of `count` independent trials (Wilson 1927)."""
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return [middle - half, middle + half]
 
 
-def decoder_norms_to_fold(sae: SAELike) -> Tensor | None:
-    """What to scale latents with so that they are those of unit decoder rows (F,); None when they are, or have none."""
-    W_dec = getattr(sae, "W_dec", None)
-    if W_dec is None:
-        return None
-    norm_F = W_dec.detach().float().norm(dim=1)
-    tolerance = 1e-5 if W_dec.dtype == torch.float32 else 1e-2
-    return None if bool(((norm_F - 1).abs() <= tolerance).all()) else norm_F
-
-
 def pool_unit_norm(sae: SAELike, rows: TextRows, device: torch.device) -> tuple[PooledLatents, bool]:
-    """`pool`, with latents as those of unit decoder rows; whether they had to be scaled."""
+    """`pool_latents` with the decoder norms folded into the latents, and whether they had to be."""
     pooled, norm_F = pool_latents(sae, rows, device), decoder_norms_to_fold(sae)
     if norm_F is None:
         return pooled, False

@@ -1,4 +1,7 @@
-"""Which metrics there are, and which a user asks for by the name of a suite."""
+"""The list of all metrics, the suites made of them, and the parser of `--suite` and `--set`.
+
+To add a metric, write one new file with a subclass of `base.Metric` and add that class to METRIC_CLASSES.
+"""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,7 +17,7 @@ from .sparse_probing import SparseProbing, SparseProbingStdlib
 from .tpp import Tpp, TppStdlib
 from .unlearning import Unlearning
 
-METRIC_CLASSES = (
+METRIC_CLASSES: tuple[type[Metric], ...] = (
     Core,
     Absorption,
     SparseProbing,
@@ -26,8 +29,8 @@ METRIC_CLASSES = (
     Unlearning,
     Autointerp,
 )
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in METRIC_CLASSES}
-OPT_IN = ("autointerp",)  # it costs money: in no suite, unless an option of it is set
+METRICS = {metric.name: metric for metric in METRIC_CLASSES}
+OPT_IN = ("autointerp",)  # its judge costs money: in a suite only if one of its options is set
 SUITES = {
     "quick": ("core", "absorption", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib"),
     "full": tuple(name for name in METRICS if name not in OPT_IN),
@@ -35,40 +38,65 @@ SUITES = {
 
 
 def metrics_of_suite(suite: str, options: Sequence[str] = ()) -> list[Metric]:
-    """The metrics of a suite, or of a list of names; `options` are `metric.option=value`. Names every mistake at once."""
+    """The metrics that `--suite` and `--set` ask for.
+
+    `suite` is the name of a suite or a comma-separated list of metrics; `options` are `metric.option=value`. Raises one
+    UsageError that lists every mistake.
+    """
+    names = metric_names(suite, options)
+    values: dict[str, dict[str, Any]] = {name: {} for name in names}
+    mistakes = [unknown_metric(suite, name) for name in names if name not in METRICS]
+    for option in options:
+        try:
+            metric, name, value = parse_option(option, names)
+            values[metric][name] = value
+        except UsageError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise UsageError("\n".join(mistakes))
+    return [METRICS[name](**values[name]) for name in names]
+
+
+def metric_names(suite: str, options: Sequence[str]) -> tuple[str, ...]:
     names = SUITES.get(suite) or tuple(dict.fromkeys(name for part in suite.split(",") if (name := part.strip())))
     if not names:
         raise UsageError(f"--suite {suite!r} names no metric; there are {', '.join([*SUITES, *METRICS])}.")
-    names += tuple(name for name in OPT_IN if suite in SUITES and any(o.startswith(f"{name}.") for o in options))
-    wrong = [
-        f"--suite {suite}: {name} is a suite, which stands alone; name the metrics, such as {','.join(SUITES['quick'][:2])}."
-        if name in SUITES
-        else f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
-        for name in names
-        if name not in METRICS
-    ]
-    asked: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for option in options:
-        metric, _, rest = option.partition(".")
-        name, equals, text = rest.partition("=")
-        known = {f.name: f.default for f in fields(METRICS[metric])} if metric in METRICS else {}
-        if not equals or metric not in asked or name not in known:
-            wrong.append(
-                f"--set {option}: write metric.option=value, with a metric of this suite"
-                + (f" and an option of {metric}{did_you_mean(name, known)}" if known and name not in known else ".")
-            )
-            continue
-        try:
-            asked[metric][name] = parse_like(known[name], text)
-        except ValueError:
-            wrong.append(f"--set {option}: {text!r} is no value for {name}, which is {known[name]!r} by default.")
-    if wrong:
-        raise UsageError("\n".join(wrong))
-    return [METRICS[name](**asked[name]) for name in names]
+    if suite in SUITES:
+        names += tuple(name for name in OPT_IN if any(option.startswith(f"{name}.") for option in options))
+    return names
+
+
+def unknown_metric(suite: str, name: str) -> str:
+    if name in SUITES:
+        example = ",".join(SUITES["quick"][:2])
+        return (
+            f"--suite {suite}: {name} is a suite and cannot be combined; list the metrics instead, such as {example}."
+        )
+    return f"--suite {suite}: there is no metric {name}{did_you_mean(name, [*METRICS, *SUITES])}"
+
+
+def parse_option(option: str, names: Sequence[str]) -> tuple[str, str, Any]:
+    """Split `metric.option=value` into the metric, its option and the value in the type of the option's default."""
+    metric, _, rest = option.partition(".")
+    name, equals, text = rest.partition("=")
+    defaults = {f.name: f.default for f in fields(METRICS[metric])} if metric in METRICS else {}
+    if not equals or metric not in names or name not in defaults:
+        hint = f" and an option of {metric}{did_you_mean(name, defaults)}" if defaults and name not in defaults else "."
+        raise UsageError(f"--set {option}: write metric.option=value, with a metric of this suite{hint}")
+    try:
+        return metric, name, parse_like(defaults[name], text)
+    except ValueError:
+        raise UsageError(
+            f"--set {option}: {text!r} is not a valid value for {name}, which is {defaults[name]!r} by default."
+        ) from None
 
 
 def parse_like(default: Any, text: str) -> Any:
-    """The text as a value of the default's kind; of a tuple's elements (of an empty one: int), with commas between."""
+    """Convert text to the type of `default`. Raises ValueError.
+
+    The text for a tuple has commas between its elements, each of the type of the default's first; of an empty tuple
+    int.
+    """
     if isinstance(default, tuple):
         return tuple(parse_like(default[0] if default else 0, part.strip()) for part in text.split(","))
     if isinstance(default, bool):

@@ -1,4 +1,4 @@
-"""What one SAE makes of the counted tokens: reconstruction, sparsity, correlation; and what its own weights say.
+"""Statistics of one SAE for the core metric: reconstruction, sparsity, correlation of latents, decoder geometry.
 
 Shape suffixes: N contexts, S positions, R rows that are replaced, T counted tokens, D d_in, F latents.
 """
@@ -14,73 +14,73 @@ from torch import Tensor
 from ...train.sae import SAE
 from .base import EvalTarget
 
-# Logits and latents exist for so many tokens at a time. In float32 Gemma's logits of them take 0.5 GB, and three such
-# exist at most; latents of 65,536 take 0.13 GB.
+# Logits and latents are computed for so many tokens at a time. In float32, Gemma's logits of them take 0.5 GB, with at
+# most three copies in memory; 65,536 latents of them take 0.13 GB.
 TOKENS_PER_CHUNK = 512
-PAIRED_LATENTS = 2048  # latents whose pairs are all correlated; of a larger dictionary that many are drawn
-GRAM_ROWS = 256  # of their products, computed at a time from the diagonal on
-PAIRED_TOKENS = 32_768  # the batches that begin before so many tokens are what is correlated
-PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums that intervals are taken from
+PAIRED_LATENTS = 2048  # latents that are correlated pairwise; a larger dictionary is sampled
+GRAM_ROWS = 256  # rows of the Gram matrix computed at a time, from the diagonal to the right
+PAIRED_TOKENS = 32_768  # correlations are taken over the batches that start before this many tokens
+PER_CONTEXT = ("l0", "cossim", "error", "around_centre", "tokens")  # sums kept per context, for the intervals
 
-Ratio = tuple[Tensor, Tensor]  # a number as one sum over contexts through another, context by context
-
-
-def ratio_value(share: Ratio) -> float:
-    return divide(float(share[0].sum()), float(share[1].sum()))
+Ratio = tuple[Tensor, Tensor]  # numerator and denominator of a number, each as one summand per context
 
 
-def ratio_interval(share: Ratio) -> list[float]:
-    """95 %: the share is linearised, and its entries are taken as independent draws: documents, not their contexts."""
-    part, whole = share
+def ratio_value(ratio: Ratio) -> float:
+    return divide(float(ratio[0].sum()), float(ratio[1].sum()))
+
+
+def ratio_interval(ratio: Ratio) -> list[float]:
+    """95 % interval by linearizing the ratio. Its entries have to be independent: documents rather than contexts."""
+    part, whole = ratio
     count, total = len(whole), float(whole.sum())
     if count < 2 or not total:
         return [math.nan, math.nan]
-    centre = ratio_value(share)
+    centre = ratio_value(ratio)
     spread = float((part - centre * whole).square().sum()) * count / (count - 1)
     half = 1.96 * math.sqrt(spread) / abs(total)
     return [centre - half, centre + half]
 
 
-def sum_by_document(share: Ratio, document_N: Tensor) -> Ratio:
-    """Sums over contexts -> sums over documents; `document_N` begins with those of the share's contexts."""
-    _, place_N = document_N[: len(share[1])].unique(return_inverse=True)
-    part, whole = (torch.zeros(int(place_N.max()) + 1).to(column).index_add_(0, place_N, column) for column in share)
+def sum_by_document(ratio: Ratio, document_N: Tensor) -> Ratio:
+    """Sum the entries of a ratio over the contexts of each document. `document_N` may have further contexts."""
+    _, index_N = document_N[: len(ratio[1])].unique(return_inverse=True)
+    part, whole = (torch.zeros(int(index_N.max()) + 1).to(column).index_add_(0, index_N, column) for column in ratio)
     return part, whole
 
 
 def divide(part: float, whole: float) -> float:
-    """part / whole; NaN where there is no whole: a text of one token has neither a variance nor a next token."""
+    """part / whole, NaN if whole is 0: a text of one token has neither a variance nor a next token."""
     return part / whole if whole else math.nan
 
 
 class SAEStatistics:
-    """Reconstruction, sparsity and correlation over the counted tokens of one SAE, summed in float64.
+    """Sums in float64 over the counted tokens of one SAE: reconstruction, sparsity and correlation.
 
-    Numbers that SAEBench takes per batch are settled at the end of each `add`, which takes one batch.
+    Each call of `add` takes one batch. Numbers that SAEBench defines per batch are computed at the end of it.
     """
 
     def __init__(self) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
         self.tokens = self.batches = 0
-        self.contexts: list[Tensor] = []  # of each batch: (N, len(PER_CONTEXT)), sums over each context
-        self.centre_D: Tensor | None = None  # the first batch's mean: what variance within contexts is taken about
-        self.pairs: Tensor | None = None  # which latents are correlated with each other
+        self.per_context: list[Tensor] = []  # one (N, len(PER_CONTEXT)) a batch: sums over each context
+        self.centre_D: Tensor | None = None  # mean of the first batch: the per-context variance is taken about it
+        self.paired: Tensor | None = None  # indices of the latents that are correlated pairwise
 
-    def add(self, target: EvalTarget, x_NSD: Tensor, kept_NS: Tensor) -> Tensor:
-        """Take one batch; returns its residual with what the SAE makes of it in place."""
-        replaced = torch.ones_like(kept_NS) if target.everywhere else kept_NS
-        x_RD, counted_R, context_R = x_NSD[replaced], kept_NS[replaced], replaced.nonzero()[:, 0]
+    def add(self, target: EvalTarget, x_NSD: Tensor, counted_NS: Tensor) -> Tensor:
+        """Take one batch; returns its residual (N, S, D) with the SAE's reconstruction spliced in."""
+        replaced_NS = torch.ones_like(counted_NS) if target.everywhere else counted_NS
+        x_RD, counted_R, context_R = x_NSD[replaced_NS], counted_NS[replaced_NS], replaced_NS.nonzero()[:, 0]
         fired_NF: Tensor | None = None
         gram_FF: Tensor | None = None
-        recons, numbers = [], []
+        recons, l0_l1 = [], []
         for start in range(0, len(x_RD), TOKENS_PER_CHUNK):
             rows = slice(start, start + TOKENS_PER_CHUNK)
             f_TF = target.sae.encode(x_RD[rows].float())
             recons.append(target.sae.decode(f_TF).float())
             f_TF = f_TF[counted_R[rows]] if target.everywhere else f_TF
-            numbers.append(torch.stack([f_TF.count_nonzero(-1).double(), f_TF.sum(-1).double()], 1))
+            l0_l1.append(torch.stack([f_TF.count_nonzero(-1).double(), f_TF.sum(-1).double()], 1))
             if fired_NF is None:
-                fired_NF = f_TF.new_zeros(len(kept_NS), f_TF.shape[1])
+                fired_NF = f_TF.new_zeros(len(counted_NS), f_TF.shape[1])
             fired_NF.index_add_(0, context_R[rows][counted_R[rows]], (f_TF > 0).to(f_TF.dtype))
             self.sums["f"] += f_TF.sum(0).double()
             self.sums["f_square"] += f_TF.square().sum(0).double()
@@ -92,25 +92,25 @@ class SAEStatistics:
         if fired_NF is not None:
             self.sums["fired"] += fired_NF.double().sum(0)
             self.sums["contexts_fired"] += (fired_NF > 0).double().sum(0)
-        l0, l1 = torch.cat(numbers).unbind(1)
-        self.end_batch(x_RD[counted_R].float(), recon_RD[counted_R], l0, l1, kept_NS.nonzero()[:, 0], len(kept_NS))
+        l0, l1 = torch.cat(l0_l1).unbind(1)
+        context_T = counted_NS.nonzero()[:, 0]
+        self.end_batch(x_RD[counted_R].float(), recon_RD[counted_R], l0, l1, context_T, len(counted_NS))
         patched = x_NSD.clone()
-        patched[replaced] = recon_RD.to(x_NSD.dtype)
+        patched[replaced_NS] = recon_RD.to(x_NSD.dtype)
         return patched
 
     def add_pairs(self, f_TF: Tensor, gram_FF: Tensor | None) -> Tensor:
-        """f^T f added to that of the batch so far, on and above the diagonal: what is below is not all there."""
-        if self.pairs is None:
+        """Add f^T f to the batch's Gram matrix. Only the diagonal and what is above it are complete."""
+        if self.paired is None:
             generator = torch.Generator().manual_seed(0)
-            self.pairs = (
-                torch.randperm(f_TF.shape[1], generator=generator)[:PAIRED_LATENTS].sort().values.to(f_TF.device)
-            )
-        chosen = f_TF[:, self.pairs] if len(self.pairs) < f_TF.shape[1] else f_TF
+            sample = torch.randperm(f_TF.shape[1], generator=generator)[:PAIRED_LATENTS]
+            self.paired = sample.sort().values.to(f_TF.device)
+        paired_TF = f_TF[:, self.paired] if len(self.paired) < f_TF.shape[1] else f_TF
         if gram_FF is None:
-            gram_FF = f_TF.new_zeros(len(self.pairs), len(self.pairs))
+            gram_FF = f_TF.new_zeros(len(self.paired), len(self.paired))
         for start in range(0, len(gram_FF), GRAM_ROWS):
             rows = slice(start, start + GRAM_ROWS)
-            gram_FF[rows, start:].addmm_(chosen[:, rows].T, chosen[:, start:])
+            gram_FF[rows, start:].addmm_(paired_TF[:, rows].T, paired_TF[:, start:])
         return gram_FF
 
     def end_batch(
@@ -127,7 +127,7 @@ class SAEStatistics:
             "l2_norm_in": norm_in,
             "l2_norm_out": norm_out,
             "l2_ratio": norm_out / torch.where(norm_in < 1e-4, 1.0, norm_in),
-            "mse": error / len(error),  # SAEBench divides by the tokens of the batch where it means the dimensions
+            "mse": error / len(error),  # SAEBench divides by the batch's tokens instead of the dimensions
             "cossim": dot / (norm_in * norm_out),
             "explained_variance_legacy": 1 - error / (x_TD - x_TD.mean(0)).square().sum(-1).double(),
             "error": error,
@@ -140,16 +140,17 @@ class SAEStatistics:
             "batch_error": error.mean(),
             "batch_square": norm_in.square().mean(),
         }
-        for name, numbers in (per_token | per_batch).items():
-            self.sums[name] += float(numbers.sum())
+        for name, values in (per_token | per_batch).items():
+            self.sums[name] += float(values.sum())
         sums = torch.zeros(contexts, len(PER_CONTEXT), dtype=torch.float64)
         columns = torch.stack([per_token[name] for name in PER_CONTEXT], 1)
-        self.contexts.append(sums.index_add_(0, context_T.cpu(), columns.cpu()))
+        self.per_context.append(sums.index_add_(0, context_T.cpu(), columns.cpu()))
         self.sums["x"] += x_TD.double().sum(0)
         self.tokens += len(error)
         self.batches += 1
 
     def scalars(self, mode: str) -> dict[str, dict[str, float]]:
+        """The categories reconstruction_quality, shrinkage and sparsity of SAEBench."""
         s, d_in = self.sums, len(self.sums["x"])
 
         def mean(*names: str) -> dict[str, float]:
@@ -157,7 +158,7 @@ class SAEStatistics:
 
         square = s["batch_square"] / self.batches
         quality = {
-            # What 0.6.0 calls explained_variance subtracts the wrong mean; its legacy formula is the published one.
+            # SAEBench 0.6.0's explained_variance subtracts the wrong mean; the papers' numbers are the legacy formula.
             "explained_variance": 1 - divide(s["batch_error"] / self.batches, square - (square / d_in) ** 2),
             **mean("explained_variance_legacy", "mse", "cossim"),
             "fve": 1 - divide(s["error"], self.variance),
@@ -178,30 +179,33 @@ class SAEStatistics:
         """Sum over the counted tokens of |x - their mean|^2."""
         return self.sums["x_square"] - float(self.sums["x"].square().sum()) / self.tokens
 
-    def about_the_mean(self, interval: list[float], fve: float) -> list[float]:
-        """That of the share about the first batch's mean, which alone is known in time -> that of `fve`."""
+    def fve_interval(self, interval: list[float], fve: float) -> list[float]:
+        """Rescale the interval of the `fve` about the first batch's mean to that about the mean of all tokens.
+
+        Sums per context have to be taken about a centre that is known from the start.
+        """
         around = self.sums["around_centre"]
         half = (interval[1] - interval[0]) / 2 * divide(around, self.variance)
         return [fve - half, fve + half]
 
-    def shares(self) -> dict[str, dict[str, Ratio]]:
-        """What has an interval."""
-        column = dict(zip(PER_CONTEXT, torch.cat(self.contexts).T, strict=True))
+    def ratios(self) -> dict[str, dict[str, Ratio]]:
+        """The numbers that have an interval."""
+        column = dict(zip(PER_CONTEXT, torch.cat(self.per_context).T, strict=True))
         tokens = column["tokens"]
-        unexplained = column["around_centre"] - column["error"], column["around_centre"]
+        explained = column["around_centre"] - column["error"], column["around_centre"]
         return {
-            "reconstruction_quality": {"fve": unexplained, "cossim": (column["cossim"], tokens)},
+            "reconstruction_quality": {"fve": explained, "cossim": (column["cossim"], tokens)},
             "sparsity": {"l0": (column["l0"], tokens)},
         }
 
     def density(self) -> Tensor:
-        """Share of the counted tokens at which each latent is positive (F,)."""
+        """Share of the counted tokens on which each latent is positive (F,)."""
         return self.sums["fired"] / self.tokens
 
     def correlation(self, W_dec_FD: Tensor | None) -> dict[str, float]:
-        """Cosines between the columns of activations of alive latents, over PAIRED_TOKENS counted tokens (003, eq. 2).
+        """Cosines between the activations of pairs of alive latents, over PAIRED_TOKENS counted tokens (003, eq. 2).
 
-        With decoder rows, how well those cosines follow the rows' own (002, sec. 4): Spearman's rank correlation.
+        With decoder rows, also Spearman's rank correlation of those cosines with the cosines of the rows (002, sec. 4).
         """
         gram_FF = self.sums["gram"]
         alive = gram_FF.diagonal() > 0
@@ -209,44 +213,47 @@ class SAEStatistics:
         cosines = upper_triangle(gram_cosines(gram_FF[alive][:, alive]))
         if not len(cosines):
             return {"mean": math.nan, **counts}
-        found = {**distribution(cosines.abs()), **counts}
+        numbers = {**distribution(cosines.abs()), **counts}
         if W_dec_FD is not None:
-            assert self.pairs is not None
-            rows = W_dec_FD[self.pairs][alive].double()
-            found["spearman_decoder"] = spearman(cosines, upper_triangle(gram_cosines(rows @ rows.T)))
-        return found
+            assert self.paired is not None
+            rows = W_dec_FD[self.paired][alive].double()
+            numbers["spearman_decoder"] = spearman(cosines, upper_triangle(gram_cosines(rows @ rows.T)))
+        return numbers
 
 
 def gram_cosines(gram_FF: Tensor) -> Tensor:
+    """Cosines of vectors from their inner products."""
     norm_F = gram_FF.diagonal().sqrt()
     return gram_FF / norm_F[:, None] / norm_F
 
 
 def upper_triangle(matrix_FF: Tensor) -> Tensor:
-    """Above the diagonal: every pair once."""
+    """The entries above the diagonal: every pair once."""
     return matrix_FF[tuple(torch.triu_indices(len(matrix_FF), len(matrix_FF), 1))]
 
 
-def distribution(numbers: Tensor) -> dict[str, float]:
+def distribution(values: Tensor) -> dict[str, float]:
+    """Mean, standard deviation and quantiles (linear interpolation)."""
     shares = {"quantile_50": 0.5, "quantile_90": 0.9, "quantile_99": 0.99, "quantile_99.9": 0.999}
-    places = {name: share * (len(numbers) - 1) for name, share in shares.items()}
-    # Only these places are put in order: torch.quantile takes 16 million numbers at most, and a sort takes several times as long.
-    ends = sorted({end for place in places.values() for end in (math.floor(place), math.ceil(place))})
-    ordered = dict(zip(ends, np.partition(numbers.detach().cpu().numpy(), ends)[ends].tolist(), strict=True))
+    positions = {name: share * (len(values) - 1) for name, share in shares.items()}
+    # Only these positions are sorted: torch.quantile takes at most 16 million numbers, and a full sort is several times
+    # slower.
+    ends = sorted({end for position in positions.values() for end in (math.floor(position), math.ceil(position))})
+    ordered = dict(zip(ends, np.partition(values.detach().cpu().numpy(), ends)[ends].tolist(), strict=True))
 
-    def quantile(place: float) -> float:
-        below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
-        return below + (place - math.floor(place)) * (above - below)
+    def quantile(position: float) -> float:
+        below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
+        return below + (position - math.floor(position)) * (above - below)
 
-    spread = {"mean": float(numbers.mean()), "sd": float(numbers.std(correction=0))}
-    return spread | {name: quantile(place) for name, place in places.items()}
+    numbers = {"mean": float(values.mean()), "sd": float(values.std(correction=0))}
+    return numbers | {name: quantile(position) for name, position in positions.items()}
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Pearson's correlation of the ranks; those that are equal share their mean rank."""
+    """Pearson's correlation of the ranks; equal values share their mean rank."""
 
-    def ranks(numbers: Tensor) -> Tensor:
-        _, group, count = numbers.unique(return_inverse=True, return_counts=True)
+    def ranks(values: Tensor) -> Tensor:
+        _, group, count = values.unique(return_inverse=True, return_counts=True)
         last = count.cumsum(0).double()
         return (last - (count - 1) / 2)[group]
 
@@ -255,38 +262,39 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def decoder_geometry(W_dec_FD: Tensor) -> dict[str, float]:
-    """Of the decoder rows: |cosine| of pairs, and effective rank, exp of the entropy of their singular values' shares.
+    """|cosine| between pairs of decoder rows, and the effective rank of the decoder (Roy and Vetterli 2007).
 
-    Both are of unit rows, so that a row's length does not count; Roy and Vetterli 2007.
+    The effective rank is exp of the entropy of the normalized singular values. Rows are scaled to unit length first, so
+    that their lengths do not matter.
     """
     unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
-    some = unit_FD[torch.randperm(len(unit_FD), generator=torch.Generator().manual_seed(0))[:PAIRED_LATENTS]]
+    sample_FD = unit_FD[torch.randperm(len(unit_FD), generator=torch.Generator().manual_seed(0))[:PAIRED_LATENTS]]
     share = torch.linalg.eigvalsh((unit_FD.T @ unit_FD).double()).clamp(min=0).sqrt()
     share = share / share.sum()
-    spread = distribution(upper_triangle(some @ some.T).abs()) if len(some) > 1 else {}
+    cosines = distribution(upper_triangle(sample_FD @ sample_FD.T).abs()) if len(sample_FD) > 1 else {}
     return {
-        **{f"decoder_cosine_{name}": number for name, number in spread.items()},
+        **{f"decoder_cosine_{name}": number for name, number in cosines.items()},
         "effective_rank": float(torch.special.entr(share).sum().exp()),
     }
 
 
 def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:
-    """For each row, its largest cosine with another row (F,)."""
+    """The largest cosine of each row with any other row (F,)."""
     unit = torch.nn.functional.normalize(rows_FD.float(), dim=1)
-    found = []
+    largest = []
     for start in range(0, len(unit), block):
         cosine = unit[start : start + block] @ unit.T
         cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -torch.inf
-        found.append(cosine.amax(1))
-    return torch.cat(found)
+        largest.append(cosine.amax(1))
+    return torch.cat(largest)
 
 
-def latent_details(sae: SAE, codes: SAEStatistics) -> list[dict[str, Any]]:
-    """One entry per latent, numbers rounded to ten decimals as SAEBench does."""
+def latent_details(sae: SAE, stats: SAEStatistics) -> list[dict[str, Any]]:
+    """One entry per latent with SAEBench's names, rounded to ten decimals as SAEBench does."""
     encoder, decoder = sae.W_enc.T.float(), sae.W_dec.float()
     columns = {
-        "feature_density": codes.density(),
-        "consistent_activation_heuristic": codes.sums["fired"] / codes.sums["contexts_fired"],
+        "feature_density": stats.density(),
+        "consistent_activation_heuristic": stats.sums["fired"] / stats.sums["contexts_fired"],
         "encoder_bias": sae.b_enc,
         "encoder_norm": encoder.norm(dim=1),
         "encoder_decoder_cosine_sim": torch.nn.functional.cosine_similarity(encoder, decoder, dim=1),
@@ -301,11 +309,11 @@ def latent_details(sae: SAE, codes: SAEStatistics) -> list[dict[str, Any]]:
 
 
 def density_summary(density: Tensor, details: list[dict[str, Any]]) -> dict[str, float]:
-    """Summaries of the entries per latent."""
+    """SAEBench's misc_metrics: how many latents fire, how often, and how similar each is to its nearest neighbour."""
 
-    def mass_over(cut: float) -> float:
+    def mass_over(threshold: float) -> float:
         total = float(density.sum())
-        return float(density[density > cut].sum()) / total if total else 0.0
+        return float(density[density > threshold].sum()) / total if total else 0.0
 
     def average(name: str) -> float:
         return sum(entry[name] for entry in details) / len(details)

@@ -1,12 +1,15 @@
 """SCR, spurious correlation removal: does ablating the latents of an unwanted attribute free a probe from it?
 
-Of a pair of classes and a second attribute, a probe is trained where both always go together (male professors against
-female nurses), so it reads the attribute along with the class. The latents that matter to a probe of the attribute are
-ablated; the score is how much of the accuracy on the class comes back that the biased probe lacks against a probe of the
-class itself: 0 nothing, 1 all. In the other direction the class's latents are ablated and the attribute is read.
-(SHIFT of Marks et al. 2024, as SAEBench, Karvonen et al. 2025, automates it.)
+Higher is better: 0 is no effect, 1 removes all of the bias.
 
-All texts of a pair are in its tasks, so nothing but the probes depends on random numbers.
+A probe is trained on texts of two classes in which a second attribute always goes along with the class (male professors
+against female nurses), so it reads the attribute as well. The latents that matter most to a probe of the attribute are
+ablated. The score is the share of the biased probe's missing accuracy on the class, against a probe of the class
+itself, that this recovers. In the other direction, the latents of the class are ablated and the attribute is read.
+
+Source: SHIFT of Marks et al. 2024, as automated by SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). All
+texts of a pair are in its tasks, so only the probes depend on random numbers. Ablation is computed without decoding
+(probe_readout), and every score has a bootstrap interval.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +28,13 @@ from .probes import ProbeTask
 
 PROBES = ("attribute", "class", "biased")
 ATTRIBUTE, CLASS, BIASED = range(3)
-# The texts of each probe's task: whole quadrants or their first half; (c+, a+) is PP, (c+, a-) NP.
+# The texts of each probe's task, by quadrant of class and attribute: (c+, a+) is PP, (c+, a-) is NP, (c-, a+) is PN and
+# (c-, a-) is NN. "/2" is the first half of a quadrant.
 POSITIVE = {ATTRIBUTE: ("PP/2", "PN"), CLASS: ("PP/2", "NP"), BIASED: ("PP",)}
 NEGATIVE = {ATTRIBUTE: ("NP", "NN/2"), CLASS: ("PN", "NN/2"), BIASED: ("NN",)}
-DIRECTIONS = {CLASS: ATTRIBUTE, ATTRIBUTE: CLASS}  # what is to be read -> whose latents are ablated
-MIN_ROOM = 1e-3  # SAEBench since 2025-02-14
-CLASS_NAMES = {  # of the pairs, in the names of SAEBench's results
+DIRECTIONS = {CLASS: ATTRIBUTE, ATTRIBUTE: CLASS}  # task to read -> task whose latents are ablated
+MIN_ROOM = 1e-3  # missing accuracy below which the score is 0: SAEBench since 2025-02-14
+CLASS_NAMES = {  # as SAEBench writes them into the names of its results
     f"{BIOS}_class_set1": {
         "21": "professor", "13": "nurse", "1": "architect", "11": "journalist", "25": "surgeon", "22": "psychologist",
         "2": "attorney", "26": "teacher",
@@ -44,7 +48,7 @@ CLASS_NAMES = {  # of the pairs, in the names of SAEBench's results
 
 @dataclass(frozen=True)
 class Scr(Ablation):
-    """A score is absent for a pair whose biased probe is equally bad at both tasks: neither direction is the harder."""
+    """`scr_metric` is the score of the harder direction. A pair whose biased probe is equally bad at both has none."""
 
     datasets: tuple[str, ...] = tuple(CLASS_NAMES)
 
@@ -57,12 +61,11 @@ class Scr(Ablation):
     )
 
     def problems(self, dataset: str, data: Path | None) -> Iterator[AblationProblem]:
-        found = load_quadrants(dataset, data, self.train_set_size, self.test_set_size)
-        for pair, texts in found.items():
-            labels = "_".join(CLASS_NAMES.get(dataset, {}).get(label, label) for label in pair)
-            yield AblationProblem(f"{dataset}_scr_{labels}_results", texts, PROBES, self.task)
+        for pair, texts in load_quadrants(dataset, data, self.train_set_size, self.test_set_size).items():
+            names = "_".join(CLASS_NAMES.get(dataset, {}).get(label, label) for label in pair)
+            yield AblationProblem(f"{dataset}_scr_{names}_results", texts, PROBES, self.draw)
 
-    def quadrant_task(self, split: str, probe: int, _: torch.Generator) -> ProbeTask:
+    def draw(self, split: str, probe: int, _: torch.Generator) -> ProbeTask:
         return quadrant_task({"train": self.train_set_size, "test": self.test_set_size}[split] // 4, probe)
 
     def effects(self, difference_PF: Tensor, align_FP: Tensor) -> Tensor:
@@ -73,33 +76,33 @@ class Scr(Ablation):
         problem: AblationProblem,
         readout: ProbeReadout,
         effect_PF: Tensor,
-        draw: DrawTask,
-        resample: BootstrapWeights,
+        draw_task: DrawTask,
+        bootstrap: BootstrapWeights,
         mode: str,
     ) -> AblationScores:
-        tasks = problem.fixed("test")
+        tasks = problem.fixed_tasks("test")
 
-        def accuracy(logit_NP: Tensor, probe: int, target: int) -> Tensor:
-            return resample.accuracy(logit_NP[:, probe], tasks[target])
+        def accuracy(logit_NP: Tensor, probe: int, task: int) -> Tensor:
+            return bootstrap.accuracy(logit_NP[:, probe], tasks[task])
 
-        biased = {target: accuracy(readout.logit_NP, BIASED, target) for target in DIRECTIONS}
-        clean = {target: accuracy(readout.logit_NP, target, target) for target in DIRECTIONS}
+        biased = {task: accuracy(readout.logit_NP, BIASED, task) for task in DIRECTIONS}
+        clean = {task: accuracy(readout.logit_NP, task, task) for task in DIRECTIONS}
         ablated = {
-            target: {
-                n: accuracy(readout.ablated(strongest_latents(effect_PF[spurious], n)), BIASED, target)
+            task: {
+                n: accuracy(readout.ablate(strongest_latents(effect_PF[spurious], n)), BIASED, task)
                 for n in self.thresholds
             }
-            for target, spurious in DIRECTIONS.items()
+            for task, spurious in DIRECTIONS.items()
         }
         extra = {
-            PROBES[target]: {"own_probe": float(clean[target][0]), "biased_probe": float(biased[target][0])}
-            for target in DIRECTIONS
+            PROBES[task]: {"own_probe": float(clean[task][0]), "biased_probe": float(biased[task][0])}
+            for task in DIRECTIONS
         }
         return AblationScores(scr_scores(biased, clean, ablated, mode), extra, pair_flags(biased, clean))
 
 
 def quadrant_task(size: int, probe: int) -> ProbeTask:
-    """All the texts of a probe's task, in quadrants PP and NN of 2 * size texts, NP and PN of size."""
+    """The task of a probe: PP and NN have 2 * size texts, NP and PN have size."""
     starts = {"PP": 0, "NN": 2 * size, "NP": 4 * size, "PN": 5 * size}
 
     def rows(quadrants: Sequence[str]) -> Tensor:
@@ -115,44 +118,46 @@ def quadrant_task(size: int, probe: int) -> ProbeTask:
 def scr_scores(
     biased: Mapping[int, Tensor], clean: Mapping[int, Tensor], ablated: Mapping[int, Mapping[int, Tensor]], mode: str
 ) -> dict[str, Tensor]:
-    """Scores (R,) by name from accuracies (R,) on each target: of the biased probe, of the target's own, and of the
-    biased probe without the n latents of the other task. The metric is the score of the target that the biased probe
-    is worse at; where it is equally bad at both there is none. Without room to improve a score is 0; in mode 2024-12 it
-    is the quotient whatever that is, and absent where it is 0/0.
+    """Scores (R,) by name, from accuracies (R,) on each task.
+
+    `biased` is the accuracy of the biased probe, `clean` that of the task's own probe, and `ablated[task][n]` that of
+    the biased probe without n latents of the other task. `scr_metric` is the score of the task at which the biased
+    probe is worse; if it is equally bad at both there is none. A score is 0 if less than MIN_ROOM is missing; in mode
+    2024-12 it is the quotient regardless, and absent for 0/0.
     """
-    found = {}
-    for number, target in enumerate(DIRECTIONS, 1):
-        other = next(task for task in DIRECTIONS if task != target)
-        room_R = clean[target] - biased[target]
-        for n, after_R in ablated[target].items():
-            score_R = (after_R - biased[target]) / room_R
+    scores = {}
+    for number, task in enumerate(DIRECTIONS, 1):
+        other = DIRECTIONS[task]
+        room_R = clean[task] - biased[task]
+        for n, after_R in ablated[task].items():
+            score_R = (after_R - biased[task]) / room_R
             if mode != "2024-12":
                 score_R = torch.where(room_R < MIN_ROOM, 0.0, score_R)
             if score_R[0].isfinite():
-                found[f"scr_dir{number}_threshold_{n}"] = score_R
-                if biased[target][0] < biased[other][0]:
-                    found[f"scr_metric_threshold_{n}"] = score_R
-    return found
+                scores[f"scr_dir{number}_threshold_{n}"] = score_R
+                if biased[task][0] < biased[other][0]:
+                    scores[f"scr_metric_threshold_{n}"] = score_R
+    return scores
 
 
 def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> list[str]:
-    """Why the scores of a pair may mean little."""
+    """Sentences on why the scores of a pair may mean little."""
     if biased[CLASS][0] == biased[ATTRIBUTE][0]:
         return ["the biased probe is equally good at both tasks, so this pair has no scr_metric."]
-    target = min(DIRECTIONS, key=lambda target: float(biased[target][0]))
-    room_R = clean[target] - biased[target]
+    harder = min(DIRECTIONS, key=lambda task: float(biased[task][0]))
+    room_R = clean[harder] - biased[harder]
     low, high = bootstrap_interval(room_R)
     if low >= MIN_ROOM:
         return []
     return [
-        f"the biased probe is not surely worse at the {PROBES[target]} than the probe of it (by {float(room_R[0]):.3f}, "
-        f"95 %: {low:.3f} to {high:.3f}), and scores are shares of that difference."
+        f"the biased probe is not clearly worse at the {PROBES[harder]} than that task's own probe (by "
+        f"{float(room_R[0]):.3f}, 95 %: {low:.3f} to {high:.3f}), and scores are shares of that difference."
     ]
 
 
 @dataclass(frozen=True)
 class ScrStdlib(Scr):
-    """The same on a stand-in for the Hub: pieces of the standard library on two subjects, docstrings or code."""
+    """The same without a download: pieces of Python's standard library on two subjects, docstrings or code."""
 
     datasets: tuple[str, ...] = ("stdlib/subject",)
     train_set_size: int = 400

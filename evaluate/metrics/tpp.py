@@ -1,8 +1,13 @@
 """TPP, targeted probe perturbation: does ablating the latents of one class hurt the probe of that class alone?
 
-Of each class of a dataset, a probe against the other classes, and the latents that matter to it. Ablating those of one
-class, the intended difference is how much accuracy its own probe loses, the unintended one how much the other probes
-lose on the mean; the metric is intended minus unintended. (SAEBench, Karvonen et al. 2025.)
+Higher is better; 0 is no targeted effect.
+
+Each class of a dataset has a probe against the other classes, and latents that matter most to it. When the latents of
+one class are ablated, the intended difference is the accuracy that its own probe loses, the unintended difference the
+mean accuracy that the other probes lose. The metric is intended minus unintended, averaged over classes.
+
+Source: SAEBench 0.6.0, `evals/scr_and_tpp` (Karvonen et al. 2025). Ablation is computed without decoding
+(probe_readout), and every score has a bootstrap interval.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +25,12 @@ from .bootstrap import BootstrapWeights
 from .probe_readout import ProbeReadout, strongest_latents
 from .probes import ProbeTask, one_vs_rest_task
 
-MIN_CLEAN_ACCURACY = 0.6  # accuracy; 0.5 is chance
+MIN_CLEAN_ACCURACY = 0.6  # a flag names probes below it; 0.5 is chance
 
 
 @dataclass(frozen=True)
 class Tpp(Ablation):
-    """The texts are those of sparse probing. Each evaluation of an ablation draws negatives (with rng="saebench")."""
+    """The texts are those of sparse probing. With rng="saebench" every evaluation draws its negative texts anew."""
 
     datasets: tuple[str, ...] = (f"{BIOS}_class_set1", REVIEWS)
 
@@ -50,11 +55,12 @@ class Tpp(Ablation):
         problem: AblationProblem,
         readout: ProbeReadout,
         effect_PF: Tensor,
-        draw: DrawTask,
-        resample: BootstrapWeights,
+        draw_task: DrawTask,
+        bootstrap: BootstrapWeights,
         mode: str,
     ) -> AblationScores:
-        clean, ablated = self.clean(problem, readout, resample), self.ablated(readout, effect_PF, draw, resample)
+        clean = self.clean_accuracies(problem, readout, bootstrap)
+        ablated = self.ablated_accuracies(readout, effect_PF, draw_task, bootstrap)
         per_class = [class_scores(c, clean, after) for c, after in enumerate(ablated)]
         values = {name: torch.stack([scores[name] for scores in per_class]).mean(0) for name in per_class[0]}
         extra = {
@@ -65,49 +71,53 @@ class Tpp(Ablation):
             for label, clean_R, scores in zip(problem.probes, clean, per_class, strict=True)
         }
         flags = [
-            f"the probe of {label} is right on {float(clean_R[0]):.3f} of its texts, so it has little to lose."
+            f"the probe of {label} has an accuracy of {float(clean_R[0]):.3f}, so it has little to lose."
             for label, clean_R in zip(problem.probes, clean, strict=True)
             if clean_R[0] < MIN_CLEAN_ACCURACY
         ]
         return AblationScores(values, extra, flags)
 
-    def clean(self, problem: AblationProblem, readout: ProbeReadout, resample: BootstrapWeights) -> list[Tensor]:
+    def clean_accuracies(
+        self, problem: AblationProblem, readout: ProbeReadout, bootstrap: BootstrapWeights
+    ) -> list[Tensor]:
         """Each probe's accuracy (R,) on its own task, with nothing ablated."""
-        return [resample.accuracy(readout.logit_NP[:, c], task) for c, task in enumerate(problem.fixed("test"))]
+        tasks = problem.fixed_tasks("test")
+        return [bootstrap.accuracy(readout.logit_NP[:, c], task) for c, task in enumerate(tasks)]
 
-    def ablated(
-        self, readout: ProbeReadout, effect_PF: Tensor, draw: DrawTask, resample: BootstrapWeights
+    def ablated_accuracies(
+        self, readout: ProbeReadout, effect_PF: Tensor, draw_task: DrawTask, bootstrap: BootstrapWeights
     ) -> list[dict[int, list[Tensor]]]:
-        """For each class, and each number of its latents that are ablated, every probe's accuracy (R,)."""
-        found: list[dict[int, list[Tensor]]] = [{} for _ in effect_PF]
-        for by_n, effect_F in zip(found, effect_PF, strict=True):
+        """For each class and number of its latents ablated, every probe's accuracy (R,)."""
+        by_class: list[dict[int, list[Tensor]]] = [{} for _ in effect_PF]
+        for by_n, effect_F in zip(by_class, effect_PF, strict=True):
             for n in self.thresholds:
-                logit_NP = readout.ablated(strongest_latents(effect_F, n))
-                by_n[n] = [resample.accuracy(logit_N, draw(probe)) for probe, logit_N in enumerate(logit_NP.T)]
-        return found
+                logit_NP = readout.ablate(strongest_latents(effect_F, n))
+                by_n[n] = [bootstrap.accuracy(logit_N, draw_task(probe)) for probe, logit_N in enumerate(logit_NP.T)]
+        return by_class
 
 
 def draw_task(texts: Texts, split: str, probe: int, generator: torch.Generator) -> ProbeTask:
-    counts = {label: len(own) for label, own in texts[split].items()}
+    """One class, number `probe`, against the others."""
+    counts = {label: len(texts_of_class) for label, texts_of_class in texts[split].items()}
     return one_vs_rest_task(counts, list(counts)[probe], generator)
 
 
-def class_scores(own: int, clean: Sequence[Tensor], ablated: dict[int, list[Tensor]]) -> dict[str, Tensor]:
-    """Scores (R,) by name of one class, from the accuracies (R,) of every class's probe, without and with ablation."""
-    found = {}
+def class_scores(target: int, clean: Sequence[Tensor], ablated: dict[int, list[Tensor]]) -> dict[str, Tensor]:
+    """Scores (R,) of one class by name, from the accuracies (R,) of all probes before and after its ablation."""
+    scores = {}
     for n, after in ablated.items():
         lost = [before_R - after_R for before_R, after_R in zip(clean, after, strict=True)]
-        intended = lost.pop(own)
+        intended = lost.pop(target)
         unintended = torch.stack(lost).mean(0)
-        found[f"tpp_threshold_{n}_total_metric"] = intended - unintended
-        found[f"tpp_threshold_{n}_intended_diff_only"] = intended
-        found[f"tpp_threshold_{n}_unintended_diff_only"] = unintended
-    return found
+        scores[f"tpp_threshold_{n}_total_metric"] = intended - unintended
+        scores[f"tpp_threshold_{n}_intended_diff_only"] = intended
+        scores[f"tpp_threshold_{n}_unintended_diff_only"] = unintended
+    return scores
 
 
 @dataclass(frozen=True)
 class TppStdlib(Tpp):
-    """The same on stand-ins for the Hub, made of the standard library."""
+    """The same on texts of Python's standard library, which needs no download."""
 
     datasets: tuple[str, ...] = ("stdlib/library", "stdlib/subject")
     train_set_size: int = 400

@@ -1,4 +1,4 @@
-"""What tests share: SAEBench's fixtures with their model, SAEs and texts (fixtures/saebench/README.md), and a browser."""
+"""Shared fixtures: SAEBench's reference data (fixtures/saebench/README.md) and a browser."""
 
 import json
 import shutil
@@ -21,20 +21,20 @@ KINDS = ("relu", "topk", "jumprelu")
 
 
 class Reference:
-    """SAEBench's inputs and answers; each is read once."""
+    """SAEBench's inputs and results. Each file is read once."""
 
     def __init__(self) -> None:
         self._read: dict[Path, Any] = {}
 
     def json(self, path: str) -> Any:
-        """`problem/problem` or `scr/results`: what that file holds. Do not change it."""
+        """The content of a file such as `problem/problem` or `scr/results`. Do not modify it."""
         file = FOLDER / f"{path}.json"
         if file not in self._read:
             self._read[file] = json.loads(file.read_text())
         return self._read[file]
 
     def arrays(self, name: str) -> dict[str, Tensor]:
-        """The arrays of a metric, or of `problem/contexts`. Do not change them."""
+        """The arrays of a metric, or of `problem/contexts`. Do not modify them."""
         file = FOLDER / (f"{name}.safetensors" if "/" in name else f"{name}/arrays.safetensors")
         if file not in self._read:
             self._read[file] = load_file(file)
@@ -66,10 +66,10 @@ def saebench() -> Reference:
 
 @pytest.fixture
 def noted(record_property) -> Callable[..., None]:
-    """A line of the table that benchmarks/peers/saebench_reference.py --accept prints.
+    """Record a line of the table that benchmarks/peers/saebench_reference.py --accept prints.
 
-    `pairs` are SAEBench's numbers and ours, the first of them in full; of two tensors the difference is relative to
-    their largest element. `equal` says what has to be the same to the last digit, and whether it is.
+    `pairs` are SAEBench's numbers and ours; the first pair is printed in full. For tensors, the difference is relative
+    to their largest element. `equal` names what has to be equal to the last digit, and whether it is.
     """
 
     def note(metric: str, what: str, pairs: Sequence[tuple[Any, Any]], equal: dict[str, bool] | None = None) -> None:
@@ -103,7 +103,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[[Path], Any]]:
-    """Opens a page. What pages say on the console, every error and every request to a network fail the test."""
+    """Open a page. Any console message, error or network request of a page fails the test."""
     said: list[str] = []
     pages = []
 

@@ -198,7 +198,7 @@ def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
     ("change", "sentence"),
     [
         ({"model": "gemma-2-mini"}, "was trained on .*tiny-gemma, not on gemma-2-mini"),
-        ({"suite": "core,full"}, "full is a suite, which stands alone; name the metrics, such as core,absorption"),
+        ({"suite": "core,full"}, "full is a suite and cannot be combined; list the metrics instead, such as core,absorption"),
         ({"suite": "core,absorbtion"}, "there is no metric absorbtion; did you mean absorption?"),
         ({"mode": "0.5"}, "--mode 0.5 is unknown: 0.6.0"),
         ({"runs": ()}, "Name the runs to evaluate"),

@@ -1,215 +1,150 @@
-"""The linear read-out is ablation itself; effects and probes are those of their definitions."""
+"""SCR and TPP measured whole on a tiny model: fields, independence of the SAEs, leaks, refusals."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import pad
 
 from sae.common.errors import UsageError
+from sae.evaluate.context import EvalContext
+from sae.evaluate.datasets import labelled
+from sae.evaluate.metrics import ablation
 from sae.evaluate.metrics.ablation import check_thresholds
-from sae.evaluate.metrics.batched_probes import PROBE_SETTINGS, LinearProbes, is_correct, train_probes
-from sae.evaluate.metrics.bootstrap import BootstrapWeights, bootstrap_interval
-from sae.evaluate.metrics.pooled_activations import PooledLatents, TextRows, pool_latents
-from sae.evaluate.metrics.probe_readout import ProbeReadout, affine_decoder, mean_latent_differences, strongest_latents
-from sae.evaluate.metrics.probes import ProbeTask, train_probe
+from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.scr import Scr
+from sae.evaluate.metrics.tpp import Tpp
 from sae.evaluate.reference_saes import Identity, Zero
-from sae.train.activations import BatchTopK, ReLU, TopK
+from sae.train.activations import ReLU
 from sae.train.sae import SAE
 
-CPU = torch.device("cpu")
-D_IN, D_SAE, CONTEXT = 12, 30, 9
-COUNTS = (3, 8, 1, 5)
+REVIEWS = "canrager/amazon_reviews_mcauley_1and5"
+SETS = {"train_set_size": 80, "test_set_size": 100, "context": 32}
+SMALL = Scr((REVIEWS,), (2, 20), **SETS)
 
 
-def random_sae(kind: str, dtype: torch.dtype = torch.float32) -> SAE:
-    """Some of its latents fire on a zero row."""
-    torch.manual_seed(1)
-    sae = SAE(D_IN, D_SAE, {"relu": [ReLU()], "topk": [TopK(6)], "threshold": [BatchTopK(6)]}[kind])
-    sae.b_dec.data.normal_()
-    sae.b_enc.data.normal_(mean=0.2)
-    sae.W_dec.data *= torch.rand(D_SAE, 1) + 0.5
-    if kind == "threshold":
-        sae.activation[0].threshold.fill_(0.4)
-    return sae.eval().requires_grad_(False).to(dtype)
+def write_reviews(data: Path, rows: int = 70) -> None:
+    """Two categories and two ratings, each with words of its own."""
+    draw = random.Random(0)
+    own = {24: "book page author", 26: "disc song singer", 1.0: "bad poor broken", 5.0: "good great nice"}
+    for split in ("train", "test"):
+        lines = []
+        for category in (24, 26):
+            for rating in (1.0, 5.0):
+                for _ in range(rows):
+                    words = f"{own[category]} {own[rating]} the a of".split()
+                    text = " ".join(draw.choices(words, k=draw.randrange(3, 12)))
+                    lines.append({"text": text, "category": category, "rating": rating})
+        draw.shuffle(lines)
+        file = data / REVIEWS / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
-def random_rows(dtype: torch.dtype = torch.float32) -> TextRows:
-    return TextRows(
-        torch.randn(sum(COUNTS), D_IN, generator=torch.Generator().manual_seed(2), dtype=dtype), torch.tensor(COUNTS)
-    )
+@pytest.fixture
+def ctx(ctx, tmp_path, monkeypatch) -> EvalContext:
+    write_reviews(tmp_path)
+    table = labelled.DATASETS[REVIEWS]
+    monkeypatch.setitem(labelled.DATASETS, REVIEWS, replace(table, classes=(24, 26), pairs=((24, 26),)))
+    return replace(ctx, data=tmp_path)
 
 
-def padded(rows: TextRows) -> torch.Tensor:
-    """(N, CONTEXT, D), with zeros for BOS and behind the end."""
-    parts = rows.x_TD.split(rows.count_N.tolist())
-    return torch.stack([pad(part, (0, 0, 1, CONTEXT - 1 - len(part))) for part in parts])
+def random_sae(seed: int, d_sae: int = 60) -> SAE:
+    torch.manual_seed(seed)
+    sae = SAE(32, d_sae, [ReLU()]).requires_grad_(False)
+    sae.b_enc -= 0.5
+    return sae
 
 
-def random_probes(dtype: torch.dtype) -> LinearProbes:
-    generator = torch.Generator().manual_seed(3)
-    return LinearProbes(*(torch.randn(shape, generator=generator, dtype=dtype) for shape in ((3, D_IN), (3,))))
+def silent(done, total, note=""):
+    pass
 
 
-def ablated_by_hand(sae: SAE, rows: TextRows, probes: LinearProbes, latents: torch.Tensor) -> torch.Tensor:
-    x = padded(rows)
-    f = sae.encode(x)
-    without = f.clone()
-    without[..., latents] = 0
-    changed = x - sae.decode(f) + sae.decode(without)
-    return probes.logits(changed.sum(1) / rows.count_N[:, None])
-
-
-def pooled_in(sae: SAE, rows: TextRows) -> PooledLatents:
-    """`pool` in the dtype of the rows."""
-    f = [sae.encode(part).sum(0) for part in rows.x_TD.split(rows.count_N.tolist())]
-    return PooledLatents(torch.stack(f), rows.count_N, sae.encode(torch.zeros(1, D_IN, dtype=rows.x_TD.dtype))[0])
-
-
-@pytest.mark.parametrize("kind", ["relu", "topk", "threshold"])
-def test_the_read_out_is_ablation_with_all_that_leaks_from_padding(kind):
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        sae, rows, probes = random_sae(kind, dtype), random_rows(dtype), random_probes(dtype)
-        pooled = pool_latents(sae, rows, CPU) if dtype is torch.float32 else pooled_in(sae, rows)
-        mean_ND = torch.stack([part.mean(0) for part in rows.x_TD.split(rows.count_N.tolist())])
-        readout = ProbeReadout.of(probes, mean_ND, pooled, sae.W_dec, CONTEXT)
-        for latents in (
-            torch.tensor([], dtype=torch.int64),
-            torch.tensor([4]),
-            torch.tensor([9, 2, 17, 20]),
-            torch.arange(D_SAE),
-        ):
-            expected = ablated_by_hand(sae, rows, probes, latents)
-            scale = float(expected.abs().max())
-            torch.testing.assert_close(readout.ablated(latents), expected, rtol=0, atol=tolerance * scale)
-        tight = ProbeReadout.of(probes, mean_ND, pooled, sae.W_dec, max(COUNTS))
-        assert (tight.ablated(torch.arange(D_SAE)) - expected).abs().max() > 0.01 * scale  # padding is not nothing
-
-
-def test_the_norms_of_decoder_rows_change_nothing():
-    sae, rows, probes = random_sae("relu"), random_rows(), random_probes(torch.float32)
-    other = random_sae("relu")
-    factor_F = torch.rand(D_SAE) + 0.5
-    other.W_dec.data /= factor_F[:, None]
-    other.W_enc.data *= factor_F
-    other.b_enc.data *= factor_F
-    task = ProbeTask(torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 0, 0, 1]))
-    found = []
-    for one in (sae, other):
-        pooled = pool_latents(one, rows, CPU)
-        readout = ProbeReadout.of(probes, rows.mean_ND(), pooled, one.W_dec, CONTEXT)
-        effect_F = mean_latent_differences(pooled, [task])[0] * readout.align_FP[:, 1]
-        found.append((effect_F, readout.ablated(strongest_latents(effect_F, 5))))
-    torch.testing.assert_close(found[0], found[1])
-
-
-def test_difference_of_means():
-    pooled = PooledLatents(
-        torch.tensor([[2.0, 0], [3, 6], [4, 4], [0, 8]]), torch.tensor([1, 3, 2, 4]), torch.tensor([9.0, 9])
-    )
-    tasks = [
-        ProbeTask(torch.tensor([3, 0, 1]), torch.tensor([0.0, 1, 1])),
-        ProbeTask(torch.tensor([2, 0, 3]), torch.tensor([1.0, 0, 0])),
+def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(ctx, monkeypatch):
+    targets = [
+        EvalTarget(random_sae(0), 0),
+        EvalTarget(random_sae(1), 1),
+        EvalTarget(random_sae(2), 0),
+        EvalTarget(Identity(), 0),
     ]
-    torch.testing.assert_close(
-        mean_latent_differences(pooled, tasks), torch.tensor([[1.5 - 0, 1 - 2], [2.0 - 1, 2 - 1]])
-    )
+    together = SMALL.measure(ctx, targets, silent)
+    for kind in ("dir1", "metric", "dir2"):
+        for n in (2, 20):
+            assert -5 < together[0].metrics["scr_metrics"][f"scr_{kind}_threshold_{n}"] < 5
+    assert len(together[0].metrics["scr_metrics"]) == 6
+    (detail,) = map(dict, together[0].details)
+    assert detail.pop("dataset_name") == f"{REVIEWS}_scr_Books_CDs_and_Vinyl_results"
+    assert detail == together[0].metrics["scr_metrics"]
+    assert together[0].n == {"problems": 1, "test_texts": 150}
+    for name, (low, high) in together[0].intervals["scr_metrics"].items():
+        assert low <= together[0].metrics["scr_metrics"][name] <= high
+    monkeypatch.setattr(ctx.model, "capture", None)  # texts and probes are on the shelf
+    monkeypatch.setattr(ablation, "train_probes", None)
+    alone = [SMALL.measure(ctx, [target], silent)[0] for target in reversed(targets)]
+    assert alone[::-1] == together
 
 
-def test_the_strongest_latents_have_an_effect_or_stand_before_those_that_harm():
-    effect_F = torch.tensor([0.0, -0.5, 0.2, 0.0, 0.7, -0.1])
-    assert strongest_latents(effect_F, 1).tolist() == [4]
-    assert strongest_latents(effect_F, 2).tolist() == [4, 2]
-    assert set(strongest_latents(effect_F, 3).tolist()) in ({4, 2, 0}, {4, 2, 3})
-    for count in (4, 5, 6):  # four effects are not 0
-        assert set(strongest_latents(effect_F, count).tolist()) == {4, 2, 0, 3}
-    assert strongest_latents(torch.zeros(4), 2).tolist() == []
+def test_what_fires_on_nothing_leaks_and_is_said(ctx):
+    loud = random_sae(0)
+    loud.b_enc += 1.0
+    quiet, leaking = SMALL.measure(ctx, [EvalTarget(random_sae(0), 0), EvalTarget(loud, 0)], silent)
+    assert "without_leak" not in quiet.metrics
+    assert leaking.metrics["without_leak"].keys() == leaking.metrics["scr_metrics"].keys()
+    assert leaking.metrics["without_leak"] != leaking.metrics["scr_metrics"]
+    assert sum("fire on a zero row" in flag for flag in leaking.flags) == 1
+    assert not any("fire on a zero row" in flag for flag in quiet.flags)
 
 
-def test_accuracies_count_every_text_once_and_then_as_often_as_drawn():
-    task = ProbeTask(torch.tensor([0, 1, 3, 4]), torch.tensor([1.0, 1, 0, 0]))
-    logit_N = torch.tensor([1.0, -1, 5, 2, -3])
-    assert is_correct(logit_N, task).tolist() == [1, 0, 0, 1]
-    resample = BootstrapWeights.of([3, 2], replicates=50)
-    accuracy_R = resample.accuracy(logit_N, task)
-    assert accuracy_R[0] == 0.5
-    for times_N, accuracy in zip(resample.times_RN, accuracy_R, strict=True):
-        drawn = [right for right, row in zip([1, 0, 0, 1], [0, 1, 3, 4], strict=True) for _ in range(int(times_N[row]))]
-        assert float(accuracy) == pytest.approx(sum(drawn) / len(drawn), abs=1e-7)
-    assert (resample.times_RN.sum(1) == 5).all()
-    assert torch.equal(BootstrapWeights.of([3, 2], replicates=50).times_RN, resample.times_RN)
-
-
-def test_the_interval_is_that_of_a_proportion():
-    task = ProbeTask(torch.arange(1000), torch.ones(1000))
-    logit_N = torch.where(torch.arange(1000) < 800, 1.0, -1.0)
-    low, high = bootstrap_interval(BootstrapWeights.of([1000], replicates=2000).accuracy(logit_N, task))
-    error = 1.96 * (0.8 * 0.2 / 1000) ** 0.5
-    assert low == pytest.approx(0.8 - error, abs=0.004)
-    assert high == pytest.approx(0.8 + error, abs=0.004)
-
-
-def test_classes_keep_their_size_and_problems_their_own_draws():
-    """What is right of every text of a class and of none of another is certain; two problems err apart."""
-    task = ProbeTask(torch.arange(200), torch.ones(200))
-    right_N = torch.where(torch.arange(200) < 100, 1.0, -1.0)
-    assert bootstrap_interval(BootstrapWeights.of([100, 100], "a").accuracy(right_N, task)) == [0.5, 0.5]
-    half_N = torch.where(torch.arange(200) % 2 == 0, 1.0, -1.0)
-    a_R, b_R = (BootstrapWeights.of([100, 100], name).accuracy(half_N, task)[1:] for name in "ab")
-    assert abs(float(torch.stack([a_R, b_R]).corrcoef()[0, 1])) < 0.15
-
-
-def toy_tasks() -> tuple[torch.Tensor, list[ProbeTask], torch.Tensor, list[ProbeTask]]:
-    """Three tasks of 40 texts each: the sign of dimension p, with noise, of different texts."""
-    generator = torch.Generator().manual_seed(4)
-    x_ND, x_test_ND = torch.randn(90, 6, generator=generator), torch.randn(60, 6, generator=generator)
-
-    def tasks(x: torch.Tensor, size: int) -> list[ProbeTask]:
-        rows = [torch.randperm(len(x), generator=generator)[:size] for _ in range(3)]
-        return [
-            ProbeTask(r, (x[r, p] + 0.3 * torch.randn(size, generator=generator) > 0).float())
-            for p, r in enumerate(rows)
-        ]
-
-    return x_ND, tasks(x_ND, 40), x_test_ND, tasks(x_test_ND, 30)
-
-
-def test_probes_trained_together_are_those_trained_alone():
-    x_ND, tasks, x_test_ND, test_tasks = toy_tasks()
-    together = train_probes(x_ND, tasks, x_test_ND, test_tasks, [torch.Generator().manual_seed(p) for p in range(3)])
-    for p, (task, test) in enumerate(zip(tasks, test_tasks, strict=True)):
-        alone = train_probe(
-            x_ND[task.rows], task.label, x_test_ND[test.rows], test.label, torch.Generator().manual_seed(p),
-            lr=PROBE_SETTINGS["lr"], batch_size=PROBE_SETTINGS["batch"], epochs=PROBE_SETTINGS["epochs"], patience=PROBE_SETTINGS["epochs"], l1=PROBE_SETTINGS["l1"],
-        )  # fmt: skip
-        torch.testing.assert_close(together.weight_PD[p], alone.weight_D, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(together.bias_P[p], alone.bias[0], rtol=1e-4, atol=1e-6)
-
-
-def test_a_decoder_that_is_given_or_found():
-    sae = random_sae("relu")
-    assert torch.equal(affine_decoder(sae, D_IN, CPU), sae.W_dec)
-
-    class Bare:
-        encode, decode = sae.encode, sae.decode
-
-    torch.testing.assert_close(affine_decoder(Bare(), D_IN, CPU), sae.W_dec.data, rtol=1e-5, atol=1e-5)
-    for reference in (Identity(), Zero()):
-        assert torch.equal(affine_decoder(reference, D_IN, CPU), torch.eye(D_IN))
-
-
-def test_a_decoder_that_is_not_affine_is_refused():
-    sae = random_sae("relu")
-
-    class Squares:
-        encode, W_dec = sae.encode, sae.W_dec
-
+def test_what_cannot_be_measured_has_a_sentence_in_its_place(ctx):
+    class Squares(Zero):
         def decode(self, f):
-            return f**2 @ sae.W_dec
+            return f**2
 
-    with pytest.raises(UsageError, match="affine decoder"):
-        affine_decoder(Squares(), D_IN, CPU)
+    few, odd, fine = SMALL.measure(
+        ctx, [EvalTarget(random_sae(0, 12), 0), EvalTarget(Squares(), 0), EvalTarget(Zero(), 0)], silent
+    )
+    assert isinstance(few, UsageError)
+    assert "--set scr.thresholds=2." in str(few)
+    assert "affine" in str(odd)
+    assert set(fine.metrics["scr_metrics"].values()) == {0}
+    assert any("Only 0 latents have an effect" in flag for flag in fine.flags)
+
+
+def test_tpp_draws_the_same_for_every_sae_or_as_saebench_for_each(ctx):
+    for rng in ("paired", "saebench"):
+        metric = Tpp((REVIEWS,), (2, 20), **SETS, rng=rng)
+        first, second, again = metric.measure(
+            ctx, [EvalTarget(random_sae(0), 0), EvalTarget(random_sae(2), 0), EvalTarget(random_sae(0), 0)], silent
+        )
+        assert first == again
+        assert first.metrics != second.metrics
+        assert list(first.metrics["tpp_metrics"]) == [
+            f"tpp_threshold_{n}_{kind}"
+            for n in (2, 20)
+            for kind in ("total_metric", "intended_diff_only", "unintended_diff_only")
+        ]
+        assert first.details[0] == {"dataset_name": f"{REVIEWS}_tpp_results", **first.metrics["tpp_metrics"]}
+        assert first.extra[f"{REVIEWS}_tpp_results"].keys() == {"24", "26"}
+        for name, (low, high) in first.intervals["tpp_metrics"].items():
+            assert low <= first.metrics["tpp_metrics"][name] <= high
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"thresholds": (0, 2)}, "1 latent or more"),
+        ({"test_set_size": 3}, "give 4 or more"),
+        ({"rng": "mine"}, "rng=mine"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(ctx, setting, says):
+    with pytest.raises(UsageError, match=says):
+        Scr(**setting).measure(ctx, [], silent)
 
 
 def test_more_thresholds_than_latents_are_refused_with_those_that_fit():
     check_thresholds((2, 30), 30, "scr")
-    with pytest.raises(UsageError, match=r"up to 500 latents, and this SAE has 30.*--set scr\.thresholds=2,5,10,20"):
+    with pytest.raises(UsageError, match=r"up to 500 latents, but this SAE has 30.*--set scr\.thresholds=2,5,10,20"):
         check_thresholds((2, 5, 10, 20, 50, 500), 30, "scr")

@@ -3,33 +3,27 @@
 import dataclasses
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from sae.cache.contexts import Contexts
 from sae.common.errors import SaeError, UsageError
-from sae.evaluate.artifacts import ArtifactCache
-from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.absorption import Absorption, bootstrap_interval, rate_entry, score_words
 from sae.evaluate.metrics.base import EvalTarget, MetricResult
-from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, read_spelling_rows
+from sae.evaluate.metrics.first_letter import LETTERS, SpellingRows
 from sae.evaluate.metrics.letter_probes import (
     DenseRows,
     LetterProbes,
-    SparseLatents,
-    count_split_latents,
     seeded_generator,
     train_letter_probes,
 )
 from sae.evaluate.reference_saes import Identity
-from sae.harvest.mini import WEIGHTS
-from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.activations import ReLU, TopK
 from sae.train.sae import SAE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 TRAIN, TEST = 32, 8  # planted words of each letter
@@ -38,221 +32,6 @@ PLANTED = Absorption(k_sparse_probe_batch_size=52, k_sparse_probe_num_epochs=20,
 
 def silent(done, total, note=""):
     pass
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Everything here is small: a second thread only waits, for long where others work too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(WEIGHTS)
-
-
-@pytest.fixture
-def ctx(tiny_model, tmp_path) -> EvalContext:
-    return bench_of(tiny_model, tmp_path, "0.6.0")
-
-
-def bench_of(tiny_model: Path, folder: Path, mode: str) -> EvalContext:
-    source, config = find_model(str(tiny_model))
-    model = load_model(source, config, dtype="float32", device="cpu")
-    nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
-    return EvalContext(
-        lambda: model,
-        load_tokenizer(source),
-        nothing,
-        [0, 1, 2],
-        mode,
-        source.identity(),
-        {},
-        ArtifactCache(folder / "shelf"),
-    )
-
-
-# --- words and prompts ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("newline", [True, False])
-def test_prompts_are_what_the_tokenizer_makes_of_their_text(tokenizer, newline):
-    spelling = SpellingPrompts.of(tokenizer, 300, 0, newline=newline)
-    chosen, fresh = spelling.all_prompts(0)
-    assert (len(chosen), len(fresh)) == (300, 60)
-    train = {word.text for word in spelling.words[: spelling.train]}
-    test = {word.text for word in spelling.words[spelling.train :]}
-    assert len(train) == 240
-    assert not train & test
-    seen = set()
-    for ids, word in zip([*chosen, *fresh], [*spelling.words, *spelling.words[spelling.train :]], strict=True):
-        text = tokenizer.decode(ids[1:]) + " has the first letter:"
-        whole = tokenizer(text)["input_ids"]
-        assert whole[:-5] == ids.tolist()
-        assert whole[-6] == word.token  # where SAEBench reads
-        assert len(whole) == (88 if newline else 87)
-        *examples, last = text.split("\n")[1 if newline else 0 :]
-        assert last == f"{word.text} has the first letter:"
-        assert word.letter == LETTERS.index(word.text.strip()[0].lower())
-        assert len(examples) == 10
-        for example in examples:
-            other, _, letter = example.partition(" has the first letter: ")
-            assert letter == other.strip()[0].upper()
-            assert other != word.text
-            seen.add((word.text in train, other in train))
-    assert seen == {(True, True), (False, False), (False, True)}  # the last of fresh prompts only
-
-
-def test_words_are_the_vocabulary_s_entries_of_letters_by_token(tokenizer):
-    everything = sorted(SpellingPrompts.of(tokenizer, 0, 0).words)
-    pieces = [tokenizer.convert_ids_to_tokens(token).replace("▁", " ") for token in range(len(tokenizer))]
-    expected = [
-        (token, piece)
-        for token, piece in enumerate(pieces)
-        if all(c in LETTERS + LETTERS.upper() for c in piece.removeprefix(" ")) and piece.strip()
-    ]
-    assert [(word.token, word.text) for word in everything] == expected
-    assert len({word.text for word in everything}) == len(everything)
-
-
-def test_a_seed_decides_words_and_prompts(tokenizer):
-    first, again, other = (SpellingPrompts.of(tokenizer, 260, seed) for seed in (1, 1, 3))
-    assert first == again
-    assert first.words != other.words
-    assert [[word.letter for word in first.words].count(letter) for letter in range(26)] == [10] * 26
-    capped = SpellingPrompts.of(tokenizer, 1300, 0)
-    assert all(3 <= [word.letter for word in capped.words[capped.train :]].count(letter) <= 20 for letter in range(26))
-    assert all(map(torch.equal, first.all_prompts(1), again.all_prompts(1)))
-    assert not torch.equal(first.all_prompts(1)[0], first.all_prompts(2)[0])
-
-
-class Pieces:
-    """A tokenizer of whole pieces, split at `|` for the tests' sake: what is no piece goes letter by letter."""
-
-    bos_token_id, all_special_ids = None, ()
-
-    def __init__(self, pieces: list[str]) -> None:
-        self.pieces = pieces
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def decode(self, ids, **_):
-        return "".join(self.pieces[i] for i in ids)
-
-    def __call__(self, text, **_):
-        if isinstance(text, list):
-            return {"input_ids": [self(one)["input_ids"] for one in text]}
-        ids, at = [], 0
-        while at < len(text):
-            fitting = [piece for piece in self.pieces if text.startswith(piece, at)]
-            if not fitting:
-                at += 1
-                continue
-            best = max(fitting, key=len)
-            ids.append(self.pieces.index(best))
-            at += len(best)
-        return {"input_ids": ids}
-
-
-def pieces(*more: str, newline: str = "\n") -> list[str]:
-    frame = [newline, " has", " the", " first", " letter", ":", *(" " + letter for letter in LETTERS.upper())]
-    return [*frame, *(first + second for first in LETTERS for second in LETTERS), *more]
-
-
-def test_a_word_that_its_text_would_not_give_is_put_in_by_its_token():
-    known = pieces("ab\n", "ca has", "ab")  # another entry with the text of "ab", and one that eats the question
-    spelling = SpellingPrompts.of(Pieces(known), 0, 0)
-    token = {word.text: word.token for word in spelling.words}
-    assert token["ab"] == known.index("ab")
-    assert len(token) == len(spelling.words)
-    assert spelling.from_ids == 1
-    chosen, _ = spelling.all_prompts(0)
-    assert known.index("ca") in chosen[:, -1]
-    assert chosen.shape[1] == 1 + 10 * 8 + 1
-
-
-def test_tokenizers_and_vocabularies_that_cannot_serve_get_one_sentence(tokenizer):
-    with pytest.raises(UsageError, match=r"no word of its vocabulary is one token, behind a newline that it keeps"):
-        SpellingPrompts.of(Pieces(pieces(newline="\r")), 0, 0)
-    with pytest.raises(UsageError, match=r"prompts would be of unequal lengths"):
-        SpellingPrompts.of(Pieces([" " if piece == " Q" else piece for piece in pieces("Q")]), 0, 0)
-    with pytest.raises(UsageError, match=r"to fit on \(none begins with q, z\) .* Take a model with more"):
-        SpellingPrompts.of(
-            Pieces([piece for piece in pieces() if piece[0] not in "qz" and piece not in (" Q", " Z")]), 0, 0
-        )
-    with pytest.raises(
-        UsageError,
-        match=r"The 40 words taken cannot .* 8 to test on; every letter, and more than 10 .* with absorption\.words",
-    ):
-        SpellingPrompts.of(tokenizer, 40, 1)
-
-
-# --- what no SAE changes ----------------------------------------------------------------------------------------------
-
-
-def test_rows_are_those_of_whole_prompts_and_made_once(ctx, monkeypatch):
-    passes = []
-    capture = ctx.model.capture
-    monkeypatch.setattr(ctx.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
-    spelling = SpellingPrompts.of(ctx.tokenizer, 260, 0)
-    words = read_spelling_rows(ctx, spelling, [0, 1], 0, silent)
-    assert {tuple(layers) for layers in passes} == {(0, 1)}
-    count = len(passes)
-    again = read_spelling_rows(ctx, spelling, [1], 0, silent)[1]
-    assert len(passes) == count
-    assert torch.equal(again.fresh_ND, words[1].fresh_ND)
-    assert torch.equal(again.probe.weight_LD, words[1].probe.weight_LD)
-    chosen, fresh = spelling.all_prompts(0)
-    ends = torch.tensor([spelling.question])
-    for layer in (0, 1):
-        for prompts, rows in ((chosen[:3], words[layer].train_ND), (fresh[:3], words[layer].fresh_ND)):
-            whole = torch.cat([prompts, ends.expand(3, -1)], 1)
-            x = ctx.model.forward(whole, [layer]).residual[layer][:, -6]
-            torch.testing.assert_close(x, rows[:3])
-
-
-def plain_probe(x, letters, *, batch, epochs, weight_decay, l1, generator):
-    """As SAEBench trains it, with torch's own parts."""
-    linear = torch.nn.Linear(x.shape[1], 26)
-    bound = x.shape[1] ** -0.5
-    linear.weight.data.uniform_(-bound, bound, generator=generator)
-    linear.bias.data.uniform_(-bound, bound, generator=generator)
-    answers = torch.nn.functional.one_hot(letters, 26).float()
-    loss_of = torch.nn.BCEWithLogitsLoss(pos_weight=(1 - answers).sum(0) / answers.sum(0))
-    optimizer = torch.optim.Adam(linear.parameters(), lr=1e-2, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-5 / 1e-2) ** (1 / epochs))
-    for _ in range(epochs):
-        order = torch.randperm(len(x), generator=generator)
-        for start in range(0, len(x), batch):
-            index = order[start : start + batch]
-            loss = loss_of(linear(x[index]), answers[index]) + l1 * linear.weight.abs().sum(-1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-    return linear.weight.detach(), linear.bias.detach()
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_probes_are_those_of_a_plain_training_loop(sparse):
-    torch.manual_seed(0)
-    x, letters = torch.randn(130, 40).relu(), torch.arange(130) % 26
-    x[5] = 0  # a word on which nothing fires
-    rows = SparseLatents.of(x.split(50), 40) if sparse else DenseRows(x)
-    settings = {"batch": 32, "epochs": 6, "weight_decay": 1e-4, "l1": 0.01}
-    found = train_letter_probes(rows, letters, **settings, generator=seeded_generator(0, "a"))
-    weight, bias = plain_probe(x, letters, **settings, generator=seeded_generator(0, "a"))
-    torch.testing.assert_close(found.weight_LD, weight, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.bias_L, bias, atol=1e-5, rtol=1e-4)
-    if sparse:
-        chosen = torch.tensor([3, 0, 39])
-        assert torch.equal(rows.columns(chosen), x[:, chosen])
 
 
 # --- planted ----------------------------------------------------------------------------------------------------------
@@ -417,9 +196,9 @@ def test_letters_that_the_model_does_not_spell_do_not_count():
     result = PLANTED.result("0.6.0", sae, deaf, CPU)
     assert [entry["first_letter"] for entry in result.details] == ["a", "b", "c"]
     assert result.metrics["mean"]["mean_full_absorption_score"] == pytest.approx(2 / TEST / 3)
-    assert "Only 3 letters count; SAEBench gives no number below 20." in result.flags
+    assert "Only 3 letters are scored; SAEBench reports no number below 20." in result.flags
     weight[:] = 0
-    with pytest.raises(SaeError, match=r"finds none at F1 above 0\.6: the best has 0\.00"):
+    with pytest.raises(SaeError, match=r"no letter's probe has an F1 above 0\.6: the best has 0\.00"):
         PLANTED.result("0.6.0", sae, deaf, CPU)
 
 
@@ -538,21 +317,6 @@ def test_a_result_is_that_of_plain_loops(mode):
         assert mean["mean_num_split_features"] == pytest.approx(np.mean([row[0] for row in counted]))
 
 
-@pytest.mark.parametrize(
-    ("f1s", "count", "looked_at"),
-    [
-        ([0.5, 0.54, 0.56, 0.9], 2, 3),
-        ([0.9, 0.1], 1, 2),
-        ([0.0, 0.0], 1, 2),
-        ([0.5, 0.53], 1, 2),  # 0.03 more is not more than 0.03 more
-        ([0.1, 0.2, 0.3], 3, 3),
-        ([0.7], 1, 1),
-    ],
-)
-def test_latents_are_taken_as_long_as_f1_jumps(f1s, count, looked_at):
-    assert count_split_latents(iter(f1s), 0.03) == (count, f1s[:looked_at])
-
-
 def test_intervals():
     share = rate_entry("r", "n", torch.tensor([1.0] * 3 + [0.0] * 17))
     assert (share["r"], share["n"]) == (0.15, 3)
@@ -576,7 +340,7 @@ def test_the_order_of_saes_and_their_company_change_nothing(ctx):
     assert first[0] == alone[0]
     assert first[0].n["words_train"] == 208
     assert first[0].n["words_test"] == 52
-    with pytest.raises(UsageError, match=r"absorption\.max_k_value is 0; the least is 1"):
+    with pytest.raises(UsageError, match=r"absorption\.max_k_value is 0; give 1 or more"):
         Absorption(max_k_value=0).measure(ctx, targets, silent)
 
 

@@ -1,10 +1,7 @@
-"""Passages by hand-worked arrays; scores by judges whose answers are scripted; an endpoint by a server of our own."""
+"""Autointerp: scores by judges whose answers are scripted, and by a judge behind a URL."""
 
 import json
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,7 @@ import torch
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics import autointerp as module
-from sae.evaluate.metrics.activation_examples import BUFFER, ExampleWindow, LatentExamples, TokenText, select_examples
+from sae.evaluate.metrics.activation_examples import LatentExamples, TokenText, select_examples
 from sae.evaluate.metrics.autointerp import (
     Autointerp,
     collect_firings,
@@ -26,7 +23,6 @@ from sae.evaluate.metrics.autointerp import (
     score_prompt,
 )
 from sae.evaluate.metrics.base import EvalTarget
-from sae.evaluate.metrics.llm_judge import Endpoint
 from sae.evaluate.metrics.packing import firing_frequencies, pack_contexts
 from sae.evaluate.metrics.registry import METRICS, SUITES, metrics_of_suite
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
@@ -41,83 +37,6 @@ CONTEXT = 40
 
 def silent(done, total, note=""):
     pass
-
-
-# --- passages -------------------------------------------------------------------------------------------------------
-
-
-def planted() -> tuple[np.ndarray, dict[tuple[int, int], float]]:
-    """Thirty rows. Row r has its peak at position 12, of 100 - r; so the twelve first are the top ones, but for row 3."""
-    ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
-    values = {(row, 12): 100.0 - row for row in range(30)}
-    values[0, 22] = 99.5  # ten from (0, 12): passed over
-    values[0, 23] = 98.5  # eleven from it: chosen
-    values[1, 9], values[1, 30] = 500.0, 600.0  # too near to an end of their row
-    values[3, 12] = 0.5  # small
-    values[29, 20] = 1e-9  # nothing
-    return ids, values
-
-
-def arrays(values: dict[tuple[int, int], float]) -> tuple[np.ndarray, np.ndarray]:
-    place = sorted(values, key=lambda at: at[0] * CONTEXT + at[1])
-    return np.array([r * CONTEXT + p for r, p in place]), np.array([values[at] for at in place], np.float32)
-
-
-def middle(window: ExampleWindow) -> tuple[int, int]:
-    return divmod(int(window.ids[BUFFER]), CONTEXT)
-
-
-def test_passages_are_as_specified():
-    ids, values = planted()
-    found = select_examples(*arrays(values), ids, np.random.default_rng(0))
-    silent_ones = [w for w in found.scored if not w.values.any()]
-    firing = [w for w in found.scored if w.values.any()]
-    assert (len(found.shown), len(found.scored), len(silent_ones), len(firing)) == (15, 14, 10, 4)
-    top = {(row, 12) for row in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11)} | {(0, 23)}
-    chosen = [middle(w) for w in (*found.shown, *firing)]
-    assert top <= set(chosen) and len(chosen) == len(set(chosen)) == 19
-    below = set(chosen) - top
-    assert all(values[at] < values[11, 12] and at in values for at in below) and (29, 20) not in below
-    assert sum(middle(w) in top for w in found.shown) == 10 and sum(middle(w) in top for w in firing) == 2
-    peaks = [float(w.values.max()) for w in found.shown]
-    assert peaks == sorted(peaks, reverse=True)
-    for w in (*found.shown, *found.scored):
-        row, position = middle(w)
-        assert BUFFER <= position < CONTEXT - BUFFER and len(w.ids) == 21
-        assert w.ids.tolist() == ids[row, position - 10 : position + 11].tolist()
-    for w in (*found.shown, *firing):
-        row, position = middle(w)
-        assert w.values.tolist() == [values.get((row, position + i), 0) for i in range(-10, 11)]
-    # (1, 9) is in the window of (1, 12): the largest activation of all, though no passage's middle
-    assert found.threshold == pytest.approx(0.01 * 500)
-    assert [i for i, w in enumerate(found.scored, 1) if w.values.max() > 5] == found.firing
-
-
-def test_passages_depend_on_the_generator_alone():
-    ids, values = planted()
-    one, same, other = (select_examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in (0, 0, 1))
-    spread = [[middle(w) for w in (*found.shown, *found.scored)] for found in (one, same, other)]
-    assert spread[0] == spread[1] != spread[2]
-
-
-def test_weak_passages_are_drawn_by_their_square():
-    """Nine of a thousandth and one of one: the one is nearly always among the seven."""
-    ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
-    values = {(row, 15): 5.0 for row in range(12)} | {(row, 15): 1e-3 for row in range(12, 21)} | {(21, 15): 1.0}
-    drawn = [select_examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in range(20)]
-    assert all((21, 15) in [middle(w) for w in (*d.shown, *d.scored) if w.values.any()] for d in drawn)
-
-
-@pytest.mark.parametrize("rows", [11, 18])
-def test_a_latent_with_too_few_passages_has_none(rows):
-    ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
-    assert (
-        select_examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(rows)}), ids, np.random.default_rng(0))
-        is None
-    )
-    assert select_examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(19)}), ids, np.random.default_rng(0))
-    ties = {(row, 15): 5.0 for row in range(30)}  # none is below the least of the top ones
-    assert select_examples(*arrays(ties), ids, np.random.default_rng(0)) is None
 
 
 @pytest.fixture(scope="module")
@@ -163,31 +82,9 @@ def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch)
             assert (np.diff(place) > 0).all()
 
 
-def test_held_out_contexts_are_packed_with_eos_between_them(ctx):
-    rows = pack_contexts(ctx, 32)
-    contexts = ctx.contexts
-    flat = [i for ids, n in zip(contexts.ids, contexts.length, strict=True) for i in [*ids[1:n].tolist(), 1]]
-    assert len(rows) == len(flat) // 32 and (rows[:, 0] == 2).all()
-    assert rows[:, 1:].flatten().tolist() == [i for n, i in enumerate(flat[: rows.numel()]) if n % 32]
-
-
-# --- what is said ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def words(tiny_model) -> TokenText:
     return TokenText(load_tokenizer(find_model(str(tiny_model))[0]))
-
-
-def passage_of(words: TokenText, text: str, *values: float) -> ExampleWindow:
-    ids = np.array(words.tokenizer.encode(text, add_special_tokens=False))
-    return ExampleWindow(ids, np.array(values or [0.0] * len(ids), np.float32))
-
-
-def test_a_passage_reads_as_its_text_with_marks(words):
-    window = passage_of(words, "the value of a number\n", 0, 3, 4, 0.5, 5, 0)
-    assert words.passage(window) == "the value of a number\\n"
-    assert words.passage(window, 1.0) == "the<< value of>> a<< number>>\\n"
 
 
 @pytest.mark.parametrize(
@@ -238,9 +135,13 @@ class Scripted:
 
 
 def latents_of(words: TokenText) -> dict[int, LatentExamples]:
-    ids, values = planted()
-    ids = 300 + ids % 5000
-    return {latent: select_examples(*arrays(values), ids, np.random.default_rng(latent)) for latent in (4, 9, 11)}
+    rng = np.random.default_rng(0)
+    ids = rng.integers(300, 5300, (30, CONTEXT))
+    examples = {}
+    for latent in (4, 9, 11):
+        place = np.sort(rng.choice(ids.size, 300, replace=False))
+        examples[latent] = select_examples(place, rng.uniform(1, 9, 300).astype(np.float32), ids, rng)
+    return examples
 
 
 def test_a_perfect_judge_has_one_and_one_that_says_none_has_ten_of_fourteen(words):
@@ -283,21 +184,21 @@ def test_means_intervals_and_what_is_left_out(words):
     assert [flag.split(",")[0] for flag in result.flags] == [
         "4 latents fire on more than 15 tokens",
         "1 latents have too few separate passages and are left out.",
-        "1 latents are left out: the judge's answers could not be read.",
+        "1 latents are left out: the judge's answers could not be parsed.",
     ]
     nobody = Scripted("?")
     result = Autointerp(latents=3).result(judge_latents(nobody, found, words, silent), 3, torch.zeros(1, 1), nobody)
     assert result.metrics == {"autointerp": {"autointerp_score": None, "autointerp_std_dev": None}}
 
 
-# --- the metric -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def run(tiny_cache, home) -> Path:
     origin = {
-        "model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder), "fingerprint": tiny_cache.fingerprint
-    }  # fmt: skip
+        "model": tiny_cache.identity["model"],
+        "layer": 0,
+        "cache": str(tiny_cache.folder),
+        "fingerprint": tiny_cache.fingerprint,
+    }
     save_sae(sae_of(0), home / "runs" / "one", origin)
     return home / "runs" / "one"
 
@@ -326,59 +227,14 @@ def test_without_an_endpoint_the_result_file_holds_the_prompts(run):
     assert "the prompts for 3 latents are in evaluations/autointerp.json" in row.results["autointerp"].flags[-1]
 
 
-@dataclass
-class Server:
-    """A stand-in endpoint: `replies` are sent in turn, the last again and again; `seen` is what was asked."""
-
-    replies: list
-    url: str = ""
-    seen: list = field(default_factory=list)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    own = Server([])
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            own.seen.append((self.path, self.headers["Authorization"], json.loads(body)))
-            reply = own.replies.pop(0) if len(own.replies) > 1 else own.replies[0]
-            status, headers, content = reply(own.seen[-1][2]) if callable(reply) else reply
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    own.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield own
-    http.shutdown()
-    thread.join()
-    http.server_close()
-
-
-def said(text: str) -> tuple:
-    return 200, {}, {"choices": [{"message": {"role": "assistant", "content": text}}]}
-
-
-MESSAGES = [{"role": "user", "content": "Which?"}]
-
-
 def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
 
     def reply(body):
         asked = body["messages"][-1]["content"]
-        return said("None" if asked.startswith("The latent activates on words") else "This latent activates on words.")
+        return server.completion(
+            "None" if asked.startswith("The latent activates on words") else "This latent activates on words."
+        )
 
     server.replies = [reply]
     options = [
@@ -424,68 +280,3 @@ def test_references_and_settings_that_make_no_sense_are_refused(ctx):
             replace(Autointerp(), **change).measure(ctx, [EvalTarget(sae_of(0), 0)], silent)
     with pytest.raises(UsageError, match="less than one row of 9000 tokens"):
         Autointerp(context=9000).measure(ctx, [EvalTarget(sae_of(0), 0)], silent)
-
-
-def test_a_busy_endpoint_is_waited_for(server):
-    slept = []
-    server.replies = [(429, {"Retry-After": "7"}, {}), (503, {}, b"busy"), said("yes"), said("")]
-    judge = Endpoint(server.url + "/", "m", waits=(1, 2), sleep=slept.append)
-    assert judge.ask(MESSAGES) == "yes" and slept == [7, 2]
-    assert judge.ask(MESSAGES) == ""
-    assert server.seen[0][1] is None and server.seen[0][2]["messages"] == MESSAGES
-
-
-@pytest.mark.parametrize(
-    ("reply", "error", "sentence", "asked"),
-    [
-        (
-            (403, {}, {"error": {"message": "key k is bad"}}),
-            UnavailableError,
-            r"refuses the key \(HTTP 403\).*names\.$",
-            1,
-        ),
-        (
-            (404, {}, {"error": "no model"}),
-            UsageError,
-            r"no chat model m at .* usually ends with /v1\. It says: no model",
-            1,
-        ),
-        (
-            (429, {}, {"error": {"message": "quota"}}),
-            UnavailableError,
-            r"HTTP 429, 3 times\)\. Try again later\. It says: quota",
-            3,
-        ),
-        ((500, {}, b"<html>"), UnavailableError, "answered HTTP 500 Internal Server Error", 3),
-        (
-            (400, {}, {"error": {"message": "max_tokens"}}),
-            UnavailableError,
-            "answered HTTP 400 .* It says: max_tokens",
-            1,
-        ),
-        ((302, {"Location": "http://127.0.0.1:9/"}, b""), UnavailableError, "answered HTTP 302", 1),
-        ((200, {}, b"<html>"), UnavailableError, "is no chat completion", 1),
-        ((200, {}, {"choices": []}), UnavailableError, "is no chat completion", 1),
-    ],
-)
-def test_what_an_endpoint_refuses_is_a_sentence(server, reply, error, sentence, asked):
-    server.replies = [reply]
-    with pytest.raises(error, match=sentence):
-        Endpoint(server.url, "m", "key k", waits=(0, 0), sleep=lambda _: None).ask(MESSAGES)
-    assert len(server.seen) == asked
-
-
-def test_an_endpoint_that_is_not_there_is_a_sentence():
-    slept = []
-    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1/v1 could not be reached, 3 times: .*refused"):
-        Endpoint("http://127.0.0.1:1/v1", "m", waits=(1, 2), sleep=slept.append).ask(MESSAGES)
-    assert slept == [1, 2]
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["api.openai.com/v1", "file:///etc/passwd", "https://", "https://me:secret@host/v1", "http://[::1/v1", "http://h:99999/v1", "http://a b/v1"],
-)  # fmt: skip
-def test_what_is_no_url_is_refused(url):
-    with pytest.raises(UsageError, match="is no URL without a password"):
-        Endpoint(url, "m")

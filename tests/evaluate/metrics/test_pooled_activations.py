@@ -3,36 +3,17 @@
 import pytest
 import torch
 
-from sae.cache.contexts import Contexts
 from sae.common.errors import UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics import pooled_activations as module
 from sae.evaluate.metrics.pooled_activations import pool_latents, read_text_rows
-from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.activations import ReLU
 from sae.train.sae import SAE
 
 TEXTS = ["the quick brown fox jumps", "dog", "seven zebras quietly read their yellow books in june " * 9]
 SKIP = [0, 1, 2]
 CONTEXT = 32
-
-
-@pytest.fixture
-def ctx(tiny_model, tmp_path) -> EvalContext:
-    source, config = find_model(str(tiny_model))
-    model = load_model(source, config, dtype="float32", device="cpu")
-    nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
-    return EvalContext(
-        lambda: model,
-        load_tokenizer(source),
-        nothing,
-        SKIP,
-        "0.6.0",
-        source.identity(),
-        {},
-        ArtifactCache(tmp_path / "shelf"),
-    )
 
 
 def silent(done, total, note=""):
@@ -117,5 +98,5 @@ def test_no_block_behind_the_last_layer_asked_for_is_run(ctx):
 
 @pytest.mark.parametrize("context", [-1, 0, 1])
 def test_a_context_without_room_for_text_is_refused(ctx, context):
-    with pytest.raises(UsageError, match=f"A context of {context} tokens holds no text"):
+    with pytest.raises(UsageError, match=f"a context of {context} tokens holds no text"):
         read_text_rows(ctx, [0], TEXTS, silent, context)

@@ -8,7 +8,7 @@ from sae.cache.contexts import Contexts
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics import absorption, first_letter
-from sae.evaluate.metrics.absorption import Absorption, UnitDecoderSAE, score_words
+from sae.evaluate.metrics.absorption import Absorption, score_words
 from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, SpellingRows, last_token_rows
 from sae.evaluate.metrics.letter_probes import (
     LetterProbes,
@@ -17,7 +17,7 @@ from sae.evaluate.metrics.letter_probes import (
     fit_logistic,
     train_letter_probes,
 )
-from sae.harvest.mini import WEIGHTS
+from sae.evaluate.metrics.unit_decoder import UnitDecoderSAE
 from sae.train.sae import SAE
 
 CPU = torch.device("cpu")
@@ -47,13 +47,6 @@ def words(saebench, theirs) -> SpellingRows:
     for token, x in zip(theirs["relu"]["words"]["token"], arrays["fresh.activations"], strict=True):
         found.fresh_ND[place[token]] = x
     return found
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(WEIGHTS)
 
 
 class Draws:
@@ -103,10 +96,10 @@ def test_the_letters_probe_finds_the_same_words(theirs, words):
 
 def test_the_l1_probe_is_theirs(saebench, theirs, words):
     """All train words are one batch of theirs, so their order does not count, and the seed decides the rest."""
-    codes = UnitDecoderSAE.of(saebench.saes["relu"], CPU).codes(words.train_ND)
+    latents = UnitDecoderSAE.of(saebench.saes["relu"], CPU).sparse_latents(words.train_ND)
     seeded = torch.Generator().manual_seed(42)
     found = train_letter_probes(
-        codes, words.train_letter_N, batch=4096, epochs=50, weight_decay=1e-6, l1=0.01, generator=seeded
+        latents, words.train_letter_N, batch=4096, epochs=50, weight_decay=1e-6, l1=0.01, generator=seeded
     )
     difference_LF = (found.weight_LD - saebench.arrays("absorption")["l1_probe.weight"]).abs()
     assert (difference_LF > 1e-5).sum() <= 5  # of 13,312: where a weight crosses 0, Adam makes much of the last bit
@@ -116,7 +109,7 @@ def test_the_l1_probe_is_theirs(saebench, theirs, words):
 
 
 def as_theirs(sae: SAE, x_ND: torch.Tensor) -> torch.Tensor:
-    """Their latents to the last bit: they subtract b_dec first. The solver's tolerance makes a last bit a sixth digit."""
+    """Their latents to the last bit: they subtract b_dec first. The solver turns a last bit into a sixth digit."""
     z_NF = (x_ND - sae.b_dec * sae.pre_bias) @ sae.W_enc + sae.b_enc
     f_NF = sae.activate(z_NF, x_ND)
     torch.testing.assert_close(f_NF, sae.encode(x_ND))

@@ -154,7 +154,7 @@ def test_scr(saebench, ctx, monkeypatch, noted, kind):
 def test_tpp(saebench, ctx, monkeypatch, noted, kind):
     """On SAEBench's clean accuracies: it draws their texts among those of training the probes."""
     give_probes(saebench, monkeypatch, "tpp")
-    effects, accuracies = listen(monkeypatch, Tpp, "effects"), listen(monkeypatch, Tpp, "ablated")
+    effects, accuracies = listen(monkeypatch, Tpp, "effects"), listen(monkeypatch, Tpp, "ablated_accuracies")
     theirs = saebench.json("tpp/results")[kind]
     clean = saebench.json("tpp/results")["clean_accuracies"]
 
@@ -162,7 +162,7 @@ def test_tpp(saebench, ctx, monkeypatch, noted, kind):
         by_class = clean[problem.name.removesuffix("_tpp_results")]
         return [torch.tensor([accuracy], dtype=torch.float64) for accuracy in by_class.values()]
 
-    monkeypatch.setattr(Tpp, "clean", clean_of)
+    monkeypatch.setattr(Tpp, "clean_accuracies", clean_of)
     metric = Tpp((BIOS, REVIEWS), **settings(saebench, "tpp"))
     (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
     heard = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # first without the leak

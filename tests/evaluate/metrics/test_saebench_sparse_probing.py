@@ -12,7 +12,10 @@ from sae.evaluate.metrics.probes import LabelledRows, make_generator, pool_unit_
 from sae.evaluate.metrics.sparse_probing import ProbingScores, build_result, probe_dataset
 
 BIOS, SENTIMENT = "LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5_sentiment"
-TABLES = {BIOS: ("LabHC/bias_in_bios", "hard_text", "bios"), SENTIMENT: ("canrager/amazon_reviews_mcauley_1and5", "text", "amazon")}  # fmt: skip
+TABLES = {
+    BIOS: ("LabHC/bias_in_bios", "hard_text", "bios"),
+    SENTIMENT: ("canrager/amazon_reviews_mcauley_1and5", "text", "amazon"),
+}
 KS = (1, 2, 5)
 
 
@@ -71,8 +74,8 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
 
         monkeypatch.setattr(module, name, listening)
 
-    heard("one_against_rest", labels, lambda task: "".join(str(int(x)) for x in task.label))
-    heard("largest", chosen, lambda columns: columns.tolist())
+    heard("one_vs_rest_task", labels, lambda task: "".join(str(int(x)) for x in task.label))
+    heard("top_features", chosen, lambda columns: columns.tolist())
     heard("train_probe", trained, lambda made: made)
     expected = saebench.json("sparse_probing/results")[run]
     arrays = saebench.arrays("sparse_probing")

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.clamping import clamp_latents
 from sae.evaluate.metrics.packing import firing_frequencies, select_forget_latents
-from sae.evaluate.metrics.unlearning import clamp_latents, unlearning_score
+from sae.evaluate.metrics.unlearning import unlearning_score
 
 KINDS = ("relu", "topk", "jumprelu")
 SPECIAL = torch.tensor([0, 1, 2])

@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae.cache.contexts import Contexts
 from sae.common.errors import UsageError
-from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.latents import inspection
 from sae.evaluate.metrics import sparse_probing as module
@@ -19,7 +17,6 @@ from sae.evaluate.metrics.registry import metrics_of_suite
 from sae.evaluate.metrics.sparse_probing import SparseProbing, SparseProbingStdlib
 from sae.evaluate.reference_saes import Identity, Zero
 from sae.evaluate.results import read_result, write_result
-from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.train.activations import ReLU
 from sae.train.sae import SAE
 
@@ -37,30 +34,20 @@ def short(monkeypatch):
 
 
 @pytest.fixture
-def ctx(tiny_model, home) -> EvalContext:
-    """Two datasets in the folder of the bench: four and two classes, told apart by the words of their texts."""
+def ctx(ctx, home) -> EvalContext:
+    """With two datasets in its data folder: four and two classes, told apart by the words of their texts."""
     rng = random.Random(0)
     for name, labels, column in ((AG, range(4), "label"), (SENTIMENT.removesuffix("_sentiment"), (1.0, 5.0), "rating")):
         for split in ("train", "test"):
-            rows = [{"text": " ".join(rng.choices(WORDS[i].split(), k=6)), column: label} for i, label in enumerate(labels) for _ in range(20)]  # fmt: skip
+            rows = [
+                {"text": " ".join(rng.choices(WORDS[i].split(), k=6)), column: label}
+                for i, label in enumerate(labels)
+                for _ in range(20)
+            ]
             path = home / "data" / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source, config = find_model(str(tiny_model))
-    model = load_model(source, config, dtype="float32", device="cpu")
-    nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
-    artifacts = ArtifactCache(home / "shelf")
-    return EvalContext(
-        lambda: model,
-        load_tokenizer(source),
-        nothing,
-        [0, 1, 2],
-        "0.6.0",
-        source.identity(),
-        {},
-        artifacts,
-        home / "data",
-    )
+    return replace(ctx, data=home / "data")
 
 
 METRIC = SparseProbing(datasets=(AG, SENTIMENT), k=(1, 3), train_set_size=24, test_set_size=16, context=32)
@@ -145,7 +132,7 @@ def test_the_identity_is_the_model_and_zero_is_chance(ctx):
     assert zero.metrics["llm"] == identity.metrics["llm"]
     assert identity.flags == []
     assert zero.flags == [
-        f"k={k}: in 6 of 6 tasks the chosen latents never vary, which gives exactly 0.5." for k in (1, 3)
+        f"k={k}: in 6 of 6 tasks the selected latents never vary, which gives exactly 0.5." for k in (1, 3)
     ]
 
 
@@ -180,7 +167,7 @@ def test_the_length_of_decoder_rows_changes_nothing(ctx):
     plain, folded = measured(ctx, sae, stretched)
     for name, value in plain.metrics["sae"].items():
         assert folded.metrics["sae"][name] == pytest.approx(value, abs=0.02)
-    assert folded.flags == ["Decoder rows were not of length 1: latents are scaled as if they were."]
+    assert folded.flags == ["Decoder rows do not have unit length: their norms were folded into the latents."]
 
 
 def test_what_cannot_be_probed_has_a_sentence(ctx, home):
@@ -192,8 +179,9 @@ def test_what_cannot_be_probed_has_a_sentence(ctx, home):
         measured(ctx, make_sae(), metric=replace(METRIC, k=(0,)))
     with pytest.raises(UsageError, match="rng=fast is unknown"):
         measured(ctx, make_sae(), metric=replace(METRIC, rng="fast"))
-    (home / "data" / AG / "train.jsonl").write_text("".join(json.dumps({"text": " " * (i > 70), "label": i % 4}) + "\n" for i in range(80)))  # fmt: skip
-    with pytest.raises(UsageError, match=r"ag_news: the text '.*' has no token that counts"):
+    lines = [json.dumps({"text": " " * (i > 70), "label": i % 4}) + "\n" for i in range(80)]
+    (home / "data" / AG / "train.jsonl").write_text("".join(lines))
+    with pytest.raises(UsageError, match=r"ag_news: the text '.*' contains only special tokens"):
         measured(ctx, make_sae())
 
 
@@ -202,7 +190,7 @@ def test_k_is_that_of_the_mode_unless_asked(ctx):
     assert metric.ks("0.6.0") == (1, 2, 5) and metric.ks("2024-12") == (1, 2, 5, 10, 20, 50)
     (metric,) = metrics_of_suite("sparse_probing_stdlib", ["sparse_probing_stdlib.k=3,4"])
     assert isinstance(metric, SparseProbingStdlib) and metric.ks("0.6.0") == (3, 4)
-    with pytest.raises(UsageError, match="'x' is no value for k"):
+    with pytest.raises(UsageError, match="'x' is not a valid value for k"):
         metrics_of_suite("sparse_probing", ["sparse_probing.k=x"])
 
 

@@ -1,16 +1,15 @@
-"""Unlearning on a Gemma 2 whose weights are written by hand, so that what clamping a latent does to its answers is known.
+"""Unlearning on a Gemma 2 whose weights are written by hand, so that the effect of clamping a latent is known.
 
 It answers with the letter before " value" or " number". The first block copies, at each token, the letter two tokens
 back; in the second, the last token looks for those two words and reads the letter there. Questions of the target have
-" value" as the right choice, but for some; others have " number". Without either word it answers A, which "Answer" begins
-with, so no right choice is the first.
+" value" as the right choice, but for some; others have " number". Without either word it answers A, which "Answer"
+begins with, so no right choice is the first.
 """
 
 import json
 import random
 import shutil
 from dataclasses import replace
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,9 @@ from sae.common.errors import SaeError, UnavailableError, UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
-from sae.evaluate.metrics.multiple_choice import MultipleChoiceModel, Question, parse_question
-from sae.evaluate.metrics.packing import firing_frequencies, pack_texts, select_forget_latents
-from sae.evaluate.metrics.unlearning import Unlearning, clamp_latents, sample_long_texts, unlearning_score
+from sae.evaluate.metrics.multiple_choice import MultipleChoiceModel
+from sae.evaluate.metrics.packing import firing_frequencies, pack_texts
+from sae.evaluate.metrics.unlearning import Unlearning, sample_long_texts, unlearning_score
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.reference_saes import Identity
 from sae.evaluate.run import evaluate
@@ -34,7 +33,7 @@ from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.harvest.plan import HarvestConfig as Harvest
 from sae.harvest.plan import plan_harvest
 from sae.harvest.run import run_harvest
-from sae.train.activations import ReLU, TopK
+from sae.train.activations import ReLU
 from sae.train.sae import SAE, save_sae
 
 VALUE, NUMBER = 652, 1125  # " value", " number": each one token
@@ -186,7 +185,7 @@ def test_the_length_of_decoder_rows_changes_nothing_and_is_said(ctx, metric):
     plain, folded = metric.measure(ctx, [EvalTarget(sae, 0), EvalTarget(scaled, 0)], silent)
     assert folded.metrics == plain.metrics and folded.details == plain.details
     assert [flag for flag in folded.flags if flag not in plain.flags] == [
-        "Rows of W_dec are not of length one: latents were measured in units of their row's length."
+        "Decoder rows do not have unit length: their norms were folded into the latents."
     ]
 
 
@@ -275,63 +274,19 @@ def test_what_cannot_be_measured_is_a_sentence(ctx, metric, change, error, sente
 
 def test_a_model_that_is_not_the_one_is_refused(ctx, metric, planted, tiny_model, tmp_path):
     targets = [EvalTarget(sae_that_fires_on(VALUE), 0)]
-    with pytest.raises(UsageError, match="planted has no chat template, so it is no instruction-tuned model"):
+    with pytest.raises(UsageError, match="planted has no chat template, so it is not an instruction-tuned model"):
         replace(metric, model=str(planted)).measure(ctx, targets, silent)
     mini = replace(ctx, model_identity={**ctx.model_identity, "model": "gemma-2-mini"})
     with pytest.raises(UnavailableError, match="there is no gemma-2-mini-it"):
         metric.settings(mini)
-    with pytest.raises(UsageError, match="has 26 blocks of width 128, the model of the SAEs 2 of 32"):
+    with pytest.raises(UsageError, match="has 26 blocks of width 128, but the model of the SAEs has 2 of 32"):
         replace(metric, model=str(WEIGHTS)).measure(ctx, targets, silent)
     tiny = shutil.copytree(tiny_model, tmp_path / "tiny-it")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tiny)
-    with pytest.raises(SaeError, match="answers no question of wmdp-bio under all 24 orders"):  # it is random
+    with pytest.raises(SaeError, match="answers no questions of wmdp-bio right under all 24 orders"):  # it is random
         replace(metric, model=str(tiny)).measure(ctx, targets, silent)
-
-
-# --- the parts ------------------------------------------------------------------------------------------------------
-
-
-def test_a_clamp_by_hand():
-    """Latents 2 and -; the position of BOS, a latent that is silent, and what is not reconstructed stay."""
-    x = torch.tensor([[[1.0, 2.0, 3.0]] * 3])
-    rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
-    f = torch.tensor([[[5.0, 5.0], [0.0, 2.0], [4.0, 0.0]]])
-    made = clamp_latents(x, f, rows, torch.tensor([25.0, 100.0]))
-    expected = [
-        [[1, 2, 3], [1, 2 - 27 * 0.6, 3 - 27 * 0.8], [1 - 29, 2, 3]],
-        [[1, 2, 3], [1, 2 - 102 * 0.6, 3 - 102 * 0.8], [1 - 104, 2, 3]],
-    ]
-    torch.testing.assert_close(made, torch.tensor(expected)[:, None])
-
-
-@pytest.mark.parametrize("activation", [ReLU(), TopK(6)])
-def test_a_clamp_is_the_change_of_the_reconstruction(activation):
-    torch.manual_seed(0)
-    sae = SAE(16, 40, [activation]).requires_grad_(False)
-    sae.b_dec.normal_()
-    x, chosen = torch.randn(2, 5, 16), [3, 17, 30, 4]
-    f = sae.encode(x)
-    assert 0 < int((f[..., chosen] > 0).sum()) < f[..., chosen].numel()
-    moved = f.clone()
-    moved[..., chosen] = torch.where(f[..., chosen] > 0, -50.0, f[..., chosen])
-    expected = x + sae.decode(moved) - sae.decode(f)
-    expected[:, 0] = x[:, 0]
-    (made,) = clamp_latents(x, f[..., chosen], sae.W_dec[chosen], torch.tensor([50.0]))
-    torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-5)
-
-
-def test_selection_is_by_rounded_shares_with_the_last_of_ties_first():
-    forget = np.array([0.2, 0.3, 0.0000004, 0.3, 0.9, 0.1000001, 0.1000004, 0.0])
-    retain = np.array([0.0, 0.0, 0.0, 0.009999, 0.01, 0.00999999, 0.0, 0.0])
-    assert select_forget_latents(forget, retain, 0.01) == (
-        3,
-        1,
-        0,
-        6,
-    )  # 5 rounds up to the threshold; 2 rounds to nothing
-    assert select_forget_latents(forget, retain, 0.02) == (4, 3, 1, 0, 6, 5)  # 6 and 5 are a tie after rounding
 
 
 def test_the_score_is_the_best_of_what_costs_at_most_one_percent():
@@ -343,7 +298,7 @@ def test_the_score_is_the_best_of_what_costs_at_most_one_percent():
 
 
 def test_the_interval_chooses_the_best_intervention_anew(metric):
-    """Two interventions that are each right on the other half of the questions: the best of both is better than either."""
+    """Two interventions, each right on the other half of the questions: the best of both is better than either."""
     halves = torch.arange(200) < 100
     right, wrong = torch.ones(100, dtype=torch.bool), torch.arange(100) < 70
 
@@ -361,23 +316,6 @@ def test_the_interval_chooses_the_best_intervention_anew(metric):
     assert of([halves], [wrong]) == [0, 0]
 
 
-def test_corpora_are_packed_as_specified(ctx):
-    """Joined by EOS, cut into twenty, each with a BOS; rows of eight begin with BOS in the place of a token."""
-    texts = ["the value of a list and the number of names in a file " * 2, "another line " * 6]
-    joined = "<eos>".join(texts)
-    size = -(-len(joined) // 20)
-    flat = [
-        i for start in range(0, len(joined), size) for i in ctx.tokenizer(joined[start : start + size])["input_ids"]
-    ]
-    assert flat.count(2) == 20
-    rows = pack_texts(texts, ctx.tokenizer, 8)
-    assert len(rows) == len(flat) // 8 > 5
-    expected = torch.tensor(flat[: 8 * len(rows)]).view(-1, 8)
-    expected[:, 0] = 2
-    assert torch.equal(rows, expected)
-    assert len(pack_texts(["x"], ctx.tokenizer, 8)) == 0
-
-
 def test_texts_are_long_ones_drawn_as_random_sample_draws():
     texts = [f"{i} " + "x" * (48 + i % 3) for i in range(40)]
 
@@ -393,7 +331,7 @@ def test_texts_are_long_ones_drawn_as_random_sample_draws():
 
 def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(ctx, metric):
     asked = metric.load(ctx)
-    data = metric.data(ctx)
+    data = metric.readers(ctx)
     one = torch.Generator().manual_seed(42)
     drawn = replace(metric, rng="saebench").corpora(data, asked)
     for name in ("forget", "retain"):
@@ -414,37 +352,6 @@ def test_shares_are_of_the_counted_tokens(ctx, metric):
         asked.model, asked.skip, rows, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), 0)], silent
     )
     assert share[3] == pytest.approx(2 / 5) and share[7] == pytest.approx(1 / 5) and share[0] == 0
-
-
-def test_a_prompt_has_one_bos_the_subject_and_the_choices_in_order(ctx, metric):
-    asked = metric.load(ctx)
-    item = Question("Which?", ("one", "two", "three", "four"), 2)
-    ids = asked.prompt("human aging", item)
-    assert ids.count(2) == 1 and ids[0] == 2
-    assert ctx.tokenizer.decode(ids[1:]) == (
-        "user\nThe following are multiple choice questions (with answers) about human aging.\nWhich?\nA. one\nB. two\nC. three\nD. four\n"
-        "model\nAnswer: ("
-    )
-    for order in permutations(range(4)):
-        shown = item.ordered(order)
-        assert shown.choices[shown.answer] == "three" and sorted(shown.choices) == sorted(item.choices)
-
-
-def test_the_larger_of_a_letter_s_two_tokens_counts(ctx, metric):
-    asked = metric.load(ctx)
-    logits = torch.zeros(2, 8192)
-    logits[0, asked.letters[1, 0]], logits[0, asked.letters[2, 1]] = 3, 4  # "B", " C"
-    logits[1, asked.letters[3, 0]], logits[1, 5] = 1, 9  # "D"; another token does not count
-    assert asked.letters[2].tolist() == [295, 518]
-    assert asked.pick(logits).tolist() == [2, 3]
-
-
-@pytest.mark.parametrize(
-    "row", [{"question": 1}, {"choices": ["a", "b"]}, {"choices": "abcd"}, {"answer": 4}, {"answer": "A"}]
-)
-def test_a_row_that_is_no_question_is_a_sentence(row):
-    with pytest.raises(UsageError, match="Row 5 of wmdp is no question: it needs a text, 4 choices and an answer"):
-        parse_question({**question("value", 0, 0), **row}, 5, "wmdp")
 
 
 def test_data_are_the_same_from_either_kind_of_file(data, ctx, metric, tmp_path):

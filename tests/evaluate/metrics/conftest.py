@@ -1,0 +1,89 @@
+"""What the metric tests share: an evaluation context on the tiny model, the embedded tokenizer, a chat server."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sae.cache.contexts import Contexts
+from sae.evaluate.artifacts import ArtifactCache
+from sae.evaluate.context import EvalContext
+from sae.harvest.mini import WEIGHTS
+from sae.harvest.model import LanguageModel, ModelSource, find_model, load_model, load_tokenizer
+
+SPECIAL = [0, 1, 2]  # pad, eos, bos
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """gemma-2-mini's."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(WEIGHTS)
+
+
+@pytest.fixture(scope="session")
+def loaded_tiny_model(tiny_model: Path) -> tuple[ModelSource, LanguageModel, Any]:
+    """The tiny model's source, itself in float32, and its tokenizer."""
+    source, config = find_model(str(tiny_model))
+    return source, load_model(source, config, dtype="float32", device="cpu"), load_tokenizer(source)
+
+
+@pytest.fixture
+def ctx(loaded_tiny_model: tuple[ModelSource, LanguageModel, Any], tmp_path: Path) -> EvalContext:
+    """Without held-out text; each test has its own artifact cache."""
+    source, model, tokenizer = loaded_tiny_model
+    no_text = Contexts(*(np.zeros(0) for _ in range(4)))
+    artifacts = ArtifactCache(tmp_path / "shelf")
+    return EvalContext(lambda: model, tokenizer, no_text, SPECIAL, "0.6.0", source.identity(), {}, artifacts)
+
+
+@dataclass
+class Server:
+    """A chat endpoint: sends `replies` in turn and repeats the last; `seen` records path, key and body of requests."""
+
+    replies: list
+    url: str = ""
+    seen: list = field(default_factory=list)
+
+    @staticmethod
+    def completion(text: str) -> tuple[int, dict[str, str], Any]:
+        """A reply with one chat message."""
+        return 200, {}, {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    own = Server([])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            own.seen.append((self.path, self.headers["Authorization"], json.loads(body)))
+            reply = own.replies.pop(0) if len(own.replies) > 1 else own.replies[0]
+            status, headers, content = reply(own.seen[-1][2]) if callable(reply) else reply
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    own.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield own
+    http.shutdown()
+    thread.join()
+    http.server_close()

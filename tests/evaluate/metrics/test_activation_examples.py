@@ -1,0 +1,99 @@
+"""Passages of hand-worked arrays, and the text of passages."""
+
+import numpy as np
+import pytest
+
+from sae.evaluate.metrics.activation_examples import BUFFER, ExampleWindow, TokenText, select_examples
+from sae.harvest.model import find_model, load_tokenizer
+
+CONTEXT = 40
+
+
+def planted() -> tuple[np.ndarray, dict[tuple[int, int], float]]:
+    """Thirty rows. Row r has its peak of 100 - r at position 12, so the first twelve are the top ones, except row 3."""
+    ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
+    values = {(row, 12): 100.0 - row for row in range(30)}
+    values[0, 22] = 99.5  # ten from (0, 12): passed over
+    values[0, 23] = 98.5  # eleven from it: chosen
+    values[1, 9], values[1, 30] = 500.0, 600.0  # too near to an end of their row
+    values[3, 12] = 0.5  # small
+    values[29, 20] = 1e-9  # nothing
+    return ids, values
+
+
+def arrays(values: dict[tuple[int, int], float]) -> tuple[np.ndarray, np.ndarray]:
+    place = sorted(values, key=lambda at: at[0] * CONTEXT + at[1])
+    return np.array([r * CONTEXT + p for r, p in place]), np.array([values[at] for at in place], np.float32)
+
+
+def middle(window: ExampleWindow) -> tuple[int, int]:
+    return divmod(int(window.ids[BUFFER]), CONTEXT)
+
+
+def test_passages_are_as_specified():
+    ids, values = planted()
+    found = select_examples(*arrays(values), ids, np.random.default_rng(0))
+    silent_ones = [w for w in found.scored if not w.values.any()]
+    firing = [w for w in found.scored if w.values.any()]
+    assert (len(found.explained), len(found.scored), len(silent_ones), len(firing)) == (15, 14, 10, 4)
+    top = {(row, 12) for row in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11)} | {(0, 23)}
+    chosen = [middle(w) for w in (*found.explained, *firing)]
+    assert top <= set(chosen) and len(chosen) == len(set(chosen)) == 19
+    below = set(chosen) - top
+    assert all(values[at] < values[11, 12] and at in values for at in below) and (29, 20) not in below
+    assert sum(middle(w) in top for w in found.explained) == 10 and sum(middle(w) in top for w in firing) == 2
+    peaks = [float(w.values.max()) for w in found.explained]
+    assert peaks == sorted(peaks, reverse=True)
+    for w in (*found.explained, *found.scored):
+        row, position = middle(w)
+        assert BUFFER <= position < CONTEXT - BUFFER and len(w.ids) == 21
+        assert w.ids.tolist() == ids[row, position - 10 : position + 11].tolist()
+    for w in (*found.explained, *firing):
+        row, position = middle(w)
+        assert w.values.tolist() == [values.get((row, position + i), 0) for i in range(-10, 11)]
+    # (1, 9) is in the window of (1, 12): the largest activation of all, though no passage's middle
+    assert found.threshold == pytest.approx(0.01 * 500)
+    assert [i for i, w in enumerate(found.scored, 1) if w.values.max() > 5] == found.firing
+
+
+def test_passages_depend_on_the_generator_alone():
+    ids, values = planted()
+    one, same, other = (select_examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    spread = [[middle(w) for w in (*found.explained, *found.scored)] for found in (one, same, other)]
+    assert spread[0] == spread[1] != spread[2]
+
+
+def test_weak_passages_are_drawn_by_their_square():
+    """Nine of a thousandth and one of one: the one is nearly always among the seven."""
+    ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
+    values = {(row, 15): 5.0 for row in range(12)} | {(row, 15): 1e-3 for row in range(12, 21)} | {(21, 15): 1.0}
+    drawn = [select_examples(*arrays(values), ids, np.random.default_rng(seed)) for seed in range(20)]
+    assert all((21, 15) in [middle(w) for w in (*d.explained, *d.scored) if w.values.any()] for d in drawn)
+
+
+@pytest.mark.parametrize("rows", [11, 18])
+def test_a_latent_with_too_few_passages_has_none(rows):
+    ids = np.arange(30 * CONTEXT).reshape(30, CONTEXT)
+    assert (
+        select_examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(rows)}), ids, np.random.default_rng(0))
+        is None
+    )
+    assert select_examples(*arrays({(row, 15): 5.0 - row / 10 for row in range(19)}), ids, np.random.default_rng(0))
+    ties = {(row, 15): 5.0 for row in range(30)}  # none is below the least of the top ones
+    assert select_examples(*arrays(ties), ids, np.random.default_rng(0)) is None
+
+
+@pytest.fixture(scope="module")
+def words(tiny_model) -> TokenText:
+    return TokenText(load_tokenizer(find_model(str(tiny_model))[0]))
+
+
+def passage_of(words: TokenText, text: str, *values: float) -> ExampleWindow:
+    ids = np.array(words.tokenizer.encode(text, add_special_tokens=False))
+    return ExampleWindow(ids, np.array(values or [0.0] * len(ids), np.float32))
+
+
+def test_a_passage_reads_as_its_text_with_marks(words):
+    window = passage_of(words, "the value of a number\n", 0, 3, 4, 0.5, 5, 0)
+    assert words.passage(window) == "the value of a number\\n"
+    assert words.passage(window, 1.0) == "the<< value of>> a<< number>>\\n"

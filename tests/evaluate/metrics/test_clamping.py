@@ -1,0 +1,37 @@
+"""Clamping by hand, and as the change of the reconstruction."""
+
+import pytest
+import torch
+
+from sae.evaluate.metrics.clamping import clamp_latents
+from sae.train.activations import ReLU, TopK
+from sae.train.sae import SAE
+
+
+def test_a_clamp_by_hand():
+    """Latents 2 and -; the position of BOS, a latent that is silent, and what is not reconstructed stay."""
+    x = torch.tensor([[[1.0, 2.0, 3.0]] * 3])
+    rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
+    f = torch.tensor([[[5.0, 5.0], [0.0, 2.0], [4.0, 0.0]]])
+    made = clamp_latents(x, f, rows, torch.tensor([25.0, 100.0]))
+    expected = [
+        [[1, 2, 3], [1, 2 - 27 * 0.6, 3 - 27 * 0.8], [1 - 29, 2, 3]],
+        [[1, 2, 3], [1, 2 - 102 * 0.6, 3 - 102 * 0.8], [1 - 104, 2, 3]],
+    ]
+    torch.testing.assert_close(made, torch.tensor(expected)[:, None])
+
+
+@pytest.mark.parametrize("activation", [ReLU(), TopK(6)])
+def test_a_clamp_is_the_change_of_the_reconstruction(activation):
+    torch.manual_seed(0)
+    sae = SAE(16, 40, [activation]).requires_grad_(False)
+    sae.b_dec.normal_()
+    x, chosen = torch.randn(2, 5, 16), [3, 17, 30, 4]
+    f = sae.encode(x)
+    assert 0 < int((f[..., chosen] > 0).sum()) < f[..., chosen].numel()
+    moved = f.clone()
+    moved[..., chosen] = torch.where(f[..., chosen] > 0, -50.0, f[..., chosen])
+    expected = x + sae.decode(moved) - sae.decode(f)
+    expected[:, 0] = x[:, 0]
+    (made,) = clamp_latents(x, f[..., chosen], sae.W_dec[chosen], torch.tensor([50.0]))
+    torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-5)
