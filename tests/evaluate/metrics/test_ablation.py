@@ -109,7 +109,7 @@ def test_what_cannot_be_measured_has_a_sentence_in_its_place(ctx):
     assert "--set scr.thresholds=2." in str(few)
     assert "affine" in str(odd)
     assert set(fine.metrics["scr_metrics"].values()) == {0}
-    assert any("Only 0 latents have an effect" in flag for flag in fine.flags)
+    assert any("Only 0 latents affect one of the probes" in flag for flag in fine.flags)
 
 
 def test_tpp_draws_the_same_for_every_sae_or_as_saebench_for_each(ctx):

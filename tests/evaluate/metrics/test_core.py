@@ -17,7 +17,6 @@ from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.reference_saes import Identity, Zero
-from sae.harvest.model import find_model, load_model
 from sae.train.activations import BatchTopK, ReLU, TopK
 from sae.train.sae import SAE
 
@@ -27,9 +26,8 @@ LAYER, D_IN, D_SAE = 0, 32, 40
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model):
-    source, config = find_model(str(tiny_model))
-    return load_model(source, config, dtype="float32", device="cpu")
+def model(loaded_tiny_model):
+    return loaded_tiny_model[1]
 
 
 def contexts_of(rows: list[list[int]], width: int) -> Contexts:
