@@ -1,4 +1,4 @@
-"""A column of a dataset, read as a stream that can go on from anywhere, also after a network that failed."""
+"""Read a column of a streamed dataset, from any row on, waiting when the network fails."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -6,33 +6,35 @@ from time import sleep
 from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from .contexts import Document, is_token_ids
+from .documents import Document, is_token_ids
 
-RETRY_SECONDS = (1, 2, 4, 8, 16)  # seconds, before a network that failed is tried again
+RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before each retry after a network failure
 
 
 class DatasetReader:
-    """The documents in the column of a datasets.IterableDataset.
+    """The documents in a column of a `datasets.IterableDataset`.
 
-    Raises UsageError at once when it has no rows or no such column, and at a row of ids that the tokenizer does not
-    have. A network that fails is waited for, as often as there are `waits` after the last row that came, then
-    OutsideError; any other failure is `sentence` of its first line.
+    A network failure is retried after each of `retry_seconds`, counted anew from every row that arrives; then it raises
+    UnavailableError. Any other failure raises `make_error(its first line)`.
+
+    Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary.
     """
 
     def __init__(
-        self, stream: Any, column: str, *, name: str, vocabulary: int, sentence: Callable[[str], SaeError],
-        tell: Callable[[str], None], waits: Sequence[int] = (),
+        self, stream: Any, column: str, *, name: str, vocabulary: int, make_error: Callable[[str], SaeError],
+        say: Callable[[str], None], retry_seconds: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.stream, self.column, self.name, self.vocabulary = stream, column, name, vocabulary
-        self.sentence, self.tell, self.waits = sentence, tell, waits
-        self.number = 0  # of rows read
-        rows = self.read()
+        self.make_error, self.say, self.retry_seconds = make_error, say, retry_seconds
+        self.rows_read = 0
+        rows = self._read_rows()
         first = next(rows, None)
         if first is None:
             raise UsageError(f"{name} has no rows.")
         if column not in first:
+            columns = ", ".join(map(repr, first))
             raise UsageError(
-                f"{name} has no column {column!r}; its columns are {', '.join(map(repr, first))}. Choose one with --text-column."
+                f"{name} has no column {column!r}; its columns are {columns}. Choose one with --text-column."
             )
         self.rows: Iterator[dict[str, Any]] = itertools.chain([first], rows)
 
@@ -40,44 +42,34 @@ class DatasetReader:
         for row in self.rows:
             value = row.get(self.column)
             if value and is_token_ids(value) and not 0 <= min(value) <= max(value) < self.vocabulary:
+                bad = next(i for i in value if not 0 <= i < self.vocabulary)
                 raise UsageError(
-                    f"Row {self.number} of {self.name} holds the id {next(i for i in value if not 0 <= i < self.vocabulary)}, but the model's tokenizer has the ids 0 to "
-                    f"{self.vocabulary - 1:,}: it was tokenised for another model. Give a column of text with --text-column."
+                    f"Row {self.rows_read} of {self.name} contains the id {bad}, but the model's tokenizer has the ids "
+                    f"0 to {self.vocabulary - 1:,}: it was tokenized for another model. "
+                    "Give a column of text with --text-column."
                 )
-            self.number += 1
+            self.rows_read += 1
             yield Document(value)
 
     @property
     def position(self) -> dict[str, Any] | None:
-        return {"row": self.number, "stream": self.stream.state_dict()} if self.number else None
+        return {"row": self.rows_read, "stream": self.stream.state_dict()} if self.rows_read else None
 
-    def go_to(self, position: dict[str, Any] | None) -> None:
+    def seek(self, position: dict[str, Any] | None) -> None:
         if position != self.position:
-            self.number = position["row"] if position else 0
+            self.rows_read = position["row"] if position else 0
             self.stream.load_state_dict(position and position["stream"])
-            self.rows = self.read()
+            self.rows = self._read_rows()
 
-    def read(self) -> Iterator[dict[str, Any]]:
-        """The rows from where the stream stands."""
+    def _read_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows from the stream's position on."""
         rows, failures = iter(self.stream), 0
         while True:
             try:
                 row = next(rows, None)
             except Exception as error:  # pyarrow, httpx, fsspec, datasets and the Hub have classes of their own
-                problem = first_line(error)
-                if not (self.waits and is_network_error(error)):
-                    raise self.sentence(problem) from error
-                if failures == len(self.waits):
-                    raise UnavailableError(
-                        f"{self.name} could not be read further than row {self.number:,}: {problem} The network failed {failures + 1} times, "
-                        f"over {sum(self.waits)} seconds. The same command goes on from where it stopped."
-                    ) from error
-                wait = self.waits[failures]
+                self._wait_or_raise(error, failures)
                 failures += 1
-                self.tell(
-                    f"Trying again in {wait} s: the network failed at row {self.number:,} of {self.name} ({problem})."
-                )
-                sleep(wait)
                 self.stream.load_state_dict(self.stream.state_dict())
                 rows = iter(self.stream)
                 continue
@@ -86,8 +78,24 @@ class DatasetReader:
             failures = 0
             yield row
 
+    def _wait_or_raise(self, error: Exception, failures: int) -> None:
+        """Wait after a network failure that followed so many others."""
+        problem = first_line(error)
+        if not (self.retry_seconds and is_network_error(error)):
+            raise self.make_error(problem) from error
+        if failures == len(self.retry_seconds):
+            raise UnavailableError(
+                f"{self.name} could not be read beyond row {self.rows_read:,}: {problem} The network failed "
+                f"{failures + 1} times in a row, over {sum(self.retry_seconds)} seconds. Run the same command again to "
+                "continue from there."
+            ) from error
+        seconds = self.retry_seconds[failures]
+        self.say(f"Network failure at row {self.rows_read:,} of {self.name} ({problem}); retrying in {seconds} s.")
+        sleep(seconds)
+
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class name if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded corpus, files, datasets saved to disk, datasets of the Hub."""
+"""Open a text: the embedded corpus, local files, datasets saved to disk, or datasets of the Hub."""
 
 import hashlib
 import random
@@ -9,118 +9,130 @@ from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import read_json
-from .contexts import Document, ListedDocuments, TextSource
 from .dataset_reader import RETRY_SECONDS, DatasetReader, first_line
+from .documents import Document, ListedDocuments, TextSource
 from .mini import corpus, spelling
 
 PILE = "monology/pile-uncopyrighted"
 EMBEDDED_TEXT = "python-stdlib"
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".zst": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}  # fmt: skip
+FILE_FORMATS = {
+    ".jsonl": "json", ".json": "json", ".zst": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow",
+    ".txt": "text",
+}  # fmt: skip  # suffix -> builder of the `datasets` library
 SPELLING_LINES = 40  # of spelling after each embedded document: about one token in ten
-MAX_LISTED_SUBSETS = 20  # of a dataset's configurations are listed at most
+MAX_LISTED_SUBSETS = 20  # in an error message
+MIN_SECTION = 2000  # characters of a document cut from a plain text file
 
-Say = Callable[[str], None]  # takes a sentence for the user
+Say = Callable[[str], None]  # receives a message for the user
 
 
 def open_text(
     name: str, *, tokenizer: Any, revision: str | None, split: str, column: str, seed: int,
-    tell: Say = lambda sentence: None, subset: str | None = None,
+    say: Say = lambda sentence: None, subset: str | None = None,
 ) -> TextSource:  # fmt: skip
-    """The embedded corpus, a local file or folder, or a dataset of the Hub, streamed.
+    """Open a text by name: "python-stdlib", a local file or folder, or a dataset of the Hub, which is streamed.
 
-    Raises UsageError for a file that cannot be read or a column or split that is not there, OutsideError without network.
+    Raises UsageError for a file that cannot be read or a missing column or split, and UnavailableError if the Hub
+    cannot be reached.
     """
     path = Path(name)
     if subset is not None and (name == EMBEDDED_TEXT or path.exists()):
-        raise UsageError(f"--subset is a configuration of a Hub dataset; {name} is none. Leave it out.")
+        raise UsageError(f"--subset selects a configuration of a Hub dataset, and {name} is not one. Leave it out.")
     if name == EMBEDDED_TEXT:
-        return open_embedded(tokenizer, seed, tell)
+        return open_embedded(tokenizer, seed, say)
     if path.exists():
-        return open_local(path, split, column, len(tokenizer), tell)
+        return open_local(path, split, column, len(tokenizer), say)
     if path.suffix in FILE_FORMATS or name.startswith((".", "/")):
         raise UsageError(
-            f"There is no file {name}. Give a .txt, .jsonl, .parquet or .arrow file, a folder of them, a Hub dataset, or {EMBEDDED_TEXT}."
+            f"There is no file {name}. Give a .txt, .jsonl, .parquet or .arrow file, a folder of them, a Hub dataset, "
+            f"or {EMBEDDED_TEXT}."
         )
-    return open_hub(name, revision, subset, split, column, len(tokenizer), tell)
+    return open_hub(name, revision, subset, split, column, len(tokenizer), say)
 
 
-def open_embedded(tokenizer: Any, seed: int, tell: Say) -> TextSource:
-    """The standard library of the running Python, each harvested document followed by a little spelling."""
-    found = sorted(
-        corpus.stdlib_documents(), key=lambda d: hashlib.sha256(d.name.encode()).digest()
-    )  # a small harvest is a fair sample
+def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
+    """The standard library of the running Python, with a little spelling after each harvested document."""
+    # In the order of a hash, so that a small harvest is a fair sample.
+    library = sorted(corpus.stdlib_documents(), key=lambda d: hashlib.sha256(d.name.encode()).digest())
     digest = hashlib.sha256()
-    for document in found:
+    for document in library:
         digest.update(f"{document.name}\0{document.text}\0".encode())
-    pool = spelling.spelling_words(tokenizer)
+    words = spelling.spelling_words(tokenizer)
 
     def documents() -> Iterator[Document]:
         rng = random.Random(seed)
-        for document in found:
+        for document in library:
             yield Document(document.text, document.held_out)
-            if not document.held_out:  # a held-out line of spelling would hardly ever be a new one
-                lines = (spelling.spelling_line(rng.choice(pool)) for _ in range(SPELLING_LINES))
+            if not document.held_out:  # a held-out line of spelling would almost always repeat a harvested one
+                lines = (spelling.spelling_line(rng.choice(words)) for _ in range(SPELLING_LINES))
                 yield Document("".join(f"\n{line}" for line in lines), held_out=False)
 
     identity = {"name": EMBEDDED_TEXT, "revision": digest.hexdigest(), "spelled_lines": SPELLING_LINES}
-    return TextSource(EMBEDDED_TEXT, identity, ListedDocuments(documents), tell)
+    return TextSource(EMBEDDED_TEXT, identity, ListedDocuments(documents), say)
 
 
-def open_local(path: Path, split: str, column: str, vocabulary: int, tell: Say) -> TextSource:
-    """Files of one kind. A line of JSON or a row of a table is a document; a text file is cut at blank lines."""
+def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say) -> TextSource:
+    """Files of one format. A line of JSON or a row of a table is a document; plain text is cut at blank lines."""
     files = list_files(path, split)
-    kinds = {FILE_FORMATS.get(p.suffix) for p in files}
-    if len(kinds) != 1 or None in kinds:
-        raise UsageError(
-            f"{path} has {sorted({p.suffix for p in files}) or 'no files'}; give files of one kind: {', '.join(FILE_FORMATS)}."
+    formats = {FILE_FORMATS.get(p.suffix) for p in files}
+    if len(formats) != 1 or None in formats:
+        found = sorted({p.suffix for p in files}) or "no files"
+        raise UsageError(f"{path} has {found}; expected files of one format: {', '.join(FILE_FORMATS)}.")
+    (file_format,) = formats
+    name = path.stem.removesuffix(".jsonl") or path.name
+    column_name = column if file_format != "text" else None
+    identity = {"name": name, "revision": digest_of_files(path, files), "column": column_name}
+    if file_format == "text":
+        reader = ListedDocuments(
+            lambda: (Document(section) for file in files for section in split_paragraphs(read_text(file)))
         )
+        return TextSource(name, identity, reader, say)
+    import datasets
+
+    def unreadable(problem: str) -> SaeError:
+        return UsageError(
+            f"{path} cannot be read as {file_format}: {problem}. It may be cut off, or of another format."
+        )
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log the same error first, with a traceback
+    try:
+        stream = datasets.load_dataset(file_format, data_files=[str(f) for f in files], split="train", streaming=True)
+    except Exception as error:
+        raise unreadable(first_line(error)) from error
+    rows = DatasetReader(stream, column, name=str(path), vocabulary=vocabulary, make_error=unreadable, say=say)
+    return TextSource(name, identity, rows, say)
+
+
+def digest_of_files(path: Path, files: list[Path]) -> str:
+    """sha256 over the bytes of all files. Raises UsageError if they are empty or cannot be read."""
     digest = hashlib.sha256()
     try:
         if not any(file.stat().st_size for file in files):
             raise UsageError(f"{path} is empty. Give a text to --dataset.")
         for file in files:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    (kind,) = kinds
-    name = path.stem.removesuffix(".jsonl") or path.name
-    identity = {"name": name, "revision": digest.hexdigest(), "column": column if kind != "text" else None}
-    if kind == "text":
-        source = ListedDocuments(
-            lambda: (Document(section) for file in files for section in split_paragraphs(read_text(file)))
-        )
-        return TextSource(name, identity, source, tell)
-    import datasets
-
-    def unreadable(problem: str) -> SaeError:
-        return UsageError(f"{path} cannot be read as {kind}: {problem}. It may be cut off, or another kind of file.")
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say the same before us, with a traceback
-    try:
-        stream = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=True)
-    except Exception as error:
-        raise unreadable(first_line(error)) from error
-    rows = DatasetReader(stream, column, name=str(path), vocabulary=vocabulary, sentence=unreadable, tell=tell)
-    return TextSource(name, identity, rows, tell)
+    return digest.hexdigest()
 
 
 def list_files(path: Path, split: str) -> list[Path]:
-    """The files of a text, in order. A folder that `save_to_disk` wrote says which they are."""
+    """The files of a text, in order. A folder written by `save_to_disk` lists its own."""
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json", "splits")["splits"]
         if split not in splits:
-            raise UsageError(
-                f"{path} has no split {split!r}; its splits are {', '.join(map(repr, splits))}. Choose one with --split."
-            )
+            listed = ", ".join(map(repr, splits))
+            raise UsageError(f"{path} has no split {split!r}; its splits are {listed}. Choose one with --split.")
         path = path / split
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        listed = read_json(path / "state.json", "_data_files")["_data_files"]
-        return [path / Path(file["filename"]).name for file in listed]
+        listed_files = read_json(path / "state.json", "_data_files")["_data_files"]
+        return [path / Path(file["filename"]).name for file in listed_files]
     return sorted(p for p in path.rglob("*") if p.suffix in FILE_FORMATS) if path.is_dir() else [path]
 
 
 def read_text(file: Path) -> str:
+    """The text of a file. Raises UsageError if it is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -129,29 +141,31 @@ def read_text(file: Path) -> str:
         ) from error
 
 
-def split_paragraphs(text: str, at_least: int = 2000) -> Iterator[str]:
-    """Runs of paragraphs of at least `at_least` characters: the documents of a plain text file."""
-    held, size = [], 0
+def split_paragraphs(text: str, min_characters: int = MIN_SECTION) -> Iterator[str]:
+    """Runs of paragraphs of at least `min_characters` characters: the documents of a plain text file."""
+    section: list[str] = []
+    size = 0
     for paragraph in text.split("\n\n"):
-        held.append(paragraph)
+        section.append(paragraph)
         size += len(paragraph)
-        if size >= at_least:
-            yield "\n\n".join(held)
-            held, size = [], 0
-    if any(paragraph.strip() for paragraph in held):
-        yield "\n\n".join(held)
+        if size >= min_characters:
+            yield "\n\n".join(section)
+            section, size = [], 0
+    if any(paragraph.strip() for paragraph in section):
+        yield "\n\n".join(section)
 
 
 def open_hub(
-    name: str, revision: str | None, subset: str | None, split: str, column: str, vocabulary: int, tell: Say
+    name: str, revision: str | None, subset: str | None, split: str, column: str, vocabulary: int, say: Say
 ) -> TextSource:
+    """A dataset of the Hub at a commit, streamed."""
     import datasets
     import huggingface_hub
 
     def unreachable(problem: str) -> SaeError:
         return UnavailableError(
-            f"The dataset {name} could not be read: {problem} Check the network and the name, give a local file to --dataset, "
-            f"or use the embedded text: --dataset {EMBEDDED_TEXT}"
+            f"The dataset {name} could not be read: {problem} Check the network and the name, give a local file to "
+            f"--dataset, or use the embedded text: --dataset {EMBEDDED_TEXT}"
         )
 
     try:
@@ -162,33 +176,33 @@ def open_hub(
     identity = {"name": name, "revision": commit, "split": split, "column": column}
     identity |= {} if subset is None else {"subset": subset}
     rows = DatasetReader(
-        stream, column, name=name, vocabulary=vocabulary, sentence=unreachable, tell=tell, waits=RETRY_SECONDS
+        stream, column, name=name, vocabulary=vocabulary, make_error=unreachable, say=say, retry_seconds=RETRY_SECONDS
     )
-    return TextSource(name.split("/")[-1], identity, rows, tell)
+    return TextSource(name.split("/")[-1], identity, rows, say)
 
 
 def hub_error(error: Exception, name: str, revision: str | None) -> SaeError | None:
-    """The sentence for a dataset that the Hub has not, or does not give; None when something else is wrong."""
+    """The error to raise if the Hub lacks or refuses the dataset, its revision, subset or split; None for the rest."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
         return UnavailableError(
-            f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, then run `hf auth login`. "
-            f"To try everything without it: --dataset {EMBEDDED_TEXT}"
+            f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, then run "
+            f"`hf auth login`. To try everything without it: --dataset {EMBEDDED_TEXT}"
         )
     if isinstance(error, RepositoryNotFoundError):
         return UnavailableError(
-            f"There is no dataset {name} on the Hub that you can read. Check the name; if it is private, run `hf auth login`."
+            f"There is no dataset {name} on the Hub that you can read. Check the name; if it is private, run "
+            "`hf auth login`."
         )
     if isinstance(error, RevisionNotFoundError):
         return UsageError(f"The dataset {name} has no revision {revision}. Give a commit with --dataset-revision.")
-    if found := re.match(r"(Config name is missing|BuilderConfig .* not found).*?\[(.*?)\]", str(error), re.DOTALL):
-        subsets = found[2].split(", ")
-        listed = ", ".join(subsets[:MAX_LISTED_SUBSETS]) + (
-            f" and {len(subsets) - MAX_LISTED_SUBSETS:,} more" if subsets[MAX_LISTED_SUBSETS:] else ""
-        )
-        lacking = "has several configurations" if found[1].startswith("Config") else "has no such configuration"
-        return UsageError(f"The dataset {name} {lacking}: there are {listed}. Choose one with --subset.")
+    if match := re.match(r"(Config name is missing|BuilderConfig .* not found).*?\[(.*?)\]", str(error), re.DOTALL):
+        subsets = match[2].split(", ")
+        more = len(subsets) - MAX_LISTED_SUBSETS
+        listed = ", ".join(subsets[:MAX_LISTED_SUBSETS]) + (f" and {more:,} more" if more > 0 else "")
+        problem = "has several configurations" if match[1].startswith("Config") else "has no such configuration"
+        return UsageError(f"The dataset {name} {problem}. Choose one with --subset: {listed}.")
     if str(error).startswith("Bad split"):
         return UsageError(f"{name}: {first_line(error)}. Choose one with --split.")
     return None

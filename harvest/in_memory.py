@@ -1,4 +1,4 @@
-"""Activations of a few texts in memory, for a notebook. What is to be trained on comes from `sae harvest`."""
+"""Activations of a few texts in memory, for a notebook. To train on activations, use `sae harvest`."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -13,90 +13,112 @@ from ..cache.layout import SITES, Hook
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import UsageError
 from .architectures import check_context, check_layers, check_sites
-from .contexts import ContextCutter, Document, require_bos_id, special_token_ids, tokenize_batch
+from .contexts import ContextCutter, require_bos_id, special_token_ids, tokenize_batch
+from .documents import Document
 from .model import LanguageModel, ensure_bos, find_model, load_tokenizer, load_trunk
 
 UNLIMITED = 2**62  # rows
 
 
 class Activations(NamedTuple):
-    """What stands at one hook, a row for each token, the texts one after the other."""
+    """The activations at one hook: a row for each token, text after text."""
 
     x: Tensor  # (T, d_in) float32
     ids: Tensor  # (T,) int64
-    tokens: list[str]  # what each id stands for
-    text: Tensor  # (T,) int64: the number of its text
+    tokens: list[str]  # the text of each id
+    text: Tensor  # (T,) int64: the index of its text
     position: Tensor  # (T,) int64: in its context, where BOS is 0
 
 
 def activations(
     texts: Sequence[str], *, model: str | nn.Module, layer: int, site: str = "resid_post", tokenizer: Any = None,
-    context: int = 1024, keep_special: bool = False, batch_contexts: int = 32, device: str = "auto", dtype: str = "auto",
-    attention: str = "eager",
+    context: int = 1024, keep_special: bool = False, batch_contexts: int = 32, device: str = "auto",
+    dtype: str = "auto", attention: str = "eager",
 ) -> Activations:  # fmt: skip
     """The activations of texts at a site of a layer, on the CPU.
 
-    `model` is a name as for `sae harvest --model`, of which only the blocks up to the layer are loaded; or a model of
-    transformers, with its `tokenizer`. As in a harvest each text comes after a BOS, is cut into contexts of at most
-    `context` tokens, and the rows of BOS, EOS and pad are left out unless `keep_special`.
+        found = sae.activations(["The cat sat."], model="gemma-2-mini", layer=12)
+        found.tokens, found.x.shape  # one row of x for each token
 
-    Raises UsageError for a layer, a site or a text that is not there, OutsideError when the model cannot be loaded.
+    As in a harvest, each text comes after a BOS and is cut into contexts of at most `context` tokens, and the rows of
+    BOS, EOS and pad are left out unless `keep_special`.
+
+    Args:
+        texts: Any number of strings.
+        model: A name as for `sae harvest --model`, of which only the blocks up to the layer are loaded; or a model of
+            transformers, together with its `tokenizer`.
+        layer: Zero-based block.
+        site: "resid_post" (the residual stream after the block), "mlp_out" or "attn_z".
+        batch_contexts: Contexts in a forward pass.
+        device, dtype, attention: As in `sae harvest`; ignored for a model that is already loaded.
+
+    Raises:
+        UsageError: The layer, the site or the texts are invalid.
+        UnavailableError: The model cannot be loaded.
     """
-    if isinstance(texts, str) or not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
-        raise UsageError("activations takes a list of texts, each a string.")
-    if not isinstance(layer, Integral):
-        raise UsageError(f"layer={layer!r} is no block: give its number, such as 12.")
-    if site not in SITES:
-        raise UsageError(f"The site {site} is unknown: give one of {', '.join(SITES)}.")
-    if not 2 <= context <= 65535:
-        raise UsageError(f"context={context} is out of range: a context is BOS and at least one token, at most 65,535.")
+    check_arguments(texts, layer, site, context)
     hook = Hook(layer, site)
     if isinstance(model, str):
         source, config = find_model(model)
-        name, tokenizer = model, tokenizer or load_tokenizer(source)
-    elif tokenizer is None:
-        raise UsageError("A model that is loaded already needs its tokenizer: activations(..., tokenizer=...).")
-    else:
-        config, name = model.config, type(model).__name__
-        if tokenizer.bos_token_id is None:
-            tokenizer = ensure_bos(copy.deepcopy(tokenizer))  # the caller's stays as it is
-    check_layers(config, [layer], name)
-    check_sites(config, [hook])
-    check_context(config, context, name)
-    if isinstance(model, str):
+        check_hook(config, hook, context, model)
         device = resolve_device(device)
         language_model = load_trunk(
             source, config, layer, dtype=resolve_dtype(dtype, device), device=device, attention=attention
         )
+        tokenizer = tokenizer or load_tokenizer(source)
+    elif tokenizer is None:
+        raise UsageError("A model that is already loaded needs its tokenizer: activations(..., tokenizer=...).")
     else:
+        check_hook(model.config, hook, context, type(model).__name__)
         language_model = LanguageModel(model)
+        if tokenizer.bos_token_id is None:
+            tokenizer = ensure_bos(copy.deepcopy(tokenizer))  # leaves the caller's as it is
     return capture_texts(language_model, tokenizer, texts, hook, context, keep_special, batch_contexts)
 
 
+def check_arguments(texts: Any, layer: Any, site: str, context: int) -> None:
+    """Raise UsageError for arguments that are wrong whatever the model is."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
+        raise UsageError("activations takes a list of texts, each a string.")
+    if not isinstance(layer, Integral):
+        raise UsageError(f"invalid layer={layer!r}: expected the number of a block, such as 12.")
+    if site not in SITES:
+        raise UsageError(f"unknown site {site!r}: expected one of {', '.join(SITES)}.")
+    if not 2 <= context <= 65535:
+        raise UsageError(
+            f"invalid context={context}: expected 2 to 65,535, since a context is BOS and at least one token."
+        )
+
+
+def check_hook(config: Any, hook: Hook, context: int, name: str) -> None:
+    """Raise UsageError unless the model has this hook and can read contexts of this length."""
+    check_layers(config, [hook.layer], name)
+    check_sites(config, [hook])
+    check_context(config, context, name)
+
+
 def capture_texts(
-    model: LanguageModel, tokenizer: Any, texts: Sequence[str], hook: Hook, context: int, keep_special: bool, at_once: int
+    model: LanguageModel, tokenizer: Any, texts: Sequence[str], hook: Hook, context: int, keep_special: bool,
+    batch_contexts: int,
 ) -> Activations:  # fmt: skip
+    """Cut the texts into contexts, run the model on them and collect the rows."""
     skip = [] if keep_special else special_token_ids(tokenizer)
     cutter = ContextCutter(require_bos_id(tokenizer), context, skip, UNLIMITED, pack=False)
     for number, body in enumerate(tokenize_batch([Document(text) for text in texts], tokenizer)):
         cutter.add(body, number, held_out=False)
-    cut = cutter.take()
-    lengths, documents = cut["length"].astype(np.int64), cut["document"]
-    ends = np.cumsum(lengths)
+    contexts = cutter.take()
+    ids = [torch.from_numpy(x.astype(np.int64)) for x in np.split(contexts["ids"], np.cumsum(contexts["length"])[:-1])]
+    document_N = torch.from_numpy(contexts["document"].astype(np.int64))
+    padding = tokenizer.pad_token_id or 0
     parts: list[tuple[Tensor, ...]] = []
-    for first in range(0, len(lengths), at_once):
-        these = range(first, min(first + at_once, len(lengths)))
-        ids_NS = torch.full((len(these), int(lengths[first : these.stop].max())), tokenizer.pad_token_id or 0)
-        for row, number in enumerate(these):
-            ids_NS[row, : lengths[number]] = torch.from_numpy(
-                cut["ids"][ends[number] - lengths[number] : ends[number]].astype(np.int64)
-            )
-        inside_NS = torch.arange(ids_NS.shape[1]) < torch.from_numpy(lengths[first : these.stop])[:, None]
-        which, position = torch.nonzero(inside_NS & ~torch.isin(ids_NS, torch.tensor(skip)), as_tuple=True)
+    for first in range(0, len(document_N), batch_contexts):
+        batch = ids[first : first + batch_contexts]
+        ids_NS = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=padding)
+        inside_NS = torch.arange(ids_NS.shape[1]) < torch.tensor([len(x) for x in batch])[:, None]
+        row, position = torch.nonzero(inside_NS & ~torch.isin(ids_NS, torch.tensor(skip)), as_tuple=True)
         x_NSD = model.capture_hooks(ids_NS.to(model.device), [hook])[hook]
-        document = torch.from_numpy(documents[first : these.stop].astype(np.int64))
-        parts.append((x_NSD.float().cpu()[which, position], ids_NS[which, position], document[which], position))
+        parts.append((x_NSD.float().cpu()[row, position], ids_NS[row, position], document_N[first + row], position))
     if not any(len(x) for x, *_ in parts):
-        raise UsageError("The texts have no tokens besides BOS, EOS and pad.")
+        raise UsageError("The texts contain no tokens besides BOS, EOS and pad.")
     x_TD, ids_T, text_T, position_T = map(torch.cat, zip(*parts, strict=True))
     return Activations(x_TD, ids_T, [tokenizer.decode([i]) for i in ids_T.tolist()], text_T, position_T)

@@ -19,16 +19,17 @@ from ..common.files import digest_of, folder_bytes, free_space, sae_home
 from ..common.formatting import format_bytes, format_duration
 from . import mini
 from .architectures import check_context, check_layers, check_sites, hook_width, module_name
-from .contexts import TextSource, special_token_ids
+from .contexts import special_token_ids
 from .datasets import EMBEDDED_TEXT, PILE, open_text
 from .distributed import rank_and_count
+from .documents import TextSource
 from .estimate import block_seconds_per_token
 from .model import ModelSource, find_model, load_tokenizer
 
 LAYERS = (5, 12, 19)
 TOKENS = 10_000_000
-# (model, layer) -> the elementwise variance that the papers' MSE and explained variance of one SAE imply. Derived, so it
-# only serves as a plausibility check.
+# (model, layer) -> the elementwise variance that the papers' MSE and explained variance of one SAE imply. As it is
+# derived, it only serves as a plausibility check.
 IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
 
 
@@ -71,7 +72,8 @@ class HarvestConfig:
 class HarvestPlan:
     """What will be read, computed and written, and where: a HarvestConfig with everything in it resolved.
 
-    `describe` is what `sae harvest` prints before the work (and `--dry-run` stops after), `summary` what it prints after.
+    `describe` returns what `sae harvest` prints before the work (all that `sae harvest --dry-run` prints), `summary` what
+    it prints afterwards.
     """
 
     config: HarvestConfig
@@ -124,13 +126,15 @@ class HarvestPlan:
 
     def describe(self) -> list[str]:
         """The lines that `sae harvest` prints before any work. Timing one block of the model takes a few seconds."""
-        size = (
-            f"{self.tokens:,} tokens x {self.bytes_per_token:,} B = {format_bytes(self.tokens * self.bytes_per_token)}"
-        )
+        total = self.tokens * self.bytes_per_token
+        size = f"{self.tokens:,} tokens x {self.bytes_per_token:,} B = {format_bytes(total)}"
+        if self.config.tokens is None:
+            size = f"up to {size}"
+        if self.config.compress:
+            size += " before compression"
         return [
             *self.describe_source(),
-            f"size     {'' if self.config.tokens else 'up to '}{size}{' before compression' if self.config.compress else ''}; "
-            f"{format_bytes(free_space(self.folder))} free",
+            f"size     {size}; {format_bytes(free_space(self.folder))} free",
             f"time     {self.describe_time()}",
             f"cache    {self.folder}",
         ]
@@ -173,8 +177,8 @@ class HarvestPlan:
         special = int(contexts.length.sum()) - cache.rows
         skipped = "".join(f", {n:,} {why} documents skipped" for why, n in self.text.skipped.items() if n)
         lines.append(
-            f"done     {cache.rows:,} rows from {len(contexts):,} contexts ({special:,} special tokens left out{skipped}) "
-            f"in {seconds:.0f} s; `sae cache verify` re-reads every byte"
+            f"done     {cache.rows:,} rows from {len(contexts):,} contexts ({special:,} special tokens left out"
+            f"{skipped}) in {seconds:.0f} s; `sae cache verify` re-reads every byte"
         )
         return lines
 
@@ -232,7 +236,7 @@ def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sent
     tokenizer = load_tokenizer(source)
     text = open_text(
         dataset, tokenizer=tokenizer, revision=config.dataset_revision, subset=config.subset, split=config.split,
-        column=config.text_column, seed=config.seed, tell=say,
+        column=config.text_column, seed=config.seed, say=say,
     )  # fmt: skip
     identity = identity_of(config, source, dtype, tokenizer, text, held_out_by_name=dataset == EMBEDDED_TEXT)
     name = f"{source.name.rstrip('/').split('/')[-1]}--{text.name}--{fingerprint_of(identity)[:8]}"
@@ -297,7 +301,7 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
         raise UsageError(f"invalid --held-out {config.held_out}: expected a share from 0 up to, but not including, 1.")
     if config.storage_dtype not in ("bfloat16", "uint16"):
         raise UsageError(
-            f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without bfloat16."
+            f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without it."
         )
     unknown = [site for site in config.sites if site not in SITES]
     if unknown:
@@ -323,6 +327,6 @@ def check_sizes(config: HarvestConfig) -> None:
         raise UsageError(f"invalid --window {window}: expected a multiple of {CHUNK_ROWS:,}, or a smaller number.")
     if window > max(WINDOW_ROWS, tokens or TOKENS):
         raise UsageError(
-            f"--window {window} exceeds the number of tokens, and a whole window is kept in memory and filled up on disk. "
-            "Give a smaller one."
+            f"--window {window} exceeds the number of tokens, and a whole window is kept in memory and filled up on "
+            "disk. Give a smaller one."
         )

@@ -191,7 +191,7 @@ def find_damaged(folder: Path, records: dict[str, Any], progress: HarvestProgres
 def group_by_batch(
     missing: dict[int, list[str]], commits: dict[tuple[int, str], dict[str, Any]], default: int
 ) -> dict[tuple[int, int], list[str]]:
-    """Group arrays by window and by the contexts per forward pass they were made with, which can affect the last bits."""
+    """Group arrays by window and by their commit's contexts per forward pass, which can affect the last bits."""
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     for window, arrays in missing.items():
         for array in arrays:

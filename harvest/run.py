@@ -116,7 +116,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
 
 
 def start_cache(plan: HarvestPlan) -> tuple[CacheWriter, Contexts]:
-    """Write what comes before the first window: tokens, harvest.json, the arrays' metadata. The caller holds the lock."""
+    """Write what precedes the first window: tokens, harvest.json and array metadata. The caller holds the lock."""
     contexts = read_or_tokenize(plan)
     write_json_if_changed(plan.folder / "harvest.json", plan.record())
     writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
@@ -154,8 +154,8 @@ def check_not_ring(folder: Path) -> None:
     """Raise UsageError if windows are missing from the folder on purpose."""
     if is_ring_cache(folder):
         raise UsageError(
-            f"{folder} keeps only the windows that `sae train --stream` is about to read. To keep a whole cache, harvest "
-            "with another --out."
+            f"{folder} keeps only the windows that `sae train --stream` is about to read. "
+            "To keep a whole cache, harvest with another --out."
         )
 
 

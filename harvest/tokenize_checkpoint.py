@@ -1,9 +1,9 @@
-"""What was cut of a text so far, on disk beside the cache, so that a kill does not start the reading over.
+"""Checkpoints of tokenizing a text, on disk beside the cache, so that a kill does not restart the reading.
 
-    tokens/draft/000000.safetensors    the contexts cut up to the first time: what Cutter.take returns
-    tokens/draft/state.json            the checksum of every such file, and where the reading stands; written last
+    tokens/draft/000000.safetensors    the contexts up to the first checkpoint, as ContextCutter.take returns them
+    tokens/draft/state.json            the checksum of each such file and the reading state; written last
 
-A draft is used by the very harvest that began it and by no other; one that is damaged is thrown away.
+A checkpoint is only used by the same harvest that wrote it, and thrown away if it is damaged.
 """
 
 import shutil
@@ -21,11 +21,11 @@ from ..common.files import atomic_write, digest_of, read_json, write_json
 
 
 class TokenizeCheckpoint:
-    """The parts of a draft, checked, and the `state` that came with the last one; None when there is none."""
+    """The verified parts of a checkpoint. `state` is the one saved with the last part, or None without any."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder / "tokens" / "draft"
-        # The position in a stream is a state of `datasets`, which only the same version of it reads for certain.
+        # The position in a stream is a state of the `datasets` library, which only the same version reads reliably.
         self.owner = digest_of([identity, version("datasets")])
         self.checksums: list[str] = []
         self.state: dict[str, Any] | None = None
@@ -34,36 +34,38 @@ class TokenizeCheckpoint:
             content = saved["content"]
             if digest_of(content) == saved["digest"] and content["owner"] == self.owner:
                 self.checksums = content["checksums"]
-                for _ in self.parts():
-                    pass  # read to see that it is whole
+                for _ in self.read_parts():
+                    pass  # only to verify them
                 self.state = content["state"]
         except DamagedError:
-            pass  # of a missing one too
+            pass  # or missing
         if self.state is None:
             self.checksums = []
             remove_checkpoint(folder)
 
-    def add(self, part: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-        """Keep a part and the state after it: all or nothing."""
+    def save(self, part: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Add a part and the state after it, atomically."""
         data = safetensors.numpy.save(part)
-        atomic_write(self.file(len(self.checksums)), data)
+        atomic_write(self.part_file(len(self.checksums)), data)
         self.checksums.append(f"{google_crc32c.value(data):08x}")
         content = {"owner": self.owner, "checksums": self.checksums, "state": state}
         write_json(self.folder / "state.json", {"digest": digest_of(content), "content": content}, indent=None)
 
-    def parts(self) -> Iterator[dict[str, np.ndarray]]:
-        """The parts in the order in which they were added; DamagedError when one is not what was written."""
+    def read_parts(self) -> Iterator[dict[str, np.ndarray]]:
+        """The parts in order. Raises DamagedError if one differs from its checksum."""
         for number, checksum in enumerate(self.checksums):
-            path = self.file(number)
+            path = self.part_file(number)
             data = path.read_bytes() if path.exists() else b""
             if f"{google_crc32c.value(data):08x}" != checksum:
-                raise DamagedError(f"{path} is not what was written there. Run the same command again: it is cut anew.")
+                raise DamagedError(
+                    f"{path} is missing or damaged. Run the same command again: it tokenizes the text from the start."
+                )
             yield safetensors.numpy.load(data)
 
-    def file(self, number: int) -> Path:
+    def part_file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the draft of a cache."""
+    """Remove the tokenizing checkpoint of a cache."""
     shutil.rmtree(folder / "tokens" / "draft", ignore_errors=True)

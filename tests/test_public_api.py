@@ -97,8 +97,8 @@ def test_activations_are_the_hidden_states_of_each_text_by_itself(tiny_model: Pa
     ("texts", "layer", "sentence"),
     [
         (None, 0, "takes a list of texts"),
-        (["a"], "12", "layer='12' is no block: give its number"),
-        (["a"], [12], r"layer=\[12\] is no block"),
+        (["a"], "12", "invalid layer='12': expected the number of a block"),
+        (["a"], [12], r"invalid layer=\[12\]: expected the number"),
     ],
 )
 def test_activations_of_no_texts_or_no_layer_are_refused(
@@ -136,9 +136,9 @@ def test_a_tokenizer_without_bos_is_left_as_it_is(tiny_model: Path) -> None:
         ({"texts": []}, "no tokens"),
         ({"texts": ["", ""]}, "no tokens"),
         ({"texts": [3]}, "takes a list of texts"),
-        ({"layer": 2}, "has 2 blocks, so layers 0 to 1"),
-        ({"site": "mlp"}, "The site mlp is unknown"),
-        ({"context": 1}, "context=1 is out of range"),
+        ({"layer": 2}, "has no layer 2: its 2 blocks"),
+        ({"site": "mlp"}, "unknown site 'mlp'"),
+        ({"context": 1}, "invalid context=1: expected 2 to 65,535"),
         ({"model": torch.nn.Linear(1, 1)}, "needs its tokenizer"),
     ],
 )

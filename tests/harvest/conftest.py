@@ -10,8 +10,9 @@ import pytest
 
 from sae.cache.contexts import Contexts
 from sae.harvest import mini
-from sae.harvest.contexts import Document, ListedDocuments, TextSource, make_contexts, special_token_ids
+from sae.harvest.contexts import make_contexts, special_token_ids
 from sae.harvest.datasets import open_text
+from sae.harvest.documents import Document, ListedDocuments, TextSource
 from sae.harvest.model import find_model, load_tokenizer
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
 
@@ -23,8 +24,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def read(tokenizer: Any) -> Callable[..., TextSource]:
-    return lambda path, column="text", split="train", tell=lambda sentence: None: open_text(
-        str(path), tokenizer=tokenizer, revision=None, split=split, column=column, seed=0, tell=tell
+    return lambda path, column="text", split="train", say=lambda sentence: None: open_text(
+        str(path), tokenizer=tokenizer, revision=None, split=split, column=column, seed=0, say=say
     )
 
 
@@ -46,7 +47,7 @@ def cut_up(tokenizer: Any, tmp_path: Path) -> Callable[..., Contexts]:
             else TextSource("some", {}, ListedDocuments(lambda: map(Document, texts)))
         )
         settings = {
-            "draft": TokenizeCheckpoint(tmp_path, {}),
+            "checkpoint": TokenizeCheckpoint(tmp_path, {}),
             "context": 8,
             "skip": special_token_ids(tokenizer),
             "seed": 0,

@@ -17,17 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.common.errors import UnavailableError, UsageError
-from sae.harvest.contexts import (
-    ContextCutter,
-    Document,
-    ListedDocuments,
-    TextSource,
-    is_held_out,
-    make_contexts,
-    row_mask,
-    special_token_ids,
-)
+from sae.harvest.contexts import ContextCutter, is_held_out, make_contexts, row_mask, special_token_ids
 from sae.harvest.datasets import split_paragraphs
+from sae.harvest.documents import Document, ListedDocuments, TextSource
 from sae.harvest.mini.corpus import StdlibDocument as CorpusDocument
 from sae.harvest.mini.corpus import stdlib_documents as corpus_documents
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
@@ -56,7 +48,9 @@ def test_there_are_exactly_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tok
 
 def test_a_text_too_short_names_what_fits(cut_up, tokenizer: Any) -> None:
     rows = sum(map(len, tokenizer(TEXTS, add_special_tokens=False)["input_ids"]))
-    with pytest.raises(UsageError, match=f"ended at {rows} of 1,000 tokens. Ask for --tokens {rows} or fewer"):
+    with pytest.raises(
+        UsageError, match=f"has only {rows} of the requested 1,000 tokens. Use --tokens {rows} or fewer"
+    ):
         cut_up(TEXTS, 1000, exactly=True)
     assert row_mask(cut_up(TEXTS, rows, exactly=True), special_token_ids(tokenizer)).sum() == rows
     assert row_mask(cut_up(TEXTS, 1000), special_token_ids(tokenizer)).sum() == rows  # "up to"
@@ -93,7 +87,8 @@ def test_the_order_of_contexts_is_that_of_the_seed(cut_up) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "why"), [([], "it is empty"), (["", None, " "], r"its documents were skipped \(2 empty, 1 not text\)")]
+    ("texts", "why"),
+    [([], "it is empty"), (["", None, " "], r"all of its documents were skipped \(2 empty, 1 not text\)")],
 )
 def test_an_empty_text_is_refused(cut_up, texts: list[Any], why: str) -> None:
     with pytest.raises(UsageError, match=f"The text some has no tokens to harvest: {why}. Give another --dataset"):
@@ -101,12 +96,15 @@ def test_an_empty_text_is_refused(cut_up, texts: list[Any], why: str) -> None:
 
 
 def test_a_tokenizer_without_bos_is_a_sentence(tmp_path: Path) -> None:
-    text, draft = (
+    text, checkpoint = (
         TextSource("some", {}, ListedDocuments(lambda: map(Document, TEXTS))),
         TokenizeCheckpoint(tmp_path, {}),
     )
-    with pytest.raises(UsageError, match="neither a BOS nor an EOS token.*choose a model whose tokenizer has it"):
-        make_contexts(text, SimpleNamespace(bos_token_id=None), draft, tokens=9, exactly=False, context=8, held_out=0, skip=[], seed=0)  # fmt: skip
+    with pytest.raises(UsageError, match="neither a BOS nor an EOS token.*Choose a model whose tokenizer has one"):
+        make_contexts(
+            text, SimpleNamespace(bos_token_id=None), checkpoint, tokens=9, exactly=False, context=8, held_out=0,
+            skip=[], seed=0,
+        )  # fmt: skip
 
 
 # Files
@@ -202,14 +200,14 @@ def empty(folder: Path) -> Path:
     ("make", "sentence"),
     [
         (bad_utf8, r"a.txt is not UTF-8 text \(byte 3\). Convert it"),
-        (mixed, r"has \['.jsonl', '.txt'\]; give files of one kind"),
+        (mixed, r"has \['.jsonl', '.txt'\]; expected files of one format"),
         (broken_json, "a.jsonl cannot be read as json: "),
         (broken_parquet, "a.parquet cannot be read as parquet: "),
-        (unknown_kind, r"has \['.docx'\]; give files of one kind"),
-        (lambda folder: folder, "has no files; give files of one kind"),
+        (unknown_kind, r"has \['.docx'\]; expected files of one format"),
+        (lambda folder: folder, "has no files; expected files of one format"),
         (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column"),
         (empty, "a.jsonl is empty. Give a text"),
-        (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl, .parquet or .arrow file"),
+        (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl"),
         (lambda folder: "./gone", "There is no file ./gone"),
     ],
 )  # fmt: skip
@@ -263,8 +261,8 @@ def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.M
     whole = list(text.documents)
     assert len(whole) == 15
     for number in range(15):
-        text.go_to({"position": number, "skipped": text.skipped})
-        assert list(text.documents) == whole[number:] and text.source.position == 15
+        text.seek({"position": number, "skipped": text.skipped})
+        assert list(text.documents) == whole[number:] and text.reader.position == 15
 
 
 def test_what_repeats_itself_is_never_held_out() -> None:
@@ -305,7 +303,7 @@ def test_ids_are_held_out_by_their_hash(same, cut_up) -> None:
 
 
 def test_documents_that_are_too_long_are_counted_not_read(cut_up, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.harvest.contexts.MAX_DOCUMENT", 10)
+    monkeypatch.setattr("sae.harvest.documents.MAX_DOCUMENT", 10)
     documents = ["0123456789", "0123456789a", [5] * 10, [5] * 11, "", [], [1.5], ["a"], [True], 7, "  "]
     text = TextSource("some", {}, ListedDocuments(lambda: map(Document, documents)))
     assert [d.text for d in text.documents] == ["0123456789", [5] * 10]
@@ -322,7 +320,7 @@ def packed(
     cutter = ContextCutter(2, context, [0, 1, 2], tokens, pack=True)
     for number, (body, held_out) in enumerate(documents):
         cutter.add(body, number, held_out)
-    cutter.close()
+    cutter.flush()
     part = cutter.take()
     pieces = np.split(part["ids"], np.cumsum(part["length"])[:-1])
     return [(p.tolist(), d, bool(h)) for p, d, h in zip(pieces, part["document"], part["held_out"], strict=True)]

@@ -18,8 +18,8 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sae.common.errors import SaeError, UnavailableError, UsageError
-from sae.harvest.contexts import TextSource
 from sae.harvest.datasets import EMBEDDED_TEXT, open_text
+from sae.harvest.documents import TextSource
 
 ROWS = [{"text": f"the quick brown fox {n} reads " + "yellow books " * (n % 5), "n": n} for n in range(40)]
 TEXTS = [row["text"] for row in ROWS]
@@ -85,9 +85,9 @@ def test_a_text_goes_on_from_any_row(tmp_path: Path, read, make: Callable[[Path]
     assert [next(text.documents).text for _ in range(read_before)] == TEXTS[:read_before]
     state = json.loads(json.dumps(text.state))
     other = read(path)
-    other.go_to(state)
-    assert [d.text for d in other.documents] == TEXTS[read_before:] and other.source.number == 40
-    other.go_to(None)
+    other.seek(state)
+    assert [d.text for d in other.documents] == TEXTS[read_before:] and other.reader.rows_read == 40
+    other.seek(None)
     assert [d.text for d in other.documents] == TEXTS
 
 
@@ -125,7 +125,9 @@ def test_a_column_of_ids_gives_the_contexts_of_its_text(tmp_path: Path, read, cu
 @pytest.mark.parametrize("bad", [8192, -1])
 def test_an_id_of_another_tokenizer_is_a_sentence_with_its_row(tmp_path: Path, read, bad: int) -> None:
     path = ids_table(tmp_path, [[2, 8191], [], None, [0, bad, 5]])
-    with pytest.raises(UsageError, match=f"Row 3 of .*ids.parquet holds the id {bad}, but .* has the ids 0 to 8,191"):
+    with pytest.raises(
+        UsageError, match=f"Row 3 of .*ids.parquet contains the id {bad}, but .* has the ids 0 to 8,191"
+    ):
         list(read(path, "input_ids").documents)
 
 
@@ -152,7 +154,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def hub(tmp_path: Path, read, waits, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TextSource]:
-    """hub(failures, tell=...): a dataset of seven row groups; before group n come the `failures` (n, exception)."""
+    """hub(failures, say=...): a dataset of seven row groups; before group n come the `failures` (n, exception)."""
     stream = datasets.load_dataset("parquet", data_files=[str(table(tmp_path))], split="train", streaming=True)
     generate = stream._ex_iterable.generate_tables_fn
 
@@ -183,16 +185,20 @@ LOST = ConnectionError("Server Disconnected")
 )
 def test_a_network_that_fails_is_waited_for(hub, waits, groups: list[int], waited: list[int], error: Exception) -> None:
     told: list[str] = []
-    text = hub([(group, error) for group in groups], tell=told.append)
+    text = hub([(group, error) for group in groups], say=told.append)
     assert [d.text for d in text.documents] == TEXTS and waits == waited
     assert len(told) == len(waited)
     for sentence in told[:1]:
-        assert sentence == f"Trying again in 1 s: the network failed at row {6 * groups[0]} of some/set ({error})."
+        assert sentence == f"Network failure at row {6 * groups[0]} of some/set ({error}); retrying in 1 s."
 
 
 def test_a_network_that_stays_away_is_a_sentence(hub, waits) -> None:
     text = hub([(3, LOST)] * 6)
-    with pytest.raises(UnavailableError, match=r"some/set could not be read further than row 18: Server Disconnected .* 6 times, over 31 seconds. The same command goes on"):  # fmt: skip
+    sentence = (
+        "some/set could not be read beyond row 18: Server Disconnected .* 6 times in a row, over 31 seconds. "
+        "Run the same command again"
+    )
+    with pytest.raises(UnavailableError, match=sentence):
         list(text.documents)
     assert waits == [1, 2, 4, 8, 16]
 
@@ -210,13 +216,29 @@ def test_what_waiting_does_not_mend_is_not_waited_for(hub, waits, error: Excepti
 @pytest.mark.parametrize(
     ("error", "kind", "sentence"),
     [
-        (http(RepositoryNotFoundError, 404), UnavailableError, "There is no dataset some/set on the Hub that you can read. Check the name"),
-        (http(GatedRepoError, 403), UnavailableError, "The dataset some/set is gated: accept its terms at https://.*/some/set, then run `hf auth login`"),
-        (http(RevisionNotFoundError, 404), UsageError, "The dataset some/set has no revision None. Give a commit with --dataset-revision"),
-        (ValueError("Bad split: dev. Available splits: ['train']"), UsageError, r"some/set: Bad split: dev. Available splits: \['train'\]. Choose one with --split"),
+        (
+            http(RepositoryNotFoundError, 404),
+            UnavailableError,
+            "There is no dataset some/set on the Hub that you can read. Check the name",
+        ),
+        (
+            http(GatedRepoError, 403),
+            UnavailableError,
+            "The dataset some/set is gated: accept its terms at https://.*/some/set, then run `hf auth login`",
+        ),
+        (
+            http(RevisionNotFoundError, 404),
+            UsageError,
+            "The dataset some/set has no revision None. Give a commit with --dataset-revision",
+        ),
+        (
+            ValueError("Bad split: dev. Available splits: ['train']"),
+            UsageError,
+            r"some/set: Bad split: dev. Available splits: \['train'\]. Choose one with --split",
+        ),
         (LOST, UnavailableError, "The dataset some/set could not be read: Server Disconnected"),
     ],
-)  # fmt: skip
+)
 def test_a_dataset_that_does_not_open_fails_at_once(
     hub, read, waits, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[SaeError], sentence: str
 ) -> None:
@@ -245,7 +267,9 @@ def with_subsets(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
         load = datasets.load_dataset
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
         monkeypatch.setattr(datasets, "load_dataset", lambda _, *words, **more: load(str(folder), *words, **more))
-        return open_text("some/set", tokenizer=tokenizer, revision=None, subset=subset, split="train", column="text", seed=0)  # fmt: skip
+        return open_text(
+            "some/set", tokenizer=tokenizer, revision=None, subset=subset, split="train", column="text", seed=0
+        )
 
     return opened
 
@@ -253,7 +277,13 @@ def with_subsets(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_subset_is_read_and_pinned(with_subsets) -> None:
     text = with_subsets("fr")
     assert [d.text for d in text.documents] == TEXTS[1:2]
-    assert text.identity == {"name": "some/set", "revision": "c0ffee", "split": "train", "column": "text", "subset": "fr"}  # fmt: skip
+    assert text.identity == {
+        "name": "some/set",
+        "revision": "c0ffee",
+        "split": "train",
+        "column": "text",
+        "subset": "fr",
+    }
 
 
 def test_a_subset_that_is_not_given_pins_nothing(with_subsets) -> None:
@@ -263,9 +293,9 @@ def test_a_subset_that_is_not_given_pins_nothing(with_subsets) -> None:
 @pytest.mark.parametrize(
     ("subset", "names", "sentence"),
     [
-        (None, ["en", "fr"], "The dataset some/set has several configurations: there are 'en', 'fr'. Choose one with --subset"),
-        ("de", ["en", "fr"], "The dataset some/set has no such configuration: there are 'en', 'fr'. Choose one with --subset"),
-        (None, [f"n{n}" for n in range(23)], "'n19' and 3 more. Choose one with --subset"),
+        (None, ["en", "fr"], "The dataset some/set has several configurations. Choose one with --subset: 'en', 'fr'"),
+        ("de", ["en", "fr"], "The dataset some/set has no such configuration. Choose one with --subset: 'en', 'fr'"),
+        (None, [f"n{n}" for n in range(23)], "Choose one with --subset: 'n0', .*'n19' and 3 more."),
     ],
 )  # fmt: skip
 def test_subsets_are_listed_where_one_is_needed(
@@ -277,5 +307,5 @@ def test_subsets_are_listed_where_one_is_needed(
 
 def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:
     for name in (str(table(tmp_path)), EMBEDDED_TEXT):
-        with pytest.raises(UsageError, match="--subset is a configuration of a Hub dataset"):
+        with pytest.raises(UsageError, match="--subset selects a configuration of a Hub dataset"):
             open_text(name, tokenizer=tokenizer, revision=None, subset="en", split="train", column="text", seed=0)

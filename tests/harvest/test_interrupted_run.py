@@ -20,8 +20,8 @@ def reached(folder: Path, commits: int) -> bool:
 
 def test_kill_at_any_instant(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
     options = {
-        "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 6000, "context": 32, "window": 128,
-        "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
+        "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 6000, "context": 32,
+        "window": 128, "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
     }  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     context = multiprocessing.get_context("forkserver")
@@ -62,18 +62,8 @@ def test_sigterm_ends_as_ctrl_c_does(tiny_model: Path, sentences: Path, tmp_path
     """Exit code 130, the committed windows kept, and no lock left behind."""
     out = tmp_path / "stopped"
     words = ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 0, "--tokens", 6000, "--context", 32]
-    command = [
-        sys.executable,
-        "-m",
-        "sae",
-        *map(str, words),
-        "--window",
-        "64",
-        "--batch-contexts",
-        "1",
-        "--out",
-        str(out),
-    ]
+    words += ["--window", 64, "--batch-contexts", 1, "--out", out]
+    command = [sys.executable, "-m", "sae", *map(str, words)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not reached(out, 2):
         time.sleep(0.01)

@@ -11,7 +11,7 @@ from sae.cache.catalog import remove_cache
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, SaeError, UsageError
 from sae.common.files import read_json, write_json, writer_lock
-from sae.harvest.contexts import ListedDocuments, TextSource
+from sae.harvest.documents import ListedDocuments, TextSource
 from sae.harvest.model import ModelSource
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.repair import repair
@@ -78,7 +78,14 @@ def test_a_damaged_file_is_made_again(whole: Cache, folder: Path, file: str, dam
     assert repair(folder) == []
 
 
-RECORDS = ["manifest.json", "zarr.json", "layer_01/zarr.json", "commits/000002.layer_01.json", "tokens/commit.json", "tokens/ids/zarr.json"]  # fmt: skip
+RECORDS = [
+    "manifest.json",
+    "zarr.json",
+    "layer_01/zarr.json",
+    "commits/000002.layer_01.json",
+    "tokens/commit.json",
+    "tokens/ids/zarr.json",
+]
 
 
 @pytest.mark.parametrize("file", RECORDS)

@@ -198,7 +198,13 @@ def test_a_memory_too_small_halves_the_pass(small: tuple[HarvestConfig, Cache], 
     np.testing.assert_allclose(layer_rows(cache, 1), layer_rows(small[1], 1), rtol=2**-6, atol=1e-2)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_a_context_that_does_not_fit_is_refused(
     small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch, error
 ) -> None:
@@ -360,7 +366,17 @@ def test_text_and_model_change_the_folder(small: tuple[HarvestConfig, Cache], tm
     assert plan_harvest(replace(request, model=str(copy))).source.revision != plan_harvest(request).source.revision
 
 
-@pytest.mark.parametrize("change", [{"layers": (1,)}, {"layers": (1, 0, 1)}, {"sites": ("mlp_out",)}, {"batch_contexts": 3}, {"max_norm": 4.0}, {"device": "cpu"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": (1,)},
+        {"layers": (1, 0, 1)},
+        {"sites": ("mlp_out",)},
+        {"batch_contexts": 3},
+        {"max_norm": 4.0},
+        {"device": "cpu"},
+    ],
+)
 def test_layers_and_batches_do_not_change_the_folder(small: tuple[HarvestConfig, Cache], change: dict) -> None:
     request = replace(small[0], out=None)
     assert plan_harvest(replace(request, **change)).folder == plan_harvest(request).folder
@@ -460,14 +476,14 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         ({"seed": 2**63}, "invalid --seed 9223372036854775808: expected 0 to"),
         ({"model": "gemma-2-mini", "dataset": None, "held_out": 0.1}, "--held-out has no effect on python-stdlib"),
         ({"model": "./nothere"}, "There is no folder ./nothere"),
-        ({"revision": "abc"}, "--revision is a commit of the Hub"),
+        ({"revision": "abc"}, "--revision selects a commit on the Hub"),
         ({"sites": ("resid_pre",)}, "unknown --site resid_pre: expected one of resid_post, mlp_out, attn_z"),
         ({"max_norm": 1.0}, "--max-norm 1.0 would mask half of the rows"),
         ({"storage_dtype": "float16"}, "unknown --storage-dtype float16"),
         ({"dtype": "float64"}, "unknown dtype 'float64'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
-        ({"layers": (0, 2)}, "has 2 blocks, so layers 0 to 1; there is no layer 2"),
-        ({"model": "gemma-2-mini", "layers": (26,)}, "gemma-2-mini has 26 blocks, so layers 0 to 25; there is no layer 26"),
+        ({"layers": (0, 2)}, "has no layer 2: its 2 blocks are layers 0 to 1"),
+        ({"model": "gemma-2-mini", "layers": (26,)}, "gemma-2-mini has no layer 26: its 26 blocks are layers 0 to 25"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(small: tuple[HarvestConfig, Cache], wrong: dict, sentence: str) -> None:
@@ -512,7 +528,7 @@ def test_harvest_activations_writes_what_the_plan_of_a_config_writes(
     [
         ({"contexts": 32}, "harvest_activations has no option 'contexts'; did you mean context?"),
         ({"origins": {}}, "harvest_activations has no option 'origins'; there are attention, batch_contexts,"),
-        ({"layers": 2}, "there is no layer 2"),
+        ({"layers": 2}, "has no layer 2: its 2 blocks"),
     ],
 )
 def test_harvest_activations_refuses_unknown_options(

@@ -15,7 +15,8 @@ from sae.cache.contexts import Contexts
 from sae.common.errors import DamagedError, UnavailableError
 from sae.harvest import run
 from sae.harvest import tokenize_checkpoint as draft_module
-from sae.harvest.contexts import ContextCutter, Document, ListedDocuments, TextSource, is_held_out, make_contexts
+from sae.harvest.contexts import ContextCutter, is_held_out, make_contexts
+from sae.harvest.documents import Document, ListedDocuments, TextSource
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.run import run_harvest
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
@@ -37,10 +38,10 @@ def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def cut_some(cut_up, tmp_path: Path) -> Callable[..., Contexts]:
     """cut_some(text, pack=...): a thousand rows, with a draft every 150 tokens, in tmp_path / "killed"."""
 
-    def cut_into(text: Any = DOCUMENTS, draft: TokenizeCheckpoint | None = None, **more: Any) -> Contexts:
-        settings = {"held_out": 0.2, "draft_tokens": 150} | more
+    def cut_into(text: Any = DOCUMENTS, checkpoint: TokenizeCheckpoint | None = None, **more: Any) -> Contexts:
+        settings = {"held_out": 0.2, "checkpoint_tokens": 150} | more
         return cut_up(
-            text, 1000, exactly=True, draft=draft or TokenizeCheckpoint(tmp_path / "killed", HERE), **settings
+            text, 1000, exactly=True, checkpoint=checkpoint or TokenizeCheckpoint(tmp_path / "killed", HERE), **settings
         )
 
     return cut_into
@@ -49,7 +50,9 @@ def cut_some(cut_up, tmp_path: Path) -> Callable[..., Contexts]:
 @pytest.fixture
 def whole(cut_some, tmp_path: Path) -> Callable[..., Contexts]:
     """whole(pack=...): the same in one go, without a draft."""
-    return lambda **more: cut_some(draft=TokenizeCheckpoint(tmp_path / "whole", HERE), draft_tokens=10**9, **more)
+    return lambda **more: cut_some(
+        checkpoint=TokenizeCheckpoint(tmp_path / "whole", HERE), checkpoint_tokens=10**9, **more
+    )
 
 
 def breaking_at(number: int, error: BaseException | None = None) -> TextSource:
@@ -86,7 +89,7 @@ def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path,
             cut_some(breaking_at(number), pack=pack)
         left = TokenizeCheckpoint(tmp_path / "killed", HERE)
         gone_on.add(left.state["documents"] if left.state else 0)
-        assert same(cut_some(draft=left, pack=pack), expected)
+        assert same(cut_some(checkpoint=left, pack=pack), expected)
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
     assert len(gone_on) == 8 and all(documents % 5 == 0 for documents in gone_on)  # seven drafts, and none
 
@@ -129,14 +132,14 @@ def test_what_was_cut_is_not_cut_again(cut_some, tmp_path: Path, monkeypatch: py
     )
     cut_some(TextSource("some", {}, ListedDocuments(lambda: map(Document, DOCUMENTS)), told.append), left)
     assert added[0] == 50 and added == list(range(50, 50 + len(added)))
-    assert told == [f"Going on with some after {left_rows(DOCUMENTS[:50])} tokens, which were cut before."]
+    assert told == [f"Continuing some after {left_rows(DOCUMENTS[:50])} tokens, which were tokenized before."]
 
 
 def test_a_network_that_stays_away_keeps_all_that_was_cut(same, cut_some, whole, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="gone"):
-        cut_some(breaking_at(43, UnavailableError("gone")), draft_tokens=10**9)
+        cut_some(breaking_at(43, UnavailableError("gone")), checkpoint_tokens=10**9)
     left = TokenizeCheckpoint(tmp_path / "killed", HERE)
-    assert left.state["documents"] == 40 and same(cut_some(draft=left), whole())
+    assert left.state["documents"] == 40 and same(cut_some(checkpoint=left), whole())
 
 
 def test_skipped_documents_are_counted_once(cut_some, tmp_path: Path) -> None:
@@ -191,19 +194,17 @@ def test_a_damaged_draft_is_cut_anew(
         cut_some(breaking_at(60))
     damage(tmp_path / "killed" / "tokens" / "draft" / file)
     left = TokenizeCheckpoint(tmp_path / "killed", HERE)
-    assert left.state is None and not list(left.parts()) and not left.folder.exists()
-    assert same(cut_some(draft=left), whole())
+    assert left.state is None and not list(left.read_parts()) and not left.folder.exists()
+    assert same(cut_some(checkpoint=left), whole())
 
 
 def test_a_draft_damaged_while_it_is_used_is_a_sentence(cut_some, tmp_path: Path) -> None:
     left = TokenizeCheckpoint(tmp_path / "killed", HERE)
     with pytest.raises(Killed):
         cut_some(breaking_at(60), left)
-    flip(left.file(0))
-    with pytest.raises(
-        DamagedError, match="000000.safetensors is not what was written there. Run the same command again"
-    ):
-        list(left.parts())
+    flip(left.part_file(0))
+    with pytest.raises(DamagedError, match="000000.safetensors is missing or damaged. Run the same command again"):
+        list(left.read_parts())
 
 
 def test_the_draft_of_another_harvest_is_not_used(cut_some, tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_a_harvest_killed_while_it_cuts(
         }
 
     expected = files_of(run_harvest(plan_harvest(request)).folder)
-    monkeypatch.setattr(run, "make_contexts", functools.partial(make_contexts, draft_tokens=100))
+    monkeypatch.setattr(run, "make_contexts", functools.partial(make_contexts, checkpoint_tokens=100))
     killed = replace(request, out=tmp_path / "killed")
     told: list[str] = []
 
@@ -244,7 +245,7 @@ def test_a_harvest_killed_while_it_cuts(
             with pytest.raises(Killed):
                 run_harvest(plan_harvest(killed, told.append))
         assert drafts(killed.out)
-    assert len(told) == 1 and told[0].startswith("Going on with sentences after ")
+    assert len(told) == 1 and told[0].startswith("Continuing sentences after ")
     run_harvest(plan_harvest(killed, told.append))
     assert files_of(killed.out) == expected and not drafts(killed.out) and len(told) == 1
     assert plan_harvest(killed).identity["pack"] and not plan_harvest(replace(killed, pack=False)).identity["pack"]
