@@ -72,8 +72,8 @@ class HarvestConfig:
 class HarvestPlan:
     """What will be read, computed and written, and where: a HarvestConfig with everything in it resolved.
 
-    `describe` returns what `sae harvest` prints before the work (all that `sae harvest --dry-run` prints), `summary` what
-    it prints afterwards.
+    `describe` returns what `sae harvest` prints before the work (all that `sae harvest --dry-run` prints), `summary`
+    what it prints afterwards.
     """
 
     config: HarvestConfig

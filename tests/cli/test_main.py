@@ -111,7 +111,7 @@ def test_tokens_that_are_no_number_are_refused(text):
 
 def test_a_layer_behind_the_last_is_refused():
     sentence = refused(BAD_USAGE, "harvest", "--model", "gemma-2-mini", "--layer", 26)
-    assert sentence == "gemma-2-mini has 26 blocks, so layers 0 to 25; there is no layer 26."
+    assert sentence == "gemma-2-mini has no layer 26: its 26 blocks are layers 0 to 25."
 
 
 def test_gemma_without_access_names_the_licence_and_a_way_on():
@@ -130,8 +130,8 @@ def test_gemma_without_access_names_the_licence_and_a_way_on():
         ("broken.jsonl", b'{"text": "a"}\n{"text"', "cannot be read as json"),
         ("column.jsonl", b'{"content": "a"}\n', "has no column 'text'; its columns are 'content'"),
         ("table.parquet", b"PAR1", "cannot be read as parquet"),
-        ("sheet.xls", b"x", "give files of one kind"),
-        ("short.txt", b"three words only", "ended at .* of 1,000 tokens"),
+        ("sheet.xls", b"x", "expected files of one format"),
+        ("short.txt", b"three words only", "has only .* of the requested 1,000 tokens"),
     ],
 )  # fmt: skip
 def test_text_that_cannot_be_harvested_is_refused(tiny_model, home, name, content, sentence):

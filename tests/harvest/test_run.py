@@ -527,7 +527,7 @@ def test_harvest_activations_writes_what_the_plan_of_a_config_writes(
     ("option", "sentence"),
     [
         ({"contexts": 32}, "harvest_activations has no option 'contexts'; did you mean context?"),
-        ({"origins": {}}, "harvest_activations has no option 'origins'; there are attention, batch_contexts,"),
+        ({"origins": {}}, "harvest_activations has no option 'origins'"),
         ({"layers": 2}, "has no layer 2: its 2 blocks"),
     ],
 )
