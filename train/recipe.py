@@ -38,12 +38,16 @@ class Recipe:
     declared_by: DeclaredBy
     options: Mapping[str, Any]  # the recipe's own options and their defaults
     types: Mapping[str, Any]  # of the recipe's own options
-    summary: str
+    description: str  # its first line is a summary
     paper: str
     equations: str
     width: float
     batch_size: int
     paper_exact: Mapping[str, tuple[Any, str]] | None = None
+
+    @property
+    def summary(self) -> str:
+        return self.description.split("\n")[0]
 
     def option_types(self) -> dict[str, Any]:
         """The type of every option, those of the optimizer included."""
@@ -180,7 +184,7 @@ def recipe(
 
     Args:
         options: The class of its options; by default the annotation of its second argument.
-        summary: One line that describes it; by default the first of the docstring.
+        summary: One line that describes it; by default the docstring.
         unused: Options that have no effect in this recipe, and are not options of it.
         fixed: Values of options that are not options of this recipe. A `ScaledDefault` is another default instead.
     """
@@ -201,7 +205,7 @@ def recipe(
             options_type or build,
             {n: defaults.get(n, declared[n].default) for n in own},
             {n: declared[n].type for n in own},
-            summary or (inspect.getdoc(build) or "").split("\n")[0],
+            summary or (inspect.getdoc(build) or "").partition("\nArgs:\n")[0].strip(),
             paper,
             equations,
             width,

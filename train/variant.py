@@ -52,16 +52,27 @@ class Optimization:
     """How the weights move: AdamW, its rate over the run, and the scale of the input. Options of every recipe."""
 
     lr: float = 3e-4
+    """Learning rate at its peak."""
     beta1: float = 0.9
+    """Adam's decay of the first moment."""
     beta2: float = 0.999
+    """Adam's decay of the second moment."""
     eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled, on W_enc alone: unit rows of W_dec would only be renormalised
-    warmup: int | None = None  # steps; None: 1000, or a tenth of a shorter run
-    decay_start: float = 0.8  # share of the run after which the rate falls linearly to zero
-    clip: float | None = 1.0  # global gradient norm, after the decoder's projection; None: off
-    normalize: Literal["unit_ms", "none"] = "unit_ms"  # divide by sqrt(E|x|^2) from the cache's manifest; or "none"
-    center: bool = False  # also subtract the cache's mean row
-    b_dec_init: Literal["mean", "zero"] = "mean"  # the cache's mean row; or "zero"
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on W_enc alone: unit rows of W_dec would only be renormalised."""
+    warmup: int | None = None
+    """Steps over which the learning rate rises from zero. None: 1000, or a tenth of a shorter run."""
+    decay_start: float = 0.8
+    """Share of the run after which the learning rate falls linearly to zero."""
+    clip: float | None = 1.0
+    """Limit of the global gradient norm, after the decoder's projection. None: off."""
+    normalize: Literal["unit_ms", "none"] = "unit_ms"
+    """unit_ms: divide the input by sqrt(E|x|^2), from the cache's manifest. none: raw input."""
+    center: bool = False
+    """Also subtract the cache's mean row from the input."""
+    b_dec_init: Literal["mean", "zero"] = "mean"
+    """Initial b_dec: the cache's mean row, or zero."""
 
     def warmup_steps(self, steps: int) -> int:
         return min(1000, steps // 10) if self.warmup is None else self.warmup

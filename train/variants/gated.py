@@ -1,8 +1,9 @@
 """Gated SAE (Rajamanoharan et al. 2024a): a gate and a magnitude, which share W_enc.
 
-    z    = (x - b_dec) W_enc
-    f    = 1[z + b_gate > 0] ReLU(exp(r_mag) z + b_mag)
-    L    = |x - x_hat(f)|^2 + l1 |f_gate|_1 + |x - (f_gate sg(W_dec) + sg(b_dec))|^2,     f_gate = ReLU(z + b_gate)
+    z      = (x - b_dec) W_enc
+    f      = 1[z + b_gate > 0] ReLU(exp(r_mag) z + b_mag)
+    f_gate = ReLU(z + b_gate)
+    L      = |x - x_hat(f)|^2 + l1 |f_gate|_1 + |x - (f_gate sg(W_dec) + sg(b_dec))|^2
 
 The step function in f has no gradient: the gate learns from the last two terms alone. sg stops the gradient.
 """

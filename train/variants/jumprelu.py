@@ -237,8 +237,8 @@ def jumprelu(
 ) -> Variant:
     """Learned thresholds under a penalty that holds L0 at `l0`.
 
-    The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step. At the default rate a run of a thousand steps ends far above
-    `l0`; with `--l0` thresholds alone move faster, and it arrives.
+    The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step. At the default rate a run of a
+    thousand steps ends far above `l0`; with `--l0` thresholds alone move faster, and it arrives.
 
     Args:
         l0: Target of the number of latents per token.
@@ -283,8 +283,9 @@ def jumprelu_tanh(
 ) -> Variant:
     """Learned thresholds under a tanh penalty, with free decoder rows.
 
-    Rows are scaled to unit norm when the SAE is saved. Options are in the paper's units, inputs with E|x| = sqrt(d_in). With E|x|^2 = 1 the same objective, divided by
-    d_in, has penalty/d_in, c sqrt(d_in), and reach, bandwidth and threshold over sqrt(d_in).
+    Rows are scaled to unit norm when the SAE is saved. Options are in the paper's units, inputs with E|x| = sqrt(d_in).
+    With E|x|^2 = 1 the same objective, divided by d_in, has penalty/d_in, c sqrt(d_in), and reach, bandwidth and
+    threshold over sqrt(d_in).
 
     Paper: prints dJumpReLU/dx without `ste_to_input`, and writes that the estimator's gradient reaches all parameters;
     SAELens has it.
