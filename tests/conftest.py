@@ -1,19 +1,23 @@
-"""What the tests share: a random two-block Gemma 2 with the embedded tokenizer, a cache of it, and a home of their own."""
+"""Shared fixtures: a random two-block Gemma 2 with the embedded tokenizer, a text, a cache of both, and SAE_HOME."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+if TYPE_CHECKING:
+    from sae.cache.reader import Cache
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """activations/ and runs/ of each test are its own."""
+    """A folder of its own for each test, as SAE_HOME (for activations/ and runs/) and as working directory."""
     monkeypatch.setenv("SAE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -21,7 +25,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Products as small as in some modules are faster on one."""
+    """One thread for torch: faster for the small matrix products of some test modules."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +46,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)
-    for name, parameter in model.named_parameters():  # HF's init is so small that blocks change next to nothing
+    for name, parameter in model.named_parameters():  # with transformers' default init the blocks change almost nothing
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else 0.2)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -52,13 +56,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JSONL file of 120 short documents of ordinary words, the same every time."""
+    """A JSONL file of 120 short documents of random words, always the same."""
     import json
     import random
 
-    words = (
-        "the quick brown fox jumps over a lazy dog while seven zebras quietly read their yellow books in june".split()
-    )
+    text = "the quick brown fox jumps over a lazy dog while seven zebras quietly read their yellow books in june"
+    words = text.split()
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "sentences.jsonl"
     lines = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randrange(20, 200)))}) for _ in range(120)]
@@ -67,14 +70,14 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_cache(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Layers 0 and 1 of the tiny model on the sentences: 8,000 rows in four windows of 2,048. Read it; never write."""
+def tiny_cache(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> "Cache":
+    """A cache of layers 0 and 1 of `tiny_model` on `sentences`, 8,000 rows in four windows of 2,048. Do not modify."""
     from sae.harvest.plan import HarvestConfig, plan_harvest
     from sae.harvest.run import run_harvest
 
     out = tmp_path_factory.mktemp("activations") / "tiny"
-    request = HarvestConfig(
+    config = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=8000, context=32, window=2048,
         held_out=0.1, device="cpu", out=out,
     )  # fmt: skip
-    return run_harvest(plan_harvest(request))
+    return run_harvest(plan_harvest(config))

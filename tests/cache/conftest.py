@@ -1,10 +1,12 @@
-"""A cache written from rows that a test chose, without a model."""
+"""Caches that are written directly from chosen rows, without a model."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sae.cache.contexts import Contexts
 from sae.cache.layout import FORMAT, Hook, Layout
@@ -12,71 +14,105 @@ from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows
 
 IDENTITY = {"format": FORMAT, "model": {"name": "none", "revision": "0"}, "data": {"name": "counted"}}
+OUTLIERS = [3, 4, 5, 47, 199]
 
 
-def finite_bits(rows: int, d_in: int, seed: int = 0) -> np.ndarray:
-    """(rows, d_in) uint16: bfloat16 numbers of every exponent under 2^64, both zeros among them."""
+def _finite_bits(rows: int, d_in: int, seed: int = 0) -> np.ndarray:
     bits = np.random.default_rng(seed).integers(0, 0x5F80, (rows, d_in), np.uint16)
     bits |= np.random.default_rng(seed + 1).integers(0, 2, bits.shape, np.uint16) << 15
     bits[0, :2] = 0x0000, 0x8000
     return bits
 
 
-def begin(
-    folder: Path, bits: dict[int, np.ndarray], window: int, *, compress: bool = False, **identity: object
+def _make_writer(
+    folder: Path, bits: dict[int, np.ndarray], window_rows: int, *, compress: bool = False, **identity: object
 ) -> CacheWriter:
-    """A writer of these rows, of which nothing is written yet: row r is position 1 + r % 7 of context r // 7."""
     rows = len(next(iter(bits.values())))
     n = -(-rows // 7)
     if not (folder / "zarr.json").exists():
-        Contexts(
-            np.arange(n * 8, dtype=np.uint32).reshape(n, 8), np.full(n, 8, np.uint16), np.arange(n, dtype=np.uint32),
-            np.zeros(n, bool),
-        ).write(folder)  # fmt: skip
-    widths = {Hook(layer).array: block.shape[1] for layer, block in bits.items()}
-    return CacheWriter(folder, {**IDENTITY, **identity}, Layout(rows, window, compress=compress), widths)
+        ids = np.arange(n * 8, dtype=np.uint32).reshape(n, 8)
+        document = np.arange(n, dtype=np.uint32)
+        Contexts(ids, np.full(n, 8, np.uint16), document, np.zeros(n, bool)).write(folder)
+    widths = {Hook(layer).array: layer_bits.shape[1] for layer, layer_bits in bits.items()}
+    return CacheWriter(folder, {**IDENTITY, **identity}, Layout(rows, window_rows, compress=compress), widths)
 
 
-def write_windows(writer: CacheWriter, bits: dict[int, np.ndarray], windows: list[int]) -> None:
+def _write_windows(writer: CacheWriter, bits: dict[int, np.ndarray], windows: list[int]) -> None:
     for window in windows:
-        at = writer.layout.row_range(window)
-        row = np.arange(at.start, at.stop)
-        block = {Hook(layer).array: rows[at.start : at.stop] for layer, rows in bits.items()}
-        writer.write_window(
-            window, WindowRows(block, (row // 7).astype(np.uint32), (1 + row % 7).astype(np.uint16)), {}
-        )
+        rows = writer.layout.row_range(window)
+        row = np.arange(rows.start, rows.stop)
+        block = {Hook(layer).array: layer_bits[rows.start : rows.stop] for layer, layer_bits in bits.items()}
+        origins = (row // 7).astype(np.uint32), (1 + row % 7).astype(np.uint16)
+        writer.write_window(window, WindowRows(block, *origins), {})
 
 
-def write_whole(folder: Path, bits: dict[int, np.ndarray], window: int = 16) -> Cache:
-    writer = begin(folder, bits, window)
-    write_windows(writer, bits, list(writer.missing_windows()))
+def _write_cache(folder: Path, bits: dict[int, np.ndarray], window_rows: int = 16) -> Cache:
+    writer = _make_writer(folder, bits, window_rows)
+    _write_windows(writer, bits, list(writer.missing_windows()))
     writer.finish()
     return Cache(folder)
 
 
 @pytest.fixture
+def finite_bits() -> Callable[..., np.ndarray]:
+    """finite_bits(rows, d_in, seed) -> uint16 bits of bfloat16 numbers, all exponents below 2^64, with both zeros."""
+    return _finite_bits
+
+
+@pytest.fixture
+def make_writer() -> Callable[..., CacheWriter]:
+    """make_writer(folder, {layer: bits}, window_rows) -> a writer with the contexts written, and no window.
+
+    Row r is position 1 + r % 7 of context r // 7.
+    """
+    return _make_writer
+
+
+@pytest.fixture
+def write_windows() -> Callable[..., None]:
+    """write_windows(writer, {layer: bits}, windows) writes and commits these windows."""
+    return _write_windows
+
+
+@pytest.fixture
 def write_cache(tmp_path: Path) -> Callable[..., Cache]:
-    """write_cache({layer: bits}, window=16) -> the whole cache of them."""
-    return lambda bits, window=16, name="cache": write_whole(tmp_path / name, bits, window)
+    """write_cache({layer: bits}, window_rows=16, name="cache") -> a complete cache."""
+    return lambda bits, window_rows=16, name="cache": _write_cache(tmp_path / name, bits, window_rows)
 
 
 @pytest.fixture(scope="session")
-def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers 5 and 12, 40 rows of 8: with windows of 16, three windows of one chunk, the last of 8 rows."""
-    bits = {layer: finite_bits(40, 8, seed=layer) for layer in (5, 12)}
-    return write_whole(tmp_path_factory.mktemp("whole") / "cache", bits).folder
+def two_layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache to copy: layers 5 and 12, 40 rows of 8, in three windows of one chunk with 16, 16 and 8 rows."""
+    bits = {layer: _finite_bits(40, 8, seed=layer) for layer in (5, 12)}
+    return _write_cache(tmp_path_factory.mktemp("two-layers") / "cache", bits).folder
 
 
 @pytest.fixture
-def bits_of() -> Callable[..., np.ndarray]:
-    return finite_bits
+def cache(two_layer_folder: Path, tmp_path: Path) -> Cache:
+    """A copy of `two_layer_folder` that a test may damage."""
+    return Cache(shutil.copytree(two_layer_folder, tmp_path / "cache"))
 
 
 @pytest.fixture
-def begin_cache() -> Callable[..., CacheWriter]:
-    return begin
+def outliers() -> list[int]:
+    """The outlier rows of `rows_with_outliers`."""
+    return OUTLIERS
 
 
 @pytest.fixture
-def write_some() -> Callable[..., None]:
-    return write_windows
+def rows_with_outliers() -> torch.Tensor:
+    """(200, 8) bfloat16 with norms of about 3; the five outliers are a hundred times as long."""
+    rows = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    rows[OUTLIERS] *= 100
+    return rows.bfloat16()
+
+
+@pytest.fixture(params=[False, True], ids=["raw", "compressed"])
+def outlier_cache(request: pytest.FixtureRequest, tmp_path: Path, rows_with_outliers: torch.Tensor) -> Cache:
+    """`rows_with_outliers` as layers 5 and 12, in windows of 16 rows, with max_norm 10."""
+    layer_bits = rows_with_outliers.view(torch.int16).numpy().view(np.uint16)
+    bits = {5: layer_bits, 12: layer_bits}
+    writer = _make_writer(tmp_path / "outliers", bits, 16, compress=request.param)
+    _write_windows(writer, bits, list(writer.missing_windows()))
+    writer.finish(max_norm=10)
+    return Cache(tmp_path / "outliers")

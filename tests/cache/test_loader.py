@@ -1,4 +1,4 @@
-"""Batches: a pure function of the number, whoever reads them and however slowly."""
+"""Batches depend only on their number, whoever reads them and however slowly."""
 
 import threading
 import time
@@ -9,16 +9,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sae.cache.loader import ALIGN, BatchLoader, BatchOrder, lane_count
+from sae.cache.loader import ALIGN, BatchLoader, BatchOrder, ResidentLoader, lane_count, open_loader
+from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, UsageError
 
 D = 8
 
+# BatchOrder: from a batch number to rows.
 
-def rows_of(plan: BatchOrder, batch: int) -> np.ndarray:
-    """The numbers of a batch's rows in the cache, counted from its first chunk."""
-    first = np.concatenate([[0], np.cumsum(plan.chunk_rows)])
-    return np.concatenate([np.arange(p.start, p.start + p.rows) + first[p.chunk] for p in plan.spans(batch)])
+
+def rows_of_batch(order: BatchOrder, batch: int) -> np.ndarray:
+    """The rows of a batch, counted over the whole cache."""
+    first = np.concatenate([[0], np.cumsum(order.chunk_rows)])
+    return np.concatenate([np.arange(p.start, p.start + p.rows) + first[p.chunk] for p in order.spans(batch)])
 
 
 chunk_lists = st.lists(st.integers(1, 300), min_size=1, max_size=12)
@@ -28,18 +31,18 @@ chunk_lists = st.lists(st.integers(1, 300), min_size=1, max_size=12)
 @given(chunk_lists, st.integers(1, 97), st.integers(0, 2**32), st.integers(0, 3))
 def test_each_row_at_most_once_an_epoch(chunks: list[int], batch_size: int, seed: int, epoch: int) -> None:
     assume(sum(chunks) >= batch_size)
-    plan = BatchOrder(chunks, batch_size, seed)
-    start = epoch * plan.batches_per_epoch
-    batches = [rows_of(plan, start + n) for n in range(plan.batches_per_epoch)]
+    order = BatchOrder(chunks, batch_size, seed)
+    start = epoch * order.batches_per_epoch
+    batches = [rows_of_batch(order, start + n) for n in range(order.batches_per_epoch)]
     assert all(len(batch) == batch_size for batch in batches)
     seen = np.concatenate(batches)
     assert len(np.unique(seen)) == len(seen) and seen.max() < sum(chunks)
-    assert sum(chunks) - len(seen) < batch_size + ALIGN * plan.lanes
+    assert sum(chunks) - len(seen) < batch_size + ALIGN * order.lanes
 
 
 @settings(max_examples=50, deadline=None)
 @given(chunk_lists, st.integers(1, 97), st.integers(0, 500))
-def test_a_fresh_plan_gives_the_same_pieces(chunks: list[int], batch_size: int, batch: int) -> None:
+def test_spans_do_not_depend_on_earlier_calls(chunks: list[int], batch_size: int, batch: int) -> None:
     assume(sum(chunks) >= batch_size)
     used = BatchOrder(chunks, batch_size, seed=3)
     for earlier in range(0, batch, 50):
@@ -48,16 +51,16 @@ def test_a_fresh_plan_gives_the_same_pieces(chunks: list[int], batch_size: int, 
 
 
 def test_epochs_and_seeds_differ() -> None:
-    plan, other = BatchOrder([64] * 32, 64, seed=0), BatchOrder([64] * 32, 64, seed=1)
-    first, second = rows_of(plan, 0), rows_of(plan, plan.batches_per_epoch)
-    assert not np.array_equal(first, second) and not np.array_equal(first, rows_of(other, 0))
+    order, other = BatchOrder([64] * 32, 64, seed=0), BatchOrder([64] * 32, 64, seed=1)
+    first, second = rows_of_batch(order, 0), rows_of_batch(order, order.batches_per_epoch)
+    assert not np.array_equal(first, second) and not np.array_equal(first, rows_of_batch(other, 0))
 
 
-def test_pieces_lie_inside_their_chunks() -> None:
-    plan = BatchOrder([100, 7, 300, 1, 92], 50, seed=5)
-    for batch in range(3 * plan.batches_per_epoch):
-        for piece in plan.spans(batch):
-            assert piece.rows > 0 and piece.start + piece.rows <= plan.chunk_rows[piece.chunk]
+def test_spans_lie_inside_their_chunks() -> None:
+    order = BatchOrder([100, 7, 300, 1, 92], 50, seed=5)
+    for batch in range(3 * order.batches_per_epoch):
+        for span in order.spans(batch):
+            assert span.rows > 0 and span.start + span.rows <= order.chunk_rows[span.chunk]
 
 
 @pytest.mark.parametrize(("batch_size", "lanes"), [(4096, 32), (48, 24), (31, 31), (37, 1), (1, 1), (1000, 25)])
@@ -65,51 +68,54 @@ def test_lanes_are_the_largest_divisor_up_to_32(batch_size: int, lanes: int) -> 
     assert lane_count(batch_size) == lanes
 
 
-def test_a_cache_smaller_than_a_batch_is_refused() -> None:
+def test_a_cache_smaller_than_a_batch_raises() -> None:
     BatchOrder([50, 49], 99, 0)
-    with pytest.raises(UsageError, match="99 rows, fewer than one batch of 100. Harvest more tokens") as refused:
+    with pytest.raises(UsageError, match="99 rows, fewer than one batch of 100. Harvest more tokens") as raised:
         BatchOrder([50, 49], 100, 0)
-    assert refused.value.exit_code == 2
+    assert raised.value.exit_code == 2
 
 
-def test_mixing_is_that_of_the_formula() -> None:
-    """P = B L (1/(lanes W) + 1/T): a row's expected number of others of its own context in its batch."""
+def test_mixing_follows_the_formula() -> None:
+    """B L (1/(lanes W) + 1/T) is the expected number of other rows of the same context, per row of a batch."""
     T, W, L, B, chunk = 262_144, 8192, 64, 1024, 256
     rng = np.random.default_rng(0)
     context = np.concatenate([w * W // L + rng.permutation(W) // L for w in range(T // W)])
-    plan = BatchOrder([chunk] * (T // chunk), B, seed=0)
+    order = BatchOrder([chunk] * (T // chunk), B, seed=0)
     partners = 0
-    for batch in range(plan.batches_per_epoch):
-        _, counts = np.unique(context[rows_of(plan, batch)], return_counts=True)
+    for batch in range(order.batches_per_epoch):
+        _, counts = np.unique(context[rows_of_batch(order, batch)], return_counts=True)
         partners += (counts * (counts - 1)).sum() / B
-    assert partners / plan.batches_per_epoch == pytest.approx(B * L * (1 / (plan.lanes * W) + 1 / T), rel=0.1)
+    assert partners / order.batches_per_epoch == pytest.approx(B * L * (1 / (order.lanes * W) + 1 / T), rel=0.1)
+
+
+# BatchLoader.
 
 
 @pytest.fixture
-def cache(write_cache, bits_of):
-    """1,003 rows in windows and chunks of 128, the last of 107."""
-    return write_cache({5: bits_of(1003, D)}, window=128)
+def cache(write_cache, finite_bits):
+    """1,003 rows in windows and chunks of 128 rows; the last has 107."""
+    return write_cache({5: finite_bits(1003, D)}, window_rows=128)
 
 
-def take(batches: BatchLoader, count: int) -> list[torch.Tensor]:
+def take_batches(batches: BatchLoader, count: int) -> list[torch.Tensor]:
     return [next(batches).view(torch.int16).clone() for _ in range(count)]
 
 
-def test_batches_are_the_plan_applied_to_the_whole_array(cache, bits_of) -> None:
-    rows, plan = bits_of(1003, D), BatchOrder(cache.chunk_rows, 60, seed=9)
+def test_batches_are_the_rows_of_the_order(cache, finite_bits) -> None:
+    rows, order = finite_bits(1003, D), BatchOrder(cache.chunk_rows, 60, seed=9)
     with BatchLoader(cache, "layer_05", 60, seed=9) as batches:
-        for number in range(2 * plan.batches_per_epoch + 1):
+        for number in range(2 * order.batches_per_epoch + 1):
             read = next(batches)
             assert read.dtype == torch.bfloat16
-            assert np.array_equal(read.view(torch.int16).numpy().view(np.uint16), rows[rows_of(plan, number)])
+            assert np.array_equal(read.view(torch.int16).numpy().view(np.uint16), rows[rows_of_batch(order, number)])
 
 
 @pytest.mark.parametrize("start", [1, 7, 16, 40])
-def test_starting_at_a_batch_is_having_come_there(cache, start: int) -> None:
+def test_starting_at_a_batch_equals_iterating_to_it(cache, start: int) -> None:
     with BatchLoader(cache, "layer_05", 60) as batches:
-        expected = take(batches, start + 3)[start:]
+        expected = take_batches(batches, start + 3)[start:]
     with BatchLoader(cache, "layer_05", 60, batch=start) as batches:
-        assert all(map(torch.equal, take(batches, 3), expected)) and batches.batch == start + 3
+        assert all(map(torch.equal, take_batches(batches, 3), expected)) and batches.batch == start + 3
 
 
 @pytest.mark.parametrize(("threads", "depth"), [(1, 1), (1, 4), (3, 2), (4, 7)])
@@ -118,48 +124,48 @@ def test_threads_and_depth_change_nothing(cache, threads: int, depth: int) -> No
         BatchLoader(cache, "layer_05", 60) as batches,
         BatchLoader(cache, "layer_05", 60, threads=threads, depth=depth) as others,
     ):
-        assert all(map(torch.equal, take(others, 40), take(batches, 40)))
+        assert all(map(torch.equal, take_batches(others, 40), take_batches(batches, 40)))
 
 
-def test_a_slow_consumer_sees_no_batch_change_under_it(cache) -> None:
+def test_a_batch_does_not_change_while_the_consumer_is_slow(cache) -> None:
     with BatchLoader(cache, "layer_05", 60) as batches:
-        expected = take(batches, 8)
+        expected = take_batches(batches, 8)
     with BatchLoader(cache, "layer_05", 60, depth=2) as batches:
         for wanted in expected:
             read = next(batches)
-            time.sleep(0.02)  # readers run ahead as far as they may
+            time.sleep(0.02)  # the reading threads get as far ahead as they can
             assert torch.equal(read.view(torch.int16), wanted)
 
 
-def test_a_reader_s_error_comes_at_its_own_batch(cache) -> None:
-    plan = BatchOrder(cache.chunk_rows, 3, 0)  # three lanes come to some chunks late
-    touched = [{p.chunk for p in plan.spans(n)} for n in range(plan.batches_per_epoch)]
+def test_a_reading_error_is_raised_at_its_own_batch(cache) -> None:
+    order = BatchOrder(cache.chunk_rows, 3, 0)  # with three lanes some chunks are read late
+    touched = [{p.chunk for p in order.spans(n)} for n in range(order.batches_per_epoch)]
     last = max(range(8), key=lambda chunk: next(n for n, chunks in enumerate(touched) if chunk in chunks))
     number = next(n for n, chunks in enumerate(touched) if last in chunks)
     assert number > 0
     (cache.folder / f"layer_05/c.{last}.0").unlink()
     with BatchLoader(cache, "layer_05", 3, threads=3) as batches:
-        take(batches, number)
-        for _ in range(2):  # and stays
+        take_batches(batches, number)
+        for _ in range(2):  # the error persists
             with pytest.raises(DamagedError, match=rf"c\.{last}\.0 is listed in the cache but missing"):
                 next(batches)
 
 
-def test_threads_that_come_to_a_chunk_together_check_it_once(cache, monkeypatch) -> None:
+def test_threads_that_open_a_chunk_together_verify_it_once(cache, monkeypatch) -> None:
     checked = []
 
     def check(folder, array, chunk, record) -> None:
-        time.sleep(0.01)  # the others arrive
+        time.sleep(0.01)  # the other threads reach the same chunk
         checked.append(chunk)
 
     monkeypatch.setattr("sae.cache.reader.check_chunk", check)
     with BatchLoader(cache, "layer_05", 60, threads=4) as batches:
-        take(batches, batches.order.batches_per_epoch)
+        take_batches(batches, batches.order.batches_per_epoch)
     assert sorted(checked) == list(range(len(cache.chunk_rows)))
 
 
-def test_a_failure_of_the_order_reaches_the_caller(cache, monkeypatch) -> None:
-    """Whatever a reading thread meets: a thread that died of it would be waited for without end."""
+def test_any_error_of_a_reading_thread_reaches_the_caller(cache, monkeypatch) -> None:
+    """If an error only ended its thread, the caller would wait for ever."""
 
     def shuffle(*_: object) -> None:
         raise MemoryError("no room for an order")
@@ -168,30 +174,23 @@ def test_a_failure_of_the_order_reaches_the_caller(cache, monkeypatch) -> None:
     monkeypatch.setattr(batches.order, "_shuffle", shuffle)
     reader = threading.Thread(target=batches._read, daemon=True)
     reader.start()
-    waited = threading.Thread(target=lambda: pytest.raises(MemoryError, next, batches), daemon=True)
-    waited.start()
-    waited.join(10)
-    stuck = waited.is_alive()
+    waiting = threading.Thread(target=lambda: pytest.raises(MemoryError, next, batches), daemon=True)
+    waiting.start()
+    waiting.join(10)
+    stuck = waiting.is_alive()
     batches.close()
     assert not stuck
 
 
-@pytest.mark.parametrize("taken", [0, 1, 5])
-def test_closing_early_ends_the_threads(cache, taken: int) -> None:
+@pytest.mark.parametrize("n_batches", [0, 1, 5])
+def test_closing_early_ends_the_threads(cache, n_batches: int) -> None:
     before = threading.active_count()
     batches = BatchLoader(cache, "layer_05", 60, threads=3, depth=2)
-    take(batches, taken)
+    take_batches(batches, n_batches)
     batches.close()
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(batches)
-
-
-def test_a_layer_that_is_not_there_is_named(cache) -> None:
-    with pytest.raises(UsageError, match=r"holds layer 5, not layer 12. Add it with `sae harvest --layer 12`"):
-        cache.require_array(12)
-    with pytest.raises(UsageError, match=r"not mlp_out of layer 5. Add it with `sae harvest --layer 5 --site mlp_out`"):
-        cache.require_array(5, "mlp_out")
 
 
 @pytest.mark.gpu
@@ -200,3 +199,62 @@ def test_a_gpu_gets_the_same_batches(cache) -> None:
     with BatchLoader(cache, "layer_05", 60) as on_cpu, BatchLoader(cache, "layer_05", 60, device="cuda") as on_gpu:
         for _ in range(40):
             assert torch.equal(next(on_gpu).cpu().view(torch.int16), next(on_cpu).view(torch.int16))
+
+
+# Outlier rows, in both loaders.
+
+
+@pytest.mark.parametrize("loader", [BatchLoader, ResidentLoader])
+def test_outliers_are_replaced_by_the_next_row_of_the_batch(
+    outlier_cache: Cache, rows_with_outliers: torch.Tensor, outliers: list[int], loader
+) -> None:
+    first, order = np.cumsum([0, *outlier_cache.chunk_rows]), BatchOrder(outlier_cache.chunk_rows, 40, seed=1)
+    seen = 0
+    with loader(outlier_cache, "layer_05", 40, seed=1) as batches:
+        for number in range(3 * order.batches_per_epoch):
+            planned = np.concatenate(
+                [first[p.chunk] + np.arange(p.start, p.start + p.rows) for p in order.spans(number)]
+            )
+            expected = []
+            for at, row in enumerate(planned):
+                seen += row in outliers
+                while row in outliers:
+                    at = (at + 1) % len(planned)
+                    row = planned[at]
+                expected.append(row)
+            assert torch.equal(next(batches).view(torch.int16), rows_with_outliers[expected].view(torch.int16))
+    assert seen >= 10  # outliers occurred
+
+
+def test_a_batch_of_outliers_only_raises(outlier_cache: Cache) -> None:
+    with BatchLoader(outlier_cache, "layer_05", 1) as batches:
+        with pytest.raises(UsageError, match="only rows over --max-norm. Harvest again with a larger --max-norm"):
+            for _ in range(outlier_cache.rows):
+                next(batches)
+
+
+# Compressed and resident arrays.
+
+
+def test_a_compressed_cache_gives_the_same_batches(tmp_path, rows_with_outliers, make_writer, write_windows) -> None:
+    read = []
+    for compress in (False, True):
+        bits = {5: rows_with_outliers.view(torch.int16).numpy().view(np.uint16)}
+        writer = make_writer(tmp_path / str(compress), bits, 64, compress=compress)
+        write_windows(writer, bits, list(writer.missing_windows()))
+        writer.finish()
+        cache = Cache(tmp_path / str(compress))
+        assert np.array_equal(np.concatenate([cache.read_chunk("layer_05", n) for n in range(4)]), bits[5])
+        with open_loader(cache, "layer_05", 24, seed=3, batch=2, device="cpu") as batches:
+            read.append([next(batches).clone() for _ in range(20)])
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(*read, strict=True))
+
+
+def test_the_resident_loader_gives_the_same_batches(outlier_cache: Cache) -> None:
+    with (
+        BatchLoader(outlier_cache, "layer_12", 24, seed=2, batch=5) as batches,
+        ResidentLoader(outlier_cache, "layer_12", 24, seed=2, batch=5) as resident,
+    ):
+        for _ in range(25):
+            assert torch.equal(next(batches).view(torch.int16), next(resident).view(torch.int16))
+        assert batches.batch == resident.batch == 30

@@ -55,7 +55,7 @@ def test_export_then_import(run, tmp_path):
             ("--to", "gemma-scope"),
             "gemma-scope cannot store a topk SAE, only jumprelu; dictionary-learning, saelens, sparsify can",
         ),
-        (("--to", "onnx"), "--to onnx is not a known format; there are"),
+        (("--to", "onnx"), "--to onnx is not a known format; available:"),
         (("--to", "hub"), "--to hub needs --repo owner/name"),
         (("--to", "hub", "--repo", "me/mine"), "No terminal to ask for confirmation; nothing was uploaded"),
         (("--to", "saelens", "--yes"), "--repo, --private and --yes need --to hub"),

@@ -1,11 +1,11 @@
-"""What a run was made with: which source, which versions, and never a token."""
+"""The environment record: the source revision, versions, and never an access token."""
 
 import base64
 import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common import environment as module
-from sae.common.environment import environment_record, source_revision
+from sae.common.environment import describe_environment, environment_record, source_revision
 
 TOKEN = "hf_thisIsASecretThatNobodyMaySee"
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of two files, with a test and an environment that are not of it."""
+    """A package of two files, beside a test and a virtual environment that do not belong to it."""
     for name in ("__init__.py", "train/loop.py", "tests/test_it.py", ".venv/lib/other.py"):
         (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "package" / name).write_text(f"# {name}\n")
@@ -32,7 +32,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     source_revision.cache_clear()
 
 
-def again() -> dict:
+def fresh_revision() -> dict:
     source_revision.cache_clear()
     return source_revision()
 
@@ -44,19 +44,19 @@ def commit(folder: Path) -> str:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_the_source_is_the_commit_of_the_package_and_whether_it_was_changed(package: Path) -> None:
-    """Not of the working directory, which may be a repository too."""
-    revision, first = commit(package), again()
+def test_the_revision_is_the_commit_of_the_package_and_whether_it_changed(package: Path) -> None:
+    """And not that of the working directory, which may be another repository."""
+    revision, first = commit(package), fresh_revision()
     assert first == {"commit": revision, "changed": False, "sha256": first["sha256"]}
     (package / "tests/test_it.py").write_text("# another\n")
-    assert again() == first
+    assert fresh_revision() == first
     (package / "train/new.py").write_text("# a new recipe\n")
-    assert again()["changed"] is True and again()["sha256"] != first["sha256"]
+    assert fresh_revision()["changed"] is True and fresh_revision()["sha256"] != first["sha256"]
     (package / "train/new.py").unlink()
     (package / "train/loop.py").write_text("# another\n")
-    assert again()["changed"] is True and again()["commit"] == revision
+    assert fresh_revision()["changed"] is True and fresh_revision()["commit"] == revision
     (package / "train/loop.py").unlink()
-    assert again()["changed"] is True
+    assert fresh_revision()["changed"] is True
 
 
 def recorded(package: Path, name: str) -> SimpleNamespace:
@@ -64,38 +64,36 @@ def recorded(package: Path, name: str) -> SimpleNamespace:
     return SimpleNamespace(locate=lambda: package / name, hash=SimpleNamespace(value=value), suffix=".py")
 
 
-def test_of_a_wheel_the_files_are_compared_with_what_was_installed(
-    package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_installed_package_is_compared_with_its_wheel(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = [recorded(package, name) for name in ("__init__.py", "train/loop.py")]
     monkeypatch.setattr(module.metadata, "files", lambda name: installed)
-    assert (again()["commit"], again()["changed"]) == (None, False)
+    assert (fresh_revision()["commit"], fresh_revision()["changed"]) == (None, False)
     (package / "train/loop.py").write_text("# another\n")
-    assert again()["changed"] is True
-    installed.clear()  # nothing can tell
-    assert again()["changed"] is None
+    assert fresh_revision()["changed"] is True
+    installed.clear()  # not installed from a wheel
+    assert fresh_revision()["changed"] is None
 
 
 def test_versions_are_recorded_and_tokens_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, TOKEN if name != "OMP_NUM_THREADS" else "1")
-    found = environment_record()
-    assert found["versions"]["torch"] == version("torch") and found["variables"]["OMP_NUM_THREADS"] == "1"
-    assert TOKEN not in json.dumps(found)
+    record = environment_record()
+    assert record["versions"]["torch"] == version("torch") and record["variables"]["OMP_NUM_THREADS"] == "1"
+    assert TOKEN not in json.dumps(record)
 
 
-def test_nothing_on_the_disk_or_the_screen_has_a_token(
+def test_no_file_and_no_output_contains_a_token(
     tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     out = home / "cache"
     commands = [
-        ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 0, "--tokens", 600, "--context", 32, "--out", out],
-        ["train", "--variant", "relu", "--layer", 0, "--cache", out, "--steps", 2, "--batch-size", 64],
-        ["env"],
-    ]  # fmt: skip
-    for words in commands:
-        result = CliRunner().invoke(app, [str(word) for word in words])
+        f"harvest --model {tiny_model} --dataset {sentences} --layer 0 --tokens 600 --context 32 --out {out}",
+        f"train --variant relu --layer 0 --cache {out} --steps 2 --batch-size 64",
+        "env",
+    ]
+    for command in commands:
+        result = CliRunner().invoke(app, command.split())
         assert result.exit_code == 0, result.output
         assert TOKEN not in result.output
     assert "hub       logged in, files in" in result.stdout and version("torch") in result.stdout
@@ -108,9 +106,6 @@ def test_nothing_on_the_disk_or_the_screen_has_a_token(
     assert made_with["source"] == source_revision() and made_with["torch"] == version("torch")
 
 
-def test_the_report_says_when_nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-
-    get: Callable[[], None] = lambda: None  # noqa: E731
-    monkeypatch.setattr(huggingface_hub, "get_token", get)
-    assert "hub       not logged in" in CliRunner().invoke(app, ["env"]).stdout
+def test_the_report_says_if_the_hub_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert any(line.startswith("hub       not logged in") for line in describe_environment())

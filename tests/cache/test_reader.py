@@ -1,0 +1,147 @@
+"""Reading a cache: it returns what was written, and damage raises instead of reading as zeros."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from sae.cache.reader import Cache, open_cache
+from sae.common.errors import DamagedError, UsageError
+from sae.common.files import read_json
+
+D = 8
+ROWS = 40
+
+
+def test_a_cache_holds_the_rows_that_were_written(cache: Cache, finite_bits) -> None:
+    for layer in (5, 12):
+        chunks = [cache.read_chunk(f"layer_{layer:02d}", n) for n in range(3)]
+        assert [len(chunk) for chunk in chunks] == cache.chunk_rows == [16, 16, 8]
+        assert np.array_equal(np.concatenate(chunks), finite_bits(ROWS, D, layer))
+    assert cache.layers == [5, 12] and cache.rows == ROWS and cache.model == "none"
+    assert len(list(cache.verify())) == len(cache.manifest["files"]) == 4 + 3 * (2 + 2 * 3)
+
+
+def test_a_mapped_chunk_is_read_only(cache: Cache) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        cache.read_chunk("layer_05", 0)[0, 0] = 1
+
+
+def test_the_array_digest_depends_on_the_bytes_of_one_layer(write_cache, finite_bits) -> None:
+    five, twelve = finite_bits(ROWS, D, 5), finite_bits(ROWS, D, 12)
+    changed = five.copy()
+    changed[-1, -1] ^= 1
+    both = write_cache({5: five, 12: twelve})
+    alone, other = write_cache({5: five}, name="b"), write_cache({5: changed}, name="c")
+    assert both.array_digest("layer_05") == alone.array_digest("layer_05") != other.array_digest("layer_05")
+    assert both.array_digest("layer_05") != both.array_digest("layer_12")
+
+
+def test_a_layer_that_the_cache_does_not_hold_raises(cache: Cache) -> None:
+    message = r"holds layer 5, layer 12, not layer 19. Add it with `sae harvest --layer 19`"
+    with pytest.raises(UsageError, match=message):
+        cache.require_array(19)
+    with pytest.raises(UsageError, match=r"not mlp_out of layer 5. Add it with `sae harvest --layer 5 --site mlp_out`"):
+        cache.require_array(5, "mlp_out")
+
+
+# Damage: reading the chunk and verifying the cache raise the same message.
+
+
+def delete(file: Path) -> None:
+    file.unlink()
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(raw)
+
+
+def replace(file: Path) -> None:
+    raw = bytes(file.stat().st_size - 4)
+    file.write_bytes(raw + struct.pack("<I", google_crc32c.value(raw)))
+
+
+DAMAGE = {delete: "missing", truncate: "truncated", flip: "a bit was flipped", replace: "comes from another harvest"}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.items())
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_damaged_chunk_raises(cache: Cache, damage: Callable[[Path], None], message: str, chunk: int) -> None:
+    damage(cache.folder / f"layer_12/c.{chunk}.0")
+    for read in (lambda: cache.read_chunk("layer_12", chunk), lambda: list(Cache(cache.folder).verify())):
+        with pytest.raises(
+            DamagedError, match=rf"c\.{chunk}\.0 .*{message}.*Run `sae cache repair` to harvest"
+        ) as raised:
+            read()
+        assert raised.value.exit_code == 3
+    cache.read_chunk("layer_05", chunk)  # the other layer is not damaged
+
+
+@pytest.mark.parametrize(("damage", "message"), list(DAMAGE.items())[:3])
+@pytest.mark.parametrize("array", ["tokens/ids/c.0.0", "layer_12.moments/c.0.0.0"])
+def test_damage_to_small_arrays_raises(cache: Cache, damage, message: str, array: str) -> None:
+    damage(cache.folder / array)
+    with pytest.raises(DamagedError, match=message):
+        cache.contexts(held_out=False) if array.startswith("tokens") else cache.mean("layer_12")
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "zarr.json", "layer_12/zarr.json"])
+def test_a_truncated_record_raises(cache: Cache, file: str) -> None:
+    cut = (cache.folder / file).read_text()[:50]
+    (cache.folder / file).write_text(cut)
+    with pytest.raises(DamagedError, match=f"{file} cannot be read .* it was truncated or overwritten"):
+        Cache(cache.folder).read_chunk("layer_12", 0)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"attributes"'])
+def test_an_overwritten_record_raises(content: str, tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text(content)
+    with pytest.raises(DamagedError, match="Delete it and run the command that wrote it again") as raised:
+        open_cache(tmp_path)
+    assert raised.value.exit_code == 3
+
+
+def test_a_missing_manifest_raises(cache: Cache) -> None:
+    (cache.folder / "manifest.json").unlink()
+    with pytest.raises(DamagedError, match="manifest.json is missing"):
+        Cache(cache.folder).require_array(12)
+
+
+def test_a_manifest_of_another_harvest_raises(cache: Cache) -> None:
+    record = cache.manifest | {"fingerprint": "0" * 64}
+    (cache.folder / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(DamagedError, match="manifest.json comes from another harvest"):
+        Cache(cache.folder).require_array(12)
+
+
+def test_a_chunk_that_the_manifest_does_not_list_raises(cache: Cache) -> None:
+    with pytest.raises(UsageError, match="has no chunk 3 of layer_12"):
+        cache.read_chunk("layer_12", 3)
+
+
+def test_a_newer_format_raises(cache: Cache) -> None:
+    root = read_json(cache.folder / "zarr.json")
+    root["attributes"]["format"] = 99
+    (cache.folder / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(UsageError, match="was written in format 99; this version reads up to 1. Upgrade") as raised:
+        Cache(cache.folder)
+    assert raised.value.exit_code == 2
+
+
+def test_opening_something_else_raises(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no activation cache .* Create one with `sae harvest`"):
+        open_cache(tmp_path / "nowhere")
+    (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(UsageError, match="is a Zarr group, but not an activation cache"):
+        open_cache(tmp_path)
