@@ -12,8 +12,8 @@ class PlannedCache:
     """The folder, identity, layout and widths of a cache that a `HarvestPlan` will write. It has no rows to read.
 
     It answers what `train.plan.plan_training` asks of a `Cache`, so training can be checked and costed before the
-    harvest. Unknown until the rows exist are their statistics (`variance` is None) and their checksums (`array_digest` raises).
-    `rows` is an upper bound where the harvest takes "up to" a number of tokens.
+    harvest. What depends on the rows is unknown: it has no statistics, and `array_digest` raises. `rows` is an
+    upper bound where the harvest takes "up to" a number of tokens.
 
     Args:
         folder: where the harvest will write.

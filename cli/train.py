@@ -106,7 +106,7 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache, or over a text with --stream."""
+    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache, or a text (--stream)."""
     from ..common.errors import UsageError
     from ..train.plan import TrainConfig
 
@@ -197,7 +197,10 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainPlan, TrainProgress], None] 
 
 
 def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:
-    """The numbers behind the bar: of the only run, or of the first of several, named. A live bar has a table of several."""
+    """The metrics next to the bar: those of the only run, or of the first of several, named.
+
+    A live bar shows a table of several runs instead.
+    """
     if not metrics or (live and len(runs) > 1):
         return ""
     name, numbers = next(iter(metrics.items()))

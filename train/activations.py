@@ -1,6 +1,7 @@
-"""Activation functions: the chain from pre-activations to latents. They are saved with an SAE."""
+"""Activation functions, from pre-activations to latents. An SAE has a chain of them and saves them by name."""
 
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +10,15 @@ from . import sparse_ops
 
 
 class Activation(nn.Module):
-    """One link in the chain from pre-activations to latents; its name and `options` rebuild it."""
+    """One function in the chain from pre-activations to latents. Saved as its name and `options`, which rebuild it."""
 
     registry: ClassVar[dict[str, type["Activation"]]] = {}
     name: ClassVar[str]
-    sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD): a router does
+    sees_input: ClassVar[bool] = False  # whether forward takes (z_BF, x_BD), as a router does
 
     def __init_subclass__(cls, *, name: str = "") -> None:
         if not name:
-            return  # a base of several
+            return  # a base class
         if name in Activation.registry:
             raise TypeError(
                 f"two activations are called {name!r}: {Activation.registry[name].__module__}, {cls.__module__}"
@@ -30,10 +31,15 @@ class Activation(nn.Module):
         self.options = options
 
     def rescale_(self, factor: float) -> None:
-        """Make act(factor * z) = factor * act_before(z). Nothing to do where that holds already."""
+        """Change the parameters so that act(factor * z) = factor * act_before(z). Nothing to do for ReLU or TopK."""
 
     def recenter_(self, mean_D: Tensor) -> None:
-        """Make act(z, x) = act_before(z, x - mean). Nothing to do for what does not see the input."""
+        """Change the parameters so that act(z, x) = act_before(z, x - mean). Only for what sees the input."""
+
+
+def activation_chain(activations: Iterable[Activation]) -> Sequence[Activation]:
+    """The activations as one module, an nn.Sequential, whose elements are typed."""
+    return cast("Sequence[Activation]", nn.Sequential(*activations))
 
 
 class ReLU(Activation, name="relu"):
@@ -42,24 +48,24 @@ class ReLU(Activation, name="relu"):
 
 
 class KeepTopK(Activation):
-    """Chooses k latents a token and keeps the positive ones of those.
+    """Selects k latents per token and keeps those of them that are positive.
 
-    While `AnnealK` lowers their number it is `now`, at most the `room` that tensors have.
+    While the mechanism AnnealK lowers k, the current k is `now`, and tensors have room for `max_k`.
     """
 
-    now: Tensor | None  # () float32; of the training, and not saved with an SAE
+    now: Tensor | None  # () float32; part of the training state, not saved with an SAE
 
     def __init__(self, k: float) -> None:
         super().__init__(k=k)
-        self.k = self.room = k
+        self.k = self.max_k = k
         self.register_buffer("now", None, persistent=False)
 
     @property
     def anneals(self) -> bool:
-        return self.training and self.now is not None and self.room != self.k
+        return self.training and self.now is not None and self.max_k != self.k
 
     def select(self, z_BF: Tensor) -> Tensor:
-        """(N) int64: places in the flattened z of the latents chosen, rising by token."""
+        """(N) int64: indices of the selected latents in the flattened z, ascending by token."""
         raise NotImplementedError
 
     def forward(self, z_BF: Tensor) -> Tensor:
@@ -67,17 +73,18 @@ class KeepTopK(Activation):
         return sparse_ops.scatter_latents(z_BF.flatten().index_select(0, flat_index_N).relu(), flat_index_N, z_BF)
 
     def annealed(self, z: Tensor, tokens: int) -> Tensor:
-        """The latents (..., n) that are positive and among the largest `now` `tokens` of their row; the others are zero."""
+        """Keep the positive latents among the largest `now * tokens` of each row of z (..., n); the others are zero."""
         assert self.now is not None
-        top = z.relu().topk(int(self.room * tokens))
+        top = z.relu().topk(int(self.max_k * tokens))
         rank = torch.arange(top.values.shape[-1], device=z.device)
         return torch.zeros_like(z).scatter(-1, top.indices, top.values * (rank < (self.now * tokens).floor()))
 
 
 def topk_indices(z_BF: Tensor, k: int) -> Tensor:
-    """Which k of each row are the largest (B, k), in any order.
+    """(B, k): the indices of the k largest elements of each row, in any order.
 
-    On a CPU, where `topk` takes as long as the encoder's product: they are in those k groups whose maxima are the largest.
+    On a CPU, `topk` takes as long as the encoder's matrix product. There rows are split into groups of 8: the k largest
+    elements are in the k groups with the largest maxima.
     """
     groups, rest = divmod(z_BF.shape[1], 8)
     if z_BF.device.type != "cpu" or rest or groups < 2 * k:
@@ -89,7 +96,9 @@ def topk_indices(z_BF: Tensor, k: int) -> Tensor:
 
 
 class TopK(KeepTopK, name="topk"):
-    """Keep the k largest latents of each token, and of those the positive ones (Gao et al. 2024)."""
+    """Keeps the k largest latents of each token, if they are positive (Gao et al. 2024)."""
+
+    k: int
 
     def __init__(self, k: int) -> None:
         super().__init__(k)
@@ -104,9 +113,9 @@ class TopK(KeepTopK, name="topk"):
 
 
 class BatchTopK(KeepTopK, name="batchtopk"):
-    """Training: keep the B k largest latents of the batch. Afterwards: keep what exceeds `threshold` (Bussmann et al. 2024).
+    """Keeps the B k largest latents of a batch in training, later those above `threshold` (Bussmann et al. 2024).
 
-    So a loaded SAE codes each token by itself. The threshold is moved by the mechanism `Threshold`.
+    So a loaded SAE encodes each token by itself. The mechanism BatchTopKThreshold sets the threshold.
     """
 
     threshold: Tensor  # ()

@@ -35,7 +35,8 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
 
     def forward_losses(x_BD: Tensor) -> tuple[Step, dict[str, Tensor]]:
         outputs, losses, metrics = compiled(trainer.i, x_BD)
-        return Step(trainer.i, variant.sae, optimizer, *outputs, metrics=metrics), losses
+        x_BD, pre_BF, f_BF, recon_BD, kept = outputs
+        return Step(trainer.i, variant.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD, kept, metrics), losses
 
     zeros_BD = torch.zeros(batch_size, variant.sae.d_in, dtype=torch.bfloat16, device=trainer.device)
     try:

@@ -185,7 +185,7 @@ def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:
 
 
 def describe_time(passes: Sequence[Sequence[BuildableRun]], device: str) -> list[str]:
-    """The lines of a plan that say what training takes on the device: memory and time. Takes a few steps of each recipe.
+    """The lines of a plan that say what training takes on the device: memory and time. Runs a few steps per recipe.
 
     `passes` lists the runs that are on the device together, as `plan.group_by_pass` returns them.
     """

@@ -1,4 +1,4 @@
-"""The controller behind `--l0`: it moves the sparsity coefficients until L0 reaches the target."""
+"""The L0 controller behind `--l0`: it moves the sparsity coefficients until L0 reaches the target."""
 
 from typing import TYPE_CHECKING
 
@@ -13,53 +13,57 @@ if TYPE_CHECKING:
 
 
 class L0Controller(Mechanism):
-    """`--l0`: the coefficients of the sparsity terms move so that L0 is `target` when the run ends.
+    """Moves the coefficients of the sparsity terms so that L0 is `target` when the run ends.
 
         c_t = c_w exp(s_t + gain e_t),     s_t <- s_t + rate e_t,     e = log(L0/target) + log(L0/L0_earlier)
 
-    c_w is the recipe's own coefficient at step w, a twentieth of the run: until then its own warm-up acts. What the
-    recipe would do with it afterwards no longer counts: a penalty that falls to zero has no final L0 of its own.
+    c_w is the recipe's own coefficient at step w, a twentieth of the run; until then the recipe's warm-up acts. The
+    recipe's schedule after step w is ignored, since a penalty that falls to zero has no final L0 of its own.
 
-    Weights follow a coefficient at the optimizer's rate only, so a sum of errors alone would swing. And while L0 falls
-    from the half of all latents with which a run starts, no penalty is needed to make it fall: pushed on, it passes the
-    target and latents die for good. Hence e counts the fall, and lies within [-1, 1/2]: quicker to let go than to push.
+    Weights follow a coefficient only at the optimizer's rate, so the sum of errors alone would oscillate. And while L0
+    falls from the half of all latents that are active at first, no penalty is needed to lower it: pushed further, L0
+    passes the target and latents die for good. So e includes how fast L0 falls, and is limited to [-1, 1/2]: it weakens
+    the penalty faster than it strengthens it.
     """
 
     integral: Tensor  # (), s
-    l0: Tensor  # (), lately: an average over five steps
-    earlier: Tensor  # (), one over twenty
+    l0: Tensor  # (), a running mean over about five steps
+    earlier: Tensor  # (), one over about twenty
 
-    def __init__(self, target: float, begin: int, gain: float = 2.0, rate: float = 0.04) -> None:
+    def __init__(self, target: float, start_step: int, gain: float = 2.0, rate: float = 0.04) -> None:
         super().__init__()
-        self.target, self.begin, self.gain, self.rate = target, begin, gain, rate
-        self.own: dict[str, Coefficient] = {}
+        self.target, self.start_step, self.gain, self.rate = target, start_step, gain, rate
+        self.recipe_coefficients: dict[str, Coefficient] = {}
         self.register_buffer("integral", torch.zeros(()))
         self.register_buffer("l0", torch.tensor(float(target)))
         self.register_buffer("earlier", torch.tensor(float(target)))
 
-    def take(self, name: str, own: Coefficient) -> Coefficient:
-        """The coefficient of a term in place of its own."""
-        self.own[name] = own
+    def take_over(self, name: str, coefficient: Coefficient) -> Coefficient:
+        """The controlled coefficient of a term, given the recipe's own."""
+        self.recipe_coefficients[name] = coefficient
         self.register_buffer(f"start_{name}", torch.zeros(()))
-        return lambda step: self.start(name, step) * self.factor(step)
+        return lambda step: self.start_coefficient(name, step) * self.factor(step)
 
-    def start(self, name: str, step: Step) -> Tensor:
-        """c_t until step w, then c_w; a penalty of zero could not be scaled."""
-        return torch.where(step.i <= self.begin, self.own[name](step), getattr(self, f"start_{name}").clamp_min(1e-6))
+    def start_coefficient(self, name: str, step: Step) -> Tensor:
+        """The recipe's coefficient until step w, then c_w, at least 1e-6 because zero could not be scaled."""
+        own, at_start = self.recipe_coefficients[name](step), getattr(self, f"start_{name}")
+        return torch.where(step.i <= self.start_step, own, at_start.clamp_min(1e-6))
 
     def error(self) -> Tensor:
+        """e."""
         now, earlier = self.l0.clamp_min(1e-3), self.earlier.clamp_min(1e-3)
         return ((now / self.target).log() + (now / earlier).log()).clamp(-1, 0.5)
 
     def factor(self, step: Step) -> Tensor:
-        return torch.where(step.i <= self.begin, 1.0, (self.integral + self.gain * self.error()).exp())
+        """c_t / c_w."""
+        return torch.where(step.i <= self.start_step, 1.0, (self.integral + self.gain * self.error()).exp())
 
     def after_step(self, step: Step) -> None:
-        for name in self.own:
-            getattr(self, f"start_{name}").copy_(self.start(name, step))
+        for name in self.recipe_coefficients:
+            getattr(self, f"start_{name}").copy_(self.start_coefficient(name, step))
         self.l0.copy_(torch.where(step.i == 0, step.l0, self.l0.lerp(step.l0, 0.2)))
         self.earlier.copy_(torch.where(step.i == 0, step.l0, self.earlier.lerp(step.l0, 0.05)))
-        moved = self.integral + torch.where(step.i < self.begin, 0.0, self.rate * self.error())
+        moved = self.integral + torch.where(step.i < self.start_step, 0.0, self.rate * self.error())
         self.integral.copy_(moved.clamp(-12, 12))
 
     def scalars(self) -> dict[str, Tensor]:
@@ -67,16 +71,17 @@ class L0Controller(Mechanism):
 
 
 def control_l0(variant: "Variant", target: float, steps: int) -> bool:
-    """Let HoldL0 have the sparsity terms of a variant, unless its activation keeps k; False where nothing sets its L0.
+    """Put the sparsity terms of a variant (`LossTerm.sparsity`) under an L0Controller.
 
-    A term counts whose `sparsity` is true. Where an activation keeps k latents a penalty beside it stays as it is.
+    Does nothing if its activation keeps k latents: k sets L0, and a penalty besides it stays as it is. Returns False if
+    nothing sets L0.
     """
-    if any(hasattr(link, "k") for link in variant.sae.activation):
+    if any(hasattr(activation, "k") for activation in variant.sae.activation):
         return True
     names = [name for name, term in variant.terms.items() if term.sparsity]
     if names:
-        hold = L0Controller(target, steps // 20)
+        controller = L0Controller(target, steps // 20)
         for name in names:
-            variant.coefficients[name] = hold.take(name, variant.coefficients[name])
-        variant.mechanisms.insert(0, hold)
+            variant.coefficients[name] = controller.take_over(name, variant.coefficients[name])
+        variant.mechanisms.insert(0, controller)
     return bool(names)

@@ -1,9 +1,9 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio. None is needed, each is imported when asked for."""
+"""Loggers besides metrics.jsonl: TensorBoard, Weights & Biases and trackio, each imported only when it is used."""
 
 import contextlib
 import importlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -14,14 +14,14 @@ PROJECT = "sae"
 
 
 class Logger(Protocol):
-    """Takes the metrics of one run as they come."""
+    """Receives the metrics of one run."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
     def finish(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files under the run's folder: `tensorboard --logdir runs`."""
+    """Event files in the run folder: `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import_logger("tensorboard")
@@ -39,7 +39,7 @@ class TensorBoard:
 
 
 def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
-    """A run of that name in the project `sae`; one that was begun goes on. WANDB_MODE=offline keeps it here."""
+    """A run of the folder's name in the project `sae`, resumed if it exists. WANDB_MODE=offline keeps it local."""
     module = import_logger("wandb")
     settings = module.Settings(silent=True)
     return module.init(
@@ -49,13 +49,17 @@ def wandb(folder: Path, config: Mapping[str, Any]) -> Logger:
 
 
 def trackio(folder: Path, config: Mapping[str, Any]) -> Logger:
-    """A run of that name in the project `sae`: `trackio show --project sae`."""
+    """A run of the folder's name in the project `sae`: `trackio show --project sae`."""
     module = import_logger("trackio")
     with contextlib.redirect_stdout(io.StringIO()):  # standard output is for results
         return module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", embed=False)
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": wandb, "trackio": trackio}
+LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": wandb,
+    "trackio": trackio,
+}
 
 
 def import_logger(name: str) -> Any:
@@ -64,12 +68,15 @@ def import_logger(name: str) -> Any:
     except ImportError:
         raise UnavailableError(
             f"--log {name} needs a package that is not installed: pip install 'sae-pipeline[{name}]'. "
-            "metrics.jsonl in the run's folder is written in any case."
+            "metrics.jsonl in the run folder is written without it."
         ) from None
 
 
 class Loggers:
-    """The loggers of some runs, each begun when its run has metrics. UsageError for an unknown name, OutsideError when it is not installed."""
+    """The loggers of several runs, each started with the first metrics of its run.
+
+    Raises UsageError for an unknown name, and UnavailableError if a logger is not installed.
+    """
 
     def __init__(self, names: Sequence[str], runs: Sequence[Run]) -> None:
         unknown = [name for name in names if name not in LOGGERS]
@@ -78,21 +85,21 @@ class Loggers:
         for name in names:
             import_logger(name)
         self.names, self.runs = names, {run.name: run for run in runs}
-        self.begun: dict[str, list[Logger]] = {}
+        self.started: dict[str, list[Logger]] = {}
 
     def log(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        """Metrics by run, each with its `step`."""
+        """Log run name -> metrics, one of which is `step`."""
         for name, line in metrics.items():
-            if name not in self.begun:
+            if name not in self.started:
                 run = self.runs[name]
-                self.begun[name] = [LOGGERS[kind](run.folder, run.identity()) for kind in self.names]
-            for logger in self.begun[name]:
+                self.started[name] = [LOGGERS[kind](run.folder, run.identity()) for kind in self.names]
+            for logger in self.started[name]:
                 logger.log({key: value for key, value in line.items() if key != "step"}, step=int(line["step"]))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for loggers in self.begun.values():
+        for loggers in self.started.values():
             for logger in loggers:
                 logger.finish()

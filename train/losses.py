@@ -30,7 +30,7 @@ class L1(LossTerm):
 class MultiTopK(LossTerm):
     """mean_B sum_D (x - x_hat)^2 with the 4 k largest latents of each token (Multi-TopK, Gao et al. 2024, 5.3).
 
-    So the SAE also codes with another number of latents than it was trained for; beside k it weighs 1/8 there.
+    It makes the SAE work with other numbers of latents than the one it is trained for. There it weighs 1/8, next to k.
     """
 
     def __init__(self, k: int) -> None:
@@ -43,11 +43,11 @@ class MultiTopK(LossTerm):
 
 
 class AuxK(LossTerm):
-    """Dead latents model what is left over (Gao et al. 2024, A.2).
+    """Dead latents reconstruct the residual (Gao et al. 2024, A.2).
 
-    z = top-k_aux of ReLU(pre) among the dead, e_hat = z W_dec without b_dec, and the loss is its error on the detached
-    residual as a share of the residual's variance, times min(1, dead/k_aux). The dead are gathered into a small dense
-    problem, so the gradient reaches their rows of the encoder.
+    z = top-k_aux of ReLU(pre) among the dead latents, e_hat = z W_dec without b_dec. The loss is the squared error of
+    e_hat on the detached residual as a fraction of the residual's variance, times min(1, dead/k_aux). The dead latents
+    are gathered into a small dense problem, through which the gradient reaches their encoder weights.
     """
 
     def __init__(self, dead: DeadLatents, k_aux: int) -> None:
@@ -70,7 +70,7 @@ class AuxK(LossTerm):
         error = (residual_BD - model_BD).square().sum()
         variance = (residual_BD - residual_BD.mean(0)).square().sum()
         share = (real_A.sum() / self.k_aux).clamp(max=1.0)
-        # A residual without variance (a batch of one) has no share to explain: 0, and so is the gradient.
+        # A residual without variance (a batch of one) leaves nothing to explain: the loss and its gradient are 0.
         return share * error / torch.where(variance > 0, variance, torch.inf)
 
 
@@ -78,5 +78,5 @@ Reconstruction = Literal["sum", "mean"]
 
 
 def reconstruction_weight(reconstruction: Reconstruction, d_in: int) -> float:
-    """The squared error is summed over d_in, or its mean over d_in, which makes a penalty d_in times as strong."""
+    """The coefficient of MSE that makes it a sum or a mean over d_in. A mean makes penalties d_in times as strong."""
     return 1.0 if reconstruction == "sum" else 1 / d_in

@@ -11,7 +11,7 @@ from .step import Mechanism, Step
 
 
 class UnitNormDecoder(Mechanism):
-    """Rows of W_dec stay on the unit sphere, and the optimizer is not fed the radial gradient. The last mechanism."""
+    """Keeps the rows of W_dec on the unit sphere and removes the radial gradient. Has to be the last mechanism."""
 
     def after_backward(self, step: Step) -> None:
         weight, gradient = step.sae.W_dec.data, step.sae.W_dec.grad
@@ -24,11 +24,11 @@ class UnitNormDecoder(Mechanism):
 
 
 class UnitNormExport(Mechanism):
-    """Rows are free in training; the saved SAE has unit rows and the function it had.
+    """For decoders whose rows are free in training: the saved SAE has unit rows and computes the same function.
 
         f_i <- f_i |W_i|,   W_i <- W_i / |W_i|
 
-    For activations that act on each latent alone: a choice between latents would see other sizes.
+    Only for activations that act on each latent by itself: a choice between latents would see other magnitudes.
     """
 
     def export(self, sae: SAE) -> None:
@@ -36,19 +36,19 @@ class UnitNormExport(Mechanism):
         sae.W_dec.div_(norm_F[:, None])
         sae.W_enc.mul_(norm_F)
         sae.b_enc.mul_(norm_F)
-        for link in sae.activation:
-            link.rescale_(norm_F)  # type: ignore[operator]
+        for activation in sae.activation:
+            activation.rescale_(norm_F)  # one factor per latent
 
 
 class DeadLatents(Mechanism):
-    """Tokens since each latent last fired; dead are those over `after_tokens`.
+    """Counts the tokens since each latent last fired; a latent is dead after `after_tokens`.
 
-    `index_A` lists the dead for AuxK, padded to a power of two, and is renewed every `every` steps only, so that shapes
-    stay fixed in between.
+    `index_A` lists the dead latents for AuxK, padded to a power of two. It is updated only every `every` steps, so that
+    shapes stay fixed in between. `real_A` is 1 for its entries and 0 for its padding.
     """
 
     since_F: Tensor  # int64, tokens
-    dead_F: Tensor  # bool, as of the last renewal
+    dead_F: Tensor  # bool, as of the last update
 
     def __init__(self, d_sae: int, after_tokens: int, every: int = 50) -> None:
         super().__init__()
@@ -65,20 +65,21 @@ class DeadLatents(Mechanism):
         self.after_restore()
 
     def after_restore(self) -> None:
-        """dead_F as a padded list of indices; padding points at latent 0 and is masked by `real_A`."""
-        found = self.dead_F.nonzero().squeeze(1)
-        size = min(1 << max(6, (len(found) - 1).bit_length()), len(self.dead_F)) if len(found) else 0
+        """Rebuild the padded list from dead_F. The padding points at latent 0 and is masked by `real_A`."""
+        dead_N = self.dead_F.nonzero().squeeze(1)
+        count = len(dead_N)
+        size = min(1 << max(6, (count - 1).bit_length()), len(self.dead_F)) if count else 0
         self.index_A = torch.zeros(size, dtype=torch.int64, device=self.dead_F.device)
-        self.index_A[: len(found)] = found
+        self.index_A[:count] = dead_N
         self.real_A = torch.zeros(size, device=self.dead_F.device)
-        self.real_A[: len(found)] = 1
+        self.real_A[:count] = 1
 
     def scalars(self) -> dict[str, Tensor]:
         return {"dead": (self.since_F >= self.after_tokens).float().mean()}
 
 
 class ActivityEMA(Mechanism):
-    """rate_i <- beta rate_i + (1 - beta) mean_B 1[f_i > threshold]: how often each latent fires, lately."""
+    """A running mean of how often each latent fires: rate_i <- beta rate_i + (1 - beta) mean_B 1[f_i > threshold]."""
 
     rate_F: Tensor
 
@@ -92,7 +93,7 @@ class ActivityEMA(Mechanism):
 
 
 def reset_adam_state(step: Step, index_N: Tensor) -> None:
-    """Zero the optimizer's moments of some latents, wherever their weights are. Whoever rewrites weights calls it."""
+    """Zero Adam's moments of some latents, in every weight they have. To be called after rewriting those weights."""
     sae = step.sae
     for parameter, dimension in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
         for name, moment in step.optimizer.state.get(parameter, {}).items():
@@ -101,14 +102,15 @@ def reset_adam_state(step: Step, index_N: Tensor) -> None:
 
 
 class ResampleDead(Mechanism):
-    """Dead latents restart on tokens that are badly reconstructed (Bricken et al. 2023).
+    """Restarts dead latents on tokens that are badly reconstructed (Bricken et al. 2023).
 
     Every `every` steps until step `until`, each dead latent takes the direction v = x - b_dec of a token drawn with
-    probability ~ loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean norm of the encoder of the others, b_enc,i
-    = 0, and Adam forgets it. No token is drawn twice at once; dead latents beyond the batch wait for the next time.
+    probability ~ loss^2: W_dec,i = v/|v|, W_enc,i = 0.2 v/|v| times the mean encoder norm of the other latents,
+    b_enc,i = 0, and its Adam state is reset. Tokens are drawn without replacement; if there are more dead latents than
+    tokens, the rest wait for the next time.
     """
 
-    restarts: Tensor  # () int64, in all
+    restarts: Tensor  # () int64, total
     generator_state: Tensor  # uint8
 
     def __init__(self, dead: DeadLatents, every: int, until: int) -> None:
@@ -119,7 +121,7 @@ class ResampleDead(Mechanism):
         self.register_buffer("generator_state", generator.get_state())
 
     def silent(self) -> Tensor:
-        """Which latents are dead now, bool (F)."""
+        """(F) bool: which latents are dead now."""
         return self.dead.since_F >= self.dead.after_tokens
 
     def every_n_steps(self, step: Step) -> None:
@@ -127,15 +129,15 @@ class ResampleDead(Mechanism):
             self.restart(step, self.silent().nonzero().squeeze(1))
 
     def restart(self, step: Step, index_N: Tensor) -> Tensor:
-        """Restart these latents on tokens of the batch; returns those that got one."""
+        """Restart latents on tokens of the batch; returns those that got one."""
         sae = step.sae
-        chance_B = step.error_BD.square().sum(1).double().square().nan_to_num(0.0, 0.0, 0.0).cpu()
-        index_N = index_N[: int((chance_B > 0).sum())]
+        probability_B = step.error_BD.square().sum(1).double().square().nan_to_num(0.0, 0.0, 0.0).cpu()
+        index_N = index_N[: int((probability_B > 0).sum())]
         if not len(index_N):
             return index_N
         generator = torch.Generator()
         generator.set_state(self.generator_state.cpu())
-        token_N = torch.multinomial(chance_B, len(index_N), generator=generator).to(index_N.device)
+        token_N = torch.multinomial(probability_B, len(index_N), generator=generator).to(index_N.device)
         self.generator_state.copy_(generator.get_state())
 
         direction_ND = step.x_BD[token_N] - sae.b_dec
@@ -144,7 +146,7 @@ class ResampleDead(Mechanism):
         norm = sae.W_enc[:, others_F].norm(dim=0).mean() if others_F.any() else sae.W_enc.norm(dim=0).mean()
         sae.W_dec.data[index_N] = direction_ND
         sae.W_enc.data[:, index_N] = (0.2 * norm * direction_ND).T
-        # A restarted latent sees x - b_dec, whether or not the encoder subtracts it for the others.
+        # A restarted latent sees x - b_dec, even if the encoder does not subtract b_dec.
         sae.b_enc.data[index_N] = 0 if sae.pre_bias else -(sae.b_dec @ sae.W_enc[:, index_N])
         reset_adam_state(step, index_N)
         self.dead.since_F[index_N] = 0
@@ -156,10 +158,10 @@ class ResampleDead(Mechanism):
 
 
 class BatchTopKThreshold(Mechanism):
-    """The threshold of a BatchTopK follows the smallest latent that its batches keep, t <- t + rate (min - t).
+    """The threshold of a BatchTopK follows the smallest latent that its batches keep: t <- t + rate (min - t).
 
-    When training is over it becomes the mean of that minimum over the batches that would come next (after one epoch of
-    the cache: its rows again), so that the number of latents a token is k on average for the final weights, however short the run was.
+    After training it becomes the mean of that minimum over the batches that would come next (after one epoch of the
+    cache: its rows again), so that the final weights have k latents per token on average, however short the run was.
     """
 
     batches: Tensor  # () int64
@@ -174,7 +176,7 @@ class BatchTopKThreshold(Mechanism):
         kept = (step.kept.value_N if step.kept else step.f_BF).detach().float()
         smallest = torch.where(kept > 0, kept, torch.inf).min()
         threshold = self.activation.threshold
-        target = torch.where(smallest.isinf(), threshold, smallest)  # a batch in which nothing fired says nothing
+        target = torch.where(smallest.isinf(), threshold, smallest)  # unchanged by a batch in which nothing fired
         threshold.copy_(threshold + rate * (target - threshold))
 
     def after_step(self, step: Step) -> None:
@@ -190,11 +192,11 @@ class BatchTopKThreshold(Mechanism):
 
 
 class AnnealK(Mechanism):
-    """Step t keeps k_t = start + (k - start) min(1, t/steps) latents a token, rounded down: many at first, so that few die.
+    """Lowers k from `start`: step t keeps k_t = start + (k - start) min(1, t/steps) latents per token, rounded down.
 
-    Shapes have room for the k_t of the last of every `every` steps, and what is over k_t is masked.
+    With many latents at first, few die. Tensors have room for the largest k_t of `every` steps; the rest is masked.
 
-    dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do so from start = d_in.
+    dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do the same from start = d_in.
     Paper: no baseline's. dictionary_learning sets k after a step to that step's k_t, so its first step has k.
     """
 
@@ -204,10 +206,10 @@ class AnnealK(Mechanism):
         super().__init__()
         self.activation, self.start, self.steps, self.every = activation, start, steps, every
         self.register_buffer("room", torch.tensor(math.ceil(start)))
-        activation.now, activation.room = torch.tensor(float(start)), math.ceil(start)
+        activation.now, activation.max_k = torch.tensor(float(start)), math.ceil(start)
 
     def after_step(self, step: Step) -> None:
-        assert self.activation.now is not None  # this mechanism put it there
+        assert self.activation.now is not None  # set by __init__
         share = ((step.i + 1) / self.steps).clamp(max=1.0)
         self.activation.now.copy_(self.start * (1 - share) + self.activation.k * share)
 
@@ -218,7 +220,7 @@ class AnnealK(Mechanism):
 
     def after_restore(self) -> None:
         room, k = int(self.room), self.activation.k
-        self.activation.room = room if room > math.ceil(k) else k
+        self.activation.max_k = room if room > math.ceil(k) else k
 
     def scalars(self) -> dict[str, Tensor]:
         assert self.activation.now is not None

@@ -24,8 +24,8 @@ def parse_width(text: str | None, recipe: Recipe, d_in: int) -> int:
 def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:
     """The options of each recipe: {variant: {option: value}}.
 
-    `options` maps "option" or "variant.option" to values, or lists them as --set does: "option=value". An option without
-    a variant goes to every recipe that has it.
+    `options` maps "option" or "variant.option" to values, or lists them as --set does: "option=value". An option
+    without a variant goes to every recipe that has it.
     """
     parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
     for key, value in (options if isinstance(options, Mapping) else split_options(options)).items():

@@ -32,7 +32,7 @@ from .estimate import check_disk_space, describe_size, describe_time
 from .parse import parse_options, parse_width
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae
-from .variant import RunConfig
+from .variant import SIZES, RunConfig
 
 FORMAT = 1
 RECORDED = (
@@ -46,7 +46,7 @@ RECORDED = (
     "cache",
     "cache_folders",
     "resolved",
-    *RunConfig.SIZES,
+    *SIZES,
 )
 # The flags that decide a run, and the fields of TrainConfig that hold them: none of them can be given with --resume.
 FIXED = {

@@ -10,7 +10,7 @@ loader.
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 from typing import Any, Literal, get_args, get_origin
@@ -59,109 +59,115 @@ class Recipe:
         return {name: docs[name] for name in self.options if name in docs}
 
     def make(self, config: RunConfig, given: Mapping[str, Any]) -> Variant:
-        """Build the variant with some options given. UsageError lists everything that is wrong with them, at once."""
-        own, kinds = self.options, self.option_types()
+        """Build the variant of a run with some options given. Raises UsageError with everything that is wrong."""
         exact = {name: value for name, (value, _) in (self.paper_exact or {}).items()} if config.paper_exact else {}
-        asked: dict[str, Any] = exact | dict(given)
-        problems: list[str] = []
-        if config.l0 is not None:
-            asked, problems = self.apply_l0(config, asked, given)
-        problems += [
-            f"{name} is no option of {self.name}{did_you_mean(name, kinds)}" for name in asked if name not in kinds
-        ]
-        unfit = [name for name in asked if name in kinds and not matches_type(asked[name], kinds[name])]
-        problems += [type_mismatch(name, asked[name], kinds[name]) for name in unfit]
-        understood = {n: int_as_float(v, kinds[n]) for n, v in asked.items() if n in kinds and n not in unfit}
-        shared = {name: value for name, value in understood.items() if name not in own}
-        problems += Optimization(**shared).validation_errors(config.steps)
-        chosen = {name: value for name, value in understood.items() if name in own}
-        values, notes = scale_options({**own, **chosen}, config, raw=shared.get("normalize") == "none")
-        problems += [
-            f"{name}={n} is negative or longer than the run of {config.steps} steps."
-            for name, n in chosen.items()
-            if name.endswith(("_warmup", "anneal_steps")) and n is not None and not 0 <= n <= config.steps
-        ]
-        if config.d_sae < 1:
-            problems.append(f"the width {config.d_sae} is not positive.")
-        elif max(config.d_in, config.d_sae) * config.d_sae >= 2**56:
-            problems.append(f"no machine holds a width of {config.d_sae:,}: give a smaller --width.")
-        elif (k := values.get("k")) is not None and not 0 < k <= config.d_sae:
-            problems.append(
-                f"k={k:g} latents cannot be kept of {config.d_sae}: give 1 to {config.d_sae}, or a larger --width."
-            )
-        else:
+        options, problems = self.apply_l0(config, exact | dict(given), given)
+        valid, type_problems = self.check_types(options)
+        own = {name: value for name, value in valid.items() if name in self.options}
+        shared = {name: value for name, value in valid.items() if name not in self.options}
+        problems += [*type_problems, *Optimization(**shared).validation_errors(config.steps)]
+        problems += duration_errors(own, config.steps)
+        values, notes = scale_options({**self.options, **own}, config, raw=shared.get("normalize") == "none")
+        size_problems = list(size_errors(config, values.get("k")))
+        problems += size_problems
+        if not size_problems:  # else the build would fail, or allocate more than the machine has
             try:
                 variant = self.build(config, **values)
                 variant.optimization = replace(variant.optimization, **shared)
                 problems += variant.optimization.validation_errors(config.steps)
-                if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in own:
-                    problems.append(
-                        "--l0 has nothing to act on: no option k or l0, and no term that makes latents sparse."
-                    )
+                if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
+                    problems.append("--l0 has nothing to act on: no option k or l0, and no sparsity loss.")
             except UsageError as error:
                 problems += str(error).splitlines()
         if problems:
             listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
             raise UsageError(f"The variant {self.name} cannot be built:\n{listed}")
-        variant.options, variant.notes = (
-            values,
-            [f"{self.name}: {n}" for n in notes + self.paper_exact_notes(config, given)],
-        )
+        variant.options = values
+        variant.notes = [f"{self.name}: {note}" for note in [*notes, *self.paper_exact_notes(config, given)]]
         return variant
 
     def apply_l0(
-        self, config: RunConfig, asked: dict[str, Any], given: Mapping[str, Any]
+        self, config: RunConfig, options: dict[str, Any], given: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """The options with `--l0` as k or as l0, where the recipe has one of them; and what is wrong with that."""
-        l0, own = config.l0, self.options
-        if l0 is None or not 0 < l0 <= config.d_sae:
-            return asked, [f"--l0 {l0:g} latents a token cannot be had of {config.d_sae}."]
-        knobs = [name for name in ("k", "l0") if name in own]
-        asked = asked | {name: int(l0) if l0 == int(l0) else l0 for name in knobs}
-        return asked, [
-            f"--l0 {l0:g} and {name}={given[name]} set the same: give one." for name in knobs if name in given
+        """The options with `--l0` as k or l0, if the recipe has one of them; and what is wrong with that."""
+        l0 = config.l0
+        if l0 is None:
+            return options, []
+        if not 0 < l0 <= config.d_sae:
+            return options, [
+                f"--l0 {l0:g} is out of range: give a number above 0 and at most {config.d_sae}, the width."
+            ]
+        names = [name for name in ("k", "l0") if name in self.options]
+        options = options | {name: int(l0) if l0 == int(l0) else l0 for name in names}
+        return options, [
+            f"--l0 {l0:g} and {name}={given[name]} set the same: give one." for name in names if name in given
         ]
 
+    def check_types(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The options that exist and have the right type, and a sentence for each that does not."""
+        types, valid, problems = self.option_types(), {}, []
+        for name, value in options.items():
+            if name not in types:
+                problems.append(f"{self.name} has no option {name}{did_you_mean(name, types)}")
+            elif not matches_type(value, types[name]):
+                problems.append(type_mismatch(name, value, types[name]))
+            else:
+                valid[name] = int_as_float(value, types[name])
+        return valid, problems
+
     def paper_exact_notes(self, config: RunConfig, given: Mapping[str, Any]) -> list[str]:
-        """The warnings of `--paper-exact`: what is void about the letter, for each option that follows it."""
+        """What a reader should know about `--paper-exact`: each setting that it changes, and its fault."""
         if not config.paper_exact:
             return []
         if not self.paper_exact:
-            return [
-                "its defaults are the letter" if self.paper_exact is not None else "has no paper's letter to follow"
-            ]
-        return [
-            f"warning, {name}={v} is the letter: {why}"
-            for name, (v, why) in self.paper_exact.items()
-            if name not in given
-        ]
+            unchanged = "defaults are the paper's settings" if self.paper_exact is not None else "recipe has no paper"
+            return [f"--paper-exact changes nothing: the {unchanged}"]
+        settings = [(name, value, fault) for name, (value, fault) in self.paper_exact.items() if name not in given]
+        return [f"warning, {name}={value} as in the paper: {fault}" for name, value, fault in settings]
 
 
-def matches_type(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type, or one of its `Literal`s; an int is a float, a bool is neither."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_args(kind):
-        return any(matches_type(value, one) for one in get_args(kind))
-    if kind is float:
+def duration_errors(options: Mapping[str, Any], steps: int) -> Iterator[str]:
+    """A sentence for each option in steps that does not fit into the run."""
+    for name, value in options.items():
+        if name.endswith(("_warmup", "anneal_steps")) and value is not None and not 0 <= value <= steps:
+            yield f"{name}={value} is negative or longer than the run of {steps} steps."
+
+
+def size_errors(config: RunConfig, k: float | None) -> Iterator[str]:
+    """What is wrong with the width, or with keeping k latents of it."""
+    if config.d_sae < 1:
+        yield f"the width {config.d_sae} is not positive."
+    elif max(config.d_in, config.d_sae) * config.d_sae >= 2**56:
+        yield f"no machine holds a width of {config.d_sae:,}: give a smaller --width."
+    elif k is not None and not 0 < k <= config.d_sae:
+        yield f"k={k:g} latents cannot be kept of {config.d_sae}: give 1 to {config.d_sae}, or a larger --width."
+
+
+def matches_type(value: Any, type_: Any) -> bool:
+    """Whether a value has an annotated type, or is one of its `Literal`s. An int is a float; a bool is neither."""
+    if get_origin(type_) is Literal:
+        return value in get_args(type_)
+    if get_args(type_):
+        return any(matches_type(value, member) for member in get_args(type_))
+    if type_ is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, type_) and (type_ is bool or not isinstance(value, bool))
 
 
-def int_as_float(value: Any, kind: Any) -> Any:
-    """An int given for a float, as what it stands for: a tensor of ints is no tensor of floats."""
-    kinds = get_args(kind) or (kind,)
-    return float(value) if float in kinds and int not in kinds and isinstance(value, int) else value
+def int_as_float(value: Any, type_: Any) -> Any:
+    """An int given for a float as a float, since a tensor made of ints has another dtype."""
+    types = get_args(type_) or (type_,)
+    return float(value) if float in types and int not in types and isinstance(value, int) else value
 
 
-def type_mismatch(name: str, value: Any, kind: Any) -> str:
-    """The sentence for a value that does not fit."""
-    known = [one for part in (kind, *get_args(kind)) if get_origin(part) is Literal for one in get_args(part)]
-    if known:
-        return f"{name}={value} is unknown: {', '.join(known)}."
+def type_mismatch(name: str, value: Any, type_: Any) -> str:
+    """The sentence for a value of the wrong type."""
+    literals = [text for part in (type_, *get_args(type_)) if get_origin(part) is Literal for text in get_args(part)]
+    if literals:
+        return f"{name}={value} is unknown: {', '.join(literals)}."
     if isinstance(value, float) and not math.isfinite(value):
         return f"{name}={value} is not finite."
-    return f"{name}={value!r} is no {inspect.formatannotation(kind)}."
+    return f"{name}={value!r} has the wrong type: expected {inspect.formatannotation(type_)}."
 
 
 RECIPES: dict[str, Recipe] = {}

@@ -245,7 +245,7 @@ class SharedPass:
             self.steps_done, self.seconds_waited = until, self.seconds_waited + self.batches.seconds_waited
 
     def _after_step(self, number: int) -> bool:
-        """Log, finish, checkpoint; returns whether there is nothing left to train. Raises Interrupted if told to stop."""
+        """Log, finish runs, checkpoint. Returns whether all is done; raises Interrupted if told to stop."""
         steps_done, stop = number + 1, self.should_stop()
         ending = any(trainer.steps == steps_done for trainer in self.active)
         checkpoint = stop or steps_done == self.until or steps_done % self.config.checkpoint_every == 0

@@ -1,4 +1,4 @@
-"""The records in a run folder: run.json, which says what decides the run, and metrics.jsonl, one line per logged step."""
+"""The records in a run folder: run.json says what decides the run, metrics.jsonl has one line per logged step."""
 
 import contextlib
 import json

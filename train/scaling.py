@@ -1,33 +1,34 @@
-"""What makes runs comparable: a paper's constants at other widths and in other units, and one L0 for every recipe."""
+"""Scaled defaults: a paper's constants carried over to other widths and to activations of another size."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .variant import RunConfig
 
-PAPER_WIDTH = 2304  # Gemma-2-2B's, at which the papers count
+PAPER_WIDTH = 2304  # d_in of Gemma-2-2B, the papers' model
 PAPER_VARIANCE = 24.0
-"""Of an element of raw activations at layer 19 of Gemma-2-2B, by the papers' MSE and explained variance.
+"""Elementwise variance of raw activations at layer 19 of Gemma-2-2B, from the papers' MSE and explained variance.
 
-Those give 27.1, as 2.66 / (1 - 0.902) of paper 004; but the MSE is SAEBench's, about 1.13 times the elementwise one.
+Those give 27.1 = 2.66 / (1 - 0.902) in paper 004, but that MSE is SAEBench's, about 1.13 times the elementwise one.
 """
 
 
 class ScaledDefault:
-    """The default of an option that a paper gives where d_in is 2304 or the variance 24: a number, and its rule.
+    """A default that a paper gives for d_in = 2304 or a variance of 24, and the rule that carries it over to a run.
 
-    The recipe is built with the number `at` its own setting; `--paper-exact` and `--set` give raw ones.
+    The recipe is built with the number that `resolve` returns. Values given with `--set` and those of `--paper-exact`
+    are used as they are.
     """
 
-    of = "d_in"  # what the number is in proportion to
+    of = "d_in"  # the field of RunConfig that the number is proportional to
     reference: float = PAPER_WIDTH
 
     def resolve(self, config: "RunConfig", raw: bool) -> Any:
-        """The number of this run; `raw`: its input is not normalised."""
+        """The number for a run. `raw`: its input is not normalised."""
         raise NotImplementedError
 
     def measured(self, config: "RunConfig") -> float:
-        """What `of` is in this run."""
+        """The value of `of` in a run."""
         return float(getattr(config, self.of))
 
     def __str__(self) -> str:
@@ -35,14 +36,14 @@ class ScaledDefault:
 
 
 class ScaleWithWidth(ScaledDefault, int):
-    """A count: the same share of d_in, rounded, and 1 at least."""
+    """A count that is a constant fraction of d_in, rounded and at least 1."""
 
     def resolve(self, config: "RunConfig", raw: bool) -> int:
         return max(1, round(self * config.d_in / PAPER_WIDTH))
 
 
 class ScaleWithDictionary(ScaledDefault, float):
-    """A pace of latents: the same share of d_sae."""
+    """A number of latents that is a constant fraction of d_sae."""
 
     of = "d_sae"
 
@@ -51,7 +52,7 @@ class ScaleWithDictionary(ScaledDefault, float):
 
 
 class ScaleWithVariance(ScaledDefault, float):
-    """A squared error of raw activations: the same share of their variance."""
+    """A squared error of raw activations that is a constant fraction of their variance."""
 
     of = "variance"
     reference = PAPER_VARIANCE
@@ -64,21 +65,21 @@ class ScaleWithVariance(ScaledDefault, float):
 
 
 class ScaleWithNorm(ScaleWithVariance):
-    """A length: in proportion to raw activations where the input is raw, and as it is where the input has |x|^2 = 1."""
+    """A length, proportional to the standard deviation of raw input. Not scaled where the input has |x|^2 = 1."""
 
     def resolve(self, config: "RunConfig", raw: bool) -> float:
         return self * (self.measured(config) / PAPER_VARIANCE) ** 0.5 if raw else float(self)
 
 
 def scale_options(options: dict[str, Any], config: "RunConfig", raw: bool) -> tuple[dict[str, Any], list[str]]:
-    """The options with their numbers at this run, and a sentence for each that differs."""
+    """The options with scaled defaults resolved for a run, and a note for each number that differs from the paper's."""
     values, notes = dict(options), []
     for name, paper in options.items():
         if isinstance(paper, ScaledDefault):
-            plain = int(paper) if isinstance(paper, int) else float(paper)  # type: ignore[arg-type]
-            values[name] = here = plain if config.paper_exact else paper.resolve(config, raw)
+            unscaled = int(paper) if isinstance(paper, int) else float(paper)  # type: ignore[arg-type]
+            values[name] = scaled = unscaled if config.paper_exact else paper.resolve(config, raw)
             if isinstance(paper, ScaleWithVariance) and config.variance is None and not config.paper_exact:
-                notes.append(f"{name} {paper}, and left so: the variance of these rows is not known")
-            if here != plain:
-                notes.append(f"{name} {paper} -> {here:.3g} at {paper.measured(config):.4g}")
+                notes.append(f"{name} {paper}, not scaled because the variance of the activations is not known yet")
+            if scaled != unscaled:
+                notes.append(f"{name} {paper} -> {scaled:.3g} at {paper.measured(config):.4g}")
     return values, notes

@@ -1,4 +1,4 @@
-"""Coefficients: how strongly a term counts at a step. Functions of the step, computed on the device."""
+"""Schedules: the coefficient of a loss term as a function of the step, computed on the device."""
 
 import math
 from collections.abc import Callable
@@ -16,12 +16,12 @@ def constant(value: float) -> Coefficient:
 
 
 def ramp(step: Step, steps: float) -> Tensor:
-    """0 at step 0, 1 from step `steps` on."""
+    """0 at step 0, rising linearly to 1 at step `steps`, then 1."""
     return (step.i / steps).clamp(max=1.0)
 
 
 def linear(start: float, end: float, steps: float) -> Coefficient:
-    """start -> end over `steps`, then end."""
+    """From start to end over `steps`, then end."""
     return lambda step: start + (end - start) * ramp(step, steps)
 
 
@@ -31,10 +31,10 @@ def cosine(start: float, end: float, steps: float) -> Coefficient:
 
 
 def warmup(to: float, steps: int) -> Coefficient:
-    """min(1, (t+1)/w) of `to`, t from 0: (4) of paper 002 with t counted from 1.
+    """`to` times min(1, (t+1)/w), with t from 0: equation (4) of paper 002, which counts t from 1.
 
-    Papers say "linearly over w steps" and no more. dictionary_learning and SAELens have t/w, the same ramp a step later.
-    Ours is the ramp of the rate, where t/w would lose a step: penalty and rate rise together, and w steps are w steps.
+    Papers say only "linearly over w steps". dictionary_learning and SAELens use t/w, the same ramp one step later. Ours
+    is the ramp of the learning rate, which would lose a step with t/w, so that penalty and rate rise together.
     """
     return lambda step: to * ((step.i + 1) / max(steps, 1)).clamp(max=1.0)
 

@@ -1,6 +1,7 @@
-"""What one optimisation step knows, and the two kinds of part that a recipe plugs into it.
+"""What one training step holds, and the two kinds of part that a recipe plugs into it: losses and mechanisms.
 
-Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K kept, A dead latents (padded).
+Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K latents kept per token, A dead latents
+(padded), N latents that may be active in the whole batch.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from .sparse_ops import KeptLatents
 
 @dataclass
 class Step:
-    """One step, from the forward pass on. Everything in it is on the device; nothing reads a value back to the host."""
+    """One step, from its forward pass on. Everything is on the device; nothing reads a value back to the host."""
 
     i: Tensor  # () int64: index of the step, from 0
     sae: SAE
@@ -25,23 +26,25 @@ class Step:
     pre_BF: Tensor
     f_BF: Tensor
     recon_BD: Tensor
-    kept: KeptLatents | None = None  # f_BF once more, where the SAE goes by rows
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # what a term found on the way and wants logged, each 0-d
+    kept: KeptLatents | None = None  # the latents of f_BF in sparse form, where the SAE computes with them
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # logged with the loss; 0-d, added by losses
     _error_BD: Tensor | None = None
 
     @property
     def tokens(self) -> int:
+        """B, the number of tokens in the batch."""
         return len(self.x_BD)
 
     @property
     def error_BD(self) -> Tensor:
-        if self._error_BD is None:  # not a cached_property: until Python 3.12 it holds a lock, which cannot be compiled
+        """x - x_hat."""
+        if self._error_BD is None:  # not a cached_property: until Python 3.12 it takes a lock, which cannot be compiled
             self._error_BD = self.x_BD - self.recon_BD
         return self._error_BD
 
     @cached_property
     def l0(self) -> Tensor:
-        """() latents a token."""
+        """() active latents per token."""
         return self.f_BF.count_nonzero() / self.tokens  # a tenth of the time of sums over the tokens on a CPU
 
     @cached_property
@@ -51,9 +54,9 @@ class Step:
 
 
 class LossTerm(nn.Module, ABC):
-    """A summand of the loss. Reads the step, may leave a note in it, changes nothing else; returns a 0-d tensor."""
+    """A summand of the loss: a 0-d tensor. It may add to `step.metrics` and changes nothing else."""
 
-    sparsity = False  # whether a larger coefficient leaves fewer latents on, so that `--l0` can move it
+    sparsity = False  # whether a larger coefficient leaves fewer latents active, so that `--l0` can move it
     all_pairs = False  # whether it makes matrices of all pairs of latents
 
     @abstractmethod
@@ -61,10 +64,10 @@ class LossTerm(nn.Module, ABC):
 
 
 class Mechanism(nn.Module):
-    """Something that acts around the optimizer. Its buffers are its state; it runs under no_grad.
+    """Something that acts around the optimizer. Its buffers are its state; its hooks run under no_grad.
 
-    `before` and `after` run in every step, keep fixed shapes and never read a value back to the host. What does, runs
-    in `between`, after every `every`-th step.
+    `after_backward` and `after_step` run in every step, so they keep fixed shapes and never read a value back to the
+    host. `every_n_steps` may do both; it runs after every `every`-th step.
     """
 
     every: int | None = None
@@ -73,20 +76,20 @@ class Mechanism(nn.Module):
         """Gradients are ready, weights have not moved."""
 
     def after_step(self, step: Step) -> None:
-        """Weights have moved; the step's latents are those of the weights before."""
+        """Weights have moved; the latents in `step` are those of the weights before."""
 
     def every_n_steps(self, step: Step) -> None:
         """Between steps: may read values, change shapes and rewrite weights. `step.i` counts the step just taken."""
 
     def calibrate(self, step: Step) -> None:
-        """Training is over: called for a few more batches, forward only, by mechanisms that settle a number then."""
+        """After training: called for a few more batches, forward only, to fit a number to the final weights."""
 
     def export(self, sae: SAE) -> None:
-        """The run is over: bring the copy that will be saved, already folded, into its public form."""
+        """After training: change the copy that will be saved; its normalisation is already folded in."""
 
     def after_restore(self) -> None:
-        """The buffers were loaded or moved: derive what is kept beside them."""
+        """The buffers were loaded or moved: recompute what is derived from them."""
 
     def scalars(self) -> dict[str, Tensor]:
-        """What to log, each a 0-d tensor."""
+        """0-d tensors to log."""
         return {}

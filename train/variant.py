@@ -1,8 +1,8 @@
 """A variant: an SAE with its losses, schedules, mechanisms and optimizer settings, ready to train."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,44 +12,46 @@ from .sae import SAE
 from .schedules import Coefficient, constant
 from .step import LossTerm, Mechanism, Step
 
+SIZES = ("d_in", "d_sae", "steps", "batch_size")  # the fields of RunConfig that every run.json records
+
 
 class RunConfig(NamedTuple):
-    """What a recipe has to know of the run it is built for."""
+    """What a recipe has to know about the run that it is built for."""
 
     d_in: int
     d_sae: int
     steps: int
     batch_size: int
-    l0: float | None = None  # what `--l0` asks for
-    paper_exact: bool = False  # the paper's letter instead of the readings that work
-    variance: float | None = None  # of an element of the cache's rows; None: not known, nothing is scaled by it
-
-    SIZES = ("d_in", "d_sae", "steps", "batch_size")
+    l0: float | None = None  # target latents per token (`--l0`); None: the recipe's default
+    paper_exact: bool = False  # the paper's settings verbatim instead of those that work
+    variance: float | None = None  # elementwise, of the cache's rows; None: unknown, so nothing is scaled by it
 
     def identity(self) -> dict[str, Any]:
-        """What of it decides a run's result, beside the cache: knobs only where they are used."""
-        knobs = {"l0": self.l0, "literal": self.paper_exact}
-        return {name: getattr(self, name) for name in self.SIZES} | {name: knob for name, knob in knobs.items() if knob}
+        """What decides the result, besides the cache, as in run.json: l0 and literal only where they are set."""
+        optional = {"l0": self.l0, "literal": self.paper_exact}
+        return {name: getattr(self, name) for name in SIZES} | {
+            name: value for name, value in optional.items() if value
+        }
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], variance: float) -> "RunConfig":
-        """The setting with this identity."""
-        sizes = (record[name] for name in cls.SIZES)
-        return cls(*sizes, record.get("l0"), record.get("literal", False), variance)
+    def from_record(cls, record: Mapping[str, Any], variance: float | None) -> "RunConfig":
+        """The config that a run.json records."""
+        sizes = {name: record[name] for name in SIZES}
+        return cls(**sizes, l0=record.get("l0"), paper_exact=record.get("literal", False), variance=variance)
 
     def penalty_warmup(self, steps: int | None) -> int:
-        """The steps over which a penalty grows: those given, else a twentieth of the run."""
+        """The steps over which a penalty grows: `steps`, or by default a twentieth of the run."""
         return self.steps // 20 if steps is None else steps
 
     @property
     def dead_after_tokens(self) -> int:
-        """A latent is dead that has not fired for ten million tokens, or a tenth of a shorter run."""
+        """A latent is dead if it has not fired for this many tokens: ten million, or a tenth of a shorter run."""
         return min(10_000_000, max(self.steps * self.batch_size // 10, self.batch_size))
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """How the weights move: AdamW, its rate over the run, and the scale of the input. Options of every recipe."""
+    """AdamW, its learning rate over the run, and the normalisation of the input. These are options of every recipe."""
 
     lr: float = 3e-4
     """Learning rate at its peak."""
@@ -78,40 +80,49 @@ class Optimization:
         return min(1000, steps // 10) if self.warmup is None else self.warmup
 
     def lr_at(self, i: Tensor, steps: int) -> Tensor:
-        """lr min(1, (t+1)/w), and from `decay_start` linearly down; the first step already moves."""
+        """The learning rate of step i: lr min(1, (i+1)/w), then linearly to 0 from `decay_start` on."""
         up = ((i + 1) / max(self.warmup_steps(steps), 1)).clamp(max=1.0)
         down = ((steps - i) / max(steps * (1 - self.decay_start), 1)).clamp(max=1.0)
         return self.lr * up * down
 
     def validation_errors(self, steps: int) -> Iterator[str]:
+        """One sentence for each option that cannot work in a run of so many steps."""
         if not self.lr > 0:
             yield f"lr={self.lr:g} is not positive."
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name):g} is no decay rate: give 0 to below 1."
+                yield f"{name}={getattr(self, name):g} is out of range: give 0 up to, but not including, 1."
         for name in ("eps", "weight_decay"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name):g} is negative."
         if self.clip is not None and not self.clip > 0:
-            yield f"clip={self.clip:g} would stop every step: give a positive norm, or none."
+            yield f"clip={self.clip:g} would zero every gradient: give a positive norm, or none."
         if not 0 <= self.warmup_steps(steps) <= steps:
             yield f"warmup={self.warmup} is negative or longer than the run of {steps} steps."
         if not 0 <= self.decay_start <= 1:
-            yield f"decay_start={self.decay_start:g} is no share of the run; give 0 to 1."
+            yield f"decay_start={self.decay_start:g} is out of range: give a fraction of the run, 0 to 1."
 
 
 class Mechanisms(nn.ModuleList):
-    """Mechanisms in the order in which they run."""
+    """Mechanisms, in the order in which they run."""
 
     def __iter__(self) -> Iterator[Mechanism]:
         return super().__iter__()  # type: ignore[return-value]
 
 
 class Variant(nn.Module):
-    """One trainable thing: `.to()` moves all of it, `.state_dict()` resumes all of it."""
+    """Everything about one SAE that is trained: `.to()` moves all of it, and a checkpoint holds all of it.
 
-    mean_D: Tensor
-    scale: Tensor  # ()
+    Args:
+        sae: the SAE.
+        terms: name -> coefficient and loss term; the loss is the sum of their products.
+        mechanisms: what acts around the optimizer, in order, after `dead`.
+        optimization: options of the optimizer.
+        dead: counts how long each latent has been inactive; the first mechanism of every variant.
+    """
+
+    mean_D: Tensor  # subtracted from raw activations
+    scale: Tensor  # (), by which they are divided then
 
     def __init__(
         self,
@@ -123,14 +134,16 @@ class Variant(nn.Module):
         dead: DeadLatents,
     ) -> None:
         super().__init__()
-        self.sae, self.terms, self.coefficients = sae, nn.ModuleDict(), dict[str, Coefficient]()
+        self.sae = sae
+        self.terms = cast("MutableMapping[str, LossTerm]", nn.ModuleDict())
+        self.coefficients: dict[str, Coefficient] = {}
         for name, (coefficient, term) in terms.items():
             self.add_term(name, coefficient, term)
         self.dead = dead
         self.mechanisms = Mechanisms([dead, *mechanisms])
         self.optimization = optimization
-        self.options: dict[str, Any] = {}  # those of the recipe, as it was built
-        self.notes: list[str] = []  # what a reader of the run should know of them
+        self.options: dict[str, Any] = {}  # the recipe's own, with the values it was built with
+        self.notes: list[str] = []  # what a reader of the run should know about them
         self.register_buffer("mean_D", torch.zeros(sae.d_in))
         self.register_buffer("scale", torch.ones(()))
 
@@ -139,24 +152,24 @@ class Variant(nn.Module):
         self.coefficients[name] = coefficient if callable(coefficient) else constant(coefficient)
 
     def set_normalization(self, mean_D: Tensor, mean_square_norm: float) -> None:
-        """Take the constants of normalisation from the cache, once; they are saved with the run."""
-        how, square = self.optimization, mean_square_norm
-        if how.center:
+        """Set the constants of normalisation from the mean row and E|x|^2 of the cache. Checkpoints hold them."""
+        settings, square = self.optimization, mean_square_norm
+        if settings.center:
             self.mean_D.copy_(mean_D)
             square -= float(mean_D.square().sum())
-        if how.normalize == "unit_ms":
+        if settings.normalize == "unit_ms":
             self.scale.fill_(square**0.5)
-        if how.b_dec_init == "mean":
+        if settings.b_dec_init == "mean":
             self.sae.b_dec.data.copy_((mean_D - self.mean_D) / self.scale)
 
     def forward(self, i: Tensor, x_BD: Tensor, optimizer: torch.optim.Optimizer) -> Step:
-        """The forward pass of a step on raw activations."""
+        """The forward pass of step i on raw activations (B, d_in)."""
         x_BD = (x_BD.float() - self.mean_D) / self.scale
         pre_BF, f_BF, recon_BD, kept = self.sae(x_BD)
         return Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float(), kept)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
-        """Each term times its coefficient; a coefficient that moves is noted."""
+        """Each loss term times its coefficient. Coefficients that change over the run are added to the metrics."""
         losses = {}
         for name, term in self.terms.items():
             coefficient = self.coefficients[name](step)

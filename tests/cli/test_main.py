@@ -159,7 +159,7 @@ def test_a_plan_says_what_is_scaled_and_what_is_void(tiny_cache):
     assert notes() == ["note     competition: k 100 at d_in 2304 -> 1 at 32"]
     literal = notes("--paper-exact", "--set", "reduction=n")
     assert [line.split("=")[0].split()[-1] for line in literal] == ["tau_on", "pair_store"]
-    assert "warning, tau_on=lift is the letter: chance is 1" in literal[0]
+    assert "warning, tau_on=lift as in the paper: chance is 1" in literal[0]
 
 
 # --- train ----------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_an_unknown_variant_is_refused_with_the_nearest(tiny_cache):
 
 def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):
     found = refused(BAD_USAGE, *train(tiny_cache, "--variant", "relu", "--set", "l1_warmpu=3"))
-    assert "l1_warmpu is no option of relu; did you mean l1_warmup?" in found
+    assert "relu has no option l1_warmpu; did you mean l1_warmup?" in found
     assert not (home / "runs").exists()
 
 
@@ -184,7 +184,7 @@ def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):
     ("words", "sentence"),
     [
         (["--variant", "topk", "--set", "k"], "--set k has no value"),
-        (["--variant", "topk", "--set", "k=many"], "k='many' is no int"),
+        (["--variant", "topk", "--set", "k=many"], "k='many' has the wrong type: expected int"),
         (["--variant", "topk", "--set", "k=0"], "k=0 latents cannot be kept"),
         (["--variant", "topk", "--set", "k=8", "--set", "k=9"], "--set gives k more than once"),
         (["--variant", "topk", "--set", "k=8", "--l0", "9"], "--l0 9 and k=8 set the same: give one"),

@@ -244,7 +244,7 @@ def decorrelation_reference(f_BF: torch.Tensor, fraction: float, tau: float | No
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 1.0])
 def test_decorrelation_is_its_definition(fraction: float) -> None:
-    """Value, mean, tau and gradient, with dead columns; at fraction 1 there are fewer pairs that fire than are asked for."""
+    """Value, mean, tau and gradient, with dead columns; at fraction 1 fewer pairs fire than the fraction allows."""
     torch.manual_seed(0)
     f_BF = (torch.randn(40, 24) * (torch.rand(40, 24) < 0.3)).relu().double()
     f_BF[:, [0, 5, 23]] = 0
@@ -272,7 +272,7 @@ def test_decorrelation_of_silence_is_zero() -> None:
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_batch_that_is_not_finite_moves_no_weight(training_of, batches, bad: float) -> None:
-    """The step is latched on the device; from it on parameters, moments and counts of the optimizer stay as they were."""
+    """The step is latched on the device; from then on parameters and the optimizer's state do not change."""
     training: Trainer = training_of("relu")
     for t in range(3):
         training.step(batches[t])
@@ -335,7 +335,7 @@ def test_what_is_annealed_is_not_saved_with_the_sae() -> None:
 
 
 def test_multi_topk_is_the_error_with_more_latents_and_teaches_encoder_and_decoder() -> None:
-    """x = (3, 2, 1) in unit latents: of three kept nothing is missing, of two 1^2; the SAE itself keeps one, 2^2 + 1^2."""
+    """x = (3, 2, 1) in unit latents: with three kept the error is 0, with two 1^2, with one (the SAE's) 2^2 + 1^2."""
     sae = SAE(3, 3, [TopK(1)], pre_bias=False)
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(3))
@@ -343,7 +343,7 @@ def test_multi_topk_is_the_error_with_more_latents_and_teaches_encoder_and_decod
     step = step_of(sae, torch.tensor([[3.0, 2.0, 1.0]]))
     assert [float(term(step).detach()) for term in (MSE(), MultiTopK(2), MultiTopK(3))] == [5.0, 1.0, 0.0]
     MultiTopK(2)(step).backward()
-    # error e = (0, 0, 1): row i of W_dec gets -2 f_i e, and no other; latents whose rows are orthogonal to e get nothing
+    # error e = (0, 0, 1): row i of W_dec gets -2 f_i e, no other row does; latents with rows orthogonal to e get 0
     assert sae.W_dec.grad.tolist() == [[0, 0, -6], [0, 0, -4], [0, 0, 0]]
     with torch.no_grad():
         sae.W_dec[1] = torch.tensor([0.0, 1.0, 1.0])

@@ -1,4 +1,4 @@
-"""Learning, once: TopK and ReLU find the atoms that their data is made of. benchmarks/synthetic_recovery.py does it for all."""
+"""TopK and ReLU recover the atoms that their data is made of. benchmarks/synthetic_recovery.py tries every recipe."""
 
 import pytest
 import torch

@@ -148,9 +148,9 @@ def test_rows_of_any_dtype_are_encoded_and_those_of_another_width_refused() -> N
     sae, x = SAE(8, 16, [TopK(2)]), torch.randn(3, 8).bfloat16()
     assert torch.equal(sae.encode(x), sae.encode(x.float()))
     assert torch.equal(sae.encode(x.double()), sae.encode(x.float()))
-    with pytest.raises(UsageError, match=r"d_in = 8 numbers, and these are of shape \(3, 7\)"):
+    with pytest.raises(UsageError, match=r"shape \(..., 8\), where 8 is its d_in, and got \(3, 7\)"):
         sae.encode(x[:, :7])
-    with pytest.raises(UsageError, match=r"d_sae = 16 numbers, and these are of shape \(3, 8\)"):
+    with pytest.raises(UsageError, match=r"where 16 is its d_sae, and got \(3, 8\)"):
         sae.decode(x)
 
 
@@ -162,7 +162,7 @@ def test_no_sae_is_said_with_the_command_that_makes_one(tmp_path: Path) -> None:
 def test_an_unknown_activation_is_named_with_the_known_ones(tmp_path: Path) -> None:
     saved(tmp_path)
     describe(tmp_path, activation=[{"name": "swish"}])
-    with pytest.raises(UsageError, match=r"'swish' is unknown here; known are .*batchtopk.*relu.*topk"):
+    with pytest.raises(UsageError, match=r"unknown activation 'swish'; this version has .*batchtopk.*relu.*topk"):
         load_sae(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""`--l0`, `--literal`, and the papers' constants at other widths: what holds for every recipe, and arrival by numbers."""
+"""`--l0`, `--paper-exact`, and the papers' constants at other widths: what holds for every recipe."""
 
 import pytest
 import torch
@@ -55,7 +55,8 @@ def test_l0_is_a_knob_of_every_recipe_and_turns_the_right_way(name, sparse_cache
     [
         "topk", "batchtopk", "switch", "competition",  # k
         "jumprelu", "collapse-04", "collapse-10",  # l0
-        "relu", "april", "p-anneal", "gated", "jumprelu-step", "jumprelu-tanh", "progressive", "hierarchical",  # a penalty
+        # with a penalty
+        "relu", "april", "p-anneal", "gated", "jumprelu-step", "jumprelu-tanh", "progressive", "hierarchical",
     ],
 )  # fmt: skip
 def test_a_run_ends_at_the_l0_that_was_asked_for(name, sparse_cache, batches) -> None:
@@ -91,8 +92,8 @@ def test_resume_is_exact_with_l0(sparse_cache, batches, tmp_path) -> None:
 
 def test_the_recipe_has_its_coefficient_for_a_twentieth_of_the_run_and_the_target_from_then_on() -> None:
     """Twice as many latents as wanted: log 2 is over the bound of 1/2, so c is c_w exp(1 + 0.02 a step)."""
-    hold = L0Controller(2.0, begin=2)
-    own = hold.take("l1", lambda step: 0.1 * (step.i + 1))
+    controller = L0Controller(2.0, start_step=2)
+    coefficient = controller.take_over("l1", lambda step: 0.1 * (step.i + 1))
 
     def step(i: int) -> Step:
         f_BF = torch.ones(3, 4)
@@ -100,8 +101,8 @@ def test_the_recipe_has_its_coefficient_for_a_twentieth_of_the_run_and_the_targe
 
     found = []
     for i in range(5):
-        found.append(float(own(step(i))))
-        hold.after_step(step(i))
+        found.append(float(coefficient(step(i))))
+        controller.after_step(step(i))
     moved = [0.3 * torch.tensor(1.0 + 0.02 * n).exp().item() for n in (1, 2)]
     assert found == pytest.approx([0.1, 0.2, 0.3, *moved])
 
@@ -112,15 +113,15 @@ def test_l0_is_refused_where_nothing_sets_it_or_something_else_does(monkeypatch)
 
     monkeypatch.setattr(registry, "RECIPES", {})
     registry.recipe("bare", paper="none")(bare)
-    with pytest.raises(UsageError, match="--l0 has nothing to act on: no option k or l0, and no term"):
+    with pytest.raises(UsageError, match="--l0 has nothing to act on: no option k or l0, and no sparsity"):
         registry.RECIPES["bare"].make(SETTING._replace(l0=8), {})
     for name, knob in (("topk", "k"), ("jumprelu", "l0")):
         with pytest.raises(UsageError, match=f"--l0 8 and {knob}=4 set the same: give one"):
             RECIPES[name].make(SETTING._replace(l0=8), {knob: 4})
     for wrong in (0, -1, 129, float("nan")):
-        with pytest.raises(UsageError, match="latents a token cannot be had of 128"):
+        with pytest.raises(UsageError, match="is out of range: give a number above 0 and at most 128"):
             RECIPES["relu"].make(SETTING._replace(l0=wrong), {})
-    with pytest.raises(UsageError, match=r"k=8.5 is no int"):
+    with pytest.raises(UsageError, match=r"k=8.5 has the wrong type: expected int"):
         RECIPES["topk"].make(SETTING._replace(l0=8.5), {})
 
 
@@ -141,8 +142,10 @@ def test_l0_and_literal_are_part_of_a_run_only_when_given(sparse_cache, tmp_path
 
 
 def test_a_run_with_knobs_is_resumed_with_them(sparse_cache, tmp_path) -> None:
-    asked = TrainConfig(["competition"], layers=[0], caches=[sparse_cache.folder], steps=4, batch_size=64, l0=[8], paper_exact=True,
-                    device="cpu", out=tmp_path)  # fmt: skip
+    asked = TrainConfig(
+        ["competition"], layers=[0], caches=[sparse_cache.folder], steps=4, batch_size=64, l0=[8], paper_exact=True,
+        device="cpu", out=tmp_path,
+    )  # fmt: skip
     plan = plan_training(asked)
     (run,) = plan.runs
     run_training(plan)
@@ -174,7 +177,7 @@ def test_literal_changes_what_is_declared_and_what_is_scaled_and_nothing_else(na
     raw = {option: value for option, value in recipe.options.items() if isinstance(value, ScaledDefault)}
     assert {o: v for o, v in changed.items() if o not in raw} == {o: v for o, v in declared.items() if o not in raw}
     assert {o: literal.options[o] for o in raw} == {o: declared.get(o, v) for o, v in raw.items()}
-    warned = [note for note in literal.notes if " is the letter: " in note]
+    warned = [note for note in literal.notes if " as in the paper: " in note]
     assert len(warned) == len(declared)
     assert literal.notes
 

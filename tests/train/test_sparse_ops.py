@@ -22,7 +22,7 @@ def tensors(monkeypatch, ways: dict[str, int], activation, pre_bias: bool) -> di
         torch.nn.init.normal_(parameter)
     x_BD, weight_BD, weight_BF = torch.randn(BATCH, D_IN), torch.randn(BATCH, D_IN), torch.randn(BATCH, D_SAE)
     done = sae(x_BD.double())
-    assert (sae.gathers() is not None) == bool(ways)
+    assert (sae.sparse_activation() is not None) == bool(ways)
     loss = (done.recon_BD * weight_BD).sum() + done.recon_BD.square().sum()
     loss = loss + (done.f_BF.square() * weight_BF).sum() + (done.pre_BF.relu() * weight_BF).sum()
     loss.backward()
@@ -79,8 +79,8 @@ def test_it_is_decided_by_shapes_and_device() -> None:
 
 
 def test_a_chain_and_an_sae_that_is_not_trained_are_dense() -> None:
-    assert SAE(D_IN, D_SAE, [TopK(2)]).gathers()
-    assert SAE(D_IN, D_SAE, [TopK(2)]).eval().gathers() is None
-    assert SAE(D_IN, D_SAE, [ReLU(), TopK(2)]).gathers() is None
-    assert SAE(D_IN, D_SAE, [ReLU()]).gathers() is None
-    assert SAE(D_IN, D_SAE, [TopK(3)]).gathers() is None
+    assert SAE(D_IN, D_SAE, [TopK(2)]).sparse_activation()
+    assert SAE(D_IN, D_SAE, [TopK(2)]).eval().sparse_activation() is None
+    assert SAE(D_IN, D_SAE, [ReLU(), TopK(2)]).sparse_activation() is None
+    assert SAE(D_IN, D_SAE, [ReLU()]).sparse_activation() is None
+    assert SAE(D_IN, D_SAE, [TopK(3)]).sparse_activation() is None

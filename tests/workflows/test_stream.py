@@ -172,7 +172,9 @@ def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None
         if step == 2 * PER_GROUP + 2:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=rf"Stopped after step {2 * PER_GROUP + 3}; .* Resume with the same command\.$"):
+    with pytest.raises(
+        Interrupted, match=rf"Stopped after step {2 * PER_GROUP + 3}; .* Resume with the same command\.$"
+    ):
         stream(asked, request, TrainProgress(step=press))
     before = {path: path.stat().st_mtime_ns for path in the_ring().glob("commits/*.json")}
     assert {4, 5} <= windows_there(the_ring()) <= {4, 5, 6, 7}
@@ -319,7 +321,7 @@ def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
     [
         ("--stream --ring 3", "--ring 3 cannot be halved"),
         ("--stream --ring 0", "--ring 0 cannot be halved"),
-        (f"--stream --steps {STEPS + 1}", f"--steps {STEPS + 1} is more than there is: 3,000 tokens are {STEPS} batches of 60"),
+        (f"--stream --steps {STEPS + 1}", f"--steps {STEPS + 1} is too many: 3,000 tokens are {STEPS} batches of 60"),
         ("--stream --batch-size 600", "Half of the ring holds 512 rows, fewer than one batch of 600"),
         ("--stream --resume runs/topk", "--resume cannot be given with --stream"),
         ("--stream --cache a --cache b", "--stream fills one folder"),

@@ -480,7 +480,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: build("collapse-02", contrast_cos="jl", jl_on="activations"), "give jl_on=decoder or encoder"),
     (lambda: build("collapse-03", l0=65), "invalid l0=65"),
     (lambda: build("collapse-08", group_lr="fast"), "group_lr=fast is unknown: softmax_mean1"),
-    (lambda: build("collapse-08", gamma=0.1), "gamma is no option of collapse-08"),
+    (lambda: build("collapse-08", gamma=0.1), "collapse-08 has no option gamma"),
     (lambda: build("collapse-09", wta_share=0.0), "invalid wta_share=0: expected a share of the latents"),
     (lambda: build("collapse-10", hard_every=0), "invalid hard_every=0: expected a positive number of steps"),
     (lambda: build("collapse-01", jl_dim=0), "invalid jl_dim=0: expected a positive number"),

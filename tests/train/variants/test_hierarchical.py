@@ -375,9 +375,9 @@ def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
     [
         ("hierarchical", {"merge_partner": "drop"}, "merge_partner=drop is unknown: recycle, disable"),
         ("hierarchical", {"recon_in_alpha": "max"}, "recon_in_alpha=max is unknown: mean, sum"),
-        ("hierarchical-adaptive", {"merge_above": 0.8}, "merge_above is no option of hierarchical-adaptive"),
+        ("hierarchical-adaptive", {"merge_above": 0.8}, "hierarchical-adaptive has no option merge_above"),
         ("hierarchical", {"window": 0}, "invalid window=0: expected 1 step or more"),
-        ("hierarchical-linear", {"window": 50}, "window is no option of hierarchical-linear"),
+        ("hierarchical-linear", {"window": 50}, "hierarchical-linear has no option window"),
     ],
 )
 def test_refused_with_a_sentence(name: str, given: dict[str, object], said: str) -> None:

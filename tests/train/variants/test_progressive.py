@@ -288,8 +288,8 @@ def test_ablations_take_away_what_they_say() -> None:
         ("progressive", {"start": 0.0}, "invalid start=0: expected a share of the latents"),
         ("progressive", {"interval": 0}, "invalid interval=0: expected 1 step or more"),
         ("progressive", {"utilization": "median"}, "utilization=median is unknown"),
-        ("progressive-no-competition", {"temperature": 0.2}, "temperature is no option of progressive-no-competition"),
-        ("progressive-no-ema", {"beta": 0.5}, "beta is no option of progressive-no-ema"),
+        ("progressive-no-competition", {"temperature": 0.2}, "progressive-no-competition has no option temperature"),
+        ("progressive-no-ema", {"beta": 0.5}, "progressive-no-ema has no option beta"),
     ],
 )
 def test_refused_with_a_sentence(name: str, given: dict[str, object], said: str) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....common.errors import UsageError
-from ...activations import Activation, ReLU
+from ...activations import Activation, ReLU, activation_chain
 from ...losses import L1, MSE
 from ...mechanisms import DeadLatents, UnitNormDecoder
 from ...recipe import recipe
@@ -78,7 +78,7 @@ class CollapseParts:
         return coefficient
 
     def variant(self) -> Variant:
-        self.sae.activation = nn.Sequential(*self.activations)
+        self.sae.activation = activation_chain(self.activations)
         return Variant(
             self.sae,
             self.losses,
