@@ -186,13 +186,21 @@ def recipe(
     unused: Collection[str] = (),
     fixed: Mapping[str, Any] | None = None,
 ) -> Callable[[Build], Build]:
-    """Register a build function. Its options are its arguments after `config`, or the fields of a RecipeOptions.
+    """Register a build function as a recipe. Its options are its arguments after `config`, or a RecipeOptions.
+
+    One build function can be registered several times, as a model and its ablations.
 
     Args:
-        options: The class of its options; by default the annotation of its second argument.
-        summary: One line that describes it; by default the docstring.
-        unused: Options that have no effect in this recipe, and are not options of it.
-        fixed: Values of options that are not options of this recipe. A `ScaledDefault` is another default instead.
+        name: The recipe's name, which users type after `--variant`.
+        paper: Number of the paper, or its authors and year.
+        equations: Equations or sections of the paper that it implements.
+        width: Default d_sae over d_in.
+        batch_size: Default batch size in tokens.
+        paper_exact: See `Recipe`.
+        options: Class of the options. Default: the annotation of the second argument.
+        summary: One line about the recipe. Default: the docstring up to `Args:`.
+        unused: Options of the build function that have no effect in this recipe; it does not take them.
+        fixed: Values of options that this recipe does not take. A `ScaledDefault` only changes an option's default.
     """
 
     def register(build: Build) -> Build:
@@ -206,17 +214,17 @@ def recipe(
         constants = {n: value for n, value in (fixed or {}).items() if n not in defaults}
         own = [n for n in declared if n not in unused and n not in constants]
         RECIPES[name] = Recipe(
-            name,
-            partial(build if options_type is None else keyword_build(build, options_type), **constants),
-            options_type or build,
-            {n: defaults.get(n, declared[n].default) for n in own},
-            {n: declared[n].type for n in own},
-            summary or (inspect.getdoc(build) or "").partition("\nArgs:\n")[0].strip(),
-            paper,
-            equations,
-            width,
-            batch_size,
-            paper_exact and {n: exact for n, exact in paper_exact.items() if n in own},
+            name=name,
+            build=partial(build if options_type is None else keyword_build(build, options_type), **constants),
+            declared_by=options_type or build,
+            options={n: defaults.get(n, declared[n].default) for n in own},
+            types={n: declared[n].type for n in own},
+            description=summary or (inspect.getdoc(build) or "").partition("\nArgs:\n")[0].strip(),
+            paper=paper,
+            equations=equations,
+            width=width,
+            batch_size=batch_size,
+            paper_exact=paper_exact and {n: exact for n, exact in paper_exact.items() if n in own},
         )
         return build
 

@@ -19,34 +19,34 @@ def built(name: str, steps: int = 100, **options: object) -> Trainer:
     return Trainer(find_recipe(name).make(RunConfig(2, 3, steps, 4), options), steps, "cpu")
 
 
-def forward(training: Trainer, x_BD: torch.Tensor):
-    return training.variant(training.i, x_BD, training.optimizer)
+def forward(trainer: Trainer, x_BD: torch.Tensor):
+    return trainer.variant(trainer.i, x_BD, trainer.optimizer)
 
 
 def test_the_penalty_weighs_latents_by_their_rows() -> None:
-    training = built("april")
-    sae = training.variant.sae
+    trainer = built("april")
+    sae = trainer.variant.sae
     sae.W_enc.data = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
     sae.W_dec.data = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]])  # norms 5, 2, 1
-    step = forward(training, torch.tensor([[1.0, 1.0], [0.0, 3.0]]))  # latents 1, 1, 2 and 0, 3, 0
+    step = forward(trainer, torch.tensor([[1.0, 1.0], [0.0, 3.0]]))  # latents 1, 1, 2 and 0, 3, 0
     assert WeightedL1()(step).item() == pytest.approx(((1 * 5 + 1 * 2 + 2 * 1) + 3 * 2) / 2)
 
 
 def test_the_penalty_is_the_same_when_a_latent_shrinks_and_its_row_grows() -> None:
-    training, x_BD = built("april"), torch.randn(8, 2)
-    before = WeightedL1()(forward(training, x_BD))
-    training.variant.sae.W_enc.data /= 7
-    training.variant.sae.W_dec.data *= 7
-    torch.testing.assert_close(WeightedL1()(forward(training, x_BD)), before)
+    trainer, x_BD = built("april"), torch.randn(8, 2)
+    before = WeightedL1()(forward(trainer, x_BD))
+    trainer.variant.sae.W_enc.data /= 7
+    trainer.variant.sae.W_dec.data *= 7
+    torch.testing.assert_close(WeightedL1()(forward(trainer, x_BD)), before)
 
 
 def test_the_coefficient_is_five_in_units_of_the_root_of_d() -> None:
     """With x sqrt(d) times as large the paper's loss is d times this one."""
     torch.manual_seed(0)
-    training = Trainer(find_recipe("april").make(RunConfig(16, 32, 100, 4), {"l1_warmup": 0}), 100, "cpu")
-    sae, x_BD = training.variant.sae, torch.randn(4, 16) / 4
-    step = forward(training, x_BD)
-    loss = sum(training.variant.losses(step).values())
+    trainer = Trainer(find_recipe("april").make(RunConfig(16, 32, 100, 4), {"l1_warmup": 0}), 100, "cpu")
+    sae, x_BD = trainer.variant.sae, torch.randn(4, 16) / 4
+    step = forward(trainer, x_BD)
+    loss = sum(trainer.variant.losses(step).values())
     f_BF = ((4 * x_BD) @ sae.W_enc).relu()  # biases are zero at the start
     error = (4 * x_BD - f_BF @ sae.W_dec).square().sum(1).mean()
     paper = error + 5 * (f_BF * sae.W_dec.norm(dim=1)).sum(1).mean()
@@ -57,9 +57,9 @@ def test_the_coefficient_is_five_in_units_of_the_root_of_d() -> None:
 def test_export_makes_unit_rows_and_keeps_the_function(name) -> None:
     torch.manual_seed(0)
     variant = find_recipe(name).make(RunConfig(8, 16, 50, 32), {"lr": 1e-2, "warmup": 0})
-    training = Trainer(variant, 50, "cpu")
+    trainer = Trainer(variant, 50, "cpu")
     for _ in range(50):
-        training.step(torch.randn(32, 8))
+        trainer.step(torch.randn(32, 8))
     raw = fold_normalization(variant.sae, 3.0, torch.randn(8))
     x_BD = 3 * torch.randn(64, 8)
     norm_F, f_BF, recon_BD = raw.W_dec.norm(dim=1), raw.encode(x_BD), raw(x_BD).recon_BD
@@ -93,8 +93,8 @@ def test_p_is_one_until_the_start_and_ends_where_it_should() -> None:
 
 
 def test_p_is_that_of_the_recipe_at_both_ends() -> None:
-    training = built("p-anneal", steps=100)
-    annealing = next(m for m in training.variant.mechanisms if isinstance(m, PAnnealing))
+    trainer = built("p-anneal", steps=100)
+    annealing = next(m for m in trainer.variant.mechanisms if isinstance(m, PAnnealing))
     assert exponent(annealing, 0) == exponent(annealing, 29) == 1.0
     assert exponent(annealing, 99) == pytest.approx(0.2)
 
@@ -111,15 +111,15 @@ def test_the_gradient_of_the_penalty_leaves_silent_latents_alone() -> None:
     assert f_BF.grad.tolist()[0] == pytest.approx([0.0, 0.5 * 0.25**-0.5], rel=1e-4)
 
 
-def test_the_penalty_goes_on_where_it_was_when_p_changes() -> None:
+def test_the_penalty_is_continuous_when_p_changes() -> None:
     """The same batch and weights at every step, so that only p and the factor move."""
-    training, x_BD = built("p-anneal", steps=100, start=0.5), torch.randn(4, 2)
-    annealing = next(m for m in training.variant.mechanisms if isinstance(m, PAnnealing))
+    trainer, x_BD = built("p-anneal", steps=100, start=0.5), torch.randn(4, 2)
+    annealing = next(m for m in trainer.variant.mechanisms if isinstance(m, PAnnealing))
     penalty, values, exponents = Lp(annealing), [], []
     for i in range(100):
-        training.i.fill_(i)
+        trainer.i.fill_(i)
         with torch.no_grad():
-            step = forward(training, x_BD)
+            step = forward(trainer, x_BD)
             values.append(penalty(step).item())
             exponents.append(step.metrics["p"].item())
             annealing.after_step(step)
@@ -132,26 +132,26 @@ def test_a_change_weighs_only_batches_since_the_last_one() -> None:
     annealing = PAnnealing(
         end=0.2, start=4, stop=12, updates=4, queue=10
     )  # changes at 4, 6, 8, 10: less than the queue
-    training = built("p-anneal")
+    trainer = built("p-anneal")
     for i in range(6):
-        training.i.fill_(i)
+        trainer.i.fill_(i)
         with torch.no_grad():
-            annealing.after_step(forward(training, torch.randn(4, 2)))
+            annealing.after_step(forward(trainer, torch.randn(4, 2)))
     assert not annealing.sums_Q2.any()  # step 5 was the last before a change
 
 
-def test_silence_changes_no_factor() -> None:
-    training = built("p-anneal", steps=10, start=0.0)
-    training.variant.sae.b_enc.data.fill_(-100.0)
-    annealing = next(m for m in training.variant.mechanisms if isinstance(m, PAnnealing))
+def test_silent_latents_leave_the_factor_unchanged() -> None:
+    trainer = built("p-anneal", steps=10, start=0.0)
+    trainer.variant.sae.b_enc.data.fill_(-100.0)
+    annealing = next(m for m in trainer.variant.mechanisms if isinstance(m, PAnnealing))
     for i in range(10):
-        training.i.fill_(i)
-        annealing.after_step(forward(training, torch.randn(4, 2)))
+        trainer.i.fill_(i)
+        annealing.after_step(forward(trainer, torch.randn(4, 2)))
     assert annealing.factor.item() == 1.0
 
 
 @pytest.mark.parametrize("wrong", [{"p_end": 0.0}, {"start": 1.0}, {"updates": 0}, {"queue": 0}])
-def test_an_annealing_that_cannot_be_is_refused(wrong) -> None:
+def test_an_invalid_annealing_raises_a_usage_error(wrong) -> None:
     with pytest.raises(UsageError, match=f"invalid {next(iter(wrong))}="):
         built("p-anneal", **wrong)
 

@@ -1,4 +1,4 @@
-"""Paper 000 part by part: hand-worked numbers, dense references, and what each run has that the one before has not."""
+"""Paper 000 part by part: hand-worked numbers, dense references, and what each run adds to the one before."""
 
 import math
 from collections.abc import Callable
@@ -42,11 +42,11 @@ def build(name: str, d_in: int = 32, d_sae: int = 64, steps: int = 20, **options
 
 
 def trained(variant: Variant, steps: int) -> Trainer:
-    training = Trainer(variant, steps, "cpu")
+    trainer = Trainer(variant, steps, "cpu")
     generator = torch.Generator().manual_seed(1)
     for number in range(steps):
-        training.run_periodic(number, training.step(torch.randn(64, variant.sae.d_in, generator=generator)))
-    return training
+        trainer.run_periodic(number, trainer.step(torch.randn(64, variant.sae.d_in, generator=generator)))
+    return trainer
 
 
 def by_hand(rows_MD: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def test_gradient_through_is_that_of_the_orthogonalised_decoder() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"gs_gradient": "through"}, {"gs_order": "utilisation"}])
 @pytest.mark.parametrize("name", ["collapse-06", "collapse-08"])
-def test_what_decodes_and_is_saved_is_orthogonal_and_made_of_the_rows_that_learn(name: str, options: dict) -> None:
+def test_the_decoder_is_orthogonal_and_made_of_free_rows(name: str, options: dict) -> None:
     variant = build(name, **options)
     before = variant.sae.W_dec.detach().clone()
     sae = trained(variant, 20).variant.sae
@@ -174,7 +174,7 @@ def test_the_threshold_falls_from_0_4_to_0_05_by_a_cosine() -> None:
     )
 
 
-def test_the_projection_has_orthonormal_columns_and_no_more_than_there_is_room_for() -> None:
+def test_the_projection_has_orthonormal_columns_at_most_as_many_as_dimensions() -> None:
     for sketch, shape in ((Sketch(300, 40), (300, 128)), (Sketch(32, 64), (32, 32)), (Sketch(32, 64, 8), (32, 8))):
         assert sketch.R_DS.shape == shape
         assert (sketch.R_DS.T @ sketch.R_DS - torch.eye(shape[1])).abs().max() < 1e-5
@@ -230,7 +230,7 @@ def test_lambda_stays_in_its_moving_bounds(firing: int, at_start: float, at_end:
     assert float(control.coefficient(step)) == pytest.approx(at_end)
 
 
-def test_lambda_follows_the_controller_by_hand_and_to_the_letter_stays() -> None:
+def test_lambda_follows_the_controller_and_is_constant_without_one() -> None:
     step = step_of(SAE(4, 8), torch.zeros(3, 4))
     step.f_BF = (torch.arange(8) < 6).float().expand(3, 8)
     followed, literal = DynamicL1(0.04, 1000, 4.0), DynamicL1(0.04, 1000, 4.0, "none")
@@ -322,10 +322,10 @@ def test_neighbours_inhibit_and_the_best_of_each_group_remain() -> None:
 
 def test_neighbours_are_the_nearest_of_the_group_and_follow_the_encoder() -> None:
     variant = build("collapse-09", neighbours=2)
-    training = trained(variant, 5)
+    trainer = trained(variant, 5)
     link, sae = variant.sae.activation[-1], variant.sae
     part = next(m for m in variant.mechanisms if m.every == 100)
-    part.every_n_steps(training.step(torch.randn(64, 32)))
+    part.every_n_steps(trainer.step(torch.randn(64, 32)))
     unit_FD = torch.nn.functional.normalize(sae.W_enc.detach().T, dim=1)
     for i in (0, 5, 63):
         group = [j for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
@@ -338,9 +338,9 @@ def test_neighbours_are_the_nearest_of_the_group_and_follow_the_encoder() -> Non
 @pytest.mark.parametrize("every", [1, 5])
 def test_hard_orthogonality_leaves_orthonormal_rows_in_each_group(every: int) -> None:
     variant = build("collapse-10", gs_axis="activation_batch", hard_every=every)
-    training = Trainer(variant, 10, "cpu")
+    trainer = Trainer(variant, 10, "cpu")
     for number in range(10):
-        training.step(torch.randn(64, 32))
+        trainer.step(torch.randn(64, 32))
         rows_GMD = variant.sae.W_dec.detach().unflatten(0, (16, 4))
         error = float((rows_GMD @ rows_GMD.mT - torch.eye(4)).abs().max())
         assert (error < 1e-5) == ((number + 1) % every == 0), f"after step {number}"
@@ -409,11 +409,19 @@ def parts(variant: Variant) -> list[str]:
     return sorted(type(part).__name__ for part in chain)
 
 
-def test_each_run_is_the_one_before_and_its_own_parts() -> None:
+def test_each_run_adds_its_parts_to_the_run_before() -> None:
     own = [
-        ["Sketch", "UtilizationEMA"], ["ContrastLoss"], ["DynamicL1"], ["DiversityLoss"], ["GroupOrthogonalityLoss"], ["GramSchmidt"],
-        ["GroupUtilization"], ["GroupLearningRate"], ["Neighbours", "WinnerTakeAll"], ["HardOrthogonality"],
-    ]  # fmt: skip
+        ["Sketch", "UtilizationEMA"],
+        ["ContrastLoss"],
+        ["DynamicL1"],
+        ["DiversityLoss"],
+        ["GroupOrthogonalityLoss"],
+        ["GramSchmidt"],
+        ["GroupUtilization"],
+        ["GroupLearningRate"],
+        ["Neighbours", "WinnerTakeAll"],
+        ["HardOrthogonality"],
+    ]
     expected = ["DeadLatents", "L1", "MSE", "ReLU", "UnitNormDecoder"]
     assert parts(build(RUNS[0])) == expected
     for name, added in zip(RUNS[1:], own, strict=True):
@@ -441,20 +449,20 @@ READINGS: list[tuple[str, dict]] = [
 
 @pytest.mark.parametrize("d_sae", [32, 64])
 @pytest.mark.parametrize("name, options", [*[(name, {}) for name in RUNS[:-1]], *READINGS])
-def test_every_reading_trains_and_keeps_unit_rows(name: str, options: dict, d_sae: int) -> None:
-    training = trained(build(name, d_sae=d_sae, **options), 5)
-    metrics = training.pop_metrics()
-    assert int(training.failed_at) == -1
+def test_every_option_trains_and_keeps_unit_rows(name: str, options: dict, d_sae: int) -> None:
+    trainer = trained(build(name, d_sae=d_sae, **options), 5)
+    metrics = trainer.pop_metrics()
+    assert int(trainer.failed_at) == -1
     assert all(math.isfinite(value) for value in metrics.values())
-    assert (training.variant.sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
+    assert (trainer.variant.sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name, options", READINGS)
-def test_no_reading_reads_back_to_the_host(name: str, options: dict) -> None:
+def test_no_option_reads_back_to_the_host(name: str, options: dict) -> None:
     with FakeTensorMode():
-        training = Trainer(build(name, **options), 20, "cpu")
+        trainer = Trainer(build(name, **options), 20, "cpu")
         for _ in range(2):
-            training.step(torch.randn(64, 32))
+            trainer.step(torch.randn(64, 32))
 
 
 def test_each_part_logs_its_numbers() -> None:
@@ -488,6 +496,6 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
 
 
 @pytest.mark.parametrize("ask, sentence", REFUSED)
-def test_what_cannot_work_is_refused_with_a_sentence(ask: Callable[[], object], sentence: str) -> None:
+def test_invalid_options_raise_a_usage_error(ask: Callable[[], object], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         ask()

@@ -1,4 +1,4 @@
-"""Paper 002: the statistics of pairs against counting, the penalty against eq. 5 written densely, the table against all pairs."""
+"""Paper 002: pair statistics against counting, the penalty against a dense (5), the table against all pairs."""
 
 import itertools
 
@@ -221,7 +221,7 @@ def test_a_table_for_absorption_follows_rows_that_look_alike() -> None:
     torch.testing.assert_close(held.sort().values, cosine_FF.flatten().topk(3).values.sort().values)
 
 
-def test_what_a_step_sees_does_not_depend_on_how_much_is_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sae = SAE(6, 24)
     results = []
     for block in (2**24, 50):
@@ -258,7 +258,7 @@ def test_counts_follow_the_width_unless_given() -> None:
         assert find_recipe("competition-k320").make(paper, {}).sae.activation[0].k == 320
 
 
-def test_refusals_are_sentences() -> None:
+def test_invalid_options_raise_a_usage_error() -> None:
     paper = RunConfig(2304, 18432, 4882, 2048)
     make = find_recipe("competition").make
     with torch.device("meta"):
@@ -276,9 +276,9 @@ def test_refusals_are_sentences() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_takes_steps(name: str, training_of, take) -> None:
-    training = training_of(name, steps=5)
-    list(take(training, range(5)))
-    metrics = training.pop_metrics()
+    trainer = training_of(name, steps=5)
+    list(take(trainer, range(5)))
+    metrics = trainer.pop_metrics()
     assert all(value == value and abs(value) < 1e6 for value in metrics.values())
     if name != "competition-baseline":
         expected = {"competition-off": 0.0, "competition-no-warmup": 0.03}.get(name)
@@ -290,18 +290,22 @@ def test_every_recipe_takes_steps(name: str, training_of, take) -> None:
 @pytest.mark.parametrize(
     "reading",
     [
-        {"act": "batchtopk", "k": 3}, {"act": "relu", "pair_store": "dense"}, {"pair_vec": "activation", "tau": 0.05},
-        {"direction": "child_only"}, {"target": "absorption", "aux": 0.03}, {"reconstruction": "mean", "normalize": "none"},
+        {"act": "batchtopk", "k": 3},
+        {"act": "relu", "pair_store": "dense"},
+        {"pair_vec": "activation", "tau": 0.05},
+        {"direction": "child_only"},
+        {"target": "absorption", "aux": 0.03},
+        {"reconstruction": "mean", "normalize": "none"},
         {"tau_on": "lift", "reduction": "sum"},
     ],
-)  # fmt: skip
-def test_every_reading_trains(reading: dict[str, object], training_of, take) -> None:
-    training = training_of("competition-no-warmup", steps=10, **reading)
-    before = training.variant.sae.W_dec.detach().clone()
-    list(take(training, range(10)))
-    metrics = training.pop_metrics()
+)
+def test_every_option_trains(reading: dict[str, object], training_of, take) -> None:
+    trainer = training_of("competition-no-warmup", steps=10, **reading)
+    before = trainer.variant.sae.W_dec.detach().clone()
+    list(take(trainer, range(10)))
+    metrics = trainer.pop_metrics()
     assert all(value == value for value in metrics.values())
-    assert not torch.equal(before, training.variant.sae.W_dec)
+    assert not torch.equal(before, trainer.variant.sae.W_dec)
 
 
 def test_it_composes_with_another_base(variant_of, take) -> None:
@@ -310,9 +314,9 @@ def test_it_composes_with_another_base(variant_of, take) -> None:
     term = CompetitionLoss(PairTable(variant.sae.d_sae, 1000, every=2), 8 / variant.sae.d_sae, tau=0.2)
     add_competition(variant, competition_strength(0.03, 0), term)
     assert variant.mechanisms[len(variant.mechanisms) - 2] is term.pairs
-    training = Trainer(variant, 30, "cpu")
-    list(take(training, range(6)))
-    metrics = training.pop_metrics()
+    trainer = Trainer(variant, 30, "cpu")
+    list(take(trainer, range(6)))
+    metrics = trainer.pop_metrics()
     assert metrics["pairs_above"] > 0 and metrics["competition"] > 0
 
 
@@ -320,10 +324,10 @@ def test_bound_directions_are_pushed_apart(training_of, take) -> None:
     """From the same start, the pairs that pass end less alike under the penalty than without it."""
     similar = []
     for strength in (0.0, 3.0):
-        training = training_of("competition", k=6, tau=0.15, strength=strength, strength_warmup=0, lr=3e-3, warmup=0)
-        list(take(training, range(30)))
-        (store,) = [m for m in training.variant.mechanisms if isinstance(m, PairTable)]
+        trainer = training_of("competition", k=6, tau=0.15, strength=strength, strength_warmup=0, lr=3e-3, warmup=0)
+        list(take(trainer, range(30)))
+        (store,) = [m for m in trainer.variant.mechanisms if isinstance(m, PairTable)]
         bound_P = store.conditional() >= 0.15
-        similarity_P = store.inner(training.variant.sae.W_dec, training.variant.sae.W_dec).square()
+        similarity_P = store.inner(trainer.variant.sae.W_dec, trainer.variant.sae.W_dec).square()
         similar.append(similarity_P[bound_P].mean().item())
     assert similar[1] < 0.8 * similar[0]

@@ -61,7 +61,7 @@ def test_lambda_falls_from_its_width_to_zero() -> None:
     assert values == pytest.approx([0.0208333, 0.0104167, 0.0208333 / 4882, 0.0], abs=1e-6)
 
 
-def test_lambda_is_noted_and_its_ends_are_options() -> None:
+def test_lambda_is_logged_and_its_ends_are_options() -> None:
     variant = build("hierarchical-linear", l1=0.5, l1_end=0.1)
     step = firing(torch.zeros(1, 64), 500)
     assert float(variant.coefficients["l1"](step)) == pytest.approx(0.3)
@@ -83,7 +83,7 @@ def reconstructing() -> tuple[SAE, torch.Tensor]:
     return sae, torch.tensor([[1.0, 0, 0, 0], [0.0, 2, 0, 0], [0.0, 0, 3, 4]])
 
 
-def test_a_dead_latent_restarts_on_the_token_that_is_lost() -> None:
+def test_a_dead_latent_restarts_on_the_worst_token() -> None:
     """v = (0, 0, 3, 4), |v| = 5; the others' encoders have norm 1 and 3, 0.2 of their mean is 0.4."""
     sae, x_BD = reconstructing()
     dead = DeadLatents(3, after_tokens=10)
@@ -126,7 +126,7 @@ def test_no_token_is_drawn_twice_at_once_and_the_rest_waits() -> None:
     assert (sae.W_dec[:4] @ sae.W_dec[:4].T - torch.eye(4)).abs().max() < 1e-6
 
 
-def test_its_draws_go_on_from_its_state() -> None:
+def test_resampling_resumes_its_random_stream() -> None:
     def restarted(resample: ResampleDead) -> torch.Tensor:
         torch.manual_seed(3)
         sae = SAE(8, 4)
@@ -215,7 +215,7 @@ def test_alpha_by_loss(loss: float, alpha: float) -> None:
     assert modulated("mean", error_BD / 10, x_BD / 10, scale=10.0) == pytest.approx(alpha, abs=5e-5)
 
 
-def test_the_target_of_alpha_belongs_to_a_variance_of_24_unless_given_or_to_the_letter() -> None:
+def test_the_target_of_alpha_scales_with_the_variance_unless_given_or_paper_exact() -> None:
     """A cache of a quarter of the variance has a quarter of the error at the same share, and alpha is the same."""
     make, run = find_recipe("hierarchical").make, RunConfig(32, 64, 20, 64, variance=6.0)
 
@@ -300,7 +300,7 @@ def test_merged_latents_are_averaged_and_forgotten_and_the_partner_restarts() ->
     assert sae.W_enc[:, 2:].tolist() == [[0, 0], [2, 0], [0, 0], [0, 1]]
 
 
-def test_a_disabled_partner_is_silent_for_ever() -> None:
+def test_a_disabled_partner_stays_silent() -> None:
     sae, merge, step = merging(partner="disable")
     merge.every_n_steps(step)
     assert not sae.W_enc[:, 1].any() and sae.b_enc[1] == 0
@@ -361,11 +361,11 @@ def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
     """All latents start as copies of sixteen: merging and restarting separates them, and rows stay unit."""
     variant = build("hierarchical", d_sae=32, steps=40, window=4, merge_every=4, lr=1e-2, warmup=0)
     variant.sae.W_dec.data[16:] = variant.sae.W_dec.data[:16]
-    training = Trainer(variant, 40, "cpu")
+    trainer = Trainer(variant, 40, "cpu")
     for i in range(20):
-        training.run_periodic(i, training.step(rows(i)))
+        trainer.run_periodic(i, trainer.step(rows(i)))
     cosine_FF = variant.sae.W_dec @ variant.sae.W_dec.T
-    assert training.pop_metrics()["merged"] >= 16
+    assert trainer.pop_metrics()["merged"] >= 16
     assert (cosine_FF.triu(1) <= 0.9).all()
     assert (cosine_FF.diagonal() - 1).abs().max() < 1e-6
 
@@ -380,6 +380,6 @@ def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
         ("hierarchical-linear", {"window": 50}, "hierarchical-linear has no option window"),
     ],
 )
-def test_refused_with_a_sentence(name: str, given: dict[str, object], said: str) -> None:
+def test_invalid_options_raise_a_usage_error(name: str, given: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         find_recipe(name).make(RunConfig(32, 64, 100, 64), given)

@@ -26,11 +26,11 @@ def built(name: str, d_in: int = 8, d_sae: int = 16, steps: int = 200, **options
 
 def with_axes(name: str, activation_threshold: list[float], **options: object) -> Trainer:
     """d_in = d_sae = 3 and W_enc = 1, so that z = x."""
-    training = built(name, 3, 3, **options)
-    sae = training.variant.sae
+    trainer = built(name, 3, 3, **options)
+    sae = trainer.variant.sae
     sae.W_enc.data, sae.W_dec.data = torch.eye(3), torch.diag(torch.tensor([1.0, 2.0, 0.5]))
     sae.activation[0].threshold.data = torch.tensor(activation_threshold)
-    return training
+    return trainer
 
 
 def test_what_exceeds_its_threshold_passes_unchanged(activation) -> None:
@@ -61,7 +61,7 @@ def test_surrogates_are_their_definition(activation) -> None:
 
 
 def test_with_ste_to_input_a_pre_activation_gets_what_its_threshold_loses(activation) -> None:
-    """z = 1.1 within eps/2 of theta = 1: dz = 1 + theta/eps = 3, dtheta = -2. Below, z = 0.9: 2 and -2. Far off: 1 or 0."""
+    """Within eps/2 of theta = 1: at z = 1.1 dz = 1 + theta/eps = 3, dtheta = -2; at 0.9 2 and -2. Far off: 1 or 0."""
     z_BF = torch.tensor([[9.0, 1.1, 0.0], [9.0, 0.9, 9.0]], requires_grad=True)
     activation.ste_to_input = True
     to_z_BF, to_theta_F = torch.autograd.grad(activation(z_BF).sum(), (z_BF, activation.threshold))
@@ -88,21 +88,21 @@ def test_a_threshold_gets_its_gradient_in_float32_from_bfloat16_products(activat
 
 def test_a_threshold_moves_at_a_rate_that_bfloat16_would_swallow(tmp_path) -> None:
     """One Adam step of 7e-5 on a threshold of 0.1: half a unit in the last place of a bfloat16 is 2.4e-4 there."""
-    training = built("jumprelu", l0=2, threshold=0.1, bandwidth=2.0, lr=7e-5, warmup=0)
-    training.step(torch.randn(32, 8))
-    threshold = training.variant.sae.activation[0].threshold
+    trainer = built("jumprelu", l0=2, threshold=0.1, bandwidth=2.0, lr=7e-5, warmup=0)
+    trainer.step(torch.randn(32, 8))
+    threshold = trainer.variant.sae.activation[0].threshold
     moved_F = (threshold.detach() - 0.1).abs()
     assert threshold.dtype == torch.float32
     torch.testing.assert_close(moved_F, torch.full((16,), 7e-5), rtol=0.01, atol=0)
     assert torch.equal(threshold.detach().bfloat16(), torch.full((16,), 0.1).bfloat16())
-    save_sae(fold_normalization(training.variant.sae, 1.0, torch.zeros(8)), tmp_path, {})
+    save_sae(fold_normalization(trainer.variant.sae, 1.0, torch.zeros(8)), tmp_path, {})
     assert torch.equal(load_sae(tmp_path).activation[0].threshold, threshold)
 
 
 def test_penalties_by_hand() -> None:
-    training = with_axes("jumprelu", [0.5, 1.0, 2.0])
-    activation = training.variant.sae.activation[0]
-    step = training.variant(training.i, torch.tensor([[1.0, 1.5, 0.5], [0.25, 3.0, 0.0]]), training.optimizer)
+    trainer = with_axes("jumprelu", [0.5, 1.0, 2.0])
+    activation = trainer.variant.sae.activation[0]
+    step = trainer.variant(trainer.i, torch.tensor([[1.0, 1.5, 0.5], [0.25, 3.0, 0.0]]), trainer.optimizer)
     # fires: latents 0, 1 and 1; rows of norm 1, 2, 0.5
     assert L0(activation)(step).item() == pytest.approx(3 / 2)
     assert TargetL0(activation, 1.0)(step).item() == pytest.approx(0.25)
@@ -114,9 +114,9 @@ def test_penalties_by_hand() -> None:
 
 def test_tanh_is_the_papers_objective_in_its_units() -> None:
     """With x sqrt(d) times as large the paper's loss is d times this one."""
-    training = built("jumprelu-tanh", d_in=16, d_sae=32, steps=1)
-    sae, x_BD = training.variant.sae, torch.randn(64, 16) / 4
-    loss = sum(training.variant.losses(training.variant(training.i, x_BD, training.optimizer)).values())
+    trainer = built("jumprelu-tanh", d_in=16, d_sae=32, steps=1)
+    sae, x_BD = trainer.variant.sae, torch.randn(64, 16) / 4
+    loss = sum(trainer.variant.losses(trainer.variant(trainer.i, x_BD, trainer.optimizer)).values())
     x_BD, theta, norm_F = 4 * x_BD, 0.1, sae.W_dec.norm(dim=1)
     z_BF = x_BD @ sae.W_enc
     f_BF = z_BF * (z_BF > theta)
@@ -128,9 +128,9 @@ def test_tanh_is_the_papers_objective_in_its_units() -> None:
 
 def test_thresholds_stay_at_zero_or_above(activation) -> None:
     activation.threshold.data = torch.tensor([-1.0, 0.0, 2.0])
-    training = built("jumprelu")
+    trainer = built("jumprelu")
     with torch.no_grad():
-        NonNegativeThreshold(activation).after_step(training.variant(training.i, torch.randn(2, 8), training.optimizer))
+        NonNegativeThreshold(activation).after_step(trainer.variant(trainer.i, torch.randn(2, 8), trainer.optimizer))
     assert activation.threshold.tolist() == [0.0, 0.0, 2.0]
 
 
@@ -138,20 +138,20 @@ def test_thresholds_stay_at_zero_or_above(activation) -> None:
 def test_the_target_is_approached_from_both_sides(threshold) -> None:
     """Half of the latents fire at first, or one in fifteen; under a strong penalty about 4 of 16 do in the end."""
     options = {"l0": 4, "penalty": 100.0, "bandwidth": 0.5, "lr": 1e-2, "warmup": 0}
-    training = built("jumprelu", steps=300, threshold=threshold, **options)
+    trainer = built("jumprelu", steps=300, threshold=threshold, **options)
     torch.manual_seed(1)
     for number in range(300):
-        training.step(torch.randn(64, 8))
+        trainer.step(torch.randn(64, 8))
         if number == 0:
-            first = training.pop_metrics()["l0"]
+            first = trainer.pop_metrics()["l0"]
         if number == 250:
-            training.pop_metrics()
+            trainer.pop_metrics()
     assert (first > 6) if threshold < 1 else (first < 2)
-    assert training.pop_metrics()["l0"] == pytest.approx(4, rel=0.1)
+    assert trainer.pop_metrics()["l0"] == pytest.approx(4, rel=0.1)
 
 
 def test_thresholds_scale_with_the_input() -> None:
-    training = with_axes("jumprelu", [0.5, 1.0, 2.0])
-    raw, x_BD = fold_normalization(training.variant.sae, 5.0, torch.zeros(3)), 10 * torch.rand(64, 3)
+    trainer = with_axes("jumprelu", [0.5, 1.0, 2.0])
+    raw, x_BD = fold_normalization(trainer.variant.sae, 5.0, torch.zeros(3)), 10 * torch.rand(64, 3)
     assert raw.activation[0].threshold.tolist() == [2.5, 5.0, 10.0]
-    torch.testing.assert_close(raw.encode(x_BD), 5 * training.variant.sae.encode(x_BD / 5))
+    torch.testing.assert_close(raw.encode(x_BD), 5 * trainer.variant.sae.encode(x_BD / 5))

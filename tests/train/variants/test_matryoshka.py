@@ -33,24 +33,24 @@ def test_prefixes_halve() -> None:
 
 
 def test_by_hand() -> None:
-    training = Trainer(find_recipe("matryoshka").make(RunConfig(2, 2, 20, 1), {"k": 2, "prefixes": 2}), 20, "cpu")
-    sae = training.variant.sae
+    trainer = Trainer(find_recipe("matryoshka").make(RunConfig(2, 2, 20, 1), {"k": 2, "prefixes": 2}), 20, "cpu")
+    sae = trainer.variant.sae
     sae.W_enc.data, sae.W_dec.data, sae.b_dec.data = torch.eye(2), torch.eye(2), torch.tensor([0.0, 0.5])
-    step = training.variant(training.i, torch.tensor([[3.0, 1.5]]), training.optimizer)
+    step = trainer.variant(trainer.i, torch.tensor([[3.0, 1.5]]), trainer.optimizer)
     # latents 3 and 1; the first alone leaves (0, 1), both leave nothing
-    assert training.variant.terms["mse"](step).item() == pytest.approx((1.0 + 0.0) / 2)
+    assert trainer.variant.terms["mse"](step).item() == pytest.approx((1.0 + 0.0) / 2)
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_the_gradient_is_that_of_the_losses_of_each_prefix(by_rows, monkeypatch) -> None:
     monkeypatch.setattr(sparse_ops, "SPARSE_FROM", {"cpu": 1} if by_rows else {})
-    training = built("matryoshka")
-    sae = training.variant.sae.double()
+    trainer = built("matryoshka")
+    sae = trainer.variant.sae.double()
     torch.nn.init.normal_(sae.b_dec)
     x_BD, ends, weights = torch.randn(32, 8, dtype=torch.float64), [1, 2, 4, 8, 16], [sae.W_enc, sae.W_dec, sae.b_dec]
 
     def step() -> Step:
-        return Step(training.i, sae, training.optimizer, x_BD, *sae(x_BD))
+        return Step(trainer.i, sae, trainer.optimizer, x_BD, *sae(x_BD))
 
     nested = torch.autograd.grad(NestedMSE(ends)(step()), weights)
     f_BF = sae(x_BD).f_BF
@@ -60,9 +60,9 @@ def test_the_gradient_is_that_of_the_losses_of_each_prefix(by_rows, monkeypatch)
 
 def test_a_row_learns_from_the_residuals_of_the_prefixes_that_hold_it() -> None:
     """dL/dW_i = -(2/(B G)) f_i^T sum_{g: n_g >= i} (x - x_hat_g), written without autograd."""
-    training, x_BD, ends = built("matryoshka"), torch.randn(32, 8), [1, 2, 4, 8, 16]
-    sae = training.variant.sae
-    step = training.variant(training.i, x_BD, training.optimizer)
+    trainer, x_BD, ends = built("matryoshka"), torch.randn(32, 8), [1, 2, 4, 8, 16]
+    sae = trainer.variant.sae
+    step = trainer.variant(trainer.i, x_BD, trainer.optimizer)
     (gradient_FD,) = torch.autograd.grad(NestedMSE(ends)(step), sae.W_dec)
     f_BF = step.f_BF.detach()
     residuals = [x_BD - f_BF[:, :n] @ sae.W_dec[:n].detach() - sae.b_dec.detach() for n in ends]
@@ -72,8 +72,8 @@ def test_a_row_learns_from_the_residuals_of_the_prefixes_that_hold_it() -> None:
 
 
 def test_one_choice_serves_every_prefix() -> None:
-    training = built("matryoshka")
-    step = training.variant(training.i, torch.randn(32, 8), training.optimizer)
+    trainer = built("matryoshka")
+    step = trainer.variant(trainer.i, torch.randn(32, 8), trainer.optimizer)
     assert (step.f_BF != 0).sum() == 3 * 32
 
 

@@ -51,7 +51,7 @@ def test_value_and_gradient_are_those_of_the_formula(chunk: int) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-14)
 
 
-def test_chunks_are_dealt_by_the_step_alone_and_every_pair_meets() -> None:
+def test_chunks_depend_on_the_step_alone_and_every_pair_meets() -> None:
     sae, n = SAE(2, 40), 40
     together_FF = torch.zeros(n, n)
     steps = 400
@@ -72,9 +72,9 @@ def test_chunks_are_dealt_by_the_step_alone_and_every_pair_meets() -> None:
 def test_rows_end_less_alike_than_without_it(training_of, take) -> None:
     nearest = []
     for strength in (0.0, 1.0):
-        training = training_of("ortsae", k=4, strength=strength, lr=1e-2, warmup=0)
-        list(take(training, range(30)))
-        rows_FD = training.variant.sae.W_dec.detach()
+        trainer = training_of("ortsae", k=4, strength=strength, lr=1e-2, warmup=0)
+        list(take(trainer, range(30)))
+        rows_FD = trainer.variant.sae.W_dec.detach()
         nearest.append((rows_FD @ rows_FD.T).fill_diagonal_(0).abs().max(1).values.mean().item())
     assert nearest[1] < 0.8 * nearest[0]
 

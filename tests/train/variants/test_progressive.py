@@ -195,7 +195,7 @@ def test_the_winner_keeps_its_value(unit: str) -> None:
     assert (alpha_BF <= z_BF.relu()).all()
 
 
-def test_what_does_not_exceed_the_cut_is_zero() -> None:
+def test_latents_up_to_the_cut_are_zero() -> None:
     """0.3 e^-1.7 = 0.0548."""
     z_BF = torch.tensor([[2.0, 0.3]])
     assert SoftCompetition(1.0, cut=0.05)(z_BF)[0].tolist() == pytest.approx([2.0, 0.3 * math.exp(-1.7)])
@@ -247,7 +247,7 @@ def test_readings_of_the_penalty() -> None:
     assert z["l1_z"] > alpha["l1"] > 0
 
 
-def test_competition_beside_the_reconstruction_is_only_penalised() -> None:
+def test_competition_outside_the_reconstruction_is_only_penalised() -> None:
     beside, off, inside = loss_terms(competition_in_recon=False), loss_terms(competition="off"), loss_terms()
     assert beside["mse"] == off["mse"] != inside["mse"]
     assert beside["l1"] == inside["l1"] < off["l1"]
@@ -265,7 +265,7 @@ def test_chain_l1_leaves_out_what_is_not_enabled() -> None:
     assert ChainL1(enabled, ReLU())(step).item() == pytest.approx(3.5)
 
 
-def test_ablations_take_away_what_they_say() -> None:
+def test_ablations_remove_what_they_name() -> None:
     def parts(name: str, *kinds: type) -> list[torch.nn.Module]:
         return [m for m in find_recipe(name).make(RunConfig(32, 64, 100, 64), {}).modules() if isinstance(m, kinds)]
 
@@ -292,6 +292,6 @@ def test_ablations_take_away_what_they_say() -> None:
         ("progressive-no-ema", {"beta": 0.5}, "progressive-no-ema has no option beta"),
     ],
 )
-def test_refused_with_a_sentence(name: str, given: dict[str, object], said: str) -> None:
+def test_invalid_options_raise_a_usage_error(name: str, given: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         find_recipe(name).make(RunConfig(32, 64, 100, 64), given)

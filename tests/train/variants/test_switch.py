@@ -45,20 +45,20 @@ def training_of(**options: object) -> Trainer:
 
 
 def test_balance_is_one_where_all_get_their_share_and_the_count_where_one_gets_all() -> None:
-    training = training_of()
-    switch = training.variant.sae.activation[0]
+    trainer = training_of()
+    switch = trainer.variant.sae.activation[0]
     switch.W_router.data = torch.eye(8)[:, :4] * 100
     balance = LoadBalanceLoss(switch)
-    even = training.variant(training.i, torch.eye(8)[:4].repeat(4, 1), training.optimizer)
+    even = trainer.variant(trainer.i, torch.eye(8)[:4].repeat(4, 1), trainer.optimizer)
     assert balance(even).item() == pytest.approx(1.0) and even.metrics["busiest_expert"] == 0.25
-    one = training.variant(training.i, torch.eye(8)[:1].repeat(16, 1), training.optimizer)
+    one = trainer.variant(trainer.i, torch.eye(8)[:1].repeat(16, 1), trainer.optimizer)
     assert balance(one).item() == pytest.approx(4.0) and one.metrics["busiest_expert"] == 1.0
 
 
 def test_balance_by_hand_and_its_gradient_through_probabilities_alone(switch) -> None:
-    training = Trainer(find_recipe("switch").make(RunConfig(2, 4, 20, 2), {"k": 1, "experts": 2}), 20, "cpu")
+    trainer = Trainer(find_recipe("switch").make(RunConfig(2, 4, 20, 2), {"k": 1, "experts": 2}), 20, "cpu")
     x_BD = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
-    step = training.variant(training.i, x_BD, training.optimizer)
+    step = trainer.variant(trainer.i, x_BD, trainer.optimizer)
     loss = LoadBalanceLoss(switch)(step)
     mean_E = (x_BD @ switch.W_router).softmax(1).mean(0)
     expected = 2 * (0.75 * mean_E[0] + 0.25 * mean_E[1])
@@ -69,24 +69,24 @@ def test_balance_by_hand_and_its_gradient_through_probabilities_alone(switch) ->
 
 
 def test_reconstruction_teaches_the_router() -> None:
-    training = training_of()
-    training.variant.terms["mse"](training.variant(training.i, torch.randn(64, 8), training.optimizer)).backward()
-    assert training.variant.sae.activation[0].W_router.grad.any()
+    trainer = training_of()
+    trainer.variant.terms["mse"](trainer.variant(trainer.i, torch.randn(64, 8), trainer.optimizer)).backward()
+    assert trainer.variant.sae.activation[0].W_router.grad.any()
 
 
 def test_normalisation_folds_into_the_router() -> None:
-    training = training_of(lr=1e-2, warmup=0)
+    trainer = training_of(lr=1e-2, warmup=0)
     for _ in range(10):
-        training.step(torch.randn(64, 8))
-    sae, mean_D, x_BD = training.variant.sae, torch.randn(8), 10 * torch.randn(256, 8)
+        trainer.step(torch.randn(64, 8))
+    sae, mean_D, x_BD = trainer.variant.sae, torch.randn(8), 10 * torch.randn(256, 8)
     assert sae.activation[0].b_router.any()
     raw = fold_normalization(sae, 5.0, mean_D)
     torch.testing.assert_close(raw.encode(x_BD), 5 * sae.encode((x_BD - mean_D) / 5), rtol=1e-4, atol=1e-4)
 
 
 def test_latents_of_one_expert_a_token() -> None:
-    training = training_of()
-    f_BF = training.variant(training.i, torch.randn(64, 8), training.optimizer).f_BF
+    trainer = training_of()
+    f_BF = trainer.variant(trainer.i, torch.randn(64, 8), trainer.optimizer).f_BF
     used_BE = (f_BF.unflatten(1, (4, 8)) != 0).any(-1)
     assert (used_BE.sum(1) == 1).all() and (f_BF != 0).sum(1).max() <= 4
     assert used_BE.any(0).sum() > 1  # and not of the same one for all
