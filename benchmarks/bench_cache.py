@@ -1,9 +1,10 @@
 """How fast a cache is read: `python benchmarks/bench_cache.py [--gb 2]`.
 
-A cache of synthetic bfloat16 rows of width 2304 is written through the same writer as a harvest. Then batches are read by
-our loader and by what one could use instead, in rounds, in random order; medians beside a memory copy of the same bytes
-in the same run. `epoch 2` is with maps open and pages in memory: chunks were checked and touched before. The first epoch
-is measured in processes of their own, warm and cold; cold means that the system was asked to forget the files.
+A cache of synthetic bfloat16 rows of width 2304 is written by the same writer as a harvest. Batches are then read by
+our loader and by the alternatives, in rounds, in random order. The tables have medians, relative to a memory copy of
+the same bytes in the same run. In `epoch 2` maps are open and pages in memory: chunks were verified and touched before.
+The first epoch is measured in separate processes, warm and cold; cold means that the files were dropped from the page
+cache.
 """
 
 import argparse
@@ -20,11 +21,21 @@ import torch
 import zarr
 from torch import Tensor
 
-from common import ARRAY, D_IN, AnonymousPeak, Spent, alone, drop_from_page_cache, in_rounds, machine, make_cache
+from common import (
+    ARRAY,
+    D_IN,
+    AnonymousPeak,
+    Spent,
+    drop_from_page_cache,
+    in_new_process,
+    in_rounds,
+    machine,
+    make_cache,
+)
 from sae.cache.loader import BatchLoader, ResidentLoader, as_uint16
 from sae.cache.reader import Cache
 
-Way = Callable[[], Spent]  # seconds a batch
+Way = Callable[[], Spent]  # per batch
 SLOTS = 4
 
 
@@ -41,7 +52,7 @@ def timed(read: Callable[[int], object], count: int) -> Way:
 def from_loader(
     batches: BatchLoader | ResidentLoader, count: int, compute: Callable[[Tensor], object] = lambda x_BD: None
 ) -> Way:
-    """Timed from when what was read ahead before is used up."""
+    """Time batches of a loader, from when those that it had read ahead are used up."""
     way = timed(lambda number: compute(next(batches)), count)
 
     def run() -> Spent:
@@ -53,21 +64,21 @@ def from_loader(
 
 
 def loaders(cache: Cache, packed: Cache, batch: int) -> dict[str, BatchLoader | ResidentLoader]:
-    """Ours, each having been through an epoch."""
-    found = {
+    """Our loaders, each after one epoch."""
+    opened: dict[str, BatchLoader | ResidentLoader] = {
         "our loader": BatchLoader(cache, ARRAY, batch),
         "our loader, one thread": BatchLoader(cache, ARRAY, batch, threads=1),
         "our loader, compressed cache": BatchLoader(packed, ARRAY, batch),
         "our copy on the device (cpu)": ResidentLoader(cache, ARRAY, batch),
     }
-    for loader in found.values():
+    for loader in opened.values():
         for _ in range(loader.order.batches_per_epoch):
             next(loader)
-    return found
+    return opened
 
 
-def others(cache: Cache, batch: int, count: int, folder: Path) -> dict[str, Way]:
-    """What one could use instead. The slow ones read fewer batches."""
+def alternatives(cache: Cache, batch: int, count: int, folder: Path) -> dict[str, Way]:
+    """The alternatives. Slow ones read fewer batches."""
     target, source = torch.empty(batch, D_IN, dtype=torch.bfloat16), torch.randn(8, batch, D_IN).bfloat16()
     ring = [torch.zeros_like(target) for _ in range(SLOTS)]
     rows = torch.from_numpy(np.concatenate([cache.read_chunk(ARRAY, n) for n in range(8)])).view(torch.bfloat16)
@@ -98,7 +109,7 @@ def others(cache: Cache, batch: int, count: int, folder: Path) -> dict[str, Way]
 
 
 def as_hf_dataset(rows: Tensor, folder: Path) -> datasets.Dataset:
-    """The rows as Arrow keeps them: it has no bfloat16, so float32."""
+    """The rows as a Hugging Face dataset. Arrow has no bfloat16, so they are float32."""
     datasets.disable_progress_bars()
     features = datasets.Features({"x": datasets.Array2D((1, D_IN), "float32")})
     datasets.Dataset.from_dict({"x": rows.float().numpy()[:, None]}, features=features).save_to_disk(str(folder))
@@ -106,16 +117,16 @@ def as_hf_dataset(rows: Tensor, folder: Path) -> datasets.Dataset:
 
 
 def show(title: str, spent: dict[str, list[Spent]], batch: int) -> None:
-    found = {name: Spent(*np.median(times, 0)) for name, times in spent.items()}
-    base = found["memory copy"]
+    median = {name: Spent(*np.median(times, 0)) for name, times in spent.items()}
+    base = median["memory copy"]
     print(f"\n| {title} | ms | GB/s | of a memory copy | in processor time |\n|---|---|---|---|---|")
-    for name, (wall, processor) in sorted(found.items(), key=lambda item: item[1]):
+    for name, (wall, processor) in sorted(median.items(), key=lambda item: item[1]):
         speed = f"{wall * 1e3:.2f} | {2 * batch * D_IN / wall / 1e9:.2f}"
         print(f"| {name} | {speed} | {base.wall / wall:.4f} | {base.processor / processor:.4f} |")
 
 
 def show_with_compute(cache: Cache, packed: Cache, batch: int, rounds: int, milliseconds: float) -> None:
-    """A matrix product after every batch; what the batch adds to it."""
+    """With a matrix product after every batch: how much time the batch adds to it."""
     still, weight = torch.randn(batch, D_IN), torch.randn(D_IN, 4096)
     product = timed(lambda number: still[:64] @ weight, 20)
     product()
@@ -127,19 +138,18 @@ def show_with_compute(cache: Cache, packed: Cache, batch: int, rounds: int, mill
     ways = {"the product alone": timed(lambda number: compute(still), 40)}
     opened = loaders(cache, packed, batch)
     ways |= {name: from_loader(loader, 40, compute) for name, loader in opened.items()}
-    found = in_rounds(ways, rounds)
+    times_of = in_rounds(ways, rounds)
     for loader in opened.values():
         loader.close()
-    print(
-        f"\n| batches of {batch}, a product of {rows} rows after each | ms | more than the product alone |\n|---|---|---|"
-    )
-    for name, times in found.items():
-        more = statistics.median(x.wall - y.wall for x, y in zip(times, found["the product alone"], strict=True))
+    print(f"\n| batches of {batch}, a product of {rows} rows after each | ms | more than the product alone |")
+    print("|---|---|---|")
+    for name, times in times_of.items():
+        more = statistics.median(x.wall - y.wall for x, y in zip(times, times_of["the product alone"], strict=True))
         print(f"| {name} | {np.median(times, 0)[0] * 1e3:.2f} | {more * 1e3:+.2f} |")
 
 
 def first_epoch(folder: str, batch: int, drop: bool) -> tuple[float, float, float, float]:
-    """Seconds to the first batch, seconds a batch of the first and of the second epoch, and the peak of memory."""
+    """Seconds to the first batch, seconds per batch in the first and second epoch, and the peak of memory in MB."""
     torch.set_num_threads(1)
     if drop:
         drop_from_page_cache(Path(folder))
@@ -148,44 +158,44 @@ def first_epoch(folder: str, batch: int, drop: bool) -> tuple[float, float, floa
         with BatchLoader(Cache(folder), ARRAY, batch) as batches:
             next(batches)
             first = time.perf_counter() - started
-            epochs = [from_loader(batches, batches.order.batches_per_epoch - SLOTS)().wall for _ in range(2)]
-    return first, *epochs, peak.mb
+            one, two = (from_loader(batches, batches.order.batches_per_epoch - SLOTS)().wall for _ in range(2))
+    return first, one, two, peak.mb
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batches", type=int, default=48, help="read in a round by each way")
-    parser.add_argument("--compute", type=float, default=5.0, help="milliseconds of a consumer that computes")
-    parser.add_argument("--folder", default=".", help="where the caches are written, and removed from")
-    asked = parser.parse_args()
+    parser.add_argument("--batches", type=int, default=48, help="batches that each way reads in a round")
+    parser.add_argument("--compute", type=float, default=5.0, help="milliseconds of computation after a batch")
+    parser.add_argument("--folder", default=".", help="where caches are written and removed again")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine("zarr", "datasets", "numcodecs"))
-    with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
-        cache = make_cache(folder / "cache", asked.gb)
-        packed = make_cache(folder / "packed", asked.gb / 4, compress=True)
-        make_cache(folder / "small", asked.gb / 4)
-        # First, while nobody has the files mapped: the system does not forget those.
-        print("\n| our loader, batches of 2048 | first batch | ms a batch, epoch 1 | epoch 2 | memory of its own |")
+        cache = make_cache(folder / "cache", args.gb)
+        packed = make_cache(folder / "packed", args.gb / 4, compress=True)
+        make_cache(folder / "small", args.gb / 4)
+        # First, while no process has the files mapped: mapped pages are not dropped from the page cache.
+        print("\n| our loader, batches of 2048 | first batch | ms a batch, epoch 1 | epoch 2 | anonymous memory |")
         print("|---|---|---|---|---|")
-        for name, size in (("small", asked.gb / 4), ("cache", asked.gb)):
+        for name, size in (("small", args.gb / 4), ("cache", args.gb)):
             for drop in (False, True):
-                run = functools.partial(alone, first_epoch, str(folder / name), 2048, drop)
+                run = functools.partial(in_new_process, first_epoch, str(folder / name), 2048, drop)
                 first, one, two, mb = np.median([run() for _ in range(3)], 0)
                 state = "cold" if drop else "warm"
                 print(
                     f"| {size:g} GB, {state} | {first * 1e3:.0f} ms | {one * 1e3:.2f} | {two * 1e3:.2f} | {mb:.0f} MB |"
                 )
         for batch in (2048, 4096):
-            ways = others(cache, batch, asked.batches, folder / f"hf-{batch}")
+            ways = alternatives(cache, batch, args.batches, folder / f"hf-{batch}")
             opened = loaders(cache, packed, batch)
-            ways |= {name: from_loader(loader, asked.batches) for name, loader in opened.items()}
-            show(f"batches of {batch} x {D_IN}, epoch 2", in_rounds(ways, asked.rounds), batch)
+            ways |= {name: from_loader(loader, args.batches) for name, loader in opened.items()}
+            show(f"batches of {batch} x {D_IN}, epoch 2", in_rounds(ways, args.rounds), batch)
             for loader in opened.values():
                 loader.close()
-        show_with_compute(cache, packed, 2048, asked.rounds, asked.compute)
+        show_with_compute(cache, packed, 2048, args.rounds, args.compute)
 
 
 if __name__ == "__main__":

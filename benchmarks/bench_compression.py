@@ -1,8 +1,8 @@
-"""What the compressed profile saves and costs: `python benchmarks/bench_compression.py`.
+"""Savings and cost of the compressed profile: `python benchmarks/bench_compression.py`.
 
 Rows of gemma-2-mini, harvested here (layers 5, 12, 19; width 128), and synthetic rows of width 2304 with outlier
-dimensions. Each chunk is encoded and decoded by the cache's own code, one thread. The bound is the size at the order-0
-entropy of each dimension's high byte, with the low byte, which is noise, kept whole.
+dimensions. Each chunk is encoded and decoded by the cache's own code, in one thread. The bound is the ratio at the
+order-0 entropy of each dimension's high byte; the low byte is noise and kept whole.
 """
 
 import argparse
@@ -26,18 +26,18 @@ LAYERS = (5, 12, 19)
 
 def harvested_rows(folder: Path, tokens: int) -> dict[str, np.ndarray]:
     """Bits (rows, 128) of each layer."""
-    request = HarvestConfig(
+    config = HarvestConfig(
         model="gemma-2-mini", layers=LAYERS, tokens=tokens, window=tokens, device="cpu", out=folder / "harvested"
     )
-    cache = run_harvest(plan_harvest(request))
+    cache = run_harvest(plan_harvest(config))
     chunks = range(len(cache.chunk_rows))
     return {
         f"gemma-2-mini, layer {n}": np.concatenate([cache.read_chunk(Hook(n).array, i) for i in chunks]) for n in LAYERS
     }
 
 
-def bound(bits_RD: np.ndarray) -> float:
-    """Ratio at 8 bits and the mean entropy of a dimension's high byte."""
+def entropy_bound(bits_RD: np.ndarray) -> float:
+    """Compression ratio if a value took 8 bits and the mean entropy of a dimension's high byte."""
     entropy = 0.0
     for high in (bits_RD >> 8).T:
         share = np.bincount(high, minlength=256) / len(high)
@@ -45,7 +45,7 @@ def bound(bits_RD: np.ndarray) -> float:
     return 16 / (8 + entropy / bits_RD.shape[1])
 
 
-def measured(name: str, bits: np.ndarray, folder: Path, rounds: int) -> str:
+def table_row(name: str, bits: np.ndarray, folder: Path, rounds: int) -> str:
     array = Layout(len(bits), len(bits), compress=True).activation_arrays("layer_00", bits.shape[1])[0]
     bits = bits[: array.chunk_shape[0]]
     folder.mkdir()
@@ -69,7 +69,7 @@ def measured(name: str, bits: np.ndarray, folder: Path, rounds: int) -> str:
     speeds = [bits.nbytes / statistics.median(t) / 1e6 for t in in_rounds(ways, rounds).values()]
     ratio = bits.nbytes / record["bytes"]
     return (
-        f"| {name} | {bits.shape[1]} | {ratio:.3f} | {bound(bits):.3f} | "
+        f"| {name} | {bits.shape[1]} | {ratio:.3f} | {entropy_bound(bits):.3f} | "
         + " | ".join(f"{s:,.0f}" for s in speeds)
         + " |"
     )
@@ -77,18 +77,18 @@ def measured(name: str, bits: np.ndarray, folder: Path, rounds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=16_384, help="of gemma-2-mini")
+    parser.add_argument("--tokens", type=int, default=16_384, help="harvested from gemma-2-mini")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--folder", default=".", help="where the caches are written, and removed from")
-    asked = parser.parse_args()
+    parser.add_argument("--folder", default=".", help="where caches are written and removed again")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine('numcodecs', 'transformers')}\n")
     print("| rows | width | ratio | bound | encode MB/s | decode MB/s | raw chunk with its checksum MB/s |")
     print("|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
-        rows = harvested_rows(Path(temporary), asked.tokens) | {"synthetic": model_like_rows(8192, D_IN)}
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        rows = harvested_rows(Path(temporary), args.tokens) | {"synthetic": model_like_rows(8192, D_IN)}
         for number, (name, bits) in enumerate(rows.items()):
-            print(measured(name, bits, Path(temporary) / str(number), asked.rounds))
+            print(table_row(name, bits, Path(temporary) / str(number), args.rounds))
 
 
 if __name__ == "__main__":

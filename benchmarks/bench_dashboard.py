@@ -1,9 +1,10 @@
-"""How large is a dashboard, and how soon is it there? `python benchmarks/bench_dashboard.py [--latents 1024,16384]`.
+"""Size of a dashboard and the time to open it: `python benchmarks/bench_dashboard.py [--latents 1024,16384]`.
 
-Pages of random SAEs on the embedded model's layer 12 and the text that a small cache of it holds out, opened by a headless
-Chromium, each time in a fresh window. `ready`: from the beginning of the navigation until the table of latents is drawn,
-by the page's own clock. `open`: until then by ours, with the start of the window. `a latent`: from a click on a link until
-it is drawn, of latents in blocks that are not unpacked yet. Needs playwright and a Chromium on the PATH.
+Pages of random SAEs on the embedded model's layer 12 and the held-out text of a small cache, opened by a headless
+Chromium, each time in a new window. `ready`: from the start of the navigation until the table of latents is drawn, by
+the page's own clock. `open`: the same by our clock, including the start of the window. `a latent`: from a click on a
+link until the latent is drawn, for latents in blocks that are not unpacked yet. Needs playwright and a Chromium on the
+PATH.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def numbers(text: str) -> list[int]:
 
 
 def random_run(folder: Path, cache: Cache, latents: int) -> Path:
-    """Random directions; its pre-activations have the spread of a trained SAE's, so most latents fire somewhere."""
+    """A run with random directions, its pre-activations scaled so that most latents are active somewhere."""
     torch.manual_seed(0)
     rows_RD = torch.from_numpy(cache.read_chunk(f"layer_{LAYER}", 0).copy()).view(torch.bfloat16).float()
     sae = SAE(rows_RD.shape[1], latents, [TopK(K)])
@@ -49,66 +50,64 @@ def random_run(folder: Path, cache: Cache, latents: int) -> Path:
     return folder
 
 
-def made(found: InspectedRun, path: Path) -> tuple[float, float]:
-    """Seconds of the processor and megabytes of memory, those of torch included, that the page takes to make."""
+def time_page(view: InspectedRun, path: Path) -> tuple[float, float]:
+    """Processor seconds and megabytes of memory, including torch's, to make a page."""
     started = Spent.now()
     with AnonymousPeak() as peak:
-        write_page(path, dashboard_page(found, torch.arange(found.sae.d_sae), "", lambda done, total, note="": None))
+        write_page(path, dashboard_page(view, torch.arange(view.sae.d_sae), "", lambda done, total, note="": None))
     return Spent.since(started).processor, peak.mb
 
 
-def opened(browser: Any, path: Path, latents: int, rounds: int) -> Iterator[tuple[float, float, float]]:
-    """Milliseconds: ready, open, and a latent."""
+def time_opening(browser: Any, path: Path, latents: int, rounds: int) -> Iterator[tuple[float, float, float]]:
+    """Milliseconds until ready, until open, and to show a latent, for each round."""
     for number in range(rounds):
         started = time.perf_counter()
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(f"{path.as_uri()}#latents")
         page.wait_for_selector("html[data-ready]", state="attached")
-        whole = 1e3 * (time.perf_counter() - started)
+        open_ms = 1e3 * (time.perf_counter() - started)
         ready = float(page.evaluate("document.documentElement.dataset.ready"))
-        wanted = (number + 1) * latents // (rounds + 1)
-        shown = page.evaluate(
+        latent = (number + 1) * latents // (rounds + 1)
+        latent_ms = page.evaluate(
             """(latent) => new Promise((resolve) => {
                 const begun = performance.now(), article = document.getElementById("latent");
                 new MutationObserver(() => resolve(performance.now() - begun)).observe(article, { childList: true });
                 location.hash = `#latent-${latent}`;
             })""",
-            wanted,
+            latent,
         )
         page.close()
-        yield ready, whole, float(shown)
+        yield ready, open_ms, float(latent_ms)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents", type=numbers, default=[1024, 16384])
-    parser.add_argument("--tokens", type=int, default=100_000, help="held-out tokens that are read")
+    parser.add_argument("--tokens", type=int, default=100_000, help="held-out tokens to read")
     parser.add_argument("--rounds", type=int, default=7)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     from playwright.sync_api import sync_playwright
 
-    path = next(found for name in ("chromium", "google-chrome") if (found := shutil.which(name)))
+    chromium = next(path for name in ("chromium", "google-chrome") if (path := shutil.which(name)))
     lines = []
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as running:
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         os.environ["SAE_HOME"] = folder
-        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        request = HarvestConfig(model=mini.NAME, layers=(LAYER,), tokens=10 * asked.tokens)
-        cache = run_harvest(plan_harvest(request))
-        for latents in asked.latents:
-            found = open_run(random_run(Path(folder) / "runs" / str(latents), cache, latents), asked.tokens)
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        config = HarvestConfig(model=mini.NAME, layers=(LAYER,), tokens=10 * args.tokens)
+        cache = run_harvest(plan_harvest(config))
+        for latents in args.latents:
+            view = open_run(random_run(Path(folder) / "runs" / str(latents), cache, latents), args.tokens)
             page = Path(folder) / f"{latents}.html"
-            seconds, megabytes = made(found, page)
-            times = [
-                statistics.median(each) for each in zip(*opened(browser, page, latents, asked.rounds), strict=True)
-            ]
+            seconds, megabytes = time_page(view, page)
+            opened = time_opening(browser, page, latents, args.rounds)
+            times = [statistics.median(column) for column in zip(*opened, strict=True)]
             size = page.stat().st_size / 1e6
-            shown = " | ".join(f"{each:.0f}" for each in times)
-            lines.append(f"| {latents:,} | {found.tokens:,} | {seconds:.0f} | {megabytes:.0f} | {size:.2f} | {shown} |")
+            milliseconds = " | ".join(f"{time:.0f}" for time in times)
+            cost = f"{seconds:.0f} | {megabytes:.0f} | {size:.2f}"
+            lines.append(f"| {latents:,} | {view.tokens:,} | {cost} | {milliseconds} |")
         browser_version = browser.version
     print(f"{machine('playwright')}; Chromium {browser_version}\n")
-    print(
-        "| latents | tokens | made in, processor s | memory of it, MB | file, MB | ready, ms | open, ms | a latent, ms |"
-    )
+    print("| latents | tokens | to make, CPU s | to make, MB | file, MB | ready, ms | open, ms | a latent, ms |")
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 

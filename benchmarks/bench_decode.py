@@ -1,8 +1,9 @@
-"""From which n/k on are rows gathered? `python benchmarks/bench_decode.py [--d-in 128,512,2304] [--n 2304,18432]`.
+"""From which n/k on is gathering rows faster? `python benchmarks/bench_decode.py [--d-in 128,512,2304]`.
 
-Whole training steps of `topk`, once by dense products and once by the rows of the chosen latents (`train/sparse_ops.py`), the
-same weights and batches, in rounds, in random order. One thread, and its processor time: what others do on the machine
-hardly moves it. `of dense` is below 1 where rows are faster; `sparse_ops.SPARSE_FROM` is set from this table.
+Whole training steps of `topk`, once by dense products and once by the rows of the active latents
+(`train/sparse_ops.py`), with the same weights and batches, in rounds, in random order. One thread, in its processor
+time, which other work on the machine hardly changes. `of dense` is below 1 where rows are faster;
+`sparse_ops.SPARSE_FROM` is set from this table.
 """
 
 import argparse
@@ -22,15 +23,15 @@ def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def step_of(setting: RunConfig, k: int, x_BD: torch.Tensor, ways: dict[str, int]) -> Callable[[], float]:
-    """Milliseconds of a step that gathers rows from these n/k on."""
+def make_step(config: RunConfig, k: int, x_BD: torch.Tensor, sparse_from: dict[str, int]) -> Callable[[], float]:
+    """A training step, returning its milliseconds, that gathers rows from these n/k on (by device)."""
     torch.manual_seed(0)
-    training = Trainer(find_recipe("topk").make(setting, {"k": k}), setting.steps, "cpu")
+    trainer = Trainer(find_recipe("topk").make(config, {"k": k}), config.steps, "cpu")
 
     def step() -> float:
-        sparse_ops.SPARSE_FROM = ways
+        sparse_ops.SPARSE_FROM = sparse_from
         started = Spent.now()
-        training.step(x_BD)
+        trainer.step(x_BD)
         return Spent.since(started).processor * 1e3
 
     step()
@@ -44,22 +45,21 @@ def main() -> None:
     parser.add_argument("--ratio", type=numbers, default=[4, 8, 16, 32, 64, 128], help="n/k")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(machine())
     print("\n| d_in | n | k | n/k | dense, ms | by rows, ms | of dense |\n|---|---|---|---|---|---|---|")
-    for d_in in asked.d_in:
-        x_BD = torch.randn(asked.batch, d_in).bfloat16()
-        for n in (width * d_in for width in asked.width):
-            setting = RunConfig(d_in, n, 1000, asked.batch)
-            for k in (n // ratio for ratio in asked.ratio):
-                ways = {"dense": step_of(setting, k, x_BD, {}), "rows": step_of(setting, k, x_BD, {"cpu": 1})}
-                found = {name: statistics.median(times) for name, times in in_rounds(ways, asked.rounds).items()}
-                share = found["rows"] / found["dense"]
-                print(
-                    f"| {d_in} | {n} | {k} | {n / k:.0f} | {found['dense']:.1f} | {found['rows']:.1f} | {share:.2f} |"
-                )
+    for d_in in args.d_in:
+        x_BD = torch.randn(args.batch, d_in).bfloat16()
+        for n in (width * d_in for width in args.width):
+            config = RunConfig(d_in, n, 1000, args.batch)
+            for k in (n // ratio for ratio in args.ratio):
+                ways = {"dense": make_step(config, k, x_BD, {}), "rows": make_step(config, k, x_BD, {"cpu": 1})}
+                median = {name: statistics.median(times) for name, times in in_rounds(ways, args.rounds).items()}
+                share = median["rows"] / median["dense"]
+                times = f"{median['dense']:.1f} | {median['rows']:.1f} | {share:.2f}"
+                print(f"| {d_in} | {n} | {k} | {n / k:.0f} | {times} |")
 
 
 if __name__ == "__main__":

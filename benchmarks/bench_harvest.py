@@ -1,10 +1,10 @@
-"""What a harvest costs beside the model's own forward pass: `python benchmarks/bench_harvest.py`.
+"""Cost of a harvest over the model's own forward pass: `python benchmarks/bench_harvest.py`.
 
-gemma-2-mini on its embedded text, cut before the clock starts. In rounds, in random order:
+gemma-2-mini on its embedded text, tokenized before the clock starts. In rounds, in random order:
 
-    forward          the truncated model on the very passes of that harvest: no hook, nothing kept
-    harvest          the whole of it, from loading the model to the seal: checksums, flushes and commits included
-    harvest of 19    the same of layer 19 alone, in place of 5, 12 and 19
+    forward          the truncated model on the same passes as the harvest, without hooks, results discarded
+    harvest          all of it, from loading the model to sealing the cache, with checksums, flushes and commits
+    harvest of 19    the same for layer 19 alone instead of 5, 12 and 19
 
 Each loads the model itself. Then the writer alone, at Gemma-2-2B's width, and the peak of memory at two cache sizes.
 """
@@ -25,7 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import AnonymousPeak, Spent, alone, identity, in_rounds, machine, medians, model_like_rows, write_text
+from common import (
+    AnonymousPeak,
+    Spent,
+    identity,
+    in_new_process,
+    in_rounds,
+    machine,
+    medians,
+    model_like_rows,
+    write_text,
+)
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook, Layout
 from sae.cache.writer import CacheWriter, WindowRows
@@ -37,16 +47,16 @@ from sae.harvest.windows import WindowComputer
 LAYERS, WIDE = (5, 12, 19), 2304
 
 
-def begun(planned: HarvestPlan, contexts: Contexts) -> None:
-    """What a harvest leaves that was stopped when the text was cut."""
-    shutil.rmtree(planned.folder, ignore_errors=True)
-    contexts.write(planned.folder)
-    CacheWriter(planned.folder, planned.identity, cache_layout(planned, contexts), planned.widths)
+def prepare(plan: HarvestPlan, contexts: Contexts) -> None:
+    """Leave what a harvest that was stopped after tokenizing leaves."""
+    shutil.rmtree(plan.folder, ignore_errors=True)
+    contexts.write(plan.folder)
+    CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
 
 
 @dataclass
 class Spans:
-    """When the calls of a method began and ended."""
+    """Start and end of every call of a method."""
 
     of: list[tuple[float, float]]
 
@@ -60,13 +70,13 @@ class Spans:
 
 
 @contextlib.contextmanager
-def watched(owner: type, method: str) -> Iterator[Spans]:
+def record_calls(owner: type, method: str) -> Iterator[Spans]:
     spans, original = Spans([]), getattr(owner, method)
 
-    def call(*given: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         started = time.perf_counter()
         try:
-            return original(*given)
+            return original(*arguments)
         finally:
             spans.of.append((started, time.perf_counter()))
 
@@ -74,9 +84,9 @@ def watched(owner: type, method: str) -> Iterator[Spans]:
         yield spans
 
 
-def passes_of(planned: HarvestPlan, contexts: Contexts) -> list[Tensor]:
+def record_passes(plan: HarvestPlan, contexts: Contexts) -> list[Tensor]:
     """The ids of every pass of a harvest, (N, S) each, in order."""
-    begun(planned, contexts)
+    prepare(plan, contexts)
     original, passes = LanguageModel.capture_hooks, []
 
     def keep(model: LanguageModel, ids_NS: Tensor, hooks: Any) -> Any:
@@ -84,25 +94,25 @@ def passes_of(planned: HarvestPlan, contexts: Contexts) -> list[Tensor]:
         return original(model, ids_NS, hooks)
 
     with mock.patch.object(LanguageModel, "capture_hooks", keep):
-        run_harvest(planned)
+        run_harvest(plan)
     return passes
 
 
 @torch.no_grad()
-def forward(planned: HarvestPlan, passes: list[Tensor]) -> Spent:
+def forward(plan: HarvestPlan, passes: list[Tensor]) -> Spent:
     started = Spent.now()
-    model = load_model_for(planned, {0: list(planned.widths)}, "cpu")
+    model = load_model_for(plan, {0: list(plan.widths)}, "cpu")
     for ids_NS in passes:
         model.trunk(ids_NS, use_cache=False)
     return Spent.since(started)
 
 
-def harvested(planned: HarvestPlan, contexts: Contexts, splits: list[dict[str, float]]) -> Callable[[], Spent]:
+def timed_harvest(plan: HarvestPlan, contexts: Contexts, splits: list[dict[str, float]]) -> Callable[[], Spent]:
     def run() -> Spent:
-        begun(planned, contexts)
-        with watched(WindowComputer, "compute") as model, watched(CacheWriter, "write_window") as writer:
+        prepare(plan, contexts)
+        with record_calls(WindowComputer, "compute") as model, record_calls(CacheWriter, "write_window") as writer:
             started = Spent.now()
-            run_harvest(planned)
+            run_harvest(plan)
             spent = Spent.since(started)
         last = model.of[-1][1]
         splits.append(
@@ -119,8 +129,8 @@ def harvested(planned: HarvestPlan, contexts: Contexts, splits: list[dict[str, f
     return run
 
 
-def written(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[], float]:
-    """A window of three layers, measured, checksummed, flushed and committed."""
+def timed_writer(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[], float]:
+    """Tokens per second for a window of three layers: statistics, checksums, flush and commit."""
     names = [Hook(layer).array for layer in LAYERS]
     bits, at = model_like_rows(rows, WIDE), np.arange(rows)
     window = WindowRows(dict.fromkeys(names, bits), (at // 128).astype(np.uint32), (at % 128).astype(np.uint16))
@@ -140,62 +150,61 @@ def written(folder: Path, compress: bool, rows: int = 16_384) -> Callable[[], fl
 def peak_of_harvest(folder: str, windows: int, window: int) -> float:
     torch.set_num_threads(1)
     with AnonymousPeak() as peak:
-        run_harvest(plan_harvest(request(Path(folder), windows * window, window)))
+        run_harvest(plan_harvest(harvest_config(Path(folder), windows * window, window)))
     return peak.mb
 
 
-def request(folder: Path, tokens: int, window: int) -> HarvestConfig:
+def harvest_config(folder: Path, tokens: int, window: int) -> HarvestConfig:
     return HarvestConfig(model="gemma-2-mini", layers=LAYERS, tokens=tokens, window=window, device="cpu", out=folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=16_384, help="rows of a harvest")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a harvest")
     parser.add_argument("--window", type=int, default=8192, help="rows of a window")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--windows", type=int, nargs=2, default=(4, 16), help="of the two harvests whose memory is read"
+        "--windows", type=int, nargs=2, default=(4, 16), help="windows of the two harvests whose memory is measured"
     )
-    parser.add_argument("--small", type=int, default=4096, help="rows of a window of theirs")
+    parser.add_argument("--small", type=int, default=4096, help="rows of their windows")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch; more than there are idle cores are slower than one"
+        "--threads", type=int, default=1, help="torch threads; more than there are idle cores is slower than one"
     )
-    parser.add_argument("--folder", default=".", help="where the caches are written, and removed from")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    parser.add_argument("--folder", default=".", help="where caches are written and removed again")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     print(machine("transformers", "zarr"))
-    with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
-        three = plan_harvest(request(folder / "three", asked.tokens, asked.window))
+        three = plan_harvest(harvest_config(folder / "three", args.tokens, args.window))
         one = replace(three, folder=folder / "one", hooks=[Hook(19)])
-        contexts, splits = tokenize(three), []
-        passes = passes_of(three, contexts)
+        contexts = tokenize(three)
+        splits: list[dict[str, float]] = []
+        passes = record_passes(three, contexts)
         run = sum(ids_NS.numel() for ids_NS in passes)
         ways = {
             "forward": lambda: forward(three, passes),
-            "harvest": harvested(three, contexts, splits),
-            "harvest of 19": harvested(one, contexts, []),
+            "harvest": timed_harvest(three, contexts, splits),
+            "harvest of 19": timed_harvest(one, contexts, []),
         }
-        times = in_rounds(ways, asked.rounds)
-        report(times, splits, asked.tokens)
-        print(
-            f"  {run:,} tokens in {len(passes)} passes were run for them: BOS, padding, contexts at the edges of windows"
-        )
+        times = in_rounds(ways, args.rounds)
+        print_report(times, splits, args.tokens)
+        print(f"  {run:,} tokens in {len(passes)} passes, with BOS, padding and contexts at the edges of windows")
 
-        speeds = {"raw": written(folder / "raw", False), "compressed": written(folder / "compressed", True)}
+        speeds = {"raw": timed_writer(folder / "raw", False), "compressed": timed_writer(folder / "compressed", True)}
         print(f"\nthe writer alone, {len(LAYERS)} layers x {WIDE}, flushed, medians of 5 rounds")
         for name, speed in medians(in_rounds(speeds, 5)).items():
             print(
                 f"  {name:12s} {speed:9,.0f} tokens/s  {speed * len(LAYERS) * WIDE * 2 / 1e6:7,.0f} MB/s of activations"
             )
 
-        print(f"\npeak of memory of its own, windows of {asked.small:,} rows x {len(LAYERS)} layers")
-        for windows in asked.windows:
-            mb = alone(peak_of_harvest, str(folder / f"peak-{windows}"), windows, asked.small)
+        print(f"\npeak of anonymous memory, windows of {args.small:,} rows x {len(LAYERS)} layers")
+        for windows in args.windows:
+            mb = in_new_process(peak_of_harvest, str(folder / f"peak-{windows}"), windows, args.small)
             print(f"  {windows:3d} windows {mb:7.0f} MB")
 
 
-def report(spent: dict[str, list[Spent]], splits: list[dict[str, float]], tokens: int) -> None:
+def print_report(spent: dict[str, list[Spent]], splits: list[dict[str, float]], tokens: int) -> None:
     print(f"\n{tokens:,} tokens, {len(splits)} rounds; ratios are medians of those within each round")
     for name, found in spent.items():
         wall = [one.wall for one in found]

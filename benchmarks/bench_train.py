@@ -1,16 +1,16 @@
-"""What a training step costs: `python benchmarks/bench_train.py [--d-in 512 --width 1,8] [--saelens env-saelens/bin/python]`.
+"""Cost of a trainer step: `python benchmarks/bench_train.py [--d-in 512] [--width 1,8] [--saelens PYTHON]`.
 
-Four tables, all on one thread and in its processor time, which others on the machine hardly move; in rounds, in random
-order, one process at a time; median and spread (the middle half) of the rounds.
+Four tables, all on one thread and in its processor time, which other work on the machine hardly changes; in rounds, in
+random order, one process at a time. Cells are the median and the interquartile range over rounds.
 
-    step       of relu, topk and batchtopk, beside the peers' trainers as published on the same batches (environments as in
-               peers/agree_train.py), and beside the limit: the five products of a dense step alone, in the same rounds.
-               Below 1 of it: rows are gathered (train/sparse_ops.py). FLOP are those of matrix products, by torch's counter,
-               which counts none for gathered rows.
-    recipes    every recipe over its base, topk where a fixed number of latents is kept and relu elsewhere; with what
-               mechanisms do every so many steps, spread over those.
-    together   V runs of relu on one stream from a cache, over V runs one after the other.
-    compiled   --compile over eager.
+    step       relu, topk and batchtopk, beside the peers' trainers as published on the same batches (environments as in
+               peers/agree_train.py), and relative to a lower bound: the five products of a dense step alone, in the
+               same rounds. Below 1 of it rows are gathered (train/sparse_ops.py). FLOP are those of matrix products, by
+               torch's counter, which counts none for gathered rows.
+    recipes    every recipe over its base: topk if it keeps a fixed number of latents, else relu. Includes what
+               mechanisms do every N steps, divided by N.
+    together   V relu runs in one pass over a cache, relative to V runs one after the other.
+    compiled   --compile relative to eager.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig
 
 Step = Callable[[int], object]
-STEPS = 100_000  # of the run that a step is of: no latent is dead yet
+STEPS = 100_000  # length of the run that a step belongs to: no latent is dead yet
 BASES = ("relu", "topk", "batchtopk")
 
 
 class Peer:
-    """A peer's process, which works while it is asked."""
+    """A peer's process, which works only while a request is open."""
 
     def __init__(self, name: str, python: str) -> None:
         script = Path(__file__).parent / "peers" / "time_peer.py"
@@ -55,29 +55,29 @@ class Peer:
         assert self.process.stdin and self.process.stdout
         print(json.dumps({"do": do, "recipe": recipe, **other}), file=self.process.stdin, flush=True)
         if not (line := self.process.stdout.readline()):
-            raise SystemExit(f"the peer ended with {self.process.wait()}; what it said stands above")
+            raise SystemExit(f"the peer exited with {self.process.wait()}; its output is above")
         return json.loads(line)
 
 
-def training_of(recipe: str, setting: RunConfig) -> Trainer:
+def make_trainer(recipe: str, config: RunConfig) -> Trainer:
     torch.manual_seed(0)
-    return Trainer(find_recipe(recipe).make(setting, {}), setting.steps, "cpu")
+    return Trainer(find_recipe(recipe).make(config, {}), config.steps, "cpu")
 
 
-def step_of(training: Trainer, setting: RunConfig) -> Step:
-    x = batches(setting.batch_size, setting.d_in)
+def make_step(trainer: Trainer, config: RunConfig) -> Step:
+    x = batches(config.batch_size, config.d_in)
 
     def step(number: int) -> object:
-        return training.step(x[number % len(x)])
+        return trainer.step(x[number % len(x)])
 
     step(0)
     return step
 
 
-def products(setting: RunConfig) -> Step:
-    """Encode, decode, and the gradients to latents, W_dec and W_enc; nothing else."""
-    x_BD, f_BF = torch.randn(setting.batch_size, setting.d_in), torch.randn(setting.batch_size, setting.d_sae)
-    w_DF, w_FD = torch.randn(setting.d_in, setting.d_sae), torch.randn(setting.d_sae, setting.d_in)
+def products(config: RunConfig) -> Step:
+    """Only the products of a dense step: encode, decode, and the gradients of latents, W_dec and W_enc."""
+    x_BD, f_BF = torch.randn(config.batch_size, config.d_in), torch.randn(config.batch_size, config.d_sae)
+    w_DF, w_FD = torch.randn(config.d_in, config.d_sae), torch.randn(config.d_sae, config.d_in)
 
     def step(number: int) -> object:
         return x_BD @ w_DF, f_BF @ w_FD, x_BD @ w_FD.T, f_BF.T @ x_BD, x_BD.T @ f_BF
@@ -86,12 +86,12 @@ def products(setting: RunConfig) -> Step:
     return step
 
 
-def options_for(recipe: str, setting: RunConfig) -> dict[str, Any]:
-    """Our recipe's numbers, for a peer's trainer."""
-    variant = training_of(recipe, setting).variant
-    own = variant.options | {"l1_warmup": 1000, "warmup": 1000, "dead_tokens": setting.dead_after_tokens}
-    sizes = {"d_in": setting.d_in, "d_sae": setting.d_sae, "batch": setting.batch_size, "steps": setting.steps}
-    return asdict(variant.optimization) | own | sizes
+def options_for(recipe: str, config: RunConfig) -> dict[str, Any]:
+    """The options of our recipe, for a peer's trainer."""
+    variant = make_trainer(recipe, config).variant
+    options = variant.options | {"l1_warmup": 1000, "warmup": 1000, "dead_tokens": config.dead_after_tokens}
+    sizes = {"d_in": config.d_in, "d_sae": config.d_sae, "batch": config.batch_size, "steps": config.steps}
+    return asdict(variant.optimization) | options | sizes
 
 
 def spread(times: list[float]) -> str:
@@ -99,23 +99,23 @@ def spread(times: list[float]) -> str:
     return f"{statistics.median(times):.1f} ({low:.1f} to {high:.1f})"
 
 
-def show_steps(setting: RunConfig, peers: Mapping[str, Peer], rounds: int, steps: int) -> None:
-    limit = products(setting)
+def show_steps(config: RunConfig, peers: Mapping[str, Peer], rounds: int, steps: int) -> None:
+    limit = products(config)
     ways: dict[str, Callable[[], float]] = {"products": lambda: timed(limit, steps)}
     counted = {"products": flops(limit)}
     for recipe in BASES:
-        ours = step_of(training_of(recipe, setting), setting)
+        ours = make_step(make_trainer(recipe, config), config)
         counted[f"{recipe}, ours"] = flops(ours)
         ways[f"{recipe}, ours"] = lambda ours=ours: timed(ours, steps)
         for name, peer in peers.items():
-            asked = {"recipe": recipe, "options": options_for(recipe, setting), "steps": steps}
-            counted[f"{recipe}, {name}"] = int(peer.ask("flops", **asked))
-            ways[f"{recipe}, {name}"] = lambda peer=peer, asked=asked: peer.ask("time", **asked)
-    found = in_rounds(ways, rounds)
-    middle = {name: statistics.median(times) for name, times in found.items()}
-    title = f"d_in {setting.d_in}, n {setting.d_sae}, {setting.batch_size} tokens"
+            request = {"recipe": recipe, "options": options_for(recipe, config), "steps": steps}
+            counted[f"{recipe}, {name}"] = int(peer.ask("flops", **request))
+            ways[f"{recipe}, {name}"] = lambda peer=peer, request=request: peer.ask("time", **request)
+    times_of = in_rounds(ways, rounds)
+    middle = {name: statistics.median(times) for name, times in times_of.items()}
+    title = f"d_in {config.d_in}, n {config.d_sae}, {config.batch_size} tokens"
     print(f"\n| {title} | ms | GFLOP | over the five products | over ours |\n|---|---|---|---|---|")
-    for name, times in found.items():
+    for name, times in times_of.items():
         ours = middle.get(f"{name.split(',')[0]}, ours", middle[name])
         shares = f"{middle[name] / middle['products']:.2f} | {middle[name] / ours:.2f}"
         print(f"| {name} | {spread(times)} | {counted[name] / 1e9:.3g} | {shares} |", flush=True)
@@ -123,46 +123,46 @@ def show_steps(setting: RunConfig, peers: Mapping[str, Peer], rounds: int, steps
         peer.ask("forget")
 
 
-def events(training: Trainer, setting: RunConfig) -> float:
-    """Milliseconds a step of what mechanisms do between steps, spread over the steps from one time to the next."""
-    step, spent = training.step(batches(setting.batch_size, setting.d_in)[0]), 0.0
+def periodic_cost(trainer: Trainer, config: RunConfig) -> float:
+    """Milliseconds per step of what mechanisms do every N steps, divided by N."""
+    step, spent = trainer.step(batches(config.batch_size, config.d_in)[0]), 0.0
     with torch.no_grad():
-        for mechanism in training.variant.mechanisms:
+        for mechanism in trainer.variant.mechanisms:
             if mechanism.every:
                 spent += timed(lambda number, m=mechanism: m.every_n_steps(step), 1) / mechanism.every
     return spent
 
 
-def show_recipes(setting: RunConfig, rounds: int, steps: int) -> None:
+def show_recipes(config: RunConfig, rounds: int, steps: int) -> None:
     ways: dict[str, Callable[[], float]] = {}
-    between, base = {}, {}
+    periodic, base = {}, {}
     for recipe in RECIPES:
-        training = training_of(recipe, setting)
-        step = step_of(training, setting)
+        trainer = make_trainer(recipe, config)
+        step = make_step(trainer, config)
         ways[recipe] = lambda step=step: timed(step, steps)
-        between[recipe] = events(training_of(recipe, setting), setting)
-        base[recipe] = "topk" if any(isinstance(link, KeepTopK) for link in training.variant.sae.activation) else "relu"
+        periodic[recipe] = periodic_cost(make_trainer(recipe, config), config)
+        base[recipe] = "topk" if any(isinstance(link, KeepTopK) for link in trainer.variant.sae.activation) else "relu"
     found = in_rounds(ways, rounds)
-    middle = {name: statistics.median(times) + between[name] for name, times in found.items()}
-    print(f"\n| recipe at d_in {setting.d_in}, n {setting.d_sae} | ms | of it between steps | base | over it |")
+    middle = {name: statistics.median(times) + periodic[name] for name, times in found.items()}
+    print(f"\n| recipe at d_in {config.d_in}, n {config.d_sae} | ms | of it periodic | base | over base |")
     print("|---|---|---|---|---|")
     for name in sorted(RECIPES, key=lambda name: -middle[name] / middle[base[name]]):
         over = middle[name] / middle[base[name]]
-        print(f"| {name} | {spread(found[name])} | {between[name]:.2f} | {base[name]} | {over:.2f} |", flush=True)
+        print(f"| {name} | {spread(found[name])} | {periodic[name]:.2f} | {base[name]} | {over:.2f} |", flush=True)
 
 
-def on_one_stream(cache: Cache, setting: RunConfig, seeds: range) -> None:
-    trainings = []
+def train_together(cache: Cache, config: RunConfig, seeds: range) -> None:
+    trainers = []
     for seed in seeds:
         torch.manual_seed(seed)
-        trainings.append(Trainer(find_recipe("relu").make(setting, {}), setting.steps, "cpu"))
-    with BatchLoader(cache, ARRAY, setting.batch_size, threads=1) as stream:
-        train_loop(trainings, islice(stream, setting.steps), range(setting.steps), lambda number: False)
+        trainers.append(Trainer(find_recipe("relu").make(config, {}), config.steps, "cpu"))
+    with BatchLoader(cache, ARRAY, config.batch_size, threads=1) as stream:
+        train_loop(trainers, islice(stream, config.steps), range(config.steps), lambda number: False)
 
 
 def show_together(folder: Path, rounds: int) -> None:
     cache = make_cache(folder / "cache", 0.1)
-    setting = RunConfig(cache.array(ARRAY).shape[1], 256, 16, 512)
+    config = RunConfig(cache.array(ARRAY).shape[1], 256, 16, 512)
 
     def spent(work: Callable[[], object]) -> float:
         started = Spent.now()
@@ -171,14 +171,12 @@ def show_together(folder: Path, rounds: int) -> None:
 
     ways: dict[str, Callable[[], float]] = {}
     for count in (1, 2, 4, 8):
-        ways[f"{count} together"] = lambda n=count: spent(lambda: on_one_stream(cache, setting, range(n)))
+        ways[f"{count} together"] = lambda n=count: spent(lambda: train_together(cache, config, range(n)))
         one = [range(seed, seed + 1) for seed in range(count)]
-        ways[f"{count} apart"] = lambda one=one: spent(lambda: [on_one_stream(cache, setting, s) for s in one])
+        ways[f"{count} apart"] = lambda one=one: spent(lambda: [train_together(cache, config, s) for s in one])
     found = in_rounds(ways, rounds)
-    print(
-        f"\n| relu {setting.d_in} -> {setting.d_sae}, {setting.steps} batches of {setting.batch_size} from a cache, ms |",
-        end="",
-    )
+    title = f"relu {config.d_in} -> {config.d_sae}, {config.steps} batches of {config.batch_size} from a cache, ms"
+    print(f"\n| {title} |", end="")
     print(" together | apart | together / apart |\n|---|---|---|---|")
     for count in (1, 2, 4, 8):
         both = [found[f"{count} {how}"] for how in ("together", "apart")]
@@ -186,22 +184,22 @@ def show_together(folder: Path, rounds: int) -> None:
         print(f"| {count} | {spread(both[0])} | {spread(both[1])} | {share:.2f} |", flush=True)
 
 
-def show_compiled(setting: RunConfig, rounds: int, steps: int) -> None:
+def show_compiled(config: RunConfig, rounds: int, steps: int) -> None:
     ways: dict[str, Callable[[], float]] = {}
     took = {}
     for recipe in (*BASES, "decorrelation"):
-        training = training_of(recipe, setting)
+        trainer = make_trainer(recipe, config)
         started = time.perf_counter()
-        why = compile_step(training, setting.batch_size)
+        why = compile_step(trainer, config.batch_size)
         took[recipe] = why or f"{time.perf_counter() - started:.0f} s"
-        for name, one in ((f"{recipe} eager", training_of(recipe, setting)), (f"{recipe} compiled", training)):
-            step = step_of(one, setting)
+        for name, one in ((f"{recipe} eager", make_trainer(recipe, config)), (f"{recipe} compiled", trainer)):
+            step = make_step(one, config)
             ways[name] = lambda step=step: timed(step, steps)
     middle = {name: statistics.median(times) for name, times in in_rounds(ways, rounds).items()}
     print("\n| --compile | to compile | ms eager | ms compiled | compiled / eager |\n|---|---|---|---|---|")
-    for recipe, told in took.items():
+    for recipe, seconds in took.items():
         eager, compiled = middle[f"{recipe} eager"], middle[f"{recipe} compiled"]
-        print(f"| {recipe} | {told} | {eager:.1f} | {compiled:.1f} | {compiled / eager:.2f} |", flush=True)
+        print(f"| {recipe} | {seconds} | {eager:.1f} | {compiled:.1f} | {compiled / eager:.2f} |", flush=True)
 
 
 def numbers(text: str) -> list[int]:
@@ -214,31 +212,31 @@ def main() -> None:
     parser.add_argument("--width", type=numbers, default=[1, 8], help="times d_in")
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument(
-        "--small", type=int, default=256, help="d_in of the tables of recipes and of --compile; n is 4 times"
+        "--small", type=int, default=256, help="d_in of the tables recipes and compiled; d_sae is 4 times that"
     )
     tables = ["step", "recipes", "together", "compiled"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="timed at once")
-    parser.add_argument("--dictionary-learning", help="the python of an environment that has it")
-    parser.add_argument("--saelens", help="the python of an environment that has it")
-    parser.add_argument("--folder", default=".", help="where a cache of 0.1 GB is written, and removed from")
-    asked = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=2, help="steps timed at once")
+    parser.add_argument("--dictionary-learning", help="python of an environment with it")
+    parser.add_argument("--saelens", help="python of an environment with it")
+    parser.add_argument("--folder", default=".", help="where a cache of 0.1 GB is written and removed again")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)
-    given = {"dictionary_learning": asked.dictionary_learning, "saelens": asked.saelens}
-    peers = {name: Peer(name, python) for name, python in given.items() if python}
-    for width in asked.width if "step" in asked.tables else ():
-        setting = RunConfig(asked.d_in, width * asked.d_in, STEPS, asked.batch)
-        show_steps(setting, peers, asked.rounds, asked.steps)
-    small = RunConfig(asked.small, 4 * asked.small, STEPS, asked.batch)
-    if "recipes" in asked.tables:
-        show_recipes(small, asked.rounds, asked.steps)
-    if "together" in asked.tables:
-        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-            show_together(Path(folder), asked.rounds)
-    if "compiled" in asked.tables:
-        show_compiled(small, asked.rounds, asked.steps)
+    pythons = {"dictionary_learning": args.dictionary_learning, "saelens": args.saelens}
+    peers = {name: Peer(name, python) for name, python in pythons.items() if python}
+    for width in args.width if "step" in args.tables else ():
+        config = RunConfig(args.d_in, width * args.d_in, STEPS, args.batch)
+        show_steps(config, peers, args.rounds, args.steps)
+    small = RunConfig(args.small, 4 * args.small, STEPS, args.batch)
+    if "recipes" in args.tables:
+        show_recipes(small, args.rounds, args.steps)
+    if "together" in args.tables:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            show_together(Path(folder), args.rounds)
+    if "compiled" in args.tables:
+        show_compiled(small, args.rounds, args.steps)
     for peer in peers.values():
         assert peer.process.stdin
         peer.process.stdin.close()

@@ -1,11 +1,11 @@
-"""Whether the quotes of `evaluate/claims/*.toml` stand in the papers, and every number of the papers in a quote.
+"""Check that the quotes of `evaluate/papers/*.toml` are in the papers, and the papers' numbers in a quote.
 
     python benchmarks/check_quotes.py --papers DIR      DIR/000*.txt and so on: the papers as text
 
-Runs of white space count as one space, and a hyphen at the end of a line may or may not be one of the word's. Prints
-the quotes that are not found, and the numbers of a paper that stand in no quote: so no claim is missing. Those of
-formulas, headings, citations and names are none of a result, nor are those of the references. Exits with 1 if there is
-anything to print.
+Runs of white space count as one space, and a hyphen at the end of a line may or may not be part of the word. Prints
+the quotes that are not found, and the numbers of a paper that are in no quote, so that no claim is missing. Numbers in
+formulas, headings, citations and names are not results, nor are those in the references. Exits with 1 if anything was
+printed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from sae.evaluate.papers.claims import NUMBER, PAPERS, Paper, load_paper
 
 REFERENCES = re.compile(r"^\W*REFERENCES\s*$", re.MULTILINE)
-# Numbers that are none of a result or a setting. Sections: one digit, perhaps a second, before a capital letter.
+# Numbers that are neither a result nor a setting. Sections: one or two digits before a capital letter.
 NAMES = re.compile(
     r"\$\$.*?\$\$"  # formulas on lines of their own
     r"|\b(?:19|20)\d\d[ab]?\)"  # citations
@@ -38,27 +38,27 @@ def missing(paper: Paper, text: str) -> list[str]:
 
 
 def loose_numbers(paper: Paper, text: str) -> list[str]:
-    """The numbers outside all quotes and names, each in its surroundings."""
-    whole = normal(REFERENCES.split(text)[0], "-")
-    held = [False] * len(whole)
-    spans = [match.span() for match in NAMES.finditer(whole)]
+    """The numbers outside all quotes and names, each with its surrounding text."""
+    body = normal(REFERENCES.split(text)[0], "-")
+    quoted = [False] * len(body)
+    spans = [match.span() for match in NAMES.finditer(body)]
     for quote in paper.quotes():
-        spans += [match.span() for match in re.finditer(re.escape(normal(quote, "-")), whole)]
+        spans += [match.span() for match in re.finditer(re.escape(normal(quote, "-")), body)]
     for start, end in spans:
-        held[start:end] = [True] * (end - start)
-    places = [match.start("digits") for match in NUMBER.finditer(whole)]
-    return [f"{whole[max(0, at - 60) : at]}>>{whole[at : at + 50]}" for at in places if not held[at]]
+        quoted[start:end] = [True] * (end - start)
+    places = [match.start("digits") for match in NUMBER.finditer(body)]
+    return [f"{body[max(0, at - 60) : at]}>>{body[at : at + 50]}" for at in places if not quoted[at]]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--papers", type=Path, required=True, help="a folder with the papers as text files")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     failed = 0
     for number in PAPERS:
-        files = sorted(asked.papers.glob(f"{number}*.txt"))
+        files = sorted(args.papers.glob(f"{number}*.txt"))
         if len(files) != 1:
-            print(f"{asked.papers} has {len(files)} files {number}*.txt; one was expected.", file=sys.stderr)
+            print(f"{args.papers} has {len(files)} files {number}*.txt; expected one.", file=sys.stderr)
             return 2
         paper, text = load_paper(number), files[0].read_text(encoding="utf-8")
         gone, loose = missing(paper, text), loose_numbers(paper, text)

@@ -1,4 +1,4 @@
-"""What the five papers claim, counted, and where they contradict themselves: what `docs/claims.md` holds.
+"""A table of the five papers' claims, and of where the papers contradict themselves: writes `docs/claims.md`.
 
 python benchmarks/claims_table.py > docs/claims.md
 """
@@ -8,25 +8,31 @@ from collections.abc import Iterator
 from sae.evaluate.papers.claims import PAPERS, Paper, load_paper
 from sae.evaluate.papers.verdict import INTERVAL_TOLERANCE, MEAN_TOLERANCE, MIN_SEEDS, NO_EFFECT
 
+COLUMNS = (
+    "paper", "claims", "of them differences or changes", "with a metric of ours", "paper inconsistent",
+    "contradictions", "measured, not reported",
+)  # fmt: skip
 HEAD = f"""# What the five papers claim
 
-Made by `benchmarks/claims_table.py` from `evaluate/claims/*.toml`, in which every number that a paper gives as a result
-is an entry: where it stands, the line that holds it, the system and the metric of ours that it is about, and the reading
-that was taken. The same number in several places is one claim; two numbers for one thing are two. The rest of a paper's
-numbers are there as its setting. `benchmarks/check_quotes.py --papers DIR` finds every quote in the papers' text, and
-every number of that text in a quote.
+Made by `benchmarks/claims_table.py` from `evaluate/papers/*.toml`, which has an entry for every number that a paper
+gives as a result: where it is, the line that contains it, the system and the metric of ours that it is about, and how
+it was read. The same number in several places is one claim; two numbers for one quantity are two. The paper's other
+numbers are recorded as its setting. `benchmarks/check_quotes.py --papers DIR` checks that every quote is in the paper's
+text, and every number of that text in a quote.
 
-The verdict on a claim (`evaluate/papers/verdict.py`) is `reproduced` on the paper's own model only: {MIN_SEEDS} seeds or more, their mean
-within {100 * MEAN_TOLERANCE:.0f} % of the claimed number (or what rounds to it), and the 95 % interval of that mean within {100 * INTERVAL_TOLERANCE:.0f} %. Of two systems
-it is `direction only` or `contradicted` by the interval of the differences of runs with the same seed; a difference below
-{100 * NO_EFFECT:.0f} % of the claimed one is none, which contradicts. A number by itself is `not comparable` on another model, and
-what no metric speaks to, or nobody ran, is `not measured`. Where the paper contradicts a number it is `paper inconsistent`.
+A claim's verdict (`evaluate/papers/verdict.py`) is `reproduced` only on the paper's own model: at least
+{MIN_SEEDS} seeds, their mean within {100 * MEAN_TOLERANCE:.0f} % of the claimed number (or of what rounds to it), and
+the 95 % interval of that mean within {100 * INTERVAL_TOLERANCE:.0f} %. Claims about two systems are `direction only` or
+`contradicted`, by the interval of the differences of runs with the same seed; a difference below
+{100 * NO_EFFECT:.0f} % of the claimed one counts as no effect, which contradicts it. A number by itself is
+`not comparable` on another model. Claims that no metric covers, or that nobody ran, are `not measured`. Where the paper
+contradicts a number the verdict is `paper inconsistent`.
 
-| paper | claims | of them differences or changes | with a metric of ours | paper inconsistent | contradictions | measured, not reported |
-|---|---|---|---|---|---|---|"""
+| {" | ".join(COLUMNS)} |
+|{"---|" * len(COLUMNS)}"""
 
 
-def line(paper: Paper) -> str:
+def table_row(paper: Paper) -> str:
     claims = paper.claims
     counts = [
         len(claims),
@@ -43,7 +49,7 @@ def section(paper: Paper) -> Iterator[str]:
     ran = paper.ran
     yield f"\n## {paper.number}: {paper.title}\n"
     layers = ", ".join(map(str, ran.layers))
-    budget = f"{ran.steps:,} steps of {ran.batch_size:,}" if ran.steps else "no step was made"
+    budget = f"{ran.steps:,} steps of {ran.batch_size:,}" if ran.steps else "no training step"
     peak = (
         ""
         if ran.peak_reached or not ran.steps
@@ -55,11 +61,11 @@ def section(paper: Paper) -> Iterator[str]:
         touched = f" Judged inconsistent: {', '.join(f'`{name}`' for name in one.claims)}." if one.claims else ""
         yield f"- **{one.what}** " + " / ".join(f"“{quote}”" for quote in one.quotes) + f" {one.follows}{touched}"
     if silent := [claim for claim in paper.claims if claim.metric == "none"]:
-        yield "\nNo metric of ours speaks to:\n"
+        yield "\nNo metric of ours covers:\n"
         for claim in silent:
             yield f"- `{claim.id}` ({claim.where}): “{claim.quote}” {claim.why}"
     if paper.unreported:
-        yield "\nSaid to be measured, without a number:\n"
+        yield "\nMeasured according to the paper, but not reported:\n"
         for lack in paper.unreported:
             ours = "no metric of ours" if lack.metric == "none" else f"ours is `{lack.metric}`"
             yield f"- {lack.what}: “{lack.quote}” ({ours})"
@@ -67,7 +73,7 @@ def section(paper: Paper) -> Iterator[str]:
 
 def overview() -> str:
     papers = [load_paper(number) for number in PAPERS]
-    lines = [HEAD, *map(line, papers), *(text for paper in papers for text in section(paper))]
+    lines = [HEAD, *map(table_row, papers), *(text for paper in papers for text in section(paper))]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: synthetic rows, a cache of them, timing in rounds, memory, and the machine in words."""
+"""Shared by the benchmarks: synthetic rows, a cache of them, timing in rounds, memory, a description of the machine."""
 
 import multiprocessing
 import os
@@ -30,21 +30,23 @@ WINDOW = 65_536
 
 
 def model_like_rows(rows: int, d_in: int = D_IN, seed: int = 0) -> np.ndarray:
-    """Bits (rows, d_in) of rows shaped like a language model's: dimensions of unequal scale, six of them 20 to 80 times
-    the others, and norms that differ from row to row."""
+    """Bfloat16 bits (rows, d_in) of rows like a language model's activations.
+
+    Dimensions have unequal scales, six of them 20 to 80 times the others, and norms differ from row to row.
+    """
     random = torch.Generator().manual_seed(seed)
     scale_D = (0.4 * torch.randn(d_in, generator=random)).exp()
     scale_D[torch.randperm(d_in, generator=random)[:6]] *= torch.linspace(20, 80, 6)
-    found = torch.empty(rows, d_in, dtype=torch.bfloat16)
-    for part in found.split(4096):
+    x_RD = torch.empty(rows, d_in, dtype=torch.bfloat16)
+    for part in x_RD.split(4096):
         norm_R = (0.25 * torch.randn(len(part), 1, generator=random)).exp()
         tail_RD = (5 / (torch.randn(3, *part.shape, generator=random).square().sum(0) + 2)).sqrt()
         part.copy_(torch.randn(part.shape, generator=random) * tail_RD * norm_R * scale_D)
-    return as_uint16(found)
+    return as_uint16(x_RD)
 
 
 def make_cache(folder: Path, gigabytes: float, *, compress: bool = False) -> Cache:
-    """A cache written as a harvest writes it. Every window holds the same rows, and the text is counted."""
+    """A cache written as a harvest writes it. Every window holds the same rows; the text is zeros."""
     window = min(WINDOW, int(gigabytes * 1e9 / 2 / D_IN) // CONTEXT * CONTEXT)
     count = round(gigabytes * 1e9 / 2 / D_IN / window)
     layout = Layout(count * window, window, compress=compress)
@@ -52,15 +54,15 @@ def make_cache(folder: Path, gigabytes: float, *, compress: bool = False) -> Cac
     writer = CacheWriter(folder, identity(), layout, {ARRAY: D_IN})
     bits = model_like_rows(window)
     for number in writer.missing_windows():
-        at = np.arange(window) + number * window
-        rows = WindowRows({ARRAY: bits}, (at // CONTEXT).astype(np.uint32), (at % CONTEXT).astype(np.uint16))
+        row = np.arange(window) + number * window
+        rows = WindowRows({ARRAY: bits}, (row // CONTEXT).astype(np.uint32), (row % CONTEXT).astype(np.uint16))
         writer.write_window(number, rows, {})
     writer.finish()
     return Cache(folder)
 
 
 def write_text(folder: Path, rows: int) -> None:
-    """Contexts of zeros: what a cache needs beside its activations."""
+    """Write the text that a cache needs beside its activations: contexts of zeros."""
     n = rows // CONTEXT
     ids = np.zeros((n, CONTEXT), np.uint32)
     Contexts(ids, np.full(n, CONTEXT, np.uint16), np.arange(n, dtype=np.uint32), np.zeros(n, bool)).write(folder)
@@ -71,8 +73,13 @@ def identity() -> dict[str, Any]:
 
 
 class Spent(NamedTuple):
+    """Seconds of wall and processor time.
+
+    Processor time, of all threads, hardly depends on what else runs on the machine.
+    """
+
     wall: float
-    processor: float  # seconds of it, of all threads: what others do on the machine does not move it much
+    processor: float
 
     @classmethod
     def since(cls, started: "Spent") -> "Spent":
@@ -85,36 +92,36 @@ class Spent(NamedTuple):
 
 
 def in_rounds(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each way returns, `rounds` times; in every round all of them, in random order."""
-    found: dict[str, list[T]] = {name: [] for name in ways}
+    """The results of each way, one per round. In every round all ways run once, in random order."""
+    results: dict[str, list[T]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name in random.sample(list(ways), len(ways)):
-            found[name].append(ways[name]())
-    return found
+            results[name].append(ways[name]())
+    return results
 
 
 def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """The next read of these files comes from the disk, or from what the disk itself remembers."""
+    """Make the next read of these files come from the disk, or from its own cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def alone(function: Callable[..., T], *arguments: object) -> T:
-    """The result of a function of a script, run in a process of its own."""
+def in_new_process(function: Callable[..., T], *arguments: object) -> T:
+    """Call a function of a script in a new process, and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 class AnonymousPeak:
-    """`with AnonymousPeak() as peak: ...`, then `peak.mb`: the most memory of its own that the process had meanwhile.
+    """Peak of the process' anonymous memory, in MB: `with AnonymousPeak() as peak: ...`, then `peak.mb`.
 
-    Pages of mapped files are the system's and do not count. Read every ten milliseconds.
+    Pages of mapped files belong to the system and are not counted. Sampled every ten milliseconds.
     """
 
     def __enter__(self) -> Self:
@@ -136,13 +143,16 @@ class AnonymousPeak:
 
 
 def machine(*packages: str) -> str:
-    """Where and with what a benchmark ran."""
+    """The machine, the versions and the commit that a benchmark ran with."""
     cores = len(os.sched_getaffinity(0))
     chip = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", *packages))
-    return f"{cores} cores of {chip or platform.machine()}, {platform.system()}, python {platform.python_version()}, {versions}; commit {commit()}"
+    return (
+        f"{cores} cores of {chip or platform.machine()}, {platform.system()}, python {platform.python_version()}, "
+        f"{versions}; commit {commit()}"
+    )
 
 
 def commit() -> str:
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"

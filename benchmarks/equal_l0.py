@@ -1,18 +1,17 @@
-"""What each mechanism gives at equal L0: every system less what it adds something to, paired by seed, layer by layer.
+"""The effect of each mechanism at equal L0: pairs of systems, compared seed by seed and layer by layer.
 
     sae train --layer 5 --layer 12 --layer 19 --l0 32 --seed 0 --seed 1 --seed 2 --variant ...     (docs/findings.md)
     sae evaluate runs/*
     python benchmarks/equal_l0.py runs/* > table.md
 
 Prints Markdown. A cell is the mean difference over seeds and half its 95 % interval by Student's t. `L0` is the mean
-difference over all layers and seeds; `sign` counts there in how many pairs the first of the two has the larger KL score.
-`also differs` are the shared
-options in which two recipes differ beside what they are named for: such a line compares two whole systems, and says
-nothing of one mechanism.
+difference over all layers and seeds. `sign` counts in how many pairs the first system has the larger KL score.
+`also differs` lists the shared options in which the two recipes differ besides the mechanism that they are named for:
+such a line compares two whole systems and says nothing about one mechanism.
 
-Seeds share the data, their order and the text of the evaluation; they differ in the weights at the start. All recipes of
-a seed start from the same, but for `collapse-06` and later, whose rows start orthonormal. Where `--l0` moves a penalty,
-what a recipe does with its own after a twentieth of the run does not count.
+Seeds share the data, its order and the evaluation text; they differ in the initial weights. All recipes of a seed start
+from the same weights, except `collapse-06` and later, whose rows start orthonormal. Where `--l0` controls a penalty, a
+recipe's own schedule for it has no effect after a twentieth of the run.
 """
 
 import argparse
@@ -26,9 +25,9 @@ from sae.evaluate.metrics.base import MetricColumn
 from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.tables import paired_difference
 
-PLAIN = "progressive-baseline"  # ReLU and L1, the encoder sees x and not x - b_dec: the papers' own SAE
+PLAIN = "progressive-baseline"  # ReLU and L1, with x as the encoder's input instead of x - b_dec: the papers' own SAE
 L1 = "competition-baseline"  # the same with a penalty that warms up, and without weight decay
-PAIRS = [  # what is added, to what
+PAIRS = [  # (system with the mechanism, system without it)
     ("progressive", PLAIN),
     ("progressive-no-competition", PLAIN),
     ("progressive", "progressive-no-competition"),
@@ -61,30 +60,30 @@ SHORT = {"absorption": "absorption, ", "sparse_probing_stdlib": "probing, "}
 Runs = dict[tuple[str, int, int], ComparedRun]  # recipe, layer, seed -> run
 
 
-def by_place(read: Iterable[ComparedRun]) -> Runs:
-    """The runs by recipe, layer and seed. UsageError where two have the same: one of them would be passed over."""
+def index_runs(all_runs: Iterable[ComparedRun]) -> Runs:
+    """Runs by recipe, layer and seed. UsageError if two runs have the same, since one would be ignored."""
     runs: Runs = {}
-    for run in read:
-        place = run.run["variant"], run.run["layer"], run.run["seed"]
-        if place in runs:
+    for run in all_runs:
+        key = run.run["variant"], run.run["layer"], run.run["seed"]
+        if key in runs:
             raise UsageError(
-                f"{runs[place].folder} and {run.folder} have one recipe, layer and seed: give one of them."
+                f"{runs[key].folder} and {run.folder} have the same recipe, layer and seed. Give one of them."
             )
-        runs[place] = run
+        runs[key] = run
     return runs
 
 
-def beside(one: ComparedRun, other: ComparedRun) -> list[str]:
-    """The options that both have, and in which they differ: rate, decay, whether the encoder sees x - b_dec, ..."""
-    own, others = (
+def other_differences(one: ComparedRun, other: ComparedRun) -> list[str]:
+    """The options that both runs have with different values: lr, weight decay, pre_bias (input x - b_dec), ..."""
+    options, other_options = (
         run.run["resolved"] | {"pre_bias": read_json(run.folder / "sae.json", "pre_bias")["pre_bias"]}
         for run in (one, other)
     )
-    return [name for name in own if name in others and own[name] != others[name]]
+    return [name for name in options if name in other_options and options[name] != other_options[name]]
 
 
-def found(metric: str, name: str) -> MetricColumn:
-    return next(number for number in METRICS[metric].columns if number.name == name)
+def find_column(metric: str, name: str) -> MetricColumn:
+    return next(column for column in METRICS[metric].columns if column.name == name)
 
 
 def pairs_of(runs: Runs, one: str, other: str, layer: int) -> list[tuple[ComparedRun, ComparedRun]]:
@@ -94,12 +93,12 @@ def pairs_of(runs: Runs, one: str, other: str, layer: int) -> list[tuple[Compare
 
 def difference(pairs: Sequence[tuple[ComparedRun, ComparedRun]], metric: str, name: str) -> str:
     return paired_difference(
-        [pair for pair in pairs if all(metric in run.results for run in pair)], metric, found(metric, name)
+        [pair for pair in pairs if all(metric in run.results for run in pair)], metric, find_column(metric, name)
     )
 
 
 def lines(runs: Runs, layers: Sequence[int], numbers: Sequence[tuple[str, str]]) -> Iterator[list[str]]:
-    kl = ("core", found("core", "kl_div_score"))
+    kl = ("core", find_column("core", "kl_div_score"))
     for one, other in PAIRS:
         by_layer = [pairs_of(runs, one, other, layer) for layer in layers]
         cells = [difference(pairs, *number) for pairs in by_layer for number in numbers]
@@ -109,12 +108,12 @@ def lines(runs: Runs, layers: Sequence[int], numbers: Sequence[tuple[str, str]])
         if any(cells):
             l0 = difference(everything, "core", "l0").split(" ")[0]
             sign = f"{sum(a > b for a, b in both)} of {len(both)}"
-            yield [f"`{one}`", f"`{other}`", *cells, l0, sign, ", ".join(beside(*everything[0]))]
+            yield [f"`{one}`", f"`{other}`", *cells, l0, sign, ", ".join(other_differences(*everything[0]))]
 
 
 def table(runs: Runs, layers: Sequence[int], numbers: Sequence[tuple[str, str]]) -> None:
     at = {layer: f" L{layer}" if len(layers) > 1 else "" for layer in layers}
-    named = [(f"{SHORT.get(metric, '')}{found(metric, name).heading}") for metric, name in numbers]
+    named = [(f"{SHORT.get(metric, '')}{find_column(metric, name).heading}") for metric, name in numbers]
     heads = ["", "less", *(f"{head}{at[layer]}" for layer in layers for head in named), "L0", "sign", "also differs"]
     for line in (heads, ["---"] * len(heads), *lines(runs, layers, numbers)):
         print("| " + " | ".join(line) + " |")
@@ -123,7 +122,7 @@ def table(runs: Runs, layers: Sequence[int], numbers: Sequence[tuple[str, str]])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    runs = by_place(read_run(folder) for folder in parser.parse_args().runs)
+    runs = index_runs(read_run(folder) for folder in parser.parse_args().runs)
     layers = sorted({layer for _, layer, _ in runs})
     table(runs, layers, NUMBERS)
     for layer in layers:

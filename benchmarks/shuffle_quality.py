@@ -1,15 +1,15 @@
-"""How well the rows of a cache are mixed: `python benchmarks/shuffle_quality.py`. Numbers of rows only, no data.
+"""Shuffle quality of a cache's batches: `python benchmarks/shuffle_quality.py`. Uses row numbers only, no data.
 
 Row r of a harvest belongs to context r // L, since contexts are shuffled before they are harvested. Each window is
-permuted as `harvest.run` does it, and batches are those of the loader's own Plan. Beside it: the rows in file order, what
-SAELens and dictionary_learning do with them (a buffer, permuted; half of it is served, then refilled), and a fresh
-permutation of all rows.
+permuted as `harvest.run` does it, and batches are those of the loader's own order. For comparison: rows in file order,
+the half-refilled buffer of SAELens and dictionary_learning (permute, serve half, refill), and a fresh permutation of
+all rows.
 
-    partners     P, how many other rows of its own context a row meets in its batch; the closed form for this design is
-                 B L (1/(lanes W) + 1/T)
+    partners     P, the number of other rows of its own context that a row meets in its batch; the closed form for this
+                 design is B L (1/(lanes W) + 1/T)
     contexts     distinct contexts in a batch
-    rank corr.   between the places of a row in one epoch and the next: 0 is as good as a fresh permutation
-    moved        mean distance between these places, of all T; a fresh permutation has 1/3
+    rank corr.   between a row's positions in one epoch and the next: 0 is as good as a fresh permutation
+    moved        mean distance between these positions, as a fraction of T; 1/3 for a fresh permutation
 """
 
 import argparse
@@ -29,7 +29,7 @@ def generator(*key: int) -> np.random.Generator:
 
 
 def harvested_rows(layout: Layout, seed: int) -> np.ndarray:
-    """Place in the cache -> number of the row in the order of the text, as Computing._window places them."""
+    """Position in the cache -> number of the row in the order of the text, as harvest.windows places them."""
     placed = np.empty(layout.rows, np.int64)
     for window in range(layout.n_windows):
         rows = layout.row_range(window)
@@ -52,7 +52,7 @@ def ours(layout: Layout, batch: int, seed: int) -> Order:
 
 
 def half_refill(rows: int, size: int, seed: int) -> Order:
-    """Permute what is in the buffer, serve half, refill from the file."""
+    """Permute the buffer, serve half of it, refill it from the file."""
 
     def order(epoch: int) -> np.ndarray:
         random, served, held = generator(seed, epoch), [], np.arange(size)
@@ -83,11 +83,11 @@ def mixing(rows: np.ndarray, batch: int, context: int, sample: int) -> dict[str,
 
 
 def moving(served: list[np.ndarray], rows: int) -> dict[str, float]:
-    """How the places of rows in two epochs belong together; of the rows that both serve."""
+    """Rank correlation and mean distance of the positions of rows in two epochs, for rows that both serve."""
     place = np.full((2, rows), -1, np.int64)
     for epoch in range(2):
         place[epoch, served[epoch]] = np.arange(len(served[epoch]))
-    first, second = place[:, (place >= 0).all(0)]  # ranks, but for the few rows that an epoch leaves out
+    first, second = place[:, (place >= 0).all(0)]  # nearly ranks: an epoch leaves out a few rows
     return {
         "correlation": float(np.corrcoef(first, second)[0, 1]),
         "moved": float(np.abs(first - second).mean() / rows),
@@ -97,32 +97,30 @@ def moving(served: list[np.ndarray], rows: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1 << 24)
-    parser.add_argument("--context", type=int, action="append", help="repeats; 128 and 1024 without it")
-    parser.add_argument("--batch-size", type=int, action="append", help="repeats; 2048 and 4096 without it")
+    parser.add_argument("--context", type=int, action="append", help="repeatable; default: 128 and 1024")
+    parser.add_argument("--batch-size", type=int, action="append", help="repeatable; default: 2048 and 4096")
     parser.add_argument("--buffer", type=int, default=1 << 18, help="rows of the peers' buffer, 1.2 GB at width 2304")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sample", type=int, default=200, help="batches of an epoch that are looked at")
-    asked = parser.parse_args()
-    layout, contexts = Layout(asked.rows), asked.context or [128, 1024]
+    parser.add_argument("--sample", type=int, default=200, help="batches of an epoch to look at")
+    args = parser.parse_args()
+    layout, contexts = Layout(args.rows), args.context or [128, 1024]
     print(machine())
-    print(
-        f"{asked.rows:,} rows, windows of {layout.window_rows:,}, means of {asked.seeds} seeds; P: smallest to largest"
-    )
+    print(f"{args.rows:,} rows, windows of {layout.window_rows:,}, means of {args.seeds} seeds; P: smallest to largest")
     print("\n| B | L | | P | with a partner | contexts | rank corr. | moved |\n|---|---|---|---|---|---|---|---|")
-    for batch in asked.batch_size or (2048, 4096):
+    for batch in args.batch_size or (2048, 4096):
         found: dict[tuple[int, str], list[dict[str, float]]] = {}
-        for seed in range(asked.seeds):
-            for name, order in ways(layout, batch, asked.buffer, seed):
+        for seed in range(args.seeds):
+            for name, order in ways(layout, batch, args.buffer, seed):
                 served = [order(epoch) for epoch in range(2)]
-                moved = moving(served, asked.rows)
+                moved = moving(served, args.rows)
                 for context in contexts:
-                    mixed = mixing(served[0], batch, context, asked.sample)
+                    mixed = mixing(served[0], batch, context, args.sample)
                     found.setdefault((context, name), []).append(mixed | moved)
-        lanes = BatchOrder([asked.rows], batch, 0).lanes
+        lanes = BatchOrder([args.rows], batch, 0).lanes
         for (context, name), seeds in sorted(found.items(), key=lambda item: item[0][0]):
             mean = {key: float(np.mean([one[key] for one in seeds])) for key in seeds[0]}
             spread = f"{min(one['partners'] for one in seeds):.3f} to {max(one['partners'] for one in seeds):.3f}"
-            formula = batch * context * (1 / (lanes * layout.window_rows) + 1 / asked.rows)
+            formula = batch * context * (1 / (lanes * layout.window_rows) + 1 / args.rows)
             closed = f", closed form {formula:.3f}" if name == "ours" else ""
             print(
                 f"| {batch} | {context} | {name} | {mean['partners']:.3f} ({spread}{closed}) | {mean['met']:.1%} "

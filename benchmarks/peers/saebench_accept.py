@@ -1,23 +1,23 @@
-"""`saebench_reference.py --accept`: the tests against SAEBench's fixtures, and what each of them compared, as a table.
+"""`saebench_reference.py --accept`: run the tests against SAEBench's fixtures and print what each compared, as a table.
 
-A test notes its headline number on both sides, the largest relative difference of all its numbers, and what has to be equal
-(`noted` in tests/evaluate/conftest.py). It notes before it asserts, so that a difference that fails is in the table too.
+Each test records its headline number on both sides, the largest relative difference of all its numbers, and what has to
+be equal (`noted` in tests/evaluate/conftest.py). It records before it asserts, so that a failing difference is in the
+table too.
 """
 
 from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[2] / "tests" / "evaluate"
+TESTS = Path(__file__).parents[2] / "tests" / "evaluate" / "metrics"
 
 
 class Table:
-    """A pytest plugin that prints what the tests noted."""
+    """A pytest plugin that prints what the tests recorded."""
 
     def __init__(self) -> None:
-        print(
-            "| metric | what | SAEBench | ours | largest relative difference | equal | test |\n|---|---|---|---|---|---|---|"
-        )
+        print("| metric | what | SAEBench | ours | largest relative difference | equal | test |")
+        print("|---|---|---|---|---|---|---|")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.failed:

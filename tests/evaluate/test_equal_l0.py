@@ -26,7 +26,7 @@ def test_a_pair_of_which_one_was_not_measured_has_no_sign(tmp_path):
     made = [trained(tmp_path, "batchtopk", seed, kl) for seed, kl in enumerate((0.9, 0.8, 0.7))]
     made += [trained(tmp_path, "topk", seed, kl) for seed, kl in enumerate((0.8, 0.7, None))]
     ((one, other, *cells, _, sign, differs),) = SCRIPT["lines"](
-        SCRIPT["by_place"](made), [12], [("core", "kl_div_score")]
+        SCRIPT["index_runs"](made), [12], [("core", "kl_div_score")]
     )
     assert (one, other, sign, differs) == ("`batchtopk`", "`topk`", "2 of 2", "")
     assert cells[0].startswith("0.1000")
@@ -36,11 +36,11 @@ def test_what_differs_beside_the_mechanism_is_told(tmp_path):
     one = trained(tmp_path, "topk", 0, pre_bias=True, weight_decay=0.0, k=32)
     one.run["resolved"]["lr"] = 1e-3
     other = trained(tmp_path, "progressive-baseline", 0, weight_decay=0.01, l1=0.04)
-    assert SCRIPT["beside"](one, other) == ["lr", "weight_decay", "pre_bias"]
-    assert SCRIPT["beside"](one, one) == []
+    assert SCRIPT["other_differences"](one, other) == ["lr", "weight_decay", "pre_bias"]
+    assert SCRIPT["other_differences"](one, one) == []
 
 
 def test_two_runs_in_one_place_are_refused(tmp_path):
     two = [trained(tmp_path, "competition", 0, kl) for kl in (0.1, 0.2)]
-    with pytest.raises(UsageError, match="one recipe, layer and seed"):
-        SCRIPT["by_place"](two)
+    with pytest.raises(UsageError, match="the same recipe, layer and seed"):
+        SCRIPT["index_runs"](two)

@@ -1,0 +1,155 @@
+"""Texts, models and values that cannot be used."""
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+from faults.command import DAMAGED, FAILED, HARVEST, OK, OUTSIDE, USAGE, sae
+from faults.inputs import count_commits, read_files
+from faults.table import Matrix
+
+
+def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    m.head("The text and the model")
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), table, row_group_size=10)
+    packed = gzip.compress(lines, mtime=0)
+    Path("cut.parquet").write_bytes(table.getvalue()[: len(table.getvalue()) * 2 // 3])
+    Path("cut.jsonl.gz").write_bytes(packed[: len(packed) * 2 // 3])
+    Path("whole.jsonl.gz").write_bytes(packed)
+    squeezed = zstandard.compress(lines * 40)
+    Path("cut.jsonl.zst").write_bytes(squeezed[: len(squeezed) * 2 // 3])
+    Path("cut.jsonl").write_bytes(lines[: len(lines) * 2 // 3])
+    Path("broken.jsonl").write_bytes(lines.replace(b'{"text"', b'{"text', 60).replace(b'{"text', b'{"text"', 59))
+    Path("empty.jsonl").write_bytes(b"")
+    Path("blank.jsonl").write_text('{"text": ""}\n{"text": "  "}\n{"text": null}\n')
+    Path("latin.txt").write_bytes("Käse und Brot".encode("latin-1"))
+    Path("directory").mkdir()
+    ids = pa.table({"input_ids": [[5, 6, 7], [8, 99_999]]})
+    pq.write_table(ids, "ids.parquet")
+    pq.write_table(ids.slice(0, 0), "norows.parquet")
+    import datasets
+
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(rows[:3])}).save_to_disk("saved")
+    for name, words, code in (
+        ("dataset too short", ["--tokens", "1M"], USAGE),
+        ("column missing", ["--text-column", "content"], USAGE),
+        ("empty file", ["--dataset", "empty.jsonl"], USAGE),
+        ("only empty documents", ["--dataset", "blank.jsonl"], USAGE),
+        ("table without rows", ["--dataset", "norows.parquet", "--text-column", "input_ids"], USAGE),
+        ("empty folder", ["--dataset", "./directory"], USAGE),
+        ("no such file", ["--dataset", "./nothing.jsonl"], USAGE),
+        ("a dataset of the Hub, without network", ["--dataset", "some/set"], OUTSIDE),
+        ("ids of another tokenizer", ["--dataset", "ids.parquet", "--text-column", "input_ids"], USAGE),
+        ("Parquet cut in the middle", ["--dataset", "cut.parquet"], USAGE),
+        ("gz cut in the middle", ["--dataset", "cut.jsonl.gz", "--tokens", "11k"], USAGE),
+        ("zst cut in the middle", ["--dataset", "cut.jsonl.zst", "--tokens", "200k"], USAGE),
+        ("JSONL cut in the middle of a line", ["--dataset", "cut.jsonl", "--tokens", "11k"], USAGE),
+        ("JSONL with a broken line", ["--dataset", "broken.jsonl"], USAGE),
+        ("text that is not UTF-8", ["--dataset", "latin.txt"], USAGE),
+        ("unknown split", ["--dataset", "saved", "--split", "dev"], USAGE),
+        ("a model that is no folder", ["--model", "./nothing"], USAGE),
+        ("a model folder without weights", ["--model", "./bare"], OUTSIDE),
+        ("truncated weights", ["--model", "./torn"], DAMAGED),
+        ("weights that lack a matrix", ["--model", "./lacking"], DAMAGED),
+        ("weights of another width than the configuration's", ["--model", "./wide"], DAMAGED),
+        ("gated model without access", ["--model", "google/gemma-2-2b"], OUTSIDE),
+        ("NaN in a weight of layer 1", ["--model", "./nan"], FAILED),
+    ):
+        out = Path("text-" + name.replace(" ", "-"))
+        outcome = sae(*HARVEST, *words, "--out", out)
+        m.row(name, outcome, code, "nothing is committed", count_commits(out) == 0)
+    whole = sae(*HARVEST, "--dataset", "whole.jsonl.gz", "--out", "from-gz")
+    m.row(
+        "gz that is whole",
+        whole,
+        OK,
+        "the rows of the same lines, not compressed",
+        rows_of("from-gz") == rows_of("whole"),
+    )
+    limited = ["bash", "-c", 'ulimit -v 2200000; exec "$@"', "limited"]
+    big = ["harvest", "--model", "./tiny", "--dataset", "long.txt", "--layer", 0, "--device", "cpu", "--out"]
+    outcome = sae(
+        *big,
+        "halved",
+        "--tokens",
+        20_000,
+        "--context",
+        3000,
+        "--batch-contexts",
+        64,
+        "--window",
+        24_576,
+        prefix=limited,
+    )
+    halved = [line for line in outcome.err.splitlines() if "too small" in line]
+    m.row(
+        "memory too small for a pass",
+        outcome._replace(err="\n".join(halved) + "\n"),
+        OK,
+        "halved until it fits",
+        bool(halved),
+    )
+    outcome = sae(*big, "toobig", "--tokens", 40_000, "--context", 40_000, "--window", 40_960, prefix=limited)
+    m.row(
+        "memory too small for one context", outcome, OUTSIDE, "nothing is committed", count_commits(Path("toobig")) == 0
+    )
+
+
+def rows_of(folder: str) -> dict[str, bytes]:
+    """The files with activations, where they come from, and the text."""
+    return {file: raw for file, raw in read_files(folder).items() if file.startswith(("layer_", "row_", "tokens/"))}
+
+
+def bad_values(m: Matrix) -> None:
+    m.head("What makes no sense")
+    for number, words in enumerate(
+        (
+            ["--tokens", 0],
+            ["--tokens", -5],
+            ["--tokens", "many"],
+            ["--tokens", "1e30"],
+            ["--tokens", "1e12"],
+            ["--window", -256],
+            ["--window", 0],
+            ["--window", 2**53],
+            ["--window", 2**33],
+            ["--context", 1],
+            ["--context", 70_000],
+            ["--layer", 99],
+            ["--layer", -1],
+            ["--layer", "twelve"],
+            ["--site", "resid_pre"],
+            ["--max-norm", 0],
+            ["--max-norm", "nan"],
+            ["--device", "toaster"],
+            ["--device", "cuda:7"],
+            ["--dtype", "float8"],
+            ["--attention", "nonsense"],
+            ["--held-out", 1],
+            ["--held-out", "nan"],
+            ["--seed", -1],
+            ["--storage-dtype", "int4"],
+            ["--batch-contexts", 0],
+            ["--dataset", ""],
+            ["--model", ""],
+            ["--frobnicate", 1],
+        )
+    ):
+        out = Path(f"senseless{number}")
+        outcome = sae(*HARVEST, *words, "--out", out)
+        code = OUTSIDE if words in (["--tokens", "1e12"], ["--device", "cuda:7"]) else USAGE
+        left = [p for p in out.rglob("*") if p.is_file() and p.name[0] != "."]
+        m.row(
+            f"`{words[0]} {words[1]}`" if words[1] != "" else f'`{words[0]} ""`',
+            outcome,
+            code,
+            "nothing is written",
+            not left,
+        )
