@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,44 +138,44 @@ def train(
         compiled=compiled,
         origins=ORIGINS.get({}),
     )
-    stream_options = {"tokens": tokens, "ring": ring, "dataset": dataset, "context": context, "window": window}
-    given = {name: value for name, value in stream_options.items() if value is not None}
-    if stream:
-        from .stream import run_stream
-
-        runs = run_stream(config, given, run_train, dry_run)
-    elif given:
-        raise UsageError(f"{', '.join(f'--{name}' for name in given)} can only be given with --stream.")
-    else:
-        runs = run_train(config, dry_run)
+    harvest_options = {"tokens": tokens, "windows": ring, "dataset": dataset, "context": context, "window": window}
+    given = {name: value for name, value in harvest_options.items() if value is not None}
+    if given and not stream:
+        flags = ", ".join(f"--{'ring' if name == 'windows' else name}" for name in given)
+        raise UsageError(f"{flags} can only be given with --stream.")
+    runs = run_streaming(config, given, dry_run) if stream else run_train(config, dry_run)
     if not dry_run:
         from ..common.formatting import shell_paths
 
         echo(f"next     sae evaluate {shell_paths([run.folder for run in runs])}")
 
 
-def run_train(
-    config: "TrainConfig",
-    dry_run: bool = False,
-    run: "Callable[[TrainPlan, TrainProgress], None] | None" = None,
-    reserved: Mapping[Path, float] | None = None,
-) -> "list[Run]":
-    """Plan, print the plan, and train unless it is a dry run. Returns the runs.
-
-    `run` trains instead of `run_training`; `reserved` is that of `plan_training`.
-    """
+def run_train(config: "TrainConfig", dry_run: bool = False) -> "list[Run]":
+    """Plan, print the plan, and train unless it is a dry run. Returns the runs."""
     from ..train.plan import plan_training
 
-    plan = plan_training(config, reserved or {})
+    plan = plan_training(config)
     for line in plan.describe(time=dry_run):
         echo(line)
     if not dry_run:
-        execute(plan, run)
+        execute(plan)
     return plan.runs
 
 
-def execute(plan: "TrainPlan", run: "Callable[[TrainPlan, TrainProgress], None] | None" = None) -> None:
-    """Train the runs of a plan with a bar, and print their last metrics."""
+def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry_run: bool) -> "list[Run]":
+    """The same with --stream: the activations are harvested meanwhile."""
+    from ..workflows import stream
+
+    plan = stream.plan_streaming(config, **harvest_options)
+    for line in plan.describe(time=dry_run):
+        echo(line)
+    if not dry_run:
+        execute(plan.train, partial(stream.run_streaming, plan))
+    return plan.train.runs
+
+
+def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None) -> None:
+    """Train the runs of a plan with a bar, by `run` if it is given, and print their last metrics."""
     from ..train.loggers import Loggers
     from ..train.run import TrainProgress, run_training
 
@@ -189,7 +190,7 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainPlan, TrainProgress], None] 
                 progress_bar.table(["run", *COLUMNS], table_rows(latest))
             progress_bar(step, steps, progress_note(metrics, plan.runs, progress_bar.live))
 
-        (run or run_training)(plan, TrainProgress(on_step, progress_bar.say))
+        (run or partial(run_training, plan))(TrainProgress(on_step, progress_bar.say))
     if latest:
         show_table("trained (means over the last logged steps)", ["run", *COLUMNS], table_rows(latest))
         waited = max(metrics["waited_for_data"] for metrics in latest.values())

@@ -1,6 +1,8 @@
 """The public names of `sae`: batches of a cache, activations of texts, a model that is steered."""
 
+import inspect
 import itertools
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,12 +26,48 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["the quick brown fox jumps", "seven zebras", "books in june, " * 30]
 
 
-def test_the_public_names_are_there_and_cost_nothing_until_used() -> None:
-    assert {"load_sae", "open_cache", "activations", "steering"} <= set(sae.__all__) <= set(dir(sae))
-    assert all(callable(getattr(sae, name)) for name in sae.__all__)
+PUBLIC = {
+    "DamagedError", "Interrupted", "SAE", "SaeError", "UnavailableError", "UsageError", "activations", "evaluate_saes",
+    "export_sae", "harvest_activations", "import_sae", "load_sae", "open_cache", "steering", "train_saes",
+}  # fmt: skip
+ROOT = Path(sae.__file__).parent
+MODULES = sorted(
+    ".".join(["sae", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+    for folder in ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def test_the_public_names_are_exactly_these() -> None:
+    assert set(dir(sae)) == set(sae.__all__) == PUBLIC | {"__version__"}
     with pytest.raises(AttributeError, match="module 'sae' has no attribute 'nothing'"):
         sae.nothing  # noqa: B018
-    code = "import sae, sys; print('torch' in sys.modules)"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_name_has_a_docstring_for_a_notebook(name: str) -> None:
+    doc = inspect.getdoc(getattr(sae, name)) or ""
+    assert len(doc.splitlines()) >= (1 if name.endswith(("Error", "Interrupted")) else 5), doc
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_public_names_work_after_every_other_module_was_imported_in_any_order(seed: int) -> None:
+    """An imported submodule becomes an attribute of `sae`, and must not stand in the way of a public name."""
+    order = random.Random(seed).sample(MODULES, len(MODULES))
+    code = f"""
+import importlib, sae
+for module in {order}:
+    importlib.import_module(module)
+for name in {sorted(PUBLIC)}:
+    thing = getattr(sae, name)
+    assert callable(thing) and thing.__name__ == name and thing.__module__.startswith("sae."), (name, thing)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("code", ["import sae", "import sae; dir(sae)", "from sae import UsageError"])
+def test_the_package_loads_torch_when_it_is_needed(code: str) -> None:
+    code = f"{code}; import sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -1,34 +1,65 @@
-"""What `sae reproduce` is asked for, as jobs: each recipe of a paper's systems, and which of them train on one pass."""
+"""Reproduce a paper: train its systems, evaluate them, and report every number it claims beside the number measured.
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+A paper (evaluate/papers) has systems, and a system has recipes. Each recipe of a system is a `Job`, to be trained at
+every layer and seed. Jobs that read the same batches are trained together, in one pass over a cache. Whatever exists
+already (caches, runs, results) is used as it is, so a reproduction can be interrupted and repeated.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from ..cache.catalog import canonical_model_name
+from ..cache.planned import PlannedCache
+from ..cache.reader import Cache
+from ..common.errors import UsageError
+from ..common.files import sae_home
+from ..common.formatting import format_count
+from ..evaluate.compare import read_run
+from ..evaluate.metrics.registry import metrics_of_suite
+from ..evaluate.pages.page import write_page
+from ..evaluate.pages.reproduction import reproduction_page
+from ..evaluate.papers.claims import PAPERS, Paper, PaperSystem, Reading, load_paper
+from ..evaluate.papers.report import PaperReport, build_report, load_system_run
+from ..evaluate.plan import EvaluateConfig
+from ..harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
+from ..train.estimate import check_disk_space, describe_size, describe_time
+from ..train.plan import Run, TrainConfig, TrainPlan, plan_training
+from ..train.recipe import find_recipe
+from ..train.variant import Optimization
+
+ALL = "all"  # stands for every paper
 
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """The command's options: None is what the paper says."""
+    """What is asked of a reproduction. None means: as the paper says, or as the stage's own default."""
 
-    model: str
-    layers: Sequence[int] | None
-    seeds: Sequence[int] | None
-    reading: str | None
-    steps: int | None
-    batch_size: int | None
-    width: str | None
-    dataset: str | None
-    cache: Path | None
-    suite: str | None
-    evaluate_tokens: int | None
-    folder: Path
-    device: str
-    on_paper_model: bool
+    papers: Sequence[str]  # "000" to "004", or "all"
+    model: str = "google/gemma-2-2b"  # on another model than the paper's, only the order of systems can be compared
+    layers: Sequence[int] | None = None
+    seeds: Sequence[int] | None = None
+    reading: str | None = None  # how the paper's units are read: "evidence", "field", "literal" ...
+    steps: int | None = None
+    batch_size: int | None = None  # tokens; on another model than the paper's: each recipe's default
+    width: str | None = None  # latents, as for TrainConfig; systems of another width keep their proportion to it
+    dataset: str | None = None
+    cache: Path | None = None  # train on this cache instead of harvesting
+    suite: str | None = None  # "full" on the papers' model, else "quick"
+    evaluate_tokens: int | None = None  # held-out tokens to evaluate on
+    out: Path | None = None  # folder of runs and pages; None: reproduce/<model>
+    device: str = "auto"
+
+    @property
+    def folder(self) -> Path:
+        return self.out or sae_home() / "reproduce" / Path(canonical_model_name(self.model) or "").name
 
 
 @dataclass(frozen=True)
 class Job:
-    """One recipe of one of a paper's systems, to train at every layer and seed."""
+    """One recipe of one of a paper's systems, to be trained at every layer and seed."""
 
     paper: str
     system: str
@@ -38,79 +69,185 @@ class Job:
     steps: int
     batch_size: int | None
     width: str | None
-    literal: bool
+    paper_exact: bool
     layers: tuple[int, ...]
     seeds: tuple[int, ...]
 
     @property
-    def together(self) -> tuple[Any, ...]:
-        """Jobs that have this in common can be trained on one pass."""
-        return self.dataset, self.steps, self.batch_size, self.width, self.literal, self.layers, self.seeds
+    def pass_key(self) -> tuple[Any, ...]:
+        """Jobs that agree in this can be trained in one pass."""
+        return self.dataset, self.steps, self.batch_size, self.width, self.paper_exact, self.layers, self.seeds
 
 
-def reading_of(paper: Any, asked: ReproduceConfig) -> Any:
-    from ..common.errors import UsageError
+@dataclass(frozen=True)
+class ReproducePlan:
+    """The jobs of a reproduction and the caches they need. Nothing has been written yet."""
 
-    names = {reading.name: reading for reading in paper.readings}
-    if asked.reading is not None and asked.reading not in names:
-        raise UsageError(f"--reading {asked.reading}: paper {paper.number} has {', '.join(names)}.")
-    return names[asked.reading or (paper.readings[0].name if asked.on_paper_model else "field")]
+    config: ReproduceConfig
+    papers: Sequence[Paper]
+    passes: Sequence[Sequence[Job]]
+    sources: Mapping[str | None, Cache | HarvestPlan]  # of each dataset: its cache, or the harvest that will make it
+
+    @property
+    def on_paper_model(self) -> bool:
+        return is_paper_model(self.config, self.papers)
+
+    @property
+    def suite(self) -> str:
+        """The suite of metrics that the runs are evaluated with."""
+        return self.config.suite or ("full" if self.on_paper_model else "quick")
+
+    @cached_property
+    def train_plans(self) -> list[TrainPlan]:
+        """For each pass, the plan of its training, on the cache or on the one that will be harvested."""
+        configs = [train_config(jobs, self.source_of(jobs), self.config) for jobs in self.passes]
+        return [plan_training(config, self.harvest_bytes) for config in configs]
+
+    @property
+    def harvests(self) -> list[HarvestPlan]:
+        return [source for source in self.sources.values() if isinstance(source, HarvestPlan)]
+
+    @property
+    def harvest_bytes(self) -> dict[Path, float]:
+        """What the harvests will write into each folder."""
+        return {harvest.folder: harvest.bytes_to_write for harvest in self.harvests}
+
+    def source_of(self, jobs: Sequence[Job]) -> Path | PlannedCache:
+        source = self.sources[jobs[0].dataset]
+        if isinstance(source, HarvestPlan):
+            finished = source.finished_cache
+            return source.planned_cache() if finished is None else finished.folder
+        return source.folder
+
+    def describe(self, time: bool = False) -> list[str]:
+        """The lines that `sae reproduce` prints before it begins; with `time` also memory and time, which takes seconds."""
+        lines = [line for harvest in self.harvests for line in harvest.describe()]
+        for jobs, plan in zip(self.passes, self.train_plans, strict=True):
+            recipes, done = options_by_recipe(jobs), len(plan.runs) - len(plan.unfinished)
+            lines.append(
+                f"train    {format_count(len(plan.runs), 'SAE')}: {format_count(len(recipes), 'recipe')}, "
+                f"{jobs[0].steps:,} steps each{f'; {done:,} of them are done' if done else ''}"
+            )
+        if runs := self.unfinished:
+            lines.append(describe_size(runs, self.config.folder))
+            if time:
+                lines += describe_time([runs for plan in self.train_plans for runs in plan.passes], self.config.device)
+        return [*lines, f"evaluate the runs of each paper with the suite {self.suite}; its time is not estimated"]
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """The runs that are still to be trained."""
+        return [run for plan in self.train_plans for run in plan.unfinished]
 
 
-def jobs_of(paper: Any, asked: ReproduceConfig) -> list[Job]:
+def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lambda sentence: None) -> ReproducePlan:
+    """Check a reproduction as a whole, before the hours that it takes.
+
+    Raises:
+        UsageError: an option or a paper is unknown, or the cache is of another model.
+        UnavailableError: the model or the dataset cannot be reached, or the disk is too small for caches and runs.
+    """
+    for flag, number in (("steps", config.steps), ("batch-size", config.batch_size)):
+        if number is not None and number < 1:
+            raise UsageError(f"--{flag} {number} is not positive. Leave it out to use the paper's.")
+    if config.suite is not None:
+        metrics_of_suite(config.suite)
+    papers = [load_paper(number) for number in (PAPERS if ALL in config.papers else dict.fromkeys(config.papers))]
+    jobs = [job for paper in papers for job in jobs_of(paper, config, is_paper_model(config, papers))]
+    plan = ReproducePlan(config, papers, group_by_pass(jobs), sources_of(jobs, config, say))
+    check_disk_space(plan.unfinished, plan.harvest_bytes)
+    return plan
+
+
+def is_paper_model(config: ReproduceConfig, papers: Iterable[Paper]) -> bool:
+    """Whether the model is the papers' own."""
+    return config.model in {paper.ran.reads_as for paper in papers}
+
+
+def sources_of(
+    jobs: Sequence[Job], config: ReproduceConfig, say: Callable[[str], None]
+) -> dict[str | None, Cache | HarvestPlan]:
+    """For each dataset, the cache that was given, or the plan of a harvest with the tokens of its longest job."""
+    if config.cache is not None:
+        cache = Cache(config.cache)
+        if cache.model != canonical_model_name(config.model):
+            raise UsageError(
+                f"--cache {config.cache} holds activations of {cache.model}, not of {config.model}. "
+                f"Give --model {cache.model}, or a cache of {config.model}."
+            )
+        return dict.fromkeys((job.dataset for job in jobs), cache)
+    sources: dict[str | None, Cache | HarvestPlan] = {}
+    for dataset in dict.fromkeys(job.dataset for job in jobs):
+        same = [job for job in jobs if job.dataset == dataset]
+        tokens = max(job.steps * (job.batch_size or find_recipe(job.recipe).batch_size) for job in same)
+        layers = sorted({layer for job in same for layer in job.layers})
+        harvest = HarvestConfig(model=config.model, dataset=dataset, layers=layers, tokens=tokens, device=config.device)
+        sources[dataset] = plan_harvest(harvest, say)
+    return sources
+
+
+def reading_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> Reading:
+    """The reading of the paper's units that was asked for, or the default. Raises UsageError if the paper has no such."""
+    readings = {reading.name: reading for reading in paper.readings}
+    if config.reading is not None and config.reading not in readings:
+        raise UsageError(f"--reading {config.reading}: paper {paper.number} has {', '.join(readings)}.")
+    return readings[config.reading or (paper.readings[0].name if on_paper_model else "field")]
+
+
+def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list[Job]:
     """What to train for a paper: each recipe of each system, in the units of the reading."""
-    reading, run = reading_of(paper, asked), paper.run
-    return [
-        Job(
-            paper.number, system.id, recipe,
-            options_of(recipe, reading.options, system.options),
-            asked.dataset or (run.dataset if asked.on_paper_model else None),
-            asked.steps or run.steps,
-            asked.batch_size or (run.batch_size if asked.on_paper_model else None),
-            width_of(system.width, paper.systems["full" if "full" in paper.systems else next(iter(paper.systems))].width, asked.width),
-            reading.literal,
-            tuple(asked.layers or paper.ran.layers),
-            tuple(asked.seeds or run.seeds),
+    reading = reading_of(paper, config, on_paper_model)
+    main = paper.systems["full" if "full" in paper.systems else next(iter(paper.systems))]
+
+    def job(system: PaperSystem, recipe: str) -> Job:
+        return Job(
+            paper=paper.number,
+            system=system.id,
+            recipe=recipe,
+            options=set_options(recipe, reading.options, system.options),
+            dataset=config.dataset or (paper.run.dataset if on_paper_model else None),
+            steps=config.steps or paper.run.steps,
+            batch_size=config.batch_size or (paper.run.batch_size if on_paper_model else None),
+            width=scale_width(system.width, main.width, config.width),
+            paper_exact=reading.literal,
+            layers=tuple(config.layers or paper.ran.layers),
+            seeds=tuple(config.seeds or paper.run.seeds),
         )
-        for system in paper.systems.values()
-        for recipe in system.recipes
-    ]  # fmt: skip
+
+    return [job(system, recipe) for system in paper.systems.values() for recipe in system.recipes]
 
 
-def width_of(own: str, main: str, asked: str | None) -> str | None:
-    """A system's width; where another is asked for, as many times that as the paper's own is of its main system's."""
-    if asked is None or own == main:
-        return asked or own or None
-    number, unit = (asked[:-1], asked[-1]) if asked[-1:].isalpha() else (asked, "")
-    times = float(own.removesuffix("x")) / float(main.removesuffix("x"))
+def scale_width(own: str, main: str, width: str | None) -> str | None:
+    """A system's width, in proportion to the width given for the paper's main system; None: the recipe's default."""
+    if width is None or own == main:
+        return width or own or None
+    number, unit = (width[:-1], width[-1]) if width[-1:].isalpha() else (width, "")
+    factor = float(own.removesuffix("x")) / float(main.removesuffix("x"))
     try:
-        return f"{float(number) * times:g}{unit}"
+        return f"{float(number) * factor:g}{unit}"
     except ValueError:
-        return asked  # training says what is wrong with it
+        return width  # plan_training reports what is wrong with it
 
 
-def options_of(recipe: str, reading: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[str, ...]:
-    """The system's options, and of the reading's those that the recipe has."""
-    from ..train.recipe import find_recipe
-    from ..train.variant import Optimization
-
+def set_options(recipe: str, reading: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options of a job, as for --set: the system's, and those of the reading that the recipe has."""
     known = {*find_recipe(recipe).options, *vars(Optimization())}
     options = {name: value for name, value in reading.items() if name in known} | dict(system)
-    return tuple(f"{name}={spelled(value)}" for name, value in options.items())
+    return tuple(f"{name}={to_set_value(value)}" for name, value in options.items())
 
 
-def spelled(value: Any) -> str:
-    """A value of TOML as --set takes it."""
+def to_set_value(value: Any) -> str:
+    """A TOML value as --set takes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def group_by_pass(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Groups that train on one pass: alike in all but recipe and options, and no recipe with two sets of options."""
+    """Jobs to be trained in one pass: equal in all but recipe and options, and no recipe with two sets of options."""
     groups: list[list[Job]] = []
     for job in jobs:
         for group in groups:
-            options = {one.recipe: one.options for one in group}
-            if group[0].together == job.together and options.get(job.recipe, job.options) == job.options:
+            options = options_by_recipe(group)
+            if group[0].pass_key == job.pass_key and options.get(job.recipe, job.options) == job.options:
                 group.append(job)
                 break
         else:
@@ -118,24 +255,77 @@ def group_by_pass(jobs: Iterable[Job]) -> list[list[Job]]:
     return groups
 
 
-def options_by_recipe(group: Iterable[Job]) -> dict[str, tuple[str, ...]]:
-    """What the group trains: a recipe of two papers, with the same options, once."""
-    return {job.recipe: job.options for job in group}
+def options_by_recipe(jobs: Iterable[Job]) -> dict[str, tuple[str, ...]]:
+    """The recipes to train with their options; one that two papers have with the same options is trained once."""
+    return {job.recipe: job.options for job in jobs}
 
 
-def train_config(group: Sequence[Job], cache: Any, asked: ReproduceConfig) -> Any:
-    """What the group asks of training, on the folder of a cache or on a PlannedCache."""
-    from ..train.plan import TrainConfig
-
-    first = group[0]
-    recipes = options_by_recipe(group)
-    caches, source = ((cache,), None) if isinstance(cache, Path) else ((), cache)
+def train_config(jobs: Sequence[Job], source: Path | PlannedCache, config: ReproduceConfig) -> TrainConfig:
+    """What a pass asks of training, on the folder of a cache or on one that is still to be harvested."""
+    first, recipes = jobs[0], options_by_recipe(jobs)
     return TrainConfig(
-        variants=list(recipes), layers=first.layers, seeds=first.seeds, caches=caches, source=source, steps=first.steps, width=first.width,
-        batch_size=first.batch_size, paper_exact=first.literal, out=asked.folder / "runs", device=asked.device,
+        variants=list(recipes),
+        layers=first.layers,
+        seeds=first.seeds,
+        caches=(source,) if isinstance(source, Path) else (),
+        source=None if isinstance(source, Path) else source,
+        steps=first.steps,
+        width=first.width,
+        batch_size=first.batch_size,
+        paper_exact=first.paper_exact,
+        out=config.folder / "runs",
+        device=config.device,
         options=[f"{recipe}.{option}" for recipe, options in recipes.items() for option in options],
-    )  # fmt: skip
+    )
 
 
-def suite_of(asked: ReproduceConfig) -> str:
-    return asked.suite or ("full" if asked.on_paper_model else "quick")
+@dataclass(frozen=True)
+class Stages:
+    """How a reproduction runs its stages. The command line passes functions that also show progress and tables."""
+
+    harvest: Callable[[HarvestPlan], Cache]
+    train: Callable[[TrainPlan], None]
+    evaluate: Callable[[EvaluateConfig], int]  # returns the exit code: what cannot be measured is shown on the page too
+    report: Callable[[PaperReport, Path], None]  # the report, and the page that was written
+
+
+@dataclass
+class Reproduction:
+    """The result of a reproduction: the reports, and the highest exit code of the evaluations."""
+
+    reports: list[PaperReport] = field(default_factory=list)
+    exit_code: int = 0
+
+
+def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
+    """Harvest, train, evaluate each paper's runs with the definitions of its time, and write <out>/<paper>.html."""
+    caches = {
+        dataset: source if isinstance(source, Cache) else stages.harvest(source)
+        for dataset, source in plan.sources.items()
+    }
+    folders: dict[Job, list[Path]] = {}
+    for jobs in plan.passes:
+        training = plan_training(train_config(jobs, caches[jobs[0].dataset].folder, plan.config))
+        stages.train(training)
+        folders |= {job: [run.folder for run in training.runs if run.recipe.name == job.recipe] for job in jobs}
+    result = Reproduction()
+    for paper in plan.papers:
+        own = {job: runs for job, runs in folders.items() if job.paper == paper.number}
+        evaluation = EvaluateConfig(
+            runs=list(dict.fromkeys(folder for runs in own.values() for folder in runs)),
+            suite=plan.suite,
+            tokens=plan.config.evaluate_tokens,
+            mode=paper.mode,
+            device=plan.config.device,
+        )
+        result.exit_code = max(result.exit_code, stages.evaluate(evaluation))
+        runs = [
+            load_system_run(job.system, job.recipe, read_run(folder)) for job, runs in own.items() for folder in runs
+        ]
+        report = build_report(paper, runs, plan.on_paper_model)
+        reading = reading_of(paper, plan.config, plan.on_paper_model)
+        page = plan.config.folder / f"{paper.number}.html"
+        write_page(page, reproduction_page(report, plan.config.model, reading.name))
+        stages.report(report, page)
+        result.reports.append(report)
+    return result

@@ -328,7 +328,7 @@ def test_a_suite_names_each_metric_that_the_machine_cannot_reach_once(tiny_cache
     assert result.exit_code == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("not run")]
     assert [line.split()[2] for line in lines] == ["scr:", "unlearning:"] and "--data" in lines[0]
-    assert "Not run, as said above: scr, unlearning" in result.stderr
+    assert "Not run, for the reasons above: scr, unlearning" in result.stderr
     assert call("evaluate", run, "--suite", "core,scr", *words).exit_code == 1
     assert "LabHC/bias_in_bios could not be read" in refused(OUTSIDE, "evaluate", run, "--suite", "scr", *words)
 

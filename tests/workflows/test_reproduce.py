@@ -9,18 +9,15 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.evaluate.papers.claims import PAPERS, load_paper
-from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, width_of
+from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, scale_width
 
 
 def call(*words):
     return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
 
 
-def asked(**more):
-    return ReproduceConfig(**{
-        "model": "google/gemma-2-2b", "layers": None, "seeds": None, "reading": None, "steps": None, "batch_size": None,
-        "width": None, "dataset": None, "cache": None, "suite": None, "evaluate_tokens": None, "folder": None, "device": "cpu", "on_paper_model": True, **more,
-    })  # fmt: skip
+def asked(**options):
+    return ReproduceConfig(["000"], device="cpu", **options)
 
 
 @pytest.mark.parametrize("number", PAPERS)
@@ -33,17 +30,17 @@ def test_every_recipe_takes_the_options_of_its_paper(number, reading):
     paper = load_paper(number)
     if reading not in [one.name for one in paper.readings]:
         return
-    for job in jobs_of(paper, asked(reading=reading)):
+    for job in jobs_of(paper, asked(reading=reading), on_paper_model=True):
         known = {*find_recipe(job.recipe).options, *vars(Optimization())}
         assert {option.split("=")[0] for option in job.options} <= known
 
 
 def test_on_the_papers_model_the_papers_sizes_are_run():
-    jobs = jobs_of(load_paper("002"), asked())
+    jobs = jobs_of(load_paper("002"), asked(), on_paper_model=True)
     assert {(job.steps, job.batch_size, job.layers, job.seeds) for job in jobs} == {(4882, 2048, (12,), (0, 1, 2))}
     assert {job.width for job in jobs} == {"8x", "1x"}
     elsewhere = jobs_of(
-        load_paper("002"), asked(model="gemma-2-mini", on_paper_model=False, width="4x", steps=10, layers=[0])
+        load_paper("002"), asked(model="gemma-2-mini", width="4x", steps=10, layers=[0]), on_paper_model=False
     )
     assert {(job.steps, job.batch_size, job.dataset) for job in elsewhere} == {(10, None, None)}
     assert {job.system: job.width for job in elsewhere} == {  # the small one stays an eighth
@@ -62,19 +59,19 @@ def test_on_the_papers_model_the_papers_sizes_are_run():
     ],
 )
 def test_widths_keep_their_proportion(own, main, asked, width):
-    assert width_of(own, main, asked) == width
+    assert scale_width(own, main, asked) == width
 
 
 def test_groups_hold_every_job_once_and_no_recipe_with_two_sets_of_options():
     jobs = [
         job
         for number in PAPERS
-        for job in jobs_of(load_paper(number), asked(on_paper_model=False, width="4x", steps=10, layers=[0], seeds=[0]))
+        for job in jobs_of(load_paper(number), asked(width="4x", steps=10, layers=[0], seeds=[0]), on_paper_model=False)
     ]
     groups = group_by_pass(jobs)
     assert sorted(map(hash, jobs)) == sorted(hash(job) for group in groups for job in group)
     for group in groups:
-        assert len({job.together for job in group}) == 1
+        assert len({job.pass_key for job in group}) == 1
         assert len({(job.recipe, job.options) for job in group}) == len({job.recipe for job in group})
     assert len(groups) < 6  # most of five papers in one pass
 
@@ -122,7 +119,7 @@ def test_a_dry_run_counts_what_is_there(tiny_model, sentences, home):
              "--batch-size", 64, "--suite", "core", "--evaluate-tokens", 100, "--seed", 0)  # fmt: skip
     assert call(*words).exit_code == 0
     planned = call(*words, "--seed", 1, "--dry-run").output
-    assert "train    4 SAEs: 2 recipes, 5 steps each; 2 of them are there\n" in planned
+    assert "train    4 SAEs: 2 recipes, 5 steps each; 2 of them are done\n" in planned
     assert "in 2 run folders" in planned
 
 

@@ -23,8 +23,7 @@ from sae.cache.catalog import find_cache
 from sae.cache.layout import Hook
 from sae.cache.reader import Cache
 from sae.cli.main import app
-from sae.cli.stream import run_stream
-from sae.cli.train import run_train
+from sae.cli.train import run_streaming
 from sae.common.errors import Interrupted, SaeError, UnavailableError, UsageError
 from sae.common.files import read_json
 from sae.evaluate.plan import EvaluateConfig as Evaluate
@@ -224,11 +223,11 @@ def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
     """Five SIGKILLs, with the text unread, with windows half-written, between checkpoints and removals; bit for bit."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sae.harvest.run", "transformers.models.gemma2.modeling_gemma2", "datasets", "sae.train.streaming"])  # fmt: skip
-    given = {name: value for name, value in asked.items() if name not in ("model", "device")} | {"ring": RING}
+    given = {name: value for name, value in asked.items() if name not in ("model", "device")} | {"windows": RING}
 
     def start(place: Path) -> multiprocessing.process.BaseProcess:
         request = request_of("topk", "batchtopk", model=asked["model"], caches=[place / "ring"], out=place / "runs")
-        process = context.Process(target=run_stream, args=(request, given, run_train))
+        process = context.Process(target=run_streaming, args=(request, given, False))
         process.start()
         return process
 
@@ -323,8 +322,8 @@ def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
         ("--stream --ring 0", "--ring 0 cannot be halved"),
         (f"--stream --steps {STEPS + 1}", f"--steps {STEPS + 1} is too many: 3,000 tokens are {STEPS} batches of 60"),
         ("--stream --batch-size 600", "Half of the ring holds 512 rows, fewer than one batch of 600"),
-        ("--stream --resume runs/topk", "--resume cannot be given with --stream"),
-        ("--stream --cache a --cache b", "--stream fills one folder"),
+        ("--stream --resume runs/topk", "--resume cannot be combined with --stream"),
+        ("--stream --cache a --cache b", "--stream writes one folder"),
         ("--stream --cache kept", "kept is an ordinary cache"),
         ("--stream --cache theirs", "theirs holds thesis.tex, but no activation cache"),
         ("--ring 4", "--tokens, --ring, --dataset, --context, --window can only be given with --stream"),

@@ -1,0 +1,93 @@
+"""Harvest while training: the runs train on windows of activations that are removed when every run has read them.
+
+The harvest works in a thread, ahead of training, and at most `windows` windows of it are on the disk. Text that would
+take terabytes as a cache can be trained on once, in order.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ..cache.ring import RingCache
+from ..common.errors import UsageError
+from ..common.files import folder_bytes, free_space
+from ..common.formatting import format_bytes
+from ..harvest.plan import HarvestConfig, HarvestPlan
+from ..harvest.streaming import check_room, harvest_ahead, plan_ring
+from ..train.plan import TrainConfig, TrainPlan, plan_training
+from ..train.run import TrainProgress
+from ..train.streaming import train_streaming
+
+WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class StreamingPlan:
+    """A harvest, the ring of its windows, and the training that reads them. Nothing has been written yet."""
+
+    harvest: HarvestPlan
+    ring: RingCache
+    train: TrainPlan
+    ring_bytes: int  # of the windows that are on the disk together, and the text
+
+    def describe(self, time: bool = False) -> list[str]:
+        """The lines that `sae train --stream` prints before it begins; with `time` also those of training."""
+        ring, folder = self.ring, self.harvest.folder
+        return [
+            *self.harvest.describe_source(),
+            f"size     {self.harvest.tokens:,} tokens in {ring.layout.n_windows:,} windows of {ring.layout.window_rows:,}, "
+            f"at most {ring.capacity} at a time: {format_bytes(self.ring_bytes)}; {format_bytes(free_space(folder))} free",
+            f"order    {ring.n_groups:,} groups of windows, each read once; the first group's mean and norm normalize all",
+            f"time     {self.harvest.describe_time()}; training runs at the same time",
+            f"cache    {folder}",
+            *self.train.describe(time),
+            *self.describe_unread_rows(),
+        ]
+
+    def describe_unread_rows(self) -> list[str]:
+        """For each batch size, how many rows at the ends of groups do not fill a batch."""
+        lines = []
+        for batch_size in sorted({run.config.batch_size for run in self.train.runs}):
+            unread = self.harvest.tokens - self.ring.cumulative_batches(batch_size)[-1] * batch_size
+            lines.append(f"dropped  {unread:,} rows that do not fill a batch of {batch_size:,} at the end of a group")
+        return lines
+
+
+def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_options: Any) -> StreamingPlan:
+    """Plan training on a text that is harvested meanwhile.
+
+    Args:
+        config: what to train. Its `model`, `layers`, `site` and `device` are harvested; a `caches` entry is the folder
+            for the windows.
+        windows: how many windows may be on the disk together, an even number.
+        harvest_options: fields of HarvestConfig, such as `tokens`, `dataset`, `context` and `window`.
+
+    Raises:
+        UsageError: the number of tokens is not given, or a run is to be resumed by its folder.
+        UnavailableError: the model or the text cannot be reached, or the disk is too small.
+    """
+    if config.resume:
+        raise UsageError("--resume cannot be combined with --stream. Run the command that began the run again.")
+    if len(config.caches) > 1:
+        raise UsageError("--stream writes one folder: give --cache at most once.")
+    if config.model is not None:
+        harvest_options["model"] = config.model
+    harvest, ring = plan_ring(
+        HarvestConfig(
+            layers=config.layers,
+            sites=(config.site,),
+            device=config.device,
+            out=config.caches[0] if config.caches else None,
+            origins=config.origins,
+            **harvest_options,
+        ),
+        windows,
+    )
+    size = check_room(harvest, ring)
+    reserved = {harvest.folder: max(size - folder_bytes(harvest.folder), 0)}
+    return StreamingPlan(harvest, ring, plan_training(replace(config, source=ring), reserved), size)
+
+
+def run_streaming(plan: StreamingPlan, progress: TrainProgress = TrainProgress()) -> None:
+    """Harvest and train at the same time. Raises Interrupted after Ctrl-C, with a checkpoint of each run."""
+    train_streaming(plan.train, progress, partial(harvest_ahead, plan.harvest, plan.ring))
