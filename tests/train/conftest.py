@@ -122,9 +122,9 @@ def training_of(variant_of: Callable[..., Variant]) -> Callable[..., Trainer]:
 def take(batches: list[torch.Tensor]) -> Callable[[Trainer, range], Iterator[int]]:
     """Take the steps of a range on the first batches of the cache; yields after each."""
 
-    def steps(training: Trainer, numbers: range) -> Iterator[int]:
+    def steps(trainer: Trainer, numbers: range) -> Iterator[int]:
         for number in numbers:
-            training.run_periodic(number, training.step(batches[number]))
+            trainer.run_periodic(number, trainer.step(batches[number]))
             yield number
 
     return steps

@@ -28,9 +28,9 @@ def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
 
     def compiled_one() -> Trainer:
         torch._dynamo.reset()
-        training = training_of("topk")
-        assert compile_step(training, len(batches[0])) is None
-        return training
+        trainer = training_of("topk")
+        assert compile_step(trainer, len(batches[0])) is None
+        return trainer
 
     eager, whole = training_of("topk"), compiled_one()
     list(take(whole, range(2)))
@@ -46,7 +46,7 @@ def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
     assert [n for n, t in training_state(again).items() if not torch.equal(t, training_state(whole)[n])] == []
 
 
-def request_of(sparse_cache, out: Path, **other: object) -> TrainConfig:
+def make_config(sparse_cache, out: Path, **other: object) -> TrainConfig:
     sizes = {"steps": 4, "batch_size": 64, "width": "4x"}
     return TrainConfig(["relu"], layers=[0], caches=[sparse_cache.folder], device="cpu", out=out, **sizes | other)
 
@@ -61,8 +61,8 @@ def test_a_recipe_that_cannot_be_compiled_is_trained_without(sparse_cache, tmp_p
     monkeypatch.setattr(torch, "compile", refused)
     said: list[str] = []
     for out, asked in (("compiled", True), ("eager", False)):
-        request = request_of(sparse_cache, tmp_path / out, compiled=asked)
-        run_training(plan_training(request), TrainProgress(say=said.append))
+        config = make_config(sparse_cache, tmp_path / out, compiled=asked)
+        run_training(plan_training(config), TrainProgress(say=said.append))
     (line,) = said
     assert "is trained without --compile: relu cannot be compiled here (no compiler)." in line
     left, right = (sorted(tmp_path.glob(f"{out}/*/sae.safetensors")) for out in ("compiled", "eager"))
@@ -70,11 +70,11 @@ def test_a_recipe_that_cannot_be_compiled_is_trained_without(sparse_cache, tmp_p
 
 
 def test_compiling_is_part_of_a_run(sparse_cache, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(run, "compile_step", lambda training, batch_size: None)
-    (eager,), (other,) = (plan_training(request_of(sparse_cache, tmp_path, compiled=c)).runs for c in (False, True))
+    monkeypatch.setattr(run, "compile_step", lambda trainer, batch_size: None)
+    (eager,), (other,) = (plan_training(make_config(sparse_cache, tmp_path, compiled=c)).runs for c in (False, True))
     assert eager.folder != other.folder
-    request = request_of(sparse_cache, tmp_path, compiled=True)
-    run_training(plan_training(request))
+    config = make_config(sparse_cache, tmp_path, compiled=True)
+    run_training(plan_training(config))
     (resumed,) = plan_training(TrainConfig(resume=[other.folder])).runs
     assert resumed.compiled and resumed.identity() == other.identity()
     with pytest.raises(UsageError, match="--compile cannot be changed"):

@@ -20,7 +20,7 @@ USAGE = namedtuple("USAGE", "total used free")
 Spec = namedtuple("Spec", "recipe options config")
 
 
-def request_of(cache, *variants, **more):
+def make_config(cache, *variants, **more):
     sizes = dict(
         layers=[0], caches=[cache.folder], steps=12, batch_size=64, width="512", device="cpu", checkpoint_every=4
     )
@@ -44,7 +44,7 @@ def test_the_bytes_of_a_run_are_its_tensors():
 
 @pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
 def test_the_disk_holds_what_was_foreseen(sparse_cache, variant):
-    plan = plan_training(request_of(sparse_cache, variant))
+    plan = plan_training(make_config(sparse_cache, variant))
     (run,) = plan.runs
     run_training(plan)
     found = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
@@ -67,7 +67,7 @@ def test_a_batch_too_large_to_time_is_timed_in_part(monkeypatch):
 
 def test_the_optimizers_part_of_a_step_is_counted_once(monkeypatch):
     monkeypatch.setitem(estimate.MAX_LATENTS, "cpu", 5 * 64)
-    monkeypatch.setattr(estimate, "fastest_step", lambda training, x_BD: 10 + 2 * len(x_BD))
+    monkeypatch.setattr(estimate, "fastest_step", lambda trainer, x_BD: 10 + 2 * len(x_BD))
     assert step_seconds(Spec(find_recipe("relu"), {}, RunConfig(16, 64, 10, 32)), "cpu") == 10 + 2 * 32
 
 
@@ -85,35 +85,35 @@ def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
 
 
 def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
-    runs = plan_training(request_of(sparse_cache, "relu", "topk", seeds=[0, 1])).runs
+    runs = plan_training(make_config(sparse_cache, "relu", "topk", seeds=[0, 1])).runs
     assert [len(stream) for stream in group_by_pass(runs)] == [4]
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
-    request = request_of(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
-    runs = plan_training(request).runs
+    config = make_config(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
+    runs = plan_training(config).runs
     needed = sum(run_bytes(run).folder for run in runs) + passing(runs[0])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="2 runs .* will need .* Train fewer"):
-        plan_training(request)
+        plan_training(config)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
-    assert len(plan_training(request).runs) == 2
+    assert len(plan_training(config).runs) == 2
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monkeypatch):
-    request = request_of(sparse_cache, "relu", out=tmp_path / "runs", steps=8)
-    plan = plan_training(request)
+    config = make_config(sparse_cache, "relu", out=tmp_path / "runs", steps=8)
+    plan = plan_training(config)
     (run,) = plan.runs
     run_training(plan)
     (run.folder / "sae.json").unlink()  # killed just before its end
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, run_bytes(run).state))
-    assert plan_training(request).runs[0].folder == run.folder
+    assert plan_training(config).runs[0].folder == run.folder
     (run.folder / "sae.safetensors").unlink()
-    assert plan_training(request).runs[0].folder == run.folder
+    assert plan_training(config).runs[0].folder == run.folder
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, run_bytes(run).state // 2))
     with pytest.raises(UnavailableError, match="1 run of up to"):
-        plan_training(request)
+        plan_training(config)
 
 
 def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
@@ -138,7 +138,7 @@ def test_the_memory_of_this_machine_is_known():
 
 def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
     folders = [tmp_path / name for name in "ab"]
-    one, two = (plan_training(request_of(sparse_cache, "relu", out=folder)).runs[0] for folder in folders)
+    one, two = (plan_training(make_config(sparse_cache, "relu", out=folder)).runs[0] for folder in folders)
     needed = 2 * run_bytes(one).folder + passing(one)
     both = [one, two]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed))
@@ -152,20 +152,20 @@ def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tm
 
 
 def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkeypatch):
-    (run,) = plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs")).runs
+    (run,) = plan_training(make_config(sparse_cache, "relu", out=tmp_path / "runs")).runs
     run.folder.mkdir(parents=True)
     (run.folder / "notes").write_bytes(bytes(10**6))
     needed = run_bytes(run).folder + passing(run)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(0, 0, needed - 1))
     with pytest.raises(UnavailableError, match="1 run of up to"):
-        plan_training(request_of(sparse_cache, "relu", out=tmp_path / "runs"))
+        plan_training(make_config(sparse_cache, "relu", out=tmp_path / "runs"))
 
 
 def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "runs"):
         with pytest.raises(UsageError, match="file is a file, not a folder"):
-            plan_training(request_of(sparse_cache, "relu", out=out))
+            plan_training(make_config(sparse_cache, "relu", out=out))
 
 
 @pytest.mark.parametrize(
@@ -173,4 +173,4 @@ def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_pa
 )
 def test_sizes_that_no_machine_holds_are_refused(sparse_cache, sizes):
     with pytest.raises(UsageError, match="no machine holds a width|more than can be counted"):
-        plan_training(request_of(sparse_cache, "relu", **sizes))
+        plan_training(make_config(sparse_cache, "relu", **sizes))

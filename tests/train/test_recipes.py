@@ -40,17 +40,17 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[
 
 @every_recipe
 def test_thirty_steps_are_finite_and_rows_stay_unit(name, training_of, take) -> None:
-    training = training_of(name)
-    unit = any(isinstance(mechanism, UnitNormDecoder) for mechanism in training.variant.mechanisms)
-    before = training.variant.sae.W_enc.detach().clone()
-    for number in take(training, range(30)):
+    trainer = training_of(name)
+    unit = any(isinstance(mechanism, UnitNormDecoder) for mechanism in trainer.variant.mechanisms)
+    before = trainer.variant.sae.W_enc.detach().clone()
+    for number in take(trainer, range(30)):
         if unit:
-            norms_F = training.variant.sae.W_dec.norm(dim=1)
+            norms_F = trainer.variant.sae.W_dec.norm(dim=1)
             assert (norms_F - 1).abs().max() < 1e-6, f"after step {number}"
-    assert int(training.failed_at) == -1
-    assert [n for n, t in training_state(training).items() if not torch.isfinite(t).all()] == []
-    assert all(value == value for value in training.pop_metrics().values())
-    assert not torch.equal(before, training.variant.sae.W_enc)
+    assert int(trainer.failed_at) == -1
+    assert [n for n, t in training_state(trainer).items() if not torch.isfinite(t).all()] == []
+    assert all(value == value for value in trainer.pop_metrics().values())
+    assert not torch.equal(before, trainer.variant.sae.W_enc)
 
 
 @every_recipe
@@ -80,9 +80,9 @@ def test_resume_is_exact(name, training_of, take, tmp_path: Path) -> None:
 def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
     name, training_of, take, batches, tmp_path: Path
 ) -> None:
-    training = training_of(name, center=True)
-    list(take(training, range(10)))
-    variant = training.variant
+    trainer = training_of(name, center=True)
+    list(take(trainer, range(10)))
+    variant = trainer.variant
     save_sae(fold_normalization(variant.sae, float(variant.scale), variant.mean_D), tmp_path, {})
     loaded, trained = load_sae(tmp_path), variant.sae.eval()
     x_BD = batches[20].float()
@@ -97,9 +97,9 @@ def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
 
 @every_recipe
 def test_save_and_load_keep_every_bit(name, training_of, take, batches, tmp_path: Path) -> None:
-    training = training_of(name)
-    list(take(training, range(10)))
-    raw = fold_normalization(training.variant.sae, float(training.variant.scale), training.variant.mean_D)
+    trainer = training_of(name)
+    list(take(trainer, range(10)))
+    raw = fold_normalization(trainer.variant.sae, float(trainer.variant.scale), trainer.variant.mean_D)
     save_sae(raw, tmp_path, {"layer": 0})
     loaded, x_BD = load_sae(tmp_path), batches[20].float()
     with torch.no_grad():
@@ -111,9 +111,9 @@ def test_save_and_load_keep_every_bit(name, training_of, take, batches, tmp_path
 
 @every_recipe
 def test_a_token_is_coded_by_itself_after_training(name, training_of, take, batches) -> None:
-    training = training_of(name)
-    list(take(training, range(10)))
-    sae, x_BD = training.variant.sae.eval(), batches[20].float()
+    trainer = training_of(name)
+    list(take(trainer, range(10)))
+    sae, x_BD = trainer.variant.sae.eval(), batches[20].float()
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(x_BD)[:3], sae.encode(x_BD[:3]), rtol=1e-5, atol=1e-5)
 
@@ -124,9 +124,9 @@ def test_a_step_reads_nothing_back_to_the_host(name, make) -> None:
     with FakeTensorMode():
         variant = make(name, RunConfig(D_IN, D_SAE, 100, BATCH))
         variant.dead.index_A, variant.dead.real_A = torch.arange(D_SAE), torch.ones(D_SAE)  # AuxK has work to do
-        training = Trainer(variant, 100, "cpu")
+        trainer = Trainer(variant, 100, "cpu")
         for _ in range(3):
-            training.step(torch.randn(BATCH, D_IN, dtype=torch.bfloat16))
+            trainer.step(torch.randn(BATCH, D_IN, dtype=torch.bfloat16))
 
 
 @every_recipe
@@ -143,7 +143,7 @@ def test_defaults_are_of_the_type_they_are_annotated_with(name) -> None:
     assert RECIPES[name].summary and RECIPES[name].paper
 
 
-def request_of(name: str, cache: Cache, out: Path, **other: int) -> TrainConfig:
+def make_config(name: str, cache: Cache, out: Path, **other: int) -> TrainConfig:
     """A short run, as the command asks for it."""
     name, *options = name.split()
     sizes = {"steps": STEPS, "batch_size": BATCH, "width": "16x"}
@@ -156,16 +156,16 @@ def request_of(name: str, cache: Cache, out: Path, **other: int) -> TrainConfig:
 def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of all recipes, trained on one stream with the command's own code."""
     out = tmp_path_factory.mktemp("together")
-    requests = [request_of(name, sparse_cache, out, checkpoint_every=6) for name in EVERY]
-    runs = [run for request in requests for run in plan_training(request).runs]
+    requests = [make_config(name, sparse_cache, out, checkpoint_every=6) for name in EVERY]
+    runs = [run for config in requests for run in plan_training(config).runs]
     run_training(TrainPlan(requests[0], runs))
     return {name: run.folder for name, run in zip(EVERY, runs, strict=True)}
 
 
 @every_recipe
 def test_on_one_stream_a_variant_is_what_it_is_alone(name, together, sparse_cache, tmp_path: Path) -> None:
-    request = request_of(name, sparse_cache, tmp_path)
-    plan = plan_training(request)
+    config = make_config(name, sparse_cache, tmp_path)
+    plan = plan_training(config)
     (run,) = plan.runs
     run_training(plan)
     for file in ("sae.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
@@ -180,8 +180,8 @@ def test_a_run_without_its_end_goes_on_from_its_checkpoint(name, together, spars
     (folder / "sae.json").unlink()
     (folder / "sae.safetensors").unlink()
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
-    request = request_of(name, sparse_cache, tmp_path)
-    plan = plan_training(request)
+    config = make_config(name, sparse_cache, tmp_path)
+    plan = plan_training(config)
     assert [run.folder for run in plan.runs] == [folder]
     run_training(plan)
     assert (folder / "sae.safetensors").read_bytes() == (together[name] / "sae.safetensors").read_bytes()

@@ -1,0 +1,94 @@
+"""Checkpoints: damaged ones are skipped, those of other versions rejected."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sae.common.errors import UsageError
+from sae.common.files import read_json
+from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
+from sae.train.plan import TrainConfig, plan_training
+from sae.train.run import TrainProgress, run_training
+
+
+def make_config(cache, *variants: str, **changes) -> TrainConfig:
+    """Twelve steps of 64 tokens, a checkpoint after every fourth."""
+    settings = dict(
+        layers=[0],
+        caches=[cache.folder],
+        steps=12,
+        batch_size=64,
+        width="128",
+        device="cpu",
+        checkpoint_every=4,
+        log_every=2,
+    )
+    return TrainConfig(list(variants), **settings | changes)
+
+
+def train(config: TrainConfig, report: TrainProgress | None = None) -> list[Path]:
+    plan = plan_training(config)
+    run_training(plan, report or TrainProgress())
+    return [run.folder for run in plan.runs]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "bad json", "no json", "no tensors"])
+def test_a_damaged_checkpoint_is_passed_over_and_does_not_outlive_the_next(
+    sparse_cache, tmp_path: Path, damage: str
+) -> None:
+    config, said = make_config(sparse_cache, "relu"), []
+    (folder,) = train(config)
+    weights = (folder / "sae.safetensors").read_bytes()
+    (folder / "sae.json").unlink()
+    newest = folder / "checkpoints" / "step-00000012"
+    data = (newest / "state.safetensors").read_bytes()
+    if damage == "truncated":
+        (newest / "state.safetensors").write_bytes(data[:-100])
+    elif damage == "flipped":
+        (newest / "state.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "bad json":
+        (newest / "state.json").write_text('{"format": 1, "st')
+    elif damage == "no json":
+        (newest / "state.json").unlink()
+    else:
+        (newest / "state.safetensors").unlink()
+    train(config, TrainProgress(say=said.append))
+    assert "Skipping the checkpoint step-00000012" in said[0] and said[1] == f"{folder.name} resumes from step 8."
+    assert (folder / "sae.safetensors").read_bytes() == weights
+
+
+def test_checkpoints_of_an_abandoned_future_do_not_push_out_whole_ones(training_of, tmp_path: Path) -> None:
+    """Two damaged ones with higher numbers, and one that is written now: it must stay."""
+    trainer = training_of("relu")
+    for step in (900, 1000):
+        save_checkpoint(trainer, tmp_path, step)
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "state.json").unlink()
+    save_checkpoint(trainer, tmp_path, 50)
+    assert restore_checkpoint(trainer, tmp_path, pytest.fail) == 50
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_kept(sparse_cache) -> None:
+    config = make_config(sparse_cache, "relu")
+    (folder,) = train(config)
+    (folder / "sae.json").unlink()
+    state = folder / "checkpoints" / "step-00000012" / "state.json"
+    state.write_text(json.dumps(read_json(state) | {"format": 99}))
+    with pytest.raises(UsageError, match="checkpoint of format 99; this version reads 1"):
+        train(config)
+    assert state.exists()
+
+
+def test_a_checkpoint_of_other_parts_is_refused(training_of, tmp_path: Path) -> None:
+    save_checkpoint(training_of("relu"), tmp_path, 3)
+    with pytest.raises(UsageError, match="holds other tensors than this version's variant has"):
+        restore_checkpoint(training_of("batchtopk"), tmp_path, pytest.fail)
+
+
+def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(training_of, batches) -> None:
+    trainer = training_of("batchtopk")
+    trainer.step(batches[0])
+    names = set(training_state(trainer))
+    assert {"i", "failed_at", "variant.scale", "variant.mean_D", "variant.sae.activation.0.threshold"} <= names
+    for parameter in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert {f"optimizer.sae.{parameter}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")} <= names

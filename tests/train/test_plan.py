@@ -1,0 +1,231 @@
+"""Plans: what is rejected, with which message, and what decides a run's folder."""
+
+from pathlib import Path
+
+import pytest
+
+from sae.cache.planned import PlannedCache
+from sae.common.errors import UsageError
+from sae.train.plan import TrainConfig, plan_training
+from sae.train.run import TrainProgress, run_training
+
+
+def make_config(cache, *variants: str, **changes) -> TrainConfig:
+    """Twelve steps of 64 tokens, a checkpoint after every fourth."""
+    settings = dict(
+        layers=[0],
+        caches=[cache.folder],
+        steps=12,
+        batch_size=64,
+        width="128",
+        device="cpu",
+        checkpoint_every=4,
+        log_every=2,
+    )
+    return TrainConfig(list(variants), **settings | changes)
+
+
+def train(config: TrainConfig, report: TrainProgress | None = None) -> list[Path]:
+    plan = plan_training(config)
+    run_training(plan, report or TrainProgress())
+    return [run.folder for run in plan.runs]
+
+
+def test_what_is_asked_for_twice_is_trained_once(sparse_cache) -> None:
+    assert len(plan_training(make_config(sparse_cache, "relu", "relu", seeds=[0, 0, 1], layers=[0, 0])).runs) == 2
+
+
+def refusal(cache, *variants: str, **changes) -> str:
+    """The sentence, and that nothing was written."""
+    with pytest.raises(UsageError) as refused:
+        plan_training(make_config(cache, *variants, **changes))
+    assert not Path("runs").exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"options": ["kk=3"]}, "topk has no option kk; did you mean k?"),
+        ({"options": ["k=three"]}, "k='three' has the wrong type: expected int."),
+        ({"options": ["k=3.5"]}, "k=3.5 has the wrong type: expected int."),
+        ({"options": ["k=true"]}, "k=True has the wrong type: expected int."),
+        ({"options": ["k=0"]}, "k=0 latents cannot be kept of 128: give 1 to 128"),
+        ({"options": ["k=129"]}, "k=129 latents cannot be kept of 128: give 1 to 128"),
+        ({"options": ["k_anneal_steps=13"]}, "k_anneal_steps=13 is negative or longer than the run of 12 steps."),
+        ({"options": ["k_start=64"]}, "k_start=64 has no effect without k_anneal_steps"),
+        (
+            {"options": ["k_anneal_steps=6", "k_start=31"]},
+            "k cannot fall from k_start=31 to k=32: set k_start from 32",
+        ),
+        ({"options": ["k_anneal_steps=6", "k_start=129"]}, "k cannot fall from k_start=129 to k=32"),
+        ({"options": ["lr=0"]}, "lr=0 is not positive."),
+        ({"options": ["lr=nan"]}, "lr=nan is not finite."),
+        ({"options": ["aux=inf"]}, "aux=inf is not finite."),
+        ({"options": ["aux_k=-1"]}, "invalid aux_k=-1: expected 1 or more."),
+        ({"options": ["warmup=13"]}, "warmup=13 is negative or longer than the run of 12 steps."),
+        ({"options": ["beta2=1.0"]}, "beta2=1 is out of range"),
+        ({"options": ["weight_decay=-1"]}, "weight_decay=-1 is negative"),
+        ({"options": ["clip=0"]}, "clip=0 would zero every gradient"),
+        ({"options": ["decay_start=2"]}, "decay_start=2 is out of range"),
+        ({"options": ["normalize=rms"]}, "normalize=rms is unknown: unit_ms, none."),
+        ({"options": ["b_dec_init=median"]}, "b_dec_init=median is unknown: mean, zero."),
+        ({"options": ["k"]}, "--set k has no value"),
+        ({"options": ["relu.l1=1"]}, "relu is not one of the variants topk"),
+        ({"width": "0"}, "the width 0 is not positive."),
+        ({"width": "wide"}, "invalid --width wide"),
+        ({"width": "infx"}, "invalid --width infx"),
+        ({"steps": 0}, "--steps 0 would train nothing."),
+        ({"batch_size": 0}, "--batch-size 0 is not positive."),
+        ({"batch_size": 5000}, "fewer than one batch of 5,000"),
+        ({"layers": [7]}, "holds layer 0, layer 1, not layer 7"),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_refused_with_a_sentence(sparse_cache, changes: dict, sentence: str) -> None:
+    assert sentence in refusal(sparse_cache, "topk", **changes)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "sentence"),
+    [
+        ("relu", ["l1_warmup=13"], "l1_warmup=13 is negative or longer than the run of 12 steps."),
+        ("collapse-07", ["alpha_warmup=-1"], "alpha_warmup=-1 is negative or longer than the run of 12 steps."),
+        ("collapse-07", ["groups=7"], "128 cannot be divided into 7 equal groups"),
+        ("collapse-02", ["contrast_power=-1"], "invalid contrast_power=-1: expected a positive exponent."),
+        ("matryoshka", ["prefixes=99"], "invalid prefixes=99: 128 latents can be halved into 1 to 8 prefixes"),
+        ("switch", ["experts=3"], "128 latents cannot be divided into 3 equal experts"),
+        ("jumprelu", ["l0=0", "bandwidth=0"], "invalid l0=0: expected a positive number of latents per token"),
+        ("jumprelu-tanh", ["bandwidth=-1"], "bandwidth=-0.1"),
+        ("decorrelation", ["fraction=2"], "invalid fraction=2: expected a share of the pairs"),
+        ("progressive", ["temperature=0"], "invalid temperature=0: expected a positive number."),
+        ("progressive", ["competition=max"], "competition=max is unknown: softmax_peak, softmax, "),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 16 else "",
+)
+def test_bad_options_of_other_recipes_are_refused_too(sparse_cache, variant: str, options: list, sentence: str) -> None:
+    assert sentence in refusal(sparse_cache, variant, options=options)
+
+
+def test_what_the_types_say_and_what_the_builder_finds_is_said_together(sparse_cache) -> None:
+    said = refusal(
+        sparse_cache, "collapse-10", options=["near=here", "groups=7", "gamma=-1", "lr=-1", "beta=x", "budgett=1"]
+    )
+    for sentence in (
+        "near=here is unknown: encoder, decoder.", "7 equal groups", "invalid gamma=-1: expected 0 or more",
+        "lr=-1 is not positive",
+        "beta='x' has the wrong type: expected float", "collapse-10 has no option budgett; did you mean budget?",
+    ):  # fmt: skip
+        assert sentence in said
+
+
+def test_an_unknown_variant_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="no variant 'topkk'; did you mean topk?"):
+        plan_training(TrainConfig(["topkk"]))
+
+
+def test_everything_that_is_wrong_is_said_at_once(sparse_cache) -> None:
+    said = refusal(
+        sparse_cache,
+        "topk",
+        "relu",
+        options=["topk.k=1000", "lr=0", "warmup=99", "topk.aux=x", "relu.l1_warm=1", "beta1=2"],
+    )
+    for sentence in (
+        "The variant topk cannot be built", "k=1000 latents cannot be kept", "lr=0 is not positive",
+        "warmup=99 is negative or longer", "aux='x' has the wrong type: expected float", "beta1=2 is out of range",
+        "The variant relu cannot be built", "relu has no option l1_warm; did you mean l1_warmup?",
+    ):  # fmt: skip
+        assert sentence in said
+
+
+def test_a_bare_option_goes_to_the_variants_that_have_it(sparse_cache) -> None:
+    runs = plan_training(
+        make_config(sparse_cache, "relu", "topk", options=["k=8", "lr=1e-3", "topk.lr=2e-3", "warmup=none"])
+    ).runs
+    assert [run.options for run in runs] == [{"lr": 1e-3, "warmup": None}, {"k": 8, "lr": 2e-3, "warmup": None}]
+
+
+def test_widths_are_numbers_multiples_and_kilos(sparse_cache) -> None:
+    widths = {
+        text: plan_training(make_config(sparse_cache, "relu", width=text)).runs[0].config.d_sae
+        for text in ("96", "4x", "1.5x", "2k")
+    }
+    assert widths == {"96": 96, "4x": 128, "1.5x": 48, "2k": 2048}
+
+
+def test_a_run_that_has_begun_cannot_be_changed(sparse_cache, another_cache) -> None:
+    (folder,) = train(make_config(sparse_cache, "relu"))
+    for changes, flag in [
+        ({"steps": 99}, "--steps"),
+        ({"options": ["l1=1"]}, "--set"),
+        ({"seeds": (3,)}, "--seed"),
+        ({"variants": ["topk"], "width": "4x"}, "--variant, --width"),
+    ]:
+        with pytest.raises(UsageError, match=f"^{flag} cannot be changed once a run has started"):
+            plan_training(TrainConfig(resume=[folder], **changes))
+    with pytest.raises(UsageError, match="is not what .* was trained on"):
+        plan_training(TrainConfig(resume=[folder], caches=[another_cache.folder]))
+    with pytest.raises(UsageError, match="holds no run"):
+        plan_training(TrainConfig(resume=[folder.parent]))
+
+
+def test_the_folder_is_named_by_everything_that_decides_the_result(sparse_cache, another_cache) -> None:
+    base = make_config(sparse_cache, "relu")
+    variations = [
+        base, make_config(sparse_cache, "relu", steps=13), make_config(sparse_cache, "relu", options=["lr=1e-3"]),
+        make_config(sparse_cache, "relu", shuffle_seed=1), make_config(another_cache, "relu"),
+        make_config(sparse_cache, "relu", batch_size=32),
+    ]  # fmt: skip
+    assert len({plan_training(config).runs[0].name for config in variations}) == len(variations)
+    assert (
+        plan_training(base).runs[0].name
+        == plan_training(make_config(sparse_cache, "relu", log_every=1, checkpoint_every=1)).runs[0].name
+    )
+
+
+# --- planning on a cache that is still to be harvested ------------------------------------------------------------
+
+
+def planned(cache) -> PlannedCache:
+    """What a harvest plan knows of a cache."""
+    return PlannedCache(cache.folder, cache.identity, cache.layout, {hook.array: 32 for hook in cache.hooks})
+
+
+def test_a_plan_on_a_planned_cache_is_that_of_the_finished_cache(sparse_cache) -> None:
+    sizes = dict(layers=[0, 1], seeds=[0, 1], l0=[8], steps=None, options={"lr": 1e-3})
+    finished = plan_training(make_config(sparse_cache, "relu", "topk", **sizes))
+    ahead = plan_training(make_config(sparse_cache, "relu", "topk", **sizes, caches=[], source=planned(sparse_cache)))
+    assert [run.config for run in ahead.runs] == [run.config._replace(variance=None) for run in finished.runs]
+    assert [run.options for run in ahead.runs] == [run.options for run in finished.runs]
+    assert [len(runs) for runs in ahead.passes] == [len(runs) for runs in finished.passes] == [4, 4]
+    for run, later in zip(ahead.runs, finished.runs, strict=True):
+        assert run.name == later.name[:-6] + "*"
+    assert ahead.describe()[-1].partition(";")[0] == finished.describe()[-1].partition(";")[0]  # the size
+    assert ahead.runs[0].config.steps == sparse_cache.rows // 64
+
+
+def test_a_planned_cache_is_not_trained_on(sparse_cache) -> None:
+    plan = plan_training(make_config(sparse_cache, "relu", caches=[], source=planned(sparse_cache)))
+    with pytest.raises(UsageError, match="has not been harvested yet. Harvest it, then plan again"):
+        run_training(plan)
+    with pytest.raises(UsageError, match="has not been harvested yet, so layer_00 has no digest"):
+        plan.runs[0].identity()
+    with pytest.raises(UsageError, match="covers layer 0, layer 1, not layer 7. Add `--layer 7`"):
+        plan_training(make_config(sparse_cache, "relu", layers=[7], caches=[], source=planned(sparse_cache)))
+
+
+def test_options_that_scale_with_an_unknown_variance_say_so(sparse_cache) -> None:
+    plan = plan_training(make_config(sparse_cache, "hierarchical", caches=[], source=planned(sparse_cache)))
+    assert any(
+        "not scaled because the variance of the activations is not known yet" in line for line in plan.describe()
+    )
+
+
+def test_a_plan_describes_itself(sparse_cache) -> None:
+    plan = plan_training(make_config(sparse_cache, "relu", "topk"))
+    assert [line.split()[0] for line in plan.describe()] == ["train", "train", "size"]
+    assert (
+        plan.describe()[0] == f"train    relu 32 -> 128, layer 0, seed 0: 12 steps x 64 tokens -> {plan.runs[0].folder}"
+    )
+    assert [line.split()[0] for line in plan.describe(time=True)] == ["train", "train", "size", "memory", "time"]
