@@ -179,13 +179,14 @@ class _StopForward(Exception):  # noqa: N818  (not an error: the model has run a
 class LanguageModel:
     """A decoder with a list of blocks.
 
-    `capture` reads the residual stream, `capture_hooks` reads other sites too, `forward` allows to run the model again
-    from a changed residual stream, and `patching` changes activations during any call of the model.
+    `capture` reads the residual stream, `capture_hooks` reads other sites too, `forward` makes it possible to run
+    the model again from a changed residual stream, and `patching` changes activations during any call of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
+        """`model` is a causal language model of transformers, or its trunk alone."""
         self.model = model
-        self.config: Any = model.config.get_text_config()
+        self.config = model.config.get_text_config()
 
     @cached_property
     def trunk(self) -> Any:

@@ -60,8 +60,8 @@ def check_room(plan: HarvestPlan, ring: RingCache) -> int:
             else f"--ring {GROUPS_ON_DISK} --window {half // CHUNK_ROWS * CHUNK_ROWS or half}"
         )
         raise UnavailableError(
-            f"A ring of {ring.capacity} windows of {ring.layout.window_rows:,} rows needs {format_bytes(1.02 * needed)} "
-            f"and {plan.folder} has {format_bytes(free)} for it. "
+            f"A ring of {ring.capacity} windows of {ring.layout.window_rows:,} rows needs "
+            f"{format_bytes(1.02 * needed)} and {plan.folder} has {format_bytes(free)} for it. "
             f"{f'{fits} would fit.' if half > 0 else 'Free space first.'}"
         )
     return needed

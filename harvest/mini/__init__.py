@@ -1,7 +1,7 @@
-"""gemma-2-mini: the small Gemma 2 that this repository carries, its text, and the recipe that made it.
+"""gemma-2-mini: the small Gemma 2 that comes with this package, its text, and the recipe that made it.
 
-The weights stand in `weights/`; `corpus` is the text of the running Python's standard library, `spelling` the
-first-letter prompts, `make` the training recipe, `quality` the three bars that it has to pass.
+The weights are in `weights/`. corpus.py is the text of the running Python's standard library, spelling.py the
+first-letter prompts, pretrain.py the training recipe, and quality.py the three criteria that the model has to meet.
 """
 
 from pathlib import Path

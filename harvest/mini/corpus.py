@@ -1,9 +1,9 @@
 """The text of the running Python's own standard library: help topics, docstrings and source.
 
-Nothing is copied into the repository: every machine that runs this has the text already. A document is a help topic,
-the docstrings of a module, or the source of a module. Held-out documents are chosen by a hash of their name, so that
-the docstrings and the source of a module always fall on the same side, on every machine and in every run. Help topics
-and the tables of `encodings` are never held out: they repeat each other almost word for word.
+Nothing is copied into the repository, since every machine that runs this has the text already. A document is a help
+topic, the docstrings of a module, or the source of a module. A hash of the module's name decides what is held out, so
+that the docstrings and the source of a module are always on the same side, on every machine and in every run. Help
+topics and the tables of `encodings` are never held out: they repeat each other almost word for word.
 """
 
 import ast
@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 HELD_OUT_ONE_IN = 10
-# Tests and vendored wheels are not part of every installation (Debian splits them off), so they are never text.
+# Tests and vendored wheels are missing from some installations (Debian packages them separately), so they are left out.
 SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -34,13 +34,13 @@ class StdlibDocument(NamedTuple):
     held_out: bool
 
 
-def is_held_out(key: str) -> bool:
-    """One document in ten, by the hash of its key: no list to keep and no order to depend on."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little") % HELD_OUT_ONE_IN == 0
+def is_held_out(path: str) -> bool:
+    """Whether a module is held out: one in ten, by a hash of its path, so that no list and no order matters."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little") % HELD_OUT_ONE_IN == 0
 
 
 def stdlib_documents() -> Iterator[StdlibDocument]:
-    """Every document, in the order of its name."""
+    """Every document, sorted by name."""
     for name in sorted(topics):
         yield StdlibDocument(f"topic:{name}", topics[name], held_out=False)
     root = Path(sysconfig.get_path("stdlib"))
@@ -51,7 +51,7 @@ def stdlib_documents() -> Iterator[StdlibDocument]:
         try:
             source = path.read_text(encoding="utf-8")
             prose = docstrings(source)
-        except (UnicodeDecodeError, SyntaxError):  # the library keeps a few files that are broken on purpose
+        except (UnicodeDecodeError, SyntaxError):  # a few files of the library are broken on purpose
             continue
         held_out = relative.parts[0] != "encodings" and is_held_out(relative.as_posix())
         if prose:
@@ -62,10 +62,10 @@ def stdlib_documents() -> Iterator[StdlibDocument]:
 
 def docstrings(source: str) -> str:
     """The docstrings of a module, its classes and its functions, each under its name."""
-    found = []
+    sections = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
-                found.append(f"{getattr(node, 'name', 'module')}: {text}")
-    return "\n\n".join(found)
+                sections.append(f"{getattr(node, 'name', 'module')}: {text}")
+    return "\n\n".join(sections)

@@ -1,11 +1,11 @@
-"""Make gemma-2-mini from nothing: `python -m sae.harvest.mini.pretrain --out FOLDER`.
+"""Pretrain gemma-2-mini from scratch: `python -m sae.harvest.mini.pretrain --out FOLDER`.
 
-A `Gemma2ForCausalLM` with Gemma-2-2B's depth (26 blocks) and a width of 128, trained on the documents of `corpus` that
-are not held out and on spelling prompts. One thing is planted on purpose: a linear head on the residual stream after
-block 4 predicts the first letter of every token that is a word, and its loss is added to the model's. The head is
-thrown away; what it leaves behind is a residual stream in which the first letter is a linear feature, known in
-advance, which is what an absorption metric has to be tested on. Without it the model carries the word itself to the
-answer and looks the letter up there, and no probe finds the letter at the word.
+A `Gemma2ForCausalLM` with Gemma-2-2B's depth (26 blocks) and a width of 128, trained on the harvested documents of
+corpus.py and on spelling prompts. One feature is planted on purpose: a linear head on the residual stream after block 4
+predicts the first letter of every token that is a word, and its loss is added to the model's. The head is thrown away
+afterwards. It leaves a residual stream in which the first letter is a linear feature known in advance, which is what
+an absorption metric has to be tested on. Without the head, the model carries the word itself to the answer and looks up
+the letter there, and no probe finds the letter at the word.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import json
 import random
 import re
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -27,16 +29,16 @@ from .spelling import TEMPLATE, SpellingWord, spelling_line, spelling_words
 
 VOCABULARY = 8192
 CONTEXT = 128
-BATCH, SPELLING = 16, 3  # contexts in a step, and how many of them spell
+BATCH, SPELLING = 16, 3  # contexts in a step, and how many of them are spelling
 STEPS = 1800
 PLANTED_AFTER, PLANTED_WEIGHT = 4, 0.3
 PAD, EOS, BOS = 0, 1, 2  # Gemma's ids
-RARE = "JKQUVWXYZ"  # letters whose words a plain BPE of this text leaves too few of
+RARE = "JKQUVWXYZ"  # letters of which a plain BPE of this text has too few whole words
 LETTERS = 26
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE in Gemma's form (▁ for a space), with enough whole words of every letter."""
+    """A byte-fallback BPE like Gemma's (▁ for a space), with enough whole words of every letter."""
     normalizer = normalizers.Replace(" ", "▁")
     splitter = pre_tokenizers.Split(Regex(r"\n+|▁?\p{L}+|\p{N}|▁?[^\p{L}\p{N}▁\n]+|▁+(?!▁?\S)|▁+(?=▁)|▁"), "isolated")
     learner = Tokenizer(models.BPE())
@@ -44,8 +46,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 4 - 256, limit_alphabet=160, show_progress=False)
     learner.train_from_iterator(texts + boosted_words(texts), trainer)
 
-    learned = learner.model.__getstate__()  # the model's JSON, as bytes
-    state = json.loads(learned)
+    state = json.loads(learner.model.__getstate__())  # the model's JSON
     pieces = sorted(state["vocab"], key=state["vocab"].get)
     order = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
     vocabulary = {piece: i for i, piece in enumerate(order)}
@@ -64,7 +65,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def boosted_words(texts: list[str]) -> list[str]:
-    """The most frequent words of the rare letters, often enough that each becomes one piece."""
+    """The most frequent words of the rare letters, repeated often enough that each becomes one token."""
     counts: dict[str, int] = {}
     for text in texts:
         for word in re.findall(r"(?<![A-Za-z])[A-Za-z]{2,10}(?![A-Za-z])", text):
@@ -74,12 +75,12 @@ def boosted_words(texts: list[str]) -> list[str]:
     for letter in RARE:
         of_letter = sorted((w for w in counts if w[0].upper() == letter), key=lambda w: (-counts[w], w))
         boosted += [f"▁{word}" for word in of_letter[:50] for _ in range(400)]
-    # The template itself is one piece a word, so that the word asked for stands at position -6, as on Gemma.
+    # Each word of the template is one token too, so that the spelled word is at position -6, as with Gemma.
     return [" ".join(boosted), TEMPLATE * 400]
 
 
 class PlantedHead(nn.Module):
-    """First letter of a word, read linearly from the residual stream after block `PLANTED_AFTER`."""
+    """Predicts the first letter of a word linearly from the residual stream after block `PLANTED_AFTER`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -91,9 +92,9 @@ class PlantedHead(nn.Module):
 
 
 class PretrainBatches:
-    """Contexts of text and of spelling, with what each position has to predict."""
+    """Random contexts of text and of spelling, with labels."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stream: Tensor, seed: int) -> None:
+    def __init__(self, tokenizer: Any, stream: Tensor, seed: int) -> None:
         self.stream, self.rng, self.words = stream, random.Random(seed), spelling_words(tokenizer)
         self.letter_of_token = torch.full((len(tokenizer),), -100)
         for word in self.words:
@@ -110,9 +111,9 @@ class PretrainBatches:
         return [*self.newline, word.token, *self.template, *self.answer[word.letter]]
 
     def _spelling(self) -> tuple[list[int], list[int]]:
-        """One context of spelled words, and the same with -100 where nothing can be predicted (the words)."""
+        """The ids of a context of spelling, and its labels: -100 at the words, which cannot be predicted."""
         ids, labels = [BOS], [-100]
-        # Half of the letters are drawn first, so that rare letters are spelled as often as they are asked for.
+        # For half of the words the letter is drawn first, so that rare letters are spelled often enough.
         while len(ids) < CONTEXT:
             word = self.rng.choice(self.words)
             if self.rng.random() < 0.5:
@@ -124,7 +125,7 @@ class PretrainBatches:
         return ids[:CONTEXT], labels[:CONTEXT]
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, labels and first letters, each (BATCH, CONTEXT)."""
+        """The next batch: ids, labels and first letters, each (BATCH, CONTEXT)."""
         starts = [self.rng.randrange(len(self.stream) - CONTEXT) for _ in range(BATCH - SPELLING)]
         text = torch.stack([torch.cat([torch.tensor([BOS]), self.stream[s : s + CONTEXT - 1]]) for s in starts])
         spelled = [self._spelling() for _ in range(SPELLING)]
@@ -134,40 +135,40 @@ class PretrainBatches:
 
 
 def make_model() -> Gemma2ForCausalLM:
+    """An initialized model."""
     config = Gemma2Config(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=26,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32,
         max_position_embeddings=8192, sliding_window=4096, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS,
-        attn_implementation="eager", tie_word_embeddings=True,
+        attn_implementation="eager", tie_word_embeddings=True,  # type: ignore[call-arg]
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:  # Gemma scales the embedding by sqrt(width), so its rows start at unit norm
-            std = config.hidden_size**-0.5
-            nn.init.normal_(parameter, std=std)
-        if "post_" in name:  # each of the 52 sublayers then adds 0.3 of the embedding's norm, not all of it
+            nn.init.normal_(parameter, std=config.hidden_size**-0.5)
+        if "post_" in name:  # so that each of the 52 sublayers adds 0.3 of the embedding's norm
             nn.init.constant_(parameter, -0.7)
     return model
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised (Jordan et al. 2024), all matrices of one shape at once.
+    """Momentum with an orthogonalized update (Jordan et al. 2024), for all matrices of one shape at once.
 
-    torch.optim.Muon runs its iteration in bfloat16, one matrix at a time: six times slower than this on a CPU.
+    torch.optim.Muon runs its iteration in bfloat16, one matrix at a time, which is six times slower on a CPU.
     """
 
-    def __init__(self, parameters, lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in self.param_groups[0]["params"]:
             by_shape.setdefault(parameter.shape, []).append(parameter)
         self.stacks = [(same, torch.zeros(len(same), *shape)) for shape, same in by_shape.items()]
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
         for parameters, momentum_PRC in self.stacks:
-            gradient_PRC = torch.stack([p.grad for p in parameters])
+            gradient_PRC = torch.stack([p.grad for p in parameters if p.grad is not None])
             momentum_PRC.lerp_(gradient_PRC, 1 - group["momentum"])
             update_PRC = orthogonal(gradient_PRC.lerp(momentum_PRC, group["momentum"]))
             rate = group["lr"] * max(1.0, update_PRC.shape[1] / update_PRC.shape[2]) ** 0.5
@@ -175,7 +176,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x_PRC: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: five steps of the quintic Newton-Schulz iteration."""
+    """Approximately the nearest semi-orthogonal matrices: five steps of the quintic Newton-Schulz iteration."""
     tall = x_PRC.shape[1] > x_PRC.shape[2]
     x = x_PRC.mT if tall else x_PRC
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -185,45 +186,49 @@ def orthogonal(x_PRC: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def optimizers(model: nn.Module, head: nn.Module) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, head: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, Adam for the embedding, the norms and the planted head."""
     inside = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n] + list(head.parameters())
     return [Muon(inside, lr=0.02), torch.optim.Adam(rest, lr=3e-3, betas=(0.9, 0.98))]
 
 
-def schedule(step: int, steps: int) -> float:
-    """Fifty steps up, constant until 5/9 of the run, then linearly down to a fifth."""
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Warm up for fifty steps, stay constant until 5/9 of the run, then decay linearly to a fifth."""
     return min(1.0, (step + 1) / 50, 2 * (1 - 0.9 * step / steps))
 
 
-def train(model, head, batches: PretrainBatches, steps: int, log, snapshot) -> None:
-    parts = optimizers(model, head)
-    rates = [(group, group["lr"]) for part in parts for group in part.param_groups]
+def train(
+    model: Any, head: nn.Module, batches: PretrainBatches, steps: int, log: Callable[[str], None],
+    save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Train model and head, with a log line every 20 steps and `save` every 200."""
+    optimizers = make_optimizers(model, head)
+    rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     for layer in model.model.layers:
         layer.compile()  # one compiled block serves all 26
 
     @torch.compile
-    def losses(final_BSD, planted_BSD, labels_BS, letters_BS):
+    def losses(final_BSD: Tensor, planted_BSD: Tensor, labels_BS: Tensor, letters_BS: Tensor) -> tuple[Tensor, Tensor]:
         logits = 30 * torch.tanh(model.lm_head(final_BSD[:, :-1]) / 30)
         return F.cross_entropy(logits.flatten(0, 1), labels_BS[:, 1:].flatten()), head(planted_BSD, letters_BS)
 
     started = time.time()
     for step in range(steps):
         for group, rate in rates:
-            group["lr"] = rate * schedule(step, steps)
+            group["lr"] = rate * learning_rate_factor(step, steps)
         ids, labels, letters = batches.next()
         hidden = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
         text, planted = losses(hidden[-1], hidden[PLANTED_AFTER + 1], labels, letters)
         (text + PLANTED_WEIGHT * planted).backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
-        for part in parts:
-            part.step()
-            part.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
             log(f"step {step} {time.time() - started:.0f}s loss {text.item():.3f} first letter {planted.item():.3f}")
         if step % 200 == 199:
-            snapshot()
+            save()
 
 
 def main() -> None:
@@ -235,8 +240,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
 
     texts = [d.text for d in stdlib_documents() if not d.held_out]
-    tokenizer = make_tokenizer(texts)
-    tokenizer.save_pretrained(arguments.out)
+    make_tokenizer(texts).save_pretrained(arguments.out)
     tokenizer = AutoTokenizer.from_pretrained(arguments.out)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     stream = torch.tensor([token for ids in encoded for token in ids])
@@ -254,17 +258,10 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     def save() -> None:
-        half = copy.deepcopy(model).to(torch.bfloat16)
-        half.save_pretrained(arguments.out)
+        copy.deepcopy(model).bfloat16().save_pretrained(arguments.out)
 
-    train(
-        model,
-        head,
-        PretrainBatches(tokenizer, stream, arguments.seed),
-        arguments.steps,
-        lambda s: print(s, flush=True),
-        save,
-    )
+    batches = PretrainBatches(tokenizer, stream, arguments.seed)
+    train(model, head, batches, arguments.steps, lambda line: print(line, flush=True), save)
     save()
 
 
