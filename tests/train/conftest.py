@@ -87,7 +87,7 @@ def make() -> Callable[..., Variant]:
 
 
 @pytest.fixture
-def variant_of(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..., Variant]:
+def make_variant(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..., Variant]:
     """A recipe by name, built with seed 0 and the cache's constants; options as keywords."""
 
     def build(name: str, steps: int = 30, **options: object) -> Variant:
@@ -101,14 +101,14 @@ def variant_of(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..
 
 
 @pytest.fixture
-def training_of(variant_of: Callable[..., Variant]) -> Callable[..., Trainer]:
+def make_trainer(make_variant: Callable[..., Variant]) -> Callable[..., Trainer]:
     """A training whose periodic parts act every fourth step and whose latents are dead after three silent batches.
 
     So what a real run does every some hundred steps happens several times in thirty.
     """
 
     def build(name: str, steps: int = 30, **options: object) -> Trainer:
-        variant = variant_of(name, steps, **options)
+        variant = make_variant(name, steps, **options)
         variant.dead.after_tokens = 3 * BATCH
         for mechanism in variant.mechanisms:
             if mechanism.every:

@@ -58,9 +58,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_does_not_outlive_the_next(
     assert (folder / "sae.safetensors").read_bytes() == weights
 
 
-def test_checkpoints_of_an_abandoned_future_do_not_push_out_whole_ones(training_of, tmp_path: Path) -> None:
+def test_checkpoints_of_an_abandoned_future_do_not_push_out_whole_ones(make_trainer, tmp_path: Path) -> None:
     """Two damaged ones with higher numbers, and one that is written now: it must stay."""
-    trainer = training_of("relu")
+    trainer = make_trainer("relu")
     for step in (900, 1000):
         save_checkpoint(trainer, tmp_path, step)
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "state.json").unlink()
@@ -79,14 +79,14 @@ def test_a_checkpoint_of_another_version_is_refused_and_kept(sparse_cache) -> No
     assert state.exists()
 
 
-def test_a_checkpoint_of_other_parts_is_refused(training_of, tmp_path: Path) -> None:
-    save_checkpoint(training_of("relu"), tmp_path, 3)
+def test_a_checkpoint_of_other_parts_is_refused(make_trainer, tmp_path: Path) -> None:
+    save_checkpoint(make_trainer("relu"), tmp_path, 3)
     with pytest.raises(UsageError, match="holds other tensors than this version's variant has"):
-        restore_checkpoint(training_of("batchtopk"), tmp_path, pytest.fail)
+        restore_checkpoint(make_trainer("batchtopk"), tmp_path, pytest.fail)
 
 
-def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(training_of, batches) -> None:
-    trainer = training_of("batchtopk")
+def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(make_trainer, batches) -> None:
+    trainer = make_trainer("batchtopk")
     trainer.step(batches[0])
     names = set(training_state(trainer))
     assert {"i", "failed_at", "variant.scale", "variant.mean_D", "variant.sae.activation.0.threshold"} <= names

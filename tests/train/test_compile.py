@@ -22,17 +22,17 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
-    training_of, take, batches, tmp_path: Path, monkeypatch
+    make_trainer, take, batches, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # starting others takes longer than the work
 
     def compiled_one() -> Trainer:
         torch._dynamo.reset()
-        trainer = training_of("topk")
+        trainer = make_trainer("topk")
         assert compile_step(trainer, len(batches[0])) is None
         return trainer
 
-    eager, whole = training_of("topk"), compiled_one()
+    eager, whole = make_trainer("topk"), compiled_one()
     list(take(whole, range(2)))
     save_checkpoint(whole, tmp_path, 2)
     list(take(whole, range(2, 3)))

@@ -8,8 +8,8 @@ import torch
 from sae.train.loop import Trainer
 
 
-def test_every_group_of_the_optimizer_follows_the_rate(training_of, batches) -> None:
-    trainer = training_of("relu", lr=1e-3, warmup=3, weight_decay=0.1)
+def test_every_group_of_the_optimizer_follows_the_rate(make_trainer, batches) -> None:
+    trainer = make_trainer("relu", lr=1e-3, warmup=3, weight_decay=0.1)
     for t in range(3):
         trainer.step(batches[t])
         assert [float(g["lr"]) for g in trainer.optimizer.param_groups] == pytest.approx(2 * [1e-3 * (t + 1) / 3])
@@ -18,9 +18,9 @@ def test_every_group_of_the_optimizer_follows_the_rate(training_of, batches) -> 
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_batch_that_is_not_finite_moves_no_weight(training_of, batches, bad: float) -> None:
+def test_a_batch_that_is_not_finite_moves_no_weight(make_trainer, batches, bad: float) -> None:
     """The step is latched on the device; from then on parameters and the optimizer's state do not change."""
-    trainer: Trainer = training_of("relu")
+    trainer: Trainer = make_trainer("relu")
     for t in range(3):
         trainer.step(batches[t])
     before = {n: p.detach().clone() for n, p in trainer.variant.named_parameters()}
@@ -36,9 +36,9 @@ def test_a_batch_that_is_not_finite_moves_no_weight(training_of, batches, bad: f
         assert float(trainer.optimizer.state[parameter]["step"]) == 3
 
 
-def test_gradients_longer_than_the_limit_are_scaled_down_after_the_projection(training_of, batches) -> None:
+def test_gradients_longer_than_the_limit_are_scaled_down_after_the_projection(make_trainer, batches) -> None:
     """The norm that is logged and limited is that of the projected gradient."""
-    trainer = training_of("relu", clip=1e-3, lr=1e-2, warmup=0)
+    trainer = make_trainer("relu", clip=1e-3, lr=1e-2, warmup=0)
     trainer.step(batches[0])
     norm = sum(float(s["exp_avg"].square().sum()) for s in trainer.optimizer.state.values()) ** 0.5 / (1 - 0.9)
     assert norm == pytest.approx(1e-3, rel=1e-3)  # Adam's first moment is (1 - beta1) times the clipped gradient

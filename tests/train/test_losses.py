@@ -105,9 +105,9 @@ def test_multi_topk_is_the_error_with_more_latents_and_teaches_encoder_and_decod
     assert sae.W_enc.grad.tolist() == [[0, 6, 0], [0, 4, 0], [0, 2, 0]]
 
 
-def test_the_options_of_topk_are_its_terms(variant_of) -> None:
-    variant = variant_of("topk", k=4, multi=0.125, k_anneal_steps=10)
+def test_the_options_of_topk_are_its_terms(make_variant) -> None:
+    variant = make_variant("topk", k=4, multi=0.125, k_anneal_steps=10)
     assert variant.coefficients["multi"](None) == 0.125 and variant.terms["multi"].activation.k == 16
     assert float(variant.sae.activation[0].now) == 32  # d_in
-    assert variant_of("topk", k=200, multi=0.125).terms["multi"].activation.k == 512  # d_sae
-    assert "multi" not in variant_of("topk").terms and variant_of("topk").sae.activation[0].now is None
+    assert make_variant("topk", k=200, multi=0.125).terms["multi"].activation.k == 512  # d_sae
+    assert "multi" not in make_variant("topk").terms and make_variant("topk").sae.activation[0].now is None

@@ -39,8 +39,8 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[
 
 
 @every_recipe
-def test_thirty_steps_are_finite_and_rows_stay_unit(name, training_of, take) -> None:
-    trainer = training_of(name)
+def test_thirty_steps_are_finite_and_rows_stay_unit(name, make_trainer, take) -> None:
+    trainer = make_trainer(name)
     unit = any(isinstance(mechanism, UnitNormDecoder) for mechanism in trainer.variant.mechanisms)
     before = trainer.variant.sae.W_enc.detach().clone()
     for number in take(trainer, range(30)):
@@ -54,21 +54,21 @@ def test_thirty_steps_are_finite_and_rows_stay_unit(name, training_of, take) -> 
 
 
 @every_recipe
-def test_unit_norm_comes_last(name, variant_of) -> None:
-    order = [isinstance(mechanism, UnitNormDecoder) for mechanism in variant_of(name).mechanisms]
+def test_unit_norm_comes_last(name, make_variant) -> None:
+    order = [isinstance(mechanism, UnitNormDecoder) for mechanism in make_variant(name).mechanisms]
     assert True not in order[:-1]
 
 
 @every_recipe
-def test_resume_is_exact(name, training_of, take, tmp_path: Path) -> None:
+def test_resume_is_exact(name, make_trainer, take, tmp_path: Path) -> None:
     """20 steps = 10, a checkpoint, new objects under another random state, and 10 more."""
     torch.manual_seed(1)
-    whole = training_of(name)
+    whole = make_trainer(name)
     list(take(whole, range(20)))
-    first = training_of(name)
+    first = make_trainer(name)
     list(take(first, range(10)))
     save_checkpoint(first, tmp_path, 10)
-    second = training_of(name)
+    second = make_trainer(name)
     torch.manual_seed(2)
     assert restore_checkpoint(second, tmp_path, pytest.fail) == 10
     assert same(training_state(second), training_state(first)) == []
@@ -78,9 +78,9 @@ def test_resume_is_exact(name, training_of, take, tmp_path: Path) -> None:
 
 @every_recipe
 def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
-    name, training_of, take, batches, tmp_path: Path
+    name, make_trainer, take, batches, tmp_path: Path
 ) -> None:
-    trainer = training_of(name, center=True)
+    trainer = make_trainer(name, center=True)
     list(take(trainer, range(10)))
     variant = trainer.variant
     save_sae(fold_normalization(variant.sae, float(variant.scale), variant.mean_D), tmp_path, {})
@@ -96,8 +96,8 @@ def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
 
 
 @every_recipe
-def test_save_and_load_keep_every_bit(name, training_of, take, batches, tmp_path: Path) -> None:
-    trainer = training_of(name)
+def test_save_and_load_keep_every_bit(name, make_trainer, take, batches, tmp_path: Path) -> None:
+    trainer = make_trainer(name)
     list(take(trainer, range(10)))
     raw = fold_normalization(trainer.variant.sae, float(trainer.variant.scale), trainer.variant.mean_D)
     save_sae(raw, tmp_path, {"layer": 0})
@@ -110,8 +110,8 @@ def test_save_and_load_keep_every_bit(name, training_of, take, batches, tmp_path
 
 
 @every_recipe
-def test_a_token_is_coded_by_itself_after_training(name, training_of, take, batches) -> None:
-    trainer = training_of(name)
+def test_a_token_is_coded_by_itself_after_training(name, make_trainer, take, batches) -> None:
+    trainer = make_trainer(name)
     list(take(trainer, range(10)))
     sae, x_BD = trainer.variant.sae.eval(), batches[20].float()
     with torch.no_grad():

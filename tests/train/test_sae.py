@@ -125,8 +125,8 @@ class Products(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def test_a_dense_step_makes_five_matrix_products(training_of, batches) -> None:
-    training = training_of("relu")
+def test_a_dense_step_makes_five_matrix_products(make_trainer, batches) -> None:
+    training = make_trainer("relu")
     with Products(64 * 32 * 512) as products:
         training.step(batches[0])
     assert products.count == 5

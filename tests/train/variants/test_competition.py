@@ -275,8 +275,8 @@ def test_invalid_options_raise_a_usage_error() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_takes_steps(name: str, training_of, take) -> None:
-    trainer = training_of(name, steps=5)
+def test_every_recipe_takes_steps(name: str, make_trainer, take) -> None:
+    trainer = make_trainer(name, steps=5)
     list(take(trainer, range(5)))
     metrics = trainer.pop_metrics()
     assert all(value == value and abs(value) < 1e6 for value in metrics.values())
@@ -299,8 +299,8 @@ def test_every_recipe_takes_steps(name: str, training_of, take) -> None:
         {"tau_on": "lift", "reduction": "sum"},
     ],
 )
-def test_every_option_trains(reading: dict[str, object], training_of, take) -> None:
-    trainer = training_of("competition-no-warmup", steps=10, **reading)
+def test_every_option_trains(reading: dict[str, object], make_trainer, take) -> None:
+    trainer = make_trainer("competition-no-warmup", steps=10, **reading)
     before = trainer.variant.sae.W_dec.detach().clone()
     list(take(trainer, range(10)))
     metrics = trainer.pop_metrics()
@@ -308,9 +308,9 @@ def test_every_option_trains(reading: dict[str, object], training_of, take) -> N
     assert not torch.equal(before, trainer.variant.sae.W_dec)
 
 
-def test_it_composes_with_another_base(variant_of, take) -> None:
+def test_it_composes_with_another_base(make_variant, take) -> None:
     """Six lines: matryoshka that competes. The statistics come before unit norm, and pairs are penalised."""
-    variant = variant_of("matryoshka", k=8)
+    variant = make_variant("matryoshka", k=8)
     term = CompetitionLoss(PairTable(variant.sae.d_sae, 1000, every=2), 8 / variant.sae.d_sae, tau=0.2)
     add_competition(variant, competition_strength(0.03, 0), term)
     assert variant.mechanisms[len(variant.mechanisms) - 2] is term.pairs
@@ -320,11 +320,11 @@ def test_it_composes_with_another_base(variant_of, take) -> None:
     assert metrics["pairs_above"] > 0 and metrics["competition"] > 0
 
 
-def test_bound_directions_are_pushed_apart(training_of, take) -> None:
+def test_bound_directions_are_pushed_apart(make_trainer, take) -> None:
     """From the same start, the pairs that pass end less alike under the penalty than without it."""
     similar = []
     for strength in (0.0, 3.0):
-        trainer = training_of("competition", k=6, tau=0.15, strength=strength, strength_warmup=0, lr=3e-3, warmup=0)
+        trainer = make_trainer("competition", k=6, tau=0.15, strength=strength, strength_warmup=0, lr=3e-3, warmup=0)
         list(take(trainer, range(30)))
         (store,) = [m for m in trainer.variant.mechanisms if isinstance(m, PairTable)]
         bound_P = store.conditional() >= 0.15

@@ -69,10 +69,10 @@ def test_chunks_depend_on_the_step_alone_and_every_pair_meets() -> None:
     assert pairs.min() > chance - 0.1 and pairs.max() < chance + 0.1  # five standard deviations of 400 deals
 
 
-def test_rows_end_less_alike_than_without_it(training_of, take) -> None:
+def test_rows_end_less_alike_than_without_it(make_trainer, take) -> None:
     nearest = []
     for strength in (0.0, 1.0):
-        trainer = training_of("ortsae", k=4, strength=strength, lr=1e-2, warmup=0)
+        trainer = make_trainer("ortsae", k=4, strength=strength, lr=1e-2, warmup=0)
         list(take(trainer, range(30)))
         rows_FD = trainer.variant.sae.W_dec.detach()
         nearest.append((rows_FD @ rows_FD.T).fill_diagonal_(0).abs().max(1).values.mean().item())

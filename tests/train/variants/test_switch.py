@@ -39,13 +39,13 @@ def test_any_leading_shape() -> None:
     torch.testing.assert_close(switch(z, x).flatten(0, 1), switch(z.flatten(0, 1), x.flatten(0, 1)))
 
 
-def training_of(**options: object) -> Trainer:
+def make_trainer(**options: object) -> Trainer:
     torch.manual_seed(0)
     return Trainer(find_recipe("switch").make(RunConfig(8, 32, 20, 64), {"k": 4, "experts": 4, **options}), 20, "cpu")
 
 
 def test_balance_is_one_where_all_get_their_share_and_the_count_where_one_gets_all() -> None:
-    trainer = training_of()
+    trainer = make_trainer()
     switch = trainer.variant.sae.activation[0]
     switch.W_router.data = torch.eye(8)[:, :4] * 100
     balance = LoadBalanceLoss(switch)
@@ -69,13 +69,13 @@ def test_balance_by_hand_and_its_gradient_through_probabilities_alone(switch) ->
 
 
 def test_reconstruction_teaches_the_router() -> None:
-    trainer = training_of()
+    trainer = make_trainer()
     trainer.variant.terms["mse"](trainer.variant(trainer.i, torch.randn(64, 8), trainer.optimizer)).backward()
     assert trainer.variant.sae.activation[0].W_router.grad.any()
 
 
 def test_normalisation_folds_into_the_router() -> None:
-    trainer = training_of(lr=1e-2, warmup=0)
+    trainer = make_trainer(lr=1e-2, warmup=0)
     for _ in range(10):
         trainer.step(torch.randn(64, 8))
     sae, mean_D, x_BD = trainer.variant.sae, torch.randn(8), 10 * torch.randn(256, 8)
@@ -85,7 +85,7 @@ def test_normalisation_folds_into_the_router() -> None:
 
 
 def test_latents_of_one_expert_a_token() -> None:
-    trainer = training_of()
+    trainer = make_trainer()
     f_BF = trainer.variant(trainer.i, torch.randn(64, 8), trainer.optimizer).f_BF
     used_BE = (f_BF.unflatten(1, (4, 8)) != 0).any(-1)
     assert (used_BE.sum(1) == 1).all() and (f_BF != 0).sum(1).max() <= 4
@@ -93,8 +93,8 @@ def test_latents_of_one_expert_a_token() -> None:
 
 
 def test_experts_fit_the_dictionary() -> None:
-    assert training_of(experts=None, k=16).variant.sae.activation[0].experts == 2
+    assert make_trainer(experts=None, k=16).variant.sae.activation[0].experts == 2
     with pytest.raises(UsageError, match="32 latents cannot be divided into 3 equal experts"):
-        training_of(experts=3)
+        make_trainer(experts=3)
     with pytest.raises(UsageError, match="at least k=9"):
-        training_of(k=9)
+        make_trainer(k=9)
