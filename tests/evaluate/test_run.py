@@ -498,7 +498,7 @@ def test_options_of_metrics_are_checked_together(tiny_cache, home):
     assert (
         "did you mean core?" in lines[0]
         and "did you mean batch_contexts?" in lines[1]
-        and "'x' is no value" in lines[2]
+        and "'x' is not a valid value" in lines[2]
     )
 
 
