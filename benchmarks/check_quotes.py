@@ -13,7 +13,9 @@ import re
 import sys
 from pathlib import Path
 
-from sae.evaluate.papers.claims import NUMBER, PAPERS, Paper, load_paper
+from sae.evaluate.papers.claims import PAPERS, Paper
+from sae.evaluate.papers.parse import load_paper
+from sae.evaluate.papers.quotes import NUMBER
 
 REFERENCES = re.compile(r"^\W*REFERENCES\s*$", re.MULTILINE)
 # Numbers that are neither a result nor a setting. Sections: one or two digits before a capital letter.

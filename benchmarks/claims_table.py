@@ -5,7 +5,8 @@ python benchmarks/claims_table.py > docs/claims.md
 
 from collections.abc import Iterator
 
-from sae.evaluate.papers.claims import PAPERS, Paper, load_paper
+from sae.evaluate.papers.claims import PAPERS, Paper
+from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.verdict import INTERVAL_TOLERANCE, MEAN_TOLERANCE, MIN_SEEDS, NO_EFFECT
 
 COLUMNS = (
@@ -46,7 +47,7 @@ def table_row(paper: Paper) -> str:
 
 
 def section(paper: Paper) -> Iterator[str]:
-    ran = paper.ran
+    ran = paper.setup
     yield f"\n## {paper.number}: {paper.title}\n"
     layers = ", ".join(map(str, ran.layers))
     budget = f"{ran.steps:,} steps of {ran.batch_size:,}" if ran.steps else "no training step"

@@ -64,7 +64,7 @@ def index_runs(all_runs: Iterable[ComparedRun]) -> Runs:
     """Runs by recipe, layer and seed. UsageError if two runs have the same, since one would be ignored."""
     runs: Runs = {}
     for run in all_runs:
-        key = run.run["variant"], run.run["layer"], run.run["seed"]
+        key = run.record["variant"], run.record["layer"], run.record["seed"]
         if key in runs:
             raise UsageError(
                 f"{runs[key].folder} and {run.folder} have the same recipe, layer and seed. Give one of them."
@@ -76,7 +76,7 @@ def index_runs(all_runs: Iterable[ComparedRun]) -> Runs:
 def other_differences(one: ComparedRun, other: ComparedRun) -> list[str]:
     """The options that both runs have with different values: lr, weight decay, pre_bias (input x - b_dec), ..."""
     options, other_options = (
-        run.run["resolved"] | {"pre_bias": read_json(run.folder / "sae.json", "pre_bias")["pre_bias"]}
+        run.record["resolved"] | {"pre_bias": read_json(run.folder / "sae.json", "pre_bias")["pre_bias"]}
         for run in (one, other)
     )
     return [name for name in options if name in other_options and options[name] != other_options[name]]

@@ -1,4 +1,4 @@
-"""`sae dashboard` and `sae inspect`: one run to look at, as a page and in the terminal."""
+"""`sae dashboard` and `sae inspect`: the latents of one run, as a page or in the terminal."""
 
 from pathlib import Path
 from shlex import quote
@@ -9,43 +9,41 @@ import typer
 from .console import bar, cli_command, echo
 from .options import Device, parse_tokens
 
-Run = Annotated[Path, typer.Argument(help="A run folder.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 Tokens = Annotated[
     int | None,
     typer.Option("--tokens", parser=parse_tokens, metavar="N", help="Held-out tokens to read. Default: 100k, or all."),
 ]
-BYTES_OF_A_LATENT, BYTES_OF_A_TOKEN = 900, 3  # of a page, about: what the plan says
 
 
 @cli_command
 def dashboard(
-    run: Run,
+    run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="Default: dashboard.html in the run folder.")] = None,
     tokens: Tokens = None,
     latents: Annotated[
-        int | None, typer.Option(help="At most so many latents, drawn at random, for a smaller file. Default: all.")
+        int | None, typer.Option(help="Show only so many latents, drawn at random, for a smaller file. Default: all.")
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Run -> one HTML file: its numbers and curves, and every latent with where it fires and what it pushes."""
+    """Run -> one HTML file: its numbers and curves, and every latent with passages and logit effects."""
     from datetime import date
 
     from ..common.formatting import format_bytes
     from ..evaluate.latents.inspection import open_run
-    from ..evaluate.pages.dashboard import check_page_path, sample_latents
-    from ..evaluate.pages.dashboard import dashboard_page as make
+    from ..evaluate.pages.dashboard import check_page_path, dashboard_page, estimate_page_bytes, sample_latents
     from ..evaluate.pages.page import write_page
 
     path = check_page_path(out or run / "dashboard.html")
-    found = open_run(run, tokens, device)
-    chosen = sample_latents(found.sae.d_sae, latents)
-    size = BYTES_OF_A_LATENT * len(chosen) + BYTES_OF_A_TOKEN * found.tokens
+    opened = open_run(run, tokens, device)
+    chosen = sample_latents(opened.sae.d_sae, latents)
+    size = format_bytes(estimate_page_bytes(len(chosen), opened.tokens))
     echo(
-        f"dashboard {found.row.name}: {len(chosen):,} of {found.sae.d_sae:,} latents on {found.tokens:,} held-out tokens, "
-        f"about {format_bytes(size)} -> {path}"
+        f"dashboard {opened.row.name}: {len(chosen):,} of {opened.sae.d_sae:,} latents on {opened.tokens:,} held-out "
+        f"tokens, about {size} -> {path}"
     )
-    with bar("dashboard", "") as shown:
-        page = make(found, chosen, date.today().isoformat(), shown)
+    with bar("dashboard", "") as progress:
+        page = dashboard_page(opened, chosen, date.today().isoformat(), progress)
     write_page(path, page)
     typer.echo(f"{path}   {format_bytes(path.stat().st_size)}; open it in a browser")
     echo(f"next     sae inspect {quote(str(run))} --latent {int(chosen[0])}     (a latent in the terminal)")
@@ -53,15 +51,15 @@ def dashboard(
 
 @cli_command
 def inspect(
-    run: Run,
-    latent: Annotated[list[int] | None, typer.Option("--latent", help="Its number. Repeats.")] = None,
+    run: RunFolder,
+    latent: Annotated[list[int] | None, typer.Option("--latent", help="Number of a latent. Repeatable.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Show what fires on each token of it; with --latent, of those alone.")
+        str | None, typer.Option(help="Show which latents fire on each token; with --latent, only those.")
     ] = None,
     tokens: Tokens = None,
     device: Device = "auto",
 ) -> None:
-    """One run in the terminal: what single latents do, or which latents fire on a prompt."""
+    """Single latents in the terminal, or the latents that fire on a prompt."""
     from ..common.errors import UsageError
     from ..common.formatting import format_count
     from ..evaluate.latents.inspection import check_latents, open_run
@@ -70,18 +68,18 @@ def inspect(
 
     latents = list(dict.fromkeys(latent or ()))
     if not latents and prompt is None:
-        raise UsageError("Say what to look at: --latent 12 (repeats), or --prompt 'some text', or both.")
-    found = open_run(run, tokens, device)
-    check_latents(latents, found.sae.d_sae, found.row.name)
-    printing: list[Any] = []
+        raise UsageError("Nothing to inspect: pass --latent 12 (repeatable), --prompt 'some text', or both.")
+    opened = open_run(run, tokens, device)
+    check_latents(latents, opened.sae.d_sae, opened.row.name)
+    blocks: list[Any] = []
     if prompt is not None:
-        printing.append(prompt_table(found, prompt, latents))
+        blocks.append(prompt_table(opened, prompt, latents))
     if latents:
         from torch import tensor
 
-        echo(f"inspect  {found.row.name}: {format_count(len(latents), 'latent')} on {found.tokens:,} held-out tokens")
-        with bar("inspect", "") as shown:
-            numbers = latent_stats(found.ctx, found.sae, found.hook, tensor(latents), shown)
-        printing += [latent_summary(found, numbers, place) for place in range(len(latents))]
-    print_blocks(printing)
+        echo(f"inspect  {opened.row.name}: {format_count(len(latents), 'latent')} on {opened.tokens:,} held-out tokens")
+        with bar("inspect", "") as progress:
+            stats = latent_stats(opened.ctx, opened.sae, opened.hook, tensor(latents), progress)
+        blocks += [latent_summary(opened, stats, place) for place in range(len(latents))]
+    print_blocks(blocks)
     echo(f"next     sae dashboard {quote(str(run))}     (all latents, as a page)")

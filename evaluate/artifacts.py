@@ -1,4 +1,4 @@
-"""A cache on disk for what does not depend on an SAE: residuals, probes, dataset statistics."""
+"""A cache on disk for what does not depend on an SAE: activations, probes, dataset statistics."""
 
 import contextlib
 import hashlib
@@ -16,34 +16,32 @@ from torch import Tensor
 from ..common.errors import DamagedError
 from ..common.files import atomic_write, digest_of, read_json, write_json
 
-STALE_SECONDS = 3600  # seconds without a write, after which what a dead process left half-written is removed
-
-
-FORMAT = 1  # of what stands on the shelf: raised when how any of it is made changes
+FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
+STALE_SECONDS = 3600  # a temporary file of a dead process is removed after so long without a write
 
 
 class ArtifactCache:
-    """What does not depend on an SAE, kept on the disk under a digest of everything that it does depend on.
+    """Tensors on disk, keyed by a digest of everything that they depend on.
 
-    A file that is cut off or of another checksum is made again. Several processes may use it at once: each writes under
-    a name of its own, and what is renamed last stays.
+    A file that is truncated or does not match its checksum is computed again. Several processes can share a cache: each
+    writes to a temporary file of its own, and the last rename wins.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get_or_compute(
-        self, kind: str, depends: Mapping[str, Any], make: Callable[[], dict[str, Tensor]], device: str = "cpu"
+        self, kind: str, depends: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]], device: str = "cpu"
     ) -> dict[str, Tensor]:
-        """The tensors of `kind` that `depends` pins down: mapped from the disk, or made and written there."""
+        """The tensors of `kind` for the inputs `depends`: memory-mapped from disk, or computed and written."""
         path = self.path(kind, depends)
-        if (found := self._read(path, device)) is None:
-            data = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in make().items()})
+        if (tensors := self._read(path, device)) is None:
+            data = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in compute().items()})
             atomic_write(path, data)
             digest = hashlib.sha256(data).hexdigest()
             write_json(path.with_suffix(".json"), {"kind": kind, "depends": dict(depends), "sha256": digest})
-            found = load_file(path, device)
-        return found
+            tensors = load_file(path, device)
+        return tensors
 
     def path(self, kind: str, depends: Mapping[str, Any]) -> Path:
         return self.folder / f"{kind}-{digest_of([FORMAT, kind, depends])[:16]}.safetensors"
@@ -63,22 +61,20 @@ class ArtifactCache:
 
 
 def remove_stale_temporaries(folder: Path) -> int:
-    """Remove what killed processes left half-written in a folder that has no lock; returns how many files.
+    """Remove temporary files of killed processes from a folder that has no lock. Returns how many were removed.
 
-    A process of another machine may be writing there under a number that is dead here, so a fresh file stays.
+    Recent files stay: a process on another machine can be writing one under an id that no process has here.
     """
-    strays = 0
+    removed = 0
     for path in folder.glob("**/*.tmp-*"):
-        with contextlib.suppress(OSError):  # another process has just finished or swept it
-            number = path.suffix.removeprefix(".tmp-")
-            if (
-                number.isdecimal()
-                and not is_running(int(number))
-                and time.time() - path.stat().st_mtime > STALE_SECONDS
-            ):
+        with contextlib.suppress(OSError):  # another process has just renamed or removed it
+            process = path.suffix.removeprefix(".tmp-")
+            if not process.isdecimal() or is_running(int(process)):
+                continue
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
-                strays += 1
-    return strays
+                removed += 1
+    return removed
 
 
 def is_running(process: int) -> bool:
@@ -86,6 +82,6 @@ def is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # it belongs to another user
         return True
     return True

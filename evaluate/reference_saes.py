@@ -1,4 +1,4 @@
-"""Rows to read a number against: the SAEs that change nothing and keep nothing, and what no training is needed for."""
+"""Reference SAEs to compare with: the identity, zero, a PCA and a random dictionary. None of them is trained."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ from ..train.sae import SAE
 from .context import EvalContext
 from .metrics.base import EvalTarget
 
-FIT_CONTEXTS = 256  # of training text, to fit means and directions on: some 30,000 rows
-GAIN_ROWS = 2048  # of those, to count the SAEs' latents on and to fit a gain
+FIT_CONTEXTS = 256  # contexts of training text that the PCA is fitted on: some 30,000 rows
+GAIN_ROWS = 2048  # the first of these rows, on which the SAEs' L0 is measured and the gain is fitted
 
 
 class Identity:
-    """x_hat = x: every score is 1."""
+    """x_hat = x, for which every score is 1."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x
@@ -27,7 +27,7 @@ class Identity:
 
 
 class Zero:
-    """x_hat = 0 at every position, BOS included: what the scores call 0."""
+    """x_hat = 0 at every position, BOS included, for which the scores are 0."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape)
@@ -37,7 +37,7 @@ class Zero:
 
 
 class PCA:
-    """x_hat = mean + the projection on the `rank` directions of largest variance; its latents are signed and dense."""
+    """x_hat = mean + projection on the `rank` directions of largest variance. Latents are signed and dense."""
 
     def __init__(self, x_RD: Tensor, rank: int) -> None:
         self.b_dec = x_RD.mean(0)
@@ -52,7 +52,7 @@ class PCA:
 
 
 def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
-    """Random unit rows, TopK of their products with x - mean, and the gain that leaves the smallest squared error."""
+    """An SAE with random unit rows, TopK of their products with x - mean, and the gain with the least squared error."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sae = SAE(x_RD.shape[1], d_sae, [TopK(k)]).requires_grad_(False).to(x_RD.device).eval()
@@ -63,29 +63,29 @@ def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
 
 
 def reference_targets(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
-    """For SAEs of one layer: the identity, zero, PCA and a random dictionary at their median L0 and width."""
+    """Identity, zero, PCA and a random dictionary for SAEs of one layer, at their median L0 and width."""
     layer = targets[0].layer
     x_RD = sample_activations(ctx, text, layer).float()
-    few_RD = x_RD[:GAIN_ROWS]
-    counts = torch.stack([(target.sae.encode(few_RD) != 0).sum(1).float().mean() for target in targets])
-    widths = torch.tensor([target.sae.encode(few_RD[:1]).shape[1] for target in targets])
-    rank = min(max(round(float(counts.median())), 1), x_RD.shape[1] - 1)
+    gain_RD = x_RD[:GAIN_ROWS]
+    l0s = torch.stack([(target.sae.encode(gain_RD) != 0).sum(1).float().mean() for target in targets])
+    widths = torch.tensor([target.sae.encode(gain_RD[:1]).shape[1] for target in targets])
+    rank = min(max(round(float(l0s.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)
     return {
         "identity": EvalTarget(Identity(), layer, reference=True),
         "zero": EvalTarget(Zero(), layer, everywhere=True, reference=True),
         f"pca-{rank}": EvalTarget(PCA(x_RD, rank), layer, reference=True),
-        f"random-{rank}": EvalTarget(random_dictionary(few_RD, width, rank), layer, reference=True),
+        f"random-{rank}": EvalTarget(random_dictionary(gain_RD, width, rank), layer, reference=True),
     }
 
 
 def sample_activations(ctx: EvalContext, text: Contexts, layer: int) -> Tensor:
-    """Rows (R, D) of the beginning of the text, from the shelf or one pass."""
+    """Activations (R, D) of the first contexts of the text, from the artifact cache or one pass of the model."""
     text = text.select(slice(0, FIT_CONTEXTS))
 
-    def make() -> dict[str, Tensor]:
+    def capture() -> dict[str, Tensor]:
         batches = ctx.batches(16, FIT_CONTEXTS, text)
         return {"x": torch.cat([ctx.model.capture(b.ids, [layer])[layer][b.counted].cpu() for b in batches])}
 
-    pinned = {**ctx.model_identity, "skip": ctx.special_ids, "layer": layer, "ids": digest_of(text.ids.tolist())}
-    return ctx.artifacts.get_or_compute("sample", pinned, make)["x"].to(ctx.device)
+    depends = {**ctx.model_identity, "skip": ctx.special_ids, "layer": layer, "ids": digest_of(text.ids.tolist())}
+    return ctx.artifacts.get_or_compute("sample", depends, capture)["x"].to(ctx.device)

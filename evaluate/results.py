@@ -1,4 +1,4 @@
-"""Result files: runs/<name>/evaluations/<metric>.json, with SAEBench's field names."""
+"""Result files: <run>/evaluations/<metric>.json, with SAEBench's field names."""
 
 import contextlib
 import copy
@@ -13,32 +13,38 @@ from ..common.errors import DamagedError
 from ..common.files import digest_of, make_folder, os_error, read_json, write_json
 from .metrics.base import JsonPath, Metric, MetricResult
 
+ABSENT = -1.0  # what SAEBench writes for a number that does not exist
+UNSTRUCTURED_KEYS = ("intervals", "n", "flags", "extra")
+RESULT_KEYS = ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
+
 
 def result_file(folder: Path, metric: Metric) -> Path:
     return folder / "evaluations" / f"{metric.name}.json"
 
 
 def write_result(
-    folder: Path, metric: Metric, settings: Mapping[str, Any], result: MetricResult, run: Mapping[str, Any]
+    folder: Path, metric: Metric, settings: Mapping[str, Any], result: MetricResult, record: Mapping[str, Any]
 ) -> None:
-    """One file per run and metric, with SAEBench's envelope. As in its files, -1 stands for a number that does not exist;
-    since a number can be -1 too, `absent` says where.
+    """Write a result in SAEBench's envelope; `record` is the contents of sae.json.
+
+    A result of other settings is moved to `evaluations/earlier/` first. As in SAEBench's files, -1 stands for a number
+    that does not exist. Since a number can also be -1, `absent` lists where such numbers are.
     """
-    ours = {"metrics": result.metrics, "details": result.details}
-    absent = list(find_leaves(None, ours))
-    theirs = replace_leaves(ours, absent, ABSENT)
+    values = {"metrics": result.metrics, "details": result.details}
+    absent = list(find_leaves(None, values))
+    written = replace_leaves(values, absent, ABSENT)
     envelope = {
         "eval_type_id": metric.type_id,
         "eval_config": dict(settings),
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": theirs["metrics"],
-        "eval_result_details": theirs["details"],
+        "eval_result_metrics": written["metrics"],
+        "eval_result_details": written["details"],
         "sae_bench_commit_hash": f"sae-pipeline {version('sae-pipeline')}",
         "sae_lens_id": "custom_sae",
         "sae_lens_release_id": folder.name,
         "sae_lens_version": "none",
-        "sae_cfg_dict": dict(run),
+        "sae_cfg_dict": dict(record),
         "eval_result_unstructured": {name: getattr(result, name) for name in UNSTRUCTURED_KEYS} | {"absent": absent},
     }
     path = result_file(folder, metric)
@@ -49,68 +55,61 @@ def write_result(
     write_json(path, envelope)
 
 
-ABSENT = -1.0
-
-
-UNSTRUCTURED_KEYS = ("intervals", "n", "flags", "extra")
-
-
-RESULT_KEYS = ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
-
-
 def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> MetricResult | None:
-    """The result of an earlier evaluation with the same settings, if there is one; it is then the metric's file again,
-    where that can be written.
+    """The result of an earlier evaluation with the same settings, or None.
 
-    Raises DamagedError for a file that holds no result.
+    If it was archived, it is moved back to the metric's file where the folder can be written.
+
+    Raises DamagedError for a file that is not a result.
     """
-    path, aside = result_file(folder, metric), archived_file(folder, metric, settings)
-    if path.exists() and archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"]) == aside:
+    path, archived = result_file(folder, metric), archived_file(folder, metric, settings)
+    if path.exists() and archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"]) == archived:
         return read_result_file(path, metric)
-    if not aside.exists():
+    if not archived.exists():
         return None
-    found = read_result_file(aside, metric)
+    result = read_result_file(archived, metric)
     with contextlib.suppress(OSError):
         archive_other_settings(folder, metric, settings)
-        aside.replace(path)
-    return found
+        archived.replace(path)
+    return result
 
 
 def read_result_file(path: Path, metric: Metric | type[Metric]) -> MetricResult:
-    """What a result file holds. Raises DamagedError for one that holds none."""
-    found = read_json(path, *RESULT_KEYS)
+    """Read a result file. Raises DamagedError if it is not one."""
+    envelope = read_json(path, *RESULT_KEYS)
     try:
-        more = {name: found["eval_result_unstructured"][name] for name in UNSTRUCTURED_KEYS}
-        theirs = {"metrics": found["eval_result_metrics"], "details": found["eval_result_details"]}
-        absent = found["eval_result_unstructured"].get("absent")
-        ours = replace_leaves(theirs, list(find_leaves(ABSENT, theirs)) if absent is None else absent, None)
+        unstructured = {name: envelope["eval_result_unstructured"][name] for name in UNSTRUCTURED_KEYS}
+        written = {"metrics": envelope["eval_result_metrics"], "details": envelope["eval_result_details"]}
+        absent = envelope["eval_result_unstructured"].get("absent")
+        values = replace_leaves(written, list(find_leaves(ABSENT, written)) if absent is None else absent, None)
         metrics = {
-            c: {n: v if v is None else float(v) for n, v in group.items()} for c, group in ours["metrics"].items()
+            category: {name: value if value is None else float(value) for name, value in group.items()}
+            for category, group in values["metrics"].items()
         }
-        details, more["n"] = [{**entry} for entry in ours["details"]], {**more["n"]}
+        details, unstructured["n"] = [{**entry} for entry in values["details"]], {**unstructured["n"]}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DamagedError(f"{path} holds no result of {metric.name}. Remove it and evaluate again.") from error
-    return MetricResult(metrics, details, **more)
+        raise DamagedError(f"{path} is not a result of {metric.name}. Remove it and evaluate again.") from error
+    return MetricResult(metrics, details, **unstructured)
 
 
 def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:
-    """Where the result of these settings stands once one of other settings has taken its place."""
+    """Where the result of these settings is kept after a result of other settings has replaced it."""
     return folder / "evaluations" / "earlier" / f"{metric.name}-{digest_of(settings)[:8]}.json"
 
 
 def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
-    """Make room for a result of these settings: one of others was perhaps hours of work, and is kept."""
+    """Move a result of other settings to the archive: it may have taken hours to measure."""
     path = result_file(folder, metric)
-    with contextlib.suppress(DamagedError):  # there is none, or nothing in it that could be kept
-        aside = archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"])
-        if aside != archived_file(folder, metric, settings):
-            make_folder(aside.parent)
-            with contextlib.suppress(FileNotFoundError):  # another process has just done so
-                path.replace(aside)
+    with contextlib.suppress(DamagedError):  # there is no result, or a file that is not one and can be overwritten
+        archived = archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"])
+        if archived != archived_file(folder, metric, settings):
+            make_folder(archived.parent)
+            with contextlib.suppress(FileNotFoundError):  # another process has just moved it
+                path.replace(archived)
 
 
 def find_leaves(leaf: float | None, tree: Any) -> Iterator[JsonPath]:
-    """Where a leaf stands."""
+    """The paths of all leaves with this value in a tree of dictionaries and lists."""
     branches = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, branch in branches:
         if isinstance(branch, (dict, list)):
@@ -119,12 +118,12 @@ def find_leaves(leaf: float | None, tree: Any) -> Iterator[JsonPath]:
             yield [key]
 
 
-def replace_leaves(tree: Any, places: Sequence[JsonPath], leaf: float | None) -> Any:
-    """A copy of the tree with this leaf at some places."""
+def replace_leaves(tree: Any, paths: Sequence[JsonPath], leaf: float | None) -> Any:
+    """A copy of the tree with `leaf` at these paths."""
     tree = copy.deepcopy(tree)
-    for *branches, last in places:
-        at = tree
+    for *branches, last in paths:
+        node = tree
         for key in branches:
-            at = at[key]
-        at[last] = leaf
+            node = node[key]
+        node[last] = leaf
     return tree

@@ -1,14 +1,27 @@
 """The rows of an evaluation: SAEs with their results, grouped by the cache whose text they are evaluated on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..cache.reader import Cache
 from ..common.errors import SaeError
 from .context import EvalContext
 from .metrics.base import EvalTarget, MetricResult
+
+
+class MeasuredRun(Protocol):
+    """Anything with a name and results: a row of an evaluation, or a run that is compared from its files."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def results(self) -> Mapping[str, MetricResult]: ...
+
+    @property
+    def is_reference(self) -> bool: ...
 
 
 @dataclass
@@ -32,6 +45,10 @@ class EvalRow:
     weights: str = ""
     results: dict[str, MetricResult] = field(default_factory=dict)
     errors: dict[str, SaeError] = field(default_factory=dict)
+
+    @property
+    def is_reference(self) -> bool:
+        return self.target.reference
 
     def flat(self) -> dict[str, Any]:
         """The row as one flat dictionary, for `pandas.DataFrame([row.flat() for row in rows])`.
@@ -66,4 +83,4 @@ class EvalGroup:
 
 def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
     """(metric, reason) of everything that has no result, without the reference rows."""
-    return {(m, str(error)) for row in rows if not row.target.reference for m, error in row.errors.items()}
+    return {(m, str(error)) for row in rows if not row.is_reference for m, error in row.errors.items()}

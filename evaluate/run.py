@@ -54,10 +54,10 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress) 
         for metric in plan.metrics:
             if metric.name in group.settings:
                 if not plan.config.force:
-                    read_earlier_results(metric, group, [row for row in group_rows if row.target.reference])
+                    read_earlier_results(metric, group, [row for row in group_rows if row.is_reference])
                 measure(metric, group, group_rows, progress)
-        rows += [row for row in group_rows if row.results or not row.target.reference]
-    errors = [error for row in rows for error in row.errors.values() if not row.target.reference]
+        rows += [row for row in group_rows if row.results or not row.is_reference]
+    errors = [error for row in rows for error in row.errors.values() if not row.is_reference]
     if errors and not any(row.results for row in rows):
         raise type(errors[0])("\n".join(dict.fromkeys(map(str, errors))))
     return rows

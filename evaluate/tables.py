@@ -1,4 +1,4 @@
-"""Results as tables for a reader: which direction is better, the range, what was counted, and how sure a number is."""
+"""Results as tables: what each number is, which direction is better, its range, and how certain it is."""
 
 import contextlib
 import re
@@ -12,104 +12,111 @@ from ..common.errors import DamagedError
 from ..common.files import digest_of, read_json
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
-from .rows import EvalRow
+from .rows import EvalRow, MeasuredRun
 
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
+# Keys of run.json that do not decide the weights: runs of one recipe can come from several commands and machines.
+IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
 
 
 def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """For each metric that was measured: its title, heads and lines.
+    """Yield (title, heads, lines) for each metric that was measured.
 
-    A cell is a number and half its 95 % interval, where it has one; empty where a row has no such number. A number
-    that no row has gets no column. Runs that differ in nothing but their seed get a line with their mean and standard
-    deviation.
+    A cell is a number, with half its 95 % interval if it has one, and empty where a row has no such number. A number
+    that no row has gets no column. Runs that differ only in their seed get a line with mean and standard deviation.
     """
     for name, metric in METRICS.items():
         measured = [row for row in rows if name in row.results]
-        if measured:
-            counted = {
-                ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in row.results[name].n.items() if n)
-                for row in measured
-            }
-            title = f"{metric.title}; n = {counted.pop()}" if len(counted) == 1 and counted != {""} else metric.title
-            numbers = [n for n in metric.columns if any(metric_value(row, name, n) is not None for row in measured)]
-            lines = [[row.name, *(format_cell(row, name, number) for number in numbers)] for row in measured]
-            yield title, ["run", *map(column_heading, numbers)], lines + seed_lines(measured, name, numbers)
+        if not measured:
+            continue
+        counts = {
+            ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in row.results[name].n.items() if n)
+            for row in measured
+        }
+        title = f"{metric.title}; n = {counts.pop()}" if len(counts) == 1 and counts != {""} else metric.title
+        columns = [c for c in metric.columns if any(metric_value(row, name, c) is not None for row in measured)]
+        lines = [[row.name, *(format_cell(row, name, column) for column in columns)] for row in measured]
+        yield title, ["run", *map(column_heading, columns)], lines + seed_lines(measured, name, columns)
 
 
-def notes(rows: Sequence[EvalRow]) -> list[str]:
-    """The flags of all runs, those that differ in nothing but their figures once."""
-    told: dict[tuple[str, str], list[tuple[str, str]]] = {}
+def notes(rows: Sequence[MeasuredRun]) -> list[str]:
+    """The flags of all runs as sentences. Flags that differ only in their numbers are given once."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for row in rows:
-        for name, result in row.results.items():
-            for flag in () if row.target.reference else result.flags:
-                told.setdefault((name, re.sub(r"[0-9.]+", "#", flag)), []).append((row.name, flag))
-    return [
-        f"{metric}, {found[0][0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "") + f": {found[0][1]}"
-        for (metric, _), found in told.items()
-    ]
+        for metric, result in row.results.items():
+            for flag in () if row.is_reference else result.flags:
+                groups.setdefault((metric, re.sub(r"[0-9.]+", "#", flag)), []).append((row.name, flag))
+    sentences = []
+    for (metric, _), flags in groups.items():
+        name, flag = flags[0]
+        others = f" and {len(flags) - 1} more" if len(flags) > 1 else ""
+        sentences.append(f"{metric}, {name}{others}: {flag}")
+    return sentences
 
 
-def column_heading(number: MetricColumn) -> str:
-    """The name with the better direction, and under it the least and the largest that the number can well be."""
-    ends = ["" if end is None else f"{end:g}" for end in (number.floor, number.ceiling)]
-    return number.heading + ARROWS[number.better] + (f"\n{ends[0]}..{ends[1]}" if any(ends) else "")
+def column_heading(column: MetricColumn) -> str:
+    """The name with an arrow in the better direction; below it the range of the number."""
+    ends = ["" if end is None else f"{end:g}" for end in (column.floor, column.ceiling)]
+    return column.heading + ARROWS[column.better] + (f"\n{ends[0]}..{ends[1]}" if any(ends) else "")
 
 
-def metric_value(row: EvalRow, metric: str, number: MetricColumn) -> float | None:
-    return row.results[metric].metrics.get(number.category, {}).get(number.name)
+def metric_value(row: MeasuredRun, metric: str, column: MetricColumn) -> float | None:
+    return row.results[metric].metrics.get(column.category, {}).get(column.name)
 
 
-def format_cell(row: EvalRow, metric: str, number: MetricColumn) -> str:
-    value = metric_value(row, metric, number)
-    if value is None:
-        return ""
-    low, high = row.results[metric].intervals.get(number.category, {}).get(number.name) or (None, None)
-    return format_with_spread(value, 0 if low is None or high is None else (high - low) / 2, number.format)
+def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
+    """Half the 95 % interval of a number over the text; 0 if it has none."""
+    low, high = row.results[metric].intervals.get(column.category, {}).get(column.name) or (None, None)
+    return 0.0 if low is None or high is None else (high - low) / 2
+
+
+def format_cell(row: EvalRow, metric: str, column: MetricColumn) -> str:
+    value = metric_value(row, metric, column)
+    return "" if value is None else format_with_spread(value, half_interval(row, metric, column), column.format)
 
 
 def format_with_spread(value: float, spread: float, form: str) -> str:
     return format(value, form) + (f" ±{format(spread, form).removeprefix('0')}" if spread > 0 else "")
 
 
-def seed_lines(rows: Sequence[EvalRow], metric: str, numbers: Sequence[MetricColumn]) -> list[list[str]]:
-    """Mean and sd of runs that differ in their seed alone; then what each such group has more than the first one.
+def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
+    """A line with mean and sd for each group of runs that differ only in their seed.
 
-    That difference is paired: of runs with the same seed, with half the 95 % interval of Student's t.
+    From the second group on it is followed by the group's difference to the first one: paired over runs with the same
+    seed, with half the 95 % interval of Student's t.
     """
-    groups: dict[str, dict[int, EvalRow]] = {}
-    for row in rows:
-        if row.folder:
-            with contextlib.suppress(DamagedError):  # a reference, or imported: it has no seed
-                record = read_json(row.folder / "run.json", "seed")
-                groups.setdefault(digest_without_seed(record), {})[record["seed"]] = row
     lines: list[list[str]] = []
     first: dict[int, EvalRow] = {}
-    for group in groups.values():
-        if len(group) < 2:
-            continue
+    for group in runs_by_seed(rows):
         name = group_name(group)
-        found = [[v for row in group.values() if (v := metric_value(row, metric, n)) is not None] for n in numbers]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in found]
-        cells = [
-            format_with_spread(statistics.mean(values), sd, n.format) if values else ""
-            for n, values, sd in zip(numbers, found, spread, strict=True)
-        ]
+        cells = []
+        for column in columns:
+            values = [v for row in group.values() if (v := metric_value(row, metric, column)) is not None]
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            cells.append(format_with_spread(statistics.mean(values), spread, column.format) if values else "")
         lines.append([f"{name}, {len(group)} seeds ± sd", *cells])
         first = first or group
         shared = sorted(first.keys() & group.keys())
         if group is not first and len(shared) > 1:
-            cells = [paired_difference([(group[seed], first[seed]) for seed in shared], metric, n) for n in numbers]
+            pairs = [(group[seed], first[seed]) for seed in shared]
+            cells = [paired_difference(pairs, metric, column) for column in columns]
             lines.append([f"{name} - {group_name(first)}, paired", *cells])
     return lines
 
 
-# Of a run's record, what does not decide its result: runs of one recipe can come from several commands and machines.
-IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
+def runs_by_seed(rows: Sequence[EvalRow]) -> list[dict[int, EvalRow]]:
+    """The groups of at least two runs that differ only in their seed, as seed -> run."""
+    groups: dict[str, dict[int, EvalRow]] = {}
+    for row in rows:
+        if row.folder:
+            with contextlib.suppress(DamagedError):  # a reference or an imported SAE has no run.json and no seed
+                record = read_json(row.folder / "run.json", "seed")
+                groups.setdefault(digest_without_seed(record), {})[record["seed"]] = row
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def digest_without_seed(record: Mapping[str, Any]) -> str:
-    """The same for runs that differ in nothing but their seed."""
+    """A digest that is equal for runs that differ only in their seed; `record` is run.json."""
     return digest_of({name: value for name, value in record.items() if name not in IGNORED_KEYS})
 
 
@@ -117,12 +124,12 @@ def group_name(group: dict[int, EvalRow]) -> str:
     return next(iter(group.values())).name.rsplit("-s", 1)[0]
 
 
-def paired_difference(pairs: Sequence[tuple[EvalRow, EvalRow]], metric: str, number: MetricColumn) -> str:
-    values = [(metric_value(one, metric, number), metric_value(other, metric, number)) for one, other in pairs]
+def paired_difference(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]], metric: str, column: MetricColumn) -> str:
+    """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty below two pairs."""
+    values = [(metric_value(one, metric, column), metric_value(other, metric, column)) for one, other in pairs]
     differences = [one - other for one, other in values if one is not None and other is not None]
     if len(differences) < 2:
         return ""
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    return format_with_spread(
-        statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * error, number.format
-    )
+    half = float(t.ppf(0.975, len(differences) - 1)) * error
+    return format_with_spread(statistics.mean(differences), half, column.format)

@@ -36,6 +36,7 @@ EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
     ("run",),
     ("tables",),
     ("compare",),
+    ("compare_charts",),
     ("latents", "papers"),
     ("pages",),
 )

@@ -310,17 +310,17 @@ def test_steering_at_another_site_changes_what_stands_there(model: Any, site: st
 @pytest.mark.parametrize(
     ("s", "given", "sentence"),
     [
-        (sae_of(3), {"strength": 1.0}, "of layer 3 and 16 wide; this LlamaForCausalLM has 3 blocks"),
-        (sae_of(1, d_in=8), {"strength": 1.0}, "8 wide; .* is 16 wide there"),
+        (sae_of(3), {"strength": 1.0}, "layer 3 of width 16, but this LlamaForCausalLM has 3 blocks"),
+        (sae_of(1, d_in=8), {"strength": 1.0}, "of width 8, but .* of width 16"),
         (sae_of(1), {}, "Give either strength"),
         (sae_of(1), {"strength": 1.0, "clamp": 1.0}, "Give either strength"),
         (sae_of(1), {"strength": 1.0, "latent": 32}, "There is no latent 32"),
         (sae_of(1), {"strength": 1.0, "positions": slice(-3, None)}, "Count from 0"),
-        (SAE(16, 4), {"strength": 1.0}, "does not say of which layer"),
-        (sae_of(1), {"strength": float("nan")}, "nan is no activation"),
+        (SAE(16, 4), {"strength": 1.0}, "does not record its layer"),
+        (sae_of(1), {"strength": float("nan")}, "invalid strength nan"),
         (sae_of(1), {"strength": 1.0, "latent": 3.5}, "There is no latent 3.5"),
         (sae_of(1), {"strength": 1.0, "latent": "3"}, "There is no latent '3'"),
-        ("runs/mine", {"strength": 1.0}, "a model of transformers and an SAE"),
+        ("runs/mine", {"strength": 1.0}, "a transformers model and an SAE"),
     ],
 )
 def test_steering_that_cannot_be_is_refused(s: SAE, given: dict[str, Any], sentence: str) -> None:

@@ -61,8 +61,9 @@ def train_saes(
 ) -> list[Run]:
     """Train SAEs on an activation cache, as `sae train` does, and return the finished runs.
 
-    Every combination of variant, layer, L0 and seed is one run with its own folder; runs that read the same batches are
-    trained together on one pass. Finished runs are not trained again, and interrupted ones are resumed.
+    Every combination of variant, layer, L0 and seed is one run with a folder of its own; those that read the same
+    batches are trained together on one pass over the cache. Runs that are finished already are returned as they are,
+    and interrupted ones are resumed from their last checkpoint.
 
     Example:
         >>> runs = sae.train_saes(["topk", "batchtopk"], cache="activations/...", options={"k": 64, "topk.lr": 1e-3})
@@ -71,17 +72,19 @@ def train_saes(
 
     Args:
         variants: the name of a recipe, or several; `sae variants` lists them.
-        cache: an open cache, its folder, or several folders read as one. None: the only cache that holds the layer.
-        layers: zero-based blocks; the SAEs are of the residual stream after them.
+        cache: an open cache, its folder, or several folders that are read as one. Needed only when several caches hold
+            the layer.
+        layers: zero-based blocks; activations are of the residual stream after them.
         seeds: seeds of the initial weights.
         steps: optimisation steps. None: one epoch of the cache.
         width: d_sae, as a number, "16k" or "8x" for eight times d_in. None: the recipe's.
         l0: target latents per token, for any recipe. None: the recipe's default.
-        options: of the recipes, as {"k": 64, "topk.lr": 1e-3} or, as for --set, ["k=64", "topk.lr=1e-3"].
+        options: options of the recipes, {"k": 64, "topk.lr": 1e-3} or ["k=64", "topk.lr=1e-3"] as for --set.
         out: the folder of the run folders. None: runs/.
         device: "auto", "cpu", "cuda" or "cuda:N".
         progress: callbacks; None is silent.
-        more: other fields of `sae.train.plan.TrainConfig`: batch_size, site, paper_exact, shuffle_seed, log_every, ...
+        more: any other field of `sae.train.plan.TrainConfig`, such as batch_size, site, paper_exact, shuffle_seed,
+            checkpoint_every or log_every.
 
     Returns:
         A list of `Run`, which can be given wherever a path is taken; `run.load()` is its SAE, `run.folder` its folder.
@@ -96,21 +99,20 @@ def train_saes(
     for name in more:
         if name not in known:
             raise UsageError(f"train_saes has no argument {name!r}{did_you_mean(name, known)}")
-    plan = plan_training(
-        TrainConfig(
-            variants=[variants] if isinstance(variants, str) else list(variants),
-            caches=cache_folders(cache),
-            layers=[layers] if isinstance(layers, int) else list(layers),
-            seeds=[seeds] if isinstance(seeds, int) else list(seeds),
-            steps=steps,
-            width=None if width is None else str(width),
-            l0=() if l0 is None else [l0] if isinstance(l0, int | float) else list(l0),
-            options=options or (),
-            out=None if out is None else Path(out),
-            device=device,
-            **more,
-        )
+    config = TrainConfig(
+        variants=[variants] if isinstance(variants, str) else list(variants),
+        caches=cache_folders(cache),
+        layers=[layers] if isinstance(layers, int) else list(layers),
+        seeds=[seeds] if isinstance(seeds, int) else list(seeds),
+        steps=steps,
+        width=None if width is None else str(width),
+        l0=() if l0 is None else [l0] if isinstance(l0, int | float) else list(l0),
+        options=options or (),
+        out=None if out is None else Path(out),
+        device=device,
+        **more,
     )
+    plan = plan_training(config)
     run_training(plan, progress or TrainProgress())
     return plan.runs
 

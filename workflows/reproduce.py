@@ -21,7 +21,8 @@ from ..evaluate.compare import read_run
 from ..evaluate.metrics.registry import metrics_of_suite
 from ..evaluate.pages.page import write_page
 from ..evaluate.pages.reproduction import reproduction_page
-from ..evaluate.papers.claims import PAPERS, Paper, PaperSystem, Reading, load_paper
+from ..evaluate.papers.claims import PAPERS, Paper, PaperSystem, Reading
+from ..evaluate.papers.parse import load_paper
 from ..evaluate.papers.report import PaperReport, build_report, load_system_run
 from ..evaluate.plan import EvaluateConfig
 from ..harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
@@ -161,7 +162,7 @@ def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lamb
 
 def is_paper_model(config: ReproduceConfig, papers: Iterable[Paper]) -> bool:
     """Whether the model is the papers' own."""
-    return config.model in {paper.ran.reads_as for paper in papers}
+    return config.model in {paper.setup.reads_as for paper in papers}
 
 
 def sources_of(
@@ -205,13 +206,13 @@ def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list
             system=system.id,
             recipe=recipe,
             options=set_options(recipe, reading.options, system.options),
-            dataset=config.dataset or (paper.run.dataset if on_paper_model else None),
-            steps=config.steps or paper.run.steps,
-            batch_size=config.batch_size or (paper.run.batch_size if on_paper_model else None),
+            dataset=config.dataset or (paper.reproduction.dataset if on_paper_model else None),
+            steps=config.steps or paper.reproduction.steps,
+            batch_size=config.batch_size or (paper.reproduction.batch_size if on_paper_model else None),
             width=scale_width(system.width, main.width, config.width),
             paper_exact=reading.literal,
-            layers=tuple(config.layers or paper.ran.layers),
-            seeds=tuple(config.seeds or paper.run.seeds),
+            layers=tuple(config.layers or paper.setup.layers),
+            seeds=tuple(config.seeds or paper.reproduction.seeds),
         )
 
     return [job(system, recipe) for system in paper.systems.values() for recipe in system.recipes]

@@ -48,7 +48,7 @@ class Precomputed:
 
 
 def buffers(batches: int, bytes_a_batch: int) -> int:
-    """The fewest equal buffers of whole batches of at most 2 GB, its default: SAELens writes only full buffers."""
+    """The fewest equal buffers that hold whole batches and at most the 2 GB of its default: it writes only full ones."""
     needed = math.ceil(batches * bytes_a_batch / 2e9)
     return next(n for n in range(needed, batches + 1) if batches % n == 0)
 

@@ -1,7 +1,7 @@
-"""Datasets of the Hub, each at one commit.
+"""Datasets from the Hub, each pinned to one commit.
 
-A home goes on reading the commit that it read first, so that its numbers compare, and a result that is kept is known as
-such without the network. It stands in activations/evaluation/datasets/<name>.json; who removes that takes the newest.
+The first commit that is read is recorded in activations/evaluation/datasets/<name>.json and used from then on, so that
+results stay comparable and earlier results are recognised without a network. Remove the file to use the latest commit.
 """
 
 import contextlib
@@ -13,28 +13,28 @@ from typing import Any
 from ...common.errors import UnavailableError
 from ...common.files import read_json, sae_home, write_json
 
-TIMEOUT_SECONDS = 20  # for one answer
+TIMEOUT_SECONDS = 20  # per request
 
 
 def pinned_commit(name: str) -> str:
-    """The commit of a dataset. Raises whatever says that the Hub cannot be reached, or does not give it."""
+    """The commit of a dataset that is read here. Raises the error of the HTTP client if the Hub does not tell it."""
     record = sae_home() / "activations" / "evaluation" / "datasets" / f"{name.replace('/', '--')}.json"
     if record.exists():
         return read_json(record, "commit")["commit"]
-    found = latest_commit(name)
-    with contextlib.suppress(UnavailableError):  # where nothing can be written, it is asked for again
-        write_json(record, {"dataset": name, "commit": found})
-    return found
+    commit = latest_commit(name)
+    with contextlib.suppress(UnavailableError):  # in a read-only home the Hub is asked every time
+        write_json(record, {"dataset": name, "commit": commit})
+    return commit
 
 
 def latest_commit(name: str) -> str:
-    """The Hub's; without the Hub, that of the copy which `datasets` would read."""
+    """The latest commit on the Hub; offline, that of the copy that `datasets` would read."""
     import huggingface_hub
 
     if (error := connection_error()) is not None:
-        if (copy := cached_commit(name)) is None:
+        if (cached := cached_commit(name)) is None:
             raise error
-        return copy
+        return cached
     api = huggingface_hub.HfApi()
     info = api.dataset_info(name, timeout=TIMEOUT_SECONDS)
     if info.gated:
@@ -44,23 +44,23 @@ def latest_commit(name: str) -> str:
 
 @functools.cache
 def connection_error() -> Exception | None:
-    """Why the Hub cannot be reached; found once, since a network that swallows everything answers nobody for long."""
+    """Why the Hub cannot be reached, or None. Cached, since a network that drops packets costs a timeout per attempt."""
     import huggingface_hub
 
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
-    except Exception as error:  # of whatever HTTP client it has; or that it was told to be offline
+    except Exception as error:  # from whichever HTTP client it uses, or because offline mode is set
         return error
     return None
 
 
 def cached_commit(name: str) -> str | None:
-    """The commit of the copy that `datasets` takes when it is offline: the one written last."""
+    """The commit of the copy that `datasets` uses offline: the one written last."""
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
 
-    *owner, own = name.split("/")
-    folder = Path(config.HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(own)])
+    *owner, short_name = name.split("/")
+    folder = Path(config.HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(short_name)])
     copies = [path for path in folder.glob("*/*/*") if is_commit(path.name) and path.is_dir()]
     return max(copies, key=lambda path: path.stat().st_mtime).name if copies else None
 
@@ -70,11 +70,12 @@ def is_commit(text: str) -> bool:
 
 
 def check_commit(name: str, wanted: str, dataset: Any) -> None:
-    """OutsideError when `datasets`, offline, took another copy than that of the commit."""
+    """Raise UnavailableError if `datasets`, offline, has used a copy of another commit."""
     for file in getattr(dataset, "cache_files", [])[:1]:
-        found = Path(file["filename"]).parent.name
-        if is_commit(found) and found != wanted:
+        commit = Path(file["filename"]).parent.name
+        if is_commit(commit) and commit != wanted:
             raise UnavailableError(
-                f"Of the dataset {name} this home reads commit {wanted[:12]}, and the copy on this machine is {found[:12]}. "
-                f"Reach the Hub, or remove activations/evaluation/datasets/{name.replace('/', '--')}.json to take the copy."
+                f"The dataset {name} is pinned to commit {wanted[:12]} here, but the copy on this machine is "
+                f"{commit[:12]}. Connect to the Hub, or remove activations/evaluation/datasets/"
+                f"{name.replace('/', '--')}.json to use the copy."
             )

@@ -1,12 +1,12 @@
-"""Labelled texts: what probing, SCR and TPP read. train/test -> class -> texts, as SAEBench draws them.
+"""Labelled texts for probing, SCR and TPP: train/test -> class -> texts, sampled as by SAEBench.
 
-Eight datasets under their names on the Hub, with SAEBench's classes in SAEBench's order, and stand-ins made of the
-standard library (stdlib_texts.py) under names that begin with `stdlib/`. Sizes are those of one binary task: half of
-its texts are of one class, so a class has train_set_size // 2 texts.
+There are eight datasets under their names on the Hub, with SAEBench's classes in SAEBench's order, and substitutes made
+from the standard library (stdlib.py) under names that begin with `stdlib/`. Sizes refer to one binary task, of which
+half the texts are of one class, so a class has train_set_size // 2 texts.
 
-A dataset is looked for in a folder first, <data>/<name>/<split>.jsonl or .parquet (europarl:
-<data>/<name>/<pair of languages>/train), then on the Hub. The names of the class sets of bias_in_bios and of the
-sentiment of the reviews are SAEBench's; their folder is that of the dataset itself.
+A dataset is read from a local folder if it is there, <data>/<name>/<split>.jsonl or .parquet (europarl:
+<data>/<name>/<pair of languages>/train), else from the Hub. Names such as <bias_in_bios>_class_set1 and
+<amazon_reviews>_sentiment are SAEBench's; they are read from the folder of the dataset itself.
 """
 
 import hashlib
@@ -33,9 +33,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class LabelledDataset:
-    """A dataset whose rows have a label, and perhaps an attribute that every class is balanced over.
+    """A dataset whose rows have a label, and optionally an attribute over which every class is balanced.
 
-    `name` is where its rows are found. `pairs` are SCR's, by label; the first value of `values` is its positive one.
+    Attributes:
+        name: the dataset that the rows are read from.
+        text, label, attribute: names of columns.
+        classes: the values of the label that are used.
+        values: the values of the attribute; SCR's positive value comes first.
+        pairs: SCR's pairs of classes, by label.
     """
 
     name: str
@@ -47,25 +52,25 @@ class LabelledDataset:
     pairs: tuple[tuple[Any, Any], ...] = ()
 
     def read(self, dataset: str, data: Path | None, sizes: dict[str, int]) -> Texts:
-        """Of each class, and of each value of the attribute in it, a sample of its rows."""
+        """A sample of each class, with equally many rows of each value of the attribute."""
         found: Texts = {}
         for split in SPLITS:
             quota = sizes[split] // 2 // len(self.values)
             groups = self.groups(split, data, self.classes)
             for (label, value), texts in groups.items():
                 if len(texts) < quota:
-                    raise too_few_texts(dataset, split, self.group(label, value), len(texts), quota)
+                    raise too_few_texts(dataset, split, self.describe_group(label, value), len(texts), quota)
             found[split] = {
                 str(label): [text for value in self.values for text in sample_texts(groups[label, value], quota)]
                 for label in self.classes
             }
         return found
 
-    def group(self, label: Any, value: Any) -> str:
+    def describe_group(self, label: Any, value: Any) -> str:
         return f"{self.label} {label}" + (f" with {self.attribute} {value}" if self.attribute else "")
 
     def groups(self, split: str, data: Path | None, labels: Iterable[Any]) -> dict[tuple[Any, Any], list[str]]:
-        """The texts of each label and value of the attribute, in the order of the dataset."""
+        """(label, value of the attribute) -> texts, in the order of the dataset."""
         groups: dict[tuple[Any, Any], list[str]] = {(label, value): [] for label in labels for value in self.values}
         columns = [column for column in (self.text, self.label, self.attribute) if column]
         for row in read_dataset_rows(self.name, split, columns, data):
@@ -77,11 +82,11 @@ class LabelledDataset:
 
 @dataclass(frozen=True)
 class CodeDataset:
-    """github-code: the first files of each language that are long enough, without their head (often a licence)."""
+    """github-code: the first files of each language that are long enough, without their head, often a licence."""
 
     name: str
     languages: tuple[str, ...]
-    shortest, head = 534, 150  # characters
+    min_length, head = 534, 150  # characters
 
     def read(self, dataset: str, data: Path | None, sizes: dict[str, int]) -> Texts:
         wanted = sum(size // 2 for size in sizes.values())
@@ -89,7 +94,7 @@ class CodeDataset:
         for row in read_dataset_rows(self.name, "train", ["code", "language"], data):
             if not isinstance(row["language"], str) or row["language"] not in found:
                 continue
-            if len(code := checked_text(self.name, "train", row["code"], "code")) > self.shortest:
+            if len(code := checked_text(self.name, "train", row["code"], "code")) > self.min_length:
                 found[row["language"]].append(code[self.head :])
                 if all(len(texts) > wanted for texts in found.values()):
                     break
@@ -98,10 +103,10 @@ class CodeDataset:
 
 @dataclass(frozen=True)
 class TranslationDataset:
-    """europarl: the first sentences of one side of a pair of languages each."""
+    """europarl: for each language the first sentences of one side of a language pair."""
 
     name: str
-    subsets: tuple[tuple[str, str], ...]  # language, and the pair of languages it is read from
+    subsets: tuple[tuple[str, str], ...]  # (language, language pair that it is read from)
 
     def read(self, dataset: str, data: Path | None, sizes: dict[str, int]) -> Texts:
         wanted = 1 + sum(size // 2 for size in sizes.values())
@@ -131,7 +136,7 @@ REVIEW_COLUMNS: dict[str, Any] = {"text": "text", "label": "category", "attribut
 BIOS_PAIRS = ((21, 13), (1, 11), (25, 22), (2, 26))
 # (books, CDs and vinyl), (software, electronics), (pet supplies, office products), (industrial, toys and games)
 REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
-# Pairs of which a probe of both picks up both: with prose against code, or with other pairs, it reads nothing but that.
+# Pairs for which a probe trained on both signals uses both. With prose against code, or other pairs, it uses only one.
 SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
 HUB: dict[str, LabelledDataset | CodeDataset | TranslationDataset] = {
@@ -154,7 +159,7 @@ STAND_INS: dict[str, LabelledDataset] = {
     ),
 }
 DATASETS: dict[str, LabelledDataset | CodeDataset | TranslationDataset] = HUB | STAND_INS
-# What classes that are numbers in a dataset stand for there.
+# Names of classes that are numbers in a dataset.
 CLASS_NAMES: dict[str, dict[str, str]] = {
     BIOS: {str(number): name for number, name in enumerate((
         "accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker interior_designer "
@@ -172,39 +177,41 @@ CLASS_NAMES: dict[str, dict[str, str]] = {
 def load_texts(name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000) -> Texts:
     """train/test -> class -> texts, in SAEBench's order of classes: train_set_size // 2 (test_set_size // 2) of each.
 
-    Raises UsageError for an unknown name, a missing column and a class with too few texts, OutsideError without the Hub.
+    Raises UsageError for an unknown name, a missing column or a class with too few texts, and UnavailableError when the
+    Hub cannot be reached.
     """
     for option, size in (("train_set_size", train_set_size), ("test_set_size", test_set_size)):
         if size < 4:
-            raise UsageError(f"{option}={size} leaves no text for a class. Give at least 4.")
+            raise UsageError(f"{option}={size} leaves no text for a class: expected at least 4.")
     return find_dataset(name).read(name, data, {"train": train_set_size, "test": test_set_size})
 
 
 def load_quadrants(
     name: str, data: Path | None, train_set_size: int = 4000, test_set_size: int = 1000
 ) -> dict[tuple[str, str], Quadrants]:
-    """For each of SCR's pairs of classes (c+, c-): train/test -> quadrant -> texts in the order of the dataset.
+    """SCR's pairs of classes (c+, c-) -> train/test -> quadrant -> texts in the order of the dataset.
 
-    With q = size // 4 and the attribute's positive (a+) and negative (a-) value: PP has the first 2q texts of (c+, a+),
-    NN of (c-, a-); NP the first q of (c+, a-), PN of (c-, a+). SAEBench asks for one more in PP and NN, and so do we.
+    Let q = size // 4, and a+ and a- the positive and negative value of the attribute. PP has the first 2q texts of
+    (c+, a+) and NN those of (c-, a-); NP has the first q of (c+, a-) and PN those of (c-, a+). Like SAEBench, this
+    requires one text more in PP and NN.
 
-    Raises UsageError for a dataset without pairs and a quadrant with too few texts, and what `labelled` raises.
+    Raises UsageError for a dataset without pairs or a quadrant with too few texts, and what `load_texts` raises.
     """
-    table = find_dataset(name)
-    if not isinstance(table, LabelledDataset) or not table.pairs:
+    source = find_dataset(name)
+    if not isinstance(source, LabelledDataset) or not source.pairs:
         known = [known for known, other in DATASETS.items() if isinstance(other, LabelledDataset) and other.pairs]
         raise UsageError(f"{name} has no pairs of classes with a second attribute; these have: {', '.join(known)}.")
-    positive, negative = table.values
-    found: dict[tuple[str, str], Quadrants] = {(str(plus), str(minus)): {} for plus, minus in table.pairs}
+    positive, negative = source.values
+    found: dict[tuple[str, str], Quadrants] = {(str(plus), str(minus)): {} for plus, minus in source.pairs}
     for split, size in zip(SPLITS, (train_set_size, test_set_size), strict=True):
         q = size // 4
-        groups = table.groups(split, data, {label for pair in table.pairs for label in pair})
-        for plus, minus in table.pairs:
+        groups = source.groups(split, data, {label for pair in source.pairs for label in pair})
+        for plus, minus in source.pairs:
             cells = {"PP": (plus, positive), "NN": (minus, negative), "NP": (plus, negative), "PN": (minus, positive)}
             needed = {"PP": 2 * q + 1, "NN": 2 * q + 1, "NP": q, "PN": q}
             for quadrant, (label, value) in cells.items():
                 if (count := len(groups[label, value])) < needed[quadrant]:
-                    raise too_few_texts(name, split, table.group(label, value), count, needed[quadrant])
+                    raise too_few_texts(name, split, source.describe_group(label, value), count, needed[quadrant])
             found[str(plus), str(minus)][split] = {
                 quadrant: groups[cell][: 2 * q if quadrant in ("PP", "NN") else q] for quadrant, cell in cells.items()
             }
@@ -212,32 +219,36 @@ def load_quadrants(
 
 
 def dataset_version(name: str, data: Path | None) -> str:
-    """What stands for the texts of a dataset in the settings of a result: the digest of files, a commit of the Hub.
+    """The version of a dataset, for the settings of a result: a digest of local files, or a commit on the Hub.
 
-    Raises OutsideError when they are of the Hub and its commit cannot be known.
+    Raises UnavailableError when the Hub does not tell the commit.
     """
     source = find_dataset(name)
     if name in STAND_INS:
         return f"python {platform.python_version()}"
     subsets = [f"/{subset}" for _, subset in source.subsets] if isinstance(source, TranslationDataset) else [""]
     splits = SPLITS if isinstance(source, LabelledDataset) else ("train",)
-    places = {(f"{source.name}{subset}", split): local_file(f"{source.name}{subset}", split, data) for subset in subsets for split in splits}  # fmt: skip
-    digest = hashlib.sha256()
-    for file in filter(None, places.values()):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    found = [f"sha256 {digest.hexdigest()}"] if any(places.values()) else []
-    for (place, split), file in places.items():
-        if file is None:
-            return ", ".join([*found, f"the Hub {hub_commit(source.name, f'{place}/{split}')}"])
-    return found[0]
+    places = [(f"{source.name}{subset}", split) for subset in subsets for split in splits]
+    files = [local_file(place, split, data) for place, split in places]
+    versions = []
+    if any(files):
+        digest = hashlib.sha256()
+        for path in filter(None, files):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        versions.append(f"sha256 {digest.hexdigest()}")
+    for (place, split), path_or_none in zip(places, files, strict=True):
+        if path_or_none is None:
+            versions.append(f"the Hub {hub_commit(source.name, f'{place}/{split}')}")
+            break
+    return ", ".join(versions)
 
 
 def hub_commit(name: str, place: str) -> str:
-    """The commit of a dataset that is read from the Hub; OutsideError when it cannot be known."""
+    """The pinned commit of a dataset on the Hub. Raises UnavailableError when the Hub does not tell it."""
     try:
         return hub.pinned_commit(name)
-    except Exception as error:  # whatever `huggingface_hub` and what stands below it can raise
+    except Exception as error:  # huggingface_hub and its dependencies raise many types
         raise error if isinstance(error, SaeError) else read_error(error, name, place, None) from error
 
 
@@ -248,28 +259,28 @@ def find_dataset(name: str) -> LabelledDataset | CodeDataset | TranslationDatase
 
 
 def class_name(dataset: str, label: str) -> str:
-    """What a class of a dataset is called, where it is a number there; else the class itself."""
+    """The name of a class that is a number in the dataset; otherwise the class itself."""
     source = DATASETS.get(dataset)
     return CLASS_NAMES.get(source.name, {}).get(label, label) if source else label
 
 
 def sample_texts(texts: Sequence[str], count: int) -> list[str]:
-    """The rows that pandas' `DataFrame.sample(count, random_state=42)` draws."""
+    """The rows that `pandas.DataFrame.sample(count, random_state=42)` draws."""
     chosen = np.random.RandomState(SEED).choice(len(texts), size=count, replace=False)
     return [texts[number] for number in chosen]
 
 
-def shuffle_and_split(name: str, found: dict[str, list[str]], sizes: dict[str, int]) -> Texts:
-    """All texts of each class shuffled, one class after the other with one generator; the first are for training."""
+def shuffle_and_split(name: str, texts_by_class: dict[str, list[str]], sizes: dict[str, int]) -> Texts:
+    """Shuffle the texts of one class after the other with one generator; the first are for training."""
     train, test = (sizes[split] // 2 for split in SPLITS)
     rng = random.Random(SEED)
-    for label, texts in found.items():
+    for label, texts in texts_by_class.items():
         if len(texts) < train + test:
             raise too_few_texts(name, "train", label, len(texts), train + test)
         rng.shuffle(texts)
     return {
-        "train": {label: texts[:train] for label, texts in found.items()},
-        "test": {label: texts[train : train + test] for label, texts in found.items()},
+        "train": {label: texts[:train] for label, texts in texts_by_class.items()},
+        "test": {label: texts[train : train + test] for label, texts in texts_by_class.items()},
     }
 
 
@@ -277,7 +288,7 @@ def checked_text(name: str, split: str, value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise UsageError(
             f"{name} has a row in {split} with {value!r:.40} in {column}, where a text was expected. "
-            "Mend that row, or take it out of the dataset."
+            "Fix or remove that row."
         )
     return value
 
@@ -285,33 +296,33 @@ def checked_text(name: str, split: str, value: Any, column: str) -> str:
 def too_few_texts(name: str, split: str, label: str, found: int, needed: int) -> UsageError:
     return UsageError(
         f"{name} has {found:,} texts of {label} in {split}, but {needed:,} are needed. "
-        "Ask for fewer with train_set_size and test_set_size, or give more text."
+        "Reduce train_set_size and test_set_size, or provide more text."
     )
 
 
 def read_dataset_rows(
     name: str, split: str, columns: Sequence[str], data: Path | None, subset: str | None = None
 ) -> Iterator[Row]:
-    """The rows of a split, in order: of the standard library, of a file under `data`, or of the Hub."""
+    """Yield the rows of a split in order, from the standard library, a file under `data`, or the Hub."""
     if name in STAND_INS:
         yield from stdlib.labelled_rows(name.removeprefix("stdlib/"), split)
         return
     place = f"{name}/{subset}" if subset else name
     file = local_file(place, split, data)
-    shown = str(file) if file else name
+    source = str(file) if file else name
     try:
         stream = open_file(file) if file else open_on_hub(name, split, subset)
         for block in stream.iter(ROWS_PER_BLOCK):
-            if lacking := [column for column in columns if column not in block]:
+            if missing := [column for column in columns if column not in block]:
                 raise UsageError(
-                    f"{shown} has no column {lacking[0]!r}; its columns are {', '.join(map(repr, block))}. "
+                    f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(repr, block))}. "
                     f"{name} needs {', '.join(map(repr, columns))}."
                 )
             for values in zip(*(block[column] for column in columns), strict=True):
                 yield dict(zip(columns, values, strict=True))
     except SaeError:
         raise
-    except Exception as error:  # whatever `datasets` and what stands below it can raise
+    except Exception as error:  # datasets and its dependencies raise many types
         raise read_error(error, name, f"{place}/{split}", file) from error
 
 
@@ -323,23 +334,24 @@ def local_file(name: str, split: str, data: Path | None) -> Path | None:
 def open_file(file: Path) -> Any:
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say the same before us, with a traceback
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log the error with a traceback before ours
     return datasets.load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True)
 
 
 def open_on_hub(name: str, split: str, subset: str | None) -> Any:
-    """What is read whole is kept by `datasets`; of europarl and github-code the beginning is enough, so they stream."""
+    """Open a dataset on the Hub. Datasets that are read whole are cached by `datasets`; europarl and github-code, of
+    which the beginning is enough, are streamed."""
     import datasets
 
-    at = hub.pinned_commit(name)
+    commit = hub.pinned_commit(name)
     if (error := hub.connection_error()) and hub.cached_commit(name) is None:
-        raise error  # at once, where `datasets` tries for half a minute
+        raise error  # immediately: `datasets` would try for half a minute
     if name != GITHUB:
-        found = datasets.load_dataset(name, name=subset, split=split, streaming=subset is not None, revision=at)
-        hub.check_commit(name, at, found)
-        return found
-    # Its script, which `datasets` no longer runs, adds the language to files that have only a path.
-    files = f"hf://datasets/{name}@{at}/data/{split}-*.parquet"
+        opened = datasets.load_dataset(name, name=subset, split=split, streaming=subset is not None, revision=commit)
+        hub.check_commit(name, commit, opened)
+        return opened
+    # Its loading script, which `datasets` no longer runs, derives the language from the path.
+    files = f"hf://datasets/{name}@{commit}/data/{split}-*.parquet"
     stream = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
     return stream.map(lambda row: {"language": language_of(row["path"])})
 
@@ -349,12 +361,12 @@ def language_of(path: str) -> str | None:
 
 
 def read_error(error: Exception, name: str, place: str, file: Path | None) -> SaeError:
-    """The sentence for texts that cannot be read."""
+    """The error for texts that cannot be read."""
     from huggingface_hub.errors import GatedRepoError
 
     problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if file:
-        return UsageError(f"{file} cannot be read: {problem.rstrip('.')}. It may be cut off, or another kind of file.")
+        return UsageError(f"{file} cannot be read: {problem.rstrip('.')}. It may be truncated or have another format.")
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
         return UnavailableError(
             f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, then run `hf auth login`."

@@ -1,13 +1,15 @@
-"""Stand-ins for the labelled datasets of the Hub, made of the running Python's standard library; no network, no licence.
+"""Substitutes for the labelled datasets of the Hub, made from the running Python's standard library.
 
-    library   which package a piece is from; every package half prose (docstrings and comments), half code
-    kind      whether a piece is of a docstring, a comment, code, or a help topic
-    subject   what the module of a piece is about: the network, numbers, files, Python itself, or text; every subject
+They need no network and no licence.
+
+    library   the package that a piece is from; each package is half prose (docstrings and comments), half code
+    kind      whether a piece is from a docstring, a comment, code, or a help topic
+    subject   what the module of a piece is about: network, numbers, files, Python itself, or text; each subject is
               half docstrings, half code
 
-A piece is a few whole lines, about 200 characters. Every third piece, in the order of a hash of its text, is for
-testing. The embedded model was trained on most of this text and every release of Python has another one, so numbers
-compare SAEs on one machine; they say nothing beside SAEBench's.
+A piece is a few whole lines, about 200 characters. Every third piece, ordered by a hash of its text, is for testing.
+The embedded model was trained on most of this text, and it differs between releases of Python. Results therefore
+compare SAEs on one machine, and cannot be compared with SAEBench's.
 """
 
 import ast
@@ -28,24 +30,24 @@ SUBJECTS = {
     "python": "ast inspect dis tokenize pdb bdb traceback doctest pydoc typing".split(),
     "text": "string textwrap difflib csv configparser json html re optparse argparse gettext plistlib".split(),
 }
-PIECE_CHARACTERS, MIN_CHARACTERS = 200, 60  # characters
+PIECE_CHARACTERS, MIN_CHARACTERS = 200, 60  # about, and at least
 TEST_EVERY = 3
 DocumentedNode = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @functools.cache
 def labelled_rows(task: str, split: str) -> tuple[dict[str, str], ...]:
-    """Rows of a split: `text`, and `library` and `kind` of library, `kind` of kind, `subject` and `kind` of subject."""
-    named = {"library": library_rows, "kind": kind_rows, "subject": subject_rows}[task]
-    groups: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}
-    for text, labels in named():
+    """The rows of a split: `text` with the labels of the task, such as `library` and `kind`."""
+    read_rows = {"library": library_rows, "kind": kind_rows, "subject": subject_rows}[task]
+    groups: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}  # labels -> distinct texts
+    for text, labels in read_rows():
         groups.setdefault(tuple(labels.items()), {})[text] = None
-    found = []
-    for labels, texts in groups.items():
+    rows = []
+    for group, texts in groups.items():
         for number, text in enumerate(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())):
             if (number % TEST_EVERY == 0) == (split == "test"):
-                found.append({"text": text, **dict(labels)})
-    return tuple(found)
+                rows.append({"text": text, **dict(group)})
+    return tuple(rows)
 
 
 def library_rows() -> Iterator[tuple[str, dict[str, str]]]:
@@ -72,9 +74,9 @@ def subject_rows() -> Iterator[tuple[str, dict[str, str]]]:
 
 @functools.cache
 def module_pieces(module: str) -> tuple[tuple[str, str], ...]:
-    """(kind, text) of every piece of a module or package; none where this Python has no such module."""
+    """(kind, text) of every piece of a module or package; empty if this Python has no such module."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    pieces = []
     for path in sorted({root / f"{module}.py", *(root / module).rglob("*.py")}):
         if not path.is_file() or "test" in path.relative_to(root).parts:
             continue
@@ -82,23 +84,23 @@ def module_pieces(module: str) -> tuple[tuple[str, str], ...]:
         tree = ast.parse(source)
         for node in ast.walk(tree):
             if isinstance(node, DocumentedNode) and (docstring := ast.get_docstring(node)):
-                found += [("docstring", text) for text in split_into_pieces(docstring)]
+                pieces += [("docstring", text) for text in split_into_pieces(docstring)]
                 node.body = node.body[1:] or [ast.Pass()]
         for comment in re.findall(r"(?:^[ \t]*#.*\n)+", source, re.MULTILINE):
-            found += [
+            pieces += [
                 ("comment", text) for text in split_into_pieces(re.sub(r"^[ \t]*#+ ?", "", comment, flags=re.MULTILINE))
             ]
-        found += [("code", text) for text in split_into_pieces(ast.unparse(tree))]
-    return tuple(found)
+        pieces += [("code", text) for text in split_into_pieces(ast.unparse(tree))]
+    return tuple(pieces)
 
 
 def split_into_pieces(text: str) -> Iterator[str]:
-    """Runs of lines of about PIECE characters."""
-    held = ""
+    """Split into runs of lines of about PIECE_CHARACTERS characters, without blank lines."""
+    piece = ""
     for line in text.splitlines():
-        held += line.rstrip() + "\n" if line.strip() else ""
-        if len(held) >= PIECE_CHARACTERS:
-            yield held.rstrip()
-            held = ""
-    if len(held) > MIN_CHARACTERS:
-        yield held.rstrip()
+        piece += line.rstrip() + "\n" if line.strip() else ""
+        if len(piece) >= PIECE_CHARACTERS:
+            yield piece.rstrip()
+            piece = ""
+    if len(piece) > MIN_CHARACTERS:
+        yield piece.rstrip()

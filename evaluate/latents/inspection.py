@@ -1,4 +1,4 @@
-"""One run, opened to be looked at: its SAE, the model and held-out text, and what evaluations said of it."""
+"""Open a run to inspect its latents: the SAE, the model, held-out text, and labels from evaluations."""
 
 import contextlib
 import math
@@ -28,34 +28,42 @@ from ..metrics.registry import METRICS
 from ..results import read_result_file
 from ..rows import EvalRow
 
-DEFAULT_TOKENS = 100_000  # of held-out text, unless asked otherwise
-MIN_PROBE_ACCURACY = (
-    0.6  # accuracy of a probe on one latent, above which it tells something of its class; 0.5 is chance
-)
+DEFAULT_TOKENS = 100_000  # of held-out text
+MIN_PROBE_ACCURACY = 0.6  # of a probe on one latent, above which the latent is labelled with the class; chance is 0.5
+
+# A label of a latent: the number that labels are sorted by (largest first), the latent, the text.
+LabelCandidate = tuple[float, int, str]
 
 
 @dataclass(frozen=True)
 class InspectedRun:
-    """`row` has the results that are of this very SAE; `labels` are what they call a latent."""
+    """A run that is open for inspection.
+
+    Attributes:
+        hook: where the SAE reads.
+        row: the results that were measured with these weights.
+        labels: latent -> its labels from evaluations (`latent_labels`).
+    """
 
     folder: Path
     sae: SAE
     hook: Hook
     ctx: EvalContext
-    words: TokenText
+    token_text: TokenText
     row: EvalRow
     labels: dict[int, list[str]]
 
     @property
     def tokens(self) -> int:
-        """Of the text, special ones included."""
+        """The number of tokens of the text, including special ones."""
         return int(self.ctx.contexts.length.sum())
 
 
 def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtype: str = "auto") -> InspectedRun:
-    """Open a run folder with at most about `tokens` tokens of its cache's held-out text.
+    """Open a run folder with about `tokens` tokens of its cache's held-out text.
 
-    Raises UsageError when it is no trained run or its cache is gone, DamagedError when its files contradict each other.
+    Raises UsageError when the folder is not a trained run or its cache is missing, and DamagedError when its files
+    contradict each other.
     """
     check_tokens(tokens)
     device = resolve_device(device)
@@ -69,7 +77,9 @@ def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtyp
     except UsageError as error:
         raise DamagedError(f"{folder}/sae.json was overwritten: {error}") from None
     if (width := hook_width(hook, ctx.model_config)) != sae.d_in:
-        raise DamagedError(f"{folder} takes activations of {sae.d_in} numbers, but {hook} of the model has {width}.")
+        raise DamagedError(
+            f"{folder} takes activations of width {sae.d_in}, but {hook} of the model has width {width}."
+        )
     row = row_of_run(folder, sae)
     row.results |= results_of_weights(folder, row.weights)
     sae.to(device)
@@ -77,38 +87,34 @@ def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtyp
 
 
 def results_of_weights(folder: Path, weights: str) -> dict[str, MetricResult]:
-    """The results in evaluations/ that are of these weights; files that hold no result are passed over."""
-    found = {}
+    """The results in evaluations/ that were measured with these weights. Files that are not results are skipped."""
+    results = {}
     for name, metric in METRICS.items():
         path = folder / "evaluations" / f"{name}.json"
         with contextlib.suppress(DamagedError, AttributeError):
             if read_json(path, "eval_config")["eval_config"].get("weights") == weights:
-                found[name] = read_result_file(path, metric)
-    return found
-
-
-LabelCandidate = tuple[
-    float, int, str
-]  # by what labels of a latent are ordered, the largest first; the latent; its label
+                results[name] = read_result_file(path, metric)
+    return results
 
 
 def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:
-    """What evaluations call a latent: the letter that absorption's probes found it to spell, autointerp's explanation,
-    and the classes of texts that sparse probing found it for (`classes_told`), those that it tells best first.
+    """Latent -> its labels: first letters (absorption), explanations (autointerp), classes of texts (sparse probing).
 
-    A result that was changed by hand, so that it cannot be read, is passed over.
+    Classes are sorted by the accuracy of the probe. A result that was edited by hand and cannot be read is skipped.
     """
-    told: list[LabelCandidate] = []
+    candidates: list[LabelCandidate] = []
     for name, read in LABEL_SOURCES.items():
-        with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            told += [one for one in read(results[name]) if 0 <= one[1] < d_sae] if name in results else []
-    found: dict[int, list[str]] = {}
-    for _, latent, text in sorted(told, key=lambda one: one[0], reverse=True):
-        found.setdefault(latent, []).append(text)
-    return found
+        if name in results:
+            with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+                candidates += [one for one in read(results[name]) if 0 <= one[1] < d_sae]
+    labels: dict[int, list[str]] = {}
+    for _, latent, text in sorted(candidates, key=lambda one: one[0], reverse=True):
+        labels.setdefault(latent, []).append(text)
+    return labels
 
 
 def letter_labels(result: MetricResult) -> Iterator[LabelCandidate]:
+    """The first letter that absorption's probes read from a latent."""
     for letter in result.details:
         for latent in letter["main_latents"]:
             f1 = letter["f1_k_sparse"][len(letter["main_latents"]) - 1]
@@ -116,6 +122,7 @@ def letter_labels(result: MetricResult) -> Iterator[LabelCandidate]:
 
 
 def explanation_labels(result: MetricResult) -> Iterator[LabelCandidate]:
+    """The explanations of autointerp."""
     for entry in (result.extra or {}).values():
         if entry["explanation"]:
             score = "" if entry["score"] is None else f" (score {entry['score']:.2f})"
@@ -123,12 +130,12 @@ def explanation_labels(result: MetricResult) -> Iterator[LabelCandidate]:
 
 
 def class_labels(result: MetricResult) -> Iterator[LabelCandidate]:
-    """Of sparse probing, the latents that tell a class by themselves: test accuracy, latent, what to call it.
+    """The classes of texts that sparse probing can tell by a single latent.
 
-    Such a latent is the one whose mean differs most between texts of the class and others, and is larger for the class.
-    The probe on it alone must be right on more than TELLING of all such texts: its 95 % interval over the test texts
-    lies above. (One latent that fires in a fifth of a class's texts and in no others has 0.6.) A result of before
-    latents were kept tells none.
+    The candidate for a class is the latent whose mean differs most between texts of the class and other texts, if it is
+    larger for the class. It is labelled if the 95 % interval of the accuracy of a probe on it alone, over the test
+    texts, lies above MIN_PROBE_ACCURACY. (A latent that fires in a fifth of a class's texts and in no others has an
+    accuracy of 0.6.) Older results do not record latents and give no labels.
     """
     for name, scores in (result.extra or {}).items():
         dataset = name.removesuffix("_results")
@@ -147,34 +154,34 @@ LABEL_SOURCES = {
 
 
 def check_latents(latents: Sequence[int], d_sae: int, name: str) -> None:
-    """UsageError unless every one is a latent."""
+    """Raise UsageError unless the SAE has all these latents."""
     for latent in latents:
         if not 0 <= latent < d_sae:
-            raise UsageError(f"{name} has latents 0 to {d_sae - 1:,}; there is no latent {latent}.")
+            raise UsageError(f"There is no latent {latent}: {name} has latents 0 to {d_sae - 1:,}.")
 
 
 @torch.no_grad()
-def encode_prompt(open_run: InspectedRun, prompt: str) -> tuple[list[int], Tensor]:
-    """The token ids of a prompt (S,) as the model reads it, and the activations there (S, F), zero at special tokens.
+def encode_prompt(run: InspectedRun, prompt: str) -> tuple[list[int], Tensor]:
+    """The token ids of a prompt (S,) and the activations of all latents (S, F), zero at special tokens.
 
-    Raises UsageError for a prompt without tokens, or longer than the model reads.
+    Raises UsageError for a prompt without tokens or longer than the model's context.
     """
-    ids = open_run.ctx.tokenizer(prompt.encode("utf-8", "replace").decode(), verbose=False)["input_ids"]
-    kept = [token not in open_run.ctx.special_ids for token in ids]
-    if not any(kept):
+    ids = run.ctx.tokenizer(prompt.encode("utf-8", "replace").decode(), verbose=False)["input_ids"]
+    counted = [token not in run.ctx.special_ids for token in ids]
+    if not any(counted):
         raise UsageError("--prompt has no tokens. Give it some text.")
-    most = getattr(open_run.ctx.model.config, "max_position_embeddings", len(ids))
-    if len(ids) > most:
-        raise UsageError(f"--prompt has {len(ids):,} tokens, and the model reads {most:,}. Give a shorter one.")
-    device = open_run.ctx.model.device
-    x_SD = open_run.ctx.model.capture_hooks(torch.tensor([ids], device=device), [open_run.hook])[open_run.hook][0]
-    f_SF = torch.cat([encode_float32(open_run.sae, part) for part in x_SD.split(TOKENS_PER_ENCODE)])
+    max_tokens = getattr(run.ctx.model.config, "max_position_embeddings", len(ids))
+    if len(ids) > max_tokens:
+        raise UsageError(f"--prompt has {len(ids):,} tokens, but the model reads at most {max_tokens:,}. Shorten it.")
+    device = run.ctx.model.device
+    x_SD = run.ctx.model.capture_hooks(torch.tensor([ids], device=device), [run.hook])[run.hook][0]
+    f_SF = torch.cat([encode_float32(run.sae, part) for part in x_SD.split(TOKENS_PER_ENCODE)])
     if not torch.isfinite(f_SF).all():
-        raise SaeError("The SAE gives activations on this prompt that are not finite, so there is nothing to show.")
-    return ids, torch.where(torch.tensor(kept, device=device)[:, None], f_SF, 0).cpu()
+        raise SaeError("Some activations of the SAE on this prompt are not finite.")
+    return ids, torch.where(torch.tensor(counted, device=device)[:, None], f_SF, 0).cpu()
 
 
-def training_record(open_run: InspectedRun) -> dict[str, Any]:
-    """What the run says of its training: run.json, or {} where the SAE came without one."""
-    path = open_run.folder / "run.json"
+def training_record(run: InspectedRun) -> dict[str, Any]:
+    """The contents of run.json, or {} for an imported SAE without one."""
+    path = run.folder / "run.json"
     return read_json(path) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Steer a model with a latent: add its direction to the residual stream while the model runs, or hold it at a value."""
+"""Steer a language model with a latent: add its decoder direction to the residual stream, or clamp its activation."""
 
 import contextlib
 import math
@@ -18,34 +18,54 @@ Positions = slice | Collection[int] | None
 
 @contextlib.contextmanager
 def steering(
-    model: nn.Module, sae: SAE, latent: int, strength: float | None = None, *, clamp: float | None = None,
+    model: nn.Module,
+    sae: SAE,
+    latent: int,
+    strength: float | None = None,
+    *,
+    clamp: float | None = None,
     positions: Positions = None,
-) -> Iterator[nn.Module]:  # fmt: skip
-    """While this is open, a model of transformers runs with a latent of an SAE pushed; gives the model.
+) -> Iterator[nn.Module]:
+    """Steer a transformers model with one latent of an SAE while the context is open.
 
-    With `strength`, x becomes x + strength * d where the SAE reads, d being the latent's decoder row at unit norm. With
-    `clamp` the latent's activation f(x) is set to that value instead: x + (clamp - f(x)) * W_dec[latent]. Both at every
-    token, or at `positions` only: a slice, or numbers, as the model counts its tokens from 0, padding on the left too.
-    Position 0 is BOS, whose rows a cache leaves out: an SAE has not seen one, so clamp at `slice(1, None)`.
+    Example:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained("google/gemma-2-2b")
+        >>> tokenizer = AutoTokenizer.from_pretrained("google/gemma-2-2b")
+        >>> topk = sae.load_sae("runs/topk-L12-s0")
+        >>> with sae.steering(model, topk, latent=123, strength=8.0):
+        ...     model.generate(**tokenizer("The", return_tensors="pt"))
 
-        with sae.steering(model, s, latent=123, strength=8.0):
-            model.generate(**tokenizer("The", return_tensors="pt"))
+    Args:
+        model: A causal language model of transformers, the one that the SAE was trained on.
+        sae: The SAE. `sae.origin` says which layer and site it reads.
+        latent: Index of the latent, 0 to d_sae - 1.
+        strength: Add `strength * d` to the activations x, where d is the latent's decoder row scaled to unit norm.
+        clamp: Set the latent's activation f(x) to this value instead: x + (clamp - f(x)) * W_dec[latent].
+        positions: The token positions to change, as a slice or a collection of numbers; default all. The model counts
+            from 0, including padding on the left. Position 0 is usually BOS, which caches exclude, so the SAE has not
+            been trained on it: use `positions=slice(1, None)` with `clamp`.
 
-    The model is as it was afterwards, also after an error. Several can be open at once. Raises UsageError when the SAE
-    does not fit the model or does not say which layer it is of, or when neither or both of strength and clamp are given.
+    Yields:
+        The model. It is restored when the context is closed, also after an error. Contexts can be nested.
+
+    Raises:
+        UsageError: the SAE does not fit the model or does not record its layer, the latent does not exist or has a zero
+            decoder row, or not exactly one of strength and clamp is given.
     """
     if not isinstance(sae, SAE) or not hasattr(model, "config"):
         raise UsageError(
-            "Steering takes a model of transformers and an SAE: sae.steering(model, sae.load_sae(...), latent=...)."
+            "Steering needs a transformers model and an SAE: sae.steering(model, sae.load_sae(...), latent=...)."
         )
-    language_model, where = LanguageModel(model), PositionMask(positions)
+    language_model, mask = LanguageModel(model), PositionMask(positions)
     hook = hook_of_sae(sae, language_model)
     if latent not in range(sae.d_sae):
-        raise UsageError(f"There is no latent {latent!r}: the SAE has {sae.d_sae}, from 0 to {sae.d_sae - 1}.")
+        raise UsageError(f"There is no latent {latent!r}: the SAE has latents 0 to {sae.d_sae - 1}.")
     if (strength is None) == (clamp is None):
-        raise UsageError("Give either strength, which is added, or clamp, at which the latent is held.")
-    if not math.isfinite(pushed := clamp if strength is None else strength):  # type: ignore[arg-type]
-        raise UsageError(f"{pushed} is no activation. Give a finite number.")
+        raise UsageError("Give either strength (to add the direction) or clamp (to fix the activation).")
+    for name, value in (("strength", strength), ("clamp", clamp)):
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"invalid {name} {value}: expected a finite number.")
     row_D = sae.W_dec[latent].detach().float()
     if strength is not None and not row_D.norm() > 0:
         raise UsageError(f"Latent {latent} has no direction: its decoder row is zero.")
@@ -54,62 +74,65 @@ def steering(
         if strength is not None:
             return (strength * (row_D / row_D.norm())).to(x_NSD)
         f_NS = sae.encode(x_NSD.to(row_D))[..., latent]
+        assert clamp is not None
         return ((clamp - f_NS)[..., None] * row_D).to(x_NSD)
 
     def change(x_NSD: Tensor) -> Tensor:
-        return x_NSD + torch.where(where.mask(x_NSD.device)[..., None], added(x_NSD), 0)
+        return x_NSD + torch.where(mask.mask(x_NSD.device)[..., None], added(x_NSD), 0)
 
-    with where.watching(language_model.blocks[hook.layer]), language_model.patching(hook, change):
+    with mask.watching(language_model.blocks[hook.layer]), language_model.patching(hook, change):
         yield model
 
 
 def hook_of_sae(sae: SAE, model: LanguageModel) -> Hook:
-    """Where the SAE reads; UsageError when the model has no such place, or another width there."""
+    """Where the SAE reads. Raises UsageError if the model has no such hook or another width there."""
     if "layer" not in sae.origin:
-        raise UsageError("This SAE does not say of which layer it is. Set sae.origin['layer'], a zero-based block.")
+        raise UsageError("This SAE does not record its layer. Set sae.origin['layer'] to a zero-based block.")
     hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
     if hook.layer >= len(model.blocks) or model.width(hook) != sae.d_in:
         raise UsageError(
-            f"The SAE is of {hook} and {sae.d_in} wide; this {type(model.model).__name__} has {len(model.blocks)} blocks and is "
-            f"{model.width(hook)} wide there. Load the model that the SAE was trained on."
+            f"The SAE reads {hook} of width {sae.d_in}, but this {type(model.model).__name__} has {len(model.blocks)} "
+            f"blocks of width {model.width(hook)}. Load the model that the SAE was trained on."
         )
     return hook
 
 
 class PositionMask:
-    """Which tokens of a pass are meant; a pass with a cache brings only those that are new."""
+    """Selects tokens by position. With a KV cache a forward pass contains only the new tokens."""
 
     def __init__(self, positions: Positions) -> None:
         if isinstance(positions, slice) and any(
             end is not None and end < 0 for end in (positions.start, positions.stop)
         ):
-            raise UsageError(f"{positions} counts from an end that is not known while the model writes. Count from 0.")
+            raise UsageError(
+                f"invalid positions {positions}: negative positions are unknown during generation. Count from 0."
+            )
         self.positions = positions
-        self.here: Any = None
+        self.position_ids: Any = None
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
-        """Note what positions the block is called with."""
+        """Record the positions that a block is called with."""
 
-        def note(_module: nn.Module, _inputs: Any, keywords: dict[str, Any]) -> None:
-            here = keywords.get("position_ids")
-            self.here = here if here is not None else keywords.get("cache_position")
+        def record(_module: nn.Module, _inputs: Any, keywords: dict[str, Any]) -> None:
+            ids = keywords.get("position_ids")
+            self.position_ids = ids if ids is not None else keywords.get("cache_position")
 
-        handle = block.register_forward_pre_hook(note, with_kwargs=True)
+        handle = block.register_forward_pre_hook(record, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
     def mask(self, device: torch.device) -> Tensor:
-        """(N or 1, S) bool, or (1,) for all."""
+        """True at the selected positions: (N or 1, S) bool, or (1,) if all are."""
         if self.positions is None:
             return torch.ones(1, dtype=torch.bool, device=device)
-        if self.here is None:
-            raise UsageError("This model does not tell its blocks the positions of tokens. Leave positions out.")
-        here_NS = self.here.reshape(-1, self.here.shape[-1]).to(device)
+        if self.position_ids is None:
+            raise UsageError("This model does not pass the positions of tokens to its blocks. Omit positions.")
+        position_NS = self.position_ids.reshape(-1, self.position_ids.shape[-1]).to(device)
         if not isinstance(self.positions, slice):
-            return torch.isin(here_NS, torch.tensor(sorted(self.positions), device=device))
+            return torch.isin(position_NS, torch.tensor(sorted(self.positions), device=device))
         start, stop, step = self.positions.start or 0, self.positions.stop, self.positions.step or 1
-        inside_NS = (here_NS >= start) & ((here_NS - start) % step == 0)
-        return inside_NS if stop is None else inside_NS & (here_NS < stop)
+        selected_NS = (position_NS >= start) & ((position_NS - start) % step == 0)
+        return selected_NS if stop is None else selected_NS & (position_NS < stop)

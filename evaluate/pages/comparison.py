@@ -1,36 +1,39 @@
-"""The comparison of runs as a page."""
+"""The page of a comparison of runs."""
 
 from datetime import date
 from importlib.metadata import version
 
 from ...common.formatting import format_count
-from ..compare import Comparison, comparison_table, frontiers, paired_table, training_curves
+from ..compare import Comparison, comparison_table, paired_table
+from ..compare_charts import frontiers, training_curves
 from ..tables import notes
 from .page import render_page
 from .svg import draw_svg, shared_legend
 
 
 def comparison_page(comparison: Comparison, against: str | None = None) -> str:
-    """HTML: the table, the paired differences to the system `against`, what else differs, notes, the frontiers over L0 and the curves of training."""
-    heads, lines = comparison_table(comparison)
-    models = sorted({run.origin.get("model", {}).get("name", "?") for run in comparison.runs})
-    layers = sorted({run.origin.get("layer", -1) for run in comparison.runs})
-    over_l0, trained = frontiers(comparison), training_curves(comparison)
+    """The HTML page: table, paired differences to the system `against`, frontiers, training curves and notes."""
+    headings, lines = comparison_table(comparison)
+    runs = comparison.runs
+    models = sorted({run.origin.get("model", {}).get("name", "?") for run in runs})
+    layers = sorted({run.origin.get("layer", -1) for run in runs})
+    metrics = sorted({metric for run in runs for metric in run.results})
+    over_l0, curves = frontiers(comparison), training_curves(comparison)
     return render_page(
         "compare.html",
         "sort.js",
-        title=f"{format_count(len(comparison.runs), 'SAE')} of {', '.join(models)}, layer {', '.join(map(str, layers))}",
-        lead=f"{len(comparison.systems)} systems; {', '.join(sorted({m for run in comparison.runs for m in run.results}))}.",
-        heads=heads,
+        title=f"{format_count(len(runs), 'SAE')} of {', '.join(models)}, layer {', '.join(map(str, layers))}",
+        lead=f"{len(comparison.systems)} systems; {', '.join(metrics)}.",
+        heads=headings,
         lines=lines,
         paired=paired_table(comparison, against) if against else None,
         systems=len(comparison.systems),
         differences=comparison.differences,
         frontiers=[(chart, draw_svg(chart, legend=False)) for chart in over_l0],
         frontier_key=shared_legend(over_l0),
-        curves=[(chart, draw_svg(chart, legend=False)) for chart in trained],
-        curve_key=shared_legend(trained),
-        notes=notes(comparison.runs),
+        curves=[(chart, draw_svg(chart, legend=False)) for chart in curves],
+        curve_key=shared_legend(curves),
+        notes=notes(runs),
         version=version("sae-pipeline"),
         date=date.today().isoformat(),
     )

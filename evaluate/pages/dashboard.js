@@ -1,10 +1,10 @@
 "use strict";
-// Texts and tokens reach the page as textContent alone. `place` is a latent's row in the table's columns.
+// Text and tokens only ever enter the page as textContent. `place` is the index of a latent in the table's columns.
 
 const byId = (id) => document.getElementById(id);
 const about = JSON.parse(byId("about").textContent);
 const ROW = 28; // pixels, as in dashboard.css
-const AROUND = 10; // rows drawn above and below what is seen
+const AROUND = 10; // rows drawn above and below the visible ones
 const COLUMNS = [
   { key: "latent", title: "latent", up: true },
   { key: "density", title: "density" },
@@ -17,11 +17,11 @@ const box = byId("rows"), search = byId("search"), which = byId("which"), help =
 const name = document.title;
 
 let table, words, haystack;
-let text = null; // unpacked with the first latent
+let text = null; // unpacked when the first latent is opened
 let places = new Map(); // latent -> place
-let order = []; // places, as the table shows them
+let order = []; // places in the order of the table
 let sorted = { key: "density", up: false };
-let current = null; // place of the latent that is shown
+let current = null; // place of the open latent
 const unpacked = new Map();
 
 // ---- data
@@ -38,13 +38,13 @@ async function inflate(base64) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 }
 
-async function entryOf(place) {
+async function loadEntry(place) {
   const [block, contexts] = await Promise.all([unpack(Math.floor(place / about.block)), unpack("text")]);
   text = contexts;
   return block[place % about.block];
 }
 
-// ---- making elements
+// ---- elements
 
 function el(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -52,7 +52,7 @@ function el(tag, properties = {}, ...children) {
   return made;
 }
 
-function drawn(tag, attributes, ...children) {
+function svgElement(tag, attributes, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   made.append(...children);
@@ -63,7 +63,7 @@ const count = (value) => value.toLocaleString("en");
 const number = (value) => (value === 0 ? "0" : Math.abs(value) < 999.5 ? value.toPrecision(3) : count(Math.round(value)));
 const percent = (share) => (share === 0 ? "0 %" : `${share < 0.0995 ? (100 * share).toPrecision(2) : Math.round(100 * share)} %`);
 
-// A token by itself: its spaces are dots, and a long one is cut; pointing at it shows all of it.
+// A token on its own: spaces are shown as dots, and a long token is cut, with the whole text as tooltip.
 function chip(token) {
   const word = words[token].replaceAll(" ", "·");
   const short = word.length > 24 ? `${word.slice(0, 20)}… ×${word.length}` : word;
@@ -77,7 +77,7 @@ function linkTo(latent) {
 
 // ---- the table
 
-function rowOf(place) {
+function makeRow(place) {
   const row = el("tr", {},
     el("td", {}, linkTo(table.latent[place])),
     el("td", { textContent: percent(table.density[place]) }),
@@ -104,7 +104,7 @@ function drawRows() {
   const rows = order.slice(first, last).map(rowOf);
   if (first > 0) rows.unshift(spacer(first));
   if (last < order.length) rows.push(spacer(order.length - last));
-  if (!order.length) rows.push(el("tr", {}, el("td", { colSpan: COLUMNS.length, className: "dim text", textContent: "No latent is like that." })));
+  if (!order.length) rows.push(el("tr", {}, el("td", { colSpan: COLUMNS.length, className: "dim text", textContent: "No latent matches." })));
   box.querySelector("tbody").replaceChildren(...rows);
 }
 
@@ -113,7 +113,7 @@ function drawHeads() {
     const button = el("button", { type: "button", textContent: title });
     button.addEventListener("click", () => {
       sorted = { key, up: sorted.key === key ? !sorted.up : up };
-      choose();
+      updateOrder();
     });
     const head = el("th", { scope: "col", className: ["tokens", "labels"].includes(key) ? "text" : "" }, button);
     head.dataset.key = key;
@@ -123,15 +123,15 @@ function drawHeads() {
   box.querySelector("thead tr").replaceChildren(...heads);
 }
 
-// What the search and the choice leave, sorted. A whole number finds its latent first.
-function choose() {
-  const asked = search.value.trim().toLowerCase();
-  const wanted = { all: () => true, alive: (p) => table.density[p] > 0, dead: (p) => table.density[p] === 0, labelled: (p) => table.labels[p] !== "" }[which.value];
-  order = table.latent.map((_, place) => place).filter((place) => wanted(place) && haystack[place].includes(asked));
+// Filter by the search and the menu, then sort. A whole number puts the latent with that number first.
+function updateOrder() {
+  const query = search.value.trim().toLowerCase();
+  const matches = { all: () => true, alive: (p) => table.density[p] > 0, dead: (p) => table.density[p] === 0, labelled: (p) => table.labels[p] !== "" }[which.value];
+  order = table.latent.map((_, place) => place).filter((place) => matches(place) && haystack[place].includes(query));
   const sign = sorted.up ? 1 : -1;
-  const column = sorted.key === "tokens" ? table.tokens.map((own) => own.map((token) => words[token].trim()).join(" ")) : table[sorted.key];
+  const column = sorted.key === "tokens" ? table.tokens.map((tokens) => tokens.map((token) => words[token].trim()).join(" ")) : table[sorted.key];
   order.sort((a, b) => (column[a] < column[b] ? -sign : column[a] > column[b] ? sign : a - b));
-  const exact = /^\d+$/.test(asked) ? places.get(Number(asked)) : undefined;
+  const exact = /^\d+$/.test(query) ? places.get(Number(query)) : undefined;
   if (order.includes(exact)) order = [exact, ...order.filter((place) => place !== exact)];
   byId("found").textContent = `${count(order.length)} of ${count(table.latent.length)}`;
   const focused = document.activeElement?.closest("th")?.dataset.key;
@@ -143,20 +143,20 @@ function choose() {
 
 function reveal(place) {
   const at = order.indexOf(place);
-  const seen = box.clientHeight - 2 * ROW; // under the heads
+  const seen = box.clientHeight - 2 * ROW; // below the headings
   if (at >= 0 && (at * ROW < box.scrollTop || at * ROW > box.scrollTop + seen)) box.scrollTop = Math.max(0, at * ROW - seen / 2);
   drawRows();
 }
 
 // ---- one latent
 
-function passageOf([context, position, value, levels], peak) {
+function makePassage([context, position, value, levels], peak) {
   const line = el("p", { className: "passage token" });
   levels.forEach((level, i) => {
     const at = position - about.before + i;
     if (at < 0 || at >= text[context].length) return;
     const word = words[text[context][at]];
-    const blank = /^ +$/.test(word), begins = word.startsWith(" ") && !blank; // that space stands before the colour
+    const blank = /^ +$/.test(word), begins = word.startsWith(" ") && !blank; // that space is drawn before the colour
     const token = el("span", { textContent: blank && word.length > 4 ? `·×${word.length} ` : begins ? word.slice(1) : word });
     if (level) {
       token.className = "fires";
@@ -171,26 +171,26 @@ function passageOf([context, position, value, levels], peak) {
   return el("li", {}, el("span", { className: "value", textContent: number(value), title: where }), line);
 }
 
-function passages(title, found, peak) {
-  if (!found.length) return [];
-  return [el("h3", { textContent: title }), el("ol", { className: "passages" }, ...found.map((one) => passageOf(one, peak)))];
+function passages(title, entries, peak) {
+  if (!entries.length) return [];
+  return [el("h3", { textContent: title }), el("ol", { className: "passages" }, ...entries.map((one) => makePassage(one, peak)))];
 }
 
-function histogramOf({ bins, width }) {
+function makeHistogram({ bins, width }) {
   const used = bins.findLastIndex((n) => n > 0) + 1, most = Math.max(...bins);
   const [w, h, top] = [360, 84, 14], step = w / used;
   const bars = bins.slice(0, used).map((n, i) => {
     const tall = n ? Math.max(1, (n / most) * (h - top)) : 0;
-    const title = drawn("title", {}, `${number(i * width)} to ${number((i + 1) * width)}: ${count(n)} tokens`);
-    return drawn("rect", { x: i * step, y: h - tall, width: Math.max(1, step - 1), height: tall }, title);
+    const title = svgElement("title", {}, `${number(i * width)} to ${number((i + 1) * width)}: ${count(n)} tokens`);
+    return svgElement("rect", { x: i * step, y: h - tall, width: Math.max(1, step - 1), height: tall }, title);
   });
-  const label = (x, y, anchor, words) => drawn("text", { x, y, "text-anchor": anchor }, words);
-  return drawn("svg", { class: "histogram", viewBox: `0 0 ${w} ${h + 16}`, role: "img", "aria-label": "How many tokens have each activation" },
-    ...bars, drawn("path", { d: `M0 ${h}H${w}` }), label(0, h + 13, "start", "0"), label(w / 2, h + 13, "middle", "activation"),
+  const label = (x, y, anchor, words) => svgElement("text", { x, y, "text-anchor": anchor }, words);
+  return svgElement("svg", { class: "histogram", viewBox: `0 0 ${w} ${h + 16}`, role: "img", "aria-label": "Histogram of activations" },
+    ...bars, svgElement("path", { d: `M0 ${h}H${w}` }), label(0, h + 13, "start", "0"), label(w / 2, h + 13, "middle", "activation"),
     label(w, h + 13, "end", number(used * width)), label(w, 10, "end", `tallest: ${count(most)} tokens`));
 }
 
-function listed(title, rows) {
+function makeList(title, rows) {
   const body = rows.length ? el("table", {}, el("tbody", {}, ...rows)) : el("p", { className: "dim", textContent: "none" });
   return el("section", {}, el("h3", { textContent: title }), body);
 }
@@ -204,63 +204,63 @@ function other([latent, value, jaccard]) {
   return el("tr", {}, el("td", {}, linkTo(latent)), el("td", { textContent: shown }), el("td", { className: "text" }, ...about));
 }
 
-function article(place, found) {
+function article(place, entry) {
   const latent = table.latent[place], density = table.density[place], peak = table.max[place];
   const head = [el("h2", { textContent: `Latent ${latent}` })];
   if (table.labels[place]) head.push(el("p", { className: "label", textContent: table.labels[place] }));
-  if (density === 0) head.push(el("p", { className: "warning", textContent: `It fires at none of the ${count(about.tokens)} tokens, so there are no passages.` }));
-  else head.push(el("p", { textContent: `Fires at ${percent(density)} of ${count(about.tokens)} tokens, ${number(table.mean[place])} in the mean and ${number(peak)} at most.` }), histogramOf(found));
-  const lists = [listed("Neighbours", found.near.map(other)), listed("Fires with", found.together.map(other))];
-  if (found.up.length) lists.unshift(listed("Raises the logits of", found.up.map(effect("good"))), listed("Lowers the logits of", found.down.map(effect("bad"))));
-  return [...head, ...passages("Largest activations", found.top, peak), ...passages("Quantiles, 90 to 10 %", found.quantiles, peak), el("div", { className: "lists" }, ...lists)];
+  if (density === 0) head.push(el("p", { className: "warning", textContent: `This latent does not fire on any of the ${count(about.tokens)} tokens.` }));
+  else head.push(el("p", { textContent: `Fires at ${percent(density)} of ${count(about.tokens)} tokens, with mean ${number(table.mean[place])} and maximum ${number(peak)}.` }), makeHistogram(entry));
+  const lists = [makeList("Nearest latents", entry.nearest.map(other)), makeList("Fires with", entry.coactive.map(other))];
+  if (entry.raised.length) lists.unshift(makeList("Raises the logits of", entry.raised.map(effect("good"))), makeList("Lowers the logits of", entry.lowered.map(effect("bad"))));
+  return [...head, ...passages("Largest activations", entry.top, peak), ...passages("Quantiles, 90 to 10 %", entry.quantiles, peak), el("div", { className: "lists" }, ...lists)];
 }
 
 async function show(place) {
   current = place;
   reveal(place);
-  const found = await entryOf(place);
-  if (current !== place) return; // another was asked for meanwhile
-  byId("latent").replaceChildren(...article(place, found));
+  const entry = await loadEntry(place);
+  if (current !== place) return; // another latent was opened in the meantime
+  byId("latent").replaceChildren(...article(place, entry));
   byId("latent").scrollTop = 0;
   document.title = `latent ${table.latent[place]} · ${name}`;
 }
 
-// ---- where one is: #run, #latents or #latent-12
+// ---- navigation: #run, #latents or #latent-12
 
-function nothing(sentence) {
+function showMessage(sentence) {
   current = null;
   byId("latent").replaceChildren(el("p", { className: "dim", textContent: sentence }));
   drawRows();
 }
 
-const addressed = () => /^#latent-(\d{1,9})$/.exec(location.hash)?.[1]; // the address is ahead of what is drawn
+const latentInUrl = () => /^#latent-(\d{1,9})$/.exec(location.hash)?.[1]; // the URL changes before the page does
 
 async function route() {
-  const latent = addressed();
+  const latent = latentInUrl();
   const inRun = latent === undefined && location.hash !== "#latents";
   byId("view-run").hidden = !inRun;
   byId("view-latents").hidden = inRun;
   for (const link of document.querySelectorAll("nav a")) link.ariaCurrent = (link.hash === "#run") === inRun ? "page" : null;
   document.title = name;
   if (inRun) return;
-  if (latent === undefined) nothing("Choose a latent.");
+  if (latent === undefined) showMessage("Choose a latent.");
   else if (places.has(Number(latent))) await show(places.get(Number(latent)));
-  else nothing(Number(latent) < about.d_sae ? `Latent ${latent} is not on this page, which holds ${count(table.latent.length)} of ${count(about.d_sae)}.` : `There is no latent ${latent}: they are 0 to ${about.d_sae - 1}.`);
+  else showMessage(Number(latent) < about.d_sae ? `Latent ${latent} is not on this page, which holds ${count(table.latent.length)} of ${count(about.d_sae)}.` : `There is no latent ${latent}: this SAE has latents 0 to ${about.d_sae - 1}.`);
 }
 
 const go = (place) => { if (place !== undefined) location.hash = `#latent-${table.latent[place]}`; };
 
 function step(by) {
-  const at = order.indexOf(places.get(Number(addressed())));
+  const at = order.indexOf(places.get(Number(latentInUrl())));
   go(order[at < 0 ? 0 : Math.min(order.length - 1, Math.max(0, at + by))]);
 }
 
-function leave() {
+function goBack() {
   if (document.activeElement === search && search.value) {
     search.value = "";
-    choose();
+    updateOrder();
   } else if (document.activeElement === search) search.blur();
-  else location.hash = addressed() === undefined ? "#run" : "#latents";
+  else location.hash = latentInUrl() === undefined ? "#run" : "#latents";
 }
 
 const KEYS = {
@@ -268,28 +268,28 @@ const KEYS = {
   "?": () => help.showModal(),
   j: () => step(1), ArrowDown: () => step(1), k: () => step(-1), ArrowUp: () => step(-1),
   Enter: () => { go(order[0]); search.blur(); },
-  Escape: leave,
+  Escape: goBack,
 };
 
 document.addEventListener("keydown", (event) => {
   const typing = event.target === search, elsewhere = byId("view-latents").hidden;
   if (event.ctrlKey || event.metaKey || event.altKey || help.open || event.target === which || !(event.key in KEYS)) return;
   if (typing && !["Enter", "Escape", "ArrowDown", "ArrowUp"].includes(event.key)) return;
-  if (event.key === "Enter" && !typing) return; // of a link or a button
+  if (event.key === "Enter" && !typing) return; // Enter on a link or button
   if (elsewhere && !["/", "?"].includes(event.key)) return;
   event.preventDefault();
   KEYS[event.key]();
 });
 
-// ---- the beginning
+// ---- start
 
-async function begin() {
+async function start() {
   [table, words] = await Promise.all([unpack("table"), unpack("words")]);
   places = new Map(table.latent.map((latent, place) => [latent, place]));
   haystack = table.latent.map((latent, place) => `${latent} ${table.tokens[place].map((token) => words[token]).join("\n")}\n${table.labels[place]}`.toLowerCase());
-  choose();
-  search.addEventListener("input", choose);
-  which.addEventListener("change", choose);
+  updateOrder();
+  search.addEventListener("input", updateOrder);
+  which.addEventListener("change", updateOrder);
   search.form.addEventListener("submit", (event) => event.preventDefault());
   byId("help-button").addEventListener("click", () => help.showModal());
   let waiting = false;
@@ -301,11 +301,11 @@ async function begin() {
     const row = event.target.closest("tr[data-place]");
     if (row && !event.target.closest("a")) go(Number(row.dataset.place));
   });
-  new ResizeObserver(drawRows).observe(box); // also when it is shown again, after printing for one
+  new ResizeObserver(drawRows).observe(box); // also when it becomes visible again, for example after printing
   window.addEventListener("hashchange", route);
   await route();
   document.documentElement.dataset.ready = Math.round(performance.now());
 }
 
-if (typeof DecompressionStream === "undefined") document.body.prepend(el("p", { className: "warning", textContent: "This browser cannot unpack the latents; one of 2024 or later can." }));
-else begin();
+if (typeof DecompressionStream === "undefined") document.body.prepend(el("p", { className: "warning", textContent: "This browser cannot unpack the latents. Use a browser from 2024 or later." }));
+else start();

@@ -1,7 +1,7 @@
-"""`sae dashboard`: one run as a page, its numbers and every latent, in one file that needs no server.
+"""`sae dashboard`: a run as one HTML file with its numbers and every latent, which needs no server.
 
-The page holds JSON, packed: the text once, all latents' columns of the table, and blocks of BLOCK latents, which are
-unpacked when one of them is looked at.
+The page holds compressed JSON: the text once, the columns of the table of latents, and blocks of latents, which are
+unpacked when one of them is opened.
 """
 
 import base64
@@ -33,183 +33,215 @@ from ..tables import tables
 from .page import make_visible, render_page
 from .svg import draw_svg
 
-BLOCK = 64
-LEVELS = 255  # of a colour; a page holds activations in a passage as shares of the latent's largest
-DEAD_LISTED = 200
-CURVES = {
+LATENTS_PER_BLOCK = 64
+LEVELS = 255  # activations in passages are stored as n / LEVELS of the latent's largest
+MAX_DEAD_LINKS = 200
+BYTES_PER_LATENT, BYTES_PER_TOKEN = 900, 3  # of a page, approximately
+CURVE_TITLES = {  # scalar of metrics.jsonl -> title
     "loss": "loss",
     "explained_variance": "explained variance",
     "l0": "L0",
     "dead": "share of dead latents",
 }
-DENSITY_BINS, L0_BINS = 8, 40  # in a decade, at most
+DENSITY_BINS_PER_DECADE, MAX_L0_BINS = 8, 40
 
 
 def compress_json(value: Any) -> str:
-    """JSON, gzip, base64: the same value, the same text."""
-    return base64.b64encode(
-        gzip.compress(json.dumps(value, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
-    ).decode()
+    """The value as JSON, gzip, base64. Equal values give equal text."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def round_digits(value: float) -> float:
-    """Four digits, which is more than a page shows."""
+    """Round to four significant digits, more than a page shows."""
     return float(f"{value:.4g}")
 
 
 class TokenIndex:
-    """Tokens by the order in which a page first needs them; `words` is what is shown of each."""
+    """Numbers tokens in the order in which a page first uses them; `words` has the text of each."""
 
-    def __init__(self, look: InspectedRun) -> None:
-        self.look, self.places = look, dict[int, int]()
+    def __init__(self, run: InspectedRun) -> None:
+        self.run, self.places = run, dict[int, int]()
         self.words: list[str] = []
 
     def __call__(self, token: int) -> int:
         if token not in self.places:
             self.places[token] = len(self.words)
-            self.words.append(make_visible(self.look.words.display(token)))
+            self.words.append(make_visible(self.run.token_text.display(token)))
         return self.places[token]
 
 
 def check_page_path(path: Path) -> Path:
-    """UsageError for a path that no page should be written to."""
+    """The path, if a page can be written there. Raises UsageError otherwise."""
     if path.suffix != ".html" or path.is_dir():
-        raise UsageError(f"--out {path}: a page is a file whose name ends in .html.")
+        raise UsageError(f"--out {path}: expected the name of a file that ends in .html.")
     return path
 
 
 def sample_latents(d_sae: int, count: int | None) -> Tensor:
-    """All latents, or so many of them, drawn at random, in their order (K,)."""
+    """All latents, or `count` of them drawn at random, in ascending order (K,)."""
     if count is not None and count <= 0:
-        raise UsageError(f"--latents {count} is not positive. Give how many the page holds, or leave it out for all.")
+        raise UsageError(f"--latents {count}: expected a positive number. Omit it to show all latents.")
     if count is None or count >= d_sae:
         return torch.arange(d_sae)
     return torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
-def dashboard_page(look: InspectedRun, latents_K: Tensor, date: str, progress: Progress) -> str:
-    """The page of a run, with the latents `latents_K` (K,) in it and the run's numbers over all of them."""
-    found = latent_stats(look.ctx, look.sae, look.hook, latents_K, progress)
-    vocabulary = TokenIndex(look)
+def estimate_page_bytes(latents: int, tokens: int) -> int:
+    """The approximate size of a page."""
+    return BYTES_PER_LATENT * latents + BYTES_PER_TOKEN * tokens
+
+
+def dashboard_page(run: InspectedRun, latents_K: Tensor, date: str, progress: Progress) -> str:
+    """The HTML page of a run: its numbers over all latents, and the latents `latents_K` (K,) with their passages."""
+    stats = latent_stats(run.ctx, run.sae, run.hook, latents_K, progress)
+    token_index = TokenIndex(run)
     blocks = []
-    for start in range(0, len(latents_K), BLOCK):
-        places = range(start, min(start + BLOCK, len(latents_K)))
-        blocks.append(compress_json([latent_entry(look, found, place, vocabulary) for place in places]))
+    for start in range(0, len(latents_K), LATENTS_PER_BLOCK):
+        places = range(start, min(start + LATENTS_PER_BLOCK, len(latents_K)))
+        blocks.append(compress_json([latent_entry(run, stats, place, token_index) for place in places]))
         progress(places.stop, len(latents_K), "latents packed")
-    contexts = look.ctx.contexts
+    contexts = run.ctx.contexts
     text = [
-        [vocabulary(token) for token in ids[:length]]
+        [token_index(token) for token in ids[:length]]
         for ids, length in zip(contexts.ids.tolist(), contexts.length.tolist(), strict=True)
     ]
-    columns = table_columns(look, found, latents_K, vocabulary)
-    density_F = found.density
+    columns = table_columns(run, stats, latents_K, token_index)
+    packed = {"table": columns, "words": token_index.words, "text": text}
     return render_page(
-        "dashboard.html", "dashboard.js",
-        title=look.row.name, version=version("sae-pipeline"), date=date, look=look, recipe=recipe_settings(look),
-        tokens=len(found.activation_stats.l0), paired=found.activation_stats.paired_tokens, directions=found.up is not None,
-        shown=len(latents_K), dead=(density_F == 0).nonzero().flatten().tolist(), dead_listed=DEAD_LISTED,
-        l0=float(found.activation_stats.l0.double().mean()) if len(found.activation_stats.l0) else 0.0,
-        measured=[(title, list(zip(heads[1:], lines[0][1:], strict=True))) for title, heads, lines in tables([look.row])],
-        flags=[f"{name}: {flag}" for name, result in look.row.results.items() for flag in result.flags],
-        curves=[draw_svg(chart) for chart in read_training_curves(look.folder)],
-        histograms=[draw_svg(density_chart(density_F)), draw_svg(l0_chart(found.activation_stats.l0))],
-        sampled=SAMPLED_PASSAGES, about={"block": BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(found.activation_stats.l0), "d_sae": look.sae.d_sae},
-        packed={"table": compress_json(columns), "words": compress_json(vocabulary.words), "text": compress_json(text)}, blocks=blocks,
-    )  # fmt: skip
+        "dashboard.html",
+        "dashboard.js",
+        title=run.row.name,
+        version=version("sae-pipeline"),
+        date=date,
+        run=run,
+        packed={name: compress_json(value) for name, value in packed.items()},
+        blocks=blocks,
+        shown=len(latents_K),
+        sampled=SAMPLED_PASSAGES,
+        **run_section(run),
+        **text_section(run, stats),
+    )
 
 
-def recipe_settings(look: InspectedRun) -> dict[str, str]:
-    """How it was trained, as names and texts; nothing for an SAE that came without a run.json."""
-    run = training_record(look)
-    shown = {name: run[name] for name in ("variant", "paper", "seed", "steps", "batch_size") if name in run}
-    shown |= run.get("resolved") or {}
-    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
-
-
-def table_columns(look: InspectedRun, found: LatentStats, latents_K: Tensor, vocabulary: TokenIndex) -> dict[str, Any]:
-    """A column each for what the table of latents shows."""
-    latents = latents_K.tolist()
+def run_section(run: InspectedRun) -> dict[str, Any]:
+    """What the page shows of the run's files: recipe, results and training curves."""
     return {
-        "latent": latents,
-        "density": [round_digits(value) for value in found.density[latents_K].tolist()],
-        "mean": [round_digits(value) for value in found.mean.tolist()],
-        "max": [round_digits(value) for value in found.activation_stats.peak_K.tolist()],
-        "tokens": [
-            [vocabulary(token) for token in top_tokens(look, found.activation_stats.top.of(place))]
-            for place in range(len(latents))
+        "recipe": recipe_settings(run),
+        "measured": [
+            (title, list(zip(headings[1:], lines[0][1:], strict=True))) for title, headings, lines in tables([run.row])
         ],
-        "labels": [make_visible("; ".join(look.labels.get(latent, ()))) for latent in latents],
+        "flags": [f"{name}: {flag}" for name, result in run.row.results.items() for flag in result.flags],
+        "curves": [draw_svg(chart) for chart in read_training_curves(run.folder)],
     }
 
 
-def top_tokens(look: InspectedRun, passages: Sequence[Passage], count: int = 3) -> list[int]:
-    """The tokens at which a latent fires most strongly, each once."""
-    return list(dict.fromkeys(int(look.ctx.contexts.ids[p.context, p.position]) for p in passages))[:count]
+def text_section(run: InspectedRun, stats: LatentStats) -> dict[str, Any]:
+    """What the page shows of all latents on the held-out text: densities, L0, dead latents."""
+    density_F, l0_T = stats.density, stats.activations.l0
+    about = {
+        "block": LATENTS_PER_BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(l0_T), "d_sae": run.sae.d_sae
+    }  # fmt: skip
+    return {
+        "about": about,
+        "tokens": len(l0_T),
+        "paired": stats.activations.pair_tokens,
+        "dead": (density_F == 0).nonzero().flatten().tolist(),
+        "dead_listed": MAX_DEAD_LINKS,
+        "l0": float(l0_T.double().mean()) if len(l0_T) else 0.0,
+        "histograms": [draw_svg(density_chart(density_F)), draw_svg(l0_chart(l0_T))],
+    }
 
 
-def latent_entry(look: InspectedRun, found: LatentStats, place: int, vocabulary: TokenIndex) -> dict[str, Any]:
-    """All that the page shows of one latent, beside its row of the table."""
-    peak = float(found.activation_stats.peak_K[place])
+def recipe_settings(run: InspectedRun) -> dict[str, str]:
+    """How the SAE was trained, as name -> text; empty for an imported SAE without run.json."""
+    record = training_record(run)
+    shown = {name: record[name] for name in ("variant", "paper", "seed", "steps", "batch_size") if name in record}
+    shown |= record.get("resolved") or {}
+    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
+
+
+def table_columns(run: InspectedRun, stats: LatentStats, latents_K: Tensor, token_index: TokenIndex) -> dict[str, Any]:
+    """The columns of the table of latents."""
+    latents = latents_K.tolist()
+    return {
+        "latent": latents,
+        "density": [round_digits(value) for value in stats.density[latents_K].tolist()],
+        "mean": [round_digits(value) for value in stats.mean.tolist()],
+        "max": [round_digits(value) for value in stats.activations.peak_K.tolist()],
+        "tokens": [
+            [token_index(token) for token in top_tokens(run, stats.activations.top.passages(place))]
+            for place in range(len(latents))
+        ],
+        "labels": [make_visible("; ".join(run.labels.get(latent, ()))) for latent in latents],
+    }
+
+
+def top_tokens(run: InspectedRun, passages: Sequence[Passage], count: int = 3) -> list[int]:
+    """The distinct tokens at which a latent fires most strongly."""
+    return list(dict.fromkeys(int(run.ctx.contexts.ids[p.context, p.position]) for p in passages))[:count]
+
+
+def latent_entry(run: InspectedRun, stats: LatentStats, place: int, token_index: TokenIndex) -> dict[str, Any]:
+    """What the page shows of one latent in addition to its row of the table."""
+    activations = stats.activations
+    peak = float(activations.peak_K[place])
 
     def passages(chosen: Sequence[Passage]) -> list[Any]:
         return [
-            [
-                one.context,
-                one.position,
-                round_digits(one.value),
-                np.ceil(LEVELS * (one.values / peak)).astype(int).tolist(),
-            ]
+            [one.context, one.position, round_digits(one.value), np.ceil(LEVELS * (one.values / peak)).astype(int).tolist()]
             for one in chosen
-        ]
+        ]  # fmt: skip
 
     def tokens(listed: RankedEntries | None) -> list[Any]:
-        return [[vocabulary(token), round_digits(value)] for token, value in listed.of(place)] if listed else []
+        return [[token_index(token), round_digits(value)] for token, value in listed.entries(place)] if listed else []
 
-    histogram = found.activation_stats.histogram
+    histogram = activations.histogram
     return {
         "bins": histogram.count_KB[place].tolist(),
         "width": float(histogram.width[place]),
-        "top": passages(found.activation_stats.top.of(place)),
-        "quantiles": passages(quantile_passages(found.activation_stats.sample, place)),
-        "up": tokens(found.up),
-        "down": tokens(found.down),
-        "near": [[latent, round_digits(value)] for latent, value in found.near.of(place)],
-        "together": [
+        "top": passages(activations.top.passages(place)),
+        "quantiles": passages(quantile_passages(activations.sample, place)),
+        "raised": tokens(stats.raised),
+        "lowered": tokens(stats.lowered),
+        "nearest": [[latent, round_digits(value)] for latent, value in stats.nearest.entries(place)],
+        "coactive": [
             [latent, round_digits(value), round_digits(float(share))]
-            for (latent, value), share in zip(found.together.of(place), found.jaccard[place], strict=False)
+            for (latent, value), share in zip(stats.coactive.entries(place), stats.jaccard[place], strict=False)
         ],
     }
 
 
 def read_training_curves(folder: Path) -> list[Chart]:
-    """What training logged; nothing where no metrics.jsonl is, or one that cannot be read."""
+    """Charts of what training logged; none without metrics.jsonl. Raises DamagedError if it cannot be read."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
+    charts = []
     try:
         steps = [json.loads(line) for line in path.read_text().splitlines()]
-        points = {name: [(step["tokens"], step[name]) for step in steps if name in step] for name in CURVES}
-        return [
-            Chart(f"{title}, in training", "tokens", title, [Series(title, *zip(*points[name], strict=True), "line")])  # type: ignore[arg-type]
-            for name, title in CURVES.items()
-            if points[name]
-        ]
+        for name, title in CURVE_TITLES.items():
+            points = [(step["tokens"], step[name]) for step in steps if name in step]
+            if points:
+                x, y = zip(*points, strict=True)
+                charts.append(Chart(f"{title}, in training", "tokens", title, [Series(title, x, y, "line")]))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DamagedError(f"{path} cannot be read ({error}). Remove it: the page then has no curves.") from error
+        raise DamagedError(f"{path} cannot be read ({error}). Remove it to make the page without curves.") from error
+    return charts
 
 
 def density_chart(density_F: Tensor) -> Chart:
-    """How many of the latents that fire have each density, on a logarithmic axis; bins of an eighth of a decade."""
+    """Histogram of the densities of latents that fire, on a logarithmic axis; bins of an eighth of a decade."""
     decades = density_F[density_F > 0].log10()
-    bins, counts = (decades * DENSITY_BINS).floor().unique(return_counts=True)
-    x, y = 10 ** ((bins + 0.5) / DENSITY_BINS), counts
+    bins, counts = (decades * DENSITY_BINS_PER_DECADE).floor().unique(return_counts=True)
+    x, y = 10 ** ((bins + 0.5) / DENSITY_BINS_PER_DECADE), counts
     return bar_chart("density of latents", "share of tokens at which a latent fires", "latents", x, y, x_log=True)
 
 
 def l0_chart(l0_T: Tensor) -> Chart:
-    """How many tokens have each number of latents, in L0_BINS bins at most, of as many whole numbers each."""
+    """Histogram of the number of latents per token, in at most MAX_L0_BINS bins of equally many whole numbers."""
     low, high = (int(l0_T.min()), int(l0_T.max())) if len(l0_T) else (0, 0)
-    width = -(-(high - low + 1) // L0_BINS)
+    width = -(-(high - low + 1) // MAX_L0_BINS)
     bins, counts = ((l0_T - low) // width).unique(return_counts=True)
     return bar_chart(
         "L0 over tokens", "latents that fire at a token", "tokens", low + bins * width + (width - 1) / 2, counts

@@ -1,7 +1,7 @@
-"""One self-contained HTML file: style, script and data inside, and a policy that lets nothing else in.
+"""Self-contained HTML pages: style, script and data are in one file, and a content policy blocks everything else.
 
-What comes from texts and tokenizers is hostile: it is escaped where it enters HTML, as JSON where it enters a script,
-and `visible` shows what would otherwise hide or reorder the text around it.
+Text from datasets and tokenizers is untrusted. It is escaped in HTML, encoded as JSON in scripts, and `make_visible`
+shows characters that would hide or reorder the text around them.
 """
 
 import base64
@@ -19,33 +19,35 @@ from ...common.files import atomic_write
 
 HERE = Path(__file__).parent
 REPLACEMENTS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")  # of Unicode
 
 
 def make_visible(text: str) -> str:
-    """The text with nothing hidden in it: controls, bidi marks, lone surrogates and unassigned code points as ⟨202E⟩.
+    """Replace invisible characters: controls, bidi marks, lone surrogates, unassigned code points become ⟨202E⟩.
 
-    A line break is ↵, a tab ⇥. Letters, combining marks and emoji stay.
+    A line break becomes ↵ and a tab ⇥. Letters, combining marks and emoji are kept.
     """
     return "".join(
-        REPLACEMENTS.get(c) or (f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") else c)
-        for c in text
-    )  # fmt: skip
+        REPLACEMENTS.get(c) or (f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in HIDDEN_CATEGORIES else c) for c in text
+    )
 
 
 def as_json(value: Any) -> Markup:
-    """JSON that can stand inside <script type="application/json">: no `<`, so no end of the script, is in it."""
+    """JSON for <script type="application/json">: it contains no `<`, so it cannot end the script."""
     return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 
 
 @cache
 def templates() -> Environment:
-    found = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    found.filters.update(visible=make_visible, json=as_json)
-    return found
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(visible=make_visible, json=as_json)
+    return environment
 
 
 def render_page(template: str, script: str | None = None, **values: Any) -> str:
-    """A template of this folder, filled; `script` names the file of the one script that may run in it."""
+    """Render a template of this folder; `script` names the file of the only script that may run in the page."""
     code = (HERE / script).read_text() if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = (
@@ -57,5 +59,5 @@ def render_page(template: str, script: str | None = None, **values: Any) -> str:
 
 
 def write_page(path: Path, html: str) -> None:
-    """Write it whole or not at all."""
+    """Write a page atomically."""
     atomic_write(path, html.encode("utf-8", "backslashreplace"))

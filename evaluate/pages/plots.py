@@ -1,47 +1,49 @@
-"""Draw a chart with matplotlib, as a file for a paper."""
+"""Draw charts with matplotlib, as files for a paper."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ...common.errors import UnavailableError, UsageError
-from ..charts import COLOURS, DASHES, Chart, marker_of
+from ...common.files import make_folder
+from ..charts import COLOURS, DASHES, Chart, Series, marker_of
+
+LINE_STYLES = ("-", "--", ":", "-.")  # matplotlib's names for `charts.DASHES`
+
+
+def save_charts(charts: Sequence[Chart], folder: Path) -> None:
+    """Save each chart as .svg and .png, named after its title."""
+    make_folder(folder)
+    for chart in charts:
+        stem = "-".join("".join(c if c.isalnum() else " " for c in chart.title.lower()).split())
+        for suffix in (".svg", ".png"):
+            save_chart(chart, folder / f"{stem}{suffix}")
 
 
 def save_chart(chart: Chart, path: Path) -> None:
-    """Draw the chart with matplotlib; the file's ending decides the format (.svg, .png, .pdf).
+    """Draw a chart to a file; the suffix decides the format (.svg, .png, .pdf).
 
-    Raises OutsideError without matplotlib, UsageError for an ending that it does not write.
+    Raises UnavailableError without matplotlib, and UsageError for a suffix that matplotlib does not write.
     """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UnavailableError("Plots for papers need matplotlib: pip install 'sae-pipeline[plots]'.") from error
-    with rc_context({"svg.hashsalt": "sae", "svg.fonttype": "none"}):  # the same chart, the same bytes
+        raise UnavailableError("Plots need matplotlib: pip install 'sae-pipeline[plots]'.") from error
+    with rc_context({"svg.hashsalt": "sae", "svg.fonttype": "none"}):  # the same chart gives the same bytes
         figure = Figure(figsize=(6.2, 4.2), layout="constrained")
         axes = figure.add_subplot(
             title=chart.title, xlabel=chart.x_title, ylabel=chart.y_title,
             xscale="log" if chart.x_log else "linear", yscale="log" if chart.y_log else "linear",
         )  # fmt: skip
         for place, series in enumerate(chart.series):
-            number = place if series.look is None else series.look
-            colour, marker, x = COLOURS[number % len(COLOURS)], marker_of(number), chart.dodged(series)
-            if series.kind == "bars":
-                step = min((b - a for a, b in pairwise(series.x)), default=1.0)
-                axes.bar(x, series.y, 0.9 * step, color=colour, label=series.name)
-                continue
-            banded = series.kind == "line" and any(series.spread)
-            if banded:
-                low, high = zip(*((y - s, y + s) for y, s in zip(series.y, series.spread, strict=True)), strict=True)
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            dashes = ("-", "--", ":", "-.")[number // len(COLOURS) % len(DASHES)] if series.kind != "points" else "none"
-            axes.errorbar(
-                x, series.y, yerr=None if banded else series.spread or None, label=series.name, color=colour, ls=dashes,
-                marker=marker if series.kind != "line" else "none", ms=5, lw=1.4,
-            )  # fmt: skip
+            draw_series(axes, chart, series, place if series.style is None else series.style)
         if chart.categories:
-            turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if chart.slanted(400) else {}
-            axes.set_xticks(range(len(chart.categories)), chart.categories, **turned)
+            axes.set_xticks(range(len(chart.categories)), chart.categories)
+            if chart.slanted(400):
+                for label in axes.get_xticklabels():
+                    label.set(rotation=45, ha="right", rotation_mode="anchor")
             axes.set_xlim(-0.5, len(chart.categories) - 0.5)
         axes.grid(alpha=0.25)
         if len(chart.series) > 1:
@@ -50,5 +52,22 @@ def save_chart(chart: Chart, path: Path) -> None:
             figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
         except ValueError as error:
             raise UsageError(
-                f"{path}: matplotlib writes no {path.suffix or 'file without an ending'}. Give .svg, .png or .pdf."
+                f"{path}: matplotlib cannot write {path.suffix or 'a file without a suffix'}. Use .svg, .png or .pdf."
             ) from error
+
+
+def draw_series(axes: Any, chart: Chart, series: Series, style: int) -> None:
+    colour, marker, x = COLOURS[style % len(COLOURS)], marker_of(style), chart.dodged(series)
+    if series.kind == "bars":
+        step = min((b - a for a, b in pairwise(series.x)), default=1.0)
+        axes.bar(x, series.y, 0.9 * step, color=colour, label=series.name)
+        return
+    banded = series.kind == "line" and any(series.spread)
+    if banded:
+        low, high = zip(*((y - s, y + s) for y, s in zip(series.y, series.spread, strict=True)), strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    line_style = LINE_STYLES[style // len(COLOURS) % len(DASHES)] if series.kind != "points" else "none"
+    axes.errorbar(
+        x, series.y, yerr=None if banded else series.spread or None, label=series.name, color=colour, ls=line_style,
+        marker=marker if series.kind != "line" else "none", ms=5, lw=1.4,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A paper's report as a page."""
+"""The page of a paper's reproduction."""
 
 from collections.abc import Container, Sequence
 from datetime import date
@@ -7,32 +7,31 @@ from importlib.metadata import version
 from markupsafe import Markup
 
 from ..charts import Chart
+from ..papers.claims import Paper
 from ..papers.figures import letters, paper_figures
 from ..papers.report import PaperReport, describe_system, runs_by_system, shown_layer, unreported_table
 from .page import render_page
 from .svg import draw_svg, shared_legend
 
-MIN_WIDE_CATEGORIES = 16  # categories over which a chart has the whole width of the page
+MIN_WIDE_CATEGORIES = 16  # a chart with more categories takes the full width of the page
+WIDE, NARROW = (1240, 460), (500, 320)  # the sizes of charts; NARROW is readable on a phone
 
 
 def reproduction_page(report: PaperReport, model: str, reading: str) -> str:
-    """HTML: every claim with its verdict, the gates, the paper's contradictions, what was run, figures."""
-    paper = report.paper
-    systems = runs_by_system(report)
-    layers = sorted({run.layer for run in report.runs})
-    seeds = sorted({run.seed for run in report.runs})
-    sizes = sorted({(run.run.run["d_sae"], run.run.run["steps"], run.run.run["batch_size"]) for run in report.runs})
-    wide = ", ".join(f"{d_sae:,} latents, {steps:,} steps of {batch:,} tokens" for d_sae, steps, batch in sizes)
-    ran = paper.ran
+    """The HTML page: claims with verdicts, gates, the paper's contradictions, what was run, and figures.
+
+    `reading` is the name of the reading of the paper's units that was used.
+    """
+    paper, systems = report.paper, runs_by_system(report)
     return render_page(
         "report.html",
         title=f"{paper.number} {paper.title}",
         report=report,
         paper=paper,
         model=model,
-        setting=f"layer {', '.join(map(str, layers))}, seeds {', '.join(map(str, seeds))}; {wide}" if report.runs else "none yet",
+        setting=describe_runs(report),
         systems=[(system, describe_system(system)) for system in paper.systems.values()],
-        ran=f"{ran.model}, {ran.dataset}, layer {', '.join(map(str, ran.layers))}, {ran.d_sae:,} latents, {ran.steps:,} steps of {ran.batch_size:,}, rate {ran.lr:g}, penalty {ran.l1:.3g}, {ran.optimizer}",
+        ran=describe_setup(paper),
         used=reading,
         figures={heading: draw_charts(charts, systems) for heading, charts in paper_figures(report).items()},
         drawn_layer=shown_layer(report),
@@ -41,25 +40,45 @@ def reproduction_page(report: PaperReport, model: str, reading: str) -> str:
         unreported=unreported_table(report),
         version=version("sae-pipeline"),
         date=date.today().isoformat(),
-    )  # fmt: skip
+    )
+
+
+def describe_runs(report: PaperReport) -> str:
+    """Layers, seeds and sizes of our runs."""
+    if not report.runs:
+        return "none yet"
+    layers = ", ".join(map(str, sorted({run.layer for run in report.runs})))
+    seeds = ", ".join(map(str, sorted({run.seed for run in report.runs})))
+    records = [run.run.record for run in report.runs]
+    sizes = sorted({(record["d_sae"], record["steps"], record["batch_size"]) for record in records})
+    shown = ", ".join(f"{d_sae:,} latents, {steps:,} steps of {batch:,} tokens" for d_sae, steps, batch in sizes)
+    return f"layer {layers}, seeds {seeds}; {shown}"
+
+
+def describe_setup(paper: Paper) -> str:
+    """What the paper says it ran."""
+    setup = paper.setup
+    return (
+        f"{setup.model}, {setup.dataset}, layer {', '.join(map(str, setup.layers))}, {setup.d_sae:,} latents, "
+        f"{setup.steps:,} steps of {setup.batch_size:,} tokens, learning rate {setup.lr:g}, penalty {setup.l1:.3g}, "
+        f"{setup.optimizer}"
+    )
 
 
 def draw_charts(charts: Sequence[Chart], systems: Container[str]) -> tuple[Markup, list[tuple[Chart, Markup, bool]]]:
-    """The key of the systems that no axis names; and each chart, drawn, and whether it is wide.
+    """The shared legend of the systems, and each chart as (chart, drawing, whether it is wide).
 
-    A chart of other series than systems has a legend of its own.
+    The legend leaves out charts whose axis names the systems. A chart with series that are not systems has its own.
     """
-    keyed = [
-        one
-        for one in charts
-        if all(series.name in systems and series.name not in one.categories for series in one.series)
+    sharing = [
+        chart
+        for chart in charts
+        if all(series.name in systems and series.name not in chart.categories for series in chart.series)
     ]
     figures = []
     for chart in charts:
-        legend, wide = (
-            any(series.name not in systems for series in chart.series),
-            len(chart.categories) > MIN_WIDE_CATEGORIES,
-        )
-        size = (1240, 460) if wide else (500, 320)  # small enough to be read on a telephone
-        figures.append((chart, draw_svg(chart, legend, *size), wide))
-    return shared_legend(keyed), figures
+        has_legend = any(series.name not in systems for series in chart.series)
+        is_wide = len(chart.categories) > MIN_WIDE_CATEGORIES
+        width, height = WIDE if is_wide else NARROW
+        figures.append((chart, draw_svg(chart, has_legend, width, height), is_wide))
+    return shared_legend(sharing), figures

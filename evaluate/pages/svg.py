@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..charts import (
 )
 from .page import templates
 
-SHAPES = {
+SHAPES = {  # of each of matplotlib's markers, as an SVG path around (0, 0)
     "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
     "s": "M-3.5-3.5H3.5V3.5H-3.5Z",
     "D": "M0-5L5 0L0 5L-5 0Z",
@@ -33,102 +34,120 @@ SHAPES = {
 }
 
 
-def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) -> Markup:
-    """The chart as an <svg> that takes its colours from the page, light or dark; without `legend` the page has a `key`.
+@dataclass(frozen=True)
+class Scale:
+    """Maps values in [low, high] to pixels in [start, end]."""
 
-    Points outside a logarithmic axis and those that are no numbers are left out. `height` is without the room that a
-    legend takes, and slanted names of categories.
+    low: float
+    high: float
+    log: bool
+    start: float
+    end: float
+
+    def position(self, value: float) -> float | None:
+        """The pixel of a value; None if it has no place on the axis."""
+        if not is_drawable(value, self.log):
+            return None
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) -> Markup:
+    """The chart as an <svg> element that takes its colours from the page, in light or dark mode.
+
+    Values that are not finite, and values <= 0 on a logarithmic axis, are left out. `height` excludes the legend and
+    slanted category names, which are added to it. Without `legend` the page shows a `shared_legend`.
     """
     (x_low, x_high), (y_low, y_high) = axis_ranges(chart)
     y_ticks = ticks(y_low, y_high, chart.y_log)
     right, top, bottom = 12, 10, 46 if chart.x_title else 26
-    left = max(
-        64, 30 + round(CHARACTER_WIDTH * max(map(len, tick_labels(y_ticks)), default=0))
-    )  # the axis' title, and its labels
+    left = max(64, 30 + round(CHARACTER_WIDTH * max(map(len, tick_labels(y_ticks)), default=0)))  # axis title, labels
     slanted = chart.slanted(width - left - right)
-    if slanted:  # by 45 degrees, a name's end at its tick
+    if slanted:  # by 45 degrees, with the end of a name at its tick
         reach = math.ceil(chart.longest * math.sqrt(0.5))
         left = max(left, reach - (width - left - right) // (2 * len(chart.categories)))
         bottom, height = bottom + reach, height + reach
-
-    def place(value: float, low: float, high: float, log: bool) -> float | None:
-        if not is_drawable(value, log):
-            return None
-        return (math.log(value / low) / math.log(high / low)) if log else (value - low) / (high - low)
-
-    def at_x(value: float) -> float | None:
-        share = place(value, x_low, x_high, chart.x_log)
-        return None if share is None else round(left + share * (width - left - right), 1)
-
-    def at_y(value: float) -> float | None:
-        share = place(value, y_low, y_high, chart.y_log)
-        return None if share is None else round(height - bottom - share * (height - top - bottom), 1)
-
-    drawn = []
-    for number, series in enumerate(chart.series):
-        points = []
-        labels = [*series.labels, *[""] * len(series.x)]
-        spreads = [spread if is_drawable(spread, False) else 0.0 for spread in (*series.spread, *[0.0] * len(series.x))]
-        for x, at, y, label, spread in zip(series.x, chart.dodged(series), series.y, labels, spreads, strict=False):
-            px, py = at_x(at), at_y(y)
-            if px is not None and py is not None:
-                low, high = (at_y(y - spread) or height - bottom, at_y(y + spread) or py) if spread else (py, py)
-                where = chart.categories[int(x)] if chart.categories else f"{x:.4g}"
-                label = label or f"{series.name}: {where}, {y:.4g}" + (f" ± {spread:.2g}" if spread else "")
-                points.append({"x": px, "y": py, "low": low, "high": high, "label": label})
-        path = svg_path([(point["x"], point["y"]) for point in points])
-        around = [(one["x"], one["high"]) for one in points] + [(one["x"], one["low"]) for one in reversed(points)]
-        band = svg_path(around) + "Z" if series.kind == "line" and any(series.spread) and points else ""
-        drawn.append({**style_of(series, number), "points": points, "path": path, "band": band})
-    named = [series.name for series in chart.series] if legend and len(chart.series) > 1 else []
-    places = legend_places(named, width, left)
-    x_ticks = range(len(chart.categories)) or ticks(x_low, x_high, chart.x_log, 4 if chart.x_log else 6)
+    x_scale = Scale(x_low, x_high, chart.x_log, left, width - right)
+    y_scale = Scale(y_low, y_high, chart.y_log, height - bottom, top)
+    series = [draw_series(chart, one, number, x_scale, y_scale) for number, one in enumerate(chart.series)]
+    names = [one.name for one in chart.series] if legend and len(chart.series) > 1 else []
+    places = legend_places(names, width, left)
+    categories = range(len(chart.categories))
+    x_ticks = categories or ticks(x_low, x_high, chart.x_log, 4 if chart.x_log else 6)
+    x_grid = [n + 0.5 for n in categories[:-1]] if chart.categories else x_ticks
     rows = 1 + max((row for _, row in places), default=-1)
     return Markup(
         templates().get_template("chart.svg").render(
-            chart=chart, series=drawn, width=width, height=height, left=left, right=width - right, top=top, base=height - bottom,
-            x_grid=[at_x(n + 0.5) for n in range(len(chart.categories) - 1)] if chart.categories else [at_x(v) for v in x_ticks],
-            x_ticks=list(zip(map(at_x, x_ticks), chart.categories or tick_labels(x_ticks), strict=True)), slanted=slanted,
-            y_ticks=list(zip(map(at_y, y_ticks), tick_labels(y_ticks), strict=True)),
-            empty=not any(one["points"] for one in drawn), legend=places, whole=height + 18 * rows, bar=bar_width(drawn),
+            chart=chart, series=series, width=width, height=height, left=left, right=width - right, top=top,
+            base=height - bottom, x_grid=list(map(x_scale.position, x_grid)), slanted=slanted,
+            x_ticks=list(zip(map(x_scale.position, x_ticks), chart.categories or tick_labels(x_ticks), strict=True)),
+            y_ticks=list(zip(map(y_scale.position, y_ticks), tick_labels(y_ticks), strict=True)),
+            empty=not any(one["points"] for one in series), legend=places, whole=height + 18 * rows,
+            bar=bar_width(series),
         )
     )  # fmt: skip
 
 
+def draw_series(chart: Chart, series: Series, number: int, x_scale: Scale, y_scale: Scale) -> dict[str, Any]:
+    """What the template needs of one series: style, points with their tooltips, line and band."""
+    points, line, upper, lower = [], [], [], []
+    labels = [*series.labels, *[""] * len(series.x)]
+    spreads = [spread if is_drawable(spread, False) else 0.0 for spread in (*series.spread, *[0.0] * len(series.x))]
+    for x, dodged, y, label, spread in zip(series.x, chart.dodged(series), series.y, labels, spreads, strict=False):
+        px, py = x_scale.position(dodged), y_scale.position(y)
+        if px is None or py is None:
+            continue
+        low, high = py, py
+        if spread:
+            low, high = y_scale.position(y - spread) or y_scale.start, y_scale.position(y + spread) or py
+        where = chart.categories[int(x)] if chart.categories else f"{x:.4g}"
+        label = label or f"{series.name}: {where}, {y:.4g}" + (f" ± {spread:.2g}" if spread else "")
+        points.append({"x": px, "y": py, "low": low, "high": high, "label": label})
+        line.append((px, py))
+        upper.append((px, high))
+        lower.append((px, low))
+    band = svg_path([*upper, *reversed(lower)]) + "Z" if series.kind == "line" and any(series.spread) and points else ""
+    return {**style_of(series, number), "points": points, "path": svg_path(line), "band": band}
+
+
 def svg_path(points: Sequence[tuple[float, float]]) -> str:
-    """An SVG path through points; nothing through none."""
+    """The `d` attribute of a path through points; empty for no points."""
     return "M" + "L".join(f"{x} {y}" for x, y in points) if points else ""
 
 
-def bar_width(drawn: Sequence[dict[str, Any]]) -> float:
-    """Nine tenths of the least distance of two bars."""
-    places = sorted({point["x"] for series in drawn if series["kind"] == "bars" for point in series["points"]})
+def bar_width(series: Sequence[dict[str, Any]]) -> float:
+    """Nine tenths of the smallest distance between two bars, in pixels."""
+    places = sorted({point["x"] for one in series if one["kind"] == "bars" for point in one["points"]})
     return 0.9 * min((b - a for a, b in pairwise(places)), default=20.0)
 
 
 def shared_legend(charts: Sequence[Chart]) -> Markup:
-    """One legend for charts that share their looks: every series of theirs once, in the order of looks."""
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    """One legend for charts whose series share their styles: every series once, in the order of styles."""
+    entries: dict[str, tuple[int, dict[str, Any]]] = {}
     for chart in charts:
-        for number, one in enumerate(chart.series):
-            look = style_of(one, number)
-            if one.name in found and found[one.name][1]["kind"] != one.kind:
-                look["kind"] = "both"
-            found[one.name] = number if one.look is None else one.look, look
-    series = [look for _, look in sorted(found.values(), key=lambda entry: entry[0])]
-    return Markup(templates().get_template("key.html").render(series=series))
+        for number, series in enumerate(chart.series):
+            style = style_of(series, number)
+            if series.name in entries and entries[series.name][1]["kind"] != series.kind:
+                style["kind"] = "both"
+            entries[series.name] = number if series.style is None else series.style, style
+    styles = [style for _, style in sorted(entries.values(), key=lambda entry: entry[0])]
+    return Markup(templates().get_template("key.html").render(series=styles))
 
 
 def style_of(series: Series, number: int) -> dict[str, Any]:
-    number = number if series.look is None else series.look
+    """Name, kind, colour, marker and dashes of a series; `number` is its place in the chart."""
+    style = number if series.style is None else series.style
     return {
-        "name": series.name, "kind": series.kind, "class": f"--c{number % len(COLOURS)}",
-        "shape": SHAPES[marker_of(number)], "dashes": DASHES[number // len(COLOURS) % len(DASHES)],
+        "name": series.name, "kind": series.kind, "class": f"--c{style % len(COLOURS)}",
+        "shape": SHAPES[marker_of(style)], "dashes": DASHES[style // len(COLOURS) % len(DASHES)],
     }  # fmt: skip
 
 
 def legend_places(names: Sequence[str], width: int, left: int) -> list[tuple[int, int]]:
-    """(x, row) of each name, in as many columns as the longest one allows."""
+    """(x, row) of each name, in as many columns as the longest name allows."""
     longest = max(map(len, names), default=0) * CHARACTER_WIDTH + 26
     columns = max(1, (width - left) // longest)
     return [(left + number % columns * longest, number // columns) for number in range(len(names))]

@@ -1,6 +1,7 @@
-"""What `sae inspect` prints: the numbers of the dashboard, for a terminal.
+"""The output of `sae inspect`: the numbers of the dashboard for a terminal.
 
-Texts become rich's Text, whose markup is never read, through `visible`, which leaves no control character in them.
+Text from datasets goes through `make_visible`, which leaves no control characters, into rich's Text, which does not
+interpret markup.
 """
 
 import math
@@ -16,30 +17,32 @@ from ..latents.inspection import InspectedRun, encode_prompt
 from ..latents.stats import BEFORE, LatentStats, Passage, RankedEntries, quantile_passages
 from .page import make_visible
 
-STRONGEST = 5  # latents of a token of a prompt
-PLAIN_WIDTH = 200  # of what is no terminal
+STRONGEST = 5  # latents that are shown for a token of a prompt
+PLAIN_WIDTH = 200  # of output that is not a terminal
 BLOCKS = " ▁▂▃▄▅▆▇█"
-PALE, FULL = (255, 244, 214), (230, 159, 0)  # of the background of a token, from hardly to most active
+PALE, FULL = (255, 244, 214), (230, 159, 0)  # RGB background of the least and the most active tokens
 
 
-def console() -> Console:
-    found = Console()
-    return found if found.is_terminal else Console(width=PLAIN_WIDTH)
+def make_console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
 
 
-def print_blocks(what: Sequence[Any]) -> None:
-    own = console()
-    for one in what:
-        own.print(one)
-        own.print()
+def print_blocks(blocks: Sequence[Any]) -> None:
+    """Print renderables with a blank line after each."""
+    console = make_console()
+    for block in blocks:
+        console.print(block)
+        console.print()
 
 
-def highlight_tokens(look: InspectedRun, ids: Sequence[int], values: Sequence[float], peak: float) -> Text:
-    """Tokens, those that are active on a background; between << and >> where there are no colours."""
-    plain = console().color_system is None or console().no_color
+def highlight_tokens(run: InspectedRun, ids: Sequence[int], values: Sequence[float], peak: float) -> Text:
+    """The tokens, with active ones on a coloured background, or between << and >> without colours."""
+    console = make_console()
+    plain = console.color_system is None or console.no_color
     text = Text()
     for token, value in zip(ids, values, strict=True):
-        word = make_visible(look.words.display(token))
+        word = make_visible(run.token_text.display(token))
         share = min(1.0, value / peak) if value > 0 else 0.0
         if not share:
             text.append(word)
@@ -51,97 +54,98 @@ def highlight_tokens(look: InspectedRun, ids: Sequence[int], values: Sequence[fl
     return text
 
 
-def passage_text(look: InspectedRun, passage: Passage, peak: float) -> Text:
-    contexts = look.ctx.contexts
+def passage_text(run: InspectedRun, passage: Passage, peak: float) -> Text:
+    contexts = run.ctx.contexts
     start = max(0, passage.position - BEFORE)
     end = min(int(contexts.length[passage.context]), passage.position - BEFORE + len(passage.values))
     values = passage.values[start - (passage.position - BEFORE) :][: end - start]
-    return highlight_tokens(look, contexts.ids[passage.context, start:end].tolist(), values.tolist(), peak)
+    return highlight_tokens(run, contexts.ids[passage.context, start:end].tolist(), values.tolist(), peak)
 
 
 def text_histogram(counts: Sequence[int]) -> str:
-    """A character a bin, up to the last one with anything in it; the tallest is full, and none that is not empty is blank."""
+    """One block character per bin, up to the last non-empty bin. The tallest bin is full, and only empty bins are blank."""
     last = max((i for i, count in enumerate(counts) if count), default=-1)
     most = max(counts)
     return "".join(BLOCKS[math.ceil(count * (len(BLOCKS) - 1) / most)] for count in counts[: last + 1])
 
 
-def latent_summary(look: InspectedRun, found: LatentStats, place: int) -> Group:
-    """One latent: how often it fires, where, what it pushes, and what is near it."""
-    firings = found.activation_stats
-    latent, peak = int(firings.latents_K[place]), float(firings.peak_K[place])
-    density = float(found.density[latent])
-    label = "; ".join(look.labels.get(latent, ()))
+def latent_summary(run: InspectedRun, stats: LatentStats, place: int) -> Group:
+    """One latent: how often and where it fires, its logit effects, and the nearest latents."""
+    activations = stats.activations
+    latent, peak = int(activations.latents_K[place]), float(activations.peak_K[place])
+    density = float(stats.density[latent])
+    label = "; ".join(run.labels.get(latent, ()))
     parts: list[Any] = [Text(f"latent {latent}   {make_visible(label)}".rstrip(), "bold")]
     if density == 0:
-        parts.append(Text(f"fires at none of {len(firings.l0):,} tokens, so there are no passages"))
+        parts.append(Text(f"does not fire on any of {len(activations.l0):,} tokens"))
     else:
-        counts, width = firings.histogram.count_KB[place].tolist(), float(firings.histogram.width[place])
+        counts, width = activations.histogram.count_KB[place].tolist(), float(activations.histogram.width[place])
         drawn = text_histogram(counts)
         parts += [
             Text(
-                f"fires at {density:.2%} of {len(firings.l0):,} tokens, {float(found.mean[place]):.3g} in the mean and {peak:.3g} at most"
+                f"fires at {density:.2%} of {len(activations.l0):,} tokens, with mean {float(stats.mean[place]):.3g} and maximum {peak:.3g}"
             ),
             Text(f"0 {drawn} {len(drawn) * width:.3g}   activation"),
         ]
         for title, passages in (
-            ("largest activations", firings.top.of(place)),
-            ("quantiles, 90 to 10 %", quantile_passages(firings.sample, place)),
+            ("largest activations", activations.top.passages(place)),
+            ("quantiles, 90 to 10 %", quantile_passages(activations.sample, place)),
         ):
             rows = Table.grid(padding=(0, 2))
             rows.add_column(justify="right", no_wrap=True)
             rows.add_column(overflow="fold")
             for passage in passages:
-                rows.add_row(f"{passage.value:.3g}", passage_text(look, passage, peak))
+                rows.add_row(f"{passage.value:.3g}", passage_text(run, passage, peak))
             parts += [Text(title, "bold"), rows]
 
     lists = Table.grid(padding=(0, 2))
     lists.add_column(style="bold", no_wrap=True)
     lists.add_column(overflow="fold")
-    for title, tokens in (("raises", found.up), ("lowers", found.down)):
+    for title, tokens in (("raises", stats.raised), ("lowers", stats.lowered)):
         if tokens:
-            lists.add_row(title, token_list(look, tokens, place))
-    lists.add_row("neighbours", Text(latent_list(look, found.near.of(place))))
-    shares = [f" ({share:.2f})" for share in found.jaccard[place].tolist()]
-    lists.add_row("fires with", Text(latent_list(look, found.together.of(place), shares)))
+            lists.add_row(title, token_list(run, tokens, place))
+    lists.add_row("nearest", Text(latent_list(run, stats.nearest.entries(place))))
+    shares = [f" ({share:.2f})" for share in stats.jaccard[place].tolist()]
+    lists.add_row("fires with", Text(latent_list(run, stats.coactive.entries(place), shares)))
     return Group(*parts, lists)
 
 
-def token_list(look: InspectedRun, listed: RankedEntries, place: int) -> Text:
+def token_list(run: InspectedRun, listed: RankedEntries, place: int) -> Text:
     return Text(
         "   ".join(
-            f"{make_visible(look.words.display(token)).replace(' ', '·')} {value:.3g}"
-            for token, value in listed.of(place)
+            f"{make_visible(run.token_text.display(token)).replace(' ', '·')} {value:.3g}"
+            for token, value in listed.entries(place)
         )
     )
 
 
-def latent_list(look: InspectedRun, found: Sequence[tuple[int, float]], beside: Sequence[str] = ()) -> str:
-    notes = [*beside, *[""] * len(found)]
+def latent_list(run: InspectedRun, entries: Sequence[tuple[int, float]], notes: Sequence[str] = ()) -> str:
+    notes = [*notes, *[""] * len(entries)]
     return (
-        "   ".join(f"{latent} {value:.3g}{note}" for (latent, value), note in zip(found, notes, strict=False)) or "none"
+        "   ".join(f"{latent} {value:.3g}{note}" for (latent, value), note in zip(entries, notes, strict=False))
+        or "none"
     )
 
 
-def prompt_table(look: InspectedRun, prompt: str, latents: Sequence[int] = ()) -> Table:
-    """The tokens of a prompt, and at each its most active latents, of all or of some."""
-    ids, f_SF = encode_prompt(look, prompt)
-    names = list(latents) or range(look.sae.d_sae)
+def prompt_table(run: InspectedRun, prompt: str, latents: Sequence[int] = ()) -> Table:
+    """The tokens of a prompt with the most active latents at each, of all latents or of `latents`."""
+    ids, f_SF = encode_prompt(run, prompt)
+    names = list(latents) or range(run.sae.d_sae)
     chosen_SK = f_SF[:, list(latents)] if latents else f_SF
     table = Table(box=None, pad_edge=False)
     table.add_column("token", no_wrap=True)
     table.add_column("L0", justify="right")
     table.add_column("activations of latents", overflow="fold")
     for token, all_F, own_K in zip(ids, f_SF, chosen_SK, strict=True):
-        word = make_visible(look.words.display(token)).replace(" ", "·")
-        if token in look.ctx.special_ids:
-            table.add_row(Text(word, "dim"), "", Text("a special token: not read", "dim"))
+        word = make_visible(run.token_text.display(token)).replace(" ", "·")
+        if token in run.ctx.special_ids:
+            table.add_row(Text(word, "dim"), "", Text("special token", "dim"))
             continue
         value, at = own_K.topk(min(STRONGEST, len(own_K)))
         active = [(names[i], v) for i, v in zip(at.tolist(), value.tolist(), strict=True) if v > 0]
         shown = [
             f"{latent} {value:.3g}"
-            + (f" {make_visible('; '.join(look.labels[latent]))}" if latent in look.labels else "")
+            + (f" {make_visible('; '.join(run.labels[latent]))}" if latent in run.labels else "")
             for latent, value in active
         ]
         table.add_row(Text(word), str(int((all_F > 0).sum())), Text("   ".join(shown) or "none"))

@@ -1,10 +1,11 @@
-"""A paper's figures, redrawn from our runs, and what its mechanisms logged of which it has no figure.
+"""A paper's figures, redrawn from our runs, and what its mechanisms logged that the paper has no figure of.
 
-A series is a system of the paper, at the first of its layers that was run. Training is drawn of every run, what was
-measured of those that pass the gates. A chart of which there is nothing is left out.
+A series is a system of the paper, at the first of its layers that was trained. Training curves show every run,
+measurements only runs that pass the gates. Charts without data are left out.
 
-Paper: of the figures only captions are at hand, without axes. Which metrics stand in figure 1 of 004, that the
-reconstruction in figure 1 (a) of 001 is the explained variance, and tokens as the time of 001 and 003 are our readings.
+Paper: only the captions of the figures are available, without axes. Which metrics figure 1 of 004 shows, that the
+reconstruction in figure 1 (a) of 001 is the explained variance, and that the time axis of 001 and 003 is tokens, are
+our readings.
 """
 
 import math
@@ -30,41 +31,38 @@ MSE = "core.reconstruction_quality.mse"
 ABSORPTION = "absorption.mean.mean_absorption_score"
 SPLIT = "absorption.mean.mean_num_split_features"
 SCR = "scr.scr_metrics.scr_metric_threshold_2"
-Draw = Callable[[PaperReport, str], Chart]  # of a report and a title
-Values = dict[float, list[float]]  # x -> what was found there, in each run
-ON_STAND_IN = "On the stand-in of the standard library."
+Draw = Callable[[PaperReport, str], Chart]  # called with a report and a title
+Values = dict[float, list[float]]  # x -> the value of each run there
+STAND_IN_NOTE = "Measured on the standard-library substitute of the dataset."
 
 
-def paper_figures(found: PaperReport) -> dict[str, list[Chart]]:
-    """Under a heading each: what stands for the paper's own figures, and the rest."""
-    headed = {
-        PAPER_HEADING: PAPER_FIGURES.get(found.paper.number, {}),
-        EXTRA_HEADING: MECHANISM_FIGURES.get(found.paper.number, {}) | COMMON_FIGURES,
+def paper_figures(report: PaperReport) -> dict[str, list[Chart]]:
+    """Charts by heading: those of the paper's own figures, and the others."""
+    by_heading = {
+        PAPER_HEADING: PAPER_FIGURES.get(report.paper.number, {}),
+        EXTRA_HEADING: MECHANISM_FIGURES.get(report.paper.number, {}) | COMMON_FIGURES,
     }
-    charts = {heading: [draw(found, title) for title, draw in draws.items()] for heading, draws in headed.items()}
+    charts = {heading: [draw(report, title) for title, draw in draws.items()] for heading, draws in by_heading.items()}
     drawn = {heading: [chart for chart in some if chart.series] for heading, some in charts.items()}
     return {heading: some for heading, some in drawn.items() if some}
 
 
-def mean_series(name: str, values: Values, kind: Kind = "points", look: int | None = None) -> Series:
-    """The mean and sd over seeds at each x; of one alone an sd of 0."""
+def mean_series(name: str, values: Values, kind: Kind = "points", style: int | None = None) -> Series:
+    """The mean and sd over seeds at each x; an sd of 0 for a single seed."""
     sds = [stdev(some) if len(some) > 1 else 0.0 for some in values.values()]
-    return Series(name, list(values), [mean(some) for some in values.values()], kind, sds, look=look)
+    return Series(name, list(values), [mean(some) for some in values.values()], kind, sds, style=style)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+def over_training(report: PaperReport, title: str, name: str, y: str, sd: str = "", to_one: bool = False) -> Chart:
+    """A logged scalar over tokens: the mean over seeds, with a band of 1 sd over seeds.
 
-
-def over_training(found: PaperReport, title: str, name: str, y: str, sd: str = "", to_one: bool = False) -> Chart:
-    """A logged scalar, the mean over seeds, in a band of 1 sd over seeds; or of the mean of another scalar, `sd`.
-
-    With `to_one` what it lacks to 1, on a logarithmic axis.
+    With `sd` the band is the mean of that logged scalar. With `to_one` 1 - scalar is drawn, on a logarithmic axis.
     """
     series = []
-    for look, (label, runs) in enumerate(runs_by_system(found).items()):
+    for style, (label, runs) in enumerate(runs_by_system(report).items()):
         if values := curve(runs, name):
             values = {tokens: [1 - one for one in some] for tokens, some in values.items()} if to_one else values
-            line = mean_series(label, values, "line", look)
+            line = mean_series(label, values, "line", style)
             if sd:
                 widths = curve(runs, sd)
                 line = replace(line, spread=[mean(widths.get(tokens, [0.0])) for tokens in values])
@@ -75,7 +73,7 @@ def over_training(found: PaperReport, title: str, name: str, y: str, sd: str = "
 
 
 def curve(runs: Sequence[SystemRun], name: str) -> Values:
-    """Of a logged scalar the number of each run, by tokens."""
+    """Tokens -> a logged scalar in each run."""
     values: Values = {}
     for run in runs:
         logged = {line["tokens"]: line[name] for line in run.log if name in line and "tokens" in line}
@@ -85,32 +83,32 @@ def curve(runs: Sequence[SystemRun], name: str) -> Values:
     return dict(sorted(values.items()))
 
 
-# --- evaluations ------------------------------------------------------------------------------------------------------
-
-
-def by_system(found: PaperReport, title: str, metric: str, y: str) -> Chart:
-    """A category for each system."""
+def by_system(report: PaperReport, title: str, metric: str, y: str) -> Chart:
+    """One metric, with a category for each system."""
     series: list[Series] = []
-    for look, (label, runs) in enumerate(runs_by_system(found).items()):
-        if values := metric_values(metric, runs, found.on_paper_model):
-            series.append(mean_series(label, {len(series): values}, look=look))
-    return Chart(title, "", y, series, categories=[one.name for one in series], note=standing_in(metric, found))
+    for style, (label, runs) in enumerate(runs_by_system(report).items()):
+        if values := metric_values(metric, runs, report.on_paper_model):
+            series.append(mean_series(label, {len(series): values}, style=style))
+    return Chart(title, "", y, series, categories=[one.name for one in series], note=stand_in_note(metric, report))
 
 
-def by_system_and_k(found: PaperReport, title: str, ks: Sequence[int]) -> Chart:
+def by_system_and_k(report: PaperReport, title: str, ks: Sequence[int]) -> Chart:
     """Sparse probing: a category for each system, a series for each number of latents."""
-    measured = {label: probing(runs, ks, found.on_paper_model) for label, runs in runs_by_system(found).items()}
+    measured = {label: probing(runs, ks, report.on_paper_model) for label, runs in runs_by_system(report).items()}
     systems = [label for label, values in measured.items() if values]
-    of_k = {k: {place: measured[one][k] for place, one in enumerate(systems) if k in measured[one]} for k in ks}
-    series = [mean_series(f"top-{k}", values) for k, values in of_k.items() if values]
-    return Chart(title, "", "test accuracy", series, categories=systems, note=standing_in(top(1), found))
+    series = []
+    for k in ks:
+        values: Values = {place: measured[one][k] for place, one in enumerate(systems) if k in measured[one]}
+        if values:
+            series.append(mean_series(f"top-{k}", values))
+    return Chart(title, "", "test accuracy", series, categories=systems, note=stand_in_note(top(1), report))
 
 
-def over_k(found: PaperReport, title: str) -> Chart:
+def over_k(report: PaperReport, title: str) -> Chart:
     """Sparse probing over the number of latents."""
-    measured = [(label, probing(runs, KS, found.on_paper_model)) for label, runs in runs_by_system(found).items()]
-    series = [mean_series(label, values, "both", look) for look, (label, values) in enumerate(measured) if values]
-    return Chart(title, "latents", "test accuracy", series, x_log=True, note=standing_in(top(1), found))
+    measured = [(label, probing(runs, KS, report.on_paper_model)) for label, runs in runs_by_system(report).items()]
+    series = [mean_series(label, values, "both", style) for style, (label, values) in enumerate(measured) if values]
+    return Chart(title, "latents", "test accuracy", series, x_log=True, note=stand_in_note(top(1), report))
 
 
 def probing(runs: Sequence[SystemRun], ks: Sequence[int], on_paper_model: bool) -> Values:
@@ -118,46 +116,46 @@ def probing(runs: Sequence[SystemRun], ks: Sequence[int], on_paper_model: bool) 
     return {k: values for k in ks if (values := metric_values(top(k), runs, on_paper_model))}
 
 
-def over_another(found: PaperReport, title: str, x: str, y: str, x_title: str, y_title: str) -> Chart:
+def over_another(report: PaperReport, title: str, x: str, y: str, x_title: str, y_title: str) -> Chart:
     """One number over another: a point for each run."""
     series = []
-    for look, (label, runs) in enumerate(runs_by_system(found).items()):
+    for style, (label, runs) in enumerate(runs_by_system(report).items()):
         both = [
-            (metric_values(x, [run], found.on_paper_model), metric_values(y, [run], found.on_paper_model))
+            (metric_values(x, [run], report.on_paper_model), metric_values(y, [run], report.on_paper_model))
             for run in runs
         ]
         points = [(one[0], other[0]) for one, other in both if one and other]
         if points:
-            series.append(Series(label, [one for one, _ in points], [other for _, other in points], look=look))
+            series.append(Series(label, [one for one, _ in points], [other for _, other in points], style=style))
     return Chart(title, x_title, y_title, series, note="A point for each run.")
 
 
-def by_letter(found: PaperReport, title: str) -> Chart:
+def by_letter(report: PaperReport, title: str) -> Chart:
     """Absorption: a category for each first letter."""
-    rates = rates_by_letter(found)
+    rates = rates_by_letter(report)
     series = []
-    for look, label in enumerate(runs_by_system(found)):
-        if values := {place: of[label] for place, of in enumerate(rates.values()) if label in of}:
-            series.append(mean_series(label, values, look=look))
+    for style, label in enumerate(runs_by_system(report)):
+        if values := {float(place): of[label] for place, of in enumerate(rates.values()) if label in of}:
+            series.append(mean_series(label, values, style=style))
     return Chart(title, "first letter", "absorption rate", series, categories=list(rates))
 
 
-def letters(found: PaperReport) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines: the absorption of each first letter in each system, the mean over seeds in %."""
-    rates = rates_by_letter(found)
-    shown = [label for label in runs_by_system(found) if any(label in of for of in rates.values())]
+def letters(report: PaperReport) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines: absorption by first letter and system, the mean over seeds in %."""
+    rates = rates_by_letter(report)
+    shown = [label for label in runs_by_system(report) if any(label in of for of in rates.values())]
     lines = [
         [letter, *(f"{100 * mean(of[one]):.1f}" if one in of else "" for one in shown)] for letter, of in rates.items()
     ]
     return ["letter", *shown], lines
 
 
-def rates_by_letter(found: PaperReport) -> dict[str, dict[str, list[float]]]:
-    """Of each letter and system, the absorption in each run."""
+def rates_by_letter(report: PaperReport) -> dict[str, dict[str, list[float]]]:
+    """Letter -> system -> the absorption in each run."""
     rates: dict[str, dict[str, list[float]]] = {}
-    for label, runs in runs_by_system(found).items():
+    for label, runs in runs_by_system(report).items():
         for run in runs:
-            for letter, rate in () if run.broken() else rates_of(run.run.results.get("absorption")):
+            for letter, rate in () if run.failed_gates() else rates_of(run.run.results.get("absorption")):
                 rates.setdefault(letter, {}).setdefault(label, []).append(rate)
     return dict(sorted(rates.items()))
 
@@ -173,14 +171,11 @@ def top(k: int) -> str:
     return f"sparse_probing.sae.sae_top_{k}_test_accuracy"
 
 
-def standing_in(metric: str, found: PaperReport) -> str:
-    return ON_STAND_IN if uses_stand_in(metric, found.runs, found.on_paper_model) else ""
+def stand_in_note(metric: str, report: PaperReport) -> str:
+    return STAND_IN_NOTE if uses_stand_in(metric, report.runs, report.on_paper_model) else ""
 
 
-# --- which paper has which --------------------------------------------------------------------------------------------
-
-
-def logged(**scalars: str) -> dict[str, Draw]:
+def logged_scalars(**scalars: str) -> dict[str, Draw]:
     """A chart for each scalar of metrics.jsonl, by its title."""
     return {
         f"{title[0].upper()}{title[1:]}": partial(over_training, name=name, y=title) for name, title in scalars.items()
@@ -220,14 +215,14 @@ PAPER_FIGURES: Mapping[str, dict[str, Draw]] = {
     },
 }
 MECHANISM_FIGURES: Mapping[str, dict[str, Draw]] = {
-    "000": logged(utilisation="mean utilisation", contrast="contrast term", tau="contrast threshold tau")
+    "000": logged_scalars(utilisation="mean utilisation", contrast="contrast term", tau="contrast threshold tau")
     | {"Bounded penalty lambda": partial(over_training, name="lambda", y="lambda")},
-    "001": logged(rho="utilisation rho", enabled="latents enabled"),
-    "002": logged(
+    "001": logged_scalars(rho="utilisation rho", enabled="latents enabled"),
+    "002": logged_scalars(
         competition_strength="competition strength", pairs_above="pairs above the threshold",
         mean_coefficient="mean coefficient of those pairs",
     ),
-    "004": logged(
+    "004": logged_scalars(
         alpha="adaptive factor alpha", stability="stability in the window", resampled="latents resampled",
         merged="latents merged",
     ),

@@ -11,15 +11,8 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, UsageError
-from sae.evaluate.compare import (
-    compare_runs,
-    comparison_table,
-    frontiers,
-    paired_table,
-    to_csv,
-    to_records,
-    training_curves,
-)
+from sae.evaluate.compare import compare_runs, comparison_table, paired_table, to_csv, to_records
+from sae.evaluate.compare_charts import frontiers, training_curves
 from sae.evaluate.pages.comparison import comparison_page
 
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}

@@ -34,7 +34,7 @@ def test_a_pair_of_which_one_was_not_measured_has_no_sign(tmp_path):
 
 def test_what_differs_beside_the_mechanism_is_told(tmp_path):
     one = trained(tmp_path, "topk", 0, pre_bias=True, weight_decay=0.0, k=32)
-    one.run["resolved"]["lr"] = 1e-3
+    one.record["resolved"]["lr"] = 1e-3
     other = trained(tmp_path, "progressive-baseline", 0, weight_decay=0.01, l1=0.04)
     assert SCRIPT["other_differences"](one, other) == ["lr", "weight_decay", "pre_bias"]
     assert SCRIPT["other_differences"](one, one) == []

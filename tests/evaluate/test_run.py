@@ -198,7 +198,10 @@ def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
     ("change", "sentence"),
     [
         ({"model": "gemma-2-mini"}, "was trained on .*tiny-gemma, not on gemma-2-mini"),
-        ({"suite": "core,full"}, "full is a suite and cannot be combined; list the metrics instead, such as core,absorption"),
+        (
+            {"suite": "core,full"},
+            "full is a suite and cannot be combined; list the metrics instead, such as core,absorption",
+        ),
         ({"suite": "core,absorbtion"}, "there is no metric absorbtion; did you mean absorption?"),
         ({"mode": "0.5"}, "--mode 0.5 is unknown: 0.6.0"),
         ({"runs": ()}, "Name the runs to evaluate"),
@@ -403,7 +406,7 @@ def test_a_file_that_is_json_and_no_result_is_named(tiny_cache, home, damage):
     run = make_run(home / "run", tiny_cache)
     evaluate(ask(run))
     (run / "evaluations" / "core.json").write_text(json.dumps(damage(result_of(run))))
-    with pytest.raises(DamagedError, match=r"core\.json (has no|holds no result)"):
+    with pytest.raises(DamagedError, match=r"core\.json (has no|is not a result)"):
         evaluate(ask(run))
 
 

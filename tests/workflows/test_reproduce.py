@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sae.cli.main import app
-from sae.evaluate.papers.claims import PAPERS, load_paper
+from sae.evaluate.papers.claims import PAPERS
+from sae.evaluate.papers.parse import load_paper
 from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, scale_width
 
 

@@ -24,7 +24,7 @@ from sae.evaluate.latents.stats import (
     direct_logits,
     latent_stats,
     logit_effects,
-    neighbours,
+    nearest_latents,
     quantile_passages,
 )
 from sae.harvest.architectures import FAMILIES
@@ -76,7 +76,7 @@ def test_counts_means_and_passages_by_hand():
     _, found = of_one_latent([[0, 1, 3], [0, 0, 0], [0, 5, 0]])
     assert (found.fired_F.tolist(), found.sum_K.tolist(), found.peak_K.tolist()) == ([3], [9.0], [5.0])
     assert found.l0.tolist() == [0, 1, 1, 0, 0, 0, 0, 1, 0]
-    best, second = found.top.of(0)
+    best, second = found.top.passages(0)
     assert (best.context, best.position, best.value) == (2, 1, 5)
     assert (second.context, second.position, second.value) == (0, 2, 3)
     assert second.values[BEFORE - 2 : BEFORE + 1].tolist() == [0, 1, 3]
@@ -87,7 +87,7 @@ def test_positions_that_do_not_count_do_not_fire():
     found = ActivationStats(1, torch.tensor([0]))
     found.add(torch.tensor([[[7.0], [2.0]]]), torch.tensor([[False, True]]), 0)
     assert found.fired_F.tolist() == [1] and found.peak_K.tolist() == [2.0] and found.l0.tolist() == [1]
-    (only,) = found.top.of(0)
+    (only,) = found.top.passages(0)
     assert only.position == 1 and only.values.max() == 2
 
 
@@ -100,7 +100,7 @@ def test_top_passages_are_those_of_sorting_everything(monkeypatch):
         found.add(part, every(part), start)
     for place, latent in enumerate([4, 1]):
         peaks = f_NSF[..., latent].amax(1).sort(descending=True)
-        own = found.top.of(place)
+        own = found.top.passages(place)
         assert [p.context for p in own] == peaks.indices[:10].tolist()
         assert [p.value for p in own] == peaks.values[:10].tolist()
         for p in own:
@@ -114,7 +114,7 @@ def test_the_sample_draws_tokens_alike():
     found = ActivationStats(1, torch.tensor([0]))
     fires = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.float32)[..., None]
     for _ in range(800):
-        key_NK, at_NK = found.drawn(fires)
+        key_NK, at_NK = found.sample_keys(fires)
         context = int(key_NK.argmax())
         place = (context, int(at_NK[context]))
         drawn[place] = drawn.get(place, 0) + 1
@@ -138,16 +138,16 @@ def test_activations_that_are_not_finite_are_refused():
 
 def test_neighbours_by_hand():
     W_dec_FD = torch.tensor([[2.0, 0], [3, 4], [0, 1], [-1, 0]])
-    found = neighbours(W_dec_FD, torch.tensor([0, 2]), quiet)
-    assert found.of(0) == [(1, pytest.approx(0.6)), (2, 0.0), (3, -1.0)]
-    assert found.of(1)[0] == (1, pytest.approx(0.8)) and sorted(found.of(1)[1:]) == [(0, 0.0), (3, 0.0)]
+    found = nearest_latents(W_dec_FD, torch.tensor([0, 2]), quiet)
+    assert found.entries(0) == [(1, pytest.approx(0.6)), (2, 0.0), (3, -1.0)]
+    assert found.entries(1)[0] == (1, pytest.approx(0.8)) and sorted(found.entries(1)[1:]) == [(0, 0.0), (3, 0.0)]
 
 
 def test_latents_that_fire_together_by_hand():
     f_TF = np.array([[3, 4, 0], [0, 3, 0], [4, 0, 0], [0, 0, 0]], dtype=np.float32)
     found, jaccard = coactive_latents(sparse.csc_array(f_TF), torch.arange(3), quiet)
-    assert found.of(0) == [(1, pytest.approx(12 / 25))]  # the other's cosine is 0: it is not listed
-    assert found.of(1) == [(0, pytest.approx(12 / 25))] and found.of(2) == []
+    assert found.entries(0) == [(1, pytest.approx(12 / 25))]  # the other's cosine is 0: it is not listed
+    assert found.entries(1) == [(0, pytest.approx(12 / 25))] and found.entries(2) == []
     assert jaccard[0, 0] == pytest.approx(1 / 3)
 
 
@@ -158,7 +158,7 @@ def test_lists_do_not_depend_on_the_size_of_blocks(cells, monkeypatch):
     f_TF = torch.randn(30, 20, generator=generator).relu()
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", cells)
     unit = torch.nn.functional.normalize(W_dec_FD, dim=1)
-    near = neighbours(W_dec_FD, torch.arange(20), quiet)
+    near = nearest_latents(W_dec_FD, torch.arange(20), quiet)
     expected = (unit @ unit.T).fill_diagonal_(-2).sort(1, descending=True)
     assert near.index.equal(expected.indices[:, :8])
     together, jaccard = coactive_latents(sparse.csc_array(f_TF.numpy()), torch.arange(20), quiet)
@@ -241,8 +241,8 @@ def test_everything_of_a_few_latents_is_that_of_all(tiny_cache, site):
     f_TF = sae.encode(x)
     assert whole.density.tolist() == few.density.tolist() == ((f_TF > 0).double().mean(0)).tolist()
     torch.testing.assert_close(whole.mean[latents], few.mean)
-    torch.testing.assert_close(few.activation_stats.peak_K, f_TF.amax(0)[latents], rtol=1e-5, atol=1e-6)
-    for name in ("near", "together"):
+    torch.testing.assert_close(few.activations.peak_K, f_TF.amax(0)[latents], rtol=1e-5, atol=1e-6)
+    for name in ("nearest", "coactive"):
         assert getattr(whole, name).index[latents].equal(getattr(few, name).index)
-    assert whole.activation_stats.top.position[latents].equal(few.activation_stats.top.position)
-    assert (few.up is None) == (site == "attn_z")
+    assert whole.activations.top.position[latents].equal(few.activations.top.position)
+    assert (few.raised is None) == (site == "attn_z")

@@ -82,18 +82,18 @@ def test_the_page_holds_what_was_measured(run):
     contexts = found.ctx.contexts
     assert [len(ids) for ids in text] == contexts.length.tolist()
     assert [words[token] for token in text[0]] == [
-        found.words.display(int(i)).replace("\n", "↵") for i in contexts.ids[0][: len(text[0])]
+        found.token_text.display(int(i)).replace("\n", "↵") for i in contexts.ids[0][: len(text[0])]
     ]
     latent = int(numbers.density.argmax())
     entry = unpacked(html, latent // 64)[latent % 64]
-    assert sum(entry["bins"]) == int(numbers.activation_stats.fired_F[latent])
+    assert sum(entry["bins"]) == int(numbers.activations.fired_F[latent])
     context, position, value, levels = entry["top"][0]
     assert value == pytest.approx(table["max"][latent]) and levels[BEFORE] == 255
-    own = numbers.activation_stats.top.of(latent)[0]
+    own = numbers.activations.top.passages(latent)[0]
     assert (context, position) == (own.context, own.position)
     assert (np.array(levels) > 0).tolist() == (own.values > 0).tolist()
-    assert [other for other, _ in entry["near"]] == numbers.near.index[latent].tolist()
-    assert words[entry["up"][0][0]] == found.words.display(int(numbers.up.index[latent, 0]))
+    assert [other for other, _ in entry["nearest"]] == numbers.nearest.index[latent].tolist()
+    assert words[entry["raised"][0][0]] == found.token_text.display(int(numbers.raised.index[latent, 0]))
 
 
 def test_the_same_run_gives_the_same_page(run):
@@ -103,7 +103,7 @@ def test_the_same_run_gives_the_same_page(run):
 def test_a_dead_latent_has_no_passages_and_is_listed(run):
     html = page_of(run)
     entry = unpacked(html, 0)[0]
-    assert entry["top"] == entry["quantiles"] == entry["together"] == [] and len(entry["near"]) == 8
+    assert entry["top"] == entry["quantiles"] == entry["coactive"] == [] and len(entry["nearest"]) == 8
     assert 'href="#latent-0"' in html
 
 
@@ -146,7 +146,7 @@ def test_evaluations_stand_on_the_page_if_they_are_of_these_weights(run):
     write_json(path, {**record, "eval_config": {**record["eval_config"], "weights": "of another SAE"}})
     assert "KL score" not in page_of(run)
     path.write_text("{")
-    assert "Nothing was measured" in page_of(run)
+    assert "has not been evaluated yet" in page_of(run)
 
 
 def test_labels_are_what_probes_and_judges_found():
@@ -226,7 +226,7 @@ def test_hostile_classes_are_shown_as_what_they_are(run):
 
 
 def test_curves_are_what_training_logged(run):
-    assert "there are no curves" in page_of(run)
+    assert "There are no training curves" in page_of(run)
     lines = [{"tokens": n, "loss": 1 / n, "l0": 4.0, "explained_variance": 0.5, "dead": 0.0} for n in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = page_of(run)
@@ -278,8 +278,8 @@ def test_sae_dashboard_and_sae_inspect(run):
         "inspect", run, "--latent", 0, "--latent", 5, "--prompt", "the quick [bold]fox \x1b[31m", "--tokens", 300
     )
     assert code == 0 and "next     sae dashboard" in told
-    assert "fires at none" in out and "latent 5" in out and "neighbours" in out and "raises" in out
-    assert "a special token" in out and "\x1b[31m" not in out
+    assert "does not fire on any" in out and "latent 5" in out and "nearest" in out and "raises" in out
+    assert "special token" in out and "\x1b[31m" not in out
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_sae_dashboard_and_sae_inspect(run):
         (["inspect", "RUN", "--latent", "70"], "latents 0 to 69"),
         (["inspect", "RUN", "--latent", "-1"], "no latent -1"),
         (["inspect", "RUN", "--prompt", ""], "no tokens"),
-        (["inspect", "RUN", "--prompt", "the " * 9000], "the model reads 8,192"),
+        (["inspect", "RUN", "--prompt", "the " * 9000], "the model reads at most 8,192"),
     ],
 )
 def test_refusals_are_sentences(run, arguments, sentence):
@@ -307,10 +307,10 @@ def test_a_run_whose_files_contradict_the_model_is_damaged(tiny_cache, home):
         open_run(make_run(home / "a", tiny_cache, layer=7), 300, "cpu")
     narrow = make_run(home / "b", tiny_cache)
     save_sae(SAE(16, 8), narrow, open_run(narrow, 300, "cpu").sae.origin)
-    with pytest.raises(DamagedError, match="16 numbers"):
+    with pytest.raises(DamagedError, match="width 16"):
         open_run(narrow, 300, "cpu")
 
 
 def test_a_number_of_latents_that_is_none():
-    with pytest.raises(UsageError, match="not positive"):
+    with pytest.raises(UsageError, match="expected a positive number"):
         sample_latents(10, -1)

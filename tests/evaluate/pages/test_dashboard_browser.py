@@ -30,8 +30,8 @@ def file(tiny_cache, tmp_path_factory) -> Path:
     save_sae(sae, folder, {**origin, "fingerprint": tiny_cache.fingerprint})
     found = open_run(folder, 400, "cpu")
     found.labels[5] = ["the zebra latent <b>", "</script><i>" + "z" * 300]
-    text = found.words.text
-    found.words.text = lambda token: HOSTILE.get(token % 20, text(token))  # type: ignore[method-assign]
+    text = found.token_text.text
+    found.token_text.text = lambda token: HOSTILE.get(token % 20, text(token))  # type: ignore[method-assign]
     write_page(
         folder / "dashboard.html", dashboard_page(found, torch.arange(350), "today", lambda done, total, note="": None)
     )
@@ -67,7 +67,7 @@ def test_the_run_comes_first_and_its_dead_latents_lead_on(page):
     page.get_by_text("Dead latents").click()
     page.locator('#view-run a[href="#latent-0"]').click()
     shows(page, 0)
-    assert "fires at none" in page.locator("#latent").inner_text()
+    assert "does not fire on any" in page.locator("#latent").inner_text()
 
 
 def test_search_finds_numbers_tokens_and_labels(page):
@@ -81,7 +81,7 @@ def test_search_finds_numbers_tokens_and_labels(page):
     shows(page, 5)
     assert "the zebra latent <b>; </script><i>zzz" in page.locator("#latent .label").inner_text()
     search.fill("no latent has this")
-    assert "No latent is like that." in page.locator("#rows").inner_text()
+    assert "No latent matches." in page.locator("#rows").inner_text()
     search.press("Escape")
     assert search.input_value() == "" and page.locator("#found").inner_text() == "350 of 350"
     page.locator("#which").select_option("labelled")

@@ -217,8 +217,8 @@ def test_ticks_that_differ_read_differently():
 
 
 def test_the_key_of_charts_is_in_the_order_of_looks():
-    first = Chart("t", "x", "y", [Series("c", [1], [1], "line", look=2)])
-    second = Chart("t", "x", "y", [Series(n, [1], [1], look=look) for look, n in enumerate("abc")])
+    first = Chart("t", "x", "y", [Series("c", [1], [1], "line", style=2)])
+    second = Chart("t", "x", "y", [Series(n, [1], [1], style=look) for look, n in enumerate("abc")])
     assert re.findall(r"</svg>(\w+)", shared_legend([first, second])) == ["a", "b", "c"]
 
 

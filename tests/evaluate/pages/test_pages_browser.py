@@ -6,7 +6,7 @@ from sae.evaluate.compare import compare_runs
 from sae.evaluate.pages.comparison import comparison_page
 from sae.evaluate.pages.page import write_page
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.papers.claims import load_paper
+from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.report import build_report
 
 from ..papers.test_figures import lettered, runs_of

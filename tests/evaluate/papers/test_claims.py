@@ -1,6 +1,7 @@
 """The claims of the five papers: what their files hold, how they are read, and what is refused."""
 
 import dataclasses
+import functools
 import runpy
 import tomllib
 from collections import Counter
@@ -10,22 +11,12 @@ import pytest
 import torch
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from sae.common.errors import UsageError
 from sae.evaluate.datasets.labelled import HUB
 from sae.evaluate.metrics import sparse_probing
 from sae.evaluate.metrics.registry import METRICS
-from sae.evaluate.papers.claims import (
-    CLAIM_METRICS,
-    CLAIMS_FOLDER,
-    EXTRA_METRICS,
-    MAX_QUOTE,
-    PAPERS,
-    TRAINING_LOG,
-    PaperFact,
-    load_paper,
-    parse_paper,
-    printed_numbers,
-)
+from sae.evaluate.papers.claims import CLAIM_METRICS, EXTRA_METRICS, PAPERS, TRAINING_LOG, PaperFact
+from sae.evaluate.papers.parse import CLAIMS_FOLDER, MAX_QUOTE, load_paper
+from sae.evaluate.papers.quotes import printed_numbers
 from sae.evaluate.papers.verdict import measured_value
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.run import evaluate
@@ -75,7 +66,7 @@ def test_a_claim_stands_on_a_line_that_holds_its_value(paper, claim):
         or (claim.metric == "none" and claim.why)
     )
     assert claim.metric == "none" or claim.system in paper.systems
-    assert set(claim.layers) <= set(paper.ran.layers) and claim.layers
+    assert set(claim.layers) <= set(paper.setup.layers) and claim.layers
 
 
 @every_paper
@@ -122,7 +113,9 @@ def test_systems_are_recipes_that_can_be_built(paper, d_in):
         for system in paper.systems.values():
             for name in system.recipes:
                 width = round(float(system.width.removesuffix("x")) * d_in)
-                setting = RunConfig(d_in, width, paper.run.steps, paper.run.batch_size, None, reading.literal, 24.0)
+                setting = RunConfig(
+                    d_in, width, paper.reproduction.steps, paper.reproduction.batch_size, None, reading.literal, 24.0
+                )
                 asked = {
                     **{k: v for k, v in reading.options.items() if k in RECIPES[name].option_types()},
                     **system.options,
@@ -144,28 +137,33 @@ def test_an_option_of_a_reading_is_one_of_some_recipe(paper):
 @every_paper
 def test_a_system_at_the_paper_s_size_has_its_width(paper):
     widths = {s.width for s in paper.systems.values() if s.recipes}
-    assert f"{paper.ran.d_sae // paper.ran.d_in}x" in widths
-    assert len(paper.run.seeds) >= 3
+    assert f"{paper.setup.d_sae // paper.setup.d_in}x" in widths
+    assert len(paper.reproduction.seeds) >= 3
+
+
+@functools.cache
+def logged_scalars(recipe: str) -> set[str]:
+    """The scalars that a recipe logs after one step."""
+    torch.manual_seed(0)
+    trainer = Trainer(RECIPES[recipe].make(RunConfig(32, 64, 20, 16), {}), 20, "cpu")
+    trainer.step(torch.randn(16, 32))
+    return set(trainer.pop_metrics())
 
 
 @every_paper
 def test_a_scalar_of_training_is_one_that_its_recipes_log(paper):
-    torch.manual_seed(0)
     for claim in (*paper.claims, *paper.unreported):
         if not claim.metric.startswith(f"{TRAINING_LOG}."):
             continue
         asked = [getattr(claim, name, "") for name in ("system", "against")]
         systems = [paper.systems[name] for name in asked if name] or list(paper.systems.values())
-        logged = []
-        for recipe in {name for system in systems for name in system.recipes}:
-            training = Trainer(RECIPES[recipe].make(RunConfig(32, 64, 20, 16), {}), 20, "cpu")
-            training.step(torch.randn(16, 32))
-            logged.append(claim.metric.removeprefix(f"{TRAINING_LOG}.") in training.pop_metrics())
+        recipes = {name for system in systems for name in system.recipes}
+        logged = [claim.metric.removeprefix(f"{TRAINING_LOG}.") in logged_scalars(recipe) for recipe in recipes]
         assert all(logged) if asked[0] else any(logged), claim
 
 
 def test_what_no_table_shows_is_in_results(tiny_cache, home):
-    """The names of BESIDE, in results of mode 2024-12."""
+    """The names of EXTRA_METRICS, in results of mode 2024-12."""
     torch.manual_seed(0)
     sae = SAE(32, 16, [ReLU()])
     origin = {"model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder)}
@@ -198,31 +196,6 @@ def test_what_no_table_shows_is_in_results(tiny_cache, home):
             assert measured_value(claim, results, []) == 0.5
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("quote", "expected"),
-    [
-        ("L0: 42.05 vs baseline 90.60", [(42.05, 2), (90.6, 2)]),
-        ("Active features: 320 \\rightarrow 1,735 (5.4x increase)", [(320, 0), (1735, 0), (5.4, 1)]),
-        ("85.3% vs 70.1%, a 3.5× gain", [(85.3, 1), (70.1, 1), (3.5, 1)]),
-        ("0.0088 (± 0.0002)", [(0.0088, 4), (0.0002, 4)]),
-        ("-0.008 (baseline 0.168)", [(-0.008, 3), (0.168, 3)]),
-        ("range 68.43-90.03%", [(68.43, 2), (90.03, 2)]),
-        ("Tracking -31.2% and +12.4%", [(-31.2, 1), (12.4, 1)]),
-        ("a rate of $3 \\times 10^{-4}$ or 3×10^{-4}", [(3e-4, 4), (3e-4, 4)]),
-        ("k 1,2,5,10", [(1, 0), (2, 0), (5, 0), (10, 0)]),
-        ("through nine runs", [(9, 0)]),
-        ("in none of the papers", []),
-    ],
-)
-def test_numbers_of_a_line(quote, expected):
-    found = [pair for pair in printed_numbers(quote) if pair[0] not in (0.0,)]
-    assert [places for _, places in found] == [places for _, places in expected]
-    assert [number for number, _ in found] == pytest.approx([number for number, _ in expected])
-
-
 def claim_of(name, number="001"):
     return next(claim for claim in load_paper(number).claims if claim.id == name)
 
@@ -245,80 +218,10 @@ def test_the_last_printed_digit_is_that_of_the_paper():
 
 
 def test_what_was_never_trained_is_known():
-    steps = {paper.number: (paper.ran.steps, paper.ran.peak_reached) for paper in ALL}
+    steps = {paper.number: (paper.setup.steps, paper.setup.peak_reached) for paper in ALL}
     assert steps["000"] == (100_000 // 125, False)
     assert steps["003"] == (0, False)
     assert steps["001"] == steps["002"] == steps["004"] == (4882, True)
-
-
-GOOD = (CLAIMS_FOLDER / "003.toml").read_text(encoding="utf-8")
-
-
-def changed(before, after):
-    assert before in GOOD
-    return GOOD.replace(before, after, 1)
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        (changed("value = 9", "value = 8"), "claim runs: the value 8 does not stand in its quote"),
-        (changed('id = "runs"', 'id = "steps"'), "Two of claim are called steps."),
-        (changed('id = "runs"', 'id = "runs"\nmetrics = "none"'), "claim runs: metrics is no key; did you mean metric?"),
-        (changed('id = "runs"\n', ""), "claim 2: id is missing."),
-        (changed("value = 9", 'value = "9"'), "claim runs: value = '9' is of the wrong type."),
-        (changed('system = "full"\nmetric = "none"', 'system = "half"\nmetric = "none"'), "claim steps: there is no system half"),
-        (changed('"full"\nmetric = "none"', '"full"\nmetric = "core.sparsity.l7"'), "core.sparsity.l7 is no number of a metric of ours"),
-        (changed('"full"\nmetric = "none"', '"full"\nmetric = "core.sparsity.l0"'), "`why` says why no metric of ours speaks to it"),
-        (changed("value = 9", 'value = 9\nunit = "km"'), "the unit km is unknown"),
-        (changed("value = 9", 'value = 9\nunit = "pp"'), "pp is the unit of a change"),
-        (changed("value = 9", "value = 9\nagainst_value = 7"), "against_value = 7 is no claim about a system"),
-        (changed("value = 9", "value = 9\nlayers = [6]"), "layers (6,) are not all among the paper's"),
-        (changed('mode = "2024-12"', 'mode = "2023"'), "mode = 2023 is unknown"),
-        (changed("Tokenizes text", "Tokenizes  text"), "other white space than single spaces"),
-        (changed("Tokenizes text", "Tokenizes text " * 12), "and a line has 160"),
-        (changed("follows =", 'claims = ["stepz"]\nfollows ='), "there is no claim stepz; did you mean steps?"),
-        (GOOD + "\n[nothing]\n", "nothing is no key"),
-        ("number = ", "is no TOML"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_said(text, sentence):
-    with pytest.raises(UsageError) as caught:
-        parse_paper(text, "claims/003.toml")
-    assert sentence in str(caught.value)
-
-
-def test_the_number_that_a_claim_is_set_against_is_one_of_the_claims():
-    text = (
-        (CLAIMS_FOLDER / "001.toml")
-        .read_text(encoding="utf-8")
-        .replace("against_value = 90.6\n", "against_value = 90.7\n")
-    )
-    with pytest.raises(UsageError, match="claim l0: against_value = 90.7 is no claim about baseline."):
-        parse_paper(text, "claims/001.toml")
-
-
-def test_everything_wrong_is_said_at_once():
-    text = changed("value = 9", "value = 8").replace('mode = "2024-12"', 'mode = "2023"')
-    with pytest.raises(UsageError, match="2023") as caught:
-        parse_paper(text, "claims/003.toml")
-    assert "the value 8 does not stand" in str(caught.value)
-
-
-def test_an_unknown_paper_is_refused():
-    with pytest.raises(UsageError, match="There is no paper 005"):
-        load_paper("005")
-
-
-def test_a_claim_has_the_layers_of_its_paper_unless_it_says_which():
-    text = changed("value = 9", "value = 9\nlayers = [12]")
-    claims = {claim.id: claim for claim in parse_paper(text, "x").claims}
-    assert claims["runs"].layers == (12,)
-    assert claims["steps"].layers == (5, 12, 19)
-    assert dataclasses.replace(claims["runs"], layers=claims["steps"].layers) == claim_of("runs", "003")
-
-
-# --- the script that reads the papers ---------------------------------------------------------------------------------
 
 
 def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():

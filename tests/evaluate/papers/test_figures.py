@@ -7,9 +7,10 @@ import pytest
 
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.papers.claims import PAPERS, load_paper
+from sae.evaluate.papers.claims import PAPERS
 from sae.evaluate.papers.figures import EXTRA_HEADING, MECHANISM_FIGURES, PAPER_HEADING, curve, letters, paper_figures
 from sae.evaluate.papers.figures import PAPER_FIGURES as FIGURES
+from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.report import build_report
 
 from .test_report import PAPER, of, run
@@ -137,7 +138,7 @@ def test_probing_by_system():
         assert list(one.y) == pytest.approx([0.6 + k / 100] * len(one.x)) and list(one.spread) == pytest.approx(
             [0.1] * len(one.x)
         )
-    assert "stand-in" in chart.note
+    assert "standard-library substitute" in chart.note
 
 
 def test_systems_of_one_recipe_are_not_mixed():
@@ -160,7 +161,7 @@ def test_a_run_that_does_not_pass_the_gates_is_drawn_in_training_only():
     assert drawn(PAPER, broken) == {} and letters(build_report(PAPER, broken, False)) == (["letter"], [])
     assert "Adaptive factor alpha" in drawn(PAPER, broken, EXTRA_HEADING)
     html = reproduction_page(build_report(PAPER, broken, False), "gemma-2-mini", "field")
-    assert "stand in the curves of training only" in html
+    assert "appear only in the training curves" in html
 
 
 def test_what_is_missing_to_one_is_drawn_of_explained_variance():

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sae.evaluate.compare import ComparedRun, read_metrics_log
+from sae.evaluate.compare import ComparedRun
+from sae.evaluate.compare_charts import read_metrics_log
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.papers.claims import PAPERS, Claim, load_paper
+from sae.evaluate.papers.claims import PAPERS, Claim
+from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.report import SystemRun, build_report, format_measured
 
 EV = "core.reconstruction_quality.explained_variance"
@@ -105,15 +107,15 @@ def test_a_claim_about_several_recipes_has_to_hold_of_each():
         ({"steps": 0, "done": 0}, "0 of 0 steps"),
         ({"alive": 0.05}, "95% of its latents are dead"),
         ({"alive": None, "dead": 0.95}, "95% of its latents are dead"),  # as training counts them
-        ({"fve": 0.2}, "0.200 of the held-out text's variance, and 0.700"),
-        ({"warmup": 1000}, "1,000 steps of warm-up"),
+        ({"fve": 0.2}, "0.200 of the variance of held-out text, but 0.700"),
+        ({"warmup": 1000}, "1,000 warm-up steps"),
     ],
 )
 def test_a_run_that_does_not_pass_a_gate_is_not_measured(broken, said):
     found = build_report(of(claim()), [run("full", "hierarchical", **broken)], True)
     assert found.rows[0].verdict == "not measured" and found.rows[0].seeds == 0
-    assert found.rows[0].notes == ["none of its runs passes the gates"]
-    ((name, why),) = found.broken
+    assert found.rows[0].notes == ["all of its runs fail a gate"]
+    ((name, why),) = found.excluded
     assert name == "hierarchical-0" and said in why
 
 
@@ -124,13 +126,13 @@ def test_another_layer_and_a_stand_in_are_named():
     (row,) = build_report(of(asked), runs, False).rows
     assert row.measured == "70 %"
     assert [note.split(",")[0] for note in row.notes] == [
-        "layer 12 in the place of 19",
-        "on the stand-in of the standard library",
+        "layer 12 instead of 19",
+        "measured on the standard-library substitute of the dataset",
     ]
     (row,) = build_report(of(asked), runs, True).rows  # never beside the paper's own
     assert row.verdict == "not measured" and row.measured == "" and not row.notes
     real = [run("full", "hierarchical", layer=12, metrics={"sparse_probing": probing})]
-    assert "stand-in" not in " ".join(build_report(of(asked), real, False).rows[0].notes)
+    assert "substitute" not in " ".join(build_report(of(asked), real, False).rows[0].notes)
 
 
 def test_a_part_of_the_claimed_layers_is_named():
@@ -156,7 +158,7 @@ def test_the_page_has_every_claim_and_contradiction(number):
     assert html.count("<h3>") == len(paper.contradictions)
     assert "There is nothing to draw yet" in html and "<figure" not in html
     assert "Not the paper" in html
-    assert "Not the paper" not in reproduction_page(build_report(paper, [], True), paper.ran.reads_as, "field")
+    assert "Not the paper" not in reproduction_page(build_report(paper, [], True), paper.setup.reads_as, "field")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""The charts of a comparison: every metric over L0 with published results, and the training curves."""
+
+import contextlib
+import json
+import math
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from .charts import Chart, Series
+from .compare import L0, ComparedSystem, Comparison, metric_heading, sae_location
+from .metrics.base import MetricColumn
+from .metrics.registry import METRICS
+
+CURVE_TITLES = {  # scalar in metrics.jsonl -> title; explained_variance is drawn as what is missing to 1
+    "explained_variance": "variance unexplained",
+    "l0": "L0",
+    "dead": "dead",
+    "loss": "loss",
+}
+LOG_SCALE_CURVES = ("explained_variance", "loss")
+PUBLISHED = Path(__file__).parent / "published.toml"
+
+
+def frontiers(comparison: Comparison) -> list[Chart]:
+    """A chart per column, over L0.
+
+    Each recipe is a series through its systems in order of L0; references are points.
+    """
+    l0 = next(column for column in METRICS[L0[0]].columns if column.name == L0[1])
+    systems = [*comparison.systems, *comparison.references]
+    names = list(dict.fromkeys(series_name(system, comparison) for system in systems))
+    charts = []
+    for metric, column in comparison.columns:
+        if (metric, column.name) == L0:
+            continue
+        points: dict[str, list[tuple[float, float, float, str]]] = {}
+        for system in systems:
+            x, y = system.mean_and_spread("core", l0), system.mean_and_spread(metric, column)
+            if x and y and x[0] > 0:
+                label = f"{system.label}: L0 {x[0]:.1f}, {y[0]:.4g}"
+                points.setdefault(series_name(system, comparison), []).append((x[0], *y, label))
+        series = [frontier_series(name, sorted(some), names.index(name)) for name, some in points.items()]
+        title = metric_heading(metric, column).split("\n0")[0].replace("\n", " ")
+        charts.append(Chart(title, "L0", title, series + published_series(comparison, metric, column), x_log=True))
+    return charts
+
+
+def frontier_series(name: str, points: Sequence[tuple[float, float, float, str]], style: int) -> Series:
+    x, y, spread, labels = zip(*points, strict=True)
+    return Series(name, x, y, "both" if len(points) > 1 else "points", spread, labels, style)
+
+
+def series_name(system: ComparedSystem, comparison: Comparison) -> str:
+    """The recipe, with its width where widths differ; "pca" and "random" for references of any rank."""
+    if system.runs[0].is_reference:
+        return system.label.split("-")[0]
+    record = system.runs[0].record
+    widths = {run.record.get("d_sae") for run in comparison.runs}
+    width = f" {record['d_sae']}" if len(widths) > 1 and record.get("d_sae") else ""
+    return f"{record.get('variant', system.label)}{width}"
+
+
+def published_series(comparison: Comparison, metric: str, column: MetricColumn) -> list[Series]:
+    """Published results for the same number at the same layer of the same model."""
+    key = (*sae_location(comparison.runs[0]).values(), metric, column.name)
+    series = []
+    for one in tomllib.loads(PUBLISHED.read_text())["series"]:
+        if (one["model"], one["layer"], "resid_post", one["metric"], one["number"]) == key:
+            x, y = zip(*one["points"], strict=True)
+            labels = [f"{one['name']}, published: L0 {at}, {value}" for at, value in one["points"]]
+            series.append(Series(f"{one['name']} (published)", x, y, "both", labels=labels))
+    return series
+
+
+def training_curves(comparison: Comparison) -> list[Chart]:
+    """What training logged, over tokens: a line for each run."""
+    logs = {run.name: read_metrics_log(run.folder) for run in comparison.runs}
+    charts = []
+    for name, title in CURVE_TITLES.items():
+        series = []
+        for style, (run, log) in enumerate(logs.items()):
+            points = [(line["tokens"], line[name]) for line in log if "tokens" in line and name in line]
+            y = [1 - value if name == "explained_variance" else value for _, value in points]
+            series.append(Series(run, [tokens for tokens, _ in points], y, "line", style=style))
+        if any(one.x for one in series):
+            charts.append(Chart(title, "tokens", title, series, y_log=name in LOG_SCALE_CURVES))
+    return charts
+
+
+def read_metrics_log(folder: Path) -> list[dict[str, float]]:
+    """The numbers in each line of metrics.jsonl. A line that was cut off by a kill is skipped."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, ArithmeticError, RecursionError):
+            line = json.loads(text)
+            numbers = line.items() if isinstance(line, dict) else ()
+            lines.append({name: float(value) for name, value in numbers if type(value) in (int, float)})
+    return [line for line in lines if math.isfinite(line.get("step", math.nan))]

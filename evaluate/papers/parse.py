@@ -1,0 +1,213 @@
+"""Read a paper's claims from its TOML file and check them."""
+
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from ...common.errors import UsageError, did_you_mean
+from ..metrics.base import MODES
+from .claims import (
+    CLAIM_METRICS,
+    PAPERS,
+    TRAINING_LOG,
+    Claim,
+    ClaimSource,
+    Contradiction,
+    Paper,
+    PaperFact,
+    PaperSetup,
+    PaperSystem,
+    Reading,
+    ReproductionSetup,
+    Unreported,
+)
+from .quotes import is_same_number, printed_numbers
+
+CLAIMS_FOLDER = Path(__file__).parent
+MAX_QUOTE = 160  # characters
+UNITS = ("", "%", "pp", "x")
+LISTS = ("fact", "reading", "system", "claim", "contradiction", "unreported")  # arrays of tables
+Table = TypeVar("Table")
+
+
+def load_paper(number: str) -> Paper:
+    """The claims of a paper. Raises UsageError with everything that is wrong with its file."""
+    if number not in PAPERS:
+        raise UsageError(f"There is no paper {number}{did_you_mean(number, PAPERS)}")
+    return parse_paper((CLAIMS_FOLDER / f"{number}.toml").read_text(encoding="utf-8"), f"papers/{number}.toml")
+
+
+def parse_paper(text: str, name: str) -> Paper:
+    """The claims in a TOML text; `name` is used in errors. Raises UsageError with everything that is wrong."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{name} is not valid TOML: {error}.") from error
+    errors = check_keys(tree)
+    paper = None if errors else build_paper(tree, errors)
+    if paper is not None:
+        errors += find_problems(paper, [system["id"] for system in tree.get("system", [])])
+    if errors or paper is None:
+        raise UsageError("\n".join([f"{name} is invalid:", *(f"  {error}" for error in errors)]))
+    return paper
+
+
+def check_keys(tree: Mapping[str, Any]) -> list[str]:
+    """Errors about the top-level keys of a file."""
+    types: dict[str, type] = {"number": str, "title": str, "mode": str, "ran": dict, "run": dict}
+    types |= dict.fromkeys(LISTS, list)
+    errors = [f"unknown key {key}{did_you_mean(key, types)}" for key in tree if key not in types]
+    for key, kind in types.items():
+        if not isinstance(tree.get(key, [] if kind is list else None), kind):
+            errors.append(f"{key} is missing or not a {kind.__name__}.")
+    return errors
+
+
+def build_paper(tree: Mapping[str, Any], errors: list[str]) -> Paper | None:
+    """The paper; None if a table is invalid, in which case `errors` says why."""
+    setup = build_table(PaperSetup, tree["ran"], "ran", errors)
+    reproduction = build_table(ReproductionSetup, tree["run"], "run", errors)
+    facts = build_tables(PaperFact, tree, "fact", errors)
+    readings = build_tables(Reading, tree, "reading", errors)
+    systems = build_tables(PaperSystem, tree, "system", errors)
+    claims = build_tables(Claim, tree, "claim", errors)
+    contradictions = build_tables(Contradiction, tree, "contradiction", errors)
+    unreported = build_tables(Unreported, tree, "unreported", errors)
+    if errors or setup is None or reproduction is None:
+        return None
+    return Paper(
+        number=tree["number"],
+        title=tree["title"],
+        mode=tree["mode"],
+        setup=setup,
+        reproduction=reproduction,
+        facts=facts,
+        readings=readings,
+        systems={system.id: system for system in systems},
+        claims=tuple(replace(claim, layers=claim.layers or setup.layers) for claim in claims),
+        contradictions=contradictions,
+        unreported=unreported,
+    )
+
+
+def build_tables(kind: type[Table], tree: Mapping[str, Any], key: str, errors: list[str]) -> tuple[Table, ...]:
+    """The valid tables of an array; what is wrong with the others is added to `errors`."""
+    built = []
+    for place, table in enumerate(tree.get(key, []), 1):
+        label = f"{key} {table.get('id', place)}" if isinstance(table, dict) else key
+        if (one := build_table(kind, table, label, errors)) is not None:
+            built.append(one)
+    return tuple(built)
+
+
+def build_table(kind: type[Table], table: Any, label: str, errors: list[str]) -> Table | None:
+    """A table as a dataclass; None if it is invalid, in which case `errors` says why."""
+    if not isinstance(table, dict):
+        errors.append(f"{label} is not a table.")
+        return None
+    known: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    before = len(errors)
+    errors += [f"{label}: unknown key {key}{did_you_mean(key, known)}" for key in table if key not in known]
+    for name, one in known.items():
+        if name not in table and one.default is MISSING and one.default_factory is MISSING:
+            errors.append(f"{label}: {name} is missing.")
+        elif name in table and not has_type(table[name], one.type):
+            errors.append(f"{label}: {name} = {table[name]!r} has the wrong type.")
+    if len(errors) > before:
+        return None
+    if kind is Claim and "also" in table:
+        sources = [
+            build_table(ClaimSource, one, f"{label}, also {n}", errors) for n, one in enumerate(table["also"], 1)
+        ]
+        if len(errors) > before:
+            return None
+        table = table | {"also": sources}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Whether a TOML value has an annotated type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        item = dict if get_args(kind)[0] is ClaimSource else get_args(kind)[0]
+        return isinstance(value, list) and all(has_type(element, item) for element in value)
+    if get_origin(kind) is Mapping:
+        return isinstance(value, dict)
+    if get_args(kind):
+        return any(has_type(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
+    """What is wrong with a paper whose tables are valid by themselves, as sentences."""
+    ids = [claim.id for claim in paper.claims]
+    for name, names in (("system", system_ids), ("claim", ids), ("reading", [r.name for r in paper.readings])):
+        yield from (f"Two of {name} are called {one}." for one in sorted(set(names)) if names.count(one) > 1)
+    if paper.mode not in MODES:
+        yield f"mode = {paper.mode} is unknown: expected {' or '.join(MODES)}."
+    if not paper.readings:
+        yield "There is no reading, so no units to train in."
+    for quote in paper.quotes():
+        if len(quote) > MAX_QUOTE:
+            yield f"A quote has {len(quote)} characters; at most {MAX_QUOTE} are allowed: {quote[:60]}..."
+        if quote != " ".join(quote.split()):
+            yield f"A quote has white space other than single spaces between words: {quote!r}"
+    for contradiction in paper.contradictions:
+        yield from (
+            f"contradiction {contradiction.what!r}: there is no claim {one}{did_you_mean(one, ids)}"
+            for one in contradiction.claims
+            if one not in ids
+        )
+    for one in paper.unreported:
+        yield from check_metric_name(one.metric, f"unreported {one.what}")
+    for claim in paper.claims:
+        yield from claim_problems(claim, paper)
+
+
+def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
+    label = f"claim {claim.id}"
+    yield from check_metric_name(claim.metric, label)
+    if (claim.metric == "none") != bool(claim.why):
+        yield f"{label}: give `why`, the reason that no metric of ours measures it, with metric = none and only then."
+    if claim.metric != "none" and not claim.system:
+        yield f"{label}: a measured claim needs a system: {', '.join(paper.systems)}."
+    for system in filter(None, (claim.system, claim.against)):
+        if system not in paper.systems:
+            yield f"{label}: there is no system {system}{did_you_mean(system, paper.systems)}"
+    for quote in (claim.quote, *(source.quote for source in claim.also)):
+        if not any(is_same_number(number, claim.value, claim.is_change) for number, _ in printed_numbers(quote)):
+            yield f"{label}: its quote does not contain the value {claim.value:g}: {quote}"
+    if not set(claim.layers) <= set(paper.setup.layers):
+        yield f"{label}: layers {claim.layers} are not all among the paper's {paper.setup.layers}."
+    yield from unit_problems(claim, paper, label)
+
+
+def unit_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
+    """What is wrong with the unit of a claim and with the number that it is compared with."""
+    if claim.unit not in UNITS:
+        yield f"{label}: unknown unit {claim.unit}: omit it, or give one of {', '.join(UNITS[1:])}."
+    if claim.is_change and not claim.unit and claim.metric != "none":
+        yield f"{label}: a change against {claim.against} needs a unit (%, pp or x) or an against_value."
+    if claim.unit in ("pp", "x") and not claim.is_change:
+        yield f"{label}: {claim.unit} is the unit of a change: give `against`, and no against_value."
+    if claim.against_value is not None and not any(
+        (other.system, other.metric, other.entries, other.value, other.unit)
+        == (claim.against, claim.metric, claim.entries, claim.against_value, claim.unit)
+        for other in paper.claims
+    ):
+        yield f"{label}: no claim about {claim.against or 'a system'} has the value {claim.against_value:g}."
+
+
+def check_metric_name(metric: str, label: str) -> Iterator[str]:
+    """Yield an error unless it is `none`, a number of a metric, or a scalar that training logs."""
+    if metric != "none" and not metric.startswith(f"{TRAINING_LOG}.") and metric not in CLAIM_METRICS:
+        yield (
+            f"{label}: unknown metric {metric}: expected a number of a metric, {TRAINING_LOG}.<scalar>, or none"
+            f"{did_you_mean(metric, CLAIM_METRICS)}"
+        )
