@@ -1,27 +1,18 @@
-"""Text becomes contexts: BOS first, one document each, as many tokens as asked for, and a sentence for bad input."""
+"""Text becomes contexts: BOS first, one document each, with exactly as many rows as requested."""
 
 import itertools
-import json
-from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.common.errors import UnavailableError, UsageError
+from sae.common.errors import UsageError
 from sae.harvest.contexts import ContextCutter, is_held_out, make_contexts, row_mask, special_token_ids
-from sae.harvest.datasets import split_paragraphs
 from sae.harvest.documents import Document, ListedDocuments, TextSource
-from sae.harvest.mini.corpus import StdlibDocument as CorpusDocument
-from sae.harvest.mini.corpus import stdlib_documents as corpus_documents
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
@@ -107,169 +98,6 @@ def test_a_tokenizer_without_bos_is_a_sentence(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-# Files
-
-
-def write_lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_every_kind_of_file_gives_its_documents(tmp_path: Path, read) -> None:
-    rows = [{"text": t, "other": 1} for t in TEXTS]
-    lines = write_lines(tmp_path / "a.jsonl", rows)
-    packed = tmp_path / "a.jsonl.zst"
-    packed.write_bytes(zstandard.compress(lines.read_bytes()))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for path in (lines, packed, tmp_path / "a.parquet"):
-        text = read(path)
-        assert [d.text for d in text.documents] == TEXTS and text.name == "a"
-    (tmp_path / "a.txt").write_text(TEXTS[0])
-    assert [d.text for d in read(tmp_path / "a.txt").documents] == [TEXTS[0]]
-
-
-def test_a_folder_is_its_files_in_order(tmp_path: Path, read) -> None:
-    (tmp_path / "deeper").mkdir()
-    for name, text in zip(("b.jsonl", "a.jsonl", "deeper/c.jsonl"), TEXTS, strict=True):
-        write_lines(tmp_path / name, [{"text": text}])
-    (tmp_path / "README").write_text("not text of the data set")
-    assert [d.text for d in read(tmp_path).documents] == [TEXTS[1], TEXTS[0], TEXTS[2]]
-
-
-def test_a_digest_is_of_the_bytes_and_the_column(tmp_path: Path, read) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "one", "other": "two"}])
-    first = read(path).identity
-    assert read(path).identity == first != read(path, "other").identity
-    write_lines(path, [{"text": "One", "other": "two"}])
-    assert read(path).identity != first
-
-
-def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
-    rows = [{"text": t} for t in ("one", "", None, "  \n", "two", None)]
-    text = read(write_lines(tmp_path / "a.jsonl", rows))
-    assert [d.text for d in text.documents] == ["one", "two"] and text.skipped == {"empty": 2, "not text": 2, "huge": 0}
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=12), st.integers(1, 80))
-def test_sections_lose_nothing(paragraphs: list[str], at_least: int) -> None:
-    text = "\n\n".join(paragraphs)
-    found = list(split_paragraphs(text, at_least))
-    assert "\n\n".join(found).rstrip() == text.rstrip()  # a blank end is no document
-    assert all(
-        len(section.replace("\n\n", "")) >= at_least for section in found[:-1] if "\n" not in "".join(paragraphs)
-    )
-
-
-def bad_utf8(folder: Path) -> Path:
-    (folder / "a.txt").write_bytes(b"caf\xe9")
-    return folder / "a.txt"
-
-
-def mixed(folder: Path) -> Path:
-    (folder / "a.txt").write_text("a")
-    (folder / "b.jsonl").write_text('{"text": "b"}\n')
-    return folder
-
-
-def broken_json(folder: Path) -> Path:
-    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
-    return folder / "a.jsonl"
-
-
-def broken_parquet(folder: Path) -> Path:
-    (folder / "a.parquet").write_bytes(b"PAR1 no more")
-    return folder / "a.parquet"
-
-
-def unknown_kind(folder: Path) -> Path:
-    (folder / "a.docx").write_text("a")
-    return folder / "a.docx"
-
-
-def other_columns(folder: Path) -> Path:
-    return write_lines(folder / "a.jsonl", [{"content": "a", "id": 3}])
-
-
-def empty(folder: Path) -> Path:
-    (folder / "a.jsonl").write_text("")
-    return folder / "a.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (bad_utf8, r"a.txt is not UTF-8 text \(byte 3\). Convert it"),
-        (mixed, r"has \['.jsonl', '.txt'\]; expected files of one format"),
-        (broken_json, "a.jsonl cannot be read as json: "),
-        (broken_parquet, "a.parquet cannot be read as parquet: "),
-        (unknown_kind, r"has \['.docx'\]; expected files of one format"),
-        (lambda folder: folder, "has no files; expected files of one format"),
-        (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column"),
-        (empty, "a.jsonl is empty. Give a text"),
-        (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl"),
-        (lambda folder: "./gone", "There is no file ./gone"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_a_sentence(tmp_path: Path, read, make: Callable[[Path], Path | str], sentence: str) -> None:
-    with pytest.raises(UsageError, match=sentence) as refused:
-        list(read(make(tmp_path)).documents)
-    assert refused.value.exit_code == 2
-
-
-def test_what_breaks_further_down_is_a_sentence_too(tmp_path: Path, read) -> None:
-    line = json.dumps({"text": "word " * 1000}) + "\n"
-    (tmp_path / "a.jsonl").write_text(line * (11 * 2**20 // len(line)) + "{broken\n")  # read in blocks of 10 MiB
-    documents = read(tmp_path / "a.jsonl").documents
-    assert len(list(islice(documents, 100))) == 100
-    with pytest.raises(UsageError, match="a.jsonl cannot be read as json"):
-        list(documents)
-
-
-def test_a_dataset_out_of_reach_is_a_sentence(read) -> None:
-    with pytest.raises(UnavailableError, match="nobody/nothing could not be read.*--dataset python-stdlib") as refused:
-        read("nobody/nothing")
-    assert refused.value.exit_code == 4
-
-
-# The embedded text
-
-
-def test_the_two_documents_of_a_module_are_on_one_side() -> None:
-    side: dict[str, set[bool]] = {}
-    for document in corpus_documents():
-        side.setdefault(document.name.split(":", 1)[1], set()).add(document.held_out)
-    assert len(side) > 300 and all(len(sides) == 1 for sides in side.values())
-
-
-def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_out(read) -> None:
-    found = list(read("python-stdlib").documents)
-    spelled = [document.text.count(" has the first letter: ") == 40 for document in found]
-    plain = [document for document, spells in zip(found, spelled, strict=True) if not spells]
-    assert len(plain) > 600 and 0.05 < np.mean([document.held_out for document in plain]) < 0.2
-    for number, document in enumerate(found):
-        followed = number + 1 < len(found) and spelled[number + 1]
-        assert not (spelled[number] and document.held_out)
-        assert spelled[number] or followed == (not document.held_out)
-
-
-def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its spelling too, which is drawn."""
-    few = [CorpusDocument(f"source:{n}.py", f"number {n}", held_out=n % 3 == 0) for n in range(9)]
-    monkeypatch.setattr("sae.harvest.mini.corpus.stdlib_documents", lambda: iter(few))
-    text = read("python-stdlib")
-    whole = list(text.documents)
-    assert len(whole) == 15
-    for number in range(15):
-        text.seek({"position": number, "skipped": text.skipped})
-        assert list(text.documents) == whole[number:] and text.reader.position == 15
-
-
-def test_what_repeats_itself_is_never_held_out() -> None:
-    repeated = [d for d in corpus_documents() if d.name.startswith("topic:") or ":encodings/" in d.name]
-    assert len(repeated) > 100 and not any(document.held_out for document in repeated)
-
-
 def test_a_document_that_occurs_twice_is_on_one_side(cut_up) -> None:
     texts = [f"number {n} reads the yellow books" for n in range(100)] * 2
     contexts = cut_up(texts, held_out=0.3)
@@ -277,7 +105,7 @@ def test_a_document_that_occurs_twice_is_on_one_side(cut_up) -> None:
     assert all(side[n] == side[n + 100] for n in range(100)) and len(set(side.values())) == 2
 
 
-# Tokenised before
+# Token ids instead of text
 
 
 def test_ids_give_what_their_text_gives(same, cut_up, tokenizer: Any) -> None:

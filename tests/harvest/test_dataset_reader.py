@@ -1,9 +1,8 @@
 """A dataset is read from any file that holds it, to the last row, also through a network that fails."""
 
 import gzip
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sae.common.errors import SaeError, UnavailableError, UsageError
-from sae.harvest.datasets import EMBEDDED_TEXT, open_text
 from sae.harvest.documents import TextSource
 
 ROWS = [{"text": f"the quick brown fox {n} reads " + "yellow books " * (n % 5), "n": n} for n in range(40)]
@@ -251,61 +249,3 @@ def test_a_dataset_that_does_not_open_fails_at_once(
     with pytest.raises(kind, match=sentence):
         read("some/set")
     assert not waits
-
-
-@pytest.fixture
-def with_subsets(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TextSource]:
-    """with_subsets(subset, names): a dataset of so many configurations, the n-th with the n-th row."""
-
-    def opened(subset: str | None, names: Sequence[str] = ("en", "fr")) -> TextSource:
-        folder = tmp_path / "set"
-        folder.mkdir()
-        for name, row in zip(names, itertools.cycle(ROWS)):
-            (folder / f"{name}.jsonl").write_text(json.dumps(row))
-        card = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names)
-        (folder / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
-        load = datasets.load_dataset
-        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
-        monkeypatch.setattr(datasets, "load_dataset", lambda _, *words, **more: load(str(folder), *words, **more))
-        return open_text(
-            "some/set", tokenizer=tokenizer, revision=None, subset=subset, split="train", column="text", seed=0
-        )
-
-    return opened
-
-
-def test_a_subset_is_read_and_pinned(with_subsets) -> None:
-    text = with_subsets("fr")
-    assert [d.text for d in text.documents] == TEXTS[1:2]
-    assert text.identity == {
-        "name": "some/set",
-        "revision": "c0ffee",
-        "split": "train",
-        "column": "text",
-        "subset": "fr",
-    }
-
-
-def test_a_subset_that_is_not_given_pins_nothing(with_subsets) -> None:
-    assert "subset" not in with_subsets(None, ["default"]).identity
-
-
-@pytest.mark.parametrize(
-    ("subset", "names", "sentence"),
-    [
-        (None, ["en", "fr"], "The dataset some/set has several configurations. Choose one with --subset: 'en', 'fr'"),
-        ("de", ["en", "fr"], "The dataset some/set has no such configuration. Choose one with --subset: 'en', 'fr'"),
-        (None, [f"n{n}" for n in range(23)], "Choose one with --subset: 'n0', .*'n19' and 3 more."),
-    ],
-)  # fmt: skip
-def test_subsets_are_listed_where_one_is_needed(
-    with_subsets, subset: str | None, names: list[str], sentence: str
-) -> None:
-    with pytest.raises(UsageError, match=sentence):
-        with_subsets(subset, names)
-
-
-def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:
-    for name in (str(table(tmp_path)), EMBEDDED_TEXT):
-        with pytest.raises(UsageError, match="--subset selects a configuration of a Hub dataset"):
-            open_text(name, tokenizer=tokenizer, revision=None, subset="en", split="train", column="text", seed=0)

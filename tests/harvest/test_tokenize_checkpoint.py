@@ -1,4 +1,4 @@
-"""A cut that is killed goes on from its draft, and ends in the same contexts as one that nobody disturbed."""
+"""Tokenizing that is killed continues from its checkpoint and ends in the same contexts as without a kill."""
 
 import functools
 import itertools
@@ -13,8 +13,7 @@ import pytest
 
 from sae.cache.contexts import Contexts
 from sae.common.errors import DamagedError, UnavailableError
-from sae.harvest import run
-from sae.harvest import tokenize_checkpoint as draft_module
+from sae.harvest import run, tokenize_checkpoint
 from sae.harvest.contexts import ContextCutter, is_held_out, make_contexts
 from sae.harvest.documents import Document, ListedDocuments, TextSource
 from sae.harvest.plan import HarvestConfig, plan_harvest
@@ -36,7 +35,7 @@ def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cut_some(cut_up, tmp_path: Path) -> Callable[..., Contexts]:
-    """cut_some(text, pack=...): a thousand rows, with a draft every 150 tokens, in tmp_path / "killed"."""
+    """cut_some(text, pack=...): a thousand rows, with a checkpoint every 150 tokens, in tmp_path / "killed"."""
 
     def cut_into(text: Any = DOCUMENTS, checkpoint: TokenizeCheckpoint | None = None, **more: Any) -> Contexts:
         settings = {"held_out": 0.2, "checkpoint_tokens": 150} | more
@@ -49,7 +48,7 @@ def cut_some(cut_up, tmp_path: Path) -> Callable[..., Contexts]:
 
 @pytest.fixture
 def whole(cut_some, tmp_path: Path) -> Callable[..., Contexts]:
-    """whole(pack=...): the same in one go, without a draft."""
+    """whole(pack=...): the same in one go, without a checkpoint."""
     return lambda **more: cut_some(
         checkpoint=TokenizeCheckpoint(tmp_path / "whole", HERE), checkpoint_tokens=10**9, **more
     )
@@ -71,14 +70,14 @@ def left_rows(documents: list[list[int]]) -> int:
     return sum(len(ids) for ids in documents if not is_held_out(ids, 0, 0.2))
 
 
-def drafts(folder: Path) -> int:
+def checkpoint_parts(folder: Path) -> int:
     return len(list(folder.glob("tokens/draft/*.safetensors")))
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_drafts_do_not_change_what_is_cut(same, cut_some, whole, tmp_path: Path, pack: bool) -> None:
+def test_checkpoints_do_not_change_the_contexts(same, cut_some, whole, tmp_path: Path, pack: bool) -> None:
     assert same(cut_some(pack=pack), whole(pack=pack))
-    assert drafts(tmp_path / "killed") == 7 and drafts(tmp_path / "whole") == 0
+    assert checkpoint_parts(tmp_path / "killed") == 7 and checkpoint_parts(tmp_path / "whole") == 0
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -91,19 +90,21 @@ def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path,
         gone_on.add(left.state["documents"] if left.state else 0)
         assert same(cut_some(checkpoint=left, pack=pack), expected)
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-    assert len(gone_on) == 8 and all(documents % 5 == 0 for documents in gone_on)  # seven drafts, and none
+    assert len(gone_on) == 8 and all(
+        documents % 5 == 0 for documents in gone_on
+    )  # at each of seven checkpoints, and at none
 
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("before", [True, False])
-def test_a_kill_at_any_write_of_a_draft(
+def test_a_kill_at_any_write_of_a_checkpoint(
     same, cut_some, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool, before: bool
 ) -> None:
     """Each of the fourteen files, killed before or after it was renamed; every run is killed again until it ends."""
     expected = whole(pack=pack)
     for which in ("atomic_write", "write_json"):
         for number in range(1, 8):
-            calls, write = [], getattr(draft_module, which)
+            calls, write = [], getattr(tokenize_checkpoint, which)
 
             def dying(*arguments: Any, calls=calls, write=write, number=number, **more: Any) -> None:
                 calls.append(1)
@@ -113,7 +114,7 @@ def test_a_kill_at_any_write_of_a_draft(
                     raise Killed
 
             with monkeypatch.context() as patched:
-                patched.setattr(draft_module, which, dying)
+                patched.setattr(tokenize_checkpoint, which, dying)
                 with pytest.raises(Killed):
                     cut_some(pack=pack)
             kept = number - (before or which == "atomic_write")
@@ -122,7 +123,7 @@ def test_a_kill_at_any_write_of_a_draft(
             shutil.rmtree(tmp_path / "killed")
 
 
-def test_what_was_cut_is_not_cut_again(cut_some, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_tokenized_is_not_tokenized_again(cut_some, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Killed):
         cut_some(breaking_at(60))
     left, added, told = TokenizeCheckpoint(tmp_path / "killed", HERE), [], []
@@ -135,7 +136,7 @@ def test_what_was_cut_is_not_cut_again(cut_some, tmp_path: Path, monkeypatch: py
     assert told == [f"Continuing some after {left_rows(DOCUMENTS[:50])} tokens, which were tokenized before."]
 
 
-def test_a_network_that_stays_away_keeps_all_that_was_cut(same, cut_some, whole, tmp_path: Path) -> None:
+def test_a_network_failure_keeps_everything_tokenized_before(same, cut_some, whole, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="gone"):
         cut_some(breaking_at(43, UnavailableError("gone")), checkpoint_tokens=10**9)
     left = TokenizeCheckpoint(tmp_path / "killed", HERE)
@@ -187,7 +188,7 @@ def other_number(path: Path) -> None:
         ("state.json", lambda path: path.write_text('{"digest": "", "content": []}')),
     ],
 )
-def test_a_damaged_draft_is_cut_anew(
+def test_a_damaged_checkpoint_is_discarded(
     same, cut_some, whole, tmp_path: Path, file: str, damage: Callable[[Path], Any]
 ) -> None:
     with pytest.raises(Killed):
@@ -198,7 +199,7 @@ def test_a_damaged_draft_is_cut_anew(
     assert same(cut_some(checkpoint=left), whole())
 
 
-def test_a_draft_damaged_while_it_is_used_is_a_sentence(cut_some, tmp_path: Path) -> None:
+def test_a_checkpoint_damaged_while_in_use_raises(cut_some, tmp_path: Path) -> None:
     left = TokenizeCheckpoint(tmp_path / "killed", HERE)
     with pytest.raises(Killed):
         cut_some(breaking_at(60), left)
@@ -207,7 +208,7 @@ def test_a_draft_damaged_while_it_is_used_is_a_sentence(cut_some, tmp_path: Path
         list(left.read_parts())
 
 
-def test_the_draft_of_another_harvest_is_not_used(cut_some, tmp_path: Path) -> None:
+def test_the_checkpoint_of_another_harvest_is_not_used(cut_some, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         cut_some(breaking_at(60))
     other = TokenizeCheckpoint(tmp_path / "killed", HERE | {"seed": 1})
@@ -217,10 +218,10 @@ def test_the_draft_of_another_harvest_is_not_used(cut_some, tmp_path: Path) -> N
 # The whole harvest
 
 
-def test_a_harvest_killed_while_it_cuts(
+def test_a_harvest_killed_while_it_tokenizes(
     tiny_model: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the draft, after the tokens, and once they belong to the harvest: the same files, and no draft."""
+    """Killed while tokenizing, after the tokens, and once they belong to the cache: the same files, no checkpoint."""
     request = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0,), tokens=2000, context=32, window=1024, held_out=0.2,
         device="cpu", pack=True, out=tmp_path / "whole",
@@ -244,8 +245,8 @@ def test_a_harvest_killed_while_it_cuts(
             patched.setattr(where, name, die)
             with pytest.raises(Killed):
                 run_harvest(plan_harvest(killed, told.append))
-        assert drafts(killed.out)
+        assert checkpoint_parts(killed.out)
     assert len(told) == 1 and told[0].startswith("Continuing sentences after ")
     run_harvest(plan_harvest(killed, told.append))
-    assert files_of(killed.out) == expected and not drafts(killed.out) and len(told) == 1
+    assert files_of(killed.out) == expected and not checkpoint_parts(killed.out) and len(told) == 1
     assert plan_harvest(killed).identity["pack"] and not plan_harvest(replace(killed, pack=False)).identity["pack"]

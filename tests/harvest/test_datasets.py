@@ -1,0 +1,250 @@
+"""Texts are opened from files, the embedded corpus and the Hub; whatever cannot be read is refused with a message."""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.common.errors import UnavailableError, UsageError
+from sae.harvest.datasets import EMBEDDED_TEXT, open_text, split_paragraphs
+from sae.harvest.documents import TextSource
+from sae.harvest.mini.corpus import StdlibDocument, stdlib_documents
+
+TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
+
+
+# Files
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_kind_of_file_gives_its_documents(tmp_path: Path, read) -> None:
+    rows = [{"text": t, "other": 1} for t in TEXTS]
+    lines = write_lines(tmp_path / "a.jsonl", rows)
+    packed = tmp_path / "a.jsonl.zst"
+    packed.write_bytes(zstandard.compress(lines.read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (lines, packed, tmp_path / "a.parquet"):
+        text = read(path)
+        assert [d.text for d in text.documents] == TEXTS and text.name == "a"
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    assert [d.text for d in read(tmp_path / "a.txt").documents] == [TEXTS[0]]
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path, read) -> None:
+    (tmp_path / "deeper").mkdir()
+    for name, text in zip(("b.jsonl", "a.jsonl", "deeper/c.jsonl"), TEXTS, strict=True):
+        write_lines(tmp_path / name, [{"text": text}])
+    (tmp_path / "README").write_text("not text of the data set")
+    assert [d.text for d in read(tmp_path).documents] == [TEXTS[1], TEXTS[0], TEXTS[2]]
+
+
+def test_a_digest_is_of_the_bytes_and_the_column(tmp_path: Path, read) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one", "other": "two"}])
+    first = read(path).identity
+    assert read(path).identity == first != read(path, "other").identity
+    write_lines(path, [{"text": "One", "other": "two"}])
+    assert read(path).identity != first
+
+
+def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
+    rows = [{"text": t} for t in ("one", "", None, "  \n", "two", None)]
+    text = read(write_lines(tmp_path / "a.jsonl", rows))
+    assert [d.text for d in text.documents] == ["one", "two"] and text.skipped == {"empty": 2, "not text": 2, "huge": 0}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=12), st.integers(1, 80))
+def test_sections_lose_nothing(paragraphs: list[str], at_least: int) -> None:
+    text = "\n\n".join(paragraphs)
+    found = list(split_paragraphs(text, at_least))
+    assert "\n\n".join(found).rstrip() == text.rstrip()  # a blank end is no document
+    assert all(
+        len(section.replace("\n\n", "")) >= at_least for section in found[:-1] if "\n" not in "".join(paragraphs)
+    )
+
+
+def bad_utf8(folder: Path) -> Path:
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    return folder / "a.txt"
+
+
+def mixed(folder: Path) -> Path:
+    (folder / "a.txt").write_text("a")
+    (folder / "b.jsonl").write_text('{"text": "b"}\n')
+    return folder
+
+
+def broken_json(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    return folder / "a.jsonl"
+
+
+def broken_parquet(folder: Path) -> Path:
+    (folder / "a.parquet").write_bytes(b"PAR1 no more")
+    return folder / "a.parquet"
+
+
+def unknown_kind(folder: Path) -> Path:
+    (folder / "a.docx").write_text("a")
+    return folder / "a.docx"
+
+
+def other_columns(folder: Path) -> Path:
+    return write_lines(folder / "a.jsonl", [{"content": "a", "id": 3}])
+
+
+def empty(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text("")
+    return folder / "a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (bad_utf8, r"a.txt is not UTF-8 text \(byte 3\). Convert it"),
+        (mixed, r"has \['.jsonl', '.txt'\]; expected files of one format"),
+        (broken_json, "a.jsonl cannot be read as json: "),
+        (broken_parquet, "a.parquet cannot be read as parquet: "),
+        (unknown_kind, r"has \['.docx'\]; expected files of one format"),
+        (lambda folder: folder, "has no files; expected files of one format"),
+        (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column"),
+        (empty, "a.jsonl is empty. Give a text"),
+        (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl"),
+        (lambda folder: "./gone", "There is no file ./gone"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_sentence(tmp_path: Path, read, make: Callable[[Path], Path | str], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as refused:
+        list(read(make(tmp_path)).documents)
+    assert refused.value.exit_code == 2
+
+
+def test_what_breaks_further_down_is_a_sentence_too(tmp_path: Path, read) -> None:
+    line = json.dumps({"text": "word " * 1000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * (11 * 2**20 // len(line)) + "{broken\n")  # read in blocks of 10 MiB
+    documents = read(tmp_path / "a.jsonl").documents
+    assert len(list(islice(documents, 100))) == 100
+    with pytest.raises(UsageError, match="a.jsonl cannot be read as json"):
+        list(documents)
+
+
+def test_a_dataset_out_of_reach_is_a_sentence(read) -> None:
+    with pytest.raises(UnavailableError, match="nobody/nothing could not be read.*--dataset python-stdlib") as refused:
+        read("nobody/nothing")
+    assert refused.value.exit_code == 4
+
+
+# The embedded text
+
+
+def test_the_two_documents_of_a_module_are_on_one_side() -> None:
+    side: dict[str, set[bool]] = {}
+    for document in stdlib_documents():
+        side.setdefault(document.name.split(":", 1)[1], set()).add(document.held_out)
+    assert len(side) > 300 and all(len(sides) == 1 for sides in side.values())
+
+
+def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_out(read) -> None:
+    found = list(read("python-stdlib").documents)
+    spelled = [document.text.count(" has the first letter: ") == 40 for document in found]
+    plain = [document for document, spells in zip(found, spelled, strict=True) if not spells]
+    assert len(plain) > 600 and 0.05 < np.mean([document.held_out for document in plain]) < 0.2
+    for number, document in enumerate(found):
+        followed = number + 1 < len(found) and spelled[number + 1]
+        assert not (spelled[number] and document.held_out)
+        assert spelled[number] or followed == (not document.held_out)
+
+
+def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spelling too, which is drawn."""
+    few = [StdlibDocument(f"source:{n}.py", f"number {n}", held_out=n % 3 == 0) for n in range(9)]
+    monkeypatch.setattr("sae.harvest.mini.corpus.stdlib_documents", lambda: iter(few))
+    text = read("python-stdlib")
+    whole = list(text.documents)
+    assert len(whole) == 15
+    for number in range(15):
+        text.seek({"position": number, "skipped": text.skipped})
+        assert list(text.documents) == whole[number:] and text.reader.position == 15
+
+
+def test_what_repeats_itself_is_never_held_out() -> None:
+    repeated = [d for d in stdlib_documents() if d.name.startswith("topic:") or ":encodings/" in d.name]
+    assert len(repeated) > 100 and not any(document.held_out for document in repeated)
+
+
+# Subsets of a Hub dataset
+
+
+@pytest.fixture
+def with_subsets(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TextSource]:
+    """with_subsets(subset, names): a dataset of so many configurations, the n-th with the n-th row."""
+
+    def opened(subset: str | None, names: Sequence[str] = ("en", "fr")) -> TextSource:
+        folder = tmp_path / "set"
+        folder.mkdir()
+        for name, text in zip(names, itertools.cycle(TEXTS)):
+            (folder / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+        card = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names)
+        (folder / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+        load = datasets.load_dataset
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+        monkeypatch.setattr(datasets, "load_dataset", lambda _, *words, **more: load(str(folder), *words, **more))
+        return open_text(
+            "some/set", tokenizer=tokenizer, revision=None, subset=subset, split="train", column="text", seed=0
+        )
+
+    return opened
+
+
+def test_a_subset_is_read_and_pinned(with_subsets) -> None:
+    text = with_subsets("fr")
+    assert [d.text for d in text.documents] == TEXTS[1:2]
+    assert text.identity == {
+        "name": "some/set",
+        "revision": "c0ffee",
+        "split": "train",
+        "column": "text",
+        "subset": "fr",
+    }
+
+
+def test_a_subset_that_is_not_given_pins_nothing(with_subsets) -> None:
+    assert "subset" not in with_subsets(None, ["default"]).identity
+
+
+@pytest.mark.parametrize(
+    ("subset", "names", "sentence"),
+    [
+        (None, ["en", "fr"], "The dataset some/set has several configurations. Choose one with --subset: 'en', 'fr'"),
+        ("de", ["en", "fr"], "The dataset some/set has no such configuration. Choose one with --subset: 'en', 'fr'"),
+        (None, [f"n{n}" for n in range(23)], "Choose one with --subset: 'n0', .*'n19' and 3 more."),
+    ],
+)  # fmt: skip
+def test_subsets_are_listed_where_one_is_needed(
+    with_subsets, subset: str | None, names: list[str], sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        with_subsets(subset, names)
+
+
+def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:
+    for name in (str(write_lines(tmp_path / "a.jsonl", [{"text": "a"}])), EMBEDDED_TEXT):
+        with pytest.raises(UsageError, match="--subset selects a configuration of a Hub dataset"):
+            open_text(name, tokenizer=tokenizer, revision=None, subset="en", split="train", column="text", seed=0)
