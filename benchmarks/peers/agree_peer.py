@@ -1,4 +1,4 @@
-"""What the two peers' halves of agree_train.py share. Imports nothing of ours: it runs in a peer's environment too."""
+"""Shared by the two peers' halves of agree_train.py. Imports nothing of ours, since it runs in a peer's environment."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Deviation = Callable[[Any, dict[str, Any]], None]  # takes itself out of a trainer; its docstring says what it is
+Deviation = Callable[[Any, dict[str, Any]], None]  # takes one deviation out of a trainer; its docstring describes it
 
 
 class Peer(NamedTuple):
@@ -24,7 +24,7 @@ class Peer(NamedTuple):
 
 @contextlib.contextmanager
 def precision(dtype: torch.dtype) -> Iterator[None]:
-    """What is created is of this dtype, and `.float()` goes to it: both sides use that as "at least float32"."""
+    """Create tensors with this dtype, and let `.float()` convert to it: both sides use it as "at least float32"."""
     before = torch.Tensor.float
     torch.set_default_dtype(dtype)
     torch.Tensor.float = lambda self: self.to(dtype)  # type: ignore[assignment]
@@ -45,7 +45,7 @@ def train(peer: Peer, folder: Path, recipe: str, dtype: torch.dtype, removed: li
         trainer = peer.build(recipe, options)
         with torch.no_grad():
             for name, tensor in peer.weights(trainer).items():
-                if tensor.requires_grad:  # a threshold that only follows the batches starts as the peer's does
+                if tensor.requires_grad:  # a threshold that only follows the batches keeps the peer's initial value
                     tensor.copy_(initial[name])
         for deviation in removed:
             deviation(trainer, options)
@@ -55,7 +55,7 @@ def train(peer: Peer, folder: Path, recipe: str, dtype: torch.dtype, removed: li
 
 
 def answer(peer: Peer, folder: Path) -> None:
-    """Train every recipe whose initial weights lie in `folder`: agreeing, with one deviation kept, and as published."""
+    """Train every recipe with initial weights in `folder`: agreeing, with one deviation kept, and as published."""
     torch.set_num_threads(1)
     for path in sorted(folder.glob("*.safetensors")):
         recipe = path.stem

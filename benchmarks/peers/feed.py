@@ -1,4 +1,4 @@
-"""What both sides of a comparison share: the rows they are fed, the clock, the disk, the check. Only numpy."""
+"""Shared by both sides of saelens_cache.py: the rows they are fed, timing, the disk, the check. Needs only numpy."""
 
 import contextlib
 import gc
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 D_IN, CONTEXT, BATCH_CONTEXTS = 2304, 128, 32
-TOKENS_A_BATCH = BATCH_CONTEXTS * CONTEXT  # what a model would hand over at once
+TOKENS_A_BATCH = BATCH_CONTEXTS * CONTEXT  # tokens per pass of a model
 READ_BATCHES = (2048, 4096)
 
 
 def make(path: Path, gigabytes: float) -> int:
-    """Write normal rows as the bits of bfloat16, a multiple of four batches of a model; returns how many tokens."""
+    """Write normal rows as bfloat16 bits, a multiple of four passes of a model. Returns the number of tokens."""
     batches = 4 * max(1, round(gigabytes * 1e9 / (2 * D_IN * TOKENS_A_BATCH) / 4))
     rng = np.random.default_rng(0)
     with path.open("wb") as file:
@@ -28,7 +28,7 @@ def make(path: Path, gigabytes: float) -> int:
 
 
 def load(path: Path) -> np.ndarray:
-    """(contexts, CONTEXT, D_IN) uint16, in memory before any clock starts."""
+    """(contexts, CONTEXT, D_IN) uint16, in memory before timing starts."""
     return np.fromfile(path, np.uint16).reshape(-1, CONTEXT, D_IN)
 
 
@@ -37,7 +37,7 @@ def ids(contexts: int) -> np.ndarray:
 
 
 def timed(work: Callable[[], object]) -> float:
-    gc.collect()  # what an earlier pass kept mapped would stay in memory
+    gc.collect()  # otherwise files mapped by an earlier pass would stay in memory
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -65,17 +65,17 @@ def flush(folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop the flushed files from the page cache, so that the next pass reads the disk."""
+    """Drop the flushed files from the page cache, so that the next pass reads from the disk."""
     gc.collect()
     each_file(folder, lambda descriptor: os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED))
 
 
 def passes(folder: Path, tokens: int, opened: Callable[[int], Generator[Any]]) -> dict[str, float]:
-    """Tokens a second of `opened(batch_size)`, an endless stream of batches, over as many as the cache has rows for.
+    """Tokens per second of `opened(batch_size)`, an endless iterator of batches, over one pass of the cache.
 
-    From the disk and from memory, both with the opening and the first touch; then once more of the stream left open.
+    From the disk and from memory, both including opening and first touch; then once more with the iterator left open.
     """
-    found = {}
+    rates = {}
     for batch in READ_BATCHES:
         count = tokens // batch
 
@@ -88,27 +88,27 @@ def passes(folder: Path, tokens: int, opened: Callable[[int], Generator[Any]]) -
                 take(batches)
 
         forget(folder)
-        found[f"read {batch} disk"] = count * batch / timed(whole)
-        found[f"read {batch} memory"] = count * batch / timed(whole)
+        rates[f"read {batch} disk"] = count * batch / timed(whole)
+        rates[f"read {batch} memory"] = count * batch / timed(whole)
         with contextlib.closing(opened(batch)) as batches:
             take(batches)
-            found[f"read {batch} again"] = count * batch / timed(lambda: take(batches))
-    return found
+            rates[f"read {batch} again"] = count * batch / timed(lambda: take(batches))
+    return rates
 
 
-def names(bits: np.ndarray) -> np.ndarray:
-    """A 64-bit name for each row of 16-bit words: the same only for the same row, up to chance."""
+def row_hashes(bits: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each row of 16-bit words."""
     weights = np.random.default_rng(1).integers(0, 2**63, bits.shape[1], dtype=np.uint64) | np.uint64(1)
     parts = np.array_split(bits, -(-len(bits) // 512))
     return np.concatenate([(part * weights).sum(1, dtype=np.uint64) for part in parts])
 
 
 def check(fed: np.ndarray, stored: Iterable[np.ndarray], served: Iterable[np.ndarray]) -> str:
-    """Compare by the rows' names: the cache holds exactly what was fed, and the batches hand out nothing else."""
-    expected = np.sort(names(fed.reshape(-1, D_IN)))
+    """Check by hashes of rows that the cache holds exactly the rows fed, and that batches contain nothing else."""
+    expected = np.sort(row_hashes(fed.reshape(-1, D_IN)))
     held, given = np.sort(np.concatenate(list(stored))), np.concatenate(list(served))
     if len(np.unique(expected)) != len(expected):
-        raise SystemExit("two fed rows have one name")
+        raise SystemExit("two rows fed have the same hash")
     if not np.array_equal(expected, held):
         raise SystemExit("the cache does not hold the rows that were fed")
     if not np.isin(given, expected).all():
@@ -117,5 +117,5 @@ def check(fed: np.ndarray, stored: Iterable[np.ndarray], served: Iterable[np.nda
     return f"holds all {len(held):,} rows fed; one pass gave {len(given):,} of them, {distinct:,} different"
 
 
-def tell(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     print(json.dumps(result))

@@ -22,7 +22,7 @@ LAYER = "layer_12"
 
 
 def write(folder: Path, fed: np.ndarray) -> None:
-    """As a harvest does: the text, then windows of shuffled rows, each committed, then the seal."""
+    """Write like a harvest: the text, then windows of shuffled rows, each committed, then the seal."""
     n = len(fed)
     layout = Layout(n * feed.CONTEXT)
     with writer_lock(folder, "benchmark"):
@@ -34,7 +34,7 @@ def write(folder: Path, fed: np.ndarray) -> None:
             slot = np.random.default_rng(window).permutation(len(rows))
             bits = np.empty((len(rows), feed.D_IN), np.uint16)
             row_ctx, row_pos = np.empty(len(rows), np.uint32), np.empty(len(rows), np.uint16)
-            for row in range(rows.start, rows.stop, feed.TOKENS_A_BATCH):  # both are whole numbers of these
+            for row in range(rows.start, rows.stop, feed.TOKENS_A_BATCH):  # windows are whole multiples of it
                 number = np.arange(row, row + feed.TOKENS_A_BATCH)
                 target = slot[number - rows.start]
                 first = row // feed.CONTEXT
@@ -45,7 +45,7 @@ def write(folder: Path, fed: np.ndarray) -> None:
 
 
 def batches(folder: Path, batch: int, target: torch.Tensor | None = None) -> Generator[torch.Tensor]:
-    """Without end; copied into `target`, as its type, when there is one."""
+    """Batches without end, copied into `target`, and so to its dtype, if given."""
     with BatchLoader(Cache(folder), LAYER, batch) as found:
         for rows in found:
             yield rows if target is None else target.copy_(rows)
@@ -55,33 +55,35 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--no-flush", action="store_true", help="leave the bytes to the kernel, as the peer does")
+    parser.add_argument("--no-flush", action="store_true", help="do not flush, as the peer does not")
     parser.add_argument("--check", action="store_true")
-    asked = parser.parse_args()
-    fed = feed.load(asked.rows)
-    if asked.no_flush:
+    args = parser.parse_args()
+    fed = feed.load(args.rows)
+    if args.no_flush:
         os.fsync = lambda descriptor: None
-        feed.tell({"write": fed.size / feed.D_IN / feed.timed(lambda: write(asked.folder, fed))})
+        feed.print_result({"write": fed.size / feed.D_IN / feed.timed(lambda: write(args.folder, fed))})
         return
 
     tokens = fed.size // feed.D_IN
     result = {
         "versions": f"torch {torch.__version__}, zarr {zarr.__version__}",
-        "write": tokens / feed.timed(lambda: write(asked.folder, fed)),
-        "bytes": feed.size(asked.folder),
+        "write": tokens / feed.timed(lambda: write(args.folder, fed)),
+        "bytes": feed.size(args.folder),
     }
-    result |= feed.passes(asked.folder, tokens, lambda batch: batches(asked.folder, batch))
+    result |= feed.passes(args.folder, tokens, lambda batch: batches(args.folder, batch))
     in_float32 = feed.passes(
-        asked.folder, tokens, lambda batch: batches(asked.folder, batch, torch.empty(batch, feed.D_IN))
+        args.folder, tokens, lambda batch: batches(args.folder, batch, torch.empty(batch, feed.D_IN))
     )
     result |= {f"{name} float32": rate for name, rate in in_float32.items()}
-    if asked.check:
-        cache = Cache(asked.folder)
+    if args.check:
+        cache = Cache(args.folder)
         held = (cache.read_chunk(LAYER, i) for i in range(len(cache.chunk_rows)))
-        with contextlib.closing(batches(asked.folder, 4096)) as served:
-            given = [feed.names(next(served).view(torch.int16).numpy().view(np.uint16)) for _ in range(tokens // 4096)]
-        result["check"] = feed.check(fed, map(feed.names, held), given)
-    feed.tell(result)
+        with contextlib.closing(batches(args.folder, 4096)) as served:
+            given = [
+                feed.row_hashes(next(served).view(torch.int16).numpy().view(np.uint16)) for _ in range(tokens // 4096)
+            ]
+        result["check"] = feed.check(fed, map(feed.row_hashes, held), given)
+    feed.print_result(result)
 
 
 if __name__ == "__main__":

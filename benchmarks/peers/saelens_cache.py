@@ -1,6 +1,6 @@
 """Our cache against SAELens': `python benchmarks/peers/saelens_cache.py --peer their/env/bin/python [--gb 0.6]`.
 
-Both sides are fed the same rows, each in its own process and environment, in turns; medians over the rounds.
+Both sides are fed the same rows, each in its own process and environment, in turns. The table has medians over rounds.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from pathlib import Path
 import feed
 
 HERE = Path(__file__).parent
-DISTURBED, TRIES = 0.1, 4  # a run does not count, and is done again, when others took more than this share of the cores
+DISTURBED, TRIES = 0.1, 4  # a run is repeated if other processes took more than this share of the cores
 READS = {"disk": "opened, from the disk", "memory": "opened, from memory", "again": "left open, from memory"}
 
 
 def runs(peer: str) -> dict[str, list[str]]:
-    """Name -> command, to which rows and folder are added."""
+    """Name -> command, to which the rows and the folder are appended."""
     ours, theirs = [sys.executable, str(HERE / "ours.py")], [peer, str(HERE / "saelens.py")]
     return {
         "ours": ours,
@@ -34,7 +34,7 @@ def runs(peer: str) -> dict[str, list[str]]:
 
 
 def processor_seconds() -> tuple[float, float, float]:
-    """Of the whole machine (stolen ones too), of the runs so far, and of the clock."""
+    """Processor seconds of the whole machine (including stolen ones) and of the runs so far, and wall seconds."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     runs = resource.getrusage(resource.RUSAGE_CHILDREN)
     machine = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
@@ -42,7 +42,7 @@ def processor_seconds() -> tuple[float, float, float]:
 
 
 def others(before: tuple[float, float, float]) -> float:
-    """The share of the cores that anything but our runs has taken since."""
+    """The share of the cores that other processes have taken since."""
     machine, runs, clock = (now - then for now, then in zip(processor_seconds(), before, strict=True))
     return max(0.0, machine - runs) / clock / os.cpu_count()
 
@@ -78,28 +78,28 @@ def main() -> None:
     parser.add_argument("--peer", required=True, help="the Python of an environment with sae-lens")
     parser.add_argument("--gb", type=float, default=0.6, help="of rows in bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--keep-memory", action="store_true", help="glibc returns no freed memory, on both sides")
-    asked = parser.parse_args()
-    commands = runs(asked.peer)
+    parser.add_argument("--keep-memory", action="store_true", help="let glibc keep freed memory, on both sides")
+    args = parser.parse_args()
+    commands = runs(args.peer)
     found: dict[str, list[dict]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(dir=".") as temporary:
         rows = Path(temporary, "rows.bin")
-        tokens = feed.make(rows, asked.gb)
-        for number in range(asked.rounds):
+        tokens = feed.make(rows, args.gb)
+        for number in range(args.rounds):
             for name in list(commands)[:: 1 if number % 2 else -1]:
                 for _ in range(TRIES):
                     check = not found[name]
-                    found[name].append(run(commands[name], rows, Path(temporary, "cache"), check, asked.keep_memory))
+                    found[name].append(run(commands[name], rows, Path(temporary, "cache"), check, args.keep_memory))
                     if found[name][-1]["others"] < DISTURBED:
                         break
 
     for name, results in found.items():
         share = ", ".join(f"{result['others']:.0%}" for result in results)
-        told = [results[0][key] for key in ("versions", "check") if key in results[0]]
+        about = [results[0][key] for key in ("versions", "check") if key in results[0]]
         found[name] = [result for result in results if result["others"] < DISTURBED]
-        print(f"{name}: {len(found[name])} runs count; others took {share} of the cores", *told, sep="; ")
+        print(f"{name}: {len(found[name])} runs count; others took {share} of the cores", *about, sep="; ")
         if not found[name]:
-            raise SystemExit("No run was undisturbed. Try again on a quiet machine.")
+            raise SystemExit("Other processes disturbed every run. Try again on an idle machine.")
     median = {
         name: {key: statistics.median(r[key] for r in results) for key, v in results[-1].items() if type(v) is not str}
         for name, results in found.items()
@@ -107,7 +107,7 @@ def main() -> None:
 
     ours, theirs, half = median["ours"], median["SAELens float32"], median["SAELens float16"]
     print(
-        f"\n{tokens:,} tokens x {feed.D_IN}, {2 * tokens * feed.D_IN / 1e9:.2f} GB of bfloat16; {asked.rounds} rounds\n"
+        f"\n{tokens:,} tokens x {feed.D_IN}, {2 * tokens * feed.D_IN / 1e9:.2f} GB of bfloat16; {args.rounds} rounds\n"
     )
     print("| thousand tokens/s, medians | ours | SAELens float32 | ours / it | SAELens float16 | ours / it |")
     print("|---|---|---|---|---|---|")

@@ -1,7 +1,8 @@
 """A peer's trainers for bench_train.py, in the peer's environment: `python time_peer.py dictionary_learning`.
 
-Reads one JSON line a request and answers with one: what is named is built on first use, takes one step that does not
-count, and is timed. So the processes take turns, and only one works at a time. As published: no deviation is taken out.
+Reads requests, one JSON line each, and answers each with one line. A trainer is built on first use, takes one untimed
+step, and is then timed, so the processes take turns and only one works at a time. Trainers are as published: no
+deviation is taken out.
 """
 
 import importlib
@@ -17,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def batches(batch: int, d_in: int) -> list[Tensor]:
-    """What everybody trains on."""
+    """The batches that every side trains on."""
     random = torch.Generator().manual_seed(0)
     return [(torch.randn(batch, d_in, generator=random) / d_in**0.5).bfloat16() for _ in range(4)]
 
 
 def timed(step: Callable[[int], object], steps: int) -> float:
-    """Milliseconds of processor time a step."""
+    """Milliseconds of processor time per step."""
     started = time.process_time()
     for number in range(steps):
         step(number)
@@ -31,7 +32,7 @@ def timed(step: Callable[[int], object], steps: int) -> float:
 
 
 def flops(step: Callable[[int], object]) -> int:
-    """Of the matrix products of a step; of embedding_bag's none are counted."""
+    """FLOP of the matrix products of a step. Those of embedding_bag are not counted."""
     with FlopCounterMode(display=False) as counter:
         step(0)
     return counter.get_total_flops()
@@ -59,19 +60,19 @@ def peers_step(name: str, recipe: str, options: dict[str, Any]) -> Callable[[int
 def main() -> None:
     torch.set_num_threads(1)
     opened: dict[str, Callable[[int], object]] = {}
-    answers, sys.stdout = sys.stdout, sys.stderr  # a peer that prints does not answer for us
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a peer prints must not be read as an answer
     for line in sys.stdin:
-        asked = json.loads(line)
-        if asked["do"] == "forget":
+        request = json.loads(line)
+        if request["do"] == "forget":
             opened.clear()
-            found: float = 0
+            answer: float = 0
         else:
-            if asked["recipe"] not in opened:
-                opened[asked["recipe"]] = peers_step(sys.argv[1], asked["recipe"], asked["options"])
-                opened[asked["recipe"]](0)
-            step = opened[asked["recipe"]]
-            found = flops(step) if asked["do"] == "flops" else timed(step, asked["steps"])
-        print(json.dumps(found), file=answers, flush=True)
+            if request["recipe"] not in opened:
+                opened[request["recipe"]] = peers_step(sys.argv[1], request["recipe"], request["options"])
+                opened[request["recipe"]](0)
+            step = opened[request["recipe"]]
+            answer = flops(step) if request["do"] == "flops" else timed(step, request["steps"])
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
