@@ -1,0 +1,116 @@
+"""Paper 000: what each run adds to the one before, and options that cannot work."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sae.common.errors import UsageError
+from sae.train.loop import Trainer
+from sae.train.recipe import RECIPES, find_recipe
+from sae.train.variant import RunConfig, Variant
+
+RUNS = ["collapse-baseline", *[f"collapse-{number:02d}" for number in range(1, 11)]]
+
+
+def parts(variant: Variant) -> list[str]:
+    chain = [*variant.terms.values(), *variant.mechanisms, *variant.sae.activation]
+    return sorted(type(part).__name__ for part in chain)
+
+
+def test_each_run_adds_its_parts_to_the_run_before(build: Callable[..., Variant]) -> None:
+    own = [
+        ["Sketch", "UtilizationEMA"],
+        ["ContrastLoss"],
+        ["DynamicL1"],
+        ["DiversityLoss"],
+        ["GroupOrthogonalityLoss"],
+        ["GramSchmidt"],
+        ["GroupUtilization"],
+        ["GroupLearningRate"],
+        ["Neighbours", "WinnerTakeAll"],
+        ["HardOrthogonality"],
+    ]
+    expected = ["DeadLatents", "L1", "MSE", "ReLU", "UnitNormDecoder"]
+    assert parts(build(RUNS[0])) == expected
+    for name, added in zip(RUNS[1:], own, strict=True):
+        expected = sorted([*expected, *added])
+        assert parts(build(name)) == expected
+        assert RECIPES[name].options.items() > RECIPES[RUNS[RUNS.index(name) - 1]].options.items()
+
+
+READINGS: list[tuple[str, dict]] = [
+    ("collapse-10", {}),
+    (
+        "collapse-10",
+        {"gs_axis": "activation_batch", "group_lr": "softmax", "l1_controller": "none", "contrast_cos": "jl"},
+    ),
+    ("collapse-10", {"batch_norm": "pre", "importance": "loss_ema", "gradient_balance": 1.0, "wta_scope": "global"}),
+    ("collapse-10", {"gs_gradient": "through", "gs_order": "utilisation", "jl_on": "encoder", "contrast_cos": "jl"}),
+    (
+        "collapse-10",
+        {"units": "as_printed", "l1_controller": "recon_ratio", "inhibition": "divisive", "near": "decoder"},
+    ),
+    ("collapse-09", {"units": "evidence", "loss_units": "raw", "jl_on": "activations", "contrast_cos": "exact"}),
+    ("collapse-08", {"gs_axis": "jl", "jl_dim": 8, "group_stat": "max", "group_lr": "inverse", "pre_bias": True}),
+]
+
+
+@pytest.mark.parametrize("d_sae", [32, 64])
+@pytest.mark.parametrize("name, options", [*[(name, {}) for name in RUNS[:-1]], *READINGS])
+def test_every_option_trains_and_keeps_unit_rows(
+    name: str, options: dict, d_sae: int, build: Callable[..., Variant], trained: Callable[..., Trainer]
+) -> None:
+    trainer = trained(build(name, d_sae=d_sae, **options), 5)
+    metrics = trainer.pop_metrics()
+    assert int(trainer.failed_at) == -1
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert (trainer.variant.sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name, options", READINGS)
+def test_no_option_reads_back_to_the_host(name: str, options: dict, build: Callable[..., Variant]) -> None:
+    with FakeTensorMode():
+        trainer = Trainer(build(name, **options), 20, "cpu")
+        for _ in range(2):
+            trainer.step(torch.randn(64, 32))
+
+
+def test_each_part_logs_its_numbers(build: Callable[..., Variant], trained: Callable[..., Trainer]) -> None:
+    metrics = trained(build("collapse-10"), 5).pop_metrics()
+    assert {"utilisation", "tau", "alpha", "beta", "lambda", "group_utilisation_max", "group_rate_min",
+            "sketch_mean_cosine", "neighbour_cosine"} <= metrics.keys()  # fmt: skip
+
+
+def test_the_paper_budget_stays_inside_its_warm_up() -> None:
+    how = find_recipe("collapse-10").make(RunConfig(32, 64, 800, 125), {"budget": "paper"}).optimization
+    assert float(how.lr_at(torch.tensor(399), 800)) == pytest.approx(3e-4 * 400 / 1000)
+    assert float(how.lr_at(torch.tensor(799), 800)) == pytest.approx(3e-4 * 800 / 1000)
+    with pytest.raises(UsageError, match="10,000,000 tokens, 4882 steps of 2048"):
+        find_recipe("collapse-04").make(RunConfig(32, 64, 800, 2048), {"budget": "matched"})
+
+
+REFUSED: list[tuple[str, dict[str, object], str]] = [
+    ("collapse-07", dict(groups=24), "64 cannot be divided into 24 equal groups"),
+    ("collapse-07", dict(d_sae=16), "16 cannot be divided into 16 equal groups of two"),
+    ("collapse-07", dict(d_in=16, groups=2), "give --set groups=4"),
+    ("collapse-10", dict(d_in=8, groups=4, gs_axis="activation_batch"), "Hard orthogonality needs groups"),
+    ("collapse-07", dict(gs_axis="jl", jl_dim=2), "groups of at most jl_dim = 2"),
+    ("collapse-02", dict(contrast_cos="jl", jl_on="activations"), "give jl_on=decoder or encoder"),
+    ("collapse-03", dict(l0=65), "invalid l0=65"),
+    ("collapse-08", dict(group_lr="fast"), "group_lr=fast is unknown: softmax_mean1"),
+    ("collapse-08", dict(gamma=0.1), "collapse-08 has no option gamma"),
+    ("collapse-09", dict(wta_share=0.0), "invalid wta_share=0: expected a share of the latents"),
+    ("collapse-10", dict(hard_every=0), "invalid hard_every=0: expected a positive number of steps"),
+    ("collapse-01", dict(jl_dim=0), "invalid jl_dim=0: expected a positive number"),
+]
+
+
+@pytest.mark.parametrize("name, options, sentence", REFUSED)
+def test_invalid_options_raise_a_usage_error(
+    name: str, options: dict[str, object], sentence: str, build: Callable[..., Variant]
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        build(name, **options)
