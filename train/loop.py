@@ -34,7 +34,7 @@ class Trainer:
         self.metric_steps = 0
 
     def step(self, x_BD: Tensor) -> Step:
-        """One optimisation step on raw activations (B, d_in). Reads no value back to the host."""
+        """One optimization step on raw activations (B, d_in). Reads no value back to the host."""
         variant, optimizer = self.variant, self.optimizer
         with autocast(self.device):
             step, losses = self.forward_losses(x_BD)
@@ -73,12 +73,12 @@ class Trainer:
         self.optimizer.found_inf.copy_(self.failed_at >= 0)  # type: ignore[attr-defined]
 
     def _add_metrics(self, step: Step, loss: Tensor, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
-        centred_BD = step.x_BD - step.x_BD.mean(0)
+        centered_BD = step.x_BD - step.x_BD.mean(0)
         metrics = {
             "loss": loss,
             **losses,
             "l0": step.l0,
-            "explained_variance": 1 - step.error_BD.square().sum() / centred_BD.square().sum(),
+            "explained_variance": 1 - step.error_BD.square().sum() / centered_BD.square().sum(),
             "gradient_norm": grad_norm,
             **step.metrics,
         }

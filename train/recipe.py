@@ -248,5 +248,5 @@ def find_recipe(name: str) -> Recipe:
     from . import variants  # noqa: F401  (registers them)
 
     if name not in RECIPES:
-        raise UsageError(f"There is no variant {name!r}{did_you_mean(name, RECIPES)} `sae variants` describes them.")
+        raise UsageError(f"unknown variant {name!r}{did_you_mean(name, RECIPES)} `sae variants` describes them.")
     return RECIPES[name]

@@ -61,9 +61,8 @@ def train_saes(
 ) -> list[Run]:
     """Train SAEs on an activation cache, as `sae train` does, and return the finished runs.
 
-    Every combination of variant, layer, L0 and seed is one run with a folder of its own; those that read the same
-    batches are trained together on one pass over the cache. Runs that are finished already are returned as they are,
-    and interrupted ones are resumed from their last checkpoint.
+    Every combination of variant, layer, L0 and seed is one run with its own folder; runs that read the same batches are
+    trained together on one pass. Finished runs are not trained again, and interrupted ones are resumed.
 
     Example:
         >>> runs = sae.train_saes(["topk", "batchtopk"], cache="activations/...", options={"k": 64, "topk.lr": 1e-3})
@@ -72,19 +71,17 @@ def train_saes(
 
     Args:
         variants: the name of a recipe, or several; `sae variants` lists them.
-        cache: an open cache, its folder, or several folders that are read as one. Needed only when several caches hold
-            the layer.
-        layers: zero-based blocks; activations are of the residual stream after them.
+        cache: an open cache, its folder, or several folders read as one. None: the only cache that holds the layer.
+        layers: zero-based blocks; the SAEs are of the residual stream after them.
         seeds: seeds of the initial weights.
-        steps: optimisation steps. None: one epoch of the cache.
+        steps: optimization steps. None: one epoch of the cache.
         width: d_sae, as a number, "16k" or "8x" for eight times d_in. None: the recipe's.
         l0: target latents per token, for any recipe. None: the recipe's default.
-        options: options of the recipes, {"k": 64, "topk.lr": 1e-3} or ["k=64", "topk.lr=1e-3"] as for --set.
+        options: of the recipes, as {"k": 64, "topk.lr": 1e-3} or, as for --set, ["k=64", "topk.lr=1e-3"].
         out: the folder of the run folders. None: runs/.
         device: "auto", "cpu", "cuda" or "cuda:N".
         progress: callbacks; None is silent.
-        more: any other field of `sae.train.plan.TrainConfig`, such as batch_size, site, paper_exact, shuffle_seed,
-            checkpoint_every or log_every.
+        more: other fields of `sae.train.plan.TrainConfig`: batch_size, site, paper_exact, shuffle_seed, log_every, ...
 
     Returns:
         A list of `Run`, which can be given wherever a path is taken; `run.load()` is its SAE, `run.folder` its folder.
@@ -99,20 +96,21 @@ def train_saes(
     for name in more:
         if name not in known:
             raise UsageError(f"train_saes has no argument {name!r}{did_you_mean(name, known)}")
-    config = TrainConfig(
-        variants=[variants] if isinstance(variants, str) else list(variants),
-        caches=cache_folders(cache),
-        layers=[layers] if isinstance(layers, int) else list(layers),
-        seeds=[seeds] if isinstance(seeds, int) else list(seeds),
-        steps=steps,
-        width=None if width is None else str(width),
-        l0=() if l0 is None else [l0] if isinstance(l0, int | float) else list(l0),
-        options=options or (),
-        out=None if out is None else Path(out),
-        device=device,
-        **more,
+    plan = plan_training(
+        TrainConfig(
+            variants=[variants] if isinstance(variants, str) else list(variants),
+            caches=cache_folders(cache),
+            layers=[layers] if isinstance(layers, int) else list(layers),
+            seeds=[seeds] if isinstance(seeds, int) else list(seeds),
+            steps=steps,
+            width=None if width is None else str(width),
+            l0=() if l0 is None else [l0] if isinstance(l0, int | float) else list(l0),
+            options=options or (),
+            out=None if out is None else Path(out),
+            device=device,
+            **more,
+        )
     )
-    plan = plan_training(config)
     run_training(plan, progress or TrainProgress())
     return plan.runs
 
@@ -203,7 +201,7 @@ def build_variant(run: Run) -> Variant:
 
 
 def set_normalization(trainer: RunTrainer, cache: object) -> None:
-    """Give a new trainer the constants of normalisation, from the statistics of a cache."""
+    """Give a new trainer the constants of normalization, from the statistics of a cache."""
     assert isinstance(cache, Cache | ConcatCache)
     array = trainer.run.hook.array
     mean_D = torch.from_numpy(cache.mean(array)).float().to(trainer.device)
@@ -296,7 +294,7 @@ class SharedPass:
 
 
 def finish_run(trainer: RunTrainer) -> None:
-    """Fold the normalisation in and write what evaluation loads. sae.json comes last and marks the run as done."""
+    """Fold the normalization in and write what evaluation loads. sae.json comes last and marks the run as done."""
     run, variant = trainer.run, trainer.variant
     save_checkpoint(trainer, run.folder, run.steps)
     calibrate(trainer)

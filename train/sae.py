@@ -4,7 +4,7 @@
     x_hat = f W_dec + b_dec
 
 W_enc is (d_in, d_sae), W_dec (d_sae, d_in): its rows are the directions of the latents. A saved SAE takes raw
-activations; `fold_normalization` folds the normalisation of training into it.
+activations; `fold_normalization` folds the normalization of training into it.
 """
 
 import hashlib
@@ -112,7 +112,7 @@ def require_width(rows: Tensor, width: int, name: str) -> Tensor:
 def fold_normalization(sae: SAE, scale: float, mean_D: Tensor) -> SAE:
     """An SAE that does to x what `sae` does to (x - mean)/scale, with latents `scale` times as large.
 
-    W_enc and W_dec stay, biases and thresholds are scaled, and x_hat = scale * x_hat_normalised + mean.
+    W_enc and W_dec stay, biases and thresholds are scaled, and x_hat = scale * x_hat_normalized + mean.
     """
     raw = build_sae(sae_spec(sae), {k: v.detach().clone() for k, v in sae.state_dict().items()})
     raw.b_dec.copy_(scale * sae.b_dec + mean_D)

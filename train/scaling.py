@@ -24,7 +24,7 @@ class ScaledDefault:
     reference: float = PAPER_WIDTH
 
     def resolve(self, config: "RunConfig", raw: bool) -> Any:
-        """The number for a run. `raw`: its input is not normalised."""
+        """The number for a run. `raw`: its input is not normalized."""
         raise NotImplementedError
 
     def measured(self, config: "RunConfig") -> float:

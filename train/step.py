@@ -22,7 +22,7 @@ class Step:
     i: Tensor  # () int64: index of the step, from 0
     sae: SAE
     optimizer: torch.optim.Optimizer
-    x_BD: Tensor  # the batch as the SAE sees it: normalised, float32
+    x_BD: Tensor  # the batch as the SAE sees it: normalized, float32
     pre_BF: Tensor
     f_BF: Tensor
     recon_BD: Tensor
@@ -85,7 +85,7 @@ class Mechanism(nn.Module):
         """After training: called for a few more batches, forward only, to fit a number to the final weights."""
 
     def export(self, sae: SAE) -> None:
-        """After training: change the copy that will be saved; its normalisation is already folded in."""
+        """After training: change the copy that will be saved; its normalization is already folded in."""
 
     def after_restore(self) -> None:
         """The buffers were loaded or moved: recompute what is derived from them."""

@@ -51,7 +51,7 @@ class RunConfig(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW, its learning rate over the run, and the normalisation of the input. These are options of every recipe."""
+    """AdamW, its learning rate over the run, and the normalization of the input. These are options of every recipe."""
 
     lr: float = 3e-4
     """Learning rate at its peak."""
@@ -62,7 +62,7 @@ class Optimization:
     eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on W_enc alone: unit rows of W_dec would only be renormalised."""
+    """Decoupled weight decay, on W_enc alone: unit rows of W_dec would only be renormalized."""
     warmup: int | None = None
     """Steps over which the learning rate rises from zero. None: 1000, or a tenth of a shorter run."""
     decay_start: float = 0.8
@@ -152,7 +152,7 @@ class Variant(nn.Module):
         self.coefficients[name] = coefficient if callable(coefficient) else constant(coefficient)
 
     def set_normalization(self, mean_D: Tensor, mean_square_norm: float) -> None:
-        """Set the constants of normalisation from the mean row and E|x|^2 of the cache. Checkpoints hold them."""
+        """Set the constants of normalization from the mean row and E|x|^2 of the cache. Checkpoints hold them."""
         settings, square = self.optimization, mean_square_norm
         if settings.center:
             self.mean_D.copy_(mean_D)

@@ -171,7 +171,7 @@ def train(cache, *words) -> tuple:
 
 def test_an_unknown_variant_is_refused_with_the_nearest(tiny_cache):
     found = refused(BAD_USAGE, *train(tiny_cache, "--variant", "decorelation"))
-    assert found.startswith("There is no variant 'decorelation'; did you mean decorrelation?")
+    assert found.startswith("unknown variant 'decorelation'; did you mean decorrelation?")
 
 
 def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):

@@ -1,4 +1,4 @@
-"""A cache of sparse combinations of known directions, and trainings on it without a run folder."""
+"""A cache of sparse combinations of known directions, and trainers on it without a run folder."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -53,7 +53,7 @@ def write_cache(folder: Path, seed: int) -> Cache:
 
 @pytest.fixture(scope="module", autouse=True)
 def small(one_thread: None) -> None:
-    """All products here are."""
+    """Matrix products here are too small for several threads."""
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +77,7 @@ def batches(sparse_cache: Cache) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def make() -> Callable[..., Variant]:
-    """A recipe by name, for a setting; options as keywords, or behind the name as "recipe option=value ..."."""
+    """A variant by the name of its recipe; options as keywords, or behind the name as "recipe option=value ..."."""
 
     def build(name: str, setting: RunConfig, **options: object) -> Variant:
         name, *written = name.split()
@@ -88,7 +88,7 @@ def make() -> Callable[..., Variant]:
 
 @pytest.fixture
 def make_variant(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..., Variant]:
-    """A recipe by name, built with seed 0 and the cache's constants; options as keywords."""
+    """A variant, built with seed 0 and the cache's constants; options as keywords."""
 
     def build(name: str, steps: int = 30, **options: object) -> Variant:
         torch.manual_seed(0)
@@ -102,7 +102,7 @@ def make_variant(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[
 
 @pytest.fixture
 def make_trainer(make_variant: Callable[..., Variant]) -> Callable[..., Trainer]:
-    """A training whose periodic parts act every fourth step and whose latents are dead after three silent batches.
+    """A trainer whose periodic mechanisms act every fourth step and whose latents are dead after three silent batches.
 
     So what a real run does every some hundred steps happens several times in thirty.
     """

@@ -34,9 +34,7 @@ def train(config: TrainConfig, report: TrainProgress | None = None) -> list[Path
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "bad json", "no json", "no tensors"])
-def test_a_damaged_checkpoint_is_passed_over_and_does_not_outlive_the_next(
-    sparse_cache, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_removed_by_the_next(sparse_cache, tmp_path: Path, damage: str) -> None:
     config, said = make_config(sparse_cache, "relu"), []
     (folder,) = train(config)
     weights = (folder / "sae.safetensors").read_bytes()
@@ -58,7 +56,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_does_not_outlive_the_next(
     assert (folder / "sae.safetensors").read_bytes() == weights
 
 
-def test_checkpoints_of_an_abandoned_future_do_not_push_out_whole_ones(make_trainer, tmp_path: Path) -> None:
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_valid_ones(make_trainer, tmp_path: Path) -> None:
     """Two damaged ones with higher numbers, and one that is written now: it must stay."""
     trainer = make_trainer("relu")
     for step in (900, 1000):
@@ -68,7 +66,7 @@ def test_checkpoints_of_an_abandoned_future_do_not_push_out_whole_ones(make_trai
     assert restore_checkpoint(trainer, tmp_path, pytest.fail) == 50
 
 
-def test_a_checkpoint_of_another_version_is_refused_and_kept(sparse_cache) -> None:
+def test_a_checkpoint_of_another_version_is_rejected_and_kept(sparse_cache) -> None:
     config = make_config(sparse_cache, "relu")
     (folder,) = train(config)
     (folder / "sae.json").unlink()
@@ -79,7 +77,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_kept(sparse_cache) -> No
     assert state.exists()
 
 
-def test_a_checkpoint_of_other_parts_is_refused(make_trainer, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_variant_is_rejected(make_trainer, tmp_path: Path) -> None:
     save_checkpoint(make_trainer("relu"), tmp_path, 3)
     with pytest.raises(UsageError, match="holds other tensors than this version's variant has"):
         restore_checkpoint(make_trainer("batchtopk"), tmp_path, pytest.fail)

@@ -43,7 +43,7 @@ def test_the_bytes_of_a_run_are_its_tensors():
 
 
 @pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
-def test_the_disk_holds_what_was_foreseen(sparse_cache, variant):
+def test_a_run_takes_the_estimated_bytes(sparse_cache, variant):
     plan = plan_training(make_config(sparse_cache, variant))
     (run,) = plan.runs
     run_training(plan)
@@ -84,12 +84,12 @@ def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
     assert sorted(timed) == ["relu", "topk"]
 
 
-def test_seeds_share_a_stream_and_layers_do_not(sparse_cache):
+def test_seeds_share_a_pass_and_layers_do_not(sparse_cache):
     runs = plan_training(make_config(sparse_cache, "relu", "topk", seeds=[0, 1])).runs
     assert [len(stream) for stream in group_by_pass(runs)] == [4]
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_anything_is_written(sparse_cache, tmp_path, monkeypatch):
     config = make_config(sparse_cache, "relu", seeds=[0, 1], out=tmp_path / "runs")
     runs = plan_training(config).runs
     needed = sum(run_bytes(run).folder for run in runs) + passing(runs[0])
@@ -101,7 +101,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(sparse_cach
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_there_already_needs_no_space_again(sparse_cache, tmp_path, monkeypatch):
+def test_existing_checkpoints_need_no_further_space(sparse_cache, tmp_path, monkeypatch):
     config = make_config(sparse_cache, "relu", out=tmp_path / "runs", steps=8)
     plan = plan_training(config)
     (run,) = plan.runs
@@ -136,7 +136,7 @@ def test_the_memory_of_this_machine_is_known():
     assert available_memory("cpu") > 1e6
 
 
-def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
+def test_runs_on_one_disk_share_its_space_whatever_their_folders(sparse_cache, tmp_path, monkeypatch):
     folders = [tmp_path / name for name in "ab"]
     one, two = (plan_training(make_config(sparse_cache, "relu", out=folder)).runs[0] for folder in folders)
     needed = 2 * run_bytes(one).folder + passing(one)
@@ -151,7 +151,7 @@ def test_runs_on_one_disk_share_its_room_whatever_their_folders(sparse_cache, tm
         check_disk_space(both)
 
 
-def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkeypatch):
+def test_other_files_in_a_run_folder_do_not_count_as_checkpoints(sparse_cache, tmp_path, monkeypatch):
     (run,) = plan_training(make_config(sparse_cache, "relu", out=tmp_path / "runs")).runs
     run.folder.mkdir(parents=True)
     (run.folder / "notes").write_bytes(bytes(10**6))
@@ -161,7 +161,7 @@ def test_what_is_no_tensor_of_a_run_makes_no_room(sparse_cache, tmp_path, monkey
         plan_training(make_config(sparse_cache, "relu", out=tmp_path / "runs"))
 
 
-def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_path):
+def test_a_file_in_the_place_of_a_folder_is_rejected(sparse_cache, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "runs"):
         with pytest.raises(UsageError, match="file is a file, not a folder"):
@@ -171,6 +171,6 @@ def test_a_file_in_the_place_of_runs_is_refused_by_the_plan(sparse_cache, tmp_pa
 @pytest.mark.parametrize(
     "sizes", [{"width": "1e99x"}, {"width": "9" * 20}, {"width": "1" + "0" * 15}, {"steps": 10**21}]
 )
-def test_sizes_that_no_machine_holds_are_refused(sparse_cache, sizes):
+def test_impossible_sizes_are_rejected(sparse_cache, sizes):
     with pytest.raises(UsageError, match="no machine holds a width|more than can be counted"):
         plan_training(make_config(sparse_cache, "relu", **sizes))

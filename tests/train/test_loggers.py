@@ -51,7 +51,7 @@ def test_each_run_is_a_run_there(service, tmp_path) -> None:
     assert all(recorder.finished for recorder in begun)
 
 
-def test_they_are_closed_when_training_fails(service, tmp_path) -> None:
+def test_loggers_are_closed_when_training_fails(service, tmp_path) -> None:
     name, begun = service
     with pytest.raises(RuntimeError), Loggers([name], [run_named(tmp_path / "a")]) as loggers:
         loggers.log({"a": {"step": 1, "loss": 0.0}})
@@ -59,13 +59,13 @@ def test_they_are_closed_when_training_fails(service, tmp_path) -> None:
     assert begun[0].finished
 
 
-def test_a_logger_that_does_not_exist_is_refused() -> None:
+def test_an_unknown_logger_is_rejected() -> None:
     with pytest.raises(UsageError, match="--log mlflow is unknown: give one of tensorboard, wandb, trackio"):
         Loggers(["mlflow"], [])
 
 
 @pytest.mark.parametrize("name", LOGGERS)
-def test_a_logger_that_is_not_installed_is_refused(name: str, monkeypatch) -> None:
+def test_a_logger_that_is_not_installed_is_an_error(name: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UnavailableError, match=rf"--log {name} needs .* pip install 'sae-pipeline\[{name}\]'"):
         Loggers([name], [])

@@ -83,7 +83,7 @@ def test_activity_follows_how_often_a_latent_fires() -> None:
     assert mechanism.rate_F.tolist() == pytest.approx([0.1 * 0.5 + 0.9 * 0.1 * 0.5, 0.0])
 
 
-def test_forget_zeroes_the_moments_of_some_latents_and_keeps_the_count_of_steps() -> None:
+def test_resetting_adam_zeroes_the_moments_of_some_latents_and_keeps_the_step_count() -> None:
     sae = SAE(4, 6)
     optimizer = torch.optim.AdamW(sae.parameters())
     step = step_of(sae, torch.randn(8, 4), optimizer=optimizer)
@@ -142,7 +142,7 @@ Z_BF = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, -1.0], [8.0, 0.5, 0.4, 0.3, 0.2, 
     ids=["topk", "batchtopk"],
 )
 @pytest.mark.parametrize("every", [1, 3, 100])
-def test_annealed_k_falls_to_k_whatever_room_there_is(activation, kept: list[int], every: int) -> None:
+def test_annealed_k_falls_to_k_whatever_the_interval(activation, kept: list[int], every: int) -> None:
     activation = type(activation)(activation.k)
     anneal = AnnealK(activation, start=6, steps=4, every=every)
     for t, count in enumerate(kept):

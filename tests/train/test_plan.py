@@ -31,11 +31,11 @@ def train(config: TrainConfig, report: TrainProgress | None = None) -> list[Path
     return [run.folder for run in plan.runs]
 
 
-def test_what_is_asked_for_twice_is_trained_once(sparse_cache) -> None:
+def test_duplicates_are_trained_once(sparse_cache) -> None:
     assert len(plan_training(make_config(sparse_cache, "relu", "relu", seeds=[0, 0, 1], layers=[0, 0])).runs) == 2
 
 
-def refusal(cache, *variants: str, **changes) -> str:
+def rejection(cache, *variants: str, **changes) -> str:
     """The sentence, and that nothing was written."""
     with pytest.raises(UsageError) as refused:
         plan_training(make_config(cache, *variants, **changes))
@@ -82,8 +82,8 @@ def refusal(cache, *variants: str, **changes) -> str:
     ],
     ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
 )
-def test_bad_options_are_refused_with_a_sentence(sparse_cache, changes: dict, sentence: str) -> None:
-    assert sentence in refusal(sparse_cache, "topk", **changes)
+def test_bad_options_are_rejected(sparse_cache, changes: dict, sentence: str) -> None:
+    assert sentence in rejection(sparse_cache, "topk", **changes)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_bad_options_are_refused_with_a_sentence(sparse_cache, changes: dict, se
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 16 else "",
 )
-def test_bad_options_of_other_recipes_are_refused_too(sparse_cache, variant: str, options: list, sentence: str) -> None:
-    assert sentence in refusal(sparse_cache, variant, options=options)
+def test_bad_options_of_other_recipes_are_rejected(sparse_cache, variant: str, options: list, sentence: str) -> None:
+    assert sentence in rejection(sparse_cache, variant, options=options)
 
 
-def test_what_the_types_say_and_what_the_builder_finds_is_said_together(sparse_cache) -> None:
-    said = refusal(
+def test_type_errors_and_build_errors_are_reported_together(sparse_cache) -> None:
+    said = rejection(
         sparse_cache, "collapse-10", options=["near=here", "groups=7", "gamma=-1", "lr=-1", "beta=x", "budgett=1"]
     )
     for sentence in (
@@ -119,13 +119,13 @@ def test_what_the_types_say_and_what_the_builder_finds_is_said_together(sparse_c
         assert sentence in said
 
 
-def test_an_unknown_variant_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match="no variant 'topkk'; did you mean topk?"):
+def test_an_unknown_variant_is_rejected_with_a_suggestion() -> None:
+    with pytest.raises(UsageError, match="unknown variant 'topkk'; did you mean topk?"):
         plan_training(TrainConfig(["topkk"]))
 
 
-def test_everything_that_is_wrong_is_said_at_once(sparse_cache) -> None:
-    said = refusal(
+def test_all_problems_are_reported_at_once(sparse_cache) -> None:
+    said = rejection(
         sparse_cache,
         "topk",
         "relu",
@@ -154,7 +154,7 @@ def test_widths_are_numbers_multiples_and_kilos(sparse_cache) -> None:
     assert widths == {"96": 96, "4x": 128, "1.5x": 48, "2k": 2048}
 
 
-def test_a_run_that_has_begun_cannot_be_changed(sparse_cache, another_cache) -> None:
+def test_a_started_run_cannot_be_changed(sparse_cache, another_cache) -> None:
     (folder,) = train(make_config(sparse_cache, "relu"))
     for changes, flag in [
         ({"steps": 99}, "--steps"),

@@ -110,7 +110,7 @@ def test_save_and_load_keep_every_bit(name, make_trainer, take, batches, tmp_pat
 
 
 @every_recipe
-def test_a_token_is_coded_by_itself_after_training(name, make_trainer, take, batches) -> None:
+def test_after_training_a_token_is_encoded_by_itself(name, make_trainer, take, batches) -> None:
     trainer = make_trainer(name)
     list(take(trainer, range(10)))
     sae, x_BD = trainer.variant.sae.eval(), batches[20].float()
@@ -144,7 +144,7 @@ def test_defaults_are_of_the_type_they_are_annotated_with(name) -> None:
 
 
 def make_config(name: str, cache: Cache, out: Path, **other: int) -> TrainConfig:
-    """A short run, as the command asks for it."""
+    """The config of a short run."""
     name, *options = name.split()
     sizes = {"steps": STEPS, "batch_size": BATCH, "width": "16x"}
     return TrainConfig(
@@ -154,7 +154,7 @@ def make_config(name: str, cache: Cache, out: Path, **other: int) -> TrainConfig
 
 @pytest.fixture(scope="module")
 def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of all recipes, trained on one stream with the command's own code."""
+    """The run folders of all recipes, trained together by run_training."""
     out = tmp_path_factory.mktemp("together")
     requests = [make_config(name, sparse_cache, out, checkpoint_every=6) for name in EVERY]
     runs = [run for config in requests for run in plan_training(config).runs]
@@ -163,7 +163,7 @@ def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @every_recipe
-def test_on_one_stream_a_variant_is_what_it_is_alone(name, together, sparse_cache, tmp_path: Path) -> None:
+def test_a_variant_trained_with_others_is_what_it_is_alone(name, together, sparse_cache, tmp_path: Path) -> None:
     config = make_config(name, sparse_cache, tmp_path)
     plan = plan_training(config)
     (run,) = plan.runs
@@ -173,7 +173,7 @@ def test_on_one_stream_a_variant_is_what_it_is_alone(name, together, sparse_cach
 
 
 @every_recipe
-def test_a_run_without_its_end_goes_on_from_its_checkpoint(name, together, sparse_cache, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_its_checkpoint(name, together, sparse_cache, tmp_path: Path) -> None:
     """The run folder as a kill after step 6 leaves it, and the same command again."""
     folder = tmp_path / together[name].name
     shutil.copytree(together[name], folder)

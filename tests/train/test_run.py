@@ -76,7 +76,7 @@ def test_the_same_command_does_not_train_twice(sparse_cache) -> None:
     assert (folder / "sae.safetensors").stat().st_mtime_ns == before
 
 
-def test_layers_seeds_and_batch_sizes_are_streams_of_their_own(sparse_cache, tmp_path: Path) -> None:
+def test_layers_and_seeds_trained_together_are_what_they_are_alone(sparse_cache, tmp_path: Path) -> None:
     """Two layers and two seeds at once give the bits of one of them alone; seeds and layers differ."""
     folders = train(make_config(sparse_cache, "relu", layers=[0, 1], seeds=[0, 1]))
     (alone,) = train(make_config(sparse_cache, "relu", layers=[1], seeds=[1], out=tmp_path / "alone"))
@@ -103,7 +103,7 @@ def wait_for_checkpoint(process: subprocess.Popen, out: Path, at_least: int) -> 
     raise AssertionError(f"no checkpoint {at_least} of all: {process.communicate()}")
 
 
-def test_a_stream_that_is_killed_and_then_stopped_ends_as_one_that_was_not(sparse_cache, tmp_path: Path) -> None:
+def test_killed_and_stopped_runs_end_as_uninterrupted_ones(sparse_cache, tmp_path: Path) -> None:
     """120 steps = some, SIGKILL, some more, SIGTERM, and the rest, each in a process of its own. Bit for bit."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -124,7 +124,7 @@ def test_a_stream_that_is_killed_and_then_stopped_ends_as_one_that_was_not(spars
             assert (runs[stopped][name] / file).read_bytes() == (folder / file).read_bytes(), (name, file)
 
 
-def test_a_stop_request_saves_and_names_the_command_that_goes_on(sparse_cache, tmp_path: Path) -> None:
+def test_a_stopped_run_is_saved_and_the_message_says_how_to_resume(sparse_cache, tmp_path: Path) -> None:
     config = make_config(sparse_cache, "relu", "topk", out=tmp_path / "stopped", log_every=1)
     whole = train(make_config(sparse_cache, "relu", "topk", out=tmp_path / "whole"))
 
@@ -195,7 +195,7 @@ def test_an_int_is_a_float_where_one_is_meant(sparse_cache) -> None:
     assert load_sae(folder).activation[0].threshold.dtype == torch.float32
 
 
-def test_defaults_that_have_changed_since_a_run_began_are_named(sparse_cache) -> None:
+def test_changed_defaults_are_named(sparse_cache) -> None:
     config = make_config(sparse_cache, "relu")
     (folder,) = train(config)
     (folder / "sae.json").unlink()

@@ -33,7 +33,7 @@ def tensors(monkeypatch, ways: dict[str, int], activation, pre_bias: bool) -> di
 
 @both
 @pytest.mark.parametrize("pre_bias", [True, False])
-def test_rows_are_the_dense_products(activation, pre_bias, monkeypatch) -> None:
+def test_sparse_products_equal_dense_ones(activation, pre_bias, monkeypatch) -> None:
     gathered = tensors(monkeypatch, {"cpu": 1}, activation, pre_bias)
     dense = tensors(monkeypatch, {}, activation, pre_bias)
     assert gathered.keys() == dense.keys()
@@ -72,13 +72,13 @@ def test_threads_do_not_change_a_bit(monkeypatch) -> None:
     assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
 
 
-def test_it_is_decided_by_shapes_and_device() -> None:
+def test_shapes_and_device_decide() -> None:
     assert sparse_ops.sparse_is_faster(128, 8, "cpu") and not sparse_ops.sparse_is_faster(127, 8, "cpu")
     assert sparse_ops.sparse_is_faster(2**16, 64, "cuda") and not sparse_ops.sparse_is_faster(18432, 100, "cuda")
     assert not sparse_ops.sparse_is_faster(2**20, 1, "mps")
 
 
-def test_a_chain_and_an_sae_that_is_not_trained_are_dense() -> None:
+def test_chains_and_evaluation_are_dense() -> None:
     assert SAE(D_IN, D_SAE, [TopK(2)]).sparse_activation()
     assert SAE(D_IN, D_SAE, [TopK(2)]).eval().sparse_activation() is None
     assert SAE(D_IN, D_SAE, [ReLU(), TopK(2)]).sparse_activation() is None

@@ -1,0 +1,47 @@
+"""Activation functions: selections by hand and against a sort."""
+
+import math
+
+import pytest
+import torch
+
+from sae.train.activations import BatchTopK, TopK
+
+
+def test_topk_keeps_the_two_largest() -> None:
+    f_BF = TopK(2)(torch.tensor([[1.0, 4.0, 2.0, 3.0], [-1.0, -4.0, 5.0, -3.0], [-1.0, -2.0, -3.0, -4.0]]))
+    assert f_BF.tolist() == [[0, 4, 0, 3], [0, 0, 5, 0], [0, 0, 0, 0]]  # fewer where fewer are positive
+
+
+def test_topk_keeps_k_of_equals() -> None:
+    f_BF = TopK(2)(torch.ones(3, 5))
+    assert (f_BF > 0).sum(1).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+@pytest.mark.parametrize("rows", [torch.randn, torch.ones], ids=["of all sizes", "of equals"])
+def test_topk_by_groups_of_latents_keeps_what_a_sort_keeps(k: int, rows) -> None:
+    torch.manual_seed(0)
+    z_BF = rows(50, 128)
+    z_BF[0, ::9] = math.inf
+    f_BF = TopK(k)(z_BF)
+    expected_BK = z_BF.sort(descending=True).values[:, :k].relu()
+    assert torch.equal(f_BF.sort(descending=True).values[:, :k], expected_BK)
+    assert torch.equal(f_BF[f_BF > 0], z_BF[f_BF > 0]) and (f_BF > 0).sum() == (expected_BK > 0).sum()
+
+
+@pytest.mark.parametrize(("k", "batch"), [(3, 33), (2.5, 7), (0.4, 6), (10, 4)])
+def test_batchtopk_is_a_sort(k: float, batch: int) -> None:
+    """The floor(B k) largest of the batch, as far as they are positive."""
+    torch.manual_seed(0)
+    z_BF = torch.randn(batch, 10)
+    kept = sorted([v for v in z_BF.flatten().tolist() if v > 0], reverse=True)[: math.floor(k * batch)]
+    expected_BF = torch.where(z_BF >= kept[-1], z_BF, 0.0)
+    assert torch.equal(BatchTopK(k)(z_BF), expected_BF)
+
+
+def test_batchtopk_afterwards_keeps_what_exceeds_the_threshold() -> None:
+    activation = BatchTopK(1).eval()
+    activation.threshold.fill_(2.0)
+    assert activation(torch.tensor([[1.0, 3.0, 2.0, 2.5]])).tolist() == [[0, 3, 0, 2.5]]
+    assert activation(torch.tensor([[-1.0, 0.5], [2.5, 9.0]])).tolist() == [[0, 0], [2.5, 9]]

@@ -1,0 +1,119 @@
+"""The L0 controller behind `--l0`: what holds for every recipe, and the formula."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.common.errors import UsageError
+from sae.train import recipe as registry
+from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
+from sae.train.l0_control import L0Controller
+from sae.train.loop import Trainer
+from sae.train.losses import MSE
+from sae.train.mechanisms import DeadLatents
+from sae.train.recipe import RECIPES, find_recipe
+from sae.train.sae import SAE
+from sae.train.step import Step
+from sae.train.variant import RunConfig, Variant
+
+every_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
+
+
+SETTING = RunConfig(32, 128, 40, 64)
+
+
+def trained(cache, setting: RunConfig, name: str, batches: list[torch.Tensor], **options: object) -> Trainer:
+    torch.manual_seed(0)
+    variant = find_recipe(name).make(setting, options)
+    mean_D = torch.from_numpy(cache.mean("layer_00")).float()
+    variant.set_normalization(mean_D, cache.statistics("layer_00")["mean_square_norm"])
+    training = Trainer(variant, setting.steps, "cpu")
+    for number in range(setting.steps):
+        training.run_periodic(number, training.step(batches[number % len(batches)]))
+        if number == setting.steps * 9 // 10:
+            training.pop_metrics()
+    return training
+
+
+@every_recipe
+def test_every_recipe_follows_l0_in_the_right_direction(name, sparse_cache, batches) -> None:
+    few, many = (
+        trained(sparse_cache, SETTING._replace(l0=n), name, batches, lr=3e-3, warmup=0).pop_metrics() for n in (4, 48)
+    )
+    assert few["l0"] < many["l0"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "topk", "batchtopk", "switch", "competition",  # k
+        "jumprelu", "collapse-04", "collapse-10",  # l0
+        # with a penalty
+        "relu", "april", "p-anneal", "gated", "jumprelu-step", "jumprelu-tanh", "progressive", "hierarchical",
+    ],
+)  # fmt: skip
+def test_a_run_ends_at_the_l0_that_was_asked_for(name, sparse_cache, batches) -> None:
+    setting = SETTING._replace(steps=400, l0=8)
+    training = trained(sparse_cache, setting, name, batches, lr=2e-3)
+    assert training.pop_metrics()["l0"] == pytest.approx(8, rel=0.1)
+
+
+@every_recipe
+def test_a_step_with_l0_reads_nothing_back_to_the_host(name) -> None:
+    with FakeTensorMode():
+        training = Trainer(RECIPES[name].make(SETTING._replace(l0=8), {}), 40, "cpu")
+        for _ in range(3):
+            training.step(torch.randn(64, 32, dtype=torch.bfloat16))
+
+
+def test_resume_is_exact_with_l0(sparse_cache, batches, tmp_path) -> None:
+    def begun() -> Trainer:
+        torch.manual_seed(0)
+        return Trainer(find_recipe("relu").make(SETTING._replace(l0=8), {}), 40, "cpu")
+
+    whole, first, second = begun(), begun(), begun()
+    for training, numbers in ((whole, range(20)), (first, range(10))):
+        for number in numbers:
+            training.step(batches[number])
+    save_checkpoint(first, tmp_path, 10)
+    assert restore_checkpoint(second, tmp_path, pytest.fail) == 10
+    for number in range(10, 20):
+        second.step(batches[number])
+    ours, theirs = training_state(second), training_state(whole)
+    assert [n for n in theirs if not torch.equal(ours[n], theirs[n])] == []
+
+
+def test_the_controller_takes_over_after_a_twentieth_of_the_run() -> None:
+    """Twice as many latents as wanted: log 2 is over the bound of 1/2, so c is c_w exp(1 + 0.02 a step)."""
+    controller = L0Controller(2.0, start_step=2)
+    coefficient = controller.take_over("l1", lambda step: 0.1 * (step.i + 1))
+
+    def step(i: int) -> Step:
+        f_BF = torch.ones(3, 4)
+        return Step(torch.tensor(i), SAE(2, 4), None, torch.zeros(3, 2), f_BF, f_BF, torch.zeros(3, 2))
+
+    found = []
+    for i in range(5):
+        found.append(float(coefficient(step(i))))
+        controller.after_step(step(i))
+    moved = [0.3 * torch.tensor(1.0 + 0.02 * n).exp().item() for n in (1, 2)]
+    assert found == pytest.approx([0.1, 0.2, 0.3, *moved])
+
+
+def test_l0_is_rejected_where_nothing_sets_it_or_another_option_does(monkeypatch) -> None:
+    def bare(run: RunConfig) -> Variant:
+        return Variant(SAE(run.d_in, run.d_sae), {"mse": (1.0, MSE())}, dead=DeadLatents(run.d_sae, 1))
+
+    monkeypatch.setattr(registry, "RECIPES", {})
+    registry.recipe("bare", paper="none")(bare)
+    with pytest.raises(UsageError, match="--l0 has nothing to act on: no option k or l0, and no sparsity"):
+        registry.RECIPES["bare"].make(SETTING._replace(l0=8), {})
+    for name, knob in (("topk", "k"), ("jumprelu", "l0")):
+        with pytest.raises(UsageError, match=f"--l0 8 and {knob}=4 set the same: give one"):
+            RECIPES[name].make(SETTING._replace(l0=8), {knob: 4})
+    for wrong in (0, -1, 129, float("nan")):
+        with pytest.raises(UsageError, match="is out of range: give a number above 0 and at most 128"):
+            RECIPES["relu"].make(SETTING._replace(l0=wrong), {})
+    with pytest.raises(UsageError, match=r"k=8.5 has the wrong type: expected int"):
+        RECIPES["topk"].make(SETTING._replace(l0=8.5), {})
