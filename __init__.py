@@ -7,8 +7,20 @@
     workflows/  what joins the stages: harvesting while training, reproducing a paper, the demo
     cli/        the command line, one file a command
 
-The names in `__all__` are the public API. They are loaded when they are first used, so that `sae --help` does not
-import torch.
+The public API, in the ten lines that do what `sae demo` does:
+
+    import sae
+
+    cache = sae.harvest_activations("gemma-2-mini", layers=[12], tokens=200_000)
+    runs = sae.train_saes(
+        ["relu", "topk", "batchtopk", "decorrelation"], cache=cache, width="4x", steps=900, batch_size=1024,
+        options={"decorrelation.fraction": 0.05, "decorrelation.strength": 0.2},
+    )
+    rows = sae.evaluate_saes(runs, suite="core", tokens=16_000)
+    for row in rows:
+        print(row.name, row.results["core"].metrics["reconstruction_quality"]["explained_variance"])
+
+Each name is loaded when it is first used, so that `sae --help` does not import torch.
 """
 
 from importlib import import_module as _import_module

@@ -303,8 +303,19 @@ def is_ring_cache(folder: Path) -> bool:
 
 
 def open_cache(folder: Path | str) -> Cache:
-    """Open the activation cache in `folder` for reading.
+    """Open an activation cache for reading.
 
-    Raises UsageError if the folder holds no cache or one of a newer format, DamagedError if a record is broken.
+    Example:
+        >>> cache = sae.open_cache("activations/gemma-2-mini--python-stdlib--1a2b3c4d")
+        >>> for x in cache.batches(layer=12, batch_size=2048, seed=0):  # one epoch, each (2048, d_in) float32
+        ...     ...
+        >>> rows = cache.read_chunk("layer_12", 0)  # (8192, d_in) uint16, mapped: the bits of bfloat16
+
+    Args:
+        folder: a folder that `sae harvest` wrote.
+
+    Raises:
+        UsageError: the folder holds no cache, or one of a newer format.
+        DamagedError: a record of the cache is broken.
     """
     return Cache(folder)

@@ -8,8 +8,8 @@
     batch-size = 4096
     set = { k = 64, topk.k = 32 }
 
-The whole file is checked as the flags would be, and all mistakes are reported together. Flags override the file; `--set`
-overrides it option by option. This module imports only typer and the errors, because `sae --help` imports it.
+The whole file is checked as the flags would be, and all mistakes are reported together. Flags override the file, and
+`--set` overrides it option by option. This module imports only typer and the errors, since `sae --help` imports it.
 """
 
 import functools
@@ -64,7 +64,7 @@ def note_renamed(old: str, new: str) -> None:
 
 
 class Value(NamedTuple):
-    """A parameter, its value and where that was given: "default", "flag" or "file.toml:7"; --set has a list of origins."""
+    """A parameter, its value and its origin: "default", "flag" or "file.toml:7"; for --set, a list of origins."""
 
     param: Any
     value: Any

@@ -44,7 +44,7 @@ def evaluate(
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
-    """Runs -> numbers: splice each SAE into the model and measure the effect on held-out text."""
+    """Splice trained SAEs into the language model and measure them on held-out text."""
     from ..evaluate.plan import EvaluateConfig, plan_evaluation
 
     plan = plan_evaluation(

@@ -76,7 +76,7 @@ def harvest(
         str, typer.Option(rich_help_panel=CACHE, help="bfloat16, or uint16 (the same bits) for readers without it.")
     ] = "bfloat16",
 ) -> None:
-    """Text -> cache: run the model once and write the residual stream after the given layers (default: 5, 12, 19)."""
+    """Run a language model over text and write its activations to a cache (by default layers 5, 12 and 19)."""
     from ..harvest.plan import LAYERS, HarvestConfig
 
     config = HarvestConfig(

@@ -102,8 +102,15 @@ def show_report(report: "PaperReport", page: Path) -> None:
     """Print the verdicts of a paper as a table, and where its page is."""
     heads = ["claim", "of", "claimed", "measured", "seeds", "verdict"]
     rows = [
-        [row.claim.id, row.claim.system, f"{row.claim.value:g} {row.claim.unit}", row.measured, str(row.seeds or ""), row.verdict]
+        [
+            row.claim.id,
+            row.claim.system,
+            f"{row.claim.value:g} {row.claim.unit}",
+            row.measured,
+            str(row.seeds or ""),
+            row.verdict,
+        ]
         for row in report.rows
-    ]  # fmt: skip
+    ]
     show_table(f"{report.paper.number} {report.paper.title}", heads, rows)
     echo(f"written  {page}")

@@ -107,7 +107,7 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Cache -> runs: train recipes, layers and seeds together on one pass over the cache, or a text (--stream)."""
+    """Train SAEs on a cache: several recipes, layers and seeds together, in one pass over the data."""
     from ..common.errors import UsageError
     from ..train.plan import TrainConfig
 

@@ -71,6 +71,26 @@ def test_the_package_loads_torch_when_it_is_needed(code: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+def test_the_ten_lines_of_the_package_run_all_three_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in `sae.__doc__`, in other sizes."""
+    lines = [line[4:] for line in (sae.__doc__ or "").splitlines() if line.startswith("    ") or not line]
+    code = "\n".join(lines[next(n for n, line in enumerate(lines) if line == "import sae") :])
+    for size, small in {
+        "[12]": "[0]",
+        "200_000": "3000",
+        "900": "3",
+        "1024": "128",
+        "16_000": "200",
+        '"4x"': "32",
+    }.items():
+        assert size in code
+        code = code.replace(size, small)
+    code = code.replace("cache=cache,", "cache=cache, layers=0,")
+    exec(code, {})
+    names = [line.split()[0].split("-L")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[:4] == ["relu", "topk", "batchtopk", "decorrelation"] and "identity" in names
+
+
 # --- batches --------------------------------------------------------------------------------------------------------
 
 

@@ -121,7 +121,7 @@ class ReproducePlan:
         return source.folder
 
     def describe(self, time: bool = False) -> list[str]:
-        """The lines that `sae reproduce` prints before it begins; with `time` also memory and time, which takes seconds."""
+        """The lines that `sae reproduce` prints first; with `time` also memory and time, which takes seconds."""
         lines = [line for harvest in self.harvests for line in harvest.describe()]
         for jobs, plan in zip(self.passes, self.train_plans, strict=True):
             recipes, done = options_by_recipe(jobs), len(plan.runs) - len(plan.unfinished)
@@ -188,7 +188,7 @@ def sources_of(
 
 
 def reading_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> Reading:
-    """The reading of the paper's units that was asked for, or the default. Raises UsageError if the paper has no such."""
+    """The reading of the paper's units that was asked for, or the default. Raises UsageError for an unknown one."""
     readings = {reading.name: reading for reading in paper.readings}
     if config.reading is not None and config.reading not in readings:
         raise UsageError(f"--reading {config.reading}: paper {paper.number} has {', '.join(readings)}.")

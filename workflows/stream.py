@@ -32,12 +32,13 @@ class StreamingPlan:
 
     def describe(self, time: bool = False) -> list[str]:
         """The lines that `sae train --stream` prints before it begins; with `time` also those of training."""
-        ring, folder = self.ring, self.harvest.folder
+        ring, layout, folder = self.ring, self.ring.layout, self.harvest.folder
         return [
             *self.harvest.describe_source(),
-            f"size     {self.harvest.tokens:,} tokens in {ring.layout.n_windows:,} windows of {ring.layout.window_rows:,}, "
-            f"at most {ring.capacity} at a time: {format_bytes(self.ring_bytes)}; {format_bytes(free_space(folder))} free",
-            f"order    {ring.n_groups:,} groups of windows, each read once; the first group's mean and norm normalize all",
+            f"size     {self.harvest.tokens:,} tokens in {layout.n_windows:,} windows of {layout.window_rows:,} rows, "
+            f"{ring.capacity} or fewer at a time: {format_bytes(self.ring_bytes)}; "
+            f"{format_bytes(free_space(folder))} free",
+            f"order    {ring.n_groups:,} groups of windows, each read once; all are normalized as the first",
             f"time     {self.harvest.describe_time()}; training runs at the same time",
             f"cache    {folder}",
             *self.train.describe(time),

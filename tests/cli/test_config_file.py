@@ -35,7 +35,8 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "sae.toml"
     path.write_text(
         "# of two verbs\n[harvest]\nmodel = 'gemma-2-mini'\nlayer = [0,\n   1]\ntokens = '3k'\nkeep-special = true\n"
-        "[train]\nsteps = 100\nvariant = 'topk'\nl0 = [16, 32.5]\n[train.set]\nk = 64\nb_dec_init = 'zero'\ntopk.lr = 1e-3\n"
+        "[train]\nsteps = 100\nvariant = 'topk'\nl0 = [16, 32.5]\n[train.set]\n"
+        "k = 64\nb_dec_init = 'zero'\ntopk.lr = 1e-3\n"
     )
     return path
 
@@ -58,7 +59,8 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(file: Path) -> None
 @pytest.mark.parametrize(
     "words",
     [
-        ["train", "--variant", "topk", "--variant", "relu", "--l0", "32", "--set", "k=64", "--width", "16k", "--out", 'a "b" \\ c'],
+        ["train", "--variant", "topk", "--variant", "relu", "--l0", "32", "--set", "k=64", "--width", "16k",
+         "--out", 'a "b" \\ c'],
         ["train", "--stream", "--tokens", "10M", "--seed", "3", "--literal", "--log", "wandb"],
         ["harvest", "--layer", "5", "--layer", "12", "--held-out", "0.1", "--no-keep-special", "--max-norm", "1e1"],
         ["evaluate", "runs/a", "--set", "sparse_probing.k=1,2,5", "--no-references", "--json"],
@@ -79,8 +81,10 @@ def test_what_is_shown_reads_back_as_itself(words: list[str], tmp_path: Path) ->
 def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(
-        "seed = 0\n[harvst]\nx = 1\n[harvest]\nbatch_contexts = 3\ntokens = 'many'\npack = 1\nmodel = ['a']\ncontext = true\n"
-        "[train]\nsteps = 'ten'\nlayer = [1, 'a']\nlog-every = 0\nsteps-every = 1\nseed = 1979-05-27\n[train.out]\na = 1\n"
+        "seed = 0\n[harvst]\nx = 1\n[harvest]\nbatch_contexts = 3\ntokens = 'many'\npack = 1\n"
+        "model = ['a']\ncontext = true\n"
+        "[train]\nsteps = 'ten'\nlayer = [1, 'a']\nlog-every = 0\nsteps-every = 1\nseed = 1979-05-27\n"
+        "[train.out]\na = 1\n"
         "[cache]\nverfy = 3\nlist = 4\n"
     )
     result = call("variants", "--config", path)  # whatever verb reads it
@@ -139,7 +143,8 @@ def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, content: bytes
 def test_a_command_runs_as_its_file_says_and_records_from_where(tiny_cache, tmp_path: Path) -> None:
     path = tmp_path / "sae.toml"
     path.write_text(
-        f"[train]\nvariant = ['topk', 'relu']\nlayer = 1\ncache = {to_toml(str(tiny_cache.folder))}\nsteps = 3\nbatch-size = 256\n"
+        f"[train]\nvariant = ['topk', 'relu']\nlayer = 1\ncache = {to_toml(str(tiny_cache.folder))}\nsteps = 3\n"
+        "batch-size = 256\n"
         "width = '2x'\n[train.set]\nlr = 1e-3\ntopk.k = 8\n"
     )
     result = call("train", "--config", path, "--steps", 2, "--set", "topk.k=4")
@@ -152,8 +157,8 @@ def test_a_command_runs_as_its_file_says_and_records_from_where(tiny_cache, tmp_
         asked = record["asked"]
         assert (asked["steps"], asked["caches"], asked["log_every"]) == (2, [str(tiny_cache.folder)], 50)
         assert asked["origins"] == {
-            "variant": f"{path}:2", "layer": f"{path}:3", "cache": f"{path}:4", "steps": "flag", "batch-size": f"{path}:6",
-            "width": f"{path}:7", "set": f"{path}:9, flag",
+            "variant": f"{path}:2", "layer": f"{path}:3", "cache": f"{path}:4", "steps": "flag",
+            "batch-size": f"{path}:6", "width": f"{path}:7", "set": f"{path}:9, flag",
         }  # fmt: skip
 
 

@@ -86,7 +86,10 @@ def test_the_version_is_three_numbers():
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", call("--version").stdout)
 
 
-@pytest.mark.parametrize(("text", "number"), [("10M", 10_000_000), ("2e8", 200_000_000), ("1.5b", 1_500_000_000), ("500k", 500_000), ("77", 77)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("10M", 10_000_000), ("2e8", 200_000_000), ("1.5b", 1_500_000_000), ("500k", 500_000), ("77", 77)],
+)
 def test_tokens_have_units(text, number):
     from sae.cli.options import parse_tokens
 
@@ -130,7 +133,8 @@ def test_gemma_without_access_names_the_licence_and_a_way_on():
 )  # fmt: skip
 def test_text_that_cannot_be_harvested_is_refused(tiny_model, home, name, content, sentence):
     (home / name).write_bytes(content)
-    found = refused(BAD_USAGE, "harvest", "--model", tiny_model, "--layer", 0, "--dataset", home / name, "--tokens", "1k", "--out", home / "out")  # fmt: skip
+    words = ("--model", tiny_model, "--layer", 0, "--dataset", home / name, "--tokens", "1k", "--out", home / "out")
+    found = refused(BAD_USAGE, "harvest", *words)
     assert re.search(sentence, found)
     assert not (home / "out" / "zarr.json").exists()
 
@@ -376,7 +380,8 @@ def test_a_question_that_nobody_answers_removes_nothing(tiny_cache, home):
 
 def test_the_next_command_can_be_pasted(tiny_model, sentences, home):
     folder = home / "two words"
-    result = call("harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--tokens", 300, "--window", 256, "--out", folder)  # fmt: skip
+    words = ("--model", tiny_model, "--layer", 0, "--dataset", sentences, "--tokens", 300, "--window", 256)
+    result = call("harvest", *words, "--out", folder)
     *_, following = result.stderr.splitlines()
     assert shlex.split(following)[-2:] == ["--cache", str(folder)]
 

@@ -79,16 +79,17 @@ def test_groups_hold_every_job_once_and_no_recipe_with_two_sets_of_options():
 
 @pytest.fixture
 def cache(tiny_model, sentences, home):
-    done = call("harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--tokens", 3000, "--context", 32,
-                "--window", 1024, "--held-out", 0.1)  # fmt: skip
+    done = call("harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--tokens", 3000,
+                "--context", 32, "--window", 1024, "--held-out", 0.1)  # fmt: skip
     assert done.exit_code == 0, done.output
     (folder,) = (home / "activations").iterdir()
     return folder
 
 
 def test_a_paper_becomes_runs_and_a_page_and_the_second_time_nothing_is_made(cache, tiny_model, home):
-    words = ("reproduce", "003", "--model", tiny_model, "--cache", cache, "--layer", 1, "--seed", 0, "--seed", 1, "--steps", 20,
-             "--batch-size", 256, "--width", "2x", "--suite", "core", "--evaluate-tokens", 100)  # fmt: skip
+    words = ("reproduce", "003", "--model", tiny_model, "--cache", cache, "--layer", 1, "--seed", 0,
+             "--seed", 1, "--steps", 20, "--batch-size", 256, "--width", "2x", "--suite", "core",
+             "--evaluate-tokens", 100)  # fmt: skip
     done = call(*words)
     assert done.exit_code == 0, done.output
     (folder,) = (home / "reproduce").iterdir()

@@ -59,7 +59,8 @@ def one_thread():
 @pytest.fixture
 def asked(tiny_model: Path, sentences: Path) -> dict:
     """What is asked of the harvest."""
-    return dict(model=str(tiny_model), dataset=str(sentences), tokens=TOKENS, context=32, window=WINDOW, batch_contexts=8, device="cpu")  # fmt: skip
+    sizes = dict(tokens=TOKENS, context=32, window=WINDOW, batch_contexts=8)
+    return dict(model=str(tiny_model), dataset=str(sentences), device="cpu", **sizes)
 
 
 def request_of(*variants: str, **changes) -> TrainConfig:
@@ -222,7 +223,8 @@ def test_a_harvest_that_fails_stops_training_with_its_sentence_after_a_checkpoin
 def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
     """Five SIGKILLs, with the text unread, with windows half-written, between checkpoints and removals; bit for bit."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sae.harvest.run", "transformers.models.gemma2.modeling_gemma2", "datasets", "sae.train.streaming"])  # fmt: skip
+    gemma = "transformers.models.gemma2.modeling_gemma2"
+    context.set_forkserver_preload(["sae.harvest.run", gemma, "datasets", "sae.train.streaming"])
     given = {name: value for name, value in asked.items() if name not in ("model", "device")} | {"windows": RING}
 
     def start(place: Path) -> multiprocessing.process.BaseProcess:
@@ -242,7 +244,8 @@ def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
 
     whole, killed = finished(tmp_path / "whole"), tmp_path / "killed"
     rng, at_work = random.Random(0), 0
-    signs = ["ring/ring.json", "ring/commits/000001.*", *(f"runs/*/checkpoints/step-{PER_GROUP * n:08d}" for n in (1, 4)), "runs/*/sae.json"]  # fmt: skip
+    checkpoints = [f"runs/*/checkpoints/step-{PER_GROUP * n:08d}" for n in (1, 4)]
+    signs = ["ring/ring.json", "ring/commits/000001.*", *checkpoints, "runs/*/sae.json"]
     for sign in signs:
         process = start(killed)
         while process.is_alive() and not list(killed.glob(sign)):
