@@ -211,7 +211,7 @@ def reach_of_dead(trainer: SAETrainer, o: Options) -> None:
 
 
 def window_to_input(trainer: SAETrainer, o: Options) -> None:
-    """The option jumprelu_ste_to_input, there called Anthropic's: the window's gradient reaches z too. Ours: theta alone."""
+    """Option jumprelu_ste_to_input ("Anthropic's"): the window's gradient reaches z too. Ours reaches theta alone."""
     trainer.sae.cfg.jumprelu_ste_to_input = False
 
 

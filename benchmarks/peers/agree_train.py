@@ -11,12 +11,13 @@
 
 Both sides get the same weights, rows and hyper-parameters; the peer's own update runs, with what deviates from our
 recipe taken out by the functions of agree_dictionary_learning.py and agree_saelens.py, one function per deviation. The
-first table compares the rest, in float32 and, to tell rounding from difference, in float64; beside it stands how far we
-come from ourselves when every first weight is moved to the next number of that precision. The second table shows what
-each deviation does: it is left in, alone. `--fixtures` writes, from a smaller problem, what
-tests/train/test_agreement.py compares with.
+first table compares the rest, in float32 and, to tell rounding from real differences, in float64; next to it is how far
+our own result moves when every initial weight is moved to the next number of that precision. The second table shows the
+effect of each deviation, left in alone. `--fixtures` writes the fixtures of tests/train/test_agreement.py, from a
+smaller problem.
 
-    loss      max over steps of |ours - theirs| / |theirs|; in the first table also of its parts, over the part's maximum
+    loss      max over steps of |ours - theirs| / |theirs|; in the first table also of the loss' parts, relative to the
+              part's maximum
     weights   max over tensors of max |ours - theirs| / max |theirs|, after the last step; in float64 without the
               threshold of dictionary_learning's BatchTopK, which stays float32
 """
@@ -84,7 +85,10 @@ def options_of(peer: str, recipe: str) -> dict[str, Any]:
 
 
 def rows(size: Size) -> Tensor:
-    """(steps, batch, d_in) bfloat16: a few of 2 d_in atoms each, around a mean, E|x|^2 = 10: gradients begin above the clip."""
+    """(steps, batch, d_in) bfloat16: sums of a few of 2 d_in atoms plus a mean.
+
+    E|x|^2 = 10, so that gradients start above the clipping norm.
+    """
     random = torch.Generator().manual_seed(0)
     atoms_AD = normalize(torch.randn(2 * size.d_in, size.d_in, generator=random), dim=1)
     shape = (size.steps, size.batch, len(atoms_AD))
@@ -94,7 +98,7 @@ def rows(size: Size) -> Tensor:
 
 
 def start(variant: Variant, mean_D: Tensor) -> dict[str, Tensor]:
-    """The recipe's own first weights, moved a little so that no two are equal, every tenth latent too small to be kept."""
+    """The recipe's initial weights, perturbed so that no two are equal; every tenth latent is too small to be kept."""
     sae, random = variant.sae, torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
@@ -109,7 +113,7 @@ def start(variant: Variant, mean_D: Tensor) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
 
 
-def ours(
+def train_ours(
     recipe: str, options: dict[str, Any], initial: dict[str, Tensor], x_SBD: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The losses of every step and the final weights of our trainer."""
@@ -201,10 +205,10 @@ def report(peer: str, folder: Path, agreeing: list[str], effects: dict[str, list
         cells = []
         for dtype in (torch.float32, torch.float64):
             theirs, about = read(folder / f"{recipe}.{str(dtype).removeprefix('torch.')}")
-            mine = ours(recipe, options_of(peer, recipe), initial, x_SBD["x"], dtype)
+            mine = train_ours(recipe, options_of(peer, recipe), initial, x_SBD["x"], dtype)
             up = torch.tensor(torch.inf, dtype=dtype)
             beside = {n: torch.where(t == 0, t, t.to(dtype).nextafter(up)) for n, t in initial.items()}
-            moved = ours(recipe, options_of(peer, recipe), beside, x_SBD["x"], dtype)
+            moved = train_ours(recipe, options_of(peer, recipe), beside, x_SBD["x"], dtype)
             loss, parts, weights = compare(mine, theirs)
             cells += [max(loss, parts), weights, compare(mine, moved)[2]]
         taken = {name: text for name, text in about.items() if name not in ("version", "torch")}
@@ -231,7 +235,8 @@ def write_fixtures(peer: str, folder: Path, to: Path) -> None:
         about = {
             "recipe": recipe, "options": json.dumps(options_of(peer, recipe)), "dead_every": str(DEAD_EVERY),
             "peer": f"{peer} {about['version']}, torch {about['torch']}, float64", "taken_out": json.dumps(taken),
-            "command": "python benchmarks/peers/agree_train.py --dictionary-learning PYTHON --saelens PYTHON --fixtures FOLDER",
+            "command": "python benchmarks/peers/agree_train.py "
+            "--dictionary-learning PYTHON --saelens PYTHON --fixtures FOLDER",
         }  # fmt: skip
         save_file({f"initial.{n}": t for n, t in initial.items()} | theirs, to / f"{peer}-{recipe}.safetensors", about)
 

@@ -1,4 +1,4 @@
-"""Do other libraries compute from our exports what we compute, and we from their files what they compute?
+"""Do other libraries compute the same from our exports, and we from their files?
 
     python -m venv env-saelens && env-saelens/bin/pip install sae-lens==6.54.12 torch==2.13.0
     python -m venv env-dl && env-dl/bin/pip install --no-deps dictionary-learning==0.1.0
@@ -6,14 +6,16 @@
     python -m venv env-sparsify && env-sparsify/bin/pip install eai-sparsify==1.3.3 torch==2.13.0
     python -m venv env-saebench && env-saebench/bin/pip install sae-bench==0.6.0 sae-lens==6.28.2 torch==2.13.0
 
-    python benchmarks/peers/formats.py RUNS... --library saelens=env-saelens/bin/python --library saelens=env-saebench/bin/python \\
-        --library dictionary_learning=env-dl/bin/python --library sparsify=env-sparsify/bin/python --library saebench=env-saebench/bin/python
+    python benchmarks/peers/formats.py RUNS... \
+        --library saelens=env-saelens/bin/python --library saelens=env-saebench/bin/python \
+        --library dictionary_learning=env-dl/bin/python --library sparsify=env-sparsify/bin/python \
+        --library saebench=env-saebench/bin/python
 
-Every run is exported to every format that holds it; each library loads what it can read and codes 4,096 rows of the run's
-cache in float64. f and x_hat are compared with those of the run: latents that only one side has, and the relative error
-|ours - theirs| / |ours|. Then each library writes SAEs of its own classes, random weights, and we import and compare. All
-load as their users do; what would come from the Hub comes from the folder. `--fixtures` writes the small version of both
-for tests/train/formats.
+Every run is exported to every format that can store it. Each library loads the exports that it can read, and encodes
+and decodes 4,096 rows of the run's cache in float64. Latents and reconstructions are compared with those of the run:
+latents that are active on one side only, and the relative error |ours - theirs| / |ours|. Then each library writes SAEs
+of its own classes with random weights, and we import and compare them. All load as their users do; files that would
+come from the Hub come from the folder. `--fixtures` writes a small version of both for tests/train/formats.
 """
 
 import argparse
@@ -46,38 +48,38 @@ class Peer(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    only_one: int  # pairs of row and latent that one side alone has
+    mismatches: int  # (row, latent) pairs active on one side only
     f: float
     x_hat: float
 
     def __str__(self) -> str:
-        return f"{max(self.f, self.x_hat):.0e}" + (f", {self.only_one} only on one side" if self.only_one else "")
+        return f"{max(self.f, self.x_hat):.0e}" + (f", {self.mismatches} on one side only" if self.mismatches else "")
 
 
 def agreement(sae: SAE, x_RD: Tensor, path: Path) -> Agreement:
-    theirs, wide = load_file(path), sae.double()
+    theirs, sae64 = load_file(path), sae.double()
     with torch.no_grad():
-        f_RF = torch.cat([wide.encode(x) for x in x_RD.double().split(256)])
-        recon_RD = wide.decode(f_RF)
-    apart = int(((f_RF != 0) != (theirs["f"] != 0)).sum())
-    return Agreement(apart, distance(f_RF, theirs["f"]), distance(recon_RD, theirs["x_hat"]))
+        f_RF = torch.cat([sae64.encode(x) for x in x_RD.double().split(256)])
+        recon_RD = sae64.decode(f_RF)
+    mismatches = int(((f_RF != 0) != (theirs["f"] != 0)).sum())
+    return Agreement(mismatches, relative_error(f_RF, theirs["f"]), relative_error(recon_RD, theirs["x_hat"]))
 
 
-def distance(ours: Tensor, theirs: Tensor) -> float:
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / ours.norm())
 
 
-def ask(peer: Peer, doing: str, folder: Path, request: Any, x_RD: Tensor) -> str:
-    """The worker's answer to a request; returns the library and its version."""
+def run_worker(peer: Peer, action: str, folder: Path, request: Any, x_RD: Tensor) -> str:
+    """Let a library's worker read or write; returns the library's name and version."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "request.json").write_text(json.dumps(request))
     save_file({"x": x_RD}, folder / "rows.safetensors")
-    subprocess.run([peer.python, str(WORKER), peer.library, doing, str(folder)], check=True)
+    subprocess.run([peer.python, str(WORKER), peer.library, action, str(folder)], check=True)
     return json.loads((folder / "about.json").read_text())["library"]
 
 
-def outward(runs: list[Path], peers: list[Peer], work: Path) -> list[tuple[str, str, str, dict[str, str]]]:
-    """A line for each run and format: its name, its kind, the format, and what each library found."""
+def compare_exports(runs: list[Path], peers: list[Peer], work: Path) -> list[tuple[str, str, str, dict[str, str]]]:
+    """For each run and format: recipe, activation chain, format, and the agreement with each library."""
     made: dict[str, tuple[Path, str, Any]] = {}
     lines: dict[str, dict[str, str]] = {}
     for run in runs:
@@ -89,16 +91,16 @@ def outward(runs: list[Path], peers: list[Peer], work: Path) -> list[tuple[str, 
             except UsageError:
                 continue
     _, rows = sample_run_rows(load_sae(runs[0]).origin, load_hook(runs[0]), None)
-    assert rows is not None, "the cache of the runs has to be there"
+    assert rows is not None, "the cache of the runs is gone"
     requests = {name: {"format": to, "folder": str(m.folder)} for name, (_, to, m) in made.items()}
     for number, peer in enumerate(peers):
         folder = work / f"read-{number}"
-        library = ask(peer, "read", folder, requests, rows.x_RD)
+        library = run_worker(peer, "read", folder, requests, rows.x_RD)
         for name, (run, _, _) in made.items():
             if (answer := folder / f"{name}.safetensors").exists():
                 lines[name][library] = str(agreement(load_sae(run), rows.x_RD, answer))
                 answer.unlink()
-    return [(run.name.split("-L")[0], kind_of(made[n][2]), to, lines[n]) for n, (run, to, _) in made.items()]
+    return [(run.name.split("-L")[0], chain_name(made[n][2]), to, lines[n]) for n, (run, to, _) in made.items()]
 
 
 def load_hook(run: Path) -> Any:
@@ -107,16 +109,16 @@ def load_hook(run: Path) -> Any:
     return run_hook(load_sae(run))
 
 
-def kind_of(made: Any) -> str:
-    return "+".join(made.metadata["training_architecture"].split("+"))
+def chain_name(exported: Any) -> str:
+    return exported.metadata["training_architecture"]
 
 
-def inward(peers: list[Peer], work: Path, x_RD: Tensor, d_sae: int) -> list[tuple[str, str, str, str]]:
-    """A line for each SAE that a library wrote: library, case, as what it was imported, and the agreement."""
+def compare_imports(peers: list[Peer], work: Path, x_RD: Tensor, d_sae: int) -> list[tuple[str, str, str, str]]:
+    """For each SAE that a library wrote: library, case, the variant it was imported as, and the agreement."""
     lines = []
     for number, peer in enumerate(peers):
         folder = work / f"write-{number}"
-        library = ask(peer, "write", folder, {"d_sae": d_sae}, x_RD)
+        library = run_worker(peer, "write", folder, {"d_sae": d_sae}, x_RD)
         for case in sorted(path.parent for path in folder.glob("*/outputs.safetensors")):
             (outputs := case / "outputs.safetensors").rename(kept := work / f"{number}-{case.name}.safetensors")
             made = import_sae(case, out=work / "runs", name=f"{number}-{case.name}")
@@ -127,7 +129,7 @@ def inward(peers: list[Peer], work: Path, x_RD: Tensor, d_sae: int) -> list[tupl
 
 
 def fixtures(peers: list[Peer], folder: Path, work: Path) -> None:
-    """Small SAEs of every kind with what the libraries make of our exports; and the libraries' own files."""
+    """Small SAEs with every activation, the libraries' outputs for our exports, and the libraries' own files."""
     shutil.rmtree(folder, ignore_errors=True)
     generator = torch.Generator().manual_seed(0)
     D, F = SMALL
@@ -142,35 +144,35 @@ def fixtures(peers: list[Peer], folder: Path, work: Path) -> None:
         "gated": CanonicalSAE(*matrices, "gated", r_mag=draw(F), b_mag=draw(F)),
     }
     requests, made = {}, {}
-    for name, plain in ours.items():
+    for name, canonical in ours.items():
         run = folder / "ours" / name
         save_sae(
-            from_canonical(plain, pre_bias=name in ("relu", "topk")),
+            from_canonical(canonical, pre_bias=name in ("relu", "topk")),
             run,
             {"layer": 12, "model": {"name": "google/gemma-2-2b"}},
         )
-        for to, kind in Format.registry.items():
-            if plain.convert_to(kind.activations):
+        for to, fmt in Format.registry.items():
+            if canonical.convert_to(fmt.activations):
                 made[f"{name}--{to}"] = export_sae(run, to, work / "small" / f"{name}--{to}")
                 requests[f"{name}--{to}"] = {"format": to, "folder": str(made[f"{name}--{to}"].folder)}
     save_file({"x": x_RD}, folder / "rows.safetensors")
     for number, peer in enumerate(peers):
-        for doing, request in (("read", requests), ("written", {"d_sae": F})):
-            place = work / f"small-{doing}-{number}"
-            library = ask(peer, "read" if doing == "read" else "write", place, request, x_RD).replace(" ", "-")
+        for action, request in (("read", requests), ("written", {"d_sae": F})):
+            place = work / f"small-{action}-{number}"
+            library = run_worker(peer, "read" if action == "read" else "write", place, request, x_RD).replace(" ", "-")
             answers = {name: place / f"{name}.safetensors" for name in requests}
-            if doing == "written":
+            if action == "written":
                 answers = {path.parent.name: path for path in place.glob("*/outputs.safetensors")}
             found = {name: load_file(path) for name, path in sorted(answers.items()) if path.exists()}
             if not found:
                 continue
-            for path in answers.values() if doing == "written" else ():
+            for path in answers.values() if action == "written" else ():
                 path.unlink()
-                shutil.copytree(path.parent, folder / doing / library / path.parent.name)
+                shutil.copytree(path.parent, folder / action / library / path.parent.name)
             # In float32: the errors that the tests look for are far larger.
             outputs = {f"{name}.{what}": t.float() for name, both in found.items() for what, t in both.items()}
-            (folder / doing).mkdir(exist_ok=True)
-            save_file(outputs, folder / doing / f"{library}.safetensors")
+            (folder / action).mkdir(exist_ok=True)
+            save_file(outputs, folder / action / f"{library}.safetensors")
 
 
 def main() -> None:
@@ -186,7 +188,7 @@ def main() -> None:
         if options.fixtures:
             fixtures(peers, options.fixtures, work)
             return
-        lines = outward(options.runs, peers, work)
+        lines = compare_exports(options.runs, peers, work)
         libraries = list(dict.fromkeys(library for *_, found in lines for library in found))
         print("| recipe | activation | format | " + " | ".join(libraries) + " |\n|" + "---|" * (3 + len(libraries)))
         for recipe, kind, to, found in lines:
@@ -195,7 +197,7 @@ def main() -> None:
         _, rows = sample_run_rows(sae.origin, load_hook(options.runs[0]), None)
         assert rows is not None
         print("\n| written by | SAE | imported as | agreement |\n|---|---|---|---|")
-        for line in inward(peers, work, rows.x_RD / rows.x_RD.norm(dim=1).mean() * 4, 4 * sae.d_in):
+        for line in compare_imports(peers, work, rows.x_RD / rows.x_RD.norm(dim=1).mean() * 4, 4 * sae.d_in):
             print("| " + " | ".join(line) + " |")
 
 

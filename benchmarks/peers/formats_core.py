@@ -1,8 +1,9 @@
-"""Does SAEBench's core give our numbers for our exports? `python formats_core.py PYTHON`, of an environment with SAEBench.
+"""Does SAEBench's core give our numbers for our exports? `python formats_core.py PYTHON`.
 
-The SAEs of tests/evaluate/fixtures/saebench are exported for SAELens, loaded by `SAE.load_from_disk`, and measured by
-SAEBench's own core beside the model built by hand; what it finds is compared with our core on the same contexts, which
-the tests show to be SAEBench's to 1e-6 on the SAEs before the export. With `--worker FOLDER` it is SAEBench's side.
+PYTHON is that of an environment with SAEBench. The SAEs of tests/evaluate/fixtures/saebench are exported for SAELens,
+loaded by `SAE.load_from_disk`, and measured by SAEBench's own core on the fixtures' model. The results are compared
+with our core on the same contexts, which the tests show to agree with SAEBench to 1e-6 on the SAEs before the export.
+`--worker FOLDER` is SAEBench's side.
 """
 
 import json
@@ -15,26 +16,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "evaluate" / "fixtures" / "saebench"
-KINDS = ("relu", "topk", "jumprelu")
+ACTIVATIONS = ("relu", "topk", "jumprelu")
 
 
 def worker(folder: Path) -> None:
     import torch
     from sae_bench.sae_bench_utils import general_utils
     from sae_lens import SAE
-    from saebench_worker import Problem, Recorder, run_core
+    from saebench.core import run_core
+    from saebench.shared import Problem, Recorder
 
     class Exported(Problem):
-        def sae(self, kind):
+        def sae(self, kind: str) -> SAE:
             sae = SAE.load_from_disk(folder / kind)
-            sae.fold_W_dec_norm()  # as SAEBench does to every SAE of SAELens; its topk is refused here by bad exports
+            sae.fold_W_dec_norm()  # as SAEBench does to every SAE of SAELens; it refuses a topk that was exported badly
             general_utils._standardize_sae_cfg(sae.cfg)
             return sae.requires_grad_(False)
 
     torch.set_num_threads(1)
     problem, record = Exported(folder / "problem"), Recorder()
     os.chdir(folder)
-    for kind in KINDS:
+    for kind in ACTIVATIONS:
         run_core(problem, kind, record)
     (folder / "results.json").write_text(json.dumps(record.json, default=str))
 
@@ -49,22 +51,25 @@ def main(python: str) -> None:
         folder = Path(place)
         shutil.copytree(FIXTURES / "problem", folder / "problem")
         shutil.copy(WEIGHTS / "tokenizer.json", folder / "problem")
-        for kind in KINDS:
+        for kind in ACTIVATIONS:
             sae = load_sae(FIXTURES / "problem" / "saes" / kind)
             sae.origin |= {"model": model, "context": 12}
             print(kind, export_sae(sae, "saelens", folder / kind).check)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         subprocess.run([python, __file__, "--worker", str(folder)], check=True, env=environment)
-        found = json.loads((folder / "results.json").read_text())
+        exported = json.loads((folder / "results.json").read_text())
     before = json.loads((FIXTURES / "core" / "results.json").read_text())
-    print("\n| SAE | KL score | CE score | explained variance | L0 | largest relative difference of all numbers |\n|---|---|---|---|---|---|")  # fmt: skip
-    for kind in KINDS:
-        mine, theirs = (r[kind]["rewound"]["eval_result_metrics"] for r in (before, found))
+    print("\n| SAE | KL score | CE score | explained variance | L0 | largest relative difference of all numbers |")
+    print("|---|---|---|---|---|---|")
+    for kind in ACTIVATIONS:
+        mine, theirs = (r[kind]["rewound"]["eval_result_metrics"] for r in (before, exported))
         worst = max(abs(theirs[c][n] - v) / max(abs(v), 1e-9) for c, group in mine.items() for n, v in group.items())
         shown = [
-            theirs["model_behavior_preservation"]["kl_div_score"], theirs["model_performance_preservation"]["ce_loss_score"],
-            theirs["reconstruction_quality"]["explained_variance"], theirs["sparsity"]["l0"],
-        ]  # fmt: skip
+            theirs["model_behavior_preservation"]["kl_div_score"],
+            theirs["model_performance_preservation"]["ce_loss_score"],
+            theirs["reconstruction_quality"]["explained_variance"],
+            theirs["sparsity"]["l0"],
+        ]
         print(f"| {kind} | " + " | ".join(f"{value:.6f}" for value in shown) + f" | {worst:.0e} |")
 
 

@@ -1,10 +1,12 @@
-"""Does SAEDashboard build a page from an export? `python formats_dashboard.py RUN PYTHON PAGE`, of an environment with it.
+"""Does SAEDashboard build a page from an export? `python formats_dashboard.py RUN PYTHON PAGE`.
+
+PYTHON is that of an environment with SAEDashboard:
 
     python -m venv env-dashboard && env-dashboard/bin/pip install sae-dashboard==0.8.0 torch==2.13.0 'pyarrow<21'
     env-dashboard/bin/pip uninstall torchvision     # unless it fits the build of torch
 
 The run is exported for SAELens, loaded by `SAE.load_from_disk`, and given to SAEDashboard's own SaeVisRunner with
-gemma-2-mini and held-out contexts of the run's cache. With `--worker FOLDER` it is SAEDashboard's side.
+gemma-2-mini and held-out contexts of the run's cache. `--worker FOLDER` is SAEDashboard's side.
 """
 
 import os
@@ -30,11 +32,11 @@ def worker(folder: Path, weights: Path, page: Path) -> None:
     sae = SAE.load_from_disk(folder / "sae")
     tokens = load_file(folder / "tokens.safetensors")["tokens"].long()
     config = SaeVisConfig(hook_point=sae.cfg.metadata.hook_name, features=range(FEATURES), minibatch_size_tokens=16)
-    found = SaeVisRunner(config).run(encoder=sae, model=model, tokens=tokens)
-    found.model = model
-    save_feature_centric_vis(found, page)
-    fired = [found.feature_data_dict[n].feature_tables_data is not None for n in range(FEATURES)]
-    print(f"{page}: {page.stat().st_size:,} bytes, {sum(fired)} features")
+    vis = SaeVisRunner(config).run(encoder=sae, model=model, tokens=tokens)
+    vis.model = model
+    save_feature_centric_vis(vis, page)
+    built = [vis.feature_data_dict[n].feature_tables_data is not None for n in range(FEATURES)]
+    print(f"{page}: {page.stat().st_size:,} bytes, {sum(built)} features")
 
 
 def main(run: Path, python: str, page: Path) -> None:
@@ -47,17 +49,17 @@ def main(run: Path, python: str, page: Path) -> None:
     from sae.train.sae import load_sae
 
     cache = find_run_cache(load_sae(run).origin)
-    assert cache is not None, "the cache of the run has to be there"
+    assert cache is not None, "the cache of the run is gone"
     contexts = cache.contexts(held_out=True)
     whole = contexts.ids[contexts.length == contexts.length.max()][:CONTEXTS]
     with tempfile.TemporaryDirectory() as place:
         print(export_sae(run, "saelens", Path(place) / "sae").check)
         save_file({"tokens": torch.from_numpy(whole.astype("int64"))}, Path(place) / "tokens.safetensors")
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        asked = [python, __file__, "--worker", place, str(WEIGHTS), str(page.resolve())]
-        subprocess.run(asked, check=True, env=environment)
+        command = [python, __file__, "--worker", place, str(WEIGHTS), str(page.resolve())]
+        subprocess.run(command, check=True, env=environment)
 
 
 if __name__ == "__main__":
-    given = [Path(word) for word in sys.argv[2:]]
-    worker(*given) if sys.argv[1] == "--worker" else main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    args = [Path(word) for word in sys.argv[2:]]
+    worker(*args) if sys.argv[1] == "--worker" else main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

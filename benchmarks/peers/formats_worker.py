@@ -1,9 +1,9 @@
 """Another library's side of formats.py, in its own environment: `python formats_worker.py LIBRARY read|write FOLDER`.
 
-read   FOLDER/request.json names folders and formats; each is loaded as the library's users load it, and what it makes of
-       the rows of FOLDER/rows.safetensors goes to FOLDER/<name>.safetensors, computed in float64.
-write  The library makes SAEs of each of its classes with random weights, saves them in its own way under
-       FOLDER/<case>/, and writes what they make of the rows to FOLDER/<case>/outputs.safetensors.
+read   FOLDER/request.json names folders and formats. Each is loaded as the library's users load it, and its latents and
+       reconstructions of FOLDER/rows.safetensors are written to FOLDER/<name>.safetensors, computed in float64.
+write  The library makes an SAE of each of its classes with random weights, saves it in its own way in FOLDER/<case>/,
+       and writes its latents and reconstructions of the rows to FOLDER/<case>/outputs.safetensors.
 
 Imports nothing of ours.
 """
@@ -32,8 +32,8 @@ def coder(sae: Any) -> Coder:
     return lambda x: (f := sae.encode(x), sae.decode(f))
 
 
-def disturbed(module: torch.nn.Module) -> Any:
-    """A module with every weight and bias somewhere else, the same every time."""
+def perturb(module: torch.nn.Module) -> Any:
+    """Change every weight and bias of a module, by the same random numbers every time."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in sorted(module.named_parameters()):
@@ -45,8 +45,8 @@ def disturbed(module: torch.nn.Module) -> Any:
 
 
 @contextlib.contextmanager
-def served(folder: Path, *modules: Any) -> Iterator[None]:
-    """Files that would come from the Hub come from a folder."""
+def hub_files_from(folder: Path, *modules: Any) -> Iterator[None]:
+    """Take files from a folder that would come from the Hub."""
 
     def found(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
         return str(folder / Path(filename).name)
@@ -73,7 +73,7 @@ def read_saelens(kind: str, folder: Path) -> Coder:
         place = f"layer_{LAYER}/width_16k/average_l0_82"
         return loaders.gemma_2_sae_huggingface_loader("google/gemma-scope-2b-pt-res", place, device, False, over)[:2]
 
-    with served(folder, loaders):
+    with hub_files_from(folder, loaders):
         return coder(SAE.load_from_disk(folder, converter=converter).double())
 
 
@@ -101,7 +101,7 @@ def write_saelens(folder: Path, d_in: int, d_sae: int) -> dict[str, Coder]:
     made["topk-rescaled"] = sl.TopKSAE(rescaled)
     coders: dict[str, Coder] = {}
     for name, sae in made.items():
-        disturbed(sae).save_model(folder / name)
+        perturb(sae).save_model(folder / name)
         coders[name] = coder(sl.SAE.load_from_disk(folder / name, dtype="float64"))
     trained = {
         "batchtopk": sl.BatchTopKTrainingSAE(sl.BatchTopKTrainingSAEConfig(**shared, k=4)),
@@ -110,7 +110,7 @@ def write_saelens(folder: Path, d_in: int, d_sae: int) -> dict[str, Coder]:
         ),
     }
     for name, sae in trained.items():
-        disturbed(sae).topk_threshold.fill_(0.3)
+        perturb(sae).topk_threshold.fill_(0.3)
         sae.cfg.metadata = metadata
         sae.save_inference_model(folder / name)
         coders[name] = coder(sl.SAE.load_from_disk(folder / name, dtype="float64"))
@@ -121,7 +121,7 @@ def write_saelens(folder: Path, d_in: int, d_sae: int) -> dict[str, Coder]:
 
 
 def classes() -> dict[str, Any]:
-    # The package imports it at once, for a buffer of activations that is not used here.
+    # Imported by the package for a buffer of activations that is not used here.
     sys.modules["nnsight"] = SimpleNamespace(LanguageModel=None)  # type: ignore[assignment]
     from dictionary_learning import dictionary
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
@@ -150,19 +150,24 @@ def write_dictionary_learning(folder: Path, d_in: int, d_sae: int) -> dict[str, 
         more: dict[str, Any] = {"k": 4} if "TopK" in name else {}
         if name.startswith("Matryoshka"):
             more["group_sizes"] = [d_sae // 4, d_sae - d_sae // 4]
-        sae = disturbed(kind(d_in, d_sae, **more))
+        sae = perturb(kind(d_in, d_sae, **more))
         if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
             sae.threshold.fill_(0.3)
         trainer = {
-            "dict_class": name, "activation_dim": d_in, "dict_size": d_sae, "layer": LAYER, "lm_name": f"google/{MODEL}",
-            "submodule_name": f"resid_post_layer_{LAYER}", **{n: v for n, v in more.items() if n == "k"},
-        }  # fmt: skip
+            "dict_class": name,
+            "activation_dim": d_in,
+            "dict_size": d_sae,
+            "layer": LAYER,
+            "lm_name": f"google/{MODEL}",
+            "submodule_name": f"resid_post_layer_{LAYER}",
+            **{n: v for n, v in more.items() if n == "k"},
+        }
         (folder / name).mkdir()
         torch.save({n: t.cpu() for n, t in sae.state_dict().items()}, folder / name / "ae.pt")
         (folder / name / "config.json").write_text(
             json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}, indent=4)
         )
-        again = kind(d_in, d_sae, **more)  # not by from_pretrained: it scales the rows of an AutoEncoder
+        again = kind(d_in, d_sae, **more)  # not from_pretrained, which rescales the rows of an AutoEncoder
         again.load_state_dict(torch.load(folder / name / "ae.pt", weights_only=True))
         coders[name] = coder(again.double())
     return coders
@@ -192,7 +197,7 @@ def write_sparsify(folder: Path, d_in: int, d_sae: int) -> dict[str, Coder]:
 
     coders: dict[str, Coder] = {}
     for name, size in (("factor", {"expansion_factor": d_sae // d_in}), ("latents", {"num_latents": d_sae})):
-        sae = disturbed(SparseCoder(d_in, SparseCoderConfig(k=4, **size)))
+        sae = perturb(SparseCoder(d_in, SparseCoderConfig(k=4, **size)))
         sae.save_to_disk(folder / name / f"layers.{LAYER}")
         (folder / name / "config.json").write_text(json.dumps({"model": f"google/{MODEL}", "ctx_len": 128}))
         coders[name] = sparse(SparseCoder.load_from_disk(folder / name / f"layers.{LAYER}").double())
@@ -208,7 +213,7 @@ def read_saebench(kind: str, folder: Path) -> Coder:
     if kind == "saelens":
         return read_saelens(kind, folder)
     cpu, dtype = torch.device("cpu"), torch.float64
-    with contextlib.redirect_stdout(io.StringIO()), served(folder, gated_sae, jumprelu_sae, relu_sae, topk_sae):
+    with contextlib.redirect_stdout(io.StringIO()), hub_files_from(folder, gated_sae, jumprelu_sae, relu_sae, topk_sae):
         if kind == "gemma-scope":
             load = jumprelu_sae.load_gemma_scope_jumprelu_sae
             return coder(load("", "params.npz", LAYER, MODEL, cpu, dtype))
@@ -235,7 +240,7 @@ LIBRARIES: dict[str, tuple[str, dict[str, Any], Any]] = {
 @torch.no_grad()
 def main(library: str, doing: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # SAELens reminds of how to load the model
+    warnings.simplefilter("ignore")  # SAELens warns about how to load the model
     package, readers, write = LIBRARIES[library]
     about = {"library": f"{package} {version(package)}", "torch": torch.__version__}
     x = load_file(folder / "rows.safetensors")["x"].double()

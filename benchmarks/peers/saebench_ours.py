@@ -1,8 +1,8 @@
-"""Our side of `saebench_reference.py --time`: `python saebench_ours.py FOLDER METRIC KIND ...`.
+"""Our side of `saebench_reference.py --time`: `python saebench_ours.py FOLDER METRIC ACTIVATION ...`.
 
-FOLDER is a problem of saebench_problem.py, read as SAEBench's side reads it: the same model, contexts, tables and words,
-the same sizes, and SAEBench's random numbers where a metric has a setting for that. One line of JSON comes out, of the
-same form as the worker's: what each SAE took, its numbers, and the most memory.
+FOLDER is a problem written by saebench_problem.py, read like SAEBench's side reads it: the same model, contexts, tables
+and words, the same sizes, and SAEBench's random numbers if a metric has an option for that. Prints one line of JSON in
+the worker's form: the time of each SAE, its metrics, and the peak memory.
 """
 
 import contextlib
@@ -53,8 +53,8 @@ def metrics_of(about: dict[str, Any]) -> dict[str, Metric]:
     }
 
 
-def bench_of(folder: Path, work: Path) -> EvalContext:
-    """The tables become the files that we read datasets from; the shelf is empty."""
+def make_context(folder: Path, work: Path) -> EvalContext:
+    """The evaluation's context, with the tables written as dataset files and an empty artifact cache."""
     for name, splits in json.loads((folder / "tables.json").read_text()).items():
         for split, columns in splits.items():
             path = work / name / f"{split}.jsonl"
@@ -81,7 +81,7 @@ def bench_of(folder: Path, work: Path) -> EvalContext:
 
 @contextlib.contextmanager
 def same_inputs(about: dict[str, Any], ctx: EvalContext) -> Any:
-    """One pair of classes for SCR, and the problem's words in the place of the vocabulary."""
+    """Use one pair of classes for SCR, and the problem's words instead of the vocabulary."""
     known = {
         word.text: word
         for word in first_letter.vocabulary_words(
@@ -106,8 +106,11 @@ def timed(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> tuple[
 
 
 def measure(metric: Metric, ctx: EvalContext, targets: list[EvalTarget]) -> list[dict[str, Any]]:
-    """The first SAE alone; then the others in one call, as a user has them. What no SAE changes is on the shelf by then,
-    but of core, which runs the model again: there all are measured at once, and a further one is the difference."""
+    """Measure the first SAE alone, then the others in one call, as a user does.
+
+    By then everything that does not depend on an SAE is cached. Core is the exception, since it runs the model again:
+    there all SAEs are measured at once, and the cost of a further one is the difference.
+    """
     (first,), *spent = timed(metric, ctx, targets[:1])
     again = 1 if metric.name == "core" else 0
     others, *more = timed(metric, ctx, targets if again else targets[1:])
@@ -124,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     about = json.loads((Path(folder) / "problem.json").read_text())
     with tempfile.TemporaryDirectory() as work:
-        ctx = bench_of(Path(folder), Path(work))
+        ctx = make_context(Path(folder), Path(work))
         targets = [EvalTarget(load_sae(Path(folder) / "saes" / kind), about["layer"]) for kind in kinds]
         with same_inputs(about, ctx):
             saes = measure(metrics_of(about)[name], ctx, targets)

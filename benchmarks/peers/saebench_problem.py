@@ -1,7 +1,7 @@
-"""The inputs that SAEBench and we both get: a model, three SAEs, contexts, two tables of labelled texts, and words.
+"""The inputs for SAEBench and for us: a model, three SAEs, contexts, two tables of labelled texts, and words.
 
-All of it follows from a seed. The small problem has a model in which first letters are planted, and SAEs in which some
-of them are absorbed, so that no metric is trivial; the large one is for timing, on a model that is given.
+Everything follows from a seed. The small problem has a model with planted first letters, and SAEs in which some of them
+are absorbed, so that no metric is trivial. The large one is for timing, on a given model.
 """
 
 import json
@@ -81,7 +81,7 @@ def make_problem(folder: Path, size: Size, seed: int, model: Path | None = None)
 
 
 def usable(known: list[SpellingWord], tokenizer: Any) -> list[SpellingWord]:
-    """Words that are one token in a prompt, each once, so that all prompts are of one length."""
+    """The distinct words that are one token in a prompt, so that all prompts have the same length."""
     found, seen = [], set()
     around = [word for word in known if word.text.startswith(" ") and len(word.text) > 3][:2]
     lengths = [len(ids) for ids in tokenizer([spelling_prompt(around, word) for word in known])["input_ids"]]
@@ -95,11 +95,12 @@ def usable(known: list[SpellingWord], tokenizer: Any) -> list[SpellingWord]:
 
 
 def make_model(folder: Path, known: list[SpellingWord], seed: int) -> Tensor:
-    """A Gemma 2 of two blocks, width 32, its numbers exact in bfloat16, with a direction for each first letter (26, 32)."""
+    """A Gemma 2 of two blocks and width 32, exact in bfloat16, with a direction for each first letter (26, 32)."""
     torch.manual_seed(seed)
     config = Gemma2Config(
         vocab_size=8192, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS,
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, pad_token_id=PAD, eos_token_id=EOS,
+        bos_token_id=BOS,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)
     letters_AD = torch.linalg.qr(torch.randn(32, 32)).Q[:26].contiguous()

@@ -10,14 +10,15 @@
     python benchmarks/peers/saebench_reference.py env-saebench/bin/python --time core,sparse_probing,scr,tpp,absorption
     python benchmarks/peers/saebench_reference.py --accept
 
-saebench_problem.py makes the inputs, saebench_worker.py runs SAEBench on them, in its own environment, saebench_ours.py
-runs ours. tests/evaluate/fixtures/saebench/README.md says what is written. `--accept` prints how far our numbers are from
-those: it runs the tests that compare them, and needs no SAEBench.
+saebench_problem.py makes the inputs, saebench_worker.py runs SAEBench on them in its own environment, saebench_ours.py
+runs ours. tests/evaluate/fixtures/saebench/README.md describes the fixtures. `--accept` prints how far our numbers are
+from them: it runs the tests that compare them, and does not need SAEBench.
 
-`--time` gives both sides the same folder, each metric and side in a process of its own, side after side in rounds:
-processor seconds of the first SAE and of a further one, and the process' largest memory, as medians over the rounds. What the first
-SAE costs beyond a further one is the work on the model, which is done once. Loading the model and the SAEs is not counted.
-Behind each table: how far the numbers of the two sides are apart, of the SAEs that both drew the same random numbers for.
+`--time` gives both sides the same folder, with a separate process for each metric and side, side after side in rounds.
+The tables have processor seconds of the first SAE and of a further one, and the process' peak memory, as medians over
+rounds. What the first SAE costs beyond a further one is the model's work, which is done once. Loading the model and the
+SAEs is not counted. Below each table is the largest difference between the two sides' numbers, for the SAEs that both
+drew the same random numbers for.
 """
 
 import argparse
@@ -151,8 +152,8 @@ def difference(metric: str, theirs: list[dict[str, Any]], ours: list[dict[str, A
         pairs = {key: pair for key, pair in pairs.items() if key[0] > 0}
     (number, name), (other, own) = max(pairs.items(), key=lambda item: abs(item[1][0] - item[1][1]))
     return (
-        f"{metric}: of {len(pairs)} numbers the largest difference is {abs(other - own):.1e}: {name} of SAE {number + 1}, "
-        f"SAEBench {other:.6f}, ours {own:.6f}. {OTHERWISE.get(metric, '')}".rstrip()
+        f"{metric}: of {len(pairs)} numbers the largest difference is {abs(other - own):.1e}: "
+        f"{name} of SAE {number + 1}, SAEBench {other:.6f}, ours {own:.6f}. {OTHERWISE.get(metric, '')}".rstrip()
     )
 
 

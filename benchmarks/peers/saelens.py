@@ -1,7 +1,7 @@
 """SAELens' side: `python saelens.py rows.bin folder [--dtype float16] [--check]`, one line of JSON.
 
-Its own runner writes the cache, and its own store reads it as its training does. Only two things are replaced: the
-model, which hands over the precomputed rows, and the tokens, which are ready.
+Its own runner writes, end to end, and its own store reads, as its training asks it to. Only two things are put in its
+place: the model, which hands over the precomputed rows, and the tokens, which are ready.
 """
 
 import argparse
@@ -30,9 +30,9 @@ HOOK = "blocks.12.hook_resid_post"
 
 
 class Precomputed:
-    """Replaces the model: hands over the next contexts, in bfloat16 as a model would."""
+    """Stands for the model: hands over the next contexts, in bfloat16 as a model would."""
 
-    W_E = torch.empty(0)  # the store reads the device of the embedding
+    W_E = torch.empty(0)  # the store asks on which device the embedding is
 
     def __init__(self, fed: np.ndarray) -> None:
         self.rows, self.ids = torch.from_numpy(fed.view(np.int16)).view(torch.bfloat16), feed.ids(len(fed))
@@ -48,7 +48,7 @@ class Precomputed:
 
 
 def buffers(batches: int, bytes_a_batch: int) -> int:
-    """The fewest equal buffers that hold whole batches and at most the 2 GB of its default: it writes only full ones."""
+    """The fewest equal buffers of whole batches of at most 2 GB, its default: SAELens writes only full buffers."""
     needed = math.ceil(batches * bytes_a_batch / 2e9)
     return next(n for n in range(needed, batches + 1) if batches % n == 0)
 
@@ -79,12 +79,12 @@ def write(folder: Path, fed: np.ndarray, dtype: str) -> None:
 
 
 def one_row() -> datasets.Dataset:
-    """A data set for the constructors; nothing is read from it."""
+    """The text that the constructors want to see; nothing is read from it."""
     return datasets.Dataset.from_dict({"tokens": [[0] * feed.CONTEXT]})
 
 
 def store(folder: Path, batch: int, dtype: str) -> ActivationsStore:
-    """The store as its training makes it, with a buffer of at least one batch (the default is 20 contexts)."""
+    """As its training makes it; only the buffer, 20 contexts by default, is refused when smaller than a batch."""
     config = LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=feed.D_IN, d_sae=feed.D_IN),
         model_name="precomputed",
@@ -105,19 +105,19 @@ def store(folder: Path, batch: int, dtype: str) -> ActivationsStore:
 
 
 def batches(folder: Path, batch: int, dtype: str) -> Generator[torch.Tensor]:
-    """Batches without end."""
+    """Without end."""
     opened = store(folder, batch, dtype)
     while True:
         yield opened.next_batch()
 
 
 def bits(rows: torch.Tensor) -> np.ndarray:
-    """The 16-bit words of rows. Rows that come back as float32 must be exact in bfloat16."""
+    """The 16-bit words of rows: bfloat16's where they came back as float32, which must not have more."""
     if rows.dtype == torch.float16:
         return rows.view(torch.int16).numpy().view(np.uint16)
     words = rows.contiguous().numpy().view(np.uint32)
     if (words & 0xFFFF).any():
-        raise SystemExit("a float32 value came back that is not exact in bfloat16")
+        raise SystemExit("a float32 came back that is no bfloat16")
     return (words >> 16).astype(np.uint16)
 
 
@@ -127,29 +127,29 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16"])
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable()
     datasets.disable_progress_bars()
-    fed = feed.load(args.rows)
+    fed = feed.load(asked.rows)
     tokens = fed.size // feed.D_IN
-    seconds = feed.timed(lambda: write(args.folder, fed, args.dtype))
-    flush = feed.timed(lambda: feed.flush(args.folder))
+    seconds = feed.timed(lambda: write(asked.folder, fed, asked.dtype))
+    flush = feed.timed(lambda: feed.flush(asked.folder))
     result = {
         "versions": f"sae-lens {version('sae-lens')}, datasets {datasets.__version__}, torch {torch.__version__}",
         "write": tokens / seconds,
         "write flushed": tokens / (seconds + flush),
-        "bytes": feed.size(args.folder),
+        "bytes": feed.size(asked.folder),
     }
-    result |= feed.passes(args.folder, tokens, lambda batch: batches(args.folder, batch, args.dtype))
-    if args.check:
-        opened, served = store(args.folder, 4096, args.dtype), batches(args.folder, 4096, args.dtype)
-        held = (feed.row_hashes(bits(opened.get_raw_llm_batch()[0])) for _ in range(tokens // feed.TOKENS_A_BATCH))
-        given = (feed.row_hashes(bits(next(served))) for _ in range(tokens // 4096))
-        if args.dtype == "float16":
+    result |= feed.passes(asked.folder, tokens, lambda batch: batches(asked.folder, batch, asked.dtype))
+    if asked.check:
+        opened, served = store(asked.folder, 4096, asked.dtype), batches(asked.folder, 4096, asked.dtype)
+        held = (feed.names(bits(opened.get_raw_llm_batch()[0])) for _ in range(tokens // feed.TOKENS_A_BATCH))
+        given = (feed.names(bits(next(served))) for _ in range(tokens // 4096))
+        if asked.dtype == "float16":
             fed = torch.from_numpy(fed.view(np.int16)).view(torch.bfloat16).half().view(torch.int16).numpy()
         result["check"] = feed.check(fed.view(np.uint16), held, given)
-    feed.print_result(result)
+    feed.tell(result)
 
 
 if __name__ == "__main__":

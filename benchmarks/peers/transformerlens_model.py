@@ -27,9 +27,15 @@ def load_model(folder: Path, kind: type[HookedTransformer] = HookedTransformer) 
         default_prepend_bos=True,
     )  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), name_or_path=str(folder), add_bos_token=True, padding_side="right",
-        bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
-    )  # fmt: skip
+        tokenizer_file=str(folder / "tokenizer.json"),
+        name_or_path=str(folder),
+        add_bos_token=True,
+        padding_side="right",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
     model = kind(config, tokenizer)
     model.load_and_process_state_dict(
         convert_gemma_weights(hf, config), fold_ln=False, center_writing_weights=False, center_unembed=False,
