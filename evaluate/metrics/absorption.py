@@ -358,7 +358,7 @@ class AbsorptionScores(NamedTuple):
 def score_words(
     f_NF: Tensor, along_N: Tensor, cosine_F: Tensor, main: Tensor, settings: Absorption
 ) -> AbsorptionScores:
-    """Score the words of one letter (SAEBench 0.6.0, `absorption/feature_absorption_calculator.py`).
+    """Score the words of one letter (SAEBench 0.6.0, `evals/absorption`).
 
     `along_N` is the residual's projection on the unit probe, `cosine_F` each decoder row's cosine with it, `main` the
     letter's split latents. A latent contributes its activation times its cosine.
