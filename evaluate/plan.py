@@ -93,8 +93,8 @@ class EvaluatePlan:
         if self.has_work:
             folder = self.artifacts.folder
             lines.append(
-                f"writes   evaluations/<metric>.json in each run; what does not depend on the SAE is cached in {folder} "
-                f"({format_bytes(folder_bytes(folder))} now, {format_bytes(free_space(folder))} free)"
+                f"writes   evaluations/<metric>.json in each run; what does not depend on the SAE is cached in "
+                f"{folder} ({format_bytes(folder_bytes(folder))} now, {format_bytes(free_space(folder))} free)"
             )
         return lines
 

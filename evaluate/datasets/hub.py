@@ -44,7 +44,7 @@ def latest_commit(name: str) -> str:
 
 @functools.cache
 def connection_error() -> Exception | None:
-    """Why the Hub cannot be reached, or None. Cached, since a network that drops packets costs a timeout per attempt."""
+    """Why the Hub cannot be reached, or None. Cached: a network that drops packets costs a timeout per attempt."""
     import huggingface_hub
 
     try:

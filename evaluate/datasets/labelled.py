@@ -369,7 +369,8 @@ def read_error(error: Exception, name: str, place: str, file: Path | None) -> Sa
         return UsageError(f"{file} cannot be read: {problem.rstrip('.')}. It may be truncated or have another format.")
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
         return UnavailableError(
-            f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, then run `hf auth login`."
+            f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, "
+            "then run `hf auth login`."
         )
     return UnavailableError(
         f"The dataset {name} could not be read: {problem.rstrip('.')}. Check the network, or name a folder that holds "

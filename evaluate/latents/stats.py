@@ -1,7 +1,7 @@
 """Statistics of single latents: where they fire on held-out text, their logit effects, and their nearest latents.
 
-Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents of the SAE, K selected latents, C a block of
-those, P passages of each, W positions of a passage, B bins of a histogram, M entries of a list.
+Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents of the SAE, K selected latents, C a block
+of those, P passages of each, W positions of a passage, B bins of a histogram, M entries of a list.
 """
 
 import math
@@ -274,8 +274,9 @@ def _latent_stats(ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, pro
 def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
     """The direct effect of residual-stream directions on the logits: (K, D) -> (K, V), float32.
 
-    The directions are weighted by the final norm and multiplied with the unembedding, as with TransformerLens' W_U after
-    it has folded in that norm (its default), including the mean subtraction of a LayerNorm. Left out are the norm's
+    The directions are weighted by the final norm and multiplied with the unembedding, as with TransformerLens' W_U
+    after it has folded in that norm (its default), including the mean subtraction of a LayerNorm. Left out are
+    the norm's
     division, which is the same for all tokens, the soft cap, which keeps their order, and all later blocks.
     """
     transformer: Any = model.model

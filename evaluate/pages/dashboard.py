@@ -188,10 +188,11 @@ def latent_entry(run: InspectedRun, stats: LatentStats, place: int, token_index:
     peak = float(activations.peak_K[place])
 
     def passages(chosen: Sequence[Passage]) -> list[Any]:
+        levels = [np.ceil(LEVELS * (one.values / peak)).astype(int).tolist() for one in chosen]
         return [
-            [one.context, one.position, round_digits(one.value), np.ceil(LEVELS * (one.values / peak)).astype(int).tolist()]
-            for one in chosen
-        ]  # fmt: skip
+            [one.context, one.position, round_digits(one.value), level]
+            for one, level in zip(chosen, levels, strict=True)
+        ]
 
     def tokens(listed: RankedEntries | None) -> list[Any]:
         return [[token_index(token), round_digits(value)] for token, value in listed.entries(place)] if listed else []

@@ -63,7 +63,7 @@ def passage_text(run: InspectedRun, passage: Passage, peak: float) -> Text:
 
 
 def text_histogram(counts: Sequence[int]) -> str:
-    """One block character per bin, up to the last non-empty bin. The tallest bin is full, and only empty bins are blank."""
+    """One block character per bin, up to the last non-empty bin. The tallest bin is full; only empty bins are blank."""
     last = max((i for i, count in enumerate(counts) if count), default=-1)
     most = max(counts)
     return "".join(BLOCKS[math.ceil(count * (len(BLOCKS) - 1) / most)] for count in counts[: last + 1])
@@ -83,7 +83,8 @@ def latent_summary(run: InspectedRun, stats: LatentStats, place: int) -> Group:
         drawn = text_histogram(counts)
         parts += [
             Text(
-                f"fires at {density:.2%} of {len(activations.l0):,} tokens, with mean {float(stats.mean[place]):.3g} and maximum {peak:.3g}"
+                f"fires at {density:.2%} of {len(activations.l0):,} tokens, "
+                f"with mean {float(stats.mean[place]):.3g} and maximum {peak:.3g}"
             ),
             Text(f"0 {drawn} {len(drawn) * width:.3g}   activation"),
         ]

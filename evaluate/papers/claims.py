@@ -51,7 +51,7 @@ class ClaimSource:
 
 @dataclass(frozen=True)
 class PaperSetup:
-    """What the paper says it ran. `steps` follows from its own numbers, and is 0 if it says that nothing was trained."""
+    """What the paper says it ran. `steps` follows from its numbers; 0 if it says that nothing was trained."""
 
     model: str  # as printed
     reads_as: str
@@ -97,7 +97,7 @@ class PaperFact:
 
 @dataclass(frozen=True)
 class Reading:
-    """Options that fix the units of a paper, for all its recipes that have them. A system's own options override them."""
+    """Options that fix the units of a paper, for all its recipes that have them. A system's options override them."""
 
     name: str
     why: str
@@ -157,15 +157,15 @@ class Claim:
 
     @property
     def effect(self) -> float | None:
-        """By how much the system exceeds the other: as a share of the other's number, or the printed change; None without
-        another system."""
+        """By how much the system exceeds the other: as a share of the other's number, or the printed change; None
+        without another system."""
         if self.against_value is not None:
             return (self.value - self.against_value) / abs(self.against_value)
         return self.value - (self.unit == "x") if self.is_change else None
 
     @property
     def rounding(self) -> float:
-        """Half of the last printed digit, in the unit of `target`: measured numbers that round to the value agree with it."""
+        """Half of the last printed digit, in the unit of `target`: numbers that round to the value agree."""
         places = max(
             places
             for number, places in printed_numbers(self.quote)

@@ -139,7 +139,7 @@ def claim_result(claim: Claim, paper: Paper, runs: Sequence[SystemRun], on_paper
 
 
 def layers_of(claim: Claim, runs: Sequence[SystemRun], on_paper_model: bool) -> list[int]:
-    """The claim's layers that were trained. On another model: all trained layers, if none of the claim's was trained."""
+    """The claim's layers that were trained. On another model: all trained layers if there are none."""
     trained = sorted({run.layer for run in runs})
     claimed = [layer for layer in trained if layer in claim.layers]
     return claimed if claimed or on_paper_model else trained
@@ -153,7 +153,7 @@ def recipes_of(system: str, paper: Paper) -> Sequence[str]:
 def values_by_seed(
     claim: Claim, system: str, recipe: str, runs: Sequence[SystemRun], on_paper_model: bool
 ) -> dict[int, float]:
-    """Seed -> the claim's metric, in the runs of a system and recipe. Without a recipe any run with the metric serves."""
+    """Seed -> the claim's metric, in the runs of a system and recipe; without a recipe, in any run."""
     values: dict[int, float] = {}
     for run in runs:
         if (recipe and (run.system, run.recipe) != (system, recipe)) or run.seed in values:

@@ -246,7 +246,11 @@ def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home, the_h
             return real(path, **options)
         if path == "parquet":
             return datasets.Dataset.from_list(
-                [{"code": "y" * 600, "path": f"{i}{end}"} for i in range(9) for end in (".c", ".py", ".html", ".java", ".php")]
+                [
+                    {"code": "y" * 600, "path": f"{i}{end}"}
+                    for i in range(9)
+                    for end in (".c", ".py", ".html", ".java", ".php")
+                ]
             )  # fmt: skip
         if options.get("name"):
             return datasets.Dataset.from_list([{"translation": dict.fromkeys(options["name"].split("-"), "z")}] * 9)

@@ -151,9 +151,17 @@ def test_evaluations_stand_on_the_page_if_they_are_of_these_weights(run):
 
 def test_labels_are_what_probes_and_judges_found():
     results = {
-        "absorption": inspection.MetricResult({}, [{"first_letter": "s", "main_latents": [62, 4], "f1_k_sparse": [0.3, 0.65, 0.6]}]),
-        "autointerp": inspection.MetricResult({}, extra={"4": {"latent": 4, "explanation": "rivers", "score": 0.75}, "5": {"latent": 5, "explanation": None, "score": None}}),
-    }  # fmt: skip
+        "absorption": inspection.MetricResult(
+            {}, [{"first_letter": "s", "main_latents": [62, 4], "f1_k_sparse": [0.3, 0.65, 0.6]}]
+        ),
+        "autointerp": inspection.MetricResult(
+            {},
+            extra={
+                "4": {"latent": 4, "explanation": "rivers", "score": 0.75},
+                "5": {"latent": 5, "explanation": None, "score": None},
+            },
+        ),
+    }
     assert inspection.latent_labels(results, 64) == {
         62: ["first letter s (F1 0.65)"],
         4: ["first letter s (F1 0.65)", "rivers (score 0.75)"],
@@ -188,12 +196,18 @@ def test_a_latent_is_labelled_with_the_classes_it_tells():
 @pytest.mark.parametrize(
     "scores",
     [
-        None, [], {"sae_top_1_latents": ["red"]}, {"sae_top_1_latents": {"red": {}}},
-        {"sae_top_1_latents": {"red": {"3": 1.0, "4": 1.0}}}, {"sae_top_1_latents": {"red": {"3": None}}},
-        {"sae_top_1_latents": {"red": {"three": 1.0}}}, {"sae_top_1_test_accuracy": {}},
-        {"sae_top_1_test_accuracy": {"red": 7.0}}, {"sae_top_1_test_accuracy": {"red": None}},
+        None,
+        [],
+        {"sae_top_1_latents": ["red"]},
+        {"sae_top_1_latents": {"red": {}}},
+        {"sae_top_1_latents": {"red": {"3": 1.0, "4": 1.0}}},
+        {"sae_top_1_latents": {"red": {"3": None}}},
+        {"sae_top_1_latents": {"red": {"three": 1.0}}},
+        {"sae_top_1_test_accuracy": {}},
+        {"sae_top_1_test_accuracy": {"red": 7.0}},
+        {"sae_top_1_test_accuracy": {"red": None}},
     ],
-)  # fmt: skip
+)
 def test_a_result_that_was_changed_by_hand_labels_nothing(scores):
     absorbed = inspection.MetricResult({}, [{"first_letter": "s", "main_latents": [3], "f1_k_sparse": [0.3]}])
     whole = {"sae_top_1_test_accuracy": {"red": 0.9}, "sae_top_1_latents": {"red": {"3": 1.0}}}

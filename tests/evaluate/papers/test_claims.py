@@ -79,9 +79,13 @@ def test_a_change_is_that_of_the_two_numbers_beside_it_or_a_contradiction(paper)
     """The papers' arithmetic: a printed change is within a point, or a tenth, of what the printed numbers give."""
     for change in (claim for claim in paper.claims if claim.is_change and claim.metric != "none"):
         own, other = (
-            [c.value for c in paper.claims if (c.system, c.metric, c.entries) == (system, change.metric, change.entries) and not c.is_change]
+            [
+                c.value
+                for c in paper.claims
+                if (c.system, c.metric, c.entries) == (system, change.metric, change.entries) and not c.is_change
+            ]
             for system in (change.system, change.against)
-        )  # fmt: skip
+        )
         given = [{"%": 100 * (a - b) / abs(b), "pp": a - b, "x": a / b}[change.unit] for a in own for b in other]
         slack = 0.1 if change.unit == "x" else 1
         right = all(abs(one - change.value) < slack for one in given)
@@ -227,9 +231,16 @@ def test_what_was_never_trained_is_known():
 def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():
     script = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "check_quotes.py"))
     paper = dataclasses.replace(
-        load_paper("003"), facts=(PaperFact("", "an ortho-gonal code"), PaperFact("", "an L0 of 42.05")), claims=(), contradictions=(), unreported=()
-    )  # fmt: skip
-    text = "1 Introduction\nAn autoencoder, an ortho-\ngonal code, has an L0\nof 42.05 (Smith, 2024) at\nMSE 7.5 (Figure 2).\n\nREFERENCES\n\nSmith 99."
+        load_paper("003"),
+        facts=(PaperFact("", "an ortho-gonal code"), PaperFact("", "an L0 of 42.05")),
+        claims=(),
+        contradictions=(),
+        unreported=(),
+    )
+    text = (
+        "1 Introduction\nAn autoencoder, an ortho-\ngonal code, has an L0\nof 42.05 (Smith, 2024) at\nMSE 7.5 (Figure 2)."
+        "\n\nREFERENCES\n\nSmith 99."
+    )
     assert script["missing"](paper, text) == []
     assert script["missing"](paper, text.replace("42.05", "42.06")) == ["an L0 of 42.05"]
     assert [line.split(">>")[1][:3] for line in script["loose_numbers"](paper, text)] == ["7.5"]

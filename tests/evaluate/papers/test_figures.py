@@ -20,8 +20,10 @@ def runs_of(paper, metrics=None, **scalars):
     """Three seeds of each recipe of each system; what is measured and logged grows with the seed."""
     made = [
         run(one.id, recipe, seed, layer=12, ev=0.7 + seed / 10, metrics=metrics(seed) if metrics else None)
-        for one in paper.systems.values() for recipe in one.recipes for seed in range(3)
-    ]  # fmt: skip
+        for one in paper.systems.values()
+        for recipe in one.recipes
+        for seed in range(3)
+    ]
     return [
         replace(
             one, log=[{**line, **{name: value * (1 + one.seed) for name, value in scalars.items()}} for line in one.log]
@@ -143,10 +145,17 @@ def test_probing_by_system():
 
 def test_systems_of_one_recipe_are_not_mixed():
     paper = load_paper("002")
-    chart = drawn(paper, [
-        run(one, "competition-off", metrics={"scr": MetricResult({"scr_metrics": {"scr_metric_threshold_2": value}})})
-        for one, value in (("no-competition", 0.1), ("topk", 0.2))
-    ])["Table 1: SCR at threshold 2"]  # fmt: skip
+    chart = drawn(
+        paper,
+        [
+            run(
+                one,
+                "competition-off",
+                metrics={"scr": MetricResult({"scr_metrics": {"scr_metric_threshold_2": value}})},
+            )
+            for one, value in (("no-competition", 0.1), ("topk", 0.2))
+        ],
+    )["Table 1: SCR at threshold 2"]
     assert [(one.name, list(one.y)) for one in chart.series] == [("no-competition", [0.1]), ("topk", [0.2])]
 
 
@@ -172,11 +181,31 @@ def test_what_is_missing_to_one_is_drawn_of_explained_variance():
 @pytest.mark.parametrize("number", PAPERS)
 def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing(number):
     paper = load_paper(number)
-    scalars = ("T", "rho", "enabled", "tau", "loss", "lambda", "utilisation", "contrast", "mean_correlation", "l0", "merged",
-               "competition_strength", "pairs_above", "mean_coefficient", "alpha", "stability", "resampled")  # fmt: skip
+    scalars = (
+        "T",
+        "rho",
+        "enabled",
+        "tau",
+        "loss",
+        "lambda",
+        "utilisation",
+        "contrast",
+        "mean_correlation",
+        "l0",
+        "merged",
+        "competition_strength",
+        "pairs_above",
+        "mean_coefficient",
+        "alpha",
+        "stability",
+        "resampled",
+    )
     scr = {"scr_stdlib": MetricResult({"scr_metrics": {"scr_metric_threshold_2": 0.1}})}
-    core = {"reconstruction_quality": {"explained_variance": 0.8, "fve": 0.7, "mse": 1.0}, "sparsity": {"l0": 30.0},
-            "model_behavior_preservation": {"kl_div_with_sae": 0.1, "kl_div_score": 0.9}}  # fmt: skip
+    core = {
+        "reconstruction_quality": {"explained_variance": 0.8, "fve": 0.7, "mse": 1.0},
+        "sparsity": {"l0": 30.0},
+        "model_behavior_preservation": {"kl_div_with_sae": 0.1, "kl_div_score": 0.9},
+    }
     made = runs_of(
         paper, lambda seed: {**absorbed(seed), **scr, "core": MetricResult(core)}, **dict.fromkeys(scalars, 1.0)
     )

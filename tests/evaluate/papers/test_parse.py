@@ -20,12 +20,24 @@ def changed(before, after):
     [
         (changed("value = 9", "value = 8"), "claim runs: its quote does not contain the value 8"),
         (changed('id = "runs"', 'id = "steps"'), "Two of claim are called steps."),
-        (changed('id = "runs"', 'id = "runs"\nmetrics = "none"'), "claim runs: unknown key metrics; did you mean metric?"),
+        (
+            changed('id = "runs"', 'id = "runs"\nmetrics = "none"'),
+            "claim runs: unknown key metrics; did you mean metric?",
+        ),
         (changed('id = "runs"\n', ""), "claim 2: id is missing."),
         (changed("value = 9", 'value = "9"'), "claim runs: value = '9' has the wrong type."),
-        (changed('system = "full"\nmetric = "none"', 'system = "half"\nmetric = "none"'), "claim steps: there is no system half"),
-        (changed('"full"\nmetric = "none"', '"full"\nmetric = "core.sparsity.l7"'), "unknown metric core.sparsity.l7: expected a number of a metric"),
-        (changed('"full"\nmetric = "none"', '"full"\nmetric = "core.sparsity.l0"'), "give `why`, the reason that no metric of ours measures it"),
+        (
+            changed('system = "full"\nmetric = "none"', 'system = "half"\nmetric = "none"'),
+            "claim steps: there is no system half",
+        ),
+        (
+            changed('"full"\nmetric = "none"', '"full"\nmetric = "core.sparsity.l7"'),
+            "unknown metric core.sparsity.l7: expected a number of a metric",
+        ),
+        (
+            changed('"full"\nmetric = "none"', '"full"\nmetric = "core.sparsity.l0"'),
+            "give `why`, the reason that no metric of ours measures it",
+        ),
         (changed("value = 9", 'value = 9\nunit = "km"'), "unknown unit km"),
         (changed("value = 9", 'value = 9\nunit = "pp"'), "pp is the unit of a change"),
         (changed("value = 9", "value = 9\nagainst_value = 7"), "no claim about a system has the value 7"),
@@ -37,7 +49,7 @@ def changed(before, after):
         (GOOD + "\n[nothing]\n", "unknown key nothing"),
         ("number = ", "is not valid TOML"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said(text, sentence):
     with pytest.raises(UsageError) as caught:
         parse_paper(text, "claims/003.toml")
