@@ -276,8 +276,7 @@ def direct_logits(model: LanguageModel, rows_KD: Tensor) -> Tensor:
 
     The directions are weighted by the final norm and multiplied with the unembedding, as with TransformerLens' W_U
     after it has folded in that norm (its default), including the mean subtraction of a LayerNorm. Left out are
-    the norm's
-    division, which is the same for all tokens, the soft cap, which keeps their order, and all later blocks.
+    the norm's division, which is the same for all tokens, the soft cap, which keeps their order, and later blocks.
     """
     transformer: Any = model.model
     weight_VD = transformer.get_output_embeddings().weight

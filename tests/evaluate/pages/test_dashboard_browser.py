@@ -213,8 +213,10 @@ def test_the_policy_stops_a_script_that_is_not_the_page_s(browser, file):
     opened.goto(file.as_uri())
     found = opened.evaluate(
         """() => new Promise((resolve) => {
-            document.addEventListener("securitypolicyviolation", (event) => resolve(event.violatedDirective), { once: true });
-            document.body.append(Object.assign(document.createElement("script"), { textContent: "window.broken = true" }));
+            document.addEventListener("securitypolicyviolation", (event) => resolve(event.violatedDirective),
+                { once: true });
+            document.body.append(Object.assign(
+                document.createElement("script"), { textContent: "window.broken = true" }));
             setTimeout(() => resolve("nothing was stopped"), 5000);
         })"""
     )
