@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from common import machine
+from sae.cache.batch_order import BatchOrder
 from sae.cache.layout import Layout
-from sae.cache.loader import BatchOrder
 
 Order = Callable[[int], np.ndarray]  # epoch -> the rows in the order in which they are served
 

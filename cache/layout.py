@@ -94,10 +94,12 @@ class ArraySpec:
 
     @property
     def numpy_dtype(self) -> Any:
+        """The dtype in memory: bfloat16 is read as uint16."""
         return np.dtype(DTYPES[self.dtype])
 
     @property
     def chunk_bytes(self) -> int:
+        """The uncompressed bytes of a chunk, without its checksum."""
         return int(np.prod(self.chunk_shape)) * self.numpy_dtype.itemsize
 
     @property
@@ -165,10 +167,12 @@ class Layout:
 
     @property
     def chunk_rows(self) -> int:
+        """Rows per chunk of activations: 8192, or the window if that is smaller."""
         return min(CHUNK_ROWS, self.window_rows)
 
     @property
     def n_windows(self) -> int:
+        """The number of windows; the last can be shorter than the others."""
         return -(-self.rows // self.window_rows)
 
     def row_range(self, index: int) -> range:

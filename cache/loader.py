@@ -1,107 +1,34 @@
-"""Shuffled batches at the speed of a memory copy, in an order that is a pure function of the batch number.
+"""Load shuffled batches at the speed of a memory copy, in the order of cache/batch_order.py.
 
-The rows of each window were permuted when they were written. An epoch takes the chunks in a seeded order, lays them end
-to end, and cuts this sequence into `lanes` equal segments. Batch t is the t-th block of batch_size/lanes rows of every
-lane. So each read is contiguous, and a batch still mixes rows from up to `lanes` windows: the expected number of other
-rows of the same context, per row of a batch of B, is about B L (1/(lanes W) + 1/T) for contexts of L rows, windows of W
-rows and T rows in all.
+`open_loader` picks the loader for a device: `BatchLoader` reads ahead in threads, `ResidentLoader` keeps a copy of the
+whole array on the GPU.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..common.errors import UsageError
+from .batch_order import BatchOrder, Span
 from .layout import ArraySpec
 
-MAX_LANES = 32
 DEVICE_SHARE = 0.4  # an array that takes less than this share of a GPU's free memory is copied there as a whole
-ALIGN = 8  # lanes start at a multiple of 8 rows: at d_in 2304 (4608 bytes) that is nine memory pages
 
 
 class BatchSource(Protocol):
     """What batches are read from: a `Cache`, a `ConcatCache` or a group of windows of a `RingCache`."""
 
     @property
-    def chunk_rows(self) -> list[int]: ...
+    def chunk_rows(self) -> list[int]: ...  # the number of rows in each chunk
     def array(self, name: str) -> ArraySpec: ...
     def read_rows(self, name: str, index: int, start: int, count: int) -> list[np.ndarray]: ...
     def outlier_rows(self, name: str) -> np.ndarray: ...
-
-
-class Span(NamedTuple):
-    """Consecutive rows of a chunk, from row `start` of the chunk on."""
-
-    chunk: int
-    start: int
-    rows: int
-
-
-def lane_count(batch_size: int) -> int:
-    """The number of lanes: the largest divisor of the batch size up to 32."""
-    return next(n for n in range(min(MAX_LANES, batch_size), 0, -1) if batch_size % n == 0)
-
-
-class BatchOrder:
-    """The order of the rows: maps a batch number to the rows of that batch.
-
-    It depends only on the sizes of the chunks, the batch size and the seed, so the batch number is the only state that
-    a resumed run needs. Each row occurs at most once per epoch; the rows left over at the end of the lanes are dropped.
-
-    Raises UsageError if there are fewer rows than one batch.
-    """
-
-    def __init__(self, chunk_rows: list[int], batch_size: int, seed: int) -> None:
-        self.chunk_rows, self.batch_size, self.seed = np.asarray(chunk_rows, np.int64), batch_size, seed
-        self.lanes = lane_count(batch_size)
-        self.block = batch_size // self.lanes
-        rows = int(self.chunk_rows.sum())
-        align = ALIGN if rows >= 64 * batch_size else 1
-        segment = rows // self.lanes // align * align
-        self.batches_per_epoch = segment // self.block
-        if not self.batches_per_epoch:
-            raise UsageError(
-                f"The cache has {rows:,} rows, fewer than one batch of {batch_size:,}. "
-                "Harvest more tokens or use a smaller --batch-size."
-            )
-        self.lane_start = np.arange(self.lanes) * segment
-        self._epoch = -1  # the epoch of _order and _end
-
-    def _shuffle(self, epoch: int) -> None:
-        """Set the order of the chunks in an epoch, and the number of rows up to the end of each."""
-        if epoch != self._epoch:
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order = rng.permutation(len(self.chunk_rows))
-            self._end = np.cumsum(self.chunk_rows[self._order])
-            self._epoch = epoch
-
-    def spans(self, batch: int) -> list[Span]:
-        """The rows of a batch, in order."""
-        epoch, index_in_epoch = divmod(batch, self.batches_per_epoch)
-        self._shuffle(epoch)
-        first = self.lane_start + index_in_epoch * self.block  # of each lane's block, counted in the epoch's order
-        position = np.searchsorted(self._end, first, side="right")  # of the chunk in which the block begins
-        chunk = self._order[position]
-        remaining = self._end[position] - first  # rows of that chunk from the beginning of the block on
-        start = self.chunk_rows[chunk] - remaining
-        spans = []
-        lanes = (array.tolist() for array in (position, chunk, start, remaining))
-        for at, index, offset, left in zip(*lanes, strict=True):
-            rows = min(self.block, left)
-            spans.append(Span(index, offset, rows))
-            while rows < self.block:  # the block continues in the next chunk of the epoch's order
-                at += 1
-                index = int(self._order[at])
-                more = min(self.block - rows, int(self.chunk_rows[index]))
-                spans.append(Span(index, 0, more))
-                rows += more
-        return spans
 
 
 class BatchLoader:

@@ -21,9 +21,9 @@ import numpy as np
 
 from ..common.errors import Interrupted, UsageError
 from ..common.files import digest_of, read_json, write_json
+from .batch_order import BatchOrder
 from .chunks import map_chunk
 from .layout import FORMAT, ArraySpec, Hook, Layout, fingerprint_of
-from .loader import BatchOrder
 from .reader import Cache, is_ring_cache
 from .writer import commit_file
 

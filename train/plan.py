@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from ..cache.batch_order import BatchOrder
 from ..cache.catalog import canonical_model_name, find_cache
 from ..cache.concat import ConcatCache, concat_caches
 from ..cache.layout import SITES, Hook
-from ..cache.loader import BatchOrder
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache

@@ -1,8 +1,8 @@
 """`saebench_reference.py --accept`: run the tests against SAEBench's fixtures and print what each compared, as a table.
 
-Each test records its headline number on both sides, the largest relative difference of all its numbers, and what has to
-be equal (`noted` in tests/evaluate/conftest.py). It records before it asserts, so that a failing difference is in the
-table too.
+A test records its headline number on both sides, the largest relative difference of all its numbers, and what has to be
+equal (`record_comparison` in tests/evaluate/conftest.py). Tests record before they assert, so the table has failing
+differences too.
 """
 
 from pathlib import Path

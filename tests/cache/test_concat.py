@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from sae.cache.batch_order import BatchOrder
 from sae.cache.concat import COMPATIBLE_KEYS, ConcatCache, concat_caches
-from sae.cache.loader import BatchLoader, BatchOrder
+from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 

@@ -65,7 +65,7 @@ def saebench() -> Reference:
 
 
 @pytest.fixture
-def noted(record_property) -> Callable[..., None]:
+def record_comparison(record_property) -> Callable[..., None]:
     """Record a line of the table that benchmarks/peers/saebench_reference.py --accept prints.
 
     `pairs` are SAEBench's numbers and ours; the first pair is printed in full. For tensors, the difference is relative
@@ -74,7 +74,9 @@ def noted(record_property) -> Callable[..., None]:
 
     def note(metric: str, what: str, pairs: Sequence[tuple[Any, Any]], equal: dict[str, bool] | None = None) -> None:
         arrays = [[torch.as_tensor(side, dtype=torch.float64) for side in pair] for pair in pairs]
-        relative = [float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)) for theirs, ours in arrays]
+        relative = [
+            float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-30)) for reference, ours in arrays
+        ]
         largest = f"{max(relative):.1e} of {len(relative)}" if relative else ""
         shown = [f"{float(side):.6f}" if side.ndim == 0 else "" for side in arrays[0]] if arrays else ["", ""]
         exact = ", ".join(f"{name}: {'yes' if same else 'NO'}" for name, same in (equal or {}).items())

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import sae
+from sae.cache.batch_order import BatchOrder
 from sae.cache.chunks import write_chunk
-from sae.cache.loader import BatchOrder
 from sae.cache.reader import open_cache
 from sae.common.errors import Interrupted, SaeError, UsageError
 from sae.common.files import read_json

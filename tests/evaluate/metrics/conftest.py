@@ -60,14 +60,14 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    own = Server([])
+    state = Server([])
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            own.seen.append((self.path, self.headers["Authorization"], json.loads(body)))
-            reply = own.replies.pop(0) if len(own.replies) > 1 else own.replies[0]
-            status, headers, content = reply(own.seen[-1][2]) if callable(reply) else reply
+            state.seen.append((self.path, self.headers["Authorization"], json.loads(body)))
+            reply = state.replies.pop(0) if len(state.replies) > 1 else state.replies[0]
+            status, headers, content = reply(state.seen[-1][2]) if callable(reply) else reply
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -82,8 +82,8 @@ def server() -> Iterator[Server]:
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    own.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield own
+    state.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield state
     http.shutdown()
     thread.join()
     http.server_close()

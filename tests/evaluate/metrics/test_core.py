@@ -47,7 +47,7 @@ def ragged() -> list[list[int]]:
     return rows
 
 
-def bench_of(model, rows: list[list[int]], width: int = 12, mode: str = "0.6.0") -> EvalContext:
+def make_ctx(model, rows: list[list[int]], width: int = 12, mode: str = "0.6.0") -> EvalContext:
     return EvalContext(lambda: model, None, contexts_of(rows, width), SKIP, mode, {}, {}, ArtifactCache(Path("shelf")))
 
 
@@ -266,7 +266,7 @@ def assert_same(found: dict, expected: dict, tolerance: float = 2e-5) -> None:
 
 
 def test_a_text_of_one_token_has_no_next_one(model):
-    (found,) = measure(bench_of(model, [[BOS, 400]]), random_sae("relu"))
+    (found,) = measure(make_ctx(model, [[BOS, 400]]), random_sae("relu"))
     assert set(found["model_performance_preservation"].values()) == {None}
     assert found["model_behavior_preservation"]["kl_div_with_sae"] > 0
 
@@ -274,7 +274,7 @@ def test_a_text_of_one_token_has_no_next_one(model):
 @pytest.mark.parametrize(("kind", "size", "batches"), [("relu", 2, 2), ("topk", 5, 1), ("batchtopk", 3, 1)])
 def test_every_number_is_the_definition(model, kind, size, batches):
     sae = random_sae(kind)
-    (found,) = measure(bench_of(model, ragged()), sae, batch_contexts=size, reconstruction_batches=batches)
+    (found,) = measure(make_ctx(model, ragged()), sae, batch_contexts=size, reconstruction_batches=batches)
     expected = by_hand(model, ragged(), sae, size, batches)
     assert 0 < expected["correlation"]["latents_dead"] < D_SAE  # else dead latents would not be tested
     assert_same(found, expected)
@@ -282,13 +282,13 @@ def test_every_number_is_the_definition(model, kind, size, batches):
 
 def test_several_saes_in_one_pass_equal_each_alone(model):
     saes = [random_sae(kind, seed) for seed, kind in enumerate(("relu", "topk", "batchtopk"))]
-    ctx = bench_of(model, ragged())
+    ctx = make_ctx(model, ragged())
     assert measure(ctx, *saes, batch_contexts=2) == [measure(ctx, sae, batch_contexts=2)[0] for sae in saes]
 
 
 def test_layers_are_spliced_where_they_stand(model):
     """Behind the last block nothing follows: KL at layer 1 is that of the unembedding alone, unlike at layer 0."""
-    sae, ctx = random_sae("relu"), bench_of(model, ragged())
+    sae, ctx = random_sae("relu"), make_ctx(model, ragged())
     both = Core().measure(ctx, [EvalTarget(sae, 0), EvalTarget(sae, 1)], lambda done, total, note="": None)
     alone = [Core().measure(ctx, [EvalTarget(sae, layer)], lambda done, total, note="": None)[0] for layer in (0, 1)]
     for one, other in zip(both, alone, strict=True):
@@ -299,7 +299,7 @@ def test_layers_are_spliced_where_they_stand(model):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_identity_scores_one_and_zero_scores_zero(model, layer):
     targets = [EvalTarget(Identity(), layer), EvalTarget(Zero(), layer, everywhere=True)]
-    identity, zero = Core().measure(bench_of(model, ragged()), targets, lambda done, total, note="": None)
+    identity, zero = Core().measure(make_ctx(model, ragged()), targets, lambda done, total, note="": None)
     for result, score in ((identity, 1), (zero, 0)):
         assert result.metrics["model_behavior_preservation"]["kl_div_score"] == pytest.approx(score, abs=1e-5)
         assert result.metrics["model_performance_preservation"]["ce_loss_score"] == pytest.approx(score, abs=1e-5)
@@ -312,7 +312,7 @@ def test_the_identity_scores_one_and_zero_scores_zero(model, layer):
 
 def test_a_zeroed_gemma_says_every_token_is_equally_likely(model):
     """No biases and RMSNorm: zero stays zero, so CE is ln V, and KL is ln V less the entropy of the model."""
-    (found,) = measure(bench_of(model, ragged()), random_sae("relu"))
+    (found,) = measure(make_ctx(model, ragged()), random_sae("relu"))
     assert found["model_performance_preservation"]["ce_loss_with_ablation"] == pytest.approx(math.log(8192), abs=1e-5)
     rows, entropy = ragged(), []
     for ids in rows:
@@ -324,8 +324,8 @@ def test_a_zeroed_gemma_says_every_token_is_equally_likely(model):
 
 def test_more_padding_changes_nothing(model):
     sae = random_sae("relu")
-    (narrow,) = measure(bench_of(model, ragged(), width=12), sae)
-    (wide,) = measure(bench_of(model, ragged(), width=40), sae)
+    (narrow,) = measure(make_ctx(model, ragged(), width=12), sae)
+    (wide,) = measure(make_ctx(model, ragged(), width=40), sae)
     assert wide == narrow
 
 
@@ -333,7 +333,7 @@ def test_specials_change_what_follows_them_but_are_not_counted(model):
     """Trailing EOS adds the CE of one target and no token: everything that is a mean over tokens stays."""
     sae, rows = random_sae("relu"), ragged()
     longer = [*rows[:-1], [*rows[-1], EOS]]
-    (before,), (after,) = (measure(bench_of(model, r, width=13), sae) for r in (rows, longer))
+    (before,), (after,) = (measure(make_ctx(model, r, width=13), sae) for r in (rows, longer))
     for category in ("reconstruction_quality", "shrinkage", "sparsity", "misc_metrics", "correlation"):
         assert after[category] == pytest.approx(before[category], rel=1e-5)
     assert after["model_behavior_preservation"] == pytest.approx(before["model_behavior_preservation"], rel=1e-5)
@@ -343,18 +343,18 @@ def test_specials_change_what_follows_them_but_are_not_counted(model):
 
 def test_a_batch_without_a_counted_token_is_passed_over(model):
     sae, rows = random_sae("relu"), ragged()
-    (alone,) = measure(bench_of(model, rows), sae, batch_contexts=5)
-    (followed,) = measure(bench_of(model, [*rows, [BOS, EOS]]), sae, batch_contexts=5)
+    (alone,) = measure(make_ctx(model, rows), sae, batch_contexts=5)
+    (followed,) = measure(make_ctx(model, [*rows, [BOS, EOS]]), sae, batch_contexts=5)
     assert followed == alone
     with pytest.raises(UsageError, match="held-out text contains only special tokens"):
-        measure(bench_of(model, [[BOS, EOS]]), sae)
+        measure(make_ctx(model, [[BOS, EOS]]), sae)
 
 
 def test_the_modes_differ_as_the_table_says(model):
     """2024-12 has one explained variance, the legacy one, and no misc metrics; every other number is the same."""
     sae = random_sae("topk")
-    (now,) = measure(bench_of(model, ragged()), sae)
-    (then,) = measure(bench_of(model, ragged(), mode="2024-12"), sae)
+    (now,) = measure(make_ctx(model, ragged()), sae)
+    (then,) = measure(make_ctx(model, ragged(), mode="2024-12"), sae)
     quality = now["reconstruction_quality"]
     assert then["reconstruction_quality"].pop("explained_variance") == quality.pop("explained_variance_legacy")
     quality.pop("explained_variance")
@@ -366,13 +366,13 @@ def test_mse_depends_on_the_batch_and_mse_elementwise_does_not(model):
     """Equal batches of n tokens: SAEBench's mse is the elementwise one times D/n."""
     rows, sae = [ragged()[0]] * 4, random_sae("relu")  # eleven counted tokens each
     for size in (1, 2, 4):
-        (found,) = measure(bench_of(model, rows), sae, batch_contexts=size)
+        (found,) = measure(make_ctx(model, rows), sae, batch_contexts=size)
         quality = found["reconstruction_quality"]
         assert quality["mse"] == pytest.approx(quality["mse_elementwise"] * D_IN / (11 * size), rel=1e-6)
 
 
 def test_every_interval_holds_its_number(model):
-    ctx = bench_of(model, ragged())
+    ctx = make_ctx(model, ragged())
     (found,) = Core().measure(ctx, [EvalTarget(random_sae("relu"), LAYER)], lambda done, total, note="": None)
     for category, group in found.intervals.items():
         for name, (low, high) in group.items():
@@ -382,7 +382,7 @@ def test_every_interval_holds_its_number(model):
 
 def test_contexts_of_one_document_are_one_draw(model):
     """Every document twice over is as sure as once; twice as many documents would be surer."""
-    once = bench_of(model, ragged())
+    once = make_ctx(model, ragged())
     twice = replace(once, contexts=once.contexts.select(np.arange(5).repeat(2)))
     sae = EvalTarget(random_sae("relu"), LAYER)
     alone, again = (Core().measure(ctx, [sae], lambda done, total, note="": None)[0] for ctx in (once, twice))
@@ -400,7 +400,7 @@ def test_degenerate_saes_are_flagged(model):
         EvalTarget(random_sae("topk"), LAYER),
         EvalTarget(Zero(), LAYER, True, reference=True),
     ]
-    found = Core().measure(bench_of(model, ragged()), targets, lambda done, total, note="": None)
+    found = Core().measure(make_ctx(model, ragged()), targets, lambda done, total, note="": None)
     assert "L0 is 0" in found[0].flags[0]
     assert not any("L0 is 0" in flag for flag in found[1].flags)
     assert found[2].flags == []

@@ -1,4 +1,4 @@
-"""Absorption against SAEBench 0.6.0, from its own words, rows, probe and latents. fixtures/saebench/README.md"""
+"""Absorption matches SAEBench 0.6.0 on its own words, rows, probe and latents (fixtures/saebench/README.md)."""
 
 import numpy as np
 import pytest
@@ -25,12 +25,12 @@ KINDS = ("relu", "topk", "jumprelu")
 
 
 @pytest.fixture(scope="module")
-def theirs(saebench):
+def reference(saebench):
     return saebench.json("absorption/results")
 
 
 @pytest.fixture(scope="module")
-def words(saebench, theirs) -> SpellingRows:
+def words(saebench, reference) -> SpellingRows:
     """Their rows and their probe. `fresh` has rows of true positives only: zeros stand where the others would be."""
     arrays = saebench.arrays("absorption")
     probe = LetterProbes(arrays["probe.weight"], arrays["probe.bias"])
@@ -44,7 +44,7 @@ def words(saebench, theirs) -> SpellingRows:
     )
     texts = saebench.json("problem/problem")["words"]
     place = {texts[row[-1]]: n for n, row in enumerate(arrays["test.prompts"].tolist())}
-    for token, x in zip(theirs["relu"]["words"]["token"], arrays["fresh.activations"], strict=True):
+    for token, x in zip(reference["relu"]["words"]["token"], arrays["fresh.activations"], strict=True):
         found.fresh_ND[place[token]] = x
     return found
 
@@ -59,7 +59,7 @@ class Draws:
         return [*next(self.drawn), pool[0]][:count]
 
 
-def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monkeypatch):
+def test_prompts_and_rows_match_saebench(saebench, reference, tokenizer, tmp_path, monkeypatch):
     texts, arrays = saebench.json("problem/problem")["words"], saebench.arrays("absorption")
     piece = {
         word.text: word for word in first_letter.vocabulary_words(tokenizer, [tokenizer.convert_tokens_to_ids("\n")])
@@ -77,7 +77,7 @@ def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monk
         ids_NS = made.prompts(asked, known, Draws(iter([[known[i] for i in row[:-1]] for row in rows])))
         x_ND = last_token_rows(ctx, ids_NS, [0], lambda *_: None)[0]
         torch.testing.assert_close(x_ND, arrays[f"{part}.activations"], atol=2e-5, rtol=1e-5)
-    example = theirs["prompt"]
+    example = reference["prompt"]
     asked = iter(example["text"].removeprefix("\n").split("\n"))
     *shown, last = [piece[line.partition(" has the")[0]] for line in asked]
     ids_NS = made.prompts([last], known, Draws(iter([shown])))
@@ -85,17 +85,17 @@ def test_prompts_and_rows_are_theirs(saebench, theirs, tokenizer, tmp_path, monk
     assert len(made.question) == -example["position"] - 1
 
 
-def test_the_letters_probe_finds_the_same_words(theirs, words):
+def test_the_letters_probe_finds_the_same_words(reference, words):
     for kind in KINDS:
-        for letter, found in theirs[kind]["letters"].items():
+        for letter, found in reference[kind]["letters"].items():
             assert float(words.f1_L[LETTERS.index(letter)]) == pytest.approx(found["f1_probe"], abs=1e-7)
-    column = theirs["relu"]["words"]
+    column = reference["relu"]["words"]
     counts = dict(zip(column["letter"], column["num_probe_true_positives"], strict=True))
     assert words.true_positive_NL.sum(0).tolist() == [counts.get(letter, 0) for letter in LETTERS]
 
 
-def test_the_l1_probe_is_theirs(saebench, theirs, words):
-    """All train words are one batch of theirs, so their order does not count, and the seed decides the rest."""
+def test_the_l1_probe_matches_saebench(saebench, reference, words):
+    """All train words are one batch of reference, so their order does not count, and the seed decides the rest."""
     latents = UnitDecoderSAE.of(saebench.saes["relu"], CPU).sparse_latents(words.train_ND)
     seeded = torch.Generator().manual_seed(42)
     found = train_letter_probes(
@@ -105,10 +105,10 @@ def test_the_l1_probe_is_theirs(saebench, theirs, words):
     assert (difference_LF > 1e-5).sum() <= 5  # of 13,312: where a weight crosses 0, Adam makes much of the last bit
     assert difference_LF.max() < 1e-3
     order_LK = found.weight_LD.sort(dim=1, descending=True).indices[:, :10].tolist()
-    assert order_LK == [theirs["relu"]["letters"][letter]["latents"] for letter in LETTERS]
+    assert order_LK == [reference["relu"]["letters"][letter]["latents"] for letter in LETTERS]
 
 
-def as_theirs(sae: SAE, x_ND: torch.Tensor) -> torch.Tensor:
+def encode_like_saebench(sae: SAE, x_ND: torch.Tensor) -> torch.Tensor:
     """Their latents to the last bit: they subtract b_dec first. The solver turns a last bit into a sixth digit."""
     z_NF = (x_ND - sae.b_dec * sae.pre_bias) @ sae.W_enc + sae.b_enc
     f_NF = sae.activate(z_NF, x_ND)
@@ -117,11 +117,11 @@ def as_theirs(sae: SAE, x_ND: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_regressions_and_chosen_latents_are_theirs(saebench, theirs, words, noted, kind):
+def test_regressions_and_chosen_latents_match_saebench(saebench, reference, words, record_comparison, kind):
     sae = saebench.saes[kind]
-    train_NF, test_NF = (as_theirs(sae, x_ND).numpy() for x_ND in (words.train_ND, words.test_ND))
+    train_NF, test_NF = (encode_like_saebench(sae, x_ND).numpy() for x_ND in (words.train_ND, words.test_ND))
     fits, same = [], {"split latents": True, "F1": True}
-    for letter, found in theirs[kind]["letters"].items():
+    for letter, found in reference[kind]["letters"].items():
         at = LETTERS.index(letter)
         train_NK, test_NK = train_NF[:, found["latents"]], test_NF[:, found["latents"]]
         same["split latents"] &= count_split_latents(found["f1"], 0.03)[0] == len(found["split_features"])
@@ -133,15 +133,15 @@ def test_regressions_and_chosen_latents_are_theirs(saebench, theirs, words, note
             )
             positive = fit.decision_function(test_NK[:, :k]) > 0
             same["F1"] &= f1_score(positive, (words.test_letter_N == at).numpy()) == found["f1"][k - 1]
-    noted("absorption", f"{kind}: regressions on 1, 2, 3, 10 latents", fits, same)
+    record_comparison("absorption", f"{kind}: regressions on 1, 2, 3, 10 latents", fits, same)
     assert all(same.values())
     for expected, fitted in fits:
         np.testing.assert_allclose(fitted, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_word_s_absorption_is_theirs(saebench, theirs, words, noted, kind):
-    sae, columns = saebench.saes[kind], theirs[kind]["words"]
+def test_every_word_s_absorption_matches_saebench(saebench, reference, words, record_comparison, kind):
+    sae, columns = saebench.saes[kind], reference[kind]["words"]
     fresh_ND = saebench.arrays("absorption")["fresh.activations"]
     f_NF = sae.encode(fresh_ND)
     fractions, full = [], []
@@ -154,32 +154,32 @@ def test_every_word_s_absorption_is_theirs(saebench, theirs, words, noted, kind)
         full.append(bool(scores.dominated_N & scores.silent_N))
     expected = columns["absorption_fraction"]
     same = {"full absorption": full == columns["is_full_absorption"]}
-    noted("absorption", f"{kind}: {len(full)} words", [(np.array(expected), np.array(fractions))], same)
+    record_comparison("absorption", f"{kind}: {len(full)} words", [(np.array(expected), np.array(fractions))], same)
     assert fractions == pytest.approx(expected, abs=1e-6)
     assert all(same.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_result_is_theirs(saebench, theirs, words, noted, kind, monkeypatch):
+def test_the_result_matches_saebench(saebench, reference, words, record_comparison, kind, monkeypatch):
     """With the ranking of their L1 probe."""
     weight_LF = torch.zeros(26, 512)
-    for letter, found in theirs[kind]["letters"].items():
+    for letter, found in reference[kind]["letters"].items():
         weight_LF[LETTERS.index(letter), found["latents"]] = torch.arange(10.0, 0, -1)
     monkeypatch.setattr(absorption, "train_letter_probes", lambda *_, **__: LetterProbes(weight_LF, torch.zeros(26)))
     result = Absorption().result("0.6.0", saebench.saes[kind], words, CPU)
-    expected = theirs[kind]["eval_result_metrics"]["mean"]
+    expected = reference[kind]["eval_result_metrics"]["mean"]
     headline = "mean_absorption_fraction_score"
     names = [headline, *(expected.keys() - {headline})]
     pairs = [(expected[name], result.metrics["mean"][name]) for name in names]
-    noted(
+    record_comparison(
         "absorption",
         f"{kind}: {headline}",
         pairs,
-        {"letters": len(result.details) == len(theirs[kind]["eval_result_details"])},
+        {"letters": len(result.details) == len(reference[kind]["eval_result_details"])},
     )
     assert result.metrics["mean"] == pytest.approx(expected, abs=1e-6)
-    assert len(result.details) == len(theirs[kind]["eval_result_details"]) > 20
-    for ours, other in zip(result.details, theirs[kind]["eval_result_details"], strict=True):
+    assert len(result.details) == len(reference[kind]["eval_result_details"]) > 20
+    for ours, other in zip(result.details, reference[kind]["eval_result_details"], strict=True):
         assert {name: ours[name] for name in other} == {
             name: pytest.approx(value, abs=1e-6) if isinstance(value, float) else value for name, value in other.items()
         }

@@ -1,4 +1,4 @@
-"""Core is SAEBench 0.6.0's, on a Gemma 2 that it runs through TransformerLens and we through transformers."""
+"""Core matches SAEBench 0.6.0 on a Gemma 2 that it runs through TransformerLens and we through transformers."""
 
 from pathlib import Path
 
@@ -41,22 +41,22 @@ def ours(saebench, contexts):
 
 
 def test_the_model_is_the_same(saebench, contexts):
-    theirs = saebench.arrays("core")
+    reference = saebench.arrays("core")
     run = saebench.model.forward(contexts[:2], [0])
-    torch.testing.assert_close(run.residual[0], theirs["residual"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(saebench.model.unembed(run.final)[:, :, :64], theirs["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run.residual[0], reference["residual"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(saebench.model.unembed(run.final)[:, :, :64], reference["logits"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["rewound", "everywhere"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_scalar_is_saebenchs(saebench, ours, noted, kind, variant):
-    theirs = saebench.json("core/results")[kind][variant]["eval_result_metrics"]
+def test_every_scalar_is_saebenchs(saebench, ours, record_comparison, kind, variant):
+    reference = saebench.json("core/results")[kind][variant]["eval_result_metrics"]
     mine = ours[kind, variant].metrics
-    flat = {name: (value, mine[group].get(name)) for group, own in theirs.items() for name, value in own.items()}
+    flat = {name: (value, mine[group].get(name)) for group, own in reference.items() for name, value in own.items()}
     pairs = [flat[name] for name in ("ce_loss_score", *(flat.keys() - {"ce_loss_score", *COUNTS}))]
-    counts = all(theirs == ours for theirs, ours in map(flat.get, COUNTS))
-    noted("core", f"{kind}, {variant}: ce_loss_score", pairs, {"counts": counts})
-    for category, numbers in theirs.items():
+    counts = all(reference == ours for reference, ours in map(flat.get, COUNTS))
+    record_comparison("core", f"{kind}, {variant}: ce_loss_score", pairs, {"counts": counts})
+    for category, numbers in reference.items():
         for name, value in numbers.items():
             tolerance = 0 if name in COUNTS else 1e-6
             # A ratio of differences of two means has the rounding of what is subtracted.
@@ -68,23 +68,25 @@ def test_every_scalar_is_saebenchs(saebench, ours, noted, kind, variant):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_latents_that_fire_are_counted_alike(saebench, ours, contexts, kind):
     """Their mean is a float32; times the tokens, it is a whole number."""
-    theirs = saebench.json("core/results")[kind]["rewound"]["eval_result_metrics"]["sparsity"]["l0"]
+    reference = saebench.json("core/results")[kind]["rewound"]["eval_result_metrics"]["sparsity"]["l0"]
     tokens = int((contexts[:12] > 2).sum())
     fired = ours[kind, "rewound"].metrics["sparsity"]["l0"] * tokens
     assert fired == pytest.approx(round(fired), abs=1e-9)
-    assert round(theirs * tokens) == round(fired)
+    assert round(reference * tokens) == round(fired)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_latent_is_saebenchs(saebench, ours, noted, kind):
-    theirs, details = saebench.arrays("core"), ours[kind, "rewound"].details
+def test_every_latent_is_saebenchs(saebench, ours, record_comparison, kind):
+    reference, details = saebench.arrays("core"), ours[kind, "rewound"].details
     names = details[0].keys() - {"index"}
     columns = {
         name: torch.tensor([-1 if entry[name] is None else entry[name] for entry in details], dtype=torch.float32)
         for name in names
     }
-    noted("core", f"{kind}: columns of 512 latents", [(theirs[f"{kind}.rewound.{n}"], columns[n]) for n in names])
+    record_comparison(
+        "core", f"{kind}: columns of 512 latents", [(reference[f"{kind}.rewound.{n}"], columns[n]) for n in names]
+    )
     for name, mine in columns.items():
         exact = name in ("feature_density", "consistent_activation_heuristic", "encoder_bias")
         tolerance = {"rtol": 0, "atol": 1e-7} if exact else {"rtol": 1e-6, "atol": 1e-6}
-        torch.testing.assert_close(mine, theirs[f"{kind}.rewound.{name}"], **tolerance)
+        torch.testing.assert_close(mine, reference[f"{kind}.rewound.{name}"], **tolerance)

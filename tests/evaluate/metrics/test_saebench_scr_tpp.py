@@ -1,4 +1,4 @@
-"""SCR and TPP give SAEBench's numbers from SAEBench's activations and probes."""
+"""SCR and TPP match SAEBench 0.6.0 on its own activations and probes."""
 
 import json
 from dataclasses import replace
@@ -84,20 +84,20 @@ def give_probes(saebench, monkeypatch, metric: str) -> None:
     monkeypatch.setattr(ablation, "train_probes", lambda *_: next(queue))
 
 
-def listen(monkeypatch, owner: type, name: str) -> list:
+def record_calls(monkeypatch, owner: type, name: str) -> list:
     """What a method returns, call by call."""
-    heard, method = [], getattr(owner, name)
+    calls, method = [], getattr(owner, name)
 
     def wrapped(*arguments, **more):
-        heard.append(method(*arguments, **more))
-        return heard[-1]
+        calls.append(method(*arguments, **more))
+        return calls[-1]
 
     monkeypatch.setattr(owner, name, wrapped)
-    return heard
+    return calls
 
 
-def agree(ours: dict, theirs: dict) -> None:
-    assert ours == pytest.approx({name: value for name, value in theirs.items() if value is not None}, abs=1e-7)
+def agree(ours: dict, reference: dict) -> None:
+    assert ours == pytest.approx({name: value for name, value in reference.items() if value is not None}, abs=1e-7)
 
 
 def selected(step, effect_PF) -> bool:
@@ -109,33 +109,33 @@ def selected(step, effect_PF) -> bool:
     )
 
 
-def scores_beside(headline: str, theirs: dict, ours: dict) -> list[tuple]:
+def scores_beside(headline: str, reference: dict, ours: dict) -> list[tuple]:
     """Pairs of the scores that SAEBench has, the headline first."""
-    names = sorted((n for n, value in theirs.items() if value is not None), key=lambda name: name != headline)
-    return [(theirs[name], ours[name]) for name in names]
+    names = sorted((n for n, value in reference.items() if value is not None), key=lambda name: name != headline)
+    return [(reference[name], ours[name]) for name in names]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scr(saebench, ctx, monkeypatch, noted, kind):
+def test_scr(saebench, ctx, monkeypatch, record_comparison, kind):
     give_probes(saebench, monkeypatch, "scr")
-    effects = listen(monkeypatch, Scr, "effects")
-    theirs = saebench.json("scr/results")[kind]
+    effects = record_calls(monkeypatch, Scr, "effects")
+    reference = saebench.json("scr/results")[kind]
     metric = Scr((BIOS, REVIEWS), **settings(saebench, "scr"))
     (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
-    scores = theirs["eval_result_metrics"]["scr_metrics"]
+    scores = reference["eval_result_metrics"]["scr_metrics"]
     headline = "scr_metric_threshold_20"
     chosen = [
-        selected({"selected": {key: theirs["steps"][task]["selected"][key] for key in SCR_KEYS}}, effect_PF)
+        selected({"selected": {key: reference["steps"][task]["selected"][key] for key in SCR_KEYS}}, effect_PF)
         for task, effect_PF in zip(TASKS["scr"].values(), effects, strict=True)
     ]
     pairs = scores_beside(headline, scores, found.metrics["scr_metrics"])
-    noted("SCR", f"{kind}: {headline}", pairs, {"latents chosen": all(chosen)})
+    record_comparison("SCR", f"{kind}: {headline}", pairs, {"latents chosen": all(chosen)})
     agree(found.metrics["scr_metrics"], scores)
     assert all(chosen)
     assert [detail["dataset_name"] for detail in found.details] == [
-        d["dataset_name"] for d in theirs["eval_result_details"]
+        d["dataset_name"] for d in reference["eval_result_details"]
     ]
-    for ours, detail in zip(found.details, theirs["eval_result_details"], strict=True):
+    for ours, detail in zip(found.details, reference["eval_result_details"], strict=True):
         agree(
             {k: v for k, v in ours.items() if k != "dataset_name"},
             {k: v for k, v in detail.items() if k != "dataset_name"},
@@ -151,11 +151,14 @@ def test_scr(saebench, ctx, monkeypatch, noted, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tpp(saebench, ctx, monkeypatch, noted, kind):
+def test_tpp(saebench, ctx, monkeypatch, record_comparison, kind):
     """On SAEBench's clean accuracies: it draws their texts among those of training the probes."""
     give_probes(saebench, monkeypatch, "tpp")
-    effects, accuracies = listen(monkeypatch, Tpp, "effects"), listen(monkeypatch, Tpp, "ablated_accuracies")
-    theirs = saebench.json("tpp/results")[kind]
+    effects, accuracies = (
+        record_calls(monkeypatch, Tpp, "effects"),
+        record_calls(monkeypatch, Tpp, "ablated_accuracies"),
+    )
+    reference = saebench.json("tpp/results")[kind]
     clean = saebench.json("tpp/results")["clean_accuracies"]
 
     def clean_of(metric, problem, *_):
@@ -165,25 +168,25 @@ def test_tpp(saebench, ctx, monkeypatch, noted, kind):
     monkeypatch.setattr(Tpp, "clean_accuracies", clean_of)
     metric = Tpp((BIOS, REVIEWS), **settings(saebench, "tpp"))
     (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
-    heard = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # first without the leak
-    steps = [theirs["steps"][dataset] for dataset in TASKS["tpp"]]
-    scores = theirs["eval_result_metrics"]["tpp_metrics"]
+    calls = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # first without the leak
+    steps = [reference["steps"][dataset] for dataset in TASKS["tpp"]]
+    scores = reference["eval_result_metrics"]["tpp_metrics"]
     headline = "tpp_threshold_20_total_metric"
     chosen = [selected(step, effect_PF) for step, effect_PF in zip(steps, effects, strict=True)]
     pairs = scores_beside(headline, scores, found.metrics["tpp_metrics"])
-    noted("TPP", f"{kind}: {headline}", pairs, {"latents chosen": all(chosen)})
+    record_comparison("TPP", f"{kind}: {headline}", pairs, {"latents chosen": all(chosen)})
     assert all(chosen)
-    for dataset, step, ablated, effect_PF in zip(TASKS["tpp"], steps, heard, effects, strict=True):
+    for dataset, step, ablated, effect_PF in zip(TASKS["tpp"], steps, calls, effects, strict=True):
         for own, (by_n, effect_F) in zip(step["accuracies"], zip(ablated, effect_PF, strict=True), strict=True):
             expected_F = saebench.arrays("tpp")[f"{kind}/{dataset}/effects/{own}"]
             torch.testing.assert_close(effect_F, expected_F, rtol=1e-4, atol=1e-6)
             for n, after in by_n.items():
                 assert [float(a_R[0]) for a_R in after] == list(step["accuracies"][own][str(n)].values())
     agree(found.metrics["tpp_metrics"], scores)
-    for ours, detail in zip(found.details, theirs["eval_result_details"], strict=True):
+    for ours, detail in zip(found.details, reference["eval_result_details"], strict=True):
         assert ours.pop("dataset_name") == detail["dataset_name"]
         agree(ours, {k: v for k, v in detail.items() if k != "dataset_name"})
-    for problem, own in zip(found.extra.values(), theirs["eval_result_unstructured"].values(), strict=True):
+    for problem, own in zip(found.extra.values(), reference["eval_result_unstructured"].values(), strict=True):
         for label, scores in own.items():
             agree({k: v for k, v in problem[label].items() if k != "clean_accuracy"}, scores)
 

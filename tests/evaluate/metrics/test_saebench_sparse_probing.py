@@ -1,4 +1,4 @@
-"""Sparse probing is SAEBench's: the same texts, draws, latents and accuracies from the same activations."""
+"""Sparse probing matches SAEBench 0.6.0: texts, draws, latents and accuracies from the same activations."""
 
 import json
 
@@ -61,22 +61,22 @@ def test_the_texts_are_the_same_in_the_same_order(saebench, data, dataset):
 
 
 @pytest.mark.parametrize("run", ["relu", "topk", "jumprelu", "relu.first"])
-def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkeypatch, noted, run):
+def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkeypatch, record_comparison, run):
     labels, chosen, trained = [], [], []
 
-    def heard(name, found, what):
+    def record_answers(name, into, what):
         real = getattr(module, name)
 
-        def listening(*given, **options):
+        def recording(*given, **options):
             answer = real(*given, **options)
-            found.append(what(answer))
+            into.append(what(answer))
             return answer
 
-        monkeypatch.setattr(module, name, listening)
+        monkeypatch.setattr(module, name, recording)
 
-    heard("one_vs_rest_task", labels, lambda task: "".join(str(int(x)) for x in task.label))
-    heard("top_features", chosen, lambda columns: columns.tolist())
-    heard("train_probe", trained, lambda made: made)
+    record_answers("one_vs_rest_task", labels, lambda task: "".join(str(int(x)) for x in task.label))
+    record_answers("top_features", chosen, lambda columns: columns.tolist())
+    record_answers("train_probe", trained, lambda made: made)
     expected = saebench.json("sparse_probing/results")[run]
     arrays = saebench.arrays("sparse_probing")
     draws = make_generator("saebench")
@@ -90,12 +90,12 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
         for side, x_ND in (features | {"sae": pooled.mean_NF}).items():
             del labels[:], chosen[:], trained[:]
             found = scores[side][dataset] = probe_dataset(rows.split(x_ND), KS, lambda *_: draws)
-            theirs = expected["probes"][dataset][side]
-            flat = [theirs[k][label] for k in ("all", *map(str, KS)) for label in found.full]
-            draws_of_theirs = [text for each in flat for text in (each["train_labels"], each["test_labels"])]
-            latents_of_theirs = [each["latents"] for each in flat if "latents" in each]
-            same["draws"] &= labels == draws_of_theirs
-            same["latents"] &= chosen == latents_of_theirs
+            reference = expected["probes"][dataset][side]
+            flat = [reference[k][label] for k in ("all", *map(str, KS)) for label in found.full]
+            draws_of_saebench = [text for each in flat for text in (each["train_labels"], each["test_labels"])]
+            latents_of_saebench = [each["latents"] for each in flat if "latents" in each]
+            same["draws"] &= labels == draws_of_saebench
+            same["latents"] &= chosen == latents_of_saebench
             ours = [*found.full.values(), *(score for top in found.top.values() for score in top.values())]
             pairs += zip([each["accuracy"] for each in flat], ours, strict=True)
             for label, made in zip(found.full, trained, strict=True):
@@ -105,16 +105,16 @@ def test_draws_latents_probes_and_accuracies_are_the_same(saebench, data, monkey
     ours = build_result(scores["llm"] or scores["sae"], scores["sae"], KS, 72, folded=False)
     name = "sae_top_1_test_accuracy"
     headline = (expected["eval_result_metrics"]["sae"][name], ours.metrics["sae"][name])
-    noted("sparse probing", f"{run}: {name}", [headline, *pairs], same)
+    record_comparison("sparse probing", f"{run}: {name}", [headline, *pairs], same)
     assert all(same.values())
-    theirs, mine = zip(*pairs, strict=True)
-    assert mine == pytest.approx(theirs, abs=1e-7)
+    reference, mine = zip(*pairs, strict=True)
+    assert mine == pytest.approx(reference, abs=1e-7)
     for side in ("llm", "sae") if scores["llm"] else ("sae",):
         for name, value in expected["eval_result_metrics"][side].items():
             assert ours.metrics[side][name] == (None if value is None else pytest.approx(value, abs=1e-7))
-    for detail, theirs in zip(ours.details, expected["eval_result_details"], strict=True):
-        assert detail.keys() == theirs.keys() and detail["dataset_name"] == theirs["dataset_name"]
-        assert detail["sae_top_5_test_accuracy"] == pytest.approx(theirs["sae_top_5_test_accuracy"], abs=1e-7)
+    for detail, reference in zip(ours.details, expected["eval_result_details"], strict=True):
+        assert detail.keys() == reference.keys() and detail["dataset_name"] == reference["dataset_name"]
+        assert detail["sae_top_5_test_accuracy"] == pytest.approx(reference["sae_top_5_test_accuracy"], abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk", "jumprelu"])

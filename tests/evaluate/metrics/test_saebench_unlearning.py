@@ -1,4 +1,4 @@
-"""Unlearning against SAEBench 0.6.0: frequencies, selection, clamp and score from the same inputs."""
+"""Unlearning matches SAEBench 0.6.0: frequencies, selection, clamp and score from the same inputs."""
 
 import numpy as np
 import pytest
@@ -17,17 +17,17 @@ def silent(done, total, note=""):
     pass
 
 
-def test_frequencies(saebench, noted):
+def test_frequencies(saebench, record_comparison):
     tokens, expected = saebench.arrays("problem/contexts")["tokens"].long(), saebench.arrays("unlearning")
     targets = [EvalTarget(saebench.saes[kind], 0) for kind in KINDS]
     for name, rows in (("forget", tokens[:10]), ("retain", tokens[10:])):
         for kind, share in zip(KINDS, firing_frequencies(saebench.model, SPECIAL, rows, targets, silent), strict=True):
-            noted("unlearning", f"{kind}: frequencies, {name}", [(expected[f"{kind}.{name}"], share)])
+            record_comparison("unlearning", f"{kind}: frequencies, {name}", [(expected[f"{kind}.{name}"], share)])
             np.testing.assert_allclose(share, expected[f"{kind}.{name}"].numpy(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_selection(saebench, noted, kind):
+def test_selection(saebench, record_comparison, kind):
     """Exact but for the order of ties, which SAEBench leaves to NumPy's unstable sort: ours has the last first."""
     arrays = saebench.arrays("unlearning")
     forget, retain = (arrays[f"{kind}.{name}"].double().numpy() for name in ("forget", "retain"))
@@ -35,7 +35,7 @@ def test_selection(saebench, noted, kind):
         mine = select_forget_latents(forget, retain, float(threshold))
         shares = [f"{forget[latent]:f}" for latent in mine]
         same = shares[: len(expected)] == [f"{forget[latent]:f}" for latent in expected]
-        noted("unlearning", f"{kind}: latents chosen at {threshold}", [], {"but for ties": same})
+        record_comparison("unlearning", f"{kind}: latents chosen at {threshold}", [], {"but for ties": same})
         assert same
         # the last share of the 40 may go on behind them; all latents above it are the same
         above = {latent for latent in expected if f"{forget[latent]:f}" != shares[len(expected) - 1]}
@@ -45,30 +45,30 @@ def test_selection(saebench, noted, kind):
             assert ties == sorted(ties, reverse=True)
 
 
-def test_ties_and_rounding(saebench, noted):
+def test_ties_and_rounding(saebench, record_comparison):
     ties = saebench.json("unlearning/results")["ties"]
     forget, retain = np.array(ties["forget"]), np.array(ties["retain"])
     ours = {threshold: list(select_forget_latents(forget, retain, float(threshold))) for threshold in ties["selected"]}
-    noted("unlearning", "ties of rounded frequencies", [], {"order": ours == ties["selected"]})
+    record_comparison("unlearning", "ties of rounded frequencies", [], {"order": ours == ties["selected"]})
     assert ours == ties["selected"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "multiplier"), [(10, 25), (20, 200)])
-def test_clamp(saebench, noted, kind, n, multiplier):
+def test_clamp(saebench, record_comparison, kind, n, multiplier):
     arrays, sae = saebench.arrays("unlearning"), saebench.saes[kind]
     chosen = saebench.json("unlearning/results")["selected"][kind]["0.2"][:n]
     x, expected = arrays["residual"], arrays[f"{kind}.clamped.{n}.{multiplier}"]
     (made,) = clamp_latents(x, sae.encode(x)[..., chosen], sae.W_dec[chosen], torch.tensor([float(multiplier)]))
-    noted("unlearning", f"{kind}: residual, {n} latents clamped at {multiplier}", [(expected, made)])
+    record_comparison("unlearning", f"{kind}: residual, {n} latents clamped at {multiplier}", [(expected, made)])
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
     assert float((expected - x).abs().max()) > multiplier / 10
 
 
-def test_scores(saebench, noted):
+def test_scores(saebench, record_comparison):
     cases = saebench.json("unlearning/results")["scores"]
     assert len(cases) == 5
     for name, case in cases.items():
         score = unlearning_score([tuple(right) for right in case["right"]], *case["of"])
-        noted("unlearning", f"score, {name}", [(case["score"], score)])
+        record_comparison("unlearning", f"score, {name}", [(case["score"], score)])
         assert score == pytest.approx(case["score"], abs=1e-7)  # SAEBench's accuracies are float32
