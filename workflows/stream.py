@@ -89,6 +89,6 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
     return StreamingPlan(harvest, ring, plan_training(replace(config, source=ring), reserved), size)
 
 
-def run_streaming(plan: StreamingPlan, progress: TrainProgress = TrainProgress()) -> None:
+def run_streaming(plan: StreamingPlan, progress: TrainProgress | None = None) -> None:
     """Harvest and train at the same time. Raises Interrupted after Ctrl-C, with a checkpoint of each run."""
-    train_streaming(plan.train, progress, partial(harvest_ahead, plan.harvest, plan.ring))
+    train_streaming(plan.train, progress or TrainProgress(), partial(harvest_ahead, plan.harvest, plan.ring))

@@ -35,7 +35,8 @@ def test_the_first_group_of_flags_is_short_and_the_others_are_named() -> None:
     text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
     titles = re.findall(r"─ ([A-Z][^─]*?) ─", text)
     assert titles == [
-        "Options", "Data and batches", "Harvesting while training (with --stream)", "Checkpoints and logging", "Machine",
+        "Options", "Data and batches", "Harvesting while training (with --stream)", "Checkpoints and logging",
+        "Machine",
     ]  # fmt: skip
     first = text.partition("Data and batches")[0]
     assert len(re.findall(r"^│ +--", first, re.M)) <= 13  # with --config and --help

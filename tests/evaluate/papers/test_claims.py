@@ -238,7 +238,8 @@ def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():
         unreported=(),
     )
     text = (
-        "1 Introduction\nAn autoencoder, an ortho-\ngonal code, has an L0\nof 42.05 (Smith, 2024) at\nMSE 7.5 (Figure 2)."
+        "1 Introduction\nAn autoencoder, an ortho-\ngonal code, has an L0\nof 42.05 "
+        "(Smith, 2024) at\nMSE 7.5 (Figure 2)."
         "\n\nREFERENCES\n\nSmith 99."
     )
     assert script["missing"](paper, text) == []
