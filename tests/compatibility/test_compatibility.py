@@ -35,7 +35,7 @@ INTERRUPTED = sorted(run for training in TRAININGS.values() for run in training[
 RHYTHM = ["--log-every", "50", "--checkpoint-every", "95"]
 # On the CPU that made them all numbers are the same to the bit. Another rounds otherwise: 1e-5 holds with AVX-512 and
 # with AVX2; without either, a gradient's norm and a rank differ by 2e-5.
-CLOSE = 1e-5 if platform.machine() in ("x86_64", "AMD64") else 1e-4
+CLOSE = 5e-5 if platform.machine() in ("x86_64", "AMD64") else 1e-4
 AGAIN = 1e-2  # of what follows from rows that are harvested again: a number of bfloat16 has eight bits
 TIMES = {"waited_for_data"}
 # One call of the program after the other in one process, each as `python -m sae` would run it.
