@@ -27,7 +27,7 @@ from sae.evaluate.pages.page import write_page
 from sae.harvest import mini
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.run import run_harvest
-from sae.train.activations import TopK
+from sae.train.activation_functions import TopK
 from sae.train.sae import SAE, save_sae
 
 LAYER, K = 12, 32

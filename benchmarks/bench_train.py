@@ -32,7 +32,7 @@ import sae.train.variants  # noqa: F401  (registers the recipes)
 from common import ARRAY, Spent, in_rounds, machine, make_cache
 from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
-from sae.train.activations import KeepTopK
+from sae.train.activation_functions import KeepTopK
 from sae.train.compile import compile_step
 from sae.train.loop import Trainer, train_loop
 from sae.train.recipe import RECIPES, find_recipe

@@ -55,8 +55,8 @@ def publication(paper: str) -> tuple[bool, str, str]:
 
 def recipe_page(recipe: "Recipe") -> Iterator[str]:
     """The lines of a recipe's page."""
+    from ..train.optimization import Optimization
     from ..train.options import read_option_docs
-    from ..train.variant import Optimization
 
     yield recipe.name
     for paragraph in recipe.description.split("\n\n"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..cache.contexts import Contexts
 from ..common.files import digest_of
-from ..train.activations import TopK
+from ..train.activation_functions import TopK
 from ..train.sae import SAE
 from .context import EvalContext
 from .metrics.base import EvalTarget

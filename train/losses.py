@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activations import TopK
+from .activation_functions import TopK
 from .mechanisms import DeadLatents
 from .step import LossTerm, Step
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .activations import BatchTopK, KeepTopK
+from .activation_functions import BatchTopK, KeepTopK
 from .sae import SAE
 from .step import Mechanism, Step
 

@@ -17,9 +17,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..common.errors import UsageError, did_you_mean
 from .l0_control import control_l0
+from .optimization import Optimization
 from .options import DeclaredBy, RecipeOptions, options_class, read_option_docs, read_options
 from .scaling import ScaledDefault, scale_options
-from .variant import Optimization, RunConfig, Variant
+from .variant import RunConfig, Variant
 
 Build = Callable[..., Variant]
 

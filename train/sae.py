@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..common.errors import DamagedError, UsageError
 from ..common.files import atomic_write, read_json, write_json
 from . import sparse_ops
-from .activations import Activation, KeepTopK, ReLU, activation_chain
+from .activation_functions import Activation, KeepTopK, ReLU, activation_chain
 
 FORMAT = 1
 

@@ -1,13 +1,13 @@
 """A variant: an SAE with its losses, schedules, mechanisms and optimizer settings, ready to train."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .mechanisms import DeadLatents
+from .optimization import Optimization
 from .sae import SAE
 from .schedules import Coefficient, constant
 from .step import LossTerm, Mechanism, Step
@@ -49,60 +49,6 @@ class RunConfig(NamedTuple):
         return min(10_000_000, max(self.steps * self.batch_size // 10, self.batch_size))
 
 
-@dataclass(frozen=True)
-class Optimization:
-    """AdamW, its learning rate over the run, and the normalization of the input. These are options of every recipe."""
-
-    lr: float = 3e-4
-    """Learning rate at its peak."""
-    beta1: float = 0.9
-    """Adam's decay of the first moment."""
-    beta2: float = 0.999
-    """Adam's decay of the second moment."""
-    eps: float = 1e-8
-    """Adam's epsilon."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, on W_enc alone: unit rows of W_dec would only be renormalized."""
-    warmup: int | None = None
-    """Steps over which the learning rate rises from zero. None: 1000, or a tenth of a shorter run."""
-    decay_start: float = 0.8
-    """Share of the run after which the learning rate falls linearly to zero."""
-    clip: float | None = 1.0
-    """Limit of the global gradient norm, after the decoder's projection. None: off."""
-    normalize: Literal["unit_ms", "none"] = "unit_ms"
-    """unit_ms: divide the input by sqrt(E|x|^2), from the cache's manifest. none: raw input."""
-    center: bool = False
-    """Also subtract the cache's mean row from the input."""
-    b_dec_init: Literal["mean", "zero"] = "mean"
-    """Initial b_dec: the cache's mean row, or zero."""
-
-    def warmup_steps(self, steps: int) -> int:
-        return min(1000, steps // 10) if self.warmup is None else self.warmup
-
-    def lr_at(self, i: Tensor, steps: int) -> Tensor:
-        """The learning rate of step i: lr min(1, (i+1)/w), then linearly to 0 from `decay_start` on."""
-        up = ((i + 1) / max(self.warmup_steps(steps), 1)).clamp(max=1.0)
-        down = ((steps - i) / max(steps * (1 - self.decay_start), 1)).clamp(max=1.0)
-        return self.lr * up * down
-
-    def validation_errors(self, steps: int) -> Iterator[str]:
-        """One sentence for each option that cannot work in a run of so many steps."""
-        if not self.lr > 0:
-            yield f"lr={self.lr:g} is not positive."
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name):g} is out of range: give 0 up to, but not including, 1."
-        for name in ("eps", "weight_decay"):
-            if getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name):g} is negative."
-        if self.clip is not None and not self.clip > 0:
-            yield f"clip={self.clip:g} would zero every gradient: give a positive norm, or none."
-        if not 0 <= self.warmup_steps(steps) <= steps:
-            yield f"warmup={self.warmup} is negative or longer than the run of {steps} steps."
-        if not 0 <= self.decay_start <= 1:
-            yield f"decay_start={self.decay_start:g} is out of range: give a fraction of the run, 0 to 1."
-
-
 class Mechanisms(nn.ModuleList):
     """Mechanisms, in the order in which they run."""
 
@@ -117,7 +63,7 @@ class Variant(nn.Module):
         sae: the SAE.
         terms: name -> coefficient and loss term; the loss is the sum of their products.
         mechanisms: what acts around the optimizer, in order, after `dead`.
-        optimization: options of the optimizer.
+        optimization: options of the optimizer; None: the defaults.
         dead: counts how long each latent has been inactive; the first mechanism of every variant.
     """
 
@@ -129,7 +75,7 @@ class Variant(nn.Module):
         sae: SAE,
         terms: Mapping[str, tuple[Coefficient | float, LossTerm]],
         mechanisms: Iterable[Mechanism] = (),
-        optimization: Optimization = Optimization(),
+        optimization: Optimization | None = None,
         *,
         dead: DeadLatents,
     ) -> None:
@@ -141,7 +87,7 @@ class Variant(nn.Module):
             self.add_term(name, coefficient, term)
         self.dead = dead
         self.mechanisms = Mechanisms([dead, *mechanisms])
-        self.optimization = optimization
+        self.optimization = optimization or Optimization()
         self.options: dict[str, Any] = {}  # the recipe's own, with the values it was built with
         self.notes: list[str] = []  # what a reader of the run should know about them
         self.register_buffer("mean_D", torch.zeros(sae.d_in))

@@ -27,9 +27,9 @@ from ..evaluate.papers.report import PaperReport, build_report, load_system_run
 from ..evaluate.plan import EvaluateConfig
 from ..harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
 from ..train.estimate import check_disk_space, describe_size, describe_time
+from ..train.optimization import Optimization
 from ..train.plan import Run, TrainConfig, TrainPlan, plan_training
 from ..train.recipe import find_recipe
-from ..train.variant import Optimization
 
 ALL = "all"  # stands for every paper
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.mini.spelling import SpellingWord, spelling_prompt, spelling_words
 from sae.harvest.model import find_model, load_model
-from sae.train.activations import ReLU, TopK
+from sae.train.activation_functions import ReLU, TopK
 from sae.train.sae import SAE, save_sae
 from sae.train.variants.jumprelu import JumpReLU
 

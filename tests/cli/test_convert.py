@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 import sae
 from sae.cli.main import app
-from sae.train.activations import TopK
+from sae.train.activation_functions import TopK
 from sae.train.sae import SAE, load_sae, save_sae
 
 BAD_USAGE, DAMAGED = 2, 3

@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.cli.main import app
+from sae.train.optimization import Optimization
 from sae.train.recipe import RECIPES
-from sae.train.variant import Optimization
 
 
 def output_of(*names: str) -> str:

@@ -7,7 +7,7 @@ import sae
 from sae.common.errors import UsageError
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.run import evaluate
-from sae.train.activations import BatchTopK, ReLU
+from sae.train.activation_functions import BatchTopK, ReLU
 from sae.train.sae import SAE, save_sae
 
 ASKED = {"suite": "core", "tokens": 60, "device": "cpu"}

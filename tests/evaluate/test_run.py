@@ -29,7 +29,7 @@ from sae.evaluate.tables import tables
 from sae.harvest.plan import HarvestConfig as Harvest
 from sae.harvest.plan import plan_harvest
 from sae.harvest.run import run_harvest
-from sae.train.activations import ReLU
+from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE, save_sae
 
 ENVELOPE = {

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from sae.train.activations import TopK
+from sae.train.activation_functions import TopK
 from sae.train.losses import L1, MSE, AuxK, MultiTopK
-from sae.train.mechanisms import (
-    DeadLatents,
-)
+from sae.train.mechanisms import DeadLatents
 from sae.train.sae import SAE
 from sae.train.step import Step
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.train.activations import BatchTopK, TopK
+from sae.train.activation_functions import BatchTopK, TopK
 from sae.train.losses import MSE
 from sae.train.mechanisms import (
     ActivityEMA,

@@ -11,6 +11,7 @@ import pytest
 import sae
 import sae.train.variants  # registers the recipes
 from sae.common.errors import UsageError
+from sae.train.optimization import Optimization
 from sae.train.options import (
     Option,
     RecipeOptions,
@@ -21,7 +22,7 @@ from sae.train.options import (
     read_options,
 )
 from sae.train.recipe import RECIPES, recipe
-from sae.train.variant import Optimization, RunConfig, Variant
+from sae.train.variant import RunConfig, Variant
 from sae.train.variants.baselines import relu
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.common.errors import DamagedError, UsageError
-from sae.train.activations import BatchTopK, ReLU, TopK
+from sae.train.activation_functions import BatchTopK, ReLU, TopK
 from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
 
 

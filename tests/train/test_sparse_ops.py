@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.train import sparse_ops
-from sae.train.activations import BatchTopK, ReLU, TopK
+from sae.train.activation_functions import BatchTopK, ReLU, TopK
 from sae.train.sae import SAE
 
 D_IN, D_SAE, BATCH = 6, 40, 32

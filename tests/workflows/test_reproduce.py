@@ -25,8 +25,8 @@ def asked(**options):
 @pytest.mark.parametrize("reading", ["evidence", "field", "literal"])
 def test_every_recipe_takes_the_options_of_its_paper(number, reading):
     from sae.train import variants  # noqa: F401
+    from sae.train.optimization import Optimization
     from sae.train.recipe import find_recipe
-    from sae.train.variant import Optimization
 
     paper = load_paper(number)
     if reading not in [one.name for one in paper.readings]:

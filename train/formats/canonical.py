@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ..activations import Activation, BatchTopK, ReLU, TopK
+from ..activation_functions import Activation, BatchTopK, ReLU, TopK
 from ..sae import SAE
 from ..variants.collapse.batch_norm import BatchNorm
 from ..variants.collapse.orthogonality import GramSchmidtLatents

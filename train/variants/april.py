@@ -10,11 +10,12 @@ from torch import Tensor
 from ...common.errors import UsageError
 from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder, UnitNormExport
+from ..optimization import Optimization
 from ..recipe import recipe
 from ..sae import SAE
 from ..schedules import warmup
 from ..step import LossTerm, Mechanism, Step
-from ..variant import Optimization, RunConfig, Variant
+from ..variant import RunConfig, Variant
 
 
 class WeightedL1(LossTerm):

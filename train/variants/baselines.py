@@ -1,14 +1,15 @@
 """The baselines that every paper compares with: ReLU with L1, TopK and BatchTopK."""
 
 from ...common.errors import UsageError
-from ..activations import BatchTopK, KeepTopK, TopK
+from ..activation_functions import BatchTopK, KeepTopK, TopK
 from ..losses import L1, MSE, AuxK, MultiTopK
 from ..mechanisms import AnnealK, BatchTopKThreshold, DeadLatents, UnitNormDecoder
+from ..optimization import Optimization
 from ..recipe import recipe
 from ..sae import SAE
 from ..schedules import warmup
 from ..step import Mechanism
-from ..variant import Optimization, RunConfig, Variant
+from ..variant import RunConfig, Variant
 
 
 @recipe("relu", paper="Bricken et al. 2023", width=1)

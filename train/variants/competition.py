@@ -31,16 +31,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..activations import Activation, BatchTopK, ReLU, TopK
+from ..activation_functions import Activation, BatchTopK, ReLU, TopK
 from ..losses import L1, MSE, AuxK, Reconstruction, reconstruction_weight
 from ..mechanisms import BatchTopKThreshold, DeadLatents, UnitNormDecoder
+from ..optimization import Optimization
 from ..options import RecipeOptions
 from ..recipe import recipe
 from ..sae import SAE
 from ..scaling import ScaleWithWidth
 from ..schedules import Coefficient, warmup
 from ..step import LossTerm, Mechanism, Step
-from ..variant import Optimization, RunConfig, Variant
+from ..variant import RunConfig, Variant
 from .baselines import relu
 
 PAPER: dict[str, Any] = {"paper": "002", "equations": "(3)-(5)"}

@@ -11,14 +11,15 @@ The step function in f has no gradient: the gate learns from the last two terms 
 import torch
 from torch import Tensor, nn
 
-from ..activations import Activation
+from ..activation_functions import Activation
 from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder
+from ..optimization import Optimization
 from ..recipe import recipe
 from ..sae import SAE
 from ..schedules import warmup
 from ..step import LossTerm, Step
-from ..variant import Optimization, RunConfig, Variant
+from ..variant import RunConfig, Variant
 
 
 class Gated(Activation, name="gated"):

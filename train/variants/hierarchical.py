@@ -26,13 +26,14 @@ from torch import Tensor
 
 from ..losses import L1, MSE
 from ..mechanisms import DeadLatents, ResampleDead, UnitNormDecoder, reset_adam_state
+from ..optimization import Optimization
 from ..options import RecipeOptions
 from ..recipe import recipe
 from ..sae import SAE
 from ..scaling import ScaleWithVariance, ScaleWithWidth
 from ..schedules import Coefficient, linear, product
 from ..step import Mechanism, Step
-from ..variant import Optimization, RunConfig, Variant
+from ..variant import RunConfig, Variant
 from . import baselines
 
 PAPER: dict[str, Any] = {"paper": "004", "width": 1}

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ...common.errors import UsageError
-from ..activations import Activation
+from ..activation_functions import Activation
 from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder, UnitNormExport
+from ..optimization import Optimization
 from ..recipe import recipe
 from ..sae import SAE
 from ..schedules import warmup
 from ..step import LossTerm, Mechanism, Step
-from ..variant import Optimization, RunConfig, Variant
+from ..variant import RunConfig, Variant
 
 
 class JumpFunction(torch.autograd.Function):

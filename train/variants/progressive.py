@@ -21,16 +21,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..activations import Activation, ReLU
+from ..activation_functions import Activation, ReLU
 from ..losses import L1, MSE, Reconstruction, reconstruction_weight
 from ..mechanisms import ActivityEMA, DeadLatents, UnitNormDecoder
+from ..optimization import Optimization
 from ..options import RecipeOptions
 from ..recipe import recipe
 from ..sae import SAE
 from ..scaling import ScaleWithDictionary, ScaleWithNorm
 from ..schedules import Coefficient, constant, linear
 from ..step import LossTerm, Mechanism, Step
-from ..variant import Optimization, RunConfig, Variant
+from ..variant import RunConfig, Variant
 
 PAPER: dict[str, Any] = {"paper": "001", "width": 1}
 PAPER_EXACT: dict[str, tuple[Any, str]] = {

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ...common.errors import UsageError
-from ..activations import Activation
+from ..activation_functions import Activation
 from ..losses import MSE
 from ..mechanisms import DeadLatents, UnitNormDecoder
+from ..optimization import Optimization
 from ..recipe import recipe
 from ..sae import SAE
 from ..step import LossTerm, Step
-from ..variant import Optimization, RunConfig, Variant
+from ..variant import RunConfig, Variant
 from .baselines import lr_for_width
 
 

@@ -29,7 +29,7 @@ from sae.evaluate.latents.stats import (
 )
 from sae.harvest.architectures import FAMILIES
 from sae.harvest.model import LanguageModel, find_model, load_model
-from sae.train.activations import TopK
+from sae.train.activation_functions import TopK
 from sae.train.sae import SAE
 
 

@@ -17,7 +17,7 @@ from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.scr import Scr
 from sae.evaluate.metrics.tpp import Tpp
 from sae.evaluate.reference_saes import Identity, Zero
-from sae.train.activations import ReLU
+from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE
 
 REVIEWS = "canrager/amazon_reviews_mcauley_1and5"

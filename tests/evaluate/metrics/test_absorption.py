@@ -13,14 +13,9 @@ from sae.common.errors import SaeError, UsageError
 from sae.evaluate.metrics.absorption import Absorption, bootstrap_interval, rate_entry, score_words
 from sae.evaluate.metrics.base import EvalTarget, MetricResult
 from sae.evaluate.metrics.first_letter import LETTERS, SpellingRows
-from sae.evaluate.metrics.letter_probes import (
-    DenseRows,
-    LetterProbes,
-    seeded_generator,
-    train_letter_probes,
-)
+from sae.evaluate.metrics.letter_probes import DenseRows, LetterProbes, seeded_generator, train_letter_probes
 from sae.evaluate.reference_saes import Identity
-from sae.train.activations import ReLU, TopK
+from sae.train.activation_functions import ReLU, TopK
 from sae.train.sae import SAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -29,7 +29,7 @@ from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.reference_saes import Identity
 from sae.evaluate.run import evaluate
 from sae.harvest.model import find_model, load_tokenizer
-from sae.train.activations import ReLU
+from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE, save_sae
 
 CONTEXT = 40

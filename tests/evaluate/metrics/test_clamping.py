@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.evaluate.metrics.clamping import clamp_latents
-from sae.train.activations import ReLU, TopK
+from sae.train.activation_functions import ReLU, TopK
 from sae.train.sae import SAE
 
 

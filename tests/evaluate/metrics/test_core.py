@@ -17,7 +17,7 @@ from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.reference_saes import Identity, Zero
-from sae.train.activations import BatchTopK, ReLU, TopK
+from sae.train.activation_functions import BatchTopK, ReLU, TopK
 from sae.train.sae import SAE
 
 PAD, EOS, BOS = 0, 1, 2

@@ -8,7 +8,7 @@ from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics import pooled_activations as module
 from sae.evaluate.metrics.pooled_activations import pool_latents, read_text_rows
-from sae.train.activations import ReLU
+from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE
 
 TEXTS = ["the quick brown fox jumps", "dog", "seven zebras quietly read their yellow books in june " * 9]

@@ -10,7 +10,7 @@ from sae.evaluate.metrics.pooled_activations import PooledLatents, TextRows, poo
 from sae.evaluate.metrics.probe_readout import ProbeReadout, affine_decoder, mean_latent_differences, strongest_latents
 from sae.evaluate.metrics.probes import ProbeTask
 from sae.evaluate.reference_saes import Identity, Zero
-from sae.train.activations import BatchTopK, ReLU, TopK
+from sae.train.activation_functions import BatchTopK, ReLU, TopK
 from sae.train.sae import SAE
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from sae.evaluate.metrics.probes import (
     train_probe,
     wilson_interval,
 )
-from sae.train.activations import ReLU
+from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE
 
 COUNTS = {"a": 10, "b": 7, "c": 9, "d": 12}  # b begins at 10, c at 17, d at 26

@@ -17,7 +17,7 @@ from sae.evaluate.metrics.registry import metrics_of_suite
 from sae.evaluate.metrics.sparse_probing import SparseProbing, SparseProbingStdlib
 from sae.evaluate.reference_saes import Identity, Zero
 from sae.evaluate.results import read_result, write_result
-from sae.train.activations import ReLU
+from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE
 
 AG, SENTIMENT = "fancyzhx/ag_news", "canrager/amazon_reviews_mcauley_1and5_sentiment"

@@ -33,7 +33,7 @@ from sae.harvest.model import find_model, load_model, load_tokenizer
 from sae.harvest.plan import HarvestConfig as Harvest
 from sae.harvest.plan import plan_harvest
 from sae.harvest.run import run_harvest
-from sae.train.activations import ReLU
+from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE, save_sae
 
 VALUE, NUMBER = 652, 1125  # " value", " number": each one token

@@ -23,7 +23,7 @@ from sae.evaluate.pages.terminal import highlight_tokens, text_histogram
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.results import write_result
 from sae.evaluate.run import evaluate
-from sae.train.activations import TopK
+from sae.train.activation_functions import TopK
 from sae.train.sae import SAE, save_sae
 
 HOSTILE = [

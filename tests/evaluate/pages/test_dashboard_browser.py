@@ -8,7 +8,7 @@ import torch
 from sae.evaluate.latents.inspection import open_run
 from sae.evaluate.pages.dashboard import dashboard_page
 from sae.evaluate.pages.page import write_page
-from sae.train.activations import TopK
+from sae.train.activation_functions import TopK
 from sae.train.sae import SAE, save_sae
 
 HOSTILE = {

@@ -20,7 +20,7 @@ from sae.evaluate.papers.quotes import printed_numbers
 from sae.evaluate.papers.verdict import measured_value
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.run import evaluate
-from sae.train.activations import ReLU
+from sae.train.activation_functions import ReLU
 from sae.train.loop import Trainer
 from sae.train.recipe import RECIPES
 from sae.train.sae import SAE, save_sae

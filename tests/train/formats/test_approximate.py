@@ -8,7 +8,7 @@ import torch
 
 from sae.cache.reader import Cache
 from sae.common.errors import UsageError
-from sae.train.activations import Activation, ReLU
+from sae.train.activation_functions import Activation, ReLU
 from sae.train.formats.export import export_sae
 from sae.train.sae import SAE, save_sae
 from sae.train.variants.collapse.groups import WinnerTakeAll

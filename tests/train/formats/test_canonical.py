@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.common.errors import UsageError
-from sae.train.activations import Activation, BatchTopK, ReLU, TopK
+from sae.train.activation_functions import Activation, BatchTopK, ReLU, TopK
 from sae.train.formats.canonical import CanonicalSAE, from_canonical, to_canonical
 from sae.train.formats.export import export_sae
 from sae.train.variants.collapse.batch_norm import BatchNorm

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae.common.errors import UsageError
-from sae.train.activations import TopK
+from sae.train.activation_functions import TopK
 from sae.train.loop import Trainer
 from sae.train.recipe import find_recipe
 from sae.train.sae import SAE

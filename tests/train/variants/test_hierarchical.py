@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.common.errors import UsageError
-from sae.train.activations import BatchTopK, TopK
+from sae.train.activation_functions import BatchTopK, TopK
 from sae.train.loop import Trainer
 from sae.train.mechanisms import DeadLatents, ResampleDead
 from sae.train.recipe import find_recipe

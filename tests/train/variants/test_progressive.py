@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.common.errors import UsageError
-from sae.train.activations import Activation, ReLU
+from sae.train.activation_functions import Activation, ReLU
 from sae.train.loop import Trainer
 from sae.train.mechanisms import DeadLatents
 from sae.train.recipe import RECIPES, find_recipe

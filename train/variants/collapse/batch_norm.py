@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ...activations import Activation
+from ...activation_functions import Activation
 from ...step import Mechanism, Step
 
 

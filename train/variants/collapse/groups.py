@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...activations import Activation
+from ...activation_functions import Activation
 from ...sae import SAE
 from ...step import Mechanism, Step
 from .monitors import UtilizationEMA

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....common.errors import UsageError
-from ...activations import Activation
+from ...activation_functions import Activation
 from ...sae import SAE
 from ...step import LossTerm, Mechanism, Step
 from .groups import DecoderRows

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from ....common.errors import UsageError
-from ...activations import Activation, ReLU, activation_chain
+from ...activation_functions import Activation, ReLU, activation_chain
 from ...losses import L1, MSE
 from ...mechanisms import DeadLatents, UnitNormDecoder
+from ...optimization import Optimization
 from ...recipe import recipe
 from ...sae import SAE
 from ...schedules import Coefficient, cosine, product, warmup
 from ...step import LossTerm, Mechanism, Step
-from ...variant import Optimization, RunConfig, Variant
+from ...variant import RunConfig, Variant
 from . import options as o
 from .batch_norm import BatchNorm, RunningStatistics
 from .groups import DecoderRows, GroupLearningRate, GroupUtilization, Neighbours, WinnerTakeAll

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.train.variant import Optimization
+from sae.train.optimization import Optimization
 
 
 def test_the_rate_rises_stays_and_falls() -> None:

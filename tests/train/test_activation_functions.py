@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae.train.activations import BatchTopK, TopK
+from sae.train.activation_functions import BatchTopK, TopK
 
 
 def test_topk_keeps_the_two_largest() -> None:
