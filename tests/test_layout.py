@@ -19,7 +19,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cache": ("common",),
     "harvest": ("cache", "common"),
     "train": ("cache", "common"),
-    "evaluate": ("cache", "common", "harvest.model", "harvest.architectures", "train.sae", "train.activation_functions"),
+    "evaluate": (
+        "cache",
+        "common",
+        "harvest.model",
+        "harvest.architectures",
+        "train.sae",
+        "train.activation_functions",
+    ),
     "workflows": ("cache", "common", "evaluate", "harvest", "train"),
     "cli": ("cache", "common", "evaluate", "harvest", "train", "workflows"),
 }
