@@ -1,10 +1,11 @@
-"""Files that an earlier commit wrote go on opening, resuming and evaluating to the same numbers.
+"""Files written by an earlier commit still open, resume and evaluate to the same numbers.
 
-fixtures/<commit>/README.md says what was written, and how. Used here is only what has to stay: the command line,
-`sae.load_sae`, `sae.open_cache`, and files on the disk. Nothing else of the package is imported, so that this test is
-the same before and after any change within it.
+fixtures/<commit>/README.md says what was written and how. This test uses only what must stay stable: the command line,
+`sae.load_sae`, `sae.open_cache` and the files on disk. It imports nothing else of the package, so it is the same before
+and after any change within it.
 
-@HOME@ in the fixtures stands for the home they were made in. A copy of them is a home in which it stands for that copy.
+In the text files of the fixtures, @HOME@ stands for the SAE_HOME they were written in. A test copies them into a home
+of its own and replaces it.
 """
 
 import hashlib
@@ -31,14 +32,14 @@ TRAININGS = {training["name"]: training for training in EXPECTED["trainings"]}
 FINISHED = sorted(path.name for path in (OLD / "finished").iterdir())
 INTERRUPTED = sorted(run for training in TRAININGS.values() for run in training["runs"])
 
-# What --resume has to be told: metrics are means since the line before.
-RHYTHM = ["--log-every", "50", "--checkpoint-every", "95"]
+# Needed by --resume: each logged metric is the mean since the previous line.
+LOG_FLAGS = ["--log-every", "50", "--checkpoint-every", "95"]
 # On the CPU that made them all numbers are the same to the bit. Another rounds otherwise: 1e-5 holds with AVX-512 and
 # with AVX2; without either, a gradient's norm and a rank differ by 2e-5.
 CLOSE = 5e-5 if platform.machine() in ("x86_64", "AMD64") else 1e-4
-AGAIN = 1e-2  # of what follows from rows that are harvested again: a number of bfloat16 has eight bits
-TIMES = {"waited_for_data"}
-# One call of the program after the other in one process, each as `python -m sae` would run it.
+REHARVESTED = 1e-2  # tolerance where rows are harvested again: bfloat16 has eight bits
+TIMINGS = {"waited_for_data"}
+# Runs several commands in one process, each as `python -m sae` would.
 DRIVER = """
 import json, runpy, sys
 failed = 0
@@ -56,18 +57,18 @@ sys.exit(failed)
 
 
 class Ran(NamedTuple):
-    """What came of some calls of the program: their output, and whether all of them ended well."""
+    """The output of some commands, and whether all of them exited with 0."""
 
     good: bool
     output: str
 
     def of(self, name: str) -> str:
-        """The output of the last call that names something."""
+        """The output of the last command that mentions `name`."""
         return next((part for part in reversed(self.output.split("$ sae ")) if name in part), self.output)
 
 
 def call(home: Path, *commands: list[str]) -> Ran:
-    """Call the program in a home, on one thread of the CPU."""
+    """Run commands with SAE_HOME=home, on one CPU thread."""
     words = [[word.replace(HOME, str(home)) for word in command] for command in commands]
     paths = [str(Path(sae.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -83,12 +84,12 @@ def call(home: Path, *commands: list[str]) -> Ran:
 
 
 def text_of(path: Path, home: Path) -> str:
-    """A text file of the fixtures, as it would stand in a home."""
+    """A text file of the fixtures, as it reads in `home`."""
     return path.read_text().replace(HOME, str(home))
 
 
 def copy(folder: Path, to: Path, home: Path) -> None:
-    """Put a folder of the fixtures into a home."""
+    """Copy a folder of the fixtures into a home."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             target = to / path.relative_to(folder)
@@ -100,9 +101,9 @@ def copy(folder: Path, to: Path, home: Path) -> None:
 
 
 def old_home(home: Path, *, finished: bool = False) -> Path:
-    """The home of the earlier commit, its runs interrupted or finished.
+    """The home that the earlier commit wrote, with its runs interrupted or finished.
 
-    Folders have other names in the repository, where git ignores activations/ and runs/.
+    The folders have other names in the repository, because git ignores activations/ and runs/.
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def old_home(home: Path, *, finished: bool = False) -> Path:
 
 
 def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    """Every file under a folder, but for locks."""
+    """Every file under a folder, except locks."""
     paths = (path for path in folder.rglob(pattern) if path.is_file() and not path.name.startswith("."))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
@@ -130,17 +131,17 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def lost(old: Any, new: Any, but_for: set[str], at: str = "") -> Iterator[str]:
-    """Where `new` lacks something that `old` has, or has it otherwise. New keys are welcome."""
+def differences(old: Any, new: Any, but_for: set[str], at: str = "") -> Iterator[str]:
+    """Yield each difference of `new` from `old`. Keys that only `new` has are allowed."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() - but_for:
             if key in new:
-                yield from lost(old[key], new[key], but_for, f"{at}.{key}")
+                yield from differences(old[key], new[key], but_for, f"{at}.{key}")
             else:
                 yield f"{at}.{key} is gone"
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for number, (one, other) in enumerate(zip(old, new, strict=True)):
-            yield from lost(one, other, but_for, f"{at}[{number}]")
+            yield from differences(one, other, but_for, f"{at}[{number}]")
     elif isinstance(old, float) and isinstance(new, (int, float)) and not isinstance(new, bool):
         if new != pytest.approx(old, rel=CLOSE, abs=CLOSE * 0.1, nan_ok=True):
             yield f"{at}: {old} then, {new} now"
@@ -153,10 +154,10 @@ def assert_close(old: torch.Tensor, new: torch.Tensor, within: float = CLOSE) ->
 
 
 def assert_finished(run: Path, within: float = CLOSE) -> None:
-    """The run is what the earlier commit made of it without an interruption."""
+    """The run equals the one that the earlier commit finished without an interruption."""
     finished, home = OLD / "finished" / run.name, run.parents[1]
     record = json.loads((run / "sae.json").read_text())
-    assert list(lost(json.loads(text_of(finished / "sae.json", home)), record, {"sha256"})) == []
+    assert list(differences(json.loads(text_of(finished / "sae.json", home)), record, {"sha256"})) == []
     assert record["sha256"] == hashlib.sha256((run / "sae.safetensors").read_bytes()).hexdigest()
     old, new = load_file(finished / "sae.safetensors"), load_file(run / "sae.safetensors")
     assert old.keys() == new.keys()
@@ -166,12 +167,12 @@ def assert_finished(run: Path, within: float = CLOSE) -> None:
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (finished, run)
     ]
     if within == CLOSE:
-        assert list(lost(*lines, TIMES)) == []
+        assert list(differences(*lines, TIMINGS)) == []
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
 
 
-def text_is_cut_alike(home: Path) -> bool:
-    """Whether the tokenizer is written as it was: another version of tokenizers makes another harvest of it."""
+def tokenizer_is_the_same(home: Path) -> bool:
+    """Whether the tokenizer serializes as it did. Another version of `tokenizers` may write it differently."""
     from transformers import AutoTokenizer
 
     (cache, *_) = EXPECTED["harvests"]
@@ -182,7 +183,7 @@ def text_is_cut_alike(home: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home as a kill left it. Read it; never write."""
+    """A home as a kill left it. Read only."""
     return old_home(tmp_path_factory.mktemp("interrupted"))
 
 
@@ -195,7 +196,7 @@ def finished(tmp_path: Path) -> Path:
 
 
 def chunk_of(cache: Any, name: str, number: int) -> torch.Tensor:
-    """The rows of a chunk. What gives them was called `chunk`, and has had other names since."""
+    """The rows of a chunk. `read_chunk` was called `chunk` before."""
     read = getattr(cache, "read_chunk", None) or cache.chunk
     return torch.from_numpy(read(name, number).copy()).view(torch.bfloat16)
 
@@ -237,11 +238,11 @@ def test_a_cache_gives_the_same_batches(interrupted: Path, name: str) -> None:
         assert digest.hexdigest() == expected["sha256"], expected["call"]
 
 
-def test_a_harvest_finds_its_cache_and_ends_what_was_begun(tmp_path: Path) -> None:
-    """Also of gemma-2-mini, whose own files it pins. A damaged cache is mended by what its harvest.json says."""
+def test_a_harvest_command_finds_its_cache_and_finishes_an_interrupted_one(tmp_path: Path) -> None:
+    """Also on gemma-2-mini, which is pinned by its files. `sae cache repair` harvests again as harvest.json says."""
     home = old_home(tmp_path / "home")
-    if not text_is_cut_alike(home):
-        pytest.skip("this version of tokenizers writes the tokenizer otherwise, so its harvests are others")
+    if not tokenizer_is_the_same(home):
+        pytest.skip("this version of tokenizers serializes the tokenizer differently, which makes it another harvest")
     activations, half = home / "activations", EXPECTED["half"]
     before, folders = contents(activations), names(activations)
     cache = EXPECTED["harvests"][0]["folder"]
@@ -266,9 +267,9 @@ def test_a_harvest_finds_its_cache_and_ends_what_was_begun(tmp_path: Path) -> No
     kept = {path for path in before if not path.startswith(mended) and not path.endswith(records)}
     assert {path for path in kept if after.get(path) != before[path]} == set()
     old, new = (chunk_of(sae.open_cache(f / cache), "layer_01", 1) for f in (OLD / "caches", activations))
-    assert_close(old.float(), new.float(), AGAIN)
+    assert_close(old.float(), new.float(), REHARVESTED)
     rows = rows_of(sae.open_cache(activations / half), "layer_00")
-    assert_close(load_file(FIXTURES / "half.safetensors")["rows"].float(), rows.float(), AGAIN)
+    assert_close(load_file(FIXTURES / "half.safetensors")["rows"].float(), rows.float(), REHARVESTED)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -276,42 +277,42 @@ def test_a_harvest_finds_its_cache_and_ends_what_was_begun(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """A home in which every interrupted run was gone on with: by --resume, or by the command that began it.
+    """A home in which every interrupted run was resumed, by --resume or by the command that began it.
 
-    A run that cannot be gone on with stops the others of its command. They are then resumed one by one, to see which.
+    A run that cannot be resumed stops the others of its command. Those left are then resumed one by one, to see which.
     """
     home = old_home(tmp_path_factory.mktemp("resumed"))
     recipes, *others = EXPECTED["trainings"]
     resume = [word for run in recipes["runs"] for word in ("--resume", f"{HOME}/runs/{run}")]
-    ran = call(home, ["train", *resume, *RHYTHM], *(other["words"] for other in others))
+    ran = call(home, ["train", *resume, *LOG_FLAGS], *(other["words"] for other in others))
     left = [run for run in INTERRUPTED if not (home / "runs" / run / "sae.json").exists()]
     if left:
-        again = call(home, *(["train", "--resume", f"{HOME}/runs/{run}", *RHYTHM] for run in left))
+        again = call(home, *(["train", "--resume", f"{HOME}/runs/{run}", *LOG_FLAGS] for run in left))
         ran = Ran(False, ran.output + again.output)
     return home, ran
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", INTERRUPTED)
-def test_an_interrupted_run_ends_as_it_would_have(resumed: tuple[Path, Ran], run: str) -> None:
+def test_an_interrupted_run_resumes_to_the_same_sae(resumed: tuple[Path, Ran], run: str) -> None:
     home, ran = resumed
     assert (home / "runs" / run / "sae.json").exists(), ran.of(run)
-    assert_finished(home / "runs" / run, AGAIN if run in TRAININGS["stream"]["runs"] else CLOSE)
+    assert_finished(home / "runs" / run, REHARVESTED if run in TRAININGS["stream"]["runs"] else CLOSE)
 
 
 @pytest.mark.slow
-def test_no_command_began_another_run(resumed: tuple[Path, Ran]) -> None:
+def test_no_command_started_a_new_run(resumed: tuple[Path, Ran]) -> None:
     home, ran = resumed
     assert ran.good, ran.output
     assert names(home / "runs") == names(OLD / "trained")
 
 
-def test_a_run_is_gone_on_with_where_its_cache_was_moved(tmp_path: Path) -> None:
+def test_a_run_resumes_on_a_cache_that_was_moved(tmp_path: Path) -> None:
     home = old_home(tmp_path / "home")
     run = next(run for run in TRAININGS["recipes"]["runs"] if run.startswith("batchtopk-"))
     moved = home / "elsewhere"
     (home / "activations" / EXPECTED["harvests"][0]["folder"]).rename(moved)
-    ran = call(home, ["train", "--resume", f"{HOME}/runs/{run}", "--cache", str(moved), *RHYTHM])
+    ran = call(home, ["train", "--resume", f"{HOME}/runs/{run}", "--cache", str(moved), *LOG_FLAGS])
     assert ran.good, ran.output
     path = home / "runs" / run / "sae.json"
     record = json.loads(path.read_text())
@@ -322,7 +323,7 @@ def test_a_run_is_gone_on_with_where_its_cache_was_moved(tmp_path: Path) -> None
 
 
 def test_a_command_finds_the_runs_that_it_made(finished: Path) -> None:
-    """The digest in a folder's name is of what was asked for: --literal, --order-seed, --config and all others."""
+    """The digest in a run folder's name is unchanged, with --literal, --order-seed, --config and all other options."""
     before = contents(finished / "runs")
     named = [named for named in EXPECTED["named"] if named["words"][0] == "train"]
     plans = ([*one["words"], "--dry-run"] for one in named)
@@ -355,7 +356,7 @@ def results(home: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def evaluations() -> Callable[[str], list[str]]:
-    """The commands of the results, by a word of theirs."""
+    """Find the command that wrote a result by a word in it."""
 
     def find(word: str) -> list[str]:
         (found,) = (one["words"] for one in EXPECTED["evaluations"] if word in " ".join(one["words"]))
@@ -366,10 +367,10 @@ def evaluations() -> Callable[[str], list[str]]:
 
 @pytest.mark.slow
 def test_results_are_read_back_and_not_measured_again(finished: Path, evaluations: Callable[[str], list[str]]) -> None:
-    """Nor by what shows them. Those of another --mode stand aside, in evaluations/earlier/, and come back."""
+    """Showing them measures nothing either. Results of another --mode come back from evaluations/earlier/."""
     before = results(finished)
     kept = [evaluations("--tokens 1k"), evaluations("core,absorption")]
-    if platform.python_version() == EXPECTED["made_with"]["python"]:  # whose standard library is the text
+    if platform.python_version() == EXPECTED["made_with"]["python"]:  # the metric reads its standard library
         kept.append(evaluations("scr_stdlib"))
     (run,) = (one["runs"][0] for one in EXPECTED["evaluations"] if "2024-12" in one["words"])
     few = [word for word in kept[0] if "/runs/" in word]
@@ -390,7 +391,7 @@ def test_results_are_read_back_and_not_measured_again(finished: Path, evaluation
     (aside,) = (path for path in before if path.startswith(f"runs/{run}/evaluations/earlier/core-"))
     after = results(finished)
     assert after[f"runs/{run}/evaluations/core.json"] == before[aside]
-    assert sorted(after.values()) == sorted(before.values())  # moved, and not made
+    assert sorted(after.values()) == sorted(before.values())  # moved, not measured again
 
 
 @pytest.mark.slow
@@ -408,4 +409,4 @@ def test_measuring_again_gives_the_same_numbers(finished: Path, evaluations: Cal
         if path.startswith("references/pca-"):  # the signs of eigenvectors are not those of another CPU
             continue
         old, new = json.loads(before[path]), json.loads(after[path])
-        assert list(lost(old, new, {"eval_id", "datetime_epoch_millis", "sae_bench_commit_hash"}, path)) == []
+        assert list(differences(old, new, {"eval_id", "datetime_epoch_millis", "sae_bench_commit_hash"}, path)) == []
