@@ -28,7 +28,7 @@ def canonical_model_name(model: str | None) -> str | None:
 def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache:
     """The one cache under `activations/` that holds the complete activations of this hook (and model, if given).
 
-    Raises UsageError if there is none or more than one; the message lists what there is.
+    Raises UsageError if there is none or more than one; the message lists the caches that exist.
     """
     caches, model = list_caches(root), canonical_model_name(model)
     opened = [cache for cache in caches.values() if isinstance(cache, Cache)]
@@ -55,7 +55,7 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
 
 
 def require_cache_folder(folder: Path) -> None:
-    """Raise UsageError unless the folder is a cache, complete or not, or the remains of one."""
+    """Raise UsageError unless the folder is a cache, complete or not, or what is left of one."""
     if not any((folder / record).exists() for record in ("harvest.json", "tokens/commit.json", "tokens/draft")):
         raise UsageError(f"{folder} holds no activation cache; nothing was deleted.")
 

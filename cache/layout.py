@@ -226,7 +226,7 @@ def token_arrays(contexts: int, length: int) -> list[ArraySpec]:
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
-    """The digest of everything in the identity that decides a byte of the cache; names do not."""
+    """The digest of everything in the identity that decides a byte of the cache; names are left out."""
     return digest_of({key: without_name(value) for key, value in identity.items()})
 
 

@@ -268,7 +268,7 @@ class OutlierMask:
         is_outlier = self.outlier_rows[nearest] == rows
         outliers, others = np.flatnonzero(is_outlier), np.flatnonzero(~is_outlier)
         if not len(others):
-            raise UsageError("A batch holds only rows over --max-norm. Harvest again with a larger --max-norm.")
+            raise UsageError("Every row of a batch is over --max-norm. Harvest again with a larger --max-norm.")
         return outliers, others[np.searchsorted(others, outliers) % len(others)]
 
 

@@ -27,7 +27,7 @@ from .layout import ArraySpec, Hook, Layout
 from .statistics import describe_statistics, mean_and_mean_square, rows_above
 
 OPEN_CHUNKS = 256  # memory maps kept open, several per lane: opening one for every read halves the speed
-DECODED_BLOCKS = 128  # kept of a compressed cache (150 MB at d_in 2304): a lane's next read needs the rest of its block
+DECODED_BLOCKS = 128  # of a compressed cache (150 MB at d_in 2304): a lane's next read needs the rest of its block
 
 
 class Cache:
@@ -228,7 +228,7 @@ class Cache:
         """Iterate over shuffled batches (batch_size, d_in) of raw activations, in the order that training reads them.
 
         Args:
-            seed: the order of the rows; training's `--order-seed`.
+            seed: the order of the rows; training's `--shuffle-seed`.
             batch: the number of the first batch.
             epochs: stop after this many epochs; None never stops.
             dtype: float32 or bfloat16. Each batch is a new tensor on `device`.

@@ -22,7 +22,7 @@ from .chunks import REPAIR_HINT, files_exist, read_attributes, write_chunk
 from .layout import FORMAT, ArraySpec, Hook, Layout, fingerprint_of, group_metadata
 from .statistics import build_manifest
 
-WRITE_THREADS = 2  # two saturate a disk; four are a tenth faster
+WRITE_THREADS = 2  # enough to saturate a disk; four are a tenth faster
 MEASURED_ROWS = 128  # rows per step of `norms_and_moments`: as many as fit into a core's cache
 # The files of a harvest that has no fingerprint yet; any other file means that the folder is used for something else.
 INITIAL_FILES = {"tokens", "harvest.json", "ring.json", "zarr.json", ".lock", ".lock.holder"}
@@ -63,8 +63,8 @@ class CacheWriter:
             )
         if recorded["tokens"] != self.tokens_digest:
             raise DamagedError(
-                f"{folder} was started with other tokens than its text gives now, probably with another version of "
-                "tokenizers. Use another --out."
+                f"{folder} was started with different tokens than its text gives now, probably because of another "
+                "version of tokenizers. Use another --out."
             )
         for array in layout.arrays(self.widths):
             write_json_if_changed(folder / array.name / "zarr.json", array.metadata())

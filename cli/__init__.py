@@ -1,1 +1,1 @@
-"""The command line: one file a command. A command parses, prints the plan, runs it and prints the next command."""
+"""The command line: one file per command. A command parses, prints the plan, runs it and prints the next command."""

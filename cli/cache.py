@@ -49,7 +49,7 @@ def info(folder: Folder) -> None:
 @cache_app.command()
 @cli_command
 def verify(folder: Folder) -> None:
-    """Read every byte of a cache and compare it with its checksum."""
+    """Read every byte of a cache and verify the checksums."""
     from ..cache.reader import open_cache
     from ..common.formatting import format_count
 
@@ -69,7 +69,7 @@ def repair(
     dataset: Annotated[str | None, typer.Option(help="The dataset's new location, if it has moved.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Read every byte of a cache and harvest again the windows with missing or damaged files."""
+    """Read every byte of a cache and re-harvest the windows with missing or damaged files."""
     from ..common.formatting import format_count
     from ..harvest.progress import HarvestProgress
     from ..harvest.repair import repair as repair_cache
@@ -87,8 +87,8 @@ def repair(
 
 @cache_app.command()
 @cli_command
-def rm(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
-    """Delete a cache, after asking."""
+def rm(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False) -> None:
+    """Delete a cache, after asking for confirmation."""
     from ..cache.catalog import remove_cache, require_cache_folder
     from ..common.errors import Interrupted
     from ..common.files import folder_bytes
@@ -100,5 +100,5 @@ def rm(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not a
             echo("nothing was deleted")
             return
     except typer.Abort:  # Ctrl-C, or stdin is closed
-        raise Interrupted("Nothing was deleted. Use --yes to delete without a question.") from None
+        raise Interrupted("Nothing was deleted. Use --yes to delete without confirmation.") from None
     typer.echo(f"{folder} deleted, {format_bytes(remove_cache(folder))} freed")

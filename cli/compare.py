@@ -24,7 +24,7 @@ def compare(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A system of the table: print the differences to it, paired by seed, with intervals."),
+        typer.Option(help="A system in the table: print differences from it, paired by seed, with intervals."),
     ] = None,
     mix: Annotated[
         bool,
@@ -34,7 +34,7 @@ def compare(
         bool, typer.Option(help="Add the identity, zero, a PCA and a random dictionary, where they were measured.")
     ] = True,
 ) -> None:
-    """Evaluated runs -> one table, frontiers over L0, training curves. Seeds of one recipe become mean and sd."""
+    """Compare evaluated runs in a table, with L0 frontiers and training curves. Seeds become mean and sd."""
     import json
 
     from ..common.errors import UsageError

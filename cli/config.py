@@ -1,4 +1,4 @@
-"""`sae config`: show the values of a command and where each was given, and print a file to begin with."""
+"""`sae config`: show a command's values and where each comes from, or print a starter config file."""
 
 import copy
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from .config_file import Value, command_of, options_of, resolve, to_toml
 from .console import report_errors
 
 config_app = typer.Typer(
-    no_args_is_help=True, help="Show what a command would run with and where each value is given; start a config file."
+    no_args_is_help=True, help="Show a command's values and where each comes from, or print a starter config file."
 )
 COMMANDS = ("harvest", "train", "evaluate")  # in the file that `init` prints
 
@@ -27,7 +27,7 @@ def show(
     while (subcommands := getattr(current, "commands", None)) is not None:
         name = words.pop(0) if words else ""
         if name not in subcommands:
-            raise UsageError(f"There is no command {name!r} of {parent.info_name}{did_you_mean(name, subcommands)}")
+            raise UsageError(f"unknown command {name!r} of {parent.info_name}{did_you_mean(name, subcommands)}")
         current = without_required(subcommands[name])
         parent = current.make_context(name, words if not hasattr(current, "commands") else [], parent=parent)
     typer.echo(f"[{'.'.join(command_of(parent))}]")
@@ -65,9 +65,9 @@ def lines_with_origins(values: dict[str, Value]) -> list[tuple[str, str]]:
 @config_app.command()
 @report_errors
 def init(context: typer.Context) -> None:
-    """Print a config file to begin with: every flag of harvest, train and evaluate with its default."""
+    """Print a starter config file: every flag of harvest, train and evaluate with its default."""
     root: Any = context.find_root()
-    typer.echo("# For --config of every command. Unknown keys are refused; flags override the file.")
+    typer.echo("# For --config of every command. Unknown keys are errors; flags override the file.")
     for name in COMMANDS:
         typer.echo(f"\n[{name}]")
         for option, param in options_of(root.command.commands[name]).items():

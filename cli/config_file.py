@@ -85,7 +85,7 @@ class ConfigFile:
             reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8"
             raise UsageError(f"--config {path} cannot be read: {reason}.") from None
         self.lines = line_numbers(text)
-        self.values: dict[Command, dict[str, Any]] = {}  # parameter -> its value as the command line would have it
+        self.values: dict[Command, dict[str, Any]] = {}  # parameter -> its value as on the command line
         self.origins: dict[Command, dict[str, Any]] = {}  # parameter -> file:line, or a list of those for --set
         mistakes = list(self._read_table(content, context.find_root().command, ()))
         if mistakes:
@@ -104,7 +104,7 @@ class ConfigFile:
                 name = RENAMED[words][key]
                 note_renamed(f"{self.origin(path)}: {key}", name)
             if name not in known:
-                kind = "command" if subcommands is not None else f"option of {' '.join(words)}"
+                kind = "command" if subcommands is not None else f"{' '.join(words)} option"
                 yield f"{self.origin(path)}: unknown {kind} {key!r}{did_you_mean(key, known)}"
             elif subcommands is None:
                 yield from self._read_option(known[name], value, path)
@@ -135,16 +135,16 @@ def line_numbers(text: str) -> dict[Key, int]:
 
     Parses the first line, the first two, and so on: the first prefix that has a key shows where the key is.
     """
-    lines, found, start = list(io.StringIO(text)), dict[Key, int](), 1
+    lines, line_of, start = list(io.StringIO(text)), dict[Key, int](), 1
     for number in range(1, len(lines) + 1):
         try:
             content = tomllib.loads("".join(lines[:number]))
         except tomllib.TOMLDecodeError:  # the prefix ends inside a value of several lines
             continue
         for key, _ in flatten(content, tables=True):
-            found.setdefault(key, start)
+            line_of.setdefault(key, start)
         start = number + 1
-    return found
+    return line_of
 
 
 def flatten(table: Mapping[str, Any], tables: bool = False) -> Iterator[tuple[Key, Any]]:
@@ -163,7 +163,7 @@ def options_of(command: Any) -> dict[str, Any]:
 
 
 def to_args(param: Any, value: Any) -> Any:
-    """A TOML value as the command line would have it: a string, a list of strings, or a bool for a switch.
+    """A TOML value as it would be on the command line: a string, a list of strings, or a bool for a switch.
 
     Raises ValueError if the value does not fit the parameter.
     """
@@ -259,7 +259,7 @@ def _merge_set(param: Any, flags: list[str], from_file: list[str], origins: Mapp
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command: it takes --config, and `ORIGINS` says while it runs where each of its values was given."""
+    """Decorate a command: it takes --config, and while it runs `ORIGINS` says where each value was given."""
 
     @functools.wraps(command)
     def run(*args: Any, config: Path | None = None, context_: typer.Context | None = None, **kwargs: Any) -> None:

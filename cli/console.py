@@ -47,7 +47,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # not every encoding has ↑ and ±, nor every file name
+            sys.stdout.reconfigure(errors="replace")  # an encoding may lack ↑, ± or a letter of a file name
         try:
             _run_command(command, args, kwargs)
         except KeyboardInterrupt:  # also one that arrives while another error is being reported
@@ -78,7 +78,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
         raise typer.Exit(4) from None
     except BrokenPipeError:
         raise
-    except OSError as error:  # mostly of the terminal or a pipe: errors of our own files are SaeErrors
+    except OSError as error:  # mostly from the terminal or a pipe: errors of our own files are SaeErrors
         if error.filename:
             echo(f"error: {os_error(error, Path(error.filename))}")
         else:
@@ -93,13 +93,13 @@ def ignore_interrupts() -> None:
 
 
 def discard_output() -> None:
-    """Send the rest of the output nowhere, so that flushing at exit does not fail on a closed pipe."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Discard the rest of the output, so that flushing at exit does not fail on a closed pipe."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
             continue
-        os.dup2(nowhere, stream.fileno())
+        os.dup2(devnull, stream.fileno())
 
 
 class BarAndTable(Progress):
@@ -116,7 +116,7 @@ class BarAndTable(Progress):
 class Bar:
     """A live progress bar; where stderr is not a terminal, a line every ten seconds.
 
-    Call it with the work done, the total and a note. Work that is smaller than before starts another stage.
+    Call it with the work done, the total and a note. A smaller number than before starts a new stage.
     """
 
     def __init__(self, title: str, unit: str) -> None:

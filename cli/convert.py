@@ -28,9 +28,7 @@ def export(
     ] = None,
     approximate: Annotated[
         str | None,
-        typer.Option(
-            help="topk, jumprelu or relu: if the format cannot store the SAE, write the nearest with this activation."
-        ),
+        typer.Option(help="topk, jumprelu or relu: if the format cannot store the SAE, write the nearest with it."),
     ] = None,
     repo: Annotated[str | None, typer.Option(rich_help_panel=HUB, help="Repository to upload to: owner/name.")] = None,
     private: Annotated[
@@ -43,7 +41,7 @@ def export(
 
     if to == "hub":
         if repo is None or out is not None:
-            raise UsageError("--to hub needs --repo owner/name, and takes no --out.")
+            raise UsageError("--to hub needs --repo owner/name and does not take --out.")
         from ..train.formats.upload import upload_sae
 
         with bar("verify", "rows") as shown:
@@ -92,14 +90,14 @@ def import_(
     ],
     cache: Annotated[
         Path | None,
-        typer.Option(help="Cache of its model, to verify and evaluate on. Default: the only one that fits."),
+        typer.Option(help="Cache of its model, to verify and evaluate on. Default: the only one that matches."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the run folder is made. Default: runs/.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to create the run folder. Default: runs/.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     model: Annotated[str | None, typer.Option(rich_help_panel=OVERRIDES, help="Id on the Hub, or a folder.")] = None,
     layer: Annotated[int | None, typer.Option(rich_help_panel=OVERRIDES, help="Zero-based block.")] = None,
 ) -> None:
-    """Make a run from files of SAELens, Gemma Scope, dictionary_learning or sparsify. Runs no code in them."""
+    """Make a run from files of SAELens, Gemma Scope, dictionary_learning or sparsify. Executes no code from them."""
     from ..train.formats.import_ import import_sae
 
     with bar("verify", "rows") as shown:
@@ -119,6 +117,6 @@ def describe_import(imported: "ImportResult") -> list[str]:
     lines.append(f"run      {imported.folder}")
     if imported.cache is None:
         harvest = f"sae harvest --model {quote(model)} --layer {layer}"
-        lines.append(f"note     There is no cache of this model and layer. Before evaluating: {harvest}")
+        lines.append(f"note     There is no cache of this model and layer. Before evaluating, run: {harvest}")
     lines.append(f"next     sae evaluate {quote(str(imported.folder))}")
     return lines

@@ -22,11 +22,11 @@ def dashboard(
     out: Annotated[Path | None, typer.Option(help="Default: dashboard.html in the run folder.")] = None,
     tokens: Tokens = None,
     latents: Annotated[
-        int | None, typer.Option(help="Show only so many latents, drawn at random, for a smaller file. Default: all.")
+        int | None, typer.Option(help="Show only this many latents, drawn at random, for a smaller file. Default: all.")
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Run -> one HTML file: its numbers and curves, and every latent with passages and logit effects."""
+    """Write a run's numbers, curves and latents, with passages and logit effects, to one HTML file."""
     from datetime import date
 
     from ..common.formatting import format_bytes
@@ -59,7 +59,7 @@ def inspect(
     tokens: Tokens = None,
     device: Device = "auto",
 ) -> None:
-    """Single latents in the terminal, or the latents that fire on a prompt."""
+    """Show single latents in the terminal, or the latents that fire on a prompt."""
     from ..common.errors import UsageError
     from ..common.formatting import format_count
     from ..evaluate.latents.inspection import check_latents, open_run

@@ -27,10 +27,10 @@ def demo(
     folders = [run.folder for run in runs]
     code = run_evaluate(plan_evaluation(evaluate_config(folders, tokens)))
     topk = next(run.folder for run in runs if run.recipe.name == "topk")
-    here, there = quote(str(folders[0].parent)), quote(str(cache.folder))
+    runs_folder, cache_folder = quote(str(folders[0].parent)), quote(str(cache.folder))
     echo(f"next     sae dashboard {quote(str(topk))}     (its latents, as a page)")
-    echo(f"         sae evaluate {here}/*     (also absorption, probing, SCR and TPP)")
-    echo(f"         sae train --variant jumprelu --layer 5 --cache {there}     (`sae variants` lists more)")
-    echo("         sae harvest --layer 12     (Gemma-2-2B: accept its licence, then `hf auth login`)")
+    echo(f"         sae evaluate {runs_folder}/*     (also absorption, probing, SCR and TPP)")
+    echo(f"         sae train --variant jumprelu --layer 5 --cache {cache_folder}     (`sae variants` lists more)")
+    echo("         sae harvest --layer 12     (Gemma-2-2B: accept its license, then `hf auth login`)")
     if code:
         raise typer.Exit(code)

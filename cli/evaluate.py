@@ -24,7 +24,7 @@ def evaluate(
     mode: Annotated[
         str, typer.Option(help="Definitions: 0.6.0 (SAEBench now) or 2024-12 (behind the papers' numbers).")
     ] = "0.6.0",
-    model: Annotated[str | None, typer.Option(help="Refuse runs of another model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Reject runs of any other model.")] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="Cache whose held-out text is read. Default: the cache that each run was trained on."),
@@ -33,7 +33,7 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Folder with datasets: <name on the Hub>/<split>.jsonl or .parquet.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Measure again what was measured before.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Recompute results that already exist.")] = False,
     references: Annotated[
         bool, typer.Option(help="Add rows for the identity, zero, a PCA and a random dictionary.")
     ] = True,

@@ -52,7 +52,10 @@ def harvest(
         str | None, typer.Option(rich_help_panel=TEXT, help="Commit of the dataset on the Hub.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(rich_help_panel=TEXT, help="Order of contexts and rows, and choice of held-out documents.")
+        int,
+        typer.Option(
+            rich_help_panel=TEXT, help="Seed for the order of contexts and rows and the choice of held-out documents."
+        ),
     ] = 0,
     revision: Annotated[str | None, typer.Option(rich_help_panel=MODEL, help="Commit of the model on the Hub.")] = None,
     dtype: Annotated[

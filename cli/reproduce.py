@@ -1,4 +1,4 @@
-"""`sae reproduce`: train and evaluate a paper's systems, and show every claimed number beside the measured one."""
+"""`sae reproduce`: train and evaluate a paper's systems, and show every claimed number next to the measured one."""
 
 from pathlib import Path
 from shlex import quote
@@ -67,9 +67,9 @@ def reproduce(
         ),
     ] = None,
 ) -> None:
-    """Train and evaluate a paper's systems and show each number it claims beside the number measured.
+    """Train and evaluate a paper's systems and show each number it claims next to the one measured.
 
-    Whatever exists already is used as it is: run the same command again after an interruption, or with one more seed.
+    Anything that already exists is reused: run the same command again after an interruption, or with one more seed.
     """
     from ..workflows.reproduce import ReproduceConfig, Stages, plan_reproduction, run_reproduction
     from . import harvest, train

@@ -139,11 +139,11 @@ def train(
         origins=ORIGINS.get({}),
     )
     harvest_options = {"tokens": tokens, "windows": ring, "dataset": dataset, "context": context, "window": window}
-    given = {name: value for name, value in harvest_options.items() if value is not None}
-    if given and not stream:
-        flags = ", ".join(f"--{'ring' if name == 'windows' else name}" for name in given)
+    stream_options = {name: value for name, value in harvest_options.items() if value is not None}
+    if stream_options and not stream:
+        flags = ", ".join(f"--{'ring' if name == 'windows' else name}" for name in stream_options)
         raise UsageError(f"{flags} can only be given with --stream.")
-    runs = run_streaming(config, given, dry_run) if stream else run_train(config, dry_run)
+    runs = run_streaming(config, stream_options, dry_run) if stream else run_train(config, dry_run)
     if not dry_run:
         from ..common.formatting import shell_paths
 

@@ -48,7 +48,7 @@ def variants(
 
 
 def publication(paper: str) -> tuple[bool, str, str]:
-    """Sorts published papers by year, and then those that have a number."""
+    """Sort key: published papers by year, then the numbered ones."""
     number = re.search(r"\d+", paper)
     return paper.isdigit(), number[0] if number else "", paper
 
@@ -128,15 +128,15 @@ def show_type(kind: Any) -> str:
 def paper_doc(recipe: "Recipe") -> str:
     """The docstring of the paper's file or folder in train/variants."""
     folder = "train.variants."
-    before, _, module = recipe.declared_by.__module__.partition(folder)
-    return inspect.getdoc(sys.modules[before + folder + module.split(".")[0]]) or ""
+    package, _, module = recipe.declared_by.__module__.partition(folder)
+    return inspect.getdoc(sys.modules[package + folder + module.split(".")[0]]) or ""
 
 
 def paper_title(recipe: "Recipe") -> str:
     if not recipe.paper.isdigit():
         return recipe.paper
-    title, found, _ = paper_doc(recipe).partition(" (paper ")
-    return f"{recipe.paper}: {title}" if found else recipe.paper
+    title, numbered, _ = paper_doc(recipe).partition(" (paper ")
+    return f"{recipe.paper}: {title}" if numbered else recipe.paper
 
 
 def equations_of(recipe: "Recipe") -> list[str]:
@@ -160,7 +160,7 @@ def default_optimization(recipe: "Recipe") -> dict[str, Any]:
 
 
 def measured(name: str) -> str:
-    """What was measured of a recipe at its defaults, by train/variants/measured.json."""
+    """The measurements of a recipe at its defaults, from train/variants/measured.json."""
     from ..train import variants as folder
 
     table = json.loads((Path(folder.__path__[0]) / "measured.json").read_text(encoding="utf-8"))

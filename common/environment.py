@@ -59,7 +59,7 @@ def describe_environment() -> list[str]:
 
     record = environment_record()
     versions, source, home = record["versions"], record["source"], sae_home()
-    changed = {True: ", changed since", False: "", None: ", not known whether changed since"}[source["changed"]]
+    changed = {True: ", changed since", False: "", None: ", unknown whether changed since"}[source["changed"]]
     home_note = "" if "SAE_HOME" in os.environ else " (SAE_HOME is not set)"
     precision = record["matmul_precision"]
     lines = {

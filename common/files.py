@@ -54,7 +54,7 @@ def os_error(error: OSError, path: Path) -> UnavailableError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UnavailableError(
             f"The disk is full: {path} could not be written. "
-            "Free space and run the same command again; what is committed is safe."
+            "Free space and run the same command again; everything committed is safe."
         )
     return UnavailableError(
         f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and that it is not read-only."
@@ -147,7 +147,7 @@ def writer_lock(folder: Path, command: str, say: Callable[[str], None] = lambda 
     entry the temporary files of dead writers are deleted: check first that the folder belongs to this package.
 
     Raises UnavailableError if another process holds the lock (the message names it) or the folder cannot be written,
-    UsageError if a file is in the folder's place.
+    UsageError if a file is in the way.
     """
     lock, note = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
     try:

@@ -1,7 +1,7 @@
-"""What each family of models calls its parts, and which module a hook is on.
+"""Module names in each family of models, and the module that each hook is on.
 
 Every decoder of transformers is a trunk (a list of blocks and a final norm) and an unembedding. Most keep their blocks
-in `model.layers`; GPT-2 and GPT-NeoX (Pythia) have names of their own. In every family listed here a block adds its
+in `model.layers`; GPT-2 and GPT-NeoX (Pythia) use other names. In every family listed here a block adds its
 attention and its MLP to the residual stream; GPT-NeoX computes both from the same input. tests/harvest/test_model.py
 checks this for each of them.
 """
@@ -49,12 +49,12 @@ def find_trunk(model: nn.Module) -> Any:
     """The part of a model without the unembedding, which holds the blocks."""
     family = family_of(model.config)
     for part in (model, getattr(model, family.trunk, None)):
-        for decoder in (part, getattr(part, "language_model", None)):  # of a model that reads images too
+        for decoder in (part, getattr(part, "language_model", None)):  # in a model that also reads images
             if hasattr(decoder, family.blocks):
                 return decoder
     raise UsageError(
         f"{type(model).__name__} does not keep its blocks in `model.layers`, where most models have them, so it is not "
-        f"supported. Supported are {', '.join(FAMILIES)}, and other models with such a list."
+        f"supported. Supported families: {', '.join(FAMILIES)}, and others that have such a list."
     )
 
 
@@ -90,7 +90,8 @@ def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
     blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
     if blocks is None:
         raise UsageError(
-            f"{name} is a {config.model_type} model, whose configuration has no num_hidden_layers; it is not supported."
+            f"{name} is a {config.model_type} model without num_hidden_layers in its configuration, which is not "
+            "supported."
         )
     for layer in layers:
         if not 0 <= layer < blocks:
@@ -113,7 +114,7 @@ def check_context(config: Any, context: int, name: str) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", context)
     if family_of(config).learned_positions and context > positions:
         raise UsageError(
-            f"--context {context} is too long: {name} has learned {positions} positions. Give at most that."
+            f"--context {context} is too long: {name} has learned {positions} positions. Use a shorter context."
         )
 
 

@@ -36,7 +36,7 @@ def make_contexts(
     most BATCH_CHARACTERS + MAX_DOCUMENT characters), then 4 * context + 50 bytes for each context.
 
     Raises UsageError if the text has no tokens or, with `exactly`, too few, and UnavailableError if the text cannot be
-    read any further; the checkpoint then holds everything up to there.
+    read any further; the checkpoint then holds everything read so far.
     """
     cutter = ContextCutter(require_bos_id(tokenizer), context, skip, tokens, pack)
     cut_documents(text, tokenizer, cutter, checkpoint, seed, held_out, checkpoint_tokens)
@@ -63,7 +63,7 @@ def cut_documents(
     number, state = 0, checkpoint.state
     if state:
         cutter.rows, cutter.unfinished, number = state["rows"], state["open"], state["documents"]
-        text.say(f"Continuing {text.name} after {cutter.rows:,} tokens, which were tokenized before.")
+        text.say(f"Continuing {text.name} after {cutter.rows:,} tokens, which are already tokenized.")
     text.seek(state and state["text"])
     documents = text.documents
 
@@ -104,8 +104,8 @@ class ContextCutter:
 
     def take(self) -> dict[str, np.ndarray]:
         """The contexts since the last call: ids (T,) of all, one after the other; length, document, held_out (N,)."""
-        taken, self.contexts = self.contexts, empty_contexts()
-        return {name: np.asarray(values) for name, values in taken.items()}
+        columns, self.contexts = self.contexts, empty_contexts()
+        return {name: np.asarray(values) for name, values in columns.items()}
 
     def add(self, body: list[int], document: int, held_out: bool) -> None:
         """Add the ids of a document, without its BOS."""

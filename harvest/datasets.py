@@ -76,8 +76,8 @@ def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say) -
     files = list_files(path, split)
     formats = {FILE_FORMATS.get(p.suffix) for p in files}
     if len(formats) != 1 or None in formats:
-        found = sorted({p.suffix for p in files}) or "no files"
-        raise UsageError(f"{path} has {found}; expected files of one format: {', '.join(FILE_FORMATS)}.")
+        suffixes = sorted({p.suffix for p in files}) or "no files"
+        raise UsageError(f"{path} has {suffixes}; expected files of one format: {', '.join(FILE_FORMATS)}.")
     (file_format,) = formats
     name = path.stem.removesuffix(".jsonl") or path.name
     column_name = column if file_format != "text" else None
@@ -91,7 +91,7 @@ def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say) -
 
     def unreadable(problem: str) -> SaeError:
         return UsageError(
-            f"{path} cannot be read as {file_format}: {problem}. It may be cut off, or of another format."
+            f"{path} cannot be read as {file_format}: {problem}. It may be truncated or in another format."
         )
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log the same error first, with a traceback
@@ -108,7 +108,7 @@ def digest_of_files(path: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
     try:
         if not any(file.stat().st_size for file in files):
-            raise UsageError(f"{path} is empty. Give a text to --dataset.")
+            raise UsageError(f"{path} is empty. Give --dataset a text.")
         for file in files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

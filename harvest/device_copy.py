@@ -23,7 +23,7 @@ class DeviceCopy:
         self.pending: tuple[torch.cuda.Event, dict[str, Tensor], np.ndarray, Mapping[str, np.ndarray]] | None = None
 
     def send(self, rows: Mapping[str, Tensor], target: np.ndarray, bits: Mapping[str, np.ndarray]) -> None:
-        """Copy rows[name] (n, d) bfloat16 to bits[name][target]. They are all there once `wait` has returned."""
+        """Copy rows[name] (n, d) bfloat16 to bits[name][target]. The copy is complete once `wait` has returned."""
         if self.cuda_stream is None:
             scatter(rows, target, bits)
             return
@@ -53,7 +53,7 @@ class DeviceCopy:
             self.pending = None
 
     def drop(self) -> None:
-        """Forget the pending copy, whose window is computed again."""
+        """Discard the pending copy; its window is computed again."""
         self.pending = None
 
 

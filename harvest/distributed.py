@@ -12,12 +12,12 @@ TIMEOUT = timedelta(days=7)  # a process that has finished waits for the others
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that were launched together."""
+    """One of the processes that were launched together."""
 
     rank: int = 0
     count: int = 1
     device: str = "cpu"
-    barrier: Callable[[], None] = lambda: None  # returns when all processes have called it
+    barrier: Callable[[], None] = lambda: None  # returns once every process has called it
 
     @property
     def is_first(self) -> bool:

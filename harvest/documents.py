@@ -48,7 +48,7 @@ class ListedDocuments:
 
 @dataclass
 class TextSource:
-    """A text: its documents, what pins it, and how many of its documents were skipped for which reason."""
+    """A text: its documents, the identity that pins it, and how many documents were skipped for each reason."""
 
     name: str
     identity: dict[str, Any]

@@ -37,8 +37,8 @@ def activations(
 ) -> Activations:  # fmt: skip
     """The activations of texts at a site of a layer, on the CPU.
 
-        found = sae.activations(["The cat sat."], model="gemma-2-mini", layer=12)
-        found.tokens, found.x.shape  # one row of x for each token
+        acts = sae.activations(["The cat sat."], model="gemma-2-mini", layer=12)
+        acts.tokens, acts.x.shape  # one row of x for each token
 
     As in a harvest, each text comes after a BOS and is cut into contexts of at most `context` tokens, and the rows of
     BOS, EOS and pad are left out unless `keep_special`.
@@ -77,9 +77,9 @@ def activations(
 
 
 def check_arguments(texts: Any, layer: Any, site: str, context: int) -> None:
-    """Raise UsageError for arguments that are wrong whatever the model is."""
+    """Raise UsageError for arguments that are wrong for any model."""
     if isinstance(texts, str) or not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
-        raise UsageError("activations takes a list of texts, each a string.")
+        raise UsageError("activations() takes a list of strings.")
     if not isinstance(layer, Integral):
         raise UsageError(f"invalid layer={layer!r}: expected the number of a block, such as 12.")
     if site not in SITES:

@@ -30,7 +30,7 @@ def translate_load_errors(name: str) -> Iterator[None]:
 
 
 def load_error(error: Exception, name: str) -> SaeError | None:
-    """The error to raise if the Hub lacks or refuses a model, for no network, and for a full disk; None for the rest.
+    """The error to raise if a model is missing or refused, the network down or the disk full; None otherwise.
 
     transformers raises an OSError in all of these cases; its causes tell which one it is.
     """
@@ -48,9 +48,9 @@ def load_error(error: Exception, name: str) -> SaeError | None:
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    licence = f"accept its licence at https://huggingface.co/{name}, then run `hf auth login`."
+    accept_license = f"accept its license at https://huggingface.co/{name}, then run `hf auth login`."
     if caused_by(GatedRepoError):
-        return UnavailableError(f"{name} is gated: {licence} To try everything without it: --model {mini.NAME}")
+        return UnavailableError(f"{name} is gated: {accept_license} To try everything without it: --model {mini.NAME}")
     if caused_by(RepositoryNotFoundError):
         return UnavailableError(
             f"There is no model {name} on the Hub that you can read. Check the name; if it is private, run "
@@ -66,7 +66,7 @@ def load_error(error: Exception, name: str) -> SaeError | None:
     if caused_by(LocalEntryNotFoundError) or any(
         isinstance(cause, Exception) and is_network_error(cause) for cause in causes
     ):
-        gated = f" If you have not done so yet, {licence}" if name.startswith("google/gemma") else ""
+        gated = f" If you have not done so yet, {accept_license}" if name.startswith("google/gemma") else ""
         return UnavailableError(
             f"The model {name} could not be loaded: the Hub cannot be reached, and not all of its files are on this "
             f"machine. Check the network, and that HF_HUB_OFFLINE is not set.{gated} "

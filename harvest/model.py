@@ -62,7 +62,7 @@ def find_model(name: str, revision: str | None = None) -> tuple[ModelSource, Any
     """Find a model and pin its bytes. Returns its source and transformers' configuration; loads no weights.
 
     Raises UsageError if there is no such folder, and UnavailableError if the Hub cannot be reached or the model's
-    licence has not been accepted.
+    license has not been accepted.
     """
     folder = mini.WEIGHTS if name == mini.NAME else Path(name)
     if folder.is_dir() and revision is not None:
@@ -143,7 +143,7 @@ def _load(kind: Any, source: ModelSource, config: Any, dtype: str, device: str, 
     wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:  # transformers has filled them with random numbers
         raise DamagedError(
-            f"The weights of {source.name} do not match its config.json: {wrong[0]} is missing or of another shape "
+            f"The weights of {source.name} do not match its config.json: {wrong[0]} is missing or has another shape "
             f"({len(wrong):,} such tensors in all). Download them again."
         )
     return LanguageModel(model.eval().requires_grad_(False))
@@ -351,15 +351,15 @@ class LanguageModel:
         ids_NS = torch.arange(8, device=self.device).reshape(2, 4) % self.config.vocab_size
         try:
             run = self.forward(ids_NS, [0])
-            ours = self.unembed(run.run_from(0, run.residual[0])).float()
+            logits = self.unembed(run.run_from(0, run.residual[0])).float()
         except (AttributeError, TypeError, KeyError) as error:
             raise UsageError(self._not_evaluated(f"its modules have other names ({error})")) from error
-        theirs = self.model(ids_NS, use_cache=False).logits.float()
-        if (difference := (ours - theirs).abs().max()) > 0.01 * theirs.abs().max():
+        expected = self.model(ids_NS, use_cache=False).logits.float()
+        if (difference := (logits - expected).abs().max()) > 0.01 * expected.abs().max():
             raise UsageError(
                 self._not_evaluated(f"running its blocks one by one changes the logits by {difference:.2g}")
             )
 
     def _not_evaluated(self, why: str) -> str:
         name = type(self.model).__name__
-        return f"SAEs cannot be spliced into {name}: {why}. Supported are {', '.join(FAMILIES)}."
+        return f"SAEs cannot be spliced into {name}: {why}. Supported families: {', '.join(FAMILIES)}."

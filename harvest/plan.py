@@ -205,9 +205,9 @@ class HarvestPlan:
         }
 
     def check_space(self, needed: float, per_token: float) -> None:
-        """Raise UnavailableError if so many bytes do not fit on the disk."""
+        """Raise UnavailableError if `needed` bytes do not fit on the disk."""
         free = free_space(self.folder)
-        if self.config.compress:  # bfloat16 shrinks by 1.3 at least, and a disk that fills up after all loses nothing
+        if self.config.compress:  # bfloat16 shrinks at least 1.3x, and nothing is lost if the disk does fill up
             needed, per_token = needed / 1.3, per_token / 1.3
         if 1.02 * needed > free:
             raise UnavailableError(
@@ -283,11 +283,11 @@ def mention_other_revisions(folder: Path, identity: dict[str, Any], on_hub: bool
             if "split" in identity["data"]:  # a dataset of the Hub
                 flags += f" --dataset-revision {other.identity['data']['revision']}"
             instead = f" To continue that one instead, add{flags}" if flags else ""
-            say(f"{other.folder} is the same harvest of another revision.{instead}")
+            say(f"{other.folder} is the same harvest at another revision.{instead}")
 
 
 def check_config(config: HarvestConfig, dataset: str) -> None:
-    """Raise UsageError for values that are wrong whatever the model and the text are."""
+    """Raise UsageError for values that are wrong for any model and text."""
     if "" in (config.model, config.dataset):
         raise UsageError("--model and --dataset cannot be empty. Leave out --dataset for the model's default text.")
     check_sizes(config)

@@ -107,8 +107,8 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
     changed = [key for key in identity if without_name(identity[key]) != without_name(plan.identity.get(key))]
     if changed:
         raise UsageError(
-            f"{folder} was harvested with a different {', '.join(changed)} than is there now, so its bytes cannot be "
-            "reproduced. Say where they are now with --model or --dataset, or harvest into a new folder."
+            f"{folder} was harvested with other inputs than now (changed: {', '.join(changed)}), so its bytes cannot "
+            "be reproduced. Give the original ones with --model or --dataset, or harvest into a new folder."
         )
     return replace(plan, identity=identity)
 
@@ -131,7 +131,7 @@ def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
 
 
 def chunk_error(folder: Path, file: str, record: dict[str, Any]) -> str | None:
-    """What is wrong with a chunk file, or None."""
+    """What is wrong with a chunk file; None if it is intact."""
     name, chunk = file.rsplit("/", 1)
     try:
         check_chunk(folder, read_array_spec(folder, name), int(chunk.split(".")[1]), record)

@@ -39,7 +39,7 @@ def harvest_activations(
         for x in cache.batches(layer=12, batch_size=4096):  # (4096, d_in) float32
             ...
 
-    A cache that is already there is opened, one that was interrupted is continued, and layers that it lacks are added.
+    A finished cache is opened, an interrupted one is continued, and missing layers are added.
 
     Args:
         model: Hub id, folder, or "gemma-2-mini", the small model that comes with this package.
@@ -80,7 +80,7 @@ def harvest_activations(
 
 
 def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
-    """Carry out a plan, or what is left of it, and open the cache. Several launched processes share the windows.
+    """Run a plan, or the rest of it, and open the cache. Several launched processes share the windows.
 
     Raises UsageError if the folder holds something else, UnavailableError if the disk is too small or another process
     is writing, and Interrupted on Ctrl-C, with every committed window safe.

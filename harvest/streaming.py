@@ -23,7 +23,7 @@ TEXT_BYTES = 5  # per token: its id, and its share of the held-out text
 
 
 class TrainingEnded(Exception):  # noqa: N818  (not an error: the harvest has run as far as it has to)
-    """Raised in the harvesting thread when nobody will read its windows any more."""
+    """Raised in the harvesting thread when training will read no more windows."""
 
 
 def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]:
@@ -82,8 +82,8 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
         ring.create()
         writer, contexts = start_cache(plan)
         ring.start_at(groups.start)
-        wanted = ring.windows(groups)
-        missing = {window: arrays for window, arrays in writer.missing_windows().items() if window in wanted}
+        windows_to_read = ring.windows(groups)
+        missing = {window: arrays for window, arrays in writer.missing_windows().items() if window in windows_to_read}
 
         def stop_when_closed(done: int, total: int) -> None:
             if ring.closed:

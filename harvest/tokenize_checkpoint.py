@@ -1,9 +1,9 @@
-"""Checkpoints of tokenizing a text, on disk beside the cache, so that a kill does not restart the reading.
+"""Checkpoints of tokenizing a text, in the cache's folder, so that a killed harvest does not start reading again.
 
     tokens/draft/000000.safetensors    the contexts up to the first checkpoint, as ContextCutter.take returns them
     tokens/draft/state.json            the checksum of each such file and the reading state; written last
 
-A checkpoint is only used by the same harvest that wrote it, and thrown away if it is damaged.
+A checkpoint is used only by the harvest that wrote it, and is discarded if it is damaged.
 """
 
 import shutil

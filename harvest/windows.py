@@ -1,7 +1,7 @@
 """Compute the windows of a cache and write them.
 
-While the model computes one window, a thread measures, compresses if asked, writes and flushes the one before. There is
-memory for two windows and no more: if neither is free, the model waits.
+While the model computes one window, a thread measures, compresses if asked, writes and flushes the previous one. There
+is memory for two windows and no more: if neither is free, the model waits.
 """
 
 import contextlib
@@ -129,8 +129,8 @@ class WindowComputer:
     def made_with(self) -> dict[str, Any]:
         """The part of a commit that says how its window was computed."""
         versions = {"torch": torch.__version__, "transformers": version("transformers")}
-        ours = {"sae-pipeline": version("sae-pipeline"), "source": source_revision()}
-        return {"batch_contexts": self.batch_contexts, "device": self.model.device.type, **versions, **ours}
+        own_versions = {"sae-pipeline": version("sae-pipeline"), "source": source_revision()}
+        return {"batch_contexts": self.batch_contexts, "device": self.model.device.type, **versions, **own_versions}
 
     def compute(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowRows:
         """Compute a window into `buffers`. If memory runs out, retry with half as many contexts per pass."""

@@ -34,7 +34,7 @@ class Activation(nn.Module):
         """Change the parameters so that act(factor * z) = factor * act_before(z). Nothing to do for ReLU or TopK."""
 
     def recenter_(self, mean_D: Tensor) -> None:
-        """Change the parameters so that act(z, x) = act_before(z, x - mean). Only for what sees the input."""
+        """Change the parameters so that act(z, x) = act_before(z, x - mean). Only for those that see the input."""
 
 
 def activation_chain(activations: Iterable[Activation]) -> Sequence[Activation]:

@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
     """The step and the tensors of a checkpoint.
 
     Raises:
-        DamagedError: a file is missing, or not what was written.
+        DamagedError: a file is missing or differs from what was written.
         UsageError: the checkpoint has another format version.
     """
     record: dict[str, Any] = read_json(path / "state.json", "format", "step", "sha256")
@@ -86,7 +86,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
         shapes = {name: t.shape for name, t in training_state(trainer).items()}
         if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
             raise UsageError(
-                f"{path} holds other tensors than this version's variant has. "
+                f"{path} does not hold the tensors that this version's variant has. "
                 "Resume with the version that wrote it, or remove the run to start over."
             )
         load_training_state(trainer, tensors)

@@ -49,7 +49,7 @@ class RunBytes(NamedTuple):
 
     @property
     def folder(self) -> int:
-        """What the run folder holds at most: the SAE and the checkpoints that are kept."""
+        """The most that the run folder holds: the SAE and the checkpoints that are kept."""
         return self.sae + KEPT * self.state
 
 
@@ -75,7 +75,7 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
 
     Raises:
         UnavailableError: a disk has too little space; the message says how much is needed and free.
-        UsageError: a file is in the place of a run folder.
+        UsageError: a file is in the way of a run folder.
     """
     by_disk: dict[int, list[RunInFolder]] = {}
     for run in runs:
@@ -92,7 +92,7 @@ def check_disk_space(runs: Iterable[RunInFolder], reserved: Mapping[Path, float]
             raise UnavailableError(
                 f"{format_count(len(on_disk), 'run')} of up to {format_bytes(max(size.folder for size in sizes))} will "
                 f"need {format_bytes(needed)}{also}, and the disk of {place} has {format_bytes(free)} free. "
-                "Train fewer, at a smaller --width, or give --out on another disk."
+                "Train fewer runs, use a smaller --width, or choose an --out on another disk."
             )
 
 
@@ -100,7 +100,7 @@ def disk_id(folder: Path) -> int:
     """The number of the disk that will hold a folder (st_dev)."""
     place = existing_parent(folder)
     if not place.is_dir():
-        raise UsageError(f"{place} is a file, not a folder. Give a new folder with --out.")
+        raise UsageError(f"{place} is not a folder: a file is in its place. Choose a new folder with --out.")
     return place.stat().st_dev
 
 

@@ -46,11 +46,11 @@ class L0Controller(Mechanism):
 
     def start_coefficient(self, name: str, step: Step) -> Tensor:
         """The recipe's coefficient until step w, then c_w, at least 1e-6 because zero could not be scaled."""
-        own, at_start = self.recipe_coefficients[name](step), getattr(self, f"start_{name}")
-        return torch.where(step.i <= self.start_step, own, at_start.clamp_min(1e-6))
+        recipe_coefficient, at_start = self.recipe_coefficients[name](step), getattr(self, f"start_{name}")
+        return torch.where(step.i <= self.start_step, recipe_coefficient, at_start.clamp_min(1e-6))
 
     def error(self) -> Tensor:
-        """e."""
+        """The error e."""
         now, earlier = self.l0.clamp_min(1e-3), self.earlier.clamp_min(1e-3)
         return ((now / self.target).log() + (now / earlier).log()).clamp(-1, 0.5)
 
@@ -73,8 +73,8 @@ class L0Controller(Mechanism):
 def control_l0(variant: "Variant", target: float, steps: int) -> bool:
     """Put the sparsity terms of a variant (`LossTerm.sparsity`) under an L0Controller.
 
-    Does nothing if its activation keeps k latents: k sets L0, and a penalty besides it stays as it is. Returns False if
-    nothing sets L0.
+    Does nothing if its activation keeps k latents: k sets L0, and an additional penalty is left as it is. Returns
+    False if nothing sets L0.
     """
     if any(hasattr(activation, "k") for activation in variant.sae.activation):
         return True

@@ -81,7 +81,7 @@ class Loggers:
     def __init__(self, names: Sequence[str], runs: Sequence[Run]) -> None:
         unknown = [name for name in names if name not in LOGGERS]
         if unknown:
-            raise UsageError(f"--log {unknown[0]} is unknown: give one of {', '.join(LOGGERS)}.")
+            raise UsageError(f"unknown --log {unknown[0]}: expected one of {', '.join(LOGGERS)}.")
         for name in names:
             import_logger(name)
         self.names, self.runs = names, {run.name: run for run in runs}

@@ -197,7 +197,7 @@ class AnnealK(Mechanism):
     With many latents at first, few die. Tensors have room for the largest k_t of `every` steps; the rest is masked.
 
     dictionary_learning (`k_anneal_steps`) and sparsify (`k_decay_steps`) do the same from start = d_in.
-    Paper: no baseline's. dictionary_learning sets k after a step to that step's k_t, so its first step has k.
+    Paper: no baseline of the papers lowers k. dictionary_learning sets k to k_t after step t, so its first step has k.
     """
 
     room: Tensor  # () int64

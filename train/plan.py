@@ -118,7 +118,7 @@ class Run:
     compiled: bool = False
     notes: Sequence[str] = ()  # what the plan says about its options
     requested: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig.record() of the plan it comes from
-    problem: str | None = None  # why training gave it up
+    problem: str | None = None  # why the run failed
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -194,7 +194,7 @@ class TrainPlan:
     @property
     def passes(self) -> list[list[Run]]:
         """The unfinished runs, grouped by what is on the device together."""
-        if isinstance(self.config.source, RingCache):  # behind a harvest all runs are there at once
+        if isinstance(self.config.source, RingCache):  # while streaming, all runs are on the device at once
             return [self.unfinished] if self.unfinished else []
         return group_by_pass(self.unfinished)
 
@@ -236,7 +236,7 @@ def new_runs(config: TrainConfig) -> list[Run]:
     """The runs of a config that does not resume any: every layer, recipe, L0 and seed."""
     check_seeds(config.shuffle_seed, *config.seeds)
     if config.site not in SITES:
-        raise UsageError(f"--site {config.site} is unknown: give one of {', '.join(SITES)}.")
+        raise UsageError(f"unknown --site {config.site}: expected one of {', '.join(SITES)}.")
     recipes = [find_recipe(name) for name in dict.fromkeys(config.variants)]
     options = parse_options(config.options, recipes)
     runs, problems = [], []
@@ -263,7 +263,7 @@ def new_runs(config: TrainConfig) -> list[Run]:
 
 
 def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
-    """What a config trains on: its source, its caches, or the one cache that holds the model and the hook."""
+    """The source of a config: its `source`, its `caches`, or the one cache that holds the model and the hook."""
     if config.source is not None:
         return config.source
     if not config.caches:
@@ -277,7 +277,7 @@ def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
 def check_seeds(*seeds: int) -> None:
     for seed in seeds:
         if not 0 <= seed < 2**63:
-            raise UsageError(f"The seed {seed} is out of range: --seed and --shuffle-seed are 0 to 2^63 - 1.")
+            raise UsageError(f"The seed {seed} is out of range: --seed and --shuffle-seed must be 0 to 2^63 - 1.")
 
 
 def group_by_pass(runs: Iterable[Run]) -> list[list[Run]]:
@@ -303,7 +303,7 @@ def make_run_config(config: TrainConfig, recipe: Recipe, cache: AnyCache, hook: 
     if steps < 1:
         raise UsageError(f"--steps {steps} would train nothing.")
     if steps * batch_size >= 2**63:
-        raise UsageError(f"--steps {steps} of {batch_size:,} tokens are more than can be counted. Give fewer.")
+        raise UsageError(f"--steps {steps} of {batch_size:,} tokens are too many to count. Give fewer.")
     if isinstance(cache, RingCache) and steps > epoch:
         raise UsageError(
             f"--steps {steps} is too many: {cache.layout.rows:,} tokens are {epoch:,} batches of {batch_size:,}, "
@@ -347,6 +347,6 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
     )  # fmt: skip
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(
-            f"{', '.join(run.cache_folders)} is not what {folder} was trained on. Give that cache with --cache."
+            f"{', '.join(run.cache_folders)} is not the cache that {folder} was trained on. Give that one with --cache."
         )
     return run

@@ -60,15 +60,15 @@ class Recipe:
         return {name: docs[name] for name in self.options if name in docs}
 
     def make(self, config: RunConfig, given: Mapping[str, Any]) -> Variant:
-        """Build the variant of a run with some options given. Raises UsageError with everything that is wrong."""
+        """Build the variant of a run with some options given. Raises UsageError with every problem."""
         exact = {name: value for name, (value, _) in (self.paper_exact or {}).items()} if config.paper_exact else {}
         options, problems = self.apply_l0(config, exact | dict(given), given)
         valid, type_problems = self.check_types(options)
-        own = {name: value for name, value in valid.items() if name in self.options}
+        recipe_options = {name: value for name, value in valid.items() if name in self.options}
         shared = {name: value for name, value in valid.items() if name not in self.options}
         problems += [*type_problems, *Optimization(**shared).validation_errors(config.steps)]
-        problems += duration_errors(own, config.steps)
-        values, notes = scale_options({**self.options, **own}, config, raw=shared.get("normalize") == "none")
+        problems += duration_errors(recipe_options, config.steps)
+        values, notes = scale_options({**self.options, **recipe_options}, config, raw=shared.get("normalize") == "none")
         size_problems = list(size_errors(config, values.get("k")))
         problems += size_problems
         if not size_problems:  # else the build would fail, or allocate more than the machine has
@@ -77,7 +77,7 @@ class Recipe:
                 variant.optimization = replace(variant.optimization, **shared)
                 problems += variant.optimization.validation_errors(config.steps)
                 if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
-                    problems.append("--l0 has nothing to act on: no option k or l0, and no sparsity loss.")
+                    problems.append("--l0 has no effect on this recipe: it has no option k or l0 and no sparsity loss.")
             except UsageError as error:
                 problems += str(error).splitlines()
         if problems:
@@ -90,7 +90,7 @@ class Recipe:
     def apply_l0(
         self, config: RunConfig, options: dict[str, Any], given: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """The options with `--l0` as k or l0, if the recipe has one of them; and what is wrong with that."""
+        """The options with `--l0` as k or l0, if the recipe has one of them, and a list of problems."""
         l0 = config.l0
         if l0 is None:
             return options, []
@@ -101,7 +101,9 @@ class Recipe:
         names = [name for name in ("k", "l0") if name in self.options]
         options = options | {name: int(l0) if l0 == int(l0) else l0 for name in names}
         return options, [
-            f"--l0 {l0:g} and {name}={given[name]} set the same: give one." for name in names if name in given
+            f"--l0 {l0:g} and {name}={given[name]} set the same thing: give one of them."
+            for name in names
+            if name in given
         ]
 
     def check_types(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -117,7 +119,7 @@ class Recipe:
         return valid, problems
 
     def paper_exact_notes(self, config: RunConfig, given: Mapping[str, Any]) -> list[str]:
-        """What a reader should know about `--paper-exact`: each setting that it changes, and its fault."""
+        """What a reader should know about `--paper-exact`: each setting that it changes, and its drawback."""
         if not config.paper_exact:
             return []
         if not self.paper_exact:
@@ -135,13 +137,13 @@ def duration_errors(options: Mapping[str, Any], steps: int) -> Iterator[str]:
 
 
 def size_errors(config: RunConfig, k: float | None) -> Iterator[str]:
-    """What is wrong with the width, or with keeping k latents of it."""
+    """A sentence for an impossible width, or an impossible k for this width."""
     if config.d_sae < 1:
         yield f"the width {config.d_sae} is not positive."
     elif max(config.d_in, config.d_sae) * config.d_sae >= 2**56:
-        yield f"no machine holds a width of {config.d_sae:,}: give a smaller --width."
+        yield f"the width {config.d_sae:,} is too large for any machine: give a smaller --width."
     elif k is not None and not 0 < k <= config.d_sae:
-        yield f"k={k:g} latents cannot be kept of {config.d_sae}: give 1 to {config.d_sae}, or a larger --width."
+        yield f"k={k:g} is out of range: give 1 to {config.d_sae} (the width), or a larger --width."
 
 
 def matches_type(value: Any, type_: Any) -> bool:
@@ -165,7 +167,7 @@ def type_mismatch(name: str, value: Any, type_: Any) -> str:
     """The sentence for a value of the wrong type."""
     literals = [text for part in (type_, *get_args(type_)) if get_origin(part) is Literal for text in get_args(part)]
     if literals:
-        return f"{name}={value} is unknown: {', '.join(literals)}."
+        return f"{name}={value} is unknown: expected one of {', '.join(literals)}."
     if isinstance(value, float) and not math.isfinite(value):
         return f"{name}={value} is not finite."
     return f"{name}={value!r} has the wrong type: expected {inspect.formatannotation(type_)}."
@@ -249,5 +251,5 @@ def find_recipe(name: str) -> Recipe:
     from . import variants  # noqa: F401  (registers them)
 
     if name not in RECIPES:
-        raise UsageError(f"unknown variant {name!r}{did_you_mean(name, RECIPES)} `sae variants` describes them.")
+        raise UsageError(f"unknown variant {name!r}{did_you_mean(name, RECIPES)} `sae variants` lists them.")
     return RECIPES[name]

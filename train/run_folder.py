@@ -1,4 +1,4 @@
-"""The records in a run folder: run.json says what decides the run, metrics.jsonl has one line per logged step."""
+"""The records in a run folder: everything that decides the run (run.json), a line per logged step (metrics.jsonl)."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def resolved_options(variant: Variant) -> dict[str, Any]:
 
 
 def check_defaults_unchanged(run: Run, variant: Variant) -> None:
-    """Raise UsageError if a default has changed since the run started, as it can with the version of this package.
+    """Raise UsageError if a default has changed since the run started, as it can when this package is upgraded.
 
     The name of the folder covers only the options that were given.
     """

@@ -179,16 +179,16 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
     if spec.get("format") != FORMAT:
         raise UsageError(f"{folder}/sae.json has format {spec.get('format')}; this version reads {FORMAT}. Upgrade.")
     weights = folder / "sae.safetensors"
-    mend = "Remove sae.json and repeat the `sae train` command: the SAE is rewritten from the last checkpoint."
+    hint = "Remove sae.json and repeat the `sae train` command: the SAE is rewritten from the last checkpoint."
     try:
         check_shapes(weights, spec["d_in"], spec["d_sae"])
         data = weights.read_bytes()
         if hashlib.sha256(data).hexdigest() != spec["sha256"]:
-            raise DamagedError(f"{weights} does not have the checksum that sae.json records. {mend}")
+            raise DamagedError(f"{weights} does not have the checksum that sae.json records. {hint}")
         sae = build_sae(spec, {name: tensor.to(device) for name, tensor in load(data).items()})
     except (safetensors.SafetensorError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(
-            f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0].rstrip('.')}. {mend}"
+            f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0].rstrip('.')}. {hint}"
         ) from error
     broken = [name for name, tensor in sae.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:

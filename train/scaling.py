@@ -27,7 +27,7 @@ class ScaledDefault:
         """The number for a run. `raw`: its input is not normalized."""
         raise NotImplementedError
 
-    def measured(self, config: "RunConfig") -> float:
+    def value_in(self, config: "RunConfig") -> float:
         """The value of `of` in a run."""
         return float(getattr(config, self.of))
 
@@ -58,9 +58,9 @@ class ScaleWithVariance(ScaledDefault, float):
     reference = PAPER_VARIANCE
 
     def resolve(self, config: "RunConfig", raw: bool) -> float:
-        return self * self.measured(config) / PAPER_VARIANCE
+        return self * self.value_in(config) / PAPER_VARIANCE
 
-    def measured(self, config: "RunConfig") -> float:
+    def value_in(self, config: "RunConfig") -> float:
         return PAPER_VARIANCE if config.variance is None else config.variance
 
 
@@ -68,7 +68,10 @@ class ScaleWithNorm(ScaleWithVariance):
     """A length, proportional to the standard deviation of raw input. Not scaled where the input has |x|^2 = 1."""
 
     def resolve(self, config: "RunConfig", raw: bool) -> float:
-        return self * (self.measured(config) / PAPER_VARIANCE) ** 0.5 if raw else float(self)
+        return self * (self.value_in(config) / PAPER_VARIANCE) ** 0.5 if raw else float(self)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} of raw input"
 
 
 def scale_options(options: dict[str, Any], config: "RunConfig", raw: bool) -> tuple[dict[str, Any], list[str]]:
@@ -78,8 +81,9 @@ def scale_options(options: dict[str, Any], config: "RunConfig", raw: bool) -> tu
         if isinstance(paper, ScaledDefault):
             unscaled = int(paper) if isinstance(paper, int) else float(paper)  # type: ignore[arg-type]
             values[name] = scaled = unscaled if config.paper_exact else paper.resolve(config, raw)
-            if isinstance(paper, ScaleWithVariance) and config.variance is None and not config.paper_exact:
+            needs_variance = isinstance(paper, ScaleWithVariance) and (raw or not isinstance(paper, ScaleWithNorm))
+            if needs_variance and config.variance is None and not config.paper_exact:
                 notes.append(f"{name} {paper}, not scaled because the variance of the activations is not known yet")
             if scaled != unscaled:
-                notes.append(f"{name} {paper} -> {scaled:.3g} at {paper.measured(config):.4g}")
+                notes.append(f"{name} {paper} -> {scaled:.3g} at {paper.value_in(config):.4g}")
     return values, notes

@@ -1,4 +1,4 @@
-"""What one training step holds, and the two kinds of part that a recipe plugs into it: losses and mechanisms.
+"""The state of one training step, and the two kinds of parts that a recipe plugs into it: losses and mechanisms.
 
 Shape suffixes in this folder: B tokens in the batch, D d_in, F d_sae, K latents kept per token, A dead latents
 (padded), N latents that may be active in the whole batch.

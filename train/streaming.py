@@ -45,7 +45,7 @@ def train_streaming(plan: TrainPlan, progress: TrainProgress, harvest: Harvest) 
         for run in skip_finished(plan, progress):
             stack.enter_context(writer_lock(run.folder, "sae train", progress.say))
             trainers.setdefault(run.batches_key, []).append(prepare_trainer(run, device, progress))
-        passes = [p for same in trainers.values() for p in shared_passes(same, plan.config, progress, should_stop)]
+        passes = [p for group in trainers.values() for p in shared_passes(group, plan.config, progress, should_stop)]
         if not passes:
             return
         first = min(group_at(ring, one, one.steps_done) for one in passes)

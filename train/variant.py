@@ -16,7 +16,7 @@ SIZES = ("d_in", "d_sae", "steps", "batch_size")  # the fields of RunConfig that
 
 
 class RunConfig(NamedTuple):
-    """What a recipe has to know about the run that it is built for."""
+    """Everything that a recipe needs to know about the run it is built for."""
 
     d_in: int
     d_sae: int
@@ -27,7 +27,7 @@ class RunConfig(NamedTuple):
     variance: float | None = None  # elementwise, of the cache's rows; None: unknown, so nothing is scaled by it
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, besides the cache, as in run.json: l0 and literal only where they are set."""
+        """Everything that decides the result besides the cache, as in run.json: l0 and literal only if set."""
         optional = {"l0": self.l0, "literal": self.paper_exact}
         return {name: getattr(self, name) for name in SIZES} | {
             name: value for name, value in optional.items() if value

@@ -1,1 +1,1 @@
-"""What joins the stages: harvesting while training, reproducing a paper, the demo."""
+"""Workflows that join several stages: harvesting while training, reproducing a paper, the demo."""

@@ -1,4 +1,4 @@
-"""What `sae demo` does: the three stages on the embedded model and text, with nothing to download."""
+"""The workflow of `sae demo`: the three stages on the embedded model and text, with nothing to download."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ def harvest_config(tokens: int | None = None) -> HarvestConfig:
     """Layers 5, 12 and 19 of gemma-2-mini on the standard library's text."""
     tokens = TOKENS if tokens is None else tokens
     if tokens < FEWEST_TOKENS:
-        raise UsageError(f"--tokens {tokens} is too little to train on; give {FEWEST_TOKENS} or more.")
+        raise UsageError(f"--tokens {tokens} are too few to train on; give {FEWEST_TOKENS} or more.")
     return HarvestConfig(model=mini.NAME, tokens=tokens)
 
 
@@ -37,5 +37,5 @@ def train_config(cache: Path, steps: int) -> TrainConfig:
 
 
 def evaluate_config(runs: Sequence[Path], tokens: int | None = None) -> EvaluateConfig:
-    """What each SAE costs the model, on held-out text."""
+    """Measure what each SAE costs the model on held-out text."""
     return EvaluateConfig(runs=runs, suite="core", tokens=(TOKENS if tokens is None else tokens) // 12)

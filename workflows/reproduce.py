@@ -1,8 +1,8 @@
-"""Reproduce a paper: train its systems, evaluate them, and report every number it claims beside the number measured.
+"""Reproduce a paper: train its systems, evaluate them, and report every number it claims next to the one measured.
 
 A paper (evaluate/papers) has systems, and a system has recipes. Each recipe of a system is a `Job`, to be trained at
-every layer and seed. Jobs that read the same batches are trained together, in one pass over a cache. Whatever exists
-already (caches, runs, results) is used as it is, so a reproduction can be interrupted and repeated.
+every layer and seed. Jobs that read the same batches are trained together, in one pass over a cache. Existing
+caches, runs and results are reused, so a reproduction can be interrupted and repeated.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ ALL = "all"  # stands for every paper
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """What is asked of a reproduction. None means: as the paper says, or as the stage's own default."""
+    """The options of `sae reproduce`. None means the paper's value, or else the stage's default."""
 
     papers: Sequence[str]  # "000" to "004", or "all"
     model: str = "google/gemma-2-2b"  # on another model than the paper's, only the order of systems can be compared
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def pass_key(self) -> tuple[Any, ...]:
-        """Jobs that agree in this can be trained in one pass."""
+        """Jobs with the same key can be trained in one pass."""
         return self.dataset, self.steps, self.batch_size, self.width, self.paper_exact, self.layers, self.seeds
 
 
@@ -188,10 +188,12 @@ def sources_of(
 
 
 def reading_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> Reading:
-    """The reading of the paper's units that was asked for, or the default. Raises UsageError for an unknown one."""
+    """The requested reading of the paper's units, or the default. Raises UsageError for an unknown one."""
     readings = {reading.name: reading for reading in paper.readings}
     if config.reading is not None and config.reading not in readings:
-        raise UsageError(f"--reading {config.reading}: paper {paper.number} has {', '.join(readings)}.")
+        raise UsageError(
+            f"unknown --reading {config.reading} for paper {paper.number}: expected one of {', '.join(readings)}."
+        )
     return readings[config.reading or (paper.readings[0].name if on_paper_model else "field")]
 
 
@@ -218,12 +220,12 @@ def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list
     return [job(system, recipe) for system in paper.systems.values() for recipe in system.recipes]
 
 
-def scale_width(own: str, main: str, width: str | None) -> str | None:
+def scale_width(system: str, main: str, width: str | None) -> str | None:
     """A system's width, in proportion to the width given for the paper's main system; None: the recipe's default."""
-    if width is None or own == main:
-        return width or own or None
+    if width is None or system == main:
+        return width or system or None
     number, unit = (width[:-1], width[-1]) if width[-1:].isalpha() else (width, "")
-    factor = float(own.removesuffix("x")) / float(main.removesuffix("x"))
+    factor = float(system.removesuffix("x")) / float(main.removesuffix("x"))
     try:
         return f"{float(number) * factor:g}{unit}"
     except ValueError:
@@ -262,7 +264,7 @@ def options_by_recipe(jobs: Iterable[Job]) -> dict[str, tuple[str, ...]]:
 
 
 def train_config(jobs: Sequence[Job], source: Path | PlannedCache, config: ReproduceConfig) -> TrainConfig:
-    """What a pass asks of training, on the folder of a cache or on one that is still to be harvested."""
+    """The training of a pass, on the folder of a cache or on one that is still to be harvested."""
     first, recipes = jobs[0], options_by_recipe(jobs)
     return TrainConfig(
         variants=list(recipes),
@@ -311,9 +313,9 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         folders |= {job: [run.folder for run in training.runs if run.recipe.name == job.recipe] for job in jobs}
     result = Reproduction()
     for paper in plan.papers:
-        own = {job: runs for job, runs in folders.items() if job.paper == paper.number}
+        folders_of_job = {job: job_folders for job, job_folders in folders.items() if job.paper == paper.number}
         evaluation = EvaluateConfig(
-            runs=list(dict.fromkeys(folder for runs in own.values() for folder in runs)),
+            runs=list(dict.fromkeys(folder for job_folders in folders_of_job.values() for folder in job_folders)),
             suite=plan.suite,
             tokens=plan.config.evaluate_tokens,
             mode=paper.mode,
@@ -321,7 +323,9 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         )
         result.exit_code = max(result.exit_code, stages.evaluate(evaluation))
         runs = [
-            load_system_run(job.system, job.recipe, read_run(folder)) for job, runs in own.items() for folder in runs
+            load_system_run(job.system, job.recipe, read_run(folder))
+            for job, job_folders in folders_of_job.items()
+            for folder in job_folders
         ]
         report = build_report(paper, runs, plan.on_paper_model)
         reading = reading_of(paper, plan.config, plan.on_paper_model)

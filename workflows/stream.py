@@ -1,6 +1,6 @@
 """Harvest while training: the runs train on windows of activations that are removed when every run has read them.
 
-The harvest works in a thread, ahead of training, and at most `windows` windows of it are on the disk. Text that would
+The harvest runs in a thread, ahead of training, and at most `windows` windows of it are on the disk. Text that would
 take terabytes as a cache can be trained on once, in order.
 """
 
@@ -38,7 +38,7 @@ class StreamingPlan:
             f"size     {self.harvest.tokens:,} tokens in {layout.n_windows:,} windows of {layout.window_rows:,} rows, "
             f"{ring.capacity} or fewer at a time: {format_bytes(self.ring_bytes)}; "
             f"{format_bytes(free_space(folder))} free",
-            f"order    {ring.n_groups:,} groups of windows, each read once; all are normalized as the first",
+            f"order    {ring.n_groups:,} groups of windows, each read once; all are normalized like the first",
             f"time     {self.harvest.describe_time()}; training runs at the same time",
             f"cache    {folder}",
             *self.train.describe(time),

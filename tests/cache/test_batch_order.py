@@ -20,7 +20,7 @@ chunk_lists = st.lists(st.integers(1, 300), min_size=1, max_size=12)
 
 @settings(max_examples=150, deadline=None)
 @given(chunk_lists, st.integers(1, 97), st.integers(0, 2**32), st.integers(0, 3))
-def test_each_row_at_most_once_an_epoch(chunks: list[int], batch_size: int, seed: int, epoch: int) -> None:
+def test_each_row_occurs_at_most_once_per_epoch(chunks: list[int], batch_size: int, seed: int, epoch: int) -> None:
     assume(sum(chunks) >= batch_size)
     order = BatchOrder(chunks, batch_size, seed)
     start = epoch * order.batches_per_epoch

@@ -95,7 +95,7 @@ def test_threads_that_open_a_chunk_together_verify_it_once(cache, monkeypatch) -
 
 
 def test_any_error_of_a_reading_thread_reaches_the_caller(cache, monkeypatch) -> None:
-    """If an error only ended its thread, the caller would wait for ever."""
+    """If an error only ended its thread, the caller would wait forever."""
 
     def shuffle(*_: object) -> None:
         raise MemoryError("no room for an order")

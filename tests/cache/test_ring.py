@@ -25,7 +25,7 @@ def test_windows_are_read_in_groups_of_half_the_ring(tmp_path: Path) -> None:
     assert [ring.chunk_rows(n) for n in (0, 6)] == [[16, 16], [8]]
 
 
-def test_each_group_gives_its_whole_batches(tmp_path: Path) -> None:
+def test_each_group_yields_its_whole_batches(tmp_path: Path) -> None:
     ring = make_ring(tmp_path)
     per_group = BatchOrder([16, 16], 10, 0).batches_per_epoch
     ends = ring.cumulative_batches(10)

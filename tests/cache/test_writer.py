@@ -1,4 +1,4 @@
-"""Writing a cache: windows are complete or absent, and what does not belong together raises."""
+"""Writing a cache: windows are complete or absent, and mismatched data raises."""
 
 import errno
 import json
@@ -94,7 +94,7 @@ def test_other_tokens_raise(cache: Cache, finite_bits, make_writer) -> None:
     record = read_json(cache.folder / "tokens/commit.json")
     record["files"]["tokens/ids/c.0.0"]["crc32c"] = "00000000"
     (cache.folder / "tokens/commit.json").write_text(json.dumps(record))
-    with pytest.raises(DamagedError, match="was started with other tokens than its text gives now"):
+    with pytest.raises(DamagedError, match="was started with different tokens than its text gives now"):
         make_writer(cache.folder, {5: finite_bits(ROWS, D, 5)}, 16)
 
 

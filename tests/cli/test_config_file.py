@@ -1,4 +1,4 @@
-"""What --config says is what the flags would say: checked the same, beaten by them, shown with its origin."""
+"""--config means the same as the flags: it is checked like them, overridden by them, and shown with its origins."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_flags_beat_the_file_and_the_file_beats_the_defaults(file: Path) -> None:
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(file: Path) -> None:
     values, origins = shown("train", "--config", file, "--steps", "5", "--set", "k=3", "--set", "clip=none")
     assert values["train"] | {
         "steps": 5, "variant": ["topk"], "l0": [16, 32.5], "site": "resid_post",
@@ -68,7 +68,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(file: Path) -> None
         ["variants"],
     ],
 )  # fmt: skip
-def test_what_is_shown_reads_back_as_itself(words: list[str], tmp_path: Path) -> None:
+def test_shown_values_can_be_read_back(words: list[str], tmp_path: Path) -> None:
     first = call("config", "show", *words).stdout
     (tmp_path / "again.toml").write_text(first)
     verb = [word for word in words[:2] if word in ("cache", "repair")] or words[:1]
@@ -78,7 +78,7 @@ def test_what_is_shown_reads_back_as_itself(words: list[str], tmp_path: Path) ->
     assert "# flag" not in again.stdout
 
 
-def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(
         "seed = 0\n[harvst]\nx = 1\n[harvest]\nbatch_contexts = 3\ntokens = 'many'\npack = 1\n"
@@ -87,13 +87,13 @@ def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
         "[train.out]\na = 1\n"
         "[cache]\nverfy = 3\nlist = 4\n"
     )
-    result = call("variants", "--config", path)  # whatever verb reads it
+    result = call("variants", "--config", path)  # whichever command reads it
     assert result.exit_code == BAD_USAGE and result.stdout == ""
     lines = result.stderr.removeprefix("error: ").splitlines()
     expected = {
         1: "unknown command 'seed'",
         2: "unknown command 'harvst'; did you mean harvest?",
-        5: "unknown option of harvest 'batch_contexts'; did you mean batch-contexts?",
+        5: "unknown harvest option 'batch_contexts'; did you mean batch-contexts?",
         6: 'tokens = "many": .*many.*',
         7: "pack = 1: expected true or false.",
         8: "expected one value, not a list.",
@@ -101,7 +101,7 @@ def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
         11: 'steps = "ten": .*valid integer',
         12: "layer = .*valid integer",
         13: "log-every = 0: .*1",
-        14: "unknown option of train 'steps-every'",
+        14: "unknown train option 'steps-every'",
         15: "expected a string or a number",
         16: "out = .*: expected a value, not a table.",
         19: "unknown command 'verfy'; did you mean verify?",
@@ -115,12 +115,12 @@ def test_every_mistake_is_said_at_once_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trian"], "There is no command 'trian' of .*; did you mean train?"),
-        (["cache"], "There is no command '' of cache; available: info, list, repair, rm, verify."),
+        (["trian"], "unknown command 'trian' of .*; did you mean train?"),
+        (["cache"], "unknown command '' of cache; available: info, list, repair, rm, verify."),
         (["train", "--steps", "x"], "Invalid value for '--steps'"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(words: list[str], sentence: str) -> None:
+def test_unknown_commands_are_rejected(words: list[str], sentence: str) -> None:
     result = call("config", "show", *words)
     assert result.exit_code == BAD_USAGE and re.search(sentence, result.stderr) and result.stdout == ""
 
@@ -133,14 +133,14 @@ def test_what_cannot_be_shown_is_refused(words: list[str], sentence: str) -> Non
         (b"a = '\xff'", "is not UTF-8"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
+def test_an_unreadable_file_prints_one_line(tmp_path: Path, content: bytes | None, sentence: str) -> None:
     if content is not None:
         (tmp_path / "c.toml").write_bytes(content)
     result = call("cache", "list", "--config", tmp_path / "c.toml")
     assert result.exit_code == BAD_USAGE and sentence in result.stderr
 
 
-def test_a_command_runs_as_its_file_says_and_records_from_where(tiny_cache, tmp_path: Path) -> None:
+def test_a_command_takes_its_file_and_records_the_origins(tiny_cache, tmp_path: Path) -> None:
     path = tmp_path / "sae.toml"
     path.write_text(
         f"[train]\nvariant = ['topk', 'relu']\nlayer = 1\ncache = {to_toml(str(tiny_cache.folder))}\nsteps = 3\n"
@@ -162,7 +162,7 @@ def test_a_command_runs_as_its_file_says_and_records_from_where(tiny_cache, tmp_
         }  # fmt: skip
 
 
-def test_the_starter_file_is_read_as_it_is_and_with_its_defaults_taken_in(tmp_path: Path) -> None:
+def test_the_starter_file_is_valid_as_it_is_and_with_its_defaults_uncommented(tmp_path: Path) -> None:
     starter = call("config", "init").stdout
     (tmp_path / "starter.toml").write_text(starter)
     with_defaults = re.sub(r"(?m)^# (\S+ = \S)", r"\1", starter)
@@ -181,7 +181,7 @@ def commands(command: object, words: tuple[str, ...] = ()) -> list[tuple[tuple[s
 
 
 @pytest.mark.parametrize(("words", "command"), commands(typer.main.get_command(app)), ids=lambda p: str(p)[:40])
-def test_every_verb_takes_a_config_and_no_flag_twice(words: tuple[str, ...], command: object) -> None:
+def test_every_command_takes_config_and_no_flag_twice(words: tuple[str, ...], command: object) -> None:
     flags = [flag for param in command.params for flag in (*param.opts, *param.secondary_opts)]  # type: ignore[attr-defined]
     assert ("--config" in flags) == (words[0] != "config")
     assert len(flags) == len(set(flags))
@@ -208,20 +208,18 @@ def test_keys_are_found_on_the_line_where_they_begin() -> None:
     }  # fmt: skip
 
 
-def test_a_byte_order_mark_is_not_of_the_file(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "sae.toml"
     path.write_bytes(b"\xef\xbb\xbf[train]\nsteps = 7\n")
     said, origins = shown("train", "--config", path)
     assert said["train"]["steps"] == 7 and origins["steps"] == f"{path}:2"
 
 
-def test_a_verb_without_options_says_so(tmp_path: Path) -> None:
+def test_a_command_without_options_says_so(tmp_path: Path) -> None:
     path = tmp_path / "sae.toml"
     path.write_text("[cache.verify]\nfoo = 1\n")
     result = call("config", "show", "train", "--config", path)
-    assert (
-        result.exit_code == BAD_USAGE and "unknown option of cache verify 'foo'; none are available." in result.stderr
-    )
+    assert result.exit_code == BAD_USAGE and "unknown cache verify option 'foo'; none are available." in result.stderr
 
 
 OLD_NAMES = [(command, old, new) for command, names in RENAMED.items() for old, new in names.items()]

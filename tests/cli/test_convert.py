@@ -1,4 +1,4 @@
-"""`sae export` and `sae import` as a user meets them."""
+"""`sae export` and `sae import` as a user sees them."""
 
 import json
 import re

@@ -28,7 +28,7 @@ def call(*words) -> Result:
 
 
 def refused(code: int, *words) -> str:
-    """The one sentence on stderr with which a command is refused."""
+    """The one-line error on stderr of a command that is rejected."""
     result = call(*words)
     assert result.exit_code == code, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit)  # and so no traceback
@@ -97,7 +97,7 @@ def test_tokens_have_units(text, number):
 
 
 @pytest.mark.parametrize("text", ["many", "10Q", "", "M", "nan", "inf"])
-def test_tokens_that_are_no_number_are_refused(text):
+def test_invalid_token_counts_are_rejected(text):
     result = call("harvest", "--model", "gemma-2-mini", "--tokens", text)
     assert result.exit_code == BAD_USAGE
     assert "invalid token count" in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
@@ -106,12 +106,12 @@ def test_tokens_that_are_no_number_are_refused(text):
 # --- harvest --------------------------------------------------------------------------------------------------------
 
 
-def test_a_layer_behind_the_last_is_refused():
+def test_a_layer_after_the_last_is_rejected():
     sentence = refused(BAD_USAGE, "harvest", "--model", "gemma-2-mini", "--layer", 26)
     assert sentence == "gemma-2-mini has no layer 26: its 26 blocks are layers 0 to 25."
 
 
-def test_gemma_without_access_names_the_licence_and_a_way_on():
+def test_gemma_without_access_names_the_license_and_an_alternative():
     sentence = refused(OUTSIDE, "harvest", "--layer", 12)
     for needed in ("https://huggingface.co/google/gemma-2-2b", "`hf auth login`", "--model gemma-2-mini"):
         assert needed in sentence
@@ -131,7 +131,7 @@ def test_gemma_without_access_names_the_licence_and_a_way_on():
         ("short.txt", b"three words only", "has only .* of the requested 1,000 tokens"),
     ],
 )  # fmt: skip
-def test_text_that_cannot_be_harvested_is_refused(tiny_model, home, name, content, sentence):
+def test_text_that_cannot_be_harvested_is_rejected(tiny_model, home, name, content, sentence):
     (home / name).write_bytes(content)
     words = ("--model", tiny_model, "--layer", 0, "--dataset", home / name, "--tokens", "1k", "--out", home / "out")
     found = refused(BAD_USAGE, "harvest", *words)
@@ -139,7 +139,7 @@ def test_text_that_cannot_be_harvested_is_refused(tiny_model, home, name, conten
     assert not (home / "out" / "zarr.json").exists()
 
 
-def test_a_text_that_is_not_there_is_refused(tiny_model):
+def test_a_missing_text_is_rejected(tiny_model):
     found = refused(BAD_USAGE, "harvest", "--model", tiny_model, "--layer", 0, "--dataset", "./no such.txt")
     assert "There is no file" in found
 
@@ -155,7 +155,7 @@ def test_a_dry_run_writes_nothing(tiny_model, sentences, tiny_cache, home):
     assert files(home) == set()
 
 
-def test_a_plan_says_what_is_scaled_and_what_is_void(tiny_cache):
+def test_a_plan_lists_scaled_and_ineffective_options(tiny_cache):
     def notes(*words) -> list[str]:
         shown = call(*train(tiny_cache, "--variant", "competition", "--dry-run", *words)).stderr
         return [line for line in shown.splitlines() if line.startswith("note ")]
@@ -173,12 +173,12 @@ def train(cache, *words) -> tuple:
     return ("train", "--layer", 0, "--cache", cache.folder, *words)
 
 
-def test_an_unknown_variant_is_refused_with_the_nearest(tiny_cache):
+def test_an_unknown_variant_is_rejected_with_a_suggestion(tiny_cache):
     found = refused(BAD_USAGE, *train(tiny_cache, "--variant", "decorelation"))
     assert found.startswith("unknown variant 'decorelation'; did you mean decorrelation?")
 
 
-def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):
+def test_an_unknown_option_is_rejected_with_a_suggestion(tiny_cache, home):
     found = refused(BAD_USAGE, *train(tiny_cache, "--variant", "relu", "--set", "l1_warmpu=3"))
     assert "relu has no option l1_warmpu; did you mean l1_warmup?" in found
     assert not (home / "runs").exists()
@@ -189,9 +189,9 @@ def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):
     [
         (["--variant", "topk", "--set", "k"], "--set k has no value"),
         (["--variant", "topk", "--set", "k=many"], "k='many' has the wrong type: expected int"),
-        (["--variant", "topk", "--set", "k=0"], "k=0 latents cannot be kept"),
+        (["--variant", "topk", "--set", "k=0"], "k=0 is out of range"),
         (["--variant", "topk", "--set", "k=8", "--set", "k=9"], "--set gives k more than once"),
-        (["--variant", "topk", "--set", "k=8", "--l0", "9"], "--l0 9 and k=8 set the same: give one"),
+        (["--variant", "topk", "--set", "k=8", "--l0", "9"], "--l0 9 and k=8 set the same thing: give one"),
         (["--variant", "topk", "--set", "relu.l1=1"], "relu is not one of the variants topk"),
         (["--variant", "topk", "--width", "wide"], "invalid --width wide"),
         (["--variant", "topk", "--steps", "0"], "--steps 0 would train nothing"),
@@ -200,12 +200,12 @@ def test_an_unknown_option_is_refused_with_the_nearest(tiny_cache, home):
         (["--resume", "nothing"], "nothing holds no run"),
     ],
 )
-def test_training_that_makes_no_sense_is_refused(tiny_cache, home, words, sentence):
+def test_invalid_training_options_are_rejected(tiny_cache, home, words, sentence):
     assert sentence in refused(BAD_USAGE, *train(tiny_cache, *words))
     assert not (home / "runs").exists()
 
 
-def test_a_missing_cache_names_the_command_that_makes_it(home):
+def test_a_missing_cache_names_the_command_that_creates_it(home):
     found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 12, "--model", "gemma-2-mini")
     assert "No cache holds layer 12 of gemma-2-mini" in found
     assert (
@@ -220,13 +220,13 @@ def copy_of(cache, folder: Path) -> Path:
     return shutil.copytree(cache.folder, folder)
 
 
-def test_a_cache_of_another_model_than_asked_for_is_refused(tiny_cache, home):
+def test_a_cache_of_another_model_is_rejected(tiny_cache, home):
     words = train(tiny_cache, "--variant", "topk", "--model", "gemma-2-mini")
     assert "tiny-gemma, not of gemma-2-mini. Leave --model out" in refused(BAD_USAGE, *words)
     assert not (home / "runs").exists()
 
 
-def test_a_half_written_cache_is_refused_with_the_way_to_finish_it(tiny_cache, home):
+def test_a_half_written_cache_is_rejected_and_the_message_says_how_to_finish_it(tiny_cache, home):
     import json
 
     half = copy_of(tiny_cache, home / "activations" / "half")
@@ -239,14 +239,14 @@ def test_a_half_written_cache_is_refused_with_the_way_to_finish_it(tiny_cache, h
     assert re.search(sentence, refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0, "--cache", half))
 
 
-def test_several_caches_are_listed_with_the_flag_that_chooses(tiny_cache, home):
+def test_several_matching_caches_are_listed_with_their_flags(tiny_cache, home):
     folders = [copy_of(tiny_cache, home / "activations" / name) for name in ("one", "two")]
     found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0)
     for folder in folders:
         assert f"--cache {folder}" in found
 
 
-def test_a_layer_that_the_cache_lacks_is_refused(tiny_cache):
+def test_a_layer_missing_from_the_cache_is_rejected(tiny_cache):
     found = refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 7, "--cache", tiny_cache.folder)
     assert "holds layer 0, layer 1, not layer 7" in found
 
@@ -254,20 +254,20 @@ def test_a_layer_that_the_cache_lacks_is_refused(tiny_cache):
 # --- evaluate -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_another_model_is_refused(tiny_cache, home):
+def test_a_run_of_another_model_is_rejected(tiny_cache, home):
     run = untrained(home / "run", tiny_cache)
     assert "not on gemma-2-mini" in refused(BAD_USAGE, "evaluate", run, "--model", "gemma-2-mini")
 
 
-def test_damaged_weights_are_refused(tiny_cache, home):
+def test_damaged_weights_are_rejected(tiny_cache, home):
     run = untrained(home / "run", tiny_cache)
     weights = run / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     assert "does not hold the SAE that sae.json describes" in refused(DAMAGED, "evaluate", run)
 
 
-def test_what_a_reference_cannot_have_is_no_failure(tiny_cache, home, monkeypatch):
-    """The identity has no directions, so absorption is not of it; the run was measured, and the exit code says so."""
+def test_metrics_that_a_reference_cannot_have_are_not_failures(tiny_cache, home, monkeypatch):
+    """The identity has no directions, so it has no absorption; the run was measured, and the exit code is 0."""
     from sae.evaluate.metrics.base import MetricResult
     from sae.evaluate.metrics.core import Core
     from sae.evaluate.metrics.registry import METRICS
@@ -304,7 +304,7 @@ def test_evaluate_prints_its_plan_before_and_the_next_command_after(tiny_cache, 
     assert following == ["next", f"sae evaluate {home}/runs/* --suite quick --device cpu"]
 
 
-def test_a_broken_run_among_others_is_named_and_costs_the_exit_code(tiny_cache, home):
+def test_a_broken_run_is_named_and_sets_the_exit_code(tiny_cache, home):
     good, broken, text = (
         untrained(home / "good", tiny_cache),
         untrained(home / "broken", tiny_cache),
@@ -321,8 +321,8 @@ def test_a_broken_run_among_others_is_named_and_costs_the_exit_code(tiny_cache, 
     assert "broken/sae.safetensors" in refused(DAMAGED, "evaluate", broken, *words)
 
 
-def test_a_suite_names_each_metric_that_the_machine_cannot_reach_once(tiny_cache, home, monkeypatch):
-    """And has done what was asked; a metric that was asked for by name has not been measured."""
+def test_each_unavailable_metric_of_a_suite_is_named_once(tiny_cache, home, monkeypatch):
+    """A suite then still succeeds; a metric that was requested by name fails."""
     from sae.evaluate.metrics.registry import SUITES
 
     monkeypatch.setitem(SUITES, "full", ("core", "scr", "unlearning"))
@@ -337,7 +337,7 @@ def test_a_suite_names_each_metric_that_the_machine_cannot_reach_once(tiny_cache
     assert "LabHC/bias_in_bios could not be read" in refused(OUTSIDE, "evaluate", run, "--suite", "scr", *words)
 
 
-def test_a_gpu_that_is_not_there_is_refused(tiny_cache, home):
+def test_a_missing_gpu_is_rejected(tiny_cache, home):
     import torch
 
     if torch.cuda.is_available():
@@ -364,17 +364,17 @@ def test_caches_are_listed_and_verified(tiny_cache, home):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_what_is_no_cache_is_not_asked_about(home, there):
+def test_no_confirmation_is_asked_for_a_folder_that_is_not_a_cache(home, there):
     if there:
         (home / "thesis").mkdir()
     assert "thesis holds no activation cache; nothing was deleted" in refused(BAD_USAGE, "cache", "rm", home / "thesis")
 
 
-def test_a_question_that_nobody_answers_removes_nothing(tiny_cache, home):
+def test_an_unanswered_question_deletes_nothing(tiny_cache, home):
     copy = copy_of(tiny_cache, home / "copy")
     result = CliRunner().invoke(app, ["cache", "rm", str(copy)], input="")
     assert result.exit_code == 130
-    assert "stopped: Nothing was deleted. Use --yes to delete without a question." in result.stderr
+    assert "stopped: Nothing was deleted. Use --yes to delete without confirmation." in result.stderr
     assert (copy / "zarr.json").exists()
 
 
@@ -386,7 +386,7 @@ def test_the_next_command_can_be_pasted(tiny_model, sentences, home):
     assert shlex.split(following)[-2:] == ["--cache", str(folder)]
 
 
-def test_an_attention_that_is_unknown_is_refused(tiny_model, sentences, home):
+def test_an_unknown_attention_is_rejected(tiny_model, sentences, home):
     words = ["harvest", "--model", tiny_model, "--layer", 0, "--dataset", sentences, "--attention", "nonsense"]
     assert "--attention nonsense cannot be used: " in refused(BAD_USAGE, *words)
     assert files(home) == set()
@@ -394,7 +394,7 @@ def test_an_attention_that_is_unknown_is_refused(tiny_model, sentences, home):
 
 @pytest.mark.parametrize("command", [["variants"], ["config", "init"], ["cache", "list"]])
 def test_a_closed_pipe_is_silent(command):
-    """As of any program that SIGPIPE ends: nothing on stderr, and the exit code 141 that a shell would report."""
+    """As for any program that SIGPIPE ends: nothing on stderr, and the exit code 141 that a shell would report."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sae", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -403,7 +403,7 @@ def test_a_closed_pipe_is_silent(command):
     assert (process.wait(), stderr) == (BROKEN_PIPE, "")
 
 
-def test_a_memory_too_small_is_a_sentence(capsys):
+def test_running_out_of_memory_prints_one_line(capsys):
     def too_much():
         raise MemoryError("Unable to allocate 3.00 TiB for an array")
 
@@ -413,8 +413,8 @@ def test_a_memory_too_small_is_a_sentence(capsys):
     assert "Out of memory: Unable to allocate 3.00 TiB for an array. Use a smaller" in capsys.readouterr().err
 
 
-def test_ctrl_c_while_ctrl_c_is_answered_is_no_traceback(monkeypatch):
-    """The second one comes while the sentence for the first is being said; a third comes too late."""
+def test_a_second_ctrl_c_prints_no_traceback(monkeypatch):
+    """The second one comes while the message for the first is printed; a third comes too late."""
     said = []
 
     def again(sentence, err):
@@ -443,14 +443,14 @@ def test_ctrl_c_while_ctrl_c_is_answered_is_no_traceback(monkeypatch):
     assert [sentence.split()[0] for sentence in said] == ["error:", "stopped:", "error:"]
 
 
-def test_a_table_keeps_its_numbers_whole_in_a_narrow_terminal(monkeypatch, capsys):
+def test_a_narrow_terminal_does_not_break_the_numbers_of_a_table(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
     show_table("t", ["run", *"abcdefgh"], [["topk-L12-n512-s0-dd3101", *["0.9755 ±.0028"] * 8]])
     assert capsys.readouterr().out.count("0.9755 ±.0028") == 8
 
 
-def test_a_table_shows_names_as_they_are_and_its_title_on_one_line(capsys):
+def test_a_table_shows_names_verbatim_and_its_title_on_one_line(capsys):
     title = "autointerp, by detection (always none: 0.714); n = 256 latents"
     show_table(title, ["run"], [["a[/b] [red]c"]])
     assert capsys.readouterr().out.splitlines()[0] == title
@@ -458,8 +458,8 @@ def test_a_table_shows_names_as_they_are_and_its_title_on_one_line(capsys):
     assert "a[/b] [red]c" in capsys.readouterr().out
 
 
-def test_an_output_that_lacks_a_character_gets_another_in_its_place(monkeypatch):
-    """LANG=C on an old machine, ISO-8859-1, a code page of Windows: the table is printed all the same."""
+def test_characters_that_the_output_cannot_encode_are_replaced(monkeypatch):
+    """LANG=C on an old machine, ISO-8859-1, a code page of Windows: the table is still printed."""
     out = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
     monkeypatch.setattr(sys, "stdout", out)
     cli_command(lambda: show_table("t", ["run", "EV \u2191"], [["a", "1 \u00b1.5"]]))()
@@ -467,7 +467,7 @@ def test_an_output_that_lacks_a_character_gets_another_in_its_place(monkeypatch)
     assert b"EV ?" in out.buffer.getvalue() and b"1 ?.5" in out.buffer.getvalue()
 
 
-def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(typer.Exit) as left:
         cli_command(lambda: (tmp_path / "file" / "plots").mkdir())()
@@ -475,7 +475,7 @@ def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path, capsys)
     assert "plots: Not a directory. Check the folder's permissions" in capsys.readouterr().err
 
 
-def test_ctrl_c_while_the_command_line_is_read_is_a_sentence(monkeypatch, capsys):
+def test_ctrl_c_while_the_command_line_is_parsed_prints_one_line(monkeypatch, capsys):
     from sae.__main__ import main
 
     class Slow(ModuleType):
@@ -489,5 +489,5 @@ def test_ctrl_c_while_the_command_line_is_read_is_a_sentence(monkeypatch, capsys
     assert capsys.readouterr().err == "stopped: interrupted before anything was begun.\n"
 
 
-def test_one_thing_is_not_many():
+def test_counts_use_the_singular_for_one():
     assert [format_count(n, "run") for n in (0, 1, 2, 1000)] == ["0 runs", "1 run", "2 runs", "1,000 runs"]

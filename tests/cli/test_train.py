@@ -1,4 +1,4 @@
-"""What `sae train` shows: the groups of its flags, and whose numbers its progress is of."""
+"""What `sae train` shows: the groups of its flags, and the runs that its progress names."""
 
 import re
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ NUMBERS = "loss 0.5123, L0 32.0, EV 0.750, dead 12.5%"
         (["topk-a", "relu-b"], False, f"topk-a: {NUMBERS}"),
     ],
 )
-def test_progress_says_whose_numbers_it_shows(names: list[str], live: bool, note: str) -> None:
+def test_progress_names_the_run_that_it_shows(names: list[str], live: bool, note: str) -> None:
     runs = [SimpleNamespace(name=name) for name in names]
     assert progress_note(dict.fromkeys(names, METRICS), runs, live) == note
 

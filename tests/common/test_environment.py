@@ -22,7 +22,7 @@ TOKEN = "hf_thisIsASecretThatNobodyMaySee"
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of two files, beside a test and a virtual environment that do not belong to it."""
+    """A package of two files, next to a test and a virtual environment that do not belong to it."""
     for name in ("__init__.py", "train/loop.py", "tests/test_it.py", ".venv/lib/other.py"):
         (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "package" / name).write_text(f"# {name}\n")
@@ -45,7 +45,7 @@ def commit(folder: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_the_revision_is_the_commit_of_the_package_and_whether_it_changed(package: Path) -> None:
-    """And not that of the working directory, which may be another repository."""
+    """It is not that of the working directory, which may be another repository."""
     revision, first = commit(package), fresh_revision()
     assert first == {"commit": revision, "changed": False, "sha256": first["sha256"]}
     (package / "tests/test_it.py").write_text("# another\n")

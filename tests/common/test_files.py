@@ -41,7 +41,7 @@ def test_taking_over_a_lock_with_an_empty_note(tmp_path: Path) -> None:
     assert messages == [f"{tmp_path} was locked by another process, which no longer runs; its lock was taken over."]
 
 
-def test_a_file_in_the_place_of_the_folder_raises(tmp_path: Path) -> None:
+def test_a_file_in_the_way_of_the_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("years of work")
     for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(UsageError, match="is not a folder: a file is in its place"), writer_lock(folder, "a test"):

@@ -1,4 +1,4 @@
-"""What the tests of text share: the embedded tokenizer, a reader of sources, a cutter of texts."""
+"""Fixtures that the tests of text share: the embedded tokenizer, a reader of sources, a cutter of texts."""
 
 from collections.abc import Callable
 from dataclasses import fields

@@ -31,13 +31,13 @@ def test_contexts_begin_with_bos_and_hold_one_document(cut_up, tokenizer: Any) -
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
 @pytest.mark.parametrize("keep_special", [False, True])
-def test_there_are_exactly_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tokens: int, keep_special: bool) -> None:
+def test_there_are_exactly_as_many_rows_as_requested(cut_up, tokenizer: Any, tokens: int, keep_special: bool) -> None:
     skip = [] if keep_special else special_token_ids(tokenizer)
     contexts = cut_up(TEXTS, tokens, exactly=True, skip=skip)
     assert row_mask(contexts, skip).sum() == tokens and contexts.length.min() >= 1
 
 
-def test_a_text_too_short_names_what_fits(cut_up, tokenizer: Any) -> None:
+def test_a_text_that_is_too_short_names_the_tokens_that_it_has(cut_up, tokenizer: Any) -> None:
     rows = sum(map(len, tokenizer(TEXTS, add_special_tokens=False)["input_ids"]))
     with pytest.raises(
         UsageError, match=f"has only {rows} of the requested 1,000 tokens. Use --tokens {rows} or fewer"
@@ -47,7 +47,7 @@ def test_a_text_too_short_names_what_fits(cut_up, tokenizer: Any) -> None:
     assert row_mask(cut_up(TEXTS, 1000), special_token_ids(tokenizer)).sum() == rows  # "up to"
 
 
-def test_special_tokens_in_the_text_are_no_rows(cut_up, tokenizer: Any) -> None:
+def test_special_tokens_in_the_text_are_not_rows(cut_up, tokenizer: Any) -> None:
     contexts = cut_up(["one<eos>two<bos><pad>three"], context=64)
     ids = contexts.ids[0, : contexts.length[0]]
     assert {0, 1, 2} < set(ids.tolist())
@@ -64,7 +64,7 @@ def test_held_out_documents_come_last_and_are_chosen_by_their_tokens(cut_up, tok
     assert set(other.document[other.held_out].tolist()) != set(contexts.document[contexts.held_out].tolist())
 
 
-def test_a_document_is_on_one_side_as_text_and_tokenised_before(cut_up, tokenizer) -> None:
+def test_a_document_is_on_the_same_side_as_text_and_as_ids(cut_up, tokenizer) -> None:
     texts = [f"number {n} reads the yellow books" for n in range(100)]
     tokenised = tokenizer(texts, add_special_tokens=True)["input_ids"]  # with a BOS, which is not the document's
     as_text, as_ids = cut_up(texts, held_out=0.3), cut_up(tokenised, held_out=0.3)
@@ -81,12 +81,12 @@ def test_the_order_of_contexts_is_that_of_the_seed(cut_up) -> None:
     ("texts", "why"),
     [([], "it is empty"), (["", None, " "], r"all of its documents were skipped \(2 empty, 1 not text\)")],
 )
-def test_an_empty_text_is_refused(cut_up, texts: list[Any], why: str) -> None:
+def test_an_empty_text_is_rejected(cut_up, texts: list[Any], why: str) -> None:
     with pytest.raises(UsageError, match=f"The text some has no tokens to harvest: {why}. Give another --dataset"):
         cut_up(texts)
 
 
-def test_a_tokenizer_without_bos_is_a_sentence(tmp_path: Path) -> None:
+def test_a_tokenizer_without_bos_or_eos_is_rejected(tmp_path: Path) -> None:
     text, checkpoint = (
         TextSource("some", {}, ListedDocuments(lambda: map(Document, TEXTS))),
         TokenizeCheckpoint(tmp_path, {}),
@@ -108,7 +108,7 @@ def test_a_document_that_occurs_twice_is_on_one_side(cut_up) -> None:
 # Token ids instead of text
 
 
-def test_ids_give_what_their_text_gives(same, cut_up, tokenizer: Any) -> None:
+def test_ids_give_the_same_contexts_as_their_text(same, cut_up, tokenizer: Any) -> None:
     ids = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
     with_bos = [[tokenizer.bos_token_id, *body] for body in ids]
     for tokenised in (ids, with_bos, [ids[0], TEXTS[1], with_bos[2]]):
@@ -196,7 +196,7 @@ def test_packing_keeps_every_token_once_and_in_order(sizes: list[tuple[int, bool
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
-def test_packed_contexts_have_as_many_rows_as_asked_for(cut_up, tokenizer: Any, tokens: int) -> None:
+def test_packed_contexts_have_as_many_rows_as_requested(cut_up, tokenizer: Any, tokens: int) -> None:
     contexts = cut_up(TEXTS, tokens, exactly=True, pack=True)
     assert row_mask(contexts, special_token_ids(tokenizer)).sum() == tokens
 

@@ -1,4 +1,4 @@
-"""A dataset is read from any file that holds it, to the last row, also through a network that fails."""
+"""A dataset is read from any file that holds it, to the last row, even over a network that fails."""
 
 import gzip
 import json
@@ -77,7 +77,7 @@ def test_the_same_rows_are_the_same_text_in_every_file(tmp_path: Path, read, mak
 
 @pytest.mark.parametrize("make", [saved, arrow_stream, lines, table])
 @pytest.mark.parametrize("read_before", [1, 6, 7, 39, 40])
-def test_a_text_goes_on_from_any_row(tmp_path: Path, read, make: Callable[[Path], Path], read_before: int) -> None:
+def test_a_text_continues_from_any_row(tmp_path: Path, read, make: Callable[[Path], Path], read_before: int) -> None:
     path = make(tmp_path)
     text = read(path)
     assert [next(text.documents).text for _ in range(read_before)] == TEXTS[:read_before]
@@ -89,7 +89,7 @@ def test_a_text_goes_on_from_any_row(tmp_path: Path, read, make: Callable[[Path]
     assert [d.text for d in other.documents] == TEXTS
 
 
-def test_a_split_is_chosen_and_a_wrong_one_is_a_sentence(tmp_path: Path, read) -> None:
+def test_a_split_is_chosen_and_a_wrong_one_is_rejected(tmp_path: Path, read) -> None:
     path = saved_splits(tmp_path)
     text, whole = read(path, split="test"), read(path)
     assert [d.text for d in text.documents] == TEXTS[:3] and text.identity != whole.identity
@@ -99,7 +99,7 @@ def test_a_split_is_chosen_and_a_wrong_one_is_a_sentence(tmp_path: Path, read) -
         read(path, split="dev")
 
 
-def test_a_saved_dataset_that_lost_a_file_is_a_sentence(tmp_path: Path, read) -> None:
+def test_a_saved_dataset_with_a_missing_file_is_rejected(tmp_path: Path, read) -> None:
     path = saved(tmp_path)
     (path / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(UsageError, match="data-00001-of-00003.arrow cannot be read: No such file"):
@@ -121,7 +121,7 @@ def test_a_column_of_ids_gives_the_contexts_of_its_text(tmp_path: Path, read, cu
 
 
 @pytest.mark.parametrize("bad", [8192, -1])
-def test_an_id_of_another_tokenizer_is_a_sentence_with_its_row(tmp_path: Path, read, bad: int) -> None:
+def test_an_id_of_another_tokenizer_is_rejected_with_its_row(tmp_path: Path, read, bad: int) -> None:
     path = ids_table(tmp_path, [[2, 8191], [], None, [0, bad, 5]])
     with pytest.raises(
         UsageError, match=f"Row 3 of .*ids.parquet contains the id {bad}, but .* has the ids 0 to 8,191"
@@ -130,7 +130,7 @@ def test_an_id_of_another_tokenizer_is_a_sentence_with_its_row(tmp_path: Path, r
 
 
 @pytest.mark.parametrize("row", [[1.5], ["a"], [[1], [2, 3]], [True], [1, None]])
-def test_lists_of_anything_else_are_no_text(tmp_path: Path, read, row: list[Any]) -> None:
+def test_lists_of_other_types_are_not_text(tmp_path: Path, read, row: list[Any]) -> None:
     text = read(ids_table(tmp_path, [row, row]), "input_ids")
     assert not list(text.documents) and text.skipped == {"empty": 0, "not text": 2, "huge": 0}
 
@@ -144,7 +144,7 @@ def http(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits, in seconds, that nobody waits."""
+    """The waits in seconds, recorded instead of slept."""
     slept: list[float] = []
     monkeypatch.setattr("sae.harvest.dataset_reader.sleep", slept.append)
     return slept
@@ -181,7 +181,7 @@ LOST = ConnectionError("Server Disconnected")
 @pytest.mark.parametrize(
     "error", [LOST, TimeoutError("timed out"), http(HfHubHTTPError, 503), http(HfHubHTTPError, 429)]
 )
-def test_a_network_that_fails_is_waited_for(hub, waits, groups: list[int], waited: list[int], error: Exception) -> None:
+def test_network_failures_are_retried(hub, waits, groups: list[int], waited: list[int], error: Exception) -> None:
     told: list[str] = []
     text = hub([(group, error) for group in groups], say=told.append)
     assert [d.text for d in text.documents] == TEXTS and waits == waited
@@ -190,7 +190,7 @@ def test_a_network_that_fails_is_waited_for(hub, waits, groups: list[int], waite
         assert sentence == f"Network failure at row {6 * groups[0]} of some/set ({error}); retrying in 1 s."
 
 
-def test_a_network_that_stays_away_is_a_sentence(hub, waits) -> None:
+def test_a_lasting_network_failure_raises_a_clear_error(hub, waits) -> None:
     text = hub([(3, LOST)] * 6)
     sentence = (
         "some/set could not be read beyond row 18: Server Disconnected .* 6 times in a row, over 31 seconds. "
@@ -204,7 +204,7 @@ def test_a_network_that_stays_away_is_a_sentence(hub, waits) -> None:
 @pytest.mark.parametrize(
     "error", [pa.ArrowInvalid("a broken file"), http(HfHubHTTPError, 404), http(HfHubHTTPError, 403)]
 )
-def test_what_waiting_does_not_mend_is_not_waited_for(hub, waits, error: Exception) -> None:
+def test_other_failures_are_not_retried(hub, waits, error: Exception) -> None:
     text = hub([(3, error)])
     with pytest.raises(UnavailableError, match="The dataset some/set could not be read: "):
         list(text.documents)

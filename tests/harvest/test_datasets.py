@@ -1,4 +1,4 @@
-"""Texts are opened from files, the embedded corpus and the Hub; whatever cannot be read is refused with a message."""
+"""Texts are opened from files, the embedded corpus and the Hub; whatever cannot be read is rejected with a message."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def test_every_kind_of_file_gives_its_documents(tmp_path: Path, read) -> None:
+def test_every_file_format_yields_its_documents(tmp_path: Path, read) -> None:
     rows = [{"text": t, "other": 1} for t in TEXTS]
     lines = write_lines(tmp_path / "a.jsonl", rows)
     packed = tmp_path / "a.jsonl.zst"
@@ -63,7 +63,7 @@ def test_a_digest_is_of_the_bytes_and_the_column(tmp_path: Path, read) -> None:
     assert read(path).identity != first
 
 
-def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
+def test_documents_that_are_not_text_are_skipped_and_counted(tmp_path: Path, read) -> None:
     rows = [{"text": t} for t in ("one", "", None, "  \n", "two", None)]
     text = read(write_lines(tmp_path / "a.jsonl", rows))
     assert [d.text for d in text.documents] == ["one", "two"] and text.skipped == {"empty": 2, "not text": 2, "huge": 0}
@@ -71,10 +71,10 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path, read) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=12), st.integers(1, 80))
-def test_sections_lose_nothing(paragraphs: list[str], at_least: int) -> None:
+def test_splitting_into_sections_loses_nothing(paragraphs: list[str], at_least: int) -> None:
     text = "\n\n".join(paragraphs)
     found = list(split_paragraphs(text, at_least))
-    assert "\n\n".join(found).rstrip() == text.rstrip()  # a blank end is no document
+    assert "\n\n".join(found).rstrip() == text.rstrip()  # trailing blank lines are not a document
     assert all(
         len(section.replace("\n\n", "")) >= at_least for section in found[:-1] if "\n" not in "".join(paragraphs)
     )
@@ -130,13 +130,15 @@ def empty(folder: Path) -> Path:
         (lambda folder: "./gone", "There is no file ./gone"),
     ],
 )  # fmt: skip
-def test_bad_input_is_a_sentence(tmp_path: Path, read, make: Callable[[Path], Path | str], sentence: str) -> None:
+def test_bad_input_raises_a_clear_error(
+    tmp_path: Path, read, make: Callable[[Path], Path | str], sentence: str
+) -> None:
     with pytest.raises(UsageError, match=sentence) as refused:
         list(read(make(tmp_path)).documents)
     assert refused.value.exit_code == 2
 
 
-def test_what_breaks_further_down_is_a_sentence_too(tmp_path: Path, read) -> None:
+def test_errors_in_later_rows_raise_a_clear_error(tmp_path: Path, read) -> None:
     line = json.dumps({"text": "word " * 1000}) + "\n"
     (tmp_path / "a.jsonl").write_text(line * (11 * 2**20 // len(line)) + "{broken\n")  # read in blocks of 10 MiB
     documents = read(tmp_path / "a.jsonl").documents
@@ -145,7 +147,7 @@ def test_what_breaks_further_down_is_a_sentence_too(tmp_path: Path, read) -> Non
         list(documents)
 
 
-def test_a_dataset_out_of_reach_is_a_sentence(read) -> None:
+def test_an_unreachable_dataset_raises_a_clear_error(read) -> None:
     with pytest.raises(UnavailableError, match="nobody/nothing could not be read.*--dataset python-stdlib") as refused:
         read("nobody/nothing")
     assert refused.value.exit_code == 4
@@ -172,8 +174,8 @@ def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_o
         assert spelled[number] or followed == (not document.held_out)
 
 
-def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its spelling too, which is drawn."""
+def test_the_embedded_text_continues_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does its spelling, which is drawn at random."""
     few = [StdlibDocument(f"source:{n}.py", f"number {n}", held_out=n % 3 == 0) for n in range(9)]
     monkeypatch.setattr("sae.harvest.mini.corpus.stdlib_documents", lambda: iter(few))
     text = read("python-stdlib")
@@ -184,7 +186,7 @@ def test_the_embedded_text_goes_on_from_any_document(read, monkeypatch: pytest.M
         assert list(text.documents) == whole[number:] and text.reader.position == 15
 
 
-def test_what_repeats_itself_is_never_held_out() -> None:
+def test_repeated_documents_are_never_held_out() -> None:
     repeated = [d for d in stdlib_documents() if d.name.startswith("topic:") or ":encodings/" in d.name]
     assert len(repeated) > 100 and not any(document.held_out for document in repeated)
 
@@ -194,7 +196,7 @@ def test_what_repeats_itself_is_never_held_out() -> None:
 
 @pytest.fixture
 def with_subsets(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TextSource]:
-    """with_subsets(subset, names): a dataset of so many configurations, the n-th with the n-th row."""
+    """with_subsets(subset, names): a dataset with these configurations, the n-th with the n-th row."""
 
     def opened(subset: str | None, names: Sequence[str] = ("en", "fr")) -> TextSource:
         folder = tmp_path / "set"

@@ -1,4 +1,4 @@
-"""A harvest that is killed again and again ends in the same bytes as one that nobody disturbed."""
+"""A harvest that is killed again and again ends in the same bytes as an uninterrupted one."""
 
 import multiprocessing
 import random
@@ -18,7 +18,7 @@ def reached(folder: Path, commits: int) -> bool:
     return (folder / "tokens").exists() and len(list(folder.glob("commits/*.json"))) >= commits
 
 
-def test_kill_at_any_instant(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
+def test_a_harvest_killed_at_any_instant_continues(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
     options = {
         "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 6000, "context": 32,
         "window": 128, "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
@@ -47,7 +47,7 @@ def test_kill_at_any_instant(tiny_model: Path, sentences: Path, tmp_path: Path) 
         process.kill()
         process.join()
         at_work += process.exitcode == -signal.SIGKILL
-    assert at_work >= 3  # a quick machine may be done before the last of them
+    assert at_work >= 3  # a fast machine may finish before the last of them
     finish(killed)
     cache = Cache(killed)
     assert len(list(cache.verify())) == len(cache.manifest["files"])
@@ -58,7 +58,7 @@ def test_kill_at_any_instant(tiny_model: Path, sentences: Path, tmp_path: Path) 
     assert contents[0] == contents[1]
 
 
-def test_sigterm_ends_as_ctrl_c_does(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
+def test_sigterm_acts_like_ctrl_c(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
     """Exit code 130, the committed windows kept, and no lock left behind."""
     out = tmp_path / "stopped"
     words = ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 0, "--tokens", 6000, "--context", 32]

@@ -1,4 +1,4 @@
-"""What is captured is the residual stream of transformers, and the model from there on is the model."""
+"""Captured activations equal the hidden states of transformers, and running on from them gives its logits."""
 
 import errno
 import json
@@ -71,7 +71,7 @@ def deep() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def images() -> LanguageModel:
-    """Three random blocks of a Gemma 3 that reads images too: its decoder is a part of it."""
+    """Three random blocks of a Gemma 3 that also reads images: its decoder is a part of it."""
     torch.manual_seed(0)
     decoder = {
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -97,7 +97,7 @@ def tiny(kind: str, **more: Any) -> LanguageModel:
     config = CONFIG_MAPPING[kind](**sizes, **more)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():  # norms that do nothing would hide that one was left out
+    for parameter in model.parameters():  # norms that do nothing would hide a missing one
         torch.nn.init.normal_(parameter, std=0.3)
     return LanguageModel(model)
 
@@ -133,7 +133,7 @@ def final_norm(model: LanguageModel) -> torch.nn.Module:
 
 
 def test_a_hook_is_named_where_transformers_has_it(any_model: LanguageModel, ids_NS: Tensor) -> None:
-    """Its name leads to a module, and what is captured comes out of it, or goes in."""
+    """Its name leads to a module, whose output or input is what is captured."""
     hooks = [Hook(1, site) for site in SITES]
     found = any_model.capture_hooks(ids_NS, hooks)
     seen: list[Tensor] = []
@@ -150,7 +150,7 @@ def test_a_hook_is_named_where_transformers_has_it(any_model: LanguageModel, ids
         assert torch.equal(seen.pop(), found[hook])
 
 
-def test_the_names_of_hooks(model: LanguageModel, images: LanguageModel) -> None:
+def test_hooks_have_the_names_of_transformer_lens(model: LanguageModel, images: LanguageModel) -> None:
     assert [module_name(Hook(n), model.config) for n in (0, 1)] == [
         "model.layers.0, hidden_states[1]",
         "model.layers.1",
@@ -163,14 +163,14 @@ def test_the_names_of_hooks(model: LanguageModel, images: LanguageModel) -> None
 
 @pytest.mark.parametrize("site", ["mlp_out", "attn_z"])
 @pytest.mark.parametrize("kind", ["glm4", "granite", "cohere", "olmo2"])
-def test_a_site_that_is_not_known_of_a_family_is_refused(kind: str, site: str) -> None:
+def test_an_unknown_site_of_a_family_is_rejected(kind: str, site: str) -> None:
     model, ids = tiny(kind), torch.arange(3, 25).reshape(2, 11)
     with pytest.raises(UsageError, match=f"The site {site} is not supported for .*Use --site resid_post"):
         model.capture_hooks(ids, [Hook(0, site)])
     assert model.capture(ids, [0])[0].shape == (2, 11, 16)
 
 
-def test_a_block_with_several_vectors_of_a_token_is_refused() -> None:
+def test_a_block_with_several_vectors_per_token_is_rejected() -> None:
     config = Gemma3nTextConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, vocab_size_per_layer_input=64, hidden_size_per_layer_input=4,
@@ -202,7 +202,7 @@ def test_layers_do_not_depend_on_each_other(any_model: LanguageModel, ids_NS: Te
         assert torch.equal(any_model.capture(ids_NS, [layer])[layer], residual)
 
 
-def test_no_block_runs_behind_the_last_layer(any_model: LanguageModel, ids_NS: Tensor) -> None:
+def test_no_block_runs_after_the_last_layer(any_model: LanguageModel, ids_NS: Tensor) -> None:
     ran: list[int] = []
     handles = [
         block.register_forward_pre_hook(lambda _m, _i, n=number: ran.append(n))
@@ -234,7 +234,7 @@ def test_a_trunk_of_few_blocks_is_the_beginning_of_the_model(
     source, config = find_model(str(tiny_model))
     trunk = load_trunk(source, config, layer, **SETTINGS)
     assert len(trunk.blocks) == layer + 1 and not hasattr(trunk.model, "lm_head")
-    assert config.num_hidden_layers == 2  # the caller's is left as it was
+    assert config.num_hidden_layers == 2  # the caller's is unchanged
     ids = torch.arange(3, 25).reshape(2, 11)
     assert torch.equal(trunk.capture(ids, [layer])[layer], model.capture(ids, [layer])[layer])
 
@@ -264,7 +264,7 @@ def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, i
         assert torch.equal(any_model.unembed(spliced), expected) and not torch.equal(spliced, run.final)
 
 
-def test_versions_of_the_contexts_go_together(any_model: LanguageModel, ids_NS: Tensor) -> None:
+def test_several_versions_of_the_contexts_run_together(any_model: LanguageModel, ids_NS: Tensor) -> None:
     run = any_model.forward(ids_NS, [0, 1])
     for layer, residual in run.residual.items():
         versions = [residual, 0.5 * residual.roll(1, 0), -residual, residual + 0.1]
@@ -273,7 +273,7 @@ def test_versions_of_the_contexts_go_together(any_model: LanguageModel, ids_NS: 
         assert not torch.allclose(alone[0], alone[1])
 
 
-def test_a_suffix_leaves_nothing_behind(any_model: LanguageModel, ids_NS: Tensor) -> None:
+def test_a_suffix_leaves_no_hooks_behind(any_model: LanguageModel, ids_NS: Tensor) -> None:
     before = hooks_on(any_model)
     first = any_model.forward(ids_NS, [0])
     first.run_from(0, torch.zeros_like(first.residual[0]))
@@ -329,16 +329,16 @@ def test_a_model_that_reads_images_is_its_decoder(images: LanguageModel, tmp_pat
     assert len(trunk.blocks) == 2 and torch.equal(trunk.capture(ids, [1])[1], images.capture(ids, [1])[1])
 
 
-def test_a_model_without_a_list_of_blocks_is_refused() -> None:
+def test_a_model_without_a_list_of_blocks_is_rejected() -> None:
     class Bare(GPT2Config):
         attribute_map = {}  # noqa: RUF012
 
-    with pytest.raises(UsageError, match="bare is a gpt2 model, whose configuration has no num_hidden_layers"):
+    with pytest.raises(UsageError, match="bare is a gpt2 model without num_hidden_layers in its configuration"):
         check_layers(Bare(), [0], "bare")
 
 
 @pytest.mark.parametrize("layer", [26, -1])
-def test_a_layer_that_the_model_lacks_is_refused(layer: int) -> None:
+def test_a_layer_that_the_model_lacks_is_rejected(layer: int) -> None:
     _, config = find_model("gemma-2-mini")
     check_layers(config, [0, 5, 25], "gemma-2-mini")
     with pytest.raises(UsageError, match=f"gemma-2-mini has no layer {layer}: its 26 blocks are layers 0 to 25"):
@@ -346,17 +346,17 @@ def test_a_layer_that_the_model_lacks_is_refused(layer: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["google/gemma-2-2b", "nobody/nothing"])
-def test_a_model_that_is_not_here_without_network_is_a_sentence(name: str) -> None:
+def test_a_missing_model_without_a_network_raises_a_clear_error(name: str) -> None:
     sentence = (
         f"The model {name} could not be loaded: the Hub cannot be reached.*Check the network.*--model gemma-2-mini"
     )
     with pytest.raises(UnavailableError, match=sentence) as refused:
         find_model(name)
     assert refused.value.exit_code == 4
-    assert ("licence" in str(refused.value)) == name.startswith("google/")
+    assert ("license" in str(refused.value)) == name.startswith("google/")
 
 
-GATED = "google/some is gated: accept its licence at https://huggingface.co/google/some, then run `hf auth login`"
+GATED = "google/some is gated: accept its license at https://huggingface.co/google/some, then run `hf auth login`"
 UNREACHABLE = "the Hub cannot be reached.*Check the network"
 
 
@@ -378,7 +378,7 @@ def http(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_what_the_hub_says_is_the_sentence(
+def test_errors_of_the_hub_are_translated(
     monkeypatch: pytest.MonkeyPatch, cause: Exception, kind: type[SaeError], sentence: str, wrapped: bool
 ) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
@@ -392,12 +392,12 @@ def test_what_the_hub_says_is_the_sentence(
     assert ("gated" in str(refused.value)) == isinstance(cause, GatedRepoError)
 
 
-def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_raises_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="could not be loaded"):
         find_model(str(tmp_path))
 
 
-def test_a_model_of_another_build_is_refused() -> None:
+def test_a_model_with_an_unknown_structure_is_rejected() -> None:
     config = GPTJConfig(vocab_size=16, n_embd=8, n_layer=1, n_head=1, rotary_dim=4)
     with pytest.raises(UsageError, match="GPTJForCausalLM does not keep its blocks in .*gpt2, gpt_neox"):
         LanguageModel(AutoModelForCausalLM.from_config(config)).capture(torch.ones(1, 2, dtype=torch.long), [0])
@@ -412,7 +412,7 @@ def test_a_model_whose_end_cannot_be_run_alone_is_harvested_but_not_evaluated(ki
     assert load_trunk(source, config, 1, **SETTINGS).capture(torch.arange(3, 25).reshape(2, 11), [1])[1].shape[-1] == 16
 
 
-def test_a_context_longer_than_the_learned_positions_is_refused() -> None:
+def test_a_context_longer_than_the_learned_positions_is_rejected() -> None:
     check_context(tiny("gpt2").config, 1024, "gpt2")
     check_context(tiny("llama").config, 65535, "llama")
     with pytest.raises(UsageError, match="--context 1025 is too long: gpt2 has learned 1024 positions"):
@@ -429,8 +429,8 @@ def test_where_a_tokenizer_has_no_bos_its_eos_stands_before_each_text(tmp_path: 
 
 
 @pytest.mark.parametrize("how", ["torn", "lacking", "another shape"])
-def test_weights_that_are_not_whole_are_refused(tiny_model: Path, tmp_path: Path, how: str) -> None:
-    """transformers would fill what is lacking with random numbers."""
+def test_incomplete_weights_are_rejected(tiny_model: Path, tmp_path: Path, how: str) -> None:
+    """transformers would fill missing tensors with random numbers."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     file = folder / "model.safetensors"
     weights = load_file(file)

@@ -1,4 +1,4 @@
-"""A mended cache is the cache that was, byte for byte; what was whole is not written."""
+"""A repaired cache equals the original, byte for byte; intact files are not written."""
 
 import shutil
 from collections.abc import Callable
@@ -69,7 +69,7 @@ FILES = [
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", [delete, cut_off, flip])
-def test_a_damaged_file_is_made_again(whole: Cache, folder: Path, file: str, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_file_is_restored(whole: Cache, folder: Path, file: str, damage: Callable[[Path], None]) -> None:
     damage(folder / file)
     others = {p: p.stat().st_mtime_ns for p in folder.glob("layer_*/c.*") if p != folder / file}
     assert [sentence for sentence in repair(folder) if file in sentence]
@@ -92,7 +92,7 @@ RECORDS = [
 @pytest.mark.parametrize(
     "damage", [delete, lambda path: path.write_bytes(path.read_bytes()[:40])], ids=["lost", "torn"]
 )
-def test_a_record_is_made_again(
+def test_a_record_is_restored(
     whole: Cache, folder: Path, file: str, damage: Callable[[Path], None], request_: HarvestConfig
 ) -> None:
     damage(folder / file)
@@ -109,8 +109,8 @@ def test_everything_at_once(whole: Cache, folder: Path) -> None:
     assert different(folder, whole.folder) == set()
 
 
-def test_other_bytes_are_said_to_be_others(whole: Cache, folder: Path) -> None:
-    """Of a window that does not come out as it was, everything is written, so that its rows belong together."""
+def test_different_bytes_are_reported(whole: Cache, folder: Path) -> None:
+    """If a window is not reproduced exactly, all of it is written, so that its rows belong together."""
     path = folder / "commits/000001.layer_01.json"
     commit = read_json(path)
     commit["files"]["layer_01/c.1.0"]["crc32c"] = "00000000"
@@ -120,7 +120,7 @@ def test_other_bytes_are_said_to_be_others(whole: Cache, folder: Path) -> None:
     assert different(folder, whole.folder) == set()  # here it was the record that had changed
 
 
-def test_a_moved_model_is_given(folder: Path, whole: Cache, request_: HarvestConfig, tmp_path: Path) -> None:
+def test_a_moved_model_can_be_given(folder: Path, whole: Cache, request_: HarvestConfig, tmp_path: Path) -> None:
     moved = shutil.copytree(request_.model, tmp_path / "elsewhere")
     record = read_json(folder / "harvest.json")
     write_json(folder / "harvest.json", record | {"model": "/gone"})
@@ -131,15 +131,15 @@ def test_a_moved_model_is_given(folder: Path, whole: Cache, request_: HarvestCon
     assert Cache(folder).read_chunk("layer_00", 0).tobytes() == whole.read_chunk("layer_00", 0).tobytes()
 
 
-def test_another_model_or_text_is_refused(folder: Path, tmp_path: Path, request_: HarvestConfig) -> None:
+def test_another_model_or_text_is_rejected(folder: Path, tmp_path: Path, request_: HarvestConfig) -> None:
     (folder / "layer_00/c.0.0").unlink()
     text = tmp_path / "other.jsonl"
     text.write_text('{"text": "quite another text"}\n' * 100)
-    with pytest.raises(UsageError, match="was harvested with a different data than is there now"):
+    with pytest.raises(UsageError, match=r"was harvested with other inputs than now \(changed: data\)"):
         repair(folder, dataset=str(text))
 
 
-def test_text_that_comes_out_otherwise_is_refused(folder: Path) -> None:
+def test_text_that_tokenizes_differently_is_rejected(folder: Path) -> None:
     record = read_json(folder / "tokens/commit.json")
     record["files"]["tokens/ids/c.0.0"]["crc32c"] = "00000000"
     write_json(folder / "tokens/commit.json", record)
@@ -148,10 +148,10 @@ def test_text_that_comes_out_otherwise_is_refused(folder: Path) -> None:
         repair(folder)
 
 
-def test_a_model_that_was_named_from_here_is_still_the_same(
+def test_a_relative_model_path_is_recorded_as_absolute(
     request_: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """harvest.json has where the model is, from wherever it was called."""
+    """harvest.json records where the model is, whatever the working directory was."""
     monkeypatch.chdir(Path(request_.model).parent)
     called = replace(request_, model=f"./{Path(request_.model).name}", layers=(0,), out=tmp_path / "named")
     run_harvest(plan_harvest(called))
@@ -162,7 +162,7 @@ def test_a_model_that_was_named_from_here_is_still_the_same(
 
 
 def test_the_revisions_of_the_hub_are_recorded(request_: HarvestConfig) -> None:
-    """What was asked for without a commit is asked for with it: the Hub may have moved on."""
+    """A name given without a commit is recorded with one, since the Hub may move on."""
     here = plan_harvest(request_)
     assert here.record()["revision"] is None and here.record()["dataset_revision"] is None
     source = ModelSource("google/gemma-2-2b", "google/gemma-2-2b", "c0ffee")
@@ -173,7 +173,7 @@ def test_the_revisions_of_the_hub_are_recorded(request_: HarvestConfig) -> None:
     assert (there["revision"], there["dataset_revision"]) == ("c0ffee", "beef")
 
 
-def test_arrays_are_made_again_with_the_passes_of_their_own_commit(request_: HarvestConfig, tmp_path: Path) -> None:
+def test_arrays_are_restored_with_the_pass_size_of_their_own_commit(request_: HarvestConfig, tmp_path: Path) -> None:
     out = tmp_path / "passes"
     run_harvest(plan_harvest(replace(request_, layers=(0,), sites=("resid_post",), batch_contexts=4, out=out)))
     run_harvest(plan_harvest(replace(request_, layers=(1,), sites=("resid_post",), batch_contexts=1, out=out)))
@@ -182,7 +182,7 @@ def test_arrays_are_made_again_with_the_passes_of_their_own_commit(request_: Har
     assert len(repair(out)) == 1 and bytes_of(out) == before
 
 
-def test_a_half_written_cache_is_not_mended(folder: Path) -> None:
+def test_a_half_written_cache_is_not_repaired(folder: Path) -> None:
     root = read_json(folder / "zarr.json")
     root["attributes"]["complete"] = []
     write_json(folder / "zarr.json", root)
@@ -190,7 +190,7 @@ def test_a_half_written_cache_is_not_mended(folder: Path) -> None:
         repair(folder)
 
 
-def test_layers_keep_the_marks_of_their_own_harvest(request_: HarvestConfig, tmp_path: Path) -> None:
+def test_layers_keep_the_max_norm_of_their_own_harvest(request_: HarvestConfig, tmp_path: Path) -> None:
     out = tmp_path / "marks"
     run_harvest(plan_harvest(replace(request_, layers=(0,), sites=("resid_post",), max_norm=1.2, out=out)))
     run_harvest(plan_harvest(replace(request_, layers=(1,), sites=("resid_post",), max_norm=None, out=out)))
@@ -200,7 +200,7 @@ def test_layers_keep_the_marks_of_their_own_harvest(request_: HarvestConfig, tmp
     assert repair(out) and bytes_of(out) == before
 
 
-def test_a_newer_format_is_not_touched(folder: Path) -> None:
+def test_a_newer_format_is_left_alone(folder: Path) -> None:
     root = read_json(folder / "zarr.json")
     root["attributes"]["format"] = 2
     write_json(folder / "zarr.json", root)
@@ -211,7 +211,7 @@ def test_a_newer_format_is_not_touched(folder: Path) -> None:
     assert bytes_of(folder) == before
 
 
-def test_a_cache_that_lost_what_was_asked_for_says_who_writes_it(folder: Path) -> None:
+def test_a_cache_without_harvest_json_names_the_command_that_writes_it(folder: Path) -> None:
     (folder / "harvest.json").unlink()
     with pytest.raises(
         DamagedError, match="harvest.json is missing, .* Run the same `sae harvest` again to restore it"
@@ -219,14 +219,14 @@ def test_a_cache_that_lost_what_was_asked_for_says_who_writes_it(folder: Path) -
         repair(folder)
 
 
-def test_what_is_no_harvest_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_a_folder_that_is_not_a_cache_is_rejected(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match="is not a cache"):
         repair(tmp_path / "nothing")
     with writer_lock(folder, "sae harvest"), pytest.raises(SaeError, match="is being written by"):
         repair(folder)
 
 
-def test_a_cache_that_is_removed_is_gone(folder: Path, tmp_path: Path) -> None:
+def test_a_removed_cache_is_gone(folder: Path, tmp_path: Path) -> None:
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert remove_cache(folder) == pytest.approx(size, abs=200) and not folder.exists()  # the lock's note
     (tmp_path / "thesis").mkdir()
@@ -234,7 +234,7 @@ def test_a_cache_that_is_removed_is_gone(folder: Path, tmp_path: Path) -> None:
         remove_cache(tmp_path / "thesis")
 
 
-def test_what_is_mended_is_harvested_with_the_same_passes(request_: HarvestConfig, whole: Cache, folder: Path) -> None:
+def test_repaired_windows_use_the_same_pass_size(request_: HarvestConfig, whole: Cache, folder: Path) -> None:
     """Bytes can depend on how many contexts are in a pass: a repair takes the number of the window's commit."""
     assert read_json(folder / "commits/000000.layer_00.json")["made_with"]["batch_contexts"] == 4
     write_json(folder / "harvest.json", read_json(folder / "harvest.json") | {"batch_contexts": 1})

@@ -1,4 +1,4 @@
-"""What a harvest writes is what the model computes, each row once, and nothing that was held out."""
+"""A harvest writes what the model computes, each row once, and nothing that is held out."""
 
 import shutil
 import signal
@@ -58,7 +58,7 @@ def small(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def again(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> HarvestConfig:
-    """The same harvest, whole already, in a folder of the test's own."""
+    """The same harvest, already complete, in a folder of the test's own."""
     request, cache = small
     return replace(request, out=Path(shutil.copytree(cache.folder, tmp_path / "again")))
 
@@ -87,7 +87,7 @@ def test_rows_are_those_of_a_hook_placed_by_hand(tiny_cache: Cache, model: Langu
         assert len(mine) == len(ids) - 1  # all but BOS
         for layer in (0, 1):
             expected = seen[layer][0, pos[mine].astype(np.int64)].double()
-            # One context alone is another matrix product than 32 of them: float32 noise, then the rounding to bfloat16,
+            # One context alone is another matrix product than 32 of them: float32 noise, then rounding to bfloat16,
             # half of 2^-7 of the number, or a whole step where the noise crosses a border.
             assert torch.allclose(rows[layer][mine], expected, rtol=2**-7, atol=1e-4)
     for handle in handles:
@@ -104,7 +104,7 @@ def test_every_kept_position_is_one_row(tiny_cache: Cache) -> None:
 
 
 def test_row_ctx_is_an_index_into_the_stored_tokens(tiny_cache: Cache) -> None:
-    """So a reader that knows nothing of held-out contexts finds the same token."""
+    """So a reader that does not know about held-out contexts finds the same token."""
     stored = tiny_cache.read_chunk("tokens/ids", 0)
     ctx, pos = origins(tiny_cache)
     assert np.array_equal(stored[ctx, pos], tiny_cache.contexts(held_out=False).ids[ctx, pos])
@@ -144,7 +144,7 @@ def test_a_layer_added_later_is_as_if_harvested_at_once(small: tuple[HarvestConf
     folder = tmp_path / "later"
     run_harvest(plan_harvest(replace(request, layers=(1,), out=folder)))
     before = {p: p.stat().st_mtime_ns for p in (folder / "layer_01").iterdir()}
-    run_harvest(plan_harvest(replace(request, layers=(0, 1), out=folder)))  # the one that is there stays untouched
+    run_harvest(plan_harvest(replace(request, layers=(0, 1), out=folder)))  # the existing one stays untouched
     assert {p: p.stat().st_mtime_ns for p in (folder / "layer_01").iterdir()} == before
     assert files_of(folder) == files_of(both.folder)
 
@@ -176,8 +176,8 @@ def test_a_compressed_harvest_holds_the_same_rows(small: tuple[HarvestConfig, Ca
     assert len(list(compressed.verify())) == len(compressed.manifest["files"])
 
 
-def test_a_memory_too_small_halves_the_pass(small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch) -> None:
-    """What was committed before keeps its record; from then on the smaller number is recorded."""
+def test_running_out_of_memory_halves_the_pass(small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch) -> None:
+    """Windows committed before keep their record; from then on the smaller number is recorded."""
     request, said = replace(small[0], out=tmp_path / "tight"), []
     capture = LanguageModel.capture_hooks
     passes = []
@@ -205,7 +205,7 @@ def test_a_memory_too_small_halves_the_pass(small: tuple[HarvestConfig, Cache], 
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_a_context_that_does_not_fit_is_refused(
+def test_a_context_that_does_not_fit_is_rejected(
     small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch, error
 ) -> None:
     def full(model, ids_NS, hooks):
@@ -255,7 +255,7 @@ def test_the_same_command_twice_writes_nothing(again: HarvestConfig) -> None:
 @pytest.mark.parametrize(
     "lost", ["layer_01/c.1.0", "row_pos/c.2", "layer_00.row_norm/c.0", "tokens/ids/c.0.0", "manifest.json"]
 )
-def test_the_same_command_mends_what_was_lost(
+def test_the_same_command_restores_lost_files(
     small: tuple[HarvestConfig, Cache], again: HarvestConfig, lost: str
 ) -> None:
     (again.out / lost).unlink()
@@ -268,7 +268,7 @@ def test_the_same_command_mends_what_was_lost(
 
 
 @pytest.mark.parametrize("torn", ["layer_01/zarr.json", "row_ctx/zarr.json", "harvest.json"])
-def test_the_same_command_mends_a_record_that_it_can_write(
+def test_the_same_command_restores_a_record_that_it_can_write(
     small: tuple[HarvestConfig, Cache], again: HarvestConfig, torn: str
 ) -> None:
     (again.out / torn).write_bytes((again.out / torn).read_bytes()[:50])
@@ -291,7 +291,7 @@ def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, 
     assert max(lengths) <= 2048
 
 
-def test_a_second_harvest_into_the_folder_is_refused(again: HarvestConfig) -> None:
+def test_a_second_harvest_into_the_folder_is_rejected(again: HarvestConfig) -> None:
     with (
         writer_lock(again.out, "sae harvest"),
         pytest.raises(UnavailableError, match=r"is being written by process \d+ on"),
@@ -299,13 +299,13 @@ def test_a_second_harvest_into_the_folder_is_refused(again: HarvestConfig) -> No
         run_harvest(plan_harvest(again))
 
 
-def test_another_harvest_into_the_folder_is_refused(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
+def test_another_harvest_into_the_folder_is_rejected(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
     with pytest.raises(UsageError, match="holds another harvest .* Use another --out"):
         run_harvest(plan_harvest(replace(again, seed=1)))
     assert files_of(again.out) == files_of(small[1].folder)
 
 
-def test_a_refused_harvest_touches_nothing(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
+def test_a_rejected_harvest_changes_nothing(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
     theirs = tmp_path / "theirs" / "deep" / "report.tmp-17"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("a thesis")
@@ -314,17 +314,19 @@ def test_a_refused_harvest_touches_nothing(small: tuple[HarvestConfig, Cache], t
     assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [theirs]
 
 
-def test_the_same_harvest_of_another_revision_is_told_of(small: tuple[HarvestConfig, Cache], home: Path) -> None:
+def test_the_same_harvest_at_another_revision_is_mentioned(small: tuple[HarvestConfig, Cache], home: Path) -> None:
     text = Path(shutil.copy(small[0].dataset, home))
     request = replace(small[0], dataset=str(text), out=None)
     older = run_harvest(plan_harvest(request))
     text.write_text(text.read_text() + '{"text": "one more line"}\n')
     told: list[str] = []
     assert plan_harvest(request, told.append).folder != older.folder
-    assert told == [f"{older.folder} is the same harvest of another revision."]  # a file cannot be had as it was
+    assert told == [
+        f"{older.folder} is the same harvest at another revision."
+    ]  # an earlier version of a file cannot be restored
 
 
-def test_tokens_of_a_harvest_that_never_began_are_not_used(
+def test_tokens_of_a_harvest_that_never_started_are_not_used(
     small: tuple[HarvestConfig, Cache], again: HarvestConfig
 ) -> None:
     for path in again.out.iterdir():
@@ -350,7 +352,7 @@ def test_text_and_model_change_the_folder(small: tuple[HarvestConfig, Cache], tm
     request = replace(small[0], out=None)
     folder = plan_harvest(request).folder
     text = Path(shutil.copy(request.dataset, tmp_path))
-    assert plan_harvest(replace(request, dataset=str(text))).folder == folder  # where it is does not matter
+    assert plan_harvest(replace(request, dataset=str(text))).folder == folder  # its location does not matter
     text.write_text(text.read_text() + '{"text": "one more"}\n')
     assert plan_harvest(replace(request, dataset=str(text))).folder != folder
     copy = Path(shutil.copytree(tiny_model, tmp_path / tiny_model.name))
@@ -394,7 +396,7 @@ def test_statistics_are_those_of_the_rows(tiny_cache: Cache) -> None:
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_a_disk_too_small_is_refused_before_anything_is_written(
+def test_too_little_disk_space_is_an_error_before_anything_is_written(
     small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = replace(small[0], out=tmp_path / "new")
@@ -405,7 +407,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
     ) as refused:
         run_harvest(plan_harvest(request))
     assert refused.value.exit_code == 4 and not [p for p in request.out.iterdir() if p.name[0] != "."]
-    # All of an unknown text is asked for: only when it has been cut is it known to be too much.
+    # All of a text of unknown length is requested: only after cutting is it known to be too much.
     with pytest.raises(UnavailableError, match="would fit"):
         run_harvest(plan_harvest(replace(request, tokens=None, out=tmp_path / "all")))
 
@@ -426,7 +428,7 @@ def test_ctrl_c_keeps_what_is_committed(small: tuple[HarvestConfig, Cache], tmp_
 
 @pytest.fixture
 def interruptible():
-    """A process that a shell put into the background begins with Ctrl-C ignored."""
+    """A process that a shell starts in the background ignores Ctrl-C at first."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -486,7 +488,7 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         ({"model": "gemma-2-mini", "layers": (26,)}, "gemma-2-mini has no layer 26: its 26 blocks are layers 0 to 25"),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused(small: tuple[HarvestConfig, Cache], wrong: dict, sentence: str) -> None:
+def test_invalid_options_are_rejected(small: tuple[HarvestConfig, Cache], wrong: dict, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence) as refused:
         plan_harvest(replace(small[0], **wrong))
     assert refused.value.exit_code == 2
@@ -531,7 +533,7 @@ def test_harvest_activations_writes_what_the_plan_of_a_config_writes(
         ({"layers": 2}, "has no layer 2: its 2 blocks"),
     ],
 )
-def test_harvest_activations_refuses_unknown_options(
+def test_harvest_activations_rejects_unknown_options(
     small: tuple[HarvestConfig, Cache], option: dict, sentence: str
 ) -> None:
     with pytest.raises(UsageError, match=sentence):

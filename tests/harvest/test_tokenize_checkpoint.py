@@ -1,4 +1,4 @@
-"""Tokenizing that is killed continues from its checkpoint and ends in the same contexts as without a kill."""
+"""Killed tokenizing continues from its checkpoint and gives the same contexts as without a kill."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ HERE = {"some": "harvest"}
 
 
 class Killed(BaseException):
-    """What nobody catches."""
+    """An exception that nothing catches."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def whole(cut_some, tmp_path: Path) -> Callable[..., Contexts]:
 
 
 def breaking_at(number: int, error: BaseException | None = None) -> TextSource:
-    """The documents, which break before one of them."""
+    """The documents, with an exception before one of them."""
 
     def documents() -> Iterator[Document]:
         for at, ids in enumerate(DOCUMENTS):
@@ -123,7 +123,7 @@ def test_a_kill_at_any_write_of_a_checkpoint(
             shutil.rmtree(tmp_path / "killed")
 
 
-def test_what_was_tokenized_is_not_tokenized_again(cut_some, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenized_documents_are_not_tokenized_again(cut_some, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Killed):
         cut_some(breaking_at(60))
     left, added, told = TokenizeCheckpoint(tmp_path / "killed", HERE), [], []
@@ -133,7 +133,7 @@ def test_what_was_tokenized_is_not_tokenized_again(cut_some, tmp_path: Path, mon
     )
     cut_some(TextSource("some", {}, ListedDocuments(lambda: map(Document, DOCUMENTS)), told.append), left)
     assert added[0] == 50 and added == list(range(50, 50 + len(added)))
-    assert told == [f"Continuing some after {left_rows(DOCUMENTS[:50])} tokens, which were tokenized before."]
+    assert told == [f"Continuing some after {left_rows(DOCUMENTS[:50])} tokens, which are already tokenized."]
 
 
 def test_a_network_failure_keeps_everything_tokenized_before(same, cut_some, whole, tmp_path: Path) -> None:

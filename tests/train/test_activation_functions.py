@@ -32,7 +32,7 @@ def test_topk_by_groups_of_latents_keeps_what_a_sort_keeps(k: int, rows) -> None
 
 @pytest.mark.parametrize(("k", "batch"), [(3, 33), (2.5, 7), (0.4, 6), (10, 4)])
 def test_batchtopk_is_a_sort(k: float, batch: int) -> None:
-    """The floor(B k) largest of the batch, as far as they are positive."""
+    """The floor(B k) largest latents of the batch, those that are positive."""
     torch.manual_seed(0)
     z_BF = torch.randn(batch, 10)
     kept = sorted([v for v in z_BF.flatten().tolist() if v > 0], reverse=True)[: math.floor(k * batch)]

@@ -29,7 +29,7 @@ every_fixture = pytest.mark.parametrize("name", [f"{peer}-{recipe}" for peer in 
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything in float64: rounding is then far below what a deviation does."""
+    """Everything in float64: rounding is then far below the effect of any deviation."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield

@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_version_is_rejected_and_kept(sparse_cache) -> N
 
 def test_a_checkpoint_of_another_variant_is_rejected(make_trainer, tmp_path: Path) -> None:
     save_checkpoint(make_trainer("relu"), tmp_path, 3)
-    with pytest.raises(UsageError, match="holds other tensors than this version's variant has"):
+    with pytest.raises(UsageError, match="does not hold the tensors that this version's variant has"):
         restore_checkpoint(make_trainer("batchtopk"), tmp_path, pytest.fail)
 
 

@@ -1,4 +1,4 @@
-"""`--compile`: the same step up to rounding, a resume that is exact, and a sentence where it cannot be had."""
+"""`--compile`: the same step up to rounding, an exact resume, and a message if a recipe cannot be compiled."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What training will take: bytes as a run leaves them, times as its steps are counted, and a disk that is too small."""
+"""Estimates of training: bytes equal those of a run, times follow the number of steps, and small disks raise."""
 
 import shutil
 from collections import namedtuple
@@ -28,7 +28,7 @@ def make_config(cache, *variants, **more):
 
 
 def passing(run):
-    """A third checkpoint before the first goes; there is no SAE then yet."""
+    """A third checkpoint before the first is removed; there is no SAE yet."""
     return run_bytes(run).state - run_bytes(run).sae
 
 
@@ -37,7 +37,7 @@ def test_the_bytes_of_a_run_are_its_tensors():
     run = Spec(find_recipe("relu"), {}, RunConfig(4, 8, 10, 16))
     buffers = 4 * (4 + 1) + 8 * (
         8 + 1
-    )  # mean and scale of the input; of each latent since when it is silent, and if it is dead
+    )  # mean and scale of the input; for each latent how long it has been silent, and whether it is dead
     assert run_bytes(run).state == 3 * weights + buffers
     assert run_bytes(run).folder == weights + 2 * run_bytes(run).state
 
@@ -164,7 +164,7 @@ def test_other_files_in_a_run_folder_do_not_count_as_checkpoints(sparse_cache, t
 def test_a_file_in_the_place_of_a_folder_is_rejected(sparse_cache, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "runs"):
-        with pytest.raises(UsageError, match="file is a file, not a folder"):
+        with pytest.raises(UsageError, match="file is not a folder: a file is in its place"):
             plan_training(make_config(sparse_cache, "relu", out=out))
 
 
@@ -172,5 +172,5 @@ def test_a_file_in_the_place_of_a_folder_is_rejected(sparse_cache, tmp_path):
     "sizes", [{"width": "1e99x"}, {"width": "9" * 20}, {"width": "1" + "0" * 15}, {"steps": 10**21}]
 )
 def test_impossible_sizes_are_rejected(sparse_cache, sizes):
-    with pytest.raises(UsageError, match="no machine holds a width|more than can be counted"):
+    with pytest.raises(UsageError, match="is too large for any machine|too many to count"):
         plan_training(make_config(sparse_cache, "relu", **sizes))

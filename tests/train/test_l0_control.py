@@ -85,7 +85,7 @@ def test_resume_is_exact_with_l0(sparse_cache, batches, tmp_path) -> None:
 
 
 def test_the_controller_takes_over_after_a_twentieth_of_the_run() -> None:
-    """Twice as many latents as wanted: log 2 is over the bound of 1/2, so c is c_w exp(1 + 0.02 a step)."""
+    """Twice as many latents as wanted: log 2 exceeds the bound of 1/2, so c is c_w exp(1 + 0.02 a step)."""
     controller = L0Controller(2.0, start_step=2)
     coefficient = controller.take_over("l1", lambda step: 0.1 * (step.i + 1))
 
@@ -107,10 +107,10 @@ def test_l0_is_rejected_where_nothing_sets_it_or_another_option_does(monkeypatch
 
     monkeypatch.setattr(registry, "RECIPES", {})
     registry.recipe("bare", paper="none")(bare)
-    with pytest.raises(UsageError, match="--l0 has nothing to act on: no option k or l0, and no sparsity"):
+    with pytest.raises(UsageError, match="--l0 has no effect on this recipe: it has no option k or l0 and no sparsity"):
         registry.RECIPES["bare"].make(SETTING._replace(l0=8), {})
     for name, knob in (("topk", "k"), ("jumprelu", "l0")):
-        with pytest.raises(UsageError, match=f"--l0 8 and {knob}=4 set the same: give one"):
+        with pytest.raises(UsageError, match=f"--l0 8 and {knob}=4 set the same thing: give one"):
             RECIPES[name].make(SETTING._replace(l0=8), {knob: 4})
     for wrong in (0, -1, 129, float("nan")):
         with pytest.raises(UsageError, match="is out of range: give a number above 0 and at most 128"):

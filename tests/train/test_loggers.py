@@ -26,7 +26,7 @@ class Recorder:
 
 @pytest.fixture(params=["wandb", "trackio"])
 def service(request, monkeypatch) -> tuple[str, list[Recorder]]:
-    """A stand-in for the package, with the part of it that is used."""
+    """A stand-in for the package, with the part that is used."""
     begun: list[Recorder] = []
     module = ModuleType(request.param)
     module.Settings = dict
@@ -35,7 +35,7 @@ def service(request, monkeypatch) -> tuple[str, list[Recorder]]:
     return request.param, begun
 
 
-def test_each_run_is_a_run_there(service, tmp_path) -> None:
+def test_each_run_is_a_run_of_the_logger(service, tmp_path) -> None:
     name, begun = service
     runs = [run_named(tmp_path / "topk-a"), run_named(tmp_path / "relu-b")]
     with Loggers([name], runs) as loggers:
@@ -60,7 +60,7 @@ def test_loggers_are_closed_when_training_fails(service, tmp_path) -> None:
 
 
 def test_an_unknown_logger_is_rejected() -> None:
-    with pytest.raises(UsageError, match="--log mlflow is unknown: give one of tensorboard, wandb, trackio"):
+    with pytest.raises(UsageError, match="unknown --log mlflow: expected one of tensorboard, wandb, trackio"):
         Loggers(["mlflow"], [])
 
 

@@ -31,7 +31,7 @@ def test_a_batch_that_is_not_finite_moves_no_weight(make_trainer, batches, bad: 
         trainer.step(x_BD)
     assert int(trainer.failed_at) == 3
     for name, parameter in trainer.variant.named_parameters():
-        torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=1e-6)  # rows are renormalised
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=1e-6)  # rows are renormalized
         assert torch.equal(trainer.optimizer.state[parameter]["exp_avg"], moments[name])
         assert float(trainer.optimizer.state[parameter]["step"]) == 3
 

@@ -39,7 +39,7 @@ def dead_set(d_sae: int, dead: list[int]) -> DeadLatents:
 
 
 def aux_reference(step: Step, dead: list[int], k_aux: int) -> torch.Tensor:
-    """AuxK over the whole width with a mask: slow, and plain to see."""
+    """AuxK over the whole width with a mask: slow and obviously right."""
     sae, mask_F = step.sae, torch.zeros(step.sae.d_sae, dtype=torch.bool)
     mask_F[dead] = True
     z_BF = torch.where(mask_F, step.pre_BF.relu(), 0.0)
@@ -71,7 +71,7 @@ def test_auxk_on_the_gathered_dead_is_the_masked_one(dead: list[int], pre_bias: 
         value.backward()
         gradients.append([value.detach(), *[p.grad.clone() if p.grad is not None else None for p in sae.parameters()]])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
-    assert gradients[0][2][:, dead].abs().sum(0).gt(0).any()  # W_enc's columns of the dead are taught
+    assert gradients[0][2][:, dead].abs().sum(0).gt(0).any()  # the dead latents' columns of W_enc get a gradient
     alive = [n for n in range(100) if n not in dead]
     assert not gradients[0][2][:, alive].any()
 

@@ -43,7 +43,7 @@ def test_dead_latents_count_tokens_since_they_fired() -> None:
         mechanism.after_step(step_with(x_BD=f_BF, f_BF=f_BF))
         assert mechanism.since_F.tolist() == since
     assert float(mechanism.scalars()["dead"]) == pytest.approx(1 / 3)
-    assert len(mechanism.index_A) == 0  # the list is renewed in between
+    assert len(mechanism.index_A) == 0  # the list is updated in between
     mechanism.every_n_steps(None)
     assert mechanism.dead_F.tolist() == [False, True, False]
     assert mechanism.index_A[mechanism.real_A > 0].tolist() == [1]
@@ -68,7 +68,7 @@ def test_unit_norm_removes_the_radial_gradient_and_restores_the_norm() -> None:
     with torch.no_grad():
         mechanism.after_backward(step)
         assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-6
-        removed_FD = tangent_FD - sae.W_dec.grad  # along the row and nothing else
+        removed_FD = tangent_FD - sae.W_dec.grad  # along the row and in no other direction
         torch.testing.assert_close(removed_FD, (tangent_FD * sae.W_dec).sum(1, keepdim=True) * sae.W_dec)
         direction_FD = sae.W_dec.clone()
         sae.W_dec.mul_(torch.rand(20, 1) + 0.5)
@@ -108,7 +108,7 @@ def test_the_threshold_starts_at_the_first_minimum_and_follows_the_others() -> N
     for f_BF, expected in [
         (((4.0, 0.0), (2.0, 3.0)), 2.0),
         (((4.0, 5.0), (0.0, 0.0)), 2.0 + 0.1 * (4 - 2)),
-        (((0.0, 0.0), (0.0, 0.0)), 2.2),  # nothing fired: nothing is learnt
+        (((0.0, 0.0), (0.0, 0.0)), 2.2),  # nothing fired, so nothing is learned
     ]:
         mechanism.after_step(step_with(f_BF=f_BF))
         assert float(activation.threshold) == pytest.approx(expected)
@@ -117,7 +117,7 @@ def test_the_threshold_starts_at_the_first_minimum_and_follows_the_others() -> N
     assert float(activation.threshold) == pytest.approx(4.0)  # the mean of the minima alone
 
 
-def test_the_calibrated_threshold_keeps_k_latents_a_token() -> None:
+def test_the_calibrated_threshold_keeps_k_latents_per_token() -> None:
     torch.manual_seed(0)
     sae = SAE(32, 256, [BatchTopK(20)])
     mechanism = BatchTopKThreshold(sae.activation[0])
@@ -157,7 +157,7 @@ def test_annealed_k_falls_to_k_whatever_the_interval(activation, kept: list[int]
     assert int((activation.eval()(Z_BF) > 0).sum()) == (4 if isinstance(activation, TopK) else 11)  # threshold 0
 
 
-def test_what_is_annealed_is_not_saved_with_the_sae() -> None:
+def test_the_annealed_k_is_not_saved_with_the_sae() -> None:
     sae = SAE(4, 6, [TopK(2)])
     plain = sae.state_dict().keys()
     AnnealK(sae.activation[0], start=6, steps=4)

@@ -1,4 +1,4 @@
-"""What holds for every registered recipe: a new one is covered on the day its file appears."""
+"""Properties of every registered recipe: a new one is covered as soon as its file exists."""
 
 import shutil
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_resume_is_exact(name, make_trainer, take, tmp_path: Path) -> None:
 
 
 @every_recipe
-def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
+def test_the_saved_sae_does_to_raw_rows_what_training_did_to_normalized_ones(
     name, make_trainer, take, batches, tmp_path: Path
 ) -> None:
     trainer = make_trainer(name, center=True)
@@ -92,7 +92,7 @@ def test_the_saved_folder_does_to_raw_rows_what_training_did_to_normalised_ones(
         torch.testing.assert_close(loaded.encode(x_BD), variant.scale * f_BF, rtol=1e-4, atol=1e-4)
         expected = variant.scale * x_hat_BD + variant.mean_D
         torch.testing.assert_close(loaded.decode(variant.scale * f_BF), expected, rtol=1e-4, atol=1e-4)
-    assert variant.scale > 3  # or the law would hold without folding
+    assert variant.scale > 3  # otherwise the test would pass without folding
 
 
 @every_recipe
@@ -174,7 +174,7 @@ def test_a_variant_trained_with_others_is_what_it_is_alone(name, together, spars
 
 @every_recipe
 def test_a_killed_run_resumes_from_its_checkpoint(name, together, sparse_cache, tmp_path: Path) -> None:
-    """The run folder as a kill after step 6 leaves it, and the same command again."""
+    """A run folder as left by a kill after step 6, and the same command again."""
     folder = tmp_path / together[name].name
     shutil.copytree(together[name], folder)
     (folder / "sae.json").unlink()

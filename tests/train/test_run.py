@@ -94,7 +94,7 @@ def command(cache, out: Path) -> list[str]:
 
 
 def wait_for_checkpoint(process: subprocess.Popen, out: Path, at_least: int) -> None:
-    """Until every run of the stream has a whole checkpoint of that step."""
+    """Wait until every run of the pass has a complete checkpoint of that step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if len(list(out.glob(f"*/checkpoints/step-{at_least:08d}/state.json"))) == len(NAMES):
@@ -157,7 +157,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(sparse
 
 
 def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse_cache, tmp_path: Path) -> None:
-    """A row of the cache is infinite, and read at a known step. The checkpoint before it is kept."""
+    """A row of the cache is infinite and is read at a known step. The checkpoint before it is kept."""
     folder = tmp_path / "cache"
     shutil.copytree(sparse_cache.folder, folder)
     cache = open_cache(folder)
@@ -166,7 +166,7 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     bits[piece.start, 3] = torch.tensor(math.inf, dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     file, record = write_chunk(folder, cache.array("layer_00"), piece.chunk, bits)
     manifest = read_json(folder / "manifest.json")
-    manifest["files"][file] = record  # whole and as recorded: only the values are bad
+    manifest["files"][file] = record  # complete and as recorded: only the values are bad
     (folder / "manifest.json").write_text(json.dumps(manifest))
     said: list[str] = []
     config = make_config(open_cache(folder), "relu", "topk", out=tmp_path / "runs")
@@ -200,7 +200,7 @@ def test_changed_defaults_are_named(sparse_cache) -> None:
     (folder,) = train(config)
     (folder / "sae.json").unlink()
     record = read_json(folder / "run.json")
-    record["resolved"]["l1"] = 0.5  # as if the version that began it had another default
+    record["resolved"]["l1"] = 0.5  # as if the version that started it had another default
     (folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match=r"started with other options \(l1 was 0.5, is 0.04\)"):
         train(config)

@@ -37,7 +37,7 @@ def test_without_pre_bias_the_encoder_sees_x() -> None:
 
 @pytest.mark.parametrize("activation", [ReLU(), TopK(3), BatchTopK(2.5)], ids=lambda a: a.name)
 def test_gradients_are_those_of_the_plain_form_and_of_the_closed_form(activation) -> None:
-    """With g = 2(x_hat - x)/B and d_pre = g W_dec^T on what is kept:
+    """With g = 2(x_hat - x)/B and d_pre = g W_dec^T on the kept latents:
 
     dW_dec = f^T g, db_dec = sum g - (sum d_pre) W_enc^T, dW_enc = (x - b_dec)^T d_pre, db_enc = sum d_pre.
     """
@@ -65,7 +65,7 @@ def test_folding_scales_biases_and_thresholds_and_keeps_the_weights(pre_bias: bo
     sae, mean_D = random_sae(activation=[activation], pre_bias=pre_bias).eval(), torch.randn(6, dtype=torch.float64)
     raw, x_BD = fold_normalization(sae, 5.0, mean_D), 20 * torch.randn(50, 6, dtype=torch.float64)
     assert float(raw.activation[0].threshold) == pytest.approx(3.5)
-    assert float(activation.threshold) == pytest.approx(0.7)  # the trained one is left alone
+    assert float(activation.threshold) == pytest.approx(0.7)  # the trained one is unchanged
     assert torch.equal(raw.W_enc, sae.W_enc) and torch.equal(raw.W_dec, sae.W_dec)
     f_BF = sae.encode((x_BD - mean_D) / 5)
     torch.testing.assert_close(raw.encode(x_BD), 5 * f_BF)
@@ -100,12 +100,12 @@ def saved(folder: Path, activation=()) -> SAE:
 
 
 def describe(folder: Path, **changes: object) -> None:
-    """Change what sae.json says."""
+    """Change the content of sae.json."""
     path = folder / "sae.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_rows_of_any_dtype_are_encoded_and_those_of_another_width_refused() -> None:
+def test_rows_of_any_dtype_are_encoded_and_other_widths_rejected() -> None:
     sae, x = SAE(8, 16, [TopK(2)]), torch.randn(3, 8).bfloat16()
     assert torch.equal(sae.encode(x), sae.encode(x.float()))
     assert torch.equal(sae.encode(x.double()), sae.encode(x.float()))
@@ -127,7 +127,7 @@ def test_an_unknown_activation_is_named_with_the_known_ones(tmp_path: Path) -> N
         load_sae(tmp_path)
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+def test_a_newer_format_is_rejected(tmp_path: Path) -> None:
     saved(tmp_path)
     describe(tmp_path, format=99)
     with pytest.raises(UsageError, match="format 99; this version reads 1. Upgrade"):
@@ -144,21 +144,21 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     ],
     ids=["d_in", "d_sae", "option", "buffer"],
 )
-def test_a_description_of_other_weights_is_damage(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_an_sae_json_of_other_weights_is_damage(tmp_path: Path, changes: dict[str, object]) -> None:
     saved(tmp_path)
     describe(tmp_path, **changes)
     with pytest.raises(DamagedError, match=r"sae\.safetensors"):
         load_sae(tmp_path)
 
 
-def test_a_description_that_was_cut_off_is_damage(tmp_path: Path) -> None:
+def test_a_truncated_sae_json_is_damage(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "sae.json").write_text((tmp_path / "sae.json").read_text()[:40])
     with pytest.raises(DamagedError, match=r"sae\.json cannot be read"):
         load_sae(tmp_path)
 
 
-def test_weights_that_were_cut_off_or_are_missing_are_damage(tmp_path: Path) -> None:
+def test_truncated_or_missing_weights_are_damage(tmp_path: Path) -> None:
     saved(tmp_path)
     weights = tmp_path / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])

@@ -1,4 +1,4 @@
-"""The papers' constants at other widths and variances, and `--paper-exact`: what holds for every recipe."""
+"""The papers' constants at other widths and variances, and `--paper-exact`, for every recipe."""
 
 import pytest
 import torch
@@ -68,9 +68,9 @@ def test_a_run_is_resumed_with_its_l0_and_paper_exact(sparse_cache, tmp_path) ->
 
 
 @of_the_papers
-def test_a_papers_recipe_declares_its_exact_settings_with_their_faults(name) -> None:
+def test_a_papers_recipe_declares_its_exact_settings_with_their_drawbacks(name) -> None:
     letter, options = RECIPES[name].paper_exact, RECIPES[name].options
-    assert letter is not None  # {}: the defaults are the letter
+    assert letter is not None  # {}: the defaults are the paper's
     assert [option for option in letter if option not in options] == []
     for option, (value, why) in letter.items():
         assert value != options[option]
@@ -95,7 +95,7 @@ def test_paper_exact_changes_only_what_is_declared_or_scaled(name) -> None:
 def test_a_paper_exact_run_is_finite_or_stops_by_itself(name, sparse_cache, batches) -> None:
     training = trained(sparse_cache, RunConfig(32, 512, 12, 64, paper_exact=True), name, batches)
     weights = [w for w in training.variant.sae.state_dict().values() if not torch.isfinite(w).all()]
-    assert weights == []  # a step that is not finite moves nothing
+    assert weights == []  # a step that is not finite changes no weight
 
 
 def test_set_overrides_paper_exact() -> None:
@@ -125,10 +125,10 @@ def test_a_length_is_scaled_where_the_input_is_raw() -> None:
 
 def test_scaled_defaults_are_ordinary_numbers() -> None:
     run = RunConfig(128, 512, 100, 64, variance=6.0)
-    assert ScaleWithWidth(1).resolve(run, False) == 1  # of anything there is one at least
+    assert ScaleWithWidth(1).resolve(run, False) == 1  # at least 1
     assert (ScaleWithWidth(100) + 1, ScaleWithVariance(2.5) * 2, f"{ScaleWithNorm(0.01)}") == (
         101,
         5.0,
-        "0.01 at variance 24",
+        "0.01 at variance 24 of raw input",
     )
     assert ScaleWithVariance(2.5).resolve(run._replace(variance=None), False) == 2.5

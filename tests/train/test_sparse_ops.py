@@ -1,4 +1,4 @@
-"""Products over the chosen latents are the dense ones: forward, every gradient, and which of the two is taken."""
+"""Products over the selected latents equal the dense ones: forward, every gradient, and which of the two is used."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ both = pytest.mark.parametrize(
 
 
 def tensors(monkeypatch, ways: dict[str, int], activation, pre_bias: bool) -> dict[str, torch.Tensor]:
-    """What a forward pass gives and the gradients of a loss that uses all of it, rows gathered from so much n/k on."""
+    """A forward pass and the gradients of a loss that uses all of it, with sparse products from this n/k on."""
     monkeypatch.setattr(sparse_ops, "SPARSE_FROM", ways)
     torch.manual_seed(0)
     sae = SAE(D_IN, D_SAE, [activation], pre_bias=pre_bias).double()
@@ -44,7 +44,7 @@ def test_sparse_products_equal_dense_ones(activation, pre_bias, monkeypatch) -> 
 
 
 def test_by_hand() -> None:
-    """Two tokens of three latents: 2 and 3 of the first, 5 of the second; latent 1 of nobody."""
+    """Two tokens of three latents: 2 and 3 of the first, 5 of the second; nothing selects latent 1."""
     at = sparse_ops.SelectedLatents.of(torch.tensor([0, 2, 5]), 2, 3)
     assert [t.tolist() for t in at[1:]] == [[0, 0, 1], [0, 2, 2], [0, 2], [0, 1, 2], [0, 1, 1]]
     value_N = torch.tensor([2.0, 3.0, 5.0], requires_grad=True)
@@ -57,7 +57,7 @@ def test_by_hand() -> None:
 
 
 def test_threads_do_not_change_a_bit(monkeypatch) -> None:
-    """Each sum is one thread's, in one order: what makes a resumed run exact."""
+    """Each sum is computed by one thread in one order, which makes a resumed run exact."""
 
     def gradients() -> list[torch.Tensor]:
         torch.manual_seed(0)

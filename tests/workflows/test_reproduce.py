@@ -86,7 +86,7 @@ def cache(tiny_model, sentences, home):
     return folder
 
 
-def test_a_paper_becomes_runs_and_a_page_and_the_second_time_nothing_is_made(cache, tiny_model, home):
+def test_a_reproduction_makes_runs_and_a_page_and_is_not_repeated(cache, tiny_model, home):
     words = ("reproduce", "003", "--model", tiny_model, "--cache", cache, "--layer", 1, "--seed", 0,
              "--seed", 1, "--steps", 20, "--batch-size", 256, "--width", "2x", "--suite", "core",
              "--evaluate-tokens", 100)  # fmt: skip
@@ -106,7 +106,7 @@ def test_a_paper_becomes_runs_and_a_page_and_the_second_time_nothing_is_made(cac
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_dry_run_makes_nothing(tiny_model, sentences, home):
+def test_a_dry_run_of_a_reproduction_writes_nothing(tiny_model, sentences, home):
     done = call("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
                 "--batch-size", 64, "--dry-run")  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -116,7 +116,7 @@ def test_a_dry_run_makes_nothing(tiny_model, sentences, home):
     assert not (home / "reproduce").exists() and not (home / "activations").exists()
 
 
-def test_a_dry_run_counts_what_is_there(tiny_model, sentences, home):
+def test_a_dry_run_counts_existing_runs(tiny_model, sentences, home):
     words = ("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
              "--batch-size", 64, "--suite", "core", "--evaluate-tokens", 100, "--seed", 0)  # fmt: skip
     assert call(*words).exit_code == 0
@@ -129,19 +129,19 @@ def test_a_dry_run_counts_what_is_there(tiny_model, sentences, home):
     ("words", "said"),
     [
         (["005"], "no paper 005"),
-        (["003", "--reading", "evidence"], "--reading evidence: paper 003 has field"),
+        (["003", "--reading", "evidence"], "unknown --reading evidence for paper 003: expected one of field"),
         (["003", "--steps", "0"], "--steps 0 is not positive"),
         (["003", "--batch-size", "-1"], "--batch-size -1 is not positive"),
         (["003", "--suite", "cor"], "there is no metric cor; did you mean core?"),
     ],
 )
-def test_what_is_refused(words, said):
+def test_invalid_reproductions_are_rejected(words, said):
     done = call("reproduce", *words)
     assert done.exit_code == 2 and said in done.output, done.output
 
 
 def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, home):
-    """Its numbers would stand beside the paper's claims as if they were of the paper's model."""
+    """Its numbers would appear next to the paper's claims as if they came from the paper's model."""
     done = call("reproduce", "003", "--cache", cache, "--layer", 1, "--steps", 5, "--batch-size", 64, "--dry-run")
     assert done.exit_code == 2, done.output
     assert f"holds activations of {tiny_model}" in done.output and "google/gemma-2-2b" in done.output
@@ -152,14 +152,14 @@ def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, h
     [
         ("003", ["--seed", "-1"], 2, "The seed -1 is out of range"),
         ("003", ["--width", "0"], 2, "the width 0 is not positive"),
-        ("003", ["--out", "file"], 2, "file is a file, not a folder"),
+        ("003", ["--out", "file"], 2, "file is not a folder: a file is in its place"),
         ("002", ["--width", "wide"], 2, "invalid --width wide"),
         ("002", ["--width", ""], 2, "invalid --width "),
         ("003", [], 4, "runs of up to"),
     ],
 )
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
-def test_what_cannot_be_trained_is_refused_before_the_harvest(
+def test_invalid_training_is_rejected_before_the_harvest(
     tiny_model, sentences, home, monkeypatch, paper, words, code, said, dry
 ):
     (home / "file").touch()
@@ -172,7 +172,7 @@ def test_what_cannot_be_trained_is_refused_before_the_harvest(
     assert not (home / "reproduce").exists() and not (home / "activations").exists()
 
 
-def test_room_for_runs_is_what_activations_leave(tiny_model, sentences, home, monkeypatch):
+def test_the_space_check_of_runs_reserves_room_for_activations(tiny_model, sentences, home, monkeypatch):
     words = ("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
              "--batch-size", 64, "--dry-run")  # fmt: skip
     usage = namedtuple("Usage", "total used free")

@@ -1,4 +1,4 @@
-"""Training behind a harvest: the same bits whatever happens, never more on the disk than the ring, and what is refused.
+"""Harvesting while training: the same bits whatever happens, never more on disk than the ring, and invalid requests.
 
 3,000 tokens in twelve windows of 256, four on the disk: six groups of 512 rows, 8 batches of 60 in each but the last.
 """
@@ -58,7 +58,7 @@ def one_thread():
 
 @pytest.fixture
 def asked(tiny_model: Path, sentences: Path) -> dict:
-    """What is asked of the harvest."""
+    """The options of the harvest."""
     sizes = dict(tokens=TOKENS, context=32, window=WINDOW, batch_contexts=8)
     return dict(model=str(tiny_model), dataset=str(sentences), device="cpu", **sizes)
 
@@ -88,7 +88,7 @@ def windows_there(folder: Path) -> set[int]:
 
 
 def bytes_of_windows(folder: Path) -> int:
-    """Whatever windows put on the disk, half-written files too."""
+    """Every file of windows on disk, including half-written ones."""
     sizes = []
     for path in [*folder.glob("layer_*/c.*"), *folder.glob("row_*/c.*")]:
         try:
@@ -135,7 +135,7 @@ def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked
 
 
 def test_the_disk_never_holds_more_than_the_ring(asked) -> None:
-    """Nor windows of other groups than the one that is read and the next; at the end the text alone is left."""
+    """Only windows of the group being read and the next exist; at the end only the text is left."""
     seen, most = [], 0
 
     def look(step: int, *_: object) -> None:
@@ -165,7 +165,7 @@ def test_variants_and_layers_together_equal_each_alone(asked, tmp_path: Path) ->
 
 
 def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None:
-    """Stopped in the third group; the same command goes on with windows of the third group and later ones only."""
+    """Stopped in the third group; the same command continues with windows of the third group and later ones only."""
     request, seen = request_of("topk"), set()
 
     def press(step: int, *_: object) -> None:
@@ -192,15 +192,15 @@ def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None
     assert weights(folder) == weights(whole)
 
 
-def test_a_run_that_comes_later_begins_at_the_beginning(asked, tmp_path: Path) -> None:
-    """With what another has left behind harvested again, to the same bits."""
+def test_a_run_added_later_starts_at_the_first_group(asked, tmp_path: Path) -> None:
+    """Windows that another run has released are harvested again, to the same bits."""
     stream(asked, request_of("topk"))
     (later,) = stream(asked, request_of("relu", options=[]))
     (alone,) = stream(asked | {"out": tmp_path / "ring"}, request_of("relu", options=[], out=tmp_path / "alone"))
     assert weights(later) == weights(alone)
 
 
-def test_a_harvest_that_fails_stops_training_with_its_sentence_after_a_checkpoint(asked, tmp_path: Path) -> None:
+def test_a_failed_harvest_stops_training_with_its_message_after_a_checkpoint(asked, tmp_path: Path) -> None:
     request = request_of("topk")
 
     def obstruct(step: int, *_: object) -> None:
@@ -254,11 +254,11 @@ def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
         process.kill()
         process.join()
         at_work += process.exitcode == -signal.SIGKILL
-    assert at_work >= 3  # a quick machine may be done before the last of them
+    assert at_work >= 3  # a fast machine may finish before the last of them
     assert finished(killed) == whole
 
 
-def test_a_stop_while_there_is_nothing_to_read_yet(asked) -> None:
+def test_training_stops_while_waiting_for_the_first_group(asked) -> None:
     @contextlib.contextmanager
     def never(groups: range, say: object):
         signal.raise_signal(signal.SIGTERM)
@@ -270,7 +270,7 @@ def test_a_stop_while_there_is_nothing_to_read_yet(asked) -> None:
         train_streaming(plan_training(request), TrainProgress(), never)
 
 
-def test_nothing_is_harvested_for_runs_that_are_given_up(asked) -> None:
+def test_nothing_is_harvested_for_failed_runs(asked) -> None:
     seen: set[int] = set()
     with pytest.raises(SaeError, match="was not finite at step"):
         stream(
@@ -293,7 +293,7 @@ def test_a_streamed_run_is_evaluated_on_the_text_that_was_held_out(asked) -> Non
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["waited_for_data"] > 0
 
 
-def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
+def test_removed_windows_do_not_count_as_missing(asked) -> None:
     def stop(step: int, *_: object) -> None:
         if step == PER_GROUP + 1:
             signal.raise_signal(signal.SIGTERM)
@@ -315,7 +315,7 @@ def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
         plan_training(TrainConfig(resume=[folder]))
 
 
-# --- refused --------------------------------------------------------------------------------------------------------
+# --- rejected -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_nobody_takes_what_was_removed_for_missing(asked) -> None:
         ("--ring 4", "--tokens, --ring, --dataset, --context, --window can only be given with --stream"),
     ],
 )  # fmt: skip
-def test_refused_with_a_sentence_and_nothing_is_written(asked, home: Path, words: str, sentence: str) -> None:
+def test_invalid_combinations_are_rejected_and_nothing_is_written(asked, home: Path, words: str, sentence: str) -> None:
     (home / "kept").mkdir()
     (home / "kept" / "zarr.json").write_text("{}")
     (home / "theirs").mkdir()
@@ -344,7 +344,7 @@ def test_refused_with_a_sentence_and_nothing_is_written(asked, home: Path, words
     assert {path.name for path in home.rglob("*")} == {"kept", "zarr.json", "theirs", "thesis.tex"}
 
 
-def test_the_number_of_tokens_has_to_be_given(asked) -> None:
+def test_the_number_of_tokens_is_required(asked) -> None:
     with pytest.raises(UsageError, match="--stream needs --tokens"):
         stream(asked | {"tokens": None}, request_of("topk"))
 
@@ -353,7 +353,7 @@ def test_the_number_of_tokens_has_to_be_given(asked) -> None:
     ("windows", "said"),
     [(3.5, "--ring 2 would fit"), (1.5, "--ring 2 --window 191 would fit"), (0, "Free space first")],
 )
-def test_a_disk_too_small_for_the_ring_is_refused_with_what_would_fit(asked, monkeypatch, windows, said) -> None:
+def test_a_disk_too_small_for_the_ring_is_rejected_with_sizes_that_fit(asked, monkeypatch, windows, said) -> None:
     planned, ring = plan_ring(Harvest(layers=[1], **asked), RING)
     free = 1.02 * (windows * WINDOW * planned.bytes_per_token + 5 * TOKENS)
     monkeypatch.setattr("sae.harvest.streaming.free_space", lambda folder: int(free))

@@ -373,8 +373,8 @@ def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "said"),
     [
-        ("hierarchical", {"merge_partner": "drop"}, "merge_partner=drop is unknown: recycle, disable"),
-        ("hierarchical", {"recon_in_alpha": "max"}, "recon_in_alpha=max is unknown: mean, sum"),
+        ("hierarchical", {"merge_partner": "drop"}, "merge_partner=drop is unknown: expected one of recycle, disable"),
+        ("hierarchical", {"recon_in_alpha": "max"}, "recon_in_alpha=max is unknown: expected one of mean, sum"),
         ("hierarchical-adaptive", {"merge_above": 0.8}, "hierarchical-adaptive has no option merge_above"),
         ("hierarchical", {"window": 0}, "invalid window=0: expected 1 step or more"),
         ("hierarchical-linear", {"window": 50}, "hierarchical-linear has no option window"),

@@ -284,7 +284,7 @@ def test_ablations_remove_what_they_name() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "said"),
     [
-        ("progressive", {"competition": "max"}, "competition=max is unknown: softmax_peak, softmax"),
+        ("progressive", {"competition": "max"}, "competition=max is unknown: expected one of softmax_peak, softmax"),
         ("progressive", {"start": 0.0}, "invalid start=0: expected a share of the latents"),
         ("progressive", {"interval": 0}, "invalid interval=0: expected 1 step or more"),
         ("progressive", {"utilization": "median"}, "utilization=median is unknown"),

@@ -100,7 +100,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("collapse-07", dict(gs_axis="jl", jl_dim=2), "groups of at most jl_dim = 2"),
     ("collapse-02", dict(contrast_cos="jl", jl_on="activations"), "give jl_on=decoder or encoder"),
     ("collapse-03", dict(l0=65), "invalid l0=65"),
-    ("collapse-08", dict(group_lr="fast"), "group_lr=fast is unknown: softmax_mean1"),
+    ("collapse-08", dict(group_lr="fast"), "group_lr=fast is unknown: expected one of softmax_mean1"),
     ("collapse-08", dict(gamma=0.1), "collapse-08 has no option gamma"),
     ("collapse-09", dict(wta_share=0.0), "invalid wta_share=0: expected a share of the latents"),
     ("collapse-10", dict(hard_every=0), "invalid hard_every=0: expected a positive number of steps"),
