@@ -1,1 +1,1 @@
-"""SAE + model -> numbers, tables, pages. Tokens outside, SAEs inside: one pass of the model serves every SAE."""
+"""Evaluate SAEs: metrics, tables and pages. One pass of the model over a text serves every SAE."""

@@ -17,14 +17,14 @@ from ..common.errors import DamagedError
 from ..common.files import atomic_write, digest_of, read_json, write_json
 
 FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
-STALE_SECONDS = 3600  # a temporary file of a dead process is removed after so long without a write
+STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed
 
 
 class ArtifactCache:
     """Tensors on disk, keyed by a digest of everything that they depend on.
 
     A file that is truncated or does not match its checksum is computed again. Several processes can share a cache: each
-    writes to a temporary file of its own, and the last rename wins.
+    writes to its own temporary file, and the last rename wins.
     """
 
     def __init__(self, folder: Path) -> None:

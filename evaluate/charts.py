@@ -1,6 +1,6 @@
 """Charts as data, with ticks and axis ranges. They are drawn in pages/: as SVG for a page, with matplotlib for a paper.
 
-Series differ in colour and in shape or dashes. The colours can be told apart by colour-blind readers.
+Series differ in color and in shape or dashes. The colors can be told apart by color-blind readers.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#b3508a", "#9a6a00", "#2b8cbe", "#6b4fa0", "#444a52")
+COLORS = ("#0072b2", "#d55e00", "#007a5a", "#b3508a", "#9a6a00", "#2b8cbe", "#6b4fa0", "#444a52")
 MARKERS = "osD^vP*X"  # matplotlib's names
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # as in SVG
 Kind = Literal["points", "line", "both", "bars"]
@@ -24,7 +24,7 @@ class Series:
     Attributes:
         spread: half an interval around each y, drawn as a bar through points and a band around a line.
         labels: a tooltip for each point.
-        style: series of one style share colour and shape; by default it is the series' place in its chart.
+        style: series of one style share color and shape; by default it is the series' place in its chart.
     """
 
     name: str
@@ -144,7 +144,7 @@ def axis_ranges(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]
 
 
 def with_bar_edges(x: Sequence[float], log: bool) -> list[float]:
-    """The centres of bars, and the edges of the outermost ones."""
+    """The centers of bars, and the edges of the outermost ones."""
     places = sorted({math.log(value) if log else value for value in x})
     half = min((b - a for a, b in pairwise(places)), default=0.0) / 2
     ends = [places[0] - half, places[-1] + half] if places else []
@@ -152,5 +152,5 @@ def with_bar_edges(x: Sequence[float], log: bool) -> list[float]:
 
 
 def marker_of(number: int) -> str:
-    """The marker of the n-th style: none of the first 64 has both colour and marker of another."""
-    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    """The marker of style `number`. No two of the first 64 styles share both color and marker."""
+    return MARKERS[(number + number // len(COLORS)) % len(MARKERS)]

@@ -28,7 +28,7 @@ from .tables import (
 )
 
 L0 = ("core", "l0")
-SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, which are also drawn over L0
+SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plotted against L0
     L0,
     ("core", "kl_div_score"),
     ("core", "ce_loss_score"),
@@ -43,7 +43,7 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, which are als
     ("unlearning", "unlearning_score"),
     ("autointerp", "autointerp_score"),
 )
-LABEL_KEYS = ("layer", "d_sae", "l0", "steps")  # of run.json, shown in labels where systems differ in them
+LABEL_KEYS = ("layer", "d_sae", "l0", "steps")  # keys of run.json that are shown in labels if systems differ in them
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,15 @@ def read_references(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
     settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
     references = []
     for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*-L{layer}-*")):
-        results, own = read_results(folder)
+        results, reference_settings = read_results(folder)
         matching = {
             metric: result
             for metric, result in results.items()
-            if metric in settings and without_weights(own[metric]) == without_weights(settings[metric])
+            if metric in settings and without_weights(reference_settings[metric]) == without_weights(settings[metric])
         }
         if matching:
             name = folder.name.split(f"-L{layer}-")[0]
-            references.append(ComparedRun(name, folder, {}, {}, matching, own, is_reference=True))
+            references.append(ComparedRun(name, folder, {}, {}, matching, reference_settings, is_reference=True))
     return references
 
 
@@ -233,7 +233,7 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
 
 
 def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[list[str]]]:
-    """The differences of all systems to the one labelled `against`: headings and a line per system.
+    """The differences of all systems from the one labeled `against`: headings and a line per system.
 
     A cell is the mean difference over runs with the same seed, with half its 95 % interval by Student's t.
 

@@ -12,7 +12,7 @@ from .compare import L0, ComparedSystem, Comparison, metric_heading, sae_locatio
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
 
-CURVE_TITLES = {  # scalar in metrics.jsonl -> title; explained_variance is drawn as what is missing to 1
+CURVE_TITLES = {  # scalar in metrics.jsonl -> title; explained_variance is drawn as 1 - explained_variance
     "explained_variance": "variance unexplained",
     "l0": "L0",
     "dead": "dead",

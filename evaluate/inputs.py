@@ -53,10 +53,10 @@ def find_eval_cache(
             f"{folder} was trained on {trained_on}, not on {model}. Omit --model, or evaluate a run of that model."
         )
     if cache:
-        if (named := Cache(cache)).model != trained_on:
-            raise UsageError(f"{folder} was trained on {trained_on}, but {cache} holds text for {named.model}.")
-        return named
-    candidates = [known for known in known_caches.values() if isinstance(known, Cache)]
+        if (chosen := Cache(cache)).model != trained_on:
+            raise UsageError(f"{folder} was trained on {trained_on}, but {cache} holds text for {chosen.model}.")
+        return chosen
+    candidates = [one for one in known_caches.values() if isinstance(one, Cache)]
     recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
     if recorded is None and fingerprint is None:
         return only_cache_of_model(folder, trained_on, candidates)
@@ -147,8 +147,8 @@ def make_context(
 
     The text is cut to the first contexts that hold `tokens` tokens, or is all of it.
 
-    Raises UsageError when the model on this machine is another revision than the cache was made with, or when the cache
-    has no held-out text.
+    Raises UsageError when the model on this machine has a different revision from the one that the cache was made with,
+    or when the cache has no held-out text.
     """
     load = load or model_loader()
     name, revision = cache.identity["model"]["name"], cache.identity["model"]["revision"]

@@ -219,18 +219,18 @@ def load_rows(plan: EvaluatePlan, device: str) -> list[tuple[Cache, list[EvalRow
     """The runs as rows, grouped by the cache whose text they are evaluated on; fills in `plan.refused`."""
     config, known_caches = plan.config, list_caches()
     groups: dict[Path, list[EvalRow]] = {}
-    for folder, given in {path.resolve(): path for path in config.runs}.items():
-        if given in plan.unfinished:
+    for folder, path in {run.resolve(): run for run in config.runs}.items():
+        if path in plan.unfinished:
             continue
         try:
-            row, cache = load_run(given, known_caches, cache=config.cache, model=config.model, device=device)
+            row, cache = load_run(path, known_caches, cache=config.cache, model=config.model, device=device)
         except SaeError as error:
             plan.refused[folder] = error
             continue
         groups.setdefault(cache.folder, []).append(row)
         if config.cache and row.record["origin"].get("fingerprint") not in (None, cache.fingerprint):
             plan.notes.append(
-                f"{given} was trained on another cache than {cache.folder}: it may have been trained on this text."
+                f"{path} was trained on a different cache from {cache.folder}: it may have been trained on this text."
             )
     return [(Cache(folder), rows) for folder, rows in groups.items()]
 

@@ -27,8 +27,8 @@ def write_result(
 ) -> None:
     """Write a result in SAEBench's envelope; `record` is the contents of sae.json.
 
-    A result of other settings is moved to `evaluations/earlier/` first. As in SAEBench's files, -1 stands for a number
-    that does not exist. Since a number can also be -1, `absent` lists where such numbers are.
+    A result with other settings is moved to `evaluations/earlier/` first. As in SAEBench's files, -1 stands for a
+    number that does not exist. Since a number can also be -1, `absent` lists where such numbers are.
     """
     values = {"metrics": result.metrics, "details": result.details}
     absent = list(find_leaves(None, values))
@@ -93,12 +93,12 @@ def read_result_file(path: Path, metric: Metric | type[Metric]) -> MetricResult:
 
 
 def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:
-    """Where the result of these settings is kept after a result of other settings has replaced it."""
+    """Where the result with these settings is kept after a result with other settings has replaced it."""
     return folder / "evaluations" / "earlier" / f"{metric.name}-{digest_of(settings)[:8]}.json"
 
 
 def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> None:
-    """Move a result of other settings to the archive: it may have taken hours to measure."""
+    """Move a result with other settings to the archive: it may have taken hours to measure."""
     path = result_file(folder, metric)
     with contextlib.suppress(DamagedError):  # there is no result, or a file that is not one and can be overwritten
         archived = archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"])

@@ -28,8 +28,7 @@ class MeasuredRun(Protocol):
 class EvalRow:
     """One row of the tables: a run, an SAE object, or a reference such as the identity.
 
-    Attributes:
-        name: what the tables call it.
+    Attributes:        name: its name in tables.
         target: the SAE and its layer.
         folder: its results are in `evaluations/` there; None for an object, whose results are not written.
         record: the contents of sae.json, or a description of the reference.
@@ -82,5 +81,5 @@ class EvalGroup:
 
 
 def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
-    """(metric, reason) of everything that has no result, without the reference rows."""
+    """(metric, reason) for everything that has no result, except reference rows."""
     return {(m, str(error)) for row in rows if not row.is_reference for m, error in row.errors.items()}

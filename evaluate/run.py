@@ -26,16 +26,16 @@ ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
 
 
 @contextlib.contextmanager
-def no_progress(title: str) -> Iterator[Progress]:
+def no_progress_bar(title: str) -> Iterator[Progress]:
     yield lambda done, total, note="": None
 
 
-def evaluate(config: EvaluateConfig, progress: ProgressFactory = no_progress) -> list[EvalRow]:
+def evaluate(config: EvaluateConfig, progress: ProgressFactory = no_progress_bar) -> list[EvalRow]:
     """Plan and run. Runs that cannot be evaluated are left out; use `plan_evaluation` to see which and why."""
     return run_evaluation(plan_evaluation(config), progress)
 
 
-def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress) -> list[EvalRow]:
+def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_bar) -> list[EvalRow]:
     """Measure what a plan lists, and write a result file for each run and metric as soon as it is measured.
 
     Returns the rows of all runs, each group followed by its reference rows. A metric that fails leaves its error in
@@ -50,7 +50,7 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress) 
             try:
                 group_rows += reference_rows(group)
             except UnavailableError as error:  # for example a read-only folder
-                plan.notes.append(f"The rows identity, zero, PCA and random dictionary are left out: {error}")
+                plan.notes.append(f"The reference rows (identity, zero, PCA, random dictionary) are left out: {error}")
         for metric in plan.metrics:
             if metric.name in group.settings:
                 if not plan.config.force:
@@ -77,7 +77,7 @@ def evaluate_saes(
     references: bool = True,
     device: str = "auto",
     dtype: str = "auto",
-    progress: ProgressFactory = no_progress,
+    progress: ProgressFactory = no_progress_bar,
 ) -> list[EvalRow]:
     """Evaluate SAEs on held-out text: your own objects, or runs of `train_saes`.
 
@@ -105,7 +105,7 @@ def evaluate_saes(
         mode: Definitions of the metrics: "0.6.0" (SAEBench now) or "2024-12" (behind the papers' numbers).
         options: Options of metrics, as "metric.option=value".
         data: A folder to search for datasets before the Hub: `<name on the Hub>/<split>.jsonl` or `.parquet`.
-        force: Measure runs again that have a result with the same settings.
+        force: Measure again even if a run has a result with the same settings.
         references: Add rows for the identity, zero, a PCA and a random dictionary.
         device: Where the model computes: "auto", "cpu", "cuda", ...
         dtype: What the model computes in: "auto", "bfloat16" or "float32".

@@ -15,7 +15,7 @@ from .metrics.registry import METRICS
 from .rows import EvalRow, MeasuredRun
 
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
-# Keys of run.json that do not decide the weights: runs of one recipe can come from several commands and machines.
+# Keys of run.json that do not affect the weights: runs of one recipe can come from several commands and machines.
 IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
 
 
@@ -82,8 +82,8 @@ def format_with_spread(value: float, spread: float, form: str) -> str:
 def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
     """A line with mean and sd for each group of runs that differ only in their seed.
 
-    From the second group on it is followed by the group's difference to the first one: paired over runs with the same
-    seed, with half the 95 % interval of Student's t.
+    From the second group on, this line is followed by the group's difference from the first group: paired over runs
+    with the same seed, with half the 95 % interval of Student's t.
     """
     lines: list[list[str]] = []
     first: dict[int, EvalRow] = {}
@@ -125,7 +125,7 @@ def group_name(group: dict[int, EvalRow]) -> str:
 
 
 def paired_difference(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]], metric: str, column: MetricColumn) -> str:
-    """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty below two pairs."""
+    """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty for fewer than two pairs."""
     values = [(metric_value(one, metric, column), metric_value(other, metric, column)) for one, other in pairs]
     differences = [one - other for one, other in values if one is not None and other is not None]
     if len(differences) < 2:

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from sae.cache.contexts import Contexts
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
-from sae.evaluate.datasets import labelled
+from sae.evaluate.datasets import labeled
 from sae.evaluate.metrics import first_letter
 from sae.evaluate.metrics.absorption import Absorption
 from sae.evaluate.metrics.base import EvalTarget, Metric, MetricResult
@@ -89,8 +89,8 @@ def same_inputs(about: dict[str, Any], ctx: EvalContext) -> Any:
         )
     }
     words = sorted(known[text] for text in about["words"])
-    tables = {name: replace(labelled.DATASETS[name], pairs=(pair,)) for name, pair in PAIRS.items()}
-    with patch.object(first_letter, "vocabulary_words", lambda *_: words), patch.dict(labelled.DATASETS, tables):
+    tables = {name: replace(labeled.DATASETS[name], pairs=(pair,)) for name, pair in PAIRS.items()}
+    with patch.object(first_letter, "vocabulary_words", lambda *_: words), patch.dict(labeled.DATASETS, tables):
         yield
 
 

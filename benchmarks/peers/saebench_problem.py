@@ -1,4 +1,4 @@
-"""The inputs for SAEBench and for us: a model, three SAEs, contexts, two tables of labelled texts, and words.
+"""The inputs for SAEBench and for us: a model, three SAEs, contexts, two tables of labeled texts, and words.
 
 Everything follows from a seed. The small problem has a model with planted first letters, and SAEs in which some of them
 are absorbed, so that no metric is trivial. The large one is for timing, on a given model.

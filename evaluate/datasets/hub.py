@@ -1,7 +1,7 @@
 """Datasets from the Hub, each pinned to one commit.
 
 The first commit that is read is recorded in activations/evaluation/datasets/<name>.json and used from then on, so that
-results stay comparable and earlier results are recognised without a network. Remove the file to use the latest commit.
+results stay comparable and earlier results are recognized without a network. Remove the file to use the latest commit.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ TIMEOUT_SECONDS = 20  # per request
 
 
 def pinned_commit(name: str) -> str:
-    """The commit of a dataset that is read here. Raises the error of the HTTP client if the Hub does not tell it."""
+    """The commit at which a dataset is read. Raises the HTTP client's error if the Hub does not report one."""
     record = sae_home() / "activations" / "evaluation" / "datasets" / f"{name.replace('/', '--')}.json"
     if record.exists():
         return read_json(record, "commit")["commit"]
     commit = latest_commit(name)
-    with contextlib.suppress(UnavailableError):  # in a read-only home the Hub is asked every time
+    with contextlib.suppress(UnavailableError):  # if SAE_HOME is read-only, the Hub is asked every time
         write_json(record, {"dataset": name, "commit": commit})
     return commit
 

@@ -1,6 +1,6 @@
-"""Substitutes for the labelled datasets of the Hub, made from the running Python's standard library.
+"""Substitutes for the labeled datasets of the Hub, made from the running Python's standard library.
 
-They need no network and no licence.
+They need neither network access nor a license.
 
     library   the package that a piece is from; each package is half prose (docstrings and comments), half code
     kind      whether a piece is from a docstring, a comment, code, or a help topic
@@ -36,7 +36,7 @@ DocumentedNode = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunction
 
 
 @functools.cache
-def labelled_rows(task: str, split: str) -> tuple[dict[str, str], ...]:
+def labeled_rows(task: str, split: str) -> tuple[dict[str, str], ...]:
     """The rows of a split: `text` with the labels of the task, such as `library` and `kind`."""
     read_rows = {"library": library_rows, "kind": kind_rows, "subject": subject_rows}[task]
     groups: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}  # labels -> distinct texts

@@ -18,7 +18,7 @@ from ...common.files import read_json
 from ...harvest.architectures import check_layers, hook_width
 from ...train.sae import SAE, load_sae
 from ..context import EvalContext
-from ..datasets.labelled import class_name
+from ..datasets.labeled import class_name
 from ..inputs import check_tokens, find_eval_cache, make_context, row_of_run
 from ..metrics.activation_examples import TokenText
 from ..metrics.base import MetricResult
@@ -29,7 +29,7 @@ from ..results import read_result_file
 from ..rows import EvalRow
 
 DEFAULT_TOKENS = 100_000  # of held-out text
-MIN_PROBE_ACCURACY = 0.6  # of a probe on one latent, above which the latent is labelled with the class; chance is 0.5
+MIN_PROBE_ACCURACY = 0.6  # of a one-latent probe, above which the latent is labeled with the class; chance is 0.5
 
 # A label of a latent: the number that labels are sorted by (largest first), the latent, the text.
 LabelCandidate = tuple[float, int, str]
@@ -130,10 +130,10 @@ def explanation_labels(result: MetricResult) -> Iterator[LabelCandidate]:
 
 
 def class_labels(result: MetricResult) -> Iterator[LabelCandidate]:
-    """The classes of texts that sparse probing can tell by a single latent.
+    """The classes of texts that sparse probing can tell from the others by a single latent.
 
     The candidate for a class is the latent whose mean differs most between texts of the class and other texts, if it is
-    larger for the class. It is labelled if the 95 % interval of the accuracy of a probe on it alone, over the test
+    larger for the class. It is labeled if the 95 % interval of the accuracy of a probe on it alone, over the test
     texts, lies above MIN_PROBE_ACCURACY. (A latent that fires in a fifth of a class's texts and in no others has an
     accuracy of 0.6.) Older results do not record latents and give no labels.
     """

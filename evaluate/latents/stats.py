@@ -37,7 +37,7 @@ MAX_PAIR_COST = 2e9  # pairs of firing latents, at most: half a minute on one co
 class Histogram:
     """Exact counts of each latent's positive activations in bins [b w, (b + 1) w), in one pass.
 
-    The bin width `width` (K,) is a power of two. When a value exceeds the last bin the width doubles, and neighbouring
+    The bin width `width` (K,) is a power of two. When a value exceeds the last bin the width doubles, and neighboring
     bins merge.
     """
 
@@ -333,9 +333,9 @@ def coactive_latents(f_TF: Any, latents_K: Tensor, progress: Progress) -> tuple[
             best = best[cosines[best] > 0]
             index_KM[row, : len(best)], cosine_KM[row, : len(best)] = others[best], cosines[best]
         rows = slice(done, done := done + len(own_C))
-        one, other = np.repeat(own_C.numpy(), LISTED_LATENTS), index_KM[rows].clip(0).ravel()
-        both = fires_TF[:, one].multiply(fires_TF[:, other]).sum(0)
-        share = both / (count_F[one] + count_F[other] - both).clip(1)
+        left, right = np.repeat(own_C.numpy(), LISTED_LATENTS), index_KM[rows].clip(0).ravel()
+        both = fires_TF[:, left].multiply(fires_TF[:, right]).sum(0)
+        share = both / (count_F[left] + count_F[right] - both).clip(1)
         jaccard_KM[rows] = share.reshape(-1, LISTED_LATENTS) * (index_KM[rows] >= 0)
     return RankedEntries(torch.from_numpy(index_KM), torch.from_numpy(cosine_KM)), torch.from_numpy(jaccard_KM)
 

@@ -70,7 +70,7 @@ def steering(
     if strength is not None and not row_D.norm() > 0:
         raise UsageError(f"Latent {latent} has no direction: its decoder row is zero.")
 
-    def added(x_NSD: Tensor) -> Tensor:
+    def steering_vector(x_NSD: Tensor) -> Tensor:
         if strength is not None:
             return (strength * (row_D / row_D.norm())).to(x_NSD)
         f_NS = sae.encode(x_NSD.to(row_D))[..., latent]
@@ -78,9 +78,9 @@ def steering(
         return ((clamp - f_NS)[..., None] * row_D).to(x_NSD)
 
     def change(x_NSD: Tensor) -> Tensor:
-        return x_NSD + torch.where(mask.mask(x_NSD.device)[..., None], added(x_NSD), 0)
+        return x_NSD + torch.where(mask.mask(x_NSD.device)[..., None], steering_vector(x_NSD), 0)
 
-    with mask.watching(language_model.blocks[hook.layer]), language_model.patching(hook, change):
+    with mask.record_positions(language_model.blocks[hook.layer]), language_model.patching(hook, change):
         yield model
 
 
@@ -111,7 +111,7 @@ class PositionMask:
         self.position_ids: Any = None
 
     @contextlib.contextmanager
-    def watching(self, block: nn.Module) -> Iterator[None]:
+    def record_positions(self, block: nn.Module) -> Iterator[None]:
         """Record the positions that a block is called with."""
 
         def record(_module: nn.Module, _inputs: Any, keywords: dict[str, Any]) -> None:

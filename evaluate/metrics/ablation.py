@@ -1,7 +1,7 @@
 """Shared by SCR and TPP: train probes on texts, rank latents by their effect on each probe, ablate, measure accuracies.
 
-`Ablation` is the metric without its scores; scr.py and tpp.py add which tasks a dataset gives, how the effect of a
-latent is defined and which scores follow. Ablation never decodes: see probe_readout.
+`Ablation` is the metric without its scores; scr.py and tpp.py define the tasks of a dataset, the effect of a latent,
+and the scores. Ablation never decodes: see probe_readout.
 
 Shape suffixes: N texts, D d_in, F latents, P probes, R replicates of the bootstrap.
 """
@@ -19,13 +19,13 @@ from torch import Tensor
 from ...common.errors import SaeError, UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
-from ..datasets.labelled import Texts, dataset_version
+from ..datasets.labeled import Texts, dataset_version
 from .base import EvalTarget, Metric, MetricResult, Outcome, Progress, SAELike
 from .batched_probes import PROBE_SETTINGS, LinearProbes, train_probes
 from .bootstrap import BootstrapWeights, bootstrap_interval
 from .pooled_activations import PooledLatents, pool_latents
 from .probe_readout import ProbeReadout, affine_decoder, mean_latent_differences
-from .probes import LabelledRows, ProbeTask, make_generator, read_labelled_rows
+from .probes import LabeledRows, ProbeTask, make_generator, read_labeled_rows
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)  # numbers of latents to ablate
 
@@ -34,7 +34,7 @@ DrawTask = Callable[[int], ProbeTask]  # returns the next task of a probe
 
 @dataclass(frozen=True)
 class AblationProblem:
-    """Labelled texts and one probe per task on them. `draw(split, probe, generator)` returns the task of a probe."""
+    """Labeled texts and one probe per task on them. `draw(split, probe, generator)` returns the task of a probe."""
 
     name: str
     texts: Texts  # split -> class -> texts
@@ -54,14 +54,14 @@ class AblationProblem:
 class AblationBasis(NamedTuple):
     """The part of a problem at one layer that does not depend on the SAE."""
 
-    labelled: LabelledRows
+    labeled: LabeledRows
     test_mean_ND: Tensor
     probes: LinearProbes
 
 
 @dataclass
 class AblationState:
-    """What has been measured of one SAE so far, by problem."""
+    """The measurements of one SAE so far, by problem."""
 
     W_dec_FD: Tensor
     generator: torch.Generator | None  # serves all draws of this SAE with rng="saebench"
@@ -161,7 +161,7 @@ class Ablation(Metric):
     ) -> dict[int, AblationBasis]:
         """Rows of the texts and probes on them at each layer, from the artifact cache or computed."""
         tasks = {split: problem.fixed_tasks(split) for split in problem.texts}
-        by_layer = read_labelled_rows(ctx, layers, problem.name, problem.texts, progress, self.context)
+        by_layer = read_labeled_rows(ctx, layers, problem.name, problem.texts, progress, self.context)
         depends = {
             **ctx.model_identity,
             "skip": ctx.special_ids,
@@ -172,8 +172,8 @@ class Ablation(Metric):
             "tasks": digest_of([task.rows.tolist() for of_split in tasks.values() for task in of_split]),
         }
         bases = {}
-        for number, (layer, labelled) in enumerate(by_layer.items()):
-            mean = {split: features.x_ND for split, features in labelled.split(labelled.rows.mean_ND()).items()}
+        for number, (layer, labeled) in enumerate(by_layer.items()):
+            mean = {split: features.x_ND for split, features in labeled.split(labeled.rows.mean_ND()).items()}
 
             def make(mean: dict[str, Tensor] = mean) -> dict[str, Tensor]:
                 generators = [make_generator("paired", problem.name, "probe", probe) for probe in problem.probes]
@@ -181,7 +181,7 @@ class Ablation(Metric):
                 return {"weight": trained.weight_PD, "bias": trained.bias_P}
 
             arrays = ctx.artifacts.get_or_compute("probes", {**depends, "layer": layer}, make)
-            bases[layer] = AblationBasis(labelled, mean["test"], LinearProbes(arrays["weight"], arrays["bias"]))
+            bases[layer] = AblationBasis(labeled, mean["test"], LinearProbes(arrays["weight"], arrays["bias"]))
             progress(number + 1, len(layers), f"probes of {problem.name}")
         return bases
 
@@ -195,8 +195,8 @@ class Ablation(Metric):
         state: AblationState,
     ) -> None:
         """Measure one SAE on one problem and add the scores to its state."""
-        pooled = pool_latents(sae, basis.labelled.rows, ctx.model.device)
-        sums, counts = basis.labelled.split(pooled.sum_NF), basis.labelled.split(pooled.count_N)
+        pooled = pool_latents(sae, basis.labeled.rows, ctx.model.device)
+        sums, counts = basis.labeled.split(pooled.sum_NF), basis.labeled.split(pooled.count_N)
         train, test = (
             PooledLatents(sums[split].x_ND, counts[split].x_ND, pooled.zero_F) for split in ("train", "test")
         )

@@ -10,7 +10,7 @@ but the letter's contribution comes from other latents.
 Source: Chanin et al. 2024, as measured by SAEBench 0.6.0 (`evals/absorption`): absorption fraction and full absorption
 in mode 0.6.0, the rate behind the five papers' numbers in mode 2024-12. It differs in randomness and prompts: SAEBench
 draws without a seed, from a vocabulary whose order changes by process. Here words are sorted by token and every draw is
-seeded, the same for every SAE. A word is scored on another prompt than the one by which it was found.
+seeded, the same for every SAE. A word is scored on a different prompt from the one on which it was found.
 
 Memory: the rows of all words in the model's dtype; 8 bytes for each latent that fires on a word; at most
 unit_decoder.MAX_DENSE_LATENTS dense latents.
@@ -44,7 +44,7 @@ from .probes import wilson_interval
 from .unit_decoder import UnitDecoderSAE
 
 SILENT = 1e-8  # activation below which a latent does not fire
-MIN_SPELLING_F1 = 0.5  # a flag names letters whose split latents reach less
+MIN_SPELLING_F1 = 0.5  # a flag names the letters whose split latents have a lower F1
 MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; Gemma's vocabulary gives it about a thousand
 RESAMPLES = 1000  # of the bootstrap
 
@@ -120,7 +120,7 @@ class Absorption(Metric):
             split = candidates.split(letter, self.f1_jump_threshold)
             positive_N = true_positive_NL[:, letter]
             if not (mode == "2024-12" or positive_N.any()):
-                continue  # as in SAEBench; in mode 2024-12 it is dropped later, for want of candidate words
+                continue  # as in SAEBench; in mode 2024-12 it is dropped later, for lack of candidate words
             main = candidates.order_LK[letter, : split.size]
             scores = self.score(unit_sae, rows.fresh_ND[positive_N], rows.probe.weight_LD[letter], main)
             missed_N = torch.from_numpy(split.missed)[positive_N]
@@ -224,11 +224,11 @@ class Absorption(Metric):
                 "each letter. Use more words or a smaller absorption.k_sparse_probe_batch_size."
             )
         if not len(train.latents):
-            yield "No latent fires on any word: an absorption of 0 says nothing of such an SAE."
+            yield "No latent fires on any word: an absorption of 0 says nothing about such an SAE."
         elif weak := [letter.entry["first_letter"] for letter in scored if letter.split_f1 < MIN_SPELLING_F1]:
             yield (
                 f"The split latents do not spell {len(weak)} of {len(scored)} letters (F1 below {MIN_SPELLING_F1}: "
-                f"{', '.join(weak)}); absorption there is not that of a latent for the letter."
+                f"{', '.join(weak)}); absorption of these letters is not measured on latents that stand for them."
             )
         if old and averaged < 26:
             letters = "No letter has" if not averaged else f"Only {averaged} of 26 letters have"

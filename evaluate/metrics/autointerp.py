@@ -104,7 +104,7 @@ class Autointerp(Metric):
     def check_options(self) -> None:
         if min(self.latents, self.tokens) < 1 or self.context <= 2 * BUFFER:
             raise UsageError(
-                "autointerp.latents and autointerp.tokens have to be 1 or more, "
+                "autointerp.latents and autointerp.tokens must be 1 or more, "
                 f"autointerp.context more than {2 * BUFFER}."
             )
 
@@ -142,7 +142,7 @@ class Autointerp(Metric):
             try:
                 note = f"latents before the judge, SAE {number + 1} of {len(indices)}"
                 entries = judge_latents(judge, examples[number], words, partial(progress, note=note))
-            except UnavailableError as error:  # the judge stopped answering: keep what it said of earlier SAEs
+            except UnavailableError as error:  # the judge stopped answering: keep its answers for earlier SAEs
                 outcomes[i:] = [error if j in indices[number:] else not_trained for j in range(i, len(targets))]
                 break
             outcomes[i] = self.result(entries, len(drawn[number]), rows_RS, judge)

@@ -61,7 +61,7 @@ class MetricColumn:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """What a metric measured of one SAE.
+    """A metric's results for one SAE.
 
     `metrics` maps category -> name -> number, None where the number is undefined. `details` has one entry per latent,
     letter or dataset. `intervals` has the shape of `metrics` and holds 95 % intervals [low, high]. `n` counts what was
@@ -108,7 +108,7 @@ class Metric(ABC):
         return {**asdict(self), "definition": self.definition, **ctx.settings}
 
     def check(self) -> None:  # noqa: B027  (most metrics have nothing to check)
-        """Raise SaeError before any work for what would fail later: invalid options, a judge that does not answer."""
+        """Raise SaeError before any work if something would fail later: invalid options, a judge that does not answer."""
 
     @abstractmethod
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:

@@ -1,13 +1,13 @@
-"""The core metric: what splicing an SAE costs the model (KL, CE), how well it reconstructs, how sparse it is, how
-correlated its latents are.
+"""The core metric: what splicing in an SAE costs the model (KL, CE), how well the SAE reconstructs, how sparse it is,
+and how correlated its latents are.
 
 Higher is better for the KL and CE scores (1: the model alone, 0: the layer zeroed), explained variance, cosine and the
 share of alive latents; lower for KL, CE, MSE and correlations.
 
-Names and definitions are those of SAEBench 0.6.0 (`evals/core`). Where a definition is not what its name says, the
-correct number is reported as well under another name: `fve` (explained variance), `mse_elementwise`. The text differs:
-contexts are the cache's, of one document each unless it was packed. SAEBench divides `mse` by the tokens of a batch, so
-it is comparable within one text only. Pad, EOS and BOS positions keep their residual and are not counted.
+Names and definitions are those of SAEBench 0.6.0 (`evals/core`). Where a name does not fit its definition, the correct
+number is also reported, under another name: `fve` (explained variance), `mse_elementwise`. The text differs: contexts
+are the cache's, of one document each unless it was packed. SAEBench divides `mse` by the tokens of a batch, so it is
+comparable within one text only. Pad, EOS and BOS positions keep their residual and are not counted.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
@@ -227,7 +227,7 @@ def build_result(
 
 
 def core_flags(target: EvalTarget, metrics: dict[str, dict[str, Any]], stats: SAEStatistics) -> list[str]:
-    """Sentences on numbers that mean less than they seem to. References get none: they are degenerate by design."""
+    """Sentences about numbers that mean less than they seem to. References get none: they are degenerate by design."""
     if target.reference:
         return []
     flags = []

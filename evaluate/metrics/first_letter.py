@@ -119,11 +119,12 @@ def check_words(words: Sequence[VocabularyWord], train: int, *, sampled: bool) -
     if not missing and len(words) - train > EXAMPLES:
         return
     none = f" (none begins with {', '.join(LETTERS[letter] for letter in missing)})" if missing else ""
+    subject = f"The {len(words)} sampled words" if sampled else f"The {len(words)} words of the vocabulary"
     raise UsageError(
-        f"The {len(words)} words {'sampled' if sampled else 'of this vocabulary'} are too few for absorption: {train} "
-        f"to train on{none} and {len(words) - train} to test on. It needs words of every letter to train on and more "
+        f"{subject} are too few for absorption: {train} to train on{none} and {len(words) - train} to test on. "
+        "It needs words of every letter to train on and more "
         f"than {EXAMPLES} to test on. "
-        f"Use {'more with absorption.words' if sampled else 'a model with a larger vocabulary'}."
+        f"Use {'more words (absorption.words)' if sampled else 'a model with a larger vocabulary'}."
     )
 
 

@@ -124,5 +124,5 @@ def parse_reply(reply: bytes, url: str) -> str:
 
 
 def read_key(variable: str) -> str:
-    """The key in an environment variable, or "" if it is not set: an endpoint on one's own machine needs none."""
+    """The key in an environment variable, or "" if it is not set: a local endpoint needs none."""
     return os.environ.get(variable, "").strip()

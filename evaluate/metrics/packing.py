@@ -89,7 +89,7 @@ def encode_float32(sae: SAELike, x_TD: Tensor) -> Tensor:
 def select_forget_latents(forget_F: np.ndarray, retain_F: np.ndarray, threshold: float) -> tuple[int, ...]:
     """Latents that fire on less than `threshold` of the retain corpus, most frequent on the forget corpus first.
 
-    Among ties the latent of the largest index comes first; SAEBench leaves ties to an unstable sort, so its order
+    Among ties the latent with the largest index comes first; SAEBench leaves ties to an unstable sort, so its order
     depends on the machine. Frequencies are rounded to six decimals, because SAEBench writes them to a file that way and
     reads them back.
     """

@@ -1,4 +1,4 @@
-"""Residual activations of labelled texts without padding, and an SAE's latents summed over each text.
+"""Residual activations of labeled texts without padding, and an SAE's latents summed over each text.
 
 Sparse probing, SCR and TPP read them. SAEBench pads every text to the same length and zeroes the padding. Here only
 counted tokens are stored: where one of SAEBench's sums runs over padding as well, that part is (padded positions) *

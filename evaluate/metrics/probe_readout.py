@@ -36,10 +36,10 @@ def mean_latent_differences(pooled: PooledLatents, tasks: Sequence[ProbeTask]) -
 
 
 def strongest_latents(effect_F: Tensor, count: int) -> Tensor:
-    """The `count` latents of largest effect, fewer if fewer have a nonzero effect.
+    """The `count` latents with the largest effects; fewer if fewer have a nonzero effect.
 
-    Latents without an effect rank before those of negative effect and may be selected; `topk` decides among ties, as in
-    SAEBench.
+    Latents without an effect rank above those with a negative effect and may be selected; `topk` decides among ties, as
+    in SAEBench.
     """
     return effect_F.topk(min(count, int(effect_F.count_nonzero()))).indices
 

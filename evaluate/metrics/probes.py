@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...common.errors import UsageError
 from ..context import EvalContext
-from ..datasets.labelled import Texts
+from ..datasets.labeled import Texts
 from .base import Progress, SAELike
 from .pooled_activations import PooledLatents, TextRows, pool_latents, read_text_rows
 from .unit_decoder import decoder_norms_to_fold
@@ -35,7 +35,7 @@ class ProbeFeatures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LabelledRows:
+class LabeledRows:
     """The residual rows of one dataset's texts at one layer, sorted by split (train, test), then by class."""
 
     rows: TextRows
@@ -48,9 +48,9 @@ class LabelledRows:
         return {split: ProbeFeatures(x, counts) for (split, counts), x in zip(self.counts.items(), parts, strict=True)}
 
 
-def read_labelled_rows(
+def read_labeled_rows(
     ctx: EvalContext, layers: Sequence[int], name: str, texts: Texts, progress: Progress, context: int = 128
-) -> dict[int, LabelledRows]:
+) -> dict[int, LabeledRows]:
     """The residual rows of a dataset's texts at each layer, from the artifact cache or one pass of the model.
 
     Metrics that read the same texts in the same order share them. Raises UsageError for a text that consists of special
@@ -68,7 +68,7 @@ def read_labelled_rows(
         split: {label: len(texts_of_class) for label, texts_of_class in classes.items()}
         for split, classes in texts.items()
     }
-    return {layer: LabelledRows(rows, counts) for layer, rows in by_layer.items()}
+    return {layer: LabeledRows(rows, counts) for layer, rows in by_layer.items()}
 
 
 class ProbeTask(NamedTuple):

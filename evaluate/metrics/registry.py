@@ -94,8 +94,8 @@ def parse_option(option: str, names: Sequence[str]) -> tuple[str, str, Any]:
 def parse_like(default: Any, text: str) -> Any:
     """Convert text to the type of `default`. Raises ValueError.
 
-    The text for a tuple has commas between its elements, each of the type of the default's first; of an empty tuple
-    int.
+    A tuple's elements are separated by commas and have the type of the default's first element (int if the default is
+    empty).
     """
     if isinstance(default, tuple):
         return tuple(parse_like(default[0] if default else 0, part.strip()) for part in text.split(","))

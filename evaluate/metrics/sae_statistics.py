@@ -63,7 +63,7 @@ class SAEStatistics:
         self.sums: defaultdict[str, Any] = defaultdict(float)
         self.tokens = self.batches = 0
         self.per_context: list[Tensor] = []  # one (N, len(PER_CONTEXT)) a batch: sums over each context
-        self.centre_D: Tensor | None = None  # mean of the first batch: the per-context variance is taken about it
+        self.center_D: Tensor | None = None  # mean of the first batch: the per-context variance is taken about it
         self.paired: Tensor | None = None  # indices of the latents that are correlated pairwise
 
     def add(self, target: EvalTarget, x_NSD: Tensor, counted_NS: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ class SAEStatistics:
     def end_batch(
         self, x_TD: Tensor, recon_TD: Tensor, l0: Tensor, l1: Tensor, context_T: Tensor, contexts: int
     ) -> None:
-        if self.centre_D is None:
-            self.centre_D = x_TD.mean(0)
+        if self.center_D is None:
+            self.center_D = x_TD.mean(0)
         norm_in, norm_out = x_TD.norm(dim=-1).double(), recon_TD.norm(dim=-1).double()
         error = (x_TD - recon_TD).square().sum(-1).double()
         dot = (x_TD * recon_TD).sum(-1).double()
@@ -132,7 +132,7 @@ class SAEStatistics:
             "explained_variance_legacy": 1 - error / (x_TD - x_TD.mean(0)).square().sum(-1).double(),
             "error": error,
             "x_square": norm_in.square(),
-            "around_centre": (x_TD - self.centre_D).square().sum(-1).double(),
+            "around_centre": (x_TD - self.center_D).square().sum(-1).double(),
             "tokens": torch.ones_like(error),
         }
         per_batch = {
@@ -182,7 +182,7 @@ class SAEStatistics:
     def fve_interval(self, interval: list[float], fve: float) -> list[float]:
         """Rescale the interval of the `fve` about the first batch's mean to that about the mean of all tokens.
 
-        Sums per context have to be taken about a centre that is known from the start.
+        Sums per context have to be taken about a center that is known from the start.
         """
         around = self.sums["around_centre"]
         half = (interval[1] - interval[0]) / 2 * divide(around, self.variance)
@@ -309,7 +309,7 @@ def latent_details(sae: SAE, stats: SAEStatistics) -> list[dict[str, Any]]:
 
 
 def density_summary(density: Tensor, details: list[dict[str, Any]]) -> dict[str, float]:
-    """SAEBench's misc_metrics: how many latents fire, how often, and how similar each is to its nearest neighbour."""
+    """SAEBench's misc_metrics: how many latents fire, how often, and how similar each is to its nearest neighbor."""
 
     def mass_over(threshold: float) -> float:
         total = float(density.sum())

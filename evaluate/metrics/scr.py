@@ -2,7 +2,7 @@
 
 Higher is better: 0 is no effect, 1 removes all of the bias.
 
-A probe is trained on texts of two classes in which a second attribute always goes along with the class (male professors
+A probe is trained on texts of two classes in which a second attribute always goes with the class (male professors
 against female nurses), so it reads the attribute as well. The latents that matter most to a probe of the attribute are
 ablated. The score is the share of the biased probe's missing accuracy on the class, against a probe of the class
 itself, that this recovers. In the other direction, the latents of the class are ablated and the attribute is read.
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..datasets.labelled import BIOS, REVIEWS, load_quadrants
+from ..datasets.labeled import BIOS, REVIEWS, load_quadrants
 from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, DrawTask
 from .base import MetricColumn
 from .bootstrap import BootstrapWeights, bootstrap_interval
@@ -141,7 +141,7 @@ def scr_scores(
 
 
 def pair_flags(biased: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> list[str]:
-    """Sentences on why the scores of a pair may mean little."""
+    """Sentences about why the scores of a pair may mean little."""
     if biased[CLASS][0] == biased[ATTRIBUTE][0]:
         return ["the biased probe is equally good at both tasks, so this pair has no scr_metric."]
     harder = min(DIRECTIONS, key=lambda task: float(biased[task][0]))

@@ -31,10 +31,10 @@ from torch import Tensor
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
-from ..datasets.labelled import HUB, STAND_INS, Texts, dataset_version, load_texts
+from ..datasets.labeled import HUB, STAND_INS, Texts, dataset_version, load_texts
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
 from .probes import (
-    LabelledRows,
+    LabeledRows,
     ProbeFeatures,
     ProbeTask,
     logistic_accuracy,
@@ -42,7 +42,7 @@ from .probes import (
     mean_difference,
     one_vs_rest_task,
     pool_unit_norm,
-    read_labelled_rows,
+    read_labeled_rows,
     top_features,
     train_probe,
     wilson_interval,
@@ -50,7 +50,7 @@ from .probes import (
 
 K_OF_MODE = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
 RESULT_KS = (1, 2, 5, 10, 20, 50, 100)  # SAEBench's files have a field for each
-MAX_NAMED_LATENTS = 5  # a result names the latents of probes on at most so many
+MAX_NAMED_LATENTS = 5  # a result names the latents of probes on at most this many
 BATCH, EPOCHS, PATIENCE, RATE = 250, 100, 10, 1e-2  # of the probe on all features
 
 
@@ -99,7 +99,7 @@ class SparseProbing(Metric):
         llm: dict[int, dict[str, ProbingScores]] = {layer: {} for layer in layers}
         probed = [ProbedSAE(make_generator(self.rng)) for _ in targets]
         for number, (name, classes) in enumerate(texts.items()):
-            rows = read_labelled_rows(ctx, layers, name, classes, progress, self.context)
+            rows = read_labeled_rows(ctx, layers, name, classes, progress, self.context)
             for layer in layers:
                 llm[layer][name] = self.llm_scores(ctx, layer, name, classes, rows[layer], ks)
             for index, (target, sae) in enumerate(zip(targets, probed, strict=True)):
@@ -112,7 +112,7 @@ class SparseProbing(Metric):
         ]
 
     def llm_scores(
-        self, ctx: EvalContext, layer: int, name: str, texts: Texts, rows: LabelledRows, ks: Sequence[int]
+        self, ctx: EvalContext, layer: int, name: str, texts: Texts, rows: LabeledRows, ks: Sequence[int]
     ) -> "ProbingScores":
         """Scores of probes on the residual of one dataset, from the artifact cache or computed."""
 
@@ -128,13 +128,13 @@ class SparseProbing(Metric):
         )
 
     def probe_sae(
-        self, ctx: EvalContext, target: EvalTarget, sae: "ProbedSAE", name: str, rows: LabelledRows, ks: Sequence[int]
+        self, ctx: EvalContext, target: EvalTarget, sae: "ProbedSAE", name: str, rows: LabeledRows, ks: Sequence[int]
     ) -> None:
         """Add the scores of one SAE on one dataset to `sae`, or the error if it has too few latents."""
         pooled, folded = pool_unit_norm(target.sae, rows.rows, ctx.model.device)
         if (d_sae := len(pooled.zero_F)) < max(ks):
             sae.error = UsageError(
-                f"A probe on {max(ks)} latents needs as many, and there are {d_sae}. "
+                f"A probe on {max(ks)} latents needs that many, but this SAE has {d_sae}. "
                 f"Give smaller ones: --set {self.name}.k=1"
             )
             return

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..datasets.labelled import BIOS, REVIEWS, Texts, load_texts
+from ..datasets.labeled import BIOS, REVIEWS, Texts, load_texts
 from .ablation import THRESHOLDS, Ablation, AblationProblem, AblationScores, DrawTask
 from .base import MetricColumn
 from .bootstrap import BootstrapWeights

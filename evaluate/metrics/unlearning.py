@@ -34,7 +34,7 @@ from ...common.errors import SaeError, UnavailableError, UsageError
 from ...common.files import digest_of
 from ...harvest.model import ModelSource, find_model, load_model, load_tokenizer
 from ..context import EvalContext
-from ..datasets.labelled import Row, hub_commit, local_file, read_dataset_rows
+from ..datasets.labeled import Row, hub_commit, local_file, read_dataset_rows
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
 from .clamping import ClampPlan
 from .multiple_choice import MultipleChoiceModel, Question, parse_question, resample_right
@@ -101,10 +101,10 @@ class Unlearning(Metric):
         try:
             return find_model(name)
         except SaeError as error:
-            licence = f"Accept its licence at https://huggingface.co/{name} and run `hf auth login`, or name"
+            license = f"Accept its license at https://huggingface.co/{name} and run `hf auth login`, or name"
             raise UnavailableError(
                 f"Unlearning needs the instruction-tuned model {name}, which is not available "
-                f"({str(error).split('. ')[0]}). {'Name' if Path(name).is_dir() else licence} another with "
+                f"({str(error).split('. ')[0]}). {'Name' if Path(name).is_dir() else license} another with "
                 "--set unlearning.model=..., a folder or a Hub id."
             ) from error
 
@@ -164,7 +164,7 @@ class Unlearning(Metric):
             raise UsageError(f"unlearning.rng={self.rng} is unknown: {' or '.join(RNGS)}.")
         if min(self.rows, *self.n_features) < 1 or self.context < 2:
             raise UsageError(
-                "unlearning.rows and unlearning.n_features have to be 1 or more, unlearning.context 2 or more."
+                "unlearning.rows and unlearning.n_features must be 1 or more, unlearning.context 2 or more."
             )
 
     def load(self, ctx: EvalContext) -> MultipleChoiceModel:

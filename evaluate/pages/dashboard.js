@@ -47,16 +47,16 @@ async function loadEntry(place) {
 // ---- elements
 
 function el(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
 }
 
 function svgElement(tag, attributes, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
 }
 
 const count = (value) => value.toLocaleString("en");
@@ -126,7 +126,7 @@ function drawHeads() {
 // Filter by the search and the menu, then sort. A whole number puts the latent with that number first.
 function updateOrder() {
   const query = search.value.trim().toLowerCase();
-  const matches = { all: () => true, alive: (p) => table.density[p] > 0, dead: (p) => table.density[p] === 0, labelled: (p) => table.labels[p] !== "" }[which.value];
+  const matches = { all: () => true, alive: (p) => table.density[p] > 0, dead: (p) => table.density[p] === 0, labeled: (p) => table.labels[p] !== "" }[which.value];
   order = table.latent.map((_, place) => place).filter((place) => matches(place) && haystack[place].includes(query));
   const sign = sorted.up ? 1 : -1;
   const column = sorted.key === "tokens" ? table.tokens.map((tokens) => tokens.map((token) => words[token].trim()).join(" ")) : table[sorted.key];
@@ -143,8 +143,8 @@ function updateOrder() {
 
 function reveal(place) {
   const at = order.indexOf(place);
-  const seen = box.clientHeight - 2 * ROW; // below the headings
-  if (at >= 0 && (at * ROW < box.scrollTop || at * ROW > box.scrollTop + seen)) box.scrollTop = Math.max(0, at * ROW - seen / 2);
+  const visible = box.clientHeight - 2 * ROW; // below the headings
+  if (at >= 0 && (at * ROW < box.scrollTop || at * ROW > box.scrollTop + visible)) box.scrollTop = Math.max(0, at * ROW - visible / 2);
   drawRows();
 }
 
@@ -156,7 +156,7 @@ function makePassage([context, position, value, levels], peak) {
     const at = position - about.before + i;
     if (at < 0 || at >= text[context].length) return;
     const word = words[text[context][at]];
-    const blank = /^ +$/.test(word), begins = word.startsWith(" ") && !blank; // that space is drawn before the colour
+    const blank = /^ +$/.test(word), begins = word.startsWith(" ") && !blank; // that space is drawn before the color
     const token = el("span", { textContent: blank && word.length > 4 ? `·×${word.length} ` : begins ? word.slice(1) : word });
     if (level) {
       token.className = "fires";
@@ -197,7 +197,7 @@ function makeList(title, rows) {
 
 const effect = (sign) => ([token, value]) => el("tr", {}, el("td", {}, chip(token)), el("td", { className: sign, textContent: number(value) }));
 
-function other([latent, value, jaccard]) {
+function latentRow([latent, value, jaccard]) {
   const place = places.get(latent);
   const about = place === undefined ? [] : [...table.tokens[place].map(chip), " ", table.labels[place]];
   const shown = number(value) + (jaccard === undefined ? "" : ` (${jaccard.toFixed(2)})`);
@@ -210,7 +210,7 @@ function article(place, entry) {
   if (table.labels[place]) head.push(el("p", { className: "label", textContent: table.labels[place] }));
   if (density === 0) head.push(el("p", { className: "warning", textContent: `This latent does not fire on any of the ${count(about.tokens)} tokens.` }));
   else head.push(el("p", { textContent: `Fires at ${percent(density)} of ${count(about.tokens)} tokens, with mean ${number(table.mean[place])} and maximum ${number(peak)}.` }), makeHistogram(entry));
-  const lists = [makeList("Nearest latents", entry.nearest.map(other)), makeList("Fires with", entry.coactive.map(other))];
+  const lists = [makeList("Nearest latents", entry.nearest.map(latentRow)), makeList("Fires with", entry.coactive.map(latentRow))];
   if (entry.raised.length) lists.unshift(makeList("Raises the logits of", entry.raised.map(effect("good"))), makeList("Lowers the logits of", entry.lowered.map(effect("bad"))));
   return [...head, ...passages("Largest activations", entry.top, peak), ...passages("Quantiles, 90 to 10 %", entry.quantiles, peak), el("div", { className: "lists" }, ...lists)];
 }

@@ -1,4 +1,4 @@
-"""`sae dashboard`: a run as one HTML file with its numbers and every latent, which needs no server.
+"""`sae dashboard`: one self-contained HTML file with a run's numbers and every latent. It needs no server.
 
 The page holds compressed JSON: the text once, the columns of the table of latents, and blocks of latents, which are
 unpacked when one of them is opened.
@@ -125,7 +125,7 @@ def dashboard_page(run: InspectedRun, latents_K: Tensor, date: str, progress: Pr
 
 
 def run_section(run: InspectedRun) -> dict[str, Any]:
-    """What the page shows of the run's files: recipe, results and training curves."""
+    """The part of the page that comes from the run's files: recipe, results and training curves."""
     return {
         "recipe": recipe_settings(run),
         "measured": [
@@ -137,7 +137,7 @@ def run_section(run: InspectedRun) -> dict[str, Any]:
 
 
 def text_section(run: InspectedRun, stats: LatentStats) -> dict[str, Any]:
-    """What the page shows of all latents on the held-out text: densities, L0, dead latents."""
+    """The part of the page about all latents on the held-out text: densities, L0, dead latents."""
     density_F, l0_T = stats.density, stats.activations.l0
     about = {
         "block": LATENTS_PER_BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(l0_T), "d_sae": run.sae.d_sae
@@ -183,7 +183,7 @@ def top_tokens(run: InspectedRun, passages: Sequence[Passage], count: int = 3) -
 
 
 def latent_entry(run: InspectedRun, stats: LatentStats, place: int, token_index: TokenIndex) -> dict[str, Any]:
-    """What the page shows of one latent in addition to its row of the table."""
+    """The page's entry for one latent, in addition to its row in the table."""
     activations = stats.activations
     peak = float(activations.peak_K[place])
 

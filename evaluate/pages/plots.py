@@ -7,7 +7,7 @@ from typing import Any
 
 from ...common.errors import UnavailableError, UsageError
 from ...common.files import make_folder
-from ..charts import COLOURS, DASHES, Chart, Series, marker_of
+from ..charts import COLORS, DASHES, Chart, Series, marker_of
 
 LINE_STYLES = ("-", "--", ":", "-.")  # matplotlib's names for `charts.DASHES`
 
@@ -57,17 +57,17 @@ def save_chart(chart: Chart, path: Path) -> None:
 
 
 def draw_series(axes: Any, chart: Chart, series: Series, style: int) -> None:
-    colour, marker, x = COLOURS[style % len(COLOURS)], marker_of(style), chart.dodged(series)
+    color, marker, x = COLORS[style % len(COLORS)], marker_of(style), chart.dodged(series)
     if series.kind == "bars":
         step = min((b - a for a, b in pairwise(series.x)), default=1.0)
-        axes.bar(x, series.y, 0.9 * step, color=colour, label=series.name)
+        axes.bar(x, series.y, 0.9 * step, color=color, label=series.name)
         return
     banded = series.kind == "line" and any(series.spread)
     if banded:
         low, high = zip(*((y - s, y + s) for y, s in zip(series.y, series.spread, strict=True)), strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-    line_style = LINE_STYLES[style // len(COLOURS) % len(DASHES)] if series.kind != "points" else "none"
+        axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+    line_style = LINE_STYLES[style // len(COLORS) % len(DASHES)] if series.kind != "points" else "none"
     axes.errorbar(
-        x, series.y, yerr=None if banded else series.spread or None, label=series.name, color=colour, ls=line_style,
+        x, series.y, yerr=None if banded else series.spread or None, label=series.name, color=color, ls=line_style,
         marker=marker if series.kind != "line" else "none", ms=5, lw=1.4,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def describe_runs(report: PaperReport) -> str:
 
 
 def describe_setup(paper: Paper) -> str:
-    """What the paper says it ran."""
+    """The paper's own setup, as it states it."""
     setup = paper.setup
     return (
         f"{setup.model}, {setup.dataset}, layer {', '.join(map(str, setup.layers))}, {setup.d_sae:,} latents, "

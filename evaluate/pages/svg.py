@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ..charts import (
     CHARACTER_WIDTH,
-    COLOURS,
+    COLORS,
     DASHES,
     Chart,
     Series,
@@ -56,7 +56,7 @@ class Scale:
 
 
 def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 360) -> Markup:
-    """The chart as an <svg> element that takes its colours from the page, in light or dark mode.
+    """The chart as an <svg> element that takes its colors from the page, in light or dark mode.
 
     Values that are not finite, and values <= 0 on a logarithmic axis, are left out. `height` excludes the legend and
     slanted category names, which are added to it. Without `legend` the page shows a `shared_legend`.
@@ -92,7 +92,7 @@ def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 
 
 
 def draw_series(chart: Chart, series: Series, number: int, x_scale: Scale, y_scale: Scale) -> dict[str, Any]:
-    """What the template needs of one series: style, points with their tooltips, line and band."""
+    """The template's data for one series: style, points with their tooltips, line and band."""
     points, line, upper, lower = [], [], [], []
     labels = [*series.labels, *[""] * len(series.x)]
     spreads = [spread if is_drawable(spread, False) else 0.0 for spread in (*series.spread, *[0.0] * len(series.x))]
@@ -138,11 +138,11 @@ def shared_legend(charts: Sequence[Chart]) -> Markup:
 
 
 def style_of(series: Series, number: int) -> dict[str, Any]:
-    """Name, kind, colour, marker and dashes of a series; `number` is its place in the chart."""
+    """Name, kind, color, marker and dashes of a series; `number` is its place in the chart."""
     style = number if series.style is None else series.style
     return {
-        "name": series.name, "kind": series.kind, "class": f"--c{style % len(COLOURS)}",
-        "shape": SHAPES[marker_of(style)], "dashes": DASHES[style // len(COLOURS) % len(DASHES)],
+        "name": series.name, "kind": series.kind, "class": f"--c{style % len(COLORS)}",
+        "shape": SHAPES[marker_of(style)], "dashes": DASHES[style // len(COLORS) % len(DASHES)],
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def print_blocks(blocks: Sequence[Any]) -> None:
 
 
 def highlight_tokens(run: InspectedRun, ids: Sequence[int], values: Sequence[float], peak: float) -> Text:
-    """The tokens, with active ones on a coloured background, or between << and >> without colours."""
+    """The tokens, with active ones on a colored background, or between << and >> without colors."""
     console = make_console()
     plain = console.color_system is None or console.no_color
     text = Text()

@@ -1,1 +1,1 @@
-"""The five papers: what they claim, what was measured, and the verdict on each claim."""
+"""The five papers: their claims, our measurements, and the verdict on each claim."""

@@ -1,7 +1,7 @@
-"""What the five papers claim, as data.
+"""The claims of the five papers, as data.
 
-`NNN.toml` describes one paper: every number that it claims as a result (`claim`), what it says it ran (`ran`, `fact`),
-what we run to reproduce it (`run`), which of our recipes its systems are (`system`), in which units they are read
+`NNN.toml` describes one paper: every number that it claims as a result (`claim`), the setup it states (`ran`, `fact`),
+the runs that reproduce it (`run`), our recipes for its systems (`system`), the units in which its options are read
 (`reading`, the first of which is for the paper's own model), where it contradicts itself (`contradiction`), and what it
 says it measures without giving a number (`unreported`). Every statement is backed by a quote of at most one line.
 
@@ -51,7 +51,7 @@ class ClaimSource:
 
 @dataclass(frozen=True)
 class PaperSetup:
-    """What the paper says it ran. `steps` follows from its numbers; 0 if it says that nothing was trained."""
+    """The setup that the paper states. `steps` follows from its numbers; 0 if it says that nothing was trained."""
 
     model: str  # as printed
     reads_as: str
@@ -79,7 +79,7 @@ class PaperSetup:
 
 @dataclass(frozen=True)
 class ReproductionSetup:
-    """What we run to reproduce a paper, at its size."""
+    """The runs that reproduce a paper at its size."""
 
     steps: int
     batch_size: int

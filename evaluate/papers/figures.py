@@ -1,4 +1,4 @@
-"""A paper's figures, redrawn from our runs, and what its mechanisms logged that the paper has no figure of.
+"""A paper's figures, redrawn from our runs, and charts of what its mechanisms logged but the paper does not plot.
 
 A series is a system of the paper, at the first of its layers that was trained. Training curves show every run,
 measurements only runs that pass the gates. Charts without data are left out.
@@ -68,7 +68,7 @@ def over_training(report: PaperReport, title: str, name: str, y: str, sd: str = 
                 line = replace(line, spread=[mean(widths.get(tokens, [0.0])) for tokens in values])
             series.append(line)
     banded = sd and any(any(line.spread) for line in series)
-    note = "The band is ± 1 sd over pairs of latents, its mean over seeds." if banded else ""
+    note = "The band is ± 1 sd over pairs of latents, averaged over seeds." if banded else ""
     return Chart(title, "tokens", y, series, y_log=to_one, note=note)
 
 
@@ -215,9 +215,9 @@ PAPER_FIGURES: Mapping[str, dict[str, Draw]] = {
     },
 }
 MECHANISM_FIGURES: Mapping[str, dict[str, Draw]] = {
-    "000": logged_scalars(utilisation="mean utilisation", contrast="contrast term", tau="contrast threshold tau")
+    "000": logged_scalars(utilisation="mean utilization", contrast="contrast term", tau="contrast threshold tau")
     | {"Bounded penalty lambda": partial(over_training, name="lambda", y="lambda")},
-    "001": logged_scalars(rho="utilisation rho", enabled="latents enabled"),
+    "001": logged_scalars(rho="utilization rho", enabled="latents enabled"),
     "002": logged_scalars(
         competition_strength="competition strength", pairs_above="pairs above the threshold",
         mean_coefficient="mean coefficient of those pairs",

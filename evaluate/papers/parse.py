@@ -145,7 +145,7 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
-    """What is wrong with a paper whose tables are valid by themselves, as sentences."""
+    """Problems between a paper's tables, each of which is valid by itself, as sentences."""
     ids = [claim.id for claim in paper.claims]
     for name, names in (("system", system_ids), ("claim", ids), ("reading", [r.name for r in paper.readings])):
         yield from (f"Two of {name} are called {one}." for one in sorted(set(names)) if names.count(one) > 1)
@@ -174,7 +174,7 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
     label = f"claim {claim.id}"
     yield from check_metric_name(claim.metric, label)
     if (claim.metric == "none") != bool(claim.why):
-        yield f"{label}: give `why`, the reason that no metric of ours measures it, with metric = none and only then."
+        yield f"{label}: give `why`, the reason that no metric of ours measures it, if and only if metric = none."
     if claim.metric != "none" and not claim.system:
         yield f"{label}: a measured claim needs a system: {', '.join(paper.systems)}."
     for system in filter(None, (claim.system, claim.against)):
@@ -189,7 +189,7 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
 
 
 def unit_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
-    """What is wrong with the unit of a claim and with the number that it is compared with."""
+    """Problems with the unit of a claim and with the number that it is compared with."""
     if claim.unit not in UNITS:
         yield f"{label}: unknown unit {claim.unit}: omit it, or give one of {', '.join(UNITS[1:])}."
     if claim.is_change and not claim.unit and claim.metric != "none":

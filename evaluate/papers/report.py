@@ -116,14 +116,14 @@ def claim_result(claim: Claim, paper: Paper, runs: Sequence[SystemRun], on_paper
         at_layer = [run for run in runs if run.layer == layer]
         for recipe in recipes_of(claim.system, paper):
             for other_recipe in recipes_of(claim.against, paper) if claim.against else [""]:
-                own = values_by_seed(claim, claim.system, recipe, at_layer, on_paper_model)
-                other: dict[int, float] = {}
+                system_values = values_by_seed(claim, claim.system, recipe, at_layer, on_paper_model)
+                other_values: dict[int, float] = {}
                 if claim.against:
-                    other = values_by_seed(claim, claim.against, other_recipe, at_layer, on_paper_model)
-                values = {claim.system: own, claim.against: other}
+                    other_values = values_by_seed(claim, claim.against, other_recipe, at_layer, on_paper_model)
+                values = {claim.system: system_values, claim.against: other_values}
                 verdicts.append(verdict(claim, values, on_paper_model=on_paper_model, inconsistent=inconsistent))
-                if own:
-                    measured.append((list(own.values()), list(other.values())))
+                if system_values:
+                    measured.append((list(system_values.values()), list(other_values.values())))
     if not verdicts:
         verdicts = ["paper inconsistent" if inconsistent else "not measured"]
     notes = []
@@ -191,9 +191,9 @@ def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequenc
         return f"{scale * mean(values):.4g}{spread}{sign}"
 
     if len(shown) == 1:
-        own, other = shown[0]
-        return mean_and_sd(own) + (f" and {mean_and_sd(other)}" if other else "")
-    means = [scale * mean(own) for own, _ in shown]
+        system, other = shown[0]
+        return mean_and_sd(system) + (f" and {mean_and_sd(other)}" if other else "")
+    means = [scale * mean(values) for values, _ in shown]
     return f"{min(means):.4g} to {max(means):.4g}{sign} over {len(shown)}"
 
 

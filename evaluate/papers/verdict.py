@@ -73,12 +73,12 @@ def verdict(claim: Claim, values: Mapping[str, ValueBySeed], *, on_paper_model: 
     """
     if inconsistent:
         return "paper inconsistent"
-    own, other = values.get(claim.system, {}), values.get(claim.against, {})
-    pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+    system, other = values.get(claim.system, {}), values.get(claim.against, {})
+    pairs = [(system[seed], other[seed]) for seed in sorted(system.keys() & other.keys())]
     needs_other = claim.is_change or (claim.against and not on_paper_model)
-    if claim.metric == "none" or not own or (needs_other and not pairs):
+    if claim.metric == "none" or not system or (needs_other and not pairs):
         return "not measured"
-    numbers = paired_changes(claim.unit, pairs) if claim.is_change else list(own.values())
+    numbers = paired_changes(claim.unit, pairs) if claim.is_change else list(system.values())
     interval = confidence_interval(numbers)
     near = max(MEAN_TOLERANCE * abs(claim.target), claim.rounding)
     far = near * INTERVAL_TOLERANCE / MEAN_TOLERANCE
@@ -116,7 +116,7 @@ def combine_verdicts(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """The change of each pair (own, other) in % of the other, pp, as x times the other, or as a share of the other.
+    """The change of each pair (system, other) in % of the other, pp, as x times the other, or as a share of the other.
 
     Empty if another is zero, except in pp.
     """

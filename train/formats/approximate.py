@@ -1,4 +1,4 @@
-"""SAEs that no format can store, replaced by the nearest one that a format can: on request, and measured."""
+"""Approximate an SAE that a format cannot store by the nearest one that it can, and measure the difference."""
 
 from dataclasses import replace
 from typing import Any

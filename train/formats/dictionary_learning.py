@@ -241,7 +241,7 @@ def resolve_class(path: Path, headers: dict[str, TensorHeader], recorded: object
 
 
 def expected_shapes(path: Path, dict_class: str, headers: dict[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a class' tensors, with d_in, d_sae and the number of groups taken from its vectors."""
+    """The shapes of a class's tensors, with d_in, d_sae and the number of groups taken from its vectors."""
     tensors = CLASS_TENSORS[dict_class]
     sizes = {"G": vector_size(path, headers, "group_sizes")} if "group_sizes" in tensors else {}
     sizes["D"] = vector_size(path, headers, next(name for name, shape in tensors.items() if shape == "D"))

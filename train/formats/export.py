@@ -51,19 +51,16 @@ def export_sae(
 ) -> ExportResult:
     """Write an SAE in the file format of another library, and verify the files.
 
-    The exported SAE takes raw activations, has unit decoder rows and float32 weights; whatever training divided
-    activations by is folded in. The files are then read back, and latents and reconstructions computed from them are
-    compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if that is gone: the active latents have to
-    be equal and relative errors at most 1e-5.
+    The exported SAE takes raw activations, has unit decoder rows and float32 weights; any factor by which training
+    scaled the activations is folded in. The files are then read back, and latents and reconstructions computed from
+    them are compared with the SAE's on 4,096 rows of its cache, or on synthetic rows if that is gone: the active
+    latents have to be equal and relative errors at most 1e-5.
 
-    Args:
-        run: a run folder (a path or a `Run`), or an `SAE` in memory.
-        to: "saelens", "gemma-scope", "dictionary-learning" or "sparsify".
-        out: the folder to write, new or empty. Default: exports/<to> in the run folder.
-        approximate: "topk", "jumprelu" or "relu": if the format cannot store the SAE exactly, write the nearest SAE
-            with this activation, and record how far it is.
-        cache: the cache with rows to verify on. Default: the one that the run was trained on.
-        progress: called with (rows compared, rows in all).
+    Args: run: a run folder (a path or a `Run`), or an `SAE` in memory. to: "saelens", "gemma-scope",
+    "dictionary-learning" or "sparsify". out: the folder to write, new or empty. Default: exports/<to> in the run
+    folder. approximate: "topk", "jumprelu" or "relu": if the format cannot store the SAE exactly, write the nearest SAE
+    with this activation, and record how much it differs. cache: the cache with rows to verify on. Default: the one that
+    the run was trained on. progress: called with (rows compared, rows in all).
 
     Returns:
         An `ExportResult` with `.folder`, `.files`, `.check` (the comparison) and `.notes`.

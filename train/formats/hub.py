@@ -52,7 +52,7 @@ def translate_hub_errors(repo: str) -> Iterator[None]:
         raise
     except errors.GatedRepoError as error:
         raise UnavailableError(
-            f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, then run `hf auth login`."
+            f"{repo} is gated: accept its license on https://huggingface.co/{repo}, then run `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UnavailableError(

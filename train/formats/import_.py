@@ -140,7 +140,7 @@ def import_files(
 
 
 def open_folder(path: Path) -> tuple[ForeignFolder, Format]:
-    """The folder of an SAE, given itself or one of its files, and its format."""
+    """The folder of an SAE, from its own path or that of a file in it, and its format."""
     folder = ForeignFolder(path.parent if path.is_file() else path)
     if not folder.path.is_dir():
         raise UsageError(f"No such folder: {path}. Give a folder with an SAE, or hf://owner/repo/folder.")

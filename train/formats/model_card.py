@@ -82,7 +82,7 @@ sae import hf://{repo}
 def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
     """(heading, value) of each of CARD_METRICS that evaluations/ of a run holds.
 
-    Metrics on the stand-in data set, texts of Python's standard library, say so.
+    Metrics on the stand-in dataset, texts of Python's standard library, say so.
     """
     metrics = []
     for name, category, metric, heading in CARD_METRICS:

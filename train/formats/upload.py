@@ -50,7 +50,7 @@ def upload_sae(
         if not confirm(
             f"Upload these {len(exported.files)} files to https://huggingface.co/{repo} ({visibility} if new)?"
         ):
-            raise Interrupted("Cancelled; nothing was uploaded.")
+            raise Interrupted("Canceled; nothing was uploaded.")
         api = HfApi()
         with translate_hub_errors(repo):
             api.create_repo(repo, private=private, exist_ok=True)

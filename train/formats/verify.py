@@ -194,7 +194,7 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
 
 
 def activating_norm(canonical: CanonicalSAE, encoder: CanonicalSAE, threshold_F: Tensor) -> float:
-    """How long a row has to be for a latent to reach its threshold, median over latents.
+    """The norm at which a row brings a latent to its threshold, median over latents.
 
     If the encoder takes x - b_dec and has no bias, only the rounding error of b_enc + b_dec W_enc is left; the norm of
     b_dec is then returned instead.

@@ -1,4 +1,4 @@
-"""One file a paper. Dropping a file into this folder is all it takes to add a variant."""
+"""One file per paper. To add a variant, add a file to this folder."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,4 +1,4 @@
-"""CompeteSAE (paper 002): pairs of latents that fire together are penalised for similar decoder directions.
+"""CompeteSAE (paper 002): pairs of latents that fire together are penalized for similar decoder directions.
 
     c_ij  = P(f_i | f_j) / (k/n)                                                                  (3)
     alpha = min(1, t / t_w)                                                                       (4)
@@ -61,7 +61,7 @@ class Coactivation(Mechanism):
     """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: a <- beta a + (1 - beta) of the batch.
 
     The averages start at zero and are divided by the weight that they have gathered, 1 - beta^t. Each unordered pair
-    occurs once. A store decides which pairs it follows, and with that the shape S of everything about pairs.
+    occurs once. A subclass decides which pairs it follows, and thereby the shape S of all per-pair tensors.
     """
 
     rate_F: Tensor
@@ -373,7 +373,7 @@ class CompetitionOptions(RecipeOptions):
     strength_warmup: int | None = None
     """Steps t_w over which the strength rises (4). None: 2000, or 2000/4882 of a shorter run."""
     tau: float = 0.6
-    """Value that a pair must reach to be penalised."""
+    """Value that a pair must reach to be penalized."""
     tau_on: Literal["conditional", "lift"] = "conditional"
     """Scale of tau: the conditional probability P of one latent given the other, or the lift c of (3) (the paper)."""
     weight: Literal["lift", "conditional"] = "lift"
@@ -385,7 +385,7 @@ class CompetitionOptions(RecipeOptions):
     reduction: Literal["active_pairs", "sum", "n"] = "active_pairs"
     """active_pairs: mean over pairs that pass tau. sum: over all ordered pairs (the paper). n: that sum over d_sae."""
     target: Literal["cofire", "absorption"] = "cofire"
-    """Pairs to penalise: those that fire together (the paper), or those of decoder cosine over 0.2 that rarely do."""
+    """Pairs to penalize: those that fire together (the paper), or those of decoder cosine over 0.2 that rarely do."""
     beta: float = 0.99
     """Decay of the averages of p and J, per step."""
     pair_store: Literal["table", "dense"] = "table"
@@ -434,7 +434,7 @@ class CompetitionOptions(RecipeOptions):
 def competition(config: RunConfig, options: CompetitionOptions) -> Variant:
     """TopK; latents that fire together are pushed apart.
 
-    Pairs that fire together are penalised for the similarity of their decoder rows.
+    Pairs that fire together are penalized for the similarity of their decoder rows.
     """
     variant = topk_with_l1(config, options)
     loss = CompetitionLoss(

@@ -19,7 +19,7 @@ SPARSE_FROM = 64  # if at most one in so many of n^2 pairs is chosen, gathering 
 
 
 class Decorrelation(LossTerm):
-    """R(tau): penalise the correlation of only those pairs that fire together most (3).
+    """R(tau): penalize the correlation of only those pairs that fire together most (3).
 
     Paper: claims O(n); finding the pairs takes the dense C, O(B n^2), and a share of the pairs is O(n^2) of them. C is
     computed without a gradient. The gradient of R is S f_hat, S_ij = 1/|S_t| for the chosen pairs over tau: O(B pairs)
@@ -78,7 +78,7 @@ def decorrelation(
 
     Args:
         strength: Strength of the penalty R (1).
-        fraction: Share of the pairs that is penalised, the most correlated ones (3).
+        fraction: Share of the pairs that is penalized, the most correlated ones (3).
         l1: Strength of the L1 penalty (1).
         l1_warmup: Steps over which the L1 penalty rises from zero. None: a twentieth of the run.
         pre_bias: Subtract b_dec from the encoder's input.

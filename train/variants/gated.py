@@ -71,7 +71,7 @@ class GateMSE(LossTerm):
 def gated(config: RunConfig, l1: float = 0.04, l1_warmup: int | None = None) -> Variant:
     """A gate under an L1 penalty chooses the latents that fire.
 
-    Their magnitudes are not penalised and so not shrunk.
+    Their magnitudes are not penalized and so not shrunk.
 
     Args:
         l1: Strength of the L1 penalty on the gate.

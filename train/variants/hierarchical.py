@@ -13,7 +13,7 @@ row is `hierarchical-linear`. Paper: does not state warm-up or decay of the lear
 With `--l0 N` the run ends with N latents per token. That contradicts (3), whose penalty ends at zero: lambda falls for
 a twentieth of the run, and is then whatever N needs.
 
-Paper: says that its input is normalised, and prints losses that are sums over raw activations; L_recon in (5) is in
+Paper: says that its input is normalized, and prints losses that are sums over raw activations; L_recon in (5) is in
 these units whatever the input, and 2.5 belongs to their variance at its layer, 24.
 """
 
@@ -140,7 +140,7 @@ def match_pairs(cosine_FF: Tensor, above: float) -> tuple[Tensor, Tensor]:
 
 
 class MergeSimilar(Mechanism):
-    """Of two latents i, j with cosine over `above`, i becomes the average of both (7); their Adam state is reset.
+    """Given two latents i, j with a cosine over `above`, i becomes the average of both (7); their Adam state is reset.
 
     Paper: does not say of what the cosine is, nor what becomes of j, of W_dec and of b_enc. Cosines are of the rows of
     W_dec, or of the columns of W_enc (`on`). b_enc is averaged as W_enc is; W_dec,i is the direction of W_dec,i +

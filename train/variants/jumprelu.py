@@ -33,7 +33,7 @@ from ..variant import RunConfig, Variant
 class JumpFunction(torch.autograd.Function):
     """z H(z - theta). The gradient reaches z where the latent fires, and theta where |z - theta| < eps/2.
 
-    With `to_input` z also gets what theta gets there, with the other sign: H depends on z - theta alone.
+    With `to_input`, z also gets theta's gradient there, with the opposite sign: H depends on z - theta alone.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class FiresFunction(torch.autograd.Function):
 class JumpReLU(Activation, name="jumprelu"):
     """z H(z - theta) with a threshold per latent, always in float32.
 
-    `bandwidth` is a length on the axis of z, so it presumes the normalisation of the run. It matters in training only
+    `bandwidth` is a length on the axis of z, so it presumes the normalization of the run. It matters in training only
     and is not rescaled.
     """
 
@@ -239,7 +239,7 @@ def jumprelu(
     """Learned thresholds under a penalty that holds L0 at `l0`.
 
     The penalty is (L0/l0 - 1)^2. A threshold moves by about the learning rate per step. At the default rate a run of a
-    thousand steps ends far above `l0`; with `--l0` thresholds alone move faster, and it arrives.
+    thousand steps ends far above `l0`; with `--l0` only the thresholds move faster, and the run reaches its target.
 
     Args:
         l0: Target of the number of latents per token.

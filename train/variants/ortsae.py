@@ -1,4 +1,4 @@
-"""OrtSAE (Korznikov et al. 2025): each decoder row is penalised for its similarity to the nearest other row.
+"""OrtSAE (Korznikov et al. 2025): each decoder row is penalized for its similarity to the nearest other row.
 
     L = |x - x_hat|^2 + aux + strength mean_i max_{j in chunk(i), j != i} cos(W_i, W_j)^2
 

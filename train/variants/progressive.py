@@ -306,7 +306,7 @@ class ProgressiveOptions(RecipeOptions):
     """Weights in (5): exp((z - max z)/T); over their sum (the paper); that times the number of active latents; over the
     sum of the active latents; or no competition."""
     competition_in_recon: bool = True
-    """Reconstruct from alpha; false: from z, and only penalise alpha (2)."""
+    """Reconstruct from alpha; false: from z, and only penalize alpha (2)."""
     cut: float = ScaleWithNorm(0.01)
     """alpha is set to zero unless it is above this, in units of `temperature_unit`. The paper: 0."""
     temperature: float = ScaleWithNorm(0.1)

@@ -95,7 +95,7 @@ def switch(config: RunConfig, k: int = 32, experts: int | None = None, balance: 
         SAE(config.d_in, config.d_sae, [activation]),
         {"mse": (1.0, MSE()), "balance": (balance, LoadBalanceLoss(activation))},
         [UnitNormDecoder()],
-        # The authors start b_dec and b_router both at the data's centre: a centred input is the same.
+        # The authors start b_dec and b_router both at the data's center: a centered input is the same.
         Optimization(lr=lr_for_width(config.d_sae), center=True),
         dead=DeadLatents(config.d_sae, config.dead_after_tokens),
     )

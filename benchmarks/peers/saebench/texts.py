@@ -1,4 +1,4 @@
-"""The labelled texts as activations, and which of them SAEBench chose."""
+"""The labeled texts as activations, and which of them SAEBench chose."""
 
 import contextlib
 from collections.abc import Callable

@@ -10,7 +10,7 @@ import torch
 
 from sae.common.errors import UsageError
 from sae.evaluate.context import EvalContext
-from sae.evaluate.datasets import labelled
+from sae.evaluate.datasets import labeled
 from sae.evaluate.metrics import ablation
 from sae.evaluate.metrics.ablation import check_thresholds
 from sae.evaluate.metrics.base import EvalTarget
@@ -46,8 +46,8 @@ def write_reviews(data: Path, rows: int = 70) -> None:
 @pytest.fixture
 def ctx(ctx, tmp_path, monkeypatch) -> EvalContext:
     write_reviews(tmp_path)
-    table = labelled.DATASETS[REVIEWS]
-    monkeypatch.setitem(labelled.DATASETS, REVIEWS, replace(table, classes=(24, 26), pairs=((24, 26),)))
+    table = labeled.DATASETS[REVIEWS]
+    monkeypatch.setitem(labeled.DATASETS, REVIEWS, replace(table, classes=(24, 26), pairs=((24, 26),)))
     return replace(ctx, data=tmp_path)
 
 

@@ -276,7 +276,7 @@ def test_references_and_settings_that_make_no_sense_are_refused(ctx):
     (outcome,) = Autointerp(context=32).measure(ctx, [EvalTarget(Identity(), 0, reference=True)], silent)
     assert isinstance(outcome, UsageError)
     for change in ({"latents": 0}, {"context": 20}, {"tokens": 0}):
-        with pytest.raises(UsageError, match="have to be 1 or more"):
+        with pytest.raises(UsageError, match="must be 1 or more"):
             replace(Autointerp(), **change).measure(ctx, [EvalTarget(sae_of(0), 0)], silent)
     with pytest.raises(UsageError, match="less than one row of 9000 tokens"):
         Autointerp(context=9000).measure(ctx, [EvalTarget(sae_of(0), 0)], silent)

@@ -1,4 +1,4 @@
-"""Rows of labelled texts: the same as whole padded passes, made once, pooled as SAEBench pools, padding included."""
+"""Rows of labeled texts: the same as whole padded passes, made once, pooled as SAEBench pools, padding included."""
 
 import pytest
 import torch

@@ -9,13 +9,13 @@ import torch
 from sae.cache.contexts import Contexts
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
-from sae.evaluate.datasets import labelled
+from sae.evaluate.datasets import labeled
 from sae.evaluate.metrics import ablation
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.batched_probes import LinearProbes
 from sae.evaluate.metrics.pooled_activations import TextRows
 from sae.evaluate.metrics.probe_readout import strongest_latents
-from sae.evaluate.metrics.probes import LabelledRows
+from sae.evaluate.metrics.probes import LabeledRows
 from sae.evaluate.metrics.scr import ATTRIBUTE, CLASS, Scr, scr_scores
 from sae.evaluate.metrics.tpp import Tpp
 
@@ -25,12 +25,12 @@ BIASED_ON = {
     CLASS: f"{SCR_KEYS[2]} probe on {SCR_KEYS[1]} data",
     ATTRIBUTE: f"{SCR_KEYS[2]} probe on {SCR_KEYS[0]} data",
 }
-BIOS, REVIEWS = (f"{labelled.BIOS}_class_set1", labelled.REVIEWS)
+BIOS, REVIEWS = (f"{labeled.BIOS}_class_set1", labeled.REVIEWS)
 TASKS = {
     "scr": {BIOS: f"{BIOS}/professor/nurse", REVIEWS: f"{REVIEWS}/Books/CDs_and_Vinyl"},
     "tpp": {BIOS: BIOS, REVIEWS: REVIEWS},
 }
-SHORT = {labelled.BIOS: "bios", labelled.REVIEWS: "amazon"}
+SHORT = {labeled.BIOS: "bios", labeled.REVIEWS: "amazon"}
 
 
 @pytest.fixture
@@ -48,15 +48,15 @@ def ctx(saebench, tmp_path, monkeypatch) -> EvalContext:
                 text = row["hard_text" if "hard_text" in row else "text"]
                 found[text] = x_SD[~torch.isin(ids_S, torch.tensor([0, 1, 2]))]
     for name, pair in ((BIOS, (21, 13)), (REVIEWS, (24, 26))):
-        monkeypatch.setitem(labelled.DATASETS, name, replace(labelled.DATASETS[name], pairs=(pair,)))
+        monkeypatch.setitem(labeled.DATASETS, name, replace(labeled.DATASETS[name], pairs=(pair,)))
 
-    def read_labelled(ctx, layers, name, classes, progress, context):
+    def read_labeled(ctx, layers, name, classes, progress, context):
         parts = [found[text] for split in classes.values() for own in split.values() for text in own]
         counts = {split: {label: len(own) for label, own in classes[split].items()} for split in classes}
         rows = TextRows(torch.cat(parts), torch.tensor([len(part) for part in parts]))
-        return {layer: LabelledRows(rows, counts) for layer in layers}
+        return {layer: LabeledRows(rows, counts) for layer in layers}
 
-    monkeypatch.setattr(ablation, "read_labelled_rows", read_labelled)
+    monkeypatch.setattr(ablation, "read_labeled_rows", read_labeled)
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
     return EvalContext(
         lambda: saebench.model, None, nothing, [0, 1, 2], "0.6.0", {}, {}, ArtifactCache(tmp_path / "shelf"), tmp_path
@@ -75,7 +75,7 @@ def give_probes(saebench, monkeypatch, metric: str) -> None:
     """SAEBench's probes in the place of our own, dataset by dataset."""
     arrays, chosen = saebench.arrays(metric), {}
     for dataset, task in TASKS[metric].items():
-        keys = SCR_KEYS if metric == "scr" else map(str, labelled.DATASETS[dataset].classes)
+        keys = SCR_KEYS if metric == "scr" else map(str, labeled.DATASETS[dataset].classes)
         weights, biases = zip(
             *((arrays[f"{task}/probe/{key}/weight"], arrays[f"{task}/probe/{key}/bias"]) for key in keys), strict=True
         )

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from sae.evaluate.datasets.labelled import DATASETS, Texts, load_texts
+from sae.evaluate.datasets.labeled import DATASETS, Texts, load_texts
 from sae.evaluate.metrics import sparse_probing as module
 from sae.evaluate.metrics.pooled_activations import TextRows
-from sae.evaluate.metrics.probes import LabelledRows, make_generator, pool_unit_norm
+from sae.evaluate.metrics.probes import LabeledRows, make_generator, pool_unit_norm
 from sae.evaluate.metrics.sparse_probing import ProbingScores, build_result, probe_dataset
 
 BIOS, SENTIMENT = "LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5_sentiment"
@@ -36,7 +36,7 @@ def texts_of(saebench, data, dataset: str) -> Texts:
     return load_texts(dataset, data, config["probe_train_set_size"], config["probe_test_set_size"])
 
 
-def rows_of(saebench, dataset: str, texts: Texts) -> LabelledRows:
+def rows_of(saebench, dataset: str, texts: Texts) -> LabeledRows:
     table, column, short = TABLES[dataset]
     parts, counts = [], {}
     for split, classes in texts.items():
@@ -45,7 +45,7 @@ def rows_of(saebench, dataset: str, texts: Texts) -> LabelledRows:
         parts += [x_NSD[of[text]] for own in classes.values() for text in own]
         counts[split] = {label: len(own) for label, own in classes.items()}
     kept = [x_SD[(x_SD != 0).any(1)] for x_SD in parts]
-    return LabelledRows(TextRows(torch.cat(kept), torch.tensor([len(x) for x in kept])), counts)
+    return LabeledRows(TextRows(torch.cat(kept), torch.tensor([len(x) for x in kept])), counts)
 
 
 @pytest.mark.parametrize("dataset", TABLES)

@@ -172,7 +172,7 @@ def test_the_length_of_decoder_rows_changes_nothing(ctx):
 
 def test_what_cannot_be_probed_has_a_sentence(ctx, home):
     narrow, wide = measured(ctx, make_sae(0, 2), make_sae())
-    assert str(narrow).startswith("A probe on 3 latents needs as many, and there are 2.") and isinstance(
+    assert str(narrow).startswith("A probe on 3 latents needs that many, but this SAE has 2.") and isinstance(
         wide, MetricResult
     )
     with pytest.raises(UsageError, match="a probe reads at least one latent"):

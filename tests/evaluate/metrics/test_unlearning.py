@@ -255,10 +255,10 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(ctx, planted, data,
         (
             {"model": "somebody/something-it"},
             UnavailableError,
-            "licence at https://huggingface.co/somebody/something-it",
+            "license at https://huggingface.co/somebody/something-it",
         ),
         ({"rng": "none"}, UsageError, "unlearning.rng=none is unknown: paired or saebench"),
-        ({"rows": 0}, UsageError, "have to be 1 or more"),
+        ({"rows": 0}, UsageError, "must be 1 or more"),
         ({"context": 4000}, UsageError, "has less than one row of 4000 tokens"),
         (
             {"side_effects": ("virology",)},

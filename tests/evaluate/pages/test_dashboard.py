@@ -178,7 +178,7 @@ def probed(texts: int = 200, **tasks) -> inspection.MetricResult:
     return inspection.MetricResult({}, extra={"d_results": scores}, n={"test_texts_per_task": texts})
 
 
-def test_a_latent_is_labelled_with_the_classes_it_tells():
+def test_a_latent_is_labeled_with_the_classes_it_tells():
     found = probed(red=(3, 0.5, 0.7), blue=(3, 0.1, 0.9), green=(4, -2.0, 0.9), grey=(5, 2.0, 0.66), far=(64, 1.0, 1.0))
     red, blue = "red (class of d, accuracy 0.70)", "blue (class of d, accuracy 0.90)"
     labels = inspection.latent_labels({"sparse_probing_stdlib": found}, 64)
@@ -254,7 +254,7 @@ def test_a_bar_a_bin():
     assert text_histogram([0, 1, 8, 4, 0, 0]) == " ▁█▄"
 
 
-def test_active_tokens_stand_between_brackets_where_there_are_no_colours(run, monkeypatch):
+def test_active_tokens_stand_between_brackets_where_there_are_no_colors(run, monkeypatch):
     found = open_run(run, 300, "cpu")
     monkeypatch.setattr(
         "sae.evaluate.metrics.activation_examples.TokenText.text", lambda self, token: ["\x1b[2J", "[red]b"][token]

@@ -84,7 +84,7 @@ def test_search_finds_numbers_tokens_and_labels(page):
     assert "No latent matches." in page.locator("#rows").inner_text()
     search.press("Escape")
     assert search.input_value() == "" and page.locator("#found").inner_text() == "350 of 350"
-    page.locator("#which").select_option("labelled")
+    page.locator("#which").select_option("labeled")
     assert latents(page) == [5]
     page.locator("#which").select_option("dead")
     assert 0 in latents(page) and set(column(page, 2)) == {0.0}
@@ -130,7 +130,7 @@ def test_neighbours_lead_to_each_other_and_back(page, file):
     shares = page.locator("#latent .fires").evaluate_all(
         "found => found.map(one => getComputedStyle(one).backgroundColor)"
     )
-    assert len(set(shares)) > 1  # coloured by how active they are
+    assert len(set(shares)) > 1  # colored by how active they are
 
 
 def test_keys(page):

@@ -222,8 +222,8 @@ def test_the_key_of_charts_is_in_the_order_of_looks():
     assert re.findall(r"</svg>(\w+)", shared_legend([first, second])) == ["a", "b", "c"]
 
 
-def test_64_series_differ_in_colour_or_shape():
-    looks = {(n % len(charts.COLOURS), charts.marker_of(n)) for n in range(64)}
+def test_64_series_differ_in_color_or_shape():
+    looks = {(n % len(charts.COLORS), charts.marker_of(n)) for n in range(64)}
     assert len(looks) == 64
 
 

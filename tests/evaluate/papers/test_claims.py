@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from sae.evaluate.datasets.labelled import HUB
+from sae.evaluate.datasets.labeled import HUB
 from sae.evaluate.metrics import sparse_probing
 from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.papers.claims import CLAIM_METRICS, EXTRA_METRICS, PAPERS, TRAINING_LOG, PaperFact

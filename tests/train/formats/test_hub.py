@@ -112,7 +112,7 @@ def client_error(error_type: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("client_error_type", "error_type", "message"),
     [
-        (GatedRepoError, UnavailableError, "me/mine is gated: accept its licence"),
+        (GatedRepoError, UnavailableError, "me/mine is gated: accept its license"),
         (RepositoryNotFoundError, UnavailableError, "me/mine was not found on the Hub"),
         (RevisionNotFoundError, UsageError, "me/mine has no such revision"),
         (ConnectionError, UnavailableError, "Could not reach the Hub for me/mine: no"),

@@ -3,8 +3,8 @@
     L = |x - x_hat|^2 + lambda(t) |f|_1 + alpha(t) L_contrast + beta(t) L_orth   (5)
 
 `recipes.py` has the eleven runs in order, `options.py` their options. The parts follow the paper's method section:
-`monitors.py` and `groups.py` and `orthogonality.py` are 4.1, `losses.py`, `l1_controller.py` and, in `groups.py`, the
-winner-take-all are 4.2, `batch_norm.py` is 4.3. Every default is a reading that works. Where the paper's own setting
+`monitors.py`, `groups.py` and `orthogonality.py` are 4.1; `losses.py`, `l1_controller.py` and the winner-take-all in
+`groups.py` are 4.2; `batch_norm.py` is 4.3. Every default is a reading that works. Where the paper's own setting
 differs, it is another value of an option.
 
 Paper: names five pairs of runs; the split inside a pair is ours. It gives no alpha, no beta, and no rule for lambda
@@ -13,7 +13,7 @@ Paper: calls absorption 0 and one split feature a collapse. 0 is the good end of
 Paper: 100,000 tokens in batches of 125 are 800 steps, all of them inside its warm-up of 1000 (`budget=paper`).
 
 Shape suffixes here, besides those of train/step.py: G groups, M latents in a group, S dimensions of the sketch,
-N neighbours.
+N neighbors.
 """
 
 from . import recipes  # noqa: F401  (registers them)

@@ -1,4 +1,4 @@
-"""Paper 000, 4.3: batch normalisation, one of the things "the implementation uses for stability"."""
+"""Paper 000, 4.3: batch normalization, one of the things "the implementation uses for stability"."""
 
 import torch
 from torch import Tensor, nn

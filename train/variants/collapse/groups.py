@@ -1,4 +1,4 @@
-"""Paper 000: groups of latents with learning rates of their own (4.1), and winner-take-all within them (4.2)."""
+"""Paper 000: groups of latents with their own learning rates (4.1), and winner-take-all within them (4.2)."""
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class GroupLearningRate(Mechanism):
         softmax        softmax(u): the paper
         softmax_mean1  G softmax(u), so that the mean rate is eta_0
         softmax_temp   the same with u divided by its standard deviation
-        inverse        the same with -u, which favours the groups that are used least
+        inverse        the same with -u, which favors the groups that are used least
 
     Paper: a softmax over 16 groups sums to 1 and is flat for a u below 0.1, so `softmax` divides the rate by 16 and
     does little else.
@@ -98,13 +98,13 @@ class GroupLearningRate(Mechanism):
 
 
 class WinnerTakeAll(Activation, name="winner_take_all"):
-    """Neighbours inhibit each other, then only the largest latents of each group stay on.
+    """Neighbors inhibit each other, then only the largest latents of each group stay on.
 
         subtractive  f_i <- ReLU(f_i - gamma max_{j near i} s_ij f_j)
         divisive     f_i <- f_i^2 / (f_i + gamma max_{j near i} s_ij f_j)
 
-    s_ij = max(0, cos) and the neighbours are saved with the SAE. Both forms scale with f. The strongest neighbour gets
-    no gradient: it would cost a copy of the latents for each neighbour.
+    s_ij = max(0, cos) and the neighbors are saved with the SAE. Both forms scale with f. The strongest neighbor gets
+    no gradient: it would cost a copy of the latents for each neighbor.
     """
 
     near_FN: Tensor  # indices, as floats like everything that is saved with an SAE
@@ -135,7 +135,7 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
         return torch.zeros_like(f_BGM).scatter(-1, top.indices, top.values).flatten(-2)
 
     def inhibit(self, f_BF: Tensor) -> Tensor:
-        """Latents after inhibition by their strongest neighbour."""
+        """Latents after inhibition by their strongest neighbor."""
         with torch.no_grad():
             near_FN, rival_BF = self.near_FN.long(), torch.zeros_like(f_BF)
             for n in range(self.neighbours):
@@ -147,7 +147,7 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
 
 
 class Neighbours(Mechanism):
-    """Finds each latent's nearest neighbours in its group every `every` steps, by angles of the encoder or the decoder.
+    """Finds each latent's nearest neighbors in its group every `every` steps, by angles of the encoder or the decoder.
 
     Paper: says proximity in feature space. Rows of the decoder are orthogonal in their group from run 6 on, so by the
     decoder no two latents are near each other.
@@ -160,7 +160,7 @@ class Neighbours(Mechanism):
 
     @torch.no_grad()
     def update(self, sae: SAE) -> None:
-        """Write neighbours and their cosines into the activation."""
+        """Write neighbors and their cosines into the activation."""
         groups, count = self.activation.groups, self.activation.neighbours
         rows_FD = sae.W_enc.T if self.near == "encoder" else sae.W_dec
         unit_GMD = F.normalize(rows_FD, dim=1).unflatten(0, (groups, -1))

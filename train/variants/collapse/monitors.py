@@ -1,4 +1,4 @@
-"""Paper 000, 4.1: the projection, and the averages that other parts read. They act on nothing."""
+"""Paper 000, 4.1: the projection, and the averages that other parts read. They only observe: training does not change."""
 
 import torch
 from torch import Tensor

@@ -33,7 +33,7 @@ class BaselineOptions(RecipeOptions):
     """Require a number of tokens: paper is 100,000 with the paper's learning-rate schedule, matched is 10 million, as
     in the other papers. None: any."""
     batch_norm: Literal["off", "pre"] = "off"
-    """pre: batch normalisation of the pre-activations (4.3). The paper does not say where it normalises."""
+    """pre: batch normalization of the pre-activations (4.3). The paper does not say where it normalizes."""
     importance: Literal["off", "loss_ema"] = "off"
     """loss_ema: weigh each token by its error over the recent mean error, for the paper's importance sampling (4.3)."""
 
@@ -102,7 +102,7 @@ class ContrastOptions(MonitorOptions):
         if self.contrast_power <= 0:
             yield f"invalid contrast_power={self.contrast_power:g}: expected a positive exponent."
         if self.contrast_cos == "jl" and self.jl_on == "activations":
-            yield "contrast_cos=jl compares rows, and jl_on=activations projects none: give jl_on=decoder or encoder."
+            yield "contrast_cos=jl compares projected rows, but jl_on=activations projects no rows: give jl_on=decoder or encoder."
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class GroupRateOptions(GroupOptions):
 
     group_lr: Literal["softmax_mean1", "softmax", "softmax_temp", "inverse"] = "softmax_mean1"
     """Rate of a group over the run's rate. softmax: of utilization over groups (the paper). softmax_mean1: the same
-    times the number of groups. softmax_temp: utilization also divided by its spread. inverse: favours idle groups."""
+    times the number of groups. softmax_temp: utilization also divided by its spread. inverse: favors idle groups."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,13 @@ class WinnerTakeAllOptions(GroupRateOptions):
     wta_scope: Literal["group", "global"] = "group"
     """Where winners compete: in each group, or in the whole dictionary."""
     inhibition: Literal["subtractive", "divisive", "off"] = "subtractive"
-    """How the strongest neighbour weakens a latent: by subtraction, by division, or not at all."""
+    """How the strongest neighbor weakens a latent: by subtraction, by division, or not at all."""
     gamma: float = 0.25
     """Strength of the inhibition."""
     neighbours: int = 8
-    """Neighbours of each latent, at most one fewer than its group has latents."""
+    """Neighbors of each latent, at most one fewer than its group has latents."""
     near: Literal["encoder", "decoder"] = "encoder"
-    """Whose angles say who is a neighbour: directions of the encoder or rows of the decoder."""
+    """Vectors whose angles decide which latents are neighbors: directions of the encoder or rows of the decoder."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)

@@ -1,8 +1,8 @@
-"""Labelled texts for probing, SCR and TPP: train/test -> class -> texts, sampled as by SAEBench.
+"""Labeled texts for probing, SCR and TPP: train/test -> class -> texts, sampled as in SAEBench.
 
-There are eight datasets under their names on the Hub, with SAEBench's classes in SAEBench's order, and substitutes made
-from the standard library (stdlib.py) under names that begin with `stdlib/`. Sizes refer to one binary task, of which
-half the texts are of one class, so a class has train_set_size // 2 texts.
+There are eight datasets under their Hub names, with SAEBench's classes in SAEBench's order, and substitutes made from
+the standard library (stdlib.py) under names that begin with `stdlib/`. Sizes are those of one binary task. Half of its
+texts belong to one class, so a class has train_set_size // 2 texts.
 
 A dataset is read from a local folder if it is there, <data>/<name>/<split>.jsonl or .parquet (europarl:
 <data>/<name>/<pair of languages>/train), else from the Hub. Names such as <bias_in_bios>_class_set1 and
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class LabelledDataset:
+class LabeledDataset:
     """A dataset whose rows have a label, and optionally an attribute over which every class is balanced.
 
     Attributes:
@@ -82,7 +82,7 @@ class LabelledDataset:
 
 @dataclass(frozen=True)
 class CodeDataset:
-    """github-code: the first files of each language that are long enough, without their head, often a licence."""
+    """github-code: the first files of each language that are long enough, without the head, which is often a license."""
 
     name: str
     languages: tuple[str, ...]
@@ -139,26 +139,26 @@ REVIEWS_PAIRS = ((24, 26), (30, 6), (18, 11), (3, 1))
 # Pairs for which a probe trained on both signals uses both. With prose against code, or other pairs, it uses only one.
 SUBJECT_PAIRS = (("network", "numbers"), ("numbers", "python"), ("files", "numbers"))
 
-HUB: dict[str, LabelledDataset | CodeDataset | TranslationDataset] = {
-    f"{BIOS}_class_set1": LabelledDataset(BIOS, classes=(0, 1, 2, 6, 9), pairs=BIOS_PAIRS, **BIOS_COLUMNS),
-    f"{BIOS}_class_set2": LabelledDataset(BIOS, classes=(11, 13, 14, 18, 19), **BIOS_COLUMNS),
-    f"{BIOS}_class_set3": LabelledDataset(BIOS, classes=(20, 21, 22, 25, 26), **BIOS_COLUMNS),
-    REVIEWS: LabelledDataset(REVIEWS, classes=(1, 2, 3, 5, 6), pairs=REVIEWS_PAIRS, **REVIEW_COLUMNS),
-    f"{REVIEWS}_sentiment": LabelledDataset(REVIEWS, "text", "rating", (1.0, 5.0)),
+HUB: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = {
+    f"{BIOS}_class_set1": LabeledDataset(BIOS, classes=(0, 1, 2, 6, 9), pairs=BIOS_PAIRS, **BIOS_COLUMNS),
+    f"{BIOS}_class_set2": LabeledDataset(BIOS, classes=(11, 13, 14, 18, 19), **BIOS_COLUMNS),
+    f"{BIOS}_class_set3": LabeledDataset(BIOS, classes=(20, 21, 22, 25, 26), **BIOS_COLUMNS),
+    REVIEWS: LabeledDataset(REVIEWS, classes=(1, 2, 3, 5, 6), pairs=REVIEWS_PAIRS, **REVIEW_COLUMNS),
+    f"{REVIEWS}_sentiment": LabeledDataset(REVIEWS, "text", "rating", (1.0, 5.0)),
     GITHUB: CodeDataset(GITHUB, tuple(CODE_SUFFIXES)),
-    "fancyzhx/ag_news": LabelledDataset("fancyzhx/ag_news", "text", "label", (0, 1, 2, 3)),
+    "fancyzhx/ag_news": LabeledDataset("fancyzhx/ag_news", "text", "label", (0, 1, 2, 3)),
     EUROPARL: TranslationDataset(
         EUROPARL, (("en", "en-fr"), ("fr", "fr-it"), ("de", "de-en"), ("es", "es-fr"), ("nl", "nl-pt"))
     ),
 }
-STAND_INS: dict[str, LabelledDataset] = {
-    "stdlib/library": LabelledDataset("stdlib/library", "text", "library", stdlib.LIBRARIES, "kind", ("prose", "code")),
-    "stdlib/kind": LabelledDataset("stdlib/kind", "text", "kind", stdlib.KINDS),
-    "stdlib/subject": LabelledDataset(
+STAND_INS: dict[str, LabeledDataset] = {
+    "stdlib/library": LabeledDataset("stdlib/library", "text", "library", stdlib.LIBRARIES, "kind", ("prose", "code")),
+    "stdlib/kind": LabeledDataset("stdlib/kind", "text", "kind", stdlib.KINDS),
+    "stdlib/subject": LabeledDataset(
         "stdlib/subject", "text", "subject", tuple(stdlib.SUBJECTS), "kind", ("docstring", "code"), SUBJECT_PAIRS
     ),
 }
-DATASETS: dict[str, LabelledDataset | CodeDataset | TranslationDataset] = HUB | STAND_INS
+DATASETS: dict[str, LabeledDataset | CodeDataset | TranslationDataset] = HUB | STAND_INS
 # Names of classes that are numbers in a dataset.
 CLASS_NAMES: dict[str, dict[str, str]] = {
     BIOS: {str(number): name for number, name in enumerate((
@@ -193,13 +193,13 @@ def load_quadrants(
 
     Let q = size // 4, and a+ and a- the positive and negative value of the attribute. PP has the first 2q texts of
     (c+, a+) and NN those of (c-, a-); NP has the first q of (c+, a-) and PN those of (c-, a+). Like SAEBench, this
-    requires one text more in PP and NN.
+    requires one more text in PP and NN.
 
     Raises UsageError for a dataset without pairs or a quadrant with too few texts, and what `load_texts` raises.
     """
     source = find_dataset(name)
-    if not isinstance(source, LabelledDataset) or not source.pairs:
-        known = [known for known, other in DATASETS.items() if isinstance(other, LabelledDataset) and other.pairs]
+    if not isinstance(source, LabeledDataset) or not source.pairs:
+        known = [known for known, other in DATASETS.items() if isinstance(other, LabeledDataset) and other.pairs]
         raise UsageError(f"{name} has no pairs of classes with a second attribute; these have: {', '.join(known)}.")
     positive, negative = source.values
     found: dict[tuple[str, str], Quadrants] = {(str(plus), str(minus)): {} for plus, minus in source.pairs}
@@ -221,13 +221,13 @@ def load_quadrants(
 def dataset_version(name: str, data: Path | None) -> str:
     """The version of a dataset, for the settings of a result: a digest of local files, or a commit on the Hub.
 
-    Raises UnavailableError when the Hub does not tell the commit.
+    Raises UnavailableError when the Hub does not report the commit.
     """
     source = find_dataset(name)
     if name in STAND_INS:
         return f"python {platform.python_version()}"
     subsets = [f"/{subset}" for _, subset in source.subsets] if isinstance(source, TranslationDataset) else [""]
-    splits = SPLITS if isinstance(source, LabelledDataset) else ("train",)
+    splits = SPLITS if isinstance(source, LabeledDataset) else ("train",)
     places = [(f"{source.name}{subset}", split) for subset in subsets for split in splits]
     files = [local_file(place, split, data) for place, split in places]
     versions = []
@@ -245,16 +245,16 @@ def dataset_version(name: str, data: Path | None) -> str:
 
 
 def hub_commit(name: str, place: str) -> str:
-    """The pinned commit of a dataset on the Hub. Raises UnavailableError when the Hub does not tell it."""
+    """The pinned commit of a dataset on the Hub. Raises UnavailableError when the Hub does not report it."""
     try:
         return hub.pinned_commit(name)
     except Exception as error:  # huggingface_hub and its dependencies raise many types
         raise error if isinstance(error, SaeError) else read_error(error, name, place, None) from error
 
 
-def find_dataset(name: str) -> LabelledDataset | CodeDataset | TranslationDataset:
+def find_dataset(name: str) -> LabeledDataset | CodeDataset | TranslationDataset:
     if name not in DATASETS:
-        raise UsageError(f"There is no labelled dataset {name}{did_you_mean(name, DATASETS)}")
+        raise UsageError(f"There is no labeled dataset {name}{did_you_mean(name, DATASETS)}")
     return DATASETS[name]
 
 
@@ -271,7 +271,7 @@ def sample_texts(texts: Sequence[str], count: int) -> list[str]:
 
 
 def shuffle_and_split(name: str, texts_by_class: dict[str, list[str]], sizes: dict[str, int]) -> Texts:
-    """Shuffle the texts of one class after the other with one generator; the first are for training."""
+    """Shuffle each class's texts in turn, with one generator; the first ones are for training."""
     train, test = (sizes[split] // 2 for split in SPLITS)
     rng = random.Random(SEED)
     for label, texts in texts_by_class.items():
@@ -305,7 +305,7 @@ def read_dataset_rows(
 ) -> Iterator[Row]:
     """Yield the rows of a split in order, from the standard library, a file under `data`, or the Hub."""
     if name in STAND_INS:
-        yield from stdlib.labelled_rows(name.removeprefix("stdlib/"), split)
+        yield from stdlib.labeled_rows(name.removeprefix("stdlib/"), split)
         return
     place = f"{name}/{subset}" if subset else name
     file = local_file(place, split, data)

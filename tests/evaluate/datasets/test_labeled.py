@@ -10,12 +10,12 @@ import pytest
 
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.datasets import hub
-from sae.evaluate.datasets.labelled import (
+from sae.evaluate.datasets.labeled import (
     DATASETS,
     HUB,
     REVIEWS,
     STAND_INS,
-    LabelledDataset,
+    LabeledDataset,
     class_name,
     dataset_version,
     language_of,
@@ -304,7 +304,7 @@ FIELDS = [*["classes"] * 5, "languages", "classes", "subsets"]
 
 def test_classes_that_are_numbers_have_names():
     for name, source in HUB.items():
-        if isinstance(source, LabelledDataset) and source.label != "rating":
+        if isinstance(source, LabeledDataset) and source.label != "rating":
             names = [class_name(name, str(number)) for number in source.classes]
             assert len({*names}) == len(names) and not any(own.isdecimal() for own in names)
     assert [class_name(f"{BIOS}_class_set1", str(pair[0])) for pair in HUB[f"{BIOS}_class_set1"].pairs] == [
