@@ -102,7 +102,10 @@ class ContrastOptions(MonitorOptions):
         if self.contrast_power <= 0:
             yield f"invalid contrast_power={self.contrast_power:g}: expected a positive exponent."
         if self.contrast_cos == "jl" and self.jl_on == "activations":
-            yield "contrast_cos=jl compares projected rows, but jl_on=activations projects no rows: give jl_on=decoder or encoder."
+            yield (
+                "contrast_cos=jl compares projected rows, but jl_on=activations projects no rows: "
+                "give jl_on=decoder or encoder."
+            )
 
 
 @dataclass(frozen=True)
