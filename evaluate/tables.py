@@ -125,7 +125,7 @@ def group_name(group: dict[int, EvalRow]) -> str:
 
 
 def paired_difference(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]], metric: str, column: MetricColumn) -> str:
-    """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty for fewer than two pairs."""
+    """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty for under two pairs."""
     values = [(metric_value(one, metric, column), metric_value(other, metric, column)) for one, other in pairs]
     differences = [one - other for one, other in values if one is not None and other is not None]
     if len(differences) < 2:

@@ -82,7 +82,7 @@ class LabeledDataset:
 
 @dataclass(frozen=True)
 class CodeDataset:
-    """github-code: the first files of each language that are long enough, without the head, which is often a license."""
+    """github-code: the first files of each language that are long enough, without their head, often a license."""
 
     name: str
     languages: tuple[str, ...]

@@ -108,7 +108,7 @@ class Metric(ABC):
         return {**asdict(self), "definition": self.definition, **ctx.settings}
 
     def check(self) -> None:  # noqa: B027  (most metrics have nothing to check)
-        """Raise SaeError before any work if something would fail later: invalid options, a judge that does not answer."""
+        """Raise SaeError before any work if something would fail later: invalid options, an unreachable judge."""
 
     @abstractmethod
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:

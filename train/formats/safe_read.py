@@ -76,7 +76,7 @@ class ForeignFolder:
         return (self.path / name).is_file()
 
     def require_file(self, name: str) -> Path:
-        """The path of a file. UsageError if a link leads out of the folder, DamagedError if it is not a regular file."""
+        """The path of a file. UsageError if a link leads out of the folder, DamagedError if not a regular file."""
         path, root = self.path / name, self.path.resolve()
         if not path.resolve().is_relative_to(root):
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Paper 000, 4.1: the projection, and the averages that other parts read. They only observe: training does not change."""
+"""Paper 000, 4.1: the projection, and the averages that other parts read. They do not change training."""
 
 import torch
 from torch import Tensor
