@@ -69,14 +69,17 @@ def harvest(
         int, typer.Option(rich_help_panel=CACHE, help="Rows that are shuffled and written together.")
     ] = 262_144,
     compress: Annotated[
-        bool, typer.Option("--compress", rich_help_panel=CACHE, help="A third smaller on disk, slower to read.")
+        bool, typer.Option("--compress", rich_help_panel=CACHE, help="About a quarter smaller on disk, slower to read.")
     ] = False,
     max_norm: Annotated[
         float | None,
-        typer.Option(rich_help_panel=CACHE, help="Mask rows with a norm over this multiple of the median in training."),
+        typer.Option(
+            rich_help_panel=CACHE, help="In training, mask rows whose norm exceeds this multiple of the median."
+        ),
     ] = None,
     storage_dtype: Annotated[
-        str, typer.Option(rich_help_panel=CACHE, help="bfloat16, or uint16 (the same bits) for readers without it.")
+        str,
+        typer.Option(rich_help_panel=CACHE, help="bfloat16, or uint16 (the same bits) for readers that lack bfloat16."),
     ] = "bfloat16",
 ) -> None:
     """Run a language model over text and write its activations to a cache (by default layers 5, 12 and 19)."""

@@ -1,4 +1,4 @@
-"""The plan of a harvest: model, text, hooks, sizes and folder, checked and costed before anything is written."""
+"""The plan of a harvest: model, text, hooks, sizes and folder, checked and estimated before anything is written."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -149,16 +149,19 @@ class HarvestPlan:
         ]
 
     def describe_time(self) -> str:
-        """The estimated time as text. Of several launched processes only the first, which prints, measures it."""
+        """The estimated time as text. It is also part of the plans of --stream and `sae reproduce`.
+
+        Of several launched processes only the first, which prints, measures it.
+        """
         rank, processes = rank_and_count()
         if rank > 0:
             return "estimated by the first process"
         where = self.device if processes == 1 else f"{processes} processes"
         seconds = self.estimated_seconds() / processes
-        return f"about {format_duration(seconds)} of model time on {where}, estimated from one timed block"
+        return f"about {format_duration(seconds)} of model time on {where}, extrapolated from timing one block"
 
     def estimated_seconds(self) -> float:
-        """How long the model computes on one device, from timing one block. The rest of a harvest runs in parallel."""
+        """How long the model computes on one device, from timing one block. Reading and writing overlap with it."""
         config = self.config
         per_block = block_seconds_per_token(
             self.model_config, dtype=self.dtype, device=self.device, attention=config.attention,
@@ -171,7 +174,7 @@ class HarvestPlan:
         lines = []
         for hook in self.hooks:
             implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
-            expected = f" (the papers' numbers imply about {implied:g})" if implied else ""
+            expected = f" (about {implied:g} follows from the papers' numbers)" if implied else ""
             lines.append(f"{hook.array:8s} {describe_statistics(cache.statistics(hook.array))}{expected}")
         contexts = cache.contexts(held_out=False)
         special = int(contexts.length.sum()) - cache.rows
@@ -186,7 +189,7 @@ class HarvestPlan:
         """The content of harvest.json: the last request for this cache, from which `sae cache repair` repeats it.
 
         Paths are absolute and Hub revisions pinned, so that it works from any folder and after the Hub has moved on.
-        What each window was made with is recorded in the window's commit.
+        Each window's commit file records the settings it was harvested with.
         """
         record = asdict(self.config)
         for name in ("model", "dataset"):
@@ -272,7 +275,7 @@ def identity_of(
 
 
 def mention_other_revisions(folder: Path, identity: dict[str, Any], on_hub: bool, say: Callable[[str], None]) -> None:
-    """Say so if the same harvest exists for another revision: the Hub has moved on since, or a file has changed."""
+    """Point out a cache that differs only in the revision of the model or the dataset."""
 
     def unpinned(one: dict[str, Any]) -> dict[str, Any]:
         return one | {"model": one["model"]["name"], "data": one["data"]["name"]}
@@ -324,7 +327,9 @@ def check_sizes(config: HarvestConfig) -> None:
             f"invalid --context {context}: expected 2 to 65,535, since a context is BOS and at least one token."
         )
     if window <= 0 or window % min(CHUNK_ROWS, window):
-        raise UsageError(f"invalid --window {window}: expected a multiple of {CHUNK_ROWS:,}, or a smaller number.")
+        raise UsageError(
+            f"invalid --window {window}: expected a multiple of {CHUNK_ROWS:,}, or a positive number below that."
+        )
     if window > max(WINDOW_ROWS, tokens or TOKENS):
         raise UsageError(
             f"--window {window} exceeds the number of tokens, and a whole window is kept in memory and filled up on "

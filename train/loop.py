@@ -23,12 +23,14 @@ def train_loop(
 
 
 class Trainer:
-    """Trains one variant on the device it is on. Checkpoints hold the variant, the optimizer, `i` and `failed_at`."""
+    """Trains one variant on its device. Checkpoints hold the variant, the optimizer, `i` and `failed_at`."""
 
     def __init__(self, variant: Variant, steps: int, device: str) -> None:
         self.variant, self.steps, self.device = variant, steps, device
         self.i = torch.zeros((), dtype=torch.int64, device=device)  # index of the next step
-        self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
+        self.failed_at = torch.full(
+            (), -1, dtype=torch.int64, device=device
+        )  # the first step with a non-finite loss or gradient; -1: none
         self.optimizer = make_optimizer(variant, device)
         self.metric_sums: dict[str, Tensor] = {}  # over the steps since the last pop_metrics
         self.metric_steps = 0
@@ -61,13 +63,13 @@ class Trainer:
 
     @torch.no_grad()
     def run_periodic(self, number: int, step: Step) -> None:
-        """Call the mechanisms that act every so many steps, after step `number`."""
+        """Call the mechanisms that act every `mechanism.every` steps, after step `number`."""
         for mechanism in self.variant.mechanisms:
             if mechanism.every and (number + 1) % mechanism.every == 0:
                 mechanism.every_n_steps(step)
 
     def _skip_update_unless_finite(self, value: Tensor) -> None:
-        """From the first step that is not finite on, the optimizer changes nothing; the host notices when it logs."""
+        """After the first non-finite step the optimizer makes no more updates. The host notices at its next log."""
         first = (self.failed_at < 0) & ~torch.isfinite(value)
         self.failed_at.copy_(torch.where(first, self.i, self.failed_at))
         self.optimizer.found_inf.copy_(self.failed_at >= 0)  # type: ignore[attr-defined]
@@ -95,7 +97,7 @@ class Trainer:
 
 
 def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
-    """Fused AdamW whose learning rate and whose flag to skip an update live on the device."""
+    """Fused AdamW with its learning rate and its skip-update flag on the device."""
     settings, W_enc = variant.optimization, variant.sae.W_enc
     others = [p for p in variant.parameters() if p is not W_enc]
     optimizer = torch.optim.AdamW(
@@ -111,7 +113,7 @@ def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
 
 
 def clip_gradients(variant: Variant, max_norm: float | None) -> Tensor:
-    """Scale a longer gradient down to `max_norm`; returns the global norm before that."""
+    """Clip the global gradient norm to `max_norm`; returns the norm before clipping."""
     limit = float("inf") if max_norm is None else max_norm
     return torch.nn.utils.clip_grad_norm_(variant.parameters(), limit, foreach=True)
 

@@ -1,4 +1,4 @@
-"""The plan of training: the runs that a TrainConfig asks for, each checked, costed and with its folder.
+"""The plan of training: the runs that a TrainConfig asks for, each checked, estimated and with its folder.
 
     runs/<variant>-L12-n512-s0-<digest6>/
         run.json             everything that decides the result, and the versions and device that made it
@@ -78,7 +78,7 @@ class TrainConfig:
     site: str = "resid_post"
     seeds: Sequence[int] = (0,)
     caches: Sequence[Path] = ()  # several are read as one; none: the cache that holds the model and layer
-    source: RingCache | PlannedCache | None = None  # instead of caches: harvested while training, or still to be
+    source: RingCache | PlannedCache | None = None  # replaces caches: harvested while training, or not harvested yet
     model: str | None = None
     steps: int | None = None  # None: one epoch of the cache
     batch_size: int | None = None  # tokens; None: the recipe's
@@ -97,7 +97,7 @@ class TrainConfig:
     origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
 
     def record(self) -> dict[str, Any]:
-        """The config as JSON, under the names that run.json has always used."""
+        """The config as JSON, under the keys of run.json, two of which are older than the names of the fields."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
         return json.loads(json.dumps(values, default=str))
@@ -153,7 +153,7 @@ class Run:
         }
 
     def default_name(self) -> str:
-        """The name of the run folder. It ends in `*` on a planned cache, since the digest includes that of its rows."""
+        """The name of the run folder. It ends in `*` on a planned cache, because the digest covers rows that do not exist yet."""
         digest = "*" if isinstance(self.cache, PlannedCache) else digest_of(self.identity())[:6]
         site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
         l0 = "" if self.config.l0 is None else f"-l0_{self.config.l0:g}"
@@ -181,7 +181,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The runs that a TrainConfig asks for. Nothing has been written; `run.run_training` trains them."""
+    """The runs that a TrainConfig asks for. Nothing has been written. `run_training` in train/run.py trains them."""
 
     config: TrainConfig
     runs: list[Run]
@@ -193,13 +193,13 @@ class TrainPlan:
 
     @property
     def passes(self) -> list[list[Run]]:
-        """The unfinished runs, grouped by what is on the device together."""
+        """The unfinished runs, grouped into passes. The runs of a pass are on the device together."""
         if isinstance(self.config.source, RingCache):  # while streaming, all runs are on the device at once
             return [self.unfinished] if self.unfinished else []
         return group_by_pass(self.unfinished)
 
     def describe(self, time: bool = False) -> list[str]:
-        """The lines that `sae train` prints before it trains; with `time` also memory and time, which takes seconds."""
+        """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds."""
         lines = [run.describe() for run in self.runs]
         lines += [f"note     {note}" for note in dict.fromkeys(note for run in self.runs for note in run.notes)]
         if self.unfinished:
@@ -207,9 +207,11 @@ class TrainPlan:
             if time:
                 lines += describe_time(self.passes, self.config.device)
         if time and (started := [run for run in self.unfinished if (run.folder / "checkpoints").exists()]):
-            lines.append(f"note     {format_count(len(started), 'run')} will be resumed; the time is of all steps")
+            lines.append(f"note     {format_count(len(started), 'run')} will be resumed; the time covers all steps")
         if time and any(run.compiled for run in self.unfinished):
-            lines.append("note     the time is without --compile: its first step takes minutes, the others less")
+            lines.append(
+                "note     the time is without --compile, which adds minutes to the first step and speeds up the others"
+            )
         return lines
 
 
@@ -233,7 +235,7 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
 
 
 def new_runs(config: TrainConfig) -> list[Run]:
-    """The runs of a config that does not resume any: every layer, recipe, L0 and seed."""
+    """The runs of a config without `resume`: every layer, recipe, L0 and seed."""
     check_seeds(config.shuffle_seed, *config.seeds)
     if config.site not in SITES:
         raise UsageError(f"unknown --site {config.site}: expected one of {', '.join(SITES)}.")
@@ -247,7 +249,7 @@ def new_runs(config: TrainConfig) -> list[Run]:
             try:
                 sizes = make_run_config(config, recipe, cache, hook)
                 run_config = sizes._replace(l0=l0, paper_exact=config.paper_exact)
-                with torch.device("meta"):  # every mistake shows here, before anything is allocated or written
+                with torch.device("meta"):  # reports every wrong option before anything is allocated or written
                     notes = recipe.make(run_config, options[recipe.name]).notes
             except UsageError as error:
                 problems.append(str(error))
@@ -332,7 +334,9 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
         raise UsageError(f"{folder} was imported from another library; it has no training to resume.")
     record = read_json(folder / "run.json", *RECORDED)
     if record["format"] != FORMAT:
-        raise UsageError(f"{folder}/run.json has format {record['format']}; this version reads {FORMAT}. Upgrade.")
+        raise UsageError(
+            f"{folder}/run.json has format {record['format']}, and this version reads {FORMAT}. Use the version that wrote it."
+        )
     if "ring" in record:
         raise UsageError(
             f"{folder} was trained with --stream, on activations in {record['cache_folders'][0]} that are removed "

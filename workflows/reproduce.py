@@ -39,7 +39,7 @@ class ReproduceConfig:
     """The options of `sae reproduce`. None means the paper's value, or else the stage's default."""
 
     papers: Sequence[str]  # "000" to "004", or "all"
-    model: str = "google/gemma-2-2b"  # on another model than the paper's, only the order of systems can be compared
+    model: str = "google/gemma-2-2b"  # on other models only the ranking of systems is comparable
     layers: Sequence[int] | None = None
     seeds: Sequence[int] | None = None
     reading: str | None = None  # how the paper's units are read: "evidence", "field", "literal" ...
@@ -87,7 +87,7 @@ class ReproducePlan:
     config: ReproduceConfig
     papers: Sequence[Paper]
     passes: Sequence[Sequence[Job]]
-    sources: Mapping[str | None, Cache | HarvestPlan]  # of each dataset: its cache, or the harvest that will make it
+    sources: Mapping[str | None, Cache | HarvestPlan]  # dataset -> its cache, or its planned harvest
 
     @property
     def on_paper_model(self) -> bool:
@@ -127,13 +127,13 @@ class ReproducePlan:
             recipes, done = options_by_recipe(jobs), len(plan.runs) - len(plan.unfinished)
             lines.append(
                 f"train    {format_count(len(plan.runs), 'SAE')}: {format_count(len(recipes), 'recipe')}, "
-                f"{jobs[0].steps:,} steps each{f'; {done:,} of them are done' if done else ''}"
+                f"{jobs[0].steps:,} steps each{f'; {done:,} already done' if done else ''}"
             )
         if runs := self.unfinished:
             lines.append(describe_size(runs, self.config.folder))
             if time:
                 lines += describe_time([runs for plan in self.train_plans for runs in plan.passes], self.config.device)
-        return [*lines, f"evaluate the runs of each paper with the suite {self.suite}; its time is not estimated"]
+        return [*lines, f"evaluate each paper's runs, suite {self.suite} (time not estimated)"]
 
     @property
     def unfinished(self) -> list[Run]:
@@ -142,7 +142,7 @@ class ReproducePlan:
 
 
 def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lambda sentence: None) -> ReproducePlan:
-    """Check a reproduction as a whole, before the hours that it takes.
+    """Check a reproduction as a whole, before starting hours of work.
 
     Raises:
         UsageError: an option or a paper is unknown, or the cache is of another model.
@@ -168,7 +168,7 @@ def is_paper_model(config: ReproduceConfig, papers: Iterable[Paper]) -> bool:
 def sources_of(
     jobs: Sequence[Job], config: ReproduceConfig, say: Callable[[str], None]
 ) -> dict[str | None, Cache | HarvestPlan]:
-    """For each dataset, the cache that was given, or the plan of a harvest with the tokens of its longest job."""
+    """For each dataset, the cache that was given, or the plan of a harvest long enough for its longest job."""
     if config.cache is not None:
         cache = Cache(config.cache)
         if cache.model != canonical_model_name(config.model):
@@ -198,7 +198,7 @@ def reading_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> R
 
 
 def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list[Job]:
-    """What to train for a paper: each recipe of each system, in the units of the reading."""
+    """What to train for a paper: each recipe of each system, in the units of the chosen reading."""
     reading = reading_of(paper, config, on_paper_model)
     main = paper.systems["full" if "full" in paper.systems else next(iter(paper.systems))]
 
@@ -259,7 +259,7 @@ def group_by_pass(jobs: Iterable[Job]) -> list[list[Job]]:
 
 
 def options_by_recipe(jobs: Iterable[Job]) -> dict[str, tuple[str, ...]]:
-    """The recipes to train with their options; one that two papers have with the same options is trained once."""
+    """The recipes to train, with their options. A recipe that two papers use with equal options is trained once."""
     return {job.recipe: job.options for job in jobs}
 
 
@@ -288,7 +288,7 @@ class Stages:
 
     harvest: Callable[[HarvestPlan], Cache]
     train: Callable[[TrainPlan], None]
-    evaluate: Callable[[EvaluateConfig], int]  # returns the exit code: what cannot be measured is shown on the page too
+    evaluate: Callable[[EvaluateConfig], int]  # returns the exit code; unmeasured metrics are listed on the page
     report: Callable[[PaperReport, Path], None]  # the report, and the page that was written
 
 
@@ -301,7 +301,7 @@ class Reproduction:
 
 
 def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
-    """Harvest, train, evaluate each paper's runs with the definitions of its time, and write <out>/<paper>.html."""
+    """Harvest, train, evaluate each paper's runs with its own metric definitions, and write <out>/<paper>.html."""
     caches = {
         dataset: source if isinstance(source, Cache) else stages.harvest(source)
         for dataset, source in plan.sources.items()
