@@ -153,7 +153,7 @@ class Run:
         }
 
     def default_name(self) -> str:
-        """The name of the run folder. It ends in `*` on a planned cache, because the digest covers rows that do not exist yet."""
+        """The name of the run folder. On a planned cache it ends in `*`: the digest needs rows that do not exist yet."""
         digest = "*" if isinstance(self.cache, PlannedCache) else digest_of(self.identity())[:6]
         site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
         l0 = "" if self.config.l0 is None else f"-l0_{self.config.l0:g}"
@@ -335,7 +335,8 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
     record = read_json(folder / "run.json", *RECORDED)
     if record["format"] != FORMAT:
         raise UsageError(
-            f"{folder}/run.json has format {record['format']}, and this version reads {FORMAT}. Use the version that wrote it."
+            f"{folder}/run.json has format {record['format']}, and this version reads {FORMAT}. "
+            "Use the version that wrote it."
         )
     if "ring" in record:
         raise UsageError(

@@ -121,7 +121,7 @@ def test_a_dry_run_counts_existing_runs(tiny_model, sentences, home):
              "--batch-size", 64, "--suite", "core", "--evaluate-tokens", 100, "--seed", 0)  # fmt: skip
     assert call(*words).exit_code == 0
     planned = call(*words, "--seed", 1, "--dry-run").output
-    assert "train    4 SAEs: 2 recipes, 5 steps each; 2 of them are done\n" in planned
+    assert "train    4 SAEs: 2 recipes, 5 steps each; 2 already done\n" in planned
     assert "in 2 run folders" in planned
 
 
