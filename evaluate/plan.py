@@ -123,7 +123,7 @@ class EvaluatePlan:
     def summary(self, rows: Sequence[EvalRow], seconds: float) -> list[str]:
         """The lines to print after a run that took `seconds`: unexpected failures, and where the results are."""
         lines = [f"not run  {metric}: {reason}" for metric, reason in sorted(self.unexpected_failures(rows))]
-        done = f"done     in {seconds:.0f} s; all results are in runs/*/evaluations/*.json"
+        done = f"done     in {seconds:.0f} s; all results are in evaluations/*.json of each run"
         if expected := sorted({metric for metric, _ in self.expected_failures}):
             done += f". Not run, for the reasons above: {', '.join(expected)}"
         if self.refused:
@@ -173,7 +173,7 @@ def plan_evaluation(config: EvaluateConfig) -> EvaluatePlan:
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
     plan = EvaluatePlan(config, metrics, [], artifact_cache())
     unfinished = unfinished_runs(config.runs)
-    if len(unfinished) < len(config.runs):  # a single unfinished run is refused by load_sae, which says why
+    if len(unfinished) < len(config.runs):  # if all are unfinished, load_sae refuses each and says why
         plan.unfinished = unfinished
     load = model_loader()
     for cache, rows in load_rows(plan, device):
@@ -249,7 +249,7 @@ def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
         if not 0 <= layer < layers:
             refuse_row(plan, group, row, DamagedError(
                 f"{row.folder}/sae.json says layer {layer}, but {model} has layers 0 to {layers - 1}. "
-                "The file was overwritten; restore the layer."
+                "The file may have been edited; restore the layer."
             ))  # fmt: skip
         elif d_in != d_model:
             refuse_row(plan, group, row, UsageError(

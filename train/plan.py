@@ -153,7 +153,7 @@ class Run:
         }
 
     def default_name(self) -> str:
-        """The name of the run folder. On a planned cache it ends in `*`: the digest needs rows that do not exist yet."""
+        """The name of the run folder. On a planned cache it ends in `*`, because the digest needs its rows."""
         digest = "*" if isinstance(self.cache, PlannedCache) else digest_of(self.identity())[:6]
         site = "" if self.hook.site == "resid_post" else f"-{self.hook.site}"
         l0 = "" if self.config.l0 is None else f"-l0_{self.config.l0:g}"
