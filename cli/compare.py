@@ -17,7 +17,9 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders that were evaluated.")],
     out: Annotated[
         list[Path] | None,
-        typer.Option(help="File to write: .html is a page with plots, .csv and .json hold every number. Repeatable."),
+        typer.Option(
+            help="File to write: .html is a page with plots, .csv and .json hold every number. Can be repeated."
+        ),
     ] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for plots made with matplotlib, as .svg and .png, for papers.")

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .config_file import with_config
+
+if TYPE_CHECKING:
+    from ..common.errors import SaeError
 
 SECONDS_PER_LINE = 10  # between the progress lines that replace the bar where stderr is not a terminal
 TABLE_WIDTH = 200  # where stdout is not a terminal
@@ -71,7 +74,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
     except SaeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             ignore_interrupts()
-        typer.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {error}", err=True)
+        typer.echo(error_line(error), err=True)
         raise typer.Exit(error.exit_code) from None
     except MemoryError as error:
         echo(f"error: Out of memory: {error}. Use a smaller --window or --context; everything committed is safe.")
@@ -84,6 +87,13 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
         else:
             echo(f"error: {error.strerror or error}. Free space, or check the pipe.")
         raise typer.Exit(4) from None
+
+
+def error_line(error: "SaeError") -> str:
+    """An error as a line; of an interruption, whose message begins with "Stopped", without the word twice."""
+    if error.exit_code != 130:
+        return f"error: {error}"
+    return f"stopped: {str(error).removeprefix('Stopped').lstrip('. ')}"
 
 
 def ignore_interrupts() -> None:

@@ -115,8 +115,11 @@ def describe_import(imported: "ImportResult") -> list[str]:
     lines.append(f"checked  {imported.check}")
     lines.append(f"found    {imported.format}: {sae.d_in} -> {sae.d_sae}, {hook_name} of {model}")
     lines.append(f"run      {imported.folder}")
-    if imported.cache is None:
+    evaluate = f"sae evaluate {quote(str(imported.folder))}"
+    if imported.candidates:
+        evaluate += f" --cache {quote(str(imported.candidates[0]))}"
+    elif imported.cache is None:
         harvest = f"sae harvest --model {quote(model)} --layer {layer}"
         lines.append(f"note     There is no cache of this model and layer. Before evaluating, run: {harvest}")
-    lines.append(f"next     sae evaluate {quote(str(imported.folder))}")
+    lines.append(f"next     {evaluate}")
     return lines

@@ -52,7 +52,7 @@ def dashboard(
 @cli_command
 def inspect(
     run: RunFolder,
-    latent: Annotated[list[int] | None, typer.Option("--latent", help="Number of a latent. Repeatable.")] = None,
+    latent: Annotated[list[int] | None, typer.Option("--latent", help="Number of a latent. Can be repeated.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Show which latents fire on each token; with --latent, only those.")
     ] = None,

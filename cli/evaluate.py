@@ -13,6 +13,8 @@ from .options import Device, Tokens
 if TYPE_CHECKING:
     from ..evaluate.plan import EvaluatePlan
 
+INPUTS = "Model and data"  # a group of flags in the help
+
 
 @cli_command
 def evaluate(
@@ -24,21 +26,26 @@ def evaluate(
     mode: Annotated[
         str, typer.Option(help="Definitions: 0.6.0 (SAEBench now) or 2024-12 (behind the papers' numbers).")
     ] = "0.6.0",
-    model: Annotated[str | None, typer.Option(help="Reject runs of any other model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Reject runs of any other model.", rich_help_panel=INPUTS)] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Cache whose held-out text is read. Default: the cache that each run was trained on."),
+        typer.Option(
+            help="Cache whose held-out text is read. Default: the cache that each run was trained on.",
+            rich_help_panel=INPUTS,
+        ),
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="metric.option=value. Repeatable.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="metric.option=value. Can be repeated.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with datasets: <name on the Hub>/<split>.jsonl or .parquet.")
+        Path | None,
+        typer.Option(help="Folder with datasets: <name on the Hub>/<split>.jsonl or .parquet.", rich_help_panel=INPUTS),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Recompute results that already exist.")] = False,
     references: Annotated[
         bool, typer.Option(help="Add rows for the identity, zero, a PCA and a random dictionary.")
     ] = True,
     dtype: Annotated[
-        str, typer.Option(help="Precision in which the model computes: auto, bfloat16, float32.")
+        str,
+        typer.Option(help="Precision of the model: auto, bfloat16 or float32.", rich_help_panel=INPUTS),
     ] = "auto",
     device: Device = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,

@@ -1,13 +1,16 @@
 """The command line: parses, delegates, prints. `sae --help` imports neither torch nor any of our folders."""
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .cache import cache_app
 from .compare import compare
 from .config import config_app
 from .config_file import CommandWithOldNames
+from .console import BROKEN_PIPE, discard_output
 from .convert import export, import_
 from .dashboard import dashboard, inspect
 from .demo import demo
@@ -18,8 +21,23 @@ from .reproduce import reproduce
 from .train import train
 from .variants import variants
 
+
+class QuietOnClosedPipe(TyperGroup):
+    """The program: click and rich exit with 1 when the reader of their output closes it; this makes it 141."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as error:
+            if not isinstance(error.__context__, BrokenPipeError):
+                raise
+            discard_output()
+            sys.exit(BROKEN_PIPE)
+
+
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="rich", add_completion=False,
+    cls=QuietOnClosedPipe, no_args_is_help=True,
+    pretty_exceptions_show_locals=False, rich_markup_mode="rich", add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Harvest a language model's activations, train sparse autoencoders on them, evaluate the result.",
 )  # fmt: skip

@@ -76,8 +76,9 @@ def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say) -
     files = list_files(path, split)
     formats = {FILE_FORMATS.get(p.suffix) for p in files}
     if len(formats) != 1 or None in formats:
-        suffixes = sorted({p.suffix for p in files}) or "no files"
-        raise UsageError(f"{path} has {suffixes}; expected files of one format: {', '.join(FILE_FORMATS)}.")
+        kinds = sorted({p.suffix or "files without a suffix" for p in files})
+        found = " and ".join(kinds) or "no files"
+        raise UsageError(f"{path} has {found}; expected files of one format: {', '.join(FILE_FORMATS)}.")
     (file_format,) = formats
     name = path.stem.removesuffix(".jsonl") or path.name
     column_name = column if file_format != "text" else None
@@ -164,8 +165,8 @@ def open_hub(
 
     def unreachable(problem: str) -> SaeError:
         return UnavailableError(
-            f"The dataset {name} could not be read: {problem} Check the network and the name, give a local file to "
-            f"--dataset, or use the embedded text: --dataset {EMBEDDED_TEXT}"
+            f"The dataset {name} could not be read: {problem.rstrip('.')}. Check the network and the name, give a "
+            f"local file to --dataset, or use the embedded text: --dataset {EMBEDDED_TEXT}"
         )
 
     try:

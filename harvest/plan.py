@@ -311,7 +311,8 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
         raise UsageError(f"unknown --site {unknown[0]}: expected one of {', '.join(SITES)}.")
     if config.max_norm is not None and not config.max_norm > 1:
         raise UsageError(
-            f"--max-norm {config.max_norm} would mask half of the rows. Give a multiple of the median norm, such as 10."
+            f"--max-norm {config.max_norm} would mask at least half of the rows. Give a multiple of the median norm, "
+            "such as 10."
         )
 
 

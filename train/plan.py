@@ -328,7 +328,7 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
     if changed := [flag for flag, name in FIXED.items() if getattr(config, name) != getattr(default, name)]:
         raise UsageError(
             f"{', '.join(changed)} cannot be changed once a run has started. "
-            f"Leave them out to resume {folder}, or start a new run."
+            f"Leave {'it' if len(changed) == 1 else 'them'} out to resume {folder}, or start a new run."
         )
     if "imported_from" in read_json(folder / "run.json"):
         raise UsageError(f"{folder} was imported from another library; it has no training to resume.")

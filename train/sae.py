@@ -171,10 +171,9 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
 
     folder = Path(folder)
     if not (folder / "sae.json").exists():
-        raise UsageError(
-            f"{folder} holds no trained SAE (no sae.json). Train one with `sae train`, or finish this run with "
-            f"`sae train --resume {folder}`."
-        )
+        begun = (folder / "run.json").exists()
+        advice = f"Finish this run with `sae train --resume {folder}`." if begun else "Train one with `sae train`."
+        raise UsageError(f"{folder} holds no trained SAE (no sae.json). {advice}")
     spec = read_json(folder / "sae.json", "format", "d_in", "d_sae", "pre_bias", "activation", "sha256")
     if spec.get("format") != FORMAT:
         raise UsageError(f"{folder}/sae.json has format {spec.get('format')}; this version reads {FORMAT}. Upgrade.")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from sae.cli.console import BROKEN_PIPE, cli_command, show_table
 from sae.cli.main import app
-from sae.common.errors import UsageError
+from sae.common.errors import Interrupted, UsageError
 from sae.common.formatting import format_count
 from sae.train.sae import SAE, save_sae
 
@@ -392,7 +392,7 @@ def test_an_unknown_attention_is_rejected(tiny_model, sentences, home):
     assert files(home) == set()
 
 
-@pytest.mark.parametrize("command", [["variants"], ["config", "init"], ["cache", "list"]])
+@pytest.mark.parametrize("command", [["variants"], ["config", "init"], ["cache", "list"], ["--help"], ["train", "-h"]])
 def test_a_closed_pipe_is_silent(command):
     """As for any program that SIGPIPE ends: nothing on stderr, and the exit code 141 that a shell would report."""
     process = subprocess.Popen(
@@ -401,6 +401,23 @@ def test_a_closed_pipe_is_silent(command):
     process.stdout.close()
     stderr = process.stderr.read()
     assert (process.wait(), stderr) == (BROKEN_PIPE, "")
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("Stopped. 2 of 3 windows are safe.", "stopped: 2 of 3 windows are safe."),
+        ("Stopped after step 7; everything is saved.", "stopped: after step 7; everything is saved."),
+        ("Nothing was deleted.", "stopped: Nothing was deleted."),
+    ],
+)
+def test_an_interruption_says_stopped_once(capsys, message, line):
+    def interrupted():
+        raise Interrupted(message)
+
+    with pytest.raises(typer.Exit) as left:
+        cli_command(interrupted)()
+    assert (left.value.exit_code, capsys.readouterr().err) == (130, line + "\n")
 
 
 def test_running_out_of_memory_prints_one_line(capsys):

@@ -110,6 +110,11 @@ def other_columns(folder: Path) -> Path:
     return write_lines(folder / "a.jsonl", [{"content": "a", "id": 3}])
 
 
+def no_suffix(folder: Path) -> Path:
+    (folder / "a").write_text("a")
+    return folder / "a"
+
+
 def empty(folder: Path) -> Path:
     (folder / "a.jsonl").write_text("")
     return folder / "a.jsonl"
@@ -119,10 +124,11 @@ def empty(folder: Path) -> Path:
     ("make", "sentence"),
     [
         (bad_utf8, r"a.txt is not UTF-8 text \(byte 3\). Convert it"),
-        (mixed, r"has \['.jsonl', '.txt'\]; expected files of one format"),
+        (mixed, r"has .jsonl and .txt; expected files of one format"),
         (broken_json, "a.jsonl cannot be read as json: "),
         (broken_parquet, "a.parquet cannot be read as parquet: "),
-        (unknown_kind, r"has \['.docx'\]; expected files of one format"),
+        (unknown_kind, r"has .docx; expected files of one format"),
+        (no_suffix, "has files without a suffix; expected files of one format"),
         (lambda folder: folder, "has no files; expected files of one format"),
         (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column"),
         (empty, "a.jsonl is empty. Give a text"),
@@ -151,6 +157,8 @@ def test_an_unreachable_dataset_raises_a_clear_error(read) -> None:
     with pytest.raises(UnavailableError, match="nobody/nothing could not be read.*--dataset python-stdlib") as refused:
         read("nobody/nothing")
     assert refused.value.exit_code == 4
+    assert ". Check the network" in str(refused.value)  # the reason of the library ends in one full stop
+    assert ".." not in str(refused.value)
 
 
 # The embedded text

@@ -480,7 +480,7 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         ({"model": "./nothere"}, "There is no folder ./nothere"),
         ({"revision": "abc"}, "--revision selects a commit on the Hub"),
         ({"sites": ("resid_pre",)}, "unknown --site resid_pre: expected one of resid_post, mlp_out, attn_z"),
-        ({"max_norm": 1.0}, "--max-norm 1.0 would mask half of the rows"),
+        ({"max_norm": 1.0}, "--max-norm 1.0 would mask at least half of the rows"),
         ({"storage_dtype": "float16"}, "unknown --storage-dtype float16"),
         ({"dtype": "float64"}, "unknown dtype 'float64'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),

@@ -163,7 +163,8 @@ def test_a_started_run_cannot_be_changed(sparse_cache, another_cache) -> None:
         ({"seeds": (3,)}, "--seed"),
         ({"variants": ["topk"], "width": "4x"}, "--variant, --width"),
     ]:
-        with pytest.raises(UsageError, match=f"^{flag} cannot be changed once a run has started"):
+        out = "Leave them out" if "," in flag else "Leave it out"
+        with pytest.raises(UsageError, match=f"^{flag} cannot be changed once a run has started. {out}"):
             plan_training(TrainConfig(resume=[folder], **changes))
     with pytest.raises(UsageError, match="is not the cache that .* was trained on"):
         plan_training(TrainConfig(resume=[folder], caches=[another_cache.folder]))

@@ -163,7 +163,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     UsageError if `target` exists and is not an empty folder.
     """
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    if target.is_file():
+        raise UsageError(f"{target} is a file; nothing was written. Give a new folder with --out.")
+    if target.is_dir() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty; nothing was written. Give a new folder with --out.")
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:

@@ -33,6 +33,7 @@ class ImportResult:
     sae: SAE
     check: Check
     cache: Path | None  # the cache that the run is tied to
+    candidates: list[Path]  # the caches that fit, where there are several and none was chosen
     notes: list[str] = field(default_factory=list)
 
     def __fspath__(self) -> str:
@@ -106,7 +107,7 @@ def import_files(
     folder, fmt = open_folder(path)
     foreign = fmt.read(folder)
     hook, model = resolve_hook_and_model(foreign, folder.path, model, layer)
-    cache = find_cache(model, hook, foreign.sae.d_in, cache_folder, foreign.notes)
+    cache, candidates = find_cache(model, hook, foreign.sae.d_in, cache_folder, foreign.notes)
     if cache is not None:
         model = cache.model
     canonical = to_canonical(foreign.sae)
@@ -136,7 +137,8 @@ def import_files(
     with new_folder(target) as temporary:
         write_json(temporary / "run.json", record)
         save_sae(foreign.sae, temporary, foreign.sae.origin)
-    return ImportResult(target, fmt.name, foreign.sae, check, cache.folder if cache else None, foreign.notes)
+    cache_folder = cache.folder if cache else None
+    return ImportResult(target, fmt.name, foreign.sae, check, cache_folder, candidates, foreign.notes)
 
 
 def open_folder(path: Path) -> tuple[ForeignFolder, Format]:
@@ -144,6 +146,10 @@ def open_folder(path: Path) -> tuple[ForeignFolder, Format]:
     folder = ForeignFolder(path.parent if path.is_file() else path)
     if not folder.path.is_dir():
         raise UsageError(f"No such folder: {path}. Give a folder with an SAE, or hf://owner/repo/folder.")
+    if path.is_file() and not any(path.name in fmt.files for fmt in Format.registry.values()):
+        raise UsageError(
+            f"{path} is not a file of a known format. Give a folder with an SAE, or hf://owner/repo/folder."
+        )
     fmt = detect_format(folder)
     if path.is_file() and path.name not in fmt.files:
         raise UsageError(
@@ -173,8 +179,13 @@ def resolve_hook_and_model(foreign: ForeignSAE, folder: Path, model: str | None,
     return hook, resolved
 
 
-def find_cache(model: str, hook: Hook, d_in: int, cache_folder: Path | None, notes: list[str]) -> Cache | None:
-    """A cache to evaluate an SAE on: the given one, else the only one of its model and hook, else None."""
+def find_cache(
+    model: str, hook: Hook, d_in: int, cache_folder: Path | None, notes: list[str]
+) -> tuple[Cache | None, list[Path]]:
+    """A cache to evaluate an SAE on: the given one, else the only one of its model and hook, else None.
+
+    Second, the folders of those that fit where there are several.
+    """
     if cache_folder is not None:
         cache = Cache(cache_folder)
         width = cache.array(cache.require_array(*hook)).shape[1]
@@ -182,17 +193,17 @@ def find_cache(model: str, hook: Hook, d_in: int, cache_folder: Path | None, not
             raise UsageError(f"--cache {cache_folder} holds activations of {cache.model}, but the SAE is of {model}.")
         if width != d_in:
             raise UsageError(f"--cache {cache_folder} has rows of width {width}, but the SAE has d_in {d_in}.")
-        return cache
+        return cache, []
     caches = [c for c in list_caches().values() if isinstance(c, Cache)]
     fitting = [c for c in caches if c.model == model and hook in c.hooks and c.array(hook.array).shape[1] == d_in]
     if len(fitting) == 1:
-        return fitting[0]
+        return fitting[0], []
     if fitting:
         notes.append(
             f"{len(fitting)} caches hold {hook} of {model}, so none was chosen. To use the first: "
             f"--cache {fitting[0].folder}"
         )
-    return None
+    return None, [cache.folder for cache in fitting]
 
 
 def sae_origin(

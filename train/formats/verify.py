@@ -187,7 +187,7 @@ def synthetic_rows(canonical: CanonicalSAE, count: int = SAMPLE_ROWS) -> SampleR
     x_RD = canonical.b_dec + norm_R1 * sum_RD / sum_RD.norm(dim=1, keepdim=True).clamp_min(1e-30)
     move_near_thresholds(x_RD, encoder, threshold_F, generator)
     description = (
-        f"synthetic, since no cache was found: b_dec plus {summands} decoder rows, half of them moved near a latent's "
+        f"synthetic, without a cache: b_dec plus {summands} decoder rows, half of them moved near a latent's "
         f"threshold, mean norm {float(x_RD.norm(dim=1).mean()):.3g}"
     )
     return SampleRows(x_RD.float(), description)

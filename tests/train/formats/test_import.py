@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sae.cli.convert import describe_import
 from sae.common.errors import UsageError
 from sae.train.formats.export import export_sae
 from sae.train.formats.import_ import import_sae
@@ -56,6 +57,11 @@ def test_a_cache_is_found_or_given_and_has_to_fit(make_sae, sparse_cache, tmp_pa
     assert import_sae(folder, out=tmp_path, name="found").cache == tmp_path / "activations" / "one"
     (tmp_path / "activations" / "two").symlink_to(sparse_cache.folder)
     two = import_sae(folder, out=tmp_path, name="two")
+    assert two.candidates == [tmp_path / "activations" / name for name in ("one", "two")]
+    (*_, following) = describe_import(two)
+    assert following.endswith(f"two --cache {two.candidates[0]}") and "no cache of this" not in str(
+        describe_import(two)
+    )
     assert two.cache is None and "2 caches hold layer 0 of synthetic, so none was chosen" in two.notes[0]
 
 
@@ -65,3 +71,6 @@ def test_a_folder_without_an_sae_is_rejected_naming_the_expected_files(tmp_path)
         import_sae(tmp_path / "empty")
     with pytest.raises(UsageError, match="No such folder"):
         import_sae(tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="notes.txt is not a file of a known format"):
+        import_sae(tmp_path / "notes.txt")

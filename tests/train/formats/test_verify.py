@@ -60,9 +60,7 @@ def test_rows_come_from_the_runs_cache_or_are_synthetic(make_sae, sparse_cache, 
     assert exported.folder == tmp_path / "run" / "exports" / "saelens"
     save_sae(sae, tmp_path / "lost", {**hook, "cache": "/nowhere", "fingerprint": "0"})
     lost = export_sae(tmp_path / "lost", "saelens")
-    assert lost.check.description.startswith(
-        "synthetic, since no cache was found: b_dec plus 8 decoder rows, half of them"
-    )
+    assert lost.check.description.startswith("synthetic, without a cache: b_dec plus 8 decoder rows, half of them")
     assert lost.check.l0 > 10
 
 
