@@ -293,6 +293,10 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
     """Raise UsageError for values that are wrong for any model and text."""
     if "" in (config.model, config.dataset):
         raise UsageError("--model and --dataset cannot be empty. Leave out --dataset for the model's default text.")
+    if not config.layers or not config.sites:
+        raise UsageError("There is nothing to harvest: give at least one layer and one site.")
+    if wrong := [layer for layer in config.layers if not isinstance(layer, int)]:
+        raise UsageError(f"invalid layer {wrong[0]!r}: expected a whole number.")
     check_sizes(config)
     if not 0 <= config.seed < 2**63:
         raise UsageError(f"invalid --seed {config.seed}: expected 0 to 2^63 - 1.")
@@ -319,6 +323,8 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
 def check_sizes(config: HarvestConfig) -> None:
     """The part of `check_config` about tokens, contexts and windows."""
     tokens, context, window = config.tokens, config.context, config.window
+    if not isinstance(tokens, int | None):
+        raise UsageError(f"invalid tokens {tokens!r}: expected a whole number, such as 10_000_000.")
     if tokens is not None and not 0 < tokens <= 2**40:
         raise UsageError(
             f"invalid --tokens {tokens}: expected 1 to 2^40 (about 10^12). Give how many rows to harvest, such as 10M."
