@@ -34,7 +34,7 @@ def reproduce(
         str | None,
         typer.Option(
             help="How to read the paper's units: evidence (default on the papers' model), field (default on others) "
-            "or literal."
+            "or literal; of paper 003, field or as_printed."
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Train on this cache instead of harvesting.")] = None,

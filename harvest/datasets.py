@@ -109,7 +109,7 @@ def digest_of_files(path: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
     try:
         if not any(file.stat().st_size for file in files):
-            raise UsageError(f"{path} is empty. Give --dataset a text.")
+            raise UsageError(f"{path} is empty. Give a text with --dataset.")
         for file in files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
