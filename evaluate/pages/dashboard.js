@@ -101,7 +101,7 @@ function spacer(rows) {
 function drawRows() {
   const first = Math.max(0, Math.floor(box.scrollTop / ROW) - AROUND);
   const last = Math.min(order.length, first + Math.ceil(box.clientHeight / ROW) + 2 * AROUND);
-  const rows = order.slice(first, last).map(rowOf);
+  const rows = order.slice(first, last).map(makeRow);
   if (first > 0) rows.unshift(spacer(first));
   if (last < order.length) rows.push(spacer(order.length - last));
   if (!order.length) rows.push(el("tr", {}, el("td", { colSpan: COLUMNS.length, className: "dim text", textContent: "No latent matches." })));
