@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -181,8 +182,8 @@ def commands(command: object, words: tuple[str, ...] = ()) -> list[tuple[tuple[s
 
 
 @pytest.mark.parametrize(("words", "command"), commands(typer.main.get_command(app)), ids=lambda p: str(p)[:40])
-def test_every_command_takes_config_and_no_flag_twice(words: tuple[str, ...], command: object) -> None:
-    flags = [flag for param in command.params for flag in (*param.opts, *param.secondary_opts)]  # type: ignore[attr-defined]
+def test_every_command_takes_config_and_no_flag_twice(words: tuple[str, ...], command: Any) -> None:
+    flags = [flag for param in command.params for flag in (*param.opts, *param.secondary_opts)]
     assert ("--config" in flags) == (words[0] != "config")
     assert len(flags) == len(set(flags))
     assert all(option.param_type_name == "option" for option in options_of(command).values())
