@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sae.cache.reader import Cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
