@@ -9,7 +9,7 @@ install:
     python3 -m venv .venv
     .venv/bin/pip install -q -c constraints.txt -e '.[test]'
 
-# The quick tests: at most five minutes on two cores.
+# The quick tests, by two workers: at most five minutes on two cores.
 test: install
     .venv/bin/pytest
 
