@@ -1,6 +1,9 @@
 """What `sae train` shows: the groups of its flags, and the runs that its progress names."""
 
 import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.cli.train import progress_note
+from sae.train.plan import TrainConfig
 
 METRICS = {"loss": 0.51234, "l0": 32.0, "explained_variance": 0.75, "dead": 0.125, "waited_for_data": 0.0}
 NUMBERS = "loss 0.5123, L0 32.0, EV 0.750, dead 12.5%"
@@ -41,3 +45,55 @@ def test_the_first_group_of_flags_is_short_and_the_others_are_named() -> None:
     first = text.partition("Data and batches")[0]
     assert len(re.findall(r"^│ +--", first, re.M)) <= 13  # with --config and --help
     assert "--literal" not in text and "--order-seed" not in text
+
+
+FLAGS = {
+    "variant": ("topk", "variants", ["topk"]),
+    "layer": ("3", "layers", [3]),
+    "site": ("mlp_out", "site", "mlp_out"),
+    "seed": ("7", "seeds", [7]),
+    "cache": ("activations/one", "caches", [Path("activations/one")]),
+    "model": ("gpt2", "model", "gpt2"),
+    "steps": ("11", "steps", 11),
+    "batch-size": ("64", "batch_size", 64),
+    "width": ("2x", "width", "2x"),
+    "l0": ("8.5", "l0", [8.5]),
+    "paper-exact": (None, "paper_exact", True),
+    "set": ("lr=1e-3", "options", ["lr=1e-3"]),
+    "shuffle-seed": ("5", "shuffle_seed", 5),
+    "resume": ("runs/one", "resume", [Path("runs/one")]),
+    "out": ("folder", "out", Path("folder")),
+    "device": ("cpu", "device", "cpu"),
+    "log-every": ("3", "log_every", 3),
+    "checkpoint-every": ("4", "checkpoint_every", 4),
+    "log": ("wandb", "log", ["wandb"]),
+    "compile": (None, "compiled", True),
+}
+STREAM = {
+    "tokens": ("3k", "tokens", 3000),
+    "ring": ("6", "windows", 6),
+    "dataset": ("text.jsonl", "dataset", "text.jsonl"),
+    "context": ("64", "context", 64),
+    "window": ("512", "window", 512),
+}
+
+
+def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_with: Callable) -> None:
+    config, keywords = planned_with(
+        "sae.train.plan.plan_training", "train", FLAGS, without=("dry-run", "stream", *STREAM)
+    )
+    assert config.origins == dict.fromkeys(FLAGS, "flag") and keywords == {}
+    assert {field for _, field, _ in FLAGS.values()} == {f.name for f in fields(TrainConfig)} - {"origins", "source"}
+
+
+def test_with_stream_the_harvest_has_its_flags_too(planned_with: Callable) -> None:
+    function = "sae.workflows.stream.plan_streaming"
+    config, keywords = planned_with(function, "train", FLAGS | STREAM, "--stream", without=("dry-run", "stream"))
+    assert config.origins == dict.fromkeys([*FLAGS, *STREAM, "stream"], "flag")
+    assert keywords.keys() == {field for _, field, _ in STREAM.values()}
+
+
+def test_without_other_flags_the_config_is_the_default(planned_with: Callable) -> None:
+    every = (*FLAGS, *STREAM, "dry-run", "stream")
+    config, _ = planned_with("sae.train.plan.plan_training", "train", {"variant": FLAGS["variant"]}, without=every)
+    assert config == TrainConfig(["topk"], origins={"variant": "flag"})

@@ -1,8 +1,10 @@
-"""Numbers as text."""
+"""Numbers and paths as text."""
+
+from pathlib import Path
 
 import pytest
 
-from sae.common.formatting import format_bytes, format_count, format_duration
+from sae.common.formatting import format_bytes, format_count, format_duration, shell_paths
 
 
 @pytest.mark.parametrize(
@@ -15,3 +17,23 @@ def test_a_duration_has_at_least_two_of_its_unit(seconds: float, text: str) -> N
 def test_counts_and_sizes() -> None:
     assert [format_count(n, "run") for n in (0, 1, 2000)] == ["0 runs", "1 run", "2,000 runs"]
     assert [format_bytes(n) for n in (5e4, 99e6, 1e8, 2.5e12)] == ["0.1 MB", "99.0 MB", "0.10 GB", "2,500.00 GB"]
+
+
+def test_paths_are_shortened_to_a_pattern_only_if_a_shell_would_find_the_same_paths(tmp_path: Path) -> None:
+    folder = tmp_path / "two words"
+    runs = [folder / name for name in "abc"]
+    for run in runs:
+        run.mkdir(parents=True)
+    pattern, listed = f"'{folder}'/*", [f"'{run}'" for run in runs]
+    (folder / ".hidden").touch()  # which `*` does not match
+    assert shell_paths(runs) == pattern
+    assert shell_paths(runs[:2]) == " ".join(listed[:2])
+    (folder / "d").mkdir()
+    assert shell_paths(runs) == " ".join(listed)
+
+
+def test_two_paths_are_written_out_even_if_they_are_all(tmp_path: Path) -> None:
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        run.mkdir()
+    assert shell_paths(runs) == f"{runs[0]} {runs[1]}"

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -17,12 +18,13 @@ import torch
 
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.registry import METRICS, metrics_of_suite
-from sae.evaluate.plan import EvaluateConfig, plan_evaluation, unfinished_runs
+from sae.evaluate.plan import EvaluateConfig, EvaluatePlan, plan_evaluation, unfinished_runs
 from sae.evaluate.results import read_result, write_result
 from sae.evaluate.run import evaluate, run_evaluation
 from sae.evaluate.tables import tables
@@ -485,6 +487,23 @@ def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
         evaluate(ask(begun))
     with pytest.raises(UsageError, match="runs holds no trained SAE .* Train one with `sae train`.$"):
         evaluate(ask(home / "runs"))
+
+
+def test_the_next_command_measures_more_of_the_same_runs_in_the_same_way(home):
+    """The next suite, with every flag that decides what is measured and on what; the default ones are left out."""
+    runs = [home / "a run", home / "b"]
+
+    def following(**changes) -> list[str]:
+        config = replace(EvaluateConfig(runs), **changes)
+        return shlex.split(EvaluatePlan(config, [], [], ArtifactCache(home)).next_command())
+
+    command = ["sae", "evaluate", *map(str, runs), "--suite"]
+    assert following() == [*command, "full"]
+    assert following(suite="full") == [*command, "autointerp"] and following(suite="autointerp") == []
+    assert following(suite="core,absorption") == [*command, "quick"]
+    where = {"mode": "2024-12", "cache": home / "c", "data": home / "d", "device": "cpu", "dtype": "float32"}
+    words = [word for name, value in where.items() for word in (f"--{name}", str(value))]
+    assert following(**where) == [*command, "full", *words]
 
 
 def test_a_suite_of_names_is_read_leniently():

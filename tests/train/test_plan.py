@@ -143,6 +143,15 @@ def test_a_started_run_cannot_be_changed(sparse_cache, another_cache) -> None:
         ({"options": ["l1=1"]}, "--set"),
         ({"seeds": (3,)}, "--seed"),
         ({"variants": ["topk"], "width": "4x"}, "--variant, --width"),
+        ({"layers": [0]}, "--layer"),
+        ({"site": "mlp_out"}, "--site"),
+        ({"model": "gpt2"}, "--model"),
+        ({"batch_size": 32}, "--batch-size"),
+        ({"l0": [8]}, "--l0"),
+        ({"paper_exact": True}, "--paper-exact"),
+        ({"shuffle_seed": 1}, "--shuffle-seed"),
+        ({"out": Path("elsewhere")}, "--out"),
+        ({"compiled": True}, "--compile"),
     ]:
         out = "Leave them out" if "," in flag else "Leave it out"
         with pytest.raises(UsageError, match=f"^{flag} cannot be changed once a run has started. {out}"):
@@ -212,3 +221,17 @@ def test_a_plan_describes_itself(sparse_cache) -> None:
         plan.describe()[0] == f"train    relu 32 -> 128, layer 0, seed 0: 12 steps x 64 tokens -> {plan.runs[0].folder}"
     )
     assert [line.split()[0] for line in plan.describe(time=True)] == ["train", "train", "size", "memory", "time"]
+
+
+def test_a_note_that_holds_for_several_runs_is_said_once(sparse_cache) -> None:
+    plan = plan_training(make_config(sparse_cache, "competition", seeds=[0, 1]))
+    assert [line.split()[0] for line in plan.describe()] == ["train", "train", "note", "size"]
+
+
+def test_a_plan_with_time_says_how_many_runs_go_on_from_a_checkpoint(sparse_cache) -> None:
+    config = make_config(sparse_cache, "relu", "topk")
+    first = plan_training(config).runs[0]
+    (first.folder / "checkpoints").mkdir(parents=True)
+    plan = plan_training(config)
+    note = "note     1 run will be resumed; the time is of all steps"
+    assert note in plan.describe(time=True) and note not in plan.describe()

@@ -1,0 +1,34 @@
+"""`sae evaluate`: each of its flags is a field of EvaluateConfig."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from sae.evaluate.plan import EvaluateConfig
+
+PLAN = "sae.evaluate.plan.plan_evaluation"
+FLAGS = {
+    "suite": ("core", "suite", "core"),
+    "tokens": ("2k", "tokens", 2000),
+    "mode": ("2024-12", "mode", "2024-12"),
+    "model": ("gpt2", "model", "gpt2"),
+    "cache": ("activations/one", "cache", Path("activations/one")),
+    "set": ("core.batch_contexts=8", "options", ["core.batch_contexts=8"]),
+    "data": ("datasets", "data", Path("datasets")),
+    "force": (None, "force", True),
+    "no-references": (None, "references", False),
+    "dtype": ("float32", "dtype", "float32"),
+    "device": ("cpu", "device", "cpu"),
+}
+OUTPUT = ("references", "json", "dry-run")  # --no-references is the other name of --references
+
+
+def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_with: Callable) -> None:
+    config, _ = planned_with(PLAN, "evaluate", FLAGS, "runs/a", "runs/b", without=OUTPUT)
+    assert config.runs == [Path("runs/a"), Path("runs/b")]
+    assert {field for _, field, _ in FLAGS.values()} == {f.name for f in fields(EvaluateConfig)} - {"runs"}
+
+
+def test_without_flags_the_config_is_the_default(planned_with: Callable) -> None:
+    config, _ = planned_with(PLAN, "evaluate", {}, "runs/a", without=(*FLAGS, *OUTPUT))
+    assert config == EvaluateConfig([Path("runs/a")], options=[])

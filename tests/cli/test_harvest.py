@@ -1,0 +1,45 @@
+"""`sae harvest`: each of its flags is a field of HarvestConfig."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from sae.harvest.plan import HarvestConfig
+
+FLAGS = {
+    "model": ("gpt2", "model", "gpt2"),
+    "layer": ("3", "layers", [3]),
+    "site": ("mlp_out", "sites", ["mlp_out"]),
+    "dataset": ("text.jsonl", "dataset", "text.jsonl"),
+    "tokens": ("3k", "tokens", 3000),
+    "context": ("64", "context", 64),
+    "out": ("folder", "out", Path("folder")),
+    "device": ("cpu", "device", "cpu"),
+    "held-out": ("0.25", "held_out", 0.25),
+    "keep-special": (None, "keep_special", True),
+    "pack": (None, "pack", True),
+    "text-column": ("content", "text_column", "content"),
+    "subset": ("en", "subset", "en"),
+    "split": ("validation", "split", "validation"),
+    "dataset-revision": ("abc", "dataset_revision", "abc"),
+    "seed": ("7", "seed", 7),
+    "revision": ("def", "revision", "def"),
+    "dtype": ("float32", "dtype", "float32"),
+    "attention": ("sdpa", "attention", "sdpa"),
+    "batch-contexts": ("5", "batch_contexts", 5),
+    "window": ("512", "window", 512),
+    "compress": (None, "compress", True),
+    "max-norm": ("8", "max_norm", 8.0),
+    "storage-dtype": ("uint16", "storage_dtype", "uint16"),
+}
+
+
+def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_with: Callable) -> None:
+    config, _ = planned_with("sae.harvest.plan.plan_harvest", "harvest", FLAGS, without=("dry-run",))
+    assert config.origins == dict.fromkeys(FLAGS, "flag")
+    assert {field for _, field, _ in FLAGS.values()} == {f.name for f in fields(HarvestConfig)} - {"origins"}
+
+
+def test_without_flags_the_config_is_the_default(planned_with: Callable) -> None:
+    every = tuple({**FLAGS, "dry-run": ()})
+    assert planned_with("sae.harvest.plan.plan_harvest", "harvest", {}, without=every)[0] == HarvestConfig()
