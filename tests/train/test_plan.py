@@ -233,5 +233,5 @@ def test_a_plan_with_time_says_how_many_runs_go_on_from_a_checkpoint(sparse_cach
     first = plan_training(config).runs[0]
     (first.folder / "checkpoints").mkdir(parents=True)
     plan = plan_training(config)
-    note = "note     1 run will be resumed; the time is of all steps"
+    note = "note     1 run will be resumed; the time covers all steps"
     assert note in plan.describe(time=True) and note not in plan.describe()
