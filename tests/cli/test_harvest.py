@@ -4,6 +4,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from sae.cache.reader import open_cache
+from sae.cli.main import app
 from sae.harvest.plan import HarvestConfig
 
 FLAGS = {
@@ -43,3 +47,29 @@ def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_wit
 def test_without_flags_the_config_is_the_default(planned_with: Callable) -> None:
     every = tuple({**FLAGS, "dry-run": ()})
     assert planned_with("sae.harvest.plan.plan_harvest", "harvest", {}, without=every)[0] == HarvestConfig()
+
+
+def test_the_end_of_a_harvest_is_its_summary_and_a_command_on_the_middle_layer(
+    tiny_model, sentences, home: Path
+) -> None:
+    words = [
+        "--model",
+        tiny_model,
+        "--dataset",
+        sentences,
+        "--layer",
+        0,
+        "--layer",
+        1,
+        "--tokens",
+        300,
+        "--window",
+        256,
+    ]
+    result = CliRunner().invoke(app, ["harvest", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    (folder,) = (home / "activations").iterdir()
+    *_, layer_0, layer_1, done, following = result.stderr.splitlines()
+    assert layer_0.startswith("layer_00 mean norm") and layer_1.startswith("layer_01 mean norm")
+    assert done.startswith(f"done     {open_cache(folder).rows:,} rows")
+    assert following == f"next     sae train --variant decorrelation --layer 1 --cache {folder}"

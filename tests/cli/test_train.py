@@ -1,5 +1,6 @@
 """What `sae train` shows: the groups of its flags, and the runs that its progress names."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.cli.train import progress_note
+from sae.train import loggers
 from sae.train.plan import TrainConfig
 
 METRICS = {"loss": 0.51234, "l0": 32.0, "explained_variance": 0.75, "dead": 0.125, "waited_for_data": 0.0}
@@ -97,3 +99,39 @@ def test_without_other_flags_the_config_is_the_default(planned_with: Callable) -
     every = (*FLAGS, *STREAM, "dry-run", "stream")
     config, _ = planned_with("sae.train.plan.plan_training", "train", {"variant": FLAGS["variant"]}, without=every)
     assert config == TrainConfig(["topk"], origins={"variant": "flag"})
+
+
+def test_a_logger_gets_every_line_of_metrics_jsonl(tiny_cache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    logged: list[dict] = []
+
+    class Recorder:
+        def __init__(self, folder: Path, config: object) -> None:
+            self.folder = folder
+
+        def log(self, metrics: dict, step: int) -> None:
+            logged.append({"step": step, **metrics})
+
+        def finish(self) -> None:
+            logged.append({"finished": self.folder.name})
+
+    monkeypatch.setitem(loggers.LOGGERS, "json", Recorder)  # a module of that name exists, as for the others
+    words = [
+        "--cache",
+        tiny_cache.folder,
+        "--layer",
+        0,
+        "--steps",
+        4,
+        "--batch-size",
+        64,
+        "--log-every",
+        2,
+        "--width",
+        32,
+    ]
+    result = CliRunner().invoke(app, ["train", "--variant", "relu", *map(str, words), "--log", "json"])
+    assert result.exit_code == 0, result.output
+    (run,) = (tmp_path / "runs").iterdir()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert logged == [*lines, {"finished": run.name}]
