@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from sae.cache.reader import Cache
 from sae.harvest.run import harvest_activations
 
@@ -18,6 +20,7 @@ def reached(folder: Path, commits: int) -> bool:
     return (folder / "tokens").exists() and len(list(folder.glob("commits/*.json"))) >= commits
 
 
+@pytest.mark.slow
 def test_a_harvest_killed_at_any_instant_continues(tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
     options = {
         "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 6000, "context": 32,

@@ -20,6 +20,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
     make_trainer, take, batches, tmp_path: Path, monkeypatch

@@ -116,6 +116,9 @@ def test_rows_of_any_dtype_are_encoded_and_other_widths_rejected() -> None:
 
 
 def test_a_folder_without_an_sae_is_rejected_with_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no trained SAE.*Train one with `sae train`\.$"):
+        load_sae(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UsageError, match=r"no trained SAE.*sae train --resume"):
         load_sae(tmp_path)
 
