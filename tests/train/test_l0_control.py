@@ -17,29 +17,16 @@ from sae.train.sae import SAE
 from sae.train.step import Step
 from sae.train.variant import RunConfig, Variant
 
+from .runs import SETTING, trained_recipe
+
 every_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
-
-
-SETTING = RunConfig(32, 128, 40, 64)
-
-
-def trained(cache, setting: RunConfig, name: str, batches: list[torch.Tensor], **options: object) -> Trainer:
-    torch.manual_seed(0)
-    variant = find_recipe(name).make(setting, options)
-    mean_D = torch.from_numpy(cache.mean("layer_00")).float()
-    variant.set_normalization(mean_D, cache.statistics("layer_00")["mean_square_norm"])
-    training = Trainer(variant, setting.steps, "cpu")
-    for number in range(setting.steps):
-        training.run_periodic(number, training.step(batches[number % len(batches)]))
-        if number == setting.steps * 9 // 10:
-            training.pop_metrics()
-    return training
 
 
 @every_recipe
 def test_every_recipe_follows_l0_in_the_right_direction(name, sparse_cache, batches) -> None:
     few, many = (
-        trained(sparse_cache, SETTING._replace(l0=n), name, batches, lr=3e-3, warmup=0).pop_metrics() for n in (4, 48)
+        trained_recipe(sparse_cache, SETTING._replace(l0=n), name, batches, lr=3e-3, warmup=0).pop_metrics()
+        for n in (4, 48)
     )
     assert few["l0"] < many["l0"]
 
@@ -55,7 +42,7 @@ def test_every_recipe_follows_l0_in_the_right_direction(name, sparse_cache, batc
 )  # fmt: skip
 def test_a_run_ends_at_the_l0_that_was_asked_for(name, sparse_cache, batches) -> None:
     setting = SETTING._replace(steps=400, l0=8)
-    training = trained(sparse_cache, setting, name, batches, lr=2e-3)
+    training = trained_recipe(sparse_cache, setting, name, batches, lr=2e-3)
     assert training.pop_metrics()["l0"] == pytest.approx(8, rel=0.1)
 
 

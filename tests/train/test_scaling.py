@@ -5,12 +5,13 @@ import torch
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.common.errors import UsageError
-from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, plan_training
-from sae.train.recipe import RECIPES, find_recipe
+from sae.train.recipe import RECIPES
 from sae.train.run import run_training
 from sae.train.scaling import ScaledDefault, ScaleWithNorm, ScaleWithVariance, ScaleWithWidth
 from sae.train.variant import RunConfig
+
+from .runs import SETTING, trained_recipe
 
 every_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
 
@@ -19,22 +20,6 @@ PAPERS = sorted(name for name, recipe in RECIPES.items() if recipe.paper in ("00
 
 
 of_the_papers = pytest.mark.parametrize("name", PAPERS)
-
-
-SETTING = RunConfig(32, 128, 40, 64)
-
-
-def trained(cache, setting: RunConfig, name: str, batches: list[torch.Tensor], **options: object) -> Trainer:
-    torch.manual_seed(0)
-    variant = find_recipe(name).make(setting, options)
-    mean_D = torch.from_numpy(cache.mean("layer_00")).float()
-    variant.set_normalization(mean_D, cache.statistics("layer_00")["mean_square_norm"])
-    training = Trainer(variant, setting.steps, "cpu")
-    for number in range(setting.steps):
-        training.run_periodic(number, training.step(batches[number % len(batches)]))
-        if number == setting.steps * 9 // 10:
-            training.pop_metrics()
-    return training
 
 
 def test_l0_and_paper_exact_are_part_of_a_runs_identity_only_when_given(sparse_cache, tmp_path) -> None:
@@ -93,7 +78,7 @@ def test_paper_exact_changes_only_what_is_declared_or_scaled(name) -> None:
 
 @of_the_papers
 def test_a_paper_exact_run_is_finite_or_stops_by_itself(name, sparse_cache, batches) -> None:
-    training = trained(sparse_cache, RunConfig(32, 512, 12, 64, paper_exact=True), name, batches)
+    training = trained_recipe(sparse_cache, RunConfig(32, 512, 12, 64, paper_exact=True), name, batches)
     weights = [w for w in training.variant.sae.state_dict().values() if not torch.isfinite(w).all()]
     assert weights == []  # a step that is not finite changes no weight
 
