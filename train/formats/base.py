@@ -4,7 +4,7 @@
 files alone, following the other library's own equations. Exports and imports are both checked against it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from ...cache.layout import Hook
 from ...common.errors import UsageError, did_you_mean
 from ..sae import SAE
 from .canonical import CanonicalSAE
-from .safe_read import ForeignFolder
+from .safe_read import MAX_WIDTH, ForeignFolder
 
 Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x (B, d_in) -> latents f (B, d_sae) and reconstructions x_hat (B, d_in), in float64."""
@@ -28,9 +28,20 @@ class ForeignSAE:
     sae: SAE
     model: str | None = None  # id on the Hub
     hook: Hook | None = None
-    context: int | None = None  # context length in tokens
+    context: int | None = None  # length in tokens of the contexts that it was trained on
+    prepend_bos: bool | None = None  # whether these contexts began with the tokenizer's BOS
+    dataset: str | None = None  # id on the Hub of the text that it was trained on
     metadata: dict[str, Any] = field(default_factory=dict)  # everything else in the files
     notes: list[str] = field(default_factory=list)  # for the user, printed by `sae import`
+
+    def record_text(self, recorded: Mapping[str, Any]) -> None:
+        """Take over what files record about the text, under SAELens' keys. Values of another type are left out."""
+        if type(context := recorded.get("context_size")) is int and 0 < context < MAX_WIDTH:
+            self.context = context
+        if isinstance(prepend_bos := recorded.get("prepend_bos"), bool):
+            self.prepend_bos = prepend_bos
+        if isinstance(dataset := recorded.get("dataset_path"), str) and dataset.isprintable() and len(dataset) <= 200:
+            self.dataset = dataset
 
 
 class Format:

@@ -120,8 +120,9 @@ class DictionaryLearning(Format, name="dictionary-learning"):
         foreign = ForeignSAE(from_canonical(canonical, pre_bias=pre_bias))
         foreign.model = parse_model(get_nested(config, "trainer", "lm_name"))
         foreign.hook = find_hook(folder, config)
-        if isinstance(context := get_nested(config, "buffer", "ctx_len"), int):
-            foreign.context = context
+        about = config.get("about")
+        text = {"context_size": get_nested(config, "buffer", "ctx_len")}
+        foreign.record_text(text | about if isinstance(about, dict) else text)
         foreign.metadata = {**config, "dict_class": dict_class}
         return foreign
 

@@ -59,8 +59,7 @@ class GemmaScope(Format, name="gemma-scope"):
             foreign.metadata = folder.read_json("about.json")
             foreign.hook = first_hook([foreign.metadata.get("hook_name")]) or foreign.hook
             foreign.model = parse_model(foreign.metadata.get("model_name")) or foreign.model
-            if isinstance(context := foreign.metadata.get("context_size"), int):
-                foreign.context = context
+            foreign.record_text(foreign.metadata)
         return foreign
 
     def reference(self, folder: ForeignFolder) -> Reference:

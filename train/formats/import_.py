@@ -219,8 +219,12 @@ def sae_origin(
         "hook_name": hook.name,
         "variant": variant,
         "format": fmt.name,
-        "context": cache.identity["context"] if cache is not None else foreign.context,
+        "context": foreign.context or (cache.identity["context"] if cache is not None else None),
     }
+    if foreign.prepend_bos is not None:
+        origin["prepend_bos"] = foreign.prepend_bos
+    if foreign.dataset is not None:
+        origin["dataset"] = foreign.dataset
     if cache is not None:
         origin |= {"cache": str(cache.folder.resolve()), "fingerprint": cache.fingerprint}
     return origin

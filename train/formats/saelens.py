@@ -217,8 +217,7 @@ def add_metadata(foreign: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
     recorded = {**config, **config.get("metadata", {})}
     foreign.model = parse_model(recorded.get("model_name"))
     foreign.hook = first_hook([recorded.get("hook_name"), recorded.get("hf_hook_name")])
-    if isinstance(context := recorded.get("context_size"), int):
-        foreign.context = context
+    foreign.record_text(recorded)
     foreign.metadata = {name: value for name, value in recorded.items() if name != "metadata"}
     if config.get("apply_b_dec_to_input") is None:
         foreign.notes.append("cfg.json has no apply_b_dec_to_input; as in SAELens, b_dec is subtracted from the input.")

@@ -19,7 +19,6 @@ from .hook_names import first_hook, hub_id, parse_model
 from .safe_read import (
     ForeignFolder,
     get_bool,
-    get_nested,
     get_positive_int,
     read_safetensors_headers,
     read_weights,
@@ -113,8 +112,7 @@ class Sparsify(Format, name="sparsify"):
         parent = ForeignFolder(sae_folder.path.parent)
         run = parent.read_json("config.json") if parent.has("config.json") else {}
         foreign.model = parse_model(run.get("model"))
-        if isinstance(context := get_nested(run, "ctx_len"), int):
-            foreign.context = context
+        foreign.record_text({"context_size": run.get("ctx_len"), "dataset_path": run.get("dataset"), **about})
         foreign.metadata |= about
         return foreign
 

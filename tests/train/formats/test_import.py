@@ -74,3 +74,30 @@ def test_a_folder_without_an_sae_is_rejected_naming_the_expected_files(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="notes.txt is not a file of a known format"):
         import_sae(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    ("to", "file", "key"),
+    [
+        ("saelens", "cfg.json", "metadata"), ("gemma-scope", "about.json", None),
+        ("dictionary-learning", "config.json", "about"), ("sparsify", "layers.12/about.json", None),
+    ],
+)  # fmt: skip
+def test_the_origin_records_what_the_files_say_about_the_text(foreign_folder, tmp_path, to, file, key):
+    path = foreign_folder(to) / file
+
+    def import_with(name: str, **text):
+        config = json.loads(path.read_text())
+        recorded = config[key] if key else config
+        for old in ("prepend_bos", "dataset_path", "context_size"):
+            recorded.pop(old, None)
+        recorded.update(text)
+        path.write_text(json.dumps(config))
+        return import_sae(tmp_path / to, model="gpt2", layer=0, out=tmp_path, name=name).sae.origin
+
+    said = import_with("said", prepend_bos=False, context_size=1024, dataset_path="monology/pile-uncopyrighted")
+    assert (said["prepend_bos"], said["context"], said["dataset"]) == (False, 1024, "monology/pile-uncopyrighted")
+    silent = import_with("silent")
+    assert "prepend_bos" not in silent and "dataset" not in silent
+    odd = import_with("odd", prepend_bos="yes", context_size=True, dataset_path="a\x1b[2J")
+    assert "prepend_bos" not in odd and "dataset" not in odd and odd["context"] is not True
