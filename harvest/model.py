@@ -12,23 +12,17 @@ Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
 
 import contextlib
-import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ..cache.layout import Hook
-from ..common.errors import DamagedError, SaeError, UsageError
-from . import mini
+from ..common.errors import SaeError, UsageError
 from .architectures import (
     FAMILIES,
     Family,
@@ -37,120 +31,43 @@ from .architectures import (
     find_module,
     find_trunk,
     hook_width,
-    truncate_config,
 )
-from .load_errors import translate_load_errors
+from .loading import (
+    ModelSource,
+    ensure_bos,
+    find_model,
+    load_first_blocks,
+    load_tokenizer,
+    load_whole_model,
+)
 
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model's name, where it is loaded from, and what pins its bytes."""
-
-    name: str
-    location: str  # a Hub id or a folder
-    revision: str  # a commit of the Hub, or the sha256 of the files
-
-    @property
-    def on_hub(self) -> bool:
-        return not Path(self.location).is_dir()
-
-    def identity(self) -> dict[str, str]:
-        return {"name": self.name, "revision": self.revision}
-
-
-def find_model(name: str, revision: str | None = None) -> tuple[ModelSource, Any]:
-    """Find a model and pin its bytes. Returns its source and transformers' configuration; loads no weights.
-
-    Raises UsageError if there is no such folder, and UnavailableError if the Hub cannot be reached or the model's
-    license has not been accepted.
-    """
-    folder = mini.WEIGHTS if name == mini.NAME else Path(name)
-    if folder.is_dir() and revision is not None:
-        raise UsageError(f"--revision selects a commit on the Hub, and {name} is a local folder. Leave it out.")
-    if name.startswith((".", "/")) and not folder.is_dir():
-        raise UsageError(f"There is no folder {name}. Give a folder with a model, a Hub id, or --model {mini.NAME}.")
-    if folder.is_dir():
-        with translate_load_errors(name):
-            full_name = name if name == mini.NAME else str(folder.resolve())
-            return ModelSource(full_name, str(folder), digest_of_folder(folder)), AutoConfig.from_pretrained(folder)
-    with translate_load_errors(name):
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    return ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or "unknown"), config
-
-
-def digest_of_folder(folder: Path) -> str:
-    """sha256 over the names and bytes of all files that decide what the model computes."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".bin"}):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model.
-
-    If it has no BOS, like Qwen's, EOS serves as one: it is what separated texts in pretraining.
-    """
-    with translate_load_errors(source.name):
-        return ensure_bos(AutoTokenizer.from_pretrained(source.location, **_revision(source)))
-
-
-def ensure_bos(tokenizer: Any) -> Any:
-    """Use the tokenizer's EOS as BOS if it has none. Changes and returns the tokenizer."""
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.bos_token = tokenizer.eos_token
-    return tokenizer
+__all__ = [
+    "ForwardPass",
+    "LanguageModel",
+    "ModelSource",
+    "ensure_bos",
+    "find_model",
+    "load_model",
+    "load_tokenizer",
+    "load_trunk",
+    "output_tensor",
+]
 
 
 def load_trunk(
     source: ModelSource, config: Any, last_layer: int, *, dtype: str, device: str, attention: str
 ) -> "LanguageModel":
     """Load the model up to a layer, without the later blocks and the unembedding."""
-    config = copy.deepcopy(config)
-    truncate_config(config, last_layer + 1)
-    return _load(AutoModel, source, config, dtype, device, attention)
+    return LanguageModel(load_first_blocks(source, config, last_layer, dtype=dtype, device=device, attention=attention))
 
 
 def load_model(
     source: ModelSource, config: Any, *, dtype: str, device: str, attention: str = "eager"
 ) -> "LanguageModel":
     """Load the whole model. Raises UsageError if `LanguageModel.forward` cannot run its last blocks separately."""
-    model = _load(AutoModelForCausalLM, source, config, dtype, device, attention)
+    model = LanguageModel(load_whole_model(source, config, dtype=dtype, device=device, attention=attention))
     model.check_forward()
     return model
-
-
-def _load(kind: Any, source: ModelSource, config: Any, dtype: str, device: str, attention: str) -> "LanguageModel":
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it would list the blocks left out on purpose
-    transformers_logging.disable_progress_bar()
-    try:
-        with translate_load_errors(source.name):
-            model, info = kind.from_pretrained(
-                source.location,
-                config=config,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attention,
-                device_map=device,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **_revision(source),
-            )
-    finally:
-        transformers_logging.set_verbosity(level)
-    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if wrong:  # transformers has filled them with random numbers
-        raise DamagedError(
-            f"The weights of {source.name} do not match its config.json: {wrong[0]} is missing or has another shape "
-            f"({len(wrong):,} such tensors in all). Download them again."
-        )
-    return LanguageModel(model.eval().requires_grad_(False))
-
-
-def _revision(source: ModelSource) -> dict[str, str]:
-    return {"revision": source.revision} if source.on_hub and source.revision != "unknown" else {}
 
 
 def output_tensor(output: Any) -> Tensor:

@@ -1,0 +1,208 @@
+"""Which language model a cache, a run or a result belongs to.
+
+A *model record* is {"name", "revision"}. A model of the Hub has its id as name and a commit as revision. A model in a
+folder is identified by the digest of its files, wherever the folder lies: its revision is the digest, its name the
+folder's name and the first 8 digits of the digest. (Caches written before 0.3 have the folder's absolute path as name.)
+Where PEFT adapters were merged into it, the record has a third key, "adapters": [{"name", "revision"}, ...].
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import DamagedError, UnavailableError, UsageError
+from ..common.files import read_json, sae_home, write_json
+
+ModelRecord = Mapping[str, Any]
+
+DIGEST_LENGTH = 64  # hexadecimal digits of a sha256; a commit of the Hub has 40
+SHORT_DIGEST = 8
+MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".bin"}
+TRAINING_FILES = {  # which training and evaluation scripts write beside a model
+    "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "test_results.json",
+    "training_args.bin", "optimizer.bin", "scheduler.bin",
+}  # fmt: skip
+REMEMBERED_BYTES = 64 << 20  # digests of less are computed again each time, in a few hundredths of a second
+SETTLED_NS = 1_000_000_000  # a file that was changed in the last second could change again at the same time stamp
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def model_label(record: ModelRecord) -> str:
+    """What a model is called wherever it is shown: never the path of a folder."""
+    name, revision = str(record.get("name", "?")), record.get("revision")
+    if os.path.isabs(name):
+        name = folder_label(Path(name), revision if isinstance(revision, str) else "")
+    return "+".join([name, *(str(adapter["name"]) for adapter in record.get("adapters", ()))])
+
+
+def folder_label(folder: Path, digest: str) -> str:
+    """The name of a model in a folder: the folder's name and the first 8 digits of its digest."""
+    return f"{folder.name}-{digest[:SHORT_DIGEST]}".rstrip("-")
+
+
+def is_digest(revision: object) -> bool:
+    """Whether a revision is the digest of a folder's files, not a commit of the Hub."""
+    return isinstance(revision, str) and len(revision) == DIGEST_LENGTH
+
+
+def same_model(one: ModelRecord, other: ModelRecord) -> bool:
+    """Whether two records mean the same model: equal digests of a folder, or equal ids on the Hub."""
+    if [a["revision"] for a in one.get("adapters", ())] != [a["revision"] for a in other.get("adapters", ())]:
+        return False
+    if is_digest(one.get("revision")) and is_digest(other.get("revision")):
+        return one["revision"] == other["revision"]
+    return one.get("name") == other.get("name")
+
+
+class GivenModel:
+    """The model that a user names: a folder, an id on the Hub, or the name under which a model is shown."""
+
+    def __init__(self, text: str | os.PathLike[str]) -> None:
+        self.text = os.fspath(text)
+        self.digests = folder_digests(Path(self.text)) if Path(self.text).is_dir() else ()
+
+    def is_model_of(self, record: ModelRecord) -> bool:
+        """Whether this is the model of a record, with its adapters."""
+        if record.get("adapters"):
+            return self.text == model_label(record)
+        return self.is_base_of(record)
+
+    def is_base_of(self, record: ModelRecord) -> bool:
+        """Whether this is the model of a record, or the one into which its adapters were merged."""
+        if self.text in (record.get("name"), model_label(record)):
+            return True
+        return record.get("revision") in self.digests
+
+    def describe(self) -> str:
+        """The name, and the digest if it is a folder, for an error message."""
+        return f"{self.text} (sha256 {self.digests[0][:12]})" if self.digests else self.text
+
+
+# --- digests of folders ----------------------------------------------------------------------------------------------
+
+
+def folder_digests(folder: Path) -> tuple[str, ...]:
+    """The sha256 over the names and bytes of the files in a folder that decide what its model computes.
+
+    What training writes beside a model, hidden files, and .bin weights next to safetensors do not count. Earlier
+    versions counted them: where there are any, their digest follows as a second one.
+
+    Raises UnavailableError if a file cannot be read.
+    """
+    folder = folder.resolve()
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
+        has_safetensors = any(name.endswith(".safetensors") for name in names)
+        deciding = [
+            name
+            for name in names
+            if name not in TRAINING_FILES
+            and not name.startswith(".")
+            and not (has_safetensors and name.endswith(".bin"))
+        ]
+        digests = file_digests([folder / name for name in names])
+    except OSError as error:
+        raise UnavailableError(f"The files of {folder} cannot be read: {error.strerror or error}.") from error
+    return tuple(dict.fromkeys(combined_digest(some, digests) for some in (deciding, names)))
+
+
+def combined_digest(names: Iterable[str], digests: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(digests[name]))
+    return digest.hexdigest()
+
+
+def file_digests(paths: Iterable[Path]) -> dict[str, str]:
+    """File name -> sha256. Reads only the files that changed since their digest was remembered."""
+    known, fresh, hashed = read_remembered("files"), {}, 0
+    digests = {}
+    for path in paths:
+        stamp = file_stamp(path)
+        entry = known.get(str(path))
+        if isinstance(entry, list) and entry[:-1] == stamp:
+            digests[path.name] = entry[-1]
+            continue
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashed += stamp[0]
+        if file_stamp(path) == stamp and time.time_ns() - max(stamp[1], stamp[2]) > SETTLED_NS:
+            fresh[str(path)] = [*stamp, digests[path.name]]
+    if fresh and hashed >= REMEMBERED_BYTES:
+        remember("files", fresh)
+    return digests
+
+
+def file_stamp(path: Path) -> list[int]:
+    """What changes whenever a file is written or replaced: size, times of change (ns), inode and device."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+
+
+# --- what this machine remembers about folders -----------------------------------------------------------------------
+
+
+def remembered_path() -> Path:
+    return sae_home() / "activations" / "models.json"
+
+
+def read_remembered(part: str) -> dict[str, Any]:
+    """A part of activations/models.json: "files" (path -> stamp and sha256) or "folders" (digest -> paths)."""
+    with contextlib.suppress(DamagedError, AttributeError):  # it can always be made again
+        content = read_json(remembered_path()).get(part)
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def remember(part: str, entries: Mapping[str, Any]) -> None:
+    """Add entries to a part of activations/models.json. Does nothing where that cannot be written."""
+    content = {one: read_remembered(one) for one in ("files", "folders")}
+    if all(content[part].get(key) == value for key, value in entries.items()):
+        return
+    content[part] |= entries
+    content["files"] = {path: entry for path, entry in content["files"].items() if os.path.exists(path)}
+    with contextlib.suppress(UnavailableError):
+        write_json(remembered_path(), content)
+
+
+def remember_folder(folder: Path, digest: str) -> None:
+    """Remember where a model lies, for later commands that read a cache of it."""
+    path = str(folder.resolve())
+    others = [one for one in read_remembered("folders").get(digest, ()) if one != path]
+    remember("folders", {digest: [path, *others][:4]})
+
+
+def recorded_folders(cache_folder: Path, key: str = "model") -> list[str]:
+    """The paths of the model, or of the adapters, as the last harvest into a cache was given them."""
+    with contextlib.suppress(DamagedError):
+        value = read_json(cache_folder / "harvest.json", key)[key]
+        return [one for one in ([value] if isinstance(value, str) else value or ()) if isinstance(one, str)]
+    return []
+
+
+def find_folder(record: ModelRecord, candidates: Iterable[str]) -> Path:
+    """Where the files of a record with a digest are: the first of the candidates, or of the remembered folders, that
+    holds them.
+
+    Raises UsageError if none does.
+    """
+    revision, tried = record["revision"], []
+    for text in dict.fromkeys([*candidates, *read_remembered("folders").get(revision, ())]):
+        folder = Path(text)
+        if not folder.is_dir():
+            tried.append(f"there is no folder {folder} any more")
+        elif revision in (digests := folder_digests(folder)):
+            return folder
+        else:
+            tried.append(f"{folder} now holds other files (sha256 {digests[0][:12]})")
+    raise UsageError(
+        f"The files of {model_label({**record, 'adapters': ()})} (sha256 {revision[:12]}) were not found"
+        f"{': ' + '; '.join(tried) if tried else ''}."
+    )

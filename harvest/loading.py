@@ -1,0 +1,124 @@
+"""Find a language model, pin its bytes, and load it with transformers."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..cache.models import folder_digests
+from ..common.errors import DamagedError, UsageError
+from . import mini
+from .architectures import truncate_config
+from .load_errors import translate_load_errors
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's name, where it is loaded from, and what pins its bytes."""
+
+    name: str  # as it is recorded and shown (cache/models.py)
+    location: str  # a Hub id or a folder
+    revision: str  # a commit of the Hub, or the sha256 of the files
+
+    @property
+    def on_hub(self) -> bool:
+        return not Path(self.location).is_dir()
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "revision": self.revision}
+
+
+def find_model(name: str, revision: str | None = None) -> tuple[ModelSource, Any]:
+    """Find a model and pin its bytes. Returns its source and transformers' configuration; loads no weights.
+
+    Raises UsageError if there is no such folder, and UnavailableError if the Hub cannot be reached or the model's
+    license has not been accepted.
+    """
+    folder = mini.WEIGHTS if name == mini.NAME else Path(name)
+    if folder.is_dir() and revision is not None:
+        raise UsageError(f"--revision selects a commit on the Hub, and {name} is a local folder. Leave it out.")
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise UsageError(f"There is no folder {name}. Give a folder with a model, a Hub id, or --model {mini.NAME}.")
+    if folder.is_dir():
+        with translate_load_errors(name):
+            config = AutoConfig.from_pretrained(folder)
+        digest = folder_digests(folder)[0]
+        label = name if name == mini.NAME else str(folder.resolve())
+        return ModelSource(label, str(folder), digest), config
+    with translate_load_errors(name):
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    return ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or "unknown"), config
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer of a model.
+
+    If it has no BOS, like Qwen's, EOS serves as one: it is what separated texts in pretraining.
+    """
+    with translate_load_errors(source.location):
+        return ensure_bos(AutoTokenizer.from_pretrained(source.location, **hub_revision(source)))
+
+
+def ensure_bos(tokenizer: Any) -> Any:
+    """Use the tokenizer's EOS as BOS if it has none. Changes and returns the tokenizer."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_first_blocks(
+    source: ModelSource, config: Any, last_layer: int, *, dtype: str, device: str, attention: str
+) -> Any:
+    """transformers' model up to a layer, without the later blocks and the unembedding."""
+    config = copy.deepcopy(config)
+    truncate_config(config, last_layer + 1)
+    return load_transformer(AutoModel, source, config, dtype, device, attention)
+
+
+def load_whole_model(source: ModelSource, config: Any, *, dtype: str, device: str, attention: str) -> Any:
+    """transformers' model with its unembedding."""
+    return load_transformer(AutoModelForCausalLM, source, config, dtype, device, attention)
+
+
+def load_transformer(kind: Any, source: ModelSource, config: Any, dtype: str, device: str, attention: str) -> Any:
+    """A model of transformers with the weights of `source`. Raises DamagedError unless they are all there."""
+    with quiet_transformers(), translate_load_errors(source.location):
+        model, info = kind.from_pretrained(
+            source.location,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            device_map=device,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **hub_revision(source),
+        )
+    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:  # transformers has filled them with random numbers
+        raise DamagedError(
+            f"The weights of {source.location} do not match its config.json: {wrong[0]} is missing or has another "
+            f"shape ({len(wrong):,} such tensors in all). Download them again."
+        )
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings: it would list the blocks left out on purpose."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def hub_revision(source: ModelSource) -> dict[str, str]:
+    return {"revision": source.revision} if source.on_hub and source.revision != "unknown" else {}
