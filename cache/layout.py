@@ -74,6 +74,16 @@ class Hook(NamedTuple):
         """TransformerLens' name: `blocks.12.hook_resid_post`."""
         return SITES[self.site].format(self.layer)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its entries in a record such as sae.json. The residual stream is meant where no site is named."""
+        return {"layer": self.layer} | ({"site": self.site} if self.site != "resid_post" else {})
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Hook":
+        """The hook of a record with `layer` and perhaps `site`, the inverse of `record`."""
+        return cls(record["layer"], record.get("site", "resid_post"))
+
     @classmethod
     def from_array(cls, array: str) -> "Hook":
         """The hook of an array name, the inverse of `array`."""

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..cache.catalog import canonical_model_name
+from ..cache.layout import Hook
 from ..cache.reader import Cache, is_ring_cache
 from ..common.errors import SaeError, UsageError
 from ..common.files import digest_of, read_json, sae_home
@@ -84,8 +85,6 @@ def load_run(
     """A run folder as a row, and the cache whose text it is evaluated on (`find_eval_cache`)."""
     sae = load_sae(folder, device)
     text_cache = find_eval_cache(folder, sae, known_caches, cache=cache, model=model)
-    if (site := sae.origin.get("site", "resid_post")) != "resid_post":
-        raise UsageError(f"{folder} was trained on {site}; only SAEs of resid_post can be evaluated so far.")
     return row_of_run(folder, sae), text_cache
 
 
@@ -93,12 +92,12 @@ def row_of_run(folder: Path, sae: SAE) -> EvalRow:
     """The row of a run folder.
 
     The digest in `weights` covers more than the tensors: the k of a TopK is not a tensor, and one SAE can be evaluated
-    at several layers.
+    at several hooks.
     """
     folder = folder.resolve()
-    record = read_json(folder / "sae.json", "sha256")
-    weights = digest_of([sae_spec(sae), record["sha256"], sae.origin["layer"]])
-    return EvalRow(folder.name, EvalTarget(sae, sae.origin["layer"]), folder, record, weights)
+    record, hook = read_json(folder / "sae.json", "sha256"), Hook.from_record(sae.origin)
+    weights = digest_of([sae_spec(sae), record["sha256"], *hook.record.values()])
+    return EvalRow(folder.name, EvalTarget(sae, hook), folder, record, weights)
 
 
 def only_cache_of_model(folder: Path, model: str, caches: Sequence[Cache]) -> Cache:

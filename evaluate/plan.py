@@ -16,12 +16,13 @@ from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.files import existing_parent, folder_bytes, free_space, os_error
 from ..common.formatting import format_bytes, format_count, shell_paths
+from ..harvest.architectures import check_sites, hook_width
 from .artifacts import ArtifactCache, remove_stale_temporaries
 from .inputs import artifact_cache, check_tokens, load_run, make_context, model_loader
 from .metrics.base import Metric, check_mode
 from .metrics.registry import SUITES, metrics_of_suite
 from .results import read_result
-from .rows import EvalGroup, EvalRow, failures
+from .rows import EvalGroup, EvalRow, failures, placed
 
 RESULT_BYTES, RESULT_BYTES_PER_LATENT = 1 << 20, 1024  # free disk space that the results of a run can need
 NEXT_SUITE = {"quick": "full", "full": "autointerp", "autointerp": ""}  # else "quick"
@@ -108,8 +109,8 @@ class EvaluatePlan:
         return lines
 
     def _describe_group(self, group: EvalGroup) -> list[str]:
-        layers = [row.target.layer for row in group.rows]
-        counts = ", ".join(f"{layers.count(layer)} after layer {layer}" for layer in sorted(set(layers)))
+        hooks = [row.target.hook for row in group.rows]
+        counts = ", ".join(f"{hooks.count(hook)} {placed(hook)}" for hook in sorted(set(hooks)))
         references = "; with rows for identity, zero, a PCA and a random dictionary" if self.config.references else ""
         model, contexts = group.ctx.model_identity, group.ctx.contexts
         return [
@@ -243,17 +244,23 @@ def unfinished_runs(runs: Sequence[Path]) -> list[Path]:
 def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
     """Refuse the rows of a group that cannot be evaluated, and prepare the metrics of the others."""
     model_config, model = group.ctx.model_config, group.ctx.model_identity["model"]
-    layers, d_model = model_config.num_hidden_layers, model_config.hidden_size
+    layers = model_config.num_hidden_layers
     for row in list(group.rows):
-        layer, d_in = row.target.layer, row.target.sae.d_in  # type: ignore[attr-defined]
-        if not 0 <= layer < layers:
+        hook, d_in = row.target.hook, row.target.sae.d_in  # type: ignore[attr-defined]
+        if not 0 <= hook.layer < layers:
             refuse_row(plan, group, row, DamagedError(
-                f"{row.folder}/sae.json says layer {layer}, but {model} has layers 0 to {layers - 1}. "
+                f"{row.folder}/sae.json says layer {hook.layer}, but {model} has layers 0 to {layers - 1}. "
                 "The file may have been edited; restore the layer."
             ))  # fmt: skip
-        elif d_in != d_model:
+            continue
+        try:
+            check_sites(model_config, [hook])
+        except UsageError as error:
+            refuse_row(plan, group, row, error)
+            continue
+        if d_in != (width := hook_width(hook, model_config)):
             refuse_row(plan, group, row, UsageError(
-                f"{row.folder} takes activations of width {d_in}, but {model} has width {d_model}: "
+                f"{row.folder} takes activations of width {d_in}, but {model} has width {width} at {hook}: "
                 "it belongs to another model."
             ))  # fmt: skip
     prepare_metrics(plan.metrics, group, plan.config.force)

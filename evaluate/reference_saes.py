@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cache.contexts import Contexts
+from ..cache.layout import Hook
 from ..common.files import digest_of
 from ..train.activation_functions import TopK
 from ..train.sae import SAE
@@ -63,29 +64,29 @@ def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
 
 
 def reference_targets(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
-    """Identity, zero, PCA and a random dictionary for SAEs of one layer, at their median L0 and width."""
-    layer = targets[0].layer
-    x_RD = sample_activations(ctx, text, layer).float()
+    """Identity, zero, PCA and a random dictionary for SAEs of one hook, at their median L0 and width."""
+    hook = targets[0].hook
+    x_RD = sample_activations(ctx, text, hook).float()
     gain_RD = x_RD[:GAIN_ROWS]
     l0s = torch.stack([(target.sae.encode(gain_RD) != 0).sum(1).float().mean() for target in targets])
     widths = torch.tensor([target.sae.encode(gain_RD[:1]).shape[1] for target in targets])
     rank = min(max(round(float(l0s.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)
     return {
-        "identity": EvalTarget(Identity(), layer, reference=True),
-        "zero": EvalTarget(Zero(), layer, everywhere=True, reference=True),
-        f"pca-{rank}": EvalTarget(PCA(x_RD, rank), layer, reference=True),
-        f"random-{rank}": EvalTarget(random_dictionary(gain_RD, width, rank), layer, reference=True),
+        "identity": EvalTarget(Identity(), hook, reference=True),
+        "zero": EvalTarget(Zero(), hook, everywhere=True, reference=True),
+        f"pca-{rank}": EvalTarget(PCA(x_RD, rank), hook, reference=True),
+        f"random-{rank}": EvalTarget(random_dictionary(gain_RD, width, rank), hook, reference=True),
     }
 
 
-def sample_activations(ctx: EvalContext, text: Contexts, layer: int) -> Tensor:
+def sample_activations(ctx: EvalContext, text: Contexts, hook: Hook) -> Tensor:
     """Activations (R, D) of the first contexts of the text, from the artifact cache or one pass of the model."""
     text = text.select(slice(0, FIT_CONTEXTS))
 
     def capture() -> dict[str, Tensor]:
         batches = ctx.batches(16, FIT_CONTEXTS, text)
-        return {"x": torch.cat([ctx.model.capture(b.ids, [layer])[layer][b.counted].cpu() for b in batches])}
+        return {"x": torch.cat([ctx.model.capture_hooks(b.ids, [hook])[hook][b.counted].cpu() for b in batches])}
 
-    depends = {**ctx.model_identity, "skip": ctx.special_ids, "layer": layer, "ids": digest_of(text.ids.tolist())}
+    depends = {**ctx.model_identity, "skip": ctx.special_ids, **hook.record, "ids": digest_of(text.ids.tolist())}
     return ctx.artifacts.get_or_compute("sample", depends, capture)["x"].to(ctx.device)

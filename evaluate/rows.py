@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..cache.layout import Hook
 from ..cache.reader import Cache
 from ..common.errors import SaeError
 from .context import EvalContext
@@ -29,10 +30,10 @@ class EvalRow:
     """One row of the tables: a run, an SAE object, or a reference such as the identity.
 
     Attributes:        name: its name in tables.
-        target: the SAE and its layer.
+        target: the SAE and its hook.
         folder: its results are in `evaluations/` there; None for an object, whose results are not written.
         record: the contents of sae.json, or a description of the reference.
-        weights: digest of the weights, the activations and the layer.
+        weights: digest of the weights, the activations and the hook.
         results: metric name -> result.
         errors: metric name -> why that metric has no result.
     """
@@ -52,8 +53,8 @@ class EvalRow:
     def flat(self) -> dict[str, Any]:
         """The row as one flat dictionary, for `pandas.DataFrame([row.flat() for row in rows])`.
 
-        Keys are `name`, `layer` and `metric.category.number`, whose values are numbers or None. A metric that failed
-        has its error message under the metric's name.
+        Keys are `name`, `layer`, `site` and `metric.category.number`, whose values are numbers or None. A metric that
+        failed has its error message under the metric's name.
         """
         values = {
             f"{metric}.{category}.{name}": value
@@ -62,7 +63,7 @@ class EvalRow:
             for name, value in group.items()
         }
         errors = {metric: str(error) for metric, error in self.errors.items()}
-        return {"name": self.name, "layer": self.target.layer, **values, **errors}
+        return {"name": self.name, **self.target.hook._asdict(), **values, **errors}
 
 
 @dataclass
@@ -78,6 +79,11 @@ class EvalGroup:
         """The rows (default: of this group) for which a metric has neither a result nor an error."""
         rows = self.rows if rows is None else rows
         return [row for row in rows if metric not in row.results and metric not in row.errors]
+
+
+def placed(hook: Hook) -> str:
+    """Where the SAEs of a hook are, in a sentence: "after layer 12" or "at mlp_out of layer 12"."""
+    return f"after {hook}" if hook.site == "resid_post" else f"at {hook}"
 
 
 def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
+from ..cache.layout import Hook
 from ..cache.reader import Cache
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of
+from ..harvest.architectures import check_sites, hook_width
 from .context import EvalContext
 from .inputs import make_context
 from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike
 from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics, read_earlier_results, resolve_config
 from .reference_saes import reference_targets
 from .results import write_result
-from .rows import EvalGroup, EvalRow
+from .rows import EvalGroup, EvalRow, placed
 
 # Called with a metric's name before it is measured; the context manager gives the function that receives its progress.
 ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
@@ -68,6 +70,7 @@ def evaluate_saes(
     *,
     cache: Cache | Path | str | None = None,
     layer: int | None = None,
+    site: str = "resid_post",
     suite: str = "quick",
     tokens: int | None = None,
     mode: str = "0.6.0",
@@ -99,7 +102,8 @@ def evaluate_saes(
             as by `sae evaluate`.
         cache: The cache whose held-out text is read, and whose model is run. For run folders it defaults to the cache
             that each was trained on.
-        layer: The zero-based block after which the objects were trained. Not for run folders, which record it.
+        layer: The zero-based block whose activations the objects were trained on. Not for run folders, which record it.
+        site: Where in that block: "resid_post" (the residual stream after it) or another site of `sae harvest`.
         suite: "quick", "full", or names of metrics separated by commas, such as "core,absorption".
         tokens: How many tokens of held-out text to read. Default: as many as SAEBench reads, or all.
         mode: Definitions of the metrics: "0.6.0" (SAEBench now) or "2024-12" (behind the papers' numbers).
@@ -129,15 +133,15 @@ def evaluate_saes(
     if isinstance(saes, Mapping):
         if cache is None or layer is None:
             raise UsageError("SAEs without a run folder need cache= and layer=: cache='activations/...', layer=12.")
-        plan = plan_objects(saes, cache if isinstance(cache, Cache) else Cache(cache), layer, config)
+        plan = plan_objects(saes, cache if isinstance(cache, Cache) else Cache(cache), Hook(layer, site), config)
     elif isinstance(saes, str) or not isinstance(saes, Sequence):
         raise UsageError(
             f"expected SAEs with their names, as in {{'mine': my_sae}}, or a list of run folders; got "
             f"{type(saes).__name__} {saes!r:.60}."
         )
     else:
-        if layer is not None:
-            raise UsageError("Run folders record their layer: omit layer=.")
+        if layer is not None or site != "resid_post":
+            raise UsageError("Run folders record their layer and site: omit layer= and site=.")
         folder = cache.folder if isinstance(cache, Cache) else cache
         plan = plan_folders(saes, replace(config, cache=Path(folder) if folder else None))
     return run_evaluation(plan, progress)
@@ -154,32 +158,37 @@ def plan_folders(folders: Sequence[str | os.PathLike[str]], config: EvaluateConf
     return plan
 
 
-def plan_objects(saes: Mapping[str, SAELike], cache: Cache, layer: int, config: EvaluateConfig) -> EvaluatePlan:
+def plan_objects(saes: Mapping[str, SAELike], cache: Cache, hook: Hook, config: EvaluateConfig) -> EvaluatePlan:
     """The plan for objects that have no run folder."""
     if not saes:
         raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
     metrics, device, dtype = resolve_config(config)
     ctx = make_context(cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype)
     layers = ctx.model_config.num_hidden_layers
-    if not 0 <= layer < layers:
-        raise UsageError(f"There is no layer {layer}: the model has layers 0 to {layers - 1}.")
+    if not 0 <= hook.layer < layers:
+        raise UsageError(f"There is no layer {hook.layer}: the model has layers 0 to {layers - 1}.")
+    check_sites(ctx.model_config, [hook])
     for name, sae in saes.items():
-        check_sae_like(name, sae, ctx)
-        if (trained := getattr(sae, "origin", {}).get("layer", layer)) != layer:
-            raise UsageError(f"{name} was trained after layer {trained}, not {layer}: pass layer={trained}.")
-    group = EvalGroup(cache, ctx, [EvalRow(name, EvalTarget(sae, layer)) for name, sae in saes.items()])
+        check_sae_like(name, sae, hook, ctx)
+        origin = getattr(sae, "origin", {})
+        if "layer" in origin and (trained := Hook.from_record(origin)) != hook:
+            raise UsageError(
+                f"{name} was trained {placed(trained)}, not {placed(hook)}: pass layer={trained.layer}, "
+                f'site="{trained.site}".'
+            )
+    group = EvalGroup(cache, ctx, [EvalRow(name, EvalTarget(sae, hook)) for name, sae in saes.items()])
     prepare_metrics(metrics, group, force=False)
     return EvaluatePlan(config, metrics, [group], ctx.artifacts)
 
 
 @torch.no_grad()
-def check_sae_like(name: str, sae: SAELike, ctx: EvalContext) -> None:
-    """Raise UsageError unless an object encodes and decodes activations of the model's width."""
+def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> None:
+    """Raise UsageError unless an object encodes and decodes activations of the hook's width."""
     if getattr(sae, "training", False):
         raise UsageError(
             f"{name} is in training mode, in which some activations depend on the whole batch: call .eval() on it."
         )
-    x_BD = torch.zeros(2, ctx.model_config.hidden_size, device=ctx.device)
+    x_BD = torch.zeros(2, hook_width(hook, ctx.model_config), device=ctx.device)
     try:
         recon_BD = sae.decode(sae.encode(x_BD))
     except Exception as error:
@@ -194,19 +203,20 @@ def check_sae_like(name: str, sae: SAELike, ctx: EvalContext) -> None:
 
 
 def reference_rows(group: EvalGroup) -> list[EvalRow]:
-    """Reference rows for each layer of a group. Their results are kept in the artifact cache."""
+    """Reference rows for each hook of a group. Their results are kept in the artifact cache."""
     ctx, cache, rows = group.ctx, group.cache, []
-    layers = sorted({row.target.layer for row in group.rows})
-    for layer in layers:
-        targets = [row.target for row in group.rows if row.target.layer == layer]
+    hooks = sorted({row.target.hook for row in group.rows})
+    for hook in hooks:
+        targets = [row.target for row in group.rows if row.target.hook == hook]
+        site = "" if hook.site == "resid_post" else f"-{hook.site}"
         for name, target in reference_targets(ctx, cache.contexts(held_out=False), targets).items():
             d_sae = getattr(target.sae, "d_sae", None)
             record = {
-                "reference": name, "layer": layer, "d_sae": d_sae, "text": cache.fingerprint, **ctx.model_identity
+                "reference": name, **hook.record, "d_sae": d_sae, "text": cache.fingerprint, **ctx.model_identity
             }  # fmt: skip
             digest = digest_of(record)
-            folder = ctx.artifacts.folder / "references" / f"{name}-L{layer}-{digest[:8]}"
-            shown = name if len(layers) == 1 else f"{name}-L{layer:02d}"
+            folder = ctx.artifacts.folder / "references" / f"{name}-L{hook.layer}{site}-{digest[:8]}"
+            shown = name if len(hooks) == 1 else f"{name}-L{hook.layer:02d}{site}"
             rows.append(EvalRow(shown, target, folder, record, digest))
     return rows
 

@@ -12,7 +12,6 @@ Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,16 +76,15 @@ def output_tensor(output: Any) -> Tensor:
 
 @dataclass
 class ForwardPass:
-    """A forward pass over some contexts, which can be run again from any captured layer on.
+    """A forward pass over some contexts, which can be run again from any captured hook on.
 
-    `run_from(layer, residual)` runs the blocks after `layer` on another residual stream (N, S, D), such as an SAE's
-    reconstruction, and returns what `final` would have been. M versions of the contexts can be run together, as
-    (M N, S, D).
+    `run_from(hook, x)` returns what `final` would have been had the activations at `hook` been x (N, S, d), such as an
+    SAE's reconstruction. M versions of the contexts can be run together, as (M N, S, d).
     """
 
-    residual: dict[int, Tensor]  # layer -> (N, S, D)
+    activations: dict[Hook, Tensor]  # hook -> (N, S, d)
     final: Tensor  # (N, S, D): the input of `LanguageModel.unembed`
-    run_from: Callable[[int, Tensor], Tensor]
+    run_from: Callable[[Hook, Tensor], Tensor]
 
 
 class _StopForward(Exception):  # noqa: N818  (not an error: the model has run as far as it has to)
@@ -104,6 +102,7 @@ class LanguageModel:
         """`model` is a causal language model of transformers, or its trunk alone."""
         self.model = model
         self.config = model.config.get_text_config()
+        self._other_outputs: dict[int, tuple[None, ...] | None] = {}
 
     @cached_property
     def trunk(self) -> Any:
@@ -219,38 +218,67 @@ class LanguageModel:
         return {hook.layer: x_NSD for hook, x_NSD in self.capture_hooks(ids_NS, [Hook(n) for n in layers]).items()}
 
     @torch.no_grad()
-    def forward(self, ids_NS: Tensor, layers: Sequence[int]) -> ForwardPass:
-        """One whole pass. The arguments of each later block are kept, so that `run_from` can run those blocks alone."""
-        captured: dict[Hook, Tensor] = {}
-        calls: dict[int, dict[str, Any]] = {}  # block -> its arguments
+    def forward(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
+        """One whole pass that keeps the activations at the hooks, so that `run_from` can start at each of them."""
+        kept: dict[Hook, Tensor] = {}
+        before = [Hook(hook.layer - 1) for hook in hooks if hook.site != "resid_post" and hook.layer > 0]
+        with self._noting_outputs(), self._capturing([*dict.fromkeys([*hooks, *before])], kept):
+            final = self.trunk(ids_NS, use_cache=False).last_hidden_state
 
-        def remember(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-                arguments = dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False)) | keywords
-                arguments.pop("hidden_states")
-                if isinstance(mask := arguments.get("attention_mask"), Tensor):
-                    arguments["attention_mask"] = mask[:1]  # only causal, so the same for every context
-                calls[index] = arguments
+        def run_from(hook: Hook, x_NSD: Tensor) -> Tensor:
+            versions = len(x_NSD) // len(ids_NS)
+            with contextlib.ExitStack() as stack:
+                if hook.site == "resid_post":
+                    stack.enter_context(self._starting_after(hook.layer, x_NSD))
+                else:
+                    stack.enter_context(self.patching(hook, lambda _: x_NSD))
+                    if hook.layer > 0:
+                        block_input = kept[Hook(hook.layer - 1)].repeat(versions, 1, 1)
+                        stack.enter_context(self._starting_after(hook.layer - 1, block_input))
+                return self.trunk(ids_NS.repeat(versions, 1), use_cache=False).last_hidden_state
+
+        return ForwardPass({hook: kept[hook] for hook in hooks}, final, torch.no_grad()(run_from))
+
+    @contextlib.contextmanager
+    def _starting_after(self, layer: int, x_NSD: Tensor) -> Iterator[None]:
+        """Let forward passes skip the blocks up to `layer`, with x as what they give to the next block.
+
+        The model's own code runs all the rest: it makes the arguments of the later blocks and applies the final norm.
+        """
+
+        def skipped(index: int) -> Callable[..., Any]:
+            others = self._other_outputs[index]
+            return lambda *_, **__: x_NSD if others is None else (x_NSD, *others)
+
+        blocks = self.blocks[: layer + 1]
+        own = [vars(block).get("forward") for block in blocks]  # where a library has put one in place of the class's
+        try:
+            for index, block in enumerate(blocks):
+                block.forward = skipped(index)
+            yield
+        finally:
+            for block, forward in zip(blocks, own, strict=True):
+                if forward is None:
+                    vars(block).pop("forward", None)
+                else:
+                    block.forward = forward
+
+    @contextlib.contextmanager
+    def _noting_outputs(self) -> Iterator[None]:
+        """Note what each block returns besides the residual stream, which is what a skipped block has to return."""
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                self._other_outputs[index] = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
 
             return hook
 
-        later = range(min(layers) + 1, len(self.blocks))
-        handles = [self.blocks[i].register_forward_pre_hook(remember(i), with_kwargs=True) for i in later]
+        handles = [block.register_forward_hook(note(index)) for index, block in enumerate(self.blocks)]
         try:
-            with self._capturing([Hook(layer) for layer in layers], captured):
-                final = self.trunk(ids_NS, use_cache=False).last_hidden_state
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-
-        def run_from(layer: int, residual_NSD: Tensor) -> Tensor:
-            hidden = residual_NSD
-            for index in range(layer + 1, len(self.blocks)):
-                hidden = output_tensor(self.blocks[index](hidden, **calls[index]))
-            return self.norm(hidden)
-
-        residual = {hook.layer: x_NSD for hook, x_NSD in captured.items()}
-        return ForwardPass(residual, final, torch.no_grad()(run_from))
 
     @torch.no_grad()
     def unembed(self, final: Tensor) -> Tensor:
@@ -265,10 +293,11 @@ class LanguageModel:
 
         An unknown family may scale its logits, or pass its blocks arguments that depend on the context.
         """
+        hook = Hook(0)
         ids_NS = torch.arange(8, device=self.device).reshape(2, 4) % self.config.vocab_size
         try:
-            run = self.forward(ids_NS, [0])
-            logits = self.unembed(run.run_from(0, run.residual[0])).float()
+            run = self.forward(ids_NS, [hook])
+            logits = self.unembed(run.run_from(hook, run.activations[hook])).float()
         except (AttributeError, TypeError, KeyError) as error:
             raise UsageError(self._not_evaluated(f"its modules have other names ({error})")) from error
         expected = self.model(ids_NS, use_cache=False).logits.float()

@@ -23,6 +23,7 @@ from saebench_problem import AMAZON, BIOS, BOS, EOS, PAD
 from safetensors.numpy import load_file
 
 from sae.cache.contexts import Contexts
+from sae.cache.layout import Hook
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labeled
@@ -128,7 +129,7 @@ def main() -> None:
     about = json.loads((Path(folder) / "problem.json").read_text())
     with tempfile.TemporaryDirectory() as work:
         ctx = make_context(Path(folder), Path(work))
-        targets = [EvalTarget(load_sae(Path(folder) / "saes" / kind), about["layer"]) for kind in kinds]
+        targets = [EvalTarget(load_sae(Path(folder) / "saes" / kind), Hook(about["layer"])) for kind in kinds]
         with same_inputs(about, ctx):
             saes = measure(metrics_of(about)[name], ctx, targets)
     print(json.dumps({"saes": saes, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))

@@ -71,7 +71,7 @@ def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtyp
     cache = find_eval_cache(folder, sae, list_caches())
     tokens = DEFAULT_TOKENS if tokens is None else tokens
     ctx = make_context(cache, tokens=tokens, device=device, dtype=resolve_dtype(dtype, device))
-    hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
+    hook = Hook.from_record(sae.origin)
     try:
         check_layers(ctx.model_config, [hook.layer], cache.identity["model"]["name"])
     except UsageError as error:

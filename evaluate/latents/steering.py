@@ -88,7 +88,7 @@ def hook_of_sae(sae: SAE, model: LanguageModel) -> Hook:
     """Where the SAE reads. Raises UsageError if the model has no such hook or another width there."""
     if "layer" not in sae.origin:
         raise UsageError("This SAE does not record its layer. Set sae.origin['layer'] to a zero-based block.")
-    hook = Hook(sae.origin["layer"], sae.origin.get("site", "resid_post"))
+    hook = Hook.from_record(sae.origin)
     if hook.layer >= len(model.blocks) or model.width(hook) != sae.d_in:
         raise UsageError(
             f"The SAE reads {hook} of width {sae.d_in}, but this {type(model.model).__name__} has {len(model.blocks)} "

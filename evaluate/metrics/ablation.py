@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ...cache.layout import Hook
 from ...common.errors import SaeError, UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
@@ -52,7 +53,7 @@ class AblationProblem:
 
 
 class AblationBasis(NamedTuple):
-    """The part of a problem at one layer that does not depend on the SAE."""
+    """The part of a problem at one hook that does not depend on the SAE."""
 
     labeled: LabeledRows
     test_mean_ND: Tensor
@@ -140,28 +141,28 @@ class Ablation(Metric):
         ]
         for dataset in self.datasets if measurable else ():
             for problem in self.problems(dataset, ctx.data):
-                bases = self.bases(ctx, problem, sorted({target.layer for target, _ in measurable}), progress)
+                bases = self.bases(ctx, problem, sorted({target.hook for target, _ in measurable}), progress)
                 bootstrap = BootstrapWeights.of([len(texts) for texts in problem.texts["test"].values()], problem.name)
                 for number, (target, state) in enumerate(measurable):
-                    self.measure_problem(ctx, problem, bases[target.layer], bootstrap, target.sae, state)
+                    self.measure_problem(ctx, problem, bases[target.hook], bootstrap, target.sae, state)
                     progress(number + 1, len(measurable), f"SAEs on {problem.name}")
         return [self.result(state) if isinstance(state, AblationState) else state for state in states]
 
     def initial_state(self, ctx: EvalContext, target: EvalTarget) -> AblationState | SaeError:
         """The empty state of an SAE, or the reason why it cannot be measured."""
         try:
-            W_dec_FD = affine_decoder(target.sae, ctx.model.config.hidden_size, ctx.model.device)
+            W_dec_FD = affine_decoder(target.sae, ctx.model.width(target.hook), ctx.model.device)
             check_thresholds(self.thresholds, len(W_dec_FD), self.name)
         except SaeError as error:
             return error
         return AblationState(W_dec_FD, make_generator(self.rng) if self.rng == "saebench" else None)
 
     def bases(
-        self, ctx: EvalContext, problem: AblationProblem, layers: Sequence[int], progress: Progress
-    ) -> dict[int, AblationBasis]:
-        """Rows of the texts and probes on them at each layer, from the artifact cache or computed."""
+        self, ctx: EvalContext, problem: AblationProblem, hooks: Sequence[Hook], progress: Progress
+    ) -> dict[Hook, AblationBasis]:
+        """Rows of the texts and probes on them at each hook, from the artifact cache or computed."""
         tasks = {split: problem.fixed_tasks(split) for split in problem.texts}
-        by_layer = read_labeled_rows(ctx, layers, problem.name, problem.texts, progress, self.context)
+        by_hook = read_labeled_rows(ctx, hooks, problem.name, problem.texts, progress, self.context)
         depends = {
             **ctx.model_identity,
             "skip": ctx.special_ids,
@@ -172,7 +173,7 @@ class Ablation(Metric):
             "tasks": digest_of([task.rows.tolist() for of_split in tasks.values() for task in of_split]),
         }
         bases = {}
-        for number, (layer, labeled) in enumerate(by_layer.items()):
+        for number, (hook, labeled) in enumerate(by_hook.items()):
             mean = {split: features.x_ND for split, features in labeled.split(labeled.rows.mean_ND()).items()}
 
             def make(mean: dict[str, Tensor] = mean) -> dict[str, Tensor]:
@@ -180,9 +181,9 @@ class Ablation(Metric):
                 trained = train_probes(mean["train"], tasks["train"], mean["test"], tasks["test"], generators)
                 return {"weight": trained.weight_PD, "bias": trained.bias_P}
 
-            arrays = ctx.artifacts.get_or_compute("probes", {**depends, "layer": layer}, make)
-            bases[layer] = AblationBasis(labeled, mean["test"], LinearProbes(arrays["weight"], arrays["bias"]))
-            progress(number + 1, len(layers), f"probes of {problem.name}")
+            arrays = ctx.artifacts.get_or_compute("probes", {**depends, **hook.record}, make)
+            bases[hook] = AblationBasis(labeled, mean["test"], LinearProbes(arrays["weight"], arrays["bias"]))
+            progress(number + 1, len(hooks), f"probes of {problem.name}")
         return bases
 
     def measure_problem(

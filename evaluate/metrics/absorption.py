@@ -87,13 +87,13 @@ class Absorption(Metric):
         """Raises UsageError if the model's tokenizer or vocabulary does not suit the metric."""
         self.check()
         prompts = SpellingPrompts.of(ctx.tokenizer, self.words, self.random_seed, newline=ctx.mode != "2024-12")
-        layers = sorted({target.layer for target in targets})
-        rows = read_spelling_rows(ctx, prompts, layers, self.random_seed, progress)
+        hooks = sorted({target.hook for target in targets})
+        rows = read_spelling_rows(ctx, prompts, hooks, self.random_seed, progress)
         outcomes: list[Outcome] = []
         for number, target in enumerate(targets):
             progress(number, len(targets), "SAEs")
             try:
-                outcomes.append(self.result(ctx.mode, target.sae, rows[target.layer], ctx.model.device))
+                outcomes.append(self.result(ctx.mode, target.sae, rows[target.hook], ctx.model.device))
             except SaeError as error:
                 outcomes.append(error)
         progress(len(targets), len(targets), "SAEs")

@@ -230,16 +230,16 @@ def collect_in_one_pass(
 ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """For each target and each of its latents, the flat positions where it fires and its activations there."""
     device = ctx.model.device
-    layers = sorted({target.layer for target, latents in zip(targets, latents_of_target, strict=True) if latents})
+    hooks = sorted({target.hook for target, latents in zip(targets, latents_of_target, strict=True) if latents})
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in targets]
     skip, done = torch.tensor(ctx.special_ids, device=device), 0
     for ids_NS in forward_batches(rows_RS.to(device)):
         counted_NS = ~torch.isin(ids_NS, skip)
         flat_T = counted_NS.flatten().nonzero().squeeze(1) + done * ids_NS.shape[1]
-        residual = ctx.model.capture(ids_NS, layers)
+        activations = ctx.model.capture_hooks(ids_NS, hooks)
         for target, latents, of_target in zip(targets, latents_of_target, parts, strict=True):
             if latents:
-                x_TD = residual[target.layer][counted_NS]
+                x_TD = activations[target.hook][counted_NS]
                 for x_BD, flat_B in zip(x_TD.split(TOKENS_PER_ENCODE), flat_T.split(TOKENS_PER_ENCODE), strict=True):
                     f_BK = encode_float32(target.sae, x_BD)[:, latents]
                     token, k = (f_BK > 0).nonzero(as_tuple=True)

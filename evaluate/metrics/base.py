@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
+from ...cache.layout import Hook
 from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
 
@@ -28,16 +29,20 @@ class SAELike(Protocol):
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """An SAE to evaluate, and the layer whose residual stream it reads.
+    """An SAE to evaluate, and the hook whose activations it reads.
 
-    Its reconstruction replaces the residual at the counted tokens; with `everywhere`, at BOS and padding as well.
+    Its reconstruction replaces the activations at the counted tokens; with `everywhere`, at BOS and padding as well.
     `reference` marks a baseline row (identity, zero, PCA, random dictionary) that other rows are compared with.
     """
 
     sae: SAELike
-    layer: int
+    hook: Hook
     everywhere: bool = False
     reference: bool = False
+
+    @property
+    def layer(self) -> int:
+        return self.hook.layer
 
 
 class Progress(Protocol):

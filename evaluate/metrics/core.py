@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.layout import Hook
 from ...common.errors import UsageError
 from ...harvest.model import ForwardPass, LanguageModel
 from ...train.sae import SAE
@@ -36,6 +37,7 @@ from .sae_statistics import (
     sum_by_document,
 )
 
+WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that hold all that later blocks read of the text
 MOSTLY_DEAD = 0.5  # share of dead latents above which a flag says so
 
 
@@ -73,21 +75,21 @@ class Core(Metric):
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         batches = self.counted_batches(ctx)
-        layers = sorted({target.layer for target in targets})
-        original, ablated = SpliceLoss(), {layer: SpliceLoss() for layer in layers}
+        hooks = sorted({target.hook for target in targets})
+        original, ablated = SpliceLoss(), {hook: SpliceLoss() for hook in hooks}
         spliced, statistics = [SpliceLoss() for _ in targets], [SAEStatistics() for _ in targets]
-        constant_D: dict[int, Tensor] = {}
+        constant_D: dict[Hook, Tensor] = {}
         for number, batch in enumerate(batches):
             with_loss = number < self.reconstruction_batches
-            run = ctx.model.forward(batch.ids, layers) if with_loss else None
-            residual = run.residual if run else ctx.model.capture(batch.ids, layers)
+            run = ctx.model.forward(batch.ids, hooks) if with_loss else None
+            activations = run.activations if run else ctx.model.capture_hooks(batch.ids, hooks)
             outputs = []  # for each target: the model's final residual after splicing its reconstruction
             for target, stats in zip(targets, statistics, strict=True):
-                patched = stats.add(target, residual[target.layer], batch.counted)
+                patched = stats.add(target, activations[target.hook], batch.counted)
                 if run:
-                    outputs.append(run.run_from(target.layer, patched)[batch.counted])
+                    outputs.append(run.run_from(target.hook, patched)[batch.counted])
             if run:
-                zeroed = [zero_ablated_output(run, layer, batch, constant_D) for layer in layers]
+                zeroed = [zero_ablated_output(run, hook, batch, constant_D) for hook in hooks]
                 losses = [original, *ablated.values(), *spliced]
                 add_losses(ctx.model, batch, losses, [run.final[batch.counted], *zeroed, *outputs])
             progress(number + 1, len(batches), "batches")
@@ -98,7 +100,7 @@ class Core(Metric):
         }
         document_N = torch.cat([batch.document for batch in batches])
         return [
-            build_result(ctx.mode, target, original, ablated[target.layer], loss, stats, tokens, document_N)
+            build_result(ctx.mode, target, original, ablated[target.hook], loss, stats, tokens, document_N)
             for target, loss, stats in zip(targets, spliced, statistics, strict=True)
         ]
 
@@ -115,18 +117,19 @@ class Core(Metric):
         return batches
 
 
-def zero_ablated_output(run: ForwardPass, layer: int, batch: ContextBatch, constant_D: dict[int, Tensor]) -> Tensor:
-    """The model's final residual at the counted positions (T, D) when a layer is zeroed at every position.
+def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, constant_D: dict[Hook, Tensor]) -> Tensor:
+    """The model's final residual at the counted positions (T, D) when a hook is zeroed at every position.
 
-    Attention over equal values returns that value, so all positions and texts have the same output. Once the first
-    batch confirms it, `constant_D` keeps that one vector per layer and no later batch runs the model for it.
+    With the whole residual stream zeroed, attention over equal values returns that value, so all positions and texts
+    have the same output. Once the first batch confirms it, `constant_D` keeps that one vector per hook and no later
+    batch runs the model for it. At other sites the residual stream still carries the text.
     """
-    if layer not in constant_D:
-        output_TD = run.run_from(layer, torch.zeros_like(run.residual[layer]))[batch.counted]
-        if not (output_TD == output_TD[:1]).all():
+    if hook not in constant_D:
+        output_TD = run.run_from(hook, torch.zeros_like(run.activations[hook]))[batch.counted]
+        if hook.site not in WHOLE_RESIDUAL or not (output_TD == output_TD[:1]).all():
             return output_TD
-        constant_D[layer] = output_TD[0]
-    return constant_D[layer].expand(int(batch.counted.sum()), -1)
+        constant_D[hook] = output_TD[0]
+    return constant_D[hook].expand(int(batch.counted.sum()), -1)
 
 
 def add_losses(

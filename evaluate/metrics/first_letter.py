@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...cache.layout import Hook
 from ...common.errors import UsageError
 from ..context import EvalContext
 from .base import Progress
@@ -159,7 +160,7 @@ def vocabulary_words(tokenizer: Any, start: list[int]) -> list[VocabularyWord]:
 
 @dataclass(frozen=True)
 class SpellingRows:
-    """The residual at the words of all prompts at one layer, and the model's own letter probes. Letters are 0 to 25."""
+    """The activations of one hook at the words of all prompts, and probes of their letters (0 to 25)."""
 
     train_ND: Tensor
     train_letter_N: Tensor
@@ -185,35 +186,35 @@ class SpellingRows:
 
 
 def read_spelling_rows(
-    ctx: EvalContext, prompts: SpellingPrompts, layers: Sequence[int], seed: int, progress: Progress
-) -> dict[int, SpellingRows]:
-    """Rows and letter probes of each layer, from the artifact cache or one pass of the model."""
+    ctx: EvalContext, prompts: SpellingPrompts, hooks: Sequence[Hook], seed: int, progress: Progress
+) -> dict[Hook, SpellingRows]:
+    """Rows and letter probes at each hook, from the artifact cache or one pass of the model."""
     own_split_NS, fresh_NS = prompts.all_prompts(seed)
     ids_NS = torch.cat([own_split_NS, fresh_NS])
     depends = {**ctx.model_identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
-    missing = [layer for layer in layers if not ctx.artifacts.contains("letters", {**depends, "layer": layer})]
+    missing = [hook for hook in hooks if not ctx.artifacts.contains("letters", {**depends, **hook.record})]
     captured = last_token_rows(ctx, ids_NS, missing, progress) if missing else {}
     train_letter_N, test_letter_N = torch.tensor([word.letter for word in prompts.words]).tensor_split([prompts.train])
-    by_layer = {}
-    for layer in layers:
+    by_hook = {}
+    for hook in hooks:
 
-        def make(layer: int = layer) -> dict[str, Tensor]:
-            in_memory = layer in captured
-            return {"x": captured[layer] if in_memory else last_token_rows(ctx, ids_NS, [layer], progress)[layer]}
+        def make(hook: Hook = hook) -> dict[str, Tensor]:
+            in_memory = hook in captured
+            return {"x": captured[hook] if in_memory else last_token_rows(ctx, ids_NS, [hook], progress)[hook]}
 
-        x_ND = ctx.artifacts.get_or_compute("letters", {**depends, "layer": layer}, make)["x"]
+        x_ND = ctx.artifacts.get_or_compute("letters", {**depends, **hook.record}, make)["x"]
         train_ND, test_ND, fresh_ND = x_ND.tensor_split([prompts.train, len(own_split_NS)])
-        probe = read_letter_probes(ctx, {**depends, "layer": layer}, train_ND, train_letter_N, seed, progress)
-        by_layer[layer] = SpellingRows(
+        probe = read_letter_probes(ctx, {**depends, **hook.record}, train_ND, train_letter_N, seed, progress)
+        by_hook[hook] = SpellingRows(
             train_ND, train_letter_N, test_ND, test_letter_N, fresh_ND, probe, prompts.from_ids
         )
-    return by_layer
+    return by_hook
 
 
 def read_letter_probes(
     ctx: EvalContext, depends: dict[str, Any], train_ND: Tensor, train_letter_N: Tensor, seed: int, progress: Progress
 ) -> LetterProbes:
-    """The letter probes of one layer's residual, from the artifact cache or trained."""
+    """The letter probes of the activations at one hook, from the artifact cache or trained."""
     settings: dict[str, Any] = {"batch": 64, "epochs": 50, "weight_decay": 1e-4}
 
     def make() -> dict[str, Tensor]:
@@ -227,12 +228,12 @@ def read_letter_probes(
     return LetterProbes(arrays["weight"], arrays["bias"])
 
 
-def last_token_rows(ctx: EvalContext, ids_NS: Tensor, layers: Sequence[int], progress: Progress) -> dict[int, Tensor]:
-    """The residual at the last position of each prompt, (N, D) in the model's dtype, at each layer."""
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+def last_token_rows(ctx: EvalContext, ids_NS: Tensor, hooks: Sequence[Hook], progress: Progress) -> dict[Hook, Tensor]:
+    """The activations at the last position of each prompt, (N, D) in the model's dtype, at each hook."""
+    parts: dict[Hook, list[Tensor]] = {hook: [] for hook in hooks}
     for start in range(0, len(ids_NS), PROMPTS_PER_FORWARD):
         batch_NS = ids_NS[start : start + PROMPTS_PER_FORWARD].to(ctx.model.device)
-        for layer, x_NSD in ctx.model.capture(batch_NS, layers).items():
-            parts[layer].append(x_NSD[:, -1].cpu())
+        for hook, x_NSD in ctx.model.capture_hooks(batch_NS, hooks).items():
+            parts[hook].append(x_NSD[:, -1].cpu())
         progress(min(start + PROMPTS_PER_FORWARD, len(ids_NS)), len(ids_NS), "prompts through the model")
-    return {layer: torch.cat(rows) for layer, rows in parts.items()}
+    return {hook: torch.cat(rows) for hook, rows in parts.items()}

@@ -94,7 +94,7 @@ class MultipleChoiceModel:
         """The choice of each prompt."""
         picks = [0] * len(prompts)
         for batch, ids_NS, last_N in self.batches(prompts):
-            final_NSD = self.model.forward(ids_NS, [len(self.model.blocks) - 1]).final
+            final_NSD = self.model.forward(ids_NS, []).final
             logits_NV = self.model.unembed(final_NSD[torch.arange(len(last_N)), last_N])
             for i, pick in zip(batch, self.pick(logits_NV).tolist(), strict=True):
                 picks[i] = pick

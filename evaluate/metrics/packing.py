@@ -65,16 +65,16 @@ def firing_frequencies(
 
     Tokens are counted unless their id is in `skip`.
     """
-    layers = sorted({target.layer for target in targets})
+    hooks = sorted({target.hook for target in targets})
     counts: list[Any] = [0] * len(targets)
     tokens = 0
     done = 0
     for ids_NS in forward_batches(rows_RS):
         counted_NS = ~torch.isin(ids_NS, skip)
         tokens += int(counted_NS.sum())
-        residual = model.capture(ids_NS.to(model.device), layers)
+        activations = model.capture_hooks(ids_NS.to(model.device), hooks)
         for i, target in enumerate(targets):
-            for x_TD in residual[target.layer][counted_NS.to(model.device)].split(TOKENS_PER_ENCODE):
+            for x_TD in activations[target.hook][counted_NS.to(model.device)].split(TOKENS_PER_ENCODE):
                 counts[i] += (encode_float32(target.sae, x_TD) > 0).sum(0)
         done += len(ids_NS)
         progress(done, len(rows_RS), "rows of text")

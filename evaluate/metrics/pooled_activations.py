@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.layout import Hook
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
@@ -25,7 +26,7 @@ MIN_TOKENS_PER_ENCODE = 64  # with fewer, reading the SAE's weights takes longer
 
 @dataclass(frozen=True)
 class TextRows:
-    """The residual at the counted tokens of all texts, one text after the other, in the model's dtype."""
+    """The activations at the counted tokens of all texts, one text after the other, in the model's dtype."""
 
     x_TD: Tensor
     count_N: Tensor  # int64: counted tokens of each text
@@ -90,9 +91,9 @@ def pool_latents(sae: SAELike, rows: TextRows, device: torch.device) -> PooledLa
 
 
 def read_text_rows(
-    ctx: EvalContext, layers: Sequence[int], texts: Sequence[str], progress: Progress, context: int = 128
-) -> dict[int, TextRows]:
-    """The residual rows of each layer for texts truncated to `context` tokens (BOS included).
+    ctx: EvalContext, hooks: Sequence[Hook], texts: Sequence[str], progress: Progress, context: int = 128
+) -> dict[Hook, TextRows]:
+    """The activation rows at each hook for texts truncated to `context` tokens (BOS included).
 
     They come from the artifact cache, or from one pass of the model over the texts. A text without a counted token has
     a count of 0; callers that divide by the counts have to drop it first.
@@ -101,26 +102,26 @@ def read_text_rows(
         raise UsageError(f"a context of {context} tokens holds no text after BOS. Give 2 or more.")
     ids: list[list[int]] = ctx.tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]
     depends = {**ctx.model_identity, "skip": ctx.special_ids, "ids": digest_of(ids)}
-    missing = [layer for layer in layers if not ctx.artifacts.contains("rows", {**depends, "layer": layer})]
+    missing = [hook for hook in hooks if not ctx.artifacts.contains("rows", {**depends, **hook.record})]
     captured = capture_rows(ctx, missing, ids, progress) if missing else {}
 
-    def rows_of(layer: int) -> TextRows:
+    def rows_of(hook: Hook) -> TextRows:
         def make() -> dict[str, Tensor]:
-            rows = captured[layer] if layer in captured else capture_rows(ctx, [layer], ids, progress)[layer]
+            rows = captured[hook] if hook in captured else capture_rows(ctx, [hook], ids, progress)[hook]
             return {"x": rows.x_TD, "count": rows.count_N}
 
-        arrays: dict[str, Any] = ctx.artifacts.get_or_compute("rows", {**depends, "layer": layer}, make)
+        arrays: dict[str, Any] = ctx.artifacts.get_or_compute("rows", {**depends, **hook.record}, make)
         return TextRows(arrays["x"], arrays["count"])
 
-    return {layer: rows_of(layer) for layer in layers}
+    return {hook: rows_of(hook) for hook in hooks}
 
 
 def capture_rows(
-    ctx: EvalContext, layers: Sequence[int], ids: Sequence[Sequence[int]], progress: Progress
-) -> dict[int, TextRows]:
-    """Run the model once over the texts, batching those of similar length, up to the last of `layers`."""
+    ctx: EvalContext, hooks: Sequence[Hook], ids: Sequence[Sequence[int]], progress: Progress
+) -> dict[Hook, TextRows]:
+    """Run the model once over the texts, batching those of similar length, up to the last of `hooks`."""
     skip = torch.tensor(ctx.special_ids)
-    rows: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(ids) for layer in layers}
+    rows: dict[Hook, list[Tensor]] = {hook: [torch.empty(0)] * len(ids) for hook in hooks}
     longest_first = sorted(range(len(ids)), key=lambda text: -len(ids[text]))
     for start in range(0, len(longest_first), TEXTS_PER_FORWARD):
         batch = longest_first[start : start + TEXTS_PER_FORWARD]
@@ -130,9 +131,9 @@ def capture_rows(
             tokens = torch.tensor(ids[text])
             ids_NS[row, : len(tokens)] = tokens
             counted_NS[row, : len(tokens)] = ~torch.isin(tokens, skip)
-        for layer, x_NSD in ctx.model.capture(ids_NS.to(ctx.model.device), layers).items():
+        for hook, x_NSD in ctx.model.capture_hooks(ids_NS.to(ctx.model.device), hooks).items():
             x_NSD = x_NSD.cpu()
             for row, text in enumerate(batch):
-                rows[layer][text] = x_NSD[row, counted_NS[row]]
+                rows[hook][text] = x_NSD[row, counted_NS[row]]
         progress(min(start + TEXTS_PER_FORWARD, len(ids)), len(ids), "texts through the model")
-    return {layer: TextRows(torch.cat(x), torch.tensor([len(part) for part in x])) for layer, x in rows.items()}
+    return {hook: TextRows(torch.cat(x), torch.tensor([len(part) for part in x])) for hook, x in rows.items()}

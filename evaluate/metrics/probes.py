@@ -3,7 +3,7 @@
 A text is one row of features, the mean over its counted tokens. A task lists rows and their labels, so that one matrix
 of all texts serves every task.
 
-Shape suffixes: N texts, M texts of a task, D features of a text (dimensions of the residual, or latents), K of them.
+Shape suffixes: N texts, M texts of a task, D features of a text (dimensions of the activations, or latents), K of them.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...cache.layout import Hook
 from ...common.errors import UsageError
 from ..context import EvalContext
 from ..datasets.labeled import Texts
@@ -36,7 +37,7 @@ class ProbeFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class LabeledRows:
-    """The residual rows of one dataset's texts at one layer, sorted by split (train, test), then by class."""
+    """The activation rows of one dataset's texts at one hook, sorted by split (train, test), then by class."""
 
     rows: TextRows
     counts: dict[str, dict[str, int]]  # split -> class -> number of texts
@@ -49,16 +50,16 @@ class LabeledRows:
 
 
 def read_labeled_rows(
-    ctx: EvalContext, layers: Sequence[int], name: str, texts: Texts, progress: Progress, context: int = 128
-) -> dict[int, LabeledRows]:
-    """The residual rows of a dataset's texts at each layer, from the artifact cache or one pass of the model.
+    ctx: EvalContext, hooks: Sequence[Hook], name: str, texts: Texts, progress: Progress, context: int = 128
+) -> dict[Hook, LabeledRows]:
+    """The activation rows of a dataset's texts at each hook, from the artifact cache or one pass of the model.
 
     Metrics that read the same texts in the same order share them. Raises UsageError for a text that consists of special
     tokens only: it has no mean.
     """
     flat = [text for classes in texts.values() for texts_of_class in classes.values() for text in texts_of_class]
-    by_layer = read_text_rows(ctx, layers, flat, progress, context)
-    count_N = next(iter(by_layer.values())).count_N
+    by_hook = read_text_rows(ctx, hooks, flat, progress, context)
+    count_N = next(iter(by_hook.values())).count_N
     if not bool((count_N > 0).all()):
         raise UsageError(
             f"{name}: the text {flat[int(count_N.argmin())]!r} contains only special tokens. "
@@ -68,7 +69,7 @@ def read_labeled_rows(
         split: {label: len(texts_of_class) for label, texts_of_class in classes.items()}
         for split, classes in texts.items()
     }
-    return {layer: LabeledRows(rows, counts) for layer, rows in by_layer.items()}
+    return {hook: LabeledRows(rows, counts) for hook, rows in by_hook.items()}
 
 
 class ProbeTask(NamedTuple):

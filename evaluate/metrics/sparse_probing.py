@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.layout import Hook
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
@@ -95,33 +96,33 @@ class SparseProbing(Metric):
         ks = self.ks(ctx.mode)
         make_generator(self.rng)  # reject an unknown rng before the model runs
         texts = {name: load_texts(name, ctx.data, self.train_set_size, self.test_set_size) for name in self.datasets}
-        layers = sorted({target.layer for target in targets})
-        llm: dict[int, dict[str, ProbingScores]] = {layer: {} for layer in layers}
+        hooks = sorted({target.hook for target in targets})
+        llm: dict[Hook, dict[str, ProbingScores]] = {hook: {} for hook in hooks}
         probed = [ProbedSAE(make_generator(self.rng)) for _ in targets]
         for number, (name, classes) in enumerate(texts.items()):
-            rows = read_labeled_rows(ctx, layers, name, classes, progress, self.context)
-            for layer in layers:
-                llm[layer][name] = self.llm_scores(ctx, layer, name, classes, rows[layer], ks)
+            rows = read_labeled_rows(ctx, hooks, name, classes, progress, self.context)
+            for hook in hooks:
+                llm[hook][name] = self.llm_scores(ctx, hook, name, classes, rows[hook], ks)
             for index, (target, sae) in enumerate(zip(targets, probed, strict=True)):
                 progress(number * len(targets) + index, len(texts) * len(targets), f"{name}, SAE {index + 1}")
                 if sae.error is None:
-                    self.probe_sae(ctx, target, sae, name, rows[target.layer], ks)
+                    self.probe_sae(ctx, target, sae, name, rows[target.hook], ks)
         return [
-            sae.error or build_result(llm[target.layer], sae.scores, ks, self.test_set_size, sae.folded)
+            sae.error or build_result(llm[target.hook], sae.scores, ks, self.test_set_size, sae.folded)
             for target, sae in zip(targets, probed, strict=True)
         ]
 
     def llm_scores(
-        self, ctx: EvalContext, layer: int, name: str, texts: Texts, rows: LabeledRows, ks: Sequence[int]
+        self, ctx: EvalContext, hook: Hook, name: str, texts: Texts, rows: LabeledRows, ks: Sequence[int]
     ) -> "ProbingScores":
-        """Scores of probes on the residual of one dataset, from the artifact cache or computed."""
+        """Scores of probes on the model's own activations on one dataset, from the artifact cache or computed."""
 
         def make() -> dict[str, Tensor]:
             generator = make_generator(self.rng)
             features = rows.split(rows.rows.mean_ND())
             return probe_dataset(features, ks, self.generators(generator, name)).to_tensors()
 
-        depends = {"layer": layer, "dataset": name, "texts": digest_of(texts), "k": ks, **ctx.model_identity}
+        depends = {**hook.record, "dataset": name, "texts": digest_of(texts), "k": ks, **ctx.model_identity}
         depends |= {"skip": ctx.special_ids, "context": self.context, "rng": self.rng}
         return ProbingScores.from_tensors(
             ctx.artifacts.get_or_compute("llm_probes", depends, make), [*texts["test"]], ks

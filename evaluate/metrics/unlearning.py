@@ -252,20 +252,21 @@ class Unlearning(Metric):
         progress: Progress,
     ) -> list[Answers]:
         """For each plan, which questions stay right under each selection and multiplier."""
-        layers = sorted({plan.target.layer for plan in plans})
+        hooks = sorted({plan.target.hook for plan in plans})
         multipliers_M = torch.tensor(self.multipliers, device=chat_model.model.device)
         right = [no_answers(plan.selections, len(multipliers_M), questions) for plan in plans]
         done, total = 0, sum(map(len, questions.values()))
         for name, known in questions.items():
             answer_N = torch.tensor([question.answer for question in known])
             for batch, ids_NS, last_N in chat_model.batches([chat_model.prompt(q.subject, q) for q in known]):
-                run = chat_model.model.forward(ids_NS, layers)
+                run = chat_model.model.forward(ids_NS, hooks)
                 for plan, right_of_plan in zip(plans, right, strict=True):
-                    x_NSD = run.residual[plan.target.layer]
+                    x_NSD = run.activations[plan.target.hook]
                     f_NSK = plan.latents(x_NSD)
                     for selection in plan.selections:
                         clamped_MNSD = plan.clamp(x_NSD, f_NSK, selection, multipliers_M)
-                        final_MNSD = run.run_from(plan.target.layer, clamped_MNSD.flatten(0, 1)).view_as(clamped_MNSD)
+                        final_NSD = run.run_from(plan.target.hook, clamped_MNSD.flatten(0, 1))
+                        final_MNSD = final_NSD.unflatten(0, clamped_MNSD.shape[:2])
                         last_MND = final_MNSD[:, torch.arange(len(last_N)), last_N]
                         picks_MN = chat_model.pick(chat_model.model.unembed(last_MND)).cpu()
                         right_of_plan[selection][name][:, batch] = picks_MN == answer_N[batch]

@@ -87,7 +87,7 @@ def of_layer_1() -> SAE:
             r"one turns \(2, 32\) into \(32,\)",
         ),
         (trained, {"layer": 2}, "There is no layer 2"),
-        (of_layer_1, {}, "one was trained after layer 1, not 0: pass layer=1"),
+        (of_layer_1, {}, "one was trained after layer 1, not after layer 0: pass layer=1"),
         (trained, {"suite": "cor"}, "there is no metric cor; did you mean core"),
         (trained, {"cache": "nowhere"}, "nowhere holds no activation cache"),
         (None, {}, "There are no SAEs to evaluate. Give them with their names"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae.cache.layout import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labeled
@@ -64,10 +65,10 @@ def silent(done, total, note=""):
 
 def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(ctx, monkeypatch):
     targets = [
-        EvalTarget(random_sae(0), 0),
-        EvalTarget(random_sae(1), 1),
-        EvalTarget(random_sae(2), 0),
-        EvalTarget(Identity(), 0),
+        EvalTarget(random_sae(0), Hook(0)),
+        EvalTarget(random_sae(1), Hook(1)),
+        EvalTarget(random_sae(2), Hook(0)),
+        EvalTarget(Identity(), Hook(0)),
     ]
     together = SMALL.measure(ctx, targets, silent)
     for kind in ("dir1", "metric", "dir2"):
@@ -89,7 +90,7 @@ def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(ctx, monkeypatc
 def test_what_fires_on_nothing_leaks_and_is_said(ctx):
     loud = random_sae(0)
     loud.b_enc += 1.0
-    quiet, leaking = SMALL.measure(ctx, [EvalTarget(random_sae(0), 0), EvalTarget(loud, 0)], silent)
+    quiet, leaking = SMALL.measure(ctx, [EvalTarget(random_sae(0), Hook(0)), EvalTarget(loud, Hook(0))], silent)
     assert "without_leak" not in quiet.metrics
     assert leaking.metrics["without_leak"].keys() == leaking.metrics["scr_metrics"].keys()
     assert leaking.metrics["without_leak"] != leaking.metrics["scr_metrics"]
@@ -103,7 +104,9 @@ def test_what_cannot_be_measured_has_a_sentence_in_its_place(ctx):
             return f**2
 
     few, odd, fine = SMALL.measure(
-        ctx, [EvalTarget(random_sae(0, 12), 0), EvalTarget(Squares(), 0), EvalTarget(Zero(), 0)], silent
+        ctx,
+        [EvalTarget(one, Hook(0)) for one in (random_sae(0, 12), Squares(), Zero())],
+        silent,
     )
     assert isinstance(few, UsageError)
     assert "--set scr.thresholds=2." in str(few)
@@ -116,7 +119,9 @@ def test_tpp_draws_the_same_for_every_sae_or_as_saebench_for_each(ctx):
     for rng in ("paired", "saebench"):
         metric = Tpp((REVIEWS,), (2, 20), **SETS, rng=rng)
         first, second, again = metric.measure(
-            ctx, [EvalTarget(random_sae(0), 0), EvalTarget(random_sae(2), 0), EvalTarget(random_sae(0), 0)], silent
+            ctx,
+            [EvalTarget(random_sae(seed), Hook(0)) for seed in (0, 2, 0)],
+            silent,
         )
         assert first == again
         assert first.metrics != second.metrics

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from sae.cache.layout import Hook
 from sae.common.errors import SaeError, UsageError
 from sae.evaluate.metrics.absorption import Absorption, bootstrap_interval, rate_entry, score_words
 from sae.evaluate.metrics.base import EvalTarget, MetricResult
@@ -326,7 +327,7 @@ def test_the_order_of_saes_and_their_company_change_nothing(ctx):
     metric = Absorption(words=260, min_GT_probe_f1=0.0, min_feats_for_eval=0)
     torch.manual_seed(0)
     saes = [SAE(32, 50, [ReLU()]).requires_grad_(False), SAE(32, 64, [TopK(4)]).requires_grad_(False)]
-    targets = [EvalTarget(saes[0], 1), EvalTarget(Identity(), 1), EvalTarget(saes[1], 0)]
+    targets = [EvalTarget(saes[0], Hook(1)), EvalTarget(Identity(), Hook(1)), EvalTarget(saes[1], Hook(0))]
     first = metric.measure(ctx, targets, silent)
     again = metric.measure(ctx, targets[::-1], silent)[::-1]
     alone = metric.measure(ctx, targets[:1], silent)
@@ -340,7 +341,7 @@ def test_the_order_of_saes_and_their_company_change_nothing(ctx):
 
 
 def test_a_model_that_does_not_spell_gets_a_sentence_for_each_sae(ctx):
-    targets = [EvalTarget(SAE(32, 50, [ReLU()]).requires_grad_(False), layer) for layer in (0, 1)]
+    targets = [EvalTarget(SAE(32, 50, [ReLU()]).requires_grad_(False), Hook(layer)) for layer in (0, 1)]
     for outcome in Absorption(words=260, min_GT_probe_f1=0.99).measure(ctx, targets, silent):
         assert isinstance(outcome, SaeError)
         assert "Absorption needs letters that the model spells" in str(outcome)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.cache.layout import Hook
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics import autointerp as module
@@ -53,15 +54,15 @@ def sae_of(seed: int) -> SAE:
 
 def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch):
     rows = pack_contexts(ctx, 32)
-    targets = [EvalTarget(sae_of(0), 0), EvalTarget(sae_of(1), 1)]
+    targets = [EvalTarget(sae_of(0), Hook(0)), EvalTarget(sae_of(1), Hook(1))]
     shares = firing_frequencies(ctx.model, torch.tensor(ctx.special_ids), rows, targets, silent)
     drawn = [[1, 5, 9], [2, 3]]
     passes = []
-    capture = ctx.model.capture
-    monkeypatch.setattr(ctx.model, "capture", lambda ids, layers: passes.append(layers) or capture(ids, layers))
+    capture = ctx.model.capture_hooks
+    monkeypatch.setattr(ctx.model, "capture_hooks", lambda ids, hooks: passes.append(hooks) or capture(ids, hooks))
     expected = {}
     for number, target in enumerate(targets):
-        f = target.sae.encode(capture(rows, [target.layer])[target.layer])
+        f = target.sae.encode(capture(rows, [target.hook])[target.hook])
         f[torch.isin(rows, torch.tensor(ctx.special_ids))] = 0
         kept = ~torch.isin(rows, torch.tensor(ctx.special_ids))
         assert shares[number][0] == 0
@@ -273,10 +274,10 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
 
 
 def test_references_and_settings_that_make_no_sense_are_refused(ctx):
-    (outcome,) = Autointerp(context=32).measure(ctx, [EvalTarget(Identity(), 0, reference=True)], silent)
+    (outcome,) = Autointerp(context=32).measure(ctx, [EvalTarget(Identity(), Hook(0), reference=True)], silent)
     assert isinstance(outcome, UsageError)
     for change in ({"latents": 0}, {"context": 20}, {"tokens": 0}):
         with pytest.raises(UsageError, match="must be 1 or more"):
-            replace(Autointerp(), **change).measure(ctx, [EvalTarget(sae_of(0), 0)], silent)
+            replace(Autointerp(), **change).measure(ctx, [EvalTarget(sae_of(0), Hook(0))], silent)
     with pytest.raises(UsageError, match="less than one row of 9000 tokens"):
-        Autointerp(context=9000).measure(ctx, [EvalTarget(sae_of(0), 0)], silent)
+        Autointerp(context=9000).measure(ctx, [EvalTarget(sae_of(0), Hook(0))], silent)

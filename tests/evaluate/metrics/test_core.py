@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.cache.layout import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
@@ -63,8 +64,12 @@ def random_sae(kind: str, seed: int = 0) -> SAE:
     return sae.eval().requires_grad_(False)
 
 
+def silent(done: int, total: int, note: str = "") -> None:
+    pass
+
+
 def measure(ctx: EvalContext, *saes: SAE, **settings) -> list[dict]:
-    results = Core(**settings).measure(ctx, [EvalTarget(sae, LAYER) for sae in saes], lambda done, total, note="": None)
+    results = Core(**settings).measure(ctx, [EvalTarget(sae, Hook(LAYER)) for sae in saes], silent)
     return [{**result.metrics, "latents": result.details} for result in results]
 
 
@@ -289,8 +294,8 @@ def test_several_saes_in_one_pass_equal_each_alone(model):
 def test_layers_are_spliced_where_they_stand(model):
     """Behind the last block nothing follows: KL at layer 1 is that of the unembedding alone, unlike at layer 0."""
     sae, ctx = random_sae("relu"), make_ctx(model, ragged())
-    both = Core().measure(ctx, [EvalTarget(sae, 0), EvalTarget(sae, 1)], lambda done, total, note="": None)
-    alone = [Core().measure(ctx, [EvalTarget(sae, layer)], lambda done, total, note="": None)[0] for layer in (0, 1)]
+    both = Core().measure(ctx, [EvalTarget(sae, Hook(0)), EvalTarget(sae, Hook(1))], silent)
+    alone = [Core().measure(ctx, [EvalTarget(sae, Hook(layer))], silent)[0] for layer in (0, 1)]
     for one, other in zip(both, alone, strict=True):
         assert one.metrics == other.metrics
     assert both[0].metrics["shrinkage"]["l2_norm_in"] != both[1].metrics["shrinkage"]["l2_norm_in"]
@@ -298,8 +303,8 @@ def test_layers_are_spliced_where_they_stand(model):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_identity_scores_one_and_zero_scores_zero(model, layer):
-    targets = [EvalTarget(Identity(), layer), EvalTarget(Zero(), layer, everywhere=True)]
-    identity, zero = Core().measure(make_ctx(model, ragged()), targets, lambda done, total, note="": None)
+    targets = [EvalTarget(Identity(), Hook(layer)), EvalTarget(Zero(), Hook(layer), everywhere=True)]
+    identity, zero = Core().measure(make_ctx(model, ragged()), targets, silent)
     for result, score in ((identity, 1), (zero, 0)):
         assert result.metrics["model_behavior_preservation"]["kl_div_score"] == pytest.approx(score, abs=1e-5)
         assert result.metrics["model_performance_preservation"]["ce_loss_score"] == pytest.approx(score, abs=1e-5)
@@ -373,7 +378,7 @@ def test_mse_depends_on_the_batch_and_mse_elementwise_does_not(model):
 
 def test_every_interval_holds_its_number(model):
     ctx = make_ctx(model, ragged())
-    (found,) = Core().measure(ctx, [EvalTarget(random_sae("relu"), LAYER)], lambda done, total, note="": None)
+    (found,) = Core().measure(ctx, [EvalTarget(random_sae("relu"), Hook(LAYER))], silent)
     for category, group in found.intervals.items():
         for name, (low, high) in group.items():
             assert (low + high) / 2 == pytest.approx(found.metrics[category][name], rel=1e-5), name
@@ -384,8 +389,8 @@ def test_contexts_of_one_document_are_one_draw(model):
     """Every document twice over is as sure as once; twice as many documents would be surer."""
     once = make_ctx(model, ragged())
     twice = replace(once, contexts=once.contexts.select(np.arange(5).repeat(2)))
-    sae = EvalTarget(random_sae("relu"), LAYER)
-    alone, again = (Core().measure(ctx, [sae], lambda done, total, note="": None)[0] for ctx in (once, twice))
+    sae = EvalTarget(random_sae("relu"), Hook(LAYER))
+    alone, again = (Core().measure(ctx, [sae], silent)[0] for ctx in (once, twice))
     assert again.n == {"documents": 5, "contexts": 10, "tokens": 70}
     for category, group in alone.intervals.items():
         for name, interval_once in group.items():
@@ -396,11 +401,11 @@ def test_degenerate_saes_are_flagged(model):
     dead = random_sae("relu")
     dead.b_enc.fill_(-1e3)
     targets = [
-        EvalTarget(dead, LAYER),
-        EvalTarget(random_sae("topk"), LAYER),
-        EvalTarget(Zero(), LAYER, True, reference=True),
+        EvalTarget(dead, Hook(LAYER)),
+        EvalTarget(random_sae("topk"), Hook(LAYER)),
+        EvalTarget(Zero(), Hook(LAYER), True, reference=True),
     ]
-    found = Core().measure(make_ctx(model, ragged()), targets, lambda done, total, note="": None)
+    found = Core().measure(make_ctx(model, ragged()), targets, silent)
     assert "L0 is 0" in found[0].flags[0]
     assert not any("L0 is 0" in flag for flag in found[1].flags)
     assert found[2].flags == []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sae.cache.layout import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
@@ -20,12 +21,12 @@ def silent(done, total, note=""):
     pass
 
 
-def padded(ctx: EvalContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(ctx: EvalContext, hook: Hook) -> tuple[torch.Tensor, torch.Tensor]:
     """As SAEBench reads them: (N, CONTEXT, D) with zeros where nothing counts, and the count of each text."""
     rows = []
     for text in TEXTS:
         ids = torch.tensor([ctx.tokenizer(text, truncation=True, max_length=CONTEXT)["input_ids"]])
-        x = ctx.model.forward(ids, [layer]).residual[layer][0]
+        x = ctx.model.forward(ids, [hook]).activations[hook][0]
         x[torch.isin(ids[0], torch.tensor(SKIP))] = 0
         rows.append(torch.nn.functional.pad(x, (0, 0, 0, CONTEXT - len(x))))
     x = torch.stack(rows)
@@ -37,8 +38,8 @@ def test_rows_and_sums_are_those_of_padded_passes(ctx, monkeypatch):
     torch.manual_seed(0)
     sae = SAE(32, 20, [ReLU()]).requires_grad_(False)
     sae.b_enc += 0.3  # latents fire on a zero row
-    for layer, rows in read_text_rows(ctx, [0, 1], TEXTS, silent, CONTEXT).items():
-        x, count = padded(ctx, layer)
+    for hook, rows in read_text_rows(ctx, [Hook(0), Hook(1)], TEXTS, silent, CONTEXT).items():
+        x, count = padded(ctx, hook)
         assert torch.equal(rows.count_N, count)
         torch.testing.assert_close(rows.x_TD, x[(x != 0).any(-1)])
         torch.testing.assert_close(rows.mean_ND(), x.sum(1) / count[:, None])
@@ -53,13 +54,15 @@ def test_rows_and_sums_are_those_of_padded_passes(ctx, monkeypatch):
 
 def test_the_model_runs_once_and_only_for_what_lacks(ctx, monkeypatch):
     passes = []
-    capture = ctx.model.capture
-    monkeypatch.setattr(ctx.model, "capture", lambda ids, layers: passes.append(list(layers)) or capture(ids, layers))
-    first = read_text_rows(ctx, [0], TEXTS, silent, CONTEXT)[0]
-    again = read_text_rows(ctx, [0, 1], TEXTS, silent, CONTEXT)[0]
+    capture = ctx.model.capture_hooks
+    monkeypatch.setattr(
+        ctx.model, "capture_hooks", lambda ids, hooks: passes.append([h.layer for h in hooks]) or capture(ids, hooks)
+    )
+    first = read_text_rows(ctx, [Hook(0)], TEXTS, silent, CONTEXT)[Hook(0)]
+    again = read_text_rows(ctx, [Hook(0), Hook(1)], TEXTS, silent, CONTEXT)[Hook(0)]
     assert passes == [[0], [1]]
     assert torch.equal(first.x_TD, again.x_TD)
-    read_text_rows(ctx, [0], TEXTS[:2], silent, CONTEXT)
+    read_text_rows(ctx, [Hook(0)], TEXTS[:2], silent, CONTEXT)
     assert passes == [[0], [1], [0]]
 
 
@@ -92,11 +95,11 @@ def test_no_block_behind_the_last_layer_asked_for_is_run(ctx):
     ids = torch.tensor([[2, 300, 301]])
     alone = ctx.model.capture(ids, [0])[0]
     assert ran == [0]
-    assert torch.equal(alone, ctx.model.forward(ids, [0, 1]).residual[0])
+    assert torch.equal(alone, ctx.model.forward(ids, [Hook(0), Hook(1)]).activations[Hook(0)])
     assert ran == [0, 0, 1]
 
 
 @pytest.mark.parametrize("context", [-1, 0, 1])
 def test_a_context_without_room_for_text_is_refused(ctx, context):
     with pytest.raises(UsageError, match=f"a context of {context} tokens holds no text"):
-        read_text_rows(ctx, [0], TEXTS, silent, context)
+        read_text_rows(ctx, [Hook(0)], TEXTS, silent, context)

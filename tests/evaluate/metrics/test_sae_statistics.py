@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sae.cache.layout import Hook
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.sae_statistics import SAEStatistics, largest_other_cosine, ratio_interval
 from sae.evaluate.reference_saes import Identity
@@ -26,7 +27,7 @@ class Scripted:
 def statistics_of(x: torch.Tensor, f: torch.Tensor, recon: torch.Tensor) -> SAEStatistics:
     """One context of the rows x (T, D)."""
     stats = SAEStatistics()
-    patched = stats.add(EvalTarget(Scripted(f, recon), 0), x[None], torch.ones(1, len(x), dtype=torch.bool))
+    patched = stats.add(EvalTarget(Scripted(f, recon), Hook(0)), x[None], torch.ones(1, len(x), dtype=torch.bool))
     assert torch.equal(patched, recon[None])
     return stats
 
@@ -113,7 +114,7 @@ def test_the_interval_of_fve_is_about_the_mean_of_all():
     noisy = NoisyIdentity()
     stats = SAEStatistics()
     for x_NSD in x_BNSD:
-        stats.add(EvalTarget(noisy, 0), x_NSD, torch.ones(8, 6, dtype=torch.bool))
+        stats.add(EvalTarget(noisy, Hook(0)), x_NSD, torch.ones(8, 6, dtype=torch.bool))
     fve = stats.scalars("0.6.0")["reconstruction_quality"]["fve"]
     low, high = stats.fve_interval(ratio_interval(stats.ratios()["reconstruction_quality"]["fve"]), fve)
     x_TD, error_C = x_BNSD.flatten(0, 1), torch.tensor(noisy.errors).view(320, 6).sum(1)

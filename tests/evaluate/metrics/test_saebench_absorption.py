@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.cache.layout import Hook
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics import absorption, first_letter
@@ -75,7 +76,7 @@ def test_prompts_and_rows_match_saebench(saebench, reference, tokenizer, tmp_pat
         asked = [known[row[-1]] for row in rows]
         assert [word.letter for word in asked] == arrays[f"{part}.labels"].tolist()
         ids_NS = made.prompts(asked, known, Draws(iter([[known[i] for i in row[:-1]] for row in rows])))
-        x_ND = last_token_rows(ctx, ids_NS, [0], lambda *_: None)[0]
+        x_ND = last_token_rows(ctx, ids_NS, [Hook(0)], lambda *_: None)[Hook(0)]
         torch.testing.assert_close(x_ND, arrays[f"{part}.activations"], atol=2e-5, rtol=1e-5)
     example = reference["prompt"]
     asked = iter(example["text"].removeprefix("\n").split("\n"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.cache.layout import Hook
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
@@ -33,7 +34,7 @@ def ours(saebench, contexts):
     ctx = EvalContext(lambda: saebench.model, None, text, [0, 1, 2], "0.6.0", {}, {}, ArtifactCache(Path("shelf")))
     metric = Core(about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
     asked = [(kind, everywhere) for kind in KINDS for everywhere in (False, True)]
-    targets = [EvalTarget(saebench.saes[kind], about["layer"], everywhere) for kind, everywhere in asked]
+    targets = [EvalTarget(saebench.saes[kind], Hook(about["layer"]), everywhere) for kind, everywhere in asked]
     found = metric.measure(ctx, targets, lambda done, total, note="": None)
     return {
         (kind, "everywhere" if all_ else "rewound"): result for (kind, all_), result in zip(asked, found, strict=True)
@@ -42,8 +43,8 @@ def ours(saebench, contexts):
 
 def test_the_model_is_the_same(saebench, contexts):
     reference = saebench.arrays("core")
-    run = saebench.model.forward(contexts[:2], [0])
-    torch.testing.assert_close(run.residual[0], reference["residual"], rtol=1e-5, atol=1e-5)
+    run = saebench.model.forward(contexts[:2], [Hook(0)])
+    torch.testing.assert_close(run.activations[Hook(0)], reference["residual"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(saebench.model.unembed(run.final)[:, :, :64], reference["logits"], rtol=1e-5, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
+from sae.cache.layout import Hook
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labeled
@@ -50,11 +51,11 @@ def ctx(saebench, tmp_path, monkeypatch) -> EvalContext:
     for name, pair in ((BIOS, (21, 13)), (REVIEWS, (24, 26))):
         monkeypatch.setitem(labeled.DATASETS, name, replace(labeled.DATASETS[name], pairs=(pair,)))
 
-    def read_labeled(ctx, layers, name, classes, progress, context):
+    def read_labeled(ctx, hooks, name, classes, progress, context):
         parts = [found[text] for split in classes.values() for own in split.values() for text in own]
         counts = {split: {label: len(own) for label, own in classes[split].items()} for split in classes}
         rows = TextRows(torch.cat(parts), torch.tensor([len(part) for part in parts]))
-        return {layer: LabeledRows(rows, counts) for layer in layers}
+        return {hook: LabeledRows(rows, counts) for hook in hooks}
 
     monkeypatch.setattr(ablation, "read_labeled_rows", read_labeled)
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
@@ -121,7 +122,7 @@ def test_scr(saebench, ctx, monkeypatch, record_comparison, kind):
     effects = record_calls(monkeypatch, Scr, "effects")
     reference = saebench.json("scr/results")[kind]
     metric = Scr((BIOS, REVIEWS), **settings(saebench, "scr"))
-    (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
+    (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], Hook(0))], lambda *_: None)
     scores = reference["eval_result_metrics"]["scr_metrics"]
     headline = "scr_metric_threshold_20"
     chosen = [
@@ -167,7 +168,7 @@ def test_tpp(saebench, ctx, monkeypatch, record_comparison, kind):
 
     monkeypatch.setattr(Tpp, "clean_accuracies", clean_of)
     metric = Tpp((BIOS, REVIEWS), **settings(saebench, "tpp"))
-    (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], 0)], lambda *_: None)
+    (found,) = metric.measure(ctx, [EvalTarget(saebench.saes[kind], Hook(0))], lambda *_: None)
     calls = {len(effects): accuracies, len(effects) * 2: accuracies[1::2]}[len(accuracies)]  # first without the leak
     steps = [reference["steps"][dataset] for dataset in TASKS["tpp"]]
     scores = reference["eval_result_metrics"]["tpp_metrics"]

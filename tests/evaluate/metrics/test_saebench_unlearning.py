@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.cache.layout import Hook
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.clamping import clamp_latents
 from sae.evaluate.metrics.packing import firing_frequencies, select_forget_latents
@@ -19,7 +20,7 @@ def silent(done, total, note=""):
 
 def test_frequencies(saebench, record_comparison):
     tokens, expected = saebench.arrays("problem/contexts")["tokens"].long(), saebench.arrays("unlearning")
-    targets = [EvalTarget(saebench.saes[kind], 0) for kind in KINDS]
+    targets = [EvalTarget(saebench.saes[kind], Hook(0)) for kind in KINDS]
     for name, rows in (("forget", tokens[:10]), ("retain", tokens[10:])):
         for kind, share in zip(KINDS, firing_frequencies(saebench.model, SPECIAL, rows, targets, silent), strict=True):
             record_comparison("unlearning", f"{kind}: frequencies, {name}", [(expected[f"{kind}.{name}"], share)])

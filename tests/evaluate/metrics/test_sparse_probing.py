@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sae.cache.layout import Hook
 from sae.common.errors import UsageError
 from sae.evaluate.context import EvalContext
 from sae.evaluate.latents import inspection
@@ -61,7 +62,7 @@ def make_sae(seed: int = 0, latents: int = 40) -> SAE:
 
 
 def measured(ctx: EvalContext, *coders, metric: SparseProbing = METRIC) -> list:
-    return metric.measure(ctx, [EvalTarget(coder, 1) for coder in coders], silent)
+    return metric.measure(ctx, [EvalTarget(coder, Hook(1)) for coder in coders], silent)
 
 
 def test_the_fields_are_saebench_s(ctx):

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from sae.cache.contexts import Contexts
+from sae.cache.layout import Hook
 from sae.common.errors import SaeError, UnavailableError, UsageError
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
@@ -149,7 +150,7 @@ def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_
     """Four of the six questions are lost, the others and all of the other sets stay; the same in any company."""
     both = replace(metric, n_features=(1, 2))
     sae, every, silent_one = (sae_that_fires_on(*w) for w in ((VALUE,), (VALUE, NUMBER), ()))
-    targets = [EvalTarget(one, 0) for one in (sae, Identity(), every, silent_one)]
+    targets = [EvalTarget(one, Hook(0)) for one in (sae, Identity(), every, silent_one)]
     first, identity, second, third = both.measure(ctx, targets, silent)
     assert first.metrics == {"unlearning": {"unlearning_score": pytest.approx(4 / 6)}}
     assert {name: first.n[name] for name in ("wmdp-bio", SIDE, "human_aging")} == {
@@ -170,9 +171,9 @@ def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_
     assert second.metrics == first.metrics
     assert third.metrics == {"unlearning": {"unlearning_score": 0}} and third.details == []
     assert any("nothing was clamped" in flag for flag in third.flags)
-    (alone,) = both.measure(ctx, [EvalTarget(every, 0)], silent)
+    (alone,) = both.measure(ctx, [EvalTarget(every, Hook(0))], silent)
     assert alone == second
-    (inadmissible,) = replace(metric, n_features=(2,)).measure(ctx, [EvalTarget(every, 0)], silent)
+    (inadmissible,) = replace(metric, n_features=(2,)).measure(ctx, [EvalTarget(every, Hook(0))], silent)
     assert inadmissible.metrics == {"unlearning": {"unlearning_score": 0}}
     assert any("Every intervention lost" in flag for flag in inadmissible.flags)
 
@@ -182,7 +183,7 @@ def test_the_length_of_decoder_rows_changes_nothing_and_is_said(ctx, metric):
     scaled = sae_that_fires_on(VALUE)
     scaled.W_dec.mul_(0.01)
     scaled.W_enc.mul_(100)
-    plain, folded = metric.measure(ctx, [EvalTarget(sae, 0), EvalTarget(scaled, 0)], silent)
+    plain, folded = metric.measure(ctx, [EvalTarget(sae, Hook(0)), EvalTarget(scaled, Hook(0))], silent)
     assert folded.metrics == plain.metrics and folded.details == plain.details
     assert [flag for flag in folded.flags if flag not in plain.flags] == [
         "Decoder rows do not have unit length: their norms were folded into the latents."
@@ -196,10 +197,10 @@ def test_known_questions_are_found_once_for_a_model(ctx, metric, monkeypatch, tm
     monkeypatch.setattr(
         MultipleChoiceModel, "answers", lambda self, prompts: asked_for.append(len(prompts)) or answers(self, prompts)
     )
-    first = metric.measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent)
+    first = metric.measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), Hook(0))], silent)
     assert len(asked_for) == 2 * 24
     assert max(asked_for) == 7 and asked_for[23] == 6  # what is answered wrongly once is not asked again
-    assert metric.measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent) == first
+    assert metric.measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), Hook(0))], silent) == first
     assert len(asked_for) == 2 * 24
 
 
@@ -269,11 +270,11 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(ctx, planted, data,
 )
 def test_what_cannot_be_measured_is_a_sentence(ctx, metric, change, error, sentence):
     with pytest.raises(error, match=sentence):
-        replace(metric, **change).measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), 0)], silent)
+        replace(metric, **change).measure(ctx, [EvalTarget(sae_that_fires_on(VALUE), Hook(0))], silent)
 
 
 def test_a_model_that_is_not_the_one_is_refused(ctx, metric, planted, tiny_model, tmp_path):
-    targets = [EvalTarget(sae_that_fires_on(VALUE), 0)]
+    targets = [EvalTarget(sae_that_fires_on(VALUE), Hook(0))]
     with pytest.raises(UsageError, match="planted has no chat template, so it is not an instruction-tuned model"):
         replace(metric, model=str(planted)).measure(ctx, targets, silent)
     mini = replace(ctx, model_identity={**ctx.model_identity, "model": "gemma-2-mini"})
@@ -349,7 +350,7 @@ def test_shares_are_of_the_counted_tokens(ctx, metric):
     asked = metric.load(ctx)
     rows = torch.tensor([[2, VALUE, 300, VALUE], [2, 1, NUMBER, 300]])
     (share,) = firing_frequencies(
-        asked.model, asked.skip, rows, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), 0)], silent
+        asked.model, asked.skip, rows, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), Hook(0))], silent
     )
     assert share[3] == pytest.approx(2 / 5) and share[7] == pytest.approx(1 / 5) and share[0] == 0
 
