@@ -60,6 +60,11 @@ class ConcatCache:
             [cache.outlier_rows(name) + first for cache, first in zip(self.caches, first_row[:-1], strict=True)]
         )
 
+    def norm_limit(self, name: str) -> float | None:
+        """The largest limit of the caches, over which no row is trained on; None if one of them has no limit."""
+        limits = [cache.norm_limit(name) for cache in self.caches]
+        return None if None in limits else max(limit for limit in limits if limit is not None)
+
     def array_digest(self, name: str) -> str:
         """A digest of everything that decides the rows of an array; it depends on the order of the caches."""
         return digest_of([cache.array_digest(name) for cache in self.caches])

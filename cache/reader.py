@@ -24,7 +24,8 @@ from . import bfloat16  # noqa: F401  (registers the dtype, so that zarr can rea
 from .chunks import REPAIR_HINT, Shard, check_chunk, map_chunk, read_array, read_array_spec, read_attributes
 from .contexts import Contexts
 from .layout import ArraySpec, Hook, Layout
-from .statistics import describe_statistics, mean_and_mean_square, rows_above
+from .outliers import describe_largest, outlier_warning, rows_above
+from .statistics import describe_statistics, mean_and_mean_square
 
 OPEN_CHUNKS = 256  # memory maps kept open, several per lane: opening one for every read halves the speed
 DECODED_BLOCKS = 128  # of a compressed cache (150 MB at d_in 2304): a lane's next read needs the rest of its block
@@ -109,7 +110,14 @@ class Cache:
         for hook in self.hooks:
             module = f" = {modules[hook.array]}" if hook.array in modules else ""
             lines.append(f"{hook.array:8s} {hook.name}{module}: {describe_statistics(self.statistics(hook.array))}")
+            lines += self.describe_outliers(hook)
         return lines
+
+    def describe_outliers(self, hook: Hook) -> list[str]:
+        """Lines about the rows of an array with the largest norms, and a warning if they decide its statistics."""
+        statistics = self.statistics(hook.array)
+        lines = [f"{'':8s} {line}" for line in [describe_largest(statistics)] if line]
+        return lines + [f"warning  {line}" for line in [outlier_warning(hook.array, statistics)] if line]
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -148,9 +156,15 @@ class Cache:
         return hook.array
 
     def array_digest(self, name: str) -> str:
-        """sha256 over what decides the rows of an array: fingerprint, checksums of its chunks, outlier limit."""
+        """sha256 over what decides the rows of an array: fingerprint, checksums of its chunks, outlier limit.
+
+        A limit that no row exceeds decides nothing. In the statistics of older versions, which lack `largest`, it
+        counted nevertheless.
+        """
         files = {f: r["crc32c"] for f, r in self.manifest["files"].items() if f.startswith(f"{name}/")}
-        return digest_of([self.fingerprint, files, self.statistics(name)["norm_limit"]])
+        statistics = self.statistics(name)
+        limit = statistics["norm_limit"] if statistics["marked"] or "largest" not in statistics else None
+        return digest_of([self.fingerprint, files, limit])
 
     def statistics(self, name: str) -> dict[str, Any]:
         """The statistics of an array in the manifest, without its outlier rows; see `array_statistics`."""
@@ -160,9 +174,13 @@ class Cache:
         """The mean row (d_in,) float64, without outlier rows."""
         return mean_and_mean_square(self.folder, self.layout, name, self.outlier_rows(name), self.manifest["files"])[0]
 
+    def norm_limit(self, name: str) -> float | None:
+        """The norm over which a row of an array is an outlier; None if there is no limit."""
+        return self.statistics(name)["norm_limit"]
+
     def outlier_rows(self, name: str) -> np.ndarray:
         """The rows that training must ignore because their norm is over the limit of `--max-norm`, ascending."""
-        return rows_above(read_array(self.folder, f"{name}.row_norm"), self.statistics(name)["norm_limit"])
+        return rows_above(read_array(self.folder, f"{name}.row_norm"), self.norm_limit(name))
 
     def _read_array(self, name: str) -> ArraySpec:
         return read_array_spec(self.folder, name)

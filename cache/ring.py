@@ -24,6 +24,7 @@ from ..common.files import digest_of, read_json, write_json
 from .batch_order import BatchOrder
 from .chunks import map_chunk
 from .layout import FORMAT, ArraySpec, Hook, Layout, fingerprint_of
+from .outliers import MAX_NORM, iterate_rows, norm_limit, rows_above
 from .reader import Cache, is_ring_cache
 from .writer import commit_file
 
@@ -33,14 +34,16 @@ GROUPS_ON_DISK = 2  # one is read while the other is written
 class RingCache:
     """A ring of windows, shared by the thread that harvests them and the thread that trains on them.
 
-    `capacity` is the number of windows that the ring keeps on disk.
+    `capacity` is the number of windows that the ring keeps on disk. In every window, rows whose norm is over `max_norm`
+    x the median norm of the first window are outliers. ring.json records this limit, which never changes.
 
     Raises UsageError if `capacity` is not an even number of at least 2, or if the folder holds an ordinary cache.
     """
 
     def __init__(
-        self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int], capacity: int
-    ) -> None:
+        self, folder: Path, identity: dict[str, Any], layout: Layout, widths: Mapping[str, int], capacity: int,
+        max_norm: float | None = MAX_NORM,
+    ) -> None:  # fmt: skip
         if capacity < GROUPS_ON_DISK or capacity % GROUPS_ON_DISK:
             raise UsageError(
                 f"--ring {capacity} cannot be halved: training reads one half while the other is harvested. "
@@ -52,7 +55,7 @@ class RingCache:
                 "Train on it without --stream, or give another --cache."
             )
         self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(widths)
-        self.capacity = capacity
+        self.capacity, self.max_norm = capacity, max_norm
         self.fingerprint = fingerprint_of(identity)
         self.n_groups = -(-layout.n_windows // (capacity // GROUPS_ON_DISK))
         self.cumulative_batches = cache(self._cumulative_batches)
@@ -103,14 +106,58 @@ class RingCache:
 
     def array_digest(self, name: str) -> str:
         """A digest of everything that decides the rows of an array and the order in which they are read."""
-        return digest_of([self.fingerprint, name, self.capacity // GROUPS_ON_DISK])
+        masked = [] if self.max_norm == MAX_NORM else [self.max_norm]  # older versions had no such option
+        return digest_of([self.fingerprint, name, self.capacity // GROUPS_ON_DISK, *masked])
 
     # --- files -------------------------------------------------------------------------------------------------------
 
-    def create(self) -> None:
-        """Mark the folder as a ring, before anything else is written into it."""
-        if not is_ring_cache(self.folder):
-            write_json(self.folder / "ring.json", {"format": FORMAT})
+    def create(self, first_group: int) -> None:
+        """Mark the folder as a ring, before anything else is written into it.
+
+        A ring of an older version records no `max_norm`. Unless it starts again at the first group it masks nothing.
+        """
+        path = self.folder / "ring.json"
+        if not path.exists() or (first_group == 0 and read_json(path).get("max_norm") != self.max_norm):
+            write_json(path, {"format": FORMAT, "max_norm": self.max_norm})
+
+    @property
+    def has_norm_limits(self) -> bool:
+        """Whether the norm limits of all arrays are fixed, or none is needed."""
+        limits = self._norm_limits()
+        return limits is None or set(self.widths) <= set(limits)
+
+    def _norm_limits(self) -> dict[str, float] | None:
+        """Array name -> norm limit, as ring.json records them for this `max_norm`; None if nothing is masked."""
+        path = self.folder / "ring.json"
+        record: dict[str, Any] = read_json(path) if path.exists() else {"max_norm": self.max_norm}
+        if self.max_norm is None or "max_norm" not in record:
+            return None
+        return record.get("norm_limits", {}) if record["max_norm"] == self.max_norm else {}
+
+    def norm_limit(self, name: str) -> float | None:
+        """The norm over which a row of an array is an outlier; None if there is no limit.
+
+        It is known once the first window is harvested.
+        """
+        limits = self._norm_limits()
+        return None if limits is None else limits[name]
+
+    def fix_norm_limits(self) -> list[str]:
+        """Record the limits that follow from window 0, which must be on disk, unless they are recorded already.
+
+        Returns a sentence for each array whose limit was not recorded before.
+        """
+        known = self._norm_limits()
+        if known is None or self.has_norm_limits:
+            return []
+        norms = {name: self.layout.activation_arrays(name, self.widths[name])[1] for name in self.widths.keys() - known}
+        limits = {n: norm_limit(map_chunk(self.folder, one, 0), self.max_norm) for n, one in sorted(norms.items())}
+        record = {"format": FORMAT, "max_norm": self.max_norm, "norm_limits": {**known, **limits}}
+        write_json(self.folder / "ring.json", record)
+        return [
+            f"{name}: rows with a norm over {limit:.4g}, {self.max_norm:g}x the median of the first window, are masked."
+            for name, limit in limits.items()
+        ]
 
     def keep_only(self, groups: range) -> None:
         """Delete every window outside these groups; commits first, so that a commit never lists a deleted file."""
@@ -225,25 +272,38 @@ class WindowGroup(Cache):
         """`count` rows of chunk number `index` of the group; see `Cache.read_rows`."""
         return super().read_rows(name, self.first_chunk + index, start, count)
 
-    def outlier_rows(self, name: str) -> np.ndarray:
-        """Always empty: the median norm is not known before the last window."""
-        return np.array([], np.int64)
+    def norm_limit(self, name: str) -> float | None:
+        """The norm over which a row of an array is an outlier, which the first window of the ring has fixed."""
+        return self.ring.norm_limit(name)
 
-    def mean_and_mean_square(self, name: str) -> np.ndarray:
-        """The elementwise mean and mean square (2, d_in) float64 of the group's rows."""
-        array = self.array(f"{name}.moments")
+    def outlier_rows(self, name: str) -> np.ndarray:
+        """The rows of the group that training must ignore because their norm is over the limit, ascending."""
+        return rows_above(np.concatenate(self._window_chunks(f"{name}.row_norm")), self.norm_limit(name))
+
+    def _window_chunks(self, name: str) -> list[np.ndarray]:
+        """The chunks of a small array, one for each window of the group, verified."""
+        array = self.array(name)
         for window in self.windows:
             self.verify_file(array.chunk_file(window))
-        sums = [map_chunk(self.folder, array, window)[0] for window in self.windows]
-        return sum(sums, start=np.zeros(())) / sum(self.chunk_rows)
+        return [map_chunk(self.folder, array, window) for window in self.windows]
+
+    def mean_and_mean_square(self, name: str) -> np.ndarray:
+        """The elementwise mean and mean square (2, d_in) float64 of the group's rows, without outlier rows."""
+        sums = sum((chunk[0] for chunk in self._window_chunks(f"{name}.moments")), start=np.zeros(()))
+        outliers = self.outlier_rows(name)
+        rows = outliers + self.windows.start * self.layout.window_rows
+        for values in iterate_rows(self.folder, self.layout, name, rows, self.manifest["files"]):
+            sums = sums - np.stack([values.sum(0), np.square(values).sum(0)])
+        return sums / (sum(self.chunk_rows) - len(outliers))
 
     def mean(self, name: str) -> np.ndarray:
         """The mean row (d_in,) float64 of the group."""
         return self.mean_and_mean_square(name)[0]
 
     def statistics(self, name: str) -> dict[str, Any]:
-        """`count` and `mean_square_norm` of the group's rows."""
-        return {"count": sum(self.chunk_rows), "mean_square_norm": float(self.mean_and_mean_square(name)[1].sum())}
+        """`count` and `mean_square_norm` of the group's rows, without outlier rows."""
+        count = sum(self.chunk_rows) - len(self.outlier_rows(name))
+        return {"count": count, "mean_square_norm": float(self.mean_and_mean_square(name)[1].sum())}
 
     def close(self) -> None:
         """Close the memory maps: a deleted file keeps its disk space as long as it is mapped."""

@@ -1,14 +1,15 @@
 """Statistics of the rows of each array, and the manifest that completes a cache."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..common.files import read_json
-from .chunks import read_array, read_array_spec, read_rows
+from .chunks import read_array
 from .layout import FORMAT, Layout
+from .outliers import iterate_rows, largest_rows, norm_limit, rows_above, share_of_top_rows
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 OUTLIER_DIMENSION_RATIO = 8  # root mean square over the median one of all dimensions
@@ -22,11 +23,13 @@ def build_manifest(
     commits: list[dict[str, Any]],
     updated: set[str],
     max_norm: float | None,
+    token_text: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:
     """The content of manifest.json: the union of the commits, and the statistics of every complete array.
 
     Statistics of the arrays in `updated` are computed, with rows over `max_norm` medians as outliers; those of other
-    arrays are taken from the existing manifest.
+    arrays are taken from the existing manifest. `token_text` gives the text of a token id, for the lists of the largest
+    rows.
     """
     windows: dict[str, set[int]] = {}
     files: dict[str, Any] = dict(read_json(folder / "tokens" / "commit.json", "files")["files"])
@@ -42,27 +45,43 @@ def build_manifest(
         "fingerprint": fingerprint,
         "rows": layout.rows,
         "complete": complete,
-        "statistics": {a: known.get(a) or array_statistics(folder, layout, a, files, max_norm) for a in complete},
+        "statistics": {
+            array: known.get(array) or array_statistics(folder, layout, array, files, max_norm, token_text)
+            for array in complete
+        },
         "files": dict(sorted(files.items())),
     }
 
 
 def array_statistics(
-    folder: Path, layout: Layout, name: str, files: dict[str, Any], max_norm: float | None = None
-) -> dict[str, Any]:
+    folder: Path, layout: Layout, name: str, files: dict[str, Any], max_norm: float | None = None,
+    token_text: Callable[[int], str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Statistics of an activation array, as recorded in the manifest, from float64 sums.
 
     Rows whose norm is over `norm_limit` = `max_norm` x the median norm are outliers, counted by "marked". They are kept
-    in the array but masked out of training and of all other statistics.
+    in the array but masked out of training and of all other statistics. Only `largest` is about all rows: the rows with
+    the largest norms, as `largest_rows` lists them, the elementwise variance of all rows, and the share of the
+    variance that the top 0.1 % of all rows and of the unmasked rows hold.
 
     `variance` is the mean over dimensions of each dimension's variance (elementwise); `mean_square_norm` is E|x|^2;
     `norm_of_mean` is |E x|. `outlier_dimensions` are the dimensions with a root mean square over 8x the median one.
     """
-    norms = read_array(folder, f"{name}.row_norm")
-    limit = None if max_norm is None else max_norm * float(np.median(norms))
-    outliers = rows_above(norms, limit)
-    mean, mean_square = mean_and_mean_square(folder, layout, name, outliers, files)
-    norms = np.delete(norms, outliers)
+    all_norms = read_array(folder, f"{name}.row_norm")
+    limit = norm_limit(all_norms, max_norm)
+    outliers, every_row = rows_above(all_norms, limit), np.arange(len(all_norms))
+    kept = np.delete(every_row, outliers)
+    norms = all_norms[kept]
+
+    def moments_and_share(rows: np.ndarray, masked: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        mean, mean_square = mean_and_mean_square(folder, layout, name, masked, files)
+        variance = float((mean_square - mean**2).mean())
+        return mean, mean_square, share_of_top_rows(folder, layout, name, all_norms, rows, mean, variance, files)
+
+    mean, mean_square, share_unmasked = moments_and_share(kept, outliers)
+    full_mean, full_mean_square, share = (
+        moments_and_share(every_row, outliers[:0]) if len(outliers) else (mean, mean_square, share_unmasked)
+    )
     sd = np.sqrt(np.maximum(mean_square - mean**2, 0))
     rms = np.sqrt(mean_square)
     outlier_dimensions = np.flatnonzero(rms > OUTLIER_DIMENSION_RATIO * np.median(rms))[:MAX_OUTLIER_DIMENSIONS]
@@ -77,6 +96,12 @@ def array_statistics(
         "norm_of_mean": float(np.sqrt((mean**2).sum())),
         "norm_quantiles": {str(q): float(v) for q, v in zip(QUANTILES, np.quantile(norms, QUANTILES), strict=True)},
         "outlier_dimensions": {str(int(d)): {"mean": float(mean[d]), "sd": float(sd[d])} for d in outlier_dimensions},
+        "largest": largest_rows(folder, layout, all_norms, token_text)
+        | {
+            "variance": float((full_mean_square - full_mean**2).mean()),
+            "share": share,
+            "share_unmasked": share_unmasked,
+        },
     }
 
 
@@ -92,11 +117,6 @@ def describe_statistics(statistics: dict[str, Any]) -> str:
     )
 
 
-def rows_above(norms: np.ndarray, limit: float | None) -> np.ndarray:
-    """The indices of the norms over the limit, ascending; empty without a limit."""
-    return np.flatnonzero(norms > limit) if limit is not None else np.array([], np.int64)
-
-
 def mean_and_mean_square(
     folder: Path, layout: Layout, name: str, outliers: np.ndarray, files: dict[str, Any]
 ) -> np.ndarray:
@@ -104,10 +124,7 @@ def mean_and_mean_square(
 
     Takes the sums of the windows and subtracts the outlier rows, so it reads only the chunks that contain those.
     """
-    sums, array = read_array(folder, f"{name}.moments").sum(0), read_array_spec(folder, name)
-    for chunk in np.unique(outliers // layout.chunk_rows):
-        rows = outliers[outliers // layout.chunk_rows == chunk] - chunk * layout.chunk_rows
-        bits = read_rows(folder, array, int(chunk), rows, files[array.chunk_file(int(chunk))]["bytes"])
-        values = torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
+    sums = read_array(folder, f"{name}.moments").sum(0)
+    for values in iterate_rows(folder, layout, name, outliers, files):
         sums -= np.stack([values.sum(0), np.square(values).sum(0)])
     return sums / (layout.rows - len(outliers))

@@ -7,7 +7,7 @@ for window, arrays in writer.missing_windows().items():
 writer.finish()
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,14 +160,15 @@ class CacheWriter:
             }
             write_json(self.folder / commit_file(window, name), commit, indent=None)
 
-    def finish(self, max_norm: float | None = None) -> None:
+    def finish(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> None:
         """Complete the cache: write manifest.json, then the list of complete arrays in zarr.json.
 
         Rows of the arrays of `widths` whose norm is over `max_norm` x the median norm become outlier rows: they are
-        kept, but masked out of training and statistics.
+        kept, but masked out of training, evaluation and statistics. `token_text` gives the text of a token id, for the
+        statistics to name the tokens of the largest rows.
         """
         manifest = build_manifest(
-            self.folder, self.fingerprint, self.layout, list(self.commits()), set(self.widths), max_norm
+            self.folder, self.fingerprint, self.layout, list(self.commits()), set(self.widths), max_norm, token_text
         )
         write_json(self.folder / "manifest.json", manifest)
         self._write_root(manifest["complete"])

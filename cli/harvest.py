@@ -9,7 +9,7 @@ import typer
 
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo
-from .options import Device, Layers, Sites, Tokens
+from .options import Device, Layers, Sites, Tokens, finite_or_none, parse_max_norm
 
 if TYPE_CHECKING:
     from ..cache.reader import Cache
@@ -72,11 +72,14 @@ def harvest(
         bool, typer.Option("--compress", rich_help_panel=CACHE, help="About a quarter smaller on disk, slower to read.")
     ] = False,
     max_norm: Annotated[
-        float | None,
+        float,
         typer.Option(
-            rich_help_panel=CACHE, help="In training, mask rows whose norm exceeds this multiple of the median."
+            rich_help_panel=CACHE,
+            parser=parse_max_norm,
+            metavar="N|none",
+            help="Leave rows whose norm exceeds this multiple of the median out of training and evaluation.",
         ),
-    ] = None,
+    ] = 10.0,
     storage_dtype: Annotated[
         str,
         typer.Option(rich_help_panel=CACHE, help="bfloat16, or uint16 (the same bits) for readers that lack bfloat16."),
@@ -89,8 +92,9 @@ def harvest(
         model=model, revision=revision, layers=layer or LAYERS, sites=site or ("resid_post",), dataset=dataset,
         dataset_revision=dataset_revision, subset=subset, split=split, text_column=text_column, tokens=tokens,
         context=context, held_out=held_out, keep_special=keep_special, pack=pack, window=window,
-        storage_dtype=storage_dtype, compress=compress, max_norm=max_norm, dtype=dtype, attention=attention,
-        batch_contexts=batch_contexts, seed=seed, device=device, out=out, origins=ORIGINS.get({}),
+        storage_dtype=storage_dtype, compress=compress, max_norm=finite_or_none(max_norm), dtype=dtype,
+        attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
+        origins=ORIGINS.get({}),
     )  # fmt: skip
     plan = show_harvest(config)
     if not dry_run:

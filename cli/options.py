@@ -1,5 +1,6 @@
 """Options that several commands share, and the groups of their help."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,19 @@ def parse_tokens(text: str) -> int:
         return int(float(text[:-1]) * unit) if unit else int(float(text))
     except (ValueError, OverflowError):
         raise typer.BadParameter(f"invalid token count {text!r}; try 10M, 2e8 or 500000") from None
+
+
+def parse_max_norm(text: str | float) -> float:
+    """A multiple of the median norm, or infinity for "none". Raises typer.BadParameter for anything else."""
+    try:
+        return math.inf if text == "none" else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"invalid multiple {text!r}; try 10, or none") from None
+
+
+def finite_or_none(multiple: float) -> float | None:
+    """What `HarvestConfig.max_norm` takes: None in place of infinity."""
+    return None if math.isinf(multiple) else multiple
 
 
 STREAMING = "Harvesting while training (with --stream)"  # a group of flags in the help

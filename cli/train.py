@@ -10,13 +10,14 @@ import typer
 
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo, show_table
-from .options import STREAMING, Caches, Layers, StreamTokens
+from .options import STREAMING, Caches, Layers, StreamTokens, finite_or_none, parse_max_norm
 
 if TYPE_CHECKING:
     from ..train.plan import Run, TrainConfig, TrainPlan
     from ..train.run import TrainProgress
 
 DATA = "Data and batches"
+STREAM_FLAGS = {"windows": "ring", "max_norm": "max-norm"}  # option of `plan_streaming` -> its flag, if it differs
 RECORDS = "Checkpoints and logging"
 MACHINE = "Machine"
 COLUMNS = ("loss", "L0", "EV", "dead")  # of the table of runs
@@ -81,6 +82,12 @@ def train(
     window: Annotated[
         int | None, typer.Option(help="Rows per window. Default: 262,144.", rich_help_panel=STREAMING)
     ] = None,
+    max_norm: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_max_norm, metavar="N|none", help="As in `sae harvest`. Default: 10.", rich_help_panel=STREAMING
+        ),
+    ] = None,
     resume: Annotated[
         list[Path] | None, typer.Option(help="Run folder to resume. Can be repeated.", rich_help_panel=RECORDS)
     ] = None,
@@ -139,9 +146,11 @@ def train(
         origins=ORIGINS.get({}),
     )
     harvest_options = {"tokens": tokens, "windows": ring, "dataset": dataset, "context": context, "window": window}
-    stream_options = {name: value for name, value in harvest_options.items() if value is not None}
+    stream_options: dict[str, Any] = {name: value for name, value in harvest_options.items() if value is not None}
+    if max_norm is not None:
+        stream_options["max_norm"] = finite_or_none(max_norm)
     if stream_options and not stream:
-        flags = ", ".join(f"--{'ring' if name == 'windows' else name}" for name in stream_options)
+        flags = ", ".join(f"--{STREAM_FLAGS.get(name, name)}" for name in stream_options)
         raise UsageError(f"{flags} can only be given with --stream.")
     runs = run_streaming(config, stream_options, dry_run) if stream else run_train(config, dry_run)
     if not dry_run:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..cache.catalog import list_caches
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, Layout, fingerprint_of
+from ..cache.outliers import MAX_NORM
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache, read_hook_modules
 from ..cache.statistics import describe_statistics
@@ -54,7 +55,7 @@ class HarvestConfig:
     window: int = WINDOW_ROWS  # rows shuffled and written together
     storage_dtype: str = "bfloat16"
     compress: bool = False
-    max_norm: float | None = None  # rows whose norm exceeds this multiple of the median are masked
+    max_norm: float | None = MAX_NORM  # rows whose norm exceeds this multiple of the median are masked; None: no row
     dtype: str = "auto"
     attention: str = "eager"  # the implementation that computes Gemma's soft-capping exactly
     batch_contexts: int = 32  # contexts in a forward pass
@@ -113,6 +114,10 @@ class HarvestPlan:
             cache = Cache(self.folder)
             return cache if set(self.hooks) <= set(cache.hooks) else None
         return None
+
+    def token_text(self, token: int) -> str:
+        """The text of a token id."""
+        return self.tokenizer.decode([token])
 
     def planned_cache(self) -> PlannedCache:
         """The cache that this plan will write, for training to be planned on it before the harvest."""
@@ -176,6 +181,7 @@ class HarvestPlan:
             implied = IMPLIED_VARIANCE.get((cache.model, hook.layer)) if hook.site == "resid_post" else None
             expected = f" (about {implied:g} follows from the papers' numbers)" if implied else ""
             lines.append(f"{hook.array:8s} {describe_statistics(cache.statistics(hook.array))}{expected}")
+            lines += cache.describe_outliers(hook)
         contexts = cache.contexts(held_out=False)
         special = int(contexts.length.sum()) - cache.rows
         skipped = "".join(f", {n:,} {why} documents skipped" for why, n in self.text.skipped.items() if n)
@@ -316,7 +322,7 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
     if config.max_norm is not None and not config.max_norm > 1:
         raise UsageError(
             f"--max-norm {config.max_norm} would mask at least half of the rows. Give a multiple of the median norm, "
-            "such as 10."
+            "such as 10, or none."
         )
 
 

@@ -50,7 +50,7 @@ def repair(
             widths = {name: width for name, width in plan.widths.items() if max_norms[name] == max_norm}
             part = CacheWriter(folder, plan.identity, writer.layout, widths)
             if repaired or not part.is_finished(max_norm):
-                part.finish(max_norm)
+                part.finish(max_norm, plan.token_text)
                 repaired = repaired or [f"{folder}: manifest.json and zarr.json were missing or damaged; rewritten"]
     return repaired
 

@@ -110,7 +110,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
             harvest_missing(plan, writer, contexts, missing, group, progress)
         group.barrier()
         if group.is_first and (missing or not writer.is_finished(plan.config.max_norm)):
-            writer.finish(plan.config.max_norm)
+            writer.finish(plan.config.max_norm, plan.token_text)
         group.barrier()
     return Cache(plan.folder)
 

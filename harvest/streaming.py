@@ -40,7 +40,7 @@ def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]
     if config.out is None:
         plan = replace(plan, folder=plan.folder.with_name(f"{plan.folder.name}--stream"))
     layout = Layout(config.tokens, config.window, config.storage_dtype, config.compress)
-    ring = RingCache(plan.folder, plan.identity, layout, plan.widths, size)
+    ring = RingCache(plan.folder, plan.identity, layout, plan.widths, size, config.max_norm)
     if plan.folder.is_dir():
         harvest_started(plan.folder, ring.fingerprint)
     return plan, ring
@@ -79,9 +79,11 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
     Leaving the context stops the thread once the window being written is safe.
     """
     with writer_lock(plan.folder, "sae train --stream", say):
-        ring.create()
+        ring.create(groups.start)
         writer, contexts = start_cache(plan)
         ring.start_at(groups.start)
+        # Resumed without the folder that recorded the limits: they come from the first window, harvested once more.
+        first_window = {} if ring.has_norm_limits or not groups.start else {0: list(plan.widths)}
         windows_to_read = ring.windows(groups)
         missing = {window: arrays for window, arrays in writer.missing_windows().items() if window in windows_to_read}
 
@@ -91,8 +93,12 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
 
         progress = HarvestProgress(stop_when_closed, say)
         computer = WindowComputer(plan, contexts, ring.layout, progress)
-        if missing:  # not in the thread, since loading a model touches torch's default dtype and random state
-            computer.set_model(load_model_for(plan, missing, plan.device))
+        if missing or first_window:  # not in the thread: loading a model touches torch's default dtype and random state
+            computer.set_model(load_model_for(plan, missing | first_window, plan.device))
+        if first_window:
+            write_windows(computer, writer, first_window, progress)
+            ring.fix_norm_limits()
+            ring.start_at(groups.start)
 
         def harvest_groups() -> None:
             try:
@@ -101,6 +107,8 @@ def harvest_ahead(plan: HarvestPlan, ring: RingCache, groups: range, say: Callab
                     if not ring.wait_for_room(group):
                         return
                     write_windows(computer, writer, windows, progress)
+                    for sentence in ring.fix_norm_limits():
+                        say(sentence)
                     ring.mark_harvested(group)
             except TrainingEnded:
                 pass

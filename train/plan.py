@@ -202,6 +202,7 @@ class TrainPlan:
         """The lines that `sae train` prints first. With `time`, memory and time are estimated too, in a few seconds."""
         lines = [run.describe() for run in self.runs]
         lines += [f"note     {note}" for note in dict.fromkeys(note for run in self.runs for note in run.notes)]
+        lines += dict.fromkeys(filter(None, map(describe_masked_rows, self.runs)))
         if self.unfinished:
             lines.append(describe_size(self.unfinished, self.unfinished[0].folder.parent))
             if time:
@@ -213,6 +214,14 @@ class TrainPlan:
                 "note     the time is without --compile, which adds minutes to the first step and speeds up the others"
             )
         return lines
+
+
+def describe_masked_rows(run: Run) -> str | None:
+    """The line of the plan about the outlier rows of a run's array, if it has any."""
+    cache, array = run.cache, run.hook.array
+    if not isinstance(cache, Cache | ConcatCache) or not (masked := len(cache.outlier_rows(array))):
+        return None
+    return f"masked   {masked:,} of {sum(cache.chunk_rows):,} rows of {array}, whose norm is too large (--max-norm)"
 
 
 def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> TrainPlan:

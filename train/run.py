@@ -296,6 +296,7 @@ class SharedPass:
 def finish_run(trainer: RunTrainer) -> None:
     """Fold the normalization in and write what evaluation loads. sae.json comes last and marks the run as done."""
     run, variant = trainer.run, trainer.variant
+    assert not isinstance(run.cache, PlannedCache)
     save_checkpoint(trainer, run.folder, run.steps)
     calibrate(trainer)
     origin = {
@@ -308,6 +309,7 @@ def finish_run(trainer: RunTrainer) -> None:
         "cache": run.cache_folders[0],  # its held-out documents are held out of the other caches too
         "fingerprint": run.cache.fingerprint,
         "context": run.cache.identity["context"],
+        "norm_limit": run.cache.norm_limit(run.hook.array),  # rows over it were not trained on
     }
     sae = fold_normalization(variant.sae, float(variant.scale), variant.mean_D)
     with torch.no_grad():

@@ -39,11 +39,17 @@ class StreamingPlan:
             f"{ring.capacity} or fewer at a time: {format_bytes(self.ring_bytes)}; "
             f"{format_bytes(free_space(folder))} free",
             f"order    {ring.n_groups:,} groups of windows, each read once; all are normalized like the first",
+            *self.describe_outliers(),
             f"time     {self.harvest.describe_time()}; training runs at the same time",
             f"cache    {folder}",
             *self.train.describe(time),
             *self.describe_unread_rows(),
         ]
+
+    def describe_outliers(self) -> list[str]:
+        if self.ring.max_norm is None:
+            return []
+        return [f"masked   rows with a norm over {self.ring.max_norm:g}x the median of the first window"]
 
     def describe_unread_rows(self) -> list[str]:
         """For each batch size, how many rows at the ends of groups do not fill a batch."""
@@ -61,7 +67,7 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
         config: what to train. Its `model`, `layers`, `site` and `device` are harvested; a `caches` entry is the folder
             for the windows.
         windows: how many windows may be on the disk together, an even number.
-        harvest_options: fields of HarvestConfig, such as `tokens`, `dataset`, `context` and `window`.
+        harvest_options: fields of HarvestConfig, such as `tokens`, `dataset`, `context`, `window` and `max_norm`.
 
     Raises:
         UsageError: the number of tokens is not given, or a run is to be resumed by its folder.

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sae.cache.batch_order import BatchOrder
 from sae.cache.layout import Layout
-from sae.cache.ring import RingCache
+from sae.cache.loader import BatchLoader
+from sae.cache.ring import RingCache, WindowGroup
 from sae.common.errors import Interrupted, UsageError
 
 IDENTITY = {"model": {"name": "none", "revision": "0"}}
@@ -69,3 +71,75 @@ def test_waiting_for_a_group_ends_with_the_harvest_or_on_request(tmp_path: Path)
         ring.wait_for_group(0, stopping=lambda: False)
     ring.close()
     assert not ring.wait_for_room(5)
+
+
+def masked_ring(folder: Path, max_norm: float | None = 10.0, widths: dict[str, int] | None = None) -> RingCache:
+    return RingCache(folder, IDENTITY, Layout(200, 16), widths or {"layer_05": 8}, 4, max_norm)
+
+
+@pytest.fixture
+def harvested_ring(tmp_path: Path, rows_with_outliers, make_writer, write_windows) -> RingCache:
+    """All 13 windows of `rows_with_outliers`, 16 rows each, in a ring."""
+    bits = {5: rows_with_outliers.view(torch.int16).numpy().view(np.uint16)}
+    folder = tmp_path / "ring"
+    writer = make_writer(folder, bits, 16, **IDENTITY)
+    masked_ring(tmp_path / "created").create(0)
+    (tmp_path / "created" / "ring.json").rename(folder / "ring.json")
+    write_windows(writer, bits, list(range(13)))
+    return masked_ring(folder)
+
+
+def group_of(ring: RingCache, number: int) -> WindowGroup:
+    ring.mark_harvested(number)
+    ring.wait_for_group(number, stopping=lambda: False)
+    assert ring.current_group is not None
+    return ring.current_group
+
+
+def test_the_first_window_fixes_the_norm_limit_of_all(harvested_ring: RingCache, rows_with_outliers, outliers) -> None:
+    ring, rows = harvested_ring, rows_with_outliers.double().numpy()
+    (sentence,) = ring.fix_norm_limits()
+    limit = ring.norm_limit("layer_05")
+    assert limit == pytest.approx(10 * np.median(np.linalg.norm(rows[:16], axis=1)), rel=1e-6)
+    assert f"rows with a norm over {limit:.4g}, 10x the median of the first window" in sentence
+    for number in range(ring.n_groups):
+        group = group_of(ring, number)
+        first, size = 32 * number, sum(group.chunk_rows)
+        inside = [row - first for row in outliers if 0 <= row - first < size]
+        assert group.outlier_rows("layer_05").tolist() == inside
+        kept = np.delete(rows[first : first + size], inside, 0)
+        np.testing.assert_allclose(group.mean("layer_05"), kept.mean(0), rtol=1e-9, atol=1e-12)
+        statistics = group.statistics("layer_05")
+        assert statistics["count"] == len(kept)
+        assert statistics["mean_square_norm"] == pytest.approx(np.square(kept).sum(1).mean(), rel=1e-9)
+        batches = BatchLoader(group, "layer_05", 4, seed=0)
+        with batches:
+            for _ in range(batches.order.batches_per_epoch):
+                assert next(batches).float().norm(dim=1).max() <= limit
+
+
+def test_a_norm_limit_is_recorded_once(harvested_ring: RingCache) -> None:
+    assert not harvested_ring.has_norm_limits
+    harvested_ring.fix_norm_limits()
+    harvested_ring.keep_only(range(1, 2))  # without the window that it comes from
+    again = masked_ring(harvested_ring.folder)
+    assert again.has_norm_limits and again.fix_norm_limits() == []
+    assert again.norm_limit("layer_05") == harvested_ring.norm_limit("layer_05")
+    assert not masked_ring(again.folder, max_norm=5.0).has_norm_limits  # it belongs to another --max-norm
+    assert not masked_ring(again.folder, widths={"layer_05": 8, "layer_06": 8}).has_norm_limits
+
+
+def test_a_ring_without_a_limit_masks_nothing(harvested_ring: RingCache) -> None:
+    ring = masked_ring(harvested_ring.folder, max_norm=None)
+    assert ring.has_norm_limits and ring.norm_limit("layer_05") is None and ring.fix_norm_limits() == []
+    assert group_of(ring, 0).outlier_rows("layer_05").tolist() == []
+    assert ring.array_digest("layer_05") != harvested_ring.array_digest("layer_05")
+
+
+def test_a_ring_of_an_older_version_masks_nothing_until_it_starts_again(harvested_ring: RingCache) -> None:
+    ring, record = harvested_ring, harvested_ring.folder / "ring.json"
+    record.write_text('{"format": 1}')
+    ring.create(first_group=2)
+    assert ring.has_norm_limits and ring.norm_limit("layer_05") is None and ring.fix_norm_limits() == []
+    ring.create(first_group=0)
+    assert not ring.has_norm_limits and len(ring.fix_norm_limits()) == 1 and ring.norm_limit("layer_05") is not None

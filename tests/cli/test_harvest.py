@@ -1,5 +1,6 @@
 """`sae harvest`: each of its flags is a field of HarvestConfig."""
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -44,6 +45,13 @@ def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_wit
     assert {field for _, field, _ in FLAGS.values()} == {f.name for f in fields(HarvestConfig)} - {"origins"}
 
 
+def test_max_norm_takes_a_number_or_none(planned_with: Callable) -> None:
+    function, others = "sae.harvest.plan.plan_harvest", tuple({**FLAGS, "dry-run": ()})
+    assert planned_with(function, "harvest", {}, "--max-norm", "none", without=others)[0].max_norm is None
+    result = CliRunner().invoke(app, ["harvest", "--max-norm", "many"])
+    assert result.exit_code == 2 and "invalid multiple 'many'; try 10, or none" in result.output
+
+
 def test_without_flags_the_config_is_the_default(planned_with: Callable) -> None:
     every = tuple({**FLAGS, "dry-run": ()})
     assert planned_with("sae.harvest.plan.plan_harvest", "harvest", {}, without=every)[0] == HarvestConfig()
@@ -69,7 +77,8 @@ def test_the_end_of_a_harvest_is_its_summary_and_a_command_on_the_middle_layer(
     result = CliRunner().invoke(app, ["harvest", *map(str, words)])
     assert result.exit_code == 0, result.output
     (folder,) = (home / "activations").iterdir()
-    *_, layer_0, layer_1, done, following = result.stderr.splitlines()
+    *_, layer_0, largest_0, layer_1, largest_1, done, following = result.stderr.splitlines()
     assert layer_0.startswith("layer_00 mean norm") and layer_1.startswith("layer_01 mean norm")
+    assert "top 1 row: position " in largest_0 and re.search(r"token '[^']+' \(1\)$", largest_1)
     assert done.startswith(f"done     {open_cache(folder).rows:,} rows")
     assert following == f"next     sae train --variant decorrelation --layer 1 --cache {folder}"

@@ -77,6 +77,7 @@ STREAM = {
     "dataset": ("text.jsonl", "dataset", "text.jsonl"),
     "context": ("64", "context", 64),
     "window": ("512", "window", 512),
+    "max-norm": ("8", "max_norm", 8.0),
 }
 
 
@@ -93,6 +94,9 @@ def test_with_stream_the_harvest_has_its_flags_too(planned_with: Callable) -> No
     config, keywords = planned_with(function, "train", FLAGS | STREAM, "--stream", without=("dry-run", "stream"))
     assert config.origins == dict.fromkeys([*FLAGS, *STREAM, "stream"], "flag")
     assert keywords.keys() == {field for _, field, _ in STREAM.values()}
+    only, others = {"variant": FLAGS["variant"]}, (*FLAGS, *STREAM, "dry-run", "stream")
+    _, keywords = planned_with(function, "train", only, "--stream", "--max-norm", "none", without=others)
+    assert keywords == {"max_norm": None}
 
 
 def test_without_other_flags_the_config_is_the_default(planned_with: Callable) -> None:

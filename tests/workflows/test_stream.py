@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import signal
 import time
 from functools import partial
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sae.cache.catalog import find_cache
+from sae.cache.chunks import read_array
 from sae.cache.layout import Hook
 from sae.cache.reader import Cache
 from sae.cli.main import app
@@ -190,6 +192,32 @@ def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None
     assert seen == set(range(4, 12))
     (whole,) = stream(asked | {"out": tmp_path / "ring"}, request_of("topk", out=tmp_path / "whole"))
     assert weights(folder) == weights(whole)
+
+
+def test_rows_over_the_limit_of_the_first_window_are_masked_to_the_end(asked, tmp_path: Path) -> None:
+    """The limit is recorded, and is the same after a stop, even if the folder of the windows is removed meanwhile."""
+    asked, request = asked | {"max_norm": 1.2}, request_of("topk")
+    said: list[str] = []
+    elsewhere = asked | {"out": tmp_path / "ring"}
+    (whole,) = stream(elsewhere, request_of("topk", out=tmp_path / "whole"), TrainProgress(say=said.append))
+    cache = run_harvest(plan_harvest(Harvest(layers=[1], **asked | {"max_norm": None, "out": tmp_path / "cache"})))
+    norms = read_array(cache.folder, "layer_01.row_norm")
+    limit = read_json(whole / "sae.json")["origin"]["norm_limit"]
+    assert limit == pytest.approx(1.2 * np.median(norms[:WINDOW]), rel=1e-6)
+    assert f"layer_01: rows with a norm over {limit:.4g}, 1.2x the median of the first window, are masked." in said
+    (unmasked,) = stream(elsewhere | {"max_norm": None}, request_of("topk", out=tmp_path / "all"))
+    assert (norms > limit).any() and weights(unmasked) != weights(whole)
+
+    def press(step: int, *_: object) -> None:
+        if step == 2 * PER_GROUP + 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        stream(asked, request, TrainProgress(step=press))
+    shutil.rmtree(the_ring())
+    (folder,) = stream(asked, request)
+    assert weights(folder) == weights(whole)
+    assert read_json(folder / "sae.json")["origin"]["norm_limit"] == limit
 
 
 def test_a_run_added_later_starts_at_the_first_group(asked, tmp_path: Path) -> None:

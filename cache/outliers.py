@@ -1,0 +1,129 @@
+"""Outlier rows: rows whose L2 norm is over a multiple of the median norm, such as those of attention sinks.
+
+A few of them can hold most of the variance of an array. They stay in the cache and are left out of statistics, training
+and evaluation. The limit is an absolute norm for each array, which `sae.json` records too, so that an SAE is evaluated
+on the kind of rows that it was trained on.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..common.formatting import format_count
+from .chunks import map_chunk, read_array_spec, read_rows
+from .layout import Layout
+
+MAX_NORM = 10.0  # multiple of the median norm
+TOP_SHARE = 0.001  # of the rows: those whose share of the variance is reported
+WARNING_SHARE = 0.1  # of the variance, held by these rows, above which a warning says so
+LISTED = 3  # positions and tokens
+
+
+def norm_limit(norms: np.ndarray, max_norm: float | None) -> float | None:
+    """The largest norm of a row that is not an outlier: `max_norm` x the median of `norms`. None: no outliers."""
+    return None if max_norm is None else max_norm * float(np.median(norms))
+
+
+def rows_above(norms: np.ndarray, limit: float | None) -> np.ndarray:
+    """The indices of the norms over the limit, ascending; empty without a limit."""
+    return np.flatnonzero(norms > limit) if limit is not None else np.array([], np.int64)
+
+
+def top_rows(norms: np.ndarray) -> np.ndarray:
+    """The TOP_SHARE of rows with the largest norms, rounded up, ascending."""
+    count = -int(-len(norms) * TOP_SHARE // 1)
+    return np.sort(np.argpartition(norms, len(norms) - count)[len(norms) - count :]) if count else np.array([], int)
+
+
+def largest_rows(
+    folder: Path, layout: Layout, norms: np.ndarray, token_text: Callable[[int], str] | None = None
+) -> dict[str, Any]:
+    """Where the rows with the largest of these norms (rows,) come from: those over MAX_NORM medians, or the top 0.1 %.
+
+    Returns the largest `norm`, the number of `rows`, and their most frequent `positions` and `tokens`, each as
+    [position, number of rows] or [id, number of rows, text].
+    """
+    unusual = rows_above(norms, norm_limit(norms, MAX_NORM))
+    rows = unusual if len(unusual) else top_rows(norms)
+    positions, ids = locate_rows(folder, layout, rows)
+    tokens = Counter(ids.tolist()).most_common(LISTED)
+    return {
+        "norm": float(norms.max()),
+        "rows": len(rows),
+        "positions": [list(one) for one in Counter(positions.tolist()).most_common(LISTED)],
+        "tokens": [[token, count, token_text(token) if token_text else None] for token, count in tokens],
+    }
+
+
+def share_of_top_rows(
+    folder: Path, layout: Layout, name: str, norms: np.ndarray, kept: np.ndarray, mean: np.ndarray, variance: float,
+    files: dict[str, Any],
+) -> float:  # fmt: skip
+    """The share of the variance of the rows `kept` that the 0.1 % of them with the largest norms hold.
+
+    `mean` (d_in,) and the elementwise `variance` are those of the rows `kept`.
+    """
+    top = kept[top_rows(norms[kept])]
+    total = variance * len(mean) * len(kept)
+    held = sum(float(np.square(values - mean).sum()) for values in iterate_rows(folder, layout, name, top, files))
+    return held / total if total else 0.0
+
+
+def describe_largest(statistics: dict[str, Any]) -> str:
+    """The rows with the largest norms of an array in one line; "" for a cache that an older version wrote."""
+    if (largest := statistics.get("largest")) is None:
+        return ""
+    masked = f" ({largest['share_unmasked']:.1%} without the masked rows)" if statistics["marked"] else ""
+    positions = ", ".join(f"{position} ({rows:,})" for position, rows in largest["positions"])
+    tokens = ", ".join(f"{token if text is None else repr(text)} ({rows:,})" for token, rows, text in largest["tokens"])
+    return (
+        f"largest norm {largest['norm']:.4g}; the top 0.1% of rows hold {largest['share']:.1%} of the variance{masked}"
+        f"; top {format_count(largest['rows'], 'row')}: position {positions}; token {tokens}"
+    )
+
+
+def outlier_warning(name: str, statistics: dict[str, Any]) -> str | None:
+    """A warning if a few unmasked rows hold much of the variance of an array, with the option that masks them."""
+    largest = statistics.get("largest")
+    if largest is None or largest["share_unmasked"] <= WARNING_SHARE:
+        return None
+    max_norm = statistics["max_norm"]
+    advice = f"--max-norm {MAX_NORM:g}" if max_norm is None else f"a --max-norm below {max_norm:g}"
+    return (
+        f"{name}: 0.1% of the unmasked rows hold {largest['share_unmasked']:.0%} of the variance, so a few rows decide "
+        f"what is trained and measured. To mask them, run the same `sae harvest` with {advice}; activations are not "
+        "computed again."
+    )
+
+
+def iterate_rows(
+    folder: Path, layout: Layout, name: str, rows: np.ndarray, files: dict[str, Any]
+) -> Iterator[np.ndarray]:
+    """Yield the given rows (ascending) of an array in float64, chunk by chunk. Reads only the chunks that hold them."""
+    array = read_array_spec(folder, name)
+    chunk_of_row = rows // layout.chunk_rows
+    for chunk in np.unique(chunk_of_row).tolist():
+        inside = rows[chunk_of_row == chunk] - chunk * layout.chunk_rows
+        bits = read_rows(folder, array, chunk, inside, files[array.chunk_file(chunk)]["bytes"])
+        yield torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
+
+
+def locate_rows(folder: Path, layout: Layout, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions in their contexts, and the token ids, of the given rows of any array of a cache."""
+    row_ctx, row_pos = (origin_of_rows(folder, layout, name, rows) for name in ("row_ctx", "row_pos"))
+    ids = map_chunk(folder, read_array_spec(folder, "tokens/ids"), 0)
+    return row_pos, ids[row_ctx, row_pos]
+
+
+def origin_of_rows(folder: Path, layout: Layout, name: str, rows: np.ndarray) -> np.ndarray:
+    """The values of row_ctx or row_pos at the given rows. Reads only the windows that hold them."""
+    array, window_of_row = read_array_spec(folder, name), rows // layout.window_rows
+    values = np.empty(len(rows), array.numpy_dtype)
+    for window in np.unique(window_of_row).tolist():
+        inside = window_of_row == window
+        values[inside] = map_chunk(folder, array, window)[rows[inside] - window * layout.window_rows]
+    return values
