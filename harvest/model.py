@@ -13,7 +13,6 @@ Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from ..cache.layout import Hook
 from ..common.errors import SaeError, UsageError
 from .architectures import (
-    FAMILIES,
     Family,
     check_sites,
     family_of,
@@ -39,6 +37,7 @@ from .loading import (
     load_tokenizer,
     load_whole_model,
 )
+from .splice import ForwardPass, Splicer
 
 __all__ = [
     "ForwardPass",
@@ -74,19 +73,6 @@ def output_tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@dataclass
-class ForwardPass:
-    """A forward pass over some contexts, which can be run again from any captured hook on.
-
-    `run_from(hook, x)` returns what `final` would have been had the activations at `hook` been x (N, S, d), such as an
-    SAE's reconstruction. M versions of the contexts can be run together, as (M N, S, d).
-    """
-
-    activations: dict[Hook, Tensor]  # hook -> (N, S, d)
-    final: Tensor  # (N, S, D): the input of `LanguageModel.unembed`
-    run_from: Callable[[Hook, Tensor], Tensor]
-
-
 class _StopForward(Exception):  # noqa: N818  (not an error: the model has run as far as it has to)
     pass
 
@@ -102,7 +88,6 @@ class LanguageModel:
         """`model` is a causal language model of transformers, or its trunk alone."""
         self.model = model
         self.config = model.config.get_text_config()
-        self._other_outputs: dict[int, tuple[None, ...] | None] = {}
 
     @cached_property
     def trunk(self) -> Any:
@@ -131,7 +116,7 @@ class LanguageModel:
         return hook_width(hook, self.config)
 
     @contextlib.contextmanager
-    def _capturing(self, hooks: Sequence[Hook], captured: dict[Hook, Tensor]) -> Iterator[None]:
+    def capturing(self, hooks: Sequence[Hook], captured: dict[Hook, Tensor]) -> Iterator[None]:
         """Store the activations of every forward pass in `captured` while the context is open."""
 
         def output_of(hook: Hook) -> Callable[..., None]:
@@ -203,7 +188,7 @@ class LanguageModel:
     def capture_hooks(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> dict[Hook, Tensor]:
         """The activations at each hook, (N, S, d_in) in the model's dtype, from one pass that ends at the last hook."""
         captured: dict[Hook, Tensor] = {}
-        with self._capturing(hooks, captured), self._stopping_after(max(hook.layer for hook in hooks)):
+        with self.capturing(hooks, captured), self._stopping_after(max(hook.layer for hook in hooks)):
             self.trunk(ids_NS, use_cache=False)
         for hook, x in captured.items():
             if x.shape[:-1] != ids_NS.shape:
@@ -217,95 +202,24 @@ class LanguageModel:
         """The residual stream after each layer, (N, S, D)."""
         return {hook.layer: x_NSD for hook, x_NSD in self.capture_hooks(ids_NS, [Hook(n) for n in layers]).items()}
 
+    @cached_property
+    def _splicer(self) -> Splicer:
+        return Splicer(self)
+
     @torch.no_grad()
     def forward(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
-        """One whole pass that keeps the activations at the hooks, so that `run_from` can start at each of them."""
-        kept: dict[Hook, Tensor] = {}
-        before = [Hook(hook.layer - 1) for hook in hooks if hook.site != "resid_post" and hook.layer > 0]
-        with self._noting_outputs(), self._capturing([*dict.fromkeys([*hooks, *before])], kept):
-            final = self.trunk(ids_NS, use_cache=False).last_hidden_state
+        """One whole pass that keeps the activations at the hooks, so that `run_from` can start at each of them.
 
-        def run_from(hook: Hook, x_NSD: Tensor) -> Tensor:
-            versions = len(x_NSD) // len(ids_NS)
-            with contextlib.ExitStack() as stack:
-                if hook.site == "resid_post":
-                    stack.enter_context(self._starting_after(hook.layer, x_NSD))
-                else:
-                    stack.enter_context(self.patching(hook, lambda _: x_NSD))
-                    if hook.layer > 0:
-                        block_input = kept[Hook(hook.layer - 1)].repeat(versions, 1, 1)
-                        stack.enter_context(self._starting_after(hook.layer - 1, block_input))
-                return self.trunk(ids_NS.repeat(versions, 1), use_cache=False).last_hidden_state
-
-        return ForwardPass({hook: kept[hook] for hook in hooks}, final, torch.no_grad()(run_from))
-
-    @contextlib.contextmanager
-    def _starting_after(self, layer: int, x_NSD: Tensor) -> Iterator[None]:
-        """Let forward passes skip the blocks up to `layer`, with x as what they give to the next block.
-
-        The model's own code runs all the rest: it makes the arguments of the later blocks and applies the final norm.
+        Raises UsageError for a hook from which the model cannot be run again; each is checked once.
         """
-
-        def skipped(index: int) -> Callable[..., Any]:
-            others = self._other_outputs[index]
-            return lambda *_, **__: x_NSD if others is None else (x_NSD, *others)
-
-        blocks = self.blocks[: layer + 1]
-        own = [vars(block).get("forward") for block in blocks]  # where a library has put one in place of the class's
-        try:
-            for index, block in enumerate(blocks):
-                block.forward = skipped(index)
-            yield
-        finally:
-            for block, forward in zip(blocks, own, strict=True):
-                if forward is None:
-                    vars(block).pop("forward", None)
-                else:
-                    block.forward = forward
-
-    @contextlib.contextmanager
-    def _noting_outputs(self) -> Iterator[None]:
-        """Note what each block returns besides the residual stream, which is what a skipped block has to return."""
-
-        def note(index: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                self._other_outputs[index] = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
-
-            return hook
-
-        handles = [block.register_forward_hook(note(index)) for index, block in enumerate(self.blocks)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return self._splicer.forward(ids_NS, hooks)
 
     @torch.no_grad()
     def unembed(self, final: Tensor) -> Tensor:
         """Logits (..., V) from `ForwardPass.final` (..., D). Select positions first: logits take the most memory."""
-        logits = self.model.get_output_embeddings()(final)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return self._splicer.unembed(final)
 
     @torch.no_grad()
-    def check_forward(self) -> None:
-        """Raise UsageError unless `run_from` and `unembed` reproduce the logits of the model.
-
-        An unknown family may scale its logits, or pass its blocks arguments that depend on the context.
-        """
-        hook = Hook(0)
-        ids_NS = torch.arange(8, device=self.device).reshape(2, 4) % self.config.vocab_size
-        try:
-            run = self.forward(ids_NS, [hook])
-            logits = self.unembed(run.run_from(hook, run.activations[hook])).float()
-        except (AttributeError, TypeError, KeyError) as error:
-            raise UsageError(self._not_evaluated(f"its modules have other names ({error})")) from error
-        expected = self.model(ids_NS, use_cache=False).logits.float()
-        if (difference := (logits - expected).abs().max()) > 0.01 * expected.abs().max():
-            raise UsageError(
-                self._not_evaluated(f"running its blocks one by one changes the logits by {difference:.2g}")
-            )
-
-    def _not_evaluated(self, why: str) -> str:
-        name = type(self.model).__name__
-        return f"SAEs cannot be spliced into {name}: {why}. Supported families: {', '.join(FAMILIES)}."
+    def check_forward(self, hooks: Sequence[Hook] = ()) -> None:
+        """Raise UsageError unless `run_from` at these hooks and `unembed` reproduce the logits of the model."""
+        self._splicer.check(hooks)

@@ -239,48 +239,6 @@ def test_a_trunk_of_few_blocks_is_the_beginning_of_the_model(
     assert torch.equal(trunk.capture(ids, [layer])[layer], model.capture(ids, [layer])[layer])
 
 
-def test_the_suffix_of_the_residual_is_the_forward_pass(any_model: LanguageModel, ids_NS: Tensor) -> None:
-    hooks = [Hook(layer) for layer in range(len(any_model.blocks))]
-    run = any_model.forward(ids_NS, hooks)
-    with torch.no_grad():
-        assert torch.equal(any_model.unembed(run.final), any_model.model(ids_NS, use_cache=False).logits)
-    for hook in hooks:
-        assert torch.equal(run.run_from(hook, run.activations[hook]), run.final)
-
-
-def test_a_replaced_residual_is_a_hook_that_replaces(any_model: LanguageModel, ids_NS: Tensor) -> None:
-    run = any_model.forward(ids_NS, [Hook(layer) for layer in range(len(any_model.blocks))])
-    for hook, residual in run.activations.items():
-        other = residual.roll(1, 0) * 0.5 + 0.1
-
-        def replace(_module: object, _inputs: object, output: object, other: Tensor = other) -> object:
-            return (other, *output[1:]) if isinstance(output, tuple) else other
-
-        handle = any_model.blocks[hook.layer].register_forward_hook(replace)
-        with torch.no_grad():
-            expected = any_model.model(ids_NS, use_cache=False).logits
-        handle.remove()
-        spliced = run.run_from(hook, other)
-        assert torch.equal(any_model.unembed(spliced), expected) and not torch.equal(spliced, run.final)
-
-
-def test_several_versions_of_the_contexts_run_together(any_model: LanguageModel, ids_NS: Tensor) -> None:
-    run = any_model.forward(ids_NS, [Hook(0), Hook(1)])
-    for hook, residual in run.activations.items():
-        versions = [residual, 0.5 * residual.roll(1, 0), -residual, residual + 0.1]
-        alone = [run.run_from(hook, version) for version in versions]
-        torch.testing.assert_close(run.run_from(hook, torch.cat(versions)), torch.cat(alone))
-        assert not torch.allclose(alone[0], alone[1])
-
-
-def test_a_suffix_leaves_no_hooks_behind(any_model: LanguageModel, ids_NS: Tensor) -> None:
-    before = hooks_on(any_model)
-    first = any_model.forward(ids_NS, [Hook(0)])
-    first.run_from(Hook(0), torch.zeros_like(first.activations[Hook(0)]))
-    assert torch.equal(any_model.forward(ids_NS, [Hook(0)]).final, first.final)
-    assert hooks_on(any_model) == before
-
-
 def hooks_on(model: LanguageModel) -> list[int]:
     return [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in model.blocks]
 
@@ -401,15 +359,6 @@ def test_a_model_with_an_unknown_structure_is_rejected() -> None:
     config = GPTJConfig(vocab_size=16, n_embd=8, n_layer=1, n_head=1, rotary_dim=4)
     with pytest.raises(UsageError, match="GPTJForCausalLM does not keep its blocks in .*gpt2, gpt_neox"):
         LanguageModel(AutoModelForCausalLM.from_config(config)).capture(torch.ones(1, 2, dtype=torch.long), [0])
-
-
-@pytest.mark.parametrize(("kind", "more"), [("cohere", {}), ("granite", {"logits_scaling": 8.0})])
-def test_a_model_whose_end_cannot_be_run_alone_is_harvested_but_not_evaluated(kind: str, more: dict, tmp_path: Path):
-    tiny(kind, **more).model.save_pretrained(tmp_path)
-    source, config = find_model(str(tmp_path))
-    with pytest.raises(UsageError, match="SAEs cannot be spliced into .*(changes the logits by|have other names)"):
-        load_model(source, config, **SETTINGS)
-    assert load_trunk(source, config, 1, **SETTINGS).capture(torch.arange(3, 25).reshape(2, 11), [1])[1].shape[-1] == 16
 
 
 def test_a_context_longer_than_the_learned_positions_is_rejected() -> None:

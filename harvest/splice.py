@@ -1,0 +1,186 @@
+"""Run a language model again from changed activations, with the model's own code.
+
+The blocks before the hook are skipped: each returns at once, and the last of them gives what it gave before. All the
+rest is the model's own: the embedding, the arguments of the blocks, the blocks from the hook on, the final norm, the
+logits. So nothing here depends on a family. Where blocks leave something for later ones (as in Gemma 4, some of whose
+layers share keys and values), nothing is skipped; `Splicer.check` finds that out.
+
+Shape suffixes: N contexts in a batch, S positions, M versions of the contexts, D d_model, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.layout import Hook
+from ..common.errors import SaeError, UsageError
+
+TOLERANCE = 0.01  # of the largest logit, by which running a model in parts may change its logits
+
+
+@dataclass
+class ForwardPass:
+    """A forward pass over some contexts, which can be run again from any captured hook on.
+
+    `run_from(hook, x)` returns what `final` would have been had the activations at `hook` been x (N, S, d), such as an
+    SAE's reconstruction. M versions of the contexts can be run together, as (M N, S, d).
+    """
+
+    activations: dict[Hook, Tensor]  # hook -> (N, S, d)
+    final: Tensor  # (N, S, D): the input of `LanguageModel.unembed`
+    run_from: Callable[[Hook, Tensor], Tensor]
+
+
+class Splicer:
+    """Forward passes of one model that can be run again from a hook."""
+
+    def __init__(self, language_model: Any) -> None:
+        """`language_model` is the `LanguageModel` whose trunk, blocks, `capturing` and `patching` are used."""
+        self.language_model = language_model
+        self.other_outputs: dict[int, tuple[None, ...] | None] = {}  # block -> what it returns besides the residual
+        self.skips_blocks: dict[Hook, bool] = {}  # the hooks that were checked
+
+    def forward(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
+        """One whole pass that keeps the activations at the hooks, and the inputs of the blocks with a hook inside."""
+        self.check([hook for hook in hooks if hook not in self.skips_blocks])
+        return self.keep(ids_NS, hooks)
+
+    def keep(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
+        model = self.language_model
+        before = [Hook(hook.layer - 1) for hook in hooks if is_inside(hook) and hook.layer > 0]
+        kept: dict[Hook, Tensor] = {}
+        with self.noting_outputs(), model.capturing([*dict.fromkeys([*hooks, *before])], kept):
+            final = model.trunk(ids_NS, use_cache=False).last_hidden_state
+
+        def run_from(hook: Hook, x_NSD: Tensor) -> Tensor:
+            if hook not in hooks:
+                raise KeyError(hook)
+            versions, replaced = len(x_NSD) // len(ids_NS), False
+
+            def replace(_: Tensor) -> Tensor:
+                nonlocal replaced
+                replaced = True
+                return x_NSD
+
+            with contextlib.ExitStack() as stack:
+                if self.skips_blocks.get(hook, True) and hook.site == "resid_post":
+                    stack.enter_context(self.starting_after(hook.layer, x_NSD))
+                    replaced = True
+                else:
+                    stack.enter_context(model.patching(hook, replace))
+                    if self.skips_blocks.get(hook, True) and is_inside(hook) and hook.layer > 0:
+                        block_input = kept[Hook(hook.layer - 1)].repeat(versions, 1, 1)
+                        stack.enter_context(self.starting_after(hook.layer - 1, block_input))
+                again = model.trunk(ids_NS.repeat(versions, 1), use_cache=False).last_hidden_state
+            if not replaced:
+                raise SaeError(f"The hook on {hook.name} did not fire, so nothing was replaced.")
+            return again
+
+        return ForwardPass({hook: kept[hook] for hook in hooks}, final, torch.no_grad()(run_from))
+
+    @contextlib.contextmanager
+    def starting_after(self, layer: int, x_NSD: Tensor) -> Iterator[None]:
+        """Let the model skip the blocks up to `layer`, with x as what they give to the next one."""
+
+        def skipped(index: int) -> Callable[..., Any]:
+            others = self.other_outputs[index]
+            return lambda *_, **__: x_NSD if others is None else (x_NSD, *others)
+
+        blocks = self.language_model.blocks[: layer + 1]
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(blocks):
+                stack.enter_context(replacing_forward(block, skipped(index)))
+            yield
+
+    @contextlib.contextmanager
+    def noting_outputs(self) -> Iterator[None]:
+        """Note what each block returns besides the residual stream: a skipped block has to return as much."""
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                self.other_outputs[index] = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+
+            return hook
+
+        handles = [block.register_forward_hook(note(i)) for i, block in enumerate(self.language_model.blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @cached_property
+    def trunk_output(self) -> Callable[..., Any]:
+        """What the trunk returns: a class of transformers whose fields are all optional."""
+        model = self.language_model
+        return type(model.trunk(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False))
+
+    def unembed(self, final: Tensor) -> Tensor:
+        """The model's logits (..., V) for what its trunk returns (..., D), by its own code: scales, caps and biases."""
+        model = self.language_model
+        final_1TD = final.flatten(0, -2)[None]
+        ids_1T = torch.zeros(final_1TD.shape[:2], dtype=torch.int64, device=final.device)
+        output = self.trunk_output(last_hidden_state=final_1TD)
+        with replacing_forward(model.trunk, lambda *_, **__: output):
+            return model.model(ids_1T, use_cache=False).logits[0].unflatten(0, final.shape[:-1])
+
+    def check(self, hooks: Sequence[Hook]) -> None:
+        """Raise UsageError unless `run_from` and `unembed` reproduce the logits of the model at these hooks.
+
+        Finds out from which hooks on the blocks can be run without those before.
+        """
+        model = self.language_model
+        ids_NS = torch.arange(8, device=model.device).reshape(2, 4) % model.config.vocab_size
+        expected_NSV = model.model(ids_NS, use_cache=False).logits.float()
+
+        def difference(final_NSD: Tensor) -> float:
+            logits_NSV = self.unembed(final_NSD).float()
+            return float((logits_NSV - expected_NSV).abs().max() / expected_NSV.abs().max())
+
+        run = self.keep(ids_NS, hooks)
+        self.require(difference(run.final), "computing its logits from its last hidden state")
+        for hook in hooks:
+            x_NSD = run.activations[hook]
+            changed_NSD = 0.5 * x_NSD.roll(1, 0)
+            self.skips_blocks[hook] = False
+            whole_NSD = run.run_from(hook, changed_NSD)
+            self.require(difference(run.run_from(hook, x_NSD)), f"putting its own activations back at {hook}")
+            self.skips_blocks[hook] = True
+            try:
+                again_NSD, changed_again_NSD = run.run_from(hook, torch.cat([x_NSD, changed_NSD])).chunk(2)
+                off = (self.unembed(changed_again_NSD) - self.unembed(whole_NSD)).float().abs().max()
+                same = max(difference(again_NSD), float(off / expected_NSV.abs().max())) <= TOLERANCE
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                same = False  # a later block misses what a skipped one leaves
+            self.skips_blocks[hook] = same
+
+    def require(self, difference: float, what: str) -> None:
+        if not difference <= TOLERANCE:
+            name = type(self.language_model.model).__name__
+            raise UsageError(
+                f"SAEs cannot be spliced into {name}: {what} changes the logits by {difference:.2g} of them."
+            )
+
+
+def is_inside(hook: Hook) -> bool:
+    """Whether the hook is in a block, which has then to be run again: not its output, and not outside the blocks."""
+    return hook.site != "resid_post" and not getattr(hook, "is_outside", False)
+
+
+@contextlib.contextmanager
+def replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call `forward` in place of a module's while the context is open."""
+    own = vars(module).get("forward")  # where another library has put one in place of the class's
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own

@@ -1,0 +1,195 @@
+"""Running a model again from changed activations is what a plain hook on transformers' model does."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from sae.cache.layout import Hook
+from sae.common.errors import UsageError
+from sae.harvest.model import LanguageModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LLAMA = {
+    "resid_post": ("model.layers.1", "output"),
+    "mlp_out": ("model.layers.1.mlp", "output"),
+    "attn_z": ("model.layers.1.self_attn.o_proj", "input"),
+}
+GEMMA2 = LLAMA | {"mlp_out": ("model.layers.1.post_feedforward_layernorm", "output")}
+GPT2 = {
+    "resid_post": ("transformer.h.1", "output"),
+    "mlp_out": ("transformer.h.1.mlp", "output"),
+    "attn_z": ("transformer.h.1.attn.c_proj", "input"),
+}
+GPT_NEOX = {
+    "resid_post": ("gpt_neox.layers.1", "output"),
+    "mlp_out": ("gpt_neox.layers.1.mlp", "output"),
+    "attn_z": ("gpt_neox.layers.1.attention.dense", "input"),
+}
+RESID_POST = {"resid_post": ("model.layers.1", "output")}
+MODULES: dict[str, dict[str, tuple[str, str]]] = {
+    "llama": LLAMA, "qwen3": LLAMA, "gemma2": GEMMA2, "gpt2": GPT2, "gpt_neox": GPT_NEOX, "mixtral": RESID_POST,
+    "granite": RESID_POST, "cohere2": RESID_POST, "phi": RESID_POST, "olmo2": RESID_POST,
+}  # fmt: skip
+"""Family -> site -> the module whose input or output it is, written down from transformers' sources."""
+OPTIONS: dict[str, dict[str, Any]] = {"granite": {"logits_scaling": 8.0}, "gemma2": {"final_logit_softcapping": 2.0}}
+CASES = [(kind, site) for kind, sites in MODULES.items() for site in sites]
+
+
+@lru_cache
+def tiny(kind: str) -> LanguageModel:
+    """Four random blocks of a family, with its unembedding. Norms that do nothing would hide a missing one."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+    }  # fmt: skip
+    config = CONFIG_MAPPING[kind](**sizes, **OPTIONS.get(kind, {}))
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return LanguageModel(model)
+
+
+@pytest.fixture(scope="module")
+def ids_NS() -> Tensor:
+    return torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def plain_hook(model: nn.Module, path: str, end: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change what a module of transformers reads or returns, without any code of this package."""
+
+    def before(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        return (change(inputs[0]), *inputs[1:])
+
+    def after(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    module = model.get_submodule(path)
+    handle = module.register_forward_pre_hook(before) if end == "input" else module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("kind", "site"), CASES)
+def test_its_own_activations_put_back_give_the_models_logits(kind: str, site: str, ids_NS: Tensor) -> None:
+    model, hook = tiny(kind), Hook(1, site)
+    run = model.forward(ids_NS, [hook])
+    logits = model.model(ids_NS, use_cache=False).logits
+    assert torch.equal(model.unembed(run.final), logits)
+    torch.testing.assert_close(model.unembed(run.run_from(hook, run.activations[hook])), logits)
+
+
+@pytest.mark.parametrize(("kind", "site"), CASES)
+def test_changed_activations_are_a_plain_hook_that_changes_them(kind: str, site: str, ids_NS: Tensor) -> None:
+    model, hook = tiny(kind), Hook(1, site)
+    run = model.forward(ids_NS, [hook])
+    changes: list[Callable[[Tensor], Tensor]] = [torch.zeros_like, lambda x: 0.5 * x.roll(1, 0) + 0.1]
+    for change in changes:
+        x_NSD = change(run.activations[hook])
+        with plain_hook(model.model, *MODULES[kind][site], lambda _, x_NSD=x_NSD: x_NSD):  # type: ignore[misc]
+            expected = model.model(ids_NS, use_cache=False).logits
+        found = model.unembed(run.run_from(hook, x_NSD))
+        torch.testing.assert_close(found, expected)
+        assert not torch.allclose(found, model.unembed(run.final))
+
+
+@pytest.mark.parametrize(("kind", "site"), CASES)
+def test_several_versions_of_the_contexts_run_together(kind: str, site: str, ids_NS: Tensor) -> None:
+    model, hook = tiny(kind), Hook(1, site)
+    run = model.forward(ids_NS, [hook])
+    x_NSD = run.activations[hook]
+    versions = [x_NSD, 0.5 * x_NSD.roll(1, 0), -x_NSD, x_NSD + 0.1]
+    alone = [run.run_from(hook, version) for version in versions]
+    torch.testing.assert_close(run.run_from(hook, torch.cat(versions)), torch.cat(alone))
+
+
+@pytest.mark.parametrize(("layer", "runs"), [(0, [0, 1, 2, 3]), (2, [2, 3])])
+def test_blocks_before_the_hook_are_not_run_again(layer: int, runs: list[int], ids_NS: Tensor) -> None:
+    model, ran = tiny("llama"), []
+    hooks = [Hook(layer, "mlp_out"), Hook(layer)]
+    run = model.forward(ids_NS, hooks)
+    handles = [
+        block.mlp.register_forward_hook(lambda *_, n=number: ran.append(n)) for number, block in enumerate(model.blocks)
+    ]
+    for hook, expected in zip(hooks, (runs, runs[1:]), strict=True):
+        ran.clear()
+        run.run_from(hook, run.activations[hook])
+        assert ran == expected
+    for handle in handles:
+        handle.remove()
+
+
+class Remembering(nn.Module):
+    """A projection that adds what the same one of the first block has returned, as layers with shared values do."""
+
+    def __init__(self, own: nn.Module, memory: dict[str, Tensor], first: bool) -> None:
+        super().__init__()
+        self.own, self.memory, self.first = own, memory, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.own(x)
+        if self.first:
+            self.memory["first"] = y
+            return y
+        return y + self.memory.pop("first")
+
+
+def test_where_a_block_leaves_something_for_a_later_one_nothing_is_skipped(ids_NS: Tensor) -> None:
+    tiny.cache_clear()
+    model, memory = tiny("llama"), {}
+    tiny.cache_clear()
+    for layer in (0, 3):
+        model.blocks[layer].mlp.down_proj = Remembering(model.blocks[layer].mlp.down_proj, memory, layer == 0)
+    hook = Hook(1)
+    run = model.forward(ids_NS, [hook])
+    x_NSD = 0.5 * run.activations[hook]
+    with plain_hook(model.model, "model.layers.1", "output", lambda _: x_NSD):
+        expected = model.model(ids_NS, use_cache=False).logits
+    torch.testing.assert_close(model.unembed(run.run_from(hook, x_NSD)), expected)
+    torch.testing.assert_close(run.run_from(hook, torch.cat([x_NSD, x_NSD])).chunk(2)[1], run.run_from(hook, x_NSD))
+
+
+def test_nothing_is_left_behind(ids_NS: Tensor) -> None:
+    model = tiny("gpt2")
+    hooks = [Hook(1), Hook(1, "mlp_out")]
+
+    def state() -> list[Any]:
+        parts = [module for module in model.model.modules()]
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in parts]
+
+    before = state()
+    first = model.forward(ids_NS, hooks)
+    for hook in hooks:
+        first.run_from(hook, torch.zeros_like(first.activations[hook]))
+        with pytest.raises(RuntimeError):
+            first.run_from(hook, torch.zeros(3, 11, 5))
+    assert state() == before
+    assert torch.equal(model.forward(ids_NS, hooks).final, first.final)
+
+
+def test_a_model_whose_numbers_are_not_its_trunks_is_refused(ids_NS: Tensor) -> None:
+    tiny.cache_clear()
+    model = tiny("llama")
+    tiny.cache_clear()
+    own, calls = model.model.forward, []
+
+    def drifting(*args: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        output = own(*args, **keywords)
+        output.logits = output.logits + len(calls)
+        return output
+
+    model.model.forward = drifting
+    with pytest.raises(UsageError, match="SAEs cannot be spliced into LlamaForCausalLM: computing its logits .* by"):
+        model.forward(ids_NS, [Hook(1)])
