@@ -94,7 +94,14 @@ def train(
     checkpoint_every: Annotated[
         int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=RECORDS)
     ] = 1000,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between log lines.", rich_help_panel=RECORDS)] = 50,
+    log_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps between log lines. Default: a hundredth of the steps, at most 50.",
+            rich_help_panel=RECORDS,
+        ),
+    ] = None,
     log: Annotated[
         list[str] | None,
         typer.Option(

@@ -90,7 +90,7 @@ class TrainConfig:
     resume: Sequence[Path] = ()  # run folders to resume, instead of new runs
     out: Path | None = None  # where run folders go; None: runs/
     device: str = "auto"
-    log_every: int = 50  # steps
+    log_every: int | None = None  # steps; None: `default_log_interval`
     checkpoint_every: int = 1000  # steps
     log: Sequence[str] = ()  # names of loggers
     compiled: bool = False  # compile the training step
@@ -101,6 +101,14 @@ class TrainConfig:
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
         return json.loads(json.dumps(values, default=str))
+
+
+CURVE_POINTS, MAX_LOG_INTERVAL = 100, 50
+
+
+def default_log_interval(steps: int) -> int:
+    """The steps between log lines of a run of `steps` steps: at most 50, and so few that a curve has 100 points."""
+    return min(MAX_LOG_INTERVAL, max(1, steps // CURVE_POINTS))
 
 
 @dataclass
@@ -357,7 +365,7 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
     run_config = RunConfig.from_record(record, known_variance(cache, cache.require_array(*hook)))
     run = Run(
         find_recipe(record["variant"]), record["options"], hook, record["seed"], record["order_seed"], run_config,
-        cache, folder, record.get("compiled", False),
+        cache, folder, record.get("compiled", False), requested=config.record(),
     )  # fmt: skip
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(

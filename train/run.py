@@ -19,11 +19,11 @@ from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.device import resolve_device
 from ..common.errors import Interrupted, SaeError, UsageError, did_you_mean
-from ..common.files import write_json, writer_lock
+from ..common.files import read_json, write_json, writer_lock
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .compile import compile_step
 from .loop import Trainer, autocast, train_loop
-from .plan import Run, TrainConfig, TrainPlan, group_by_pass, plan_training
+from .plan import Run, TrainConfig, TrainPlan, default_log_interval, group_by_pass, plan_training
 from .run_folder import append_metrics, check_defaults_unchanged, run_record, truncate_metrics
 from .sae import fold_normalization, save_sae
 from .step import Mechanism
@@ -172,6 +172,11 @@ class RunTrainer(Trainer):
         super().__init__(variant, run.steps, device)
         self.run = run
         self.steps_done = 0  # when it was prepared
+        self.log_every = run.requested.get("log_every") or default_log_interval(run.steps)  # steps
+
+    def logs_after(self, steps_done: int) -> bool:
+        """Whether metrics are logged after so many steps, checkpoints aside."""
+        return steps_done % self.log_every == 0 or steps_done == self.steps
 
 
 def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTrainer:
@@ -182,6 +187,9 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     trainer = RunTrainer(run, build_variant(run).to(device), device)
     if (run.folder / "run.json").exists():
         check_defaults_unchanged(run, trainer.variant)
+        if not run.requested.get("log_every"):  # a resumed run keeps its own: a line is the mean since the one before
+            asked = read_json(run.folder / "run.json").get("asked", {})
+            trainer.log_every = asked.get("log_every") or trainer.log_every
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say)
         if trainer.steps_done:
             progress.say(f"{run.name} resumes from step {trainer.steps_done}.")
@@ -245,11 +253,10 @@ class SharedPass:
     def _after_step(self, number: int) -> bool:
         """Log, finish runs, checkpoint. Returns whether all is done; raises Interrupted if told to stop."""
         steps_done, stop = number + 1, self.should_stop()
-        ending = any(trainer.steps == steps_done for trainer in self.active)
         checkpoint = stop or steps_done == self.until or steps_done % self.config.checkpoint_every == 0
-        if stop or ending or checkpoint or steps_done % self.config.log_every == 0:
-            self._drop_failed_runs()
-            self._log(steps_done)
+        due = [trainer for trainer in self.active if stop or checkpoint or trainer.logs_after(steps_done)]
+        if due:
+            self._log(steps_done, self._drop_failed_runs(due))
         self._finish_runs(steps_done)
         if checkpoint:
             for trainer in self.active:
@@ -262,8 +269,9 @@ class SharedPass:
             )
         return not self.active
 
-    def _drop_failed_runs(self) -> None:
-        for trainer in list(self.active):
+    def _drop_failed_runs(self, due: Sequence[RunTrainer]) -> list[RunTrainer]:
+        """Give up those trainers that failed, and return the others."""
+        for trainer in due:
             step, run = int(trainer.failed_at), trainer.run
             if step < 0:
                 continue
@@ -276,11 +284,12 @@ class SharedPass:
             )
             self.progress.say(f"{run.name}: {run.problem}")
             self.active.remove(trainer)
+        return [trainer for trainer in due if trainer in self.active]
 
-    def _log(self, steps_done: int) -> None:
+    def _log(self, steps_done: int, due: Sequence[RunTrainer]) -> None:
         metrics: dict[str, dict[str, float]] = {}
         waited = round(self.seconds_waited + self.batches.seconds_waited, 3)
-        for trainer in self.active:
+        for trainer in due:
             run, tokens = trainer.run, steps_done * trainer.run.config.batch_size
             line = {"step": steps_done, "tokens": tokens, **trainer.pop_metrics(), "waited_for_data": waited}
             metrics[run.name] = line

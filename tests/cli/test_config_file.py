@@ -156,7 +156,7 @@ def test_a_command_takes_its_file_and_records_the_origins(tiny_cache, tmp_path: 
     ]  # fmt: skip
     for record in records:
         asked = record["asked"]
-        assert (asked["steps"], asked["caches"], asked["log_every"]) == (2, [str(tiny_cache.folder)], 50)
+        assert (asked["steps"], asked["caches"], asked["log_every"]) == (2, [str(tiny_cache.folder)], None)
         assert asked["origins"] == {
             "variant": f"{path}:2", "layer": f"{path}:3", "cache": f"{path}:4", "steps": "flag",
             "batch-size": f"{path}:6", "width": f"{path}:7", "set": f"{path}:9, flag",
@@ -171,7 +171,8 @@ def test_the_starter_file_is_valid_as_it_is_and_with_its_defaults_uncommented(tm
     plain = [shown(verb)[0] for verb in ("harvest", "train", "evaluate")]
     for name in ("starter", "defaults"):
         assert [shown(v, "--config", tmp_path / f"{name}.toml")[0] for v in ("harvest", "train", "evaluate")] == plain
-    assert {key for key, _ in flatten(tomllib.loads(with_defaults))} > {("harvest", "model"), ("train", "log-every")}
+    keys = {key for key, _ in flatten(tomllib.loads(with_defaults))}
+    assert keys > {("harvest", "model"), ("train", "checkpoint-every")}
 
 
 def commands(command: object, words: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object]]:

@@ -21,7 +21,7 @@ from sae.cache.chunks import write_chunk
 from sae.cache.reader import open_cache
 from sae.common.errors import Interrupted, SaeError, UsageError
 from sae.common.files import read_json
-from sae.train.plan import TrainConfig, plan_training
+from sae.train.plan import TrainConfig, default_log_interval, plan_training
 from sae.train.run import TrainProgress, run_training
 from sae.train.sae import load_sae
 
@@ -123,6 +123,46 @@ def test_a_stopped_run_is_saved_and_the_message_says_how_to_resume(sparse_cache,
     train(TrainConfig(resume=folders, device="cpu"))
     for left, right in zip(folders, whole, strict=True):
         assert (left / "sae.safetensors").read_bytes() == (right / "sae.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval"), [(1, 1), (100, 1), (200, 2), (1000, 10), (4999, 49), (5000, 50), (10**6, 50)]
+)
+def test_a_curve_has_a_hundred_points_and_a_line_at_least_every_50_steps(steps: int, interval: int) -> None:
+    assert default_log_interval(steps) == interval
+    assert steps // interval >= min(steps, 100)
+
+
+def lines_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_short_run_logs_a_hundred_times_and_trains_the_same(sparse_cache, tmp_path: Path) -> None:
+    """And the mean of the lines of 50 steps is the line of those 50 steps."""
+    (fine,), (coarse,) = (
+        train(make_config(sparse_cache, "topk", steps=200, log_every=every, checkpoint_every=1000, out=tmp_path / name))
+        for every, name in ((None, "fine"), (50, "coarse"))
+    )
+    assert (fine / "sae.safetensors").read_bytes() == (coarse / "sae.safetensors").read_bytes()
+    assert [line["step"] for line in lines_of(fine)] == list(range(2, 201, 2))
+    assert [line["step"] for line in lines_of(coarse)] == [50, 100, 150, 200]
+    for number, line in enumerate(lines_of(coarse)):
+        part = lines_of(fine)[25 * number : 25 * (number + 1)]
+        for name in ("loss", "l0", "explained_variance"):
+            assert sum(one[name] for one in part) / 25 == pytest.approx(line[name], rel=1e-5)
+
+
+def test_a_resumed_run_keeps_the_interval_of_its_log(sparse_cache, tmp_path: Path) -> None:
+    def stop(number: int, *_: object) -> None:
+        if number == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    plan = plan_training(make_config(sparse_cache, "topk", log_every=3, out=tmp_path / "stopped"))
+    with pytest.raises(Interrupted):
+        run_training(plan, TrainProgress(step=stop))
+    (run,) = plan.runs
+    train(TrainConfig(resume=[run.folder], device="cpu", checkpoint_every=1000))
+    assert [line["step"] for line in lines_of(run.folder)] == [3, 4, 6, 7, 9, 12]  # 4: a checkpoint, 7: it was stopped
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(sparse_cache) -> None:
