@@ -5,7 +5,7 @@ Series differ in color and in shape or dashes. The colors can be told apart by c
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -14,6 +14,7 @@ MARKERS = "osD^vP*X"  # matplotlib's names
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # as in SVG
 Kind = Literal["points", "line", "both", "bars"]
 MIN_VALUE, MAX_VALUE = 1e-100, 1e100  # that an axis can show
+MAX_LINE_POINTS = 400  # of a line, more than can be told apart at the width of a chart
 CHARACTER_WIDTH = 7  # approximate width of a character of a label, in pixels
 
 
@@ -71,7 +72,7 @@ class Chart:
 
 
 def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
-    """Round numbers in [low, high], about `about` of them.
+    """Round numbers in [low, high], about `about` of them and at least three.
 
     Steps are 1, 2 or 5 times a power of ten; with `log` the ticks themselves are such numbers, except in a range of
     less than a decade, where the steps are even too.
@@ -84,9 +85,16 @@ def ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[fl
             if len(values) <= 2 * about:
                 return values
         return values[:: math.ceil(len(values) / about)]
-    step = (high - low) / about
-    unit = 10.0 ** math.floor(math.log10(step))
-    step = next(part * unit for part in (1, 2, 5, 10) if part * unit >= step * (1 - 1e-9))
+    wanted = (high - low) / about
+    unit = 10.0 ** math.floor(math.log10(wanted))
+    steps = [part * unit for part in (0.5, 1, 2, 5, 10)]
+    finer, step = next(pair for pair in pairwise(steps) if pair[1] >= wanted * (1 - 1e-9))
+    found = multiples(step, low, high)
+    return found if len(found) > 2 else multiples(finer, low, high)
+
+
+def multiples(step: float, low: float, high: float) -> list[float]:
+    """The multiples of `step` in [low, high]."""
     return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -149,6 +157,28 @@ def with_bar_edges(x: Sequence[float], log: bool) -> list[float]:
     half = min((b - a for a, b in pairwise(places)), default=0.0) / 2
     ends = [places[0] - half, places[-1] + half] if places else []
     return [*x, *(math.exp(end) if log else end for end in ends)]
+
+
+def thin_out(series: Series) -> Series:
+    """The series, or at most MAX_LINE_POINTS points of a longer line: its ends, and its peaks and dips.
+
+    The points between the ends are split into equal parts, and each part keeps its smallest and its largest y, so that
+    a spike of a single point is still seen.
+    """
+    if series.kind != "line" or len(series.x) <= MAX_LINE_POINTS:
+        return series
+    parts, inner = MAX_LINE_POINTS // 2 - 1, len(series.x) - 2
+    kept = {0, len(series.x) - 1}
+    for part in range(parts):
+        places = range(1 + inner * part // parts, 1 + inner * (part + 1) // parts)
+        finite = [place for place in places if math.isfinite(series.y[place])]
+        if finite:
+            kept |= {min(finite, key=series.y.__getitem__), max(finite, key=series.y.__getitem__)}
+    x, y, spread, labels = (
+        [values[place] for place in sorted(kept)] if values else []
+        for values in (series.x, series.y, series.spread, series.labels)
+    )
+    return replace(series, x=x, y=y, spread=spread, labels=labels)
 
 
 def marker_of(number: int) -> str:

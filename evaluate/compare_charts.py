@@ -4,10 +4,11 @@ import contextlib
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from .charts import Chart, Series
+from .charts import Chart, Series, axis_ranges
 from .compare import L0, ComparedSystem, Comparison, metric_heading, sae_location
 from .metrics.base import MetricColumn
 from .metrics.registry import METRICS
@@ -19,13 +20,16 @@ CURVE_TITLES = {  # scalar in metrics.jsonl -> title; explained_variance is draw
     "loss": "loss",
 }
 LOG_SCALE_CURVES = ("explained_variance", "loss")
+FRAMING_REFERENCE = "pca"  # of the same L0 as the SAEs; the other references may be far from them
 PUBLISHED = Path(__file__).parent / "published.toml"
 
 
 def frontiers(comparison: Comparison) -> list[Chart]:
     """A chart per column, over L0.
 
-    Each recipe is a series through its systems in order of L0; references are points.
+    Each recipe is a series through its systems in order of L0; references are points. The axes are those of the SAEs
+    and the PCA: the identity, whose L0 is d_in, would push nearly equal SAEs into one place. What lies far outside is
+    named in the chart's note.
     """
     l0 = next(column for column in METRICS[L0[0]].columns if column.name == L0[1])
     systems = [*comparison.systems, *comparison.references]
@@ -42,8 +46,30 @@ def frontiers(comparison: Comparison) -> list[Chart]:
                 points.setdefault(series_name(system, comparison), []).append((x[0], *y, label))
         series = [frontier_series(name, sorted(some), names.index(name)) for name, some in points.items()]
         title = metric_heading(metric, column).split("\n0")[0].replace("\n", " ")
-        charts.append(Chart(title, "L0", title, series + published_series(comparison, metric, column), x_log=True))
+        chart = Chart(title, "L0", title, series + published_series(comparison, metric, column), x_log=True)
+        references = {series_name(system, comparison) for system in comparison.references} - {FRAMING_REFERENCE}
+        charts.append(without_far_series(chart, references))
     return charts
+
+
+def without_far_series(chart: Chart, names: Container[str]) -> Chart:
+    """The chart without those of the named series that lie far from the others; its note has their points."""
+    kept = [series for series in chart.series if series.name not in names]
+    if not kept:
+        return chart
+    frame = axis_ranges(replace(chart, series=kept))
+    points = {series.name: list(zip(series.x, series.y, strict=True)) for series in chart.series}
+    near = [one for one in chart.series if one in kept or all(in_frame(frame, *xy) for xy in points[one.name])]
+    far = [label.partition(": ") for series in chart.series if series not in near for label in series.labels]
+    note = f"Outside of this chart: {'; '.join(f'{name} ({point})' for name, _, point in far)}." if far else ""
+    return replace(chart, series=near, note=note)
+
+
+def in_frame(frame: tuple[tuple[float, float], tuple[float, float]], l0: float, y: float) -> bool:
+    """Whether a point lies within the axes, or so near that they hardly grow: by a quarter."""
+    (x_low, x_high), (y_low, y_high) = frame
+    x_room, y_room = (x_high / x_low) ** 0.25, (y_high - y_low) / 4
+    return x_low / x_room <= l0 <= x_high * x_room and y_low - y_room <= y <= y_high + y_room
 
 
 def frontier_series(name: str, points: Sequence[tuple[float, float, float, str]], style: int) -> Series:

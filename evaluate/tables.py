@@ -8,6 +8,7 @@ from typing import Any
 
 from scipy.stats import t
 
+from ..cache.models import model_label
 from ..common.errors import DamagedError
 from ..common.files import digest_of, read_json
 from .metrics.base import MetricColumn
@@ -17,6 +18,12 @@ from .rows import EvalRow, MeasuredRun
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 # Keys of run.json that do not affect the weights: runs of one recipe can come from several commands and machines.
 IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
+
+
+def describe_model(record: Mapping[str, Any]) -> str:
+    """A model as pages show it: its name and 8 digits of its revision, such as `gemma-2-mini (7637a2a4)`."""
+    label, revision = model_label(record), str(record.get("revision") or "")[:8]
+    return label if revision in label else f"{label} ({revision})"
 
 
 def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[str]]]]:

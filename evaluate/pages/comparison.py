@@ -6,32 +6,34 @@ from importlib.metadata import version
 from ...common.formatting import format_count
 from ..compare import Comparison, comparison_table, paired_table
 from ..compare_charts import frontiers, training_curves
-from ..tables import notes
+from ..tables import describe_model, notes
 from .page import render_page
-from .svg import draw_svg, shared_legend
+from .svg import CHART_SIZE, draw_svg, shared_legend
 
 
 def comparison_page(comparison: Comparison, against: str | None = None) -> str:
     """The HTML page: table, paired differences to the system `against`, frontiers, training curves and notes."""
     headings, lines = comparison_table(comparison)
     runs = comparison.runs
-    models = sorted({run.origin.get("model", {}).get("name", "?") for run in runs})
+    models = sorted({describe_model(run.origin.get("model", {})) for run in runs})
     layers = sorted({run.origin.get("layer", -1) for run in runs})
+    sites = sorted({run.origin.get("site", "resid_post") for run in runs} - {"resid_post"})
+    where = f"layer {', '.join(map(str, [*layers, *sites]))}"
     metrics = sorted({metric for run in runs for metric in run.results})
     over_l0, curves = frontiers(comparison), training_curves(comparison)
     return render_page(
         "compare.html",
         "sort.js",
-        title=f"{format_count(len(runs), 'SAE')} of {', '.join(models)}, layer {', '.join(map(str, layers))}",
-        lead=f"{len(comparison.systems)} systems; {', '.join(metrics)}.",
+        title=f"{format_count(len(runs), 'SAE')} of {', '.join(models)}, {where}",
+        lead=f"{format_count(len(comparison.systems), 'system')}, measured by {', '.join(metrics)}",
         heads=headings,
         lines=lines,
         paired=paired_table(comparison, against) if against else None,
         systems=len(comparison.systems),
         differences=comparison.differences,
-        frontiers=[(chart, draw_svg(chart, legend=False)) for chart in over_l0],
+        frontiers=[(chart, draw_svg(chart, False, *CHART_SIZE)) for chart in over_l0],
         frontier_key=shared_legend(over_l0),
-        curves=[(chart, draw_svg(chart, legend=False)) for chart in curves],
+        curves=[(chart, draw_svg(chart, False, *CHART_SIZE)) for chart in curves],
         curve_key=shared_legend(curves),
         notes=notes(runs),
         version=version("sae-pipeline"),

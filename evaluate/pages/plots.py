@@ -7,7 +7,7 @@ from typing import Any
 
 from ...common.errors import UnavailableError, UsageError
 from ...common.files import make_folder
-from ..charts import COLORS, DASHES, Chart, Series, marker_of
+from ..charts import COLORS, DASHES, Chart, Series, marker_of, thin_out
 
 LINE_STYLES = ("-", "--", ":", "-.")  # matplotlib's names for `charts.DASHES`
 
@@ -37,7 +37,7 @@ def save_chart(chart: Chart, path: Path) -> None:
             title=chart.title, xlabel=chart.x_title, ylabel=chart.y_title,
             xscale="log" if chart.x_log else "linear", yscale="log" if chart.y_log else "linear",
         )  # fmt: skip
-        for place, series in enumerate(chart.series):
+        for place, series in enumerate(map(thin_out, chart.series)):
             draw_series(axes, chart, series, place if series.style is None else series.style)
         if chart.categories:
             axes.set_xticks(range(len(chart.categories)), chart.categories)

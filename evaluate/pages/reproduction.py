@@ -11,10 +11,10 @@ from ..papers.claims import Paper
 from ..papers.figures import letters, paper_figures
 from ..papers.report import PaperReport, describe_system, runs_by_system, shown_layer, unreported_table
 from .page import render_page
-from .svg import draw_svg, shared_legend
+from .svg import CHART_SIZE, draw_svg, shared_legend
 
 MIN_WIDE_CATEGORIES = 16  # a chart with more categories takes the full width of the page
-WIDE, NARROW = (1240, 460), (500, 320)  # the sizes of charts; NARROW is readable on a phone
+WIDE = (1240, 460)  # pixels
 
 
 def reproduction_page(report: PaperReport, model: str, reading: str) -> str:
@@ -79,6 +79,6 @@ def draw_charts(charts: Sequence[Chart], systems: Container[str]) -> tuple[Marku
     for chart in charts:
         has_legend = any(series.name not in systems for series in chart.series)
         is_wide = len(chart.categories) > MIN_WIDE_CATEGORIES
-        width, height = WIDE if is_wide else NARROW
+        width, height = WIDE if is_wide else CHART_SIZE
         figures.append((chart, draw_svg(chart, has_legend, width, height), is_wide))
     return shared_legend(sharing), figures

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +17,13 @@ from ..charts import (
     axis_ranges,
     is_drawable,
     marker_of,
+    thin_out,
     tick_labels,
     ticks,
 )
 from .page import templates
 
+CHART_SIZE = (440, 280)  # pixels; about a column of a page and readable on a phone
 SHAPES = {  # of each of matplotlib's markers, as an SVG path around (0, 0)
     "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
     "s": "M-3.5-3.5H3.5V3.5H-3.5Z",
@@ -61,6 +63,7 @@ def draw_svg(chart: Chart, legend: bool = True, width: int = 620, height: int = 
     Values that are not finite, and values <= 0 on a logarithmic axis, are left out. `height` excludes the legend and
     slanted category names, which are added to it. Without `legend` the page shows a `shared_legend`.
     """
+    chart = replace(chart, series=[thin_out(one) for one in chart.series])
     (x_low, x_high), (y_low, y_high) = axis_ranges(chart)
     y_ticks = ticks(y_low, y_high, chart.y_log)
     right, top, bottom = 12, 10, 46 if chart.x_title else 26

@@ -5,14 +5,26 @@ import io
 import json
 import re
 import statistics
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, UsageError
-from sae.evaluate.compare import compare_runs, comparison_table, paired_table, to_csv, to_records
+from sae.evaluate.compare import (
+    ComparedRun,
+    ComparedSystem,
+    compare_runs,
+    comparison_table,
+    paired_table,
+    to_csv,
+    to_records,
+)
 from sae.evaluate.compare_charts import frontiers, training_curves
+from sae.evaluate.metrics.base import MetricResult
+from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.pages.comparison import comparison_page
 
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
@@ -148,6 +160,30 @@ def test_a_line_goes_through_the_systems_of_a_recipe_in_the_order_of_l0(tmp_path
     ]
 
 
+def references(*points):
+    """References of one run each, as (name, L0, KL score)."""
+    column = next(one for one in METRICS["core"].columns if one.name == "l0")
+    score = next(one for one in METRICS["core"].columns if one.name == "kl_div_score")
+    systems = []
+    for name, l0, kl in points:
+        metrics = {column.category: {"l0": l0}, score.category: {"kl_div_score": kl}}
+        run = ComparedRun(name, Path(name), {}, {}, {"core": MetricResult(metrics)}, {}, is_reference=True)
+        systems.append(ComparedSystem(name, [run]))
+    return systems
+
+
+def test_a_reference_far_from_the_saes_is_named_below_the_chart(tmp_path):
+    runs = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((16, 0.9), (32, 0.95))]
+    found = compare_runs(runs, references=False)
+    far = references(("identity", 576.0, 1.0), ("random-32", 32.0, 0.3), ("pca-32", 32.0, 0.8))
+    (chart,) = frontiers(replace(found, references=far))
+    assert [one.name for one in chart.series] == ["topk", "pca"]
+    assert chart.note == "Outside of this chart: identity (L0 576.0, 1); random-32 (L0 32.0, 0.3)."
+    near = references(("identity", 40.0, 0.96), ("random-32", 20.0, 0.91))
+    (chart,) = frontiers(replace(found, references=near))
+    assert [one.name for one in chart.series] == ["topk", "identity", "random"] and chart.note == ""
+
+
 def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
     gemma = {"name": "google/gemma-2-2b", "revision": "1"}
 
@@ -183,6 +219,12 @@ def test_the_page_holds_the_table_and_escapes_what_is_not_ours(tmp_path):
     html = comparison_page(compare_runs([make_run(tmp_path, "</script><b>")]))
     assert "0.9000 ±.0100" in html
     assert "</script><b>" not in html and "<b>flag" not in html
+
+
+def test_a_model_of_a_folder_is_named_without_its_path(tmp_path):
+    local = {"name": "/home/someone/models/tiny-llama", "revision": "ab12cd34" + "0" * 56}
+    html = comparison_page(compare_runs([make_run(tmp_path, model=local)]))
+    assert "<h1>1 SAE of tiny-llama-ab12cd34, layer 12</h1>" in html and "/home/someone" not in html
 
 
 def test_the_command(tmp_path):

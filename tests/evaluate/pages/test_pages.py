@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sae.common.errors import UsageError
 from sae.evaluate import charts
-from sae.evaluate.charts import Chart, Series, axis_range, tick_label, ticks
+from sae.evaluate.charts import MAX_LINE_POINTS, Chart, Series, axis_range, thin_out, tick_label, ticks
 from sae.evaluate.pages.page import as_json, make_visible, render_page, write_page
 from sae.evaluate.pages.plots import save_chart
 from sae.evaluate.pages.svg import draw_svg, shared_legend
@@ -69,7 +69,7 @@ def test_the_policy_names_the_one_script(monkeypatch, tmp_path):
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_are_few_round_and_inside(low, width):
     found = ticks(low, low + width)
-    assert 2 <= len(found) <= 11
+    assert 3 <= len(found) <= 11
     assert all(low - 1e-6 * width <= value <= low + width * (1 + 1e-6) for value in found)
     steps = [b - a for a, b in zip(found, found[1:], strict=False)]
     assert max(steps) == pytest.approx(min(steps), rel=1e-6)
@@ -81,6 +81,46 @@ def test_ticks_are_few_round_and_inside(low, width):
 )
 def test_logarithmic_ticks(low, high, expected):
     assert ticks(low, high, log=True, about=4) == pytest.approx(expected)
+
+
+def test_a_range_of_few_round_numbers_has_three_ticks_or_more():
+    assert ticks(29, 140, log=True, about=4) == [40, 60, 80, 100, 120, 140]
+
+
+def line(points: int, **more) -> Series:
+    return Series("one", range(points), [(-1) ** n * n for n in range(points)], "line", **more)
+
+
+@pytest.mark.parametrize("points", [1, 100, MAX_LINE_POINTS, MAX_LINE_POINTS + 1, 2000, 20_000])
+def test_a_long_line_is_drawn_by_few_points_between_its_ends(points):
+    whole = line(points)
+    found = thin_out(whole)
+    assert min(points, 100) <= len(found.x) <= MAX_LINE_POINTS
+    assert (found.x[0], found.x[-1]) == (0, points - 1) and list(found.x) == sorted(set(found.x))
+    assert [whole.y[x] for x in found.x] == list(found.y)
+    assert (min(found.y), max(found.y)) == (min(whole.y), max(whole.y))
+    assert draw_svg(Chart("t", "x", "y", [whole])) == draw_svg(Chart("t", "x", "y", [found]))
+
+
+@given(st.integers(0, 4999))
+def test_a_spike_of_one_point_is_drawn(place):
+    y = [0.0] * 5000
+    y[place] = 1.0
+    found = thin_out(Series("one", range(5000), y, "line", spread=[float(n) for n in range(5000)]))
+    assert (place, 1.0) in zip(found.x, found.y, strict=True)
+    assert list(found.spread) == [float(x) for x in found.x]
+
+
+def test_numbers_that_are_none_do_not_hide_the_others():
+    y = [float("nan")] * 3000
+    y[1234] = 2.0
+    found = thin_out(Series("one", range(3000), y, "line"))
+    assert (1234, 2.0) in zip(found.x, found.y, strict=True)
+
+
+def test_points_are_not_left_out():
+    points = Series("one", range(1000), range(1000), "points")
+    assert thin_out(points) is points
 
 
 def test_axes_hold_what_they_show():
