@@ -14,6 +14,15 @@ Tokens = Annotated[
     int | None,
     typer.Option("--tokens", parser=parse_tokens, metavar="N", help="Held-out tokens to read. Default: 100k, or all."),
 ]
+Passage = Annotated[
+    int,
+    typer.Option(
+        "--passage",
+        metavar="N",
+        help="Tokens in a passage, three quarters of them before the one that it is shown for. "
+        "As many as a context has show the activations of all of it.",
+    ),
+]
 
 
 @cli_command
@@ -24,6 +33,7 @@ def dashboard(
     latents: Annotated[
         int | None, typer.Option(help="Show only this many latents, drawn at random, for a smaller file. Default: all.")
     ] = None,
+    passage: Passage = 64,
     device: Device = "auto",
 ) -> None:
     """Write a run's numbers, curves and latents, with passages and logit effects, to one HTML file."""
@@ -31,19 +41,27 @@ def dashboard(
 
     from ..common.formatting import format_bytes
     from ..evaluate.latents.inspection import open_run
-    from ..evaluate.pages.dashboard import check_page_path, dashboard_page, estimate_page_bytes, sample_latents
+    from ..evaluate.latents.passages import PassageWindow
+    from ..evaluate.pages.dashboard import (
+        check_page_path,
+        check_window_memory,
+        dashboard_page,
+        estimate_page_bytes,
+        sample_latents,
+    )
     from ..evaluate.pages.page import write_page
 
-    path = check_page_path(out or run / "dashboard.html")
+    path, window = check_page_path(out or run / "dashboard.html"), PassageWindow.of(passage)
     opened = open_run(run, tokens, device)
     chosen = sample_latents(opened.sae.d_sae, latents)
-    size = format_bytes(estimate_page_bytes(len(chosen), opened.tokens))
+    window = check_window_memory(window.limited_to(opened.ctx.contexts.ids.shape[1]), len(chosen))
+    size = format_bytes(estimate_page_bytes(len(chosen), opened.tokens, window))
     echo(
-        f"dashboard {opened.row.name}: {len(chosen):,} of {opened.sae.d_sae:,} latents on {opened.tokens:,} held-out "
-        f"tokens, about {size} -> {path}"
+        f"dashboard {opened.row.name}, {opened.where}: {len(chosen):,} of {opened.sae.d_sae:,} latents on "
+        f"{opened.tokens:,} held-out tokens, about {size} -> {path}"
     )
     with bar("dashboard", "") as progress:
-        page = dashboard_page(opened, chosen, date.today().isoformat(), progress)
+        page = dashboard_page(opened, chosen, date.today().isoformat(), progress, window)
     write_page(path, page)
     typer.echo(f"{path}   {format_bytes(path.stat().st_size)}; open it in a browser")
     echo(f"next     sae inspect {quote(str(run))} --latent {int(chosen[0])}     (a latent in the terminal)")
@@ -57,16 +75,18 @@ def inspect(
         str | None, typer.Option(help="Show which latents fire on each token; with --latent, only those.")
     ] = None,
     tokens: Tokens = None,
+    passage: Passage = 64,
     device: Device = "auto",
 ) -> None:
     """Show single latents in the terminal, or the latents that fire on a prompt."""
     from ..common.errors import UsageError
     from ..common.formatting import format_count
     from ..evaluate.latents.inspection import check_latents, open_run
+    from ..evaluate.latents.passages import PassageWindow
     from ..evaluate.latents.stats import latent_stats
     from ..evaluate.pages.terminal import latent_summary, print_blocks, prompt_table
 
-    latents = list(dict.fromkeys(latent or ()))
+    latents, window = list(dict.fromkeys(latent or ())), PassageWindow.of(passage)
     if not latents and prompt is None:
         raise UsageError("Nothing to inspect: pass --latent 12 (repeatable), --prompt 'some text', or both.")
     opened = open_run(run, tokens, device)
@@ -74,12 +94,13 @@ def inspect(
     blocks: list[Any] = []
     if prompt is not None:
         blocks.append(prompt_table(opened, prompt, latents))
+    what = f": {format_count(len(latents), 'latent')} on {opened.tokens:,} held-out tokens" if latents else ""
+    echo(f"inspect  {opened.row.name}, {opened.where}{what}")
     if latents:
         from torch import tensor
 
-        echo(f"inspect  {opened.row.name}: {format_count(len(latents), 'latent')} on {opened.tokens:,} held-out tokens")
         with bar("inspect", "") as progress:
-            stats = latent_stats(opened.ctx, opened.sae, opened.hook, tensor(latents), progress)
+            stats = latent_stats(opened.ctx, opened.sae, opened.hook, tensor(latents), progress, window)
         blocks += [latent_summary(opened, stats, place) for place in range(len(latents))]
     print_blocks(blocks)
     echo(f"next     sae dashboard {quote(str(run))}     (all latents, as a page)")

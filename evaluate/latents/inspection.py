@@ -27,6 +27,7 @@ from ..metrics.probes import wilson_interval
 from ..metrics.registry import METRICS
 from ..results import read_result_file
 from ..rows import EvalRow
+from ..tables import describe_model
 
 DEFAULT_TOKENS = 100_000  # of held-out text
 MIN_PROBE_ACCURACY = 0.6  # of a one-latent probe, above which the latent is labeled with the class; chance is 0.5
@@ -52,6 +53,11 @@ class InspectedRun:
     token_text: TokenText
     row: EvalRow
     labels: dict[int, list[str]]
+
+    @property
+    def where(self) -> str:
+        """Where the SAE reads: `blocks.12.hook_resid_post of gemma-2-mini (7637a2a4)`."""
+        return f"{self.hook.name} of {describe_model(self.sae.origin['model'])}"
 
     @property
     def tokens(self) -> int:

@@ -1,14 +1,14 @@
 """Statistics of single latents: where they fire on held-out text, their logit effects, and their nearest latents.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents of the SAE, K selected latents, C a block
-of those, P passages of each, W positions of a passage, B bins of a histogram, M entries of a list.
+of those, B bins of a histogram, M entries of a list.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from ...harvest.model import LanguageModel
 from ..context import EvalContext
 from ..metrics.base import Progress
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
+from .passages import DEFAULT_WINDOW, PassageTable, PassageWindow
 
-BEFORE, AFTER = 16, 7  # positions of a passage before and after its central token
-WIDTH = BEFORE + 1 + AFTER
 TOP_PASSAGES = 10  # with the largest activations
 SAMPLED_PASSAGES = 15  # that quantiles are taken from
+BYTES_PER_PASSAGE_TOKEN = 4 * (TOP_PASSAGES + SAMPLED_PASSAGES)  # of memory, for each selected latent
 BINS = 32
 LISTED_LATENTS = 8  # nearest latents, and latents that fire together
 LOGIT_TOKENS = 10  # with the largest positive logit effects, and as many with the largest negative
@@ -56,60 +56,6 @@ class Histogram:
         self.count_KB.view(-1).index_add_(0, place, torch.ones_like(place))
 
 
-class PassageTable:
-    """The `count` passages with the largest score for each latent, at most one per context.
-
-    `score` (K, P) is descending, and -inf for missing passages. `context` and `position` (K, P) locate the central
-    token, and `window` (K, P, W) holds the latent's activations from BEFORE positions before it to AFTER after it.
-    """
-
-    def __init__(self, latents: int, count: int, device: torch.device | str = "cpu") -> None:
-        self.score = torch.full((latents, count), -math.inf, device=device)
-        self.context = torch.zeros(latents, count, dtype=torch.int64, device=device)
-        self.position = torch.zeros_like(self.context)
-        self.window = torch.zeros(latents, count, WIDTH, device=device)
-
-    def offer(self, score_NK: Tensor, position_NK: Tensor, f_NSK: Tensor, first: int) -> None:
-        """Add contexts `first`, `first` + 1, ...: for each latent a score and the position of the central token."""
-        kept = self.score.shape[1]
-        self.score, index_KP = torch.cat([self.score, score_NK.T], 1).topk(kept, 1)
-        fresh_KP, old_KP = index_KP >= kept, index_KP.clamp(max=kept - 1)
-        self.context, self.position = self.context.gather(1, old_KP), self.position.gather(1, old_KP)
-        self.window = self.window.gather(1, old_KP[..., None].expand(-1, -1, WIDTH))
-        latent, slot = fresh_KP.nonzero(as_tuple=True)
-        context = index_KP[latent, slot] - kept
-        position = position_NK[context, latent]
-        span = position[:, None] + torch.arange(-BEFORE, AFTER + 1, device=position.device)
-        inside = (span >= 0) & (span < f_NSK.shape[1])
-        values = f_NSK[context[:, None], span.clamp(0, f_NSK.shape[1] - 1), latent[:, None]]
-        self.context[latent, slot], self.position[latent, slot] = context + first, position
-        self.window[latent, slot] = torch.where(inside, values, 0)
-
-    def passages(self, latent: int) -> list["Passage"]:
-        """The passages of the latent at this index among the K, best first. `offer` must not be called afterwards."""
-        score_KP, context_KP, position_KP, window_KPW = self._arrays
-        return [
-            Passage(int(context_KP[latent, p]), int(position_KP[latent, p]), window_KPW[latent, p])
-            for p in range(int((score_KP[latent] > -math.inf).sum()))
-        ]
-
-    @cached_property
-    def _arrays(self) -> list[np.ndarray]:
-        return [part.cpu().numpy() for part in (self.score, self.context, self.position, self.window)]
-
-
-class Passage(NamedTuple):
-    """A token at which a latent fires, with the latent's activations `values` (W,) around it."""
-
-    context: int
-    position: int  # of the central token in its context
-    values: np.ndarray
-
-    @property
-    def value(self) -> float:
-        return float(self.values[BEFORE])
-
-
 class ActivationStats:
     """How often, how strongly and where latents fire, collected in one pass over the text.
 
@@ -122,17 +68,19 @@ class ActivationStats:
             each, all equally likely.
         pair_activations: the activations of all latents at the first `pair_tokens` tokens, a sparse array.
 
-    Memory: four times the activations of 1,024 tokens (1.1 GB at 65,536 latents), and 6 KiB per selected latent.
+    Memory: four times the activations of 1,024 tokens (1.1 GB at 65,536 latents), and for each selected latent
+    `BYTES_PER_PASSAGE_TOKEN` times the tokens of `window` (6.4 kB for passages of 64 tokens).
     """
 
-    def __init__(self, d_sae: int, latents_K: Tensor) -> None:
+    def __init__(self, d_sae: int, latents_K: Tensor, window: PassageWindow = DEFAULT_WINDOW) -> None:
         device, count = latents_K.device, len(latents_K)
         self.latents_K, self.has_all = latents_K, count == d_sae
         self.fired_F = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.sum_K = torch.zeros(count, dtype=torch.float64, device=device)
         self.peak_K = torch.zeros(count, device=device)
         self.histogram = Histogram(count, device)
-        self.top, self.sample = PassageTable(count, TOP_PASSAGES, device), PassageTable(count, SAMPLED_PASSAGES, device)
+        self.top = PassageTable(count, TOP_PASSAGES, window, device)
+        self.sample = PassageTable(count, SAMPLED_PASSAGES, window, device)
         self.generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device draws the same
         self.l0_parts: list[Tensor] = []
         self.pair_parts: list[Any] = []
@@ -234,10 +182,11 @@ class LatentStats:
 
 
 def collect_activations(
-    ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress
+    ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress, window: PassageWindow
 ) -> ActivationStats:
     """Read the held-out text once. BOS, EOS and padding are not counted."""
-    stats = ActivationStats(sae.d_sae, latents_K.to(ctx.model.device))
+    window = window.limited_to(ctx.contexts.ids.shape[1])
+    stats = ActivationStats(sae.d_sae, latents_K.to(ctx.model.device), window)
     contexts_per_batch, done, total = max(1, TOKENS_PER_ENCODE // ctx.contexts.ids.shape[1]), 0, len(ctx.contexts)
     for batch in ctx.batches(contexts_per_batch, total):
         x_NSD = ctx.model.capture_hooks(batch.ids, [hook])[hook]
@@ -249,19 +198,30 @@ def collect_activations(
 
 
 @torch.no_grad()
-def latent_stats(ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress) -> LatentStats:
+def latent_stats(
+    ctx: EvalContext,
+    sae: Any,
+    hook: Hook,
+    latents_K: Tensor,
+    progress: Progress,
+    window: PassageWindow = DEFAULT_WINDOW,
+) -> LatentStats:
     """The statistics of the latents `latents_K` (K,) int64 of an SAE at a hook, on the held-out text of `ctx`.
+
+    `window` says how many tokens the passages hold.
 
     Raises SaeError when activations are not finite, and UnavailableError when the device runs out of memory.
     """
     try:
-        return _latent_stats(ctx, sae, hook, latents_K, progress)
+        return _latent_stats(ctx, sae, hook, latents_K, progress, window)
     except torch.OutOfMemoryError as error:
         raise UnavailableError(f"The device is out of memory: {error} Pass --latents or --device cpu.") from error
 
 
-def _latent_stats(ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress) -> LatentStats:
-    stats = collect_activations(ctx, sae, hook, latents_K, progress)
+def _latent_stats(
+    ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress, window: PassageWindow
+) -> LatentStats:
+    stats = collect_activations(ctx, sae, hook, latents_K, progress, window)
     raised, lowered = None, None
     if hook.site != "attn_z":
         raised, lowered = logit_effects(ctx.model, sae.W_dec[latents_K], partial(progress, note="logit effects"))
@@ -362,12 +322,3 @@ def top_entries(value_CF: Tensor, count: int) -> RankedEntries:
 
 def concat_entries(parts: list[RankedEntries]) -> RankedEntries:
     return RankedEntries(torch.cat([part.index for part in parts]), torch.cat([part.value for part in parts]))
-
-
-def quantile_passages(
-    passages: PassageTable, latent: int, shares: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
-) -> list[Passage]:
-    """The sampled passages of a latent at these quantiles of activation, the strongest first."""
-    ordered = sorted(passages.passages(latent), key=lambda passage: passage.value)
-    places = dict.fromkeys(round(share * (len(ordered) - 1)) for share in shares) if ordered else {}
-    return [ordered[place] for place in places]

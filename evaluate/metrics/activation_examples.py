@@ -3,6 +3,10 @@
 Shape suffixes: R rows of text, S positions, P tokens on which a latent fires.
 """
 
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +14,7 @@ import numpy as np
 BUFFER = 10  # tokens on each side of the middle of a passage
 TOP, WEIGHTED, RANDOM = 12, 7, 10  # passages of each kind
 TOP_SCORED, WEIGHTED_SCORED = 2, 2  # how many of them are held back to score the explanation
+CONTINUED = "◦"  # a token that only continues the character of the token before it
 FIRING_SHARE = 0.01  # of the largest activation in the top passages: a latent fires above it
 
 
@@ -82,6 +87,50 @@ def select_examples(
     return LatentExamples(explained, [scored[i] for i in rng.permutation(len(scored))], threshold)
 
 
+def split_characters(data: bytes) -> Iterator[tuple[int, str]]:
+    """The characters of UTF-8 text, each with the index of its first byte. Bytes of no character become ⟨E2 80⟩."""
+    start = 0
+    while start < len(data):
+        end = start
+        while end < len(data) and not (size := character_size(data[end:])):
+            end += 1
+        if end > start:
+            yield start, f"⟨{data[start:end].hex(' ').upper()}⟩"
+        else:
+            yield start, data[start : (end := start + size)].decode()
+        start = end
+
+
+def character_size(data: bytes) -> int:
+    """The number of bytes of the character that UTF-8 text begins with; 0 if it begins with none."""
+    for size in range(1, 5):
+        with contextlib.suppress(UnicodeDecodeError):
+            return len(data[:size].decode().encode())
+    return 0
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character stands for in the tokens of a byte-level BPE, as of GPT-2.
+
+    Visible characters of Latin-1 stand for themselves; the other 68 bytes, in order, are the characters from U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = byte_alphabet()
+
+
+def token_bytes(name: str | bytes) -> bytes | None:
+    """The bytes of a token, by its name in a byte-level BPE or as <0xE2> of SentencePiece; None for other names."""
+    if isinstance(name, bytes):
+        return name
+    if found := re.fullmatch("<0x([0-9A-Fa-f]{2})>", name):
+        return bytes.fromhex(found[1])
+    return bytes(map(BYTE_OF_CHARACTER.__getitem__, name)) if set(name) <= BYTE_OF_CHARACTER.keys() else None
+
+
 class TokenText:
     """The text of tokens, each on its own and in passages of one line."""
 
@@ -102,9 +151,29 @@ class TokenText:
         return self.text(token).replace("\n", "\\n")
 
     def display(self, token: int) -> str:
-        """A token's text for a page or a terminal; for a part of a character, the tokenizer's name of the token."""
-        text = self.text(token)
-        return self.tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text
+        """A token's text for a page or a terminal; the bytes that are no whole character are shown as ⟨E2 80⟩."""
+        return self.display_text([token])[0]
+
+    def display_text(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of successive tokens for a page or a terminal.
+
+        A character that several tokens share is shown at the first of them, and the others as CONTINUED.
+        """
+        shown: list[str] = []
+        for incomplete, group in groupby(tokens, lambda token: "\ufffd" in self.text(token)):
+            some = list(group)
+            shown += self._join_bytes(some) if incomplete else [self.text(token) for token in some]
+        return shown
+
+    def _join_bytes(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of successive tokens, some of which end or begin within a character."""
+        parts = [token_bytes(self.tokenizer.convert_ids_to_tokens(token)) for token in tokens]
+        whole = b"".join(part or b"" for part in parts)
+        owner = [place for place, part in enumerate(parts) for _ in part or b""]
+        shown = [CONTINUED if part else self.text(token) for part, token in zip(parts, tokens, strict=True)]
+        for start, text in split_characters(whole):
+            shown[owner[start]] = shown[owner[start]].replace(CONTINUED, "") + text
+        return shown
 
     def passage(self, window: ExampleWindow, threshold: float | None = None) -> str:
         """The text of a passage; with a threshold, tokens above it are enclosed in << and >>."""

@@ -3,18 +3,19 @@
 
 const byId = (id) => document.getElementById(id);
 const about = JSON.parse(byId("about").textContent);
-const ROW = 28; // pixels, as in dashboard.css
+const LONG = 40; // characters of a token, over which it is cut
 const AROUND = 10; // rows drawn above and below the visible ones
-const COLUMNS = [
+let columns = [ // those without a value in any row are removed
   { key: "latent", title: "latent", up: true },
   { key: "density", title: "density" },
   { key: "mean", title: "mean" },
   { key: "max", title: "max" },
-  { key: "tokens", title: "top tokens", up: true },
-  { key: "labels", title: "label" },
+  { key: "tokens", title: "top tokens", up: true, text: true },
+  { key: "labels", title: "label", text: true },
 ];
 const box = byId("rows"), search = byId("search"), which = byId("which"), help = byId("help");
-const name = document.title;
+const name = document.title, special = new Set(about.special);
+const rowHeight = () => parseFloat(getComputedStyle(box).getPropertyValue("--row")); // pixels; more for fingers
 
 let table, words, haystack;
 let text = null; // unpacked when the first latent is opened
@@ -63,11 +64,12 @@ const count = (value) => value.toLocaleString("en");
 const number = (value) => (value === 0 ? "0" : Math.abs(value) < 999.5 ? value.toPrecision(3) : count(Math.round(value)));
 const percent = (share) => (share === 0 ? "0 %" : `${share < 0.0995 ? (100 * share).toPrecision(2) : Math.round(100 * share)} %`);
 
+const shorten = (word, longest, kept) => (word.length > longest ? `${word.slice(0, kept)}…×${word.length}` : word);
+
 // A token on its own: spaces are shown as dots, and a long token is cut, with the whole text as tooltip.
 function chip(token) {
   const word = words[token].replaceAll(" ", "·");
-  const short = word.length > 24 ? `${word.slice(0, 20)}… ×${word.length}` : word;
-  return el("span", { className: "token chip", textContent: short, title: word });
+  return el("span", { className: "token chip", textContent: shorten(word, 24, 20), title: word });
 }
 
 function linkTo(latent) {
@@ -77,45 +79,55 @@ function linkTo(latent) {
 
 // ---- the table
 
+const CELLS = {
+  latent: (place) => [linkTo(table.latent[place])],
+  density: (place) => [percent(table.density[place])],
+  mean: (place) => [number(table.mean[place])],
+  max: (place) => [number(table.max[place])],
+  tokens: (place) => table.tokens[place].map(chip),
+  labels: (place) => [table.labels[place]],
+};
+
 function makeRow(place) {
-  const row = el("tr", {},
-    el("td", {}, linkTo(table.latent[place])),
-    el("td", { textContent: percent(table.density[place]) }),
-    el("td", { textContent: number(table.mean[place]) }),
-    el("td", { textContent: number(table.max[place]) }),
-    el("td", { className: "text" }, ...table.tokens[place].map(chip)),
-    el("td", { className: "text", textContent: table.labels[place], title: table.labels[place] }),
-  );
+  const cells = columns.map(({ key, text }) => {
+    const cell = el("td", { className: text ? "text" : "", title: key === "labels" ? table.labels[place] : "" }, ...CELLS[key](place));
+    cell.dataset.key = key;
+    return cell;
+  });
+  const row = el("tr", {}, ...cells);
   row.dataset.place = place;
   if (place === current) row.setAttribute("aria-current", "true");
   if (table.density[place] === 0) row.className = "dead";
   return row;
 }
 
+const visibleColumns = () => Math.max(1, [...box.querySelectorAll("thead th")].filter((head) => head.offsetWidth > 0).length);
+
 function spacer(rows) {
-  const space = el("tr", { ariaHidden: "true" }, el("td", { colSpan: COLUMNS.length }));
-  space.firstChild.style.cssText = `height: ${rows * ROW}px; padding: 0; border: 0`;
+  const space = el("tr", { ariaHidden: "true" }, el("td", { colSpan: visibleColumns() }));
+  space.firstChild.style.cssText = `height: ${rows * rowHeight()}px; padding: 0; border: 0`;
   return space;
 }
 
 function drawRows() {
-  const first = Math.max(0, Math.floor(box.scrollTop / ROW) - AROUND);
-  const last = Math.min(order.length, first + Math.ceil(box.clientHeight / ROW) + 2 * AROUND);
+  const height = rowHeight();
+  const first = Math.max(0, Math.floor(box.scrollTop / height) - AROUND);
+  const last = Math.min(order.length, first + Math.ceil(box.clientHeight / height) + 2 * AROUND);
   const rows = order.slice(first, last).map(makeRow);
   if (first > 0) rows.unshift(spacer(first));
   if (last < order.length) rows.push(spacer(order.length - last));
-  if (!order.length) rows.push(el("tr", {}, el("td", { colSpan: COLUMNS.length, className: "dim text", textContent: "No latent matches." })));
+  if (!order.length) rows.push(el("tr", {}, el("td", { colSpan: visibleColumns(), className: "dim text", textContent: "No latent matches." })));
   box.querySelector("tbody").replaceChildren(...rows);
 }
 
 function drawHeads() {
-  const heads = COLUMNS.map(({ key, title, up = false }) => {
+  const heads = columns.map(({ key, title, text, up = false }) => {
     const button = el("button", { type: "button", textContent: title });
     button.addEventListener("click", () => {
       sorted = { key, up: sorted.key === key ? !sorted.up : up };
       updateOrder();
     });
-    const head = el("th", { scope: "col", className: ["tokens", "labels"].includes(key) ? "text" : "" }, button);
+    const head = el("th", { scope: "col", className: text ? "text" : "" }, button);
     head.dataset.key = key;
     if (sorted.key === key) head.ariaSort = sorted.up ? "ascending" : "descending";
     return head;
@@ -125,14 +137,14 @@ function drawHeads() {
 
 // Filter by the search and the menu, then sort. A whole number puts the latent with that number first.
 function updateOrder() {
-  const query = search.value.trim().toLowerCase();
+  const query = search.value.trim().toLowerCase() || search.value; // a search for spaces finds spaces
   const matches = { all: () => true, alive: (p) => table.density[p] > 0, dead: (p) => table.density[p] === 0, labeled: (p) => table.labels[p] !== "" }[which.value];
   order = table.latent.map((_, place) => place).filter((place) => matches(place) && haystack[place].includes(query));
   const sign = sorted.up ? 1 : -1;
   const column = sorted.key === "tokens" ? table.tokens.map((tokens) => tokens.map((token) => words[token].trim()).join(" ")) : table[sorted.key];
   order.sort((a, b) => (column[a] < column[b] ? -sign : column[a] > column[b] ? sign : a - b));
   const exact = /^\d+$/.test(query) ? places.get(Number(query)) : undefined;
-  if (order.includes(exact)) order = [exact, ...order.filter((place) => place !== exact)];
+  if (exact !== undefined && order.includes(exact)) order = [exact, ...order.filter((place) => place !== exact)];
   byId("found").textContent = `${count(order.length)} of ${count(table.latent.length)}`;
   const focused = document.activeElement?.closest("th")?.dataset.key;
   drawHeads();
@@ -143,32 +155,55 @@ function updateOrder() {
 
 function reveal(place) {
   const at = order.indexOf(place);
-  const visible = box.clientHeight - 2 * ROW; // below the headings
-  if (at >= 0 && (at * ROW < box.scrollTop || at * ROW > box.scrollTop + visible)) box.scrollTop = Math.max(0, at * ROW - visible / 2);
+  const height = rowHeight(), visible = box.clientHeight - 2 * height; // below the headings
+  if (at >= 0 && (at * height < box.scrollTop || at * height > box.scrollTop + visible)) box.scrollTop = Math.max(0, at * height - visible / 2);
   drawRows();
 }
 
 // ---- one latent
 
-function makePassage([context, position, value, levels], peak) {
-  const line = el("p", { className: "passage token" });
-  levels.forEach((level, i) => {
-    const at = position - about.before + i;
-    if (at < 0 || at >= text[context].length) return;
-    const word = words[text[context][at]];
-    const blank = /^ +$/.test(word), begins = word.startsWith(" ") && !blank; // that space is drawn before the color
-    const token = el("span", { textContent: blank && word.length > 4 ? `·×${word.length} ` : begins ? word.slice(1) : word });
-    if (level) {
-      token.className = "fires";
-      token.style.setProperty("--share", `${Math.round((100 * level) / about.levels)}%`);
-      token.title = i === about.before ? number(value) : `about ${number((peak * level) / about.levels)}`;
+// A token within text. `level` is its activation; undefined outside the passage, where activations are not on the page.
+function makeToken(place, level, peak) {
+  const word = words[place];
+  const blank = /^ +$/.test(word), begins = word.startsWith(" ") && !blank; // that space is drawn before the color
+  const shown = blank && word.length > 4 ? `·×${word.length} ` : shorten(begins ? word.slice(1) : word, LONG, 16);
+  const token = el("span", { textContent: shown });
+  if (level) {
+    token.className = "fires";
+    token.style.setProperty("--share", `${Math.round((100 * level) / about.levels)}%`);
+    token.title = `about ${number((peak * level) / about.levels)}`;
+  }
+  if (blank) token.classList.add("blank");
+  if (special.has(place) || level === undefined) token.classList.add("dim");
+  return [begins ? " " : "", token];
+}
+
+function makePassage([context, start, position, value, levels], peak) {
+  const line = el("p", { className: "passage token" }), ids = text[context];
+  const end = start + levels.length;
+  const draw = (whole) => {
+    line.replaceChildren();
+    for (let at = whole ? 0 : start; at < (whole ? ids.length : end); at++) {
+      const [space, token] = makeToken(ids[at], levels[at - start], peak);
+      if (at === position) Object.assign(token, { title: number(value) }).classList.add("chosen");
+      line.append(space, token, whole && words[ids[at]].endsWith("↵") ? "\n" : "");
     }
-    if (i === about.before) token.classList.add("chosen");
-    if (blank) token.classList.add("blank");
-    line.append(begins ? " " : "", token);
+  };
+  draw(false);
+  const head = el("div", { className: "value", title: `context ${context}, position ${position}` }, number(value));
+  if (levels.length < ids.length) head.append(" ", wholeContextButton(line, draw, ids.length));
+  return el("li", {}, head, line);
+}
+
+function wholeContextButton(line, draw, tokens) {
+  const button = el("button", { type: "button", className: "more no-print", textContent: "more", title: `Show the whole context of ${count(tokens)} tokens`, ariaExpanded: "false" });
+  button.addEventListener("click", () => {
+    const whole = button.ariaExpanded === "false", above = line.querySelector(".chosen").getBoundingClientRect().top;
+    draw(whole);
+    Object.assign(button, { ariaExpanded: String(whole), textContent: whole ? "less" : "more" });
+    window.scrollBy(0, line.querySelector(".chosen").getBoundingClientRect().top - above); // the token stays in its place
   });
-  const where = `context ${context}, position ${position}`;
-  return el("li", {}, el("span", { className: "value", textContent: number(value), title: where }), line);
+  return button;
 }
 
 function passages(title, entries, peak) {
@@ -206,7 +241,7 @@ function latentRow([latent, value, jaccard]) {
 
 function article(place, entry) {
   const latent = table.latent[place], density = table.density[place], peak = table.max[place];
-  const head = [el("h2", { textContent: `Latent ${latent}` })];
+  const head = [el("div", { className: "title" }, el("h2", { textContent: `Latent ${latent}` }), stepButton("‹", "Previous latent", -1), stepButton("›", "Next latent", 1))];
   if (table.labels[place]) head.push(el("p", { className: "label", textContent: table.labels[place] }));
   if (density === 0) head.push(el("p", { className: "warning", textContent: `This latent does not fire on any of the ${count(about.tokens)} tokens.` }));
   else head.push(el("p", { textContent: `Fires at ${percent(density)} of ${count(about.tokens)} tokens, with mean ${number(table.mean[place])} and maximum ${number(peak)}.` }), makeHistogram(entry));
@@ -215,13 +250,25 @@ function article(place, entry) {
   return [...head, ...passages("Largest activations", entry.top, peak), ...passages("Quantiles, 90 to 10 %", entry.quantiles, peak), el("div", { className: "lists" }, ...lists)];
 }
 
+function stepButton(sign, label, by) {
+  const button = el("button", { type: "button", className: "no-print", textContent: sign, title: label, ariaLabel: label });
+  button.addEventListener("click", () => step(by));
+  return button;
+}
+
+// On a narrow screen the latent is below the table.
+function bringIntoView(article) {
+  const top = article.getBoundingClientRect().top, isBelow = top >= box.getBoundingClientRect().bottom;
+  if (isBelow && (top < 0 || top > innerHeight / 3)) article.scrollIntoView();
+}
+
 async function show(place) {
   current = place;
   reveal(place);
   const entry = await loadEntry(place);
   if (current !== place) return; // another latent was opened in the meantime
   byId("latent").replaceChildren(...article(place, entry));
-  byId("latent").scrollTop = 0;
+  bringIntoView(byId("latent"));
   document.title = `latent ${table.latent[place]} · ${name}`;
 }
 
@@ -286,6 +333,11 @@ document.addEventListener("keydown", (event) => {
 async function start() {
   [table, words] = await Promise.all([unpack("table"), unpack("words")]);
   places = new Map(table.latent.map((latent, place) => [latent, place]));
+  columns = columns.filter(({ key, text }) => !text || table[key].some((value) => value.length > 0));
+  if (!columns.some(({ key }) => key === "labels")) {
+    which.querySelector("[value=labeled]").remove();
+    search.placeholder = "token or number";
+  }
   haystack = table.latent.map((latent, place) => `${latent} ${table.tokens[place].map((token) => words[token]).join("\n")}\n${table.labels[place]}`.toLowerCase());
   updateOrder();
   search.addEventListener("input", updateOrder);

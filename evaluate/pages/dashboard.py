@@ -14,29 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from ...common.errors import DamagedError, UsageError
+from ...common.formatting import format_bytes
 from ..charts import Chart, Series
 from ..latents.inspection import InspectedRun, training_record
-from ..latents.stats import (
-    BEFORE,
-    SAMPLED_PASSAGES,
-    LatentStats,
-    Passage,
-    RankedEntries,
-    latent_stats,
-    quantile_passages,
-)
+from ..latents.passages import DEFAULT_WINDOW, Passage, PassageWindow, quantile_passages
+from ..latents.stats import BYTES_PER_PASSAGE_TOKEN, SAMPLED_PASSAGES, LatentStats, RankedEntries, latent_stats
 from ..metrics.base import Progress
 from ..tables import tables
 from .page import make_visible, render_page
-from .svg import draw_svg
+from .svg import CHART_SIZE, draw_svg
 
 LATENTS_PER_BLOCK = 64
 LEVELS = 255  # activations in passages are stored as n / LEVELS of the latent's largest
 MAX_DEAD_LINKS = 200
-BYTES_PER_LATENT, BYTES_PER_TOKEN = 900, 3  # of a page, approximately
+BYTES_PER_LATENT, BYTES_PER_PASSAGE, BYTES_PER_TOKEN = 900, 3, 3  # of a page, approximately
+MAX_WINDOW_BYTES = 4 * 2**30  # of memory for the activations in passages
 CURVE_TITLES = {  # scalar of metrics.jsonl -> title
     "loss": "loss",
     "explained_variance": "explained variance",
@@ -58,17 +54,25 @@ def round_digits(value: float) -> float:
 
 
 class TokenIndex:
-    """Numbers tokens in the order in which a page first uses them; `words` has the text of each."""
+    """Numbers the texts of tokens in the order in which a page first uses them; `words` has each text."""
 
     def __init__(self, run: InspectedRun) -> None:
-        self.run, self.places = run, dict[int, int]()
+        self.run, self.places = run, dict[str, int]()
         self.words: list[str] = []
 
     def __call__(self, token: int) -> int:
-        if token not in self.places:
-            self.places[token] = len(self.words)
-            self.words.append(make_visible(self.run.token_text.display(token)))
-        return self.places[token]
+        """The number of a token that stands alone."""
+        return self._number(self.run.token_text.display(token))
+
+    def text(self, tokens: Sequence[int]) -> list[int]:
+        """The numbers of successive tokens, which can share characters."""
+        return [self._number(text) for text in self.run.token_text.display_text(tokens)]
+
+    def _number(self, text: str) -> int:
+        if text not in self.places:
+            self.places[text] = len(self.words)
+            self.words.append(make_visible(text))
+        return self.places[text]
 
 
 def check_page_path(path: Path) -> Path:
@@ -87,14 +91,26 @@ def sample_latents(d_sae: int, count: int | None) -> Tensor:
     return torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
-def estimate_page_bytes(latents: int, tokens: int) -> int:
+def check_window_memory(window: PassageWindow, latents: int) -> PassageWindow:
+    """The window, if the passages of so many latents fit into memory. Raises UsageError otherwise."""
+    if (needed := BYTES_PER_PASSAGE_TOKEN * window.width * latents) > MAX_WINDOW_BYTES:
+        raise UsageError(
+            f"Passages of {window.width:,} tokens of {latents:,} latents need {format_bytes(needed)} of memory. "
+            "Give a smaller --passage, or show fewer latents with --latents."
+        )
+    return window
+
+
+def estimate_page_bytes(latents: int, tokens: int, window: PassageWindow = DEFAULT_WINDOW) -> int:
     """The approximate size of a page."""
-    return BYTES_PER_LATENT * latents + BYTES_PER_TOKEN * tokens
+    return (BYTES_PER_LATENT + BYTES_PER_PASSAGE * window.width) * latents + BYTES_PER_TOKEN * tokens
 
 
-def dashboard_page(run: InspectedRun, latents_K: Tensor, date: str, progress: Progress) -> str:
+def dashboard_page(
+    run: InspectedRun, latents_K: Tensor, date: str, progress: Progress, window: PassageWindow = DEFAULT_WINDOW
+) -> str:
     """The HTML page of a run: its numbers over all latents, and the latents `latents_K` (K,) with their passages."""
-    stats = latent_stats(run.ctx, run.sae, run.hook, latents_K, progress)
+    stats = latent_stats(run.ctx, run.sae, run.hook, latents_K, progress, window)
     token_index = TokenIndex(run)
     blocks = []
     for start in range(0, len(latents_K), LATENTS_PER_BLOCK):
@@ -103,7 +119,7 @@ def dashboard_page(run: InspectedRun, latents_K: Tensor, date: str, progress: Pr
         progress(places.stop, len(latents_K), "latents packed")
     contexts = run.ctx.contexts
     text = [
-        [token_index(token) for token in ids[:length]]
+        token_index.text(ids[:length])
         for ids, length in zip(contexts.ids.tolist(), contexts.length.tolist(), strict=True)
     ]
     columns = table_columns(run, stats, latents_K, token_index)
@@ -120,7 +136,7 @@ def dashboard_page(run: InspectedRun, latents_K: Tensor, date: str, progress: Pr
         shown=len(latents_K),
         sampled=SAMPLED_PASSAGES,
         **run_section(run),
-        **text_section(run, stats),
+        **text_section(run, stats, token_index),
     )
 
 
@@ -132,15 +148,17 @@ def run_section(run: InspectedRun) -> dict[str, Any]:
             (title, list(zip(headings[1:], lines[0][1:], strict=True))) for title, headings, lines in tables([run.row])
         ],
         "flags": [f"{name}: {flag}" for name, result in run.row.results.items() for flag in result.flags],
-        "curves": [draw_svg(chart) for chart in read_training_curves(run.folder)],
+        "curves": draw_charts(read_training_curves(run.folder)),
     }
 
 
-def text_section(run: InspectedRun, stats: LatentStats) -> dict[str, Any]:
+def text_section(run: InspectedRun, stats: LatentStats, token_index: TokenIndex) -> dict[str, Any]:
     """The part of the page about all latents on the held-out text: densities, L0, dead latents."""
     density_F, l0_T = stats.density, stats.activations.l0
+    special = [token_index.places.get(run.token_text.display(token)) for token in run.ctx.special_ids]
     about = {
-        "block": LATENTS_PER_BLOCK, "before": BEFORE, "levels": LEVELS, "tokens": len(l0_T), "d_sae": run.sae.d_sae
+        "block": LATENTS_PER_BLOCK, "levels": LEVELS, "tokens": len(l0_T), "d_sae": run.sae.d_sae,
+        "special": [word for word in special if word is not None],
     }  # fmt: skip
     return {
         "about": about,
@@ -149,8 +167,12 @@ def text_section(run: InspectedRun, stats: LatentStats) -> dict[str, Any]:
         "dead": (density_F == 0).nonzero().flatten().tolist(),
         "dead_listed": MAX_DEAD_LINKS,
         "l0": float(l0_T.double().mean()) if len(l0_T) else 0.0,
-        "histograms": [draw_svg(density_chart(density_F)), draw_svg(l0_chart(l0_T))],
+        "histograms": draw_charts([density_chart(density_F), l0_chart(l0_T)]),
     }
+
+
+def draw_charts(charts: Sequence[Chart]) -> list[tuple[Chart, Markup]]:
+    return [(chart, draw_svg(chart, True, *CHART_SIZE)) for chart in charts]
 
 
 def recipe_settings(run: InspectedRun) -> dict[str, str]:
@@ -185,12 +207,13 @@ def top_tokens(run: InspectedRun, passages: Sequence[Passage], count: int = 3) -
 def latent_entry(run: InspectedRun, stats: LatentStats, place: int, token_index: TokenIndex) -> dict[str, Any]:
     """The page's entry for one latent, in addition to its row in the table."""
     activations = stats.activations
-    peak = float(activations.peak_K[place])
+    peak, length_N = float(activations.peak_K[place]), run.ctx.contexts.length
 
     def passages(chosen: Sequence[Passage]) -> list[Any]:
-        levels = [np.ceil(LEVELS * (one.values / peak)).astype(int).tolist() for one in chosen]
+        values = [one.inside(int(length_N[one.context])) for one in chosen]
+        levels = [np.ceil(LEVELS * (some / peak)).astype(int).tolist() for some in values]
         return [
-            [one.context, one.position, round_digits(one.value), level]
+            [one.context, one.start, one.position, round_digits(one.value), level]
             for one, level in zip(chosen, levels, strict=True)
         ]
 

@@ -14,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..latents.inspection import InspectedRun, encode_prompt
-from ..latents.stats import BEFORE, LatentStats, Passage, RankedEntries, quantile_passages
+from ..latents.passages import Passage, quantile_passages
+from ..latents.stats import LatentStats, RankedEntries
 from .page import make_visible
 
 STRONGEST = 5  # latents that are shown for a token of a prompt
 PLAIN_WIDTH = 200  # of output that is not a terminal
+LONGEST_WORD, BEGINNING = 40, 16  # characters of a token that are shown
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PALE, FULL = (255, 244, 214), (230, 159, 0)  # RGB background of the least and the most active tokens
 
@@ -36,13 +38,13 @@ def print_blocks(blocks: Sequence[Any]) -> None:
         console.print()
 
 
-def highlight_tokens(run: InspectedRun, ids: Sequence[int], values: Sequence[float], peak: float) -> Text:
-    """The tokens, with active ones on a colored background, or between << and >> without colors."""
+def highlight_tokens(words: Sequence[str], values: Sequence[float], peak: float) -> Text:
+    """The texts of tokens, with active ones on a colored background, or between << and >> without colors."""
     console = make_console()
     plain = console.color_system is None or console.no_color
     text = Text()
-    for token, value in zip(ids, values, strict=True):
-        word = make_visible(run.token_text.display(token))
+    for text_of_token, value in zip(words, values, strict=True):
+        word = shorten(make_visible(text_of_token))
         share = min(1.0, value / peak) if value > 0 else 0.0
         if not share:
             text.append(word)
@@ -56,10 +58,15 @@ def highlight_tokens(run: InspectedRun, ids: Sequence[int], values: Sequence[flo
 
 def passage_text(run: InspectedRun, passage: Passage, peak: float) -> Text:
     contexts = run.ctx.contexts
-    start = max(0, passage.position - BEFORE)
-    end = min(int(contexts.length[passage.context]), passage.position - BEFORE + len(passage.values))
-    values = passage.values[start - (passage.position - BEFORE) :][: end - start]
-    return highlight_tokens(run, contexts.ids[passage.context, start:end].tolist(), values.tolist(), peak)
+    length = int(contexts.length[passage.context])
+    values = passage.inside(length)
+    words = run.token_text.display_text(contexts.ids[passage.context, :length].tolist())
+    return highlight_tokens(words[passage.start :][: len(values)], values.tolist(), peak)
+
+
+def shorten(word: str) -> str:
+    """The text of a token; of a long one, such as a line of hyphens, the beginning and its length."""
+    return word if len(word) <= LONGEST_WORD else f"{word[:BEGINNING]}…×{len(word)}"
 
 
 def text_histogram(counts: Sequence[int]) -> str:
@@ -114,7 +121,7 @@ def latent_summary(run: InspectedRun, stats: LatentStats, place: int) -> Group:
 def token_list(run: InspectedRun, listed: RankedEntries, place: int) -> Text:
     return Text(
         "   ".join(
-            f"{make_visible(run.token_text.display(token)).replace(' ', '·')} {value:.3g}"
+            f"{shorten(make_visible(run.token_text.display(token))).replace(' ', '·')} {value:.3g}"
             for token, value in listed.entries(place)
         )
     )
@@ -137,8 +144,8 @@ def prompt_table(run: InspectedRun, prompt: str, latents: Sequence[int] = ()) ->
     table.add_column("token", no_wrap=True)
     table.add_column("L0", justify="right")
     table.add_column("activations of latents", overflow="fold")
-    for token, all_F, own_K in zip(ids, f_SF, chosen_SK, strict=True):
-        word = make_visible(run.token_text.display(token)).replace(" ", "·")
+    for token, text, all_F, own_K in zip(ids, run.token_text.display_text(ids), f_SF, chosen_SK, strict=True):
+        word = shorten(make_visible(text)).replace(" ", "·")
         if token in run.ctx.special_ids:
             table.add_row(Text(word, "dim"), "", Text("special token", "dim"))
             continue

@@ -104,13 +104,16 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(browser: Any) -> Iterator[Callable[[Path], Any]]:
-    """Open a page. Any console message, error or network request of a page fails the test."""
+def opened(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a page, on a `phone` with fingers for a pointer.
+
+    Any console message, error or network request of a page fails the test.
+    """
     said: list[str] = []
     pages = []
 
-    def open_page(path: Path, width: int = 1300) -> Any:
-        page = browser.new_page(viewport={"width": width, "height": 800})
+    def open_page(path: Path, width: int = 1300, phone: bool = False) -> Any:
+        page = browser.new_page(viewport={"width": width, "height": 800}, has_touch=phone, is_mobile=phone)
         pages.append(page)
         page.set_default_timeout(10_000)
         page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))

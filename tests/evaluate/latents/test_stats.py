@@ -11,21 +11,19 @@ from scipy import sparse
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from sae.cache.layout import Hook
-from sae.common.errors import SaeError
+from sae.common.errors import SaeError, UsageError
 from sae.evaluate.inputs import make_context
 from sae.evaluate.latents import stats as module
+from sae.evaluate.latents.passages import PassageTable, PassageWindow, quantile_passages
 from sae.evaluate.latents.stats import (
-    BEFORE,
     BINS,
     ActivationStats,
     Histogram,
-    PassageTable,
     coactive_latents,
     direct_logits,
     latent_stats,
     logit_effects,
     nearest_latents,
-    quantile_passages,
 )
 from sae.harvest.architectures import FAMILIES
 from sae.harvest.model import LanguageModel, find_model, load_model
@@ -79,7 +77,7 @@ def test_counts_means_and_passages_by_hand():
     best, second = found.top.passages(0)
     assert (best.context, best.position, best.value) == (2, 1, 5)
     assert (second.context, second.position, second.value) == (0, 2, 3)
-    assert second.values[BEFORE - 2 : BEFORE + 1].tolist() == [0, 1, 3]
+    assert second.start == 0 and second.inside(3).tolist() == [0, 1, 3]
     assert second.values.sum() == 4  # nothing outside the context
 
 
@@ -91,10 +89,12 @@ def test_positions_that_do_not_count_do_not_fire():
     assert only.position == 1 and only.values.max() == 2
 
 
-def test_top_passages_are_those_of_sorting_everything(monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 2, 5, 9, 64])
+def test_top_passages_are_those_of_sorting_everything(tokens):
     generator = torch.Generator().manual_seed(0)
     f_NSF = torch.randn(37, 9, 6, generator=generator).relu()
-    found = ActivationStats(6, torch.tensor([4, 1]))
+    window = PassageWindow.of(tokens)
+    found = ActivationStats(6, torch.tensor([4, 1]), window)
     for start in range(0, 37, 5):
         part = f_NSF[start : start + 5]
         found.add(part, every(part), start)
@@ -104,8 +104,10 @@ def test_top_passages_are_those_of_sorting_everything(monkeypatch):
         assert [p.context for p in own] == peaks.indices[:10].tolist()
         assert [p.value for p in own] == peaks.values[:10].tolist()
         for p in own:
-            around = [f_NSF[p.context, p.position + i, latent] if 0 <= p.position + i < 9 else 0 for i in range(-16, 8)]
-            assert p.values.tolist() == [float(value) for value in around]
+            assert len(p.inside(9)) == min(tokens, 9)  # as many as were asked for, or the whole context
+            assert p.start == min(max(0, p.position - window.before), max(0, 9 - tokens))
+            assert p.inside(9).tolist() == f_NSF[p.context, p.start : p.start + tokens, latent].tolist()
+            assert p.value == f_NSF[p.context, p.position, latent] and not p.values[9 - p.start :].any()
 
 
 def test_the_sample_draws_tokens_alike():
@@ -120,6 +122,23 @@ def test_the_sample_draws_tokens_alike():
         drawn[place] = drawn.get(place, 0) + 1
     assert drawn.keys() == {(0, 0), (0, 1), (0, 3), (1, 2)}
     assert max(abs(count - 200) for count in drawn.values()) < 62  # five standard deviations
+
+
+@given(st.integers(1, 300), st.integers(1, 200))
+def test_a_window_is_of_the_asked_size_and_no_longer_than_a_context(tokens, context):
+    asked = PassageWindow.of(tokens)
+    limited = asked.limited_to(context)
+    assert asked.width == tokens and limited.width == min(tokens, context)
+    position_P = torch.arange(context)
+    start_P = limited.starts(position_P, context)
+    assert ((start_P <= position_P) & (position_P < start_P + limited.width)).all()  # the token is in its passage
+    assert start_P.min() >= 0 and (start_P + limited.width).max() <= context
+    assert tokens < 2 or asked.before >= asked.after
+
+
+def test_a_window_of_no_tokens_is_refused():
+    with pytest.raises(UsageError, match="--passage 0"):
+        PassageWindow.of(0)
 
 
 def test_quantiles_are_of_the_order_by_activation():

@@ -1,9 +1,22 @@
 """Passages of hand-worked arrays, and the text of passages."""
 
+import re
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sae.evaluate.metrics.activation_examples import BUFFER, ExampleWindow, TokenText, select_examples
+from sae.evaluate.metrics.activation_examples import (
+    BUFFER,
+    BYTE_OF_CHARACTER,
+    CONTINUED,
+    ExampleWindow,
+    TokenText,
+    select_examples,
+    split_characters,
+    token_bytes,
+)
 from sae.harvest.model import find_model, load_tokenizer
 
 CONTEXT = 40
@@ -86,6 +99,60 @@ def test_a_latent_with_too_few_passages_has_none(rows):
 @pytest.fixture(scope="module")
 def words(tiny_model) -> TokenText:
     return TokenText(load_tokenizer(find_model(str(tiny_model))[0]))
+
+
+@given(st.binary(max_size=12) | st.text(max_size=5).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_bytes_are_split_into_characters_and_the_rest(data):
+    found = list(split_characters(data))
+    text = "".join("\ufffd" if part.startswith("⟨") else part for _, part in found)
+    expected = data.decode(errors="replace").replace("⟨", "\ufffd")
+    assert re.sub("\ufffd+", "\ufffd", text) == re.sub("\ufffd+", "\ufffd", expected)
+    assert [start for start, _ in found] == sorted({start for start, _ in found})
+
+
+def test_the_alphabet_of_bytes_is_that_of_gpt_2():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    assert set(BYTE_OF_CHARACTER) == set(ByteLevel.alphabet()) and sorted(BYTE_OF_CHARACTER.values()) == [*range(256)]
+    for text in ("a b", "naïve 日本 🙂\n\t", "\x00\xad"):
+        ((name, _),) = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+        assert token_bytes(name) == text.encode()
+
+
+def test_names_that_are_no_bytes():
+    assert token_bytes("<0xE2>") == b"\xe2" and token_bytes(b"\xe2\x80") == b"\xe2\x80" and token_bytes("▁the") is None
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> TokenText:
+    """A byte-level BPE as of GPT-2, which knows the first two bytes of 日 as one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pair = ("æ", "Ĺ")
+    bpe = models.BPE({name: n for n, name in enumerate([*names, "".join(pair)])}, [pair])
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return TokenText(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "words"])
+def test_a_character_of_several_tokens_is_shown_once(kind, request):
+    """By SentencePiece too, which falls back to bytes."""
+    found = request.getfixturevalue(kind)
+    ids = found.tokenizer.encode("x 日本🙂.", add_special_tokens=False)
+    shown = found.display_text(ids)
+    assert "".join(shown).replace(CONTINUED, "") == "x 日本🙂." and len(shown) == len(ids)
+    assert shown.count(CONTINUED) == len(ids) - sum(part != CONTINUED for part in shown) > 0
+    start = next(n for n, part in enumerate(shown) if "日" in part)
+    cut = found.display_text(ids[start + 1 :])  # as of a context that begins within the character
+    assert cut[0].startswith("⟨") and "".join(cut).endswith("本◦◦🙂◦◦◦.")
+
+
+def test_a_part_of_a_character_alone_is_shown_by_its_bytes(byte_level):
+    assert byte_level.display(byte_level.tokenizer.convert_tokens_to_ids("æĹ")) == "⟨E6 97⟩"
 
 
 def passage_of(words: TokenText, text: str, *values: float) -> ExampleWindow:

@@ -16,9 +16,9 @@ from sae.common.errors import DamagedError, UsageError
 from sae.common.files import write_json
 from sae.evaluate.latents import inspection, stats
 from sae.evaluate.latents.inspection import encode_prompt, open_run
-from sae.evaluate.latents.stats import BEFORE
+from sae.evaluate.latents.passages import PassageWindow
 from sae.evaluate.metrics.sparse_probing import SparseProbingStdlib
-from sae.evaluate.pages.dashboard import dashboard_page, sample_latents
+from sae.evaluate.pages.dashboard import check_window_memory, dashboard_page, sample_latents
 from sae.evaluate.pages.terminal import highlight_tokens, text_histogram
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.results import write_result
@@ -87,13 +87,55 @@ def test_the_page_holds_what_was_measured(run):
     latent = int(numbers.density.argmax())
     entry = unpacked(html, latent // 64)[latent % 64]
     assert sum(entry["bins"]) == int(numbers.activations.fired_F[latent])
-    context, position, value, levels = entry["top"][0]
-    assert value == pytest.approx(table["max"][latent]) and levels[BEFORE] == 255
+    context, start, position, value, levels = entry["top"][0]
+    assert value == pytest.approx(table["max"][latent]) and levels[position - start] == 255
     own = numbers.activations.top.passages(latent)[0]
-    assert (context, position) == (own.context, own.position)
-    assert (np.array(levels) > 0).tolist() == (own.values > 0).tolist()
+    assert (context, start, position) == (own.context, own.start, own.position)
+    assert (np.array(levels) > 0).tolist() == (own.inside(len(text[context])) > 0).tolist()
     assert [other for other, _ in entry["nearest"]] == numbers.nearest.index[latent].tolist()
     assert words[entry["raised"][0][0]] == found.token_text.display(int(numbers.raised.index[latent, 0]))
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 500])
+def test_a_passage_has_as_many_tokens_as_were_asked_for(run, tokens):
+    found = open_run(run, 300, "cpu")
+    html = dashboard_page(found, sample_latents(70, None), "today", quiet, PassageWindow.of(tokens))
+    lengths = found.ctx.contexts.length.tolist()
+    shown = [one for place in (0, 1) for entry in unpacked(html, place) for one in entry["top"] + entry["quantiles"]]
+    assert len(shown) > 100
+    for context, start, position, _, levels in shown:
+        assert start <= position < start + len(levels) <= lengths[context]
+        whole = lengths[context] == found.ctx.contexts.ids.shape[1]
+        assert len(levels) == min(tokens, lengths[context]) or not whole and start > 0
+    code, _, _ = sae("dashboard", run, "--tokens", 300, "--device", "cpu", "--passage", tokens)
+    assert code == 0 and unpacked((run / "dashboard.html").read_text(), 0) == unpacked(html, 0)
+
+
+def test_inspect_shows_as_many_tokens_as_were_asked_for(run):
+    long, short = (sae("inspect", run, "--latent", 5, "--tokens", 300, "--passage", n)[1] for n in (64, 1))
+    found = open_run(run, 300, "cpu")
+    numbers = stats.latent_stats(found.ctx, found.sae, found.hook, torch.tensor([5]), quiet, PassageWindow.of(1))
+    best = numbers.activations.top.passages(0)[0]
+    token = found.token_text.display(int(found.ctx.contexts.ids[best.context, best.position]))
+    (line,) = [line for line in short.splitlines() if line.strip().startswith(f"{best.value:.3g} ")][:1]
+    assert line.split(None, 1)[1].strip() == f"<<{token}>>".replace("\n", "↵") and len(long) > len(short)
+
+
+def test_passages_that_do_not_fit_into_memory_are_refused():
+    with pytest.raises(UsageError, match=r"smaller --passage, or show fewer latents"):
+        check_window_memory(PassageWindow.of(1024), 65_536)
+    assert check_window_memory(PassageWindow.of(64), 65_536).width == 64
+
+
+def test_the_model_is_shown_by_name_and_digest(run):
+    """The model of the test lies in a folder, whose path stands nowhere."""
+    model = open_run(run, 300, "cpu").sae.origin["model"]
+    path, shown = Path(model["name"]), f"tiny-gemma-{model['revision'][:8]}"
+    html = page_of(run)
+    assert f"blocks.1.hook_resid_post of {shown}, 70 latents" in html
+    told = [sae("inspect", run, "--prompt", "the", "--tokens", 300)[2], sae("dashboard", run, "--tokens", 300)[2]]
+    assert all(f"of {shown}" in one for one in told)
+    assert str(path.parent) not in "".join([html, *told]).replace(str(run), "") or not path.is_absolute()
 
 
 def test_the_same_run_gives_the_same_page(run):
@@ -254,14 +296,11 @@ def test_a_bar_a_bin():
     assert text_histogram([0, 1, 8, 4, 0, 0]) == " ▁█▄"
 
 
-def test_active_tokens_stand_between_brackets_where_there_are_no_colors(run, monkeypatch):
-    found = open_run(run, 300, "cpu")
-    monkeypatch.setattr(
-        "sae.evaluate.metrics.activation_examples.TokenText.text", lambda self, token: ["\x1b[2J", "[red]b"][token]
-    )
-    assert highlight_tokens(found, [0, 1], [0.0, 2.0], 4.0).plain == "⟨001B⟩[2J<<[red]b>>"
+def test_active_tokens_stand_between_brackets_where_there_are_no_colors(monkeypatch):
+    words, values = ["\x1b[2J", "[red]b", "-" * 80], [0.0, 2.0, 0.0]
+    assert highlight_tokens(words, values, 4.0).plain == f"⟨001B⟩[2J<<[red]b>>{'-' * 16}…×80"
     monkeypatch.setenv("FORCE_COLOR", "1")
-    text = highlight_tokens(found, [0, 1], [0.0, 2.0], 4.0)
+    text = highlight_tokens(words[:2], values[:2], 4.0)
     assert text.plain == "⟨001B⟩[2J[red]b" and text.spans[0].style.bgcolor is not None
 
 
@@ -302,6 +341,7 @@ def test_sae_dashboard_and_sae_inspect(run):
         (["dashboard", "RUN", "--out", "page.txt"], "ends in .html"),
         (["dashboard", "RUN", "--latents", "0"], "--latents 0"),
         (["dashboard", "RUN", "--tokens", "0"], "--tokens 0"),
+        (["dashboard", "RUN", "--passage", "0"], "--passage"),
         (["dashboard", "nowhere"], "no trained SAE"),
         (["inspect", "RUN"], "--latent 12"),
         (["inspect", "RUN", "--latent", "70"], "latents 0 to 69"),

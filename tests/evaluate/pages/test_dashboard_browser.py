@@ -1,11 +1,14 @@
-"""The page in a browser: search, sort, navigation, keys; any message on the console fails a test."""
+"""The page in a browser: search, sort, navigation, keys, fingers; any message on the console fails a test."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from sae.evaluate.charts import MAX_LINE_POINTS
 from sae.evaluate.latents.inspection import open_run
+from sae.evaluate.latents.passages import PassageWindow
 from sae.evaluate.pages.dashboard import dashboard_page
 from sae.evaluate.pages.page import write_page
 from sae.train.activation_functions import TopK
@@ -19,22 +22,44 @@ HOSTILE = {
 }
 
 
+PASSAGE = 16  # tokens
+
+
+def make_run(cache, folder: Path, latents: int) -> Path:
+    """A random SAE whose first latent never fires."""
+    torch.manual_seed(0)
+    sae = SAE(32, latents, [TopK(4)])
+    sae.b_enc.data[0] = -1e3
+    origin = {"model": cache.identity["model"], "layer": 1, "cache": str(cache.folder)}
+    save_sae(sae, folder, {**origin, "fingerprint": cache.fingerprint})
+    return folder
+
+
+def make_page(found, latents: int) -> str:
+    return dashboard_page(
+        found, torch.arange(latents), "today", lambda done, total, note="": None, PassageWindow.of(PASSAGE)
+    )
+
+
 @pytest.fixture(scope="module")
 def file(tiny_cache, tmp_path_factory) -> Path:
     """Of an SAE of 400 latents, 350 of which are on it: number 0 is dead, 5 has a label, some tokens are hostile."""
-    folder = tmp_path_factory.mktemp("runs") / "one"
-    torch.manual_seed(0)
-    sae = SAE(32, 400, [TopK(4)])
-    sae.b_enc.data[0] = -1e3
-    origin = {"model": tiny_cache.identity["model"], "layer": 1, "cache": str(tiny_cache.folder)}
-    save_sae(sae, folder, {**origin, "fingerprint": tiny_cache.fingerprint})
+    folder = make_run(tiny_cache, tmp_path_factory.mktemp("runs") / "one", 400)
     found = open_run(folder, 400, "cpu")
     found.labels[5] = ["the zebra latent <b>", "</script><i>" + "z" * 300]
     text = found.token_text.text
     found.token_text.text = lambda token: HOSTILE.get(token % 20, text(token))  # type: ignore[method-assign]
-    write_page(
-        folder / "dashboard.html", dashboard_page(found, torch.arange(350), "today", lambda done, total, note="": None)
-    )
+    write_page(folder / "dashboard.html", make_page(found, 350))
+    return folder / "dashboard.html"
+
+
+@pytest.fixture(scope="module")
+def unlabeled(tiny_cache, tmp_path_factory) -> Path:
+    """Of an SAE of 60 latents, none of which has a label; a run that logged 2,000 lines and was not evaluated."""
+    folder = make_run(tiny_cache, tmp_path_factory.mktemp("runs") / ("a-long-name-" * 6), 60)
+    lines = [{"tokens": 50 * n, "loss": 1 / n, "l0": 4.0, "explained_variance": 1 - 1 / n} for n in range(1, 2001)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_page(folder / "dashboard.html", make_page(open_run(folder, 400, "cpu"), 60))
     return folder / "dashboard.html"
 
 
@@ -181,6 +206,107 @@ def test_hostile_tokens_are_texts(page, file):
     assert "\u202e" not in text and page.locator("img").count() == 0
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow <= 0
+
+
+def heads(page) -> list[str]:
+    return page.locator("#rows th button").all_inner_texts()
+
+
+def test_a_column_without_a_value_has_no_head_and_takes_no_room(page, opened, unlabeled):
+    page.get_by_role("link", name="Latents (350)").click()
+    assert heads(page) == ["latent", "density", "mean", "max", "top tokens", "label"]
+    plain = opened(unlabeled)
+    plain.wait_for_selector("html[data-ready]", state="attached")
+    plain.get_by_role("link", name="Latents (60)").click()
+    assert heads(plain) == ["latent", "density", "mean", "max", "top tokens"]
+    assert plain.locator("#rows tr[data-place] >> nth=0 >> td").count() == 5
+    assert plain.locator("#which option").all_inner_texts() == ["all", "alive", "dead"]
+    assert plain.locator("#search").get_attribute("placeholder") == "token or number"
+    box, last = plain.locator("#rows").bounding_box(), plain.locator("#rows th").last.bounding_box()
+    assert last["x"] + last["width"] > box["x"] + box["width"] - 20  # the tokens reach to the edge
+
+
+def tokens_of(line) -> list[str]:
+    return line.locator("span").all_text_contents()
+
+
+def test_a_passage_has_the_asked_number_of_tokens_and_more_shows_the_whole_context(page, file):
+    """The central token stays where it is on the screen."""
+    page.goto(f"{file.as_uri()}#latent-5")
+    shows(page, 5)
+    first = page.locator("#latent .passages li").first
+    line, button = first.locator("p"), first.get_by_role("button", name="more")
+    passage, place = tokens_of(line), first.locator(".chosen").bounding_box()
+    assert len(passage) == PASSAGE and button.get_attribute("aria-expanded") == "false"
+    button.click()
+    whole = tokens_of(line)
+    assert len(whole) == 32 and "".join(passage) in "".join(whole)
+    assert page.locator("#latent .passages li >> nth=1 >> p >> span").count() == PASSAGE  # the others stay as they are
+    assert line.locator(".chosen").count() == 1 and abs(first.locator(".chosen").bounding_box()["y"] - place["y"]) < 2
+    assert line.locator(".dim").count() >= 32 - PASSAGE  # whose activations are not on the page
+    less = first.get_by_role("button", name="less")
+    assert less.get_attribute("aria-expanded") == "true"
+    less.press("Enter")
+    assert tokens_of(line) == passage
+
+
+def test_a_long_curve_has_enough_points_and_not_too_many(page, opened, unlabeled):
+    """A run of 100,000 steps that logged every fiftieth."""
+    plain = opened(unlabeled)
+    paths = plain.locator("#view-run svg.chart[aria-label^='loss'] g path").evaluate_all(
+        "found => found.map(one => one.getAttribute('d').split('L').length)"
+    )
+    assert len(paths) == 1 and 100 <= paths[0] <= MAX_LINE_POINTS
+    assert plain.locator("#view-run svg.chart[aria-label^='loss'] text", has_text="tokens").count() == 1
+
+
+@pytest.fixture
+def phone(opened, unlabeled):
+    shown = opened(unlabeled, 390, phone=True)
+    shown.wait_for_selector("html[data-ready]", state="attached")
+    return shown
+
+
+def test_on_a_phone_nothing_scrolls_sideways(phone):
+    for view in ("#run", "#latents", "#latent-5"):
+        phone.goto(phone.url.split("#")[0] + view)
+        phone.wait_for_function("view => location.hash === view", arg=view)
+        assert phone.evaluate("document.documentElement.scrollWidth") == 390
+        assert phone.evaluate("innerWidth") == 390  # not zoomed out to fit something wider
+        assert phone.locator("#rows").evaluate("box => box.scrollWidth <= box.clientWidth")
+    for button in phone.locator("#latent button.more").all():
+        button.tap()
+    assert phone.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_on_a_phone_everything_is_large_enough_for_a_finger(phone):
+    phone.locator("nav a", has_text="Latents").tap()
+    phone.locator("#rows tr[data-place]").nth(2).tap()
+    phone.locator("#latent .passages li").first.wait_for()
+    sizes = phone.locator("button, select, input, nav a, #rows td a, .lists td a").evaluate_all(
+        """found => found.filter(one => one.offsetWidth > 0 && !one.closest("dialog"))
+            .map(one => [one.textContent, one.getBoundingClientRect()])
+            .map(([text, box]) => [text, box.width, box.height])"""
+    )
+    assert len(sizes) > 20
+    assert [one for one in sizes if min(one[1:]) < 43.5] == []
+    text = phone.locator(".passage").first.evaluate("line => parseFloat(getComputedStyle(line).fontSize)")
+    phone.locator("nav a", has_text="Run").tap()
+    heights = "found => found.map(one => one.getBoundingClientRect().height)"
+    labels = phone.locator("svg.chart text").evaluate_all(heights)
+    assert text >= 13 and min(labels) >= 9  # pixels
+
+
+def test_on_a_phone_a_chosen_latent_comes_into_view_and_buttons_lead_on(phone):
+    phone.locator("nav a", has_text="Latents").tap()
+    first, second = latents(phone)[:2]
+    phone.locator("#rows tr[data-place]").first.locator("td").nth(1).tap()
+    shows(phone, first)
+    phone.wait_for_function("document.querySelector('#latent h2').getBoundingClientRect().top < innerHeight / 2")
+    phone.get_by_role("button", name="Next latent").tap()
+    shows(phone, second)
+    phone.get_by_role("button", name="Previous latent").tap()
+    shows(phone, first)
 
 
 @pytest.mark.parametrize("width", [360, 700, 1000, 1600])
