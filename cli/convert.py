@@ -97,7 +97,7 @@ def import_(
     model: Annotated[str | None, typer.Option(rich_help_panel=OVERRIDES, help="Id on the Hub, or a folder.")] = None,
     layer: Annotated[int | None, typer.Option(rich_help_panel=OVERRIDES, help="Zero-based block.")] = None,
 ) -> None:
-    """Make a run from files of SAELens, Gemma Scope, dictionary_learning or sparsify. Executes no code from them."""
+    """Make a run from the files of another library. Executes no code from them."""
     from ..train.formats.import_ import import_sae
 
     with bar("verify", "rows") as shown:

@@ -83,7 +83,7 @@ def compare_exports(runs: list[Path], peers: list[Peer], work: Path) -> list[tup
     made: dict[str, tuple[Path, str, Any]] = {}
     lines: dict[str, dict[str, str]] = {}
     for run in runs:
-        for to in Format.registry:
+        for to in Format.exported():
             name = f"{run.name}--{to}"
             try:
                 made[name] = (run, to, export_sae(run, to, work / "exports" / name))
@@ -151,7 +151,7 @@ def fixtures(peers: list[Peer], folder: Path, work: Path) -> None:
             run,
             {"layer": 12, "model": {"name": "google/gemma-2-2b"}},
         )
-        for to, fmt in Format.registry.items():
+        for to, fmt in ((to, Format.registry[to]) for to in Format.exported()):
             if canonical.convert_to(fmt.activations):
                 made[f"{name}--{to}"] = export_sae(run, to, work / "small" / f"{name}--{to}")
                 requests[f"{name}--{to}"] = {"format": to, "folder": str(made[f"{name}--{to}"].folder)}

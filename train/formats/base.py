@@ -4,9 +4,12 @@
 files alone, following the other library's own equations. Exports and imports are both checked against it.
 """
 
+import contextlib
+import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,6 +18,7 @@ from ...cache.layout import Hook
 from ...common.errors import UsageError, did_you_mean
 from ..sae import SAE
 from .canonical import CanonicalSAE
+from .hook_names import parse_hook
 from .safe_read import MAX_WIDTH, ForeignFolder
 
 Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -44,14 +48,35 @@ class ForeignSAE:
             self.dataset = dataset
 
 
+@dataclass(frozen=True)
+class Description:
+    """What the path or the config of a published SAE says about it, without its weights. None: not said."""
+
+    model: str | None = None  # id on the Hub
+    hook: Hook | None = None
+    d_sae: int | None = None
+    l0: str | None = None  # "82", or a label such as "medium"
+
+    def or_else(self, other: "Description") -> "Description":
+        """This description, with what it does not say taken from another."""
+        return replace(self, **{name: value for name, value in vars(other).items() if getattr(self, name) is None})
+
+
 class Format:
     """One file format: `class SAELens(Format, name="saelens")` registers an instance under that name."""
 
     registry: ClassVar[dict[str, "Format"]] = {}
     name: ClassVar[str]
-    activations: ClassVar[tuple[str, ...]]  # of CanonicalSAE, that the format can store; the preferred one first
+    # What it can store of CanonicalSAE's activations, the preferred one first. Empty: exports are not written in it.
+    activations: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]]  # file names, the weights first
     parent_files: ClassVar[tuple[str, ...]] = ()  # file names in the folder above
+    config: ClassVar[str] = ""  # the small one of `files` that describes the SAE; "" if the path says it all
+
+    @classmethod
+    def exported(cls) -> list[str]:
+        """The names of the formats that exports can be written in; the others are only imported."""
+        return [name for name, fmt in cls.registry.items() if fmt.activations]
 
     def __init_subclass__(cls, *, name: str) -> None:
         cls.name = name
@@ -59,7 +84,35 @@ class Format:
 
     def matches(self, folder: ForeignFolder) -> bool:
         """Whether a folder has the files of this format."""
-        raise NotImplementedError
+        return folder.has(self.files[0])
+
+    def is_weights(self, name: str) -> bool:
+        """Whether a file of this name holds the weights of an SAE."""
+        return name == self.files[0]
+
+    def address(self, weights: PurePosixPath) -> PurePosixPath:
+        """The path that selects an SAE: its folder, or the weights themselves if a folder holds several."""
+        return weights.parent
+
+    def weights_name(self, folder: ForeignFolder) -> str:
+        """The file with the weights of the SAE in a folder."""
+        return self.files[0]
+
+    def select(self, folder: ForeignFolder, layer: int | None) -> ForeignFolder:
+        """The folder with one SAE chosen, for formats that keep the SAEs of several layers in one folder."""
+        return folder
+
+    def refusal(self, repo: str, weights: PurePosixPath) -> str | None:
+        """What the path says that the files are, if not an SAE that can be imported: "transcoder". Else None."""
+        return None
+
+    def describe_path(self, repo: str, weights: PurePosixPath) -> Description:
+        """What the path of the weights says about an SAE; `repo` is its repository, or the folder's name."""
+        return describe_path(weights)
+
+    def describe_config(self, config: Mapping[str, Any]) -> Description:
+        """What the config says about an SAE. Never raises."""
+        return Description()
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
         """Write the files into an empty folder. `metadata` uses SAELens' keys (`metadata.export_metadata`)."""
@@ -78,9 +131,37 @@ class Format:
         raise NotImplementedError
 
 
+def hook_or_none(*texts: object) -> Hook | None:
+    """The hook point of the first text that names one; None if none does, or it is not supported."""
+    for text in texts:
+        with contextlib.suppress(UsageError):
+            if isinstance(text, str) and (hook := parse_hook(text)):
+                return hook
+    return None
+
+
+def describe_path(path: PurePosixPath) -> Description:
+    """Hook point, width and L0 from the usual ways to write them: `layer_12/width_16k/average_l0_82`."""
+    width = re.search(r"width_(\d{1,5}[km]?)(?![^\W_])", str(path))
+    l0 = re.search(r"l0_(\d{1,6}|small|medium|big)(?![^\W_])", str(path))
+    d_sae = parse_width(width[1]) if width else None
+    return Description(None, hook_or_none(*reversed(path.parts)), d_sae, l0[1] if l0 else None)
+
+
+def parse_width(label: str) -> int:
+    """The number of latents that Gemma Scope's labels stand for, all powers of two: 65k is 65,536, 1m 1,048,576."""
+    if label.isdigit():
+        return int(label)
+    return 1 << round(math.log2(max(1, int(label[:-1]) * {"k": 1000, "m": 1_000_000}[label[-1]])))
+
+
 def find_format(name: str) -> Format:
-    if name not in Format.registry:
-        raise UsageError(f"--to {name} is not a known format{did_you_mean(name, [*Format.registry, 'hub'])}")
+    """The format that `sae export` writes under this name."""
+    able = Format.exported()
+    if name in Format.registry and name not in able:
+        raise UsageError(f"--to {name}: this format is only imported. Exports are written as {', '.join(able)} or hub.")
+    if name not in able:
+        raise UsageError(f"--to {name} is not a known format{did_you_mean(name, [*able, 'hub'])}")
     return Format.registry[name]
 
 

@@ -11,6 +11,7 @@ JumpReluAutoEncoder      ReLU(z) where z > threshold, z = x W_enc + b_enc
 
 import io
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from ...cache.layout import Hook
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
-from .base import ForeignSAE, Format, Reference
+from .base import Description, ForeignSAE, Format, Reference, hook_or_none
 from .canonical import CanonicalSAE, from_canonical
 from .hook_names import first_hook, hub_id, parse_model
 from .safe_pickle import read_state_dict_headers
@@ -57,9 +58,18 @@ EXPORT_CLASSES = {
 class DictionaryLearning(Format, name="dictionary-learning"):
     activations = ("relu", "topk", "gated", "jumprelu")
     files = ("ae.pt", "config.json")
+    config = "config.json"
 
-    def matches(self, folder: ForeignFolder) -> bool:
-        return folder.has("ae.pt")
+    def describe_config(self, config: Mapping[str, Any]) -> Description:
+        trainer = config.get("trainer")
+        trainer = trainer if isinstance(trainer, dict) else {}
+        d_sae, k = trainer.get("dict_size"), trainer.get("k")
+        return Description(
+            model=parse_model(trainer.get("lm_name")),
+            hook=hook_or_none(get_nested(config, "about", "hook_name"), *hook_texts(trainer)),
+            d_sae=d_sae if type(d_sae) is int else None,
+            l0=str(k) if type(k) is int else None,
+        )
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
         dict_class, trainer_class = EXPORT_CLASSES[canonical.activation]
@@ -273,12 +283,17 @@ def find_hook(folder: ForeignFolder, config: dict[str, Any]) -> Hook | None:
 
     The number of a layer says nothing about the site in it, so it is used only if the submodule can be resid_post.
     """
-    submodule, layer = get_nested(config, "trainer", "submodule_name"), get_nested(config, "trainer", "layer")
-    by_number = f"blocks.{layer}.hook_resid_post" if type(layer) is int and layer >= 0 else None
-    if not may_be_resid_post(submodule):
-        by_number = None
+    trainer = config.get("trainer")
+    submodule, by_number = hook_texts(trainer if isinstance(trainer, dict) else {})
     path_parts = reversed(folder.path.resolve().parts[-3:])
     return first_hook([get_nested(config, "about", "hook_name"), submodule, *path_parts, by_number])
+
+
+def hook_texts(trainer: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """The submodule's name, and a name of the hook point made from the layer's number if it can mean resid_post."""
+    submodule, layer = trainer.get("submodule_name"), trainer.get("layer")
+    known = type(layer) is int and layer >= 0 and may_be_resid_post(submodule)
+    return submodule, f"blocks.{layer}.hook_resid_post" if known else None
 
 
 def may_be_resid_post(submodule: object) -> bool:

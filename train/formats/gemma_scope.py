@@ -7,7 +7,9 @@ gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82/params.npz; our exports a
 """
 
 import io
-from pathlib import Path
+import re
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,27 @@ from torch import Tensor
 
 from ...common.errors import UsageError
 from ...common.files import atomic_write, write_json
-from .base import ForeignSAE, Format, Reference
+from .base import Description, ForeignSAE, Format, Reference, describe_path
 from .canonical import CanonicalSAE, from_canonical
 from .hook_names import first_hook, parse_gemma_scope_path, parse_model
 from .safe_read import ForeignFolder, read_npz_headers, read_weights, vector_size
+
+KINDS = {  # what is not an SAE on a layer -> its description
+    "embedding": "an SAE on the embedding, scaled by sqrt(d_in)",
+    "transcoder": "a transcoder, from the input of an MLP to its output",
+}
 
 
 class GemmaScope(Format, name="gemma-scope"):
     activations = ("jumprelu",)
     files = ("params.npz", "about.json")
 
-    def matches(self, folder: ForeignFolder) -> bool:
-        return folder.has("params.npz")
+    def refusal(self, repo: str, weights: PurePosixPath) -> str | None:
+        return kind_of_path((*repo.split("/"), *weights.parts))
+
+    def describe_path(self, repo: str, weights: PurePosixPath) -> Description:
+        model, hook = parse_gemma_scope_path((*repo.split("/"), *weights.parts))
+        return replace(describe_path(weights), model=model, hook=hook)
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
         assert canonical.threshold is not None
@@ -50,10 +61,8 @@ class GemmaScope(Format, name="gemma-scope"):
         canonical = CanonicalSAE(w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], "jumprelu", threshold=threshold_F)
         foreign = ForeignSAE(from_canonical(canonical))
         parts = folder.path.resolve().parts
-        if "embedding" in parts:
-            raise UsageError(
-                f"{folder.path} is an SAE on the embedding, scaled by sqrt(d_in). Only SAEs on layers are supported."
-            )
+        if kind := kind_of_path(parts):
+            raise UsageError(f"{folder.path} is {KINDS[kind]}. Only SAEs on layers are supported.")
         foreign.model, foreign.hook = parse_gemma_scope_path(parts)
         if folder.has("about.json"):
             foreign.metadata = folder.read_json("about.json")
@@ -71,3 +80,10 @@ class GemmaScope(Format, name="gemma-scope"):
             return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
 
         return encode_decode
+
+
+def kind_of_path(parts: tuple[str, ...]) -> str | None:
+    """What a path names that is not an SAE on a layer; None for one that is."""
+    if any(re.fullmatch(r"gemma-scope-\w+-(pt|it)-transcoders", part) for part in parts):
+        return "transcoder"
+    return "embedding" if "embedding" in parts else None

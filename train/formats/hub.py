@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ...common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ...common.formatting import format_bytes
-from .base import Format
+from .release import PublishedSAE, RemoteFile, find_published
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 
@@ -31,14 +32,6 @@ class HubAddress(NamedTuple):
                 f"Invalid address {text}: expected hf://owner/repo/folder or hf://owner/repo@revision/folder."
             )
         return cls(repo, revision or None, folder)
-
-
-class RemoteFile(NamedTuple):
-    """A file of a repository, with the size and checksum that the Hub declares."""
-
-    name: str
-    size: int
-    sha256: str | None
 
 
 @contextlib.contextmanager
@@ -67,29 +60,72 @@ def translate_hub_errors(repo: str) -> Iterator[None]:
         ) from error
 
 
-def download_sae(address: str, root: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """Download the files of one SAE, and no others, from one commit.
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of a repository at one commit."""
 
-    Returns its folder below `root`, and its origin: repository, revision and path. `say` is told the commit and the
-    files before the download begins.
+    address: HubAddress
+    commit: str
+    files: list[RemoteFile]
+
+
+@dataclass(frozen=True)
+class RemoteSAE:
+    """An SAE in a repository, at one commit."""
+
+    repository: str
+    commit: str
+    sae: PublishedSAE
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where it is from, for run.json."""
+        return {"repository": self.repository, "revision": self.commit, "path": self.sae.path or "."}
+
+
+def list_repository(address: HubAddress) -> Snapshot:
+    """The files of a repository with their sizes, in one request that also resolves the revision to a commit.
+
+    Raises UnavailableError if the Hub cannot be reached or does not grant access, UsageError if there is no such
+    revision, or a file name leads out of its folder.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
 
-    repo, revision, _ = parsed = HubAddress.parse(address)
-    with translate_hub_errors(repo):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    files = select_files(parsed, [remote_file(sibling) for sibling in info.siblings or []])
-    say(f"commit   {repo} at {info.sha}")
-    for file in files:
+    with translate_hub_errors(address.repo):
+        info = HfApi().model_info(address.repo, revision=address.revision, files_metadata=True)
+    files = [remote_file(sibling) for sibling in info.siblings or []]
+    unsafe = [file.name for file in files if is_unsafe_name(file.name)]
+    if unsafe:
+        raise UsageError(f"Refused: {address.repo} holds {unsafe[0][:80]!r}, which leads out of its folder.")
+    return Snapshot(address, str(info.sha), files)
+
+
+def find_remote_sae(address: HubAddress, layer: int | None = None) -> RemoteSAE:
+    """The SAE at an address, known by its files; nothing is downloaded. `layer` chooses between those of a folder.
+
+    Raises like `list_repository`, and UsageError if there is none, or more than one.
+    """
+    snapshot = list_repository(address)
+    return RemoteSAE(address.repo, snapshot.commit, choose_sae(address, snapshot.files, layer))
+
+
+def download(remote: RemoteSAE, root: Path, say: Callable[[str], None]) -> Path:
+    """Download the files of one SAE, and no others, from its commit. Returns its path below `root`.
+
+    `say` is told the commit and the files before the download begins.
+    """
+    from huggingface_hub import hf_hub_download
+
+    say(f"commit   {remote.repository} at {remote.commit}")
+    for file in remote.sae.files:
         say(f"file     {file.name} ({format_bytes(file.size)})")
     # The repository's name stays part of the local path: Gemma Scope's names model and site.
-    local_repo = Path(root, *repo.split("/"))
-    for file in files:
-        with translate_hub_errors(repo):
-            hf_hub_download(repo, file.name, revision=info.sha, local_dir=local_repo)
+    local_repo = Path(root, *remote.repository.split("/"))
+    for file in remote.sae.files:
+        with translate_hub_errors(remote.repository):
+            hf_hub_download(remote.repository, file.name, revision=remote.commit, local_dir=local_repo)
         check_download(local_repo / file.name, file)
-    folder = Path(files[0].name).parent
-    return local_repo / folder, {"repository": repo, "revision": info.sha, "path": folder.as_posix()}
+    return local_repo / remote.sae.path
 
 
 def remote_file(sibling: Any) -> RemoteFile:
@@ -97,36 +133,35 @@ def remote_file(sibling: Any) -> RemoteFile:
     return RemoteFile(sibling.rfilename, sibling.size or 0, getattr(lfs, "sha256", None))
 
 
-def select_files(address: HubAddress, files: list[RemoteFile]) -> list[RemoteFile]:
-    """The files of the SAE at an address, weights first. UsageError if there is none, or more than one."""
-    unsafe = [file.name for file in files if is_unsafe_name(file.name)]
-    if unsafe:
-        raise UsageError(f"Refused: {address.repo} holds {unsafe[0][:80]!r}, which leads out of its folder.")
-    folder = PurePosixPath(address.folder)
-    if folder.name in {name for fmt in Format.registry.values() for name in fmt.files}:
-        folder = folder.parent
-    for fmt in Format.registry.values():
-        weights = [file for file in weights_files(files, fmt) if PurePosixPath(file.name).parent == folder]
-        if weights:
-            others = [folder / name for name in fmt.files[1:]] + [folder.parent / name for name in fmt.parent_files]
-            return weights + [file for file in files if PurePosixPath(file.name) in others]
-    below = sorted(
-        str(PurePosixPath(file.name).parent)
-        for fmt in Format.registry.values()
-        for file in weights_files(files, fmt)
-        if PurePosixPath(file.name).is_relative_to(folder)
-    )
-    if len(below) == 1:
-        return select_files(address._replace(folder=below[0]), files)
+def choose_sae(address: HubAddress, files: list[RemoteFile], layer: int | None = None) -> PublishedSAE:
+    """The SAE at an address: its folder, a file in it, or the only SAE below.
+
+    UsageError if there is none, or more than one; `layer` then chooses between those of one folder.
+    """
+    folder, all_saes = PurePosixPath(address.folder), find_published(files, address.repo)
+    exact = [
+        sae for sae in all_saes if folder in {PurePosixPath(sae.path), *(PurePosixPath(f.name) for f in sae.files)}
+    ]
+    found = exact or [sae for sae in all_saes if PurePosixPath(sae.path).is_relative_to(folder)]
+    if layer is not None and len(found) > 1 and len({PurePosixPath(sae.files[0].name).parent for sae in found}) == 1:
+        found = [sae for sae in found if sae.description.hook and sae.description.hook.layer == layer] or found
     location = f"{address.repo}/{address.folder}" if address.folder else address.repo
-    if below:
-        choices = "\n".join(f"  hf://{address.repo}/{name}" for name in below[:12])
-        raise UsageError(f"{location} holds {len(below):,} SAEs. Choose one:\n{choices}")
-    raise UsageError(f"{location} holds no SAE of a known format. See https://huggingface.co/{address.repo}/tree/main")
-
-
-def weights_files(files: list[RemoteFile], fmt: Format) -> list[RemoteFile]:
-    return [file for file in files if PurePosixPath(file.name).name == fmt.files[0]]
+    if not found:
+        raise UsageError(
+            f"{location} holds no SAE of a known format. See https://huggingface.co/{address.repo}/tree/main"
+        )
+    if len(found) > 1:
+        choices = "\n".join(f"  hf://{address.repo}/{sae.path}" for sae in found[:12])
+        raise UsageError(
+            f"{location} holds {len(found):,} SAEs. Choose one:\n{choices}"
+            + (f"\nAll of them: sae import --list hf://{location}" if len(found) > 12 else "")
+        )
+    if found[0].refusal:
+        raise UsageError(
+            f"hf://{address.repo}/{found[0].path} is a file of the layout {found[0].format.name}, but not an SAE on a "
+            f"layer: {found[0].refusal}. `sae import --list hf://{address.repo}` shows what can be imported."
+        )
+    return found[0]
 
 
 def is_unsafe_name(name: str) -> bool:

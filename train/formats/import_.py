@@ -17,11 +17,39 @@ from ..sae import SAE, save_sae
 from .base import ForeignSAE, Format, detect_format
 from .canonical import to_canonical
 from .export import new_folder
-from .hub import download_sae
+from .hub import HubAddress, RemoteSAE, download, find_remote_sae
 from .safe_read import ForeignFolder
-from .verify import Check, Progress, cached_rows, compare, no_progress, require_passed, synthetic_rows
+from .verify import (
+    Check,
+    Progress,
+    cached_rows,
+    check_orientation,
+    compare,
+    no_progress,
+    require_passed,
+    synthetic_rows,
+)
 
 FORMAT = 1  # of run.json
+
+HookCheck = Callable[[str, Hook, int], None]
+"""Raises UsageError if a model, by its name, has no such hook point or not with activations of this width."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """How to import an SAE, wherever its files are. None means what the files say, or the default of `import_sae`."""
+
+    model: str | None = None
+    layer: int | None = None
+    cache: Path | None = None
+    out: Path | None = None
+    name: str | None = None
+    check_hook: HookCheck = lambda model, hook, d_in: None
+
+    @property
+    def runs(self) -> Path:
+        return self.out or sae_home() / "runs"
 
 
 @dataclass
@@ -48,22 +76,26 @@ def import_sae(
     cache: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     name: str | None = None,
+    check_hook: HookCheck = lambda model, hook, d_in: None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> ImportResult:
-    """Make a run folder from the files of SAELens, Gemma Scope, dictionary_learning or sparsify.
+    """Make a run folder from files of SAELens, Gemma Scope 1 and 2, Qwen-Scope, dictionary_learning or sparsify.
 
     The format is detected from the files, and nothing in them is run. Latents and reconstructions computed with the
     files' own tensors are compared with those of the imported SAE, as in `export_sae`. If there is a cache of its model
     and layer, `sae evaluate` works on the run folder as on any other.
 
     Args:
-        path: a folder, the weights file in it, or hf://owner/repo[@revision]/folder.
+        path: a folder, the file with the weights in it, or hf://owner/repo[@revision]/folder.
         model: id on the Hub, or a folder. Needed only if the files do not record it; overrides what they record.
-        layer: zero-based block. Needed only if the files do not record it; overrides what they record.
+        layer: zero-based block. Needed only if the files do not record it; overrides what they record. In a folder with
+            the SAEs of several layers it chooses one.
         cache: a cache of the model, to verify on and to evaluate with. Default: the only cache that fits, if any.
         out: the folder in which the run folder is made. Default: runs/.
         name: of the run folder. Default: imported-<activation>-L<layer>-n<d_sae>-<digest>.
+        check_hook: called with the model's name, the hook point and d_in before anything is written; raises UsageError
+            to refuse them.
         say: called with lines about a download.
         progress: called with (rows compared, rows in all).
 
@@ -83,41 +115,51 @@ def import_sae(
     """
     if name and (Path(name).name != name or name.startswith(".") or not name.isprintable()):
         raise UsageError(f"Invalid --name {name!r}: expected the name of one folder, such as gemma-scope-16k.")
-    runs = Path(out) if out is not None else sae_home() / "runs"
-    cache_folder = Path(cache) if cache is not None else None
-    text = os.fspath(path)
-    if not text.startswith("hf://"):
-        return import_files(Path(path), None, model, layer, cache_folder, runs, name, progress)
+    config = ImportConfig(
+        model=model,
+        layer=layer,
+        cache=Path(cache) if cache is not None else None,
+        out=Path(out) if out is not None else None,
+        name=name,
+        check_hook=check_hook,
+    )
+    if (address := os.fspath(path)).startswith("hf://"):
+        return import_remote(find_remote_sae(HubAddress.parse(address), layer), config, say, progress)
+    return import_files(Path(path), config, progress=progress)
+
+
+def import_remote(
+    remote: RemoteSAE,
+    config: ImportConfig,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+) -> ImportResult:
+    """Download an SAE into a temporary folder and import it. Arguments and errors as of `import_sae`."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder, origin = download_sae(text, Path(temporary), say)
-        return import_files(folder, origin, model, layer, cache_folder, runs, name, progress)
+        return import_files(download(remote, Path(temporary), say), config, remote.origin, progress)
 
 
 def import_files(
-    path: Path,
-    hub_origin: dict[str, Any] | None,
-    model: str | None,
-    layer: int | None,
-    cache_folder: Path | None,
-    runs: Path,
-    name: str | None,
-    progress: Progress,
+    path: Path, config: ImportConfig, hub_origin: dict[str, str] | None = None, progress: Progress = no_progress
 ) -> ImportResult:
     """`import_sae` of local files. `hub_origin`: where they were downloaded from."""
-    folder, fmt = open_folder(path)
+    folder, fmt = open_folder(path, config.layer)
     foreign = fmt.read(folder)
-    hook, model = resolve_hook_and_model(foreign, folder.path, model, layer)
-    cache, candidates = find_cache(model, hook, foreign.sae.d_in, cache_folder, foreign.notes)
+    hook, model = resolve_hook_and_model(foreign, folder.path, config.model, config.layer)
+    config.check_hook(model, hook, foreign.sae.d_in)
+    cache, candidates = find_cache(model, hook, foreign.sae.d_in, config.cache, foreign.notes)
     if cache is not None:
         model = cache.model
     canonical = to_canonical(foreign.sae)
     rows = synthetic_rows(canonical) if cache is None else cached_rows(cache, hook)
     check = compare(foreign.sae, canonical, fmt.reference(folder), rows, progress=progress)
     require_passed(check, f"The import of {path if hub_origin is None else hub_origin['repository']}")
+    if canonical.d_in == canonical.d_sae:
+        foreign.notes += check_orientation(foreign.sae, None if cache is None else rows, folder.path)
     sha256 = file_digests(fmt, folder)
     variant = f"imported-{canonical.activation}"
     digest = digest_of([sha256, model, *hook])[:6]
-    target = runs / (name or f"{variant}-L{hook.layer:02d}-n{foreign.sae.d_sae}-{digest}")
+    target = config.runs / (config.name or f"{variant}-L{hook.layer:02d}-n{foreign.sae.d_sae}-{digest}")
     if (target / "sae.json").exists():
         raise UsageError(f"{target} already exists: run sae evaluate {target}, or give another name with --name.")
     source = hub_origin or {"path": str(folder.path.resolve())}
@@ -141,21 +183,26 @@ def import_files(
     return ImportResult(target, fmt.name, foreign.sae, check, cache_folder, candidates, foreign.notes)
 
 
-def open_folder(path: Path) -> tuple[ForeignFolder, Format]:
-    """The folder of an SAE, from its own path or that of a file in it, and its format."""
-    folder = ForeignFolder(path.parent if path.is_file() else path)
+def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Format]:
+    """The folder of an SAE, from its own path or that of a file in it, and its format.
+
+    `layer` chooses between the SAEs of several layers in one folder.
+    """
+    formats = Format.registry.values()
+    is_weights = path.is_file() and any(fmt.is_weights(path.name) for fmt in formats)
+    folder = ForeignFolder(path.parent if path.is_file() else path, path.name if is_weights else None)
     if not folder.path.is_dir():
         raise UsageError(f"No such folder: {path}. Give a folder with an SAE, or hf://owner/repo/folder.")
-    if path.is_file() and not any(path.name in fmt.files for fmt in Format.registry.values()):
+    if path.is_file() and not is_weights and not any(path.name in fmt.files for fmt in formats):
         raise UsageError(
             f"{path} is not a file of a known format. Give a folder with an SAE, or hf://owner/repo/folder."
         )
     fmt = detect_format(folder)
-    if path.is_file() and path.name not in fmt.files:
+    if path.is_file() and not fmt.is_weights(path.name) and path.name not in fmt.files:
         raise UsageError(
             f"{path} is not a file of the {fmt.name} SAE in its folder. To import that: sae import {path.parent}"
         )
-    return folder, fmt
+    return fmt.select(folder, layer), fmt
 
 
 def resolve_hook_and_model(foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None) -> tuple[Hook, str]:
@@ -233,7 +280,7 @@ def sae_origin(
 def file_digests(fmt: Format, folder: ForeignFolder) -> dict[str, str]:
     """sha256 of every file that was read, by its path in the folder."""
     digests = {}
-    names = (*fmt.files, *fmt.parent_files)
+    names = (fmt.weights_name(folder), *fmt.files[1:], *fmt.parent_files)
     for path in sorted(p for name in names for p in (folder.path / name, *folder.path.glob(f"*/{name}"))):
         if path.is_file() and path.resolve().is_relative_to(folder.path.resolve()):
             with path.open("rb") as file:

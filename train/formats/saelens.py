@@ -7,6 +7,7 @@ Exports take raw activations and have unit decoder rows and b_dec folded into b_
 everything with a threshold as `jumprelu`.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
-from .base import ForeignSAE, Format, Reference
+from .base import Description, ForeignSAE, Format, Reference, hook_or_none
 from .canonical import CanonicalSAE, from_canonical
 from .hook_names import first_hook, parse_model
 from .safe_read import (
@@ -43,9 +44,18 @@ PER_TOKEN_NORMALIZATIONS = {
 class SAELens(Format, name="saelens"):
     activations = ("relu", "topk", "gated", "jumprelu")
     files = ("sae_weights.safetensors", "cfg.json", "activation_scaler.json")
+    config = "cfg.json"
 
-    def matches(self, folder: ForeignFolder) -> bool:
-        return folder.has("sae_weights.safetensors")
+    def describe_config(self, config: Mapping[str, Any]) -> Description:
+        config = upgrade_config(dict(config))
+        recorded = {**config, **config.get("metadata", {})}
+        d_sae, k = recorded.get("d_sae"), recorded.get("k")
+        return Description(
+            model=parse_model(recorded.get("model_name")),
+            hook=hook_or_none(recorded.get("hook_name"), recorded.get("hf_hook_name")),
+            d_sae=d_sae if type(d_sae) is int else None,
+            l0=str(k) if type(k) is int else None,
+        )
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
         architectures = {activation: name for name, activation in ARCHITECTURES.items()}

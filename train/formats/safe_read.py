@@ -67,10 +67,14 @@ class TensorHeader:
 
 
 class ForeignFolder:
-    """The folder of a foreign SAE. Only regular files inside it are ever opened."""
+    """The folder of a foreign SAE. Only regular files inside it are ever opened.
 
-    def __init__(self, path: Path) -> None:
+    `chosen` is the file with the weights, where the user named one and the folder can hold several.
+    """
+
+    def __init__(self, path: Path, chosen: str | None = None) -> None:
         self.path = path
+        self.chosen = chosen
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()

@@ -4,7 +4,8 @@ f     = the k largest of ReLU((x - b_dec) We^T + be)          encoder.weight We 
 x_hat = f W_dec + b_dec                                       W_dec is (d_sae, d_in)
 """
 
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
-from .base import ForeignSAE, Format, Reference
+from .base import Description, ForeignSAE, Format, Reference
 from .canonical import CanonicalSAE, from_canonical
 from .hook_names import first_hook, hub_id, parse_model
 from .safe_read import (
@@ -30,6 +31,15 @@ class Sparsify(Format, name="sparsify"):
     activations = ("topk",)
     files = ("sae.safetensors", "cfg.json", "about.json")
     parent_files = ("config.json",)
+    config = "cfg.json"
+
+    def refusal(self, repo: str, weights: PurePosixPath) -> str | None:
+        return "transcoder" if "transcoder" in repo else None
+
+    def describe_config(self, config: Mapping[str, Any]) -> Description:
+        sizes = [config.get(key) for key in ("num_latents", "d_in", "expansion_factor", "k")]
+        latents, d_in, expansion, k = (size if type(size) is int else 0 for size in sizes)
+        return Description(d_sae=latents or d_in * expansion or None, l0=str(k) if k else None)
 
     def matches(self, folder: ForeignFolder) -> bool:
         return self.sae_folder(folder) is not None

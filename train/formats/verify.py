@@ -14,7 +14,7 @@ from torch import Tensor
 from ...cache.catalog import list_caches
 from ...cache.layout import Hook
 from ...cache.reader import Cache
-from ...common.errors import SaeError, UsageError
+from ...common.errors import DamagedError, SaeError, UsageError
 from ..sae import SAE
 from .base import Reference
 from .canonical import CanonicalSAE
@@ -22,6 +22,7 @@ from .canonical import CanonicalSAE
 SAMPLE_ROWS, SAMPLE_BLOCKS = 4096, 16  # rows to compare on, read from this many places in a cache
 BATCH_ROWS = 256
 TOLERANCE = 1e-5  # largest relative error of f and of x_hat
+MUCH_SMALLER = 0.5  # of two squared errors: one is less than half of the other
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -145,6 +146,35 @@ def require_passed(check: Check, action: str) -> Check:
             f"{action} failed verification, and no files were kept: {check}. This is a bug: please report it."
         )
     return check
+
+
+def check_orientation(sae: SAE, rows: SampleRows | None, path: Path) -> list[str]:
+    """Notes about a square SAE, whose matrices have the same shape when they are transposed.
+
+    DamagedError if cached activations are reconstructed better with one or both matrices transposed. Where there are
+    none, a note says that this could not be checked.
+    """
+    if rows is None:
+        return [
+            f"d_in and d_sae are both {sae.d_in:,}: the shapes cannot show whether a matrix is transposed, and there "
+            "is no cache to see it by the reconstruction."
+        ]
+    x_RD, errors = rows.x_RD.double(), {}
+    for names in ((), ("W_enc",), ("W_dec",), ("W_enc", "W_dec")):
+        turned = copy.deepcopy(sae).double().cpu().eval()
+        for name in names:
+            matrix = getattr(turned, name)
+            matrix.data = matrix.data.T.contiguous()
+        with torch.no_grad():
+            errors[" and ".join(names)] = float((turned.decode(turned.encode(x_RD)) - x_RD).square().sum())
+    best = min(errors, key=lambda names: errors[names])
+    if errors[best] < MUCH_SMALLER * errors[""]:
+        raise DamagedError(
+            f"{path}: {best} seems to be transposed. As the files are, the squared error of the reconstruction on "
+            f"{len(x_RD):,} rows ({rows.description}) is {errors[''] / max(errors[best], 1e-30):.3g} times that with "
+            f"{best} transposed. Ask the author, or transpose it."
+        )
+    return []
 
 
 # --- rows to compare on -----------------------------------------------------------------------------------------------

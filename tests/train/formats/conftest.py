@@ -5,7 +5,7 @@ import json
 import shutil
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae.common.errors import SaeError
@@ -79,11 +79,92 @@ def encode_decode() -> Callable[[SAE, Tensor], tuple[Tensor, Tensor]]:
 # --- files of other libraries ---------------------------------------------------------------------------------------
 
 
+def draw_weights(seed: int = 0, d_in: int = D, d_sae: int = F) -> dict[str, Tensor]:
+    """W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in), b_dec and threshold, in float32. Rows of W_dec are unit."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+        "threshold": (d_sae,),
+    }
+    w = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    w["threshold"] = w["threshold"].abs()
+    w["W_dec"] /= w["W_dec"].norm(dim=1, keepdim=True)
+    return w
+
+
+GEMMA_SCOPE_2 = {
+    "hf_hook_point_in": "model.layers.12.output",
+    "hf_hook_point_out": "model.layers.12.output",
+    "width": F,
+    "model_name": "google/gemma-3-1b-pt",
+    "architecture": "jump_relu",
+    "l0": 60,
+    "affine_connection": False,
+    "type": "sae",
+}
+
+
+def write_gemma_scope_2(folder: Path, config: dict[str, Any] | None = GEMMA_SCOPE_2, **weights: Tensor) -> Path:
+    """A folder as docs/formats.md describes it, written with nothing of the package."""
+    folder.mkdir(parents=True)
+    w = draw_weights() | weights
+    names = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    save_file({names.get(name, name): t.contiguous() for name, t in w.items()}, folder / "params.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+QWEN_SCOPE = {
+    "model_type": "topk_sae",
+    "base_model": "Qwen/Qwen3-1.7B-Base",
+    "d_model": D,
+    "d_sae": F,
+    "k": 4,
+    "num_layers": 28,
+    "hook_point": "resid_post",
+    "dtype": "float32",
+}
+
+
+def write_qwen_scope(
+    folder: Path, config: dict[str, Any] | None = QWEN_SCOPE, layers: Sequence[int] = (12,), **weights: Tensor
+) -> Path:
+    """A folder as docs/formats.md describes it, written with nothing of the package. Seed of each SAE is its layer."""
+    folder.mkdir(parents=True)
+    for layer in layers:
+        w = draw_weights(layer) | weights
+        tensors = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"].T, "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+        torch.save({name: t.contiguous() for name, t in tensors.items()}, folder / f"layer{layer}.sae.pt")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def layouts() -> SimpleNamespace:
+    """Writers of published layouts that share no code with the package, and the configs that they write by default."""
+    return SimpleNamespace(
+        draw_weights=draw_weights,
+        gemma_scope_2=write_gemma_scope_2,
+        gemma_scope_2_config=GEMMA_SCOPE_2,
+        qwen_scope=write_qwen_scope,
+        qwen_scope_config=QWEN_SCOPE,
+    )
+
+
 @pytest.fixture
 def foreign_folder(make_sae, tmp_path) -> Callable[..., Path]:
     """A factory of folders in a format, by default with an activation that it supports."""
 
     def write(to: str, activation: str | None = None) -> Path:
+        if to == "gemma-scope-2":
+            return write_gemma_scope_2(tmp_path / to)
+        if to == "qwen-scope":
+            return write_qwen_scope(tmp_path / to)
         return export_sae(make_sae(activation or ACTIVATIONS[to], unit=True), to, tmp_path / to).folder
 
     return write

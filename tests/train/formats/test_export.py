@@ -25,7 +25,7 @@ FORMATS_OF = {
 }
 SUPPORTED = [(activation, to) for activation, formats in FORMATS_OF.items() for to in sorted(formats)]
 UNSUPPORTED = [
-    (activation, to) for activation, formats in FORMATS_OF.items() for to in sorted(set(Format.registry) - formats)
+    (activation, to) for activation, formats in FORMATS_OF.items() for to in sorted(set(Format.exported()) - formats)
 ]
 
 

@@ -32,3 +32,10 @@ def test_lower_case_names_and_model_and_layer_from_the_path(export_with_config, 
     with pytest.raises(UsageError, match="is an SAE on the embedding, scaled by sqrt"):
         shutil.copytree(gemma_scope, tmp_path / "embedding" / "width_4k")
         import_sae(tmp_path / "embedding" / "width_4k", model="gpt2", layer=0, out=tmp_path)
+
+
+def test_a_transcoder_is_refused_by_the_name_of_its_repository(export_with_config, tmp_path):
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_12" / "width_16k"
+    shutil.copytree(export_with_config("jumprelu", "gemma-scope"), folder)
+    with pytest.raises(UsageError, match="is a transcoder, from the input of an MLP to its output"):
+        import_sae(folder, model="google/gemma-2-2b", layer=12, out=tmp_path)

@@ -10,8 +10,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sae.common.errors import DamagedError, UnavailableError, UsageError
-from sae.train.formats.hub import HubAddress, RemoteFile, select_files
+from sae.train.formats.hub import HubAddress, choose_sae
 from sae.train.formats.import_ import import_sae
+from sae.train.formats.release import RemoteFile
 
 GEMMA_SCOPE = "google/gemma-scope-2b-pt-res"
 FOLDER = "layer_12/width_16k/average_l0_82"
@@ -94,7 +95,7 @@ def test_addresses():
     assert HubAddress.parse("hf://a/b") == ("a/b", None, "")
     assert HubAddress.parse("hf://a/b@v1/c/d/") == ("a/b", "v1", "c/d")
     files = [RemoteFile("c/params.npz", 1, None), RemoteFile("c/README.md", 1, None)]
-    assert select_files(HubAddress("a/b", None, "c/params.npz"), files) == files[:1]
+    assert choose_sae(HubAddress("a/b", None, "c/params.npz"), files).files == (files[0],)
 
 
 class UnknownClientError(Exception):

@@ -41,7 +41,7 @@ def test_every_library_and_format_has_fixtures():
     assert {library.rsplit("-", 1)[0] for library, _ in EXPORTED} == {
         "sae-lens", "sae-bench", "dictionary-learning", "eai-sparsify"
     }  # fmt: skip
-    assert {name.split("--")[1] for _, name in EXPORTED} == set(Format.registry)
+    assert {name.split("--")[1] for _, name in EXPORTED} == set(Format.exported())
     assert len(OWN_FILES) == 31
 
 

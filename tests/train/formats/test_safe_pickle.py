@@ -28,7 +28,7 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("where", ["torch", "bare", "npz"])
+@pytest.mark.parametrize("where", ["torch", "bare", "npz", "qwen"])
 def test_a_pickle_with_code_is_rejected_and_does_not_run(import_fails, foreign_folder, tmp_path, where, protocol):
     marker = tmp_path / "ran"
     bomb = {"bias": RunsCode(marker)}
@@ -40,12 +40,13 @@ def test_a_pickle_with_code_is_rejected_and_does_not_run(import_fails, foreign_f
             folder, UsageError, "Refused: threshold in", "is an object array, which is a pickle and can run code"
         )
     else:
-        folder = foreign_folder("dictionary-learning")
+        folder = foreign_folder("qwen-scope" if where == "qwen" else "dictionary-learning")
+        file = folder / ("layer12.sae.pt" if where == "qwen" else "ae.pt")
         if where == "bare":
-            (folder / "ae.pt").write_bytes(pickle.dumps(bomb, protocol))
+            file.write_bytes(pickle.dumps(bomb, protocol))
             import_fails(folder, UsageError, "is not a zip file")
         else:
-            torch.save(bomb, folder / "ae.pt", pickle_protocol=protocol)
+            torch.save(bomb, file, pickle_protocol=protocol)
             import_fails(folder, UsageError, "Refused:", "Nothing in it was run")
     assert not marker.exists()
     pickle.loads(pickle.dumps(bomb, protocol))  # it does run when it is loaded

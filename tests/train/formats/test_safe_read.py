@@ -30,6 +30,8 @@ WEIGHTS = {
     "gemma-scope": "params.npz",
     "dictionary-learning": "ae.pt",
     "sparsify": "layers.12/sae.safetensors",
+    "gemma-scope-2": "params.safetensors",
+    "qwen-scope": "layer12.sae.pt",
 }
 
 
@@ -46,7 +48,7 @@ def rewrite_safetensors_header(path: Path, change: Callable[[dict], None], lengt
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data[8 + n :])
 
 
-@pytest.mark.parametrize("to", ["saelens", "sparsify"])
+@pytest.mark.parametrize("to", ["saelens", "sparsify", "gemma-scope-2"])
 def test_a_safetensors_header_that_claims_too_much_is_rejected(import_fails, foreign_folder, to):
     folder = foreign_folder(to)
     path = folder / WEIGHTS[to]
@@ -54,12 +56,12 @@ def test_a_safetensors_header_that_claims_too_much_is_rejected(import_fails, for
 
     def change_W_dec(**entry):
         path.write_bytes(original)
-        rewrite_safetensors_header(path, lambda header: header["W_dec"].update(entry))
+        rewrite_safetensors_header(path, lambda header: header["w_dec" if "w_dec" in header else "W_dec"].update(entry))
 
     change_W_dec(shape=[HUGE])
-    import_fails(folder, DamagedError, "W_dec claims 1,000,000,000,000 numbers, 4,000,000,000,000 bytes")
+    import_fails(folder, DamagedError, "_dec claims 1,000,000,000,000 numbers, 4,000,000,000,000 bytes")
     change_W_dec(shape=[HUGE], data_offsets=[0, 4 * HUGE])
-    import_fails(folder, DamagedError, "W_dec would be outside of the file")
+    import_fails(folder, DamagedError, "_dec would be outside of the file")
     change_W_dec(shape=[-1, -512])
     import_fails(folder, DamagedError, "has the shape (-1, -512)")
     change_W_dec(shape=[2, 4, 16])
@@ -107,9 +109,9 @@ def test_an_npz_that_unpacks_to_far_more_than_its_size_is_rejected(import_fails,
 def test_invalid_weights_are_rejected(import_fails, foreign_folder, to, defect):
     folder = foreign_folder(to)
     path = folder / WEIGHTS[to]
-    read = {"ae.pt": read_state_dict_headers, "params.npz": read_npz_headers}.get(path.name, read_safetensors_headers)
+    read = {".pt": read_state_dict_headers, ".npz": read_npz_headers}.get(path.suffix, read_safetensors_headers)
     tensors = {name: header.read().clone() for name, header in read(path).items()}
-    matrix = "W_dec" if "W_dec" in tensors else "decoder.weight"
+    matrix = next(name for name in ("W_dec", "w_dec", "decoder.weight") if name in tensors)
     words = {
         "nan": ("b_dec holds NaN or infinity",),
         "transposed": (f"{matrix} has shape ", "it is transposed; this is not corrected automatically"),
@@ -124,9 +126,9 @@ def test_invalid_weights_are_rejected(import_fails, foreign_folder, to, defect):
         del tensors["b_dec"]
     else:
         tensors["extra"] = torch.zeros(2)
-    if path.name == "ae.pt":
+    if path.suffix == ".pt":
         torch.save(tensors, path)
-    elif path.name == "params.npz":
+    elif path.suffix == ".npz":
         np.savez(path, **{name: t.numpy() for name, t in tensors.items()})
     else:
         save_file(tensors, path)
@@ -201,7 +203,8 @@ OPCODES = [
 CONFIG_KEYS = [
     *("architecture", "d_in", "d_sae", "k", "apply_b_dec_to_input", "normalize_activations", "norm_scaling_factor"),
     *("metadata", "num_latents", "expansion_factor", "activation", "transcode", "trainer", "buffer", "about"),
-    *("hook_name", "model_name", "context_size"),
+    *("hook_name", "model_name", "context_size", "type", "hf_hook_point_in", "hf_hook_point_out", "affine_connection"),
+    *("width", "base_model", "d_model", "hook_point", "prepend_bos", "dataset_path"),
 ]
 
 

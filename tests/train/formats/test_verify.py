@@ -1,12 +1,16 @@
 """Verification: what counts as equal, and whether the rows it uses would notice a difference."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from sae.common.errors import DamagedError
 from sae.train.formats.canonical import from_canonical, to_canonical
 from sae.train.formats.export import export_sae
+from sae.train.formats.import_ import import_sae
 from sae.train.formats.verify import Check, SampleRows, compare, synthetic_rows
 from sae.train.sae import SAE, fold_normalization, save_sae
 
@@ -91,3 +95,31 @@ def test_synthetic_rows_of_an_encoder_without_a_bias_are_not_all_b_dec():
     assert ((rows.x_RD - sae.b_dec).norm(dim=1) > 0.1 * sae.b_dec.norm()).float().mean() > 0.9
     other = from_canonical(replace(canonical, b_enc=canonical.b_enc + 1e-3)).double()
     assert not compare(sae, canonical, lambda x: (other.encode(x), other.decode(other.encode(x))), rows).passed
+
+
+@pytest.mark.parametrize("transposed", [(), ("W_enc",), ("W_dec",), ("W_enc", "W_dec")])
+def test_a_transposed_square_matrix_is_seen_by_the_reconstruction(sparse_cache, tmp_path, transposed):
+    """Latent i stands for axis i + 1, with weights that grow, so that neither matrix is its own transpose."""
+    width = sparse_cache.array("layer_00").shape[1]
+    W_enc = torch.roll(torch.diag(torch.linspace(0.5, 2, width)), 1, dims=1)
+    tensors = {"W_enc": W_enc, "W_dec": W_enc.inverse().contiguous(), "b_enc": torch.full((width,), 50.0)}
+    tensors["b_dec"] = -tensors["b_enc"] @ tensors["W_dec"]
+    tensors |= {name: tensors[name].T.contiguous() for name in transposed}
+    folder = tmp_path / "square"
+    folder.mkdir()
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {"architecture": "standard", "d_in": width, "d_sae": width, "apply_b_dec_to_input": False}
+    config |= {"model_name": "synthetic", "hook_name": "blocks.0.hook_resid_post"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    without = import_sae(folder, out=tmp_path / "runs", name="without")
+    assert without.notes == [
+        f"d_in and d_sae are both {width}: the shapes cannot show whether a matrix is transposed, and there is no "
+        "cache to see it by the reconstruction."
+    ]
+    if not transposed:
+        assert import_sae(folder, cache=sparse_cache.folder, out=tmp_path / "runs", name="with").notes == []
+        return
+    words = f"{' and '.join(transposed)} seems to be transposed"
+    with pytest.raises(DamagedError, match=words):
+        import_sae(folder, cache=sparse_cache.folder, out=tmp_path / "runs", name="with")
+    assert not (tmp_path / "runs" / "with").exists()

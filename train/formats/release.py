@@ -1,0 +1,102 @@
+"""The SAEs of a release: a repository, or a folder with many, known by the names and sizes of their files alone."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from ...common.errors import UsageError
+from .base import Description, Format
+
+MAX_FILES = 200_000  # listed of a local folder; the largest releases have some thousands
+
+
+class RemoteFile(NamedTuple):
+    """A file of a repository, with the size and checksum that the Hub declares."""
+
+    name: str
+    size: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishedSAE:
+    """An SAE of a release, not read yet, or files of the same layout that are something else."""
+
+    format: Format
+    path: str  # what selects it in the release: a folder, or a file where a folder holds several SAEs
+    files: tuple[RemoteFile, ...]  # that an import reads, the weights first
+    refusal: str | None  # what it is, if not an SAE that can be imported: "transcoder"
+    description: Description
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def config(self) -> RemoteFile | None:
+        """The small file that describes it, if there is one."""
+        names = [PurePosixPath(file.name).name for file in self.files]
+        return self.files[names.index(self.format.config)] if self.format.config in names[1:] else None
+
+
+def find_published(files: Iterable[RemoteFile], repo: str) -> list[PublishedSAE]:
+    """The SAEs among the files of a release, in the order of their paths.
+
+    `repo` is the repository's name, or that of the folder: some formats record the model nowhere else.
+    """
+    folders: dict[PurePosixPath, dict[str, RemoteFile]] = defaultdict(dict)
+    for file in files:
+        path = PurePosixPath(file.name)
+        folders[path.parent][path.name] = file
+    found = {}
+    for folder, contents in folders.items():
+        for name, file in contents.items():
+            for fmt in Format.registry.values():
+                if fmt.is_weights(name):
+                    sae = published_sae(fmt, file, contents, folders.get(folder.parent, {}), repo)
+                    found.setdefault((fmt.name, sae.path), sae)  # a crosscoder has several files with weights
+    return sorted(found.values(), key=lambda sae: natural_key(sae.path))
+
+
+def published_sae(
+    fmt: Format, weights: RemoteFile, folder: dict[str, RemoteFile], above: dict[str, RemoteFile], repo: str
+) -> PublishedSAE:
+    """The SAE that a file with weights belongs to. `folder`, `above`: the files beside it and one level up, by name."""
+    others = [folder[name] for name in fmt.files[1:] if name in folder]
+    others += [above[name] for name in fmt.parent_files if name in above and above is not folder]
+    path = PurePosixPath(weights.name)
+    address = fmt.address(path)
+    description = fmt.describe_path(repo, path)
+    name = "" if address == PurePosixPath(".") else str(address)
+    return PublishedSAE(fmt, name, (weights, *others), fmt.refusal(repo, path), description)
+
+
+def natural_key(text: str) -> list[tuple[int, str]]:
+    """Sorts `layer_2` before `layer_12`."""
+    digits, parts = "", []
+    for character in text + "\0":
+        if character.isdecimal() and character.isascii():
+            digits += character
+            continue
+        if digits:
+            parts.append((int(digits[:30]), ""))
+            digits = ""
+        parts.append((-1, character))
+    return parts
+
+
+def list_local_files(root: Path) -> list[RemoteFile]:
+    """The files below a folder. Links to folders are not followed. UsageError if there are more than MAX_FILES."""
+    found: list[RemoteFile] = []
+    for parent, _, names in os.walk(root):
+        for name in names:
+            path = Path(parent, name)
+            if path.is_file():
+                found.append(RemoteFile(path.relative_to(root).as_posix(), path.stat().st_size))
+        if len(found) > MAX_FILES:
+            raise UsageError(f"{root} holds more than {MAX_FILES:,} files. Give a folder further down.")
+    return found
