@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from shlex import quote
 
 from ..common.errors import SaeError, UsageError
 from ..common.files import folder_bytes, sae_home, writer_lock
 from .layout import Hook
+from .models import GivenModel, recorded_folders
 from .reader import Cache, is_ring_cache
 
 
@@ -20,19 +22,14 @@ def list_caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
     return caches
 
 
-def canonical_model_name(model: str | None) -> str | None:
-    """The name under which caches record a model: a folder's absolute path, or the Hub id unchanged."""
-    return str(Path(model).resolve()) if model and Path(model).is_dir() else model
-
-
 def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache:
     """The one cache under `activations/` that holds the complete activations of this hook (and model, if given).
 
     Raises UsageError if there is none or more than one; the message lists the caches that exist.
     """
-    caches, model = list_caches(root), canonical_model_name(model)
+    caches, given = list_caches(root), GivenModel(model) if model else None
     opened = [cache for cache in caches.values() if isinstance(cache, Cache)]
-    matches = [c for c in opened if model in (None, c.model) and hook in c.hooks]
+    matches = [c for c in opened if hook in c.hooks and (given is None or given.is_model_of(c.identity["model"]))]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -44,14 +41,25 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
             f"No complete cache holds {hook}; {unfinished[0].folder} is half written. "
             "Run the same `sae harvest` again to finish it."
         )
-    models = {model} if model else {c.model for c in opened}
-    flags = hook.cli_flags + (f" --model {models.pop()}" if len(models) == 1 else "")
+    models = {model} if model else {c.model_argument for c in opened}
+    flags = hook.cli_flags + (f" --model {quote(models.pop())}" if len(models) == 1 else "")
     others = "".join(f"\n  {c.folder} holds {', '.join(map(str, c.hooks))} of {c.model}" for c in opened if c.hooks)
     errors = "".join(f"\n  {error}" for error in caches.values() if isinstance(error, SaeError))
     raise UsageError(
-        f"No cache holds {hook}{f' of {model}' if model else ''}. "
+        f"No cache holds {hook}{f' of {given.describe()}' if given else ''}. "
         f"Create one with `sae harvest {flags}`.{others}{errors}"
     )
+
+
+def model_folders(cache: Cache) -> list[str]:
+    """Where the folder of a cache's model has been: as its harvest was given it, then as those of other caches were."""
+    record = cache.identity["model"]
+    others = [
+        other.folder
+        for other in list_caches().values()
+        if isinstance(other, Cache) and other.identity["model"].get("revision") == record["revision"]
+    ]
+    return [path for folder in (cache.folder, *others) for path in recorded_folders(folder)]
 
 
 def require_cache_folder(folder: Path) -> None:

@@ -46,6 +46,11 @@ def folder_label(folder: Path, digest: str) -> str:
     return f"{folder.name}-{digest[:SHORT_DIGEST]}".rstrip("-")
 
 
+def name_without_digest(record: ModelRecord) -> str:
+    """The name of a model, or of its folder, which it keeps when its files change."""
+    return model_label(record).removesuffix(f"-{record['revision'][:SHORT_DIGEST]}")
+
+
 def is_digest(revision: object) -> bool:
     """Whether a revision is the digest of a folder's files, not a commit of the Hub."""
     return isinstance(revision, str) and len(revision) == DIGEST_LENGTH
@@ -57,7 +62,7 @@ def same_model(one: ModelRecord, other: ModelRecord) -> bool:
         return False
     if is_digest(one.get("revision")) and is_digest(other.get("revision")):
         return one["revision"] == other["revision"]
-    return one.get("name") == other.get("name")
+    return model_label(one) == model_label(other)
 
 
 class GivenModel:
@@ -78,6 +83,12 @@ class GivenModel:
         if self.text in (record.get("name"), model_label(record)):
             return True
         return record.get("revision") in self.digests
+
+    def record(self) -> dict[str, Any]:
+        """The record of this model; a model of the Hub has no revision in it, since none is named."""
+        if not self.digests:
+            return {"name": self.text, "revision": None}
+        return {"name": folder_label(Path(self.text).resolve(), self.digests[0]), "revision": self.digests[0]}
 
     def describe(self) -> str:
         """The name, and the digest if it is a folder, for an error message."""
@@ -202,7 +213,4 @@ def find_folder(record: ModelRecord, candidates: Iterable[str]) -> Path:
             return folder
         else:
             tried.append(f"{folder} now holds other files (sha256 {digests[0][:12]})")
-    raise UsageError(
-        f"The files of {model_label({**record, 'adapters': ()})} (sha256 {revision[:12]}) were not found"
-        f"{': ' + '; '.join(tried) if tried else ''}."
-    )
+    raise UsageError(f"The files of the model were not found{': ' + '; '.join(tried) if tried else ''}.")

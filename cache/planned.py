@@ -6,6 +6,7 @@ from typing import Any
 
 from ..common.errors import UsageError
 from .layout import ArraySpec, Hook, Layout, fingerprint_of
+from .models import model_label
 
 
 class PlannedCache:
@@ -33,8 +34,8 @@ class PlannedCache:
 
     @property
     def model(self) -> str:
-        """The name of the model."""
-        return self.identity["model"]["name"]
+        """What the model is called."""
+        return model_label(self.identity["model"])
 
     @property
     def rows(self) -> int:

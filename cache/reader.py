@@ -24,6 +24,7 @@ from . import bfloat16  # noqa: F401  (registers the dtype, so that zarr can rea
 from .chunks import REPAIR_HINT, Shard, check_chunk, map_chunk, read_array, read_array_spec, read_attributes
 from .contexts import Contexts
 from .layout import ArraySpec, Hook, Layout
+from .models import is_digest, model_label, recorded_folders
 from .outliers import describe_largest, outlier_warning, rows_above
 from .statistics import describe_statistics, mean_and_mean_square
 
@@ -55,8 +56,16 @@ class Cache:
 
     @property
     def model(self) -> str:
-        """The name of the model: a Hub id, or the absolute path of a folder."""
-        return self.identity["model"]["name"]
+        """What the model is called: its Hub id, or its folder's name and the first digits of the digest."""
+        return model_label(self.identity["model"])
+
+    @property
+    def model_argument(self) -> str:
+        """What `sae harvest --model` takes for the model: its Hub id, or the folder in which it last lay."""
+        name = self.identity["model"]["name"]
+        return (
+            next(iter(recorded_folders(self.folder)), name) if is_digest(self.identity["model"]["revision"]) else name
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -24,6 +24,8 @@ Passage = Annotated[
     ),
 ]
 
+Model = Annotated[str | None, typer.Option(help="Where the model's folder lies, if it has moved since the harvest.")]
+
 
 @cli_command
 def dashboard(
@@ -35,6 +37,7 @@ def dashboard(
     ] = None,
     passage: Passage = 64,
     device: Device = "auto",
+    model: Model = None,
 ) -> None:
     """Write a run's numbers, curves and latents, with passages and logit effects, to one HTML file."""
     from datetime import date
@@ -52,7 +55,7 @@ def dashboard(
     from ..evaluate.pages.page import write_page
 
     path, window = check_page_path(out or run / "dashboard.html"), PassageWindow.of(passage)
-    opened = open_run(run, tokens, device)
+    opened = open_run(run, tokens, device, model=model)
     chosen = sample_latents(opened.sae.d_sae, latents)
     window = check_window_memory(window.limited_to(opened.ctx.contexts.ids.shape[1]), len(chosen))
     size = format_bytes(estimate_page_bytes(len(chosen), opened.tokens, window))
@@ -77,6 +80,7 @@ def inspect(
     tokens: Tokens = None,
     passage: Passage = 64,
     device: Device = "auto",
+    model: Model = None,
 ) -> None:
     """Show single latents in the terminal, or the latents that fire on a prompt."""
     from ..common.errors import UsageError
@@ -89,7 +93,7 @@ def inspect(
     latents, window = list(dict.fromkeys(latent or ())), PassageWindow.of(passage)
     if not latents and prompt is None:
         raise UsageError("Nothing to inspect: pass --latent 12 (repeatable), --prompt 'some text', or both.")
-    opened = open_run(run, tokens, device)
+    opened = open_run(run, tokens, device, model=model)
     check_latents(latents, opened.sae.d_sae, opened.row.name)
     blocks: list[Any] = []
     if prompt is not None:

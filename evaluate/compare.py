@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cache.models import model_label
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import read_json, sae_home
 from .metrics.base import MetricColumn, MetricResult
@@ -189,8 +190,12 @@ def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
 
 def sae_location(run: ComparedRun) -> dict[str, Any]:
     """Where the SAE reads: the model's name, the layer and the site."""
-    name = run.origin.get("model", {}).get("name")
-    return {"model": name, "layer": run.origin.get("layer"), "site": run.origin.get("site", "resid_post")}
+    model = run.origin.get("model")
+    return {
+        "model": model and model_label(model),
+        "layer": run.origin.get("layer"),
+        "site": run.origin.get("site", "resid_post"),
+    }
 
 
 def group_by_system(runs: Sequence[ComparedRun]) -> list[ComparedSystem]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cache.contexts import Contexts
+from ..cache.models import model_label
 from ..harvest.model import LanguageModel
 from .artifacts import ArtifactCache
 
@@ -46,6 +47,7 @@ class EvalContext:
             <data>/<name on the Hub>/<split>.jsonl or .parquet.
         device: where the model computes.
         model_config: the model's transformers config.
+        model_argument: what --model takes for the model: a Hub id, or its folder on this machine.
     """
 
     load_model: Callable[[], LanguageModel]
@@ -59,6 +61,12 @@ class EvalContext:
     data: Path | None = None
     device: str = "cpu"
     model_config: Any = None
+    model_argument: str = ""
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called."""
+        return model_label({**self.model_identity, "name": self.model_identity["model"]})
 
     @property
     def model(self) -> LanguageModel:

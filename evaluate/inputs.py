@@ -3,20 +3,28 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from ..cache.catalog import canonical_model_name
+from ..cache.catalog import model_folders
 from ..cache.layout import Hook
+from ..cache.models import GivenModel, ModelRecord, model_label, same_model
 from ..cache.reader import Cache, is_ring_cache
 from ..common.errors import SaeError, UsageError
 from ..common.files import digest_of, read_json, sae_home
-from ..harvest.model import LanguageModel, ModelSource, find_model, load_model, load_tokenizer
+from ..harvest.model import (
+    LanguageModel,
+    ModelSource,
+    describe_record,
+    find_config,
+    find_recorded_model,
+    load_model,
+    load_tokenizer,
+)
 from ..train.sae import SAE, load_sae, sae_spec
 from .artifacts import ArtifactCache
 from .context import EvalContext
 from .metrics.base import EvalTarget
 from .rows import EvalRow
-
-HUB_COMMIT_LENGTH = 40  # hexadecimal digits; the revision of a local model folder is a sha256 with 64
 
 ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
 
@@ -42,20 +50,25 @@ def find_eval_cache(
     Raises UsageError when there is no such cache, when several fit, or when the SAE belongs to another model.
     """
     match sae.origin:
-        case {"model": {"name": str(trained_on)}, "layer": int()}:
+        case {"model": {"name": str()} as trained_on, "layer": int()}:
             pass
         case _:
             raise UsageError(
                 f"{folder} does not record the model and layer it was trained on (`origin` in sae.json), "
                 "so it cannot be evaluated."
             )
-    if model and canonical_model_name(model) != trained_on:
+    if model and not (given := GivenModel(model)).is_base_of(trained_on):
         raise UsageError(
-            f"{folder} was trained on {trained_on}, not on {model}. Omit --model, or evaluate a run of that model."
+            f"{folder} was trained on {describe_record(trained_on)}, not on {given.describe()}. "
+            "Omit --model, or evaluate a run of that model."
         )
     if cache:
-        if (chosen := Cache(cache)).model != trained_on:
-            raise UsageError(f"{folder} was trained on {trained_on}, but {cache} holds text for {chosen.model}.")
+        chosen = Cache(cache)
+        if not same_model(chosen.identity["model"], trained_on):
+            raise UsageError(
+                f"{folder} was trained on {describe_record(trained_on)}, but {cache} holds text for "
+                f"{describe_record(chosen.identity['model'])}."
+            )
         return chosen
     candidates = [one for one in known_caches.values() if isinstance(one, Cache)]
     recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
@@ -69,8 +82,8 @@ def find_eval_cache(
     where = f" ({recorded})" if isinstance(recorded, str) else ""
     raise UsageError(
         f"The cache that {folder} was trained on{where} was not found; it holds the text to evaluate on. "
-        f"Move it back or to activations/, harvest it again with the same `sae harvest --model {trained_on}`, "
-        "or name another cache of that model with --cache."
+        "Move it back or to activations/, harvest it again with the same "
+        f"`sae harvest --model {model_label(trained_on)}`, or name another cache of that model with --cache."
     )
 
 
@@ -100,19 +113,24 @@ def row_of_run(folder: Path, sae: SAE) -> EvalRow:
     return EvalRow(folder.name, EvalTarget(sae, hook), folder, record, weights)
 
 
-def only_cache_of_model(folder: Path, model: str, caches: Sequence[Cache]) -> Cache:
+def only_cache_of_model(folder: Path, model: ModelRecord, caches: Sequence[Cache]) -> Cache:
     """The one cache with held-out text of a model: any will do for an SAE that was trained elsewhere."""
-    usable = [c for c in caches if c.model == model and not is_ring_cache(c.folder) and len(c.contexts(held_out=True))]
+    usable = [
+        c
+        for c in caches
+        if same_model(c.identity["model"], model) and not is_ring_cache(c.folder) and len(c.contexts(held_out=True))
+    ]
+    name = model_label(model)
     if len(usable) == 1:
         return usable[0]
     if not usable:
         raise UsageError(
-            f"{folder} names no cache, and no cache in {sae_home() / 'activations'} holds held-out text for {model}. "
-            f"Make one with `sae harvest --model {model}`, or name one with --cache."
+            f"{folder} names no cache, and no cache in {sae_home() / 'activations'} holds held-out text for {name}. "
+            f"Make one with `sae harvest --model {name}`, or name one with --cache."
         )
     listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in usable)
     raise UsageError(
-        f"{folder} names no cache, and {len(usable)} caches hold held-out text for {model}. Choose one:\n{listed}"
+        f"{folder} names no cache, and {len(usable)} caches hold held-out text for {name}. Choose one:\n{listed}"
     )
 
 
@@ -126,10 +144,21 @@ def model_loader() -> ModelLoader:
 
     @lru_cache(1)
     def load(source: ModelSource, dtype: str, device: str, attention: str) -> LanguageModel:
-        _, config = find_model(source.location, source.revision if source.on_hub else None)
-        return load_model(source, config, dtype=dtype, device=device, attention=attention)
+        return load_model(source, find_config(source), dtype=dtype, device=device, attention=attention)
 
     return load
+
+
+def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
+    """The model of a cache and its configuration: at `given`, where the harvest found it, or on the Hub."""
+    try:
+        return find_recorded_model(cache.identity["model"], model_folders(cache), given)
+    except UsageError as error:
+        raise UsageError(
+            f"{cache.folder} was harvested from {describe_record(cache.identity['model'])}. {error} "
+            "If the folder has moved, name it with --model FOLDER; if it has changed, restore it, or harvest and train "
+            "again: results of one model would be reported for the other."
+        ) from error
 
 
 def make_context(
@@ -141,23 +170,18 @@ def make_context(
     device: str = "cpu",
     dtype: str = "float32",
     load: ModelLoader | None = None,
+    model: str | None = None,
 ) -> EvalContext:
     """The evaluation context of a cache: its model, found but not loaded yet, and its held-out text.
 
-    The text is cut to the first contexts that hold `tokens` tokens, or is all of it.
+    The text is cut to the first contexts that hold `tokens` tokens, or is all of it. `model` says where the model's
+    folder lies, if it has moved since the harvest.
 
     Raises UsageError when the model on this machine has a different revision from the one that the cache was made with,
     or when the cache has no held-out text.
     """
     load = load or model_loader()
-    name, revision = cache.identity["model"]["name"], cache.identity["model"]["revision"]
-    source, model_config = find_model(name, revision if len(revision) == HUB_COMMIT_LENGTH else None)
-    if source.revision != revision:
-        raise UsageError(
-            f"{cache.folder} was harvested from {name} at revision {revision[:12]}, but {name} is now at revision "
-            f"{source.revision[:12]}. Results of one would be reported for the other: restore that revision, or "
-            "harvest and train again."
-        )
+    source, model_config = find_model_of(cache, model)
     contexts = cache.contexts(held_out=True)
     if not len(contexts):
         raise UsageError(
@@ -177,6 +201,7 @@ def make_context(
         special_ids=cache.identity["skip"] or sorted(special),
         mode=mode,
         model_identity={"model": source.name, "revision": source.revision, "attention": attention, "llm_dtype": dtype},
+        model_argument=source.argument,
         text_identity={"text": cache.fingerprint, "contexts": len(contexts)},
         artifacts=artifact_cache(),
         data=data,

@@ -115,7 +115,7 @@ class EvaluatePlan:
         model, contexts = group.ctx.model_identity, group.ctx.contexts
         return [
             f"runs     {counts}{references}",
-            f"model    {model['model']} at {model['revision'][:12]}, computed in {model['llm_dtype']} "
+            f"model    {group.ctx.model_name} at {model['revision'][:12]}, computed in {model['llm_dtype']} "
             f"on {group.ctx.device}",
             f"text     {int(contexts.length.sum()):,} held-out tokens in {len(contexts):,} contexts of "
             f"{group.cache.folder}",
@@ -180,8 +180,9 @@ def plan_evaluation(config: EvaluateConfig) -> EvaluatePlan:
     for cache, rows in load_rows(plan, device):
         try:
             ctx = make_context(
-                cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype, load=load
-            )
+                cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype, load=load,
+                model=config.model,
+            )  # fmt: skip
         except SaeError as error:
             plan.refused |= dict.fromkeys((row.folder for row in rows if row.folder), error)
             continue
@@ -243,7 +244,7 @@ def unfinished_runs(runs: Sequence[Path]) -> list[Path]:
 
 def check_group(plan: EvaluatePlan, group: EvalGroup) -> None:
     """Refuse the rows of a group that cannot be evaluated, and prepare the metrics of the others."""
-    model_config, model = group.ctx.model_config, group.ctx.model_identity["model"]
+    model_config, model = group.ctx.model_config, group.ctx.model_name
     layers = model_config.num_hidden_layers
     for row in list(group.rows):
         hook, d_in = row.target.hook, row.target.sae.d_in  # type: ignore[attr-defined]

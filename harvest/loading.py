@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,22 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..cache.models import folder_digests
+from ..cache.models import (
+    GivenModel,
+    ModelRecord,
+    find_folder,
+    folder_digests,
+    folder_label,
+    is_digest,
+    model_label,
+    remember_folder,
+)
 from ..common.errors import DamagedError, UsageError
 from . import mini
 from .architectures import truncate_config
 from .load_errors import translate_load_errors
+
+COMMIT_LENGTH = 40  # hexadecimal digits of a commit of the Hub
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,11 @@ class ModelSource:
     @property
     def on_hub(self) -> bool:
         return not Path(self.location).is_dir()
+
+    @property
+    def argument(self) -> str:
+        """What `find_model` and --model take for this model."""
+        return mini.NAME if self.name == mini.NAME else self.location
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "revision": self.revision}
@@ -46,14 +62,49 @@ def find_model(name: str, revision: str | None = None) -> tuple[ModelSource, Any
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise UsageError(f"There is no folder {name}. Give a folder with a model, a Hub id, or --model {mini.NAME}.")
     if folder.is_dir():
-        with translate_load_errors(name):
-            config = AutoConfig.from_pretrained(folder)
         digest = folder_digests(folder)[0]
-        label = name if name == mini.NAME else str(folder.resolve())
-        return ModelSource(label, str(folder), digest), config
-    with translate_load_errors(name):
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        label = name if name == mini.NAME else folder_label(folder.resolve(), digest)
+        source = ModelSource(label, str(folder), digest)
+        return source, find_config(source)
+    config = find_config(ModelSource(name, name, revision or "unknown"))
     return ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or "unknown"), config
+
+
+def find_config(source: ModelSource) -> Any:
+    """transformers' configuration of a model."""
+    with translate_load_errors(source.argument):
+        return AutoConfig.from_pretrained(source.location, **hub_revision(source))
+
+
+def find_recorded_model(
+    record: ModelRecord, folders: Sequence[str] = (), given: str | None = None
+) -> tuple[ModelSource, Any]:
+    """Find the model of a record again, as `find_model`: on the Hub, or in a folder that holds the same files.
+
+    `folders` are tried in turn if the record is of a folder; the user names `given` instead.
+
+    Raises UsageError if `given` is another model, if the folder is not found, or if the model has changed.
+    """
+    name, revision = record["name"], record["revision"]
+    if given is not None and not (model := GivenModel(given)).is_base_of(record):
+        raise UsageError(f"{model.describe()} is another model.")
+    if is_digest(revision) and name != mini.NAME:
+        first = [given] if given is not None and Path(given).is_dir() else []
+        folder = find_folder(record, [*first, *([name] if Path(name).is_absolute() else []), *folders])
+        if first:
+            remember_folder(folder, revision)
+        source, config = find_model(str(folder))
+        return replace(source, name=name, revision=revision), config
+    source, config = find_model(name, revision if len(revision) == COMMIT_LENGTH else None)
+    if source.revision != revision:
+        raise UsageError(f"{name} is now at revision {source.revision[:12]}, not at {revision[:12]}.")
+    return source, config
+
+
+def describe_record(record: ModelRecord) -> str:
+    """A model's name and, for a folder, its digest, for an error message."""
+    digest = f" (sha256 {record['revision'][:12]})" if is_digest(record.get("revision")) else ""
+    return model_label(record) + digest
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -31,8 +31,11 @@ from .architectures import (
 )
 from .loading import (
     ModelSource,
+    describe_record,
     ensure_bos,
+    find_config,
     find_model,
+    find_recorded_model,
     load_first_blocks,
     load_tokenizer,
     load_whole_model,
@@ -43,8 +46,11 @@ __all__ = [
     "ForwardPass",
     "LanguageModel",
     "ModelSource",
+    "describe_record",
     "ensure_bos",
+    "find_config",
     "find_model",
+    "find_recorded_model",
     "load_model",
     "load_tokenizer",
     "load_trunk",

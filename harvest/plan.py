@@ -9,10 +9,12 @@ from typing import Any
 
 from ..cache.catalog import list_caches
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, Layout, fingerprint_of
+from ..cache.models import name_without_digest
 from ..cache.outliers import MAX_NORM
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache, read_hook_modules
 from ..cache.statistics import describe_statistics
+from ..cache.writer import read_fingerprint
 from ..common.device import resolve_device, resolve_dtype
 from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
@@ -248,12 +250,26 @@ def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sent
         column=config.text_column, seed=config.seed, say=say,
     )  # fmt: skip
     identity = identity_of(config, source, dtype, tokenizer, text, held_out_by_name=dataset == EMBEDDED_TEXT)
-    name = f"{source.name.rstrip('/').split('/')[-1]}--{text.name}--{fingerprint_of(identity)[:8]}"
-    folder = config.out or sae_home() / "activations" / name
+    folder = config.out or default_folder(identity, source, text)
     if config.out is None and not folder.exists():
         mention_other_revisions(folder, identity, source.on_hub, say)
     tokens = config.tokens or TOKENS
     return HarvestPlan(config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device)
+
+
+def default_folder(identity: dict[str, Any], source: ModelSource, text: TextSource, suffix: str = "") -> Path:
+    """The folder under activations/: the one in which this harvest has begun, else a new one.
+
+    The model or the text can have had another name when it began.
+    """
+    digest, root = fingerprint_of(identity), sae_home() / "activations"
+    folder = root / f"{source.name.rstrip('/').split('/')[-1]}--{text.name}--{digest[:8]}{suffix}"
+    if not folder.exists():
+        for other in sorted(root.glob(f"*--{digest[:8]}{suffix}")):
+            with contextlib.suppress(SaeError):
+                if read_fingerprint(other) in (None, digest):
+                    return other
+    return folder
 
 
 def identity_of(
@@ -284,7 +300,7 @@ def mention_other_revisions(folder: Path, identity: dict[str, Any], on_hub: bool
     """Point out a cache that differs only in the revision of the model or the dataset."""
 
     def unpinned(one: dict[str, Any]) -> dict[str, Any]:
-        return one | {"model": one["model"]["name"], "data": one["data"]["name"]}
+        return one | {"model": name_without_digest(one["model"]), "data": one["data"]["name"]}
 
     for other in list_caches(folder.parent).values():
         if isinstance(other, Cache) and unpinned(other.identity) == unpinned(identity):

@@ -9,9 +9,11 @@ from typing import Any
 
 from ..cache.chunks import check_chunk, encode_chunk, read_array_spec, read_attributes, write_chunk
 from ..cache.layout import Hook, without_name
+from ..cache.models import find_folder, is_digest, recorded_folders
 from ..cache.writer import CacheWriter
 from ..common.errors import DamagedError, SaeError, UsageError
 from ..common.files import read_json, writer_lock
+from . import mini
 from .plan import HarvestConfig, HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
 from .run import check_not_ring, load_model_for, start_cache, tokenize
@@ -98,6 +100,8 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
     options = {name: value for name, value in record.items() if name in known}
     arrays = {path.name.split(".", 1)[1].removesuffix(".json") for path in (folder / "commits").glob("*.json")}
     hooks = sorted(map(Hook.from_array, arrays))
+    if model is None and (moved := recorded_model(folder)):
+        options["model"] = moved
     options |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
     options |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
     plan = replace(plan_harvest(HarvestConfig(**options)), hooks=hooks)
@@ -111,6 +115,15 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
             "be reproduced. Give the original ones with --model or --dataset, or harvest into a new folder."
         )
     return replace(plan, identity=identity)
+
+
+def recorded_model(folder: Path) -> str | None:
+    """Where the files of the cache's model are now, if it was harvested from a folder and they are found."""
+    with contextlib.suppress(SaeError):
+        record = read_attributes(folder)["identity"]["model"]
+        if is_digest(record["revision"]) and record["name"] != mini.NAME:
+            return str(find_folder(record, recorded_folders(folder)))
+    return None
 
 
 def repair_tokens(plan: HarvestPlan) -> Iterator[str]:

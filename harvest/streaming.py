@@ -14,7 +14,7 @@ from ..cache.writer import harvest_started
 from ..common.errors import UnavailableError, UsageError
 from ..common.files import folder_bytes, free_space, writer_lock
 from ..common.formatting import format_bytes
-from .plan import HarvestConfig, HarvestPlan, plan_harvest
+from .plan import HarvestConfig, HarvestPlan, default_folder, plan_harvest
 from .progress import HarvestProgress
 from .run import load_model_for, start_cache
 from .windows import WindowComputer, write_windows
@@ -38,7 +38,7 @@ def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]
         )
     plan = plan_harvest(config)
     if config.out is None:
-        plan = replace(plan, folder=plan.folder.with_name(f"{plan.folder.name}--stream"))
+        plan = replace(plan, folder=default_folder(plan.identity, plan.source, plan.text, "--stream"))
     layout = Layout(config.tokens, config.window, config.storage_dtype, config.compress)
     ring = RingCache(plan.folder, plan.identity, layout, plan.widths, size, config.max_norm)
     if plan.folder.is_dir():

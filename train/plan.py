@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from ..cache.batch_order import BatchOrder
-from ..cache.catalog import canonical_model_name, find_cache
+from ..cache.catalog import find_cache
 from ..cache.concat import ConcatCache, concat_caches
 from ..cache.layout import SITES, Hook
+from ..cache.models import GivenModel, model_label
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
@@ -288,8 +289,11 @@ def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
     if not config.caches:
         return find_cache(config.model, hook)
     cache = concat_caches(config.caches)
-    if canonical_model_name(config.model) not in (None, name := cache.identity["model"]["name"]):
-        raise UsageError(f"The cache holds activations of {name}, not of {config.model}. Leave --model out.")
+    record = cache.identity["model"]
+    if config.model is not None and not (given := GivenModel(config.model)).is_model_of(record):
+        raise UsageError(
+            f"The cache holds activations of {model_label(record)}, not of {given.describe()}. Leave --model out."
+        )
     return cache
 
 

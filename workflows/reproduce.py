@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from ..cache.catalog import canonical_model_name
+from ..cache.models import GivenModel
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..common.errors import UsageError
@@ -55,7 +56,7 @@ class ReproduceConfig:
 
     @property
     def folder(self) -> Path:
-        return self.out or sae_home() / "reproduce" / Path(canonical_model_name(self.model) or "").name
+        return self.out or sae_home() / "reproduce" / model_folder_name(self.model)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,12 @@ def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lamb
     return plan
 
 
+def model_name(plan: ReproducePlan) -> str:
+    """What the model is called on the page."""
+    source = next(iter(plan.sources.values()))
+    return source.model if isinstance(source, Cache) else source.source.name
+
+
 def is_paper_model(config: ReproduceConfig, papers: Iterable[Paper]) -> bool:
     """Whether the model is the papers' own."""
     return config.model in {paper.setup.reads_as for paper in papers}
@@ -171,10 +178,10 @@ def sources_of(
     """For each dataset, the cache that was given, or the plan of a harvest long enough for its longest job."""
     if config.cache is not None:
         cache = Cache(config.cache)
-        if cache.model != canonical_model_name(config.model):
+        if not (given := GivenModel(config.model)).is_model_of(cache.identity["model"]):
             raise UsageError(
-                f"--cache {config.cache} holds activations of {cache.model}, not of {config.model}. "
-                f"Give --model {cache.model}, or a cache of {config.model}."
+                f"--cache {config.cache} holds activations of {cache.model}, not of {given.describe()}. "
+                f"Give --model {quote(cache.model_argument)}, or a cache of {config.model}."
             )
         return dict.fromkeys((job.dataset for job in jobs), cache)
     sources: dict[str | None, Cache | HarvestPlan] = {}
@@ -282,6 +289,11 @@ def train_config(jobs: Sequence[Job], source: Path | PlannedCache, config: Repro
     )
 
 
+def model_folder_name(model: str) -> str:
+    """The last part of a folder's path or of an id on the Hub."""
+    return Path(model).resolve().name if Path(model).is_dir() else Path(model).name
+
+
 @dataclass(frozen=True)
 class Stages:
     """How a reproduction runs its stages. The command line passes functions that also show progress and tables."""
@@ -330,7 +342,7 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
         report = build_report(paper, runs, plan.on_paper_model)
         reading = reading_of(paper, plan.config, plan.on_paper_model)
         page = plan.config.folder / f"{paper.number}.html"
-        write_page(page, reproduction_page(report, plan.config.model, reading.name))
+        write_page(page, reproduction_page(report, model_name(plan), reading.name))
         stages.report(report, page)
         result.reports.append(report)
     return result

@@ -65,8 +65,12 @@ class InspectedRun:
         return int(self.ctx.contexts.length.sum())
 
 
-def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtype: str = "auto") -> InspectedRun:
+def open_run(
+    folder: Path, tokens: int | None = None, device: str = "auto", dtype: str = "auto", model: str | None = None
+) -> InspectedRun:
     """Open a run folder with about `tokens` tokens of its cache's held-out text.
+
+    `model` says where the model's folder lies, if it has moved since the harvest.
 
     Raises UsageError when the folder is not a trained run or its cache is missing, and DamagedError when its files
     contradict each other.
@@ -74,12 +78,12 @@ def open_run(folder: Path, tokens: int | None = None, device: str = "auto", dtyp
     check_tokens(tokens)
     device = resolve_device(device)
     sae = load_sae(folder)
-    cache = find_eval_cache(folder, sae, list_caches())
+    cache = find_eval_cache(folder, sae, list_caches(), model=model)
     tokens = DEFAULT_TOKENS if tokens is None else tokens
-    ctx = make_context(cache, tokens=tokens, device=device, dtype=resolve_dtype(dtype, device))
+    ctx = make_context(cache, tokens=tokens, device=device, dtype=resolve_dtype(dtype, device), model=model)
     hook = Hook.from_record(sae.origin)
     try:
-        check_layers(ctx.model_config, [hook.layer], cache.identity["model"]["name"])
+        check_layers(ctx.model_config, [hook.layer], cache.model)
     except UsageError as error:
         raise DamagedError(f"{folder}/sae.json was overwritten: {error}") from None
     if (width := hook_width(hook, ctx.model_config)) != sae.d_in:

@@ -92,7 +92,7 @@ class Unlearning(Metric):
 
     def source(self, ctx: EvalContext) -> tuple[ModelSource, Any]:
         """The instruction-tuned model and its config. Raises UnavailableError if it cannot be found."""
-        name = self.model or f"{ctx.model_identity['model']}-it"
+        name = self.model or f"{ctx.model_argument or ctx.model_identity['model']}-it"
         if not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
             raise UnavailableError(
                 f"Unlearning needs an instruction-tuned model to question, and there is no {name}. Name one with "

@@ -44,9 +44,7 @@ def parse_model(value: object) -> str | None:
 
 
 def transformerlens_name(model: str) -> str:
-    """TransformerLens' name of a model. Of a local folder only the last part, so that no local path is published."""
-    if model.startswith("/"):
-        return model.rstrip("/").rsplit("/", 1)[-1]
+    """TransformerLens' name of a model."""
     return TRANSFORMERLENS_NAMES.get(model, model)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...cache.catalog import canonical_model_name, list_caches
+from ...cache.catalog import list_caches
 from ...cache.layout import Hook
+from ...cache.models import GivenModel, ModelRecord, model_label, same_model
 from ...cache.reader import Cache
 from ...common.errors import UsageError
 from ...common.files import digest_of, sae_home, write_json
@@ -145,11 +146,11 @@ def import_files(
     """`import_sae` of local files. `hub_origin`: where they were downloaded from."""
     folder, fmt = open_folder(path, config.layer)
     foreign = fmt.read(folder)
-    hook, model = resolve_hook_and_model(foreign, folder.path, config.model, config.layer)
-    config.check_hook(model, hook, foreign.sae.d_in)
-    cache, candidates = find_cache(model, hook, foreign.sae.d_in, config.cache, foreign.notes)
+    hook, used_model = resolve_hook_and_model(foreign, folder.path, config.model, config.layer)
+    config.check_hook(config.model or model_label(used_model), hook, foreign.sae.d_in)
+    cache, candidates = find_cache(used_model, hook, foreign.sae.d_in, config.cache, foreign.notes)
     if cache is not None:
-        model = cache.model
+        used_model = cache.identity["model"]
     canonical = to_canonical(foreign.sae)
     rows = synthetic_rows(canonical) if cache is None else cached_rows(cache, hook)
     check = compare(foreign.sae, canonical, fmt.reference(folder), rows, progress=progress)
@@ -158,7 +159,7 @@ def import_files(
         foreign.notes += check_orientation(foreign.sae, None if cache is None else rows, folder.path)
     sha256 = file_digests(fmt, folder)
     variant = f"imported-{canonical.activation}"
-    digest = digest_of([sha256, model, *hook])[:6]
+    digest = digest_of([sha256, used_model["name"], *hook])[:6]
     target = config.runs / (config.name or f"{variant}-L{hook.layer:02d}-n{foreign.sae.d_sae}-{digest}")
     if (target / "sae.json").exists():
         raise UsageError(f"{target} already exists: run sae evaluate {target}, or give another name with --name.")
@@ -175,7 +176,7 @@ def import_files(
         "notes": foreign.notes,
         "metadata": foreign.metadata,
     }
-    foreign.sae.origin = sae_origin(foreign, fmt, hook, model, cache, variant)
+    foreign.sae.origin = sae_origin(foreign, fmt, hook, used_model, cache, variant)
     with new_folder(target) as temporary:
         write_json(temporary / "run.json", record)
         save_sae(foreign.sae, temporary, foreign.sae.origin)
@@ -205,8 +206,10 @@ def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Fo
     return fmt.select(folder, layer), fmt
 
 
-def resolve_hook_and_model(foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None) -> tuple[Hook, str]:
-    """Hook point and model: the given ones, else those that the files record. UsageError if neither is known."""
+def resolve_hook_and_model(
+    foreign: ForeignSAE, folder: Path, model: str | None, layer: int | None
+) -> tuple[Hook, ModelRecord]:
+    """Hook point and model record: the given ones, else those of the files. UsageError if neither is known."""
     hook = foreign.hook
     if layer is not None:
         if layer < 0:
@@ -214,20 +217,24 @@ def resolve_hook_and_model(foreign: ForeignSAE, folder: Path, model: str | None,
         if hook is not None and hook.layer != layer:
             foreign.notes.append(f"The files say {hook}; --layer {layer} overrides it.")
         hook = Hook(layer, hook.site if hook is not None else "resid_post")
-    resolved = canonical_model_name(model) or foreign.model
-    if model is not None and foreign.model not in (None, resolved):
-        foreign.notes.append(f"The files say {foreign.model}; --model {resolved} overrides it.")
-    if hook is None or resolved is None:
-        missing = {"model": "--model google/gemma-2-2b"} if resolved is None else {}
+    revision = foreign.metadata.get("model_revision")
+    recorded = {"name": foreign.model, "revision": revision if isinstance(revision, str) else None}
+    given = GivenModel(model) if model is not None else None
+    if given is not None and foreign.model is not None and not given.is_base_of(recorded):
+        foreign.notes.append(f"The files say {foreign.model}; --model {model} overrides it.")
+    if given is not None and (given.digests or foreign.model != model):
+        recorded = given.record()
+    if hook is None or recorded["name"] is None:
+        missing = {"model": "--model google/gemma-2-2b"} if recorded["name"] is None else {}
         missing |= {"layer": "--layer 12"} if hook is None else {}
         raise UsageError(
             f"The files in {folder} do not record their {' and '.join(missing)}. Add {' '.join(missing.values())}."
         )
-    return hook, resolved
+    return hook, recorded
 
 
 def find_cache(
-    model: str, hook: Hook, d_in: int, cache_folder: Path | None, notes: list[str]
+    model: ModelRecord, hook: Hook, d_in: int, cache_folder: Path | None, notes: list[str]
 ) -> tuple[Cache | None, list[Path]]:
     """A cache to evaluate an SAE on: the given one, else the only one of its model and hook, else None.
 
@@ -236,32 +243,35 @@ def find_cache(
     if cache_folder is not None:
         cache = Cache(cache_folder)
         width = cache.array(cache.require_array(*hook)).shape[1]
-        if cache.model != model:
-            raise UsageError(f"--cache {cache_folder} holds activations of {cache.model}, but the SAE is of {model}.")
+        if not same_model(cache.identity["model"], model):
+            raise UsageError(
+                f"--cache {cache_folder} holds activations of {cache.model}, but the SAE is of {model_label(model)}."
+            )
         if width != d_in:
             raise UsageError(f"--cache {cache_folder} has rows of width {width}, but the SAE has d_in {d_in}.")
         return cache, []
     caches = [c for c in list_caches().values() if isinstance(c, Cache)]
-    fitting = [c for c in caches if c.model == model and hook in c.hooks and c.array(hook.array).shape[1] == d_in]
+    fitting = [
+        c
+        for c in caches
+        if same_model(c.identity["model"], model) and hook in c.hooks and c.array(hook.array).shape[1] == d_in
+    ]
     if len(fitting) == 1:
         return fitting[0], []
     if fitting:
         notes.append(
-            f"{len(fitting)} caches hold {hook} of {model}, so none was chosen. To use the first: "
+            f"{len(fitting)} caches hold {hook} of {model_label(model)}, so none was chosen. To use the first: "
             f"--cache {fitting[0].folder}"
         )
     return None, [cache.folder for cache in fitting]
 
 
 def sae_origin(
-    foreign: ForeignSAE, fmt: Format, hook: Hook, model: str, cache: Cache | None, variant: str
+    foreign: ForeignSAE, fmt: Format, hook: Hook, model: ModelRecord, cache: Cache | None, variant: str
 ) -> dict[str, Any]:
     """The origin that sae.json records, with the keys that training writes."""
-    revision = foreign.metadata.get("model_revision")
-    if cache is not None:
-        revision = cache.identity["model"].get("revision")
     origin: dict[str, Any] = {
-        "model": {"name": model, "revision": revision if isinstance(revision, str) else None},
+        "model": dict(model),
         **hook._asdict(),
         "hook_name": hook.name,
         "variant": variant,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.layout import Hook
+from ...cache.models import model_label
 from ...cache.reader import Cache
 from ...common.errors import SaeError
 from ...common.files import read_json
@@ -47,7 +48,7 @@ def export_metadata(sae: SAE, run: Path | None, cache: Cache | None) -> dict[str
     model = origin.get("model") or {}
     metadata: dict[str, Any] = {"sae_lens_version": SAELENS_VERSION}
     if model.get("name"):
-        metadata["model_name"] = transformerlens_name(model["name"])
+        metadata["model_name"] = transformerlens_name(model_label(model))
         metadata["model_class_name"] = "HookedTransformer"
         metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": False}
     if hook is not None:

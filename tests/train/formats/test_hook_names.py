@@ -40,7 +40,7 @@ def test_model_names_are_translated_both_ways():
     assert hub_id("gemma-2-2b") == "google/gemma-2-2b" and transformerlens_name("google/gemma-2-2b") == "gemma-2-2b"
     assert hub_id("pythia-70m-deduped") == "EleutherAI/pythia-70m-deduped"
     assert hub_id("gemma-2-mini") == transformerlens_name("gemma-2-mini") == "gemma-2-mini"
-    assert transformerlens_name("/home/someone/models/mine") == "mine"
+    assert transformerlens_name("mine-1a2b3c4d") == "mine-1a2b3c4d"
     assert parse_gemma_scope_path(["google", "gemma-scope-2b-pt-att", "layer_9"]) == (
         "google/gemma-2-2b",
         Hook(9, "attn_z"),
