@@ -263,7 +263,7 @@ def default_folder(identity: dict[str, Any], source: ModelSource, text: TextSour
     The model or the text can have had another name when it began.
     """
     digest, root = fingerprint_of(identity), sae_home() / "activations"
-    folder = root / f"{source.name.rstrip('/').split('/')[-1]}--{text.name}--{digest[:8]}{suffix}"
+    folder = root / f"{name_without_digest(identity['model']).split('/')[-1]}--{text.name}--{digest[:8]}{suffix}"
     if not folder.exists():
         for other in sorted(root.glob(f"*--{digest[:8]}{suffix}")):
             with contextlib.suppress(SaeError):
