@@ -6,6 +6,7 @@
         layer_12.row_norm/   float32 (rows,): the L2 norm of each row
         layer_12.moments/    float64 (windows, 2, d_in): sum and sum of squares of each window's rows
         layer_12.mlp_out/    another site of the layer, with its own row_norm and moments
+        layer_12.mlp.gate_proj.output/   the output of another module
         row_ctx/ row_pos/    uint32, uint16 (rows,): the position in tokens/ids that each row comes from
         tokens/              the exact ids fed to the model: ids, length, document, held_out (held-out contexts last)
         commits/             one file per window and array, written last: the only proof that they exist
@@ -18,12 +19,14 @@ written together. Zarr requires that the last chunk of an array is stored at ful
 metadata, never from file sizes.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..common.errors import UsageError
 from ..common.files import digest_of
 
 FORMAT = 1
@@ -44,14 +47,25 @@ DTYPES = {  # Zarr data type -> NumPy
 }
 
 SITES = {  # site -> TransformerLens' name of the hook
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "resid_mid": "blocks.{}.hook_resid_mid",
     "resid_post": "blocks.{}.hook_resid_post",
-    "mlp_out": "blocks.{}.hook_mlp_out",
+    "attn_out": "blocks.{}.hook_attn_out",
     "attn_z": "blocks.{}.attn.hook_z",
+    "mlp_in": "blocks.{}.mlp.hook_in",
+    "mlp_hidden": "blocks.{}.mlp.hook_post",
+    "mlp_out": "blocks.{}.hook_mlp_out",
 }
+OUTSIDE = "model."  # begins the path of a module that is outside the blocks
 
 
 class Hook(NamedTuple):
-    """Where activations are read from the model: a site of a layer."""
+    """Where activations are read from the model: a site of a layer.
+
+    The site is one of SITES, or `<path>.output` or `<path>.input` for any other module. `mlp.gate_proj.output` is in
+    the block of the layer; `model.embed_tokens.output` is outside the blocks, and `model` stands for what holds them.
+    Modules before the first block belong to layer 0, those after the last one to the last layer.
+    """
 
     layer: int
     site: str = "resid_post"
@@ -71,8 +85,20 @@ class Hook(NamedTuple):
 
     @property
     def name(self) -> str:
-        """TransformerLens' name: `blocks.12.hook_resid_post`."""
-        return SITES[self.site].format(self.layer)
+        """TransformerLens' name, `blocks.12.hook_resid_post`. A module has none: `model.layers.12.mlp.up_proj.output`."""
+        if self.site in SITES:
+            return SITES[self.site].format(self.layer)
+        return self.site if self.is_outside else f"model.layers.{self.layer}.{self.site}"
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is on a module outside the blocks, such as the embedding or the final norm."""
+        return self.site.startswith(OUTSIDE)
+
+    @property
+    def module_path(self) -> str:
+        """The path of a module that is no named site, in the block, or in the trunk if it is outside the blocks."""
+        return self.site.rpartition(".")[0].removeprefix(OUTSIDE)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -89,6 +115,44 @@ class Hook(NamedTuple):
         """The hook of an array name, the inverse of `array`."""
         layer, _, site = array.removeprefix("layer_").partition(".")
         return cls(int(layer), site or "resid_post")
+
+
+def is_site(text: str) -> bool:
+    """Whether a text has the form of a site: one of SITES, or the input or output of a module."""
+    return text in SITES or re.fullmatch(r"[\w.]+\.(input|output)", text) is not None
+
+
+class ModuleSpec(NamedTuple):
+    """A value of --module, taken apart: `model.layers.{layer}.mlp.gate_proj:output`."""
+
+    blocks: str | None  # where the blocks are: model.layers; None for a module outside the blocks
+    layer: int | None  # None: every layer that was asked for
+    path: str  # in the block, or of a module outside the blocks
+    end: str  # input or output
+
+    @property
+    def site(self) -> str:
+        """The site in the block. The block itself is the residual stream."""
+        if not self.path:
+            return "resid_post" if self.end == "output" else "resid_pre"
+        return f"{self.path}.{self.end}"
+
+    @classmethod
+    def parse(cls, text: str) -> "ModuleSpec":
+        """Take a value of --module apart. Raises UsageError for one of another form."""
+        match = re.fullmatch(r"([A-Za-z_]\w*(?:\.(?:\w+|\{layer\}))*)(?::(input|output))?", text)
+        if match is None:
+            raise UsageError(
+                f"invalid --module {text}: expected the name of a module as transformers has it, with {{layer}} for "
+                "the number of the block, such as 'model.layers.{layer}.mlp.gate_proj' or "
+                "'model.layers.{layer}.mlp:input'."
+            )
+        path, end = match[1], match[2] or "output"
+        inside = re.fullmatch(r"(.+?)\.(\{layer\}|\d+)(?:\.(.+))?", path)
+        if inside is None:
+            return cls(None, None, path, end)
+        layer = None if inside[2] == "{layer}" else int(inside[2])
+        return cls(inside[1], layer, inside[3] or "", end)
 
 
 @dataclass(frozen=True)

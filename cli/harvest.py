@@ -9,7 +9,7 @@ import typer
 
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo
-from .options import Device, Layers, Sites, Tokens, finite_or_none, parse_max_norm
+from .options import MODULE_HELP, Device, Layers, Sites, Tokens, finite_or_none, parse_max_norm
 
 if TYPE_CHECKING:
     from ..cache.reader import Cache
@@ -57,6 +57,7 @@ def harvest(
             rich_help_panel=TEXT, help="Seed for the order of contexts and rows and the choice of held-out documents."
         ),
     ] = 0,
+    module: Annotated[list[str] | None, typer.Option("--module", rich_help_panel=MODEL, help=MODULE_HELP)] = None,
     revision: Annotated[str | None, typer.Option(rich_help_panel=MODEL, help="Commit of the model on the Hub.")] = None,
     dtype: Annotated[
         str, typer.Option(rich_help_panel=MODEL, help="Precision of the model: auto, bfloat16 or float32.")
@@ -89,7 +90,8 @@ def harvest(
     from ..harvest.plan import LAYERS, HarvestConfig
 
     config = HarvestConfig(
-        model=model, revision=revision, layers=layer or LAYERS, sites=site or ("resid_post",), dataset=dataset,
+        model=model, revision=revision, layers=layer or LAYERS, sites=site or (() if module else ("resid_post",)),
+        modules=module or (), dataset=dataset,
         dataset_revision=dataset_revision, subset=subset, split=split, text_column=text_column, tokens=tokens,
         context=context, held_out=held_out, keep_special=keep_special, pack=pack, window=window,
         storage_dtype=storage_dtype, compress=compress, max_norm=finite_or_none(max_norm), dtype=dtype,

@@ -52,5 +52,7 @@ Caches = Annotated[
         "With --stream, the folder for the windows being harvested.",
     ),
 ]
-Sites = Annotated[list[str] | None, typer.Option("--site", help="resid_post, mlp_out or attn_z. Can be repeated.")]
+SITE_HELP = "resid_post, resid_pre, resid_mid, attn_out, attn_z, mlp_in, mlp_hidden or mlp_out"
+MODULE_HELP = "Another module: 'model.layers.{layer}.mlp.gate_proj', its :output or :input. Can be repeated."
+Sites = Annotated[list[str] | None, typer.Option("--site", help=f"{SITE_HELP}. Can be repeated.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

@@ -10,7 +10,7 @@ import typer
 
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo, show_table
-from .options import STREAMING, Caches, Layers, StreamTokens, finite_or_none, parse_max_norm
+from .options import MODULE_HELP, SITE_HELP, STREAMING, Caches, Layers, StreamTokens, finite_or_none, parse_max_norm
 
 if TYPE_CHECKING:
     from ..train.plan import Run, TrainConfig, TrainPlan
@@ -50,7 +50,8 @@ def train(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the run folders. Default: runs/.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    site: Annotated[str, typer.Option(help="resid_post, mlp_out or attn_z.", rich_help_panel=DATA)] = "resid_post",
+    site: Annotated[str, typer.Option(help=f"{SITE_HELP}.", rich_help_panel=DATA)] = "resid_post",
+    module: Annotated[list[str] | None, typer.Option("--module", help=MODULE_HELP, rich_help_panel=DATA)] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Choose the cache by its model. With --stream: model to harvest.", rich_help_panel=DATA),
@@ -133,6 +134,7 @@ def train(
         variants=variant or (),
         layers=layer or (12,),
         site=site,
+        modules=module or (),
         seeds=seed or (0,),
         caches=cache or (),
         model=model,

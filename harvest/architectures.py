@@ -1,126 +1,366 @@
-"""Module names in each family of models, and the module that each hook is on.
+"""What can be read from a model, known from its configuration alone: the modules of its hooks and their widths.
 
-Every decoder of transformers is a trunk (a list of blocks and a final norm) and an unembedding. Most keep their blocks
-in `model.layers`; GPT-2 and GPT-NeoX (Pythia) use other names. In every family listed here a block adds its
-attention and its MLP to the residual stream; GPT-NeoX computes both from the same input. tests/harvest/test_model.py
-checks this for each of them.
+No weights are loaded. The model is built on torch's meta device, where tensors have shapes and no numbers; that gives
+the names of the modules. One block of each kind is built in memory with random numbers and run on a few tokens
+(probe.py), which shows what its modules compute. When the weights are loaded the same probe runs on them (hooked.py).
 """
 
-from collections.abc import Sequence
-from operator import attrgetter
-from typing import Any, NamedTuple
+import contextlib
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ..cache.layout import Hook
-from ..common.errors import UsageError
+from ..cache.layout import OUTSIDE, Hook, ModuleSpec
+from ..common.errors import UsageError, did_you_mean
+from .dataset_reader import first_line
+from .hooked import D_MODEL_SITES, HookedModel, belongs_to, module_refusal, refusal
+from .loading import quiet_transformers
+from .recorder import BlockSites, Site
+from .structure import Parts, check_layers, decoder_config, find_parts, truncate_config
 
+__all__ = [
+    "check_context", "check_layers", "check_loaded_sites", "check_sites", "hook_width", "hooks_of_sites", "module_name",
+]  # fmt: skip
 
-class Family(NamedTuple):
-    """The names of a family's modules.
-
-    `mlp` and `projection` are None where it has not been checked what they add: the sites there are then refused.
-    """
-
-    mlp: str | None = None  # in a block; its output is what the MLP adds to the residual stream
-    projection: str | None = None  # in a block; its input is the outputs of all attention heads, concatenated
-    trunk: str = "model"
-    blocks: str = "layers"  # in the trunk
-    norm: str = "norm"  # in the trunk
-    learned_positions: bool = False  # contexts longer than those are impossible
-
-
-LLAMA = Family("mlp", "self_attn.o_proj")
-GEMMA2 = LLAMA._replace(mlp="post_feedforward_layernorm")
-FAMILIES = {
-    **dict.fromkeys(("gemma", "llama", "mistral", "qwen2", "qwen3"), LLAMA),
-    **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA2),
-    "gpt2": Family("mlp", "attn.c_proj", "transformer", "h", "ln_f", learned_positions=True),
-    "gpt_neox": Family("mlp", "attention.dense", "gpt_neox", "layers", "final_layer_norm"),
-}  # by transformers' model_type
+MOST_PARAMETERS = 1_000_000_000  # of a block that is built in memory
+SMALL = {"expert": 16, "intermediate_size": 256}  # words in the names of sizes that can be made smaller, and how small
+VOCABULARY = 64  # of the model with random numbers
+SKIPPED_OUTPUTS: tuple[Callable[[Any], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
 
 
-def family_of(config: Any) -> Family:
-    """The family of a model. An unknown one gets the names that most families use, and no sites."""
-    return FAMILIES.get(config.get_text_config().model_type, Family())
-
-
-def find_trunk(model: nn.Module) -> Any:
-    """The part of a model without the unembedding, which holds the blocks."""
-    family = family_of(model.config)
-    for part in (model, getattr(model, family.trunk, None)):
-        for decoder in (part, getattr(part, "language_model", None)):  # in a model that also reads images
-            if hasattr(decoder, family.blocks):
-                return decoder
-    raise UsageError(
-        f"{type(model).__name__} does not keep its blocks in `model.layers`, where most models have them, so it is not "
-        f"supported. Supported families: {', '.join(FAMILIES)}, and others that have such a list."
-    )
-
-
-def find_module(hook: Hook, trunk: Any, family: Family) -> tuple[nn.Module, bool]:
-    """The module of a hook, and whether the hook reads its input (True) or its output (False)."""
-    block = getattr(trunk, family.blocks)[hook.layer]
-    name = {"resid_post": "", "mlp_out": family.mlp, "attn_z": family.projection}[hook.site]
-    return attrgetter(name)(block) if name else block, hook.site == "attn_z"
+def check_sites(config: Any, hooks: Sequence[Hook]) -> None:
+    """Raise UsageError unless the model has all these hooks."""
+    for hook in hooks:
+        if hook.site != "resid_post":
+            blueprint_of(config).site(hook)
 
 
 def module_name(hook: Hook, config: Any) -> str:
     """The module of a hook as transformers names it, such as `model.layers.12`, whose output the hook reads."""
-    decoder, family = config.get_text_config(), family_of(config)
-    trunk = family.trunk if decoder is config else f"{family.trunk}.language_model"
-    block = f"{trunk}.{family.blocks}.{hook.layer}"
+    blueprint = blueprint_of(config)
+    site = blueprint.site(hook)
+    where = blueprint.parts.trunk_path if hook.is_outside else f"{blueprint.parts.blocks_path}.{hook.layer}"
+    name = ".".join(filter(None, (where, site.path)))
     if hook.site != "resid_post":
-        return f"the input of {block}.{family.projection}" if hook.site == "attn_z" else f"{block}.{family.mlp}"
-    last = hook.layer == decoder.num_hidden_layers - 1  # its hidden state in transformers is after the final norm
-    return block + ("" if last else f", hidden_states[{hook.layer + 1}]")
+        return f"the input of {name}" if site.is_input else name
+    last = hook.layer == len(blueprint.parts.blocks) - 1  # its hidden state in transformers is after the final norm
+    return name + ("" if last else f", hidden_states[{hook.layer + 1}]")
 
 
 def hook_width(hook: Hook, config: Any) -> int:
     """The width of the activations at a hook: d_in of an SAE trained there."""
-    config = config.get_text_config()
-    if hook.site != "attn_z":
-        return config.hidden_size
-    heads = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-
-
-def check_layers(config: Any, layers: Sequence[int], name: str) -> None:
-    """Raise UsageError unless every layer is a block of the model."""
-    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if blocks is None:
-        raise UsageError(
-            f"{name} is a {config.model_type} model without num_hidden_layers in its configuration, which is not "
-            "supported."
-        )
-    for layer in layers:
-        if not 0 <= layer < blocks:
-            raise UsageError(f"{name} has no layer {layer}: its {blocks} blocks are layers 0 to {blocks - 1}.")
-
-
-def check_sites(config: Any, hooks: Sequence[Hook]) -> None:
-    """Raise UsageError unless the sites of these hooks are known for the model's family."""
-    decoder = config.get_text_config()
-    other = [hook.site for hook in hooks if hook.site != "resid_post"]
-    if other and decoder.model_type not in FAMILIES:
-        name = type(decoder).__name__.removesuffix("Config")
-        raise UsageError(
-            f"The site {other[0]} is not supported for {name}, only for {', '.join(FAMILIES)}. Use --site resid_post."
-        )
+    if hook.site in D_MODEL_SITES:
+        return int(decoder_config(config).hidden_size)
+    return blueprint_of(config).site(hook).width
 
 
 def check_context(config: Any, context: int, name: str) -> None:
-    """Raise UsageError if the model has learned fewer positions than a context has tokens."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", context)
-    if family_of(config).learned_positions and context > positions:
+    """Raise UsageError if the model has a table of positions, and a context has more tokens than that."""
+    decoder = decoder_config(config)
+    positions = getattr(decoder, "max_position_embeddings", None) or getattr(decoder, "max_seq_len", None)
+    if positions is not None and context > positions and blueprint_of(config).has_position_table():
         raise UsageError(
-            f"--context {context} is too long: {name} has learned {positions} positions. Use a shorter context."
+            f"--context {context} is too long: {name} has positions for {positions} tokens. Use a shorter context."
         )
 
 
-def truncate_config(config: Any, blocks: int) -> None:
-    """Change a configuration, in place, into that of a model with only the first `blocks` blocks."""
-    decoder = config.get_text_config()
-    decoder.num_hidden_layers = blocks
-    if getattr(decoder, "layer_types", None):
-        decoder.layer_types = decoder.layer_types[:blocks]
+def hooks_of_sites(config: Any, layers: Sequence[int], sites: Sequence[str], modules: Sequence[str]) -> list[Hook]:
+    """The hooks at sites, and at modules as --module names them, of every layer; in the order of a cache.
+
+    A module outside the blocks is one hook, of the layer that it belongs to. Raises UsageError if there is no such
+    module.
+    """
+    hooks = set()
+    for site in sites:
+        is_outside = Hook(0, site).is_outside
+        hooks |= {blueprint_of(config).outside_hook(site)} if is_outside else {Hook(layer, site) for layer in layers}
+    for text in modules:
+        spec = ModuleSpec.parse(text)
+        if spec.blocks is None:
+            hooks.add(blueprint_of(config).outside_hook(spec.site))
+        else:
+            blueprint_of(config).check_blocks_path(spec, text)
+            hooks |= {Hook(layer, spec.site) for layer in (layers if spec.layer is None else [spec.layer])}
+    return sorted(hooks)
+
+
+def check_loaded_sites(model: HookedModel, config: Any, hooks: Sequence[Hook]) -> None:
+    """Raise UsageError unless the model's own numbers prove each hook, on the module that was planned."""
+    model.check_hooks(hooks)
+    for hook in hooks:
+        planned, found = blueprint_of(config).site(hook), model.site(hook)
+        if planned != found:
+            raise UsageError(
+                f"The weights of the model put {hook} at {found.path}, {found.width} wide, and its architecture alone "
+                f"at {planned.path}, {planned.width} wide. Name the module itself with --module."
+            )
+
+
+class Blueprint:
+    """The modules of a model, without numbers, and what a probe of its blocks with random numbers has found."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.model = build_without_numbers(config)
+        self.parts: Parts = find_parts(self.model)
+        self._found: dict[str, BlockSites] = {}  # kind of block -> its sites
+
+    @property
+    def class_name(self) -> str:
+        return type(self.model).__name__
+
+    def site(self, hook: Hook) -> Site:
+        """The module of a hook. Raises UsageError if the model has no such hook."""
+        if hook.site in ("resid_pre", "resid_post"):  # checked when the weights are loaded
+            return Site("", hook.site == "resid_pre", int(decoder_config(self.config).hidden_size))
+        if hook.is_outside:
+            return self.outside_site(hook)
+        found = self.sites_of(hook.layer)
+        if hook.site in found.sites:
+            return found.sites[hook.site]
+        path, _, end = hook.site.rpartition(".")
+        if why := found.refused.get(hook.site) or module_refusal(hook, found):
+            raise UsageError(refusal(self.class_name, hook, why))
+        shape = found.shapes[path][0][end == "output"]
+        assert shape is not None
+        return Site(path, end == "input", self.real_width(hook.layer, path, end, shape[-1]), len(shape) == 2)
+
+    def outside_hook(self, site: str) -> Hook:
+        """The hook on a module outside the blocks, given with its whole path or with `model` for that of the trunk."""
+        path, _, end = site.rpartition(".")
+        trunk = f"{self.parts.trunk_path}." if self.parts.trunk_path else ""
+        inside = path.removeprefix(trunk) if path.startswith(trunk) else path.removeprefix(OUTSIDE)
+        known = [name for name, _ in self.parts.trunk.named_modules() if name]
+        if inside not in known or f"{inside}.".startswith(self.blocks_prefix):
+            outside = [f"{trunk}{name}" for name in known if not f"{name}.".startswith(self.blocks_prefix)]
+            raise UsageError(
+                f"{self.class_name} has no module {path} outside its blocks{did_you_mean(path, outside)} "
+                f"Modules of its blocks are named {self.parts.blocks_path}.{{layer}}.<module>."
+            )
+        hook = Hook(0, f"{OUTSIDE}{inside}.{end}")
+        return hook._replace(layer=self.layer_outside(hook))
+
+    @property
+    def blocks_prefix(self) -> str:
+        """The path of the blocks in the trunk, with a dot at its end."""
+        return f"{self.parts.blocks_path.removeprefix(self.parts.trunk_path).lstrip('.')}."
+
+    def check_blocks_path(self, spec: ModuleSpec, text: str) -> None:
+        """Raise UsageError unless the blocks are where a value of --module says, and have that module."""
+        if not f".{self.parts.blocks_path}".endswith(f".{spec.blocks}"):
+            raise UsageError(
+                f"--module {text}: {self.class_name} has its blocks in {self.parts.blocks_path}, not in {spec.blocks}. "
+                f"Give '{self.parts.blocks_path}.{{layer}}.{spec.path}:{spec.end}'."
+            )
+        known = {name for block in self.parts.blocks for name, _ in block.named_modules()}
+        if spec.path not in known:
+            raise UsageError(f"--module {text}: no block has a module {spec.path}{did_you_mean(spec.path, known)}")
+
+    def layer_outside(self, hook: Hook) -> int:
+        """The layer that a module outside the blocks belongs to: the first, or the last if it runs after the blocks."""
+        layer, _ = self.first_block.outside(hook)
+        return len(self.parts.blocks) - 1 if layer is None else layer
+
+    @cached_property
+    def first_block(self) -> HookedModel:
+        """The model with random numbers and one block, which shows what runs before and after the blocks."""
+        return random_model(self.config, 0, [type(self.parts.blocks[0])])
+
+    def outside_site(self, hook: Hook) -> Site:
+        """The module of a hook outside the blocks."""
+        layer, seen = self.first_block.outside(hook)
+        if hook.layer != (belongs := self.layer_outside(hook)):
+            raise UsageError(belongs_to(hook, belongs))
+        if why := module_refusal(hook, seen):
+            raise UsageError(refusal(self.class_name, hook, why))
+        return self.first_block.site(Hook(0, hook.site))
+
+    def real_width(self, layer: int, path: str, end: str, width: int) -> int:
+        """The width of a module's input or output, where sizes of the probed block were made smaller."""
+        module = self.parts.blocks[layer].get_submodule(path)
+        if isinstance(module, nn.Linear):
+            return module.in_features if end == "input" else module.out_features
+        return width
+
+    def sites_of(self, layer: int) -> BlockSites:
+        """The sites of a block: those of the first block of its kind, probed with random numbers."""
+        kind = kind_of(self.parts.blocks[layer])
+        if kind not in self._found:
+            first = next(n for n, block in enumerate(self.parts.blocks) if kind_of(block) == kind)
+            found = self.probe(first)
+            for name, site in found.sites.items():
+                end = "input" if site.is_input else "output"
+                found.sites[name] = site._replace(width=self.real_width(first, site.path, end, site.width))
+            self._found[kind] = found
+        return self._found[kind]
+
+    def probe(self, layer: int) -> BlockSites:
+        config, block = self.config, self.parts.blocks[layer]
+        if sum(p.numel() for p in block.parameters()) > MOST_PARAMETERS:
+            config = with_small_sizes(config)
+        classes = [type(block) for block in self.parts.blocks[: layer + 1]]
+        try:
+            model = random_model(config, layer, classes)
+            if config is self.config and kind_of(model.blocks[layer]) != kind_of(block):
+                raise UsageError(
+                    f"{self.class_name} makes its last block unlike the others, so its blocks cannot be probed one by "
+                    "one. Use --site resid_post."
+                )
+            return model.probe(layer)
+        except UsageError:
+            raise
+        except Exception as error:  # of a model's own code
+            raise UsageError(
+                f"{self.class_name} with random numbers cannot be run ({first_line(error)}), so its modules cannot be "
+                "told apart before its weights are loaded. Use --site resid_post."
+            ) from error
+
+    @lru_cache(maxsize=1)  # noqa: B019  (blueprints are kept anyway)
+    def has_position_table(self) -> bool:
+        """Whether the model has an embedding or a buffer with an entry for each position."""
+        config, unusual = copy.deepcopy(decoder_config(self.config)), 1237
+        for name in ("max_position_embeddings", "max_seq_len"):
+            if hasattr(config, name):
+                setattr(config, name, unusual)
+        truncate_config(config, 1)
+        model = build_without_numbers(config)
+        sizes = [size for _, buffer in model.named_buffers() for size in buffer.shape]
+        sizes += [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+        return any(unusual <= size <= unusual + 2 for size in sizes)
+
+
+def blueprint_of(config: Any) -> Blueprint:
+    """The blueprint of a configuration."""
+    key = f"{type(config).__name__} {json.dumps(config.to_dict(), default=str, sort_keys=True)}"
+    return _blueprints(key, Unhashed(config))
+
+
+class Unhashed:
+    """A value that is no part of the key of a cache."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unhashed)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=8)
+def _blueprints(_key: str, config: Unhashed) -> Blueprint:
+    return Blueprint(copy.deepcopy(config.value))
+
+
+def build_without_numbers(config: Any) -> nn.Module:
+    """A model on the meta device. Raises UsageError if transformers has no language model of this configuration."""
+    errors = []
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
+        try:
+            with torch.device("meta"), quiet_transformers():
+                return kind.from_config(config)
+        except Exception as error:  # of the model's own code
+            errors.append(error)
+    raise UsageError(f"transformers cannot build a {config.model_type} model: {first_line(errors[0])}")
+
+
+def kind_of(block: nn.Module) -> str:
+    """Names a block by what it is made of. Blocks of the same kind have the same sites."""
+    parts = [
+        (path, type(module).__name__, [tuple(p.shape) for p in module.parameters(recurse=False)],
+         sorted((name, value) for name, value in vars(module).items()
+                if isinstance(value, bool | str) and name != "training" and not name.startswith("_")))
+        for path, module in block.named_modules()
+    ]  # fmt: skip
+    return repr(parts)
+
+
+def with_small_sizes(config: Any) -> Any:
+    """A configuration with fewer experts and narrower MLPs, of which one block fits into memory."""
+    config = copy.deepcopy(decoder_config(config))
+    for name, value in list(vars(config).items()):
+        for word, small in SMALL.items():
+            if word in name and type(value) is int and value > small:
+                setattr(config, name, small)
+    return config
+
+
+def random_model(config: Any, layer: int, classes: Sequence[type]) -> HookedModel:
+    """A trunk that ends with the block of a layer, which has random numbers. The blocks before it are skipped.
+
+    `classes` are the classes of its blocks.
+    """
+    config = copy.deepcopy(decoder_config(config))
+    truncate_config(config, layer + 1)
+    config.vocab_size, config.pad_token_id = VOCABULARY, 0
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(0)
+        with without_numbers_except(layer, classes):
+            model = AutoModel.from_config(config, dtype=torch.float32).eval()
+        hooked = HookedModel(model)
+        randomize(hooked)
+    for output in SKIPPED_OUTPUTS:
+        for block in hooked.blocks[:layer]:
+            block.forward = lambda x, *_, output=output, **__: output(x)
+        try:
+            hooked.probe(layer)
+            break
+        except UsageError:
+            raise
+        except Exception:  # of the model's own code, which takes the output of a block apart
+            if output is SKIPPED_OUTPUTS[-1] or layer == 0:
+                raise
+    return hooked
+
+
+@contextlib.contextmanager
+def without_numbers_except(layer: int, classes: Sequence[type]) -> Iterator[None]:
+    """Build all blocks on the meta device while the context is open, except one."""
+    numbers, inside = itertools.count(), [False]
+    own = {kind: kind.__dict__.get("__init__") for kind in classes}
+
+    def wrapped(init: Callable[..., None]) -> Callable[..., None]:
+        def build(self: Any, *args: Any, **keywords: Any) -> None:
+            if inside[0]:  # a class's own call of the class that it extends
+                init(self, *args, **keywords)
+                return
+            inside[0] = True
+            try:
+                with torch.device("cpu" if next(numbers) == layer else "meta"):
+                    init(self, *args, **keywords)
+            finally:
+                inside[0] = False
+
+        return build
+
+    try:
+        for kind in own:
+            kind.__init__ = wrapped(kind.__init__)  # type: ignore[misc]
+        yield
+    finally:
+        for kind, init in own.items():
+            if init is None:
+                del kind.__init__
+            else:
+                kind.__init__ = init  # type: ignore[misc]
+
+
+@torch.no_grad()
+def randomize(model: HookedModel) -> None:
+    """Draw the parameters at random: a norm that does nothing would look like no norm."""
+    for parameter in model.model.parameters():
+        if parameter.device.type != "meta" and parameter.is_floating_point():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.trunk.get_input_embeddings().weight.normal_()

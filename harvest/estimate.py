@@ -9,9 +9,9 @@ from transformers import AutoModel
 
 from ..common.device import empty_gpu_cache
 from ..common.errors import UsageError
-from .architectures import truncate_config
 from .dataset_reader import first_line
-from .model import LanguageModel
+from .hooked import HookedModel
+from .structure import decoder_config, truncate_config
 
 TIMED_CONTEXT = 2048  # attention over a longer context can fill the memory, and few documents are as long
 LONG_ENOUGH = 0.1  # seconds of a pass
@@ -24,13 +24,13 @@ def block_seconds_per_token(
 
     Raises UsageError if the attention implementation cannot be used.
     """
-    config = copy.deepcopy(model_config.get_text_config())
+    config = copy.deepcopy(decoder_config(model_config))
     config.vocab_size, config.pad_token_id = 8, 0
     truncate_config(config, 1)
     with torch.random.fork_rng():
         try:
             block = AutoModel.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
-            model = LanguageModel(block.to(device).eval())
+            model = HookedModel(block.to(device).eval())
         except (ValueError, ImportError) as error:
             raise UsageError(f"--attention {attention} cannot be used: {first_line(error)}") from error
     contexts, length = 1, min(context, TIMED_CONTEXT)
@@ -45,7 +45,7 @@ def block_seconds_per_token(
     return seconds / ids_NS.numel()
 
 
-def time_pass(model: LanguageModel, ids_NS: torch.Tensor) -> float:
+def time_pass(model: HookedModel, ids_NS: torch.Tensor) -> float:
     started = time.perf_counter()
     model.capture(ids_NS, [0])[0].float().mean().item()  # reading a number waits for the device
     return time.perf_counter() - started

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cache.layout import SITES, Hook
+from ..cache.layout import SITES, Hook, is_site
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import UsageError
 from .architectures import check_context, check_layers, check_sites
@@ -48,7 +48,8 @@ def activations(
         model: A name as for `sae harvest --model`, of which only the blocks up to the layer are loaded; or a model of
             transformers, together with its `tokenizer`.
         layer: Zero-based block.
-        site: "resid_post" (the residual stream after the block), "mlp_out" or "attn_z".
+        site: "resid_post" (the residual stream after the block), another site such as "mlp_out", or a module of the
+            block, "mlp.gate_proj.output" (harvest/model.py).
         batch_contexts: Contexts in a forward pass.
         device, dtype, attention: As in `sae harvest`; ignored for a model that is already loaded.
 
@@ -61,6 +62,7 @@ def activations(
     if isinstance(model, str):
         source, config = find_model(model)
         check_hook(config, hook, context, model)
+        check_sites(config, [hook])
         device = resolve_device(device)
         language_model = load_trunk(
             source, config, layer, dtype=resolve_dtype(dtype, device), device=device, attention=attention
@@ -73,6 +75,7 @@ def activations(
         language_model = LanguageModel(model)
         if tokenizer.bos_token_id is None:
             tokenizer = ensure_bos(copy.deepcopy(tokenizer))  # leaves the caller's as it is
+    language_model.check_hooks([hook])
     return capture_texts(language_model, tokenizer, texts, hook, context, keep_special, batch_contexts)
 
 
@@ -82,8 +85,10 @@ def check_arguments(texts: Any, layer: Any, site: str, context: int) -> None:
         raise UsageError("activations() takes a list of strings.")
     if not isinstance(layer, Integral):
         raise UsageError(f"invalid layer={layer!r}: expected the number of a block, such as 12.")
-    if site not in SITES:
-        raise UsageError(f"unknown site {site!r}: expected one of {', '.join(SITES)}.")
+    if not is_site(site):
+        raise UsageError(
+            f"unknown site {site!r}: expected one of {', '.join(SITES)}, or a module such as 'mlp.gate_proj.output'."
+        )
     if not 2 <= context <= 65535:
         raise UsageError(
             f"invalid context={context}: expected 2 to 65,535, since a context is BOS and at least one token."
@@ -93,7 +98,6 @@ def check_arguments(texts: Any, layer: Any, site: str, context: int) -> None:
 def check_hook(config: Any, hook: Hook, context: int, name: str) -> None:
     """Raise UsageError unless the model has this hook and can read contexts of this length."""
     check_layers(config, [hook.layer], name)
-    check_sites(config, [hook])
     check_context(config, context, name)
 
 

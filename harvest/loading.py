@@ -23,8 +23,8 @@ from ..cache.models import (
 )
 from ..common.errors import DamagedError, UsageError
 from . import mini
-from .architectures import truncate_config
 from .load_errors import translate_load_errors
+from .structure import truncate_config
 
 COMMIT_LENGTH = 40  # hexadecimal digits of a commit of the Hub
 

@@ -4,31 +4,33 @@ A *layer* is the zero-based index of a block and means the residual stream after
 TransformerLens, the output of `model.layers[12]`, `hidden_states[13]` in transformers (which applies the final norm to
 the last one; here it is left out).
 
-A block has two more sites: `mlp_out`, what the MLP adds to the residual stream (in Gemma after its last norm), and
-`attn_z`, the concatenated outputs of the attention heads before the output projection. architectures.py knows which
-modules these are in each family of models.
+A block has more sites, which hooked.py reads and replaces, and probe.py finds by the numbers of the block:
+
+    resid_pre   what enters the block
+    attn_out    what attention adds to the residual stream: in Gemma 2 after a norm
+    attn_z      what attention's output projection reads: the outputs of all heads, concatenated
+    resid_mid   resid_pre + attn_out, where the MLP comes after the attention and not beside it, as in GPT-J
+    mlp_in      what the MLP reads, after its norm
+    mlp_hidden  what the MLP's last projection reads; a mixture of experts has none
+    mlp_out     what the MLP adds to the residual stream
+    resid_post  what leaves the block: resid_pre + attn_out + mlp_out
+
+In a hybrid, "attention" is whatever stands in its place and reads earlier tokens, such as a Mamba mixer. Any other
+module is a site too: `mlp.gate_proj.output` is the output of `model.layers[12].mlp.gate_proj`, `mlp.gate_proj.input`
+its input (cache/layout.py: Hook).
 
 Shape suffixes: N contexts in a batch, S positions, D d_model, V vocabulary.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache.layout import Hook
-from ..common.errors import SaeError, UsageError
-from .architectures import (
-    Family,
-    check_sites,
-    family_of,
-    find_module,
-    find_trunk,
-    hook_width,
-)
+from .hooked import HookedModel
 from .loading import (
     ModelSource,
     describe_record,
@@ -40,6 +42,7 @@ from .loading import (
     load_tokenizer,
     load_whole_model,
 )
+from .module_io import output_tensor
 from .splice import ForwardPass, Splicer
 
 __all__ = [
@@ -74,139 +77,12 @@ def load_model(
     return model
 
 
-def output_tensor(output: Any) -> Tensor:
-    """The output of a block: transformers 5 returns the tensor itself, earlier versions a tuple that begins with it."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-class _StopForward(Exception):  # noqa: N818  (not an error: the model has run as far as it has to)
-    pass
-
-
-class LanguageModel:
+class LanguageModel(HookedModel):
     """A decoder with a list of blocks.
 
-    `capture` reads the residual stream, `capture_hooks` reads other sites too, `forward` makes it possible to run
-    the model again from a changed residual stream, and `patching` changes activations during any call of the model.
+    `capture` reads the residual stream, `capture_hooks` reads any hook, `forward` makes it possible to run the model
+    again from changed activations, and `patching` changes activations during any call of the model.
     """
-
-    def __init__(self, model: Any) -> None:
-        """`model` is a causal language model of transformers, or its trunk alone."""
-        self.model = model
-        self.config = model.config.get_text_config()
-
-    @cached_property
-    def trunk(self) -> Any:
-        """The part without the unembedding, which holds the blocks."""
-        return find_trunk(self.model)
-
-    @cached_property
-    def family(self) -> Family:
-        return family_of(self.config)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return getattr(self.trunk, self.family.blocks)
-
-    @property
-    def norm(self) -> nn.Module:
-        """The norm between the last block and the unembedding."""
-        return getattr(self.trunk, self.family.norm)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def width(self, hook: Hook) -> int:
-        """The width of the activations at a hook."""
-        return hook_width(hook, self.config)
-
-    @contextlib.contextmanager
-    def capturing(self, hooks: Sequence[Hook], captured: dict[Hook, Tensor]) -> Iterator[None]:
-        """Store the activations of every forward pass in `captured` while the context is open."""
-
-        def output_of(hook: Hook) -> Callable[..., None]:
-            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                captured[hook] = output_tensor(output)
-
-            return keep
-
-        def input_of(hook: Hook) -> Callable[..., None]:
-            def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                captured[hook] = inputs[0]
-
-            return keep
-
-        check_sites(self.config, hooks)
-        handles = []
-        for hook in hooks:
-            module, is_input = find_module(hook, self.trunk, self.family)
-            handles.append(
-                module.register_forward_pre_hook(input_of(hook))
-                if is_input
-                else module.register_forward_hook(output_of(hook))
-            )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        silent = [hook.name for hook in hooks if hook not in captured]
-        if silent:
-            raise SaeError(f"The hook on {', '.join(silent)} did not fire, so nothing was captured.")
-
-    @contextlib.contextmanager
-    def patching(self, hook: Hook, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace the activations x (N, S, d) at the hook by `change(x)` while the context is open."""
-
-        def patch_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            x = change(output_tensor(output))
-            return (x, *output[1:]) if isinstance(output, tuple) else x
-
-        def patch_input(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-            return (change(inputs[0]), *inputs[1:])
-
-        check_sites(self.config, [hook])
-        module, is_input = find_module(hook, self.trunk, self.family)
-        handle = (
-            module.register_forward_pre_hook(patch_input) if is_input else module.register_forward_hook(patch_output)
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextlib.contextmanager
-    def _stopping_after(self, layer: int) -> Iterator[None]:
-        """End forward passes after this block while the context is open, since later blocks affect nothing captured."""
-
-        def stop(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-            raise _StopForward
-
-        handle = self.blocks[layer].register_forward_hook(stop)  # runs after those that capture
-        try:
-            with contextlib.suppress(_StopForward):
-                yield
-        finally:
-            handle.remove()
-
-    @torch.no_grad()
-    def capture_hooks(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> dict[Hook, Tensor]:
-        """The activations at each hook, (N, S, d_in) in the model's dtype, from one pass that ends at the last hook."""
-        captured: dict[Hook, Tensor] = {}
-        with self.capturing(hooks, captured), self._stopping_after(max(hook.layer for hook in hooks)):
-            self.trunk(ids_NS, use_cache=False)
-        for hook, x in captured.items():
-            if x.shape[:-1] != ids_NS.shape:
-                raise UsageError(
-                    f"{type(self.model).__name__} has activations of shape {tuple(x.shape)} at {hook.name} for "
-                    f"{tuple(ids_NS.shape)} tokens; expected one vector per token. It is not supported."
-                )
-        return captured
-
-    def capture(self, ids_NS: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """The residual stream after each layer, (N, S, D)."""
-        return {hook.layer: x_NSD for hook, x_NSD in self.capture_hooks(ids_NS, [Hook(n) for n in layers]).items()}
 
     @cached_property
     def _splicer(self) -> Splicer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.catalog import list_caches
-from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, Layout, fingerprint_of
+from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, Layout, fingerprint_of, is_site
 from ..cache.models import name_without_digest
 from ..cache.outliers import MAX_NORM
 from ..cache.planned import PlannedCache
@@ -21,7 +21,14 @@ from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of, folder_bytes, free_space, sae_home
 from ..common.formatting import format_bytes, format_duration
 from . import mini
-from .architectures import check_context, check_layers, check_sites, hook_width, module_name
+from .architectures import (
+    check_context,
+    check_layers,
+    check_sites,
+    hook_width,
+    hooks_of_sites,
+    module_name,
+)
 from .contexts import special_token_ids
 from .datasets import EMBEDDED_TEXT, PILE, open_text
 from .distributed import rank_and_count
@@ -44,6 +51,7 @@ class HarvestConfig:
     revision: str | None = None  # of the model, on the Hub
     layers: Sequence[int] = LAYERS
     sites: Sequence[str] = ("resid_post",)
+    modules: Sequence[str] = ()  # more sites: model.layers.{layer}.mlp.gate_proj:output
     dataset: str | None = None  # None: the Pile, or the embedded text for the embedded model
     dataset_revision: str | None = None
     subset: str | None = None  # a configuration of the dataset
@@ -207,7 +215,8 @@ class HarvestPlan:
             record["revision"] = self.source.revision
         if "split" in self.text.identity:  # a dataset of the Hub
             record["dataset_revision"] = self.text.identity["revision"]
-        record = {name: value for name, value in record.items() if name not in ("layers", "sites", "device", "out")}
+        not_recorded = ("layers", "sites", "modules", "device", "out")
+        record = {name: value for name, value in record.items() if name not in not_recorded}
         modules = read_hook_modules(self.folder) | self.modules  # keeps those of layers harvested earlier
         return record | {
             "device": self.device,
@@ -238,7 +247,8 @@ def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sent
     dataset = (EMBEDDED_TEXT if config.model == mini.NAME else PILE) if config.dataset is None else config.dataset
     check_config(config, dataset)
     source, model_config = find_model(config.model, config.revision)
-    hooks = sorted({Hook(layer, site) for layer in config.layers for site in config.sites})
+    check_layers(model_config, config.layers, config.model)
+    hooks = hooks_of_sites(model_config, config.layers, config.sites, config.modules)
     check_layers(model_config, [hook.layer for hook in hooks], config.model)
     check_sites(model_config, hooks)
     check_context(model_config, config.context, config.model)
@@ -315,7 +325,7 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
     """Raise UsageError for values that are wrong for any model and text."""
     if "" in (config.model, config.dataset):
         raise UsageError("--model and --dataset cannot be empty. Leave out --dataset for the model's default text.")
-    if not config.layers or not config.sites:
+    if not config.layers or not (config.sites or config.modules):
         raise UsageError("There is nothing to harvest: give at least one layer and one site.")
     if wrong := [layer for layer in config.layers if not isinstance(layer, int)]:
         raise UsageError(f"invalid layer {wrong[0]!r}: expected a whole number.")
@@ -332,14 +342,22 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
         raise UsageError(
             f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without it."
         )
-    unknown = [site for site in config.sites if site not in SITES]
-    if unknown:
-        raise UsageError(f"unknown --site {unknown[0]}: expected one of {', '.join(SITES)}.")
+    check_site_names(config.sites)
     if config.max_norm is not None and not config.max_norm > 1:
         raise UsageError(
             f"--max-norm {config.max_norm} would mask at least half of the rows. Give a multiple of the median norm, "
             "such as 10, or none."
         )
+
+
+def check_site_names(sites: Sequence[str]) -> None:
+    """Raise UsageError for a text that is no site of any model."""
+    for site in sites:
+        if not is_site(site):
+            raise UsageError(
+                f"unknown --site {site}: expected one of {', '.join(SITES)}, or a module of the block with what is "
+                "read of it, such as mlp.gate_proj.output."
+            )
 
 
 def check_sizes(config: HarvestConfig) -> None:

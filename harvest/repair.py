@@ -96,7 +96,7 @@ def remove_unreadable_records(folder: Path) -> Iterator[str]:
 def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, device: str) -> HarvestPlan:
     """The plan of the harvest that wrote a cache. Raises UsageError unless it would give the same bytes."""
     record = read_json(folder / "harvest.json")
-    known = {field.name for field in fields(HarvestConfig)}
+    known = {field.name for field in fields(HarvestConfig)} - {"modules"}  # in the record: the names of the hooks
     options = {name: value for name, value in record.items() if name in known}
     arrays = {path.name.split(".", 1)[1].removesuffix(".json") for path in (folder / "commits").glob("*.json")}
     hooks = sorted(map(Hook.from_array, arrays))

@@ -18,6 +18,7 @@ from ..cache.writer import CacheWriter, harvest_started
 from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import write_json_if_changed, writer_lock
+from .architectures import check_loaded_sites
 from .contexts import make_contexts, row_mask
 from .distributed import ProcessGroup, current_process_group
 from .model import LanguageModel, load_trunk
@@ -44,7 +45,9 @@ def harvest_activations(
     Args:
         model: Hub id, folder, or "gemma-2-mini", the small model that comes with this package.
         layers: Zero-based blocks; the residual stream after each is harvested.
-        sites: "resid_post" (the residual stream), "mlp_out" or "attn_z", or several of them.
+        sites: "resid_post" (the residual stream after the block), resid_pre, resid_mid, attn_out, attn_z, mlp_in,
+            mlp_hidden or mlp_out, or several of them (harvest/model.py says what they are). Any other module of the
+            block: "mlp.gate_proj.output".
         dataset: Hub id, a .txt, .jsonl, .parquet or .arrow file, a folder of them, or "python-stdlib". Default: the
             Pile, or python-stdlib for gemma-2-mini.
         tokens: Rows to harvest. Default: ten million, or all of a shorter text.
@@ -56,7 +59,8 @@ def harvest_activations(
         progress: Callbacks for rows done and for messages. Default: silent.
         **options: Any other field of `sae.harvest.plan.HarvestConfig`: revision, dataset_revision, subset, split,
             text_column, keep_special, pack, window, storage_dtype, compress, max_norm, dtype, attention,
-            batch_contexts.
+            batch_contexts, and modules: more sites, as "model.layers.{layer}.mlp.gate_proj:output", which replace
+            resid_post if `sites` is not given.
 
     Returns:
         The cache, opened.
@@ -70,6 +74,8 @@ def harvest_activations(
     for name in options:
         if name not in known:
             raise UsageError(f"harvest_activations has no option {name!r}{did_you_mean(name, known)}")
+    if sites is HarvestConfig.sites and options.get("modules"):
+        sites = ()  # modules replace the default
     config = HarvestConfig(
         model=str(model), layers=(layers,) if isinstance(layers, int) else tuple(layers),
         sites=(sites,) if isinstance(sites, str) else tuple(sites),
@@ -166,11 +172,17 @@ def cache_layout(plan: HarvestPlan, contexts: Contexts) -> Layout:
 
 
 def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], device: str) -> LanguageModel:
-    """The model up to the deepest layer among the arrays of these windows."""
-    last = max(Hook.from_array(name).layer for names in windows.values() for name in names)
-    return load_trunk(
+    """The model up to the deepest layer among the arrays of these windows.
+
+    Raises UsageError unless its own numbers prove the sites.
+    """
+    hooks = sorted({Hook.from_array(name) for names in windows.values() for name in names})
+    last = max(hook.layer for hook in hooks)
+    model = load_trunk(
         plan.source, plan.model_config, last, dtype=plan.dtype, device=device, attention=plan.config.attention
     )
+    check_loaded_sites(model, plan.model_config, hooks)
+    return model
 
 
 def read_or_tokenize(plan: HarvestPlan) -> Contexts:

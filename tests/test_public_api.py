@@ -19,10 +19,10 @@ import sae
 from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
 from sae.common.errors import UsageError
-from sae.harvest.architectures import FAMILIES
 from sae.train.sae import SAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FAMILIES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 TEXTS = ["the quick brown fox jumps", "seven zebras", "books in june, " * 30]
 
 

@@ -21,7 +21,7 @@ import torch
 from ..cache.batch_order import BatchOrder
 from ..cache.catalog import find_cache
 from ..cache.concat import ConcatCache, concat_caches
-from ..cache.layout import SITES, Hook
+from ..cache.layout import Hook
 from ..cache.models import GivenModel, model_label
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
@@ -30,6 +30,7 @@ from ..common.errors import UsageError
 from ..common.files import digest_of, read_json, sae_home
 from ..common.formatting import format_count
 from .estimate import check_disk_space, describe_size, describe_time
+from .hooks import hooks_to_train
 from .parse import parse_options, parse_width
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae
@@ -54,6 +55,7 @@ FIXED = {
     "--variant": "variants",
     "--layer": "layers",
     "--site": "site",
+    "--module": "modules",
     "--seed": "seeds",
     "--model": "model",
     "--steps": "steps",
@@ -77,6 +79,7 @@ class TrainConfig:
     variants: Sequence[str] = ()  # names of recipes
     layers: Sequence[int] = (12,)
     site: str = "resid_post"
+    modules: Sequence[str] = ()  # instead of the site: model.layers.{layer}.mlp.gate_proj:output
     seeds: Sequence[int] = (0,)
     caches: Sequence[Path] = ()  # several are read as one; none: the cache that holds the model and layer
     source: RingCache | PlannedCache | None = None  # replaces caches: harvested while training, or not harvested yet
@@ -101,6 +104,8 @@ class TrainConfig:
         """The config as JSON, under the keys of run.json, two of which are older than the names of the fields."""
         on_disk = {"paper_exact": "literal", "shuffle_seed": "order_seed"}
         values = {on_disk.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        if not self.modules:
+            del values["modules"]  # as in records that are older than it
         return json.loads(json.dumps(values, default=str))
 
 
@@ -255,13 +260,11 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
 def new_runs(config: TrainConfig) -> list[Run]:
     """The runs of a config without `resume`: every layer, recipe, L0 and seed."""
     check_seeds(config.shuffle_seed, *config.seeds)
-    if config.site not in SITES:
-        raise UsageError(f"unknown --site {config.site}: expected one of {', '.join(SITES)}.")
     recipes = [find_recipe(name) for name in dict.fromkeys(config.variants)]
     options = parse_options(config.options, recipes)
     runs, problems = [], []
-    for layer in dict.fromkeys(config.layers):
-        hook = Hook(layer, config.site)
+    arrays = None if config.source is None else list(config.source.widths)
+    for hook in hooks_to_train(config.layers, config.site, config.modules, arrays, config.caches):
         cache = open_source(config, hook)
         for recipe, l0 in itertools.product(recipes, dict.fromkeys(config.l0) or (None,)):
             try:

@@ -64,8 +64,8 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
     """Plan training on a text that is harvested meanwhile.
 
     Args:
-        config: what to train. Its `model`, `layers`, `site` and `device` are harvested; a `caches` entry is the folder
-            for the windows.
+        config: what to train. Its `model`, `layers`, `site` or `modules`, and `device` are harvested; a `caches`
+            entry is the folder for the windows.
         windows: how many windows may be on the disk together, an even number.
         harvest_options: fields of HarvestConfig, such as `tokens`, `dataset`, `context`, `window` and `max_norm`.
 
@@ -82,7 +82,8 @@ def plan_streaming(config: TrainConfig, *, windows: int = WINDOWS, **harvest_opt
     harvest, ring = plan_ring(
         HarvestConfig(
             layers=config.layers,
-            sites=(config.site,),
+            sites=() if config.modules else (config.site,),
+            modules=config.modules,
             device=config.device,
             out=config.caches[0] if config.caches else None,
             origins=config.origins,

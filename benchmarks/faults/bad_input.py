@@ -125,7 +125,7 @@ def bad_values(m: Matrix) -> None:
             ["--layer", 99],
             ["--layer", -1],
             ["--layer", "twelve"],
-            ["--site", "resid_pre"],
+            ["--site", "resid"],
             ["--max-norm", 0],
             ["--max-norm", "nan"],
             ["--device", "toaster"],

@@ -15,6 +15,7 @@ FLAGS = {
     "model": ("gpt2", "model", "gpt2"),
     "layer": ("3", "layers", [3]),
     "site": ("mlp_out", "sites", ["mlp_out"]),
+    "module": ("model.layers.{layer}.mlp:input", "modules", ["model.layers.{layer}.mlp:input"]),
     "dataset": ("text.jsonl", "dataset", "text.jsonl"),
     "tokens": ("3k", "tokens", 3000),
     "context": ("64", "context", 64),

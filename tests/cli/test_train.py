@@ -53,6 +53,7 @@ FLAGS = {
     "variant": ("topk", "variants", ["topk"]),
     "layer": ("3", "layers", [3]),
     "site": ("mlp_out", "site", "mlp_out"),
+    "module": ("model.layers.{layer}.mlp:input", "modules", ["model.layers.{layer}.mlp:input"]),
     "seed": ("7", "seeds", [7]),
     "cache": ("activations/one", "caches", [Path("activations/one")]),
     "model": ("gpt2", "model", "gpt2"),

@@ -4,7 +4,6 @@ import errno
 import json
 import shutil
 from functools import lru_cache
-from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,18 +25,18 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3nTextConfig,
     GPT2Config,
-    GPTJConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
 from sae.cache.layout import SITES, Hook
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
-from sae.harvest.architectures import FAMILIES, check_context, check_layers, family_of, hook_width, module_name
+from sae.harvest.architectures import check_context, check_layers, check_sites, hook_width, module_name
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import (
     LanguageModel,
@@ -50,6 +49,7 @@ from sae.harvest.model import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FAMILIES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 SETTINGS = {"dtype": "float32", "device": "cpu", "attention": "eager"}
 
 
@@ -125,16 +125,13 @@ def test_a_layer_is_the_hidden_state_after_its_block(any_model: LanguageModel, i
     for layer in layers[:-1]:
         assert torch.equal(captured[layer], states[layer + 1])
     # transformers gives the last one after the final norm
-    assert torch.equal(final_norm(any_model)(captured[layers[-1]]), states[-1])
-
-
-def final_norm(model: LanguageModel) -> torch.nn.Module:
-    return getattr(model.trunk, family_of(model.config).norm)
+    assert torch.equal(any_model.norm(captured[layers[-1]]), states[-1])
 
 
 def test_a_hook_is_named_where_transformers_has_it(any_model: LanguageModel, ids_NS: Tensor) -> None:
     """Its name leads to a module, whose output or input is what is captured."""
-    hooks = [Hook(1, site) for site in SITES]
+    hooks = [Hook(1, site) for site in SITES if site in any_model.probe(1).sites]
+    assert len(hooks) >= len(SITES) - 1  # GPT-NeoX has no resid_mid
     found = any_model.capture_hooks(ids_NS, hooks)
     seen: list[Tensor] = []
     for hook in hooks:
@@ -161,13 +158,15 @@ def test_hooks_have_the_names_of_transformer_lens(model: LanguageModel, images: 
     assert module_name(Hook(1, "mlp_out"), tiny("gpt_neox").config) == "gpt_neox.layers.1.mlp"
 
 
-@pytest.mark.parametrize("site", ["mlp_out", "attn_z"])
-@pytest.mark.parametrize("kind", ["glm4", "granite", "cohere", "olmo2"])
-def test_an_unknown_site_of_a_family_is_rejected(kind: str, site: str) -> None:
-    model, ids = tiny(kind), torch.arange(3, 25).reshape(2, 11)
-    with pytest.raises(UsageError, match=f"The site {site} is not supported for .*Use --site resid_post"):
-        model.capture_hooks(ids, [Hook(0, site)])
+def test_a_site_that_the_numbers_do_not_prove_is_rejected_with_what_was_seen() -> None:
+    """Granite multiplies what its parts add to the residual stream by a number."""
+    model, ids = tiny("granite", residual_multiplier=0.5), torch.arange(3, 25).reshape(2, 11)
+    seen = r"resid_pre \+ self_attn \+ mlp differs from resid_post by 0\.\d+ of its norm"
+    for refuse in (lambda hooks: model.capture_hooks(ids, hooks), lambda hooks: check_sites(model.config, hooks)):
+        with pytest.raises(UsageError, match=f"GraniteForCausalLM has no attn_out of layer 0: {seen}. Use"):
+            refuse([Hook(0, "attn_out")])
     assert model.capture(ids, [0])[0].shape == (2, 11, 16)
+    assert model.capture_hooks(ids, [Hook(0, "mlp_hidden")])[Hook(0, "mlp_hidden")].shape == (2, 11, 32)
 
 
 def test_a_block_with_several_vectors_per_token_is_rejected() -> None:
@@ -185,15 +184,29 @@ def test_a_block_with_several_vectors_per_token_is_rejected() -> None:
 def test_the_sites_of_a_block_add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
     """What a block adds is the projected heads and the MLP, each after Gemma's second norm where there is one."""
     last = len(any_model.blocks) - 1
-    here, block = Hook(last), any_model.blocks[last]
-    hooks = [Hook(last - 1), Hook(last, "attn_z"), Hook(last, "mlp_out"), here]
-    found = any_model.capture_hooks(ids_NS, hooks)
-    assert [x.shape[-1] for x in found.values()] == [hook_width(hook, any_model.config) for hook in found]
-    before, z, mlp_out, after = (found[hook] for hook in hooks)
-    attended = attrgetter(family_of(any_model.config).projection)(block)(z)
+    sites = any_model.probe(last)
+    hooks = {site: Hook(last, site) for site in SITES if site in sites.sites}
+    captured = any_model.capture_hooks(ids_NS, list(hooks.values()))
+    found = {site: captured[hook] for site, hook in hooks.items()}
+    assert {s: x.shape[-1] for s, x in found.items()} == {s: any_model.width(hook) for s, hook in hooks.items()}
+    assert {s: x.shape[-1] for s, x in found.items()} == {
+        s: hook_width(hook, any_model.config) for s, hook in hooks.items()
+    }
+    assert torch.equal(found["resid_pre"], any_model.capture(ids_NS, [last - 1])[last - 1])
+    torch.testing.assert_close(found["resid_pre"] + found["attn_out"] + found["mlp_out"], found["resid_post"])
+    assert ("resid_mid" in found) != sites.is_parallel
+    if "resid_mid" in found:
+        torch.testing.assert_close(found["resid_pre"] + found["attn_out"], found["resid_mid"])
+    block, norms = any_model.blocks[last], {"attn_z": torch.nn.Identity(), "mlp_hidden": torch.nn.Identity()}
     if hasattr(block, "post_feedforward_layernorm"):
-        attended = block.post_attention_layernorm(attended)
-    torch.testing.assert_close(before + attended + mlp_out, after)
+        norms = {"attn_z": block.post_attention_layernorm, "mlp_hidden": block.post_feedforward_layernorm}
+    for site, added in (("attn_z", "attn_out"), ("mlp_hidden", "mlp_out")):
+        projection = block.get_submodule(sites.sites[site].path)
+        torch.testing.assert_close(norms[site](projection(found[site])), found[added])
+    torch.testing.assert_close(
+        block.get_submodule(sites.sites["mlp_in"].path)(found["mlp_in"]),
+        block.get_submodule(sites.sites["mlp_hidden"].path)(found["mlp_hidden"]),
+    )
 
 
 def test_layers_do_not_depend_on_each_other(any_model: LanguageModel, ids_NS: Tensor) -> None:
@@ -355,16 +368,25 @@ def test_a_folder_without_a_model_raises_a_clear_error(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-def test_a_model_with_an_unknown_structure_is_rejected() -> None:
-    config = GPTJConfig(vocab_size=16, n_embd=8, n_layer=1, n_head=1, rotary_dim=4)
-    with pytest.raises(UsageError, match="GPTJForCausalLM does not keep its blocks in .*gpt2, gpt_neox"):
-        LanguageModel(AutoModelForCausalLM.from_config(config)).capture(torch.ones(1, 2, dtype=torch.long), [0])
+@pytest.mark.parametrize(("kind", "what"), [("t5", "an encoder and a decoder"), ("bart", "an encoder and a decoder")])
+def test_a_model_with_an_encoder_is_rejected(kind: str, what: str) -> None:
+    with pytest.raises(UsageError, match=f"some is a {kind} model, which has {what}. Supported are causal"):
+        check_layers(CONFIG_MAPPING[kind](), [0], "some")
+
+
+def test_a_model_that_reads_later_tokens_is_rejected() -> None:
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    model = LanguageModel(AutoModel.from_config(config).eval())
+    with pytest.raises(UsageError, match="depend on later tokens, so it is not a causal language model"):
+        model.check_hooks([Hook(0)])
 
 
 def test_a_context_longer_than_the_learned_positions_is_rejected() -> None:
     check_context(tiny("gpt2").config, 1024, "gpt2")
     check_context(tiny("llama").config, 65535, "llama")
-    with pytest.raises(UsageError, match="--context 1025 is too long: gpt2 has learned 1024 positions"):
+    with pytest.raises(UsageError, match="--context 1025 is too long: gpt2 has positions for 1024 tokens"):
         check_context(tiny("gpt2").config, 1025, "gpt2")
 
 

@@ -19,6 +19,7 @@ from sae.cache.writer import CacheWriter
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
 from sae.common.files import read_json, writer_lock
 from sae.harvest.contexts import row_mask
+from sae.harvest.hooked import HookedModel
 from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer, output_tensor
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.progress import HarvestProgress
@@ -280,13 +281,13 @@ def test_the_same_command_restores_a_record_that_it_can_write(
 
 def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:
     """The scores of 65,535 positions would be 34 GB for each of the heads' pairs, however short the documents are."""
-    lengths, capture = [], LanguageModel.capture
+    lengths, capture = [], HookedModel.capture
 
     def short(model, ids_NS, layers):
         lengths.append(ids_NS.shape[1])
         return capture(model, ids_NS[:, :64], layers)
 
-    monkeypatch.setattr(LanguageModel, "capture", short)
+    monkeypatch.setattr(HookedModel, "capture", short)
     assert plan_harvest(replace(small[0], context=65535, out=None)).estimated_seconds() > 0
     assert max(lengths) <= 2048
 
@@ -479,7 +480,7 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         ({"model": "gemma-2-mini", "dataset": None, "held_out": 0.1}, "--held-out has no effect on python-stdlib"),
         ({"model": "./nothere"}, "There is no folder ./nothere"),
         ({"revision": "abc"}, "--revision selects a commit on the Hub"),
-        ({"sites": ("resid_pre",)}, "unknown --site resid_pre: expected one of resid_post, mlp_out, attn_z"),
+        ({"sites": ("resid",)}, "unknown --site resid: expected one of resid_pre, resid_mid, .*, or a module of"),
         ({"max_norm": 1.0}, "--max-norm 1.0 would mask at least half of the rows"),
         ({"storage_dtype": "float16"}, "unknown --storage-dtype float16"),
         ({"dtype": "float64"}, "unknown dtype 'float64'"),

@@ -25,10 +25,11 @@ from sae.evaluate.latents.stats import (
     logit_effects,
     nearest_latents,
 )
-from sae.harvest.architectures import FAMILIES
 from sae.harvest.model import LanguageModel, find_model, load_model
 from sae.train.activation_functions import TopK
 from sae.train.sae import SAE
+
+FAMILIES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 
 
 def quiet(done, total, note=""):

@@ -1,0 +1,379 @@
+"""Find the sites of a block by its numbers: which module's input or output is what attention adds, what the MLP reads.
+
+A block is run on a few tokens, and run again with one thing changed:
+
+- Its two *parts* are the modules whose outputs a and m satisfy resid_pre + a + m = resid_post, within rounding. Of
+  modules with equal outputs the outermost is taken.
+- The part whose output at a token changes when an earlier token does is the attention, or what stands in its place,
+  such as a Mamba or DeltaNet mixer; the other one is the MLP.
+- If a change of the attention's output changes the MLP's, they are sequential and resid_mid = resid_pre + a is what
+  some module reads; otherwise they are parallel.
+- The projection of a part is the linear map whose output, or whose normed output, is that of the part. Its input is
+  attn_z or mlp_hidden.
+
+A site that these tests do not prove is refused, with what was seen. Everything here works on rows: (N S, width).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .module_io import output_tensor, with_input
+from .recorder import BlockSites, Call, Recorder, Site, shapes_of
+
+INNER_SITES = ("resid_mid", "attn_out", "attn_z", "mlp_in", "mlp_hidden", "mlp_out")
+NOISE = 0.5  # the size of a change, relative to the activations
+
+
+@torch.no_grad()
+def find_sites(block: nn.Module, call: Call, shape: tuple[int, int]) -> BlockSites:
+    """Find the sites of a block from one call of it on tokens of `shape` (N, S)."""
+    probe = BlockProbe(block, call, shape)
+    found = probe.found
+    if probe.resid_pre is None or probe.resid_post is None:
+        seen = [None if z is None else tuple(z.shape) for z in (call.x, call.y)]
+        why = f"the block reads and returns activations of shape {seen[0]} and {seen[1]} for {shape} tokens"
+        found.refused = dict.fromkeys(("resid_pre", *INNER_SITES, "resid_post"), why)
+        return found
+    if probe.reads_later_tokens():
+        why = "a token's activations depend on later tokens, so it is not a causal language model"
+        found.refused = dict.fromkeys(("resid_pre", *INNER_SITES, "resid_post"), why)
+        return found
+    width = probe.resid_post.shape[1]
+    found.sites["resid_pre"] = Site("", True, probe.resid_pre.shape[1])
+    found.sites["resid_post"] = Site("", False, width)
+    if why := probe.unsound():
+        found.refused = dict.fromkeys(INNER_SITES, why)
+    else:
+        probe.find_parts()
+        probe.find_projections()
+    return found
+
+
+class BlockProbe:
+    """The numbers of a block in one run (`calls`), and runs with something changed."""
+
+    def __init__(self, block: nn.Module, call: Call, shape: tuple[int, int]) -> None:
+        self.block, self.call, self.shape = block, call, shape
+        self.found = BlockSites(shape=shape)
+        self.generator = torch.Generator().manual_seed(0)
+        self.resid_pre, self.resid_post = self.rows(call.x), self.rows(call.y)
+        self.later_rows = torch.arange(shape[0] * shape[1]).remainder(shape[1]) > 0
+        calls = self.run()
+        self.found.shapes = {path: shapes_of(of_path) for path, of_path in calls.items()}
+        self.calls = {path: of_path[0] for path, of_path in calls.items() if len(of_path) == 1}
+        self.order = {path: number for number, path in enumerate(self.calls)}
+        self.x = {path: x for path, call in self.calls.items() if (x := self.rows(call.x)) is not None}
+        self.y = {path: y for path, call in self.calls.items() if (y := self.rows(call.y)) is not None}
+        self.parts: dict[str, str] = {}  # "attention" and "MLP" -> the module whose output it is
+        self.inner: set[str] = set()
+
+    def rows(self, x: Tensor | None) -> Tensor | None:
+        """Activations as rows (N S, width) in double precision; None if they are not one vector per token."""
+        if x is None or not x.is_floating_point():
+            return None
+        tokens = self.shape[0] * self.shape[1]
+        if (x.dim() == 3 and tuple(x.shape[:2]) == self.shape) or (x.dim() == 2 and x.shape[0] == tokens):
+            return x.detach().reshape(tokens, x.shape[-1]).double().cpu()
+        return None
+
+    def run(
+        self, x: Tensor | None = None, changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> dict[str, list[Call]]:
+        """Run the block alone, on other activations or with other outputs of some modules."""
+        args, keywords = self.call.args, self.call.keywords
+        given = self.call.x if x is None else x
+        args, keywords = with_input(args, keywords, given.clone())  # type: ignore[union-attr]
+        with Recorder(self.block, changes) as recorder:
+            self.block(*args, **keywords)
+        return recorder.calls
+
+    def noise(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Activations with random numbers of their own size added, at some of the rows."""
+        flat = x.reshape(self.shape[0] * self.shape[1], -1)
+        size = flat.float().pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-3)
+        change = NOISE * size * torch.randn(flat.shape, generator=self.generator).to(flat.device)
+        if rows is not None:
+            change = change * rows.to(flat.device)[:, None]
+        return (flat + change.to(flat.dtype)).reshape(x.shape)
+
+    def rounding(self) -> float:
+        """How much two ways to compute a sum may differ, relative to its largest term."""
+        numbers = [z for z in (self.call.x, *self.block.parameters()) if z is not None and z.is_floating_point()]
+        return max(2 * max(torch.finfo(z.dtype).eps for z in numbers), 1e-6)
+
+    def changed(self, before: Tensor, after: Tensor | None, rows: Tensor | None = None) -> bool:
+        """Whether a change of the inputs has changed these activations, by more than rounding does."""
+        if after is None:
+            return True
+        difference = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-30)
+        return bool((difference if rows is None else difference[rows]).max() > 4 * self.rounding())
+
+    def unsound(self) -> str | None:
+        """Why the numbers of the block alone say nothing; None if they do."""
+        assert self.resid_pre is not None and self.resid_post is not None and self.call.x is not None
+        if self.resid_pre.shape != self.resid_post.shape:
+            return f"the block reads {self.resid_pre.shape[1]} numbers per token and returns {self.resid_post.shape[1]}"
+        if "" not in self.y or self.changed(self.resid_post, self.y[""]):
+            return "the block computes something else when it is run again"
+        return None
+
+    def reads_later_tokens(self) -> bool:
+        """Whether a change of the last token changes what the block returns at earlier ones."""
+        assert self.call.x is not None and self.resid_post is not None
+        positions = torch.arange(len(self.later_rows)).remainder(self.shape[1])
+        is_last = positions == self.shape[1] - 1
+        y = self.rows(self.run(self.noise(self.call.x, is_last))[""][0].y)
+        return "" in self.y and self.changed(self.y[""], y, ~is_last)
+
+    def find_parts(self) -> None:
+        """Find attn_out, mlp_out and resid_mid."""
+        error, first, second = self.nearest_pair()
+        alone_error, alone = self.nearest_single()
+        if alone_error <= self.rounding() and alone_error <= error:
+            self.find_single_part(alone)
+            return
+        if error > self.rounding():
+            self.find_unproved_parts()
+            self.refuse(self.not_added(error, first, second), "attn_out", "mlp_out", "resid_mid")
+            return
+        first, second = sorted((first, second), key=self.order.__getitem__)
+        reads_first = self.changed(self.y[second], self.y_with(second, {first: self.noise}))
+        first_mixes = self.mixes(first, {})
+        kept = self.calls[first].y
+        second_mixes = self.mixes(second, {first: lambda y: kept if y.shape == kept.shape else y})  # type: ignore
+        if first_mixes == second_mixes:
+            how = "both" if first_mixes else "neither"
+            self.refuse(
+                f"the block adds {first} and {second}, and {how} of them reads earlier tokens, so they are not an "
+                "attention and an MLP", "attn_out", "mlp_out", "resid_mid",
+            )  # fmt: skip
+            return
+        attention, mlp = (first, second) if first_mixes else (second, first)
+        self.parts = {"attention": attention, "MLP": mlp}
+        self.add("attn_out", attention)
+        self.add("mlp_out", mlp)
+        self.found.is_parallel = not reads_first
+        self.find_middle(attention, mlp, reads_first)
+
+    def not_added(self, error: float, one: str, other: str) -> str:
+        """What is seen of a block that does not simply add two outputs."""
+        if len(self.parts) == 2:
+            assert self.resid_pre is not None and self.resid_post is not None
+            one, other = self.parts.values()
+            error = self.distance(self.resid_pre + self.y[one] + self.y[other], self.resid_post, one, other)
+        if not one:
+            return "none of its modules returns activations as wide as the residual stream"
+        return f"resid_pre + {one} + {other} differs from resid_post by {error:.2g} of its norm"
+
+    def find_middle(self, attention: str, mlp: str, is_sequential: bool) -> None:
+        """Find the module that reads resid_mid."""
+        assert self.resid_pre is not None
+        if not is_sequential:
+            why = "attention and MLP read the same input, so there is no residual stream between them"
+            self.refuse(why, "resid_mid")
+            return
+        if self.order[mlp] < self.order[attention]:
+            self.refuse("the MLP comes before the attention", "resid_mid")
+            return
+        middle = self.resid_pre + self.y[attention]
+        readers = [
+            path for path in self.x
+            if self.order[path] > self.order[attention] and path != "" and self.x[path].shape == middle.shape
+            and self.distance(self.x[path], middle) <= self.rounding()
+        ]  # fmt: skip
+        if readers:
+            path = min(readers, key=lambda one: (one.count("."), self.order[one]))
+            self.found.sites["resid_mid"] = self.site(path, is_input=True)
+        else:
+            self.refuse("no module reads resid_pre + attn_out", "resid_mid")
+
+    def find_single_part(self, path: str) -> None:
+        """The sites of a block that adds the output of one module."""
+        if self.mixes(path, {}):
+            self.parts = {"attention": path}
+            self.add("attn_out", path)
+            why = f"the block has no MLP: resid_pre + {path} = resid_post"
+            self.refuse(why, "mlp_in", "mlp_hidden", "mlp_out", "resid_mid")
+        else:
+            self.parts = {"MLP": path}
+            self.add("mlp_out", path)
+            why = f"the block has no attention: resid_pre + {path} = resid_post"
+            self.refuse(why, "attn_out", "attn_z", "resid_mid")
+
+    def find_unproved_parts(self) -> None:
+        """The attention and the MLP of a block that does not simply add them, where only one module can be each."""
+        assert self.resid_post is not None
+        matrices = {
+            path: sum(p.dim() >= 2 for p in self.block.get_submodule(path).parameters())
+            for path in self.y
+            if path and "." not in path and path in self.x and self.y[path].shape == self.resid_post.shape
+        }  # fmt: skip
+        mixing = [path for path, count in matrices.items() if count and self.mixes_alone(path)]
+        others = [path for path, count in matrices.items() if count > 1 and path not in mixing]
+        for part, paths in (("attention", mixing), ("MLP", others)):
+            if len(paths) == 1:
+                self.parts[part] = paths[0]
+
+    def find_projections(self) -> None:
+        """Find attn_z, mlp_hidden and mlp_in."""
+        for part, site in (("attention", "attn_z"), ("MLP", "mlp_hidden")):
+            if site in self.found.refused:
+                continue
+            if part not in self.parts:
+                self.refuse(f"no one module of the block is its {part}", site)
+            elif projection := self.projection(part):
+                self.found.sites[site] = self.site(projection, is_input=True)
+            else:
+                what = "a mixture of experts has several" if part == "MLP" else "it cannot be told from the numbers"
+                self.refuse(f"the {part} does not end in one linear map ({what})", site)
+        if "mlp_in" not in self.found.refused:
+            self.find_mlp_in()
+
+    def find_mlp_in(self) -> None:
+        """Find the module whose input is what the MLP reads."""
+        reader = self.mlp_reader()
+        if reader is None or reader not in self.x:
+            self.refuse("no one module of the block is its MLP", "mlp_in")
+        else:
+            self.found.sites["mlp_in"] = self.site(reader, is_input=True)
+
+    def mlp_reader(self) -> str | None:
+        if "MLP" not in self.parts:
+            return None
+        attention_top = self.parts.get("attention", "").split(".")[0]
+        chain, _ = self.chain("MLP")
+        projection = self.projection("MLP")
+        source = projection or (chain[-1] if chain else None)
+        if source is None:
+            return None
+        top = source.split(".")[0]
+        if top != attention_top and (top != source or not self.is_linear(top)):
+            return top
+        # The MLP is no module of its own, as in OPT: the first linear map after the attention reads its input.
+        start = self.order[self.parts["attention"]] if "attention" in self.parts and not self.found.is_parallel else -1
+        inside = f"{attention_top}."
+        linear = [
+            path for path in self.x
+            if start < self.order[path] <= self.order[source] and not f"{path}.".startswith(inside) and path
+            and self.is_linear(path)
+        ]  # fmt: skip
+        return linear[0] if linear else None
+
+    def projection(self, part: str) -> str | None:
+        """The linear map in which a part ends."""
+        return self.chain(part)[1]
+
+    def chain(self, part: str) -> tuple[list[str], str | None]:
+        """The modules whose outputs lead to that of a part, last one first, and the linear map if it ends in one."""
+        chain, target = [], self.y[self.parts[part]]
+        for _ in range(4):  # the last norm and what it reads
+            same = [path for path in self.y if path and path in self.x and torch.equal(self.y[path], target)]
+            linear = [path for path in same if self.is_linear(path)]
+            if linear:
+                return [*chain, linear[0]], linear[0]
+            if same:
+                chain.append(min(same, key=lambda one: (one.count("."), self.order[one])))
+            norms = [path for path in same if self.is_norm(path)]
+            if not norms:
+                break
+            target = self.x[norms[0]]
+        return chain, None
+
+    def is_norm(self, path: str) -> bool:
+        """Whether a module returns the same for twice its input. That is made large, so that no eps matters."""
+        x = self.calls[path].x
+        if x is None or self.x[path].shape != self.y[path].shape:
+            return False
+        x = 100 * x / x.float().pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12).to(x.dtype)
+        once, twice = (self.rows(output_tensor(self.rerun(path, scale * x))) for scale in (1, 2))
+        return once is not None and twice is not None and self.distance(once, twice) < 0.01 + self.rounding()
+
+    def is_linear(self, path: str) -> bool:
+        """Whether a module multiplies its input with a matrix and adds a bias, by its numbers."""
+        module, call = self.block.get_submodule(path), self.calls[path]
+        if call.x is None or torch.equal(self.x[path], self.y.get(path, torch.empty(0))):
+            return False
+        if not any(p.dim() >= 2 for p in module.parameters()) or path not in self.y:
+            return False
+        try:
+            outputs = [self.rows(output_tensor(self.rerun(path, scale * call.x))) for scale in (0.0, 1.0, 2.0)]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        if any(y is None for y in outputs):
+            return False
+        zero, one, two = outputs
+        return self.distance(two - zero, 2 * (one - zero)) < 8 * self.rounding()  # type: ignore[operator]
+
+    def rerun(self, path: str, x: Tensor) -> Any:
+        call = self.calls[path]
+        args, keywords = with_input(call.args, call.keywords, x.clone())
+        return self.block.get_submodule(path)(*args, **keywords)
+
+    def mixes_alone(self, path: str) -> bool:
+        """Whether a module's output at a token depends on its input at earlier ones."""
+        call = self.calls[path]
+        try:
+            y = self.rows(output_tensor(self.rerun(path, self.noise(call.x, ~self.later_rows))))  # type: ignore
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        return self.changed(self.y[path], y, self.later_rows)
+
+    def mixes(self, path: str, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> bool:
+        """Whether a module's output at a token changes with the block's input at the first one."""
+        assert self.call.x is not None
+        y = self.y_with(path, changes, self.noise(self.call.x, ~self.later_rows))
+        return self.changed(self.y[path], y, self.later_rows)
+
+    def y_with(
+        self, path: str, changes: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor | None = None
+    ) -> Tensor | None:
+        return self.rows(self.run(x, changes)[path][0].y)
+
+    def candidates(self) -> list[str]:
+        """The modules with different outputs as wide as the residual stream, of equal ones the outermost."""
+        assert self.resid_post is not None
+        chosen: list[str] = []
+        for path in sorted(self.y, key=lambda one: (one.count("."), self.order[one])):
+            y = self.y[path]
+            if path and y.shape == self.resid_post.shape and not any(torch.equal(y, self.y[c]) for c in chosen):
+                chosen.append(path)
+        return chosen
+
+    def nearest_pair(self) -> tuple[float, str, str]:
+        """The two modules whose outputs best add up to what the block adds, and by how much they miss."""
+        assert self.resid_pre is not None and self.resid_post is not None
+        best, candidates = (float("inf"), "", ""), self.candidates()
+        for number, one in enumerate(candidates):
+            for other in candidates[number + 1 :]:
+                distance = self.distance(self.resid_pre + self.y[one] + self.y[other], self.resid_post, one, other)
+                best = min(best, (distance, one, other), key=lambda found: found[0])
+        return best
+
+    def nearest_single(self) -> tuple[float, str]:
+        assert self.resid_pre is not None and self.resid_post is not None
+        best = (float("inf"), "")
+        for one in self.candidates():
+            distance = self.distance(self.resid_pre + self.y[one], self.resid_post, one)
+            best = min(best, (distance, one), key=lambda found: found[0])
+        return best
+
+    def distance(self, one: Tensor, other: Tensor, *terms: str) -> float:
+        """The largest distance of two rows, relative to the largest norm among them and the terms of their sum."""
+        norms = [z.norm(dim=1) for z in (one, other, *(self.y[path] for path in terms))]
+        return float(((one - other).norm(dim=1) / torch.stack(norms).max(0).values.clamp_min(1e-30)).max())
+
+    def site(self, path: str, *, is_input: bool) -> Site:
+        call = self.calls[path]
+        x = call.x if is_input else call.y
+        assert x is not None
+        return Site(path, is_input, x.shape[-1], x.dim() == 2)
+
+    def add(self, site: str, path: str) -> None:
+        self.found.sites[site] = self.site(path, is_input=False)
+
+    def refuse(self, why: str, *sites: str) -> None:
+        for site in sites:
+            self.found.refused.setdefault(site, why)

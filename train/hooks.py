@@ -1,0 +1,52 @@
+"""The hooks that `sae train` is asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..cache.catalog import list_caches
+from ..cache.layout import SITES, Hook, ModuleSpec, is_site
+from ..cache.reader import Cache
+from ..common.errors import UsageError
+
+
+def hooks_to_train(
+    layers: Sequence[int], site: str, modules: Sequence[str], arrays: Sequence[str] | None, caches: Sequence[Path]
+) -> list[Hook]:
+    """The site or the modules in every layer.
+
+    Modules outside the blocks are looked for in `arrays`, the names of a harvest's arrays; if None in the caches in
+    these folders; if there are none in all caches. Raises UsageError for what cannot be a site.
+    """
+    if not is_site(site):
+        raise UsageError(
+            f"unknown --site {site}: expected one of {', '.join(SITES)}, or a module of the block with what is read of "
+            "it, such as mlp.gate_proj.output."
+        )
+    if not modules:
+        return [Hook(layer, site) for layer in dict.fromkeys(layers)]
+    if site != "resid_post":
+        raise UsageError("--site and --module name different activations. Give one of them.")
+    hooks: list[Hook] = []
+    for text in modules:
+        spec = ModuleSpec.parse(text)
+        if spec.blocks is None:
+            known = known_hooks(caches) if arrays is None else list(map(Hook.from_array, arrays))
+            hooks.append(outside_hook(known, spec, text))
+        else:
+            hooks += [Hook(layer, spec.site) for layer in (layers if spec.layer is None else [spec.layer])]
+    return list(dict.fromkeys(hooks))
+
+
+def outside_hook(known: Sequence[Hook], spec: ModuleSpec, text: str) -> Hook:
+    """The hook of a module outside the blocks. The caches know which layer it belongs to."""
+    for hook in known:
+        is_same_end = hook.site.endswith(f".{spec.end}")
+        if hook.is_outside and is_same_end and f".{spec.path}".endswith(f".{hook.module_path}"):
+            return hook
+    raise UsageError(f"No cache holds --module {text}. Create one with `sae harvest --module {text}`.")
+
+
+def known_hooks(folders: Sequence[Path]) -> list[Hook]:
+    """The hooks of the caches in these folders, or of all caches."""
+    caches = [Cache(folder) for folder in folders] if folders else list_caches().values()
+    return [hook for cache in caches if isinstance(cache, Cache) for hook in cache.hooks]
