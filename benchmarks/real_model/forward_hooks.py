@@ -1,0 +1,318 @@
+"""An independent check of `sae evaluate`: KL, CE and explained variance of SAEs, with transformers and torch hooks only.
+
+    python benchmarks/real_model/forward_hooks.py CACHE RUN... [--tokens 6k] [--max-norm-off]
+
+This file imports nothing of the package and shares no code with it. It reads the files as docs/cache-format.md and
+sae.json describe them, encodes by the equations of the recipes, and runs the whole model once for each SAE with a
+forward hook on its block. What it measures stays per row, so that the numbers can be taken again without any one row.
+
+Definitions. Counted rows are the tokens of the held-out contexts that are not special and, where the cache has a limit,
+not over it in norm. A reconstruction replaces the activation at counted rows only. KL(model || spliced) is averaged
+over counted rows, CE of the next token over counted rows that have one in their context, explained variance is
+1 - sum |x - x_hat|^2 / sum |x - mean x|^2 over counted rows.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+BATCH_CONTEXTS = 16
+LOGIT_ROWS = 256  # logits of so many rows in memory at a time
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """The held-out contexts of a cache: ids (N, S), lengths (N,), documents (N,), and which tokens are counted."""
+
+    ids: np.ndarray
+    length: np.ndarray
+    document: np.ndarray
+    special: list[int]
+    skip_positions: int
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """ids and counted (N, S) of each batch, and which contexts they are."""
+        for start in range(0, len(self.ids), BATCH_CONTEXTS):
+            part = slice(start, start + BATCH_CONTEXTS)
+            width = int(self.length[part].max())
+            ids = torch.from_numpy(self.ids[part, :width].astype(np.int64))
+            counted = torch.arange(width) < torch.from_numpy(self.length[part].astype(np.int64))[:, None]
+            counted &= ~torch.isin(ids, torch.tensor(self.special, dtype=torch.int64))
+            counted[:, : self.skip_positions] = False
+            yield ids, counted, part
+
+
+@dataclass
+class PlainCache:
+    """What is read of a cache: its identity, its statistics, its text and its rows."""
+
+    folder: Path
+    attributes: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.attributes = json.loads((self.folder / "zarr.json").read_text())["attributes"]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.attributes["identity"]
+
+    def norm_limit(self, array: str) -> float | None:
+        """The norm above which a row is an outlier, None if there is no limit."""
+        return json.loads((self.folder / "manifest.json").read_text())["statistics"][array].get("norm_limit")
+
+    def held_out(self, tokens: int | None = None) -> HeldOutText:
+        """The held-out contexts, or the first of them that hold `tokens` tokens."""
+        group = zarr.open_group(self.folder / "tokens", mode="r")
+        chosen = np.flatnonzero(group["held_out"][:])
+        length = group["length"][:][chosen]
+        if tokens is not None:
+            chosen = chosen[: 1 + int((length.cumsum() < tokens).sum())]
+        ids, document = group["ids"][:][chosen], group["document"][:][chosen]
+        special, positions = self.identity["skip"], self.identity.get("skip_positions", 0)
+        return HeldOutText(ids, length[: len(chosen)], document, special, positions)
+
+    def contexts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ids (N, S) and lengths (N,) of all contexts."""
+        group = zarr.open_group(self.folder / "tokens", mode="r")
+        return group["ids"][:], group["length"][:]
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """The context and the position of each row."""
+        group = zarr.open_group(self.folder, mode="r")
+        return group["row_ctx"][:], group["row_pos"][:]
+
+    def rows(self, array: str, chunks: int | None = None) -> Iterator[Tensor]:
+        """The rows of an array (n, d_in) in float32, chunk by chunk, or of its first chunks."""
+        metadata = json.loads((self.folder / array / "zarr.json").read_text())
+        total, width = metadata["shape"]
+        size = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+        for number in range(-(-total // size))[:chunks]:
+            bits = np.fromfile(self.folder / array / f"c.{number}.0", np.int16, size * width).reshape(size, width)
+            yield torch.from_numpy(bits[: total - number * size]).view(torch.bfloat16).float()
+
+
+@dataclass(frozen=True)
+class PlainSAE:
+    """A saved SAE, by the equations: f = act((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec."""
+
+    name: str
+    layer: int
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    d_sae: int
+
+
+def load_plain_sae(folder: Path) -> PlainSAE:
+    spec, w = json.loads((folder / "sae.json").read_text()), load_file(folder / "sae.safetensors")
+    if spec["origin"].get("site", "resid_post") != "resid_post":
+        raise SystemExit(f"{folder} reads {spec['origin']['site']}; this check splices into resid_post only.")
+
+    def encode(x: Tensor) -> Tensor:
+        z = (x - w["b_dec"] if spec["pre_bias"] else x) @ w["W_enc"] + w["b_enc"]
+        for number, activation in enumerate(spec["activation"]):
+            match activation["name"]:
+                case "relu":
+                    z = z.clamp(min=0)
+                case "topk":
+                    top = z.topk(activation["k"], dim=-1)
+                    z = torch.zeros_like(z).scatter(-1, top.indices, top.values.clamp(min=0))
+                case "batchtopk":
+                    z = torch.where(z > w[f"activation.{number}.threshold"], z, 0).clamp(min=0)
+                case "jumprelu":
+                    z = torch.where(z > w[f"activation.{number}.threshold"], z, 0)
+                case name:
+                    raise SystemExit(f"{folder}: this check has no equation for the activation {name}.")
+        return z
+
+    def decode(f: Tensor) -> Tensor:
+        return f @ w["W_dec"] + w["b_dec"]
+
+    return PlainSAE(folder.name, spec["origin"]["layer"], encode, decode, spec["d_sae"])
+
+
+@dataclass
+class RowTable:
+    """What was measured at each row that is a token and not special. R rows, K SAEs; of outlier rows too, if spliced.
+
+    `error` is |x - x_hat|^2, `distance` |x - mean of the counted x|^2. `ce` is NaN where no token follows. `first_row`
+    (K, F) is the row on which each latent is largest, -1 where it never fires.
+    """
+
+    names: list[str]
+    context: np.ndarray
+    position: np.ndarray
+    document: np.ndarray
+    norm: np.ndarray
+    distance: np.ndarray
+    ce: np.ndarray
+    error: np.ndarray
+    kl: np.ndarray
+    ce_spliced: np.ndarray
+    l0: np.ndarray
+    first_row: list[np.ndarray]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """The numbers of each SAE under the names that `sae evaluate` gives them."""
+        return {
+            name: {
+                "fve": float(1 - self.error[:, k].sum() / self.distance.sum()),
+                "kl_div_with_sae": float(self.kl[:, k].mean()),
+                "ce_loss_with_sae": float(np.nanmean(self.ce_spliced[:, k])),
+                "ce_loss_without_sae": float(np.nanmean(self.ce)),
+                "l0": float(self.l0[:, k].mean()),
+            }
+            for k, name in enumerate(self.names)
+        }
+
+
+def load_plain_model(cache: PlainCache, folder: str | None = None) -> Any:
+    """The model of a cache in float32, from `folder` if its own name is not a folder."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder or cache.identity["model"]["name"], dtype=torch.float32, attn_implementation=cache.identity["attention"]
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def measure(
+    model: Any, text: HeldOutText, saes: Sequence[PlainSAE], norm_limit: float | None = None, loss: bool = True,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> RowTable:  # fmt: skip
+    """Splice each SAE into the model in turn. With `norm_limit`, rows above it are neither replaced nor counted.
+
+    Without `loss` the model runs once, and KL and CE are NaN.
+    """
+    (layer,) = {sae.layer for sae in saes}
+    block = model.model.layers[layer]
+    columns: dict[str, list[Tensor]] = {}
+    xs: list[Tensor] = []
+    best = [torch.zeros(sae.d_sae) for sae in saes]
+    first = [torch.full((sae.d_sae,), -1) for sae in saes]
+    done = 0
+    for ids, counted, part in text.batches():
+        seen: dict[str, Tensor] = {}
+
+        def keep(_module: Any, _inputs: Any, output: Any, seen: dict[str, Tensor] = seen) -> None:
+            seen["x"] = output[0] if isinstance(output, tuple) else output
+
+        handle = block.register_forward_hook(keep)
+        final = model.model(ids, use_cache=False).last_hidden_state
+        handle.remove()
+        if norm_limit is not None:
+            counted = counted & (seen["x"].norm(dim=-1) <= norm_limit)
+        x = seen["x"][counted]
+        context, position = counted.nonzero(as_tuple=True)
+        next_ids = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], 1)[counted]
+        ends = position + 1 >= torch.from_numpy(text.length[part].astype(np.int64))[context]
+        errors, l0s, finals = [], [], []
+        for k, sae in enumerate(saes):
+            f = sae.encode(x)
+            recon = sae.decode(f)
+            errors.append((x - recon).double().square().sum(1))
+            l0s.append((f != 0).sum(1).double())
+            value, row = f.max(0)
+            better = value > best[k]
+            best[k], first[k] = torch.where(better, value, best[k]), torch.where(better, row + done, first[k])
+            if loss:
+                finals.append(spliced_final(model, block, ids, counted, recon))
+        ce, kls, ces = losses(model, final[counted], finals, next_ids, ends, len(saes))
+        batch = {
+            "context": context + part.start, "position": position, "norm": x.double().norm(dim=1), "ce": ce,
+            "error": torch.stack(errors, 1), "l0": torch.stack(l0s, 1), "kl": kls, "ce_spliced": ces,
+        }  # fmt: skip
+        for name, values in batch.items():
+            columns.setdefault(name, []).append(values)
+        xs.append(x)
+        done += len(x)
+        say(f"{part.stop:,} of {len(text.ids):,} contexts")
+    array = {name: torch.cat(values).numpy() for name, values in columns.items()}
+    x = torch.cat(xs).double()
+    return RowTable(
+        names=[sae.name for sae in saes], document=text.document[array["context"]],
+        distance=(x - x.mean(0)).square().sum(1).numpy(), first_row=[rows.numpy() for rows in first], **array,
+    )  # fmt: skip
+
+
+def spliced_final(model: Any, block: Any, ids: Tensor, counted: Tensor, recon: Tensor) -> Tensor:
+    """The model's final activations at the counted rows when the block's output there is `recon`."""
+
+    def replace(_module: Any, _inputs: Any, output: Any) -> Any:
+        x = (output[0] if isinstance(output, tuple) else output).clone()
+        x[counted] = recon
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handle = block.register_forward_hook(replace)
+    try:
+        return model.model(ids, use_cache=False).last_hidden_state[counted]
+    finally:
+        handle.remove()
+
+
+def losses(
+    model: Any, final: Tensor, spliced: Sequence[Tensor], next_ids: Tensor, ends: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CE of the model (R,), and KL and CE of each SAE (R, K), in nats."""
+    ce = torch.full((len(final),), torch.nan, dtype=torch.float64)
+    kl, ce_spliced = torch.full((2, len(final), count), torch.nan, dtype=torch.float64)
+    for start in range(0, len(final) if spliced else 0, LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        log_p = model.lm_head(final[rows]).double().log_softmax(-1)
+        ce[rows] = -log_p.gather(1, next_ids[rows, None])[:, 0]
+        for k, output in enumerate(spliced):
+            log_q = model.lm_head(output[rows]).double().log_softmax(-1)
+            kl[rows, k] = (log_p.exp() * (log_p - log_q)).sum(1)
+            ce_spliced[rows, k] = -log_q.gather(1, next_ids[rows, None])[:, 0]
+    ce[ends], ce_spliced[ends] = torch.nan, torch.nan
+    return ce, kl, ce_spliced
+
+
+@torch.no_grad()
+def hidden_state_differences(model: Any, cache: PlainCache, arrays: Sequence[str], batch_contexts: int) -> dict[str, int]:
+    """How many stored rows of each array differ in any bit from the model's hidden_states, rounded to bfloat16."""
+    ids, length = cache.contexts()
+    row_context, row_position = cache.places()
+    stored = {array: torch.cat(list(cache.rows(array))) for array in arrays}
+    by_batch = row_context // batch_contexts
+    differing = dict.fromkeys(arrays, 0)
+    for number in range(int(by_batch.max()) + 1):
+        part = slice(number * batch_contexts, min((number + 1) * batch_contexts, int(row_context.max()) + 1))
+        width = int(length[part].max())
+        batch = torch.from_numpy(ids[part, :width].astype(np.int64))
+        states = model.model(batch, use_cache=False, output_hidden_states=True).hidden_states
+        rows = np.flatnonzero(by_batch == number)
+        place = torch.from_numpy(row_context[rows].astype(np.int64) - part.start), torch.from_numpy(
+            row_position[rows].astype(np.int64)
+        )
+        for array in arrays:
+            state = states[int(array.removeprefix("layer_")) + 1][place].to(torch.bfloat16).float()
+            differing[array] += int((state != stored[array][rows]).any(1).sum())
+    return differing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--model", help="the model's folder, if the cache does not name it")
+    parser.add_argument("--tokens", type=int, help="held-out tokens to read (default: all)")
+    parser.add_argument("--max-norm-off", action="store_true", help="count and replace outlier rows as well")
+    args = parser.parse_args()
+    cache = PlainCache(args.cache)
+    saes = [load_plain_sae(run) for run in args.runs]
+    limit = None if args.max_norm_off else cache.norm_limit(f"layer_{saes[0].layer:02}")
+    table = measure(load_plain_model(cache, args.model), cache.held_out(args.tokens), saes, limit, say=print)
+    print(json.dumps({"rows": len(table.norm), "norm_limit": limit, "runs": table.summary()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
