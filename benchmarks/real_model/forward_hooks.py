@@ -1,4 +1,4 @@
-"""An independent check of `sae evaluate`: KL, CE and explained variance of SAEs, with transformers and torch hooks only.
+"""An independent check of `sae evaluate`: KL, CE and explained variance by transformers and torch hooks alone.
 
     python benchmarks/real_model/forward_hooks.py CACHE RUN... [--tokens 6k] [--max-norm-off]
 
@@ -225,10 +225,12 @@ def measure(
             best[k], first[k] = torch.where(better, value, best[k]), torch.where(better, row + done, first[k])
             if loss:
                 finals.append(spliced_final(model, block, ids, counted, recon))
-        ce, kls, ces = losses(model, final[counted], finals, next_ids, ends, len(saes))
+        ce, kls, ces = torch.full((1 + 2 * len(saes), len(x)), torch.nan).double().split([1, len(saes), len(saes)])
+        if loss:
+            ce, kls, ces = losses(model, final[counted], finals, next_ids, ends)
         batch = {
-            "context": context + part.start, "position": position, "norm": x.double().norm(dim=1), "ce": ce,
-            "error": torch.stack(errors, 1), "l0": torch.stack(l0s, 1), "kl": kls, "ce_spliced": ces,
+            "context": context + part.start, "position": position, "norm": x.double().norm(dim=1), "ce": ce[0],
+            "error": torch.stack(errors, 1), "l0": torch.stack(l0s, 1), "kl": kls.T, "ce_spliced": ces.T,
         }  # fmt: skip
         for name, values in batch.items():
             columns.setdefault(name, []).append(values)
@@ -259,25 +261,27 @@ def spliced_final(model: Any, block: Any, ids: Tensor, counted: Tensor, recon: T
 
 
 def losses(
-    model: Any, final: Tensor, spliced: Sequence[Tensor], next_ids: Tensor, ends: Tensor, count: int
+    model: Any, final: Tensor, spliced: Sequence[Tensor], next_ids: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CE of the model (R,), and KL and CE of each SAE (R, K), in nats."""
-    ce = torch.full((len(final),), torch.nan, dtype=torch.float64)
-    kl, ce_spliced = torch.full((2, len(final), count), torch.nan, dtype=torch.float64)
-    for start in range(0, len(final) if spliced else 0, LOGIT_ROWS):
+    """CE of the model (1, R), and KL and CE of each of K spliced models (K, R), in nats. CE is NaN at `ends` (R,)."""
+    ce = torch.empty(1, len(final), dtype=torch.float64)
+    kl, ce_spliced = torch.empty(2, len(spliced), len(final), dtype=torch.float64)
+    for start in range(0, len(final), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
         log_p = model.lm_head(final[rows]).double().log_softmax(-1)
-        ce[rows] = -log_p.gather(1, next_ids[rows, None])[:, 0]
+        ce[0, rows] = -log_p.gather(1, next_ids[rows, None])[:, 0]
         for k, output in enumerate(spliced):
             log_q = model.lm_head(output[rows]).double().log_softmax(-1)
-            kl[rows, k] = (log_p.exp() * (log_p - log_q)).sum(1)
-            ce_spliced[rows, k] = -log_q.gather(1, next_ids[rows, None])[:, 0]
-    ce[ends], ce_spliced[ends] = torch.nan, torch.nan
+            kl[k, rows] = (log_p.exp() * (log_p - log_q)).sum(1)
+            ce_spliced[k, rows] = -log_q.gather(1, next_ids[rows, None])[:, 0]
+    ce[:, ends], ce_spliced[:, ends] = torch.nan, torch.nan
     return ce, kl, ce_spliced
 
 
 @torch.no_grad()
-def hidden_state_differences(model: Any, cache: PlainCache, arrays: Sequence[str], batch_contexts: int) -> dict[str, int]:
+def hidden_state_differences(
+    model: Any, cache: PlainCache, arrays: Sequence[str], batch_contexts: int
+) -> dict[str, int]:
     """How many stored rows of each array differ in any bit from the model's hidden_states, rounded to bfloat16."""
     ids, length = cache.contexts()
     row_context, row_position = cache.places()
@@ -290,8 +294,9 @@ def hidden_state_differences(model: Any, cache: PlainCache, arrays: Sequence[str
         batch = torch.from_numpy(ids[part, :width].astype(np.int64))
         states = model.model(batch, use_cache=False, output_hidden_states=True).hidden_states
         rows = np.flatnonzero(by_batch == number)
-        place = torch.from_numpy(row_context[rows].astype(np.int64) - part.start), torch.from_numpy(
-            row_position[rows].astype(np.int64)
+        place = (
+            torch.from_numpy(row_context[rows].astype(np.int64) - part.start),
+            torch.from_numpy(row_position[rows].astype(np.int64)),
         )
         for array in arrays:
             state = states[int(array.removeprefix("layer_")) + 1][place].to(torch.bfloat16).float()

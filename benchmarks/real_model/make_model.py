@@ -35,7 +35,11 @@ from texts import SHARES, documents, mix
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_FOLDER, TEXT = "SmolLM2-135M-Instruct-Q4_1", "text.jsonl"
-DROPPED = ("quantization_config", "_name_or_path", "_model_name_or_path")  # of the config: what is true of the file in the wheel only
+DROPPED = (
+    "quantization_config",
+    "_name_or_path",
+    "_model_name_or_path",
+)  # of the config: what is true of the file in the wheel only
 CHARACTERS = 8_000_000  # of text: about 2M tokens
 
 
@@ -64,7 +68,7 @@ def make_model(folder: Path, downloads: Path) -> Path:
         **{key: value for key, value in quantised.config.to_dict().items() if key not in DROPPED}
     )
     config.dtype = "bfloat16"
-    # save_pretrained refuses a model that was read from GGUF ("quantized with gguf"), so its tensors move to a plain one
+    # save_pretrained refuses a model that was read from GGUF ("quantized with gguf"): its tensors move to a plain one
     plain = type(quantised)(config).to(torch.bfloat16)
     plain.load_state_dict(quantised.state_dict())
     unfinished = target.with_name(f"{MODEL_FOLDER}.unfinished")
@@ -106,7 +110,9 @@ def make(folder: Path) -> tuple[Path, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="where to put them (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=default_folder(), help="where to put them (default: %(default)s)"
+    )
     try:
         model, text = make(parser.parse_args().folder)
     except Missing as error:

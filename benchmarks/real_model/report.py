@@ -1,0 +1,173 @@
+"""The results of run.py as a page of Markdown."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+NUMBERS = (  # heading, category, name, format
+    ("L0", "sparsity", "l0", ".1f"),
+    ("KL score", "model_behavior_preservation", "kl_div_score", ".3f"),
+    ("KL", "model_behavior_preservation", "kl_div_with_sae", ".3f"),
+    ("CE score", "model_performance_preservation", "ce_loss_score", ".3f"),
+    ("EV", "reconstruction_quality", "fve", ".3f"),
+    ("alive", "misc_metrics", "frac_alive", ".3f"),
+    ("corr", "correlation", "mean", ".3f"),
+    ("corr 99.9 %", "correlation", "quantile_99.9", ".3f"),
+)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole page. What was not measured is left out."""
+    stages = result["stages"]
+    parts = [
+        f"# A real model, {result['date']}: {result['model']}\n\n{introduction(result)}",
+        section("Time of each stage", times(result["seconds"])),
+        section("Against the independent check", check(result)),
+        section("Variance of the harvested rows", variances(stages)),
+        *(section(f"The {arm} arm: each recipe", recipes(stages, arm)) for arm in ("standing", "sinks")),
+        *(section(f"The {arm} arm: what one row does", order(stages, arm)) for arm in ("standing", "sinks")),
+        section("What a context begins with", beginnings(stages.get("beginnings"))),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def introduction(result: dict[str, Any]) -> str:
+    return (
+        f"`python benchmarks/real_model/run.py`: {result['tokens']} tokens at layers "
+        f"{' and '.join(map(str, result['layer']))}; SAEs of layer {result['layer'][0]}, four times as wide, `--l0 "
+        f"{result['l0']}`, {result['steps']:,} steps of 1,024 (sinks: {result['sink_tokens']} tokens, "
+        f"{result['sink_steps']:,} steps). {result['machine']}."
+    )
+
+
+def section(title: str, body: str | None) -> str | None:
+    return f"## {title}\n\n{body}" if body else None
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [headings, ["---"] * len(headings), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def times(seconds: dict[str, float]) -> str:
+    order = sorted(seconds.items(), key=lambda item: -item[1])
+    return table(["stage", "seconds"], [[name, f"{value:,.0f}"] for name, value in order])
+
+
+def check(result: dict[str, Any]) -> str | None:
+    """Largest differences between `sae evaluate` and the hooks, and rows that differ from the hidden states."""
+    bits = result["stages"].get("bits")
+    lines = [[arm, *(f"{value:.1e}" for value in one.values())] for arm, one in result["check"].items()]
+    if not lines and not bits:
+        return None
+    names = list(next(iter(result["check"].values()), {}))
+    said = ", ".join(f"{layer}: {rows}" for layer, rows in (bits or {}).items())
+    return (
+        "Largest difference over all runs between `sae evaluate` and transformers with forward hooks.\n\n"
+        + table(["arm", *names], lines)
+        + (f"\n\nStored rows of 4,096 that differ in any bit from transformers' hidden states: {said}." if bits else "")
+    )
+
+
+def variances(stages: dict[str, Any]) -> str | None:
+    lines = []
+    for arm in ("standing", "sinks"):
+        for layer, one in (stages.get(f"{arm}-variance") or {}).items():
+            top = next(value for name, value in one.items() if name.startswith("variance_share_of_top"))
+            cells = (
+                f"{one['norm_median']:.0f}",
+                f"{one['norm_max']:,.0f}",
+                f"{one['outlier_rows']:,} of {one['rows']:,}",
+            )
+            shares = f"{one['variance_share_of_outliers']:.1%}", f"{top:.1%}"
+            where = ", ".join(f"{place} ({count})" for place, count in list(one["outlier_positions"].items())[:4])
+            tokens = ", ".join(f"`{text!r}` ({count})" for text, count in list(one["outlier_tokens"].items())[:4])
+            variance = f"{one['variance_all_rows']:.0f}", f"{one['variance_masked']:.0f}"
+            lines.append([arm, layer, *cells, *shares, *variance, where or "none", tokens or "none"])
+    headings = "arm, array, median norm, largest, outlier rows, their share of the variance, top 0.1 % of rows".split(
+        ", "
+    )
+    headings += "variance with them, without, positions (rows), tokens (rows)".split(", ")
+    return table(headings, lines) if lines else None
+
+
+def recipes(stages: dict[str, Any], arm: str) -> str | None:
+    core, unmasked = stages.get(f"{arm}-core"), stages.get(f"{arm}-core-unmasked")
+    if not core:
+        return None
+    rows, rows_off = stages.get(f"{arm}-rows") or {}, stages.get(f"{arm}-rows-unmasked") or {}
+    absorption = stages.get(f"{arm}-absorption") or {}
+    lines = []
+    for run, result in core.items():
+        cells = [format_number(number(result, category, name), form) for _, category, name, form in NUMBERS]
+        off = (unmasked or {}).get(run)
+        cells += [format_number(number(off, "reconstruction_quality", "fve") if off else None)]
+        cells += [format_number(number(off, "correlation", "quantile_99.9") if off else None)]
+        cells += [format_number(part.get("training_rows_ev", {}).get(run)) for part in (rows, rows_off)]
+        cells += [format_number(part.get("first_example_outliers", {}).get(run)) for part in (rows, rows_off)]
+        if absorption:
+            cells.append(format_number(absorption[run]["metrics"]["mean"]["mean_full_absorption_score"]))
+        lines.append([run.split("-")[0], *cells])
+    headings = ["recipe", *(heading for heading, *_ in NUMBERS)]
+    headings += ["EV, not masked", "corr 99.9 %, not masked", "EV on training rows", "the same, not masked"]
+    headings += ["first examples on outlier rows", "the same, not masked"]
+    return table(headings + ["absorption"] * bool(absorption), lines)
+
+
+def number(result: dict[str, Any], category: str, name: str) -> float | None:
+    """A number of rows that are no outliers where the result has it, else of all rows."""
+    metrics = result["metrics"]
+    value = metrics.get("masked", {}).get(name, metrics.get(category, {}).get(name))
+    return None if value == -1 else value
+
+
+def format_number(value: float | None, form: str = ".3f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def order(stages: dict[str, Any], arm: str) -> str | None:
+    lines = []
+    for title, key in (("masked", f"{arm}-rows"), ("not masked", f"{arm}-rows-unmasked")):
+        found = stages.get(key)
+        if not found:
+            continue
+        stable, change = found["order"], max(found["order"]["largest_change_of_ev_by_one_row"].values())
+        turned = stable["decided_and_turned_by_one_row"]
+        lines.append(
+            f"{title}: {found['rows']:,} held-out rows of {found['documents']} documents. One row left out changes the "
+            f"explained variance of a run by at most {change:.4f}. Of {stable['pairs']} pairs of runs and numbers (EV"
+            f"{', KL' if title == 'masked' else ''}), {stable['decided']} have a paired 95 % interval that excludes "
+            f"zero; leaving out one row turns the order of {len(turned)} of these"
+            f"{': ' + '; '.join(map(say_pair, turned)) if turned else ''}. Near ties: "
+            f"{'; '.join(map(say_pair, stable['near_ties'])) or 'none'}."
+        )
+    return "\n\n".join(lines) or None
+
+
+def say_pair(pair: dict[str, Any]) -> str:
+    names = f"{pair['a'].split('-')[0]} minus {pair['b'].split('-')[0]}"
+    turned = f", turned by any of {pair['rows_that_turn_it']} rows" if pair["rows_that_turn_it"] else ""
+    return f"{names}, {pair['number']} {pair['difference']:+.4f} ±{pair['half_interval']:.4f}{turned}"
+
+
+def beginnings(found: dict[str, Any] | None) -> str | None:
+    if not found:
+        return None
+    layers = list(next(iter(found.values()))["outlier_rows"])
+    lines = [
+        [name, f"{one['ce']:.4f}", f"{one['predictions']:,}", *(f"{one['outlier_rows'][layer]:,}" for layer in layers)]
+        for name, one in found.items()
+    ]
+    headings = [
+        "begins with",
+        "CE from token 20 on",
+        "predictions",
+        *(f"rows over 10 medians, layer {n}" for n in layers),
+    ]
+    return table(headings, lines)
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
