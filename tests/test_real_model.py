@@ -192,11 +192,11 @@ def bench(tiny_llama, sentences, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(bench):
+def plain(bench, tiny_llama):
     """The same cache, model and SAEs as forward_hooks.py opens them, and what it measures."""
     hooks = script("forward_hooks")
     cache = hooks.PlainCache(bench[0].folder)
-    model, saes = hooks.load_plain_model(cache), [hooks.load_plain_sae(run) for run in bench[1]]
+    model, saes = hooks.load_plain_model(tiny_llama, cache), [hooks.load_plain_sae(run) for run in bench[1]]
     return cache, model, saes, hooks.measure(model, cache.held_out(), saes)
 
 

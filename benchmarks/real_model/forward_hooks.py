@@ -1,6 +1,6 @@
 """An independent check of `sae evaluate`: KL, CE and explained variance by transformers and torch hooks alone.
 
-    python benchmarks/real_model/forward_hooks.py CACHE RUN... [--tokens 6k] [--max-norm-off]
+    python benchmarks/real_model/forward_hooks.py MODEL CACHE RUN... [--tokens N] [--count-outliers]
 
 This file imports nothing of the package and shares no code with it. It reads the files as docs/cache-format.md and
 sae.json describe them, encodes by the equations of the recipes, and runs the whole model once for each SAE with a
@@ -175,12 +175,10 @@ class RowTable:
         }
 
 
-def load_plain_model(cache: PlainCache, folder: str | None = None) -> Any:
-    """The model of a cache in float32, from `folder` if its own name is not a folder."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder or cache.identity["model"]["name"], dtype=torch.float32, attn_implementation=cache.identity["attention"]
-    )
-    return model.eval()
+def load_plain_model(folder: Path, cache: PlainCache) -> Any:
+    """The model in a folder, in float32 and with the attention that the cache was harvested with."""
+    attention = cache.identity["attention"]
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 @torch.no_grad()
@@ -306,16 +304,16 @@ def hidden_state_differences(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--model", help="the model's folder, if the cache does not name it")
+    parser.add_argument("model", type=Path, help="folder of the model")
+    parser.add_argument("cache", type=Path, help="folder of the cache whose held-out text is read")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, of one layer")
     parser.add_argument("--tokens", type=int, help="held-out tokens to read (default: all)")
-    parser.add_argument("--max-norm-off", action="store_true", help="count and replace outlier rows as well")
+    parser.add_argument("--count-outliers", action="store_true", help="count and replace outlier rows as well")
     args = parser.parse_args()
     cache = PlainCache(args.cache)
     saes = [load_plain_sae(run) for run in args.runs]
-    limit = None if args.max_norm_off else cache.norm_limit(f"layer_{saes[0].layer:02}")
-    table = measure(load_plain_model(cache, args.model), cache.held_out(args.tokens), saes, limit, say=print)
+    limit = None if args.count_outliers else cache.norm_limit(f"layer_{saes[0].layer:02}")
+    table = measure(load_plain_model(args.model, cache), cache.held_out(args.tokens), saes, limit, say=print)
     print(json.dumps({"rows": len(table.norm), "norm_limit": limit, "runs": table.summary()}, indent=1))
 
 

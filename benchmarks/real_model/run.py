@@ -175,7 +175,7 @@ class Bench:
     def rows(self, arm: Arm, masked: bool) -> dict[str, Any]:
         """Measure each held-out row with forward hooks only; without masking no KL and CE, since EV shows enough."""
         limit = arm.cache.norm_limit(self.array)
-        model = load_plain_model(arm.cache, str(self.model))
+        model = load_plain_model(self.model, arm.cache)
         table = measure(model, arm.cache.held_out(), arm.saes, limit if masked else None, loss=masked, say=say_progress)
         save_table(table, self.folder / "stages" / f"{arm.name}-rows{'' if masked else '-unmasked'}.npz")
         return {
@@ -199,7 +199,7 @@ class Bench:
         known = self.tokenizer.get_vocab()
         tokens = {"nothing": None} | {name: known[name] for name in self.args.beginning if name in known}
         cache = self.standing.cache
-        model = load_plain_model(cache, str(self.model))
+        model = load_plain_model(self.model, cache)
         begins = cache.identity.get("bos", "") is not None
         return compare_beginnings(model, cache.held_out(), tokens, self.args.layer, begins)
 
@@ -211,7 +211,7 @@ class Bench:
         chosen = [option for layer in layers for option in ("--layer", str(layer))]
         self.sae(arm, "harvest", "--model", self.model, "--dataset", self.text, *chosen, "--tokens", "4096")
         batch = json.loads(next(arm.cache.folder.glob("commits/*.json")).read_text())["batch_contexts"]
-        model = load_plain_model(arm.cache, str(self.model))
+        model = load_plain_model(self.model, arm.cache)
         return hidden_state_differences(model, arm.cache, [f"layer_{layer:02}" for layer in layers], batch)
 
 
