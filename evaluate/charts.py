@@ -174,11 +174,14 @@ def thin_out(series: Series) -> Series:
         finite = [place for place in places if math.isfinite(series.y[place])]
         if finite:
             kept |= {min(finite, key=series.y.__getitem__), max(finite, key=series.y.__getitem__)}
-    x, y, spread, labels = (
-        [values[place] for place in sorted(kept)] if values else []
-        for values in (series.x, series.y, series.spread, series.labels)
+    places = sorted(kept)
+    return replace(
+        series,
+        x=[series.x[place] for place in places],
+        y=[series.y[place] for place in places],
+        spread=[series.spread[place] for place in places if series.spread],
+        labels=[series.labels[place] for place in places if series.labels],
     )
-    return replace(series, x=x, y=y, spread=spread, labels=labels)
 
 
 def marker_of(number: int) -> str:

@@ -182,12 +182,13 @@ function makePassage([context, start, position, value, levels], peak) {
   const line = el("p", { className: "passage token" }), ids = text[context];
   const end = start + levels.length;
   const draw = (whole) => {
-    line.replaceChildren();
+    line.replaceChildren(!whole && start > 0 ? "…" : "");
     for (let at = whole ? 0 : start; at < (whole ? ids.length : end); at++) {
       const [space, token] = makeToken(ids[at], levels[at - start], peak);
       if (at === position) Object.assign(token, { title: number(value) }).classList.add("chosen");
       line.append(space, token, whole && words[ids[at]].endsWith("↵") ? "\n" : "");
     }
+    line.append(!whole && end < ids.length ? "…" : "");
   };
   draw(false);
   const head = el("div", { className: "value", title: `context ${context}, position ${position}` }, number(value));

@@ -180,7 +180,13 @@ def recipe_settings(run: InspectedRun) -> dict[str, str]:
     record = training_record(run)
     shown = {name: record[name] for name in ("variant", "paper", "seed", "steps", "batch_size") if name in record}
     shown |= record.get("resolved") or {}
-    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in shown.items()}
+    return {name: describe_setting(value) for name, value in shown.items() if value is not None}
+
+
+def describe_setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table_columns(run: InspectedRun, stats: LatentStats, latents_K: Tensor, token_index: TokenIndex) -> dict[str, Any]:
