@@ -10,6 +10,7 @@ from ..charts import Chart
 from ..papers.claims import Paper
 from ..papers.figures import letters, paper_figures
 from ..papers.report import PaperReport, describe_system, runs_by_system, shown_layer, unreported_table
+from ..tables import describe_model
 from .page import render_page
 from .svg import CHART_SIZE, draw_svg, shared_legend
 
@@ -20,15 +21,17 @@ WIDE = (1240, 460)  # pixels
 def reproduction_page(report: PaperReport, model: str, reading: str) -> str:
     """The HTML page: claims with verdicts, gates, the paper's contradictions, what was run, and figures.
 
-    `reading` is the name of the reading of the paper's units that was used.
+    `model` is shown where no run records one, and `reading` is the name of the reading of the paper's units that was
+    used.
     """
     paper, systems = report.paper, runs_by_system(report)
+    models = sorted({describe_model(run.run.origin["model"]) for run in report.runs if "model" in run.run.origin})
     return render_page(
         "report.html",
         title=f"{paper.number} {paper.title}",
         report=report,
         paper=paper,
-        model=model,
+        model=", ".join(models) or model,
         setting=describe_runs(report),
         systems=[(system, describe_system(system)) for system in paper.systems.values()],
         ran=describe_setup(paper),
