@@ -52,7 +52,7 @@ class Splicer:
 
     def keep(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
         model = self.language_model
-        before = [Hook(hook.layer - 1) for hook in hooks if is_inside(hook) and hook.layer > 0]
+        before = [hook for hook in map(self.skipped_to, hooks) if hook is not None]
         kept: dict[Hook, Tensor] = {}
         with self.noting_outputs(), model.capturing([*dict.fromkeys([*hooks, *before])], kept):
             final = model.trunk(ids_NS, use_cache=False).last_hidden_state
@@ -68,20 +68,32 @@ class Splicer:
                 return x_NSD
 
             with contextlib.ExitStack() as stack:
-                if self.skips_blocks.get(hook, True) and hook.site == "resid_post":
+                start = self.skipped_to(hook) if self.skips_blocks.get(hook, True) else None
+                if start == hook:
                     stack.enter_context(self.starting_after(hook.layer, x_NSD))
                     replaced = True
                 else:
                     stack.enter_context(model.patching(hook, replace))
-                    if self.skips_blocks.get(hook, True) and is_inside(hook) and hook.layer > 0:
-                        block_input = kept[Hook(hook.layer - 1)].repeat(versions, 1, 1)
-                        stack.enter_context(self.starting_after(hook.layer - 1, block_input))
+                    if start is not None:
+                        stack.enter_context(self.starting_after(start.layer, kept[start].repeat(versions, 1, 1)))
                 again = model.trunk(ids_NS.repeat(versions, 1), use_cache=False).last_hidden_state
             if not replaced:
                 raise SaeError(f"The hook on {hook.name} did not fire, so nothing was replaced.")
             return again
 
         return ForwardPass({hook: kept[hook] for hook in hooks}, final, torch.no_grad()(run_from))
+
+    def skipped_to(self, hook: Hook) -> Hook | None:
+        """The last activations that do not depend on those at a hook, or are those: where the model can start again.
+
+        None if that is the embedding. A module outside the blocks belongs to the first layer if it runs before them
+        and to the last if it runs after them.
+        """
+        if hook.site == "resid_post":
+            return hook
+        last = len(self.language_model.blocks) - 1
+        layer = hook.layer if is_outside(hook) and hook.layer == last > 0 else hook.layer - 1
+        return Hook(layer) if layer >= 0 and (layer == last or not is_outside(hook)) else None
 
     @contextlib.contextmanager
     def starting_after(self, layer: int, x_NSD: Tensor) -> Iterator[None]:
@@ -167,9 +179,8 @@ class Splicer:
             )
 
 
-def is_inside(hook: Hook) -> bool:
-    """Whether the hook is in a block, which has then to be run again: not its output, and not outside the blocks."""
-    return hook.site != "resid_post" and not getattr(hook, "is_outside", False)
+def is_outside(hook: Hook) -> bool:
+    return getattr(hook, "is_outside", False)
 
 
 @contextlib.contextmanager

@@ -16,20 +16,20 @@ HUB_IDS = {
 """TransformerLens' name of a model -> its id on the Hub, where the two differ."""
 TRANSFORMERLENS_NAMES = {hub: name for name, hub in HUB_IDS.items()}
 
+BLOCK = r"(?:(?:model|model\.language_model|language_model\.model|gpt_neox|transformer|backbone)\.)?(?:layers|h)\.(\d{1,4})"
+"""A block as transformers names it, with its number."""
 HOOK_PATTERNS = {
-    "resid_post": (
-        r"blocks\.(\d{1,4})\.hook_resid_post",
-        r"(?:.*/)?resid_post_layer_(\d{1,4})(?:/.*)?",
-        r"(?:.*/)?(?:model\.|model\.language_model\.)?layers\.(\d{1,4})(?:\.output)?",
-        r"(?:.*/)?layer_(\d{1,4})(?:/.*)?",
-    ),
-    "resid_pre": (  # resid_post of the block before
-        r"blocks\.(\d{1,4})\.hook_resid_pre",
-        r"(?:.*/)?resid_pre_layer_(\d{1,4})(?:/.*)?",
-    ),
-    "mlp_out": (r"blocks\.(\d{1,4})\.hook_mlp_out", r"(?:.*/)?mlp_out_layer_(\d{1,4})(?:/.*)?"),
-    "attn_z": (r"blocks\.(\d{1,4})\.attn\.hook_z", r"(?:.*/)?attn_z_layer_(\d{1,4})(?:/.*)?"),
+    site: [
+        re.escape(name).replace(r"\{\}", r"(\d{1,4})"),  # TransformerLens, SAELens
+        rf"(?:.*/)?{site}_layer_(\d{{1,4}})(?:/.*)?",  # dictionary_learning
+    ]
+    for site, name in SITES.items()
 }
+HOOK_PATTERNS["resid_post"] += [rf"(?:.*/)?{BLOCK}(?:\.output)?", r"(?:.*/)?layer_(\d{1,4})(?:/.*)?"]
+MODULE = rf"(?:.*/)?{BLOCK}\.([\w.]+?)(\.input|\.output)?"
+"""A module in a block, as sparsify, SAELens (with models of transformers) and our own exports name it."""
+OUTSIDE_MODULE = r"(model\.[\w.]+?\.(?:input|output))"
+"""A module outside the blocks, as our own exports name it."""
 GEMMA_SCOPE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}  # the last word of a repository's name
 
 
@@ -51,20 +51,24 @@ def transformerlens_name(model: str) -> str:
 def parse_hook(text: str) -> Hook | None:
     """The hook point that a name means in any library's scheme, or None.
 
-    Raises UsageError for resid_pre of block 0, the embedding.
+    The input of a block is the output of the one before, under whose name it is known here; that of block 0 has none.
+    A module is known by its path. One outside the blocks is said to be of layer 0, since its name has no layer.
     """
+    text = text.strip()
     for site, patterns in HOOK_PATTERNS.items():
         for pattern in patterns:
-            if match := re.fullmatch(pattern, text.strip()):
-                layer = int(match[1])
-                if site != "resid_pre":
-                    return Hook(layer, site)
-                if layer == 0:
-                    raise UsageError(
-                        f"{text!r} is the embedding, before the first block; SAEs on it are not supported."
-                    )
-                return Hook(layer - 1)
+            if match := re.fullmatch(pattern, text):
+                return resid_post_for(Hook(int(match[1]), site))
+    if (match := re.fullmatch(MODULE, text)) and "hook_" not in text:
+        return Hook(int(match[1]), match[2] + (match[3] or ".output"))
+    if match := re.fullmatch(OUTSIDE_MODULE, text):
+        return Hook(0, match[1])
     return None
+
+
+def resid_post_for(hook: Hook) -> Hook:
+    """resid_post of the block before, for resid_pre; any other hook is returned as it is."""
+    return Hook(hook.layer - 1) if hook.site == "resid_pre" and hook.layer > 0 else hook
 
 
 def first_hook(texts: Iterable[object]) -> Hook | None:
@@ -74,9 +78,10 @@ def first_hook(texts: Iterable[object]) -> Hook | None:
             continue
         if hook := parse_hook(text):
             return hook
-        if text.startswith("blocks.") or re.fullmatch(r"(model\.)?layers\.\d+\..*", text):
+        if text.startswith("blocks."):
             raise UsageError(
-                f"The hook point {text[:80]!r} is not supported. Supported are {', '.join(SITES.values())}."
+                f"The hook point {text[:80]!r} is not supported. Supported are {', '.join(SITES.values())}, and modules "
+                "under their path in transformers, such as model.layers.12.mlp."
             )
     return None
 
