@@ -92,8 +92,8 @@ class Splicer:
         if hook.site == "resid_post":
             return hook
         last = len(self.language_model.blocks) - 1
-        layer = hook.layer if is_outside(hook) and hook.layer == last > 0 else hook.layer - 1
-        return Hook(layer) if layer >= 0 and (layer == last or not is_outside(hook)) else None
+        layer = hook.layer if hook.is_outside and hook.layer == last > 0 else hook.layer - 1
+        return Hook(layer) if layer >= 0 and (layer == last or not hook.is_outside) else None
 
     @contextlib.contextmanager
     def starting_after(self, layer: int, x_NSD: Tensor) -> Iterator[None]:
@@ -177,10 +177,6 @@ class Splicer:
             raise UsageError(
                 f"SAEs cannot be spliced into {name}: {what} changes the logits by {difference:.2g} of them."
             )
-
-
-def is_outside(hook: Hook) -> bool:
-    return getattr(hook, "is_outside", False)
 
 
 @contextlib.contextmanager

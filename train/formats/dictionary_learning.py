@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.layout import SITES, Hook
 from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
 from .base import Description, ForeignSAE, Format, Reference, hook_or_none
 from .canonical import CanonicalSAE, from_canonical
-from .hook_names import first_hook, hub_id, parse_model
+from .hook_names import first_hook, hub_id, is_module, parse_model, recorded_hook
 from .safe_pickle import read_state_dict_headers
 from .safe_read import ForeignFolder, TensorHeader, get_nested, read_weights, short_repr, vector_size
 
@@ -88,12 +88,14 @@ class DictionaryLearning(Format, name="dictionary-learning"):
             "device": "cpu",
             "layer": metadata.get("hook_layer"),
             "lm_name": hub_id(metadata.get("model_name", "")) or None,
-            "submodule_name": submodule_name(metadata.get("hook_name", "")),
+            "submodule_name": submodule_name(metadata),
             "seed": metadata.get("seed"),
         }
         if canonical.activation == "topk":
             trainer["k"] = canonical.k
         buffer_config = {"ctx_len": metadata.get("context_size"), "d_submodule": canonical.d_in, "io": "out"}
+        if is_module(name := metadata.get("hook_name")) and str(name).endswith(".input"):
+            buffer_config["io"] = "in"
         atomic_write(folder / "ae.pt", buffer.getbuffer())
         write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer_config, "about": metadata})
 
@@ -210,10 +212,13 @@ def state_dict(canonical: CanonicalSAE) -> dict[str, Tensor]:
     raise AssertionError(canonical.activation)
 
 
-def submodule_name(hook_name: str) -> str | None:
-    """`resid_post_layer_12`, the scheme of dictionary_learning's own demo."""
-    hook = first_hook([hook_name])
-    return None if hook is None else f"{hook.site}_layer_{hook.layer}"
+def submodule_name(metadata: dict[str, Any]) -> str | None:
+    """`resid_post_layer_12`, the scheme of dictionary_learning's own demo; a module is named as in transformers."""
+    name = metadata.get("hook_name")
+    if is_module(name):
+        return metadata.get("hf_hook_name") or metadata.get("hf_hook_input_of")
+    layer = metadata.get("hook_layer")
+    return next((f"{site}_layer_{layer}" for site, form in SITES.items() if form.format(layer) == name), None)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -285,8 +290,11 @@ def find_hook(folder: ForeignFolder, config: dict[str, Any]) -> Hook | None:
     """
     trainer = config.get("trainer")
     submodule, by_number = hook_texts(trainer if isinstance(trainer, dict) else {})
-    path_parts = reversed(folder.path.resolve().parts[-3:])
-    return first_hook([get_nested(config, "about", "hook_name"), submodule, *path_parts, by_number])
+    path_parts, about = reversed(folder.path.resolve().parts[-3:]), config.get("about")
+    own = recorded_hook(about) if isinstance(about, dict) else None
+    if get_nested(config, "buffer", "io") == "in" and isinstance(submodule, str) and "_layer_" not in submodule:
+        submodule = f"{submodule}.input"
+    return own or first_hook([submodule, *path_parts, by_number])
 
 
 def hook_texts(trainer: Mapping[str, Any]) -> tuple[Any, str | None]:

@@ -19,7 +19,7 @@ from ...common.errors import UsageError
 from ...common.files import atomic_write, write_json
 from .base import Description, ForeignSAE, Format, Reference, describe_path
 from .canonical import CanonicalSAE, from_canonical
-from .hook_names import first_hook, parse_gemma_scope_path, parse_model
+from .hook_names import parse_gemma_scope_path, parse_model, recorded_hook
 from .safe_read import ForeignFolder, read_npz_headers, read_weights, vector_size
 
 KINDS = {  # what is not an SAE on a layer -> its description
@@ -66,7 +66,7 @@ class GemmaScope(Format, name="gemma-scope"):
         foreign.model, foreign.hook = parse_gemma_scope_path(parts)
         if folder.has("about.json"):
             foreign.metadata = folder.read_json("about.json")
-            foreign.hook = first_hook([foreign.metadata.get("hook_name")]) or foreign.hook
+            foreign.hook = recorded_hook(foreign.metadata) or foreign.hook
             foreign.model = parse_model(foreign.metadata.get("model_name")) or foreign.model
             foreign.record_text(foreign.metadata)
         return foreign

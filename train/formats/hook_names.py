@@ -1,7 +1,8 @@
 """Names of models and hook points in other libraries, translated to ours and back."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ...cache.layout import SITES, Hook
 from ...common.errors import UsageError
@@ -16,7 +17,8 @@ HUB_IDS = {
 """TransformerLens' name of a model -> its id on the Hub, where the two differ."""
 TRANSFORMERLENS_NAMES = {hub: name for name, hub in HUB_IDS.items()}
 
-BLOCK = r"(?:(?:model|model\.language_model|language_model\.model|gpt_neox|transformer|backbone)\.)?(?:layers|h)\.(\d{1,4})"
+TRUNKS = ("model", "model.language_model", "language_model.model", "gpt_neox", "transformer", "backbone")
+BLOCK = rf"(?:(?:{'|'.join(map(re.escape, TRUNKS))})\.)?(?:layers|h)\.(\d{{1,4}})"
 """A block as transformers names it, with its number."""
 HOOK_PATTERNS = {
     site: [
@@ -71,6 +73,21 @@ def resid_post_for(hook: Hook) -> Hook:
     return Hook(hook.layer - 1) if hook.site == "resid_pre" and hook.layer > 0 else hook
 
 
+def is_module(hook_name: object) -> bool:
+    """Whether our own name of a hook is that of a module, such as model.layers.12.mlp.gate_proj.output."""
+    return isinstance(hook_name, str) and hook_name.startswith("model.") and hook_name.endswith((".input", ".output"))
+
+
+def recorded_hook(metadata: Mapping[str, Any]) -> Hook | None:
+    """The hook point that our own exports record, None if there is none."""
+    return with_recorded_layer(first_hook([metadata.get("hook_name")]), metadata.get("hook_layer"))
+
+
+def with_recorded_layer(hook: Hook | None, layer: object) -> Hook | None:
+    """A hook on a module outside the blocks, whose name has no layer, with the layer that the files record."""
+    return hook._replace(layer=layer) if hook is not None and hook.is_outside and type(layer) is int else hook
+
+
 def first_hook(texts: Iterable[object]) -> Hook | None:
     """The hook point of the first text that names one. UsageError if a text names one that is not supported."""
     for text in texts:
@@ -80,8 +97,8 @@ def first_hook(texts: Iterable[object]) -> Hook | None:
             return hook
         if text.startswith("blocks."):
             raise UsageError(
-                f"The hook point {text[:80]!r} is not supported. Supported are {', '.join(SITES.values())}, and modules "
-                "under their path in transformers, such as model.layers.12.mlp."
+                f"The hook point {text[:80]!r} is not supported. Supported are {', '.join(SITES.values())}, and "
+                "modules under their path in transformers, such as model.layers.12.mlp."
             )
     return None
 

@@ -147,6 +147,7 @@ def import_files(
     folder, fmt = open_folder(path, config.layer)
     foreign = fmt.read(folder)
     hook, used_model = resolve_hook_and_model(foreign, folder.path, config.model, config.layer)
+    hook = hook_in_caches(used_model, hook, config.cache)
     config.check_hook(config.model or model_label(used_model), hook, foreign.sae.d_in)
     cache, candidates = find_cache(used_model, hook, foreign.sae.d_in, config.cache, foreign.notes)
     if cache is not None:
@@ -231,6 +232,19 @@ def resolve_hook_and_model(
             f"The files in {folder} do not record their {' and '.join(missing)}. Add {' '.join(missing.values())}."
         )
     return hook, recorded
+
+
+def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: Path | None) -> Hook:
+    """The hook under which the caches of a model hold these activations: the output of a block is the next one's input.
+
+    `cache_folder` is the only cache that counts, if one is given.
+    """
+    if hook.site != "resid_post":
+        return hook
+    caches = [Cache(cache_folder)] if cache_folder is not None else list_caches().values()
+    held = [h for c in caches if isinstance(c, Cache) and same_model(c.identity["model"], model) for h in c.hooks]
+    as_input = Hook(hook.layer + 1, "resid_pre")
+    return as_input if as_input in held and hook not in held else hook
 
 
 def find_cache(

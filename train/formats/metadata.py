@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...cache.layout import Hook
+from ...cache.layout import SITES, Hook
 from ...cache.models import model_label
 from ...cache.reader import Cache
 from ...common.errors import SaeError
@@ -19,20 +19,28 @@ SAELENS_VERSION = "6.28.0"
 
 
 def run_hook(sae: SAE) -> Hook | None:
-    layer = sae.origin.get("layer")
-    return Hook(layer, sae.origin.get("site", "resid_post")) if isinstance(layer, int) else None
+    return Hook.from_record(sae.origin) if isinstance(sae.origin.get("layer"), int) else None
 
 
-def module_path(hook: Hook, cache: Cache | None) -> str:
-    """The block's module in transformers ("model.layers.12"), as the harvest recorded it.
+def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
+    """The module in transformers whose input or output the activations are: ("model.layers.12.mlp", "output").
 
-    GPT-2 and GPT-NeoX name their blocks differently from most models. Older caches do not record it.
+    It is what the harvest recorded. Without a cache, or with one that is too old to record it, only resid_post and
+    sites that are modules are known, by the usual names of blocks; others are None. resid_mid is always None: it is
+    neither an input nor an output.
     """
     modules: dict[str, str] = {}
     if cache is not None:
         with contextlib.suppress(SaeError):
             modules = read_json(cache.folder / "harvest.json", "modules")["modules"]
-    return modules.get(hook.array, f"model.layers.{hook.layer}").split(",")[0]
+    if hook.site == "resid_mid":
+        return None
+    if recorded := modules.get(hook.array, "").split(",")[0]:
+        return recorded.removeprefix("the input of "), "input" if recorded.startswith("the input of ") else "output"
+    if hook.site == "resid_post":
+        return f"model.layers.{hook.layer}", "output"
+    path, _, end = hook.name.rpartition(".")
+    return None if hook.site in SITES else (path, end)
 
 
 def export_metadata(sae: SAE, run: Path | None, cache: Cache | None) -> dict[str, Any]:
@@ -53,8 +61,8 @@ def export_metadata(sae: SAE, run: Path | None, cache: Cache | None) -> dict[str
         metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": False}
     if hook is not None:
         metadata |= {"hook_name": hook.name, "hook_layer": hook.layer, "hook_head_index": None}
-        if hook.site == "resid_post":
-            metadata["hf_hook_name"] = module_path(hook, cache)
+        if (module := hook_module(hook, cache)) is not None:
+            metadata["hf_hook_name" if module[1] == "output" else "hf_hook_input_of"] = module[0]
     metadata |= {"context_size": origin.get("context"), "prepend_bos": True}
     if cache is not None:
         data = cache.identity["data"]

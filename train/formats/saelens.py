@@ -20,7 +20,7 @@ from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
 from .base import Description, ForeignSAE, Format, Reference, hook_or_none
 from .canonical import CanonicalSAE, from_canonical
-from .hook_names import first_hook, parse_model
+from .hook_names import first_hook, hub_id, is_module, parse_model, with_recorded_layer
 from .safe_read import (
     ForeignFolder,
     get_bool,
@@ -58,6 +58,7 @@ class SAELens(Format, name="saelens"):
         )
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
+        metadata = saelens_metadata(metadata)
         architectures = {activation: name for name, activation in ARCHITECTURES.items()}
         config: dict[str, Any] = {
             "architecture": architectures[canonical.activation],
@@ -143,6 +144,29 @@ class SAELens(Format, name="saelens"):
         return encode_decode
 
 
+def saelens_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata with SAELens' name of the hook point.
+
+    A module has no hook point in TransformerLens. SAELens runs transformers' own model for it, of which it reads the
+    outputs of modules. UsageError for an input, which it cannot name.
+    """
+    name = metadata.get("hook_name")
+    if not is_module(name):
+        return metadata
+    if "hf_hook_name" not in metadata:
+        raise UsageError(
+            f"SAELens reads the outputs of modules, and this SAE was trained on {name}. Export it with --to "
+            "dictionary-learning, or with --to gemma-scope, which record any hook point."
+        )
+    own: dict[str, Any] = {
+        "model_class_name": "AutoModelForCausalLM",
+        "model_from_pretrained_kwargs": {},
+        "sae_hook_name": name,
+    }
+    model = {"model_name": hub_id(metadata["model_name"])} if "model_name" in metadata else {}
+    return metadata | own | model | {"hook_name": metadata["hf_hook_name"]}
+
+
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config from before version 6 in the terms of version 6: topk was an activation of `standard`."""
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
@@ -226,7 +250,8 @@ def add_metadata(foreign: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
     """Model and hook point from the config: under "metadata", before version 6 at the top level."""
     recorded = {**config, **config.get("metadata", {})}
     foreign.model = parse_model(recorded.get("model_name"))
-    foreign.hook = first_hook([recorded.get("hook_name"), recorded.get("hf_hook_name")])
+    names = [recorded.get(key) for key in ("sae_hook_name", "hook_name", "hf_hook_name")]
+    foreign.hook = with_recorded_layer(first_hook(names), recorded.get("hook_layer"))
     foreign.record_text(recorded)
     foreign.metadata = {name: value for name, value in recorded.items() if name != "metadata"}
     if config.get("apply_b_dec_to_input") is None:

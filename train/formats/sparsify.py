@@ -16,7 +16,7 @@ from ...common.errors import DamagedError, UsageError
 from ...common.files import atomic_write, write_json
 from .base import Description, ForeignSAE, Format, Reference
 from .canonical import CanonicalSAE, from_canonical
-from .hook_names import first_hook, hub_id, parse_model
+from .hook_names import first_hook, hub_id, parse_model, recorded_hook
 from .safe_read import (
     ForeignFolder,
     get_bool,
@@ -62,8 +62,7 @@ class Sparsify(Format, name="sparsify"):
         return ForeignFolder(subfolders[0])
 
     def write(self, canonical: CanonicalSAE, folder: Path, metadata: dict[str, Any]) -> None:
-        layer = metadata.get("hook_layer")
-        sae_folder = folder / (f"layers.{layer}" if layer is not None else "sae")
+        sae_folder = folder / hookpoint(metadata)
         tensors = {
             "encoder.weight": canonical.W_enc.T,
             "encoder.bias": canonical.centered_b_enc,
@@ -118,7 +117,7 @@ class Sparsify(Format, name="sparsify"):
         foreign = ForeignSAE(from_canonical(canonical, pre_bias=True), metadata=dict(config))
         sae_folder = self.sae_folder(folder) or folder
         about = sae_folder.read_json("about.json") if sae_folder.has("about.json") else {}
-        foreign.hook = first_hook([about.get("hook_name"), sae_folder.path.resolve().name])
+        foreign.hook = recorded_hook(about) or first_hook([sae_folder.path.resolve().name])
         parent = ForeignFolder(sae_folder.path.parent)
         run = parent.read_json("config.json") if parent.has("config.json") else {}
         foreign.model = parse_model(run.get("model"))
@@ -137,3 +136,23 @@ class Sparsify(Format, name="sparsify"):
             return f_BF, f_BF @ w["W_dec"] + w["b_dec"]
 
         return encode_decode
+
+
+def hookpoint(metadata: dict[str, Any]) -> str:
+    """The name of the module whose output an SAE reads, in the base model of transformers: `layers.12.mlp`.
+
+    Raises UsageError for what is not the output of a module, which sparsify cannot name.
+    """
+    name, layer = metadata.get("hook_name"), metadata.get("hook_layer", 0)
+    if name is None:
+        return "sae"
+    if "hf_hook_name" in metadata:
+        return str(metadata["hf_hook_name"]).partition(".")[2]
+    if name.endswith("hook_resid_pre") and layer > 0:  # what the block before returns
+        block = str(metadata.get("hf_hook_input_of", f"model.layers.{layer}")).partition(".")[2]
+        return f"{block.rpartition('.')[0]}.{layer - 1}"
+    raise UsageError(
+        f"sparsify names the module of transformers whose output an SAE reads, and {name} is "
+        + (f"the input of {metadata['hf_hook_input_of']}" if "hf_hook_input_of" in metadata else "not known to be one")
+        + ". Export it with --to saelens, dictionary-learning or gemma-scope."
+    )

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from sae.cache.layout import Hook
 from sae.train.formats.export import export_sae
-from sae.train.formats.metadata import module_path
+from sae.train.formats.metadata import hook_module
 
 
 def test_metadata_has_the_keys_that_saelens_consumers_read(make_sae, tmp_path):
@@ -39,12 +39,19 @@ def test_metadata_has_the_keys_that_saelens_consumers_read(make_sae, tmp_path):
 
 
 def test_the_module_path_is_the_one_that_the_harvest_recorded(sparse_cache, tmp_path):
-    assert module_path(Hook(1), None) == "model.layers.1"
-    assert module_path(Hook(1), sparse_cache) == "model.layers.1"  # it recorded none
+    assert hook_module(Hook(1), None) == ("model.layers.1", "output")
+    assert hook_module(Hook(1), sparse_cache) == ("model.layers.1", "output")  # it recorded none
+    assert hook_module(Hook(1, "mlp.up_proj.input"), None) == ("model.layers.1.mlp.up_proj", "input")
+    assert hook_module(Hook(1, "mlp_out"), None) is None
     record = sparse_cache.folder / "harvest.json"
     before = record.read_bytes() if record.exists() else None
-    record.write_text(json.dumps({"modules": {"layer_01": "transformer.h.1, hidden_states[2]"}}))
+    modules = {
+        "layer_01": "transformer.h.1, hidden_states[2]",
+        "layer_01.attn_z": "the input of transformer.h.1.c_proj",
+    }
+    record.write_text(json.dumps({"modules": modules}))
     try:
-        assert module_path(Hook(1), sparse_cache) == "transformer.h.1"
+        assert hook_module(Hook(1), sparse_cache) == ("transformer.h.1", "output")
+        assert hook_module(Hook(1, "attn_z"), sparse_cache) == ("transformer.h.1.c_proj", "input")
     finally:
         record.unlink() if before is None else record.write_bytes(before)

@@ -66,10 +66,6 @@ def test_a_scaling_factor_is_folded(export_with_config, make_sae, tmp_path, x_RD
             {"metadata": {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_in"}},
             "The hook point 'blocks.3.hook_mlp_in' is not supported",
         ),
-        (
-            {"metadata": {"model_name": "gpt2", "hook_name": "blocks.0.hook_resid_pre"}},
-            "is the embedding, before the first block",
-        ),
         ({"metadata": {}}, "do not record their model and layer. Add --model google/gemma-2-2b --layer 12"),
         ({"metadata": {"model_name": "gpt2"}}, "do not record their layer. Add --layer 12"),
     ],
