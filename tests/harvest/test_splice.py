@@ -17,29 +17,57 @@ from sae.harvest.model import LanguageModel
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA = {
+    "resid_pre": ("model.layers.1", "input"),
+    "resid_mid": ("model.layers.1.self_attn", "output"),
     "resid_post": ("model.layers.1", "output"),
-    "mlp_out": ("model.layers.1.mlp", "output"),
+    "attn_out": ("model.layers.1.self_attn", "output"),
     "attn_z": ("model.layers.1.self_attn.o_proj", "input"),
+    "mlp_in": ("model.layers.1.mlp", "input"),
+    "mlp_hidden": ("model.layers.1.mlp.down_proj", "input"),
+    "mlp_out": ("model.layers.1.mlp", "output"),
+    "mlp.gate_proj.output": ("model.layers.1.mlp.gate_proj", "output"),
+    "self_attn.v_proj.input": ("model.layers.1.self_attn.v_proj", "input"),
+    "model.embed_tokens.output": ("model.embed_tokens", "output"),
+    "model.norm.input": ("model.norm", "input"),
+    "model.norm.output": ("model.norm", "output"),
 }
-GEMMA2 = LLAMA | {"mlp_out": ("model.layers.1.post_feedforward_layernorm", "output")}
+GEMMA2 = LLAMA | {
+    "resid_mid": ("model.layers.1.post_attention_layernorm", "output"),
+    "attn_out": ("model.layers.1.post_attention_layernorm", "output"),
+    "mlp_out": ("model.layers.1.post_feedforward_layernorm", "output"),
+}
 GPT2 = {
+    "resid_pre": ("transformer.h.1", "input"),
+    "resid_mid": ("transformer.h.1.attn", "output"),
     "resid_post": ("transformer.h.1", "output"),
-    "mlp_out": ("transformer.h.1.mlp", "output"),
+    "attn_out": ("transformer.h.1.attn", "output"),
     "attn_z": ("transformer.h.1.attn.c_proj", "input"),
+    "mlp_in": ("transformer.h.1.mlp", "input"),
+    "mlp_hidden": ("transformer.h.1.mlp.c_proj", "input"),
+    "mlp_out": ("transformer.h.1.mlp", "output"),
+    "model.wte.output": ("transformer.wte", "output"),
 }
 GPT_NEOX = {
+    "resid_pre": ("gpt_neox.layers.1", "input"),
     "resid_post": ("gpt_neox.layers.1", "output"),
-    "mlp_out": ("gpt_neox.layers.1.mlp", "output"),
+    "attn_out": ("gpt_neox.layers.1.attention", "output"),
     "attn_z": ("gpt_neox.layers.1.attention.dense", "input"),
+    "mlp_in": ("gpt_neox.layers.1.mlp", "input"),
+    "mlp_hidden": ("gpt_neox.layers.1.mlp.dense_4h_to_h", "input"),
+    "mlp_out": ("gpt_neox.layers.1.mlp", "output"),
 }
-RESID_POST = {"resid_post": ("model.layers.1", "output")}
+RESID = {"resid_pre": ("model.layers.1", "input"), "resid_post": ("model.layers.1", "output")}
 MODULES: dict[str, dict[str, tuple[str, str]]] = {
-    "llama": LLAMA, "qwen3": LLAMA, "gemma2": GEMMA2, "gpt2": GPT2, "gpt_neox": GPT_NEOX, "mixtral": RESID_POST,
-    "granite": RESID_POST, "cohere2": RESID_POST, "phi": RESID_POST, "olmo2": RESID_POST,
+    "llama": LLAMA, "qwen3": LLAMA, "gemma2": GEMMA2, "gpt2": GPT2, "gpt_neox": GPT_NEOX, "granite": RESID,
+    "mixtral": RESID | {"attn_z": LLAMA["attn_z"]}, "cohere2": RESID, "phi": RESID, "olmo2": RESID,
 }  # fmt: skip
-"""Family -> site -> the module whose input or output it is, written down from transformers' sources."""
+"""Family -> site -> the module whose input or output it is, written down from transformers' sources.
+
+For resid_mid it is what attention adds to the residual stream.
+"""
 OPTIONS: dict[str, dict[str, Any]] = {"granite": {"logits_scaling": 8.0}, "gemma2": {"final_logit_softcapping": 2.0}}
 CASES = [(kind, site) for kind, sites in MODULES.items() for site in sites]
+LAYERS = {"model.embed_tokens.output": 0, "model.wte.output": 0, "model.norm.input": 3, "model.norm.output": 3}
 
 
 @lru_cache
@@ -81,9 +109,16 @@ def plain_hook(model: nn.Module, path: str, end: str, change: Callable[[Tensor],
         handle.remove()
 
 
+def resid_pre(model: LanguageModel, kind: str, ids_NS: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    with plain_hook(model.model, *MODULES[kind]["resid_pre"], lambda x: seen.append(x) or x):  # type: ignore[func-returns-value]
+        model.model(ids_NS, use_cache=False)
+    return seen[0]
+
+
 @pytest.mark.parametrize(("kind", "site"), CASES)
 def test_its_own_activations_put_back_give_the_models_logits(kind: str, site: str, ids_NS: Tensor) -> None:
-    model, hook = tiny(kind), Hook(1, site)
+    model, hook = tiny(kind), Hook(LAYERS.get(site, 1), site)
     run = model.forward(ids_NS, [hook])
     logits = model.model(ids_NS, use_cache=False).logits
     assert torch.equal(model.unembed(run.final), logits)
@@ -92,12 +127,13 @@ def test_its_own_activations_put_back_give_the_models_logits(kind: str, site: st
 
 @pytest.mark.parametrize(("kind", "site"), CASES)
 def test_changed_activations_are_a_plain_hook_that_changes_them(kind: str, site: str, ids_NS: Tensor) -> None:
-    model, hook = tiny(kind), Hook(1, site)
+    model, hook = tiny(kind), Hook(LAYERS.get(site, 1), site)
     run = model.forward(ids_NS, [hook])
     changes: list[Callable[[Tensor], Tensor]] = [torch.zeros_like, lambda x: 0.5 * x.roll(1, 0) + 0.1]
     for change in changes:
         x_NSD = change(run.activations[hook])
-        with plain_hook(model.model, *MODULES[kind][site], lambda _, x_NSD=x_NSD: x_NSD):  # type: ignore[misc]
+        put = x_NSD - resid_pre(model, kind, ids_NS) if site == "resid_mid" else x_NSD
+        with plain_hook(model.model, *MODULES[kind][site], lambda _, put=put: put):  # type: ignore[misc]
             expected = model.model(ids_NS, use_cache=False).logits
         found = model.unembed(run.run_from(hook, x_NSD))
         torch.testing.assert_close(found, expected)
@@ -106,7 +142,7 @@ def test_changed_activations_are_a_plain_hook_that_changes_them(kind: str, site:
 
 @pytest.mark.parametrize(("kind", "site"), CASES)
 def test_several_versions_of_the_contexts_run_together(kind: str, site: str, ids_NS: Tensor) -> None:
-    model, hook = tiny(kind), Hook(1, site)
+    model, hook = tiny(kind), Hook(LAYERS.get(site, 1), site)
     run = model.forward(ids_NS, [hook])
     x_NSD = run.activations[hook]
     versions = [x_NSD, 0.5 * x_NSD.roll(1, 0), -x_NSD, x_NSD + 0.1]
