@@ -14,6 +14,10 @@ from .reader import Cache
 # The held-out share and the seed are among them: they decide which documents training must not see, in any cache.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
 
+# Entries of the identity that caches have only where they matter. How a text is tokenized decides what is held out.
+ADDED_KEYS = ("bos", "skip_positions", "special_tokens")
+ABSENT = object()
+
 
 class ConcatCache:
     """The chunks of several caches one after the other, read like one cache.
@@ -26,6 +30,7 @@ class ConcatCache:
         first = self.caches[0]
         for other in self.caches[1:]:
             different = [key for key in COMPATIBLE_KEYS if other.identity[key] != first.identity[key]]
+            different += [k for k in ADDED_KEYS if other.identity.get(k, ABSENT) != first.identity.get(k, ABSENT)]
             if different:
                 raise UsageError(
                     f"{first.folder} and {other.folder} cannot be combined: they differ in {', '.join(different)}. "

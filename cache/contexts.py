@@ -1,6 +1,6 @@
 """The token ids that were fed to the model, as contexts of equal length."""
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..common.files import read_json, write_json
 from .chunks import encode_chunk, files_exist, read_array, write_chunk
-from .layout import FORMAT, group_metadata, token_arrays
+from .layout import FORMAT, ArraySpec, group_metadata, token_arrays
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,29 @@ class Contexts:
     length: np.ndarray  # (N,) uint16: tokens without padding
     document: np.ndarray  # (N,) uint32: the number of the document
     held_out: np.ndarray  # (N,) bool: of a document kept for evaluation
+    rows: np.ndarray | None = None  # (N, S) bool: of a conversation, the tokens of the roles that are harvested
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def select(self, which: np.ndarray | slice) -> "Contexts":
         """The contexts of a mask, an array of indices or a slice."""
-        return Contexts(self.ids[which], self.length[which], self.document[which], self.held_out[which])
+        return Contexts(**{name: values[which] for name, values in self.arrays().items()})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name, as in the folder tokens/; `rows` only if there is one."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in values.items() if array is not None}
+
+    def specs(self) -> list[ArraySpec]:
+        """The metadata of the arrays."""
+        return token_arrays(*self.ids.shape, rows=self.rows is not None)
 
     def write(self, folder: Path) -> None:
         """Write the contexts into a cache's folder; their record, tokens/commit.json, is written last."""
         write_json(folder / "tokens" / "zarr.json", group_metadata({}))
         files = {}
-        for array in token_arrays(*self.ids.shape):
+        for array in self.specs():
             write_json(folder / array.name / "zarr.json", array.metadata())
             file, record = write_chunk(folder, array, 0, getattr(self, array.name.removeprefix("tokens/")))
             files[file] = record
@@ -39,13 +49,16 @@ class Contexts:
 
     def file_records(self) -> dict[str, dict[str, Any]]:
         """{file: record} as `write` would record them, without writing."""
-        arrays = token_arrays(*self.ids.shape)
-        return {a.chunk_file(0): encode_chunk(a, getattr(self, a.name.removeprefix("tokens/")))[1] for a in arrays}
+        values = self.arrays()
+        return {a.chunk_file(0): encode_chunk(a, values[a.name.removeprefix("tokens/")])[1] for a in self.specs()}
 
     @classmethod
     def read(cls, folder: Path) -> "Contexts":
         """Read the contexts of a cache. Raises DamagedError if a file is missing or fails its checksum."""
-        return cls(*(read_array(folder, f"tokens/{field.name}") for field in fields(cls)))
+        files = read_json(folder / "tokens" / "commit.json", "files")["files"]
+        always = [field.name for field in fields(cls) if field.default is MISSING]
+        names = [*always, *(["rows"] if "tokens/rows/c.0.0" in files else [])]
+        return cls(**{name: read_array(folder, f"tokens/{name}") for name in names})
 
     @staticmethod
     def is_complete(folder: Path) -> bool:

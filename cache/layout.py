@@ -8,7 +8,8 @@
         layer_12.mlp_out/    another site of the layer, with its own row_norm and moments
         layer_12.mlp.gate_proj.output/   the output of another module
         row_ctx/ row_pos/    uint32, uint16 (rows,): the position in tokens/ids that each row comes from
-        tokens/              the exact ids fed to the model: ids, length, document, held_out (held-out contexts last)
+        tokens/              the exact ids fed to the model: ids, length, document, held_out (held-out contexts last);
+                             for conversations also rows, the tokens of the roles that are harvested
         commits/             one file per window and array, written last: the only proof that they exist
         harvest.json         the harvest's configuration, so that a damaged window can be harvested again
         manifest.json        the union of the commits, with statistics, written once at the end
@@ -289,13 +290,15 @@ class Layout:
         return range(windows.start * per_window, min(windows.stop * per_window, array.n_chunks))
 
 
-def token_arrays(contexts: int, length: int) -> list[ArraySpec]:
-    """The arrays of `contexts` contexts of at most `length` tokens."""
+def token_arrays(contexts: int, length: int, *, rows: bool = False) -> list[ArraySpec]:
+    """The arrays of `contexts` contexts of at most `length` tokens; with `rows`, marks of the tokens that are rows."""
+    marks = [ArraySpec("tokens/rows", (contexts, length), (contexts, length), "bool")] if rows else []
     return [
         ArraySpec("tokens/ids", (contexts, length), (contexts, length), "uint32"),
         ArraySpec("tokens/length", (contexts,), (contexts,), "uint16"),
         ArraySpec("tokens/document", (contexts,), (contexts,), "uint32"),
         ArraySpec("tokens/held_out", (contexts,), (contexts,), "bool"),
+        *marks,
     ]
 
 

@@ -13,7 +13,8 @@ from .options import MODULE_HELP, Device, Layers, Sites, Tokens, finite_or_none,
 
 if TYPE_CHECKING:
     from ..cache.reader import Cache
-    from ..harvest.plan import HarvestConfig, HarvestPlan
+    from ..harvest.config import HarvestConfig
+    from ..harvest.plan import HarvestPlan
 
 TEXT, CACHE, MODEL = "Text", "Cache", "Model"  # groups of options in --help
 
@@ -35,15 +36,42 @@ def harvest(
         float | None,
         typer.Option(rich_help_panel=TEXT, help="Share of documents kept for evaluation. Default: 0.05."),
     ] = None,
+    bos: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=TEXT,
+            help="What each context begins with: auto (what the tokenizer puts there, else <|endoftext|>, else its "
+            "bos_token or eos_token unless it bounds a chat turn), none, or a token as text or id.",
+        ),
+    ] = "auto",
     keep_special: Annotated[
         bool, typer.Option(rich_help_panel=TEXT, help="Harvest the rows of BOS, EOS and pad too.")
     ] = False,
+    skip_positions: Annotated[
+        int,
+        typer.Option(rich_help_panel=TEXT, help="First positions of a context that are not harvested; BOS is one."),
+    ] = 0,
+    skip_token: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=TEXT, help="A token, as text or id, that is not harvested. Can be repeated."),
+    ] = None,
     pack: Annotated[
         bool, typer.Option("--pack", rich_help_panel=TEXT, help="Fill each context with several documents.")
     ] = False,
     text_column: Annotated[
         str, typer.Option(rich_help_panel=TEXT, help="Column of the dataset that holds text or token ids.")
     ] = "text",
+    chat_column: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=TEXT,
+            help="Column that holds lists of messages (role, content) instead, for the tokenizer's chat template.",
+        ),
+    ] = None,
+    roles: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=TEXT, help="Harvest only what this role wrote: assistant. Can be repeated."),
+    ] = None,
     subset: Annotated[
         str | None, typer.Option(rich_help_panel=TEXT, help="Configuration of a Hub dataset that has several.")
     ] = None,
@@ -87,13 +115,14 @@ def harvest(
     ] = "bfloat16",
 ) -> None:
     """Run a language model over text and write its activations to a cache (by default layers 5, 12 and 19)."""
-    from ..harvest.plan import LAYERS, HarvestConfig
+    from ..harvest.config import LAYERS, HarvestConfig
 
     config = HarvestConfig(
         model=model, revision=revision, layers=layer or LAYERS, sites=site or (() if module else ("resid_post",)),
-        modules=module or (), dataset=dataset,
-        dataset_revision=dataset_revision, subset=subset, split=split, text_column=text_column, tokens=tokens,
-        context=context, held_out=held_out, keep_special=keep_special, pack=pack, window=window,
+        modules=module or (), dataset=dataset, dataset_revision=dataset_revision, subset=subset, split=split,
+        text_column=text_column, chat_column=chat_column, roles=roles or (), tokens=tokens, context=context,
+        held_out=held_out, bos=bos, keep_special=keep_special, skip_positions=skip_positions,
+        skip_tokens=skip_token or (), pack=pack, window=window,
         storage_dtype=storage_dtype, compress=compress, max_norm=finite_or_none(max_norm), dtype=dtype,
         attention=attention, batch_contexts=batch_contexts, seed=seed, device=device, out=out,
         origins=ORIGINS.get({}),

@@ -1,6 +1,6 @@
 """The inputs that every metric shares: the language model, its tokenizer, the held-out text, and cached artifacts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
 from ..cache.models import model_label
+from ..common.special_tokens import added_bos_id, bos_or_eos_id, special_token_ids
 from ..harvest.model import LanguageModel
 from .artifacts import ArtifactCache
+from .sae_text import ContextChange
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class ContextBatch:
     Attributes:
         ids: token ids (N, S), int64.
         is_token: True where there is a token, not padding (N, S).
-        counted: True where metrics are computed: tokens that are not special tokens (N, S).
+        counted: True where metrics are computed: the tokens that a harvest would make rows of (N, S).
         document: the document that each context was cut from (N,), on the CPU.
     """
 
@@ -39,7 +42,8 @@ class EvalContext:
     Attributes:
         load_model: returns the model; called repeatedly, it returns the same object.
         contexts: the held-out text.
-        special_ids: token ids at which no metric is computed (pad, EOS, BOS).
+        context_format: what contexts begin with, and at which tokens no metric is computed (pad, EOS, BOS, and what
+            the harvest left out).
         mode: "0.6.0" or "2024-12", the definitions of the metrics.
         model_identity: identifies the model and how it computes; part of every result's settings.
         text_identity: identifies the held-out text; part of the settings of the metrics that read it.
@@ -48,12 +52,13 @@ class EvalContext:
         device: where the model computes.
         model_config: the model's transformers config.
         model_argument: what --model takes for the model: a Hub id, or its folder on this machine.
+        change: how the contexts differ from the cache's; `contexts` is changed already.
     """
 
     load_model: Callable[[], LanguageModel]
     tokenizer: Any
     contexts: Contexts
-    special_ids: list[int]
+    context_format: ContextFormat
     mode: str
     model_identity: dict[str, Any]
     text_identity: dict[str, Any]
@@ -62,6 +67,7 @@ class EvalContext:
     device: str = "cpu"
     model_config: Any = None
     model_argument: str = ""
+    change: ContextChange = ContextChange()
 
     @property
     def model_name(self) -> str:
@@ -72,6 +78,45 @@ class EvalContext:
     def model(self) -> LanguageModel:
         """The language model, loaded on first use: reading earlier results does not need it."""
         return self.load_model()
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Token ids at which no metric is computed, wherever they stand."""
+        return list(self.context_format.skip_ids)
+
+    def encode_texts(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
+        """The ids of texts as the cache's contexts would begin, cut to `max_tokens`.
+
+        Where the tokenizer itself puts the same token first, everything that it adds is kept, as in SAEBench. Special
+        tokens that are spelled in a text are special tokens.
+        """
+        bos_id = self.context_format.bos_id
+        limit = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
+        if added_bos_id(self.tokenizer) == bos_id:
+            return self.tokenizer(list(texts), verbose=False, **limit)["input_ids"]
+        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        first = [] if bos_id is None else [bos_id]
+        return [[*first, *body][:max_tokens] for body in ids]
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        """What a metric with texts of its own depends on besides them, where it differs from earlier versions: they
+        were given what the tokenizer adds, and their pad, EOS and BOS were left out.
+        """
+        return self._format_settings(added_bos_id(self.tokenizer))
+
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """As `text_settings`, for prompts that are put together from tokens: they began with BOS, else EOS."""
+        return self._format_settings(bos_or_eos_id(self.tokenizer))
+
+    def _format_settings(self, earlier_bos: int | None) -> dict[str, Any]:
+        form, settings = self.context_format, {}
+        if form.bos_id != earlier_bos:
+            settings["bos"] = form.bos_id
+        if self.special_ids != special_token_ids(self.tokenizer) or form.skip_positions:
+            settings["skip"] = form.skip_record
+        return settings
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -88,7 +133,9 @@ class EvalContext:
             part = text.select(slice(start, start + size))
             ids = torch.from_numpy(part.ids[:, : int(part.length.max())].astype(np.int64))
             is_token = torch.arange(ids.shape[1]) < torch.from_numpy(part.length.astype(np.int64))[:, None]
-            counted = is_token & ~torch.isin(ids, torch.tensor(self.special_ids, dtype=torch.int64))
+            counted = is_token & self.context_format.counted(ids)
+            if part.rows is not None:
+                counted &= torch.from_numpy(part.rows[:, : ids.shape[1]])
             document = torch.from_numpy(part.document.astype(np.int64))
             device = self.model.device
             yield ContextBatch(ids.to(device), is_token.to(device), counted.to(device), document)

@@ -1,16 +1,19 @@
 """Open what an evaluation reads: the SAE of a run, the cache with its held-out text, and the model of that cache."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..cache.catalog import model_folders
+from ..cache.context_format import ContextFormat
 from ..cache.layout import Hook
 from ..cache.models import GivenModel, ModelRecord, model_label, same_model
 from ..cache.reader import Cache, is_ring_cache
 from ..common.errors import SaeError, UsageError
 from ..common.files import digest_of, read_json, sae_home
+from ..common.special_tokens import special_token_ids
 from ..harvest.model import (
     LanguageModel,
     ModelSource,
@@ -25,6 +28,7 @@ from .artifacts import ArtifactCache
 from .context import EvalContext
 from .metrics.base import EvalTarget
 from .rows import EvalRow
+from .sae_text import change_for
 
 ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
 
@@ -171,11 +175,13 @@ def make_context(
     dtype: str = "float32",
     load: ModelLoader | None = None,
     model: str | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> EvalContext:
     """The evaluation context of a cache: its model, found but not loaded yet, and its held-out text.
 
     The text is cut to the first contexts that hold `tokens` tokens, or is all of it. `model` says where the model's
-    folder lies, if it has moved since the harvest.
+    folder lies, if it has moved since the harvest. `origin` is that of the SAEs: for imported ones contexts are begun
+    and cut as their files say.
 
     Raises UsageError when the model on this machine has a different revision from the one that the cache was made with,
     or when the cache has no held-out text.
@@ -192,19 +198,24 @@ def make_context(
         contexts = contexts.select(slice(0, 1 + int((contexts.length.cumsum() < tokens).sum())))
     attention = cache.identity["attention"]
     tokenizer = load_tokenizer(source)
-    special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    form = ContextFormat.of(cache.identity, tokenizer)
+    # SAEBench never counts special tokens, while a cache harvested with --keep-special may skip none.
+    special = {*form.skip_ids, *special_token_ids(tokenizer), *([] if form.bos_id is None else [form.bos_id])}
+    form = replace(form, skip_ids=tuple(sorted(special)))
+    change = change_for(origin or {}, form, cache.identity["context"], tokenizer)
+    contexts = change.apply(contexts)
     return EvalContext(
         load_model=lambda: load(source, dtype, device, attention),
         tokenizer=tokenizer,
         contexts=contexts,
-        # SAEBench never counts special tokens; a cache harvested with --keep-special skips none.
-        special_ids=cache.identity["skip"] or sorted(special),
+        context_format=change.format(form),
         mode=mode,
         model_identity={"model": source.name, "revision": source.revision, "attention": attention, "llm_dtype": dtype},
         model_argument=source.argument,
-        text_identity={"text": cache.fingerprint, "contexts": len(contexts)},
+        text_identity={"text": cache.fingerprint, "contexts": len(contexts), **change.identity},
         artifacts=artifact_cache(),
         data=data,
         device=device,
         model_config=model_config.get_text_config(),
+        change=change,
     )

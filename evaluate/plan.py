@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from ..cache.catalog import list_caches
+from ..cache.context_format import ContextFormat
 from ..cache.reader import Cache
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
@@ -18,11 +20,13 @@ from ..common.files import existing_parent, folder_bytes, free_space, os_error
 from ..common.formatting import format_bytes, format_count, shell_paths
 from ..harvest.architectures import check_sites, hook_width
 from .artifacts import ArtifactCache, remove_stale_temporaries
+from .context import EvalContext
 from .inputs import artifact_cache, check_tokens, load_run, make_context, model_loader
 from .metrics.base import Metric, check_mode
 from .metrics.registry import SUITES, metrics_of_suite
 from .results import read_result
 from .rows import EvalGroup, EvalRow, failures, placed
+from .sae_text import describe_change, text_request
 
 RESULT_BYTES, RESULT_BYTES_PER_LATENT = 1 << 20, 1024  # free disk space that the results of a run can need
 NEXT_SUITE = {"quick": "full", "full": "autointerp", "autointerp": ""}  # else "quick"
@@ -119,6 +123,7 @@ class EvaluatePlan:
             f"on {group.ctx.device}",
             f"text     {int(contexts.length.sum()):,} held-out tokens in {len(contexts):,} contexts of "
             f"{group.cache.folder}",
+            *(f"text     {note}" for note in group.notes),
         ]
 
     def summary(self, rows: Sequence[EvalRow], seconds: float) -> list[str]:
@@ -181,12 +186,12 @@ def plan_evaluation(config: EvaluateConfig) -> EvaluatePlan:
         try:
             ctx = make_context(
                 cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype, load=load,
-                model=config.model,
+                model=config.model, origin=rows[0].record["origin"],
             )  # fmt: skip
         except SaeError as error:
             plan.refused |= dict.fromkeys((row.folder for row in rows if row.folder), error)
             continue
-        group = EvalGroup(cache, ctx, rows)
+        group = EvalGroup(cache, ctx, rows, notes=text_notes(cache, ctx, rows))
         check_group(plan, group)
         if group.rows:
             plan.groups.append(group)
@@ -218,9 +223,9 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
 
 
 def load_rows(plan: EvaluatePlan, device: str) -> list[tuple[Cache, list[EvalRow]]]:
-    """The runs as rows, grouped by the cache whose text they are evaluated on; fills in `plan.refused`."""
+    """The runs as rows, grouped by the contexts that they are evaluated on; fills in `plan.refused`."""
     config, known_caches = plan.config, list_caches()
-    groups: dict[Path, list[EvalRow]] = {}
+    groups: dict[tuple[Path, Any], list[EvalRow]] = {}
     for folder, path in {run.resolve(): run for run in config.runs}.items():
         if path in plan.unfinished:
             continue
@@ -229,12 +234,22 @@ def load_rows(plan: EvaluatePlan, device: str) -> list[tuple[Cache, list[EvalRow
         except SaeError as error:
             plan.refused[folder] = error
             continue
-        groups.setdefault(cache.folder, []).append(row)
+        groups.setdefault((cache.folder, text_request(row.record["origin"])), []).append(row)
         if config.cache and row.record["origin"].get("fingerprint") not in (None, cache.fingerprint):
             plan.notes.append(
                 f"{path} was trained on a different cache from {cache.folder}: it may have been trained on this text."
             )
-    return [(Cache(folder), rows) for folder, rows in groups.items()]
+    return [(Cache(folder), rows) for (folder, _), rows in groups.items()]
+
+
+def text_notes(cache: Cache, ctx: EvalContext, rows: Sequence[EvalRow]) -> list[str]:
+    """Sentences about the contexts that imported SAEs are evaluated on."""
+    form, context = ContextFormat.of(cache.identity, ctx.tokenizer), cache.identity["context"]
+    return [
+        line
+        for row in rows
+        for line in describe_change(row.name, row.record["origin"], ctx.change, form, context, ctx.tokenizer)
+    ]
 
 
 def unfinished_runs(runs: Sequence[Path]) -> list[Path]:

@@ -88,5 +88,7 @@ def sample_activations(ctx: EvalContext, text: Contexts, hook: Hook) -> Tensor:
         batches = ctx.batches(16, FIT_CONTEXTS, text)
         return {"x": torch.cat([ctx.model.capture_hooks(b.ids, [hook])[hook][b.counted].cpu() for b in batches])}
 
-    depends = {**ctx.model_identity, "skip": ctx.special_ids, **hook.record, "ids": digest_of(text.ids.tolist())}
+    depends = {**ctx.model_identity, "skip": ctx.context_format.skip_record, **hook.record}
+    depends |= {"ids": digest_of(text.ids.tolist())}
+    depends |= {} if text.rows is None else {"rows": digest_of(text.rows.tolist())}
     return ctx.artifacts.get_or_compute("sample", depends, capture)["x"].to(ctx.device)

@@ -74,6 +74,7 @@ class EvalGroup:
     ctx: EvalContext
     rows: list[EvalRow]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # about the text that imported SAEs are evaluated on
 
     def pending(self, metric: str, rows: Sequence[EvalRow] | None = None) -> list[EvalRow]:
         """The rows (default: of this group) for which a metric has neither a result nor an error."""

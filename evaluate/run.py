@@ -205,14 +205,16 @@ def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> Non
 def reference_rows(group: EvalGroup) -> list[EvalRow]:
     """Reference rows for each hook of a group. Their results are kept in the artifact cache."""
     ctx, cache, rows = group.ctx, group.cache, []
+    training_text = ctx.change.apply(cache.contexts(held_out=False))
     hooks = sorted({row.target.hook for row in group.rows})
     for hook in hooks:
         targets = [row.target for row in group.rows if row.target.hook == hook]
         site = "" if hook.site == "resid_post" else f"-{hook.site}"
-        for name, target in reference_targets(ctx, cache.contexts(held_out=False), targets).items():
+        for name, target in reference_targets(ctx, training_text, targets).items():
             d_sae = getattr(target.sae, "d_sae", None)
             record = {
-                "reference": name, **hook.record, "d_sae": d_sae, "text": cache.fingerprint, **ctx.model_identity
+                "reference": name, **hook.record, "d_sae": d_sae, "text": cache.fingerprint, **ctx.model_identity,
+                **ctx.change.identity,
             }  # fmt: skip
             digest = digest_of(record)
             folder = ctx.artifacts.folder / "references" / f"{name}-L{hook.layer}{site}-{digest[:8]}"

@@ -2,7 +2,8 @@
 
 A context is BOS and up to `context - 1` tokens of one document; two documents never share a context. With `pack`,
 contexts are full instead: documents follow each other, each after a BOS of its own, and a document that continues in
-the next context gets a BOS there too. Held-out documents are packed only with each other.
+the next context gets a BOS there too. Held-out documents are packed only with each other. What serves as BOS, if
+anything does, and which tokens are rows is the `ContextFormat`.
 
 A hash of the seed and the document's tokens decides which documents are held out. So no document that evaluation reads
 was trained on, however often it occurs, and whether it comes as text or as token ids.
@@ -11,14 +12,16 @@ was trained on, however often it occurs, and whether it comes as text or as toke
 import hashlib
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
 from ..common.errors import UnavailableError, UsageError
 from .documents import Document, TextSource
+from .encode import DocumentEncoder, TemplateRefusal
 from .tokenize_checkpoint import TokenizeCheckpoint
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 2**24  # tokenized together
@@ -26,43 +29,49 @@ CHECKPOINT_TOKENS = 2_000_000  # between two checkpoints
 
 
 def make_contexts(
-    text: TextSource, tokenizer: Any, checkpoint: TokenizeCheckpoint, *, tokens: int, exactly: bool, context: int,
-    held_out: float, skip: list[int], seed: int, pack: bool = False, checkpoint_tokens: int = CHECKPOINT_TOKENS,
+    text: TextSource, encode: DocumentEncoder, form: ContextFormat, checkpoint: TokenizeCheckpoint, *, tokens: int,
+    exactly: bool, context: int, held_out: float, seed: int, pack: bool = False,
+    checkpoint_tokens: int = CHECKPOINT_TOKENS,
 ) -> Contexts:  # fmt: skip
     """Contexts with `tokens` rows to harvest, shuffled, and the held-out ones that were met on the way.
 
     Continues from `checkpoint`, which is saved every `checkpoint_tokens` tokens; the result does not depend on when.
     While the text is read, memory holds 4 bytes for each of those tokens and one batch of documents with its tokens (at
-    most BATCH_CHARACTERS + MAX_DOCUMENT characters), then 4 * context + 50 bytes for each context.
+    most BATCH_CHARACTERS + MAX_DOCUMENT characters), then 4 * context + 50 bytes for each context. Conversations take
+    a byte more for each token.
 
     Raises UsageError if the text has no tokens or, with `exactly`, too few, and UnavailableError if the text cannot be
     read any further; the checkpoint then holds everything read so far.
     """
-    cutter = ContextCutter(require_bos_id(tokenizer), context, skip, tokens, pack)
-    cut_documents(text, tokenizer, cutter, checkpoint, seed, held_out, checkpoint_tokens)
+    cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
+    cut_documents(text, encode, cutter, checkpoint, seed, held_out, checkpoint_tokens)
     if not cutter.rows:
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in text.skipped.items() if count)
-        why = f"all of its documents were skipped ({skipped})" if skipped else "it is empty"
-        raise UsageError(f"The text {text.name} has no tokens to harvest: {why}. Give another --dataset.")
+        raise UsageError(f"The text {text.name} has no tokens to harvest: {why_no_rows(text)}. Give another --dataset.")
     if exactly and cutter.rows < tokens:
         raise UsageError(
             f"The text {text.name} has only {cutter.rows:,} of the requested {tokens:,} tokens. "
             f"Use --tokens {cutter.rows} or fewer, or give a longer text."
         )
     last = cutter.take()
-    return shuffle_contexts(
-        lambda: itertools.chain(checkpoint.read_parts(), [last]), context, tokenizer.pad_token_id or 0, seed
-    )
+    padding = encode.tokenizer.pad_token_id or 0
+    return shuffle_contexts(lambda: itertools.chain(checkpoint.read_parts(), [last]), context, padding, seed)
+
+
+def why_no_rows(text: TextSource) -> str:
+    """Why no token of a text is a row."""
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in text.skipped.items() if count)
+    return f"all of its documents were skipped ({skipped})" if skipped else "it is empty"
 
 
 def cut_documents(
-    text: TextSource, tokenizer: Any, cutter: "ContextCutter", checkpoint: TokenizeCheckpoint, seed: int,
+    text: TextSource, encode: DocumentEncoder, cutter: "ContextCutter", checkpoint: TokenizeCheckpoint, seed: int,
     held_out: float, checkpoint_tokens: int,
 ) -> None:  # fmt: skip
     """Feed documents to the cutter until it has enough rows or the text ends, saving checkpoints on the way."""
     number, state = 0, checkpoint.state
     if state:
-        cutter.rows, cutter.unfinished, number = state["rows"], state["open"], state["documents"]
+        cutter.rows, number = state["rows"], state["documents"]
+        cutter.unfinished = [Unfinished(*saved) for saved in state["open"]]
         text.say(f"Continuing {text.name} after {cutter.rows:,} tokens, which are already tokenized.")
     text.seek(state and state["text"])
     documents = text.documents
@@ -82,71 +91,103 @@ def cut_documents(
             raise
         if not batch:
             break
-        for document, ids in zip(batch, tokenize_batch(batch, tokenizer), strict=True):
+        for document, encoded in zip(batch, encode(batch), strict=True):
+            if isinstance(encoded, TemplateRefusal):
+                text.refuse(str(encoded))
+                continue
+            ids, marks = encoded
             side = is_held_out(ids, seed, held_out) if document.held_out is None else document.held_out
-            cutter.add(ids, number, side)
+            cutter.add(ids, number, side, marks)
             number += 1
     cutter.flush()
+
+
+class Unfinished(NamedTuple):
+    """A context that is not full yet: its ids, the number of its first document, and with marks those of its ids."""
+
+    ids: list[int]
+    document: int = 0
+    marks: Sequence[int] = ()
 
 
 class ContextCutter:
     """Cuts the token ids of documents into contexts until there are `tokens` rows to harvest.
 
-    `unfinished` holds the context that is not full yet and the number of its first document, once for harvested and
-    once for held-out documents. Without `pack` both are empty between documents.
+    `unfinished` holds the context that is not full yet, once for harvested and once for held-out documents. Without
+    `pack` both are empty between documents. With `marked`, every document comes with marks of its rows.
     """
 
-    def __init__(self, bos: int, context: int, skip: list[int], tokens: int, pack: bool) -> None:
-        self.bos, self.context, self.skip, self.tokens, self.pack = bos, context, set(skip), tokens, pack
+    def __init__(self, form: ContextFormat, context: int, tokens: int, pack: bool, marked: bool = False) -> None:
+        self.form, self.context, self.tokens, self.pack, self.marked = form, context, tokens, pack, marked
+        self.skip = frozenset(form.skip_ids)
         self.rows = 0
-        self.unfinished: list[tuple[list[int], int]] = [([], 0), ([], 0)]
-        self.contexts = empty_contexts()
+        self.unfinished = [Unfinished([]), Unfinished([])]
+        self.contexts = empty_contexts(marked)
 
     def take(self) -> dict[str, np.ndarray]:
-        """The contexts since the last call: ids (T,) of all, one after the other; length, document, held_out (N,)."""
-        columns, self.contexts = self.contexts, empty_contexts()
+        """The contexts since the last call: ids (T,) of all, one after the other; length, document, held_out (N,).
+
+        With `marked` also rows (T,).
+        """
+        columns, self.contexts = self.contexts, empty_contexts(self.marked)
         return {name: np.asarray(values) for name, values in columns.items()}
 
-    def add(self, body: list[int], document: int, held_out: bool) -> None:
-        """Add the ids of a document, without its BOS."""
-        ids, first_document = self.unfinished[held_out]
-        done = 0
+    def add(self, body: list[int], document: int, held_out: bool, marks: Sequence[int] = ()) -> None:
+        """Add the ids of a document, without its BOS, and with `marked` their marks."""
+        ids, first_document, ids_marks = self.unfinished[held_out]
+        ids, ids_marks, done = list(ids), list(ids_marks), 0
         while done < len(body):
             first_document = first_document if ids else document
-            ids.append(self.bos)
-            part = body[done : done + self.context - len(ids)]
-            ids += part
-            done += len(part)
+            if self.form.bos_id is not None:
+                ids.append(self.form.bos_id)
+                ids_marks += [0] * self.marked
+            taken = slice(done, done + self.context - len(ids))
+            ids += body[taken]
+            ids_marks += marks[taken]
+            done = min(taken.stop, len(body))
             if len(ids) == self.context:
-                self._append(ids, first_document, held_out)
-                ids = []
-        self.unfinished[held_out] = ids, first_document
+                self._append(ids, first_document, held_out, ids_marks)
+                ids, ids_marks = [], []
+        self.unfinished[held_out] = Unfinished(ids, first_document, ids_marks)
         if not self.pack:
             self.flush()
 
     def flush(self) -> None:
         """End the unfinished contexts where they are."""
-        for held_out, (ids, first_document) in enumerate(self.unfinished):
+        for held_out, (ids, first_document, marks) in enumerate(self.unfinished):
             if ids:
-                self._append(ids, first_document, bool(held_out))
-        self.unfinished = [([], 0), ([], 0)]
+                self._append(ids, first_document, bool(held_out), marks)
+        self.unfinished = [Unfinished([]), Unfinished([])]
 
-    def _append(self, ids: list[int], first_document: int, held_out: bool) -> None:
+    def _append(self, ids: list[int], first_document: int, held_out: bool, marks: Sequence[int]) -> None:
         if not held_out:
             if self.rows >= self.tokens:
                 return
-            self.rows += sum(token not in self.skip for token in ids)
+            self.rows += self._count_rows(ids, marks)
             while self.rows > self.tokens:  # shorten the last context, so that the number of rows is exact
-                self.rows -= ids.pop() not in self.skip
+                self.rows -= self._is_row(ids, marks, len(ids) - 1)
+                ids.pop()
         self.contexts["ids"].extend(ids)
         self.contexts["length"].append(len(ids))
         self.contexts["document"].append(first_document)
         self.contexts["held_out"].append(held_out)
+        if self.marked:
+            self.contexts["rows"].extend(marks[: len(ids)])
+
+    def _count_rows(self, ids: list[int], marks: Sequence[int]) -> int:
+        if self.marked:
+            return sum(self._is_row(ids, marks, position) for position in range(len(ids)))
+        return sum(token not in self.skip for token in ids[self.form.skip_positions :])  # the same, faster
+
+    def _is_row(self, ids: list[int], marks: Sequence[int], position: int) -> bool:
+        marked = not self.marked or bool(marks[position])
+        return marked and position >= self.form.skip_positions and ids[position] not in self.skip
 
 
-def empty_contexts() -> dict[str, array]:
-    """Four growing arrays, for any number of contexts: an object per context would take too much memory."""
-    return {"ids": array("I"), "length": array("H"), "document": array("I"), "held_out": array("B")}
+def empty_contexts(marked: bool) -> dict[str, array]:
+    """Growing arrays, for any number of contexts: an object per context would take too much memory."""
+    columns = {"ids": array("I"), "length": array("H"), "document": array("I"), "held_out": array("B")}
+    return columns | ({"rows": array("B")} if marked else {})
 
 
 def next_batch(documents: Iterator[Document]) -> list[Document]:
@@ -157,13 +198,6 @@ def next_batch(documents: Iterator[Document]) -> list[Document]:
         batch.append(document)
         size += len(document.text)
     return batch
-
-
-def tokenize_batch(batch: list[Document], tokenizer: Any) -> list[list[int]]:
-    """The ids of each document, without BOS: every context adds its own, so that of pre-tokenized ids is removed."""
-    texts = [document.text for document in batch if isinstance(document.text, str)]
-    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
-    return [next(encoded) if isinstance(text, str) else text[text[0] == tokenizer.bos_token_id :] for text, _ in batch]
 
 
 def shuffle_contexts(
@@ -177,12 +211,17 @@ def shuffle_contexts(
     destination = np.empty_like(order)
     destination[order] = np.arange(len(order))
     ids, first = np.full((len(length), context), padding, np.uint32), 0
+    rows: np.ndarray | None = None
     for part in parts():
         sizes = part["length"].astype(np.int64)
         position = np.arange(len(part["ids"])) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        ids[np.repeat(destination[first : first + len(sizes)], sizes), position] = part["ids"]
+        place = np.repeat(destination[first : first + len(sizes)], sizes), position
+        ids[place] = part["ids"]
+        if "rows" in part:
+            rows = np.zeros(ids.shape, bool) if rows is None else rows
+            rows[place] = part["rows"]
         first += len(sizes)
-    return Contexts(ids, length[order], document[order], held_out[order].astype(bool))
+    return Contexts(ids, length[order], document[order], held_out[order].astype(bool), rows)
 
 
 def is_held_out(ids: list[int], seed: int, share: float) -> bool:
@@ -190,26 +229,3 @@ def is_held_out(ids: list[int], seed: int, share: float) -> bool:
     content = f"{seed}:".encode() + np.array(ids, np.uint32).tobytes()
     hashed = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
     return hashed < share * 2**64
-
-
-def special_token_ids(tokenizer: Any) -> list[int]:
-    """The ids of pad, EOS and BOS: the tokens whose rows are neither harvested nor evaluated."""
-    return sorted(
-        {i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None}
-    )
-
-
-def require_bos_id(tokenizer: Any) -> int:
-    """The id with which every context begins. Raises UsageError if the tokenizer has none."""
-    if tokenizer.bos_token_id is None:
-        raise UsageError(
-            "This tokenizer has neither a BOS nor an EOS token, and every context begins with one. "
-            "Choose a model whose tokenizer has one, such as Gemma, Llama, Qwen or Pythia."
-        )
-    return tokenizer.bos_token_id
-
-
-def row_mask(contexts: Contexts, skip: list[int]) -> np.ndarray:
-    """Which positions are rows, (N, S) bool: inside the context, and not a token of `skip`."""
-    inside = np.arange(contexts.ids.shape[1]) < contexts.length[:, None]
-    return inside & ~np.isin(contexts.ids, skip)

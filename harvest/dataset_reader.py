@@ -6,26 +6,27 @@ from time import sleep
 from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from .documents import Document, is_token_ids
+from .documents import Conversation, Document, is_token_ids, parse_messages
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before each retry after a network failure
 
 
 class DatasetReader:
-    """The documents in a column of a `datasets.IterableDataset`.
+    """The documents in a column of a `datasets.IterableDataset`; with `chat` they are conversations.
 
     A network failure is retried after each of `retry_seconds`, counted anew from every row that arrives; then it raises
     UnavailableError. Any other failure raises `make_error(its first line)`.
 
-    Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary.
+    Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary or,
+    with `chat`, with anything but messages.
     """
 
     def __init__(
         self, stream: Any, column: str, *, name: str, vocabulary: int, make_error: Callable[[str], SaeError],
-        say: Callable[[str], None], retry_seconds: Sequence[int] = (),
+        say: Callable[[str], None], retry_seconds: Sequence[int] = (), chat: bool = False,
     ) -> None:  # fmt: skip
         self.stream, self.column, self.name, self.vocabulary = stream, column, name, vocabulary
-        self.make_error, self.say, self.retry_seconds = make_error, say, retry_seconds
+        self.make_error, self.say, self.retry_seconds, self.chat = make_error, say, retry_seconds, chat
         self.rows_read = 0
         rows = self._read_rows()
         first = next(rows, None)
@@ -34,14 +35,17 @@ class DatasetReader:
         if column not in first:
             columns = ", ".join(map(repr, first))
             raise UsageError(
-                f"{name} has no column {column!r}; its columns are {columns}. Choose one with --text-column."
+                f"{name} has no column {column!r}; its columns are {columns}. "
+                f"Choose one with --{'chat' if chat else 'text'}-column."
             )
         self.rows: Iterator[dict[str, Any]] = itertools.chain([first], rows)
 
     def __iter__(self) -> Iterator[Document]:
         for row in self.rows:
             value = row.get(self.column)
-            if value and is_token_ids(value) and not 0 <= min(value) <= max(value) < self.vocabulary:
+            if self.chat and value is not None:
+                value = self._conversation(value)
+            elif value and is_token_ids(value) and not 0 <= min(value) <= max(value) < self.vocabulary:
                 bad = next(i for i in value if not 0 <= i < self.vocabulary)
                 raise UsageError(
                     f"Row {self.rows_read} of {self.name} contains the id {bad}, but the model's tokenizer has the ids "
@@ -50,6 +54,17 @@ class DatasetReader:
                 )
             self.rows_read += 1
             yield Document(value)
+
+    def _conversation(self, value: Any) -> Conversation:
+        conversation = parse_messages(value)
+        if conversation is None:
+            one = value[0] if isinstance(value, list) and value else value
+            found = f"a message with the keys {', '.join(map(str, one))}" if isinstance(one, dict) else f"{value!r:.60}"
+            raise UsageError(
+                f"Row {self.rows_read} of {self.name} has {found} in the column {self.column!r}; expected a list of "
+                "messages, each with a role and content. Convert the column, or choose another with --chat-column."
+            )
+        return conversation
 
     @property
     def position(self) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,19 @@ FILE_FORMATS = {
 SPELLING_LINES = 40  # of spelling after each embedded document: about one token in ten
 MAX_LISTED_SUBSETS = 20  # in an error message
 MIN_SECTION = 2000  # characters of a document cut from a plain text file
+SEARCHED = {".txt", ".jsonl", ".json"}  # files that hold their text as it is
+MOST_SEARCHED = 2**28  # bytes
 
 Say = Callable[[str], None]  # receives a message for the user
 
 
 def open_text(
     name: str, *, tokenizer: Any, revision: str | None, split: str, column: str, seed: int,
-    say: Say = lambda sentence: None, subset: str | None = None,
+    say: Say = lambda sentence: None, subset: str | None = None, chat: bool = False,
 ) -> TextSource:  # fmt: skip
     """Open a text by name: "python-stdlib", a local file or folder, or a dataset of the Hub, which is streamed.
+
+    With `chat`, the column holds conversations.
 
     Raises UsageError for a file that cannot be read or a missing column or split, and UnavailableError if the Hub
     cannot be reached.
@@ -39,15 +43,23 @@ def open_text(
     if subset is not None and (name == EMBEDDED_TEXT or path.exists()):
         raise UsageError(f"--subset selects a configuration of a Hub dataset, and {name} is not one. Leave it out.")
     if name == EMBEDDED_TEXT:
+        refuse_chat(name, chat)
         return open_embedded(tokenizer, seed, say)
     if path.exists():
-        return open_local(path, split, column, len(tokenizer), say)
+        return open_local(path, split, column, len(tokenizer), say, chat)
     if path.suffix in FILE_FORMATS or name.startswith((".", "/")):
         raise UsageError(
             f"There is no file {name}. Give a .txt, .jsonl, .parquet or .arrow file, a folder of them, a Hub dataset, "
             f"or {EMBEDDED_TEXT}."
         )
-    return open_hub(name, revision, subset, split, column, len(tokenizer), say)
+    return open_hub(name, revision, subset, split, column, len(tokenizer), say, chat)
+
+
+def refuse_chat(name: str, chat: bool) -> None:
+    if chat:
+        raise UsageError(
+            f"--chat-column needs a --dataset with a column of messages, and {name} is plain text without columns."
+        )
 
 
 def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
@@ -68,10 +80,13 @@ def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
                 yield Document("".join(f"\n{line}" for line in lines), held_out=False)
 
     identity = {"name": EMBEDDED_TEXT, "revision": digest.hexdigest(), "spelled_lines": SPELLING_LINES}
-    return TextSource(EMBEDDED_TEXT, identity, ListedDocuments(documents), say)
+    return TextSource(
+        EMBEDDED_TEXT, identity, ListedDocuments(documents), say,
+        may_contain=lambda strings: any(string in document.text for document in library for string in strings),
+    )  # fmt: skip
 
 
-def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say) -> TextSource:
+def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say, chat: bool) -> TextSource:
     """Files of one format. A line of JSON or a row of a table is a document; plain text is cut at blank lines."""
     files = list_files(path, split)
     formats = {FILE_FORMATS.get(p.suffix) for p in files}
@@ -84,10 +99,11 @@ def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say) -
     column_name = column if file_format != "text" else None
     identity = {"name": name, "revision": digest_of_files(path, files), "column": column_name}
     if file_format == "text":
+        refuse_chat(name, chat)
         reader = ListedDocuments(
             lambda: (Document(section) for file in files for section in split_paragraphs(read_text(file)))
         )
-        return TextSource(name, identity, reader, say)
+        return TextSource(name, identity, reader, say, may_contain=lambda strings: files_may_contain(files, strings))
     import datasets
 
     def unreadable(problem: str) -> SaeError:
@@ -100,8 +116,27 @@ def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say) -
         stream = datasets.load_dataset(file_format, data_files=[str(f) for f in files], split="train", streaming=True)
     except Exception as error:
         raise unreadable(first_line(error)) from error
-    rows = DatasetReader(stream, column, name=str(path), vocabulary=vocabulary, make_error=unreadable, say=say)
-    return TextSource(name, identity, rows, say)
+    rows = DatasetReader(
+        stream, column, name=str(path), vocabulary=vocabulary, make_error=unreadable, say=say, chat=chat
+    )
+    return TextSource(name, identity, rows, say, may_contain=lambda strings: files_may_contain(files, strings))
+
+
+def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
+    """Whether one of the strings may stand in these files. True without a look at compressed and at large ones."""
+    if any(file.suffix not in SEARCHED for file in files) or sum(file.stat().st_size for file in files) > MOST_SEARCHED:
+        return True
+    spellings = {string.encode() for string in strings}
+    # JSON can write any character as \u1234, and a slash after a backslash.
+    escapes = {rf"\u{ord(character):04x}".encode() for string in strings for character in string if character.isascii()}
+    escapes |= {string.replace("/", r"\/").encode() for string in strings}
+    for file in files:
+        data = file.read_bytes()
+        if any(spelling in data for spelling in spellings):
+            return True
+        if file.suffix != ".txt" and b"\\" in data and any(escape in data.lower() for escape in escapes):
+            return True
+    return False
 
 
 def digest_of_files(path: Path, files: list[Path]) -> str:
@@ -157,7 +192,7 @@ def split_paragraphs(text: str, min_characters: int = MIN_SECTION) -> Iterator[s
 
 
 def open_hub(
-    name: str, revision: str | None, subset: str | None, split: str, column: str, vocabulary: int, say: Say
+    name: str, revision: str | None, subset: str | None, split: str, column: str, vocabulary: int, say: Say, chat: bool
 ) -> TextSource:
     """A dataset of the Hub at a commit, streamed."""
     import datasets
@@ -177,8 +212,9 @@ def open_hub(
     identity = {"name": name, "revision": commit, "split": split, "column": column}
     identity |= {} if subset is None else {"subset": subset}
     rows = DatasetReader(
-        stream, column, name=name, vocabulary=vocabulary, make_error=unreachable, say=say, retry_seconds=RETRY_SECONDS
-    )
+        stream, column, name=name, vocabulary=vocabulary, make_error=unreachable, say=say, retry_seconds=RETRY_SECONDS,
+        chat=chat,
+    )  # fmt: skip
     return TextSource(name.split("/")[-1], identity, rows, say)
 
 

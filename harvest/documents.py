@@ -5,15 +5,26 @@ before are treated as one.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+REFUSED = "untemplated"  # conversations that the chat template does not render
 MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose tokens would fill the memory
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, each a dictionary with a role and content; its length is that of its content in characters."""
+
+    messages: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return sum(len(content) for message in self.messages if isinstance(content := message["content"], str))
+
+
 class Document(NamedTuple):
-    text: Any  # str, or a list of token ids; a document of any other type is skipped
+    text: Any  # str, a list of token ids, or a Conversation; a document of any other type is skipped
     held_out: bool | None = None  # None: decided by a hash of its tokens
 
 
@@ -55,6 +66,8 @@ class TextSource:
     reader: DocumentReader
     say: Callable[[str], None] = lambda sentence: None  # receives messages for the user
     skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0, "huge": 0})
+    # Whether one of these strings may stand in the text. False is certain: not every text can be searched quickly.
+    may_contain: Callable[[Sequence[str]], bool] = lambda strings: True
 
     @property
     def documents(self) -> Iterator[Document]:
@@ -65,6 +78,12 @@ class TextSource:
             else:
                 yield document
 
+    def refuse(self, why: str) -> None:
+        """Count a conversation that the chat template does not render; the first one is explained to the user."""
+        if not self.skipped.get(REFUSED):
+            self.say(f"The chat template refuses a conversation of {self.name}: {why.rstrip('.')}. Such are skipped.")
+        self.skipped[REFUSED] = self.skipped.get(REFUSED, 0) + 1
+
     @property
     def state(self) -> dict[str, Any]:
         return {"position": self.reader.position, "skipped": dict(self.skipped)}
@@ -72,11 +91,13 @@ class TextSource:
     def seek(self, state: dict[str, Any] | None) -> None:
         """Return to where `state` was taken, or to the beginning."""
         self.reader.seek(state and state["position"])
-        self.skipped |= state["skipped"] if state else dict.fromkeys(self.skipped, 0)
+        self.skipped |= dict.fromkeys(self.skipped, 0) | (state["skipped"] if state else {})
 
 
 def skip_reason(text: Any) -> str | None:
     """Why a document is skipped, or None if it is not."""
+    if isinstance(text, Conversation):
+        return "huge" if len(text) > MAX_DOCUMENT else None if text.messages else "empty"
     if not (isinstance(text, str) or is_token_ids(text)):
         return "not text"
     if len(text) > MAX_DOCUMENT:
@@ -86,3 +107,19 @@ def skip_reason(text: Any) -> str | None:
 
 def is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {int}
+
+
+def parse_messages(value: Any) -> Conversation | None:
+    """A conversation from a cell of a table: a list of messages, or a dictionary of lists of equal length.
+
+    Returns None if it is neither, or a message has no role or no content.
+    """
+    if isinstance(value, dict) and len({len(one) if isinstance(one, list) else -1 for one in value.values()}) == 1:
+        value = [dict(zip(value, one, strict=True)) for one in zip(*value.values(), strict=True)]
+    well_formed = isinstance(value, list) and all(
+        isinstance(one, dict)
+        and isinstance(one.get("role"), str)
+        and isinstance(one.get("content", ...), str | list | None)
+        for one in value
+    )
+    return Conversation(value) if well_formed else None

@@ -1,6 +1,5 @@
 """Activations of a few texts in memory, for a notebook. To train on activations, use `sae harvest`."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -9,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..cache.context_format import ContextFormat
 from ..cache.layout import SITES, Hook, is_site
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import UsageError
 from .architectures import check_context, check_layers, check_sites
-from .contexts import ContextCutter, require_bos_id, special_token_ids, tokenize_batch
-from .documents import Document
-from .model import LanguageModel, ensure_bos, find_model, load_tokenizer, load_trunk
+from .contexts import ContextCutter
+from .encode import DocumentEncoder
+from .model import LanguageModel, find_model, load_tokenizer, load_trunk
 
 UNLIMITED = 2**62  # rows
 
@@ -32,8 +32,9 @@ class Activations(NamedTuple):
 
 def activations(
     texts: Sequence[str], *, model: str | nn.Module, layer: int, site: str = "resid_post", tokenizer: Any = None,
-    context: int = 1024, keep_special: bool = False, batch_contexts: int = 32, device: str = "auto",
-    dtype: str = "auto", attention: str = "eager",
+    context: int = 1024, bos: str = "auto", keep_special: bool = False, skip_positions: int = 0,
+    skip_tokens: Sequence[str] = (), batch_contexts: int = 32, device: str = "auto", dtype: str = "auto",
+    attention: str = "eager",
 ) -> Activations:  # fmt: skip
     """The activations of texts at a site of a layer, on the CPU.
 
@@ -41,7 +42,7 @@ def activations(
         acts.tokens, acts.x.shape  # one row of x for each token
 
     As in a harvest, each text comes after a BOS and is cut into contexts of at most `context` tokens, and the rows of
-    BOS, EOS and pad are left out unless `keep_special`.
+    BOS, EOS and pad are left out unless `keep_special`. Special tokens spelled in a text are text.
 
     Args:
         texts: Any number of strings.
@@ -50,6 +51,9 @@ def activations(
         layer: Zero-based block.
         site: "resid_post" (the residual stream after the block), another site such as "mlp_out", or a module of the
             block, "mlp.gate_proj.output" (harvest/model.py).
+        bos: What each context begins with: "auto", "none", or a token as text or id, as for `sae harvest --bos`.
+        skip_positions: Leave out so many first positions of each context; BOS is one.
+        skip_tokens: Tokens, as text or id, whose rows are left out too.
         batch_contexts: Contexts in a forward pass.
         device, dtype, attention: As in `sae harvest`; ignored for a model that is already loaded.
 
@@ -57,7 +61,7 @@ def activations(
         UsageError: The layer, the site or the texts are invalid.
         UnavailableError: The model cannot be loaded.
     """
-    check_arguments(texts, layer, site, context)
+    check_arguments(texts, layer, site, context, skip_positions)
     hook = Hook(layer, site)
     if isinstance(model, str):
         source, config = find_model(model)
@@ -73,13 +77,14 @@ def activations(
     else:
         check_hook(model.config, hook, context, type(model).__name__)
         language_model = LanguageModel(model)
-        if tokenizer.bos_token_id is None:
-            tokenizer = ensure_bos(copy.deepcopy(tokenizer))  # leaves the caller's as it is
     language_model.check_hooks([hook])
-    return capture_texts(language_model, tokenizer, texts, hook, context, keep_special, batch_contexts)
+    form = ContextFormat.choose(
+        tokenizer, bos=bos, keep_special=keep_special, skip_positions=skip_positions, skip_tokens=skip_tokens
+    )
+    return capture_texts(language_model, tokenizer, texts, hook, context, form, batch_contexts)
 
 
-def check_arguments(texts: Any, layer: Any, site: str, context: int) -> None:
+def check_arguments(texts: Any, layer: Any, site: str, context: int, skip_positions: int) -> None:
     """Raise UsageError for arguments that are wrong for any model."""
     if isinstance(texts, str) or not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
         raise UsageError("activations() takes a list of strings.")
@@ -93,6 +98,8 @@ def check_arguments(texts: Any, layer: Any, site: str, context: int) -> None:
         raise UsageError(
             f"invalid context={context}: expected 2 to 65,535, since a context is BOS and at least one token."
         )
+    if not 0 <= skip_positions < context:
+        raise UsageError(f"invalid skip_positions={skip_positions}: expected 0 or more, and fewer than {context}.")
 
 
 def check_hook(config: Any, hook: Hook, context: int, name: str) -> None:
@@ -102,13 +109,12 @@ def check_hook(config: Any, hook: Hook, context: int, name: str) -> None:
 
 
 def capture_texts(
-    model: LanguageModel, tokenizer: Any, texts: Sequence[str], hook: Hook, context: int, keep_special: bool,
+    model: LanguageModel, tokenizer: Any, texts: Sequence[str], hook: Hook, context: int, form: ContextFormat,
     batch_contexts: int,
 ) -> Activations:  # fmt: skip
     """Cut the texts into contexts, run the model on them and collect the rows."""
-    skip = [] if keep_special else special_token_ids(tokenizer)
-    cutter = ContextCutter(require_bos_id(tokenizer), context, skip, UNLIMITED, pack=False)
-    for number, body in enumerate(tokenize_batch([Document(text) for text in texts], tokenizer)):
+    cutter = ContextCutter(form, context, UNLIMITED, pack=False)
+    for number, body in enumerate(DocumentEncoder(tokenizer, form.bos_id).encode_texts(list(texts))):
         cutter.add(body, number, held_out=False)
     contexts = cutter.take()
     ids = [torch.from_numpy(x.astype(np.int64)) for x in np.split(contexts["ids"], np.cumsum(contexts["length"])[:-1])]
@@ -119,10 +125,10 @@ def capture_texts(
         batch = ids[first : first + batch_contexts]
         ids_NS = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=padding)
         inside_NS = torch.arange(ids_NS.shape[1]) < torch.tensor([len(x) for x in batch])[:, None]
-        row, position = torch.nonzero(inside_NS & ~torch.isin(ids_NS, torch.tensor(skip)), as_tuple=True)
+        row, position = torch.nonzero(inside_NS & form.counted(ids_NS), as_tuple=True)
         x_NSD = model.capture_hooks(ids_NS.to(model.device), [hook])[hook]
         parts.append((x_NSD.float().cpu()[row, position], ids_NS[row, position], document_N[first + row], position))
     if not any(len(x) for x, *_ in parts):
-        raise UsageError("The texts contain no tokens besides BOS, EOS and pad.")
+        raise UsageError("The texts contain no tokens besides BOS, EOS, pad and those that are to be skipped.")
     x_TD, ids_T, text_T, position_T = map(torch.cat, zip(*parts, strict=True))
     return Activations(x_TD, ids_T, [tokenizer.decode([i]) for i in ids_T.tolist()], text_T, position_T)

@@ -108,19 +108,9 @@ def describe_record(record: ModelRecord) -> str:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model.
-
-    If it has no BOS, like Qwen's, EOS serves as one: it is what separated texts in pretraining.
-    """
+    """The tokenizer of a model, as its files define it. What contexts begin with is decided by `choose_bos`."""
     with translate_load_errors(source.location):
-        return ensure_bos(AutoTokenizer.from_pretrained(source.location, **hub_revision(source)))
-
-
-def ensure_bos(tokenizer: Any) -> Any:
-    """Use the tokenizer's EOS as BOS if it has none. Changes and returns the tokenizer."""
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.bos_token = tokenizer.eos_token
-    return tokenizer
+        return AutoTokenizer.from_pretrained(source.location, **hub_revision(source))
 
 
 def load_first_blocks(

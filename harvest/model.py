@@ -34,7 +34,6 @@ from .hooked import HookedModel
 from .loading import (
     ModelSource,
     describe_record,
-    ensure_bos,
     find_config,
     find_model,
     find_recorded_model,
@@ -50,7 +49,6 @@ __all__ = [
     "LanguageModel",
     "ModelSource",
     "describe_record",
-    "ensure_bos",
     "find_config",
     "find_model",
     "find_recorded_model",

@@ -1,25 +1,26 @@
 """The plan of a harvest: model, text, hooks, sizes and folder, checked and estimated before anything is written."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..cache.catalog import list_caches
-from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, SITES, WINDOW_ROWS, Hook, Layout, fingerprint_of, is_site
+from ..cache.context_format import ContextFormat
+from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, Hook, Layout, fingerprint_of
 from ..cache.models import name_without_digest
-from ..cache.outliers import MAX_NORM
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache, read_hook_modules
 from ..cache.statistics import describe_statistics
 from ..cache.writer import read_fingerprint
 from ..common.device import resolve_device, resolve_dtype
 from ..common.environment import environment_record
-from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.errors import SaeError, UnavailableError
 from ..common.files import digest_of, folder_bytes, free_space, sae_home
 from ..common.formatting import format_bytes, format_duration
+from ..common.special_tokens import choose_bos, special_tokens, token_text
 from . import mini
 from .architectures import (
     check_context,
@@ -29,54 +30,21 @@ from .architectures import (
     hooks_of_sites,
     module_name,
 )
-from .contexts import special_token_ids
+from .chat import ChatEncoder
+from .config import TOKENS, HarvestConfig, check_config
 from .datasets import EMBEDDED_TEXT, PILE, open_text
 from .distributed import rank_and_count
 from .documents import TextSource
+from .encode import DocumentEncoder
 from .estimate import block_seconds_per_token
 from .model import ModelSource, find_model, load_tokenizer
 
-LAYERS = (5, 12, 19)
-TOKENS = 10_000_000
+# The entry of the identity that says "text" where special tokens spelled in the text are tokenized as text. Without it
+# they are special tokens, as in earlier versions, or the text is known to spell none.
+LITERALS = "special_tokens"
 # (model, layer) -> the elementwise variance that the papers' MSE and explained variance of one SAE imply. As it is
 # derived, it only serves as a plausibility check.
 IMPLIED_VARIANCE = {("google/gemma-2-2b", 12): 5.6, ("google/gemma-2-2b", 19): 24.0}
-
-
-@dataclass(frozen=True)
-class HarvestConfig:
-    """The options of `sae harvest`, under the names of its flags."""
-
-    model: str = "google/gemma-2-2b"
-    revision: str | None = None  # of the model, on the Hub
-    layers: Sequence[int] = LAYERS
-    sites: Sequence[str] = ("resid_post",)
-    modules: Sequence[str] = ()  # more sites: model.layers.{layer}.mlp.gate_proj:output
-    dataset: str | None = None  # None: the Pile, or the embedded text for the embedded model
-    dataset_revision: str | None = None
-    subset: str | None = None  # a configuration of the dataset
-    split: str = "train"
-    text_column: str = "text"
-    tokens: int | None = None  # None: ten million, or all of a shorter text
-    context: int = 128  # tokens, BOS included
-    held_out: float | None = None  # share of the documents; None: 0.05, or by name for the embedded text
-    keep_special: bool = False  # harvest the rows of BOS, EOS and pad too
-    pack: bool = False  # several documents in a context
-    window: int = WINDOW_ROWS  # rows shuffled and written together
-    storage_dtype: str = "bfloat16"
-    compress: bool = False
-    max_norm: float | None = MAX_NORM  # rows whose norm exceeds this multiple of the median are masked; None: no row
-    dtype: str = "auto"
-    attention: str = "eager"  # the implementation that computes Gemma's soft-capping exactly
-    batch_contexts: int = 32  # contexts in a forward pass
-    seed: int = 0
-    device: str = "auto"
-    out: Path | None = None
-    origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
-
-    @property
-    def held_out_share(self) -> float:
-        return 0.05 if self.held_out is None else self.held_out
 
 
 @dataclass(frozen=True)
@@ -98,11 +66,22 @@ class HarvestPlan:
     tokens: int  # rows to harvest; an upper bound where config.tokens is None
     dtype: str
     device: str
+    chat: ChatEncoder | None = None  # for a text of conversations
 
     @cached_property
     def widths(self) -> dict[str, int]:
         """Array name -> width of its rows."""
         return {hook.array: hook_width(hook, self.model_config) for hook in self.hooks}
+
+    @property
+    def context_format(self) -> ContextFormat:
+        """What contexts begin with, and which of their tokens are rows."""
+        return ContextFormat.of(self.identity, self.tokenizer)
+
+    @property
+    def encoder(self) -> DocumentEncoder:
+        """What turns the documents into token ids."""
+        return DocumentEncoder(self.tokenizer, self.context_format.bos_id, LITERALS in self.identity, self.chat)
 
     @property
     def modules(self) -> dict[str, str]:
@@ -161,7 +140,21 @@ class HarvestPlan:
             f"model    {self.source.name} at {self.source.revision[:12]}, computed in {self.dtype} on {self.device}",
             *(f"hook     {h.name} = {self.modules[h.array]}, {self.widths[h.array]} wide" for h in self.hooks),
             f"text     {self.text.name} at {self.text.identity['revision'][:12]}, {held_out} of the documents held out",
+            *self.describe_format(),
         ]
+
+    def describe_format(self) -> list[str]:
+        """The lines of `describe` about what contexts begin with and which of their tokens are no rows."""
+        form, choice = self.context_format, choose_bos(self.tokenizer, self.config.bos)
+        token = "none" if form.bos_id is None else f"{token_text(self.tokenizer, form.bos_id)} (id {form.bos_id})"
+        lines = [f"bos      {token}: {choice.reason if form.bos_id == choice.id else 'as this cache was begun'}"]
+        if self.chat is not None:
+            wrote = f"what {' and '.join(self.chat.roles)} wrote" if self.chat.roles else "all that is written"
+            lines.append(f"chat     {self.config.chat_column} through the tokenizer's template; rows are {wrote}")
+        left_out = [f"the first {form.skip_positions} positions of each context"] if form.skip_positions else []
+        if self.config.skip_tokens:
+            left_out.append(", ".join(repr(token_text(self.tokenizer, token)) for token in form.skip_ids))
+        return [*lines, *([f"no rows  {'; '.join(left_out)}"] if left_out else [])]
 
     def describe_time(self) -> str:
         """The estimated time as text. It is also part of the plans of --stream and `sae reproduce`.
@@ -211,12 +204,15 @@ class HarvestPlan:
         for name in ("model", "dataset"):
             if record[name] and Path(record[name]).exists():
                 record[name] = str(Path(record[name]).resolve())
+        record |= {name: list(getattr(self.config, name)) for name in ("skip_tokens", "roles")}
         if self.source.on_hub:
             record["revision"] = self.source.revision
         if "split" in self.text.identity:  # a dataset of the Hub
             record["dataset_revision"] = self.text.identity["revision"]
         not_recorded = ("layers", "sites", "modules", "device", "out")
         record = {name: value for name, value in record.items() if name not in not_recorded}
+        bos_id = self.context_format.bos_id
+        record["bos_token"] = None if bos_id is None else token_text(self.tokenizer, bos_id)
         modules = read_hook_modules(self.folder) | self.modules  # keeps those of layers harvested earlier
         return record | {
             "device": self.device,
@@ -236,10 +232,12 @@ class HarvestPlan:
             )
 
 
-def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sentence: None) -> HarvestPlan:
+def plan_harvest(
+    config: HarvestConfig, say: Callable[[str], None] = lambda sentence: None, *, suffix: str = ""
+) -> HarvestPlan:
     """Check a configuration and resolve everything in it. Loads no weights and writes nothing.
 
-    `say` receives notes about the text and about caches of other revisions.
+    `say` receives notes about the text and about caches of other revisions; `suffix` ends the default folder's name.
 
     Raises UsageError for a configuration that cannot be harvested and UnavailableError if the model or the text cannot
     be reached.
@@ -255,16 +253,31 @@ def plan_harvest(config: HarvestConfig, say: Callable[[str], None] = lambda sent
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     tokenizer = load_tokenizer(source)
+    form = ContextFormat.choose(
+        tokenizer, bos=config.bos, keep_special=config.keep_special, skip_positions=config.skip_positions,
+        skip_tokens=config.skip_tokens,
+    )  # fmt: skip
+    chat = None if config.chat_column is None else ChatEncoder(tokenizer, tuple(config.roles))
     text = open_text(
         dataset, tokenizer=tokenizer, revision=config.dataset_revision, subset=config.subset, split=config.split,
-        column=config.text_column, seed=config.seed, say=say,
+        column=config.chat_column or config.text_column, seed=config.seed, say=say, chat=chat is not None,
     )  # fmt: skip
-    identity = identity_of(config, source, dtype, tokenizer, text, held_out_by_name=dataset == EMBEDDED_TEXT)
-    folder = config.out or default_folder(identity, source, text)
+    identity = identity_of(config, source, dtype, tokenizer, form, text, held_out_by_name=dataset == EMBEDDED_TEXT)
+    identity |= {} if chat is None else {"chat": chat.identity()}
+
+    def folder_of(identity: dict[str, Any]) -> Path:
+        return config.out or default_folder(identity, source, text, suffix)
+
+    older = {key: value for key, value in identity.items() if key != LITERALS}
+    if older != identity and is_begun(folder_of(older), older, has_own_name=config.out is None):
+        identity = older
+    folder = folder_of(identity)
     if config.out is None and not folder.exists():
         mention_other_revisions(folder, identity, source.on_hub, say)
     tokens = config.tokens or TOKENS
-    return HarvestPlan(config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device)
+    return HarvestPlan(
+        config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device, chat
+    )
 
 
 def default_folder(identity: dict[str, Any], source: ModelSource, text: TextSource, suffix: str = "") -> Path:
@@ -283,8 +296,9 @@ def default_folder(identity: dict[str, Any], source: ModelSource, text: TextSour
 
 
 def identity_of(
-    config: HarvestConfig, source: ModelSource, dtype: str, tokenizer: Any, text: TextSource, *, held_out_by_name: bool
-) -> dict[str, Any]:
+    config: HarvestConfig, source: ModelSource, dtype: str, tokenizer: Any, form: ContextFormat, text: TextSource, *,
+    held_out_by_name: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that decides a byte of the cache, except layers and sites: a cache can hold several of them."""
     return {
         "format": FORMAT,
@@ -296,7 +310,8 @@ def identity_of(
         "tokens": config.tokens or f"up to {TOKENS}",
         "context": config.context,
         "held_out": "by name" if held_out_by_name else config.held_out_share,
-        "skip": [] if config.keep_special else special_token_ids(tokenizer),
+        **form.identity(tokenizer),
+        **({LITERALS: "text"} if config.chat_column or text.may_contain(list(special_tokens(tokenizer))) else {}),
         "pack": config.pack,
         "seed": config.seed,
         "window_rows": config.window,
@@ -304,6 +319,19 @@ def identity_of(
         "storage_dtype": config.storage_dtype,
         "compress": BLOSC if config.compress else None,
     }
+
+
+def is_begun(folder: Path, identity: dict[str, Any], *, has_own_name: bool) -> bool:
+    """Whether an earlier version began a harvest with this identity, which is then continued as it was begun.
+
+    A folder whose name is made from the identity proves it; another one has to have its fingerprint.
+    """
+    if has_own_name or not folder.is_dir():
+        return folder.is_dir()
+    try:
+        return read_fingerprint(folder) == fingerprint_of(identity)
+    except SaeError:
+        return False
 
 
 def mention_other_revisions(folder: Path, identity: dict[str, Any], on_hub: bool, say: Callable[[str], None]) -> None:
@@ -319,66 +347,3 @@ def mention_other_revisions(folder: Path, identity: dict[str, Any], on_hub: bool
                 flags += f" --dataset-revision {other.identity['data']['revision']}"
             instead = f" To continue that one instead, add{flags}" if flags else ""
             say(f"{other.folder} is the same harvest at another revision.{instead}")
-
-
-def check_config(config: HarvestConfig, dataset: str) -> None:
-    """Raise UsageError for values that are wrong for any model and text."""
-    if "" in (config.model, config.dataset):
-        raise UsageError("--model and --dataset cannot be empty. Leave out --dataset for the model's default text.")
-    if not config.layers or not (config.sites or config.modules):
-        raise UsageError("There is nothing to harvest: give at least one layer and one site.")
-    if wrong := [layer for layer in config.layers if not isinstance(layer, int)]:
-        raise UsageError(f"invalid layer {wrong[0]!r}: expected a whole number.")
-    check_sizes(config)
-    if not 0 <= config.seed < 2**63:
-        raise UsageError(f"invalid --seed {config.seed}: expected 0 to 2^63 - 1.")
-    if dataset == EMBEDDED_TEXT and config.held_out is not None:
-        raise UsageError(
-            f"--held-out has no effect on {EMBEDDED_TEXT}, which always holds out one document in ten. Leave it out."
-        )
-    if not 0 <= config.held_out_share < 1:
-        raise UsageError(f"invalid --held-out {config.held_out}: expected a share from 0 up to, but not including, 1.")
-    if config.storage_dtype not in ("bfloat16", "uint16"):
-        raise UsageError(
-            f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without it."
-        )
-    check_site_names(config.sites)
-    if config.max_norm is not None and not config.max_norm > 1:
-        raise UsageError(
-            f"--max-norm {config.max_norm} would mask at least half of the rows. Give a multiple of the median norm, "
-            "such as 10, or none."
-        )
-
-
-def check_site_names(sites: Sequence[str]) -> None:
-    """Raise UsageError for a text that is no site of any model."""
-    for site in sites:
-        if not is_site(site):
-            raise UsageError(
-                f"unknown --site {site}: expected one of {', '.join(SITES)}, or a module of the block with what is "
-                "read of it, such as mlp.gate_proj.output."
-            )
-
-
-def check_sizes(config: HarvestConfig) -> None:
-    """The part of `check_config` about tokens, contexts and windows."""
-    tokens, context, window = config.tokens, config.context, config.window
-    if not isinstance(tokens, int | None):
-        raise UsageError(f"invalid tokens {tokens!r}: expected a whole number, such as 10_000_000.")
-    if tokens is not None and not 0 < tokens <= 2**40:
-        raise UsageError(
-            f"invalid --tokens {tokens}: expected 1 to 2^40 (about 10^12). Give how many rows to harvest, such as 10M."
-        )
-    if not 2 <= context <= 65535:
-        raise UsageError(
-            f"invalid --context {context}: expected 2 to 65,535, since a context is BOS and at least one token."
-        )
-    if window <= 0 or window % min(CHUNK_ROWS, window):
-        raise UsageError(
-            f"invalid --window {window}: expected a multiple of {CHUNK_ROWS:,}, or a positive number below that."
-        )
-    if window > max(WINDOW_ROWS, tokens or TOKENS):
-        raise UsageError(
-            f"--window {window} exceeds the number of tokens, and a whole window is kept in memory and filled up on "
-            "disk. Give a smaller one."
-        )

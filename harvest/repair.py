@@ -13,8 +13,10 @@ from ..cache.models import find_folder, is_digest, recorded_folders
 from ..cache.writer import CacheWriter
 from ..common.errors import DamagedError, SaeError, UsageError
 from ..common.files import read_json, writer_lock
+from ..common.special_tokens import BOS_OR_EOS
 from . import mini
-from .plan import HarvestConfig, HarvestPlan, plan_harvest
+from .config import HarvestConfig
+from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
 from .run import check_not_ring, load_model_for, start_cache, tokenize
 from .windows import WindowComputer
@@ -103,6 +105,7 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
     if model is None and (moved := recorded_model(folder)):
         options["model"] = moved
     options |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
+    options.setdefault("bos", BOS_OR_EOS)  # older caches record no choice
     options |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
     plan = replace(plan_harvest(HarvestConfig(**options)), hooks=hooks)
     if not (folder / "zarr.json").exists():

@@ -19,10 +19,11 @@ from ..common.device import keep_freed_memory
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import write_json_if_changed, writer_lock
 from .architectures import check_loaded_sites
-from .contexts import make_contexts, row_mask
+from .config import LAYERS, HarvestConfig
+from .contexts import make_contexts
 from .distributed import ProcessGroup, current_process_group
 from .model import LanguageModel, load_trunk
-from .plan import LAYERS, HarvestConfig, HarvestPlan, plan_harvest
+from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
 from .tokenize_checkpoint import TokenizeCheckpoint, remove_checkpoint
 from .windows import WindowComputer, write_windows
@@ -58,9 +59,9 @@ def harvest_activations(
         seed: Order of contexts and rows, and choice of held-out documents.
         progress: Callbacks for rows done and for messages. Default: silent.
         **options: Any other field of `sae.harvest.plan.HarvestConfig`: revision, dataset_revision, subset, split,
-            text_column, keep_special, pack, window, storage_dtype, compress, max_norm, dtype, attention,
-            batch_contexts, and modules: more sites, as "model.layers.{layer}.mlp.gate_proj:output", which replace
-            resid_post if `sites` is not given.
+            text_column, chat_column, roles, bos, keep_special, skip_positions, skip_tokens, pack, window,
+            storage_dtype, compress, max_norm, dtype, attention, batch_contexts, and modules: more sites, as
+            "model.layers.{layer}.mlp.gate_proj:output", which replace resid_post if `sites` is not given.
 
     Returns:
         The cache, opened.
@@ -167,7 +168,7 @@ def check_not_ring(folder: Path) -> None:
 
 def cache_layout(plan: HarvestPlan, contexts: Contexts) -> Layout:
     """The layout of the cache, whose number of rows is known once the text is tokenized."""
-    kept = row_mask(contexts, plan.identity["skip"])[~contexts.held_out]
+    kept = plan.context_format.row_mask(contexts)[~contexts.held_out]
     return Layout(int(kept.sum()), plan.config.window, plan.config.storage_dtype, plan.config.compress)
 
 
@@ -196,9 +197,9 @@ def tokenize(plan: HarvestPlan) -> Contexts:
     """Tokenize the text of a plan, continuing from its checkpoint if there is one."""
     config = plan.config
     return make_contexts(
-        plan.text, plan.tokenizer, TokenizeCheckpoint(plan.folder, plan.identity), tokens=plan.tokens,
-        exactly=config.tokens is not None, context=config.context, held_out=config.held_out_share,
-        skip=plan.identity["skip"], seed=config.seed, pack=config.pack,
+        plan.text, plan.encoder, plan.context_format, TokenizeCheckpoint(plan.folder, plan.identity),
+        tokens=plan.tokens, exactly=config.tokens is not None, context=config.context, held_out=config.held_out_share,
+        seed=config.seed, pack=config.pack,
     )  # fmt: skip
 
 

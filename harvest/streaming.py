@@ -6,7 +6,6 @@ They equal the windows of the same `sae harvest`, bit for bit. Training releases
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from ..cache.layout import CHUNK_ROWS, Layout
 from ..cache.ring import GROUPS_ON_DISK, RingCache
@@ -14,7 +13,8 @@ from ..cache.writer import harvest_started
 from ..common.errors import UnavailableError, UsageError
 from ..common.files import folder_bytes, free_space, writer_lock
 from ..common.formatting import format_bytes
-from .plan import HarvestConfig, HarvestPlan, default_folder, plan_harvest
+from .config import HarvestConfig
+from .plan import HarvestPlan, plan_harvest
 from .progress import HarvestProgress
 from .run import load_model_for, start_cache
 from .windows import WindowComputer, write_windows
@@ -36,9 +36,7 @@ def plan_ring(config: HarvestConfig, size: int) -> tuple[HarvestPlan, RingCache]
             "--stream needs --tokens, since the number of steps is fixed before the text is read. "
             "Give how many, such as 10M."
         )
-    plan = plan_harvest(config)
-    if config.out is None:
-        plan = replace(plan, folder=default_folder(plan.identity, plan.source, plan.text, "--stream"))
+    plan = plan_harvest(config, suffix="--stream")
     layout = Layout(config.tokens, config.window, config.storage_dtype, config.compress)
     ring = RingCache(plan.folder, plan.identity, layout, plan.widths, size, config.max_norm)
     if plan.folder.is_dir():

@@ -20,7 +20,6 @@ from ..cache.writer import CacheWriter, WindowRows
 from ..common.device import empty_gpu_cache
 from ..common.environment import source_revision
 from ..common.errors import Interrupted, SaeError, UnavailableError
-from .contexts import row_mask
 from .device_copy import DeviceCopy, out_of_memory
 from .model import LanguageModel
 from .plan import HarvestPlan
@@ -115,7 +114,7 @@ class WindowComputer:
         self.plan, self.layout, self.progress = plan, layout, progress
         self.report_rows: Callable[[int], None] = lambda rows: None  # rows done of the current window
         self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held out come last; no copy
-        self.kept_NS = row_mask(self.contexts, plan.identity["skip"])
+        self.kept_NS = plan.context_format.row_mask(self.contexts)
         self.rows_before = np.concatenate([[0], np.cumsum(self.kept_NS.sum(1))])
         self.batch_contexts = plan.config.batch_contexts
 

@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # The parts of evaluate/, lowest first: a part may import itself and the parts before it.
 EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
-    ("artifacts", "charts"),
+    ("artifacts", "charts", "sae_text"),
     ("context",),
     ("datasets",),
     ("metrics",),

@@ -318,6 +318,7 @@ def finish_run(trainer: RunTrainer) -> None:
         "cache": run.cache_folders[0],  # its held-out documents are held out of the other caches too
         "fingerprint": run.cache.fingerprint,
         "context": run.cache.identity["context"],
+        **{key: run.cache.identity[key] for key in ("bos",) if key in run.cache.identity},
         "norm_limit": run.cache.norm_limit(run.hook.array),  # rows over it were not trained on
     }
     sae = fold_normalization(variant.sae, float(variant.scale), variant.mean_D)

@@ -22,6 +22,7 @@ import torch
 from saebench_problem import AMAZON, BIOS, BOS, EOS, PAD
 from safetensors.numpy import load_file
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook
 from sae.evaluate.artifacts import ArtifactCache
@@ -71,7 +72,7 @@ def make_context(folder: Path, work: Path) -> EvalContext:
         lambda: model,
         load_tokenizer(source),
         contexts,
-        [PAD, EOS, BOS],
+        ContextFormat(BOS, (PAD, EOS, BOS)),
         "0.6.0",
         {},
         {},

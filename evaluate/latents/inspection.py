@@ -80,7 +80,9 @@ def open_run(
     sae = load_sae(folder)
     cache = find_eval_cache(folder, sae, list_caches(), model=model)
     tokens = DEFAULT_TOKENS if tokens is None else tokens
-    ctx = make_context(cache, tokens=tokens, device=device, dtype=resolve_dtype(dtype, device), model=model)
+    ctx = make_context(
+        cache, tokens=tokens, device=device, dtype=resolve_dtype(dtype, device), model=model, origin=sae.origin
+    )
     hook = Hook.from_record(sae.origin)
     try:
         check_layers(ctx.model_config, [hook.layer], cache.model)
@@ -176,9 +178,9 @@ def encode_prompt(run: InspectedRun, prompt: str) -> tuple[list[int], Tensor]:
 
     Raises UsageError for a prompt without tokens or longer than the model's context.
     """
-    ids = run.ctx.tokenizer(prompt.encode("utf-8", "replace").decode(), verbose=False)["input_ids"]
-    counted = [token not in run.ctx.special_ids for token in ids]
-    if not any(counted):
+    (ids,) = run.ctx.encode_texts([prompt.encode("utf-8", "replace").decode()])
+    counted = run.ctx.context_format.counted(torch.tensor(ids, dtype=torch.int64))
+    if not counted.any():
         raise UsageError("--prompt has no tokens. Give it some text.")
     max_tokens = getattr(run.ctx.model.config, "max_position_embeddings", len(ids))
     if len(ids) > max_tokens:
@@ -188,7 +190,7 @@ def encode_prompt(run: InspectedRun, prompt: str) -> tuple[list[int], Tensor]:
     f_SF = torch.cat([encode_float32(run.sae, part) for part in x_SD.split(TOKENS_PER_ENCODE)])
     if not torch.isfinite(f_SF).all():
         raise SaeError("Some activations of the SAE on this prompt are not finite.")
-    return ids, torch.where(torch.tensor(counted, device=device)[:, None], f_SF, 0).cpu()
+    return ids, torch.where(counted.to(device)[:, None], f_SF, 0).cpu()
 
 
 def training_record(run: InspectedRun) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Ablation(Metric):
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         texts = {name: dataset_version(name, ctx.data) for name in self.datasets}
-        return {**super().settings(ctx), "texts": texts}
+        return {**super().settings(ctx), **ctx.text_settings, "texts": texts}
 
     def check(self) -> None:
         """Raise UsageError for an option out of range."""
@@ -165,7 +165,8 @@ class Ablation(Metric):
         by_hook = read_labeled_rows(ctx, hooks, problem.name, problem.texts, progress, self.context)
         depends = {
             **ctx.model_identity,
-            "skip": ctx.special_ids,
+            **ctx.text_settings,
+            "skip": ctx.context_format.skip_record,
             "context": self.context,
             "probe": PROBE_SETTINGS,
             "problem": problem.name,

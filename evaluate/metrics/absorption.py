@@ -83,10 +83,16 @@ class Absorption(Metric):
         MetricColumn("F1, probe", "llm", "mean_f1_probe", ".3f", "up", 0, 1),
     )
 
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
+        return {**super().settings(ctx), **ctx.prompt_settings}
+
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Raises UsageError if the model's tokenizer or vocabulary does not suit the metric."""
         self.check()
-        prompts = SpellingPrompts.of(ctx.tokenizer, self.words, self.random_seed, newline=ctx.mode != "2024-12")
+        prompts = SpellingPrompts.of(
+            ctx.tokenizer, self.words, self.random_seed, bos_id=ctx.context_format.bos_id,
+            newline=ctx.mode != "2024-12",
+        )  # fmt: skip
         hooks = sorted({target.hook for target in targets})
         rows = read_spelling_rows(ctx, prompts, hooks, self.random_seed, progress)
         outcomes: list[Outcome] = []

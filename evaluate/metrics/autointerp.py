@@ -31,7 +31,7 @@ from ..context import EvalContext
 from .activation_examples import BUFFER, RANDOM, LatentExamples, TokenText, select_examples
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
 from .llm_judge import Endpoint, Judge, Message, read_key
-from .packing import TOKENS_PER_ENCODE, encode_float32, firing_frequencies, forward_batches, pack_contexts
+from .packing import TOKENS_PER_ENCODE, PackedRows, encode_float32, firing_frequencies, forward_batches, pack_contexts
 
 MAX_FIRINGS = 20_000_000  # activations held in memory in one pass of the model
 SEED = 42
@@ -121,7 +121,8 @@ class Autointerp(Metric):
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         self.check_options()
         judge = self.judge()
-        rows_RS = pack_contexts(ctx, self.context)[: max(1, self.tokens // self.context)]
+        rows = pack_contexts(ctx, self.context).first(max(1, self.tokens // self.context))
+        rows_RS = rows.ids
         if not len(rows_RS):
             raise UsageError(f"The held-out text has less than one row of {self.context} tokens. Harvest more of it.")
         not_trained = UsageError("Autointerp explains trained latents; reference rows have none.")
@@ -130,10 +131,10 @@ class Autointerp(Metric):
         trained = [targets[i] for i in indices]
         if not trained:
             return outcomes
-        shares = firing_frequencies(ctx.model, torch.tensor(ctx.special_ids), rows_RS, trained, progress)
+        shares = firing_frequencies(ctx.model, rows, trained, progress)
         drawn = [self.draw_latents(share_F, rows_RS.numel()) for share_F in shares]
         examples: list[dict[int, LatentExamples]] = [{} for _ in trained]
-        for number, latent, flat_P, value_P in collect_firings(ctx, rows_RS, trained, drawn, shares, progress):
+        for number, latent, flat_P, value_P in collect_firings(ctx, rows, trained, drawn, shares, progress):
             rng = np.random.default_rng([SEED, latent])
             if selected := select_examples(flat_P, value_P, rows_RS.numpy(), rng):
                 examples[number][latent] = selected
@@ -193,7 +194,7 @@ class Autointerp(Metric):
 
 def collect_firings(
     ctx: EvalContext,
-    rows_RS: Tensor,
+    rows: PackedRows,
     targets: Sequence[EvalTarget],
     drawn: Sequence[Sequence[int]],
     shares: Sequence[np.ndarray],
@@ -207,7 +208,7 @@ def collect_firings(
     total = MAX_FIRINGS + 1.0
     for number, latents in enumerate(drawn):
         for latent in latents:
-            count = float(shares[number][latent]) * rows_RS.numel()
+            count = float(shares[number][latent]) * rows.ids.numel()
             if total + count > MAX_FIRINGS:
                 passes.append([[] for _ in drawn])
                 total = 0.0
@@ -215,7 +216,7 @@ def collect_firings(
             total += count
     for pass_number, latents_of_target in enumerate(passes, 1):
         report = partial(progress, note=f"rows for passages, pass {pass_number} of {len(passes)}")
-        firings = collect_in_one_pass(ctx, rows_RS, targets, latents_of_target, report)
+        firings = collect_in_one_pass(ctx, rows, targets, latents_of_target, report)
         for number, of_target in enumerate(firings):
             for latent, (flat_P, value_P) in zip(latents_of_target[number], of_target, strict=True):
                 yield number, latent, flat_P, value_P
@@ -223,7 +224,7 @@ def collect_firings(
 
 def collect_in_one_pass(
     ctx: EvalContext,
-    rows_RS: Tensor,
+    rows: PackedRows,
     targets: Sequence[EvalTarget],
     latents_of_target: Sequence[list[int]],
     progress: Progress,
@@ -232,9 +233,8 @@ def collect_in_one_pass(
     device = ctx.model.device
     hooks = sorted({target.hook for target, latents in zip(targets, latents_of_target, strict=True) if latents})
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in targets]
-    skip, done = torch.tensor(ctx.special_ids, device=device), 0
-    for ids_NS in forward_batches(rows_RS.to(device)):
-        counted_NS = ~torch.isin(ids_NS, skip)
+    ids, counted, done = forward_batches(rows.ids.to(device)), forward_batches(rows.counted.to(device)), 0
+    for ids_NS, counted_NS in zip(ids, counted, strict=True):
         flat_T = counted_NS.flatten().nonzero().squeeze(1) + done * ids_NS.shape[1]
         activations = ctx.model.capture_hooks(ids_NS, hooks)
         for target, latents, of_target in zip(targets, latents_of_target, parts, strict=True):
@@ -245,7 +245,7 @@ def collect_in_one_pass(
                     token, k = (f_BK > 0).nonzero(as_tuple=True)
                     of_target.append((flat_B[token].cpu(), k.to(torch.int32).cpu(), f_BK[token, k].cpu()))
         done += len(ids_NS)
-        progress(done, len(rows_RS))
+        progress(done, len(rows.ids))
     return [
         group_by_latent(of_target, len(latents)) for of_target, latents in zip(parts, latents_of_target, strict=True)
     ]

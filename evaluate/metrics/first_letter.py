@@ -61,8 +61,8 @@ class SpellingPrompts:
     from_ids: int  # words that the tokenizer would split differently in their text
 
     @classmethod
-    def of(cls, tokenizer: Any, words: int, seed: int, *, newline: bool = True) -> Self:
-        """Draw `words` words (0: all) and tokenize the template.
+    def of(cls, tokenizer: Any, words: int, seed: int, *, bos_id: int | None, newline: bool = True) -> Self:
+        """Draw `words` words (0: all) and tokenize the template. Prompts begin with `bos_id`.
 
         Raises UsageError if the tokenizer cannot build such prompts or has too few words.
         """
@@ -88,7 +88,7 @@ class SpellingPrompts:
                 "This tokenizer does not suit absorption: its answers ' A' to ' Z' differ in their number of tokens, "
                 "so prompts would be of unequal lengths."
             )
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        bos = [] if bos_id is None else [bos_id]
         from_ids = sum(tokens != usual for tokens in after)
         return cls(drawn, train, bos + (start if newline else []), list(usual), answers, from_ids)
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...cache.context_format import ContextFormat
 from ...common.errors import UsageError
+from ...common.special_tokens import special_token_ids
 from ...harvest.model import LanguageModel
 from .probes import make_generator
 
@@ -43,11 +45,13 @@ def parse_question(row: dict[str, Any], number: int, name: str) -> Question:
 class MultipleChoiceModel:
     """An instruction-tuned model that picks A, B, C or D: one user turn with the question, then "Answer: (".
 
+    Prompts begin with `bos_id`, unless the template puts it there.
+
     Raises UsageError if the tokenizer has no chat template or no tokens for the four letters.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Any, identity: dict[str, str]) -> None:
-        self.model, self.tokenizer, self.identity = model, tokenizer, identity
+    def __init__(self, model: LanguageModel, tokenizer: Any, identity: dict[str, str], bos_id: int | None) -> None:
+        self.model, self.tokenizer, self.identity, self.bos_id = model, tokenizer, identity, bos_id
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
                 f"{identity['name']} has no chat template, so it is not an instruction-tuned model. Name one with "
@@ -59,8 +63,8 @@ class MultipleChoiceModel:
         self.letters = torch.tensor(
             [[plain[0], spaced[0] if len(spaced) == 1 else plain[0]] for plain, spaced in letters]
         )
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
-        self.skip = torch.tensor([i for i in ids if i is not None])
+        skip = {*special_token_ids(tokenizer), *([] if bos_id is None else [bos_id])}
+        self.context_format = ContextFormat(bos_id, tuple(sorted(skip)))
 
     def prompt(self, subject: str, question: Question) -> list[int]:
         """The token ids of a question, with WMDP's wording as SAEBench uses it."""
@@ -69,8 +73,7 @@ class MultipleChoiceModel:
         turns = [{"role": "user", "content": body}]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + "Answer: ("
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        return ids if bos is None or ids[0] == bos else [bos, *ids]
+        return ids if self.bos_id is None or ids[0] == self.bos_id else [self.bos_id, *ids]
 
     def batches(self, prompts: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Batches of prompts of similar length: their indices, ids (N, S) padded on the right, last positions (N,)."""

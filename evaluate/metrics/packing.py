@@ -4,12 +4,13 @@ Shape suffixes: R rows, S positions, N rows of one forward pass, T counted token
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.special_tokens import turn_markers
 from ...harvest.model import LanguageModel
 from ..context import EvalContext
 from .base import EvalTarget, Progress, SAELike
@@ -19,10 +20,11 @@ TOKENS_PER_FORWARD = 4096  # tokens of one forward pass of the model
 TOKENS_PER_ENCODE = 1024  # tokens of one call of an SAE's encode
 
 
-def pack_texts(texts: Sequence[str], tokenizer: Any, context: int) -> Tensor:
+def pack_texts(texts: Sequence[str], tokenizer: Any, context: int, bos_id: int | None) -> Tensor:
     """Join texts by EOS and cut them into rows (R, context); BOS replaces the first token of each row.
 
-    Tokens that do not fill a row are dropped.
+    Tokens that do not fill a row are dropped. SAEBench's BOS is the tokenizer's; here it is `bos_id`, what the contexts
+    that the SAEs were trained on begin with, which for Gemma and Llama is the same.
     """
     joined = (tokenizer.eos_token or "\n").join(texts)
     size = max(1, -(-len(joined) // TOKENIZER_CHUNKS))
@@ -31,18 +33,43 @@ def pack_texts(texts: Sequence[str], tokenizer: Any, context: int) -> Tensor:
     flat = torch.cat([*ids, torch.zeros(0, dtype=torch.int64)])
     if tokenizer.pad_token_id is not None:
         flat = flat[flat != tokenizer.pad_token_id]
-    return fill_rows(flat, context, tokenizer.bos_token_id)
+    return fill_rows(flat, context, bos_id)
 
 
-def pack_contexts(ctx: EvalContext, context: int) -> Tensor:
-    """Pack the held-out contexts into rows (R, context): their BOS removed, EOS after each; BOS in column 0."""
-    bos, eos = ctx.tokenizer.bos_token_id, ctx.tokenizer.eos_token_id
-    separator = torch.tensor([] if eos is None else [eos], dtype=torch.int64)
-    parts = []
-    for ids, length in zip(ctx.contexts.ids, ctx.contexts.length, strict=True):
+class PackedRows(NamedTuple):
+    """Rows of equal length, and where metrics are computed: (R, S) each."""
+
+    ids: Tensor
+    counted: Tensor
+
+    def first(self, rows: int) -> "PackedRows":
+        return PackedRows(self.ids[:rows], self.counted[:rows])
+
+
+def pack_contexts(ctx: EvalContext, context: int) -> PackedRows:
+    """Pack the held-out contexts into rows (R, context): their BOS removed, EOS after each; BOS in column 0.
+
+    Where EOS bounds a chat turn, BOS stands after each context instead.
+    """
+    bos, text = ctx.context_format.bos_id, ctx.contexts
+    separator = torch.tensor([] if (end := separator_id(ctx)) is None else [end], dtype=torch.int64)
+    parts, marks = [], []
+    for number, (ids, length) in enumerate(zip(text.ids, text.length, strict=True)):
         tokens = torch.from_numpy(ids[: int(length)].astype(np.int64))
-        parts += [tokens if bos is None else tokens[tokens != bos], separator]
-    return fill_rows(torch.cat(parts or [separator]), context, bos)
+        kept = torch.ones(len(tokens), dtype=torch.bool) if bos is None else tokens != bos
+        mark = torch.ones_like(kept) if text.rows is None else torch.from_numpy(text.rows[number, : int(length)])
+        parts += [tokens[kept], separator]
+        marks += [mark[kept], separator >= 0]
+    ids_RS = fill_rows(torch.cat(parts or [separator]), context, bos)
+    mark_RS = fill_rows(torch.cat(marks or [separator >= 0]), context, None)
+    return PackedRows(ids_RS, ctx.context_format.counted(ids_RS) & mark_RS)
+
+
+def separator_id(ctx: EvalContext) -> int | None:
+    """The token between two texts: EOS, or BOS if that bounds a chat turn."""
+    tokenizer = ctx.tokenizer
+    turn = tokenizer.eos_token is not None and tokenizer.eos_token in turn_markers(tokenizer)
+    return ctx.context_format.bos_id if turn else tokenizer.eos_token_id
 
 
 def fill_rows(flat_T: Tensor, context: int, bos: int | None) -> Tensor:
@@ -59,25 +86,21 @@ def forward_batches(rows_RS: Tensor) -> tuple[Tensor, ...]:
 
 
 def firing_frequencies(
-    model: LanguageModel, skip: Tensor, rows_RS: Tensor, targets: Sequence[EvalTarget], progress: Progress
+    model: LanguageModel, rows: PackedRows, targets: Sequence[EvalTarget], progress: Progress
 ) -> list[np.ndarray]:
-    """For each SAE, the share of counted tokens on which each latent is positive (F,).
-
-    Tokens are counted unless their id is in `skip`.
-    """
+    """For each SAE, the share of counted tokens on which each latent is positive (F,)."""
     hooks = sorted({target.hook for target in targets})
     counts: list[Any] = [0] * len(targets)
     tokens = 0
     done = 0
-    for ids_NS in forward_batches(rows_RS):
-        counted_NS = ~torch.isin(ids_NS, skip)
+    for ids_NS, counted_NS in zip(forward_batches(rows.ids), forward_batches(rows.counted), strict=True):
         tokens += int(counted_NS.sum())
         activations = model.capture_hooks(ids_NS.to(model.device), hooks)
         for i, target in enumerate(targets):
             for x_TD in activations[target.hook][counted_NS.to(model.device)].split(TOKENS_PER_ENCODE):
                 counts[i] += (encode_float32(target.sae, x_TD) > 0).sum(0)
         done += len(ids_NS)
-        progress(done, len(rows_RS), "rows of text")
+        progress(done, len(rows.ids), "rows of text")
     return [count.cpu().double().numpy() / max(tokens, 1) for count in counts]
 
 

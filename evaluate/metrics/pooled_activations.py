@@ -100,8 +100,8 @@ def read_text_rows(
     """
     if context < 2:  # the tokenizer would take 0 as no limit
         raise UsageError(f"a context of {context} tokens holds no text after BOS. Give 2 or more.")
-    ids: list[list[int]] = ctx.tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]
-    depends = {**ctx.model_identity, "skip": ctx.special_ids, "ids": digest_of(ids)}
+    ids = ctx.encode_texts(texts, context)
+    depends = {**ctx.model_identity, "skip": ctx.context_format.skip_record, "ids": digest_of(ids)}
     missing = [hook for hook in hooks if not ctx.artifacts.contains("rows", {**depends, **hook.record})]
     captured = capture_rows(ctx, missing, ids, progress) if missing else {}
 
@@ -120,7 +120,6 @@ def capture_rows(
     ctx: EvalContext, hooks: Sequence[Hook], ids: Sequence[Sequence[int]], progress: Progress
 ) -> dict[Hook, TextRows]:
     """Run the model once over the texts, batching those of similar length, up to the last of `hooks`."""
-    skip = torch.tensor(ctx.special_ids)
     rows: dict[Hook, list[Tensor]] = {hook: [torch.empty(0)] * len(ids) for hook in hooks}
     longest_first = sorted(range(len(ids)), key=lambda text: -len(ids[text]))
     for start in range(0, len(longest_first), TEXTS_PER_FORWARD):
@@ -130,7 +129,7 @@ def capture_rows(
         for row, text in enumerate(batch):
             tokens = torch.tensor(ids[text])
             ids_NS[row, : len(tokens)] = tokens
-            counted_NS[row, : len(tokens)] = ~torch.isin(tokens, skip)
+            counted_NS[row, : len(tokens)] = ctx.context_format.counted(tokens)
         for hook, x_NSD in ctx.model.capture_hooks(ids_NS.to(ctx.model.device), hooks).items():
             x_NSD = x_NSD.cpu()
             for row, text in enumerate(batch):

@@ -85,7 +85,7 @@ class SparseProbing(Metric):
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         texts = {name: dataset_version(name, ctx.data) for name in self.datasets}
-        return {**super().settings(ctx), "k": self.ks(ctx.mode), "texts": texts}
+        return {**super().settings(ctx), **ctx.text_settings, "k": self.ks(ctx.mode), "texts": texts}
 
     def ks(self, mode: str) -> tuple[int, ...]:
         if any(k < 1 for k in self.k):
@@ -123,7 +123,8 @@ class SparseProbing(Metric):
             return probe_dataset(features, ks, self.generators(generator, name)).to_tensors()
 
         depends = {**hook.record, "dataset": name, "texts": digest_of(texts), "k": ks, **ctx.model_identity}
-        depends |= {"skip": ctx.special_ids, "context": self.context, "rng": self.rng}
+        depends |= {**ctx.text_settings, "skip": ctx.context_format.skip_record}
+        depends |= {"context": self.context, "rng": self.rng}
         return ProbingScores.from_tensors(
             ctx.artifacts.get_or_compute("llm_probes", depends, make), [*texts["test"]], ks
         )

@@ -32,13 +32,14 @@ from torch import Tensor
 
 from ...common.errors import SaeError, UnavailableError, UsageError
 from ...common.files import digest_of
+from ...common.special_tokens import find_token, token_text
 from ...harvest.model import ModelSource, find_model, load_model, load_tokenizer
 from ..context import EvalContext
 from ..datasets.labeled import Row, hub_commit, local_file, read_dataset_rows
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
 from .clamping import ClampPlan
 from .multiple_choice import MultipleChoiceModel, Question, parse_question, resample_right
-from .packing import firing_frequencies, pack_texts, select_forget_latents
+from .packing import PackedRows, firing_frequencies, pack_texts, select_forget_latents
 from .unit_decoder import decoder_norms_to_fold
 
 FORGET_QUESTIONS = "wmdp-bio"
@@ -88,7 +89,7 @@ class Unlearning(Metric):
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         source, _ = self.source(ctx)
         digests = {name: self.data_version(ctx, name, path) for name, path in self.dataset_paths(ctx).items()}
-        return {**super().settings(ctx), "questioned": source.identity(), "data": digests}
+        return {**super().settings(ctx), **ctx.prompt_settings, "questioned": source.identity(), "data": digests}
 
     def source(self, ctx: EvalContext) -> tuple[ModelSource, Any]:
         """The instruction-tuned model and its config. Raises UnavailableError if it cannot be found."""
@@ -146,7 +147,9 @@ class Unlearning(Metric):
         readers, chat_model = self.readers(ctx), self.load(ctx)
         corpora = self.corpora(readers, chat_model)
         forget, retain = (
-            firing_frequencies(chat_model.model, chat_model.skip, rows, clampable, progress)
+            firing_frequencies(
+                chat_model.model, PackedRows(rows, chat_model.context_format.counted(rows)), clampable, progress
+            )
             for rows in corpora.values()
         )
         plans = [self.plan(*of_target) for of_target in zip(clampable, forget, retain, strict=True)]
@@ -180,7 +183,10 @@ class Unlearning(Metric):
                 "--set unlearning.model=..."
             )
         identity = {**source.identity(), "llm_dtype": dtype, "attention": attention}
-        return MultipleChoiceModel(model, load_tokenizer(source), identity)
+        tokenizer, bos_id = load_tokenizer(source), ctx.context_format.bos_id
+        if bos_id is not None:  # the same token, should the instruction-tuned model number it otherwise
+            bos_id = find_token(tokenizer, token_text(ctx.tokenizer, bos_id), "unlearning: BOS")
+        return MultipleChoiceModel(model, tokenizer, identity, bos_id)
 
     def corpora(self, readers: dict[str, ReadRows], chat_model: MultipleChoiceModel) -> dict[str, Tensor]:
         """Rows (R, context) of the corpus to forget and of the corpus to retain."""
@@ -189,7 +195,7 @@ class Unlearning(Metric):
         for name in ("forget", "retain"):
             seed = 42 if self.rng == "saebench" else int(digest_of(["unlearning", name])[:12], 16)
             texts = sample_long_texts(readers[name], random.Random(seed), FORGET_TEXTS if name == "forget" else None)
-            rows_RS = pack_texts(texts, chat_model.tokenizer, self.context)
+            rows_RS = pack_texts(texts, chat_model.tokenizer, self.context, chat_model.bos_id)
             if not len(rows_RS):
                 raise UsageError(
                     f"The corpus to {name} has less than one row of {self.context} tokens in texts of more than "

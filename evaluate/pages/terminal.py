@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.style import Style
 from rich.table import Table
@@ -144,10 +145,12 @@ def prompt_table(run: InspectedRun, prompt: str, latents: Sequence[int] = ()) ->
     table.add_column("token", no_wrap=True)
     table.add_column("L0", justify="right")
     table.add_column("activations of latents", overflow="fold")
-    for token, text, all_F, own_K in zip(ids, run.token_text.display_text(ids), f_SF, chosen_SK, strict=True):
+    counted, texts = run.ctx.context_format.counted(torch.tensor(ids)).tolist(), run.token_text.display_text(ids)
+    for token, text, is_counted, all_F, own_K in zip(ids, texts, counted, f_SF, chosen_SK, strict=True):
         word = shorten(make_visible(text)).replace(" ", "·")
-        if token in run.ctx.special_ids:
-            table.add_row(Text(word, "dim"), "", Text("special token", "dim"))
+        if not is_counted:
+            why = "special token" if token in run.ctx.special_ids else "left out of the harvest"
+            table.add_row(Text(word, "dim"), "", Text(why, "dim"))
             continue
         value, at = own_K.topk(min(STRONGEST, len(own_K)))
         active = [(names[i], v) for i, v in zip(at.tolist(), value.tolist(), strict=True) if v > 0]

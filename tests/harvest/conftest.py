@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.harvest import mini
-from sae.harvest.contexts import make_contexts, special_token_ids
+from sae.harvest.contexts import make_contexts
 from sae.harvest.datasets import open_text
 from sae.harvest.documents import Document, ListedDocuments, TextSource
+from sae.harvest.encode import DocumentEncoder
 from sae.harvest.model import find_model, load_tokenizer
 from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
 
@@ -48,10 +50,11 @@ def cut_up(tokenizer: Any, tmp_path: Path) -> Callable[..., Contexts]:
         )
         settings = {
             "checkpoint": TokenizeCheckpoint(tmp_path, {}),
+            "encode": DocumentEncoder(tokenizer, tokenizer.bos_token_id),
+            "form": ContextFormat.choose(tokenizer),
             "context": 8,
-            "skip": special_token_ids(tokenizer),
             "seed": 0,
         } | more
-        return make_contexts(text, tokenizer, tokens=tokens, exactly=exactly, held_out=held_out, **settings)
+        return make_contexts(text, tokens=tokens, exactly=exactly, held_out=held_out, **settings)
 
     return cut_texts

@@ -1,8 +1,6 @@
 """Text becomes contexts: BOS first, one document each, with exactly as many rows as requested."""
 
 import itertools
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae.cache.context_format import ContextFormat
 from sae.common.errors import UsageError
-from sae.harvest.contexts import ContextCutter, is_held_out, make_contexts, row_mask, special_token_ids
+from sae.harvest.contexts import ContextCutter, is_held_out
 from sae.harvest.documents import Document, ListedDocuments, TextSource
-from sae.harvest.tokenize_checkpoint import TokenizeCheckpoint
 
+FORM = ContextFormat(2, (0, 1, 2))  # of gemma-2-mini: BOS, and pad, EOS, BOS
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
 
 
@@ -32,9 +31,9 @@ def test_contexts_begin_with_bos_and_hold_one_document(cut_up, tokenizer: Any) -
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
 @pytest.mark.parametrize("keep_special", [False, True])
 def test_there_are_exactly_as_many_rows_as_requested(cut_up, tokenizer: Any, tokens: int, keep_special: bool) -> None:
-    skip = [] if keep_special else special_token_ids(tokenizer)
-    contexts = cut_up(TEXTS, tokens, exactly=True, skip=skip)
-    assert row_mask(contexts, skip).sum() == tokens and contexts.length.min() >= 1
+    form = ContextFormat.choose(tokenizer, keep_special=keep_special)
+    contexts = cut_up(TEXTS, tokens, exactly=True, form=form)
+    assert form.row_mask(contexts).sum() == tokens and contexts.length.min() >= 1
 
 
 def test_a_text_that_is_too_short_names_the_tokens_that_it_has(cut_up, tokenizer: Any) -> None:
@@ -43,16 +42,16 @@ def test_a_text_that_is_too_short_names_the_tokens_that_it_has(cut_up, tokenizer
         UsageError, match=f"has only {rows} of the requested 1,000 tokens. Use --tokens {rows} or fewer"
     ):
         cut_up(TEXTS, 1000, exactly=True)
-    assert row_mask(cut_up(TEXTS, rows, exactly=True), special_token_ids(tokenizer)).sum() == rows
-    assert row_mask(cut_up(TEXTS, 1000), special_token_ids(tokenizer)).sum() == rows  # "up to"
+    assert FORM.row_mask(cut_up(TEXTS, rows, exactly=True)).sum() == rows
+    assert FORM.row_mask(cut_up(TEXTS, 1000)).sum() == rows  # "up to"
 
 
-def test_special_tokens_in_the_text_are_not_rows(cut_up, tokenizer: Any) -> None:
-    contexts = cut_up(["one<eos>two<bos><pad>three"], context=64)
+def test_special_tokens_among_ids_are_not_rows(cut_up, tokenizer: Any) -> None:
+    contexts = cut_up(tokenizer(["one<eos>two<bos><pad>three"])["input_ids"], context=64)
     ids = contexts.ids[0, : contexts.length[0]]
     assert {0, 1, 2} < set(ids.tolist())
-    assert not np.isin(ids[row_mask(contexts, special_token_ids(tokenizer))[0, : len(ids)]], [0, 1, 2]).any()
-    assert row_mask(contexts, []).sum() == len(ids)
+    assert not np.isin(ids[FORM.row_mask(contexts)[0, : len(ids)]], [0, 1, 2]).any()
+    assert ContextFormat(2, ()).row_mask(contexts).sum() == len(ids)
 
 
 def test_held_out_documents_come_last_and_are_chosen_by_their_tokens(cut_up, tokenizer) -> None:
@@ -86,18 +85,6 @@ def test_an_empty_text_is_rejected(cut_up, texts: list[Any], why: str) -> None:
         cut_up(texts)
 
 
-def test_a_tokenizer_without_bos_or_eos_is_rejected(tmp_path: Path) -> None:
-    text, checkpoint = (
-        TextSource("some", {}, ListedDocuments(lambda: map(Document, TEXTS))),
-        TokenizeCheckpoint(tmp_path, {}),
-    )
-    with pytest.raises(UsageError, match="neither a BOS nor an EOS token.*Choose a model whose tokenizer has one"):
-        make_contexts(
-            text, SimpleNamespace(bos_token_id=None), checkpoint, tokens=9, exactly=False, context=8, held_out=0,
-            skip=[], seed=0,
-        )  # fmt: skip
-
-
 def test_a_document_that_occurs_twice_is_on_one_side(cut_up) -> None:
     texts = [f"number {n} reads the yellow books" for n in range(100)] * 2
     contexts = cut_up(texts, held_out=0.3)
@@ -119,7 +106,7 @@ def test_a_row_as_long_as_a_context_is_that_context(cut_up) -> None:
     row = [2, 40, 41, 1, 2, 42, 43, 44]
     contexts = cut_up([row])
     assert contexts.ids.tolist() == [row] and contexts.length.tolist() == [8]
-    assert row_mask(contexts, [0, 1, 2]).tolist() == [[False, True, True, False, False, True, True, True]]
+    assert FORM.row_mask(contexts).tolist() == [[False, True, True, False, False, True, True, True]]
     assert cut_up([row[1:]]).ids.tolist() == [row]
 
 
@@ -145,7 +132,7 @@ def packed(
     documents: list[tuple[list[int], bool]], context: int, tokens: int = 10**6
 ) -> list[tuple[list[int], int, bool]]:
     """(ids, first document, held out) of each context, in the order in which they are cut."""
-    cutter = ContextCutter(2, context, [0, 1, 2], tokens, pack=True)
+    cutter = ContextCutter(FORM, context, tokens, pack=True)
     for number, (body, held_out) in enumerate(documents):
         cutter.add(body, number, held_out)
     cutter.flush()
@@ -198,7 +185,7 @@ def test_packing_keeps_every_token_once_and_in_order(sizes: list[tuple[int, bool
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 20, 40])
 def test_packed_contexts_have_as_many_rows_as_requested(cut_up, tokenizer: Any, tokens: int) -> None:
     contexts = cut_up(TEXTS, tokens, exactly=True, pack=True)
-    assert row_mask(contexts, special_token_ids(tokenizer)).sum() == tokens
+    assert FORM.row_mask(contexts).sum() == tokens
 
 
 def test_packing_fills_contexts(cut_up) -> None:

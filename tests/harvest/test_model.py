@@ -24,7 +24,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BertConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -37,13 +36,10 @@ from transformers import (
 from sae.cache.layout import SITES, Hook
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from sae.harvest.architectures import check_context, check_layers, check_sites, hook_width, module_name
-from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import (
     LanguageModel,
-    ModelSource,
     find_model,
     load_model,
-    load_tokenizer,
     load_trunk,
     output_tensor,
 )
@@ -388,15 +384,6 @@ def test_a_context_longer_than_the_learned_positions_is_rejected() -> None:
     check_context(tiny("llama").config, 65535, "llama")
     with pytest.raises(UsageError, match="--context 1025 is too long: gpt2 has positions for 1024 tokens"):
         check_context(tiny("gpt2").config, 1025, "gpt2")
-
-
-def test_where_a_tokenizer_has_no_bos_its_eos_stands_before_each_text(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
-    tokenizer.bos_token = None
-    tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(ModelSource("without", str(tmp_path), "r"))
-    assert loaded.bos_token_id == loaded.eos_token_id == tokenizer.eos_token_id
-    assert load_tokenizer(find_model("gemma-2-mini")[0]).bos_token_id == 2
 
 
 @pytest.mark.parametrize("how", ["torn", "lacking", "another shape"])

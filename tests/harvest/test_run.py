@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.layout import Hook, fingerprint_of
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
 from sae.common.files import read_json, writer_lock
-from sae.harvest.contexts import row_mask
 from sae.harvest.hooked import HookedModel
 from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer, output_tensor
 from sae.harvest.plan import HarvestConfig, plan_harvest
@@ -97,7 +97,7 @@ def test_rows_are_those_of_a_hook_placed_by_hand(tiny_cache: Cache, model: Langu
 
 def test_every_kept_position_is_one_row(tiny_cache: Cache) -> None:
     contexts, (ctx, pos) = tiny_cache.contexts(held_out=False), origins(tiny_cache)
-    kept = row_mask(contexts, sorted(SPECIAL))
+    kept = ContextFormat(2, tuple(SPECIAL)).row_mask(contexts)
     assert Counter(zip(ctx.tolist(), pos.tolist(), strict=True)) == Counter(map(tuple, np.argwhere(kept).tolist()))
     assert len(ctx) == tiny_cache.rows == 8000
     assert not SPECIAL.intersection(contexts.ids[ctx, pos].tolist()) and (pos < contexts.length[ctx]).all()

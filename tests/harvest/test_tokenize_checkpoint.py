@@ -129,7 +129,7 @@ def test_tokenized_documents_are_not_tokenized_again(cut_some, tmp_path: Path, m
     left, added, told = TokenizeCheckpoint(tmp_path / "killed", HERE), [], []
     add = ContextCutter.add
     monkeypatch.setattr(
-        ContextCutter, "add", lambda self, body, number, out: (added.append(number), add(self, body, number, out))
+        ContextCutter, "add", lambda self, body, number, *rest: (added.append(number), add(self, body, number, *rest))
     )
     cut_some(TextSource("some", {}, ListedDocuments(lambda: map(Document, DOCUMENTS)), told.append), left)
     assert added[0] == 50 and added == list(range(50, 50 + len(added)))

@@ -34,6 +34,7 @@ class ForeignSAE:
     hook: Hook | None = None
     context: int | None = None  # length in tokens of the contexts that it was trained on
     prepend_bos: bool | None = None  # whether these contexts began with the tokenizer's BOS
+    bos_token: str | None = None  # the token itself; only our own exports record it
     dataset: str | None = None  # id on the Hub of the text that it was trained on
     metadata: dict[str, Any] = field(default_factory=dict)  # everything else in the files
     notes: list[str] = field(default_factory=list)  # for the user, printed by `sae import`
@@ -44,6 +45,8 @@ class ForeignSAE:
             self.context = context
         if isinstance(prepend_bos := recorded.get("prepend_bos"), bool):
             self.prepend_bos = prepend_bos
+        if isinstance(token := recorded.get("bos_token"), str) and token.isprintable() and len(token) <= 200:
+            self.bos_token = token
         if isinstance(dataset := recorded.get("dataset_path"), str) and dataset.isprintable() and len(dataset) <= 200:
             self.dataset = dataset
 

@@ -294,6 +294,8 @@ def sae_origin(
     }
     if foreign.prepend_bos is not None:
         origin["prepend_bos"] = foreign.prepend_bos
+    if foreign.bos_token is not None:
+        origin["bos_token"] = foreign.bos_token
     if foreign.dataset is not None:
         origin["dataset"] = foreign.dataset
     if cache is not None:

@@ -1,6 +1,7 @@
 """The metadata exported with the weights, under SAELens' keys: what its consumers read, and the provenance."""
 
 import contextlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,25 @@ def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
     return None if hook.site in SITES else (path, end)
 
 
+def context_beginning(origin: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
+    """Whether contexts began with a special token (SAELens' prepend_bos), and with which where that is known.
+
+    SAELens' own tokenizers put the model's BOS there, else its EOS, which is what caches of earlier versions have.
+    """
+    imported = "format" in origin
+    known = origin if cache is None or imported else cache.identity
+    if "bos" not in known:
+        token = origin.get("bos_token")
+        return {"prepend_bos": origin.get("prepend_bos", True), **({} if token is None else {"bos_token": token})}
+    if known["bos"] is None:
+        return {"prepend_bos": False}
+    beginning = {"prepend_bos": True, "bos_token_id": known["bos"]}
+    if cache is not None:
+        with contextlib.suppress(SaeError):
+            beginning["bos_token"] = read_json(cache.folder / "harvest.json", "bos_token")["bos_token"]
+    return beginning
+
+
 def export_metadata(sae: SAE, run: Path | None, cache: Cache | None) -> dict[str, Any]:
     """The metadata of an export: SAELens' keys first, then our own.
 
@@ -63,7 +83,7 @@ def export_metadata(sae: SAE, run: Path | None, cache: Cache | None) -> dict[str
         metadata |= {"hook_name": hook.name, "hook_layer": hook.layer, "hook_head_index": None}
         if (module := hook_module(hook, cache)) is not None:
             metadata["hf_hook_name" if module[1] == "output" else "hf_hook_input_of"] = module[0]
-    metadata |= {"context_size": origin.get("context"), "prepend_bos": True}
+    metadata |= {"context_size": origin.get("context"), **context_beginning(origin, cache)}
     if cache is not None:
         data = cache.identity["data"]
         metadata |= {"dataset_path": data["name"], "exclude_special_tokens": cache.identity.get("skip")}

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import LanguageModel, ModelSource, find_model, load_model, load_tokenizer
 
-SPECIAL = [0, 1, 2]  # pad, eos, bos
+SPECIAL = (0, 1, 2)  # pad, eos, bos
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,8 @@ def ctx(loaded_tiny_model: tuple[ModelSource, LanguageModel, Any], tmp_path: Pat
     source, model, tokenizer = loaded_tiny_model
     no_text = Contexts(*(np.zeros(0) for _ in range(4)))
     artifacts = ArtifactCache(tmp_path / "shelf")
-    return EvalContext(lambda: model, tokenizer, no_text, SPECIAL, "0.6.0", source.identity(), {}, artifacts)
+    form = ContextFormat(2, SPECIAL)
+    return EvalContext(lambda: model, tokenizer, no_text, form, "0.6.0", source.identity(), {}, artifacts)
 
 
 @dataclass

@@ -53,9 +53,10 @@ def sae_of(seed: int) -> SAE:
 
 
 def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch):
-    rows = pack_contexts(ctx, 32)
+    packed = pack_contexts(ctx, 32)
+    rows = packed.ids
     targets = [EvalTarget(sae_of(0), Hook(0)), EvalTarget(sae_of(1), Hook(1))]
-    shares = firing_frequencies(ctx.model, torch.tensor(ctx.special_ids), rows, targets, silent)
+    shares = firing_frequencies(ctx.model, packed, targets, silent)
     drawn = [[1, 5, 9], [2, 3]]
     passes = []
     capture = ctx.model.capture_hooks
@@ -72,7 +73,8 @@ def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch)
     for most in (10**9, 1):
         monkeypatch.setattr(module, "MAX_FIRINGS", most)
         passes.clear()
-        found = {(n, latent): (p, v) for n, latent, p, v in collect_firings(ctx, rows, targets, drawn, shares, silent)}
+        firings = collect_firings(ctx, packed, targets, drawn, shares, silent)
+        found = {(n, latent): (p, v) for n, latent, p, v in firings}
         assert found.keys() == expected.keys()
         once = once or len(passes)
         assert len(passes) == (once if most > 1 else 5 * once) > 0

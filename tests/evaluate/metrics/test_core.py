@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook
 from sae.common.errors import UsageError
@@ -49,7 +50,8 @@ def ragged() -> list[list[int]]:
 
 
 def make_ctx(model, rows: list[list[int]], width: int = 12, mode: str = "0.6.0") -> EvalContext:
-    return EvalContext(lambda: model, None, contexts_of(rows, width), SKIP, mode, {}, {}, ArtifactCache(Path("shelf")))
+    form, artifacts = ContextFormat(2, tuple(SKIP)), ArtifactCache(Path("shelf"))
+    return EvalContext(lambda: model, None, contexts_of(rows, width), form, mode, {}, {}, artifacts)
 
 
 def random_sae(kind: str, seed: int = 0) -> SAE:

@@ -14,7 +14,7 @@ def silent(done, total, note=""):
 
 @pytest.mark.parametrize("newline", [True, False])
 def test_prompts_are_what_the_tokenizer_makes_of_their_text(tokenizer, newline):
-    spelling = SpellingPrompts.of(tokenizer, 300, 0, newline=newline)
+    spelling = SpellingPrompts.of(tokenizer, 300, 0, newline=newline, bos_id=2)
     chosen, fresh = spelling.all_prompts(0)
     assert (len(chosen), len(fresh)) == (300, 60)
     train = {word.text for word in spelling.words[: spelling.train]}
@@ -41,7 +41,7 @@ def test_prompts_are_what_the_tokenizer_makes_of_their_text(tokenizer, newline):
 
 
 def test_words_are_the_vocabulary_s_entries_of_letters_by_token(tokenizer):
-    everything = sorted(SpellingPrompts.of(tokenizer, 0, 0).words)
+    everything = sorted(SpellingPrompts.of(tokenizer, 0, 0, bos_id=2).words)
     pieces = [tokenizer.convert_ids_to_tokens(token).replace("▁", " ") for token in range(len(tokenizer))]
     expected = [
         (token, piece)
@@ -53,11 +53,11 @@ def test_words_are_the_vocabulary_s_entries_of_letters_by_token(tokenizer):
 
 
 def test_a_seed_decides_words_and_prompts(tokenizer):
-    first, again, other = (SpellingPrompts.of(tokenizer, 260, seed) for seed in (1, 1, 3))
+    first, again, other = (SpellingPrompts.of(tokenizer, 260, seed, bos_id=2) for seed in (1, 1, 3))
     assert first == again
     assert first.words != other.words
     assert [[word.letter for word in first.words].count(letter) for letter in range(26)] == [10] * 26
-    capped = SpellingPrompts.of(tokenizer, 1300, 0)
+    capped = SpellingPrompts.of(tokenizer, 1300, 0, bos_id=2)
     assert all(3 <= [word.letter for word in capped.words[capped.train :]].count(letter) <= 20 for letter in range(26))
     assert all(map(torch.equal, first.all_prompts(1), again.all_prompts(1)))
     assert not torch.equal(first.all_prompts(1)[0], first.all_prompts(2)[0])
@@ -99,7 +99,7 @@ def pieces(*more: str, newline: str = "\n") -> list[str]:
 
 def test_a_word_that_its_text_would_not_give_is_put_in_by_its_token():
     known = pieces("ab\n", "ca has", "ab")  # another entry with the text of "ab", and one that eats the question
-    spelling = SpellingPrompts.of(Pieces(known), 0, 0)
+    spelling = SpellingPrompts.of(Pieces(known), 0, 0, bos_id=None)
     token = {word.text: word.token for word in spelling.words}
     assert token["ab"] == known.index("ab")
     assert len(token) == len(spelling.words)
@@ -111,20 +111,21 @@ def test_a_word_that_its_text_would_not_give_is_put_in_by_its_token():
 
 def test_tokenizers_and_vocabularies_that_cannot_serve_get_one_sentence(tokenizer):
     with pytest.raises(UsageError, match=r"no word of its vocabulary is one token in a line"):
-        SpellingPrompts.of(Pieces(pieces(newline="\r")), 0, 0)
+        SpellingPrompts.of(Pieces(pieces(newline="\r")), 0, 0, bos_id=2)
     with pytest.raises(UsageError, match=r"prompts would be of unequal lengths"):
-        SpellingPrompts.of(Pieces([" " if piece == " Q" else piece for piece in pieces("Q")]), 0, 0)
+        SpellingPrompts.of(Pieces([" " if piece == " Q" else piece for piece in pieces("Q")]), 0, 0, bos_id=2)
     with pytest.raises(
         UsageError, match=r"to train on \(none begins with q, z\) .* Use a model with a larger vocabulary"
     ):
         SpellingPrompts.of(
-            Pieces([piece for piece in pieces() if piece[0] not in "qz" and piece not in (" Q", " Z")]), 0, 0
+            Pieces([piece for piece in pieces() if piece[0] not in "qz" and piece not in (" Q", " Z")]), 0, 0,
+            bos_id=2,
         )
     with pytest.raises(
         UsageError,
         match=r"The 40 sampled words are too few .* 8 to test on\. .*than 10 .* Use more words \(absorption\.words\)",
     ):
-        SpellingPrompts.of(tokenizer, 40, 1)
+        SpellingPrompts.of(tokenizer, 40, 1, bos_id=2)
 
 
 def test_rows_are_those_of_whole_prompts_and_made_once(ctx, monkeypatch):
@@ -133,7 +134,7 @@ def test_rows_are_those_of_whole_prompts_and_made_once(ctx, monkeypatch):
     monkeypatch.setattr(
         ctx.model, "capture_hooks", lambda ids, hooks: passes.append([h.layer for h in hooks]) or capture(ids, hooks)
     )
-    spelling = SpellingPrompts.of(ctx.tokenizer, 260, 0)
+    spelling = SpellingPrompts.of(ctx.tokenizer, 260, 0, bos_id=2)
     words = read_spelling_rows(ctx, spelling, [Hook(0), Hook(1)], 0, silent)
     assert {tuple(layers) for layers in passes} == {(0, 1)}
     count = len(passes)

@@ -17,7 +17,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}user\n{{ m['content'] }}\n{% e
 def chat_model(loaded_tiny_model) -> MultipleChoiceModel:
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
     tokenizer.chat_template = TEMPLATE
-    return MultipleChoiceModel(loaded_tiny_model[1], tokenizer, {"name": "tiny"})
+    return MultipleChoiceModel(loaded_tiny_model[1], tokenizer, {"name": "tiny"}, tokenizer.bos_token_id)
 
 
 def test_a_prompt_has_one_bos_the_subject_and_the_choices_in_order(chat_model):

@@ -16,17 +16,18 @@ def test_corpora_are_packed_as_specified(ctx):
         i for start in range(0, len(joined), size) for i in ctx.tokenizer(joined[start : start + size])["input_ids"]
     ]
     assert flat.count(2) == 20
-    rows = pack_texts(texts, ctx.tokenizer, 8)
+    rows = pack_texts(texts, ctx.tokenizer, 8, bos_id=2)
     assert len(rows) == len(flat) // 8 > 5
     expected = torch.tensor(flat[: 8 * len(rows)]).view(-1, 8)
     expected[:, 0] = 2
     assert torch.equal(rows, expected)
-    assert len(pack_texts(["x"], ctx.tokenizer, 8)) == 0
+    assert len(pack_texts(["x"], ctx.tokenizer, 8, bos_id=2)) == 0
 
 
 def test_held_out_contexts_are_packed_with_eos_between_them(tiny_cache):
     ctx = make_context(tiny_cache)
-    rows = pack_contexts(ctx, 32)
+    rows, counted = pack_contexts(ctx, 32)
+    assert torch.equal(counted, ~torch.isin(rows, torch.tensor([0, 1, 2])))
     contexts = ctx.contexts
     flat = [i for ids, n in zip(contexts.ids, contexts.length, strict=True) for i in [*ids[1:n].tolist(), 1]]
     assert len(rows) == len(flat) // 32 and (rows[:, 0] == 2).all()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook
 from sae.evaluate.artifacts import ArtifactCache
@@ -67,10 +68,11 @@ def test_prompts_and_rows_match_saebench(saebench, reference, tokenizer, tmp_pat
     }
     known = [piece[text] for text in texts]
     monkeypatch.setattr(first_letter, "vocabulary_words", lambda *_: known)
-    made = SpellingPrompts.of(tokenizer, 0, 0)
+    made = SpellingPrompts.of(tokenizer, 0, 0, bos_id=tokenizer.bos_token_id)
     ctx = EvalContext(
-        lambda: saebench.model, tokenizer, Contexts(*[np.zeros(0)] * 4), [], "0.6.0", {}, {}, ArtifactCache(tmp_path)
-    )
+        lambda: saebench.model, tokenizer, Contexts(*[np.zeros(0)] * 4), ContextFormat(2, ()), "0.6.0", {}, {},
+        ArtifactCache(tmp_path),
+    )  # fmt: skip
     for part in ("train", "test"):
         rows = arrays[f"{part}.prompts"].tolist()
         asked = [known[row[-1]] for row in rows]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook
 from sae.evaluate.artifacts import ArtifactCache
@@ -31,7 +32,8 @@ def ours(saebench, contexts):
     ids = contexts[: about["contexts_per_batch"] * batches].numpy().astype(np.uint32)
     n, width = ids.shape
     text = Contexts(ids, np.full(n, width, np.uint16), np.arange(n, dtype=np.uint32), np.ones(n, bool))
-    ctx = EvalContext(lambda: saebench.model, None, text, [0, 1, 2], "0.6.0", {}, {}, ArtifactCache(Path("shelf")))
+    form, artifacts = ContextFormat(2, (0, 1, 2)), ArtifactCache(Path("shelf"))
+    ctx = EvalContext(lambda: saebench.model, None, text, form, "0.6.0", {}, {}, artifacts)
     metric = Core(about["contexts_per_batch"], about["reconstruction_batches"], about["sparsity_batches"])
     asked = [(kind, everywhere) for kind in KINDS for everywhere in (False, True)]
     targets = [EvalTarget(saebench.saes[kind], Hook(about["layer"]), everywhere) for kind, everywhere in asked]

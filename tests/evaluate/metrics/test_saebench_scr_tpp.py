@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook
 from sae.evaluate.artifacts import ArtifactCache
@@ -35,7 +36,7 @@ SHORT = {labeled.BIOS: "bios", labeled.REVIEWS: "amazon"}
 
 
 @pytest.fixture
-def ctx(saebench, tmp_path, monkeypatch) -> EvalContext:
+def ctx(saebench, tokenizer, tmp_path, monkeypatch) -> EvalContext:
     """The tables as files, one pair of classes each, and SAEBench's activations of their texts."""
     found = {}  # text -> its rows
     for name, splits in saebench.json("problem/tables").items():
@@ -60,8 +61,9 @@ def ctx(saebench, tmp_path, monkeypatch) -> EvalContext:
     monkeypatch.setattr(ablation, "read_labeled_rows", read_labeled)
     nothing = Contexts(*(torch.zeros(0).numpy() for _ in range(4)))
     return EvalContext(
-        lambda: saebench.model, None, nothing, [0, 1, 2], "0.6.0", {}, {}, ArtifactCache(tmp_path / "shelf"), tmp_path
-    )
+        lambda: saebench.model, tokenizer, nothing, ContextFormat(2, (0, 1, 2)), "0.6.0", {}, {},
+        ArtifactCache(tmp_path / "shelf"), tmp_path,
+    )  # fmt: skip
 
 
 def settings(saebench, metric: str) -> dict:

@@ -7,7 +7,7 @@ import torch
 from sae.cache.layout import Hook
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.clamping import clamp_latents
-from sae.evaluate.metrics.packing import firing_frequencies, select_forget_latents
+from sae.evaluate.metrics.packing import PackedRows, firing_frequencies, select_forget_latents
 from sae.evaluate.metrics.unlearning import unlearning_score
 
 KINDS = ("relu", "topk", "jumprelu")
@@ -22,7 +22,8 @@ def test_frequencies(saebench, record_comparison):
     tokens, expected = saebench.arrays("problem/contexts")["tokens"].long(), saebench.arrays("unlearning")
     targets = [EvalTarget(saebench.saes[kind], Hook(0)) for kind in KINDS]
     for name, rows in (("forget", tokens[:10]), ("retain", tokens[10:])):
-        for kind, share in zip(KINDS, firing_frequencies(saebench.model, SPECIAL, rows, targets, silent), strict=True):
+        packed = PackedRows(rows, ~torch.isin(rows, SPECIAL))
+        for kind, share in zip(KINDS, firing_frequencies(saebench.model, packed, targets, silent), strict=True):
             record_comparison("unlearning", f"{kind}: frequencies, {name}", [(expected[f"{kind}.{name}"], share)])
             np.testing.assert_allclose(share, expected[f"{kind}.{name}"].numpy(), rtol=0, atol=1e-6)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook
 from sae.common.errors import SaeError, UnavailableError, UsageError
@@ -24,7 +25,7 @@ from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.multiple_choice import MultipleChoiceModel
-from sae.evaluate.metrics.packing import firing_frequencies, pack_texts
+from sae.evaluate.metrics.packing import PackedRows, firing_frequencies, pack_texts
 from sae.evaluate.metrics.unlearning import Unlearning, sample_long_texts, unlearning_score
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.reference_saes import Identity
@@ -136,8 +137,9 @@ def ctx(planted, data, tmp_path_factory) -> EvalContext:
     nothing = Contexts(*(np.zeros(0) for _ in range(4)))
     identity = {"model": source.name, "revision": source.revision, "attention": "eager", "llm_dtype": "float32"}
     artifacts = ArtifactCache(tmp_path_factory.mktemp("shelf"))
+    form = ContextFormat(2, (0, 1, 2))
     return EvalContext(
-        lambda: model, load_tokenizer(source), nothing, [0, 1, 2], "0.6.0", identity, {}, artifacts, data
+        lambda: model, load_tokenizer(source), nothing, form, "0.6.0", identity, {}, artifacts, data
     )
 
 
@@ -337,8 +339,9 @@ def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(ctx, metric
     drawn = replace(metric, rng="saebench").corpora(data, asked)
     for name in ("forget", "retain"):
         rows = pack_texts(
-            sample_long_texts(data[name], random.Random(42), 1024 if name == "forget" else None), asked.tokenizer, 8
-        )
+            sample_long_texts(data[name], random.Random(42), 1024 if name == "forget" else None), asked.tokenizer, 8,
+            bos_id=2,
+        )  # fmt: skip
         assert torch.equal(drawn[name], rows[torch.randperm(len(rows), generator=one)])
     paired = metric.corpora(data, asked)
     assert torch.equal(paired["retain"], metric.corpora(data, asked)["retain"])
@@ -349,8 +352,9 @@ def test_rows_are_drawn_from_one_generator_in_turn_or_from_their_own(ctx, metric
 def test_shares_are_of_the_counted_tokens(ctx, metric):
     asked = metric.load(ctx)
     rows = torch.tensor([[2, VALUE, 300, VALUE], [2, 1, NUMBER, 300]])
+    packed = PackedRows(rows, asked.context_format.counted(rows))
     (share,) = firing_frequencies(
-        asked.model, asked.skip, rows, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), Hook(0))], silent
+        asked.model, packed, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), Hook(0))], silent
     )
     assert share[3] == pytest.approx(2 / 5) and share[7] == pytest.approx(1 / 5) and share[0] == 0
 

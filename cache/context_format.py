@@ -1,0 +1,79 @@
+"""What the contexts of a cache begin with, and which of their tokens are rows: one definition for all readers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.special_tokens import bos_or_eos_id, choose_bos, find_token, special_token_ids
+from .contexts import Contexts
+
+
+@dataclass(frozen=True)
+class ContextFormat:
+    """How contexts are made of tokens.
+
+    Attributes:
+        bos_id: the token that each context begins with; None if they begin with the first token of their text.
+        skip_ids: tokens that are no rows wherever they stand.
+        skip_positions: how many first positions of a context are no rows; BOS is at position 0.
+    """
+
+    bos_id: int | None
+    skip_ids: tuple[int, ...]
+    skip_positions: int = 0
+
+    @classmethod
+    def choose(
+        cls, tokenizer: Any, *, bos: str = "auto", keep_special: bool = False, skip_positions: int = 0,
+        skip_tokens: Sequence[str] = (),
+    ) -> Self:  # fmt: skip
+        """The format of new contexts, from the options of `sae harvest`.
+
+        Pad, EOS, BOS and what contexts begin with are no rows, unless `keep_special`.
+
+        Raises UsageError for a token that the tokenizer does not have.
+        """
+        bos_id = choose_bos(tokenizer, bos).id
+        skip = {find_token(tokenizer, token, "--skip-token") for token in skip_tokens}
+        if not keep_special:
+            skip |= {*special_token_ids(tokenizer), *([] if bos_id is None else [bos_id])}
+        return cls(bos_id, tuple(sorted(skip)), skip_positions)
+
+    @classmethod
+    def of(cls, identity: Mapping[str, Any], tokenizer: Any) -> Self:
+        """The format of a cache with this identity. Caches of earlier versions begin with BOS, else EOS."""
+        bos_id = identity["bos"] if "bos" in identity else bos_or_eos_id(tokenizer)
+        return cls(bos_id, tuple(identity["skip"]), identity.get("skip_positions", 0))
+
+    def identity(self, tokenizer: Any) -> dict[str, Any]:
+        """The entries of a cache's identity; those that earlier versions did not have only where they matter."""
+        entries: dict[str, Any] = {"skip": list(self.skip_ids)}
+        if self.bos_id != bos_or_eos_id(tokenizer):
+            entries["bos"] = self.bos_id
+        if self.skip_positions:
+            entries["skip_positions"] = self.skip_positions
+        return entries
+
+    @property
+    def skip_record(self) -> Any:
+        """What decides the rows of a text, for digests: a list of ids, as ever, if no positions are skipped."""
+        ids = list(self.skip_ids)
+        return {"ids": ids, "positions": self.skip_positions} if self.skip_positions else ids
+
+    def counted(self, ids_NS: Tensor) -> Tensor:
+        """Which tokens of contexts (N, S) or of one context (S,) are rows, as far as their ids and positions tell."""
+        position_S = torch.arange(ids_NS.shape[-1], device=ids_NS.device)
+        skip = torch.tensor(self.skip_ids, dtype=torch.int64, device=ids_NS.device)
+        return ~torch.isin(ids_NS, skip) & (position_S >= self.skip_positions)
+
+    def row_mask(self, contexts: Contexts) -> np.ndarray:
+        """Which positions are rows, (N, S) bool: inside the context, marked if it has marks, and not left out."""
+        position_S = np.arange(contexts.ids.shape[1])
+        inside_NS = (position_S < contexts.length[:, None]) & (position_S >= self.skip_positions)
+        if contexts.rows is not None:
+            inside_NS &= contexts.rows
+        return inside_NS & ~np.isin(contexts.ids, np.array(self.skip_ids, np.int64))

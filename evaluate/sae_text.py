@@ -1,0 +1,129 @@
+"""What the contexts begin with that an SAE is evaluated on, and how long they are.
+
+An SAE that was trained here is evaluated on contexts of its cache as they are. An imported one was trained on other
+text: its contexts are begun as its files say, or like those of a new harvest where they say nothing, and are cut to the
+length that it was trained on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..cache.context_format import ContextFormat
+from ..cache.contexts import Contexts
+from ..common.special_tokens import BOS_OR_EOS, choose_bos, special_tokens, token_text
+
+
+@dataclass(frozen=True)
+class ContextChange:
+    """How contexts of a cache are changed for an SAE.
+
+    Attributes:
+        bos: (earlier, new) token that contexts begin with; None if it stays.
+        max_tokens: contexts are cut to so many tokens; None if they are not longer.
+    """
+
+    bos: tuple[int | None, int | None] | None = None
+    max_tokens: int | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on besides the cache; empty where nothing changes."""
+        bos = {} if self.bos is None else {"bos": self.bos[1]}
+        return bos | ({} if self.max_tokens is None else {"max_tokens": self.max_tokens})
+
+    def format(self, form: ContextFormat) -> ContextFormat:
+        """The format of the changed contexts. What they begin with is not counted."""
+        if self.bos is None:
+            return form
+        new = self.bos[1]
+        return ContextFormat(new, tuple(sorted({*form.skip_ids, *([] if new is None else [new])})), form.skip_positions)
+
+    def apply(self, contexts: Contexts) -> Contexts:
+        """The contexts begun with another token, also where a packed document begins, and cut. Empty ones are left out.
+
+        A new first token takes the place of the last one if the context was full.
+        """
+        if self == ContextChange():
+            return contexts
+        size = min(contexts.ids.shape[1], self.max_tokens or contexts.ids.shape[1])
+        ids_NS, length_N = np.zeros((len(contexts), size), np.uint32), np.zeros(len(contexts), np.uint16)
+        rows_NS = None if contexts.rows is None else np.zeros(ids_NS.shape, bool)
+        for number, length in enumerate(contexts.length):
+            ids, index = self._begin(contexts.ids[number, :length])
+            ids, index = ids[:size], index[:size]
+            ids_NS[number, : len(ids)], length_N[number] = ids, len(ids)
+            if rows_NS is not None and contexts.rows is not None:
+                rows_NS[number, : len(ids)] = np.where(index < 0, False, contexts.rows[number, index])
+        changed = Contexts(ids_NS, length_N, contexts.document, contexts.held_out, rows_NS)
+        return changed.select(length_N > 0)
+
+    def _begin(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a context with its new beginning, and the position that each had; -1 for one that is new."""
+        position = np.arange(len(ids))
+        if self.bos is None:
+            return ids, position
+        earlier, new = self.bos
+        if earlier is None:
+            return np.concatenate([[new], ids]), np.concatenate([[-1], position])
+        at = ids == earlier
+        if new is None:
+            return ids[~at], position[~at]
+        return np.where(at, new, ids), position
+
+
+def change_for(origin: Mapping[str, Any], form: ContextFormat, context: int, tokenizer: Any) -> ContextChange:
+    """How contexts of the format `form` and of `context` tokens are changed for an SAE with this origin."""
+    if not is_imported(origin):
+        return ContextChange()
+    bos_id = choose_bos(tokenizer, bos_request(origin, tokenizer)).id
+    trained_on = origin.get("context")
+    shorter = trained_on if isinstance(trained_on, int) and 1 < trained_on < context else None
+    return ContextChange(None if bos_id == form.bos_id else (form.bos_id, bos_id), shorter)
+
+
+def is_imported(origin: Mapping[str, Any]) -> bool:
+    """Whether an SAE comes from another library's files."""
+    return "format" in origin
+
+
+def bos_request(origin: Mapping[str, Any], tokenizer: Any) -> str:
+    """What the files of an imported SAE say that its contexts began with, as for `sae harvest --bos`."""
+    token, prepend_bos = origin.get("bos_token"), origin.get("prepend_bos")
+    if prepend_bos is False:
+        return "none"
+    if isinstance(token, str) and token in special_tokens(tokenizer):
+        return token
+    return BOS_OR_EOS if prepend_bos else "auto"  # SAELens' tokenizers use EOS where there is no BOS
+
+
+def text_request(origin: Mapping[str, Any]) -> tuple[Any, ...]:
+    """SAEs for which this is equal are evaluated on the same contexts of a cache."""
+    return tuple(origin.get(key) for key in ("bos_token", "prepend_bos", "context")) if is_imported(origin) else ()
+
+
+def describe_change(
+    name: str, origin: Mapping[str, Any], change: ContextChange, form: ContextFormat, context: int, tokenizer: Any
+) -> list[str]:
+    """Sentences about the contexts that an imported SAE is evaluated on."""
+    if not is_imported(origin):
+        return []
+
+    def shown(token: int | None) -> str:
+        return "no special token" if token is None else token_text(tokenizer, token)
+
+    bos_id = form.bos_id if change.bos is None else change.bos[1]
+    told = bos_request(origin, tokenizer) != "auto"
+    lines = [
+        f"{name}: its files {'say' if told else 'do not say'} what its contexts began with: "
+        f"{shown(bos_id)}{'' if told else ', as for a new harvest'}"
+        + (f" instead of the cache's {shown(change.bos[0])}" if change.bos else "")
+    ]
+    trained_on = origin.get("context")
+    if change.max_tokens:
+        lines.append(f"{name}: contexts are cut from {context} tokens to {change.max_tokens}, as it was trained on")
+    elif isinstance(trained_on, int) and trained_on > context:
+        lines.append(f"{name}: it was trained on contexts of {trained_on} tokens; those of the cache have {context}")
+    return lines

@@ -1,0 +1,180 @@
+"""Conversations -> token ids through the tokenizer's chat template, and which tokens which role wrote.
+
+Where the template has generation marks, they say what the assistant wrote. Elsewhere, and for other roles, the
+conversation is rendered up to each message: what a message adds is its own. Of that, the header of the turn is the
+template's; the assistant wrote what comes after the generation prompt, with the token that ends the turn, and another
+role the content of its message.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..common.errors import UsageError
+from ..common.files import digest_of
+from ..common.special_tokens import special_tokens
+from .documents import Conversation
+from .encode import EncodedDocument, TemplateRefusal, spell
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ASSISTANT = "assistant"
+# Some templates print the date. It has to be the same whenever a harvest is continued or repaired.
+FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%H": "00", "%M": "00", "%S": "00"}
+PROBE = "\ue000"  # a content that stands nowhere else
+Span = tuple[int, int]  # characters of a rendered conversation
+
+
+@dataclass(frozen=True)
+class ChatEncoder:
+    """Turns conversations into token ids, with marks of the tokens of `roles` if any are given.
+
+    Raises UsageError if the tokenizer has no chat template.
+    """
+
+    tokenizer: Any
+    roles: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UsageError(
+                "--chat-column needs a tokenizer with a chat template, and this model's has none. "
+                "Choose an instruction-tuned model, or give a column of text with --text-column."
+            )
+
+    @cached_property
+    def template(self) -> str:
+        """The tokenizer's template, with a fixed date."""
+        template: str = self.tokenizer.get_chat_template()
+        if "strftime_now" not in template:
+            return template
+        fixed = "".join(f" | replace('{code}', '{text}')" for code, text in FIXED_DATE.items())
+        return f"{{% macro strftime_now(format) %}}{{{{ format{fixed} }}}}{{% endmacro %}}{template}"
+
+    def identity(self) -> dict[str, Any]:
+        """The entry of a cache's identity."""
+        return {"template": digest_of(self.template), "roles": sorted(self.roles)}
+
+    def encode(self, conversation: Conversation) -> EncodedDocument:
+        """The ids of a conversation, its template's special tokens among them, and the marks of its rows.
+
+        Raises TemplateRefusal if the template does not render it, UsageError if the parts of the roles are not found.
+        """
+        text = self.render(conversation.messages)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = sorted(self.spans(conversation.messages, text)) if self.roles else []
+        literals = self.literals(conversation.messages, text)
+        ids: list[int] = []
+        marks: list[int] = []
+        for number, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            parts = spell(self.tokenizer, text[start:end]) if literals.get(start) == text[start:end] else [number]
+            ids += parts
+            marks += [int(any(first < end and start < last for first, last in spans))] * len(parts)
+        return EncodedDocument(ids, marks if self.roles else ())
+
+    def render(self, messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> str:
+        """The text of messages; with `prompt`, and the header of the assistant's next turn."""
+        return self._render(messages, add_generation_prompt=prompt)[0]
+
+    def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> tuple[str, list[Span]]:
+        present = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[present], chat_template=self.template, **self.tokenizer.special_tokens_map, **options
+            )
+        except Exception as error:  # Jinja's, those that the template raises, and those of its expressions
+            raise TemplateRefusal(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
+        (text,), spans = rendered
+        return text, [(int(first), int(last)) for first, last in spans[0]] if spans else []
+
+    def literals(self, messages: Sequence[dict[str, Any]], text: str) -> dict[int, str]:
+        """{place: token} of each special token that a message spells: text, though it looks like the template's own.
+
+        They are found by rendering the messages again with a mark inside each.
+        """
+        tokens = [token for token in special_tokens(self.tokenizer) if len(token) > 1]
+        if not any(token in part for message in messages for part in strings(message) for token in tokens):
+            return {}
+        mark = next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in text)
+        pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        broken = [replace_strings(message, lambda part: pattern.sub(break_with(mark), part)) for message in messages]
+        marked = self.render(broken)
+        if marked.replace(mark, "") != text:
+            raise TemplateRefusal("it treats a message that spells a special token differently")
+        places = [match.start() - number for number, match in enumerate(re.finditer(mark, marked))]
+        found = [(place - 1, pattern.match(text, place - 1)) for place in places]
+        return {place: match[0] for place, match in found if match}
+
+    def spans(self, messages: Sequence[dict[str, Any]], text: str) -> Iterator[Span]:
+        """The characters of a rendered conversation that the roles wrote."""
+        marked = ASSISTANT in self.roles and GENERATION_MARK.search(self.template) is not None
+        if marked:
+            yield from self._render(messages, return_assistant_tokens_mask=True)[1]
+        for number, message in enumerate(messages):
+            if message["role"] in self.roles and not (marked and message["role"] == ASSISTANT):
+                start, end = (self.prefix_length(messages[:count], text) for count in (number, number + 1))
+                first, last = self.own_part(messages, number, text, start, end)
+                if first < last:
+                    yield first, last
+
+    def prefix_length(self, messages: Sequence[dict[str, Any]], text: str) -> int:
+        """How much of a rendered conversation these first messages are. Raises UsageError if they are no prefix."""
+        if not messages:
+            return 0
+        try:
+            prefix = self.render(messages)
+        except TemplateRefusal:
+            prefix = None
+        if prefix is None or not text.startswith(prefix):
+            raise UsageError(
+                f"This chat template does not render the first {len(messages)} messages of a conversation as the "
+                "beginning of the whole, so what each role wrote cannot be told. Use a tokenizer whose template has "
+                "{% generation %} marks with --roles assistant, or leave out --roles."
+            )
+        return len(prefix)
+
+    def own_part(self, messages: Sequence[dict[str, Any]], number: int, text: str, start: int, end: int) -> Span:
+        """The part of text[start:end], which message `number` adds, that its role wrote."""
+        if messages[number]["role"] == ASSISTANT:
+            header = self.render(messages[:number], prompt=True) if number else ""
+            if len(header) > start and text.startswith(header):
+                return len(header), len(header) + len(text[len(header) : end].rstrip())
+        content = "".join(strings(messages[number].get("content"))).strip()
+        probe = self.render([*messages[:number], {**messages[number], "content": PROBE}])
+        place = probe.find(PROBE)
+        if text[place : place + len(content)] != content or not start <= place <= end - len(content):
+            raise UsageError(
+                f"This chat template changes the content of a message with the role {messages[number]['role']!r}, so "
+                "what that role wrote cannot be told. Leave out --roles, or convert the column to text."
+            )
+        return place, place + len(content)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """The strings in a message or its content; of a part of a content, its text."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            if name not in ("role", "type"):
+                yield from strings(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from strings(one)
+
+
+def replace_strings(value: Any, change: Any) -> Any:
+    """A copy of a message in which every string that `strings` yields is changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: one if name in ("role", "type") else replace_strings(one, change) for name, one in value.items()}
+    return [replace_strings(one, change) for one in value] if isinstance(value, list) else value
+
+
+def break_with(mark: str) -> Any:
+    """A replacement for `re.sub` that puts a mark after the first character of what was found."""
+    return lambda match: match[0][0] + mark + match[0][1:]

@@ -1,0 +1,124 @@
+"""The options of a harvest, and what is wrong with them for any model and text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..cache.layout import CHUNK_ROWS, SITES, WINDOW_ROWS, is_site
+from ..cache.outliers import MAX_NORM
+from ..common.errors import UsageError
+from .datasets import EMBEDDED_TEXT
+
+LAYERS = (5, 12, 19)
+TOKENS = 10_000_000
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """The options of `sae harvest`, under the names of its flags."""
+
+    model: str = "google/gemma-2-2b"
+    revision: str | None = None  # of the model, on the Hub
+    layers: Sequence[int] = LAYERS
+    sites: Sequence[str] = ("resid_post",)
+    modules: Sequence[str] = ()  # more sites: model.layers.{layer}.mlp.gate_proj:output
+    dataset: str | None = None  # None: the Pile, or the embedded text for the embedded model
+    dataset_revision: str | None = None
+    subset: str | None = None  # a configuration of the dataset
+    split: str = "train"
+    text_column: str = "text"
+    chat_column: str | None = None  # a column of messages instead, which go through the tokenizer's chat template
+    roles: Sequence[str] = ()  # of a conversation, only what these roles wrote is harvested; empty: all of it
+    tokens: int | None = None  # None: ten million, or all of a shorter text
+    context: int = 128  # tokens, BOS included
+    bos: str = "auto"  # what contexts begin with: "auto", "none", or a token as text or id; see choose_bos
+    held_out: float | None = None  # share of the documents; None: 0.05, or by name for the embedded text
+    keep_special: bool = False  # harvest the rows of BOS, EOS and pad too
+    skip_positions: int = 0  # so many first positions of a context, BOS included, are no rows
+    skip_tokens: Sequence[str] = ()  # tokens that are no rows, as text or id
+    pack: bool = False  # several documents in a context
+    window: int = WINDOW_ROWS  # rows shuffled and written together
+    storage_dtype: str = "bfloat16"
+    compress: bool = False
+    max_norm: float | None = MAX_NORM  # rows whose norm exceeds this multiple of the median are masked; None: no row
+    dtype: str = "auto"
+    attention: str = "eager"  # the implementation that computes Gemma's soft-capping exactly
+    batch_contexts: int = 32  # contexts in a forward pass
+    seed: int = 0
+    device: str = "auto"
+    out: Path | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)  # non-default flag -> "flag" or "file:line"
+
+    @property
+    def held_out_share(self) -> float:
+        return 0.05 if self.held_out is None else self.held_out
+
+
+def check_config(config: HarvestConfig, dataset: str) -> None:
+    """Raise UsageError for values that are wrong for any model and text."""
+    if "" in (config.model, config.dataset):
+        raise UsageError("--model and --dataset cannot be empty. Leave out --dataset for the model's default text.")
+    if not config.layers or not (config.sites or config.modules):
+        raise UsageError("There is nothing to harvest: give at least one layer and one site.")
+    if wrong := [layer for layer in config.layers if not isinstance(layer, int)]:
+        raise UsageError(f"invalid layer {wrong[0]!r}: expected a whole number.")
+    check_sizes(config)
+    if config.roles and config.chat_column is None:
+        raise UsageError("--roles selects parts of conversations: name their column with --chat-column messages.")
+    if not 0 <= config.seed < 2**63:
+        raise UsageError(f"invalid --seed {config.seed}: expected 0 to 2^63 - 1.")
+    if dataset == EMBEDDED_TEXT and config.held_out is not None:
+        raise UsageError(
+            f"--held-out has no effect on {EMBEDDED_TEXT}, which always holds out one document in ten. Leave it out."
+        )
+    if not 0 <= config.held_out_share < 1:
+        raise UsageError(f"invalid --held-out {config.held_out}: expected a share from 0 up to, but not including, 1.")
+    if config.storage_dtype not in ("bfloat16", "uint16"):
+        raise UsageError(
+            f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without it."
+        )
+    check_site_names(config.sites)
+    if config.max_norm is not None and not config.max_norm > 1:
+        raise UsageError(
+            f"--max-norm {config.max_norm} would mask at least half of the rows. Give a multiple of the median norm, "
+            "such as 10, or none."
+        )
+
+
+def check_site_names(sites: Sequence[str]) -> None:
+    """Raise UsageError for a text that is no site of any model."""
+    for site in sites:
+        if not is_site(site):
+            raise UsageError(
+                f"unknown --site {site}: expected one of {', '.join(SITES)}, or a module of the block with what is "
+                "read of it, such as mlp.gate_proj.output."
+            )
+
+
+def check_sizes(config: HarvestConfig) -> None:
+    """The part of `check_config` about tokens, contexts and windows."""
+    tokens, context, window = config.tokens, config.context, config.window
+    if not isinstance(tokens, int | None):
+        raise UsageError(f"invalid tokens {tokens!r}: expected a whole number, such as 10_000_000.")
+    if tokens is not None and not 0 < tokens <= 2**40:
+        raise UsageError(
+            f"invalid --tokens {tokens}: expected 1 to 2^40 (about 10^12). Give how many rows to harvest, such as 10M."
+        )
+    if not 2 <= context <= 65535:
+        raise UsageError(
+            f"invalid --context {context}: expected 2 to 65,535, since a context is BOS and at least one token."
+        )
+    if not isinstance(config.skip_positions, int) or not 0 <= config.skip_positions < context:
+        raise UsageError(
+            f"invalid --skip-positions {config.skip_positions}: expected 0 or more, and fewer than the {context} "
+            "tokens of a context."
+        )
+    if window <= 0 or window % min(CHUNK_ROWS, window):
+        raise UsageError(
+            f"invalid --window {window}: expected a multiple of {CHUNK_ROWS:,}, or a positive number below that."
+        )
+    if window > max(WINDOW_ROWS, tokens or TOKENS):
+        raise UsageError(
+            f"--window {window} exceeds the number of tokens, and a whole window is kept in memory and filled up on "
+            "disk. Give a smaller one."
+        )

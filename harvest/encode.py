@@ -1,0 +1,118 @@
+"""Documents -> token ids. Special tokens that are spelled out in a text are text, not special tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from ..common.special_tokens import special_tokens
+from .documents import Conversation, Document
+
+
+class EncodedDocument(NamedTuple):
+    """The ids of a document, without the token that its contexts begin with; of a conversation also its marks."""
+
+    ids: list[int]
+    marks: Sequence[int] = ()  # 1 at the tokens of the roles that are harvested
+
+
+class TemplateRefusal(Exception):  # noqa: N818  (counted; the harvest goes on)
+    """The chat template does not render a conversation, for example because of the order of its roles."""
+
+
+class ConversationEncoder(Protocol):
+    """What turns conversations into token ids; see chat.py."""
+
+    @property
+    def roles(self) -> tuple[str, ...]: ...
+    def encode(self, conversation: Conversation) -> EncodedDocument: ...
+
+
+@dataclass(frozen=True)
+class DocumentEncoder:
+    """Turns documents into token ids.
+
+    Attributes:
+        bos_id: the token that contexts begin with. Every context gets its own, so that of token ids is removed.
+        literals_are_text: whether `<bos>` in a text is five characters. Earlier versions made it the special token.
+        chat: for a text of conversations.
+    """
+
+    tokenizer: Any
+    bos_id: int | None
+    literals_are_text: bool = True
+    chat: ConversationEncoder | None = None
+
+    @property
+    def marks_rows(self) -> bool:
+        """Whether documents come with marks."""
+        return self.chat is not None and bool(self.chat.roles)
+
+    def __call__(self, batch: Sequence[Document]) -> list[EncodedDocument | TemplateRefusal]:
+        """The documents' ids; for a conversation that the template does not render, why."""
+        encoded = iter(self.encode_texts([document.text for document in batch if isinstance(document.text, str)]))
+
+        def encode_one(text: Any) -> EncodedDocument | TemplateRefusal:
+            if isinstance(text, str):
+                return EncodedDocument(next(encoded))
+            if not isinstance(text, Conversation):
+                return EncodedDocument(text[text[0] == self.bos_id :])
+            assert self.chat is not None
+            try:
+                ids, marks = self.chat.encode(text)
+            except TemplateRefusal as refusal:
+                return refusal
+            own_bos = int(bool(ids) and ids[0] == self.bos_id)
+            return EncodedDocument(ids[own_bos:], marks[own_bos:])
+
+        return [encode_one(document.text) for document in batch]
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts, without any special tokens around them."""
+        if not texts:
+            return []
+        if not self.literals_are_text:
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return encode_as_text(self.tokenizer, texts)
+
+
+def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of texts in which special tokens are ordinary text. Texts that spell none have their usual ids.
+
+    A Unigram or WordPiece model can have the special token itself among its pieces and find it in the text. Then the
+    piece is replaced by those of its parts.
+    """
+    ids: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]  # fmt: skip
+    spelled = special_tokens(tokenizer)
+    number_of = {number: token for token, number in spelled.items()}
+    for index, (text, found) in enumerate(zip(texts, ids, strict=True)):
+        if not number_of.keys().isdisjoint(found) and any(token in text for token in spelled):
+            ids[index] = split_literals(tokenizer, text, number_of)
+    return ids
+
+
+def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list[int]:
+    """The ids of a text, with each special token that the model found spelled in it replaced by the ids of its parts.
+
+    A special token that stands for something else, like `<unk>` for a character, stays.
+    """
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
+    ids: list[int] = []
+    for number, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        token = number_of.get(number)
+        ids += spell(tokenizer, token) if token is not None and text[start:end].strip() == token else [number]
+    return ids
+
+
+def spell(tokenizer: Any, token: str) -> list[int]:
+    """The ids of a special token's text, from the first of its splits in two that contains no special token."""
+    model = tokenizer.backend_tokenizer.model
+    special = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
+    for cut in range(1, len(token)):
+        ids = [piece.id for part in (token[:cut], token[cut:]) for piece in model.tokenize(part)]
+        if special.isdisjoint(ids):
+            return ids
+    return [piece.id for character in token for piece in model.tokenize(character)]
