@@ -26,6 +26,7 @@ from .tables import (
     half_interval,
     metric_value,
     paired_difference,
+    without_empty_columns,
 )
 
 L0 = ("core", "l0")
@@ -262,7 +263,8 @@ def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[
         raise UsageError(
             f"No system has two seeds in common with {against}. Train more with --seed 0 --seed 1 --seed 2."
         )
-    return [f"minus {against}", *(metric_heading(metric, column) for metric, column in comparison.columns)], lines
+    heads = [f"minus {against}", *(metric_heading(metric, column) for metric, column in comparison.columns)]
+    return without_empty_columns(heads, lines)
 
 
 def metric_heading(metric: str, column: MetricColumn) -> str:

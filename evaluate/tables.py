@@ -46,6 +46,12 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
         yield title, ["run", *map(column_heading, columns)], lines + seed_lines(measured, name, columns)
 
 
+def without_empty_columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table, given by its headings and lines, less the columns in which no line has anything."""
+    kept = [place for place in range(len(heads)) if any(line[place] for line in lines)]
+    return [heads[place] for place in kept], [[line[place] for place in kept] for line in lines]
+
+
 def notes(rows: Sequence[MeasuredRun]) -> list[str]:
     """The flags of all runs as sentences. Flags that differ only in their numbers are given once."""
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}

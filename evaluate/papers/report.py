@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from ..compare import ComparedRun
 from ..compare_charts import read_metrics_log
 from ..metrics.base import MetricResult
+from ..tables import without_empty_columns
 from .claims import Claim, Paper, PaperSystem
 from .verdict import Verdict, combine_verdicts, measured_value, verdict
 
@@ -231,7 +232,7 @@ def unreported_table(report: PaperReport) -> tuple[list[str], list[list[str]]]:
         values = [metric_values(one.metric, runs, report.on_paper_model) for runs in groups.values()]
         cells = [format_measured(claim, [(some, [])]) if some else "" for some in values]
         lines.append([one.what, one.metric, *cells])
-    return ["what", "metric", *groups], lines
+    return without_empty_columns(["what", "metric", *groups], lines)
 
 
 def describe_system(system: PaperSystem) -> str:

@@ -93,6 +93,20 @@ def test_paired_differences_are_of_the_same_seed(tmp_path):
         paired_table(found, "gated")
 
 
+def test_a_number_that_no_pair_has_gets_no_column(tmp_path):
+    """Absorption was measured in one run, whose seed the other system lacks."""
+    runs = [make_run(tmp_path, name, seed=seed) for name in ("topk", "relu") for seed in (0, 1)]
+    lonely = make_run(tmp_path, seed=7)
+    result = json.loads((lonely / "evaluations" / "core.json").read_text())
+    result["eval_result_metrics"] = {"mean": {"mean_full_absorption_score": 0.1}}
+    (lonely / "evaluations" / "absorption.json").write_text(json.dumps(result))
+    found = compare_runs([*runs, lonely])
+    heads, lines = paired_table(found, "topk")
+    assert any("absorption" in head for head in comparison_table(found)[0])
+    assert [head.split("\n")[0] for head in heads] == ["minus topk", "L0", "KL score ↑"]
+    assert [len(line) for line in lines] == [3]
+
+
 def test_a_seed_trained_twice_is_one_draw(tmp_path):
     """Else a system would have a spread of 0 over two seeds, and paired differences more degrees of freedom."""
     base = [make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate([0.90, 0.80])]
