@@ -1,15 +1,16 @@
 """Compare runs from the result files that `sae evaluate` wrote. Nothing is measured and no weights are read.
 
 Runs that differ only in their seed form one *system*, shown as mean and standard deviation. Runs of different models,
-layers, texts or settings are compared only on request (`mix`), with a list of what differs.
+layers, texts or settings are compared only on request (`mix`), with a list of what differs. Numbers are those without
+outlier rows, where a run has both.
 """
 
 import csv
 import io
 import json
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ class ComparedRun:
     def value(self, metric: str, column: MetricColumn) -> float | None:
         return metric_value(self, metric, column) if metric in self.results else None
 
+    @property
+    def masks_rows(self) -> bool:
+        """Whether outlier rows were left out of any of its numbers."""
+        return any(result.masked for result in self.results.values())
+
+    def on_all_rows(self) -> "ComparedRun":
+        """The run with SAEBench's numbers, which count outlier rows."""
+        return replace(self, results={name: replace(one, masked=None) for name, one in self.results.items()})
+
 
 @dataclass(frozen=True)
 class ComparedSystem:
@@ -77,6 +87,9 @@ class ComparedSystem:
 
     label: str
     runs: Sequence[ComparedRun] = field(repr=False)
+
+    def on_all_rows(self) -> "ComparedSystem":
+        return replace(self, runs=[run.on_all_rows() for run in self.runs])
 
     @property
     def run_by_seed(self) -> dict[Any, ComparedRun]:
@@ -102,6 +115,11 @@ class Comparison:
     @property
     def runs(self) -> list[ComparedRun]:
         return [run for system in self.systems for run in system.runs]
+
+    def on_all_rows(self) -> "Comparison":
+        """The comparison of SAEBench's numbers, which count outlier rows."""
+        systems, references = ([one.on_all_rows() for one in some] for some in (self.systems, self.references))
+        return replace(self, systems=systems, references=references)
 
     @property
     def columns(self) -> list[tuple[str, MetricColumn]]:
@@ -181,7 +199,13 @@ def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
             differences.append(f"{name}: " + ", ".join(f"{value} ({run.name})" for value, run in values.items()))
     for metric in METRICS:
         measured = [run for run in runs if metric in run.settings]
-        for key in sorted({key for run in measured for key in without_weights(run.settings[metric])}):
+        # Limits of two caches differ a little; what matters is whether they mask the same number of rows.
+        keys = {key for run in measured for key in without_weights(run.settings[metric])} - {"norm_limit"}
+        counts = {run.results[metric].n.get("outlier_rows", 0): run for run in measured}
+        if len(counts) > 1:
+            shown = ", ".join(f"{rows:,} ({run.name})" for rows, run in counts.items())
+            differences.append(f"{metric}, masked rows: {shown}")
+        for key in sorted(keys):
             values = {json.dumps(run.settings[metric].get(key)): run for run in measured}
             if len(values) > 1:
                 shown = ", ".join(f"{value[:24]} ({run.name})" for value, run in values.items())
@@ -275,19 +299,27 @@ def metric_heading(metric: str, column: MetricColumn) -> str:
 
 
 def to_records(comparison: Comparison) -> list[dict[str, Any]]:
-    """Every number of every run as one flat dictionary per run, keyed by metric.category.name."""
+    """Every number of every run as one flat dictionary per run, keyed by metric.category.name.
+
+    Numbers without outlier rows are under metric.masked_category.name. If one run has them, all have: those of a run
+    without outlier rows equal its other numbers.
+    """
+    masked = {metric for run in comparison.runs for metric, result in run.results.items() if result.masked}
     return [
         {"system": system.label, "run": run.name}
         | {key: run.record.get(key) for key in ("variant", "layer", "seed", "d_sae", "l0", "steps")}
-        | dict(flat_numbers(run))
+        | dict(flat_numbers(run, masked))
         for system in comparison.systems
         for run in system.runs
     ]
 
 
-def flat_numbers(run: ComparedRun) -> Iterator[tuple[str, float | None]]:
+def flat_numbers(run: ComparedRun, masked: Collection[str]) -> Iterator[tuple[str, float | None]]:
+    """The numbers of a run; those of the metrics `masked` also without outlier rows."""
     for metric, result in run.results.items():
-        for category, group in result.metrics.items():
+        if metric in masked and not result.masked:
+            result = replace(result, masked=result)
+        for category, group in result.named_metrics.items():
             for name, value in group.items():
                 yield f"{metric}.{category}.{name}", value
 

@@ -20,6 +20,7 @@ CURVE_TITLES = {  # scalar in metrics.jsonl -> title; explained_variance is draw
     "loss": "loss",
 }
 LOG_SCALE_CURVES = ("explained_variance", "loss")
+ALL_ROWS_NOTE = "SAEBench's numbers over all rows, outlier rows included, like the published ones."
 FRAMING_REFERENCE = "pca"  # of the same L0 as the SAEs; the other references may be far from them
 PUBLISHED = Path(__file__).parent / "published.toml"
 
@@ -29,15 +30,20 @@ def frontiers(comparison: Comparison) -> list[Chart]:
 
     Each recipe is a series through its systems in order of L0; references are points. The axes are those of the SAEs
     and the PCA: the identity, whose L0 is d_in, would push nearly equal SAEs into one place. What lies far outside is
-    named in the chart's note.
+    named in the chart's note. Beside published results stand SAEBench's numbers, which count outlier rows as those do;
+    the note says that too.
     """
     l0 = next(column for column in METRICS[L0[0]].columns if column.name == L0[1])
     systems = [*comparison.systems, *comparison.references]
     names = list(dict.fromkeys(series_name(system, comparison) for system in systems))
+    masks_rows, on_all_rows = any(run.masks_rows for run in comparison.runs), comparison.on_all_rows()
     charts = []
     for metric, column in comparison.columns:
         if (metric, column.name) == L0:
             continue
+        published = published_series(comparison, metric, column)
+        source = on_all_rows if published else comparison
+        systems = [*source.systems, *source.references]
         points: dict[str, list[tuple[float, float, float, str]]] = {}
         for system in systems:
             x, y = system.mean_and_spread("core", l0), system.mean_and_spread(metric, column)
@@ -46,14 +52,15 @@ def frontiers(comparison: Comparison) -> list[Chart]:
                 points.setdefault(series_name(system, comparison), []).append((x[0], *y, label))
         series = [frontier_series(name, sorted(some), names.index(name)) for name, some in points.items()]
         title = metric_heading(metric, column).split("\n0")[0].replace("\n", " ")
-        chart = Chart(title, "L0", title, series + published_series(comparison, metric, column), x_log=True)
+        note = ALL_ROWS_NOTE if published and masks_rows else ""
+        chart = Chart(title, "L0", title, series + published, x_log=True, note=note)
         references = {series_name(system, comparison) for system in comparison.references} - {FRAMING_REFERENCE}
         charts.append(without_far_series(chart, references))
     return charts
 
 
 def without_far_series(chart: Chart, names: Container[str]) -> Chart:
-    """The chart without those of the named series that lie far from the others; its note has their points."""
+    """The chart without those of the named series that lie far from the others; its note also has their points."""
     kept = [series for series in chart.series if series.name not in names]
     if not kept:
         return chart
@@ -61,8 +68,8 @@ def without_far_series(chart: Chart, names: Container[str]) -> Chart:
     points = {series.name: list(zip(series.x, series.y, strict=True)) for series in chart.series}
     near = [one for one in chart.series if one in kept or all(in_frame(frame, *xy) for xy in points[one.name])]
     far = [label.partition(": ") for series in chart.series if series not in near for label in series.labels]
-    note = f"Outside of this chart: {'; '.join(f'{name} ({point})' for name, _, point in far)}." if far else ""
-    return replace(chart, series=near, note=note)
+    outside = f"Outside of this chart: {'; '.join(f'{name} ({point})' for name, _, point in far)}." if far else ""
+    return replace(chart, series=near, note=" ".join(filter(None, [chart.note, outside])))
 
 
 def in_frame(frame: tuple[tuple[float, float], tuple[float, float]], l0: float, y: float) -> bool:

@@ -5,13 +5,14 @@ import copy
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import DamagedError
 from ..common.files import digest_of, make_folder, os_error, read_json, write_json
-from .metrics.base import JsonPath, Metric, MetricResult
+from .metrics.base import MASKED, JsonPath, Metric, MetricResult
 
 ABSENT = -1.0  # what SAEBench writes for a number that does not exist
 UNSTRUCTURED_KEYS = ("intervals", "n", "flags", "extra")
@@ -29,8 +30,11 @@ def write_result(
 
     A result with other settings is moved to `evaluations/earlier/` first. As in SAEBench's files, -1 stands for a
     number that does not exist. Since a number can also be -1, `absent` lists where such numbers are.
+
+    The metrics without outlier rows stand beside SAEBench's, as categories masked_<category>; the rest of that result is
+    under "masked" of eval_result_unstructured.
     """
-    values = {"metrics": result.metrics, "details": result.details}
+    values = {"metrics": result.named_metrics, "details": result.details}
     absent = list(find_leaves(None, values))
     written = replace_leaves(values, absent, ABSENT)
     envelope = {
@@ -45,7 +49,7 @@ def write_result(
         "sae_lens_release_id": folder.name,
         "sae_lens_version": "none",
         "sae_cfg_dict": dict(record),
-        "eval_result_unstructured": {name: getattr(result, name) for name in UNSTRUCTURED_KEYS} | {"absent": absent},
+        "eval_result_unstructured": unstructured_part(result) | {"absent": absent},
     }
     path = result_file(folder, metric)
     try:
@@ -53,6 +57,14 @@ def write_result(
     except OSError as error:
         raise os_error(error, path) from error
     write_json(path, envelope)
+
+
+def unstructured_part(result: MetricResult) -> dict[str, Any]:
+    """What SAEBench has no fields for."""
+    part = {name: getattr(result, name) for name in UNSTRUCTURED_KEYS}
+    if result.masked:
+        part["masked"] = unstructured_part(result.masked) | {"details": result.masked.details}
+    return part
 
 
 def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> MetricResult | None:
@@ -78,18 +90,26 @@ def read_result_file(path: Path, metric: Metric | type[Metric]) -> MetricResult:
     """Read a result file. Raises DamagedError if it is not one."""
     envelope = read_json(path, *RESULT_KEYS)
     try:
-        unstructured = {name: envelope["eval_result_unstructured"][name] for name in UNSTRUCTURED_KEYS}
+        unstructured = envelope["eval_result_unstructured"]
         written = {"metrics": envelope["eval_result_metrics"], "details": envelope["eval_result_details"]}
-        absent = envelope["eval_result_unstructured"].get("absent")
+        absent = unstructured.get("absent")
         values = replace_leaves(written, list(find_leaves(ABSENT, written)) if absent is None else absent, None)
         metrics = {
             category: {name: value if value is None else float(value) for name, value in group.items()}
             for category, group in values["metrics"].items()
         }
-        details, unstructured["n"] = [{**entry} for entry in values["details"]], {**unstructured["n"]}
+        if (rest := unstructured.get("masked")) is None:
+            return make_result(metrics, values["details"], unstructured)
+        names = {category for category in metrics if category.startswith(MASKED)}
+        masked = make_result({name.removeprefix(MASKED): metrics.pop(name) for name in names}, rest["details"], rest)
+        return replace(make_result(metrics, values["details"], unstructured), masked=masked)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedError(f"{path} is not a result of {metric.name}. Remove it and evaluate again.") from error
-    return MetricResult(metrics, details, **unstructured)
+
+
+def make_result(metrics: dict[str, Any], details: list[Any], unstructured: Mapping[str, Any]) -> MetricResult:
+    rest = {name: unstructured[name] for name in UNSTRUCTURED_KEYS}
+    return MetricResult(metrics, [{**entry} for entry in details], **rest | {"n": {**rest["n"]}})
 
 
 def archived_file(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> Path:

@@ -59,7 +59,7 @@ class EvalRow:
         values = {
             f"{metric}.{category}.{name}": value
             for metric, result in self.results.items()
-            for category, group in result.metrics.items()
+            for category, group in result.named_metrics.items()
             for name, value in group.items()
         }
         errors = {metric: str(error) for metric, error in self.errors.items()}

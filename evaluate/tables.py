@@ -37,7 +37,7 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
         if not measured:
             continue
         counts = {
-            ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in row.results[name].n.items() if n)
+            ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in row.results[name].sound.n.items() if n)
             for row in measured
         }
         title = f"{metric.title}; n = {counts.pop()}" if len(counts) == 1 and counts != {""} else metric.title
@@ -53,11 +53,14 @@ def without_empty_columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) 
 
 
 def notes(rows: Sequence[MeasuredRun]) -> list[str]:
-    """The flags of all runs as sentences. Flags that differ only in their numbers are given once."""
+    """The flags of all runs as sentences. Flags that differ only in their numbers are given once.
+
+    They are about the numbers that tables show, without outlier rows.
+    """
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for row in rows:
         for metric, result in row.results.items():
-            for flag in () if row.is_reference else result.flags:
+            for flag in () if row.is_reference else result.sound.flags:
                 groups.setdefault((metric, re.sub(r"[0-9.]+", "#", flag)), []).append((row.name, flag))
     sentences = []
     for (metric, _), flags in groups.items():
@@ -74,12 +77,13 @@ def column_heading(column: MetricColumn) -> str:
 
 
 def metric_value(row: MeasuredRun, metric: str, column: MetricColumn) -> float | None:
-    return row.results[metric].metrics.get(column.category, {}).get(column.name)
+    """A number of a row, without outlier rows where there were any."""
+    return row.results[metric].sound.metrics.get(column.category, {}).get(column.name)
 
 
 def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
     """Half the 95 % interval of a number over the text; 0 if it has none."""
-    low, high = row.results[metric].intervals.get(column.category, {}).get(column.name) or (None, None)
+    low, high = row.results[metric].sound.intervals.get(column.category, {}).get(column.name) or (None, None)
     return 0.0 if low is None or high is None else (high - low) / 2
 
 

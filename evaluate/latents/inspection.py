@@ -118,7 +118,7 @@ def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, lis
     for name, read in LABEL_SOURCES.items():
         if name in results:
             with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-                candidates += [one for one in read(results[name]) if 0 <= one[1] < d_sae]
+                candidates += [one for one in read(results[name].sound) if 0 <= one[1] < d_sae]
     labels: dict[int, list[str]] = {}
     for _, latent, text in sorted(candidates, key=lambda one: one[0], reverse=True):
         labels.setdefault(latent, []).append(text)

@@ -17,6 +17,7 @@ from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
 
 MODES = ("0.6.0", "2024-12")  # SAEBench's current definitions, and those behind the five papers' numbers
+MASKED = "masked_"  # begins the name of a category without outlier rows: masked_sparsity beside sparsity
 
 
 class SAELike(Protocol):
@@ -72,6 +73,9 @@ class MetricResult:
     letter or dataset. `intervals` has the shape of `metrics` and holds 95 % intervals [low, high]. `n` counts what was
     measured. `flags` are sentences about numbers that mean less than they seem to. `extra` is anything else that a
     metric keeps.
+
+    All of these are over all rows, as SAEBench's names mean. `masked` is the same result without the outlier rows (see
+    `EvalTarget.norm_limit`); it is None if there were none, because the two are then equal.
     """
 
     metrics: dict[str, dict[str, float | None]]
@@ -80,6 +84,21 @@ class MetricResult:
     n: dict[str, int] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     extra: Any = None
+    masked: "MetricResult | None" = None
+
+    @property
+    def sound(self) -> "MetricResult":
+        """The result without outlier rows: what tables, pages and comparisons show."""
+        return self.masked or self
+
+    @property
+    def named_metrics(self) -> dict[str, dict[str, float | None]]:
+        """`metrics`, and beside each category that of `masked` under the name masked_<category>."""
+        return self.metrics | {f"{MASKED}{category}": group for category, group in self._masked_metrics.items()}
+
+    @property
+    def _masked_metrics(self) -> dict[str, dict[str, float | None]]:
+        return self.masked.metrics if self.masked else {}
 
     @classmethod
     def of(

@@ -46,7 +46,7 @@ class SystemRun:
         warmup = record.get("resolved", {}).get("warmup")
         if warmup is not None and warmup > done:
             failed.append(f"its learning rate never reached its peak: {warmup:,} warm-up steps")
-        alive = core.metrics.get("misc_metrics", {}).get("frac_alive") if core is not None else None
+        alive = core.sound.metrics.get("misc_metrics", {}).get("frac_alive") if core is not None else None
         if alive is None and "dead" in last:  # mode 2024-12 has no frac_alive
             alive = 1 - last["dead"]
         if alive is not None and alive < MIN_ALIVE:
@@ -61,8 +61,8 @@ class SystemRun:
 
 
 def explained_variance(core: MetricResult) -> float | None:
-    """1 - (sum of squared errors) / (sum of squared deviations from the mean), as training logs it."""
-    return core.metrics.get("reconstruction_quality", {}).get("fve")
+    """1 - (sum of squared errors) / (sum of squared deviations from the mean), without outlier rows, as in training."""
+    return core.sound.metrics.get("reconstruction_quality", {}).get("fve")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class PaperReport:
     def counts(self) -> dict[Verdict, int]:
         verdicts = [row.verdict for row in self.rows]
         return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+
+    @property
+    def outlier_rows(self) -> int:
+        """How many outlier rows the numbers of a run count at most, because SAEBench's definitions do."""
+        return max((r.n.get("outlier_rows", 0) for run in self.runs for r in run.run.results.values()), default=0)
 
     @property
     def excluded(self) -> list[tuple[str, str]]:

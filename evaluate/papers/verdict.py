@@ -27,7 +27,10 @@ NO_EFFECT = 0.10  # a difference below this share of the claimed effect counts a
 def measured_value(
     claim: Claim, results: Mapping[str, MetricResult], log: Sequence[Mapping[str, float]]
 ) -> float | None:
-    """The claim's metric in the results of one run or in its metrics.jsonl; None if it was not measured."""
+    """The claim's metric in the results of one run or in its metrics.jsonl; None if it was not measured.
+
+    It is SAEBench's number, over all rows: the papers do not leave out outlier rows.
+    """
     metric, _, rest = claim.metric.partition(".")
     if metric == TRAINING_LOG:
         lines = [line[rest] for line in log if rest in line]
