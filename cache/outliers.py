@@ -33,6 +33,16 @@ def rows_above(norms: np.ndarray, limit: float | None) -> np.ndarray:
     return np.flatnonzero(norms > limit) if limit is not None else np.array([], np.int64)
 
 
+def outlier_mask(x: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """True for the outlier rows of activations: (..., d) -> (...), bool. All False without a limit.
+
+    The norm is taken in float32 whatever the dtype, so that every reader of the same activations masks the same rows.
+    """
+    if limit is None:
+        return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) > limit
+
+
 def top_rows(norms: np.ndarray) -> np.ndarray:
     """The TOP_SHARE of rows with the largest norms, rounded up, ascending."""
     count = -int(-len(norms) * TOP_SHARE // 1)

@@ -231,7 +231,7 @@ def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress:
     outcomes: Sequence[Outcome]
     try:
         with progress(metric.name) as report:
-            outcomes = metric.measure(group.ctx, [row.target for row in pending], report)
+            outcomes = metric.measure_both(group.ctx, [row.target for row in pending], report)
     except SaeError as error:
         outcomes = [error] * len(pending)
     except torch.OutOfMemoryError as error:

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,17 @@ class ForwardPass:
     """A forward pass over some contexts, which can be run again from any captured hook on.
 
     `run_from(hook, x)` returns what `final` would have been had the activations at `hook` been x (N, S, d), such as an
-    SAE's reconstruction. M versions of the contexts can be run together, as (M N, S, d).
+    SAE's reconstruction. M versions of the contexts can be run together, as (M N, S, d). With a mask (N,) only the
+    contexts at which it is True are run, and x is of these.
     """
 
     activations: dict[Hook, Tensor]  # hook -> (N, S, d)
     final: Tensor  # (N, S, D): the input of `LanguageModel.unembed`
-    run_from: Callable[[Hook, Tensor], Tensor]
+    run_from: "RunFrom"
+
+
+class RunFrom(Protocol):
+    def __call__(self, hook: Hook, x_NSD: Tensor, chosen_N: Tensor | None = None, /) -> Tensor: ...
 
 
 class Splicer:
@@ -57,10 +62,11 @@ class Splicer:
         with self.noting_outputs(), model.capturing([*dict.fromkeys([*hooks, *before])], kept):
             final = model.trunk(ids_NS, use_cache=False).last_hidden_state
 
-        def run_from(hook: Hook, x_NSD: Tensor) -> Tensor:
+        def run_from(hook: Hook, x_NSD: Tensor, chosen_N: Tensor | None = None) -> Tensor:
             if hook not in hooks:
                 raise KeyError(hook)
-            versions, replaced = len(x_NSD) // len(ids_NS), False
+            chosen = slice(None) if chosen_N is None else chosen_N
+            versions, replaced = len(x_NSD) // len(ids_NS[chosen]), False
 
             def replace(_: Tensor) -> Tensor:
                 nonlocal replaced
@@ -75,8 +81,9 @@ class Splicer:
                 else:
                     stack.enter_context(model.patching(hook, replace))
                     if start is not None:
-                        stack.enter_context(self.starting_after(start.layer, kept[start].repeat(versions, 1, 1)))
-                again = model.trunk(ids_NS.repeat(versions, 1), use_cache=False).last_hidden_state
+                        block_input = kept[start][chosen].repeat(versions, 1, 1)
+                        stack.enter_context(self.starting_after(start.layer, block_input))
+                again = model.trunk(ids_NS[chosen].repeat(versions, 1), use_cache=False).last_hidden_state
             if not replaced:
                 raise SaeError(f"The hook on {hook.name} did not fire, so nothing was replaced.")
             return again

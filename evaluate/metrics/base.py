@@ -7,8 +7,8 @@ model once over its text.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
 
 MODES = ("0.6.0", "2024-12")  # SAEBench's current definitions, and those behind the five papers' numbers
+MANY_OUTLIERS = 0.01  # share of the rows above which a flag says so
+OUTLIERS = "outlier_rows"  # their number in `MetricResult.n`; absent if there are none
 MASKED = "masked_"  # begins the name of a category without outlier rows: masked_sparsity beside sparsity
 
 
@@ -28,18 +30,33 @@ class SAELike(Protocol):
     def decode(self, f: Tensor, /) -> Tensor: ...
 
 
+class RowSet(NamedTuple):
+    """Which activations are read: those at `hook` whose norm is at most `norm_limit`, or all if it is None."""
+
+    hook: Hook
+    norm_limit: float | None = None
+
+
 @dataclass(frozen=True)
 class EvalTarget:
     """An SAE to evaluate, and the hook whose activations it reads.
 
     Its reconstruction replaces the activations at the counted tokens; with `everywhere`, at BOS and padding as well.
     `reference` marks a baseline row (identity, zero, PCA, random dictionary) that other rows are compared with.
+
+    Counted tokens whose activations have a norm over `norm_limit` are outlier rows (see cache.outliers), such as
+    attention sinks. The model keeps its own activations there, and no metric counts them. None: there are no outliers.
     """
 
     sae: SAELike
     hook: Hook
     everywhere: bool = False
     reference: bool = False
+    norm_limit: float | None = None
+
+    @property
+    def row_set(self) -> RowSet:
+        return RowSet(self.hook, self.norm_limit)
 
     @property
     def layer(self) -> int:
@@ -91,6 +108,10 @@ class MetricResult:
         """The result without outlier rows: what tables, pages and comparisons show."""
         return self.masked or self
 
+    def with_masked(self, masked: "MetricResult") -> "MetricResult":
+        """This result over all rows, beside the one without outlier rows."""
+        return replace(self, n=self.n | {OUTLIERS: masked.n[OUTLIERS]}, masked=masked)
+
     @property
     def named_metrics(self) -> dict[str, dict[str, float | None]]:
         """`metrics`, and beside each category that of `masked` under the name masked_<category>."""
@@ -120,6 +141,7 @@ class Metric(ABC):
 
     name: ClassVar[str]  # of the suite entry and of the result file
     type_id: ClassVar[str]  # SAEBench's `eval_type_id`
+    saebench_rows: ClassVar[bool] = True  # whether SAEBench's numbers are measured too where there are outlier rows
     title: ClassVar[str]  # the heading of its table
     columns: ClassVar[tuple[MetricColumn, ...]]  # of its table
     definition: ClassVar[int] = 1
@@ -136,7 +158,42 @@ class Metric(ABC):
 
     @abstractmethod
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
-        """Evaluate every target on the same text, one outcome each. Raises SaeError if no target can be measured."""
+        """Evaluate every target on the same text, one outcome each. Raises SaeError if no target can be measured.
+
+        Outlier rows are left out, and `n["outlier_rows"]` of a result says how many, if there were any.
+        """
+
+    def measure_both(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+        """Like `measure`, but where rows were left out, over all rows, with the other result as `MetricResult.masked`.
+
+        SAEs without an outlier row in the text are measured once.
+        """
+        outcomes = self.measure(ctx, targets, progress)
+        masked = {
+            i: outcome
+            for i, outcome in enumerate(outcomes)
+            if isinstance(outcome, MetricResult) and outcome.n.get(OUTLIERS) and self.saebench_rows
+        }
+        if masked:
+            everything = [replace(targets[i], norm_limit=None) for i in masked]
+            for (i, without), outcome in zip(masked.items(), self.measure(ctx, everything, progress), strict=True):
+                outcomes[i] = outcome if isinstance(outcome, SaeError) else outcome.with_masked(without)
+        return outcomes
+
+
+def outlier_counts(outliers: int) -> dict[str, int]:
+    """The entry of `MetricResult.n` for this number of outlier rows."""
+    return {OUTLIERS: outliers} if outliers else {}
+
+
+def outlier_flags(outliers: int, rows: int) -> list[str]:
+    """A flag if many of the rows are outliers, which are left out."""
+    if outliers <= MANY_OUTLIERS * rows:
+        return []
+    return [
+        f"{outliers:,} of {rows:,} rows ({outliers / rows:.1%}) are outliers by their norm and left out, more than a "
+        "few attention sinks: the SAE is judged on the rest. --max-norm none counts them too."
+    ]
 
 
 def nan_to_none(tree: Any) -> Any:

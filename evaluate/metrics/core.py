@@ -9,35 +9,51 @@ number is also reported, under another name: `fve` (explained variance), `mse_el
 are the cache's, of one document each unless it was packed. SAEBench divides `mse` by the tokens of a batch, so it is
 comparable within one text only. Pad, EOS and BOS positions keep their residual and are not counted.
 
+Under these names all other rows count, as in SAEBench. One attention sink can then decide the numbers, so where the
+text has outlier rows (`EvalTarget.norm_limit`) the same numbers are given without them as well, in `MetricResult.masked`:
+the model keeps its own activations at those rows, as at BOS, and they are not counted. The model runs once more for
+the contexts that hold such a row, and for no other.
+
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...cache.layout import Hook
+from ...cache.outliers import outlier_mask
 from ...common.errors import UsageError
 from ...harvest.model import ForwardPass, LanguageModel
 from ...train.sae import SAE
 from ..context import ContextBatch, EvalContext
-from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
+from .base import (
+    EvalTarget,
+    Metric,
+    MetricColumn,
+    MetricResult,
+    Outcome,
+    Progress,
+    RowSet,
+    outlier_counts,
+    outlier_flags,
+)
 from .sae_statistics import (
-    TOKENS_PER_CHUNK,
-    Ratio,
     SAEStatistics,
     decoder_geometry,
     density_summary,
     latent_details,
     ratio_interval,
     ratio_value,
+    splice,
     sum_by_document,
 )
+from .splice_losses import CountedTokens, loss_ratios, zero_ablated_output
 
-WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that hold all that later blocks read of the text
 MOSTLY_DEAD = 0.5  # share of dead latents above which a flag says so
 
 
@@ -74,24 +90,26 @@ class Core(Metric):
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+        """Over all rows, and in `masked` without outlier rows: both from one pass of the model."""
         batches = self.counted_batches(ctx)
         hooks = sorted({target.hook for target in targets})
-        original, ablated = SpliceLoss(), {hook: SpliceLoss() for hook in hooks}
-        spliced, statistics = [SpliceLoss() for _ in targets], [SAEStatistics() for _ in targets]
+        measured = [MeasuredSAE(target) for target in targets]
         constant_D: dict[Hook, Tensor] = {}
         for number, batch in enumerate(batches):
             with_loss = number < self.reconstruction_batches
             run = ctx.model.forward(batch.ids, hooks) if with_loss else None
             activations = run.activations if run else ctx.model.capture_hooks(batch.ids, hooks)
-            outputs = []  # for each target: the model's final residual after splicing its reconstruction
-            for target, stats in zip(targets, statistics, strict=True):
-                patched = stats.add(target, activations[target.hook], batch.counted)
-                if run:
-                    outputs.append(run.run_from(target.hook, patched)[batch.counted])
+            outliers = {
+                row_set: batch.counted & outlier_mask(activations[row_set.hook], row_set.norm_limit)
+                for row_set in {target.row_set for target in targets}
+            }
+            splices = [
+                one.add_batch(run, activations[one.target.hook], batch.counted, outliers[one.target.row_set])
+                for one in measured
+            ]
             if run:
-                zeroed = [zero_ablated_output(run, hook, batch, constant_D) for hook in hooks]
-                losses = [original, *ablated.values(), *spliced]
-                add_losses(ctx.model, batch, losses, [run.final[batch.counted], *zeroed, *outputs])
+                zeroed = {hook: zero_ablated_output(run, hook, batch, constant_D) for hook in hooks}
+                add_losses(ctx.model, batch, run.final[batch.counted], zeroed, measured, splices)
             progress(number + 1, len(batches), "batches")
         token_counts = [int(batch.is_token.sum()) for batch in batches]
         tokens: dict[str, float | None] = {
@@ -99,10 +117,7 @@ class Core(Metric):
             "total_tokens_eval_sparsity_variance": sum(token_counts),
         }
         document_N = torch.cat([batch.document for batch in batches])
-        return [
-            build_result(ctx.mode, target, original, ablated[target.hook], loss, stats, tokens, document_N)
-            for target, loss, stats in zip(targets, spliced, statistics, strict=True)
-        ]
+        return [one.result(ctx.mode, tokens, document_N) for one in measured]
 
     def counted_batches(self, ctx: EvalContext) -> list[ContextBatch]:
         """The batches that contain a counted token. Raises UsageError for invalid options or if there are none."""
@@ -117,104 +132,129 @@ class Core(Metric):
         return batches
 
 
-def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, constant_D: dict[Hook, Tensor]) -> Tensor:
-    """The model's final residual at the counted positions (T, D) when a hook is zeroed at every position.
+class BatchSplice(NamedTuple):
+    """What splicing an SAE into one batch gave.
 
-    With the whole residual stream zeroed, attention over equal values returns that value, so all positions and texts
-    have the same output. Once the first batch confirms it, `constant_D` keeps that one vector per hook and no later
-    batch runs the model for it. At other sites the residual stream still carries the text.
+    Attributes:
+        outlier_NS: where the outlier rows are.
+        output_TD: the model's final residual with the reconstruction at all counted tokens.
+        restored_TD: the same with the model's own activations at outlier rows, at the counted tokens of the contexts
+            that hold such rows.
     """
-    if hook not in constant_D:
-        output_TD = run.run_from(hook, torch.zeros_like(run.activations[hook]))[batch.counted]
-        if hook.site not in WHOLE_RESIDUAL or not (output_TD == output_TD[:1]).all():
-            return output_TD
-        constant_D[hook] = output_TD[0]
-    return constant_D[hook].expand(int(batch.counted.sum()), -1)
+
+    outlier_NS: Tensor
+    output_TD: Tensor = torch.empty(0)
+    restored_TD: Tensor = torch.empty(0)
+
+
+class CoreSums:
+    """What is summed of one SAE over some rows. The losses are sums by context (N, 4), one tensor for each batch."""
+
+    def __init__(self) -> None:
+        self.stats = SAEStatistics()
+        self.original: list[Tensor] = []
+        self.ablated: list[Tensor] = []
+        self.spliced: list[Tensor] = []
+
+    def add_losses(self, original: Tensor, ablated: Tensor, spliced: Tensor) -> None:
+        self.original.append(original)
+        self.ablated.append(ablated)
+        self.spliced.append(spliced)
+
+
+class MeasuredSAE:
+    """The sums of one SAE over all counted rows and, from its first outlier row on, over the others.
+
+    Until then the two are equal, so only one is kept.
+    """
+
+    def __init__(self, target: EvalTarget) -> None:
+        self.target = target
+        self.all = CoreSums()
+        self.masked: CoreSums | None = None
+        self.outliers = 0
+
+    def add_batch(self, run: ForwardPass | None, x_NSD: Tensor, counted_NS: Tensor, outlier_NS: Tensor) -> BatchSplice:
+        """Take the activations of a batch; with a `run` also run the model on their reconstruction."""
+        outliers = int(outlier_NS.sum())
+        self.outliers += outliers
+        if outliers and self.masked is None:
+            self.masked = copy.deepcopy(self.all)
+        takers = [(self.all.stats, counted_NS)]
+        if self.masked is not None:
+            takers.append((self.masked.stats, counted_NS & ~outlier_NS))
+        patched_NSD = splice(self.target, x_NSD, counted_NS, takers)
+        if run is None:
+            return BatchSplice(outlier_NS)
+        output_TD, chosen_N = run.run_from(self.target.hook, patched_NSD)[counted_NS], outlier_NS.any(1)
+        if not outliers or self.target.everywhere:  # zero at every position is zero at outlier rows too
+            return BatchSplice(outlier_NS, output_TD, output_TD[chosen_N[counted_NS.nonzero()[:, 0]]])
+        restored_NSD = torch.where(outlier_NS[..., None], x_NSD, patched_NSD)[chosen_N]
+        restored_TD = run.run_from(self.target.hook, restored_NSD, chosen_N)[counted_NS[chosen_N]]
+        return BatchSplice(outlier_NS, output_TD, restored_TD)
+
+    def result(self, mode: str, tokens: dict[str, float | None], document_N: Tensor) -> Outcome:
+        """The numbers over all rows, and without outlier rows if there are any."""
+        every = build_result(mode, self.target, self.all, document_N, self.outliers, tokens)
+        if self.masked is None:
+            return every
+        if not self.masked.stats.tokens:
+            return UsageError(
+                f"The norms of all {self.outliers:,} rows of the held-out text are over {self.target.norm_limit:.4g}, so "
+                "all of them are outliers. The limit belongs to other activations: pass --max-norm none."
+            )
+        masked = build_result(mode, self.target, self.masked, document_N, self.outliers)
+        masked.flags.extend(outlier_flags(self.outliers, every.n["tokens"]))
+        return every.with_masked(masked)
 
 
 def add_losses(
-    model: LanguageModel, batch: ContextBatch, losses: Sequence["SpliceLoss"], outputs_TD: Sequence[Tensor]
+    model: LanguageModel,
+    batch: ContextBatch,
+    final_TD: Tensor,
+    zeroed: Mapping[Hook, Tensor],
+    measured: Sequence[MeasuredSAE],
+    splices: Sequence[BatchSplice],
 ) -> None:
-    """Add the KL and CE of each final residual (T, D) to its loss. The first is the original model's, the reference.
-
-    A residual that is constant over positions (stride 0) is unembedded once.
-    """
-    context_T, position_T = batch.counted.nonzero(as_tuple=True)
-    next_T = batch.ids.roll(-1, 1)[batch.counted]
-    # The last token of a context has no known next token.
-    has_next_T = position_T + 1 < batch.is_token.sum(1)[context_T]
-    constant = [output.stride(0) == 0 for output in outputs_TD]
-    for loss in losses:
-        loss.start_batch(len(batch.ids))
-    for start in range(0, len(context_T), TOKENS_PER_CHUNK):
-        rows = slice(start, start + TOKENS_PER_CHUNK)
-        original_TV = model.unembed(outputs_TD[0][rows]).float().log_softmax(-1)
-        p_TV = original_TV.exp()
-        for loss, output_TD, is_constant in zip(losses, outputs_TD, constant, strict=True):
-            logp_TV = model.unembed(output_TD[:1] if is_constant else output_TD[rows]).float().log_softmax(-1)
-            kl_T = torch.linalg.vecdot(p_TV, original_TV - logp_TV)
-            ce_T = -logp_TV.expand_as(p_TV).gather(1, next_T[rows, None])[:, 0]
-            loss.add(context_T[rows], kl_T, ce_T, has_next_T[rows])
-
-
-class SpliceLoss:
-    """Sums per context over its counted tokens, in nats: KL(original || spliced), and CE of the next token."""
-
-    def __init__(self) -> None:
-        self.batches: list[Tensor] = []  # (N, 4) each: sum of KL, sum of CE, tokens, tokens with a next token
-
-    def start_batch(self, contexts: int) -> None:
-        self.batches.append(torch.zeros(contexts, 4, dtype=torch.float64))
-
-    def add(self, context_T: Tensor, kl_T: Tensor, ce_T: Tensor, has_next_T: Tensor) -> None:
-        columns = [kl_T, torch.where(has_next_T, ce_T, 0), torch.ones_like(kl_T), has_next_T]
-        sums = torch.stack([column.double() for column in columns], 1).cpu()
-        self.batches[-1].index_add_(0, context_T.cpu(), sums)
-
-    @property
-    def sums(self) -> Tensor:
-        """(4, contexts): KL, CE, tokens, tokens with a next token."""
-        return torch.cat(self.batches).T
-
-
-def loss_ratios(original: SpliceLoss, ablated: SpliceLoss, spliced: SpliceLoss) -> dict[str, dict[str, Ratio]]:
-    """Raw KL and CE (lower is better), and scores: 1 is the original model, 0 the zeroed layer."""
-    _, ce_original, tokens, predictions = original.sums
-    (kl_zero, ce_zero, *_), (kl, ce, *_) = ablated.sums, spliced.sums
-    return {
-        "model_behavior_preservation": {
-            "kl_div_score": (kl_zero - kl, kl_zero),
-            "kl_div_with_ablation": (kl_zero, tokens),
-            "kl_div_with_sae": (kl, tokens),
-        },
-        "model_performance_preservation": {
-            "ce_loss_score": (ce_zero - ce, ce_zero - ce_original),
-            "ce_loss_with_ablation": (ce_zero, predictions),
-            "ce_loss_with_sae": (ce, predictions),
-            "ce_loss_without_sae": (ce_original, predictions),
-        },
-    }
+    """Add the KL and CE of a batch to the sums of each SAE. `final_TD` is the model's own final residual."""
+    tokens = CountedTokens.of(batch)
+    original, *others = tokens.losses(model, [final_TD, *zeroed.values(), *(one.output_TD for one in splices)])
+    ablated, spliced = dict(zip(zeroed, others, strict=False)), others[len(zeroed) :]
+    sum_original = tokens.sum_by_context(original)
+    sum_ablated = {hook: tokens.sum_by_context(losses) for hook, losses in ablated.items()}
+    for one, of_batch, losses in zip(measured, splices, spliced, strict=True):
+        hook, sums = one.target.hook, tokens.sum_by_context(losses)
+        one.all.add_losses(sum_original, sum_ablated[hook], sums)
+        if one.masked is None:
+            continue
+        if not of_batch.outlier_NS.any():
+            one.masked.add_losses(sum_original, sum_ablated[hook], sums)
+            continue
+        kept_T, redone_T = ~of_batch.outlier_NS[batch.counted], of_batch.outlier_NS.any(1)[tokens.context_T]
+        _, redone = tokens.select(redone_T).losses(model, [final_TD[redone_T], of_batch.restored_TD])
+        losses = losses.replace_at(redone_T, redone)
+        one.masked.add_losses(*(tokens.sum_by_context(some, kept_T) for some in (original, ablated[hook], losses)))
 
 
 def build_result(
     mode: str,
     target: EvalTarget,
-    original: SpliceLoss,
-    ablated: SpliceLoss,
-    spliced: SpliceLoss,
-    stats: SAEStatistics,
-    tokens: dict[str, float | None],
+    sums: CoreSums,
     document_N: Tensor,
+    outliers: int,
+    tokens: dict[str, float | None] | None = None,
 ) -> MetricResult:
-    ratios = loss_ratios(original, ablated, spliced)
+    """The numbers over the rows of `sums`. Without `tokens` those that do not depend on the rows are left out."""
+    stats = sums.stats
+    ratios = loss_ratios(sums.original, sums.ablated, sums.spliced)
     W_dec_FD = getattr(target.sae, "W_dec", None)
     metrics: dict[str, dict[str, Any]] = {
         **{name: {key: ratio_value(ratio) for key, ratio in group.items()} for name, group in ratios.items()},
         **stats.scalars(mode),
-        "token_stats": dict(tokens),
+        **({"token_stats": dict(tokens)} if tokens else {}),
         "correlation": stats.correlation(W_dec_FD),
     }
-    if W_dec_FD is not None:
+    if W_dec_FD is not None and tokens:
         metrics["dictionary"] = decoder_geometry(W_dec_FD)
     details = latent_details(target.sae, stats) if isinstance(target.sae, SAE) else []
     if details and mode != "2024-12":  # SAEBench reports these since January 2025
@@ -225,8 +265,11 @@ def build_result(
     }
     quality = intervals["reconstruction_quality"]
     quality["fve"] = stats.fve_interval(quality["fve"], metrics["reconstruction_quality"]["fve"])
-    n = {"documents": len(document_N.unique()), "contexts": len(original.sums[0]), "tokens": stats.tokens}
-    return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=core_flags(target, metrics, stats))
+    contexts = sum(map(len, sums.original))
+    n = {"documents": len(document_N.unique()), "contexts": contexts, "tokens": stats.tokens}
+    return MetricResult.of(
+        metrics, details, intervals=intervals, n=n | outlier_counts(outliers), flags=core_flags(target, metrics, stats)
+    )
 
 
 def core_flags(target: EvalTarget, metrics: dict[str, dict[str, Any]], stats: SAEStatistics) -> list[str]:

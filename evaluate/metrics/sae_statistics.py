@@ -5,6 +5,7 @@ Shape suffixes: N contexts, S positions, R rows that are replaced, T counted tok
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,42 @@ def divide(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-class SAEStatistics:
-    """Sums in float64 over the counted tokens of one SAE: reconstruction, sparsity and correlation.
+def splice(
+    target: EvalTarget, x_NSD: Tensor, counted_NS: Tensor, statistics: Sequence[tuple["SAEStatistics", Tensor]]
+) -> Tensor:
+    """The activations of one batch (N, S, D) with the SAE's reconstruction at the counted tokens.
 
-    Each call of `add` takes one batch. Numbers that SAEBench defines per batch are computed at the end of it.
+    The batch is encoded once and added to each of the `statistics`, restricted to its rows (N, S), which are counted
+    tokens.
+    """
+    replaced_NS = torch.ones_like(counted_NS) if target.everywhere else counted_NS
+    x_RD, context_R = x_NSD[replaced_NS], replaced_NS.nonzero()[:, 0]
+    takers = [(stats, rows_NS[replaced_NS]) for stats, rows_NS in statistics if rows_NS.any()]
+    recons = []
+    for start in range(0, len(x_RD), TOKENS_PER_CHUNK):
+        chunk = slice(start, start + TOKENS_PER_CHUNK)
+        f_TF = target.sae.encode(x_RD[chunk].float())
+        recons.append(target.sae.decode(f_TF).float())
+        for stats, taken_R in takers:
+            taken_T = taken_R[chunk]
+            f, context_T = (f_TF, context_R[chunk]) if taken_T.all() else (f_TF[taken_T], context_R[chunk][taken_T])
+            stats.add_latents(f, context_T, len(x_NSD))
+    recon_RD = torch.cat(recons)
+    for stats, taken_R in takers:
+        stats.end_batch(x_RD[taken_R].float(), recon_RD[taken_R], context_R[taken_R], len(x_NSD))
+    for stats, rows_NS in statistics:
+        if not rows_NS.any():
+            stats.skip_batch(len(x_NSD))
+    patched_NSD = x_NSD.clone()
+    patched_NSD[replaced_NS] = recon_RD.to(x_NSD.dtype)
+    return patched_NSD
+
+
+class SAEStatistics:
+    """Sums in float64 over some of the counted tokens of one SAE: reconstruction, sparsity and correlation.
+
+    `splice` adds batches: `add_latents` for each chunk of a batch, then `end_batch`, which also computes the numbers
+    that SAEBench defines per batch.
     """
 
     def __init__(self) -> None:
@@ -65,39 +98,27 @@ class SAEStatistics:
         self.per_context: list[Tensor] = []  # one (N, len(PER_CONTEXT)) a batch: sums over each context
         self.center_D: Tensor | None = None  # mean of the first batch: the per-context variance is taken about it
         self.paired: Tensor | None = None  # indices of the latents that are correlated pairwise
+        self.start_batch()
 
-    def add(self, target: EvalTarget, x_NSD: Tensor, counted_NS: Tensor) -> Tensor:
-        """Take one batch; returns its residual (N, S, D) with the SAE's reconstruction spliced in."""
-        replaced_NS = torch.ones_like(counted_NS) if target.everywhere else counted_NS
-        x_RD, counted_R, context_R = x_NSD[replaced_NS], counted_NS[replaced_NS], replaced_NS.nonzero()[:, 0]
-        fired_NF: Tensor | None = None
-        gram_FF: Tensor | None = None
-        recons, l0_l1 = [], []
-        for start in range(0, len(x_RD), TOKENS_PER_CHUNK):
-            rows = slice(start, start + TOKENS_PER_CHUNK)
-            f_TF = target.sae.encode(x_RD[rows].float())
-            recons.append(target.sae.decode(f_TF).float())
-            f_TF = f_TF[counted_R[rows]] if target.everywhere else f_TF
-            l0_l1.append(torch.stack([f_TF.count_nonzero(-1).double(), f_TF.sum(-1).double()], 1))
-            if fired_NF is None:
-                fired_NF = f_TF.new_zeros(len(counted_NS), f_TF.shape[1])
-            fired_NF.index_add_(0, context_R[rows][counted_R[rows]], (f_TF > 0).to(f_TF.dtype))
-            self.sums["f"] += f_TF.sum(0).double()
-            self.sums["f_square"] += f_TF.square().sum(0).double()
-            if self.tokens < PAIRED_TOKENS:
-                gram_FF = self.add_pairs(f_TF, gram_FF)
-        if gram_FF is not None:
-            self.sums["gram"] += gram_FF.double()
-        recon_RD = torch.cat(recons)
-        if fired_NF is not None:
-            self.sums["fired"] += fired_NF.double().sum(0)
-            self.sums["contexts_fired"] += (fired_NF > 0).double().sum(0)
-        l0, l1 = torch.cat(l0_l1).unbind(1)
-        context_T = counted_NS.nonzero()[:, 0]
-        self.end_batch(x_RD[counted_R].float(), recon_RD[counted_R], l0, l1, context_T, len(counted_NS))
-        patched = x_NSD.clone()
-        patched[replaced_NS] = recon_RD.to(x_NSD.dtype)
-        return patched
+    def start_batch(self) -> None:
+        self.fired_NF: Tensor | None = None
+        self.gram_FF: Tensor | None = None
+        self.l0_l1: list[Tensor] = []
+
+    def add_latents(self, f_TF: Tensor, context_T: Tensor, contexts: int) -> None:
+        """Take the latents of some tokens of a batch of `contexts` contexts, and the context of each token."""
+        self.l0_l1.append(torch.stack([f_TF.count_nonzero(-1).double(), f_TF.sum(-1).double()], 1))
+        if self.fired_NF is None:
+            self.fired_NF = f_TF.new_zeros(contexts, f_TF.shape[1])
+        self.fired_NF.index_add_(0, context_T, (f_TF > 0).to(f_TF.dtype))
+        self.sums["f"] += f_TF.sum(0).double()
+        self.sums["f_square"] += f_TF.square().sum(0).double()
+        if self.tokens < PAIRED_TOKENS:
+            self.gram_FF = self.add_pairs(f_TF, self.gram_FF)
+
+    def skip_batch(self, contexts: int) -> None:
+        """Take a batch of `contexts` contexts without a token."""
+        self.per_context.append(torch.zeros(contexts, len(PER_CONTEXT), dtype=torch.float64))
 
     def add_pairs(self, f_TF: Tensor, gram_FF: Tensor | None) -> Tensor:
         """Add f^T f to the batch's Gram matrix. Only the diagonal and what is above it are complete."""
@@ -113,9 +134,15 @@ class SAEStatistics:
             gram_FF[rows, start:].addmm_(paired_TF[:, rows].T, paired_TF[:, start:])
         return gram_FF
 
-    def end_batch(
-        self, x_TD: Tensor, recon_TD: Tensor, l0: Tensor, l1: Tensor, context_T: Tensor, contexts: int
-    ) -> None:
+    def end_batch(self, x_TD: Tensor, recon_TD: Tensor, context_T: Tensor, contexts: int) -> None:
+        """Take the activations of a batch's tokens, their reconstructions, and the context of each token."""
+        if self.gram_FF is not None:
+            self.sums["gram"] += self.gram_FF.double()
+        if self.fired_NF is not None:
+            self.sums["fired"] += self.fired_NF.double().sum(0)
+            self.sums["contexts_fired"] += (self.fired_NF > 0).double().sum(0)
+        l0, l1 = torch.cat(self.l0_l1).unbind(1)
+        self.start_batch()
         if self.center_D is None:
             self.center_D = x_TD.mean(0)
         norm_in, norm_out = x_TD.norm(dim=-1).double(), recon_TD.norm(dim=-1).double()

@@ -7,7 +7,7 @@ import torch
 
 from sae.cache.layout import Hook
 from sae.evaluate.metrics.base import EvalTarget
-from sae.evaluate.metrics.sae_statistics import SAEStatistics, largest_other_cosine, ratio_interval
+from sae.evaluate.metrics.sae_statistics import SAEStatistics, largest_other_cosine, ratio_interval, splice
 from sae.evaluate.reference_saes import Identity
 
 
@@ -27,7 +27,8 @@ class Scripted:
 def statistics_of(x: torch.Tensor, f: torch.Tensor, recon: torch.Tensor) -> SAEStatistics:
     """One context of the rows x (T, D)."""
     stats = SAEStatistics()
-    patched = stats.add(EvalTarget(Scripted(f, recon), Hook(0)), x[None], torch.ones(1, len(x), dtype=torch.bool))
+    counted = torch.ones(1, len(x), dtype=torch.bool)
+    patched = splice(EvalTarget(Scripted(f, recon), Hook(0)), x[None], counted, [(stats, counted)])
     assert torch.equal(patched, recon[None])
     return stats
 
@@ -112,9 +113,9 @@ def test_the_interval_of_fve_is_about_the_mean_of_all():
     x_BNSD = torch.randn(40, 8, 6, 4) + 0.6 * torch.randn(40, 8, 1, 4)
     x_BNSD[0] += 2
     noisy = NoisyIdentity()
-    stats = SAEStatistics()
+    stats, counted = SAEStatistics(), torch.ones(8, 6, dtype=torch.bool)
     for x_NSD in x_BNSD:
-        stats.add(EvalTarget(noisy, Hook(0)), x_NSD, torch.ones(8, 6, dtype=torch.bool))
+        splice(EvalTarget(noisy, Hook(0)), x_NSD, counted, [(stats, counted)])
     fve = stats.scalars("0.6.0")["reconstruction_quality"]["fve"]
     low, high = stats.fve_interval(ratio_interval(stats.ratios()["reconstruction_quality"]["fve"]), fve)
     x_TD, error_C = x_BNSD.flatten(0, 1), torch.tensor(noisy.errors).view(320, 6).sum(1)

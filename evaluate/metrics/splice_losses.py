@@ -1,0 +1,120 @@
+"""KL and CE of a model with an SAE spliced in, per token and summed over contexts (core).
+
+Shape suffixes: N contexts, S positions, T counted tokens, D d_model, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...cache.layout import Hook
+from ...harvest.model import ForwardPass, LanguageModel
+from ..context import ContextBatch
+from .sae_statistics import TOKENS_PER_CHUNK, Ratio
+
+WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that hold all that later blocks read of the text
+
+
+class TokenLosses(NamedTuple):
+    """In nats at each token (T,): KL(original || spliced), and CE of the next token."""
+
+    kl_T: Tensor
+    ce_T: Tensor
+
+    def replace_at(self, place_T: Tensor, others: "TokenLosses") -> "TokenLosses":
+        """These losses, with the others at the tokens where `place_T` is True."""
+        return TokenLosses(*(own_T.masked_scatter(place_T, new_T) for own_T, new_T in zip(self, others, strict=True)))
+
+
+@dataclass(frozen=True)
+class CountedTokens:
+    """The counted tokens of a batch of `contexts` contexts, or some of them.
+
+    Attributes:
+        context_T: the context of each.
+        next_T: the id of the next token.
+        has_next_T: False at the last token of a context, whose next token is unknown.
+    """
+
+    contexts: int
+    context_T: Tensor
+    next_T: Tensor
+    has_next_T: Tensor
+
+    @classmethod
+    def of(cls, batch: ContextBatch) -> "CountedTokens":
+        context_T, position_T = batch.counted.nonzero(as_tuple=True)
+        has_next_T = position_T + 1 < batch.is_token.sum(1)[context_T]
+        return cls(len(batch.ids), context_T, batch.ids.roll(-1, 1)[batch.counted], has_next_T)
+
+    def select(self, chosen_T: Tensor) -> "CountedTokens":
+        return CountedTokens(self.contexts, self.context_T[chosen_T], self.next_T[chosen_T], self.has_next_T[chosen_T])
+
+    def losses(self, model: LanguageModel, outputs_TD: Sequence[Tensor]) -> list[TokenLosses]:
+        """The losses of each final residual (T, D). The first is the original model's, the reference.
+
+        A residual that is constant over positions (stride 0) is unembedded once.
+        """
+        constant = [output.stride(0) == 0 for output in outputs_TD]
+        chunks: list[list[TokenLosses]] = [[] for _ in outputs_TD]
+        for start in range(0, len(self.context_T), TOKENS_PER_CHUNK):
+            rows = slice(start, start + TOKENS_PER_CHUNK)
+            original_TV = model.unembed(outputs_TD[0][rows]).float().log_softmax(-1)
+            p_TV = original_TV.exp()
+            for of_output, output_TD, is_constant in zip(chunks, outputs_TD, constant, strict=True):
+                logp_TV = model.unembed(output_TD[:1] if is_constant else output_TD[rows]).float().log_softmax(-1)
+                kl_T = torch.linalg.vecdot(p_TV, original_TV - logp_TV)
+                ce_T = -logp_TV.expand_as(p_TV).gather(1, self.next_T[rows, None])[:, 0]
+                of_output.append(TokenLosses(kl_T, ce_T))
+        return [TokenLosses(*map(torch.cat, zip(*of_output, strict=True))) for of_output in chunks]
+
+    def sum_by_context(self, losses: TokenLosses, kept_T: Tensor | None = None) -> Tensor:
+        """Sums over the tokens (default: all) of each context, (N, 4): KL, CE, tokens, tokens with a next token."""
+        ce_T = torch.where(self.has_next_T, losses.ce_T, 0)
+        columns = [losses.kl_T, ce_T, torch.ones_like(losses.kl_T), self.has_next_T]
+        values, context_T = torch.stack([column.double() for column in columns], 1).cpu(), self.context_T.cpu()
+        if kept_T is not None:
+            values, context_T = values[kept_T.cpu()], context_T[kept_T.cpu()]
+        return torch.zeros(self.contexts, 4, dtype=torch.float64).index_add_(0, context_T, values)
+
+
+def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, constant_D: dict[Hook, Tensor]) -> Tensor:
+    """The model's final residual at the counted positions (T, D) when a hook is zeroed at every position.
+
+    With the whole residual stream zeroed, attention over equal values returns that value, so all positions and texts
+    have the same output. Once the first batch confirms it, `constant_D` keeps that one vector per hook and no later
+    batch runs the model for it. At other sites the residual stream still carries the text.
+    """
+    if hook not in constant_D:
+        output_TD = run.run_from(hook, torch.zeros_like(run.activations[hook]))[batch.counted]
+        if hook.site not in WHOLE_RESIDUAL or not (output_TD == output_TD[:1]).all():
+            return output_TD
+        constant_D[hook] = output_TD[0]
+    return constant_D[hook].expand(int(batch.counted.sum()), -1)
+
+
+def loss_ratios(
+    original: Sequence[Tensor], ablated: Sequence[Tensor], spliced: Sequence[Tensor]
+) -> dict[str, dict[str, Ratio]]:
+    """Raw KL and CE (lower is better), and scores: 1 is the original model, 0 the zeroed layer.
+
+    The arguments are the sums by context (N, 4) of each batch.
+    """
+    _, ce_original, tokens, predictions = torch.cat([*original]).T
+    (kl_zero, ce_zero, *_), (kl, ce, *_) = torch.cat([*ablated]).T, torch.cat([*spliced]).T
+    return {
+        "model_behavior_preservation": {
+            "kl_div_score": (kl_zero - kl, kl_zero),
+            "kl_div_with_ablation": (kl_zero, tokens),
+            "kl_div_with_sae": (kl, tokens),
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": (ce_zero - ce, ce_zero - ce_original),
+            "ce_loss_with_ablation": (ce_zero, predictions),
+            "ce_loss_with_sae": (ce, predictions),
+            "ce_loss_without_sae": (ce_original, predictions),
+        },
+    }
