@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..cache.contexts import Contexts
 from ..cache.layout import Hook
+from ..cache.outliers import outlier_mask
+from ..common.errors import UnavailableError
 from ..common.files import digest_of
 from ..train.activation_functions import TopK
 from ..train.sae import SAE
@@ -64,19 +66,27 @@ def random_dictionary(x_RD: Tensor, d_sae: int, k: int) -> SAE:
 
 
 def reference_targets(ctx: EvalContext, text: Contexts, targets: Sequence[EvalTarget]) -> dict[str, EvalTarget]:
-    """Identity, zero, PCA and a random dictionary for SAEs of one hook, at their median L0 and width."""
-    hook = targets[0].hook
+    """Identity, zero, PCA and a random dictionary for SAEs of one row set, at their median L0 and width.
+
+    Raises UnavailableError if all rows of the text are outliers.
+    """
+    hook, norm_limit = targets[0].row_set
     x_RD = sample_activations(ctx, text, hook).float()
+    x_RD = x_RD[~outlier_mask(x_RD, norm_limit)]
+    if not len(x_RD):
+        raise UnavailableError(f"the norms of all rows of {hook} are over {norm_limit:.4g}, the limit of an outlier.")
     gain_RD = x_RD[:GAIN_ROWS]
     l0s = torch.stack([(target.sae.encode(gain_RD) != 0).sum(1).float().mean() for target in targets])
     widths = torch.tensor([target.sae.encode(gain_RD[:1]).shape[1] for target in targets])
     rank = min(max(round(float(l0s.median())), 1), x_RD.shape[1] - 1)
     width = max(int(widths.median()), rank)
     return {
-        "identity": EvalTarget(Identity(), hook, reference=True),
-        "zero": EvalTarget(Zero(), hook, everywhere=True, reference=True),
-        f"pca-{rank}": EvalTarget(PCA(x_RD, rank), hook, reference=True),
-        f"random-{rank}": EvalTarget(random_dictionary(gain_RD, width, rank), hook, reference=True),
+        "identity": EvalTarget(Identity(), hook, reference=True, norm_limit=norm_limit),
+        "zero": EvalTarget(Zero(), hook, everywhere=True, reference=True, norm_limit=norm_limit),
+        f"pca-{rank}": EvalTarget(PCA(x_RD, rank), hook, reference=True, norm_limit=norm_limit),
+        f"random-{rank}": EvalTarget(
+            random_dictionary(gain_RD, width, rank), hook, reference=True, norm_limit=norm_limit
+        ),
     }
 
 

@@ -16,12 +16,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
 from ...common.errors import SaeError, UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
 from ..datasets.labeled import Texts, dataset_version
-from .base import EvalTarget, Metric, MetricResult, Outcome, Progress, SAELike
+from .base import EvalTarget, Metric, MetricResult, Outcome, Progress, RowSet, SAELike
 from .batched_probes import PROBE_SETTINGS, LinearProbes, train_probes
 from .bootstrap import BootstrapWeights, bootstrap_interval
 from .pooled_activations import PooledLatents, pool_latents
@@ -53,7 +52,7 @@ class AblationProblem:
 
 
 class AblationBasis(NamedTuple):
-    """The part of a problem at one hook that does not depend on the SAE."""
+    """The part of a problem for one row set that does not depend on the SAE."""
 
     labeled: LabeledRows
     test_mean_ND: Tensor
@@ -71,6 +70,8 @@ class AblationState:
     extra: dict[str, Any] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     test_texts: int = 0
+    rows: int = 0  # of texts
+    outliers: int = 0  # rows that were left out
     fewest_effective: int = sys.maxsize  # latents with an effect on a probe, the minimum over probes
 
 
@@ -141,10 +142,11 @@ class Ablation(Metric):
         ]
         for dataset in self.datasets if measurable else ():
             for problem in self.problems(dataset, ctx.data):
-                bases = self.bases(ctx, problem, sorted({target.hook for target, _ in measurable}), progress)
+                row_sets = list(dict.fromkeys(target.row_set for target, _ in measurable))
+                bases = self.bases(ctx, problem, row_sets, progress)
                 bootstrap = BootstrapWeights.of([len(texts) for texts in problem.texts["test"].values()], problem.name)
                 for number, (target, state) in enumerate(measurable):
-                    self.measure_problem(ctx, problem, bases[target.hook], bootstrap, target.sae, state)
+                    self.measure_problem(ctx, problem, bases[target.row_set], bootstrap, target.sae, state)
                     progress(number + 1, len(measurable), f"SAEs on {problem.name}")
         return [self.result(state) if isinstance(state, AblationState) else state for state in states]
 
@@ -158,11 +160,11 @@ class Ablation(Metric):
         return AblationState(W_dec_FD, make_generator(self.rng) if self.rng == "saebench" else None)
 
     def bases(
-        self, ctx: EvalContext, problem: AblationProblem, hooks: Sequence[Hook], progress: Progress
-    ) -> dict[Hook, AblationBasis]:
-        """Rows of the texts and probes on them at each hook, from the artifact cache or computed."""
+        self, ctx: EvalContext, problem: AblationProblem, row_sets: Sequence[RowSet], progress: Progress
+    ) -> dict[RowSet, AblationBasis]:
+        """Rows of the texts and probes on them for each row set, from the artifact cache or computed."""
         tasks = {split: problem.fixed_tasks(split) for split in problem.texts}
-        by_hook = read_labeled_rows(ctx, hooks, problem.name, problem.texts, progress, self.context)
+        by_row_set = read_labeled_rows(ctx, row_sets, problem.name, problem.texts, progress, self.context)
         depends = {
             **ctx.model_identity,
             **ctx.text_settings,
@@ -174,7 +176,7 @@ class Ablation(Metric):
             "tasks": digest_of([task.rows.tolist() for of_split in tasks.values() for task in of_split]),
         }
         bases = {}
-        for number, (hook, labeled) in enumerate(by_hook.items()):
+        for number, (row_set, labeled) in enumerate(by_row_set.items()):
             mean = {split: features.x_ND for split, features in labeled.split(labeled.rows.mean_ND()).items()}
 
             def make(mean: dict[str, Tensor] = mean) -> dict[str, Tensor]:
@@ -182,9 +184,9 @@ class Ablation(Metric):
                 trained = train_probes(mean["train"], tasks["train"], mean["test"], tasks["test"], generators)
                 return {"weight": trained.weight_PD, "bias": trained.bias_P}
 
-            arrays = ctx.artifacts.get_or_compute("probes", {**depends, **hook.record}, make)
-            bases[hook] = AblationBasis(labeled, mean["test"], LinearProbes(arrays["weight"], arrays["bias"]))
-            progress(number + 1, len(hooks), f"probes of {problem.name}")
+            arrays = ctx.artifacts.get_or_compute("probes", {**depends, **row_set.record(labeled.outliers)}, make)
+            bases[row_set] = AblationBasis(labeled, mean["test"], LinearProbes(arrays["weight"], arrays["bias"]))
+            progress(number + 1, len(row_sets), f"probes of {problem.name}")
         return bases
 
     def measure_problem(
@@ -197,7 +199,8 @@ class Ablation(Metric):
         state: AblationState,
     ) -> None:
         """Measure one SAE on one problem and add the scores to its state."""
-        pooled = pool_latents(sae, basis.labeled.rows, ctx.model.device)
+        rows = basis.labeled.rows
+        pooled = pool_latents(sae, rows, ctx.model.device)
         sums, counts = basis.labeled.split(pooled.sum_NF), basis.labeled.split(pooled.count_N)
         train, test = (
             PooledLatents(sums[split].x_ND, counts[split].x_ND, pooled.zero_F) for split in ("train", "test")
@@ -222,6 +225,7 @@ class Ablation(Metric):
         state.scores[problem.name], state.extra[problem.name] = scores.values, scores.extra
         state.flags += [f"{problem.name}: {flag}" for flag in scores.flags]
         state.test_texts += len(basis.test_mean_ND)
+        state.rows, state.outliers = state.rows + len(rows.x_TD), state.outliers + rows.outliers
         state.fewest_effective = min(state.fewest_effective, int((effect_PF != 0).sum(1).min()))
 
     def result(self, state: AblationState) -> MetricResult:
@@ -238,7 +242,8 @@ class Ablation(Metric):
         intervals = {self.category: {name: bootstrap_interval(score_R) for name, score_R in values.items()}}
         n = {"problems": len(state.scores), "test_texts": state.test_texts}
         flags = [*state.flags, *self.flags(state, metrics)]
-        return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=flags, extra=state.extra)
+        result = MetricResult.of(metrics, details, intervals=intervals, n=n, flags=flags, extra=state.extra)
+        return result.without_outliers(state.outliers, state.rows)
 
     def flags(self, state: AblationState, metrics: dict[str, dict[str, float]]) -> Iterator[str]:
         if state.fewest_effective < max(self.thresholds):

@@ -93,13 +93,13 @@ class Absorption(Metric):
             ctx.tokenizer, self.words, self.random_seed, bos_id=ctx.context_format.bos_id,
             newline=ctx.mode != "2024-12",
         )  # fmt: skip
-        hooks = sorted({target.hook for target in targets})
-        rows = read_spelling_rows(ctx, prompts, hooks, self.random_seed, progress)
+        row_sets = list(dict.fromkeys(target.row_set for target in targets))
+        rows = read_spelling_rows(ctx, prompts, row_sets, self.random_seed, progress)
         outcomes: list[Outcome] = []
         for number, target in enumerate(targets):
             progress(number, len(targets), "SAEs")
             try:
-                outcomes.append(self.result(ctx.mode, target.sae, rows[target.hook], ctx.model.device))
+                outcomes.append(self.result(ctx.mode, target.sae, rows[target.row_set], ctx.model.device))
             except SaeError as error:
                 outcomes.append(error)
         progress(len(targets), len(targets), "SAEs")
@@ -131,7 +131,8 @@ class Absorption(Metric):
             scores = self.score(unit_sae, rows.fresh_ND[positive_N], rows.probe.weight_LD[letter], main)
             missed_N = torch.from_numpy(split.missed)[positive_N]
             scored.append(score_letter(mode, letter, float(f1_L[letter]), split, main, scores, missed_N))
-        return self.summary(mode, unit_sae, rows, train, scored)
+        result = self.summary(mode, unit_sae, rows, train, scored)
+        return result.without_outliers(rows.outliers, len(rows.train_ND) + len(rows.test_ND))
 
     def scored_letters(self, mode: str, rows: SpellingRows) -> list[int]:
         """Letters that the model's own probe finds; all letters in mode 2024-12. Raises SaeError if there are none."""

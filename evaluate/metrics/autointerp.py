@@ -7,7 +7,8 @@ explanation alone, names those on which the latent fires. The score of a latent 
 judge gets right; 10 of them are random.
 
 Source: SAEBench 0.6.0, `evals/autointerp` (detection, Paulo et al. 2024). The prompts are this project's own, so scores
-agree with SAEBench's statistically, not digit for digit.
+agree with SAEBench's statistically, not digit for digit. Latents do not count as firing at outlier rows
+(`EvalTarget.norm_limit`), of which SAEBench shows the judge passages too: asking it twice would cost twice.
 
 Shape suffixes: R rows of text, S positions, P tokens on which a latent fires, T counted tokens, B tokens of one encode,
 K latents.
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.outliers import outlier_mask
 from ...common.errors import UnavailableError, UsageError
 from ..context import EvalContext
 from .activation_examples import BUFFER, RANDOM, LatentExamples, TokenText, select_examples
@@ -84,6 +86,7 @@ class Autointerp(Metric):
     context: int = 128
     dead_latent_threshold: int = 15
 
+    saebench_rows = False
     name = "autointerp"
     type_id = "autointerp"
     title = "autointerp, by detection (always none: 0.714)"
@@ -131,7 +134,8 @@ class Autointerp(Metric):
         trained = [targets[i] for i in indices]
         if not trained:
             return outcomes
-        shares = firing_frequencies(ctx.model, rows, trained, progress)
+        frequencies = firing_frequencies(ctx.model, rows, trained, progress)
+        shares = [frequency.share_F for frequency in frequencies]
         drawn = [self.draw_latents(share_F, rows_RS.numel()) for share_F in shares]
         examples: list[dict[int, LatentExamples]] = [{} for _ in trained]
         for number, latent, flat_P, value_P in collect_firings(ctx, rows, trained, drawn, shares, progress):
@@ -146,7 +150,8 @@ class Autointerp(Metric):
             except UnavailableError as error:  # the judge stopped answering: keep its answers for earlier SAEs
                 outcomes[i:] = [error if j in indices[number:] else not_trained for j in range(i, len(targets))]
                 break
-            outcomes[i] = self.result(entries, len(drawn[number]), rows_RS, judge)
+            result = self.result(entries, len(drawn[number]), rows_RS, judge)
+            outcomes[i] = result.without_outliers(frequencies[number].outliers, frequencies[number].tokens)
         return outcomes
 
     def draw_latents(self, share_F: np.ndarray, tokens: int) -> list[int]:
@@ -240,7 +245,9 @@ def collect_in_one_pass(
         for target, latents, of_target in zip(targets, latents_of_target, parts, strict=True):
             if latents:
                 x_TD = activations[target.hook][counted_NS]
-                for x_BD, flat_B in zip(x_TD.split(TOKENS_PER_ENCODE), flat_T.split(TOKENS_PER_ENCODE), strict=True):
+                kept_T = ~outlier_mask(x_TD, target.norm_limit)
+                kept = zip(*(rows.split(TOKENS_PER_ENCODE) for rows in (x_TD[kept_T], flat_T[kept_T])), strict=True)
+                for x_BD, flat_B in kept:
                     f_BK = encode_float32(target.sae, x_BD)[:, latents]
                     token, k = (f_BK > 0).nonzero(as_tuple=True)
                     of_target.append((flat_B[token].cpu(), k.to(torch.int32).cpu(), f_BK[token, k].cpu()))

@@ -36,6 +36,10 @@ class RowSet(NamedTuple):
     hook: Hook
     norm_limit: float | None = None
 
+    def record(self, outliers: int) -> dict[str, Any]:
+        """Its entries in the key of what was computed on it. The limit is one of them if it left out `outliers` rows."""
+        return self.hook.record | ({"norm_limit": self.norm_limit} if outliers else {})
+
 
 @dataclass(frozen=True)
 class EvalTarget:
@@ -108,6 +112,14 @@ class MetricResult:
         """The result without outlier rows: what tables, pages and comparisons show."""
         return self.masked or self
 
+    def without_outliers(self, outliers: int, rows: int) -> "MetricResult":
+        """This result, saying that `outliers` of the rows it would have counted were left out, and `rows` were not."""
+        if not outliers:
+            return self
+        return replace(
+            self, n=self.n | {OUTLIERS: outliers}, flags=[*self.flags, *outlier_flags(outliers, outliers + rows)]
+        )
+
     def with_masked(self, masked: "MetricResult") -> "MetricResult":
         """This result over all rows, beside the one without outlier rows."""
         return replace(self, n=self.n | {OUTLIERS: masked.n[OUTLIERS]}, masked=masked)
@@ -179,11 +191,6 @@ class Metric(ABC):
             for (i, without), outcome in zip(masked.items(), self.measure(ctx, everything, progress), strict=True):
                 outcomes[i] = outcome if isinstance(outcome, SaeError) else outcome.with_masked(without)
         return outcomes
-
-
-def outlier_counts(outliers: int) -> dict[str, int]:
-    """The entry of `MetricResult.n` for this number of outlier rows."""
-    return {OUTLIERS: outliers} if outliers else {}
 
 
 def outlier_flags(outliers: int, rows: int) -> list[str]:

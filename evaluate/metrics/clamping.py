@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...cache.outliers import outlier_mask
 from .base import EvalTarget
 from .packing import TOKENS_PER_ENCODE, encode_float32
 
@@ -34,10 +35,11 @@ class ClampPlan:
         return sorted({latent for selection in self.selections for latent in selection})
 
     def latents(self, x_NSD: Tensor) -> Tensor:
-        """Activations of the latents of `union` (N, S, K), with decoder norms folded in."""
+        """Activations of the latents of `union` (N, S, K), with decoder norms folded in; 0 at outlier rows."""
         union = torch.tensor(self.union, dtype=torch.int64, device=x_NSD.device)
         parts = [encode_float32(self.target.sae, x)[:, union] for x in x_NSD.flatten(0, 1).split(TOKENS_PER_ENCODE)]
-        return torch.cat(parts).view(*x_NSD.shape[:2], -1) * self.scale_F[union]
+        f_NSK = torch.cat(parts).view(*x_NSD.shape[:2], -1) * self.scale_F[union]
+        return torch.where(outlier_mask(x_NSD, self.target.norm_limit)[..., None], 0, f_NSK)
 
     def clamp(self, x_NSD: Tensor, f_NSK: Tensor, selection: Sequence[int], multipliers_M: Tensor) -> Tensor:
         """The residual with one selection clamped, for every multiplier (M, N, S, D). `f_NSK` is from `latents`."""

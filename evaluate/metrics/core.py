@@ -38,9 +38,6 @@ from .base import (
     MetricResult,
     Outcome,
     Progress,
-    RowSet,
-    outlier_counts,
-    outlier_flags,
 )
 from .sae_statistics import (
     SAEStatistics,
@@ -195,7 +192,7 @@ class MeasuredSAE:
 
     def result(self, mode: str, tokens: dict[str, float | None], document_N: Tensor) -> Outcome:
         """The numbers over all rows, and without outlier rows if there are any."""
-        every = build_result(mode, self.target, self.all, document_N, self.outliers, tokens)
+        every = build_result(mode, self.target, self.all, document_N, tokens)
         if self.masked is None:
             return every
         if not self.masked.stats.tokens:
@@ -203,9 +200,8 @@ class MeasuredSAE:
                 f"The norms of all {self.outliers:,} rows of the held-out text are over {self.target.norm_limit:.4g}, so "
                 "all of them are outliers. The limit belongs to other activations: pass --max-norm none."
             )
-        masked = build_result(mode, self.target, self.masked, document_N, self.outliers)
-        masked.flags.extend(outlier_flags(self.outliers, every.n["tokens"]))
-        return every.with_masked(masked)
+        masked = build_result(mode, self.target, self.masked, document_N)
+        return every.with_masked(masked.without_outliers(self.outliers, masked.n["tokens"]))
 
 
 def add_losses(
@@ -241,7 +237,6 @@ def build_result(
     target: EvalTarget,
     sums: CoreSums,
     document_N: Tensor,
-    outliers: int,
     tokens: dict[str, float | None] | None = None,
 ) -> MetricResult:
     """The numbers over the rows of `sums`. Without `tokens` those that do not depend on the rows are left out."""
@@ -267,9 +262,7 @@ def build_result(
     quality["fve"] = stats.fve_interval(quality["fve"], metrics["reconstruction_quality"]["fve"])
     contexts = sum(map(len, sums.original))
     n = {"documents": len(document_N.unique()), "contexts": contexts, "tokens": stats.tokens}
-    return MetricResult.of(
-        metrics, details, intervals=intervals, n=n | outlier_counts(outliers), flags=core_flags(target, metrics, stats)
-    )
+    return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=core_flags(target, metrics, stats))
 
 
 def core_flags(target: EvalTarget, metrics: dict[str, dict[str, Any]], stats: SAEStatistics) -> list[str]:

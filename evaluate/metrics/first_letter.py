@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...cache.layout import Hook
+from ...cache.outliers import outlier_mask
 from ...common.errors import UsageError
 from ..context import EvalContext
-from .base import Progress
+from .base import Progress, RowSet
 from .letter_probes import DenseRows, LetterProbes, f1_score, seeded_generator, train_letter_probes
 
 LETTERS = string.ascii_lowercase
@@ -169,6 +170,7 @@ class SpellingRows:
     fresh_ND: Tensor  # of the test words in fresh prompts, on which absorption is scored
     probe: LetterProbes
     from_ids: int = 0  # see SpellingPrompts
+    outliers: int = 0  # words that were left out because of the norm of a row
 
     @property
     def positive_NL(self) -> Tensor:
@@ -186,29 +188,45 @@ class SpellingRows:
 
 
 def read_spelling_rows(
-    ctx: EvalContext, prompts: SpellingPrompts, hooks: Sequence[Hook], seed: int, progress: Progress
-) -> dict[Hook, SpellingRows]:
-    """Rows and letter probes at each hook, from the artifact cache or one pass of the model."""
+    ctx: EvalContext, prompts: SpellingPrompts, row_sets: Sequence[RowSet], seed: int, progress: Progress
+) -> dict[RowSet, SpellingRows]:
+    """Rows and letter probes for each row set, from the artifact cache or one pass of the model.
+
+    A word is left out if its row is an outlier in either of its prompts.
+
+    Raises UsageError if no words of a letter to train on are left.
+    """
     own_split_NS, fresh_NS = prompts.all_prompts(seed)
     ids_NS = torch.cat([own_split_NS, fresh_NS])
     depends = {**ctx.model_identity, "prompts": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()}
+    hooks = sorted({row_set.hook for row_set in row_sets})
     missing = [hook for hook in hooks if not ctx.artifacts.contains("letters", {**depends, **hook.record})]
     captured = last_token_rows(ctx, ids_NS, missing, progress) if missing else {}
     train_letter_N, test_letter_N = torch.tensor([word.letter for word in prompts.words]).tensor_split([prompts.train])
-    by_hook = {}
-    for hook in hooks:
+    by_row_set = {}
+    for row_set in row_sets:
+        hook = row_set.hook
 
         def make(hook: Hook = hook) -> dict[str, Tensor]:
             in_memory = hook in captured
             return {"x": captured[hook] if in_memory else last_token_rows(ctx, ids_NS, [hook], progress)[hook]}
 
         x_ND = ctx.artifacts.get_or_compute("letters", {**depends, **hook.record}, make)["x"]
-        train_ND, test_ND, fresh_ND = x_ND.tensor_split([prompts.train, len(own_split_NS)])
-        probe = read_letter_probes(ctx, {**depends, **hook.record}, train_ND, train_letter_N, seed, progress)
-        by_hook[hook] = SpellingRows(
-            train_ND, train_letter_N, test_ND, test_letter_N, fresh_ND, probe, prompts.from_ids
-        )
-    return by_hook
+        cuts = [prompts.train, len(own_split_NS)]
+        train_ND, test_ND, fresh_ND = x_ND.tensor_split(cuts)
+        train_N, test_N, fresh_N = (~outlier_mask(x_ND, row_set.norm_limit)).tensor_split(cuts)
+        test_N = test_N & fresh_N
+        outliers, letter_N = int((~train_N).sum() + (~test_N).sum()), train_letter_N[train_N]
+        if outliers and len(letter_N.unique()) < len(LETTERS):
+            raise UsageError(
+                f"{outliers:,} of {len(prompts.words):,} words are outliers by the norm of their activations at {hook}, "
+                "and too few are left for absorption. --max-norm none counts them."
+            )
+        key = {**depends, **row_set.record(outliers)}
+        probe = read_letter_probes(ctx, key, train_ND[train_N], letter_N, seed, progress)
+        kept = train_ND[train_N], letter_N, test_ND[test_N], test_letter_N[test_N], fresh_ND[test_N]
+        by_row_set[row_set] = SpellingRows(*kept, probe, prompts.from_ids, outliers)
+    return by_row_set
 
 
 def read_letter_probes(

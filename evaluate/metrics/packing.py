@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.outliers import outlier_mask
 from ...common.special_tokens import turn_markers
 from ...harvest.model import LanguageModel
 from ..context import EvalContext
@@ -85,23 +86,45 @@ def forward_batches(rows_RS: Tensor) -> tuple[Tensor, ...]:
     return rows_RS.split(max(1, TOKENS_PER_FORWARD // rows_RS.shape[1]))
 
 
+class FiringFrequency(NamedTuple):
+    """How often the latents of an SAE fire on a text.
+
+    Attributes:
+        share_F: the share of the counted tokens on which each latent is positive.
+        tokens: the number of counted tokens.
+        outliers: the number of tokens that were not counted because of their norm.
+    """
+
+    share_F: np.ndarray
+    tokens: int
+    outliers: int
+
+
 def firing_frequencies(
     model: LanguageModel, rows: PackedRows, targets: Sequence[EvalTarget], progress: Progress
-) -> list[np.ndarray]:
-    """For each SAE, the share of counted tokens on which each latent is positive (F,)."""
+) -> list[FiringFrequency]:
+    """How often the latents of each SAE fire on rows of text, at the counted tokens that are no outlier rows."""
     hooks = sorted({target.hook for target in targets})
     counts: list[Any] = [0] * len(targets)
+    outliers = [0] * len(targets)
     tokens = 0
     done = 0
     for ids_NS, counted_NS in zip(forward_batches(rows.ids), forward_batches(rows.counted), strict=True):
         tokens += int(counted_NS.sum())
         activations = model.capture_hooks(ids_NS.to(model.device), hooks)
         for i, target in enumerate(targets):
-            for x_TD in activations[target.hook][counted_NS.to(model.device)].split(TOKENS_PER_ENCODE):
-                counts[i] += (encode_float32(target.sae, x_TD) > 0).sum(0)
+            x_TD = activations[target.hook][counted_NS.to(model.device)]
+            outlier_T = outlier_mask(x_TD, target.norm_limit)
+            outliers[i] += int(outlier_T.sum())
+            for x_BD in x_TD[~outlier_T].split(TOKENS_PER_ENCODE):
+                counts[i] += (encode_float32(target.sae, x_BD) > 0).sum(0)
         done += len(ids_NS)
         progress(done, len(rows.ids), "rows of text")
-    return [count.cpu().double().numpy() / max(tokens, 1) for count in counts]
+    frequencies = []
+    for count, left_out in zip(counts, outliers, strict=True):
+        kept = tokens - left_out
+        frequencies.append(FiringFrequency(count.cpu().double().numpy() / max(kept, 1), kept, left_out))
+    return frequencies
 
 
 def encode_float32(sae: SAELike, x_TD: Tensor) -> Tensor:

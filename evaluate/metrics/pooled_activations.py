@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ...cache.layout import Hook
+from ...cache.outliers import outlier_mask
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
 from .base import Progress, SAELike
 
 TEXTS_PER_FORWARD = 32
+ROWS_PER_NORM = 65_536  # rows whose norms are computed at a time
 MIN_TOKENS_PER_ENCODE = 64  # with fewer, reading the SAE's weights takes longer than the product
 
 
@@ -30,6 +32,7 @@ class TextRows:
 
     x_TD: Tensor
     count_N: Tensor  # int64: counted tokens of each text
+    outliers: int = 0  # rows that were left out because of their norm
 
     def __len__(self) -> int:
         return len(self.count_N)
@@ -46,6 +49,18 @@ class TextRows:
                 text_T = torch.repeat_interleave(torch.arange(number + 1 - first), self.count_N[texts])
                 yield texts, self.x_TD[start:end], text_T
                 first, start = number + 1, end
+
+    def without_outliers(self, norm_limit: float | None) -> "TextRows":
+        """The rows whose norm is at most `norm_limit`. A text of outlier rows alone keeps them, as it has no others."""
+        outlier_T = torch.cat([outlier_mask(x_TD, norm_limit) for x_TD in self.x_TD.split(ROWS_PER_NORM)])
+        text_T = torch.repeat_interleave(torch.arange(len(self)), self.count_N)
+        count_N = torch.bincount(text_T[~outlier_T], minlength=len(self))
+        outlier_T &= (count_N > 0)[text_T]
+        if not outlier_T.any():
+            return self
+        kept_T = ~outlier_T
+        count_N = torch.bincount(text_T[kept_T], minlength=len(self))
+        return TextRows(self.x_TD[kept_T], count_N, int(outlier_T.sum()))
 
     def mean_ND(self) -> Tensor:
         """The mean row of each text, in float32."""

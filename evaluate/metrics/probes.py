@@ -10,17 +10,16 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...cache.layout import Hook
 from ...common.errors import UsageError
 from ..context import EvalContext
 from ..datasets.labeled import Texts
-from .base import Progress, SAELike
+from .base import Progress, RowSet, SAELike
 from .pooled_activations import PooledLatents, TextRows, pool_latents, read_text_rows
 from .unit_decoder import decoder_norms_to_fold
 
@@ -42,6 +41,15 @@ class LabeledRows:
     rows: TextRows
     counts: dict[str, dict[str, int]]  # split -> class -> number of texts
 
+    @property
+    def outliers(self) -> int:
+        """The number of rows that were left out."""
+        return self.rows.outliers
+
+    def without_outliers(self, norm_limit: float | None) -> "LabeledRows":
+        """See `TextRows.without_outliers`."""
+        return replace(self, rows=self.rows.without_outliers(norm_limit))
+
     def split(self, feature_ND: Tensor) -> dict[str, ProbeFeatures]:
         """Split a matrix with one row per text into train and test."""
         sizes = [sum(counts.values()) for counts in self.counts.values()]
@@ -50,15 +58,15 @@ class LabeledRows:
 
 
 def read_labeled_rows(
-    ctx: EvalContext, hooks: Sequence[Hook], name: str, texts: Texts, progress: Progress, context: int = 128
-) -> dict[Hook, LabeledRows]:
-    """The activation rows of a dataset's texts at each hook, from the artifact cache or one pass of the model.
+    ctx: EvalContext, row_sets: Sequence[RowSet], name: str, texts: Texts, progress: Progress, context: int = 128
+) -> dict[RowSet, LabeledRows]:
+    """The activation rows of a dataset's texts for each row set, from the artifact cache or one pass of the model.
 
     Metrics that read the same texts in the same order share them. Raises UsageError for a text that consists of special
     tokens only: it has no mean.
     """
     flat = [text for classes in texts.values() for texts_of_class in classes.values() for text in texts_of_class]
-    by_hook = read_text_rows(ctx, hooks, flat, progress, context)
+    by_hook = read_text_rows(ctx, sorted({row_set.hook for row_set in row_sets}), flat, progress, context)
     count_N = next(iter(by_hook.values())).count_N
     if not bool((count_N > 0).all()):
         raise UsageError(
@@ -69,7 +77,9 @@ def read_labeled_rows(
         split: {label: len(texts_of_class) for label, texts_of_class in classes.items()}
         for split, classes in texts.items()
     }
-    return {hook: LabeledRows(rows, counts) for hook, rows in by_hook.items()}
+    return {
+        row_set: LabeledRows(by_hook[row_set.hook], counts).without_outliers(row_set.norm_limit) for row_set in row_sets
+    }
 
 
 class ProbeTask(NamedTuple):

@@ -28,12 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.layout import Hook
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
 from ..datasets.labeled import HUB, STAND_INS, Texts, dataset_version, load_texts
-from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, RowSet
 from .probes import (
     LabeledRows,
     ProbeFeatures,
@@ -96,24 +95,27 @@ class SparseProbing(Metric):
         ks = self.ks(ctx.mode)
         make_generator(self.rng)  # reject an unknown rng before the model runs
         texts = {name: load_texts(name, ctx.data, self.train_set_size, self.test_set_size) for name in self.datasets}
-        hooks = sorted({target.hook for target in targets})
-        llm: dict[Hook, dict[str, ProbingScores]] = {hook: {} for hook in hooks}
+        row_sets = list(dict.fromkeys(target.row_set for target in targets))
+        llm: dict[RowSet, dict[str, ProbingScores]] = {row_set: {} for row_set in row_sets}
         probed = [ProbedSAE(make_generator(self.rng)) for _ in targets]
         for number, (name, classes) in enumerate(texts.items()):
-            rows = read_labeled_rows(ctx, hooks, name, classes, progress, self.context)
-            for hook in hooks:
-                llm[hook][name] = self.llm_scores(ctx, hook, name, classes, rows[hook], ks)
+            rows = read_labeled_rows(ctx, row_sets, name, classes, progress, self.context)
+            for row_set in row_sets:
+                llm[row_set][name] = self.llm_scores(ctx, row_set, name, classes, rows[row_set], ks)
             for index, (target, sae) in enumerate(zip(targets, probed, strict=True)):
                 progress(number * len(targets) + index, len(texts) * len(targets), f"{name}, SAE {index + 1}")
                 if sae.error is None:
-                    self.probe_sae(ctx, target, sae, name, rows[target.hook], ks)
+                    self.probe_sae(ctx, target, sae, name, rows[target.row_set], ks)
         return [
-            sae.error or build_result(llm[target.hook], sae.scores, ks, self.test_set_size, sae.folded)
+            sae.error
+            or build_result(llm[target.row_set], sae.scores, ks, self.test_set_size, sae.folded).without_outliers(
+                sae.outliers, sae.rows
+            )
             for target, sae in zip(targets, probed, strict=True)
         ]
 
     def llm_scores(
-        self, ctx: EvalContext, hook: Hook, name: str, texts: Texts, rows: LabeledRows, ks: Sequence[int]
+        self, ctx: EvalContext, row_set: RowSet, name: str, texts: Texts, rows: LabeledRows, ks: Sequence[int]
     ) -> "ProbingScores":
         """Scores of probes on the model's own activations on one dataset, from the artifact cache or computed."""
 
@@ -122,7 +124,8 @@ class SparseProbing(Metric):
             features = rows.split(rows.rows.mean_ND())
             return probe_dataset(features, ks, self.generators(generator, name)).to_tensors()
 
-        depends = {**hook.record, "dataset": name, "texts": digest_of(texts), "k": ks, **ctx.model_identity}
+        place = row_set.record(rows.outliers)
+        depends = {**place, "dataset": name, "texts": digest_of(texts), "k": ks, **ctx.model_identity}
         depends |= {**ctx.text_settings, "skip": ctx.context_format.skip_record}
         depends |= {"context": self.context, "rng": self.rng}
         return ProbingScores.from_tensors(
@@ -141,6 +144,7 @@ class SparseProbing(Metric):
             )
             return
         sae.folded |= folded
+        sae.rows, sae.outliers = sae.rows + len(rows.rows.x_TD), sae.outliers + rows.outliers
         features = rows.split(pooled.mean_NF.to(ctx.model.device))
         sae.scores[name] = probe_dataset(features, ks, self.generators(sae.generator, name))
 
@@ -207,6 +211,8 @@ class ProbedSAE:
     generator: torch.Generator  # serves all draws of the SAE with rng="saebench"
     scores: dict[str, ProbingScores] = field(default_factory=dict)
     folded: bool = False  # whether decoder norms were folded into the latents
+    rows: int = 0  # that were pooled
+    outliers: int = 0  # rows that were left out
     error: UsageError | None = None
 
 

@@ -9,7 +9,9 @@ subject (WMDP-bio) and on other subjects (MMLU). Among all interventions that ke
 one that leaves the fewest answers on the subject right determines unlearning_score = 1 - its accuracy.
 
 Source: Farrell et al. 2024, as measured by SAEBench 0.6.0 (`evals/unlearning`). It differs in randomness (see `rng`),
-in ties between latents (packing.select_forget_latents), and in that decoder norms are folded into the latents.
+in ties between latents (packing.select_forget_latents), and in that decoder norms are folded into the latents. Outlier
+rows (`EvalTarget.norm_limit`) are neither counted in the corpora nor clamped in the questions; where there are any, the
+metric is measured over all rows too, for SAEBench's number, which takes twice as long.
 
 Shape suffixes: N prompts, S positions, D d_in, F latents, K clamped latents, M multipliers, V vocabulary, R rows of a
 corpus (in intervals: replicates of the bootstrap), I interventions.
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.outliers import outlier_mask
 from ...common.errors import SaeError, UnavailableError, UsageError
 from ...common.files import digest_of
 from ...common.special_tokens import find_token, token_text
@@ -152,13 +155,17 @@ class Unlearning(Metric):
             )
             for rows in corpora.values()
         )
-        plans = [self.plan(*of_target) for of_target in zip(clampable, forget, retain, strict=True)]
+        plans = [
+            self.plan(target, f.share_F, r.share_F) for target, f, r in zip(clampable, forget, retain, strict=True)
+        ]
         sets = (FORGET_QUESTIONS, *self.side_effects)
         questions = {name: self.questions(ctx, name, readers[name], chat_model, progress) for name in sets}
         self.check_questions(questions, chat_model)
-        right = self.intervene(chat_model, plans, questions, progress)
-        for i, plan, right_of_plan in zip(indices, plans, right, strict=True):
-            outcomes[i] = self.result(plan, right_of_plan, questions, corpora)
+        right, outliers = self.intervene(chat_model, plans, questions, progress)
+        for number, i in enumerate(indices):
+            result = self.result(plans[number], right[number], questions, corpora)
+            outliers_of = outliers[number] + forget[number].outliers + retain[number].outliers
+            outcomes[i] = result.without_outliers(outliers_of, forget[number].tokens + retain[number].tokens)
         return outcomes
 
     def check(self) -> None:
@@ -256,18 +263,22 @@ class Unlearning(Metric):
         plans: Sequence[ClampPlan],
         questions: dict[str, list[Question]],
         progress: Progress,
-    ) -> list[Answers]:
-        """For each plan, which questions stay right under each selection and multiplier."""
+    ) -> tuple[list[Answers], list[int]]:
+        """For each plan, which questions stay right under each selection and multiplier, and their outlier rows."""
         hooks = sorted({plan.target.hook for plan in plans})
         multipliers_M = torch.tensor(self.multipliers, device=chat_model.model.device)
         right = [no_answers(plan.selections, len(multipliers_M), questions) for plan in plans]
+        outliers = [0] * len(plans)
         done, total = 0, sum(map(len, questions.values()))
         for name, known in questions.items():
             answer_N = torch.tensor([question.answer for question in known])
             for batch, ids_NS, last_N in chat_model.batches([chat_model.prompt(q.subject, q) for q in known]):
                 run = chat_model.model.forward(ids_NS, hooks)
-                for plan, right_of_plan in zip(plans, right, strict=True):
+                position_S = torch.arange(ids_NS.shape[1], device=ids_NS.device)
+                clampable_NS = (position_S > 0) & (position_S <= last_N[:, None])
+                for number, (plan, right_of_plan) in enumerate(zip(plans, right, strict=True)):
                     x_NSD = run.activations[plan.target.hook]
+                    outliers[number] += int((clampable_NS & outlier_mask(x_NSD, plan.target.norm_limit)).sum())
                     f_NSK = plan.latents(x_NSD)
                     for selection in plan.selections:
                         clamped_MNSD = plan.clamp(x_NSD, f_NSK, selection, multipliers_M)
@@ -278,7 +289,7 @@ class Unlearning(Metric):
                         right_of_plan[selection][name][:, batch] = picks_MN == answer_N[batch]
                 done += len(batch)
                 progress(done, total, "questions under every intervention")
-        return right
+        return right, outliers
 
     def result(
         self, plan: ClampPlan, right: Answers, questions: dict[str, list[Question]], corpora: dict[str, Tensor]
