@@ -85,7 +85,7 @@ def inspect(
     """Show single latents in the terminal, or the latents that fire on a prompt."""
     from ..common.errors import UsageError
     from ..common.formatting import format_count
-    from ..evaluate.latents.inspection import check_latents, open_run
+    from ..evaluate.latents.inspection import check_latents, describe_outliers, open_run
     from ..evaluate.latents.passages import PassageWindow
     from ..evaluate.latents.stats import latent_stats
     from ..evaluate.pages.terminal import latent_summary, print_blocks, prompt_table
@@ -104,7 +104,11 @@ def inspect(
         from torch import tensor
 
         with bar("inspect", "") as progress:
-            stats = latent_stats(opened.ctx, opened.sae, opened.hook, tensor(latents), progress, window)
+            stats = latent_stats(
+                opened.ctx, opened.sae, opened.hook, tensor(latents), progress, window, opened.norm_limit
+            )
+        if masked := describe_outliers(opened, stats):
+            echo(f"masked   {masked}")
         blocks += [latent_summary(opened, stats, place) for place in range(len(latents))]
     print_blocks(blocks)
     echo(f"next     sae dashboard {quote(str(run))}     (all latents, as a page)")

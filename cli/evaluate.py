@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import bar, cli_command, echo, show_table
-from .options import Device, Tokens
+from .options import Device, Tokens, parse_max_norm
 
 if TYPE_CHECKING:
     from ..evaluate.plan import EvaluatePlan
@@ -31,6 +31,15 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Cache whose held-out text is read. Default: the cache that each run was trained on.",
+            rich_help_panel=INPUTS,
+        ),
+    ] = None,
+    max_norm: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_max_norm,
+            metavar="N|none",
+            help="Leave out rows whose norm exceeds this multiple of the median. Default: as in training.",
             rich_help_panel=INPUTS,
         ),
     ] = None,
@@ -62,6 +71,7 @@ def evaluate(
             mode=mode,
             model=model,
             cache=cache,
+            max_norm=max_norm,
             options=set_ or [],
             data=data,
             force=force,

@@ -27,6 +27,7 @@ from ..train.sae import SAE, load_sae, sae_spec
 from .artifacts import ArtifactCache
 from .context import EvalContext
 from .metrics.base import EvalTarget
+from .norm_limits import norm_limit_of
 from .rows import EvalRow
 from .sae_text import change_for
 
@@ -98,15 +99,19 @@ def load_run(
     cache: Path | None = None,
     model: str | None = None,
     device: str = "cpu",
+    max_norm: float | None = None,
 ) -> tuple[EvalRow, Cache]:
-    """A run folder as a row, and the cache whose text it is evaluated on (`find_eval_cache`)."""
+    """A run folder as a row, and the cache whose text it is evaluated on (`find_eval_cache`).
+
+    `max_norm` as in `norm_limit_of`.
+    """
     sae = load_sae(folder, device)
     text_cache = find_eval_cache(folder, sae, known_caches, cache=cache, model=model)
-    return row_of_run(folder, sae), text_cache
+    return row_of_run(folder, sae, text_cache, max_norm), text_cache
 
 
-def row_of_run(folder: Path, sae: SAE) -> EvalRow:
-    """The row of a run folder.
+def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = None) -> EvalRow:
+    """The row of a run folder on the text of a cache.
 
     The digest in `weights` covers more than the tensors: the k of a TopK is not a tensor, and one SAE can be evaluated
     at several hooks.
@@ -114,7 +119,8 @@ def row_of_run(folder: Path, sae: SAE) -> EvalRow:
     folder = folder.resolve()
     record, hook = read_json(folder / "sae.json", "sha256"), Hook.from_record(sae.origin)
     weights = digest_of([sae_spec(sae), record["sha256"], *hook.record.values()])
-    return EvalRow(folder.name, EvalTarget(sae, hook), folder, record, weights)
+    target = EvalTarget(sae, hook, norm_limit=norm_limit_of(sae.origin, cache, hook, max_norm))
+    return EvalRow(folder.name, target, folder, record, weights)
 
 
 def only_cache_of_model(folder: Path, model: ModelRecord, caches: Sequence[Cache]) -> Cache:

@@ -3,6 +3,7 @@
 Every error that can be found without loading a model is raised here, or recorded in the plan.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ from .context import EvalContext
 from .inputs import artifact_cache, check_tokens, load_run, make_context, model_loader
 from .metrics.base import Metric, check_mode
 from .metrics.registry import SUITES, metrics_of_suite
+from .norm_limits import check_max_norm, describe_norm_limits
 from .results import read_result
 from .rows import EvalGroup, EvalRow, failures, placed
 from .sae_text import describe_change, text_request
@@ -42,6 +44,7 @@ class EvaluateConfig:
     mode: str = "0.6.0"
     model: str | None = None
     cache: Path | None = None  # None: the cache that each run was trained on
+    max_norm: float | None = None  # mask rows over this multiple of the median norm; None: as in training; inf: none
     options: Sequence[str] = ()  # metric.option=value
     data: Path | None = None  # a folder to search for datasets before the Hub
     force: bool = False
@@ -124,6 +127,7 @@ class EvaluatePlan:
             f"text     {int(contexts.length.sum()):,} held-out tokens in {len(contexts):,} contexts of "
             f"{group.cache.folder}",
             *(f"text     {note}" for note in group.notes),
+            *describe_norm_limits(group.rows),
         ]
 
     def summary(self, rows: Sequence[EvalRow], seconds: float) -> list[str]:
@@ -163,6 +167,8 @@ class EvaluatePlan:
         flags = {"mode": "0.6.0", "cache": None, "data": None, "device": "auto", "dtype": "auto"}  # and their defaults
         changed = {name: value for name in flags if (value := getattr(config, name)) != flags[name]}
         words = "".join(f" --{name} {quote(str(value))}" for name, value in changed.items())
+        if config.max_norm is not None:
+            words += f" --max-norm {'none' if math.isinf(config.max_norm) else f'{config.max_norm:g}'}"
         return f"sae evaluate {shell_paths(config.runs)} --suite {suite}{words}"
 
 
@@ -213,6 +219,7 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
     check_mode(config.mode)
     metrics = metrics_of_suite(config.suite, config.options)
     check_tokens(config.tokens)
+    check_max_norm(config.max_norm)
     if config.data is not None and not config.data.is_dir():
         raise UsageError(
             f"--data {config.data} is not a folder. Give a folder that holds <name on the Hub>/<split>.jsonl or "
@@ -230,7 +237,9 @@ def load_rows(plan: EvaluatePlan, device: str) -> list[tuple[Cache, list[EvalRow
         if path in plan.unfinished:
             continue
         try:
-            row, cache = load_run(path, known_caches, cache=config.cache, model=config.model, device=device)
+            row, cache = load_run(
+                path, known_caches, cache=config.cache, model=config.model, device=device, max_norm=config.max_norm
+            )
         except SaeError as error:
             plan.refused[folder] = error
             continue
@@ -318,7 +327,7 @@ def read_earlier_results(metric: Metric, group: EvalGroup, rows: Sequence[EvalRo
     for row in rows:
         if row.folder:
             try:
-                result = read_result(row.folder, metric, {**group.settings[metric.name], "weights": row.weights})
+                result = read_result(row.folder, metric, row.settings(group.settings[metric.name]))
             except SaeError as error:
                 row.errors[metric.name] = error
             else:

@@ -50,11 +50,17 @@ class EvalRow:
     def is_reference(self) -> bool:
         return self.target.reference
 
+    def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a result of this row: those of its group, its weights, and the limit of outlier rows."""
+        limit = self.target.norm_limit
+        return {**shared, "weights": self.weights} | ({} if limit is None else {"norm_limit": limit})
+
     def flat(self) -> dict[str, Any]:
         """The row as one flat dictionary, for `pandas.DataFrame([row.flat() for row in rows])`.
 
-        Keys are `name`, `layer`, `site` and `metric.category.number`, whose values are numbers or None. A metric that
-        failed has its error message under the metric's name.
+        Keys are `name`, `layer`, `site` and `metric.category.number`, whose values are numbers or None;
+        `metric.masked_category.number` is without outlier rows, where there were any. A metric that failed has its
+        error message under the metric's name.
         """
         values = {
             f"{metric}.{category}.{name}": value

@@ -1,12 +1,13 @@
 """Run an evaluation: measure every metric, in one pass of the model per text for all SAEs, and write the results."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,7 @@ from ..harvest.architectures import check_sites, hook_width
 from .context import EvalContext
 from .inputs import make_context
 from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike
+from .norm_limits import cached_norm_limit, norm_limit_of
 from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics, read_earlier_results, resolve_config
 from .reference_saes import reference_targets
 from .results import write_result
@@ -74,6 +76,8 @@ def evaluate_saes(
     suite: str = "quick",
     tokens: int | None = None,
     mode: str = "0.6.0",
+    max_norm: float | Literal["none"] | None = None,
+    norm_limit: float | None = None,
     options: Sequence[str] = (),
     data: Path | str | None = None,
     force: bool = False,
@@ -107,6 +111,10 @@ def evaluate_saes(
         suite: "quick", "full", or names of metrics separated by commas, such as "core,absorption".
         tokens: How many tokens of held-out text to read. Default: as many as SAEBench reads, or all.
         mode: Definitions of the metrics: "0.6.0" (SAEBench now) or "2024-12" (behind the papers' numbers).
+        max_norm: Rows whose norm exceeds this multiple of the median norm, such as attention sinks, are outliers: the
+            model keeps its own activations there and they are not counted. "none": all rows count. Default: the limit
+            that the SAE was trained with, which run folders record; for objects, that of the cache.
+        norm_limit: For objects, the limit as an absolute norm.
         options: Options of metrics, as "metric.option=value".
         data: A folder to search for datasets before the Hub: `<name on the Hub>/<split>.jsonl` or `.parquet`.
         force: Measure again even if a run has a result with the same settings.
@@ -116,7 +124,8 @@ def evaluate_saes(
         progress: Called with each metric's name; see `ProgressFactory`.
 
     Returns:
-        A row per SAE, in order, then the reference rows. `row.results[metric].metrics[category][name]` is a number,
+        A row per SAE, in order, then the reference rows. `row.results[metric].metrics[category][name]` is a number over
+        all rows, as SAEBench defines it, and `row.results[metric].sound` the result without outlier rows;
         `row.errors[metric]` says why a metric has no result (absorption, for example, needs an object with `W_dec`),
         and `row.flat()` is one dictionary for a data frame.
 
@@ -128,12 +137,13 @@ def evaluate_saes(
     """
     config = EvaluateConfig(
         [], suite, tokens, mode, options=options, data=Path(data) if data else None, force=force,
-        references=references, device=device, dtype=dtype,
+        references=references, device=device, dtype=dtype, max_norm=math.inf if max_norm == "none" else max_norm,
     )  # fmt: skip
     if isinstance(saes, Mapping):
         if cache is None or layer is None:
             raise UsageError("SAEs without a run folder need cache= and layer=: cache='activations/...', layer=12.")
-        plan = plan_objects(saes, cache if isinstance(cache, Cache) else Cache(cache), Hook(layer, site), config)
+        opened = cache if isinstance(cache, Cache) else Cache(cache)
+        plan = plan_objects(saes, opened, Hook(layer, site), config, norm_limit)
     elif isinstance(saes, str) or not isinstance(saes, Sequence):
         raise UsageError(
             f"expected SAEs with their names, as in {{'mine': my_sae}}, or a list of run folders; got "
@@ -142,6 +152,8 @@ def evaluate_saes(
     else:
         if layer is not None or site != "resid_post":
             raise UsageError("Run folders record their layer and site: omit layer= and site=.")
+        if norm_limit is not None:
+            raise UsageError("Run folders record their norm limit: omit norm_limit=, or give max_norm=.")
         folder = cache.folder if isinstance(cache, Cache) else cache
         plan = plan_folders(saes, replace(config, cache=Path(folder) if folder else None))
     return run_evaluation(plan, progress)
@@ -158,8 +170,10 @@ def plan_folders(folders: Sequence[str | os.PathLike[str]], config: EvaluateConf
     return plan
 
 
-def plan_objects(saes: Mapping[str, SAELike], cache: Cache, hook: Hook, config: EvaluateConfig) -> EvaluatePlan:
-    """The plan for objects that have no run folder."""
+def plan_objects(
+    saes: Mapping[str, SAELike], cache: Cache, hook: Hook, config: EvaluateConfig, norm_limit: float | None = None
+) -> EvaluatePlan:
+    """The plan for objects that have no run folder. Without a `norm_limit` they have that of the cache."""
     if not saes:
         raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
     metrics, device, dtype = resolve_config(config)
@@ -176,7 +190,15 @@ def plan_objects(saes: Mapping[str, SAELike], cache: Cache, hook: Hook, config: 
                 f"{name} was trained {placed(trained)}, not {placed(hook)}: pass layer={trained.layer}, "
                 f'site="{trained.site}".'
             )
-    group = EvalGroup(cache, ctx, [EvalRow(name, EvalTarget(sae, hook)) for name, sae in saes.items()])
+    rows = []
+    for name, sae in saes.items():
+        origin, limit = getattr(sae, "origin", {}), norm_limit
+        if limit is None and config.max_norm is None and "norm_limit" not in origin:
+            limit = cached_norm_limit(cache, hook)
+        elif limit is None:
+            limit = norm_limit_of(origin, cache, hook, config.max_norm)
+        rows.append(EvalRow(name, EvalTarget(sae, hook, norm_limit=limit)))
+    group = EvalGroup(cache, ctx, rows)
     prepare_metrics(metrics, group, force=False)
     return EvaluatePlan(config, metrics, [group], ctx.artifacts)
 
@@ -203,22 +225,23 @@ def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> Non
 
 
 def reference_rows(group: EvalGroup) -> list[EvalRow]:
-    """Reference rows for each hook of a group. Their results are kept in the artifact cache."""
+    """Reference rows for each row set of a group. Their results are kept in the artifact cache."""
     ctx, cache, rows = group.ctx, group.cache, []
     training_text = ctx.change.apply(cache.contexts(held_out=False))
-    hooks = sorted({row.target.hook for row in group.rows})
-    for hook in hooks:
-        targets = [row.target for row in group.rows if row.target.hook == hook]
+    row_sets = dict.fromkeys(row.target.row_set for row in sorted(group.rows, key=lambda row: row.target.hook))
+    for hook, norm_limit in row_sets:
+        targets = [row.target for row in group.rows if row.target.row_set == (hook, norm_limit)]
+        limit = {} if norm_limit is None else {"norm_limit": norm_limit}
         site = "" if hook.site == "resid_post" else f"-{hook.site}"
         for name, target in reference_targets(ctx, training_text, targets).items():
             d_sae = getattr(target.sae, "d_sae", None)
             record = {
                 "reference": name, **hook.record, "d_sae": d_sae, "text": cache.fingerprint, **ctx.model_identity,
-                **ctx.change.identity,
+                **ctx.change.identity, **limit,
             }  # fmt: skip
             digest = digest_of(record)
             folder = ctx.artifacts.folder / "references" / f"{name}-L{hook.layer}{site}-{digest[:8]}"
-            shown = name if len(hooks) == 1 else f"{name}-L{hook.layer:02d}{site}"
+            shown = name if len(row_sets) == 1 else f"{name}-L{hook.layer:02d}{site}"
             rows.append(EvalRow(shown, target, folder, record, digest))
     return rows
 
@@ -242,8 +265,7 @@ def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress:
             continue
         row.results[metric.name] = outcome
         if row.folder:
-            settings: dict[str, Any] = {**group.settings[metric.name], "weights": row.weights}
             try:
-                write_result(row.folder, metric, settings, outcome, row.record)
+                write_result(row.folder, metric, row.settings(group.settings[metric.name]), outcome, row.record)
             except SaeError as error:  # such as a full disk: the result is still shown
                 row.errors[metric.name] = error

@@ -5,29 +5,32 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...cache.catalog import list_caches
 from ...cache.layout import Hook
+from ...cache.outliers import outlier_mask
 from ...common.device import resolve_device, resolve_dtype
 from ...common.errors import DamagedError, SaeError, UsageError
 from ...common.files import read_json
+from ...common.formatting import format_count
 from ...harvest.architectures import check_layers, hook_width
 from ...train.sae import SAE, load_sae
 from ..context import EvalContext
 from ..datasets.labeled import class_name
 from ..inputs import check_tokens, find_eval_cache, make_context, row_of_run
 from ..metrics.activation_examples import TokenText
-from ..metrics.base import MetricResult
+from ..metrics.base import MetricResult, outlier_flags
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from ..metrics.probes import wilson_interval
 from ..metrics.registry import METRICS
 from ..results import read_result_file
 from ..rows import EvalRow
 from ..tables import describe_model
+from .stats import LatentStats
 
 DEFAULT_TOKENS = 100_000  # of held-out text
 MIN_PROBE_ACCURACY = 0.6  # of a one-latent probe, above which the latent is labeled with the class; chance is 0.5
@@ -58,6 +61,11 @@ class InspectedRun:
     def where(self) -> str:
         """Where the SAE reads: `blocks.12.hook_resid_post of gemma-2-mini (7637a2a4)`."""
         return f"{self.hook.name} of {describe_model(self.sae.origin['model'])}"
+
+    @property
+    def norm_limit(self) -> float | None:
+        """The norm over which activations are outlier rows, at which no latent counts as firing."""
+        return self.row.target.norm_limit
 
     @property
     def tokens(self) -> int:
@@ -92,7 +100,7 @@ def open_run(
         raise DamagedError(
             f"{folder} takes activations of width {sae.d_in}, but {hook} of the model has width {width}."
         )
-    row = row_of_run(folder, sae)
+    row = row_of_run(folder, sae, cache)
     row.results |= results_of_weights(folder, row.weights)
     sae.to(device)
     return InspectedRun(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, latent_labels(row.results, sae.d_sae))
@@ -172,9 +180,23 @@ def check_latents(latents: Sequence[int], d_sae: int, name: str) -> None:
             raise UsageError(f"There is no latent {latent}: {name} has latents 0 to {d_sae - 1:,}.")
 
 
+class EncodedPrompt(NamedTuple):
+    """The tokens of a prompt and what the SAE makes of them.
+
+    Attributes:
+        ids: the token ids (S,).
+        f_SF: the activations of all latents, zero at special tokens and outlier rows.
+        outlier_norm: position -> norm of the activations, for outlier rows.
+    """
+
+    ids: list[int]
+    f_SF: Tensor
+    outlier_norm: dict[int, float]
+
+
 @torch.no_grad()
-def encode_prompt(run: InspectedRun, prompt: str) -> tuple[list[int], Tensor]:
-    """The token ids of a prompt (S,) and the activations of all latents (S, F), zero at special tokens.
+def encode_prompt(run: InspectedRun, prompt: str) -> EncodedPrompt:
+    """Encode a prompt.
 
     Raises UsageError for a prompt without tokens or longer than the model's context.
     """
@@ -190,7 +212,23 @@ def encode_prompt(run: InspectedRun, prompt: str) -> tuple[list[int], Tensor]:
     f_SF = torch.cat([encode_float32(run.sae, part) for part in x_SD.split(TOKENS_PER_ENCODE)])
     if not torch.isfinite(f_SF).all():
         raise SaeError("Some activations of the SAE on this prompt are not finite.")
-    return ids, torch.where(counted.to(device)[:, None], f_SF, 0).cpu()
+    counted_S = counted.to(device)
+    outlier_S = outlier_mask(x_SD, run.norm_limit) & counted_S
+    norms = {at: float(x_SD[at].float().norm()) for at in outlier_S.nonzero().flatten().tolist()}
+    return EncodedPrompt(ids, torch.where((counted_S & ~outlier_S)[:, None], f_SF, 0).cpu(), norms)
+
+
+def describe_outliers(run: InspectedRun, stats: LatentStats) -> str:
+    """A sentence about the outlier rows of the text; empty if there are none."""
+    if not (outliers := stats.activations.outliers):
+        return ""
+    return " ".join(
+        [
+            f"Left out: {format_count(outliers, 'outlier row')} with a norm over {run.norm_limit:.4g}, on which this "
+            "SAE was not trained.",
+            *outlier_flags(outliers, outliers + len(stats.activations.l0)),
+        ]
+    )
 
 
 def training_record(run: InspectedRun) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from scipy import sparse
 from torch import Tensor
 
 from ...cache.layout import Hook
+from ...cache.outliers import outlier_mask
 from ...common.errors import SaeError, UnavailableError
 from ...harvest.model import LanguageModel
 from ..context import EvalContext
-from ..metrics.base import Progress
+from ..metrics.base import Progress, RowSet
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from .passages import DEFAULT_WINDOW, PassageTable, PassageWindow
 
@@ -62,6 +63,7 @@ class ActivationStats:
     Attributes:
         fired_F: the number of tokens at which each latent fires, for all latents of the SAE.
         l0: the number of latents that fire at each token (T,).
+        outliers: the number of tokens that are not counted because of their norm.
         sum_K, peak_K, histogram: of the activations of the selected latents.
         top: the contexts with the largest activations.
         sample: contexts drawn in proportion to the number of tokens at which the latent fires, with one such token
@@ -85,6 +87,7 @@ class ActivationStats:
         self.l0_parts: list[Tensor] = []
         self.pair_parts: list[Any] = []
         self.pair_tokens, self.pair_cost = 0, 0.0
+        self.outliers = 0
 
     def add(self, f_NSF: Tensor, counted_NS: Tensor, first: int) -> None:
         """Add the activations of contexts `first`, `first` + 1, ...; only those at `counted_NS` count."""
@@ -182,16 +185,18 @@ class LatentStats:
 
 
 def collect_activations(
-    ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress, window: PassageWindow
+    ctx: EvalContext, sae: Any, rows: RowSet, latents_K: Tensor, progress: Progress, window: PassageWindow
 ) -> ActivationStats:
-    """Read the held-out text once. BOS, EOS and padding are not counted."""
+    """Read the held-out text once. BOS, EOS, padding and outlier rows are not counted."""
     window = window.limited_to(ctx.contexts.ids.shape[1])
     stats = ActivationStats(sae.d_sae, latents_K.to(ctx.model.device), window)
     contexts_per_batch, done, total = max(1, TOKENS_PER_ENCODE // ctx.contexts.ids.shape[1]), 0, len(ctx.contexts)
     for batch in ctx.batches(contexts_per_batch, total):
-        x_NSD = ctx.model.capture_hooks(batch.ids, [hook])[hook]
+        x_NSD = ctx.model.capture_hooks(batch.ids, [rows.hook])[rows.hook]
         f_NSF = encode_float32(sae, x_NSD.flatten(0, 1)).unflatten(0, batch.ids.shape)
-        stats.add(f_NSF, batch.counted, done)
+        outlier_NS = batch.counted & outlier_mask(x_NSD, rows.norm_limit)
+        stats.outliers += int(outlier_NS.sum())
+        stats.add(f_NSF, batch.counted & ~outlier_NS, done)
         done += len(batch.ids)
         progress(done, total, "contexts")
     return stats
@@ -205,25 +210,27 @@ def latent_stats(
     latents_K: Tensor,
     progress: Progress,
     window: PassageWindow = DEFAULT_WINDOW,
+    norm_limit: float | None = None,
 ) -> LatentStats:
     """The statistics of the latents `latents_K` (K,) int64 of an SAE at a hook, on the held-out text of `ctx`.
 
-    `window` says how many tokens the passages hold.
+    `window` says how many tokens the passages hold. Tokens whose activations have a norm over `norm_limit` are not
+    counted, and are no examples.
 
     Raises SaeError when activations are not finite, and UnavailableError when the device runs out of memory.
     """
     try:
-        return _latent_stats(ctx, sae, hook, latents_K, progress, window)
+        return _latent_stats(ctx, sae, RowSet(hook, norm_limit), latents_K, progress, window)
     except torch.OutOfMemoryError as error:
         raise UnavailableError(f"The device is out of memory: {error} Pass --latents or --device cpu.") from error
 
 
 def _latent_stats(
-    ctx: EvalContext, sae: Any, hook: Hook, latents_K: Tensor, progress: Progress, window: PassageWindow
+    ctx: EvalContext, sae: Any, rows: RowSet, latents_K: Tensor, progress: Progress, window: PassageWindow
 ) -> LatentStats:
-    stats = collect_activations(ctx, sae, hook, latents_K, progress, window)
+    stats = collect_activations(ctx, sae, rows, latents_K, progress, window)
     raised, lowered = None, None
-    if hook.site != "attn_z":
+    if rows.hook.site != "attn_z":
         raised, lowered = logit_effects(ctx.model, sae.W_dec[latents_K], partial(progress, note="logit effects"))
     nearest = nearest_latents(sae.W_dec, latents_K, partial(progress, note="nearest latents"))
     coactive, jaccard = coactive_latents(stats.pair_activations, latents_K, partial(progress, note="coactive latents"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cache.layout import Hook
+from ...cache.outliers import outlier_mask
 from ...common.errors import UsageError
 from ...harvest.model import LanguageModel
 from ...train.sae import SAE
@@ -41,7 +42,8 @@ def steering(
         sae: The SAE. `sae.origin` says which layer and site it reads.
         latent: Index of the latent, 0 to d_sae - 1.
         strength: Add `strength * d` to the activations x, where d is the latent's decoder row scaled to unit norm.
-        clamp: Set the latent's activation f(x) to this value instead: x + (clamp - f(x)) * W_dec[latent].
+        clamp: Set the latent's activation f(x) to this value instead: x + (clamp - f(x)) * W_dec[latent]. Outlier rows,
+            with a norm over `sae.origin["norm_limit"]`, stay as they are: there f(x) means nothing.
         positions: The token positions to change, as a slice or a collection of numbers; default all. The model counts
             from 0, including padding on the left. Position 0 is usually BOS, which caches exclude, so the SAE has not
             been trained on it: use `positions=slice(1, None)` with `clamp`.
@@ -75,7 +77,8 @@ def steering(
             return (strength * (row_D / row_D.norm())).to(x_NSD)
         f_NS = sae.encode(x_NSD.to(row_D))[..., latent]
         assert clamp is not None
-        return ((clamp - f_NS)[..., None] * row_D).to(x_NSD)
+        vector_NSD = ((clamp - f_NS)[..., None] * row_D).to(x_NSD)
+        return torch.where(outlier_mask(x_NSD, sae.origin.get("norm_limit"))[..., None], 0, vector_NSD)
 
     def change(x_NSD: Tensor) -> Tensor:
         return x_NSD + torch.where(mask.mask(x_NSD.device)[..., None], steering_vector(x_NSD), 0)

@@ -37,7 +37,7 @@ class RowSet(NamedTuple):
     norm_limit: float | None = None
 
     def record(self, outliers: int) -> dict[str, Any]:
-        """Its entries in the key of what was computed on it. The limit is one of them if it left out `outliers` rows."""
+        """Its entries in the key of what was computed on it; with the limit if that left out any rows (`outliers`)."""
         return self.hook.record | ({"norm_limit": self.norm_limit} if outliers else {})
 
 

@@ -10,9 +10,9 @@ are the cache's, of one document each unless it was packed. SAEBench divides `ms
 comparable within one text only. Pad, EOS and BOS positions keep their residual and are not counted.
 
 Under these names all other rows count, as in SAEBench. One attention sink can then decide the numbers, so where the
-text has outlier rows (`EvalTarget.norm_limit`) the same numbers are given without them as well, in `MetricResult.masked`:
-the model keeps its own activations at those rows, as at BOS, and they are not counted. The model runs once more for
-the contexts that hold such a row, and for no other.
+text has outlier rows (`EvalTarget.norm_limit`) the same numbers are given without them as well, in
+`MetricResult.masked`: the model keeps its own activations at those rows, as at BOS, and they are not counted. The model
+runs once more for the contexts that hold such a row, and for no other.
 
 Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V vocabulary.
 """
@@ -197,8 +197,8 @@ class MeasuredSAE:
             return every
         if not self.masked.stats.tokens:
             return UsageError(
-                f"The norms of all {self.outliers:,} rows of the held-out text are over {self.target.norm_limit:.4g}, so "
-                "all of them are outliers. The limit belongs to other activations: pass --max-norm none."
+                f"The norms of all {self.outliers:,} rows of the held-out text are over {self.target.norm_limit:.4g}, "
+                "so all of them are outliers. The limit belongs to other activations: pass --max-norm none."
             )
         masked = build_result(mode, self.target, self.masked, document_N)
         return every.with_masked(masked.without_outliers(self.outliers, masked.n["tokens"]))

@@ -219,8 +219,8 @@ def read_spelling_rows(
         outliers, letter_N = int((~train_N).sum() + (~test_N).sum()), train_letter_N[train_N]
         if outliers and len(letter_N.unique()) < len(LETTERS):
             raise UsageError(
-                f"{outliers:,} of {len(prompts.words):,} words are outliers by the norm of their activations at {hook}, "
-                "and too few are left for absorption. --max-norm none counts them."
+                f"{outliers:,} of {len(prompts.words):,} words are outliers by the norm of their activations at "
+                f"{hook}, which leaves too few for absorption. --max-norm none counts them."
             )
         key = {**depends, **row_set.record(outliers)}
         probe = read_letter_probes(ctx, key, train_ND[train_N], letter_N, seed, progress)

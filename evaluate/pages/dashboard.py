@@ -20,7 +20,7 @@ from torch import Tensor
 from ...common.errors import DamagedError, UsageError
 from ...common.formatting import format_bytes
 from ..charts import Chart, Series
-from ..latents.inspection import InspectedRun, training_record
+from ..latents.inspection import InspectedRun, describe_outliers, training_record
 from ..latents.passages import DEFAULT_WINDOW, Passage, PassageWindow, quantile_passages
 from ..latents.stats import BYTES_PER_PASSAGE_TOKEN, SAMPLED_PASSAGES, LatentStats, RankedEntries, latent_stats
 from ..metrics.base import Progress
@@ -110,7 +110,7 @@ def dashboard_page(
     run: InspectedRun, latents_K: Tensor, date: str, progress: Progress, window: PassageWindow = DEFAULT_WINDOW
 ) -> str:
     """The HTML page of a run: its numbers over all latents, and the latents `latents_K` (K,) with their passages."""
-    stats = latent_stats(run.ctx, run.sae, run.hook, latents_K, progress, window)
+    stats = latent_stats(run.ctx, run.sae, run.hook, latents_K, progress, window, run.norm_limit)
     token_index = TokenIndex(run)
     blocks = []
     for start in range(0, len(latents_K), LATENTS_PER_BLOCK):
@@ -163,6 +163,7 @@ def text_section(run: InspectedRun, stats: LatentStats, token_index: TokenIndex)
     return {
         "about": about,
         "tokens": len(l0_T),
+        "masked": describe_outliers(run, stats),
         "paired": stats.activations.pair_tokens,
         "dead": (density_F == 0).nonzero().flatten().tolist(),
         "dead_listed": MAX_DEAD_LINKS,

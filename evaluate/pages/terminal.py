@@ -138,7 +138,7 @@ def latent_list(run: InspectedRun, entries: Sequence[tuple[int, float]], notes: 
 
 def prompt_table(run: InspectedRun, prompt: str, latents: Sequence[int] = ()) -> Table:
     """The tokens of a prompt with the most active latents at each, of all latents or of `latents`."""
-    ids, f_SF = encode_prompt(run, prompt)
+    ids, f_SF, outlier_norm = encode_prompt(run, prompt)
     names = list(latents) or range(run.sae.d_sae)
     chosen_SK = f_SF[:, list(latents)] if latents else f_SF
     table = Table(box=None, pad_edge=False)
@@ -146,11 +146,16 @@ def prompt_table(run: InspectedRun, prompt: str, latents: Sequence[int] = ()) ->
     table.add_column("L0", justify="right")
     table.add_column("activations of latents", overflow="fold")
     counted, texts = run.ctx.context_format.counted(torch.tensor(ids)).tolist(), run.token_text.display_text(ids)
-    for token, text, is_counted, all_F, own_K in zip(ids, texts, counted, f_SF, chosen_SK, strict=True):
+    tokens = zip(ids, texts, counted, f_SF, chosen_SK, strict=True)
+    for position, (token, text, is_counted, all_F, own_K) in enumerate(tokens):
         word = shorten(make_visible(text)).replace(" ", "·")
         if not is_counted:
             why = "special token" if token in run.ctx.special_ids else "left out of the harvest"
             table.add_row(Text(word, "dim"), "", Text(why, "dim"))
+            continue
+        if position in outlier_norm:
+            note = f"outlier, norm {outlier_norm[position]:.4g} (limit {run.norm_limit:.4g})"
+            table.add_row(Text(word, "dim"), "", Text(note, "dim"))
             continue
         value, at = own_K.topk(min(STRONGEST, len(own_K)))
         active = [(names[i], v) for i, v in zip(at.tolist(), value.tolist(), strict=True) if v > 0]

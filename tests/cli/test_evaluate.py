@@ -1,5 +1,6 @@
 """`sae evaluate`: each of its flags is a field of EvaluateConfig."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ FLAGS = {
     "mode": ("2024-12", "mode", "2024-12"),
     "model": ("gpt2", "model", "gpt2"),
     "cache": ("activations/one", "cache", Path("activations/one")),
+    "max-norm": ("none", "max_norm", math.inf),
     "set": ("core.batch_contexts=8", "options", ["core.batch_contexts=8"]),
     "data": ("datasets", "data", Path("datasets")),
     "force": (None, "force", True),

@@ -1,0 +1,61 @@
+"""The norm over which the rows that an SAE reads are outliers, and are left out of its evaluation (cache.outliers)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..cache.chunks import read_array
+from ..cache.layout import Hook
+from ..cache.reader import Cache, is_ring_cache
+from ..common.errors import UsageError
+from .rows import EvalRow, placed
+
+
+def check_max_norm(max_norm: float | None) -> None:
+    """Raise UsageError unless `max_norm` is a multiple above 1, infinity (no row is an outlier) or None."""
+    if max_norm is not None and not max_norm > 1:
+        raise UsageError(
+            f"--max-norm {max_norm:g} would mask at least half of the rows. Give a multiple of the median norm, such "
+            "as 10, or none."
+        )
+
+
+def norm_limit_of(origin: Mapping[str, Any], cache: Cache, hook: Hook, max_norm: float | None = None) -> float | None:
+    """The limit for an SAE with this `origin` (of sae.json) on the text of a cache; None: no row is an outlier.
+
+    With `max_norm` it is that multiple of the median norm of the cache's rows at the hook. Otherwise it is what
+    sae.json records; for a run that an older version trained, what the cache records, if it is the one that the run was
+    trained on.
+
+    Raises UsageError for a `max_norm` if the cache does not hold the rows of the hook.
+    """
+    if max_norm is not None:
+        if math.isinf(max_norm):
+            return None
+        norms = read_array(cache.folder, f"{cache.require_array(hook.layer, hook.site)}.row_norm")
+        return max_norm * float(np.median(norms))
+    if "norm_limit" in origin:
+        return origin["norm_limit"]
+    return cached_norm_limit(cache, hook) if origin.get("fingerprint") == cache.fingerprint else None
+
+
+def cached_norm_limit(cache: Cache, hook: Hook) -> float | None:
+    """The limit that a cache records for a hook; None if it has no rows of it."""
+    if is_ring_cache(cache.folder) or hook not in cache.hooks:
+        return None
+    return cache.statistics(hook.array)["norm_limit"]
+
+
+def describe_norm_limits(rows: Sequence[EvalRow]) -> list[str]:
+    """Lines of a plan: which rows are left out, and for which SAEs none are."""
+    lines = []
+    for hook, limit in sorted({(row.target.hook, row.target.norm_limit or math.inf) for row in rows}):
+        names = [r.name for r in rows if r.target.hook == hook and (r.target.norm_limit or math.inf) == limit]
+        if math.isinf(limit):
+            shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            lines.append(f"masked   no rows: {shown} {'has' if len(names) == 1 else 'have'} no limit of the norm")
+        else:
+            lines.append(f"masked   outlier rows {placed(hook)}, with a norm over {limit:.4g}")
+    return lines
