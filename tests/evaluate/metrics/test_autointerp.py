@@ -56,7 +56,8 @@ def test_firings_are_the_dense_activations_however_many_passes(ctx, monkeypatch)
     packed = pack_contexts(ctx, 32)
     rows = packed.ids
     targets = [EvalTarget(sae_of(0), Hook(0)), EvalTarget(sae_of(1), Hook(1))]
-    shares = firing_frequencies(ctx.model, packed, targets, silent)
+    frequencies = firing_frequencies(ctx.model, packed, targets, silent)
+    shares = [frequency.share_F for frequency in frequencies]
     drawn = [[1, 5, 9], [2, 3]]
     passes = []
     capture = ctx.model.capture_hooks

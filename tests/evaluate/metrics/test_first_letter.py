@@ -5,6 +5,7 @@ import torch
 
 from sae.cache.layout import Hook
 from sae.common.errors import UsageError
+from sae.evaluate.metrics.base import RowSet
 from sae.evaluate.metrics.first_letter import LETTERS, SpellingPrompts, read_spelling_rows
 
 
@@ -135,17 +136,18 @@ def test_rows_are_those_of_whole_prompts_and_made_once(ctx, monkeypatch):
         ctx.model, "capture_hooks", lambda ids, hooks: passes.append([h.layer for h in hooks]) or capture(ids, hooks)
     )
     spelling = SpellingPrompts.of(ctx.tokenizer, 260, 0, bos_id=2)
-    words = read_spelling_rows(ctx, spelling, [Hook(0), Hook(1)], 0, silent)
+    words = read_spelling_rows(ctx, spelling, [RowSet(Hook(0)), RowSet(Hook(1))], 0, silent)
     assert {tuple(layers) for layers in passes} == {(0, 1)}
     count = len(passes)
-    again = read_spelling_rows(ctx, spelling, [Hook(1)], 0, silent)[Hook(1)]
+    second = RowSet(Hook(1))
+    again = read_spelling_rows(ctx, spelling, [second], 0, silent)[second]
     assert len(passes) == count
-    assert torch.equal(again.fresh_ND, words[Hook(1)].fresh_ND)
-    assert torch.equal(again.probe.weight_LD, words[Hook(1)].probe.weight_LD)
+    assert torch.equal(again.fresh_ND, words[second].fresh_ND)
+    assert torch.equal(again.probe.weight_LD, words[second].probe.weight_LD)
     chosen, fresh = spelling.all_prompts(0)
     ends = torch.tensor([spelling.question])
     for hook in (Hook(0), Hook(1)):
-        for prompts, rows in ((chosen[:3], words[hook].train_ND), (fresh[:3], words[hook].fresh_ND)):
+        for prompts, rows in ((chosen[:3], words[RowSet(hook)].train_ND), (fresh[:3], words[RowSet(hook)].fresh_ND)):
             whole = torch.cat([prompts, ends.expand(3, -1)], 1)
             x = ctx.model.forward(whole, [hook]).activations[hook][:, -6]
             torch.testing.assert_close(x, rows[:3])

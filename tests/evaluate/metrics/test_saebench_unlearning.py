@@ -22,8 +22,8 @@ def test_frequencies(saebench, record_comparison):
     tokens, expected = saebench.arrays("problem/contexts")["tokens"].long(), saebench.arrays("unlearning")
     targets = [EvalTarget(saebench.saes[kind], Hook(0)) for kind in KINDS]
     for name, rows in (("forget", tokens[:10]), ("retain", tokens[10:])):
-        packed = PackedRows(rows, ~torch.isin(rows, SPECIAL))
-        for kind, share in zip(KINDS, firing_frequencies(saebench.model, packed, targets, silent), strict=True):
+        frequencies = firing_frequencies(saebench.model, PackedRows(rows, ~torch.isin(rows, SPECIAL)), targets, silent)
+        for kind, (share, *_) in zip(KINDS, frequencies, strict=True):
             record_comparison("unlearning", f"{kind}: frequencies, {name}", [(expected[f"{kind}.{name}"], share)])
             np.testing.assert_allclose(share, expected[f"{kind}.{name}"].numpy(), rtol=0, atol=1e-6)
 

@@ -353,9 +353,10 @@ def test_shares_are_of_the_counted_tokens(ctx, metric):
     asked = metric.load(ctx)
     rows = torch.tensor([[2, VALUE, 300, VALUE], [2, 1, NUMBER, 300]])
     packed = PackedRows(rows, asked.context_format.counted(rows))
-    (share,) = firing_frequencies(
+    ((share, tokens, outliers),) = firing_frequencies(
         asked.model, packed, [EvalTarget(sae_that_fires_on(VALUE, NUMBER), Hook(0))], silent
     )
+    assert (tokens, outliers) == (5, 0)
     assert share[3] == pytest.approx(2 / 5) and share[7] == pytest.approx(1 / 5) and share[0] == 0
 
 

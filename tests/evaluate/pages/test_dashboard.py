@@ -308,8 +308,8 @@ def test_a_prompt_is_encoded_as_text_is(run):
     found = open_run(run, 300, "cpu")
     ids = found.ctx.contexts.ids[0][:9].tolist()
     prompt = found.ctx.tokenizer.decode(ids, skip_special_tokens=True)
-    again, f_SF = encode_prompt(found, prompt)
-    assert again == ids
+    again, f_SF, outlier_norm = encode_prompt(found, prompt)
+    assert again == ids and outlier_norm == {}
     x = found.ctx.model.capture_hooks(torch.tensor([ids]), [found.hook])[found.hook][0]
     expected = found.sae.encode(x)
     expected[0] = 0  # BOS
