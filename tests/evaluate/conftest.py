@@ -18,6 +18,7 @@ from sae.train.sae import SAE, load_sae
 FOLDER = Path(__file__).parent / "fixtures" / "saebench"
 SPECIAL = (0, 1, 2)  # pad, eos, bos
 KINDS = ("relu", "topk", "jumprelu")
+SINK = 652  # the token " value"
 
 
 class Reference:
@@ -127,3 +128,21 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
     for page in pages:
         page.close()
     assert said == []
+
+
+@pytest.fixture(scope="session")
+def sink_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tiny_model`, but the norm of its activations at SINK is about 40 times that at other tokens.
+
+    The unembedding stays as it was.
+    """
+    from transformers import AutoTokenizer, Gemma2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "sink-gemma"
+    model = Gemma2ForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.clone())
+        model.model.embed_tokens.weight[SINK] *= 50
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
