@@ -214,6 +214,30 @@ def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
     assert not absorbed()
 
 
+def test_published_points_stand_beside_saebench_s_numbers_and_the_note_says_so(tmp_path):
+    """Over all rows; the table and the other charts have the numbers without outlier rows."""
+    run = make_run(tmp_path, model={"name": "google/gemma-2-2b", "revision": "1"}, l0=60.0, kl=0.5)
+    core = json.loads((run / "evaluations" / "core.json").read_text())
+    core["eval_result_metrics"] |= {
+        "masked_sparsity": {"l0": 32.0}, "masked_model_behavior_preservation": {"kl_div_score": 0.9},
+    }  # fmt: skip
+    rest = core["eval_result_unstructured"]
+    rest["masked"] = {"details": [], "intervals": {}, "n": {"outlier_rows": 3}, "flags": [], "extra": None}
+    rest["n"] = {"outlier_rows": 3}
+    (run / "evaluations" / "core.json").write_text(json.dumps(core))
+    absorption = core | {"eval_result_metrics": {"mean": {"mean_full_absorption_score": 0.1}}}
+    absorption["eval_result_unstructured"] = {**rest, "n": {}} | {"masked": None}
+    (run / "evaluations" / "absorption.json").write_text(json.dumps(absorption))
+    comparison = compare_runs([run])
+    assert comparison_table(comparison)[1][0][1:3] == ["32.0", "0.9000"]
+    charts = {chart.title: chart for chart in frontiers(comparison)}
+    own = {title: chart.series[0] for title, chart in charts.items()}
+    assert (list(own["KL score ↑"].x), charts["KL score ↑"].note) == ([32.0], "")
+    (beside_published,) = (chart for title, chart in charts.items() if "absorption" in title)
+    assert list(beside_published.series[0].x) == [60.0] and "over all rows" in beside_published.note
+    assert "over all rows" in comparison_page(comparison)
+
+
 def test_curves_show_what_was_logged_and_skip_a_torn_line(tmp_path):
     found = {chart.title: chart.series[0] for chart in training_curves(compare_runs([make_run(tmp_path)]))}
     assert list(found["variance unexplained"].x) == [100, 200]

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from sae.evaluate.metrics.clamping import clamp_latents
+from sae.cache.layout import Hook
+from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.clamping import ClampPlan, clamp_latents
 from sae.train.activation_functions import ReLU, TopK
 from sae.train.sae import SAE
 
@@ -35,3 +37,21 @@ def test_a_clamp_is_the_change_of_the_reconstruction(activation):
     expected[:, 0] = x[:, 0]
     (made,) = clamp_latents(x, f[..., chosen], sae.W_dec[chosen], torch.tensor([50.0]))
     torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_an_outlier_row_is_not_clamped():
+    torch.manual_seed(0)
+    sae = SAE(16, 40, [ReLU()]).requires_grad_(False)
+    x = torch.randn(2, 5, 16)
+    x[1, 3] *= 100
+    selection = (3, 17)
+
+    def clamped(norm_limit: float | None) -> torch.Tensor:
+        target = EvalTarget(sae, Hook(0), norm_limit=norm_limit)
+        plan = ClampPlan(target, {(0.01, 2): selection}, sae.W_dec, torch.ones(40), False)
+        return plan.clamp(x, plan.latents(x), selection, torch.tensor([50.0]))[0]
+
+    expected = clamped(None)
+    assert not torch.equal(expected[1, 3], x[1, 3])
+    expected[1, 3] = x[1, 3]
+    torch.testing.assert_close(clamped(50.0), expected)

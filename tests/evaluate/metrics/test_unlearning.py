@@ -192,6 +192,25 @@ def test_the_length_of_decoder_rows_changes_nothing_and_is_said(ctx, metric):
     ]
 
 
+def test_outlier_rows_are_neither_counted_nor_clamped_and_saebench_s_score_counts_them(ctx, metric):
+    """Where all rows are outliers no latent fires; the score under SAEBench's name is that without a limit."""
+    target = EvalTarget(sae_that_fires_on(VALUE), Hook(0))
+    (plain,) = metric.measure(ctx, [target], silent)
+    (found,) = metric.measure_both(ctx, [replace(target, norm_limit=0.1)], silent)
+    assert (found.metrics, found.details, found.intervals) == (plain.metrics, plain.details, plain.intervals)
+    assert found.masked.metrics == {"unlearning": {"unlearning_score": 0}} and found.masked.details == []
+    asked = metric.load(ctx)
+    rows = metric.corpora(metric.readers(ctx), asked).values()
+    counted = sum(int((~torch.isin(rows_RS, asked.skip)).sum()) for rows_RS in rows)
+    questions = [
+        asked.prompt(question.subject, question)
+        for name, read in metric.readers(ctx).items()
+        if name in ("wmdp-bio", *metric.side_effects)
+        for question in metric.questions(ctx, name, read, asked, silent)
+    ]
+    assert found.n["outlier_rows"] == counted + sum(len(ids) - 1 for ids in questions)  # without the first, BOS
+
+
 def test_known_questions_are_found_once_for_a_model(ctx, metric, monkeypatch, tmp_path):
     ctx, metric = replace(ctx, artifacts=ArtifactCache(tmp_path)), replace(metric, side_effects=("human_aging",))
     asked_for = []

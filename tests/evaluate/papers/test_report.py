@@ -119,6 +119,22 @@ def test_a_run_that_does_not_pass_a_gate_is_not_measured(broken, said):
     assert name == "hierarchical-0" and said in why
 
 
+def test_claims_are_compared_with_saebench_s_number_and_gates_with_the_one_without_outlier_rows():
+    """The papers count outlier rows, and training does not."""
+    masked = run("full", "hierarchical", ev=0.81, fve=0.7).run.results["core"]
+    runs = []
+    for seed, ev in enumerate((0.799, 0.8, 0.801)):
+        one = run("full", "hierarchical", seed, ev=ev, fve=0.1, alive=0.01)
+        core = replace(one.run.results["core"], n={"outlier_rows": 7}, masked=masked)
+        runs.append(replace(one, run=replace(one.run, results={"core": core})))
+    assert [one.failed_gates() for one in runs] == [[], [], []]
+    report = build_report(of(claim()), runs, True)
+    assert [(row.verdict, row.measured) for row in report.rows] == [("reproduced", "0.8 ± 0.001")]
+    page = reproduction_page(report, "google/gemma-2-2b", "field")
+    assert "SAEBench's numbers over all rows" in page and "up to 7 outlier rows" in page
+    assert "over all rows" not in reproduction_page(build_report(of(claim()), [run("full", "x")], True), "m", "field")
+
+
 def test_another_layer_and_a_stand_in_are_named():
     probing = MetricResult({"sae": {"sae_top_1_test_accuracy": 0.7}})
     asked = claim(metric="sparse_probing.sae.sae_top_1_test_accuracy", value=85.3, unit="%", quote="85.3%")
