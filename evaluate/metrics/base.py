@@ -178,15 +178,15 @@ class Metric(ABC):
     def measure_both(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Like `measure`, but where rows were left out, over all rows, with the other result as `MetricResult.masked`.
 
-        SAEs without an outlier row in the text are measured once.
+        SAEs without an outlier row in the text are measured once, and so are all SAEs by a metric that gives both.
         """
         outcomes = self.measure(ctx, targets, progress)
         masked = {
             i: outcome
             for i, outcome in enumerate(outcomes)
-            if isinstance(outcome, MetricResult) and outcome.n.get(OUTLIERS) and self.saebench_rows
+            if isinstance(outcome, MetricResult) and outcome.n.get(OUTLIERS) and outcome.masked is None
         }
-        if masked:
+        if masked and self.saebench_rows:
             everything = [replace(targets[i], norm_limit=None) for i in masked]
             for (i, without), outcome in zip(masked.items(), self.measure(ctx, everything, progress), strict=True):
                 outcomes[i] = outcome if isinstance(outcome, SaeError) else outcome.with_masked(without)

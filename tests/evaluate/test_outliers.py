@@ -223,7 +223,7 @@ def test_no_latent_s_example_is_an_outlier_row(cache: Cache, home: Path) -> None
     ids, latents = opened.ctx.contexts.ids, torch.arange(48)
 
     def strongest(limit: float | None) -> list[int]:
-        tables = latent_stats(opened.ctx, opened.sae, opened.hook, latents, silent, limit).activations
+        tables = latent_stats(opened.ctx, opened.sae, opened.hook, latents, silent, norm_limit=limit).activations
         places = [p for table in (tables.top, tables.sample) for n in range(48) for p in table.passages(n)]
         return [int(ids[place.context, place.position]) for place in places]
 
