@@ -18,7 +18,7 @@ The public API, in the ten lines that do what `sae demo` does:
     )
     rows = sae.evaluate_saes(runs, suite="core", tokens=16_000)
     for row in rows:
-        print(row.name, row.results["core"].metrics["reconstruction_quality"]["fve"])
+        print(row.name, row.results["core"].sound.metrics["reconstruction_quality"]["fve"])
 
 Each name is loaded when it is first used, so that `sae --help` does not import torch.
 """

@@ -53,6 +53,8 @@ def compare(
         echo(f"differs  {difference}")
     counts = f"{format_count(len(comparison.runs), 'run')}, {format_count(len(comparison.systems), 'system')}"
     show_table(counts, *comparison_table(comparison))
+    if comparison.masked_note:
+        echo(f"masked   {comparison.masked_note}")
     if paired is not None:
         show_table(f"against {against}, paired by seed", *paired)
     for path in out or []:

@@ -17,7 +17,7 @@ from typing import Any
 from ..cache.models import model_label
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import read_json, sae_home
-from .metrics.base import MetricColumn, MetricResult
+from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
 from .results import read_result_file
 from .tables import (
@@ -116,6 +116,17 @@ class Comparison:
     def runs(self) -> list[ComparedRun]:
         return [run for system in self.systems for run in system.runs]
 
+    @property
+    def masked_note(self) -> str:
+        """A sentence about outlier rows; empty if no run has any."""
+        most = max((one.n.get(OUTLIERS, 0) for run in self.runs for one in run.results.values()), default=0)
+        if not most:
+            return ""
+        return (
+            f"Outlier rows (up to {most:,} of a run and metric) are left out; .csv and .json files also have "
+            "SAEBench's numbers, over all rows."
+        )
+
     def on_all_rows(self) -> "Comparison":
         """The comparison of SAEBench's numbers, which count outlier rows."""
         systems, references = ([one.on_all_rows() for one in some] for some in (self.systems, self.references))
@@ -201,7 +212,7 @@ def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
         measured = [run for run in runs if metric in run.settings]
         # Limits of two caches differ a little; what matters is whether they mask the same number of rows.
         keys = {key for run in measured for key in without_weights(run.settings[metric])} - {"norm_limit"}
-        counts = {run.results[metric].n.get("outlier_rows", 0): run for run in measured}
+        counts = {run.results[metric].n.get(OUTLIERS, 0): run for run in measured}
         if len(counts) > 1:
             shown = ", ".join(f"{rows:,} ({run.name})" for rows, run in counts.items())
             differences.append(f"{metric}, masked rows: {shown}")

@@ -11,7 +11,7 @@ from scipy.stats import t
 from ..cache.models import model_label
 from ..common.errors import DamagedError
 from ..common.files import digest_of, read_json
-from .metrics.base import MetricColumn
+from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
 from .rows import EvalRow, MeasuredRun
 
@@ -36,11 +36,7 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
         measured = [row for row in rows if name in row.results]
         if not measured:
             continue
-        counts = {
-            ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in row.results[name].sound.n.items() if n)
-            for row in measured
-        }
-        title = f"{metric.title}; n = {counts.pop()}" if len(counts) == 1 and counts != {""} else metric.title
+        title = "; n = ".join(filter(None, [metric.title, describe_counts([row.results[name] for row in measured])]))
         columns = [c for c in metric.columns if any(metric_value(row, name, c) is not None for row in measured)]
         lines = [[row.name, *(format_cell(row, name, column) for column in columns)] for row in measured]
         yield title, ["run", *map(column_heading, columns)], lines + seed_lines(measured, name, columns)
@@ -50,6 +46,19 @@ def without_empty_columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) 
     """A table, given by its headings and lines, less the columns in which no line has anything."""
     kept = [place for place in range(len(heads)) if any(line[place] for line in lines)]
     return [heads[place] for place in kept], [[line[place] for place in kept] for line in lines]
+
+
+def describe_counts(results: Sequence[MetricResult]) -> str:
+    """How much was measured, where it is the same for all results, and how many outlier rows were left out."""
+    counts = {
+        ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in one.n.items() if n and what != OUTLIERS)
+        for one in results
+    }
+    parts = list(counts) if len(counts) == 1 else []
+    fewest, *_, most = sorted([one.n.get(OUTLIERS, 0) for one in results] * 2)
+    if most:
+        parts.append(f"{f'{fewest:,} to ' if fewest < most else ''}{most:,} outlier rows left out")
+    return ", ".join(filter(None, parts))
 
 
 def notes(rows: Sequence[MeasuredRun]) -> list[str]:

@@ -35,6 +35,7 @@ def comparison_page(comparison: Comparison, against: str | None = None) -> str:
         frontier_key=shared_legend(over_l0),
         curves=[(chart, draw_svg(chart, False, *CHART_SIZE)) for chart in curves],
         curve_key=shared_legend(curves),
+        masked=comparison.masked_note,
         notes=notes(runs),
         version=version("sae-pipeline"),
         date=date.today().isoformat(),

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from ..compare import ComparedRun
 from ..compare_charts import read_metrics_log
-from ..metrics.base import MetricResult
+from ..metrics.base import OUTLIERS, MetricResult
 from ..tables import without_empty_columns
 from .claims import Claim, Paper, PaperSystem
 from .verdict import Verdict, combine_verdicts, measured_value, verdict
@@ -91,7 +91,7 @@ class PaperReport:
     @property
     def outlier_rows(self) -> int:
         """How many outlier rows the numbers of a run count at most, because SAEBench's definitions do."""
-        return max((r.n.get("outlier_rows", 0) for run in self.runs for r in run.run.results.values()), default=0)
+        return max((r.n.get(OUTLIERS, 0) for run in self.runs for r in run.run.results.values()), default=0)
 
     @property
     def excluded(self) -> list[tuple[str, str]]:

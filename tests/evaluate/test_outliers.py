@@ -27,6 +27,7 @@ from sae.evaluate.metrics.sae_statistics import SAEStatistics, splice
 from sae.evaluate.pages.dashboard import dashboard_page
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.run import evaluate, evaluate_saes
+from sae.evaluate.tables import tables
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.run import run_harvest
 from sae.train.activation_functions import BatchTopK
@@ -204,13 +205,19 @@ def test_comparisons_show_the_numbers_without_outlier_rows(cache: Cache, home: P
     runs = [make_run(home / "runs" / name, cache, seed) for seed, name in enumerate("ab")]
     rows = evaluate(ask(*runs))
     found = compare_runs(runs)
+    sinks = rows[0].results["core"].n["outlier_rows"]
+    assert found.masked_note.startswith(f"Outlier rows (up to {sinks:,} of")
+    ((title, *_),) = tables(rows)
+    assert title.endswith(f" tokens, {sinks:,} outlier rows left out")
     _, lines = comparison_table(found)
     assert [line[1] for line in lines] == [f"{r.results['core'].sound.metrics['sparsity']['l0']:.1f}" for r in rows]
     (first, _) = csv.DictReader(io.StringIO(to_csv(found)))
     for name in ("core.sparsity.l0", "core.masked_sparsity.l0"):
         assert float(first[name]) == rows[0].flat()[name]
     other = make_run(home / "runs" / "c", cache, norm_limit=None)
-    evaluate(ask(other))
+    ((title, *_),) = tables([*rows, *evaluate(ask(other))])
+    assert title.endswith(f" tokens, 0 to {sinks:,} outlier rows left out")
+    assert compare_runs([other]).masked_note == ""
     with pytest.raises(UsageError, match=r"core, masked rows: [1-9][0-9]* \(a\), 0 \(c\)"):
         compare_runs([runs[0], other])
     mixed = list(csv.DictReader(io.StringIO(to_csv(compare_runs([runs[0], other], mix=True)))))

@@ -305,6 +305,14 @@ def test_the_norm_is_that_of_float32() -> None:
     assert outlier_mask(x[None], None).tolist() == [[False, False]]
 
 
+def test_more_than_one_percent_of_outliers_is_flagged() -> None:
+    result = MetricResult({})
+    assert result.without_outliers(0, 100) is result
+    few, many = result.without_outliers(1, 99), result.without_outliers(2, 98)
+    assert few == MetricResult({}, n={"outlier_rows": 1})
+    assert many.n == {"outlier_rows": 2} and many.flags[0].startswith("2 of 100 rows (2.0%) are outliers")
+
+
 def test_a_text_of_outlier_rows_alone_keeps_them() -> None:
     rows = TextRows(torch.tensor([[1.0], [9.0], [9.0], [2.0]]), torch.tensor([2, 1, 1]))
     kept = rows.without_outliers(5.0)
