@@ -119,7 +119,9 @@ def test_tokenizers_and_vocabularies_that_cannot_serve_get_one_sentence(tokenize
         UsageError, match=r"to train on \(none begins with q, z\) .* Use a model with a larger vocabulary"
     ):
         SpellingPrompts.of(
-            Pieces([piece for piece in pieces() if piece[0] not in "qz" and piece not in (" Q", " Z")]), 0, 0,
+            Pieces([piece for piece in pieces() if piece[0] not in "qz" and piece not in (" Q", " Z")]),
+            0,
+            0,
             bos_id=2,
         )
     with pytest.raises(

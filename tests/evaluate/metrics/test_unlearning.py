@@ -139,8 +139,9 @@ def ctx(planted, data, tmp_path_factory) -> EvalContext:
     artifacts = ArtifactCache(tmp_path_factory.mktemp("shelf"))
     form = ContextFormat(2, (0, 1, 2))
     return EvalContext(
-        lambda: model, load_tokenizer(source), nothing, form, "0.6.0", identity, {}, artifacts, data
-    )
+        lambda: model, load_tokenizer(source), nothing, form, "0.6.0", identity, {}, artifacts, data,
+        model_argument=str(planted),
+    )  # fmt: skip
 
 
 @pytest.fixture
