@@ -246,7 +246,7 @@ def collect_in_one_pass(
             if latents:
                 x_TD = activations[target.hook][counted_NS]
                 kept_T = ~outlier_mask(x_TD, target.norm_limit)
-                kept = zip(*(rows.split(TOKENS_PER_ENCODE) for rows in (x_TD[kept_T], flat_T[kept_T])), strict=True)
+                kept = zip(*(part.split(TOKENS_PER_ENCODE) for part in (x_TD[kept_T], flat_T[kept_T])), strict=True)
                 for x_BD, flat_B in kept:
                     f_BK = encode_float32(target.sae, x_BD)[:, latents]
                     token, k = (f_BK > 0).nonzero(as_tuple=True)

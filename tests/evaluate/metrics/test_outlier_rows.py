@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Hook
 from sae.cache.outliers import outlier_mask
@@ -30,7 +31,7 @@ from sae.evaluate.metrics.autointerp import Autointerp
 from sae.evaluate.metrics.base import EvalTarget, Metric, MetricResult, RowSet
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.metrics.first_letter import SpellingPrompts, read_spelling_rows
-from sae.evaluate.metrics.packing import firing_frequencies
+from sae.evaluate.metrics.packing import PackedRows, firing_frequencies
 from sae.evaluate.metrics.pooled_activations import TextRows
 from sae.evaluate.metrics.scr import Scr
 from sae.evaluate.metrics.sparse_probing import SparseProbing
@@ -42,7 +43,8 @@ from sae.harvest.model import load_model
 from sae.train.activation_functions import BatchTopK, ReLU
 from sae.train.sae import SAE
 
-SINK, SPECIAL, HOOK = 652, [0, 1, 2], Hook(0)
+SINK, HOOK = 652, Hook(0)
+FORMAT, SINK_IS_SPECIAL = ContextFormat(2, (0, 1, 2)), ContextFormat(2, (0, 1, 2, SINK))
 LIMIT = 150.0  # between the norms of SINK (about 400) and of other tokens (about 12)
 REVIEWS = "canrager/amazon_reviews_mcauley_1and5"
 SETS = {"train_set_size": 40, "test_set_size": 40, "context": 32}
@@ -97,7 +99,7 @@ def ctx(loaded: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.Monkey
     artifacts = ArtifactCache(tmp_path / "shelf")
     identity, text = source.identity(), {"text": "held out"}
     return EvalContext(
-        lambda: model, tokenizer, held_out(), SPECIAL, "0.6.0", identity, text, artifacts, tmp_path / "data"
+        lambda: model, tokenizer, held_out(), FORMAT, "0.6.0", identity, text, artifacts, tmp_path / "data"
     )
 
 
@@ -141,8 +143,8 @@ def read_latents(ctx: EvalContext, target: EvalTarget) -> Any:
 
 
 def read_frequencies(ctx: EvalContext, target: EvalTarget) -> Any:
-    rows = torch.from_numpy(ctx.contexts.ids.astype(np.int64))
-    (found,) = firing_frequencies(ctx.model, torch.tensor(ctx.special_ids), rows, [target], silent)
+    ids = torch.from_numpy(ctx.contexts.ids.astype(np.int64))
+    (found,) = firing_frequencies(ctx.model, PackedRows(ids, ctx.context_format.counted(ids)), [target], silent)
     return found.share_F.tolist(), found.tokens
 
 
@@ -186,7 +188,7 @@ def test_the_limit_separates_the_sink_from_all_other_tokens(ctx: EvalContext) ->
 def test_an_outlier_row_is_left_out_like_a_special_token(ctx: EvalContext, reader: str, kind: str) -> None:
     read, sae = READERS[reader], make_sae(kind)
     masked = read(ctx, EvalTarget(sae, HOOK, norm_limit=LIMIT))
-    special = read(replace(ctx, special_ids=[*SPECIAL, SINK]), EvalTarget(sae, HOOK))
+    special = read(replace(ctx, context_format=SINK_IS_SPECIAL), EvalTarget(sae, HOOK))
     assert same(masked, special)
     assert not same(read(ctx, EvalTarget(sae, HOOK)), special)
 
@@ -272,13 +274,13 @@ def test_a_limit_below_all_norms_is_refused(ctx: EvalContext) -> None:
 
 def median_norm_of_words(ctx: EvalContext, metric: Absorption) -> float:
     """A limit that leaves most words, but not all."""
-    prompts = SpellingPrompts.of(ctx.tokenizer, metric.words, metric.random_seed)
+    prompts = SpellingPrompts.of(ctx.tokenizer, metric.words, metric.random_seed, bos_id=2)
     rows = read_spelling_rows(ctx, prompts, [RowSet(HOOK)], metric.random_seed, silent)[RowSet(HOOK)]
     return float(torch.cat([rows.train_ND, rows.fresh_ND]).norm(dim=1).quantile(0.97))
 
 
 def test_absorption_leaves_out_words_whose_row_is_an_outlier_in_either_prompt(ctx: EvalContext) -> None:
-    prompts, metric = SpellingPrompts.of(ctx.tokenizer, 300, 0), Absorption(words=300)
+    prompts, metric = SpellingPrompts.of(ctx.tokenizer, 300, 0, bos_id=2), Absorption(words=300)
     limit = median_norm_of_words(ctx, metric)
     every, kept = (
         read_spelling_rows(ctx, prompts, [row_set], 0, silent)[row_set]
