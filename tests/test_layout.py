@@ -38,6 +38,7 @@ EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
     ("metrics",),
     ("results", "reference_saes"),
     ("rows",),
+    ("norm_limits",),
     ("inputs",),
     ("plan",),
     ("run",),
