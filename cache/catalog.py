@@ -62,6 +62,15 @@ def model_folders(cache: Cache) -> list[str]:
     return [path for folder in (cache.folder, *others) for path in recorded_folders(folder)]
 
 
+def harvest_command(model: str, hook: Hook, context: int | None = None) -> str:
+    """The command that makes a cache to evaluate an SAE of this hook on: half of its text is held out.
+
+    `context`: the length in tokens of the contexts that the SAE was trained on, where it is known.
+    """
+    length = f" --context {context}" if context else ""
+    return f"sae harvest --model {quote(model)} {hook.cli_flags}{length} --tokens 1M --held-out 0.5"
+
+
 def require_cache_folder(folder: Path) -> None:
     """Raise UsageError unless the folder is a cache, complete or not, or what is left of one."""
     if not any((folder / record).exists() for record in ("harvest.json", "tokens/commit.json", "tokens/draft")):

@@ -1,5 +1,6 @@
 """`sae export` and `sae import`: SAEs to and from the formats of other libraries, and the Hugging Face Hub."""
 
+import json
 import sys
 from pathlib import Path
 from shlex import quote
@@ -7,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import Bar, bar, cli_command, echo
+from .console import Bar, bar, cli_command, echo, show_table
 
 if TYPE_CHECKING:
     from ..train.formats.import_ import ImportResult
 
 HUB = "With --to hub"
 OVERRIDES = "If the files do not say, or to override them"
+LIST = "What a repository offers"
 
 
 @cli_command
@@ -86,7 +88,10 @@ def confirm(question: str, shown: Bar) -> bool:
 @cli_command
 def import_(
     path: Annotated[
-        str, typer.Argument(help="Folder with another library's files, or hf://owner/repo\\[@revision]/folder.")
+        str,
+        typer.Argument(
+            metavar="PATH", help="Folder with another library's files, or hf://owner/repo\\[@revision]/folder."
+        ),
     ],
     cache: Annotated[
         Path | None,
@@ -95,22 +100,82 @@ def import_(
     out: Annotated[Path | None, typer.Option(help="Where to create the run folder. Default: runs/.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     model: Annotated[str | None, typer.Option(rich_help_panel=OVERRIDES, help="Id on the Hub, or a folder.")] = None,
-    layer: Annotated[int | None, typer.Option(rich_help_panel=OVERRIDES, help="Zero-based block.")] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=OVERRIDES, help="Zero-based block; chooses between those of a folder."),
+    ] = None,
+    list_: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            rich_help_panel=LIST,
+            help="Show the SAEs of a repository (owner/repo, hf://owner/repo/folder) or folder. --layer filters them.",
+        ),
+    ] = False,
+    width: Annotated[str | None, typer.Option(rich_help_panel=LIST, help="Only this many latents: 16k.")] = None,
+    site: Annotated[str | None, typer.Option(rich_help_panel=LIST, help="Only this site: resid_post.")] = None,
+    json_: Annotated[bool, typer.Option("--json", rich_help_panel=LIST, help="Print JSON on stdout.")] = False,
 ) -> None:
     """Make a run from the files of another library. Executes no code from them."""
+    from ..common.errors import UsageError
+
+    if list_:
+        if (cache, out, name, model) != (None, None, None, None):
+            raise UsageError("--list imports nothing and does not take --cache, --out, --name or --model.")
+        show_release(path, layer=layer, site=site, width=width, as_json=json_)
+        return
+    if width is not None or site is not None or json_:
+        raise UsageError("--width, --site and --json need --list.")
     from ..train.formats.import_ import import_sae
+    from ..workflows.published import check_hook
 
     with bar("verify", "rows") as shown:
         imported = import_sae(
-            path, model=model, layer=layer, cache=cache, out=out, name=name, say=shown.say, progress=shown
+            path,
+            model=model,
+            layer=layer,
+            cache=cache,
+            out=out,
+            name=name,
+            check_hook=check_hook,
+            say=shown.say,
+            progress=shown,
         )
     for line in describe_import(imported):
         echo(line)
 
 
+def show_release(text: str, *, layer: int | None, site: str | None, width: str | None, as_json: bool) -> None:
+    """Print what a release offers: a table of SAEs or of groups of them, what else it has, and the next command."""
+    from ..common.formatting import format_count
+    from ..train.formats.listing import MAX_ROWS, list_release
+
+    with bar("read configs", "files") as shown:
+        release = list_release(text, layer=layer, site=site, width=width, progress=shown)
+    refused = ", ".join(format_count(count, kind) for kind, count in sorted(release.refused.items()))
+    if as_json:
+        record = {"release": release.name, "commit": release.commit, "saes": release.records()}
+        typer.echo(json.dumps({**record, "refused": release.refused}, indent=2))
+        return
+    commit = f" at {release.commit[:12]}" if release.commit else ""
+    if release.saes:
+        show_table(f"{len(release.saes):,} SAEs in {release.name}{commit}", *release.table())
+    else:
+        echo(f"note     No SAE in {release.name}{commit} fits.")
+    if refused:
+        echo(f"note     Not SAEs, cannot be imported: {refused}.")
+    if len(release.saes) > MAX_ROWS:
+        echo(f"next     sae import --list {quote(text)} --layer N --width 16k   (one row for each SAE)")
+    elif release.saes:
+        echo(f"next     sae evaluate {quote(release.address(release.saes[0]))}")
+
+
 def describe_import(imported: "ImportResult") -> list[str]:
+    from ..cache.catalog import harvest_command
+    from ..cache.layout import Hook
+
     sae = imported.sae
-    model, hook_name, layer = sae.origin["model"]["name"], sae.origin["hook_name"], sae.origin["layer"]
+    model, hook_name = sae.origin["model"]["name"], sae.origin["hook_name"]
     lines = [f"note     {note}" for note in imported.notes]
     lines.append(f"checked  {imported.check}")
     lines.append(f"found    {imported.format}: {sae.d_in} -> {sae.d_sae}, {hook_name} of {model}")
@@ -119,7 +184,7 @@ def describe_import(imported: "ImportResult") -> list[str]:
     if imported.candidates:
         evaluate += f" --cache {quote(str(imported.candidates[0]))}"
     elif imported.cache is None:
-        harvest = f"sae harvest --model {quote(model)} --layer {layer}"
+        harvest = harvest_command(model, Hook.from_record(sae.origin), sae.origin.get("context"))
         lines.append(f"note     There is no cache of this model and layer. Before evaluating, run: {harvest}")
     lines.append(f"next     {evaluate}")
     return lines

@@ -18,7 +18,14 @@ INPUTS = "Model and data"  # a group of flags in the help
 
 @cli_command
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders. Runs of one cache share every pass of the model.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run folders, or published SAEs, which are imported first: hf://owner/repo/folder, or a folder of "
+            "another library's files. Runs of one cache share every pass of the model.",
+        ),
+    ],
     suite: Annotated[
         str, typer.Option(help="quick, full, or names of metrics separated by commas: core,absorption.")
     ] = "quick",
@@ -26,7 +33,17 @@ def evaluate(
     mode: Annotated[
         str, typer.Option(help="Definitions: 0.6.0 (SAEBench now) or 2024-12 (behind the papers' numbers).")
     ] = "0.6.0",
-    model: Annotated[str | None, typer.Option(help="Reject runs of any other model.", rich_help_panel=INPUTS)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Reject runs of any other model; of a published SAE, the model that its files do not name.",
+            rich_help_panel=INPUTS,
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="Of a published SAE, the layer that its files do not name.", rich_help_panel=INPUTS),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -62,10 +79,17 @@ def evaluate(
 ) -> None:
     """Splice trained SAEs into the language model and measure them on held-out text."""
     from ..evaluate.plan import EvaluateConfig, plan_evaluation
+    from ..workflows.published import PublishedConfig, find_or_import
 
+    with bar("verify", "rows") as shown:
+        published = PublishedConfig(model=model, layer=layer, cache=cache, dry_run=dry_run)
+        found = find_or_import(runs, published, shown.say, shown)
+    if not found.folders:
+        found.raise_refusals()
+        return  # a dry run of what is not imported yet
     plan = plan_evaluation(
         EvaluateConfig(
-            runs=runs,
+            runs=found.folders,
             suite=suite,
             tokens=tokens,
             mode=mode,
@@ -80,6 +104,7 @@ def evaluate(
             dtype=dtype,
         )
     )
+    plan.refused |= {Path(text): error for text, error in found.refused.items()}
     if code := run_evaluate(plan, as_json=json_, dry_run=dry_run):
         raise typer.Exit(code)
     if not dry_run and (command := plan.next_command()):

@@ -6,10 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..cache.catalog import model_folders
+from ..cache.catalog import harvest_command, model_folders
 from ..cache.context_format import ContextFormat
 from ..cache.layout import Hook
-from ..cache.models import GivenModel, ModelRecord, model_label, same_model
+from ..cache.models import GivenModel, model_label, same_model
 from ..cache.reader import Cache, is_ring_cache
 from ..common.errors import SaeError, UsageError
 from ..common.files import digest_of, read_json, sae_home
@@ -78,12 +78,14 @@ def find_eval_cache(
     candidates = [one for one in known_caches.values() if isinstance(one, Cache)]
     recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
     if recorded is None and fingerprint is None:
-        return only_cache_of_model(folder, trained_on, candidates)
+        return only_cache_of_model(folder, sae.origin, candidates)
     if isinstance(recorded, str) and (Path(recorded) / "zarr.json").exists():
         candidates.insert(0, Cache(recorded))
     for candidate in candidates:
         if candidate.fingerprint == fingerprint:
             return candidate
+    if "format" in sae.origin:  # imported: its cache was only the one that it was verified on
+        return only_cache_of_model(folder, sae.origin, candidates)
     where = f" ({recorded})" if isinstance(recorded, str) else ""
     raise UsageError(
         f"The cache that {folder} was trained on{where} was not found; it holds the text to evaluate on. "
@@ -123,20 +125,21 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
     return EvalRow(folder.name, target, folder, record, weights)
 
 
-def only_cache_of_model(folder: Path, model: ModelRecord, caches: Sequence[Cache]) -> Cache:
+def only_cache_of_model(folder: Path, origin: Mapping[str, Any], caches: Sequence[Cache]) -> Cache:
     """The one cache with held-out text of a model: any will do for an SAE that was trained elsewhere."""
+    model, name = origin["model"], model_label(origin["model"])
     usable = [
         c
         for c in caches
         if same_model(c.identity["model"], model) and not is_ring_cache(c.folder) and len(c.contexts(held_out=True))
     ]
-    name = model_label(model)
     if len(usable) == 1:
         return usable[0]
     if not usable:
+        command = harvest_command(name, Hook.from_record(origin), origin.get("context"))
         raise UsageError(
             f"{folder} names no cache, and no cache in {sae_home() / 'activations'} holds held-out text for {name}. "
-            f"Make one with `sae harvest --model {name}`, or name one with --cache."
+            f"Name one with --cache, or make one: {command}"
         )
     listed = "\n".join(f"  --cache {c.folder}   ({c.rows:,} rows, {c.identity['data']['name']})" for c in usable)
     raise UsageError(

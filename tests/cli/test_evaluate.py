@@ -22,7 +22,8 @@ FLAGS = {
     "dtype": ("float32", "dtype", "float32"),
     "device": ("cpu", "device", "cpu"),
 }
-OUTPUT = ("references", "json", "dry-run")  # --no-references is the other name of --references
+# --no-references is the other name of --references; --layer is of what is imported first (workflows/published.py)
+OUTPUT = ("references", "json", "dry-run", "layer")
 
 
 def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_with: Callable) -> None:

@@ -33,7 +33,8 @@ class GemmaScope(Format, name="gemma-scope"):
     files = ("params.npz", "about.json")
 
     def refusal(self, repo: str, weights: PurePosixPath) -> str | None:
-        return kind_of_path((*repo.split("/"), *weights.parts))
+        kind = kind_of_path((*repo.split("/"), *weights.parts))
+        return "embedding SAE" if kind == "embedding" else kind
 
     def describe_path(self, repo: str, weights: PurePosixPath) -> Description:
         model, hook = parse_gemma_scope_path((*repo.split("/"), *weights.parts))

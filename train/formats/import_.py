@@ -44,6 +44,7 @@ class ImportConfig:
     model: str | None = None
     layer: int | None = None
     cache: Path | None = None
+    cache_if_fits: bool = False  # ignore `cache` if it holds no such activations; it is only one to evaluate on
     out: Path | None = None
     name: str | None = None
     check_hook: HookCheck = lambda model, hook, d_in: None
@@ -146,10 +147,15 @@ def import_files(
     """`import_sae` of local files. `hub_origin`: where they were downloaded from."""
     folder, fmt = open_folder(path, config.layer)
     foreign = fmt.read(folder)
+    file_hook, file_model = foreign.hook, foreign.model
     hook, used_model = resolve_hook_and_model(foreign, folder.path, config.model, config.layer)
     hook = hook_in_caches(used_model, hook, config.cache)
     config.check_hook(config.model or model_label(used_model), hook, foreign.sae.d_in)
-    cache, candidates = find_cache(used_model, hook, foreign.sae.d_in, config.cache, foreign.notes)
+    if config.cache is not None and config.cache_if_fits:
+        given = Cache(config.cache)
+        cache, candidates = (given if holds(given, used_model, hook, foreign.sae.d_in) else None), []
+    else:
+        cache, candidates = find_cache(used_model, hook, foreign.sae.d_in, config.cache, foreign.notes)
     if cache is not None:
         used_model = cache.identity["model"]
     canonical = to_canonical(foreign.sae)
@@ -164,7 +170,9 @@ def import_files(
     target = config.runs / (config.name or f"{variant}-L{hook.layer:02d}-n{foreign.sae.d_sae}-{digest}")
     if (target / "sae.json").exists():
         raise UsageError(f"{target} already exists: run sae evaluate {target}, or give another name with --name.")
-    source = hub_origin or {"path": str(folder.path.resolve())}
+    source: dict[str, Any] = {**(hub_origin or {"path": str(folder.path.resolve())})}
+    if overrides := overrides_of(config, file_hook, file_model, used_model):
+        source["overrides"] = overrides
     record = {
         "format": FORMAT,
         "variant": variant,
@@ -183,6 +191,16 @@ def import_files(
         save_sae(foreign.sae, temporary, foreign.sae.origin)
     cache_folder = cache.folder if cache else None
     return ImportResult(target, fmt.name, foreign.sae, check, cache_folder, candidates, foreign.notes)
+
+
+def overrides_of(config: ImportConfig, hook: Hook | None, model: str | None, used: ModelRecord) -> dict[str, Any]:
+    """The layer and model that were given and are not the `hook` and `model` of the files."""
+    overrides: dict[str, Any] = {}
+    if config.layer is not None and (hook is None or hook.layer != config.layer):
+        overrides["layer"] = config.layer
+    if config.model is not None and config.model != model:
+        overrides["model"] = model_label(used)
+    return overrides
 
 
 def open_folder(path: Path, layer: int | None = None) -> tuple[ForeignFolder, Format]:
@@ -265,11 +283,7 @@ def find_cache(
             raise UsageError(f"--cache {cache_folder} has rows of width {width}, but the SAE has d_in {d_in}.")
         return cache, []
     caches = [c for c in list_caches().values() if isinstance(c, Cache)]
-    fitting = [
-        c
-        for c in caches
-        if same_model(c.identity["model"], model) and hook in c.hooks and c.array(hook.array).shape[1] == d_in
-    ]
+    fitting = [cache for cache in caches if holds(cache, model, hook, d_in)]
     if len(fitting) == 1:
         return fitting[0], []
     if fitting:
@@ -278,6 +292,12 @@ def find_cache(
             f"--cache {fitting[0].folder}"
         )
     return None, [cache.folder for cache in fitting]
+
+
+def holds(cache: Cache, model: ModelRecord, hook: Hook, d_in: int) -> bool:
+    """Whether a cache holds activations that an SAE can be verified on."""
+    fits = same_model(cache.identity["model"], model) and hook in cache.hooks
+    return fits and cache.array(hook.array).shape[1] == d_in
 
 
 def sae_origin(

@@ -54,6 +54,8 @@ def find_published(files: Iterable[RemoteFile], repo: str) -> list[PublishedSAE]
         folders[path.parent][path.name] = file
     found = {}
     for folder, contents in folders.items():
+        if "sae.json" in contents:  # a run of this package
+            continue
         for name, file in contents.items():
             for fmt in Format.registry.values():
                 if fmt.is_weights(name):
@@ -77,7 +79,7 @@ def published_sae(
 
 def natural_key(text: str) -> list[tuple[int, str]]:
     """Sorts `layer_2` before `layer_12`."""
-    digits, parts = "", []
+    digits, parts = "", list[tuple[int, str]]()
     for character in text + "\0":
         if character.isdecimal() and character.isascii():
             digits += character

@@ -50,7 +50,8 @@ class Sparsify(Format, name="sparsify"):
             return folder
         if not folder.path.is_dir():
             return None
-        subfolders = sorted(path.parent for path in folder.path.glob("*/sae.safetensors"))
+        found = sorted(path.parent for path in folder.path.glob("*/sae.safetensors"))
+        subfolders = [path for path in found if not (path / "sae.json").exists()]  # not runs of this package
         if len(subfolders) > 1:
             raise UsageError(
                 f"{folder.path} holds {len(subfolders)} SAEs: {', '.join(path.name for path in subfolders[:8])}. "

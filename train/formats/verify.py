@@ -159,7 +159,7 @@ def check_orientation(sae: SAE, rows: SampleRows | None, path: Path) -> list[str
             f"d_in and d_sae are both {sae.d_in:,}: the shapes cannot show whether a matrix is transposed, and there "
             "is no cache to see it by the reconstruction."
         ]
-    x_RD, errors = rows.x_RD.double(), {}
+    x_RD, errors = rows.x_RD.double(), dict[str, float]()
     for names in ((), ("W_enc",), ("W_dec",), ("W_enc", "W_dec")):
         turned = copy.deepcopy(sae).double().cpu().eval()
         for name in names:
