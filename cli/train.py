@@ -80,6 +80,9 @@ def train(
     context: Annotated[
         int | None, typer.Option(help="Tokens per context. Default: 128.", rich_help_panel=STREAMING)
     ] = None,
+    bos: Annotated[
+        str | None, typer.Option(help="As in `sae harvest`: auto, none or a token.", rich_help_panel=STREAMING)
+    ] = None,
     window: Annotated[
         int | None, typer.Option(help="Rows per window. Default: 262,144.", rich_help_panel=STREAMING)
     ] = None,
@@ -154,7 +157,8 @@ def train(
         compiled=compiled,
         origins=ORIGINS.get({}),
     )
-    harvest_options = {"tokens": tokens, "windows": ring, "dataset": dataset, "context": context, "window": window}
+    harvest_options = {"tokens": tokens, "windows": ring, "dataset": dataset, "context": context}
+    harvest_options |= {"bos": bos, "window": window}
     stream_options: dict[str, Any] = {name: value for name, value in harvest_options.items() if value is not None}
     if max_norm is not None:
         stream_options["max_norm"] = finite_or_none(max_norm)

@@ -46,6 +46,11 @@ def make_contexts(
     cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
     cut_documents(text, encode, cutter, checkpoint, seed, held_out, checkpoint_tokens)
     if not cutter.rows:
+        if checkpoint.checksums or cutter.contexts["length"]:
+            raise UsageError(
+                f"Every token of the text {text.name} is left out or held out. Check --skip-positions, --skip-token, "
+                "--roles and --held-out, or give another --dataset."
+            )
         raise UsageError(f"The text {text.name} has no tokens to harvest: {why_no_rows(text)}. Give another --dataset.")
     if exactly and cutter.rows < tokens:
         raise UsageError(

@@ -77,6 +77,7 @@ STREAM = {
     "ring": ("6", "windows", 6),
     "dataset": ("text.jsonl", "dataset", "text.jsonl"),
     "context": ("64", "context", 64),
+    "bos": ("none", "bos", "none"),
     "window": ("512", "window", 512),
     "max-norm": ("8", "max_norm", 8.0),
 }

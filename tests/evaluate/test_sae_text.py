@@ -11,6 +11,7 @@ import pytest
 
 from sae.cache.context_format import ContextFormat
 from sae.cache.contexts import Contexts
+from sae.cache.layout import Hook
 from sae.cache.reader import Cache
 from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics.base import EvalTarget
@@ -119,6 +120,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return cache.folder, plan.runs[0].folder
 
 
+@pytest.fixture(scope="module")
+def exported(trained: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in SAELens' files."""
+    return export_sae(trained[1], "saelens", tmp_path_factory.mktemp("exported") / "saelens").folder
+
+
 def measured(run: Path) -> tuple[Any, list[str]]:
     """The result of core, and the plan's lines."""
     plan = plan_evaluation(EvaluateConfig([run], "core", references=False, device="cpu"))
@@ -128,17 +135,16 @@ def measured(run: Path) -> tuple[Any, list[str]]:
 
 
 def test_an_export_says_what_contexts_began_with_and_comes_back_to_the_same_numbers(
-    trained: tuple[Path, Path], tmp_path: Path
+    trained: tuple[Path, Path], exported: Path, tmp_path: Path
 ) -> None:
     cache, run = trained
     number = make_tokenizer("smollm2").get_vocab()
     assert load_sae(run).origin["bos"] == number["<|endoftext|>"]
-    exported = export_sae(run, "saelens", tmp_path / "exported")
-    metadata = json.loads((exported.folder / "cfg.json").read_text())["metadata"]
+    metadata = json.loads((exported / "cfg.json").read_text())["metadata"]
     assert metadata["prepend_bos"] is True and metadata["bos_token"] == "<|endoftext|>"
     assert metadata["bos_token_id"] == number["<|endoftext|>"]
     model = json.loads((cache / "harvest.json").read_text())["model"]
-    imported = import_sae(exported.folder, model=model, cache=cache, out=tmp_path / "imported")
+    imported = import_sae(exported, model=model, cache=cache, out=tmp_path / "imported")
     assert imported.sae.origin["bos_token"] == "<|endoftext|>"
     original, lines = measured(run)
     again, told = measured(imported.folder)
@@ -160,17 +166,17 @@ def test_an_export_says_what_contexts_began_with_and_comes_back_to_the_same_numb
     ],
 )  # fmt: skip
 def test_an_imported_sae_is_evaluated_on_contexts_like_its_own(
-    metadata: dict[str, Any], said: str, trained: tuple[Path, Path], tmp_path: Path
+    metadata: dict[str, Any], said: str, trained: tuple[Path, Path], exported: Path, tmp_path: Path
 ) -> None:
     """Core equals that of contexts which are changed by hand."""
-    folder, run = trained
+    folder, _ = trained
     cache, number = Cache(folder), make_tokenizer("smollm2").get_vocab()
-    exported = export_sae(run, "saelens", tmp_path / "exported").folder
-    config = json.loads((exported / "cfg.json").read_text())
+    files = Path(shutil.copytree(exported, tmp_path / "files"))
+    config = json.loads((files / "cfg.json").read_text())
     config["metadata"] = {k: v for k, v in (config["metadata"] | metadata).items() if v is not None}
-    (exported / "cfg.json").write_text(json.dumps(config))
+    (files / "cfg.json").write_text(json.dumps(config))
     model = json.loads((folder / "harvest.json").read_text())["model"]
-    imported = import_sae(exported, model=model, cache=folder, out=tmp_path / "imported")
+    imported = import_sae(files, model=model, cache=folder, out=tmp_path / "imported")
     result, lines = measured(imported.folder)
     assert any(said in line for line in lines), lines
     held, begin = cache.contexts(held_out=True), number["<|endoftext|>"]
@@ -184,15 +190,9 @@ def test_an_imported_sae_is_evaluated_on_contexts_like_its_own(
     ids = np.array([row + [0] * (12 - len(row)) for row in rows], np.uint32)
     by_hand = replace(held, ids=ids, length=np.array([*map(len, rows)], np.uint16))
     ctx = replace(make_context(cache), contexts=by_hand)
-    (expected,) = Core().measure(ctx, [EvalTarget(imported.sae, imported.sae.origin and run_hook(imported))], silent)
+    (expected,) = Core().measure(ctx, [EvalTarget(imported.sae, Hook.from_record(imported.sae.origin))], silent)
     for category in ("model_behavior_preservation", "reconstruction_quality", "sparsity"):
         assert result[category] == pytest.approx(expected.metrics[category], rel=1e-5, nan_ok=True)
-
-
-def run_hook(imported: Any) -> Any:
-    from sae.cache.layout import Hook
-
-    return Hook.from_record(imported.sae.origin)
 
 
 def silent(done: int, total: int, note: str = "") -> None:
@@ -200,10 +200,9 @@ def silent(done: int, total: int, note: str = "") -> None:
 
 
 def test_imported_saes_that_differ_are_measured_on_contexts_of_their_own(
-    trained: tuple[Path, Path], tmp_path: Path
+    trained: tuple[Path, Path], exported: Path, tmp_path: Path
 ) -> None:
     folder, run = trained
-    exported = export_sae(run, "saelens", tmp_path / "exported").folder
     model = json.loads((folder / "harvest.json").read_text())["model"]
     config = json.loads((exported / "cfg.json").read_text())
     imports = []

@@ -247,6 +247,12 @@ def test_what_cannot_be_a_chat_harvest(options: dict, cell: Any, sentence: str, 
         run_harvest(plan_harvest(config))
 
 
+def test_roles_that_nobody_has(talks: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", make_tokenizer("smollm2"))
+    with pytest.raises(UsageError, match="Every token of the text talks is left out or held out. Check --skip"):
+        harvest(model, talks, tmp_path / "cache", roles=("tool",))
+
+
 def test_a_tokenizer_without_a_template_is_refused(talks: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs a tokenizer with a chat template.* or give a column of text"):
         ChatEncoder(make_tokenizer("gpt-2"))
