@@ -51,15 +51,18 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
     )
 
 
-def model_folders(cache: Cache) -> list[str]:
-    """Where the folder of a cache's model has been: as its harvest was given it, then as those of other caches were."""
+def model_folders(cache: Cache, key: str = "model") -> list[str]:
+    """Where the folder of a cache's model has been: as its harvest was given it, then as those of other caches were.
+
+    With the key "adapters", where its adapters have been.
+    """
     record = cache.identity["model"]
     others = [
         other.folder
         for other in list_caches().values()
         if isinstance(other, Cache) and other.identity["model"].get("revision") == record["revision"]
     ]
-    return [path for folder in (cache.folder, *others) for path in recorded_folders(folder)]
+    return [path for folder in (cache.folder, *others) for path in recorded_folders(folder, key)]
 
 
 def harvest_command(model: str, hook: Hook, context: int | None = None) -> str:

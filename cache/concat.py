@@ -8,7 +8,7 @@ import numpy as np
 
 from ..common.errors import UsageError
 from ..common.files import digest_of
-from .layout import ArraySpec
+from .layout import ArraySpec, without_name
 from .reader import Cache
 
 # The held-out share and the seed are among them: they decide which documents training must not see, in any cache.
@@ -29,7 +29,9 @@ class ConcatCache:
         self.caches = list(caches)
         first = self.caches[0]
         for other in self.caches[1:]:
-            different = [key for key in COMPATIBLE_KEYS if other.identity[key] != first.identity[key]]
+            different = [
+                key for key in COMPATIBLE_KEYS if without_name(other.identity[key]) != without_name(first.identity[key])
+            ]
             different += [k for k in ADDED_KEYS if other.identity.get(k, ABSENT) != first.identity.get(k, ABSENT)]
             if different:
                 raise UsageError(

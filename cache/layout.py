@@ -308,8 +308,11 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
 
 
 def without_name(value: Any) -> Any:
-    """An entry of the identity without its name: revisions identify a model or a dataset, wherever it is stored."""
-    return {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
+    """An entry of the identity without names: revisions identify models, adapters and datasets, wherever they lie."""
+    if not isinstance(value, dict):
+        return value
+    adapters = {"adapters": [one["revision"] for one in value["adapters"]]} if "adapters" in value else {}
+    return {k: v for k, v in value.items() if k != "name"} | adapters
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:

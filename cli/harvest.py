@@ -87,6 +87,12 @@ def harvest(
     ] = 0,
     module: Annotated[list[str] | None, typer.Option("--module", rich_help_panel=MODEL, help=MODULE_HELP)] = None,
     revision: Annotated[str | None, typer.Option(rich_help_panel=MODEL, help="Commit of the model on the Hub.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=MODEL, help="PEFT adapter to merge into the model: a folder or Hub id. Repeatable."
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(rich_help_panel=MODEL, help="Precision of the model: auto, bfloat16 or float32.")
     ] = "auto",
@@ -118,7 +124,8 @@ def harvest(
     from ..harvest.config import LAYERS, HarvestConfig
 
     config = HarvestConfig(
-        model=model, revision=revision, layers=layer or LAYERS, sites=site or (() if module else ("resid_post",)),
+        model=model, revision=revision, adapters=adapter or (),
+        layers=layer or LAYERS, sites=site or (() if module else ("resid_post",)),
         modules=module or (), dataset=dataset, dataset_revision=dataset_revision, subset=subset, split=split,
         text_column=text_column, chat_column=chat_column, roles=roles or (), tokens=tokens, context=context,
         held_out=held_out, bos=bos, keep_special=keep_special, skip_positions=skip_positions,

@@ -214,9 +214,13 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
 
         (run or partial(run_training, plan))(TrainProgress(on_step, progress_bar.say))
     if latest:
+        from ..train.l0_control import missed_targets
+
         show_table("trained (means over the last logged steps)", ["run", *COLUMNS], table_rows(latest))
         waited = max(metrics["waited_for_data"] for metrics in latest.values())
         echo(f"done     in {time.monotonic() - started:.0f} s, of which training waited {waited:.1f} s for data")
+        for sentence in missed_targets({run.name: run.config.l0 for run in plan.runs}, latest):
+            echo(f"note     {sentence}")
 
 
 def progress_note(metrics: Mapping[str, dict[str, float]], runs: "list[Run]", live: bool) -> str:

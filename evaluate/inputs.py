@@ -165,13 +165,22 @@ def model_loader() -> ModelLoader:
 def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
     """The model of a cache and its configuration: at `given`, where the harvest found it, or on the Hub."""
     try:
-        return find_recorded_model(cache.identity["model"], model_folders(cache), given)
+        return find_recorded_model(
+            cache.identity["model"], model_folders(cache), given, model_folders(cache, "adapters")
+        )
     except UsageError as error:
         raise UsageError(
             f"{cache.folder} was harvested from {describe_record(cache.identity['model'])}. {error} "
             "If the folder has moved, name it with --model FOLDER; if it has changed, restore it, or harvest and train "
             "again: results of one model would be reported for the other."
         ) from error
+
+
+def model_identity_of(source: ModelSource, attention: str, dtype: str) -> dict[str, Any]:
+    """What identifies the model and how it computes, in the settings of every result."""
+    record = source.identity()
+    adapters = {"adapters": record["adapters"]} if "adapters" in record else {}
+    return {"model": source.name, "revision": source.revision, **adapters, "attention": attention, "llm_dtype": dtype}
 
 
 def make_context(
@@ -219,7 +228,7 @@ def make_context(
         contexts=contexts,
         context_format=change.format(form),
         mode=mode,
-        model_identity={"model": source.name, "revision": source.revision, "attention": attention, "llm_dtype": dtype},
+        model_identity=model_identity_of(source, attention, dtype),
         model_argument=source.argument,
         text_identity={"text": cache.fingerprint, "contexts": len(contexts), **change.identity},
         artifacts=artifact_cache(),

@@ -133,6 +133,7 @@ class EvaluatePlan:
     def summary(self, rows: Sequence[EvalRow], seconds: float) -> list[str]:
         """The lines to print after a run that took `seconds`: unexpected failures, and where the results are."""
         lines = [f"not run  {metric}: {reason}" for metric, reason in sorted(self.unexpected_failures(rows))]
+        lines += [f"note     {sentence}" for sentence in below_pca(rows)]
         done = f"done     in {seconds:.0f} s; all results are in evaluations/*.json of each run"
         if expected := sorted({metric for metric, _ in self.expected_failures}):
             done += f". Not run, for the reasons above: {', '.join(expected)}"
@@ -259,6 +260,33 @@ def text_notes(cache: Cache, ctx: EvalContext, rows: Sequence[EvalRow]) -> list[
         for row in rows
         for line in describe_change(row.name, row.record["origin"], ctx.change, form, context, ctx.tokenizer)
     ]
+
+
+def below_pca(rows: Sequence[EvalRow]) -> list[str]:
+    """A sentence for each SAE that explains less variance than the PCA of about the same L0 at its hook."""
+    sentences = []
+    for row in rows:
+        ours = core_numbers(row)
+        if row.is_reference or ours is None:
+            continue
+        for other in rows:
+            theirs = core_numbers(other) if other.is_reference and other.name.startswith("pca-") else None
+            if theirs is None or other.target.hook != row.target.hook:
+                continue
+            if math.isclose(ours[0], theirs[0], rel_tol=0.1) and ours[1] < theirs[1]:
+                sentences.append(
+                    f"{row.name} explains {ours[1]:.3f} of the variance, less than the PCA of equal L0 ({other.name}: "
+                    f"{theirs[1]:.3f}). It has not been trained enough to be compared."
+                )
+    return sentences
+
+
+def core_numbers(row: EvalRow) -> tuple[float, float] | None:
+    """L0 and explained variance of a row, if both were measured."""
+    metrics = row.results["core"].metrics if "core" in row.results else {}
+    l0 = metrics.get("sparsity", {}).get("l0")
+    explained = metrics.get("reconstruction_quality", {}).get("explained_variance")
+    return None if l0 is None or explained is None else (l0, explained)
 
 
 def unfinished_runs(runs: Sequence[Path]) -> list[Path]:

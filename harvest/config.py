@@ -19,6 +19,7 @@ class HarvestConfig:
 
     model: str = "google/gemma-2-2b"
     revision: str | None = None  # of the model, on the Hub
+    adapters: Sequence[str] = ()  # folders or Hub ids of PEFT adapters, merged into the model
     layers: Sequence[int] = LAYERS
     sites: Sequence[str] = ("resid_post",)
     modules: Sequence[str] = ()  # more sites: model.layers.{layer}.mlp.gate_proj:output

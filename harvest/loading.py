@@ -23,6 +23,8 @@ from ..cache.models import (
 )
 from ..common.errors import DamagedError, UsageError
 from . import mini
+from .adapters import AdapterSource, find_adapter, find_recorded_adapters, merge_adapters
+from .language_tower import is_multimodal, needed_files, tower_class
 from .load_errors import translate_load_errors
 from .structure import truncate_config
 
@@ -36,6 +38,7 @@ class ModelSource:
     name: str  # as it is recorded and shown (cache/models.py)
     location: str  # a Hub id or a folder
     revision: str  # a commit of the Hub, or the sha256 of the files
+    adapters: tuple[AdapterSource, ...] = ()  # to be merged into it, in this order
 
     @property
     def on_hub(self) -> bool:
@@ -47,11 +50,20 @@ class ModelSource:
         return mini.NAME if self.name == mini.NAME else self.location
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "revision": self.revision}
+        """The model's record (cache/models.py)."""
+        adapters = {"adapters": [adapter.identity() for adapter in self.adapters]} if self.adapters else {}
+        return {"name": self.name, "revision": self.revision, **adapters}
+
+    @property
+    def label(self) -> str:
+        """What the model is called."""
+        return model_label(self.identity())
 
 
-def find_model(name: str, revision: str | None = None) -> tuple[ModelSource, Any]:
+def find_model(name: str, revision: str | None = None, adapters: Sequence[str] = ()) -> tuple[ModelSource, Any]:
     """Find a model and pin its bytes. Returns its source and transformers' configuration; loads no weights.
+
+    `adapters` are folders or Hub ids of PEFT adapters that are merged into it.
 
     Raises UsageError if there is no such folder, and UnavailableError if the Hub cannot be reached or the model's
     license has not been accepted.
@@ -61,13 +73,14 @@ def find_model(name: str, revision: str | None = None) -> tuple[ModelSource, Any
         raise UsageError(f"--revision selects a commit on the Hub, and {name} is a local folder. Leave it out.")
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise UsageError(f"There is no folder {name}. Give a folder with a model, a Hub id, or --model {mini.NAME}.")
+    found = tuple(map(find_adapter, adapters))
     if folder.is_dir():
         digest = folder_digests(folder)[0]
         label = name if name == mini.NAME else folder_label(folder.resolve(), digest)
-        source = ModelSource(label, str(folder), digest)
+        source = ModelSource(label, str(folder), digest, found)
         return source, find_config(source)
     config = find_config(ModelSource(name, name, revision or "unknown"))
-    return ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or "unknown"), config
+    return ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or "unknown", found), config
 
 
 def find_config(source: ModelSource) -> Any:
@@ -77,15 +90,17 @@ def find_config(source: ModelSource) -> Any:
 
 
 def find_recorded_model(
-    record: ModelRecord, folders: Sequence[str] = (), given: str | None = None
+    record: ModelRecord, folders: Sequence[str] = (), given: str | None = None, adapter_folders: Sequence[str] = ()
 ) -> tuple[ModelSource, Any]:
     """Find the model of a record again, as `find_model`: on the Hub, or in a folder that holds the same files.
 
-    `folders` are tried in turn if the record is of a folder; the user names `given` instead.
+    `folders` are tried in turn if the record is of a folder; the user names `given` instead. Its adapters are found in
+    the same way, in `adapter_folders`.
 
     Raises UsageError if `given` is another model, if the folder is not found, or if the model has changed.
     """
     name, revision = record["name"], record["revision"]
+    adapters = find_recorded_adapters(record.get("adapters", ()), adapter_folders)
     if given is not None and not (model := GivenModel(given)).is_base_of(record):
         raise UsageError(f"{model.describe()} is another model.")
     if is_digest(revision) and name != mini.NAME:
@@ -94,11 +109,11 @@ def find_recorded_model(
         if first:
             remember_folder(folder, revision)
         source, config = find_model(str(folder))
-        return replace(source, name=name, revision=revision), config
+        return replace(source, name=name, revision=revision, adapters=adapters), config
     source, config = find_model(name, revision if len(revision) == COMMIT_LENGTH else None)
     if source.revision != revision:
         raise UsageError(f"{name} is now at revision {source.revision[:12]}, not at {revision[:12]}.")
-    return source, config
+    return replace(source, adapters=adapters), config
 
 
 def describe_record(record: ModelRecord) -> str:
@@ -116,29 +131,46 @@ def load_tokenizer(source: ModelSource) -> Any:
 def load_first_blocks(
     source: ModelSource, config: Any, last_layer: int, *, dtype: str, device: str, attention: str
 ) -> Any:
-    """transformers' model up to a layer, without the later blocks and the unembedding."""
-    config = copy.deepcopy(config)
-    truncate_config(config, last_layer + 1)
-    return load_transformer(AutoModel, source, config, dtype, device, attention)
+    """transformers' model up to a layer, without the later blocks and the unembedding.
+
+    With adapters it is the whole model, since they name the modules of that.
+    """
+    if source.adapters:
+        return load_whole_model(source, config, dtype=dtype, device=device, attention=attention)
+    kind = tower_class(config, with_unembedding=False) if is_multimodal(config) else AutoModel
+    first = copy.deepcopy(config)
+    truncate_config(first, last_layer + 1)
+    try:
+        return load_transformer(kind, source, first, dtype, device, attention)
+    except DamagedError:  # in Gemma 3n and 4 the number of blocks decides the shape of tensors outside them
+        return load_transformer(kind, source, config, dtype, device, attention)
 
 
 def load_whole_model(source: ModelSource, config: Any, *, dtype: str, device: str, attention: str) -> Any:
     """transformers' model with its unembedding."""
-    return load_transformer(AutoModelForCausalLM, source, config, dtype, device, attention)
+    kind = tower_class(config, with_unembedding=True) if is_multimodal(config) else AutoModelForCausalLM
+    model = load_transformer(kind, source, config, dtype, device, attention)
+    return merge_adapters(model, source.adapters) if source.adapters else model
 
 
 def load_transformer(kind: Any, source: ModelSource, config: Any, dtype: str, device: str, attention: str) -> Any:
     """A model of transformers with the weights of `source`. Raises DamagedError unless they are all there."""
-    with quiet_transformers(), translate_load_errors(source.location):
+    revision = hub_revision(source)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_transformers())
+        stack.enter_context(translate_load_errors(source.argument))
+        location = source.location
+        if is_multimodal(config):
+            location = stack.enter_context(needed_files(location, revision, config, kind))
         model, info = kind.from_pretrained(
-            source.location,
+            location,
             config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             device_map=device,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **hub_revision(source),
+            **(revision if location == source.location else {}),
         )
     wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:  # transformers has filled them with random numbers

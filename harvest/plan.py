@@ -130,6 +130,7 @@ class HarvestPlan:
             *self.describe_source(),
             f"size     {size}; {format_bytes(free_space(self.folder))} free",
             f"time     {self.describe_time()}",
+            *self.describe_restart(),
             f"cache    {self.folder}",
         ]
 
@@ -137,7 +138,11 @@ class HarvestPlan:
         """The lines of `describe` about the model, its hooks and the text."""
         held_out = "a tenth" if self.identity["held_out"] == "by name" else f"{self.config.held_out_share:.0%}"
         return [
-            f"model    {self.source.name} at {self.source.revision[:12]}, computed in {self.dtype} on {self.device}",
+            f"model    {self.source.label} at {self.source.revision[:12]}, computed in {self.dtype} on {self.device}",
+            *(
+                f"adapter  {adapter.name}, merged into the model; trained for {adapter.base or 'an unnamed model'}"
+                for adapter in self.source.adapters
+            ),
             *(f"hook     {h.name} = {self.modules[h.array]}, {self.widths[h.array]} wide" for h in self.hooks),
             f"text     {self.text.name} at {self.text.identity['revision'][:12]}, {held_out} of the documents held out",
             *self.describe_format(),
@@ -164,6 +169,8 @@ class HarvestPlan:
         rank, processes = rank_and_count()
         if rank > 0:
             return "estimated by the first process"
+        if self.finished_cache:
+            return "none: the cache is finished"
         where = self.device if processes == 1 else f"{processes} processes"
         seconds = self.estimated_seconds() / processes
         return f"about {format_duration(seconds)} of model time on {where}, extrapolated from timing one block"
@@ -201,6 +208,9 @@ class HarvestPlan:
         Each window's commit file records the settings it was harvested with.
         """
         record = asdict(self.config)
+        record["adapters"] = [str(Path(one).resolve()) if Path(one).exists() else one for one in self.config.adapters]
+        if not record["adapters"]:
+            del record["adapters"]
         for name in ("model", "dataset"):
             if record[name] and Path(record[name]).exists():
                 record[name] = str(Path(record[name]).resolve())
@@ -244,7 +254,7 @@ def plan_harvest(
     """
     dataset = (EMBEDDED_TEXT if config.model == mini.NAME else PILE) if config.dataset is None else config.dataset
     check_config(config, dataset)
-    source, model_config = find_model(config.model, config.revision)
+    source, model_config = find_model(config.model, config.revision, config.adapters)
     check_layers(model_config, config.layers, config.model)
     hooks = hooks_of_sites(model_config, config.layers, config.sites, config.modules)
     check_layers(model_config, [hook.layer for hook in hooks], config.model)

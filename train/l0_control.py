@@ -1,5 +1,6 @@
 """The L0 controller behind `--l0`: it moves the sparsity coefficients until L0 reaches the target."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,8 @@ from .step import Mechanism, Step
 
 if TYPE_CHECKING:
     from .variant import Variant
+
+MISSED_BY = 0.1  # of the target, beyond which a run has missed it
 
 
 class L0Controller(Mechanism):
@@ -85,3 +88,19 @@ def control_l0(variant: "Variant", target: float, steps: int) -> bool:
             variant.coefficients[name] = controller.take_over(name, variant.coefficients[name])
         variant.mechanisms.insert(0, controller)
     return bool(names)
+
+
+def missed_targets(targets: Mapping[str, float | None], metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence for each run whose last L0 differs from its target by more than a tenth.
+
+    Args: targets: run -> its L0 target, or None. metrics: run -> its last metrics.
+    """
+    sentences = []
+    for name, target in targets.items():
+        if target and name in metrics and abs(metrics[name]["l0"] / target - 1) > MISSED_BY:
+            l0 = metrics[name]["l0"]
+            sentences.append(
+                f"{name} ended at L0 {l0:.1f}, {l0 / target - 1:+.0%} from its target {target:g}. Train longer, or "
+                "compare it at its own L0."
+            )
+    return sentences

@@ -100,14 +100,14 @@ class Core(Metric):
                 row_set: batch.counted & outlier_mask(activations[row_set.hook], row_set.norm_limit)
                 for row_set in {target.row_set for target in targets}
             }
-            splices = [
-                one.add_batch(run, activations[one.target.hook], batch.counted, outliers[one.target.row_set])
-                for one in measured
-            ]
+            splices = []
+            for place, one in enumerate(measured, 1):
+                x_NSD, outlier_NS = activations[one.target.hook], outliers[one.target.row_set]
+                splices.append(one.add_batch(run, x_NSD, batch.counted, outlier_NS))
+                progress(number * len(measured) + place, len(batches) * len(measured), "batches x SAEs")
             if run:
                 zeroed = {hook: zero_ablated_output(run, hook, batch, constant_D) for hook in hooks}
                 add_losses(ctx.model, batch, run.final[batch.counted], zeroed, measured, splices)
-            progress(number + 1, len(batches), "batches")
         token_counts = [int(batch.is_token.sum()) for batch in batches]
         tokens: dict[str, float | None] = {
             "total_tokens_eval_reconstruction": sum(token_counts[: self.reconstruction_batches]),

@@ -35,6 +35,7 @@ FLAGS = {
     "dataset-revision": ("abc", "dataset_revision", "abc"),
     "seed": ("7", "seed", 7),
     "revision": ("def", "revision", "def"),
+    "adapter": ("lora", "adapters", ["lora"]),
     "dtype": ("float32", "dtype", "float32"),
     "attention": ("sdpa", "attention", "sdpa"),
     "batch-contexts": ("5", "batch_contexts", 5),

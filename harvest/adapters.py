@@ -1,0 +1,140 @@
+"""PEFT adapters that are merged into a model before it is harvested or evaluated."""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from ..cache.models import find_folder, folder_digests, folder_label, is_digest
+from ..common.errors import DamagedError, UnavailableError, UsageError
+from .load_errors import translate_load_errors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter's name, where it is loaded from, and what pins its bytes; as for a model."""
+
+    name: str
+    location: str  # a Hub id or a folder
+    revision: str  # a commit of the Hub, or the sha256 of the files
+    base: str | None  # the model that it says it was trained for
+
+    def identity(self) -> dict[str, str]:
+        return {"name": self.name, "revision": self.revision}
+
+    @property
+    def hub_revision(self) -> dict[str, str]:
+        return {} if Path(self.location).is_dir() else {"revision": self.revision}
+
+
+def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
+    """Find an adapter and pin its bytes; reads no weights.
+
+    Raises UsageError if it is not there, or is not in safetensors, and UnavailableError if the Hub cannot be reached.
+    """
+    require_peft()
+    folder = Path(name)
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise UsageError(f"There is no folder {name}. Give --adapter a folder with {CONFIG}, or a Hub id.")
+    if folder.is_dir():
+        if not (folder / CONFIG).exists():
+            raise UsageError(f"{name} holds no PEFT adapter: it has no {CONFIG}.")
+        if not (folder / WEIGHTS).exists():
+            raise UsageError(
+                f"{name} has no {WEIGHTS}. Adapters are only read from safetensors: a .bin file can run code when it "
+                "is read. Load it with peft and save it again with save_pretrained."
+            )
+        digest = folder_digests(folder)[0]
+        return AdapterSource(folder_label(folder.resolve(), digest), str(folder), digest, base_of(folder / CONFIG))
+    with translate_load_errors(name):
+        config = Path(cached_file(name, CONFIG, **({"revision": revision} if revision else {})))
+        cached_file(name, WEIGHTS, **({"revision": revision} if revision else {}))
+    commit = revision or config.parent.name  # the Hub's cache keeps each commit in a folder of its name
+    return AdapterSource(name, name, commit, base_of(config))
+
+
+def find_recorded_adapters(records: Sequence[Mapping[str, str]], folders: Sequence[str]) -> tuple[AdapterSource, ...]:
+    """Find the adapters of a model record again. `folders`: where the local ones may lie.
+
+    Raises UsageError if one is not found.
+    """
+    found = []
+    for record in records:
+        if not is_digest(record["revision"]):
+            found.append(find_adapter(record["name"], record["revision"]))
+            continue
+        try:
+            found.append(find_adapter(str(find_folder(record, folders))))
+        except UsageError as error:
+            raise UsageError(
+                f"The adapter {record['name']} is needed. {error} Run the same `sae harvest` again with --adapter "
+                "FOLDER, which records where it is now."
+            ) from error
+    return tuple(found)
+
+
+def require_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise UnavailableError("An adapter needs peft, which is not installed: pip install 'sae-pipeline[adapters]'.")
+
+
+def base_of(config: Path) -> str | None:
+    try:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{config} cannot be read ({error}). Save or download the adapter again.") from error
+    return base if isinstance(base, str) and base else None
+
+
+def merge_adapters(model: Any, adapters: Sequence[AdapterSource]) -> Any:
+    """A causal language model of transformers with the adapters merged into its weights, one after the other.
+
+    Raises UsageError if an adapter is of a kind that cannot be merged, or does not fit the model.
+    """
+    import peft
+
+    for adapter in adapters:
+        try:
+            adapted = peft.PeftModel.from_pretrained(model, adapter.location, **adapter.hub_revision)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            first = str(error).strip().splitlines()[-1].strip()
+            raise UsageError(f"The adapter {adapter.location} does not fit the model: {first}") from error
+        check_all_loaded(adapted, adapter)
+        if not hasattr(adapted, "merge_and_unload"):
+            raise UsageError(cannot_merge(adapter, adapted.active_peft_config.peft_type))
+        try:
+            model = adapted.merge_and_unload(safe_merge=True)
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            raise UsageError(f"{cannot_merge(adapter, adapted.active_peft_config.peft_type)} ({error})") from error
+    return model.eval().requires_grad_(False)
+
+
+def cannot_merge(adapter: AdapterSource, kind: Any) -> str:
+    return (
+        f"The adapter {adapter.location} is of the kind {getattr(kind, 'value', kind)}, which peft cannot merge into "
+        "the weights of a model. LoRA and its relatives can be."
+    )
+
+
+def check_all_loaded(adapted: Any, adapter: AdapterSource) -> None:
+    """Raise UsageError unless the adapter's tensors are those that the adapted model has; peft leaves others out."""
+    import peft
+
+    with translate_load_errors(adapter.location):
+        path = cached_file(adapter.location, WEIGHTS, **adapter.hub_revision)
+        with safe_open(path, framework="pt") as file:
+            in_file = set(file.keys())
+    in_model = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if different := sorted(in_file ^ in_model):
+        where = "the adapter has and the model has not" if different[0] in in_file else "the adapter lacks"
+        raise UsageError(
+            f"The adapter {adapter.location} does not fit the model: {len(different):,} of its tensors differ, such as "
+            f"{different[0]}, which {where}. It was trained for {adapter.base or 'another model'}."
+        )

@@ -1,0 +1,128 @@
+"""Load only the language tower of a model that also reads images or sound.
+
+The whole class of transformers is built, so that the tower's tensors get their names as they do in the whole model, but
+the other parts are replaced by placeholders before any memory is allocated, their tensors are not read, and the files
+that hold nothing else are neither opened nor downloaded.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
+
+from ..common.errors import UsageError
+
+INDEX = "model.safetensors.index.json"
+
+
+class LeftOut(nn.Module):
+    """Stands for a part of a model that text does not need. It keeps the part's plain attributes, such as sizes."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.__dict__ |= {name: value for name, value in vars(part).items() if not name.startswith("_")}
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise UsageError("This part of the model reads images or sound and was not loaded.")
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether a language model is only a part of the model that a configuration describes."""
+    return config.get_text_config() is not config
+
+
+def tower_class(config: Any, with_unembedding: bool) -> Any:
+    """transformers' class for a multimodal configuration, whose instances have a language tower only.
+
+    Raises UsageError if transformers has no such class.
+    """
+    names = ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    mappings = [getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING", {}) for name in names]
+    if not with_unembedding:
+        mappings.insert(0, AutoModel._model_mapping)
+    for mapping in mappings:
+        if type(config) in mapping and not isinstance(whole := mapping[type(config)], tuple):
+            break
+    else:
+        raise UsageError(f"transformers has no model with text output for {type(config).__name__}. Choose another.")
+
+    def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        whole.__init__(self, config, *args, **options)
+        leave_out_other_parts(self)
+
+    # transformers looks tensors' names up by the name of the class.
+    names_of_class = {"__module__": whole.__module__, "__qualname__": whole.__qualname__, "__doc__": whole.__doc__}
+    return type(whole.__name__, (whole,), {**names_of_class, "__init__": init})
+
+
+def leave_out_other_parts(model: Any) -> list[str]:
+    """Replace everything but the language tower and the unembedding, in place. Returns the names of what was replaced.
+
+    The tower is the module with the configuration of the text. What is neither in it, nor holds it, nor is the
+    unembedding, is left out.
+    """
+    path = tower_path(model)
+    unembedding = model.get_output_embeddings()
+    left_out, parent = [], model
+    for step in path.split("."):
+        for name, part in list(parent.named_children()):
+            if name != step and part is not unembedding:
+                setattr(parent, name, LeftOut(part))
+                left_out.append(name)
+        for name in list(parent._parameters):
+            parent._parameters[name] = None
+            left_out.append(name)
+        parent = getattr(parent, step)
+    return left_out
+
+
+def tower_path(model: Any) -> str:
+    """The path of the outermost module whose configuration is that of the text."""
+    kind = type(model.config.get_text_config())
+    for name, part in model.named_modules():
+        if name and isinstance(getattr(part, "config", None), kind):
+            return name
+    raise UsageError(f"{type(model).__name__} has no part with the configuration of its text, so it is not supported.")
+
+
+@contextlib.contextmanager
+def needed_files(location: str, revision: dict[str, str], config: Any, tower: Any) -> Iterator[str]:
+    """A folder with the weight files that the tower needs, or `location` itself if that is all of them.
+
+    A file is not needed if all its tensors belong to parts that were left out.
+    """
+    index = read_index(location, revision)
+    if index is None:
+        yield location
+        return
+    with torch.device("meta"):
+        other_parts = set(leave_out_other_parts(tower.__mro__[1](config)))
+    weight_map = index["weight_map"]
+    files = {file for tensor, file in weight_map.items() if not other_parts & set(tensor.split("."))}
+    if files == set(weight_map.values()):
+        yield location
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for file in files:
+            path = cached_file(location, file, **revision)
+            (Path(temporary) / Path(file).name).symlink_to(Path(path).absolute())
+        kept = {tensor: Path(file).name for tensor, file in weight_map.items() if file in files}
+        (Path(temporary) / INDEX).write_text(json.dumps({**index, "weight_map": kept}), encoding="utf-8")
+        (Path(temporary) / "generation_config.json").write_text("{}", encoding="utf-8")  # transformers asks for it
+        yield temporary
+
+
+def read_index(location: str, revision: dict[str, str]) -> dict[str, Any] | None:
+    """The list of tensors and files of a model in several safetensors files; None if it has none."""
+    with contextlib.suppress(OSError, ValueError):
+        index = json.loads(Path(cached_file(location, INDEX, **revision)).read_text(encoding="utf-8"))
+        return index if isinstance(index.get("weight_map"), dict) else None
+    return None

@@ -1,0 +1,117 @@
+"""A model in a local folder is the same model wherever the folder lies, and no local path is published."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.cache import models
+from sae.cache.catalog import find_cache
+from sae.cache.layout import Hook
+from sae.cache.models import folder_digests, model_label, same_model
+from sae.cache.reader import Cache
+from sae.common.errors import UsageError
+from sae.evaluate.plan import EvaluateConfig, plan_evaluation
+from sae.evaluate.run import run_evaluation
+from sae.harvest.run import harvest_activations
+from sae.train.formats.export import export_sae
+from sae.train.formats.import_ import import_sae
+from sae.train.run import train_saes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = {"layers": 0, "tokens": 1500, "context": 32, "window": 512, "held_out": 0.2, "device": "cpu"}
+
+
+def evaluate(run: Path, model: Path | None = None) -> Any:
+    config = EvaluateConfig(
+        [run], suite="core", tokens=200, references=False, device="cpu", force=True, model=model and str(model)
+    )
+    return run_evaluation(plan_evaluation(config))[0].results["core"].metrics
+
+
+def test_a_model_that_moved_is_found(tiny_model: Path, sentences: Path, home: Path) -> None:
+    """Harvest, training, evaluation, export and import know it by its files; only evaluation has to be told where."""
+    here, there = home / "here", home / "models" / "there"
+    shutil.copytree(tiny_model, here)
+    cache = harvest_activations(str(here), dataset=sentences, **OPTIONS)
+    digest = folder_digests(here)[0]
+    assert cache.identity["model"] == {"name": f"here-{digest[:8]}", "revision": digest}
+    (run,) = train_saes(["topk"], cache=cache.folder, layers=[0], steps=4, batch_size=64, width=64, device="cpu")
+    before = evaluate(run.folder)
+    there.parent.mkdir()
+    here.rename(there)
+    (there / "README.md").write_text("read me")
+    (there / ".lock").touch()
+    (there / "trainer_state.json").write_text("{}")
+    with pytest.raises(UsageError, match=rf"here-.* \(sha256 {digest[:12]}\).*there is no folder .*--model FOLDER"):
+        evaluate(run.folder)
+    other = shutil.copytree(there, home / "other")
+    (other / "config.json").write_text(
+        (other / "config.json").read_text().replace('"eos_token_id": 1', '"eos_token_id": 3')
+    )
+    assert folder_digests(other)[0] != digest
+    with pytest.raises(UsageError, match=rf"sha256 {digest[:12]}\), not on .*sha256 {folder_digests(other)[0][:12]}"):
+        evaluate(run.folder, other)
+    assert evaluate(run.folder, there) == before
+    assert evaluate(run.folder) == before, "it is remembered where the folder is"
+    (home / "link").symlink_to(there)
+    for name in (str(there), "models/there", "link", f"here-{digest[:8]}"):
+        assert find_cache(name, Hook(0)).folder == cache.folder
+    assert harvest_activations("models/there", dataset=sentences, **OPTIONS).folder == cache.folder
+
+
+def test_an_export_is_imported_and_evaluated_and_has_no_path_in_it(
+    tiny_model: Path, sentences: Path, home: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, home / "secret" / "mine")
+    cache = harvest_activations(str(folder), dataset=sentences, **OPTIONS)
+    (run,) = train_saes(["topk"], cache=cache.folder, layers=[0], steps=4, batch_size=64, width=64, device="cpu")
+    for fmt in ("saelens", "dictionary-learning", "sparsify"):
+        exported = export_sae(run.folder, fmt, home / "exports" / fmt)
+        for path in exported.files:
+            assert str(home).encode() not in path.read_bytes(), f"{path.name} contains a local path"
+        imported = import_sae(exported.folder, name=f"imported-{fmt}")
+        assert imported.cache == cache.folder
+        assert same_model(imported.sae.origin["model"], cache.identity["model"])
+    ours, theirs = evaluate(run.folder), evaluate(home / "runs" / "imported-saelens")
+    for name, value in ours["reconstruction_quality"].items():
+        assert theirs["reconstruction_quality"][name] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_cache_of_an_earlier_version_has_the_path_as_name_and_shows_it_nowhere(tiny_cache: Cache) -> None:
+    old = {"name": "/home/someone/models/mine", "revision": tiny_cache.identity["model"]["revision"]}
+    assert model_label(old) == f"mine-{old['revision'][:8]}"
+    assert same_model(old, tiny_cache.identity["model"])
+    assert not same_model(old, {**old, "revision": "0" * 64})
+    assert not same_model(old, {**old, "adapters": [{"name": "lora", "revision": "1"}]})
+
+
+def test_a_remembered_digest_is_not_trusted_once_a_file_has_changed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Size, times and inode are compared. What changed a moment ago is not remembered at all."""
+    monkeypatch.setattr(models, "REMEMBERED_BYTES", 1)
+    monkeypatch.setattr(models, "SETTLED_NS", -1)
+    folder = home / "model"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"one")
+    first = folder_digests(folder)
+    assert models.remembered_path().exists()
+    read: list[Path] = []
+    original = models.hashlib.file_digest
+    monkeypatch.setattr(models.hashlib, "file_digest", lambda f, kind: read.append(f.name) or original(f, kind))
+    assert folder_digests(folder) == first and not read
+    times = weights.stat().st_mtime_ns
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(times, times))
+    assert folder_digests(folder) != first and read
+    models.remembered_path().write_text("{ torn")
+    assert folder_digests(folder) != first
+    monkeypatch.setattr(models, "SETTLED_NS", 10**18)
+    weights.write_bytes(b"three")
+    folder_digests(folder)
+    folder_digests(folder)
+    assert len(read) >= 4
