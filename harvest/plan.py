@@ -161,6 +161,14 @@ class HarvestPlan:
             left_out.append(", ".join(repr(token_text(self.tokenizer, token)) for token in form.skip_ids))
         return [*lines, *([f"no rows  {'; '.join(left_out)}"] if left_out else [])]
 
+    def describe_restart(self) -> list[str]:
+        """A line that says so if an interrupted harvest would begin again: nothing is safe before the first window."""
+        if self.tokens > self.config.window or self.finished_cache:
+            return []
+        smaller = CHUNK_ROWS * (self.tokens // (4 * CHUNK_ROWS))
+        advice = f"; --window {smaller} would save it in parts" if smaller else ""
+        return [f"restart  if it is interrupted, it begins again: all rows are in one window{advice}"]
+
     def describe_time(self) -> str:
         """The estimated time as text. It is also part of the plans of --stream and `sae reproduce`.
 
