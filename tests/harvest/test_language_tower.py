@@ -5,12 +5,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
 
 from sae.cache.layout import Hook
+from sae.cache.outliers import origin_of_rows
 from sae.common.errors import DamagedError
 from sae.harvest.language_tower import LeftOut
 from sae.harvest.mini import WEIGHTS
@@ -187,8 +189,9 @@ def test_a_harvest_of_the_tower_ends_with_the_activations_of_the_whole_model(sen
     )
     contexts = cache.contexts(held_out=False)
     bits = torch.from_numpy(cache.read_chunk("layer_01", 0).copy()).view(torch.bfloat16)
-    for row in range(0, 256, 40):
-        context, position = int(cache.row_ctx[row]), int(cache.row_pos[row])
+    rows = np.arange(0, 256, 40)
+    origin = [origin_of_rows(cache.folder, cache.layout, name, rows) for name in ("row_ctx", "row_pos")]
+    for row, context, position in zip(rows, *origin, strict=True):
         ids = torch.from_numpy(contexts.ids[context : context + 1, : position + 1].astype("int64"))
         expected = whole(ids, output_hidden_states=True).hidden_states[2][0, -1]
         torch.testing.assert_close(bits[row].float(), expected.to(torch.bfloat16).float(), rtol=2e-2, atol=1e-3)
