@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..cache.layout import Hook
 from ..cache.models import model_label
 from ..common.errors import UsageError, did_you_mean
 from ..common.files import read_json, sae_home
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
 from .results import read_result_file
+from .rows import hook_suffix
 from .tables import (
     column_heading,
     digest_without_seed,
@@ -179,11 +181,12 @@ def read_results(folder: Path) -> tuple[dict[str, MetricResult], dict[str, dict[
 
 
 def read_references(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """The identity, zero, PCA and random dictionaries that were measured on the runs' text and layer."""
-    layer = runs[0].origin.get("layer")
+    """The identity, zero, PCA and random dictionaries that were measured on the runs' text and hook."""
+    hook = Hook.from_record({"layer": None, **runs[0].origin})
+    end = f"-L{hook.layer}{hook_suffix(hook)}-"
     settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
     references = []
-    for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*-L{layer}-*")):
+    for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*{end}{'[0-9a-f]' * 8}")):
         results, reference_settings = read_results(folder)
         matching = {
             metric: result
@@ -191,7 +194,7 @@ def read_references(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
             if metric in settings and without_weights(reference_settings[metric]) == without_weights(settings[metric])
         }
         if matching:
-            name = folder.name.split(f"-L{layer}-")[0]
+            name = folder.name.split(end)[0]
             references.append(ComparedRun(name, folder, {}, {}, matching, reference_settings, is_reference=True))
     return references
 

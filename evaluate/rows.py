@@ -93,6 +93,11 @@ def placed(hook: Hook) -> str:
     return f"after {hook}" if hook.site == "resid_post" else f"at {hook}"
 
 
+def hook_suffix(hook: Hook) -> str:
+    """What the name of a reference's folder says of its hook: "" for resid_post, "-mlp_out"."""
+    return "" if hook.site == "resid_post" else f"-{hook.site}"
+
+
 def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
     """(metric, reason) for everything that has no result, except reference rows."""
     return {(m, str(error)) for row in rows if not row.is_reference for m, error in row.errors.items()}

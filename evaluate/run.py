@@ -23,7 +23,7 @@ from .norm_limits import cached_norm_limit, norm_limit_of
 from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics, read_earlier_results, resolve_config
 from .reference_saes import reference_targets
 from .results import write_result
-from .rows import EvalGroup, EvalRow, placed
+from .rows import EvalGroup, EvalRow, hook_suffix, placed
 
 # Called with a metric's name before it is measured; the context manager gives the function that receives its progress.
 ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
@@ -232,7 +232,7 @@ def reference_rows(group: EvalGroup) -> list[EvalRow]:
     for hook, norm_limit in row_sets:
         targets = [row.target for row in group.rows if row.target.row_set == (hook, norm_limit)]
         limit = {} if norm_limit is None else {"norm_limit": norm_limit}
-        site = "" if hook.site == "resid_post" else f"-{hook.site}"
+        site = hook_suffix(hook)
         for name, target in reference_targets(ctx, training_text, targets).items():
             d_sae = getattr(target.sae, "d_sae", None)
             record = {

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ...cache.layout import Hook
 from ...cache.outliers import outlier_mask
-from ...common.errors import SaeError, UnavailableError
+from ...common.errors import SaeError, UnavailableError, UsageError
 from ...harvest.model import LanguageModel
 from ..context import EvalContext
 from ..metrics.base import Progress, RowSet
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from .passages import DEFAULT_WINDOW, PassageTable, PassageWindow
 
+RESIDUAL_STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # part of it or added to it
 TOP_PASSAGES = 10  # with the largest activations
 SAMPLED_PASSAGES = 15  # that quantiles are taken from
 BYTES_PER_PASSAGE_TOKEN = 4 * (TOP_PASSAGES + SAMPLED_PASSAGES)  # of memory, for each selected latent
@@ -230,11 +231,24 @@ def _latent_stats(
 ) -> LatentStats:
     stats = collect_activations(ctx, sae, rows, latents_K, progress, window)
     raised, lowered = None, None
-    if rows.hook.site != "attn_z":
+    if has_logit_effects(ctx.model, rows.hook):
         raised, lowered = logit_effects(ctx.model, sae.W_dec[latents_K], partial(progress, note="logit effects"))
     nearest = nearest_latents(sae.W_dec, latents_K, partial(progress, note="nearest latents"))
     coactive, jaccard = coactive_latents(stats.pair_activations, latents_K, partial(progress, note="coactive latents"))
     return LatentStats(stats, raised, lowered, nearest, coactive, jaccard)
+
+
+def has_logit_effects(model: LanguageModel, hook: Hook) -> bool:
+    """Whether decoder rows at a hook are directions of the residual stream, which the final norm and unembedding read.
+
+    They are not inside attention or an MLP, or where a model has more than a norm before its unembedding.
+    """
+    if hook.site not in RESIDUAL_STREAM_SITES:
+        return False
+    try:
+        return model.norm is not None
+    except UsageError:
+        return False
 
 
 @torch.no_grad()

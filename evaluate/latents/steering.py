@@ -61,6 +61,8 @@ def steering(
         )
     language_model, mask = LanguageModel(model), PositionMask(positions)
     hook = hook_of_sae(sae, language_model)
+    if positions is not None and hook.is_outside:
+        raise UsageError(f"The SAE reads {hook}, outside the blocks, where positions are not known. Omit positions.")
     if latent not in range(sae.d_sae):
         raise UsageError(f"There is no latent {latent!r}: the SAE has latents 0 to {sae.d_sae - 1}.")
     if (strength is None) == (clamp is None):
@@ -92,10 +94,12 @@ def hook_of_sae(sae: SAE, model: LanguageModel) -> Hook:
     if "layer" not in sae.origin:
         raise UsageError("This SAE does not record its layer. Set sae.origin['layer'] to a zero-based block.")
     hook = Hook.from_record(sae.origin)
-    if hook.layer >= len(model.blocks) or model.width(hook) != sae.d_in:
+    name, blocks = type(model.model).__name__, len(model.blocks)
+    width = model.width(hook) if hook.layer < blocks else int(model.config.hidden_size)
+    if hook.layer >= blocks or width != sae.d_in:
         raise UsageError(
-            f"The SAE reads {hook} of width {sae.d_in}, but this {type(model.model).__name__} has {len(model.blocks)} "
-            f"blocks of width {model.width(hook)}. Load the model that the SAE was trained on."
+            f"The SAE reads {hook} of width {sae.d_in}, but this {name} has {blocks} blocks of width {width} there. "
+            "Load the model that the SAE was trained on."
         )
     return hook
 

@@ -81,10 +81,19 @@ def test_the_fields_are_saebench_s_and_no_sae_depends_on_another(ctx, monkeypatc
     assert together[0].n == {"problems": 1, "test_texts": 150}
     for name, (low, high) in together[0].intervals["scr_metrics"].items():
         assert low <= together[0].metrics["scr_metrics"][name] <= high
-    monkeypatch.setattr(ctx.model, "capture", None)  # texts and probes are on the shelf
+    monkeypatch.setattr(ctx.model, "capture_hooks", None)  # texts and probes are on the shelf
     monkeypatch.setattr(ablation, "train_probes", None)
     alone = [SMALL.measure(ctx, [target], silent)[0] for target in reversed(targets)]
     assert alone[::-1] == together
+
+
+def test_the_input_of_a_block_is_the_output_of_the_one_before_and_a_site_has_its_own_width(ctx):
+    torch.manual_seed(0)
+    wide = SAE(48, 60, [ReLU()]).requires_grad_(False)
+    targets = [(random_sae(0), Hook(0)), (random_sae(0), Hook(1, "resid_pre")), (wide, Hook(1, "mlp_hidden"))]
+    output, same, inside = SMALL.measure(ctx, [EvalTarget(*target) for target in targets], silent)
+    assert output == same
+    assert inside.metrics["scr_metrics"] != output.metrics["scr_metrics"]
 
 
 def test_what_fires_on_nothing_leaks_and_is_said(ctx):

@@ -334,6 +334,8 @@ def test_the_order_of_saes_and_their_company_change_nothing(ctx):
     assert isinstance(first[1], SaeError)
     assert (first[0], first[2]) == (again[0], again[2])
     assert first[0] == alone[0]
+    (at_input,) = metric.measure(ctx, [EvalTarget(saes[1], Hook(1, "resid_pre"))], silent)
+    assert at_input == first[2]  # the input of block 1 is the output of block 0
     assert first[0].n["words_train"] == 208
     assert first[0].n["words_test"] == 52
     with pytest.raises(UsageError, match=r"absorption\.max_k_value is 0; give 1 or more"):

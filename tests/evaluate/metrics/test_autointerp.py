@@ -276,6 +276,21 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
         evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=options[:-1], device="cpu"))
 
 
+def test_latents_fire_at_the_site_that_an_sae_reads(ctx):
+    rows, drawn = pack_contexts(ctx, 32), [[1, 5]] * 3
+    torch.manual_seed(0)
+    wide = SAE(48, 16, [ReLU()]).requires_grad_(False)
+    hooks = (Hook(0), Hook(1, "resid_pre"), Hook(1, "mlp_hidden"))
+    targets = [EvalTarget(sae, hook) for sae, hook in zip((sae_of(0), sae_of(0), wide), hooks, strict=True)]
+    shares = firing_frequencies(ctx.model, torch.tensor(ctx.special_ids), rows, targets, silent)
+    assert np.array_equal(shares[0], shares[1])
+    found = {(n, latent): (p, v) for n, latent, p, v in collect_firings(ctx, rows, targets, drawn, shares, silent)}
+    expected = wide.encode(ctx.model.capture_hooks(rows, hooks[2:])[hooks[2]])[..., 5].flatten()
+    expected[torch.isin(rows, torch.tensor(ctx.special_ids)).flatten()] = 0
+    assert np.array_equal(found[0, 5][1], found[1, 5][1])
+    torch.testing.assert_close(torch.from_numpy(found[2, 5][1]), expected[expected > 0])
+
+
 def test_references_and_settings_that_make_no_sense_are_refused(ctx):
     (outcome,) = Autointerp(context=32).measure(ctx, [EvalTarget(Identity(), Hook(0), reference=True)], silent)
     assert isinstance(outcome, UsageError)

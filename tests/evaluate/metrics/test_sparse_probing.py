@@ -65,6 +65,15 @@ def measured(ctx: EvalContext, *coders, metric: SparseProbing = METRIC) -> list:
     return metric.measure(ctx, [EvalTarget(coder, Hook(1)) for coder in coders], silent)
 
 
+def test_the_input_of_a_block_is_the_output_of_the_one_before_and_a_site_has_its_own_width(ctx):
+    torch.manual_seed(0)
+    wide = SAE(48, 40, [ReLU()]).requires_grad_(False)
+    targets = [(make_sae(), Hook(0)), (make_sae(), Hook(1, "resid_pre")), (wide, Hook(1, "mlp_hidden"))]
+    output, same, inside = METRIC.measure(ctx, [EvalTarget(*target) for target in targets], silent)
+    assert output == same
+    assert inside.metrics["llm"] != output.metrics["llm"]  # probes of the activations there
+
+
 def test_the_fields_are_saebench_s(ctx):
     (found,) = measured(ctx, make_sae())
     assert list(found.metrics) == ["llm", "sae"]

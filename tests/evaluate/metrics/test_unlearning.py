@@ -149,6 +149,13 @@ def metric() -> Unlearning:
     return Unlearning(side_effects=(SIDE, "human_aging"), **SMALL)
 
 
+def test_the_input_of_a_block_is_the_output_of_the_one_before(ctx, metric):
+    """So the same SAE unlearns the same there, where the block is run again; at the embedding it is another one."""
+    sae = sae_that_fires_on(VALUE)
+    output, same = metric.measure(ctx, [EvalTarget(sae, hook) for hook in (Hook(0), Hook(1, "resid_pre"))], silent)
+    assert output == same and output.metrics["unlearning"]["unlearning_score"] > 0
+
+
 def test_clamping_the_latent_of_the_subject_costs_just_the_answers_that_hang_on_it(ctx, metric):
     """Four of the six questions are lost, the others and all of the other sets stay; the same in any company."""
     both = replace(metric, n_features=(1, 2))
