@@ -170,8 +170,8 @@ def thin_out(series: Series) -> Series:
     parts, inner = MAX_LINE_POINTS // 2 - 1, len(series.x) - 2
     kept = {0, len(series.x) - 1}
     for part in range(parts):
-        places = range(1 + inner * part // parts, 1 + inner * (part + 1) // parts)
-        finite = [place for place in places if math.isfinite(series.y[place])]
+        among = range(1 + inner * part // parts, 1 + inner * (part + 1) // parts)
+        finite = [place for place in among if math.isfinite(series.y[place])]
         if finite:
             kept |= {min(finite, key=series.y.__getitem__), max(finite, key=series.y.__getitem__)}
     places = sorted(kept)
