@@ -26,7 +26,8 @@ from .recorder import BlockSites, Site
 from .structure import Parts, check_layers, decoder_config, find_parts, truncate_config
 
 __all__ = [
-    "check_context", "check_layers", "check_loaded_sites", "check_sites", "hook_width", "hooks_of_sites", "module_name",
+    "can_truncate", "check_context", "check_layers", "check_loaded_sites", "check_sites", "hook_width",
+    "hooks_of_sites", "module_name",
 ]  # fmt: skip
 
 MOST_PARAMETERS = 1_000_000_000  # of a block that is built in memory
@@ -50,8 +51,10 @@ def module_name(hook: Hook, config: Any) -> str:
     name = ".".join(filter(None, (where, site.path)))
     if hook.site != "resid_post":
         return f"the input of {name}" if site.is_input else name
-    last = hook.layer == len(blueprint.parts.blocks) - 1  # its hidden state in transformers is after the final norm
-    return name + ("" if last else f", hidden_states[{hook.layer + 1}]")
+    # The hidden state of the last block is after the final norm. Recurrent models count hidden states otherwise.
+    if hook.layer == len(blueprint.parts.blocks) - 1 or not hasattr(decoder_config(config), "num_attention_heads"):
+        return name
+    return f"{name}, hidden_states[{hook.layer + 1}]"
 
 
 def hook_width(hook: Hook, config: Any) -> int:
@@ -101,6 +104,17 @@ def check_loaded_sites(model: HookedModel, config: Any, hooks: Sequence[Hook]) -
                 f"The weights of the model put {hook} at {found.path}, {found.width} wide, and its architecture alone "
                 f"at {planned.path}, {planned.width} wide. Name the module itself with --module."
             )
+
+
+def can_truncate(config: Any, blocks: int) -> bool:
+    """Whether the first blocks, built alone, have the parameters that they have in the whole model.
+
+    Not so in Gemma 3n and 4, which keep inputs for all blocks in one embedding.
+    """
+    short = copy.deepcopy(config)
+    truncate_config(short, blocks)
+    whole = {name: p.shape for name, p in blueprint_of(config).model.named_parameters()}
+    return all(whole.get(name) == p.shape for name, p in build_without_numbers(short).named_parameters())
 
 
 class Blueprint:
@@ -344,14 +358,14 @@ def without_numbers_except(layer: int, classes: Sequence[type]) -> Iterator[None
 
     try:
         for kind in own:
-            kind.__init__ = wrapped(kind.__init__)  # type: ignore[misc]
+            setattr(kind, "__init__", wrapped(getattr(kind, "__init__")))  # noqa: B009, B010  (mypy knows the types)
         yield
     finally:
         for kind, init in own.items():
             if init is None:
-                del kind.__init__
+                delattr(kind, "__init__")
             else:
-                kind.__init__ = init  # type: ignore[misc]
+                setattr(kind, "__init__", init)  # noqa: B010
 
 
 @torch.no_grad()

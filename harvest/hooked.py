@@ -70,8 +70,8 @@ class HookedModel:
             return nn.Identity()
         for path, module in self.trunk.named_modules():
             calls = recorder.calls.get(path, []) if path else []
-            ends = [c for c in calls if c.x is not None and c.y is not None and torch.equal(c.y, final)]
-            if last is not None and any(c.x.shape == last.shape and torch.equal(c.x, last) for c in ends):
+            ends = [c for c in calls if c.y is not None and torch.equal(c.y, final)]
+            if last is not None and any(torch.equal(c.x, last) for c in ends if c.x is not None):
                 return module
         raise UsageError(
             f"{type(self.model).__name__} has no single module between its last block and its last hidden state."
@@ -235,7 +235,7 @@ class HookedModel:
         what leads from resid_pre to `change(x)`; the result is the same within rounding.
         """
         if hook.site != "resid_mid":
-            with self._hooking(hook, change):
+            with self._hooking(hook, lambda x: change(x).clone()):  # Falcon adds to its MLP's output in place
                 yield
             return
         self.site(hook)

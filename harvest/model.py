@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..cache.layout import Hook
+from .architectures import can_truncate
 from .hooked import HookedModel
 from .loading import (
     ModelSource,
@@ -43,6 +44,7 @@ from .loading import (
 )
 from .module_io import output_tensor
 from .splice import ForwardPass, Splicer
+from .structure import decoder_config
 
 __all__ = [
     "ForwardPass",
@@ -62,7 +64,12 @@ __all__ = [
 def load_trunk(
     source: ModelSource, config: Any, last_layer: int, *, dtype: str, device: str, attention: str
 ) -> "LanguageModel":
-    """Load the model up to a layer, without the later blocks and the unembedding."""
+    """Load the model up to a layer, without the later blocks and the unembedding.
+
+    Where the first blocks cannot be built alone, all blocks are loaded.
+    """
+    if not can_truncate(config, last_layer + 1):
+        last_layer = int(decoder_config(config).num_hidden_layers) - 1
     return LanguageModel(load_first_blocks(source, config, last_layer, dtype=dtype, device=device, attention=attention))
 
 

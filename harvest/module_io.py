@@ -50,6 +50,7 @@ def with_output(output: Any, x: Tensor) -> Any:
         return x
     old = output_tensor(output)
     if isinstance(output, Mapping):
-        return type(output)({name: x if value is old else value for name, value in output.items()})
+        kind: Any = type(output)
+        return kind({name: x if value is old else value for name, value in output.items()})
     values = [x if value is old else value for value in output]
     return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)

@@ -44,8 +44,8 @@ def find_sites(block: nn.Module, call: Call, shape: tuple[int, int]) -> BlockSit
     width = probe.resid_post.shape[1]
     found.sites["resid_pre"] = Site("", True, probe.resid_pre.shape[1])
     found.sites["resid_post"] = Site("", False, width)
-    if why := probe.unsound():
-        found.refused = dict.fromkeys(INNER_SITES, why)
+    if unsound := probe.unsound():
+        found.refused = dict.fromkeys(INNER_SITES, unsound)
     else:
         probe.find_parts()
         probe.find_projections()
@@ -145,11 +145,9 @@ class BlockProbe:
         kept = self.calls[first].y
         second_mixes = self.mixes(second, {first: lambda y: kept if y.shape == kept.shape else y})  # type: ignore
         if first_mixes == second_mixes:
-            how = "both" if first_mixes else "neither"
-            self.refuse(
-                f"the block adds {first} and {second}, and {how} of them reads earlier tokens, so they are not an "
-                "attention and an MLP", "attn_out", "mlp_out", "resid_mid",
-            )  # fmt: skip
+            how = "both read" if first_mixes else "neither reads"
+            why = f"of {first} and {second}, which the block adds, {how} earlier tokens: they are no attention and MLP"
+            self.refuse(why, "attn_out", "mlp_out", "resid_mid")
             return
         attention, mlp = (first, second) if first_mixes else (second, first)
         self.parts = {"attention": attention, "MLP": mlp}
@@ -268,7 +266,8 @@ class BlockProbe:
 
     def chain(self, part: str) -> tuple[list[str], str | None]:
         """The modules whose outputs lead to that of a part, last one first, and the linear map if it ends in one."""
-        chain, target = [], self.y[self.parts[part]]
+        chain: list[str] = []
+        target = self.y[self.parts[part]]
         for _ in range(4):  # the last norm and what it reads
             same = [path for path in self.y if path and path in self.x and torch.equal(self.y[path], target)]
             linear = [path for path in same if self.is_linear(path)]
