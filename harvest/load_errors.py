@@ -3,6 +3,7 @@
 import contextlib
 import errno
 from collections.abc import Iterator
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -58,6 +59,8 @@ def load_error(error: Exception, name: str) -> SaeError | None:
         )
     if caused_by(RevisionNotFoundError):
         return UsageError(f"The model {name} has no such revision. Give a commit of it with --revision.")
+    if sentence := unsupported_model(causes, name):
+        return UsageError(sentence)
     if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
         return UnavailableError(
             f"The model {name} could not be loaded: the disk is full. "
@@ -72,4 +75,35 @@ def load_error(error: Exception, name: str) -> SaeError | None:
             f"machine. Check the network, and that HF_HUB_OFFLINE is not set.{gated} "
             f"To try everything without it: --model {mini.NAME}"
         )
+    return None
+
+
+def unsupported_model(causes: list[BaseException], name: str) -> str | None:
+    """The sentence for a model that transformers cannot load as it is; None for any other error."""
+    said = " ".join(map(str, causes))
+    if (
+        Path(name).is_dir()
+        and (gguf := sorted(Path(name).glob("*.gguf")))
+        and not any(Path(name).glob("*.safetensors"))
+    ):
+        return (
+            f"{name} holds {gguf[0].name} and no safetensors. GGUF is not read: load it with transformers "
+            "(gguf_file=...), and save the dequantized model with save_pretrained."
+        )
+    if "trust_remote_code" in said:
+        return (
+            f"{name} needs code of its own, which is never run here (trust_remote_code is not set). Choose a model "
+            "whose architecture is part of transformers."
+        )
+    if "does not recognize this architecture" in said or "Unrecognized model" in said:
+        return (
+            f"The installed transformers does not know the architecture of {name}. Update transformers, or choose "
+            "another model."
+        )
+    for package in ("bitsandbytes", "gptqmodel", "auto_gptq", "autoawq", "optimum", "compressed_tensors"):
+        if package in said.lower():
+            return (
+                f"{name} is quantized, and transformers needs {package} to load it. Install that, or choose the model "
+                "that is not quantized."
+            )
     return None
