@@ -30,7 +30,7 @@ class AdapterSource:
         return {"name": self.name, "revision": self.revision}
 
     @property
-    def hub_revision(self) -> dict[str, str]:
+    def hub_revision(self) -> dict[str, Any]:
         return {} if Path(self.location).is_dir() else {"revision": self.revision}
 
 
@@ -54,7 +54,7 @@ def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
         digest = folder_digests(folder)[0]
         return AdapterSource(folder_label(folder.resolve(), digest), str(folder), digest, base_of(folder / CONFIG))
     with translate_load_errors(name):
-        config = Path(cached_file(name, CONFIG, **({"revision": revision} if revision else {})))
+        config = Path(str(cached_file(name, CONFIG, **({"revision": revision} if revision else {}))))
         cached_file(name, WEIGHTS, **({"revision": revision} if revision else {}))
     commit = revision or config.parent.name  # the Hub's cache keeps each commit in a folder of its name
     return AdapterSource(name, name, commit, base_of(config))

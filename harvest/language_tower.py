@@ -112,8 +112,8 @@ def needed_files(location: str, revision: dict[str, str], config: Any, tower: An
         return
     with tempfile.TemporaryDirectory() as temporary:
         for file in files:
-            path = cached_file(location, file, **revision)
-            (Path(temporary) / Path(file).name).symlink_to(Path(path).absolute())
+            path = Path(str(cached_file(location, file, **revision)))
+            (Path(temporary) / Path(file).name).symlink_to(path.absolute())
         kept = {tensor: Path(file).name for tensor, file in weight_map.items() if file in files}
         (Path(temporary) / INDEX).write_text(json.dumps({**index, "weight_map": kept}), encoding="utf-8")
         (Path(temporary) / "generation_config.json").write_text("{}", encoding="utf-8")  # transformers asks for it
@@ -123,6 +123,6 @@ def needed_files(location: str, revision: dict[str, str], config: Any, tower: An
 def read_index(location: str, revision: dict[str, str]) -> dict[str, Any] | None:
     """The list of tensors and files of a model in several safetensors files; None if it has none."""
     with contextlib.suppress(OSError, ValueError):
-        index = json.loads(Path(cached_file(location, INDEX, **revision)).read_text(encoding="utf-8"))
+        index = json.loads(Path(str(cached_file(location, INDEX, **revision))).read_text(encoding="utf-8"))
         return index if isinstance(index.get("weight_map"), dict) else None
     return None
