@@ -71,12 +71,12 @@ class Splicer:
             def replace(_: Tensor) -> Tensor:
                 nonlocal replaced
                 replaced = True
-                return x_NSD
+                return x_NSD.clone()  # Falcon adds to it in place
 
             with contextlib.ExitStack() as stack:
                 start = self.skipped_to(hook) if self.skips_blocks.get(hook, True) else None
                 if start == hook:
-                    stack.enter_context(self.starting_after(hook.layer, x_NSD))
+                    stack.enter_context(self.starting_after(hook.layer, x_NSD.clone()))
                     replaced = True
                 else:
                     stack.enter_context(model.patching(hook, replace))
@@ -161,6 +161,8 @@ class Splicer:
             logits_NSV = self.unembed(final_NSD).float()
             return float((logits_NSV - expected_NSV).abs().max() / expected_NSV.abs().max())
 
+        if hooks:
+            model.capture_hooks(ids_NS, hooks)  # refuses activations that are not one vector a token
         run = self.keep(ids_NS, hooks)
         self.require(difference(run.final), "computing its logits from its last hidden state")
         for hook in hooks:

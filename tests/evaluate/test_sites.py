@@ -64,7 +64,8 @@ def trained(
     home = tmp_path_factory.mktemp("sites")
     config = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(1,), sites=tuple(SITES), tokens=2048, context=32,
-        modules=("model.layers.{layer}.mlp.gate_proj", "model.norm"), window=2048, held_out=0.1, device="cpu", max_norm=None,
+        modules=("model.layers.{layer}.mlp.gate_proj", "model.norm"), window=2048, held_out=0.1, device="cpu",
+        max_norm=None,
         out=home / "cache",
     )  # fmt: skip
     cache = run_harvest(plan_harvest(config))

@@ -78,6 +78,8 @@ def tiny(kind: str) -> LanguageModel:
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
     }  # fmt: skip
+    if kind == "falcon":
+        del sizes["head_dim"]
     config = CONFIG_MAPPING[kind](**sizes, **OPTIONS.get(kind, {}))
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -148,6 +150,17 @@ def test_several_versions_of_the_contexts_run_together(kind: str, site: str, ids
     versions = [x_NSD, 0.5 * x_NSD.roll(1, 0), -x_NSD, x_NSD + 0.1]
     alone = [run.run_from(hook, version) for version in versions]
     torch.testing.assert_close(run.run_from(hook, torch.cat(versions)), torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gpt2"])
+def test_what_is_put_in_is_not_changed(kind: str, ids_NS: Tensor) -> None:
+    """Falcon adds the attention to the MLP's output in place."""
+    model = tiny(kind)
+    for hook in (Hook(1), Hook(1, "mlp_out")):
+        run = model.forward(ids_NS, [hook])
+        x_NSD = 0.5 * run.activations[hook]
+        before, first = x_NSD.clone(), run.run_from(hook, x_NSD)
+        assert torch.equal(x_NSD, before) and torch.equal(run.run_from(hook, x_NSD), first)
 
 
 @pytest.mark.parametrize(("layer", "runs"), [(0, [0, 1, 2, 3]), (2, [2, 3])])
