@@ -86,7 +86,7 @@ class Hook(NamedTuple):
 
     @property
     def name(self) -> str:
-        """TransformerLens' name, `blocks.12.hook_resid_post`; a module's is `model.layers.12.mlp.up_proj.output`."""
+        """TransformerLens' name, `blocks.12.hook_resid_post`; a module has `model.layers.12.mlp.up_proj.output`."""
         if self.site in SITES:
             return SITES[self.site].format(self.layer)
         return self.site if self.is_outside else f"model.layers.{self.layer}.{self.site}"

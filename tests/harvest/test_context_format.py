@@ -64,7 +64,9 @@ CASES: list[tuple[str, dict[str, Any], str | None, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "options", "first", "left_out"), CASES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("shape", "options", "first", "left_out"), CASES, ids=[f"{shape}-{options}" for shape, options, *_ in CASES]
+)
 def test_rows_are_those_of_a_mask_made_by_hand(
     shape: str, options: dict, first: str | None, left_out: set[str], models: dict[str, Path], text: Path, home: Path
 ) -> None:

@@ -153,7 +153,8 @@ def import_files(
     config.check_hook(config.model or model_label(used_model), hook, foreign.sae.d_in)
     if config.cache is not None and config.cache_if_fits:
         given = Cache(config.cache)
-        cache, candidates = (given if holds(given, used_model, hook, foreign.sae.d_in) else None), []
+        cache = given if holds(given, used_model, hook, foreign.sae.d_in) else None
+        candidates: list[Path] = []
     else:
         cache, candidates = find_cache(used_model, hook, foreign.sae.d_in, config.cache, foreign.notes)
     if cache is not None:

@@ -52,7 +52,7 @@ def find_published(files: Iterable[RemoteFile], repo: str) -> list[PublishedSAE]
     for file in files:
         path = PurePosixPath(file.name)
         folders[path.parent][path.name] = file
-    found = {}
+    found: dict[tuple[str, str], PublishedSAE] = {}
     for folder, contents in folders.items():
         if "sae.json" in contents:  # a run of this package
             continue
