@@ -24,10 +24,25 @@ Made by `benchmarks/family_table.py`, which checks each family on a tiny model w
   transformers' model with a plain hook that does the same. Afterwards the model is as before.
 - The first blocks alone, as a harvest loads them, give the same activations as the whole model.
 
-The blocks and the sites are found by structure and numbers (`harvest/structure.py`, `harvest/probe.py`), so a family
-that is not listed works as well if its numbers prove the sites. `sae harvest --dry-run` shows what is found, and the
-harvest checks it again on the model's own weights. `--module` reads the input or output of any other module, whichever
-the family.
+The family of a model is the `model_type` in its config.json: Pythia is gpt_neox, SmolLM2 is llama, and a multimodal
+model such as Gemma 3 is listed by its language tower, gemma3_text. The blocks and the sites are found by structure and
+numbers (`harvest/structure.py`, `harvest/probe.py`), so a family that is not listed works as well if its numbers prove
+the sites. `sae harvest --dry-run` shows what is found, and the harvest checks it again on the model's own weights. A
+site that cannot be proved is refused with the reason. `--module` reads the input or output of any other module,
+whichever the family.
+
+The sites of a block, in the order in which the model computes them:
+
+| site | what | TransformerLens |
+|---|---|---|
+| resid_pre | the residual stream before the block | `hook_resid_pre` |
+| attn_z | what attention's output matrix reads: the heads, one after the other | `attn.hook_z`, flattened |
+| attn_out | what attention adds to the residual stream | `hook_attn_out` |
+| resid_mid | the residual stream between attention and MLP | `hook_resid_mid` |
+| mlp_in | what the MLP reads, after the norm | `mlp.hook_in` (TransformerBridge) |
+| mlp_hidden | what the MLP's last matrix reads: its neurons | `mlp.hook_post` |
+| mlp_out | what the MLP adds to the residual stream | `hook_mlp_out` |
+| resid_post | the residual stream after the block | `hook_resid_post` |
 
 A number such as 1/2 counts kinds of blocks: in one of two kinds the site exists, such as the dense blocks of a model
 that also has mixtures of experts. The modules are those of attn_z and mlp_in: what stands in the place of attention

@@ -88,11 +88,12 @@ def describe_largest(statistics: dict[str, Any]) -> str:
     if (largest := statistics.get("largest")) is None:
         return ""
     masked = f" ({largest['share_unmasked']:.1%} without the masked rows)" if statistics["marked"] else ""
-    positions = ", ".join(f"{position} ({rows:,})" for position, rows in largest["positions"])
-    tokens = ", ".join(f"{token if text is None else repr(text)} ({rows:,})" for token, rows, text in largest["tokens"])
+    positions = ", ".join(f"{rows:,} at {position}" for position, rows in largest["positions"])
+    tokens = ", ".join(f"{rows:,} of {token if text is None else repr(text)}" for token, rows, text in largest["tokens"])
+    rows = "the largest row" if largest["rows"] == 1 else f"the {largest['rows']:,} largest rows"
     return (
         f"largest norm {largest['norm']:.4g}; the top 0.1% of rows hold {largest['share']:.1%} of the variance{masked}"
-        f"; top {format_count(largest['rows'], 'row')}: position {positions}; token {tokens}"
+        f"; {rows} by position: {positions}; by token: {tokens}"
     )
 
 

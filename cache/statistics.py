@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..common.files import read_json
+from ..common.formatting import format_count
 from .chunks import read_array
 from .layout import FORMAT, Layout
 from .outliers import iterate_rows, largest_rows, norm_limit, rows_above, share_of_top_rows
@@ -108,12 +109,13 @@ def array_statistics(
 def describe_statistics(statistics: dict[str, Any]) -> str:
     """The statistics of an array in one line."""
     quantiles, max_norm = statistics["norm_quantiles"], statistics["max_norm"]
-    outliers = f", {statistics['marked']:,} rows over {max_norm:g}x the median norm masked" if max_norm else ""
+    masked = format_count(statistics["marked"], "row")
+    outliers = f", {masked} over {max_norm:g}x the median norm masked" if max_norm else ""
     return (
         f"mean norm {statistics['mean_norm']:.4g} "
         f"(1% {quantiles['0.01']:.4g}, median {quantiles['0.5']:.4g}, 99.9% {quantiles['0.999']:.4g}), "
         f"elementwise variance {statistics['variance']:.4g}, "
-        f"{len(statistics['outlier_dimensions'])} outlier dimensions{outliers}"
+        f"{format_count(len(statistics['outlier_dimensions']), 'outlier dimension')}{outliers}"
     )
 
 

@@ -36,7 +36,8 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Reject runs of any other model; of a published SAE, the model that its files do not name.",
+            help="Reject runs of any other model, or where its folder lies, if it has moved. Of a published SAE, the "
+            "model that its files do not name.",
             rich_help_panel=INPUTS,
         ),
     ] = None,

@@ -42,7 +42,7 @@ StreamTokens = Annotated[
 ]
 Layers = Annotated[
     list[int] | None,
-    typer.Option("--layer", help="Zero-based block; its output, the residual stream, is read. Can be repeated."),
+    typer.Option("--layer", help="Zero-based block. Can be repeated."),
 ]
 Caches = Annotated[
     list[Path] | None,
@@ -52,7 +52,10 @@ Caches = Annotated[
         "With --stream, the folder for the windows being harvested.",
     ),
 ]
-SITE_HELP = "resid_post, resid_pre, resid_mid, attn_out, attn_z, mlp_in, mlp_hidden or mlp_out"
+SITE_HELP = (
+    "What is read of the block: resid_post (its output), resid_pre, resid_mid, attn_out, attn_z, mlp_in, mlp_hidden or "
+    "mlp_out"
+)
 MODULE_HELP = "Another module: 'model.layers.{layer}.mlp.gate_proj', its :output or :input. Can be repeated."
 Sites = Annotated[list[str] | None, typer.Option("--site", help=f"{SITE_HELP}. Can be repeated.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

@@ -49,8 +49,9 @@ def test_tokens_are_shown_as_text_where_the_harvest_gave_it(outlier_cache, rows_
     writer = make_writer(outlier_cache.folder, bits, 16, compress=outlier_cache.layout.compress)
     writer.finish(10, token_text=lambda token: f"<{token}>")
     line = describe_largest(Cache(outlier_cache.folder).statistics("layer_05"))
-    assert line.startswith("largest norm ") and " without the masked rows); top 5 rows: position 4 (2), 6 (2)" in line
-    assert "token '<4>' (1), " in line
+    assert line.startswith("largest norm ")
+    assert " without the masked rows); the 5 largest rows by position: 2 at 4, 2 at 6, 1 at 5; by token: " in line
+    assert "1 of '<4>', " in line
 
 
 def test_a_warning_names_the_option_that_masks_the_rows(outlier_cache, rows_with_outliers, make_writer) -> None:
