@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..common.formatting import format_count
 from .chunks import map_chunk, read_array_spec, read_rows
 from .layout import Layout
 
