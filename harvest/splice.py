@@ -52,7 +52,8 @@ class Splicer:
 
     def forward(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
         """One whole pass that keeps the activations at the hooks, and the inputs of the blocks with a hook inside."""
-        self.check([hook for hook in hooks if hook not in self.skips_blocks])
+        if unchecked := [hook for hook in hooks if hook not in self.skips_blocks]:
+            self.check(unchecked)
         return self.keep(ids_NS, hooks)
 
     def keep(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:

@@ -152,6 +152,17 @@ def test_several_versions_of_the_contexts_run_together(kind: str, site: str, ids
     torch.testing.assert_close(run.run_from(hook, torch.cat(versions)), torch.cat(alone))
 
 
+def test_a_hook_is_checked_before_its_first_use_only(ids_NS: Tensor) -> None:
+    model, passes = tiny("llama"), []
+    hooks = [Hook(1), Hook(1, "mlp_out")]
+    model.forward(ids_NS, hooks)
+    handle = model.trunk.register_forward_hook(lambda *_: passes.append(1))
+    for asked in (hooks, hooks[:1], []):
+        model.forward(ids_NS, asked)
+    handle.remove()
+    assert len(passes) == 3
+
+
 @pytest.mark.parametrize("kind", ["falcon", "gpt2"])
 def test_what_is_put_in_is_not_changed(kind: str, ids_NS: Tensor) -> None:
     """Falcon adds the attention to the MLP's output in place."""
