@@ -88,7 +88,7 @@ def describe_largest(statistics: dict[str, Any]) -> str:
         return ""
     masked = f" ({largest['share_unmasked']:.1%} without the masked rows)" if statistics["marked"] else ""
     positions = ", ".join(f"{rows:,} at {position}" for position, rows in largest["positions"])
-    tokens = ", ".join(f"{rows:,} of {token if text is None else repr(text)}" for token, rows, text in largest["tokens"])
+    tokens = ", ".join(f"{rows:,} of {repr(text) if text else token}" for token, rows, text in largest["tokens"])
     rows = "the largest row" if largest["rows"] == 1 else f"the {largest['rows']:,} largest rows"
     return (
         f"largest norm {largest['norm']:.4g}; the top 0.1% of rows hold {largest['share']:.1%} of the variance{masked}"

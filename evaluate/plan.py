@@ -276,16 +276,16 @@ def below_pca(rows: Sequence[EvalRow]) -> list[str]:
             if math.isclose(ours[0], theirs[0], rel_tol=0.1) and ours[1] < theirs[1]:
                 sentences.append(
                     f"{row.name} explains {ours[1]:.3f} of the variance, less than the PCA of equal L0 ({other.name}: "
-                    f"{theirs[1]:.3f}). It has not been trained enough to be compared."
+                    f"{theirs[1]:.3f}). Train it longer before comparing it with others."
                 )
     return sentences
 
 
 def core_numbers(row: EvalRow) -> tuple[float, float] | None:
-    """L0 and explained variance of a row, if both were measured."""
-    metrics = row.results["core"].metrics if "core" in row.results else {}
+    """L0 and EV of a row as its table shows them, if both were measured."""
+    metrics = row.results["core"].sound.metrics if "core" in row.results else {}
     l0 = metrics.get("sparsity", {}).get("l0")
-    explained = metrics.get("reconstruction_quality", {}).get("explained_variance")
+    explained = metrics.get("reconstruction_quality", {}).get("fve")
     return None if l0 is None or explained is None else (l0, explained)
 
 

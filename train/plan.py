@@ -235,7 +235,8 @@ def describe_masked_rows(run: Run) -> str | None:
     cache, array = run.cache, run.hook.array
     if not isinstance(cache, Cache | ConcatCache) or not (masked := len(cache.outlier_rows(array))):
         return None
-    return f"masked   {masked:,} of {sum(cache.chunk_rows):,} rows of {array}, whose norm is over the limit of `sae harvest --max-norm`"
+    rows = f"{masked:,} of {sum(cache.chunk_rows):,} rows of {array}"
+    return f"masked   {rows}, whose norm is over the limit of `sae harvest --max-norm`"
 
 
 def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> TrainPlan:

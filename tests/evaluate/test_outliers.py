@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from sae.common.errors import UsageError
 from sae.evaluate.compare import compare_runs, comparison_table, to_csv
 from sae.evaluate.latents.inspection import encode_prompt, open_run
 from sae.evaluate.latents.stats import latent_stats
-from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.base import EvalTarget, MetricResult
 from sae.evaluate.metrics.sae_statistics import SAEStatistics, splice
 from sae.evaluate.pages.dashboard import dashboard_page
-from sae.evaluate.plan import EvaluateConfig, plan_evaluation
+from sae.evaluate.plan import EvaluateConfig, below_pca, plan_evaluation
+from sae.evaluate.reference_saes import Identity
+from sae.evaluate.rows import EvalRow
 from sae.evaluate.run import evaluate, evaluate_saes
 from sae.evaluate.tables import tables
 from sae.harvest.plan import HarvestConfig, plan_harvest
@@ -316,3 +319,19 @@ def test_references_are_fitted_and_measured_without_outlier_rows(cache: Cache, h
     assert masked != plain
     comparison = compare_runs([runs[0]])
     assert len(comparison.references) == 4  # those with the run's limit
+
+
+def test_an_sae_is_compared_with_the_pca_by_the_ev_and_l0_of_the_table() -> None:
+    """The numbers of the note are those that the table shows: without outlier rows, and not SAEBench's EV."""
+
+    def core(l0: float, fve: float) -> MetricResult:
+        return MetricResult({"sparsity": {"l0": l0}, "reconstruction_quality": {"fve": fve, "explained_variance": 0.9}})
+
+    def row(name: str, all_rows: MetricResult, sound: MetricResult, reference: bool = False) -> EvalRow:
+        target = EvalTarget(Identity(), Hook(0), reference=reference)
+        return EvalRow(name, target, results={"core": replace(all_rows, masked=sound)})
+
+    pca = row("pca-32", core(32, 0.1), core(32, 0.5), reference=True)
+    worse, better = row("worse", core(900, 0.9), core(32, 0.4)), row("better", core(32, 0.0), core(32, 0.6))
+    (sentence,) = below_pca([worse, better, pca])
+    assert sentence.startswith("worse explains 0.400 of the variance, less than the PCA of equal L0 (pca-32: 0.500).")
