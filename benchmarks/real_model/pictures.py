@@ -8,16 +8,12 @@ taken. Needs playwright and a Chromium on the PATH; run.py has to be done.
 """
 
 import argparse
-import base64
-import gzip
 import json
-import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from dashboards import latent_entries, passages, unpack
 from forward_hooks import PlainCache
 from make_model import TEXT, default_folder
 from packages import TEXTS
@@ -25,19 +21,6 @@ from packages import TEXTS
 WIDTH, HEIGHT = 1440, 900
 LISTED = 40
 SHOWN = {package.name: package.show for package in TEXTS if package.show}
-
-
-def unpack(page: str, name: str) -> Any:
-    """The JSON that a dashboard holds under this name."""
-    (packed,) = re.findall(rf'id="packed-{name}">([^<]*)<', page)
-    return json.loads(gzip.decompress(base64.b64decode(packed)))
-
-
-def latent_entries(page: str) -> Iterator[dict[str, Any]]:
-    """The entries of all latents of a dashboard, in the order of its table."""
-    blocks = len(re.findall(r'id="packed-\d+"', page))
-    for number in range(blocks):
-        yield from unpack(page, str(number))
 
 
 def source_of_contexts(cache: PlainCache, text: Path) -> list[str]:
@@ -50,10 +33,10 @@ def showable_latents(page: str, sources: list[str]) -> dict[int, set[str]]:
     """Latents all of whose passages come from texts that may be shown, with those texts; the most passages first."""
     found = []
     for latent, entry in zip(unpack(page, "table")["latent"], latent_entries(page), strict=True):
-        passages = [*entry["top"], *entry["quantiles"]]
-        used = {sources[passage[0]] for passage in passages}
-        if passages and used <= set(SHOWN):
-            found.append((-len(passages), latent, used))
+        shown = passages(entry)
+        used = {sources[context] for context, _ in shown}
+        if shown and used <= set(SHOWN):
+            found.append((-len(shown), latent, used))
     return {latent: used for _, latent, used in sorted(found, key=lambda one: one[:2])}
 
 

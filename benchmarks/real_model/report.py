@@ -106,12 +106,13 @@ def recipes(stages: dict[str, Any], arm: str) -> str | None:
         cells.append(format_number(number(result, "correlation", "quantile_99.9", masked=False)))
         cells += [format_number(part.get("training_rows_ev", {}).get(run)) for part in (rows, rows_off)]
         cells += [format_number(part.get("first_example_outliers", {}).get(run)) for part in (rows, rows_off)]
+        cells.append(format_number((stages.get(f"{arm}-pages") or {}).get("outliers_first", {}).get(run)))
         if absorption:
             cells.append(format_number(number(absorption[run], "mean", "mean_full_absorption_score")))
         lines.append([run.split("-")[0], *cells])
     headings = ["recipe", *(heading for heading, *_ in NUMBERS)]
     headings += ["EV, not masked", "corr 99.9 %, not masked", "EV on training rows", "the same, not masked"]
-    headings += ["first examples on outlier rows", "the same, not masked"]
+    headings += ["first examples on outlier rows", "the same, not masked", "first examples in the dashboard"]
     return table(headings + ["absorption"] * bool(absorption), lines)
 
 

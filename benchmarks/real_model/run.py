@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from beginnings import compare_beginnings
+from dashboards import first_examples
 from forward_hooks import (
     PlainCache,
     PlainSAE,
@@ -41,6 +42,7 @@ from outlier_rows import (
     explained_variance_of_rows,
     first_example_outliers,
     order_stability,
+    read_table,
     save_table,
     variance_of_rows,
 )
@@ -137,7 +139,7 @@ class Bench:
         layers = [option for layer in self.args.layer for option in ("--layer", str(layer))]
         self.sae(arm, "harvest", "--model", self.model, "--dataset", self.text, *layers, *arm.harvest)
         identity = arm.cache.identity
-        return {"cache": arm.cache.folder.name, "bos": identity.get("bos"), "skip": identity["skip"]}
+        return {"cache": arm.cache.folder.name, "bos": identity.get("bos", "as the tokenizer has it"), "skip": identity["skip"]}
 
     def train(self, arm: Arm) -> dict[str, Any]:
         variants = [option for recipe in RECIPES for option in ("--variant", recipe)]
@@ -163,21 +165,37 @@ class Bench:
             }  # fmt: skip
         return results
 
-    def pages(self, arm: Arm) -> dict[str, int]:
-        """A dashboard of the first run and a page that compares all. Returns their sizes in bytes."""
-        self.sae(arm, "dashboard", next(run for run in arm.runs if run.name.startswith("topk")))
+    def pages(self, arm: Arm) -> dict[str, Any]:
+        """A dashboard of each run and a page that compares all.
+
+        Returns the size of each in bytes, and for each dashboard the share of latents whose first example is a row over
+        the norm limit. The norms are those that `rows` measured.
+        """
+        for run in arm.runs:
+            self.sae(arm, "dashboard", run)
         self.sae(arm, "compare", *arm.runs, "--out", arm.home / "compare.html")
+        table = read_table(self.rows_file(arm, masked=False))
+        norm = dict(zip(zip(table.context.tolist(), table.position.tolist(), strict=True), table.norm, strict=True))
+        limit = arm.cache.norm_limit(self.array) or float("inf")
+        shares = {}
+        for run in arm.runs:
+            first = first_examples((run / "dashboard.html").read_text())
+            shares[run.name] = sum(bool(norm[place] > limit) for place in first) / max(1, len(first))
+        pages = [*(run / "dashboard.html" for run in arm.runs), arm.home / "compare.html"]
         return {
-            path.name: path.stat().st_size
-            for path in [*arm.home.glob("runs/*/dashboard.html"), arm.home / "compare.html"]
+            "bytes": {str(page.relative_to(arm.home)): page.stat().st_size for page in pages},
+            "outliers_first": shares,
         }
+
+    def rows_file(self, arm: Arm, masked: bool) -> Path:
+        return self.folder / "stages" / f"{arm.name}-rows{'' if masked else '-unmasked'}.npz"
 
     def rows(self, arm: Arm, masked: bool) -> dict[str, Any]:
         """Measure each held-out row with forward hooks only; without masking no KL and CE, since EV shows enough."""
         limit = arm.cache.norm_limit(self.array)
         model = load_plain_model(self.model, arm.cache)
         table = measure(model, arm.cache.held_out(), arm.saes, limit if masked else None, loss=masked, say=say_progress)
-        save_table(table, self.folder / "stages" / f"{arm.name}-rows{'' if masked else '-unmasked'}.npz")
+        save_table(table, self.rows_file(arm, masked))
         return {
             "summary": table.summary(), "rows": len(table.norm), "documents": len(set(table.document.tolist())),
             "order": order_stability(table),
@@ -274,9 +292,9 @@ def run_stages(bench: Bench) -> dict[str, Any]:
         stage(f"{arm.name}-core", lambda arm=arm: bench.evaluate(arm, "core"))
         stage(f"{arm.name}-rows", lambda arm=arm: bench.rows(arm, masked=True))
         stage(f"{arm.name}-rows-unmasked", lambda arm=arm: bench.rows(arm, masked=False))
+        stage(f"{arm.name}-pages", lambda arm=arm: bench.pages(arm))
     stage("beginnings", bench.beginnings)
     stage("standing-absorption", lambda: bench.evaluate(standing, "absorption"))
-    stage("standing-pages", lambda: bench.pages(standing))
     return found
 
 
