@@ -139,7 +139,11 @@ class Bench:
         layers = [option for layer in self.args.layer for option in ("--layer", str(layer))]
         self.sae(arm, "harvest", "--model", self.model, "--dataset", self.text, *layers, *arm.harvest)
         identity = arm.cache.identity
-        return {"cache": arm.cache.folder.name, "bos": identity.get("bos", "as the tokenizer has it"), "skip": identity["skip"]}
+        return {
+            "cache": arm.cache.folder.name,
+            "bos": identity.get("bos", "as the tokenizer has it"),
+            "skip": identity["skip"],
+        }
 
     def train(self, arm: Arm) -> dict[str, Any]:
         variants = [option for recipe in RECIPES for option in ("--variant", recipe)]
