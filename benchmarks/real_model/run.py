@@ -232,7 +232,7 @@ class Bench:
         layers = sorted({first, *self.args.layer})
         chosen = [option for layer in layers for option in ("--layer", str(layer))]
         self.sae(arm, "harvest", "--model", self.model, "--dataset", self.text, *chosen, "--tokens", "4096")
-        batch = json.loads(next(arm.cache.folder.glob("commits/*.json")).read_text())["batch_contexts"]
+        batch = json.loads(next(arm.cache.folder.glob("commits/*.json")).read_text())["made_with"]["batch_contexts"]
         model = load_plain_model(self.model, arm.cache)
         return hidden_state_differences(model, arm.cache, [f"layer_{layer:02}" for layer in layers], batch)
 
