@@ -135,6 +135,10 @@ class Bench:
         if done.returncode:
             sys.exit(f"sae {arguments[0]} failed with code {done.returncode}:\n{log.read_text()[-1500:]}")
 
+    @property
+    def tokens_flag(self) -> list[str]:
+        return ["--tokens", str(self.args.eval_tokens)] if self.args.eval_tokens else []
+
     def harvest(self, arm: Arm) -> dict[str, Any]:
         layers = [option for layer in self.args.layer for option in ("--layer", str(layer))]
         self.sae(arm, "harvest", "--model", self.model, "--dataset", self.text, *layers, *arm.harvest)
@@ -158,7 +162,7 @@ class Bench:
 
         Where the text has outlier rows, categories are there twice: over all rows, and masked_<category> without them.
         """
-        self.sae(arm, "evaluate", *arm.runs, "--suite", suite)
+        self.sae(arm, "evaluate", *arm.runs, "--suite", suite, *self.tokens_flag)
         results = {}
         for run in arm.runs:
             envelope = json.loads((run / "evaluations" / f"{suite}.json").read_text())
@@ -176,7 +180,7 @@ class Bench:
         the norm limit. The norms are those that `rows` measured.
         """
         for run in arm.runs:
-            self.sae(arm, "dashboard", run)
+            self.sae(arm, "dashboard", run, *self.tokens_flag)
         self.sae(arm, "compare", *arm.runs, "--out", arm.home / "compare.html")
         table = read_table(self.rows_file(arm, masked=False))
         norm = dict(zip(zip(table.context.tolist(), table.position.tolist(), strict=True), table.norm, strict=True))
@@ -198,7 +202,14 @@ class Bench:
         """Measure each held-out row with forward hooks only; without masking no KL and CE, since EV shows enough."""
         limit = arm.cache.norm_limit(self.array)
         model = load_plain_model(self.model, arm.cache)
-        table = measure(model, arm.cache.held_out(), arm.saes, limit if masked else None, loss=masked, say=say_progress)
+        table = measure(
+            model,
+            arm.cache.held_out(self.args.eval_tokens),
+            arm.saes,
+            limit if masked else None,
+            loss=masked,
+            say=say_progress,
+        )
         save_table(table, self.rows_file(arm, masked))
         return {
             "summary": table.summary(), "rows": len(table.norm), "documents": len(set(table.document.tolist())),
@@ -223,7 +234,7 @@ class Bench:
         cache = self.standing.cache
         model = load_plain_model(self.model, cache)
         begins = cache.identity.get("bos", "") is not None
-        return compare_beginnings(model, cache.held_out(), tokens, self.args.layer, begins)
+        return compare_beginnings(model, cache.held_out(self.args.eval_tokens), tokens, self.args.layer, begins)
 
     def bits(self) -> dict[str, int]:
         """How many stored rows differ from transformers' hidden states, at three layers of a harvest of 4,096 rows."""
@@ -271,6 +282,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sink-steps", type=int, default=1000)
     parser.add_argument("--sink-bos", default="<|im_start|>", help="the token that makes attention sinks")
     parser.add_argument("--beginning", action="append", help="token to try before contexts; can be repeated")
+    parser.add_argument("--eval-tokens", type=int, help="held-out tokens that evaluation reads (all)")
     parser.add_argument("--window", type=int, default=65_536)
     parser.add_argument("--l0", default="32")
     parser.add_argument("--skip", action="append", default=[], help="stage to leave out; can be repeated")
