@@ -161,18 +161,21 @@ class RowTable:
     l0: np.ndarray
     first_row: list[np.ndarray]
 
+    @property
+    def has_losses(self) -> bool:
+        return not np.isnan(self.kl).any()
+
     def summary(self) -> dict[str, dict[str, float]]:
-        """The numbers of each SAE under the names that `sae evaluate` gives them."""
-        return {
-            name: {
-                "fve": float(1 - self.error[:, k].sum() / self.distance.sum()),
-                "kl_div_with_sae": float(self.kl[:, k].mean()),
-                "ce_loss_with_sae": float(np.nanmean(self.ce_spliced[:, k])),
-                "ce_loss_without_sae": float(np.nanmean(self.ce)),
-                "l0": float(self.l0[:, k].mean()),
-            }
-            for k, name in enumerate(self.names)
-        }
+        """The numbers of each SAE that were measured, under the names that `sae evaluate` gives them."""
+        return {name: self._numbers(k) for k, name in enumerate(self.names)}
+
+    def _numbers(self, k: int) -> dict[str, float]:
+        numbers = {"fve": 1 - self.error[:, k].sum() / self.distance.sum(), "l0": self.l0[:, k].mean()}
+        if self.has_losses:
+            numbers["kl_div_with_sae"] = self.kl[:, k].mean()
+            numbers["ce_loss_with_sae"] = np.nanmean(self.ce_spliced[:, k])
+            numbers["ce_loss_without_sae"] = np.nanmean(self.ce)
+        return {name: float(value) for name, value in numbers.items()}
 
 
 def load_plain_model(folder: Path, cache: PlainCache) -> Any:

@@ -137,7 +137,8 @@ def order_of_pairs(table: RowTable, number: str) -> Iterator[dict[str, Any]]:
 
 def order_stability(table: RowTable) -> dict[str, Any]:
     """Whether any decided order (its interval excludes zero) turns when one held-out row is left out; and near ties."""
-    pairs = [pair for number in ("fve", "kl") if _measured(table, number) for pair in order_of_pairs(table, number)]
+    numbers = ("fve", "kl") if table.has_losses else ("fve",)
+    pairs = [pair for number in numbers for pair in order_of_pairs(table, number)]
     ev = explained_variance_without_each_row(table)
     change = np.abs(ev - (1 - table.error.sum(0) / table.distance.sum())).max(0)
     return {
@@ -147,10 +148,6 @@ def order_stability(table: RowTable) -> dict[str, Any]:
         "near_ties": [pair for pair in pairs if not pair["decided"]],
         "largest_change_of_ev_by_one_row": dict(zip(table.names, change.tolist(), strict=True)),
     }
-
-
-def _measured(table: RowTable, number: str) -> bool:
-    return number == "fve" or not np.isnan(table.kl).any()
 
 
 def save_table(table: RowTable, path: Path) -> None:
