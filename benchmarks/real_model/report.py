@@ -38,7 +38,8 @@ def introduction(result: dict[str, Any]) -> str:
         f"`python benchmarks/real_model/run.py`: {result['tokens']} tokens at layers "
         f"{' and '.join(map(str, result['layer']))}; SAEs of layer {result['layer'][0]}, four times as wide, `--l0 "
         f"{result['l0']}`, {result['steps']:,} steps of 1,024 (sinks: {result['sink_tokens']} tokens, "
-        f"{result['sink_steps']:,} steps). {result['machine']}."
+        f"{result['sink_steps']:,} steps); evaluated on {result['eval_tokens'] or 'all'} held-out tokens. {result['machine']}."
+        f"{' ' + result['note'] if result['note'] else ''}"
     )
 
 
@@ -149,7 +150,8 @@ def order(stages: dict[str, Any], arm: str) -> str | None:
 
 def say_pair(pair: dict[str, Any]) -> str:
     names = f"{pair['a'].split('-')[0]} minus {pair['b'].split('-')[0]}"
-    turned = f", turned by any of {pair['rows_that_turn_it']} rows" if pair["rows_that_turn_it"] else ""
+    rows = pair["rows_that_turn_it"]
+    turned = f", turned by {'one row' if rows == 1 else f'any of {rows} rows'}" if rows else ""
     return f"{names}, {pair['number']} {pair['difference']:+.4f} ±{pair['half_interval']:.4f}{turned}"
 
 

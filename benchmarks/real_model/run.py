@@ -37,7 +37,7 @@ from forward_hooks import (
     load_plain_sae,
     measure,
 )
-from make_model import default_folder, make
+from make_model import LABEL, default_folder, make
 from outlier_rows import (
     explained_variance_of_rows,
     first_example_outliers,
@@ -286,6 +286,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=65_536)
     parser.add_argument("--l0", default="32")
     parser.add_argument("--skip", action="append", default=[], help="stage to leave out; can be repeated")
+    parser.add_argument("--note", default="", help="a sentence for the page of results")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="folder of the result files")
     args = parser.parse_args()
     args.layer, args.beginning = args.layer or [15, 22], args.beginning or list(BEGINNINGS)
@@ -329,7 +330,7 @@ def main() -> None:
         if found[f"{arm}-core"] and found[f"{arm}-rows"]
     }
     result = {
-        "date": date.today().isoformat(), "machine": machine("transformers"), "model": model.name, "l0": args.l0,
+        "date": date.today().isoformat(), "machine": machine("transformers"), "model": model.name if args.model else LABEL, "l0": args.l0,
         "tokens": args.tokens, "steps": args.steps, "sink_tokens": args.sink_tokens, "sink_steps": args.sink_steps,
         "layer": args.layer, "seconds": {name: record["seconds"] for name, record in records.items()},
         "check": checks, "stages": found,
