@@ -38,8 +38,8 @@ def introduction(result: dict[str, Any]) -> str:
         f"`python benchmarks/real_model/run.py`: {result['tokens']} tokens at layers "
         f"{' and '.join(map(str, result['layer']))}; SAEs of layer {result['layer'][0]}, four times as wide, `--l0 "
         f"{result['l0']}`, {result['steps']:,} steps of 1,024 (sinks: {result['sink_tokens']} tokens, "
-        f"{result['sink_steps']:,} steps); evaluated on {result['eval_tokens'] or 'all'} held-out tokens. {result['machine']}."
-        f"{' ' + result['note'] if result['note'] else ''}"
+        f"{result['sink_steps']:,} steps); evaluated on {result['eval_tokens'] or 'all'} held-out tokens. "
+        f"{result['machine']}. {result['note']}".rstrip()
     )
 
 

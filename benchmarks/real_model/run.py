@@ -330,7 +330,8 @@ def main() -> None:
         if found[f"{arm}-core"] and found[f"{arm}-rows"]
     }
     result = {
-        "date": date.today().isoformat(), "machine": machine("transformers"), "model": model.name if args.model else LABEL, "l0": args.l0,
+        "date": date.today().isoformat(), "machine": machine("transformers"), "note": args.note,
+        "model": model.name if args.model else LABEL, "l0": args.l0, "eval_tokens": args.eval_tokens,
         "tokens": args.tokens, "steps": args.steps, "sink_tokens": args.sink_tokens, "sink_steps": args.sink_steps,
         "layer": args.layer, "seconds": {name: record["seconds"] for name, record in records.items()},
         "check": checks, "stages": found,
