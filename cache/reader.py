@@ -19,7 +19,7 @@ import numpy as np
 
 from ..common.errors import DamagedError, UsageError
 from ..common.files import digest_of, read_json
-from ..common.formatting import format_bytes
+from ..common.formatting import format_bytes, format_count
 from . import bfloat16  # noqa: F401  (registers the dtype, so that zarr can read the arrays)
 from .chunks import REPAIR_HINT, Shard, check_chunk, map_chunk, read_array, read_array_spec, read_attributes
 from .contexts import Contexts
@@ -113,13 +113,26 @@ class Cache:
             f"model    {self.model} at {model['revision'][:12]}, computed in {self.identity['dtype']}, "
             f"{self.identity['attention']} attention",
             f"text     {data['name']} at {data['revision'][:12]}, contexts of {self.identity['context']} tokens",
-            f"rows     {self.rows:,} in {layout.n_windows:,} windows and {len(self.chunk_rows):,} chunks per array, "
+            *self.describe_contexts(),
+            f"rows     {self.rows:,} in {format_count(layout.n_windows, 'window')} and "
+            f"{format_count(len(self.chunk_rows), 'chunk')} per array, "
             f"{layout.storage_dtype}{', compressed' if layout.compress else ''}: {size}",
         ]
         for hook in self.hooks:
             module = f" = {modules[hook.array]}" if hook.array in modules else ""
             lines.append(f"{hook.array:8s} {hook.name}{module}: {describe_statistics(self.statistics(hook.array))}")
             lines += self.describe_outliers(hook)
+        return lines
+
+    def describe_contexts(self) -> list[str]:
+        """Lines about what contexts begin with, and which of their tokens are no rows."""
+        identity = self.identity
+        bos = identity["bos"] if "bos" in identity else int(Contexts.read(self.folder).ids[0, 0])
+        lines = [f"bos      {'none' if bos is None else f'token id {bos}'}"]
+        if positions := identity.get("skip_positions", 0):
+            lines[0] += f"; the first {format_count(positions, 'position')} of each context are no rows"
+        if roles := (identity.get("chat") or {}).get("roles"):
+            lines.append(f"chat     rows are what {' and '.join(roles)} wrote")
         return lines
 
     def describe_outliers(self, hook: Hook) -> list[str]:

@@ -201,10 +201,12 @@ class HarvestPlan:
             lines.append(f"{hook.array:8s} {describe_statistics(cache.statistics(hook.array))}{expected}")
             lines += cache.describe_outliers(hook)
         contexts = cache.contexts(held_out=False)
-        special = int(contexts.length.sum()) - cache.rows
+        left_out = int(contexts.length.sum()) - cache.rows
+        chosen = self.config.roles or self.config.skip_positions or self.config.skip_tokens
+        kind = "tokens" if chosen else "special tokens"
         skipped = "".join(f", {n:,} {why} documents skipped" for why, n in self.text.skipped.items() if n)
         lines.append(
-            f"done     {cache.rows:,} rows from {len(contexts):,} contexts ({special:,} special tokens left out"
+            f"done     {cache.rows:,} rows from {len(contexts):,} contexts ({left_out:,} {kind} left out"
             f"{skipped}) in {seconds:.0f} s; `sae cache verify` re-reads every byte"
         )
         return lines

@@ -200,6 +200,18 @@ def test_the_whole_conversation_is_harvested_without_roles(talks: Path, tmp_path
     assert plan.identity["chat"]["roles"] == []
 
 
+def test_a_cache_says_what_its_contexts_begin_with_and_which_tokens_are_rows(talks: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", make_tokenizer("smollm2"))
+    cache, plan = harvest(model, talks, tmp_path / "all")
+    assert f"bos      token id {plan.context_format.bos_id}" in cache.describe()
+    assert " special tokens left out" in plan.summary(cache, 0)[-1]
+    cache, plan = harvest(model, talks, tmp_path / "some", roles=("assistant",), bos="none", skip_positions=2)
+    lines = cache.describe()
+    assert "bos      none; the first 2 positions of each context are no rows" in lines
+    assert "chat     rows are what assistant wrote" in lines
+    assert " tokens left out" in plan.summary(cache, 0)[-1] and "special" not in plan.summary(cache, 0)[-1]
+
+
 def test_a_chat_harvest_continues_and_is_repaired(talks: Path, tmp_path: Path) -> None:
     from sae.harvest.repair import repair
 
