@@ -95,7 +95,7 @@ def unsupported_model(causes: list[BaseException], name: str) -> str | None:
             f"{name} needs code of its own, which is never run here (trust_remote_code is not set). Choose a model "
             "whose architecture is part of transformers."
         )
-    if "does not recognize this architecture" in said or "Unrecognized model" in said:
+    if "does not recognize this architecture" in said:
         return (
             f"The installed transformers does not know the architecture of {name}. Update transformers, or choose "
             "another model."

@@ -184,7 +184,7 @@ def test_a_tokenizer_without_bos_is_left_as_it_is(tiny_model: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.bos_token = None
     found = sae.activations(["seven"], model=model, tokenizer=tokenizer, layer=0, keep_special=True)
-    assert found.ids[0] == tokenizer.eos_token_id and tokenizer.bos_token is None
+    assert found.ids[0] == tokenizer("")["input_ids"][0] and tokenizer.bos_token is None
 
 
 @pytest.mark.parametrize(

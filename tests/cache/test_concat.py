@@ -62,7 +62,7 @@ def test_the_digest_depends_on_all_caches_and_their_order(write) -> None:
 
 @pytest.mark.parametrize("key", COMPATIBLE_KEYS)
 def test_incompatible_caches_raise(write, key: str) -> None:
-    other = {"model": {"name": "other", "revision": "0"}} if key == "model" else {key: 2}
+    other = {"model": {"name": "none", "revision": "1"}} if key == "model" else {key: 2}
     one, two = write("one", 100, 0), write("two", 100, 1, **other)
     with pytest.raises(UsageError, match=f"one and .*two cannot be combined: they differ in {key}. Use caches"):
         ConcatCache([one, two])

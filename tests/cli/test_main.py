@@ -35,7 +35,7 @@ def refused(code: int, *words) -> str:
     assert result.stdout == ""
     assert len(re.findall("^error: ", result.stderr, re.M)) == 1
     *before, sentence = result.stderr.partition("error: ")
-    assert re.fullmatch(r"((model|hook|text|size|time|cache|train) .*\n)*error: ", "".join(before))
+    assert re.fullmatch(r"([a-z]+ +.*\n)*error: ", "".join(before))
     assert "Traceback" not in sentence
     assert len(sentence.strip()) > 20
     return sentence.strip()
@@ -289,7 +289,7 @@ def test_evaluate_prints_its_plan_before_and_the_next_command_after(tiny_cache, 
     planned = call("evaluate", *runs, "--suite", "core", "--tokens", 60, "--device", "cpu", "--dry-run")
     assert planned.exit_code == 0 and planned.stdout == ""
     heads = [line.split()[0] for line in planned.stderr.splitlines()]
-    assert heads == ["runs", "model", "text", "metric", "writes"]
+    assert heads == ["runs", "model", "text", "masked", "metric", "writes"]
     assert (
         "metric   core: 3 to measure" in planned.stderr and "3 after layer 0; with rows for identity" in planned.stderr
     )

@@ -282,11 +282,11 @@ def test_latents_fire_at_the_site_that_an_sae_reads(ctx):
     wide = SAE(48, 16, [ReLU()]).requires_grad_(False)
     hooks = (Hook(0), Hook(1, "resid_pre"), Hook(1, "mlp_hidden"))
     targets = [EvalTarget(sae, hook) for sae, hook in zip((sae_of(0), sae_of(0), wide), hooks, strict=True)]
-    shares = firing_frequencies(ctx.model, torch.tensor(ctx.special_ids), rows, targets, silent)
+    shares = [fires.share_F for fires in firing_frequencies(ctx.model, rows, targets, silent)]
     assert np.array_equal(shares[0], shares[1])
     found = {(n, latent): (p, v) for n, latent, p, v in collect_firings(ctx, rows, targets, drawn, shares, silent)}
-    expected = wide.encode(ctx.model.capture_hooks(rows, hooks[2:])[hooks[2]])[..., 5].flatten()
-    expected[torch.isin(rows, torch.tensor(ctx.special_ids)).flatten()] = 0
+    expected = wide.encode(ctx.model.capture_hooks(rows.ids, hooks[2:])[hooks[2]])[..., 5].flatten()
+    expected[torch.isin(rows.ids, torch.tensor(ctx.special_ids)).flatten()] = 0
     assert np.array_equal(found[0, 5][1], found[1, 5][1])
     torch.testing.assert_close(torch.from_numpy(found[2, 5][1]), expected[expected > 0])
 

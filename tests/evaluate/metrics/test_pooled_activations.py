@@ -96,7 +96,9 @@ def test_no_block_behind_the_last_layer_asked_for_is_run(ctx):
     alone = ctx.model.capture(ids, [0])[0]
     assert ran == [0]
     assert torch.equal(alone, ctx.model.forward(ids, [Hook(0), Hook(1)]).activations[Hook(0)])
-    assert ran == [0, 0, 1]
+    ran.clear()  # the first pass has also checked that the model can be run from these hooks
+    ctx.model.forward(ids, [Hook(0), Hook(1)])
+    assert ran == [0, 1]
 
 
 @pytest.mark.parametrize("context", [-1, 0, 1])

@@ -270,7 +270,7 @@ def test_evaluate_writes_it_and_a_missing_corpus_fails_alone(ctx, planted, data,
     (row,) = evaluate(request)
     found = json.loads((run / "evaluations" / "unlearning.json").read_text())
     assert found["eval_result_metrics"] == {"unlearning": {"unlearning_score": pytest.approx(4 / 6)}}
-    assert found["eval_config"]["questioned"]["name"].endswith("planted-it")
+    assert found["eval_config"]["questioned"]["name"].startswith("planted-it-")
     assert found["eval_config"]["data"].keys() == {"forget", "retain", "wmdp-bio", SIDE}
     assert row.results["unlearning"].n["forget_rows"] > 4
     (row,) = evaluate(replace(request, suite="core,unlearning", data=None))
@@ -304,9 +304,11 @@ def test_what_cannot_be_measured_is_a_sentence(ctx, metric, change, error, sente
 
 def test_a_model_that_is_not_the_one_is_refused(ctx, metric, planted, tiny_model, tmp_path):
     targets = [EvalTarget(sae_that_fires_on(VALUE), Hook(0))]
-    with pytest.raises(UsageError, match="planted has no chat template, so it is not an instruction-tuned model"):
+    with pytest.raises(
+        UsageError, match=r"planted-\w{8} has no chat template, so it is not an instruction-tuned model"
+    ):
         replace(metric, model=str(planted)).measure(ctx, targets, silent)
-    mini = replace(ctx, model_identity={**ctx.model_identity, "model": "gemma-2-mini"})
+    mini = replace(ctx, model_argument="gemma-2-mini")
     with pytest.raises(UnavailableError, match="there is no gemma-2-mini-it"):
         metric.settings(mini)
     with pytest.raises(UsageError, match="has 26 blocks of width 128, but the model of the SAEs has 2 of 32"):
