@@ -263,7 +263,7 @@ def text_notes(cache: Cache, ctx: EvalContext, rows: Sequence[EvalRow]) -> list[
 
 
 def below_pca(rows: Sequence[EvalRow]) -> list[str]:
-    """A sentence for each SAE that explains less variance than the PCA of about the same L0 at its hook."""
+    """A sentence for each SAE that explains less variance than the PCA of about the same L0 on its rows."""
     sentences = []
     for row in rows:
         ours = core_numbers(row)
@@ -271,7 +271,7 @@ def below_pca(rows: Sequence[EvalRow]) -> list[str]:
             continue
         for other in rows:
             theirs = core_numbers(other) if other.is_reference and other.name.startswith("pca-") else None
-            if theirs is None or other.target.hook != row.target.hook:
+            if theirs is None or other.target.row_set != row.target.row_set:
                 continue
             if math.isclose(ours[0], theirs[0], rel_tol=0.1) and ours[1] < theirs[1]:
                 sentences.append(

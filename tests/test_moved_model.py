@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from sae.cache import models
 from sae.cache.catalog import find_cache
 from sae.cache.layout import Hook
-from sae.cache.models import folder_digests, model_label, same_model
+from sae.cache.models import GivenModel, find_folder, folder_digests, model_label, same_model
 from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
@@ -115,3 +116,25 @@ def test_a_remembered_digest_is_not_trusted_once_a_file_has_changed(
     folder_digests(folder)
     folder_digests(folder)
     assert len(read) >= 4
+
+
+def test_the_digest_that_an_older_version_recorded_still_means_the_folder(tiny_model: Path, home: Path) -> None:
+    """It counted every .json, .bin, .model and .safetensors file, whatever wrote it."""
+    folder = shutil.copytree(tiny_model, home / "mine")
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"old")
+    (folder / "notes.txt").write_text("not of the model")
+
+    def digest(names: list[str]) -> str:
+        parts = [name.encode() + sha256((folder / name).read_bytes()).digest() for name in names]
+        return sha256(b"".join(parts)).hexdigest()
+
+    every = sorted(path.name for path in folder.iterdir() if path.name != "notes.txt")
+    own = [name for name in every if name not in ("trainer_state.json", "pytorch_model.bin")]
+    assert folder_digests(folder) == (digest(own), digest(every))
+    old = {"name": "/home/someone/mine", "revision": digest(every)}
+    assert GivenModel(folder).is_model_of(old) and find_folder(old, [str(folder)]) == folder
+    (folder / "config.json").write_text("{}")
+    assert not GivenModel(folder).is_model_of(old)
+    with pytest.raises(UsageError, match="now holds other files"):
+        find_folder(old, [str(folder)])

@@ -73,3 +73,12 @@ def test_a_cache_given_twice_raises(write) -> None:
     with pytest.raises(UsageError, match="The same cache was given twice"):
         concat_caches([one.folder, one.folder])
     assert isinstance(concat_caches([one.folder]), Cache)
+
+
+def test_the_limit_is_one_that_no_row_of_training_exceeds(write) -> None:
+    one, two, free = write("one", 300, 0, max_norm=2.0), write("two", 170, 1, max_norm=3.0), write("free", 64, 2)
+    limits = [cache.norm_limit("layer_05") for cache in (one, two)]
+    assert limits[0] != limits[1]
+    for caches in ([one, two], [two, one]):
+        assert ConcatCache(caches).norm_limit("layer_05") == max(limits)
+    assert ConcatCache([one, free]).norm_limit("layer_05") is None

@@ -11,6 +11,7 @@ from sae.cache.layout import Layout
 from sae.cache.loader import BatchLoader
 from sae.cache.ring import RingCache, WindowGroup
 from sae.common.errors import Interrupted, UsageError
+from sae.common.files import digest_of
 
 IDENTITY = {"model": {"name": "none", "revision": "0"}}
 
@@ -143,3 +144,12 @@ def test_a_ring_of_an_older_version_masks_nothing_until_it_starts_again(harveste
     assert ring.has_norm_limits and ring.norm_limit("layer_05") is None and ring.fix_norm_limits() == []
     ring.create(first_group=0)
     assert not ring.has_norm_limits and len(ring.fix_norm_limits()) == 1 and ring.norm_limit("layer_05") is not None
+
+
+def test_the_digest_of_a_ring_with_the_default_limit_is_that_of_an_older_version(tmp_path: Path) -> None:
+    """So a streamed run that an older version began is resumed."""
+    ring = masked_ring(tmp_path)
+    assert ring.max_norm == 10.0
+    assert ring.array_digest("layer_05") == digest_of([ring.fingerprint, "layer_05", 2])
+    digests = {masked_ring(tmp_path, max_norm).array_digest("layer_05") for max_norm in (10.0, 5.0, None)}
+    assert len(digests) == 3

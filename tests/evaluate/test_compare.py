@@ -26,6 +26,7 @@ from sae.evaluate.compare_charts import frontiers, training_curves
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.pages.comparison import comparison_page
+from sae.evaluate.tables import notes
 
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
 
@@ -222,14 +223,16 @@ def test_published_points_stand_beside_saebench_s_numbers_and_the_note_says_so(t
         "masked_sparsity": {"l0": 32.0}, "masked_model_behavior_preservation": {"kl_div_score": 0.9},
     }  # fmt: skip
     rest = core["eval_result_unstructured"]
-    rest["masked"] = {"details": [], "intervals": {}, "n": {"outlier_rows": 3}, "flags": [], "extra": None}
+    rest["masked"] = {"details": [], "intervals": {}, "n": {"outlier_rows": 3}, "flags": ["sound"], "extra": None}
     rest["n"] = {"outlier_rows": 3}
     (run / "evaluations" / "core.json").write_text(json.dumps(core))
     absorption = core | {"eval_result_metrics": {"mean": {"mean_full_absorption_score": 0.1}}}
-    absorption["eval_result_unstructured"] = {**rest, "n": {}} | {"masked": None}
+    absorption["eval_result_unstructured"] = {**rest, "n": {}, "flags": []} | {"masked": None}
     (run / "evaluations" / "absorption.json").write_text(json.dumps(absorption))
     comparison = compare_runs([run])
     assert comparison_table(comparison)[1][0][1:3] == ["32.0", "0.9000"]
+    (note,) = notes(comparison.runs)
+    assert "sound" in note and "flag" not in note
     charts = {chart.title: chart for chart in frontiers(comparison)}
     own = {title: chart.series[0] for title, chart in charts.items()}
     assert (list(own["KL score ↑"].x), charts["KL score ↑"].note) == ([32.0], "")

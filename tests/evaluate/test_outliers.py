@@ -327,11 +327,14 @@ def test_an_sae_is_compared_with_the_pca_by_the_ev_and_l0_of_the_table() -> None
     def core(l0: float, fve: float) -> MetricResult:
         return MetricResult({"sparsity": {"l0": l0}, "reconstruction_quality": {"fve": fve, "explained_variance": 0.9}})
 
-    def row(name: str, all_rows: MetricResult, sound: MetricResult, reference: bool = False) -> EvalRow:
-        target = EvalTarget(Identity(), Hook(0), reference=reference)
+    def row(
+        name: str, all_rows: MetricResult, sound: MetricResult, reference: bool = False, limit: float | None = None
+    ) -> EvalRow:
+        target = EvalTarget(Identity(), Hook(0), reference=reference, norm_limit=limit)
         return EvalRow(name, target, results={"core": replace(all_rows, masked=sound)})
 
     pca = row("pca-32", core(32, 0.1), core(32, 0.5), reference=True)
     worse, better = row("worse", core(900, 0.9), core(32, 0.4)), row("better", core(32, 0.0), core(32, 0.6))
-    (sentence,) = below_pca([worse, better, pca])
+    elsewhere = row("on other rows", core(32, 0.1), core(32, 0.1), limit=7.0)  # no PCA was fitted to those
+    (sentence,) = below_pca([worse, better, elsewhere, pca])
     assert sentence.startswith("worse explains 0.400 of the variance, less than the PCA of equal L0 (pca-32: 0.500).")

@@ -14,6 +14,7 @@ from sae.cache.catalog import find_cache
 from sae.cache.layout import Hook
 from sae.cache.models import model_label
 from sae.common.errors import UnavailableError, UsageError
+from sae.evaluate.inputs import make_context
 from sae.evaluate.run import evaluate_saes
 from sae.harvest.adapters import find_adapter
 from sae.harvest.loading import find_model
@@ -88,6 +89,13 @@ def test_a_cache_with_an_adapter_is_another_and_evaluation_merges_it_again(
 
     first = numbers()
     assert numbers() == first
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
+    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
+    evaluated = make_context(cache)
+    torch.testing.assert_close(evaluated.model.model(IDS).logits, merged(IDS).logits)
+    # So neither results nor what was computed of the plain model are taken for it.
+    assert evaluated.settings["adapters"] == cache.identity["model"]["adapters"]
+    assert "adapters" not in make_context(plain).settings
     moved = home / "elsewhere"
     shutil.copytree(adapter, moved)
     again = harvest_activations(str(tiny_model), device="cpu", adapters=[str(moved)], **options)

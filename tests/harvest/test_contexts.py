@@ -199,3 +199,14 @@ def test_packing_keeps_held_out_documents_to_themselves(cut_up) -> None:
     contexts = cut_up(ids, held_out=0.3, pack=True, context=32)
     for row, length, held_out in zip(contexts.ids, contexts.length, contexts.held_out, strict=True):
         assert {side[n] for n in row[:length].tolist() if n != 2} == {bool(held_out)}
+
+
+def test_what_contexts_begin_with_is_written_by_no_role() -> None:
+    """Also where special tokens are rows."""
+    cutter = ContextCutter(ContextFormat(2, ()), 4, 100, pack=True, marked=True)
+    cutter.add([5, 6, 7, 8], 0, False, [1, 0, 1, 1])
+    cutter.add([9], 1, False, [1])
+    cutter.flush()
+    columns = cutter.take()
+    assert columns["ids"].tolist() == [2, 5, 6, 7, 2, 8, 2, 9]
+    assert columns["rows"].tolist() == [0, 1, 0, 1, 0, 1, 0, 1] and cutter.rows == 4

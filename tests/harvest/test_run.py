@@ -279,6 +279,27 @@ def test_the_same_command_restores_a_record_that_it_can_write(
     }
 
 
+def test_a_plan_says_if_an_interrupted_harvest_begins_again(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
+    request = replace(small[0], out=tmp_path / "cache")
+
+    def said(**changes: int) -> list[str]:
+        return plan_harvest(replace(request, **changes)).describe_restart()
+
+    assert said(tokens=601, window=600) == []
+    (line,) = said(tokens=600, window=600)
+    assert line.startswith("restart  ") and "--window" not in line  # nothing smaller is worth it
+    (line,) = said(tokens=70_000, window=262_144)
+    smaller = int(line.partition("--window ")[2].split()[0])
+    assert 70_000 / smaller > 4 and said(tokens=70_000, window=smaller) == []
+
+
+def test_a_finished_harvest_takes_no_time(small: tuple[HarvestConfig, Cache]) -> None:
+    plan = plan_harvest(small[0])
+    assert plan.describe_time() == "none: the cache is finished" and plan.describe_restart() == []
+    more = plan_harvest(replace(small[0], sites=("resid_post", "mlp_out")))
+    assert "of model time" in more.describe_time()
+
+
 def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:
     """The scores of 65,535 positions would be 34 GB for each of the heads' pairs, however short the documents are."""
     lengths, capture = [], HookedModel.capture

@@ -65,7 +65,11 @@ MODULES: dict[str, dict[str, tuple[str, str]]] = {
 
 For resid_mid it is what attention adds to the residual stream.
 """
-OPTIONS: dict[str, dict[str, Any]] = {"granite": {"logits_scaling": 8.0}, "gemma2": {"final_logit_softcapping": 2.0}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "granite": {"logits_scaling": 8.0},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "gptj": {"rotary_dim": 4},
+}
 CASES = [(kind, site) for kind, sites in MODULES.items() for site in sites]
 LAYERS = {"model.embed_tokens.output": 0, "model.wte.output": 0, "model.norm.input": 3, "model.norm.output": 3}
 
@@ -174,9 +178,10 @@ def test_what_is_put_in_is_not_changed(kind: str, ids_NS: Tensor) -> None:
         assert torch.equal(x_NSD, before) and torch.equal(run.run_from(hook, x_NSD), first)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gptj"])  # whose blocks return a tensor, and a tuple
 @pytest.mark.parametrize(("layer", "runs"), [(0, [0, 1, 2, 3]), (2, [2, 3])])
-def test_blocks_before_the_hook_are_not_run_again(layer: int, runs: list[int], ids_NS: Tensor) -> None:
-    model, ran = tiny("llama"), []
+def test_blocks_before_the_hook_are_not_run_again(kind: str, layer: int, runs: list[int], ids_NS: Tensor) -> None:
+    model, ran = tiny(kind), []
     hooks = [Hook(layer, "mlp_out"), Hook(layer)]
     run = model.forward(ids_NS, hooks)
     handles = [

@@ -30,8 +30,8 @@ def sparse_rows(seed: int, rows: int = ROWS) -> torch.Tensor:
     return 3 * (weights_RF @ atoms_FD) + torch.randn(D_IN, generator=generator)
 
 
-def write_cache(folder: Path, seed: int) -> Cache:
-    """Layers 0 and 1 of such rows, sixteen to a context."""
+def write_cache(folder: Path, seed: int, max_norm: float | None = None) -> Cache:
+    """Layers 0 and 1 of such rows, sixteen to a context; those over `max_norm` medians of the norm are outliers."""
     layout = Layout(ROWS, WINDOW)
     contexts, length = ROWS // 16, 17
     Contexts(
@@ -47,7 +47,7 @@ def write_cache(folder: Path, seed: int) -> Cache:
         block = {name: np.ascontiguousarray(all_rows[rows.start : rows.stop]) for name, all_rows in bits.items()}
         ctx, pos = (number // 16).astype(np.uint32), (number % 16 + 1).astype(np.uint16)
         writer.write_window(window, WindowRows(block, ctx, pos), {})
-    writer.finish()
+    writer.finish(max_norm)
     return open_cache(folder)
 
 
@@ -66,6 +66,12 @@ def sparse_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def another_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """The same shape, other rows."""
     return write_cache(tmp_path_factory.mktemp("activations") / "synthetic-1", seed=10)
+
+
+@pytest.fixture(scope="session")
+def masked_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The rows of `sparse_cache`, of which those over 1.5 medians of the norm are outliers."""
+    return write_cache(tmp_path_factory.mktemp("activations") / "masked", seed=0, max_norm=1.5)
 
 
 @pytest.fixture(scope="session")

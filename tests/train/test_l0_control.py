@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.cli.main import app
 from sae.common.errors import UsageError
 from sae.train import recipe as registry
 from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
-from sae.train.l0_control import L0Controller
+from sae.train.l0_control import L0Controller, missed_targets
 from sae.train.loop import Trainer
 from sae.train.losses import MSE
 from sae.train.mechanisms import DeadLatents
@@ -104,3 +106,20 @@ def test_l0_is_rejected_where_nothing_sets_it_or_another_option_does(monkeypatch
             RECIPES["relu"].make(SETTING._replace(l0=wrong), {})
     with pytest.raises(UsageError, match=r"k=8.5 has the wrong type: expected int"):
         RECIPES["topk"].make(SETTING._replace(l0=8.5), {})
+
+
+def test_a_target_is_missed_by_more_than_a_tenth_on_either_side() -> None:
+    last = {"low": 8.9, "near": 9.1, "far": 10.9, "high": 11.1, "free": 30.0}
+    targets = {name: None if name == "free" else 10.0 for name in [*last, "failed"]}
+    low, high = missed_targets(targets, {name: {"l0": l0} for name, l0 in last.items()})
+    assert low.startswith("low ended at L0 8.9, -11% from its target 10.")
+    assert high.startswith("high ended at L0 11.1, +11% from its target 10.")
+
+
+def test_the_command_says_which_run_missed_its_l0(sparse_cache, tmp_path) -> None:
+    words = ["train", "--cache", str(sparse_cache.folder), "--layer", "0", "--variant", "relu", "--variant", "topk"]
+    words += ["--l0", "4", "--steps", "3", "--batch-size", "64", "--width", "128", "--device", "cpu"]
+    said = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
+    assert said.exit_code == 0, said.output
+    (note,) = [line for line in said.output.splitlines() if "from its target" in line]
+    assert note.startswith("note     relu-")

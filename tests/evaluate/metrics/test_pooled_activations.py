@@ -1,5 +1,7 @@
 """Rows of labeled texts: the same as whole padded passes, made once, pooled as SAEBench pools, padding included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,15 @@ def test_the_model_runs_once_and_only_for_what_lacks(ctx, monkeypatch):
     assert torch.equal(first.x_TD, again.x_TD)
     read_text_rows(ctx, [Hook(0)], TEXTS[:2], silent, CONTEXT)
     assert passes == [[0], [1], [0]]
+
+
+def test_rows_of_other_positions_are_others(ctx):
+    """Of the same texts and from the same artifacts."""
+    every = read_text_rows(ctx, [Hook(0)], TEXTS, silent, CONTEXT)[Hook(0)]
+    later = replace(ctx, context_format=replace(ctx.context_format, skip_positions=3))
+    found = read_text_rows(later, [Hook(0)], TEXTS, silent, CONTEXT)[Hook(0)]
+    kept = torch.cat([torch.arange(count) >= 2 for count in every.count_N.tolist()])  # BOS is the first position
+    assert torch.equal(found.x_TD, every.x_TD[kept]) and len(found.x_TD) < len(every.x_TD)
 
 
 def test_what_is_damaged_on_the_shelf_is_made_again(tmp_path):

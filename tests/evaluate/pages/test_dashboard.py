@@ -211,6 +211,15 @@ def test_labels_are_what_probes_and_judges_found():
     assert inspection.latent_labels({}, 64) == {}
 
 
+def test_labels_are_of_the_numbers_without_outlier_rows():
+    def letter(latent: int) -> inspection.MetricResult:
+        entry = {"first_letter": "s", "main_latents": [latent], "f1_k_sparse": [0.5]}
+        return inspection.MetricResult({}, [entry], n={"outlier_rows": 1})
+
+    found = {"absorption": letter(3).with_masked(letter(5))}
+    assert inspection.latent_labels(found, 64) == {5: ["first letter s (F1 0.50)"]}
+
+
 def probed(texts: int = 200, **tasks) -> inspection.MetricResult:
     """Of sparse probing on a dataset "d": class -> latent, difference and accuracy of the probe on one latent."""
     scores = {
