@@ -67,6 +67,12 @@ def test_a_warning_names_the_option_that_masks_the_rows(outlier_cache, rows_with
     assert warning is not None and "with a --max-norm below 1000;" in warning
 
 
+@pytest.mark.parametrize(("share", "warns"), [(0.1, False), (0.1001, True)])
+def test_a_warning_is_about_over_a_tenth_of_the_variance_of_the_unmasked_rows(share: float, warns: bool) -> None:
+    largest = {"share": 0.9, "share_unmasked": share}
+    assert (outlier_warning("layer_05", {"largest": largest, "max_norm": 10.0}) is not None) == warns
+
+
 def test_a_limit_that_no_row_exceeds_changes_no_digest(cache: Cache, finite_bits, make_writer) -> None:
     """So runs on caches of older versions, which had no limit by default, keep their names and can be resumed."""
     before = cache.array_digest("layer_05")

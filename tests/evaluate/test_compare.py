@@ -142,6 +142,21 @@ def test_what_cannot_be_read_beside_each_other(tmp_path, other, said):
     assert any(re.search(said, sentence) for sentence in mixed.differences)
 
 
+def test_limits_that_mask_as_many_rows_are_no_difference(tmp_path):
+    """Two caches of a text have medians that differ a little; what counts is what was left out."""
+    runs = [make_run(tmp_path, name) for name in ("topk", "relu")]
+    for number, run in enumerate(runs):
+        path = run / "evaluations" / "core.json"
+        core = json.loads(path.read_text())
+        core["eval_config"]["norm_limit"] = 100.0 + number
+        path.write_text(json.dumps(core))
+    assert compare_runs(runs).differences == []
+    core["eval_result_unstructured"]["n"]["outlier_rows"] = 3
+    path.write_text(json.dumps(core))
+    with pytest.raises(UsageError, match=r"core, masked rows: 0 \(.*\), 3 "):
+        compare_runs(runs)
+
+
 def test_runs_that_were_not_evaluated(tmp_path):
     with pytest.raises(UsageError, match="sae evaluate"):
         compare_runs([make_run(tmp_path, evaluated=False)])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.cache.context_format import ContextFormat
+from sae.cache.contexts import Contexts
 from sae.common.errors import UsageError
 from sae.harvest.contexts import ContextCutter, is_held_out
 from sae.harvest.documents import Document, ListedDocuments, TextSource
@@ -210,3 +211,37 @@ def test_what_contexts_begin_with_is_written_by_no_role() -> None:
     columns = cutter.take()
     assert columns["ids"].tolist() == [2, 5, 6, 7, 2, 8, 2, 9]
     assert columns["rows"].tolist() == [0, 1, 0, 1, 0, 1, 0, 1] and cutter.rows == 4
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    documents=st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1)), max_size=12), max_size=5),
+    bos_id=st.sampled_from([None, 0, 2]), skip_positions=st.integers(0, 3), context=st.integers(4, 6),
+    tokens=st.integers(1, 12), pack=st.booleans(), marked=st.booleans(),
+)  # fmt: skip
+def test_rows_are_counted_as_the_mask_counts_them(
+    documents: list, bos_id: int | None, skip_positions: int, context: int, tokens: int, pack: bool, marked: bool
+) -> None:
+    """As many as were asked for, if there are enough, and the same ones."""
+
+    def cut(tokens: int) -> tuple[int, np.ndarray]:
+        form = ContextFormat(bos_id, (1, 2), skip_positions)
+        cutter = ContextCutter(form, context, tokens, pack, marked)
+        for number, document in enumerate(documents):
+            cutter.add([token for token, _ in document], number, False, [mark for _, mark in document])
+        cutter.flush()
+        columns = cutter.take()
+        length = columns["length"].astype(np.int64)
+        shape = (len(length), context)
+        inside = np.arange(context) < length[:, None]
+        ids, rows = np.zeros(shape, np.uint32), np.zeros(shape, bool)
+        ids[inside] = columns["ids"]
+        if marked:
+            rows[inside] = columns["rows"]
+        assert bos_id is None or (ids[:, 0] == bos_id).all()
+        held_out = columns["held_out"].astype(bool)
+        contexts = Contexts(ids, columns["length"], columns["document"], held_out, rows if marked else None)
+        return cutter.rows, form.row_mask(contexts)
+
+    counted, mask = cut(tokens)
+    assert counted == mask.sum() == min(tokens, cut(10**6)[0])

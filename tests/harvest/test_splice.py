@@ -178,6 +178,17 @@ def test_what_is_put_in_is_not_changed(kind: str, ids_NS: Tensor) -> None:
         assert torch.equal(x_NSD, before) and torch.equal(run.run_from(hook, x_NSD), first)
 
 
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "mlp_hidden"])
+def test_versions_of_the_first_block_s_inside_each_have_their_own_contexts(site: str, ids_NS: Tensor) -> None:
+    """No block can be skipped there, so the model embeds the contexts again."""
+    model, hook = tiny("llama"), Hook(0, site)
+    run = model.forward(ids_NS, [hook])
+    versions = [run.activations[hook], 0.5 * run.activations[hook].roll(1, 0)]
+    alone = [run.run_from(hook, version) for version in versions]
+    torch.testing.assert_close(alone[0], run.final)
+    torch.testing.assert_close(run.run_from(hook, torch.cat(versions)), torch.cat(alone))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gptj"])  # whose blocks return a tensor, and a tuple
 @pytest.mark.parametrize(("layer", "runs"), [(0, [0, 1, 2, 3]), (2, [2, 3])])
 def test_blocks_before_the_hook_are_not_run_again(kind: str, layer: int, runs: list[int], ids_NS: Tensor) -> None:

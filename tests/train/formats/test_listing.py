@@ -126,6 +126,10 @@ def test_configs_are_read_only_where_paths_say_nothing_and_only_some(hub):
     known = [sae.description for sae in release.saes if sae.description.hook]
     assert len(known) == MAX_CONFIGS - 1  # the broken one comes first
     assert (known[0].model, known[0].hook.site, known[0].d_sae) == ("gpt2", "mlp_out", 24576)
+    # What is not known to fit a filter is left out.
+    assert [sae.path for sae in list_release("me/mine", layer=3).saes] == ["sae_3"]
+    assert [sae.path for sae in list_release("me/mine", layer=3, width="24k").saes] == ["sae_3"]
+    assert list_release("me/mine", width="16k").saes == []
 
 
 def test_a_local_folder_is_listed_without_runs_of_this_package(foreign_folder, tmp_path):

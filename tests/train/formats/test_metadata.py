@@ -1,12 +1,14 @@
 """The metadata of an export."""
 
 import json
+from types import SimpleNamespace
 
+import pytest
 from safetensors.torch import load_file
 
 from sae.cache.layout import Hook
 from sae.train.formats.export import export_sae
-from sae.train.formats.metadata import hook_module
+from sae.train.formats.metadata import context_beginning, hook_module
 
 
 def test_metadata_has_the_keys_that_saelens_consumers_read(make_sae, tmp_path):
@@ -55,3 +57,22 @@ def test_the_module_path_is_the_one_that_the_harvest_recorded(sparse_cache, tmp_
         assert hook_module(Hook(1, "attn_z"), sparse_cache) == ("transformer.h.1.c_proj", "input")
     finally:
         record.unlink() if before is None else record.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("origin", "identity", "expected"),
+    [
+        ({}, {"bos": None}, {"prepend_bos": False}),
+        ({}, {"bos": 5}, {"prepend_bos": True, "bos_token_id": 5, "bos_token": "<five>"}),
+        ({"bos": 5}, None, {"prepend_bos": True, "bos_token_id": 5}),
+        ({"bos": None}, None, {"prepend_bos": False}),
+        ({}, {}, {"prepend_bos": True}),  # of an older version, which always put a token there
+        # What another library's files say holds, whatever the cache that the SAE was verified on begins with.
+        ({"format": "saelens", "prepend_bos": False}, {"bos": 5}, {"prepend_bos": False}),
+        ({"format": "saelens", "bos_token": "<s>"}, {"bos": None}, {"prepend_bos": True, "bos_token": "<s>"}),
+    ],
+)
+def test_an_export_says_what_contexts_began_with(tmp_path, origin, identity, expected):
+    (tmp_path / "harvest.json").write_text(json.dumps({"bos_token": "<five>"}))
+    cache = None if identity is None else SimpleNamespace(identity=identity, folder=tmp_path)
+    assert context_beginning(origin, cache) == expected
