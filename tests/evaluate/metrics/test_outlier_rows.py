@@ -150,7 +150,6 @@ def read_frequencies(ctx: EvalContext, target: EvalTarget) -> Any:
 
 READERS: dict[str, Callable[[EvalContext, EvalTarget], Any]] = {
     "core": result_of(Core(batch_contexts=6)),
-    "core, contexts without an outlier alone": result_of(Core(batch_contexts=1)),
     "core, few losses": result_of(Core(batch_contexts=7, reconstruction_batches=2, sparsity_batches=4)),
     "sparse probing": result_of(SparseProbing((REVIEWS,), k=(1, 3), **SETS)),
     "scr": result_of(Scr((REVIEWS,), (2, 20), **SETS)),
@@ -193,6 +192,15 @@ def test_an_outlier_row_is_left_out_like_a_special_token(ctx: EvalContext, reade
     masked = read(ctx, EvalTarget(sae, HOOK, norm_limit=LIMIT))
     assert same(masked, special)
     assert not same(every, special)
+
+
+def test_batches_without_an_outlier_count_before_and_after_the_first_with_one(ctx: EvalContext) -> None:
+    """The sums without outlier rows are kept apart only from the first outlier on."""
+    read, few = result_of(Core(batch_contexts=1)), replace(ctx, contexts=ctx.contexts.select(slice(0, 4)))
+    assert (few.contexts.ids == SINK).any(1).tolist() == [False, True, False, False]
+    masked = read(few, EvalTarget(make_sae(), HOOK, norm_limit=LIMIT))
+    special = read(replace(few, context_format=SINK_IS_SPECIAL), EvalTarget(make_sae(), HOOK))
+    assert same(masked, special)
 
 
 METRICS = (
