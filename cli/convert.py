@@ -159,7 +159,7 @@ def show_release(text: str, *, layer: int | None, site: str | None, width: str |
         return
     commit = f" at {release.commit[:12]}" if release.commit else ""
     if release.saes:
-        show_table(f"{len(release.saes):,} SAEs in {release.name}{commit}", *release.table())
+        show_table(f"{format_count(len(release.saes), 'SAE')} in {release.name}{commit}", *release.table())
     else:
         echo(f"note     No SAE in {release.name}{commit} fits.")
     if refused:

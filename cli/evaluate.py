@@ -103,9 +103,9 @@ def evaluate(
             references=references,
             device=device,
             dtype=dtype,
-        )
+        ),
+        {Path(text): error for text, error in found.refused.items()},
     )
-    plan.refused |= {Path(text): error for text, error in found.refused.items()}
     if code := run_evaluate(plan, as_json=json_, dry_run=dry_run):
         raise typer.Exit(code)
     if not dry_run and (command := plan.next_command()):

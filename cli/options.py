@@ -19,14 +19,17 @@ def parse_tokens(text: str) -> int:
 def parse_max_norm(text: str | float) -> float:
     """A multiple of the median norm, or infinity for "none". Raises typer.BadParameter for anything else."""
     try:
-        return math.inf if text == "none" else float(text)
+        multiple = math.inf if text == "none" else float(text)
+        if math.isnan(multiple):
+            raise ValueError
+        return multiple
     except ValueError:
         raise typer.BadParameter(f"invalid multiple {text!r}; try 10, or none") from None
 
 
 def finite_or_none(multiple: float) -> float | None:
     """What `HarvestConfig.max_norm` takes: None in place of infinity."""
-    return None if math.isinf(multiple) else multiple
+    return None if multiple == math.inf else multiple
 
 
 STREAMING = "Harvesting while training (with --stream)"  # a group of flags in the help

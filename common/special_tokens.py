@@ -45,6 +45,10 @@ def choose_bos(tokenizer: Any, request: str = "auto") -> BosChoice:
     """
     if request == "none":
         return BosChoice(None, "--bos none")
+    if request.lower() in ("auto", "none") and request != "auto":
+        number = tokenizer.get_vocab().get(request)
+        token = "" if number is None else f", or {number} for the token of that text"
+        raise UsageError(f"--bos {request}: write {request.lower()}{token}.")
     if request == BOS_OR_EOS:
         return BosChoice(bos_or_eos_id(tokenizer), "the tokenizer's bos_token, else its eos_token")
     if request != "auto":
@@ -105,8 +109,8 @@ def find_token(tokenizer: Any, token: str, flag: str) -> int:
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids) == token:
         return ids[0]  # text whose spelling in the vocabulary differs, such as a newline
-    known = [*special_tokens(tokenizer), *tokenizer.get_added_vocab()]
-    raise UsageError(f"{flag} {token!r} is not one token of this tokenizer{did_you_mean(token, known[:400])}")
+    known = dict.fromkeys([*special_tokens(tokenizer), *tokenizer.get_added_vocab()])
+    raise UsageError(f"{flag} {token!r} is not one token of this tokenizer{did_you_mean(token, list(known)[:400])}")
 
 
 def token_text(tokenizer: Any, token: int) -> str:

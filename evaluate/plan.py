@@ -6,7 +6,7 @@ Every error that can be found without loading a model is raised here, or recorde
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -173,10 +173,11 @@ class EvaluatePlan:
         return f"sae evaluate {shell_paths(config.runs)} --suite {suite}{words}"
 
 
-def plan_evaluation(config: EvaluateConfig) -> EvaluatePlan:
+def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | None = None) -> EvaluatePlan:
     """Open the runs, find their text, and read the results of earlier evaluations with the same settings.
 
-    A run that cannot be evaluated goes to `EvaluatePlan.refused`, a metric that cannot run to `EvalRow.errors`.
+    A run that cannot be evaluated goes to `EvaluatePlan.refused`, as those in `refused` are already, a metric that
+    cannot run to `EvalRow.errors`.
 
     Raises SaeError with all reasons when nothing can be measured and nothing was measured before, UsageError for
     contradictory arguments, and UnavailableError when a folder cannot be written or the disk is full.
@@ -184,7 +185,7 @@ def plan_evaluation(config: EvaluateConfig) -> EvaluatePlan:
     metrics, device, dtype = resolve_config(config)
     if not config.runs:
         raise UsageError("Name the runs to evaluate: sae evaluate runs/...")
-    plan = EvaluatePlan(config, metrics, [], artifact_cache())
+    plan = EvaluatePlan(config, metrics, [], artifact_cache(), dict(refused or {}))
     unfinished = unfinished_runs(config.runs)
     if len(unfinished) < len(config.runs):  # if all are unfinished, load_sae refuses each and says why
         plan.unfinished = unfinished

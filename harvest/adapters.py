@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from ..cache.models import find_folder, folder_digests, folder_label, is_digest
@@ -86,34 +86,59 @@ def require_peft() -> None:
 
 
 def base_of(config: Path) -> str | None:
+    """The model that an adapter says it was trained for.
+
+    Raises DamagedError if its configuration cannot be read, UsageError if peft does not know its kind.
+    """
+    from peft import PeftType
+
     try:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
+        record = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DamagedError(f"{config} cannot be read ({error}). Save or download the adapter again.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("peft_type"), str):
+        raise DamagedError(f"{config} does not name the adapter's kind (peft_type). Save or download it again.")
+    if (kind := record["peft_type"]) not in PeftType.__members__:
+        raise UsageError(
+            f"{config} says that the adapter is of the kind {kind}, which the installed peft does not know. Install a "
+            "newer peft, or save the adapter again."
+        )
+    base = record.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
 
 def merge_adapters(model: Any, adapters: Sequence[AdapterSource]) -> Any:
     """A causal language model of transformers with the adapters merged into its weights, one after the other.
 
-    Raises UsageError if an adapter is of a kind that cannot be merged, or does not fit the model.
+    Raises UsageError if an adapter is of a kind that cannot be merged, or does not fit the model, and DamagedError if
+    its file is damaged.
     """
     import peft
 
     for adapter in adapters:
         try:
             adapted = peft.PeftModel.from_pretrained(model, adapter.location, **adapter.hub_revision)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            first = str(error).strip().splitlines()[-1].strip()
-            raise UsageError(f"The adapter {adapter.location} does not fit the model: {first}") from error
+        except SafetensorError as error:
+            raise damaged_weights(adapter, str(error)) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # of peft, of the model's own code, and of patterns in the configuration
+            lines = str(error).strip().splitlines() or [repr(error)]
+            raise UsageError(f"The adapter {adapter.location} does not fit the model: {lines[-1].strip()}") from error
         check_all_loaded(adapted, adapter)
         if not hasattr(adapted, "merge_and_unload"):
             raise UsageError(cannot_merge(adapter, adapted.active_peft_config.peft_type))
         try:
             model = adapted.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError) as error:
+            if "NaNs detected" in str(error):
+                raise damaged_weights(adapter, "merged weights are not finite numbers") from error
             raise UsageError(f"{cannot_merge(adapter, adapted.active_peft_config.peft_type)} ({error})") from error
     return model.eval().requires_grad_(False)
+
+
+def damaged_weights(adapter: AdapterSource, problem: str) -> DamagedError:
+    return DamagedError(f"The weights of the adapter {adapter.location} are damaged: {problem}. Save it again.")
 
 
 def cannot_merge(adapter: AdapterSource, kind: Any) -> str:

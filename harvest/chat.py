@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..common.errors import UsageError
@@ -32,7 +33,7 @@ Span = tuple[int, int]  # characters of a rendered conversation
 class ChatEncoder:
     """Turns conversations into token ids, with marks of the tokens of `roles` if any are given.
 
-    Raises UsageError if the tokenizer has no chat template.
+    Raises UsageError if the tokenizer has no chat template, or one that is not valid Jinja.
     """
 
     tokenizer: Any
@@ -44,6 +45,14 @@ class ChatEncoder:
                 "--chat-column needs a tokenizer with a chat template, and this model's has none. "
                 "Choose an instruction-tuned model, or give a column of text with --text-column."
             )
+        try:
+            self.render([{"role": "user", "content": PROBE}])
+        except TemplateRefusal as refusal:  # it may only want other roles
+            if isinstance(refusal.__cause__, TemplateSyntaxError):
+                raise UsageError(
+                    f"The chat template of this tokenizer is not valid Jinja: {refusal}. Correct it in the model's "
+                    "folder, or give a column of text with --text-column."
+                ) from refusal
 
     @cached_property
     def template(self) -> str:
@@ -61,7 +70,8 @@ class ChatEncoder:
     def encode(self, conversation: Conversation) -> EncodedDocument:
         """The ids of a conversation, its template's special tokens among them, and the marks of its rows.
 
-        Raises TemplateRefusal if the template does not render it, UsageError if the parts of the roles are not found.
+        Raises TemplateRefusal if the template does not render it or prints a list of parts as it is, and UsageError if
+        the parts of the roles are not found.
         """
         text = self.render(conversation.messages)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -88,6 +98,8 @@ class ChatEncoder:
         except Exception as error:  # Jinja's, those that the template raises, and those of its expressions
             raise TemplateRefusal(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
         (text,), spans = rendered
+        if any(str(message["content"]) in text for message in present if isinstance(message.get("content"), list)):
+            raise TemplateRefusal("it expects a text as content, and the content of a message is a list of parts")
         return text, [(int(first), int(last)) for first, last in spans[0]] if spans else []
 
     def literals(self, messages: Sequence[dict[str, Any]], text: str) -> dict[int, str]:

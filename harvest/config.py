@@ -64,6 +64,18 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
     if wrong := [layer for layer in config.layers if not isinstance(layer, int)]:
         raise UsageError(f"invalid layer {wrong[0]!r}: expected a whole number.")
     check_sizes(config)
+    named = {
+        "--text-column": [config.text_column], "--chat-column": [config.chat_column], "--roles": config.roles,
+        "--adapter": config.adapters, "--revision": [config.revision], "--subset": [config.subset],
+        "--split": [config.split], "--dataset-revision": [config.dataset_revision],
+    }  # fmt: skip
+    if empty := [flag for flag, values in named.items() if any(value == "" for value in values)]:
+        raise UsageError(f"{empty[0]} cannot be empty. Give a name, or leave it out.")
+    if config.chat_column is not None and config.text_column != HarvestConfig.text_column:
+        raise UsageError(
+            f"--text-column {config.text_column} and --chat-column {config.chat_column} cannot both be read. Leave one "
+            "out."
+        )
     if config.roles and config.chat_column is None:
         raise UsageError("--roles selects parts of conversations: name their column with --chat-column messages.")
     if not 0 <= config.seed < 2**63:
@@ -81,8 +93,8 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
     check_site_names(config.sites)
     if config.max_norm is not None and not config.max_norm > 1:
         raise UsageError(
-            f"--max-norm {config.max_norm} would mask at least half of the rows. Give a multiple of the median norm, "
-            "such as 10, or none."
+            f"--max-norm {config.max_norm:g} would mask at least half of the rows. Give a multiple of the median norm "
+            "above 1, such as 10, or none."
         )
 
 

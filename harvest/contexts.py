@@ -20,7 +20,8 @@ import numpy as np
 from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
 from ..common.errors import UnavailableError, UsageError
-from .documents import Document, TextSource
+from ..common.formatting import format_count
+from .documents import Conversation, Document, TextSource
 from .encode import DocumentEncoder, TemplateRefusal
 from .tokenize_checkpoint import TokenizeCheckpoint
 
@@ -46,12 +47,15 @@ def make_contexts(
     cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
     cut_documents(text, encode, cutter, checkpoint, seed, held_out, checkpoint_tokens)
     if not cutter.rows:
+        remarks = "".join(f" {remark}" for remark in text.remarks)
         if checkpoint.checksums or cutter.contexts["length"]:
             raise UsageError(
-                f"Every token of the text {text.name} is left out or held out. Check --skip-positions, --skip-token, "
-                "--roles and --held-out, or give another --dataset."
+                f"Every token of the text {text.name} is left out or held out.{remarks} Check --skip-positions, "
+                "--skip-token, --roles and --held-out, or give another --dataset."
             )
-        raise UsageError(f"The text {text.name} has no tokens to harvest: {why_no_rows(text)}. Give another --dataset.")
+        raise UsageError(
+            f"The text {text.name} has no tokens to harvest: {why_no_rows(text)}.{remarks} Give another --dataset."
+        )
     if exactly and cutter.rows < tokens:
         raise UsageError(
             f"The text {text.name} has only {cutter.rows:,} of the requested {tokens:,} tokens. "
@@ -96,6 +100,8 @@ def cut_documents(
             raise
         if not batch:
             break
+        if number == 0 and (sentence := describe_absent_roles(encode.roles, [one.text for one in batch])):
+            text.remark(sentence)
         for document, encoded in zip(batch, encode(batch), strict=True):
             if isinstance(encoded, TemplateRefusal):
                 text.refuse(str(encoded))
@@ -105,6 +111,18 @@ def cut_documents(
             cutter.add(ids, number, side, marks)
             number += 1
     cutter.flush()
+
+
+def describe_absent_roles(roles: Sequence[str], conversations: Sequence[Any]) -> str:
+    """A sentence about those of `roles` that no message has, since they may be misspelt; empty if there are none."""
+    present = {message["role"] for one in conversations if isinstance(one, Conversation) for message in one.messages}
+    absent = [role for role in roles if role not in present]
+    if not absent or not present:
+        return ""
+    return (
+        f"No message of the first {format_count(len(conversations), 'conversation')} has the role "
+        f"{' or '.join(map(repr, absent))}; their roles are {', '.join(sorted(present))}."
+    )
 
 
 class Unfinished(NamedTuple):

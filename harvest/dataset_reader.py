@@ -6,7 +6,7 @@ from time import sleep
 from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from .documents import Conversation, Document, is_token_ids, parse_messages
+from .documents import Conversation, Document, fault_of_messages, is_token_ids, parse_messages
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before each retry after a network failure
 
@@ -58,11 +58,10 @@ class DatasetReader:
     def _conversation(self, value: Any) -> Conversation:
         conversation = parse_messages(value)
         if conversation is None:
-            one = value[0] if isinstance(value, list) and value else value
-            found = f"a message with the keys {', '.join(map(str, one))}" if isinstance(one, dict) else f"{value!r:.60}"
             raise UsageError(
-                f"Row {self.rows_read} of {self.name} has {found} in the column {self.column!r}; expected a list of "
-                "messages, each with a role and content. Convert the column, or choose another with --chat-column."
+                f"Row {self.rows_read} of {self.name} has {fault_of_messages(value)} in the column {self.column!r}; "
+                "expected a list of messages, each with a role and content. Convert the column, or choose another with "
+                "--chat-column."
             )
         return conversation
 

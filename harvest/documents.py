@@ -68,6 +68,7 @@ class TextSource:
     skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not text": 0, "huge": 0})
     # Whether one of these strings may stand in the text. False is certain: not every text can be searched quickly.
     may_contain: Callable[[Sequence[str]], bool] = lambda strings: True
+    remarks: list[str] = field(default_factory=list)  # what was said about the documents; part of an error's message
 
     @property
     def documents(self) -> Iterator[Document]:
@@ -81,8 +82,15 @@ class TextSource:
     def refuse(self, why: str) -> None:
         """Count a conversation that the chat template does not render; the first one is explained to the user."""
         if not self.skipped.get(REFUSED):
-            self.say(f"The chat template refuses a conversation of {self.name}: {why.rstrip('.')}. Such are skipped.")
+            self.remark(
+                f"The chat template refuses a conversation of {self.name}: {why.rstrip('.')}. Such are skipped."
+            )
         self.skipped[REFUSED] = self.skipped.get(REFUSED, 0) + 1
+
+    def remark(self, sentence: str) -> None:
+        """Tell the user something about the documents, now and again if the text has no tokens to harvest."""
+        self.remarks.append(sentence)
+        self.say(sentence)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -114,12 +122,31 @@ def parse_messages(value: Any) -> Conversation | None:
 
     Returns None if it is neither, or a message has no role or no content.
     """
-    if isinstance(value, dict) and len({len(one) if isinstance(one, list) else -1 for one in value.values()}) == 1:
-        value = [dict(zip(value, one, strict=True)) for one in zip(*value.values(), strict=True)]
-    well_formed = isinstance(value, list) and all(
-        isinstance(one, dict)
-        and isinstance(one.get("role"), str)
-        and isinstance(one.get("content", ...), str | list | None)
-        for one in value
-    )
-    return Conversation(value) if well_formed else None
+    value = list_of_messages(value)
+    return None if fault_of_messages(value) else Conversation(value)
+
+
+def list_of_messages(value: Any) -> Any:
+    """The list of messages that a dictionary of lists of equal length means; anything else as it is."""
+    if not isinstance(value, dict) or not all(isinstance(one, list) for one in value.values()):
+        return value
+    if len({len(one) for one in value.values()}) != 1:
+        return value
+    return [dict(zip(value, one, strict=True)) for one in zip(*value.values(), strict=True)]
+
+
+def fault_of_messages(value: Any) -> str:
+    """What a cell has instead of messages, each with a role and content; empty if nothing is wrong with it."""
+    value = list_of_messages(value)
+    if not isinstance(value, list):
+        return f"{value!r:.60}"
+    for one in value:
+        if not isinstance(one, dict):
+            return f"{value!r:.60}"
+        if "role" not in one or "content" not in one:
+            return f"a message with the keys {', '.join(map(str, one))}"
+        if not isinstance(one["role"], str):
+            return f"a message with the role {one['role']!r:.60}"
+        if not isinstance(one["content"], str | list | None):
+            return f"a message with the content {one['content']!r:.60}"
+    return ""

@@ -43,9 +43,14 @@ class DocumentEncoder:
     chat: ConversationEncoder | None = None
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Of conversations, the roles whose tokens are rows; none if all are."""
+        return () if self.chat is None else self.chat.roles
+
+    @property
     def marks_rows(self) -> bool:
         """Whether documents come with marks."""
-        return self.chat is not None and bool(self.chat.roles)
+        return bool(self.roles)
 
     def __call__(self, batch: Sequence[Document]) -> list[EncodedDocument | TemplateRefusal]:
         """The documents' ids; for a conversation that the template does not render, why."""

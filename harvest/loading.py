@@ -23,6 +23,7 @@ from ..cache.models import (
 )
 from ..common.errors import DamagedError, UsageError
 from . import mini
+from .adapters import CONFIG as ADAPTER_CONFIG
 from .adapters import AdapterSource, find_adapter, find_recorded_adapters, merge_adapters
 from .language_tower import is_multimodal, needed_files, tower_class
 from .load_errors import translate_load_errors
@@ -65,8 +66,8 @@ def find_model(name: str, revision: str | None = None, adapters: Sequence[str] =
 
     `adapters` are folders or Hub ids of PEFT adapters that are merged into it.
 
-    Raises UsageError if there is no such folder, and UnavailableError if the Hub cannot be reached or the model's
-    license has not been accepted.
+    Raises UsageError if there is no such folder or it holds an adapter, and UnavailableError if the Hub cannot be
+    reached or the model's license has not been accepted.
     """
     folder = mini.WEIGHTS if name == mini.NAME else Path(name)
     if folder.is_dir() and revision is not None:
@@ -75,12 +76,22 @@ def find_model(name: str, revision: str | None = None, adapters: Sequence[str] =
         raise UsageError(f"There is no folder {name}. Give a folder with a model, a Hub id, or --model {mini.NAME}.")
     found = tuple(map(find_adapter, adapters))
     if folder.is_dir():
+        if (folder / ADAPTER_CONFIG).exists():
+            raise UsageError(holds_adapter(name))
         digest = folder_digests(folder)[0]
         label = name if name == mini.NAME else folder_label(folder.resolve(), digest)
         source = ModelSource(label, str(folder), digest, found)
         return source, find_config(source)
     config = find_config(ModelSource(name, name, revision or "unknown"))
     return ModelSource(name, name, getattr(config, "_commit_hash", None) or revision or "unknown", found), config
+
+
+def holds_adapter(name: str) -> str:
+    """transformers would load the model that the adapter names, which is no part of the identity, not this one."""
+    return (
+        f"{name} holds a PEFT adapter ({ADAPTER_CONFIG}). Give the model that it was trained for with --model, and "
+        f"--adapter {name}. If it is a whole model, into which the adapter was merged, move {ADAPTER_CONFIG} out of it."
+    )
 
 
 def find_config(source: ModelSource) -> Any:
@@ -172,6 +183,8 @@ def load_transformer(kind: Any, source: ModelSource, config: Any, dtype: str, de
             ignore_mismatched_sizes=True,
             **(revision if location == source.location else {}),
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a model on the Hub
+        raise UsageError(holds_adapter(source.argument))
     wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:  # transformers has filled them with random numbers
         raise DamagedError(

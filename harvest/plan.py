@@ -17,7 +17,7 @@ from ..cache.statistics import describe_statistics
 from ..cache.writer import read_fingerprint
 from ..common.device import resolve_device, resolve_dtype
 from ..common.environment import environment_record
-from ..common.errors import SaeError, UnavailableError
+from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of, folder_bytes, free_space, sae_home
 from ..common.formatting import format_bytes, format_duration
 from ..common.special_tokens import choose_bos, special_tokens, token_text
@@ -265,9 +265,9 @@ def plan_harvest(
     dataset = (EMBEDDED_TEXT if config.model == mini.NAME else PILE) if config.dataset is None else config.dataset
     check_config(config, dataset)
     source, model_config = find_model(config.model, config.revision, config.adapters)
-    check_layers(model_config, config.layers, config.model)
     hooks = hooks_of_sites(model_config, config.layers, config.sites, config.modules)
     check_layers(model_config, [hook.layer for hook in hooks], config.model)
+    check_layers_are_used(config, hooks)
     check_sites(model_config, hooks)
     check_context(model_config, config.context, config.model)
     device = resolve_device(config.device)
@@ -298,6 +298,17 @@ def plan_harvest(
     return HarvestPlan(
         config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device, chat
     )
+
+
+def check_layers_are_used(config: HarvestConfig, hooks: Sequence[Hook]) -> None:
+    """Raise UsageError for --layer flags that every --module overrides with a layer of its own."""
+    used = {hook.layer for hook in hooks}
+    if "layer" in config.origins and used.isdisjoint(config.layers):
+        layers = ", ".join(map(str, sorted(used)))
+        raise UsageError(
+            f"--layer {config.layers[0]} has no effect: the modules belong to layer {layers}. Leave it out, or write "
+            "{layer} in --module for the number of the block."
+        )
 
 
 def default_folder(identity: dict[str, Any], source: ModelSource, text: TextSource, suffix: str = "") -> Path:

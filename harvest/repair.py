@@ -104,6 +104,11 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
     hooks = sorted(map(Hook.from_array, arrays))
     if model is None and (moved := recorded_model(folder)):
         options["model"] = moved
+    elif model is None and Path(options["model"]).is_absolute() and not Path(options["model"]).is_dir():
+        raise UsageError(
+            f"{folder} was harvested from the model in {options['model']}, which is not there any more. Say where it "
+            "lies now with --model FOLDER."
+        )
     options |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
     options.setdefault("bos", BOS_OR_EOS)  # older caches record no choice
     options |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}

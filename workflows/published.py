@@ -18,7 +18,7 @@ from ..common.files import digest_of, read_json, sae_home
 from ..common.formatting import format_bytes
 from ..harvest import mini
 from ..train.formats.base import Format
-from ..train.formats.hub import HubAddress, RemoteSAE, find_remote_sae
+from ..train.formats.hub import REPO_ID, HubAddress, RemoteSAE, find_remote_sae
 from ..train.formats.import_ import ImportConfig, ImportResult, file_digests, import_files, import_remote, open_folder
 from ..train.formats.verify import Progress, no_progress
 
@@ -76,6 +76,8 @@ def find_or_import(
         try:
             if text.startswith("hf://"):
                 folder = run_of_address(text, config, say, progress)
+            elif not text or not Path(text).exists():
+                raise UsageError(f"There is no run folder {text!r}. {advice_on_address(text)}")
             elif is_foreign(Path(text)):
                 folder = run_of_files(Path(text), config, say, progress)
             else:
@@ -88,6 +90,18 @@ def find_or_import(
         else:
             found.folders.append(folder)
     return found
+
+
+def advice_on_address(text: str) -> str:
+    """What to write for a text that may be meant as an address on the Hub."""
+    address = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/*", "", text)
+    owner, _, rest = address.partition("/")
+    repo, _, folder = rest.partition("/")
+    if not REPO_ID.fullmatch(f"{owner}/{repo}") or Path(owner).exists():
+        return "Train one with `sae train`, or give hf://owner/repo/folder."
+    if tree := re.match(r"(?:tree|blob)/([^/]+)/?(.*)", folder):
+        repo, folder = (repo if tree[1] == "main" else f"{repo}@{tree[1]}"), tree[2]
+    return f"For an SAE on the Hub, give hf://{owner}/{repo}/{folder or 'folder'}."
 
 
 def is_foreign(path: Path) -> bool:

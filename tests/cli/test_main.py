@@ -78,7 +78,7 @@ def test_an_error_is_one_sentence_on_stderr_of_the_real_program():
     shown = python("from sae.cli.main import app; app(['evaluate', 'nothing/here'])")
     assert shown.returncode == BAD_USAGE
     assert shown.stdout == ""
-    assert shown.stderr.startswith("error: nothing/here holds no trained SAE")
+    assert shown.stderr.startswith("error: There is no run folder 'nothing/here'. For an SAE on")
     assert len(shown.stderr.splitlines()) == 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from sae.cache.catalog import find_cache
 from sae.cache.layout import Hook
 from sae.cache.models import model_label
-from sae.common.errors import UnavailableError, UsageError
+from sae.common.errors import DamagedError, UnavailableError, UsageError
 from sae.evaluate.inputs import make_context
 from sae.evaluate.run import evaluate_saes
-from sae.harvest.adapters import find_adapter
+from sae.harvest.adapters import WEIGHTS, find_adapter
 from sae.harvest.loading import find_model
 from sae.harvest.model import load_model, load_trunk
 from sae.harvest.run import harvest_activations
@@ -128,6 +129,14 @@ def test_what_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path, monkey
     save_file(tensors | more, deeper / "adapter_model.safetensors")
     with pytest.raises(UsageError, match="does not fit the model: .* of its tensors differ"):
         load(deeper)
+    truncated = shutil.copytree(adapter, tmp_path / "truncated")
+    (truncated / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:1000])
+    with pytest.raises(DamagedError, match="The weights of the adapter .*truncated are damaged"):
+        load(truncated)
+    not_finite = shutil.copytree(adapter, tmp_path / "not-finite")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, not_finite / WEIGHTS)
+    with pytest.raises(DamagedError, match="not-finite are damaged: merged weights are not finite"):
+        load(not_finite)
     prompts = tmp_path / "prompts"
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     prompt_config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
@@ -137,6 +146,40 @@ def test_what_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path, monkey
     monkeypatch.setattr("sae.harvest.adapters.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match=r"sae-pipeline\[adapters\]"):
         find_adapter(str(adapter))
+
+
+def test_a_model_s_folder_with_an_adapter_in_it_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    """transformers would load the model that adapter_config.json names in its place."""
+    both = shutil.copytree(tiny_model, tmp_path / "both")
+    shutil.copy(adapter / "adapter_config.json", both)
+    with pytest.raises(UsageError, match="both holds a PEFT adapter .* move adapter_config.json out of it"):
+        find_model(str(both))
+    with pytest.raises(UsageError, match="lora holds a PEFT adapter .* Give the model that it was trained for with"):
+        find_model(str(adapter))
+    shutil.copy(adapter / WEIGHTS, both)
+    source, config = find_model(str(tiny_model))
+    with pytest.raises(UsageError, match="both holds a PEFT adapter"):  # as a repository of the Hub is found
+        load_trunk(replace(source, location=str(both)), config, 0, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "sentence"),
+    [
+        (lambda record: [], DamagedError, "does not name the adapter's kind"),
+        (lambda record: {**record, "peft_type": None}, DamagedError, "does not name the adapter's kind"),
+        (lambda record: {**record, "peft_type": "NEW"}, UsageError, "of the kind NEW, which the installed peft does n"),
+        (lambda record: {**record, "target_modules": "((("}, UsageError, "does not fit the model: missing "),
+    ],
+)
+def test_a_configuration_that_peft_cannot_use(
+    change: Any, kind: type[Exception], sentence: str, tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    wrong = shutil.copytree(adapter, tmp_path / "wrong")
+    path = wrong / "adapter_config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(kind, match=sentence):
+        source, config = find_model(str(tiny_model), adapters=[str(wrong)])
+        load_model(source, config, **SETTINGS)
 
 
 def test_the_plan_names_the_model_that_an_adapter_was_trained_for(

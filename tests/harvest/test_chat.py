@@ -109,8 +109,32 @@ def test_a_conversation_that_the_template_refuses() -> None:
 def test_messages_are_lists_of_dictionaries_or_the_other_way_round() -> None:
     assert parse_messages(TALK) == Conversation(TALK)
     assert parse_messages({name: [one[name] for one in TALK] for name in ("role", "content")}) == Conversation(TALK)
-    for wrong in ("text", [{"from": "human", "value": "x"}], [{"role": "user"}], [{"role": 1, "content": "x"}], 3):
+    assert parse_messages({"role": ["user"], "content": [None]}) == Conversation([{"role": "user", "content": None}])
+    for wrong in (
+        "text", 3, {}, ["fox"], [{"from": "human", "value": "x"}], [{"role": "user"}], [{"role": 1, "content": "x"}],
+        [{"role": "user", "content": 1}], {"role": "user", "content": "fox"}, {"role": ["user"], "content": []},
+    ):  # fmt: skip
         assert parse_messages(wrong) is None
+
+
+def test_a_list_of_parts_that_a_template_would_print_is_refused() -> None:
+    parts = [{"type": "text", "text": "seven zebras"}]
+    tokenizer = make_tokenizer("smollm2")
+    tokenizer.chat_template = "{% for one in messages %}{{ one.role }}: {{ one.content | trim }}\n{% endfor %}"
+    with pytest.raises(TemplateRefusal, match="the content of a message is a list of parts"):
+        ChatEncoder(tokenizer).encode(Conversation([{"role": "user", "content": parts}]))
+    tokenizer.chat_template = "{% for one in messages %}{{ one.content[0].text }}{% endfor %}"
+    ids, _ = ChatEncoder(tokenizer).encode(Conversation([{"role": "user", "content": parts}]))
+    assert tokenizer.decode(ids) == "seven zebras"
+
+
+def test_a_template_that_is_not_valid_is_refused_at_once() -> None:
+    tokenizer = make_tokenizer("smollm2")
+    tokenizer.chat_template = "{% for one in messages %}{{ one.role }"
+    with pytest.raises(UsageError, match="chat template of this tokenizer is not valid Jinja: .*Correct it"):
+        ChatEncoder(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('Begin with a system message') }}"
+    assert ChatEncoder(tokenizer).template == tokenizer.chat_template  # it can render other conversations
 
 
 # --- whole harvests -------------------------------------------------------------------------------------------------
@@ -236,6 +260,7 @@ def test_refused_conversations_are_counted_and_explained_once(talks: Path, tmp_p
     plan = plan_harvest(config, said.append)
     cache = run_harvest(plan)
     assert said == ["The chat template refuses a conversation of talks: System role not supported. Such are skipped."]
+    assert "special tokens left out" in plan.summary(cache, 0)[-1]
     assert "1 empty documents skipped, 1 untemplated documents skipped" in plan.summary(cache, 0)[-1]
     assert "chat     messages through the tokenizer's template; rows are all that is written" in plan.describe_source()
 
@@ -247,6 +272,12 @@ def test_refused_conversations_are_counted_and_explained_once(talks: Path, tmp_p
         ({"chat_column": "chat"}, TALK, "has no column 'chat'; its columns are 'messages'. Choose one with --chat-col"),
         ({"chat_column": "messages"}, "fox", "has 'fox' in the column 'messages'; expected a list of messages"),
         ({"chat_column": "messages"}, [{"from": "x", "value": "y"}], "a message with the keys from, value in the col"),
+        ({"chat_column": "messages"}, {"role": "user", "content": "x"}, "has {'role': 'user', 'content': 'x'} in"),
+        ({"chat_column": "messages"}, [{"role": "user", "content": 3}], "has a message with the content 3 in"),
+        ({"chat_column": "messages"}, [{"role": None, "content": "x"}], "has a message with the role None in"),
+        ({"chat_column": ""}, TALK, "--chat-column cannot be empty"),
+        ({"chat_column": "messages", "roles": ("",)}, TALK, "--roles cannot be empty"),
+        ({"chat_column": "messages", "text_column": "body"}, TALK, "--text-column body and --chat-column m"),
         ({"chat_column": "messages", "dataset": "python-stdlib"}, TALK, "python-stdlib is plain text without columns"),
     ],
 )  # fmt: skip
@@ -261,8 +292,19 @@ def test_what_cannot_be_a_chat_harvest(options: dict, cell: Any, sentence: str, 
 
 def test_roles_that_nobody_has(talks: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", make_tokenizer("smollm2"))
-    with pytest.raises(UsageError, match="Every token of the text talks is left out or held out. Check --skip"):
+    absent = "No message of the first 40 conversations has the role 'tool'; their roles are assistant, system, user."
+    with pytest.raises(UsageError, match=f"Every token of the text talks is left out or held out. {absent} Check --sk"):
         harvest(model, talks, tmp_path / "cache", roles=("tool",))
+    said: list[str] = []
+    config = HarvestConfig(
+        model=str(model), dataset=str(talks), chat_column="messages", layers=(0,), device="cpu", window=256,
+        roles=("assistant", "tool"), out=tmp_path / "both",
+    )  # fmt: skip
+    plan = plan_harvest(config, said.append)
+    cache = run_harvest(plan)
+    assert said == [absent]
+    fed = int(cache.contexts(held_out=False).length.sum())
+    assert f"({fed - cache.rows:,} tokens left out" in plan.summary(cache, 0)[-1]
 
 
 def test_a_tokenizer_without_a_template_is_refused(talks: Path, tmp_path: Path) -> None:

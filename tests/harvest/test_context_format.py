@@ -161,6 +161,9 @@ def test_the_plan_says_what_contexts_begin_with_and_what_is_left_out(models: dic
         ({"skip_positions": -1}, "invalid --skip-positions -1: expected 0 or more"),
         ({"skip_positions": 12}, "invalid --skip-positions 12: .* fewer than the 12 tokens of a context"),
         ({"skip_tokens": ("no such token",)}, "--skip-token 'no such token' is not one token"),
+        ({"bos": "None"}, "--bos None: write none"),
+        ({"bos": "AUTO"}, "--bos AUTO: write auto"),
+        ({"bos": ""}, "--bos '' is not one token"),
         ({"bos": "<|endoftxt|>"}, r"--bos '<\|endoftxt\|>' is not one token of this tokenizer; did you mean"),
     ],
 )  # fmt: skip

@@ -125,7 +125,7 @@ def test_a_moved_model_can_be_given(folder: Path, whole: Cache, request_: Harves
     record = read_json(folder / "harvest.json")
     write_json(folder / "harvest.json", record | {"model": "/gone"})
     (folder / "layer_00/c.0.0").unlink()
-    with pytest.raises(UsageError, match="There is no folder /gone"):
+    with pytest.raises(UsageError, match="from the model in /gone, which is not there any more. Say .* --model"):
         repair(folder)
     assert repair(folder, model=str(moved))
     assert Cache(folder).read_chunk("layer_00", 0).tobytes() == whole.read_chunk("layer_00", 0).tobytes()

@@ -502,7 +502,12 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         ({"model": "./nothere"}, "There is no folder ./nothere"),
         ({"revision": "abc"}, "--revision selects a commit on the Hub"),
         ({"sites": ("resid",)}, "unknown --site resid: expected one of resid_pre, resid_mid, .*, or a module of"),
-        ({"max_norm": 1.0}, "--max-norm 1.0 would mask at least half of the rows"),
+        ({"modules": ("model.norm",), "sites": (), "layers": (0,), "origins": {"layer": "flag"}}, "--layer 0 has no "),
+        ({"text_column": ""}, "--text-column cannot be empty"),
+        ({"adapters": ("",)}, "--adapter cannot be empty"),
+        ({"split": ""}, "--split cannot be empty"),
+        ({"max_norm": float("-inf")}, "--max-norm -inf would mask at least half of the rows"),
+        ({"max_norm": 1.0}, "--max-norm 1 would mask at least half of the rows"),
         ({"storage_dtype": "float16"}, "unknown --storage-dtype float16"),
         ({"dtype": "float64"}, "unknown dtype 'float64'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
@@ -519,6 +524,15 @@ def test_invalid_options_are_rejected(small: tuple[HarvestConfig, Cache], wrong:
     with pytest.raises(UsageError, match=sentence) as refused:
         plan_harvest(replace(small[0], **wrong))
     assert refused.value.exit_code == 2
+
+
+def test_modules_that_name_their_layer_need_no_other(small: tuple[HarvestConfig, Cache]) -> None:
+    config = replace(small[0], layers=HarvestConfig.layers, sites=(), out=None)  # of more blocks than it has
+    modules = ("model.layers.1.mlp.gate_proj", "model.embed_tokens")
+    hooks = plan_harvest(replace(config, modules=modules)).hooks
+    assert hooks == [Hook(0, "model.embed_tokens.output"), Hook(1, "mlp.gate_proj.output")]
+    with pytest.raises(UsageError, match="has no layer 5"):
+        plan_harvest(replace(config, modules=("model.layers.{layer}.mlp.gate_proj",)))
 
 
 def test_the_tokenizer_s_own_words_come_back(small: tuple[HarvestConfig, Cache]) -> None:

@@ -202,7 +202,33 @@ def test_run_folders_and_other_texts_stay_as_they_are(home):
     (home / "runs" / "mine").mkdir(parents=True)
     (home / "runs" / "mine" / "sae.json").write_text("{}")
     (home / "runs" / "mine" / "sae.safetensors").write_bytes(b"")
-    texts = ["runs/mine", "runs", "nowhere"]
+    texts = ["runs/mine", "runs"]
     assert find_or_import(texts, PublishedConfig()).folders == [Path(text) for text in texts]
     result = call("evaluate", "runs")
     assert result.exit_code == UsageError.exit_code and "holds no trained SAE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("nowhere", "Train one with `sae train`, or give hf://owner/repo/folder."),
+        ("runs/misspelt", "Train one with `sae train`, or give hf://owner/repo/folder."),
+        ("", "Train one with `sae train`, or give hf://owner/repo/folder."),
+        ("lab/res", "For an SAE on the Hub, give hf://lab/res/folder."),
+        ("lab/res/layer_12/l0_5", "For an SAE on the Hub, give hf://lab/res/layer_12/l0_5."),
+        ("hf:/lab/res/layer_12", "For an SAE on the Hub, give hf://lab/res/layer_12."),
+        ("https://huggingface.co/lab/res/tree/main/layer_12", "For an SAE on the Hub, give hf://lab/res/layer_12."),
+        ("https://hf.co/lab/res/tree/v1/layer_12", "For an SAE on the Hub, give hf://lab/res@v1/layer_12."),
+    ],
+)
+def test_what_is_neither_there_nor_an_address(text, advice, home):
+    (home / "runs").mkdir()
+    found = find_or_import([text], PublishedConfig())
+    assert not found.folders and str(found.refused[text]) == f"There is no run folder {text!r}. {advice}"
+
+
+def test_every_text_that_is_refused_is_named(tiny_cache, home):
+    """Also where none of the others can be evaluated."""
+    (home / "empty").mkdir()
+    shown = call("evaluate", "nowhere", "empty").stderr
+    assert "There is no run folder 'nowhere'" in shown and "empty holds no trained SAE" in shown
