@@ -34,9 +34,10 @@ class DatasetReader:
             raise UsageError(f"{name} has no rows.")
         if column not in first:
             columns = ", ".join(map(repr, first))
+            other = "" if chat else ", or with --chat-column if it holds lists of messages"
             raise UsageError(
                 f"{name} has no column {column!r}; its columns are {columns}. "
-                f"Choose one with --{'chat' if chat else 'text'}-column."
+                f"Choose one with --{'chat' if chat else 'text'}-column{other}."
             )
         self.rows: Iterator[dict[str, Any]] = itertools.chain([first], rows)
 

@@ -130,7 +130,7 @@ def empty(folder: Path) -> Path:
         (unknown_kind, r"has .docx; expected files of one format"),
         (no_suffix, "has files without a suffix; expected files of one format"),
         (lambda folder: folder, "has no files; expected files of one format"),
-        (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column"),
+        (other_columns, "has no column 'text'; its columns are 'content', 'id'. Choose one with --text-column, or"),
         (empty, "a.jsonl is empty. Give a text"),
         (lambda folder: folder / "gone.jsonl", "There is no file .*gone.jsonl. Give a .txt, .jsonl"),
         (lambda folder: "./gone", "There is no file ./gone"),
