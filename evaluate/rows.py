@@ -29,7 +29,8 @@ class MeasuredRun(Protocol):
 class EvalRow:
     """One row of the tables: a run, an SAE object, or a reference such as the identity.
 
-    Attributes:        name: its name in tables.
+    Attributes:
+        name: its name in tables.
         target: the SAE and its hook.
         folder: its results are in `evaluations/` there; None for an object, whose results are not written.
         record: the contents of sae.json, or a description of the reference.

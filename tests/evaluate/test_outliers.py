@@ -338,3 +338,22 @@ def test_an_sae_is_compared_with_the_pca_by_the_ev_and_l0_of_the_table() -> None
     elsewhere = row("on other rows", core(32, 0.1), core(32, 0.1), limit=7.0)  # no PCA was fitted to those
     (sentence,) = below_pca([worse, better, elsewhere, pca])
     assert sentence.startswith("worse explains 0.400 of the variance, less than the PCA of equal L0 (pca-32: 0.500).")
+
+
+def test_an_sae_is_compared_with_the_pca_of_the_same_rows() -> None:
+    """Not by SAEBench's `explained_variance`, nor over rows that are left out, nor with a PCA of other rows."""
+
+    def row(name: str, explained: float, over_all_rows: float, limit: float = 9.0, l0: float = 6.0) -> EvalRow:
+        def numbers(fve: float) -> MetricResult:
+            quality = {"fve": fve, "explained_variance": 5 - 4 * fve}
+            return MetricResult({"sparsity": {"l0": l0}, "reconstruction_quality": quality})
+
+        target = EvalTarget(make_sae(), Hook(0), reference=name.startswith("pca"), norm_limit=limit)
+        result = numbers(over_all_rows).with_masked(numbers(explained).without_outliers(1, 99))
+        return EvalRow(name, target, results={"core": result})
+
+    pca = row("pca-6", 0.5, 0.3)
+    sentences = below_pca([pca, row("good", 0.6, 0.2), row("bad", 0.4, 0.9), row("sparser", 0.4, 0.4, l0=5.0)])
+    assert len(sentences) == 1
+    assert sentences[0].startswith("bad explains 0.400 of the variance, less than the PCA of equal L0 (pca-6: 0.500)")
+    assert below_pca([pca, row("other rows", 0.4, 0.4, limit=8.0)]) == []
