@@ -14,7 +14,7 @@ CARD_METRICS = (
     ("core", "sparsity", "l0", "L0 (active latents per token)"),
     ("core", "model_behavior_preservation", "kl_div_score", "KL score"),
     ("core", "model_performance_preservation", "ce_loss_score", "CE score"),
-    ("core", "reconstruction_quality", "explained_variance", "explained variance"),
+    ("core", "reconstruction_quality", "fve", "explained variance"),
     ("core", "misc_metrics", "frac_alive", "fraction of latents alive"),
     ("absorption", "mean", "mean_absorption_fraction_score", "absorption"),
     ("sparse_probing", "sae", "sae_top_1_test_accuracy", "sparse probing, 1 latent"),
@@ -82,14 +82,16 @@ sae import hf://{repo}
 def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
     """(heading, value) of each of CARD_METRICS that evaluations/ of a run holds.
 
-    Metrics on the stand-in dataset, texts of Python's standard library, say so.
+    They are the numbers without outlier rows where a result has both, as in our tables. Metrics on the stand-in
+    dataset, texts of Python's standard library, say so.
     """
     metrics = []
     for name, category, metric, heading in CARD_METRICS:
         for file, suffix in ((f"{name}.json", ""), (f"{name}_stdlib.json", ", on texts of Python's standard library")):
             with contextlib.suppress(SaeError, KeyError, TypeError, ValueError):
                 categories: Any = read_json(run / "evaluations" / file)["eval_result_metrics"]
-                if (value := float(categories[category][metric])) != NOT_MEASURED:
+                group = categories.get(f"masked_{category}", categories[category])
+                if (value := float(group[metric])) != NOT_MEASURED:
                     metrics.append((heading + suffix, f"{value:.4g}"))
     return metrics
 

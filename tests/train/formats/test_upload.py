@@ -20,7 +20,15 @@ def run(make_sae, tmp_path) -> Path:
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "evaluations").mkdir()
     for name, metrics in (
-        ("core", {"sparsity": {"l0": 31.96}, "reconstruction_quality": {"explained_variance": 0.91234}}),
+        (
+            "core",
+            {
+                "sparsity": {"l0": 80.5},
+                "masked_sparsity": {"l0": 31.96},  # without outlier rows
+                "reconstruction_quality": {"explained_variance": 1.2, "fve": 0.4},  # the first is SAEBench's
+                "masked_reconstruction_quality": {"explained_variance": 0.8, "fve": 0.91234},
+            },
+        ),
         ("sparse_probing_stdlib", {"sae": {"sae_top_1_test_accuracy": -1.0}}),
         ("tpp_stdlib", {"tpp_metrics": {"tpp_threshold_20_total_metric": 0.25}}),
     ):
