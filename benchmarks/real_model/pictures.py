@@ -18,7 +18,7 @@ from forward_hooks import PlainCache
 from make_model import TEXT, default_folder
 from packages import TEXTS
 
-WIDTH, HEIGHT = 1440, 900
+WIDTH, HEIGHT = 1280, 860
 LISTED = 40
 SHOWN = {package.name: package.show for package in TEXTS if package.show}
 
