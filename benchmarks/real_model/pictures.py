@@ -18,7 +18,7 @@ from forward_hooks import PlainCache
 from make_model import TEXT, default_folder
 from packages import TEXTS
 
-WIDTH, HEIGHT = 1280, 860
+WIDTH, HEIGHT = 1280, {"dashboard": 860, "compare": 1060}
 LISTED = 40
 SHOWN = {package.name: package.show for package in TEXTS if package.show}
 
@@ -70,7 +70,7 @@ def main() -> None:
             ("dashboard", f"{dashboard.as_uri()}#latent-{latent}"),
             ("compare", (home / "compare.html").as_uri()),
         ):
-            tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+            tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT[name]})
             tab.goto(target)
             if name == "dashboard":
                 tab.wait_for_selector("html[data-ready]", state="attached")
