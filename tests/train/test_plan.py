@@ -241,9 +241,8 @@ def test_a_plan_says_how_many_rows_of_each_array_are_masked(sparse_cache, masked
     plan = plan_training(make_config(masked_cache, "topk", "relu", layers=[0, 1]))
     lines = [line for line in plan.describe(time=False) if line.startswith("masked ")]
     counts = [len(masked_cache.outlier_rows(array)) for array in ("layer_00", "layer_01")]
-    assert lines == [  # once for the runs of an array
-        f"masked   {count:,} of 4,096 rows of layer_0{layer}, whose norm is too large (--max-norm)"
-        for layer, count in enumerate(counts)
+    assert [line.partition(", whose norm is ")[0] for line in lines] == [  # once for the runs of an array
+        f"masked   {count:,} of 4,096 rows of layer_0{layer}" for layer, count in enumerate(counts)
     ]
     assert all(0 < count < 2048 for count in counts)
     assert "masked" not in "\n".join(plan_training(make_config(sparse_cache, "topk")).describe(time=False))
