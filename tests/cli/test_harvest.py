@@ -92,6 +92,6 @@ def test_the_end_of_a_harvest_is_its_summary_and_a_command_on_the_middle_layer(
     (folder,) = (home / "activations").iterdir()
     *_, layer_0, largest_0, layer_1, largest_1, done, following = result.stderr.splitlines()
     assert layer_0.startswith("layer_00 mean norm") and layer_1.startswith("layer_01 mean norm")
-    assert "top 1 row: position " in largest_0 and re.search(r"token '[^']+' \(1\)$", largest_1)
+    assert "; the largest row by position: 1 at " in largest_0 and re.search(r"; by token: 1 of '[^']+'$", largest_1)
     assert done.startswith(f"done     {open_cache(folder).rows:,} rows")
     assert following == f"next     sae train --variant decorrelation --layer 1 --cache {folder}"
