@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 from sae.evaluate.plan import EvaluateConfig
 
 PLAN = "sae.evaluate.plan.plan_evaluation"
@@ -24,6 +26,12 @@ FLAGS = {
 }
 # --no-references is the other name of --references; --layer is of what is imported first (workflows/published.py)
 OUTPUT = ("references", "json", "dry-run", "layer")
+
+
+@pytest.fixture(autouse=True)
+def run_folders(home: Path) -> None:
+    for name in ("a", "b"):
+        (home / "runs" / name).mkdir(parents=True)
 
 
 def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_with: Callable) -> None:
