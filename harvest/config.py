@@ -64,7 +64,7 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
     if wrong := [layer for layer in config.layers if not isinstance(layer, int)]:
         raise UsageError(f"invalid layer {wrong[0]!r}: expected a whole number.")
     check_sizes(config)
-    named = {
+    named: dict[str, Sequence[str | None]] = {
         "--text-column": [config.text_column], "--chat-column": [config.chat_column], "--roles": config.roles,
         "--adapter": config.adapters, "--revision": [config.revision], "--subset": [config.subset],
         "--split": [config.split], "--dataset-revision": [config.dataset_revision],
