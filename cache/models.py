@@ -161,11 +161,11 @@ def file_stamp(path: Path) -> list[int]:
 
 
 def remembered_path() -> Path:
-    return sae_home() / "activations" / "models.json"
+    return sae_home() / "activations" / ".models.json"  # hidden: activations/* lists caches
 
 
 def read_remembered(part: str) -> dict[str, Any]:
-    """A part of activations/models.json: "files" (path -> stamp and sha256) or "folders" (digest -> paths)."""
+    """A part of activations/.models.json: "files" (path -> stamp and sha256) or "folders" (digest -> paths)."""
     with contextlib.suppress(DamagedError, AttributeError):  # it can always be made again
         content = read_json(remembered_path()).get(part)
         return content if isinstance(content, dict) else {}
@@ -173,7 +173,7 @@ def read_remembered(part: str) -> dict[str, Any]:
 
 
 def remember(part: str, entries: Mapping[str, Any]) -> None:
-    """Add entries to a part of activations/models.json. Does nothing where that cannot be written."""
+    """Add entries to a part of activations/.models.json. Does nothing where that cannot be written."""
     content = {one: read_remembered(one) for one in ("files", "folders")}
     if all(content[part].get(key) == value for key, value in entries.items()):
         return
