@@ -49,7 +49,7 @@ def section(title: str, body: str | None) -> str | None:
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [headings, ["---"] * len(headings), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
 def times(seconds: dict[str, float]) -> str:
