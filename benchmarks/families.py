@@ -279,7 +279,7 @@ def plain_hook(transformer: Any, hook: Hook, change: Callable[[Tensor], Tensor])
 def plain_replacement(transformer: Any, hook: Hook, x: Tensor) -> Iterator[None]:
     """Replace the activations at a hook with x by plain hooks.
 
-    The MLP's output is added to resid_mid, which is no module's output, so there attn_out is replaced with x minus
+    The MLP's output is added to resid_mid, which no module returns, so there attn_out is replaced with x minus
     resid_pre.
     """
     if hook.site != "resid_mid":

@@ -18,8 +18,8 @@ class ContextFormat:
 
     Attributes:
         bos_id: the token that each context begins with; None if they begin with the first token of their text.
-        skip_ids: tokens that are no rows wherever they stand.
-        skip_positions: how many first positions of a context are no rows; BOS is at position 0.
+        skip_ids: tokens that are never rows, wherever they stand.
+        skip_positions: how many positions at the beginning of a context are never rows; BOS is at position 0.
     """
 
     bos_id: int | None
@@ -33,7 +33,7 @@ class ContextFormat:
     ) -> Self:  # fmt: skip
         """The format of new contexts, from the options of `sae harvest`.
 
-        Pad, EOS, BOS and what contexts begin with are no rows, unless `keep_special`.
+        Pad, EOS, BOS and what contexts begin with are left out, unless `keep_special`.
 
         Raises UsageError for a token that the tokenizer does not have.
         """

@@ -57,6 +57,7 @@ SITES = {  # site -> TransformerLens' name of the hook
     "mlp_hidden": "blocks.{}.mlp.hook_post",
     "mlp_out": "blocks.{}.hook_mlp_out",
 }
+RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # the stream, and what is added to it
 OUTSIDE = "model."  # begins the path of a module that is outside the blocks
 
 

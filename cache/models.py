@@ -2,7 +2,7 @@
 
 A *model record* is {"name", "revision"}. A model of the Hub has its id as name and a commit as revision. A model in a
 folder is identified by the digest of its files, wherever the folder lies: its revision is the digest, its name the
-folder's name and the first 8 digits of the digest. (Caches written before 0.3 have the folder's absolute path as name.)
+folder's name and the first 8 digits of the digest. (In caches of earlier versions it is the folder's absolute path.)
 Where PEFT adapters were merged into it, the record has a third key, "adapters": [{"name", "revision"}, ...].
 """
 

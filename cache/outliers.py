@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.errors import UsageError
 from .chunks import map_chunk, read_array_spec, read_rows
 from .layout import Layout
 
@@ -20,6 +21,15 @@ MAX_NORM = 10.0  # multiple of the median norm
 TOP_SHARE = 0.001  # of the rows: those whose share of the variance is reported
 WARNING_SHARE = 0.1  # of the variance, held by these rows, above which a warning says so
 LISTED = 3  # positions and tokens
+
+
+def check_max_norm(max_norm: float | None) -> None:
+    """Raise UsageError unless a multiple of the median norm is above 1, or None."""
+    if max_norm is not None and not max_norm > 1:
+        raise UsageError(
+            f"--max-norm {max_norm:g} would mask at least half of the rows. Give a multiple of the median norm "
+            "above 1, such as 10, or none."
+        )
 
 
 def norm_limit(norms: np.ndarray, max_norm: float | None) -> float | None:

@@ -125,12 +125,12 @@ class Cache:
         return lines
 
     def describe_contexts(self) -> list[str]:
-        """Lines about what contexts begin with, and which of their tokens are no rows."""
+        """Lines about what contexts begin with, and which of their tokens are left out."""
         identity = self.identity
         bos = identity["bos"] if "bos" in identity else int(Contexts.read(self.folder).ids[0, 0])
         lines = [f"bos      {'none' if bos is None else f'token id {bos}'}"]
         if positions := identity.get("skip_positions", 0):
-            lines[0] += f"; the first {format_count(positions, 'position')} of each context are no rows"
+            lines[0] += f"; the first {format_count(positions, 'position')} of each context are left out"
         if roles := (identity.get("chat") or {}).get("roles"):
             lines.append(f"chat     rows are what {' and '.join(roles)} wrote")
         return lines

@@ -4,22 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..cache.chunks import read_array
 from ..cache.layout import Hook
+from ..cache.outliers import norm_limit
 from ..cache.reader import Cache, is_ring_cache
-from ..common.errors import UsageError
 from .rows import EvalRow, placed
-
-
-def check_max_norm(max_norm: float | None) -> None:
-    """Raise UsageError unless `max_norm` is a multiple above 1, infinity (no row is an outlier) or None."""
-    if max_norm is not None and not max_norm > 1:
-        raise UsageError(
-            f"--max-norm {max_norm:g} would mask at least half of the rows. Give a multiple of the median norm "
-            "above 1, such as 10, or none."
-        )
 
 
 def norm_limit_of(origin: Mapping[str, Any], cache: Cache, hook: Hook, max_norm: float | None = None) -> float | None:
@@ -35,7 +24,7 @@ def norm_limit_of(origin: Mapping[str, Any], cache: Cache, hook: Hook, max_norm:
         if math.isinf(max_norm):
             return None
         norms = read_array(cache.folder, f"{cache.require_array(hook.layer, hook.site)}.row_norm")
-        return max_norm * float(np.median(norms))
+        return norm_limit(norms, max_norm)
     if "norm_limit" in origin:
         return origin["norm_limit"]
     return cached_norm_limit(cache, hook) if origin.get("fingerprint") == cache.fingerprint else None
@@ -55,7 +44,7 @@ def describe_norm_limits(rows: Sequence[EvalRow]) -> list[str]:
         names = [r.name for r in rows if r.target.hook == hook and (r.target.norm_limit or math.inf) == limit]
         if math.isinf(limit):
             shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            lines.append(f"masked   no rows: {shown} {'has' if len(names) == 1 else 'have'} no limit of the norm")
+            lines.append(f"masked   no rows: {shown} {'has' if len(names) == 1 else 'have'} no norm limit")
         else:
             lines.append(f"masked   outlier rows {placed(hook)}, with a norm over {limit:.4g}")
     return lines

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..cache.catalog import list_caches
 from ..cache.context_format import ContextFormat
+from ..cache.outliers import check_max_norm
 from ..cache.reader import Cache
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
@@ -25,7 +26,8 @@ from .context import EvalContext
 from .inputs import artifact_cache, check_tokens, load_run, make_context, model_loader
 from .metrics.base import Metric, check_mode
 from .metrics.registry import SUITES, metrics_of_suite
-from .norm_limits import check_max_norm, describe_norm_limits
+from .norm_limits import describe_norm_limits
+from .reference_saes import below_pca
 from .results import read_result
 from .rows import EvalGroup, EvalRow, failures, placed
 from .sae_text import describe_change, text_request
@@ -261,33 +263,6 @@ def text_notes(cache: Cache, ctx: EvalContext, rows: Sequence[EvalRow]) -> list[
         for row in rows
         for line in describe_change(row.name, row.record["origin"], ctx.change, form, context, ctx.tokenizer)
     ]
-
-
-def below_pca(rows: Sequence[EvalRow]) -> list[str]:
-    """A sentence for each SAE that explains less variance than the PCA of about the same L0 on its rows."""
-    sentences = []
-    for row in rows:
-        ours = core_numbers(row)
-        if row.is_reference or ours is None:
-            continue
-        for other in rows:
-            theirs = core_numbers(other) if other.is_reference and other.name.startswith("pca-") else None
-            if theirs is None or other.target.row_set != row.target.row_set:
-                continue
-            if math.isclose(ours[0], theirs[0], rel_tol=0.1) and ours[1] < theirs[1]:
-                sentences.append(
-                    f"{row.name} explains {ours[1]:.3f} of the variance, less than the PCA of equal L0 ({other.name}: "
-                    f"{theirs[1]:.3f}). Train it longer before comparing it with others."
-                )
-    return sentences
-
-
-def core_numbers(row: EvalRow) -> tuple[float, float] | None:
-    """L0 and EV of a row as its table shows them, if both were measured."""
-    metrics = row.results["core"].sound.metrics if "core" in row.results else {}
-    l0 = metrics.get("sparsity", {}).get("l0")
-    explained = metrics.get("reconstruction_quality", {}).get("fve")
-    return None if l0 is None or explained is None else (l0, explained)
 
 
 def unfinished_runs(runs: Sequence[Path]) -> list[Path]:

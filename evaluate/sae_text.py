@@ -115,10 +115,10 @@ def describe_change(
         return "no special token" if token is None else token_text(tokenizer, token)
 
     bos_id = form.bos_id if change.bos is None else change.bos[1]
-    told = bos_request(origin, tokenizer) != "auto"
+    is_recorded = bos_request(origin, tokenizer) != "auto"
     lines = [
-        f"{name}: its files {'say' if told else 'do not say'} what its contexts began with: "
-        f"{shown(bos_id)}{'' if told else ', as for a new harvest'}"
+        f"{name}: its files {'say' if is_recorded else 'do not say'} what its contexts began with: "
+        f"{shown(bos_id)}{'' if is_recorded else ', as for a new harvest'}"
         + (f" instead of the cache's {shown(change.bos[0])}" if change.bos else "")
     ]
     trained_on = origin.get("context")

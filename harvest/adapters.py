@@ -158,7 +158,7 @@ def check_all_loaded(adapted: Any, adapter: AdapterSource) -> None:
             in_file = set(file.keys())
     in_model = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if different := sorted(in_file ^ in_model):
-        where = "the adapter has and the model has not" if different[0] in in_file else "the adapter lacks"
+        where = "the adapter has and the model does not" if different[0] in in_file else "the adapter lacks"
         raise UsageError(
             f"The adapter {adapter.location} does not fit the model: {len(different):,} of its tensors differ, such as "
             f"{different[0]}, which {where}. It was trained for {adapter.base or 'another model'}."

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ..cache.layout import OUTSIDE, Hook, ModuleSpec
+from ..cache.layout import OUTSIDE, RESIDUAL_SITES, Hook, ModuleSpec
 from ..common.errors import UsageError, did_you_mean
 from .dataset_reader import first_line
-from .hooked import D_MODEL_SITES, HookedModel, belongs_to, module_refusal, refusal
+from .hooked import HookedModel, belongs_to, module_refusal, refusal
 from .loading import quiet_transformers
 from .recorder import BlockSites, Site
 from .structure import Parts, check_layers, decoder_config, find_parts, truncate_config
@@ -59,7 +59,7 @@ def module_name(hook: Hook, config: Any) -> str:
 
 def hook_width(hook: Hook, config: Any) -> int:
     """The width of the activations at a hook: d_in of an SAE trained there."""
-    if hook.site in D_MODEL_SITES:
+    if hook.site in RESIDUAL_SITES:
         return int(decoder_config(config).hidden_size)
     return blueprint_of(config).site(hook).width
 
@@ -257,7 +257,7 @@ def blueprint_of(config: Any) -> Blueprint:
 
 
 class Unhashed:
-    """A value that is no part of the key of a cache."""
+    """A value that is not part of the key of a cache."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cache.layout import CHUNK_ROWS, SITES, WINDOW_ROWS, is_site
-from ..cache.outliers import MAX_NORM
+from ..cache.outliers import MAX_NORM, check_max_norm
 from ..common.errors import UsageError
 from .datasets import EMBEDDED_TEXT
 
@@ -35,8 +35,8 @@ class HarvestConfig:
     bos: str = "auto"  # what contexts begin with: "auto", "none", or a token as text or id; see choose_bos
     held_out: float | None = None  # share of the documents; None: 0.05, or by name for the embedded text
     keep_special: bool = False  # harvest the rows of BOS, EOS and pad too
-    skip_positions: int = 0  # so many first positions of a context, BOS included, are no rows
-    skip_tokens: Sequence[str] = ()  # tokens that are no rows, as text or id
+    skip_positions: int = 0  # this many first positions of a context, BOS included, are left out
+    skip_tokens: Sequence[str] = ()  # tokens that are left out, as text or id
     pack: bool = False  # several documents in a context
     window: int = WINDOW_ROWS  # rows shuffled and written together
     storage_dtype: str = "bfloat16"
@@ -91,15 +91,11 @@ def check_config(config: HarvestConfig, dataset: str) -> None:
             f"unknown --storage-dtype {config.storage_dtype}: expected bfloat16, or uint16 for readers without it."
         )
     check_site_names(config.sites)
-    if config.max_norm is not None and not config.max_norm > 1:
-        raise UsageError(
-            f"--max-norm {config.max_norm:g} would mask at least half of the rows. Give a multiple of the median norm "
-            "above 1, such as 10, or none."
-        )
+    check_max_norm(config.max_norm)
 
 
 def check_site_names(sites: Sequence[str]) -> None:
-    """Raise UsageError for a text that is no site of any model."""
+    """Raise UsageError for a text that is not a site of any model."""
     for site in sites:
         if not is_site(site):
             raise UsageError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.layout import SITES, Hook
+from ..cache.layout import RESIDUAL_SITES, SITES, Hook
 from ..common.errors import SaeError, UsageError
 from .module_io import input_tensor, output_tensor, with_input, with_output
 from .probe import find_sites
@@ -19,7 +19,6 @@ from .recorder import BlockSites, Call, Recorder, Shapes, Site, shapes_of
 from .structure import Parts, decoder_config, find_parts
 
 PROBED_TOKENS = (2, 8)  # contexts, positions
-D_MODEL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 class _StopForward(Exception):  # noqa: N818  (not an error: the model has run as far as it has to)
@@ -84,7 +83,7 @@ class HookedModel:
 
     def width(self, hook: Hook) -> int:
         """The width of the activations at a hook."""
-        return int(self.config.hidden_size) if hook.site in D_MODEL_SITES else self.site(hook).width
+        return int(self.config.hidden_size) if hook.site in RESIDUAL_SITES else self.site(hook).width
 
     def site(self, hook: Hook) -> Site:
         """The module of a hook. Raises UsageError if the model has no such site."""

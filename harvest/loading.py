@@ -87,7 +87,7 @@ def find_model(name: str, revision: str | None = None, adapters: Sequence[str] =
 
 
 def holds_adapter(name: str) -> str:
-    """transformers would load the model that the adapter names, which is no part of the identity, not this one."""
+    """Why the folder is refused: transformers would load the model that the adapter names instead of this one."""
     return (
         f"{name} holds a PEFT adapter ({ADAPTER_CONFIG}). Give the model that it was trained for with --model, and "
         f"--adapter {name}. If it is a whole model, into which the adapter was merged, move {ADAPTER_CONFIG} out of it."

@@ -42,7 +42,6 @@ from .loading import (
     load_tokenizer,
     load_whole_model,
 )
-from .module_io import output_tensor
 from .splice import ForwardPass, Splicer
 from .structure import decoder_config
 
@@ -57,7 +56,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_trunk",
-    "output_tensor",
 ]
 
 
@@ -76,7 +74,7 @@ def load_trunk(
 def load_model(
     source: ModelSource, config: Any, *, dtype: str, device: str, attention: str = "eager"
 ) -> "LanguageModel":
-    """Load the whole model. Raises UsageError if `LanguageModel.forward` cannot run its last blocks separately."""
+    """Load the whole model. Raises UsageError if `unembed` does not reproduce its logits."""
     model = LanguageModel(load_whole_model(source, config, dtype=dtype, device=device, attention=attention))
     model.check_forward()
     return model

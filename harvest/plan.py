@@ -149,7 +149,7 @@ class HarvestPlan:
         ]
 
     def describe_format(self) -> list[str]:
-        """The lines of `describe` about what contexts begin with and which of their tokens are no rows."""
+        """The lines of `describe` about what contexts begin with and which of their tokens are left out."""
         form, choice = self.context_format, choose_bos(self.tokenizer, self.config.bos)
         token = "none" if form.bos_id is None else f"{token_text(self.tokenizer, form.bos_id)} (id {form.bos_id})"
         lines = [f"bos      {token}: {choice.reason if form.bos_id == choice.id else 'as this cache was begun'}"]
@@ -159,7 +159,7 @@ class HarvestPlan:
         left_out = [f"the first {form.skip_positions} positions of each context"] if form.skip_positions else []
         if self.config.skip_tokens:
             left_out.append(", ".join(repr(token_text(self.tokenizer, token)) for token in form.skip_ids))
-        return [*lines, *([f"no rows  {'; '.join(left_out)}"] if left_out else [])]
+        return [*lines, *([f"left out {'; '.join(left_out)}"] if left_out else [])]
 
     def describe_restart(self) -> list[str]:
         """A line that says so if an interrupted harvest would begin again: nothing is safe before the first window."""

@@ -146,7 +146,7 @@ class BlockProbe:
         second_mixes = self.mixes(second, {first: lambda y: kept if y.shape == kept.shape else y})  # type: ignore
         if first_mixes == second_mixes:
             how = "both read" if first_mixes else "neither reads"
-            why = f"of {first} and {second}, which the block adds, {how} earlier tokens: they are no attention and MLP"
+            why = f"the block adds {first} and {second}, and {how} earlier tokens, so they are not attention and MLP"
             self.refuse(why, "attn_out", "mlp_out", "resid_mid")
             return
         attention, mlp = (first, second) if first_mixes else (second, first)
@@ -221,7 +221,7 @@ class BlockProbe:
             if site in self.found.refused:
                 continue
             if part not in self.parts:
-                self.refuse(f"no one module of the block is its {part}", site)
+                self.refuse(f"no single module of the block is its {part}", site)
             elif projection := self.projection(part):
                 self.found.sites[site] = self.site(projection, is_input=True)
             else:
@@ -234,7 +234,7 @@ class BlockProbe:
         """Find the module whose input is what the MLP reads."""
         reader = self.mlp_reader()
         if reader is None or reader not in self.x:
-            self.refuse("no one module of the block is its MLP", "mlp_in")
+            self.refuse("no single module of the block is its MLP", "mlp_in")
         else:
             self.found.sites["mlp_in"] = self.site(reader, is_input=True)
 
@@ -250,7 +250,7 @@ class BlockProbe:
         top = source.split(".")[0]
         if top != attention_top and (top != source or not self.is_linear(top)):
             return top
-        # The MLP is no module of its own, as in OPT: the first linear map after the attention reads its input.
+        # The MLP is not a module, as in OPT: the first linear map after the attention reads its input.
         start = self.order[self.parts["attention"]] if "attention" in self.parts and not self.found.is_parallel else -1
         inside = f"{attention_top}."
         linear = [

@@ -185,7 +185,7 @@ class Splicer:
         if not difference <= TOLERANCE:
             name = type(self.language_model.model).__name__
             raise UsageError(
-                f"SAEs cannot be spliced into {name}: {what} changes the logits by {difference:.2g} of them."
+                f"SAEs cannot be spliced into {name}: {what} changes the logits by {difference:.2g} of the largest."
             )
 
 

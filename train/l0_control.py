@@ -93,7 +93,9 @@ def control_l0(variant: "Variant", target: float, steps: int) -> bool:
 def missed_targets(targets: Mapping[str, float | None], metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A sentence for each run whose last L0 differs from its target by more than a tenth.
 
-    Args: targets: run -> its L0 target, or None. metrics: run -> its last metrics.
+    Args:
+        targets: run -> its L0 target, or None.
+        metrics: run -> its last metrics.
     """
     sentences = []
     for name, target in targets.items():

@@ -28,9 +28,8 @@ class Trainer:
     def __init__(self, variant: Variant, steps: int, device: str) -> None:
         self.variant, self.steps, self.device = variant, steps, device
         self.i = torch.zeros((), dtype=torch.int64, device=device)  # index of the next step
-        self.failed_at = torch.full(
-            (), -1, dtype=torch.int64, device=device
-        )  # the first step with a non-finite loss or gradient; -1: none
+        # The first step with a non-finite loss or gradient; -1: none.
+        self.failed_at = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer = make_optimizer(variant, device)
         self.metric_sums: dict[str, Tensor] = {}  # over the steps since the last pop_metrics
         self.metric_steps = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cache.layout import Hook
+from ..cache.layout import RESIDUAL_SITES, Hook
 from ..cache.models import GivenModel
 from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of, read_json, sae_home
@@ -23,7 +23,6 @@ from ..train.formats.import_ import ImportConfig, ImportResult, file_digests, im
 from ..train.formats.verify import Progress, no_progress
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # as wide as the residual stream
 
 Say = Callable[[str], None]
 

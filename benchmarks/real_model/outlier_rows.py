@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from forward_hooks import PlainCache, PlainSAE, RowTable
 
-TOP_SHARE = 0.001  # of the rows by norm, whose share of the variance is told
+TOP_SHARE = 0.001  # of the rows by norm, whose share of the variance is reported
 LISTED = 8  # outlier rows that are listed with position and token
 TRAINING_CHUNKS = 4  # of 8,192 rows each, on which explained variance is measured for training rows
 

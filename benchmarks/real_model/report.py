@@ -64,11 +64,15 @@ def check(result: dict[str, Any]) -> str | None:
     if not lines and not bits:
         return None
     names = list(next(iter(result["check"].values()), {}))
-    said = ", ".join(f"{layer}: {rows}" for layer, rows in (bits or {}).items())
+    differing = ", ".join(f"{layer}: {rows}" for layer, rows in (bits or {}).items())
     return (
         "Largest difference over all runs between `sae evaluate` and transformers with forward hooks.\n\n"
         + table(["arm", *names], lines)
-        + (f"\n\nStored rows of 4,096 that differ in any bit from transformers' hidden states: {said}." if bits else "")
+        + (
+            f"\n\nStored rows of 4,096 that differ in any bit from transformers' hidden states: {differing}."
+            if bits
+            else ""
+        )
     )
 
 

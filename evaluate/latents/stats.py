@@ -15,7 +15,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ...cache.layout import Hook
+from ...cache.layout import RESIDUAL_SITES, Hook
 from ...cache.outliers import outlier_mask
 from ...common.errors import SaeError, UnavailableError, UsageError
 from ...harvest.model import LanguageModel
@@ -24,7 +24,6 @@ from ..metrics.base import Progress, RowSet
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from .passages import DEFAULT_WINDOW, PassageTable, PassageWindow
 
-RESIDUAL_STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # part of it or added to it
 TOP_PASSAGES = 10  # with the largest activations
 SAMPLED_PASSAGES = 15  # that quantiles are taken from
 BYTES_PER_PASSAGE_TOKEN = 4 * (TOP_PASSAGES + SAMPLED_PASSAGES)  # of memory, for each selected latent
@@ -216,7 +215,7 @@ def latent_stats(
     """The statistics of the latents `latents_K` (K,) int64 of an SAE at a hook, on the held-out text of `ctx`.
 
     `window` says how many tokens the passages hold. Tokens whose activations have a norm over `norm_limit` are not
-    counted, and are no examples.
+    counted or shown as examples.
 
     Raises SaeError when activations are not finite, and UnavailableError when the device runs out of memory.
     """
@@ -243,7 +242,7 @@ def has_logit_effects(model: LanguageModel, hook: Hook) -> bool:
 
     They are not inside attention or an MLP, or where a model has more than a norm before its unembedding.
     """
-    if hook.site not in RESIDUAL_STREAM_SITES:
+    if hook.site not in RESIDUAL_SITES:
         return False
     try:
         return model.norm is not None

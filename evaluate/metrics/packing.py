@@ -103,7 +103,7 @@ class FiringFrequency(NamedTuple):
 def firing_frequencies(
     model: LanguageModel, rows: PackedRows, targets: Sequence[EvalTarget], progress: Progress
 ) -> list[FiringFrequency]:
-    """How often the latents of each SAE fire on rows of text, at the counted tokens that are no outlier rows."""
+    """How often the latents of each SAE fire on rows of text, at the counted tokens, without outlier rows."""
     hooks = sorted({target.hook for target in targets})
     counts: list[Any] = [0] * len(targets)
     outliers = [0] * len(targets)

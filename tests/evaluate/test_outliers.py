@@ -26,8 +26,8 @@ from sae.evaluate.latents.stats import latent_stats
 from sae.evaluate.metrics.base import EvalTarget, MetricResult
 from sae.evaluate.metrics.sae_statistics import SAEStatistics, splice
 from sae.evaluate.pages.dashboard import dashboard_page
-from sae.evaluate.plan import EvaluateConfig, below_pca, plan_evaluation
-from sae.evaluate.reference_saes import Identity
+from sae.evaluate.plan import EvaluateConfig, plan_evaluation
+from sae.evaluate.reference_saes import Identity, below_pca
 from sae.evaluate.rows import EvalRow
 from sae.evaluate.run import evaluate, evaluate_saes
 from sae.evaluate.tables import tables
@@ -171,7 +171,7 @@ def test_where_the_limit_comes_from(cache: Cache, home: Path, origin: dict, aske
     plan = plan_evaluation(ask(run, max_norm=asked, cache=cache.folder))
     assert plan.rows[0].target.norm_limit == (None if expected is None else pytest.approx(expected))
     if expected is None:
-        assert "masked   no rows: one has no limit of the norm" in plan.describe()
+        assert "masked   no rows: one has no norm limit" in plan.describe()
 
 
 def test_without_a_limit_the_result_is_that_of_saebench_s_names(cache: Cache, home: Path) -> None:

@@ -1,4 +1,4 @@
-"""What contexts begin with and which tokens are no rows: in the cache, at evaluation, in memory, in the identity."""
+"""What contexts begin with and which tokens are left out: in the cache, at evaluation, in memory, in the identity."""
 
 import json
 from collections import Counter
@@ -51,7 +51,7 @@ def planned(model: Path, text: Path, **options: Any) -> HarvestPlan:
     return plan_harvest(HarvestConfig(model=str(model), dataset=str(text), **settings | options))
 
 
-# shape, options, first token, tokens that are no rows
+# shape, options, first token, tokens that are left out
 CASES: list[tuple[str, dict[str, Any], str | None, set[str]]] = [
     ("smollm2", {}, "<|endoftext|>", {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}),
     ("smollm2", {"bos": "none"}, None, {"<|im_start|>", "<|im_end|>"}),
@@ -151,7 +151,7 @@ def test_the_plan_says_what_contexts_begin_with_and_what_is_left_out(models: dic
     lines = planned(models["smollm2"], text, skip_positions=2, skip_tokens=("\n",)).describe_source()
     number = make_tokenizer("smollm2").get_vocab()["<|endoftext|>"]
     assert lines[-2] == f"bos      <|endoftext|> (id {number}): in the vocabulary; the tokenizer adds none"
-    assert lines[-1].startswith("no rows  the first 2 positions of each context; ") and "'Ċ'" in lines[-1]
+    assert lines[-1].startswith("left out the first 2 positions of each context; ") and "'Ċ'" in lines[-1]
     assert planned(models["smollm2"], text, bos="none").describe_source()[-1] == "bos      none: --bos none"
 
 

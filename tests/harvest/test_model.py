@@ -41,8 +41,8 @@ from sae.harvest.model import (
     find_model,
     load_model,
     load_trunk,
-    output_tensor,
 )
+from sae.harvest.module_io import output_tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox")

@@ -20,7 +20,8 @@ from sae.cache.writer import CacheWriter
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
 from sae.common.files import read_json, writer_lock
 from sae.harvest.hooked import HookedModel
-from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer, output_tensor
+from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer
+from sae.harvest.module_io import output_tensor
 from sae.harvest.plan import HarvestConfig, plan_harvest
 from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import harvest_activations, run_harvest

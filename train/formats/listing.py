@@ -119,7 +119,9 @@ def list_release(
 def parse_release(text: str) -> HubAddress:
     """The address of a release on the Hub. UsageError if the text is none."""
     if not text.startswith("hf://") and not REPO_ID.fullmatch(text.split("@")[0]):
-        raise UsageError(f"{text} is no folder. Give a folder, owner/repo, or hf://owner/repo[@revision][/folder].")
+        raise UsageError(
+            f"There is no folder {text}. Give a folder, owner/repo, or hf://owner/repo[@revision][/folder]."
+        )
     return HubAddress.parse(text)
 
 

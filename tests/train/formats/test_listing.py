@@ -95,7 +95,7 @@ def test_the_command_prints_a_table_or_json(gemma_scope_2):
     for words, sentence in (
         ((GEMMA, "--width", "16k"), "--width, --site and --json need --list"),
         (("--list", GEMMA, "--name", "x"), "--list imports nothing and does not take"),
-        (("--list", "no/such/folder"), "is no folder. Give a folder, owner/repo, or hf://"),
+        (("--list", "no/such/folder"), "There is no folder no/such/folder. Give a folder, owner/repo, or hf://"),
     ):
         refused = call("import", *words)
         assert refused.exit_code == UsageError.exit_code and sentence in refused.stderr
