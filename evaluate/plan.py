@@ -27,9 +27,8 @@ from .inputs import artifact_cache, check_tokens, load_run, make_context, model_
 from .metrics.base import Metric, check_mode
 from .metrics.registry import SUITES, metrics_of_suite
 from .norm_limits import describe_norm_limits
-from .reference_saes import below_pca
 from .results import read_result
-from .rows import EvalGroup, EvalRow, failures, placed
+from .rows import EvalGroup, EvalRow, below_pca, failures, placed
 from .sae_text import describe_change, text_request
 
 RESULT_BYTES, RESULT_BYTES_PER_LATENT = 1 << 20, 1024  # free disk space that the results of a run can need

@@ -1,6 +1,5 @@
 """Reference SAEs to compare with: the identity, zero, a PCA and a random dictionary. None of them is trained."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,6 @@ from ..train.activation_functions import TopK
 from ..train.sae import SAE
 from .context import EvalContext
 from .metrics.base import EvalTarget
-from .rows import EvalRow
 
 FIT_CONTEXTS = 256  # contexts of training text that the PCA is fitted on: some 30,000 rows
 GAIN_ROWS = 2048  # the first of these rows, on which the SAEs' L0 is measured and the gain is fitted
@@ -104,30 +102,3 @@ def sample_activations(ctx: EvalContext, text: Contexts, hook: Hook) -> Tensor:
     depends |= {"ids": digest_of(text.ids.tolist())}
     depends |= {} if text.rows is None else {"rows": digest_of(text.rows.tolist())}
     return ctx.artifacts.get_or_compute("sample", depends, capture)["x"].to(ctx.device)
-
-
-def below_pca(rows: Sequence[EvalRow]) -> list[str]:
-    """A sentence for each SAE that explains less variance than the PCA of about the same L0 on its rows."""
-    sentences = []
-    for row in rows:
-        ours = core_numbers(row)
-        if row.is_reference or ours is None:
-            continue
-        for other in rows:
-            theirs = core_numbers(other) if other.is_reference and other.name.startswith("pca-") else None
-            if theirs is None or other.target.row_set != row.target.row_set:
-                continue
-            if math.isclose(ours[0], theirs[0], rel_tol=0.1) and ours[1] < theirs[1]:
-                sentences.append(
-                    f"{row.name} explains {ours[1]:.3f} of the variance, less than the PCA of equal L0 ({other.name}: "
-                    f"{theirs[1]:.3f}). Train it longer before comparing it with others."
-                )
-    return sentences
-
-
-def core_numbers(row: EvalRow) -> tuple[float, float] | None:
-    """L0 and EV of a row as its table shows them, if both were measured."""
-    metrics = row.results["core"].sound.metrics if "core" in row.results else {}
-    l0 = metrics.get("sparsity", {}).get("l0")
-    explained = metrics.get("reconstruction_quality", {}).get("fve")
-    return None if l0 is None or explained is None else (l0, explained)

@@ -1,5 +1,6 @@
 """The rows of an evaluation: SAEs with their results, grouped by the cache whose text they are evaluated on."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,3 +103,30 @@ def hook_suffix(hook: Hook) -> str:
 def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
     """(metric, reason) for everything that has no result, except reference rows."""
     return {(m, str(error)) for row in rows if not row.is_reference for m, error in row.errors.items()}
+
+
+def below_pca(rows: Sequence[EvalRow]) -> list[str]:
+    """A sentence for each SAE that explains less variance than the PCA of about the same L0 on its rows."""
+    sentences = []
+    for row in rows:
+        ours = core_numbers(row)
+        if row.is_reference or ours is None:
+            continue
+        for other in rows:
+            theirs = core_numbers(other) if other.is_reference and other.name.startswith("pca-") else None
+            if theirs is None or other.target.row_set != row.target.row_set:
+                continue
+            if math.isclose(ours[0], theirs[0], rel_tol=0.1) and ours[1] < theirs[1]:
+                sentences.append(
+                    f"{row.name} explains {ours[1]:.3f} of the variance, less than the PCA of equal L0 ({other.name}: "
+                    f"{theirs[1]:.3f}). Train it longer before comparing it with others."
+                )
+    return sentences
+
+
+def core_numbers(row: EvalRow) -> tuple[float, float] | None:
+    """L0 and EV of a row as its table shows them, if both were measured."""
+    metrics = row.results["core"].sound.metrics if "core" in row.results else {}
+    l0 = metrics.get("sparsity", {}).get("l0")
+    explained = metrics.get("reconstruction_quality", {}).get("fve")
+    return None if l0 is None or explained is None else (l0, explained)

@@ -27,8 +27,8 @@ from sae.evaluate.metrics.base import EvalTarget, MetricResult
 from sae.evaluate.metrics.sae_statistics import SAEStatistics, splice
 from sae.evaluate.pages.dashboard import dashboard_page
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
-from sae.evaluate.reference_saes import Identity, below_pca
-from sae.evaluate.rows import EvalRow
+from sae.evaluate.reference_saes import Identity
+from sae.evaluate.rows import EvalRow, below_pca
 from sae.evaluate.run import evaluate, evaluate_saes
 from sae.evaluate.tables import tables
 from sae.harvest.plan import HarvestConfig, plan_harvest
