@@ -16,6 +16,10 @@ NUMBERS = (  # heading, category, name, format
     ("corr", "correlation", "mean", ".3f"),
     ("corr 99.9 %", "correlation", "quantile_99.9", ".3f"),
 )
+ABSORPTION = (
+    ("absorption fraction", "mean_absorption_fraction_score"),
+    ("full absorption", "mean_full_absorption_score"),
+)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -38,8 +42,8 @@ def introduction(result: dict[str, Any]) -> str:
         f"`python benchmarks/real_model/run.py`: {result['tokens']} tokens at layers "
         f"{' and '.join(map(str, result['layer']))}; SAEs of layer {result['layer'][0]}, four times as wide, `--l0 "
         f"{result['l0']}`, {result['steps']:,} steps of 1,024 (sinks: {result['sink_tokens']} tokens, "
-        f"{result['sink_steps']:,} steps); evaluated on {result['eval_tokens'] or 'all'} held-out tokens. "
-        f"{result['machine']}. {result['note']}".rstrip()
+        f"{result['sink_steps']:,} steps); evaluated on {result['eval_tokens'] or 'all'} held-out tokens, absorption "
+        f"on {result.get('absorption_words') or 'all'} words. {result['machine']}. {result['note']}".rstrip()
     )
 
 
@@ -52,9 +56,10 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
-def times(seconds: dict[str, float]) -> str:
-    order = sorted(seconds.items(), key=lambda item: -item[1])
-    return table(["stage", "seconds"], [[name, f"{value:,.0f}"] for name, value in order])
+def times(seconds: dict[str, list[float | None]]) -> str:
+    order = sorted(seconds.items(), key=lambda item: -(item[1][0] or 0))
+    lines = [[name, *(format_number(value, ",.0f") for value in both)] for name, both in order]
+    return table(["stage", "seconds", "CPU seconds"], lines)
 
 
 def check(result: dict[str, Any]) -> str | None:
@@ -113,12 +118,13 @@ def recipes(stages: dict[str, Any], arm: str) -> str | None:
         cells += [format_number(part.get("first_example_outliers", {}).get(run)) for part in (rows, rows_off)]
         cells.append(format_number((stages.get(f"{arm}-pages") or {}).get("outliers_first", {}).get(run)))
         if absorption:
-            cells.append(format_number(number(absorption[run], "mean", "mean_full_absorption_score")))
+            cells += [format_number(number(absorption[run], "mean", name)) for _, name in ABSORPTION]
         lines.append([run.split("-")[0], *cells])
     headings = ["recipe", *(heading for heading, *_ in NUMBERS)]
     headings += ["EV, not masked", "corr 99.9 %, not masked", "EV on training rows", "the same, not masked"]
     headings += ["first examples on outlier rows", "the same, not masked", "first examples in the dashboard"]
-    return table(headings + ["absorption"] * bool(absorption), lines)
+    headings += [heading for heading, _ in ABSORPTION] if absorption else []
+    return table(headings, lines)
 
 
 def number(result: dict[str, Any], category: str, name: str, masked: bool = True) -> float | None:

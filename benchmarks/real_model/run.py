@@ -109,14 +109,18 @@ class Bench:
         path.parent.mkdir(parents=True, exist_ok=True)
         attempts = path.with_suffix(".attempts")
         print(f"{name:24} ...", flush=True)
-        started = time.monotonic()
+        seconds, cpu_seconds = json.loads(attempts.read_text()) if attempts.exists() else (0.0, 0.0)
+        started, cpu_started = time.monotonic(), cpu_time()
         try:
             result = work()
         finally:
-            before = float(attempts.read_text()) if attempts.exists() else 0.0
-            seconds = before + time.monotonic() - started
-            attempts.write_text(str(seconds))
-        record = {"stage": name, "seconds": round(seconds, 1), "date": date.today().isoformat(), "commit": commit()}
+            seconds += time.monotonic() - started
+            cpu_seconds += cpu_time() - cpu_started
+            attempts.write_text(json.dumps([seconds, cpu_seconds]))
+        record = {
+            "stage": name, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1),
+            "date": date.today().isoformat(), "commit": commit(),
+        }  # fmt: skip
         path.write_text(json.dumps(record | {"result": result}, indent=1))
         attempts.unlink()
         print(f"{name:24} {seconds:,.0f} s", flush=True)
@@ -157,12 +161,12 @@ class Bench:
         )  # fmt: skip
         return {run.name: last_line(run / "metrics.jsonl") for run in arm.runs}
 
-    def evaluate(self, arm: Arm, suite: str) -> dict[str, Any]:
+    def evaluate(self, arm: Arm, suite: str, *options: str) -> dict[str, Any]:
         """Evaluate all runs of an arm. Returns each run's result file, without its entries per latent.
 
         Where the text has outlier rows, categories are there twice: over all rows, and masked_<category> without them.
         """
-        self.sae(arm, "evaluate", *arm.runs, "--suite", suite, *self.tokens_flag)
+        self.sae(arm, "evaluate", *arm.runs, "--suite", suite, *self.tokens_flag, *options)
         results = {}
         for run in arm.runs:
             envelope = json.loads((run / "evaluations" / f"{suite}.json").read_text())
@@ -262,6 +266,11 @@ def compare_with_check(core: dict[str, Any], rows: dict[str, Any]) -> dict[str, 
     }
 
 
+def cpu_time() -> float:
+    """Seconds of processor time that this process and its finished children have used."""
+    return sum(os.times()[:4])
+
+
 def say_progress(sentence: str) -> None:
     print(f"    {sentence}", end="\r", flush=True)
 
@@ -283,6 +292,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sink-bos", default="<|im_start|>", help="the token that makes attention sinks")
     parser.add_argument("--beginning", action="append", help="token to try before contexts; can be repeated")
     parser.add_argument("--eval-tokens", type=int, help="held-out tokens that evaluation reads (all)")
+    parser.add_argument("--absorption-words", type=int, default=6000, help="words of the absorption metric; 0 is all")
     parser.add_argument("--window", type=int, default=65_536)
     parser.add_argument("--l0", default="32")
     parser.add_argument("--skip", action="append", default=[], help="stage to leave out; can be repeated")
@@ -311,7 +321,8 @@ def run_stages(bench: Bench) -> dict[str, Any]:
         stage(f"{arm.name}-rows", lambda arm=arm: bench.rows(arm, masked=True))
         stage(f"{arm.name}-pages", lambda arm=arm: bench.pages(arm))
     stage("beginnings", bench.beginnings)
-    stage("standing-absorption", lambda: bench.evaluate(standing, "absorption"))
+    words = f"absorption.words={bench.args.absorption_words}"
+    stage("standing-absorption", lambda: bench.evaluate(standing, "absorption", "--set", words))
     return found
 
 
@@ -333,7 +344,8 @@ def main() -> None:
         "date": date.today().isoformat(), "machine": machine("transformers"), "note": args.note,
         "model": model.name if args.model else LABEL, "l0": args.l0, "eval_tokens": args.eval_tokens,
         "tokens": args.tokens, "steps": args.steps, "sink_tokens": args.sink_tokens, "sink_steps": args.sink_steps,
-        "layer": args.layer, "seconds": {name: record["seconds"] for name, record in records.items()},
+        "layer": args.layer, "absorption_words": args.absorption_words,
+        "seconds": {name: [record["seconds"], record.get("cpu_seconds")] for name, record in records.items()},
         "check": checks, "stages": found,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
