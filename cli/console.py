@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,8 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # an encoding may lack ↑, ± or a letter of a file name
         try:
-            _run_command(command, args, kwargs)
+            with warnings_as_notes():
+                _run_command(command, args, kwargs)
         except KeyboardInterrupt:  # also one that arrives while another error is being reported
             ignore_interrupts()
             echo("stopped: interrupted. Everything committed is safe; run the same command again to continue.")
@@ -62,6 +64,25 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(BROKEN_PIPE) from None
 
     return run
+
+
+@contextlib.contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print this package's own warnings as notes, each once."""
+    show, shown = warnings.showwarning, set()
+
+    def print_note(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if category.__module__.split(".")[0] != __package__.split(".")[0]:
+            show(message, category, filename, lineno, file, line)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            echo(f"note     {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = print_note
+        yield
 
 
 def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

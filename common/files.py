@@ -96,25 +96,44 @@ def remove_stale_files(folder: Path) -> int:
 # --- JSON records ----------------------------------------------------------------------------------------------------
 
 
+DELETE_HINT = "Delete it and run the command that wrote it again."
+
+
+def read_file(path: Path, remedy: str = DELETE_HINT) -> bytes:
+    """The bytes of a file. Raises DamagedError with the remedy if it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing. {remedy.replace('Delete it and run', 'Run', 1)}") from None
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror or error}. {remedy}") from error
+
+
+def parse_json(data: bytes | str, source: Path | str, remedy: str = DELETE_HINT) -> Any:
+    """Parse JSON from `source`, which only appears in the message.
+
+    Raises DamagedError with the remedy if it is not UTF-8, not JSON, nested too deeply, or has an integer of thousands
+    of digits.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:
+        problem = str(error)
+    raise DamagedError(f"{source} cannot be read ({problem}): it was truncated or overwritten. {remedy}")
+
+
 def read_json(path: Path, *keys: str) -> Any:
     """The content of a JSON file, which must be an object with all of `keys` if any are given.
 
-    Raises DamagedError if the file is missing, unreadable, not JSON, or lacks a key.
+    Raises DamagedError if the file is missing, unreadable, not JSON, or lacks a key. Records of this package are read
+    by `records.RecordKind` instead.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing. Run the command that wrote it again.") from None
-    except (ValueError, OSError) as error:
-        raise DamagedError(
-            f"{path} cannot be read ({error}): it was truncated or overwritten. "
-            "Delete it and run the command that wrote it again."
-        ) from error
+    content = parse_json(read_file(path), path)
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise DamagedError(
-            f"{path} has no {missing[0]!r}: it was overwritten. Delete it and run the command that wrote it again."
-        )
+        raise DamagedError(f"{path} has no {missing[0]!r}: it was overwritten. {DELETE_HINT}")
     return content
 
 

@@ -13,7 +13,6 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -21,7 +20,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..common.errors import DamagedError, UsageError
-from ..common.files import atomic_write, read_json, write_json
+from ..common.files import atomic_write
+from ..common.schemas import CHECKPOINT_RECORD
 from .loop import Trainer
 
 FORMAT = 1
@@ -42,7 +42,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int) -> None:
     target = folder / "checkpoints" / f"step-{step:08d}"
     data = to_safetensors({n: t.contiguous().cpu() for n, t in training_state(trainer).items()})
     atomic_write(target / "state.safetensors", data)
-    write_json(target / "state.json", {"format": FORMAT, "step": step, "sha256": hashlib.sha256(data).hexdigest()})
+    record = {"format": FORMAT, "step": step, "sha256": hashlib.sha256(data).hexdigest()}
+    CHECKPOINT_RECORD.write(target / "state.json", record)
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     # Those of later steps were damaged and skipped when the run was resumed; kept, they would push out valid ones.
     skipped = [path for path in checkpoints if path.name > target.name]
@@ -57,10 +58,10 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
         DamagedError: a file is missing or differs from what was written.
         UsageError: the checkpoint has another format version.
     """
-    record: dict[str, Any] = read_json(path / "state.json", "format", "step", "sha256")
-    if record.get("format") != FORMAT:
+    record = CHECKPOINT_RECORD.read(path / "state.json")
+    if record["format"] != FORMAT:
         raise UsageError(
-            f"{path} is a checkpoint of format {record.get('format')}; this version reads {FORMAT}. "
+            f"{path} is a checkpoint of format {record['format']}; this version reads {FORMAT}. "
             "Resume with the version that wrote it, or remove it to start over."
         )
     try:
@@ -69,7 +70,10 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
         raise DamagedError(f"{path}/state.safetensors cannot be read: {error.strerror}.") from error
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise DamagedError(f"{path}/state.safetensors does not have the checksum that was recorded.")
-    return record["step"], load(data)
+    tensors, step = load(data), record["step"]
+    if path.name != f"step-{step:08d}" or int(tensors["i"]) != step:
+        raise DamagedError(f"{path} is not of one step: state.json says {step}, the tensors {int(tensors['i'])}.")
+    return step, tensors
 
 
 def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None]) -> int:

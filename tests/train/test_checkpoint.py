@@ -1,19 +1,21 @@
 """Checkpoints: damaged ones are skipped, those of other versions rejected."""
 
-import json
+import re
 from pathlib import Path
 
 import pytest
 
 from sae.common.errors import UsageError
-from sae.common.files import read_json
+from sae.common.schemas import CHECKPOINT_RECORD
 from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
 from sae.train.run import TrainProgress
 
 from .runs import make_config, train
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "bad json", "no json", "no tensors"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "bad json", "no json", "no tensors", "another step", "another step, no digest"]
+)
 def test_a_damaged_checkpoint_is_skipped_and_removed_by_the_next(sparse_cache, tmp_path: Path, damage: str) -> None:
     config, said = make_config(sparse_cache, "relu"), []
     (folder,) = train(config)
@@ -27,6 +29,11 @@ def test_a_damaged_checkpoint_is_skipped_and_removed_by_the_next(sparse_cache, t
         (newest / "state.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif damage == "bad json":
         (newest / "state.json").write_text('{"format": 1, "st')
+    elif damage.startswith("another step"):
+        state = newest / "state.json"
+        state.write_text(state.read_text().replace('"step": 12', '"step": 13'))
+        if damage.endswith("no digest"):
+            state.write_text(re.sub(r',\s*"content_digest": "\w*"', "", state.read_text()))
     elif damage == "no json":
         (newest / "state.json").unlink()
     else:
@@ -40,8 +47,10 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_out_valid_ones(make_trai
     """Two damaged ones with higher numbers, and one that is written now: it must stay."""
     trainer = make_trainer("relu")
     for step in (900, 1000):
+        trainer.i.fill_(step)
         save_checkpoint(trainer, tmp_path, step)
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "state.json").unlink()
+    trainer.i.fill_(50)
     save_checkpoint(trainer, tmp_path, 50)
     assert restore_checkpoint(trainer, tmp_path, pytest.fail) == 50
 
@@ -51,14 +60,16 @@ def test_a_checkpoint_of_another_version_is_rejected_and_kept(sparse_cache) -> N
     (folder,) = train(config)
     (folder / "sae.json").unlink()
     state = folder / "checkpoints" / "step-00000012" / "state.json"
-    state.write_text(json.dumps(read_json(state) | {"format": 99}))
+    CHECKPOINT_RECORD.write(state, CHECKPOINT_RECORD.read(state) | {"format": 99})
     with pytest.raises(UsageError, match="checkpoint of format 99; this version reads 1"):
         train(config)
     assert state.exists()
 
 
 def test_a_checkpoint_of_another_variant_is_rejected(make_trainer, tmp_path: Path) -> None:
-    save_checkpoint(make_trainer("relu"), tmp_path, 3)
+    trainer = make_trainer("relu")
+    trainer.i.fill_(3)
+    save_checkpoint(trainer, tmp_path, 3)
     with pytest.raises(UsageError, match="does not hold the tensors that this version's variant has"):
         restore_checkpoint(make_trainer("batchtopk"), tmp_path, pytest.fail)
 

@@ -1,0 +1,121 @@
+"""Records: the JSON files that this package writes, with a digest of their content and the type of every field.
+
+    SAE_RECORD.write(folder / "sae.json", content)
+    content = SAE_RECORD.read(folder / "sae.json")
+
+A record carries `content_digest`, the sha256 of its content without the digest (`digest_of`: keys sorted, no
+whitespace, so reformatting a file changes nothing). Every reader checks it. It detects accidents, such as a flipped
+bit; it does not detect forgery. The types of all fields are in schemas.py.
+
+Records written before 2026-11-29 have no digest. They are read as they are, and the first one causes a warning.
+"""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from .errors import DamagedError
+from .files import atomic_write, digest_of, parse_json, read_file
+
+DIGEST = "content_digest"
+
+Content = TypeVar("Content")
+
+
+class UncheckedRecordWarning(UserWarning):
+    """A record has no content digest, so damage to it is not noticed."""
+
+
+@dataclass(frozen=True)
+class RecordKind(Generic[Content]):
+    """How one kind of record is written, read and checked.
+
+    `Content` is the TypedDict of its fields. Fields that it does not name are kept: newer versions can add some.
+    """
+
+    schema: type[Content]
+    remedy: str  # what to do about a damaged record: a sentence
+    digest_in: str = ""  # the object of the record that holds the digest; "": the record itself
+    covered: Callable[[dict[str, Any]], Any] = dict  # the part of the content that the digest covers
+
+    def read(self, path: Path) -> Content:
+        """The content, without the digest.
+
+        Raises DamagedError if the file is missing, is not JSON, does not match its digest, or a field is missing or
+        has another type.
+        """
+        content = parse_json(read_file(path, self.remedy), path, self.remedy)
+        recorded = self._remove_digest(content)
+        try:
+            msgspec.convert(content, self.schema)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise DamagedError(
+                f"{path} is not as it was written ({describe(error)}): it was damaged or edited. {self.remedy}"
+            ) from error
+        if recorded is None:
+            warn_unchecked(path)
+        elif recorded != digest_of(self.covered(content)):
+            raise DamagedError(
+                f"{path} does not match its {DIGEST}: it was damaged or edited. {self.remedy} "
+                f"To keep an edit that you made on purpose, delete {DIGEST!r} from the file; it is then not checked."
+            )
+        return content
+
+    def write(self, path: Path, content: Mapping[str, Any], *, indent: int | None = 2) -> None:
+        """Write the content and its digest, atomically.
+
+        Raises UnavailableError if the disk is full or not writable, msgspec.ValidationError if the content does not
+        match the schema.
+        """
+        content = as_read(content)
+        msgspec.convert(content, self.schema)
+        digest = {DIGEST: digest_of(self.covered(content))}
+        sealed = content | ({self.digest_in: content[self.digest_in] | digest} if self.digest_in else digest)
+        atomic_write(path, (json.dumps(sealed, indent=indent) + "\n").encode())
+
+    def write_if_changed(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write the content unless the file holds it already. Raises like `write`."""
+        with contextlib.suppress(DamagedError):  # also raised for a missing file
+            if self.read(path) == as_read(content):
+                return
+        self.write(path, content)
+
+    def _remove_digest(self, content: Any) -> Any:
+        """Remove the digest from the content and return it; None if there is none."""
+        holder = content.get(self.digest_in) if self.digest_in and isinstance(content, dict) else content
+        return holder.pop(DIGEST, None) if isinstance(holder, dict) else None
+
+
+def as_read(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content as it is after writing and reading: keys are text, tuples are lists."""
+    return json.loads(json.dumps(dict(content)))
+
+
+def describe(error: Exception) -> str:
+    """What msgspec found: "expected `int`, got `str` - at `$.step`"."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = str(error)
+    return text[:1].lower() + text[1:]
+
+
+_warned = False
+
+
+def warn_unchecked(path: Path) -> None:
+    """Warn, once per process, that a record has no digest."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"{path} has no {DIGEST}: it was written by an earlier version, or its digest was deleted. Such records "
+            "are read, but damage to them is not noticed.",
+            UncheckedRecordWarning,
+            stacklevel=3,
+        )
