@@ -2,9 +2,9 @@
 
 import shutil
 from pathlib import Path
-from shlex import quote
 
 from ..common.errors import SaeError, UsageError
+from ..common.escaping import quote
 from ..common.files import folder_bytes, sae_home, writer_lock
 from .layout import Hook
 from .models import GivenModel, recorded_folders

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import bar, cli_command, echo
+from .printing import ask, print_line
 
 cache_app = typer.Typer(no_args_is_help=True, help="List, inspect, verify, repair and delete activation caches.")
 Folder = Annotated[Path, typer.Argument(help="The cache's folder, such as one under activations/.")]
@@ -21,12 +22,12 @@ def list_() -> None:
 
     caches = list_caches()
     if not caches:
-        typer.echo(f"no caches under {sae_home() / 'activations'}; create one with `sae harvest`")
+        print_line(f"no caches under {sae_home() / 'activations'}; create one with `sae harvest`")
     for folder, cache in caches.items():
         if isinstance(cache, Exception):
-            typer.echo(f"{folder}   cannot be opened: {cache}")
+            print_line(f"{folder}   cannot be opened: {cache}")
         else:
-            typer.echo(f"{folder}   {cache.model}, {cache.state}, {cache.rows:,} rows")
+            print_line(f"{folder}   {cache.model}, {cache.state}, {cache.rows:,} rows")
 
 
 @cache_app.command()
@@ -38,9 +39,9 @@ def info(folder: Folder) -> None:
     started = time.monotonic()
     cache = open_cache(folder)
     for line in cache.describe():
-        typer.echo(line)
+        print_line(line)
     cache.check_sizes()
-    typer.echo(
+    print_line(
         f"files    {len(cache.manifest['files']):,}, all present with their sizes, checked in "
         f"{time.monotonic() - started:.2f} s; `sae cache verify` checks their content"
     )
@@ -58,7 +59,7 @@ def verify(folder: Folder) -> None:
     with bar("verify", "files") as progress:
         for number, _ in enumerate(cache.verify(), 1):
             progress(number, n_files)
-    typer.echo(f"{folder}: {format_count(n_files, 'file')}, all checksums match")
+    print_line(f"{folder}: {format_count(n_files, 'file')}, all checksums match")
 
 
 @cache_app.command()
@@ -80,7 +81,7 @@ def repair(
         )
     for message in repaired:
         echo(message)
-    typer.echo(
+    print_line(
         f"{folder}: {format_count(len(repaired), 'file')} repaired" if repaired else f"{folder}: no damage found"
     )
 
@@ -96,9 +97,9 @@ def rm(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Delete w
 
     require_cache_folder(folder)
     try:
-        if not yes and not typer.confirm(f"Delete {folder} ({format_bytes(folder_bytes(folder))})?", err=True):
+        if not yes and not ask(f"Delete {folder} ({format_bytes(folder_bytes(folder))})?"):
             echo("nothing was deleted")
             return
     except typer.Abort:  # Ctrl-C, or stdin is closed
         raise Interrupted("Nothing was deleted. Use --yes to delete without confirmation.") from None
-    typer.echo(f"{folder} deleted, {format_bytes(remove_cache(folder))} freed")
+    print_line(f"{folder} deleted, {format_bytes(remove_cache(folder))} freed")

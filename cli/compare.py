@@ -1,11 +1,11 @@
 """`sae compare`: a table and plots of several evaluated runs."""
 
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import typer
 
+from ..common.escaping import quote
 from .console import cli_command, echo, show_table
 
 SUFFIXES = (".html", ".csv", ".json")
@@ -75,6 +75,6 @@ def compare(
         save_charts([*frontiers(comparison), *training_curves(comparison)], plots)
         echo(f"written  {plots}/*.svg and *.png")
     if not out:
-        words = " ".join(quote(str(run)) for run in runs)
+        words = " ".join(quote(run) for run in runs)
         command = f"sae compare {words}" if len(runs) <= MAX_REPEATED_RUNS else "the same command with"
         echo(f"next     {command} --out compare.html")

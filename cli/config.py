@@ -8,6 +8,7 @@ import typer
 from ..common.errors import UsageError, did_you_mean
 from .config_file import Value, command_of, options_of, resolve, to_toml
 from .console import report_errors
+from .printing import print_line
 
 config_app = typer.Typer(
     no_args_is_help=True, help="Show a command's values and where each comes from, or print a starter config file."
@@ -30,11 +31,11 @@ def show(
             raise UsageError(f"unknown command {name!r} of {parent.info_name}{did_you_mean(name, subcommands)}")
         current = without_required(subcommands[name])
         parent = current.make_context(name, words if not hasattr(current, "commands") else [], parent=parent)
-    typer.echo(f"[{'.'.join(command_of(parent))}]")
+    print_line(f"[{'.'.join(command_of(parent))}]")
     lines = list(lines_with_origins(resolve(parent)))
     width = max((len(text) for text, _ in lines), default=0)
     for text, origin in lines:
-        typer.echo(f"{text:{width}}  # {origin}" if origin else text)
+        print_line(f"{text:{width}}  # {origin}" if origin else text)
 
 
 def without_required(command: Any) -> Any:
@@ -67,9 +68,9 @@ def lines_with_origins(values: dict[str, Value]) -> list[tuple[str, str]]:
 def init(context: typer.Context) -> None:
     """Print a starter config file: every flag of harvest, train and evaluate with its default."""
     root: Any = context.find_root()
-    typer.echo("# For --config of every command. Unknown keys are errors; flags override the file.")
+    print_line("# For --config of every command. Unknown keys are errors; flags override the file.")
     for name in COMMANDS:
-        typer.echo(f"\n[{name}]")
+        print_line(f"\n[{name}]")
         for option, param in options_of(root.command.commands[name]).items():
             value = "" if param.default is None else f" {to_toml(param.default)}"
-            typer.echo(f"# {f'{option} ={value}':40s} # {param.help}")
+            print_line(f"# {f'{option} ={value}':40s} # {param.help}")

@@ -25,6 +25,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..common.errors import SaeError, UsageError, did_you_mean
+from .printing import print_line
 
 SET = "set_"  # the parameter of --set, the only flag that can be given as a table
 ORIGINS: ContextVar[Mapping[str, str]] = ContextVar("ORIGINS")  # of the running command: flag -> where it was given
@@ -60,7 +61,7 @@ def _current_names(args: Sequence[str], renamed: Mapping[str, str]) -> Iterator[
 
 
 def note_renamed(old: str, new: str) -> None:
-    typer.echo(f"note     {old} is now {new}; the old name still works", err=True)
+    print_line(f"note     {old} is now {new}; the old name still works", err=True)
 
 
 class Value(NamedTuple):
@@ -215,7 +216,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         try:
             file = ConfigFile(path, context)
         except SaeError as error:
-            typer.echo(f"error: {error}", err=True)
+            print_line(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
         context.default_map = file.values.get(command_of(context), {})
         context.meta[FILE] = file

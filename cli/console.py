@@ -22,7 +22,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..common.escaping import escape_for_terminal
 from .config_file import with_config
+from .printing import print_line
 
 if TYPE_CHECKING:
     from ..common.errors import SaeError
@@ -37,7 +39,7 @@ QUIET = int(os.environ.get("RANK", "0")) > 0  # of several launched processes on
 def echo(text: str) -> None:
     """Print a line on stderr, in the first of several launched processes."""
     if not QUIET:
-        typer.echo(text, err=True)
+        print_line(text, err=True)
 
 
 def cli_command(command: Callable[..., None]) -> Callable[..., None]:
@@ -95,7 +97,7 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
     except SaeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             ignore_interrupts()
-        typer.echo(error_line(error), err=True)
+        print_line(error_line(error), err=True)
         raise typer.Exit(error.exit_code) from None
     except MemoryError as error:
         echo(f"error: Out of memory: {error}. Use a smaller --window or --context; everything committed is safe.")
@@ -151,26 +153,26 @@ class Bar:
     """
 
     def __init__(self, title: str, unit: str) -> None:
-        self.title, self.unit = title, unit
+        self.title, self.unit = escape_for_terminal(title), unit
         self.done = 0
         self.started = self.last_line = time.monotonic()
         console = Console(stderr=True)
         self.live = console.is_terminal
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(),
         )
         self.progress = BarAndTable(*columns, console=console, disable=not self.live or QUIET, transient=True)
-        self.task = self.progress.add_task(title, total=None, note="")
+        self.task = self.progress.add_task(self.title, total=None, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if done < self.done:
             self.started = time.monotonic()
             self.progress.reset(self.task, total=total)
-        self.done = done
+        self.done, note = done, escape_for_terminal(note)
         seconds = max(time.monotonic() - self.started, 1e-9)
         rate = f"{done / seconds:,.0f} {self.unit}/s {note}" if self.unit else note
         self.progress.update(self.task, completed=done, total=total, note=rate)
@@ -186,7 +188,7 @@ class Bar:
     def say(self, sentence: str) -> None:
         """Print a line above the bar."""
         if not QUIET:
-            self.progress.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+            self.progress.console.print(escape_for_terminal(sentence), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -201,10 +203,15 @@ def make_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first column is aligned to the left and the others to the right."""
     table = Table(box=None, pad_edge=False)
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(plain_text(head), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # as Text: brackets in a name are not markup
+        table.add_row(*map(plain_text, row))
     return table
+
+
+def plain_text(text: str, style: str = "") -> Text:
+    """Text that rich shows as it is: brackets in a name are not markup, and escape sequences are not obeyed."""
+    return Text(escape_for_terminal(text), style)
 
 
 def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -213,5 +220,6 @@ def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) 
     console = Console()
     width = console.width if console.is_terminal else TABLE_WIDTH
     full_width = Console(width=10_000).measure(table).maximum  # a narrower table would break numbers in two
-    console.print(Text(title, "italic"), soft_wrap=True)  # as the table's own title it would be folded to its width
+    # As the table's own title it would be folded to the table's width.
+    console.print(plain_text(title, "italic"), soft_wrap=True)
     Console(width=max(width, full_width)).print(table, crop=False)

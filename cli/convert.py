@@ -3,12 +3,13 @@
 import json
 import sys
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..common.escaping import quote
 from .console import Bar, bar, cli_command, echo, show_table
+from .printing import ask, print_line
 
 if TYPE_CHECKING:
     from ..train.formats.import_ import ImportResult
@@ -80,7 +81,7 @@ def confirm(question: str, shown: Bar) -> bool:
         raise UsageError("No terminal to ask for confirmation; nothing was uploaded. To upload without asking: --yes.")
     shown.progress.stop()
     try:
-        return typer.confirm(question, err=True)
+        return ask(question)
     except typer.Abort:
         return False
 
@@ -155,7 +156,7 @@ def show_release(text: str, *, layer: int | None, site: str | None, width: str |
     refused = ", ".join(format_count(count, kind) for kind, count in sorted(release.refused.items()))
     if as_json:
         record = {"release": release.name, "commit": release.commit, "saes": release.records()}
-        typer.echo(json.dumps({**record, "refused": release.refused}, indent=2))
+        print_line(json.dumps({**record, "refused": release.refused}, indent=2))
         return
     commit = f" at {release.commit[:12]}" if release.commit else ""
     if release.saes:
@@ -180,9 +181,9 @@ def describe_import(imported: "ImportResult") -> list[str]:
     lines.append(f"checked  {imported.check}")
     lines.append(f"found    {imported.format}: {sae.d_in} -> {sae.d_sae}, {hook_name} of {model}")
     lines.append(f"run      {imported.folder}")
-    evaluate = f"sae evaluate {quote(str(imported.folder))}"
+    evaluate = f"sae evaluate {quote(imported.folder)}"
     if imported.candidates:
-        evaluate += f" --cache {quote(str(imported.candidates[0]))}"
+        evaluate += f" --cache {quote(imported.candidates[0])}"
     elif imported.cache is None:
         harvest = harvest_command(model, Hook.from_record(sae.origin), sae.origin.get("context"))
         lines.append(f"note     There is no cache of this model and layer. Before evaluating, run: {harvest}")

@@ -1,13 +1,14 @@
 """`sae dashboard` and `sae inspect`: the latents of one run, as a page or in the terminal."""
 
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
+from ..common.escaping import quote
 from .console import bar, cli_command, echo
 from .options import Device, parse_tokens
+from .printing import print_line
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 Tokens = Annotated[
@@ -66,8 +67,8 @@ def dashboard(
     with bar("dashboard", "") as progress:
         page = dashboard_page(opened, chosen, date.today().isoformat(), progress, window)
     write_page(path, page)
-    typer.echo(f"{path}   {format_bytes(path.stat().st_size)}; open it in a browser")
-    echo(f"next     sae inspect {quote(str(run))} --latent {int(chosen[0])}     (a latent in the terminal)")
+    print_line(f"{path}   {format_bytes(path.stat().st_size)}; open it in a browser")
+    echo(f"next     sae inspect {quote(run)} --latent {int(chosen[0])}     (a latent in the terminal)")
 
 
 @cli_command
@@ -111,4 +112,4 @@ def inspect(
             echo(f"masked   {masked}")
         blocks += [latent_summary(opened, stats, place) for place in range(len(latents))]
     print_blocks(blocks)
-    echo(f"next     sae dashboard {quote(str(run))}     (all latents, as a page)")
+    echo(f"next     sae dashboard {quote(run)}     (all latents, as a page)")

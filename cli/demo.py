@@ -1,10 +1,10 @@
 """`sae demo`: the three stages on the embedded model."""
 
-from shlex import quote
 from typing import Annotated
 
 import typer
 
+from ..common.escaping import quote
 from .console import cli_command, echo
 from .evaluate import run_evaluate
 from .harvest import execute, show_harvest
@@ -27,8 +27,8 @@ def demo(
     folders = [run.folder for run in runs]
     code = run_evaluate(plan_evaluation(evaluate_config(folders, tokens)))
     topk = next(run.folder for run in runs if run.recipe.name == "topk")
-    runs_folder, cache_folder = quote(str(folders[0].parent)), quote(str(cache.folder))
-    echo(f"next     sae dashboard {quote(str(topk))}     (its latents, as a page)")
+    runs_folder, cache_folder = quote(folders[0].parent), quote(cache.folder)
+    echo(f"next     sae dashboard {quote(topk)}     (its latents, as a page)")
     echo(f"         sae evaluate {runs_folder}/*     (also absorption, probing, SCR and TPP)")
     echo(f"         sae train --variant jumprelu --layer 5 --cache {cache_folder}     (`sae variants` lists more)")
     echo("         sae harvest --layer 12     (Gemma-2-2B: accept its license, then `hf auth login`)")

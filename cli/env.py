@@ -1,8 +1,7 @@
 """`sae env`: the report for bug reports."""
 
-import typer
-
 from .console import cli_command
+from .printing import print_line
 
 
 @cli_command
@@ -11,4 +10,4 @@ def env() -> None:
     from ..common.environment import describe_environment
 
     for line in describe_environment():
-        typer.echo(line)
+        print_line(line)

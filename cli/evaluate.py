@@ -9,6 +9,7 @@ import typer
 
 from .console import bar, cli_command, echo, show_table
 from .options import Device, Tokens, parse_max_norm
+from .printing import print_line
 
 if TYPE_CHECKING:
     from ..evaluate.plan import EvaluatePlan
@@ -124,7 +125,7 @@ def run_evaluate(plan: "EvaluatePlan", *, as_json: bool = False, dry_run: bool =
         return 1 if plan.refused else 0
     rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""))
     if as_json:
-        typer.echo(json.dumps([row.flat() for row in rows], indent=2))
+        print_line(json.dumps([row.flat() for row in rows], indent=2))
     else:
         for title, heads, lines in tables(rows):
             show_table(title, heads, lines)

@@ -2,11 +2,11 @@
 
 import time
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..common.escaping import quote
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo
 from .options import MODULE_HELP, Device, Layers, Sites, Tokens, finite_or_none, parse_max_norm
@@ -138,7 +138,7 @@ def harvest(
     if not dry_run:
         cache = execute(plan)
         hook = cache.hooks[len(cache.hooks) // 2]
-        echo(f"next     sae train --variant decorrelation {hook.cli_flags} --cache {quote(str(cache.folder))}")
+        echo(f"next     sae train --variant decorrelation {hook.cli_flags} --cache {quote(cache.folder)}")
 
 
 def show_harvest(config: "HarvestConfig") -> "HarvestPlan":

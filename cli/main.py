@@ -17,13 +17,17 @@ from .demo import demo
 from .env import env
 from .evaluate import evaluate
 from .harvest import harvest
+from .printing import print_line, printable_usage_errors
 from .reproduce import reproduce
 from .train import train
 from .variants import variants
 
 
-class QuietOnClosedPipe(TyperGroup):
-    """The program: click and rich exit with 1 when the reader of their output closes it; this makes it 141."""
+class Program(TyperGroup):
+    """The program: click and rich exit with 1 when the reader of their output closes it; this makes it 141.
+
+    Words of the command line that an error quotes are shown without what a terminal would obey.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -34,9 +38,17 @@ class QuietOnClosedPipe(TyperGroup):
             discard_output()
             sys.exit(BROKEN_PIPE)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with printable_usage_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with printable_usage_errors():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
-    cls=QuietOnClosedPipe, no_args_is_help=True,
+    cls=Program, no_args_is_help=True,
     pretty_exceptions_show_locals=False, rich_markup_mode="rich", add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Harvest a language model's activations, train sparse autoencoders on them, evaluate the result.",
@@ -50,7 +62,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         from importlib.metadata import version as installed
 
-        typer.echo(installed("sae-pipeline"))
+        print_line(installed("sae-pipeline"))
         raise typer.Exit
 
 

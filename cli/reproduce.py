@@ -1,11 +1,11 @@
 """`sae reproduce`: train and evaluate a paper's systems, and show every claimed number next to the measured one."""
 
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..common.escaping import quote
 from .console import cli_command, echo, show_table
 from .options import Device, parse_tokens
 
@@ -84,7 +84,7 @@ def reproduce(
     if dry_run:
         return
     result = run_reproduction(plan, Stages(harvest.execute, train.execute, evaluate_runs, show_report))
-    runs, page = quote(str(config.folder / "runs")), quote(str(config.folder / "all.html"))
+    runs, page = quote(config.folder / "runs"), quote(config.folder / "all.html")
     echo(f"next     sae compare {runs}/* --mix --out {page}")
     if result.exit_code:
         raise typer.Exit(result.exit_code)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from .console import cli_command
+from .printing import print_line
 
 if TYPE_CHECKING:
     from ..train.recipe import Recipe
@@ -33,18 +34,18 @@ def variants(
 
     if names:
         pages = ["\n".join(recipe_page(recipe)) for recipe in [find_recipe(name) for name in names]]
-        typer.echo("\n\n".join(pages))
+        print_line("\n\n".join(pages))
         return
     by_paper: dict[str, list[Recipe]] = defaultdict(list)
     for recipe in RECIPES.values():
         by_paper[recipe.paper].append(recipe)
     name_width = max(len(name) for name in RECIPES)
     for paper in sorted(by_paper, key=publication):
-        typer.echo(f"Paper {paper_title(by_paper[paper][0])}" if paper.isdigit() else paper)
+        print_line(f"Paper {paper_title(by_paper[paper][0])}" if paper.isdigit() else paper)
         for recipe in by_paper[paper]:
-            typer.echo(f"  {recipe.name:{name_width}}  {recipe.summary}")
-        typer.echo()
-    typer.echo("sae variants NAME shows a recipe with every option.")
+            print_line(f"  {recipe.name:{name_width}}  {recipe.summary}")
+        print_line()
+    print_line("sae variants NAME shows a recipe with every option.")
 
 
 def publication(paper: str) -> tuple[bool, str, str]:

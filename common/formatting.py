@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
+
+from .escaping import quote
 
 
 def format_count(number: int, noun: str) -> str:
@@ -29,5 +30,5 @@ def shell_paths(paths: Sequence[Path]) -> str:
     if len(parents) == 1 and len(paths) > 2:
         parent = parents.pop()
         if {child for child in parent.iterdir() if not child.name.startswith(".")} == set(map(Path, paths)):
-            return f"{quote(str(parent))}/*"
-    return " ".join(quote(str(path)) for path in paths)
+            return f"{quote(parent)}/*"
+    return " ".join(quote(path) for path in paths)

@@ -17,6 +17,7 @@ from typing import Any
 from ..cache.layout import Hook
 from ..cache.models import model_label
 from ..common.errors import UsageError, did_you_mean
+from ..common.escaping import escape_for_csv
 from ..common.files import read_json, sae_home
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
@@ -339,10 +340,11 @@ def flat_numbers(run: ComparedRun, masked: Collection[str]) -> Iterator[tuple[st
 
 
 def to_csv(comparison: Comparison) -> str:
+    """The records as CSV. Text that a spreadsheet would compute is made plain text by `escape_for_csv`."""
     records = to_records(comparison)
     text = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(escape_for_csv, names))
+    writer.writerows([escape_for_csv(record.get(name)) for name in names] for record in records)
     return text.getvalue()

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ..cache.catalog import list_caches
@@ -18,6 +17,7 @@ from ..cache.outliers import check_max_norm
 from ..cache.reader import Cache
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from ..common.escaping import quote
 from ..common.files import existing_parent, folder_bytes, free_space, os_error
 from ..common.formatting import format_bytes, format_count, shell_paths
 from ..harvest.architectures import check_sites, hook_width
@@ -86,7 +86,7 @@ class EvaluatePlan:
     def describe(self) -> list[str]:
         """The plan as complete lines: what is refused, what runs on which text, and where results are written."""
         lines = [
-            f"skipped  {folder} has not finished training: sae train --resume {quote(str(folder))}"
+            f"skipped  {folder} has not finished training: sae train --resume {quote(folder)}"
             for folder in self.unfinished
         ]
         lines += [f"refused  {reason}" for reason in self._refusals()]

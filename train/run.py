@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.device import resolve_device
 from ..common.errors import Interrupted, SaeError, UsageError, did_you_mean
+from ..common.escaping import quote
 from ..common.files import read_json, write_json, writer_lock
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .compile import compile_step
@@ -262,7 +262,7 @@ class SharedPass:
             for trainer in self.active:
                 save_checkpoint(trainer, trainer.run.folder, steps_done)
         if stop and self.active:
-            folders = " ".join(f"--resume {quote(str(trainer.run.folder))}" for trainer in self.active)
+            folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in self.active)
             also = "" if isinstance(self.config.source, RingCache) else f", or with: sae train {folders}"
             raise Interrupted(
                 f"Stopped after step {steps_done}; everything is saved. Resume with the same command{also or '.'}"

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ..cache.models import GivenModel
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..common.errors import UsageError
+from ..common.escaping import quote
 from ..common.files import sae_home
 from ..common.formatting import format_count
 from ..evaluate.compare import read_run

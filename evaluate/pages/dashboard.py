@@ -18,6 +18,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ...common.errors import DamagedError, UsageError
+from ...common.escaping import make_visible
 from ...common.formatting import format_bytes
 from ..charts import Chart, Series
 from ..latents.inspection import InspectedRun, describe_outliers, training_record
@@ -25,7 +26,7 @@ from ..latents.passages import DEFAULT_WINDOW, Passage, PassageWindow, quantile_
 from ..latents.stats import BYTES_PER_PASSAGE_TOKEN, SAMPLED_PASSAGES, LatentStats, RankedEntries, latent_stats
 from ..metrics.base import Progress
 from ..tables import tables
-from .page import make_visible, render_page
+from .page import render_page
 from .svg import CHART_SIZE, draw_svg
 
 LATENTS_PER_BLOCK = 64

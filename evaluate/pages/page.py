@@ -1,13 +1,12 @@
 """Self-contained HTML pages: style, script and data are in one file, and a content policy blocks everything else.
 
-Text from datasets and tokenizers is untrusted. It is escaped in HTML, encoded as JSON in scripts, and `make_visible`
-shows characters that would hide or reorder the text around them.
+Text from datasets, tokenizers and names is untrusted. It is escaped in HTML, encoded as JSON in scripts, and characters
+that would hide or reorder the text around them are shown by `make_visible`: templates do this to every value.
 """
 
 import base64
 import hashlib
 import json
-import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...common.escaping import make_visible, quote
 from ...common.files import atomic_write
 
 HERE = Path(__file__).parent
-REPLACEMENTS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
-HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")  # of Unicode
-
-
-def make_visible(text: str) -> str:
-    """Replace invisible characters: controls, bidi marks, lone surrogates, unassigned code points become ⟨202E⟩.
-
-    A line break becomes ↵ and a tab ⇥. Letters, combining marks and emoji are kept.
-    """
-    return "".join(
-        REPLACEMENTS.get(c) or (f"⟨{ord(c):04X}⟩" if unicodedata.category(c) in HIDDEN_CATEGORIES else c) for c in text
-    )
 
 
 def as_json(value: Any) -> Markup:
@@ -37,12 +25,17 @@ def as_json(value: Any) -> Markup:
     return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 
 
+def show(value: Any) -> Any:
+    """A value as a template shows it: text without invisible characters. Our own markup is left as it is."""
+    return value if isinstance(value, Markup) else make_visible(str(value))
+
+
 @cache
 def templates() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=show
     )
-    environment.filters.update(visible=make_visible, json=as_json)
+    environment.filters.update(json=as_json, quote=quote)
     return environment
 
 

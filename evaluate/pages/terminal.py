@@ -14,10 +14,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ...common.escaping import make_visible
 from ..latents.inspection import InspectedRun, encode_prompt
 from ..latents.passages import Passage, quantile_passages
 from ..latents.stats import LatentStats, RankedEntries
-from .page import make_visible
 
 STRONGEST = 5  # latents that are shown for a token of a prompt
 PLAIN_WIDTH = 200  # of output that is not a terminal

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import SaeError
+from ...common.escaping import escape_for_markdown
 from ...common.files import read_json
 from .export import ExportResult
 
@@ -32,10 +33,11 @@ def model_card(exported: ExportResult, run: Path, repo: str, base_model: str | N
     """README.md for a repository with a SAELens export. `base_model`: id on the Hub of the model it was trained on."""
     metadata = exported.metadata
     config = read_json(exported.folder / "cfg.json")
-    title = metadata.get("variant") or config["architecture"]
+    title = escape_for_markdown(str(metadata.get("variant") or config["architecture"]))
+    where = escape_for_markdown(f"{metadata.get('model_name', 'a language model')}, {metadata.get('hook_name', '')}")
     sections = [
         front_matter(base_model),
-        f"# {title} on {metadata.get('model_name', 'a language model')}, {metadata.get('hook_name', '')}\n",
+        f"# {title} on {where}\n",
         f"A sparse autoencoder with {config['d_sae']:,} latents on activations of width {config['d_in']:,}, made by "
         f"{metadata['created_by']}. Its activation is `{metadata['training_architecture']}`, saved for SAELens as "
         f"`{config['architecture']}`: it takes raw activations, its decoder rows have unit norm, b_dec is folded into "
@@ -98,4 +100,4 @@ def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
 
 def markdown_table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
-    return "\n".join(lines + [f"| {a} | {b.replace('|', chr(92) + '|')} |" for a, b in rows]) + "\n"
+    return "\n".join(lines + [f"| {escape_for_markdown(a)} | {escape_for_markdown(b)} |" for a, b in rows]) + "\n"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,21 +14,16 @@ from hypothesis import strategies as st
 from sae.common.errors import UsageError
 from sae.evaluate import charts
 from sae.evaluate.charts import MAX_LINE_POINTS, Chart, Series, axis_range, thin_out, tick_label, ticks
-from sae.evaluate.pages.page import as_json, make_visible, render_page, write_page
+from sae.evaluate.pages.page import as_json, render_page, templates, write_page
 from sae.evaluate.pages.plots import save_chart
 from sae.evaluate.pages.svg import draw_svg, shared_legend
 
 
-@given(st.text())
-def test_nothing_hides_in_what_is_visible(text):
-    import unicodedata
-
-    assert not {unicodedata.category(c) for c in make_visible(text)} & {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
-
-
-def test_what_hides_is_shown_as_its_code_point():
-    assert make_visible("a\nb\t\u202ec\x1b[31m\ud800") == "a↵b⇥⟨202E⟩c⟨001B⟩[31m⟨D800⟩"
-    assert make_visible("naïve e\u0301 日本 🙂") == "naïve e\u0301 日本 🙂"
+def test_no_value_of_a_template_can_hide():
+    html = templates().from_string("{{ name }} {{ path }} {{ 'own' | safe }} {{ number }}").render(
+        name="a\u202e<b>\x1b[31m", path=Path("b\udcff"), number=-5
+    )
+    assert html == "a⟨202E⟩&lt;b&gt;⟨001B⟩[31m b\ufffd own -5"
 
 
 @given(

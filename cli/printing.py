@@ -1,0 +1,31 @@
+"""Every line that a command prints. What a terminal would obey in it, such as the escape sequences of a hostile name,
+is shown as text instead. Imports only typer, since `sae --help` imports it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import typer
+
+from ..common.escaping import escape_for_terminal
+
+
+def print_line(text: str = "", *, err: bool = False) -> None:
+    """Print a line, or several, on stdout, or with `err` on stderr."""
+    typer.echo(escape_for_terminal(text), err=err)
+
+
+def ask(question: str) -> bool:
+    """Ask a yes-or-no question on stderr. Raises typer.Abort at Ctrl-C, or when stdin is closed."""
+    return typer.confirm(escape_for_terminal(question), err=True)
+
+
+@contextlib.contextmanager
+def printable_usage_errors() -> Iterator[None]:
+    """Escape the messages of the parser of the command line, which quote words that may be names of files."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str) and hasattr(error, "format_message"):
+            error.message = escape_for_terminal(message)  # type: ignore[attr-defined]
+        raise
