@@ -42,11 +42,14 @@ def compare(
     from ..common.errors import UsageError
     from ..common.files import atomic_write
     from ..common.formatting import format_count
+    from ..common.packages import import_extra
     from ..evaluate.compare import compare_runs, comparison_table, paired_table, to_csv, to_records
 
     for path in out or []:
         if path.suffix not in SUFFIXES:
             raise UsageError(f"--out {path}: unknown file type. The name must end in one of {', '.join(SUFFIXES)}.")
+    if plots is not None:
+        import_extra("plots", "--plots")
     comparison = compare_runs(runs, mix, references)
     paired = None if against is None else paired_table(comparison, against)
     for difference in comparison.differences:

@@ -90,7 +90,11 @@ def warnings_as_notes() -> Iterator[None]:
 def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     from ..common.errors import SaeError
     from ..common.files import os_error
+    from ..common.packages import outdated_packages
 
+    outdated = outdated_packages()
+    for sentence in outdated:
+        echo(f"note     {sentence}")
     try:
         command(*args, **kwargs)
         sys.stdout.flush()
@@ -109,6 +113,11 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
             echo(f"error: {os_error(error, Path(error.filename))}")
         else:
             echo(f"error: {error.strerror or error}. Free space, or check the pipe.")
+        raise typer.Exit(4) from None
+    except Exception as error:
+        if not outdated:
+            raise
+        echo(f"error: {type(error).__name__}: {error}. Install what the note above names, and try again.")
         raise typer.Exit(4) from None
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from .files import free_space, sae_home
 from .formatting import format_bytes
+from .packages import PACKAGE, installed_version, outdated_packages
 
-PACKAGE = "sae-pipeline"
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows")
 # Packages whose version can change a computed number or a byte on disk.
@@ -74,15 +74,8 @@ def describe_environment() -> list[str]:
         "variables": ", ".join(f"{name}={value}" for name, value in record["variables"].items()) or "none that matter",
         "hub": f"{'logged in' if get_token() else 'not logged in'}, files in {constants.HF_HUB_CACHE}",
     }
-    return [f"{name:9s} {text}" for name, text in lines.items()]
-
-
-def installed_version(name: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    outdated = [f"{'outdated':9s} {sentence}" for sentence in outdated_packages()]
+    return [f"{name:9s} {text}" for name, text in lines.items()] + outdated
 
 
 @cache

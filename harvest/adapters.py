@@ -1,6 +1,5 @@
 """PEFT adapters that are merged into a model before it is harvested or evaluated."""
 
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from ..cache.models import find_folder, folder_digests, folder_label, is_digest
-from ..common.errors import DamagedError, UnavailableError, UsageError
+from ..common.errors import DamagedError, UsageError
+from ..common.packages import import_extra
 from .load_errors import translate_load_errors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,7 +39,7 @@ def find_adapter(name: str, revision: str | None = None) -> AdapterSource:
 
     Raises UsageError if it is not there, or is not in safetensors, and UnavailableError if the Hub cannot be reached.
     """
-    require_peft()
+    import_extra("adapters", "--adapter")
     folder = Path(name)
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise UsageError(f"There is no folder {name}. Give --adapter a folder with {CONFIG}, or a Hub id.")
@@ -78,11 +78,6 @@ def find_recorded_adapters(records: Sequence[Mapping[str, str]], folders: Sequen
                 "FOLDER, which records where it is now."
             ) from error
     return tuple(found)
-
-
-def require_peft() -> None:
-    if importlib.util.find_spec("peft") is None:
-        raise UnavailableError("An adapter needs peft, which is not installed: pip install 'sae-pipeline[adapters]'.")
 
 
 def base_of(config: Path) -> str | None:

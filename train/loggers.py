@@ -1,13 +1,13 @@
 """Loggers besides metrics.jsonl: TensorBoard, Weights & Biases and trackio, each imported only when it is used."""
 
 import contextlib
-import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ..common.errors import UnavailableError, UsageError
+from ..common.errors import UsageError
+from ..common.packages import import_extra
 from .plan import Run
 
 PROJECT = "sae"
@@ -24,10 +24,7 @@ class TensorBoard:
     """Event files in the run folder: `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import_logger("tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = import_logger("tensorboard").SummaryWriter(str(folder / "tensorboard"))
         self.writer.add_text("run", "\n".join(f"    {name} = {value}" for name, value in config.items()))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -63,13 +60,8 @@ LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {
 
 
 def import_logger(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UnavailableError(
-            f"--log {name} needs a package that is not installed: pip install 'sae-pipeline[{name}]'. "
-            "metrics.jsonl in the run folder is written without it."
-        ) from None
+    """The module of a logger. Raises UnavailableError if its package is missing; metrics.jsonl needs none."""
+    return import_extra(name, f"--log {name}", "torch.utils.tensorboard" if name == "tensorboard" else None)
 
 
 class Loggers:

@@ -6,9 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import UnavailableError, UsageError
+from ...common.errors import UsageError
 from ...common.escaping import make_visible
 from ...common.files import atomic_write, make_folder, os_error
+from ...common.packages import import_extra
 from ..charts import COLORS, DASHES, Chart, Series, marker_of, thin_out
 
 LINE_STYLES = ("-", "--", ":", "-.")  # matplotlib's names for `charts.DASHES`
@@ -32,11 +33,10 @@ def save_chart(chart: Chart, path: Path) -> None:
     Raises UnavailableError without matplotlib or if the file cannot be written, and UsageError for a suffix that
     matplotlib does not write. Like every file of ours it is written whole or not at all.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnavailableError("Plots need matplotlib: pip install 'sae-pipeline[plots]'.") from error
+    import_extra("plots", "A plot", "matplotlib.figure")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     # The same chart gives the same bytes, and a $ in a name begins no formula.
     with rc_context({"svg.hashsalt": "sae", "svg.fonttype": "none", "text.parse_math": False}):
         figure = Figure(figsize=(6.2, 4.2), layout="constrained")

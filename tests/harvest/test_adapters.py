@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ def test_what_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path, monkey
     peft.get_peft_model(base, prompt_config).save_pretrained(prompts)
     with pytest.raises(UsageError, match="PROMPT_TUNING, which peft cannot merge"):
         load(prompts)
-    monkeypatch.setattr("sae.harvest.adapters.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("sae.common.packages.installed_version", lambda package: None)
     with pytest.raises(UnavailableError, match=r"sae-pipeline\[adapters\]"):
         find_adapter(str(adapter))
 

@@ -1,6 +1,10 @@
 """Loggers get every run's metrics at their steps, and are closed whatever happens."""
 
+import os
+import sqlite3
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -67,6 +71,7 @@ def test_an_unknown_logger_is_rejected() -> None:
 @pytest.mark.parametrize("name", LOGGERS)
 def test_a_logger_that_is_not_installed_is_an_error(name: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("sae.common.packages.installed_version", lambda package: None)
     with pytest.raises(UnavailableError, match=rf"--log {name} needs .* pip install 'sae-pipeline\[{name}\]'"):
         Loggers([name], [])
 
@@ -79,3 +84,39 @@ def test_tensorboard_s_files_hold_the_numbers(tmp_path) -> None:
         loggers.log({"a": {"step": 7, "loss": 0.25, "l0": 32.0}})
     found = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [(7, 0.25)]
+
+
+USE = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from sae.train.loggers import Loggers
+folder = Path(sys.argv[2])
+run = SimpleNamespace(name=folder.name, folder=folder, identity=lambda: {"variant": "topk", "seed": 0})
+with Loggers([sys.argv[1]], [run]) as loggers:
+    for step in (7, 9):
+        loggers.log({folder.name: {"step": step, "loss": 0.25, "l0": 32.0}})
+"""
+
+
+def use(name: str, folder: Path) -> None:
+    """Log two steps with the package itself, offline and in a process of its own."""
+    pytest.importorskip(name)
+    folder.mkdir()
+    environment = os.environ | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-c", USE, name, str(folder)]
+    used = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert used.returncode == 0, used.stderr
+
+
+def test_wandb_itself_writes_a_run(tmp_path: Path) -> None:
+    use("wandb", tmp_path / "a")
+    (file,) = tmp_path.glob("a/wandb/offline-run-*/run-a.wandb")
+    assert b"loss" in file.read_bytes()
+
+
+def test_trackio_itself_writes_both_steps(tmp_path: Path) -> None:
+    use("trackio", tmp_path / "a")
+    with sqlite3.connect(tmp_path / "a" / "trackio" / "sae.db") as database:
+        rows = database.execute("SELECT step, json_extract(metrics, '$.loss') FROM metrics ORDER BY step").fetchall()
+    assert rows == [(7, 0.25), (9, 0.25)]

@@ -1,0 +1,79 @@
+"""Which packages are installed, which of them are older than declared, and the optional ones.
+
+What the package needs, and from which version on, is declared in pyproject.toml alone; it is read back from the
+metadata of the installation.
+"""
+
+import importlib
+import re
+from importlib import metadata
+from types import ModuleType
+
+from .errors import UnavailableError
+
+PACKAGE = "sae-pipeline"
+EXTRAS = {
+    "plots": "matplotlib", "adapters": "peft", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
+}  # fmt: skip
+"""Extra of pyproject.toml -> the package that it installs, which is imported only when it is used."""
+
+BOUND = re.compile(r"(?P<name>[\w.-]+)>=(?P<lowest>[\d.]+)(?:; extra == ['\"](?P<extra>[\w-]+)['\"])?")
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def outdated_packages() -> list[str]:
+    """A sentence for each installed package that is older than the lowest version that this package works with.
+
+    pip installs none, but another package that is installed later can bring one: pip then only prints a warning.
+    """
+    try:
+        declared = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:  # run from a folder, without an installation
+        return []
+    sentences = []
+    for bound in filter(None, map(BOUND.fullmatch, declared)):
+        name, lowest, extra = bound["name"], bound["lowest"], bound["extra"]
+        if extra == "test":
+            continue
+        version = installed_version(name)
+        if version is not None and numbers(version) < numbers(lowest):
+            sentences.append(
+                f"{name} {version} is installed, and {PACKAGE} needs {lowest} or newer: pip install '{name}>={lowest}'."
+            )
+    return sentences
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The release of a version as numbers that compare: "2.13.0+cpu" is (2, 13), as are "2.13" and "2.13.0rc1"."""
+    release = re.match(r"\d+(?:\.\d+)*", version)
+    parts = [int(part) for part in release[0].split(".")] if release else []
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)
+
+
+def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType:
+    """Import the package of an extra, or a `module` that needs it. `what` is what the user asked for.
+
+    Raises UnavailableError, which names the extra, if the package is not installed or cannot be imported.
+    """
+    package = EXTRAS[extra]
+    try:
+        found = importlib.import_module(package)
+        return importlib.import_module(module) if module else found
+    except ImportError as error:
+        if (version := installed_version(package)) is None:
+            raise UnavailableError(
+                f"{what} needs {package}, which is not installed: pip install '{PACKAGE}[{extra}]'."
+            ) from None
+        raise UnavailableError(
+            f"{what} needs {package}, but {package} {version} cannot be imported ({error}). "
+            f"Install another version of it: pip install -U {package}."
+        ) from None

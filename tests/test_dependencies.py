@@ -1,0 +1,131 @@
+"""What is imported is declared in pyproject.toml, and what is declared is used, with bounds that hold here."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from sae.common.packages import EXTRAS, numbers
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+OTHER_FOLDERS = {"tests", "benchmarks", "docs", "build"}
+PACKAGE_FILES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if path.relative_to(ROOT).parts[0] not in OTHER_FOLDERS and not path.relative_to(ROOT).parts[0].startswith(".")
+)
+# Packages that are imported under another name.
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+# Declared, and imported by others for us.
+USED_BY_OTHERS = {"zstandard": "datasets reads .zst files, such as the Pile's, with it"}
+TOOLS = {"pytest-xdist", "ruff", "mypy"}  # run, not imported
+
+
+def requirements(lines: list[str]) -> dict[str, str]:
+    """Package -> its lowest version."""
+    found = {}
+    for line in lines:
+        bound = re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)", line)
+        assert bound, f"{line}: expected a name and one lower bound, name>=1.2"
+        found[bound[1]] = bound[2]
+    return found
+
+
+CORE = requirements(PROJECT["dependencies"])
+BY_EXTRA = {extra: requirements(lines) for extra, lines in PROJECT["optional-dependencies"].items()}
+OPTIONAL = {package for extra in EXTRAS for package in BY_EXTRA[extra]}
+
+
+def third_party(path: Path, *, while_loading: bool = False) -> set[str]:
+    """The distributions whose modules a file imports; `while_loading`: only those that importing the file imports."""
+    tree, found = ast.parse(path.read_text()), set()
+    deferred = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda) if while_loading else ()
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, deferred) or (while_loading and is_for_types(node)):
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip" and is_text(node.args[0]):
+            found.add(node.args[0].value.split(".")[0])
+    own = {"sae", *(other.stem for other in path.parent.glob("*.py"))}
+    return {DISTRIBUTIONS.get(n, n.replace("_", "-")) for n in found - own - set(sys.stdlib_module_names)}
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_every_form_of_import_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import json, sklearn.svm\nfrom google_crc32c import value\nfrom . import sibling\nfrom sae.x import y\n"
+        "if TYPE_CHECKING:\n    import rich\n"
+        "class A:\n    import zarr\n    def f(self):\n        import scipy.stats\n"
+    )
+    assert third_party(path) == {"scikit-learn", "google-crc32c", "rich", "zarr", "scipy"}
+    assert third_party(path, while_loading=True) == {"scikit-learn", "google-crc32c", "zarr"}
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_the_package_imports_is_declared(path: Path) -> None:
+    """Packages of extras are imported in functions, so that everything else works without them."""
+    assert third_party(path) - CORE.keys() - OPTIONAL == set()
+    assert third_party(path, while_loading=True) - CORE.keys() == set()
+
+
+def test_what_is_declared_is_used() -> None:
+    imported = set().union(*map(third_party, PACKAGE_FILES))
+    assert CORE.keys() - imported == set(USED_BY_OTHERS)
+
+
+def test_every_extra_installs_the_package_that_its_error_names() -> None:
+    assert {extra: [package] for extra, package in EXTRAS.items()} == {
+        extra: list(packages) for extra, packages in BY_EXTRA.items() if extra != "test"
+    }
+
+
+def test_every_extra_that_a_message_or_page_names_exists() -> None:
+    files = [*PACKAGE_FILES, *TEST_FILES, ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {extra for file in files for extra in re.findall(r"sae-pipeline\[(\w+)\]", file.read_text())}
+    assert {"plots", "adapters", "test"} <= named <= BY_EXTRA.keys()
+
+
+def test_what_the_tests_import_is_declared() -> None:
+    imported = set().union(*map(third_party, TEST_FILES)) - {"tests"}
+    declared = CORE.keys() | BY_EXTRA["test"].keys() | OPTIONAL
+    assert imported - declared == set()
+    assert BY_EXTRA["test"].keys() - imported - CORE.keys() - TOOLS - OPTIONAL == set()
+
+
+def test_the_packages_of_two_extras_have_one_bound() -> None:
+    for package, lowest in BY_EXTRA["test"].items():
+        for extra in EXTRAS:
+            assert BY_EXTRA[extra].get(package, lowest) == lowest, package
+
+
+def test_the_pinned_versions_are_within_the_bounds() -> None:
+    """constraints.txt has the versions that the tests pass with, of everything that they need."""
+    pinned = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    declared = CORE | {package: lowest for extra in BY_EXTRA.values() for package, lowest in extra.items()}
+    assert CORE.keys() | BY_EXTRA["test"].keys() <= pinned.keys() <= declared.keys()
+    assert {p for p, lowest in declared.items() if p in pinned and numbers(pinned[p]) < numbers(lowest)} == set()
+
+
+@pytest.mark.parametrize("package", sorted(CORE))
+def test_the_installed_versions_are_within_the_bounds(package: str) -> None:
+    assert numbers(version(package)) >= numbers(CORE[package])
