@@ -21,7 +21,7 @@ from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
 from ..common.errors import UnavailableError, UsageError
 from ..common.formatting import format_count
-from .documents import Conversation, Document, TextSource
+from .documents import Conversation, Document, TextSource, describe_unreadable
 from .encode import DocumentEncoder, TemplateRefusal
 from .tokenize_checkpoint import TokenizeCheckpoint
 
@@ -46,8 +46,8 @@ def make_contexts(
     """
     cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
     cut_documents(text, encode, cutter, checkpoint, seed, held_out, checkpoint_tokens)
+    remarks = "".join(f" {remark}" for remark in [*text.remarks, describe_unreadable(text.unreadable_rows)] if remark)
     if not cutter.rows:
-        remarks = "".join(f" {remark}" for remark in text.remarks)
         if checkpoint.checksums or cutter.contexts["length"]:
             raise UsageError(
                 f"Every token of the text {text.name} is left out or held out.{remarks} Check --skip-positions, "
@@ -58,7 +58,7 @@ def make_contexts(
         )
     if exactly and cutter.rows < tokens:
         raise UsageError(
-            f"The text {text.name} has only {cutter.rows:,} of the requested {tokens:,} tokens. "
+            f"The text {text.name} has only {cutter.rows:,} of the requested {tokens:,} tokens.{remarks} "
             f"Use --tokens {cutter.rows} or fewer, or give a longer text."
         )
     last = cutter.take()

@@ -1,70 +1,128 @@
-"""Read a column of a streamed dataset, from any row on, waiting when the network fails."""
+"""Read the documents in a column: of local files, or of a streamed dataset, waiting when the network fails."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from time import sleep
 from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from .documents import Conversation, Document, fault_of_messages, is_token_ids, parse_messages
+from ..common.tables import Unreadable, find_columns, read_rows
+from .documents import Document, fault_of_messages, is_token_ids, parse_messages
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before each retry after a network failure
 
 
+class Column:
+    """Turns the cells of a column into documents; with `chat` they are conversations.
+
+    Attributes:
+        name: its column.
+        source: the name of the text.
+        vocabulary: how many ids the model's tokenizer has.
+    """
+
+    def __init__(self, name: str, *, source: str, vocabulary: int, chat: bool) -> None:
+        self.name, self.source, self.vocabulary, self.chat = name, source, vocabulary, chat
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Raise UsageError unless it is one of these columns."""
+        if self.name not in columns:
+            other = "" if self.chat else ", or with --chat-column if it holds lists of messages"
+            raise UsageError(
+                f"{self.source} has no column {self.name!r}; its columns are {', '.join(map(repr, columns))}. "
+                f"Choose one with --{'chat' if self.chat else 'text'}-column{other}."
+            )
+
+    def document(self, value: Any, row: int, place: str) -> Document:
+        """The document in a cell, Unreadable where something else stands. Raises UsageError for an unknown id."""
+        if value is None or isinstance(value, Unreadable):
+            return Document(value)
+        if self.chat:
+            fault = fault_of_messages(value)
+            expected = "a list of messages, each with a role and content"
+            if not fault:
+                return Document(parse_messages(value))
+        elif is_token_ids(value):
+            if value and not 0 <= min(value) <= max(value) < self.vocabulary:
+                bad = next(i for i in value if not 0 <= i < self.vocabulary)
+                raise UsageError(
+                    f"Row {row} of {self.source} contains the id {bad}, but the model's tokenizer has the ids "
+                    f"0 to {self.vocabulary - 1:,}: it was tokenized for another model. "
+                    "Give a column of text with --text-column."
+                )
+            return Document(value)
+        elif isinstance(value, str) or (isinstance(value, list) and set(map(type, value)) <= {int, type(None)}):
+            return Document(value)
+        else:
+            fault, expected = f"{value!r:.60}", "text or a list of token ids"
+        return Document(Unreadable(f"{place} has {fault} in the column {self.name!r}; expected {expected}"))
+
+
+class FileReader:
+    """The documents in a column of local files of one format.
+
+    Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary.
+    """
+
+    def __init__(self, files: Sequence[Path], column: Column) -> None:
+        self.files, self.column = files, column
+        if next(read_rows(files, [column.name]), None) is None:
+            raise UsageError(f"{column.source} has no rows.")
+        column.check(find_columns(files, [column.name]))
+        self.seek(None)
+
+    def __iter__(self) -> Iterator[Document]:
+        for row in self.rows:
+            values = row.values
+            value = values if isinstance(values, Unreadable) else values[self.column.name]
+            document = self.column.document(value, self.rows_read, row.place)
+            self.rows_read, self.place = self.rows_read + 1, row.position
+            yield document
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        return {"row": self.rows_read, "place": list(self.place)} if self.rows_read else None
+
+    def seek(self, position: dict[str, Any] | None) -> None:
+        """Go to a position. One that an earlier version saved says only how many rows were read."""
+        self.rows_read, self.place = (position["row"] if position else 0), (0, 0)
+        skip = self.rows_read
+        if position and "place" in position:
+            self.place, skip = tuple(position["place"]), 0
+        rows = read_rows(self.files, [self.column.name], self.place)
+        self.rows = itertools.islice(rows, skip, None)
+
+
 class DatasetReader:
-    """The documents in a column of a `datasets.IterableDataset`; with `chat` they are conversations.
+    """The documents in a column of a `datasets.IterableDataset`.
 
     A network failure is retried after each of `retry_seconds`, counted anew from every row that arrives; then it raises
     UnavailableError. Any other failure raises `make_error(its first line)`.
 
-    Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary or,
-    with `chat`, with anything but messages.
+    Raises UsageError at once if there are no rows or no such column, and at a row with ids outside the vocabulary.
     """
 
     def __init__(
-        self, stream: Any, column: str, *, name: str, vocabulary: int, make_error: Callable[[str], SaeError],
-        say: Callable[[str], None], retry_seconds: Sequence[int] = (), chat: bool = False,
+        self, stream: Any, column: Column, *, make_error: Callable[[str], SaeError], say: Callable[[str], None],
+        retry_seconds: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self.stream, self.column, self.name, self.vocabulary = stream, column, name, vocabulary
-        self.make_error, self.say, self.retry_seconds, self.chat = make_error, say, retry_seconds, chat
+        self.stream, self.column, self.name = stream, column, column.source
+        self.make_error, self.say, self.retry_seconds = make_error, say, retry_seconds
         self.rows_read = 0
         rows = self._read_rows()
         first = next(rows, None)
         if first is None:
-            raise UsageError(f"{name} has no rows.")
-        if column not in first:
-            columns = ", ".join(map(repr, first))
-            other = "" if chat else ", or with --chat-column if it holds lists of messages"
-            raise UsageError(
-                f"{name} has no column {column!r}; its columns are {columns}. "
-                f"Choose one with --{'chat' if chat else 'text'}-column{other}."
-            )
+            raise UsageError(f"{self.name} has no rows.")
+        column.check(list(first))
         self.rows: Iterator[dict[str, Any]] = itertools.chain([first], rows)
 
     def __iter__(self) -> Iterator[Document]:
         for row in self.rows:
-            value = row.get(self.column)
-            if self.chat and value is not None:
-                value = self._conversation(value)
-            elif value and is_token_ids(value) and not 0 <= min(value) <= max(value) < self.vocabulary:
-                bad = next(i for i in value if not 0 <= i < self.vocabulary)
-                raise UsageError(
-                    f"Row {self.rows_read} of {self.name} contains the id {bad}, but the model's tokenizer has the ids "
-                    f"0 to {self.vocabulary - 1:,}: it was tokenized for another model. "
-                    "Give a column of text with --text-column."
-                )
+            value = row.get(self.column.name)
+            document = self.column.document(value, self.rows_read, f"{self.name} row {self.rows_read}")
             self.rows_read += 1
-            yield Document(value)
-
-    def _conversation(self, value: Any) -> Conversation:
-        conversation = parse_messages(value)
-        if conversation is None:
-            raise UsageError(
-                f"Row {self.rows_read} of {self.name} has {fault_of_messages(value)} in the column {self.column!r}; "
-                "expected a list of messages, each with a role and content. Convert the column, or choose another with "
-                "--chat-column."
-            )
-        return conversation
+            yield document
 
     @property
     def position(self) -> dict[str, Any] | None:

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from ..common.files import read_json
-from .dataset_reader import RETRY_SECONDS, DatasetReader, first_line
-from .documents import Document, ListedDocuments, TextSource
+from ..common.tables import Unreadable
+from .dataset_reader import RETRY_SECONDS, Column, DatasetReader, FileReader, first_line
+from .documents import Document, DocumentReader, ListedDocuments, TextSource
+from .files import FILE_FORMATS, list_files
 from .mini import corpus, spelling
 
 PILE = "monology/pile-uncopyrighted"
 EMBEDDED_TEXT = "python-stdlib"
-FILE_FORMATS = {
-    ".jsonl": "json", ".json": "json", ".zst": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow",
-    ".txt": "text",
-}  # fmt: skip  # suffix -> builder of the `datasets` library
 SPELLING_LINES = 40  # of spelling after each embedded document: about one token in ten
 MAX_LISTED_SUBSETS = 20  # in an error message
 MIN_SECTION = 2000  # characters of a document cut from a plain text file
@@ -40,13 +37,13 @@ def open_text(
     cannot be reached.
     """
     path = Path(name)
-    if subset is not None and (name == EMBEDDED_TEXT or path.exists()):
-        raise UsageError(f"--subset selects a configuration of a Hub dataset, and {name} is not one. Leave it out.")
+    if subset is not None and (name == EMBEDDED_TEXT or path.is_file()):
+        raise UsageError(f"--subset selects a configuration of a dataset, and {name} has none. Leave it out.")
     if name == EMBEDDED_TEXT:
         refuse_chat(name, chat)
         return open_embedded(tokenizer, seed, say)
     if path.exists():
-        return open_local(path, split, column, len(tokenizer), say, chat)
+        return open_local(path, subset, split, column, len(tokenizer), say, chat)
     if path.suffix in FILE_FORMATS or name.startswith((".", "/")):
         raise UsageError(
             f"There is no file {name}. Give a .txt, .jsonl, .parquet or .arrow file, a folder of them, a Hub dataset, "
@@ -86,40 +83,26 @@ def open_embedded(tokenizer: Any, seed: int, say: Say) -> TextSource:
     )  # fmt: skip
 
 
-def open_local(path: Path, split: str, column: str, vocabulary: int, say: Say, chat: bool) -> TextSource:
+def open_local(
+    path: Path, subset: str | None, split: str, column: str, vocabulary: int, say: Say, chat: bool
+) -> TextSource:
     """Files of one format. A line of JSON or a row of a table is a document; plain text is cut at blank lines."""
-    files = list_files(path, split)
-    formats = {FILE_FORMATS.get(p.suffix) for p in files}
+    files = list_files(path, subset, split, say)
+    suffixes = {file.suffix for file in files}
+    formats = {FILE_FORMATS.get(suffix) for suffix in suffixes}
     if len(formats) != 1 or None in formats:
-        kinds = sorted({p.suffix or "files without a suffix" for p in files})
-        found = " and ".join(kinds) or "no files"
+        found = " and ".join(sorted(suffix or "files without a suffix" for suffix in suffixes)) or "no files"
         raise UsageError(f"{path} has {found}; expected files of one format: {', '.join(FILE_FORMATS)}.")
-    (file_format,) = formats
+    is_text = formats == {"text"}
     name = path.stem.removesuffix(".jsonl") or path.name
-    column_name = column if file_format != "text" else None
-    identity = {"name": name, "revision": digest_of_files(path, files), "column": column_name}
-    if file_format == "text":
+    identity = {"name": name, "revision": digest_of_files(path, files), "column": None if is_text else column}
+    reader: DocumentReader
+    if is_text:
         refuse_chat(name, chat)
-        reader = ListedDocuments(
-            lambda: (Document(section) for file in files for section in split_paragraphs(read_text(file)))
-        )
-        return TextSource(name, identity, reader, say, may_contain=lambda strings: files_may_contain(files, strings))
-    import datasets
-
-    def unreadable(problem: str) -> SaeError:
-        return UsageError(
-            f"{path} cannot be read as {file_format}: {problem}. It may be truncated or in another format."
-        )
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log the same error first, with a traceback
-    try:
-        stream = datasets.load_dataset(file_format, data_files=[str(f) for f in files], split="train", streaming=True)
-    except Exception as error:
-        raise unreadable(first_line(error)) from error
-    rows = DatasetReader(
-        stream, column, name=str(path), vocabulary=vocabulary, make_error=unreadable, say=say, chat=chat
-    )
-    return TextSource(name, identity, rows, say, may_contain=lambda strings: files_may_contain(files, strings))
+        reader = ListedDocuments(lambda: (section for file in files for section in read_sections(file)))
+    else:
+        reader = FileReader(files, Column(column, source=str(path), vocabulary=vocabulary, chat=chat))
+    return TextSource(name, identity, reader, say, may_contain=lambda strings: files_may_contain(files, strings))
 
 
 def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
@@ -153,28 +136,19 @@ def digest_of_files(path: Path, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def list_files(path: Path, split: str) -> list[Path]:
-    """The files of a text, in order. A folder written by `save_to_disk` lists its own."""
-    if (path / "dataset_dict.json").is_file():
-        splits = read_json(path / "dataset_dict.json", "splits")["splits"]
-        if split not in splits:
-            listed = ", ".join(map(repr, splits))
-            raise UsageError(f"{path} has no split {split!r}; its splits are {listed}. Choose one with --split.")
-        path = path / split
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        listed_files = read_json(path / "state.json", "_data_files")["_data_files"]
-        return [path / Path(file["filename"]).name for file in listed_files]
-    return sorted(p for p in path.rglob("*") if p.suffix in FILE_FORMATS) if path.is_dir() else [path]
-
-
-def read_text(file: Path) -> str:
-    """The text of a file. Raises UsageError if it is not UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{file} is not UTF-8 text (byte {error.start}). Convert it, or give .jsonl or .parquet."
-        ) from error
+def read_sections(file: Path) -> Iterator[Document]:
+    """The sections of a text file; Unreadable for one with bytes that are not UTF-8."""
+    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    line = 1
+    for section in split_paragraphs(text):
+        try:
+            section.encode()
+        except UnicodeEncodeError as error:
+            byte, place = ord(section[error.start]) - 0xDC00, line + section.count("\n", 0, error.start)
+            yield Document(Unreadable(f"{file.name} line {place}: the byte {byte:#x} is not UTF-8"))
+        else:
+            yield Document(section)
+        line += section.count("\n") + 2
 
 
 def split_paragraphs(text: str, min_characters: int = MIN_SECTION) -> Iterator[str]:
@@ -212,8 +186,8 @@ def open_hub(
     identity = {"name": name, "revision": commit, "split": split, "column": column}
     identity |= {} if subset is None else {"subset": subset}
     rows = DatasetReader(
-        stream, column, name=name, vocabulary=vocabulary, make_error=unreachable, say=say, retry_seconds=RETRY_SECONDS,
-        chat=chat,
+        stream, Column(column, source=name, vocabulary=vocabulary, chat=chat), make_error=unreachable, say=say,
+        retry_seconds=RETRY_SECONDS,
     )  # fmt: skip
     return TextSource(name.split("/")[-1], identity, rows, say)
 

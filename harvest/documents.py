@@ -9,6 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from ..common.errors import UsageError
+from ..common.formatting import format_count
+from ..common.tables import Unreadable
+
+UNREADABLE = "unreadable"
+CHECKED_ROWS = 100  # from here on at most a hundredth of the rows may be unreadable
 REFUSED = "untemplated"  # conversations that the chat template does not render
 MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose tokens would fill the memory
 
@@ -24,7 +30,7 @@ class Conversation:
 
 
 class Document(NamedTuple):
-    text: Any  # str, a list of token ids, or a Conversation; a document of any other type is skipped
+    text: Any  # str, a list of token ids, a Conversation, or Unreadable; a document of any other type is skipped
     held_out: bool | None = None  # None: decided by a hash of its tokens
 
 
@@ -59,7 +65,12 @@ class ListedDocuments:
 
 @dataclass
 class TextSource:
-    """A text: its documents, the identity that pins it, and how many documents were skipped for each reason."""
+    """A text: its documents, the identity that pins it, and how many documents were skipped for each reason.
+
+    Attributes:
+        read: documents read so far, with those that were skipped.
+        first_unreadable: why the first of those that could not be read could not.
+    """
 
     name: str
     identity: dict[str, Any]
@@ -69,15 +80,40 @@ class TextSource:
     # Whether one of these strings may stand in the text. False is certain: not every text can be searched quickly.
     may_contain: Callable[[Sequence[str]], bool] = lambda strings: True
     remarks: list[str] = field(default_factory=list)  # what was said about the documents; part of an error's message
+    read: int = 0
+    first_unreadable: str = ""
 
     @property
     def documents(self) -> Iterator[Document]:
-        """The usable documents, from the current position on."""
+        """The usable documents, from the current position on.
+
+        Raises UsageError if too many cannot be read for this to be the text that was meant.
+        """
         for document in self.reader:
-            if reason := skip_reason(document.text):
-                self.skipped[reason] += 1
-            else:
+            self.read += 1
+            reason = skip_reason(document.text)
+            if reason:
+                self.skipped[reason] = self.skipped.get(reason, 0) + 1
+            if isinstance(document.text, Unreadable):
+                self.first_unreadable = self.first_unreadable or document.text.problem
+            self._check_readable()
+            if not reason:
                 yield document
+
+    def _check_readable(self) -> None:
+        unreadable = self.skipped.get(UNREADABLE, 0)
+        if self.read >= CHECKED_ROWS and 100 * unreadable > self.read:
+            raise UsageError(
+                f"{unreadable:,} of the first {self.read:,} rows of {self.name} cannot be read, so it is probably the "
+                f"wrong file or column (first: {self.first_unreadable}). Correct or remove these rows, or choose "
+                "another column with --text-column or --chat-column."
+            )
+
+    @property
+    def unreadable_rows(self) -> dict[str, Any]:
+        """The rows that could not be read, as recorded with the cache: how many, and the first. Empty for none."""
+        count = self.skipped.get(UNREADABLE, 0)
+        return {"rows": count, "first": self.first_unreadable} if count else {}
 
     def refuse(self, why: str) -> None:
         """Count a conversation that the chat template does not render; the first one is explained to the user."""
@@ -94,16 +130,30 @@ class TextSource:
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"position": self.reader.position, "skipped": dict(self.skipped)}
+        return {
+            "position": self.reader.position, "skipped": dict(self.skipped), "read": self.read,
+            "first_unreadable": self.first_unreadable,
+        }  # fmt: skip
 
     def seek(self, state: dict[str, Any] | None) -> None:
         """Return to where `state` was taken, or to the beginning."""
         self.reader.seek(state and state["position"])
-        self.skipped |= dict.fromkeys(self.skipped, 0) | (state["skipped"] if state else {})
+        state = state or {"skipped": {}}
+        self.skipped |= dict.fromkeys(self.skipped, 0) | state["skipped"]
+        self.read, self.first_unreadable = state.get("read", 0), state.get("first_unreadable", "")
+
+
+def describe_unreadable(rows: dict[str, Any]) -> str:
+    """A sentence about rows that could not be read; empty for none."""
+    if not rows:
+        return ""
+    return f"{format_count(rows['rows'], 'row')} could not be read and were skipped (first: {rows['first']})."
 
 
 def skip_reason(text: Any) -> str | None:
     """Why a document is skipped, or None if it is not."""
+    if isinstance(text, Unreadable):
+        return UNREADABLE
     if isinstance(text, Conversation):
         return "huge" if len(text) > MAX_DOCUMENT else None if text.messages else "empty"
     if not (isinstance(text, str) or is_token_ids(text)):

@@ -18,7 +18,7 @@ from ..cache.writer import read_fingerprint
 from ..common.device import resolve_device, resolve_dtype
 from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
-from ..common.files import digest_of, folder_bytes, free_space, sae_home
+from ..common.files import digest_of, folder_bytes, free_space, read_json, sae_home
 from ..common.formatting import format_bytes, format_duration
 from ..common.special_tokens import choose_bos, special_tokens, token_text
 from . import mini
@@ -34,7 +34,7 @@ from .chat import ChatEncoder
 from .config import TOKENS, HarvestConfig, check_config
 from .datasets import EMBEDDED_TEXT, PILE, open_text
 from .distributed import rank_and_count
-from .documents import TextSource
+from .documents import UNREADABLE, TextSource, describe_unreadable
 from .encode import DocumentEncoder
 from .estimate import block_seconds_per_token
 from .model import ModelSource, find_model, load_tokenizer
@@ -204,12 +204,24 @@ class HarvestPlan:
         left_out = int(contexts.length.sum()) - cache.rows
         chosen = self.config.roles or self.config.skip_positions or self.config.skip_tokens
         kind = "tokens" if chosen else "special tokens"
-        skipped = "".join(f", {n:,} {why} documents skipped" for why, n in self.text.skipped.items() if n)
+        counts = {why: count for why, count in self.text.skipped.items() if count and why != UNREADABLE}
+        skipped = "".join(f", {count:,} {why} documents skipped" for why, count in counts.items())
+        if sentence := describe_unreadable(self.unreadable_rows()):
+            lines.append(f"skipped  {sentence}")
         lines.append(
             f"done     {cache.rows:,} rows from {len(contexts):,} contexts ({left_out:,} {kind} left out"
             f"{skipped}) in {seconds:.0f} s; `sae cache verify` re-reads every byte"
         )
         return lines
+
+    def unreadable_rows(self) -> dict[str, Any]:
+        """How many rows of the text could not be read, and the first: of this run, or as an earlier one recorded."""
+        record = self.folder / "harvest.json"
+        if self.text.read or not record.exists():
+            return self.text.unreadable_rows
+        with contextlib.suppress(SaeError):
+            return read_json(record).get("unreadable", {})
+        return {}
 
     def record(self) -> dict[str, Any]:
         """The content of harvest.json: the last request for this cache, from which `sae cache repair` repeats it.
@@ -229,6 +241,8 @@ class HarvestPlan:
             record["revision"] = self.source.revision
         if "split" in self.text.identity:  # a dataset of the Hub
             record["dataset_revision"] = self.text.identity["revision"]
+        if unreadable := self.unreadable_rows():
+            record["unreadable"] = unreadable
         not_recorded = ("layers", "sites", "modules", "device", "out")
         record = {name: value for name, value in record.items() if name not in not_recorded}
         bos_id = self.context_format.bos_id

@@ -10,6 +10,7 @@ A dataset is read from a local folder if it is there, <data>/<name>/<split>.json
 """
 
 import hashlib
+import itertools
 import platform
 import random
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -20,12 +21,13 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import SaeError, UnavailableError, UsageError, did_you_mean
+from ...common.tables import Unreadable, find_columns, read_rows
 from . import hub, stdlib
 
 SEED = 42
 SPLITS = ("train", "test")
 ROWS_PER_BLOCK = 1000
-READERS = {".jsonl": "json", ".parquet": "parquet"}
+SUFFIXES = (".jsonl", ".parquet")
 Texts = dict[str, dict[str, list[str]]]  # train, test -> class -> texts
 Quadrants = dict[str, dict[str, list[str]]]  # train, test -> PP, NN, NP, PN -> texts
 Row = dict[str, Any]
@@ -249,7 +251,7 @@ def hub_commit(name: str, place: str) -> str:
     try:
         return hub.pinned_commit(name)
     except Exception as error:  # huggingface_hub and its dependencies raise many types
-        raise error if isinstance(error, SaeError) else read_error(error, name, place, None) from error
+        raise error if isinstance(error, SaeError) else read_error(error, name, place) from error
 
 
 def find_dataset(name: str) -> LabeledDataset | CodeDataset | TranslationDataset:
@@ -308,34 +310,44 @@ def read_dataset_rows(
         yield from stdlib.labeled_rows(name.removeprefix("stdlib/"), split)
         return
     place = f"{name}/{subset}" if subset else name
-    file = local_file(place, split, data)
-    source = str(file) if file else name
+    if (file := local_file(place, split, data)) is not None:
+        yield from read_local_rows(name, file, columns)
+        return
     try:
-        stream = open_file(file) if file else open_on_hub(name, split, subset)
-        for block in stream.iter(ROWS_PER_BLOCK):
-            if missing := [column for column in columns if column not in block]:
-                raise UsageError(
-                    f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(repr, block))}. "
-                    f"{name} needs {', '.join(map(repr, columns))}."
-                )
+        for block in open_on_hub(name, split, subset).iter(ROWS_PER_BLOCK):
+            check_columns(name, name, columns, list(block))
             for values in zip(*(block[column] for column in columns), strict=True):
                 yield dict(zip(columns, values, strict=True))
     except SaeError:
         raise
     except Exception as error:  # datasets and its dependencies raise many types
-        raise read_error(error, name, f"{place}/{split}", file) from error
+        raise read_error(error, name, f"{place}/{split}") from error
+
+
+def read_local_rows(name: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of a local file. Raises UsageError for one that cannot be read: a sample has to be of all of them."""
+    rows = read_rows([file], columns)
+    first = next(rows, None)
+    if first is None:
+        return
+    check_columns(name, str(file), columns, find_columns([file], columns))
+    for row in itertools.chain([first], rows):
+        if isinstance(row.values, Unreadable):
+            raise UsageError(f"{file} cannot be read: {row.values.problem}. Correct or remove that row.")
+        yield row.values
+
+
+def check_columns(name: str, source: str, wanted: Sequence[str], found: Sequence[str]) -> None:
+    if missing := [column for column in wanted if column not in found]:
+        raise UsageError(
+            f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(repr, found))}. "
+            f"{name} needs {', '.join(map(repr, wanted))}."
+        )
 
 
 def local_file(name: str, split: str, data: Path | None) -> Path | None:
-    candidates = [data / name / f"{split}{suffix}" for suffix in READERS] if data else []
+    candidates = [data / name / f"{split}{suffix}" for suffix in SUFFIXES] if data else []
     return next((file for file in candidates if file.is_file()), None)
-
-
-def open_file(file: Path) -> Any:
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log the error with a traceback before ours
-    return datasets.load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True)
 
 
 def open_on_hub(name: str, split: str, subset: str | None) -> Any:
@@ -360,13 +372,11 @@ def language_of(path: str) -> str | None:
     return next((language for language, endings in CODE_SUFFIXES.items() if path.endswith(endings)), None)
 
 
-def read_error(error: Exception, name: str, place: str, file: Path | None) -> SaeError:
+def read_error(error: Exception, name: str, place: str) -> SaeError:
     """The error for texts that cannot be read."""
     from huggingface_hub.errors import GatedRepoError
 
     problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if file:
-        return UsageError(f"{file} cannot be read: {problem.rstrip('.')}. It may be truncated or have another format.")
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
         return UnavailableError(
             f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, "

@@ -1,0 +1,274 @@
+"""Which files of a local folder are the text: those of one split, chosen by their names as `datasets` chooses them.
+
+The first of these that names a split for any file decides:
+
+1. `configs` in the YAML header of README.md, whose `data_files` name the files of each split;
+2. data/<split>-00000-of-00002.parquet;
+3. folders with the name of a split, or a part of it: train/, my-dataset-test/;
+4. files likewise: train.jsonl, wiki_validation.parquet.
+
+Otherwise every file belongs to train. Hidden files, READMEs, licenses and the metadata of `datasets` are left out.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import SaeError, UsageError
+from ..common.files import read_json
+from ..common.tables import FORMATS
+
+FILE_FORMATS = FORMATS | {".txt": "text"}  # suffix -> format
+KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}  # split -> its names
+ALL = "all"  # a split that has every file
+SHARD = re.compile(r"data/(?P<split>[^/]*)-\d{5}-of-(?P<shards>\d{5})[^/]*\.[^/]*")
+METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+ABOUT = {"readme", "license", "licence", "copying", "notice"}  # .txt or .json
+
+Say = Callable[[str], None]
+Splits = dict[str, list[Path]]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """An entry of `configs` in a README.md.
+
+    Attributes:
+        patterns: split -> patterns of its files, relative to the folder; empty where file names say the split.
+        folder: where its files are, relative to the folder.
+    """
+
+    name: str
+    patterns: dict[str, list[str]] = field(default_factory=dict)
+    folder: str = ""
+    is_default: bool = False
+
+
+def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Path]:
+    """The files of a text, in order. A folder that `save_to_disk` wrote lists its own.
+
+    Raises UsageError for an unknown split or subset.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        return saved_files(path / choose_split(path, saved_list(path / "dataset_dict.json", "splits"), split))
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return saved_files(path)
+    if not (files := folder_files(path)):
+        return []
+    if split == ALL and subset is None:
+        return files
+    splits = splits_of_folder(path, files, subset)
+    files = splits[choose_split(path, list(splits), split)]
+    say_missing_shards(path, files, say)
+    return files
+
+
+def choose_split(path: Path, splits: Sequence[str], split: str) -> str:
+    """The split that is meant: its own name, or another word for it. Raises UsageError if there is none."""
+    if split in splits:
+        return split
+    for name, words in KEYWORDS.items():
+        if split in words and name in splits:
+            return name
+    listed = ", ".join(map(repr, splits))
+    raise UsageError(f"{path} has no split {split!r}; its splits are {listed}. Choose one with --split.")
+
+
+def saved_list(record: Path, key: str) -> list[Any]:
+    """The list in a record of `save_to_disk`. Raises UsageError if there is none."""
+    try:
+        values = read_json(record, key)[key]
+    except SaeError as error:
+        raise UsageError(f"{record} cannot be read: {error}") from error
+    if not isinstance(values, list) or not values:
+        raise UsageError(f"{record} has {values!r:.40} as {key}; expected a list. Save the dataset again.")
+    return values
+
+
+def saved_files(path: Path) -> list[Path]:
+    """The files that a folder of `save_to_disk` lists."""
+    files = []
+    for entry in saved_list(path / "state.json", "_data_files"):
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not Path(name).name:
+            raise UsageError(f"{path / 'state.json'} lists {entry!r:.40}; expected a file. Save the dataset again.")
+        files.append(path / Path(name).name)
+    return files
+
+
+def folder_files(path: Path) -> list[Path]:
+    """The files of a known format in a folder and its folders, without what is not text of the dataset."""
+    found = []
+    seen = {path.resolve()}
+    for folder, folders, names in os.walk(path, followlinks=True):
+        here = Path(folder)
+        folders[:] = [name for name in folders if name[0] != "." and not name.startswith("__")]
+        for name in [name for name in folders if (here / name).is_symlink()]:
+            target = (here / name).resolve()
+            if target in seen or target in path.resolve().parents:  # a circle
+                folders.remove(name)
+            seen.add(target)
+        found += [here / name for name in names if is_text_file(name)]
+    return sorted(found)
+
+
+def is_text_file(name: str) -> bool:
+    stem, suffix = os.path.splitext(name)
+    is_about = name in METADATA or (stem.lower() in ABOUT and suffix in (".txt", ".json"))
+    return suffix in FILE_FORMATS and name[0] not in ".~" and not is_about
+
+
+def splits_of_folder(path: Path, files: list[Path], subset: str | None) -> Splits:
+    """split -> its files, by the README.md or by their names. Raises UsageError for an unknown subset."""
+    configuration = choose_configuration(path, files, read_configurations(path), subset)
+    if configuration is None:
+        return splits_by_name(path, files)
+    if configuration.patterns:
+        return splits_by_pattern(path, files, configuration)
+    base = path / configuration.folder
+    return splits_by_name(base, [file for file in files if file.is_relative_to(base)])
+
+
+def splits_by_name(path: Path, files: list[Path]) -> Splits:
+    """split -> its files, by the names of files and folders. A name with two splits in it belongs to both."""
+    names = {file: file.relative_to(path).as_posix() for file in files}
+    sharded: Splits = {}
+    for file, name in names.items():
+        if match := SHARD.fullmatch(name):
+            sharded.setdefault(match["split"], []).append(file)
+    if sharded:
+        return {split: sharded[split] for split in [*KEYWORDS, *sorted(sharded)] if split in sharded}
+    for in_folders in (True, False):
+        splits = {
+            split: [file for file, name in names.items() if has_word(name, words, in_folders)]
+            for split, words in KEYWORDS.items()
+        }
+        if any(splits.values()):
+            return {split: chosen for split, chosen in splits.items() if chosen}
+    return {"train": files}
+
+
+def has_word(name: str, words: Sequence[str], in_folders: bool) -> bool:
+    """Whether one of the words stands between separators in the name of a file, or of one of its folders."""
+    *folders, file = name.split("/")
+    word = rf"(?:.*[-._ 0-9])?(?:{'|'.join(words)})"
+    if in_folders:
+        return any(re.fullmatch(rf"{word}(?:[-._ 0-9].*)?", folder) for folder in folders)
+    return re.fullmatch(rf"{word}[-._ 0-9].*", file) is not None
+
+
+def splits_by_pattern(path: Path, files: list[Path], configuration: Configuration) -> Splits:
+    """split -> its files, by the patterns of a README.md."""
+    names = {file: file.relative_to(path).as_posix() for file in files}
+    splits: Splits = {}
+    for split, patterns in configuration.patterns.items():
+        expressions = [pattern_expression(os.path.normpath(pattern)) for pattern in patterns]
+        chosen = [file for file, name in names.items() if any(one.fullmatch(name) for one in expressions)]
+        if chosen:
+            splits[split] = chosen
+    return splits
+
+
+def pattern_expression(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern of paths, in which ** also stands for folders."""
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    expression = ""
+    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^]]+\])", pattern):
+        if part.startswith("[") and part.endswith("]"):
+            part = part[1:-1].replace("\\", "\\\\").replace("[", "\\[")
+            expression += f"[^{part[1:]}]" if part.startswith("!") else f"[{part}]"
+        else:
+            expression += wild.get(part) or re.escape(part)
+    return re.compile(expression, re.DOTALL)
+
+
+def read_configurations(path: Path) -> list[Configuration]:
+    """The `configs` in the YAML header of a README.md; none if it has no such header or an odd one."""
+    import yaml
+
+    readme = path / "README.md"
+    if not readme.is_file():
+        return []
+    text = readme.read_text(encoding="utf-8", errors="replace").removeprefix("\ufeff")
+    header = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(header[1]) if header else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"The YAML header of {readme} cannot be read: {' '.join(str(error).split())[:200]}. Correct it, or remove "
+            "README.md to choose the files by their names."
+        ) from error
+    entries = metadata.get("configs") if isinstance(metadata, dict) else None
+    return [read_configuration(entry, readme) for entry in (entries if isinstance(entries, list) else [])]
+
+
+def read_configuration(entry: Any, readme: Path) -> Configuration:
+    """An entry of `configs`: `data_files` is a pattern, several, or a list of a split and its patterns each."""
+    entry = entry if isinstance(entry, dict) else {}
+    files, name, folder = entry.get("data_files"), entry.get("config_name"), entry.get("data_dir") or ""
+    patterns: dict[str, list[str]] = {}
+    for one in files if isinstance(files, list) else [files] if files is not None else []:
+        one = one if isinstance(one, dict) else {"split": "train", "path": one}
+        split, paths = one.get("split"), one.get("path")
+        paths = paths if isinstance(paths, list) else [paths]
+        if not isinstance(split, str) or not all(isinstance(path, str) for path in paths):
+            name = None
+            break
+        patterns.setdefault(split, []).extend(paths)
+    if not isinstance(name, str) or not isinstance(folder, str):
+        raise UsageError(
+            f"{readme} has a configuration without a config_name, or without data_files as a path or paths for each "
+            "split. Correct it, or remove README.md to choose the files by their names."
+        )
+    return Configuration(name, patterns, folder, bool(entry.get("default")))
+
+
+def has_files(path: Path, files: list[Path], configuration: Configuration) -> bool:
+    """Whether a configuration names one of these files."""
+    if configuration.patterns:
+        return bool(splits_by_pattern(path, files, configuration))
+    return any(file.is_relative_to(path / configuration.folder) for file in files)
+
+
+def choose_configuration(
+    path: Path, files: list[Path], configurations: list[Configuration], subset: str | None
+) -> Configuration | None:
+    """The configuration to read; None if there is none that names a file which is here.
+
+    Raises UsageError for an unknown subset, or if one has to be chosen.
+    """
+    names = [one.name for one in configurations]
+    if subset is not None and subset not in names:
+        known = f"; its README.md has {', '.join(names)}" if names else ", since it has no README.md with `configs`"
+        raise UsageError(f"{path} has no subset {subset!r}{known}. Choose another with --subset, or leave it out.")
+    present = [one for one in configurations if has_files(path, files, one)]
+    if subset is not None:
+        chosen = [one for one in present if one.name == subset]
+        if not chosen:
+            raise UsageError(f"No file of the subset {subset!r} is in {path}. Download it, or choose another --subset.")
+        return chosen[0]
+    chosen = [one for one in configurations if one.is_default or one.name == "default" or len(configurations) == 1]
+    if chosen:
+        return chosen[0] if chosen[0] in present else None
+    if len(present) > 1:
+        raise UsageError(
+            f"{path} has several configurations. Choose one with --subset: {', '.join(one.name for one in present)}."
+        )
+    return present[0] if present else None
+
+
+def say_missing_shards(path: Path, files: list[Path], say: Say) -> None:
+    """Say so if shards are missing: 00002 of 00000-of-00003 and so on."""
+    shards = [match for file in files if (match := SHARD.fullmatch(file.relative_to(path).as_posix()))]
+    expected = {int(match["shards"]) for match in shards}
+    if len(expected) == 1 and len(shards) == len(files) < (total := expected.pop()):
+        say(f"{path} has only {len(files)} of the {total} files of the split {shards[0]['split']!r}.")
