@@ -87,7 +87,7 @@ class JsonRows:
     def _decode_leniently(self, line: bytes) -> tuple[dict[str, Any] | None, str]:
         """The same with Python's parser, which takes NaN, numbers of any size, and tabs in strings."""
         try:
-            row = json.loads(line.decode(), strict=False)
+            row = json.loads(line.rstrip().decode(), strict=False)
         except UnicodeDecodeError as error:
             return None, f"byte {error.start} is not UTF-8"
         except json.JSONDecodeError as error:

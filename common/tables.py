@@ -6,6 +6,7 @@ matter. A row that cannot be decoded is returned with its problem, and the next 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def read_rows(files: Sequence[Path], columns: Sequence[str], position: tuple[int
         if number < first:
             continue
         skip = start if number == first else 0
-        rows = explain_errors(file, lambda file=file, skip=skip: READERS[file_format(file)](file, columns, skip))
+        rows = explain_errors(file, partial(READERS[file_format(file)], file, columns, skip))
         for index, (place, values, problem) in enumerate(rows, skip + 1):
             place = f"{file.name} {place}"
             yield Row(place, (number, index), Unreadable(f"{place}: {problem}") if values is None else values)
@@ -64,7 +65,7 @@ def find_columns(files: Sequence[Path], wanted: Sequence[str]) -> list[str]:
     Raises UsageError for a file that cannot be read, and if none of the first rows can be.
     """
     if file_format(files[0]) != "json":
-        return next(explain_errors(files[0], lambda: iter([schema_of(files[0]).names])))
+        return list(explain_errors(files[0], lambda: iter(schema_of(files[0]).names)))
     found: dict[str, None] = {}
     problems = []
     for file in files:

@@ -46,6 +46,7 @@ def make_contexts(
     """
     cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
     cut_documents(text, encode, cutter, checkpoint, seed, held_out, checkpoint_tokens)
+    text.check_readable()
     remarks = "".join(f" {remark}" for remark in [*text.remarks, describe_unreadable(text.unreadable_rows)] if remark)
     if not cutter.rows:
         if checkpoint.checksums or cutter.contexts["length"]:

@@ -7,7 +7,7 @@ from time import sleep
 from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
-from ..common.tables import Unreadable, find_columns, read_rows
+from ..common.tables import Row, Unreadable, find_columns, read_rows
 from .documents import Document, fault_of_messages, is_token_ids, parse_messages
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before each retry after a network failure
@@ -67,6 +67,8 @@ class FileReader:
 
     def __init__(self, files: Sequence[Path], column: Column) -> None:
         self.files, self.column = files, column
+        self.rows_read, self.place = 0, (0, 0)
+        self.rows: Iterator[Row] = iter(())
         if next(read_rows(files, [column.name]), None) is None:
             raise UsageError(f"{column.source} has no rows.")
         column.check(find_columns(files, [column.name]))

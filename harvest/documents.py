@@ -14,7 +14,8 @@ from ..common.formatting import format_count
 from ..common.tables import Unreadable
 
 UNREADABLE = "unreadable"
-CHECKED_ROWS = 100  # from here on at most a hundredth of the rows may be unreadable
+CHECKED_ROWS = 100  # of at least so many rows, at most a hundredth may be unreadable
+TOLERATED_ROWS = 10  # unreadable ones more than that, until the whole text is read
 REFUSED = "untemplated"  # conversations that the chat template does not render
 MAX_DOCUMENT = 20_000_000  # characters or ids; anything longer is a dump whose tokens would fill the memory
 
@@ -96,13 +97,14 @@ class TextSource:
                 self.skipped[reason] = self.skipped.get(reason, 0) + 1
             if isinstance(document.text, Unreadable):
                 self.first_unreadable = self.first_unreadable or document.text.problem
-            self._check_readable()
+            self.check_readable(TOLERATED_ROWS)
             if not reason:
                 yield document
 
-    def _check_readable(self) -> None:
+    def check_readable(self, tolerated: int = 0) -> None:
+        """Raise UsageError if more than a hundredth of the rows read so far, and so many more, were unreadable."""
         unreadable = self.skipped.get(UNREADABLE, 0)
-        if self.read >= CHECKED_ROWS and 100 * unreadable > self.read:
+        if self.read >= CHECKED_ROWS and 100 * (unreadable - tolerated) > self.read:
             raise UsageError(
                 f"{unreadable:,} of the first {self.read:,} rows of {self.name} cannot be read, so it is probably the "
                 f"wrong file or column (first: {self.first_unreadable}). Correct or remove these rows, or choose "

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import SaeError, UsageError
-from ..common.files import read_json
+from ..common.errors import DamagedError, UsageError
+from ..common.files import parse_json, read_file
 from ..common.tables import FORMATS
 
 FILE_FORMATS = FORMATS | {".txt": "text"}  # suffix -> format
@@ -27,6 +27,7 @@ KEYWORDS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }  # split -> its names
+SAVE_AGAIN = "Save the dataset again."
 ALL = "all"  # a split that has every file
 SHARD = re.compile(r"data/(?P<split>[^/]*)-\d{5}-of-(?P<shards>\d{5})[^/]*\.[^/]*")
 METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -86,11 +87,12 @@ def choose_split(path: Path, splits: Sequence[str], split: str) -> str:
 def saved_list(record: Path, key: str) -> list[Any]:
     """The list in a record of `save_to_disk`. Raises UsageError if there is none."""
     try:
-        values = read_json(record, key)[key]
-    except SaeError as error:
-        raise UsageError(f"{record} cannot be read: {error}") from error
+        content = parse_json(read_file(record, SAVE_AGAIN), record, SAVE_AGAIN)
+    except DamagedError as error:
+        raise UsageError(str(error)) from error
+    values = content.get(key) if isinstance(content, dict) else None
     if not isinstance(values, list) or not values:
-        raise UsageError(f"{record} has {values!r:.40} as {key}; expected a list. Save the dataset again.")
+        raise UsageError(f"{record} has no list {key!r}. {SAVE_AGAIN}")
     return values
 
 
@@ -100,7 +102,7 @@ def saved_files(path: Path) -> list[Path]:
     for entry in saved_list(path / "state.json", "_data_files"):
         name = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not Path(name).name:
-            raise UsageError(f"{path / 'state.json'} lists {entry!r:.40}; expected a file. Save the dataset again.")
+            raise UsageError(f"{path / 'state.json'} lists {entry!r:.40}; expected a file. {SAVE_AGAIN}")
         files.append(path / Path(name).name)
     return files
 
@@ -192,17 +194,15 @@ def pattern_expression(pattern: str) -> re.Pattern[str]:
 
 
 def read_configurations(path: Path) -> list[Configuration]:
-    """The `configs` in the YAML header of a README.md; none if it has no such header or an odd one."""
-    import yaml
+    """The `configs` in the YAML header of a README.md; none if it names none."""
+    import huggingface_hub
 
     readme = path / "README.md"
-    if not readme.is_file():
+    if not readme.is_file() or b"configs:" not in readme.read_bytes():
         return []
-    text = readme.read_text(encoding="utf-8", errors="replace").removeprefix("\ufeff")
-    header = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
     try:
-        metadata = yaml.safe_load(header[1]) if header else None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        metadata = huggingface_hub.metadata_load(readme)
+    except Exception as error:  # of YAML, of the encoding, of the system
         raise UsageError(
             f"The YAML header of {readme} cannot be read: {' '.join(str(error).split())[:200]}. Correct it, or remove "
             "README.md to choose the files by their names."

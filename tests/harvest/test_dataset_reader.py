@@ -129,10 +129,18 @@ def test_an_id_of_another_tokenizer_is_rejected_with_its_row(tmp_path: Path, rea
         list(read(path, "input_ids").documents)
 
 
-@pytest.mark.parametrize("row", [[1.5], ["a"], [[1], [2, 3]], [True], [1, None]])
-def test_lists_of_other_types_are_not_text(tmp_path: Path, read, row: list[Any]) -> None:
+@pytest.mark.parametrize("row", [[1.5], ["a"], [[1], [2, 3]], [True]])
+def test_lists_of_other_types_cannot_be_read(tmp_path: Path, read, row: list[Any]) -> None:
     text = read(ids_table(tmp_path, [row, row]), "input_ids")
-    assert not list(text.documents) and text.skipped == {"empty": 0, "not text": 2, "huge": 0}
+    assert not list(text.documents) and text.skipped["unreadable"] == 2
+    assert text.first_unreadable == (
+        f"ids.parquet row 0 has {row!r} in the column 'input_ids'; expected text or a list of token ids"
+    )
+
+
+def test_ids_among_which_one_is_missing_are_not_text(tmp_path: Path, read) -> None:
+    text = read(ids_table(tmp_path, [[1, None], [1]]), "input_ids")
+    assert [d.text for d in text.documents] == [[1]] and text.skipped == {"empty": 0, "not text": 1, "huge": 0}
 
 
 # The Hub, and a network that fails

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sae.common.errors import UnavailableError, UsageError
 from sae.harvest.datasets import EMBEDDED_TEXT, open_text, split_paragraphs
-from sae.harvest.documents import TextSource
+from sae.harvest.documents import TextSource, describe_unreadable
 from sae.harvest.mini.corpus import StdlibDocument, stdlib_documents
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
@@ -80,11 +80,6 @@ def test_splitting_into_sections_loses_nothing(paragraphs: list[str], at_least: 
     )
 
 
-def bad_utf8(folder: Path) -> Path:
-    (folder / "a.txt").write_bytes(b"caf\xe9")
-    return folder / "a.txt"
-
-
 def mixed(folder: Path) -> Path:
     (folder / "a.txt").write_text("a")
     (folder / "b.jsonl").write_text('{"text": "b"}\n')
@@ -92,7 +87,12 @@ def mixed(folder: Path) -> Path:
 
 
 def broken_json(folder: Path) -> Path:
-    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (folder / "a.json").write_text('[{"text": "one"},\n{"text": \n')
+    return folder / "a.json"
+
+
+def not_json(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text("one\n" * 200)
     return folder / "a.jsonl"
 
 
@@ -123,9 +123,9 @@ def empty(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (bad_utf8, r"a.txt is not UTF-8 text \(byte 3\). Convert it"),
         (mixed, r"has .jsonl and .txt; expected files of one format"),
-        (broken_json, "a.jsonl cannot be read as json: "),
+        (broken_json, "a.json cannot be read as json: "),
+        (not_json, "None of the first 100 rows can be read as JSON .a.jsonl line 1: it is not JSON"),
         (broken_parquet, "a.parquet cannot be read as parquet: "),
         (unknown_kind, r"has .docx; expected files of one format"),
         (no_suffix, "has files without a suffix; expected files of one format"),
@@ -144,13 +144,76 @@ def test_bad_input_raises_a_clear_error(
     assert refused.value.exit_code == 2
 
 
-def test_errors_in_later_rows_raise_a_clear_error(tmp_path: Path, read) -> None:
-    line = json.dumps({"text": "word " * 1000}) + "\n"
-    (tmp_path / "a.jsonl").write_text(line * (11 * 2**20 // len(line)) + "{broken\n")  # read in blocks of 10 MiB
-    documents = read(tmp_path / "a.jsonl").documents
-    assert len(list(islice(documents, 100))) == 100
-    with pytest.raises(UsageError, match="a.jsonl cannot be read as json"):
-        list(documents)
+# Rows that cannot be read
+
+
+def test_text_that_is_not_utf_8_is_skipped_by_section(tmp_path: Path, read) -> None:
+    sections = [f"{n} " + "word " * 500 for n in range(5)]
+    (tmp_path / "a.txt").write_bytes("\n\n".join(sections).encode().replace(b"3 word", b"3\nw\xf6rd"))
+    text = read(tmp_path / "a.txt")
+    assert [d.text for d in text.documents] == [*sections[:3], sections[4]]
+    assert text.unreadable_rows == {"rows": 1, "first": "a.txt line 8: the byte 0xf6 is not UTF-8"}
+
+
+def numbered(count: int, bad: dict[int, str]) -> str:
+    return "".join(bad.get(n, json.dumps({"text": f"row {n}"})) + "\n" for n in range(count))
+
+
+def test_rows_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path, read) -> None:
+    bad = {150: "{broken", 260: '{"text": 1984}', 390: '{"text": {"a": 1}}'}
+    (tmp_path / "a.jsonl").write_text(numbered(400, bad))
+    text = read(tmp_path / "a.jsonl")
+    found = [d.text for d in text.documents]
+    assert found == [f"row {n}" for n in range(400) if n not in bad]
+    assert text.skipped == {"empty": 0, "not text": 0, "huge": 0, "unreadable": 3} and text.read == 400
+    first = "a.jsonl line 151: it is not JSON (Expecting property name enclosed in double quotes at character 1)"
+    assert text.unreadable_rows == {"rows": 3, "first": first}
+    assert describe_unreadable(text.unreadable_rows) == (
+        f"3 rows could not be read and were skipped (first: {first})."
+    )
+    text.seek(None)
+    assert text.unreadable_rows == {} and [d.text for d in text.documents] == found
+
+
+@pytest.mark.parametrize(
+    ("count", "bad", "refused_at"),
+    [
+        (99, range(1, 99), None), (100, [7], None), (100, [7, 60], 100), (400, [2, 9, 11, 20], None),
+        (400, [2, 9, 11, 20, 21], 400), (300, range(0, 300, 3), 100), (5000, range(0, 5000, 101), None),
+        (5000, range(300, 320), 314), (5000, range(0, 1100, 20), 241),
+    ],
+)  # fmt: skip
+def test_more_than_a_hundredth_of_unreadable_rows_is_refused(
+    tmp_path: Path, read, cut_up, count: int, bad: Sequence[int], refused_at: int | None
+) -> None:
+    """As soon as there are ten more than that, else at the end."""
+    rows = ["3" if n in set(bad) else f'{{"text": "fox {n}"}}' for n in range(count)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    text = read(tmp_path / "a.jsonl")
+    if refused_at is None:
+        assert len(cut_up(text).length) == count - len(bad)
+        return
+    sentence = f" of the first {refused_at} rows of a cannot be read, so it is probably the wrong file or column .first"
+    with pytest.raises(UsageError, match=sentence):
+        cut_up(text)
+
+
+def test_skipped_rows_are_counted_from_any_place(tmp_path: Path, read) -> None:
+    (tmp_path / "a.jsonl").write_text(numbered(300, {120: "3", 240: "null"}))
+    whole = read(tmp_path / "a.jsonl")
+    expected = [d.text for d in whole.documents]
+    for stop in (1, 119, 120, 121, 200, 297):
+        text, other = read(tmp_path / "a.jsonl"), read(tmp_path / "a.jsonl")
+        before = [d.text for d in islice(text.documents, stop)]
+        other.seek(json.loads(json.dumps(text.state)))
+        assert before + [d.text for d in other.documents] == expected and other.state == whole.state
+
+
+def test_a_place_that_an_earlier_version_saved_is_a_number_of_rows(tmp_path: Path, read) -> None:
+    (tmp_path / "a.jsonl").write_text(numbered(30, {}))
+    text = read(tmp_path / "a.jsonl")
+    text.seek({"position": {"row": 12, "stream": {"examples_iterable": {"shard_idx": 0}}}, "skipped": {"empty": 1}})
+    assert next(text.documents).text == "row 12" and text.skipped["empty"] == 1
 
 
 def test_an_unreachable_dataset_raises_a_clear_error(read) -> None:
@@ -256,5 +319,5 @@ def test_subsets_are_listed_where_one_is_needed(
 
 def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:
     for name in (str(write_lines(tmp_path / "a.jsonl", [{"text": "a"}])), EMBEDDED_TEXT):
-        with pytest.raises(UsageError, match="--subset selects a configuration of a Hub dataset"):
+        with pytest.raises(UsageError, match="--subset selects a configuration of a dataset, and .* has none"):
             open_text(name, tokenizer=tokenizer, revision=None, subset="en", split="train", column="text", seed=0)

@@ -195,7 +195,7 @@ def test_what_cannot_be_read_has_a_sentence(home, monkeypatch):
     with pytest.raises(UsageError, match="no column 'label'; its columns are 'text', 'topic'"):
         load_texts(AG, home)
     (home / AG / "train.jsonl").write_text('{"text": "a", "lab')
-    with pytest.raises(UsageError, match="train.jsonl cannot be read: "):
+    with pytest.raises(UsageError, match="None of the first 1 rows can be read as JSON .train.jsonl line 1: it is not"):
         load_texts(AG, home)
     with pytest.raises(UsageError, match="test_set_size=2 leaves no text"):
         load_texts(AG, home, 4000, 2)
@@ -223,6 +223,20 @@ def test_labels_and_translations_of_another_kind_have_a_sentence(home):
         load_texts("Helsinki-NLP/europarl", home)
 
 
+def test_a_row_that_cannot_be_read_has_a_sentence(home):
+    """Other columns do not matter; a row is never skipped, as the sample would be another."""
+    deep = "[" * 20_000 + "]" * 20_000
+    file = write(home, AG, "train", [{"text": f"{i}", "label": i % 4, "more": [1, "a", {}][i % 3]} for i in range(40)])
+    write(home, AG, "test", [{"text": f"{i}", "label": i % 4} for i in range(40)])
+    assert len(load_texts(AG, home, 16, 8)["train"]["2"]) == 8
+    lines = file.read_text()
+    nested = f'{{"text": "a", "label": 1, "x": {deep}}}'
+    for bad, problem in ((nested, "nested more than 200 levels"), ("null", "expected an")):
+        file.write_text(lines + bad)
+        with pytest.raises(UsageError, match=f"cannot be read: train.jsonl line 41: .*{problem}.* Correct or remove"):
+            load_texts(AG, home, 16, 8)
+
+
 def test_a_gated_dataset_names_its_page(monkeypatch, the_hub):
     import datasets
     from huggingface_hub.errors import GatedRepoError
@@ -238,12 +252,10 @@ def test_a_gated_dataset_names_its_page(monkeypatch, the_hub):
 def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home, the_hub):
     import datasets
 
-    asked, real = [], datasets.load_dataset
+    asked = []
 
     def load_dataset(path, **options):
         asked.append((path, options.get("name"), options["split"], options["streaming"], options.get("revision")))
-        if path == "json":
-            return real(path, **options)
         if path == "parquet":
             return datasets.Dataset.from_list(
                 [
@@ -259,7 +271,7 @@ def test_the_hub_is_asked_for_what_is_not_in_the_folder(monkeypatch, home, the_h
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     write(home, AG, "test", [{"text": f"{i}", "label": i % 4} for i in range(16)])
     assert len(load_texts(AG, home, 8, 8)["train"]["0"]) == 4
-    assert asked == [(AG, None, "train", False, COMMIT), ("json", None, "train", True, None)]
+    assert asked == [(AG, None, "train", False, COMMIT)]  # the file is read without `datasets`
     del asked[:]
     assert set(load_texts(EUROPARL, None, 4, 4)["train"]) == {"en", "fr", "de", "es", "nl"}
     assert asked[0] == (EUROPARL, "en-fr", "train", True, COMMIT)
