@@ -171,7 +171,7 @@ def test_the_default_configuration(chosen, readme: str, expected: list[str]) -> 
     ("readme", "sentence"),
     [
         ("configs: [", "The YAML header of .*README.md cannot be read: "),
-        ("[" * 5000, "The YAML header of .*README.md cannot be read: "),
+        ("configs: " + "[" * 5000, "The YAML header of .*README.md cannot be read: "),
         ("configs:\n- data_files: a", "README.md has a configuration without a config_name, or without data_files"),
         ("configs:\n- {config_name: a, data_files: [{split: 3, path: b}]}", "README.md has a configuration without"),
         ("configs:\n- {config_name: a, data_files: {train: b}}", "README.md has a configuration without"),
