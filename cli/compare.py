@@ -44,6 +44,7 @@ def compare(
     from ..common.formatting import format_count
     from ..common.packages import import_extra
     from ..evaluate.compare import compare_runs, comparison_table, paired_table, to_csv, to_records
+    from ..evaluate.tables import notes
 
     for path in out or []:
         if path.suffix not in SUFFIXES:
@@ -60,6 +61,8 @@ def compare(
         echo(f"masked   {comparison.masked_note}")
     if paired is not None:
         show_table(f"against {against}, paired by seed", *paired)
+    for note in notes(comparison.runs):
+        echo(f"note     {note}")
     for path in out or []:
         if path.suffix == ".csv":
             atomic_write(path, to_csv(comparison).encode())

@@ -9,8 +9,9 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..common.files import read_json, sae_home
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
 from .results import read_result_file
-from .rows import hook_suffix
+from .rows import describe_notes, hook_suffix, notes_beside
 from .tables import (
     column_heading,
     digest_without_seed,
@@ -61,6 +62,7 @@ class ComparedRun:
         record: run.json; empty for an imported SAE.
         results: metric -> result.
         settings: metric -> the settings it was measured with.
+        notes: sentences about its numbers beside the references and its target L0.
     """
 
     name: str
@@ -70,6 +72,12 @@ class ComparedRun:
     results: dict[str, MetricResult]
     settings: dict[str, dict[str, Any]]
     is_reference: bool = False
+    notes: Sequence[str] = ()
+
+    @property
+    def target_l0(self) -> float | None:
+        l0 = self.record.get("l0")
+        return float(l0) if isinstance(l0, (int, float)) else None
 
     def value(self, metric: str, column: MetricColumn) -> float | None:
         return metric_value(self, metric, column) if metric in self.results else None
@@ -159,7 +167,9 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
             + "\n".join(differences)
             + "\nCompare them separately, or pass --mix."
         )
-    reference_runs = read_references(runs) if references and not differences else []
+    read = cache(read_results)
+    runs = [replace(run, notes=notes_beside(run, read_references([run], read))) for run in runs]
+    reference_runs = read_references(runs, read) if references and not differences else []
     return Comparison(
         group_by_system(runs), [ComparedSystem(run.name, [run]) for run in reference_runs], differences
     )  # fmt: skip
@@ -173,7 +183,10 @@ def read_run(folder: Path) -> ComparedRun:
     return ComparedRun(folder.resolve().name, folder, origin, record, *read_results(folder))
 
 
-def read_results(folder: Path) -> tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]:
+RunResults = tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]
+
+
+def read_results(folder: Path) -> RunResults:
     """The result of each metric, and the settings of each."""
     paths = {name: folder / "evaluations" / f"{name}.json" for name in METRICS}
     existing = {name: path for name, path in paths.items() if path.exists()}
@@ -181,14 +194,19 @@ def read_results(folder: Path) -> tuple[dict[str, MetricResult], dict[str, dict[
     return results, {name: read_json(path, "eval_config")["eval_config"] for name, path in existing.items()}
 
 
-def read_references(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """The identity, zero, PCA and random dictionaries that were measured on the runs' text and hook."""
+def read_references(
+    runs: Sequence[ComparedRun], read: Callable[[Path], RunResults] = read_results
+) -> list[ComparedRun]:
+    """The identity, zero, PCA and random dictionaries that were measured on the runs' text and hook.
+
+    `read` gives the results of a folder.
+    """
     hook = Hook.from_record({"layer": None, **runs[0].origin})
     end = f"-L{hook.layer}{hook_suffix(hook)}-"
     settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
     references = []
     for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*{end}{'[0-9a-f]' * 8}")):
-        results, reference_settings = read_results(folder)
+        results, reference_settings = read(folder)
         matching = {
             metric: result
             for metric, result in results.items()
@@ -317,13 +335,14 @@ def to_records(comparison: Comparison) -> list[dict[str, Any]]:
     """Every number of every run as one flat dictionary per run, keyed by metric.category.name.
 
     Numbers without outlier rows are under metric.masked_category.name. If one run has them, all have: those of a run
-    without outlier rows equal its other numbers.
+    without outlier rows equal its other numbers. `notes` are sentences about numbers that mean less than they seem.
     """
     masked = {metric for run in comparison.runs for metric, result in run.results.items() if result.masked}
     return [
         {"system": system.label, "run": run.name}
         | {key: run.record.get(key) for key in ("variant", "layer", "seed", "d_sae", "l0", "steps")}
         | dict(flat_numbers(run, masked))
+        | {"notes": describe_notes(run)}
         for system in comparison.systems
         for run in system.runs
     ]
@@ -341,7 +360,7 @@ def flat_numbers(run: ComparedRun, masked: Collection[str]) -> Iterator[tuple[st
 
 def to_csv(comparison: Comparison) -> str:
     """The records as CSV. Text that a spreadsheet would compute is made plain text by `escape_for_csv`."""
-    records = to_records(comparison)
+    records = [record | {"notes": " ".join(record["notes"])} for record in to_records(comparison)]
     text = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
     writer = csv.writer(text, lineterminator="\n")

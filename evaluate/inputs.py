@@ -122,7 +122,14 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
     record, hook = read_json(folder / "sae.json", "sha256"), Hook.from_record(sae.origin)
     weights = digest_of([sae_spec(sae), record["sha256"], *hook.record.values()])
     target = EvalTarget(sae, hook, norm_limit=norm_limit_of(sae.origin, cache, hook, max_norm))
-    return EvalRow(folder.name, target, folder, record, weights)
+    return EvalRow(folder.name, target, folder, record, weights, target_l0=target_l0_of(folder))
+
+
+def target_l0_of(folder: Path) -> float | None:
+    """The L0 that the training of a run was asked for (`--l0`); None if it was not, or the SAE was imported."""
+    path = folder / "run.json"
+    l0 = read_json(path).get("l0") if path.exists() else None
+    return float(l0) if isinstance(l0, (int, float)) else None
 
 
 def only_cache_of_model(folder: Path, origin: Mapping[str, Any], caches: Sequence[Cache]) -> Cache:

@@ -28,7 +28,7 @@ from .metrics.base import Metric, check_mode
 from .metrics.registry import SUITES, metrics_of_suite
 from .norm_limits import describe_norm_limits
 from .results import read_result
-from .rows import EvalGroup, EvalRow, below_pca, failures, placed
+from .rows import EvalGroup, EvalRow, failures, placed
 from .sae_text import describe_change, text_request
 
 RESULT_BYTES, RESULT_BYTES_PER_LATENT = 1 << 20, 1024  # free disk space that the results of a run can need
@@ -121,12 +121,13 @@ class EvaluatePlan:
         counts = ", ".join(f"{hooks.count(hook)} {placed(hook)}" for hook in sorted(set(hooks)))
         references = "; with rows for identity, zero, a PCA and a random dictionary" if self.config.references else ""
         model, contexts = group.ctx.model_identity, group.ctx.contexts
+        read = int(contexts.length.sum())
         return [
             f"runs     {counts}{references}",
             f"model    {group.ctx.model_name} at {model['revision'][:12]}, computed in {model['llm_dtype']} "
             f"on {group.ctx.device}",
-            f"text     {int(contexts.length.sum()):,} held-out tokens in {len(contexts):,} contexts of "
-            f"{group.cache.folder}",
+            f"text     {read:,} held-out tokens in {len(contexts):,} contexts of {group.cache.folder}"
+            f"{whole_contexts(self.config.tokens, read, bool(group.ctx.change.identity))}",
             *(f"text     {note}" for note in group.notes),
             *describe_norm_limits(group.rows),
         ]
@@ -134,7 +135,6 @@ class EvaluatePlan:
     def summary(self, rows: Sequence[EvalRow], seconds: float) -> list[str]:
         """The lines to print after a run that took `seconds`: unexpected failures, and where the results are."""
         lines = [f"not run  {metric}: {reason}" for metric, reason in sorted(self.unexpected_failures(rows))]
-        lines += [f"note     {sentence}" for sentence in below_pca(rows)]
         done = f"done     in {seconds:.0f} s; all results are in evaluations/*.json of each run"
         if expected := sorted({metric for metric, _ in self.expected_failures}):
             done += f". Not run, for the reasons above: {', '.join(expected)}"
@@ -172,6 +172,18 @@ class EvaluatePlan:
         if config.max_norm is not None:
             words += f" --max-norm {'none' if math.isinf(config.max_norm) else f'{config.max_norm:g}'}"
         return f"sae evaluate {shell_paths(config.runs)} --suite {suite}{words}"
+
+
+def whole_contexts(asked: int | None, read: int, changed: bool) -> str:
+    """Why another number of tokens is read than was asked for, to stand behind it; empty if it is as asked.
+
+    `changed` says whether the contexts are begun and cut as the files of an imported SAE say.
+    """
+    if asked is None or asked == read:
+        return ""
+    if changed:
+        return f" ({asked:,} asked; whole contexts are read, begun and cut as the SAE's files say)"
+    return f" ({asked:,} asked; {'whole contexts are read' if read > asked else 'the cache has no more held-out text'})"
 
 
 def plan_evaluation(config: EvaluateConfig, refused: Mapping[Path, SaeError] | None = None) -> EvaluatePlan:

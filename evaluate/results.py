@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common.errors import DamagedError
 from ..common.files import digest_of, make_folder, os_error, read_json, write_json
-from .metrics.base import MASKED, JsonPath, Metric, MetricResult
+from .metrics.base import MASKED, JsonPath, Metric, MetricResult, misnamed_numbers
 
 ABSENT = -1.0  # what SAEBench writes for a number that does not exist
 UNSTRUCTURED_KEYS = ("intervals", "n", "flags", "extra")
@@ -62,6 +62,8 @@ def write_result(
 def unstructured_part(result: MetricResult) -> dict[str, Any]:
     """What SAEBench has no fields for."""
     part = {name: getattr(result, name) for name in UNSTRUCTURED_KEYS}
+    if notes := misnamed_numbers(result.metrics):
+        part["notes"] = notes
     if result.masked:
         part["masked"] = unstructured_part(result.masked) | {"details": result.masked.details}
     return part

@@ -1,6 +1,5 @@
 """The rows of an evaluation: SAEs with their results, grouped by the cache whose text they are evaluated on."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,11 @@ from typing import Any, Protocol
 from ..cache.layout import Hook
 from ..cache.reader import Cache
 from ..common.errors import SaeError
+from ..common.l0_target import missed_l0
 from .context import EvalContext
 from .metrics.base import EvalTarget, MetricResult
+
+NEAR_L0 = 1.1  # a PCA of up to this many times as many components as an SAE's L0 is one of equal L0
 
 
 class MeasuredRun(Protocol):
@@ -25,6 +27,14 @@ class MeasuredRun(Protocol):
     @property
     def is_reference(self) -> bool: ...
 
+    @property
+    def target_l0(self) -> float | None:
+        """The L0 that its training was asked for, or None."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences about its numbers beside others (`notes_beside`); those of a single metric are its flags."""
+
 
 @dataclass
 class EvalRow:
@@ -38,6 +48,8 @@ class EvalRow:
         weights: digest of the weights, the activations and the hook.
         results: metric name -> result.
         errors: metric name -> why that metric has no result.
+        target_l0: the L0 that its training was asked for.
+        notes: sentences about its numbers beside others, once all are measured (`notes_beside`).
     """
 
     name: str
@@ -47,6 +59,8 @@ class EvalRow:
     weights: str = ""
     results: dict[str, MetricResult] = field(default_factory=dict)
     errors: dict[str, SaeError] = field(default_factory=dict)
+    target_l0: float | None = None
+    notes: Sequence[str] = ()
 
     @property
     def is_reference(self) -> bool:
@@ -62,7 +76,8 @@ class EvalRow:
 
         Keys are `name`, `layer`, `site` and `metric.category.number`, whose values are numbers or None;
         `metric.masked_category.number` is without outlier rows, where there were any. A metric that failed has its
-        error message under the metric's name.
+        error message under the metric's name. `notes` is a list of sentences about numbers that mean less than they
+        seem to; read it before the numbers.
         """
         values = {
             f"{metric}.{category}.{name}": value
@@ -71,7 +86,8 @@ class EvalRow:
             for name, value in group.items()
         }
         errors = {metric: str(error) for metric, error in self.errors.items()}
-        return {"name": self.name, **self.target.hook._asdict(), **values, **errors}
+        place = {"name": self.name, **self.target.hook._asdict()}
+        return {**place, **values, **errors, "notes": describe_notes(self)}
 
 
 @dataclass
@@ -105,26 +121,53 @@ def failures(rows: Iterable[EvalRow]) -> set[tuple[str, str]]:
     return {(m, str(error)) for row in rows if not row.is_reference for m, error in row.errors.items()}
 
 
-def below_pca(rows: Sequence[EvalRow]) -> list[str]:
-    """A sentence for each SAE that explains less variance than the PCA of about the same L0 on its rows."""
-    sentences = []
+def describe_notes(row: MeasuredRun) -> list[str]:
+    """Every sentence about numbers of a row that mean less than they seem to, as files and --json give them."""
+    if row.is_reference:
+        return []
+    of_metrics = [f"{metric}: {note}" for metric, result in row.results.items() for note in result.notes]
+    return [*of_metrics, *row.notes]
+
+
+def add_notes(rows: Sequence[EvalRow]) -> None:
+    """Fill in the notes of rows that were measured together: each beside the references on the same activations."""
     for row in rows:
-        ours = core_numbers(row)
-        if row.is_reference or ours is None:
-            continue
-        for other in rows:
-            theirs = core_numbers(other) if other.is_reference and other.name.startswith("pca-") else None
-            if theirs is None or other.target.row_set != row.target.row_set:
-                continue
-            if math.isclose(ours[0], theirs[0], rel_tol=0.1) and ours[1] < theirs[1]:
-                sentences.append(
-                    f"{row.name} explains {ours[1]:.3f} of the variance, less than the PCA of equal L0 ({other.name}: "
-                    f"{theirs[1]:.3f}). Train it longer before comparing it with others."
-                )
-    return sentences
+        row.notes = notes_beside(row, [one for one in rows if one.target.row_set == row.target.row_set])
 
 
-def core_numbers(row: EvalRow) -> tuple[float, float] | None:
+def notes_beside(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[str]:
+    """Sentences about the numbers of an SAE beside what was asked for and beside the references on the same rows."""
+    ours = core_numbers(row)
+    if row.is_reference or ours is None:
+        return []
+    return [*missed_l0(row.name, ours[0], row.target_l0, held_out=True), *below_pca(row, references)]
+
+
+def below_pca(row: MeasuredRun, references: Iterable[MeasuredRun]) -> list[str]:
+    """A sentence if an SAE explains less variance than a PCA with at most as many components as its L0.
+
+    It names the best such PCA of the `references`, which were measured on the same rows.
+    """
+    l0, explained = core_numbers(row) or (None, None)
+    if l0 is None or explained is None:
+        return []
+    measured = [(numbers, one.name) for one in references if is_pca(one) and (numbers := core_numbers(one))]
+    better = [(ev, rank, name) for (rank, ev), name in measured if rank <= NEAR_L0 * l0 and ev > explained]
+    if not better:
+        return []
+    ev, rank, name = max(better)
+    size = "equal" if l0 <= NEAR_L0 * rank else "smaller"
+    return [
+        f"{row.name} explains {explained:.3f} of the variance, less than the PCA of {size} L0 ({name}: {ev:.3f}). "
+        "Train it longer before comparing it with others."
+    ]
+
+
+def is_pca(row: MeasuredRun) -> bool:
+    return row.is_reference and row.name.startswith("pca-")
+
+
+def core_numbers(row: MeasuredRun) -> tuple[float, float] | None:
     """L0 and EV of a row as its table shows them, if both were measured."""
     metrics = row.results["core"].sound.metrics if "core" in row.results else {}
     l0 = metrics.get("sparsity", {}).get("l0")

@@ -23,7 +23,7 @@ from .norm_limits import cached_norm_limit, norm_limit_of
 from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics, read_earlier_results, resolve_config
 from .reference_saes import reference_targets
 from .results import write_result
-from .rows import EvalGroup, EvalRow, hook_suffix, placed
+from .rows import EvalGroup, EvalRow, add_notes, hook_suffix, placed
 
 # Called with a metric's name before it is measured; the context manager gives the function that receives its progress.
 ProgressFactory = Callable[[str], AbstractContextManager[Progress]]
@@ -60,6 +60,7 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
                 if not plan.config.force:
                     read_earlier_results(metric, group, [row for row in group_rows if row.is_reference])
                 measure(metric, group, group_rows, progress)
+        add_notes(group_rows)
         rows += [row for row in group_rows if row.results or not row.is_reference]
     errors = [error for row in rows for error in row.errors.values() if not row.is_reference]
     if errors and not any(row.results for row in rows):
@@ -205,14 +206,16 @@ def plan_objects(
 
 @torch.no_grad()
 def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> None:
-    """Raise UsageError unless an object encodes and decodes activations of the hook's width."""
+    """Raise UsageError unless an object encodes and decodes activations of the hook's width, to finite numbers."""
     if getattr(sae, "training", False):
         raise UsageError(
             f"{name} is in training mode, in which some activations depend on the whole batch: call .eval() on it."
         )
-    x_BD = torch.zeros(2, hook_width(hook, ctx.model_config), device=ctx.device)
+    generator = torch.Generator().manual_seed(0)
+    x_BD = torch.randn(2, hook_width(hook, ctx.model_config), generator=generator).to(ctx.device)
     try:
-        recon_BD = sae.decode(sae.encode(x_BD))
+        f_BF = sae.encode(x_BD)
+        recon_BD = sae.decode(f_BF)
     except Exception as error:
         raise UsageError(
             f"{name} cannot encode and decode float32 activations of width {x_BD.shape[1]} on {ctx.device}: {error}"
@@ -222,6 +225,8 @@ def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> Non
             f"{name} turns {tuple(x_BD.shape)} into {tuple(getattr(recon_BD, 'shape', ()))}: decode(encode(x)) must "
             "have the shape of x."
         )
+    if not all(torch.isfinite(torch.as_tensor(part)).all() for part in (f_BF, recon_BD)):
+        raise UsageError(f"{name} returns NaN or infinity for finite activations: its weights may not be finite.")
 
 
 def reference_rows(group: EvalGroup) -> list[EvalRow]:

@@ -62,7 +62,7 @@ def describe_counts(results: Sequence[MetricResult]) -> str:
 
 
 def notes(rows: Sequence[MeasuredRun]) -> list[str]:
-    """The flags of all runs as sentences. Flags that differ only in their numbers are given once.
+    """The flags and notes of all runs as sentences. Flags that differ only in their numbers are given once.
 
     They are about the numbers that tables show, without outlier rows.
     """
@@ -76,7 +76,7 @@ def notes(rows: Sequence[MeasuredRun]) -> list[str]:
         name, flag = flags[0]
         others = f" and {len(flags) - 1} more" if len(flags) > 1 else ""
         sentences.append(f"{metric}, {name}{others}: {flag}")
-    return sentences
+    return [*sentences, *(note for row in rows for note in row.notes)]
 
 
 def column_heading(column: MetricColumn) -> str:

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..common.l0_target import missed_l0
 from .schedules import Coefficient
 from .step import Mechanism, Step
 
 if TYPE_CHECKING:
     from .variant import Variant
-
-MISSED_BY = 0.1  # of the target, beyond which a run has missed it
 
 
 class L0Controller(Mechanism):
@@ -97,12 +96,8 @@ def missed_targets(targets: Mapping[str, float | None], metrics: Mapping[str, Ma
         targets: run -> its L0 target, or None.
         metrics: run -> its last metrics.
     """
-    sentences = []
-    for name, target in targets.items():
-        if target and name in metrics and abs(metrics[name]["l0"] / target - 1) > MISSED_BY:
-            l0 = metrics[name]["l0"]
-            sentences.append(
-                f"{name} ended at L0 {l0:.1f}, {l0 / target - 1:+.0%} from its target {target:g}. Train longer, or "
-                "compare it at its own L0."
-            )
-    return sentences
+    return [
+        sentence
+        for name, target in targets.items()
+        for sentence in missed_l0(name, metrics.get(name, {}).get("l0"), target)
+    ]

@@ -19,6 +19,7 @@ from ...common.files import read_json
 from ...common.formatting import format_count
 from ...harvest.architectures import check_layers, hook_width
 from ...train.sae import SAE, load_sae
+from ..compare import ComparedRun, read_references
 from ..context import EvalContext
 from ..datasets.labeled import class_name
 from ..inputs import check_tokens, find_eval_cache, make_context, row_of_run
@@ -28,7 +29,7 @@ from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from ..metrics.probes import wilson_interval
 from ..metrics.registry import METRICS
 from ..results import read_result_file
-from ..rows import EvalRow
+from ..rows import EvalRow, notes_beside
 from ..tables import describe_model
 from .stats import LatentStats
 
@@ -102,6 +103,7 @@ def open_run(
         )
     row = row_of_run(folder, sae, cache)
     row.results |= results_of_weights(folder, row.weights)
+    row.notes = notes_of_run(row)
     sae.to(device)
     return InspectedRun(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, latent_labels(row.results, sae.d_sae))
 
@@ -115,6 +117,20 @@ def results_of_weights(folder: Path, weights: str) -> dict[str, MetricResult]:
             if read_json(path, "eval_config")["eval_config"].get("weights") == weights:
                 results[name] = read_result_file(path, metric)
     return results
+
+
+def notes_of_run(row: EvalRow) -> list[str]:
+    """Sentences about a run's numbers beside its target L0 and the references that were measured with it."""
+    if row.folder is None or "core" not in row.results:
+        return []
+    settings = read_json(row.folder / "evaluations" / "core.json", "eval_config")["eval_config"]
+    origin = row.record.get("origin", {})
+    compared = ComparedRun(row.name, row.folder, origin, {}, dict(row.results), {"core": settings})
+    try:
+        references = read_references([compared])
+    except DamagedError as error:
+        return [*notes_beside(row, []), f"It is not compared with the PCA: {error}"]
+    return notes_beside(row, references)
 
 
 def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:

@@ -73,6 +73,7 @@ class AblationState:
     rows: int = 0  # of texts
     outliers: int = 0  # rows that were left out
     fewest_effective: int = sys.maxsize  # latents with an effect on a probe, the minimum over probes
+    error: SaeError | None = None  # why it cannot be measured
 
 
 class AblationScores(NamedTuple):
@@ -146,9 +147,13 @@ class Ablation(Metric):
                 bases = self.bases(ctx, problem, row_sets, progress)
                 bootstrap = BootstrapWeights.of([len(texts) for texts in problem.texts["test"].values()], problem.name)
                 for number, (target, state) in enumerate(measurable):
-                    self.measure_problem(ctx, problem, bases[target.row_set], bootstrap, target.sae, state)
+                    if state.error is None:
+                        try:
+                            self.measure_problem(ctx, problem, bases[target.row_set], bootstrap, target.sae, state)
+                        except SaeError as error:
+                            state.error = error
                     progress(number + 1, len(measurable), f"SAEs on {problem.name}")
-        return [self.result(state) if isinstance(state, AblationState) else state for state in states]
+        return [state if isinstance(state, SaeError) else state.error or self.result(state) for state in states]
 
     def initial_state(self, ctx: EvalContext, target: EvalTarget) -> AblationState | SaeError:
         """The empty state of an SAE, or the reason why it cannot be measured."""

@@ -30,6 +30,18 @@ class SAELike(Protocol):
     def decode(self, f: Tensor, /) -> Tensor: ...
 
 
+def encode_finite(sae: SAELike, x_TD: Tensor) -> Tensor:
+    """The latents (T, F) in float32. Raises SaeError for NaN and infinity, which probes cannot read."""
+    f_TF = sae.encode(x_TD.float()).float()
+    if not f_TF.isfinite().all():
+        rows = int((~f_TF.isfinite().all(-1)).sum())
+        raise SaeError(
+            f"The SAE's latents are NaN or infinite at {rows:,} of {len(f_TF):,} rows, so it cannot be measured. Its "
+            "weights or the precision that it computes in do not suit these activations."
+        )
+    return f_TF
+
+
 class RowSet(NamedTuple):
     """Which activations are read: those at `hook` whose norm is at most `norm_limit`, or all if it is None."""
 
@@ -112,6 +124,11 @@ class MetricResult:
         """The result without outlier rows: what tables, pages and comparisons show."""
         return self.masked or self
 
+    @property
+    def notes(self) -> list[str]:
+        """The flags of `sound`, and sentences about numbers that are not what SAEBench calls them, over all rows."""
+        return [*self.sound.flags, *misnamed_numbers(self.metrics)]
+
     def without_outliers(self, outliers: int, rows: int) -> "MetricResult":
         """This result, saying that `outliers` of the rows it would have counted were left out, and `rows` were not."""
         if not outliers:
@@ -191,6 +208,27 @@ class Metric(ABC):
             for (i, without), outcome in zip(masked.items(), self.measure(ctx, everything, progress), strict=True):
                 outcomes[i] = outcome if isinstance(outcome, SaeError) else outcome.with_masked(without)
         return outcomes
+
+
+def misnamed_numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """A sentence for each number among these whose name in SAEBench promises more than its formula gives.
+
+    It names the number beside it that is sound. Results of earlier versions get the same sentences.
+    """
+    quality = metrics.get("reconstruction_quality", {})
+    named, sound = quality.get("explained_variance"), quality.get("fve")
+    if named is None or sound is None:
+        return []
+    formula = (
+        "SAEBench 0.6.0's formula, whose denominator is not the variance: it is not 0 for an SAE that returns the mean "
+        "of the text, and it can exceed 1"
+        if "explained_variance_legacy" in quality
+        else "SAEBench's formula of 2024, a mean of ratios, in which the tokens nearest to the mean weigh most"
+    )
+    return [
+        f"explained_variance ({named:.4f}) is {formula}. Trust fve ({sound:.4f}): 1 - squared error / squared distance "
+        "from the mean, 0 for the mean and 1 for a perfect SAE."
+    ]
 
 
 def outlier_flags(outliers: int, rows: int) -> list[str]:

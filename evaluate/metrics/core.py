@@ -18,7 +18,7 @@ Shape suffixes: N contexts, S positions, T counted tokens, D d_in, F latents, V 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from .base import (
     Outcome,
     Progress,
 )
+from .core_flags import core_flags
 from .sae_statistics import (
     SAEStatistics,
     decoder_geometry,
@@ -50,8 +51,6 @@ from .sae_statistics import (
     sum_by_document,
 )
 from .splice_losses import CountedTokens, loss_ratios, zero_ablated_output
-
-MOSTLY_DEAD = 0.5  # share of dead latents above which a flag says so
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,14 @@ class Core(Metric):
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Over all rows, and in `masked` without outlier rows: both from one pass of the model."""
+        progress(0, 1, "loading the model")
         batches = self.counted_batches(ctx)
         hooks = sorted({target.hook for target in targets})
         measured = [MeasuredSAE(target) for target in targets]
         constant_D: dict[Hook, Tensor] = {}
+        steps = BatchSteps(progress, len(batches), len(measured))
         for number, batch in enumerate(batches):
+            steps.model(number)
             with_loss = number < self.reconstruction_batches
             run = ctx.model.forward(batch.ids, hooks) if with_loss else None
             activations = run.activations if run else ctx.model.capture_hooks(batch.ids, hooks)
@@ -102,12 +104,13 @@ class Core(Metric):
             }
             splices = []
             for place, one in enumerate(measured, 1):
+                steps.sae(number, place)
                 x_NSD, outlier_NS = activations[one.target.hook], outliers[one.target.row_set]
                 splices.append(one.add_batch(run, x_NSD, batch.counted, outlier_NS))
-                progress(number * len(measured) + place, len(batches) * len(measured), "batches x SAEs")
             if run:
                 zeroed = {hook: zero_ablated_output(run, hook, batch, constant_D) for hook in hooks}
-                add_losses(ctx.model, batch, run.final[batch.counted], zeroed, measured, splices)
+                add_losses(ctx.model, batch, run.final[batch.counted], zeroed, measured, splices, steps.losses(number))
+        steps.done()
         token_counts = [int(batch.is_token.sum()) for batch in batches]
         tokens: dict[str, float | None] = {
             "total_tokens_eval_reconstruction": sum(token_counts[: self.reconstruction_batches]),
@@ -127,6 +130,37 @@ class Core(Metric):
                 "The held-out text contains only special tokens (pad, EOS, BOS). Harvest with a different dataset."
             )
         return batches
+
+
+@dataclass(frozen=True)
+class BatchSteps:
+    """Progress inside batches, of which one of a large model can take minutes.
+
+    In a batch the model is one step, and each SAE is one for its splice and one for its losses. What a step does is
+    shown while it runs.
+    """
+
+    progress: Progress
+    batches: int
+    saes: int
+
+    def report(self, batch: int, step: int, what: str) -> None:
+        steps = 1 + 2 * self.saes
+        self.progress(batch * steps + step, self.batches * steps, f"batch {batch + 1:,} of {self.batches:,}: {what}")
+
+    def model(self, batch: int) -> None:
+        self.report(batch, 0, "model")
+
+    def sae(self, batch: int, place: int) -> None:
+        self.report(batch, place, f"SAE {place:,} of {self.saes:,}")
+
+    def losses(self, batch: int) -> Callable[[float], None]:
+        """Takes the share of a batch's losses that is computed."""
+        return lambda share: self.report(batch, 1 + self.saes + int(share * self.saes), "losses")
+
+    def done(self) -> None:
+        total = self.batches * (1 + 2 * self.saes)
+        self.progress(total, total)
 
 
 class BatchSplice(NamedTuple):
@@ -211,10 +245,15 @@ def add_losses(
     zeroed: Mapping[Hook, Tensor],
     measured: Sequence[MeasuredSAE],
     splices: Sequence[BatchSplice],
+    report: Callable[[float], None],
 ) -> None:
-    """Add the KL and CE of a batch to the sums of each SAE. `final_TD` is the model's own final residual."""
+    """Add the KL and CE of a batch to the sums of each SAE. `final_TD` is the model's own final residual.
+
+    `report` is called with the share of the tokens that is done.
+    """
     tokens = CountedTokens.of(batch)
-    original, *others = tokens.losses(model, [final_TD, *zeroed.values(), *(one.output_TD for one in splices)])
+    outputs_TD = [final_TD, *zeroed.values(), *(one.output_TD for one in splices)]
+    original, *others = tokens.losses(model, outputs_TD, report)
     ablated, spliced = dict(zip(zeroed, others, strict=False)), others[len(zeroed) :]
     sum_original = tokens.sum_by_context(original)
     sum_ablated = {hook: tokens.sum_by_context(losses) for hook, losses in ablated.items()}
@@ -263,18 +302,3 @@ def build_result(
     contexts = sum(map(len, sums.original))
     n = {"documents": len(document_N.unique()), "contexts": contexts, "tokens": stats.tokens}
     return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=core_flags(target, metrics, stats))
-
-
-def core_flags(target: EvalTarget, metrics: dict[str, dict[str, Any]], stats: SAEStatistics) -> list[str]:
-    """Sentences about numbers that mean less than they seem to. References get none: they are degenerate by design."""
-    if target.reference:
-        return []
-    flags = []
-    dead = float((stats.density() == 0).double().mean())
-    if metrics["sparsity"]["l0"] == 0:
-        flags.append("L0 is 0: no latent ever fires, so the SAE is its decoder bias.")
-    elif dead > MOSTLY_DEAD:
-        flags.append(f"{dead:.0%} of the latents never fire on this text.")
-    if metrics["reconstruction_quality"]["fve"] < 0:
-        flags.append("The explained variance is negative: the mean alone would reconstruct better.")
-    return flags

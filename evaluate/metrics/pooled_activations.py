@@ -19,7 +19,7 @@ from ...cache.outliers import outlier_mask
 from ...common.errors import UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
-from .base import Progress, SAELike
+from .base import Progress, SAELike, encode_finite
 
 TEXTS_PER_FORWARD = 32
 ROWS_PER_NORM = 65_536  # rows whose norms are computed at a time
@@ -95,11 +95,11 @@ def tokens_per_encode(d_sae: int, device: torch.device) -> int:
 
 @torch.no_grad()
 def pool_latents(sae: SAELike, rows: TextRows, device: torch.device) -> PooledLatents:
-    """Encode every row once and sum the latents of each text."""
+    """Encode every row once and sum the latents of each text. Raises SaeError for latents that are not finite."""
     zero_F = sae.encode(torch.zeros(1, rows.x_TD.shape[1], device=device))[0].float().cpu()
     sum_NF = torch.zeros(len(rows), len(zero_F))
     for texts, x_TD, text_T in rows.batches(tokens_per_encode(len(zero_F), device)):
-        f_TF = sae.encode(x_TD.to(device).float()).float()
+        f_TF = encode_finite(sae, x_TD.to(device))
         part_NF = torch.zeros(texts.stop - texts.start, f_TF.shape[1], device=device)
         sum_NF[texts] = part_NF.index_add_(0, text_T.to(device), f_TF).cpu()
     return PooledLatents(sum_NF, rows.count_N, zero_F)

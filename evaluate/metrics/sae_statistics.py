@@ -173,6 +173,7 @@ class SAEStatistics:
         columns = torch.stack([per_token[name] for name in PER_CONTEXT], 1)
         self.per_context.append(sums.index_add_(0, context_T.cpu(), columns.cpu()))
         self.sums["x"] += x_TD.double().sum(0)
+        self.sums["not_finite"] += float((~recon_TD.isfinite().all(-1)).sum())
         self.tokens += len(error)
         self.batches += 1
 

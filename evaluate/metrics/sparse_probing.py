@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.errors import UsageError
+from ...common.errors import SaeError, UsageError
 from ...common.files import digest_of
 from ..context import EvalContext
 from ..datasets.labeled import HUB, STAND_INS, Texts, dataset_version, load_texts
@@ -135,8 +135,12 @@ class SparseProbing(Metric):
     def probe_sae(
         self, ctx: EvalContext, target: EvalTarget, sae: "ProbedSAE", name: str, rows: LabeledRows, ks: Sequence[int]
     ) -> None:
-        """Add the scores of one SAE on one dataset to `sae`, or the error if it has too few latents."""
-        pooled, folded = pool_unit_norm(target.sae, rows.rows, ctx.model.device)
+        """Add the scores of one SAE on one dataset to `sae`, or the error for too few latents or infinite ones."""
+        try:
+            pooled, folded = pool_unit_norm(target.sae, rows.rows, ctx.model.device)
+        except SaeError as error:
+            sae.error = error
+            return
         if (d_sae := len(pooled.zero_F)) < max(ks):
             sae.error = UsageError(
                 f"A probe on {max(ks)} latents needs that many, but this SAE has {d_sae}. "
@@ -213,7 +217,7 @@ class ProbedSAE:
     folded: bool = False  # whether decoder norms were folded into the latents
     rows: int = 0  # that were pooled
     outliers: int = 0  # rows that were left out
-    error: UsageError | None = None
+    error: SaeError | None = None
 
 
 def probe_dataset(

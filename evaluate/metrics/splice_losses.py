@@ -3,7 +3,7 @@
 Shape suffixes: N contexts, S positions, T counted tokens, D d_model, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,15 +53,20 @@ class CountedTokens:
     def select(self, chosen_T: Tensor) -> "CountedTokens":
         return CountedTokens(self.contexts, self.context_T[chosen_T], self.next_T[chosen_T], self.has_next_T[chosen_T])
 
-    def losses(self, model: LanguageModel, outputs_TD: Sequence[Tensor]) -> list[TokenLosses]:
+    def losses(
+        self, model: LanguageModel, outputs_TD: Sequence[Tensor], report: Callable[[float], None] | None = None
+    ) -> list[TokenLosses]:
         """The losses of each final residual (T, D). The first is the original model's, the reference.
 
-        A residual that is constant over positions (stride 0) is unembedded once.
+        A residual that is constant over positions (stride 0) is unembedded once. `report` is called with the share of
+        the tokens that is done.
         """
         constant = [output.stride(0) == 0 for output in outputs_TD]
         chunks: list[list[TokenLosses]] = [[] for _ in outputs_TD]
         for start in range(0, len(self.context_T), TOKENS_PER_CHUNK):
             rows = slice(start, start + TOKENS_PER_CHUNK)
+            if report:
+                report(start / len(self.context_T))
             original_TV = model.unembed(outputs_TD[0][rows]).float().log_softmax(-1)
             p_TV = original_TV.exp()
             for of_output, output_TD, is_constant in zip(chunks, outputs_TD, constant, strict=True):

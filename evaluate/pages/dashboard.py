@@ -148,7 +148,10 @@ def run_section(run: InspectedRun) -> dict[str, Any]:
         "measured": [
             (title, list(zip(headings[1:], lines[0][1:], strict=True))) for title, headings, lines in tables([run.row])
         ],
-        "flags": [f"{name}: {flag}" for name, result in run.row.results.items() for flag in result.sound.flags],
+        "flags": [
+            *(f"{name}: {flag}" for name, result in run.row.results.items() for flag in result.sound.flags),
+            *run.row.notes,
+        ],
         "curves": draw_charts(read_training_curves(run.folder)),
     }
 

@@ -28,7 +28,7 @@ from sae.evaluate.metrics.sae_statistics import SAEStatistics, splice
 from sae.evaluate.pages.dashboard import dashboard_page
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.reference_saes import Identity
-from sae.evaluate.rows import EvalRow, below_pca
+from sae.evaluate.rows import EvalRow, add_notes
 from sae.evaluate.run import evaluate, evaluate_saes
 from sae.evaluate.tables import tables
 from sae.harvest.plan import HarvestConfig, plan_harvest
@@ -321,6 +321,11 @@ def test_references_are_fitted_and_measured_without_outlier_rows(cache: Cache, h
     assert len(comparison.references) == 4  # those with the run's limit
 
 
+def notes_of(rows: Sequence[EvalRow]) -> list[str]:
+    add_notes(rows)
+    return [note for row in rows for note in row.notes]
+
+
 def test_an_sae_is_compared_with_the_pca_by_the_ev_and_l0_of_the_table() -> None:
     """The numbers of the note are those that the table shows: without outlier rows, and not SAEBench's EV."""
 
@@ -336,7 +341,7 @@ def test_an_sae_is_compared_with_the_pca_by_the_ev_and_l0_of_the_table() -> None
     pca = row("pca-32", core(32, 0.1), core(32, 0.5), reference=True)
     worse, better = row("worse", core(900, 0.9), core(32, 0.4)), row("better", core(32, 0.0), core(32, 0.6))
     elsewhere = row("on other rows", core(32, 0.1), core(32, 0.1), limit=7.0)  # no PCA was fitted to those
-    (sentence,) = below_pca([worse, better, elsewhere, pca])
+    (sentence,) = notes_of([worse, better, elsewhere, pca])
     assert sentence.startswith("worse explains 0.400 of the variance, less than the PCA of equal L0 (pca-32: 0.500).")
 
 
@@ -353,7 +358,9 @@ def test_an_sae_is_compared_with_the_pca_of_the_same_rows() -> None:
         return EvalRow(name, target, results={"core": result})
 
     pca = row("pca-6", 0.5, 0.3)
-    sentences = below_pca([pca, row("good", 0.6, 0.2), row("bad", 0.4, 0.9), row("sparser", 0.4, 0.4, l0=5.0)])
+    sentences = notes_of([pca, row("good", 0.6, 0.2), row("bad", 0.4, 0.9), row("sparser", 0.4, 0.4, l0=5.0)])
     assert len(sentences) == 1
     assert sentences[0].startswith("bad explains 0.400 of the variance, less than the PCA of equal L0 (pca-6: 0.500)")
-    assert below_pca([pca, row("other rows", 0.4, 0.4, limit=8.0)]) == []
+    assert notes_of([pca, row("other rows", 0.4, 0.4, limit=8.0)]) == []
+    (denser,) = notes_of([pca, row("denser", 0.4, 0.9, l0=60.0)])
+    assert denser.startswith("denser explains 0.400 of the variance, less than the PCA of smaller L0 (pca-6: 0.500)")

@@ -1,0 +1,16 @@
+"""The sentence about an SAE that was asked for an L0 and has another, after training and wherever it is measured."""
+
+MISSED_BY = 0.1  # of the target, beyond which it is missed
+
+
+def missed_l0(name: str, l0: float | None, target: float | None, *, held_out: bool = False) -> list[str]:
+    """One sentence if an L0 differs from its target by more than a tenth; none if either is unknown.
+
+    The L0 is that of held-out text, or of the last steps of the training.
+    """
+    if not target or l0 is None or not abs(l0 / target - 1) > MISSED_BY:
+        return []
+    said = f"has L0 {l0:.1f} on held-out text" if held_out else f"ended at L0 {l0:.1f}"
+    return [
+        f"{name} {said}, {l0 / target - 1:+.0%} from its target {target:g}. Train longer, or compare it at its own L0."
+    ]
