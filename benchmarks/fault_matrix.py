@@ -20,7 +20,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from faults.bad_input import bad_inputs, bad_values
+from faults.bad_input import bad_inputs, bad_saes, bad_values
 from faults.command import HARVEST, OK, context, sae
 from faults.damage import damage
 from faults.disks import full_disks
@@ -73,6 +73,7 @@ def main() -> None:
                 "writers": writers,
                 "texts": lambda m: bad_inputs(m, rows),
                 "numbers": bad_values,
+                "saes": bad_saes,
                 "places": places,
                 "removal": removal,
             }

@@ -153,3 +153,59 @@ def bad_values(m: Matrix) -> None:
             "nothing is written",
             not left,
         )
+
+
+def bad_saes(m: Matrix) -> None:
+    """SAEs that learned nothing, or have no numbers: what is seen beside their results."""
+    import torch
+
+    from sae.cache.reader import Cache
+    from sae.train.activation_functions import ReLU
+    from sae.train.sae import SAE, save_sae
+
+    m.head("SAEs that only look good")
+    cache = Cache(Path("whole"))
+    origin = {"model": cache.identity["model"], "layer": 1, "cache": str(cache.folder.resolve())}
+    origin["fingerprint"] = cache.fingerprint
+    x_TD = next(iter(cache.batches(layer=1, batch_size=1024, seed=0)))
+    for name, spoil in (
+        ("mean", lambda made: (made.b_enc.fill_(-1e6), made.b_dec.copy_(x_TD.mean(0)))),
+        ("not-finite", lambda made: made.W_dec[0].fill_(torch.nan)),
+    ):
+        made = SAE(x_TD.shape[1], 64, [ReLU()]).eval().requires_grad_(False)
+        spoil(made)
+        save_sae(made, Path(name), origin)
+    evaluate = ["evaluate", "--suite", "core", "--tokens", 100, "--no-references", "--device", "cpu"]
+    outcome = sae(*evaluate, "mean")
+    said = [line for line in outcome.err.splitlines() if line.startswith("note ") and "explained variance" in line]
+    m.row(
+        "an SAE that returns the mean of the text",
+        outcome._replace(err="\n".join(said)),
+        OK,
+        "its scores stand",
+        bool(said),
+    )
+    read = [line for line in outcome.err.splitlines() if line.endswith("(100 asked; whole contexts are read)")]
+    m.row(
+        "`evaluate --tokens` within a context", outcome._replace(err="\n".join(read)), OK, "whole contexts", bool(read)
+    )
+    outcome = sae(*evaluate, "mean", "--json")
+    found = json.loads(outcome.out)[0]
+    trust = [note for note in found["notes"] if "Trust fve" in note]
+    sound = abs(found["core.reconstruction_quality.fve"]) < 0.1
+    m.row(
+        "its SAEBench `explained_variance`",
+        outcome._replace(err="\n".join(trust)),
+        OK,
+        "both stand",
+        bool(trust),
+        sound,
+    )
+    outcome = sae(*evaluate, "not-finite")
+    m.row("NaN in the weights of a run", outcome, DAMAGED, "no result", not Path("not-finite/evaluations").exists())
+    outcome = sae(
+        *("train", "--variant", "relu", "--l0", 2, "--layer", 1, "--cache", "whole", "--steps", 12, "--batch-size", 64),
+        *("--width", 64, "--device", "cpu", "--out", "missed"),
+    )
+    said = [line for line in outcome.err.splitlines() if "from its target 2." in line]
+    m.row("an L0 that the controller missed", outcome._replace(err="\n".join(said)), OK, "the run stands", bool(said))
