@@ -128,7 +128,8 @@ def evaluate_saes(
         A row per SAE, in order, then the reference rows. `row.results[metric].metrics[category][name]` is a number over
         all rows, as SAEBench defines it, and `row.results[metric].sound` the result without outlier rows;
         `row.errors[metric]` says why a metric has no result (absorption, for example, needs an object with `W_dec`),
-        and `row.flat()` is one dictionary for a data frame.
+        `row.results[metric].notes` and `row.notes` which numbers mean less than they seem to, and `row.flat()` is one
+        dictionary for a data frame.
 
     Raises:
         UsageError: an object does not encode and decode activations of the model's width, a run folder cannot be

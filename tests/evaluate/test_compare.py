@@ -266,8 +266,9 @@ def test_curves_show_what_was_logged_and_skip_a_torn_line(tmp_path):
 def test_csv_reads_back(tmp_path):
     found = compare_runs([make_run(tmp_path), make_run(tmp_path, "relu", kl=0.5)])
     lines = list(csv.DictReader(io.StringIO(to_csv(found))))
-    expected = [{k: "" if v is None else str(v) for k, v in record.items()} for record in to_records(found)]
-    assert lines == expected
+    records = [record | {"notes": " ".join(record["notes"])} for record in to_records(found)]
+    assert lines == [{k: "" if v is None else str(v) for k, v in record.items()} for record in records]
+    assert [line["notes"] for line in lines] == ["core: a <b>flag</b>"] * 2
     assert [line["core.model_behavior_preservation.kl_div_score"] for line in lines] == ["0.9", "0.5"]
 
 
