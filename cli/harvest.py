@@ -73,9 +73,11 @@ def harvest(
         typer.Option(rich_help_panel=TEXT, help="Harvest only what this role wrote: assistant. Can be repeated."),
     ] = None,
     subset: Annotated[
-        str | None, typer.Option(rich_help_panel=TEXT, help="Configuration of a Hub dataset that has several.")
+        str | None, typer.Option(rich_help_panel=TEXT, help="Configuration of a dataset that has several.")
     ] = None,
-    split: Annotated[str, typer.Option(rich_help_panel=TEXT, help="Split of the dataset.")] = "train",
+    split: Annotated[
+        str, typer.Option(rich_help_panel=TEXT, help="Split of the dataset. Of a folder, all reads every file.")
+    ] = "train",
     dataset_revision: Annotated[
         str | None, typer.Option(rich_help_panel=TEXT, help="Commit of the dataset on the Hub.")
     ] = None,

@@ -16,6 +16,7 @@ from ..common.files import read_json, writer_lock
 from ..common.special_tokens import BOS_OR_EOS
 from . import mini
 from .config import HarvestConfig
+from .files import ALL
 from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
 from .run import check_not_ring, load_model_for, start_cache, tokenize
@@ -112,17 +113,43 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
     options |= {"layers": [hook.layer for hook in hooks], "device": device, "out": folder}
     options.setdefault("bos", BOS_OR_EOS)  # older caches record no choice
     options |= {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
-    plan = replace(plan_harvest(HarvestConfig(**options)), hooks=hooks)
+    plan = plan_text_of(folder, options, hooks)
     if not (folder / "zarr.json").exists():
         return plan
     identity = read_attributes(folder)["identity"]
-    changed = [key for key in identity if without_name(identity[key]) != without_name(plan.identity.get(key))]
-    if changed:
+    if changed := changed_inputs(identity, plan):
         raise UsageError(
             f"{folder} was harvested with other inputs than now (changed: {', '.join(changed)}), so its bytes cannot "
             "be reproduced. Give the original ones with --model or --dataset, or harvest into a new folder."
         )
     return replace(plan, identity=identity)
+
+
+def plan_text_of(folder: Path, options: dict[str, Any], hooks: list[Hook]) -> HarvestPlan:
+    """The plan with these options. Earlier versions read every file of a folder of text, whatever its split."""
+
+    def plan_with(options: dict[str, Any]) -> HarvestPlan:
+        return replace(plan_harvest(HarvestConfig(**options)), hooks=hooks)
+
+    dataset = options.get("dataset")
+    if not dataset or not Path(dataset).is_dir():
+        return plan_with(options)
+    try:
+        plan = plan_with(options)
+    except UsageError:  # perhaps no file is of its split
+        return plan_with(options | {"split": ALL})
+    if (folder / "zarr.json").exists():
+        identity = read_attributes(folder)["identity"]
+        if changed_inputs(identity, plan) == ["data"]:
+            with contextlib.suppress(UsageError):
+                whole = plan_with(options | {"split": ALL})
+                return plan if changed_inputs(identity, whole) else whole
+    return plan
+
+
+def changed_inputs(identity: dict[str, Any], plan: HarvestPlan) -> list[str]:
+    """The keys of a cache's identity that are others in a plan."""
+    return [key for key in identity if without_name(identity[key]) != without_name(plan.identity.get(key))]
 
 
 def recorded_model(folder: Path) -> str | None:

@@ -34,6 +34,7 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
     ids = pa.table({"input_ids": [[5, 6, 7], [8, 99_999]]})
     pq.write_table(ids, "ids.parquet")
     pq.write_table(ids.slice(0, 0), "norows.parquet")
+    make_odd_texts(rows, lines)
     import datasets
 
     datasets.DatasetDict({"test": datasets.Dataset.from_list(rows[:3])}).save_to_disk("saved")
@@ -51,9 +52,16 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         ("gz cut in the middle", ["--dataset", "cut.jsonl.gz", "--tokens", "11k"], USAGE),
         ("zst cut in the middle", ["--dataset", "cut.jsonl.zst", "--tokens", "200k"], USAGE),
         ("JSONL cut in the middle of a line", ["--dataset", "cut.jsonl", "--tokens", "11k"], USAGE),
-        ("JSONL with a broken line", ["--dataset", "broken.jsonl"], USAGE),
         ("text that is not UTF-8", ["--dataset", "latin.txt"], USAGE),
-        ("unknown split", ["--dataset", "saved", "--split", "dev"], USAGE),
+        ("a binary file named .jsonl", ["--dataset", "binary.jsonl"], USAGE),
+        ("JSONL of which one row in ten is broken", ["--dataset", "tenth.jsonl", "--tokens", "12k"], USAGE),
+        ("a column of numbers", ["--dataset", "odd.jsonl", "--text-column", "number"], USAGE),
+        ("unknown split of a saved dataset", ["--dataset", "saved", "--split", "dev"], USAGE),
+        ("unknown split of a folder", ["--dataset", "split", "--split", "nosuch"], USAGE),
+        ("a folder with several configurations", ["--dataset", "configured"], USAGE),
+        ("a saved dataset whose state.json is nested 30,000 deep", ["--dataset", "deepsaved"], USAGE),
+        ("only a row nested 20,000 deep", ["--dataset", "deep.jsonl"], USAGE),
+        ("a JSON array nested 20,000 deep", ["--dataset", "deep.json"], USAGE),
         ("a model that is no folder", ["--model", "./nothing"], USAGE),
         ("a model folder without weights", ["--model", "./bare"], OUTSIDE),
         ("truncated weights", ["--model", "./torn"], DAMAGED),
@@ -65,6 +73,18 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         out = Path("text-" + name.replace(" ", "-"))
         outcome = sae(*HARVEST, *words, "--out", out)
         m.row(name, outcome, code, "nothing is committed", count_commits(out) == 0)
+    for name, words, after in (
+        ("JSONL with a broken line", ["--dataset", "broken.jsonl"], "the rows of the other lines"),
+        ("JSONL with a row nested 20,000 deep and columns of changing types", ["--dataset", "odd.jsonl"],
+         "the rows of the text column alone"),
+        ("a folder with train, test, metadata and a file manager's files", ["--dataset", "split"], "the rows of train"),
+        ("a folder whose README.md names the files", ["--dataset", "configured", "--subset", "b"], "the rows of b"),
+        ("Parquet files of which the second has another column", ["--dataset", "tables"], "the rows of both"),
+    ):  # fmt: skip
+        out = Path("read-" + words[1])
+        outcome = sae(*HARVEST, *words, "--out", out)
+        expected = "unbroken" if words[1] == "broken.jsonl" else "whole"
+        m.row(name, outcome, OK, after, rows_of(out) == rows_of(expected), "Segmentation" not in outcome.err)
     whole = sae(*HARVEST, "--dataset", "whole.jsonl.gz", "--out", "from-gz")
     m.row(
         "gz that is whole",
@@ -100,6 +120,39 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
     m.row(
         "memory too small for one context", outcome, OUTSIDE, "nothing is committed", count_commits(Path("toobig")) == 0
     )
+
+
+def make_odd_texts(rows: list[dict[str, str]], lines: bytes) -> None:
+    """Texts as people have them: odd rows and columns, splits, metadata and other files beside them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    deep, others = "[" * 20_000 + "]" * 20_000, [1, "x", None, [], {"a": 1}, {"b": ["q"]}, 1.5]
+    broken = Path("broken.jsonl").read_bytes().splitlines(keepends=True)
+    Path("unbroken.jsonl").write_bytes(b"".join(line for line in broken if line.startswith(b'{"text":')))
+    sae(*HARVEST, "--dataset", "unbroken.jsonl", "--out", "unbroken")
+    odd = [json.dumps(row | {"number": n, "x": others[n % 7]}) for n, row in enumerate(rows)]
+    Path("odd.jsonl").write_text("\n".join([*odd[:9], f'{{"x": {deep}, "text": "a"}}', *odd[9:]]))
+    Path("tenth.jsonl").write_text("\n".join("null" if n % 10 == 5 else line for n, line in enumerate(odd)))
+    Path("binary.jsonl").write_bytes(bytes(range(256)) * 4000)
+    Path("deep.jsonl").write_text(f'{{"text": "a", "x": {deep}}}\n')
+    Path("deep.json").write_text(f'[{{"text": {deep}}}]')
+    for folder in ("split/data", "split/.cache/huggingface", "configured/one", "tables", "deepsaved"):
+        Path(folder).mkdir(parents=True)
+    Path("deepsaved/state.json").write_text("[" * 30_000)
+    Path("deepsaved/dataset_info.json").write_text("{}")
+    secret = pa.table({"text": ["a secret of the test split " * 9] * 200})
+    pq.write_table(secret, "split/data/test-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), "split/data/train-00000-of-00001.parquet")
+    for name in ("dataset_infos.json", ".cache/huggingface/a.json", "._b.jsonl", "README.md", "LICENSE.txt"):
+        Path("split", name).write_text("{}")
+    Path("configured/README.md").write_text(
+        "---\nconfigs:\n- {config_name: a, data_files: one/a.parquet}\n- {config_name: b, data_files: '*.jsonl'}\n---\n"
+    )
+    pq.write_table(secret, "configured/one/a.parquet")
+    Path("configured/text.jsonl").write_bytes(lines)
+    pq.write_table(pa.Table.from_pylist(rows[:60]), "tables/a.parquet")
+    pq.write_table(pa.Table.from_pylist([row | {"score": 1} for row in rows[60:]]), "tables/b.parquet")
 
 
 def rows_of(folder: str) -> dict[str, bytes]:
