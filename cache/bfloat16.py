@@ -14,7 +14,9 @@ import numpy as np
 from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.dtype import DataTypeValidationError, ZDType, data_type_registry
 
-NAN_BITS, INFINITY_BITS, MINUS_INFINITY_BITS = 0x7FC0, 0x7F80, 0xFF80
+from .layout import NAN_BITS
+
+INFINITY_BITS, MINUS_INFINITY_BITS = 0x7F80, 0xFF80
 
 
 def to_bits(value: float) -> int:

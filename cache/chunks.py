@@ -6,6 +6,7 @@ compressed, followed by an index of the blocks.
 
 import functools
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..common.files import atomic_write, read_json
 from .layout import BLOSC, FORMAT, ArraySpec
 
 BytesLike = bytes | memoryview
+FileRecords = Mapping[str, Mapping[str, Any]]  # file, relative to the cache -> {"bytes", "crc32c"}
 READ_BYTES = 1 << 20  # bytes read at a time to compute a checksum
 BLOSC_CODEC = Blosc(BLOSC["cname"], BLOSC["clevel"], SHUFFLE, BLOSC["blocksize"])
 REPAIR_HINT = (
@@ -49,7 +51,7 @@ def read_array_spec(folder: Path, name: str) -> ArraySpec:
     return ArraySpec.from_metadata(name, read_json(folder / name / "zarr.json", *keys))
 
 
-def files_exist(folder: Path, records: dict[str, dict[str, Any]]) -> bool:
+def files_exist(folder: Path, records: FileRecords) -> bool:
     """Whether every recorded file exists with its recorded size. Reads no content."""
     return all((folder / f).is_file() and (folder / f).stat().st_size == r["bytes"] for f, r in records.items())
 
@@ -96,20 +98,25 @@ def check_size(path: Path, size: int) -> None:
         raise DamagedError(f"{path} has {actual:,} bytes, expected {size:,}: it was truncated. {REPAIR_HINT}")
 
 
-def check_chunk(folder: Path, array: ArraySpec, chunk: int, record: dict[str, Any] | None = None) -> None:
-    """Read a chunk's file and raise DamagedError unless its size and checksum match its record.
+def check_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -> None:
+    """Read a chunk's file and raise DamagedError unless `files` lists it with this size and checksum.
 
-    Without a record, an uncompressed chunk is compared with the checksum at its own end. The checksum of an
+    `files` is what the manifest, a commit or tokens/commit.json lists. The checksum at the end of a file alone does not
+    prove that the file belongs here: that of another window or another cache is as good. The checksum of an
     uncompressed chunk covers its rows, that of a shard the whole file.
     """
-    path, size = folder / array.chunk_file(chunk), record["bytes"] if record else array.chunk_bytes + 4
+    file = array.chunk_file(chunk)
+    path = folder / file
+    if (record := files.get(file)) is None:
+        raise DamagedError(f"{path} is not listed in the cache: a record was overwritten. {REPAIR_HINT}")
+    size = record["bytes"]
     check_size(path, size)
     checksum, stored = file_checksums(path, size if array.block_rows else size - 4)
     if array.block_rows is None and checksum != stored:
         raise DamagedError(f"The checksum of {path} does not match: a bit was flipped. {REPAIR_HINT}")
-    if record and checksum != record["crc32c"]:
-        cause = "a bit was flipped" if array.block_rows else "it comes from another harvest"
-        raise DamagedError(f"{path} is not the file that the manifest lists: {cause}. {REPAIR_HINT}")
+    if checksum != record["crc32c"]:
+        cause = "a bit was flipped" if array.block_rows else "it comes from another window or another cache"
+        raise DamagedError(f"{path} is not the file that the cache lists: {cause}. {REPAIR_HINT}")
 
 
 def file_checksums(path: Path, size: int) -> tuple[str, str]:
@@ -168,12 +175,16 @@ def read_rows(folder: Path, array: ArraySpec, chunk: int, rows: np.ndarray, size
     return np.stack([shard.decode_block(row // shard.block_rows)[row % shard.block_rows] for row in rows])
 
 
-def read_array(folder: Path, name: str) -> np.ndarray:
-    """A whole uncompressed array in memory, with every checksum verified; meant for the small arrays.
+def read_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -> np.ndarray:
+    """The rows of an uncompressed chunk, mapped as by `map_chunk` and checked as by `check_chunk`."""
+    check_chunk(folder, array, chunk, files)
+    return map_chunk(folder, array, chunk)
 
-    Raises DamagedError if a file is missing, short or does not match its checksum.
+
+def read_array(folder: Path, name: str, files: FileRecords) -> np.ndarray:
+    """A whole uncompressed array in memory, every chunk checked as by `check_chunk`; meant for the small arrays.
+
+    Raises DamagedError if a file is missing, short, or not the one that `files` lists.
     """
     array = read_array_spec(folder, name)
-    for chunk in range(array.n_chunks):
-        check_chunk(folder, array, chunk)
-    return np.concatenate([map_chunk(folder, array, chunk) for chunk in range(array.n_chunks)])
+    return np.concatenate([read_chunk(folder, array, chunk, files) for chunk in range(array.n_chunks)])

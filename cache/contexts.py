@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..common.files import read_json, write_json
+from ..common.errors import DamagedError
+from ..common.files import digest_of, read_json, write_json
 from .chunks import encode_chunk, files_exist, read_array, write_chunk
 from .layout import FORMAT, ArraySpec, group_metadata, token_arrays
 
@@ -53,12 +54,22 @@ class Contexts:
         return {a.chunk_file(0): encode_chunk(a, values[a.name.removeprefix("tokens/")])[1] for a in self.specs()}
 
     @classmethod
-    def read(cls, folder: Path) -> "Contexts":
-        """Read the contexts of a cache. Raises DamagedError if a file is missing or fails its checksum."""
-        files = read_json(folder / "tokens" / "commit.json", "files")["files"]
+    def read(cls, folder: Path, digest: str | None = None) -> "Contexts":
+        """Read the contexts of a cache, each file checked against tokens/commit.json.
+
+        `digest` is that of the record's files (`digest_of`), as the cache's zarr.json has it; None if there is no
+        zarr.json yet. Raises DamagedError if a file is missing or not the one that is listed, or for another digest.
+        """
+        record = folder / "tokens" / "commit.json"
+        files = read_json(record, "files")["files"]
+        if digest not in (None, digest_of(files)):
+            raise DamagedError(
+                f"{folder / 'tokens'} is not the text that this cache was harvested from: its commit.json comes from "
+                f"another cache. Run `sae cache repair`, or delete {record} and run the same `sae harvest`."
+            )
         always = [field.name for field in fields(cls) if field.default is MISSING]
         names = [*always, *(["rows"] if "tokens/rows/c.0.0" in files else [])]
-        return cls(**{name: read_array(folder, f"tokens/{name}") for name in names})
+        return cls(**{name: read_array(folder, f"tokens/{name}", files) for name in names})
 
     @staticmethod
     def is_complete(folder: Path) -> bool:

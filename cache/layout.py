@@ -34,6 +34,7 @@ FORMAT = 1
 CHUNK_ROWS = 8192
 WINDOW_ROWS = 262_144
 BLOCK_ROWS = 256
+NAN_BITS = 0x7FC0  # of bfloat16: 32704
 # The high bytes of bfloat16 (sign and exponent) compress, the low bytes are noise. With byte shuffle the cheapest level
 # compresses as well as any; with blosc's default block size half of the gain is lost.
 BLOSC = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 20}
@@ -191,9 +192,18 @@ class ArraySpec:
         """The number of rows in a chunk; the last chunk can have fewer than the others."""
         return min(self.chunk_shape[0], self.shape[0] - chunk * self.chunk_shape[0])
 
+    @property
+    def fill_value(self) -> Any:
+        """What a Zarr reader returns where a chunk file is missing: NaN, so that lost rows are not taken for zeros.
+
+        Integers and booleans have no such value. Earlier versions recorded 0 for all of them.
+        """
+        if self.logical_dtype == "bfloat16":
+            return NAN_BITS
+        return {"bool": False, "float32": "NaN", "float64": "NaN", "bfloat16": "NaN"}.get(self.dtype, 0)
+
     def metadata(self) -> dict[str, Any]:
         """The content of the array's zarr.json."""
-        fill: Any = {"bool": False, "float32": 0.0, "float64": 0.0, "bfloat16": 0.0}.get(self.dtype, 0)
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         checked: list[dict[str, Any]] = [little, {"name": "crc32c"}]
         codecs = checked
@@ -213,7 +223,7 @@ class ArraySpec:
             "data_type": self.dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "fill_value": fill,
+            "fill_value": self.fill_value,
             "codecs": codecs,
             "attributes": {"logical_dtype": self.logical_dtype} if self.logical_dtype else {},
         }

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..common.errors import UsageError
-from .chunks import map_chunk, read_array_spec, read_rows
+from ..common.errors import DamagedError, UsageError
+from .chunks import REPAIR_HINT, FileRecords, read_array_spec, read_chunk, read_rows
 from .layout import Layout
 
 MAX_NORM = 10.0  # multiple of the median norm
 TOP_SHARE = 0.001  # of the rows: those whose share of the variance is reported
 WARNING_SHARE = 0.1  # of the variance, held by these rows, above which a warning says so
 LISTED = 3  # positions and tokens
+NORM_TOLERANCE = 1e-6  # relative: norms are stored in float32
 
 
 def check_max_norm(max_norm: float | None) -> None:
@@ -59,8 +60,9 @@ def top_rows(norms: np.ndarray) -> np.ndarray:
 
 
 def largest_rows(
-    folder: Path, layout: Layout, norms: np.ndarray, token_text: Callable[[int], str] | None = None
-) -> dict[str, Any]:
+    folder: Path, layout: Layout, norms: np.ndarray, files: FileRecords,
+    token_text: Callable[[int], str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Where the rows with the largest of these norms (rows,) come from: those over MAX_NORM medians, or the top 0.1 %.
 
     Returns the largest `norm`, the number of `rows`, and their most frequent `positions` and `tokens`, each as
@@ -68,7 +70,7 @@ def largest_rows(
     """
     unusual = rows_above(norms, norm_limit(norms, MAX_NORM))
     rows = unusual if len(unusual) else top_rows(norms)
-    positions, ids = locate_rows(folder, layout, rows)
+    positions, ids = locate_rows(folder, layout, rows, files)
     tokens = Counter(ids.tolist()).most_common(LISTED)
     return {
         "norm": float(norms.max()),
@@ -80,7 +82,7 @@ def largest_rows(
 
 def share_of_top_rows(
     folder: Path, layout: Layout, name: str, norms: np.ndarray, kept: np.ndarray, mean: np.ndarray, variance: float,
-    files: dict[str, Any],
+    files: FileRecords,
 ) -> float:  # fmt: skip
     """The share of the variance of the rows `kept` that the 0.1 % of them with the largest norms hold.
 
@@ -88,7 +90,8 @@ def share_of_top_rows(
     """
     top = kept[top_rows(norms[kept])]
     total = variance * len(mean) * len(kept)
-    held = sum(float(np.square(values - mean).sum()) for values in iterate_rows(folder, layout, name, top, files))
+    rows_of_chunks = iterate_rows(folder, layout, name, top, norms[top], files)
+    held = sum(float(np.square(values - mean).sum()) for values in rows_of_chunks)
     return held / total if total else 0.0
 
 
@@ -121,29 +124,40 @@ def outlier_warning(name: str, statistics: dict[str, Any]) -> str | None:
 
 
 def iterate_rows(
-    folder: Path, layout: Layout, name: str, rows: np.ndarray, files: dict[str, Any]
+    folder: Path, layout: Layout, name: str, rows: np.ndarray, norms: np.ndarray, files: FileRecords
 ) -> Iterator[np.ndarray]:
-    """Yield the given rows (ascending) of an array in float64, chunk by chunk. Reads only the chunks that hold them."""
+    """Yield the given rows (ascending) of an array in float64, chunk by chunk. Reads only the chunks that hold them.
+
+    `norms` are their L2 norms as row_norm records them. A checksum would need the whole chunk, which is large, so each
+    row has to have its recorded norm instead. Raises DamagedError for one that has another.
+    """
     array = read_array_spec(folder, name)
     chunk_of_row = rows // layout.chunk_rows
     for chunk in np.unique(chunk_of_row).tolist():
-        inside = rows[chunk_of_row == chunk] - chunk * layout.chunk_rows
-        bits = read_rows(folder, array, chunk, inside, files[array.chunk_file(chunk)]["bytes"])
-        yield torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
+        is_inside = chunk_of_row == chunk
+        inside, file = rows[is_inside] - chunk * layout.chunk_rows, array.chunk_file(chunk)
+        bits = read_rows(folder, array, chunk, inside, files[file]["bytes"])
+        values = torch.from_numpy(bits).view(torch.bfloat16).double().numpy()
+        if not np.allclose(np.linalg.norm(values, axis=1), norms[is_inside], rtol=NORM_TOLERANCE, atol=0):
+            raise DamagedError(
+                f"{folder / file} has rows of other norms than {name}.row_norm records: a bit was flipped, or it comes "
+                f"from another window or another cache. {REPAIR_HINT}"
+            )
+        yield values
 
 
-def locate_rows(folder: Path, layout: Layout, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def locate_rows(folder: Path, layout: Layout, rows: np.ndarray, files: FileRecords) -> tuple[np.ndarray, np.ndarray]:
     """The positions in their contexts, and the token ids, of the given rows of any array of a cache."""
-    row_ctx, row_pos = (origin_of_rows(folder, layout, name, rows) for name in ("row_ctx", "row_pos"))
-    ids = map_chunk(folder, read_array_spec(folder, "tokens/ids"), 0)
+    row_ctx, row_pos = (origin_of_rows(folder, layout, name, rows, files) for name in ("row_ctx", "row_pos"))
+    ids = read_chunk(folder, read_array_spec(folder, "tokens/ids"), 0, files)
     return row_pos, ids[row_ctx, row_pos]
 
 
-def origin_of_rows(folder: Path, layout: Layout, name: str, rows: np.ndarray) -> np.ndarray:
+def origin_of_rows(folder: Path, layout: Layout, name: str, rows: np.ndarray, files: FileRecords) -> np.ndarray:
     """The values of row_ctx or row_pos at the given rows. Reads only the windows that hold them."""
     array, window_of_row = read_array_spec(folder, name), rows // layout.window_rows
     values = np.empty(len(rows), array.numpy_dtype)
     for window in np.unique(window_of_row).tolist():
         inside = window_of_row == window
-        values[inside] = map_chunk(folder, array, window)[rows[inside] - window * layout.window_rows]
+        values[inside] = read_chunk(folder, array, window, files)[rows[inside] - window * layout.window_rows]
     return values

@@ -127,7 +127,7 @@ class Cache:
     def describe_contexts(self) -> list[str]:
         """Lines about what contexts begin with, and which of their tokens are left out."""
         identity = self.identity
-        bos = identity["bos"] if "bos" in identity else int(Contexts.read(self.folder).ids[0, 0])
+        bos = identity["bos"] if "bos" in identity else int(self._read_contexts().ids[0, 0])
         lines = [f"bos      {'none' if bos is None else f'token id {bos}'}"]
         if positions := identity.get("skip_positions", 0):
             lines[0] += f"; the first {format_count(positions, 'position')} of each context are left out"
@@ -194,7 +194,9 @@ class Cache:
 
     def mean(self, name: str) -> np.ndarray:
         """The mean row (d_in,) float64, without outlier rows."""
-        return mean_and_mean_square(self.folder, self.layout, name, self.outlier_rows(name), self.manifest["files"])[0]
+        norms = self.row_norms(name)
+        outliers = rows_above(norms, self.norm_limit(name))
+        return mean_and_mean_square(self.folder, self.layout, name, outliers, norms, self.manifest["files"])[0]
 
     def norm_limit(self, name: str) -> float | None:
         """The norm over which a row of an array is an outlier; None if there is no limit."""
@@ -202,7 +204,11 @@ class Cache:
 
     def outlier_rows(self, name: str) -> np.ndarray:
         """The rows that training must ignore because their norm is over the limit of `--max-norm`, ascending."""
-        return rows_above(read_array(self.folder, f"{name}.row_norm"), self.norm_limit(name))
+        return rows_above(self.row_norms(name), self.norm_limit(name))
+
+    def row_norms(self, name: str) -> np.ndarray:
+        """The L2 norm of every row of an array, (rows,) float32. Raises DamagedError if a file is damaged."""
+        return read_array(self.folder, f"{name}.row_norm", self.manifest["files"])
 
     def _read_array(self, name: str) -> ArraySpec:
         return read_array_spec(self.folder, name)
@@ -211,16 +217,16 @@ class Cache:
         """A memory-mapped chunk; its checksum is verified the first time that it is opened."""
         array = self.array(name)
         file = array.chunk_file(index)
-        record = self.manifest["files"].get(file)
-        if record is None:
+        files = self.manifest["files"]
+        if file not in files:
             raise UsageError(f"{self.folder} has no chunk {index} of {name}: the manifest does not list {file}.")
         with self._verify_lock:  # two threads that open a chunk at the same time verify it once
             if file not in self._verified_files:
-                check_chunk(self.folder, array, index, record)
+                check_chunk(self.folder, array, index, files)
                 self._verified_files.add(file)
         if array.block_rows is None:
             return map_chunk(self.folder, array, index)
-        return Shard(self.folder, array, index, record["bytes"])
+        return Shard(self.folder, array, index, files[file]["bytes"])
 
     def _decode_block_uncached(self, name: str, chunk: int, block: int) -> np.ndarray:
         shard = self._open_chunk(name, chunk)
@@ -297,8 +303,11 @@ class Cache:
 
     def contexts(self, *, held_out: bool) -> Contexts:
         """The tokens: the contexts that were harvested, or those of the held-out documents."""
-        contexts = Contexts.read(self.folder)
+        contexts = self._read_contexts()
         return contexts.select(contexts.held_out == held_out)
+
+    def _read_contexts(self) -> Contexts:
+        return Contexts.read(self.folder, self.attributes["tokens"])
 
     def verify(self) -> Iterator[str]:
         """Read every byte and yield the name of each verified file. Raises DamagedError at the first damaged file."""
@@ -326,7 +335,7 @@ class Cache:
     def verify_file(self, file: str) -> None:
         """Read a file of the manifest and raise DamagedError unless it matches its record."""
         name, chunk = file.rsplit("/", 1)
-        check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"][file])
+        check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"])
 
 
 def read_hook_modules(folder: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ import numpy as np
 from ..common.errors import Interrupted, UsageError
 from ..common.files import digest_of, read_json, write_json
 from .batch_order import BatchOrder
-from .chunks import map_chunk
+from .chunks import read_chunk
 from .layout import FORMAT, ArraySpec, Hook, Layout, fingerprint_of
 from .outliers import MAX_NORM, iterate_rows, norm_limit, rows_above
 from .reader import Cache, is_ring_cache
@@ -151,7 +151,10 @@ class RingCache:
         if known is None or self.has_norm_limits:
             return []
         norms = {name: self.layout.activation_arrays(name, self.widths[name])[1] for name in self.widths.keys() - known}
-        limits = {n: norm_limit(map_chunk(self.folder, one, 0), self.max_norm) for n, one in sorted(norms.items())}
+        limits = {}
+        for name, array in sorted(norms.items()):
+            files = read_json(self.folder / commit_file(0, name), "files")["files"]
+            limits[name] = norm_limit(read_chunk(self.folder, array, 0, files), self.max_norm)
         record = {"format": FORMAT, "max_norm": self.max_norm, "norm_limits": {**known, **limits}}
         write_json(self.folder / "ring.json", record)
         return [
@@ -278,21 +281,25 @@ class WindowGroup(Cache):
 
     def outlier_rows(self, name: str) -> np.ndarray:
         """The rows of the group that training must ignore because their norm is over the limit, ascending."""
-        return rows_above(np.concatenate(self._window_chunks(f"{name}.row_norm")), self.norm_limit(name))
+        return rows_above(self.row_norms(name), self.norm_limit(name))
+
+    def row_norms(self, name: str) -> np.ndarray:
+        """The L2 norm of every row of the group, (rows,) float32."""
+        return np.concatenate(self._window_chunks(f"{name}.row_norm"))
 
     def _window_chunks(self, name: str) -> list[np.ndarray]:
         """The chunks of a small array, one for each window of the group, verified."""
         array = self.array(name)
-        for window in self.windows:
-            self.verify_file(array.chunk_file(window))
-        return [map_chunk(self.folder, array, window) for window in self.windows]
+        return [read_chunk(self.folder, array, window, self.manifest["files"]) for window in self.windows]
 
     def mean_and_mean_square(self, name: str) -> np.ndarray:
         """The elementwise mean and mean square (2, d_in) float64 of the group's rows, without outlier rows."""
         sums = sum((chunk[0] for chunk in self._window_chunks(f"{name}.moments")), start=np.zeros(()))
-        outliers = self.outlier_rows(name)
+        norms = self.row_norms(name)
+        outliers = rows_above(norms, self.norm_limit(name))
         rows = outliers + self.windows.start * self.layout.window_rows
-        for values in iterate_rows(self.folder, self.layout, name, rows, self.manifest["files"]):
+        files = self.manifest["files"]
+        for values in iterate_rows(self.folder, self.layout, name, rows, norms[outliers], files):
             sums = sums - np.stack([values.sum(0), np.square(values).sum(0)])
         return sums / (sum(self.chunk_rows) - len(outliers))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..common.files import read_json
 from ..common.formatting import format_count
-from .chunks import read_array
+from .chunks import FileRecords, read_array
 from .layout import FORMAT, Layout
 from .outliers import iterate_rows, largest_rows, norm_limit, rows_above, share_of_top_rows
 
@@ -68,14 +68,14 @@ def array_statistics(
     `variance` is the mean over dimensions of each dimension's variance (elementwise); `mean_square_norm` is E|x|^2;
     `norm_of_mean` is |E x|. `outlier_dimensions` are the dimensions with a root mean square over 8x the median one.
     """
-    all_norms = read_array(folder, f"{name}.row_norm")
+    all_norms = read_array(folder, f"{name}.row_norm", files)
     limit = norm_limit(all_norms, max_norm)
     outliers, every_row = rows_above(all_norms, limit), np.arange(len(all_norms))
     kept = np.delete(every_row, outliers)
     norms = all_norms[kept]
 
     def moments_and_share(rows: np.ndarray, masked: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        mean, mean_square = mean_and_mean_square(folder, layout, name, masked, files)
+        mean, mean_square = mean_and_mean_square(folder, layout, name, masked, all_norms, files)
         variance = float((mean_square - mean**2).mean())
         return mean, mean_square, share_of_top_rows(folder, layout, name, all_norms, rows, mean, variance, files)
 
@@ -97,7 +97,7 @@ def array_statistics(
         "norm_of_mean": float(np.sqrt((mean**2).sum())),
         "norm_quantiles": {str(q): float(v) for q, v in zip(QUANTILES, np.quantile(norms, QUANTILES), strict=True)},
         "outlier_dimensions": {str(int(d)): {"mean": float(mean[d]), "sd": float(sd[d])} for d in outlier_dimensions},
-        "largest": largest_rows(folder, layout, all_norms, token_text)
+        "largest": largest_rows(folder, layout, all_norms, files, token_text)
         | {
             "variance": float((full_mean_square - full_mean**2).mean()),
             "share": share,
@@ -120,13 +120,14 @@ def describe_statistics(statistics: dict[str, Any]) -> str:
 
 
 def mean_and_mean_square(
-    folder: Path, layout: Layout, name: str, outliers: np.ndarray, files: dict[str, Any]
+    folder: Path, layout: Layout, name: str, outliers: np.ndarray, norms: np.ndarray, files: FileRecords
 ) -> np.ndarray:
     """The elementwise mean and mean square (2, d_in) float64 of all rows except the outliers.
 
     Takes the sums of the windows and subtracts the outlier rows, so it reads only the chunks that contain those.
+    `norms` are those of all rows.
     """
-    sums = read_array(folder, f"{name}.moments").sum(0)
-    for values in iterate_rows(folder, layout, name, outliers, files):
+    sums = read_array(folder, f"{name}.moments", files).sum(0)
+    for values in iterate_rows(folder, layout, name, outliers, norms[outliers], files):
         sums -= np.stack([values.sum(0), np.square(values).sum(0)])
     return sums / (layout.rows - len(outliers))

@@ -213,6 +213,18 @@ def read_fingerprint(folder: Path) -> str | None:
     return read_json(commit, "fingerprint")["fingerprint"] if commit else None
 
 
+def recorded_tokens(folder: Path) -> str | None:
+    """The digest of the tokens that a cache was harvested from, as in its zarr.json, else of those that its manifest
+    lists; None if it has neither.
+    """
+    if (folder / "zarr.json").exists():
+        return read_attributes(folder)["tokens"]
+    manifest = folder / "manifest.json"
+    files = read_json(manifest, "files")["files"] if manifest.exists() else {}
+    tokens = {file: record for file, record in files.items() if file.startswith("tokens/")}
+    return digest_of(tokens) if tokens else None
+
+
 def norms_and_moments(bits_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """L2 norms (R,) float32, and elementwise sum and sum of squares (2, D) float64, of rows of bfloat16 bits."""
     d_in = bits_RD.shape[1]

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cache.chunks import read_array
 from ..cache.layout import Hook
 from ..cache.outliers import norm_limit
 from ..cache.reader import Cache, is_ring_cache
@@ -23,8 +22,7 @@ def norm_limit_of(origin: Mapping[str, Any], cache: Cache, hook: Hook, max_norm:
     if max_norm is not None:
         if math.isinf(max_norm):
             return None
-        norms = read_array(cache.folder, f"{cache.require_array(hook.layer, hook.site)}.row_norm")
-        return norm_limit(norms, max_norm)
+        return norm_limit(cache.row_norms(cache.require_array(hook.layer, hook.site)), max_norm)
     if "norm_limit" in origin:
         return origin["norm_limit"]
     return cached_norm_limit(cache, hook) if origin.get("fingerprint") == cache.fingerprint else None

@@ -10,9 +10,9 @@ from typing import Any
 from ..cache.chunks import check_chunk, encode_chunk, read_array_spec, read_attributes, write_chunk
 from ..cache.layout import Hook, without_name
 from ..cache.models import find_folder, is_digest, recorded_folders
-from ..cache.writer import CacheWriter
+from ..cache.writer import CacheWriter, recorded_tokens
 from ..common.errors import DamagedError, SaeError, UsageError
-from ..common.files import read_json, writer_lock
+from ..common.files import digest_of, read_json, writer_lock
 from ..common.special_tokens import BOS_OR_EOS
 from . import mini
 from .config import HarvestConfig
@@ -162,14 +162,18 @@ def recorded_model(folder: Path) -> str | None:
 
 
 def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
-    """Tokenize the text again if one of its files is damaged. The result has to equal the record."""
+    """Tokenize the text again if one of its files is damaged or belongs to another cache. The result has to equal what
+    was recorded.
+    """
     record = plan.folder / "tokens" / "commit.json"
     files = read_json(record, "files")["files"] if record.exists() else {}
-    damaged = [file for file in files if chunk_error(plan.folder, file, files[file])]
+    digest = recorded_tokens(plan.folder) or (digest_of(files) if files else None)
+    foreign = ["tokens/commit.json"] if files and digest_of(files) != digest else []
+    damaged = foreign or [file for file in files if chunk_error(plan.folder, file, files[file])]
     if files and not damaged:
         return
     contexts = tokenize(plan)
-    if files and contexts.file_records() != files:
+    if digest not in (None, digest_of(contexts.file_records())):
         raise SaeError(
             f"Tokenizing the text of {plan.folder} gives different tokens than before, probably because of another "
             "version of tokenizers, so the damaged files cannot be reproduced. Harvest into a new folder with --out."
@@ -182,7 +186,7 @@ def chunk_error(folder: Path, file: str, record: dict[str, Any]) -> str | None:
     """What is wrong with a chunk file; None if it is intact."""
     name, chunk = file.rsplit("/", 1)
     try:
-        check_chunk(folder, read_array_spec(folder, name), int(chunk.split(".")[1]), record)
+        check_chunk(folder, read_array_spec(folder, name), int(chunk.split(".")[1]), {file: record})
     except DamagedError as error:
         return str(error)
     return None

@@ -14,10 +14,10 @@ from typing import Any
 from ..cache.contexts import Contexts
 from ..cache.layout import Hook, Layout, fingerprint_of
 from ..cache.reader import Cache, is_ring_cache
-from ..cache.writer import CacheWriter, harvest_started
+from ..cache.writer import CacheWriter, harvest_started, recorded_tokens
 from ..common.device import keep_freed_memory
-from ..common.errors import UsageError, did_you_mean
-from ..common.files import write_json_if_changed, writer_lock
+from ..common.errors import DamagedError, UsageError, did_you_mean
+from ..common.files import digest_of, write_json_if_changed, writer_lock
 from .architectures import check_loaded_sites
 from .config import LAYERS, HarvestConfig
 from .contexts import make_contexts
@@ -109,7 +109,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
         group.barrier()  # the tokens and the arrays' metadata are written
         if not group.is_first:
             stack.enter_context(writer_lock(plan.folder / f".rank{group.rank}", "sae harvest", progress.say))
-            contexts = Contexts.read(plan.folder)
+            contexts = Contexts.read(plan.folder, recorded_tokens(plan.folder))
             writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
         missing = writer.missing_windows()
         group.barrier()  # every process has seen the same list
@@ -187,10 +187,20 @@ def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], devi
 
 
 def read_or_tokenize(plan: HarvestPlan) -> Contexts:
-    """The contexts to run: those that an earlier start of this harvest wrote, or tokenized and written now."""
+    """The contexts to run: those that an earlier start of this harvest wrote, or tokenized and written now.
+
+    Raises DamagedError if they are not those that the cache was started with.
+    """
+    digest = recorded_tokens(plan.folder)
     if not (harvest_started(plan.folder, fingerprint_of(plan.identity)) and Contexts.is_complete(plan.folder)):
-        tokenize(plan).write(plan.folder)
-    return Contexts.read(plan.folder)
+        contexts = tokenize(plan)
+        if digest not in (None, digest_of(contexts.file_records())):
+            raise DamagedError(
+                f"{plan.folder} was started with different tokens than its text gives now, probably because of another "
+                "version of tokenizers. Use another --out."
+            )
+        contexts.write(plan.folder)
+    return Contexts.read(plan.folder, digest)
 
 
 def tokenize(plan: HarvestPlan) -> Contexts:

@@ -11,7 +11,7 @@ import torch
 import zarr
 
 from sae.cache.chunks import Shard, check_chunk, map_chunk, read_rows, write_chunk
-from sae.cache.layout import ArraySpec, Layout, group_metadata
+from sae.cache.layout import ArraySpec, Layout, group_metadata, token_arrays
 from sae.common.errors import DamagedError
 from sae.common.files import write_json
 
@@ -75,14 +75,14 @@ def test_rows_that_compress_are_compressed(tmp_path: Path) -> None:
 def test_a_flipped_bit_of_a_shard_is_found(tmp_path: Path) -> None:
     array = Layout(1024, 1024, "bfloat16", True).activation_arrays("layer_05", D)[0]
     file, record = write_chunk(tmp_path, array, 0, EVERY_PATTERN[:1024])
-    check_chunk(tmp_path, array, 0, record)
+    check_chunk(tmp_path, array, 0, {file: record})
     raw = bytearray((tmp_path / file).read_bytes())
     raw[100] ^= 1
     (tmp_path / file).write_bytes(raw)
     with pytest.raises(
-        DamagedError, match="is not the file that the manifest lists: a bit was flipped. Run `sae cache repair`"
+        DamagedError, match="is not the file that the cache lists: a bit was flipped. Run `sae cache repair`"
     ):
-        check_chunk(tmp_path, array, 0, record)
+        check_chunk(tmp_path, array, 0, {file: record})
 
 
 def test_uint16_is_read_without_this_package(tmp_path: Path) -> None:
@@ -106,6 +106,35 @@ def test_both_storage_types_write_the_same_files(tmp_path: Path) -> None:
 def test_a_chunk_of_zeros_is_written(tmp_path: Path) -> None:
     array = write_array(tmp_path, np.zeros((1024, D), np.uint16), "bfloat16")
     assert (tmp_path / array.chunk_file(0)).stat().st_size == 1024 * D * 2 + 4
+
+
+@pytest.mark.parametrize("compress", [False, True], ids=["raw", "compressed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint16"])
+def test_a_lost_chunk_reads_as_nan(tmp_path: Path, dtype: str, compress: bool) -> None:
+    array = write_array(tmp_path, EVERY_PATTERN, dtype, compress)
+    (tmp_path / array.chunk_file(1)).unlink()
+    store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "layer_05")}}
+    for read in (
+        zarr.open_array(str(tmp_path / "layer_05"), mode="r")[:],
+        tensorstore.open(store).result().read().result().view(np.uint16),
+    ):
+        lost = torch.from_numpy(np.asarray(read)).view(torch.bfloat16)[1024:2048]
+        assert lost.isnan().all()
+        assert np.array_equal(*(np.delete(rows, np.s_[1024:2048], 0) for rows in (read, EVERY_PATTERN)))
+
+
+def test_lost_norms_and_moments_read_as_nan(tmp_path: Path) -> None:
+    """Integers and booleans cannot say that they are missing."""
+    layout = Layout(ROWS, 1024)
+    write_json(tmp_path / "zarr.json", group_metadata({}))
+    for array in [*layout.arrays({"layer_05": D}), *token_arrays(3, 8, rows=True)]:
+        write_json(tmp_path / array.name / "zarr.json", array.metadata())
+        lost = zarr.open_array(str(tmp_path / array.name), mode="r")[:]
+        assert lost.shape == array.shape
+        if lost.dtype.kind == "f":
+            assert np.isnan(lost).all()
+        elif array.name != "layer_05":
+            assert not lost.any()
 
 
 def test_zarr_refuses_a_flipped_bit(tmp_path: Path) -> None:

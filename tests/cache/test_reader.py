@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -63,16 +64,21 @@ def truncate(file: Path) -> None:
 
 def flip(file: Path) -> None:
     raw = bytearray(file.read_bytes())
-    raw[100] ^= 1
+    raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
 
 
 def replace(file: Path) -> None:
-    raw = bytes(file.stat().st_size - 4)
+    raw = b"\1" * (file.stat().st_size - 4)
     file.write_bytes(raw + struct.pack("<I", google_crc32c.value(raw)))
 
 
-DAMAGE = {delete: "missing", truncate: "truncated", flip: "a bit was flipped", replace: "comes from another harvest"}
+DAMAGE = {
+    delete: "missing",
+    truncate: "truncated",
+    flip: "a bit was flipped",
+    replace: "comes from another window or another cache",
+}
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.items())
@@ -88,12 +94,54 @@ def test_a_damaged_chunk_raises(cache: Cache, damage: Callable[[Path], None], me
     cache.read_chunk("layer_05", chunk)  # the other layer is not damaged
 
 
-@pytest.mark.parametrize(("damage", "message"), list(DAMAGE.items())[:3])
-@pytest.mark.parametrize("array", ["tokens/ids/c.0.0", "layer_12.moments/c.0.0.0"])
-def test_damage_to_small_arrays_raises(cache: Cache, damage, message: str, array: str) -> None:
-    damage(cache.folder / array)
-    with pytest.raises(DamagedError, match=message):
-        cache.contexts(held_out=False) if array.startswith("tokens") else cache.mean("layer_12")
+SIDE_ARRAYS: dict[str, Callable[[Cache], object]] = {
+    "tokens/ids/c.0.0": lambda cache: cache.contexts(held_out=False),
+    "tokens/length/c.0": lambda cache: cache.contexts(held_out=False),
+    "tokens/document/c.0": lambda cache: cache.contexts(held_out=False),
+    "tokens/held_out/c.0": lambda cache: cache.contexts(held_out=True),
+    "layer_12.moments/c.1.0.0": lambda cache: cache.mean("layer_12"),
+    "layer_12.row_norm/c.1": lambda cache: cache.outlier_rows("layer_12"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.items())
+@pytest.mark.parametrize("file", SIDE_ARRAYS)
+def test_damage_to_side_arrays_raises(cache: Cache, damage, message: str, file: str) -> None:
+    damage(cache.folder / file)
+    with pytest.raises(DamagedError, match=rf"{file} .*{message}.*Run `sae cache repair`"):
+        SIDE_ARRAYS[file](cache)
+
+
+@pytest.mark.parametrize("array", ["layer_12.moments/c.{}.0.0", "layer_12.row_norm/c.{}"])
+def test_a_side_chunk_of_another_window_raises(cache: Cache, array: str) -> None:
+    """Its own checksum is right: only the manifest tells that it belongs elsewhere."""
+    shutil.copyfile(cache.folder / array.format(0), cache.folder / array.format(1))
+    with pytest.raises(DamagedError, match=r"c\.1.* is not the file that the cache lists: it comes from another window"):
+        cache.mean("layer_12")
+
+
+def test_the_tokens_of_another_cache_raise(cache: Cache, make_writer, finite_bits, tmp_path: Path) -> None:
+    other = make_writer(tmp_path / "other", {5: finite_bits(80, D)}, 16).folder
+    shutil.copyfile(other / "tokens/length/c.0", cache.folder / "tokens/length/c.0")
+    with pytest.raises(DamagedError, match=r"tokens/length/c\.0 (has|is not the file)"):
+        cache.contexts(held_out=False)
+    shutil.copytree(other / "tokens", cache.folder / "tokens", dirs_exist_ok=True)  # whole, with its own record
+    with pytest.raises(DamagedError, match="tokens is not the text that this cache was harvested from"):
+        cache.contexts(held_out=False)
+
+
+def test_an_outlier_row_of_another_norm_raises(outlier_cache: Cache, outliers: list[int]) -> None:
+    """The mean reads single rows of large chunks, so it checks these rows instead of whole chunks."""
+    cache, (row, *_) = outlier_cache, outliers
+    file = cache.folder / cache.array("layer_05").chunk_file(row // 16)
+    if cache.layout.compress:
+        shutil.copyfile(cache.folder / cache.array("layer_05").chunk_file(1), file)
+    else:
+        raw = bytearray(file.read_bytes())
+        raw[16 * (row % 16) + 1] ^= 4  # the exponent of the row's first value
+        file.write_bytes(raw)
+    with pytest.raises(DamagedError, match=r"layer_05/c\.0\.0 has"):
+        cache.mean("layer_05")
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "zarr.json", "layer_12/zarr.json"])

@@ -78,6 +78,65 @@ def test_a_damaged_file_is_restored(whole: Cache, folder: Path, file: str, damag
     assert repair(folder) == []
 
 
+@pytest.mark.parametrize("array", ["layer_00.moments/c.{}.0.0", "layer_01.row_norm/c.{}", "row_ctx/c.{}"])
+def test_a_side_chunk_of_another_window_is_restored(whole: Cache, folder: Path, array: str) -> None:
+    shutil.copyfile(folder / array.format(1), folder / array.format(2))
+    assert [sentence for sentence in repair(folder) if array.format(2) in sentence]
+    assert different(folder, whole.folder) == set()
+
+
+@pytest.fixture(scope="module")
+def other_tokens(request_: HarvestConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokens/ of a cache of the same text with another seed."""
+    out = tmp_path_factory.mktemp("other") / "cache"
+    return run_harvest(plan_harvest(replace(request_, layers=(0,), seed=1, out=out))).folder / "tokens"
+
+
+@pytest.mark.parametrize("lost", [[], ["zarr.json"]], ids=["", "without zarr.json"])
+def test_the_tokens_of_another_cache_are_replaced(
+    whole: Cache, folder: Path, request_: HarvestConfig, other_tokens: Path, lost: list[str]
+) -> None:
+    """A harvest refuses them and says what to do, which works."""
+    shutil.copytree(other_tokens, folder / "tokens", dirs_exist_ok=True)
+    for file in lost:  # the manifest lists the tokens too
+        (folder / file).unlink()
+    again = Path(shutil.copytree(folder, folder.with_name("again")))
+    with pytest.raises(DamagedError, match="is not the text that this cache was .* delete .*tokens/commit.json and"):
+        run_harvest(plan_harvest(replace(request_, out=again)))
+    (again / "tokens" / "commit.json").unlink()
+    assert run_harvest(plan_harvest(replace(request_, out=again))).layers == [0, 1]
+    assert repair(folder)
+    assert different(folder, whole.folder) == different(again, whole.folder) == set()
+
+
+def test_a_harvest_ends_only_on_the_side_arrays_that_it_wrote(whole: Cache, folder: Path, request_: HarvestConfig) -> None:
+    """The statistics at its end read what commits list. Deleting the file, as the message says, mends it."""
+    for file in ("manifest.json", "layer_00/c.3.0"):  # half written, as far as the command can see
+        (folder / file).unlink()
+    shutil.copyfile(folder / "layer_01.moments/c.1.0.0", folder / "layer_01.moments/c.0.0.0")
+    with pytest.raises(DamagedError, match=r"layer_01.moments/c.0.0.0 is not the file .* or delete the file"):
+        run_harvest(plan_harvest(replace(request_, out=folder)))
+    (folder / "layer_01.moments/c.0.0.0").unlink()
+    run_harvest(plan_harvest(replace(request_, out=folder)))
+    assert different(folder, whole.folder) == set()
+
+
+def test_fill_values_of_earlier_versions_are_replaced(whole: Cache, folder: Path, request_: HarvestConfig) -> None:
+    """They were 0. Such a cache opens, and whoever writes into it records NaN."""
+    for path in folder.glob("*/zarr.json"):
+        record = read_json(path)
+        write_json(path, record | {"fill_value": 0 if path.parent.name[:4] == "row_" else 0.0})
+    assert different(folder, whole.folder) == {f"{hook.array}{part}/zarr.json" for hook in whole.hooks for part in PARTS}
+    old = Cache(folder)
+    assert old.array_digest("layer_01") == whole.array_digest("layer_01") and list(old.verify())
+    added = Path(shutil.copytree(folder, folder.with_name("added")))
+    site = replace(request_, layers=(0,), sites=("mlp_out",), out=added)
+    assert len(run_harvest(plan_harvest(site)).hooks) == 5 and read_json(added / "layer_00/zarr.json")["fill_value"] == 0
+    assert repair(folder) == [] and different(folder, whole.folder) == set()
+
+
+PARTS = ("", ".row_norm", ".moments")
+
 RECORDS = [
     "manifest.json",
     "zarr.json",
