@@ -1,9 +1,10 @@
 """The caches under `activations/`: list, find and delete them."""
 
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..common.errors import SaeError, UsageError
+from ..common.errors import DamagedError, SaeError, UsageError, warn_left_out
 from ..common.escaping import quote
 from ..common.files import folder_bytes, sae_home, writer_lock
 from .layout import Hook
@@ -13,13 +14,42 @@ from .reader import Cache, is_ring_cache
 
 def list_caches(root: Path | None = None) -> dict[Path, Cache | SaeError]:
     """{folder: cache} of every cache under `activations/`; a cache that cannot be opened is replaced by its error."""
-    caches: dict[Path, Cache | SaeError] = {}
-    for path in sorted((root or sae_home() / "activations").glob("*/zarr.json")):
+    folders = sorted(path.parent for path in (root or sae_home() / "activations").glob("*/zarr.json"))
+    return {folder: open_or_error(folder) for folder in folders}
+
+
+def open_or_error(folder: Path) -> Cache | SaeError:
+    """The cache in a folder, or why what a catalog shows of it cannot be read: another command must not fail on it."""
+    try:
+        cache = Cache(folder)
+        repr(cache), cache.state, cache.layout.n_windows
+        cache.identity["model"]["revision"], cache.identity["data"]["name"]
+        return cache
+    except SaeError as error:
+        return error
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return DamagedError(f"{folder / 'zarr.json'} or a record beside it was overwritten: {error!r}.")
+
+
+def open_caches(root: Path | None = None) -> list[Cache]:
+    """The caches under `activations/` that can be opened. Each of the others is named in a LeftOutWarning."""
+    caches = list_caches(root)
+    for folder, error in caches.items():
+        if isinstance(error, SaeError):
+            warn_left_out(folder, error)
+    return [cache for cache in caches.values() if isinstance(cache, Cache)]
+
+
+def caches_that(fit: Callable[[Cache], bool], caches: Iterable[Cache]) -> list[Cache]:
+    """The caches for which `fit` is true. One that is too damaged to tell is named in a LeftOutWarning."""
+    fitting = []
+    for cache in caches:
         try:
-            caches[path.parent] = Cache(path.parent)
+            if fit(cache):
+                fitting.append(cache)
         except SaeError as error:
-            caches[path.parent] = error
-    return caches
+            warn_left_out(cache.folder, error)
+    return fitting
 
 
 def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache:
@@ -27,8 +57,7 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
 
     Raises UsageError if there is none or more than one; the message lists the caches that exist.
     """
-    caches, given = list_caches(root), GivenModel(model) if model else None
-    opened = [cache for cache in caches.values() if isinstance(cache, Cache)]
+    opened, given = open_caches(root), GivenModel(model) if model else None
     matches = [c for c in opened if hook in c.hooks and (given is None or given.is_model_of(c.identity["model"]))]
     if len(matches) == 1:
         return matches[0]
@@ -44,11 +73,28 @@ def find_cache(model: str | None, hook: Hook, root: Path | None = None) -> Cache
     models = {model} if model else {c.model_argument for c in opened}
     flags = hook.cli_flags + (f" --model {quote(models.pop())}" if len(models) == 1 else "")
     others = "".join(f"\n  {c.folder} holds {', '.join(map(str, c.hooks))} of {c.model}" for c in opened if c.hooks)
-    errors = "".join(f"\n  {error}" for error in caches.values() if isinstance(error, SaeError))
     raise UsageError(
         f"No cache holds {hook}{f' of {given.describe()}' if given else ''}. "
-        f"Create one with `sae harvest {flags}`.{others}{errors}"
+        f"Create one with `sae harvest {flags}`.{others}"
     )
+
+
+def find_by_fingerprint(fingerprint: object, folder: Path | str | None, root: Path | None = None) -> Cache | None:
+    """The cache with a fingerprint: in `folder`, where it was, or else under `activations/`; None if it is in neither.
+
+    Raises the error of the cache in `folder` if that cannot be opened and there is no other.
+    """
+    damage: SaeError | None = None
+    if folder is not None and (Path(folder) / "zarr.json").exists():
+        match open_or_error(Path(folder)):
+            case Cache() as cache if cache.fingerprint == fingerprint:
+                return cache
+            case SaeError() as error:
+                damage = error
+    found = next((cache for cache in open_caches(root) if cache.fingerprint == fingerprint), None)
+    if found is None and damage is not None:
+        raise damage
+    return found
 
 
 def model_folders(cache: Cache, key: str = "model") -> list[str]:

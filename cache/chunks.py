@@ -15,7 +15,7 @@ import numpy as np
 from numcodecs.blosc import SHUFFLE, Blosc
 
 from ..common.errors import DamagedError, UsageError
-from ..common.files import atomic_write, read_json
+from ..common.files import atomic_write, os_error, read_json, reading
 from .layout import BLOSC, FORMAT, ArraySpec
 
 BytesLike = bytes | memoryview
@@ -94,6 +94,8 @@ def check_size(path: Path, size: int) -> None:
         actual = path.stat().st_size
     except FileNotFoundError:
         raise DamagedError(f"{path} is listed in the cache but missing. {REPAIR_HINT}") from None
+    except OSError as error:
+        raise os_error(error, path, "read") from error
     if actual != size:
         raise DamagedError(f"{path} has {actual:,} bytes, expected {size:,}: it was truncated. {REPAIR_HINT}")
 
@@ -125,7 +127,7 @@ def file_checksums(path: Path, size: int) -> tuple[str, str]:
     Reads in parts: computing a checksum holds the interpreter lock, waiting for the disk does not.
     """
     buffer, checksum = np.empty(READ_BYTES, np.uint8), 0
-    with path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         while size and (count := file.readinto(buffer[:size].data)):
             checksum, size = google_crc32c.extend(checksum, buffer[:count]), size - count
         return f"{checksum:08x}", file.read()[::-1].hex()
@@ -137,7 +139,8 @@ def file_checksums(path: Path, size: int) -> tuple[str, str]:
 def map_file(path: Path, size: int) -> np.ndarray:
     """The bytes of a file as a read-only memory map. Raises DamagedError unless it has `size` bytes."""
     check_size(path, size)
-    return np.memmap(path, np.uint8, mode="r")
+    with reading(path):
+        return np.memmap(path, np.uint8, mode="r")
 
 
 def map_chunk(folder: Path, array: ArraySpec, chunk: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from ..common.errors import UsageError
 from ..common.files import digest_of
 from .layout import ArraySpec, without_name
-from .reader import Cache
+from .reader import Cache, most_open_chunks
 
 # The held-out share and the seed are among them: they decide which documents training must not see, in any cache.
 COMPATIBLE_KEYS = ("model", "dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed")
@@ -92,5 +92,5 @@ class ConcatCache:
 
 def concat_caches(folders: Sequence[Path]) -> Cache | ConcatCache:
     """Open one cache, or several as one. Raises UsageError if they cannot be combined."""
-    caches = [Cache(folder) for folder in folders]
+    caches = [Cache(folder, most_open_chunks(len(folders))) for folder in folders]
     return caches[0] if len(caches) == 1 else ConcatCache(caches)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..common.errors import UsageError
+from ..common.errors import DamagedError, UsageError
 from ..common.files import digest_of
 
 FORMAT = 1
@@ -115,9 +115,11 @@ class Hook(NamedTuple):
 
     @classmethod
     def from_array(cls, array: str) -> "Hook":
-        """The hook of an array name, the inverse of `array`."""
-        layer, _, site = array.removeprefix("layer_").partition(".")
-        return cls(int(layer), site or "resid_post")
+        """The hook of an array name, the inverse of `array`. Raises DamagedError if no hook has this name."""
+        match = re.fullmatch(r"layer_(\d+)(?:\.([\w.]+))?", array)
+        if match is None:
+            raise DamagedError(f"{array!r} is not the name of an array of activations, such as layer_12.")
+        return cls(int(match[1]), match[2] or "resid_post")
 
 
 def is_site(text: str) -> bool:

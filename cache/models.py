@@ -168,7 +168,8 @@ def read_remembered(part: str) -> dict[str, Any]:
     """A part of activations/.models.json: "files" (path -> stamp and sha256) or "folders" (digest -> paths)."""
     with contextlib.suppress(DamagedError, AttributeError):  # it can always be made again
         content = read_json(remembered_path()).get(part)
-        return content if isinstance(content, dict) else {}
+        if isinstance(content, dict) and all(isinstance(entry, list) for entry in content.values()):
+            return content
     return {}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from ..common.errors import DamagedError, UsageError
 from ..common.files import digest_of, read_json
 from ..common.formatting import format_bytes, format_count
+from ..common.open_files import files_limits
 from . import bfloat16  # noqa: F401  (registers the dtype, so that zarr can read the arrays)
 from .chunks import REPAIR_HINT, Shard, check_chunk, map_chunk, read_array, read_array_spec, read_attributes
 from .contexts import Contexts
@@ -28,17 +29,18 @@ from .models import is_digest, model_label, recorded_folders
 from .outliers import describe_largest, outlier_warning, rows_above
 from .statistics import describe_statistics, mean_and_mean_square
 
+FEW_CHUNKS = 4
 OPEN_CHUNKS = 256  # memory maps kept open, several per lane: opening one for every read halves the speed
 DECODED_BLOCKS = 128  # of a compressed cache (150 MB at d_in 2304): a lane's next read needs the rest of its block
 
 
 class Cache:
-    """An activation cache, opened for reading.
+    """An activation cache, opened for reading. It keeps at most `open_chunks` memory maps open.
 
     Raises UsageError if the folder holds no cache or one of a newer format, DamagedError if a record is broken.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, open_chunks: int | None = None) -> None:
         self.folder = Path(folder)
         if not (self.folder / "zarr.json").exists():
             raise UsageError(f"{self.folder} holds no activation cache (no zarr.json). Create one with `sae harvest`.")
@@ -46,7 +48,8 @@ class Cache:
         self.identity: dict[str, Any] = self.attributes["identity"]
         self.layout = Layout(*(self.attributes[name] for name in ("rows", "window_rows", "storage_dtype", "compress")))
         self.array = cache(self._read_array)
-        self._open_chunk = lru_cache(OPEN_CHUNKS)(self._open_chunk_uncached)  # shared by threads
+        # Shared by threads.
+        self._open_chunk = lru_cache(open_chunks or most_open_chunks())(self._open_chunk_uncached)
         self._decode_block = lru_cache(DECODED_BLOCKS)(self._decode_block_uncached)
         self._verified_files: set[str] = set()
         self._verify_lock = threading.Lock()
@@ -79,8 +82,11 @@ class Cache:
 
     @property
     def hooks(self) -> list[Hook]:
-        """The hooks whose activations are complete, sorted."""
-        return sorted(map(Hook.from_array, self.attributes["complete"]))
+        """The hooks whose activations are complete, sorted. Raises DamagedError if a name is not that of a hook."""
+        try:
+            return sorted(map(Hook.from_array, self.attributes["complete"]))
+        except DamagedError as error:
+            raise DamagedError(f"{self.folder / 'zarr.json'} was overwritten: {error} {REPAIR_HINT}") from None
 
     @property
     def layers(self) -> list[int]:
@@ -336,6 +342,11 @@ class Cache:
         """Read a file of the manifest and raise DamagedError unless it matches its record."""
         name, chunk = file.rsplit("/", 1)
         check_chunk(self.folder, self.array(name), int(chunk.split(".")[1]), self.manifest["files"])
+
+
+def most_open_chunks(caches: int = 1) -> int:
+    """How many memory maps each of some caches that are read together may keep open. Each holds a file open."""
+    return min(OPEN_CHUNKS, max(FEW_CHUNKS, files_limits()[0] // (4 * caches)))
 
 
 def read_hook_modules(folder: Path) -> dict[str, str]:

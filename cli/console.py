@@ -90,13 +90,16 @@ def warnings_as_notes() -> Iterator[None]:
 def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     from ..common.errors import SaeError
     from ..common.files import os_error
+    from ..common.open_files import explaining_files_limit, raise_files_limit
     from ..common.packages import outdated_packages
 
+    raise_files_limit()
     outdated = outdated_packages()
     for sentence in outdated:
         echo(f"note     {sentence}")
     try:
-        command(*args, **kwargs)
+        with explaining_files_limit():
+            command(*args, **kwargs)
         sys.stdout.flush()
     except SaeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):

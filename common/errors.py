@@ -3,6 +3,7 @@ what to do.
 """
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -34,6 +35,15 @@ class Interrupted(SaeError):
     """Stopped on request after saving everything; the message says how to continue (exit code 130)."""
 
     exit_code = 130
+
+
+class LeftOutWarning(UserWarning):
+    """A cache, run or result that cannot be opened is left out of what a command looks through."""
+
+
+def warn_left_out(what: object, error: SaeError) -> None:
+    """Warn that a command goes on without something: `what` is a folder or a file, `error` why it cannot be opened."""
+    warnings.warn(f"{what} is left out: {error}", LeftOutWarning, stacklevel=3)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 
 from .errors import DamagedError, UnavailableError, UsageError
+from .open_files import OUT_OF_FILES, describe_files_limit
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -49,8 +50,13 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
     fsync_folder(path.parent)
 
 
-def os_error(error: OSError, path: Path) -> UnavailableError:
-    """The UnavailableError that explains why `path` could not be written."""
+def os_error(error: OSError, path: Path | str, verb: str = "write") -> UnavailableError:
+    """The UnavailableError that explains why `path` could not be written, or read with the verb "read"."""
+    if error.errno in OUT_OF_FILES:
+        return UnavailableError(
+            f"Too many files are open: {path} could not be opened. {describe_files_limit()} Raise it and run the same "
+            "command again; everything committed is safe."
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UnavailableError(
             f"The disk is full: {path} could not be written. "
@@ -58,7 +64,18 @@ def os_error(error: OSError, path: Path) -> UnavailableError:
         )
     return UnavailableError(
         f"Cannot write {path}: {error.strerror or error}. Check the folder's permissions and that it is not read-only."
+        if verb == "write"
+        else f"Cannot read {path}: {error.strerror or error}. Check its permissions and the disk."
     )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise UnavailableError for an OSError of reading `path`, such as too many open files: the file may be whole."""
+    try:
+        yield
+    except OSError as error:
+        raise os_error(error, path, "read") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -73,13 +90,19 @@ def make_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder, so that renames in it survive a power cut. Ignores file systems that refuse to flush folders."""
-    with contextlib.suppress(OSError):  # some network file systems
+    """Flush a folder, so that renames in it survive a power cut. Ignores file systems that refuse to flush folders.
+
+    Raises UnavailableError if too many files are open.
+    """
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:  # some network file systems refuse
+        if error.errno in OUT_OF_FILES:
+            raise os_error(error, folder) from error
 
 
 def remove_stale_files(folder: Path) -> int:
@@ -100,13 +123,19 @@ DELETE_HINT = "Delete it and run the command that wrote it again."
 
 
 def read_file(path: Path, remedy: str = DELETE_HINT) -> bytes:
-    """The bytes of a file. Raises DamagedError with the remedy if it is missing or cannot be read."""
+    """The bytes of a file.
+
+    Raises DamagedError with the remedy if it is missing or no file, UnavailableError if it cannot be read now: for lack
+    of permission, with too many open files, from a disk that fails.
+    """
     try:
         return path.read_bytes()
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing. {remedy.replace('Delete it and run', 'Run', 1)}") from None
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror or error}. {remedy}") from error
+        raise os_error(error, path, "read") from error
 
 
 def parse_json(data: bytes | str, source: Path | str, remedy: str = DELETE_HINT) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..cache.layout import Hook
 from ..cache.models import model_label
-from ..common.errors import UsageError, did_you_mean
+from ..common.errors import SaeError, UsageError, did_you_mean, warn_left_out
 from ..common.escaping import escape_for_csv
 from ..common.files import read_json, sae_home
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
@@ -206,7 +206,11 @@ def read_references(
     settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
     references = []
     for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*{end}{'[0-9a-f]' * 8}")):
-        results, reference_settings = read(folder)
+        try:
+            results, reference_settings = read(folder)
+        except SaeError as error:
+            warn_left_out(folder, error)
+            continue
         matching = {
             metric: result
             for metric, result in results.items()

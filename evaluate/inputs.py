@@ -1,17 +1,17 @@
 """Open what an evaluation reads: the SAE of a run, the cache with its held-out text, and the model of that cache."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..cache.catalog import harvest_command, model_folders
+from ..cache.catalog import caches_that, find_by_fingerprint, harvest_command, model_folders, open_caches
 from ..cache.context_format import ContextFormat
 from ..cache.layout import Hook
 from ..cache.models import GivenModel, model_label, same_model
 from ..cache.reader import Cache, is_ring_cache
-from ..common.errors import SaeError, UsageError
+from ..common.errors import UsageError
 from ..common.files import digest_of, read_json, sae_home
 from ..common.special_tokens import special_token_ids
 from ..harvest.model import (
@@ -39,20 +39,14 @@ def artifact_cache() -> ArtifactCache:
     return ArtifactCache(sae_home() / "activations" / "evaluation")
 
 
-def find_eval_cache(
-    folder: Path,
-    sae: SAE,
-    known_caches: Mapping[Path, Cache | SaeError],
-    *,
-    cache: Path | None = None,
-    model: str | None = None,
-) -> Cache:
+def find_eval_cache(folder: Path, sae: SAE, *, cache: Path | None = None, model: str | None = None) -> Cache:
     """The cache whose held-out text an SAE is evaluated on.
 
-    That is `cache` if given, else the cache the SAE was trained on, even if it has moved within `known_caches`. For an
-    SAE that was imported and names no cache, it is the only known cache of its model.
+    That is `cache` if given, else the cache the SAE was trained on, even if it has moved to `activations/`. For an SAE
+    that was imported and names no cache, it is the only cache of its model there.
 
-    Raises UsageError when there is no such cache, when several fit, or when the SAE belongs to another model.
+    Raises UsageError when there is no such cache, when several fit, or when the SAE belongs to another model, and
+    DamagedError when the cache it was trained on is damaged.
     """
     match sae.origin:
         case {"model": {"name": str()} as trained_on, "layer": int()}:
@@ -75,17 +69,13 @@ def find_eval_cache(
                 f"{describe_record(chosen.identity['model'])}."
             )
         return chosen
-    candidates = [one for one in known_caches.values() if isinstance(one, Cache)]
     recorded, fingerprint = sae.origin.get("cache"), sae.origin.get("fingerprint")
     if recorded is None and fingerprint is None:
-        return only_cache_of_model(folder, sae.origin, candidates)
-    if isinstance(recorded, str) and (Path(recorded) / "zarr.json").exists():
-        candidates.insert(0, Cache(recorded))
-    for candidate in candidates:
-        if candidate.fingerprint == fingerprint:
-            return candidate
+        return only_cache_of_model(folder, sae.origin)
+    if found := find_by_fingerprint(fingerprint, recorded if isinstance(recorded, str) else None):
+        return found
     if "format" in sae.origin:  # imported: its cache was only the one that it was verified on
-        return only_cache_of_model(folder, sae.origin, candidates)
+        return only_cache_of_model(folder, sae.origin)
     where = f" ({recorded})" if isinstance(recorded, str) else ""
     raise UsageError(
         f"The cache that {folder} was trained on{where} was not found; it holds the text to evaluate on. "
@@ -96,7 +86,6 @@ def find_eval_cache(
 
 def load_run(
     folder: Path,
-    known_caches: Mapping[Path, Cache | SaeError],
     *,
     cache: Path | None = None,
     model: str | None = None,
@@ -108,7 +97,7 @@ def load_run(
     `max_norm` as in `norm_limit_of`.
     """
     sae = load_sae(folder, device)
-    text_cache = find_eval_cache(folder, sae, known_caches, cache=cache, model=model)
+    text_cache = find_eval_cache(folder, sae, cache=cache, model=model)
     return row_of_run(folder, sae, text_cache, max_norm), text_cache
 
 
@@ -132,14 +121,15 @@ def target_l0_of(folder: Path) -> float | None:
     return float(l0) if isinstance(l0, (int, float)) else None
 
 
-def only_cache_of_model(folder: Path, origin: Mapping[str, Any], caches: Sequence[Cache]) -> Cache:
+def only_cache_of_model(folder: Path, origin: Mapping[str, Any]) -> Cache:
     """The one cache with held-out text of a model: any will do for an SAE that was trained elsewhere."""
     model, name = origin["model"], model_label(origin["model"])
-    usable = [
-        c
-        for c in caches
-        if same_model(c.identity["model"], model) and not is_ring_cache(c.folder) and len(c.contexts(held_out=True))
-    ]
+
+    def is_usable(c: Cache) -> bool:
+        of_model = same_model(c.identity["model"], model) and not is_ring_cache(c.folder)
+        return of_model and len(c.contexts(held_out=True)) > 0
+
+    usable = caches_that(is_usable, open_caches())
     if len(usable) == 1:
         return usable[0]
     if not usable:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cache.catalog import list_caches
 from ..cache.context_format import ContextFormat
 from ..cache.outliers import check_max_norm
 from ..cache.reader import Cache
@@ -246,15 +245,13 @@ def resolve_config(config: EvaluateConfig) -> tuple[list[Metric], str, str]:
 
 def load_rows(plan: EvaluatePlan, device: str) -> list[tuple[Cache, list[EvalRow]]]:
     """The runs as rows, grouped by the contexts that they are evaluated on; fills in `plan.refused`."""
-    config, known_caches = plan.config, list_caches()
+    config = plan.config
     groups: dict[tuple[Path, Any], list[EvalRow]] = {}
     for folder, path in {run.resolve(): run for run in config.runs}.items():
         if path in plan.unfinished:
             continue
         try:
-            row, cache = load_run(
-                path, known_caches, cache=config.cache, model=config.model, device=device, max_norm=config.max_norm
-            )
+            row, cache = load_run(path, cache=config.cache, model=config.model, device=device, max_norm=config.max_norm)
         except SaeError as error:
             plan.refused[folder] = error
             continue

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..cache.catalog import list_caches
+from ..cache.catalog import open_caches
 from ..cache.context_format import ContextFormat
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, Hook, Layout, fingerprint_of
 from ..cache.models import name_without_digest
@@ -385,8 +385,8 @@ def mention_other_revisions(folder: Path, identity: dict[str, Any], on_hub: bool
     def unpinned(one: dict[str, Any]) -> dict[str, Any]:
         return one | {"model": name_without_digest(one["model"]), "data": one["data"]["name"]}
 
-    for other in list_caches(folder.parent).values():
-        if isinstance(other, Cache) and unpinned(other.identity) == unpinned(identity):
+    for other in open_caches(folder.parent):
+        if unpinned(other.identity) == unpinned(identity):
             flags = f" --revision {other.identity['model']['revision']}" if on_hub else ""
             if "split" in identity["data"]:  # a dataset of the Hub
                 flags += f" --dataset-revision {other.identity['data']['revision']}"

@@ -20,7 +20,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..common.errors import DamagedError, UsageError
-from ..common.files import atomic_write
+from ..common.files import atomic_write, read_file
 from ..common.schemas import CHECKPOINT_RECORD
 from .loop import Trainer
 
@@ -64,10 +64,7 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
             f"{path} is a checkpoint of format {record['format']}; this version reads {FORMAT}. "
             "Resume with the version that wrote it, or remove it to start over."
         )
-    try:
-        data = (path / "state.safetensors").read_bytes()
-    except OSError as error:
-        raise DamagedError(f"{path}/state.safetensors cannot be read: {error.strerror}.") from error
+    data = read_file(path / "state.safetensors", CHECKPOINT_RECORD.remedy)
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise DamagedError(f"{path}/state.safetensors does not have the checksum that was recorded.")
     tensors, step = load(data), record["step"]

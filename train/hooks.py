@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cache.catalog import list_caches
+from ..cache.catalog import open_caches
 from ..cache.layout import SITES, Hook, ModuleSpec, is_site
 from ..cache.reader import Cache
 from ..common.errors import UsageError
@@ -48,5 +48,5 @@ def outside_hook(known: Sequence[Hook], spec: ModuleSpec, text: str) -> Hook:
 
 def known_hooks(folders: Sequence[Path]) -> list[Hook]:
     """The hooks of the caches in these folders, or of all caches."""
-    caches = [Cache(folder) for folder in folders] if folders else list_caches().values()
-    return [hook for cache in caches if isinstance(cache, Cache) for hook in cache.hooks]
+    caches = [Cache(folder) for folder in folders] if folders else open_caches()
+    return [hook for cache in caches for hook in cache.hooks]

@@ -6,14 +6,13 @@ found there again the next time, by the commit or by the checksums of the files.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..cache.layout import RESIDUAL_SITES, Hook
 from ..cache.models import GivenModel
-from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.errors import SaeError, UnavailableError, UsageError, warn_left_out
 from ..common.files import digest_of, read_json, sae_home
 from ..common.formatting import format_bytes
 from ..harvest import mini
@@ -185,11 +184,14 @@ def imported_runs(config: PublishedConfig) -> Iterator[tuple[Path, Source]]:
     fits = fitting(config)
     records = [path for path in (sae_home() / "runs").glob("*/run.json") if (path.parent / "sae.json").exists()]
     for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
-        with suppress(SaeError):
+        try:
             source = read_json(path).get("imported_from")
             origin = read_json(path.parent / "sae.json").get("origin")
-            if isinstance(source, dict) and isinstance(origin, dict) and fits(origin, source):
-                yield path.parent, source
+        except SaeError as error:
+            warn_left_out(path.parent, error)
+            continue
+        if isinstance(source, dict) and isinstance(origin, dict) and fits(origin, source):
+            yield path.parent, source
 
 
 def fitting(config: PublishedConfig) -> Callable[[Origin, Source], bool]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...cache.catalog import list_caches
 from ...cache.layout import Hook
 from ...cache.outliers import outlier_mask
 from ...common.device import resolve_device, resolve_dtype
@@ -87,7 +86,7 @@ def open_run(
     check_tokens(tokens)
     device = resolve_device(device)
     sae = load_sae(folder)
-    cache = find_eval_cache(folder, sae, list_caches(), model=model)
+    cache = find_eval_cache(folder, sae, model=model)
     tokens = DEFAULT_TOKENS if tokens is None else tokens
     ctx = make_context(
         cache, tokens=tokens, device=device, dtype=resolve_dtype(dtype, device), model=model, origin=sae.origin

@@ -116,7 +116,7 @@ def test_damage_to_side_arrays_raises(cache: Cache, damage, message: str, file: 
 def test_a_side_chunk_of_another_window_raises(cache: Cache, array: str) -> None:
     """Its own checksum is right: only the manifest tells that it belongs elsewhere."""
     shutil.copyfile(cache.folder / array.format(0), cache.folder / array.format(1))
-    with pytest.raises(DamagedError, match=r"c\.1.* is not the file that the cache lists: it comes from another window"):
+    with pytest.raises(DamagedError, match=r"c\.1.* is not the file that the cache lists: it comes from another"):
         cache.mean("layer_12")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...cache.catalog import list_caches
+from ...cache.catalog import caches_that, open_caches
 from ...cache.layout import Hook
 from ...cache.models import GivenModel, ModelRecord, model_label, same_model
 from ...cache.reader import Cache
@@ -260,8 +260,8 @@ def hook_in_caches(model: ModelRecord, hook: Hook, cache_folder: Path | None) ->
     """
     if hook.site != "resid_post":
         return hook
-    caches = [Cache(cache_folder)] if cache_folder is not None else list_caches().values()
-    held = [h for c in caches if isinstance(c, Cache) and same_model(c.identity["model"], model) for h in c.hooks]
+    caches = [Cache(cache_folder)] if cache_folder is not None else open_caches()
+    held = [hook for cache in caches if same_model(cache.identity["model"], model) for hook in cache.hooks]
     as_input = Hook(hook.layer + 1, "resid_pre")
     return as_input if as_input in held and hook not in held else hook
 
@@ -283,8 +283,7 @@ def find_cache(
         if width != d_in:
             raise UsageError(f"--cache {cache_folder} has rows of width {width}, but the SAE has d_in {d_in}.")
         return cache, []
-    caches = [c for c in list_caches().values() if isinstance(c, Cache)]
-    fitting = [cache for cache in caches if holds(cache, model, hook, d_in)]
+    fitting = caches_that(lambda cache: holds(cache, model, hook, d_in), open_caches())
     if len(fitting) == 1:
         return fitting[0], []
     if fitting:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache.catalog import list_caches
+from ...cache.catalog import find_by_fingerprint
 from ...cache.layout import Hook
 from ...cache.reader import Cache
 from ...common.errors import DamagedError, SaeError, UsageError
@@ -254,11 +254,7 @@ def find_run_cache(origin: Mapping[str, Any]) -> Cache | None:
     folder, fingerprint = origin.get("cache"), origin.get("fingerprint")
     if not isinstance(folder, str) or not isinstance(fingerprint, str):
         return None
-    candidates = []
-    if (Path(folder) / "zarr.json").exists():
-        candidates.append(Cache(folder))
-    candidates += [cache for cache in list_caches().values() if isinstance(cache, Cache)]
-    return next((cache for cache in candidates if cache.fingerprint == fingerprint), None)
+    return find_by_fingerprint(fingerprint, folder)
 
 
 def sample_run_rows(
