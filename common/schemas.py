@@ -27,3 +27,16 @@ class Checkpoint(TypedDict):
 CHECKPOINT_RECORD = RecordKind(
     Checkpoint, "Delete this checkpoint's folder and resume: training goes on from the one before it."
 )
+
+# --- activations/<name>/, while it is harvested -----------------------------------------------------------------------
+
+
+class Draft(TypedDict):
+    """drafts/<window>/state.json"""
+
+    owner: Annotated[Sha256, Meta(description="digest of the harvest, the arrays and what computes them")]
+    checksums: Annotated[list[str], Meta(description="CRC-32C of each <number>.safetensors")]
+    context: Annotated[Count, Meta(description="the next context to compute")]
+
+
+DRAFT_RECORD = RecordKind(Draft, "Delete the folder: the window is then computed from its beginning.")

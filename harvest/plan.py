@@ -37,6 +37,7 @@ from .distributed import rank_and_count
 from .documents import UNREADABLE, TextSource, describe_unreadable
 from .encode import DocumentEncoder
 from .estimate import block_seconds_per_token
+from .existing import ExistingRows, find_existing
 from .model import ModelSource, find_model, load_tokenizer
 
 # The entry of the identity that says "text" where special tokens spelled in the text are tokenized as text. Without it
@@ -97,12 +98,15 @@ class HarvestPlan:
         return self.bytes_per_token_of(list(self.widths))
 
     @property
+    def existing(self) -> ExistingRows:
+        """What the folder already holds of this harvest."""
+        return find_existing(self.folder, fingerprint_of(self.identity), self.hooks, self.config.max_norm)
+
+    @property
     def finished_cache(self) -> Cache | None:
         """The cache, if every planned hook is already in it."""
-        with contextlib.suppress(SaeError):
-            cache = Cache(self.folder)
-            return cache if set(self.hooks) <= set(cache.hooks) else None
-        return None
+        existing = self.existing
+        return existing.cache if existing.is_finished else None
 
     def token_text(self, token: int) -> str:
         """The text of a token id."""
@@ -116,22 +120,26 @@ class HarvestPlan:
     @property
     def bytes_to_write(self) -> int:
         """Uncompressed bytes still to be written."""
-        return 0 if self.finished_cache else max(self.tokens * self.bytes_per_token - folder_bytes(self.folder), 0)
+        existing = self.existing
+        if existing.cache is None:
+            return max(self.tokens * self.bytes_per_token - folder_bytes(self.folder), 0)
+        return existing.rows_left * self.bytes_per_token_of([hook.array for hook in existing.missing])
 
     def describe(self) -> list[str]:
         """The lines that `sae harvest` prints before any work. Timing one block of the model takes a few seconds."""
-        total = self.tokens * self.bytes_per_token
-        size = f"{self.tokens:,} tokens x {self.bytes_per_token:,} B = {format_bytes(total)}"
-        if self.config.tokens is None:
+        existing = self.existing
+        rows = self.tokens if existing.cache is None else existing.rows_left
+        per_token = self.bytes_per_token_of([hook.array for hook in existing.missing])
+        size = f"{rows:,} tokens x {per_token:,} B = {format_bytes(rows * per_token)}"
+        if self.config.tokens is None and existing.cache is None:
             size = f"up to {size}"
         if self.config.compress:
             size += " before compression"
         return [
             *self.describe_source(),
-            f"size     {size}; {format_bytes(free_space(self.folder))} free",
+            *([] if existing.is_finished else [f"size     {size}; {format_bytes(free_space(self.folder))} free"]),
             f"time     {self.describe_time()}",
-            *self.describe_restart(),
-            f"cache    {self.folder}",
+            f"cache    {existing.describe(self.folder, self.config.max_norm)}",
         ]
 
     def describe_source(self) -> list[str]:
@@ -161,14 +169,6 @@ class HarvestPlan:
             left_out.append(", ".join(repr(token_text(self.tokenizer, token)) for token in form.skip_ids))
         return [*lines, *([f"left out {'; '.join(left_out)}"] if left_out else [])]
 
-    def describe_restart(self) -> list[str]:
-        """A line that says so if an interrupted harvest would begin again: nothing is safe before the first window."""
-        if self.tokens > self.config.window or self.finished_cache:
-            return []
-        smaller = CHUNK_ROWS * (self.tokens // (4 * CHUNK_ROWS))
-        advice = f"; --window {smaller} would save it in parts" if smaller else ""
-        return [f"restart  if it is interrupted, it begins again: all rows are in one window{advice}"]
-
     def describe_time(self) -> str:
         """The estimated time as text. It is also part of the plans of --stream and `sae reproduce`.
 
@@ -190,7 +190,9 @@ class HarvestPlan:
             self.model_config, dtype=self.dtype, device=self.device, attention=config.attention,
             context=config.context, batch_contexts=config.batch_contexts,
         )  # fmt: skip
-        return per_block * (max(hook.layer for hook in self.hooks) + 1) * self.tokens
+        existing = self.existing
+        blocks = max((hook.layer + 1 for hook in existing.missing), default=0)
+        return per_block * blocks * (self.tokens if existing.cache is None else existing.rows_left)
 
     def summary(self, cache: Cache, seconds: float) -> list[str]:
         """The lines that `sae harvest` prints when the cache is finished: each array's statistics, rows and time."""

@@ -26,6 +26,7 @@ from .model import LanguageModel, load_trunk
 from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
 from .tokenize_checkpoint import TokenizeCheckpoint, remove_checkpoint
+from .window_draft import remove_other_drafts
 from .windows import WindowComputer, write_windows
 
 
@@ -112,6 +113,8 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
             contexts = Contexts.read(plan.folder, recorded_tokens(plan.folder))
             writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
         missing = writer.missing_windows()
+        if group.is_first:
+            remove_other_drafts(plan.folder, missing)
         group.barrier()  # every process has seen the same list
         if missing:
             harvest_missing(plan, writer, contexts, missing, group, progress)
@@ -145,7 +148,7 @@ def harvest_missing(
         progress.say(f"{existing} of {writer.layout.n_windows} windows already exist.")
     share = dict(list(missing.items())[group.rank :: group.count])
     if share:
-        computer = WindowComputer(plan, contexts, writer.layout, progress)
+        computer = WindowComputer(plan, contexts, writer.layout, progress, drafts=True)
         computer.set_model(load_model_for(plan, share, group.device))
         write_windows(computer, writer, share, progress)
 

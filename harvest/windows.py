@@ -24,6 +24,7 @@ from .device_copy import DeviceCopy, out_of_memory
 from .model import LanguageModel
 from .plan import HarvestPlan
 from .progress import HarvestProgress
+from .window_draft import SAVE_SECONDS, WORTH_SAVING, Progress, WindowDraft, remove_draft
 
 WINDOWS_IN_MEMORY = 2  # one is computed, one is written
 
@@ -57,8 +58,10 @@ def write_windows(
             progress.say("Stopping once the window being written is safe; press Ctrl-C again to stop at once.")
             thread.finish()
         safe = writer.layout.n_windows - len(writer.missing_windows())
+        begun = f", and {computer.rows_in_draft:,} rows of the next" if computer.rows_in_draft else ""
         raise Interrupted(
-            f"Stopped. {safe} of {writer.layout.n_windows} windows are safe; run the same command again to continue."
+            f"Stopped. {safe} of {writer.layout.n_windows} windows are safe{begun}; run the same command again to "
+            "continue."
         ) from None
     except BaseException:  # of the model, or of a progress callback
         thread.finish()
@@ -99,20 +102,24 @@ class WriterThread:
             try:
                 if self.error is None:
                     self.writer.write_window(window, rows, made_with)
+                    remove_draft(self.writer.folder, window)
             except BaseException as error:
                 self.error = error
             self.free.put(buffers)
 
 
 class WindowComputer:
-    """Computes the rows of windows.
+    """Computes the rows of windows, with `drafts` continuing those that were interrupted.
 
     They are a pure function of the text, the seed, the window and the number of contexts in a forward pass.
     """
 
-    def __init__(self, plan: HarvestPlan, contexts: Contexts, layout: Layout, progress: HarvestProgress) -> None:
-        self.plan, self.layout, self.progress = plan, layout, progress
+    def __init__(
+        self, plan: HarvestPlan, contexts: Contexts, layout: Layout, progress: HarvestProgress, *, drafts: bool = False
+    ) -> None:
+        self.plan, self.layout, self.progress, self.drafts = plan, layout, progress, drafts
         self.report_rows: Callable[[int], None] = lambda rows: None  # rows done of the current window
+        self.rows_in_draft = 0  # of the window that was interrupted
         self.contexts = contexts.select(slice(0, int((~contexts.held_out).sum())))  # held out come last; no copy
         self.kept_NS = plan.context_format.row_mask(self.contexts)
         self.rows_before = np.concatenate([[0], np.cumsum(self.kept_NS.sum(1))])
@@ -135,7 +142,7 @@ class WindowComputer:
         """Compute a window into `buffers`. If memory runs out, retry with half as many contexts per pass."""
         while True:
             try:
-                return self._compute(self.layout.row_range(window), buffers)
+                return self._compute(window, buffers)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -151,35 +158,62 @@ class WindowComputer:
             self.device_copy.drop()
             empty_gpu_cache(self.model.device)
 
-    def _compute(self, rows: range, buffers: Mapping[str, np.ndarray]) -> WindowRows:
-        size = len(rows)
-        slot = np.random.Generator(np.random.Philox(key=[self.plan.config.seed, rows.start])).permutation(size)
-        bits = {name: buffer[:size] for name, buffer in buffers.items()}
-        row_ctx, row_pos = np.empty(size, np.uint32), np.empty(size, np.uint16)
-        hooks = [Hook.from_array(name) for name in buffers]
+    def _compute(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowRows:
+        rows = self.layout.row_range(window)
+        slot = np.random.Generator(np.random.Philox(key=[self.plan.config.seed, rows.start])).permutation(len(rows))
+        bits = {name: buffer[: len(rows)] for name, buffer in buffers.items()}
+        origins = {"row_ctx": np.empty(len(rows), np.uint32), "row_pos": np.empty(len(rows), np.uint16)}
         first = int(np.searchsorted(self.rows_before, rows.start, side="right")) - 1
         last = int(np.searchsorted(self.rows_before, rows.stop, side="left"))
-        filled = 0
-        for start in range(first, last, self.batch_contexts):
-            batch = slice(start, min(start + self.batch_contexts, last))
-            longest = int(self.contexts.length[batch].max())
-            ids_NS = torch.from_numpy(self.contexts.ids[batch, :longest].astype(np.int64)).to(self.model.device)
-            context, position = np.nonzero(self.kept_NS[batch, :longest])
-            # A context at the edge of the window belongs to two windows; only its rows in this one are kept.
-            number = self.rows_before[start] + np.arange(len(context))
-            inside = (number >= rows.start) & (number < rows.stop)
-            context, position = context[inside], position[inside]
-            target = slot[filled : filled + len(context)]
-            flat = torch.from_numpy(context * longest + position).to(self.model.device)
-            captured = self.model.capture_hooks(ids_NS, hooks)
-            x_TD = {hook.array: captured[hook].flatten(0, 1)[flat].to(torch.bfloat16) for hook in hooks}
-            self.device_copy.send(x_TD, target, bits)
-            row_ctx[target], row_pos[target] = start + context, position
-            filled += len(context)
-            self.report_rows(filled)
+        draft, done = self._open_draft(window, buffers), Progress(0, first)
+        if draft and (done := draft.load(bits | origins, slot, done)).rows:
+            self.progress.say(f"{done.rows:,} of the {len(rows):,} rows of window {window} are already computed.")
+        try:
+            for start in range(done.context, last, self.batch_contexts):
+                batch = slice(start, min(start + self.batch_contexts, last))
+                new = self._compute_batch(batch, rows, slot[done.rows :], bits, origins)
+                done = Progress(done.rows + new, batch.stop)
+                self.report_rows(done.rows)
+                if draft and draft.seconds > SAVE_SECONDS:
+                    self.device_copy.wait()
+                    draft.save(bits | origins, slot, done)
+        except KeyboardInterrupt:
+            if draft and draft.seconds > WORTH_SAVING:
+                self.device_copy.wait()
+                draft.save(bits | origins, slot, done)
+            self.rows_in_draft = draft.saved_rows if draft else 0
+            raise
         self.device_copy.wait()
-        if filled != size:
+        if done.rows != len(rows):
             raise SaeError(
-                f"{filled:,} rows were captured for a window of {size:,}: the cache's tokens and layout do not match."
+                f"{done.rows:,} rows were captured for a window of {len(rows):,}: the cache's tokens and layout do not "
+                "match."
             )
-        return WindowRows(bits, row_ctx, row_pos)
+        return WindowRows(bits, **origins)
+
+    def _compute_batch(
+        self, batch: slice, rows: range, slot: np.ndarray, bits: Mapping[str, np.ndarray],
+        origins: Mapping[str, np.ndarray],
+    ) -> int:  # fmt: skip
+        """Compute a batch of contexts; its row n goes to slot[n]. Returns the number of its rows in this window."""
+        longest = int(self.contexts.length[batch].max())
+        ids_NS = torch.from_numpy(self.contexts.ids[batch, :longest].astype(np.int64)).to(self.model.device)
+        context, position = np.nonzero(self.kept_NS[batch, :longest])
+        # A context at the edge of the window belongs to two windows; only its rows in this one are kept.
+        number = self.rows_before[batch.start] + np.arange(len(context))
+        inside = (number >= rows.start) & (number < rows.stop)
+        context, position = context[inside], position[inside]
+        target = slot[: len(context)]
+        flat = torch.from_numpy(context * longest + position).to(self.model.device)
+        hooks = [Hook.from_array(name) for name in bits]
+        captured = self.model.capture_hooks(ids_NS, hooks)
+        x_TD = {hook.array: captured[hook].flatten(0, 1)[flat].to(torch.bfloat16) for hook in hooks}
+        self.device_copy.send(x_TD, target, bits)
+        origins["row_ctx"][target], origins["row_pos"][target] = batch.start + context, position
+        return len(context)
+
+    def _open_draft(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowDraft | None:
+        if not self.drafts:
+            return None
+        owner = [self.plan.identity, window, sorted(buffers), self.made_with()]
+        return WindowDraft(self.plan.folder, window, owner)

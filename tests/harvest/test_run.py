@@ -18,7 +18,7 @@ from sae.cache.layout import Hook, fingerprint_of
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
-from sae.common.files import read_json, writer_lock
+from sae.common.files import read_json, write_json, writer_lock
 from sae.harvest.hooked import HookedModel
 from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer
 from sae.harvest.module_io import output_tensor
@@ -280,25 +280,33 @@ def test_the_same_command_restores_a_record_that_it_can_write(
     }
 
 
-def test_a_plan_says_if_an_interrupted_harvest_begins_again(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> None:
-    request = replace(small[0], out=tmp_path / "cache")
-
-    def said(**changes: int) -> list[str]:
-        return plan_harvest(replace(request, **changes)).describe_restart()
-
-    assert said(tokens=601, window=600) == []
-    (line,) = said(tokens=600, window=600)
-    assert line.startswith("restart  ") and "--window" not in line  # nothing smaller is worth it
-    (line,) = said(tokens=70_000, window=262_144)
-    smaller = int(line.partition("--window ")[2].split()[0])
-    assert 70_000 / smaller > 4 and said(tokens=70_000, window=smaller) == []
-
-
 def test_a_finished_harvest_takes_no_time(small: tuple[HarvestConfig, Cache]) -> None:
     plan = plan_harvest(small[0])
-    assert plan.describe_time() == "none: the cache is finished" and plan.describe_restart() == []
+    assert plan.describe_time() == "none: the cache is finished"
     more = plan_harvest(replace(small[0], sites=("resid_post", "mlp_out")))
     assert "of model time" in more.describe_time()
+
+
+def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
+    """A finished cache, other statistics, a new site, and a half written cache; sizes are of what is left."""
+    request, cache = small
+    plan = plan_harvest(request)
+    said = f"cache    {cache.folder} is finished: it holds layer 0, layer 1, 600 rows; "
+    assert plan.describe()[-1] == said + "nothing is left to do" and plan.bytes_to_write == 0
+    assert not any(line.startswith("size") for line in plan.describe())
+    other = plan_harvest(replace(request, max_norm=5.0))
+    assert other.describe()[-1] == said + "only the statistics are computed again, for --max-norm 5.0"
+    more = plan_harvest(replace(request, layers=(0,), sites=("resid_post", "mlp_out")))
+    assert more.describe()[-1] == (
+        f"cache    {cache.folder} holds layer 0, layer 1; mlp_out of layer 0 is added: 600 rows to harvest"
+    )
+    per_row = 2 * 32 + 4 + 6  # mlp_out and its norm; where the row is from
+    assert more.bytes_to_write == 600 * per_row
+    assert any(line.startswith(f"size     600 tokens x {per_row} B = ") for line in more.describe())
+    again.out.joinpath("commits/000001.layer_00.json").unlink()
+    root = read_json(again.out / "zarr.json")
+    write_json(again.out / "zarr.json", root | {"attributes": root["attributes"] | {"complete": []}})
+    assert plan_harvest(again).describe()[-1] == (f"cache    {again.out} is begun: 1 of 3 windows, 256 rows to harvest")
 
 
 def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:

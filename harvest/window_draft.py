@@ -1,0 +1,118 @@
+"""Drafts: the rows of a window that are computed so far, on disk, so that an interrupted window is not begun again.
+
+    drafts/000000/000000.safetensors   rows in the order in which they were computed: each array, row_ctx, row_pos
+    drafts/000000/state.json           what computed them, the checksum of each part, where to go on; written last
+
+A window is committed as a whole, and on a slow machine it takes hours. A draft is saved every SAVE_SECONDS and on
+Ctrl-C, so on a fast machine there is none. It is used only by a harvest that would compute the same bytes: another
+device, version or number of contexts per pass begins the window again. It is removed once the window is committed.
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ..common.errors import DamagedError, UnavailableError
+from ..common.files import atomic_write, digest_of, read_file
+from ..common.schemas import DRAFT_RECORD
+
+SAVE_SECONDS = 60.0  # between two parts
+WORTH_SAVING = 5.0  # seconds of computing that Ctrl-C saves
+
+
+class Progress(NamedTuple):
+    """How far a window is computed. One value, so that an interrupt cannot come between its parts."""
+
+    rows: int
+    context: int  # the next one to compute
+
+
+class WindowDraft:
+    """The draft of a window. `owner`: everything that decides its bytes, and what computes them."""
+
+    def __init__(self, folder: Path, window: int, owner: Any) -> None:
+        self.folder, self.owner = draft_folder(folder, window), digest_of(owner)
+        self.checksums: list[str] = []
+        self.saved_rows, self.saved_at = 0, time.monotonic()
+        self.has_room = True
+
+    def load(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, start: Progress) -> Progress:
+        """Put the rows of the draft into `arrays` at their places, row n at slot[n]; returns where to go on.
+
+        That is `start` if there is no draft, or one that is damaged or of another owner.
+        """
+        with contextlib.suppress(DamagedError):  # also raised if there is none
+            state = DRAFT_RECORD.read(self.folder / "state.json")
+            if state["owner"] != self.owner:
+                return start
+            rows = 0
+            for number, checksum in enumerate(state["checksums"]):
+                part = self._read_part(number, checksum)
+                target = slot[rows : rows + len(part["row_ctx"])]
+                for name, values in arrays.items():
+                    values[target] = part[name]
+                rows += len(target)
+            self.checksums, self.saved_rows = state["checksums"], rows
+            return Progress(rows, state["context"])
+        return start
+
+    def _read_part(self, number: int, checksum: str) -> dict[str, np.ndarray]:
+        path = self._part_file(number)
+        data = read_file(path)
+        if f"{google_crc32c.value(data):08x}" != checksum:
+            raise DamagedError(f"{path} does not have its recorded checksum.")
+        return safetensors.numpy.load(data)
+
+    @property
+    def seconds(self) -> float:
+        """How long ago the last part was saved, or the window begun."""
+        return time.monotonic() - self.saved_at
+
+    def save(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, progress: Progress) -> None:
+        """Save the rows since the last part. On a full disk the draft is given up: the window itself needs the room."""
+        if progress.rows == self.saved_rows or not self.has_room:
+            return
+        new = slot[self.saved_rows : progress.rows]
+        try:
+            if not self.checksums:  # of another owner
+                shutil.rmtree(self.folder, ignore_errors=True)
+            data = safetensors.numpy.save({name: values[new] for name, values in arrays.items()})
+            atomic_write(self._part_file(len(self.checksums)), data)
+            self.checksums = [*self.checksums, f"{google_crc32c.value(data):08x}"]
+            state = {"owner": self.owner, "checksums": self.checksums, "context": progress.context}
+            DRAFT_RECORD.write(self.folder / "state.json", state)
+        except UnavailableError:
+            self.has_room = False
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.saved_rows, self.saved_at = progress.rows, time.monotonic()
+
+    def _part_file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+
+def draft_folder(folder: Path, window: int) -> Path:
+    return folder / "drafts" / f"{window:06d}"
+
+
+def remove_draft(folder: Path, window: int) -> None:
+    """Remove the draft of a window that is committed, and the folder of drafts if it was the last."""
+    shutil.rmtree(draft_folder(folder, window), ignore_errors=True)
+    with contextlib.suppress(OSError):  # there are others, or none
+        (folder / "drafts").rmdir()
+
+
+def remove_other_drafts(folder: Path, windows: Mapping[int, Any]) -> None:
+    """Remove the drafts of all but these windows: those of which a killed harvest had just committed the window."""
+    for path in (folder / "drafts").glob("*"):
+        if not path.name.isdecimal() or int(path.name) not in windows:
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / "drafts").rmdir()

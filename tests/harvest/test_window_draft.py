@@ -1,0 +1,139 @@
+"""An interrupted window is continued, not begun again, and ends in the same bytes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sae.cache.reader import Cache
+from sae.common.errors import Interrupted, UnavailableError
+from sae.harvest import window_draft, windows
+from sae.harvest.model import LanguageModel
+from sae.harvest.plan import HarvestConfig, plan_harvest
+from sae.harvest.progress import HarvestProgress
+from sae.harvest.run import run_harvest
+
+
+class Killed(BaseException):
+    """Ends a harvest as kill -9 would: nothing is saved any more."""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
+
+
+@pytest.fixture(scope="module")
+def short(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
+    """300 rows of two layers, fewer than one window of 512, four contexts in a pass."""
+    return HarvestConfig(
+        model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=300, context=16, window=512, held_out=0.1,
+        device="cpu", batch_contexts=4, out=tmp_path_factory.mktemp("draft") / "whole",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(short: HarvestConfig) -> Cache:
+    return run_harvest(plan_harvest(short))
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """stopping(error, after) -> the sizes of the passes that follow; pass number `after` raises the error."""
+    capture = LanguageModel.capture_hooks
+
+    def stop(error: type[BaseException] | None = None, after: int = 0) -> list[int]:
+        passes: list[int] = []
+
+        def counted(model, ids_NS, hooks):
+            passes.append(len(ids_NS))
+            if error is not None and len(passes) > after:
+                raise error
+            return capture(model, ids_NS, hooks)
+
+        monkeypatch.setattr(LanguageModel, "capture_hooks", counted)
+        return passes
+
+    return stop
+
+
+def harvest(config: HarvestConfig) -> list[str]:
+    """Run a harvest; returns what it says."""
+    said: list[str] = []
+    run_harvest(plan_harvest(config), HarvestProgress(say=said.append))
+    return said
+
+
+def test_ctrl_c_saves_what_is_computed(short, whole: Cache, tmp_path: Path, stopping, monkeypatch) -> None:
+    monkeypatch.setattr(windows, "WORTH_SAVING", 0)
+    config, all_passes = replace(short, out=tmp_path / "cache"), -(-len(whole.contexts(held_out=False)) // 4)
+    stopping(KeyboardInterrupt, after=3)
+    with pytest.raises(Interrupted, match=r"0 of 1 windows are safe, and \d+ rows of the next; run the same command"):
+        harvest(config)
+    stopping(KeyboardInterrupt, after=2)  # and again
+    with pytest.raises(Interrupted):
+        harvest(config)
+    passes = stopping()
+    said = harvest(config)
+    assert len(passes) == all_passes - 5 and any("of the 300 rows of window 0 are already computed" in s for s in said)
+    assert files_of(config.out) == files_of(whole.folder)  # so no draft is left
+
+
+def test_a_kill_loses_what_is_younger_than_the_last_part(short, whole, tmp_path: Path, stopping, monkeypatch) -> None:
+    monkeypatch.setattr(windows, "SAVE_SECONDS", 0)
+    config = replace(short, out=tmp_path / "cache")
+    stopping(Killed, after=4)
+    with pytest.raises(Killed):
+        harvest(config)
+    tokens = {p: p.stat().st_mtime_ns for p in (config.out / "tokens").rglob("*") if p.is_file()}
+    passes = stopping()
+    harvest(config)
+    assert len(passes) == -(-len(whole.contexts(held_out=False)) // 4) - 4
+    assert {p: p.stat().st_mtime_ns for p in tokens} == tokens  # the text is not read again
+    assert files_of(config.out) == files_of(whole.folder)
+
+
+@pytest.mark.parametrize(
+    "change", ["a lost part", "a damaged part", "a damaged state", "another pass", "another layer"]
+)
+def test_a_draft_that_cannot_be_continued_begins_again(
+    short, whole: Cache, tmp_path: Path, stopping, monkeypatch, change: str
+) -> None:
+    monkeypatch.setattr(windows, "WORTH_SAVING", 0)
+    config = replace(short, out=tmp_path / "cache")
+    changed = {"another pass": {"batch_contexts": 2}, "another layer": {"layers": (0,)}}.get(change, {})
+    stopping(KeyboardInterrupt, after=3)
+    with pytest.raises(Interrupted):
+        harvest(replace(config, **changed))
+    part, state = (config.out / "drafts/000000" / name for name in ("000000.safetensors", "state.json"))
+    if change == "a lost part":
+        part.unlink()
+    elif change == "a damaged part":
+        part.write_bytes(part.read_bytes()[:-1] + b"?")
+    elif change == "a damaged state":
+        state.write_text(state.read_text().replace('"context": 1', '"context": 2'))
+    passes = stopping()
+    harvest(config)
+    assert len(passes) == -(-len(whole.contexts(held_out=False)) // 4)
+    mine, expected = files_of(config.out), files_of(whole.folder)
+    assert {name for name in mine.keys() | expected.keys() if mine.get(name) != expected.get(name)} <= {"harvest.json"}
+
+
+def test_a_full_disk_costs_the_draft_not_the_harvest(short, whole, tmp_path: Path, stopping, monkeypatch) -> None:
+    def full(path: Path, *parts: bytes) -> None:
+        raise UnavailableError("The disk is full")
+
+    monkeypatch.setattr(windows, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(window_draft, "atomic_write", full)
+    config = replace(short, out=tmp_path / "cache")
+    harvest(config)
+    assert files_of(config.out) == files_of(whole.folder)
+
+
+def test_drafts_of_committed_windows_are_removed(short, whole, tmp_path: Path) -> None:
+    """A harvest that is killed right after a commit leaves one."""
+    config = replace(short, out=tmp_path / "cache")
+    harvest(config)
+    (config.out / "drafts/000000").mkdir(parents=True)
+    harvest(config)
+    assert not (config.out / "drafts").exists()
