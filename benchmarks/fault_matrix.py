@@ -22,11 +22,11 @@ from pathlib import Path
 
 from faults.bad_input import bad_inputs, bad_saes, bad_values
 from faults.command import HARVEST, OK, context, sae
-from faults.damage import damage
+from faults.damage import damage, side_arrays
 from faults.disks import full_disks
 from faults.inputs import copy_folder, make_model, make_text, spoil_weights
 from faults.kills import kills, launched
-from faults.places import places, removal
+from faults.places import files_limit, neighbours, places, plans, removal
 from faults.table import Matrix
 from faults.writers import writers
 
@@ -70,11 +70,15 @@ def main() -> None:
                 "kills": kills,
                 "launched": launched,
                 "damage": damage,
+                "side": side_arrays,
+                "neighbours": neighbours,
                 "writers": writers,
                 "texts": lambda m: bad_inputs(m, rows),
                 "numbers": bad_values,
                 "saes": bad_saes,
                 "places": places,
+                "files": files_limit,
+                "plans": plans,
                 "removal": removal,
             }
             for name, group in groups.items():

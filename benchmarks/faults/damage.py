@@ -1,5 +1,6 @@
 """Damage to the files of a complete cache."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,3 +54,47 @@ def damage(m: Matrix) -> None:
         bad = [t for t in found.values() if "Traceback" in t.err or t.code not in (OK, USAGE, DAMAGED)]
         recovers = mended or (same_again and repaired.code in (USAGE, DAMAGED))
         m.row(name, bad[0] if bad else seen, (DAMAGED, USAGE, OK), after, recovers, "Traceback" not in repaired.err)
+
+
+SHORT = [*TRAIN, "--steps", 5, "--device", "cpu"]
+
+
+def side_arrays(m: Matrix) -> None:
+    """Files that are whole, and belong to another window or another cache."""
+    m.head("Files of another window or another cache")
+    outcome = sae(*HARVEST, "--seed", 1, "--out", "reseeded")
+    assert outcome.code == OK, outcome
+    outcome = sae(*SHORT, "--cache", "whole", "--out", "side-runs")
+    assert outcome.code == OK, outcome
+    (run,) = Path("side-runs").iterdir()
+    evaluate = ["evaluate", run, "--suite", "core", "--tokens", 500, "--device", "cpu", "--cache"]
+
+    def window(array: str) -> Callable[[Path], None]:
+        return lambda folder: shutil.copyfile(folder / array.format(2), folder / array.format(3)) and None
+
+    def other(file: str) -> Callable[[Path], None]:
+        return lambda folder: shutil.copyfile(Path("reseeded") / file, folder / file) and None
+
+    def tokens(folder: Path) -> None:
+        shutil.copytree("reseeded/tokens", folder / "tokens", dirs_exist_ok=True)
+
+    cases: list[tuple[str, Callable[[Path], None], list[object]]] = [
+        ("moments of another window: `sae train`", window("layer_00.moments/c.{}.0.0"), [*SHORT, "--cache"]),
+        ("norms of another window: `sae train`", window("layer_00.row_norm/c.{}"), [*SHORT, "--cache"]),
+        ("activations of another window: `sae train --steps 100`", window("layer_00/c.{}.0"),
+         [*TRAIN, "--steps", 100, "--device", "cpu", "--cache"]),
+        ("tokens of another cache: `sae evaluate`", other("tokens/ids/c.0.0"), evaluate),
+        ("held-out marks of another cache: `sae evaluate`", other("tokens/held_out/c.0"), evaluate),
+        ("lengths of another cache: `sae evaluate`", other("tokens/length/c.0"), evaluate),
+        ("all of tokens/ of another cache: `sae evaluate`", tokens, evaluate),
+        ("all of tokens/ of another cache: `sae harvest`", tokens, [*HARVEST, "--out"]),
+    ]  # fmt: skip
+    for number, (name, hurt, words) in enumerate(cases):
+        folder = copy_folder(f"side{number}")
+        hurt(folder)
+        more = ["--out", f"side-runs{number}"] if words[0] == "train" else []
+        found = sae(*words, folder, *more)
+        repaired = sae("cache", "repair", folder)
+        named = str(folder) in found.err and "sae cache repair" in found.err
+        mended = same_bytes(folder)
+        m.row(name, found, DAMAGED, f"repair {repaired.code}, the same bytes", named, repaired.code == OK, mended)

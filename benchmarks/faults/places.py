@@ -1,10 +1,12 @@
 """Unusual output folders, locales, terminals and pipes; and `sae cache rm`."""
 
+import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from faults.command import FAILED, HARVEST, INTERRUPTED, OK, OUTSIDE, SAE, USAGE, Outcome, sae
-from faults.inputs import copy_folder, same_bytes
+from faults.command import FAILED, HARVEST, INTERRUPTED, OK, OUTSIDE, SAE, TRAIN, USAGE, Outcome, sae
+from faults.inputs import copy_folder, same_bytes, truncate
 from faults.table import Matrix
 
 
@@ -111,3 +113,97 @@ def removal(m: Matrix) -> None:
     m.row("the answer is n", sae("cache", "rm", "doomed", stdin="n\n"), OK, "untouched", same_bytes("doomed"))
     m.row("nobody answers", sae("cache", "rm", "doomed"), (FAILED, INTERRUPTED), "untouched", same_bytes("doomed"))
     m.row("the answer is y", sae("cache", "rm", "doomed", stdin="y\n"), OK, "gone", not Path("doomed").exists())
+
+
+SHORT = [*TRAIN, "--steps", 5, "--device", "cpu"]
+
+
+def neighbours(m: Matrix) -> None:
+    """A cache that cannot be opened beside a good one."""
+    m.head("A damaged cache beside a good one")
+
+    def attributes(**changed: object) -> Callable[[Path], None]:
+        def overwrite(folder: Path) -> None:
+            record = json.loads((folder / "zarr.json").read_text())
+            record["attributes"] = record["attributes"] | changed
+            record["attributes"].pop("content_digest", None)
+            (folder / "zarr.json").write_text(json.dumps(record))
+
+        return overwrite
+
+    for number, (name, spoil) in enumerate(
+        (
+            ("its zarr.json is truncated", lambda folder: truncate(folder / "zarr.json")),
+            ("its zarr.json is nested 100,000 deep", lambda folder: (folder / "zarr.json").write_text("[" * 100_000)),
+            ("its identity is empty", attributes(identity={})),
+            ("its number of rows is text", attributes(rows="many")),
+            ("it holds an array of no layer", attributes(complete=["layer_x"])),
+            ("its format is newer", attributes(format=99)),
+        )
+    ):
+        home = Path(f"town{number}")
+        for neighbour in ("good", "bad"):
+            copy_folder(f"{home}/activations/{neighbour}")
+        spoil(home / "activations" / "bad")
+        env = {"SAE_HOME": str(home)}
+        listed = sae("cache", "list", env=env)
+        trained = sae(*SHORT, "--out", home / "runs", env=env)
+        (run,) = (home / "runs").glob("topk-*")
+        moved = (home / "activations" / "good").rename(home / "activations" / "moved")
+        evaluated = sae("evaluate", run, "--suite", "core", "--tokens", 500, "--device", "cpu", env=env)
+        notes = [line for line in trained.err.splitlines() if line.startswith("note") and "is left out" in line]
+        m.row(
+            f"{name}: `sae train` looks for a cache",
+            trained._replace(err="".join(f"{note}\n" for note in notes)),
+            OK,
+            f"one note; cache list {listed.code}, evaluate of the run, whose cache has moved, {evaluated.code}",
+            len(notes) == 1,
+            "activations/bad" in notes[0],
+            listed.code == evaluated.code == OK,
+            "bad   cannot be opened" in listed.out and f"{moved.parent}/good" in listed.out,
+            "is left out" in evaluated.err,
+        )
+
+
+def files_limit(m: Matrix) -> None:
+    """`ulimit -n`: few files may be open."""
+    m.head("Too many open files")
+    words = {
+        "harvest": [*HARVEST, "--out", "few"],
+        "train": [*SHORT, "--cache", "whole", "--out", "few-runs"],
+        "verify": ["cache", "verify", "whole"],
+        "evaluate": ["evaluate", "RUN", "--cache", "whole", "--suite", "core", "--tokens", 500, "--device", "cpu"],
+    }
+    for name, command in words.items():
+        for limit in (64, 9):
+            run = next(Path("few-runs").glob("topk-*"), None)
+            here = [run if word == "RUN" else word for word in command]
+            limited = ["bash", "-c", f'ulimit -n {limit}; exec "$@"', "limited"]
+            outcome = sae(*here, prefix=limited)
+            explained = "ulimit -n" in outcome.err and f"The limit is {limit}" in outcome.err
+            again = sae(*here)
+            m.row(
+                f"`ulimit -n {limit}`: `sae {name}`",
+                outcome,
+                OK if limit == 64 else OUTSIDE,
+                f"without the limit the same command ends with {again.code}",
+                limit == 64 or explained,
+                again.code == OK,
+                name != "harvest" or same_bytes("few"),
+            )
+
+
+def plans(m: Matrix) -> None:
+    """What `sae harvest --dry-run` says about a folder that holds something, and a harvest shorter than a window."""
+    m.head("Harvesting into what is there")
+    for name, more, said in (
+        (
+            "`--dry-run` over a finished cache",
+            [],
+            "is finished: it holds layer 0, layer 1, 6,000 rows; nothing is left",
+        ),
+        ("... for another site", ["--site", "mlp_out"], "are added: 6,000 rows to harvest"),
+        ("... for another --max-norm", ["--max-norm", 5], "only the statistics are computed again"),
+    ):
+        outcome = sae(*HARVEST, *more, "--out", "whole", "--dry-run")
+        m.row(name, outcome, OK, "unchanged", said in outcome.err, same_bytes("whole", "kept"))
