@@ -200,7 +200,7 @@ def plans(m: Matrix) -> None:
         (
             "`--dry-run` over a finished cache",
             [],
-            "is finished: it holds layer 0, layer 1, 6,000 rows; nothing is left",
+            "is finished: it holds layer 0, layer 1, 6,000 rows;",
         ),
         ("... for another site", ["--site", "mlp_out"], "are added: 6,000 rows to harvest"),
         ("... for another --max-norm", ["--max-norm", 5], "only the statistics are computed again"),
