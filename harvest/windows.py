@@ -27,6 +27,7 @@ from .progress import HarvestProgress
 from .window_draft import SAVE_SECONDS, WORTH_SAVING, Progress, WindowDraft, remove_draft
 
 WINDOWS_IN_MEMORY = 2  # one is computed, one is written
+ORIGINS = ("row_ctx", "row_pos")
 
 
 def write_windows(
@@ -162,25 +163,26 @@ class WindowComputer:
         rows = self.layout.row_range(window)
         slot = np.random.Generator(np.random.Philox(key=[self.plan.config.seed, rows.start])).permutation(len(rows))
         bits = {name: buffer[: len(rows)] for name, buffer in buffers.items()}
-        origins = {"row_ctx": np.empty(len(rows), np.uint32), "row_pos": np.empty(len(rows), np.uint16)}
+        row_ctx, row_pos = np.empty(len(rows), np.uint32), np.empty(len(rows), np.uint16)
+        arrays: dict[str, np.ndarray] = {**bits, "row_ctx": row_ctx, "row_pos": row_pos}
         first = int(np.searchsorted(self.rows_before, rows.start, side="right")) - 1
         last = int(np.searchsorted(self.rows_before, rows.stop, side="left"))
         draft, done = self._open_draft(window, buffers), Progress(0, first)
-        if draft and (done := draft.load(bits | origins, slot, done)).rows:
+        if draft and (done := draft.load(arrays, slot, done)).rows:
             self.progress.say(f"{done.rows:,} of the {len(rows):,} rows of window {window} are already computed.")
         try:
             for start in range(done.context, last, self.batch_contexts):
                 batch = slice(start, min(start + self.batch_contexts, last))
-                new = self._compute_batch(batch, rows, slot[done.rows :], bits, origins)
+                new = self._compute_batch(batch, rows, slot[done.rows :], arrays)
                 done = Progress(done.rows + new, batch.stop)
                 self.report_rows(done.rows)
                 if draft and draft.seconds > SAVE_SECONDS:
                     self.device_copy.wait()
-                    draft.save(bits | origins, slot, done)
+                    draft.save(arrays, slot, done)
         except KeyboardInterrupt:
             if draft and draft.seconds > WORTH_SAVING:
                 self.device_copy.wait()
-                draft.save(bits | origins, slot, done)
+                draft.save(arrays, slot, done)
             self.rows_in_draft = draft.saved_rows if draft else 0
             raise
         self.device_copy.wait()
@@ -189,13 +191,13 @@ class WindowComputer:
                 f"{done.rows:,} rows were captured for a window of {len(rows):,}: the cache's tokens and layout do not "
                 "match."
             )
-        return WindowRows(bits, **origins)
+        return WindowRows(bits, row_ctx, row_pos)
 
-    def _compute_batch(
-        self, batch: slice, rows: range, slot: np.ndarray, bits: Mapping[str, np.ndarray],
-        origins: Mapping[str, np.ndarray],
-    ) -> int:  # fmt: skip
-        """Compute a batch of contexts; its row n goes to slot[n]. Returns the number of its rows in this window."""
+    def _compute_batch(self, batch: slice, rows: range, slot: np.ndarray, arrays: Mapping[str, np.ndarray]) -> int:
+        """Compute a batch of contexts; row n goes to slot[n] of the activations, row_ctx and row_pos in `arrays`.
+
+        Returns the number of its rows in the window, which holds these `rows`.
+        """
         longest = int(self.contexts.length[batch].max())
         ids_NS = torch.from_numpy(self.contexts.ids[batch, :longest].astype(np.int64)).to(self.model.device)
         context, position = np.nonzero(self.kept_NS[batch, :longest])
@@ -205,11 +207,11 @@ class WindowComputer:
         context, position = context[inside], position[inside]
         target = slot[: len(context)]
         flat = torch.from_numpy(context * longest + position).to(self.model.device)
-        hooks = [Hook.from_array(name) for name in bits]
+        hooks = [Hook.from_array(name) for name in arrays if name not in ORIGINS]
         captured = self.model.capture_hooks(ids_NS, hooks)
         x_TD = {hook.array: captured[hook].flatten(0, 1)[flat].to(torch.bfloat16) for hook in hooks}
-        self.device_copy.send(x_TD, target, bits)
-        origins["row_ctx"][target], origins["row_pos"][target] = batch.start + context, position
+        self.device_copy.send(x_TD, target, arrays)
+        arrays["row_ctx"][target], arrays["row_pos"][target] = batch.start + context, position
         return len(context)
 
     def _open_draft(self, window: int, buffers: Mapping[str, np.ndarray]) -> WindowDraft | None:
