@@ -190,4 +190,7 @@ def read_array(folder: Path, name: str, files: FileRecords) -> np.ndarray:
     Raises DamagedError if a file is missing, short, or not the one that `files` lists.
     """
     array = read_array_spec(folder, name)
-    return np.concatenate([read_chunk(folder, array, chunk, files) for chunk in range(array.n_chunks)])
+    values, per_chunk = np.empty(array.shape, array.numpy_dtype), array.chunk_shape[0]
+    for chunk in range(array.n_chunks):  # one map at a time: each holds a file open
+        values[chunk * per_chunk : (chunk + 1) * per_chunk] = read_chunk(folder, array, chunk, files)
+    return values
