@@ -56,9 +56,7 @@ def make_cache(tmp_path: Path) -> Callable[[int], Cache]:
         bits = np.full((4, 2), 0x3F80, np.uint16)  # 1.0
         for window in range(CHUNKS):
             row_ctx, row_pos = np.arange(4, dtype=np.uint32) + 4 * window, np.ones(4, np.uint16)
-            writer.write_window(
-                window, WindowRows({"layer_05": bits}, row.astype(np.uint32), np.ones(4, np.uint16)), {}
-            )
+            writer.write_window(window, WindowRows({"layer_05": bits}, row_ctx, row_pos), {})
         writer.finish()
         return Cache(folder)
 
