@@ -28,7 +28,7 @@ SAVE_SECONDS = 60.0  # between two parts
 WORTH_SAVING = 5.0  # seconds of computing that Ctrl-C saves
 
 
-class Progress(NamedTuple):
+class ComputedRows(NamedTuple):
     """How far a window is computed. One value, so that an interrupt cannot come between its parts."""
 
     rows: int
@@ -44,7 +44,7 @@ class WindowDraft:
         self.saved_rows, self.saved_at = 0, time.monotonic()
         self.has_room = True
 
-    def load(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, start: Progress) -> Progress:
+    def load(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, start: ComputedRows) -> ComputedRows:
         """Put the rows of the draft into `arrays` at their places, row n at slot[n]; returns where to go on.
 
         That is `start` if there is no draft, or one that is damaged or of another owner.
@@ -61,7 +61,7 @@ class WindowDraft:
                     values[target] = part[name]
                 rows += len(target)
             self.checksums, self.saved_rows = state["checksums"], rows
-            return Progress(rows, state["context"])
+            return ComputedRows(rows, state["context"])
         return start
 
     def _read_part(self, number: int, checksum: str) -> dict[str, np.ndarray]:
@@ -76,7 +76,7 @@ class WindowDraft:
         """How long ago the last part was saved, or the window begun."""
         return time.monotonic() - self.saved_at
 
-    def save(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, progress: Progress) -> None:
+    def save(self, arrays: Mapping[str, np.ndarray], slot: np.ndarray, progress: ComputedRows) -> None:
         """Save the rows since the last part. On a full disk the draft is given up: the window itself needs the room."""
         if progress.rows == self.saved_rows or not self.has_room:
             return

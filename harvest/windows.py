@@ -24,7 +24,7 @@ from .device_copy import DeviceCopy, out_of_memory
 from .model import LanguageModel
 from .plan import HarvestPlan
 from .progress import HarvestProgress
-from .window_draft import SAVE_SECONDS, WORTH_SAVING, Progress, WindowDraft, remove_draft
+from .window_draft import SAVE_SECONDS, WORTH_SAVING, ComputedRows, WindowDraft, remove_draft
 
 WINDOWS_IN_MEMORY = 2  # one is computed, one is written
 ORIGINS = ("row_ctx", "row_pos")
@@ -167,14 +167,14 @@ class WindowComputer:
         arrays: dict[str, np.ndarray] = {**bits, "row_ctx": row_ctx, "row_pos": row_pos}
         first = int(np.searchsorted(self.rows_before, rows.start, side="right")) - 1
         last = int(np.searchsorted(self.rows_before, rows.stop, side="left"))
-        draft, done = self._open_draft(window, buffers), Progress(0, first)
+        draft, done = self._open_draft(window, buffers), ComputedRows(0, first)
         if draft and (done := draft.load(arrays, slot, done)).rows:
             self.progress.say(f"{done.rows:,} of the {len(rows):,} rows of window {window} are already computed.")
         try:
             for start in range(done.context, last, self.batch_contexts):
                 batch = slice(start, min(start + self.batch_contexts, last))
                 new = self._compute_batch(batch, rows, slot[done.rows :], arrays)
-                done = Progress(done.rows + new, batch.stop)
+                done = ComputedRows(done.rows + new, batch.stop)
                 self.report_rows(done.rows)
                 if draft and draft.seconds > SAVE_SECONDS:
                     self.device_copy.wait()
