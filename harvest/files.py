@@ -10,6 +10,8 @@ The first of these that names a split for any file decides:
 Otherwise every file belongs to train. Hidden files, READMEs, licenses and the metadata of `datasets` are left out.
 """
 
+import fnmatch
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -59,9 +61,13 @@ def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Pat
     """
     if not path.is_dir():
         return [path]
-    if (path / "dataset_dict.json").is_file():
+    is_dictionary = (path / "dataset_dict.json").is_file()
+    is_saved = is_dictionary or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
+    if is_saved and subset is not None:
+        raise UsageError(f"--subset selects a configuration, and {path}, a saved dataset, has none. Leave it out.")
+    if is_dictionary:
         return saved_files(path / choose_split(path, saved_list(path / "dataset_dict.json", "splits"), split))
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+    if is_saved:
         return saved_files(path)
     if not (files := folder_files(path)):
         return []
@@ -111,7 +117,7 @@ def folder_files(path: Path) -> list[Path]:
     """The files of a known format in a folder and its folders, without what is not text of the dataset."""
     found = []
     seen = {path.resolve()}
-    for folder, folders, names in os.walk(path, followlinks=True):
+    for folder, folders, names in os.walk(path, onerror=refuse_folder, followlinks=True):
         here = Path(folder)
         folders[:] = [name for name in folders if name[0] != "." and not name.startswith("__")]
         for name in [name for name in folders if (here / name).is_symlink()]:
@@ -121,6 +127,10 @@ def folder_files(path: Path) -> list[Path]:
             seen.add(target)
         found += [here / name for name in names if is_text_file(name)]
     return sorted(found)
+
+
+def refuse_folder(error: OSError) -> None:
+    raise UsageError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def is_text_file(name: str) -> bool:
@@ -170,27 +180,26 @@ def has_word(name: str, words: Sequence[str], in_folders: bool) -> bool:
 
 def splits_by_pattern(path: Path, files: list[Path], configuration: Configuration) -> Splits:
     """split -> its files, by the patterns of a README.md."""
-    names = {file: file.relative_to(path).as_posix() for file in files}
+    names = {file: file.relative_to(path).parts for file in files}
     splits: Splits = {}
     for split, patterns in configuration.patterns.items():
-        expressions = [pattern_expression(os.path.normpath(pattern)) for pattern in patterns]
-        chosen = [file for file, name in names.items() if any(one.fullmatch(name) for one in expressions)]
+        parts = [tuple(os.path.normpath(pattern).split("/")) for pattern in patterns]
+        chosen = [file for file, name in names.items() if any(matches(name, pattern) for pattern in parts)]
         if chosen:
             splits[split] = chosen
     return splits
 
 
-def pattern_expression(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a pattern of paths, in which ** also stands for folders."""
-    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    expression = ""
-    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^]]+\])", pattern):
-        if part.startswith("[") and part.endswith("]"):
-            part = part[1:-1].replace("\\", "\\\\").replace("[", "\\[")
-            expression += f"[^{part[1:]}]" if part.startswith("!") else f"[{part}]"
-        else:
-            expression += wild.get(part) or re.escape(part)
-    return re.compile(expression, re.DOTALL)
+@functools.cache
+def matches(name: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path matches a pattern, part by part; the part ** stands for any number of folders."""
+    if not pattern:
+        return not name
+    if pattern[0] == "**" and matches(name, pattern[1:]):
+        return True
+    if not name or not (pattern[0] == "**" or fnmatch.fnmatchcase(name[0], pattern[0])):
+        return False
+    return matches(name[1:], pattern if pattern[0] == "**" else pattern[1:])
 
 
 def read_configurations(path: Path) -> list[Configuration]:

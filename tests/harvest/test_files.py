@@ -210,7 +210,16 @@ def test_a_damaged_record_of_a_saved_dataset_is_refused(
         chosen([])
 
 
+def test_patterns_with_many_stars_are_quick(chosen) -> None:
+    stars = "**/" * 40 + "*a" * 40 + "*b"
+    readme = f"configs:\n- {{config_name: a, data_files: ['{stars}', 'deep/**']}}"
+    names = ["deep/" + "a/" * 30 + "a" * 200 + ".jsonl"]
+    assert chosen([*names, "other.jsonl"], readme=readme) == names
+
+
 def test_a_saved_dataset_lists_its_files(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../../b.arrow"}]}))
     assert list_files(tmp_path, None, "train", print) == [tmp_path / "b.arrow"]
+    with pytest.raises(UsageError, match="--subset selects a configuration, and .*, a saved dataset, has none"):
+        list_files(tmp_path, "en", "train", print)
