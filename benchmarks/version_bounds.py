@@ -1,0 +1,196 @@
+"""Run the quick tests with the lowest versions that pyproject.toml declares, and with the newest there are:
+
+    pip install uv
+    python benchmarks/version_bounds.py FOLDER > page.md
+    python benchmarks/version_bounds.py FOLDER --pin torch==2.13.0+cpu --find-links WHEELS > page.md
+
+Each end gets a virtual environment in FOLDER with this checkout and all its extras: the lowest with uv's `--resolution
+lowest-direct`, which takes the lowest allowed version of what is declared here and the newest of what those packages
+need. The tests run one folder of tests/ after another. What is finished is kept in FOLDER, so a second call goes on
+where the first was stopped; `--again lowest` begins an end anew. A test that fails is run once more, alone. The page is
+printed at the end; the exit code is 1 if a test failed twice. `--pin` fixes a version at both ends, for a package of
+which only some versions can be had; the page then says that its bound was not tried.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import xml.etree.ElementTree as ET
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ENDS = {"lowest": "lowest-direct", "newest": "highest"}  # and uv's name for the resolution
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DECLARED = {  # requirement -> package
+    line: re.split("[<>=!~]", line)[0]
+    for line in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--end", action="append", choices=ENDS, help="only this end")
+    parser.add_argument("--again", action="append", default=[], choices=ENDS, help="an end that is begun anew")
+    parser.add_argument("--pin", action="append", default=[], help="NAME==VERSION, at both ends")
+    parser.add_argument("--find-links", help="a folder of wheels, beside those of PyPI")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of the environments")
+    parser.add_argument("--workers", type=int, default=2, help="of pytest")
+    arguments = parser.parse_args()
+    if shutil.which("uv") is None:
+        sys.exit("uv is not installed: pip install uv")
+    for end in arguments.again:
+        shutil.rmtree(arguments.folder / end, ignore_errors=True)
+    for end in arguments.end or ENDS:
+        folder = arguments.folder / end
+        install(folder, end, arguments)
+        run_tests(folder, arguments.workers)
+    results = {end: read(arguments.folder / end) for end in ENDS if (arguments.folder / end / "versions.json").exists()}
+    print(page(results, arguments.pin))
+    sys.exit(any(result["failed"] for pieces in results.values() for result in pieces["tests"].values()))
+
+
+def install(folder: Path, end: str, arguments: argparse.Namespace) -> None:
+    """Make the environment of an end, and list its versions; nothing to do if they are listed already."""
+    listing = folder / "versions.json"
+    if listing.exists():
+        return
+    environment = folder / "env"
+    shutil.rmtree(environment, ignore_errors=True)
+    say(f"{end}: installing into {environment}")
+    links = ["--find-links", arguments.find_links] if arguments.find_links else []
+    extras = ",".join(PROJECT["optional-dependencies"])
+    run("uv", "venv", "--quiet", "--no-python-downloads", "--python", arguments.python, environment)
+    run(
+        "uv", "pip", "install", "--quiet", "--python", environment / "bin" / "python", "--resolution", ENDS[end],
+        *links, "--editable", f"{ROOT}[{extras}]", *arguments.pin,
+    )  # fmt: skip
+    code = (
+        "import json, platform\nfrom importlib.metadata import distributions\n"
+        "found = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in distributions()}\n"
+        "print(json.dumps({'python': platform.python_version(), 'packages': found}))"
+    )
+    found = subprocess.run([environment / "bin" / "python", "-c", code], capture_output=True, text=True, check=True)
+    listing.write_text(found.stdout)
+
+
+def run_tests(folder: Path, workers: int) -> None:
+    """Run what has not been run: the files at the top of tests/, and each of its folders."""
+    tests = ROOT / "tests"
+    pieces = {"tests/*.py": sorted(tests.glob("test_*.py"))}
+    pieces |= {f"tests/{f.name}": [f] for f in sorted(tests.iterdir()) if any(f.rglob("test_*.py"))}
+    for name, paths in pieces.items():
+        kept = folder / f"{name.replace('/', '-').replace('*.py', 'files')}.json"
+        if kept.exists():
+            continue
+        say(f"{folder.name}: {name}")
+        started = time.monotonic()
+        result = pytest(folder, [str(path) for path in paths], workers)
+        if result["failed"]:
+            again = pytest(folder, list(result["failed"]), 0)
+            result["passed_alone"] = sorted(set(result["failed"]) - set(again["failed"]))
+            result["failed"] = again["failed"]
+        kept.write_text(json.dumps(result | {"seconds": round(time.monotonic() - started)}, indent=1))
+
+
+def pytest(folder: Path, tests: list[str], workers: int) -> dict[str, Any]:
+    """Run tests in the environment of an end. Exits if pytest could not run them at all."""
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    options = ["-n", str(workers), "-p", "no:cacheprovider", f"--junit-xml={report}", "-o", "junit_family=xunit1"]
+    words = [str(folder / "env" / "bin" / "pytest"), *options, *tests]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    (folder / "output.txt").write_text(done.stdout + done.stderr)
+    if not report.exists():
+        sys.exit(f"pytest ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+    result: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": []}
+    for case in ET.parse(report).iter("testcase"):
+        problem = next((p for kind in ("failure", "error") if (p := case.find(kind)) is not None), None)
+        if problem is not None:
+            reason = problem.get("message") or (problem.text or "").strip().splitlines()[-1]
+            result["failed"][test_id(case)] = " ".join(reason.split())[:300]
+        elif (skipped := case.find("skipped")) is not None:
+            result["skipped"].append(" ".join((skipped.get("message") or "").split()))
+        else:
+            result["passed"] += 1
+    return result
+
+
+def test_id(case: ET.Element) -> str:
+    """What pytest takes as an argument: file::class::name; a file that could not be read has only its name."""
+    file = case.get("file") or f"{case.get('name', '').replace('.', '/')}.py"
+    within = (case.get("classname") or "").removeprefix(file.removesuffix(".py").replace("/", ".")).strip(".")
+    return "::".join(filter(None, [file, *within.split("."), case.get("name")])) if case.get("file") else file
+
+
+def read(folder: Path) -> dict[str, Any]:
+    kept = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("tests-*.json"))}
+    return json.loads((folder / "versions.json").read_text()) | {"tests": kept}
+
+
+def page(results: dict[str, dict[str, Any]], pins: list[str]) -> str:
+    ends = list(results)
+    pythons = ", ".join(sorted({result["python"] for result in results.values()}))
+    lines = [
+        f"# The lowest and the newest versions, {date.today()}",
+        "",
+        f"`python benchmarks/version_bounds.py`, commit {commit()}, Python {pythons}: quick tests. "
+        "Failed means: also when run again, alone.",
+        "",
+        f"| | {' | '.join(ends)} |",
+        f"|---|{'---|' * len(ends)}",
+    ]
+    every = [list(result["tests"].values()) for result in results.values()]
+    alone = [sum(len(r.get("passed_alone", ())) for r in pieces) for pieces in every]
+    lines += [
+        row("passed", [sum(r["passed"] for r in pieces) + n for pieces, n in zip(every, alone, strict=True)]),
+        row("of these failed at first and passed alone", alone),
+        row("failed", [sum(len(r["failed"]) for r in pieces) for pieces in every]),
+        row("skipped", [sum(len(r["skipped"]) for r in pieces) for pieces in every]),
+    ]
+    for end, result in results.items():
+        failed = {name: why for piece in result["tests"].values() for name, why in piece["failed"].items()}
+        lines += ["", f"Failed, {end}:", "", *(f"- `{name}`: {why}" for name, why in failed.items())] if failed else []
+        reasons = Counter(why for piece in result["tests"].values() for why in piece["skipped"])
+        lines += ["", f"Skipped, {end}: " + "; ".join(f"{n} × {why}" for why, n in reasons.most_common()) + "."]
+    lines += ["", f"| declared | {' | '.join(ends)} |", f"|---|{'---|' * len(ends)}"]
+    pinned = {pin.split("==")[0] for pin in pins}
+    for requirement, name in DECLARED.items():
+        shown = f"{requirement} (bound not tried)" if name in pinned else requirement
+        lines.append(row(shown, [result["packages"].get(name, "") for result in results.values()]))
+    own = {*DECLARED.values(), PROJECT["name"]}
+    for end, result in results.items():
+        others = (f"{n} {v}" for n, v in sorted(result["packages"].items()) if n not in own)
+        lines += ["", f"What these need, {end}: {', '.join(others)}."]
+    return "\n".join(lines)
+
+
+def row(head: str, cells: list[Any]) -> str:
+    return f"| {head} | {' | '.join(map(str, cells))} |"
+
+
+def commit() -> str:
+    words = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def run(*words: object) -> None:
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, words))} failed:\n{done.stderr[-3000:]}")
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
