@@ -26,6 +26,7 @@ from faults.damage import damage, side_arrays
 from faults.disks import full_disks
 from faults.inputs import copy_folder, make_model, make_text, spoil_weights
 from faults.kills import kills, launched
+from faults.packages import packages
 from faults.places import files_limit, neighbours, places, plans, removal
 from faults.table import Matrix
 from faults.writers import writers
@@ -80,6 +81,7 @@ def main() -> None:
                 "files": files_limit,
                 "plans": plans,
                 "removal": removal,
+                "packages": packages,
             }
             for name, group in groups.items():
                 if not only or name in only.split(","):
