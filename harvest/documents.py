@@ -149,7 +149,8 @@ def describe_unreadable(rows: dict[str, Any]) -> str:
     """A sentence about rows that could not be read; empty for none."""
     if not rows:
         return ""
-    return f"{format_count(rows['rows'], 'row')} could not be read and were skipped (first: {rows['first']})."
+    were = "was" if rows["rows"] == 1 else "were"
+    return f"{format_count(rows['rows'], 'row')} could not be read and {were} skipped (first: {rows['first']})."
 
 
 def skip_reason(text: Any) -> str | None:

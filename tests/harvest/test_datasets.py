@@ -125,7 +125,7 @@ def empty(folder: Path) -> Path:
     [
         (mixed, r"has .jsonl and .txt; expected files of one format"),
         (broken_json, "a.json cannot be read as json: "),
-        (not_json, "None of the first 100 rows can be read as JSON .a.jsonl line 1: it is not JSON"),
+        (not_json, "No row of .*a.jsonl can be read as JSON .100 tried; first: a.jsonl line 1: it is not"),
         (broken_parquet, "a.parquet cannot be read as parquet: "),
         (unknown_kind, r"has .docx; expected files of one format"),
         (no_suffix, "has files without a suffix; expected files of one format"),
