@@ -195,7 +195,7 @@ def test_what_cannot_be_read_has_a_sentence(home, monkeypatch):
     with pytest.raises(UsageError, match="no column 'label'; its columns are 'text', 'topic'"):
         load_texts(AG, home)
     (home / AG / "train.jsonl").write_text('{"text": "a", "lab')
-    with pytest.raises(UsageError, match="No row of .*train.jsonl can be read as JSON .1 tried; first: train.jsonl line 1"):
+    with pytest.raises(UsageError, match="No row of .*train.jsonl can be read as JSON .1 tried; first: train"):
         load_texts(AG, home)
     with pytest.raises(UsageError, match="test_set_size=2 leaves no text"):
         load_texts(AG, home, 4000, 2)
