@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import Any
 
 from ..cache.layout import Hook
 from ..cache.models import model_label
-from ..common.errors import SaeError, UsageError, did_you_mean, warn_left_out
+from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean, warn_left_out
 from ..common.escaping import escape_for_csv
-from ..common.files import read_json, sae_home
+from ..common.files import digest_of, sae_home
+from ..common.schemas import RESULT_RECORD
+from ..train.sae import read_run_record, read_sae_record, require_result_of
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
-from .results import read_result_file
+from .results import read_result_record, result_of
 from .rows import describe_notes, hook_suffix, notes_beside
 from .tables import (
     column_heading,
@@ -178,20 +180,30 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
 def read_run(folder: Path) -> ComparedRun:
     if not (folder / "sae.json").exists():
         raise UsageError(f"{folder} holds no trained SAE (no sae.json). Give run folders: sae compare runs/...")
-    origin = read_json(folder / "sae.json", "origin")["origin"]
-    record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    return ComparedRun(folder.resolve().name, folder, origin, record, *read_results(folder))
+    sae, run = read_sae_record(folder), read_run_record(folder)
+    origin: dict[str, Any] = {**sae.get("origin", {})}
+    return ComparedRun(folder.resolve().name, folder, origin, {**run} if run else {}, *read_results(folder, sae))
 
 
 RunResults = tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]
 
 
-def read_results(folder: Path) -> RunResults:
-    """The result of each metric, and the settings of each."""
-    paths = {name: folder / "evaluations" / f"{name}.json" for name in METRICS}
-    existing = {name: path for name, path in paths.items() if path.exists()}
-    results = {name: read_result_file(path, METRICS[name]) for name, path in existing.items()}
-    return results, {name: read_json(path, "eval_config")["eval_config"] for name, path in existing.items()}
+def read_results(folder: Path, sae: Mapping[str, Any] | None = None) -> RunResults:
+    """The result of each metric, and the settings of each. `sae` is the content of sae.json; None for a reference.
+
+    Raises DamagedError for a result that was damaged or belongs to another SAE or reference.
+    """
+    results, settings = {}, {}
+    for name, metric in METRICS.items():
+        path = folder / "evaluations" / f"{name}.json"
+        if path.exists():
+            record = read_result_record(path, metric)
+            if sae is not None:
+                require_result_of(sae, record, path)
+            elif not folder.name.endswith(digest_of(record["sae_cfg_dict"])[:8]):
+                raise DamagedError(f"{path} is a result of another reference. {RESULT_RECORD.remedy}")
+            results[name], settings[name] = result_of(record, path), record["eval_config"]
+    return results, settings
 
 
 def read_references(

@@ -12,7 +12,7 @@ from ..cache.layout import Hook
 from ..cache.models import GivenModel, model_label, same_model
 from ..cache.reader import Cache, is_ring_cache
 from ..common.errors import UsageError
-from ..common.files import digest_of, read_json, sae_home
+from ..common.files import digest_of, sae_home
 from ..common.special_tokens import special_token_ids
 from ..harvest.model import (
     LanguageModel,
@@ -23,7 +23,7 @@ from ..harvest.model import (
     load_model,
     load_tokenizer,
 )
-from ..train.sae import SAE, load_sae, sae_spec
+from ..train.sae import SAE, load_sae, read_run_record, read_sae_record, sae_spec
 from .artifacts import ArtifactCache
 from .context import EvalContext
 from .metrics.base import EvalTarget
@@ -108,7 +108,7 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
     at several hooks.
     """
     folder = folder.resolve()
-    record, hook = read_json(folder / "sae.json", "sha256"), Hook.from_record(sae.origin)
+    record, hook = dict(read_sae_record(folder)), Hook.from_record(sae.origin)
     weights = digest_of([sae_spec(sae), record["sha256"], *hook.record.values()])
     target = EvalTarget(sae, hook, norm_limit=norm_limit_of(sae.origin, cache, hook, max_norm))
     return EvalRow(folder.name, target, folder, record, weights, target_l0=target_l0_of(folder))
@@ -116,9 +116,8 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
 
 def target_l0_of(folder: Path) -> float | None:
     """The L0 that the training of a run was asked for (`--l0`); None if it was not, or the SAE was imported."""
-    path = folder / "run.json"
-    l0 = read_json(path).get("l0") if path.exists() else None
-    return float(l0) if isinstance(l0, (int, float)) else None
+    record = read_run_record(folder)
+    return record.get("l0") if record else None
 
 
 def only_cache_of_model(folder: Path, origin: Mapping[str, Any]) -> Cache:

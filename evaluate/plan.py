@@ -146,13 +146,15 @@ class EvaluatePlan:
         return failures(rows) - self.expected_failures
 
     def exit_code(self, rows: Sequence[EvalRow]) -> int:
-        """0 if everything that was asked for was measured, else 1.
+        """0 if everything that was asked for was measured, 3 if a file is damaged, else 1.
 
         A metric of a named suite that needs data or packages which this machine lacks is not an error.
         """
+        errors = [error for row in self.rows for error in row.errors.values()]
+        if any(isinstance(error, DamagedError) for error in [*self.refused.values(), *errors]):
+            return DamagedError.exit_code
         if self.refused or self.unexpected_failures(rows):
             return 1
-        errors = [error for row in self.rows for error in row.errors.values()]
         optional = self.config.suite in SUITES and all(isinstance(error, UnavailableError) for error in errors)
         return 0 if optional or not self.expected_failures else 1
 
@@ -339,7 +341,8 @@ def read_earlier_results(metric: Metric, group: EvalGroup, rows: Sequence[EvalRo
     for row in rows:
         if row.folder:
             try:
-                result = read_result(row.folder, metric, row.settings(group.settings[metric.name]))
+                settings = row.settings(group.settings[metric.name])
+                result = read_result(row.folder, metric, settings, row.record)
             except SaeError as error:
                 row.errors[metric.name] = error
             else:

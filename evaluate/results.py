@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import DamagedError
-from ..common.files import digest_of, make_folder, os_error, read_json, write_json
+from ..common.files import digest_of, make_folder, os_error
+from ..common.schemas import RESULT_RECORD, ResultFile
+from ..train.sae import require_result_of
 from .metrics.base import MASKED, JsonPath, Metric, MetricResult, misnamed_numbers
 
 ABSENT = -1.0  # what SAEBench writes for a number that does not exist
 UNSTRUCTURED_KEYS = ("intervals", "n", "flags", "extra")
-RESULT_KEYS = ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured")
 
 
 def result_file(folder: Path, metric: Metric) -> Path:
@@ -56,7 +57,7 @@ def write_result(
         archive_other_settings(folder, metric, settings)
     except OSError as error:
         raise os_error(error, path) from error
-    write_json(path, envelope)
+    RESULT_RECORD.write(path, envelope)
 
 
 def unstructured_part(result: MetricResult) -> dict[str, Any]:
@@ -69,44 +70,69 @@ def unstructured_part(result: MetricResult) -> dict[str, Any]:
     return part
 
 
-def read_result(folder: Path, metric: Metric, settings: Mapping[str, Any]) -> MetricResult | None:
+def read_result(
+    folder: Path, metric: Metric, settings: Mapping[str, Any], sae: Mapping[str, Any] | None = None
+) -> MetricResult | None:
     """The result of an earlier evaluation with the same settings, or None.
 
-    If it was archived, it is moved back to the metric's file where the folder can be written.
+    If it was archived, it is moved back to the metric's file where the folder can be written. `sae` is the content of
+    sae.json, with which the result is compared.
 
-    Raises DamagedError for a file that is not a result.
+    Raises DamagedError for a file that is not a result, was damaged, or belongs to another SAE.
     """
     path, archived = result_file(folder, metric), archived_file(folder, metric, settings)
-    if path.exists() and archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"]) == archived:
-        return read_result_file(path, metric)
+    if path.exists():
+        record = read_result_record(path, metric)
+        if archived_file(folder, metric, record["eval_config"]) == archived:
+            require_result_of(sae or {}, record, path)
+            return result_of(record, path)
     if not archived.exists():
         return None
-    result = read_result_file(archived, metric)
+    record = read_result_record(archived, metric)
+    require_result_of(sae or {}, record, archived)
+    if archived_file(folder, metric, record["eval_config"]) != archived:
+        raise DamagedError(
+            f"{archived} has other settings than the digest in its name says: it was damaged or renamed. "
+            f"{RESULT_RECORD.remedy}"
+        )
+    result = result_of(record, archived)
     with contextlib.suppress(OSError):
         archive_other_settings(folder, metric, settings)
         archived.replace(path)
     return result
 
 
-def read_result_file(path: Path, metric: Metric | type[Metric]) -> MetricResult:
-    """Read a result file. Raises DamagedError if it is not one."""
-    envelope = read_json(path, *RESULT_KEYS)
+def read_result_record(path: Path, metric: Metric | type[Metric]) -> ResultFile:
+    """The content of a result file. Raises DamagedError if it was damaged or is a result of another metric."""
+    record = RESULT_RECORD.read(path)
+    if record["eval_type_id"] != metric.type_id:
+        raise DamagedError(
+            f"{path} is a result of {record['eval_type_id']}, not of {metric.name}: it was renamed. "
+            f"{RESULT_RECORD.remedy}"
+        )
+    return record
+
+
+def result_of(record: ResultFile, path: Path) -> MetricResult:
+    """The result that a file holds. Raises DamagedError if its parts contradict each other."""
+    unstructured: Any = record["eval_result_unstructured"]
+    written = {"metrics": record["eval_result_metrics"], "details": record["eval_result_details"]}
+    absent = unstructured.get("absent")
     try:
-        unstructured = envelope["eval_result_unstructured"]
-        written = {"metrics": envelope["eval_result_metrics"], "details": envelope["eval_result_details"]}
-        absent = unstructured.get("absent")
         values = replace_leaves(written, list(find_leaves(ABSENT, written)) if absent is None else absent, None)
         metrics = {
             category: {name: value if value is None else float(value) for name, value in group.items()}
             for category, group in values["metrics"].items()
         }
-        if (rest := unstructured.get("masked")) is None:
-            return make_result(metrics, values["details"], unstructured)
-        names = {category for category in metrics if category.startswith(MASKED)}
-        masked = make_result({name.removeprefix(MASKED): metrics.pop(name) for name in names}, rest["details"], rest)
-        return replace(make_result(metrics, values["details"], unstructured), masked=masked)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DamagedError(f"{path} is not a result of {metric.name}. Remove it and evaluate again.") from error
+        raise DamagedError(
+            f"{path}: `absent` in eval_result_unstructured does not fit the numbers. {RESULT_RECORD.remedy}"
+        ) from error
+    if (rest := unstructured.get("masked")) is None:
+        return make_result(metrics, values["details"], unstructured)
+    names = {category for category in metrics if category.startswith(MASKED)}
+    masked = make_result({name.removeprefix(MASKED): metrics.pop(name) for name in names}, rest["details"], rest)
+    return replace(make_result(metrics, values["details"], unstructured), masked=masked)
 
 
 def make_result(metrics: dict[str, Any], details: list[Any], unstructured: Mapping[str, Any]) -> MetricResult:
@@ -123,7 +149,7 @@ def archive_other_settings(folder: Path, metric: Metric, settings: Mapping[str, 
     """Move a result with other settings to the archive: it may have taken hours to measure."""
     path = result_file(folder, metric)
     with contextlib.suppress(DamagedError):  # there is no result, or a file that is not one and can be overwritten
-        archived = archived_file(folder, metric, read_json(path, *RESULT_KEYS)["eval_config"])
+        archived = archived_file(folder, metric, RESULT_RECORD.read(path)["eval_config"])
         if archived != archived_file(folder, metric, settings):
             make_folder(archived.parent)
             with contextlib.suppress(FileNotFoundError):  # another process has just moved it

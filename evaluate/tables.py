@@ -1,6 +1,5 @@
 """Results as tables: what each number is, which direction is better, its range, and how certain it is."""
 
-import contextlib
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +8,8 @@ from typing import Any
 from scipy.stats import t
 
 from ..cache.models import model_label
-from ..common.errors import DamagedError
-from ..common.files import digest_of, read_json
+from ..common.files import digest_of
+from ..train.sae import read_run_record
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
 from .rows import EvalRow, MeasuredRun
@@ -135,8 +134,8 @@ def runs_by_seed(rows: Sequence[EvalRow]) -> list[dict[int, EvalRow]]:
     groups: dict[str, dict[int, EvalRow]] = {}
     for row in rows:
         if row.folder:
-            with contextlib.suppress(DamagedError):  # a reference or an imported SAE has no run.json and no seed
-                record = read_json(row.folder / "run.json", "seed")
+            record = read_run_record(row.folder)
+            if record is not None and "seed" in record:  # a reference or an imported SAE has none
                 groups.setdefault(digest_without_seed(record), {})[record["seed"]] = row
     return [group for group in groups.values() if len(group) > 1]
 

@@ -81,6 +81,8 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
             step, tensors = read_checkpoint(path)
+            if step > trainer.steps:
+                raise DamagedError(f"{path} is of step {step}, but the run has {trainer.steps} steps.")
         except DamagedError as error:
             say(f"Skipping the checkpoint {path.name}: {error}")
             continue

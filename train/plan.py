@@ -27,29 +27,16 @@ from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.errors import UsageError
-from ..common.files import digest_of, read_json, sae_home
+from ..common.files import digest_of, sae_home
 from ..common.formatting import format_count
 from .estimate import check_disk_space, describe_size, describe_time
 from .hooks import hooks_to_train
 from .parse import parse_options, parse_width
 from .recipe import Recipe, find_recipe
-from .sae import SAE, load_sae
-from .variant import SIZES, RunConfig
+from .sae import SAE, load_sae, read_run_record, read_sae_record
+from .variant import RunConfig
 
 FORMAT = 1
-RECORDED = (
-    "format",
-    "variant",
-    "options",
-    "layer",
-    "site",
-    "seed",
-    "order_seed",
-    "cache",
-    "cache_folders",
-    "resolved",
-    *SIZES,
-)
 # The flags that decide a run, and the fields of TrainConfig that hold them: none of them can be given with --resume.
 FIXED = {
     "--variant": "variants",
@@ -251,8 +238,12 @@ def plan_training(config: TrainConfig, reserved: Mapping[Path, float] = {}) -> T
     Raises:
         UsageError: something is wrong with the config; the message lists every problem.
         UnavailableError: the runs do not fit on a disk.
+        DamagedError: a record of a run that exists was damaged.
     """
     runs = [resume_run(folder, config) for folder in config.resume] if config.resume else new_runs(config)
+    for run in runs:
+        if run.done:
+            read_sae_record(run.folder)
     plan = TrainPlan(config, runs)
     check_disk_space(plan.unfinished, reserved)
     return plan
@@ -347,7 +338,8 @@ def known_variance(cache: AnyCache, array: str) -> float | None:
 
 def resume_run(folder: Path, config: TrainConfig) -> Run:
     """The run of an existing folder, as its run.json describes it. Raises UsageError if it cannot be resumed."""
-    if not (folder / "run.json").exists():
+    record = read_run_record(folder)
+    if record is None:
         raise UsageError(f"{folder} holds no run (no run.json). `sae train --resume` takes a folder under runs/.")
     default = TrainConfig()
     if changed := [flag for flag, name in FIXED.items() if getattr(config, name) != getattr(default, name)]:
@@ -355,9 +347,8 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
             f"{', '.join(changed)} cannot be changed once a run has started. "
             f"Leave {'it' if len(changed) == 1 else 'them'} out to resume {folder}, or start a new run."
         )
-    if "imported_from" in read_json(folder / "run.json"):
+    if "imported_from" in record:
         raise UsageError(f"{folder} was imported from another library; it has no training to resume.")
-    record = read_json(folder / "run.json", *RECORDED)
     if record["format"] != FORMAT:
         raise UsageError(
             f"{folder}/run.json has format {record['format']}, and this version reads {FORMAT}. "

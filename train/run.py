@@ -17,15 +17,16 @@ from ..cache.planned import PlannedCache
 from ..cache.reader import Cache
 from ..cache.ring import RingCache
 from ..common.device import resolve_device
-from ..common.errors import Interrupted, SaeError, UsageError, did_you_mean
+from ..common.errors import DamagedError, Interrupted, SaeError, UsageError, did_you_mean
 from ..common.escaping import quote
-from ..common.files import read_json, write_json, writer_lock
+from ..common.files import writer_lock
+from ..common.schemas import RUN_RECORD
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .compile import compile_step
 from .loop import Trainer, autocast, train_loop
 from .plan import Run, TrainConfig, TrainPlan, default_log_interval, group_by_pass, plan_training
 from .run_folder import append_metrics, check_defaults_unchanged, run_record, truncate_metrics
-from .sae import fold_normalization, save_sae
+from .sae import fold_normalization, read_run_record, save_sae
 from .step import Mechanism
 from .variant import Variant
 
@@ -185,17 +186,21 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
     Without a checkpoint (`steps_done` is 0) the caller still has to `set_normalization`.
     """
     trainer = RunTrainer(run, build_variant(run).to(device), device)
-    if (run.folder / "run.json").exists():
-        check_defaults_unchanged(run, trainer.variant)
+    if record := read_run_record(run.folder):
+        check_defaults_unchanged(run, record, trainer.variant)
         if not run.requested.get("log_every"):  # a resumed run keeps its own: a line is the mean since the one before
-            asked = read_json(run.folder / "run.json").get("asked", {})
-            trainer.log_every = asked.get("log_every") or trainer.log_every
+            trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
         trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say)
         if trainer.steps_done:
             progress.say(f"{run.name} resumes from step {trainer.steps_done}.")
         truncate_metrics(run.folder, trainer.steps_done)
+    elif any(run.folder.glob("checkpoints/step-*")):
+        raise DamagedError(
+            f"{run.folder} has checkpoints but no run.json, which says what they are of. Restore run.json from a copy. "
+            "Without one, delete the folder: the same command then starts again."
+        )
     else:
-        write_json(run.folder / "run.json", run_record(run, trainer.variant, trainer.device))
+        RUN_RECORD.write(run.folder / "run.json", run_record(run, trainer.variant, trainer.device))
     if run.compiled and (reason := compile_step(trainer, run.config.batch_size)):
         progress.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({reason}).")
     return trainer

@@ -11,7 +11,8 @@ import torch
 from ..cache.ring import RingCache
 from ..common.environment import environment_record
 from ..common.errors import UsageError
-from ..common.files import atomic_write, os_error, read_json
+from ..common.files import atomic_write, os_error
+from ..common.schemas import RunRecord
 from .plan import FORMAT, Run
 from .variant import Variant
 
@@ -37,12 +38,12 @@ def resolved_options(variant: Variant) -> dict[str, Any]:
     return {**variant.options, **asdict(variant.optimization)}
 
 
-def check_defaults_unchanged(run: Run, variant: Variant) -> None:
+def check_defaults_unchanged(run: Run, record: RunRecord, variant: Variant) -> None:
     """Raise UsageError if a default has changed since the run started, as it can when this package is upgraded.
 
-    The name of the folder covers only the options that were given.
+    `record` is run.json. The name of the folder covers only the options that were given.
     """
-    recorded, now = read_json(run.folder / "run.json", "resolved")["resolved"], resolved_options(variant)
+    recorded, now = record["resolved"], resolved_options(variant)
     changed = [
         f"{name} was {value}, is {now[name]}" for name, value in recorded.items() if now.get(name, value) != value
     ]

@@ -9,9 +9,10 @@ activations; `fold_normalization` folds the normalization of training into it.
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import safetensors
 import torch
@@ -19,12 +20,21 @@ from safetensors.torch import load
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from ..cache.layout import Hook
 from ..common.errors import DamagedError, UsageError
-from ..common.files import atomic_write, read_json, write_json
+from ..common.files import atomic_write, digest_of
+from ..common.schemas import RESULT_RECORD, RUN_RECORD, SAE_RECORD, ResultFile, RunRecord, SavedSAE
 from . import sparse_ops
 from .activation_functions import Activation, KeepTopK, ReLU, activation_chain
 
 FORMAT = 1
+# What decides the result of a run, in run.json: the digest of these entries ends the automatic name of its folder.
+IDENTITY = (
+    "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
+    "literal", "cache", "compiled",
+)  # fmt: skip
+OPTIONAL = ("l0", "literal", "compiled")  # recorded only where they differ from the default
+AUTOMATIC_NAME = re.compile(r".*-s\d+-([0-9a-f]{6})")
 
 
 class SAEOutput(NamedTuple):
@@ -153,7 +163,8 @@ def save_sae(sae: SAE, folder: Path, origin: dict[str, Any]) -> None:
     """Write sae.safetensors, then sae.json. `origin` holds the model, layer and cache, which evaluation needs."""
     data = to_safetensors({k: v.detach().contiguous().cpu() for k, v in sae.state_dict().items()})
     atomic_write(folder / "sae.safetensors", data)
-    write_json(folder / "sae.json", {**sae_spec(sae), "sha256": hashlib.sha256(data).hexdigest(), "origin": origin})
+    record = {**sae_spec(sae), "sha256": hashlib.sha256(data).hexdigest(), "origin": origin}
+    SAE_RECORD.write(folder / "sae.json", record)
 
 
 def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
@@ -170,29 +181,23 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
     from . import variants  # noqa: F401  (registers the activations that are defined there)
 
     folder = Path(folder)
-    if not (folder / "sae.json").exists():
-        begun = (folder / "run.json").exists()
-        advice = f"Finish this run with `sae train --resume {folder}`." if begun else "Train one with `sae train`."
-        raise UsageError(f"{folder} holds no trained SAE (no sae.json). {advice}")
-    spec = read_json(folder / "sae.json", "format", "d_in", "d_sae", "pre_bias", "activation", "sha256")
-    if spec.get("format") != FORMAT:
-        raise UsageError(f"{folder}/sae.json has format {spec.get('format')}; this version reads {FORMAT}. Upgrade.")
-    weights = folder / "sae.safetensors"
-    hint = "Remove sae.json and repeat the `sae train` command: the SAE is rewritten from the last checkpoint."
+    spec = read_sae_record(folder)
+    weights, hint = folder / "sae.safetensors", SAE_RECORD.remedy
     try:
         check_shapes(weights, spec["d_in"], spec["d_sae"])
         data = weights.read_bytes()
         if hashlib.sha256(data).hexdigest() != spec["sha256"]:
             raise DamagedError(f"{weights} does not have the checksum that sae.json records. {hint}")
-        sae = build_sae(spec, {name: tensor.to(device) for name, tensor in load(data).items()})
-    except (safetensors.SafetensorError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
+        sae = build_sae({**spec}, {name: tensor.to(device) for name, tensor in load(data).items()})
+    except (safetensors.SafetensorError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError,
+            TypeError, ValueError) as error:  # fmt: skip
         raise DamagedError(
             f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0].rstrip('.')}. {hint}"
         ) from error
     broken = [name for name, tensor in sae.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise DamagedError(f"{weights}: {', '.join(broken)} has values that are not finite.")
-    sae.origin = spec.get("origin", {})
+    sae.origin = {**spec.get("origin", {})}
     return sae.eval().requires_grad_(False)
 
 
@@ -203,4 +208,102 @@ def check_shapes(weights: Path, d_in: int, d_sae: int) -> None:
         for name, shape in expected.items():
             actual = file.get_slice(name).get_shape()
             if actual != shape:
-                raise DamagedError(f"{weights}: {name} is {tuple(actual)}, but sae.json says {tuple(shape)}.")
+                raise DamagedError(
+                    f"{weights}: {name} is {tuple(actual)}, but sae.json says {tuple(shape)}. {SAE_RECORD.remedy}"
+                )
+
+
+# --- the records of a run folder --------------------------------------------------------------------------------------
+
+
+def read_sae_record(folder: Path) -> SavedSAE:
+    """The content of sae.json. What stands twice in it, or also in run.json, is compared.
+
+    Raises:
+        UsageError: the folder holds no trained SAE, or one that needs a newer version.
+        DamagedError: a record was damaged or edited, or they contradict each other.
+    """
+    path = folder / "sae.json"
+    if not path.exists():
+        begun = (folder / "run.json").exists()
+        advice = f"Finish this run with `sae train --resume {folder}`." if begun else "Train one with `sae train`."
+        raise UsageError(f"{folder} holds no trained SAE (no sae.json). {advice}")
+    record = SAE_RECORD.read(path)
+    if record["format"] != FORMAT:
+        raise UsageError(f"{path} has format {record['format']}; this version reads {FORMAT}. Upgrade.")
+    origin: dict[str, Any] = {**record.get("origin", {})}
+    if "layer" in origin and origin.get("hook_name", name := Hook.from_record(origin).name) != name:
+        raise DamagedError(
+            f"{path} contradicts itself: hook_name is {origin['hook_name']}, but layer and site are those of {name}. "
+            f"{SAE_RECORD.remedy}"
+        )
+    run = read_run_record(folder)
+    if run is not None:
+        stated = {**run, "training_tokens": run.get("steps", 0) * run.get("batch_size", 0)}
+        repeated = {"d_in": record["d_in"], "d_sae": record["d_sae"]}
+        repeated |= {
+            key: origin[key] for key in ("layer", "site", "variant", "seed", "training_tokens") if key in origin
+        }
+        for key, value in repeated.items():
+            if key in stated and stated[key] != value:
+                raise DamagedError(
+                    f"{folder}: {key} is {value} in sae.json and {stated[key]} in run.json. One of them was damaged, "
+                    f"edited, or belongs to another run. If it is run.json: restore it from a copy. If it is sae.json: "
+                    f"{SAE_RECORD.remedy}"
+                )
+    return record
+
+
+def read_run_record(folder: Path) -> RunRecord | None:
+    """The content of run.json; None if there is none. In a folder with an automatic name, its digest is compared.
+
+    Raises DamagedError if the record was damaged or edited, or belongs to another run.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    record = RUN_RECORD.read(path)
+    content = cast("dict[str, Any]", record)
+    if "imported_from" in content:
+        return record
+    for key in (*IDENTITY, "cache_folders", "resolved"):
+        if key not in content and key not in OPTIONAL:
+            raise DamagedError(f"{path} has no {key!r}: it was damaged or edited. {RUN_RECORD.remedy}")
+    identity = {key: content[key] for key in IDENTITY if key in content}
+    automatic = AUTOMATIC_NAME.fullmatch(folder.resolve().name)
+    if automatic and automatic[1] != (digest := digest_of(identity)[:6]):
+        raise DamagedError(
+            f"{path} does not belong to this folder: the name of the folder ends with {automatic[1]}, the digest of "
+            f"the run's options, which is {digest} for those in run.json. {RUN_RECORD.remedy}"
+        )
+    return record
+
+
+def require_result_of(sae: Mapping[str, Any], result: ResultFile, path: Path) -> None:
+    """Raise DamagedError if a result was measured on another SAE than the one of this sae.json, or at another hook."""
+    measured = described_sae(result["sae_cfg_dict"])
+    for key, value in described_sae(sae).items():
+        if key in measured and measured[key] != value:
+            raise DamagedError(
+                f"{path} is a result of another SAE: its {key} is {short_text(measured[key])}, that of sae.json is "
+                f"{short_text(value)}. {RESULT_RECORD.remedy}"
+            )
+
+
+def described_sae(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of sae.json, or of the description of a reference, that say which SAE it is and what it reads."""
+    origin = record.get("origin")
+    where = origin if isinstance(origin, dict) else record
+    return {
+        **{
+            key: record[key]
+            for key in ("reference", "sha256", "d_in", "d_sae", "pre_bias", "activation")
+            if key in record
+        },
+        **{key: where[key] for key in ("layer", "site") if key in where},
+    }
+
+
+def short_text(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

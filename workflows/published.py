@@ -13,13 +13,14 @@ from typing import Any
 from ..cache.layout import RESIDUAL_SITES, Hook
 from ..cache.models import GivenModel
 from ..common.errors import SaeError, UnavailableError, UsageError, warn_left_out
-from ..common.files import digest_of, read_json, sae_home
+from ..common.files import digest_of, sae_home
 from ..common.formatting import format_bytes
 from ..harvest import mini
 from ..train.formats.base import Format
 from ..train.formats.hub import REPO_ID, HubAddress, RemoteSAE, find_remote_sae
 from ..train.formats.import_ import ImportConfig, ImportResult, file_digests, import_files, import_remote, open_folder
 from ..train.formats.verify import Progress, no_progress
+from ..train.sae import read_run_record, read_sae_record
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -185,12 +186,14 @@ def imported_runs(config: PublishedConfig) -> Iterator[tuple[Path, Source]]:
     records = [path for path in (sae_home() / "runs").glob("*/run.json") if (path.parent / "sae.json").exists()]
     for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            source = read_json(path).get("imported_from")
-            origin = read_json(path.parent / "sae.json").get("origin")
+            run, sae = read_run_record(path.parent), read_sae_record(path.parent)
         except SaeError as error:
             warn_left_out(path.parent, error)
             continue
-        if isinstance(source, dict) and isinstance(origin, dict) and fits(origin, source):
+        if run is None or "imported_from" not in run:
+            continue
+        source, origin = {**run["imported_from"]}, {**sae.get("origin", {})}
+        if fits(origin, source):
             yield path.parent, source
 
 

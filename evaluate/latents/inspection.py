@@ -13,11 +13,11 @@ from torch import Tensor
 from ...cache.layout import Hook
 from ...cache.outliers import outlier_mask
 from ...common.device import resolve_device, resolve_dtype
-from ...common.errors import DamagedError, SaeError, UsageError
-from ...common.files import read_json
+from ...common.errors import DamagedError, SaeError, UsageError, warn_left_out
 from ...common.formatting import format_count
+from ...common.schemas import RESULT_RECORD
 from ...harvest.architectures import check_layers, hook_width
-from ...train.sae import SAE, load_sae
+from ...train.sae import SAE, load_sae, read_run_record, require_result_of
 from ..compare import ComparedRun, read_references
 from ..context import EvalContext
 from ..datasets.labeled import class_name
@@ -27,7 +27,7 @@ from ..metrics.base import MetricResult, outlier_flags
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from ..metrics.probes import wilson_interval
 from ..metrics.registry import METRICS
-from ..results import read_result_file
+from ..results import read_result_record, result_of
 from ..rows import EvalRow, notes_beside
 from ..tables import describe_model
 from .stats import LatentStats
@@ -101,20 +101,27 @@ def open_run(
             f"{folder} takes activations of width {sae.d_in}, but {hook} of the model has width {width}."
         )
     row = row_of_run(folder, sae, cache)
-    row.results |= results_of_weights(folder, row.weights)
+    row.results |= read_results(row)
     row.notes = notes_of_run(row)
     sae.to(device)
     return InspectedRun(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, latent_labels(row.results, sae.d_sae))
 
 
-def results_of_weights(folder: Path, weights: str) -> dict[str, MetricResult]:
-    """The results in evaluations/ that were measured with these weights. Files that are not results are skipped."""
+def read_results(row: EvalRow) -> dict[str, MetricResult]:
+    """The results in evaluations/ of a run. A warning names those that were damaged or belong to another SAE."""
     results = {}
     for name, metric in METRICS.items():
-        path = folder / "evaluations" / f"{name}.json"
-        with contextlib.suppress(DamagedError, AttributeError):
-            if read_json(path, "eval_config")["eval_config"].get("weights") == weights:
-                results[name] = read_result_file(path, metric)
+        path = (row.folder or Path()) / "evaluations" / f"{name}.json"
+        try:
+            if not path.exists():
+                continue
+            record = read_result_record(path, metric)
+            require_result_of(row.record, record, path)
+            if record["eval_config"].get("weights") != row.weights:  # k and the like, which are no tensors
+                raise DamagedError(f"{path} is a result of another SAE. {RESULT_RECORD.remedy}")
+            results[name] = result_of(record, path)
+        except DamagedError as error:
+            warn_left_out(path, error)
     return results
 
 
@@ -122,7 +129,7 @@ def notes_of_run(row: EvalRow) -> list[str]:
     """Sentences about a run's numbers beside its target L0 and the references that were measured with it."""
     if row.folder is None or "core" not in row.results:
         return []
-    settings = read_json(row.folder / "evaluations" / "core.json", "eval_config")["eval_config"]
+    settings = RESULT_RECORD.read(row.folder / "evaluations" / "core.json")["eval_config"]
     origin = row.record.get("origin", {})
     compared = ComparedRun(row.name, row.folder, origin, {}, dict(row.results), {"core": settings})
     try:
@@ -247,6 +254,6 @@ def describe_outliers(run: InspectedRun, stats: LatentStats) -> str:
 
 
 def training_record(run: InspectedRun) -> dict[str, Any]:
-    """The contents of run.json, or {} for an imported SAE without one."""
-    path = run.folder / "run.json"
-    return read_json(path) if path.exists() else {}
+    """The content of run.json, or {} for an imported SAE without one."""
+    record = read_run_record(run.folder)
+    return {**record} if record else {}

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, UsageError
+from sae.common.schemas import RESULT_RECORD
 from sae.evaluate.compare import (
     ComparedRun,
     ComparedSystem,
@@ -28,6 +29,8 @@ from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.pages.comparison import comparison_page
 from sae.evaluate.tables import notes
 
+from ..run_records import write_result_record, write_run_record, write_sae_record
+
 MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
 
 
@@ -37,10 +40,9 @@ def make_run(
     name = f"{variant}-L{layer}-{len(list(home.glob('*')))}"
     folder = home / name
     (folder / "evaluations").mkdir(parents=True)
-    (folder / "sae.json").write_text(json.dumps({"origin": {"model": model, "layer": layer, "site": "resid_post"}}))
+    write_sae_record(folder, origin={"model": model, "layer": layer, "site": "resid_post"})
     made = {"asked": {"seeds": [seed]}, "environment": {"cores": seed}, "threads": seed, "cache_folders": [str(seed)]}
-    run = {**made, "variant": variant, "seed": seed, "layer": layer, "d_sae": 512, "steps": 10, "options": options}
-    (folder / "run.json").write_text(json.dumps(run))
+    write_run_record(folder, **made, variant=variant, seed=seed, layer=layer, options=options)
     log = [
         {"step": n, "tokens": 100 * n, "loss": 1 / n, "explained_variance": 1 - 1 / n, "l0": l0, "dead": 0}
         for n in (1, 2)
@@ -56,7 +58,7 @@ def make_run(
                 "n": {"tokens": 5}, "flags": ["a <b>flag</b>"], "extra": None,
             },
         }  # fmt: skip
-        (folder / "evaluations" / "core.json").write_text(json.dumps(result))
+        write_result_record(folder, "core", **result)
     return folder
 
 
@@ -98,9 +100,7 @@ def test_a_number_that_no_pair_has_gets_no_column(tmp_path):
     """Absorption was measured in one run, whose seed the other system lacks."""
     runs = [make_run(tmp_path, name, seed=seed) for name in ("topk", "relu") for seed in (0, 1)]
     lonely = make_run(tmp_path, seed=7)
-    result = json.loads((lonely / "evaluations" / "core.json").read_text())
-    result["eval_result_metrics"] = {"mean": {"mean_full_absorption_score": 0.1}}
-    (lonely / "evaluations" / "absorption.json").write_text(json.dumps(result))
+    write_absorption(lonely)
     found = compare_runs([*runs, lonely])
     heads, lines = paired_table(found, "topk")
     assert any("absorption" in head for head in comparison_table(found)[0])
@@ -122,6 +122,14 @@ def test_a_seed_trained_twice_is_one_draw(tmp_path):
 def test_one_folder_twice_is_one_run(tmp_path):
     run = make_run(tmp_path)
     assert len(compare_runs([run, run]).runs) == 1
+
+
+def write_absorption(run, **changes):
+    """A result of absorption, with the settings of the run's core result."""
+    core = RESULT_RECORD.read(run / "evaluations" / "core.json")
+    shared = {"eval_config": core["eval_config"], "eval_result_unstructured": core["eval_result_unstructured"]}
+    metrics = {"mean": {"mean_full_absorption_score": 0.1}}
+    write_result_record(run, "absorption", **shared | {"eval_result_metrics": metrics} | changes)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +155,12 @@ def test_limits_that_mask_as_many_rows_are_no_difference(tmp_path):
     runs = [make_run(tmp_path, name) for name in ("topk", "relu")]
     for number, run in enumerate(runs):
         path = run / "evaluations" / "core.json"
-        core = json.loads(path.read_text())
+        core = RESULT_RECORD.read(path)
         core["eval_config"]["norm_limit"] = 100.0 + number
-        path.write_text(json.dumps(core))
+        RESULT_RECORD.write(path, core)
     assert compare_runs(runs).differences == []
     core["eval_result_unstructured"]["n"]["outlier_rows"] = 3
-    path.write_text(json.dumps(core))
+    RESULT_RECORD.write(path, core)
     with pytest.raises(UsageError, match=r"core, masked rows: 0 \(.*\), 3 "):
         compare_runs(runs)
 
@@ -219,9 +227,7 @@ def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
 
     def absorbed(**where):
         run = make_run(tmp_path, **where)
-        result = json.loads((run / "evaluations" / "core.json").read_text())
-        result["eval_result_metrics"] = {"mean": {"mean_full_absorption_score": 0.1}}
-        (run / "evaluations" / "absorption.json").write_text(json.dumps(result))
+        write_absorption(run)
         chart = next(chart for chart in frontiers(compare_runs([run])) if "absorption" in chart.title)
         return [(x, y) for one in chart.series if "published" in one.name for x, y in zip(one.x, one.y, strict=True)]
 
@@ -233,17 +239,15 @@ def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
 def test_published_points_stand_beside_saebench_s_numbers_and_the_note_says_so(tmp_path):
     """Over all rows; the table and the other charts have the numbers without outlier rows."""
     run = make_run(tmp_path, model={"name": "google/gemma-2-2b", "revision": "1"}, l0=60.0, kl=0.5)
-    core = json.loads((run / "evaluations" / "core.json").read_text())
+    core = RESULT_RECORD.read(run / "evaluations" / "core.json")
     core["eval_result_metrics"] |= {
         "masked_sparsity": {"l0": 32.0}, "masked_model_behavior_preservation": {"kl_div_score": 0.9},
     }  # fmt: skip
     rest = core["eval_result_unstructured"]
     rest["masked"] = {"details": [], "intervals": {}, "n": {"outlier_rows": 3}, "flags": ["sound"], "extra": None}
     rest["n"] = {"outlier_rows": 3}
-    (run / "evaluations" / "core.json").write_text(json.dumps(core))
-    absorption = core | {"eval_result_metrics": {"mean": {"mean_full_absorption_score": 0.1}}}
-    absorption["eval_result_unstructured"] = {**rest, "n": {}, "flags": []} | {"masked": None}
-    (run / "evaluations" / "absorption.json").write_text(json.dumps(absorption))
+    RESULT_RECORD.write(run / "evaluations" / "core.json", core)
+    write_absorption(run, eval_result_unstructured={**rest, "n": {}, "flags": []} | {"masked": None})
     comparison = compare_runs([run])
     assert comparison_table(comparison)[1][0][1:3] == ["32.0", "0.9000"]
     (note,) = notes(comparison.runs)

@@ -18,6 +18,7 @@ import torch
 
 from sae.cache.reader import Cache
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from sae.common.schemas import SAE_RECORD
 from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.inputs import make_context
@@ -33,6 +34,8 @@ from sae.harvest.plan import plan_harvest
 from sae.harvest.run import run_harvest
 from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE, save_sae
+
+from ..run_records import change_record, write_run_record
 
 ENVELOPE = {
     "eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details",
@@ -105,10 +108,10 @@ def test_what_was_measured_is_kept_until_something_changes(tiny_cache, home):
     evaluate(ask(run))
     assert written_at(run) > before
     for change in ({"layer": 1}, {"activation": [{"name": "topk", "k": 2}]}):  # the same weights, used otherwise
-        spec, before = json.loads((run / "sae.json").read_text()), written_at(run)
+        spec, before = SAE_RECORD.read(run / "sae.json"), written_at(run)
         spec["origin"]["layer"] = change.get("layer", spec["origin"]["layer"])
         spec["activation"] = change.get("activation", spec["activation"])
-        (run / "sae.json").write_text(json.dumps(spec))
+        SAE_RECORD.write(run / "sae.json", spec)
         evaluate(ask(run))
         assert written_at(run) > before, change
 
@@ -148,9 +151,10 @@ def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
     runs += [make_run(home / f"y-L0-s{seed}-cd", tiny_cache, 0, 10 + seed) for seed in range(3)]
     for number, run in enumerate(runs):
         if number != 2:  # of x two seeds, of y three
-            (run / "run.json").write_text(json.dumps({"variant": run.name[0], "seed": number % 3}))
+            write_run_record(run, d_in=32, d_sae=16, layer=0, variant=run.name[0], seed=number % 3)
     runs.append(make_run(home / "imported", tiny_cache))
-    (runs[-1] / "run.json").write_text(json.dumps({"variant": "imported-relu"}))  # it has no seed
+    source = {"format": "saelens", "path": "", "sha256": {}}
+    write_run_record(runs[-1], d_in=32, d_sae=16, layer=0, variant="imported-relu", seed=None, imported_from=source)
     rows = evaluate(ask(*runs))
     ((_, heads, lines),) = tables(rows)
     l0 = [row.results["core"].metrics["sparsity"]["l0"] for row in rows]
@@ -268,9 +272,9 @@ def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_
     """As `sae import` leaves one."""
     run = make_run(home / "run", tiny_cache, cache=None, fingerprint=None)
     absent = make_run(home / "absent", tiny_cache)
-    spec = json.loads((absent / "sae.json").read_text())
+    spec = SAE_RECORD.read(absent / "sae.json")
     del spec["origin"]["cache"], spec["origin"]["fingerprint"]
-    (absent / "sae.json").write_text(json.dumps(spec))
+    SAE_RECORD.write(absent / "sae.json", spec)
     for imported in (run, absent):
         with pytest.raises(UsageError, match="names no cache, and no cache in .*activations holds held-out text"):
             evaluate(ask(imported))
@@ -372,6 +376,7 @@ def test_a_number_of_minus_one_is_not_one_that_does_not_exist(tmp_path):
     assert written["eval_result_details"] == [{"x": -1.0, "y": -1.0, "z": [-1.0, -1.0]}]
     assert read_result(tmp_path, Core(), {"k": 1}) == result
     del written["eval_result_unstructured"]["absent"]  # a file of before: there, -1 was what does not exist
+    del written["eval_result_unstructured"]["content_digest"]
     (tmp_path / "evaluations" / "core.json").write_text(json.dumps(written))
     assert read_result(tmp_path, Core(), {"k": 1}).metrics["a"] == {"score": None, "none": None, "zero": 0.0}
 
@@ -408,7 +413,7 @@ def test_a_file_that_is_json_and_no_result_is_named(tiny_cache, home, damage):
     run = make_run(home / "run", tiny_cache)
     evaluate(ask(run))
     (run / "evaluations" / "core.json").write_text(json.dumps(damage(result_of(run))))
-    with pytest.raises(DamagedError, match=r"core\.json (has no|is not a result)"):
+    with pytest.raises(DamagedError, match=r"core\.json is not as it was written \((expected|object missing)"):
         evaluate(ask(run))
 
 
@@ -416,8 +421,7 @@ def test_a_result_is_of_the_sae_json_that_it_was_measured_with(tiny_cache, home)
     """The same weights with another activation or at another layer are another SAE."""
     run = make_run(home / "run", tiny_cache)
     (before,) = evaluate(ask(run))
-    spec = json.loads((run / "sae.json").read_text())
-    (run / "sae.json").write_text(json.dumps({**spec, "activation": [{"name": "topk", "k": 1}]}))
+    change_record(SAE_RECORD, run / "sae.json", {"activation": [{"name": "topk", "k": 1}]})
     (after,) = evaluate(ask(run))
     assert after.results["core"].metrics["sparsity"]["l0"] == 1 != before.results["core"].metrics["sparsity"]["l0"]
 
@@ -425,18 +429,19 @@ def test_a_result_is_of_the_sae_json_that_it_was_measured_with(tiny_cache, home)
 @pytest.mark.parametrize(
     ("origin", "sentence"),
     [
-        ([], "does not record the model and layer it was trained on"),
-        ({"model": "gemma"}, "does not record the model and layer it was trained on"),
+        ([], r"expected `object`, got `array` - at `\$.origin`"),
+        ({"model": "gemma"}, r"expected `object`, got `str` - at `\$.origin.model`"),
         ({"cache": None, "fingerprint": "0"}, "was trained on was not found; it holds the text"),
-        ({"layer": "twelve"}, "does not record the model and layer it was trained on"),
+        ({"layer": "twelve"}, r"expected `int`, got `str` - at `\$.origin.layer`"),
         ({"layer": 99}, "says layer 99, but .* has layers 0 to"),
-        ({"layer": -1}, "says layer -1, but .* has layers 0 to"),
+        ({"layer": -1}, r"expected `int` >= 0 - at `\$.origin.layer`"),
     ],
 )
 def test_a_sae_json_that_was_overwritten_is_named(tiny_cache, home, origin, sentence):
     run = make_run(home / "run", tiny_cache)
     spec = json.loads((run / "sae.json").read_text())
     changed = {**spec["origin"], **origin} if isinstance(origin, dict) else origin
+    del spec["content_digest"]
     (run / "sae.json").write_text(json.dumps({**spec, "origin": changed}))
     with pytest.raises((UsageError, DamagedError), match=sentence):
         evaluate(ask(run))

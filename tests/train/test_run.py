@@ -21,6 +21,7 @@ from sae.cache.chunks import write_chunk
 from sae.cache.reader import open_cache
 from sae.common.errors import Interrupted, SaeError, UsageError
 from sae.common.files import read_json
+from sae.common.schemas import RUN_RECORD
 from sae.train.plan import TrainConfig, default_log_interval, plan_training
 from sae.train.run import TrainProgress, run_training
 from sae.train.sae import load_sae
@@ -220,9 +221,9 @@ def test_changed_defaults_are_named(sparse_cache) -> None:
     config = make_config(sparse_cache, "relu")
     (folder,) = train(config)
     (folder / "sae.json").unlink()
-    record = read_json(folder / "run.json")
+    record = RUN_RECORD.read(folder / "run.json")
     record["resolved"]["l1"] = 0.5  # as if the version that started it had another default
-    (folder / "run.json").write_text(json.dumps(record))
+    RUN_RECORD.write(folder / "run.json", record)
     with pytest.raises(UsageError, match=r"started with other options \(l1 was 0.5, is 0.04\)"):
         train(config)
 

@@ -1,6 +1,5 @@
 """The SAE: its identities and gradients, folding, and loading, with damaged files."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,8 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.common.errors import DamagedError, UsageError
+from sae.common.schemas import SAE_RECORD
 from sae.train.activation_functions import BatchTopK, ReLU, TopK
 from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
+
+from ..run_records import change_record
 
 
 def random_sae(d_in: int = 6, d_sae: int = 10, activation=(), **options) -> SAE:
@@ -100,9 +102,8 @@ def saved(folder: Path, activation=()) -> SAE:
 
 
 def describe(folder: Path, **changes: object) -> None:
-    """Change the content of sae.json."""
-    path = folder / "sae.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change the content of sae.json, on purpose."""
+    change_record(SAE_RECORD, folder / "sae.json", changes)
 
 
 def test_rows_of_any_dtype_are_encoded_and_other_widths_rejected() -> None:

@@ -13,7 +13,8 @@ from ...cache.layout import Hook
 from ...cache.models import GivenModel, ModelRecord, model_label, same_model
 from ...cache.reader import Cache
 from ...common.errors import UsageError
-from ...common.files import digest_of, sae_home, write_json
+from ...common.files import digest_of, sae_home
+from ...common.schemas import RUN_RECORD
 from ..sae import SAE, save_sae
 from .base import ForeignSAE, Format, detect_format
 from .canonical import to_canonical
@@ -188,7 +189,7 @@ def import_files(
     }
     foreign.sae.origin = sae_origin(foreign, fmt, hook, used_model, cache, variant)
     with new_folder(target) as temporary:
-        write_json(temporary / "run.json", record)
+        RUN_RECORD.write(temporary / "run.json", record)
         save_sae(foreign.sae, temporary, foreign.sae.origin)
     cache_folder = cache.folder if cache else None
     return ImportResult(target, fmt.name, foreign.sae, check, cache_folder, candidates, foreign.notes)

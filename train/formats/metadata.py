@@ -11,7 +11,7 @@ from ...cache.models import model_label
 from ...cache.reader import Cache
 from ...common.errors import SaeError
 from ...common.files import read_json
-from ..sae import SAE
+from ..sae import SAE, read_run_record
 from .canonical import chain_name
 from .hook_names import transformerlens_name
 
@@ -69,10 +69,8 @@ def export_metadata(sae: SAE, run: Path | None, cache: Cache | None) -> dict[str
     `run` is the run folder, `cache` the cache that it was trained on; None if there is none.
     """
     origin, hook = sae.origin, run_hook(sae)
-    run_record: dict[str, Any] = {}
-    if run is not None:
-        with contextlib.suppress(SaeError):
-            run_record = read_json(run / "run.json")
+    recorded = read_run_record(run) if run is not None else None
+    run_record: dict[str, Any] = {**recorded} if recorded else {}
     model = origin.get("model") or {}
     metadata: dict[str, Any] = {"sae_lens_version": SAELENS_VERSION}
     if model.get("name"):

@@ -1,13 +1,14 @@
 """The model card of an SAE on the Hub: what it is, its metrics, how to load it, how it was trained."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import SaeError
+from ...common.errors import DamagedError, warn_left_out
 from ...common.escaping import escape_for_markdown
 from ...common.files import read_json
+from ...common.schemas import RESULT_RECORD
+from ..sae import read_sae_record, require_result_of
 from .export import ExportResult
 
 # (file in evaluations/, category in eval_result_metrics, metric, heading in the card)
@@ -87,15 +88,27 @@ def evaluation_metrics(run: Path) -> list[tuple[str, str]]:
     They are the numbers without outlier rows where a result has both, as in our tables. Metrics on the stand-in
     dataset, texts of Python's standard library, say so.
     """
-    metrics = []
+    results, metrics = read_metrics(run), []
     for name, category, metric, heading in CARD_METRICS:
         for file, suffix in ((f"{name}.json", ""), (f"{name}_stdlib.json", ", on texts of Python's standard library")):
-            with contextlib.suppress(SaeError, KeyError, TypeError, ValueError):
-                categories: Any = read_json(run / "evaluations" / file)["eval_result_metrics"]
-                group = categories.get(f"masked_{category}", categories[category])
-                if (value := float(group[metric])) != NOT_MEASURED:
-                    metrics.append((heading + suffix, f"{value:.4g}"))
+            categories = results.get(file, {})
+            group = categories.get(f"masked_{category}", categories.get(category, {}))
+            if (value := group.get(metric)) not in (None, NOT_MEASURED):
+                metrics.append((heading + suffix, f"{value:.4g}"))
     return metrics
+
+
+def read_metrics(run: Path) -> dict[str, dict[str, dict[str, float | None]]]:
+    """File name -> `eval_result_metrics` of each result. A warning names those that were damaged or of another SAE."""
+    results = {}
+    for path in sorted((run / "evaluations").glob("*.json")):
+        try:
+            record = RESULT_RECORD.read(path)
+            require_result_of(read_sae_record(run), record, path)
+            results[path.name] = record["eval_result_metrics"]
+        except DamagedError as error:
+            warn_left_out(path, error)
+    return results
 
 
 def markdown_table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:

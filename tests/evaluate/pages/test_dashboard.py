@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, UsageError
-from sae.common.files import write_json
+from sae.common.records import LeftOutWarning
+from sae.common.schemas import RESULT_RECORD
 from sae.evaluate.latents import inspection, stats
 from sae.evaluate.latents.inspection import encode_prompt, open_run
 from sae.evaluate.latents.passages import PassageWindow
@@ -25,6 +26,8 @@ from sae.evaluate.results import write_result
 from sae.evaluate.run import evaluate
 from sae.train.activation_functions import TopK
 from sae.train.sae import SAE, save_sae
+
+from ...run_records import change_record, write_run_record
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -174,7 +177,7 @@ def test_hostile_tokens_end_no_script_and_hide_nothing(run, monkeypatch):
 
 def test_hostile_names_and_labels_are_escaped(tiny_cache, home):
     run = make_run(home / "runs" / "<img src=x>", tiny_cache, 3)
-    write_json(run / "run.json", {"variant": "<u>\u202e", "resolved": {"</dl>": "<i>"}})
+    write_run_record(run, d_in=32, d_sae=3, layer=1, variant="<u>\u202e", resolved={"</dl>": "<i>"})
     html = page_of(run)
     assert "<img" not in html and "<u>" not in html and "</dl><" not in html and "\u202e" not in html
     assert "&lt;img src=x&gt;" in html and "&lt;u&gt;⟨202E⟩" in html
@@ -184,11 +187,12 @@ def test_evaluations_stand_on_the_page_if_they_are_of_these_weights(run):
     evaluate(EvaluateConfig(runs=[run], suite="core", tokens=60, device="cpu", references=False))
     assert "KL score" in page_of(run)
     path = run / "evaluations" / "core.json"
-    record = json.loads(path.read_text())
-    write_json(path, {**record, "eval_config": {**record["eval_config"], "weights": "of another SAE"}})
-    assert "KL score" not in page_of(run)
+    change_record(RESULT_RECORD, path, lambda record: record["eval_config"].update(weights="of another SAE"))
+    with pytest.warns(LeftOutWarning, match=r"Left out: .*core\.json is a result of another SAE\. Delete it and run"):
+        assert "KL score" not in page_of(run)
     path.write_text("{")
-    assert "has not been evaluated yet" in page_of(run)
+    with pytest.warns(LeftOutWarning, match=r"Left out: .*core\.json cannot be read"):
+        assert "has not been evaluated yet" in page_of(run)
 
 
 def test_labels_are_what_probes_and_judges_found():

@@ -1,6 +1,5 @@
 """Uploads to the Hub with its client replaced: nothing leaves before the question, and what leaves can be imported."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,18 @@ from sae.train.formats.import_ import import_sae
 from sae.train.formats.upload import upload_sae
 from sae.train.sae import save_sae
 
+from ...run_records import write_result_record, write_run_record
+
 
 @pytest.fixture
 def run(make_sae, tmp_path) -> Path:
     folder = tmp_path / "runs" / "batchtopk-L12"
     sae = make_sae("jumprelu", unit=True)
     save_sae(sae, folder, {**sae.origin, "variant": "batchtopk", "seed": 3})
-    record = {"resolved": {"k": 32, "aux": None}, "cache": "c0ffee", "cache_folders": ["/home/me"]}
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "evaluations").mkdir()
+    write_run_record(
+        folder, variant="batchtopk", seed=3, d_in=sae.d_in, d_sae=sae.d_sae, resolved={"k": 32, "aux": None},
+        cache="c0ffee" + "0" * 58, cache_folders=["/home/me"],
+    )  # fmt: skip
     for name, metrics in (
         (
             "core",
@@ -32,7 +34,7 @@ def run(make_sae, tmp_path) -> Path:
         ("sparse_probing_stdlib", {"sae": {"sae_top_1_test_accuracy": -1.0}}),
         ("tpp_stdlib", {"tpp_metrics": {"tpp_threshold_20_total_metric": 0.25}}),
     ):
-        (folder / "evaluations" / f"{name}.json").write_text(json.dumps({"eval_result_metrics": metrics}))
+        write_result_record(folder, name, eval_result_metrics=metrics)
     return folder
 
 
