@@ -28,6 +28,7 @@ from faults.inputs import copy_folder, make_model, make_text, spoil_weights
 from faults.kills import kills, launched
 from faults.packages import packages
 from faults.places import files_limit, neighbours, places, plans, removal
+from faults.records import records_of_runs
 from faults.table import Matrix
 from faults.writers import writers
 
@@ -77,6 +78,7 @@ def main() -> None:
                 "texts": lambda m: bad_inputs(m, rows),
                 "numbers": bad_values,
                 "saes": bad_saes,
+                "records": records_of_runs,
                 "places": places,
                 "files": files_limit,
                 "plans": plans,

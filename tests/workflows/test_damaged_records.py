@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common import records
-from sae.common.errors import DamagedError, SaeError
+from sae.common.errors import DamagedError, LeftOutWarning, SaeError
 from sae.common.files import read_json
-from sae.common.records import LeftOutWarning, UncheckedRecordWarning
+from sae.common.records import UncheckedRecordWarning
 from sae.common.schemas import CHECKPOINT_RECORD, RESULT_RECORD, RUN_RECORD, SAE_RECORD
 from sae.evaluate.compare import compare_runs
 from sae.evaluate.metrics.core import Core
@@ -240,7 +240,7 @@ def test_files_of_another_run_are_refused(runs: Path, run: Path) -> None:
     with pytest.raises(DamagedError, match="is a result of another SAE: its sha256 is"):
         shutil.copy(other / "evaluations" / "core.json", run / "evaluations")
         compare_runs([run])
-    with pytest.warns(LeftOutWarning, match=r"Left out: .*core\.json is a result of another SAE"):
+    with pytest.warns(LeftOutWarning, match=r"core\.json is left out: .*core\.json is a result of another SAE"):
         assert evaluation_metrics(run) == []
     for name in ("sae.json", "sae.safetensors"):
         shutil.copy(other / name, run)

@@ -12,8 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from sae.cli.main import app
-from sae.common.errors import DamagedError, UsageError
-from sae.common.records import LeftOutWarning
+from sae.common.errors import DamagedError, LeftOutWarning, UsageError
 from sae.common.schemas import RESULT_RECORD
 from sae.evaluate.latents import inspection, stats
 from sae.evaluate.latents.inspection import encode_prompt, open_run
@@ -188,10 +187,10 @@ def test_evaluations_stand_on_the_page_if_they_are_of_these_weights(run):
     assert "KL score" in page_of(run)
     path = run / "evaluations" / "core.json"
     change_record(RESULT_RECORD, path, lambda record: record["eval_config"].update(weights="of another SAE"))
-    with pytest.warns(LeftOutWarning, match=r"Left out: .*core\.json is a result of another SAE\. Delete it and run"):
+    with pytest.warns(LeftOutWarning, match=r"core\.json is left out: .*core\.json is a result of another SAE\. Delete it and run"):
         assert "KL score" not in page_of(run)
     path.write_text("{")
-    with pytest.warns(LeftOutWarning, match=r"Left out: .*core\.json cannot be read"):
+    with pytest.warns(LeftOutWarning, match=r"core\.json is left out: .*core\.json cannot be read"):
         assert "has not been evaluated yet" in page_of(run)
 
 
