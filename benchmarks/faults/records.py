@@ -33,9 +33,9 @@ def records_of_runs(m: Matrix) -> None:
         ("sae.json truncated", "sae.json", lambda text: text[:100], readers_of_sae),
         ("the seed of run.json", "run.json", swap('"seed": 0', '"seed": 8'), readers_of_run),
         ("run.json nested 50,000 deep", "run.json", lambda text: deep, readers_of_run),
-        ("an integer of 8,000 digits in run.json", "run.json", swap('"seed": 0', f'"seed": {"9" * 8000}'), readers_of_run),
+        ("8,000 digits in run.json", "run.json", swap('"seed": 0', f'"seed": {"9" * 8000}'), readers_of_run),
         ("a number of a result", "evaluations/core.json", swap('"l0": 4', '"l0": 5'), ["evaluate", "compare"]),
-        ("the type of a field of a result", "evaluations/core.json", swap('"flags": [', '"flags": {}, "x": ['), ["compare"]),
+        ("the type of a result field", "evaluations/core.json", swap('"flags": [', '"flags": {}, "x": ['), ["compare"]),
     ]  # fmt: skip
     for number, (name, file, change, readers) in enumerate(cases):
         folder = copy(run, f"record{number}")
