@@ -187,7 +187,9 @@ def test_evaluations_stand_on_the_page_if_they_are_of_these_weights(run):
     assert "KL score" in page_of(run)
     path = run / "evaluations" / "core.json"
     change_record(RESULT_RECORD, path, lambda record: record["eval_config"].update(weights="of another SAE"))
-    with pytest.warns(LeftOutWarning, match=r"core\.json is left out: .*core\.json is a result of another SAE\. Delete it and run"):
+    with pytest.warns(
+        LeftOutWarning, match=r"core\.json is left out: .*core\.json is a result of another SAE\. Delete it and run"
+    ):
         assert "KL score" not in page_of(run)
     path.write_text("{")
     with pytest.warns(LeftOutWarning, match=r"core\.json is left out: .*core\.json cannot be read"):
