@@ -110,7 +110,8 @@ def make_config(kind: str, **more: Any) -> Any:
 def make_model(kind: str, **more: Any) -> Any:
     """A tiny random model of a family, as transformers makes it."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make_config(kind, **more)).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(make_config(kind, **more), trust_remote_code=False)
+    model.eval().requires_grad_(False)
     randomize(model)
     return model
 
@@ -241,7 +242,7 @@ def check_truncated(transformer: Any, model: LanguageModel, ids_NS: Tensor) -> N
     if "resid_post" in model.probe(last).refused or not can_truncate(config, last + 1):
         return
     truncate_config(config, last + 1)
-    trunk = AutoModel.from_config(config).eval()
+    trunk = AutoModel.from_config(config, trust_remote_code=False).eval()
     names, parts = set(trunk.state_dict()), (model.trunk, transformer.base_model)
     weights = next(part.state_dict() for part in parts if names <= set(part.state_dict()))
     trunk.load_state_dict({name: value for name, value in weights.items() if name in trunk.state_dict()})

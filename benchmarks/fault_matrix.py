@@ -26,6 +26,7 @@ from faults.damage import damage, side_arrays
 from faults.disks import full_disks
 from faults.inputs import copy_folder, make_model, make_text, spoil_weights
 from faults.kills import kills, launched
+from faults.models import bad_models
 from faults.packages import packages
 from faults.places import files_limit, neighbours, places, plans, removal
 from faults.records import records_of_runs
@@ -79,6 +80,7 @@ def main() -> None:
                 "numbers": bad_values,
                 "saes": bad_saes,
                 "records": records_of_runs,
+                "models": bad_models,
                 "places": places,
                 "files": files_limit,
                 "plans": plans,

@@ -16,16 +16,12 @@ from typing import Any
 
 from ..common.errors import DamagedError, UnavailableError, UsageError
 from ..common.files import read_json, sae_home, write_json
+from .model_files import deciding_files
 
 ModelRecord = Mapping[str, Any]
 
 DIGEST_LENGTH = 64  # hexadecimal digits of a sha256; a commit of the Hub has 40
 SHORT_DIGEST = 8
-MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".bin"}
-TRAINING_FILES = {  # which training and evaluation scripts write beside a model
-    "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "test_results.json",
-    "training_args.bin", "optimizer.bin", "scheduler.bin",
-}  # fmt: skip
 REMEMBERED_BYTES = 64 << 20  # digests of less are computed again each time, in a few hundredths of a second
 SETTLED_NS = 1_000_000_000  # a file that was changed in the last second could change again at the same time stamp
 
@@ -101,26 +97,18 @@ class GivenModel:
 def folder_digests(folder: Path) -> tuple[str, ...]:
     """The sha256 over the names and bytes of the files in a folder that decide what its model computes.
 
-    What training writes beside a model, hidden files, and .bin weights next to safetensors do not count. Earlier
-    versions counted them: where there are any, their digest follows as a second one.
+    model_files.py says which. Where earlier versions counted other files, their digests follow: what they recorded
+    still means this folder.
 
-    Raises UnavailableError if a file cannot be read.
+    Raises UnavailableError if a file cannot be read, and DamagedError if an index of weights makes no sense.
     """
     folder = folder.resolve()
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
-        has_safetensors = any(name.endswith(".safetensors") for name in names)
-        deciding = [
-            name
-            for name in names
-            if name not in TRAINING_FILES
-            and not name.startswith(".")
-            and not (has_safetensors and name.endswith(".bin"))
-        ]
-        digests = file_digests([folder / name for name in names])
+        lists = deciding_files(folder)
+        digests = file_digests(folder, sorted({name for names in lists for name in names}))
     except OSError as error:
         raise UnavailableError(f"The files of {folder} cannot be read: {error.strerror or error}.") from error
-    return tuple(dict.fromkeys(combined_digest(some, digests) for some in (deciding, names)))
+    return tuple(dict.fromkeys(combined_digest(names, digests) for names in lists))
 
 
 def combined_digest(names: Iterable[str], digests: Mapping[str, str]) -> str:
@@ -131,21 +119,22 @@ def combined_digest(names: Iterable[str], digests: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def file_digests(paths: Iterable[Path]) -> dict[str, str]:
-    """File name -> sha256. Reads only the files that changed since their digest was remembered."""
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name of a file in a folder -> sha256. Reads only the files that changed since their digest was remembered."""
     known, fresh, hashed = read_remembered("files"), {}, 0
     digests = {}
-    for path in paths:
+    for name in names:
+        path = folder / name
         stamp = file_stamp(path)
         entry = known.get(str(path))
         if isinstance(entry, list) and entry[:-1] == stamp:
-            digests[path.name] = entry[-1]
+            digests[name] = entry[-1]
             continue
         with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
         hashed += stamp[0]
         if file_stamp(path) == stamp and time.time_ns() - max(stamp[1], stamp[2]) > SETTLED_NS:
-            fresh[str(path)] = [*stamp, digests[path.name]]
+            fresh[str(path)] = [*stamp, digests[name]]
     if fresh and hashed >= REMEMBERED_BYTES:
         remember("files", fresh)
     return digests

@@ -13,6 +13,7 @@ from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
 from ..cache.models import model_label
 from ..common.special_tokens import added_bos_id, bos_or_eos_id, special_token_ids
+from ..common.tokenizers import check_embedded
 from ..harvest.model import LanguageModel
 from .artifacts import ArtifactCache
 from .sae_text import ContextChange
@@ -53,6 +54,7 @@ class EvalContext:
         model_config: the model's transformers config.
         model_argument: what --model takes for the model: a Hub id, or its folder on this machine.
         change: how the contexts differ from the cache's; `contexts` is changed already.
+        notes: what the user should know about the model and its tokenizer.
     """
 
     load_model: Callable[[], LanguageModel]
@@ -68,6 +70,7 @@ class EvalContext:
     model_config: Any = None
     model_argument: str = ""
     change: ContextChange = ContextChange()
+    notes: tuple[str, ...] = ()
 
     @property
     def model_name(self) -> str:
@@ -80,6 +83,11 @@ class EvalContext:
         return self.load_model()
 
     @property
+    def embedded_tokens(self) -> int | None:
+        """The number of token ids that the model has an embedding for; a tokenizer can have more."""
+        return getattr(self.model_config, "vocab_size", None)
+
+    @property
     def special_ids(self) -> list[int]:
         """Token ids at which no metric is computed, wherever they stand."""
         return list(self.context_format.skip_ids)
@@ -89,14 +97,19 @@ class EvalContext:
 
         Where the tokenizer itself puts the same token first, everything that it adds is kept, as in SAEBench. Special
         tokens that are spelled in a text are special tokens.
+
+        Raises UsageError if a text has a token that the model has no embedding for.
         """
         bos_id = self.context_format.bos_id
         limit = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
         if added_bos_id(self.tokenizer) == bos_id:
-            return self.tokenizer(list(texts), verbose=False, **limit)["input_ids"]
-        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        first = [] if bos_id is None else [bos_id]
-        return [[*first, *body][:max_tokens] for body in ids]
+            ids = self.tokenizer(list(texts), verbose=False, **limit)["input_ids"]
+        else:
+            bodies = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            ids = [[*([] if bos_id is None else [bos_id]), *body][:max_tokens] for body in bodies]
+        for number, one in enumerate(ids):
+            check_embedded(one, self.embedded_tokens, self.tokenizer, f"Text {number} of {len(ids)}")
+        return ids
 
     @property
     def text_settings(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Open what an evaluation reads: the SAE of a run, the cache with its held-out text, and the model of that cache."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -11,9 +12,11 @@ from ..cache.context_format import ContextFormat
 from ..cache.layout import Hook
 from ..cache.models import GivenModel, model_label, same_model
 from ..cache.reader import Cache, is_ring_cache
-from ..common.errors import UsageError
-from ..common.files import digest_of, sae_home
+from ..common.environment import installed_version
+from ..common.errors import SaeError, UsageError
+from ..common.files import digest_of, read_json, sae_home
 from ..common.special_tokens import special_token_ids
+from ..common.tokenizers import tokenizer_digest
 from ..harvest.model import (
     LanguageModel,
     ModelSource,
@@ -172,6 +175,38 @@ def find_model_of(cache: Cache, given: str | None) -> tuple[ModelSource, Any]:
         ) from error
 
 
+def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[str, ...]:
+    """Compare a model's tokenizer with that of a cache.
+
+    Returns a note if the same files give another tokenizer with the installed versions than with those of the harvest.
+
+    Raises UsageError if its files are others.
+    """
+    expected, found = cache.identity.get("tokenizer"), tokenizer_digest(tokenizer)
+    if expected in (None, found):
+        return ()
+    made_with = versions_of_harvest(cache)
+    differing = [f"{name} {made}" for name, made in made_with.items() if made != installed_version(name)]
+    if differing and source.is_pinned:
+        return (
+            f"the tokenizer of {source.label} is not quite that of the harvest, though its files are the same: it was "
+            f"made with {' and '.join(differing)}. Install that to be sure that texts are tokenized alike",
+        )
+    raise UsageError(
+        f"{cache.folder} was harvested with another tokenizer (sha256 {str(expected)[:12]}) than the one in "
+        f"{source.argument} (sha256 {found[:12]}), so its token ids would mean other text. Restore the tokenizer's "
+        "files, or name the folder that has them with --model; otherwise harvest and train again."
+    )
+
+
+def versions_of_harvest(cache: Cache) -> dict[str, str]:
+    """The versions of transformers and tokenizers with which a cache was harvested, as far as it says so."""
+    with contextlib.suppress(SaeError, KeyError, TypeError):
+        versions = read_json(cache.folder / "harvest.json")["environment"]["versions"]
+        return {name: versions[name] for name in ("transformers", "tokenizers") if isinstance(versions.get(name), str)}
+    return {}
+
+
 def model_identity_of(source: ModelSource, attention: str, dtype: str) -> dict[str, Any]:
     """What identifies the model and how it computes, in the settings of every result."""
     record = source.identity()
@@ -197,8 +232,8 @@ def make_context(
     folder lies, if it has moved since the harvest. `origin` is that of the SAEs: for imported ones contexts are begun
     and cut as their files say.
 
-    Raises UsageError when the model on this machine has a different revision from the one that the cache was made with,
-    or when the cache has no held-out text.
+    Raises UsageError when the model or the tokenizer on this machine is another one than the cache was made with, or
+    when the cache has no held-out text.
     """
     load = load or model_loader()
     source, model_config = find_model_of(cache, model)
@@ -212,6 +247,7 @@ def make_context(
         contexts = contexts.select(slice(0, 1 + int((contexts.length.cumsum() < tokens).sum())))
     attention = cache.identity["attention"]
     tokenizer = load_tokenizer(source)
+    notes = check_tokenizer(cache, source, tokenizer)
     form = ContextFormat.of(cache.identity, tokenizer)
     # SAEBench never counts special tokens, while a cache harvested with --keep-special may skip none.
     special = {*form.skip_ids, *special_token_ids(tokenizer), *([] if form.bos_id is None else [form.bos_id])}
@@ -232,4 +268,5 @@ def make_context(
         device=device,
         model_config=model_config.get_text_config(),
         change=change,
+        notes=notes,
     )

@@ -266,9 +266,9 @@ def load_rows(plan: EvaluatePlan, device: str) -> list[tuple[Cache, list[EvalRow
 
 
 def text_notes(cache: Cache, ctx: EvalContext, rows: Sequence[EvalRow]) -> list[str]:
-    """Sentences about the contexts that imported SAEs are evaluated on."""
+    """Sentences about the tokenizer, and about the contexts that imported SAEs are evaluated on."""
     form, context = ContextFormat.of(cache.identity, ctx.tokenizer), cache.identity["context"]
-    return [
+    return [*ctx.notes] + [
         line
         for row in rows
         for line in describe_change(row.name, row.record["origin"], ctx.change, form, context, ctx.tokenizer)

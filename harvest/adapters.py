@@ -12,8 +12,11 @@ from transformers.utils import cached_file
 from ..cache.models import find_folder, folder_digests, folder_label, is_digest
 from ..common.errors import DamagedError, UsageError
 from ..common.packages import import_extra
+from ..common.remote_code import never_asking
 from .load_errors import translate_load_errors
 
+# Kinds that no model can be merged with, and that make peft load a tokenizer or other adapters that they name.
+LOADING_KINDS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "XLORA")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -98,6 +101,11 @@ def base_of(config: Path) -> str | None:
             f"{config} says that the adapter is of the kind {kind}, which the installed peft does not know. Install a "
             "newer peft, or save the adapter again."
         )
+    if kind in LOADING_KINDS:
+        raise UsageError(
+            f"{config}: the adapter is of the kind {kind}, which peft cannot merge into the weights of a model. "
+            "LoRA and its relatives can be."
+        )
     base = record.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
@@ -112,7 +120,8 @@ def merge_adapters(model: Any, adapters: Sequence[AdapterSource]) -> Any:
 
     for adapter in adapters:
         try:
-            adapted = peft.PeftModel.from_pretrained(model, adapter.location, **adapter.hub_revision)
+            with never_asking():  # peft runs no code of an adapter, and can load a tokenizer that one names
+                adapted = peft.PeftModel.from_pretrained(model, adapter.location, **adapter.hub_revision)
         except SafetensorError as error:
             raise damaged_weights(adapter, str(error)) from error
         except MemoryError:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel
 
 from ..cache.layout import OUTSIDE, RESIDUAL_SITES, Hook, ModuleSpec
-from ..common.errors import UsageError, did_you_mean
-from .dataset_reader import first_line
+from ..common.errors import SaeError, UsageError, did_you_mean
+from ..common.remote_code import from_config
+from .building import build_without_numbers, check_memory, quiet_transformers
 from .hooked import HookedModel, belongs_to, module_refusal, refusal
-from .loading import quiet_transformers
+from .load_errors import describe, model_name
 from .recorder import BlockSites, Site
 from .structure import Parts, check_layers, decoder_config, find_parts, truncate_config
 
@@ -228,11 +229,11 @@ class Blueprint:
                     "one. Use --site resid_post."
                 )
             return model.probe(layer)
-        except UsageError:
+        except SaeError:
             raise
         except Exception as error:  # of a model's own code
             raise UsageError(
-                f"{self.class_name} with random numbers cannot be run ({first_line(error)}), so its modules cannot be "
+                f"{self.class_name} with random numbers cannot be run: {describe(error)}. So its modules cannot be "
                 "told apart before its weights are loaded. Use --site resid_post."
             ) from error
 
@@ -274,18 +275,6 @@ def _blueprints(_key: str, config: Unhashed) -> Blueprint:
     return Blueprint(copy.deepcopy(config.value))
 
 
-def build_without_numbers(config: Any) -> nn.Module:
-    """A model on the meta device. Raises UsageError if transformers has no language model of this configuration."""
-    errors = []
-    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
-        try:
-            with torch.device("meta"), quiet_transformers():
-                return kind.from_config(config)
-        except Exception as error:  # of the model's own code
-            errors.append(error)
-    raise UsageError(f"transformers cannot build a {config.model_type} model: {first_line(errors[0])}")
-
-
 def kind_of(block: nn.Module) -> str:
     """Names a block by what it is made of. Blocks of the same kind have the same sites."""
     parts = [
@@ -316,10 +305,13 @@ def random_model(config: Any, layer: int, classes: Sequence[type]) -> HookedMode
     truncate_config(config, layer + 1)
     config.vocab_size, config.pad_token_id = VOCABULARY, 0
     config._attn_implementation = "eager"
+    without_numbers = build_without_numbers(config, AutoModel)
+    del find_parts(without_numbers).blocks[:layer]
+    check_memory(without_numbers, model_name(config), "float32", "cpu")
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
         with without_numbers_except(layer, classes):
-            model = AutoModel.from_config(config, dtype=torch.float32).eval()
+            model = from_config(AutoModel, config, dtype=torch.float32).eval()
         hooked = HookedModel(model)
         randomize(hooked)
     for output in SKIPPED_OUTPUTS:

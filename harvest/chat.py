@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..common.errors import UsageError
 from ..common.files import digest_of
 from ..common.special_tokens import special_tokens
+from ..common.tokenizers import is_fast
 from .documents import Conversation
 from .encode import EncodedDocument, TemplateRefusal, spell
 
@@ -44,6 +45,12 @@ class ChatEncoder:
             raise UsageError(
                 "--chat-column needs a tokenizer with a chat template, and this model's has none. "
                 "Choose an instruction-tuned model, or give a column of text with --text-column."
+            )
+        if not is_fast(self.tokenizer):
+            raise UsageError(
+                f"--chat-column needs a tokenizer that says where in a text each token stands, and this model's "
+                f"({type(self.tokenizer).__name__}) is written in Python and does not. Convert the conversations to "
+                "text, and give their column with --text-column."
             )
         try:
             self.render([{"role": "user", "content": PROBE}])

@@ -21,6 +21,7 @@ from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
 from ..common.errors import UnavailableError, UsageError
 from ..common.formatting import format_count
+from ..common.tokenizers import check_embedded
 from .documents import Conversation, Document, TextSource, describe_unreadable
 from .encode import DocumentEncoder, TemplateRefusal
 from .tokenize_checkpoint import TokenizeCheckpoint
@@ -41,7 +42,8 @@ def make_contexts(
     most BATCH_CHARACTERS + MAX_DOCUMENT characters), then 4 * context + 50 bytes for each context. Conversations take
     a byte more for each token.
 
-    Raises UsageError if the text has no tokens or, with `exactly`, too few, and UnavailableError if the text cannot be
+    Raises UsageError if the text has no tokens or, with `exactly`, too few, or has a token that the model has no
+    embedding for, and UnavailableError if the text cannot be
     read any further; the checkpoint then holds everything read so far.
     """
     cutter = ContextCutter(form, context, tokens, pack, marked=encode.marks_rows)
@@ -63,8 +65,7 @@ def make_contexts(
             f"Use --tokens {cutter.rows} or fewer, or give a longer text."
         )
     last = cutter.take()
-    padding = encode.tokenizer.pad_token_id or 0
-    return shuffle_contexts(lambda: itertools.chain(checkpoint.read_parts(), [last]), context, padding, seed)
+    return shuffle_contexts(lambda: itertools.chain(checkpoint.read_parts(), [last]), context, encode.padding, seed)
 
 
 def why_no_rows(text: TextSource) -> str:
@@ -108,10 +109,17 @@ def cut_documents(
                 text.refuse(str(encoded))
                 continue
             ids, marks = encoded
+            check_embedded(ids, encode.embedded, encode.tokenizer, name_document(document, number, text.name))
             side = is_held_out(ids, seed, held_out) if document.held_out is None else document.held_out
             cutter.add(ids, number, side, marks)
             number += 1
     cutter.flush()
+
+
+def name_document(document: Document, number: int, text: str) -> str:
+    """Which document of a text is meant, for a message."""
+    begins = f", which begins {document.text[:40]!r}," if isinstance(document.text, str) else ""
+    return f"Document {number:,} (counted from 0) of the text {text}{begins}"
 
 
 def describe_absent_roles(roles: Sequence[str], conversations: Sequence[Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.remote_code import load_dataset
 from ..common.tables import Unreadable
 from .dataset_reader import RETRY_SECONDS, Column, DatasetReader, FileReader, first_line
 from .documents import Document, DocumentReader, ListedDocuments, TextSource
@@ -169,7 +170,6 @@ def open_hub(
     name: str, revision: str | None, subset: str | None, split: str, column: str, vocabulary: int, say: Say, chat: bool
 ) -> TextSource:
     """A dataset of the Hub at a commit, streamed."""
-    import datasets
     import huggingface_hub
 
     def unreachable(problem: str) -> SaeError:
@@ -180,7 +180,7 @@ def open_hub(
 
     try:
         commit = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
-        stream = datasets.load_dataset(name, name=subset, revision=commit, split=split, streaming=True)
+        stream = load_dataset(name, name=subset, revision=commit, split=split, streaming=True)
     except Exception as error:
         raise hub_error(error, name, revision) or unreachable(first_line(error)) from error
     identity = {"name": name, "revision": commit, "split": split, "column": column}

@@ -1,10 +1,13 @@
 """Documents -> token ids. Special tokens that are spelled out in a text are text, not special tokens."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from ..common.special_tokens import special_tokens
+from ..common.tokenizers import is_fast
 from .documents import Conversation, Document
 
 
@@ -35,17 +38,25 @@ class DocumentEncoder:
         bos_id: the token that contexts begin with. Every context gets its own, so that of token ids is removed.
         literals_are_text: whether `<bos>` in a text is five characters. Earlier versions made it the special token.
         chat: for a text of conversations.
+        embedded: the number of token ids that the model has an embedding for, if the tokenizer can have more.
     """
 
     tokenizer: Any
     bos_id: int | None
     literals_are_text: bool = True
     chat: ConversationEncoder | None = None
+    embedded: int | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Of conversations, the roles whose tokens are rows; none if all are."""
         return () if self.chat is None else self.chat.roles
+
+    @property
+    def padding(self) -> int:
+        """The token that fills up contexts; the model computes nothing from it that is used."""
+        padding = self.tokenizer.pad_token_id or 0
+        return padding if self.embedded is None or padding < self.embedded else 0
 
     @property
     def marks_rows(self) -> bool:
@@ -102,6 +113,8 @@ def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list
 
     A special token that stands for something else, like `<unk>` for a character, stays.
     """
+    if not is_fast(tokenizer):
+        return split_before_encoding(tokenizer, text, list(number_of.values()))
     encoded = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
@@ -110,6 +123,15 @@ def split_literals(tokenizer: Any, text: str, number_of: dict[int, str]) -> list
         token = number_of.get(number)
         ids += spell(tokenizer, token) if token is not None and text[start:end].strip() == token else [number]
     return ids
+
+
+def split_before_encoding(tokenizer: Any, text: str, tokens: list[str]) -> list[int]:
+    """The ids of a text that is cut inside of each special token that it spells, for a tokenizer written in Python."""
+    pattern = re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))))
+    cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
+    parts = [text[first:last] for first, last in itertools.pairwise(cuts) if first < last]
+    encoded = tokenizer(parts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [number for ids in encoded for number in ids]
 
 
 def spell(tokenizer: Any, token: str) -> list[int]:

@@ -5,12 +5,11 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModel
 
 from ..common.device import empty_gpu_cache
-from ..common.errors import UsageError
-from .dataset_reader import first_line
+from .building import build_with_numbers, model_name
 from .hooked import HookedModel
+from .load_errors import translate_model_errors
 from .structure import decoder_config, truncate_config
 
 TIMED_CONTEXT = 2048  # attention over a longer context can fill the memory, and few documents are as long
@@ -22,21 +21,19 @@ def block_seconds_per_token(
 ) -> float:
     """Seconds that one block of this shape takes per token on the device.
 
-    Raises UsageError if the attention implementation cannot be used.
+    Raises UsageError if the attention implementation cannot be used, UnavailableError if the memory is too small, and
+    DamagedError if the configuration makes no sense.
     """
     config = copy.deepcopy(decoder_config(model_config))
     config.vocab_size, config.pad_token_id = 8, 0
     truncate_config(config, 1)
-    with torch.random.fork_rng():
-        try:
-            block = AutoModel.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
-            model = HookedModel(block.to(device).eval())
-        except (ValueError, ImportError) as error:
-            raise UsageError(f"--attention {attention} cannot be used: {first_line(error)}") from error
+    block = build_with_numbers(config, dtype=dtype, device=device, attention=attention)
+    model = HookedModel(block)
     contexts, length = 1, min(context, TIMED_CONTEXT)
     while True:  # with more contexts each time, until a pass takes long enough to be timed
         ids_NS = torch.zeros(contexts, length, dtype=torch.long, device=device)
-        seconds = min(time_pass(model, ids_NS) for _ in range(3))  # the first pass of a shape is slower
+        with translate_model_errors(model_name(config), attention):
+            seconds = min(time_pass(model, ids_NS) for _ in range(3))  # the first pass of a shape is slower
         if seconds > LONG_ENOUGH or contexts >= batch_contexts:
             break
         contexts = min(4 * contexts, batch_contexts)

@@ -12,10 +12,13 @@ from ..cache.context_format import ContextFormat
 from ..cache.layout import SITES, Hook, is_site
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import UsageError
+from ..common.tokenizers import check_embedded
 from .architectures import check_context, check_layers, check_sites
 from .contexts import ContextCutter
 from .encode import DocumentEncoder
+from .load_errors import translate_model_errors
 from .model import LanguageModel, find_model, load_tokenizer, load_trunk
+from .structure import embedding_rows
 
 UNLIMITED = 2**62  # rows
 
@@ -77,7 +80,8 @@ def activations(
     else:
         check_hook(model.config, hook, context, type(model).__name__)
         language_model = LanguageModel(model)
-    language_model.check_hooks([hook])
+    with translate_model_errors(model if isinstance(model, str) else type(model).__name__, attention):
+        language_model.check_hooks([hook])
     form = ContextFormat.choose(
         tokenizer, bos=bos, keep_special=keep_special, skip_positions=skip_positions, skip_tokens=skip_tokens
     )
@@ -114,16 +118,18 @@ def capture_texts(
 ) -> Activations:  # fmt: skip
     """Cut the texts into contexts, run the model on them and collect the rows."""
     cutter = ContextCutter(form, context, UNLIMITED, pack=False)
-    for number, body in enumerate(DocumentEncoder(tokenizer, form.bos_id).encode_texts(list(texts))):
+    encode = DocumentEncoder(tokenizer, form.bos_id, embedded=embedding_rows(model.config))
+    for number, body in enumerate(encode.encode_texts(list(texts))):
+        first = [] if form.bos_id is None else [form.bos_id]
+        check_embedded([*first, *body], encode.embedded, tokenizer, f"texts[{number}]")
         cutter.add(body, number, held_out=False)
     contexts = cutter.take()
     ids = [torch.from_numpy(x.astype(np.int64)) for x in np.split(contexts["ids"], np.cumsum(contexts["length"])[:-1])]
     document_N = torch.from_numpy(contexts["document"].astype(np.int64))
-    padding = tokenizer.pad_token_id or 0
     parts: list[tuple[Tensor, ...]] = []
     for first in range(0, len(document_N), batch_contexts):
         batch = ids[first : first + batch_contexts]
-        ids_NS = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=padding)
+        ids_NS = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=encode.padding)
         inside_NS = torch.arange(ids_NS.shape[1]) < torch.tensor([len(x) for x in batch])[:, None]
         row, position = torch.nonzero(inside_NS & form.counted(ids_NS), as_tuple=True)
         x_NSD = model.capture_hooks(ids_NS.to(model.device), [hook])[hook]

@@ -18,7 +18,9 @@ from transformers import AutoModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
+from ..cache.model_files import checked_weight_map
 from ..common.errors import UsageError
+from ..common.files import parse_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -112,17 +114,23 @@ def needed_files(location: str, revision: dict[str, str], config: Any, tower: An
         return
     with tempfile.TemporaryDirectory() as temporary:
         for file in files:
-            path = Path(str(cached_file(location, file, **revision)))
-            (Path(temporary) / Path(file).name).symlink_to(path.absolute())
-        kept = {tensor: Path(file).name for tensor, file in weight_map.items() if file in files}
+            path, link = Path(str(cached_file(location, file, **revision))), Path(temporary) / file
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.absolute())
+        kept = {tensor: file for tensor, file in weight_map.items() if file in files}
         (Path(temporary) / INDEX).write_text(json.dumps({**index, "weight_map": kept}), encoding="utf-8")
         (Path(temporary) / "generation_config.json").write_text("{}", encoding="utf-8")  # transformers asks for it
         yield temporary
 
 
 def read_index(location: str, revision: dict[str, str]) -> dict[str, Any] | None:
-    """The list of tensors and files of a model in several safetensors files; None if it has none."""
-    with contextlib.suppress(OSError, ValueError):
-        index = json.loads(Path(str(cached_file(location, INDEX, **revision))).read_text(encoding="utf-8"))
-        return index if isinstance(index.get("weight_map"), dict) else None
+    """The list of tensors and files of a model in several safetensors files; None if it has none.
+
+    Raises DamagedError if it names a file outside the folder of the model.
+    """
+    with contextlib.suppress(OSError):
+        path = Path(str(cached_file(location, INDEX, **revision)))
+        index: dict[str, Any] = parse_json(path.read_bytes(), path, "Download the model again.")
+        checked_weight_map(index, str(path))
+        return index
     return None

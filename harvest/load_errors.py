@@ -1,36 +1,135 @@
-"""Translate the errors of loading a model into messages that say what to do."""
+"""Translate the errors of loading and running a model into messages that say what to do.
+
+What transformers, tokenizers and torch raise for files that make no sense is any type of error. So all of them are
+translated, with their type and text in the message and the error itself as its cause. Only calls into those libraries
+stand inside of these contexts.
+"""
 
 import contextlib
 import errno
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from . import mini
-from .dataset_reader import first_line, is_network_error
+from .dataset_reader import is_network_error
+from .device_copy import out_of_memory
+
+LONGEST_TEXT = 300  # characters of a foreign error's text in a message
+OWN_ERRORS = (SaeError, KeyboardInterrupt, SystemExit, GeneratorExit)
+PARTS = {"config": "config.json", "tokenizer": "tokenizer's files", "weights": "weights"}
 
 
 @contextlib.contextmanager
-def translate_load_errors(name: str) -> Iterator[None]:
-    """Raise whatever loading a model raises as an SaeError."""
+def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
+    """Raise whatever loading a part of a model raises as an SaeError: its "config", "tokenizer" or "weights"."""
     try:
         yield
+    except OWN_ERRORS:
+        raise
     except SafetensorError as error:
         raise DamagedError(f"The weights of {name} are damaged: {error}. Download them again.") from error
-    except Exception as error:
+    except pickle.UnpicklingError as error:
+        raise DamagedError(
+            f"The weights of {name} are refused: {describe(pickle.UnpicklingError(reason_of(error)))}. They are a "
+            "pickle, which can hold a program, and only tensors are read. Use a version of the model in safetensors."
+        ) from error
+    except BaseException as error:  # also the panics of tokenizers, which are no Exception
         if translated := load_error(error, name):
             raise translated from error
-        if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
-            raise
+        is_folder = (Path(name) / "config.json").is_file() or name == mini.NAME
+        if is_folder and not isinstance(error, (OSError, ImportError)):
+            raise DamagedError(
+                f"The {PARTS[part]} of {name} cannot be loaded: {describe(error)}. {advice(part)}"
+            ) from error
         raise UnavailableError(
-            f"The model {name} could not be loaded: {first_line(error)} "
-            f"Give a Hub id, a folder, or --model {mini.NAME}."
+            f"The model {name} could not be loaded: {describe(error)}. Give a Hub id, a folder, or --model {mini.NAME}."
         ) from error
 
 
-def load_error(error: Exception, name: str) -> SaeError | None:
+def reason_of(error: pickle.UnpicklingError) -> str:
+    """Why torch refuses a pickle, without its advice to read it all the same."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or "it holds more than tensors"
+    return text.split("Please use")[0].split("Check the documentation")[0]
+
+
+def advice(part: str) -> str:
+    """What to do about a part of a model that makes no sense."""
+    if part == "config":
+        return "Download config.json again, or correct what is wrong in it."
+    return f"Download the {PARTS[part]} again, or save them again with save_pretrained of the installed transformers."
+
+
+@contextlib.contextmanager
+def translate_model_errors(name: str, attention: str = "eager") -> Iterator[None]:
+    """Raise whatever the code of a model raises when it is first built or run as an SaeError."""
+    try:
+        yield
+    except OWN_ERRORS:
+        raise
+    except Exception as error:
+        if attention != "eager" and isinstance(error, (ValueError, ImportError)):
+            raise UsageError(f"--attention {attention} cannot be used: {describe(error)}.") from error
+        if out_of_memory(error):
+            raise UnavailableError(out_of_memory_sentence(name, error)) from error
+        raise DamagedError(
+            f"The model {name} cannot be run: {describe(error)}. Its config.json makes no sense for the installed "
+            "transformers: download it again, or correct what is wrong in it."
+        ) from error
+
+
+def cannot_be_built(config: Any, why: BaseException | str) -> SaeError:
+    """The error for a configuration of which transformers cannot build a model."""
+    reason = why if isinstance(why, str) else describe(why)
+    return DamagedError(
+        f"The config.json of {model_name(config)} describes a model that transformers cannot build: {reason}."
+        f"{odd_values(config)} {advice('config')}"
+    )
+
+
+def model_name(config: Any) -> str:
+    """Where a configuration was loaded from, else the type of its model."""
+    return str(getattr(config, "_name_or_path", "") or config.model_type)
+
+
+def describe(error: BaseException) -> str:
+    """The text of an error in one line, and its type."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ..."
+    return f"{text.rstrip('.')} ({type(error).__name__})" if text else type(error).__name__
+
+
+def odd_values(config: Any) -> str:
+    """A sentence with the numbers of a configuration that can hardly be meant; empty if there are none."""
+    with contextlib.suppress(Exception):  # of a configuration that makes no sense
+        odd = list(dict.fromkeys(find_odd_values(config.to_dict())))
+        return f" Odd values in it: {', '.join(odd[:5])}." if odd else ""
+    return ""
+
+
+def find_odd_values(content: dict[str, Any]) -> Iterator[str]:
+    """The negative, vanishing and huge sizes in a configuration and its parts, each as `name = value`."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from find_odd_values(value)
+        elif type(value) is int and "token" not in name and not name.endswith("_id"):
+            is_size = "chunk" not in name and any(w in name for w in ("size", "dim", "heads", "layers", "experts"))
+            if value < 0 or value >= 2**31 or (value == 0 and is_size):
+                yield f"{name} = {value}"
+
+
+def out_of_memory_sentence(name: str, error: BaseException) -> str:
+    return (
+        f"The memory is too small to load {name}: {describe(error)}. Use a machine with more memory, --dtype bfloat16, "
+        "or a smaller model."
+    )
+
+
+def load_error(error: BaseException, name: str) -> SaeError | None:
     """The error to raise if a model is missing or refused, the network down or the disk full; None otherwise.
 
     transformers raises an OSError in all of these cases; its causes tell which one it is.
@@ -43,7 +142,7 @@ def load_error(error: Exception, name: str) -> SaeError | None:
     )
 
     causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__) is not None:
+    while (cause := causes[-1].__cause__) is not None and len(causes) < 20:
         causes.append(cause)
 
     def caused_by(*kinds: type[BaseException]) -> bool:
@@ -66,6 +165,8 @@ def load_error(error: Exception, name: str) -> SaeError | None:
             f"The model {name} could not be loaded: the disk is full. "
             "Free space, or set HF_HOME to a folder on another disk."
         )
+    if any(isinstance(cause, Exception) and out_of_memory(cause) for cause in causes):
+        return UnavailableError(out_of_memory_sentence(name, error))
     if caused_by(LocalEntryNotFoundError) or any(
         isinstance(cause, Exception) and is_network_error(cause) for cause in causes
     ):
@@ -100,6 +201,8 @@ def unsupported_model(causes: list[BaseException], name: str) -> str | None:
             f"The installed transformers does not know the architecture of {name}. Update transformers, or choose "
             "another model."
         )
+    if any(words in said for words in ("attn_implementation", "attention implementation", "FlashAttention")):
+        return f"The attention of {name} cannot be computed as --attention says: {describe(causes[0])}."
     for package in ("bitsandbytes", "gptqmodel", "auto_gptq", "autoawq", "optimum", "compressed_tensors"):
         if package in said.lower():
             return (

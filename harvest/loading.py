@@ -2,15 +2,16 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from ..cache.model_files import pickled_weights
 from ..cache.models import (
     GivenModel,
     ModelRecord,
@@ -22,12 +23,17 @@ from ..cache.models import (
     remember_folder,
 )
 from ..common.errors import DamagedError, UsageError
+from ..common.files import parse_json
+from ..common.remote_code import from_pretrained
+from ..common.special_tokens import special_tokens
 from . import mini
 from .adapters import CONFIG as ADAPTER_CONFIG
 from .adapters import AdapterSource, find_adapter, find_recorded_adapters, merge_adapters
+from .building import build_without_numbers, check_memory, quiet_transformers
 from .language_tower import is_multimodal, needed_files, tower_class
 from .load_errors import translate_load_errors
-from .structure import truncate_config
+from .pickled import check_pickled
+from .structure import check_config, check_config_file, truncate_config
 
 COMMIT_LENGTH = 40  # hexadecimal digits of a commit of the Hub
 
@@ -44,6 +50,18 @@ class ModelSource:
     @property
     def on_hub(self) -> bool:
         return not Path(self.location).is_dir()
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision covers every file that the model and its tokenizer are made from."""
+        if self.on_hub:
+            return len(self.revision) == COMMIT_LENGTH
+        return folder_digests(Path(self.location))[0] == self.revision
+
+    @property
+    def older_digests(self) -> tuple[str, ...]:
+        """What earlier versions recorded for a folder with these files, if not its revision."""
+        return () if self.on_hub else folder_digests(Path(self.location))[1:]
 
     @property
     def argument(self) -> str:
@@ -96,8 +114,21 @@ def holds_adapter(name: str) -> str:
 
 def find_config(source: ModelSource) -> Any:
     """transformers' configuration of a model."""
-    with translate_load_errors(source.argument):
-        return AutoConfig.from_pretrained(source.location, **hub_revision(source))
+    file = config_file(source)
+    with translate_load_errors(source.argument, "config"):
+        if file is not None and file.is_file():
+            check_config_file(parse_json(file.read_bytes(), file, "Download the model again."), str(file))
+        config = from_pretrained(AutoConfig, source.location, **hub_revision(source))
+        check_config(config, source.argument)
+    return config
+
+
+def config_file(source: ModelSource) -> Path | None:
+    """The config.json of a model, if it is on this machine."""
+    if not source.on_hub:
+        return Path(source.location) / "config.json"
+    found = try_to_load_from_cache(source.location, "config.json", revision=hub_revision(source).get("revision"))
+    return Path(found) if isinstance(found, str) else None
 
 
 def find_recorded_model(
@@ -135,8 +166,18 @@ def describe_record(record: ModelRecord) -> str:
 
 def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer of a model, as its files define it. What contexts begin with is decided by `choose_bos`."""
-    with translate_load_errors(source.location):
-        return AutoTokenizer.from_pretrained(source.location, **hub_revision(source))
+    with translate_load_errors(source.argument, "tokenizer"):
+        tokenizer = from_pretrained(AutoTokenizer, source.location, **hub_revision(source))
+        check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise whatever a tokenizer raises when it is used: some files that make no sense are read without an error."""
+    tokenizer("a", add_special_tokens=False)
+    tokenizer("a")
+    special_tokens(tokenizer)
+    len(tokenizer)
 
 
 def load_first_blocks(
@@ -170,10 +211,15 @@ def load_transformer(kind: Any, source: ModelSource, config: Any, dtype: str, de
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_transformers())
         stack.enter_context(translate_load_errors(source.argument))
+        check_memory(build_without_numbers(config, kind), source.argument, dtype, device)
+        if not source.on_hub:
+            for path in pickled_weights(Path(source.location)):
+                check_pickled(path)
         location = source.location
         if is_multimodal(config):
             location = stack.enter_context(needed_files(location, revision, config, kind))
-        model, info = kind.from_pretrained(
+        model, info = from_pretrained(
+            kind,
             location,
             config=config,
             dtype=getattr(torch, dtype),
@@ -192,18 +238,6 @@ def load_transformer(kind: Any, source: ModelSource, config: Any, dtype: str, de
             f"shape ({len(wrong):,} such tensors in all). Download them again."
         )
     return model.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings: it would list the blocks left out on purpose."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 def hub_revision(source: ModelSource) -> dict[str, str]:

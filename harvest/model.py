@@ -27,11 +27,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache.layout import Hook
+from ..common.errors import UsageError
 from .architectures import can_truncate
 from .hooked import HookedModel
+from .load_errors import translate_model_errors
 from .loading import (
     ModelSource,
     describe_record,
@@ -68,7 +70,8 @@ def load_trunk(
     """
     if not can_truncate(config, last_layer + 1):
         last_layer = int(decoder_config(config).num_hidden_layers) - 1
-    return LanguageModel(load_first_blocks(source, config, last_layer, dtype=dtype, device=device, attention=attention))
+    blocks = load_first_blocks(source, config, last_layer, dtype=dtype, device=device, attention=attention)
+    return refuse_unknown_ids(LanguageModel(blocks))
 
 
 def load_model(
@@ -76,7 +79,29 @@ def load_model(
 ) -> "LanguageModel":
     """Load the whole model. Raises UsageError if `unembed` does not reproduce its logits."""
     model = LanguageModel(load_whole_model(source, config, dtype=dtype, device=device, attention=attention))
-    model.check_forward()
+    with translate_model_errors(source.argument, attention):
+        model.check_forward()
+    return refuse_unknown_ids(model)
+
+
+def refuse_unknown_ids(model: "LanguageModel") -> "LanguageModel":
+    """Let the model raise UsageError for token ids that it has no embedding for, where torch raises IndexError.
+
+    Not on a GPU, where looking at the ids would wait for the previous pass: who gives it ids has checked them.
+    """
+    embedding = model.trunk.get_input_embeddings()
+    rows = int(embedding.num_embeddings)
+
+    def check(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        ids = args[0] if args else None
+        if isinstance(ids, Tensor) and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= rows:
+            raise UsageError(
+                f"A text has the token id {int(ids.max()):,}, and the embedding of the model has {rows:,} rows: its "
+                "tokenizer has tokens that were added without enlarging the model. Leave such texts out."
+            )
+
+    if isinstance(embedding, nn.Embedding):
+        embedding.register_forward_pre_hook(check)
     return model
 
 

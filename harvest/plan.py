@@ -7,20 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..cache.catalog import open_caches
 from ..cache.context_format import ContextFormat
 from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, Hook, Layout, fingerprint_of
-from ..cache.models import name_without_digest
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache, read_hook_modules
 from ..cache.statistics import describe_statistics
-from ..cache.writer import read_fingerprint
 from ..common.device import resolve_device, resolve_dtype
 from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
-from ..common.files import digest_of, folder_bytes, free_space, read_json, sae_home
+from ..common.files import folder_bytes, free_space, read_json
 from ..common.formatting import format_bytes, format_duration
 from ..common.special_tokens import choose_bos, special_tokens, token_text
+from ..common.tokenizers import check_embedded, describe_tokens, tokenizer_digest, tokens_without_embedding
 from . import mini
 from .architectures import (
     check_context,
@@ -30,6 +28,7 @@ from .architectures import (
     hooks_of_sites,
     module_name,
 )
+from .cache_folder import default_folder, is_begun, mention_other_revisions
 from .chat import ChatEncoder
 from .config import TOKENS, HarvestConfig, check_config
 from .datasets import EMBEDDED_TEXT, PILE, open_text
@@ -39,6 +38,7 @@ from .encode import DocumentEncoder
 from .estimate import block_seconds_per_token
 from .existing import ExistingRows, find_existing
 from .model import ModelSource, find_model, load_tokenizer
+from .structure import embedding_rows
 
 # The entry of the identity that says "text" where special tokens spelled in the text are tokenized as text. Without it
 # they are special tokens, as in earlier versions, or the text is known to spell none.
@@ -82,7 +82,10 @@ class HarvestPlan:
     @property
     def encoder(self) -> DocumentEncoder:
         """What turns the documents into token ids."""
-        return DocumentEncoder(self.tokenizer, self.context_format.bos_id, LITERALS in self.identity, self.chat)
+        return DocumentEncoder(
+            self.tokenizer, self.context_format.bos_id, LITERALS in self.identity, self.chat,
+            embedding_rows(self.model_config),
+        )  # fmt: skip
 
     @property
     def modules(self) -> dict[str, str]:
@@ -167,6 +170,11 @@ class HarvestPlan:
         left_out = [f"the first {form.skip_positions} positions of each context"] if form.skip_positions else []
         if self.config.skip_tokens:
             left_out.append(", ".join(repr(token_text(self.tokenizer, token)) for token in form.skip_ids))
+        if beyond := tokens_without_embedding(self.tokenizer, rows := embedding_rows(self.model_config)):
+            lines.append(
+                f"unknown  {describe_tokens(beyond)}: tokens of the tokenizer beyond the {rows:,} rows of the model's "
+                "embedding; a text that has one is refused"
+            )
         return [*lines, *([f"left out {'; '.join(left_out)}"] if left_out else [])]
 
     def describe_time(self) -> str:
@@ -293,6 +301,9 @@ def plan_harvest(
         tokenizer, bos=config.bos, keep_special=config.keep_special, skip_positions=config.skip_positions,
         skip_tokens=config.skip_tokens,
     )  # fmt: skip
+    if form.bos_id is not None:
+        where = "What each context begins with (--bos)"
+        check_embedded([form.bos_id], embedding_rows(model_config), tokenizer, where)
     chat = None if config.chat_column is None else ChatEncoder(tokenizer, tuple(config.roles))
     text = open_text(
         dataset, tokenizer=tokenizer, revision=config.dataset_revision, subset=config.subset, split=config.split,
@@ -302,14 +313,14 @@ def plan_harvest(
     identity |= {} if chat is None else {"chat": chat.identity()}
 
     def folder_of(identity: dict[str, Any]) -> Path:
-        return config.out or default_folder(identity, source, text, suffix)
+        return config.out or default_folder(identity, text, suffix)
 
     older = {key: value for key, value in identity.items() if key != LITERALS}
     if older != identity and is_begun(folder_of(older), older, has_own_name=config.out is None):
         identity = older
     folder = folder_of(identity)
     if config.out is None and not folder.exists():
-        mention_other_revisions(folder, identity, source.on_hub, say)
+        mention_other_revisions(folder, identity, source, say)
     tokens = config.tokens or TOKENS
     return HarvestPlan(
         config, source, model_config, tokenizer, text, identity, folder, hooks, tokens, dtype, device, chat
@@ -327,21 +338,6 @@ def check_layers_are_used(config: HarvestConfig, hooks: Sequence[Hook]) -> None:
         )
 
 
-def default_folder(identity: dict[str, Any], source: ModelSource, text: TextSource, suffix: str = "") -> Path:
-    """The folder under activations/: the one in which this harvest has begun, else a new one.
-
-    The model or the text can have had another name when it began.
-    """
-    digest, root = fingerprint_of(identity), sae_home() / "activations"
-    folder = root / f"{name_without_digest(identity['model']).split('/')[-1]}--{text.name}--{digest[:8]}{suffix}"
-    if not folder.exists():
-        for other in sorted(root.glob(f"*--{digest[:8]}{suffix}")):
-            with contextlib.suppress(SaeError):
-                if read_fingerprint(other) in (None, digest):
-                    return other
-    return folder
-
-
 def identity_of(
     config: HarvestConfig, source: ModelSource, dtype: str, tokenizer: Any, form: ContextFormat, text: TextSource, *,
     held_out_by_name: bool,
@@ -352,7 +348,7 @@ def identity_of(
         "model": source.identity(),
         "dtype": dtype,
         "attention": config.attention,
-        "tokenizer": digest_of(tokenizer.backend_tokenizer.to_str()),
+        "tokenizer": tokenizer_digest(tokenizer),
         "data": text.identity,
         "tokens": config.tokens or f"up to {TOKENS}",
         "context": config.context,
@@ -366,31 +362,3 @@ def identity_of(
         "storage_dtype": config.storage_dtype,
         "compress": BLOSC if config.compress else None,
     }
-
-
-def is_begun(folder: Path, identity: dict[str, Any], *, has_own_name: bool) -> bool:
-    """Whether an earlier version began a harvest with this identity, which is then continued as it was begun.
-
-    A folder whose name is made from the identity proves it; another one has to have its fingerprint.
-    """
-    if has_own_name or not folder.is_dir():
-        return folder.is_dir()
-    try:
-        return read_fingerprint(folder) == fingerprint_of(identity)
-    except SaeError:
-        return False
-
-
-def mention_other_revisions(folder: Path, identity: dict[str, Any], on_hub: bool, say: Callable[[str], None]) -> None:
-    """Point out a cache that differs only in the revision of the model or the dataset."""
-
-    def unpinned(one: dict[str, Any]) -> dict[str, Any]:
-        return one | {"model": name_without_digest(one["model"]), "data": one["data"]["name"]}
-
-    for other in open_caches(folder.parent):
-        if unpinned(other.identity) == unpinned(identity):
-            flags = f" --revision {other.identity['model']['revision']}" if on_hub else ""
-            if "split" in identity["data"]:  # a dataset of the Hub
-                flags += f" --dataset-revision {other.identity['data']['revision']}"
-            instead = f" To continue that one instead, add{flags}" if flags else ""
-            say(f"{other.folder} is the same harvest at another revision.{instead}")

@@ -22,6 +22,7 @@ from .architectures import check_loaded_sites
 from .config import LAYERS, HarvestConfig
 from .contexts import make_contexts
 from .distributed import ProcessGroup, current_process_group
+from .load_errors import translate_model_errors
 from .model import LanguageModel, load_trunk
 from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
@@ -185,7 +186,8 @@ def load_model_for(plan: HarvestPlan, windows: Mapping[int, Sequence[str]], devi
     model = load_trunk(
         plan.source, plan.model_config, last, dtype=plan.dtype, device=device, attention=plan.config.attention
     )
-    check_loaded_sites(model, plan.model_config, hooks)
+    with translate_model_errors(plan.source.argument, plan.config.attention):
+        check_loaded_sites(model, plan.model_config, hooks)
     return model
 
 

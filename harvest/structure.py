@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..common.errors import UsageError
+from ..common.errors import DamagedError, UsageError
+
+MOST_BLOCKS = 10_000  # of a model; the deepest have some hundred
 
 
 class Parts(NamedTuple):
@@ -26,6 +28,11 @@ class Parts(NamedTuple):
 def decoder_config(config: Any) -> Any:
     """The configuration of the language model within that of a model that also reads images or sound."""
     return config.get_text_config(decoder=True)
+
+
+def embedding_rows(config: Any) -> int | None:
+    """The number of token ids that a model has an embedding for; None if its configuration does not say."""
+    return getattr(decoder_config(config), "vocab_size", None)
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -67,6 +74,42 @@ def parts_around(model: nn.Module, path: str, blocks: Any) -> Parts | None:
         if "input_ids" in inspect.signature(trunk.forward).parameters:
             return Parts(trunk, parent, blocks, path)
     return None
+
+
+def check_config(config: Any, name: str) -> None:
+    """Raise DamagedError unless the sizes that every model has are numbers that a model can have."""
+    decoder = decoder_config(config)
+    for field, most in {"num_hidden_layers": MOST_BLOCKS, "hidden_size": 2**31, "vocab_size": 2**31}.items():
+        value = getattr(decoder, field, None)
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            raise DamagedError(
+                f"The config.json of {name} has {field} = {shorten(value)}; expected a number from 1 to {most:,}. "
+                "Download it again, or correct that."
+            )
+
+
+def check_config_file(content: Any, path: str) -> None:
+    """Raise DamagedError unless the content of a config.json is one of which transformers can make a configuration.
+
+    It makes a list with an entry for each block, so an absurd number of blocks would fill the memory.
+    """
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path} is not the configuration of a model: expected an object. Download it again.")
+    for field, value in content.items():
+        is_depth = any(word in field for word in ("layer", "depth", "block")) and "size" not in field
+        if is_depth and isinstance(value, int | float) and abs(value) > MOST_BLOCKS:
+            raise DamagedError(
+                f"{path} has {field} = {shorten(value)}, and no model has more than {MOST_BLOCKS:,} blocks. Download "
+                "it again, or correct that."
+            )
+        if isinstance(value, dict):
+            check_config_file(value, path)
+
+
+def shorten(value: Any) -> str:
+    """A value of a foreign file for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def check_layers(config: Any, layers: Sequence[int], name: str) -> None:

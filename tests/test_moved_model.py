@@ -1,21 +1,31 @@
 """A model in a local folder is the same model wherever the folder lies, and no local path is published."""
 
+import json
 import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from sae.cache import models
 from sae.cache.catalog import find_cache
 from sae.cache.layout import Hook
+from sae.cache.model_files import deciding_files
 from sae.cache.models import GivenModel, find_folder, folder_digests, model_label, same_model
 from sae.cache.reader import Cache
+from sae.cli.main import app
 from sae.common.errors import UsageError
+from sae.evaluate import inputs
+from sae.evaluate.latents.inspection import open_run
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.run import run_evaluation
+from sae.harvest.model import ModelSource
+from sae.harvest.progress import HarvestProgress
 from sae.harvest.run import harvest_activations
 from sae.train.formats.export import export_sae
 from sae.train.formats.import_ import import_sae
@@ -79,6 +89,110 @@ def test_an_export_is_imported_and_evaluated_and_has_no_path_in_it(
     ours, theirs = evaluate(run.folder), evaluate(home / "runs" / "imported-saelens")
     for name, value in ours["reconstruction_quality"].items():
         assert theirs["reconstruction_quality"][name] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_moved_model_is_itself_through_export_import_and_evaluation(
+    tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line: the model lies elsewhere at each step, and another home is another person's machine."""
+
+    def sae(*words: object) -> str:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def move(name: str) -> Path:
+        nonlocal model
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        model = model.rename(home / name)
+        return model
+
+    model = shutil.copytree(tiny_model, home / "first" / "mine")
+    harvest = ["harvest", "--layer", 0, "--dataset", sentences, "--tokens", 1500, "--context", 32, "--window", 512]
+    harvest += ["--held-out", 0.2, "--device", "cpu"]
+    sae(*harvest, "--model", model)
+    (run,) = train_saes(["topk"], layers=[0], steps=4, batch_size=64, width=64, device="cpu")
+    before = evaluate(run.folder)["reconstruction_quality"]
+    move("second/mine")
+    sae("export", run.folder, "--to", "saelens", "--out", home / "exported")
+    monkeypatch.setenv("SAE_HOME", str(home / "other"))
+    move("third/place/mine")
+    sae(*harvest, "--model", model)
+    sae("import", home / "exported", "--name", "theirs")
+    move("fourth/mine")
+    words = ["evaluate", home / "other" / "runs" / "theirs", "--suite", "core", "--tokens", 200, "--device", "cpu"]
+    refused = CliRunner().invoke(app, [str(word) for word in words])
+    assert refused.exit_code == 2 and "--model FOLDER" in refused.output
+    sae(*words, "--model", model)
+    after = evaluate(home / "other" / "runs" / "theirs")["reconstruction_quality"]
+    assert after == {name: pytest.approx(value, abs=1e-5) for name, value in before.items()}
+
+
+def test_a_model_with_shards_below_its_folder_is_pinned_by_them(
+    tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of an earlier version, which counted only files at the top, is still evaluated, and not continued."""
+    folder = shutil.copytree(tiny_model, home / "mine")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index: dict[str, str] = {}
+    for number, names in enumerate((sorted(weights)[:7], sorted(weights)[7:])):
+        file = f"parts/{number}.safetensors"
+        (folder / "parts").mkdir(exist_ok=True)
+        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    new, old = folder_digests(folder)
+    monkeypatch.setattr(models, "deciding_files", lambda folder: deciding_files(folder)[1:])
+    cache = harvest_activations(str(folder), dataset=sentences, **OPTIONS)
+    assert cache.identity["model"]["revision"] == old
+    (run,) = train_saes(["topk"], cache=cache.folder, layers=[0], steps=4, batch_size=64, width=64, device="cpu")
+    monkeypatch.undo()
+    monkeypatch.setenv("SAE_HOME", str(home))
+
+    evaluate(run.folder)
+    said: list[str] = []
+    again = harvest_activations(
+        str(folder), dataset=sentences, progress=HarvestProgress(say=said.append), **OPTIONS
+    )
+    assert again.folder != cache.folder and again.identity["model"]["revision"] == new
+    assert any("by an earlier version, which did not count all of its files" in sentence for sentence in said)
+    whole = harvest_activations(str(tiny_model), dataset=sentences, **OPTIONS)
+    assert np.array_equal(again.read_chunk("layer_00", 0), whole.read_chunk("layer_00", 0))
+    shutil.copy(folder / "parts" / "0.safetensors", folder / "parts" / "1.safetensors")
+    assert folder_digests(folder)[0] != new
+
+
+def test_a_tokenizer_that_changed_is_refused_at_evaluation(
+    tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest is recorded in the cache. The same files under other versions of the libraries give a note."""
+    cache = harvest_activations(str(tiny_model), dataset=sentences, **OPTIONS)
+    (run,) = train_saes(["topk"], cache=cache.folder, layers=[0], steps=4, batch_size=64, width=64, device="cpu")
+    before = evaluate(run.folder)
+    original = inputs.load_tokenizer
+
+    def load_changed(source: Any) -> Any:
+        tokenizer = original(source)
+        tokenizer.add_tokens(["<zzz>"])
+        return tokenizer
+
+    monkeypatch.setattr(inputs, "load_tokenizer", load_changed)
+    expected = cache.identity["tokenizer"][:12]
+    refusal = rf"was harvested with another tokenizer \(sha256 {expected}\) than the one in .*Restore .*--model"
+    with pytest.raises(UsageError, match=refusal):
+        evaluate(run.folder)
+    with pytest.raises(UsageError, match=refusal):
+        open_run(run.folder, device="cpu")
+    monkeypatch.setattr(inputs, "versions_of_harvest", lambda cache: {"transformers": "4.0.0"})
+    config = EvaluateConfig([run.folder], suite="core", tokens=200, references=False, device="cpu", force=True)
+    plan = plan_evaluation(config)
+    (note,) = [line for line in plan.describe() if "not quite that of the harvest" in line]
+    assert "made with transformers 4.0.0. Install that" in note
+    assert run_evaluation(plan)[0].results["core"].metrics == before
+    monkeypatch.setattr(ModelSource, "is_pinned", False)
+    with pytest.raises(UsageError, match=refusal):
+        evaluate(run.folder)
 
 
 def test_a_cache_of_an_earlier_version_has_the_path_as_name_and_shows_it_nowhere(tiny_cache: Cache) -> None:

@@ -15,6 +15,7 @@ from ..cache.models import GivenModel
 from ..common.errors import SaeError, UnavailableError, UsageError, warn_left_out
 from ..common.files import digest_of, sae_home
 from ..common.formatting import format_bytes
+from ..common.remote_code import from_pretrained
 from ..harvest import mini
 from ..train.formats.base import Format
 from ..train.formats.hub import REPO_ID, HubAddress, RemoteSAE, find_remote_sae
@@ -256,6 +257,6 @@ def local_model_config(model: str) -> Any | None:
 
     location = str(mini.WEIGHTS) if model == mini.NAME else model
     try:
-        return AutoConfig.from_pretrained(location, local_files_only=True).get_text_config()
+        return from_pretrained(AutoConfig, location, local_files_only=True).get_text_config()
     except Exception:  # whatever is wrong with it is said when the model is loaded
         return None

@@ -99,7 +99,7 @@ def make_model(folder: str, seed: int) -> None:
     if folder == "nan":
         model.model.layers[1].mlp.down_proj.weight.data[3, 3] = float("nan")
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(WEIGHTS, trust_remote_code=False).save_pretrained(folder)
 
 
 def spoil_weights() -> None:

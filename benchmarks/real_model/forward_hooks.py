@@ -181,7 +181,9 @@ class RowTable:
 def load_plain_model(folder: Path, cache: PlainCache) -> Any:
     """The model in a folder, in float32 and with the attention that the cache was harvested with."""
     attention = cache.identity["attention"]
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, dtype=torch.float32, attn_implementation=attention
+    ).eval()
 
 
 @torch.no_grad()

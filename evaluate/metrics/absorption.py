@@ -91,7 +91,7 @@ class Absorption(Metric):
         self.check()
         prompts = SpellingPrompts.of(
             ctx.tokenizer, self.words, self.random_seed, bos_id=ctx.context_format.bos_id,
-            newline=ctx.mode != "2024-12",
+            newline=ctx.mode != "2024-12", embedded=ctx.embedded_tokens,
         )  # fmt: skip
         row_sets = list(dict.fromkeys(target.row_set for target in targets))
         rows = read_spelling_rows(ctx, prompts, row_sets, self.random_seed, progress)

@@ -62,13 +62,18 @@ class SpellingPrompts:
     from_ids: int  # words that the tokenizer would split differently in their text
 
     @classmethod
-    def of(cls, tokenizer: Any, words: int, seed: int, *, bos_id: int | None, newline: bool = True) -> Self:
+    def of(
+        cls, tokenizer: Any, words: int, seed: int, *, bos_id: int | None, newline: bool = True,
+        embedded: int | None = None,
+    ) -> Self:  # fmt: skip
         """Draw `words` words (0: all) and tokenize the template. Prompts begin with `bos_id`.
+
+        `embedded` is the number of tokens that the model has an embedding for, if the tokenizer can have more.
 
         Raises UsageError if the tokenizer cannot build such prompts or has too few words.
         """
         start = token_ids(tokenizer, ["\n"])[0]
-        drawn = draw_words(vocabulary_words(tokenizer, start), words, random.Random(f"{seed} words"))
+        drawn = draw_words(vocabulary_words(tokenizer, start, embedded), words, random.Random(f"{seed} words"))
         train = int(TRAIN_SHARE * len(drawn))
         check_words(drawn, train, sampled=bool(words))
         lines = token_ids(tokenizer, [f"\n{word.text}{TEMPLATE}" for word in drawn])
@@ -140,7 +145,7 @@ def draw_words(pool: Sequence[VocabularyWord], count: int, rng: random.Random) -
     return rng.sample(drawn, len(drawn))
 
 
-def vocabulary_words(tokenizer: Any, start: list[int]) -> list[VocabularyWord]:
+def vocabulary_words(tokenizer: Any, start: list[int], embedded: int | None = None) -> list[VocabularyWord]:
     """Every vocabulary entry of ASCII letters, with or without a leading space, sorted by token.
 
     `start` holds the ids of a newline. Entries are decoded after it, because some tokenizers drop the space of the
@@ -148,7 +153,7 @@ def vocabulary_words(tokenizer: Any, start: list[int]) -> list[VocabularyWord]:
     """
     newline, special = tokenizer.decode(start), set(tokenizer.all_special_ids)
     words: dict[str, VocabularyWord] = {}
-    for token in range(len(tokenizer)):
+    for token in range(min(len(tokenizer), embedded or len(tokenizer))):
         text = tokenizer.decode([*start, token], clean_up_tokenization_spaces=False).removeprefix(newline)
         bare = text.removeprefix(" ")
         if not (bare.isascii() and bare.isalpha()) or token in special:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from ...common.remote_code import from_pretrained
 from .corpus import stdlib_documents
 from .spelling import TEMPLATE, SpellingWord, spelling_line, spelling_words
 
@@ -241,7 +242,7 @@ def main() -> None:
 
     texts = [d.text for d in stdlib_documents() if not d.held_out]
     make_tokenizer(texts).save_pretrained(arguments.out)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.out)
+    tokenizer = from_pretrained(AutoTokenizer, arguments.out)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     stream = torch.tensor([token for ids in encoded for token in ids])
     counts = torch.bincount(stream, minlength=VOCABULARY) + 1.0

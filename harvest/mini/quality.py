@@ -21,8 +21,9 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
+from ...common.remote_code import from_pretrained
 from ..model import LanguageModel, find_model, load_model
 from . import WEIGHTS
 from .corpus import stdlib_documents
@@ -118,10 +119,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20, help="spelling prompts for each letter")
     parser.add_argument("--words", type=int, default=100, help="most words of each letter for the probe")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = from_pretrained(AutoTokenizer, arguments.model)
     assert len(tokenizer.encode(TEMPLATE, add_special_tokens=False)) == WORD_FROM_END - 1
-    source, _ = find_model(str(arguments.model))
-    model = load_model(source, AutoConfig.from_pretrained(arguments.model), dtype="float32", device="cpu")
+    source, config = find_model(str(arguments.model))
+    model = load_model(source, config, dtype="float32", device="cpu")
 
     loss, unigram, tokens = cross_entropies(model, tokenizer, arguments.contexts)
     print(

@@ -1,0 +1,46 @@
+"""Load models, tokenizers and datasets of transformers and datasets without ever running Python that they bring along.
+
+A folder or a repository can name Python of its own (`auto_map`). transformers runs it if trust_remote_code is set, and
+where nothing is set it asks on the terminal. Every loading call of this package goes through this file, where it is
+set to False, and where no call inside of transformers can ask either. tests/test_remote_code.py reads the sources.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+
+def from_pretrained(kind: Any, location: str | os.PathLike[str], **options: Any) -> Any:
+    """`kind.from_pretrained(location, ...)` for a class of transformers. Raises ValueError if it needs its own code."""
+    with never_asking():
+        return kind.from_pretrained(location, trust_remote_code=False, **options)
+
+
+def from_config(kind: Any, config: Any, **options: Any) -> Any:
+    """`kind.from_config(config, ...)` for an Auto class of transformers. Raises ValueError if it needs its own code."""
+    with never_asking():
+        return kind.from_config(config, trust_remote_code=False, **options)
+
+
+def load_dataset(path: str, **options: Any) -> Any:
+    """`datasets.load_dataset(path, ...)`. Raises RuntimeError if the dataset needs its own code."""
+    import datasets
+
+    return datasets.load_dataset(path, trust_remote_code=False, **options)
+
+
+@contextlib.contextmanager
+def never_asking() -> Iterator[None]:
+    """While the context is open, transformers raises an error where it would ask whether to run code.
+
+    It loads some parts without passing trust_remote_code on, such as a backbone that a configuration names.
+    """
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds

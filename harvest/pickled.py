@@ -1,0 +1,31 @@
+"""Checks of pytorch_model.bin before torch reads it.
+
+It is a zip file with a pickle and the bytes of the tensors. torch reads the pickle with weights_only, which runs
+nothing; what it does not limit is how much an entry unpacks to.
+"""
+
+import zipfile
+from pathlib import Path
+
+from ..common.errors import DamagedError
+
+ADVICE = "Download it again, or better a version in safetensors."
+
+
+def check_pickled(path: Path) -> None:
+    """Raise DamagedError if a file of weights is torn, or unpacks to more than its size.
+
+    Files that torch wrote before version 1.6 are no zip files; reading them needs no more memory than their size.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise DamagedError(f"{path} is torn or damaged: {error}. {ADVICE}") from error
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        what = f"its entry {packed[0]} is compressed" if packed else "its entries are larger than the file"
+        raise DamagedError(f"{path} was not written by torch: {what}, and could unpack to any size. {ADVICE}")
