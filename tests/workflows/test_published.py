@@ -11,9 +11,9 @@ from typer.testing import CliRunner, Result
 
 from sae.cache.layout import Hook
 from sae.cli.main import app
-from sae.common.errors import UnavailableError, UsageError
+from sae.common.errors import LeftOutWarning, UnavailableError, UsageError
 from sae.train.formats.import_ import import_sae
-from sae.workflows.published import PublishedConfig, check_hook, find_or_import
+from sae.workflows.published import PublishedConfig, check_hook, find_or_import, imported_runs
 
 REPO, FOLDER = "someone/gemma-scope-2-tiny", "resid_post/layer_1_width_64_l0_small"
 ADDRESS = f"hf://{REPO}/{FOLDER}"
@@ -196,6 +196,16 @@ def test_a_layer_or_width_that_a_model_on_this_machine_has_not_is_refused_at_onc
         result = call(*words, "--model", tiny_model)
         assert result.exit_code == UsageError.exit_code and "has the layers 0 to 1" in result.stderr
     assert not runs(home)
+
+
+def test_a_damaged_run_does_not_stop_the_search_for_imported_ones(home):
+    """It is named in a note."""
+    folder = home / "runs" / "torn"
+    folder.mkdir(parents=True)
+    for name in ("run.json", "sae.json"):
+        (folder / name).write_text('{"imported')
+    with pytest.warns(LeftOutWarning, match="runs/torn is left out: .*run.json cannot be read"):
+        assert list(imported_runs(PublishedConfig())) == []
 
 
 def test_run_folders_and_other_texts_stay_as_they_are(home):
