@@ -4,6 +4,7 @@ An uncompressed chunk is its raw rows followed by a crc32c. A compressed chunk i
 compressed, followed by an index of the blocks.
 """
 
+import contextlib
 import functools
 import struct
 from collections.abc import Mapping
@@ -14,17 +15,17 @@ import google_crc32c
 import numpy as np
 from numcodecs.blosc import SHUFFLE, Blosc
 
+from ..common.cache_schemas import ARRAY_RECORD, CACHE_RECORD, REPAIR_HINT
 from ..common.errors import DamagedError, UsageError
 from ..common.files import atomic_write, os_error, read_json, reading
-from .layout import BLOSC, FORMAT, ArraySpec
+from ..common.zarr_metadata import array_essentials
+from .consistency import check_array, check_attributes, contradiction, moments_of
+from .layout import BLOSC, FORMAT, ArraySpec, Layout
 
 BytesLike = bytes | memoryview
 FileRecords = Mapping[str, Mapping[str, Any]]  # file, relative to the cache -> {"bytes", "crc32c"}
 READ_BYTES = 1 << 20  # bytes read at a time to compute a checksum
 BLOSC_CODEC = Blosc(BLOSC["cname"], BLOSC["clevel"], SHUFFLE, BLOSC["blocksize"])
-REPAIR_HINT = (
-    "Run `sae cache repair` to harvest the damaged parts again, or delete the file and run the same `sae harvest`."
-)
 
 # --- metadata --------------------------------------------------------------------------------------------------------
 
@@ -32,23 +33,49 @@ REPAIR_HINT = (
 def read_attributes(folder: Path) -> dict[str, Any]:
     """The attributes in a cache's zarr.json.
 
-    Raises UsageError if it is another kind of Zarr group or has a newer format, DamagedError if it cannot be read.
+    Raises UsageError if it is another kind of Zarr group or has a newer format, DamagedError if it is not as it was
+    written or contradicts itself.
     """
-    attributes = read_json(folder / "zarr.json", "attributes")["attributes"]
-    if attributes.get("format") is None:
-        raise UsageError(f"{folder} is a Zarr group, but not an activation cache. Create a cache with `sae harvest`.")
-    if attributes["format"] > FORMAT:
-        raise UsageError(
-            f"{folder} was written in format {attributes['format']}; this version reads up to {FORMAT}. "
-            "Upgrade this package."
-        )
+    path = folder / "zarr.json"
+    try:
+        attributes: dict[str, Any] = dict(CACHE_RECORD.read(path)["attributes"])
+    except DamagedError:
+        with contextlib.suppress(DamagedError):
+            check_is_readable_cache(folder, read_json(path))  # newer versions can write other fields
+        raise
+    check_is_readable_cache(folder, {"attributes": attributes})
+    check_attributes(path, attributes)
     return attributes
 
 
-def read_array_spec(folder: Path, name: str) -> ArraySpec:
-    """The shape and storage of an array, from its zarr.json. Raises DamagedError if that cannot be read."""
-    keys = ("shape", "chunk_grid", "data_type", "attributes", "codecs")
-    return ArraySpec.from_metadata(name, read_json(folder / name / "zarr.json", *keys))
+def check_is_readable_cache(folder: Path, metadata: Any) -> None:
+    """Raise UsageError if the zarr.json of a folder is that of another kind of group, or of a newer format."""
+    attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
+    if not isinstance(attributes, dict):
+        return
+    if not {"format", "fingerprint", "identity"} & attributes.keys():
+        raise UsageError(f"{folder} is a Zarr group, but not an activation cache. Create a cache with `sae harvest`.")
+    if isinstance(number := attributes.get("format"), int) and number > FORMAT:
+        raise UsageError(
+            f"{folder} was written in format {number}; this version reads up to {FORMAT}. Upgrade this package. If no "
+            "newer version wrote it, its zarr.json is damaged: delete that file and run `sae cache repair`."
+        )
+
+
+def read_array_spec(folder: Path, name: str, layout: Layout | None = None) -> ArraySpec:
+    """The shape and storage of an array, from its zarr.json.
+
+    Raises DamagedError if that is not as it was written, or is not what the layout of the cache asks for.
+    """
+    path = folder / name / "zarr.json"
+    metadata: dict[str, Any] = dict(ARRAY_RECORD.read(path))
+    array = ArraySpec.from_metadata(name, metadata)
+    if array_essentials(metadata) != array_essentials(array.metadata()):
+        raise contradiction(path, "its codecs are others", "an array of a cache has those of docs/cache-format.md")
+    if layout is not None:
+        of = moments_of(name)
+        check_array(path, array, layout, None if of is None else read_array_spec(folder, of, layout).shape[-1])
+    return array
 
 
 def files_exist(folder: Path, records: FileRecords) -> bool:
@@ -184,12 +211,12 @@ def read_chunk(folder: Path, array: ArraySpec, chunk: int, files: FileRecords) -
     return map_chunk(folder, array, chunk)
 
 
-def read_array(folder: Path, name: str, files: FileRecords) -> np.ndarray:
+def read_array(folder: Path, name: str, files: FileRecords, layout: Layout | None = None) -> np.ndarray:
     """A whole uncompressed array in memory, every chunk checked as by `check_chunk`; meant for the small arrays.
 
-    Raises DamagedError if a file is missing, short, or not the one that `files` lists.
+    Raises DamagedError if a file is missing, short, or not the one that `files` lists, or like `read_array_spec`.
     """
-    array = read_array_spec(folder, name)
+    array = read_array_spec(folder, name, layout)
     values, per_chunk = np.empty(array.shape, array.numpy_dtype), array.chunk_shape[0]
     for chunk in range(array.n_chunks):  # one map at a time: each holds a file open
         values[chunk * per_chunk : (chunk + 1) * per_chunk] = read_chunk(folder, array, chunk, files)

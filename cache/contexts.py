@@ -1,14 +1,17 @@
 """The token ids that were fed to the model, as contexts of equal length."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..common.cache_schemas import ARRAY_RECORD, GROUP_RECORD, TOKENS_RECORD
 from ..common.errors import DamagedError
-from ..common.files import digest_of, read_json, write_json
-from .chunks import encode_chunk, files_exist, read_array, write_chunk
+from ..common.files import digest_of
+from .chunks import encode_chunk, files_exist, read_array, read_array_spec, write_chunk
+from .consistency import check_names, contradiction, describe_array, token_files
 from .layout import FORMAT, ArraySpec, group_metadata, token_arrays
 
 
@@ -40,13 +43,14 @@ class Contexts:
 
     def write(self, folder: Path) -> None:
         """Write the contexts into a cache's folder; their record, tokens/commit.json, is written last."""
-        write_json(folder / "tokens" / "zarr.json", group_metadata({}))
+        GROUP_RECORD.write(folder / "tokens" / "zarr.json", group_metadata({}))
         files = {}
         for array in self.specs():
-            write_json(folder / array.name / "zarr.json", array.metadata())
+            ARRAY_RECORD.write(folder / array.name / "zarr.json", array.metadata())
             file, record = write_chunk(folder, array, 0, getattr(self, array.name.removeprefix("tokens/")))
             files[file] = record
-        write_json(folder / "tokens" / "commit.json", {"format": FORMAT, "contexts": len(self), "files": files})
+        commit = {"format": FORMAT, "contexts": len(self), "files": files}
+        TOKENS_RECORD.write(folder / "tokens" / "commit.json", commit)
 
     def file_records(self) -> dict[str, dict[str, Any]]:
         """{file: record} as `write` would record them, without writing."""
@@ -61,12 +65,14 @@ class Contexts:
         zarr.json yet. Raises DamagedError if a file is missing or not the one that is listed, or for another digest.
         """
         record = folder / "tokens" / "commit.json"
-        files = read_json(record, "files")["files"]
+        commit = TOKENS_RECORD.read(record)
+        files = commit["files"]
         if digest not in (None, digest_of(files)):
             raise DamagedError(
                 f"{folder / 'tokens'} is not the text that this cache was harvested from: its commit.json comes from "
                 f"another cache. Run `sae cache repair`, or delete {record} and run the same `sae harvest`."
             )
+        check_token_arrays(folder, commit)
         always = [field.name for field in fields(cls) if field.default is MISSING]
         names = [*always, *(["rows"] if "tokens/rows/c.0.0" in files else [])]
         return cls(**{name: read_array(folder, f"tokens/{name}", files) for name in names})
@@ -75,4 +81,16 @@ class Contexts:
     def is_complete(folder: Path) -> bool:
         """Whether `write` has finished in this folder and its files still exist with their recorded sizes."""
         record = folder / "tokens" / "commit.json"
-        return record.exists() and files_exist(folder, read_json(record, "files")["files"])
+        return record.exists() and files_exist(folder, TOKENS_RECORD.read(record)["files"])
+
+
+def check_token_arrays(folder: Path, commit: Mapping[str, Any]) -> None:
+    """Raise DamagedError unless the arrays in tokens/ are those of its commit, with as many contexts as it says."""
+    path = folder / "tokens" / "commit.json"
+    check_names(path, commit["files"], token_files(commit["files"]))
+    arrays = {name: read_array_spec(folder, name) for name in {file.rsplit("/", 1)[0] for file in commit["files"]}}
+    length = arrays["tokens/ids"].shape[-1]
+    for expected in token_arrays(commit["contexts"], length, rows="tokens/rows" in arrays):
+        if arrays[expected.name] != expected:
+            found = describe_array(arrays[expected.name])
+            raise contradiction(path, f"it has {commit['contexts']:,} contexts", f"{expected.name} is {found}")

@@ -315,6 +315,11 @@ def token_arrays(contexts: int, length: int, *, rows: bool = False) -> list[Arra
     ]
 
 
+def commit_file(window: int, array: str) -> str:
+    """The commit of a window of an array, relative to the cache's folder."""
+    return f"commits/{window:06d}.{array}.json"
+
+
 def fingerprint_of(identity: dict[str, Any]) -> str:
     """The digest of everything in the identity that decides a byte of the cache; names are left out."""
     return digest_of({key: without_name(value) for key, value in identity.items()})

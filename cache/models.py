@@ -14,8 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..common.cache_schemas import HARVEST_RECORD
 from ..common.errors import DamagedError, UnavailableError, UsageError
-from ..common.files import read_json, sae_home, write_json
+from ..common.files import sae_home
+from ..common.schemas import MODELS_RECORD
 from .model_files import deciding_files
 
 ModelRecord = Mapping[str, Any]
@@ -155,22 +157,19 @@ def remembered_path() -> Path:
 
 def read_remembered(part: str) -> dict[str, Any]:
     """A part of activations/.models.json: "files" (path -> stamp and sha256) or "folders" (digest -> paths)."""
-    with contextlib.suppress(DamagedError, AttributeError):  # it can always be made again
-        content = read_json(remembered_path()).get(part)
-        if isinstance(content, dict) and all(isinstance(entry, list) for entry in content.values()):
-            return content
+    with contextlib.suppress(DamagedError):  # it can always be made again
+        content: dict[str, Any] = dict(MODELS_RECORD.read(remembered_path()))
+        return content[part]
     return {}
 
 
 def remember(part: str, entries: Mapping[str, Any]) -> None:
     """Add entries to a part of activations/.models.json. Does nothing where that cannot be written."""
     content = {one: read_remembered(one) for one in ("files", "folders")}
-    if all(content[part].get(key) == value for key, value in entries.items()):
-        return
     content[part] |= entries
     content["files"] = {path: entry for path, entry in content["files"].items() if os.path.exists(path)}
     with contextlib.suppress(UnavailableError):
-        write_json(remembered_path(), content)
+        MODELS_RECORD.write_if_changed(remembered_path(), content)
 
 
 def remember_folder(folder: Path, digest: str) -> None:
@@ -183,7 +182,7 @@ def remember_folder(folder: Path, digest: str) -> None:
 def recorded_folders(cache_folder: Path, key: str = "model") -> list[str]:
     """The paths of the model, or of the adapters, as the last harvest into a cache was given them."""
     with contextlib.suppress(DamagedError):
-        value = read_json(cache_folder / "harvest.json", key)[key]
+        value: Any = HARVEST_RECORD.read(cache_folder / "harvest.json").get(key)
         return [one for one in ([value] if isinstance(value, str) else value or ()) if isinstance(one, str)]
     return []
 

@@ -131,7 +131,7 @@ def iterate_rows(
     `norms` are their L2 norms as row_norm records them. A checksum would need the whole chunk, which is large, so each
     row has to have its recorded norm instead. Raises DamagedError for one that has another.
     """
-    array = read_array_spec(folder, name)
+    array = read_array_spec(folder, name, layout)
     chunk_of_row = rows // layout.chunk_rows
     for chunk in np.unique(chunk_of_row).tolist():
         is_inside = chunk_of_row == chunk

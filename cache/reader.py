@@ -17,16 +17,19 @@ from typing import Any
 
 import numpy as np
 
+from ..common.cache_schemas import HARVEST_RECORD, MANIFEST_RECORD
 from ..common.errors import DamagedError, UsageError
-from ..common.files import digest_of, read_json
+from ..common.files import digest_of
 from ..common.formatting import format_bytes, format_count
 from ..common.open_files import files_limits
 from . import bfloat16  # noqa: F401  (registers the dtype, so that zarr can read the arrays)
 from .chunks import REPAIR_HINT, Shard, check_chunk, map_chunk, read_array, read_array_spec, read_attributes
+from .consistency import check_manifest, layout_of
 from .contexts import Contexts
-from .layout import ArraySpec, Hook, Layout
+from .layout import ArraySpec, Hook
 from .models import is_digest, model_label, recorded_folders
 from .outliers import describe_largest, outlier_warning, rows_above
+from .record_files import verify_records
 from .statistics import describe_statistics, mean_and_mean_square
 
 FEW_CHUNKS = 4
@@ -46,7 +49,7 @@ class Cache:
             raise UsageError(f"{self.folder} holds no activation cache (no zarr.json). Create one with `sae harvest`.")
         self.attributes = read_attributes(self.folder)
         self.identity: dict[str, Any] = self.attributes["identity"]
-        self.layout = Layout(*(self.attributes[name] for name in ("rows", "window_rows", "storage_dtype", "compress")))
+        self.layout = layout_of(self.attributes)
         self.array = cache(self._read_array)
         # Shared by threads.
         self._open_chunk = lru_cache(open_chunks or most_open_chunks())(self._open_chunk_uncached)
@@ -163,10 +166,10 @@ class Cache:
                 f"{self.folder} is half written ({len(self.committed_windows)} of {self.layout.n_windows} windows). "
                 "Run the same `sae harvest` again to finish it."
             )
-        manifest = read_json(self.folder / "manifest.json", "fingerprint", "complete", "statistics", "files")
-        if manifest["fingerprint"] != self.fingerprint:
-            raise DamagedError(f"{self.folder / 'manifest.json'} comes from another harvest. {REPAIR_HINT}")
-        return manifest
+        path = self.folder / "manifest.json"
+        manifest = MANIFEST_RECORD.read(path)
+        check_manifest(path, manifest, self.attributes)
+        return dict(manifest)
 
     def require_array(self, layer: int, site: str = "resid_post") -> str:
         """The name of the array of a layer and site, such as `layer_12`.
@@ -214,10 +217,10 @@ class Cache:
 
     def row_norms(self, name: str) -> np.ndarray:
         """The L2 norm of every row of an array, (rows,) float32. Raises DamagedError if a file is damaged."""
-        return read_array(self.folder, f"{name}.row_norm", self.manifest["files"])
+        return read_array(self.folder, f"{name}.row_norm", self.manifest["files"], self.layout)
 
     def _read_array(self, name: str) -> ArraySpec:
-        return read_array_spec(self.folder, name)
+        return read_array_spec(self.folder, name, self.layout)
 
     def _open_chunk_uncached(self, name: str, index: int) -> np.ndarray | Shard:
         """A memory-mapped chunk; its checksum is verified the first time that it is opened."""
@@ -316,8 +319,13 @@ class Cache:
         return Contexts.read(self.folder, self.attributes["tokens"])
 
     def verify(self) -> Iterator[str]:
-        """Read every byte and yield the name of each verified file. Raises DamagedError at the first damaged file."""
-        for file in self.manifest["files"]:
+        """Read every record and every byte, and yield the name of each verified file of the manifest.
+
+        Raises DamagedError at the first damaged file.
+        """
+        manifest = self.manifest
+        verify_records(self.folder, self.attributes)
+        for file in manifest["files"]:
             self.verify_file(file)
             yield file
 
@@ -352,7 +360,7 @@ def most_open_chunks(caches: int = 1) -> int:
 def read_hook_modules(folder: Path) -> dict[str, str]:
     """{array: name of the hooked module in transformers}, as the harvest recorded it; {} if it did not (older ones)."""
     try:
-        return read_json(folder / "harvest.json", "modules")["modules"]
+        return HARVEST_RECORD.read(folder / "harvest.json").get("modules", {})
     except DamagedError:  # also raised if the file is missing
         return {}
 

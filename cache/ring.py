@@ -19,14 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from ..common.cache_schemas import COMMIT_RECORD, RING_RECORD, WindowCommit
 from ..common.errors import Interrupted, UsageError
-from ..common.files import digest_of, read_json, write_json
+from ..common.files import digest_of
 from .batch_order import BatchOrder
 from .chunks import read_chunk
-from .layout import FORMAT, ArraySpec, Hook, Layout, fingerprint_of
+from .consistency import check_commit
+from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of
 from .outliers import MAX_NORM, iterate_rows, norm_limit, rows_above
 from .reader import Cache, is_ring_cache
-from .writer import commit_file
 
 GROUPS_ON_DISK = 2  # one is read while the other is written
 
@@ -117,8 +118,8 @@ class RingCache:
         A ring of an older version records no `max_norm`. Unless it starts again at the first group it masks nothing.
         """
         path = self.folder / "ring.json"
-        if not path.exists() or (first_group == 0 and read_json(path).get("max_norm") != self.max_norm):
-            write_json(path, {"format": FORMAT, "max_norm": self.max_norm})
+        if not path.exists() or (first_group == 0 and RING_RECORD.read(path).get("max_norm") != self.max_norm):
+            RING_RECORD.write(path, {"format": FORMAT, "max_norm": self.max_norm})
 
     @property
     def has_norm_limits(self) -> bool:
@@ -129,7 +130,7 @@ class RingCache:
     def _norm_limits(self) -> dict[str, float] | None:
         """Array name -> norm limit, as ring.json records them for this `max_norm`; None if nothing is masked."""
         path = self.folder / "ring.json"
-        record: dict[str, Any] = read_json(path) if path.exists() else {"max_norm": self.max_norm}
+        record: dict[str, Any] = dict(RING_RECORD.read(path)) if path.exists() else {"max_norm": self.max_norm}
         if self.max_norm is None or "max_norm" not in record:
             return None
         return record.get("norm_limits", {}) if record["max_norm"] == self.max_norm else {}
@@ -153,14 +154,21 @@ class RingCache:
         norms = {name: self.layout.activation_arrays(name, self.widths[name])[1] for name in self.widths.keys() - known}
         limits = {}
         for name, array in sorted(norms.items()):
-            files = read_json(self.folder / commit_file(0, name), "files")["files"]
+            files = self.read_commit(0, name)["files"]
             limits[name] = norm_limit(read_chunk(self.folder, array, 0, files), self.max_norm)
         record = {"format": FORMAT, "max_norm": self.max_norm, "norm_limits": {**known, **limits}}
-        write_json(self.folder / "ring.json", record)
+        RING_RECORD.write(self.folder / "ring.json", record)
         return [
             f"{name}: rows with a norm over {limit:.4g}, {self.max_norm:g}x the median of the first window, are masked."
             for name, limit in limits.items()
         ]
+
+    def read_commit(self, window: int, name: str) -> WindowCommit:
+        """The commit of a window of an array. Raises DamagedError if it is missing, damaged or of another window."""
+        path = self.folder / commit_file(window, name)
+        commit = COMMIT_RECORD.read(path)
+        check_commit(path, commit, self.fingerprint, self.layout)
+        return commit
 
     def keep_only(self, groups: range) -> None:
         """Delete every window outside these groups; commits first, so that a commit never lists a deleted file."""
@@ -262,8 +270,7 @@ class WindowGroup(Cache):
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """The record of each file of the group; there are no statistics."""
-        records = [commit_file(window, name) for window in self.windows for name in self.ring.widths]
-        commits = [read_json(self.folder / record, "files") for record in records]
+        commits = [self.ring.read_commit(window, name) for window in self.windows for name in self.ring.widths]
         return {"files": {file: record for commit in commits for file, record in commit["files"].items()}}
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.files import read_json
+from ..common.cache_schemas import MANIFEST_RECORD, TOKENS_RECORD
 from ..common.formatting import format_count
 from .chunks import FileRecords, read_array
 from .layout import FORMAT, Layout
@@ -33,13 +33,13 @@ def build_manifest(
     rows.
     """
     windows: dict[str, set[int]] = {}
-    files: dict[str, Any] = dict(read_json(folder / "tokens" / "commit.json", "files")["files"])
+    files: dict[str, Any] = dict(TOKENS_RECORD.read(folder / "tokens" / "commit.json")["files"])
     for commit in commits:
         files |= commit["files"]
         windows.setdefault(commit["array"], set()).add(commit["window"])
     complete = sorted(array for array, committed in windows.items() if len(committed) == layout.n_windows)
     manifest = folder / "manifest.json"
-    known = read_json(manifest, "statistics")["statistics"] if manifest.exists() else {}
+    known: dict[str, Any] = dict(MANIFEST_RECORD.read(manifest)["statistics"]) if manifest.exists() else {}
     known = {array: statistics for array, statistics in known.items() if array not in updated}
     return {
         "format": FORMAT,
@@ -68,7 +68,7 @@ def array_statistics(
     `variance` is the mean over dimensions of each dimension's variance (elementwise); `mean_square_norm` is E|x|^2;
     `norm_of_mean` is |E x|. `outlier_dimensions` are the dimensions with a root mean square over 8x the median one.
     """
-    all_norms = read_array(folder, f"{name}.row_norm", files)
+    all_norms = read_array(folder, f"{name}.row_norm", files, layout)
     limit = norm_limit(all_norms, max_norm)
     outliers, every_row = rows_above(all_norms, limit), np.arange(len(all_norms))
     kept = np.delete(every_row, outliers)
@@ -127,7 +127,7 @@ def mean_and_mean_square(
     Takes the sums of the windows and subtracts the outlier rows, so it reads only the chunks that contain those.
     `norms` are those of all rows.
     """
-    sums = read_array(folder, f"{name}.moments", files).sum(0)
+    sums = read_array(folder, f"{name}.moments", files, layout).sum(0)
     for values in iterate_rows(folder, layout, name, outliers, norms[outliers], files):
         sums -= np.stack([values.sum(0), np.square(values).sum(0)])
     return sums / (layout.rows - len(outliers))

@@ -16,10 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.cache_schemas import (
+    ARRAY_RECORD,
+    CACHE_RECORD,
+    COMMIT_RECORD,
+    MANIFEST_RECORD,
+    TOKENS_RECORD,
+)
 from ..common.errors import DamagedError, SaeError, UsageError
-from ..common.files import digest_of, fsync_folder, read_json, write_json, write_json_if_changed
-from .chunks import REPAIR_HINT, files_exist, read_attributes, write_chunk
-from .layout import FORMAT, ArraySpec, Hook, Layout, fingerprint_of, group_metadata
+from ..common.files import digest_of, fsync_folder
+from .chunks import files_exist, read_attributes, write_chunk
+from .consistency import check_commit
+from .layout import FORMAT, ArraySpec, Hook, Layout, commit_file, fingerprint_of, group_metadata
+from .record_files import add_digests
 from .statistics import build_manifest
 
 WRITE_THREADS = 2  # enough to saturate a disk; four are a tenth faster
@@ -52,10 +61,10 @@ class CacheWriter:
         self.folder, self.identity, self.layout, self.widths = folder, identity, layout, dict(widths)
         self.fingerprint = fingerprint_of(identity)
         harvest_started(folder, self.fingerprint)
-        self.tokens_digest = digest_of(read_json(folder / "tokens" / "commit.json", "files")["files"])
+        self.tokens_digest = digest_of(TOKENS_RECORD.read(folder / "tokens" / "commit.json")["files"])
         if not (folder / "zarr.json").exists():
             self._write_root(complete=[])
-        recorded = read_json(folder / "zarr.json")["attributes"]
+        recorded = read_attributes(folder)
         if recorded["rows"] != layout.rows:
             raise DamagedError(
                 f"{folder} was started with {recorded['rows']:,} rows, but its text now has {layout.rows:,}. "
@@ -67,7 +76,7 @@ class CacheWriter:
                 "version of tokenizers. Use another --out."
             )
         for array in layout.arrays(self.widths):
-            write_json_if_changed(folder / array.name / "zarr.json", array.metadata())
+            ARRAY_RECORD.write_if_changed(folder / array.name / "zarr.json", array.metadata())
 
     def _write_root(self, complete: list[str]) -> None:
         attributes = {
@@ -83,19 +92,18 @@ class CacheWriter:
             "complete": complete,
             "to_read": "import sae.cache.bfloat16  # gives zarr-python the bfloat16 data type",
         }
-        write_json(self.folder / "zarr.json", group_metadata(attributes))
+        CACHE_RECORD.write(self.folder / "zarr.json", group_metadata(attributes))
 
     def commits(self, *, check_files: bool = True) -> Iterator[dict[str, Any]]:
         """The commits of windows; with `check_files`, only those whose files exist with their recorded sizes.
 
-        Raises DamagedError if a commit is broken or belongs to another harvest.
+        Raises DamagedError if a commit is damaged, or belongs to another harvest or window.
         """
         for path in sorted((self.folder / "commits").glob("*.json")):
-            commit = read_json(path, "fingerprint", "window", "array", "files")
-            if commit["fingerprint"] != self.fingerprint:
-                raise DamagedError(f"{path} belongs to another harvest ({commit['fingerprint'][:8]}). {REPAIR_HINT}")
+            commit = COMMIT_RECORD.read(path)
+            check_commit(path, commit, self.fingerprint, self.layout)
             if not check_files or files_exist(self.folder, commit["files"]):
-                yield commit
+                yield dict(commit)
 
     def missing_windows(self) -> dict[int, list[str]]:
         """{window: names of the arrays of `widths` that are not committed for it}, without complete windows."""
@@ -158,10 +166,12 @@ class CacheWriter:
                 "made_with": dict(made_with),
                 "files": origins | files,
             }
-            write_json(self.folder / commit_file(window, name), commit, indent=None)
+            COMMIT_RECORD.write(self.folder / commit_file(window, name), commit)
 
     def finish(self, max_norm: float | None = None, token_text: Callable[[int], str] | None = None) -> None:
         """Complete the cache: write manifest.json, then the list of complete arrays in zarr.json.
+
+        Records of earlier versions get a digest.
 
         Rows of the arrays of `widths` whose norm is over `max_norm` x the median norm become outlier rows: they are
         kept, but masked out of training, evaluation and statistics. `token_text` gives the text of a token id, for the
@@ -170,21 +180,17 @@ class CacheWriter:
         manifest = build_manifest(
             self.folder, self.fingerprint, self.layout, list(self.commits()), set(self.widths), max_norm, token_text
         )
-        write_json(self.folder / "manifest.json", manifest)
+        MANIFEST_RECORD.write(self.folder / "manifest.json", manifest)
         self._write_root(manifest["complete"])
+        add_digests(self.folder)
 
     def is_finished(self, max_norm: float | None = None) -> bool:
         """Whether the manifest covers every array of `widths`, with outlier rows by this `max_norm`."""
-        complete = read_json(self.folder / "zarr.json")["attributes"]["complete"]
+        complete = read_attributes(self.folder)["complete"]
         if not (self.folder / "manifest.json").exists() or not set(self.widths) <= set(complete):
             return False
-        statistics = read_json(self.folder / "manifest.json", "statistics")["statistics"]
+        statistics = MANIFEST_RECORD.read(self.folder / "manifest.json")["statistics"]
         return all(statistics[name]["max_norm"] == max_norm for name in self.widths)
-
-
-def commit_file(window: int, array: str) -> str:
-    """The commit of a window of an array, relative to the cache's folder."""
-    return f"commits/{window:06d}.{array}.json"
 
 
 def harvest_started(folder: Path, fingerprint: str) -> bool:
@@ -210,7 +216,7 @@ def read_fingerprint(folder: Path) -> str | None:
     if (folder / "zarr.json").exists():
         return read_attributes(folder)["fingerprint"]
     commit = next((folder / "commits").glob("*.json"), None)
-    return read_json(commit, "fingerprint")["fingerprint"] if commit else None
+    return COMMIT_RECORD.read(commit)["fingerprint"] if commit else None
 
 
 def recorded_tokens(folder: Path) -> str | None:
@@ -220,7 +226,7 @@ def recorded_tokens(folder: Path) -> str | None:
     if (folder / "zarr.json").exists():
         return read_attributes(folder)["tokens"]
     manifest = folder / "manifest.json"
-    files = read_json(manifest, "files")["files"] if manifest.exists() else {}
+    files = MANIFEST_RECORD.read(manifest)["files"] if manifest.exists() else {}
     tokens = {file: record for file, record in files.items() if file.startswith("tokens/")}
     return digest_of(tokens) if tokens else None
 

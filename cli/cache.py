@@ -50,7 +50,7 @@ def info(folder: Folder) -> None:
 @cache_app.command()
 @cli_command
 def verify(folder: Folder) -> None:
-    """Read every byte of a cache and verify the checksums."""
+    """Read every record and every byte of a cache and verify the checksums."""
     from ..cache.reader import open_cache
     from ..common.formatting import format_count
 

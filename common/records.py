@@ -25,7 +25,7 @@ from .files import atomic_write, digest_of, parse_json, read_file
 
 DIGEST = "content_digest"
 
-Content = TypeVar("Content")
+Content = TypeVar("Content", bound=Mapping[str, Any])
 
 
 class UncheckedRecordWarning(UserWarning):
@@ -43,6 +43,7 @@ class RecordKind(Generic[Content]):
     remedy: str  # what to do about a damaged record: a sentence
     digest_in: str = ""  # the object of the record that holds the digest; "": the record itself
     covered: Callable[[dict[str, Any]], Any] = dict  # the part of the content that the digest covers
+    indent: int | None = 2  # None: the record is one line
 
     def read(self, path: Path) -> Content:
         """The content, without the digest.
@@ -50,24 +51,30 @@ class RecordKind(Generic[Content]):
         Raises DamagedError if the file is missing, is not JSON, does not match its digest, or a field is missing or
         has another type.
         """
+        content, has_digest = self.read_unwarned(path)
+        if not has_digest:
+            warn_unchecked(path)
+        return content
+
+    def read_unwarned(self, path: Path) -> tuple[Content, bool]:
+        """The content as `read` returns it, without a warning, and whether the record has a digest. Raises like it."""
         content = parse_json(read_file(path, self.remedy), path, self.remedy)
         recorded = self._remove_digest(content)
         try:
             msgspec.convert(content, self.schema)
+            digest = digest_of(self.covered(content))
         except (msgspec.ValidationError, RecursionError) as error:
             raise DamagedError(
                 f"{path} is not as it was written ({describe(error)}): it was damaged or edited. {self.remedy}"
             ) from error
-        if recorded is None:
-            warn_unchecked(path)
-        elif recorded != digest_of(self.covered(content)):
+        if recorded not in (None, digest):
             raise DamagedError(
                 f"{path} does not match its {DIGEST}: it was damaged or edited. {self.remedy} "
                 f"To keep an edit that you made on purpose, delete {DIGEST!r} from the file; it is then not checked."
             )
-        return content
+        return content, recorded is not None
 
-    def write(self, path: Path, content: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    def write(self, path: Path, content: Mapping[str, Any]) -> None:
         """Write the content and its digest, atomically.
 
         Raises UnavailableError if the disk is full or not writable, msgspec.ValidationError if the content does not
@@ -77,14 +84,24 @@ class RecordKind(Generic[Content]):
         msgspec.convert(content, self.schema)
         digest = {DIGEST: digest_of(self.covered(content))}
         sealed = content | ({self.digest_in: content[self.digest_in] | digest} if self.digest_in else digest)
-        atomic_write(path, (json.dumps(sealed, indent=indent) + "\n").encode())
+        atomic_write(path, (json.dumps(sealed, indent=self.indent) + "\n").encode())
 
     def write_if_changed(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Write the content unless the file holds it already. Raises like `write`."""
+        """Write the content unless the file holds it already, with a digest. Raises like `write`."""
         with contextlib.suppress(DamagedError):  # also raised for a missing file
-            if self.read(path) == as_read(content):
+            if self.read_unwarned(path) == (as_read(content), True):
                 return
         self.write(path, content)
+
+    def add_digest(self, path: Path) -> bool:
+        """Add the digest to a record of an earlier version. Returns whether it had none. Raises like `read`, `write`.
+
+        Only for content that something else has proved: a digest says that the content is as it was written.
+        """
+        content, has_digest = self.read_unwarned(path)
+        if not has_digest:
+            self.write(path, content)
+        return not has_digest
 
     def _remove_digest(self, content: Any) -> Any:
         """Remove the digest from the content and return it; None if there is none."""

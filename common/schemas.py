@@ -1,7 +1,8 @@
-"""The schema of every record: what each JSON file of a cache, a run and an evaluation holds.
+"""The schema of every record: what each JSON file of a run and an evaluation holds. cache_schemas.py: of a cache.
 
 Field names are those on disk. `NotRequired` fields are absent where they say nothing, or in records of earlier
-versions. `docs/records.md` is made from this file.
+versions. The first line of each docstring is the file's path. `docs/records.md` is made from both files by
+`python benchmarks/records_page.py`.
 """
 
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -13,6 +14,46 @@ from .records import RecordKind
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+# --- activations/, beside the caches ----------------------------------------------------------------------------------
+
+
+class RememberedModels(TypedDict):
+    """.models.json
+
+    It can be deleted at any time.
+    """
+
+    files: Annotated[
+        dict[str, tuple[int, int, int, int, int, Sha256]],
+        Meta(description="path of a large file -> size, times of change (ns), inode, device, sha256"),
+    ]
+    folders: Annotated[
+        dict[str, list[str]], Meta(description="sha256 of the files of a model's folder -> where it was seen")
+    ]
+
+
+class EvaluationData(TypedDict):
+    """evaluation/**/<kind>-<digest>.json
+
+    Tensors that do not depend on an SAE, such as probes, are in the .safetensors file beside it.
+    """
+
+    kind: str
+    depends: Annotated[dict[str, Any], Meta(description="everything that decides the tensors; its digest is the name")]
+    sha256: Annotated[Sha256, Meta(description="of the .safetensors file")]
+
+
+class PinnedDataset(TypedDict):
+    """evaluation/datasets/<name>.json"""
+
+    dataset: Annotated[str, Meta(description="id on the Hub")]
+    commit: Annotated[str, Meta(description="the one that is read")]
+
+
+MODELS_RECORD = RecordKind(RememberedModels, "Delete it: it is made again.")
+DATA_RECORD = RecordKind(EvaluationData, "Delete it: what it describes is computed again.")
+DATASET_RECORD = RecordKind(PinnedDataset, "Delete it to use the latest commit of the dataset.")
 
 # --- runs/<name>/ -----------------------------------------------------------------------------------------------------
 
@@ -257,16 +298,3 @@ RESULT_RECORD = RecordKind(
     "Delete it and run `sae evaluate` again.",
     digest_in="eval_result_unstructured",
 )
-
-# --- activations/<name>/, while it is harvested -----------------------------------------------------------------------
-
-
-class Draft(TypedDict):
-    """drafts/<window>/state.json"""
-
-    owner: Annotated[Sha256, Meta(description="digest of the harvest, the arrays and what computes them")]
-    checksums: Annotated[list[str], Meta(description="CRC-32C of each <number>.safetensors")]
-    context: Annotated[Count, Meta(description="the next context to compute")]
-
-
-DRAFT_RECORD = RecordKind(Draft, "Delete the folder: the window is then computed from its beginning.")

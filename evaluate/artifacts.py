@@ -14,7 +14,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..common.errors import DamagedError
-from ..common.files import atomic_write, digest_of, read_json, write_json
+from ..common.files import atomic_write, digest_of
+from ..common.records import as_read
+from ..common.schemas import DATA_RECORD
 
 FORMAT = 1  # version of the cached artifacts: increased when the way any of them is computed changes
 STALE_SECONDS = 3600  # seconds without a write after which a dead process's temporary file is removed
@@ -35,11 +37,11 @@ class ArtifactCache:
     ) -> dict[str, Tensor]:
         """The tensors of `kind` for the inputs `depends`: memory-mapped from disk, or computed and written."""
         path = self.path(kind, depends)
-        if (tensors := self._read(path, device)) is None:
+        if (tensors := self._read(path, depends, device)) is None:
             data = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in compute().items()})
             atomic_write(path, data)
             digest = hashlib.sha256(data).hexdigest()
-            write_json(path.with_suffix(".json"), {"kind": kind, "depends": dict(depends), "sha256": digest})
+            DATA_RECORD.write(path.with_suffix(".json"), {"kind": kind, "depends": dict(depends), "sha256": digest})
             tensors = load_file(path, device)
         return tensors
 
@@ -49,9 +51,11 @@ class ArtifactCache:
     def contains(self, kind: str, depends: Mapping[str, Any]) -> bool:
         return self.path(kind, depends).with_suffix(".json").exists()
 
-    def _read(self, path: Path, device: str) -> dict[str, Tensor] | None:
+    def _read(self, path: Path, depends: Mapping[str, Any], device: str) -> dict[str, Tensor] | None:
         try:
-            record = read_json(path.with_suffix(".json"), "sha256")
+            record = DATA_RECORD.read(path.with_suffix(".json"))
+            if record["depends"] != as_read(depends):
+                return None
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
                     return load_file(path, device)

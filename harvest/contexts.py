@@ -84,6 +84,8 @@ def cut_documents(
         cutter.rows, number = state["rows"], state["documents"]
         cutter.unfinished = [Unfinished(*saved) for saved in state["open"]]
         text.say(f"Continuing {text.name} after {cutter.rows:,} tokens, which are already tokenized.")
+    elif checkpoint.discarded:
+        text.say(f"What was tokenized before cannot be used, so it begins again: {checkpoint.discarded}")
     text.seek(state and state["text"])
     documents = text.documents
 

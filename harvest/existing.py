@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cache.layout import Hook
+from ..cache.layout import Hook, commit_file
 from ..cache.reader import Cache
-from ..cache.writer import commit_file
 from ..common.errors import SaeError
 
 

@@ -12,10 +12,11 @@ from ..cache.layout import BLOSC, CHUNK_ROWS, FORMAT, Hook, Layout, fingerprint_
 from ..cache.planned import PlannedCache
 from ..cache.reader import Cache, read_hook_modules
 from ..cache.statistics import describe_statistics
+from ..common.cache_schemas import HARVEST_RECORD
 from ..common.device import resolve_device, resolve_dtype
 from ..common.environment import environment_record
 from ..common.errors import SaeError, UnavailableError, UsageError
-from ..common.files import folder_bytes, free_space, read_json
+from ..common.files import folder_bytes, free_space
 from ..common.formatting import format_bytes, format_duration
 from ..common.special_tokens import choose_bos, special_tokens, token_text
 from ..common.tokenizers import check_embedded, describe_tokens, tokenizer_digest, tokens_without_embedding
@@ -230,7 +231,7 @@ class HarvestPlan:
         if self.text.read or not record.exists():
             return self.text.unreadable_rows
         with contextlib.suppress(SaeError):
-            return read_json(record).get("unreadable", {})
+            return dict(HARVEST_RECORD.read(record).get("unreadable", {}))
         return {}
 
     def record(self) -> dict[str, Any]:

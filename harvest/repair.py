@@ -10,9 +10,12 @@ from typing import Any
 from ..cache.chunks import check_chunk, encode_chunk, read_array_spec, read_attributes, write_chunk
 from ..cache.layout import Hook, without_name
 from ..cache.models import find_folder, is_digest, recorded_folders
+from ..cache.record_files import add_digests, damaged_records
 from ..cache.writer import CacheWriter, recorded_tokens
+from ..common.cache_schemas import HARVEST_RECORD, MANIFEST_RECORD, TOKENS_RECORD
 from ..common.errors import DamagedError, SaeError, UsageError
-from ..common.files import digest_of, read_json, writer_lock
+from ..common.files import digest_of, writer_lock
+from ..common.formatting import format_count
 from ..common.special_tokens import BOS_OR_EOS
 from . import mini
 from .config import HarvestConfig
@@ -43,7 +46,7 @@ def repair(
     check_not_ring(folder)
     with writer_lock(folder, "sae cache repair", progress.say):
         check_complete(folder)
-        repaired = list(remove_unreadable_records(folder))
+        repaired = list(remove_damaged_records(folder))
         plan = plan_same_harvest(folder, model=model, dataset=dataset, device=device)
         max_norms = recorded_max_norms(plan)
         repaired += list(repair_tokens(plan))
@@ -57,6 +60,8 @@ def repair(
             if repaired or not part.is_finished(max_norm):
                 part.finish(max_norm, plan.token_text)
                 repaired = repaired or [f"{folder}: manifest.json and zarr.json were missing or damaged; rewritten"]
+        if count := add_digests(folder):
+            progress.say(f"{format_count(count, 'record')} of an earlier version now carry a digest of their content.")
     return repaired
 
 
@@ -72,33 +77,24 @@ def check_complete(folder: Path) -> None:
 def recorded_max_norms(plan: HarvestPlan) -> dict[str, float | None]:
     """Array name -> its --max-norm: from the manifest, or from the last harvest if the array is not in it."""
     manifest = plan.folder / "manifest.json"
-    known = read_json(manifest, "statistics")["statistics"] if manifest.exists() else {}
+    known = MANIFEST_RECORD.read(manifest)["statistics"] if manifest.exists() else {}
     return {name: known[name]["max_norm"] if name in known else plan.config.max_norm for name in plan.widths}
 
 
-def remove_unreadable_records(folder: Path) -> Iterator[str]:
-    """Remove damaged JSON records. All of them follow from the other files, except harvest.json."""
-    records = [
-        *folder.glob("*.json"),
-        *(folder / "commits").glob("*.json"),
-        *folder.glob("*/zarr.json"),
-        *folder.glob("tokens/**/*.json"),
-    ]
-    for path in records:
-        try:
-            read_json(path)
-        except DamagedError:
-            if path.name == "harvest.json":
-                raise
-            path.unlink()
-            yield f"{path} could not be read; rewritten"
+def remove_damaged_records(folder: Path) -> Iterator[str]:
+    """Remove damaged records. All of them follow from the other files, except harvest.json."""
+    for path, error in list(damaged_records(folder)):
+        if path.name == "harvest.json":
+            raise error
+        path.unlink()
+        yield f"{path} was damaged; rewritten"
     if not (folder / "manifest.json").exists() and not list((folder / "commits").glob("*.json")):
         raise UsageError(f"{folder} holds no finished window. Run the same `sae harvest` again.")
 
 
 def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, device: str) -> HarvestPlan:
     """The plan of the harvest that wrote a cache. Raises UsageError unless it would give the same bytes."""
-    record = read_json(folder / "harvest.json")
+    record: dict[str, Any] = dict(HARVEST_RECORD.read(folder / "harvest.json"))
     known = {field.name for field in fields(HarvestConfig)} - {"modules"}  # in the record: the names of the hooks
     options = {name: value for name, value in record.items() if name in known}
     arrays = {path.name.split(".", 1)[1].removesuffix(".json") for path in (folder / "commits").glob("*.json")}
@@ -166,7 +162,7 @@ def repair_tokens(plan: HarvestPlan) -> Iterator[str]:
     was recorded.
     """
     record = plan.folder / "tokens" / "commit.json"
-    files = read_json(record, "files")["files"] if record.exists() else {}
+    files: dict[str, Any] = dict(TOKENS_RECORD.read(record)["files"]) if record.exists() else {}
     digest = recorded_tokens(plan.folder) or (digest_of(files) if files else None)
     foreign = ["tokens/commit.json"] if files and digest_of(files) != digest else []
     damaged = foreign or [file for file in files if chunk_error(plan.folder, file, files[file])]
@@ -248,5 +244,5 @@ def group_by_batch(
     for window, arrays in missing.items():
         for array in arrays:
             commit = commits.get((window, array))
-            groups[window, commit["made_with"]["batch_contexts"] if commit else default].append(array)
+            groups[window, commit["made_with"].get("batch_contexts", default) if commit else default].append(array)
     return groups

@@ -15,9 +15,10 @@ from ..cache.contexts import Contexts
 from ..cache.layout import Hook, Layout, fingerprint_of
 from ..cache.reader import Cache, is_ring_cache
 from ..cache.writer import CacheWriter, harvest_started, recorded_tokens
+from ..common.cache_schemas import HARVEST_RECORD
 from ..common.device import keep_freed_memory
 from ..common.errors import DamagedError, UsageError, did_you_mean
-from ..common.files import digest_of, write_json_if_changed, writer_lock
+from ..common.files import digest_of, writer_lock
 from .architectures import check_loaded_sites
 from .config import LAYERS, HarvestConfig
 from .contexts import make_contexts
@@ -129,7 +130,7 @@ def run_harvest(plan: HarvestPlan, progress: HarvestProgress = SILENT) -> Cache:
 def start_cache(plan: HarvestPlan) -> tuple[CacheWriter, Contexts]:
     """Write what precedes the first window: tokens, harvest.json and array metadata. The caller holds the lock."""
     contexts = read_or_tokenize(plan)
-    write_json_if_changed(plan.folder / "harvest.json", plan.record())
+    HARVEST_RECORD.write_if_changed(plan.folder / "harvest.json", plan.record())
     writer = CacheWriter(plan.folder, plan.identity, cache_layout(plan, contexts), plan.widths)
     remove_checkpoint(plan.folder)  # from here on the tokens are read, never made again
     return writer, contexts

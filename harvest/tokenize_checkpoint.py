@@ -3,7 +3,8 @@
     tokens/draft/000000.safetensors    the contexts up to the first checkpoint, as ContextCutter.take returns them
     tokens/draft/state.json            the checksum of each such file and the reading state; written last
 
-A checkpoint is used only by the harvest that wrote it, and is discarded if it is damaged.
+A checkpoint is used only by the harvest that wrote it. One that is damaged, or that an earlier version wrote, is
+discarded, and the text is read from its beginning.
 """
 
 import shutil
@@ -16,12 +17,18 @@ import google_crc32c
 import numpy as np
 import safetensors.numpy
 
+from ..common.cache_schemas import TOKENIZE_RECORD
 from ..common.errors import DamagedError
-from ..common.files import atomic_write, digest_of, read_json, write_json
+from ..common.files import atomic_write, digest_of
 
 
 class TokenizeCheckpoint:
-    """The verified parts of a checkpoint. `state` is the one saved with the last part, or None without any."""
+    """The verified parts of a checkpoint.
+
+    Attributes:
+        state: the one saved with the last part, or None without any.
+        discarded: why what an earlier start has written is not used; "" if there was nothing, or if it is used.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder / "tokens" / "draft"
@@ -29,27 +36,34 @@ class TokenizeCheckpoint:
         self.owner = digest_of([identity, version("datasets")])
         self.checksums: list[str] = []
         self.state: dict[str, Any] | None = None
-        try:
-            saved = read_json(self.folder / "state.json", "digest", "content")
-            content = saved["content"]
-            if digest_of(content) == saved["digest"] and content["owner"] == self.owner:
-                self.checksums = content["checksums"]
-                for _ in self.read_parts():
-                    pass  # only to verify them
-                self.state = content["state"]
-        except DamagedError:
-            pass  # or missing
+        self.discarded = ""
+        if self.folder.exists():
+            try:
+                self._restore()
+            except DamagedError as error:
+                self.checksums, self.discarded = [], str(error)
         if self.state is None:
-            self.checksums = []
             remove_checkpoint(folder)
+
+    def _restore(self) -> None:
+        """Take over what an earlier start has written. Raises DamagedError if it cannot be used."""
+        path = self.folder / "state.json"
+        saved = TOKENIZE_RECORD.read(path)
+        if saved["owner"] != self.owner:
+            raise DamagedError(f"{path} is of another harvest or of another version of `datasets`.")
+        self.checksums = saved["checksums"]
+        for _ in self.read_parts():
+            pass  # only to verify them
+        self.state = dict(saved["state"])
 
     def save(self, part: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Add a part and the state after it, atomically."""
         data = safetensors.numpy.save(part)
         atomic_write(self.part_file(len(self.checksums)), data)
         self.checksums.append(f"{google_crc32c.value(data):08x}")
-        content = {"owner": self.owner, "checksums": self.checksums, "state": state}
-        write_json(self.folder / "state.json", {"digest": digest_of(content), "content": content}, indent=None)
+        TOKENIZE_RECORD.write(
+            self.folder / "state.json", {"owner": self.owner, "checksums": self.checksums, "state": state}
+        )
 
     def read_parts(self) -> Iterator[dict[str, np.ndarray]]:
         """The parts in order. Raises DamagedError if one differs from its checksum."""

@@ -20,9 +20,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ..common.cache_schemas import DRAFT_RECORD
 from ..common.errors import DamagedError, UnavailableError
 from ..common.files import atomic_write, digest_of, read_file
-from ..common.schemas import DRAFT_RECORD
 
 SAVE_SECONDS = 60.0  # between two parts
 WORTH_SAVING = 5.0  # seconds of computing that Ctrl-C saves

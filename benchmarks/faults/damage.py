@@ -1,5 +1,6 @@
 """Damage to the files of a complete cache."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,16 @@ from pathlib import Path
 from faults.command import DAMAGED, HARVEST, OK, TRAIN, USAGE, sae
 from faults.inputs import copy_folder, delete, flip, same_bytes, truncate
 from faults.table import Matrix
+
+
+def change(field: str) -> Callable[[Path], None]:
+    """Change the first number of a field of a record, whose digest stays as it was."""
+
+    def hurt(path: Path) -> None:
+        pattern = re.compile(rf'("{field}": \[?\s*)(\d)')
+        path.write_text(pattern.sub(lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", path.read_text(), count=1))
+
+    return hurt
 
 
 def damage(m: Matrix) -> None:
@@ -29,6 +40,13 @@ def damage(m: Matrix) -> None:
         ("zarr.json deleted", "zarr.json", delete, "whole"),
         ("zarr.json of a layer truncated", "layer_00/zarr.json", truncate, "whole"),
         ("tokens/commit.json truncated", "tokens/commit.json", truncate, "whole"),
+        ("a statistic in manifest.json changed", "manifest.json", change("mean_square_norm"), "whole"),
+        ("the rows in zarr.json changed", "zarr.json", change("rows"), "whole"),
+        ("the seed in zarr.json's identity changed", "zarr.json", change("seed"), "whole"),
+        ("the shape of a layer changed", "layer_00/zarr.json", change("shape"), "whole"),
+        ("the window of a commit changed", "commits/000003.layer_00.json", change("window"), "whole"),
+        ("the contexts in tokens/commit.json changed", "tokens/commit.json", change("contexts"), "whole"),
+        ("the window in harvest.json changed", "harvest.json", change("window"), "whole"),
         ("harvest.json truncated", "harvest.json", truncate, "whole"),
         ("harvest.json lost", "harvest.json", delete, "whole"),
     ]

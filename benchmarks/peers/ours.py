@@ -19,6 +19,7 @@ from sae.cache.writer import CacheWriter, WindowRows
 from sae.common.files import writer_lock
 
 LAYER = "layer_12"
+IDENTITY = {"model": {"name": "none"}, "data": {"name": "benchmarks/peers"}}
 
 
 def write(folder: Path, fed: np.ndarray) -> None:
@@ -28,7 +29,7 @@ def write(folder: Path, fed: np.ndarray) -> None:
     with writer_lock(folder, "benchmark"):
         documents = np.arange(n, dtype=np.uint32)
         Contexts(feed.ids(n), np.full(n, feed.CONTEXT, np.uint16), documents, np.zeros(n, bool)).write(folder)
-        writer = CacheWriter(folder, {"made by": "benchmarks/peers"}, layout, {LAYER: feed.D_IN})
+        writer = CacheWriter(folder, IDENTITY, layout, {LAYER: feed.D_IN})
         for window in writer.missing_windows():
             rows = layout.row_range(window)
             slot = np.random.default_rng(window).permutation(len(rows))

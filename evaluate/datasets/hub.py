@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import UnavailableError
-from ...common.files import read_json, sae_home, write_json
+from ...common.errors import DamagedError, UnavailableError
+from ...common.files import sae_home
+from ...common.schemas import DATASET_RECORD
 
 TIMEOUT_SECONDS = 20  # per request
 
@@ -20,10 +21,13 @@ def pinned_commit(name: str) -> str:
     """The commit at which a dataset is read. Raises the HTTP client's error if the Hub does not report one."""
     record = sae_home() / "activations" / "evaluation" / "datasets" / f"{name.replace('/', '--')}.json"
     if record.exists():
-        return read_json(record, "commit")["commit"]
+        pinned = DATASET_RECORD.read(record)
+        if pinned["dataset"] != name:
+            raise DamagedError(f"{record} is about {pinned['dataset']}, not {name}. {DATASET_RECORD.remedy}")
+        return pinned["commit"]
     commit = latest_commit(name)
     with contextlib.suppress(UnavailableError):  # if SAE_HOME is read-only, the Hub is asked every time
-        write_json(record, {"dataset": name, "commit": commit})
+        DATASET_RECORD.write(record, {"dataset": name, "commit": commit})
     return commit
 
 

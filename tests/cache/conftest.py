@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sae.cache.contexts import Contexts
-from sae.cache.layout import FORMAT, Hook, Layout
+from sae.cache.layout import BLOSC, FORMAT, Hook, Layout
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows
 
-IDENTITY = {"format": FORMAT, "model": {"name": "none", "revision": "0"}, "data": {"name": "counted"}}
+IDENTITY = {"format": FORMAT, "model": {"name": "none", "revision": "0"}, "data": {"name": "counted"}, "seed": 0}
 OUTLIERS = [3, 4, 5, 47, 199]
 
 
@@ -34,7 +34,12 @@ def _make_writer(
         document = np.arange(n, dtype=np.uint32)
         Contexts(ids, np.full(n, 8, np.uint16), document, np.zeros(n, bool)).write(folder)
     widths = {Hook(layer).array: layer_bits.shape[1] for layer, layer_bits in bits.items()}
-    return CacheWriter(folder, {**IDENTITY, **identity}, Layout(rows, window_rows, compress=compress), widths)
+    layout = Layout(rows, window_rows, compress=compress)
+    whole_identity = {
+        **IDENTITY, "tokens": rows, "window_rows": window_rows, "chunk_rows": layout.chunk_rows,
+        "storage_dtype": layout.storage_dtype, "compress": BLOSC if compress else None, **identity,
+    }  # fmt: skip
+    return CacheWriter(folder, whole_identity, layout, widths)
 
 
 def _write_windows(writer: CacheWriter, bits: dict[int, np.ndarray], windows: list[int]) -> None:

@@ -12,8 +12,8 @@ import zarr
 
 from sae.cache.chunks import Shard, check_chunk, map_chunk, read_rows, write_chunk
 from sae.cache.layout import ArraySpec, Layout, group_metadata, token_arrays
+from sae.common.cache_schemas import ARRAY_RECORD, GROUP_RECORD
 from sae.common.errors import DamagedError
-from sae.common.files import write_json
 
 D = 16
 ROWS = 4100  # times 16: each of the 65,536 patterns, so every NaN, both infinities and -0.0
@@ -22,8 +22,8 @@ EVERY_PATTERN = (np.arange(ROWS * D) % 65536).astype(np.uint16).reshape(ROWS, D)
 
 def write_array(folder: Path, rows: np.ndarray, dtype: str, compress: bool = False) -> ArraySpec:
     array = Layout(len(rows), 1024, dtype, compress).activation_arrays("layer_05", rows.shape[1])[0]
-    write_json(folder / "zarr.json", group_metadata({}))
-    write_json(folder / array.name / "zarr.json", array.metadata())
+    GROUP_RECORD.write(folder / "zarr.json", group_metadata({}))
+    ARRAY_RECORD.write(folder / array.name / "zarr.json", array.metadata())
     for chunk in range(array.n_chunks):
         write_chunk(folder, array, chunk, rows[chunk * 1024 : (chunk + 1) * 1024])
     return array
@@ -126,9 +126,9 @@ def test_a_lost_chunk_reads_as_nan(tmp_path: Path, dtype: str, compress: bool) -
 def test_lost_norms_and_moments_read_as_nan(tmp_path: Path) -> None:
     """Integers and booleans cannot say that they are missing."""
     layout = Layout(ROWS, 1024)
-    write_json(tmp_path / "zarr.json", group_metadata({}))
+    GROUP_RECORD.write(tmp_path / "zarr.json", group_metadata({}))
     for array in [*layout.arrays({"layer_05": D}), *token_arrays(3, 8, rows=True)]:
-        write_json(tmp_path / array.name / "zarr.json", array.metadata())
+        ARRAY_RECORD.write(tmp_path / array.name / "zarr.json", array.metadata())
         lost = zarr.open_array(str(tmp_path / array.name), mode="r")[:]
         assert lost.shape == array.shape
         if lost.dtype.kind == "f":

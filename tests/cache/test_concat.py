@@ -11,7 +11,14 @@ from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 
 D = 8
-SAME = dict.fromkeys(COMPATIBLE_KEYS, 1) | {"model": {"name": "none", "revision": "0"}}
+SAME = {
+    "model": {"name": "none", "revision": "0"}, "dtype": "float32", "attention": "eager", "tokenizer": "0" * 64,
+    "context": 8, "held_out": 0.1, "skip": [0], "pack": False, "seed": 0,
+}  # fmt: skip
+OTHER = {
+    "model": {"name": "none", "revision": "1"}, "dtype": "bfloat16", "attention": "sdpa", "tokenizer": "1" * 64,
+    "context": 16, "held_out": 0.2, "skip": [0, 1], "pack": True, "seed": 1,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -62,8 +69,7 @@ def test_the_digest_depends_on_all_caches_and_their_order(write) -> None:
 
 @pytest.mark.parametrize("key", COMPATIBLE_KEYS)
 def test_incompatible_caches_raise(write, key: str) -> None:
-    other = {"model": {"name": "none", "revision": "1"}} if key == "model" else {key: 2}
-    one, two = write("one", 100, 0), write("two", 100, 1, **other)
+    one, two = write("one", 100, 0), write("two", 100, 1, **{key: OTHER[key]})
     with pytest.raises(UsageError, match=f"one and .*two cannot be combined: they differ in {key}. Use caches"):
         ConcatCache([one, two])
 

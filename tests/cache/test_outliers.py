@@ -1,7 +1,5 @@
 """Rows with large norms: what is reported about them, and when a warning names the option that masks them."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch
 from sae.cache.layout import Hook
 from sae.cache.outliers import TOP_SHARE, describe_largest, norm_limit, outlier_warning, rows_above, top_rows
 from sae.cache.reader import Cache
+from sae.common.cache_schemas import MANIFEST_RECORD
 
 
 def share_of_variance(rows: np.ndarray) -> float:
@@ -85,9 +84,9 @@ def test_a_limit_that_no_row_exceeds_changes_no_digest(cache: Cache, finite_bits
 
 def test_the_statistics_of_an_older_version_are_read(outlier_cache: Cache) -> None:
     path = outlier_cache.folder / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = MANIFEST_RECORD.read(path)
     del manifest["statistics"]["layer_05"]["largest"]
-    path.write_text(json.dumps(manifest))
+    MANIFEST_RECORD.write(path, manifest)
     older = Cache(outlier_cache.folder)
     statistics = older.statistics("layer_05")
     assert describe_largest(statistics) == "" and outlier_warning("layer_05", statistics) is None
@@ -101,11 +100,11 @@ def test_a_limit_counts_in_the_digest_of_an_older_version_even_if_no_row_exceeds
     writer = make_writer(cache.folder, {5: finite_bits(40, 8, 5)}, 16)
     writer.finish(1e15)
     path = cache.folder / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = MANIFEST_RECORD.read(path)
     digests = []
-    for limit in (manifest["statistics"]["layer_05"]["norm_limit"], None):
+    for max_norm, limit in ((1e15, manifest["statistics"]["layer_05"]["norm_limit"]), (None, None)):
         manifest["statistics"]["layer_05"].pop("largest", None)
-        manifest["statistics"]["layer_05"]["norm_limit"] = limit
-        path.write_text(json.dumps(manifest))
+        manifest["statistics"]["layer_05"] |= {"max_norm": max_norm, "norm_limit": limit}
+        MANIFEST_RECORD.write(path, manifest)
         digests.append(Cache(cache.folder).array_digest("layer_05"))
     assert digests[1] == cache.array_digest("layer_05") != digests[0]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sae.cache.reader import Cache, open_cache
+from sae.common.cache_schemas import MANIFEST_RECORD
 from sae.common.errors import DamagedError, UsageError
 from sae.common.files import read_json
 
@@ -155,7 +156,7 @@ def test_a_truncated_record_raises(cache: Cache, file: str) -> None:
 @pytest.mark.parametrize("content", ["{}", "[1]", '{"attributes"'])
 def test_an_overwritten_record_raises(content: str, tmp_path: Path) -> None:
     (tmp_path / "zarr.json").write_text(content)
-    with pytest.raises(DamagedError, match="Delete it and run the command that wrote it again") as raised:
+    with pytest.raises(DamagedError, match="Run `sae cache repair`") as raised:
         open_cache(tmp_path)
     assert raised.value.exit_code == 3
 
@@ -167,8 +168,7 @@ def test_a_missing_manifest_raises(cache: Cache) -> None:
 
 
 def test_a_manifest_of_another_harvest_raises(cache: Cache) -> None:
-    record = cache.manifest | {"fingerprint": "0" * 64}
-    (cache.folder / "manifest.json").write_text(json.dumps(record))
+    MANIFEST_RECORD.write(cache.folder / "manifest.json", cache.manifest | {"fingerprint": "0" * 64})
     with pytest.raises(DamagedError, match="manifest.json comes from another harvest"):
         Cache(cache.folder).require_array(12)
 

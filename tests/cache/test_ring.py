@@ -9,6 +9,7 @@ import torch
 from sae.cache.batch_order import BatchOrder
 from sae.cache.layout import Layout
 from sae.cache.loader import BatchLoader
+from sae.cache.reader import Cache
 from sae.cache.ring import RingCache, WindowGroup
 from sae.common.errors import Interrupted, UsageError
 from sae.common.files import digest_of
@@ -75,7 +76,8 @@ def test_waiting_for_a_group_ends_with_the_harvest_or_on_request(tmp_path: Path)
 
 
 def masked_ring(folder: Path, max_norm: float | None = 10.0, widths: dict[str, int] | None = None) -> RingCache:
-    return RingCache(folder, IDENTITY, Layout(200, 16), widths or {"layer_05": 8}, 4, max_norm)
+    identity = Cache(folder).identity if (folder / "zarr.json").exists() else IDENTITY
+    return RingCache(folder, identity, Layout(200, 16), widths or {"layer_05": 8}, 4, max_norm)
 
 
 @pytest.fixture

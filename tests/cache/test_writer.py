@@ -1,7 +1,6 @@
 """Writing a cache: windows are complete or absent, and mismatched data raises."""
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter, WindowRows, harvest_started
+from sae.common.cache_schemas import COMMIT_RECORD, TOKENS_RECORD
 from sae.common.errors import DamagedError, SaeError, UnavailableError, UsageError
-from sae.common.files import read_json
 
 D = 8
 ROWS = 40
@@ -91,9 +90,9 @@ def test_another_number_of_rows_raises(cache: Cache, finite_bits, make_writer) -
 
 
 def test_other_tokens_raise(cache: Cache, finite_bits, make_writer) -> None:
-    record = read_json(cache.folder / "tokens/commit.json")
+    record = TOKENS_RECORD.read(cache.folder / "tokens/commit.json")
     record["files"]["tokens/ids/c.0.0"]["crc32c"] = "00000000"
-    (cache.folder / "tokens/commit.json").write_text(json.dumps(record))
+    TOKENS_RECORD.write(cache.folder / "tokens/commit.json", record)
     with pytest.raises(DamagedError, match="was started with different tokens than its text gives now"):
         make_writer(cache.folder, {5: finite_bits(ROWS, D, 5)}, 16)
 
@@ -111,7 +110,7 @@ def test_rewriting_a_window_removes_its_commit_first(
 
 def test_a_commit_of_another_harvest_raises(cache: Cache, finite_bits, make_writer) -> None:
     path = cache.folder / "commits" / "000001.layer_05.json"
-    path.write_text(json.dumps(read_json(path) | {"fingerprint": "0" * 64}))
+    COMMIT_RECORD.write(path, COMMIT_RECORD.read(path) | {"fingerprint": "0" * 64})
     writer = make_writer(cache.folder, {5: finite_bits(ROWS, D, 5)}, 16)
     with pytest.raises(DamagedError, match="000001.layer_05.json belongs to another harvest") as raised:
         writer.missing_windows()

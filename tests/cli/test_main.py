@@ -227,13 +227,13 @@ def test_a_cache_of_another_model_is_rejected(tiny_cache, home):
 
 
 def test_a_half_written_cache_is_rejected_and_the_message_says_how_to_finish_it(tiny_cache, home):
-    import json
+    from sae.common.schemas import CACHE_RECORD
 
     half = copy_of(tiny_cache, home / "activations" / "half")
     (half / "manifest.json").unlink()
-    attributes = json.loads((half / "zarr.json").read_text())
-    attributes["attributes"]["complete"] = []
-    (half / "zarr.json").write_text(json.dumps(attributes))
+    root = CACHE_RECORD.read(half / "zarr.json")
+    root["attributes"]["complete"] = []
+    CACHE_RECORD.write(half / "zarr.json", root)
     sentence = r"half written.* Run the same `sae harvest` again to finish it"
     assert re.search(sentence, refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0))
     assert re.search(sentence, refused(BAD_USAGE, "train", "--variant", "topk", "--layer", 0, "--cache", half))

@@ -127,6 +127,14 @@ def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
+def content_of(path: str, files: dict[str, bytes]) -> Any:
+    """The content of one of these files; of a record without its digest, which writing into its cache adds."""
+    if not path.endswith(".json"):
+        return files.get(path)
+    record = json.loads(files[path])
+    return {key: value for key, value in record.items() if key != "content_digest"}
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -272,7 +280,7 @@ def test_a_harvest_command_finds_its_cache_and_finishes_an_interrupted_one(tmp_p
     records = ("/harvest.json", "/zarr.json", "/manifest.json")
     # The windows of `half` that were there are among these.
     kept = {path for path in before if not path.startswith(mended) and not path.endswith(records)}
-    assert {path for path in kept if after.get(path) != before[path]} == set()
+    assert {path for path in kept if content_of(path, after) != content_of(path, before)} == set()
     old, new = (chunk_of(sae.open_cache(f / cache), "layer_01", 1) for f in (OLD / "caches", activations))
     assert_close(old.float(), new.float(), REHARVESTED)
     rows = rows_of(sae.open_cache(activations / half), "layer_00")

@@ -15,8 +15,8 @@ from sae.cache.concat import concat_caches
 from sae.cache.context_format import ContextFormat
 from sae.cache.layout import fingerprint_of
 from sae.cache.reader import Cache
+from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError
-from sae.common.files import read_json, write_json
 from sae.evaluate.inputs import make_context
 from sae.harvest.in_memory import activations
 from sae.harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
@@ -187,10 +187,10 @@ def begun_by_an_earlier_version(plan: HarvestPlan, folder: Path | None = None) -
     name = plan.folder.name.rsplit("--", 1)[0]
     folder = folder or plan.folder.with_name(f"{name}--{fingerprint_of(identity)[:8]}")
     cache = run_harvest(replace(plan, identity=identity, folder=folder))
-    record = read_json(folder / "harvest.json")
+    record = HARVEST_RECORD.read(folder / "harvest.json")
     for added in ("bos", "bos_token", "skip_positions", "skip_tokens", "chat_column", "roles"):
         record.pop(added, None)
-    write_json(folder / "harvest.json", record)
+    HARVEST_RECORD.write(folder / "harvest.json", record)
     return cache
 
 

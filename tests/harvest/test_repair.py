@@ -1,5 +1,6 @@
 """A repaired cache equals the original, byte for byte; intact files are not written."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,11 +10,16 @@ import pytest
 
 from sae.cache.catalog import remove_cache
 from sae.cache.reader import Cache
+from sae.cache.record_files import record_files
+from sae.common import records
+from sae.common.cache_schemas import CACHE_RECORD, COMMIT_RECORD, HARVEST_RECORD
 from sae.common.errors import DamagedError, SaeError, UsageError
 from sae.common.files import read_json, write_json, writer_lock
+from sae.common.records import DIGEST, UncheckedRecordWarning
 from sae.harvest.documents import ListedDocuments, TextSource
 from sae.harvest.model import ModelSource
 from sae.harvest.plan import HarvestConfig, plan_harvest
+from sae.harvest.progress import HarvestProgress
 from sae.harvest.repair import repair
 from sae.harvest.run import run_harvest
 
@@ -147,15 +153,42 @@ RECORDS = [
 ]
 
 
+def count_wrong(path: Path) -> None:
+    """Add one to the first number of rows, contexts or windows."""
+    names = re.compile(r'("(?:rows|contexts|window|shape)": \[?\s*)(\d+)')
+    path.write_text(names.sub(lambda found: f"{found[1]}{int(found[2]) + 1}", path.read_text(), count=1))
+
+
+def count_wrong_unnoticed(path: Path) -> None:
+    """The same in a record of an earlier version, which has no digest."""
+    count_wrong(path)
+    path.write_text(re.sub(rf',\s*"{DIGEST}": "\w*"', "", path.read_text()))
+
+
 @pytest.mark.parametrize("file", RECORDS)
 @pytest.mark.parametrize(
-    "damage", [delete, lambda path: path.write_bytes(path.read_bytes()[:40])], ids=["lost", "torn"]
+    "damage",
+    [delete, lambda path: path.write_bytes(path.read_bytes()[:40]), count_wrong, count_wrong_unnoticed],
+    ids=["lost", "torn", "changed", "changed, no digest"],
 )
+@pytest.mark.filterwarnings("ignore::sae.common.records.UncheckedRecordWarning")
 def test_a_record_is_restored(
     whole: Cache, folder: Path, file: str, damage: Callable[[Path], None], request_: HarvestConfig
 ) -> None:
     damage(folder / file)
     assert repair(folder) or file == "layer_01/zarr.json"  # which any writer writes again
+    assert different(folder, whole.folder) == set()
+
+
+def test_a_cache_of_an_earlier_version_gets_digests(whole: Cache, folder: Path, monkeypatch) -> None:
+    """All records but the ones that no window has to be harvested for; nothing else is written."""
+    monkeypatch.setattr(records, "_warned", False)
+    for path, _ in record_files(folder):
+        path.write_text(re.sub(rf',?\s*"{DIGEST}": "\w*"', "", path.read_text()))
+    said: list[str] = []
+    with pytest.warns(UncheckedRecordWarning, match="has no content_digest"):
+        assert repair(folder, HarvestProgress(say=said.append)) == []
+    assert [line for line in said if "of an earlier version now carry a digest" in line]
     assert different(folder, whole.folder) == set()
 
 
@@ -171,9 +204,9 @@ def test_everything_at_once(whole: Cache, folder: Path) -> None:
 def test_different_bytes_are_reported(whole: Cache, folder: Path) -> None:
     """If a window is not reproduced exactly, all of it is written, so that its rows belong together."""
     path = folder / "commits/000001.layer_01.json"
-    commit = read_json(path)
+    commit = COMMIT_RECORD.read(path)
     commit["files"]["layer_01/c.1.0"]["crc32c"] = "00000000"
-    write_json(path, commit, indent=None)
+    COMMIT_RECORD.write(path, commit)
     (said,) = repair(folder)
     assert said.startswith("window 1 of layer_01 was harvested again as a whole, with different bytes")
     assert different(folder, whole.folder) == set()  # here it was the record that had changed
@@ -181,8 +214,8 @@ def test_different_bytes_are_reported(whole: Cache, folder: Path) -> None:
 
 def test_a_moved_model_can_be_given(folder: Path, whole: Cache, request_: HarvestConfig, tmp_path: Path) -> None:
     moved = shutil.copytree(request_.model, tmp_path / "elsewhere")
-    record = read_json(folder / "harvest.json")
-    write_json(folder / "harvest.json", record | {"model": "/gone"})
+    record = HARVEST_RECORD.read(folder / "harvest.json")
+    HARVEST_RECORD.write(folder / "harvest.json", record | {"model": "/gone"})
     (folder / "layer_00/c.0.0").unlink()
     with pytest.raises(UsageError, match="from the model in /gone, which is not there any more. Say .* --model"):
         repair(folder)
@@ -199,9 +232,9 @@ def test_another_model_or_text_is_rejected(folder: Path, tmp_path: Path, request
 
 
 def test_text_that_tokenizes_differently_is_rejected(folder: Path) -> None:
-    root = read_json(folder / "zarr.json")
+    root = CACHE_RECORD.read(folder / "zarr.json")
     root["attributes"]["tokens"] = "0" * 64
-    write_json(folder / "zarr.json", root)
+    CACHE_RECORD.write(folder / "zarr.json", root)
     (folder / "tokens/length/c.0").unlink()
     with pytest.raises(SaeError, match="gives different tokens than before"):
         repair(folder)
@@ -242,9 +275,9 @@ def test_arrays_are_restored_with_the_pass_size_of_their_own_commit(request_: Ha
 
 
 def test_a_half_written_cache_is_not_repaired(folder: Path) -> None:
-    root = read_json(folder / "zarr.json")
+    root = CACHE_RECORD.read(folder / "zarr.json")
     root["attributes"]["complete"] = []
-    write_json(folder / "zarr.json", root)
+    CACHE_RECORD.write(folder / "zarr.json", root)
     with pytest.raises(UsageError, match="is half written. Run the same `sae harvest` again"):
         repair(folder)
 
@@ -296,6 +329,6 @@ def test_a_removed_cache_is_gone(folder: Path, tmp_path: Path) -> None:
 def test_repaired_windows_use_the_same_pass_size(request_: HarvestConfig, whole: Cache, folder: Path) -> None:
     """Bytes can depend on how many contexts are in a pass: a repair takes the number of the window's commit."""
     assert read_json(folder / "commits/000000.layer_00.json")["made_with"]["batch_contexts"] == 4
-    write_json(folder / "harvest.json", read_json(folder / "harvest.json") | {"batch_contexts": 1})
+    HARVEST_RECORD.write(folder / "harvest.json", HARVEST_RECORD.read(folder / "harvest.json") | {"batch_contexts": 1})
     flip(folder / "layer_00/c.0.0")
     assert "with the same bytes" in repair(folder)[0]

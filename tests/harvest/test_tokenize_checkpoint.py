@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from sae.cache.contexts import Contexts
+from sae.common import records
 from sae.common.errors import DamagedError, UnavailableError
 from sae.harvest import run, tokenize_checkpoint
 from sae.harvest.contexts import ContextCutter, is_held_out, make_contexts
@@ -102,9 +104,9 @@ def test_a_kill_at_any_write_of_a_checkpoint(
 ) -> None:
     """Each of the fourteen files, killed before or after it was renamed; every run is killed again until it ends."""
     expected = whole(pack=pack)
-    for which in ("atomic_write", "write_json"):
+    for writer in (tokenize_checkpoint, records):  # of a part, and of the state
         for number in range(1, 8):
-            calls, write = [], getattr(tokenize_checkpoint, which)
+            calls, write = [], writer.atomic_write
 
             def dying(*arguments: Any, calls=calls, write=write, number=number, **more: Any) -> None:
                 calls.append(1)
@@ -114,10 +116,10 @@ def test_a_kill_at_any_write_of_a_checkpoint(
                     raise Killed
 
             with monkeypatch.context() as patched:
-                patched.setattr(tokenize_checkpoint, which, dying)
+                patched.setattr(writer, "atomic_write", dying)
                 with pytest.raises(Killed):
                     cut_some(pack=pack)
-            kept = number - (before or which == "atomic_write")
+            kept = number - (before or writer is tokenize_checkpoint)
             assert len(TokenizeCheckpoint(tmp_path / "killed", HERE).checksums) == kept
             assert same(cut_some(pack=pack), expected)
             shutil.rmtree(tmp_path / "killed")
@@ -171,7 +173,7 @@ def flip(path: Path) -> None:
 
 def other_number(path: Path) -> None:
     saved = json.loads(path.read_text())
-    saved["content"]["state"]["rows"] += 1
+    saved["state"]["rows"] += 1
     path.write_text(json.dumps(saved))
 
 
@@ -185,7 +187,7 @@ def other_number(path: Path) -> None:
         ("state.json", flip),
         ("state.json", other_number),
         ("state.json", lambda path: path.write_text("[]")),
-        ("state.json", lambda path: path.write_text('{"digest": "", "content": []}')),
+        ("state.json", lambda path: path.write_text('{"digest": "", "content": []}')),  # of an earlier version
     ],
 )
 def test_a_damaged_checkpoint_is_discarded(
@@ -196,7 +198,10 @@ def test_a_damaged_checkpoint_is_discarded(
     damage(tmp_path / "killed" / "tokens" / "draft" / file)
     left = TokenizeCheckpoint(tmp_path / "killed", HERE)
     assert left.state is None and not list(left.read_parts()) and not left.folder.exists()
-    assert same(cut_some(checkpoint=left), whole())
+    told: list[str] = []
+    text = TextSource("some", {}, ListedDocuments(lambda: map(Document, DOCUMENTS)), told.append)
+    assert same(cut_some(text, left), whole())
+    assert len(told) == 1 and re.match("What was tokenized before cannot be used, so it begins again: ", told[0])
 
 
 def test_a_checkpoint_damaged_while_in_use_raises(cut_some, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import sae
 from sae.cache.batch_order import BatchOrder
 from sae.cache.chunks import write_chunk
 from sae.cache.reader import open_cache
+from sae.common.cache_schemas import MANIFEST_RECORD
 from sae.common.errors import Interrupted, SaeError, UsageError
 from sae.common.files import read_json
 from sae.common.schemas import RUN_RECORD
@@ -187,9 +188,9 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     bits = cache.read_chunk("layer_00", piece.chunk).copy()
     bits[piece.start, 3] = torch.tensor(math.inf, dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     file, record = write_chunk(folder, cache.array("layer_00"), piece.chunk, bits)
-    manifest = read_json(folder / "manifest.json")
+    manifest = MANIFEST_RECORD.read(folder / "manifest.json")
     manifest["files"][file] = record  # complete and as recorded: only the values are bad
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    MANIFEST_RECORD.write(folder / "manifest.json", manifest)
     said: list[str] = []
     config = make_config(open_cache(folder), "relu", "topk", out=tmp_path / "runs")
     plan = plan_training(config)

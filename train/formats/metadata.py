@@ -9,8 +9,8 @@ from typing import Any
 from ...cache.layout import SITES, Hook
 from ...cache.models import model_label
 from ...cache.reader import Cache
+from ...common.cache_schemas import HARVEST_RECORD
 from ...common.errors import SaeError
-from ...common.files import read_json
 from ..sae import SAE, read_run_record
 from .canonical import chain_name
 from .hook_names import transformerlens_name
@@ -33,7 +33,7 @@ def hook_module(hook: Hook, cache: Cache | None) -> tuple[str, str] | None:
     modules: dict[str, str] = {}
     if cache is not None:
         with contextlib.suppress(SaeError):
-            modules = read_json(cache.folder / "harvest.json", "modules")["modules"]
+            modules = HARVEST_RECORD.read(cache.folder / "harvest.json").get("modules", {})
     if hook.site == "resid_mid":
         return None
     if recorded := modules.get(hook.array, "").split(",")[0]:
@@ -59,7 +59,8 @@ def context_beginning(origin: Mapping[str, Any], cache: Cache | None) -> dict[st
     beginning = {"prepend_bos": True, "bos_token_id": known["bos"]}
     if cache is not None:
         with contextlib.suppress(SaeError):
-            beginning["bos_token"] = read_json(cache.folder / "harvest.json", "bos_token")["bos_token"]
+            harvest = HARVEST_RECORD.read(cache.folder / "harvest.json")
+            beginning |= {"bos_token": harvest["bos_token"]} if "bos_token" in harvest else {}
     return beginning
 
 

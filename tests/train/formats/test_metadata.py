@@ -7,8 +7,11 @@ import pytest
 from safetensors.torch import load_file
 
 from sae.cache.layout import Hook
+from sae.common.cache_schemas import HARVEST_RECORD
 from sae.train.formats.export import export_sae
 from sae.train.formats.metadata import context_beginning, hook_module
+
+REQUEST = {"model": "m", "dataset": "d", "tokens": 100, "context": 8, "held_out": None, "window": 64}  # of a harvest
 
 
 def test_metadata_has_the_keys_that_saelens_consumers_read(make_sae, tmp_path):
@@ -51,7 +54,7 @@ def test_the_module_path_is_the_one_that_the_harvest_recorded(sparse_cache, tmp_
         "layer_01": "transformer.h.1, hidden_states[2]",
         "layer_01.attn_z": "the input of transformer.h.1.c_proj",
     }
-    record.write_text(json.dumps({"modules": modules}))
+    HARVEST_RECORD.write(record, REQUEST | {"modules": modules})
     try:
         assert hook_module(Hook(1), sparse_cache) == ("transformer.h.1", "output")
         assert hook_module(Hook(1, "attn_z"), sparse_cache) == ("transformer.h.1.c_proj", "input")
@@ -73,6 +76,6 @@ def test_the_module_path_is_the_one_that_the_harvest_recorded(sparse_cache, tmp_
     ],
 )
 def test_an_export_says_what_contexts_began_with(tmp_path, origin, identity, expected):
-    (tmp_path / "harvest.json").write_text(json.dumps({"bos_token": "<five>"}))
+    HARVEST_RECORD.write(tmp_path / "harvest.json", REQUEST | {"bos_token": "<five>"})
     cache = None if identity is None else SimpleNamespace(identity=identity, folder=tmp_path)
     assert context_beginning(origin, cache) == expected

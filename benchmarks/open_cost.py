@@ -1,0 +1,104 @@
+"""What it costs to open a cache of 10,000 chunks and a run: the price of checking their records.
+
+    python benchmarks/open_cost.py                         this checkout
+    python benchmarks/open_cost.py --against ../before     and another one, on the files that it writes itself
+
+Each checkout (a folder called `sae` that holds the package) writes a cache of one layer with small chunks, then times,
+each in a new process after the imports: opening the cache with its manifest, as training does, and opening the SAE and
+the record of a run. The median of several processes is printed, and the load of the machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+PROCESSES = 9
+WRITE = """
+import json, os, sys
+from pathlib import Path
+import numpy as np
+from sae.cache.contexts import Contexts
+from sae.cache.layout import Layout
+from sae.cache.writer import CacheWriter, WindowRows
+os.fsync = lambda descriptor: None  # the files are not meant to last
+chunks, d_in, rows = int(sys.argv[2]), 4, 16
+folder = Path(sys.argv[1]) / "cache"
+layout = Layout(chunks * rows, rows)
+ids = np.zeros((chunks, rows), np.uint32)
+document, held_out = np.arange(chunks, dtype=np.uint32), np.zeros(chunks, bool)
+Contexts(ids, np.full(chunks, rows, np.uint16), document, held_out).write(folder)
+identity = {
+    "format": 1, "model": {"name": "none", "revision": "0"}, "data": {"name": "none", "revision": "0"},
+    "dtype": "float32", "attention": "eager", "tokenizer": "0" * 64, "tokens": layout.rows, "context": rows,
+    "held_out": 0.0, "skip": [], "pack": False, "seed": 0, "window_rows": rows, "chunk_rows": rows,
+    "storage_dtype": "bfloat16", "compress": None,
+}
+writer = CacheWriter(folder, identity, layout, {"layer_00": d_in})
+bits = np.random.default_rng(0).integers(0x3F00, 0x3FFF, (rows, d_in), np.uint16)
+for window in range(chunks):
+    ctx, pos = np.full(rows, window, np.uint32), np.arange(rows, dtype=np.uint16)
+    writer.write_window(window, WindowRows({"layer_00": bits}, ctx, pos), {})
+writer.finish()
+"""
+OPEN = """
+import json, sys, time
+from pathlib import Path
+from sae.cache.reader import Cache
+folder, run = Path(sys.argv[1]) / "cache", Path(sys.argv[2])
+from sae import load_sae
+def timed(work):
+    started = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - started)
+def open_manifest():
+    cache = Cache(folder)
+    assert len(cache.manifest["files"]) > 10_000
+    cache.array(cache.require_array(0))
+result = {"open": timed(lambda: Cache(folder)), "open and read the manifest": timed(open_manifest)}
+if run.exists():
+    result["load the SAE of a run"] = timed(lambda: load_sae(run))
+print(json.dumps(result))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--against", type=Path, help="the folder of another checkout, called sae")
+    parser.add_argument("--chunks", type=int, default=10_000)
+    parser.add_argument("--run", type=Path, default=Path("no-run"), help="a run folder to open as well")
+    args = parser.parse_args()
+    here = Path(__file__).resolve().parents[1]
+    checkouts = [here] + ([args.against.resolve()] if args.against else [])
+    print(f"{date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    for checkout in checkouts:
+        with tempfile.TemporaryDirectory() as folder:
+            in_python(checkout, WRITE, folder, args.chunks)
+            runs = [json.loads(in_python(checkout, OPEN, folder, args.run.resolve())) for _ in range(PROCESSES)]
+        commit = subprocess.run(["git", "-C", checkout, "log", "-1", "--format=%h"], capture_output=True, text=True)
+        print(
+            f"\n{commit.stdout.strip()}, {args.chunks:,} chunks, median of {PROCESSES} processes (smallest, largest):"
+        )
+        for what in runs[0]:
+            times = sorted(run[what] for run in runs)
+            print(f"  {what:28} {statistics.median(times):7.1f} ms ({times[0]:.1f}, {times[-1]:.1f})")
+
+
+def in_python(checkout: Path, script: str, *words: object) -> str:
+    """What a script prints, run with the package of a checkout."""
+    environment = os.environ | {"PYTHONPATH": str(checkout.parent), "OMP_NUM_THREADS": "1"}
+    words_of_command = [sys.executable, "-W", "ignore", "-c", script, *map(str, words)]
+    done = subprocess.run(words_of_command, env=environment, capture_output=True, text=True, cwd="/")
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

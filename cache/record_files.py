@@ -1,0 +1,100 @@
+"""All the records of a cache: which files they are, which of them are damaged, and which have no digest."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..common.cache_schemas import (
+    ARRAY_RECORD,
+    CACHE_RECORD,
+    COMMIT_RECORD,
+    GROUP_RECORD,
+    HARVEST_RECORD,
+    MANIFEST_RECORD,
+    REPAIR_HINT,
+    RING_RECORD,
+    TOKENS_RECORD,
+)
+from ..common.errors import DamagedError
+from ..common.records import RecordKind
+from .chunks import read_array_spec, read_attributes
+from .consistency import check_commit, check_manifest, contradiction, is_array_name, layout_of
+from .contexts import check_token_arrays
+from .layout import commit_file
+
+IN_FOLDER: dict[str, RecordKind[Any]] = {
+    "zarr.json": CACHE_RECORD,
+    "harvest.json": HARVEST_RECORD,
+    "manifest.json": MANIFEST_RECORD,
+    "ring.json": RING_RECORD,
+    "tokens/zarr.json": GROUP_RECORD,
+    "tokens/commit.json": TOKENS_RECORD,
+}
+
+
+def record_files(folder: Path) -> Iterator[tuple[Path, RecordKind[Any]]]:
+    """Every record in a cache's folder and its kind. Arrays that others have added to the group are none of ours."""
+    yield from ((folder / name, kind) for name, kind in IN_FOLDER.items() if (folder / name).exists())
+    for path in sorted([*folder.glob("*/zarr.json"), *folder.glob("tokens/*/zarr.json")]):
+        name = path.parent.relative_to(folder).as_posix()
+        if name in ("row_ctx", "row_pos") or name.startswith("tokens/") or is_array_name(name):
+            yield path, ARRAY_RECORD
+    yield from ((path, COMMIT_RECORD) for path in sorted((folder / "commits").glob("*.json")))
+
+
+def damaged_records(folder: Path) -> Iterator[tuple[Path, DamagedError]]:
+    """Every record of a cache that is not as it was written, or contradicts the others, with what is wrong with it.
+
+    Raises UsageError if the folder holds a cache of a newer format, or another group.
+    """
+    attributes: Mapping[str, Any] | None = None
+    for path, kind in record_files(folder):
+        try:
+            if kind is CACHE_RECORD:
+                attributes = read_attributes(folder)
+            else:
+                check_record(folder, path, kind, attributes)
+        except DamagedError as error:
+            yield path, error
+
+
+def check_record(
+    folder: Path, path: Path, kind: RecordKind[Any], attributes: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """Read one record and raise DamagedError unless it is as it was written and belongs to the cache.
+
+    `attributes` are those of the cache; None if they are lost, so that nothing can be compared with them.
+    """
+    content: Mapping[str, Any] = kind.read(path)
+    layout = None if attributes is None else layout_of(attributes)
+    if kind is ARRAY_RECORD:
+        read_array_spec(folder, path.parent.relative_to(folder).as_posix(), layout)
+    elif kind is TOKENS_RECORD:
+        check_token_arrays(folder, content)
+    elif attributes is not None and layout is not None:
+        if kind is MANIFEST_RECORD:
+            check_manifest(path, content, attributes)
+        elif kind is COMMIT_RECORD:
+            check_commit(path, content, attributes["fingerprint"], layout)
+    return content
+
+
+def verify_records(folder: Path, attributes: Mapping[str, Any]) -> None:
+    """Read every record of a complete cache. Raises DamagedError at the first one that is damaged, that contradicts
+    another, or that is missing.
+    """
+    contents = {path: check_record(folder, path, kind, attributes) for path, kind in record_files(folder)}
+    manifest = contents[folder / "manifest.json"]
+    for name in manifest["complete"]:
+        for window in range(layout_of(attributes).n_windows):
+            path = folder / commit_file(window, name)
+            if path not in contents:
+                raise DamagedError(f"{path} is missing, though manifest.json has the array {name}. {REPAIR_HINT}")
+            for file, record in contents[path]["files"].items():
+                if (listed := manifest["files"][file]) != record:
+                    raise contradiction(path, f"it lists {file} with {record}", f"manifest.json with {listed}")
+
+
+def add_digests(folder: Path) -> int:
+    """Add the digest to every record of an earlier version. Returns how many had none."""
+    return sum(kind.add_digest(path) for path, kind in record_files(folder))

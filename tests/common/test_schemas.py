@@ -1,0 +1,20 @@
+"""The schemas of the records, and the page that is made from them."""
+
+import runpy
+from pathlib import Path
+
+from sae.common import cache_schemas, schemas
+from sae.common.records import RecordKind
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_about_records_is_current() -> None:
+    page = runpy.run_path(str(ROOT / "benchmarks" / "records_page.py"))["page"]
+    current = "\n".join(page()) + "\n"
+    assert (ROOT / "docs" / "records.md").read_text() == current, "python benchmarks/records_page.py > docs/records.md"
+    kinds = [kind for kind in (vars(cache_schemas) | vars(schemas)).values() if isinstance(kind, RecordKind)]
+    assert current.count("\n## ") == len(kinds) >= 13
+    for kind in kinds:
+        file = (kind.schema.__doc__ or "").split("\n")[0].split(",")[0]
+        assert file.endswith(".json"), f"the docstring of {kind.schema.__name__} does not begin with the file's path"
