@@ -146,12 +146,13 @@ class EvaluatePlan:
         return failures(rows) - self.expected_failures
 
     def exit_code(self, rows: Sequence[EvalRow]) -> int:
-        """0 if everything that was asked for was measured, 3 if a file is damaged, else 1.
+        """0 if everything that was asked for was measured, 3 if only damaged files prevented it, else 1.
 
         A metric of a named suite that needs data or packages which this machine lacks is not an error.
         """
         errors = [error for row in self.rows for error in row.errors.values()]
-        if any(isinstance(error, DamagedError) for error in [*self.refused.values(), *errors]):
+        failed = [*self.refused.values(), *(error for error in errors if not isinstance(error, UnavailableError))]
+        if failed and all(isinstance(error, DamagedError) for error in failed):
             return DamagedError.exit_code
         if self.refused or self.unexpected_failures(rows):
             return 1

@@ -82,7 +82,7 @@ def test_the_file_is_saebench_s(tiny_cache, home):
     found = result_of(run)
     assert found.keys() == ENVELOPE
     assert (found["eval_type_id"], found["sae_lens_id"], found["sae_lens_release_id"]) == ("core", "custom_sae", "one")
-    assert found["sae_cfg_dict"] == json.loads((run / "sae.json").read_text())
+    assert found["sae_cfg_dict"] == SAE_RECORD.read(run / "sae.json")
     assert {"mode": "0.6.0", "batch_contexts": 16, "llm_dtype": "float32"}.items() <= found["eval_config"].items()
     assert found["eval_result_metrics"] == row.results["core"].metrics
     dead = found["eval_result_details"][0]

@@ -45,7 +45,7 @@ def test_a_damaged_checkpoint_is_skipped_and_removed_by_the_next(sparse_cache, t
 
 def test_damaged_checkpoints_of_later_steps_do_not_push_out_valid_ones(make_trainer, tmp_path: Path) -> None:
     """Two damaged ones with higher numbers, and one that is written now: it must stay."""
-    trainer = make_trainer("relu")
+    trainer = make_trainer("relu", 1000)
     for step in (900, 1000):
         trainer.i.fill_(step)
         save_checkpoint(trainer, tmp_path, step)
