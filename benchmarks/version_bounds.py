@@ -29,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 ENDS = {"lowest": "lowest-direct", "newest": "highest"}  # and uv's name for the resolution
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+FOLDERS = sorted(f.name for f in (ROOT / "tests").iterdir() if any(f.rglob("test_*.py")))
 DECLARED = {  # requirement -> package
     line: re.split("[<>=!~]", line)[0]
     for line in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--end", action="append", choices=ENDS, help="only this end")
+    parser.add_argument("--page", action="store_true", help="run nothing: print the page of what is finished")
     parser.add_argument("--again", action="append", default=[], choices=ENDS, help="an end that is begun anew")
     parser.add_argument("--pin", action="append", default=[], help="NAME==VERSION, at both ends")
     parser.add_argument("--find-links", help="a folder of wheels, beside those of PyPI")
@@ -49,7 +51,7 @@ def main() -> None:
         sys.exit("uv is not installed: pip install uv")
     for end in arguments.again:
         shutil.rmtree(arguments.folder / end, ignore_errors=True)
-    for end in arguments.end or ENDS:
+    for end in [] if arguments.page else arguments.end or ENDS:
         folder = arguments.folder / end
         install(folder, end, arguments)
         run_tests(folder, arguments.workers)
@@ -85,20 +87,20 @@ def install(folder: Path, end: str, arguments: argparse.Namespace) -> None:
 def run_tests(folder: Path, workers: int) -> None:
     """Run what has not been run: the files at the top of tests/, and each of its folders."""
     tests = ROOT / "tests"
-    pieces = {"tests/*.py": sorted(tests.glob("test_*.py"))}
-    pieces |= {f"tests/{f.name}": [f] for f in sorted(tests.iterdir()) if any(f.rglob("test_*.py"))}
-    for name, paths in pieces.items():
-        kept = folder / f"{name.replace('/', '-').replace('*.py', 'files')}.json"
+    for name, paths in {"*.py": sorted(tests.glob("test_*.py"))} | {name: [tests / name] for name in FOLDERS}.items():
+        kept = folder / "tests" / f"{name}.json"
+        kept.parent.mkdir(exist_ok=True)
         if kept.exists():
             continue
-        say(f"{folder.name}: {name}")
+        say(f"{folder.name}: tests/{name}")
         started = time.monotonic()
         result = pytest(folder, [str(path) for path in paths], workers)
         if result["failed"]:
-            again = pytest(folder, list(result["failed"]), 0)
-            result["passed_alone"] = sorted(set(result["failed"]) - set(again["failed"]))
-            result["failed"] = again["failed"]
-        kept.write_text(json.dumps(result | {"seconds": round(time.monotonic() - started)}, indent=1))
+            again = set(pytest(folder, list(result["failed"]), 0)["passed"])
+            result["passed_alone"] = sorted(again & result["failed"].keys())
+            result["failed"] = {name: why for name, why in result["failed"].items() if name not in again}
+        result |= {"passed": len(result["passed"]), "commit": commit(), "seconds": round(time.monotonic() - started)}
+        kept.write_text(json.dumps(result, indent=1))
 
 
 def pytest(folder: Path, tests: list[str], workers: int) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def pytest(folder: Path, tests: list[str], workers: int) -> dict[str, Any]:
     (folder / "output.txt").write_text(done.stdout + done.stderr)
     if not report.exists():
         sys.exit(f"pytest ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
-    result: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": []}
+    result: dict[str, Any] = {"passed": [], "failed": {}, "skipped": []}
     for case in ET.parse(report).iter("testcase"):
         problem = next((p for kind in ("failure", "error") if (p := case.find(kind)) is not None), None)
         if problem is not None:
@@ -120,7 +122,7 @@ def pytest(folder: Path, tests: list[str], workers: int) -> dict[str, Any]:
         elif (skipped := case.find("skipped")) is not None:
             result["skipped"].append(" ".join((skipped.get("message") or "").split()))
         else:
-            result["passed"] += 1
+            result["passed"].append(test_id(case))
     return result
 
 
@@ -132,29 +134,26 @@ def test_id(case: ET.Element) -> str:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    kept = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("tests-*.json"))}
+    kept = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("tests/*.json"))}
     return json.loads((folder / "versions.json").read_text()) | {"tests": kept}
 
 
 def page(results: dict[str, dict[str, Any]], pins: list[str]) -> str:
     ends = list(results)
     pythons = ", ".join(sorted({result["python"] for result in results.values()}))
+    pieces = [piece for result in results.values() for piece in result["tests"].values()]
     lines = [
         f"# The lowest and the newest versions, {date.today()}",
         "",
-        f"`python benchmarks/version_bounds.py`, commit {commit()}, Python {pythons}: quick tests. "
-        "Failed means: also when run again, alone.",
+        f"`python benchmarks/version_bounds.py`, commit {', '.join(sorted({piece['commit'] for piece in pieces}))}, "
+        f"Python {pythons}: the quick tests. Failed means: also when run again, alone.",
         "",
         f"| | {' | '.join(ends)} |",
         f"|---|{'---|' * len(ends)}",
-    ]
-    every = [list(result["tests"].values()) for result in results.values()]
-    alone = [sum(len(r.get("passed_alone", ())) for r in pieces) for pieces in every]
-    lines += [
-        row("passed", [sum(r["passed"] for r in pieces) + n for pieces, n in zip(every, alone, strict=True)]),
-        row("of these failed at first and passed alone", alone),
-        row("failed", [sum(len(r["failed"]) for r in pieces) for pieces in every]),
-        row("skipped", [sum(len(r["skipped"]) for r in pieces) for pieces in every]),
+        *(
+            row(f"tests/{name}", [counts(r["tests"].get(name)) for r in results.values()])
+            for name in ["*.py", *FOLDERS]
+        ),
     ]
     for end, result in results.items():
         failed = {name: why for piece in result["tests"].values() for name, why in piece["failed"].items()}
@@ -171,6 +170,15 @@ def page(results: dict[str, dict[str, Any]], pins: list[str]) -> str:
         others = (f"{n} {v}" for n, v in sorted(result["packages"].items()) if n not in own)
         lines += ["", f"What these need, {end}: {', '.join(others)}."]
     return "\n".join(lines)
+
+
+def counts(piece: dict[str, Any] | None) -> str:
+    """The outcomes of a folder of tests as the cell of a table."""
+    if piece is None:
+        return "not run"
+    alone = len(piece.get("passed_alone", ()))
+    again = f" ({alone} at the second try)" if alone else ""
+    return f"{piece['passed'] + alone} passed{again}, {len(piece['failed'])} failed, {len(piece['skipped'])} skipped"
 
 
 def row(head: str, cells: list[Any]) -> str:
