@@ -87,7 +87,8 @@ def install(folder: Path, end: str, arguments: argparse.Namespace) -> None:
 def run_tests(folder: Path, workers: int) -> None:
     """Run what has not been run: the files at the top of tests/, and each of its folders."""
     tests = ROOT / "tests"
-    for name, paths in {"*.py": sorted(tests.glob("test_*.py"))} | {name: [tests / name] for name in FOLDERS}.items():
+    pieces = {"*.py": sorted(tests.glob("test_*.py"))} | {name: [tests / name] for name in FOLDERS}
+    for name, paths in pieces.items():
         kept = folder / "tests" / f"{name}.json"
         kept.parent.mkdir(exist_ok=True)
         if kept.exists():
