@@ -27,6 +27,7 @@ from faults.disks import full_disks
 from faults.inputs import copy_folder, make_model, make_text, spoil_weights
 from faults.kills import kills, launched
 from faults.models import bad_models
+from faults.outputs import outputs
 from faults.packages import packages
 from faults.places import files_limit, neighbours, places, plans, removal
 from faults.records import records_of_runs
@@ -78,6 +79,7 @@ def main() -> None:
                 "writers": writers,
                 "texts": lambda m: bad_inputs(m, rows),
                 "numbers": bad_values,
+                "outputs": outputs,
                 "saes": bad_saes,
                 "records": records_of_runs,
                 "models": bad_models,

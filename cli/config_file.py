@@ -14,10 +14,11 @@ The whole file is checked as the flags would be, and all mistakes are reported t
 
 import functools
 import inspect
-import io
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -29,6 +30,11 @@ from .printing import print_line
 
 SET = "set_"  # the parameter of --set, the only flag that can be given as a table
 ORIGINS: ContextVar[Mapping[str, str]] = ContextVar("ORIGINS")  # of the running command: flag -> where it was given
+MAX_MISTAKES = 20  # that are reported of one file
+# What decides where a statement of TOML ends: strings and comments, which can hold anything, brackets and line ends.
+TOKENS = re.compile(
+    r"""\"{3}(?:\\.|[^\\])*?\"{3,5}|'{3}.*?'{3,5}|"(?:\\.|[^"\\])*"|'[^']*'|\#[^\n]*|[\[\]{}]|\n""", re.DOTALL
+)
 FILE = "sae.cli.config_file"  # the key under which a typer context keeps the file that was read
 
 # Flags and TOML keys that were renamed: command -> old name -> new name. The old ones still work, with a note.
@@ -76,21 +82,22 @@ class ConfigFile:
     """A configuration file, checked against the program's commands. Raises UsageError with all mistakes at once."""
 
     def __init__(self, path: Path, context: Any) -> None:
+        from ..common.files import MAX_TOML, parse_toml
+
         self.path, self.context = path, context
         try:
-            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-            content = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"--config {path} is not valid TOML: {error}.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8"
-            raise UsageError(f"--config {path} cannot be read: {reason}.") from None
-        self.lines = line_numbers(text)
+            with path.open("rb") as file:
+                data = file.read(MAX_TOML + 1)
+        except OSError as error:
+            raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from None
+        content = parse_toml(data, f"--config {path}")
+        self.lines = line_numbers(data.decode("utf-8-sig"))
         self.values: dict[Command, dict[str, Any]] = {}  # parameter -> its value as on the command line
         self.origins: dict[Command, dict[str, Any]] = {}  # parameter -> file:line, or a list of those for --set
-        mistakes = list(self._read_table(content, context.find_root().command, ()))
-        if mistakes:
-            raise UsageError("\n".join(mistakes))
+        found = self._read_table(content, context.find_root().command, ())
+        if mistakes := list(islice(found, MAX_MISTAKES)):
+            more = [f"{path}: there is more after these {MAX_MISTAKES} mistakes."] if next(found, None) else []
+            raise UsageError("\n".join(mistakes + more))
 
     def origin(self, key: Key) -> str:
         return f"{self.path}:{self.lines[key]}"
@@ -132,20 +139,33 @@ class ConfigFile:
 
 
 def line_numbers(text: str) -> dict[Key, int]:
-    """The line on which each key of a TOML text begins.
-
-    Parses the first line, the first two, and so on: the first prefix that has a key shows where the key is.
-    """
-    lines, line_of, start = list(io.StringIO(text)), dict[Key, int](), 1
-    for number in range(1, len(lines) + 1):
-        try:
-            content = tomllib.loads("".join(lines[:number]))
-        except tomllib.TOMLDecodeError:  # the prefix ends inside a value of several lines
-            continue
-        for key, _ in flatten(content, tables=True):
-            line_of.setdefault(key, start)
-        start = number + 1
+    """The line on which each key of a valid TOML text begins."""
+    line_of: dict[Key, int] = {}
+    table: Key = ()  # of the last header
+    for number, statement in statements(text):
+        content = tomllib.loads(statement)
+        header = statement.lstrip().startswith("[")
+        keys = [key for key, _ in flatten(content, tables=True)]
+        if header:
+            table = max(keys, key=len)
+        for key in keys:
+            line_of.setdefault(key if header else (*table, *key), number)
     return line_of
+
+
+def statements(text: str) -> Iterator[tuple[int, str]]:
+    """The headers and the `key = value` of a valid TOML text, each with the line on which it begins."""
+    start, line, depth, first = 0, 1, 0, 1
+    for token in TOKENS.finditer(text + "\n"):
+        if token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+        else:
+            line += token[0].count("\n")
+        if token[0] == "\n" and not depth:
+            yield first, text[start : token.end()]
+            start, first = token.end(), line
 
 
 def flatten(table: Mapping[str, Any], tables: bool = False) -> Iterator[tuple[Key, Any]]:

@@ -109,6 +109,14 @@ def _run_command(command: Callable[..., None], args: tuple[Any, ...], kwargs: di
     except MemoryError as error:
         echo(f"error: Out of memory: {error}. Use a smaller --window or --context; everything committed is safe.")
         raise typer.Exit(4) from None
+    except UnicodeEncodeError as error:
+        if not any("\ud800" <= character <= "\udfff" for character in str(error.object)):
+            raise
+        echo(
+            f"error: A library cannot take the name {error.object}, which is not UTF-8. Rename the file or folder, or "
+            "give a link to it with another name."
+        )
+        raise typer.Exit(2) from None
     except BrokenPipeError:
         raise
     except OSError as error:  # mostly from the terminal or a pipe: errors of our own files are SaeErrors

@@ -103,7 +103,7 @@ def import_(
     model: Annotated[str | None, typer.Option(rich_help_panel=OVERRIDES, help="Id on the Hub, or a folder.")] = None,
     layer: Annotated[
         int | None,
-        typer.Option(rich_help_panel=OVERRIDES, help="Zero-based block; chooses between those of a folder."),
+        typer.Option(min=0, rich_help_panel=OVERRIDES, help="Zero-based block; chooses between those of a folder."),
     ] = None,
     list_: Annotated[
         bool,

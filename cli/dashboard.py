@@ -19,6 +19,7 @@ Passage = Annotated[
     int,
     typer.Option(
         "--passage",
+        min=1,
         metavar="N",
         help="Tokens in a passage, three quarters of them before the one that it is shown for. "
         "As many as a context has show the activations of all of it.",
@@ -34,7 +35,8 @@ def dashboard(
     out: Annotated[Path | None, typer.Option(help="Default: dashboard.html in the run folder.")] = None,
     tokens: Tokens = None,
     latents: Annotated[
-        int | None, typer.Option(help="Show only this many latents, drawn at random, for a smaller file. Default: all.")
+        int | None,
+        typer.Option(min=1, help="Show only this many latents, drawn at random, for a smaller file. Default: all."),
     ] = None,
     passage: Passage = 64,
     device: Device = "auto",
@@ -74,7 +76,9 @@ def dashboard(
 @cli_command
 def inspect(
     run: RunFolder,
-    latent: Annotated[list[int] | None, typer.Option("--latent", help="Number of a latent. Can be repeated.")] = None,
+    latent: Annotated[
+        list[int] | None, typer.Option("--latent", min=0, help="Number of a latent. Can be repeated.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Show which latents fire on each token; with --latent, only those.")
     ] = None,

@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     layer: Annotated[
         int | None,
-        typer.Option(help="Of a published SAE, the layer that its files do not name.", rich_help_panel=INPUTS),
+        typer.Option(min=0, help="Of a published SAE, the layer that its files do not name.", rich_help_panel=INPUTS),
     ] = None,
     cache: Annotated[
         Path | None,

@@ -8,23 +8,49 @@ import typer
 
 
 def parse_tokens(text: str) -> int:
-    """A token count, with or without a unit: 10M, 2e8, 1.5B, 500k. Raises typer.BadParameter for anything else."""
+    """A positive token count, with or without a unit: 10M, 2e8, 1.5B, 500k. Raises typer.BadParameter for others."""
     try:
         unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
-        return int(float(text[:-1]) * unit) if unit else int(float(text))
+        tokens = int(float(text[:-1]) * unit) if unit else int(float(text))
+        if tokens < 1:
+            raise ValueError
+        return tokens
     except (ValueError, OverflowError):
         raise typer.BadParameter(f"invalid token count {text!r}; try 10M, 2e8 or 500000") from None
 
 
 def parse_max_norm(text: str | float) -> float:
-    """A multiple of the median norm, or infinity for "none". Raises typer.BadParameter for anything else."""
+    """A positive multiple of the median norm, or infinity for "none". Raises typer.BadParameter for anything else."""
     try:
         multiple = math.inf if text == "none" else float(text)
-        if math.isnan(multiple):
+        if not multiple > 0:
             raise ValueError
         return multiple
     except ValueError:
         raise typer.BadParameter(f"invalid multiple {text!r}; try 10, or none") from None
+
+
+def parse_positive(text: str | float) -> float:
+    """A positive, finite number. Raises typer.BadParameter for anything else."""
+    try:
+        if not 0 < (number := float(text)) < math.inf:
+            raise ValueError
+        return number
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a positive number") from None
+
+
+def check_width(text: str | None) -> str | None:
+    """The callback of --width. Raises typer.BadParameter for what is no width of an SAE."""
+    if text is not None:
+        from ..common.errors import UsageError
+        from ..train.parse import split_width
+
+        try:
+            split_width(text)
+        except UsageError as error:
+            raise typer.BadParameter(str(error)) from None
+    return text
 
 
 def finite_or_none(multiple: float) -> float | None:
@@ -32,6 +58,7 @@ def finite_or_none(multiple: float) -> float | None:
     return None if multiple == math.inf else multiple
 
 
+MAX_SEED = 2**63 - 1  # that the random generators of torch and numpy take
 STREAMING = "Harvesting while training (with --stream)"  # a group of flags in the help
 
 Tokens = Annotated[
@@ -45,7 +72,7 @@ StreamTokens = Annotated[
 ]
 Layers = Annotated[
     list[int] | None,
-    typer.Option("--layer", help="Zero-based block. Can be repeated."),
+    typer.Option("--layer", min=0, help="Zero-based block. Can be repeated."),
 ]
 Caches = Annotated[
     list[Path] | None,

@@ -7,7 +7,7 @@ import typer
 
 from ..common.escaping import quote
 from .console import cli_command, echo, show_table
-from .options import Device, parse_tokens
+from .options import MAX_SEED, Device, check_width, parse_tokens
 
 if TYPE_CHECKING:
     from ..evaluate.papers.report import PaperReport
@@ -25,10 +25,11 @@ def reproduce(
         typer.Option(help="The papers' model by default. On another model only the order of systems can be compared."),
     ] = "google/gemma-2-2b",
     layer: Annotated[
-        list[int] | None, typer.Option("--layer", help="Default: each paper's layers. Can be repeated.")
+        list[int] | None, typer.Option("--layer", min=0, help="Default: each paper's layers. Can be repeated.")
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option("--seed", help="Default: each paper's three seeds. Can be repeated.")
+        list[int] | None,
+        typer.Option("--seed", min=0, max=MAX_SEED, help="Default: each paper's three seeds. Can be repeated."),
     ] = None,
     reading: Annotated[
         str | None,
@@ -43,13 +44,16 @@ def reproduce(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print tokens, disk space, time and runs, and stop.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(rich_help_panel=SIZES, help="Training steps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, rich_help_panel=SIZES, help="Training steps.")] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(rich_help_panel=SIZES, help="Tokens in a batch; on another model the default is the recipe's."),
+        typer.Option(
+            min=1, rich_help_panel=SIZES, help="Tokens in a batch; on another model the default is the recipe's."
+        ),
     ] = None,
     width: Annotated[
-        str | None, typer.Option(rich_help_panel=SIZES, help="Number of latents, as for `sae train`.")
+        str | None,
+        typer.Option(callback=check_width, rich_help_panel=SIZES, help="Number of latents, as for `sae train`."),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(rich_help_panel=SIZES, help="Text to harvest, as for `sae harvest`.")

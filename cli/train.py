@@ -10,7 +10,19 @@ import typer
 
 from .config_file import ORIGINS
 from .console import bar, cli_command, echo, show_table
-from .options import MODULE_HELP, SITE_HELP, STREAMING, Caches, Layers, StreamTokens, finite_or_none, parse_max_norm
+from .options import (
+    MAX_SEED,
+    MODULE_HELP,
+    SITE_HELP,
+    STREAMING,
+    Caches,
+    Layers,
+    StreamTokens,
+    check_width,
+    finite_or_none,
+    parse_max_norm,
+    parse_positive,
+)
 
 if TYPE_CHECKING:
     from ..train.plan import Run, TrainConfig, TrainPlan
@@ -33,14 +45,24 @@ def train(
     cache: Caches = None,
     width: Annotated[
         str | None,
-        typer.Option(help="Number of latents: 2304, 16k, or 8x for eight times d_in. Default: the recipe's."),
+        typer.Option(
+            callback=check_width,
+            help="Number of latents: 2304, 16k, or 8x for eight times d_in. Default: the recipe's.",
+        ),
     ] = None,
     l0: Annotated[
         list[float] | None,
-        typer.Option("--l0", help="Target latents per token, for any recipe. Can be repeated, with a run for each."),
+        typer.Option(
+            "--l0",
+            parser=parse_positive,
+            metavar="N",
+            help="Target latents per token, for any recipe. Can be repeated, with a run for each.",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. Default: one epoch of the cache.")] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Random seed. Can be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps. Default: one epoch of the cache.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, max=MAX_SEED, help="Random seed. Can be repeated.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Option of a recipe: k=64, or topk.lr=1e-3. Can be repeated.")
     ] = None,
@@ -57,11 +79,17 @@ def train(
         typer.Option(help="Choose the cache by its model. With --stream: model to harvest.", rich_help_panel=DATA),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Tokens per batch. Default: the recipe's.", rich_help_panel=DATA)
+        int | None, typer.Option(min=1, help="Tokens per batch. Default: the recipe's.", rich_help_panel=DATA)
     ] = None,
     shuffle_seed: Annotated[
         int,
-        typer.Option("--shuffle-seed", help="Seed of the batch order, which all runs share.", rich_help_panel=DATA),
+        typer.Option(
+            "--shuffle-seed",
+            min=0,
+            max=MAX_SEED,
+            help="Seed of the batch order, which all runs share.",
+            rich_help_panel=DATA,
+        ),
     ] = 0,
     stream: Annotated[
         bool,
@@ -74,17 +102,17 @@ def train(
     tokens: StreamTokens = None,
     ring: Annotated[
         int | None,
-        typer.Option(help="Maximum number of windows on the disk, even. Default: 4.", rich_help_panel=STREAMING),
+        typer.Option(min=2, help="Maximum number of windows on the disk, even. Default: 4.", rich_help_panel=STREAMING),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="As in `sae harvest`.", rich_help_panel=STREAMING)] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens per context. Default: 128.", rich_help_panel=STREAMING)
+        int | None, typer.Option(min=2, help="Tokens per context. Default: 128.", rich_help_panel=STREAMING)
     ] = None,
     bos: Annotated[
         str | None, typer.Option(help="As in `sae harvest`: auto, none or a token.", rich_help_panel=STREAMING)
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Rows per window. Default: 262,144.", rich_help_panel=STREAMING)
+        int | None, typer.Option(min=1, help="Rows per window. Default: 262,144.", rich_help_panel=STREAMING)
     ] = None,
     max_norm: Annotated[
         float | None,

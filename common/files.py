@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def remove_stale_files(folder: Path) -> int:
 # --- JSON records ----------------------------------------------------------------------------------------------------
 
 
+MAX_TOML = 1 << 18  # bytes; a config of every flag has some 10,000
+MAX_DOTS_PER_LINE = 200
 DELETE_HINT = "Delete it and run the command that wrote it again."
 
 
@@ -151,6 +154,29 @@ def parse_json(data: bytes | str, source: Path | str, remedy: str = DELETE_HINT)
     except ValueError as error:
         problem = str(error)
     raise DamagedError(f"{source} cannot be read ({problem}): it was truncated or overwritten. {remedy}")
+
+
+def parse_toml(data: bytes | str, source: Path | str) -> dict[str, Any]:
+    """Parse TOML that a user gave; `source` only appears in the message.
+
+    Raises UsageError if it is not UTF-8, not TOML, nested too deeply, has an integer of thousands of digits, or is so
+    long that reading it would take longer than a few seconds.
+    """
+    if len(data) > MAX_TOML:
+        raise UsageError(f"{source} is too long: expected at most {MAX_TOML:,} bytes of TOML.")
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")  # some editors write a byte order mark
+        if any(line.count(".") > MAX_DOTS_PER_LINE for line in text.splitlines()):
+            problem = f"a line has more than {MAX_DOTS_PER_LINE} dots"  # the parser's time grows with their square
+        else:
+            return tomllib.loads(text)
+    except UnicodeDecodeError:
+        problem = "the file is not UTF-8"
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:
+        problem = str(error)
+    raise UsageError(f"{source} is not valid TOML: {problem}.")
 
 
 def read_json(path: Path, *keys: str) -> Any:

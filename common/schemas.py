@@ -298,3 +298,15 @@ RESULT_RECORD = RecordKind(
     "Delete it and run `sae evaluate` again.",
     digest_in="eval_result_unstructured",
 )
+
+
+# --- activations/evaluation/ ------------------------------------------------------------------------------------------
+
+
+class JudgeAnswers(TypedDict):
+    """judge-<digest>.json: the answers of a judge of autointerp that stopped answering"""
+
+    answers: Annotated[dict[str, str], Meta(description="digest of the question -> answer")]
+
+
+JUDGE_ANSWERS_RECORD = RecordKind(JudgeAnswers, "Delete it; the judge is then asked again.")

@@ -1,13 +1,15 @@
 """The charts of a comparison: every metric over L0 with published results, and the training curves."""
 
-import contextlib
-import json
 import math
 import tomllib
+import warnings
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..common.errors import DamagedError, LeftOutWarning
+from ..common.files import parse_json, read_file
+from ..common.formatting import format_count
 from .charts import Chart, Series, axis_ranges
 from .compare import L0, ComparedSystem, Comparison, metric_heading, sae_location
 from .metrics.base import MetricColumn
@@ -122,12 +124,23 @@ def training_curves(comparison: Comparison) -> list[Chart]:
 
 
 def read_metrics_log(folder: Path) -> list[dict[str, float]]:
-    """The numbers in each line of metrics.jsonl. A line that was cut off by a kill is skipped."""
+    """The numbers in each line of metrics.jsonl; none if there is no such file.
+
+    A last line that was cut off by a kill is skipped; a warning counts any other line that cannot be read.
+    """
     path = folder / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, ArithmeticError, RecursionError):
-            line = json.loads(text)
-            numbers = line.items() if isinstance(line, dict) else ()
-            lines.append({name: float(value) for name, value in numbers if type(value) in (int, float)})
-    return [line for line in lines if math.isfinite(line.get("step", math.nan))]
+    texts = read_file(path).split(b"\n") if path.exists() else []
+    read = [numbers_in_line(text, path) for text in texts]
+    if damaged := sum(numbers is None for numbers in read[:-1]):
+        warnings.warn(f"Left out: {format_count(damaged, 'line')} of {path} that cannot be read.", LeftOutWarning, 2)
+    return [numbers for numbers in read if numbers is not None]
+
+
+def numbers_in_line(text: bytes, path: Path) -> dict[str, float] | None:
+    """The numbers of a JSON object, which must have a finite "step"; None if the text is anything else."""
+    try:
+        line = parse_json(text, path)
+        numbers = {name: float(value) for name, value in line.items() if type(value) in (int, float)}
+    except (DamagedError, AttributeError, OverflowError):
+        return None
+    return numbers if math.isfinite(numbers.get("step", math.nan)) else None

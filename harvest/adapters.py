@@ -1,6 +1,5 @@
 """PEFT adapters that are merged into a model before it is harvested or evaluated."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers.utils import cached_file
 
 from ..cache.models import find_folder, folder_digests, folder_label, is_digest
 from ..common.errors import DamagedError, UsageError
+from ..common.files import parse_json, read_file
 from ..common.packages import import_extra
 from ..common.remote_code import never_asking
 from .load_errors import translate_load_errors
@@ -90,10 +90,8 @@ def base_of(config: Path) -> str | None:
     """
     from peft import PeftType
 
-    try:
-        record = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{config} cannot be read ({error}). Save or download the adapter again.") from error
+    remedy = "Save or download the adapter again."
+    record = parse_json(read_file(config, remedy), config, remedy)
     if not isinstance(record, dict) or not isinstance(record.get("peft_type"), str):
         raise DamagedError(f"{config} does not name the adapter's kind (peft_type). Save or download it again.")
     if (kind := record["peft_type"]) not in PeftType.__members__:

@@ -1,23 +1,34 @@
 """Parse what users write: widths, and the options of recipes given with --set."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..common.errors import UsageError
+from ..common.files import parse_toml
 from .recipe import Recipe
+
+MAX_WIDTH = 2**31  # latents
 
 
 def parse_width(text: str | None, recipe: Recipe, d_in: int) -> int:
     """d_sae from "4x" (times d_in), "16k" (times 1024) or a number; None is the recipe's."""
     if text is None:
         return round(recipe.width * d_in)
+    number, unit = split_width(text)
+    return round(number * {"x": d_in, "k": 1024, "": 1}[unit])
+
+
+def split_width(text: str) -> tuple[float, str]:
+    """The number and the unit ("x", "k" or "") of a width. Raises UsageError unless it can be that of an SAE."""
+    unit = text[-1:].lower() if text[-1:].lower() in ("x", "k") else ""
     try:
-        unit = {"x": d_in, "k": 1024}.get(text[-1:].lower())
-        return round(float(text[:-1]) * unit) if unit else int(text)
-    except (ValueError, OverflowError):
+        number = float(text[:-1]) if unit else int(text)
+        if not 0 < number < MAX_WIDTH:
+            raise ValueError
+        return number, unit
+    except ValueError:
         raise UsageError(
-            f"invalid --width {text}: give a number such as 2304, 16k, or 8x for eight times d_in."
+            f"invalid --width {text}: give a positive number such as 2304, 16k, or 8x for eight times d_in."
         ) from None
 
 
@@ -56,6 +67,7 @@ def parse_value(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {text}", "--set")
+    except UsageError:
         return text
+    return parsed["value"] if len(parsed) == 1 else text

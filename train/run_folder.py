@@ -1,7 +1,7 @@
 """The records in a run folder: everything that decides the run (run.json), a line per logged step (metrics.jsonl)."""
 
-import contextlib
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ import torch
 
 from ..cache.ring import RingCache
 from ..common.environment import environment_record
-from ..common.errors import UsageError
-from ..common.files import atomic_write, os_error
+from ..common.errors import DamagedError, LeftOutWarning, UsageError
+from ..common.files import atomic_write, os_error, parse_json
+from ..common.formatting import format_count
 from ..common.schemas import RunRecord
 from .plan import FORMAT, Run
 from .variant import Variant
@@ -65,13 +66,25 @@ def append_metrics(folder: Path, metrics: dict[str, float]) -> None:
 
 
 def truncate_metrics(folder: Path, step: int) -> None:
-    """Drop the lines after `step`, whose steps will be taken again, and a last line that a kill cut off."""
+    """Drop the lines after `step`, whose steps will be taken again, and a last line that a kill cut off.
+
+    A warning counts lines before the last that cannot be read, which are dropped too.
+    """
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    atomic_write(path, "".join(kept).encode())
+    lines = path.read_bytes().split(b"\n")
+    steps = [step_of_line(line, path) for line in lines]
+    if damaged := steps[:-1].count(None):
+        warnings.warn(f"Left out: {format_count(damaged, 'line')} of {path} that cannot be read.", LeftOutWarning, 2)
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+    atomic_write(path, *kept)
+
+
+def step_of_line(line: bytes, path: Path) -> float | None:
+    """The step of a line of metrics.jsonl; None if it has none."""
+    try:
+        step = parse_json(line, path)["step"]
+    except (DamagedError, LookupError, TypeError):
+        return None
+    return step if type(step) in (int, float) else None

@@ -29,7 +29,8 @@ from ..evaluate.plan import EvaluateConfig
 from ..harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
 from ..train.estimate import check_disk_space, describe_size, describe_time
 from ..train.optimization import Optimization
-from ..train.plan import Run, TrainConfig, TrainPlan, plan_training
+from ..train.parse import split_width
+from ..train.plan import Run, TrainConfig, TrainPlan, check_seeds, plan_training
 from ..train.recipe import find_recipe
 
 ALL = "all"  # stands for every paper
@@ -149,9 +150,13 @@ def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lamb
         UsageError: an option or a paper is unknown, or the cache is of another model.
         UnavailableError: the model or the dataset cannot be reached, or the disk is too small for caches and runs.
     """
-    for flag, number in (("steps", config.steps), ("batch-size", config.batch_size)):
+    counts = {"steps": config.steps, "batch-size": config.batch_size, "evaluate-tokens": config.evaluate_tokens}
+    for flag, number in counts.items():
         if number is not None and number < 1:
             raise UsageError(f"--{flag} {number} is not positive. Leave it out to use the paper's.")
+    check_seeds(*config.seeds or ())
+    if config.width is not None:
+        split_width(config.width)
     if config.suite is not None:
         metrics_of_suite(config.suite)
     papers = [load_paper(number) for number in (PAPERS if ALL in config.papers else dict.fromkeys(config.papers))]

@@ -14,6 +14,7 @@ Shape suffixes: R rows of text, S positions, P tokens on which a latent fires, T
 K latents.
 """
 
+import contextlib
 import random
 import re
 import statistics
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,10 +31,11 @@ from torch import Tensor
 
 from ...cache.outliers import outlier_mask
 from ...common.errors import UnavailableError, UsageError
+from ...common.files import digest_of
 from ..context import EvalContext
 from .activation_examples import BUFFER, RANDOM, LatentExamples, TokenText, select_examples
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
-from .llm_judge import Endpoint, Judge, Message, read_key
+from .llm_judge import Endpoint, Judge, KeptAnswers, Message, read_key
 from .packing import TOKENS_PER_ENCODE, PackedRows, encode_float32, firing_frequencies, forward_batches, pack_contexts
 
 MAX_FIRINGS = 20_000_000  # activations held in memory in one pass of the model
@@ -40,6 +43,7 @@ SEED = 42
 PARALLEL_QUESTIONS = 10
 EXPLANATION_PLACEHOLDER = "{explanation}"  # in prompts written without a judge
 TEST_QUESTION: list[Message] = [{"role": "user", "content": "Reply with None, and with nothing else."}]
+MAX_DIGITS = 6  # of the number of a passage; Python refuses to read numbers of thousands of digits
 TEST_WAITS = (1,)  # seconds before retries of the test question: an endpoint that exists answers soon
 SCORE_NAMES = ("autointerp_score", "autointerp_std_dev")
 
@@ -124,6 +128,7 @@ class Autointerp(Metric):
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         self.check_options()
         judge = self.judge()
+        kept = None if judge is None else KeptAnswers(judge, self.answers_file(ctx))
         rows = pack_contexts(ctx, self.context).first(max(1, self.tokens // self.context))
         rows_RS = rows.ids
         if not len(rows_RS):
@@ -146,13 +151,21 @@ class Autointerp(Metric):
         for number, i in enumerate(indices):
             try:
                 note = f"latents before the judge, SAE {number + 1} of {len(indices)}"
-                entries = judge_latents(judge, examples[number], words, partial(progress, note=note))
-            except UnavailableError as error:  # the judge stopped answering: keep its answers for earlier SAEs
+                with kept.kept_if_interrupted() if kept else contextlib.nullcontext():
+                    entries = judge_latents(kept, examples[number], words, partial(progress, note=note))
+            except UnavailableError as stopped:  # the results of earlier SAEs are whole
+                error = UnavailableError(f"{stopped} The answers so far are kept: the same command asks only the rest.")
                 outcomes[i:] = [error if j in indices[number:] else not_trained for j in range(i, len(targets))]
                 break
             result = self.result(entries, len(drawn[number]), rows_RS, judge)
             outcomes[i] = result.without_outliers(frequencies[number].outliers, frequencies[number].tokens)
+        else:
+            self.answers_file(ctx).unlink(missing_ok=True)
         return outcomes
+
+    def answers_file(self, ctx: EvalContext) -> Path:
+        """Where the answers of a judge that stopped answering are kept until all its latents are judged."""
+        return ctx.artifacts.folder / f"judge-{digest_of([self.endpoint, self.judge_model])[:16]}.json"
 
     def draw_latents(self, share_F: np.ndarray, tokens: int) -> list[int]:
         """A sample of the latents that are alive, from the share of tokens on which each latent fires."""
@@ -296,7 +309,7 @@ def parse_predictions(answer: str, count: int) -> list[int] | None:
     if text.lower() == "none":
         return []
     numbers = [part.strip() for part in text.split(",")]
-    if not all(number.isdecimal() and 1 <= int(number) <= count for number in numbers):
+    if not all(number.isdecimal() and len(number) <= MAX_DIGITS and 1 <= int(number) <= count for number in numbers):
         return None
     return sorted({int(number) for number in numbers})
 

@@ -17,10 +17,11 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from ...common.errors import DamagedError, UsageError
+from ...common.errors import UsageError
 from ...common.escaping import make_visible
 from ...common.formatting import format_bytes
 from ..charts import Chart, Series
+from ..compare_charts import read_metrics_log
 from ..latents.inspection import InspectedRun, describe_outliers, training_record
 from ..latents.passages import DEFAULT_WINDOW, Passage, PassageWindow, quantile_passages
 from ..latents.stats import BYTES_PER_PASSAGE_TOKEN, SAMPLED_PASSAGES, LatentStats, RankedEntries, latent_stats
@@ -248,20 +249,13 @@ def latent_entry(run: InspectedRun, stats: LatentStats, place: int, token_index:
 
 
 def read_training_curves(folder: Path) -> list[Chart]:
-    """Charts of what training logged; none without metrics.jsonl. Raises DamagedError if it cannot be read."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    charts = []
-    try:
-        steps = [json.loads(line) for line in path.read_text().splitlines()]
-        for name, title in CURVE_TITLES.items():
-            points = [(step["tokens"], step[name]) for step in steps if name in step]
-            if points:
-                x, y = zip(*points, strict=True)
-                charts.append(Chart(f"{title}, in training", "tokens", title, [Series(title, x, y, "line")]))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DamagedError(f"{path} cannot be read ({error}). Remove it to make the page without curves.") from error
+    """Charts of what training logged; none without metrics.jsonl."""
+    charts, steps = [], read_metrics_log(folder)
+    for name, title in CURVE_TITLES.items():
+        points = [(step["tokens"], step[name]) for step in steps if "tokens" in step and name in step]
+        if points:
+            x, y = zip(*points, strict=True)
+            charts.append(Chart(f"{title}, in training", "tokens", title, [Series(title, x, y, "line")]))
     return charts
 
 

@@ -1,13 +1,13 @@
 """Read a paper's claims from its TOML file and check them."""
 
 import math
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from ...common.errors import UsageError, did_you_mean
+from ...common.files import parse_toml
 from ..metrics.base import MODES
 from .claims import (
     CLAIM_METRICS,
@@ -42,10 +42,7 @@ def load_paper(number: str) -> Paper:
 
 def parse_paper(text: str, name: str) -> Paper:
     """The claims in a TOML text; `name` is used in errors. Raises UsageError with everything that is wrong."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{name} is not valid TOML: {error}.") from error
+    tree = parse_toml(text, name)
     errors = check_keys(tree)
     paper = None if errors else build_paper(tree, errors)
     if paper is not None:

@@ -1,5 +1,6 @@
 """--config means the same as the flags: it is checked like them, overridden by them, and shown with its origins."""
 
+import contextlib
 import json
 import re
 import tomllib
@@ -249,3 +250,55 @@ def test_a_renamed_flag_works_under_its_old_name_with_one_note_and_is_not_listed
 def test_an_old_name_behind_a_double_dash_or_as_a_value_is_not_a_flag(tmp_path: Path) -> None:
     result = call("train", "--", "--literal")
     assert result.exit_code == BAD_USAGE and "is now" not in result.stderr
+
+
+def lines_of_prefixes(text: str) -> dict[tuple[str, ...], int]:
+    """The line of each key by its definition: the first prefix of the text that has the key ends on its last line."""
+    lines, line_of, start = text.splitlines(keepends=True), dict[tuple[str, ...], int](), 1
+    for number in range(1, len(lines) + 1):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            for key, _ in flatten(tomllib.loads("".join(lines[:number])), tables=True):
+                line_of.setdefault(key, start)
+            start = number + 1
+    return line_of
+
+
+toml_values = st.sampled_from(
+    [
+        "1", "'#['", '"\\"]"', "[1,\n # ]\n 2]", "'''\n[t]\n'' '''", '"""a\n""\n\\""" """""', "{a = [1], b.c = '}'}",
+        "[[1,\n2],\n['''x''']] # [", "1979-05-27", '""""x"""""',
+    ]
+)  # fmt: skip
+
+
+@given(st.lists(st.lists(toml_values, max_size=4), max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_lines_of_keys_are_those_of_the_definition(tables: list[list[str]]) -> None:
+    text = ""
+    for table, values in enumerate(tables):
+        text += "".join(f"k{n}.x = {value}\n" for n, value in enumerate(values)) if table == 0 else ""
+        text += f"\n# [a]\n[t{table}.u]\n" + "".join(f'"k {n}" = {value}\n' for n, value in enumerate(values))
+    tomllib.loads(text)
+    assert line_numbers(text) == lines_of_prefixes(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"[train]\nsteps = " + b"[" * 5000, "nested too deeply"),
+        (b"[train]\nsteps = " + b"{a=" * 5000, "nested too deeply"),
+        (b"[train]\nsteps = " + b"9" * 5000, "not valid TOML"),
+        (b"a" + b".a" * 50_000 + b" = 1", "dots"),
+        (b"#" * 5_000_000, "too long"),
+        (b"".join(b"k%d = 1\n" % n for n in range(20_000)), "more after these 20 mistakes"),
+        (b"[train]\nset = {" + b", ".join(b"k%d = 1" % n for n in range(15_000)) + b"}\nx = 1\n", "c.toml:3: unknown"),
+        (b"[train]\nl0 = [\n" + b"1,\n" * 60_000 + b"]\nx = 1\n", "c.toml:60004: unknown"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_a_config_that_is_out_of_bounds_is_refused(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "c.toml").write_bytes(content)
+    result = call("cache", "list", "--config", tmp_path / "c.toml")
+    assert result.exit_code == BAD_USAGE and isinstance(result.exception, SystemExit), result.exception
+    assert sentence in result.stderr
+    assert len(result.stderr) < 10_000

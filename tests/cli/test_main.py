@@ -193,8 +193,6 @@ def test_an_unknown_option_is_rejected_with_a_suggestion(tiny_cache, home):
         (["--variant", "topk", "--set", "k=8", "--set", "k=9"], "--set gives k more than once"),
         (["--variant", "topk", "--set", "k=8", "--l0", "9"], "--l0 9 and k=8 set the same thing: give one"),
         (["--variant", "topk", "--set", "relu.l1=1"], "relu is not one of the variants topk"),
-        (["--variant", "topk", "--width", "wide"], "invalid --width wide"),
-        (["--variant", "topk", "--steps", "0"], "--steps 0 would train nothing"),
         (["--variant", "topk", "--batch-size", "9000"], "fewer than one batch of 9,000"),
         ([], "Nothing to train: give --variant"),
         (["--resume", "nothing"], "nothing holds no run"),
@@ -203,6 +201,36 @@ def test_an_unknown_option_is_rejected_with_a_suggestion(tiny_cache, home):
 def test_invalid_training_options_are_rejected(tiny_cache, home, words, sentence):
     assert sentence in refused(BAD_USAGE, *train(tiny_cache, *words))
     assert not (home / "runs").exists()
+
+
+SENSELESS = [
+    ("harvest", "--tokens", "0"), ("harvest", "--tokens", "-5"), ("harvest", "--tokens", "0.2"),
+    ("harvest", "--layer", "-1"), ("harvest", "--max-norm", "0"), ("harvest", "--max-norm", "-2"),
+    ("harvest", "--batch-contexts", "0"), ("train", "--width", "wide"), ("train", "--width", "0"),
+    ("train", "--width", "-3"), ("train", "--width", "0x"), ("train", "--width", "infk"), ("train", "--width", "nanx"),
+    ("train", "--width", "9" * 5000), ("train", "--l0", "0"), ("train", "--l0", "nan"), ("train", "--l0", "inf"),
+    ("train", "--steps", "0"), ("train", "--steps", "-1"), ("train", "--seed", "-1"), ("train", "--seed", str(2**63)),
+    ("train", "--shuffle-seed", "-1"), ("train", "--batch-size", "0"), ("train", "--ring", "0"),
+    ("train", "--context", "1"), ("train", "--window", "0"), ("train", "--checkpoint-every", "0"),
+    ("train", "--log-every", "0"), ("train", "--layer", "-1"), ("train", "--tokens", "-1"),
+    ("evaluate", "run", "--tokens", "0"), ("evaluate", "run", "--layer", "-1"), ("evaluate", "run", "--max-norm", "0"),
+    ("dashboard", "run", "--latents", "0"), ("dashboard", "run", "--passage", "0"),
+    ("dashboard", "run", "--tokens", "0"),
+    ("inspect", "run", "--latent", "-1"), ("inspect", "run", "--passage", "-4"), ("demo", "--steps", "0"),
+    ("reproduce", "004", "--seed", "-1"), ("reproduce", "004", "--width", "0"), ("reproduce", "004", "--layer", "-1"),
+    ("reproduce", "004", "--steps", "0"), ("reproduce", "004", "--batch-size", "-1"),
+    ("reproduce", "004", "--evaluate-tokens", "0"), ("import", "x", "--layer", "-1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SENSELESS, ids=lambda words: " ".join(words)[:40])
+def test_senseless_numbers_are_refused_when_they_are_read(words, monkeypatch):
+    """By the parser of the command line: the command itself, which would look for runs and models, does not begin."""
+    monkeypatch.setattr("sae.cli.console._run_command", lambda *_: pytest.fail("the command has begun"))
+    result = call(*words)
+    assert result.exit_code == BAD_USAGE, result.output
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+    assert f"Invalid value for '{words[-2]}'" in shown and len(shown) < 6000
 
 
 def test_a_missing_cache_names_the_command_that_creates_it(home):

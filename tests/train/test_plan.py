@@ -53,7 +53,7 @@ def rejection(cache, *variants: str, **changes) -> str:
         ({"options": ["b_dec_init=median"]}, "b_dec_init=median is unknown: expected one of mean, zero."),
         ({"options": ["k"]}, "--set k has no value"),
         ({"options": ["relu.l1=1"]}, "relu is not one of the variants topk"),
-        ({"width": "0"}, "the width 0 is not positive."),
+        ({"width": "0"}, "invalid --width 0"),
         ({"width": "wide"}, "invalid --width wide"),
         ({"width": "infx"}, "invalid --width infx"),
         ({"steps": 0}, "--steps 0 would train nothing."),

@@ -20,7 +20,7 @@ from sae.cache.batch_order import BatchOrder
 from sae.cache.chunks import write_chunk
 from sae.cache.reader import open_cache
 from sae.common.cache_schemas import MANIFEST_RECORD
-from sae.common.errors import Interrupted, SaeError, UsageError
+from sae.common.errors import Interrupted, LeftOutWarning, SaeError, UsageError
 from sae.common.files import read_json
 from sae.common.schemas import RUN_RECORD
 from sae.train.plan import TrainConfig, default_log_interval, plan_training
@@ -173,8 +173,11 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(sparse
     weights = (folder / "sae.safetensors").read_bytes()
     (folder / "sae.json").unlink()
     (folder / "sae.safetensors").unlink()
-    (folder / "metrics.jsonl").open("a").write('{"step": 12, "lo')  # cut off by the kill
-    train(config)
+    log = folder / "metrics.jsonl"
+    damaged = ["[" * 50_000, '{"step": "9"}', "9" * 8000, "[3]", "\udcff"]
+    log.write_text("\n".join(damaged) + "\n" + log.read_text() + '{"step": 12, "lo', errors="surrogateescape")  # a kill
+    with pytest.warns(LeftOutWarning, match="Left out: 5 lines of .*metrics.jsonl"):
+        train(config)
     assert (folder / "sae.safetensors").read_bytes() == weights
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [2, 4, 6, 8, 10, 12]
 

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from sae.cli.main import app
+from sae.common.errors import UsageError
 from sae.evaluate.papers.claims import PAPERS
 from sae.evaluate.papers.parse import load_paper
-from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, scale_width
+from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, plan_reproduction, scale_width
 
 
 def call(*words):
@@ -132,14 +133,25 @@ def test_a_dry_run_counts_existing_runs(tiny_model, sentences, home):
     [
         (["005"], "no paper 005"),
         (["003", "--reading", "evidence"], "unknown --reading evidence for paper 003: expected one of field"),
-        (["003", "--steps", "0"], "--steps 0 is not positive"),
-        (["003", "--batch-size", "-1"], "--batch-size -1 is not positive"),
         (["003", "--suite", "cor"], "there is no metric cor; did you mean core?"),
     ],
 )
 def test_invalid_reproductions_are_rejected(words, said):
     done = call("reproduce", *words)
     assert done.exit_code == 2 and said in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"steps": 0}, "--steps 0 is not positive"), ({"batch_size": -1}, "--batch-size -1 is not positive"),
+        ({"seeds": [0, -1]}, "The seed -1 is out of range"), ({"width": "0"}, "invalid --width 0"),
+        ({"width": ""}, "invalid --width "),
+    ],
+)  # fmt: skip
+def test_senseless_numbers_are_refused_before_a_model_is_looked_for(values, said):
+    with pytest.raises(UsageError, match=said):
+        plan_reproduction(ReproduceConfig(["003"], model="./no-such-model", **values))
 
 
 def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, home):
@@ -152,11 +164,7 @@ def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, h
 @pytest.mark.parametrize(
     ("paper", "words", "code", "said"),
     [
-        ("003", ["--seed", "-1"], 2, "The seed -1 is out of range"),
-        ("003", ["--width", "0"], 2, "the width 0 is not positive"),
         ("003", ["--out", "file"], 2, "file is not a folder: a file is in its place"),
-        ("002", ["--width", "wide"], 2, "invalid --width wide"),
-        ("002", ["--width", ""], 2, "invalid --width "),
         ("003", [], 4, "runs of up to"),
     ],
 )

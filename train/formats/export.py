@@ -1,6 +1,8 @@
 """Export of an SAE to another library's files, verified before the folder gets its final name."""
 
 import contextlib
+import errno
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from .canonical import UNIT_NORM_TOLERANCE, CanonicalSAE, from_canonical, to_can
 from .metadata import export_metadata, run_hook
 from .safe_read import ForeignFolder
 from .verify import Check, Progress, SampleRows, compare, no_progress, require_passed, sample_run_rows, synthetic_rows
+
+NUMBERS = itertools.count()  # in the names of temporary folders
 
 
 @dataclass
@@ -161,24 +165,27 @@ def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `target` if the block succeeds and removed if it fails.
 
-    UsageError if `target` exists and is not an empty folder.
+    UsageError if `target` exists and is not an empty folder, also if another process made it meanwhile: the first of
+    two wins, and its folder is whole.
     """
     if target.is_file():
         raise UsageError(f"{target} is a file; nothing was written. Give a new folder with --out.")
     if target.is_dir() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty; nothing was written. Give a new folder with --out.")
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{next(NUMBERS)}")
     try:
         make_folder(temporary)
     except OSError as error:
         raise os_error(error, target) from error
     try:
         yield temporary
-        if target.is_dir():
-            target.rmdir()
-        os.replace(temporary, target)
+        os.replace(temporary, target)  # also in place of an empty folder
         fsync_folder(target.parent)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UsageError(
+                f"{target} was written by another process meanwhile and left as it is. Give a new folder with --out."
+            ) from error
         raise os_error(error, target) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -4,7 +4,6 @@ One request gives the names and sizes of all files. Paths say most of the rest; 
 an SAE is read, of MAX_CONFIGS SAEs at most. Weights are never downloaded.
 """
 
-import json
 import re
 import tempfile
 from collections import Counter, defaultdict
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...common.errors import SaeError, UsageError
+from ...common.files import parse_json, read_file
 from ...common.formatting import format_bytes
 from .base import parse_width
 from .hub import REPO_ID, HubAddress, list_repository, translate_hub_errors
@@ -92,7 +92,7 @@ def list_release(
         UsageError: the release or a filter is invalid, or nothing of a known format is there.
         UnavailableError: the Hub cannot be reached or does not grant access.
     """
-    if width is not None and not re.fullmatch(r"\d{1,9}[kKmM]?", width):
+    if width is not None and not re.fullmatch(r"[1-9]\d{0,8}[kKmM]?", width):
         raise UsageError(f"Invalid --width {width}: expected a number of latents, such as 16384 or 16k.")
     if (root := Path(text)).is_dir():
         found = find_published(list_local_files(root), "/".join(root.resolve().parts[-2:]))
@@ -163,10 +163,8 @@ def hub_config_reader(repo: str, commit: str) -> ConfigReader:
         with tempfile.TemporaryDirectory() as temporary:
             with translate_hub_errors(repo):
                 path = Path(hf_hub_download(repo, sae.config.name, revision=commit, local_dir=temporary))
-            with suppress(ValueError, RecursionError):
-                content = json.loads(path.read_bytes())
-                return content if isinstance(content, dict) else {}
-        return {}
+            content = parse_json(read_file(path), path)
+        return content if isinstance(content, dict) else {}
 
     return read
 

@@ -14,7 +14,6 @@ The rules that every reader in this folder follows, and why:
 """
 
 import contextlib
-import json
 import math
 import struct
 import zipfile
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DamagedError, SaeError, UsageError
+from ...common.files import parse_json, read_file
 
 MAX_HEADER_BYTES = 1 << 20  # of a header or config; those of real SAEs are far smaller
 MAX_COMPRESSION_RATIO = 100  # weights hardly compress; an archive that claims more is made to fill the memory
@@ -96,8 +96,7 @@ class ForeignFolder:
         path = self.require_file(name)
         if (size := path.stat().st_size) > MAX_HEADER_BYTES:
             raise DamagedError(f"{path} has {size:,} bytes; a config has at most {MAX_HEADER_BYTES:,}.")
-        with damaged_if_unreadable(path):
-            content = json.loads(path.read_bytes())
+        content = parse_json(read_file(path, "Download it again."), path, "Download it again.")
         if not isinstance(content, dict):
             raise DamagedError(f"{path} does not hold a JSON object. Download it again.")
         return content
@@ -154,7 +153,7 @@ def read_safetensors_headers(path: Path) -> dict[str, TensorHeader]:
             raise DamagedError(
                 f"{path} claims a header of {length:,} bytes, but has {size:,} in all. Download it again."
             )
-        entries = json.loads(file.read(length))
+        entries = parse_json(file.read(length), path, "Download it again.")
         data_start = 8 + length
         headers = {}
         for name, entry in entries.items():

@@ -1,6 +1,7 @@
 """Autointerp: scores by judges whose answers are scripted, and by a judge behind a URL."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def words(tiny_model) -> TokenText:
     [
         ("2, 9,13", [2, 9, 13]), ("None", []), ("none.", []), (" 7 ", [7]), ("[3, 3, 1]", [1, 3]), ("", None),
         ("0", None), ("15", None), ("2 and 3", None), ("Passages 2, 3", None), ("1,,2", None), ("-1", None),
+        ("9" * 8000, None), ("1, " + "0" * 8000, None), ("٣, ৩", [3]), ("²", None),
     ],
 )  # fmt: skip
 def test_predictions_are_numbers_or_none(answer, predicted):
@@ -259,6 +261,29 @@ def test_a_judge_behind_a_url_scores_the_latents(run, server, monkeypatch):
     text = (run / "evaluations" / "autointerp.json").read_text()
     assert "secret" not in text and "words." in text
     assert not row.errors
+
+
+def test_a_judge_that_stops_answering_is_asked_only_the_rest(run, server):
+    failing = iter([True])
+
+    def reply(body):
+        explained = body["messages"][-1]["content"].startswith("The latent activates on")
+        if explained and next(failing, False):
+            return (200, {}, b"[" * 100_000)
+        return server.completion("None" if explained else "This latent activates on words.")
+
+    server.replies = [reply]
+    options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
+    config = EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu")
+    (row, *_) = evaluate(config)
+    assert "did not answer with a chat completion" in str(row.errors["autointerp"])
+    assert "The answers so far are kept" in str(row.errors["autointerp"])
+    assert not (run / "evaluations" / "autointerp.json").exists()
+    (row, *_) = evaluate(config)
+    assert not row.errors and len(row.results["autointerp"].extra) == 3
+    asked = Counter(str(body["messages"]) for *_, body in server.seen)
+    assert sorted(asked.values()) == [1] * 5 + [2, 2]  # twice: the test question, and the one that failed
+    assert not list((run.parents[1] / "activations" / "evaluation").glob("judge-*"))
 
 
 def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):

@@ -1,11 +1,20 @@
 """The client of a judge against a local server: retries, refusals, invalid URLs."""
 
+import contextlib
+import socket
+import threading
+import time
+
 import pytest
 
-from sae.common.errors import UnavailableError, UsageError
-from sae.evaluate.metrics.llm_judge import Endpoint
+from sae.common.errors import DamagedError, UnavailableError, UsageError
+from sae.evaluate.metrics.llm_judge import MAX_ANSWER, Endpoint, KeptAnswers
 
 MESSAGES = [{"role": "user", "content": "Which?"}]
+
+
+def completion(content) -> dict:
+    return {"choices": [{"message": {"content": content}}]}
 
 
 def test_a_busy_endpoint_is_waited_for(server):
@@ -53,6 +62,14 @@ def test_a_busy_endpoint_is_waited_for(server):
         ((302, {"Location": "http://127.0.0.1:9/"}, b""), UnavailableError, "answered HTTP 302", 1),
         ((200, {}, b"<html>"), UnavailableError, "did not answer with a chat completion", 1),
         ((200, {}, {"choices": []}), UnavailableError, "did not answer with a chat completion", 1),
+        ((200, {}, b"[" * 100_000), UnavailableError, "did not answer with a chat completion", 1),
+        ((200, {}, b"9" * 8000), UnavailableError, "did not answer with a chat completion", 1),
+        ((200, {}, b'{"choices": [{"message": {"content": "\xff"}}]}'), UnavailableError, "did not answer with a", 1),
+        ((200, {}, completion(["a"])), UnavailableError, "did not answer with a chat completion", 1),
+        ((200, {}, completion(5)), UnavailableError, "did not answer with a chat completion", 1),
+        ((200, {}, b" " * (2 << 20)), UnavailableError, "answered with more than", 1),
+        ((500, {}, b"[" * 100_000), UnavailableError, "answered HTTP 500", 3),
+        ((429, {"Retry-After": "9" * 5000}, b""), UnavailableError, "HTTP 429, 3 times", 3),
     ],
 )
 def test_what_an_endpoint_refuses_is_a_sentence(server, reply, error, sentence, asked):
@@ -84,3 +101,61 @@ def test_an_endpoint_that_is_not_there_is_a_sentence():
 def test_what_is_no_url_is_refused(url):
     with pytest.raises(UsageError, match="is not a valid URL"):
         Endpoint(url, "m")
+
+
+def endless(kind: str) -> tuple[str, threading.Thread]:
+    """The URL of a server whose replies never end, and its thread, which ends when the client closes."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        listener.close()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + (b"" if kind == "headers" else b"\r\n"))
+            while True:
+                connection.sendall(b"a" * (65536 if kind == "fast" else 1))
+                if kind != "fast":
+                    time.sleep(0.01)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1", thread
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("fast", "answered with more than 1.0 MB"),
+        ("slow", r"did not finish its answer within 0\.5 s"),
+        ("headers", r"did not finish its answer within 0\.5 s"),
+    ],
+)
+def test_an_answer_without_end_is_a_sentence(kind, sentence):
+    url, thread = endless(kind)
+    with pytest.raises(UnavailableError, match=sentence):
+        Endpoint(url, "m", waits=(0,), time_limit=30 if kind == "fast" else 0.5).ask(MESSAGES)
+    if kind == "fast":
+        thread.join(timeout=30)
+        assert not thread.is_alive()  # the connection was closed, not read further
+
+
+def test_a_long_answer_is_cut(server):
+    server.replies = [server.completion("x" * 50_000)]
+    assert Endpoint(server.url, "m").ask(MESSAGES) == "x" * MAX_ANSWER
+
+
+def test_answers_are_kept_when_the_judge_stops_answering(server, tmp_path):
+    questions = [[{"role": "user", "content": str(n)}] for n in range(3)]
+    server.replies = [server.completion("first"), (400, {}, b""), server.completion("third")]
+    judge = Endpoint(server.url, "m")
+    kept = KeptAnswers(judge, tmp_path / "kept.json")
+    with pytest.raises(UnavailableError), kept.kept_if_interrupted():
+        for question in questions:
+            kept.ask(question)
+    again = KeptAnswers(judge, tmp_path / "kept.json")
+    assert [again.ask(question) for question in questions] == ["first", "third", "third"]
+    assert [body["messages"][0]["content"] for *_, body in server.seen] == ["0", "1", "1", "2"]
+    (tmp_path / "kept.json").write_bytes((tmp_path / "kept.json").read_bytes().replace(b"first", b"fir5t"))
+    with pytest.raises(DamagedError, match="kept.json"):
+        KeptAnswers(judge, tmp_path / "kept.json")

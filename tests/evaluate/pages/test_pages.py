@@ -20,8 +20,10 @@ from sae.evaluate.pages.svg import draw_svg, shared_legend
 
 
 def test_no_value_of_a_template_can_hide():
-    html = templates().from_string("{{ name }} {{ path }} {{ 'own' | safe }} {{ number }}").render(
-        name="a\u202e<b>\x1b[31m", path=Path("b\udcff"), number=-5
+    html = (
+        templates()
+        .from_string("{{ name }} {{ path }} {{ 'own' | safe }} {{ number }}")
+        .render(name="a\u202e<b>\x1b[31m", path=Path("b\udcff"), number=-5)
     )
     assert html == "a⟨202E⟩&lt;b&gt;⟨001B⟩[31m b\ufffd own -5"
 

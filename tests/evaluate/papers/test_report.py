@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sae.common.errors import LeftOutWarning
 from sae.evaluate.compare import ComparedRun
 from sae.evaluate.compare_charts import read_metrics_log
 from sae.evaluate.metrics.base import MetricResult
@@ -178,10 +179,23 @@ def test_the_page_has_every_claim_and_contradiction(number):
 
 
 @pytest.mark.parametrize(
-    "line", ["5", '"x"', "null", "[1]", '{"step": null}', '{"step": Infinity}', '{"step": 1' + "0" * 400 + "}", '{"ste']
+    "line",
+    [
+        "5",
+        '"x"',
+        "null",
+        "[1]",
+        "[" * 50_000,
+        "9" * 8000,
+        '{"step": null}',
+        '{"step": Infinity}',
+        '{"step": 1' + "0" * 400 + "}",
+        '{"ste',
+    ],
 )
 def test_a_line_of_the_log_that_is_none_is_left_out(tmp_path, line):
     kept = {"step": 1, "tokens": 4, "loss": 2.0}
     changed = '{"step": 2, "tokens": 8, "loss": "low", "dead": null}'
     (tmp_path / "metrics.jsonl").write_bytes("\n".join([line, json.dumps(kept), changed, line]).encode() + b"\xff")
-    assert read_metrics_log(tmp_path) == [kept, {"step": 2, "tokens": 8}]
+    with pytest.warns(LeftOutWarning, match="Left out: 1 line of .*metrics.jsonl"):  # the last was cut off by a kill
+        assert read_metrics_log(tmp_path) == [kept, {"step": 2, "tokens": 8}]

@@ -12,7 +12,7 @@ from sae.common.errors import SaeError, UsageError
 from sae.train import variants  # noqa: F401  (registers the activations)
 from sae.train.formats import gemma_scope
 from sae.train.formats.base import Format
-from sae.train.formats.export import export_sae
+from sae.train.formats.export import export_sae, new_folder
 from sae.train.formats.import_ import import_sae
 from sae.train.formats.safe_read import ForeignFolder
 from sae.train.sae import load_sae
@@ -106,3 +106,17 @@ def test_an_imported_run_can_be_exported_again(make_sae, tmp_path):
     one, two = (torch.load(m.folder / "ae.pt", weights_only=True) for m in (first, again))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
     assert Format.registry["dictionary-learning"].matches(ForeignFolder(again.folder))
+
+
+def test_of_two_exports_to_one_folder_one_wins_and_the_other_says_so(make_sae, tmp_path):
+    """Both have begun before either ends; neither leaves anything behind but the folder of the first."""
+    (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(UsageError, match="out was written by another process meanwhile"),
+        new_folder(tmp_path / "out") as a,
+    ):
+        (a / "second").touch()
+        with new_folder(tmp_path / "out") as b:
+            (b / "first").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
