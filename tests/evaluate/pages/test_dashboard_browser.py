@@ -57,7 +57,9 @@ def file(tiny_cache, tmp_path_factory) -> Path:
 def unlabeled(tiny_cache, tmp_path_factory) -> Path:
     """Of an SAE of 60 latents, none of which has a label; a run that logged 2,000 lines and was not evaluated."""
     folder = make_run(tiny_cache, tmp_path_factory.mktemp("runs") / ("a-long-name-" * 6), 60)
-    lines = [{"tokens": 50 * n, "loss": 1 / n, "l0": 4.0, "explained_variance": 1 - 1 / n} for n in range(1, 2001)]
+    lines = [
+        {"step": n, "tokens": 50 * n, "loss": 1 / n, "l0": 4.0, "explained_variance": 1 - 1 / n} for n in range(1, 2001)
+    ]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     write_page(folder / "dashboard.html", make_page(open_run(folder, 400, "cpu"), 60))
     return folder / "dashboard.html"
