@@ -355,13 +355,9 @@ def test_sae_dashboard_and_sae_inspect(run):
     ("arguments", "sentence"),
     [
         (["dashboard", "RUN", "--out", "page.txt"], "ends in .html"),
-        (["dashboard", "RUN", "--latents", "0"], "--latents 0"),
-        (["dashboard", "RUN", "--tokens", "0"], "--tokens 0"),
-        (["dashboard", "RUN", "--passage", "0"], "--passage"),
         (["dashboard", "nowhere"], "no trained SAE"),
         (["inspect", "RUN"], "--latent 12"),
         (["inspect", "RUN", "--latent", "70"], "latents 0 to 69"),
-        (["inspect", "RUN", "--latent", "-1"], "no latent -1"),
         (["inspect", "RUN", "--prompt", ""], "no tokens"),
         (["inspect", "RUN", "--prompt", "the " * 9000], "the model reads at most 8,192"),
     ],
