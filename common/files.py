@@ -117,6 +117,17 @@ def remove_stale_files(folder: Path) -> int:
     return len(stale)
 
 
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
+    """A path of an existing file for libraries that cannot open one that is not UTF-8, such as safetensors.
+
+    Raises OSError if the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        is_utf8 = str(path).encode(errors="replace").decode() == str(path)
+        yield str(path) if is_utf8 else f"/dev/fd/{file.fileno()}"
+
+
 # --- JSON records ----------------------------------------------------------------------------------------------------
 
 

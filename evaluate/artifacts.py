@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..common.errors import DamagedError
-from ..common.files import atomic_write, digest_of
+from ..common.files import atomic_write, digest_of, utf8_path
 from ..common.records import as_read
 from ..common.schemas import DATA_RECORD
 
@@ -42,7 +42,8 @@ class ArtifactCache:
             atomic_write(path, data)
             digest = hashlib.sha256(data).hexdigest()
             DATA_RECORD.write(path.with_suffix(".json"), {"kind": kind, "depends": dict(depends), "sha256": digest})
-            tensors = load_file(path, device)
+            with utf8_path(path) as readable:
+                tensors = load_file(readable, device)
         return tensors
 
     def path(self, kind: str, depends: Mapping[str, Any]) -> Path:
@@ -58,7 +59,8 @@ class ArtifactCache:
                 return None
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
-                    return load_file(path, device)
+                    with utf8_path(path) as readable:
+                        return load_file(readable, device)
         except (OSError, DamagedError, SafetensorError):
             pass
         return None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..cache.layout import Hook
 from ..common.errors import DamagedError, UsageError
-from ..common.files import atomic_write, digest_of
+from ..common.files import atomic_write, digest_of, utf8_path
 from ..common.schemas import RESULT_RECORD, RUN_RECORD, SAE_RECORD, ResultFile, RunRecord, SavedSAE
 from . import sparse_ops
 from .activation_functions import Activation, KeepTopK, ReLU, activation_chain
@@ -204,7 +204,7 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
 def check_shapes(weights: Path, d_in: int, d_sae: int) -> None:
     """Raise DamagedError if the shapes in the file's header do not match. Allocates nothing."""
     expected = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_enc": [d_sae], "b_dec": [d_in]}
-    with safetensors.safe_open(weights, "pt") as file:
+    with utf8_path(weights) as path, safetensors.safe_open(path, "pt") as file:
         for name, shape in expected.items():
             actual = file.get_slice(name).get_shape()
             if actual != shape:
