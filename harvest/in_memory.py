@@ -120,8 +120,8 @@ def capture_texts(
     cutter = ContextCutter(form, context, UNLIMITED, pack=False)
     encode = DocumentEncoder(tokenizer, form.bos_id, embedded=embedding_rows(model.config))
     for number, body in enumerate(encode.encode_texts(list(texts))):
-        first = [] if form.bos_id is None else [form.bos_id]
-        check_embedded([*first, *body], encode.embedded, tokenizer, f"texts[{number}]")
+        bos = [] if form.bos_id is None else [form.bos_id]
+        check_embedded([*bos, *body], encode.embedded, tokenizer, f"texts[{number}]")
         cutter.add(body, number, held_out=False)
     contexts = cutter.take()
     ids = [torch.from_numpy(x.astype(np.int64)) for x in np.split(contexts["ids"], np.cumsum(contexts["length"])[:-1])]

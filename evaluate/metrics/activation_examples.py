@@ -137,10 +137,13 @@ class TokenText:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         (self.before, *_) = tokenizer.encode("a", add_special_tokens=False)
+        self.tokens = len(tokenizer)
         self.cache: dict[int, str] = {}
 
     def text(self, token: int) -> str:
         """A token's text with its leading space, which some tokenizers drop from the first token of a text."""
+        if token >= self.tokens:  # the embedding can have more rows; not every tokenizer decodes them
+            return ""
         if token not in self.cache:
             alone, both = self.tokenizer.decode([self.before]), self.tokenizer.decode([self.before, token])
             self.cache[token] = both.removeprefix(alone)

@@ -14,6 +14,7 @@ from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 from sae.common.special_tokens import special_tokens
 from sae.common.tokenizers import tokenizer_digest, tokens_without_embedding
+from sae.evaluate.metrics.activation_examples import TokenText
 from sae.harvest.chat import ChatEncoder
 from sae.harvest.config import HarvestConfig
 from sae.harvest.encode import encode_as_text
@@ -135,6 +136,13 @@ def test_a_tokenizer_written_in_python_is_harvested(bytes_model: Path, tmp_path:
     assert len(same) == cache.rows and np.mean(same) > 0.98, "passes of other shapes can round differently"
     first = contexts.ids[list(contexts.document).index(0)]
     assert bytes(int(number) - 3 for number in first[1:19]).decode() == "row 0 of </s> text"
+
+
+def test_tokens_beyond_the_vocabulary_have_no_text() -> None:
+    """The embedding of such a model has more rows than there are tokens, and ByT5's tokenizer cannot decode them."""
+    with pytest.raises(ValueError, match="bytes"):
+        ByT5Tokenizer().decode([390])
+    assert TokenText(ByT5Tokenizer()).text(390) == "" and TokenText(ByT5Tokenizer()).text(100) == "a"
 
 
 def ctrl(folder: Path, merges: str = "h e\n") -> Any:
