@@ -22,8 +22,6 @@ PACKAGE_FILES = sorted(
 )
 # Packages that are imported under another name.
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
-# Declared, and imported by others for us.
-USED_BY_OTHERS = {"zstandard": "datasets reads .zst files, such as the Pile's, with it"}
 TOOLS = {"pytest-xdist", "ruff", "mypy"}  # run, not imported
 
 
@@ -90,7 +88,7 @@ def test_what_the_package_imports_is_declared(path: Path) -> None:
 
 def test_what_is_declared_is_used() -> None:
     imported = set().union(*map(third_party, PACKAGE_FILES))
-    assert CORE.keys() - imported == set(USED_BY_OTHERS)
+    assert CORE.keys() - imported == set()
 
 
 def test_every_extra_installs_the_package_that_its_error_names() -> None:
