@@ -134,7 +134,7 @@ def test_activations_are_the_hidden_states_of_each_text_by_itself(tiny_model: Pa
         TEXTS, model=str(tiny_model), layer=0, batch_contexts=2, keep_special=keep_special, device="cpu"
     )
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager"),
         AutoTokenizer.from_pretrained(tiny_model),
     )
     first = 0 if keep_special else 1
