@@ -12,18 +12,20 @@ from sae.common.records import DIGEST, RecordKind
 
 HEAD = f"""# Records
 
-Every JSON file that this package writes, and the type and meaning of its fields. Made by
-`python benchmarks/records_page.py > docs/records.md` from `common/cache_schemas.py` and `common/schemas.py`.
+This page lists the JSON files that the package writes, with the type and meaning of every field.
+`python benchmarks/records_page.py > docs/records.md` makes it from `common/cache_schemas.py` and `common/schemas.py`.
+Paths that do not begin with `activations/` are relative to the folder of a cache (`activations/<name>/`) up to
+`drafts/`, and to that of a run (`runs/<name>/`) from `sae.json` on.
 
-Each record has a `{DIGEST}` besides: the sha256 of its content without the digest itself, as JSON with sorted
-keys and no whitespace, so that another layout of the same content is the same record. In a `zarr.json` it is an
-attribute, and covers only what is marked with * (of codecs, what decides how bytes are read); other Zarr programs may
-write the rest their way. Readers check it, and exit code 3 says that a record is not as it was written. Records of
-earlier versions have none; they are read, with one warning, and get one when `sae cache repair` or `sae harvest` writes
-into their cache.
+Each record also has the field `{DIGEST}`: the sha256 of the other fields as JSON with sorted keys and no
+whitespace. Reformatting a file does not change it. In a `zarr.json` it is an attribute and covers only the fields
+marked with * (of codecs, the settings that decide how bytes are read), so other Zarr programs can write the other
+fields differently. Readers check the digest. If it does not match, the command ends with exit code 3, unless the
+record can be made again without loss, such as a draft. Records of earlier versions have no digest: they are read with one warning. `sae cache repair`, and a `sae harvest` that
+adds to a cache, give the records of that cache their digests.
 
-To edit a record on purpose, or to write one with another program, leave `{DIGEST}` out. The types below are checked
-nevertheless. Fields that are not listed here are kept and not read.
+To edit a record on purpose, or to write one with another program, leave `{DIGEST}` out. The types below are
+still checked. Other fields are allowed.
 
 """
 COVERED = {
@@ -31,7 +33,7 @@ COVERED = {
     "ARRAY_RECORD": {"shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "attributes"},
 }
 SIMPLE = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
-NAMED = {schemas.Sha256: "sha256, 64 digits", cache_schemas.Crc32c: "CRC-32C, 8 digits"}
+NAMED = {schemas.Sha256: "sha256 (64 digits)", cache_schemas.Crc32c: "CRC-32C (8 digits)"}
 
 
 def main() -> None:
@@ -75,8 +77,10 @@ def parts(value: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def object_in(value: Any) -> Any:
-    """The TypedDict that a type is, or is a list or dictionary of; None for any other type."""
+    """The TypedDict that a type is, can be, or is a list or dictionary of; None for any other type."""
     origin, arguments = parts(value)
+    if origin in (Union, types.UnionType):
+        return next(filter(None, map(object_in, arguments)), None)
     plain = get_args(value)[0] if get_origin(value) is Annotated else value
     if is_typeddict(plain):
         return plain

@@ -19,7 +19,7 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class RememberedModels(TypedDict):
-    """.models.json
+    """activations/.models.json
 
     It can be deleted at any time.
     """
@@ -34,9 +34,9 @@ class RememberedModels(TypedDict):
 
 
 class EvaluationData(TypedDict):
-    """evaluation/**/<kind>-<digest>.json
+    """activations/evaluation/**/<kind>-<digest>.json
 
-    Tensors that do not depend on an SAE, such as probes, are in the .safetensors file beside it.
+    It describes the .safetensors file beside it, which holds tensors that do not depend on an SAE, such as probes.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class EvaluationData(TypedDict):
 
 
 class PinnedDataset(TypedDict):
-    """evaluation/datasets/<name>.json"""
+    """activations/evaluation/datasets/<name>.json"""
 
     dataset: Annotated[str, Meta(description="id on the Hub")]
     commit: Annotated[str, Meta(description="the one that is read")]
@@ -252,7 +252,7 @@ class Unstructured(TypedDict):
 
 
 class MaskedPart(Unstructured):
-    """The rest of the result without outlier rows, whose numbers are the categories masked_<category>."""
+    """The rest of the result without outlier rows. Its numbers are the categories masked_<category>."""
 
     details: list[dict[str, Any]]
 
@@ -266,7 +266,7 @@ class UnstructuredResult(Unstructured):
             Meta(description="where a number does not exist, and -1 stands for it: the keys that lead to it"),
         ]
     ]
-    masked: NotRequired[MaskedPart | None]
+    masked: NotRequired[Annotated[MaskedPart | None, Meta(description="the rest of the result without outlier rows")]]
 
 
 class ResultFile(TypedDict):
@@ -304,9 +304,12 @@ RESULT_RECORD = RecordKind(
 
 
 class JudgeAnswers(TypedDict):
-    """judge-<digest>.json: the answers of a judge of autointerp that stopped answering"""
+    """activations/evaluation/judge-<digest>.json
+
+    The answers that a judge of autointerp gave before it stopped answering. The same command asks only for the others.
+    """
 
     answers: Annotated[dict[str, str], Meta(description="digest of the question -> answer")]
 
 
-JUDGE_ANSWERS_RECORD = RecordKind(JudgeAnswers, "Delete it; the judge is then asked again.")
+JUDGE_ANSWERS_RECORD = RecordKind(JudgeAnswers, "Delete it: the judge is then asked again.")
