@@ -57,6 +57,11 @@ class HarvestConfig:
 
 def check_config(config: HarvestConfig, dataset: str) -> None:
     """Raise UsageError for values that are wrong for any model and text."""
+    if config.model.encode(errors="replace").decode() != config.model:
+        raise UsageError(
+            f"The path --model {config.model} is not UTF-8, and the libraries of models and tokenizers cannot open it. "
+            "Rename the folder, or give a link to it with another name."
+        )
     if "" in (config.model, config.dataset):
         raise UsageError("--model and --dataset cannot be empty. Leave out --dataset for the model's default text.")
     if not config.layers or not (config.sites or config.modules):

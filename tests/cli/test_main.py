@@ -120,11 +120,11 @@ def test_gemma_without_access_names_the_license_and_an_alternative():
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("binary.txt", b"\xff\xfe\x00\x80", "is not UTF-8 text"),
+        ("binary.txt", b"\xff\xfe\x00\x80", "the byte 0xff is not UTF-8"),
         ("empty.txt", b"", "empty.txt is empty"),
         ("empty.jsonl", b"", "empty.jsonl is empty"),
         ("blank.txt", b" \n\n\t\n", "has no tokens to harvest"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text"', "cannot be read as json"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"', r"broken.jsonl line 2: it is not JSON"),
         ("column.jsonl", b'{"content": "a"}\n', "has no column 'text'; its columns are 'content'"),
         ("table.parquet", b"PAR1", "cannot be read as parquet"),
         ("sheet.xls", b"x", "expected files of one format"),
@@ -137,6 +137,18 @@ def test_text_that_cannot_be_harvested_is_rejected(tiny_model, home, name, conte
     found = refused(BAD_USAGE, "harvest", *words)
     assert re.search(sentence, found)
     assert not (home / "out" / "zarr.json").exists()
+
+
+def test_paths_that_are_not_utf8_work_or_are_refused_with_a_sentence(tiny_model, tiny_cache, home):
+    odd = home / os.fsdecode(b"b\xff")
+    run = untrained(odd / "run", tiny_cache)
+    found = refused(BAD_USAGE, "harvest", "--model", odd / "model", "--layer", 0)
+    assert "is not UTF-8" in found and r"b\xff" in found
+    result = call("evaluate", run, "--suite", "core", "--tokens", 60, "--device", "cpu", "--no-references")
+    assert result.exit_code == 0, result.output
+    result = call("compare", run, "--out", odd / "x.csv", "--out", odd / "x.html", "--out", odd / "x.json")
+    assert result.exit_code == 0 and r"b\xff/x.json" in result.stderr
+    assert (odd / "x.csv").exists() and "\ufffd" not in (odd / "x.json").read_text()
 
 
 def test_a_missing_text_is_rejected(tiny_model):
@@ -255,7 +267,7 @@ def test_a_cache_of_another_model_is_rejected(tiny_cache, home):
 
 
 def test_a_half_written_cache_is_rejected_and_the_message_says_how_to_finish_it(tiny_cache, home):
-    from sae.common.schemas import CACHE_RECORD
+    from sae.common.cache_schemas import CACHE_RECORD
 
     half = copy_of(tiny_cache, home / "activations" / "half")
     (half / "manifest.json").unlink()
