@@ -6,10 +6,10 @@
 
 Each end gets a virtual environment in FOLDER with this checkout and all its extras: the lowest with uv's `--resolution
 lowest-direct`, which takes the lowest allowed version of what is declared here and the newest of what those packages
-need. The tests run one folder of tests/ after another. What is finished is kept in FOLDER, so a second call goes on
-where the first was stopped; `--again lowest` begins an end anew. A test that fails is run once more, alone. The page is
-printed at the end; the exit code is 1 if a test failed twice. `--pin` fixes a version at both ends, for a package of
-which only some versions can be had; the page then says that its bound was not tried.
+need. The tests run one folder of tests/ after another. What is finished is kept in FOLDER, so a later call goes on
+where the last one was stopped, and tries again what failed; `--again lowest` begins an end anew. A test that fails is
+run once more, alone. The page is printed at the end; the exit code is 1 if a test still fails. `--pin` fixes a version
+at both ends, for a package of which only some versions can be had; the page then says that its bound was not tried.
 """
 
 import argparse
