@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.cli.train import progress_note
+from sae.common.packages import EXTRAS
 from sae.train import loggers
 from sae.train.plan import TrainConfig
 
@@ -120,7 +121,8 @@ def test_a_logger_gets_every_line_of_metrics_jsonl(tiny_cache, monkeypatch: pyte
         def finish(self) -> None:
             logged.append({"finished": self.folder.name})
 
-    monkeypatch.setitem(loggers.LOGGERS, "json", Recorder)  # a module of that name exists, as for the others
+    monkeypatch.setitem(loggers.LOGGERS, "json", Recorder)
+    monkeypatch.setitem(EXTRAS, "json", "json")  # an extra whose module is installed
     words = [
         "--cache",
         tiny_cache.folder,
