@@ -3,9 +3,9 @@
     python benchmarks/open_cost.py                         this checkout
     python benchmarks/open_cost.py --against ../before     and another one, on the files that it writes itself
 
-Each checkout (a folder called `sae` that holds the package) writes a cache of one layer with small chunks, then times,
-each in a new process after the imports: opening the cache with its manifest, as training does, and opening the SAE and
-the record of a run. The median of several processes is printed, and the load of the machine.
+Each checkout (a folder called `sae` that holds the package) writes the records of a cache of one layer, without its
+chunks, then times, each in a new process after the imports: opening the cache, with its manifest as training does, and
+loading the SAE of a run (--run). The median of several processes is printed, and the load of the machine.
 """
 
 import argparse
@@ -21,30 +21,49 @@ from pathlib import Path
 
 PROCESSES = 9
 WRITE = """
-import json, os, sys
+import os, sys
 from pathlib import Path
 import numpy as np
+from sae.cache import statistics, writer as module
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Layout
 from sae.cache.writer import CacheWriter, WindowRows
-os.fsync = lambda descriptor: None  # the files are not meant to last
-chunks, d_in, rows = int(sys.argv[2]), 4, 16
-folder = Path(sys.argv[1]) / "cache"
-layout = Layout(chunks * rows, rows)
-ids = np.zeros((chunks, rows), np.uint32)
-document, held_out = np.arange(chunks, dtype=np.uint32), np.zeros(chunks, bool)
-Contexts(ids, np.full(chunks, rows, np.uint16), document, held_out).write(folder)
+
+folder, chunks = Path(sys.argv[1]) / "cache", int(sys.argv[2])
+layout = Layout(chunks * 8192)
+contexts, length = 64, 128
+document, held_out = np.arange(contexts, dtype=np.uint32), np.zeros(contexts, bool)
+ids, lengths = np.zeros((contexts, length), np.uint32), np.full(contexts, length, np.uint16)
+Contexts(ids, lengths, document, held_out).write(folder)
 identity = {
     "format": 1, "model": {"name": "none", "revision": "0"}, "data": {"name": "none", "revision": "0"},
-    "dtype": "float32", "attention": "eager", "tokenizer": "0" * 64, "tokens": layout.rows, "context": rows,
-    "held_out": 0.0, "skip": [], "pack": False, "seed": 0, "window_rows": rows, "chunk_rows": rows,
-    "storage_dtype": "bfloat16", "compress": None,
+    "dtype": "float32", "attention": "eager", "tokenizer": "0" * 64, "tokens": layout.rows, "context": length,
+    "held_out": 0.0, "skip": [], "pack": False, "seed": 0, "window_rows": layout.window_rows,
+    "chunk_rows": layout.chunk_rows, "storage_dtype": "bfloat16", "compress": None,
 }
-writer = CacheWriter(folder, identity, layout, {"layer_00": d_in})
-bits = np.random.default_rng(0).integers(0x3F00, 0x3FFF, (rows, d_in), np.uint16)
-for window in range(chunks):
-    ctx, pos = np.full(rows, window, np.uint32), np.arange(rows, dtype=np.uint16)
-    writer.write_window(window, WindowRows({"layer_00": bits}, ctx, pos), {})
+
+# The records are those of a harvest; the chunks are not written, since opening a cache does not read them.
+def chunks_to_write(self, window, rows):
+    one = range(window, window + 1)
+    yield "", [(array, window, None) for array in layout.origin_arrays()]
+    for name in rows.bits:
+        arrays = layout.activation_arrays(name, 2304)
+        yield name, [(array, chunk, None) for array in arrays for chunk in layout.chunk_range(array, one)]
+
+def describe_chunk(folder, array, chunk, rows):
+    return array.chunk_file(chunk), {"bytes": array.chunk_bytes + 4, "crc32c": f"{chunk:08x}"}
+
+numbers = {
+    "count": layout.rows, "marked": 0, "max_norm": None, "norm_limit": None, "variance": 1.0, "mean_square_norm": 1.0,
+    "mean_norm": 1.0, "norm_of_mean": 1.0, "norm_quantiles": {"0.5": 1.0}, "outlier_dimensions": {},
+}
+CacheWriter.chunks_to_write, module.write_chunk = chunks_to_write, describe_chunk
+module.files_exist, statistics.array_statistics = (lambda *arguments: True), (lambda *arguments: numbers)
+os.fsync = lambda descriptor: None  # the files are not meant to last
+writer = CacheWriter(folder, identity, layout, {"layer_12": 2304})
+for window in range(layout.n_windows):
+    row = np.broadcast_to(np.uint32(0), len(layout.row_range(window)))
+    writer.write_window(window, WindowRows({"layer_12": row}, row, row), {})
 writer.finish()
 """
 OPEN = """
@@ -60,7 +79,7 @@ def timed(work):
 def open_manifest():
     cache = Cache(folder)
     assert len(cache.manifest["files"]) > 10_000
-    cache.array(cache.require_array(0))
+    cache.array(cache.require_array(12))
 result = {"open": timed(lambda: Cache(folder)), "open and read the manifest": timed(open_manifest)}
 if run.exists():
     result["load the SAE of a run"] = timed(lambda: load_sae(run))
