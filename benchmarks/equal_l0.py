@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sae.common.errors import UsageError
-from sae.common.files import read_json
 from sae.evaluate.compare import ComparedRun, read_run
 from sae.evaluate.metrics.base import MetricColumn
 from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.tables import paired_difference
+from sae.train.sae import read_sae_record
 
 PLAIN = "progressive-baseline"  # ReLU and L1, with x as the encoder's input instead of x - b_dec: the papers' own SAE
 L1 = "competition-baseline"  # the same with a penalty that warms up, and without weight decay
@@ -76,8 +76,7 @@ def index_runs(all_runs: Iterable[ComparedRun]) -> Runs:
 def other_differences(one: ComparedRun, other: ComparedRun) -> list[str]:
     """The options that both runs have with different values: lr, weight decay, pre_bias (input x - b_dec), ..."""
     options, other_options = (
-        run.record["resolved"] | {"pre_bias": read_json(run.folder / "sae.json", "pre_bias")["pre_bias"]}
-        for run in (one, other)
+        run.record["resolved"] | {"pre_bias": read_sae_record(run.folder)["pre_bias"]} for run in (one, other)
     )
     return [name for name in options if name in other_options and options[name] != other_options[name]]
 

@@ -21,8 +21,8 @@ Each record also has the field `{DIGEST}`: the sha256 of the other fields as JSO
 whitespace. Reformatting a file does not change it. In a `zarr.json` it is an attribute and covers only the fields
 marked with * (of codecs, the settings that decide how bytes are read), so other Zarr programs can write the other
 fields differently. Readers check the digest. If it does not match, the command ends with exit code 3, unless the
-record can be made again without loss, such as a draft. Records of earlier versions have no digest: they are read with one warning. `sae cache repair`, and a `sae harvest` that
-adds to a cache, give the records of that cache their digests.
+record can be made again without loss, such as a draft. Records of earlier versions have no digest: they are read with
+one warning. `sae cache repair`, and a `sae harvest` that adds to a cache, give the records of that cache their digests.
 
 To edit a record on purpose, or to write one with another program, leave `{DIGEST}` out. The types below are
 still checked. Other fields are allowed.
@@ -50,7 +50,7 @@ def page() -> Iterator[str]:
             yield f"\n## {title}\n"
             if about.strip():
                 yield " ".join(about.split()) + "\n"
-            yield f"If it is damaged: {kind.remedy}\n"
+            yield f"**If it is damaged.** {kind.remedy}\n"
             yield "| field | type | required | what |\n|---|---|---|---|"
             for field, kind_of_value, required, what in rows(kind.schema):
                 mark = " *" if re.split(r"\W", field)[0] in COVERED.get(name, ()) else ""

@@ -1,4 +1,4 @@
-"""What the records of a cache say twice has to be equal: damage to one of them is then noticed.
+"""Compare what several records of a cache say: damage to one of them is then noticed.
 
 The digest of a record detects that the record has changed. These checks also detect a record of another cache or
 window, and damage to the records of earlier versions, which have no digest. They read no files.
@@ -79,9 +79,9 @@ def check_commit(path: Path, commit: Mapping[str, Any], fingerprint: str, layout
     if commit["fingerprint"] != fingerprint:
         raise DamagedError(f"{path} belongs to another harvest ({commit['fingerprint'][:8]}). {REPAIR_HINT}")
     if path.name != f"{window:06d}.{name}.json":
-        raise contradiction(path, f"it is of window {window} of {name}", "its name is of another")
+        raise contradiction(path, f"it is of window {window} of {name}", "the name of the file is of another")
     if window >= layout.n_windows:
-        raise contradiction(path, f"it is of window {window}", f"the cache has {layout.n_windows}")
+        raise contradiction(path, f"it is of window {window}", f"the cache has only {layout.n_windows} windows")
     if commit["rows"] != (rows := len(layout.row_range(window))):
         raise contradiction(path, f"it has {commit['rows']:,} rows", f"window {window} has {rows:,}")
     check_names(path, commit["files"], window_files(layout, [name], range(window, window + 1)))
@@ -93,17 +93,20 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], attributes: Mapping[
     if manifest["fingerprint"] != attributes["fingerprint"]:
         raise DamagedError(f"{path} comes from another harvest. {REPAIR_HINT}")
     if manifest["rows"] != layout.rows:
-        raise contradiction(path, f"it has {manifest['rows']:,} rows", f"zarr.json {layout.rows:,}")
+        raise contradiction(path, f"it has {manifest['rows']:,} rows", f"zarr.json has {layout.rows:,}")
     # A harvest that was killed between the two can have added to the manifest only.
     if missing := sorted(set(attributes["complete"]) - set(complete)):
         raise contradiction(path, f"{missing[0]} is not complete in it", "it is in zarr.json")
     if different := sorted(set(statistics) ^ set(complete)):
-        raise contradiction(path, f"{different[0]} is among its arrays or its statistics", "it is not among both")
+        raise contradiction(path, f"{different[0]} is in `complete` or `statistics`", "it is not in both")
     for name, one in statistics.items():
         if one["count"] + one["marked"] != layout.rows:
-            raise contradiction(path, f"{name} has {one['count']:,} + {one['marked']:,} rows", f"not {layout.rows:,}")
+            rows = f"{name} has {one['count']:,} rows and {one['marked']:,} outlier rows"
+            raise contradiction(path, rows, f"the cache has {layout.rows:,} rows")
         if (one["max_norm"] is None) != (one["norm_limit"] is None):
-            raise contradiction(path, f"{name} has max_norm {one['max_norm']}", f"norm_limit {one['norm_limit']}")
+            raise contradiction(
+                path, f"{name} has max_norm {one['max_norm']}", f"its norm_limit is {one['norm_limit']}"
+            )
     check_manifest_files(path, manifest["files"], complete, attributes["tokens"], layout)
 
 
@@ -122,7 +125,7 @@ def check_manifest_files(
         check_names(path, files, expected | (allowed & files.keys()))
     text = {file: record for file, record in files.items() if file.startswith("tokens/")}
     if digest_of(text) != tokens:
-        raise contradiction(path, "its files in tokens/ are of another text", "than that of zarr.json")
+        raise contradiction(path, "its files in tokens/ are of one text", "zarr.json records the digest of another")
 
 
 def window_files(layout: Layout, names: Iterable[str], windows: range) -> set[str]:
@@ -158,5 +161,5 @@ def check_names(path: Path, files: Collection[str], expected: Collection[str]) -
 
 
 def contradiction(path: Path, one: str, other: str) -> DamagedError:
-    """The error for a record that says two different things."""
+    """The error for a record of which `one` contradicts the `other`; both are clauses."""
     return DamagedError(f"{path} contradicts itself or another record: {one}, but {other}. {REPAIR_HINT}")

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.cache_schemas import REPAIR_HINT
 from ..common.errors import DamagedError, UsageError
-from .chunks import REPAIR_HINT, FileRecords, read_array_spec, read_chunk, read_rows
+from .chunks import FileRecords, read_array_spec, read_chunk, read_rows
 from .layout import Layout
 
 MAX_NORM = 10.0  # multiple of the median norm

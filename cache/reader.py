@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ..common.cache_schemas import HARVEST_RECORD, MANIFEST_RECORD
+from ..common.cache_schemas import HARVEST_RECORD, MANIFEST_RECORD, REPAIR_HINT
 from ..common.errors import DamagedError, UsageError
 from ..common.files import digest_of
 from ..common.formatting import format_bytes, format_count
 from ..common.open_files import files_limits
 from . import bfloat16  # noqa: F401  (registers the dtype, so that zarr can read the arrays)
-from .chunks import REPAIR_HINT, Shard, check_chunk, map_chunk, read_array, read_array_spec, read_attributes
+from .chunks import Shard, check_chunk, map_chunk, read_array, read_array_spec, read_attributes
 from .consistency import check_manifest, layout_of
 from .contexts import Contexts
 from .layout import ArraySpec, Hook

@@ -92,7 +92,7 @@ def verify_records(folder: Path, attributes: Mapping[str, Any]) -> None:
                 raise DamagedError(f"{path} is missing, though manifest.json has the array {name}. {REPAIR_HINT}")
             for file, record in contents[path]["files"].items():
                 if (listed := manifest["files"][file]) != record:
-                    raise contradiction(path, f"it lists {file} with {record}", f"manifest.json with {listed}")
+                    raise contradiction(path, f"it lists {file} with {record}", f"manifest.json lists it with {listed}")
 
 
 def add_digests(folder: Path) -> int:

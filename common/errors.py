@@ -46,6 +46,11 @@ def warn_left_out(what: object, error: SaeError) -> None:
     warnings.warn(f"{what} is left out: {error}", LeftOutWarning, stacklevel=3)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class name if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: suggests the closest known name, or lists all of them."""
     known = sorted(known)

@@ -1,4 +1,4 @@
-"""Atomic and durable file writes, JSON records, a lock for the one writer of a folder, and the sizes of folders.
+"""Atomic and durable file writes, JSON and TOML, a lock for the one writer of a folder, and the sizes of folders.
 
 Every file of a cache or a run folder is written with `atomic_write`: under a temporary name, flushed to disk, renamed.
 So a kill at any instant leaves the old file, the new one or neither, and at most a stray `*.tmp-<pid>` file, which
@@ -128,8 +128,7 @@ def utf8_path(path: Path) -> Iterator[str]:
         yield str(path) if is_utf8 else f"/dev/fd/{file.fileno()}"
 
 
-# --- JSON records ----------------------------------------------------------------------------------------------------
-
+# --- JSON and TOML ---------------------------------------------------------------------------------------------------
 
 MAX_TOML = 1 << 18  # bytes; a config of every flag has some 10,000
 MAX_DOTS_PER_LINE = 200
@@ -190,30 +189,17 @@ def parse_toml(data: bytes | str, source: Path | str) -> dict[str, Any]:
     raise UsageError(f"{source} is not valid TOML: {problem}.")
 
 
-def read_json(path: Path, *keys: str) -> Any:
-    """The content of a JSON file, which must be an object with all of `keys` if any are given.
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Records of this package are read by `records.RecordKind` instead.
 
-    Raises DamagedError if the file is missing, unreadable, not JSON, or lacks a key. Records of this package are read
-    by `records.RecordKind` instead.
+    Raises DamagedError if the file is missing or not JSON, UnavailableError if it cannot be read now.
     """
-    content = parse_json(read_file(path), path)
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise DamagedError(f"{path} has no {missing[0]!r}: it was overwritten. {DELETE_HINT}")
-    return content
+    return parse_json(read_file(path), path)
 
 
-def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
-    """Write `content` as JSON, atomically. Raises UnavailableError if the disk is full or not writable."""
-    atomic_write(path, (json.dumps(content, indent=indent, sort_keys=False) + "\n").encode())
-
-
-def write_json_if_changed(path: Path, content: Any) -> None:
-    """Write `content` as JSON unless the file already holds it. Raises UnavailableError like `write_json`."""
-    with contextlib.suppress(DamagedError):  # also raised for a missing file
-        if read_json(path) == content:
-            return
-    write_json(path, content)
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is no record, atomically. Raises UnavailableError if the disk is full or not writable."""
+    atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def digest_of(content: Any) -> str:

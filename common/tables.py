@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import SaeError, UsageError
-from .json_rows import SEARCHED_ROWS, JsonRows
+from .errors import SaeError, UsageError, first_line
+from .json_rows import SEARCHED_ROWS, JsonRows, ReadRow
 
 FORMATS = {
     ".jsonl": "json", ".json": "json", ".zst": "json", ".gz": "json", ".parquet": "parquet", ".arrow": "arrow",
@@ -90,9 +90,6 @@ def file_format(file: Path) -> str:
     return FORMATS[file.suffix]
 
 
-ReadRow = tuple[str, dict[str, Any] | None, str]  # "line 7", values, or why there are none
-
-
 def explain_errors(file: Path, open_rows: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     """What an iterator yields. Whatever it raises becomes a UsageError that names the file."""
     try:
@@ -100,10 +97,9 @@ def explain_errors(file: Path, open_rows: Callable[[], Iterator[Any]]) -> Iterat
     except SaeError:
         raise
     except Exception as error:  # pyarrow, zlib, zstandard and the system raise many types
-        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
-            f"{file} cannot be read as {file_format(file)}: {problem.rstrip('.')}. It may be truncated or in another "
-            "format."
+            f"{file} cannot be read as {file_format(file)}: {first_line(error).rstrip('.')}. "
+            "It may be truncated or in another format."
         ) from error
 
 

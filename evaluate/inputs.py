@@ -12,9 +12,10 @@ from ..cache.context_format import ContextFormat
 from ..cache.layout import Hook
 from ..cache.models import GivenModel, model_label, same_model
 from ..cache.reader import Cache, is_ring_cache
+from ..common.cache_schemas import HARVEST_RECORD
 from ..common.environment import installed_version
 from ..common.errors import SaeError, UsageError
-from ..common.files import digest_of, read_json, sae_home
+from ..common.files import digest_of, sae_home
 from ..common.special_tokens import special_token_ids
 from ..common.tokenizers import tokenizer_digest
 from ..harvest.model import (
@@ -202,7 +203,7 @@ def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[
 def versions_of_harvest(cache: Cache) -> dict[str, str]:
     """The versions of transformers and tokenizers with which a cache was harvested, as far as it says so."""
     with contextlib.suppress(SaeError, KeyError, TypeError):
-        versions = read_json(cache.folder / "harvest.json")["environment"]["versions"]
+        versions = HARVEST_RECORD.read(cache.folder / "harvest.json")["environment"]["versions"]
         return {name: versions[name] for name in ("transformers", "tokenizers") if isinstance(versions.get(name), str)}
     return {}
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, first_line
 from ..common.files import digest_of
 from ..common.special_tokens import special_tokens
 from ..common.tokenizers import is_fast
@@ -103,7 +103,7 @@ class ChatEncoder:
                 conversations=[present], chat_template=self.template, **self.tokenizer.special_tokens_map, **options
             )
         except Exception as error:  # Jinja's, those that the template raises, and those of its expressions
-            raise TemplateRefusal(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
+            raise TemplateRefusal(first_line(error)) from error
         (text,), spans = rendered
         if any(str(message["content"]) in text for message in present if isinstance(message.get("content"), list)):
             raise TemplateRefusal("it expects a text as content, and the content of a message is a list of parts")

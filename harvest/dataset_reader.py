@@ -6,7 +6,7 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.errors import SaeError, UnavailableError, UsageError, first_line
 from ..common.tables import Row, Unreadable, find_columns, read_rows
 from .documents import Document, fault_of_messages, is_token_ids, parse_messages
 
@@ -167,11 +167,6 @@ class DatasetReader:
         seconds = self.retry_seconds[failures]
         self.say(f"Network failure at row {self.rows_read:,} of {self.name} ({problem}); retrying in {seconds} s.")
         sleep(seconds)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class name if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def is_network_error(error: Exception) -> bool:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.errors import SaeError, UnavailableError, UsageError, first_line
 from ..common.remote_code import load_dataset
 from ..common.tables import Unreadable
-from .dataset_reader import RETRY_SECONDS, Column, DatasetReader, FileReader, first_line
+from .dataset_reader import RETRY_SECONDS, Column, DatasetReader, FileReader
 from .documents import Document, DocumentReader, ListedDocuments, TextSource
 from .files import FILE_FORMATS, list_files
 from .mini import corpus, spelling

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ..cache.model_files import pickled_weights
+from ..cache.model_files import pickled_weights, read_foreign
 from ..cache.models import (
     GivenModel,
     ModelRecord,
@@ -23,7 +23,6 @@ from ..cache.models import (
     remember_folder,
 )
 from ..common.errors import DamagedError, UsageError
-from ..common.files import parse_json
 from ..common.remote_code import from_pretrained
 from ..common.special_tokens import special_tokens
 from . import mini
@@ -117,7 +116,7 @@ def find_config(source: ModelSource) -> Any:
     file = config_file(source)
     with translate_load_errors(source.argument, "config"):
         if file is not None and file.is_file():
-            check_config_file(parse_json(file.read_bytes(), file, "Download the model again."), str(file))
+            check_config_file(read_foreign(file), str(file))
         config = from_pretrained(AutoConfig, source.location, **hub_revision(source))
         check_config(config, source.argument)
     return config

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.errors import first_line
 from .loop import Trainer, autocast
 from .step import Step
 
@@ -44,7 +45,7 @@ def compile_step(trainer: Trainer, batch_size: int) -> str | None:
             _, losses = forward_losses(zeros_BD)
         torch.stack(list(losses.values())).sum().backward()
     except Exception as error:  # whatever the compilers of this machine raise
-        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return first_line(error)
     finally:
         optimizer.zero_grad(set_to_none=True)
     trainer.forward_losses = forward_losses  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ..cache.layout import Hook
-from ..common.errors import DamagedError, UsageError
+from ..common.errors import DamagedError, UsageError, first_line
 from ..common.files import atomic_write, digest_of, utf8_path
 from ..common.schemas import RESULT_RECORD, RUN_RECORD, SAE_RECORD, ResultFile, RunRecord, SavedSAE
 from . import sparse_ops
@@ -192,7 +192,7 @@ def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
     except (safetensors.SafetensorError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError,
             TypeError, ValueError) as error:  # fmt: skip
         raise DamagedError(
-            f"{weights} does not hold the SAE that sae.json describes: {str(error).splitlines()[0].rstrip('.')}. {hint}"
+            f"{weights} does not hold the SAE that sae.json describes: {first_line(error).rstrip('.')}. {hint}"
         ) from error
     broken = [name for name, tensor in sae.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -217,7 +217,7 @@ def check_shapes(weights: Path, d_in: int, d_sae: int) -> None:
 
 
 def read_sae_record(folder: Path) -> SavedSAE:
-    """The content of sae.json. What stands twice in it, or also in run.json, is compared.
+    """The content of sae.json. Values that it repeats, or that run.json has too, are compared.
 
     Raises:
         UsageError: the folder holds no trained SAE, or one that needs a newer version.

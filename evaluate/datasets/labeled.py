@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ...common.errors import SaeError, UnavailableError, UsageError, did_you_mean
+from ...common.errors import SaeError, UnavailableError, UsageError, did_you_mean, first_line
 from ...common.remote_code import load_dataset
 from ...common.tables import Unreadable, find_columns, read_rows
 from . import hub, stdlib
@@ -375,13 +375,12 @@ def read_error(error: Exception, name: str, place: str) -> SaeError:
     """The error for texts that cannot be read."""
     from huggingface_hub.errors import GatedRepoError
 
-    problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
         return UnavailableError(
             f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name}, "
             "then run `hf auth login`."
         )
     return UnavailableError(
-        f"The dataset {name} could not be read: {problem.rstrip('.')}. Check the network, or name a folder that holds "
-        f"{place}.jsonl (or .parquet) with --data."
+        f"The dataset {name} could not be read: {first_line(error).rstrip('.')}. Check the network, or name a folder "
+        f"that holds {place}.jsonl (or .parquet) with --data."
     )

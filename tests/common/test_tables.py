@@ -71,7 +71,7 @@ def test_other_columns_do_not_matter(rows_of) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b'{"text": ', "it is not JSON (Expecting value at character 9)"),
+        (b'{"text": ', "it is not JSON (Expecting value at character 8)"),
         (b'{"text": "caf\xe9"}', "byte 13 is not UTF-8"),
         (b'{"text": "\\ud800"}', "it has half of a surrogate pair"),
         (b"null", "expected an object, found null"),  # ends the process in pyarrow

@@ -194,7 +194,7 @@ def test_every_command_that_reads_a_damaged_record_says_so_with_exit_code_3(
     assert outcome.exit_code == DamagedError.exit_code and "nested too deeply" in outcome.stderr
 
 
-# --- what stands twice ------------------------------------------------------------------------------------------------
+# --- values in two records -------------------------------------------------------------------------------------------
 
 
 def without_digest(kind: Any, path: Path, change: Callable[[Any], Any]) -> None:

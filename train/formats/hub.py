@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ...common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from ...common.errors import DamagedError, SaeError, UnavailableError, UsageError, first_line
 from ...common.formatting import format_bytes
 from .release import PublishedSAE, RemoteFile, find_published
 
@@ -54,9 +54,9 @@ def translate_hub_errors(repo: str) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{repo} has no such revision. Give one of its commits, branches or tags.") from error
     except Exception as error:  # the HTTP client's own exceptions are not always OSErrors
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnavailableError(
-            f"Could not reach the Hub for {repo}: {first_line.rstrip('.')}. Check the network and `hf auth login`."
+            f"Could not reach the Hub for {repo}: {first_line(error).rstrip('.')}. "
+            "Check the network and `hf auth login`."
         ) from error
 
 
