@@ -17,8 +17,9 @@ from sae.cache.context_format import ContextFormat
 from sae.cache.layout import Hook, fingerprint_of
 from sae.cache.reader import Cache
 from sae.cache.writer import CacheWriter
+from sae.common.cache_schemas import CACHE_RECORD
 from sae.common.errors import DamagedError, Interrupted, UnavailableError, UsageError
-from sae.common.files import read_json, write_json, writer_lock
+from sae.common.files import read_json, writer_lock
 from sae.harvest.hooked import HookedModel
 from sae.harvest.model import LanguageModel, find_model, load_model, load_tokenizer
 from sae.harvest.module_io import output_tensor
@@ -304,8 +305,9 @@ def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], a
     assert more.bytes_to_write == 600 * per_row
     assert any(line.startswith(f"size     600 tokens x {per_row} B = ") for line in more.describe())
     again.out.joinpath("commits/000001.layer_00.json").unlink()
-    root = read_json(again.out / "zarr.json")
-    write_json(again.out / "zarr.json", root | {"attributes": root["attributes"] | {"complete": []}})
+    root = CACHE_RECORD.read(again.out / "zarr.json")
+    root["attributes"]["complete"] = []
+    CACHE_RECORD.write(again.out / "zarr.json", root)
     assert plan_harvest(again).describe()[-1] == (f"cache    {again.out} is begun: 1 of 3 windows, 256 rows to harvest")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sae.cache.reader import Cache
+from sae.common.cache_schemas import HARVEST_RECORD
 from sae.common.errors import UsageError
 from sae.common.files import read_json
 from sae.harvest import contexts, run
@@ -111,8 +112,8 @@ def test_a_cache_of_a_whole_folder_with_splits_is_repaired_as_it_was_made(
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
     (tmp_path / "set" / "test.jsonl").write_text("\n".join(reversed(lines)))
     cache = run_harvest(plan_of(tmp_path / "set", tmp_path / "cache", split="all"))
-    record = read_json(cache.folder / "harvest.json")
-    (cache.folder / "harvest.json").write_text(json.dumps(record | {"split": "train"}))
+    record = HARVEST_RECORD.read(cache.folder / "harvest.json")
+    HARVEST_RECORD.write(cache.folder / "harvest.json", record | {"split": "train"})
     before = data_of(cache.folder)
     (cache.folder / "tokens" / "ids" / "c.0.0").unlink()
     assert repair(cache.folder) and data_of(cache.folder) == before

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sae.cache.catalog import find_cache
-from sae.cache.chunks import read_array
 from sae.cache.layout import Hook
 from sae.cache.reader import Cache
 from sae.cli.main import app
@@ -201,7 +200,7 @@ def test_rows_over_the_limit_of_the_first_window_are_masked_to_the_end(asked, tm
     elsewhere = asked | {"out": tmp_path / "ring"}
     (whole,) = stream(elsewhere, request_of("topk", out=tmp_path / "whole"), TrainProgress(say=said.append))
     cache = run_harvest(plan_harvest(Harvest(layers=[1], **asked | {"max_norm": None, "out": tmp_path / "cache"})))
-    norms = read_array(cache.folder, "layer_01.row_norm")
+    norms = cache.row_norms("layer_01")
     limit = read_json(whole / "sae.json")["origin"]["norm_limit"]
     assert limit == pytest.approx(1.2 * np.median(norms[:WINDOW]), rel=1e-6)
     assert f"layer_01: rows with a norm over {limit:.4g}, 1.2x the median of the first window, are masked." in said
