@@ -166,7 +166,7 @@ def reader_of_run(folder: Path) -> Read:
 
 def reader_of_checkpoint(folder: Path) -> Read:
     def read() -> Any:
-        step, tensors = read_checkpoint(folder)
+        step, _, tensors = read_checkpoint(folder)
         return step, {name: digest(tensor.numpy()) for name, tensor in tensors.items()}
 
     return read

@@ -115,6 +115,7 @@ class SavedSAE(TypedDict):
     pre_bias: Annotated[bool, Meta(description="whether the encoder subtracts b_dec from its input")]
     activation: list[SavedActivation]
     sha256: Annotated[Sha256, Meta(description="of sae.safetensors")]
+    run: NotRequired[Annotated[Sha256, Meta(description="digest of what decides the run, as in its checkpoints")]]
     origin: NotRequired[SAEOrigin]
 
 
@@ -231,6 +232,9 @@ class Checkpoint(TypedDict):
     format: int
     step: Annotated[Count, Meta(description="optimizer steps taken; also in the folder's name and in the tensor `i`")]
     sha256: Annotated[Sha256, Meta(description="of state.safetensors")]
+    run: NotRequired[
+        Annotated[Sha256, Meta(description="digest of what decides the run: `variant` to `compiled` of its run.json")]
+    ]
 
 
 CHECKPOINT_RECORD = RecordKind(

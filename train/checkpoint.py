@@ -3,7 +3,7 @@
     checkpoints/step-00001000/
         state.safetensors    every tensor of the variant ("variant.<name>"), AdamW's state ("optimizer.<name>.<key>"),
                              the step index "i" and "failed_at"
-        state.json           {"format", "step", "sha256" of state.safetensors}, written last
+        state.json           {"format", "step", "sha256" of state.safetensors, "run"}, written last
 
 A checkpoint is valid if state.json exists and its checksum matches. The newest two are kept; damaged ones are skipped
 with a message.
@@ -37,12 +37,16 @@ def training_state(trainer: Trainer) -> dict[str, Tensor]:
     return tensors | {"i": trainer.i, "failed_at": trainer.failed_at}
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, step: int) -> None:
-    """Write the state after `step` steps into the run folder's checkpoints/, and remove all but the newest two."""
+def save_checkpoint(trainer: Trainer, folder: Path, step: int, run: str | None = None) -> None:
+    """Write the state after `step` steps into the run folder's checkpoints/, and remove all but the newest two.
+
+    `run` is the digest of what decides the run.
+    """
     target = folder / "checkpoints" / f"step-{step:08d}"
     data = to_safetensors({n: t.contiguous().cpu() for n, t in training_state(trainer).items()})
     atomic_write(target / "state.safetensors", data)
     record = {"format": FORMAT, "step": step, "sha256": hashlib.sha256(data).hexdigest()}
+    record |= {} if run is None else {"run": run}
     CHECKPOINT_RECORD.write(target / "state.json", record)
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     # Those of later steps were damaged and skipped when the run was resumed; kept, they would push out valid ones.
@@ -51,8 +55,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
-    """The step and the tensors of a checkpoint.
+def read_checkpoint(path: Path) -> tuple[int, str | None, dict[str, Tensor]]:
+    """The step of a checkpoint, the digest of its run and its tensors. Earlier versions recorded no digest: None.
 
     Raises:
         DamagedError: a file is missing or differs from what was written.
@@ -70,22 +74,32 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Tensor]]:
     tensors, step = load(data), record["step"]
     if path.name != f"step-{step:08d}" or int(tensors["i"]) != step:
         raise DamagedError(f"{path} is not of one step: state.json says {step}, the tensors {int(tensors['i'])}.")
-    return step, tensors
+    return step, record.get("run"), tensors
 
 
-def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None]) -> int:
+def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None], run: str | None = None) -> int:
     """Load the newest valid checkpoint of a run folder; returns its step, or 0 if there is none.
 
-    Raises UsageError if it comes from another version: starting over silently would throw training away.
+    `run` is the digest of what decides the run.
+
+    Raises:
+        UsageError: the checkpoint comes from another version. Starting over silently would throw training away.
+        DamagedError: it comes from another run.
     """
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
-            step, tensors = read_checkpoint(path)
+            step, written_by, tensors = read_checkpoint(path)
             if step > trainer.steps:
                 raise DamagedError(f"{path} is of step {step}, but the run has {trainer.steps} steps.")
         except DamagedError as error:
             say(f"Skipping the checkpoint {path.name}: {error}")
             continue
+        if None not in (run, written_by) and run != written_by:
+            raise DamagedError(
+                f"{path} is of another run than {folder / 'run.json'}: their options differ. If run.json belongs here, "
+                "move the checkpoint elsewhere and resume. If not, restore run.json from a copy. To go on from it with "
+                "other options on purpose, delete 'run' and 'content_digest' from its state.json."
+            )
         shapes = {name: t.shape for name, t in training_state(trainer).items()}
         if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
             raise UsageError(

@@ -26,7 +26,7 @@ from .compile import compile_step
 from .loop import Trainer, autocast, train_loop
 from .plan import Run, TrainConfig, TrainPlan, default_log_interval, group_by_pass, plan_training
 from .run_folder import append_metrics, check_defaults_unchanged, run_record, truncate_metrics
-from .sae import fold_normalization, read_run_record, save_sae
+from .sae import fold_normalization, read_run_record, run_digest, save_sae
 from .step import Mechanism
 from .variant import Variant
 
@@ -173,6 +173,7 @@ class RunTrainer(Trainer):
         super().__init__(variant, run.steps, device)
         self.run = run
         self.steps_done = 0  # when it was prepared
+        self.digest = ""  # of what decides the run, as run.json has it
         self.log_every = run.requested.get("log_every") or default_log_interval(run.steps)  # steps
 
     def logs_after(self, steps_done: int) -> bool:
@@ -190,7 +191,8 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
         check_defaults_unchanged(run, record, trainer.variant)
         if not run.requested.get("log_every"):  # a resumed run keeps its own: a line is the mean since the one before
             trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
-        trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say)
+        trainer.digest = run_digest(record)
+        trainer.steps_done = restore_checkpoint(trainer, run.folder, progress.say, trainer.digest)
         if trainer.steps_done:
             progress.say(f"{run.name} resumes from step {trainer.steps_done}.")
         truncate_metrics(run.folder, trainer.steps_done)
@@ -200,7 +202,9 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
             "Without one, delete the folder: the same command then starts again."
         )
     else:
-        RUN_RECORD.write(run.folder / "run.json", run_record(run, trainer.variant, trainer.device))
+        content = run_record(run, trainer.variant, trainer.device)
+        trainer.digest = run_digest(content)
+        RUN_RECORD.write(run.folder / "run.json", content)
     if run.compiled and (reason := compile_step(trainer, run.config.batch_size)):
         progress.say(f"{run.name} is trained without --compile: {run.recipe.name} cannot be compiled here ({reason}).")
     return trainer
@@ -265,7 +269,7 @@ class SharedPass:
         self._finish_runs(steps_done)
         if checkpoint:
             for trainer in self.active:
-                save_checkpoint(trainer, trainer.run.folder, steps_done)
+                save_checkpoint(trainer, trainer.run.folder, steps_done, trainer.digest)
         if stop and self.active:
             folders = " ".join(f"--resume {quote(trainer.run.folder)}" for trainer in self.active)
             also = "" if isinstance(self.config.source, RingCache) else f", or with: sae train {folders}"
@@ -311,7 +315,7 @@ def finish_run(trainer: RunTrainer) -> None:
     """Fold the normalization in and write what evaluation loads. sae.json comes last and marks the run as done."""
     run, variant = trainer.run, trainer.variant
     assert not isinstance(run.cache, PlannedCache)
-    save_checkpoint(trainer, run.folder, run.steps)
+    save_checkpoint(trainer, run.folder, run.steps, trainer.digest)
     calibrate(trainer)
     origin = {
         "model": run.cache.identity["model"],
@@ -330,7 +334,7 @@ def finish_run(trainer: RunTrainer) -> None:
     with torch.no_grad():
         for mechanism in variant.mechanisms:
             mechanism.export(sae)
-    save_sae(sae, run.folder, origin)
+    save_sae(sae, run.folder, origin, trainer.digest)
 
 
 def open_batches(run: Run, step: int, device: str, resident: bool = True) -> BatchLoader | ResidentLoader:

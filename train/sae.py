@@ -159,11 +159,17 @@ def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     return sae
 
 
-def save_sae(sae: SAE, folder: Path, origin: dict[str, Any]) -> None:
-    """Write sae.safetensors, then sae.json. `origin` holds the model, layer and cache, which evaluation needs."""
+def save_sae(sae: SAE, folder: Path, origin: dict[str, Any], run: str | None = None) -> None:
+    """Write sae.safetensors, then sae.json.
+
+    Args:
+        origin: the model, layer and cache, which evaluation needs.
+        run: `run_digest` of the run that trained it.
+    """
     data = to_safetensors({k: v.detach().contiguous().cpu() for k, v in sae.state_dict().items()})
     atomic_write(folder / "sae.safetensors", data)
-    record = {**sae_spec(sae), "sha256": hashlib.sha256(data).hexdigest(), "origin": origin}
+    trained_by = {} if run is None else {"run": run}
+    record = {**sae_spec(sae), "sha256": hashlib.sha256(data).hexdigest(), **trained_by, "origin": origin}
     SAE_RECORD.write(folder / "sae.json", record)
 
 
@@ -251,7 +257,17 @@ def read_sae_record(folder: Path) -> SavedSAE:
                     f"edited, or belongs to another run. If it is run.json: restore it from a copy. If it is sae.json: "
                     f"{SAE_RECORD.remedy}"
                 )
+        if record.get("run", digest := run_digest(stated)) != digest:
+            raise DamagedError(
+                f"{path} is of another run than run.json beside it: their options differ. If run.json belongs here: "
+                f"{SAE_RECORD.remedy} If not: restore it from a copy."
+            )
     return record
+
+
+def run_digest(record: Mapping[str, Any]) -> str:
+    """The digest of everything in a run.json that decides the result."""
+    return digest_of({key: record[key] for key in IDENTITY if key in record})
 
 
 def read_run_record(folder: Path) -> RunRecord | None:
@@ -269,12 +285,12 @@ def read_run_record(folder: Path) -> RunRecord | None:
     for key in (*IDENTITY, "cache_folders", "resolved"):
         if key not in content and key not in OPTIONAL:
             raise DamagedError(f"{path} has no {key!r}: it was damaged or edited. {RUN_RECORD.remedy}")
-    identity = {key: content[key] for key in IDENTITY if key in content}
     automatic = AUTOMATIC_NAME.fullmatch(folder.resolve().name)
-    if automatic and automatic[1] != (digest := digest_of(identity)[:6]):
+    if automatic and automatic[1] != (digest := run_digest(content)[:6]):
         raise DamagedError(
             f"{path} does not belong to this folder: the name of the folder ends with {automatic[1]}, the digest of "
-            f"the run's options, which is {digest} for those in run.json. {RUN_RECORD.remedy}"
+            f"the run's options, which is {digest} for those in run.json. If you renamed the folder, give it a name "
+            f"that ends otherwise. If not: {RUN_RECORD.remedy}"
         )
     return record
 

@@ -1,14 +1,17 @@
 """Checkpoints: damaged ones are skipped, those of other versions rejected."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from sae.common.errors import UsageError
+from sae.common.errors import DamagedError, UsageError
 from sae.common.schemas import CHECKPOINT_RECORD
 from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
+from sae.train.plan import TrainConfig
 from sae.train.run import TrainProgress
+from sae.train.sae import load_sae
 
 from .runs import make_config, train
 
@@ -81,3 +84,25 @@ def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(make_t
     assert {"i", "failed_at", "variant.scale", "variant.mean_D", "variant.sae.activation.0.threshold"} <= names
     for parameter in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert {f"optimizer.sae.{parameter}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")} <= names
+
+
+def test_a_run_copied_onto_another_is_refused(sparse_cache, tmp_path: Path) -> None:
+    """Both have the same tensors and steps; only their options differ. Nothing is lost: moved out, it resumes."""
+    (finished,) = train(make_config(sparse_cache, "relu"))
+    (other,) = train(make_config(sparse_cache, "relu", options={"lr": 2e-3}))
+    renamed, aside = other.rename(tmp_path / "renamed"), tmp_path / "aside"
+    weights = (renamed / "sae.safetensors").read_bytes()
+    for name in ("sae.json", "sae.safetensors"):
+        shutil.copy(finished / name, renamed / name)
+    with pytest.raises(DamagedError, match="sae.json is of another run than run.json beside it"):
+        load_sae(renamed)
+    (renamed / "sae.json").unlink()
+    newest = renamed / "checkpoints" / "step-00000012"
+    shutil.rmtree(newest)
+    shutil.copytree(finished / "checkpoints" / "step-00000012", newest)
+    with pytest.raises(DamagedError, match="step-00000012 is of another run than .*move the checkpoint elsewhere"):
+        train(TrainConfig(resume=[renamed], device="cpu"))
+    newest.rename(aside)
+    train(TrainConfig(resume=[renamed], device="cpu"))
+    assert (renamed / "sae.safetensors").read_bytes() == weights
+    load_sae(renamed)

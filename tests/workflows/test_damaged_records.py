@@ -227,7 +227,11 @@ def test_the_folder_s_name_ends_with_the_digest_of_the_run_s_options(run: Path) 
     with pytest.raises(DamagedError, match=r"run\.json does not belong to this folder: .*is [0-9a-f]{6} for those in"):
         load_sae(run)
     renamed = run.rename(run.with_name("mine"))  # in a folder with another name there is nothing to compare
-    assert read_run_record(renamed) != recorded and load_sae(renamed).d_sae == 32
+    assert read_run_record(renamed) != recorded
+    with pytest.raises(DamagedError, match=r"sae\.json is of another run than run\.json beside it"):
+        load_sae(renamed)
+    without_digest(SAE_RECORD, renamed / "sae.json", lambda content: content.pop("run"))  # as earlier versions wrote it
+    assert load_sae(renamed).d_sae == 32
 
 
 def test_the_digest_of_a_run_covers_what_its_record_says_decides_it(run: Path) -> None:
@@ -263,10 +267,12 @@ def test_a_result_with_other_settings_than_its_name_says_is_refused(run: Path) -
 
 
 def test_a_checkpoint_beyond_the_end_of_the_run_is_skipped(run: Path) -> None:
-    """Of a longer run of the same shape: whole, and not of this run."""
+    """Of a longer run of the same shape, by an earlier version, which did not record of which run it was."""
     whole = (run / "sae.safetensors").read_bytes()
     change_record(RUN_RECORD, run / "run.json", {"steps": 5})
     renamed = run.rename(run.with_name("shorter"))
+    for state in renamed.glob("checkpoints/*/state.json"):
+        without_digest(CHECKPOINT_RECORD, state, lambda content: content.pop("run"))
     (renamed / "sae.json").unlink()
     said: list[str] = []
     run_training(plan_training(TrainConfig(resume=[renamed], device="cpu")), TrainProgress(say=said.append))
