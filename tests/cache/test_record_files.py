@@ -140,7 +140,7 @@ def test_a_changed_value_without_a_digest_gives_a_sentence_or_is_one_of_few(fold
         ("manifest.json", ("rows",), 39, "it has 39 rows, but zarr.json has 40"),
         ("manifest.json", ("fingerprint",), "0" * 64, "manifest.json comes from another harvest"),
         ("manifest.json", ("complete",), ["layer_05"], "layer_12 is not complete in it"),
-        ("manifest.json", ("statistics", "layer_05", "count"), 39, r"layer_05 has 39 rows and 0 outlier rows, but the cache has 40"),
+        ("manifest.json", ("statistics", "layer_05", "count"), 39, "39 rows and 0 outlier rows, but the cache has 40"),
         ("manifest.json", ("statistics", "layer_05", "norm_limit"), 3.0, "max_norm None, but its norm_limit is 3"),
         ("commits/000001.layer_05.json", ("window",), 2, "it is of window 2 of layer_05, but the name"),
         ("commits/000001.layer_05.json", ("array",), "layer_12", "it is of window 1 of layer_12, but the name"),

@@ -23,7 +23,7 @@ from sae.common.open_files import (
     raise_files_limit,
     ran_out_of_files,
 )
-from sae.harvest.repair import remove_unreadable_records
+from sae.harvest.repair import remove_damaged_records
 
 SENTENCE = r"Too many files are open.*The limit is 3 at a time: `ulimit -n` shows it, and `ulimit -n 4096` raises it"
 CHUNKS = 80
@@ -50,8 +50,11 @@ def make_cache(tmp_path: Path) -> Callable[[int], Cache]:
         ids = np.zeros((rows, 2), np.uint32)
         Contexts(ids, np.full(rows, 2, np.uint16), np.arange(rows, dtype=np.uint32), np.zeros(rows, bool)).write(folder)
         model = {"name": "none", "revision": "0"}
-        keys = dict.fromkeys(("dtype", "attention", "tokenizer", "context", "held_out", "skip", "pack", "seed"), 0)
-        identity = {**keys, "format": FORMAT, "model": model, "data": {"name": f"text {seed}", "revision": str(seed)}}
+        identity = {
+            "format": FORMAT, "model": model, "data": {"name": f"text {seed}", "revision": str(seed)},
+            "dtype": "float32", "attention": "eager", "tokenizer": "0" * 64, "context": 2, "held_out": 0, "skip": [],
+            "pack": False, "seed": 0,
+        }  # fmt: skip
         writer = CacheWriter(folder, identity, Layout(rows, 4), {"layer_05": 2})
         bits = np.full((4, 2), 0x3F80, np.uint16)  # 1.0
         for window in range(CHUNKS):
@@ -85,7 +88,7 @@ def test_a_cache_is_not_called_damaged(set_limit, make_cache) -> None:
         lambda: cache.read_chunk("layer_05", 0),
         lambda: cache.row_norms("layer_05"),
         lambda: cache.contexts(held_out=False),
-        lambda: list(remove_unreadable_records(cache.folder)),  # which deletes what is damaged
+        lambda: list(remove_damaged_records(cache.folder)),  # which deletes what is damaged
     ):
         with pytest.raises(UnavailableError, match=SENTENCE), explaining_files_limit():
             call()
