@@ -86,7 +86,7 @@ def test_temporary_files_of_a_killed_writer_do_not_count_as_other_files(tmp_path
 
 def test_another_number_of_rows_raises(cache: Cache, finite_bits, make_writer) -> None:
     with pytest.raises(DamagedError, match="was started with 40 rows, but its text now has 39"):
-        make_writer(cache.folder, {5: finite_bits(ROWS - 1, D)}, 16)
+        make_writer(cache.folder, {5: finite_bits(ROWS - 1, D)}, 16, tokens=ROWS)
 
 
 def test_other_tokens_raise(cache: Cache, finite_bits, make_writer) -> None:
