@@ -38,7 +38,7 @@ def write_cache(folder: Path, seed: int, max_norm: float | None = None) -> Cache
         ids=np.zeros((contexts, length), np.uint32), length=np.full(contexts, length, np.uint16),
         document=np.arange(contexts, dtype=np.uint32), held_out=np.zeros(contexts, np.bool_),
     ).write(folder)  # fmt: skip
-    identity = {"model": {"name": "synthetic"}, "data": {"name": f"atoms-{seed}"}, "context": length}
+    identity = {"model": {"name": "synthetic", "revision": "0"}, "data": {"name": f"atoms-{seed}"}, "context": length}
     writer = CacheWriter(folder, identity, layout, {"layer_00": D_IN, "layer_01": D_IN})
     bits = {f"layer_{n:02d}": as_uint16(sparse_rows(seed + n).bfloat16()) for n in (0, 1)}
     for window in writer.missing_windows():
