@@ -39,9 +39,7 @@ def deciding_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     top = [
         name
         for name in every
-        if name not in TRAINING_FILES
-        and not name.startswith(".")
-        and not (has_safetensors and name.endswith(".bin"))
+        if name not in TRAINING_FILES and not name.startswith(".") and not (has_safetensors and name.endswith(".bin"))
     ]
     texts = [] if TOKENIZER in inside else [name for name in inside if name in TOKENIZER_FILES]
     named = [name for name in named_weights(folder) if (folder / name).is_file()]

@@ -151,7 +151,7 @@ class RecordedEnvironment(TypedDict, total=False):
 
 
 class AskedOptions(TypedDict, total=False):
-    """The options of the `sae train` command, under the names of TrainConfig (see `sae train --help`)."""
+    """The options of the `sae train` command, under the names of TrainConfig."""
 
     log_every: Annotated[Size | None, Meta(description="steps between lines of metrics.jsonl; null: the default")]
 

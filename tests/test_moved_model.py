@@ -152,9 +152,7 @@ def test_a_model_with_shards_below_its_folder_is_pinned_by_them(
 
     evaluate(run.folder)
     said: list[str] = []
-    again = harvest_activations(
-        str(folder), dataset=sentences, progress=HarvestProgress(say=said.append), **OPTIONS
-    )
+    again = harvest_activations(str(folder), dataset=sentences, progress=HarvestProgress(say=said.append), **OPTIONS)
     assert again.folder != cache.folder and again.identity["model"]["revision"] == new
     assert any("by an earlier version, which did not count all of its files" in sentence for sentence in said)
     whole = harvest_activations(str(tiny_model), dataset=sentences, **OPTIONS)

@@ -23,13 +23,15 @@ def split_width(text: str) -> tuple[float, str]:
     unit = text[-1:].lower() if text[-1:].lower() in ("x", "k") else ""
     try:
         number = float(text[:-1]) if unit else int(text)
-        if not 0 < number < MAX_WIDTH:
+        if not number > 0:
             raise ValueError
-        return number, unit
     except ValueError:
         raise UsageError(
             f"invalid --width {text}: give a positive number such as 2304, 16k, or 8x for eight times d_in."
         ) from None
+    if number >= MAX_WIDTH:
+        raise UsageError(f"--width {text} is too large for any machine. Give a number such as 2304, 16k, or 8x.")
+    return number, unit
 
 
 def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[Recipe]) -> dict[str, dict[str, Any]]:

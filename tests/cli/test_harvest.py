@@ -1,6 +1,5 @@
 """`sae harvest`: each of its flags is a field of HarvestConfig."""
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -56,10 +55,10 @@ def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_wit
 def test_max_norm_takes_a_number_or_none(planned_with: Callable) -> None:
     function, others = "sae.harvest.plan.plan_harvest", tuple({**FLAGS, "dry-run": ()})
     assert planned_with(function, "harvest", {}, "--max-norm", "none", without=others)[0].max_norm is None
-    assert planned_with(function, "harvest", {}, "--max-norm", "-inf", without=others)[0].max_norm == -math.inf
     for wrong, sentence in (
         ("many", "invalid multiple 'many'; try 10, or none"),
         ("nan", "invalid multiple 'nan'; try 10, or none"),
+        ("-inf", "invalid multiple '-inf'; try 10, or none"),
     ):
         result = CliRunner().invoke(app, ["harvest", "--model", "gemma-2-mini", "--max-norm", wrong])
         assert result.exit_code == 2 and sentence in result.output

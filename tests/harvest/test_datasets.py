@@ -168,9 +168,7 @@ def test_rows_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path, read) 
     assert text.skipped == {"empty": 0, "not text": 0, "huge": 0, "unreadable": 3} and text.read == 400
     first = "a.jsonl line 151: it is not JSON (Expecting property name enclosed in double quotes at character 1)"
     assert text.unreadable_rows == {"rows": 3, "first": first}
-    assert describe_unreadable(text.unreadable_rows) == (
-        f"3 rows could not be read and were skipped (first: {first})."
-    )
+    assert describe_unreadable(text.unreadable_rows) == (f"3 rows could not be read and were skipped (first: {first}).")
     text.seek(None)
     assert text.unreadable_rows == {} and [d.text for d in text.documents] == found
 

@@ -190,7 +190,10 @@ def test_a_harvest_of_the_tower_ends_with_the_activations_of_the_whole_model(sen
     contexts = cache.contexts(held_out=False)
     bits = torch.from_numpy(cache.read_chunk("layer_01", 0).copy()).view(torch.bfloat16)
     rows = np.arange(0, 256, 40)
-    origin = [origin_of_rows(cache.folder, cache.layout, name, rows) for name in ("row_ctx", "row_pos")]
+    origin = [
+        origin_of_rows(cache.folder, cache.layout, name, rows, cache.manifest["files"])
+        for name in ("row_ctx", "row_pos")
+    ]
     for row, context, position in zip(rows, *origin, strict=True):
         ids = torch.from_numpy(contexts.ids[context : context + 1, : position + 1].astype("int64"))
         expected = whole(ids, output_hidden_states=True).hidden_states[2][0, -1]

@@ -212,9 +212,7 @@ def test_a_model_that_does_not_fit_the_memory_is_refused_before_it_is_built(
         load_model(source, config, dtype="float32", device="cpu")
 
 
-def test_a_model_with_too_many_parts_is_not_built_to_the_end(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_too_many_parts_is_not_built_to_the_end(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = find_model(str(tiny_model))[1]
     model = build_without_numbers(config)
     parts = len(list(model.modules())) + len(list(model.parameters()))

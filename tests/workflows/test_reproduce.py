@@ -113,7 +113,7 @@ def test_a_dry_run_of_a_reproduction_writes_nothing(tiny_model, sentences, home)
     assert done.exit_code == 0, done.output
     assert "train    6 SAEs: 2 recipes, 5 steps each\n" in done.output
     heads = [line.split()[0] for line in done.output.splitlines()]
-    harvest = ["model", "hook", "text", "bos", "size", "time", "restart", "cache"]
+    harvest = ["model", "hook", "text", "bos", "size", "time", "cache"]
     training = ["train", "size", "memory"]
     assert heads == [*harvest, *training, "time", "evaluate"]
     assert not (home / "reproduce").exists() and not (home / "activations").exists()
