@@ -103,9 +103,7 @@ def test_the_error_of_a_short_text_names_the_rows_that_were_skipped(texts: Path,
         run_harvest(plan_of(texts / "bad.jsonl", tmp_path / "cache", tokens=1_000_000))
 
 
-def test_a_cache_of_a_whole_folder_with_splits_is_repaired_as_it_was_made(
-    texts: Path, plan_of, tmp_path: Path
-) -> None:
+def test_a_cache_of_a_whole_folder_with_splits_is_repaired_as_it_was_made(texts: Path, plan_of, tmp_path: Path) -> None:
     """Earlier versions read every file of a folder, whatever its split."""
     (tmp_path / "set").mkdir()
     lines = (texts / "good.jsonl").read_text().splitlines()
