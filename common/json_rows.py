@@ -178,9 +178,9 @@ def too_deep(data: bytes) -> int | None:
 def open_binary(file: Path) -> Iterator[BinaryIO]:
     """The bytes of a file; those of a .gz or .zst file are decompressed. A cut file raises EOFError at its end."""
     with file.open("rb") as raw:
-        if file.suffix == ".gz":
+        if file.suffix.lower() == ".gz":
             yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-        elif file.suffix == ".zst":
+        elif file.suffix.lower() == ".zst":
             yield cast(BinaryIO, io.BufferedReader(ZstdReader(raw), 2**20))
         else:
             yield raw

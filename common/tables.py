@@ -87,7 +87,7 @@ def find_columns(files: Sequence[Path], wanted: Sequence[str]) -> list[str]:
 
 
 def file_format(file: Path) -> str:
-    return FORMATS[file.suffix]
+    return FORMATS[file.suffix.lower()]
 
 
 def explain_errors(file: Path, open_rows: Callable[[], Iterator[Any]]) -> Iterator[Any]:

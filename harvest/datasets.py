@@ -45,7 +45,7 @@ def open_text(
         return open_embedded(tokenizer, seed, say)
     if path.exists():
         return open_local(path, subset, split, column, len(tokenizer), say, chat)
-    if path.suffix in FILE_FORMATS or name.startswith((".", "/")):
+    if path.suffix.lower() in FILE_FORMATS or name.startswith((".", "/")):
         raise UsageError(
             f"There is no file {name}. Give a .txt, .jsonl, .parquet or .arrow file, a folder of them, a Hub dataset, "
             f"or {EMBEDDED_TEXT}."
@@ -89,7 +89,7 @@ def open_local(
 ) -> TextSource:
     """Files of one format. A line of JSON or a row of a table is a document; plain text is cut at blank lines."""
     files = list_files(path, subset, split, say)
-    suffixes = {file.suffix for file in files}
+    suffixes = {file.suffix.lower() for file in files}
     formats = {FILE_FORMATS.get(suffix) for suffix in suffixes}
     if len(formats) != 1 or None in formats:
         found = " and ".join(sorted(suffix or "files without a suffix" for suffix in suffixes)) or "no files"
@@ -108,7 +108,10 @@ def open_local(
 
 def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
     """Whether one of the strings may stand in these files. True without a look at compressed and at large ones."""
-    if any(file.suffix not in SEARCHED for file in files) or sum(file.stat().st_size for file in files) > MOST_SEARCHED:
+    if (
+        any(file.suffix.lower() not in SEARCHED for file in files)
+        or sum(file.stat().st_size for file in files) > MOST_SEARCHED
+    ):
         return True
     spellings = {string.encode() for string in strings}
     # JSON can write any character as \u1234, and a slash after a backslash.
@@ -118,7 +121,7 @@ def files_may_contain(files: list[Path], strings: Sequence[str]) -> bool:
         data = file.read_bytes()
         if any(spelling in data for spelling in spellings):
             return True
-        if file.suffix != ".txt" and b"\\" in data and any(escape in data.lower() for escape in escapes):
+        if file.suffix.lower() != ".txt" and b"\\" in data and any(escape in data.lower() for escape in escapes):
             return True
     return False
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..common.errors import DamagedError, UsageError
 from ..common.files import parse_json, read_file
+from ..common.formatting import format_count
 from ..common.tables import FORMATS
 
 FILE_FORMATS = FORMATS | {".txt": "text"}  # suffix -> format
@@ -73,7 +74,7 @@ def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Pat
         return []
     if split == ALL and subset is None:
         return files
-    splits = splits_of_folder(path, files, subset)
+    splits = splits_of_folder(path, files, subset, say)
     files = splits[choose_split(path, list(splits), split)]
     say_missing_shards(path, files, say)
     return files
@@ -134,16 +135,18 @@ def refuse_folder(error: OSError) -> None:
 
 
 def is_text_file(name: str) -> bool:
-    stem, suffix = os.path.splitext(name)
-    is_about = name in METADATA or (stem.lower() in ABOUT and suffix in (".txt", ".json"))
+    stem, suffix = os.path.splitext(name.lower())
+    is_about = name in METADATA or (stem in ABOUT and suffix in (".txt", ".json"))
     return suffix in FILE_FORMATS and name[0] not in ".~" and not is_about
 
 
-def splits_of_folder(path: Path, files: list[Path], subset: str | None) -> Splits:
+def splits_of_folder(path: Path, files: list[Path], subset: str | None, say: Say) -> Splits:
     """split -> its files, by the README.md or by their names. Raises UsageError for an unknown subset."""
     configuration = choose_configuration(path, files, read_configurations(path), subset)
     if configuration is None:
-        return splits_by_name(path, files)
+        splits = splits_by_name(path, files)
+        say_left_out(path, files, splits, say)
+        return splits
     if configuration.patterns:
         return splits_by_pattern(path, files, configuration)
     base = path / configuration.folder
@@ -273,6 +276,17 @@ def choose_configuration(
             f"{path} has several configurations. Choose one with --subset: {', '.join(one.name for one in present)}."
         )
     return present[0] if present else None
+
+
+def say_left_out(path: Path, files: list[Path], splits: Splits, say: Say) -> None:
+    """Say so if files belong to no split, because their names name none and those of others do."""
+    belonging = {file for chosen in splits.values() for file in chosen}
+    if left_out := [file for file in files if file not in belonging]:
+        first = left_out[0].relative_to(path).as_posix()
+        say(
+            f"{format_count(len(left_out), 'file')} of {path} {'is' if len(left_out) == 1 else 'are'} of no split and "
+            f"not read, such as {first}: only the names of others name a split. --split {ALL} reads every file."
+        )
 
 
 def say_missing_shards(path: Path, files: list[Path], say: Say) -> None:

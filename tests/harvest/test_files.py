@@ -1,5 +1,6 @@
 """The files of a folder that are its text: those of the split, as `datasets` and the Hub choose them."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.common.errors import UsageError
+from sae.common.tables import read_rows
 from sae.harvest.files import list_files, splits_by_name
 
 WORDS = ["train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation", "wiki"]
@@ -95,6 +97,23 @@ def test_missing_shards_are_said(chosen) -> None:
     del said[:]
     chosen(["data/train-00001-of-00003.parquet"], say=said.append)
     assert not said
+
+
+def test_files_of_no_split_are_said(chosen) -> None:
+    said: list[str] = []
+    assert chosen(["train.jsonl", "deep/extra.jsonl", "more.jsonl"], say=said.append) == ["train.jsonl"]
+    assert len(said) == 1 and "2 files of" in said[0] and "not read, such as deep/extra.jsonl: only" in said[0]
+    del said[:]
+    assert len(chosen([], "all", say=said.append)) == 3
+    chosen(["test.jsonl"], "test", say=said.append)  # the files of another split are not worth a word
+    assert len(said) == 1 and "2 files of" in said[0]
+
+
+def test_a_suffix_in_capitals_is_a_suffix(chosen, tmp_path: Path) -> None:
+    assert chosen(["A.JSONL", "b.jsonl", "README.TXT", "License.txt"]) == ["A.JSONL", "b.jsonl"]
+    for name, compress in (("C.GZ", gzip.compress), ("D.JSONL", bytes)):
+        (tmp_path / name).write_bytes(compress(b'{"text": "a"}\n{"text": "b"}\n'))
+        assert [row.values for row in read_rows([tmp_path / name], ["text"])] == [{"text": "a"}, {"text": "b"}]
 
 
 folder_names = st.builds("{}{}{}/".format, st.sampled_from(["", "my-", "my"]), st.sampled_from(WORDS),
