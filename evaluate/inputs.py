@@ -181,7 +181,7 @@ def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[
 
     Returns a note if the same files give another tokenizer with the installed versions than with those of the harvest.
 
-    Raises UsageError if its files are others.
+    Raises UsageError if its files have changed.
     """
     expected, found = cache.identity.get("tokenizer"), tokenizer_digest(tokenizer)
     if expected in (None, found):
@@ -190,8 +190,8 @@ def check_tokenizer(cache: Cache, source: ModelSource, tokenizer: Any) -> tuple[
     differing = [f"{name} {made}" for name, made in made_with.items() if made != installed_version(name)]
     if differing and source.is_pinned:
         return (
-            f"the tokenizer of {source.label} is not quite that of the harvest, though its files are the same: it was "
-            f"made with {' and '.join(differing)}. Install that to be sure that texts are tokenized alike",
+            f"the tokenizer of {source.label} differs from that of the harvest, although its files are the same: the "
+            f"harvest had {' and '.join(differing)}. Install that to be sure that texts get the same tokens",
         )
     raise UsageError(
         f"{cache.folder} was harvested with another tokenizer (sha256 {str(expected)[:12]}) than the one in "

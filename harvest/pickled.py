@@ -13,7 +13,7 @@ ADVICE = "Download it again, or better a version in safetensors."
 
 
 def check_pickled(path: Path) -> None:
-    """Raise DamagedError if a file of weights is torn, or unpacks to more than its size.
+    """Raise DamagedError if a file of weights is truncated, or unpacks to more than its size.
 
     Files that torch wrote before version 1.6 are no zip files; reading them needs no more memory than their size.
     """
@@ -24,7 +24,7 @@ def check_pickled(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DamagedError(f"{path} is torn or damaged: {error}. {ADVICE}") from error
+        raise DamagedError(f"{path} is truncated or damaged: {error}. {ADVICE}") from error
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
         what = f"its entry {packed[0]} is compressed" if packed else "its entries are larger than the file"

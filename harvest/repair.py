@@ -144,7 +144,7 @@ def plan_text_of(folder: Path, options: dict[str, Any], hooks: list[Hook]) -> Ha
 
 
 def changed_inputs(identity: dict[str, Any], plan: HarvestPlan) -> list[str]:
-    """The keys of a cache's identity that are others in a plan."""
+    """The keys of a cache's identity that differ in a plan."""
     return [key for key in identity if without_name(identity[key]) != without_name(plan.identity.get(key))]
 
 

@@ -185,8 +185,8 @@ def test_a_tokenizer_that_changed_is_refused_at_evaluation(
     monkeypatch.setattr(inputs, "versions_of_harvest", lambda cache: {"transformers": "4.0.0"})
     config = EvaluateConfig([run.folder], suite="core", tokens=200, references=False, device="cpu", force=True)
     plan = plan_evaluation(config)
-    (note,) = [line for line in plan.describe() if "not quite that of the harvest" in line]
-    assert "made with transformers 4.0.0. Install that" in note
+    (note,) = [line for line in plan.describe() if "differs from that of the harvest, although its files" in line]
+    assert "the harvest had transformers 4.0.0. Install that" in note
     assert run_evaluation(plan)[0].results["core"].metrics == before
     monkeypatch.setattr(ModelSource, "is_pinned", False)
     with pytest.raises(UsageError, match=refusal):
