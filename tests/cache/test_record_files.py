@@ -140,6 +140,7 @@ def test_a_changed_value_without_a_digest_gives_a_sentence_or_is_one_of_few(fold
         ("manifest.json", ("rows",), 39, "it has 39 rows, but zarr.json has 40"),
         ("manifest.json", ("fingerprint",), "0" * 64, "manifest.json comes from another harvest"),
         ("manifest.json", ("complete",), ["layer_05"], "layer_12 is not complete in it"),
+        ("manifest.json", ("complete",), ["layer_05", "layer_12", "layer_19"], "layer_19 is "),
         ("manifest.json", ("statistics", "layer_05", "count"), 39, "39 rows and 0 outlier rows, but the cache has 40"),
         ("manifest.json", ("statistics", "layer_05", "norm_limit"), 3.0, "max_norm None, but its norm_limit is 3"),
         ("commits/000001.layer_05.json", ("window",), 2, "it is of window 2 of layer_05, but the name"),
@@ -186,6 +187,13 @@ def test_the_files_of_an_array_that_is_not_complete_may_be_listed(
     make_writer(cache.folder, {5: bits[5]}, 16).finish()
     again = open_cache(cache.folder)
     assert "layer_19/c.1.0" in again.manifest["files"] and again.layers == [5, 12] and len(list(again.verify()))
+
+
+def test_a_commit_beyond_the_last_window_is_found(cache: Cache) -> None:
+    content = COMMIT_RECORD.read(cache.folder / "commits/000001.layer_05.json")
+    COMMIT_RECORD.write(cache.folder / "commits/000003.layer_05.json", content | {"window": 3})
+    with pytest.raises(DamagedError, match="it is of window 3, but the cache has 3"):
+        read_all(cache.folder)
 
 
 def test_a_missing_commit_is_found_by_verify(cache: Cache) -> None:

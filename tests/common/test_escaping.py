@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.common.escaping import (
-    FORMULA_STARTS,
     escape_for_csv,
     escape_for_markdown,
     escape_for_terminal,
@@ -19,6 +18,7 @@ from sae.common.escaping import (
     quote,
 )
 
+FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 HIDDEN = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 paths = st.binary(min_size=1, max_size=12).map(lambda raw: os.fsdecode(raw.replace(b"\0", b"\n")))
 texts = st.text() | paths
@@ -65,7 +65,9 @@ def test_numbers_in_a_csv_stay_numbers(value):
     assert escape_for_csv(value) is value
 
 
-@pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "\n=1", "＝1"])
+@pytest.mark.parametrize(
+    "text", ["=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "\n=1", "＝1", "＋1", "－1", "＠SUM(A1)"]
+)
 def test_text_in_a_csv_is_no_formula(text):
     cell = escape_for_csv(text)
     assert not cell.lstrip().startswith((*FORMULA_STARTS, "\t", "\r")) and cell.endswith(text.strip())

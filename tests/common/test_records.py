@@ -127,6 +127,13 @@ def test_an_edit_is_refused_until_the_digest_is_deleted(path: Path, monkeypatch:
         KIND.read(path)  # one warning per process is enough
 
 
+@pytest.mark.parametrize("digest", ["", "0" * 64, 0, False, [], {}])
+def test_whatever_stands_in_place_of_the_digest_is_compared(path: Path, digest: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"content_digest": digest}))
+    with pytest.raises(DamagedError, match="does not match its content_digest"):
+        KIND.read(path)
+
+
 def test_the_digest_can_stand_in_an_object_and_cover_a_part(tmp_path: Path) -> None:
     kind = RecordKind(Example, "Write it again.", digest_in="inner", covered=lambda content: content["inner"])
     path = tmp_path / "example.json"

@@ -8,7 +8,7 @@ import pytest
 
 from sae.common.errors import DamagedError, UsageError
 from sae.common.schemas import CHECKPOINT_RECORD
-from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
+from sae.train.checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint, training_state
 from sae.train.plan import TrainConfig
 from sae.train.run import TrainProgress
 from sae.train.sae import load_sae
@@ -44,6 +44,23 @@ def test_a_damaged_checkpoint_is_skipped_and_removed_by_the_next(sparse_cache, t
     train(config, TrainProgress(say=said.append))
     assert "Skipping the checkpoint step-00000012" in said[0] and said[1] == f"{folder.name} resumes from step 8."
     assert (folder / "sae.safetensors").read_bytes() == weights
+
+
+def test_a_checkpoint_is_of_one_step(make_trainer, tmp_path: Path) -> None:
+    """The name of its folder, its record and its tensors each say which; any one of the three can be another's."""
+    trainer = make_trainer("relu")
+    for step in (3, 5):
+        trainer.i.fill_(step)
+        save_checkpoint(trainer, tmp_path, step)
+    third, fifth = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (3, 5))
+    assert [read_checkpoint(path)[0] for path in (third, fifth)] == [3, 5]
+    renamed = shutil.copytree(third, tmp_path / "step-00000004")
+    with pytest.raises(DamagedError, match="is not of one step: state.json says 3, the tensors 3"):
+        read_checkpoint(renamed)
+    CHECKPOINT_RECORD.write(fifth / "state.json", CHECKPOINT_RECORD.read(third / "state.json") | {"step": 5})
+    shutil.copy(third / "state.safetensors", fifth)
+    with pytest.raises(DamagedError, match="is not of one step: state.json says 5, the tensors 3"):
+        read_checkpoint(fifth)
 
 
 def test_damaged_checkpoints_of_later_steps_do_not_push_out_valid_ones(make_trainer, tmp_path: Path) -> None:
