@@ -140,7 +140,7 @@ def test_a_changed_value_without_a_digest_gives_a_sentence_or_is_one_of_few(fold
         ("manifest.json", ("rows",), 39, "it has 39 rows, but zarr.json has 40"),
         ("manifest.json", ("fingerprint",), "0" * 64, "manifest.json comes from another harvest"),
         ("manifest.json", ("complete",), ["layer_05"], "layer_12 is not complete in it"),
-        ("manifest.json", ("complete",), ["layer_05", "layer_12", "layer_19"], "layer_19 is "),
+        ("manifest.json", ("complete",), ["layer_05", "layer_12", "layer_19"], "layer_19 is in `complete` or"),
         ("manifest.json", ("statistics", "layer_05", "count"), 39, "39 rows and 0 outlier rows, but the cache has 40"),
         ("manifest.json", ("statistics", "layer_05", "norm_limit"), 3.0, "max_norm None, but its norm_limit is 3"),
         ("commits/000001.layer_05.json", ("window",), 2, "it is of window 2 of layer_05, but the name"),
@@ -192,7 +192,7 @@ def test_the_files_of_an_array_that_is_not_complete_may_be_listed(
 def test_a_commit_beyond_the_last_window_is_found(cache: Cache) -> None:
     content = COMMIT_RECORD.read(cache.folder / "commits/000001.layer_05.json")
     COMMIT_RECORD.write(cache.folder / "commits/000003.layer_05.json", content | {"window": 3})
-    with pytest.raises(DamagedError, match="it is of window 3, but the cache has 3"):
+    with pytest.raises(DamagedError, match="it is of window 3, but the cache has only 3 windows"):
         read_all(cache.folder)
 
 

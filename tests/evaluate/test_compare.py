@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import DamagedError, LeftOutWarning, UsageError
+from sae.common.files import digest_of
 from sae.common.schemas import RESULT_RECORD
 from sae.evaluate.compare import (
     ComparedRun,
@@ -199,6 +200,20 @@ def test_a_damaged_reference_does_not_stop_the_comparison_of_others(tmp_path, ho
         assert [one.name for one in compare_runs([run]).runs] == [run.name]
 
 
+def test_a_result_of_another_reference_is_left_out(tmp_path, home):
+    """The name of a reference's folder ends with the digest of what it is."""
+    run = make_run(tmp_path / "runs")
+    what = {"reference": "zero", "layer": 12, "site": "resid_post"}
+    right = home / "activations" / "evaluation" / "references" / f"zero-L12-{digest_of(what)[:8]}"
+    (right / "evaluations").mkdir(parents=True)
+    result = RESULT_RECORD.read(run / "evaluations" / "core.json")
+    RESULT_RECORD.write(right / "evaluations" / "core.json", result | {"sae_cfg_dict": what})
+    assert [one.label for one in compare_runs([run]).references] == ["zero"]
+    right.rename(right.with_name("zero-L12-00000000"))
+    with pytest.warns(LeftOutWarning, match="core.json is a result of another reference"):
+        assert not compare_runs([run]).references
+
+
 def test_a_line_goes_through_the_systems_of_a_recipe_in_the_order_of_l0(tmp_path):
     runs = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((64, 0.97), (16, 0.9), (32, 0.95))]
     (chart,) = frontiers(compare_runs([*runs, make_run(tmp_path, "relu", l0=80.0)]))
@@ -284,6 +299,14 @@ def test_csv_reads_back(tmp_path):
     assert lines == [{k: "" if v is None else str(v) for k, v in record.items()} for record in records]
     assert [line["notes"] for line in lines] == ["core: a <b>flag</b>"] * 2
     assert [line["core.model_behavior_preservation.kl_div_score"] for line in lines] == ["0.9", "0.5"]
+
+
+def test_a_csv_has_no_formula_in_names_or_cells(tmp_path):
+    found = compare_runs([make_run(tmp_path, "=HYPERLINK(1)", **{"@SUM(A1)": "+1"})])
+    (record,) = to_records(found)
+    names, cells = csv.reader(io.StringIO(to_csv(found)))
+    assert "=HYPERLINK(1)" in record.values() and "'=HYPERLINK(1)" in cells
+    assert not any(text.startswith(("=", "+", "-", "@")) for text in [*names, *cells])
 
 
 def test_the_page_holds_the_table_and_escapes_what_is_not_ours(tmp_path):

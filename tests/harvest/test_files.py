@@ -70,8 +70,8 @@ def test_what_is_not_text_of_the_dataset_is_left_out(chosen) -> None:
         "dataset_infos.json", "dataset_info.json", "README.txt", "LICENSE", "LICENSE.txt", ".gitattributes",
         ".DS_Store", "Thumbs.db", "._b.jsonl", ".b.jsonl.swp", "b.jsonl~", "~b.jsonl",
         ".ipynb_checkpoints/b-checkpoint.jsonl",
-        ".cache/huggingface/download/b.jsonl.metadata", ".cache/huggingface/download/b.json", "__MACOSX/._b.jsonl", "__pycache__/b.jsonl",
-        "config.json", "Untitled.ipynb",
+        ".cache/huggingface/download/b.jsonl.metadata", ".cache/huggingface/download/b.json", "__MACOSX/._b.jsonl",
+        "__pycache__/b.jsonl", "config.json", "Untitled.ipynb",
     ]  # fmt: skip
     assert chosen(["b.jsonl", "licensed.jsonl", *left]) == ["b.jsonl", "licensed.jsonl"]
     assert chosen([], "all") == ["b.jsonl", "licensed.jsonl"]

@@ -167,6 +167,16 @@ def put_zip_bomb(path: Path, _: Path) -> None:
             archive.writestr(name, b"\0" * 50_000_000 if name == largest else data)
 
 
+def put_overlapping_entries(path: Path, _: Path) -> None:
+    """The same tensors, with a directory that lists the largest of them 1,000 times: stored, and together too large."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+        archive.filelist += 1000 * [max(archive.filelist, key=lambda entry: entry.file_size)]
+
+
 def put_noise(path: Path, _: Path) -> None:
     path.write_bytes(b"PK\3\4" + bytes(range(256)) * 20)
 
@@ -175,7 +185,9 @@ def put_nothing(path: Path, _: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("spoil", [put_bomb, put_old_bomb, truncate, put_zip_bomb, put_noise, put_nothing])
+@pytest.mark.parametrize(
+    "spoil", [put_bomb, put_old_bomb, truncate, put_zip_bomb, put_overlapping_entries, put_noise, put_nothing]
+)
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "parts/one.bin"])
 def test_a_hostile_or_broken_pickle_of_weights(
     tiny_model: Path, tmp_path: Path, spoil: Callable[[Path, Path], None], name: str
@@ -192,8 +204,12 @@ def test_a_hostile_or_broken_pickle_of_weights(
     load_model(*find_model(str(folder)), dtype="float32", device="cpu")  # as it was saved it is read
     spoil(path, tmp_path / "ran")
     found = find_model(str(folder))
-    with pytest.raises(DamagedError, match=r"(or damaged|not written by torch|weights of .*model).*[Dd]ow|pickle"):
+    with pytest.raises(
+        DamagedError, match=r"(or damaged|not written by torch|weights of .*model).*[Dd]ow|pickle"
+    ) as raised:
         load_model(*found, dtype="float32", device="cpu")
+    if spoil in (put_zip_bomb, put_overlapping_entries):  # by its directory: nothing was unpacked
+        assert "was not written by torch: " in str(raised.value)
     assert not (tmp_path / "ran").exists()
 
 

@@ -14,6 +14,7 @@ from sae.cache.reader import Cache
 from sae.common.errors import UsageError
 from sae.common.special_tokens import special_tokens
 from sae.common.tokenizers import tokenizer_digest, tokens_without_embedding
+from sae.evaluate.inputs import make_context
 from sae.evaluate.metrics.activation_examples import TokenText
 from sae.harvest.chat import ChatEncoder
 from sae.harvest.config import HarvestConfig
@@ -75,6 +76,10 @@ def test_a_text_without_such_tokens_is_harvested_as_ever(enlarged: Path, tiny_mo
     texts = ["the fox", "a lazy dog reads the yellow books", "call [PAD] here"]
     one, other = (activations(texts, model=str(model), layer=1, device="cpu") for model in (tiny_model, enlarged))
     assert torch.equal(one.x, other.x) and one.ids.tolist() == other.ids.tolist()
+    context = make_context(own)
+    assert context.encode_texts(texts[:2]) == make_context(whole).encode_texts(texts[:2])
+    with pytest.raises(UsageError, match=r"Text 1 of 2 has the token '<zzz>' .* has 8,192 rows"):
+        context.encode_texts(["fine", "not <zzz>"])
 
 
 SMALL = {"tokens": 1500, "context": 32, "window": 512, "held_out": 0.2, "device": "cpu"}

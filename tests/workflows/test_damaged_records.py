@@ -27,7 +27,7 @@ from sae.train.formats.import_ import import_sae
 from sae.train.formats.model_card import evaluation_metrics
 from sae.train.plan import Run, TrainConfig, plan_training
 from sae.train.run import TrainProgress, run_training
-from sae.train.sae import IDENTITY, load_sae, read_run_record, read_sae_record
+from sae.train.sae import IDENTITY, OPTIONAL, load_sae, read_run_record, read_sae_record
 
 from ..run_records import change_record
 
@@ -209,6 +209,8 @@ def without_digest(kind: Any, path: Path, change: Callable[[Any], Any]) -> None:
     [
         (lambda sae: sae["origin"].update(layer=1), "hook_name is blocks.0.hook_resid_post, but layer and"),
         (lambda sae: sae["origin"].update(layer=1, hook_name="blocks.1.hook_resid_post"), "layer is 1 in sae.json and"),
+        (lambda sae: sae["origin"].update(site="mlp_out", hook_name="blocks.0.hook_mlp_out"),
+         "site is mlp_out in sae.json and resid_post in run.json"),
         (lambda sae: sae["origin"].update(seed=7), "seed is 7 in sae.json and 0 in run.json"),
         (lambda sae: sae["origin"].update(variant="topk"), "variant is topk in sae.json and batchtopk in run.json"),
         (lambda sae: sae["origin"].update(training_tokens=1), "training_tokens is 1 in sae.json and 384 in run.json"),
@@ -232,6 +234,15 @@ def test_the_folder_s_name_ends_with_the_digest_of_the_run_s_options(run: Path) 
         load_sae(renamed)
     without_digest(SAE_RECORD, renamed / "sae.json", lambda content: content.pop("run"))  # as earlier versions wrote it
     assert load_sae(renamed).d_sae == 32
+
+
+@pytest.mark.parametrize("key", [key for key in (*IDENTITY, "cache_folders", "resolved") if key not in OPTIONAL])
+def test_a_run_json_without_what_decides_the_run_is_refused(run: Path, key: str) -> None:
+    """Also in a folder whose name says nothing."""
+    renamed = run.rename(run.with_name("mine"))
+    without_digest(RUN_RECORD, renamed / "run.json", lambda content: content.pop(key))
+    with pytest.raises(DamagedError, match=rf"run\.json (has no '{key}'|is not as it was written)"):
+        plan_training(TrainConfig(resume=[renamed]))
 
 
 def test_the_digest_of_a_run_covers_what_its_record_says_decides_it(run: Path) -> None:

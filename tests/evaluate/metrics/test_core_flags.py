@@ -1,4 +1,4 @@
-"""Each flag of core appears on one side of its threshold only. That a measured SAE has them: test_misleading_numbers."""
+"""Each flag of core appears on one side of its threshold only. Measured SAEs: test_misleading_numbers.py."""
 
 from types import SimpleNamespace
 from typing import Any
