@@ -15,6 +15,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -104,9 +105,14 @@ class RecordKind(Generic[Content]):
         return not has_digest
 
     def _remove_digest(self, content: Any) -> Any:
-        """Remove the digest from the content and return it; None if there is none."""
+        """Remove the digest from the content and return it; None if there is none.
+
+        Where the name itself was hit ("content_dygest"), what it names is returned: it does not match what remains.
+        """
         holder = content.get(self.digest_in) if self.digest_in and isinstance(content, dict) else content
-        return holder.pop(DIGEST, None) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict):
+            return None
+        return holder.pop(DIGEST, None) or next(map(holder.get, get_close_matches(DIGEST, holder, 1, cutoff=0.9)), None)
 
 
 def as_read(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,6 @@ def test_another_layout_of_the_same_content_is_read(path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found_or_changes_nothing(path: Path) -> None:
-    """Only a hit in the name of the digest is read, with a warning: as a record without a digest."""
     data, unnoticed = path.read_bytes(), []
     for bit in range(8 * len(data)):
         flipped = bytearray(data)
@@ -66,9 +65,8 @@ def test_every_flipped_bit_is_found_or_changes_nothing(path: Path) -> None:
         except DamagedError:
             continue
         if content != CONTENT:
-            unnoticed.append(bit // 8)
-    name = data.index(b"content_digest")
-    assert set(unnoticed) <= set(range(name, name + len("content_digest")))
+            unnoticed.append(bit)
+    assert not unnoticed
 
 
 @pytest.mark.parametrize(
