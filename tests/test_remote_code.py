@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoConfig, dynamic_module_utils
 
 from sae.common.errors import SaeError, UsageError
+from sae.common.remote_code import never_asking
 from sae.harvest.adapters import find_adapter
 from sae.harvest.datasets import open_text
 from sae.harvest.in_memory import activations
@@ -224,3 +225,14 @@ def test_every_form_of_call_is_read(tmp_path: Path, source: str, is_right: bool)
     (tmp_path / "some.py").write_text(source)
     (call,) = loading_calls(tmp_path / "some.py")
     assert (refuses(call) or is_ours(call)) == is_right
+
+
+def test_transformers_cannot_ask_while_something_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.dynamic_module_utils import resolve_trust_remote_code
+
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    with never_asking(), pytest.raises(ValueError, match="custom code"):
+        resolve_trust_remote_code(None, "model", False, True)
+    assert not asked
+    assert resolve_trust_remote_code(None, "model", False, True) and asked  # as it is without the guard

@@ -1,5 +1,6 @@
 """Parse what users write: widths, and the options of recipes given with --set."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def split_width(text: str) -> tuple[float, str]:
     unit = text[-1:].lower() if text[-1:].lower() in ("x", "k") else ""
     try:
         number = float(text[:-1]) if unit else int(text)
-        if not number > 0:
+        if not 0 < number < math.inf:
             raise ValueError
     except ValueError:
         raise UsageError(

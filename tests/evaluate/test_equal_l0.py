@@ -1,12 +1,12 @@
 """benchmarks/equal_l0.py: systems at equal L0, paired by seed."""
 
-import json
 import runpy
 from pathlib import Path
 
 import pytest
 
 from sae.common.errors import UsageError
+from sae.common.schemas import SAE_RECORD
 from sae.evaluate.compare import ComparedRun
 from sae.evaluate.metrics.base import MetricResult
 
@@ -16,7 +16,8 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "equal_l0
 def trained(tmp_path, variant, seed, kl=None, pre_bias=False, **resolved):
     folder = tmp_path / f"{variant}-{seed}-{kl}"
     folder.mkdir()
-    (folder / "sae.json").write_text(json.dumps({"pre_bias": pre_bias}))
+    spec = {"format": 1, "d_in": 1, "d_sae": 1, "pre_bias": pre_bias, "activation": [{"name": "relu"}]}
+    SAE_RECORD.write(folder / "sae.json", {**spec, "sha256": "0" * 64, "origin": {}})
     core = {} if kl is None else {"core": MetricResult({"model_behavior_preservation": {"kl_div_score": kl}})}
     record = {"variant": variant, "layer": 12, "seed": seed, "resolved": {"lr": 3e-4, **resolved}}
     return ComparedRun(folder.name, folder, {}, record, core, {})

@@ -349,7 +349,6 @@ def test_removed_windows_do_not_count_as_missing(asked) -> None:
     ("words", "sentence"),
     [
         ("--stream --ring 3", "--ring 3 cannot be halved"),
-        ("--stream --ring 0", "--ring 0 cannot be halved"),
         (f"--stream --steps {STEPS + 1}", f"--steps {STEPS + 1} is too many: 3,000 tokens are {STEPS} batches of 60"),
         ("--stream --batch-size 600", "Half of the ring holds 512 rows, fewer than one batch of 600"),
         ("--stream --resume runs/topk", "--resume cannot be combined with --stream"),
