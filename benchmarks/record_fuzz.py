@@ -167,7 +167,7 @@ def reader_of_run(folder: Path) -> Read:
 def reader_of_checkpoint(folder: Path) -> Read:
     def read() -> Any:
         step, _, tensors = read_checkpoint(folder)
-        return step, {name: digest(tensor.numpy()) for name, tensor in tensors.items()}
+        return step, {name: digest(tensor.numpy()) for name, tensor in sorted(tensors.items())}  # load orders them anew
 
     return read
 
