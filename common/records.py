@@ -110,9 +110,9 @@ class RecordKind(Generic[Content]):
         Where the name itself was hit ("content_dygest"), what it names is returned: it does not match what remains.
         """
         holder = content.get(self.digest_in) if self.digest_in and isinstance(content, dict) else content
-        if not isinstance(holder, dict):
-            return None
-        return holder.pop(DIGEST, None) or next(map(holder.get, get_close_matches(DIGEST, holder, 1, cutoff=0.9)), None)
+        if isinstance(holder, dict) and DIGEST not in holder:
+            return next((holder[name] for name in get_close_matches(DIGEST, holder, 1, cutoff=0.9)), None)
+        return holder.pop(DIGEST) if isinstance(holder, dict) else None
 
 
 def as_read(content: Mapping[str, Any]) -> dict[str, Any]:
