@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModel
 
 from ..cache.layout import OUTSIDE, RESIDUAL_SITES, Hook, ModuleSpec
-from ..common.errors import SaeError, UsageError, did_you_mean
+from ..common.errors import UnavailableError, UsageError, did_you_mean
 from ..common.remote_code import from_config
 from .building import build_without_numbers, check_memory, quiet_transformers
 from .hooked import HookedModel, belongs_to, module_refusal, refusal
@@ -229,12 +229,13 @@ class Blueprint:
                     "one. Use --site resid_post."
                 )
             return model.probe(layer)
-        except SaeError:
+        except (UsageError, UnavailableError):
             raise
-        except Exception as error:  # of a model's own code
+        except Exception as error:  # of a model's own code; DamagedError if its first blocks cannot be built alone
+            why = describe(error.__cause__ or error)
             raise UsageError(
-                f"{self.class_name} with random numbers cannot be run: {describe(error)}. So its modules cannot be "
-                "told apart before its weights are loaded. Use --site resid_post."
+                f"{self.class_name} with random numbers cannot be run: {why}. So its modules cannot be told apart "
+                "before its weights are loaded. Use --site resid_post."
             ) from error
 
     @lru_cache(maxsize=1)  # noqa: B019  (blueprints are kept anyway)
