@@ -41,7 +41,7 @@ def parse_positive(text: str | float) -> float:
 
 
 def check_width(text: str | None) -> str | None:
-    """The callback of --width. Raises typer.BadParameter for what is no width of an SAE."""
+    """The callback of --width. Raises typer.BadParameter if an SAE cannot have that width."""
     if text is not None:
         from ..common.errors import UsageError
         from ..train.parse import split_width

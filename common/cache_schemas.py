@@ -235,13 +235,13 @@ class LargestRows(TypedDict):
     tokens: Annotated[list[tuple[int, int, str | None]], Meta(description="the most frequent tokens: [id, rows, text]")]
     variance: Annotated[float, Meta(description="elementwise, of all rows")]
     share: Annotated[float, Meta(description="of the variance, held by the top 0.1 % of rows")]
-    share_unmasked: Annotated[float, Meta(description="the same among rows that are no outliers")]
+    share_unmasked: Annotated[float, Meta(description="the same without outlier rows")]
 
 
 class Statistics(TypedDict):
     """Statistics of the rows of an array, without outlier rows."""
 
-    count: Annotated[Count, Meta(description="rows that are no outliers")]
+    count: Annotated[Count, Meta(description="rows that are not outliers")]
     marked: Annotated[Count, Meta(description="outlier rows")]
     max_norm: Annotated[float | None, Meta(description="`--max-norm`: a multiple of the median norm; null: no limit")]
     norm_limit: Annotated[float | None, Meta(description="the norm over which a row is an outlier; null: no limit")]

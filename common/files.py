@@ -198,7 +198,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is no record, atomically. Raises UnavailableError if the disk is full or not writable."""
+    """Write a JSON file without a digest, atomically. Raises UnavailableError if the disk is full or not writable."""
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 

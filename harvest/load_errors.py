@@ -38,7 +38,7 @@ def translate_load_errors(name: str, part: str = "weights") -> Iterator[None]:
             f"The weights of {name} are refused: {describe(pickle.UnpicklingError(reason_of(error)))}. They are a "
             "pickle, which can hold a program, and only tensors are read. Use a version of the model in safetensors."
         ) from error
-    except BaseException as error:  # also the panics of tokenizers, which are no Exception
+    except BaseException as error:  # also the panics of tokenizers, which are not an Exception
         if translated := load_error(error, name):
             raise translated from error
         is_folder = (Path(name) / "config.json").is_file() or name == mini.NAME

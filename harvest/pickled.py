@@ -15,7 +15,7 @@ ADVICE = "Download it again, or better a version in safetensors."
 def check_pickled(path: Path) -> None:
     """Raise DamagedError if a file of weights is truncated, or unpacks to more than its size.
 
-    Files that torch wrote before version 1.6 are no zip files; reading them needs no more memory than their size.
+    Files that torch wrote before version 1.6 are not zip files; reading them needs no more memory than their size.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":

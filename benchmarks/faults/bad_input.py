@@ -62,7 +62,7 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         ("a saved dataset whose state.json is nested 30,000 deep", ["--dataset", "deepsaved"], USAGE),
         ("only a row nested 20,000 deep", ["--dataset", "deep.jsonl"], USAGE),
         ("a JSON array nested 20,000 deep", ["--dataset", "deep.json"], USAGE),
-        ("a model that is no folder", ["--model", "./nothing"], USAGE),
+        ("a model folder that does not exist", ["--model", "./nothing"], USAGE),
         ("a model folder without weights", ["--model", "./bare"], OUTSIDE),
         ("truncated weights", ["--model", "./torn"], DAMAGED),
         ("weights that lack a matrix", ["--model", "./lacking"], DAMAGED),

@@ -101,7 +101,7 @@ def removal(m: Matrix) -> None:
     Path("thesis").mkdir(exist_ok=True)
     Path("thesis/chapter1.tex").write_text("years of work")
     m.row(
-        "of a folder that is no cache",
+        "of a folder that holds no cache",
         sae("cache", "rm", "thesis", "--yes"),
         USAGE,
         "untouched",

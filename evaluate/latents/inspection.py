@@ -117,7 +117,7 @@ def read_results(row: EvalRow) -> dict[str, MetricResult]:
                 continue
             record = read_result_record(path, metric)
             require_result_of(row.record, record, path)
-            if record["eval_config"].get("weights") != row.weights:  # k and the like, which are no tensors
+            if record["eval_config"].get("weights") != row.weights:  # k and the like, which are not tensors
                 raise DamagedError(f"{path} is a result of another SAE. {RESULT_RECORD.remedy}")
             results[name] = result_of(record, path)
         except DamagedError as error:

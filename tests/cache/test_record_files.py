@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from sae.common.errors import DamagedError, SaeError, UsageError
 from sae.common.records import DIGEST, UncheckedRecordWarning
 from sae.common.schemas import MODELS_RECORD
 
+from ..json_trees import leaves, with_leaf
+
 unchecked = pytest.mark.filterwarnings("ignore::sae.common.records.UncheckedRecordWarning")
 
 
@@ -30,15 +32,6 @@ unchecked = pytest.mark.filterwarnings("ignore::sae.common.records.UncheckedReco
 def folder(tmp_path_factory: pytest.TempPathFactory, two_layer_folder: Path) -> Path:
     """A copy of a complete cache that each test leaves as it was."""
     return Path(shutil.copytree(two_layer_folder, tmp_path_factory.mktemp("records") / "cache"))
-
-
-def leaves(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in a record that holds no others."""
-    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    if not inside:
-        yield at
-    for key, value in inside:
-        yield from leaves(value, (*at, key))
 
 
 def other(value: Any) -> Any:
@@ -54,16 +47,6 @@ def other(value: Any) -> Any:
     return [1] if value == [] else {"another": 1}
 
 
-def changed(content: Any, at: tuple[Any, ...], value: Callable[[Any], Any] = other) -> Any:
-    """The content with another value at a path."""
-    copy = json.loads(json.dumps(content))
-    holder = copy
-    for key in at[:-1]:
-        holder = holder[key]
-    holder[at[-1]] = value(holder[at[-1]])
-    return copy
-
-
 def read_all(folder: Path) -> None:
     """What opening a cache, showing it and the beginning of `sae cache verify` read."""
     cache = open_cache(folder)
@@ -77,7 +60,7 @@ def each_change(folder: Path, *, digests: bool) -> Iterator[tuple[str, Path]]:
         whole = path.read_text()
         content = json.loads(whole if digests else without_digest(whole))
         for at in leaves(content):
-            path.write_text(json.dumps(changed(content, at)))
+            path.write_text(json.dumps(with_leaf(content, at, other)))
             yield ".".join(map(str, at)), path
         path.write_text(whole)
 
@@ -154,7 +137,7 @@ def test_a_changed_value_without_a_digest_gives_a_sentence_or_is_one_of_few(fold
 def test_records_are_compared(folder: Path, file: str, at: tuple[str, ...], value: Any, message: str) -> None:
     path = folder / file
     whole = path.read_text()
-    path.write_text(json.dumps(changed(json.loads(without_digest(whole)), at, lambda _: value)))
+    path.write_text(json.dumps(with_leaf(json.loads(without_digest(whole)), at, lambda _: value)))
     try:
         with pytest.raises(DamagedError, match=f"{message}.*sae cache repair") as raised:
             read_all(folder)

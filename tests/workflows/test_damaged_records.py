@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from sae.train.plan import Run, TrainConfig, plan_training
 from sae.train.run import TrainProgress, run_training
 from sae.train.sae import IDENTITY, OPTIONAL, load_sae, read_run_record, read_sae_record
 
+from ..json_trees import leaves, with_leaf
 from ..run_records import change_record
 
 BATCHTOPK = "batchtopk"
@@ -91,15 +92,6 @@ READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {  # name -> run, f
 }
 
 
-def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all leaves of a tree of dictionaries and lists; an empty one is a leaf."""
-    if isinstance(tree, (dict, list)) and tree:
-        for key, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(branch, (*path, key))
-    else:
-        yield path
-
-
 def altered(value: Any) -> Any:
     """Another value of the same type; of none for null."""
     match value:
@@ -116,16 +108,6 @@ def altered(value: Any) -> Any:
         case dict():
             return {"x": 0}
     return 0
-
-
-def with_leaf(tree: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> Any:
-    """A copy of the tree with another value at the path."""
-    tree = json.loads(json.dumps(tree))
-    node = tree
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = change(node[path[-1]])
-    return tree
 
 
 @pytest.mark.parametrize("name", READERS)
