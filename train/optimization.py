@@ -27,8 +27,9 @@ class Optimization:
     """Share of the run after which the learning rate falls linearly to zero."""
     clip: float | None = 1.0
     """Limit of the global gradient norm, after the decoder's projection. None: off."""
-    normalize: Literal["unit_ms", "none"] = "unit_ms"
-    """unit_ms: divide the input by sqrt(E|x|^2), from the cache's manifest. none: raw input."""
+    normalize: Literal["unit_ms", "standardize", "none"] = "unit_ms"
+    """unit_ms: divide the input by sqrt(E|x|^2), from the cache's manifest. standardize: subtract the mean and divide
+    by the standard deviation of each dimension, of the first 10,000 rows that training reads. none: raw input."""
     center: bool = False
     """Also subtract the cache's mean row from the input."""
     b_dec_init: Literal["mean", "zero"] = "mean"

@@ -74,7 +74,7 @@ class Recipe:
         if not size_problems:  # else the build would fail, or allocate more than the machine has
             try:
                 variant = self.build(config, **values)
-                variant.optimization = replace(variant.optimization, **shared)
+                variant.configure(replace(variant.optimization, **shared))
                 problems += variant.optimization.validation_errors(config.steps)
                 if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
                     problems.append("--l0 has no effect on this recipe: it has no option k or l0 and no sparsity loss.")

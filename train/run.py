@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from .step import Mechanism
 from .variant import Variant
 
 CALIBRATION_BATCHES = 32
+STANDARDIZED_ON = 10_000  # rows
 
 PathLike = str | os.PathLike[str]
 
@@ -222,7 +224,15 @@ def set_normalization(trainer: RunTrainer, cache: object) -> None:
     assert isinstance(cache, Cache | ConcatCache)
     array = trainer.run.hook.array
     mean_D = torch.from_numpy(cache.mean(array)).float().to(trainer.device)
-    trainer.variant.set_normalization(mean_D, cache.statistics(array)["mean_square_norm"])
+    sample_ND = first_rows(trainer.run, STANDARDIZED_ON) if trainer.variant.scale.dim() else None
+    trainer.variant.set_normalization(mean_D, cache.statistics(array)["mean_square_norm"], sample_ND)
+
+
+def first_rows(run: Run, count: int) -> torch.Tensor:
+    """The first `count` rows (count, d_in) that a run reads, from the start again where its cache has fewer."""
+    batches = math.ceil(count / run.config.batch_size)
+    with open_batches(run, 0, "cpu", resident=False) as loader:
+        return torch.cat([x_BD.clone() for x_BD in itertools.islice(loader, batches)])[:count].float()
 
 
 def shared_passes(
@@ -330,7 +340,7 @@ def finish_run(trainer: RunTrainer) -> None:
         **{key: run.cache.identity[key] for key in ("bos",) if key in run.cache.identity},
         "norm_limit": run.cache.norm_limit(run.hook.array),  # rows over it were not trained on
     }
-    sae = fold_normalization(variant.sae, float(variant.scale), variant.mean_D)
+    sae = fold_normalization(variant.sae, variant.scale, variant.mean_D)
     with torch.no_grad():
         for mechanism in variant.mechanisms:
             mechanism.export(sae)

@@ -119,12 +119,21 @@ def require_width(rows: Tensor, width: int, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def fold_normalization(sae: SAE, scale: float, mean_D: Tensor) -> SAE:
-    """An SAE that does to x what `sae` does to (x - mean)/scale, with latents `scale` times as large.
+def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor) -> SAE:
+    """An SAE that does to x what `sae` does to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
 
-    W_enc and W_dec stay, biases and thresholds are scaled, and x_hat = scale * x_hat_normalized + mean.
+    With one scale, latents are `scale` times as large: W_enc and W_dec stay, biases and thresholds are scaled. With a
+    scale for each dimension (d_in,), latents stay: rows of W_enc are divided by it and columns of W_dec multiplied, so
+    the rows of W_dec are no longer unit vectors.
     """
     raw = build_sae(sae_spec(sae), {k: v.detach().clone() for k, v in sae.state_dict().items()})
+    if isinstance(scale, Tensor) and scale.dim():
+        raw.W_enc.div_(scale[:, None])
+        raw.W_dec.mul_(scale)
+        raw.b_dec.copy_(scale * sae.b_dec + mean_D)
+        raw.b_enc.sub_(0 if sae.pre_bias else mean_D @ raw.W_enc)
+        return raw.eval()
+    scale = float(scale)
     raw.b_dec.copy_(scale * sae.b_dec + mean_D)
     raw.b_enc.copy_(scale * sae.b_enc - (0 if sae.pre_bias else mean_D @ sae.W_enc))
     for activation in raw.activation:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import UsageError
 from .mechanisms import DeadLatents
 from .optimization import Optimization
 from .sae import SAE
@@ -68,7 +69,7 @@ class Variant(nn.Module):
     """
 
     mean_D: Tensor  # subtracted from raw activations
-    scale: Tensor  # (), by which they are divided then
+    scale: Tensor  # by which they are divided then: (), or with normalize=standardize (d_in,)
 
     def __init__(
         self,
@@ -97,10 +98,28 @@ class Variant(nn.Module):
         self.terms[name] = term
         self.coefficients[name] = coefficient if callable(coefficient) else constant(coefficient)
 
-    def set_normalization(self, mean_D: Tensor, mean_square_norm: float) -> None:
-        """Set the constants of normalization from the mean row and E|x|^2 of the cache. Checkpoints hold them."""
+    def configure(self, optimization: Optimization) -> None:
+        """Set the options of the optimizer. Raises UsageError for an input that the SAE could not be saved for."""
+        self.optimization = optimization
+        if optimization.normalize == "standardize":
+            if any(activation.sees_input for activation in self.sae.activation):
+                raise UsageError(
+                    "normalize=standardize cannot be folded into an SAE with a router: give unit_ms or none."
+                )
+            self.scale = torch.ones(self.sae.d_in)
+
+    def set_normalization(self, mean_D: Tensor, mean_square_norm: float, sample_ND: Tensor | None = None) -> None:
+        """Set the constants of normalization from the mean row and E|x|^2 of the cache. Checkpoints hold them.
+
+        `sample_ND` are the raw rows whose mean and standard deviation normalize=standardize takes.
+        """
         settings, square = self.optimization, mean_square_norm
-        if settings.center:
+        if settings.normalize == "standardize":
+            assert sample_ND is not None
+            sd_D, sample_mean_D = torch.std_mean(sample_ND.double(), 0, correction=0)
+            self.mean_D.copy_(sample_mean_D)
+            self.scale.copy_(torch.where(sd_D > 0, sd_D, 1))
+        elif settings.center:
             self.mean_D.copy_(mean_D)
             square -= float(mean_D.square().sum())
         if settings.normalize == "unit_ms":

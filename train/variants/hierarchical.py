@@ -107,8 +107,10 @@ class AdaptivePenalty(Mechanism):
 
     def recent_error(self, step: Step) -> Tensor:
         """L_recon, this step included."""
-        square_BD = step.error_BD.detach().square()
-        error = self.scale() ** 2 * (square_BD.mean() if self.reading == "mean" else square_BD.sum(1).mean())
+        square_BD, square = step.error_BD.detach().square(), self.scale() ** 2
+        if square.dim():  # of each dimension (normalize=standardize)
+            square_BD, square = square_BD * square, square.new_ones(())
+        error = square * (square_BD.mean() if self.reading == "mean" else square_BD.sum(1).mean())
         return torch.where(step.i == 0, error, torch.lerp(error, self.average, self.ema))
 
     def forward(self, step: Step) -> Tensor:
