@@ -10,8 +10,8 @@ from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.verdict import INTERVAL_TOLERANCE, MEAN_TOLERANCE, MIN_SEEDS, NO_EFFECT
 
 COLUMNS = (
-    "paper", "claims", "of them differences or changes", "with a metric of ours", "paper inconsistent",
-    "contradictions", "measured, not reported",
+    "paper", "claims", "of them of two systems", "in words alone", "restated or copied", "with a metric of ours",
+    "paper inconsistent", "contradictions", "measured, not reported",
 )  # fmt: skip
 HEAD = f"""# What the five papers claim
 
@@ -38,6 +38,8 @@ def table_row(paper: Paper) -> str:
     counts = [
         len(claims),
         sum(bool(claim.against) for claim in claims),
+        sum(bool(claim.says) for claim in claims),
+        sum(not paper.is_counted(claim) for claim in claims),
         sum(claim.metric != "none" for claim in claims),
         sum(map(paper.inconsistent, claims)),
         len(paper.contradictions),

@@ -109,7 +109,7 @@ def show_report(report: "PaperReport", page: Path) -> None:
         [
             row.claim.id,
             row.claim.system,
-            f"{row.claim.value:g} {row.claim.unit}",
+            row.claim.claimed,
             row.measured,
             str(row.seeds or ""),
             row.verdict,

@@ -8,7 +8,11 @@ says it measures without giving a number (`unreported`). Every statement is back
 A claim is a printed number for one system and one metric. With `against` it compares two systems. Either both have a
 number (`against_value` is the other system's), or the value is the change from the other system in its unit: % of the
 other's number, pp between two shares, or x times the other's. Where the paper expresses the sign of a change in words,
-the sign of the value is ours.
+the sign of the value is ours. A comparison that the paper makes in words alone has no value: `says` is its direction,
+or that the two are equal, within a `margin` that is ours and that stands in the file before anything is measured.
+
+A paper often states one comparison several times. A claim that `restates` another is judged, and not counted again; a
+claim that is a `copy_of` another row's number, printed for another system, is not judged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,6 +24,8 @@ from .quotes import is_same_number, printed_numbers
 
 PAPERS = ("000", "001", "002", "003", "004")
 TRAINING_LOG = "training"  # metrics named training.<scalar> are scalars of metrics.jsonl
+STEP_TIME = "cost.step_time"  # of step_times.json: what a training step of a recipe takes
+SAME_NUMBER = 0.05  # share by which two numbers may differ and still count as the same one, also in a verdict
 # Numbers of results in mode 2024-12 that claims refer to and tables do not show, with the better direction.
 # `details` are the entries per letter or dataset, `n` is what was counted.
 EXTRA_METRICS = {
@@ -35,6 +41,7 @@ EXTRA_METRICS = {
     "sparse_probing.sae.sae_top_10_test_accuracy": "up",
     "sparse_probing.sae.sae_top_20_test_accuracy": "up",
     "sparse_probing.sae.sae_top_50_test_accuracy": "up",
+    STEP_TIME: "down",
 }
 CLAIM_METRICS = EXTRA_METRICS | {
     f"{name}.{number.category}.{number.name}": number.better for name, m in METRICS.items() for number in m.columns
@@ -96,6 +103,16 @@ class PaperFact:
 
 
 @dataclass(frozen=True)
+class Substitution:
+    """An equation of the paper that a reading replaces. It bears on `claims`: their verdicts say so, and none of them
+    is `contradicted` or `reproduced` in that reading."""
+
+    claims: tuple[str, ...]
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Reading:
     """Options that fix the units of a paper, for all its recipes that have them. A system's options override them."""
 
@@ -103,6 +120,11 @@ class Reading:
     why: str
     options: Mapping[str, Any] = field(default_factory=dict)
     literal: bool = False
+    substitutes: tuple[Substitution, ...] = ()
+
+    def substitutions(self, claim: "Claim") -> list[Substitution]:
+        """Those that bear on a claim."""
+        return [one for one in self.substitutes if claim.id in one.claims]
 
 
 @dataclass(frozen=True)
@@ -117,17 +139,19 @@ class PaperSystem:
     width: str = ""  # as in --width
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    adds_to: str = ""  # the system whose ablation this one is: it is that system plus one mechanism
+    counter: str = ""  # the scalar of metrics.jsonl that counts, from the start, what the mechanism did
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that the paper claims."""
+    """What the paper claims of one system and one metric: a number, or a comparison in words."""
 
     id: str  # unique within the paper
     where: str  # section, or table with row and column
     quote: str
-    value: float
-    metric: str  # metric.category.name, training.<scalar of metrics.jsonl>, or none
+    value: float | None = None  # absent with `says`
+    metric: str = ""  # metric.category.name, training.<scalar of metrics.jsonl>, cost.step_time, or none
     unit: str = ""  # as printed: none, %, pp or x
     system: str = ""
     against: str = ""  # another system
@@ -139,6 +163,10 @@ class Claim:
     reading: str = ""  # how an ambiguity or unit is read
     why: str = ""  # why no metric of ours measures it
     also: tuple[ClaimSource, ...] = ()
+    says: Literal["", "more", "less", "equal"] = ""  # in words: how the system's number compares with the other's
+    margin: float | None = None  # of `equal`: in `unit`, or in the metric's own without one
+    restates: str = ""  # the claim whose comparison this is again: a change beside its numbers, or another section
+    copy_of: str = ""  # the claim whose number the paper prints here for another system
 
     @property
     def better(self) -> str:
@@ -148,17 +176,36 @@ class Claim:
     @property
     def is_change(self) -> bool:
         """Whether the value is the difference or ratio of two systems."""
-        return bool(self.against) and self.against_value is None
+        return bool(self.against) and self.against_value is None and not self.says
 
     @property
-    def target(self) -> float:
-        """The value in the unit of the metric; for a change, in its printed unit."""
+    def target(self) -> float | None:
+        """The value in the unit of the metric; for a change, in its printed unit. None for a claim in words."""
+        if self.value is None:
+            return None
         return self.value / 100 if self.unit == "%" and not self.is_change else self.value
+
+    @property
+    def claimed(self) -> str:
+        """What is claimed, as a table shows it: the printed number with its unit, or the comparison in words."""
+        unit = f" {self.unit}" if self.unit else ""
+        if self.says == "equal":
+            return f"equal, within {self.margin:g}{unit}"
+        return self.says or f"{self.value:g}{unit}"
+
+    @property
+    def direction(self) -> int:
+        """1 if the system's number is claimed to exceed the other's, -1 if it is claimed to be below, else 0."""
+        if self.says:
+            return {"more": 1, "less": -1, "equal": 0}[self.says]
+        return (self.effect > 0) - (self.effect < 0) if self.effect is not None else 0
 
     @property
     def effect(self) -> float | None:
         """By how much the system exceeds the other: as a share of the other's number, or the printed change; None
-        without another system."""
+        without another system, or in words alone."""
+        if self.value is None:
+            return None
         if self.against_value is not None:
             return (self.value - self.against_value) / abs(self.against_value)
         return self.value - (self.unit == "x") if self.is_change else None
@@ -166,6 +213,8 @@ class Claim:
     @property
     def rounding(self) -> float:
         """Half of the last printed digit, in the unit of `target`: numbers that round to the value agree."""
+        if self.value is None or self.target is None:
+            return 0.0
         places = max(
             places
             for number, places in printed_numbers(self.quote)
@@ -211,6 +260,10 @@ class Paper:
 
     def inconsistent(self, claim: Claim) -> bool:
         return any(claim.id in contradiction.claims for contradiction in self.contradictions)
+
+    def is_counted(self, claim: Claim) -> bool:
+        """Whether a claim counts by itself: it neither restates another nor copies its number."""
+        return not claim.restates and not claim.copy_of
 
     def quotes(self) -> Iterator[str]:
         """Every line that is quoted from the paper."""

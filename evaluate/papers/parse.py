@@ -12,6 +12,7 @@ from ..metrics.base import MODES
 from .claims import (
     CLAIM_METRICS,
     PAPERS,
+    SAME_NUMBER,
     TRAINING_LOG,
     Claim,
     ClaimSource,
@@ -22,6 +23,7 @@ from .claims import (
     PaperSystem,
     Reading,
     ReproductionSetup,
+    Substitution,
     Unreported,
 )
 from .quotes import is_same_number, printed_numbers
@@ -29,6 +31,7 @@ from .quotes import is_same_number, printed_numbers
 CLAIMS_FOLDER = Path(__file__).parent
 MAX_QUOTE = 160  # characters
 UNITS = ("", "%", "pp", "x")
+NESTED: Mapping[str, type[Any]] = {"also": ClaimSource, "substitutes": Substitution}  # arrays of tables in a table
 LISTS = ("fact", "reading", "system", "claim", "contradiction", "unreported")  # arrays of tables
 Table = TypeVar("Table")
 
@@ -115,13 +118,12 @@ def build_table(kind: type[Table], table: Any, label: str, errors: list[str]) ->
             errors.append(f"{label}: {name} = {table[name]!r} has the wrong type.")
     if len(errors) > before:
         return None
-    if kind is Claim and "also" in table:
-        sources = [
-            build_table(ClaimSource, one, f"{label}, also {n}", errors) for n, one in enumerate(table["also"], 1)
-        ]
-        if len(errors) > before:
-            return None
-        table = table | {"also": sources}
+    for key, inner in NESTED.items():
+        if key in known and key in table:
+            inside = [build_table(inner, one, f"{label}, {key} {n}", errors) for n, one in enumerate(table[key], 1)]
+            table = table | {key: inside}
+    if len(errors) > before:
+        return None
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
 
 
@@ -130,7 +132,7 @@ def has_type(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
-        item = dict if get_args(kind)[0] is ClaimSource else get_args(kind)[0]
+        item = dict if get_args(kind)[0] in NESTED.values() else get_args(kind)[0]
         return isinstance(value, list) and all(has_type(element, item) for element in value)
     if get_origin(kind) is Mapping:
         return isinstance(value, dict)
@@ -155,21 +157,57 @@ def find_problems(paper: Paper, system_ids: Sequence[str]) -> Iterator[str]:
             yield f"A quote has {len(quote)} characters; at most {MAX_QUOTE} are allowed: {quote[:60]}..."
         if quote != " ".join(quote.split()):
             yield f"A quote has white space other than single spaces between words: {quote!r}"
+    named = [(f"contradiction {one.what!r}", one.claims) for one in paper.contradictions]
+    named += [
+        (f"reading {r.name}, substitutes {one.what!r}", one.claims) for r in paper.readings for one in r.substitutes
+    ]
+    for label, claims in named:
+        yield from (f"{label}: there is no claim {one}{did_you_mean(one, ids)}" for one in claims if one not in ids)
     for contradiction in paper.contradictions:
-        yield from (
-            f"contradiction {contradiction.what!r}: there is no claim {one}{did_you_mean(one, ids)}"
-            for one in contradiction.claims
-            if one not in ids
-        )
+        yield from same_number_problems(contradiction, paper)
+    for system in paper.systems.values():
+        yield from ablation_problems(system, paper)
     for one in paper.unreported:
         yield from check_metric_name(one.metric, f"unreported {one.what}")
     for claim in paper.claims:
         yield from claim_problems(claim, paper)
 
 
+def same_number_problems(contradiction: Contradiction, paper: Paper) -> Iterator[str]:
+    """A contradiction between two numbers that the verdict would not tell apart makes no claim inconsistent."""
+    groups: dict[tuple[Any, ...], list[Claim]] = {}
+    for claim in paper.claims:
+        if claim.id in contradiction.claims and claim.value is not None and not claim.is_change:
+            groups.setdefault((claim.system, claim.metric, claim.entries, claim.unit), []).append(claim)
+    for claims in groups.values():
+        values = [claim.value for claim in claims if claim.value is not None]
+        if len(claims) > 1 and max(values) - min(values) <= SAME_NUMBER * max(map(abs, values)):
+            yield (
+                f"contradiction {contradiction.what!r}: {' and '.join(f'{value:g}' for value in values)} differ by at "
+                f"most {SAME_NUMBER:.0%}, which a verdict does not tell apart. Leave "
+                f"{', '.join(claim.id for claim in claims)} out of its claims."
+            )
+
+
+def ablation_problems(system: PaperSystem, paper: Paper) -> Iterator[str]:
+    """Problems with what a system adds to another."""
+    label = f"system {system.id}"
+    if system.adds_to and system.adds_to not in paper.systems:
+        yield f"{label}: adds_to: there is no system {system.adds_to}{did_you_mean(system.adds_to, paper.systems)}"
+    passed, one = [system.id], system
+    while one.adds_to in paper.systems:
+        one = paper.systems[one.adds_to]
+        if one.id in passed:
+            yield f"{label}: adds_to leads back to {one.id}: {' -> '.join([*passed, one.id])}."
+            break
+        passed.append(one.id)
+
+
 def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
     label = f"claim {claim.id}"
     yield from check_metric_name(claim.metric, label)
+    yield from words_problems(claim, label)
+    yield from repetition_problems(claim, paper, label)
     if (claim.metric == "none") != bool(claim.why):
         yield f"{label}: give `why`, the reason that no metric of ours measures it, if and only if metric = none."
     if claim.metric != "none" and not claim.system:
@@ -177,7 +215,7 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
     for system in filter(None, (claim.system, claim.against)):
         if system not in paper.systems:
             yield f"{label}: there is no system {system}{did_you_mean(system, paper.systems)}"
-    for quote in (claim.quote, *(source.quote for source in claim.also)):
+    for quote in (claim.quote, *(source.quote for source in claim.also)) if claim.value is not None else ():
         if not any(is_same_number(number, claim.value, claim.is_change) for number, _ in printed_numbers(quote)):
             yield f"{label}: its quote does not contain the value {claim.value:g}: {quote}"
     if not set(claim.layers) <= set(paper.setup.layers):
@@ -185,13 +223,53 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
     yield from unit_problems(claim, paper, label)
 
 
+def words_problems(claim: Claim, label: str) -> Iterator[str]:
+    """Problems with a comparison in words, or with a number that is missing."""
+    if claim.value is None and not claim.says:
+        yield f"{label}: give a value, or says = more, less or equal if the paper compares in words alone."
+    if claim.says and (claim.value is not None or claim.against_value is not None):
+        yield f"{label}: says = {claim.says} is a comparison in words: leave out value and against_value."
+    if claim.says and not claim.against and claim.metric != "none":
+        yield f"{label}: says = {claim.says} needs `against`, the system that it is compared with."
+    if (claim.margin is not None) != (claim.says == "equal"):
+        yield f"{label}: give a margin if and only if says = equal: within which difference are the two equal?"
+    if claim.margin is not None and not claim.margin > 0:
+        yield f"{label}: margin = {claim.margin:g} is not positive."
+    if claim.margin is not None and claim.unit == "x":
+        yield f"{label}: a margin is a difference: in %, in pp, or in the metric's own unit."
+
+
+def repetition_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
+    """Problems with `restates` and `copy_of`."""
+    if claim.restates and claim.copy_of:
+        yield f"{label}: it cannot both restate {claim.restates} and be a copy of {claim.copy_of}."
+    by_id = {other.id: other for other in paper.claims}
+    for key in ("restates", "copy_of"):
+        if not (name := getattr(claim, key)):
+            continue
+        if (other := by_id.get(name)) is None or other is claim:
+            yield f"{label}: {key}: there is no other claim {name}{did_you_mean(name, by_id)}"
+        elif other.restates or other.copy_of:
+            yield f"{label}: {key} = {name} is itself a repetition: name {other.restates or other.copy_of}."
+        elif key == "restates" and (claim.metric, claim.entries) != (other.metric, other.entries):
+            yield f"{label}: it restates {name}, which is about {other.metric}, not {claim.metric}."
+        elif key == "restates" and {claim.system, claim.against} != {other.system, other.against}:
+            yield f"{label}: it restates {name}, which is of {other.system} and {other.against or 'no other system'}."
+        elif key == "copy_of" and not is_nearly(claim.value, other.value):
+            yield f"{label}: it is called a copy of {name}, but the two numbers differ by more than {SAME_NUMBER:.0%}."
+
+
+def is_nearly(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and abs(one - other) <= SAME_NUMBER * max(abs(one), abs(other))
+
+
 def unit_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]:
     """Problems with the unit of a claim and with the number that it is compared with."""
     if claim.unit not in UNITS:
         yield f"{label}: unknown unit {claim.unit}: omit it, or give one of {', '.join(UNITS[1:])}."
-    if claim.is_change and not claim.unit and claim.metric != "none":
+    if claim.is_change and not claim.unit and claim.value is not None and claim.metric != "none":
         yield f"{label}: a change against {claim.against} needs a unit (%, pp or x) or an against_value."
-    if claim.unit in ("pp", "x") and not claim.is_change:
+    if claim.unit in ("pp", "x") and not claim.is_change and not claim.says:
         yield f"{label}: {claim.unit} is the unit of a change: give `against`, and no against_value."
     if claim.against_value is not None and not any(
         (other.system, other.metric, other.entries, other.value, other.unit)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from scipy.stats import t
 
 from ..metrics.base import MetricResult
-from .claims import TRAINING_LOG, Claim
+from .claims import STEP_TIME, TRAINING_LOG, Claim
 
 Verdict = Literal[
     "reproduced", "direction only", "contradicted", "not comparable", "paper inconsistent", "not measured"
@@ -79,7 +79,7 @@ def verdict(claim: Claim, values: Mapping[str, ValueBySeed], *, on_paper_model: 
     system, other = values.get(claim.system, {}), values.get(claim.against, {})
     pairs = [(system[seed], other[seed]) for seed in sorted(system.keys() & other.keys())]
     needs_other = claim.is_change or (claim.against and not on_paper_model)
-    if claim.metric == "none" or not system or (needs_other and not pairs):
+    if claim.target is None or claim.metric in ("none", STEP_TIME) or not system or (needs_other and not pairs):
         return "not measured"
     numbers = paired_changes(claim.unit, pairs) if claim.is_change else list(system.values())
     interval = confidence_interval(numbers)

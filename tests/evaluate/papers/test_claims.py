@@ -14,7 +14,7 @@ import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.evaluate.datasets.labeled import HUB
 from sae.evaluate.metrics import sparse_probing
 from sae.evaluate.metrics.registry import METRICS
-from sae.evaluate.papers.claims import CLAIM_METRICS, EXTRA_METRICS, PAPERS, TRAINING_LOG, PaperFact
+from sae.evaluate.papers.claims import CLAIM_METRICS, EXTRA_METRICS, PAPERS, STEP_TIME, TRAINING_LOG, PaperFact
 from sae.evaluate.papers.parse import CLAIMS_FOLDER, MAX_QUOTE, load_paper
 from sae.evaluate.papers.quotes import printed_numbers
 from sae.evaluate.papers.verdict import measured_value
@@ -59,7 +59,7 @@ def test_the_overview_is_of_these_claims():
 def test_a_claim_stands_on_a_line_that_holds_its_value(paper, claim):
     for quote in (claim.quote, *(place.quote for place in claim.also)):
         assert len(quote) <= MAX_QUOTE
-        assert any(abs(number) == abs(claim.value) for number, _ in printed_numbers(quote))
+        assert claim.says or any(abs(number) == abs(claim.value) for number, _ in printed_numbers(quote))
     assert (
         claim.metric in CLAIM_METRICS
         or claim.metric.startswith(f"{TRAINING_LOG}.")
@@ -82,7 +82,9 @@ def test_a_change_is_that_of_the_two_numbers_beside_it_or_a_contradiction(paper)
             [
                 c.value
                 for c in paper.claims
-                if (c.system, c.metric, c.entries) == (system, change.metric, change.entries) and not c.is_change
+                if (c.system, c.metric, c.entries) == (system, change.metric, change.entries)
+                and c.value is not None
+                and not c.is_change
             ]
             for system in (change.system, change.against)
         )
@@ -94,13 +96,15 @@ def test_a_change_is_that_of_the_two_numbers_beside_it_or_a_contradiction(paper)
 
 @every_paper
 def test_claims_of_one_number_that_differ_are_inconsistent(paper):
-    """Where a paper prints two numbers for one system and metric, no verdict is given on either."""
+    """Where a paper prints two numbers for one system and metric, no verdict is given on either, unless the verdict's
+    5 % does not tell them apart."""
     groups: dict[tuple, list] = {}
     for claim in paper.claims:
-        if not claim.is_change and claim.metric != "none":
+        if claim.value is not None and not claim.is_change and claim.metric != "none":
             groups.setdefault((claim.system, claim.metric, claim.entries), []).append(claim)
     for group in groups.values():
-        if len({claim.value for claim in group}) > 1:
+        values = [claim.value for claim in group]
+        if max(values) - min(values) > 0.05 * max(map(abs, values)):
             assert all(paper.inconsistent(claim) for claim in group), [claim.id for claim in group]
 
 
@@ -166,6 +170,13 @@ def test_a_scalar_of_training_is_one_that_its_recipes_log(paper):
         assert all(logged) if asked[0] else any(logged), claim
 
 
+@every_paper
+def test_the_counter_of_a_mechanism_is_one_that_its_recipes_log(paper):
+    for system in paper.systems.values():
+        for recipe in system.recipes if system.counter else ():
+            assert system.counter in logged_scalars(recipe), (system.id, recipe)
+
+
 def test_what_no_table_shows_is_in_results(tiny_cache, home):
     """The names of EXTRA_METRICS, in results of mode 2024-12."""
     torch.manual_seed(0)
@@ -188,6 +199,8 @@ def test_what_no_table_shows_is_in_results(tiny_cache, home):
         "sparse_probing": sparse_probing.build_result(by_dataset, by_dataset, [*scores.top], 100, False)
     }
     for name in EXTRA_METRICS:
+        if name == STEP_TIME:  # of no result: step_times.json
+            continue
         metric, category, field = name.split(".", 2)
         result = results[metric]
         found = {"n": [result.n], "details": result.details}.get(category) or [result.metrics[category]]

@@ -15,6 +15,18 @@ def changed(before, after):
     return GOOD.replace(before, after, 1)
 
 
+READING = '[[reading]]\nname = "field"\n'
+SUBSTITUTES = 'substitutes = [{ claims = ["runs"], what = "(2)", why = "it costs too much" }]\n'
+
+
+def words(lines):
+    """Claim `runs` as a comparison in words, with these lines instead of its metric."""
+    claim = GOOD.split('id = "runs"')[1].split("[[")[0]
+    why = next(line for line in claim.split("\n") if line.startswith("why"))
+    spoken = claim.replace("value = 9", 'says = "less"').replace('metric = "none"', lines).replace(why, "")
+    return GOOD.replace(claim, spoken)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -46,6 +58,57 @@ def changed(before, after):
         (changed("Tokenizes text", "Tokenizes  text"), "white space other than single spaces"),
         (changed("Tokenizes text", "Tokenizes text " * 12), "at most 160 are allowed"),
         (changed("follows =", 'claims = ["stepz"]\nfollows ='), "there is no claim stepz; did you mean steps?"),
+        (changed("value = 9\n", ""), "claim runs: give a value, or says = more, less or equal"),
+        (
+            changed("value = 9", 'value = 9\nsays = "more"'),
+            "claim runs: says = more is a comparison in words: leave out",
+        ),
+        (changed("value = 9", 'says = "most"'), "claim runs: says = 'most' has the wrong type."),
+        (changed("value = 9", "value = 9\nmargin = 0.1"), "claim runs: give a margin if and only if says = equal"),
+        (changed("value = 9", 'says = "equal"'), "claim runs: give a margin if and only if says = equal"),
+        (changed("value = 9", 'says = "equal"\nmargin = 0'), "claim runs: margin = 0 is not positive."),
+        (changed("value = 9", 'says = "equal"\nmargin = 0.1\nunit = "x"'), "claim runs: a margin is a difference"),
+        (words('metric = "core.sparsity.l0"'), "claim runs: says = less needs `against`"),
+        (changed("value = 9", 'value = 9\nrestates = "step"'), "there is no other claim step; did you mean steps?"),
+        (changed("value = 9", 'value = 9\nrestates = "runs"'), "claim runs: restates: there is no other claim runs"),
+        (
+            changed("value = 9", 'value = 9\ncopy_of = "steps"'),
+            "copy of steps, but the two numbers differ by more than 5%",
+        ),
+        (
+            changed("value = 9", 'value = 9\nrestates = "steps"\ncopy_of = "steps"'),
+            "claim runs: it cannot both restate steps and be a copy of steps.",
+        ),
+        (
+            changed("value = 0", 'value = 0\nrestates = "runs"').replace("value = 9", 'value = 9\nrestates = "steps"'),
+            "claim runs: restates = steps is itself a repetition: name runs.",
+        ),
+        (
+            changed("value = 9", 'value = 9\nagainst = "off"\nrestates = "steps"'),
+            "it restates steps, which is of full and no other system.",
+        ),
+        (
+            words('metric = "core.sparsity.l0"\nagainst = "off"\nrestates = "steps"'),
+            "it restates steps, which is about none, not core.sparsity.l0.",
+        ),
+        (
+            changed('id = "off"', 'id = "off"\nadds_to = "fool"'),
+            "system off: adds_to: there is no system fool; available: full, off.",
+        ),
+        (
+            changed('id = "off"', 'id = "off"\nadds_to = "full"').replace(
+                'id = "full"', 'id = "full"\nadds_to = "off"'
+            ),
+            "system full: adds_to leads back to full: full -> off -> full.",
+        ),
+        (
+            changed(READING, READING + SUBSTITUTES.replace('"runs"', '"run"')),
+            "reading field, substitutes '(2)': there is no claim run; did you mean runs?",
+        ),
+        (
+            changed(READING, READING + SUBSTITUTES.replace("what", "wat")),
+            "reading 1, substitutes 1: unknown key wat; did you mean what?",
+        ),
         (GOOD + "\n[nothing]\n", "unknown key nothing"),
         ("number = ", "is not valid TOML"),
     ],
@@ -86,3 +149,56 @@ def test_a_claim_has_the_layers_of_its_paper_unless_it_says_which():
     assert dataclasses.replace(claims["runs"], layers=claims["steps"].layers) == next(
         claim for claim in load_paper("003").claims if claim.id == "runs"
     )
+
+
+def test_a_comparison_in_words_has_a_direction_and_no_number():
+    claims = {
+        claim.id: claim for claim in parse_paper(words('metric = "core.sparsity.l0"\nagainst = "off"'), "x").claims
+    }
+    less = claims["runs"]
+    assert (less.says, less.value, less.target, less.effect, less.direction) == ("less", None, None, None, -1)
+    assert not less.is_change and claims["steps"].direction == 0
+    assert [dataclasses.replace(less, says=says).direction for says in ("more", "equal")] == [1, 0]
+
+
+def test_a_reading_knows_what_it_substitutes():
+    paper = parse_paper(changed(READING, READING + SUBSTITUTES), "x")
+    reading, claims = paper.readings[0], {claim.id: claim for claim in paper.claims}
+    (one,) = reading.substitutions(claims["runs"])
+    assert (one.what, one.why) == ("(2)", "it costs too much")
+    assert reading.substitutions(claims["steps"]) == []
+
+
+TWO = """
+[[contradiction]]
+what = "Two."
+quotes = []
+follows = ""
+claims = ["runs", "more"]
+
+[[claim]]
+id = "more"
+where = ""
+quote = "%s"
+value = %s
+system = "full"
+metric = "none"
+why = "So."
+"""
+
+
+@pytest.mark.parametrize(("number", "same"), [("9.45", True), ("8.56", True), ("9.5", False), ("8.5", False)])
+def test_numbers_within_the_verdict_s_tolerance_are_no_contradiction(number, same):
+    """5 % of the larger: 0.45 of 9.45, and 0.44 of 9 allow 0.45; 0.5 does not."""
+    text = GOOD + TWO % (number, number)
+    if not same:
+        assert parse_paper(text, "x").inconsistent(next(c for c in parse_paper(text, "x").claims if c.id == "more"))
+        return
+    with pytest.raises(UsageError, match=f"9 and {number} differ by at most 5%, .*Leave runs, more out of its claims"):
+        parse_paper(text, "x")
+
+
+def test_a_claim_and_its_repetitions_count_once():
+    text = changed("value = 9", 'value = 9\nrestates = "steps"')
+    paper = parse_paper(text, "x")
+    assert [paper.is_counted(claim) for claim in paper.claims] == [True, False]
