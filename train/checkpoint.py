@@ -26,6 +26,7 @@ from .loop import Trainer
 
 FORMAT = 1
 KEPT = 2
+COUNTER = "acted_"  # names of buffers that only count what a mechanism did begin with it
 
 
 def training_state(trainer: Trainer) -> dict[str, Tensor]:
@@ -100,8 +101,11 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
                 "move the checkpoint elsewhere and resume. If not, restore run.json from a copy. To go on from it with "
                 "other options on purpose, delete 'run' and 'content_digest' from its state.json."
             )
-        shapes = {name: t.shape for name, t in training_state(trainer).items()}
-        if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+        state = training_state(trainer)
+        for name in state.keys() - tensors.keys():
+            if is_counter(name):  # newer than the checkpoint, so it counts from here on
+                tensors[name] = state[name]
+        if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in state.items()):
             raise UsageError(
                 f"{path} does not hold the tensors that this version's variant has. "
                 "Resume with the version that wrote it, or remove the run to start over."
@@ -109,6 +113,11 @@ def restore_checkpoint(trainer: Trainer, folder: Path, say: Callable[[str], None
         load_training_state(trainer, tensors)
         return step
     return 0
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor of `training_state` counts what a mechanism did, and decides nothing."""
+    return name.rpartition(".")[2].startswith(COUNTER)
 
 
 @torch.no_grad()

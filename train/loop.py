@@ -96,11 +96,17 @@ class Trainer:
 
 
 def make_optimizer(variant: Variant, device: str) -> torch.optim.Optimizer:
-    """Fused AdamW with its learning rate and its skip-update flag on the device."""
+    """Fused Adam or AdamW with its learning rate and its skip-update flag on the device.
+
+    They differ in the weight decay alone: Adam adds it to the (clipped) gradient, AdamW subtracts it from the weights.
+    """
     settings, W_enc = variant.optimization, variant.sae.W_enc
     others = [p for p in variant.parameters() if p is not W_enc]
-    optimizer = torch.optim.AdamW(
-        [{"params": [W_enc], "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+    decay = settings.weight_decay
+    decay_of_others = decay if settings.weight_decay_on == "all" else 0.0
+    kind = torch.optim.Adam if settings.weight_decay_form == "coupled" else torch.optim.AdamW
+    optimizer = kind(
+        [{"params": [W_enc], "weight_decay": decay}, {"params": others, "weight_decay": decay_of_others}],
         lr=torch.tensor(settings.lr, device=device),
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,

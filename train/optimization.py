@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..common.learning_rate import peak_share
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -20,7 +22,11 @@ class Optimization:
     eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on W_enc alone: unit rows of W_dec would only be renormalized."""
+    """Strength of the weight decay."""
+    weight_decay_on: Literal["encoder", "all"] = "encoder"
+    """encoder: W_enc alone, since unit rows of W_dec would only be renormalized. all: every parameter."""
+    weight_decay_form: Literal["decoupled", "coupled"] = "decoupled"
+    """decoupled: weights shrink by lr times the decay, as in AdamW. coupled: added to the gradient, as in Adam."""
     warmup: int | None = None
     """Steps over which the learning rate rises from zero. None: 1000, or a tenth of a shorter run."""
     decay_start: float = 0.8
@@ -44,6 +50,19 @@ class Optimization:
         down = ((steps - i) / max(steps * (1 - self.decay_start), 1)).clamp(max=1.0)
         return self.lr * up * down
 
+    def peak_share(self, steps: int) -> float:
+        """The largest learning rate of a run of so many steps, as a share of `lr`: below 1 if the warm-up is longer."""
+        return peak_share(steps, self.warmup_steps(steps), self.decay_start)
+
+    def notes(self, steps: int) -> Iterator[str]:
+        """One sentence for each option that a reader of the run should know about."""
+        warmup = self.warmup_steps(steps)
+        if warmup > steps:
+            yield (
+                f"warmup={warmup} is longer than the run of {steps} steps: "
+                f"the learning rate reaches {self.peak_share(steps):.0%} of {self.lr:g}"
+            )
+
     def validation_errors(self, steps: int) -> Iterator[str]:
         """One sentence for each option that cannot work in a run of so many steps."""
         if not self.lr > 0:
@@ -56,7 +75,7 @@ class Optimization:
                 yield f"{name}={getattr(self, name):g} is negative."
         if self.clip is not None and not self.clip > 0:
             yield f"clip={self.clip:g} would zero every gradient: give a positive norm, or none."
-        if not 0 <= self.warmup_steps(steps) <= steps:
-            yield f"warmup={self.warmup} is negative or longer than the run of {steps} steps."
+        if self.warmup_steps(steps) < 0:
+            yield f"warmup={self.warmup} is negative."
         if not 0 <= self.decay_start <= 1:
             yield f"decay_start={self.decay_start:g} is out of range: give a fraction of the run, 0 to 1."

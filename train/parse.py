@@ -6,7 +6,7 @@ from typing import Any
 
 from ..common.errors import UsageError
 from ..common.files import parse_toml
-from .recipe import Recipe
+from .recipe import Recipe, matches_type
 
 MAX_WIDTH = 2**31  # latents
 
@@ -39,7 +39,8 @@ def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[
     """The options of each recipe: {variant: {option: value}}.
 
     `options` maps "option" or "variant.option" to values, or lists them as --set does: "option=value". An option
-    without a variant goes to every recipe that has it.
+    without a variant goes to every recipe that has it. None, which is `none` for --set, is the string "none" in an
+    option that has this string and cannot be None.
     """
     parsed: dict[str, dict[str, Any]] = {recipe.name: {} for recipe in recipes}
     for key, value in (options if isinstance(options, Mapping) else split_options(options)).items():
@@ -47,9 +48,16 @@ def parse_options(options: Mapping[str, Any] | Sequence[str], recipes: Sequence[
         if dot and variant not in parsed:
             raise UsageError(f"--set {key}: {variant} is not one of the variants {', '.join(parsed)}.")
         targets = [variant] if dot else [r.name for r in recipes if option in r.option_types()] or list(parsed)
-        for target in targets:
-            parsed[target][option] = value
+        for recipe in recipes:
+            if recipe.name in targets:
+                parsed[recipe.name][option] = "none" if value is None and has_string_none(recipe, option) else value
     return parsed
+
+
+def has_string_none(recipe: Recipe, option: str) -> bool:
+    """Whether an option has the string "none" and cannot be None."""
+    types = recipe.option_types()
+    return option in types and matches_type("none", types[option]) and not matches_type(None, types[option])
 
 
 def split_options(texts: Sequence[str]) -> dict[str, Any]:

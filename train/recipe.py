@@ -69,6 +69,7 @@ class Recipe:
         problems += [*type_problems, *Optimization(**shared).validation_errors(config.steps)]
         problems += duration_errors(recipe_options, config.steps)
         values, notes = scale_options({**self.options, **recipe_options}, config, raw=shared.get("normalize") == "none")
+        notes += duration_notes(values, config.steps)
         size_problems = list(size_errors(config, values.get("k")))
         problems += size_problems
         if not size_problems:  # else the build would fail, or allocate more than the machine has
@@ -76,6 +77,7 @@ class Recipe:
                 variant = self.build(config, **values)
                 variant.configure(replace(variant.optimization, **shared))
                 problems += variant.optimization.validation_errors(config.steps)
+                notes += variant.optimization.notes(config.steps)
                 if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
                     problems.append("--l0 has no effect on this recipe: it has no option k or l0 and no sparsity loss.")
             except UsageError as error:
@@ -129,11 +131,25 @@ class Recipe:
         return [f"warning, {name}={value} as in the paper: {fault}" for name, value, fault in settings]
 
 
+def is_duration(name: str) -> bool:
+    """Whether an option is the number of steps that a coefficient takes to its final value."""
+    return name.endswith(("_warmup", "anneal_steps"))
+
+
 def duration_errors(options: Mapping[str, Any], steps: int) -> Iterator[str]:
     """A sentence for each option in steps that does not fit into the run."""
     for name, value in options.items():
-        if name.endswith(("_warmup", "anneal_steps")) and value is not None and not 0 <= value <= steps:
-            yield f"{name}={value} is negative or longer than the run of {steps} steps."
+        if is_duration(name) and value is not None and value < 0:
+            yield f"{name}={value} is negative."
+        elif name == "k_anneal_steps" and value > steps:
+            yield f"k_anneal_steps={value} is longer than the run of {steps} steps, so nothing would be trained at k."
+
+
+def duration_notes(options: Mapping[str, Any], steps: int) -> Iterator[str]:
+    """A sentence for each coefficient that does not reach its final value in the run."""
+    for name, value in options.items():
+        if is_duration(name) and value is not None and value > steps:
+            yield f"{name}={value} is longer than the run of {steps} steps, which ends {steps / value:.0%} of the way"
 
 
 def size_errors(config: RunConfig, k: float | None) -> Iterator[str]:

@@ -22,13 +22,12 @@ from ..evaluate.compare import read_run
 from ..evaluate.metrics.registry import metrics_of_suite
 from ..evaluate.pages.page import write_page
 from ..evaluate.pages.reproduction import reproduction_page
-from ..evaluate.papers.claims import PAPERS, Paper, PaperSystem, Reading
+from ..evaluate.papers.claims import FIELD, PAPERS, Paper, PaperSystem, Reading
 from ..evaluate.papers.parse import load_paper
 from ..evaluate.papers.report import PaperReport, build_report, load_system_run
 from ..evaluate.plan import EvaluateConfig
 from ..harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
 from ..train.estimate import check_disk_space, describe_size, describe_time
-from ..train.optimization import Optimization
 from ..train.parse import split_width
 from ..train.plan import Run, TrainConfig, TrainPlan, check_seeds, plan_training
 from ..train.recipe import find_recipe
@@ -206,12 +205,13 @@ def reading_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> R
         raise UsageError(
             f"unknown --reading {config.reading} for paper {paper.number}: expected one of {', '.join(readings)}."
         )
-    return readings[config.reading or (paper.readings[0].name if on_paper_model else "field")]
+    return readings[config.reading or (paper.readings[0].name if on_paper_model else FIELD)]
 
 
 def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list[Job]:
-    """What to train for a paper: each recipe of each system, in the units of the chosen reading."""
+    """What to train for a paper: each recipe of each system, in the chosen reading."""
     reading = reading_of(paper, config, on_paper_model)
+    paper_batches = paper.reproduction.batch_size if reading.is_papers or on_paper_model else None
     main = paper.systems["full" if "full" in paper.systems else next(iter(paper.systems))]
 
     def job(system: PaperSystem, recipe: str) -> Job:
@@ -219,10 +219,10 @@ def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list
             paper=paper.number,
             system=system.id,
             recipe=recipe,
-            options=set_options(recipe, reading.options, system.options),
+            options=set_options(recipe, paper, reading, system),
             dataset=config.dataset or (paper.reproduction.dataset if on_paper_model else None),
-            steps=config.steps or paper.reproduction.steps,
-            batch_size=config.batch_size or (paper.reproduction.batch_size if on_paper_model else None),
+            steps=config.steps or reading.steps or paper.reproduction.steps,
+            batch_size=config.batch_size or reading.batch_size or paper_batches,
             width=scale_width(system.width, main.width, config.width),
             paper_exact=reading.literal,
             layers=tuple(config.layers or paper.setup.layers),
@@ -244,16 +244,18 @@ def scale_width(system: str, main: str, width: str | None) -> str | None:
         return width  # plan_training reports what is wrong with it
 
 
-def set_options(recipe: str, reading: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[str, ...]:
-    """The options of a job, as for --set: the system's, and those of the reading that the recipe has."""
-    known = {*find_recipe(recipe).options, *vars(Optimization())}
-    options = {name: value for name, value in reading.items() if name in known} | dict(system)
+def set_options(recipe: str, paper: Paper, reading: Reading, system: PaperSystem) -> tuple[str, ...]:
+    """The options of a job, as for --set: the system's, those of the reading that the recipe has, and the paper's
+    optimizer, in this order of precedence."""
+    known = find_recipe(recipe).option_types()
+    printed = paper.setup.optimization() if reading.is_papers else {}
+    options = printed | {name: value for name, value in reading.options.items() if name in known} | dict(system.options)
     return tuple(f"{name}={to_set_value(value)}" for name, value in options.items())
 
 
 def to_set_value(value: Any) -> str:
-    """A TOML value as --set takes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """A TOML value, or None, as --set takes it."""
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def group_by_pass(jobs: Iterable[Job]) -> list[list[Job]]:

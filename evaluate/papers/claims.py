@@ -23,6 +23,7 @@ from ..metrics.registry import METRICS
 from .quotes import is_same_number, printed_numbers
 
 PAPERS = ("000", "001", "002", "003", "004")
+FIELD = "field"  # the reading that is not the paper's but ours
 TRAINING_LOG = "training"  # metrics named training.<scalar> are scalars of metrics.jsonl
 STEP_TIME = "cost.step_time"  # of step_times.json: what a training step of a recipe takes
 SAME_NUMBER = 0.05  # share by which two numbers may differ and still count as the same one, also in a verdict
@@ -75,6 +76,10 @@ class PaperSetup:
     optimizer: str
     tokens: int | None = None  # as printed
     warmup: int | None = None
+    weight_decay: float | None = None
+    weight_decay_on: Literal["encoder", "all"] | None = None
+    weight_decay_form: Literal["decoupled", "coupled"] | None = None
+    clip: float | None = None  # limit of the gradient's norm
     k: int | None = None
     runs: int | None = None  # seeds, or attempts
 
@@ -82,6 +87,22 @@ class PaperSetup:
     def peak_reached(self) -> bool:
         """Whether training was long enough for the learning rate to reach its peak."""
         return self.steps > 0 and self.steps >= (self.warmup or 0)
+
+    def optimization(self) -> dict[str, Any]:
+        """The options of the optimizer that stand for what the paper prints.
+
+        What it does not print is off: no paper prints a decay of the learning rate or a start of b_dec.
+        """
+        return {
+            "lr": self.lr,
+            "warmup": self.warmup or 0,
+            "decay_start": 1.0,
+            "weight_decay": self.weight_decay or 0.0,
+            "weight_decay_on": self.weight_decay_on or "encoder",
+            "weight_decay_form": self.weight_decay_form or "decoupled",
+            "clip": self.clip,
+            "b_dec_init": "zero",
+        }
 
 
 @dataclass(frozen=True)
@@ -114,13 +135,24 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Reading:
-    """Options that fix the units of a paper, for all its recipes that have them. A system's options override them."""
+    """How a paper is read: options for all its recipes that have them. A system's options override them.
+
+    The reading `field` is our own. Every other one is the paper's: it also trains under the printed schedule, weight
+    decay and clipping (`PaperSetup.optimization`), which `options` override.
+    """
 
     name: str
     why: str
     options: Mapping[str, Any] = field(default_factory=dict)
     literal: bool = False
+    steps: int | None = None  # of training, on any model; None: those of `run`
+    batch_size: int | None = None  # tokens, on any model; None: that of `run`, or the recipe's in `field` elsewhere
     substitutes: tuple[Substitution, ...] = ()
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether it trains what the paper prints."""
+        return self.name != FIELD
 
     def substitutions(self, claim: "Claim") -> list[Substitution]:
         """Those that bear on a claim."""

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae.common.errors import DamagedError, UsageError
 from sae.common.schemas import CHECKPOINT_RECORD
@@ -12,6 +13,7 @@ from sae.train.checkpoint import read_checkpoint, restore_checkpoint, save_check
 from sae.train.plan import TrainConfig
 from sae.train.run import TrainProgress
 from sae.train.sae import load_sae
+from sae.train.step import Mechanism, Step
 
 from .runs import make_config, train
 
@@ -92,6 +94,38 @@ def test_a_checkpoint_of_another_variant_is_rejected(make_trainer, tmp_path: Pat
     save_checkpoint(trainer, tmp_path, 3)
     with pytest.raises(UsageError, match="does not hold the tensors that this version's variant has"):
         restore_checkpoint(make_trainer("batchtopk"), tmp_path, pytest.fail)
+
+
+class Counting(Mechanism):
+    """A mechanism as a newer version has it: it counts its steps, and perhaps remembers something else."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    def after_step(self, step: Step) -> None:
+        for buffer in self.buffers():
+            buffer.add_(1)
+
+
+def test_a_counter_that_is_newer_than_the_checkpoint_starts_at_zero(make_trainer, batches, tmp_path: Path) -> None:
+    """It decides nothing. Any other tensor that is missing does, and one that is there is loaded."""
+    old, new, other, newest = (make_trainer("relu") for _ in range(4))
+    new.variant.mechanisms.append(Counting("acted_pairs"))
+    old.step(batches[0])
+    save_checkpoint(old, tmp_path, 1)
+    assert restore_checkpoint(new, tmp_path, pytest.fail) == 1
+    (counter,) = new.variant.mechanisms[-1].buffers()
+    assert int(counter) == 0 and torch.equal(new.variant.sae.W_enc, old.variant.sae.W_enc)
+    new.step(batches[1])
+    save_checkpoint(new, tmp_path, 2)
+    newest.variant.mechanisms.append(Counting("acted_pairs"))
+    assert restore_checkpoint(newest, tmp_path, pytest.fail) == 2
+    assert [int(count) for count in newest.variant.mechanisms[-1].buffers()] == [1]
+    other.variant.mechanisms.append(Counting("acted_pairs", "pairs_acted_on"))
+    with pytest.raises(UsageError, match="does not hold the tensors that this version's variant has"):
+        restore_checkpoint(other, tmp_path, pytest.fail)
 
 
 def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(make_trainer, batches) -> None:

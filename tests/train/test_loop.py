@@ -42,3 +42,34 @@ def test_gradients_longer_than_the_limit_are_scaled_down_after_the_projection(ma
     trainer.step(batches[0])
     norm = sum(float(s["exp_avg"].square().sum()) for s in trainer.optimizer.state.values()) ** 0.5 / (1 - 0.9)
     assert norm == pytest.approx(1e-3, rel=1e-3)  # Adam's first moment is (1 - beta1) times the clipped gradient
+
+
+@pytest.mark.parametrize("on", ["encoder", "all"])
+@pytest.mark.parametrize("form", ["decoupled", "coupled"])
+def test_weight_decay_is_adamws_or_adams_on_the_encoder_or_on_everything(make_trainer, batches, on, form) -> None:
+    """The first step against the rule written out: g is the clipped gradient, d the decay, w the weights before.
+
+    decoupled: m = (1 - b1) g,        w <- w (1 - lr d) - lr g/(|g| + eps)
+    coupled:   m = (1 - b1)(g + d w), w <- w - lr (g + d w)/(|g + d w| + eps)
+    """
+    lr, decay, eps = 1e-2, 0.3, 1e-3
+    settings = {"lr": lr, "warmup": 0, "eps": eps, "clip": 0.05}
+    plain: Trainer = make_trainer("relu", **settings)
+    decayed: Trainer = make_trainer("relu", **settings, weight_decay=decay, weight_decay_on=on, weight_decay_form=form)
+    before = {}
+    for trainer in (plain, decayed):
+        with torch.no_grad():
+            trainer.variant.sae.b_enc.copy_(torch.linspace(-1, 1, trainer.variant.sae.d_sae))
+        before = {n: p.detach().clone() for n, p in trainer.variant.named_parameters()}
+        trainer.step(batches[0])
+    for name, parameter in decayed.variant.named_parameters():
+        w, d = before[name], decay if on == "all" or name == "sae.W_enc" else 0.0
+        g = plain.optimizer.state[plain.variant.get_parameter(name)]["exp_avg"] / (1 - 0.9)
+        added = d * w if form == "coupled" else torch.zeros_like(w)
+        moment = decayed.optimizer.state[parameter]["exp_avg"]
+        torch.testing.assert_close(moment, (1 - 0.9) * (g + added), rtol=1e-4, atol=1e-8)
+        total = g + added
+        expected = w * (1 - (lr * d if form == "decoupled" else 0.0)) - lr * total / (total.abs() + eps)
+        if name == "sae.W_dec":  # rows are kept at unit length
+            expected = expected / expected.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-6)

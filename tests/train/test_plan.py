@@ -7,7 +7,7 @@ import pytest
 from sae.cache.planned import PlannedCache
 from sae.common.errors import UsageError
 from sae.train.plan import TrainConfig, plan_training
-from sae.train.run import run_training
+from sae.train.run import build_variant, run_training
 
 from .runs import make_config, train
 
@@ -33,7 +33,7 @@ def rejection(cache, *variants: str, **changes) -> str:
         ({"options": ["k=true"]}, "k=True has the wrong type: expected int."),
         ({"options": ["k=0"]}, "k=0 is out of range: give 1 to 128"),
         ({"options": ["k=129"]}, "k=129 is out of range: give 1 to 128"),
-        ({"options": ["k_anneal_steps=13"]}, "k_anneal_steps=13 is negative or longer than the run of 12 steps."),
+        ({"options": ["k_anneal_steps=13"]}, "k_anneal_steps=13 is longer than the run of 12 steps"),
         ({"options": ["k_start=64"]}, "k_start=64 has no effect without k_anneal_steps"),
         (
             {"options": ["k_anneal_steps=6", "k_start=31"]},
@@ -44,7 +44,7 @@ def rejection(cache, *variants: str, **changes) -> str:
         ({"options": ["lr=nan"]}, "lr=nan is not finite."),
         ({"options": ["aux=inf"]}, "aux=inf is not finite."),
         ({"options": ["aux_k=-1"]}, "invalid aux_k=-1: expected 1 or more."),
-        ({"options": ["warmup=13"]}, "warmup=13 is negative or longer than the run of 12 steps."),
+        ({"options": ["warmup=-1"]}, "warmup=-1 is negative."),
         ({"options": ["beta2=1.0"]}, "beta2=1 is out of range"),
         ({"options": ["weight_decay=-1"]}, "weight_decay=-1 is negative"),
         ({"options": ["clip=0"]}, "clip=0 would zero every gradient"),
@@ -70,8 +70,8 @@ def test_bad_options_are_rejected(sparse_cache, changes: dict, sentence: str) ->
 @pytest.mark.parametrize(
     ("variant", "options", "sentence"),
     [
-        ("relu", ["l1_warmup=13"], "l1_warmup=13 is negative or longer than the run of 12 steps."),
-        ("collapse-07", ["alpha_warmup=-1"], "alpha_warmup=-1 is negative or longer than the run of 12 steps."),
+        ("relu", ["l1_warmup=-1"], "l1_warmup=-1 is negative."),
+        ("collapse-07", ["alpha_warmup=-1"], "alpha_warmup=-1 is negative."),
         ("collapse-07", ["groups=7"], "128 cannot be divided into 7 equal groups"),
         ("collapse-02", ["contrast_power=-1"], "invalid contrast_power=-1: expected a positive exponent."),
         ("matryoshka", ["prefixes=99"], "invalid prefixes=99: 128 latents can be halved into 1 to 8 prefixes"),
@@ -111,14 +111,41 @@ def test_all_problems_are_reported_at_once(sparse_cache) -> None:
         sparse_cache,
         "topk",
         "relu",
-        options=["topk.k=1000", "lr=0", "warmup=99", "topk.aux=x", "relu.l1_warm=1", "beta1=2"],
+        options=["topk.k=1000", "lr=0", "warmup=-9", "topk.aux=x", "relu.l1_warm=1", "beta1=2"],
     )
     for sentence in (
         "The variant topk cannot be built", "k=1000 is out of range", "lr=0 is not positive",
-        "warmup=99 is negative or longer", "aux='x' has the wrong type: expected float", "beta1=2 is out of range",
+        "warmup=-9 is negative.", "aux='x' has the wrong type: expected float", "beta1=2 is out of range",
         "The variant relu cannot be built", "relu has no option l1_warm; did you mean l1_warmup?",
     ):  # fmt: skip
         assert sentence in said
+
+
+def test_durations_longer_than_the_run_are_allowed_and_noted(sparse_cache) -> None:
+    """Papers print such warm-ups. The note says how far the coefficient gets."""
+    options = ["warmup=15", "decay_start=1.0", "l1_warmup=48"]
+    lines = plan_training(make_config(sparse_cache, "relu", options=options)).describe()
+    assert [line for line in lines if line.startswith("note")] == [
+        "note     relu: l1_warmup=48 is longer than the run of 12 steps, which ends 25% of the way",
+        "note     relu: warmup=15 is longer than the run of 12 steps: the learning rate reaches 80% of 0.0003",
+    ]
+    short = plan_training(make_config(sparse_cache, "relu", options=["warmup=12", "l1_warmup=12"])).describe()
+    assert not [line for line in short if line.startswith("note")]
+
+
+def test_none_is_the_string_in_options_that_have_it_and_else_nothing(sparse_cache) -> None:
+    """`normalize` has the string; `clip` and `warmup` can be None; others can be neither."""
+    config = make_config(sparse_cache, "collapse-03", "relu", options=["normalize=none", "clip=None", "warmup=none",
+                                                                       "collapse-03.l1_controller=NONE"])  # fmt: skip
+    shared = {"normalize": "none", "clip": None, "warmup": None}
+    runs = plan_training(config).runs
+    assert [run.options for run in runs] == [shared | {"l1_controller": "none"}, shared]
+    built = build_variant(runs[0])
+    assert built.optimization.normalize == "none" and built.optimization.clip is None
+    assert built.options["l1_controller"] == "none"
+    assert "lr=None has the wrong type: expected float" in rejection(sparse_cache, "relu", options=["lr=none"])
+    given = plan_training(make_config(sparse_cache, "relu", options={"normalize": None, "clip": None}))
+    assert given.runs[0].options == {"normalize": "none", "clip": None}
 
 
 def test_a_bare_option_goes_to_the_variants_that_have_it(sparse_cache) -> None:

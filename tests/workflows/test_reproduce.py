@@ -22,21 +22,6 @@ def asked(**options):
     return ReproduceConfig(["000"], device="cpu", **options)
 
 
-@pytest.mark.parametrize("number", PAPERS)
-@pytest.mark.parametrize("reading", ["evidence", "field", "literal"])
-def test_every_recipe_takes_the_options_of_its_paper(number, reading):
-    from sae.train import variants  # noqa: F401
-    from sae.train.optimization import Optimization
-    from sae.train.recipe import find_recipe
-
-    paper = load_paper(number)
-    if reading not in [one.name for one in paper.readings]:
-        return
-    for job in jobs_of(paper, asked(reading=reading), on_paper_model=True):
-        known = {*find_recipe(job.recipe).options, *vars(Optimization())}
-        assert {option.split("=")[0] for option in job.options} <= known
-
-
 def test_on_the_papers_model_the_papers_sizes_are_run():
     jobs = jobs_of(load_paper("002"), asked(), on_paper_model=True)
     assert {(job.steps, job.batch_size, job.layers, job.seeds) for job in jobs} == {(4882, 2048, (12,), (0, 1, 2))}
