@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Gemma2Config
 
 from sae.cache.layout import Hook
 from sae.cache.reader import Cache
@@ -149,8 +150,9 @@ def test_the_saved_sae_equals_the_trained_one_on_raw_rows(
         mean_B1, deviation_B1 = x_BD.mean(1, keepdim=True), x_BD.std(1, keepdim=True)
         saved = run.load()
         f_BF = saved.encode(x_BD)
-        torch.testing.assert_close(f_BF, step.f_BF * deviation_B1)
-        torch.testing.assert_close(saved.decode(f_BF, x_BD), step.recon_BD * deviation_B1 + mean_B1)
+        expected_BD = step.recon_BD * deviation_B1 + mean_B1
+        torch.testing.assert_close(f_BF, step.f_BF * deviation_B1, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(saved.decode(f_BF, x_BD), expected_BD, rtol=1e-5, atol=1e-4)
     assert step.f_BF.any() and trainer.variant.sae.b_dec.any()
     assert read_json(run.folder / "sae.json")["layer_norm"] is True
     assert read_json(run.folder / "sae.json")["format"] == 2  # which earlier versions refuse
@@ -191,11 +193,8 @@ def test_ablation_reads_the_decoder_as_an_affine_map() -> None:
 
 
 def test_an_sae_in_memory_is_accepted_for_evaluation() -> None:
-    class Config:
-        hidden_size = D
-
     class Context:
-        model_config, device = Config(), torch.device("cpu")
+        model_config, device = Gemma2Config(hidden_size=D, num_attention_heads=2), torch.device("cpu")
 
     check_sae_like("mine", normed_sae().float(), Hook(0), Context())
 
@@ -244,7 +243,5 @@ def test_an_approximation_keeps_the_layer_norm(sparse_cache: Cache, tmp_path: Pa
         export_sae(run.folder, "saelens", tmp_path / "exact")
     exported = export_sae(run.folder, "saelens", tmp_path / "near", approximate="jumprelu")
     assert exported.check.passed and read_json(exported.folder / "cfg.json")["normalize_activations"] == "layer_norm"
-    trained, near = run.load(), import_sae(exported.folder, out=tmp_path / "imported").sae
-    x_BD = torch.from_numpy(sparse_cache.mean("layer_00")).float() + 3 * torch.randn(64, 32)
-    error, norm = (trained.decode(trained.encode(x_BD), x_BD) - near.decode(near.encode(x_BD), x_BD)).norm(), x_BD.norm()
-    assert error < norm
+    near, x_BD = import_sae(exported.folder, out=tmp_path / "imported").sae, 10 * rows(64).float().repeat(1, 6)[:, :32]
+    torch.testing.assert_close(near.encode(3 * x_BD + 7), 3 * near.encode(x_BD), rtol=1e-3, atol=1e-2)

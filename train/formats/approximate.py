@@ -37,8 +37,8 @@ def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalS
     if sae.layer_norm:  # fit what follows the norm, which the approximation keeps
         x_RD, sae = layer_normalize(x_RD).x_BD, copy.copy(sae)
         sae.layer_norm = False
-        nearest, record = approximate_sae(sae, activation, x_RD)
-        return replace(nearest, layer_norm=True), record
+        normed, fit = approximate_sae(sae, activation, x_RD)
+        return replace(normed, layer_norm=True), fit
     f_RF = sae.encode(x_RD)
     l0 = float((f_RF != 0).sum(1).double().mean())
     folded = fold_until_coupling(sae)
