@@ -53,14 +53,17 @@ def mean_series(name: str, values: Values, kind: Kind = "points", style: int | N
     return Series(name, list(values), [mean(some) for some in values.values()], kind, sds, style=style)
 
 
-def over_training(report: PaperReport, title: str, name: str, y: str, sd: str = "", to_one: bool = False) -> Chart:
+def over_training(
+    report: PaperReport, title: str, name: str, y: str, sd: str = "", to_one: bool = False, share_of: str = ""
+) -> Chart:
     """A logged scalar over tokens: the mean over seeds, with a band of 1 sd over seeds.
 
-    With `sd` the band is the mean of that logged scalar. With `to_one` 1 - scalar is drawn, on a logarithmic axis.
+    With `sd` the band is the mean of that logged scalar. With `to_one` 1 - scalar is drawn, on a logarithmic axis. With
+    `share_of` the scalar is divided by that one.
     """
     series = []
     for style, (label, runs) in enumerate(runs_by_system(report).items()):
-        if values := curve(runs, name):
+        if values := curve(runs, name, share_of):
             values = {tokens: [1 - one for one in some] for tokens, some in values.items()} if to_one else values
             line = mean_series(label, values, "line", style)
             if sd:
@@ -72,11 +75,14 @@ def over_training(report: PaperReport, title: str, name: str, y: str, sd: str = 
     return Chart(title, "tokens", y, series, y_log=to_one, note=note)
 
 
-def curve(runs: Sequence[SystemRun], name: str) -> Values:
-    """Tokens -> a logged scalar in each run."""
+def curve(runs: Sequence[SystemRun], name: str, share_of: str = "") -> Values:
+    """Tokens -> a logged scalar in each run, or its share of another; lines in which that one is 0 are left out."""
     values: Values = {}
     for run in runs:
-        logged = {line["tokens"]: line[name] for line in run.log if name in line and "tokens" in line}
+        lines = [line for line in run.log if name in line and "tokens" in line]
+        if share_of:
+            lines = [line for line in lines if line.get(share_of)]
+        logged = {line["tokens"]: line[name] / (line[share_of] if share_of else 1) for line in lines}
         for tokens, value in logged.items():
             if math.isfinite(value):
                 values.setdefault(tokens, []).append(value)
@@ -220,8 +226,10 @@ MECHANISM_FIGURES: Mapping[str, dict[str, Draw]] = {
     "001": logged_scalars(rho="utilization rho", enabled="latents enabled"),
     "002": logged_scalars(
         competition_strength="competition strength", pairs_above="pairs above the threshold",
-        mean_coefficient="mean coefficient of those pairs",
-    ),
+        mean_coefficient="mean coefficient of those pairs", penalized="pairs penalized so far",
+        correlation_cosine="correlation of coefficient and cosine",
+    )
+    | {"Competition's share of the loss": partial(over_training, name="competition", y="share", share_of="loss")},
     "004": logged_scalars(
         alpha="adaptive factor alpha", stability="stability in the window", resampled="latents resampled",
         merged="latents merged",

@@ -7,23 +7,28 @@
 P(f_i | f_j) = J_ij / p_j, so max(c_ij, c_ji) = J_ij / min(p_i, p_j) / (k/n): how often the rarer latent of a pair
 brings the other, over chance. It is symmetric, and so is <f_i, f_j>: the direction of (3) has no effect on (5).
 
-The paper's own settings are `tau_on=lift reduction=sum pair_store=dense`. Two of them have no effect as intended
-(`PAPER_EXACT`). The defaults are readings that work: tau on P, and the mean over the pairs that pass.
+The paper's own settings are `tau_on=lift reduction=sum pair_store=dense`, and `diagonal=true` for a sum that holds
+i = j. Two of them have no effect as intended (`PAPER_EXACT`). The defaults are readings that work.
+
+Paper: (5) is a sum over all i, j. By default tau is on P instead of c, the sum is the mean over the pairs that pass,
+and i = j is left out: c_ii = P(f_i | f_i) / (k/n) = n/k, so that the diagonal is (n/k) sum_i |f_i|^4, a constant of
+unit rows.
 
 The dense J has n^2 entries, 1.4 GB at n = 18432, and its products take n (2B + 6d) / 10Bd = 7 times the operations of
 the rest of a step. With k latents per token few pairs ever pass, so `pair_store=table` follows a fixed number of pairs
 and looks for better ones now and then.
 
 Paper: states two numbers of steps, of k and of every result, and prints the L1 baseline's numbers as those of "no
-competition"; `competition-off` is the same model without (5), `competition-baseline` the other one. It writes E(x), so
-the encoder does not see x - b_dec. It does not state the activation or the units of its loss: what its baseline's
+competition"; `competition-off` is the same model without (5), `competition-baseline` the other one. It prints no
+warm-up of lambda_1, which ours has unless `l1_warmup=0`. It writes E(x), so the encoder does not see x - b_dec. It does
+not state the activation or the units of its loss: what its baseline's
 explained variance of 0.293 points to is `reconstruction=mean normalize=none`.
 
 Shape suffixes here: S pairs in the shape of their store, P pairs in a table, I a block of latents, X d_in or tokens.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,8 +65,12 @@ BLOCK = 2**24  # elements to work on at once, so that the table's work needs lit
 class Coactivation(Mechanism):
     """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: a <- beta a + (1 - beta) of the batch.
 
-    The averages start at zero and are divided by the weight that they have gathered, 1 - beta^t. Each unordered pair
-    occurs once. A subclass decides which pairs it follows, and thereby the shape S of all per-pair tensors.
+    Each unordered pair occurs once. A subclass decides which pairs it follows, and thereby the shape S of all per-pair
+    tensors.
+
+    Paper: says only "exponential moving averages (decay rate 0.99)". Ours start at zero and are divided by the weight
+    that they have gathered, 1 - beta^t. This leaves J / p as it is, apart from pairs that a table follows later than
+    their latents. A latent that fires less often than `MIN_RATE` has no c, where (3) divides by almost nothing.
     """
 
     rate_F: Tensor
@@ -105,6 +114,10 @@ class Coactivation(Mechanism):
     def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
         """<left_i, right_j> for each pair i < j (S)."""
 
+    @abstractmethod
+    def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of some pairs, evenly spread, and their <v_i, v_j>: all, or as many as have `BLOCK` elements."""
+
 
 class DensePairs(Coactivation):
     """Every pair: S is (F, F), and the pairs are its upper triangle."""
@@ -133,6 +146,10 @@ class DensePairs(Coactivation):
 
     def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
         return (left_FX @ right_FX.T).to(left_FX.dtype)
+
+    def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
+        rows = slice(None, None, -(-value_S.numel() // BLOCK))
+        return value_S[rows], vector_FX[rows] @ vector_FX.T
 
 
 class PairTable(Coactivation):
@@ -183,6 +200,10 @@ class PairTable(Coactivation):
         products_P: Tensor = PairProducts.apply(left_FX, right_FX, self.first_P, self.second_P)
         return products_P
 
+    def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
+        some = slice(None, None, -(-len(value_S) * vector_FX.shape[1] // BLOCK))
+        return value_S[some], (vector_FX[self.first_P[some]] * vector_FX[self.second_P[some]]).sum(1)
+
     def every_n_steps(self, step: Step) -> None:
         """Refresh the table. `slot` is the place of a pair in the table so far, -1 for a new one."""
         unit_FD = F.normalize(step.sae.W_dec.detach(), dim=1)
@@ -209,8 +230,8 @@ class PairTable(Coactivation):
         """Scores (I, F) of pairs that are not in the table, a block of first latents at a time; 0 marks no pair."""
         fires_BF = (step.f_BF.detach() > 0).float()
         n, size = fires_BF.shape[1], max(1, BLOCK // fires_BF.shape[1])
-        # As if each latent had fired three more times, without the other: in a single batch, rare latents that fired
-        # together once would look alike.
+        # Paper: follows every pair. Candidates are ranked as if each latent had fired three more times, without the
+        # other: in a single batch, rare latents that fired together once would look alike.
         rate_F = self.rates() + 3 / len(fires_BF)
         for start in range(0, n, size):
             rows = slice(start, start + size)
@@ -283,11 +304,14 @@ class CompetitionLoss(LossTerm):
     `tau_on`    what has to reach tau: "conditional", P of one given the other, or "lift", c itself
     `weight`    the weight of a pair: "lift", c, or "conditional"
     `pair_vec`  v_i: "decoder", row i of W_dec, or "activation", f_i over the batch divided by sqrt(B)
+                Paper: writes <f_i, f_j> of "feature similarity" and f_i for both; the division by sqrt(B) makes the
+                product a mean over tokens, which does not grow with the batch
     `direction` which latent gets the gradient: "symmetric", both; "child_only", the rarer; "parent_only", the other
     `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as printed; "n", that over n
     `target`    "cofire", as printed; or "absorption": pairs of decoder cosine over 0.2 that fire together less than
                 tau, weighted by what they lack. Paper: a parent that is absorbed is silent when its child fires, so
                 absorbed pairs are those which (5) leaves alone.
+    `diagonal`  whether the pairs include i = j, of every latent that fires: P is 1 and c is n/k (5)
     """
 
     def __init__(
@@ -301,6 +325,7 @@ class CompetitionLoss(LossTerm):
         direction: str = "symmetric",
         reduction: str = "active_pairs",
         target: str = "cofire",
+        diagonal: bool = False,
     ) -> None:
         super().__init__()
         self.pairs = pairs
@@ -308,24 +333,35 @@ class CompetitionLoss(LossTerm):
         self.tau = tau if tau_on == "conditional" else tau * chance
         self.unit = chance if weight == "lift" else 1.0
         self.pair_vec, self.direction, self.reduction, self.target = pair_vec, direction, reduction, target
+        self.diagonal = diagonal
 
     def forward(self, step: Step) -> Tensor:
         vector_FX = step.sae.W_dec if self.pair_vec == "decoder" else step.f_BF.float().T / step.tokens**0.5
         with torch.no_grad():
-            weight_S, count = self.weights(step)
+            weight_S, count = self.weights(step.sae)
         step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
-        total = (weight_S * self.similarity(vector_FX).square()).sum()
+        total, ordered = 2 * (weight_S * self.similarity(vector_FX).square()).sum(), 2 * count  # (i, j) and (j, i)
+        if self.diagonal:
+            with torch.no_grad():
+                weight_F = self.diagonal_weights()
+            total = total + (weight_F * self.squared_length(vector_FX).square()).sum()
+            ordered = ordered + (weight_F > 0).sum()
         if self.reduction == "active_pairs":
-            return total / count.clamp_min(1)
-        return 2 * total / (step.sae.d_sae if self.reduction == "n" else 1)  # (i, j) and (j, i)
+            return total / ordered.clamp_min(1)
+        return total / (step.sae.d_sae if self.reduction == "n" else 1)
 
-    def weights(self, step: Step) -> tuple[Tensor, Tensor]:
+    def diagonal_weights(self) -> Tensor:
+        """The weight of each pair (i, i) (F): that of P = 1 if it passes tau; 0 for latents that do not fire."""
+        passes_F = (self.pairs.rates() >= MIN_RATE) & (self.tau <= 1)
+        return passes_F.to(self.pairs.rate_F.dtype) / self.unit
+
+    def weights(self, sae: SAE) -> tuple[Tensor, Tensor]:
         """The weight of each pair (S), zero unless the pair passes tau, and the number () of pairs that pass."""
         conditional_S = self.pairs.conditional()
         if self.target == "cofire":
             active_S, amount_S = conditional_S >= self.tau, conditional_S
         else:
-            unit_FD = F.normalize(step.sae.W_dec, dim=1)
+            unit_FD = F.normalize(sae.W_dec, dim=1)
             alike_S = self.pairs.inner(unit_FD, unit_FD) > 0.2
             active_S = alike_S & (conditional_S >= 0) & (conditional_S < self.tau)
             amount_S = self.tau - conditional_S
@@ -341,6 +377,52 @@ class CompetitionLoss(LossTerm):
         fixed_FX = vector_FX.detach()
         return torch.where(first_moves_S, self.pairs.inner(vector_FX, fixed_FX), self.pairs.inner(fixed_FX, vector_FX))
 
+    def squared_length(self, vector_FX: Tensor) -> Tensor:
+        """<v_i, v_i> (F); as one of a pair of the other directions, a latent has half of the gradient."""
+        other_FX = vector_FX if self.direction == "symmetric" else vector_FX.detach()
+        return (vector_FX * other_FX).sum(1)
+
+    @torch.no_grad()
+    def correlation(self, sae: SAE) -> tuple[Tensor, Tensor]:
+        """Pearson's r () of the weight of a pair, max(c_ij, c_ji), and the cosine of its decoder rows, over the pairs
+        that pass tau, and the number () of those pairs.
+
+        This is "correlation r = 0.82 between semantic similarity and competition strength" (3.1). Of more pairs than
+        have `BLOCK` elements it is over an evenly spread part. It is 0 where fewer than three pass, or all have the
+        same weight or cosine. Paper: does not say which pairs; below tau the strength of competition is zero.
+        """
+        weight_M, cosine_M = self.pairs.sample(self.weights(sae)[0], F.normalize(sae.W_dec, dim=1))
+        passes_M = weight_M > 0
+        count = passes_M.sum()
+        one_M, two_M = (centred(value_M.double(), passes_M) for value_M in (weight_M, cosine_M))
+        spread = (one_M.square().sum() * two_M.square().sum()).sqrt()
+        r = (one_M * two_M).sum() / spread
+        return torch.where((count >= 3) & (spread > 1e-12 * count), r, 0.0).float(), count
+
+
+def centred(value_M: Tensor, where_M: Tensor) -> Tensor:
+    """The values minus their mean, both where the mask is set; 0 elsewhere."""
+    mean = torch.where(where_M, value_M, 0).sum() / where_M.sum().clamp_min(1)
+    return torch.where(where_M, value_M - mean, 0)
+
+
+class CompetitionMonitor(Mechanism):
+    """Counts the pairs that the penalty acted on, and correlates c with the rows' cosine when metrics are logged."""
+
+    acted_penalized: Tensor  # () int64, pairs i < j over all steps
+
+    def __init__(self, strength: Coefficient, correlation: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.strength, self.correlation = strength, correlation
+        self.register_buffer("acted_penalized", torch.zeros((), dtype=torch.int64))
+
+    def after_step(self, step: Step) -> None:
+        self.acted_penalized += step.metrics["pairs_above"] * (self.strength(step) > 0)
+
+    def scalars(self) -> dict[str, Tensor]:
+        r, count = self.correlation()
+        return {"penalized": self.acted_penalized, "correlation_cosine": r, "correlation_pairs": count}
+
 
 def competition_strength(strength: float, steps: int) -> Coefficient:
     """strength min(1, t/steps), t counted from 1 (4). Logged as `competition_strength`."""
@@ -355,9 +437,10 @@ def competition_strength(strength: float, steps: int) -> Coefficient:
 
 
 def add_competition(variant: Variant, strength: Coefficient, loss: CompetitionLoss) -> Variant:
-    """Add the loss to any variant, and its statistics to the mechanisms, before the unit norm."""
+    """Add the loss to any variant, and its statistics and its monitor to the mechanisms, before the unit norm."""
     variant.add_term("competition", strength, loss)
-    variant.mechanisms.insert(len(variant.mechanisms) - 1, loss.pairs)
+    for mechanism in (loss.pairs, CompetitionMonitor(strength, lambda: loss.correlation(variant.sae))):
+        variant.mechanisms.insert(len(variant.mechanisms) - 1, mechanism)
     return variant
 
 
@@ -384,6 +467,8 @@ class CompetitionOptions(RecipeOptions):
     """Latent of a pair that gets the gradient: both, the rarer one (child), or the other (parent)."""
     reduction: Literal["active_pairs", "sum", "n"] = "active_pairs"
     """active_pairs: mean over pairs that pass tau. sum: over all ordered pairs (the paper). n: that sum over d_sae."""
+    diagonal: bool = False
+    """Also penalize each latent's similarity to itself, as the printed sum over all i and j does (5)."""
     target: Literal["cofire", "absorption"] = "cofire"
     """Pairs to penalize: those that fire together (the paper), or those of decoder cosine over 0.2 that rarely do."""
     beta: float = 0.99
@@ -417,6 +502,8 @@ class CompetitionOptions(RecipeOptions):
                 yield f"invalid {name}={count}: expected 1 or more."
         if self.tau < 0:
             yield f"invalid tau={self.tau:g}: below 0 every pair would pass."
+        if self.diagonal and self.target == "absorption":
+            yield "diagonal=true has no effect with target=absorption: a latent never fires without itself."
         limit = self.memory_gb
         if self.pair_store == "dense" and (needed := DensePairs.gigabytes(config.d_sae)) > limit:
             yield (
@@ -447,6 +534,7 @@ def competition(config: RunConfig, options: CompetitionOptions) -> Variant:
         options.direction,
         options.reduction,
         options.target,
+        options.diagonal,
     )
     steps = options.strength_warmup
     if steps is None:

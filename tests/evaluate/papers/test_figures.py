@@ -178,6 +178,20 @@ def test_what_is_missing_to_one_is_drawn_of_explained_variance():
     assert chart.y_log and list(chart.series[0].y) == pytest.approx([0.3, 0.3])
 
 
+def test_a_share_is_of_the_loss_on_the_same_line():
+    """0.1 of 0.4 in every seed; a line without a loss, or with one of 0, has no share."""
+    paper = load_paper("002")
+    made = runs_of(paper, competition=0.1, loss=0.4)
+    chart = drawn(paper, made, EXTRA_HEADING)["Competition's share of the loss"]
+    assert len(chart.series) == sum(len(system.recipes) for system in paper.systems.values())
+    for line in chart.series:
+        assert list(line.x) == [200, 400] and list(line.y) == pytest.approx([0.25, 0.25]) and not any(line.spread)
+    lines = [{"tokens": 1, "competition": 1.0}, {"tokens": 2, "competition": 1.0, "loss": 0.0}]
+    lines += [{"tokens": 3, "competition": 1.0, "loss": 4.0}]
+    assert curve([replace(made[0], log=lines)], "competition", "loss") == {3: [0.25]}
+    assert curve([replace(made[0], log=lines)], "competition") == {1: [1.0], 2: [1.0], 3: [1.0]}
+
+
 @pytest.mark.parametrize("number", PAPERS)
 def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing(number):
     paper = load_paper(number)
@@ -196,6 +210,9 @@ def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing
         "competition_strength",
         "pairs_above",
         "mean_coefficient",
+        "penalized",
+        "correlation_cosine",
+        "competition",
         "alpha",
         "stability",
         "resampled",
