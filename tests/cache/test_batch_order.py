@@ -77,3 +77,11 @@ def test_mixing_follows_the_formula() -> None:
         _, counts = np.unique(context[rows_of_batch(order, batch)], return_counts=True)
         partners += (counts * (counts - 1)).sum() / B
     assert partners / order.batches_per_epoch == pytest.approx(B * L * (1 / (order.lanes * W) + 1 / T), rel=0.1)
+
+
+def test_batches_of_an_epoch_go_forward_through_each_lane() -> None:
+    """One chunk of 640 rows and batches of 32: lane n begins at row 20 n, and batch t has row t of every lane."""
+    order = BatchOrder([640], 32, seed=0)
+    assert (order.lanes, order.batches_per_epoch) == (32, 20)
+    for batch in (0, 1, 19, 20):
+        assert [(span.start, span.rows) for span in order.spans(batch)] == [(20 * n + batch % 20, 1) for n in range(32)]

@@ -193,3 +193,13 @@ def test_opening_something_else_raises(tmp_path: Path) -> None:
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     with pytest.raises(UsageError, match="is a Zarr group, but not an activation cache"):
         open_cache(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [delete, truncate])
+def test_missing_and_truncated_files_are_found_by_their_sizes(cache: Cache, damage: Callable[[Path], None]) -> None:
+    cache.check_sizes()
+    damage(cache.folder / "layer_12/c.1.0")
+    with pytest.raises(
+        DamagedError, match=r"1 files of .* are missing or truncated: layer_12/c\.1\.0\. Run `sae cache"
+    ):
+        cache.check_sizes()

@@ -34,6 +34,13 @@ def test_outlier_dimensions_are_listed(write_cache) -> None:
     assert cache.statistics("layer_05")["outlier_dimensions"]["3"]["mean"] == pytest.approx(40, abs=1)
 
 
+def test_an_outlier_dimension_has_over_eight_times_the_median_root_mean_square(write_cache) -> None:
+    rows = torch.ones(ROWS, D)
+    rows[:, 1], rows[:, 2], rows[:, 6] = 7.5, 8.0, 8.5
+    cache = write_cache({5: rows.bfloat16().view(torch.int16).numpy().view(np.uint16)})
+    assert list(cache.statistics("layer_05")["outlier_dimensions"]) == ["6"]
+
+
 def test_rows_over_max_norm_are_outliers(outlier_cache: Cache, outliers: list[int]) -> None:
     assert outlier_cache.outlier_rows("layer_05").tolist() == outliers
     statistics = outlier_cache.statistics("layer_05")

@@ -17,6 +17,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sae.common.errors import SaeError, UnavailableError, UsageError
+from sae.harvest.dataset_reader import is_network_error
 from sae.harvest.documents import TextSource
 
 ROWS = [{"text": f"the quick brown fox {n} reads " + "yellow books " * (n % 5), "n": n} for n in range(40)]
@@ -196,6 +197,12 @@ def test_network_failures_are_retried(hub, waits, groups: list[int], waited: lis
     assert len(told) == len(waited)
     for sentence in told[:1]:
         assert sentence == f"Network failure at row {6 * groups[0]} of some/set ({error}); retrying in 1 s."
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503, 400, 404, 409])
+def test_the_hub_is_asked_again_where_waiting_may_help(status: int) -> None:
+    """Timeouts, too many requests, and what is wrong on the Hub's side; not what is wrong with the request."""
+    assert is_network_error(http(HfHubHTTPError, status)) is (status in (408, 429, 500, 503))
 
 
 def test_a_lasting_network_failure_raises_a_clear_error(hub, waits) -> None:

@@ -319,3 +319,10 @@ def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:
     for name in (str(write_lines(tmp_path / "a.jsonl", [{"text": "a"}])), EMBEDDED_TEXT):
         with pytest.raises(UsageError, match="--subset selects a configuration of a dataset, and .* has none"):
             open_text(name, tokenizer=tokenizer, revision=None, subset="en", split="train", column="text", seed=0)
+
+
+def test_a_section_ends_with_the_paragraph_that_fills_it() -> None:
+    """At 2,000 characters or more, blank lines between paragraphs not counted."""
+    a, b, c = "a" * 1000, "b" * 999, "c" * 2000
+    assert list(split_paragraphs("\n\n".join([a, b, a, c, b]))) == [f"{a}\n\n{b}\n\n{a}", c, b]
+    assert list(split_paragraphs(f"{a}\n\n{b}b\n\n{c}")) == [f"{a}\n\n{b}b", c]

@@ -311,6 +311,13 @@ def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], a
     assert plan_harvest(again).describe()[-1] == (f"cache    {again.out} is begun: 1 of 3 windows, 256 rows to harvest")
 
 
+def test_the_estimate_is_for_the_blocks_up_to_the_last_hook(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:
+    """Layer 1 is the output of the second block: two blocks for each of 600 tokens."""
+    monkeypatch.setattr("sae.harvest.plan.block_seconds_per_token", lambda *_, **__: 0.5)
+    for layers, seconds in (((0, 1), 600), ((1,), 600), ((0,), 300)):
+        assert plan_harvest(replace(small[0], layers=layers, out=None)).estimated_seconds() == seconds
+
+
 def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:
     """The scores of 65,535 positions would be 34 GB for each of the heads' pairs, however short the documents are."""
     lengths, capture = [], HookedModel.capture

@@ -18,7 +18,7 @@ def test_topk_keeps_k_of_equals() -> None:
     assert (f_BF > 0).sum(1).tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("k", [1, 4, 8])
+@pytest.mark.parametrize("k", [1, 4, 8, 12, 20])  # there are 16 groups
 @pytest.mark.parametrize("rows", [torch.randn, torch.ones], ids=["of all sizes", "of equals"])
 def test_topk_by_groups_of_latents_keeps_what_a_sort_keeps(k: int, rows) -> None:
     torch.manual_seed(0)

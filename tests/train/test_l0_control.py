@@ -88,6 +88,8 @@ def test_the_controller_takes_over_after_a_twentieth_of_the_run() -> None:
         controller.after_step(step(i))
     moved = [0.3 * torch.tensor(1.0 + 0.02 * n).exp().item() for n in (1, 2)]
     assert found == pytest.approx([0.1, 0.2, 0.3, *moved])
+    controller = find_recipe("relu").make(SETTING._replace(steps=400, l0=8), {}).mechanisms[0]
+    assert isinstance(controller, L0Controller) and (controller.start_step, controller.target) == (20, 8)
 
 
 def test_l0_is_rejected_where_nothing_sets_it_or_another_option_does(monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""One training step: the optimizer's learning rate, steps that are not finite, and gradient clipping."""
+"""One training step: the optimizer's learning rate, steps that are not finite, clipping, and what is logged."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae.train.loop import Trainer
+from sae.train.step import Mechanism, Step
 
 
 def test_every_group_of_the_optimizer_follows_the_rate(make_trainer, batches) -> None:
@@ -73,3 +74,52 @@ def test_weight_decay_is_adamws_or_adams_on_the_encoder_or_on_everything(make_tr
         if name == "sae.W_dec":  # rows are kept at unit length
             expected = expected / expected.norm(dim=1, keepdim=True)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_moves_no_weight_though_the_loss_is(make_trainer, batches) -> None:
+    trainer: Trainer = make_trainer("relu")
+    trainer.variant.sae.b_enc.register_hook(lambda gradient: gradient + math.inf)
+    before = {n: p.detach().clone() for n, p in trainer.variant.named_parameters()}
+    trainer.step(batches[0])
+    assert int(trainer.failed_at) == 0 and math.isfinite(trainer.pop_metrics()["loss"])
+    for name, parameter in trainer.variant.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=1e-6)  # rows are renormalized
+
+
+def test_periodic_mechanisms_act_after_every_nth_step(make_trainer, batches) -> None:
+    """`every` = 3: after the third and the sixth step, numbers 2 and 5."""
+
+    class Third(Mechanism):
+        every = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.acted: list[int] = []
+
+        def every_n_steps(self, step: Step) -> None:
+            self.acted.append(int(step.i))
+
+    trainer: Trainer = make_trainer("relu")
+    trainer.variant.mechanisms.append(third := Third())
+    for number in range(8):
+        trainer.run_periodic(number, trainer.step(batches[number]))
+    assert third.acted == [3, 6]  # the number of steps taken
+
+
+def test_logged_losses_are_means_since_the_last_log(make_trainer, batches) -> None:
+    """Of two steps, then of the one after: each line stands for its own steps alone."""
+    trainer: Trainer = make_trainer("relu", l1_warmup=0)
+    expected = []
+    for t in range(3):
+        expected.append(float(trainer.forward_losses(batches[t])[1]["mse"].detach()))
+        trainer.step(batches[t])
+        if t == 1:
+            assert trainer.pop_metrics()["mse"] == pytest.approx(sum(expected) / 2)
+    assert trainer.pop_metrics()["mse"] == pytest.approx(expected[2])
+
+
+def test_l0_counts_latents_that_are_not_zero() -> None:
+    """Three of two tokens; a negative latent is active, and what is positive before the activation is not."""
+    f_BF = torch.tensor([[0.0, -2.0, 0.5], [3.0, 0.0, 0.0]])
+    x_BD = torch.zeros(2, 1)
+    assert float(Step(torch.tensor(0), None, None, x_BD, f_BF.abs() + 1, f_BF, x_BD).l0) == 1.5

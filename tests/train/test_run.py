@@ -18,13 +18,16 @@ import torch
 import sae
 from sae.cache.batch_order import BatchOrder
 from sae.cache.chunks import write_chunk
+from sae.cache.loader import BatchLoader
 from sae.cache.reader import open_cache
 from sae.common.cache_schemas import MANIFEST_RECORD
 from sae.common.errors import Interrupted, LeftOutWarning, SaeError, UsageError
 from sae.common.files import read_json
 from sae.common.schemas import RUN_RECORD
+from sae.train.checkpoint import restore_checkpoint
+from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, default_log_interval, plan_training
-from sae.train.run import TrainProgress, run_training
+from sae.train.run import CALIBRATION_BATCHES, TrainProgress, build_variant, run_training
 from sae.train.sae import load_sae
 
 from .runs import make_config, train
@@ -48,6 +51,42 @@ def test_a_run_folder_holds_what_a_reader_needs(sparse_cache) -> None:
     loaded = load_sae(folder)
     assert (loaded.d_in, loaded.d_sae, loaded.origin["hook_name"]) == (32, 128, "blocks.0.hook_resid_post")
     assert float(loaded.activation[0].threshold) > 0
+
+
+def finished(config: TrainConfig) -> tuple[Path, Trainer]:
+    """The folder of a finished run, and its trainer as the last checkpoint has it."""
+    (run,) = plan_training(config).runs
+    train(config)
+    trainer = Trainer(build_variant(run), run.steps, "cpu")
+    assert restore_checkpoint(trainer, run.folder, pytest.fail) == run.steps
+    return run.folder, trainer
+
+
+@pytest.mark.parametrize("name", ["relu", "topk", "decorrelation"])
+def test_the_loaded_sae_of_centered_rows_is_the_trained_one_on_raw_rows(sparse_cache, batches, name: str) -> None:
+    """Centre, scale and biases are folded in: latents times the scale, and the reconstruction in raw units."""
+    folder, trainer = finished(make_config(sparse_cache, name, options=["center=true", "lr=1e-2"]))
+    variant, loaded = trainer.variant, load_sae(folder)
+    assert variant.mean_D.norm() > 1 and variant.sae.b_dec.norm() > 0.01 and abs(float(variant.scale) - 1) > 0.1
+    with torch.no_grad():
+        step = variant(trainer.i, batches[0], trainer.optimizer)
+    f_BF = loaded.encode(batches[0].float())
+    torch.testing.assert_close(f_BF, step.f_BF * variant.scale, rtol=1e-4, atol=1e-4)
+    raw_BD = step.recon_BD * variant.scale + variant.mean_D
+    torch.testing.assert_close(loaded.decode(f_BF), raw_BD, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batchtopk_is_calibrated_on_the_batches_after_its_last(sparse_cache) -> None:
+    """The saved threshold is the mean, over those batches, of the smallest latent that the batch keeps."""
+    folder, trainer = finished(make_config(sparse_cache, "batchtopk", options=["k=4"]))
+    (run,) = plan_training(make_config(sparse_cache, "batchtopk", options=["k=4"])).runs
+    loaded, smallest = load_sae(folder), []
+    with BatchLoader(sparse_cache, "layer_00", 64, seed=run.shuffle_seed, batch=12) as stream:
+        for _ in range(CALIBRATION_BATCHES):
+            with torch.no_grad():
+                step = trainer.variant(trainer.i, next(stream), trainer.optimizer)
+            smallest.append(float(step.pre_BF.flatten().topk(4 * 64).values.min() * trainer.variant.scale))
+    assert float(loaded.activation[0].threshold) == pytest.approx(sum(smallest) / len(smallest), rel=1e-5)
 
 
 def test_the_same_command_does_not_train_twice(sparse_cache) -> None:

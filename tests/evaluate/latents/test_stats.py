@@ -261,6 +261,9 @@ def test_everything_of_a_few_latents_is_that_of_all(tiny_cache, site):
     f_TF = sae.encode(x)
     assert whole.density.tolist() == few.density.tolist() == ((f_TF > 0).double().mean(0)).tolist()
     torch.testing.assert_close(whole.mean[latents], few.mean)
+    fired_F = (f_TF > 0).sum(0)
+    assert 0 < int(fired_F[latents].min()) < len(x) / 2  # a mean over all tokens would be another number
+    torch.testing.assert_close(few.mean, (f_TF.sum(0) / fired_F)[latents].double(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(few.activations.peak_K, f_TF.amax(0)[latents], rtol=1e-5, atol=1e-6)
     for name in ("nearest", "coactive"):
         assert getattr(whole, name).index[latents].equal(getattr(few, name).index)

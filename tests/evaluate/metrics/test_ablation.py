@@ -13,7 +13,7 @@ from sae.common.errors import UsageError
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labeled
 from sae.evaluate.metrics import ablation
-from sae.evaluate.metrics.ablation import check_thresholds
+from sae.evaluate.metrics.ablation import average_scores, check_thresholds
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.scr import Scr
 from sae.evaluate.metrics.tpp import Tpp
@@ -162,3 +162,8 @@ def test_more_thresholds_than_latents_are_refused_with_those_that_fit():
     check_thresholds((2, 30), 30, "scr")
     with pytest.raises(UsageError, match=r"up to 500 latents, but this SAE has 30.*--set scr\.thresholds=2,5,10,20"):
         check_thresholds((2, 5, 10, 20, 50, 500), 30, "scr")
+
+
+def test_a_score_is_averaged_over_the_problems_that_have_it():
+    scores = {"a": {"x": torch.tensor([1.0, 3.0])}, "b": {"x": torch.tensor([2.0, 7.0]), "y": torch.tensor([4.0, 5.0])}}
+    assert {name: score_R.tolist() for name, score_R in average_scores(scores).items()} == {"x": [1.5, 5], "y": [4, 5]}

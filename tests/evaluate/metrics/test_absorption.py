@@ -11,10 +11,24 @@ from sklearn.linear_model import LogisticRegression
 
 from sae.cache.layout import Hook
 from sae.common.errors import SaeError, UsageError
-from sae.evaluate.metrics.absorption import Absorption, bootstrap_interval, rate_entry, score_words
+from sae.evaluate.metrics.absorption import (
+    Absorption,
+    AbsorptionScores,
+    ScoredLetter,
+    bootstrap_interval,
+    rate_entry,
+    score_letter,
+    score_words,
+)
 from sae.evaluate.metrics.base import EvalTarget, MetricResult
 from sae.evaluate.metrics.first_letter import LETTERS, SpellingRows
-from sae.evaluate.metrics.letter_probes import DenseRows, LetterProbes, seeded_generator, train_letter_probes
+from sae.evaluate.metrics.letter_probes import (
+    DenseRows,
+    FeatureSplit,
+    LetterProbes,
+    seeded_generator,
+    train_letter_probes,
+)
 from sae.evaluate.reference_saes import Identity
 from sae.train.activation_functions import ReLU, TopK
 from sae.train.sae import SAE
@@ -229,6 +243,7 @@ def test_scores_are_those_of_a_loop_over_words_and_latents():
         W_dec = draw.normal(size=(30, 8))
         W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
         f = draw.exponential(size=(40, 30)) * (draw.random((40, 30)) < 0.15)
+        f[:, ::3] *= np.where(draw.random((40, 10)) < 0.2, -1, 1)  # a negative latent absorbs nothing
         a = f @ W_dec + draw.normal(size=(40, 8)) * 0.3
         probe, main = draw.normal(size=8), draw.choice(30, 3, replace=False).tolist()
         u = torch.from_numpy(probe / np.linalg.norm(probe))
@@ -318,6 +333,27 @@ def test_intervals():
     assert (share["r"], share["n"]) == (0.15, 3)
     assert share["r_interval"] == pytest.approx([0.0524, 0.3604], abs=1e-4)  # Wilson, 3 of 20
     assert bootstrap_interval([torch.ones(5).double(), torch.zeros(9).double()], seeded_generator(0, "b")) == [0.5, 0.5]
+    values, draw = [torch.arange(7).double(), torch.arange(4).double() ** 2], seeded_generator(0, "b")
+    drawn = [value[torch.randint(len(value), (1000, len(value)), generator=draw)].mean(1) for value in values]
+    expected = np.percentile(np.mean([one.numpy() for one in drawn], axis=0), [2.5, 97.5])
+    assert bootstrap_interval(values, seeded_generator(0, "b")) == pytest.approx(expected.tolist())
+
+
+def test_in_mode_2024_12_a_candidate_is_missed_by_the_regression_too():
+    """Of three words with silent main latents the regression finds one by its intercept; one other is dominated."""
+    silent_N = torch.tensor([True, True, True, False])
+    scores = AbsorptionScores(
+        torch.zeros(4), torch.tensor([True, True, False, True]), silent_N, torch.tensor([0.0, 0.0, 0.0, 2.0])
+    )
+    missed_N = torch.tensor([True, False, True, True])
+    split = FeatureSplit(1, [0.9], np.array([True]))
+    letter = score_letter("2024-12", 2, 0.8, split, torch.tensor([5]), scores, missed_N)
+    assert letter.entry["num_candidates"] == 2
+    assert letter.scores["absorption_score"].tolist() == [1, 0, 0, 0]
+
+
+def test_the_f1_of_a_split_is_that_of_its_size():
+    assert ScoredLetter({"f1_k_sparse": [0.5, 0.8, 0.7, 0.6], "num_split_features": 2}, {}).split_f1 == 0.8
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Bootstrap accuracies and intervals are those of their definitions."""
 
+import math
+
 import pytest
 import torch
 
@@ -39,3 +41,10 @@ def test_classes_keep_their_size_and_problems_their_own_draws():
     half_N = torch.where(torch.arange(200) % 2 == 0, 1.0, -1.0)
     a_R, b_R = (BootstrapWeights.of([100, 100], name).accuracy(half_N, task)[1:] for name in "ab")
     assert abs(float(torch.stack([a_R, b_R]).corrcoef()[0, 1])) < 0.15
+
+
+def test_the_interval_is_of_the_replicates_alone():
+    """The first entry is the sample itself, and a replicate without the score does not count."""
+    score_R = torch.tensor([1e6, 4.0, torch.nan, 0.0, 3.0, 1.0, 2.0, torch.inf], dtype=torch.float64)
+    assert bootstrap_interval(score_R) == pytest.approx([0.1, 3.9])
+    assert all(map(math.isnan, bootstrap_interval(torch.tensor([1.0, torch.nan], dtype=torch.float64))))

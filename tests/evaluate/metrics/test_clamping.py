@@ -55,3 +55,13 @@ def test_an_outlier_row_is_not_clamped():
     assert not torch.equal(expected[1, 3], x[1, 3])
     expected[1, 3] = x[1, 3]
     torch.testing.assert_close(clamped(50.0), expected)
+
+
+def test_clamped_latents_are_in_units_of_unit_decoder_rows():
+    """Decoder rows of the norms 2, 3 and 5: the latents of the union, in ascending order, times theirs."""
+    torch.manual_seed(0)
+    sae = SAE(16, 3, [ReLU()]).requires_grad_(False)
+    norm_F = torch.tensor([2.0, 3.0, 5.0])
+    x = torch.randn(2, 5, 16)
+    plan = ClampPlan(EvalTarget(sae, Hook(0)), {(0.01, 1): (2,), (0.1, 1): (0,)}, sae.W_dec, norm_F, True)
+    torch.testing.assert_close(plan.latents(x), sae.encode(x)[..., [0, 2]] * torch.tensor([2.0, 5.0]))

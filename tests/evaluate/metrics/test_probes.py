@@ -78,6 +78,19 @@ def test_a_probe_is_the_one_that_torch_s_own_parts_train(l1):
     assert torch.equal(draws.get_state(), torch.get_rng_state())  # nothing else was drawn, no epoch more was trained
 
 
+def test_of_equally_accurate_epochs_the_first_is_returned():
+    """Two clouds on both sides of zero are separated from the first epoch on: more epochs return the same probe."""
+    (x, y), (test_x, test_y) = two_clouds(64, 3, 12.0, 0), two_clouds(64, 3, 12.0, 1)
+    probes = [
+        train_probe(
+            x - 6, y, test_x - 6, test_y, make_generator("saebench"), lr=0.3, batch_size=8, epochs=n, patience=2
+        )
+        for n in (1, 6)
+    ]
+    assert probes[0].test_accuracy == probes[1].test_accuracy == 1
+    assert torch.equal(probes[0].weight_D, probes[1].weight_D) and torch.equal(probes[0].bias, probes[1].bias)
+
+
 def test_an_l1_penalty_takes_what_does_not_help():
     x, y = two_clouds(200, 8, 0, 0)
     x[:, 0] += 3 * y

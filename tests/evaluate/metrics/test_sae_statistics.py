@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae.cache.layout import Hook
+from sae.evaluate.metrics import sae_statistics
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.sae_statistics import SAEStatistics, largest_other_cosine, ratio_interval, splice
 from sae.evaluate.reference_saes import Identity
@@ -126,3 +127,23 @@ def test_the_interval_of_fve_is_about_the_mean_of_all():
         draws.append(1 - error_C[some].sum() / (drawn_TD - drawn_TD.mean(0)).square().sum())
     assert (low + high) / 2 == pytest.approx(fve)
     assert (high - low) / 2 == pytest.approx(1.96 * float(torch.stack(draws).std()), rel=0.2)
+
+
+def test_correlations_are_of_the_first_tokens(monkeypatch):
+    """At a limit of two tokens the batch that begins at the third is not paired: its latents fire apart."""
+    monkeypatch.setattr(sae_statistics, "PAIRED_TOKENS", 2)
+    stats, x = SAEStatistics(), torch.ones(2, 2)
+    counted = torch.ones(1, 2, dtype=torch.bool)
+    for f in (torch.tensor([[1.0, 1.0], [2.0, 0.0]]), torch.tensor([[9.0, 0.0], [0.0, 9.0]])):
+        splice(EvalTarget(Scripted(f, x), Hook(0)), x[None], counted, [(stats, counted)])
+    assert stats.correlation(None)["mean"] == pytest.approx(1 / 5**0.5)
+    assert stats.tokens == 4
+
+
+def test_the_rank_correlation_is_with_the_cosines_of_decoder_rows():
+    """Cosines of the pairs (0,1), (0,2), (1,2) between activations: .95, .22, 0; between rows: .99, .12, .29. By the
+    inner products of rows, .06, 1 and 14, the rank correlation would be -1."""
+    f = torch.tensor([[3.0, 3.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
+    stats = statistics_of(torch.ones(3, 2), f, torch.ones(3, 2))
+    W_dec = torch.tensor([[0.1, 0.0], [0.6, 0.1], [10.0, 80.0]])
+    assert stats.correlation(W_dec)["spearman_decoder"] == pytest.approx(0.5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.common.errors import UsageError
+from sae.common.errors import DamagedError, UsageError
 from sae.train.formats.import_ import import_sae
 
 
@@ -29,6 +29,15 @@ def test_a_rescaled_topk_selects_by_decoder_norms(export_with_config, tmp_path, 
     top = ((x_RD @ w["W_enc"] + w["b_enc"]) * n_F).topk(4)
     f_RF = torch.zeros(16, 16).scatter(1, top.indices, top.values.relu())
     assert torch.allclose(import_sae(folder, out=tmp_path).sae.encode(x_RD), f_RF, atol=1e-5)
+
+
+def test_a_rescaled_topk_with_a_zero_row_is_damaged(export_with_config, tmp_path):
+    folder = export_with_config("topk", "saelens", rescale_acts_by_decoder_norm=True)
+    w = load_file(folder / "sae_weights.safetensors")
+    w["W_dec"][[3, 7]] = 0
+    save_file(w, folder / "sae_weights.safetensors")
+    with pytest.raises(DamagedError, match="divides by the norms of W_dec's rows, but 2 of them are zero"):
+        import_sae(folder, out=tmp_path)
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu", "gated"])

@@ -155,3 +155,19 @@ def test_thresholds_scale_with_the_input() -> None:
     raw, x_BD = fold_normalization(trainer.variant.sae, 5.0, torch.zeros(3)), 10 * torch.rand(64, 3)
     assert raw.activation[0].threshold.tolist() == [2.5, 5.0, 10.0]
     torch.testing.assert_close(raw.encode(x_BD), 5 * trainer.variant.sae.encode(x_BD / 5))
+
+
+@pytest.mark.parametrize("name", ["jumprelu-step", "jumprelu-tanh", "jumprelu"])
+def test_with_l0_a_short_run_moves_thresholds_as_far_as_a_long_one(name: str) -> None:
+    """A hundred steps at 7e-4 can move a threshold by 0.07: updates are ten times as large, so that 0.7 is in reach."""
+    moved = {}
+    for l0 in (None, 3):
+        torch.manual_seed(0)
+        options = {"lr": 7e-4, "warmup": 0, "decay_start": 1.0, "threshold": 0.5, "bandwidth": 2.0}
+        variant = find_recipe(name).make(RunConfig(8, 64, 100, 32, l0=l0), options)
+        trainer = Trainer(variant, 100, "cpu")
+        threshold, before_F = variant.sae.activation[0].threshold, variant.sae.activation[0].threshold.detach().clone()
+        trainer.step(torch.randn(32, 8))
+        moved[l0] = (threshold.detach() - before_F).abs()
+    assert moved[None].max().item() == pytest.approx(7e-4, rel=1e-3)  # Adam's first step is the learning rate
+    torch.testing.assert_close(moved[3][moved[None] > 6e-4], 10 * moved[None][moved[None] > 6e-4], rtol=1e-3, atol=1e-6)

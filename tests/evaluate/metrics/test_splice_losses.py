@@ -1,0 +1,48 @@
+"""What zeroing a hook leaves of the model: one vector where nothing tells positions apart, else a pass per batch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sae.cache.layout import Hook
+from sae.evaluate.metrics.splice_losses import zero_ablated_output
+
+
+class FakePass:
+    """A model whose output is `output` (N, S, D), whatever it reads; it has to read zeros."""
+
+    def __init__(self, hook: Hook, output: torch.Tensor) -> None:
+        self.activations, self.output, self.runs = {hook: torch.ones(*output.shape)}, output, 0
+
+    def run_from(self, hook: Hook, x_NSD: torch.Tensor) -> torch.Tensor:
+        assert not x_NSD.any()
+        self.runs += 1
+        return self.output
+
+
+def outputs(hook: Hook, *batches: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """The zero-ablated outputs of batches of (1, 2) tokens, both counted, and how often the model ran."""
+    batch, constant_D, found, runs = SimpleNamespace(counted=torch.ones(1, 2, dtype=torch.bool)), {}, [], 0
+    for output in batches:
+        run = FakePass(hook, output)
+        found.append(zero_ablated_output(run, hook, batch, constant_D))
+        runs += run.runs
+    return found, runs
+
+
+EQUAL, UNLIKE = torch.tensor([[[1.0, 2.0], [1.0, 2.0]]]), torch.tensor([[[1.0, 2.0], [1.0, 3.0]]])
+
+
+def test_one_vector_serves_all_batches_where_all_positions_end_alike() -> None:
+    found, runs = outputs(Hook(3), EQUAL, UNLIKE)
+    assert runs == 1 and all(torch.equal(one, EQUAL[0]) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("hook", "first"), [(Hook(3), UNLIKE), (Hook(3, "mlp_out"), EQUAL)], ids=["positions differ", "not the residual"]
+)
+def test_elsewhere_every_batch_is_run(hook: Hook, first: torch.Tensor) -> None:
+    """A model with attention sinks or learned positions tells positions apart; a zeroed MLP leaves the text."""
+    found, runs = outputs(hook, first, UNLIKE + 5)
+    assert runs == 2 and torch.equal(found[0], first[0]) and torch.equal(found[1], UNLIKE[0] + 5)
