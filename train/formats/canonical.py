@@ -27,7 +27,7 @@ from ..variants.collapse.batch_norm import BatchNorm
 from ..variants.collapse.orthogonality import GramSchmidtLatents
 from ..variants.gated import Gated
 from ..variants.jumprelu import JumpReLU
-from ..variants.progressive import EnabledLatents
+from ..variants.progressive.growth import EnabledLatents
 
 FLOAT32_ROUNDING = (
     2.0**-22

@@ -10,7 +10,8 @@ from sae.train.formats.export import export_sae
 from sae.train.variants.collapse.batch_norm import BatchNorm
 from sae.train.variants.collapse.groups import WinnerTakeAll
 from sae.train.variants.gated import Gated
-from sae.train.variants.progressive import EnabledLatents, SoftCompetition
+from sae.train.variants.progressive.competition import SoftCompetition
+from sae.train.variants.progressive.growth import EnabledLatents
 from sae.train.variants.switch import Switch
 
 

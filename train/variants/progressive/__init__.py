@@ -1,0 +1,20 @@
+"""Competitive progressive autoencoders (paper 001): start with a quarter of the latents, enable more as they are used.
+
+    L     = |x - D(alpha(z))|^2 + l1 |alpha(z)|_1,  z = ReLU(x W_enc + b_enc)                     (2)
+    v_i   <- 0.9 v_i + 0.1 1[f_i > 0.01],  rho = mean of v over the enabled latents               (3)
+    n     <- n + 5, or min(7, max(2, 0.1 n rho)), or min(10, max(4, 0.15 n rho)), by rho          (4)
+    alpha = softmax(z / T) z                                                                      (5)
+    T     = T_base (1 + (exp(exp(rho) - 1) - 1) s), within [0.05, 0.3], momentum 0.99             (6)
+
+The paper's own equations are `utilization=mean n_ref=none interval=1 competition=softmax cut=0`. `PAPER_EXACT` of
+`recipes.py` says what each of them does. The defaults are readings that work. Its text adds `l1_on=both` (7),
+`anneal_steps=2000` (4.3), `init=uniform` and `normalize=layer_norm` (5), which the paper's readings in
+evaluate/papers/001.toml set.
+
+Paper: states no units of its loss. Ours are this package's, |x|^2 = 1 on average and errors summed over d_in. What its
+numbers point to is `reconstruction=mean normalize=none`, what its section 5 says is `normalize=layer_norm`. tau and T
+are in units of the SAE's input: the same 0.01 and 0.1 mean 48 times less under a layer norm, where |x| is sqrt(2304),
+than where |x| is 1.
+"""
+
+from . import recipes  # noqa: F401  (registers them)

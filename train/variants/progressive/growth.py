@@ -1,0 +1,144 @@
+"""Growth of paper 001, (3) and (4): latents are enabled as the enabled ones are used."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...activation_functions import Activation
+from ...mechanisms import ActivityEMA, DeadLatents
+from ...step import Mechanism, Step
+
+
+class EnabledLatents(Activation, name="enabled"):
+    """Sets latents that are not enabled yet to minus infinity: they never fire and take no part in a competition."""
+
+    on_F: Tensor  # 1 or 0
+
+    def __init__(self, d_sae: int) -> None:
+        super().__init__(d_sae=d_sae)
+        self.register_buffer("on_F", torch.ones(d_sae))
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        return torch.where(self.on_F > 0, z_BF, -torch.inf)
+
+
+class EnabledUtilization(ActivityEMA):
+    """v_i (3) and rho, the share of the enabled latents that is in use.
+
+    Paper: 1[|f_i(x_t)| > tau] is of one token, x_t here is a batch. By `reading`, v_i is
+        alive_fraction   the share of its tokens, and rho the share of enabled latents with v_i over 0.001
+        mean             the share of its tokens, so rho is about L0/n, always below 0.3
+        any              whether any of its tokens, so rho is about 1
+
+    v is read nowhere but in rho, and rho nowhere but in (4) and (6). `acted_smoothed` sums over the steps by how much
+    the average moves rho away from that of the batch alone.
+    """
+
+    rho: Tensor  # ()
+    acted_smoothed: Tensor  # () float32
+
+    def __init__(self, enabled: EnabledLatents, beta: float, tau: float, reading: str = "alive_fraction") -> None:
+        super().__init__(len(enabled.on_F), beta, tau)
+        self.enabled = enabled
+        self.reading = reading
+        self.register_buffer("rho", torch.zeros(()))
+        self.register_buffer("acted_smoothed", torch.zeros(()))
+
+    def after_step(self, step: Step) -> None:
+        fired_BF = step.f_BF.detach() > self.threshold
+        batch_F = fired_BF.any(0).float() if self.reading == "any" else fired_BF.float().mean(0)
+        self.rate_F.lerp_(batch_F, 1 - self.beta)
+        self.rho.copy_(self.utilization(self.rate_F))
+        self.acted_smoothed.add_((self.rho - self.utilization(batch_F)).abs())
+
+    def utilization(self, rate_F: Tensor) -> Tensor:
+        """rho (3) if the latents fire at these rates."""
+        v_F = (rate_F > 1e-3).float() if self.reading == "alive_fraction" else rate_F
+        return (v_F * self.enabled.on_F).sum() / self.enabled.on_F.sum()
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"rho": self.rho, "smoothed": self.acted_smoothed}
+
+
+class GrowCapacity(Mechanism):
+    """Enables a share `start` of the latents, and every `interval` steps some more, by rho (4).
+
+    Until then a latent keeps its initial value: no gradient, no (decoupled) weight decay, not counted as dead. Its Adam
+    moments start at zero, with the common count of steps. `n_ref` is the n of (4), None is d_sae. Paper: 0.1 n rho is at
+    least 69 at n = 2304, so "adaptive 2-7" is 7 and "adaptive 4-10" is 10; they adapt for n around 100.
+
+    Which come first: the paper does not say. `order` is by `index`, or by `importance`: how often a latent that is not
+    enabled would fire, on the same average as (3).
+
+    `acted_grown` counts the latents enabled since the start, `acted_adapted` the increments that rho made another than
+    the fixed 5.
+    """
+
+    n: Tensor  # (), not rounded
+    wish_F: Tensor  # how often each latent would fire
+    acted_grown: Tensor  # () int64
+    acted_adapted: Tensor  # () int64
+
+    def __init__(
+        self,
+        enabled: EnabledLatents,
+        utilization: EnabledUtilization,
+        dead: DeadLatents,
+        start: float,
+        interval: int = 10,
+        hybrid: bool = True,
+        n_ref: int | None = 100,
+        pace: float = 1.0,
+        order: str = "index",
+    ) -> None:
+        super().__init__()
+        self.enabled, self.use, self.dead = enabled, utilization, dead  # `use` is a key in checkpoints
+        self.interval, self.hybrid, self.pace = interval, hybrid, pace
+        self.order = order
+        d_sae = len(enabled.on_F)
+        self.n_ref = d_sae if n_ref is None else n_ref
+        first = max(1, math.ceil(start * d_sae))
+        enabled.on_F[first:] = 0
+        self.register_buffer("n", torch.tensor(float(first)))
+        self.register_buffer("wish_F", torch.zeros(d_sae))
+        for name in ("acted_grown", "acted_adapted"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    def increment(self, rho: Tensor) -> Tensor:
+        """The latents to enable at once by (4), at the paper's width."""
+        low = torch.full_like(rho, 5.0)
+        if not self.hybrid:
+            return low
+        middle = (0.1 * self.n_ref * rho).floor().clamp(2, 7)
+        high = (0.15 * self.n_ref * rho).floor().clamp(4, 10)
+        return torch.where(rho < 0.3, low, torch.where(rho < 0.6, middle, high))
+
+    def after_backward(self, step: Step) -> None:
+        # What weight decay moves, before this step's update; not part of the state.
+        groups = step.optimizer.param_groups
+        decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
+        weights = ((name, getattr(step.sae, name)) for name in ("W_enc", "b_enc", "W_dec"))
+        self.before = {name: weight.detach().clone() for name, weight in weights if id(weight) in decayed}
+
+    def after_step(self, step: Step) -> None:
+        on_F = self.enabled.on_F
+        for name, before in self.before.items():  # latents that are not enabled stay as they were
+            weight = getattr(step.sae, name).data
+            weight.copy_(torch.where((on_F[:, None] if name == "W_dec" else on_F) > 0, weight, before))
+        due = (step.i + 1) % self.interval == 0
+        increment = self.increment(self.use.rho)
+        self.acted_adapted.add_(due & (increment != 5) & (self.n < len(on_F)))
+        self.n.add_(torch.where(due, self.pace * increment, 0)).clamp_(max=len(on_F))
+        if self.order == "importance":
+            would_fire_BF = step.pre_BF.detach() > self.use.threshold
+            self.wish_F.lerp_(would_fire_BF.float().mean(0), 1 - self.use.beta)
+        ranked_F = torch.where(on_F > 0, torch.inf, self.wish_F).argsort(descending=True, stable=True)
+        rank_F = torch.empty_like(ranked_F).scatter_(0, ranked_F, torch.arange(len(on_F), device=on_F.device))
+        now_F = rank_F < self.n.floor()
+        self.acted_grown.add_((now_F & (on_F == 0)).sum())
+        on_F.copy_(now_F)
+        self.dead.since_F.masked_fill_(on_F == 0, 0)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"enabled": self.enabled.on_F.sum(), "grown": self.acted_grown, "adapted": self.acted_adapted}
