@@ -64,9 +64,9 @@ class EnabledUtilization(ActivityEMA):
 class GrowCapacity(Mechanism):
     """Enables a share `start` of the latents, and every `interval` steps some more, by rho (4).
 
-    Until then a latent keeps its initial value: no gradient, no (decoupled) weight decay, not counted as dead. Its Adam
-    moments start at zero, with the common count of steps. `n_ref` is the n of (4), None is d_sae. Paper: 0.1 n rho is at
-    least 69 at n = 2304, so "adaptive 2-7" is 7 and "adaptive 4-10" is 10; they adapt for n around 100.
+    Until then a latent keeps its initial value: no gradient, no decoupled weight decay, not counted as dead. Its Adam
+    moments start at zero, with the common count of steps. `n_ref` is the n of (4), None is d_sae. Paper: 0.1 n rho is
+    at least 69 at n = 2304, so "adaptive 2-7" is 7 and "adaptive 4-10" is 10; they adapt for n around 100.
 
     Which come first: the paper does not say. `order` is by `index`, or by `importance`: how often a latent that is not
     enabled would fire, on the same average as (3).

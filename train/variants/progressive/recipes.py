@@ -57,8 +57,8 @@ def baseline(
 ) -> Variant:
     """ReLU latents and an L1 penalty: no growth, no competition.
 
-    Paper: the baseline has "fixed sparsity targets" (5), and none is printed. A penalty with a fixed coefficient sets no
-    L0, and the 90.60 of the results is measured. Ours has the penalty; `--l0 90.6` moves it to hold that L0.
+    Paper: the baseline has "fixed sparsity targets" (5), and none is printed. A penalty with a fixed coefficient sets
+    no L0, and the 90.60 of the results is measured. Ours has the penalty; `--l0 90.6` moves it to hold that L0.
 
     Args:
         l1: Strength of the L1 penalty (2).
