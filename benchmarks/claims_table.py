@@ -5,14 +5,16 @@ python benchmarks/claims_table.py > docs/claims.md
 
 from collections.abc import Iterator
 
-from sae.evaluate.papers.claims import PAPERS, Paper
+from sae.evaluate.papers.claims import PAPERS, SAME_NUMBER, Paper
 from sae.evaluate.papers.parse import load_paper
-from sae.evaluate.papers.verdict import INTERVAL_TOLERANCE, MEAN_TOLERANCE, MIN_SEEDS, NO_EFFECT
+from sae.evaluate.papers.verdict import LIKE_L0, MEANINGS, NO_EFFECT
 
 COLUMNS = (
     "paper", "claims", "of them of two systems", "in words alone", "restated or copied", "with a metric of ours",
     "paper inconsistent", "contradictions", "measured, not reported",
 )  # fmt: skip
+MEANING_LINES = "\n".join(f"- *{verdict}*: {meaning}." for verdict, meaning in MEANINGS.items())
+SHARES = {"l0": f"{LIKE_L0 - 1:.0%}", "effect": f"{NO_EFFECT:.0%}", "same": f"{SAME_NUMBER:.0%}"}
 HEAD = f"""# What the five papers claim
 
 Made by `benchmarks/claims_table.py` from `evaluate/papers/*.toml`, which has an entry for every number that a paper
@@ -21,13 +23,15 @@ it was read. The same number in several places is one claim; two numbers for one
 numbers are recorded as its setting. `benchmarks/check_quotes.py --papers DIR` checks that every quote is in the paper's
 text, and every number of that text in a quote.
 
-A claim's verdict (`evaluate/papers/verdict.py`) is `reproduced` only on the paper's own model: at least
-{MIN_SEEDS} seeds, their mean within {100 * MEAN_TOLERANCE:.0f} % of the claimed number (or of what rounds to it), and
-the 95 % interval of that mean within {100 * INTERVAL_TOLERANCE:.0f} %. Claims about two systems are `direction only` or
-`contradicted`, by the interval of the differences of runs with the same seed; a difference below
-{100 * NO_EFFECT:.0f} % of the claimed one counts as no effect, which contradicts it. A number by itself is
-`not comparable` on another model. Claims that no metric covers, or that nobody ran, are `not measured`. Where the paper
-contradicts a number the verdict is `paper inconsistent`.
+A verdict (`evaluate/papers/verdict.py`) is of a claim in one reading of the paper:
+
+{MEANING_LINES}
+
+On another model than the paper's, two systems are comparable where their L0 differ by at most {SHARES["l0"]},
+or where the paper itself compares them at L0 that differ in the same direction; a size contradicts nothing there.
+On the paper's model a difference below {SHARES["effect"]} of the claimed one counts as no effect, which contradicts it.
+Two printed numbers that lie within {SHARES["same"]} do not contradict each other. A claim that restates another is
+judged and not counted again. What a training step takes is compared in `evaluate/papers/step_times.json`.
 
 | {" | ".join(COLUMNS)} |
 |{"---|" * len(COLUMNS)}"""
@@ -63,6 +67,10 @@ def section(paper: Paper) -> Iterator[str]:
     for one in paper.contradictions:
         touched = f" Judged inconsistent: {', '.join(f'`{name}`' for name in one.claims)}." if one.claims else ""
         yield f"- **{one.what}** " + " / ".join(f"“{quote}”" for quote in one.quotes) + f" {one.follows}{touched}"
+    if substituted := [(reading, one) for reading in paper.readings for one in reading.substitutes]:
+        yield "\nReplaced in a reading, so that its claims can be neither reproduced nor contradicted there:\n"
+        for reading, one in substituted:
+            yield f"- {reading.name}: {one.what}. {one.why} Claims: {', '.join(f'`{name}`' for name in one.claims)}."
     if silent := [claim for claim in paper.claims if claim.metric == "none"]:
         yield "\nNo metric of ours covers:\n"
         for claim in silent:

@@ -87,11 +87,12 @@ class Trainer:
             self.metric_sums[name] = self.metric_sums.get(name, 0) + value.detach()
         self.metric_steps += 1
 
-    def pop_metrics(self) -> dict[str, float]:
-        """Means over the steps since the last call, and the mechanisms' current scalars. Reads from the device."""
+    def pop_metrics(self, reset: bool = True) -> dict[str, float]:
+        """Means over the steps since the last reset, and the mechanisms' current scalars. Reads from the device."""
         metrics = {name: total.item() / self.metric_steps for name, total in self.metric_sums.items()}
         metrics |= {name: value.item() for name, value in self.variant.scalars().items()}
-        self.metric_sums, self.metric_steps = {}, 0
+        if reset:
+            self.metric_sums, self.metric_steps = {}, 0
         return metrics
 
 

@@ -276,6 +276,8 @@ class SharedPass:
         due = [trainer for trainer in self.active if stop or checkpoint or trainer.logs_after(steps_done)]
         if due:
             self._log(steps_done, self._drop_failed_runs(due))
+        elif steps_done == 1:  # the first step has a line of its own, and still counts in the mean of the next
+            self._log(steps_done, self._drop_failed_runs(list(self.active)), first=True)
         self._finish_runs(steps_done)
         if checkpoint:
             for trainer in self.active:
@@ -305,12 +307,13 @@ class SharedPass:
             self.active.remove(trainer)
         return [trainer for trainer in due if trainer in self.active]
 
-    def _log(self, steps_done: int, due: Sequence[RunTrainer]) -> None:
+    def _log(self, steps_done: int, due: Sequence[RunTrainer], first: bool = False) -> None:
         metrics: dict[str, dict[str, float]] = {}
         waited = round(self.seconds_waited + self.batches.seconds_waited, 3)
         for trainer in due:
             run, tokens = trainer.run, steps_done * trainer.run.config.batch_size
-            line = {"step": steps_done, "tokens": tokens, **trainer.pop_metrics(), "waited_for_data": waited}
+            measured = trainer.pop_metrics(reset=not first)
+            line = {"step": steps_done, "tokens": tokens, **measured, "waited_for_data": waited}
             metrics[run.name] = line
             append_metrics(run.folder, line)
         self.progress.step(steps_done, self.max_steps, metrics)

@@ -24,7 +24,8 @@ from ..evaluate.pages.page import write_page
 from ..evaluate.pages.reproduction import reproduction_page
 from ..evaluate.papers.claims import FIELD, PAPERS, Paper, PaperSystem, Reading
 from ..evaluate.papers.parse import load_paper
-from ..evaluate.papers.report import PaperReport, build_report, load_system_run
+from ..evaluate.papers.report import PaperReport, build_report, find_reading
+from ..evaluate.papers.runs import load_system_run
 from ..evaluate.plan import EvaluateConfig
 from ..harvest.plan import HarvestConfig, HarvestPlan, plan_harvest
 from ..train.estimate import check_disk_space, describe_size, describe_time
@@ -319,6 +320,12 @@ class Reproduction:
     exit_code: int = 0
 
 
+def page_name(paper: Paper, reading: Reading, on_paper_model: bool) -> str:
+    """The file of a paper's page. Verdicts are of a reading, so every one but the default has a page of its own."""
+    is_default = reading == find_reading(paper, on_paper_model, None)
+    return f"{paper.number}.html" if is_default else f"{paper.number}-{reading.name}.html"
+
+
 def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
     """Harvest, train, evaluate each paper's runs with its own metric definitions, and write <out>/<paper>.html."""
     caches = {
@@ -346,10 +353,10 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
             for job, job_folders in folders_of_job.items()
             for folder in job_folders
         ]
-        report = build_report(paper, runs, plan.on_paper_model)
         reading = reading_of(paper, plan.config, plan.on_paper_model)
-        page = plan.config.folder / f"{paper.number}.html"
-        write_page(page, reproduction_page(report, model_name(plan), reading.name))
+        report = build_report(paper, runs, plan.on_paper_model, reading.name)
+        page = plan.config.folder / page_name(paper, reading, plan.on_paper_model)
+        write_page(page, reproduction_page(report, model_name(plan)))
         stages.report(report, page)
         result.reports.append(report)
     return result

@@ -7,9 +7,10 @@ from importlib.metadata import version
 from markupsafe import Markup
 
 from ..charts import Chart
-from ..papers.claims import Paper
 from ..papers.figures import letters, paper_figures
 from ..papers.report import PaperReport, describe_system, runs_by_system, shown_layer, unreported_table
+from ..papers.settings import compare_settings
+from ..papers.verdict import MEANINGS, WORST_FIRST, Verdict
 from ..tables import describe_model
 from .page import render_page
 from .svg import CHART_SIZE, draw_svg, shared_legend
@@ -18,24 +19,24 @@ MIN_WIDE_CATEGORIES = 16  # a chart with more categories takes the full width of
 WIDE = (1240, 460)  # pixels
 
 
-def reproduction_page(report: PaperReport, model: str, reading: str) -> str:
+def reproduction_page(report: PaperReport, model: str) -> str:
     """The HTML page: claims with verdicts, gates, the paper's contradictions, what was run, and figures.
 
-    `model` is shown where no run records one, and `reading` is the name of the reading of the paper's units that was
-    used.
+    `model` is shown where no run records one.
     """
     paper, systems = report.paper, runs_by_system(report)
     models = sorted({describe_model(run.run.origin["model"]) for run in report.runs if "model" in run.run.origin})
     return render_page(
         "report.html",
         title=f"{paper.number} {paper.title}",
+        verdict_class=verdict_class,
         report=report,
         paper=paper,
         model=", ".join(models) or model,
         setting=describe_runs(report),
         systems=[(system, describe_system(system)) for system in paper.systems.values()],
-        ran=describe_setup(paper),
-        used=reading,
+        settings=compare_settings(paper, report.runs),
+        meanings={verdict: MEANINGS[verdict] for verdict in shown_verdicts(report)},
         figures={heading: draw_charts(charts, systems) for heading, charts in paper_figures(report).items()},
         drawn_layer=shown_layer(report),
         several_seeds=any(len(runs) > 1 for runs in systems.values()),
@@ -58,14 +59,15 @@ def describe_runs(report: PaperReport) -> str:
     return f"layer {layers}, seeds {seeds}; {shown}"
 
 
-def describe_setup(paper: Paper) -> str:
-    """The paper's own setup, as it states it."""
-    setup = paper.setup
-    return (
-        f"{setup.model}, {setup.dataset}, layer {', '.join(map(str, setup.layers))}, {setup.d_sae:,} latents, "
-        f"{setup.steps:,} steps of {setup.batch_size:,} tokens, learning rate {setup.lr:g}, penalty {setup.l1:.3g}, "
-        f"{setup.optimizer}"
-    )
+def shown_verdicts(report: PaperReport) -> list[Verdict]:
+    """The verdicts that the page has, the best first."""
+    found = {row.verdict for row in report.rows}
+    return [verdict for verdict in reversed(WORST_FIRST) if verdict in found]
+
+
+def verdict_class(verdict: str) -> str:
+    """A verdict as a class of page.css."""
+    return verdict.replace("'", "").replace(" ", "-")
 
 
 def draw_charts(charts: Sequence[Chart], systems: Container[str]) -> tuple[Markup, list[tuple[Chart, Markup, bool]]]:

@@ -17,7 +17,8 @@ from typing import Any
 
 from ..charts import Chart, Kind, Series
 from ..metrics.base import MetricResult
-from .report import PaperReport, SystemRun, metric_values, runs_by_system, uses_stand_in
+from .report import PaperReport, metric_values, runs_by_system, uses_stand_in
+from .runs import SystemRun
 from .verdict import entry_label
 
 PAPER_HEADING = "The paper's figures and tables"

@@ -1,92 +1,68 @@
-"""Compare a paper's claims with what was measured. Runs must pass gates before they count."""
+"""Compare a paper's claims with what was measured, in one reading. Runs must pass gates before they count."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
-from ..compare import ComparedRun
-from ..compare_charts import read_metrics_log
+from ...common.errors import UsageError
 from ..metrics.base import OUTLIERS, MetricResult
 from ..tables import without_empty_columns
-from .claims import Claim, Paper, PaperSystem
-from .verdict import Verdict, combine_verdicts, measured_value, verdict
+from .claims import FIELD, STEP_TIME, TRAINING_LOG, Claim, Paper, PaperSystem, Reading
+from .costs import judge_cost, measured_cost
+from .mechanisms import idle_mechanism, inactive_mechanism
+from .runs import SystemRun
+from .verdict import (
+    CONFIDENCE,
+    EQUIVALENCE,
+    WORST_FIRST,
+    Conditions,
+    Judgement,
+    Verdict,
+    combine_judgements,
+    confidence_interval,
+    differences,
+    judge,
+    measured_value,
+)
 
-MIN_ALIVE = 0.10  # share of latents that fire; below it the SAE has collapsed
-VARIANCE_TOLERANCE = 0.10  # by which explained variance on held-out text may differ from the last training steps
 NO_RUN_PASSES = "all of its runs fail a gate"
 STAND_INS = ("sparse_probing", "scr")  # metrics with a `_stdlib` variant, which needs no dataset from the Hub
-
-
-@dataclass(frozen=True)
-class SystemRun:
-    """A run of one of the paper's systems; `log` is its metrics.jsonl."""
-
-    system: str
-    recipe: str
-    run: ComparedRun
-    log: Sequence[Mapping[str, float]]
-
-    @property
-    def layer(self) -> int:
-        return self.run.record["layer"]
-
-    @property
-    def seed(self) -> int:
-        return self.run.record["seed"]
-
-    def failed_gates(self) -> list[str]:
-        """Why nothing can be concluded from this run, as sentences; empty if it passes every gate."""
-        record, core = self.run.record, self.run.results.get("core")
-        last = self.log[-1] if self.log else {}
-        failed = []
-        done = int(last.get("step", 0))
-        if record["steps"] < 1 or done < record["steps"]:
-            failed.append(f"it made {done:,} of {record['steps']:,} steps")
-        warmup = record.get("resolved", {}).get("warmup")
-        if warmup is not None and warmup > done:
-            failed.append(f"its learning rate never reached its peak: {warmup:,} warm-up steps")
-        alive = core.sound.metrics.get("misc_metrics", {}).get("frac_alive") if core is not None else None
-        if alive is None and "dead" in last:  # mode 2024-12 has no frac_alive
-            alive = 1 - last["dead"]
-        if alive is not None and alive < MIN_ALIVE:
-            failed.append(f"{1 - alive:.0%} of its latents are dead")
-        if core is not None:
-            trained, held_out = last.get("explained_variance"), explained_variance(core)
-            if trained is not None and held_out is not None and abs(held_out - trained) > VARIANCE_TOLERANCE:
-                failed.append(
-                    f"it explains {held_out:.3f} of the variance of held-out text, but {trained:.3f} in training"
-                )
-        return failed
-
-
-def explained_variance(core: MetricResult) -> float | None:
-    """1 - (sum of squared errors) / (sum of squared deviations from the mean), without outlier rows, as in training."""
-    return core.sound.metrics.get("reconstruction_quality", {}).get("fve")
+L0 = Claim(id="l0", where="", quote="", metric="core.sparsity.l0")
+LOGGED_L0 = Claim(id="l0", where="", quote="", metric="training.l0")
 
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """A claim, the measured value as text, and the verdict."""
+    """A claim, the measured values and their difference as text, and the verdict.
+
+    `counted` is False for a restatement and for a copy of another row's number.
+    """
 
     claim: Claim
     measured: str
     seeds: int
     verdict: Verdict
     notes: Sequence[str]
+    difference: str = ""
+    counted: bool = True
 
 
 @dataclass(frozen=True)
 class PaperReport:
+    """The verdicts on a paper's claims, in one reading of the paper."""
+
     paper: Paper
     runs: Sequence[SystemRun]
     rows: Sequence[ClaimResult]
     on_paper_model: bool
+    reading: Reading
 
     @property
     def counts(self) -> dict[Verdict, int]:
-        verdicts = [row.verdict for row in self.rows]
-        return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+        """How many claims have each verdict, the worst first; a claim and its restatements count once."""
+        verdicts = [row.verdict for row in self.rows if row.counted]
+        return {verdict: verdicts.count(verdict) for verdict in reversed(WORST_FIRST) if verdict in verdicts}
 
     @property
     def outlier_rows(self) -> int:
@@ -98,50 +74,156 @@ class PaperReport:
         """The runs that fail a gate, and why."""
         return [(run.run.name, "; ".join(failed)) for run in self.runs if (failed := run.failed_gates())]
 
+    @property
+    def below_peak(self) -> str:
+        """A sentence about runs that end within the warm-up that the paper prints; "" if there are none."""
+        within = [run for run in self.runs if run.is_within_warmup and not run.failed_gates()]
+        if not within:
+            return ""
+        shares = sorted({f"{run.peak_share:.0%}" for run in within})
+        return (
+            f"The paper prints a warm-up of {within[0].warmup:,} steps, longer than {len(within)} of these runs: their "
+            f"learning rate reached {' to '.join(dict.fromkeys([shares[0], shares[-1]]))} of its peak."
+        )
 
-def load_system_run(system: str, recipe: str, run: ComparedRun) -> SystemRun:
-    return SystemRun(system, recipe, run, read_metrics_log(run.folder))
 
+def build_report(
+    paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool, reading: str | None = None
+) -> PaperReport:
+    """Every claim of the paper with its verdict, in order, in the reading that the runs were trained in.
 
-def build_report(paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool) -> PaperReport:
-    """Every claim of the paper with its verdict, in order. Runs that fail a gate count as not measured."""
+    Nothing is trained or measured: a report can be made again from the same folders. Runs that fail a gate count as not
+    measured.
+
+    Raises:
+        UsageError: the paper has no such reading.
+    """
+    used = find_reading(paper, on_paper_model, reading)
+    runs = [replace(run, printed_warmup=paper.setup.warmup if used.is_papers else None) for run in runs]
     sound = [run for run in runs if not run.failed_gates()]
-    rows = [claim_result(claim, paper, sound, on_paper_model) for claim in paper.claims]
+    rows = [claim_result(claim, paper, sound, on_paper_model, used) for claim in paper.claims]
     failed = {run.system for run in runs} - {run.system for run in sound}
     rows = [replace(row, notes=[*row.notes, NO_RUN_PASSES]) if row.claim.system in failed else row for row in rows]
-    return PaperReport(paper, runs, rows, on_paper_model)
+    return PaperReport(paper, runs, rows, on_paper_model, used)
 
 
-def claim_result(claim: Claim, paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool) -> ClaimResult:
-    """The verdict over every layer and recipe of the claim's systems."""
-    inconsistent = paper.inconsistent(claim)
-    verdicts: list[Verdict] = []
-    measured: list[tuple[list[float], list[float]]] = []  # of the system, and of the other
-    layers = layers_of(claim, runs, on_paper_model)
+def find_reading(paper: Paper, on_paper_model: bool, name: str | None) -> Reading:
+    """The reading of that name; None: the first on the paper's model, and `field` on others."""
+    name = name or (paper.readings[0].name if on_paper_model else FIELD)
+    for reading in paper.readings:
+        if reading.name == name:
+            return reading
+    raise UsageError(f"Paper {paper.number} has no reading {name}: {', '.join(one.name for one in paper.readings)}.")
+
+
+Values = dict[int, float]  # seed -> the metric
+
+
+def claim_result(
+    claim: Claim, paper: Paper, runs: Sequence[SystemRun], on_paper_model: bool, reading: Reading
+) -> ClaimResult:
+    """The verdict over every layer and recipe of the claim's systems, with what stands beside it."""
+    if claim.metric == STEP_TIME:
+        return cost_result(claim, paper)
+    judgements: list[Judgement] = []
+    measured: list[tuple[Values, Values]] = []  # of the system, and of the other
+    layers, idle = layers_of(claim, runs, on_paper_model), []
     for layer in layers:
         at_layer = [run for run in runs if run.layer == layer]
+        inactive = inactive_mechanism(claim, paper, at_layer)
+        idle.append(inactive or (idle_mechanism(claim.system, paper, at_layer) if claim.system else ""))
         for recipe in recipes_of(claim.system, paper):
             for other_recipe in recipes_of(claim.against, paper) if claim.against else [""]:
-                system_values = values_by_seed(claim, claim.system, recipe, at_layer, on_paper_model)
-                other_values: dict[int, float] = {}
-                if claim.against:
-                    other_values = values_by_seed(claim, claim.against, other_recipe, at_layer, on_paper_model)
-                values = {claim.system: system_values, claim.against: other_values}
-                verdicts.append(verdict(claim, values, on_paper_model=on_paper_model, inconsistent=inconsistent))
-                if system_values:
-                    measured.append((list(system_values.values()), list(other_values.values())))
-    if not verdicts:
-        verdicts = ["paper inconsistent" if inconsistent else "not measured"]
+                pair = (claim.system, recipe), (claim.against, other_recipe)
+                own = values_by_seed(claim, *pair[0], at_layer, on_paper_model)
+                other = values_by_seed(claim, *pair[1], at_layer, on_paper_model) if claim.against else {}
+                conditions = Conditions(
+                    on_paper_model,
+                    paper.inconsistent(claim),
+                    bool(reading.substitutions(claim)),
+                    bool(inactive),
+                    l0_of_both(pair, at_layer, on_paper_model) if claim.against else None,
+                    printed_l0_ratio(claim, paper),
+                )
+                judgements.append(judge(claim, {claim.system: own, claim.against: other}, conditions))
+                if own:
+                    measured.append((own, other))
+    if not judgements:
+        judgements = [judge(claim, {}, Conditions(on_paper_model, paper.inconsistent(claim)))]
+    found = combine_judgements(judgements)
+    shown = [(list(own.values()), list(other.values())) for own, other in measured]
+    notes = [found.reason] if found.reason else []
+    if measured:
+        notes += notes_on_runs(claim, runs, layers, on_paper_model) + list(dict.fromkeys(filter(None, idle)))
+    notes += [f"replaced here: {one.what}. {one.why}" for one in reading.substitutions(claim)] if measured else []
+    return ClaimResult(
+        claim,
+        format_measured(claim, shown),
+        min((len(own) for own, _ in measured), default=0),
+        found.verdict,
+        [*notes, *describe_claim(claim)],
+        format_difference(claim, measured),
+        paper.is_counted(claim),
+    )
+
+
+def cost_result(claim: Claim, paper: Paper) -> ClaimResult:
+    """The row of a claim about what a training step takes."""
+    cost = measured_cost(claim, paper)
+    found = Judgement("paper inconsistent") if paper.inconsistent(claim) else judge_cost(claim, cost)
+    measured = f"{cost.ratio:.3g} x" if cost else ""
+    spread = f"{cost.low:.3g} to {cost.high:.3g} x between quartiles" if cost else ""
+    notes = [*([found.reason] if found.reason else []), *([cost.source] if cost else []), *describe_claim(claim)]
+    return ClaimResult(claim, measured, 0, found.verdict, notes, spread, paper.is_counted(claim))
+
+
+def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int], on_paper_model: bool) -> list[str]:
+    """Where the measured numbers are not quite what is claimed: another layer, a substitute of a dataset, a mean."""
     notes = []
-    if measured and set(layers) != set(claim.layers):
+    if set(layers) != set(claim.layers):
         relation = "of" if set(layers) < set(claim.layers) else "instead of"
         notes.append(f"layer {', '.join(map(str, layers))} {relation} {', '.join(map(str, claim.layers))}")
-    if measured and uses_stand_in(claim.metric, runs, on_paper_model):
+    if uses_stand_in(claim.metric, runs, on_paper_model):
         notes.append("measured on the standard-library substitute of the dataset")
-    if claim.why:
-        notes.append(claim.why)
-    seeds = min((len(values) for values, _ in measured), default=0)
-    return ClaimResult(claim, format_measured(claim, measured), seeds, combine_verdicts(verdicts), notes)
+    if claim.metric.startswith(f"{TRAINING_LOG}.") and claim.at == "first":
+        first = max((int(run.log[0].get("step", 1)) for run in runs if run.log), default=1)
+        if first > 1:
+            notes.append(f"the mean of the first {first:,} steps, which is all that these runs logged")
+    return notes
+
+
+def describe_claim(claim: Claim) -> list[str]:
+    """What a claim's file says about it beside its verdict."""
+    return [*([f"the comparison of {claim.restates} again"] if claim.restates else []), *filter(None, [claim.why])]
+
+
+def l0_of_both(
+    pair: tuple[tuple[str, str], tuple[str, str]], runs: Sequence[SystemRun], on_paper_model: bool
+) -> tuple[float, float] | None:
+    """The mean L0 of two systems, given as (system, recipe): of core, or else of the last steps of training."""
+    for claim in (L0, LOGGED_L0):
+        own, other = (values_by_seed(claim, *one, runs, on_paper_model) for one in pair)
+        if own and other:
+            return mean(own.values()), mean(other.values())
+    return None
+
+
+def printed_l0_ratio(claim: Claim, paper: Paper) -> float | None:
+    """The paper's L0 of the claim's system as a multiple of the other's; None if it does not print both, or contradicts
+    itself about them."""
+    printed = {}
+    for one in paper.claims:
+        if one.metric != L0.metric or one.value is None or paper.inconsistent(one):
+            continue
+        if one.is_change:
+            if (one.system, one.against) == (claim.system, claim.against) and one.unit in ("%", "x"):
+                return one.value if one.unit == "x" else 1 + one.value / 100
+            continue
+        printed[one.system] = one.value
+        if one.against_value is not None:
+            printed[one.against] = one.against_value
+    own, other = printed.get(claim.system), printed.get(claim.against)
+    return own / other if own is not None and other else None
 
 
 def layers_of(claim: Claim, runs: Sequence[SystemRun], on_paper_model: bool) -> list[int]:
@@ -203,6 +285,24 @@ def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequenc
     return f"{min(means):.4g} to {max(means):.4g}{sign} over {len(shown)}"
 
 
+def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -> str:
+    """The mean difference of the two systems over seeds with the interval that decides; the range over several recipes
+    or layers."""
+    level = EQUIVALENCE if claim.says == "equal" else CONFIDENCE
+    in_unit = claim.is_change or claim.says
+    unit = {"%": " %", "pp": " pp", "x": " x"}.get(claim.unit, "") if in_unit else ""
+    texts, means = [], []
+    for own, other in measured:
+        changes = differences(claim, [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())])
+        if not changes:
+            continue
+        means.append(mean(changes))
+        interval = confidence_interval(changes, level)
+        spread = f" ({interval[0]:+.3g} to {interval[1]:+.3g}, {level:.0%})" if interval else " (one seed)"
+        texts.append(f"{mean(changes):+.3g}{unit}{spread}")
+    return f"{min(means):+.3g} to {max(means):+.3g}{unit} over {len(means)}" if len(texts) > 1 else "".join(texts)
+
+
 def shown_layer(report: PaperReport) -> int:
     """The layer of figures: the first trained layer that the paper has too, else the first trained one."""
     layers = sorted({run.layer for run in report.runs})
@@ -222,7 +322,7 @@ def runs_by_system(report: PaperReport) -> dict[str, list[SystemRun]]:
 
 def metric_values(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) -> list[float]:
     """A metric, named as in claims, in each run that passes the gates and has it."""
-    claim = Claim(id="", where="", quote="", value=0.0, metric=metric)
+    claim = Claim(id="", where="", quote="", metric=metric)
     sound = [run for run in runs if not run.failed_gates()]
     values = [measured_value(claim, results_with_stand_ins(run, on_paper_model), run.log) for run in sound]
     return [value for value in values if value is not None and math.isfinite(value)]
@@ -233,7 +333,7 @@ def unreported_table(report: PaperReport) -> tuple[list[str], list[list[str]]]:
     groups = runs_by_system(report)
     lines = []
     for one in report.paper.unreported:
-        claim = Claim(id="", where="", quote="", value=0.0, metric=one.metric)
+        claim = Claim(id="", where="", quote="", metric=one.metric)
         values = [metric_values(one.metric, runs, report.on_paper_model) for runs in groups.values()]
         cells = [format_measured(claim, [(some, [])]) if some else "" for some in values]
         lines.append([one.what, one.metric, *cells])

@@ -2,26 +2,81 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from scipy.stats import t
 
 from ..metrics.base import MetricResult
-from .claims import STEP_TIME, TRAINING_LOG, Claim
+from .claims import SAME_NUMBER, STEP_TIME, TRAINING_LOG, Claim
 
 Verdict = Literal[
-    "reproduced", "direction only", "contradicted", "not comparable", "paper inconsistent", "not measured"
-]
+    "reproduced", "direction only", "equivalent within the margin", "contradicted", "not equivalent",
+    "not of the paper's equation", "mechanism inactive", "not comparable", "not measured", "paper inconsistent", "copy",
+]  # fmt: skip
+# The worst first. Of a claim about several recipes or layers the worst counts.
 WORST_FIRST: tuple[Verdict, ...] = (
-    "paper inconsistent", "contradicted", "not measured", "not comparable", "direction only", "reproduced",
+    "copy", "paper inconsistent", "contradicted", "not equivalent", "not of the paper's equation", "not measured",
+    "mechanism inactive", "not comparable", "direction only", "equivalent within the margin", "reproduced",
 )  # fmt: skip
+MEANINGS: dict[Verdict, str] = {  # what each verdict means, in one line
+    "reproduced": "on the paper's model, three seeds or more have the claimed number: their mean within 5 % of it or "
+    "of its last digit, the 95 % interval of the mean within twice that",
+    "direction only": "the two systems differ in the claimed direction, and so does the whole 95 % interval over seeds",
+    "equivalent within the margin": "claimed to be equal, and the 90 % interval of the difference lies within the "
+    "margin stated before (two one-sided tests at 5 %)",
+    "contradicted": "the whole 95 % interval lies on the other side of zero, at like L0; on the paper's model also "
+    "where it excludes the claimed number, or has less than a tenth of the claimed difference",
+    "not equivalent": "claimed to be equal, and on another model the whole 90 % interval lies outside the margin",
+    "not of the paper's equation": "this reading replaces an equation that the claim is about, so that numbers can "
+    "neither reproduce nor contradict it",
+    "mechanism inactive": "the mechanism did nothing in these runs: its counter is 0, or the weights are those of the "
+    "run without it, bit for bit",
+    "not comparable": "a single number on another model, systems of unlike L0, or seeds that are too few or too widely "
+    "spread to decide",
+    "not measured": "no metric covers it, or no run that passes the gates has it",
+    "paper inconsistent": "the paper contradicts the claim itself",
+    "copy": "the number of another row, printed for another system; it is judged there",
+}
 ValueBySeed = Mapping[int, float]  # seed -> the metric in its own unit
+Interval = tuple[float, float]
 
 MIN_SEEDS = 3  # for `reproduced`
-MEAN_TOLERANCE = 0.05  # share of the claimed number by which the mean over seeds may differ
+MEAN_TOLERANCE = SAME_NUMBER  # share of the claimed number by which the mean over seeds may differ
 INTERVAL_TOLERANCE = 0.10  # share of the claimed number within which the 95 % interval of that mean must lie
-NO_EFFECT = 0.10  # a difference below this share of the claimed effect counts as no effect
+NO_EFFECT = 0.10  # a difference below this share of the claimed effect counts as no effect, on the paper's model
+CONFIDENCE = 0.95
+EQUIVALENCE = 0.90  # of the interval that must lie within the margin: two one-sided tests at 5 %
+LIKE_L0 = 1.10  # times the smaller L0 that the larger may be, for two systems to be of like L0
+# Metrics that L0 does not move, or that are L0 itself; every other one gets better or worse with L0 alone.
+FREE_OF_L0 = ("core.sparsity.l0", "core.sparsity.l1", "absorption.n.", "sparse_probing.llm.", "training.l0", STEP_TIME)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a verdict depends on besides the measured numbers.
+
+    Attributes:
+        l0: the measured L0 of the claim's two systems, or None if it is unknown or there is no other system.
+        printed_l0: the paper's own L0 of the first as a multiple of the other's, or None if it prints none.
+        substituted: the reading replaces an equation that the claim is about.
+        inactive: the mechanism that the claim is about did nothing.
+    """
+
+    on_paper_model: bool
+    inconsistent: bool = False
+    substituted: bool = False
+    inactive: bool = False
+    l0: tuple[float, float] | None = None
+    printed_l0: float | None = None
+
+
+class Judgement(NamedTuple):
+    """A verdict, and why it is not another one, where the numbers alone do not say so."""
+
+    verdict: Verdict
+    reason: str = ""
 
 
 def measured_value(
@@ -55,76 +110,188 @@ def entry_label(entry: Mapping[str, Any]) -> str:
     return str(entry.get("first_letter", entry.get("dataset_name", ""))).removesuffix("_results")
 
 
-def verdict(claim: Claim, values: Mapping[str, ValueBySeed], *, on_paper_model: bool, inconsistent: bool) -> Verdict:
+def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Conditions) -> Judgement:
     """The verdict on a claim; `values` has the metric of each system by seed.
 
     The first rule that applies decides. T is the claim's target, and an interval is the 95 % interval of Student's t
-    for the mean over seeds.
+    for the mean over seeds. Differences are taken between runs with the same seed, at least two.
 
+    - copy: the paper prints another row's number.
     - paper inconsistent: the paper itself contradicts the claim.
     - not measured: no metric measures the claim, or a system that is needed has no number.
+    - mechanism inactive: the mechanism that the claim is about did nothing (see mechanisms.py).
+
+    Then the numbers decide (`judge_numbers`):
+
     - reproduced (on the paper's model only): at least 3 seeds, their mean within d = max(5 % of |T|, half of the last
       printed digit) of T, and its interval within 2 d of T.
     - contradicted: the whole interval of the difference of the two systems lies on the opposite side of zero from the
-      paper's, or within a tenth of the claimed difference.
+      paper's. On the paper's model only, also where it lies within a tenth of the claimed difference, or where the
+      interval does not overlap T +- d: sizes do not carry over to another model.
     - direction only: the whole interval of the difference lies on the paper's side of zero.
-    - contradicted (on the paper's model only): the interval does not overlap T +- d.
+    - equivalent within the margin, of a claim that two systems are equal: the 90 % interval of the difference lies
+      within +- the margin, which is two one-sided tests at 5 %. If it lies outside as a whole, the claim is
+      contradicted on the paper's model, and `not equivalent` on another, since a margin is a size.
     - not comparable: everything else, such as a single number on another model, or too few or too widely spread seeds.
 
-    Differences are taken between runs with the same seed, at least two. Their size is a share of the other system's
-    number, since models differ in scale; for a claimed change it is the change.
+    Two things withhold a verdict that the numbers give:
+
+    - not comparable, because of L0 (on another model, and for every metric that L0 moves): the L0 of the two systems
+      differ by more than 10 %. Only if the paper compares them at L0 that differ in the same direction does it remain
+      its own comparison; it can then be `direction only`, and nothing more. Where the paper compares at unlike L0 and
+      ours are alike, nothing is contradicted either.
+    - not of the paper's equation: the reading replaces an equation that the claim is about, so that it can be neither
+      reproduced nor contradicted.
     """
-    if inconsistent:
-        return "paper inconsistent"
+    if claim.copy_of:
+        return Judgement("copy", f"of {claim.copy_of}")
+    if conditions.inconsistent:
+        return Judgement("paper inconsistent")
     system, other = values.get(claim.system, {}), values.get(claim.against, {})
     pairs = [(system[seed], other[seed]) for seed in sorted(system.keys() & other.keys())]
-    needs_other = claim.is_change or (claim.against and not on_paper_model)
-    if claim.target is None or claim.metric in ("none", STEP_TIME) or not system or (needs_other and not pairs):
-        return "not measured"
-    numbers = paired_changes(claim.unit, pairs) if claim.is_change else list(system.values())
+    needs_other = claim.is_change or claim.says or (claim.against and not conditions.on_paper_model)
+    if claim.metric == "none" or not system or (needs_other and not pairs):
+        return Judgement("not measured")
+    if conditions.inactive:
+        return Judgement("mechanism inactive")
+    found = judge_numbers(claim, list(system.values()), pairs, conditions.on_paper_model)
+    return withhold(claim, found, conditions)
+
+
+def judge_numbers(
+    claim: Claim, system: Sequence[float], pairs: Sequence[tuple[float, float]], on_paper_model: bool
+) -> Judgement:
+    """The verdict by the numbers alone, without regard to L0 and to substitutions; see `judge`."""
+    changes = differences(claim, pairs)
+    if claim.says == "equal":
+        return judge_equality(claim, confidence_interval(changes, EQUIVALENCE), on_paper_model)
+    numbers = paired_changes(claim.unit, pairs) if claim.is_change else system
+    if on_paper_model and agrees(claim, numbers):
+        return Judgement("reproduced")
+    shares = changes if claim.is_change else paired_changes("share", pairs)
+    if on_paper_model and has_no_effect(claim, confidence_interval(shares)):
+        return Judgement("contradicted", f"the difference is below {NO_EFFECT:.0%} of the claimed one")
+    found = judge_direction(claim, confidence_interval(changes))
+    if found.verdict == "not comparable" and on_paper_model and excludes(claim, numbers):
+        return Judgement("contradicted", "the interval excludes the claimed number")
+    return found
+
+
+def differences(claim: Claim, pairs: Sequence[tuple[float, float]]) -> list[float]:
+    """By how much the system exceeds the other, pair by pair: a claimed change or margin in its unit, else in the
+    metric's own; never as a multiple, so that no difference is 0."""
+    in_unit = claim.is_change or claim.says
+    return [change - (claim.unit == "x") for change in paired_changes(claim.unit if in_unit else "", pairs)]
+
+
+def judge_direction(claim: Claim, interval: Interval | None) -> Judgement:
+    """Whether the whole interval of the difference lies on the claimed side of zero."""
+    if not claim.direction:
+        return Judgement("not comparable")
+    if interval is None:
+        return Judgement("not comparable", "fewer than two seeds of both systems")
+    low, high = interval if claim.direction > 0 else (-interval[1], -interval[0])  # positive: the direction claimed
+    if high < 0:
+        return Judgement("contradicted")
+    return Judgement("direction only") if low > 0 else Judgement("not comparable", "the interval includes 0")
+
+
+def judge_equality(claim: Claim, interval: Interval | None, on_paper_model: bool) -> Judgement:
+    """Whether the whole interval of the difference lies within the margin, or outside."""
+    if interval is None or claim.margin is None:
+        return Judgement("not comparable", "fewer than two seeds of both systems")
+    if is_within(interval, -claim.margin, claim.margin):
+        return Judgement("equivalent within the margin")
+    if interval[0] > claim.margin or interval[1] < -claim.margin:
+        return Judgement("contradicted" if on_paper_model else "not equivalent")
+    return Judgement("not comparable", "the interval reaches over the margin")
+
+
+def agrees(claim: Claim, numbers: Sequence[float]) -> bool:
+    """Whether the numbers reproduce the claim's target."""
     interval = confidence_interval(numbers)
-    near = max(MEAN_TOLERANCE * abs(claim.target), claim.rounding)
+    if claim.target is None or interval is None or len(numbers) < MIN_SEEDS:
+        return False
+    near = nearness(claim, claim.target)
     far = near * INTERVAL_TOLERANCE / MEAN_TOLERANCE
-    if on_paper_model and interval and len(numbers) >= MIN_SEEDS:
-        if abs(mean(numbers) - claim.target) <= near and is_within(interval, claim.target - far, claim.target + far):
-            return "reproduced"
-    if comparison := verdict_on_difference(claim, numbers, pairs):
-        return comparison
-    if on_paper_model and interval and (interval[1] < claim.target - near or interval[0] > claim.target + near):
-        return "contradicted"
-    return "not comparable"
+    return abs(mean(numbers) - claim.target) <= near and is_within(interval, claim.target - far, claim.target + far)
 
 
-def verdict_on_difference(
-    claim: Claim, numbers: Sequence[float], pairs: Sequence[tuple[float, float]]
-) -> Verdict | None:
-    """The verdict "contradicted" or "direction only" from the difference of two systems; None if it decides nothing."""
-    if claim.is_change:
-        differences = shares = [change - (claim.unit == "x") for change in numbers]
-    else:
-        differences, shares = [one - two for one, two in pairs], paired_changes("share", pairs)
-    interval, share_interval = confidence_interval(differences), confidence_interval(shares)
-    if not claim.effect or not interval:
-        return None
-    low, high = interval if claim.effect > 0 else (-interval[1], -interval[0])  # positive: the direction of the claim
-    no_effect = NO_EFFECT * abs(claim.effect)
-    if high < 0 or (share_interval and is_within(share_interval, -no_effect, no_effect)):
-        return "contradicted"
-    return "direction only" if low > 0 else None
+def excludes(claim: Claim, numbers: Sequence[float]) -> bool:
+    """Whether the interval of the numbers has nothing in common with what counts as the claim's target."""
+    interval = confidence_interval(numbers)
+    if claim.target is None or interval is None:
+        return False
+    near = nearness(claim, claim.target)
+    return interval[1] < claim.target - near or interval[0] > claim.target + near
 
 
-def combine_verdicts(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict on a claim about several recipes or layers: the worst of the verdicts on each."""
-    return min(verdicts, key=WORST_FIRST.index, default="not measured")
+def nearness(claim: Claim, target: float) -> float:
+    """How far from the target a mean still agrees with it."""
+    return max(MEAN_TOLERANCE * abs(target), claim.rounding)
+
+
+def has_no_effect(claim: Claim, shares: Interval | None) -> bool:
+    """Whether the whole interval of the difference, as a share or as the claimed change, is within a tenth of it."""
+    if not claim.effect or shares is None:
+        return False
+    return is_within(shares, -NO_EFFECT * abs(claim.effect), NO_EFFECT * abs(claim.effect))
+
+
+def withhold(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
+    """The verdict by the numbers, unless L0 or a substituted equation does not allow it; see `judge`."""
+    found = allow_for_l0(claim, found, conditions)
+    if conditions.substituted and found.verdict in ("reproduced", "contradicted", "not equivalent"):
+        return Judgement("not of the paper's equation")
+    return found
+
+
+def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judgement:
+    """On another model, what can be said of two systems at their L0."""
+    if conditions.on_paper_model or conditions.l0 is None or not depends_on_l0(claim):
+        return found
+    own, other = conditions.l0
+    at = f"L0 {own:.3g} against {other:.3g}"
+    printed, here = side_of_one(conditions.printed_l0), side_of_one(own / other if other else math.inf if own else 1)
+    decisive = found.verdict in ("contradicted", "not equivalent")
+    if not here:
+        if printed and decisive:
+            return Judgement("not comparable", f"{at}, where the paper compares at unlike L0")
+        return found
+    if printed != here:
+        return Judgement("not comparable", at)
+    reason = f"the paper's own comparison, at unlike L0: {own:.3g} against {other:.3g}"
+    return Judgement("direction only" if found.verdict == "direction only" else "not comparable", reason)
+
+
+def depends_on_l0(claim: Claim) -> bool:
+    """Whether L0 by itself moves the claim's metric. The first step is before any L0 has been reached."""
+    return not claim.metric.startswith(FREE_OF_L0) and not (
+        claim.metric.startswith(TRAINING_LOG) and claim.at == "first"
+    )
+
+
+def side_of_one(ratio: float | None) -> int:
+    """1 if a ratio of two L0 is above what counts as like, -1 if it is below, 0 if they are alike or it is unknown."""
+    return 0 if ratio is None or 1 / LIKE_L0 <= ratio <= LIKE_L0 else 1 if ratio > 1 else -1
+
+
+def combine_judgements(judgements: Iterable[Judgement]) -> Judgement:
+    """The verdict on a claim about several recipes or layers: the worst of them, with every reason for it."""
+    judgements = list(judgements)
+    worst = min((one.verdict for one in judgements), key=WORST_FIRST.index, default="not measured")
+    reasons = dict.fromkeys(one.reason for one in judgements if one.verdict == worst and one.reason)
+    return Judgement(worst, "; ".join(reasons))
 
 
 def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """The change of each pair (system, other) in % of the other, pp, as x times the other, or as a share of the other.
+    """The change of each pair (system, other): without a unit the difference, else in % of the other, in pp, as x times
+    the other, or as a share of the other.
 
-    Empty if another is zero, except in pp.
+    Empty if another is zero, except for differences and in pp.
     """
-    if unit == "pp":
-        return [100 * (one - two) for one, two in pairs]
+    if unit in ("", "pp"):
+        return [(100 if unit else 1) * (one - two) for one, two in pairs]
     if any(two == 0 for _, two in pairs):
         return []
     if unit == "x":
@@ -132,13 +299,13 @@ def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[floa
     return [(100 if unit == "%" else 1) * (one - two) / abs(two) for one, two in pairs]
 
 
-def confidence_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of the mean by Student's t; None for fewer than two values or values that are not finite."""
+def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval | None:
+    """The interval of the mean by Student's t; None for fewer than two values or values that are not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return mean(values) - half, mean(values) + half
 
 
-def is_within(interval: tuple[float, float], low: float, high: float) -> bool:
+def is_within(interval: Interval, low: float, high: float) -> bool:
     return low <= interval[0] and interval[1] <= high

@@ -141,5 +141,5 @@ def test_a_logger_gets_every_line_of_metrics_jsonl(tiny_cache, monkeypatch: pyte
     assert result.exit_code == 0, result.output
     (run,) = (tmp_path / "runs").iterdir()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4]
+    assert [line["step"] for line in lines] == [1, 2, 4]
     assert logged == [*lines, {"finished": run.name}]

@@ -42,7 +42,7 @@ def checkpoints(folder: Path) -> list[str]:
 def test_a_run_folder_holds_what_a_reader_needs(sparse_cache) -> None:
     (folder,) = train(make_config(sparse_cache, "batchtopk", options=["k=4"]))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6, 8, 10, 12]
     assert lines[-1]["tokens"] == 12 * 64 and {"loss", "mse", "aux", "l0", "dead", "threshold"} <= lines[0].keys()
     assert all(line["l0"] == 4 for line in lines)
     assert checkpoints(folder) == ["step-00000008", "step-00000012"]  # the last two
@@ -185,12 +185,30 @@ def test_a_short_run_logs_a_hundred_times_and_trains_the_same(sparse_cache, tmp_
         for every, name in ((None, "fine"), (50, "coarse"))
     )
     assert (fine / "sae.safetensors").read_bytes() == (coarse / "sae.safetensors").read_bytes()
-    assert [line["step"] for line in lines_of(fine)] == list(range(2, 201, 2))
-    assert [line["step"] for line in lines_of(coarse)] == [50, 100, 150, 200]
-    for number, line in enumerate(lines_of(coarse)):
-        part = lines_of(fine)[25 * number : 25 * (number + 1)]
+    (first, *fines), (first_again, *coarses) = lines_of(fine), lines_of(coarse)
+    assert [line["step"] for line in fines] == list(range(2, 201, 2))
+    assert [line["step"] for line in coarses] == [50, 100, 150, 200]
+    for number, line in enumerate(coarses):
+        part = fines[25 * number : 25 * (number + 1)]
         for name in ("loss", "l0", "explained_variance"):
             assert sum(one[name] for one in part) / 25 == pytest.approx(line[name], rel=1e-5)
+    timed = {"waited_for_data"}
+    assert {key: first[key] for key in first.keys() - timed} == {key: first_again[key] for key in first.keys() - timed}
+
+
+def test_the_first_step_has_a_line_of_its_own_and_counts_in_the_next(sparse_cache, tmp_path: Path) -> None:
+    """With lines of one step each, the first is the first step's; a line of three is the mean of three."""
+    (each,), (third,) = (
+        train(make_config(sparse_cache, "topk", steps=6, log_every=every, checkpoint_every=1000, out=tmp_path / name))
+        for every, name in ((1, "each"), (3, "third"))
+    )
+    assert [line["step"] for line in lines_of(each)] == [1, 2, 3, 4, 5, 6]  # and none twice
+    assert [line["step"] for line in lines_of(third)] == [1, 3, 6]
+    losses = [line["loss"] for line in lines_of(each)]
+    assert [line["loss"] for line in lines_of(third)] == pytest.approx(
+        [losses[0], sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-6
+    )
+    assert lines_of(third)[0]["tokens"] == 64 and losses[0] > 1.01 * losses[1]
 
 
 def test_a_resumed_run_keeps_the_interval_of_its_log(sparse_cache, tmp_path: Path) -> None:
@@ -203,7 +221,15 @@ def test_a_resumed_run_keeps_the_interval_of_its_log(sparse_cache, tmp_path: Pat
         run_training(plan, TrainProgress(step=stop))
     (run,) = plan.runs
     train(TrainConfig(resume=[run.folder], device="cpu", checkpoint_every=1000))
-    assert [line["step"] for line in lines_of(run.folder)] == [3, 4, 6, 7, 9, 12]  # 4: a checkpoint, 7: it was stopped
+    assert [line["step"] for line in lines_of(run.folder)] == [
+        1,
+        3,
+        4,
+        6,
+        7,
+        9,
+        12,
+    ]  # 4: a checkpoint, 7: it was stopped
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(sparse_cache) -> None:
@@ -218,7 +244,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(sparse
     with pytest.warns(LeftOutWarning, match="Left out: 5 lines of .*metrics.jsonl"):
         train(config)
     assert (folder / "sae.safetensors").read_bytes() == weights
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [2, 4, 6, 8, 10, 12]
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [1, 2, 4, 6, 8, 10, 12]
 
 
 def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse_cache, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
     write_page(tmp_path / "compare.html", comparison_page(compare_runs(runs)))
     paper = load_paper("000")
     found = build_report(paper, runs_of(paper, lettered), False)
-    write_page(tmp_path / "report.html", reproduction_page(found, "gemma-2-mini", "field"))
+    write_page(tmp_path / "report.html", reproduction_page(found, "gemma-2-mini"))
     for name in ("compare.html", "report.html"):
         page = opened(tmp_path / name, width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -64,7 +64,7 @@ def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
 
 def test_a_contradiction_leads_to_its_claims(tmp_path, opened):
     paper = load_paper("002")
-    write_page(tmp_path / "report.html", reproduction_page(build_report(paper, [], False), "gemma-2-mini", "field"))
+    write_page(tmp_path / "report.html", reproduction_page(build_report(paper, [], False), "gemma-2-mini"))
     page = opened(tmp_path / "report.html")
     named = next(one for one in paper.contradictions if one.claims).claims[0]
     page.locator(f'a[href="#{named}"]').first.click()

@@ -84,7 +84,7 @@ def test_figures_are_of_the_papers_layer():
         here = [one for one in made if one.layer in layers]
         (point,) = drawn(PAPER, here)[title].series
         assert list(point.y) == pytest.approx([drawn_at / 100])
-        assert f"At layer {drawn_at}." in reproduction_page(build_report(PAPER, here, False), "gemma-2-mini", "field")
+        assert f"At layer {drawn_at}." in reproduction_page(build_report(PAPER, here, False), "gemma-2-mini")
 
 
 def test_steps_add_up():
@@ -169,7 +169,7 @@ def test_a_run_that_does_not_pass_the_gates_is_drawn_in_training_only():
     broken = [run("full", "hierarchical", metrics=absorbed(1), alive=0.01)]
     assert drawn(PAPER, broken) == {} and letters(build_report(PAPER, broken, False)) == (["letter"], [])
     assert "Adaptive factor alpha" in drawn(PAPER, broken, EXTRA_HEADING)
-    html = reproduction_page(build_report(PAPER, broken, False), "gemma-2-mini", "field")
+    html = reproduction_page(build_report(PAPER, broken, False), "gemma-2-mini")
     assert "appear only in the training curves" in html
 
 
@@ -231,6 +231,6 @@ def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing
     assert [chart.title for chart in found[EXTRA_HEADING]][: len(MECHANISM_FIGURES.get(number, {}))] == list(
         MECHANISM_FIGURES.get(number, {})
     )
-    html = reproduction_page(build_report(paper, made, False), "gemma-2-mini", "field")
+    html = reproduction_page(build_report(paper, made, False), "gemma-2-mini")
     assert html.count("<figure") == sum(map(len, found.values())) and "nothing measured" not in html
     assert paper_figures(build_report(paper, [], False)) == {}

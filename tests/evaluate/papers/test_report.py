@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from sae.common.errors import LeftOutWarning
+from sae.common.errors import LeftOutWarning, UsageError
 from sae.evaluate.compare import ComparedRun
 from sae.evaluate.compare_charts import read_metrics_log
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.papers.claims import PAPERS, Claim
+from sae.evaluate.papers.claims import PAPERS, STEP_TIME, Claim, Contradiction, Substitution
 from sae.evaluate.papers.parse import load_paper
-from sae.evaluate.papers.report import SystemRun, build_report, format_measured
+from sae.evaluate.papers.report import build_report, format_measured
+from sae.evaluate.papers.runs import SystemRun
 
 EV = "core.reconstruction_quality.explained_variance"
 PAPER = load_paper("004")
@@ -34,22 +35,25 @@ def run(
     alive=1.0,
     warmup=None,
     dead=0.0,
+    l0=30.0,
+    weights="",
+    **logged,
 ):
     core = MetricResult(
         {
             "reconstruction_quality": {"explained_variance": ev, "fve": fve},
             "model_behavior_preservation": {"kl_div_with_sae": kl},
             "misc_metrics": {"frac_alive": alive},
-            "sparsity": {"l0": 30.0},
+            "sparsity": {"l0": l0},
         }
     )
     record = {"layer": layer, "seed": seed, "steps": steps, "d_sae": 8, "batch_size": 4, "resolved": {"warmup": warmup}}
     log = [
-        {"step": n, "tokens": 4 * n, "explained_variance": 0.7, "alpha": n / 100, "dead": dead}
+        {"step": n, "tokens": 4 * n, "explained_variance": 0.7, "alpha": n / 100, "dead": dead, **logged}
         for n in (done // 2, done)
     ]
     found = ComparedRun(f"{recipe}-{seed}", Path("x"), {}, record, {"core": core, **(metrics or {})}, {})
-    return SystemRun(system, recipe, found, log)
+    return SystemRun(system, recipe, found, log, weights)
 
 
 def of(*claims, **more):
@@ -131,9 +135,9 @@ def test_claims_are_compared_with_saebench_s_number_and_gates_with_the_one_witho
     assert [one.failed_gates() for one in runs] == [[], [], []]
     report = build_report(of(claim()), runs, True)
     assert [(row.verdict, row.measured) for row in report.rows] == [("reproduced", "0.8 ± 0.001")]
-    page = reproduction_page(report, "google/gemma-2-2b", "field")
+    page = reproduction_page(report, "google/gemma-2-2b")
     assert "SAEBench's numbers over all rows" in page and "up to 7 outlier rows" in page
-    assert "over all rows" not in reproduction_page(build_report(of(claim()), [run("full", "x")], True), "m", "field")
+    assert "over all rows" not in reproduction_page(build_report(of(claim()), [run("full", "x")], True), "m")
 
 
 def test_another_layer_and_a_stand_in_are_named():
@@ -170,12 +174,12 @@ def test_what_was_measured_as_text():
 @pytest.mark.parametrize("number", PAPERS)
 def test_the_page_has_every_claim_and_contradiction(number):
     paper = load_paper(number)
-    html = reproduction_page(build_report(paper, [], False), "gemma-2-mini", "field")
+    html = reproduction_page(build_report(paper, [], False), "gemma-2-mini")
     assert re.findall(r'<tr id="([^"]*)"', html) == [claim.id for claim in paper.claims]
     assert html.count("<h3>") == len(paper.contradictions)
     assert "There is nothing to draw yet" in html and "<figure" not in html
     assert "Not the paper" in html
-    assert "Not the paper" not in reproduction_page(build_report(paper, [], True), paper.setup.reads_as, "field")
+    assert "Not the paper" not in reproduction_page(build_report(paper, [], True), paper.setup.reads_as)
 
 
 @pytest.mark.parametrize(
@@ -199,3 +203,244 @@ def test_a_line_of_the_log_that_is_none_is_left_out(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes("\n".join([line, json.dumps(kept), changed, line]).encode() + b"\xff")
     with pytest.warns(LeftOutWarning, match="Left out: 1 line of .*metrics.jsonl"):  # the last was cut off by a kill
         assert read_metrics_log(tmp_path) == [kept, {"step": 2, "tokens": 8}]
+
+
+# --- readings, mechanisms, L0 -----------------------------------------------------------------------------------------
+
+
+def three(system, recipe, ev, **more):
+    return [run(system, recipe, seed, ev=ev + seed / 1000, **more) for seed in range(3)]
+
+
+BETTER = claim(against="baseline", against_value=0.5)  # EV of `full` above that of `baseline`
+LOW, HIGH = three("baseline", "hierarchical-topk320", 0.6), three("baseline", "hierarchical-topk320", 0.9)
+
+
+def row_of(one, runs, paper=None, **more):
+    report = build_report(paper or of(one), runs, more.pop("at_home", False), more.pop("reading", None))
+    return next(row for row in report.rows if row.claim.id == one.id)
+
+
+def test_a_verdict_is_of_a_reading():
+    report = build_report(PAPER, [], False)
+    assert report.reading.name == "field" and build_report(PAPER, [], True).reading == PAPER.readings[0]
+    literal = build_report(PAPER, [], False, "literal")
+    assert "Reading <strong>literal</strong> (the paper&#39;s)" in reproduction_page(literal, "m")
+    assert "Reading <strong>field</strong> (ours)" in reproduction_page(report, "m")
+    with pytest.raises(UsageError, match="Paper 004 has no reading letter: evidence, field, literal"):
+        build_report(PAPER, [], False, "letter")
+
+
+def test_what_a_reading_substitutes_stands_beside_the_verdict_in_that_reading_alone():
+    field, literal = (next(one for one in PAPER.readings if one.name == name) for name in ("field", "literal"))
+    some = Substitution(("one",), "(4)", "Its window has one term too many.")
+    paper = of(BETTER, readings=(replace(field, substitutes=(some,)), literal))
+    runs = three("full", "hierarchical", 0.7) + HIGH
+    row = row_of(BETTER, runs, paper, reading="field")
+    assert row.verdict == "not of the paper's equation"
+    assert row.notes == ["replaced here: (4). Its window has one term too many."]
+    row = row_of(BETTER, runs, paper, reading="literal")
+    assert row.verdict == "contradicted" and row.notes == []
+    page = reproduction_page(build_report(paper, runs, False, "field"), "m")
+    assert (
+        "Replaces (4): Its window has one term too many." in page
+        and 'class="verdict not-of-the-papers-equation"' in page
+    )
+    assert row_of(BETTER, [], paper, reading="field").notes == []  # nothing was replaced where nothing was run
+
+
+def test_the_l0_of_the_runs_decides_what_is_comparable():
+    own = three("full", "hierarchical", 0.7, l0=40.0)
+    row = row_of(BETTER, own + LOW)
+    assert row.verdict == "not comparable" and row.notes == ["L0 40 against 30"]
+    printed = claim(id="l0", metric="core.sparsity.l0", value=60, against="baseline", against_value=30)
+    row = row_of(BETTER, own + LOW, of(BETTER, printed))
+    assert row.verdict == "direction only" and row.notes == ["the paper's own comparison, at unlike L0: 40 against 30"]
+    assert row_of(BETTER, own + HIGH, of(BETTER, printed)).verdict == "not comparable"
+    for ratio, unit in ((100, "%"), (2.0, "x")):
+        change = claim(id="l0", metric="core.sparsity.l0", value=ratio, unit=unit, against="baseline")
+        assert row_of(BETTER, own + LOW, of(BETTER, change)).verdict == "direction only"
+        assert row_of(BETTER, own + LOW, of(BETTER, replace(change, value=-ratio / 2))).verdict == "not comparable"
+    void = Contradiction("Two L0.", (), "", ("l0",))  # an L0 that the paper contradicts is none
+    assert row_of(BETTER, own + LOW, replace(of(BETTER, printed), contradictions=(void,))).verdict == "not comparable"
+    assert row_of(BETTER, own + LOW, at_home=True).verdict == "direction only"
+
+
+def test_without_a_result_the_l0_is_that_of_training():
+    def logged(runs, l0):
+        for one in runs:
+            core = one.run.results["core"]
+            less = replace(core, metrics={key: group for key, group in core.metrics.items() if key != "sparsity"})
+            found = replace(one.run, results={"core": less})
+            yield replace(one, run=found, log=[line | {"l0": l0} for line in one.log])
+
+    own, other = three("full", "hierarchical", 0.7), LOW
+    row = row_of(BETTER, [*logged(own, 40.0), *logged(other, 30.0)])
+    assert row.notes == ["L0 40 against 30"]
+
+
+FAMILY = {
+    **PAPER.systems,
+    "linear": replace(PAPER.systems["linear"], adds_to="", counter=""),
+    "resample": replace(PAPER.systems["resample"], adds_to="linear", counter="resampled"),
+    "adaptive": replace(PAPER.systems["adaptive"], adds_to="resample", counter="moved"),
+    "full": replace(PAPER.systems["full"], adds_to="adaptive", counter="merged"),
+}
+RECIPES = {"linear": "hierarchical-linear", "resample": "hierarchical-resample", "adaptive": "hierarchical-adaptive"}
+
+
+def family(system, ev=0.7, **more):
+    return three(system, RECIPES.get(system, "hierarchical"), ev, **more)
+
+
+def test_a_counter_that_stays_zero_makes_an_ablation_inactive():
+    asked = claim(system="resample", against="linear", against_value=0.5)
+    paper = of(asked, systems=FAMILY)
+    idle = family("resample", 0.8, resampled=0) + family("linear")
+    row = row_of(asked, idle, paper)
+    assert row.verdict == "mechanism inactive" and row.notes == ["`resampled` of resample is 0 to the end"]
+    acted = family("resample", 0.8, resampled=1) + family("linear")
+    assert row_of(asked, acted, paper).verdict == "direction only" and row_of(asked, acted, paper).notes == []
+    some = [*family("resample", 0.8, resampled=0)[:2], family("resample", 0.8, resampled=1)[2], *family("linear")]
+    assert row_of(asked, some, paper).verdict == "direction only"  # in one run it acted
+    unknown = family("resample", 0.8) + family("linear")  # an old log without the counter
+    assert row_of(asked, unknown, paper).verdict == "direction only"
+    assert row_of(replace(asked, system="linear", against="resample"), idle, paper).verdict == "mechanism inactive"
+
+
+def test_a_counter_is_read_where_the_log_ends():
+    asked = claim(system="resample", against="linear", against_value=0.5)
+    runs = family("resample", 0.8, resampled=0) + family("linear")
+    early = [replace(one, log=[one.log[0] | {"resampled": 0}, one.log[1] | {"resampled": 2}]) for one in runs[:3]]
+    assert row_of(asked, early + runs[3:], of(asked, systems=FAMILY)).verdict == "direction only"
+
+
+def test_equal_weights_make_an_ablation_inactive():
+    asked = claim(system="resample", against="linear", against_value=0.5)
+    paper = of(asked, systems=FAMILY)
+
+    def weighted(system, names):
+        return [replace(one, weights=name) for one, name in zip(family(system), names, strict=True)]
+
+    same = weighted("resample", "abc") + weighted("linear", "abc")
+    row = row_of(asked, same, paper)
+    assert row.verdict == "mechanism inactive"
+    assert row.notes == ["the weights of resample are those of linear, bit for bit"]
+    for own, other in (("abc", "abd"), ("abc", "acb"), (["", "", ""], ["", "", ""])):
+        assert row_of(asked, weighted("resample", own) + weighted("linear", other), paper).verdict == "not comparable"
+
+
+def test_between_two_systems_of_a_family_every_mechanism_has_to_be_idle():
+    asked = claim(system="full", against="linear", against_value=0.5)
+    paper = of(asked, systems=FAMILY)
+
+    def runs(resampled, moved, merged):
+        return [
+            *family("full", 0.8, merged=merged),
+            *family("adaptive", moved=moved),
+            *family("resample", resampled=resampled),
+            *family("linear"),
+        ]
+
+    assert row_of(asked, runs(0, 0, 0), paper).verdict == "mechanism inactive"
+    for acted in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        assert row_of(asked, runs(*acted), paper).verdict == "direction only"
+    row = row_of(asked, runs(1, 1, 0), paper)
+    assert row.verdict == "direction only" and row.notes == ["`merged` of full is 0 to the end"]  # said all the same
+
+
+def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
+    """`resample` against the TopK baseline is `linear` against it once more."""
+    linear = claim(id="linear", system="linear", against="baseline", against_value=0.5)
+    resample = claim(id="resample", system="resample", against="baseline", against_value=0.5)
+    runs = family("resample", 0.8, resampled=0) + family("linear", 0.8) + LOW
+    row = row_of(resample, runs, of(linear, resample, systems=FAMILY))
+    assert row.verdict == "mechanism inactive" and row.notes == ["`resampled` of resample is 0 to the end; see linear"]
+    assert row_of(linear, runs, of(linear, resample, systems=FAMILY)).verdict == "direction only"
+    row = row_of(resample, runs, of(resample, systems=FAMILY))  # the paper says it of `resample` alone
+    assert row.verdict == "direction only" and row.notes == ["`resampled` of resample is 0 to the end"]
+    acted = family("resample", 0.8, resampled=3) + runs[3:]
+    assert row_of(resample, acted, of(linear, resample, systems=FAMILY)).verdict == "direction only"
+
+
+# --- counts, words, differences ---------------------------------------------------------------------------------------
+
+
+def test_a_claim_its_restatement_and_a_copy_count_once():
+    change = claim(id="change", value=60.0, unit="%", against="baseline", restates="one")
+    copy = claim(id="copy", copy_of="one")
+    report = build_report(of(BETTER, change, copy), three("full", "hierarchical", 0.7) + LOW, False)
+    assert [row.verdict for row in report.rows] == ["direction only", "direction only", "copy"]
+    assert [row.counted for row in report.rows] == [True, False, False]
+    assert report.counts == {"direction only": 1}
+    assert report.rows[1].notes == ["the comparison of one again"] and report.rows[2].notes == ["of one"]
+    assert "1 claims; 3 rows" in reproduction_page(report, "m")
+
+
+def test_counts_begin_with_the_best_verdict():
+    others = [claim(id=name, metric="none", why="So.") for name in ("a", "b")]
+    report = build_report(of(*others, BETTER, claim(id="lone")), three("full", "hierarchical", 0.7) + LOW, False)
+    assert list(report.counts.items()) == [("direction only", 1), ("not comparable", 1), ("not measured", 2)]
+
+
+def test_a_comparison_in_words_shows_its_quote_and_its_measured_difference():
+    more = Claim("one", "5", "more variance is explained", metric=EV, system="full", against="baseline", says="more")
+    more = replace(more, layers=(19,))
+    row = row_of(more, three("full", "hierarchical", 0.7) + LOW)
+    assert (row.verdict, row.measured) == ("direction only", "0.701 ± 0.001 and 0.601 ± 0.001")
+    assert row.difference == "+0.1 (+0.1 to +0.1, 95%)"
+    page = reproduction_page(build_report(of(more), three("full", "hierarchical", 0.7) + LOW, False), "m")
+    assert "<q>more variance is explained</q>" in page and "+0.1 (+0.1 to +0.1, 95%)" in page and "<td>more" in page
+    equal = replace(more, says="equal", margin=3.0, unit="%")
+    row = row_of(equal, [run("full", "hierarchical", seed, ev=ev) for seed, ev in enumerate((0.9, 0.91, 0.92))] + HIGH)
+    assert row.claim.claimed == "equal, within 3 %" and row.verdict == "equivalent within the margin"
+    # 0, 0.999 and 1.996 % of 0.9, 0.901, 0.902: mean 0.998 and sd 0.998, so +- 2.920 x 0.576
+    assert row.difference == "+0.998 % (-0.684 to +2.68, 90%)"
+
+
+def test_a_difference_is_in_the_unit_of_the_claim():
+    runs = three("full", "hierarchical", 0.66) + LOW
+    for unit, shown in (("%", "+9.98 % ("), ("pp", "+6 pp ("), ("x", "+0.0998 x (")):
+        assert row_of(claim(value=1.5, unit=unit, against="baseline"), runs).difference.startswith(shown)
+    assert row_of(claim(), runs).difference == ""
+    assert row_of(BETTER, runs[:1] + runs[3:4]).difference == "+0.06 (one seed)"
+
+
+# --- warm-up, first steps, costs --------------------------------------------------------------------------------------
+
+
+def test_a_warm_up_that_the_paper_prints_is_a_note_and_no_gate():
+    paper = of(claim(), setup=replace(PAPER.setup, warmup=1000))
+    runs = three("full", "hierarchical", 0.8, steps=800, done=800, warmup=1000)
+    report = build_report(paper, runs, True, "literal")
+    assert report.excluded == [] and report.rows[0].seeds == 3
+    assert report.below_peak == (
+        "The paper prints a warm-up of 1,000 steps, longer than 3 of these runs: their learning rate reached 80% of "
+        "its peak."
+    )
+    assert report.below_peak in reproduction_page(report, "m")
+    longer = three("full", "hierarchical", 0.8, steps=800, done=800, warmup=1001)  # not what is printed
+    assert len(build_report(paper, longer, True, "literal").excluded) == 3
+    assert len(build_report(paper, runs, True, "field").excluded) == 3  # the reading is ours
+    assert build_report(paper, three("full", "hierarchical", 0.8), True, "literal").below_peak == ""
+
+
+def test_the_loss_of_the_first_step_is_of_the_first_line_and_a_mean_is_named():
+    asked = claim(metric="training.loss", at="first", value=5.0, quote="5.0")
+    runs = [replace(one, log=[{"step": 1, "loss": 5.0}, *one.log]) for one in three("full", "hierarchical", 0.8)]
+    row = row_of(asked, runs, at_home=True)
+    assert (row.verdict, row.measured, row.notes) == ("reproduced", "5 ± 0", [])
+    runs = [replace(one, log=[{"step": 10, "loss": 5.0}, *one.log]) for one in runs]
+    assert row_of(asked, runs).notes == ["the mean of the first 10 steps, which is all that these runs logged"]
+
+
+def test_a_row_about_time_has_the_measured_ratio_and_where_it_was_measured():
+    time = claim(metric=STEP_TIME, value=20.0, unit="%", against="baseline", quote="20%")
+    row = row_of(time, [])
+    assert row.measured == "1.6 x" and row.verdict == "direction only" and row.seeds == 0
+    assert any("47.3 ms against 29.6 ms a step on 2 cores" in note and "2026-11-21" in note for note in row.notes)
+    void = Contradiction("Two times.", (), "", ("one",))
+    row = row_of(time, [], replace(of(time), contradictions=(void,)))
+    assert row.verdict == "paper inconsistent" and row.measured == "1.6 x"
+    unknown = {**PAPER.systems, "full": replace(PAPER.systems["full"], recipes=("brand-new",))}
+    assert row_of(time, [], of(time, systems=unknown)).verdict == "not measured"

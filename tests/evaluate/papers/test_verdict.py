@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.papers.claims import Claim
 from sae.evaluate.papers.verdict import (
+    MEANINGS,
     WORST_FIRST,
-    combine_verdicts,
+    Conditions,
+    Judgement,
+    Verdict,
+    combine_judgements,
     confidence_interval,
+    differences,
+    judge,
     measured_value,
     paired_changes,
-    verdict,
 )
 
 TEN = Claim("ten", "6", "an L0 of 10.0", 10.0, "core.sparsity.l0", system="own")
@@ -29,9 +34,13 @@ ZERO = dataclasses.replace(TEN, quote="a score of 0.0", value=0.0)
 SHARE = Claim("share", "6", "an accuracy of 80.0%", 80.0, "sparse_probing.sae.sae_test_accuracy", "%", "own")
 
 
-def judge(claim, own=(), other=(), at_home=True, inconsistent=False):
+def judged(claim, own=(), other=(), at_home=True, **conditions):
     values = {"own": dict(enumerate(own)), "other": dict(enumerate(other))}
-    return verdict(claim, values, on_paper_model=at_home, inconsistent=inconsistent)
+    return judge(claim, values, Conditions(at_home, **conditions))
+
+
+def verdict(*about, **conditions):
+    return judged(*about, **conditions).verdict
 
 
 @pytest.mark.parametrize(
@@ -71,8 +80,11 @@ def judge(claim, own=(), other=(), at_home=True, inconsistent=False):
         (FALL, [5.1, 5.0, 4.9], [10.0, 10.0, 10.0], "reproduced"),
         (FALL, [8.1, 8.0, 7.9], [10.0, 10.0, 10.0], "direction only"),
         (FALL, [12.1, 12.0, 11.9], [10.0, 10.0, 10.0], "contradicted"),
-        # -1 % is less than a tenth of -50
+        # -1 % is less than a tenth of -50; -6 % is more; of x as many, 1.05 is 0.05 more and less than 0.1
         (FALL, [9.9, 9.91, 9.89], [10.0, 10.0, 10.0], "contradicted"),
+        (FALL, [9.4, 9.41, 9.39], [10.0, 10.0, 10.0], "direction only"),
+        (TIMES, [10.5, 10.51, 10.49], [10.0, 10.0, 10.0], "contradicted"),
+        (TIMES, [11.5, 11.51, 11.49], [10.0, 10.0, 10.0], "direction only"),
         (FALL, [5.0], [10.0], "not comparable"),
         # a share of zero is none
         (FALL, [5.0, 5.0, 5.0], [0.0, 10.0, 10.0], "not comparable"),
@@ -86,7 +98,7 @@ def judge(claim, own=(), other=(), at_home=True, inconsistent=False):
     ],
 )
 def test_on_the_paper_s_model(claim, own, other, expected):
-    assert judge(claim, own, other) == expected
+    assert verdict(claim, own, other) == expected
 
 
 @pytest.mark.parametrize(
@@ -97,9 +109,12 @@ def test_on_the_paper_s_model(claim, own, other, expected):
         (PAIR, [10.0, 10.0, 10.0], [20.0, 20.0, 20.0], "direction only"),
         (PAIR, [1.2, 1.21, 1.19], [2.0, 2.0, 2.0], "direction only"),
         (PAIR, [2.2, 2.21, 2.19], [2.0, 2.0, 2.0], "contradicted"),
-        # -2.5 %: less than a tenth of -50, on any scale
-        (PAIR, [1.95, 1.951, 1.949], [2.0, 2.0, 2.0], "contradicted"),
-        (PAIR, [1950.0, 1951.0, 1949.0], [2000.0, 2000.0, 2000.0], "contradicted"),
+        # -2.5 %: less than a tenth of -50, but no size contradicts here: the side is the paper's
+        (PAIR, [1.95, 1.951, 1.949], [2.0, 2.0, 2.0], "direction only"),
+        (PAIR, [1950.0, 1951.0, 1949.0], [2000.0, 2000.0, 2000.0], "direction only"),
+        # on both sides of zero, and all of it within a tenth of what is claimed
+        (PAIR, [1.999, 2.0, 2.001], [2.0, 2.0, 2.0], "not comparable"),
+        (FALL, [9.999, 10.0, 10.001], [10.0, 10.0, 10.0], "not comparable"),
         # against 0 there is no share, but a side
         (PAIR, [-1.0, -1.1, -0.9], [0.0, 0.0, 0.0], "direction only"),
         (PAIR, [10.0, 10.0, 10.0], [], "not measured"),
@@ -108,22 +123,20 @@ def test_on_the_paper_s_model(claim, own, other, expected):
     ],
 )
 def test_on_another_model(claim, own, other, expected):
-    assert judge(claim, own, other, at_home=False) == expected
+    assert verdict(claim, own, other, at_home=False) == expected
 
 
 def test_what_the_paper_contradicts_is_not_judged():
-    assert judge(TEN, [10.0] * 3, inconsistent=True) == "paper inconsistent"
-    assert judge(TEN, inconsistent=True) == "paper inconsistent"
+    assert verdict(TEN, [10.0] * 3, inconsistent=True) == "paper inconsistent"
+    assert verdict(TEN, inconsistent=True) == "paper inconsistent"
 
 
 def test_what_is_missing_is_not_measured():
     unspoken = dataclasses.replace(TEN, metric="none", why="nobody measures it")
-    assert judge(unspoken, [10.0] * 3) == "not measured"
-    assert judge(TEN) == "not measured"
-    assert judge(FALL, [5.0] * 3) == "not measured"
-    assert (
-        verdict(FALL, {"own": {0: 5.0}, "other": {1: 10.0}}, on_paper_model=True, inconsistent=False) == "not measured"
-    )
+    assert verdict(unspoken, [10.0] * 3) == "not measured"
+    assert verdict(TEN) == "not measured"
+    assert verdict(FALL, [5.0] * 3) == "not measured"
+    assert judge(FALL, {"own": {0: 5.0}, "other": {1: 10.0}}, Conditions(True)).verdict == "not measured"
 
 
 numbers = st.lists(st.floats(-100, 100), max_size=5)
@@ -132,7 +145,7 @@ claims = st.sampled_from([TEN, PAIR, FALL, TIMES, POINTS, ZERO, SHARE])
 
 @given(claims, numbers, numbers)
 def test_another_model_reproduces_nothing(claim, own, other):
-    assert judge(claim, own, other, at_home=False) in (
+    assert verdict(claim, own, other, at_home=False) in (
         "not measured",
         "not comparable",
         "direction only",
@@ -142,7 +155,7 @@ def test_another_model_reproduces_nothing(claim, own, other):
 
 @given(numbers, numbers)
 def test_a_number_of_one_system_has_no_direction(own, other):
-    assert judge(TEN, own, other) != "direction only"
+    assert verdict(TEN, own, other) != "direction only"
 
 
 @given(claims, numbers, numbers, st.booleans(), st.randoms())
@@ -152,7 +165,7 @@ def test_the_order_of_seeds_says_nothing(claim, own, other, at_home, random):
 
     def of(pairs):
         values = {"own": {s: a for s, (a, _) in pairs}, "other": {s: b for s, (_, b) in pairs}}
-        return verdict(claim, values, on_paper_model=at_home, inconsistent=False)
+        return judge(claim, values, Conditions(at_home)).verdict
 
     assert of(seeds) == of(shuffled)
 
@@ -161,23 +174,43 @@ def test_the_order_of_seeds_says_nothing(claim, own, other, at_home, random):
 def test_the_opposite_claim_has_the_opposite_direction(own, other):
     """A rise where the paper says fall: what supports the one contradicts the other."""
     rise = dataclasses.replace(FALL, value=50.0)
-    if judge(FALL, own, other, at_home=False) == "direction only":
-        assert judge(rise, own, other, at_home=False) == "contradicted"
+    if verdict(FALL, own, other, at_home=False) == "direction only":
+        assert verdict(rise, own, other, at_home=False) == "contradicted"
+
+
+def combined(*verdicts):
+    return combine_judgements(Judgement(one) for one in verdicts).verdict
 
 
 def test_of_several_recipes_the_claim_has_to_hold_of_each():
-    assert combine_verdicts(["reproduced", "reproduced"]) == "reproduced"
-    assert combine_verdicts(["reproduced", "direction only"]) == "direction only"
-    assert combine_verdicts(["reproduced", "not measured", "contradicted"]) == "contradicted"
-    assert combine_verdicts(["reproduced", "not measured"]) == "not measured"
-    assert combine_verdicts([]) == "not measured"
-    assert set(WORST_FIRST) == set(verdict.__annotations__["return"].__args__)
+    assert combined("reproduced", "reproduced") == "reproduced"
+    assert combined("reproduced", "equivalent within the margin") == "equivalent within the margin"
+    assert combined("equivalent within the margin", "direction only") == "direction only"
+    assert combined("direction only", "not comparable") == "not comparable"
+    assert combined("not comparable", "mechanism inactive") == "mechanism inactive"
+    assert combined("mechanism inactive", "not measured") == "not measured"
+    assert combined("not measured", "not of the paper's equation") == "not of the paper's equation"
+    assert combined("not of the paper's equation", "not equivalent") == "not equivalent"
+    assert combined("reproduced", "not equivalent", "contradicted", "not measured") == "contradicted"
+    assert combined("contradicted", "paper inconsistent") == "paper inconsistent"
+    assert combined() == "not measured"
+    assert set(WORST_FIRST) == set(Verdict.__args__) == set(MEANINGS) and len(WORST_FIRST) == len(MEANINGS)
+
+
+def test_the_reasons_are_those_of_the_worst_verdict_each_once():
+    some = [("not comparable", "L0 1 against 2"), ("direction only", "so"), ("not comparable", "L0 1 against 2")]
+    some += [("not comparable", ""), ("not comparable", "the interval includes 0")]
+    found = combine_judgements(Judgement(*one) for one in some)
+    assert found == ("not comparable", "L0 1 against 2; the interval includes 0")
 
 
 def test_the_interval_is_student_s():
     assert confidence_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), rel=1e-5)
     assert confidence_interval([1.0, 2.0]) == pytest.approx((1.5 - 12.7062 / 2, 1.5 + 12.7062 / 2), rel=1e-5)
-    assert confidence_interval([1.0]) is None
+    assert confidence_interval([1.0, 2.0, 3.0], 0.9) == pytest.approx(
+        (2 - 2.91999 / 3**0.5, 2 + 2.91999 / 3**0.5), rel=1e-5
+    )
+    assert confidence_interval([1.0]) is None and confidence_interval([1.0, float("nan")]) is None
 
 
 def test_changes_are_in_the_unit_of_the_claim():
@@ -185,9 +218,194 @@ def test_changes_are_in_the_unit_of_the_claim():
     assert paired_changes("%", pairs) == [50.0, 50.0]  # of |other|: -1 is above -2
     assert paired_changes("share", pairs) == [0.5, 0.5]
     assert paired_changes("pp", pairs) == [100.0, 100.0]
+    assert paired_changes("", pairs) == [1.0, 1.0]
     assert paired_changes("x", pairs) == [1.5, 0.5]
     assert paired_changes("%", [(1.0, 0.0)]) == []
     assert paired_changes("pp", [(1.0, 0.0)]) == [100.0]
+
+
+# --- comparisons in words ---------------------------------------------------------------------------------------------
+
+MORE = Claim(
+    "more", "6", "more of it", None, "core.reconstruction_quality.fve", system="own", against="other", says="more"
+)
+LESS = dataclasses.replace(MORE, says="less")
+EQUAL = dataclasses.replace(MORE, says="equal", margin=0.1)
+NEARLY = dataclasses.replace(EQUAL, unit="%", margin=2.0)
+
+
+@pytest.mark.parametrize(
+    ("claim", "own", "expected", "elsewhere"),
+    [
+        # against 1.0, 1.0, 1.0: differences 0.1 +- 0.02484 (95 %)
+        (MORE, [1.09, 1.1, 1.11], "direction only", "direction only"),
+        (LESS, [1.09, 1.1, 1.11], "contradicted", "contradicted"),
+        (MORE, [0.89, 0.9, 0.91], "contradicted", "contradicted"),
+        (LESS, [0.89, 0.9, 0.91], "direction only", "direction only"),
+        (MORE, [0.99, 1.0, 1.02], "not comparable", "not comparable"),
+        (MORE, [1.1], "not comparable", "not comparable"),
+        # of 90 %: mean +- 2.920 sd/sqrt(3). 0.08 +- 0.01686 is within 0.1, and of 95 %, 0.02484, it is not
+        (EQUAL, [1.07, 1.08, 1.09], "equivalent within the margin", "equivalent within the margin"),
+        (EQUAL, [0.91, 0.92, 0.93], "equivalent within the margin", "equivalent within the margin"),
+        # 0.085 +- 0.01686 reaches over the margin
+        (EQUAL, [1.075, 1.085, 1.095], "not comparable", "not comparable"),
+        (EQUAL, [0.905, 0.915, 0.925], "not comparable", "not comparable"),
+        # 0.12 +- 0.01686 lies outside, and its 95 % interval does not
+        (EQUAL, [1.11, 1.12, 1.13], "contradicted", "not equivalent"),
+        (EQUAL, [0.87, 0.88, 0.89], "contradicted", "not equivalent"),
+        (EQUAL, [1.0], "not comparable", "not comparable"),
+        (EQUAL, [1.0, 1.0, 1.0], "equivalent within the margin", "equivalent within the margin"),
+        # 1 % +- 0.16 is within 2 %, 3 % +- 0.16 is not
+        (NEARLY, [1.009, 1.01, 1.011], "equivalent within the margin", "equivalent within the margin"),
+        (NEARLY, [1.029, 1.03, 1.031], "contradicted", "not equivalent"),
+    ],
+)
+def test_a_comparison_in_words(claim, own, expected, elsewhere):
+    ones = [1.0] * len(own)
+    assert verdict(claim, own, ones) == expected
+    assert verdict(claim, own, ones, at_home=False) == elsewhere
+    assert verdict(claim, own) == verdict(claim, own, at_home=False) == "not measured"
+
+
+def test_a_margin_of_a_share_is_one_of_the_other_s_number():
+    tens = [10.0, 10.0, 10.0]
+    assert verdict(NEARLY, [10.09, 10.1, 10.11], tens) == "equivalent within the margin"
+    assert verdict(dataclasses.replace(NEARLY, unit=""), [11.9, 12.0, 12.1], tens) == "not comparable"  # 2 +- 0.17
+
+
+# --- L0, substitutions, mechanisms ------------------------------------------------------------------------------------
+
+EV = dataclasses.replace(PAIR, metric="core.reconstruction_quality.explained_variance")
+BELOW, ABOVE = ([1.2, 1.21, 1.19], [2.0] * 3), ([2.2, 2.21, 2.19], [2.0] * 3)  # as claimed, and the opposite
+WIDE = ([1.0, 2.0, 3.0], [2.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("l0", "printed", "expected", "opposite", "reason"),
+    [
+        (None, None, "direction only", "contradicted", ""),
+        ((30.0, 30.0), None, "direction only", "contradicted", ""),
+        # 33 is 10 % above 30, and 33.1 is more
+        ((33.0, 30.0), None, "direction only", "contradicted", ""),
+        ((30.0, 33.0), None, "direction only", "contradicted", ""),
+        ((33.1, 30.0), None, "not comparable", "not comparable", "L0 33.1 against 30"),
+        ((30.0, 33.1), None, "not comparable", "not comparable", "L0 30 against 33.1"),
+        ((6.0, 74.0), None, "not comparable", "not comparable", "L0 6 against 74"),
+        ((6.0, 0.0), None, "not comparable", "not comparable", "L0 6 against 0"),
+        ((0.0, 0.0), None, "direction only", "contradicted", ""),
+        # the paper compares 42 with 90.6, and ours differ in that direction
+        ((60.0, 74.0), 42.05 / 90.6, "direction only", "not comparable", "own comparison, at unlike L0: 60 against 74"),
+        ((74.0, 60.0), 5.4, "direction only", "not comparable", "own comparison, at unlike L0: 74 against 60"),
+        # in the other direction, or where the paper compares at like L0
+        ((74.0, 60.0), 42.05 / 90.6, "not comparable", "not comparable", "L0 74 against 60"),
+        ((60.0, 74.0), 5.4, "not comparable", "not comparable", "L0 60 against 74"),
+        ((60.0, 74.0), 1.05, "not comparable", "not comparable", "L0 60 against 74"),
+        # alike here and unlike in the paper: another comparison than the paper's contradicts nothing
+        ((30.0, 31.0), 0.5, "direction only", "not comparable", "L0 30 against 31, where the paper compares at unlike"),
+        ((30.0, 31.0), 1.05, "direction only", "contradicted", ""),
+    ],
+)
+def test_at_unlike_l0_nothing_is_contradicted_on_another_model(l0, printed, expected, opposite, reason):
+    where = {"at_home": False, "l0": l0, "printed_l0": printed}
+    assert verdict(EV, *BELOW, **where) == expected
+    found = judged(EV, *ABOVE, **where)
+    assert found.verdict == opposite and reason in found.reason and (reason or not found.reason)
+    # on the paper's own model the systems have the L0 that they have
+    where["at_home"] = True
+    assert (verdict(EV, *BELOW, **where), verdict(EV, *ABOVE, **where)) == ("direction only", "contradicted")
+    # what is undecided stays so
+    assert verdict(EV, *WIDE, **where | {"at_home": False}) == "not comparable"
+
+
+@pytest.mark.parametrize(
+    ("metric", "moved"),
+    [
+        ("core.sparsity.l0", False),
+        ("core.sparsity.l1", False),
+        ("core.sparsity.activation_variance", True),
+        ("core.reconstruction_quality.mse", True),
+        ("core.model_behavior_preservation.kl_div_score", True),
+        ("core.model_performance_preservation.ce_loss_score", True),
+        ("absorption.mean.mean_absorption_score", True),
+        ("absorption.n.letters", False),
+        ("sparse_probing.sae.sae_top_1_test_accuracy", True),
+        ("sparse_probing.llm.llm_top_1_test_accuracy", False),
+        ("scr.scr_metrics.scr_metric_threshold_2", True),
+        ("unlearning.unlearning.unlearning_score", True),
+        ("training.loss", True),
+        ("training.l0", False),
+        ("cost.step_time", False),
+    ],
+)
+def test_l0_itself_and_costs_are_comparable_at_any_l0(metric, moved):
+    claim = dataclasses.replace(PAIR, metric=metric)
+    where = {"at_home": False, "l0": (6.0, 74.0)}
+    assert verdict(claim, *BELOW, **where) == ("not comparable" if moved else "direction only")
+    assert verdict(claim, *ABOVE, **where) == ("not comparable" if moved else "contradicted")
+
+
+def test_the_first_step_comes_before_any_l0():
+    loss = dataclasses.replace(PAIR, metric="training.loss", at="first")
+    assert verdict(loss, *ABOVE, at_home=False, l0=(6.0, 74.0)) == "contradicted"
+    assert verdict(dataclasses.replace(loss, at="last"), *ABOVE, at_home=False, l0=(6.0, 74.0)) == "not comparable"
+
+
+def test_two_systems_are_not_equal_by_their_l0_alone():
+    unequal = [1.11, 1.12, 1.13], [1.0] * 3
+    for l0, printed in (((6.0, 74.0), None), ((6.0, 74.0), 0.5), ((74.0, 74.0), 0.5)):
+        assert verdict(EQUAL, *unequal, at_home=False, l0=l0, printed_l0=printed) == "not comparable"
+    assert verdict(EQUAL, [1.0] * 3, [1.0] * 3, at_home=False, l0=(6.0, 74.0), printed_l0=0.5) == "not comparable"
+    assert verdict(EQUAL, [1.0] * 3, [1.0] * 3, at_home=False, l0=(70.0, 74.0)) == "equivalent within the margin"
+
+
+def test_of_a_replaced_equation_nothing_is_reproduced_or_contradicted():
+    replaced = "not of the paper's equation"
+    assert verdict(TEN, [10.2, 10.3, 10.4], substituted=True) == replaced
+    assert verdict(TEN, [12.0, 12.1, 12.2], substituted=True) == replaced
+    for at_home in (True, False):
+        assert verdict(PAIR, *ABOVE, at_home=at_home, substituted=True) == replaced
+        assert verdict(PAIR, *BELOW, at_home=at_home, substituted=True) == "direction only"
+        assert verdict(EQUAL, [1.2] * 3, [1.0] * 3, at_home=at_home, substituted=True) == replaced
+    assert verdict(EV, *ABOVE, at_home=False, substituted=True, l0=(6.0, 74.0)) == "not comparable"
+    assert verdict(PAIR, substituted=True, at_home=False) == "not measured"
+
+
+def test_an_idle_mechanism_is_neither_supported_nor_contradicted():
+    for at_home in (True, False):
+        for numbers in (ABOVE, BELOW, WIDE):
+            assert verdict(PAIR, *numbers, at_home=at_home, inactive=True) == "mechanism inactive"
+        assert verdict(PAIR, at_home=at_home, inactive=True) == "not measured"
+    assert verdict(PAIR, *ABOVE, inactive=True, inconsistent=True) == "paper inconsistent"
+
+
+def test_a_copy_of_another_row_has_no_verdict_of_its_own():
+    copy = dataclasses.replace(PAIR, copy_of="ten")
+    for more in ({}, {"inconsistent": True}, {"inactive": True}, {"substituted": True}):
+        assert judged(copy, *ABOVE, **more) == ("copy", "of ten")
+
+
+def test_a_restatement_is_judged_like_any_claim():
+    assert verdict(dataclasses.replace(PAIR, restates="ten"), *ABOVE) == "contradicted"
+
+
+def test_differences_are_in_the_unit_of_a_change_and_else_in_the_metric_s():
+    pairs = [(3.0, 2.0), (1.0, 2.0)]
+    assert differences(PAIR, pairs) == [1.0, -1.0]
+    assert differences(SHARE, pairs) == [1.0, -1.0]  # its % is of the metric, not of another system
+    assert differences(FALL, pairs) == [50.0, -50.0]
+    assert differences(TIMES, pairs) == [0.5, -0.5]
+    assert differences(POINTS, pairs) == [100.0, -100.0]
+    assert differences(EQUAL, pairs) == [1.0, -1.0] and differences(NEARLY, pairs) == [50.0, -50.0]
+
+
+@given(claims, numbers, numbers)
+def test_a_condition_takes_verdicts_away_and_never_adds_one(claim, own, other):
+    """Unlike L0 and a replaced equation can only withhold what the numbers say."""
+    plain = verdict(claim, own, other, at_home=False)
+    for conditions in ({"l0": (6.0, 74.0)}, {"substituted": True}, {"l0": (6.0, 74.0), "printed_l0": 0.5}):
+        found = verdict(claim, own, other, at_home=False, **conditions)
+        assert found == plain or found in ("not comparable", "not of the paper's equation")
+    assert verdict(claim, own, other, substituted=True) not in ("reproduced", "contradicted")
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""What a training step of a recipe takes, as benchmarks/bench_train.py measured it, and what that says of a claim.
+
+step_times.json has a table for each width that was measured, of medians and quartiles in milliseconds. Times are those
+of a machine and of our implementation, never the paper's, so nothing is contradicted or reproduced by their size.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .claims import Claim, Paper, PaperSystem
+from .verdict import Judgement, judge_direction, judge_equality
+
+STEP_TIMES = Path(__file__).parent / "step_times.json"
+
+
+class StepTime(NamedTuple):
+    """Milliseconds of a step: the median over rounds and its quartiles, with what mechanisms do every N steps."""
+
+    low: float
+    middle: float
+    high: float
+
+
+class Cost(NamedTuple):
+    """The ratio of two step times, the range that the quartiles of both leave to it, and where it was measured."""
+
+    ratio: float
+    low: float
+    high: float
+    source: str
+
+
+@cache
+def step_time_tables() -> list[dict[str, Any]]:
+    return json.loads(STEP_TIMES.read_text(encoding="utf-8"))["tables"]
+
+
+def nearest_table(paper: Paper, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The table whose width, as a multiple of d_in, is nearest to the paper's; among equals the one of largest d_in."""
+    width = paper.setup.d_sae / paper.setup.d_in
+
+    def distance(table: dict[str, Any]) -> tuple[float, int]:
+        return abs(math.log(table["d_sae"] / table["d_in"] / width)), -table["d_in"]
+
+    return min(tables, key=distance)
+
+
+def step_time(system: PaperSystem, table: dict[str, Any]) -> StepTime | None:
+    """The step time of a system: of its slowest recipe; None if one of its recipes was not measured."""
+    times = [table["ms"].get(recipe) for recipe in system.recipes]
+    if not times or None in times:
+        return None
+    low, middle, high, periodic = max(times, key=lambda time: time[1] + time[3])
+    return StepTime(low + periodic, middle + periodic, high + periodic)
+
+
+def measured_cost(claim: Claim, paper: Paper, tables: Sequence[dict[str, Any]] | None = None) -> Cost | None:
+    """The step time of the claim's system as a multiple of the other's; None if one of them was not measured."""
+    if not claim.against:
+        return None
+    table = nearest_table(paper, step_time_tables() if tables is None else tables)
+    own, other = (step_time(paper.systems[name], table) for name in (claim.system, claim.against))
+    if own is None or other is None:
+        return None
+    source = (
+        f"{own.middle:.1f} ms against {other.middle:.1f} ms a step on {table['machine']}, {table['date']}, "
+        f"d_in {table['d_in']:,}, {table['d_sae']:,} latents, {table['batch_size']:,} tokens, options at their defaults"
+    )
+    return Cost(own.middle / other.middle, own.low / other.high, own.high / other.low, source)
+
+
+def judge_cost(claim: Claim, cost: Cost | None) -> Judgement:
+    """The verdict on a claim about step times. The range between quartiles stands for the interval; see `judge`."""
+    if claim.copy_of:
+        return Judgement("copy", f"of {claim.copy_of}")
+    if cost is None:
+        return Judgement("not measured", "a recipe that is not in step_times.json" if claim.against else "")
+    scale = 1 if claim.unit == "x" else 100
+    interval = scale * (cost.low - 1), scale * (cost.high - 1)
+    if claim.says == "equal":
+        return judge_equality(claim, interval, on_paper_model=False)
+    found = judge_direction(claim, interval)
+    return found if found.verdict != "not comparable" else Judgement("not comparable", "the quartiles overlap")

@@ -1,0 +1,79 @@
+"""Whether the mechanism that a claim is about did anything in the runs.
+
+A system names the system whose ablation it is (`adds_to`: it is that system plus one mechanism) and the scalar of
+metrics.jsonl that counts what the mechanism did (`counter`). The mechanism was idle if its counter ends at 0 in every
+run, or if every run has the weights of its ablation's run of the same layer and seed, bit for bit.
+"""
+
+from collections.abc import Sequence
+
+from .claims import Claim, Paper
+from .runs import SystemRun
+
+
+def idle_mechanism(system: str, paper: Paper, runs: Sequence[SystemRun]) -> str:
+    """A phrase that says how the mechanism of a system can be seen to have done nothing; "" if it cannot.
+
+    `runs` are of one layer.
+    """
+    about = paper.systems[system]
+    own = [run for run in runs if run.system == system]
+    if about.counter and own:
+        counts = [[line[about.counter] for line in run.log if about.counter in line] for run in own]
+        if all(count and count[-1] == 0 for count in counts):
+            return f"`{about.counter}` of {system} is 0 to the end"
+    if about.adds_to and are_equal(own, [run for run in runs if run.system == about.adds_to]):
+        return f"the weights of {system} are those of {about.adds_to}, bit for bit"
+    return ""
+
+
+def are_equal(runs: Sequence[SystemRun], others: Sequence[SystemRun]) -> bool:
+    """Whether each run has the weights of a run of the others with its seed. Needs one recipe on either side."""
+    if len({run.recipe for run in runs}) != 1 or len({run.recipe for run in others}) != 1:
+        return False
+    weights = {run.seed: run.weights for run in others}
+    return all(run.weights and weights.get(run.seed) == run.weights for run in runs)
+
+
+def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) -> str:
+    """Why the claim is about a mechanism that did nothing, as a phrase; "" if it is not.
+
+    - Two systems of one family, which differ by the mechanisms between them: every one of these was idle.
+    - A system beside another model, or by itself: its own mechanism was idle, and the paper claims the same of the
+      system without it, so that the row would count one run twice.
+
+    `runs` are of one layer.
+    """
+    system, against = claim.system, claim.against
+    if not system:
+        return ""
+    between = mechanisms_between(system, against, paper)
+    if between:
+        phrases = [idle_mechanism(one, paper, runs) for one in between]
+        return "; ".join(phrases) if all(phrases) else ""
+    without = paper.systems[system].adds_to
+    same = [
+        other.id
+        for other in paper.claims
+        if (other.system, other.metric, other.entries, other.against) == (without, claim.metric, claim.entries, against)
+    ]
+    phrase = idle_mechanism(system, paper, runs) if without and same and not between else ""
+    return f"{phrase}; see {same[0]}" if phrase else ""
+
+
+def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
+    """The systems whose mechanisms two systems of one family do not share; empty if one adds nothing to the other's
+    family."""
+    own, other = family(system, paper), family(against, paper)
+    if not against or not set(own) & set(other):
+        return []
+    return [one for one in own if one not in other] + [one for one in other if one not in own]
+
+
+def family(system: str, paper: Paper) -> list[str]:
+    """A system, the one that it adds to, and so on."""
+    systems = []
+    while system and system not in systems:
+        systems.append(system)
+        system = paper.systems[system].adds_to
+    return systems
