@@ -46,12 +46,8 @@ def test_harvest_train_evaluate(trained):
             "run.json", "metrics.jsonl", "sae.json", "sae.safetensors", "evaluations/core.json",
             *(f"checkpoints/step-{step:08d}/state.{kind}" for step in (20, 30) for kind in ("json", "safetensors")),
         }  # fmt: skip
-        assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
-            1,
-            10,
-            20,
-            30,
-        ]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 10, 20, 30]
         with safe_open(run / "sae.safetensors", "pt") as file:
             expected = {"W_enc", "W_dec", "b_enc", "b_dec"}
             assert set(file.keys()) - expected == ({"activation.0.threshold"} if "batchtopk" in run.name else set())
