@@ -80,7 +80,9 @@ def scale_options(options: dict[str, Any], config: "RunConfig", raw: bool) -> tu
     for name, paper in options.items():
         if isinstance(paper, ScaledDefault):
             unscaled = int(paper) if isinstance(paper, int) else float(paper)  # type: ignore[arg-type]
-            values[name] = scaled = unscaled if config.paper_exact else paper.resolve(config, raw)
+            # A count that is more than all latents, such as k = 320 at width 128, is scaled in any case.
+            fits = not isinstance(paper, ScaleWithWidth) or unscaled <= config.d_sae
+            values[name] = scaled = unscaled if config.paper_exact and fits else paper.resolve(config, raw)
             needs_variance = isinstance(paper, ScaleWithVariance) and (raw or not isinstance(paper, ScaleWithNorm))
             if needs_variance and config.variance is None and not config.paper_exact:
                 notes.append(f"{name} {paper}, not scaled because the variance of the activations is not known yet")

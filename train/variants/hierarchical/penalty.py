@@ -1,0 +1,53 @@
+"""The penalty of paper 004 weakens while the reconstruction is bad: equation (5)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...step import Mechanism, Step
+
+
+class AdaptivePenalty(Mechanism):
+    """alpha = clamp(target / L_recon, low, high), without a gradient (5). A coefficient, with its average as state.
+
+    L_recon is the error of the rows that the SAE sees times `scale`, which is 1 for the error of its own input, or what
+    these rows were divided by, for the error in units of the cache. By `reading` it is
+        mean   the mean squared error of an element: at the paper's explained variance 2.35 = 0.098 * 24 of raw rows,
+               so alpha is 1.06
+        sum    the squared error of a token, as the paper's loss of 4,668 is: alpha is 0.1, always
+    averaged over steps with decay `ema`. Paper: names no average; 0 is the error of the step itself.
+    """
+
+    average: Tensor  # ()
+    alpha: Tensor  # ()
+    acted_alpha: Tensor  # () int64, steps in which alpha was another than in the step before
+
+    def __init__(
+        self, scale: Callable[[], Tensor], reading: str, target: float, low: float, high: float, ema: float
+    ) -> None:
+        super().__init__()
+        self.scale, self.reading, self.target, self.low, self.high, self.ema = scale, reading, target, low, high, ema
+        self.register_buffer("average", torch.zeros(()))
+        self.register_buffer("alpha", torch.ones(()))
+        self.register_buffer("acted_alpha", torch.zeros((), dtype=torch.int64))
+
+    def recent_error(self, step: Step) -> Tensor:
+        """L_recon, this step included."""
+        square_BD, square = step.error_BD.detach().square(), self.scale() ** 2
+        if square.dim():  # of each dimension (normalize=standardize)
+            square_BD, square = square_BD * square, square.new_ones(())
+        error = square * (square_BD.mean() if self.reading == "mean" else square_BD.sum(1).mean())
+        return torch.where(step.i == 0, error, torch.lerp(error, self.average, self.ema))
+
+    def forward(self, step: Step) -> Tensor:
+        return (self.target / self.recent_error(step)).clamp(self.low, self.high)
+
+    def after_step(self, step: Step) -> None:
+        alpha = self(step)
+        self.acted_alpha += (alpha != self.alpha) & (step.i > 0)
+        self.alpha.copy_(alpha)
+        self.average.copy_(self.recent_error(step))
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"alpha": self.alpha, "alpha_moves": self.acted_alpha}

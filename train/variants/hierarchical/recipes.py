@@ -1,0 +1,267 @@
+"""The five ablations of paper 004 in order, their options, and its three baselines."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...losses import L1, MSE
+from ...mechanisms import DeadLatents, ResampleDead, UnitNormDecoder
+from ...optimization import Optimization
+from ...options import RecipeOptions
+from ...recipe import recipe
+from ...sae import SAE
+from ...scaling import ScaleWithVariance, ScaleWithWidth
+from ...schedules import Coefficient, linear, product
+from ...step import Mechanism, Step
+from ...variant import RunConfig, Variant
+from .. import baselines
+from .merging import MergeSimilar
+from .penalty import AdaptivePenalty
+from .window import ResampleByWindow
+
+PAPER: dict[str, Any] = {"paper": "004", "width": 1}
+OPTIMIZATION = Optimization(weight_decay=0.01, clip=1.0)
+K = ScaleWithWidth(320)  # of the TopK baseline
+PAPER_EXACT: dict[str, tuple[Any, str]] = {
+    "dead_by": ("batch", "of a sparse SAE most latents fire for less than 1 % of the tokens of a batch"),
+    "stability": ("mean", "of a sparse SAE most latents fire for less than 1 % of tokens, so most of them restart"),
+    "terms": ("w+1", "the sum is divided by w, so a latent that fires on every token has a p_i of 1.01"),
+    "restart_share": (1.0, "a latent that restarts at the last step is saved as it was drawn"),
+    "recon_in_alpha": ("sum", "a token's summed error is in the thousands, so alpha is 0.1 throughout"),
+    "alpha_units": ("input", "the target of 2.5 belongs to raw activations, and the input is normalized"),
+    "merge_average": ("encoder", "the decoder row and the bias of a merged latent remain those of one of the two"),
+    "merge_partner": ("disable", "a latent that was merged away never returns, so the number of latents only falls"),
+}
+
+
+def logged(name: str, coefficient: Coefficient) -> Coefficient:
+    """The coefficient, whose value is logged as `name`."""
+
+    def value(step: Step) -> Tensor:
+        step.metrics[name] = torch.as_tensor(coefficient(step))
+        return step.metrics[name]
+
+    return value
+
+
+@dataclass(frozen=True)
+class HierarchicalOptions(RecipeOptions):
+    restarts: Literal["window", "dead", "never"] = "window"
+    """Latents that restart: silent over a window of steps (4), dead by the count of tokens, or none."""
+    adaptive: bool = True
+    """Weaken the penalty while the reconstruction is bad (5)."""
+    merging: bool = True
+    """Merge latents with nearly the same direction (7)."""
+    l1: float | None = None
+    """lambda_0 of (3), the strength of the L1 penalty at the first step. None: see `lambda_by`."""
+    lambda_by: Literal["d_in", "d_sae", "k"] = "d_in"
+    """lambda_0 is one over the square root of d_in (5.4), of d_sae (the k of 4.1), or of the baseline's k, 320."""
+    l1_end: float = 0.0
+    """Strength of the L1 penalty at the last step (3)."""
+    resample_every: int = 100
+    """Steps between two restarts of dead latents, before there is a window."""
+    dead_by: Literal["tokens", "batch"] = "tokens"
+    """Who is dead before there is a window: latents that have not fired for a tenth of the run's tokens, or those with
+    p_i of (4) below `below` in the last batch."""
+    restart_share: float = 0.9
+    """Share of the run after which no latent restarts and none is merged. The paper names no end: 1."""
+    window: int = 100
+    """Steps w of the window (4), and between two restarts."""
+    terms: Literal["w", "w+1"] = "w"
+    """Steps in the sum of (4), which is divided by w: w, or the w + 1 that it prints."""
+    below: float = 0.01
+    """A latent is dead if p_i is below this (4)."""
+    stability: Literal["any", "mean"] = "any"
+    """How a step counts for p_i (4): whether any of its tokens fires the latent, or the share of tokens that do."""
+    recon_in_alpha: Literal["mean", "sum"] = "mean"
+    """L_recon in (5): mean over d_in, or summed as in the paper's loss."""
+    alpha_units: Literal["raw", "input"] = "raw"
+    """Units of L_recon in (5): of raw activations, or of the normalized input, as the loss (6) is."""
+    target: float = ScaleWithVariance(2.5)
+    """L_recon at which alpha is 1 (5), in `alpha_units`."""
+    alpha_low: float = 0.1
+    """Lower bound of alpha (5)."""
+    alpha_high: float = 2.0
+    """Upper bound of alpha (5)."""
+    alpha_ema: float = 0.0
+    """Decay of the average of L_recon in (5), per step. 0: the step's own error."""
+    merge_above: float = 0.9
+    """Cosine above which two latents are merged (7)."""
+    merge_every: int = 100
+    """Steps between two rounds of merging (7)."""
+    merge_on: Literal["decoder", "encoder"] = "decoder"
+    """Directions whose cosine counts in (7): rows of W_dec, or columns of W_enc."""
+    merge_average: Literal["all", "encoder"] = "all"
+    """What (7) averages: W_enc, b_enc and W_dec, or W_enc alone, as it is printed."""
+    merge_weights: Literal["equal", "activity"] = "equal"
+    """Weights of the average in (7): equal, or how often each latent fired lately."""
+    merge_partner: Literal["recycle", "disable"] = "recycle"
+    """What becomes of the second latent of a merged pair: it restarts on a badly reconstructed token, or is silent."""
+    pre_bias: bool = False
+    """Subtract b_dec from the encoder's input. The paper's encoder sees x itself (1)."""
+
+    def validation_errors(self, config: RunConfig) -> Iterator[str]:
+        for name in ("resample_every", "window", "merge_every"):
+            if (count := getattr(self, name)) < 1:
+                yield f"invalid {name}={count}: expected 1 step or more."
+        if not 0 <= self.restart_share <= 1:
+            yield f"invalid restart_share={self.restart_share:g}: expected a share of the run, 0 to 1."
+
+
+def build(config: RunConfig, options: HierarchicalOptions) -> Variant:
+    """The full model or one of its ablations, by `restarts`, `adaptive` and `merging`."""
+    dead = DeadLatents(config.d_sae, config.dead_after_tokens)
+    start = first_lambda(config, options.lambda_by) if options.l1 is None else options.l1
+    penalty = logged("lambda", linear(start, options.l1_end, config.steps))  # (3)
+    mechanisms: list[Mechanism] = []
+    if options.adaptive:
+        adaptive = AdaptivePenalty(
+            lambda: variant.scale if options.alpha_units == "raw" else variant.scale.new_ones(()),
+            options.recon_in_alpha,
+            options.target,
+            options.alpha_low,
+            options.alpha_high,
+            options.alpha_ema,
+        )
+        penalty = product(penalty, adaptive)
+        mechanisms.append(adaptive)
+    mechanisms += resampling(config, options, dead)
+    variant = Variant(
+        SAE(config.d_in, config.d_sae, pre_bias=options.pre_bias),
+        {"mse": (1.0, MSE()), "l1": (penalty, L1())},  # (6)
+        [*mechanisms, UnitNormDecoder()],
+        OPTIMIZATION,
+        dead=dead,
+    )
+    return variant
+
+
+def resampling(config: RunConfig, options: HierarchicalOptions, dead: DeadLatents) -> list[Mechanism]:
+    """Restarts of dead latents (4), and merging (7), which restarts the partners that it frees."""
+    # Paper: to the end. A latent restarted just before it would stay as it was drawn.
+    until = math.floor(round(options.restart_share * config.steps, 6))
+    below, stability = options.below, options.stability
+    if options.restarts == "never":
+        return []
+    if options.restarts == "dead":
+        # Paper: restarts one ablation before the window says who is dead, and does not say who is until then: this
+        # package's dead latents, or (4) on one batch.
+        every = options.resample_every
+        if options.dead_by == "tokens":
+            return [ResampleDead(dead, every, until)]
+        return [ResampleByWindow(dead, 1, until, below, stability, every=every)]
+    terms = options.window + (options.terms == "w+1")
+    resample = ResampleByWindow(dead, options.window, until, below, stability, terms=terms)
+    if not options.merging:
+        return [resample]
+    merge = MergeSimilar(
+        resample,
+        options.merge_above,
+        options.merge_every,
+        options.merge_on,
+        options.merge_average,
+        options.merge_weights,
+        options.merge_partner,
+    )
+    return [merge, resample]
+
+
+def first_lambda(config: RunConfig, by: str) -> float:
+    """lambda_0 of (3). By k it keeps the baseline's share of the width, 320 of 2304."""
+    return {"d_in": config.d_in, "d_sae": config.d_sae, "k": K.resolve(config, False)}[by] ** -0.5
+
+
+RESTART = ("resample_every", "dead_by")
+WINDOW = ("window", "terms")
+SILENT = ("below", "stability")
+ADAPTIVE = ("recon_in_alpha", "alpha_units", "target", "alpha_low", "alpha_high", "alpha_ema")
+MERGE = ("merge_above", "merge_every", "merge_on", "merge_average", "merge_weights", "merge_partner")
+ABLATIONS: tuple[tuple[str, str, str, tuple[str, ...], dict[str, Any]], ...] = (
+    (
+        "hierarchical-linear",
+        "ReLU latents under an L1 penalty that falls linearly to zero.",
+        "(1)-(3)",
+        RESTART + WINDOW + SILENT + ADAPTIVE + MERGE + ("restart_share",),
+        {"restarts": "never", "adaptive": False, "merging": False},
+    ),
+    (
+        "hierarchical-resample",
+        "`hierarchical-linear` that restarts dead latents on lossy tokens.",
+        "(1)-(3)",
+        WINDOW + ADAPTIVE + MERGE,
+        {"restarts": "dead", "adaptive": False, "merging": False},
+    ),
+    (
+        "hierarchical-window",
+        "`hierarchical-resample` with deadness judged over a window.",
+        "(1)-(4)",
+        RESTART + ADAPTIVE + MERGE,
+        {"restarts": "window", "adaptive": False, "merging": False},
+    ),
+    (
+        "hierarchical-adaptive",
+        "`hierarchical-window` with a penalty that follows the error.",
+        "(1)-(6)",
+        RESTART + MERGE,
+        {"restarts": "window", "adaptive": True, "merging": False},
+    ),
+    (
+        "hierarchical",
+        "`hierarchical-adaptive` that merges nearly parallel latents.",
+        "(1)-(7)",
+        RESTART,
+        {"restarts": "window", "adaptive": True, "merging": True},
+    ),
+)
+for _name, _summary, _equations, _unused, _fixed in ABLATIONS:
+    recipe(
+        _name, equations=_equations, paper_exact=PAPER_EXACT, summary=_summary, unused=_unused, fixed=_fixed, **PAPER
+    )(build)
+
+
+def with_optimization(variant: Variant) -> Variant:
+    """A baseline with the optimizer settings of everything the paper compares."""
+    variant.optimization = OPTIMIZATION
+    return variant
+
+
+@recipe("hierarchical-topk320", paper_exact={}, **PAPER)
+def topk(config: RunConfig, k: int = K, aux: float = 1 / 32) -> Variant:
+    """The paper's TopK baseline.
+
+    Paper: does not mention AuxK; its readings set aux=0.
+
+    Args:
+        k: Latents kept per token.
+        aux: Weight of AuxK, which revives dead latents.
+    """
+    return with_optimization(baselines.topk(config, k=k, aux=aux))
+
+
+@recipe("hierarchical-batchtopk", paper_exact={}, **PAPER)
+def batchtopk(config: RunConfig, k: float = K, aux: float = 1 / 32) -> Variant:
+    """The paper's BatchTopK baseline.
+
+    Paper: gives it no k; this is that of its TopK baseline. It does not mention AuxK; its readings set aux=0.
+
+    Args:
+        k: Latents kept per token, on average over the batch.
+        aux: Weight of AuxK, which revives dead latents.
+    """
+    return with_optimization(baselines.batchtopk(config, k=k, aux=aux))
+
+
+@recipe("hierarchical-l1", paper_exact={}, **PAPER)
+def l1(config: RunConfig, l1: float = 0.04, l1_warmup: int = 0, pre_bias: bool = False) -> Variant:
+    """The paper's L1 baseline: `relu` under a constant L1 penalty.
+
+    Args:
+        l1: Strength of the L1 penalty.
+        l1_warmup: Steps over which the L1 penalty rises from zero.
+        pre_bias: Subtract b_dec from the encoder's input.
+    """
+    return with_optimization(baselines.relu(config, l1=l1, l1_warmup=l1_warmup, pre_bias=pre_bias))

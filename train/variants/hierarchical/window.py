@@ -1,0 +1,69 @@
+"""Which latents are dead by the sliding window of paper 004, equation (4)."""
+
+import torch
+from torch import Tensor
+
+from ...mechanisms import DeadLatents, ResampleDead
+from ...step import Step
+
+
+class ResampleByWindow(ResampleDead):
+    """Resamples latents with p_i < `below`, where p_i is a sum over the last steps divided by `window` (4).
+
+    By `stability`, a step counts for p_i if `any` of its tokens fires i, or by its `mean` share of tokens that do.
+    Paper: does not say which; by `mean`, most latents of a sparse SAE are dead. A restarted latent has a full window
+    before it can be restarted again, and so has every latent at the start of the run.
+
+    Paper: its sum from t - w to t has w + 1 terms. `terms` is w, or w + 1 as printed.
+
+    Args:
+        every: steps between two restarts; default `window`.
+        terms: steps in the sum; default `window`.
+    """
+
+    fired_WF: Tensor  # the terms of the sum, as a ring buffer
+    acted_silent: Tensor  # () int64, latents with p_i < below, in total
+
+    def __init__(
+        self,
+        dead: DeadLatents,
+        window: int,
+        until: int,
+        below: float,
+        stability: str,
+        *,
+        every: int | None = None,
+        terms: int | None = None,
+    ) -> None:
+        super().__init__(dead, every or window, until)
+        self.window, self.below, self.stability = window, below, stability
+        self.register_buffer("fired_WF", torch.ones(terms or window, len(dead.since_F)))
+        self.register_buffer("acted_silent", torch.zeros((), dtype=torch.int64))
+        self.fired_WF[window:] = 0  # before the first step: the first full window has w terms
+
+    def after_step(self, step: Step) -> None:
+        if self.stability == "any":
+            fired_F = step.fired_F.float()
+        else:
+            fired_F = (step.f_BF.detach() != 0).float().mean(0)
+        self.fired_WF.index_copy_(0, (step.i % len(self.fired_WF)).view(1), fired_F[None])
+
+    def silent(self) -> Tensor:
+        return self.fired_WF.sum(0) < self.below * self.window
+
+    def every_n_steps(self, step: Step) -> None:
+        if int(step.i) <= self.until:
+            index_N = self.silent().nonzero().squeeze(1)
+            self.acted_silent += len(index_N)
+            self.restart(step, index_N)
+
+    def restart(self, step: Step, index_N: Tensor) -> Tensor:
+        restarted_N = super().restart(step, index_N)
+        self.fired_WF[:, restarted_N] = 1
+        if len(self.fired_WF) > self.window:
+            # The term of this step, which the next w steps do not overwrite, counts what the latent was before.
+            self.fired_WF[int(step.i) % len(self.fired_WF), restarted_N] = 0
+        return restarted_N
+
+    def scalars(self) -> dict[str, Tensor]:
+        return super().scalars() | {"stability": self.fired_WF.mean(), "silent": self.acted_silent}
