@@ -233,7 +233,7 @@ MECHANISM_FIGURES: Mapping[str, dict[str, Draw]] = {
     | {"Competition's share of the loss": partial(over_training, name="competition", y="share", share_of="loss")},
     "004": logged_scalars(
         alpha="adaptive factor alpha", stability="stability in the window", resampled="latents resampled",
-        merged="latents merged",
+        merged="latents merged", silent="latents silent in the window", alpha_moves="steps in which alpha moved",
     ),
 }  # fmt: skip
 COMMON_FIGURES: dict[str, Draw] = {
