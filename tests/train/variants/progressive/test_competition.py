@@ -108,3 +108,39 @@ def test_chain_l1_leaves_out_what_is_not_enabled(step_of) -> None:
     pre_BF = torch.tensor([[5.0, 1, -2], [5.0, 2, 4]])
     step = step_of(torch.full_like(pre_BF, torch.nan), pre_BF=pre_BF)  # it reads pre-activations, not latents
     assert ChainL1(enabled, ReLU())(step).item() == pytest.approx(3.5)
+
+
+def test_the_temperature_counts_its_moves_and_what_the_competition_moves(step_of, growing) -> None:
+    """z = (2, 1), T = 1: e^-1 of the weaker is left, so 1 - e^-1 of 3 is moved; latents that are off do not count."""
+    enabled, use, _, _ = growing(3)
+    enabled.on_F.copy_(torch.tensor([1.0, 1.0, 0.0]))
+    temper = CompetitionTemperature(SoftCompetition(1.0), use, lambda step: 0.1, high=9.0)
+    pre_BF = torch.tensor([[2.0, 1.0, 50.0]])
+    for count in (1, 2):
+        temper.competition.T.fill_(1.0)
+        temper.after_step(step_of(torch.zeros(1, 3), pre_BF=pre_BF))
+        scalars = {name: value.item() for name, value in temper.scalars().items()}
+        assert scalars["competed"] == pytest.approx(count * (1 - math.exp(-1)) / 3)
+        assert scalars["tempered"] == pytest.approx(count * 0.01 * 0.9, rel=1e-4)
+        assert scalars["T"] == pytest.approx(0.991)
+
+
+def test_a_competition_that_scales_up_is_counted_as_well_and_silence_is_not(step_of, growing) -> None:
+    """softmax_scaled of equal latents leaves them; of one latent among zeros, in thirds of three, it does not."""
+    _, use, _, _ = growing(3, start=1.0)
+    temper = CompetitionTemperature(SoftCompetition(1e6, "softmax_scaled"), use, lambda step: 1e6, high=1e6)
+    for pre_F, moved in (([1.0, 1.0, 1.0], 0.0), ([1.0, 0.0, 0.0], 2 / 3), ([-1.0, -1.0, -1.0], 2 / 3)):
+        temper.after_step(step_of(torch.zeros(1, 3), pre_BF=torch.tensor([pre_F])))
+        assert temper.acted_competed.item() == pytest.approx(moved, abs=1e-5)
+
+
+def test_only_the_first_tokens_are_counted(step_of, growing) -> None:
+    _, use, _, _ = growing(2, start=1.0)
+    temper = CompetitionTemperature(SoftCompetition(1.0, "softmax"), use, lambda step: 0.1)
+    pre_BF = torch.zeros(65, 2)
+    pre_BF[64] = 1.0
+    temper.after_step(step_of(torch.zeros(65, 2), pre_BF=pre_BF))
+    assert temper.acted_competed.item() == 0.0
+    pre_BF[63] = 1.0
+    temper.after_step(step_of(torch.zeros(65, 2), pre_BF=pre_BF))
+    assert temper.acted_competed.item() == pytest.approx(0.5)

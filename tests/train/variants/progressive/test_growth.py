@@ -99,3 +99,98 @@ def test_disabled_latents_stay_as_they_are(trained: Trainer) -> None:
     assert not trained.variant.dead.since_F[off_F].any()
     moved_F = (sae.W_enc != before["W_enc"]).any(0)
     assert moved_F[:16].all()
+
+
+def test_a_latent_is_in_use_if_it_fires_for_more_than_a_thousandth_of_the_tokens(step_of, growing) -> None:
+    """Of 2,000 tokens, latent 0 fires for ten (0.005), latent 1 for one (0.0005), 2 for all, 3 for none."""
+    f_BF = torch.zeros(2000, 4)
+    f_BF[:10, 0], f_BF[0, 1], f_BF[:, 2] = 1.0, 1.0, 1.0
+    _, use, _, _ = growing(4, start=1.0, beta=0.0)
+    use.after_step(step_of(f_BF))
+    assert use.rho.item() == pytest.approx(2 / 4)
+    _, slow, _, _ = growing(4, start=1.0, beta=0.9)  # 0.0005 and 0.00005 after a step: neither
+    slow.after_step(step_of(f_BF))
+    assert slow.rho.item() == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("reading", ["mean", "any", "alive_fraction"])
+def test_smoothing_is_counted_by_how_far_it_moves_rho(step_of, growing, reading: str) -> None:
+    busy_BF, idle_BF = torch.ones(3, 4), torch.zeros(3, 4)
+    _, use, _, _ = growing(4, start=0.75, reading=reading, beta=0.9)
+    for f_BF in (busy_BF, idle_BF):
+        use.after_step(step_of(f_BF))
+    # rho is 0.1 and 0.09 where the batches have 1 and 0; a share of latents in use is 1 and 1 where they have 1 and 0.
+    expected = 1.0 if reading == "alive_fraction" else 0.9 + 0.09
+    assert use.scalars()["smoothed"].item() == pytest.approx(expected)
+    _, bare, _, _ = growing(4, start=0.75, reading=reading, beta=0.0)
+    for f_BF in (busy_BF, idle_BF):
+        bare.after_step(step_of(f_BF))
+    assert bare.scalars()["smoothed"].item() == 0.0 and bare.rho.item() == 0.0
+
+
+def test_growth_counts_the_latents_it_enables_and_the_increments_it_chooses(step_of, growing) -> None:
+    """From 4 of 16: by 5 at rho = 0.1, by 7 at 0.5 until all are enabled, then nothing."""
+    enabled, use, _, grow = growing(16, n_ref=None, interval=2, pace=1.0)
+    grow.n_ref = 2304
+    counted = []
+    for i, rho in enumerate((0.1, 0.1, 0.5, 0.5, 0.5, 0.5)):
+        use.rho.fill_(rho)
+        step = step_of(torch.zeros(1, 16), i)
+        grow.after_backward(step)
+        grow.after_step(step)
+        counted.append(tuple(int(grow.scalars()[name]) for name in ("enabled", "grown", "adapted")))
+    assert counted == [(4, 0, 0), (9, 5, 0), (9, 5, 0), (16, 12, 1), (16, 12, 1), (16, 12, 1)]
+    assert grow.acted_grown.dtype == grow.acted_adapted.dtype == torch.int64
+
+
+def test_fixed_increments_and_a_full_dictionary_are_not_counted(step_of, growing) -> None:
+    for options in ({"hybrid": False}, {"start": 1.0}):
+        _, use, _, grow = growing(16, interval=1, **options)
+        use.rho.fill_(0.9)
+        step = step_of(torch.zeros(1, 16))
+        grow.after_backward(step)
+        grow.after_step(step)
+        assert int(grow.acted_adapted) == 0
+    assert int(grow.acted_grown) == 0
+
+
+@pytest.mark.parametrize("on", ["encoder", "all"])
+def test_no_decay_reaches_a_latent_that_is_not_enabled(on: str) -> None:
+    """Whatever it acts on: of the enabled ones it shrinks W_enc, and with `all` also b_enc."""
+    torch.manual_seed(0)
+    options = {"interval": 50, "lr": 1e-2, "warmup": 0, "weight_decay": 5.0, "weight_decay_on": on}
+    trainer = Trainer(find_recipe("progressive").make(RunConfig(32, 64, 100, 64), options), 100, "cpu")
+    sae = trainer.variant.sae
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)  # nothing fires, so nothing but the decay moves
+        sae.b_dec.fill_(1.0)
+    before = {name: weight.detach().clone() for name, weight in sae.named_parameters()}
+    trainer.step(rows(0))
+    off_F = sae.activation[0].on_F == 0
+    assert int(off_F.sum()) == 48
+    assert torch.equal(sae.W_enc[:, off_F], before["W_enc"][:, off_F])
+    assert torch.equal(sae.b_enc[off_F], before["b_enc"][off_F])
+    torch.testing.assert_close(sae.W_dec[off_F], before["W_dec"][off_F], rtol=0, atol=3e-7)
+    shrunk = 1 - 1e-2 * 5.0
+    torch.testing.assert_close(sae.W_enc[:, ~off_F], shrunk * before["W_enc"][:, ~off_F])
+    torch.testing.assert_close(sae.b_enc[~off_F], (shrunk if on == "all" else 1.0) * before["b_enc"][~off_F])
+
+
+def test_decay_turns_no_direction_that_is_not_enabled() -> None:
+    """Adam's coupled decay goes through its moments, which would turn a row of W_dec and not only shrink it."""
+    torch.manual_seed(0)
+    options = {"interval": 50, "lr": 1e-2, "warmup": 0, "weight_decay": 5.0, "weight_decay_on": "all"}
+    options |= {"weight_decay_form": "coupled"}
+    trainer = Trainer(find_recipe("progressive").make(RunConfig(32, 64, 100, 64), options), 100, "cpu")
+    before_FD = trainer.variant.sae.W_dec.detach().clone()
+    trainer.step(rows(0))
+    off_F = trainer.variant.sae.activation[0].on_F == 0
+    torch.testing.assert_close(trainer.variant.sae.W_dec[off_F], before_FD[off_F], rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(4882, 10), (2441, 5), (732, 1), (733, 2), (60, 1)])
+def test_growth_takes_the_same_share_of_every_run(steps: int, interval: int) -> None:
+    """Ten steps in 4,882, rounded, at least one."""
+    variant = find_recipe("progressive").make(RunConfig(32, 64, steps, 64), {})
+    (grow,) = (m for m in variant.mechanisms if isinstance(m, GrowCapacity))
+    assert grow.interval == interval
