@@ -113,6 +113,7 @@ class SavedSAE(TypedDict):
     d_in: Annotated[Size, Meta(description="width of the activations")]
     d_sae: Annotated[Size, Meta(description="number of latents")]
     pre_bias: Annotated[bool, Meta(description="whether the encoder subtracts b_dec from its input")]
+    layer_norm: NotRequired[Annotated[bool, Meta(description="whether it layer-normalizes each token; format 2 only")]]
     activation: list[SavedActivation]
     sha256: Annotated[Sha256, Meta(description="of sae.safetensors")]
     run: NotRequired[Annotated[Sha256, Meta(description="digest of what decides the run, as in its checkpoints")]]

@@ -18,7 +18,7 @@ from ..common.files import digest_of
 from ..harvest.architectures import check_sites, hook_width
 from .context import EvalContext
 from .inputs import make_context
-from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike
+from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike, reconstruct
 from .norm_limits import cached_norm_limit, norm_limit_of
 from .plan import EvaluateConfig, EvaluatePlan, plan_evaluation, prepare_metrics, read_earlier_results, resolve_config
 from .reference_saes import reference_targets
@@ -216,7 +216,7 @@ def check_sae_like(name: str, sae: SAELike, hook: Hook, ctx: EvalContext) -> Non
     x_BD = torch.randn(2, hook_width(hook, ctx.model_config), generator=generator).to(ctx.device)
     try:
         f_BF = sae.encode(x_BD)
-        recon_BD = sae.decode(f_BF)
+        recon_BD = reconstruct(sae, f_BF, x_BD)
     except Exception as error:
         raise UsageError(
             f"{name} cannot encode and decode float32 activations of width {x_BD.shape[1]} on {ctx.device}: {error}"

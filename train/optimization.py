@@ -33,13 +33,15 @@ class Optimization:
     """Share of the run after which the learning rate falls linearly to zero."""
     clip: float | None = 1.0
     """Limit of the global gradient norm, after the decoder's projection. None: off."""
-    normalize: Literal["unit_ms", "standardize", "none"] = "unit_ms"
+    normalize: Literal["unit_ms", "standardize", "layer_norm", "none"] = "unit_ms"
     """unit_ms: divide the input by sqrt(E|x|^2), from the cache's manifest. standardize: subtract the mean and divide
-    by the standard deviation of each dimension, of the first 10,000 rows that training reads. none: raw input."""
+    by the standard deviation of each dimension, of the first 10,000 rows that training reads. layer_norm: subtract each
+    token's own mean over d_in and divide by its standard deviation, so that |x|^2 = d_in; the saved SAE does the same.
+    none: raw input."""
     center: bool = False
     """Also subtract the cache's mean row from the input."""
     b_dec_init: Literal["mean", "zero"] = "mean"
-    """Initial b_dec: the cache's mean row, or zero."""
+    """Initial b_dec: the cache's mean row (under layer_norm less its mean, over the RMS of an element), or zero."""
 
     def warmup_steps(self, steps: int) -> int:
         return min(1000, steps // 10) if self.warmup is None else self.warmup
@@ -77,5 +79,7 @@ class Optimization:
             yield f"clip={self.clip:g} would zero every gradient: give a positive norm, or none."
         if self.warmup_steps(steps) < 0:
             yield f"warmup={self.warmup} is negative."
+        if self.center and self.normalize == "layer_norm":
+            yield "center=true has no effect beside normalize=layer_norm, which centers each token: leave it out."
         if not 0 <= self.decay_start <= 1:
             yield f"decay_start={self.decay_start:g} is out of range: give a fraction of the run, 0 to 1."

@@ -343,7 +343,8 @@ def finish_run(trainer: RunTrainer) -> None:
         **{key: run.cache.identity[key] for key in ("bos",) if key in run.cache.identity},
         "norm_limit": run.cache.norm_limit(run.hook.array),  # rows over it were not trained on
     }
-    sae = fold_normalization(variant.sae, variant.scale, variant.mean_D)
+    layer_norm = variant.optimization.normalize == "layer_norm"
+    sae = fold_normalization(variant.sae, variant.scale, variant.mean_D, layer_norm)
     with torch.no_grad():
         for mechanism in variant.mechanisms:
             mechanism.export(sae)

@@ -4,7 +4,13 @@
     x_hat = f W_dec + b_dec
 
 W_enc is (d_in, d_sae), W_dec (d_sae, d_in): its rows are the directions of the latents. A saved SAE takes raw
-activations; `fold_normalization` folds the normalization of training into it.
+activations; `fold_normalization` folds the normalization of training into it. A layer norm differs from token to token
+and cannot be folded; such an SAE applies it itself, with m and s the mean and the standard deviation of the token:
+
+    f     = s act(((x - m)/s - b_dec) W_enc + b_enc)
+    x_hat = f W_dec + s b_dec + m
+
+Its latents are in units of raw activations, as those of every saved SAE.
 """
 
 import hashlib
@@ -27,7 +33,8 @@ from ..common.schemas import RESULT_RECORD, RUN_RECORD, SAE_RECORD, ResultFile, 
 from . import sparse_ops
 from .activation_functions import Activation, KeepTopK, ReLU, activation_chain
 
-FORMAT = 1
+FORMAT, FORMAT_LAYER_NORM = 1, 2  # of sae.json; versions that read only the first would leave out the layer norm
+LAYER_NORM_EPS = 1e-5
 # What decides the result of a run, in run.json: the digest of these entries ends the automatic name of its folder.
 IDENTITY = (
     "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
@@ -52,14 +59,24 @@ class SAE(nn.Module):
         d_sae: number of latents.
         activation: the chain from pre-activations to latents; default ReLU.
         pre_bias: whether the encoder subtracts b_dec from its input.
+        layer_norm: whether each token is layer-normalized first (see the module). An SAE in training has False: its
+            input is normalized already.
 
     Attributes:
         origin: what the SAE was trained on (model, layer, cache), as sae.json records it.
     """
 
-    def __init__(self, d_in: int, d_sae: int, activation: Sequence[Activation] = (), *, pre_bias: bool = True) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Sequence[Activation] = (),
+        *,
+        pre_bias: bool = True,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
-        self.d_in, self.d_sae, self.pre_bias = d_in, d_sae, pre_bias
+        self.d_in, self.d_sae, self.pre_bias, self.layer_norm = d_in, d_sae, pre_bias, layer_norm
         w_FD = torch.randn(d_sae, d_in)
         w_FD = w_FD / w_FD.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(w_FD)
@@ -81,6 +98,10 @@ class SAE(nn.Module):
         return z_BF
 
     def forward(self, x_BD: Tensor) -> SAEOutput:
+        if self.layer_norm:
+            z_BF = self.pre_activations(layer_normalize(x_BD).x_BD)
+            f_BF = self.encode(x_BD)
+            return SAEOutput(z_BF, f_BF, self.decode(f_BF, x_BD))
         pre_BF = self.pre_activations(x_BD)
         if topk := self.sparse_activation():
             selected = sparse_ops.SelectedLatents.of(topk.select(pre_BF.detach()), *pre_BF.shape)
@@ -102,12 +123,54 @@ class SAE(nn.Module):
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Latents (..., d_sae) of raw activations (..., d_in) of any dtype. Raises UsageError for another width."""
-        x_BD = require_width(x_BD, self.d_in, "d_in").to(self.W_enc.dtype)
+        x_BD = require_width(x_BD, self.d_in, "d_in")
+        if self.layer_norm:
+            normalized = layer_normalize(x_BD.to(torch.promote_types(x_BD.dtype, self.W_enc.dtype)))
+            x_BD = normalized.x_BD.to(self.W_enc.dtype)
+            return self.activate(self.pre_activations(x_BD), x_BD) * normalized.std_B1.to(self.W_enc.dtype)
+        x_BD = x_BD.to(self.W_enc.dtype)
         return self.activate(self.pre_activations(x_BD), x_BD)
 
-    def decode(self, f_BF: Tensor) -> Tensor:
-        """Reconstructed activations (..., d_in) of latents (..., d_sae). Raises UsageError for another width."""
-        return require_width(f_BF, self.d_sae, "d_sae") @ self.W_dec + self.b_dec
+    def decode(self, f_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        """Reconstructed activations (..., d_in) of latents (..., d_sae).
+
+        Args:
+            f_BF: the latents.
+            x_BD: the raw activations that they were encoded from (..., d_in). Needed if `layer_norm`, which restores
+                the mean and the standard deviation of each token; without effect otherwise.
+
+        Raises:
+            UsageError: for another width, or without the activations that are needed.
+        """
+        recon_BD = require_width(f_BF, self.d_sae, "d_sae") @ self.W_dec
+        if not self.layer_norm:
+            return recon_BD + self.b_dec
+        if x_BD is None:
+            raise UsageError(
+                "This SAE layer-normalizes each token, so its reconstruction also depends on the token: call "
+                "decode(f, x) with the activations x that f was encoded from."
+            )
+        x_BD = require_width(x_BD, self.d_in, "d_in")
+        normalized = layer_normalize(x_BD.to(torch.promote_types(x_BD.dtype, self.W_enc.dtype)))
+        offset_BD = normalized.std_B1 * self.b_dec + normalized.mean_B1
+        return recon_BD + offset_BD.to(recon_BD.dtype)
+
+
+class LayerNormalized(NamedTuple):
+    x_BD: Tensor  # (x - mean) / (std + 1e-5)
+    mean_B1: Tensor  # of the token over d_in
+    std_B1: Tensor  # with the divisor d_in - 1
+
+
+def layer_normalize(x_BD: Tensor) -> LayerNormalized:
+    """Activations (..., d_in) with mean 0 and standard deviation 1 over d_in, so that |x|^2 = d_in - 1.
+
+    The formula is that of `normalize_activations="layer_norm"` in SAELens, its 1e-5 and divisor included.
+    """
+    mean_B1 = x_BD.mean(-1, keepdim=True)
+    centered_BD = x_BD - mean_B1
+    std_B1 = centered_BD.std(-1, keepdim=True)
+    return LayerNormalized(centered_BD / (std_B1 + LAYER_NORM_EPS), mean_B1, std_B1)
 
 
 def require_width(rows: Tensor, width: int, name: str) -> Tensor:
@@ -119,12 +182,13 @@ def require_width(rows: Tensor, width: int, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor) -> SAE:
+def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor, layer_norm: bool = False) -> SAE:
     """An SAE that does to x what `sae` does to (x - mean)/scale: x_hat = scale * x_hat_normalized + mean.
 
     With one scale, latents are `scale` times as large: W_enc and W_dec stay, biases and thresholds are scaled. With a
     scale for each dimension (d_in,), latents stay: rows of W_enc are divided by it and columns of W_dec multiplied, so
-    the rows of W_dec are no longer unit vectors.
+    the rows of W_dec are no longer unit vectors. With `layer_norm` the SAE then normalizes each token itself; the scale
+    is 1 and the mean 0.
     """
     raw = build_sae(sae_spec(sae), {k: v.detach().clone() for k, v in sae.state_dict().items()})
     if isinstance(scale, Tensor) and scale.dim():
@@ -139,13 +203,15 @@ def fold_normalization(sae: SAE, scale: float | Tensor, mean_D: Tensor) -> SAE:
     for activation in raw.activation:
         activation.rescale_(scale)
         activation.recenter_(mean_D)
+    raw.layer_norm = layer_norm
     return raw.eval()
 
 
 def sae_spec(sae: SAE) -> dict[str, Any]:
     """What `build_sae` needs besides the tensors, as in sae.json."""
     chain = [{"name": activation.name, **activation.options} for activation in sae.activation]
-    return {"format": FORMAT, "d_in": sae.d_in, "d_sae": sae.d_sae, "pre_bias": sae.pre_bias, "activation": chain}
+    spec = {"format": FORMAT, "d_in": sae.d_in, "d_sae": sae.d_sae, "pre_bias": sae.pre_bias, "activation": chain}
+    return spec | ({"format": FORMAT_LAYER_NORM, "layer_norm": True} if sae.layer_norm else {})
 
 
 def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
@@ -163,6 +229,7 @@ def build_sae(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
             spec["d_sae"],
             [Activation.registry[activation.pop("name")](**activation) for activation in chain],
             pre_bias=spec["pre_bias"],
+            layer_norm=spec.get("layer_norm", False),
         )
     sae.load_state_dict(tensors, assign=True)
     return sae
@@ -244,8 +311,15 @@ def read_sae_record(folder: Path) -> SavedSAE:
         advice = f"Finish this run with `sae train --resume {folder}`." if begun else "Train one with `sae train`."
         raise UsageError(f"{folder} holds no trained SAE (no sae.json). {advice}")
     record = SAE_RECORD.read(path)
-    if record["format"] != FORMAT:
-        raise UsageError(f"{path} has format {record['format']}; this version reads {FORMAT}. Upgrade.")
+    if record["format"] not in (FORMAT, FORMAT_LAYER_NORM):
+        raise UsageError(
+            f"{path} has format {record['format']}; this version reads {FORMAT} and {FORMAT_LAYER_NORM}. Upgrade."
+        )
+    if record.get("layer_norm", False) != (record["format"] == FORMAT_LAYER_NORM):
+        raise DamagedError(
+            f"{path} contradicts itself: SAEs with a layer norm have format {FORMAT_LAYER_NORM}, others {FORMAT}. "
+            f"{SAE_RECORD.remedy}"
+        )
     origin: dict[str, Any] = {**record.get("origin", {})}
     if "layer" in origin and origin.get("hook_name", name := Hook.from_record(origin).name) != name:
         raise DamagedError(
@@ -322,7 +396,7 @@ def described_sae(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{
             key: record[key]
-            for key in ("reference", "sha256", "d_in", "d_sae", "pre_bias", "activation")
+            for key in ("reference", "sha256", "d_in", "d_sae", "pre_bias", "layer_norm", "activation")
             if key in record
         },
         **{key: where[key] for key in ("layer", "site") if key in where},

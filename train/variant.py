@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..common.errors import UsageError
 from .mechanisms import DeadLatents
 from .optimization import Optimization
-from .sae import SAE
+from .sae import SAE, layer_normalize
 from .schedules import Coefficient, constant
 from .step import LossTerm, Mechanism, Step
 
@@ -125,11 +125,20 @@ class Variant(nn.Module):
         if settings.normalize == "unit_ms":
             self.scale.fill_(square**0.5)
         if settings.b_dec_init == "mean":
-            self.sae.b_dec.data.copy_((mean_D - self.mean_D) / self.scale)
+            start_D = (mean_D - self.mean_D) / self.scale
+            if settings.normalize == "layer_norm":  # the mean normalized row is not known: tokens of equal deviation
+                start_D = (mean_D - mean_D.mean()) / (mean_square_norm / len(mean_D)) ** 0.5
+            self.sae.b_dec.data.copy_(start_D)
+
+    def normalize(self, x_BD: Tensor) -> Tensor:
+        """Raw activations (B, d_in) as the SAE in training sees them, in float32."""
+        if self.optimization.normalize == "layer_norm":
+            return layer_normalize(x_BD.float()).x_BD
+        return (x_BD.float() - self.mean_D) / self.scale
 
     def forward(self, i: Tensor, x_BD: Tensor, optimizer: torch.optim.Optimizer) -> Step:
         """The forward pass of step i on raw activations (B, d_in)."""
-        x_BD = (x_BD.float() - self.mean_D) / self.scale
+        x_BD = self.normalize(x_BD)
         pre_BF, f_BF, recon_BD, kept = self.sae(x_BD)
         return Step(i, self.sae, optimizer, x_BD, pre_BF, f_BF, recon_BD.float(), kept)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...cache.layout import Hook
 from ...common.errors import SaeError, UsageError
+from ...train.sae import SAE
 from ..context import EvalContext
 
 MODES = ("0.6.0", "2024-12")  # SAEBench's current definitions, and those behind the five papers' numbers
@@ -40,6 +41,11 @@ def encode_finite(sae: SAELike, x_TD: Tensor) -> Tensor:
             "weights or the precision that it computes in do not suit these activations."
         )
     return f_TF
+
+
+def reconstruct(sae: SAELike, f: Tensor, x: Tensor) -> Tensor:
+    """The reconstruction of x from its latents f. An SAE that layer-normalizes each token needs x itself for it."""
+    return sae.decode(f, x) if isinstance(sae, SAE) and sae.layer_norm else sae.decode(f)
 
 
 class RowSet(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from .base import SAELike
+from .base import SAELike, reconstruct
 from .batched_probes import LinearProbes
 from .pooled_activations import PooledLatents
 from .probes import ProbeTask
@@ -70,14 +70,15 @@ def affine_decoder(sae: SAELike, d_in: int, device: torch.device) -> Tensor:
 
     Raises UsageError if `decode` is not an affine function of the latents, which the read-out relies on.
     """
-    d_sae = sae.encode(torch.zeros(1, d_in, device=device)).shape[-1]
-    offset_D = sae.decode(torch.zeros(1, d_sae, device=device))[0]
+    zero_1D = torch.zeros(1, d_in, device=device)  # what a layer norm adds to it is 0
+    d_sae = sae.encode(zero_1D).shape[-1]
+    offset_D = reconstruct(sae, torch.zeros(1, d_sae, device=device), zero_1D)[0]
     W_dec = getattr(sae, "W_dec", None)
     if W_dec is None:
-        W_dec = sae.decode(torch.eye(d_sae, device=device)) - offset_D
+        W_dec = reconstruct(sae, torch.eye(d_sae, device=device), zero_1D) - offset_D
     W_dec = W_dec.float()
     f_BF = torch.rand(4, d_sae, generator=torch.Generator().manual_seed(0)).to(device)
-    decoded_BD = sae.decode(f_BF).float()
+    decoded_BD = reconstruct(sae, f_BF, zero_1D).float()
     error = (decoded_BD - (f_BF @ W_dec + offset_D)).abs().max()
     if not error <= 1e-2 * decoded_BD.abs().max():
         raise UsageError(

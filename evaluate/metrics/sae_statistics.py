@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...train.sae import SAE
-from .base import EvalTarget
+from .base import EvalTarget, reconstruct
 
 # Logits and latents are computed for so many tokens at a time. In float32, Gemma's logits of them take 0.5 GB, with at
 # most three copies in memory; 65,536 latents of them take 0.13 GB.
@@ -69,7 +69,7 @@ def splice(
     for start in range(0, len(x_RD), TOKENS_PER_CHUNK):
         chunk = slice(start, start + TOKENS_PER_CHUNK)
         f_TF = target.sae.encode(x_RD[chunk].float())
-        recons.append(target.sae.decode(f_TF).float())
+        recons.append(reconstruct(target.sae, f_TF, x_RD[chunk].float()).float())
         for stats, taken_R in takers:
             taken_T = taken_R[chunk]
             f, context_T = (f_TF, context_R[chunk]) if taken_T.all() else (f_TF[taken_T], context_R[chunk][taken_T])

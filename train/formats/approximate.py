@@ -1,5 +1,6 @@
 """Approximate an SAE that a format cannot store by the nearest one that it can, and measure the difference."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ..sae import SAE
+from ..sae import SAE, layer_normalize
 from .canonical import CanonicalSAE, chain_name, fold_until_coupling, require_activation
 
 APPROXIMATIONS = ("topk", "jumprelu", "relu")
@@ -33,6 +34,11 @@ def approximate_sae(sae: SAE, activation: str, x_RD: Tensor) -> tuple[CanonicalS
     if activation not in APPROXIMATIONS:
         raise UsageError(f"--approximate {activation} is unknown; expected one of {', '.join(APPROXIMATIONS)}.")
     x_RD = x_RD[:: max(1, len(x_RD) // FIT_ROWS)][:FIT_ROWS]
+    if sae.layer_norm:  # fit what follows the norm, which the approximation keeps
+        x_RD, sae = layer_normalize(x_RD).x_BD, copy.copy(sae)
+        sae.layer_norm = False
+        normed, fit = approximate_sae(sae, activation, x_RD)
+        return replace(normed, layer_norm=True), fit
     f_RF = sae.encode(x_RD)
     l0 = float((f_RF != 0).sum(1).double().mean())
     folded = fold_until_coupling(sae)

@@ -72,6 +72,7 @@ class Format:
     name: ClassVar[str]
     # What it can store of CanonicalSAE's activations, the preferred one first. Empty: exports are not written in it.
     activations: ClassVar[tuple[str, ...]] = ()
+    layer_norm: ClassVar[bool] = False  # whether it can store that each token is layer-normalized
     files: ClassVar[tuple[str, ...]]  # file names, the weights first
     parent_files: ClassVar[tuple[str, ...]] = ()  # file names in the folder above
     config: ClassVar[str] = ""  # the small one of `files` that describes the SAE; "" if the path says it all

@@ -7,6 +7,8 @@
     gated     f = ReLU(exp(r_mag) x W_enc + b_mag) where z > 0
     x_hat = f W_dec + b_dec
 
+With `layer_norm`, x is the layer-normalized token and x_hat is its reconstruction before the norm is undone.
+
 All tensors are float64. `to_canonical` folds the activation chain of an SAE into this form link by link (`fold_link`).
 A link without a folding rule makes the latents of a token depend on each other while encoding; no other library can
 store that, so it is rejected by name.
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from ...common.errors import UsageError
 from ..activation_functions import Activation, BatchTopK, ReLU, TopK
-from ..sae import SAE
+from ..sae import SAE, layer_normalize
 from ..variants.collapse.batch_norm import BatchNorm
 from ..variants.collapse.orthogonality import GramSchmidtLatents
 from ..variants.gated import Gated
@@ -51,6 +53,7 @@ class CanonicalSAE:
     threshold: Tensor | None = None  # (d_sae), jumprelu; not negative
     r_mag: Tensor | None = None  # (d_sae), gated
     b_mag: Tensor | None = None  # (d_sae), gated
+    layer_norm: bool = False
 
     @property
     def d_in(self) -> int:
@@ -102,7 +105,11 @@ class CanonicalSAE:
         return None
 
     def is_ambiguous(self, x_BD: Tensor) -> Tensor:
-        """(B, d_sae) bool: where rounding the weights to float32 could decide whether a latent is active."""
+        """(B, d_sae) bool: where rounding the weights to float32 could decide whether a latent is active.
+
+        x_BD: raw activations.
+        """
+        x_BD = layer_normalize(x_BD).x_BD if self.layer_norm else x_BD
         canonical = self.convert_to(("jumprelu", "topk"))
         assert canonical is not None
         z_BF = x_BD @ canonical.W_enc + canonical.b_enc
@@ -146,7 +153,8 @@ def fold_until_coupling(sae: SAE) -> CanonicalSAE:
 def linear_part(sae: SAE) -> CanonicalSAE:
     """An SAE before its activation chain."""
     W_enc, b_enc, W_dec, b_dec = map(to_float64, (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
-    return CanonicalSAE(W_enc, b_enc - b_dec @ W_enc if sae.pre_bias else b_enc, W_dec, b_dec)
+    b_enc = b_enc - b_dec @ W_enc if sae.pre_bias else b_enc
+    return CanonicalSAE(W_enc, b_enc, W_dec, b_dec, layer_norm=sae.layer_norm)
 
 
 def activation_chain(sae: SAE) -> list[Activation]:
@@ -256,7 +264,7 @@ def from_canonical(canonical: CanonicalSAE, *, pre_bias: bool = False) -> SAE:
     }
     link = links[canonical.activation]
     with torch.device("meta"):
-        sae = SAE(canonical.d_in, canonical.d_sae, [link], pre_bias=pre_bias)
+        sae = SAE(canonical.d_in, canonical.d_sae, [link], pre_bias=pre_bias, layer_norm=canonical.layer_norm)
     b_enc = canonical.centered_b_enc if pre_bias else canonical.b_enc
     tensors = {"W_enc": canonical.W_enc, "b_enc": b_enc, "W_dec": canonical.W_dec, "b_dec": canonical.b_dec}
     if canonical.activation == "jumprelu":

@@ -113,6 +113,12 @@ def fit_to_format(
 
     UsageError if it cannot be stored, naming the formats that can; a note is added about `approximate`.
     """
+    if sae.layer_norm and not fmt.layer_norm:
+        able = [other.name for other in Format.registry.values() if other.layer_norm]
+        raise UsageError(
+            f"{fmt.name} cannot store this SAE: it layer-normalizes each token (normalize=layer_norm), which cannot be "
+            f"folded into the weights. {', '.join(able)} can."
+        )
     canonical: CanonicalSAE | None = None
     try:
         canonical = to_canonical(sae)
@@ -150,6 +156,11 @@ def latent_scale(sae: SAE, canonical: CanonicalSAE, fmt: Format, notes: list[str
         notes.append(
             "The decoder rows do not have unit norm and were left so: rescaling would change which latents are the k "
             "largest. SAELens' fold_W_dec_norm() will refuse this SAE."
+        )
+    if canonical.layer_norm:
+        notes.append(
+            f"The latents of {fmt.name} are those of the layer-normalized token. Ours are in units of raw activations: "
+            "larger by the token's standard deviation."
         )
     norm_F = sae.W_dec.detach().double().cpu().norm(dim=1)
     scale_F = torch.where(norm_F > 0, norm_F / canonical.W_dec.norm(dim=1), 1)

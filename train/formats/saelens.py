@@ -4,7 +4,8 @@
     topk   with rescale_acts_by_decoder_norm: f = the k largest of z |W_dec,i|, x_hat = (f / |W_dec|) W_dec + b_dec
 
 Exports take raw activations and have unit decoder rows and b_dec folded into b_enc. A relu is exported as `standard`,
-everything with a threshold as `jumprelu`.
+everything with a threshold as `jumprelu`. `normalize_activations="layer_norm"` is the layer norm of an `SAE`, whose
+latents are larger than SAELens' by the token's standard deviation.
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,6 @@ from .safe_read import (
 ARCHITECTURES = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # to CanonicalSAE's
 TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}  # saved only while training; for inference a jumprelu
 PER_TOKEN_NORMALIZATIONS = {
-    "layer_norm": "divides each token by its own standard deviation",
     "constant_norm_rescale": "divides each token by its own norm",
     "covariance_whitening": "whitens the input",
 }
@@ -43,6 +43,7 @@ PER_TOKEN_NORMALIZATIONS = {
 
 class SAELens(Format, name="saelens"):
     activations = ("relu", "topk", "gated", "jumprelu")
+    layer_norm = True
     files = ("sae_weights.safetensors", "cfg.json", "activation_scaler.json")
     config = "cfg.json"
 
@@ -67,7 +68,7 @@ class SAELens(Format, name="saelens"):
             "dtype": "float32",
             "device": "cpu",
             "apply_b_dec_to_input": False,
-            "normalize_activations": "none",
+            "normalize_activations": "layer_norm" if canonical.layer_norm else "none",
             "reshape_activations": "hook_z" if ".hook_z" in metadata.get("hook_name", "") else "none",
         }
         if canonical.activation == "topk":
@@ -108,7 +109,8 @@ class SAELens(Format, name="saelens"):
         pre_bias = get_bool(config_path, config, "apply_b_dec_to_input", True)
         b_enc = w["b_gate"] if activation == "gated" else w["b_enc"]
         b_dec_F = b_dec @ W_enc if pre_bias else torch.zeros_like(b_enc)
-        canonical = CanonicalSAE(W_enc, b_enc - b_dec_F, W_dec, b_dec, activation)
+        layer_norm = config.get("normalize_activations") == "layer_norm"
+        canonical = CanonicalSAE(W_enc, b_enc - b_dec_F, W_dec, b_dec, activation, layer_norm=layer_norm)
         if activation == "topk":
             canonical = replace(canonical, k=get_positive_int(config_path, config, "k"))
             if get_bool(config_path, config, "rescale_acts_by_decoder_norm", False):
@@ -124,7 +126,13 @@ class SAELens(Format, name="saelens"):
         scale, w = input_scale(folder, config), {name: t.double() for name, t in tensors.items()}
 
         def encode_decode(x_BD: Tensor) -> tuple[Tensor, Tensor]:
-            x_BD = x_BD.double() * scale
+            if config.get("normalize_activations") == "layer_norm":
+                mean_B1, deviation_B1 = x_BD.double().mean(-1, keepdim=True), x_BD.double().std(-1, keepdim=True)
+                f_BF, recon_BD = after_norm((x_BD.double() - mean_B1) / (deviation_B1 + 1e-5))
+                return f_BF, recon_BD * deviation_B1 + mean_B1
+            return after_norm(x_BD.double() * scale)
+
+        def after_norm(x_BD: Tensor) -> tuple[Tensor, Tensor]:
             if config.get("apply_b_dec_to_input", True):
                 x_BD = x_BD - w["b_dec"]
             z_BF = x_BD @ w["W_enc"]
@@ -213,7 +221,7 @@ def input_scale(folder: ForeignFolder, config: dict[str, Any]) -> float:
     """
     path = folder.path / "cfg.json"
     normalization = get_str(path, config, "normalize_activations", "none")
-    if normalization == "none":
+    if normalization in ("none", "layer_norm"):
         return 1.0
     if normalization in PER_TOKEN_NORMALIZATIONS:
         raise UsageError(
@@ -254,6 +262,11 @@ def add_metadata(foreign: ForeignSAE, config: dict[str, Any]) -> ForeignSAE:
     foreign.hook = with_recorded_layer(first_hook(names), recorded.get("hook_layer"))
     foreign.record_text(recorded)
     foreign.metadata = {name: value for name, value in recorded.items() if name != "metadata"}
+    if foreign.sae.layer_norm:
+        foreign.notes.append(
+            "normalize_activations is layer_norm. Latents are given in units of raw activations here: SAELens' times "
+            "the token's standard deviation."
+        )
     if config.get("apply_b_dec_to_input") is None:
         foreign.notes.append("cfg.json has no apply_b_dec_to_input; as in SAELens, b_dec is subtracted from the input.")
     return foreign

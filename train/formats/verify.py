@@ -15,7 +15,7 @@ from ...cache.catalog import find_by_fingerprint
 from ...cache.layout import Hook
 from ...cache.reader import Cache
 from ...common.errors import DamagedError, SaeError, UsageError
-from ..sae import SAE
+from ..sae import SAE, layer_normalize
 from .base import Reference
 from .canonical import CanonicalSAE
 
@@ -113,8 +113,10 @@ def compare(
         for number, x_BD in enumerate(rows.x_RD.double().split(BATCH_ROWS)):
             progress(number * BATCH_ROWS, len(rows.x_RD))
             f_BF = sae64.encode(x_BD)
-            recon_BD = sae64.decode(f_BF)
+            recon_BD = sae64.decode(f_BF, x_BD)
             their_f_BF, their_recon_BD = reference(x_BD)
+            if sae.layer_norm:  # ours are in units of raw activations, those of the files of the normalized token
+                their_f_BF = their_f_BF * layer_normalize(x_BD).std_B1
             f_BF = f_BF if scale_F is None else f_BF * scale_F
             differs_BF = (f_BF != 0) != (their_f_BF != 0)
             ambiguous_BF = differs_BF & canonical.is_ambiguous(x_BD) if differs_BF.any() else differs_BF
@@ -166,7 +168,7 @@ def check_orientation(sae: SAE, rows: SampleRows | None, path: Path) -> list[str
             matrix = getattr(turned, name)
             matrix.data = matrix.data.T.contiguous()
         with torch.no_grad():
-            errors[" and ".join(names)] = float((turned.decode(turned.encode(x_RD)) - x_RD).square().sum())
+            errors[" and ".join(names)] = float((turned.decode(turned.encode(x_RD), x_RD) - x_RD).square().sum())
     best = min(errors, key=lambda names: errors[names])
     if errors[best] < MUCH_SMALLER * errors[""]:
         raise DamagedError(

@@ -56,10 +56,6 @@ def test_a_scaling_factor_is_folded(export_with_config, make_sae, tmp_path, x_RD
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (
-            {"normalize_activations": "layer_norm"},
-            "normalize_activations layer_norm divides each token by its own standard deviation",
-        ),
         ({"normalize_activations": "constant_norm_rescale"}, "divides each token by its own norm"),
         ({"normalize_activations": "covariance_whitening"}, "whitens the input"),
         ({"normalize_activations": "expected_average_only_in"}, "but the files do not record the factor"),

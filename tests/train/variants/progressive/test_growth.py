@@ -6,7 +6,7 @@ import torch
 from sae.train.loop import Trainer
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig
-from sae.train.variants.progressive.growth import EnabledUtilization
+from sae.train.variants.progressive.growth import EnabledUtilization, GrowCapacity
 
 
 @pytest.fixture
