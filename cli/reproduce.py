@@ -103,18 +103,25 @@ def evaluate_runs(config: "EvaluateConfig") -> int:
 
 
 def show_report(report: "PaperReport", page: Path) -> None:
-    """Print the verdicts of a paper as a table, and where its page is."""
-    heads = ["claim", "of", "claimed", "measured", "seeds", "verdict"]
+    """Print the verdicts of a paper as a table, how many there are of each, what they mean, and where its page is."""
+    from ..evaluate.papers.verdict import MEANINGS
+
+    heads = ["claim", "of", "claimed", "measured", "difference", "seeds", "verdict"]
     rows = [
         [
             row.claim.id,
-            row.claim.system,
+            f"{row.claim.system} - {row.claim.against}" if row.claim.against else row.claim.system,
             row.claim.claimed,
             row.measured,
+            row.difference,
             str(row.seeds or ""),
-            row.verdict,
+            row.verdict if row.counted or row.claim.copy_of else f"{row.verdict} (with {row.claim.restates})",
         ]
         for row in report.rows
     ]
-    show_table(f"{report.paper.number} {report.paper.title}", heads, rows)
+    show_table(f"{report.paper.number} {report.paper.title}, reading {report.reading.name}", heads, rows)
+    for verdict, count in report.counts.items():
+        echo(f"{count:>4} {verdict}: {MEANINGS[verdict]}.")
+    if report.below_peak:
+        echo(f"note     {report.below_peak}")
     echo(f"written  {page}")

@@ -215,9 +215,12 @@ def claim_problems(claim: Claim, paper: Paper) -> Iterator[str]:
     for system in filter(None, (claim.system, claim.against)):
         if system not in paper.systems:
             yield f"{label}: there is no system {system}{did_you_mean(system, paper.systems)}"
-    for quote in (claim.quote, *(source.quote for source in claim.also)) if claim.value is not None else ():
-        if not any(is_same_number(number, claim.value, claim.is_change) for number, _ in printed_numbers(quote)):
-            yield f"{label}: its quote does not contain the value {claim.value:g}: {quote}"
+    for quote in (claim.quote, *(source.quote for source in claim.also)):
+        value = claim.value
+        if value is not None and not any(
+            is_same_number(number, value, claim.is_change) for number, _ in printed_numbers(quote)
+        ):
+            yield f"{label}: its quote does not contain the value {value:g}: {quote}"
     if not set(claim.layers) <= set(paper.setup.layers):
         yield f"{label}: layers {claim.layers} are not all among the paper's {paper.setup.layers}."
     yield from unit_problems(claim, paper, label)

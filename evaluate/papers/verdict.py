@@ -279,7 +279,8 @@ def side_of_one(ratio: float | None) -> int:
 def combine_judgements(judgements: Iterable[Judgement]) -> Judgement:
     """The verdict on a claim about several recipes or layers: the worst of them, with every reason for it."""
     judgements = list(judgements)
-    worst = min((one.verdict for one in judgements), key=WORST_FIRST.index, default="not measured")
+    verdicts: list[Verdict] = [one.verdict for one in judgements] or ["not measured"]
+    worst = min(verdicts, key=WORST_FIRST.index)
     reasons = dict.fromkeys(one.reason for one in judgements if one.verdict == worst and one.reason)
     return Judgement(worst, "; ".join(reasons))
 

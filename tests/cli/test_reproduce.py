@@ -4,6 +4,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+from sae.cli.reproduce import show_report
+from sae.evaluate.papers.claims import Claim, Paper
+from sae.evaluate.papers.parse import load_paper
+from sae.evaluate.papers.report import ClaimResult, PaperReport
 from sae.workflows.reproduce import ReproduceConfig
 
 PLAN = "sae.workflows.reproduce.plan_reproduction"
@@ -33,3 +37,23 @@ def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_wit
 def test_without_flags_the_config_is_the_default(planned_with: Callable) -> None:
     config, _ = planned_with(PLAN, "reproduce", {}, "all", without=(*FLAGS, "dry-run"))
     assert config == ReproduceConfig(["all"])
+
+
+def test_the_table_names_the_reading_counts_verdicts_and_says_what_they_mean(capsys) -> None:
+    paper: Paper = load_paper("004")
+    claims = [
+        Claim("ev", "6", "more", metric="none", system="full", against="baseline", says="more"),
+        Claim("ev-change", "6", "5 %", 5.0, "none", "%", "full", "baseline", restates="ev"),
+    ]
+    rows = [
+        ClaimResult(one, "1 and 2", 3, "contradicted", [], "-1 (-1.5 to -0.5, 95%)", not one.restates) for one in claims
+    ]
+    show_report(PaperReport(paper, [], rows, False, paper.readings[-1]), Path("x.html"))
+    table, said = capsys.readouterr()
+    assert f"004 {paper.title}, reading literal" in table
+    (first, second) = [line.split() for line in table.splitlines() if line.strip().startswith("ev")]
+    lines = said.splitlines()
+    assert " ".join(first) == "ev full - baseline more 1 and 2 -1 (-1.5 to -0.5, 95%) 3 contradicted"
+    assert second[-3:] == ["contradicted", "(with", "ev)"] and second[4:6] == ["5", "%"]
+    (count,) = [line for line in lines if line.startswith("   1 contradicted: ")]
+    assert "on the other side of zero" in count and lines[-1] == "written  x.html"
