@@ -11,6 +11,9 @@ random order, one process at a time. Cells are the median and the interquartile 
                mechanisms do every N steps, divided by N.
     together   V relu runs in one pass over a cache, relative to V runs one after the other.
     compiled   --compile relative to eager.
+
+With `--json FILE` the table of recipes is also added to a file like evaluate/papers/step_times.json, where it replaces one
+of the same sizes: claims about the cost of a step are compared with that file.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ import torch
 from peers.time_peer import batches, flops, timed
 
 import sae.train.variants  # noqa: F401  (registers the recipes)
-from common import ARRAY, Spent, in_rounds, machine, make_cache
+from common import ARRAY, Spent, commit, in_rounds, machine, make_cache
 from sae.cache.loader import BatchLoader
 from sae.cache.reader import Cache
 from sae.train.activation_functions import KeepTopK
@@ -95,8 +99,8 @@ def options_for(recipe: str, config: RunConfig) -> dict[str, Any]:
 
 
 def spread(times: list[float]) -> str:
-    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-    return f"{statistics.median(times):.1f} ({low:.1f} to {high:.1f})"
+    low, middle, high = quartiles(times)
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
 def show_steps(config: RunConfig, peers: Mapping[str, Peer], rounds: int, steps: int) -> None:
@@ -133,7 +137,7 @@ def periodic_cost(trainer: Trainer, config: RunConfig) -> float:
     return spent
 
 
-def show_recipes(config: RunConfig, rounds: int, steps: int) -> None:
+def show_recipes(config: RunConfig, rounds: int, steps: int, file: Path | None = None) -> None:
     ways: dict[str, Callable[[], float]] = {}
     periodic, base = {}, {}
     for recipe in RECIPES:
@@ -149,6 +153,37 @@ def show_recipes(config: RunConfig, rounds: int, steps: int) -> None:
     for name in sorted(RECIPES, key=lambda name: -middle[name] / middle[base[name]]):
         over = middle[name] / middle[base[name]]
         print(f"| {name} | {spread(found[name])} | {periodic[name]:.2f} | {base[name]} | {over:.2f} |", flush=True)
+    if file:
+        write_step_times(file, config, found, periodic)
+
+
+def write_step_times(
+    file: Path, config: RunConfig, found: Mapping[str, list[float]], periodic: Mapping[str, float]
+) -> None:
+    """Add a table to the file of step times: per recipe the quartiles and the median, and what is done every N steps."""
+    table = {
+        "machine": machine().split(",")[0],
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "source": "benchmarks/bench_train.py --tables recipes",
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "batch_size": config.batch_size,
+        "ms": {
+            name: [round(time, 2) for time in (*quartiles(times), periodic[name])]
+            for name, times in sorted(found.items())
+        },
+    }
+    tables = json.loads(file.read_text(encoding="utf-8"))["tables"] if file.exists() else []
+    sizes = ("d_in", "d_sae", "batch_size")
+    kept = [one for one in tables if any(one[size] != table[size] for size in sizes)]
+    file.write_text(json.dumps({"tables": [*kept, table]}, indent=1) + "\n", encoding="utf-8")
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return low, statistics.median(times), high
 
 
 def train_together(cache: Cache, config: RunConfig, seeds: range) -> None:
@@ -211,15 +246,15 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=2304)
     parser.add_argument("--width", type=numbers, default=[1, 8], help="times d_in")
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument(
-        "--small", type=int, default=256, help="d_in of the tables recipes and compiled; d_sae is 4 times that"
-    )
+    parser.add_argument("--small", type=int, default=256, help="d_in of the tables recipes and compiled")
     tables = ["step", "recipes", "together", "compiled"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps timed at once")
     parser.add_argument("--dictionary-learning", help="python of an environment with it")
     parser.add_argument("--saelens", help="python of an environment with it")
+    parser.add_argument("--json", type=Path, help="a file of step times, to which the table of recipes is added")
+    parser.add_argument("--small-width", type=int, default=4, help="d_sae of those tables, times d_in")
     parser.add_argument("--folder", default=".", help="where a cache of 0.1 GB is written and removed again")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -229,9 +264,9 @@ def main() -> None:
     for width in args.width if "step" in args.tables else ():
         config = RunConfig(args.d_in, width * args.d_in, STEPS, args.batch)
         show_steps(config, peers, args.rounds, args.steps)
-    small = RunConfig(args.small, 4 * args.small, STEPS, args.batch)
+    small = RunConfig(args.small, args.small_width * args.small, STEPS, args.batch)
     if "recipes" in args.tables:
-        show_recipes(small, args.rounds, args.steps)
+        show_recipes(small, args.rounds, args.steps, args.json)
     if "together" in args.tables:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             show_together(Path(folder), args.rounds)
