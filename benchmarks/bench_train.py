@@ -12,8 +12,8 @@ random order, one process at a time. Cells are the median and the interquartile 
     together   V relu runs in one pass over a cache, relative to V runs one after the other.
     compiled   --compile relative to eager.
 
-With `--json FILE` the table of recipes is also added to a file like evaluate/papers/step_times.json, where it replaces one
-of the same sizes: claims about the cost of a step are compared with that file.
+With `--json FILE` the table of recipes is also added to a file like evaluate/papers/step_times.json, where it replaces
+one of the same sizes: claims about the cost of a step are compared with that file.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def show_recipes(config: RunConfig, rounds: int, steps: int, file: Path | None =
 def write_step_times(
     file: Path, config: RunConfig, found: Mapping[str, list[float]], periodic: Mapping[str, float]
 ) -> None:
-    """Add a table to the file of step times: per recipe the quartiles and the median, and what is done every N steps."""
+    """Add a table to a file of step times: for each recipe the quartiles, and what is done every N steps."""
     table = {
         "machine": machine().split(",")[0],
         "date": date.today().isoformat(),
