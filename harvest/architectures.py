@@ -277,11 +277,15 @@ def _blueprints(_key: str, config: Unhashed) -> Blueprint:
 
 
 def kind_of(block: nn.Module) -> str:
-    """Names a block by what it is made of. Blocks of the same kind have the same sites."""
+    """Names a block by what it is made of. Blocks of the same kind have the same sites.
+
+    Whether a block stores its keys and values for later blocks (`store_...`) is no part of it: that depends on how many
+    blocks follow.
+    """
     parts = [
         (path, type(module).__name__, [tuple(p.shape) for p in module.parameters(recurse=False)],
          sorted((name, value) for name, value in vars(module).items()
-                if isinstance(value, bool | str) and name != "training" and not name.startswith("_")))
+                if isinstance(value, bool | str) and name != "training" and not name.startswith(("_", "store_"))))
         for path, module in block.named_modules()
     ]  # fmt: skip
     return repr(parts)

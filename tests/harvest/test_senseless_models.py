@@ -68,7 +68,7 @@ def little_memory() -> Any:
         ("head_dim", -1, "config.json of .* cannot build: .*RuntimeError.*Odd values in it: head_dim = -1"),
         ("head_dim", 2**40, "take .* GB in float32 as its config.json describes them, and the memory of cpu"),
         ("num_attention_heads", 0, r"config.json of .* cannot be loaded: .*\(ZeroDivisionError\)"),
-        ("layer_types", ["full_attention"], r"config.json .*num_hidden_layers.*\(2\) must be equal .*layer_types"),
+        ("layer_types", ["full_attention"], r"config.json .*num_hidden_layers.*\(2\) must be equal .*layer.types"),
         ("attn_logit_softcapping", "x", "config.json of .*attn_logit_softcapping.* expected float, got str"),
         ("rope_parameters", {"rope_type": "none", "rope_theta": 1.0}, "config.json of .*KeyError"),
     ],
