@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OK, FAILED, USAGE, DAMAGED, OUTSIDE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, FAILED, USAGE, DAMAGED, OUTSIDE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 4, 130, 141
 
 SAE = [sys.executable, "-m", "sae"]
 

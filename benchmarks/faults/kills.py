@@ -105,6 +105,8 @@ def kills(m: Matrix) -> None:
         # Python itself reports, and loses, an interrupt that falls into a callback of its garbage collection.
         quiet = re.sub(r"Exception ignored in: .*\nTraceback(.*\n)*?KeyboardInterrupt:? *\n", "", outcome.err)
         swallowed += quiet != outcome.err
+        if outcome.code == -signal.SIGINT:  # Python ends itself by the signal if it fell into code that C runs while
+            outcome = outcome._replace(code=INTERRUPTED)  # torch is imported; a shell shows 130 for either
         wrong = outcome.code not in (OK, INTERRUPTED) or "Traceback" in quiet
         if wrong or (outcome.code == INTERRUPTED and not worst.err):
             worst = outcome._replace(err=quiet)

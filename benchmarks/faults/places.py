@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from faults.command import FAILED, HARVEST, INTERRUPTED, OK, OUTSIDE, SAE, TRAIN, USAGE, Outcome, sae
+from faults.command import BROKEN_PIPE, FAILED, HARVEST, INTERRUPTED, OK, OUTSIDE, SAE, TRAIN, USAGE, Outcome, sae
 from faults.inputs import copy_folder, same_bytes, truncate
 from faults.table import Matrix
 
@@ -85,7 +85,7 @@ def places(m: Matrix) -> None:
         m.row(
             f"`sae {name} \\| head -n 1`",
             Outcome(int(code), ran.stdout, "\n".join(said)),
-            (OK, 141),  # 128 + SIGPIPE
+            (OK, BROKEN_PIPE),
             "the line is shown",
             ran.stdout.count("\n") == 1,
         )

@@ -3,7 +3,7 @@
 import os
 import re
 
-from faults.command import Outcome
+from faults.command import BROKEN_PIPE, OK, Outcome
 
 
 class Matrix:
@@ -24,7 +24,7 @@ class Matrix:
             problems.append(f"exit code {outcome.code}, expected {code}")
         if "Traceback" in outcome.out + outcome.err or "Exception ignored" in outcome.err:
             problems.append("a traceback")
-        if outcome.code and len(outcome.last) < 20:
+        if outcome.code not in (OK, BROKEN_PIPE) and len(outcome.last) < 20:
             problems.append(f"no message: {outcome.last!r}")
         if not all(holds):
             problems.append("the bytes or the folder are not as they should be")
