@@ -33,6 +33,8 @@ class BuildableRun(Protocol):
     @property
     def options(self) -> Mapping[str, Any]: ...
     @property
+    def stored(self) -> Mapping[str, Any] | None: ...
+    @property
     def config(self) -> RunConfig: ...
 
 
@@ -168,14 +170,16 @@ def training_seconds(runs: Iterable[BuildableRun], device: str) -> float:
     device = resolve_device(device)
     alike: dict[Any, list[BuildableRun]] = {}
     for run in runs:
-        alike.setdefault((run.recipe.name, json.dumps(run.options, sort_keys=True), run.config), []).append(run)
+        alike.setdefault(
+            (run.recipe.name, json.dumps([run.options, run.stored], sort_keys=True), run.config), []
+        ).append(run)
     return sum(len(same) * same[0].config.steps * step_seconds(same[0], device) for same in alike.values())
 
 
 def untrained_variant(run: BuildableRun, device: str) -> Variant:
     """The untrained variant of a run. The device "meta" allocates nothing."""
     with torch.random.fork_rng(devices=[]), torch.device("meta") if device == "meta" else torch.device("cpu"):
-        return run.recipe.make(run.config, run.options).to(device)
+        return run.recipe.make(run.config, run.options, run.stored).to(device)
 
 
 def describe_size(runs: Sequence[BuildableRun], folder: Path) -> str:

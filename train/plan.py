@@ -11,7 +11,7 @@ The digest covers everything that decides the result, so the same command finds 
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from .hooks import hooks_to_train
 from .parse import parse_options, parse_width
 from .recipe import Recipe, find_recipe
 from .sae import SAE, load_sae, read_run_record, read_sae_record
-from .variant import RunConfig
+from .stored_options import stored_options
+from .variant import RunConfig, Variant
 
 FORMAT = 1
 # The flags that decide a run, and the fields of TrainConfig that hold them: none of them can be given with --resume.
@@ -117,6 +118,8 @@ class Run:
     cache: AnyCache
     folder: Path = Path()
     compiled: bool = False
+    stored: Mapping[str, Any] | None = None  # every option that it was started with; None: it is new
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # of a finished run, see Variant.changed
     notes: Sequence[str] = ()  # what the plan says about its options
     requested: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig.record() of the plan it comes from
     problem: str | None = None  # why the run failed
@@ -254,27 +257,45 @@ def new_runs(config: TrainConfig) -> list[Run]:
     check_seeds(config.shuffle_seed, *config.seeds)
     recipes = [find_recipe(name) for name in dict.fromkeys(config.variants)]
     options = parse_options(config.options, recipes)
-    runs, problems = [], []
+    runs: list[Run] = []
+    problems: dict[str, None] = {}
     arrays = None if config.source is None else list(config.source.widths)
     for hook in hooks_to_train(config.layers, config.site, config.modules, arrays, config.caches):
         cache = open_source(config, hook)
         for recipe, l0 in itertools.product(recipes, dict.fromkeys(config.l0) or (None,)):
             try:
                 sizes = make_run_config(config, recipe, cache, hook)
-                run_config = sizes._replace(l0=l0, paper_exact=config.paper_exact)
-                with torch.device("meta"):  # reports every wrong option before anything is allocated or written
-                    notes = recipe.make(run_config, options[recipe.name]).notes
             except UsageError as error:
-                problems.append(str(error))
+                problems[str(error)] = None
                 continue
+            run_config = sizes._replace(l0=l0, paper_exact=config.paper_exact)
             for seed in dict.fromkeys(config.seeds):
                 run = Run(recipe, options[recipe.name], hook, seed, config.shuffle_seed, run_config, cache)
-                run.compiled, run.notes, run.requested = config.compiled, notes, config.record()
+                run.compiled, run.requested = config.compiled, config.record()
                 run.folder = (config.out or sae_home() / "runs") / run.default_name()
                 runs.append(run)
+    problems |= dict.fromkeys(check_options(runs))
     if problems:
-        raise UsageError("\n".join(dict.fromkeys(problems)))
+        raise UsageError("\n".join(problems))
     return runs
+
+
+def check_options(runs: Iterable[Run]) -> Iterator[str]:
+    """Yield an error for each run that cannot be built, before anything is allocated or written. Sets `notes`, and of
+    runs that have been started, `stored` and `changed`."""
+    built: dict[Any, Variant] = {}  # most runs differ in their seed alone
+    for run in runs:
+        run.stored = stored_options(read_run_record(run.folder), run.folder)
+        key = run.recipe.name, run.config, json.dumps(run.stored, sort_keys=True)
+        if key not in built:
+            try:
+                with torch.device("meta"):
+                    built[key] = run.recipe.make(run.config, run.options, run.stored)
+            except UsageError as error:
+                if not run.done:
+                    yield str(error)
+                continue
+        run.notes, run.changed = built[key].notes, built[key].changed
 
 
 def open_source(config: TrainConfig, hook: Hook) -> AnyCache:
@@ -366,6 +387,7 @@ def resume_run(folder: Path, config: TrainConfig) -> Run:
         find_recipe(record["variant"]), record["options"], hook, record["seed"], record["order_seed"], run_config,
         cache, folder, record.get("compiled", False), requested=config.record(),
     )  # fmt: skip
+    run.stored = stored_options(record, folder)
     if run.identity()["cache"] != record["cache"]:
         raise UsageError(
             f"{', '.join(run.cache_folders)} is not the cache that {folder} was trained on. Give that one with --cache."

@@ -11,7 +11,7 @@ loader.
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, wraps
 from typing import Any, Literal, get_args, get_origin
 
@@ -59,8 +59,15 @@ class Recipe:
         docs = read_option_docs(self.declared_by)
         return {name: docs[name] for name in self.options if name in docs}
 
-    def make(self, config: RunConfig, given: Mapping[str, Any]) -> Variant:
-        """Build the variant of a run with some options given. Raises UsageError with every problem."""
+    def make(self, config: RunConfig, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Variant:
+        """Build the variant of a run with some options given. Raises UsageError with every problem.
+
+        Args:
+            config: the sizes of the run.
+            given: options by name; the others have their defaults.
+            stored: for a run that has been started, every option that it was started with (`resolved` in run.json).
+                They win over defaults that have changed since, and `Variant.changed` lists those.
+        """
         exact = {name: value for name, (value, _) in (self.paper_exact or {}).items()} if config.paper_exact else {}
         options, problems = self.apply_l0(config, exact | dict(given), given)
         valid, type_problems = self.check_types(options)
@@ -68,14 +75,25 @@ class Recipe:
         shared = {name: value for name, value in valid.items() if name not in self.options}
         problems += [*type_problems, *Optimization(**shared).validation_errors(config.steps)]
         problems += duration_errors(recipe_options, config.steps)
-        values, notes = scale_options({**self.options, **recipe_options}, config, raw=shared.get("normalize") == "none")
+        raw = shared.get("normalize") == "none"
+        values, notes = scale_options({**self.options, **recipe_options}, config, raw)
+        before: dict[str, Any] = {}
+        now = values
+        if stored is not None:
+            before, stored_problems = self.options_before(config, stored)
+            problems += stored_problems
+            values = {name: before[name] for name in values}
         notes += duration_notes(values, config.steps)
         size_problems = list(size_errors(config, values.get("k")))
         problems += size_problems
         if not size_problems:  # else the build would fail, or allocate more than the machine has
             try:
                 variant = self.build(config, **values)
-                variant.configure(replace(variant.optimization, **shared))
+                settings = replace(variant.optimization, **shared)
+                now = {**now, **asdict(settings)}
+                if stored is not None:
+                    settings = Optimization(**{name: before[name] for name in asdict(settings)})
+                variant.configure(settings)
                 problems += variant.optimization.validation_errors(config.steps)
                 notes += variant.optimization.notes(config.steps)
                 if config.l0 is not None and not control_l0(variant, config.l0, config.steps) and "l0" not in values:
@@ -86,8 +104,25 @@ class Recipe:
             listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
             raise UsageError(f"The variant {self.name} cannot be built:\n{listed}")
         variant.options = values
+        variant.changed = {name: (value, now[name]) for name, value in before.items() if value != now[name]}
         variant.notes = [f"{self.name}: {note}" for note in [*notes, *self.paper_exact_notes(config, given)]]
         return variant
+
+    def options_before(self, config: RunConfig, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Every option of a run that was started with the `stored` ones, and a list of problems.
+
+        An option that is newer than the run has its plain default, which does what was done before there was the
+        option: not what `--paper-exact` sets, nor what the recipe sets for its optimizer.
+        """
+        valid, problems = self.check_types({n: value for n, value in stored.items() if n in self.option_types()})
+        removed = ", ".join(f"{name}={value}" for name, value in stored.items() if name not in self.option_types())
+        if removed:
+            problems.append(
+                f"the run was started with {removed}, which this version's {self.name} does not have. "
+                "Resume it with the version that started it, or start a new run with --out."
+            )
+        plain, _ = scale_options(dict(self.options), config, stored.get("normalize") == "none")
+        return {**plain, **asdict(Optimization()), **valid}, problems
 
     def apply_l0(
         self, config: RunConfig, options: dict[str, Any], given: Mapping[str, Any]

@@ -4,8 +4,7 @@ import contextlib
 import itertools
 import math
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ from .checkpoint import restore_checkpoint, save_checkpoint
 from .compile import compile_step
 from .loop import Trainer, autocast, train_loop
 from .plan import Run, TrainConfig, TrainPlan, default_log_interval, group_by_pass, plan_training
-from .run_folder import append_metrics, check_defaults_unchanged, run_record, truncate_metrics
+from .run_folder import append_metrics, run_record, truncate_metrics
 from .sae import fold_normalization, read_run_record, run_digest, save_sae
+from .signals import stop_on_signal
 from .step import Mechanism
+from .stored_options import describe_changes, stored_options
 from .variant import Variant
 
 CALIBRATION_BATCHES = 32
@@ -159,7 +160,8 @@ def skip_finished(plan: TrainPlan, progress: TrainProgress) -> list[Run]:
     """The unfinished runs of a plan; the others are mentioned."""
     for run in plan.runs:
         if run.done:
-            progress.say(f"{run.folder} is already trained.")
+            changed = f", with {describe_changes(run.changed)}" if run.changed else ""
+            progress.say(f"{run.folder} is already trained{changed}.")
     return plan.unfinished
 
 
@@ -188,9 +190,12 @@ def prepare_trainer(run: Run, device: str, progress: TrainProgress) -> RunTraine
 
     Without a checkpoint (`steps_done` is 0) the caller still has to `set_normalization`.
     """
+    record = read_run_record(run.folder)
+    run.stored = stored_options(record, run.folder)
     trainer = RunTrainer(run, build_variant(run).to(device), device)
-    if record := read_run_record(run.folder):
-        check_defaults_unchanged(run, record, trainer.variant)
+    if record:
+        if changed := trainer.variant.changed:
+            progress.say(f"{run.name} keeps the options that it was started with: {describe_changes(changed)}.")
         if not run.requested.get("log_every"):  # a resumed run keeps its own: a line is the mean since the one before
             trainer.log_every = record.get("asked", {}).get("log_every") or trainer.log_every
         trainer.digest = run_digest(record)
@@ -216,7 +221,7 @@ def build_variant(run: Run) -> Variant:
     """The variant at step 0: the recipe under the run's seed, before `set_normalization`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        return run.recipe.make(run.config, run.options)
+        return run.recipe.make(run.config, run.options, run.stored)
 
 
 def set_normalization(trainer: RunTrainer, cache: object) -> None:
@@ -375,25 +380,3 @@ def calibrate(trainer: RunTrainer) -> None:
             step = trainer.variant(trainer.i, x_BD, trainer.optimizer)
             for mechanism in calibrating:
                 mechanism.calibrate(step)
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yields whether to stop: true after Ctrl-C or SIGTERM. A second Ctrl-C raises Interrupted at once."""
-    stop = False
-
-    def handle(number: int, _frame: Any) -> None:
-        nonlocal stop
-        if stop and number == signal.SIGINT:
-            raise Interrupted("Stopped at once. The last checkpoint is kept; the same command resumes from it.")
-        stop = True
-
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller keeps its own handlers
-        previous = {}
-    try:
-        yield lambda: stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -10,10 +10,9 @@ import torch
 
 from ..cache.ring import RingCache
 from ..common.environment import environment_record
-from ..common.errors import DamagedError, LeftOutWarning, UsageError
+from ..common.errors import DamagedError, LeftOutWarning
 from ..common.files import atomic_write, os_error, parse_json
 from ..common.formatting import format_count
-from ..common.schemas import RunRecord
 from .plan import FORMAT, Run
 from .variant import Variant
 
@@ -37,22 +36,6 @@ def run_record(run: Run, variant: Variant, device: str) -> dict[str, Any]:
 def resolved_options(variant: Variant) -> dict[str, Any]:
     """Every option of a variant, whether given or default."""
     return {**variant.options, **asdict(variant.optimization)}
-
-
-def check_defaults_unchanged(run: Run, record: RunRecord, variant: Variant) -> None:
-    """Raise UsageError if a default has changed since the run started, as it can when this package is upgraded.
-
-    `record` is run.json. The name of the folder covers only the options that were given.
-    """
-    recorded, now = record["resolved"], resolved_options(variant)
-    changed = [
-        f"{name} was {value}, is {now[name]}" for name, value in recorded.items() if now.get(name, value) != value
-    ]
-    if changed:
-        raise UsageError(
-            f"{run.folder} was started with other options ({'; '.join(changed)}). "
-            "Resume it with the version that started it, or start a new run with --out."
-        )
 
 
 def append_metrics(folder: Path, metrics: dict[str, float]) -> None:

@@ -75,14 +75,16 @@ class ScaleWithNorm(ScaleWithVariance):
 
 
 def scale_options(options: dict[str, Any], config: "RunConfig", raw: bool) -> tuple[dict[str, Any], list[str]]:
-    """The options with scaled defaults resolved for a run, and a note for each number that differs from the paper's."""
+    """The options with scaled defaults resolved for a run, and a note for each number that differs from the paper's.
+
+    `--paper-exact` scales nothing but a k that is larger than the dictionary, which could not be trained.
+    """
     values, notes = dict(options), []
     for name, paper in options.items():
         if isinstance(paper, ScaledDefault):
             unscaled = int(paper) if isinstance(paper, int) else float(paper)  # type: ignore[arg-type]
-            # A count that is more than all latents, such as k = 320 at width 128, is scaled in any case.
-            fits = not isinstance(paper, ScaleWithWidth) or unscaled <= config.d_sae
-            values[name] = scaled = unscaled if config.paper_exact and fits else paper.resolve(config, raw)
+            exact = config.paper_exact and not (name == "k" and unscaled > config.d_sae)
+            values[name] = scaled = unscaled if exact else paper.resolve(config, raw)
             needs_variance = isinstance(paper, ScaleWithVariance) and (raw or not isinstance(paper, ScaleWithNorm))
             if needs_variance and config.variance is None and not config.paper_exact:
                 notes.append(f"{name} {paper}, not scaled because the variance of the activations is not known yet")

@@ -21,8 +21,8 @@ from .run import (
     set_normalization,
     shared_passes,
     skip_finished,
-    stop_on_signal,
 )
+from .signals import stop_on_signal
 
 Harvest = Callable[[range, Callable[[str], None]], AbstractContextManager[None]]
 """Harvests a range of groups while the context that it returns is open."""

@@ -90,6 +90,7 @@ class Variant(nn.Module):
         self.mechanisms = Mechanisms([dead, *mechanisms])
         self.optimization = optimization or Optimization()
         self.options: dict[str, Any] = {}  # the recipe's own, with the values it was built with
+        self.changed: dict[str, tuple[Any, Any]] = {}  # of a resumed run: option -> its value, what it would be now
         self.notes: list[str] = []  # what a reader of the run should know about them
         self.register_buffer("mean_D", torch.zeros(sae.d_in))
         self.register_buffer("scale", torch.ones(()))

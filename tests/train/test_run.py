@@ -23,7 +23,6 @@ from sae.cache.reader import open_cache
 from sae.common.cache_schemas import MANIFEST_RECORD
 from sae.common.errors import Interrupted, LeftOutWarning, SaeError, UsageError
 from sae.common.files import read_json
-from sae.common.schemas import RUN_RECORD
 from sae.train.checkpoint import restore_checkpoint
 from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, default_log_interval, plan_training
@@ -284,17 +283,6 @@ def test_a_run_that_diverges_does_not_stop_the_others(sparse_cache, tmp_path: Pa
 def test_an_int_is_a_float_where_one_is_meant(sparse_cache) -> None:
     (folder,) = train(make_config(sparse_cache, "jumprelu", options=["threshold=0", "beta1=0"]))
     assert load_sae(folder).activation[0].threshold.dtype == torch.float32
-
-
-def test_changed_defaults_are_named(sparse_cache) -> None:
-    config = make_config(sparse_cache, "relu")
-    (folder,) = train(config)
-    (folder / "sae.json").unlink()
-    record = RUN_RECORD.read(folder / "run.json")
-    record["resolved"]["l1"] = 0.5  # as if the version that started it had another default
-    RUN_RECORD.write(folder / "run.json", record)
-    with pytest.raises(UsageError, match=r"started with other options \(l1 was 0.5, is 0.04\)"):
-        train(config)
 
 
 # --- train_saes -----------------------------------------------------------------------------------------------------

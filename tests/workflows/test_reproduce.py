@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,9 @@ from sae.cli.main import app
 from sae.common.errors import UsageError
 from sae.evaluate.papers.claims import PAPERS
 from sae.evaluate.papers.parse import load_paper
+from sae.train.plan import TrainPlan
+from sae.train.recipe import RECIPES, find_recipe
+from sae.train.run import TrainProgress, run_training
 from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, plan_reproduction, scale_width
 
 
@@ -90,6 +94,33 @@ def test_a_reproduction_makes_runs_and_a_page_and_is_not_repeated(cache, tiny_mo
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.s*")}
     assert call(*words).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_resumed_reproduction_keeps_its_options_when_defaults_change(cache, tiny_model, tmp_path, monkeypatch):
+    """Its runs end with the weights that they would have had without an interruption and an upgrade in between."""
+
+    def train(folder, checkpoint_every=4, say=lambda sentence: None):
+        config = ReproduceConfig(
+            ["003"], model=str(tiny_model), cache=cache, layers=[1], seeds=[0], steps=8, width="2x", batch_size=64,
+            device="cpu", out=tmp_path / folder,
+        )  # fmt: skip
+        for plan in plan_reproduction(config).train_plans:
+            plan = TrainPlan(replace(plan.config, checkpoint_every=checkpoint_every), plan.runs)
+            run_training(plan, TrainProgress(say=say))
+        return {run.name: run.folder for run in plan.runs}
+
+    whole, halved, said = train("whole"), train("halved"), []
+    for folder in halved.values():
+        for name in ("sae.json", "sae.safetensors"):
+            (folder / name).unlink()
+        shutil.rmtree(folder / "checkpoints" / "step-00000008")
+    for name in ("relu", "decorrelation"):
+        recipe = find_recipe(name)
+        monkeypatch.setitem(RECIPES, name, replace(recipe, options={**recipe.options, "l1": 0.5}))
+    assert train("halved", say=said.append).keys() == whole.keys()
+    assert len([line for line in said if "l1=0.04 (0.5 in a new run)" in line]) == 2
+    for name, folder in halved.items():
+        assert (folder / "sae.safetensors").read_bytes() == (whole[name] / "sae.safetensors").read_bytes()
 
 
 def test_a_dry_run_of_a_reproduction_writes_nothing(tiny_model, sentences, home):

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from sae.harvest.streaming import check_room, harvest_ahead, plan_ring
 from sae.train.checkpoint import training_state
 from sae.train.loop import Trainer
 from sae.train.plan import TrainConfig, plan_training
-from sae.train.recipe import find_recipe
+from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress
 from sae.train.streaming import train_streaming
 from sae.train.variant import RunConfig
@@ -160,6 +161,25 @@ def test_variants_and_layers_together_equal_each_alone(asked, tmp_path: Path) ->
     alone = stream(asked | {"out": tmp_path / "alone"}, request_of("batchtopk", layers=[1], out=tmp_path / "runs"))
     assert weights(together[3]) == weights(alone[0])
     assert len({weights(folder) for folder in together}) == 4
+
+
+def test_a_resumed_run_keeps_its_options_when_defaults_change(asked, tmp_path: Path, monkeypatch) -> None:
+    """The weights are those of the run that was never stopped."""
+    (whole,) = stream(asked | {"out": tmp_path / "whole"}, request_of("topk", out=tmp_path / "of_whole"))
+    request = request_of("topk")
+
+    def press(step: int, *_: object) -> None:
+        if step == PER_GROUP + 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        stream(asked, request, TrainProgress(step=press))
+    recipe = find_recipe("topk")
+    monkeypatch.setitem(RECIPES, "topk", replace(recipe, options={**recipe.options, "multi": 0.5}))
+    said: list[str] = []
+    (folder,) = stream(asked, request, TrainProgress(say=said.append))
+    assert f"{folder.name} keeps the options that it was started with: multi=0.0 (0.5 in a new run)." in said
+    assert weights(folder) == weights(whole)
 
 
 # --- stopped, killed, failed --------------------------------------------------------------------------------------

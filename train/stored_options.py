@@ -1,0 +1,26 @@
+"""The options that a run was started with. They are in its run.json, and win over defaults that have changed since."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import DamagedError
+from ..common.schemas import RUN_RECORD, RunRecord
+
+
+def stored_options(record: RunRecord | None, folder: Path) -> dict[str, Any] | None:
+    """Every option that the run of a run.json was started with; None without one."""
+    if record is None or "resolved" not in record:
+        return None
+    given, stored = record.get("options", {}), record["resolved"]
+    if differing := [name for name in given.keys() & stored.keys() if given[name] != stored[name]]:
+        raise DamagedError(
+            f"{folder / 'run.json'} has two values of {', '.join(sorted(differing))}, in `options` and in `resolved`: "
+            f"it was damaged or edited. {RUN_RECORD.remedy}"
+        )
+    return dict(stored)
+
+
+def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Options of a run that has been started, where a new run would have others: name -> (its value, the other)."""
+    return ", ".join(f"{name}={was} ({now} in a new run)" for name, (was, now) in changed.items())
