@@ -17,7 +17,7 @@ from sae.train.variant import RunConfig
 
 find_recipe("relu")  # registers them all
 USAGE = namedtuple("USAGE", "total used free")
-Spec = namedtuple("Spec", "recipe options config")
+Spec = namedtuple("Spec", "recipe options config stored", defaults=[None])
 
 
 def make_config(cache, *variants, **more):
