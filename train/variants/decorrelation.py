@@ -58,7 +58,8 @@ class Decorrelation(LossTerm):
             top = upper_FF.flatten().topk(max(1, round(self.fraction * n * (n - 1) / 2)), sorted=False)
         step.metrics |= {"tau": tau, "mean_correlation": mean, "sd_correlation": sd}
         # If fewer pairs fire together than `fraction` asks for, the rest are zeros of the lower triangle, not pairs.
-        passes_P = (top.values > tau) & (top.values > 0)
+        # They do not pass, since tau is not negative.
+        passes_P = top.values > tau
         step.metrics["pairs_over_tau"] = passes_P.sum()
         if SPARSE_FROM * len(top.indices) < n * n:
             unit_FB = unit_BF.T.contiguous()

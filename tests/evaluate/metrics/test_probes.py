@@ -129,6 +129,7 @@ def test_latents_are_those_of_unit_decoder_rows():
     torch.manual_seed(0)
     sae = SAE(6, 10, [ReLU()]).requires_grad_(False)
     sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    sae.b_enc.normal_()  # so that some latents fire on zeros
     rows = TextRows(torch.randn(7, 6), torch.tensor([3, 4]))
     unit, scaled = pool_unit_norm(sae, rows, torch.device("cpu"))
     assert not scaled and torch.equal(unit.sum_NF, pool_latents(sae, rows, torch.device("cpu")).sum_NF)
@@ -140,4 +141,5 @@ def test_latents_are_those_of_unit_decoder_rows():
     assert scaled
     torch.testing.assert_close(folded.sum_NF, unit.sum_NF)
     torch.testing.assert_close(folded.zero_F, unit.zero_F)
+    assert 0 < int((unit.zero_F > 0).sum()) < 10
     assert math.isclose(float(unit.mean_NF[1, 3]), float(unit.sum_NF[1, 3]) / 4, rel_tol=1e-6)

@@ -78,6 +78,22 @@ def test_decorrelation_of_four_latents_worked_by_hand() -> None:
         assert int(step.metrics["pairs_over_tau"]) == over
 
 
+def test_the_mean_is_over_the_chosen_pairs_whether_they_exceed_tau_or_not() -> None:
+    """Two equal latents of 24 whose other pairs all correlate by 1/2: of the eight chosen pairs one exceeds tau."""
+    f_BF = torch.cat([torch.ones(1, 24), torch.eye(24)])
+    f_BF[:, 1] = f_BF[:, 0]
+    exact_BF = f_BF.double().requires_grad_()
+    value, _, tau, over = decorrelation_reference(exact_BF, 8 / 276)
+    value.backward()
+    latents_BF = f_BF.requires_grad_()
+    step = step_with(latents_BF)
+    found = Decorrelation(8 / 276)(step)
+    found.backward()
+    assert over == int(step.metrics["pairs_over_tau"]) == 1
+    assert found.item() == pytest.approx((1 - tau) / 8, rel=1e-4) == pytest.approx(value.item(), rel=1e-4)
+    torch.testing.assert_close(latents_BF.grad.double(), exact_BF.grad, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("tau_over", ["alive", "all"])
 def test_decorrelation_of_silence_is_zero(tau_over: str) -> None:
     latents_BF = torch.zeros(8, 6, requires_grad=True)
