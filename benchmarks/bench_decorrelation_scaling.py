@@ -74,7 +74,7 @@ def search(trainer: Trainer, x_BD: torch.Tensor) -> Callable[[], object]:
     with torch.no_grad(), autocast(trainer.device):
         pre_BF, f_BF, recon_BD, kept = trainer.variant.sae(x_BD)
     step = Step(trainer.i, trainer.variant.sae, trainer.optimizer, x_BD, pre_BF, f_BF, recon_BD, kept)
-    return torch.no_grad()(lambda: trainer.variant.terms["decorrelation"](step))
+    return lambda: trainer.variant.terms["decorrelation"](step)  # its latents carry no gradient
 
 
 def measure(config: RunConfig, device: str, rounds: int, repeats: int) -> Times:

@@ -78,6 +78,12 @@ def test_decorrelation_of_four_latents_worked_by_hand() -> None:
         assert int(step.metrics["pairs_over_tau"]) == over
 
 
+def test_correlations_do_not_depend_on_the_size_of_latents() -> None:
+    sizes_F = torch.logspace(-5, 3, 24)
+    values = [float(Decorrelation(0.1)(step_with(sparse_latents().float() * size))) for size in (1, sizes_F)]
+    assert values[0] > 0 and values[1] == pytest.approx(values[0], rel=1e-4)
+
+
 def test_the_mean_is_over_the_chosen_pairs_whether_they_exceed_tau_or_not() -> None:
     """Two equal latents of 24 whose other pairs all correlate by 1/2: of the eight chosen pairs one exceeds tau."""
     f_BF = torch.cat([torch.ones(1, 24), torch.eye(24)])

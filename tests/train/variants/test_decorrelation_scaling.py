@@ -41,7 +41,7 @@ def test_the_page_has_the_medians_and_their_exponents(script) -> None:
         assert f"| {name} | {p:.2f} | {p:.2f} |" in page
 
 
-def test_it_times_the_penalty_against_the_same_system_without_it(script) -> None:
+def test_it_times_the_penalty_against_the_same_system_without_it(script, monkeypatch) -> None:
     config = RunConfig(8, 32, 100, 16)
     times = script["measure"](config, "cpu", rounds=2, repeats=1)
     assert [len(values) for values in times] == [2, 2, 2] and min(times.plain + times.full + times.search) > 0
@@ -49,6 +49,11 @@ def test_it_times_the_penalty_against_the_same_system_without_it(script) -> None
     full, plain = (script["make_trainer"](name, config, "cpu", x_BD) for name in ("decorrelation", "relu"))
     assert set(full.variant.terms) - set(plain.variant.terms) == {"decorrelation"}
     assert full.variant.sae.pre_bias is plain.variant.sae.pre_bias is False
+    timed = {"relu": [1.0], "decorrelation": [3.0], "search": [0.5]}
+    scripted = script["measure"].__globals__
+    monkeypatch.setitem(scripted, "in_rounds", lambda ways, rounds: {name: timed[name] for name in ways})
+    times = script["measure"](config, "cpu", rounds=1, repeats=1)
+    assert (times.plain, times.full, times.added, times.search) == ([1.0], [3.0], [2.0], [0.5])
     penalty = script["search"](full, x_BD)()
     assert not penalty.requires_grad
     assert float(0.1 * penalty) == pytest.approx(float(full.forward_losses(x_BD)[1]["decorrelation"].detach()))
