@@ -1,8 +1,8 @@
 """Atomic and durable file writes, JSON and TOML, a lock for the one writer of a folder, and the sizes of folders.
 
 Every file of a cache or a run folder is written with `atomic_write`: under a temporary name, flushed to disk, renamed.
-So a kill at any instant leaves the old file, the new one or neither, and at most a stray `*.tmp-<pid>` file, which
-`remove_stale_files` deletes.
+So a kill at any instant leaves the old file, the new one or neither, and at most a stray temporary file
+(`temporary_path`), which `remove_stale_files` deletes.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 import time
@@ -25,13 +27,15 @@ from .open_files import OUT_OF_FILES, describe_files_limit
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
+TEMPORARY = re.compile(r"\.tmp-([0-9]{1,10})(?:-[0-9a-f]{8})?")
+
 
 def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
     """Write the concatenated parts to `path`, all or nothing; the file is on disk when this returns.
 
     Raises UnavailableError if the disk is full or not writable.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         make_folder(path.parent)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -49,6 +53,23 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
             temporary.unlink(missing_ok=True)
         raise os_error(error, path) from error
     fsync_folder(path.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """The name under which a file is written: `<name>.tmp-<process id>-<random hex>`.
+
+    Processes in two containers can have one id, and two threads of a process can write one file.
+    """
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def temporary_process(path: Path) -> int | None:
+    """The id of the process that wrote a temporary file, also of an earlier version's `<name>.tmp-<process id>`.
+
+    None for any other file.
+    """
+    match = TEMPORARY.fullmatch(path.suffix)
+    return int(match[1]) if match else None
 
 
 def os_error(error: OSError, path: Path | str, verb: str = "write") -> UnavailableError:
@@ -111,7 +132,7 @@ def remove_stale_files(folder: Path) -> int:
 
     The caller must hold the folder's lock.
     """
-    stale = [p for p in folder.rglob("*.tmp-*") if p.suffix.removeprefix(".tmp-").isdecimal() and p.is_file()]
+    stale = [p for p in folder.rglob("*.tmp-*") if temporary_process(p) is not None and p.is_file()]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)

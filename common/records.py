@@ -138,7 +138,7 @@ def warn_unchecked(path: Path) -> None:
         _warned = True
         warnings.warn(
             f"{path} has no {DIGEST}: it was written by an earlier version, or its digest was deleted. Such records "
-            "are read, but damage to them is not noticed.",
+            "are read, but damage to them is not noticed. `sae cache repair` adds the digests of a cache.",
             UncheckedRecordWarning,
             stacklevel=3,
         )

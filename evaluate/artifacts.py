@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..common.errors import DamagedError
-from ..common.files import atomic_write, digest_of, utf8_path
+from ..common.files import atomic_write, digest_of, temporary_process, utf8_path
 from ..common.records import as_read
 from ..common.schemas import DATA_RECORD
 
@@ -74,8 +74,8 @@ def remove_stale_temporaries(folder: Path) -> int:
     removed = 0
     for path in folder.glob("**/*.tmp-*"):
         with contextlib.suppress(OSError):  # another process has just renamed or removed it
-            process = path.suffix.removeprefix(".tmp-")
-            if not process.isdecimal() or is_running(int(process)):
+            process = temporary_process(path)
+            if process is None or is_running(process):
                 continue
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()

@@ -4,7 +4,6 @@ Every error that can be found without loading a model is raised here, or recorde
 """
 
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from ..cache.reader import Cache
 from ..common.device import resolve_device, resolve_dtype
 from ..common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ..common.escaping import quote
-from ..common.files import existing_parent, folder_bytes, free_space, os_error
+from ..common.files import existing_parent, folder_bytes, free_space, os_error, temporary_path
 from ..common.formatting import format_bytes, format_count, shell_paths
 from ..harvest.architectures import check_sites, hook_width
 from .artifacts import ArtifactCache, remove_stale_temporaries
@@ -360,7 +359,7 @@ def refuse_row(plan: EvaluatePlan, group: EvalGroup, row: EvalRow, error: SaeErr
 def check_writable(folder: Path, needed: int) -> None:
     """Raise UnavailableError unless files can be written in a folder and `needed` bytes are free."""
     parent = existing_parent(folder)
-    probe = parent / f".writable.tmp-{os.getpid()}"
+    probe = temporary_path(parent / ".writable")
     try:
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()

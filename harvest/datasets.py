@@ -12,7 +12,7 @@ from ..common.remote_code import load_dataset
 from ..common.tables import Unreadable
 from .dataset_reader import RETRY_SECONDS, Column, DatasetReader, FileReader
 from .documents import Document, DocumentReader, ListedDocuments, TextSource
-from .files import FILE_FORMATS, list_files
+from .files import FILE_FORMATS, WHOLE, list_files
 from .mini import corpus, spelling
 
 PILE = "monology/pile-uncopyrighted"
@@ -40,6 +40,8 @@ def open_text(
     path = Path(name)
     if subset is not None and (name == EMBEDDED_TEXT or path.is_file()):
         raise UsageError(f"--subset selects a configuration of a dataset, and {name} has none. Leave it out.")
+    if name == EMBEDDED_TEXT and split not in WHOLE:
+        raise UsageError(f"--split selects a part of a dataset, and {name} has none. Leave it out.")
     if name == EMBEDDED_TEXT:
         refuse_chat(name, chat)
         return open_embedded(tokenizer, seed, say)

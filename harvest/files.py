@@ -32,6 +32,7 @@ KEYWORDS = {
 }  # split -> its names
 SAVE_AGAIN = "Save the dataset again."
 ALL = "all"  # a split that has every file
+WHOLE = (*KEYWORDS["train"], ALL)  # the splits of a text that has no others
 SHARD = re.compile(r"data/(?P<split>[^/]*)-\d{5}-of-(?P<shards>\d{5})[^/]*\.[^/]*")
 METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 ABOUT = {"readme", "license", "licence", "copying", "notice"}  # .txt or .json
@@ -58,9 +59,10 @@ class Configuration:
 def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Path]:
     """The files of a text, in order. A folder that `save_to_disk` wrote lists its own.
 
-    Raises UsageError for an unknown split or subset.
+    Raises UsageError for an unknown split or subset, also of a single file.
     """
     if not path.is_dir():
+        check_split_of_file(path, split)
         return [path]
     is_dictionary = (path / "dataset_dict.json").is_file()
     is_saved = is_dictionary or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
@@ -78,6 +80,16 @@ def list_files(path: Path, subset: str | None, split: str, say: Say) -> list[Pat
     files = splits[choose_split(path, list(splits), split)]
     say_missing_shards(path, files, say)
     return files
+
+
+def check_split_of_file(path: Path, split: str) -> None:
+    """Raise UsageError for another split of a single file than the one that its name says."""
+    words = next((words for words in KEYWORDS.values() if split in words), (split,))
+    if split not in WHOLE and not has_word(path.name, [re.escape(word) for word in words], in_folders=False):
+        raise UsageError(
+            f"{path} is a single file, which is read whole, and its name names no split {split!r}. Leave --split out, "
+            "or give the folder with the files of the splits."
+        )
 
 
 def choose_split(path: Path, splits: Sequence[str], split: str) -> str:

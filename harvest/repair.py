@@ -19,6 +19,7 @@ from ..common.formatting import format_count
 from ..common.special_tokens import BOS_OR_EOS
 from . import mini
 from .config import HarvestConfig
+from .datasets import EMBEDDED_TEXT
 from .files import ALL
 from .plan import HarvestPlan, plan_harvest
 from .progress import SILENT, HarvestProgress
@@ -122,17 +123,18 @@ def plan_same_harvest(folder: Path, *, model: str | None, dataset: str | None, d
 
 
 def plan_text_of(folder: Path, options: dict[str, Any], hooks: list[Hook]) -> HarvestPlan:
-    """The plan with these options. Earlier versions read every file of a folder of text, whatever its split."""
+    """The plan with these options. Earlier versions read every file of a text on this machine, whatever its split."""
 
     def plan_with(options: dict[str, Any]) -> HarvestPlan:
         return replace(plan_harvest(HarvestConfig(**options)), hooks=hooks)
 
     dataset = options.get("dataset")
-    if not dataset or not Path(dataset).is_dir():
+    is_here = (dataset or options["model"]) in (EMBEDDED_TEXT, mini.NAME) or (dataset and Path(dataset).exists())
+    if not is_here:
         return plan_with(options)
     try:
         plan = plan_with(options)
-    except UsageError:  # perhaps no file is of its split
+    except UsageError:  # perhaps there is nothing of its split
         return plan_with(options | {"split": ALL})
     if (folder / "zarr.json").exists():
         identity = read_attributes(folder)["identity"]

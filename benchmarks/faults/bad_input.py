@@ -58,6 +58,9 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         ("a column of numbers", ["--dataset", "odd.jsonl", "--text-column", "number"], USAGE),
         ("unknown split of a saved dataset", ["--dataset", "saved", "--split", "dev"], USAGE),
         ("unknown split of a folder", ["--dataset", "split", "--split", "nosuch"], USAGE),
+        ("a split of a folder whose files are of no split", ["--dataset", "unsplit", "--split", "test"], USAGE),
+        ("a folder without a file of the default split", ["--dataset", "onlytest"], USAGE),
+        ("a split of a single file", ["--dataset", "sentences.jsonl", "--split", "test"], USAGE),
         ("a folder with several configurations", ["--dataset", "configured"], USAGE),
         ("a saved dataset whose state.json is nested 30,000 deep", ["--dataset", "deepsaved"], USAGE),
         ("only a row nested 20,000 deep", ["--dataset", "deep.jsonl"], USAGE),
@@ -80,6 +83,7 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         ("a folder with train, test, metadata and a file manager's files", ["--dataset", "split"], "the rows of train"),
         ("a folder whose README.md names the files", ["--dataset", "configured", "--subset", "b"], "the rows of b"),
         ("Parquet files of which the second has another column", ["--dataset", "tables"], "the rows of both"),
+        ("a folder whose files are of no split", ["--dataset", "unsplit"], "the rows of all files, as of train"),
     ):  # fmt: skip
         out = Path("read-" + words[1])
         outcome = sae(*HARVEST, *words, "--out", out)
@@ -151,6 +155,11 @@ def make_odd_texts(rows: list[dict[str, str]], lines: bytes) -> None:
     )
     pq.write_table(secret, "configured/one/a.parquet")
     Path("configured/text.jsonl").write_bytes(lines)
+    for folder, names in (("unsplit", "ab"), ("onlytest", ("test", "notes"))):
+        Path(folder).mkdir()
+        half = len(lines.splitlines()) // 2
+        for name, part in zip(names, (lines.splitlines(True)[:half], lines.splitlines(True)[half:]), strict=True):
+            Path(folder, f"{name}.jsonl").write_bytes(b"".join(part))
     pq.write_table(pa.Table.from_pylist(rows[:60]), "tables/a.parquet")
     pq.write_table(pa.Table.from_pylist([row | {"score": 1} for row in rows[60:]]), "tables/b.parquet")
 

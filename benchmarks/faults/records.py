@@ -55,6 +55,17 @@ def files_of_another_run(m: Matrix, run: Path, other: Path) -> None:
     for name in ("sae.json", "sae.safetensors"):
         shutil.copy(other / name, folder)
     m.row("both files of the SAE are another run's", sae("evaluate", folder, *CORE), DAMAGED, "say which field differs")
+    train = [*TRAIN, "--cache", "whole", "--device", "cpu", "--steps", 8, "--set", "lr=2e-3", "--out", "recorded-lr"]
+    assert sae(*train).code == OK
+    (alike,) = Path("recorded-lr").glob("topk-*")
+    folder = copy(run, "mixed-alike")
+    for name in ("sae.json", "sae.safetensors"):
+        shutil.copy(alike / name, folder)
+    m.row("both files of the SAE are those of a run that differs in an option alone", sae("evaluate", folder, *CORE),
+          DAMAGED, "run.json has the options", "is of another run" in sae("evaluate", folder, *CORE).err)  # fmt: skip
+    folder = copy(run, "mixed-weights")
+    shutil.copy(alike / "sae.safetensors", folder)
+    m.row("the weights alone are another run's", sae("evaluate", folder, *CORE), DAMAGED, "compared with sae.json")
     folder = copy(run, "mixed-run")
     shutil.copy(other / "run.json", folder)
     m.row("run.json is another run's", sae("train", "--resume", folder), DAMAGED, "compared with the folder's name")

@@ -1,25 +1,63 @@
 """Records, digests and the lock of a folder's writer."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from sae.common.errors import UnavailableError, UsageError
-from sae.common.files import digest_of, remove_stale_files, writer_lock
+from sae.common.files import (
+    atomic_write,
+    digest_of,
+    remove_stale_files,
+    temporary_path,
+    temporary_process,
+    writer_lock,
+)
 
 
 def test_digest_of_ignores_the_order_of_keys() -> None:
     assert digest_of({"a": 1, "b": [2, 3]}) == digest_of({"b": [2, 3], "a": 1}) != digest_of({"a": 1, "b": [3, 2]})
 
 
+def test_two_writers_of_one_file_do_not_take_each_other_s_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins and ends before the first has flushed: of another container with the same process id."""
+    path, flush, names = tmp_path / "a.json", os.fsync, []
+
+    def second(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", flush)
+        names.extend(p.name for p in tmp_path.iterdir())
+        atomic_write(path, b"second")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", second)
+    atomic_write(path, b"fir", b"st")
+    assert path.read_bytes() == b"first" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert re.fullmatch(rf"a\.json\.tmp-{os.getpid()}-[0-9a-f]{{8}}", names[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "process"),
+    [
+        ("c.0.0.tmp-12345", 12345), ("a.json.tmp-7-0badcafe", 7), (".writable.tmp-1-00000000", 1),
+        *((name, None) for name in ("a.tmp-x", "a.tmp-", "a.tmp-5-xyz", "a.tmp-5-0badcafe0", "a.tmp-\u0663", "tmp-5")),
+    ],
+)  # fmt: skip
+def test_a_temporary_file_names_its_process(name: str, process: int | None) -> None:
+    assert temporary_process(Path(name)) == process
+
+
 def test_the_lock_deletes_stale_files(tmp_path: Path) -> None:
-    stale, other = tmp_path / "layer_05" / "c.0.0.tmp-12345", tmp_path / "layer_05" / "notes.tmp-x"
-    stale.parent.mkdir()
-    for file in (stale, other):
+    folder = tmp_path / "layer_05"
+    stale, other = [folder / "c.0.0.tmp-12345", temporary_path(folder / "c.1.0")], folder / "notes.tmp-x"
+    folder.mkdir()
+    for file in (*stale, other):
         file.write_bytes(b"half")
     with writer_lock(tmp_path, "sae harvest"):
-        assert not stale.exists() and other.exists() and remove_stale_files(tmp_path) == 0
+        assert list(folder.iterdir()) == [other] and remove_stale_files(tmp_path) == 0
 
 
 def test_taking_over_a_lock_names_its_dead_holder(tmp_path: Path) -> None:

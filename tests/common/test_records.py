@@ -118,7 +118,7 @@ def test_an_edit_is_refused_until_the_digest_is_deleted(path: Path, monkeypatch:
         KIND.read(path)
     del content["content_digest"]
     path.write_text(json.dumps(content))
-    with pytest.warns(UncheckedRecordWarning, match="example.json has no content_digest"):
+    with pytest.warns(UncheckedRecordWarning, match="example.json has no content_digest.*`sae cache repair` adds"):
         assert KIND.read(path)["step"] == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")

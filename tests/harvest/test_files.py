@@ -65,6 +65,26 @@ def test_a_folder_without_splits_is_train(chosen) -> None:
         chosen(["a.jsonl"], "test")
 
 
+@pytest.mark.parametrize(
+    ("name", "splits", "refused"),
+    [
+        ("a.jsonl", ["train", "training", "all"], ["test", "nosuch", "jsonl", ""]),
+        ("wiki_val.jsonl", ["train", "all", "val", "validation", "dev"], ["test", "wiki.val"]),
+        ("my-own-2.jsonl", ["own", "my"], ["ow", ".*", "test"]),
+    ],
+)
+def test_a_file_has_the_split_that_its_name_says(
+    tmp_path: Path, name: str, splits: list[str], refused: list[str]
+) -> None:
+    """It is read whole without --split, whatever its name."""
+    (tmp_path / name).write_text("{}")
+    for split in splits:
+        assert list_files(tmp_path / name, None, split, print) == [tmp_path / name]
+    for split in refused:
+        with pytest.raises(UsageError, match="is a single file, which is read whole, and its name names no split"):
+            list_files(tmp_path / name, None, split, print)
+
+
 def test_what_is_not_text_of_the_dataset_is_left_out(chosen) -> None:
     left = [
         "dataset_infos.json", "dataset_info.json", "README.txt", "LICENSE", "LICENSE.txt", ".gitattributes",
