@@ -1,5 +1,6 @@
 """The public names of `sae`: batches of a cache, activations of texts, a model that is steered."""
 
+import importlib
 import inspect
 import itertools
 import random
@@ -51,18 +52,24 @@ def test_a_public_name_has_a_docstring_for_a_notebook(name: str) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_public_names_work_after_every_other_module_was_imported_in_any_order(seed: int) -> None:
+def test_public_names_work_after_every_other_module_was_imported_in_any_order(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An imported submodule becomes an attribute of `sae`, and must not stand in the way of a public name."""
-    order = random.Random(seed).sample(MODULES, len(MODULES))
-    code = f"""
-import importlib, sae
-for module in {order}:
-    importlib.import_module(module)
-for name in {sorted(PUBLIC)}:
-    thing = getattr(sae, name)
-    assert callable(thing) and thing.__name__ == name and thing.__module__.startswith("sae."), (name, thing)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ours = [name for name in sys.modules if name.partition(".")[0] == "sae"]
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name)  # they come back after the test
+    try:
+        anew = importlib.import_module("sae")
+        assert anew is not sae
+        for module in random.Random(seed).sample(MODULES, len(MODULES)):
+            importlib.import_module(module)
+        for name in PUBLIC:
+            thing = getattr(anew, name)
+            assert callable(thing) and thing.__name__ == name and thing.__module__.startswith("sae."), (name, thing)
+    finally:
+        for name in MODULES:
+            sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("code", ["import sae", "import sae; dir(sae)", "from sae import UsageError"])

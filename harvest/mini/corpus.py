@@ -7,8 +7,10 @@ topics and the tables of `encodings` are never held out: they repeat each other 
 """
 
 import ast
+import functools
 import hashlib
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -26,6 +28,7 @@ SKIPPED_FOLDERS = {
     "__pycache__",
     "pydoc_data",
 }
+BLOCKS = ("body", "cases", "handlers", "orelse", "finalbody")  # fields with statements, in the order of each node
 
 
 class StdlibDocument(NamedTuple):
@@ -39,8 +42,13 @@ def is_held_out(path: str) -> bool:
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little") % HELD_OUT_ONE_IN == 0
 
 
-def stdlib_documents() -> Iterator[StdlibDocument]:
-    """Every document, sorted by name."""
+@functools.cache
+def stdlib_documents() -> tuple[StdlibDocument, ...]:
+    """Every document, sorted by name. Reading the library takes some seconds, so that a process does it once."""
+    return tuple(read_documents())
+
+
+def read_documents() -> Iterator[StdlibDocument]:
     for name in sorted(topics):
         yield StdlibDocument(f"topic:{name}", topics[name], held_out=False)
     root = Path(sysconfig.get_path("stdlib"))
@@ -61,11 +69,21 @@ def stdlib_documents() -> Iterator[StdlibDocument]:
 
 
 def docstrings(source: str) -> str:
-    """The docstrings of a module, its classes and its functions, each under its name."""
+    """The docstrings of a module, its classes and its functions, each under its name, in the order of `ast.walk`."""
     sections = []
-    for node in ast.walk(ast.parse(source)):
+    for node in walk_statements(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
                 sections.append(f"{getattr(node, 'name', 'module')}: {text}")
     return "\n\n".join(sections)
+
+
+def walk_statements(module: ast.Module) -> Iterator[ast.AST]:
+    """The module and the statements below it, in the order of `ast.walk`, which is slow since it visits expressions."""
+    found: deque[ast.AST] = deque([module])
+    while found:
+        node = found.popleft()
+        yield node
+        for name in BLOCKS:
+            found.extend(getattr(node, name, ()))

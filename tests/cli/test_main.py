@@ -74,11 +74,18 @@ def test_help_lists_the_commands_and_does_not_import_torch():
         assert re.search(rf"\b{command}\b", shown.stdout), command
 
 
-def test_an_error_is_one_sentence_on_stderr_of_the_real_program():
-    shown = python("from sae.cli.main import app; app(['evaluate', 'nothing/here'])")
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["cache", "info"], "nothing/here holds no activation cache"),
+        pytest.param(["evaluate"], "There is no run folder 'nothing/here'. For an SAE on", marks=pytest.mark.slow),
+    ],
+)
+def test_an_error_is_one_sentence_on_stderr_of_the_real_program(command, sentence):
+    shown = python(f"from sae.cli.main import app; app({[*command, 'nothing/here']})")
     assert shown.returncode == BAD_USAGE
     assert shown.stdout == ""
-    assert shown.stderr.startswith("error: There is no run folder 'nothing/here'. For an SAE on")
+    assert shown.stderr.startswith(f"error: {sentence}")
     assert len(shown.stderr.splitlines()) == 1
 
 
@@ -432,7 +439,13 @@ def test_an_unknown_attention_is_rejected(tiny_model, sentences, home):
     assert files(home) == set()
 
 
-@pytest.mark.parametrize("command", [["variants"], ["config", "init"], ["cache", "list"], ["--help"], ["train", "-h"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["config", "init"], ["--help"], ["train", "-h"]),
+        *(pytest.param(command, marks=pytest.mark.slow) for command in (["variants"], ["cache", "list"])),
+    ],
+)
 def test_a_closed_pipe_is_silent(command):
     """As for any program that SIGPIPE ends: nothing on stderr, and the exit code 141 that a shell would report."""
     process = subprocess.Popen(

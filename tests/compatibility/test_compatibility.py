@@ -8,12 +8,13 @@ In the text files of the fixtures, @HOME@ stands for the SAE_HOME they were writ
 of its own and replaces it.
 """
 
+import contextlib
 import hashlib
+import io
 import json
-import os
 import platform
+import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,21 +40,6 @@ LOG_FLAGS = ["--log-every", "50", "--checkpoint-every", "95"]
 CLOSE = 5e-5 if platform.machine() in ("x86_64", "AMD64") else 1e-4
 REHARVESTED = 1e-2  # tolerance where rows are harvested again: bfloat16 has eight bits
 TIMINGS = {"waited_for_data"}
-# Runs several commands in one process, each as `python -m sae` would.
-DRIVER = """
-import json, runpy, sys
-failed = 0
-for words in json.loads(sys.argv[1]):
-    print("$ sae", *words, flush=True)
-    sys.argv = ["sae", *words]
-    try:
-        runpy.run_module("sae", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if end.code:
-            failed += 1
-            print("exit code", end.code, flush=True)
-sys.exit(failed)
-"""
 
 
 class Ran(NamedTuple):
@@ -68,19 +54,25 @@ class Ran(NamedTuple):
 
 
 def call(home: Path, *commands: list[str]) -> Ran:
-    """Run commands with SAE_HOME=home, on one CPU thread."""
-    words = [[word.replace(HOME, str(home)) for word in command] for command in commands]
-    paths = [str(Path(sae.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(words)],
-        cwd=home,
-        env={**os.environ, **alone, "SAE_HOME": str(home), "PYTHONPATH": os.pathsep.join(paths)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return Ran(done.returncode == 0, done.stdout)
+    """Run commands as `python -m sae` would, with SAE_HOME=home, on one thread of the CPU."""
+    failed, said, threads = 0, io.StringIO(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        patch.setenv("SAE_HOME", str(home))
+        patch.chdir(home)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        for command in commands:
+            words = [word.replace(HOME, str(home)) for word in command]
+            print("$ sae", *words)
+            patch.setattr(sys, "argv", ["sae", *words])
+            try:
+                runpy.run_module("sae", run_name="__main__")
+            except SystemExit as end:
+                if end.code:
+                    failed += 1
+                    print("exit code", end.code)
+    torch.set_num_threads(threads)
+    return Ran(not failed, said.getvalue())
 
 
 def text_of(path: Path, home: Path) -> str:

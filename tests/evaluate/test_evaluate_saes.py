@@ -63,7 +63,7 @@ def test_run_folders_are_evaluated_as_by_the_command(tiny_cache, home):
 
 def test_what_an_object_cannot_have_is_a_sentence_in_its_row(tiny_cache, home):
     rows = sae.evaluate_saes(
-        {"half": Half()}, cache=tiny_cache, layer=0, references=False, options=["absorption.words=0"],
+        {"half": Half()}, cache=tiny_cache, layer=0, references=False, options=["absorption.words=130"],
         suite="core,absorption", tokens=60, device="cpu",
     )  # fmt: skip
     assert rows[0].results.keys() == {"core"}

@@ -1,7 +1,14 @@
 """Texts are opened from files, the embedded corpus and the Hub; whatever cannot be read is rejected with a message."""
 
+import ast
+import asyncio.tasks
+import contextlib
+import functools
+import inspect
 import itertools
 import json
+import traceback
+import typing
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,9 +28,36 @@ from hypothesis import strategies as st
 from sae.common.errors import UnavailableError, UsageError
 from sae.harvest.datasets import EMBEDDED_TEXT, open_text, split_paragraphs
 from sae.harvest.documents import TextSource, describe_unreadable
-from sae.harvest.mini.corpus import StdlibDocument, stdlib_documents
+from sae.harvest.mini.corpus import StdlibDocument, docstrings, stdlib_documents
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "seven zebras", "read their yellow books in june " * 5]
+
+NESTED = """
+try:
+    def f(): 'deep'
+except E:
+    def f(): 'deep'
+else:
+    def f(): 'deep'
+finally:
+    def f(): 'deep'
+for x in y:
+    class C:
+        'deep'
+        async def g(): 'deep'
+else:
+    def f(): 'deep'
+match x:
+    case 1:
+        def f(): 'deep'
+with x:
+    while y:
+        def f(): 'deep'
+if (lambda: 1)():
+    def f(): 'deep'
+else:
+    def f(): 'deep'
+"""
 
 
 # Files
@@ -313,6 +347,25 @@ def test_subsets_are_listed_where_one_is_needed(
 ) -> None:
     with pytest.raises(UsageError, match=sentence):
         with_subsets(subset, names)
+
+
+def test_a_text_that_is_one_has_no_split(tmp_path: Path, tokenizer: Any) -> None:
+    for name in (str(write_lines(tmp_path / "a.jsonl", [{"text": "a"}])), EMBEDDED_TEXT):
+        with pytest.raises(UsageError, match="--split"):
+            open_text(name, tokenizer=tokenizer, revision=None, split="test", column="text", seed=0)
+
+
+def test_docstrings_are_found_in_the_order_of_ast_walk() -> None:
+    """Which decides the text of the embedded corpus, and so what caches of it are."""
+    modules = [ast, asyncio.tasks, contextlib, functools, traceback, typing]
+    for source in [*map(inspect.getsource, modules), NESTED]:
+        sections = []
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if text := ast.get_docstring(node):
+                    sections.append(f"{getattr(node, 'name', 'module')}: {text}")
+        assert docstrings(source) == "\n\n".join(sections)
+    assert docstrings(NESTED).count("deep") == 11
 
 
 def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:

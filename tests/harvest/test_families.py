@@ -35,7 +35,12 @@ EXPECTED: dict[str, list[frozenset[str]]] = {
     "nemotron_h": [ATTENTION_ONLY, ATTENTION_ONLY, MLP_ONLY, MLP_ONLY - {"mlp_hidden"}],
     "deepseek_v4": [NONE], "gemma3n_text": [NONE],
 }  # fmt: skip
-ALIKE = {"apertus", "arcee", "codegen", "ernie4_5", "gpt_bigcode", "helium", "nemotron", "persimmon", "qwen3_next"}
+# Built as others here are: slow.
+ALIKE = {
+    "apertus", "arcee", "codegen", "cohere", "ernie4_5", "exaone4", "gemma", "gpt_bigcode", "helium", "mamba",
+    "mistral", "nemotron", "olmo", "olmo3", "persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_next",
+    "smollm3", "stablelm", "starcoder2",
+}  # fmt: skip
 QUICK = sorted(set(EXPECTED) - ALIKE)
 OTHERS = sorted(set(FAMILIES["FAMILIES"]) - set(EXPECTED))
 

@@ -17,7 +17,7 @@ from sae.train.plan import TrainConfig, TrainPlan, plan_training
 from sae.train.recipe import RECIPES, matches_type
 from sae.train.run import run_training
 from sae.train.sae import fold_normalization, load_sae, save_sae
-from sae.train.variant import RunConfig
+from sae.train.variant import RunConfig, Variant
 
 # Recipes under options that add a part of their own, as "recipe option=value ...".
 VARIED = (
@@ -39,11 +39,12 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[
 
 
 @every_recipe
-def test_thirty_steps_are_finite_and_rows_stay_unit(name, make_trainer, take) -> None:
-    trainer = make_trainer(name)
+def test_a_whole_run_is_finite_and_rows_stay_unit(name, make_trainer, take) -> None:
+    """Warm-ups and decays included; periodic mechanisms act every fourth step."""
+    trainer = make_trainer(name, steps=16)
     unit = any(isinstance(mechanism, UnitNormDecoder) for mechanism in trainer.variant.mechanisms)
     before = trainer.variant.sae.W_enc.detach().clone()
-    for number in take(trainer, range(30)):
+    for number in take(trainer, range(16)):
         if unit:
             norms_F = trainer.variant.sae.W_dec.norm(dim=1)
             assert (norms_F - 1).abs().max() < 1e-6, f"after step {number}"
@@ -61,34 +62,50 @@ def test_unit_norm_comes_last(name, make_variant) -> None:
 
 @every_recipe
 def test_resume_is_exact(name, make_trainer, take, tmp_path: Path) -> None:
-    """20 steps = 10, a checkpoint, new objects under another random state, and 10 more."""
-    torch.manual_seed(1)
+    """16 steps = 10, a checkpoint, new objects under another random state, and 6 more.
+
+    That a checkpoint changes nothing in the run that writes it is shown below: one alone writes others than in company.
+    """
     whole = make_trainer(name)
-    list(take(whole, range(20)))
-    first = make_trainer(name)
-    list(take(first, range(10)))
-    save_checkpoint(first, tmp_path, 10)
+    list(take(whole, range(10)))
+    save_checkpoint(whole, tmp_path, 10)
+    saved = {name: tensor.clone() for name, tensor in training_state(whole).items()}
+    list(take(whole, range(10, 16)))
     second = make_trainer(name)
     torch.manual_seed(2)
     assert restore_checkpoint(second, tmp_path, pytest.fail) == 10
-    assert same(training_state(second), training_state(first)) == []
-    list(take(second, range(10, 20)))
+    assert same(training_state(second), saved) == []
+    list(take(second, range(10, 16)))
     assert same(training_state(whole), training_state(second)) == []
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Trainer]:
+    return {}
+
+
+@pytest.fixture
+def trained(name: str, kept: dict[str, Trainer], make_trainer, take) -> Variant:
+    """The recipe after ten steps on centered rows, trained once for all tests that only read it."""
+    if name not in kept:
+        kept[name] = make_trainer(name, center=True)
+        list(take(kept[name], range(10)))
+    variant = kept[name].variant
+    variant.sae.train()
+    return variant
 
 
 @every_recipe
 def test_the_saved_sae_does_to_raw_rows_what_training_did_to_normalized_ones(
-    name, make_trainer, take, batches, tmp_path: Path
+    name, trained, batches, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(name, center=True)
-    list(take(trainer, range(10)))
-    variant = trainer.variant
+    variant = trained
     save_sae(fold_normalization(variant.sae, float(variant.scale), variant.mean_D), tmp_path, {})
-    loaded, trained = load_sae(tmp_path), variant.sae.eval()
+    loaded, own = load_sae(tmp_path), variant.sae.eval()
     x_BD = batches[20].float()
     with torch.no_grad():
-        f_BF = trained.encode((x_BD - variant.mean_D) / variant.scale)
-        x_hat_BD = trained.decode(f_BF)
+        f_BF = own.encode((x_BD - variant.mean_D) / variant.scale)
+        x_hat_BD = own.decode(f_BF)
         torch.testing.assert_close(loaded.encode(x_BD), variant.scale * f_BF, rtol=1e-4, atol=1e-4)
         expected = variant.scale * x_hat_BD + variant.mean_D
         torch.testing.assert_close(loaded.decode(variant.scale * f_BF), expected, rtol=1e-4, atol=1e-4)
@@ -96,10 +113,8 @@ def test_the_saved_sae_does_to_raw_rows_what_training_did_to_normalized_ones(
 
 
 @every_recipe
-def test_save_and_load_keep_every_bit(name, make_trainer, take, batches, tmp_path: Path) -> None:
-    trainer = make_trainer(name)
-    list(take(trainer, range(10)))
-    raw = fold_normalization(trainer.variant.sae, float(trainer.variant.scale), trainer.variant.mean_D)
+def test_save_and_load_keep_every_bit(name, trained, batches, tmp_path: Path) -> None:
+    raw = fold_normalization(trained.sae, float(trained.scale), trained.mean_D)
     save_sae(raw, tmp_path, {"layer": 0})
     loaded, x_BD = load_sae(tmp_path), batches[20].float()
     with torch.no_grad():
@@ -110,10 +125,8 @@ def test_save_and_load_keep_every_bit(name, make_trainer, take, batches, tmp_pat
 
 
 @every_recipe
-def test_after_training_a_token_is_encoded_by_itself(name, make_trainer, take, batches) -> None:
-    trainer = make_trainer(name)
-    list(take(trainer, range(10)))
-    sae, x_BD = trainer.variant.sae.eval(), batches[20].float()
+def test_after_training_a_token_is_encoded_by_itself(name, trained, batches) -> None:
+    sae, x_BD = trained.sae.eval(), batches[20].float()
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(x_BD)[:3], sae.encode(x_BD[:3]), rtol=1e-5, atol=1e-5)
 
@@ -125,7 +138,7 @@ def test_a_step_reads_nothing_back_to_the_host(name, make) -> None:
         variant = make(name, RunConfig(D_IN, D_SAE, 100, BATCH))
         variant.dead.index_A, variant.dead.real_A = torch.arange(D_SAE), torch.ones(D_SAE)  # AuxK has work to do
         trainer = Trainer(variant, 100, "cpu")
-        for _ in range(3):
+        for _ in range(2):
             trainer.step(torch.randn(BATCH, D_IN, dtype=torch.bfloat16))
 
 

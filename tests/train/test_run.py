@@ -125,16 +125,25 @@ def wait_for_checkpoint(process: subprocess.Popen, out: Path, at_least: int) -> 
 
 
 def test_killed_and_stopped_runs_end_as_uninterrupted_ones(sparse_cache, tmp_path: Path) -> None:
-    """120 steps = some, SIGKILL, some more, SIGTERM, and the rest, each in a process of its own. Bit for bit."""
+    """120 steps = some, SIGKILL in a process of its own, some more, SIGTERM, and the rest. Bit for bit."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    said = ""
-    for at_least, number in ((10, signal.SIGKILL), (40, signal.SIGTERM)):
-        process = subprocess.Popen(command(sparse_cache, stopped), env=environment, stderr=subprocess.PIPE, text=True)
-        wait_for_checkpoint(process, stopped, at_least)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "everything is saved" in said and f"sae train --resume {stopped}" in said
+    process = subprocess.Popen(command(sparse_cache, stopped), env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(process, stopped, 10)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    seen: list[int] = []
+
+    def press(number: int, *_: object) -> None:
+        seen.append(number)
+        if len(seen) == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    plan = plan_training(make_config(sparse_cache, *NAMES, steps=120, checkpoint_every=10, log_every=60, out=stopped))
+    with pytest.raises(Interrupted, match=f"everything is saved.*sae train --resume {stopped}"):
+        run_training(plan, TrainProgress(step=press))
+    assert 10 <= seen[0] and len(seen) == 4
     runs = {}
     for out in (whole, stopped):
         config = make_config(sparse_cache, *NAMES, steps=120, checkpoint_every=10, log_every=60, out=out)

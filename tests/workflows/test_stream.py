@@ -267,8 +267,15 @@ def test_a_failed_harvest_stops_training_with_its_message_after_a_checkpoint(ask
     assert weights(folder) == weights(whole)
 
 
-def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
-    """Five SIGKILLs, with the text unread, with windows half-written, between checkpoints and removals; bit for bit."""
+SIGNS = [
+    "ring/ring.json", "ring/commits/000001.*", *(f"runs/*/checkpoints/step-{PER_GROUP * n:08d}" for n in (1, 4)),
+    "runs/*/sae.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("signs", [SIGNS[1:4:2], pytest.param(SIGNS, marks=pytest.mark.slow)], ids=["two", "five"])
+def test_killed_at_any_instant(asked, tmp_path: Path, signs: list[str]) -> None:
+    """SIGKILLs with the text unread, with windows half-written, between checkpoints and removals; bit for bit."""
     context = multiprocessing.get_context("forkserver")
     gemma = "transformers.models.gemma2.modeling_gemma2"
     context.set_forkserver_preload(["sae.harvest.run", gemma, "datasets", "sae.train.streaming"])
@@ -291,8 +298,6 @@ def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
 
     whole, killed = finished(tmp_path / "whole"), tmp_path / "killed"
     rng, at_work = random.Random(0), 0
-    checkpoints = [f"runs/*/checkpoints/step-{PER_GROUP * n:08d}" for n in (1, 4)]
-    signs = ["ring/ring.json", "ring/commits/000001.*", *checkpoints, "runs/*/sae.json"]
     for sign in signs:
         process = start(killed)
         while process.is_alive() and not list(killed.glob(sign)):
@@ -301,7 +306,7 @@ def test_killed_at_any_instant(asked, tmp_path: Path) -> None:
         process.kill()
         process.join()
         at_work += process.exitcode == -signal.SIGKILL
-    assert at_work >= 3  # a fast machine may finish before the last of them
+    assert at_work >= len(signs) // 2  # a fast machine may finish before the last of them
     assert finished(killed) == whole
 
 
@@ -333,7 +338,7 @@ def test_nothing_is_harvested_for_failed_runs(asked) -> None:
 
 def test_a_streamed_run_is_evaluated_on_the_text_that_was_held_out(asked) -> None:
     (folder,) = stream(asked, request_of("topk"))
-    (row,) = evaluate(Evaluate(runs=[folder], tokens=60, device="cpu", references=False))
+    (row,) = evaluate(Evaluate(runs=[folder], suite="core", tokens=60, device="cpu", references=False))
     assert 0 < row.results["core"].metrics["sparsity"]["l0"] <= 4
     origin = read_json(folder / "sae.json")["origin"]
     assert (origin["layer"], origin["context"], origin["cache"]) == (1, 32, str(the_ring().resolve()))

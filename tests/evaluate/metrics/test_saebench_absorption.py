@@ -162,7 +162,7 @@ def test_every_word_s_absorption_matches_saebench(saebench, reference, words, re
     assert all(same.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["relu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_the_result_matches_saebench(saebench, reference, words, record_comparison, kind, monkeypatch):
     """With the ranking of their L1 probe."""
     weight_LF = torch.zeros(26, 512)
