@@ -1,6 +1,8 @@
 """Shared fixtures: a random two-block Gemma 2 with the embedded tokenizer, a text, a cache of both, and SAE_HOME."""
 
+import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,15 @@ if TYPE_CHECKING:
     from sae.cache.reader import Cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
+NUMBERS = itertools.count()
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pytest's own, which looks through all folders for the next number, and there are thousands."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    return tmp_path_factory.mktemp(f"{name}-{next(NUMBERS)}", numbered=False)
 
 
 @pytest.fixture(autouse=True)
