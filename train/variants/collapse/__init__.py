@@ -10,10 +10,10 @@ differs, it is another value of an option.
 Paper: names five pairs of runs; the split inside a pair is ours. It gives no alpha, no beta, and no rule for lambda
 inside its bounds.
 Paper: calls absorption 0 and one split feature a collapse. 0 is the good end of that score, and 1 means no splitting.
-Paper: 100,000 tokens in batches of 125 are 800 steps, all of them inside its warm-up of 1000 (`budget=paper`).
+Paper: 100,000 tokens in batches of 125 are 800 steps, all of them inside its warm-up of 1000.
 
 Shape suffixes here, besides those of train/step.py: G groups, M latents in a group, S dimensions of the sketch,
-N neighbors.
+N neighbors or a few tokens, T steps.
 """
 
 from . import recipes  # noqa: F401  (registers them)

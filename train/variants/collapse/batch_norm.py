@@ -10,7 +10,8 @@ from ...step import Mechanism, Step
 class BatchNorm(Activation, name="batch_norm"):
     """gain (z - mean)/sqrt(var + eps) + shift for each latent: batch statistics in training, running ones afterwards.
 
-    Paper: does not say where; before the ReLU, all latents then fire about half of the time until L1 moves `shift`.
+    Paper: does not say where; before the ReLU, all latents then fire about half of the time until L1 moves `shift`. It
+    gives no first gain: with normalized inputs ours keeps the scale of the pre-activations, else it is 1, as usual.
     """
 
     mean_F: Tensor

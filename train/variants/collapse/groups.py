@@ -1,4 +1,6 @@
-"""Paper 000: groups of latents with their own learning rates (4.1), and winner-take-all within them (4.2)."""
+"""Paper 000: groups of latents, their learning rates (4.1), their sampling (4.3), and winner-take-all in them (4.2)."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +53,41 @@ class GroupUtilization(Mechanism):
         return {"group_utilisation_min": self.u_G.min(), "group_utilisation_max": self.u_G.max()}
 
 
-class GroupLearningRate(Mechanism):
+class GroupUpdate(Mechanism):
+    """Scales the update of each group of latents: W_dec, or its free rows, W_enc and b_enc.
+
+    Adam ignores the scale of a gradient, so the update is scaled, not the gradient. Several of these multiply.
+    """
+
+    def __init__(self, rows: DecoderRows, count: int) -> None:
+        super().__init__()
+        self.rows, self.count = rows, count
+        self.weights_before: list[Tensor] = []  # before this step's update; not part of the state
+
+    def factor_G(self, step: Step) -> Tensor:
+        """By what the update of each group is multiplied. Called once in a step, after the optimizer."""
+        raise NotImplementedError
+
+    def weights(self, step: Step) -> list[Tensor]:
+        """What is scaled: (F, D), then (..., F)."""
+        return [self.rows.parameter(step.sae).data, step.sae.W_enc.data, step.sae.b_enc.data]
+
+    def after_backward(self, step: Step) -> None:
+        self.weights_before = [weight.clone() for weight in self.weights(step)]
+
+    def after_step(self, step: Step) -> None:
+        factor_F = self.factor_G(step).repeat_interleave(step.sae.d_sae // self.count)
+        weights = self.weights(step)
+        factors = (factor_F[:, None], *[factor_F] * (len(weights) - 1))
+        for weight, before, factor in zip(weights, self.weights_before, factors, strict=True):
+            weight.copy_(before + factor * (weight - before))
+
+
+class GroupLearningRate(GroupUpdate):
     """eta_g = eta_0 softmax(EMA(u_g)) (2), for W_dec, W_enc and b_enc of the latents in a group.
 
-    Adam ignores the scale of a gradient, so the update is scaled, not the gradient. By `mode` the rate over eta_0 is
+    `rates_differed` counts the groups whose rate was not the mean of all, by more than a thousandth, in all steps. By
+    `mode` the rate over eta_0 is
         softmax        softmax(u): the paper
         softmax_mean1  G softmax(u), so that the mean rate is eta_0
         softmax_temp   the same with u divided by its standard deviation
@@ -64,10 +97,12 @@ class GroupLearningRate(Mechanism):
     does little else.
     """
 
+    acted_rates_differed: Tensor  # () int64
+
     def __init__(self, rows: DecoderRows, groups: GroupUtilization, mode: str = "softmax_mean1") -> None:
-        super().__init__()
-        self.rows, self.groups, self.mode = rows, groups, mode
-        self.weights_before: list[Tensor] = []  # before this step's update; not part of the state
+        super().__init__(rows, groups.count)
+        self.groups, self.mode = groups, mode
+        self.register_buffer("acted_rates_differed", torch.zeros((), dtype=torch.int64))
 
     @property
     def rate_G(self) -> Tensor:
@@ -78,23 +113,77 @@ class GroupLearningRate(Mechanism):
             u_G = u_G / u_G.std(correction=0).clamp_min(1e-8) * (-1 if self.mode == "inverse" else 1)
         return self.groups.count * u_G.softmax(0)
 
-    def _weights(self, step: Step) -> list[Tensor]:
-        return [self.rows.parameter(step.sae).data, step.sae.W_enc.data, step.sae.b_enc.data]
-
-    def after_backward(self, step: Step) -> None:
-        self.weights_before = [weight.clone() for weight in self._weights(step)]
-
-    def after_step(self, step: Step) -> None:
-        rate_F = self.rate_G.repeat_interleave(step.sae.d_sae // self.groups.count)
-        rates = (rate_F[:, None], rate_F, rate_F)
-        for weight, before, rate in zip(self._weights(step), self.weights_before, rates, strict=True):
-            weight.copy_(before + rate * (weight - before))
+    def factor_G(self, step: Step) -> Tensor:
+        rate_G = self.rate_G
+        self.acted_rates_differed.add_(((rate_G / rate_G.mean() - 1).abs() > 1e-3).sum())
+        return rate_G
 
     def scalars(self) -> dict[str, Tensor]:
-        return {"group_rate_min": self.rate_G.min(), "group_rate_max": self.rate_G.max()}
+        return {
+            "group_rate_min": self.rate_G.min(),
+            "group_rate_max": self.rate_G.max(),
+            "rates_differed": self.acted_rates_differed,
+        }
+
+
+# 4.3: importance sampling of groups.
+
+
+class GroupSampling(GroupUpdate):
+    """In each step a share of the groups is drawn by their utilization lately, and only the drawn groups are updated.
+
+        s_g = 0.1/G + 0.9 u_g / sum u,   p_g = min(1, share G s_g),   update <- update [g drawn] / p_g
+
+    u_g is the EMA of (2), whose decay is the momentum. One uniform number per step draws all groups (systematic
+    sampling), so that g is drawn with probability p_g and about `share` of the groups are drawn in every step. Because
+    of 1/p_g the expected update is that without sampling, and the rate of a group stays that of (2), which run 8 adds.
+    All weights of a latent wait while its group is not drawn, those of a batch norm too; Adam's moments go on.
+
+    `groups_skipped` counts the groups that were not drawn, in all steps.
+
+    Paper: "adaptive per-group learning rates maintained through momentum-based importance sampling" (4.3), in every run
+    (5), and no more. The share, the tenth that is drawn evenly (a silent group would never be drawn again), and 1/p are
+    ours. Without 1/p the sampling itself would be a rate by utilization, and (2) would act twice.
+    """
+
+    acted_groups_skipped: Tensor  # () int64
+    uniform_T: Tensor  # the random number of each step, drawn in advance, so that a resumed run has the same
+
+    def __init__(self, rows: DecoderRows, d_sae: int, count: int, share: float, beta: float, steps: int) -> None:
+        super().__init__(rows, count)
+        self.share, self.utilization = share, UtilizationEMA(d_sae, beta)
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        self.register_buffer("uniform_T", torch.rand(max(steps, 1), generator=generator, device="cpu"))
+        self.register_buffer("acted_groups_skipped", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def probability_G(self) -> Tensor:
+        """p_g."""
+        u_G = self.utilization.u_F.view(self.count, -1).mean(1)
+        share_G = 0.1 / self.count + 0.9 * u_G / u_G.sum().clamp_min(1e-8)
+        return (self.share * self.count * share_G).clamp(max=1.0)
+
+    def factor_G(self, step: Step) -> Tensor:
+        self.utilization.after_step(step)
+        probability_G = self.probability_G
+        # The points uniform, uniform + 1, ... lie on a line on which each group has an interval of its probability.
+        uniform_1 = self.uniform_T.index_select(0, (step.i % len(self.uniform_T)).view(1))
+        end_G = probability_G.cumsum(0) - uniform_1
+        drawn_G = end_G.floor() > (end_G - probability_G).floor()
+        self.acted_groups_skipped.add_((~drawn_G).sum())
+        return drawn_G / probability_G
+
+    def weights(self, step: Step) -> list[Tensor]:
+        per_latent = [weight.data for activation in step.sae.activation for weight in activation.parameters()]
+        return [*super().weights(step), *per_latent]
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"groups_skipped": self.acted_groups_skipped}
 
 
 # 4.2, third process: winner-take-all with local inhibition.
+
+COUNTED_TOKENS = 128  # of a batch, for counts that would cost a pass over all latents
 
 
 class WinnerTakeAll(Activation, name="winner_take_all"):
@@ -105,6 +194,10 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
 
     s_ij = max(0, cos) and the neighbors are saved with the SAE. Both forms scale with f. The strongest neighbor gets
     no gradient: it would cost a copy of the latents for each neighbor.
+
+    `counts` has, of the first 128 tokens of the last training batch, how many active latents inhibition weakened by
+    more than a thousandth (`inhibited`), and how many that were still active were not among the largest
+    (`outcompeted`).
     """
 
     near_FN: Tensor  # indices, as floats like everything that is saved with an SAE
@@ -118,20 +211,33 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
         gamma: float = 0.25,
         neighbours: int = 8,
         inhibition: str = "subtractive",
+        near_scope: str = "group",
     ) -> None:
-        super().__init__(
-            d_sae=d_sae, groups=groups, winners=winners, gamma=gamma, neighbours=neighbours, inhibition=inhibition
-        )
+        options: dict[str, Any] = dict(groups=groups, winners=winners, gamma=gamma)
+        options |= dict(neighbours=neighbours, inhibition=inhibition)
+        if near_scope != "group":
+            options["near_scope"] = near_scope  # earlier versions read an SAE without it
+        super().__init__(d_sae=d_sae, **options)
         self.groups, self.winners, self.gamma, self.inhibition = groups, winners, gamma, inhibition
-        self.neighbours = min(neighbours, d_sae // groups - 1)
+        self.near_scope, self.near_groups = near_scope, groups if near_scope == "group" else 1
+        self.neighbours = min(neighbours, d_sae // self.near_groups - 1)
+        self.counts: dict[str, Tensor] = {}
         self.register_buffer("near_FN", torch.zeros(d_sae, self.neighbours))
         self.register_buffer("closeness_FN", torch.zeros(d_sae, self.neighbours))
 
     def forward(self, f_BF: Tensor) -> Tensor:
+        given_BF = f_BF
         if self.inhibition != "off":
             f_BF = self.inhibit(f_BF)
         f_BGM = f_BF.unflatten(-1, (self.groups, -1))
         top = f_BGM.topk(self.winners, dim=-1, sorted=False)
+        if self.training:
+            few = slice(COUNTED_TOKENS)
+            given_NF, f_NF, top_NGK = given_BF.detach()[few], f_BF.detach()[few], top.values.detach()[few]
+            self.counts = {
+                "inhibited": (f_NF < (1 - 1e-3) * given_NF).sum(),
+                "outcompeted": f_NF.count_nonzero() - top_NGK.count_nonzero(),
+            }
         return torch.zeros_like(f_BGM).scatter(-1, top.indices, top.values).flatten(-2)
 
     def inhibit(self, f_BF: Tensor) -> Tensor:
@@ -147,10 +253,13 @@ class WinnerTakeAll(Activation, name="winner_take_all"):
 
 
 class Neighbours(Mechanism):
-    """Finds each latent's nearest neighbors in its group every `every` steps, by angles of the encoder or the decoder.
+    """Finds each latent's nearest neighbors every `every` steps, by angles of the encoder or the decoder.
 
-    Paper: says proximity in feature space. Rows of the decoder are orthogonal in their group from run 6 on, so by the
-    decoder no two latents are near each other.
+    They are sought in the latent's group or in the whole dictionary, as the activation's `near_scope` says.
+
+    Paper: says proximity in feature space, without groups. Rows of the decoder are orthogonal in their group from run 6
+    on, so in a group no two latents are near each other by the decoder, and hardly any by the encoder, which starts as
+    its transpose: there the inhibition has little to act on.
     """
 
     def __init__(self, activation: WinnerTakeAll, sae: SAE, near: str = "encoder", every: int = 100) -> None:
@@ -161,15 +270,21 @@ class Neighbours(Mechanism):
     @torch.no_grad()
     def update(self, sae: SAE) -> None:
         """Write neighbors and their cosines into the activation."""
-        groups, count = self.activation.groups, self.activation.neighbours
+        groups, count = self.activation.near_groups, self.activation.neighbours
         rows_FD = sae.W_enc.T if self.near == "encoder" else sae.W_dec
         unit_GMD = F.normalize(rows_FD, dim=1).unflatten(0, (groups, -1))
-        cosine_GMM = unit_GMD @ unit_GMD.mT
-        cosine_GMM.diagonal(dim1=1, dim2=2).fill_(-2.0)
-        top = cosine_GMM.topk(count, dim=-1)
-        first_G = torch.arange(groups, device=rows_FD.device) * unit_GMD.shape[1]
-        self.activation.near_FN.copy_((top.indices + first_G[:, None, None]).flatten(0, 1))
-        self.activation.closeness_FN.copy_(top.values.clamp_min(0).flatten(0, 1))
+        size = unit_GMD.shape[1]
+        first_G = torch.arange(groups, device=rows_FD.device) * size
+        near_GMN = self.activation.near_FN.view(groups, size, count)
+        closeness_GMN = self.activation.closeness_FN.view(groups, size, count)
+        rows = size if self.activation.near_scope == "group" else 1024  # all cosines of a wide dictionary do not fit
+        for start in range(0, size, rows):
+            some = slice(start, start + rows)
+            cosine_GCM = unit_GMD[:, some] @ unit_GMD.mT
+            cosine_GCM.diagonal(start, dim1=1, dim2=2).fill_(-2.0)
+            top = cosine_GCM.topk(count, dim=-1)
+            near_GMN[:, some] = (top.indices + first_G[:, None, None]).float()
+            closeness_GMN[:, some] = top.values.clamp_min(0)
 
     def every_n_steps(self, step: Step) -> None:
         self.update(step.sae)

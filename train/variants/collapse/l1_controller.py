@@ -15,9 +15,13 @@ class DynamicL1(Mechanism):
         recon_ratio  0.04 times the error's share of the first error
         none         0.04
 
+    `penalty_moved` counts the steps in which lambda was not 0.04, `penalty_bounded` those in which a bound moved it.
+
     Paper: 0.04 lies in all of these bounds, so they never act on it (`none`). What they are to bound is left open.
     """
 
+    acted_penalty_moved: Tensor  # () int64
+    acted_penalty_bounded: Tensor  # () int64
     value: Tensor  # ()
     error: Tensor  # (), the mean squared error lately
     first_error: Tensor  # ()
@@ -30,6 +34,8 @@ class DynamicL1(Mechanism):
         self.register_buffer("value", torch.tensor(start))
         self.register_buffer("error", torch.zeros(()))
         self.register_buffer("first_error", torch.zeros(()))
+        for name in ("acted_penalty_moved", "acted_penalty_bounded"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def clamp(self, value: Tensor, step: Step) -> Tensor:
         """`value` within the bounds of this step."""
@@ -42,10 +48,19 @@ class DynamicL1(Mechanism):
         return value
 
     def after_step(self, step: Step) -> None:
+        used = self.clamp(self.value, step)
+        bounded = used != self.value
+        self.acted_penalty_moved.add_(used != self.start)
         if self.mode == "l0_target":
-            self.value.copy_(self.clamp(self.value * torch.exp(self.kappa * (step.l0 / self.target - 1)), step))
+            wanted = self.value * torch.exp(self.kappa * (step.l0 / self.target - 1))
+            self.value.copy_(self.clamp(wanted, step))
+            bounded = bounded | (self.value != wanted)
         elif self.mode == "recon_ratio":
             error = step.error_BD.detach().square().sum(-1).mean()
             self.first_error.copy_(torch.where(step.i == 0, error, self.first_error))
             self.error.copy_(torch.where(step.i == 0, error, self.error.lerp(error, 1 - self.beta)))
             self.value.copy_(self.start * self.error / self.first_error.clamp_min(1e-12))
+        self.acted_penalty_bounded.add_(bounded)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"penalty_moved": self.acted_penalty_moved, "penalty_bounded": self.acted_penalty_bounded}

@@ -13,8 +13,12 @@ from .monitors import RecentError, Sketch
 
 
 class ContrastLoss(LossTerm):
-    """mean over pairs i < j of ReLU(|cos(W_i, W_j)| - tau(t))^power, tau by (4); pairs of a group, or all of them.
+    """mean over pairs i < j of ReLU(|cos(v_i, v_j)| - tau(t))^power, tau by (4); pairs of a group, or all of them.
 
+    v_i is the row of latent i in the decoder, or its activations over the batch (`on`).
+
+    Paper: measures the "cosine similarity between features", where f stands for activations. As few tokens make
+    unrelated latents alike, and as a latent that is off is unlike any other, rows are the default.
     Paper: through the sketch, the angle of unrelated rows has a standard deviation of 1/sqrt(128) = 0.088, so that at
     the final tau of 0.05 more than half of all unrelated pairs count as alike. Without `sketch` angles are exact.
     """
@@ -26,13 +30,14 @@ class ContrastLoss(LossTerm):
         power: float = 1.0,
         across_groups: bool = False,
         sketch: Sketch | None = None,
+        on: str = "decoder",
     ) -> None:
         super().__init__()
-        self.rows, self.tau, self.power, self.sketch = rows, tau, power, sketch
+        self.rows, self.tau, self.power, self.sketch, self.on = rows, tau, power, sketch, on
         self.across_groups = across_groups
 
     def forward(self, step: Step) -> Tensor:
-        rows_FD: Tensor = self.rows.parameter(step.sae)
+        rows_FD: Tensor = self.rows.parameter(step.sae) if self.on == "decoder" else step.f_BF.T
         if self.sketch is not None:
             rows_FD = (rows_FD if self.sketch.on == "decoder" else step.sae.W_enc.T) @ self.sketch.R_DS
         rows_GMD = rows_FD.unflatten(0, (1 if self.across_groups else self.rows.groups, -1))
@@ -40,8 +45,9 @@ class ContrastLoss(LossTerm):
         cosine_GMM = (unit_GMD @ unit_GMD.mT).float()
         groups, size, _ = cosine_GMM.shape
         tau = step.metrics["tau"] = torch.as_tensor(self.tau(step))
-        excess_GMM = (cosine_GMM.abs() - tau).relu().pow(self.power)
-        return excess_GMM.triu(1).sum() / (groups * size * (size - 1) / 2)
+        excess_GMM = (cosine_GMM.abs() - tau).relu().triu(1)
+        step.metrics["pairs_over_tau"] = excess_GMM.detach().count_nonzero()
+        return excess_GMM.pow(self.power).sum() / (groups * size * (size - 1) / 2)
 
 
 class DiversityLoss(LossTerm):
@@ -68,9 +74,9 @@ class DiversityLoss(LossTerm):
 class ImportanceWeightedMSE(LossTerm):
     """mean_B w |x - x_hat|^2, where w is |x - x_hat|^2 over its recent mean and has no gradient.
 
-    Paper: momentum-based importance sampling, undefined. A token is read once in an epoch, so there is no past loss of
-    its own to sample it by; instead of being drawn more often, a token with a large error weighs more. The correction
-    1/(N p) would undo that.
+    Paper: momentum-based importance sampling, undefined. Here of tokens; `GroupSampling` draws groups, as 4.3 says. A
+    token is read once in an epoch, so there is no past loss of its own to sample it by; instead of being drawn more
+    often, a token with a large error weighs more. The correction 1/(N p) would undo that.
     """
 
     def __init__(self, recent: RecentError) -> None:
@@ -86,7 +92,8 @@ class ImportanceWeightedMSE(LossTerm):
 class BalancedLoss(LossTerm):
     """A loss scaled so that its gradient, coefficient included, is at most `rho` times as long as the reconstruction's.
 
-    Paper: gradient balancing, undefined. Each balanced loss costs a backward pass of its own.
+    Paper: gradient balancing, undefined. Each balanced loss costs a backward pass of its own. `losses_balanced` counts
+    the losses of a step that were scaled down.
     """
 
     def __init__(
@@ -107,4 +114,6 @@ class BalancedLoss(LossTerm):
             error = self.reconstruction * step.error_BD.square().sum(-1).mean()
             step.metrics["reconstruction_gradient"] = self._gradient_norm(error, step)
         limit = self.rho * step.metrics["reconstruction_gradient"]
-        return value * (limit / self._gradient_norm(value, step).clamp_min(1e-12)).clamp(max=1.0)
+        factor = (limit / self._gradient_norm(value, step).clamp_min(1e-12)).clamp(max=1.0)
+        step.metrics["losses_balanced"] = step.metrics.get("losses_balanced", 0) + (factor < 1).long()
+        return value * factor

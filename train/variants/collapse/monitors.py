@@ -1,5 +1,7 @@
 """Paper 000, 4.1: the projection, and the averages that other parts read. They do not change training."""
 
+from collections.abc import Callable, Iterable, Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -75,6 +77,27 @@ class UtilizationEMA(ActivityEMA):
 
     def scalars(self) -> dict[str, Tensor]:
         return {"utilisation": self.u_F.mean(), "utilisation_max": self.u_F.max()}
+
+
+class Totals(Mechanism):
+    """Adds up counts of every step from the run's start, so that a run's log shows whether a part acted.
+
+    `counts` finds them by name, for a loss in `step.metrics`, for an activation in its `counts`.
+    """
+
+    def __init__(self, names: Iterable[str], counts: Callable[[Step], Mapping[str, Tensor]]) -> None:
+        super().__init__()
+        self.names, self.counts = tuple(names), counts
+        for name in self.names:
+            self.register_buffer(f"acted_{name}", torch.zeros((), dtype=torch.int64))
+
+    def after_step(self, step: Step) -> None:
+        counts = self.counts(step)
+        for name in self.names:
+            getattr(self, f"acted_{name}").add_(counts[name])
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"acted_{name}") for name in self.names}
 
 
 class RecentError(Mechanism):

@@ -30,12 +30,19 @@ class BaselineOptions(RecipeOptions):
     """Units of the loss. field: input scaled to E|x|^2 = 1, error summed over d_in. as_printed: raw input, error
     summed. evidence: raw input, error averaged over d_in."""
     budget: Literal["paper", "matched"] | None = None
-    """Require a number of tokens: paper is 100,000 with the paper's learning-rate schedule, matched is 10 million, as
-    in the other papers. None: any."""
+    """Require a number of tokens: paper is 100,000 with the paper's warm-up of 1000 steps and no decay, matched is 10
+    million, as in the other papers. None: any. `sae reproduce 000` sets both itself."""
     batch_norm: Literal["off", "pre"] = "off"
     """pre: batch normalization of the pre-activations (4.3). The paper does not say where it normalizes."""
-    importance: Literal["off", "loss_ema"] = "off"
-    """loss_ema: weigh each token by its error over the recent mean error, for the paper's importance sampling (4.3)."""
+    importance: Literal["off", "loss_ema", "groups"] = "off"
+    """Importance sampling (4.3). groups: in each step update only groups of latents that are drawn by their utilization
+    lately; before run 7 there are 16 of them. loss_ema: weigh each token by its error over the recent mean error."""
+    importance_share: float = 0.5
+    """Share of the groups that `importance=groups` draws in each step. The paper gives none."""
+
+    def sampled_groups(self) -> int:
+        """Groups that `importance=groups` draws from: before run 7 the paper's sixteen (4.1)."""
+        return 16
 
     def group_count(self, config: RunConfig) -> int:
         """Groups in which rows are compared: before run 7, as few as leave room for orthogonal rows."""
@@ -56,6 +63,13 @@ class BaselineOptions(RecipeOptions):
                 f"A dictionary of {d_sae} cannot be divided into {groups} equal groups of two latents or more: "
                 "give --set groups=... a divisor, or another --width."
             )
+        if self.importance == "groups" and d_sae % self.sampled_groups():
+            yield (
+                f"importance=groups draws from {self.sampled_groups()} equal groups, and a dictionary of {d_sae} "
+                "cannot be divided into so many: give another --width, or --set importance=off."
+            )
+        if not 0 < self.importance_share <= 1:
+            yield f"invalid importance_share={self.importance_share:g}: expected a share above 0 and up to 1."
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,10 @@ class ContrastOptions(MonitorOptions):
     alpha_warmup: int | None = None
     """Steps over which this and later losses rise from zero. None: 1000, or a tenth of a shorter run."""
     contrast_cos: Literal["exact_group", "exact", "jl"] = "exact_group"
-    """Pairs whose angle counts: those in a group, all pairs, or all pairs seen through the projection (the paper)."""
+    """Pairs whose angle counts: those in a group, all pairs, or all pairs seen through the projection."""
+    contrast_on: Literal["decoder", "activations"] = "decoder"
+    """What the angle of two latents is of: their rows of the decoder, or their activations over the batch (the paper,
+    where f stands for activations)."""
     tau_max: float = 0.4
     """|cos| above which a pair is pushed apart, at the first step (4)."""
     tau_min: float = 0.05
@@ -101,7 +118,12 @@ class ContrastOptions(MonitorOptions):
         yield from super().validation_errors(config)
         if self.contrast_power <= 0:
             yield f"invalid contrast_power={self.contrast_power:g}: expected a positive exponent."
-        if self.contrast_cos == "jl" and self.jl_on == "activations":
+        if self.contrast_cos == "jl" and self.contrast_on == "activations":
+            yield (
+                "contrast_cos=jl compares projected rows, and contrast_on=activations compares latents over the batch: "
+                "give contrast_cos=exact or exact_group."
+            )
+        elif self.contrast_cos == "jl" and self.jl_on == "activations":
             yield (
                 "contrast_cos=jl compares projected rows, but jl_on=activations projects no rows: "
                 "give jl_on=decoder or encoder."
@@ -140,6 +162,8 @@ class OrthogonalityLossOptions(DiversityOptions):
 
     beta_orth: float = 0.01
     """Strength beta of the orthogonality loss (5). The paper gives none."""
+    orth_on: Literal["decoder", "activations"] = "decoder"
+    """What is to be orthogonal: rows of the decoder, or the latents of a group over the batch (the paper)."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +187,9 @@ class GroupOptions(GramSchmidtOptions):
     """Number of equal groups of contiguous latents. Rows start at random, so any other division is the same."""
     group_stat: Literal["mean", "max"] = "mean"
     """Utilization of a group: the mean or the maximum of its latents' (2)."""
+
+    def sampled_groups(self) -> int:
+        return self.groups
 
     def group_count(self, config: RunConfig) -> int:
         return self.groups
@@ -193,6 +220,9 @@ class WinnerTakeAllOptions(GroupRateOptions):
     """Neighbors of each latent, at most one fewer than its group has latents."""
     near: Literal["encoder", "decoder"] = "encoder"
     """Vectors whose angles decide which latents are neighbors: directions of the encoder or rows of the decoder."""
+    near_scope: Literal["group", "dictionary"] = "group"
+    """Where a latent's neighbors are sought: in its group, whose rows are orthogonal from run 6 on and so hardly near
+    each other, or in the whole dictionary."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)

@@ -12,15 +12,32 @@ from .groups import DecoderRows
 from .monitors import Sketch, UtilizationEMA
 from .options import fewest_groups
 
+ROUNDING = 1e-6  # elements of a unit row that differ by less were not moved
+
+
+def count_moved(rows_FD: Tensor, before_FD: Tensor) -> Tensor:
+    """() int64: how many unit rows differ from those before by more than rounding."""
+    return ((rows_FD - before_FD).abs().amax(1) > ROUNDING).sum()
+
 
 class GroupOrthogonalityLoss(LossTerm):
-    """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), D_G the rows of a group: what Gram-Schmidt would remove."""
+    """L_orth = mean_G |D_G D_G^T - I|_F^2 / M^2 (5), D_G the rows of a group: what Gram-Schmidt would remove.
 
-    def __init__(self, rows: DecoderRows) -> None:
+    On activations D_G has the latents of a group over the batch, each of length 1, and the diagonal is left out, since
+    a latent that is off has no length.
+
+    Paper: "penalizes non-orthogonal feature components", where f stands for activations.
+    """
+
+    def __init__(self, rows: DecoderRows, on: str = "decoder") -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.on = rows, on
 
     def forward(self, step: Step) -> Tensor:
+        if self.on == "activations":
+            unit_GMB = F.normalize(step.f_BF.float().T, dim=1).unflatten(0, (self.rows.groups, -1))
+            cosine_GMM = (unit_GMB @ unit_GMB.mT).float()
+            return (cosine_GMM.tril(-1) + cosine_GMM.triu(1)).square().mean()
         rows_GMD = self.rows.grouped(step.sae)
         gram_GMM = (rows_GMD @ rows_GMD.mT).float()
         return (gram_GMM - torch.eye(gram_GMM.shape[1], device=gram_GMM.device)).square().mean()
@@ -58,7 +75,11 @@ class GramSchmidt(Mechanism):
     `gradient`: straight_through hands the gradient of a row of W_dec to its free row, less the part along either;
     through differentiates (3). `order`: a group's first row keeps its direction and its last changes most; utilisation
     puts the busiest latents first. With a sketch, (3) uses the inner products of the sketched rows.
+
+    `orthogonalized` counts the rows that (3) moved by more than rounding, in all steps.
     """
+
+    acted_orthogonalized: Tensor  # () int64
 
     def __init__(
         self,
@@ -73,6 +94,7 @@ class GramSchmidt(Mechanism):
         rows.free_FD = nn.Parameter(sae.W_dec.detach().clone())
         self.rows, self.utilisation = rows, utilization  # the spelling is a key in checkpoints
         self.order, self.gradient, self.sketch = order, gradient, sketch
+        self.register_buffer("acted_orthogonalized", torch.zeros((), dtype=torch.int64))
 
     def orthogonalize(self, free_FD: Tensor) -> Tensor:
         """(3) of free rows (F, D), as unit rows (F, D)."""
@@ -108,7 +130,12 @@ class GramSchmidt(Mechanism):
         assert self.rows.free_FD is not None
         free_FD = self.rows.free_FD.data
         free_FD /= free_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        step.sae.W_dec.data.copy_(self.orthogonalize(free_FD))
+        unit_FD = self.orthogonalize(free_FD)
+        self.acted_orthogonalized.add_(count_moved(unit_FD, free_FD))
+        step.sae.W_dec.data.copy_(unit_FD)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"orthogonalized": self.acted_orthogonalized}
 
 
 class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
@@ -121,6 +148,7 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
     def __init__(self, groups: int, gradient: str = "straight_through") -> None:
         super().__init__(groups=groups, gradient=gradient)
         self.groups, self.gradient = groups, gradient
+        self.counts: dict[str, Tensor] = {}  # of the last training batch, for `Totals`
 
     def forward(self, f_BF: Tensor) -> Tensor:
         if not self.training:
@@ -128,7 +156,10 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
         with torch.autocast(f_BF.device.type, enabled=False):
             rows_GMB = f_BF.float().T.unflatten(0, (self.groups, -1))
             T_GMM = gram_schmidt_matrix(rows_GMB @ rows_GMB.mT)
-            return ((T_GMM if self.gradient == "through" else T_GMM.detach()) @ rows_GMB).flatten(0, 1).T
+            out_GMB = (T_GMM if self.gradient == "through" else T_GMM.detach()) @ rows_GMB
+            moved_GM = (T_GMM.detach() * rows_GMB.detach().norm(dim=2)[:, None]).tril(-1).abs().amax(2)
+            self.counts = {"orthogonalized": (moved_GM > ROUNDING * rows_GMB.detach().abs().amax()).sum()}
+            return out_GMB.flatten(0, 1).T
 
 
 # Section 6, runs 9 and 10.
@@ -137,19 +168,29 @@ class GramSchmidtLatents(Activation, name="gram_schmidt_latents"):
 class HardOrthogonality(Mechanism):
     """After the update each group's rows become the nearest orthonormal ones: five times X <- (3 X - X X^T X) / 2.
 
+    `rows_projected` counts the rows that this moved by more than rounding, in all steps.
+
     Paper: gives no form. The iteration converges from rows that were orthonormal a few steps ago, and runs start so.
     """
+
+    acted_rows_projected: Tensor  # () int64
 
     def __init__(self, rows: DecoderRows, steps: int = 1) -> None:
         super().__init__()
         self.rows, self.steps = rows, steps
+        self.register_buffer("acted_rows_projected", torch.zeros((), dtype=torch.int64))
 
     def after_step(self, step: Step) -> None:
         rows_FD = self.rows.parameter(step.sae).data
         x_GMD = rows_FD.unflatten(0, (self.rows.groups, -1))
         for _ in range(5):
             x_GMD = 1.5 * x_GMD - 0.5 * (x_GMD @ x_GMD.mT) @ x_GMD
-        rows_FD.copy_(torch.where((step.i + 1) % self.steps == 0, x_GMD.flatten(0, 1), rows_FD))
+        new_FD = torch.where((step.i + 1) % self.steps == 0, x_GMD.flatten(0, 1), rows_FD)
+        self.acted_rows_projected.add_(count_moved(new_FD, rows_FD))
+        rows_FD.copy_(new_FD)
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"rows_projected": self.acted_rows_projected}
 
 
 def init_orthonormal(sae: SAE, rows: DecoderRows, part: str) -> None:

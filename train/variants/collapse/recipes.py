@@ -20,14 +20,22 @@ from ...step import LossTerm, Mechanism, Step
 from ...variant import RunConfig, Variant
 from . import options as o
 from .batch_norm import BatchNorm, RunningStatistics
-from .groups import DecoderRows, GroupLearningRate, GroupUtilization, Neighbours, WinnerTakeAll
+from .groups import DecoderRows, GroupLearningRate, GroupSampling, GroupUtilization, Neighbours, WinnerTakeAll
 from .l1_controller import DynamicL1
 from .losses import BalancedLoss, ContrastLoss, DiversityLoss, ImportanceWeightedMSE
-from .monitors import RecentError, Sketch, UtilizationEMA
+from .monitors import RecentError, Sketch, Totals, UtilizationEMA
 from .orthogonality import GramSchmidt, GramSchmidtLatents, GroupOrthogonalityLoss, HardOrthogonality, init_orthonormal
 
 PAPER_EXACT = {
-    "contrast_cos": ("jl", "angles seen through 128 of 2304 dimensions have a noise of 0.088, and tau ends at 0.05"),
+    "l1_warmup": (0, "no warm-up of the penalty is printed, so it presses on latents that have learned nothing yet"),
+    "batch_norm": ("pre", "no place is printed; before the ReLU half of all latents fire until L1 moves their shifts"),
+    "importance": ("groups", "undefined; half of all latents wait in every step"),
+    "gradient_balance": (1.0, "undefined; each loss costs another backward pass"),
+    "jl_on": ("activations", "a matrix of d_sae rows projects latents, and nothing reads the projection"),
+    "contrast_on": ("activations", "latents that are never on together are unlike each other however alike their rows"),
+    "contrast_cos": ("exact", "all pairs: before run 7 there are no groups, and no projection of latents keeps pairs"),
+    "orth_on": ("activations", "the same of orthogonality; after Gram-Schmidt on the latents nothing is left of it"),
+    "near_scope": ("dictionary", "neighbors of other groups inhibit a latent with which they do not compete"),
     "l1_controller": ("none", "0.04 lies inside all bounds, so they never act"),
     "gs_axis": ("activation_batch", "latents depend on their batch and are hardly ever zero; one token has no rule"),
     "group_lr": ("softmax", "it sums to one and is flat over 16 groups, so every rate is lr/16"),
@@ -48,7 +56,8 @@ class CollapseParts:
         self.error_weight = 1 / config.d_in if options.units == "evidence" else 1.0
         self.activations: list[Activation] = []
         self.mechanisms: list[Mechanism] = []
-        self.last_mechanisms: list[Mechanism] = []  # after all others, before the unit norm
+        self.last_mechanisms: list[Mechanism] = []  # after all others that change weights, before the unit norm
+        self.totals: list[Mechanism] = []  # last, since a checkpoint names tensors by the place of their mechanism
         self.losses: dict[str, tuple[Coefficient | float, LossTerm]] = {}
 
     def add_loss(
@@ -59,6 +68,8 @@ class CollapseParts:
         if options.gradient_balance is not None:
             loss = BalancedLoss(coefficient, loss, self.rows, self.error_weight, options.gradient_balance)
             self.losses[name] = (1.0, loss)
+            if name == "contrast":  # the first of them
+                self.totals.append(Totals(["losses_balanced"], lambda step: step.metrics))
         else:
             self.losses[name] = (coefficient, loss)
 
@@ -83,20 +94,19 @@ class CollapseParts:
         return Variant(
             self.sae,
             self.losses,
-            [*self.mechanisms, *self.last_mechanisms, UnitNormDecoder()],
+            [*self.mechanisms, *self.last_mechanisms, *self.totals, UnitNormDecoder()],
             optimization(self.config, self.options),
             dead=DeadLatents(self.config.d_sae, self.config.dead_after_tokens),
         )
 
 
 def optimization(config: RunConfig, options: o.BaselineOptions) -> Optimization:
-    """The optimizer's settings; the paper's budget has a learning-rate schedule of its own."""
+    """The optimizer's settings; the paper's budget has its learning-rate schedule."""
     normalize: Literal["unit_ms", "none"] = "unit_ms" if options.units == "field" else "none"
     if options.budget != "paper":
         return Optimization(normalize=normalize)
     # Paper: warms up over 1000 steps. In a shorter run the rate rises to the last step and stays below its peak.
-    lr = Optimization.lr * min(1.0, config.steps / 1000)
-    return Optimization(normalize=normalize, lr=lr, warmup=min(1000, config.steps), decay_start=1.0)
+    return Optimization(normalize=normalize, warmup=1000, decay_start=1.0)
 
 
 # The runs, each with what it adds to the one before.
@@ -105,12 +115,13 @@ def optimization(config: RunConfig, options: o.BaselineOptions) -> Optimization:
 def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
     """Add ReLU latents and an L1 penalty.
 
-    The batch norm and the importance weights of 4.3 are options.
+    The batch norm and the importance sampling of 4.3 are options.
     """
     config = parts.config
     error: LossTerm = MSE()
     if options.batch_norm == "pre":
-        norm = BatchNorm(config.d_sae, config.d_in**-0.5)  # about the spread of a unit row's product with a unit input
+        # Of a unit input the products with unit rows spread by about d_in^-0.5.
+        norm = BatchNorm(config.d_sae, config.d_in**-0.5 if options.units == "field" else 1.0)
         parts.activations.append(norm)
         parts.mechanisms.append(RunningStatistics(norm))
     parts.activations.append(ReLU())
@@ -118,6 +129,10 @@ def add_baseline(parts: CollapseParts, options: o.BaselineOptions) -> None:
         recent = RecentError()
         parts.mechanisms.append(recent)
         error = ImportanceWeightedMSE(recent)
+    if options.importance == "groups":
+        count, beta = options.sampled_groups(), options.beta if isinstance(options, o.MonitorOptions) else 0.9
+        share = options.importance_share
+        parts.mechanisms.append(GroupSampling(parts.rows, config.d_sae, count, share, beta, config.steps))
     parts.losses["mse"] = (parts.error_weight, error)
     parts.losses["l1"] = (warmup(options.l1, config.penalty_warmup(options.l1_warmup)), L1())
 
@@ -135,7 +150,8 @@ def add_contrast(parts: CollapseParts, options: o.ContrastOptions) -> None:
     tau = cosine(options.tau_max, options.tau_min, parts.config.steps)
     sketch = parts.sketch if options.contrast_cos == "jl" else None
     across_groups = options.contrast_cos != "exact_group"
-    loss = ContrastLoss(parts.rows, tau, options.contrast_power, across_groups, sketch)
+    loss = ContrastLoss(parts.rows, tau, options.contrast_power, across_groups, sketch, options.contrast_on)
+    parts.totals.append(Totals(["pairs_over_tau"], lambda step: step.metrics))
     parts.add_loss("contrast", options.alpha, loss, options, note="alpha")
 
 
@@ -161,14 +177,17 @@ def add_diversity(parts: CollapseParts, options: o.DiversityOptions) -> None:
 
 def add_orthogonality_loss(parts: CollapseParts, options: o.OrthogonalityLossOptions) -> None:
     """Add Gram-Schmidt as a loss on the rows of a group."""
-    parts.add_loss("orthogonality", options.beta_orth, GroupOrthogonalityLoss(parts.rows), options, note="beta")
+    loss = GroupOrthogonalityLoss(parts.rows, options.orth_on)
+    parts.add_loss("orthogonality", options.beta_orth, loss, options, note="beta")
 
 
 def add_gram_schmidt(parts: CollapseParts, options: o.GramSchmidtOptions) -> None:
     """Add modified Gram-Schmidt in the forward pass."""
     groups, d_sae = parts.rows.groups, parts.config.d_sae
     if options.gs_axis == "activation_batch":
-        parts.activations.append(GramSchmidtLatents(groups, options.gs_gradient))
+        latents = GramSchmidtLatents(groups, options.gs_gradient)
+        parts.activations.append(latents)
+        parts.totals.append(Totals(["orthogonalized"], lambda step: latents.counts))
         return
     sketch = parts.sketch if options.gs_axis == "jl" else None
     if sketch is not None and (options.jl_on != "decoder" or d_sae // groups > sketch.R_DS.shape[1]):
@@ -204,8 +223,11 @@ def add_winner_take_all(parts: CollapseParts, options: o.WinnerTakeAllOptions) -
     groups, winners = options.groups, math.ceil(share * config.d_sae / options.groups)
     if options.wta_scope == "global":
         groups, winners = 1, winners * groups
-    activation = WinnerTakeAll(config.d_sae, groups, winners, options.gamma, options.neighbours, options.inhibition)
+    activation = WinnerTakeAll(
+        config.d_sae, groups, winners, options.gamma, options.neighbours, options.inhibition, options.near_scope
+    )
     parts.activations.append(activation)
+    parts.totals.append(Totals(["inhibited", "outcompeted"], lambda step: activation.counts))
     parts.mechanisms.append(Neighbours(activation, parts.sae, options.near))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sae.train.sae import SAE
 from sae.train.step import Step
+from sae.train.variant import Variant
 from sae.train.variants.collapse.l1_controller import DynamicL1
 
 
@@ -41,3 +42,38 @@ def test_lambda_follows_the_controller_and_is_constant_without_one(step_of: Call
                      torch.zeros(1, 4))  # fmt: skip
         shrinking.after_step(moved)
     assert float(shrinking.value) == pytest.approx(0.04 * 0.75)
+
+
+def test_counts_of_a_penalty_that_moved_and_of_bounds_that_moved_it(step_of: Callable[..., Step]) -> None:
+    step = step_of(SAE(4, 8), torch.zeros(3, 4))
+    step.f_BF = (torch.arange(8) < 6).float().expand(3, 8)  # half more than the target of 4
+
+    def counts(start: float, kappa: float, mode: str = "l0_target") -> list[tuple[int, int]]:
+        control, seen = DynamicL1(start, 1000, 4.0, mode, kappa), []
+        for i in range(4):
+            step.i = torch.tensor(i)
+            control.after_step(step)
+            seen.append(tuple(int(value) for value in control.scalars().values()))
+        return seen
+
+    assert counts(0.04, 1e-3) == [(0, 0), (1, 0), (2, 0), (3, 0)]  # the first step has the printed value
+    assert counts(0.04, 0.0) == counts(0.04, 1.0, "none") == [(0, 0)] * 4  # nothing moves 0.04, and no bound acts
+    # 0.9 e^0.5 is above 1; then the value itself is above the bound, which falls in every step
+    assert counts(0.9, 1.0) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert counts(1.2, 0.0, "none") == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+@pytest.mark.parametrize("d_sae, options, target", [(64, {}, 8.0), (1024, {}, 40.0), (64, {"l0": 5.0}, 5.0)])
+def test_the_target_of_a_built_run_fits_a_narrow_dictionary(
+    d_sae: int, options: dict, target: float, build: Callable[..., Variant]
+) -> None:
+    (control,) = [m for m in build("collapse-03", 2, d_sae, **options).mechanisms if isinstance(m, DynamicL1)]
+    assert (control.target, control.start, control.kappa, control.steps) == (target, 0.04, 0.01, 20)
+
+
+def test_the_penalty_of_a_built_run_grows_over_its_warm_up(build: Callable[..., Variant]) -> None:
+    for options, at_once in (({}, 1 / 2), ({"l1_warmup": 0}, 1.0), ({"l1_warmup": 8}, 1 / 8)):
+        for name in ("collapse-02", "collapse-03"):  # 0.04 by itself, and by way of the controller
+            variant = build(name, steps=40, **options)
+            step = variant(torch.tensor(0), torch.randn(4, 32), torch.optim.SGD(variant.parameters()))
+            assert float(variant.coefficients["l1"](step)) == pytest.approx(0.04 * at_once)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.train.loop import Trainer
 from sae.train.sae import SAE
@@ -144,3 +144,114 @@ def test_hard_orthogonality_is_the_nearest_orthonormal_matrix(step_of: Callable[
     u, _, vh = torch.linalg.svd(rows_FD, full_matrices=False)
     HardOrthogonality(DecoderRows(1)).after_step(step_of(sae, torch.zeros(1, 9)))
     torch.testing.assert_close(sae.W_dec.data, u @ vh, rtol=1e-4, atol=1e-5)
+
+
+def test_straight_through_by_hand(step_of: Callable[..., Step]) -> None:
+    """The gradient of a row of W_dec goes to its free row, less the part along either."""
+    sae, rows = SAE(2, 2), DecoderRows(1)
+    part, step = GramSchmidt(sae, rows, UtilizationEMA(2), "index", "straight_through"), None
+    sae.W_dec.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    rows.free_FD.data = torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+    step = step_of(sae, torch.zeros(1, 2))
+    sae.W_dec.grad = torch.tensor([[3.0, 5.0], [2.0, 7.0]])
+    rows.free_FD.grad = torch.tensor([[1.0, 2.0], [0.0, 0.0]])  # of a loss on the free rows
+    with torch.no_grad():
+        part.after_backward(step)
+    # (3, 5) without the part along (1, 0), plus (1, 2), is (1, 7), and (1, 7) less 6.2 (0.6, 0.8) is this:
+    torch.testing.assert_close(rows.free_FD.grad, torch.tensor([[-2.72, 2.04], [2.0, 0.0]]))
+    torch.testing.assert_close((rows.free_FD.grad * rows.free_FD).sum(1), torch.zeros(2), rtol=0, atol=1e-6)
+    assert not sae.W_dec.grad.any()
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "through"])
+def test_in_a_run_no_gradient_lies_along_a_free_row(gradient: str, build: Callable[..., Variant]) -> None:
+    variant = build("collapse-06", gs_gradient=gradient, alpha_warmup=0, beta_orth=1.0)
+    part = next(m for m in variant.mechanisms if isinstance(m, GramSchmidt))
+    trainer, seen = Trainer(variant, 20, "cpu"), []
+    after_step = part.after_step
+
+    def looking(step: Step) -> None:
+        seen.append((part.rows.free_FD.grad.clone(), part.rows.free_FD.detach().clone()))
+        after_step(step)
+
+    part.after_step = looking  # type: ignore[method-assign]
+    old = [part.rows.free_FD.detach().clone()]
+    for _ in range(3):
+        trainer.step(torch.randn(64, 32))
+        old.append(part.rows.free_FD.detach().clone())
+    for (grad_FD, _), free_FD in zip(seen, old, strict=False):
+        assert grad_FD.norm() > 1e-3
+        assert (grad_FD * free_FD).sum(1).abs().max() < 1e-5 * grad_FD.norm()
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "through"])
+def test_gradient_of_orthogonalised_latents(gradient: str) -> None:
+    """Through (3) as by autograd on the sequential form; straight through as if its matrix were a constant."""
+    torch.manual_seed(0)
+    f_BF, weight_BF = torch.rand(9, 4, requires_grad=True), torch.randn(9, 4)
+    out_BF = GramSchmidtLatents(1, gradient)(f_BF)
+    (found_BF,) = torch.autograd.grad((out_BF * weight_BF).sum(), f_BF)
+    if gradient == "through":
+        (expected_BF,) = torch.autograd.grad((by_hand(f_BF.T).T * weight_BF).sum(), f_BF)
+    else:
+        rows_MB = f_BF.detach().T
+        T_MM = torch.linalg.lstsq(rows_MB.T, by_hand(rows_MB).T).solution.T
+        expected_BF = weight_BF @ T_MM
+    torch.testing.assert_close(found_BF, expected_BF, rtol=2e-3, atol=2e-3)
+
+
+def test_orthogonalised_latents_are_counted_if_they_moved() -> None:
+    f_BF = torch.zeros(6, 6)
+    f_BF[0, 0] = f_BF[1, 1] = f_BF[2, 2] = 3.0  # at right angles
+    f_BF[3, 3] = f_BF[3, 4] = 2.0  # the same direction; the sixth is off
+    link = GramSchmidtLatents(groups=1)
+    link(f_BF)
+    assert int(link.counts["orthogonalized"]) == 1
+    apart = GramSchmidtLatents(groups=3)
+    apart(f_BF)  # the two are in different groups
+    assert int(apart.counts["orthogonalized"]) == 0
+
+
+def test_rows_that_gram_schmidt_moved_are_counted_in_each_step(step_of: Callable[..., Step]) -> None:
+    sae, rows = SAE(4, 4), DecoderRows(2)
+    part = GramSchmidt(sae, rows, UtilizationEMA(4), "index", "straight_through")
+    step = step_of(sae, torch.zeros(1, 4))
+    rows.free_FD.data = 5 * torch.eye(4)
+    rows.free_FD.data[3] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    for count in (1, 2):
+        part.after_step(step)
+        assert int(part.scalars()["orthogonalized"]) == count
+    torch.testing.assert_close(sae.W_dec.data, torch.eye(4))
+    rows.free_FD.data = torch.eye(4)
+    part.after_step(step)
+    assert int(part.scalars()["orthogonalized"]) == 2
+
+
+def test_rows_that_hard_orthogonality_moved_are_counted_in_its_steps(step_of: Callable[..., Step]) -> None:
+    sae = SAE(4, 4)
+    part, step = HardOrthogonality(DecoderRows(2), steps=2), step_of(sae, torch.zeros(1, 4))
+    for i, count in ((0, 0), (1, 2), (2, 2), (3, 4)):
+        sae.W_dec.data = torch.eye(4)
+        sae.W_dec.data[3, 2] = 0.1  # the second group leans
+        step.i = torch.tensor(i)
+        part.after_step(step)
+        assert int(part.scalars()["rows_projected"]) == count
+    part.after_step(step)
+    assert int(part.scalars()["rows_projected"]) == 4  # orthonormal by now
+
+
+def test_orthogonality_has_the_gradient_of_its_formula(step_of: Callable[..., Step]) -> None:
+    sae = SAE(2, 2)
+    sae.W_dec.data = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    step = step_of(sae, torch.zeros(1, 2))
+    (gradient_FD,) = torch.autograd.grad(GroupOrthogonalityLoss(DecoderRows(1))(step), sae.W_dec)
+    # 4 (D D^T - I) D / M^2 with D D^T - I = [[3, 2], [2, 1]]
+    torch.testing.assert_close(gradient_FD, torch.tensor([[8.0, 2.0], [5.0, 1.0]]))
+
+
+def test_losses_of_a_run_with_gram_schmidt_are_of_the_free_rows(step_of: Callable[..., Step]) -> None:
+    sae, rows = SAE(2, 2), DecoderRows(1)
+    sae.W_dec.data = torch.eye(2)
+    rows.free_FD = nn.Parameter(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+    loss = GroupOrthogonalityLoss(rows)(step_of(sae, torch.zeros(1, 2)))
+    assert loss.item() == pytest.approx(2 * 0.36 / 4)

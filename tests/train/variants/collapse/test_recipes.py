@@ -1,13 +1,16 @@
 """Paper 000: what each run adds to the one before, and options that cannot work."""
 
 import math
+import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae.common.errors import UsageError
+from sae.train.compile import compile_step
 from sae.train.loop import Trainer
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig, Variant
@@ -23,14 +26,14 @@ def parts(variant: Variant) -> list[str]:
 def test_each_run_adds_its_parts_to_the_run_before(build: Callable[..., Variant]) -> None:
     own = [
         ["Sketch", "UtilizationEMA"],
-        ["ContrastLoss"],
+        ["ContrastLoss", "Totals"],
         ["DynamicL1"],
         ["DiversityLoss"],
         ["GroupOrthogonalityLoss"],
         ["GramSchmidt"],
         ["GroupUtilization"],
         ["GroupLearningRate"],
-        ["Neighbours", "WinnerTakeAll"],
+        ["Neighbours", "Totals", "WinnerTakeAll"],
         ["HardOrthogonality"],
     ]
     expected = ["DeadLatents", "L1", "MSE", "ReLU", "UnitNormDecoder"]
@@ -55,6 +58,7 @@ READINGS: list[tuple[str, dict]] = [
     ),
     ("collapse-09", {"units": "evidence", "loss_units": "raw", "jl_on": "activations", "contrast_cos": "exact"}),
     ("collapse-08", {"gs_axis": "jl", "jl_dim": 8, "group_stat": "max", "group_lr": "inverse", "pre_bias": True}),
+    ("collapse-10", {"importance": "groups", "contrast_on": "activations", "orth_on": "activations"}),
 ]
 
 
@@ -84,6 +88,57 @@ def test_each_part_logs_its_numbers(build: Callable[..., Variant], trained: Call
             "sketch_mean_cosine", "neighbour_cosine"} <= metrics.keys()  # fmt: skip
 
 
+def test_each_part_of_a_run_logs_whether_it_acted(
+    build: Callable[..., Variant], trained: Callable[..., Trainer]
+) -> None:
+    """Counts since the start, here after five steps of 64 tokens on rows that start orthonormal in their groups."""
+    options = {"importance": "groups", "tau_max": 0.0, "tau_min": 0.0, "gradient_balance": 1e-9, "alpha_warmup": 0}
+    trainer = trained(build("collapse-10", near_scope="dictionary", hard_every=2, **options), 5)
+    metrics = trainer.pop_metrics()
+    assert metrics["penalty_moved"] == 4 and metrics["penalty_bounded"] == 0
+    assert metrics["groups_skipped"] in range(5 * 7, 5 * 10)
+    assert 0 < metrics["pairs_over_tau"] <= 5 * 16 * 6
+    assert 5 * 2 < metrics["losses_balanced"] < 5 * 3  # three losses, one of which starts without a gradient
+    assert 0 < metrics["rates_differed"] <= 5 * 16
+    assert 0 < metrics["orthogonalized"] <= 3 * 48 and 0 < metrics["rows_projected"] <= 2 * 64
+    assert 0 < metrics["inhibited"] <= 5 * 64 * 64 and 0 < metrics["outcompeted"] <= 5 * 64 * 48
+    names = [name for name, _ in trainer.variant.named_buffers() if name.rpartition(".")[2].startswith("acted_")]
+    assert len(names) == 10
+    metrics = trained(build("collapse-06", gs_axis="activation_batch"), 5).pop_metrics()
+    assert 0 < metrics["orthogonalized"] <= 5 * 62  # the first of two groups stays as it is
+
+
+def test_counters_come_after_all_that_old_checkpoints_hold(build: Callable[..., Variant]) -> None:
+    """A checkpoint names tensors by the place of their mechanism."""
+    for name in RUNS:
+        kinds = [type(m).__name__ for m in build(name).mechanisms]
+        first = kinds.index("Totals") if "Totals" in kinds else len(kinds) - 1
+        assert set(kinds[first:]) <= {"Totals", "UnitNormDecoder"} and kinds[-1] == "UnitNormDecoder"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_letter_has_what_sections_4_3_and_5_put_in_every_run(name: str, trained: Callable[..., Trainer]) -> None:
+    torch.manual_seed(0)
+    variant = find_recipe(name).make(RunConfig(32, 64, 20, 64, paper_exact=True), {"units": "as_printed"})
+    kinds = parts(variant)
+    assert {"BatchNorm", "RunningStatistics", "GroupSampling"} <= set(kinds)
+    losses = {"contrast", "diversity", "orthogonality"} & set(variant.terms)
+    assert kinds.count("BalancedLoss") == len(losses)
+    trainer = trained(variant, 5)
+    assert int(trainer.failed_at) == -1
+    assert all(math.isfinite(value) for value in trainer.pop_metrics().values())
+
+
+def test_the_letter_of_run_3_is_run_2(trained: Callable[..., Trainer]) -> None:
+    """0.04 lies within all bounds: nothing moves it, and the counter says so."""
+    made = []
+    for name in ("collapse-02", "collapse-03"):
+        torch.manual_seed(0)
+        made.append(trained(find_recipe(name).make(RunConfig(32, 64, 20, 64, paper_exact=True), {}), 8))
+    assert all(torch.equal(a, b) for a, b in zip(*(t.variant.sae.parameters() for t in made), strict=True))
+    assert made[1].pop_metrics()["penalty_moved"] == 0
+
+
 def test_the_paper_budget_stays_inside_its_warm_up() -> None:
     how = find_recipe("collapse-10").make(RunConfig(32, 64, 800, 125), {"budget": "paper"}).optimization
     assert float(how.lr_at(torch.tensor(399), 800)) == pytest.approx(3e-4 * 400 / 1000)
@@ -99,6 +154,10 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("collapse-10", dict(d_in=8, groups=4, gs_axis="activation_batch"), "Hard orthogonality needs groups"),
     ("collapse-07", dict(gs_axis="jl", jl_dim=2), "groups of at most jl_dim = 2"),
     ("collapse-02", dict(contrast_cos="jl", jl_on="activations"), "give jl_on=decoder or encoder"),
+    ("collapse-02", dict(contrast_cos="jl", contrast_on="activations"), "give contrast_cos=exact or exact_group"),
+    ("collapse-01", dict(importance="groups", d_sae=40), "draws from 16 equal groups, and a dictionary of 40"),
+    ("collapse-01", dict(importance_share=0.0), "invalid importance_share=0: expected a share"),
+    ("collapse-01", dict(importance_share=1.5), "invalid importance_share=1.5: expected a share"),
     ("collapse-03", dict(l0=65), "invalid l0=65"),
     ("collapse-08", dict(group_lr="fast"), "group_lr=fast is unknown: expected one of softmax_mean1"),
     ("collapse-08", dict(gamma=0.1), "collapse-08 has no option gamma"),
@@ -114,3 +173,28 @@ def test_invalid_options_raise_a_usage_error(
 ) -> None:
     with pytest.raises(UsageError, match=sentence):
         build(name, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on a CPU"
+)
+@pytest.mark.parametrize("options", [{}, {"gs_axis": "activation_batch", "gradient_balance": None}])
+def test_a_compiled_run_counts_like_an_eager_one(
+    options: dict, build: Callable[..., Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts of activations leave the compiled part of a step as attributes."""
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # starting others takes longer than the work
+    counts = []
+    for compiled in (False, True):
+        trainer = Trainer(build("collapse-09", near_scope="dictionary", **options), 20, "cpu")
+        if compiled:
+            torch._dynamo.reset()
+            assert compile_step(trainer, 64) is None
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            trainer.step(torch.randn(64, 32, generator=generator))
+        counts.append(trainer.variant.scalars())
+    for name in ("inhibited", "outcompeted", "orthogonalized"):
+        assert int(counts[0][name]) > 0
+        assert int(counts[1][name]) == pytest.approx(int(counts[0][name]), rel=0.01)
