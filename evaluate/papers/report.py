@@ -310,12 +310,16 @@ def shown_layer(report: PaperReport) -> int:
 
 
 def runs_by_system(report: PaperReport) -> dict[str, list[SystemRun]]:
-    """The runs at the shown layer by system; by recipe for a system with several recipes."""
-    layer = shown_layer(report)
+    """The runs at the shown layer by system; by recipe for a system with several recipes.
+
+    A system whose runs are among those of a system with several recipes is left out, so that no run is shown twice.
+    """
+    layer, systems = shown_layer(report), report.paper.systems
+    united = {run.run.name for run in report.runs if len(systems[run.system].recipes) > 1}
     groups: dict[str, list[SystemRun]] = {}
     for run in report.runs:
-        if run.layer == layer:
-            several = len(report.paper.systems[run.system].recipes) > 1
+        several = len(systems[run.system].recipes) > 1
+        if run.layer == layer and (several or run.run.name not in united):
             groups.setdefault(run.recipe if several else run.system, []).append(run)
     return groups
 

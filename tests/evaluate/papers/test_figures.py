@@ -11,7 +11,7 @@ from sae.evaluate.papers.claims import PAPERS
 from sae.evaluate.papers.figures import EXTRA_HEADING, MECHANISM_FIGURES, PAPER_HEADING, curve, letters, paper_figures
 from sae.evaluate.papers.figures import PAPER_FIGURES as FIGURES
 from sae.evaluate.papers.parse import load_paper
-from sae.evaluate.papers.report import build_report
+from sae.evaluate.papers.report import build_report, runs_by_system
 
 from .test_report import PAPER, of, run
 
@@ -116,6 +116,20 @@ def test_a_category_is_the_mean_over_seeds_of_a_system():
                 pytest.approx([middle]),
                 pytest.approx([sd]),
             )
+
+
+def test_a_run_that_is_of_two_systems_is_shown_once():
+    """Paper 000's runs are a system together and one by one; run 9 without its inhibition is a system of its own."""
+    paper = load_paper("000")
+    made = [
+        run("run-09-no-inhibition", "collapse-09 without", seed, layer=12)
+        if one.system == "run-09-no-inhibition"
+        else one
+        for seed, one in enumerate(runs_of(paper, absorbed))
+    ]
+    shown = runs_by_system(build_report(paper, made, False))
+    assert list(shown) == [*paper.systems["runs"].recipes, "baseline", "run-09-no-inhibition"]
+    assert all(len(runs) == 3 for runs in shown.values())
 
 
 def test_absorption_by_letter():
