@@ -126,7 +126,7 @@ def check_jobs(jobs: Sequence[Job], cache: Path, config: ReproduceConfig) -> Non
         if weights_of(run) != whole:
             raise CheckFailed(2, f"{run.name} has other weights when it is resumed")
         sae = run.load()
-        recon_RD = sae.decode(sae.encode(rows_RD))
+        recon_RD = sae.decode(sae.encode(rows_RD), rows_RD)
         if recon_RD.shape != rows_RD.shape or not recon_RD.isfinite().all():
             raise CheckFailed(3, f"{run.name} reconstructs rows to {tuple(recon_RD.shape)} or to what is not finite")
 
