@@ -58,3 +58,11 @@ def test_the_first_gain_keeps_the_scale_of_normalized_inputs(
 ) -> None:
     norm = build("collapse-01", batch_norm="pre", units=units).sae.activation[0]
     torch.testing.assert_close(norm.gain_F.data, torch.full((64,), gain))
+
+
+def test_in_training_deviations_are_divided_by_the_tokens_and_a_rescaled_norm_keeps_its_share_of_eps() -> None:
+    norm = BatchNorm(1)
+    torch.testing.assert_close(norm(torch.tensor([[1.0], [3.0]])), torch.tensor([[-1.0], [1.0]]))
+    with torch.no_grad():
+        norm.rescale_(3.0)
+    assert norm.eps.item() == pytest.approx(9e-8) and norm.variance_F.item() == pytest.approx(9.0)

@@ -77,3 +77,16 @@ def test_the_penalty_of_a_built_run_grows_over_its_warm_up(build: Callable[..., 
             variant = build(name, steps=40, **options)
             step = variant(torch.tensor(0), torch.randn(4, 32), torch.optim.SGD(variant.parameters()))
             assert float(variant.coefficients["l1"](step)) == pytest.approx(0.04 * at_once)
+
+
+def test_a_bound_counts_even_if_the_controller_then_leaves_it(step_of: Callable[..., Step]) -> None:
+    step = step_of(SAE(4, 8), torch.zeros(3, 4))
+    step.f_BF = (torch.arange(8) < 2).float().expand(3, 8)  # half of the target, so 1.2 becomes 0.73
+    control = DynamicL1(1.2, 1000, 4.0, kappa=1.0)
+    control.after_step(step)
+    assert control.scalars()["penalty_bounded"] == 1 and float(control.value) == pytest.approx(1.2 * math.exp(-0.5))
+
+
+def test_kappa_is_an_option(build: Callable[..., Variant]) -> None:
+    (control,) = [m for m in build("collapse-03", kappa=0.5).mechanisms if isinstance(m, DynamicL1)]
+    assert control.kappa == 0.5

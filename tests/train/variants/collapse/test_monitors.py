@@ -56,6 +56,9 @@ def test_the_monitor_leaves_out_each_row_s_angle_with_itself_in_a_wide_dictionar
     sae.W_dec.data[1:1027] = 0.0  # one row along the first axis, one along the diagonal, two along others
     sketch.every_n_steps(step_of(sae, torch.zeros(1, 3)))
     assert float(sketch.max_cosine) == pytest.approx(0.5**0.5, rel=1e-5)
+    sae.W_dec.data[1] = torch.tensor([1.0, 0.1, 0.0])  # the nearest pair is among the first rows
+    sketch.every_n_steps(step_of(sae, torch.zeros(1, 3)))
+    assert float(sketch.max_cosine) == pytest.approx(1.01**-0.5, rel=1e-5)
 
 
 def test_the_length_of_projected_latents_is_scaled_by_the_dimensions_lost(step_of: Callable[..., Step]) -> None:

@@ -14,6 +14,7 @@ from sae.train.compile import compile_step
 from sae.train.loop import Trainer
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig, Variant
+from sae.train.variants.collapse.options import fewest_groups
 
 RUNS = ["collapse-baseline", *[f"collapse-{number:02d}" for number in range(1, 11)]]
 
@@ -198,3 +199,39 @@ def test_a_compiled_run_counts_like_an_eager_one(
     for name in ("inhibited", "outcompeted", "orthogonalized"):
         assert int(counts[0][name]) > 0
         assert int(counts[1][name]) == pytest.approx(int(counts[0][name]), rel=0.01)
+
+
+def test_defaults_of_run_10() -> None:
+    """Those of the paper where it gives a number, else ours."""
+    options = RECIPES["collapse-10"].options
+    expected = {
+        "l1": 0.04, "beta": 0.9, "alpha": 0.1, "tau_max": 0.4, "tau_min": 0.05, "contrast_power": 1.0, "kappa": 0.01,
+        "diversity_strength": 0.01, "beta_orth": 0.01, "groups": 16, "wta_share": 0.1, "gamma": 0.25, "neighbours": 8,
+        "hard_every": 1, "importance": "off", "importance_share": 0.5, "contrast_on": "decoder", "orth_on": "decoder",
+        "near_scope": "group", "batch_norm": "off", "gradient_balance": None, "l1_warmup": None, "alpha_warmup": None,
+    }  # fmt: skip
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_the_letter_of_run_10() -> None:
+    options = find_recipe("collapse-10").make(RunConfig(32, 64, 20, 64, paper_exact=True), {}).options
+    expected = {
+        "l1_warmup": 0, "batch_norm": "pre", "importance": "groups", "gradient_balance": 1.0, "jl_on": "activations",
+        "contrast_on": "activations", "contrast_cos": "exact", "orth_on": "activations", "near_scope": "dictionary",
+        "l1_controller": "none", "gs_axis": "activation_batch", "group_lr": "softmax", "jl_dim": 128,
+    }  # fmt: skip
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_groups_are_as_few_as_leave_room_for_orthogonal_rows() -> None:
+    assert [fewest_groups(32, d_sae) for d_sae in (16, 32, 64, 96, 33)] == [1, 1, 2, 3, 3]
+
+
+def test_winners_make_room_for_the_l0_that_is_asked_for() -> None:
+    made = find_recipe("collapse-09").make(RunConfig(32, 64, 20, 64, l0=32.0), {})
+    assert made.sae.activation[-1].winners == 2
+
+
+def test_ten_million_tokens_have_the_usual_schedule() -> None:
+    made = find_recipe("collapse-02").make(RunConfig(32, 64, 4882, 2048), {"budget": "matched"})
+    assert made.optimization.decay_start == 0.8 and made.optimization.warmup_steps(4882) == 488
