@@ -68,7 +68,11 @@ def train(
     ] = None,
     paper_exact: Annotated[
         bool,
-        typer.Option("--paper-exact", help="Use the paper's settings verbatim, even where they have no effect."),
+        typer.Option(
+            "--paper-exact",
+            help="Use the paper's settings of the recipe's own options, even where they have no effect. Its schedule of the "
+            "learning rate is that of `sae reproduce --reading literal`, or of --set.",
+        ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the run folders. Default: runs/.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,

@@ -41,6 +41,7 @@ def test_a_paper_has_our_reading_and_one_of_its_own(number) -> None:
     assert names.count("field") == 1 and len(names) > 1
 
 
+@pytest.mark.slow
 @every_pair
 def test_every_system_builds_trains_resumes_and_loads(number, reading, random_cache, tmp_path) -> None:
     """Two steps at a tiny size, cut back to the first; the weights of the resumed run are the same bit for bit."""
