@@ -134,6 +134,14 @@ def test_a_competition_that_scales_up_is_counted_as_well_and_silence_is_not(step
         assert temper.acted_competed.item() == pytest.approx(moved, abs=1e-5)
 
 
+def test_what_is_moved_up_does_not_cancel_what_is_moved_down(step_of, growing) -> None:
+    """softmax_scaled of (1, 0.5) at a low T is (2, 0): 1 up and 0.5 down, of 1.5."""
+    _, use, _, _ = growing(2, start=1.0)
+    temper = CompetitionTemperature(SoftCompetition(0.01, "softmax_scaled"), use, lambda step: 0.1)
+    temper.after_step(step_of(torch.zeros(1, 2), pre_BF=torch.tensor([[1.0, 0.5]])))
+    assert temper.acted_competed.item() == pytest.approx(1.0)
+
+
 def test_only_the_first_tokens_are_counted(step_of, growing) -> None:
     _, use, _, _ = growing(2, start=1.0)
     temper = CompetitionTemperature(SoftCompetition(1.0, "softmax"), use, lambda step: 0.1)

@@ -33,6 +33,12 @@ def test_increments_adapt_around_a_hundred(growing) -> None:
     """floor(0.1 * 40 * 0.5) = 2, floor(0.1 * 100 * 0.4) = 4, floor(0.15 * 40 * 0.7) = 4."""
     assert growing(4, n_ref=40)[3].increment(torch.tensor([0.5, 0.7])).tolist() == [2, 4]
     assert growing(4, n_ref=100)[3].increment(torch.tensor([0.4, 0.62])).tolist() == [4, 9]
+    assert growing(4, n_ref=10)[3].increment(torch.tensor([0.5, 0.7])).tolist() == [2, 4]  # at least
+
+
+def test_the_share_at_the_start_is_rounded_up(growing) -> None:
+    assert growing(10, start=0.25)[0].on_F.tolist() == [1] * 3 + [0] * 7
+    assert growing(10, start=0.01)[0].on_F.sum() == 1
 
 
 @pytest.mark.parametrize(("rho", "steps"), [(0.1, 346), (0.4, 247), (0.9, 173)])
