@@ -253,6 +253,27 @@ def test_monitor_counts_the_pairs_that_the_penalty_moved() -> None:
     assert scalars == {"penalized": 5, "correlation_cosine": 0.5, "correlation_pairs": 4}
 
 
+@pytest.mark.parametrize(("name", "moves"), [("competition-off", False), ("competition-no-warmup", True)])
+def test_the_built_variant_counts_only_what_has_a_strength(name: str, moves: bool, make_trainer, take) -> None:
+    trainer = make_trainer(name, steps=12, k=6, tau=0.15)
+    list(take(trainer, range(12)))
+    metrics = trainer.pop_metrics()
+    assert metrics["pairs_above"] > 0
+    assert metrics["penalized"] == pytest.approx(moves * 12 * metrics["pairs_above"])
+
+
+def test_absorption_looks_at_rows_of_a_cosine_over_a_fifth() -> None:
+    """Row 0 has the cosines 0.3 and 0.1 with rows 1 and 2, and no two latents fire together: one pair lacks 0.6."""
+    sae = SAE(3, 3)
+    sae.W_dec.data = torch.tensor([[2.0, 0.0, 0.0], [0.3, 0.91**0.5, 0.0], [0.1, 0.0, 0.99**0.5]])
+    step = step_of(torch.eye(3), sae)
+    store = DensePairs(3)
+    store.after_step(step)
+    loss = CompetitionLoss(store, 1 / 3, target="absorption", weight="conditional")
+    assert loss(step).item() == pytest.approx(0.6 * (2 * 0.3) ** 2)
+    assert step.metrics["pairs_above"] == 1
+
+
 def test_coefficient_is_the_larger_direction_and_symmetric() -> None:
     """max(c_ij, c_ji) from the two conditional probabilities, each divided by k/n; the matrix is its own transpose."""
     f_BF = codes(0)
