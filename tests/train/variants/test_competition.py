@@ -161,6 +161,16 @@ def test_a_latent_that_hardly_fires_has_no_known_coefficient(kind: int) -> None:
     assert CompetitionLoss(store, 1 / 3, diagonal=True).diagonal_weights().tolist() == [0.0, 3.0, 3.0]
 
 
+def test_a_probability_is_at_most_one() -> None:
+    """A table's J may be of later batches than p, so that J / p exceeds 1."""
+    table = PairTable(2, 1)
+    table.seen.fill_(1.0)
+    table.seen_P.fill_(1.0)
+    table.rate_F.copy_(torch.tensor([0.2, 0.5]))
+    table.joint_P.fill_(0.3)
+    assert table.conditional().tolist() == [1.0]
+
+
 def test_statistics_are_of_latents_that_fire_after_the_activation() -> None:
     """Latents are counted where f is positive; before the activation all are, with other values in each place."""
     f_BF = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0], [3.0, 0.0]])

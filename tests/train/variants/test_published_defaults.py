@@ -120,3 +120,23 @@ def test_parts_have_the_published_sizes_in_the_built_variant() -> None:
         (jump,) = built(name).sae.activation
         assert isinstance(jump, JumpReLU) and jump.bandwidth == width and not jump.ste_to_input
         torch.testing.assert_close(jump.threshold.detach(), torch.full((64,), threshold))
+
+
+@pytest.mark.parametrize("name", ["ortsae", "matryoshka", "topk", "batchtopk"])
+def test_given_options_reach_the_parts(name: str) -> None:
+    variant = find_recipe(name).make(CONFIG, {"aux": 0.5, "aux_k": 3, "k": 7})
+    aux = variant.terms["aux"]
+    assert weights(variant, 0)["aux"] == 0.5 and isinstance(aux, AuxK) and aux.k_aux == 3
+    assert variant.sae.activation[0].k == 7
+
+
+def test_given_chunk_reaches_the_loss() -> None:
+    loss = find_recipe("ortsae").make(CONFIG, {"chunk": 5}).terms["orthogonality"]
+    assert isinstance(loss, OrtSAELoss) and loss.chunk == 5
+
+
+@pytest.mark.parametrize("name", ["matryoshka", "topk", "batchtopk"])
+def test_given_annealing_reaches_the_activation(name: str) -> None:
+    """From 40 latents at the first step: the activation has room for them."""
+    variant = find_recipe(name).make(CONFIG, {"k": 7, "k_anneal_steps": 100, "k_start": 40})
+    assert float(variant.sae.activation[0].now) == 40.0 and variant.sae.activation[0].max_k == 40
