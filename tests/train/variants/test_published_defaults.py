@@ -93,7 +93,9 @@ def test_terms_are_weighted_as_published_in_the_built_variant() -> None:
     assert at_end["jumprelu"] == {"mse": 1.0, "l0_penalty": pytest.approx(1.0)}
     assert at_end["jumprelu-step"] == {"mse": 1.0, "l0_penalty": pytest.approx(1e-3)}
     assert at_end["jumprelu-tanh"] == {"mse": 1.0, "tanh": pytest.approx(20 / 16), "reach": pytest.approx(3e-6 / 4)}
-    for name, term in (("relu", "l1"), ("gated", "l1"), ("april", "l1"), ("jumprelu", "l0_penalty")):
+    penalties = [*((name, "l1") for name in ("relu", "gated", "april")), ("p-anneal", "lp")]
+    penalties += [(name, "l0_penalty") for name in ("jumprelu", "jumprelu-step")]
+    for name, term in penalties:
         assert weights(built(name), 9)[term] == pytest.approx(at_end[name][term] / 2), name
     assert weights(built("jumprelu-tanh"), 199)["tanh"] == pytest.approx(20 / 16 / 2)  # over the whole run
 
