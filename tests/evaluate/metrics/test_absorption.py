@@ -243,7 +243,6 @@ def test_scores_are_those_of_a_loop_over_words_and_latents():
         W_dec = draw.normal(size=(30, 8))
         W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
         f = draw.exponential(size=(40, 30)) * (draw.random((40, 30)) < 0.15)
-        f[:, ::3] *= np.where(draw.random((40, 10)) < 0.2, -1, 1)  # a negative latent absorbs nothing
         a = f @ W_dec + draw.normal(size=(40, 8)) * 0.3
         probe, main = draw.normal(size=8), draw.choice(30, 3, replace=False).tolist()
         u = torch.from_numpy(probe / np.linalg.norm(probe))
@@ -257,6 +256,14 @@ def test_scores_are_those_of_a_loop_over_words_and_latents():
             assert float(found.main_sum_N[n]) == pytest.approx(f[n][main].sum())
             kinds.add((fraction in (0.0, 1.0), dominated, quiet))
     assert len(kinds) >= 6
+
+
+def test_a_negative_latent_takes_nothing_from_what_others_absorb():
+    """Of four latents along the probe the first is the letter's; one absorbs 3 of its 5, and two are negative."""
+    scores = score_words(
+        torch.tensor([[1.0, -2.0, 3.0, -1.0]]), torch.tensor([5.0]), torch.ones(4), torch.tensor([0]), Absorption()
+    )
+    assert scores.fraction_N.tolist() == [0.75]  # 3 / (3 + 1)
 
 
 def noisy() -> tuple[SpellingRows, SAE]:
