@@ -70,8 +70,8 @@ def train(
         bool,
         typer.Option(
             "--paper-exact",
-            help="Use the paper's settings of the recipe's own options, even where they have no effect. Its schedule of the "
-            "learning rate is that of `sae reproduce --reading literal`, or of --set.",
+            help="Use the paper's settings of the recipe's own options, even where they have no effect. The paper's "
+            "learning-rate schedule comes with `sae reproduce --reading literal`, or --set.",
         ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the run folders. Default: runs/.")] = None,
