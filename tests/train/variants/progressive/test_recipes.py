@@ -191,6 +191,7 @@ def test_the_papers_systems_are_started_so_by_its_readings() -> None:
         for recipe in ("progressive", "progressive-baseline", "progressive-all-at-once", "progressive-no-competition"):
             sae = paper_variant(reading, recipe).sae
             assert sae.W_enc.abs().max() <= 32**-0.5 and not torch.equal(sae.W_enc, sae.W_dec.T)
+            assert not sae.pre_bias  # E(x) = ReLU(W_e x + b_e), section 2.1
 
 
 def test_each_system_has_the_counter_that_its_ablation_lacks() -> None:
