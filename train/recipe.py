@@ -122,7 +122,8 @@ class Recipe:
                 "Resume it with the version that started it, or start a new run with --out."
             )
         plain, _ = scale_options(dict(self.options), config, stored.get("normalize") == "none")
-        return {**plain, **asdict(Optimization()), **valid}, problems
+        # As stored, not as a float where one is meant: a scaled k is an int, and sae.json would differ.
+        return {**plain, **asdict(Optimization()), **{name: stored[name] for name in valid}}, problems
 
     def apply_l0(
         self, config: RunConfig, options: dict[str, Any], given: Mapping[str, Any]
