@@ -32,9 +32,9 @@ from ..common.files import atomic_write, digest_of, utf8_path
 from ..common.schemas import RESULT_RECORD, RUN_RECORD, SAE_RECORD, ResultFile, RunRecord, SavedSAE
 from . import sparse_ops
 from .activation_functions import Activation, KeepTopK, ReLU, activation_chain
+from .layer_norm import layer_normalize
 
 FORMAT, FORMAT_LAYER_NORM = 1, 2  # of sae.json; versions that read only the first would leave out the layer norm
-LAYER_NORM_EPS = 1e-5
 # What decides the result of a run, in run.json: the digest of these entries ends the automatic name of its folder.
 IDENTITY = (
     "variant", "options", "layer", "site", "seed", "order_seed", "d_in", "d_sae", "steps", "batch_size", "l0",
@@ -154,23 +154,6 @@ class SAE(nn.Module):
         normalized = layer_normalize(x_BD.to(torch.promote_types(x_BD.dtype, self.W_enc.dtype)))
         offset_BD = normalized.std_B1 * self.b_dec + normalized.mean_B1
         return recon_BD + offset_BD.to(recon_BD.dtype)
-
-
-class LayerNormalized(NamedTuple):
-    x_BD: Tensor  # (x - mean) / (std + 1e-5)
-    mean_B1: Tensor  # of the token over d_in
-    std_B1: Tensor  # with the divisor d_in - 1
-
-
-def layer_normalize(x_BD: Tensor) -> LayerNormalized:
-    """Activations (..., d_in) with mean 0 and standard deviation 1 over d_in, so that |x|^2 = d_in - 1.
-
-    The formula is that of `normalize_activations="layer_norm"` in SAELens, its 1e-5 and divisor included.
-    """
-    mean_B1 = x_BD.mean(-1, keepdim=True)
-    centered_BD = x_BD - mean_B1
-    std_B1 = centered_BD.std(-1, keepdim=True)
-    return LayerNormalized(centered_BD / (std_B1 + LAYER_NORM_EPS), mean_B1, std_B1)
 
 
 def require_width(rows: Tensor, width: int, name: str) -> Tensor:

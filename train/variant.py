@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UsageError
+from .layer_norm import layer_normalize
 from .mechanisms import DeadLatents
 from .optimization import Optimization
-from .sae import SAE, layer_normalize
+from .sae import SAE
 from .schedules import Coefficient, constant
 from .step import LossTerm, Mechanism, Step
 

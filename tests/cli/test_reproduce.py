@@ -41,6 +41,7 @@ def test_without_flags_the_config_is_the_default(planned_with: Callable) -> None
 
 def test_the_table_names_the_reading_counts_verdicts_and_says_what_they_mean(capsys) -> None:
     paper: Paper = load_paper("004")
+    reading = next(one for one in paper.readings if one.name == "literal")
     claims = [
         Claim("ev", "6", "more", metric="none", system="full", against="baseline", says="more"),
         Claim("ev-change", "6", "5 %", 5.0, "none", "%", "full", "baseline", restates="ev"),
@@ -48,7 +49,7 @@ def test_the_table_names_the_reading_counts_verdicts_and_says_what_they_mean(cap
     rows = [
         ClaimResult(one, "1 and 2", 3, "contradicted", [], "-1 (-1.5 to -0.5, 95%)", not one.restates) for one in claims
     ]
-    show_report(PaperReport(paper, [], rows, False, paper.readings[-1]), Path("x.html"))
+    show_report(PaperReport(paper, [], rows, False, reading), Path("x.html"))
     table, said = capsys.readouterr()
     assert f"004 {paper.title}, reading literal" in table
     (first, second) = [line.split() for line in table.splitlines() if line.strip().startswith("ev")]

@@ -49,7 +49,10 @@ def rejection(cache, *variants: str, **changes) -> str:
         ({"options": ["weight_decay=-1"]}, "weight_decay=-1 is negative"),
         ({"options": ["clip=0"]}, "clip=0 would zero every gradient"),
         ({"options": ["decay_start=2"]}, "decay_start=2 is out of range"),
-        ({"options": ["normalize=rms"]}, "normalize=rms is unknown: expected one of unit_ms, standardize, none."),
+        (
+            {"options": ["normalize=rms"]},
+            "normalize=rms is unknown: expected one of unit_ms, standardize, layer_norm, none.",
+        ),
         ({"options": ["b_dec_init=median"]}, "b_dec_init=median is unknown: expected one of mean, zero."),
         ({"options": ["k"]}, "--set k has no value"),
         ({"options": ["relu.l1=1"]}, "relu is not one of the variants topk"),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ..sae import SAE, layer_normalize
+from ..layer_norm import layer_normalize
+from ..sae import SAE
 from .canonical import CanonicalSAE, chain_name, fold_until_coupling, require_activation
 
 APPROXIMATIONS = ("topk", "jumprelu", "relu")

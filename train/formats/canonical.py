@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ...common.errors import UsageError
 from ..activation_functions import Activation, BatchTopK, ReLU, TopK
-from ..sae import SAE, layer_normalize
+from ..layer_norm import layer_normalize
+from ..sae import SAE
 from ..variants.collapse.batch_norm import BatchNorm
 from ..variants.collapse.orthogonality import GramSchmidtLatents
 from ..variants.gated import Gated

@@ -15,7 +15,8 @@ from ...cache.catalog import find_by_fingerprint
 from ...cache.layout import Hook
 from ...cache.reader import Cache
 from ...common.errors import DamagedError, SaeError, UsageError
-from ..sae import SAE, layer_normalize
+from ..layer_norm import layer_normalize
+from ..sae import SAE
 from .base import Reference
 from .canonical import CanonicalSAE
 

@@ -230,6 +230,8 @@ def test_every_chart_is_drawn_where_there_is_all_and_none_where_there_is_nothing
         "alpha",
         "stability",
         "resampled",
+        "silent",
+        "alpha_moves",
     )
     scr = {"scr_stdlib": MetricResult({"scr_metrics": {"scr_metric_threshold_2": 0.1}})}
     core = {

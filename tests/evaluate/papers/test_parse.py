@@ -96,9 +96,7 @@ def words(lines):
             "system off: adds_to: there is no system fool; available: full, off.",
         ),
         (
-            changed('id = "off"', 'id = "off"\nadds_to = "full"').replace(
-                'id = "full"', 'id = "full"\nadds_to = "off"'
-            ),
+            changed('id = "off"', 'id = "off"\nadds_to = "full"'),
             "system full: adds_to leads back to full: full -> off -> full.",
         ),
         (
@@ -201,4 +199,4 @@ def test_numbers_within_the_verdict_s_tolerance_are_no_contradiction(number, sam
 def test_a_claim_and_its_repetitions_count_once():
     text = changed("value = 9", 'value = 9\nrestates = "steps"')
     paper = parse_paper(text, "x")
-    assert [paper.is_counted(claim) for claim in paper.claims] == [True, False]
+    assert [claim.id for claim in paper.claims if not paper.is_counted(claim)] == ["runs"]
