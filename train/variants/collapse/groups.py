@@ -86,8 +86,8 @@ class GroupUpdate(Mechanism):
 class GroupLearningRate(GroupUpdate):
     """eta_g = eta_0 softmax(EMA(u_g)) (2), for W_dec, W_enc and b_enc of the latents in a group.
 
-    `rates_differed` counts the groups whose rate was not the mean of all, by more than a thousandth, in all steps. By
-    `mode` the rate over eta_0 is
+    `rates_differed` counts the groups whose rate was not eta_0, by more than a thousandth, in all steps. By `mode` the
+    rate over eta_0 is
         softmax        softmax(u): the paper
         softmax_mean1  G softmax(u), so that the mean rate is eta_0
         softmax_temp   the same with u divided by its standard deviation
@@ -115,7 +115,7 @@ class GroupLearningRate(GroupUpdate):
 
     def factor_G(self, step: Step) -> Tensor:
         rate_G = self.rate_G
-        self.acted_rates_differed.add_(((rate_G / rate_G.mean() - 1).abs() > 1e-3).sum())
+        self.acted_rates_differed.add_(((rate_G - 1).abs() > 1e-3).sum())
         return rate_G
 
     def scalars(self) -> dict[str, Tensor]:

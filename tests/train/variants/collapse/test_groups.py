@@ -113,12 +113,21 @@ def test_with_free_rows_a_group_rate_scales_their_update_and_leaves_w_dec_alone(
     torch.testing.assert_close(sae.W_dec.data, W_dec + 1.0)
 
 
-@pytest.mark.parametrize("u_G, counts", [([0.2, 0.2], [0, 0]), ([0.2, 0.2015], [0, 0]), ([0.2, 0.21], [2, 4])])
-def test_rates_that_differ_from_their_mean_by_more_than_a_thousandth_are_counted(
-    u_G: list[float], counts: list[int], step_of: Callable[..., Step]
+@pytest.mark.parametrize(
+    "mode, u_G, counts",
+    [
+        ("softmax_mean1", [0.2, 0.2], [0, 0]),
+        ("softmax_mean1", [0.2, 0.2015], [0, 0]),
+        ("softmax_mean1", [0.2, 0.21], [2, 4]),
+        ("softmax", [0.2, 0.2], [2, 4]),
+    ],
+)
+def test_rates_that_differ_from_the_runs_by_more_than_a_thousandth_are_counted(
+    mode: str, u_G: list[float], counts: list[int], step_of: Callable[..., Step]
 ) -> None:
-    """The rates of two groups differ from their mean by half of the difference in utilization."""
-    part, _ = rates("softmax", u_G)
+    """The rates of two groups differ from their mean by half of the difference in utilization. As printed, (2) gives
+    two equal groups half of the run's rate each: it acts, although the groups are alike."""
+    part, _ = rates(mode, u_G)
     step = step_of(SAE(4, 8), torch.zeros(1, 4))
     for count in counts:
         part.after_backward(step)
