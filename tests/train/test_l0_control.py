@@ -94,6 +94,9 @@ def test_the_controller_takes_over_after_a_twentieth_of_the_run() -> None:
         controller.after_step(step(i))
     moved = [0.3 * torch.tensor(1.0 + 0.02 * n).exp().item() for n in (1, 2)]
     assert found == pytest.approx([0.1, 0.2, 0.3, *moved])
+    nothing = controller.take_over("aux", lambda step: torch.zeros(()))  # a penalty of zero can be raised too
+    assert float(nothing(step(1))) == 0.0
+    assert float(nothing(step(5))) == pytest.approx(1e-6 * torch.tensor(1.0 + 0.02 * 3).exp().item())
     controller = find_recipe("relu").make(SETTING._replace(steps=400, l0=8), {}).mechanisms[0]
     assert isinstance(controller, L0Controller) and (controller.start_step, controller.target) == (20, 8)
 

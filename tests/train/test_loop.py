@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.train.loop import Trainer
-from sae.train.step import Mechanism, Step
+from sae.train.step import LossTerm, Mechanism, Step
 
 
 def test_every_group_of_the_optimizer_follows_the_rate(make_trainer, batches) -> None:
@@ -86,6 +86,38 @@ def test_a_gradient_that_is_not_finite_moves_no_weight_though_the_loss_is(make_t
         torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=1e-6)  # rows are renormalized
 
 
+def test_a_loss_that_is_not_finite_moves_no_weight_though_its_gradient_is(make_trainer, batches) -> None:
+    """The first of two such steps is latched: a step after them, whose loss is finite, moves nothing either."""
+
+    class Broken(LossTerm):
+        def forward(self, step: Step) -> torch.Tensor:
+            return torch.where(step.i < 2, torch.inf, 0.0) + step.f_BF.sum()
+
+    trainer: Trainer = make_trainer("relu")
+    trainer.variant.add_term("broken", 1.0, Broken())
+    before = trainer.variant.sae.W_enc.detach().clone()
+    for x_BD in batches[:2]:
+        trainer.step(x_BD)
+    assert math.isfinite(trainer.pop_metrics()["gradient_norm"])
+    trainer.step(batches[2])
+    assert int(trainer.failed_at) == 0 and math.isfinite(trainer.pop_metrics()["loss"])
+    assert torch.equal(trainer.variant.sae.W_enc, before)
+
+
+def test_the_optimizer_has_the_decays_of_its_moments(make_trainer, batches) -> None:
+    """Of two steps, without clipping: m = b1 (1 - b1) g_0 + (1 - b1) g_1, and v likewise; no gradient is left over."""
+    trainer: Trainer = make_trainer("relu", beta1=0.5, beta2=0.75, clip=None, warmup=0)
+    parameter, gradients = trainer.variant.sae.b_enc, []
+    parameter.register_hook(lambda gradient: gradients.append(gradient.clone()))
+    for x_BD in batches[:2]:
+        trainer.step(x_BD)
+        assert all(one.grad is None for one in trainer.variant.parameters())
+    first, second = gradients
+    state = trainer.optimizer.state[parameter]
+    torch.testing.assert_close(state["exp_avg"], 0.25 * first + 0.5 * second)
+    torch.testing.assert_close(state["exp_avg_sq"], 0.75 * 0.25 * first**2 + 0.25 * second**2)
+
+
 def test_periodic_mechanisms_act_after_every_nth_step(make_trainer, batches) -> None:
     """`every` = 3: after the third and the sixth step, numbers 2 and 5."""
 
@@ -116,6 +148,23 @@ def test_logged_losses_are_means_since_the_last_log(make_trainer, batches) -> No
         if t == 1:
             assert trainer.pop_metrics()["mse"] == pytest.approx(sum(expected) / 2)
     assert trainer.pop_metrics()["mse"] == pytest.approx(expected[2])
+
+
+def test_the_logged_variance_is_around_the_mean_of_the_batch_and_the_norm_is_that_before_clipping(
+    make_trainer, batches
+) -> None:
+    """EV = 1 - (sum of squared errors) / (sum of squared deviations from the batch's mean row)."""
+    logged = []
+    for clip in (None, 1e-3):
+        trainer: Trainer = make_trainer("relu", clip=clip, normalize="none", b_dec_init="zero")
+        step = trainer.step(batches[0])
+        logged.append(trainer.pop_metrics(reset=False))
+        assert trainer.pop_metrics() == logged[-1]  # what is only looked at is kept
+    x_BD, error_BD = batches[0].double(), (step.x_BD - step.recon_BD).detach().double()
+    assert x_BD.mean(0).norm() > 1
+    expected = 1 - error_BD.square().sum() / (x_BD - x_BD.mean(0)).square().sum()
+    assert logged[0]["explained_variance"] == pytest.approx(float(expected), rel=1e-4)
+    assert logged[1]["gradient_norm"] == pytest.approx(logged[0]["gradient_norm"]) and logged[0]["gradient_norm"] > 0.01
 
 
 def test_l0_counts_latents_that_are_not_zero() -> None:

@@ -10,12 +10,25 @@ from typer.testing import CliRunner
 
 from sae.cli.main import app
 from sae.common.errors import UsageError
-from sae.evaluate.papers.claims import PAPERS
+from sae.evaluate.papers.claims import PAPERS, PaperSystem, Reading
 from sae.evaluate.papers.parse import load_paper
 from sae.train.plan import TrainPlan
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress, run_training
-from sae.workflows.reproduce import ReproduceConfig, group_by_pass, jobs_of, plan_reproduction, scale_width
+from sae.workflows.reproduce import (
+    ReproduceConfig,
+    ReproducePlan,
+    Stages,
+    group_by_pass,
+    jobs_of,
+    page_name,
+    plan_reproduction,
+    reading_of,
+    run_reproduction,
+    scale_width,
+    set_options,
+    sources_of,
+)
 
 
 def call(*words):
@@ -210,3 +223,102 @@ def test_the_space_check_of_runs_reserves_room_for_activations(tiny_model, sente
     assert activations < 1e5 and enough
     monkeypatch.setattr("sae.harvest.plan.HarvestPlan.bytes_to_write", 10**6)
     assert call(*words).exit_code == 4
+
+
+def test_a_system_overrides_its_reading_and_a_reading_what_is_printed():
+    """003 prints lr 0.0003 and 1,000 steps of warm-up. What the recipe does not have is left out of the reading."""
+    paper = load_paper("003")
+    reading = Reading("as_printed", "", {"lr": 0.2, "clip": 5.0, "l1_warmup": 9, "merge_above": 0.8})
+    system = PaperSystem("full", ("decorrelation",), options={"lr": 0.3, "center": True})
+    options = dict(option.split("=") for option in set_options("decorrelation", paper, reading, system))
+    expected = {"lr": "0.3", "clip": "5.0", "l1_warmup": "9", "center": "true", "warmup": "1000", "decay_start": "1.0"}
+    assert {name: options[name] for name in expected} == expected and "merge_above" not in options
+    ours = set_options("decorrelation", paper, replace(reading, name="field", options={}), PaperSystem("full", ()))
+    assert ours == ()
+    assert set_options("relu", paper, replace(reading, options={}), PaperSystem("off", ()))[-2:] == (
+        "clip=none", "b_dec_init=zero",
+    )  # fmt: skip
+
+
+def test_the_first_reading_is_of_the_papers_model_and_field_of_others():
+    paper = load_paper("004")
+    assert [reading_of(paper, asked(), home).name for home in (True, False)] == ["evidence", "field"]
+    assert reading_of(paper, asked(reading="literal"), False).name == "literal"
+    names = [(page_name(paper, one, home), one.name, home) for one in paper.readings[:2] for home in (True, False)]
+    assert names == [
+        ("004.html", "evidence", True), ("004-evidence.html", "evidence", False),
+        ("004-field.html", "field", True), ("004.html", "field", False),
+    ]  # fmt: skip
+    literal = {job.paper_exact for job in jobs_of(paper, asked(reading="literal"), True)}
+    assert literal == {True} and {job.paper_exact for job in jobs_of(paper, asked(), True)} == {False}
+    datasets = [{job.dataset for job in jobs_of(paper, asked(), home)} for home in (True, False)]
+    assert datasets == [{"Skylion007/openwebtext"}, {None}]
+    assert {job.dataset for job in jobs_of(paper, asked(dataset="text"), True)} == {"text"}
+
+
+def test_the_suite_is_the_full_one_on_the_papers_model():
+    paper = load_paper("003")
+
+    def suite(**options):
+        return ReproducePlan(asked(**options), [paper], [], {}).suite
+
+    assert (suite(), suite(model="gemma-2-mini"), suite(suite="core")) == ("full", "quick", "core")
+    other = replace(paper, setup=replace(paper.setup, reads_as="another/model"))
+    assert ReproducePlan(asked(model="another/model"), [other], [], {}).suite == "full"
+
+
+def test_a_harvest_is_long_enough_for_the_longest_job_and_has_the_layers_of_all(monkeypatch):
+    """A job without a batch size has its recipe's: 2,048 tokens of `relu`."""
+    monkeypatch.setattr("sae.workflows.reproduce.plan_harvest", lambda config, say: config)
+    (full, off) = jobs_of(load_paper("003"), asked(dataset="a", seeds=[0], model="gemma-2-mini"), False)
+    jobs = [
+        replace(full, steps=10, batch_size=100, layers=(12,)), replace(off, steps=30, batch_size=50, layers=(5, 12)),
+        replace(off, dataset="b", steps=7, batch_size=None, layers=(19,)),
+    ]  # fmt: skip
+    sources = sources_of(jobs, asked(model="gemma-2-mini"), print)
+    assert [(name, one.dataset, one.tokens, one.layers) for name, one in sources.items()] == [
+        ("a", "a", 1500, [5, 12]), ("b", "b", 7 * find_recipe("relu").batch_size, [19]),
+    ]  # fmt: skip
+
+
+def test_each_paper_is_evaluated_with_its_own_runs_and_definitions_and_reported_in_its_reading(
+    cache, tiny_model, tmp_path, monkeypatch
+):
+    """Two papers of one pass: the highest exit code is that of the whole, and a page stands for each."""
+
+    def cut(number):
+        paper = load_paper(number)
+        system = {"001": "baseline", "004": "l1"}[number]
+        mode = {"001": "2024-12", "004": "0.6.0"}[number]
+        systems = {system: paper.systems[system]}
+        return replace(paper, mode=mode, systems=systems, claims=(), contradictions=(), unreported=())
+
+    monkeypatch.setattr("sae.workflows.reproduce.load_paper", cut)
+    config = ReproduceConfig(
+        ["001", "004"], model=str(tiny_model), cache=cache, layers=[1], seeds=[0], reading="literal", steps=2,
+        width="2x", batch_size=64, evaluate_tokens=77, device="cpu", out=tmp_path,
+    )  # fmt: skip
+    evaluations, pages, codes = [], [], [4, 0]
+
+    def evaluate(evaluation):
+        evaluations.append(evaluation)
+        return codes.pop(0)
+
+    done = run_reproduction(
+        plan_reproduction(config),
+        Stages(pytest.fail, run_training, evaluate, lambda report, page: pages.append((page.name, report))),
+    )
+    recipes = [[run.name.split("-L01")[0] for run in evaluation.runs] for evaluation in evaluations]
+    assert recipes == [["progressive-baseline"], ["hierarchical-l1"]]
+    assert [(one.mode, one.suite, one.tokens) for one in evaluations] == [
+        ("2024-12", "quick", 77),
+        ("0.6.0", "quick", 77),
+    ]
+    assert done.exit_code == 4 and done.reports == [report for _, report in pages]
+    assert [(name, report.reading.name) for name, report in pages] == [
+        ("001-literal.html", "literal"), ("004-literal.html", "literal"),
+    ]  # fmt: skip
+    assert [[(run.system, run.recipe) for run in report.runs] for report in done.reports] == [
+        [("baseline", "progressive-baseline")], [("l1", "hierarchical-l1")],
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.glob("*.html")) == ["001-literal.html", "004-literal.html"]

@@ -19,6 +19,7 @@ def test_a_merge_is_a_matching_of_the_most_similar() -> None:
         cosine_FF[i, j] = cosine_FF[j, i] = value
     i_M, j_M = match_pairs(cosine_FF, 0.9)
     assert list(zip(i_M.tolist(), j_M.tolist(), strict=True)) == [(1, 2), (3, 4)]
+    assert match_pairs(cosine_FF, float(cosine_FF[3, 4]))[0].tolist() == [1]  # above it, and not at it
 
 
 def test_a_matching_names_no_latent_twice_and_leaves_no_pair() -> None:
@@ -84,6 +85,14 @@ def test_merging_weighted_by_activity() -> None:
     merge.resample.fired_WF.copy_(torch.tensor([[1.0, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1]]))
     merge.every_n_steps(step)
     assert sae.W_enc[:, 0].tolist() == [0.75 * 1 + 0.25 * 3, 0, 0.75 * 5 + 0.25 * 1, 0] and sae.b_enc[0] == 1.25
+
+
+def test_the_average_of_two_latents_that_did_not_fire_is_the_second() -> None:
+    """Their shares of no activity are 0 and 0, not 0/0: no weight becomes NaN."""
+    sae, merge, step = merging(weights="activity")
+    merge.resample.fired_WF.zero_()
+    merge.every_n_steps(step)
+    assert sae.W_enc[:, 0].tolist() == [3.0, 0.0, 1.0, 0.0] and sae.b_enc[0] == 2.0
 
 
 def test_cosines_of_the_encoder_are_another_reading() -> None:
