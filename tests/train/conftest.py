@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
 from sae.cache.contexts import Contexts
 from sae.cache.layout import Layout
@@ -134,3 +135,10 @@ def take(batches: list[torch.Tensor]) -> Callable[[Trainer, range], Iterator[int
             yield number
 
     return steps
+
+
+@pytest.fixture
+def compiled_by_one_thread() -> Iterator[None]:
+    """torch.compile starts no processes of its own: that takes longer than the work."""
+    with torch._inductor.config.patch(compile_threads=1):
+        yield

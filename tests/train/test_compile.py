@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._inductor.config
 
 from sae.common.errors import UsageError
 from sae.train import run
@@ -23,10 +22,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_compiler
 def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
-    make_trainer, take, batches, tmp_path: Path, monkeypatch
+    make_trainer, take, batches, tmp_path: Path, compiled_by_one_thread: None
 ) -> None:
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # starting others takes longer than the work
-
     def compiled_one() -> Trainer:
         torch._dynamo.reset()
         trainer = make_trainer("topk")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch._inductor.config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae.common.errors import UsageError
@@ -182,10 +181,9 @@ def test_invalid_options_raise_a_usage_error(
 )
 @pytest.mark.parametrize("options", [{}, {"gs_axis": "activation_batch", "gradient_balance": None}])
 def test_a_compiled_run_counts_like_an_eager_one(
-    options: dict, build: Callable[..., Variant], monkeypatch: pytest.MonkeyPatch
+    options: dict, build: Callable[..., Variant], compiled_by_one_thread: None
 ) -> None:
     """Counts of activations leave the compiled part of a step as attributes."""
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # starting others takes longer than the work
     counts = []
     for compiled in (False, True):
         trainer = Trainer(build("collapse-09", near_scope="dictionary", **options), 20, "cpu")
