@@ -255,11 +255,16 @@ def repetition_problems(claim: Claim, paper: Paper, label: str) -> Iterator[str]
         elif other.restates or other.copy_of:
             yield f"{label}: {key} = {name} is itself a repetition: name {other.restates or other.copy_of}."
         elif key == "restates" and (claim.metric, claim.entries) != (other.metric, other.entries):
-            yield f"{label}: it restates {name}, which is about {other.metric}, not {claim.metric}."
+            yield f"{label}: it restates {name}, which is about {subject(other)}, not {subject(claim)}."
         elif key == "restates" and {claim.system, claim.against} != {other.system, other.against}:
             yield f"{label}: it restates {name}, which is of {other.system} and {other.against or 'no other system'}."
         elif key == "copy_of" and not is_nearly(claim.value, other.value):
             yield f"{label}: it is called a copy of {name}, but the two numbers differ by more than {SAME_NUMBER:.0%}."
+
+
+def subject(claim: Claim) -> str:
+    """What a claim is about, in a sentence."""
+    return f"{claim.metric} of {', '.join(claim.entries)}" if claim.entries else claim.metric
 
 
 def is_nearly(one: float | None, other: float | None) -> bool:

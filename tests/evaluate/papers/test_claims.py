@@ -14,7 +14,7 @@ import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.evaluate.datasets.labeled import HUB
 from sae.evaluate.metrics import sparse_probing
 from sae.evaluate.metrics.registry import METRICS
-from sae.evaluate.papers.claims import CLAIM_METRICS, EXTRA_METRICS, PAPERS, STEP_TIME, TRAINING_LOG, PaperFact
+from sae.evaluate.papers.claims import CLAIM_METRICS, EXTRA_METRICS, PAPERS, STEP_TIME, TRAINING_LOG, Claim, PaperFact
 from sae.evaluate.papers.parse import CLAIMS_FOLDER, MAX_QUOTE, load_paper
 from sae.evaluate.papers.quotes import printed_numbers
 from sae.evaluate.papers.verdict import measured_value
@@ -225,6 +225,8 @@ def test_targets_are_in_the_unit_of_the_metric_and_changes_in_their_own():
     assert claim_of("l0-change", "004").effect == pytest.approx(4.4)  # 5.4 times is 4.4 more
     assert claim_of("l0").effect == pytest.approx(42.05 / 90.60 - 1)
     assert claim_of("l0-baseline").effect is None
+    risen = Claim("", "", "", value=-0.004, against="baseline", against_value=-0.008)  # half of its size nearer to 0
+    assert (risen.effect, risen.direction) == (pytest.approx(0.5), 1)
 
 
 def test_the_last_printed_digit_is_that_of_the_paper():
@@ -232,6 +234,7 @@ def test_the_last_printed_digit_is_that_of_the_paper():
     assert claim_of("ev", "004").rounding == pytest.approx(0.0005)  # 90.2 %
     assert claim_of("scr-10").rounding == pytest.approx(0.0005)  # -0.008
     assert claim_of("l0", "004").rounding == 0.5  # 1,735
+    assert Claim("", "", "0.9, or 0.900", value=0.9).rounding == pytest.approx(0.0005)  # the more exact of the two
 
 
 def test_what_was_never_trained_is_known():
@@ -239,6 +242,11 @@ def test_what_was_never_trained_is_known():
     assert steps["000"] == (100_000 // 125, False)
     assert steps["003"] == (0, False)
     assert steps["001"] == steps["002"] == steps["004"] == (4882, True)
+    setup = load_paper("002").setup
+    edges = [
+        dataclasses.replace(setup, steps=n, warmup=w).peak_reached for n, w in ((999, 1000), (1000, 1000), (0, None))
+    ]
+    assert edges == [False, True, False]
 
 
 def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():

@@ -27,6 +27,21 @@ def words(lines):
     return GOOD.replace(claim, spoken)
 
 
+def measured(before="", after="", more=""):
+    """Claim `runs` of a metric of ours, and with `more` another one of value 9, whose lines these are."""
+    claim = GOOD.split('id = "runs"')[1].split("[[")[0]
+    why = next(line for line in claim.split("\n") if line.startswith("why"))
+    asked = claim.replace('metric = "none"', 'metric = "core.sparsity.l0"').replace(why, "").replace(before, after)
+    other = f'[[claim]]\nid = "more"\nwhere = ""\nquote = "9"\nvalue = 9\nmetric = "core.sparsity.l0"\n{more}\n'
+    return GOOD.replace(claim, asked) + (other if more else "")
+
+
+ENTRIES = 'entries = ["a"]'
+NO_READING = GOOD[: GOOD.index("[[reading]]")] + GOOD[GOOD.index("[[system]]") :]
+# Of an unreported number, a claim, another place of a claim, and a contradiction.
+QUOTES = ("Adaptive τ", "Through nine", "documented through", "eliminating manual")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -107,6 +122,47 @@ def words(lines):
             changed(READING, READING + SUBSTITUTES.replace("what", "wat")),
             "reading 1, substitutes 1: unknown key wat; did you mean what?",
         ),
+        (changed("value = 9", "value = true"), "claim runs: value = True has the wrong type."),
+        (changed("value = 9", "value = inf"), "claim runs: value = inf has the wrong type."),
+        (changed("value = 9", "value = 9\nlayers = [true]"), "claim runs: layers = [True] has the wrong type."),
+        (changed("value = 9", 'value = 9\nlayers = [5, "12"]'), "claim runs: layers = [5, '12'] has the wrong type."),
+        (
+            changed("value = 9", 'value = 9\nagainst = "of"'),
+            "claim runs: there is no system of; did you mean off?",
+        ),
+        (
+            GOOD.replace("also = [\n", 'also = [\n    { where = "", quote = "Several runs." },\n'),
+            "claim runs: its quote does not contain the value 9: Several runs.",
+        ),
+        (
+            changed("value = 9", 'says = "less"\nagainst_value = 9'),
+            "claim runs: says = less is a comparison in words: leave out value and against_value.",
+        ),
+        (
+            measured("value = 9", 'value = 9\nagainst = "off"'),
+            "claim runs: a change against off needs a unit (%, pp or x)",
+        ),
+        (measured('system = "full"\n', ""), "claim runs: a measured claim needs a system: full, off."),
+        (
+            measured("value = 9", 'value = 9\nagainst = "off"\nagainst_value = 9', f"{ENTRIES}\nsystem = 'off'"),
+            "claim runs: no claim about off has the value 9.",
+        ),
+        (
+            measured("value = 9", 'value = 9\nrestates = "more"', ENTRIES),
+            "claim runs: it restates more, which is about core.sparsity.l0 of a, not core.sparsity.l0.",
+        ),
+        (NO_READING, "There is no reading, so no units to train in."),
+        (changed('name = "as_printed"', 'name = "field"'), "Two of reading are called field."),
+        (changed('id = "off"', 'id = "full"'), "Two of system are called full."),
+        (
+            changed('id = "off"', 'id = "off"\nadds_to = "off"'),
+            "system full: adds_to leads back to off: full -> off -> off.",
+        ),
+        (
+            changed('"core.correlation.mean"', '"core.correlation.men"'),
+            "unreported correlation reduction, in percent: ",
+        ),
+        *((changed(f'"{start} ', f'"{start}  '), "white space other than single spaces") for start in QUOTES),
         (GOOD + "\n[nothing]\n", "unknown key nothing"),
         ("number = ", "is not valid TOML"),
     ],
