@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..evaluate.papers.report import PaperReport
     from ..evaluate.plan import EvaluateConfig
 
-SIZES = "Sizes (default: the paper's)"  # groups of flags in the help
+SIZES = "Sizes (default: the paper's, or the reading's)"  # groups of flags in the help
 EVALUATION = "Evaluation"
 
 
@@ -34,8 +34,10 @@ def reproduce(
     reading: Annotated[
         str | None,
         typer.Option(
-            help="How to read the paper's units: evidence (default on the papers' model), field (default on others) "
-            "or literal; of paper 003, field or as_printed."
+            help="What to train where the paper leaves it open: field (this package's scale and schedule), evidence "
+            "(the paper's schedule, and the units that its numbers point to) or literal (all to the letter). Paper 003 "
+            "has field and as_printed, 004 also lambda_k. Default: evidence on the papers' model (003: field), field "
+            "on others."
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Train on this cache instead of harvesting.")] = None,
@@ -48,7 +50,9 @@ def reproduce(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, rich_help_panel=SIZES, help="Tokens in a batch; on another model the default is the recipe's."
+            min=1,
+            rich_help_panel=SIZES,
+            help="Tokens in a batch. Reading field on another model: the recipe's, if the reading has none.",
         ),
     ] = None,
     width: Annotated[

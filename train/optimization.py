@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..common.learning_rate import peak_share
 
+CENTERING = ("standardize", "layer_norm")  # values of normalize beside which `center` has no effect
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -79,7 +81,7 @@ class Optimization:
             yield f"clip={self.clip:g} would zero every gradient: give a positive norm, or none."
         if self.warmup_steps(steps) < 0:
             yield f"warmup={self.warmup} is negative."
-        if self.center and self.normalize == "layer_norm":
-            yield "center=true has no effect beside normalize=layer_norm, which centers each token: leave it out."
+        if self.center and self.normalize in CENTERING:
+            yield f"center=true has no effect beside normalize={self.normalize}, which subtracts a mean: leave it out."
         if not 0 <= self.decay_start <= 1:
             yield f"decay_start={self.decay_start:g} is out of range: give a fraction of the run, 0 to 1."

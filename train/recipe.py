@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..common.errors import UsageError, did_you_mean
 from .l0_control import control_l0
-from .optimization import Optimization
+from .optimization import CENTERING, Optimization
 from .options import DeclaredBy, RecipeOptions, options_class, read_option_docs, read_options
 from .scaling import ScaledDefault, scale_options
 from .variant import RunConfig, Variant
@@ -90,6 +90,8 @@ class Recipe:
             try:
                 variant = self.build(config, **values)
                 settings = replace(variant.optimization, **shared)
+                if settings.normalize in CENTERING and "center" not in shared:  # a recipe's default, not a request
+                    settings = replace(settings, center=False)
                 now = {**now, **asdict(settings)}
                 if stored is not None:
                     settings = Optimization(**{name: before[name] for name in asdict(settings)})

@@ -22,7 +22,7 @@ from ..evaluate.compare import read_run
 from ..evaluate.metrics.registry import metrics_of_suite
 from ..evaluate.pages.page import write_page
 from ..evaluate.pages.reproduction import reproduction_page
-from ..evaluate.papers.claims import FIELD, PAPERS, Paper, PaperSystem, Reading
+from ..evaluate.papers.claims import PAPERS, Paper, PaperSystem, Reading
 from ..evaluate.papers.parse import load_paper
 from ..evaluate.papers.report import PaperReport, build_report, find_reading
 from ..evaluate.papers.runs import load_system_run
@@ -160,6 +160,7 @@ def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lamb
     if config.suite is not None:
         metrics_of_suite(config.suite)
     papers = [load_paper(number) for number in (PAPERS if ALL in config.papers else dict.fromkeys(config.papers))]
+    check_reading(config.reading, papers)
     jobs = [job for paper in papers for job in jobs_of(paper, config, is_paper_model(config, papers))]
     plan = ReproducePlan(config, papers, group_by_pass(jobs), sources_of(jobs, config, say))
     check_disk_space(plan.unfinished, plan.harvest_bytes)
@@ -199,19 +200,20 @@ def sources_of(
     return sources
 
 
-def reading_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> Reading:
-    """The requested reading of the paper's units, or the default. Raises UsageError for an unknown one."""
-    readings = {reading.name: reading for reading in paper.readings}
-    if config.reading is not None and config.reading not in readings:
-        raise UsageError(
-            f"unknown --reading {config.reading} for paper {paper.number}: expected one of {', '.join(readings)}."
-        )
-    return readings[config.reading or (paper.readings[0].name if on_paper_model else FIELD)]
+def check_reading(name: str | None, papers: Sequence[Paper]) -> None:
+    """Raise UsageError if one of the papers has no reading of this name."""
+    readings = {paper.number: [reading.name for reading in paper.readings] for paper in papers}
+    without = [number for number, names in readings.items() if name is not None and name not in names]
+    if not without:
+        return
+    expected = "; ".join(f"{', '.join(readings[number])} ({number})" for number in without)
+    others = f" Papers with different readings need a command each: {', '.join(readings)}." if len(papers) > 1 else ""
+    raise UsageError(f"unknown --reading {name!r} for paper {', '.join(without)}: expected one of {expected}.{others}")
 
 
 def jobs_of(paper: Paper, config: ReproduceConfig, on_paper_model: bool) -> list[Job]:
     """What to train for a paper: each recipe of each system, in the chosen reading."""
-    reading = reading_of(paper, config, on_paper_model)
+    reading = find_reading(paper, on_paper_model, config.reading)
     paper_batches = paper.reproduction.batch_size if reading.is_papers or on_paper_model else None
     main = paper.systems["full" if "full" in paper.systems else next(iter(paper.systems))]
 
@@ -353,7 +355,7 @@ def run_reproduction(plan: ReproducePlan, stages: Stages) -> Reproduction:
             for job, job_folders in folders_of_job.items()
             for folder in job_folders
         ]
-        reading = reading_of(paper, plan.config, plan.on_paper_model)
+        reading = find_reading(paper, plan.on_paper_model, plan.config.reading)
         report = build_report(paper, runs, plan.on_paper_model, reading.name)
         page = plan.config.folder / page_name(paper, reading, plan.on_paper_model)
         write_page(page, reproduction_page(report, model_name(plan)))

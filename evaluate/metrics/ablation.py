@@ -63,8 +63,10 @@ class AblationBasis(NamedTuple):
 class AblationState:
     """The measurements of one SAE so far, by problem."""
 
+    metric: "Ablation"  # with the thresholds that fit this SAE
     W_dec_FD: Tensor
     generator: torch.Generator | None  # serves all draws of this SAE with rng="saebench"
+    left_out: tuple[int, ...] = ()  # thresholds above its width
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # problem -> name -> score (R,)
     without_leak: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # the same without encode(0) at padding
     extra: dict[str, Any] = field(default_factory=dict)
@@ -149,20 +151,23 @@ class Ablation(Metric):
                 for number, (target, state) in enumerate(measurable):
                     if state.error is None:
                         try:
-                            self.measure_problem(ctx, problem, bases[target.row_set], bootstrap, target.sae, state)
+                            basis = bases[target.row_set]
+                            state.metric.measure_problem(ctx, problem, basis, bootstrap, target.sae, state)
                         except SaeError as error:
                             state.error = error
                     progress(number + 1, len(measurable), f"SAEs on {problem.name}")
-        return [state if isinstance(state, SaeError) else state.error or self.result(state) for state in states]
+        return [state if isinstance(state, SaeError) else state.error or state.metric.result(state) for state in states]
 
     def initial_state(self, ctx: EvalContext, target: EvalTarget) -> AblationState | SaeError:
         """The empty state of an SAE, or the reason why it cannot be measured."""
         try:
             W_dec_FD = affine_decoder(target.sae, ctx.model.width(target.hook), ctx.model.device)
-            check_thresholds(self.thresholds, len(W_dec_FD), self.name)
+            metric = replace(self, thresholds=fitting_thresholds(self.thresholds, len(W_dec_FD), self.name))
         except SaeError as error:
             return error
-        return AblationState(W_dec_FD, make_generator(self.rng) if self.rng == "saebench" else None)
+        left_out = self.thresholds[len(metric.thresholds) :]
+        generator = make_generator(self.rng) if self.rng == "saebench" else None
+        return AblationState(metric, W_dec_FD, generator, left_out)
 
     def bases(
         self, ctx: EvalContext, problem: AblationProblem, row_sets: Sequence[RowSet], progress: Progress
@@ -251,6 +256,9 @@ class Ablation(Metric):
         return result.without_outliers(state.outliers, state.rows)
 
     def flags(self, state: AblationState, metrics: dict[str, dict[str, float]]) -> Iterator[str]:
+        if state.left_out:
+            missing = ", ".join(map(str, state.left_out))
+            yield f"No score at {missing} latents: this SAE has {len(state.W_dec_FD)}."
         if state.fewest_effective < max(self.thresholds):
             yield f"Only {state.fewest_effective} latents affect one of the probes; no more are ablated there."
         if state.without_leak:
@@ -263,14 +271,19 @@ class Ablation(Metric):
             )
 
 
-def check_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> None:
-    """Raise UsageError if an SAE has fewer latents than are to be ablated."""
-    if (most := max(thresholds)) > d_sae:
-        fit = ",".join(str(n) for n in thresholds if n <= d_sae) or str(d_sae)
-        raise UsageError(
-            f"{metric} ablates up to {most} latents, but this SAE has {d_sae}. "
-            f"Give thresholds that fit: --set {metric}.thresholds={fit}."
-        )
+def fitting_thresholds(thresholds: Sequence[int], d_sae: int, metric: str) -> tuple[int, ...]:
+    """The numbers of latents to ablate in an SAE of this width: of the default ones those that it has.
+
+    Raises:
+        UsageError: it has fewer latents than are to be ablated by an option, or than the least of the default.
+    """
+    fit = tuple(n for n in thresholds if n <= d_sae)
+    if len(fit) == len(thresholds) or (fit and tuple(thresholds) == THRESHOLDS):
+        return fit
+    raise UsageError(
+        f"{metric} ablates up to {max(thresholds)} latents, but this SAE has {d_sae}. "
+        f"Give thresholds that fit: --set {metric}.thresholds={','.join(map(str, fit)) or d_sae}."
+    )
 
 
 def average_scores(scores: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

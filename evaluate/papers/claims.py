@@ -221,7 +221,7 @@ class Claim:
     def claimed(self) -> str:
         """What is claimed, as a table shows it: the printed number with its unit, or the comparison in words."""
         unit = f" {self.unit}" if self.unit else ""
-        if self.says == "equal":
+        if self.says == "equal" and self.metric != "none":
             return f"equal, within {self.margin:g}{unit}"
         return self.says or f"{self.value:g}{unit}"
 

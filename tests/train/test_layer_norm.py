@@ -129,9 +129,15 @@ def test_b_dec_starts_at_the_normalized_mean_row_or_at_zero(make_variant, sparse
     assert not make_variant("relu normalize=layer_norm b_dec_init=zero").sae.b_dec.any()
 
 
-def test_centering_as_well_is_refused(make_variant) -> None:
-    with pytest.raises(UsageError, match="center=true has no effect beside normalize=layer_norm"):
-        make_variant("relu normalize=layer_norm", center=True)
+@pytest.mark.parametrize("normalize", ["layer_norm", "standardize"])
+def test_centering_as_well_is_refused(make_variant, normalize: str) -> None:
+    with pytest.raises(UsageError, match=f"center=true has no effect beside normalize={normalize}"):
+        make_variant(f"relu normalize={normalize}", center=True)
+
+
+def test_a_recipe_that_centers_by_default_leaves_it_out(make_variant) -> None:
+    assert make_variant("switch").optimization.center
+    assert not make_variant("switch normalize=layer_norm").optimization.center
 
 
 @pytest.mark.parametrize("variant", ["relu", "progressive", "jumprelu"])

@@ -13,7 +13,7 @@ from sae.common.errors import UsageError
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets import labeled
 from sae.evaluate.metrics import ablation
-from sae.evaluate.metrics.ablation import average_scores, check_thresholds
+from sae.evaluate.metrics.ablation import THRESHOLDS, average_scores, fitting_thresholds
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.scr import Scr
 from sae.evaluate.metrics.tpp import Tpp
@@ -158,10 +158,25 @@ def test_settings_that_make_no_sense_are_refused(ctx, setting, says):
         Scr(**setting).measure(ctx, [], silent)
 
 
-def test_more_thresholds_than_latents_are_refused_with_those_that_fit():
-    check_thresholds((2, 30), 30, "scr")
+def test_given_thresholds_above_the_width_are_refused_and_default_ones_left_out():
+    assert fitting_thresholds((2, 30), 30, "scr") == (2, 30)
+    assert fitting_thresholds(THRESHOLDS, 500, "scr") == THRESHOLDS
+    assert fitting_thresholds(THRESHOLDS, 20, "scr") == (2, 5, 10, 20)
     with pytest.raises(UsageError, match=r"up to 500 latents, but this SAE has 30.*--set scr\.thresholds=2,5,10,20"):
-        check_thresholds((2, 5, 10, 20, 50, 500), 30, "scr")
+        fitting_thresholds((2, 5, 10, 20, 50, 500), 30, "scr")
+    with pytest.raises(UsageError, match=r"this SAE has 1\..*thresholds=1"):
+        fitting_thresholds(THRESHOLDS, 1, "scr")
+
+
+def test_a_narrow_sae_has_the_scores_that_the_default_leaves_it_and_the_others_theirs(ctx):
+    default = Scr(SMALL.datasets, **SETS)
+    narrow, wider = default.measure(ctx, [EvalTarget(random_sae(0, n), Hook(0)) for n in (6, 12)], silent)
+    (same,) = replace(default, thresholds=(2, 5)).measure(ctx, [EvalTarget(random_sae(0, 6), Hook(0))], silent)
+    assert narrow.metrics == same.metrics
+    assert "scr_metric_threshold_10" in wider.metrics["scr_metrics"].keys() - narrow.metrics["scr_metrics"].keys()
+    assert "No score at 10, 20, 50, 100, 500 latents: this SAE has 6." in narrow.flags
+    assert "No score at 20, 50, 100, 500 latents: this SAE has 12." in wider.flags
+    assert not any("No score" in flag for flag in same.flags)
 
 
 def test_a_score_is_averaged_over_the_problems_that_have_it():
