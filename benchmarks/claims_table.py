@@ -30,7 +30,8 @@ A verdict (`evaluate/papers/verdict.py`) is of a claim in one reading of the pap
 On another model than the paper's, two systems are comparable where their L0 differ by at most {SHARES["l0"]},
 or where the paper itself compares them at L0 that differ in the same direction; a size contradicts nothing there.
 On the paper's model a difference below {SHARES["effect"]} of the claimed one counts as no effect, which contradicts it.
-Two printed numbers that lie within {SHARES["same"]} do not contradict each other. A claim that restates another is
+Two printed numbers that lie within {SHARES["same"]} do not contradict each other, and two that are one unit of their
+last digit apart have no direction. A claim that restates another is
 judged and not counted again. What a training step takes is compared in `evaluate/papers/step_times.json`.
 
 | {" | ".join(COLUMNS)} |

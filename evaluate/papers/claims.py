@@ -227,10 +227,23 @@ class Claim:
 
     @property
     def direction(self) -> int:
-        """1 if the system's number is claimed to exceed the other's, -1 if it is claimed to be below, else 0."""
+        """1 if the system's number is claimed to exceed the other's, -1 if it is claimed to be below, else 0.
+
+        Two printed numbers that are one unit of their last digit apart may be equal: that is no direction.
+        """
         if self.says:
             return {"more": 1, "less": -1, "equal": 0}[self.says]
-        return (self.effect > 0) - (self.effect < 0) if self.effect is not None else 0
+        if self.effect is None or self.is_within_rounding:
+            return 0
+        return (self.effect > 0) - (self.effect < 0)
+
+    @property
+    def is_within_rounding(self) -> bool:
+        """Whether the two printed numbers may be the same number, rounded up once and down once."""
+        if self.value is None or self.against_value is None:
+            return False
+        scale = abs(self.target / self.value) if self.target and self.value else 1.0
+        return abs(self.value - self.against_value) * scale <= 2 * self.rounding * (1 + 1e-9)
 
     @property
     def effect(self) -> float | None:

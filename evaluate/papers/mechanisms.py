@@ -40,7 +40,8 @@ def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) ->
 
     - Two systems of one family, which differ by the mechanisms between them: every one of these was idle.
     - A system beside another model, or by itself: its own mechanism was idle, and the paper claims the same of the
-      system without it, so that the row would count one run twice.
+      system without it, so that the row would count one run twice. The same where it stands several idle mechanisms
+      below the system of the other row.
 
     `runs` are of one layer.
     """
@@ -51,14 +52,16 @@ def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) ->
     if between:
         phrases = [idle_mechanism(one, paper, runs) for one in between]
         return "; ".join(phrases) if all(phrases) else ""
-    without = paper.systems[system].adds_to
-    same = [
-        other.id
-        for other in paper.claims
-        if (other.system, other.metric, other.entries, other.against) == (without, claim.metric, claim.entries, against)
-    ]
-    phrase = idle_mechanism(system, paper, runs) if without and same and not between else ""
-    return f"{phrase}; see {same[0]}" if phrase else ""
+    phrases = []
+    for one, without in zip(chain := family(system, paper), chain[1:], strict=False):
+        if not (phrase := idle_mechanism(one, paper, runs)):
+            return ""
+        phrases.append(phrase)
+        for other in paper.claims:
+            same = other.system, other.metric, other.entries, other.against
+            if same == (without, claim.metric, claim.entries, against):
+                return f"{'; '.join(phrases)}; see {other.id}"
+    return ""
 
 
 def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from ...common.errors import UsageError
 from ..metrics.base import OUTLIERS, MetricResult
 from ..tables import without_empty_columns
-from .claims import FIELD, STEP_TIME, TRAINING_LOG, Claim, Paper, PaperSystem, Reading
+from .claims import FIELD, STEP_TIME, TRAINING_LOG, Claim, Paper, PaperSystem, Reading, Substitution
 from .costs import judge_cost, measured_cost
 from .mechanisms import idle_mechanism, inactive_mechanism
 from .runs import SystemRun
@@ -24,6 +24,7 @@ from .verdict import (
     differences,
     judge,
     measured_value,
+    withhold,
 )
 
 NO_RUN_PASSES = "all of its runs fail a gate"
@@ -124,7 +125,7 @@ def claim_result(
 ) -> ClaimResult:
     """The verdict over every layer and recipe of the claim's systems, with what stands beside it."""
     if claim.metric == STEP_TIME:
-        return cost_result(claim, paper)
+        return cost_result(claim, paper, reading)
     judgements: list[Judgement] = []
     measured: list[tuple[Values, Values]] = []  # of the system, and of the other
     layers, idle = layers_of(claim, runs, on_paper_model), []
@@ -155,7 +156,7 @@ def claim_result(
     notes = [found.reason] if found.reason else []
     if measured:
         notes += notes_on_runs(claim, runs, layers, on_paper_model) + list(dict.fromkeys(filter(None, idle)))
-    notes += [f"replaced here: {one.what}. {one.why}" for one in reading.substitutions(claim)] if measured else []
+    notes += describe_substitutions(reading.substitutions(claim)) if measured else []
     return ClaimResult(
         claim,
         format_measured(claim, shown),
@@ -167,14 +168,23 @@ def claim_result(
     )
 
 
-def cost_result(claim: Claim, paper: Paper) -> ClaimResult:
+def cost_result(claim: Claim, paper: Paper, reading: Reading) -> ClaimResult:
     """The row of a claim about what a training step takes."""
-    cost = measured_cost(claim, paper)
-    found = Judgement("paper inconsistent") if paper.inconsistent(claim) else judge_cost(claim, cost)
+    cost, substituted = measured_cost(claim, paper), reading.substitutions(claim)
+    found = withhold(claim, judge_cost(claim, cost), Conditions(on_paper_model=False, substituted=bool(substituted)))
+    if paper.inconsistent(claim):
+        found = Judgement("paper inconsistent")
     measured = f"{cost.ratio:.3g} x" if cost else ""
     spread = f"{cost.low:.3g} to {cost.high:.3g} x between quartiles" if cost else ""
-    notes = [*([found.reason] if found.reason else []), *([cost.source] if cost else []), *describe_claim(claim)]
+    notes = [*([found.reason] if found.reason else []), *([cost.source] if cost else [])]
+    notes += describe_substitutions(substituted) if cost else []
+    notes += describe_claim(claim)
     return ClaimResult(claim, measured, 0, found.verdict, notes, spread, paper.is_counted(claim))
+
+
+def describe_substitutions(substituted: Sequence[Substitution]) -> list[str]:
+    """What the reading replaces, beside a measured row."""
+    return [f"replaced here: {one.what.removesuffix('.')}. {one.why}" for one in substituted]
 
 
 def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int], on_paper_model: bool) -> list[str]:

@@ -22,7 +22,7 @@ WORST_FIRST: tuple[Verdict, ...] = (
 )  # fmt: skip
 MEANINGS: dict[Verdict, str] = {  # what each verdict means, in one line
     "reproduced": "on the paper's model, three seeds or more have the claimed number: their mean within 5 % of it or "
-    "of its last digit, the 95 % interval of the mean within twice that",
+    "of its last digit, the 95 % interval of the mean within twice that; and the other system's mean is as near to its",
     "direction only": "the two systems differ in the claimed direction, and so does the whole 95 % interval over seeds",
     "equivalent within the margin": "claimed to be equal, and the 90 % interval of the difference lies within the "
     "margin stated before (two one-sided tests at 5 %)",
@@ -124,11 +124,13 @@ def judge(claim: Claim, values: Mapping[str, ValueBySeed], conditions: Condition
     Then the numbers decide (`judge_numbers`):
 
     - reproduced (on the paper's model only): at least 3 seeds, their mean within d = max(5 % of |T|, half of the last
-      printed digit) of T, and its interval within 2 d of T.
+      printed digit) of T, and its interval within 2 d of T; and where the paper also prints the other system's
+      number and it was run, its mean is as near to that.
     - contradicted: the whole interval of the difference of the two systems lies on the opposite side of zero from the
       paper's. On the paper's model only, also where it lies within a tenth of the claimed difference, or where the
       interval does not overlap T +- d: sizes do not carry over to another model.
-    - direction only: the whole interval of the difference lies on the paper's side of zero.
+    - direction only: the whole interval of the difference lies on the paper's side of zero. Two printed numbers that
+      are one unit of their last digit apart have no direction, and the equal differences of two seeds no interval.
     - equivalent within the margin, of a claim that two systems are equal: the 90 % interval of the difference lies
       within +- the margin, which is two one-sided tests at 5 %. If it lies outside as a whole, the claim is
       contradicted on the paper's model, and `not equivalent` on another, since a margin is a size.
@@ -166,7 +168,7 @@ def judge_numbers(
     if claim.says == "equal":
         return judge_equality(claim, confidence_interval(changes, EQUIVALENCE), on_paper_model)
     numbers = paired_changes(claim.unit, pairs) if claim.is_change else system
-    if on_paper_model and agrees(claim, numbers):
+    if on_paper_model and agrees(claim, numbers) and other_agrees(claim, [other for _, other in pairs]):
         return Judgement("reproduced")
     shares = changes if claim.is_change else paired_changes("share", pairs)
     if on_paper_model and has_no_effect(claim, confidence_interval(shares)):
@@ -186,10 +188,12 @@ def differences(claim: Claim, pairs: Sequence[tuple[float, float]]) -> list[floa
 
 def judge_direction(claim: Claim, interval: Interval | None) -> Judgement:
     """Whether the whole interval of the difference lies on the claimed side of zero."""
+    if claim.is_within_rounding:
+        return Judgement("not comparable", "the two printed numbers may be the same one, rounded")
     if not claim.direction:
         return Judgement("not comparable")
     if interval is None:
-        return Judgement("not comparable", "fewer than two seeds of both systems")
+        return Judgement("not comparable", "fewer than two seeds of both systems, or two with the same difference")
     low, high = interval if claim.direction > 0 else (-interval[1], -interval[0])  # positive: the direction claimed
     if high < 0:
         return Judgement("contradicted")
@@ -215,6 +219,16 @@ def agrees(claim: Claim, numbers: Sequence[float]) -> bool:
     near = nearness(claim, claim.target)
     far = near * INTERVAL_TOLERANCE / MEAN_TOLERANCE
     return abs(mean(numbers) - claim.target) <= near and is_within(interval, claim.target - far, claim.target + far)
+
+
+def other_agrees(claim: Claim, numbers: Sequence[float]) -> bool:
+    """Whether the other system has its printed number, too: a comparison is reproduced by both. True if the paper
+    prints none, or the other system was not run."""
+    if claim.against_value is None or not numbers:
+        return True
+    scale = 100 if claim.unit == "%" else 1
+    near = max(MEAN_TOLERANCE * abs(claim.against_value / scale), claim.rounding)
+    return abs(mean(numbers) - claim.against_value / scale) <= near
 
 
 def excludes(claim: Claim, numbers: Sequence[float]) -> bool:
@@ -257,7 +271,7 @@ def allow_for_l0(claim: Claim, found: Judgement, conditions: Conditions) -> Judg
     if not here:
         if printed and decisive:
             return Judgement("not comparable", f"{at}, where the paper compares at unlike L0")
-        return found
+        return Judgement(found.verdict, at) if decisive and f"{own:.3g}" != f"{other:.3g}" else found
     if printed != here:
         return Judgement("not comparable", at)
     reason = f"the paper's own comparison, at unlike L0: {own:.3g} against {other:.3g}"
@@ -301,8 +315,13 @@ def paired_changes(unit: str, pairs: Sequence[tuple[float, float]]) -> list[floa
 
 
 def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval | None:
-    """The interval of the mean by Student's t; None for fewer than two values or values that are not finite."""
+    """The interval of the mean by Student's t; None for fewer than two values or values that are not finite.
+
+    None also for two equal values other than 0, as counts can be: they say nothing about the spread.
+    """
     if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    if len(values) == 2 and values[0] and math.isclose(*values):
         return None
     half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return mean(values) - half, mean(values) + half

@@ -268,3 +268,10 @@ def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():
     assert [line.split(">>")[1][:3] for line in script["loose_numbers"](paper, text)] == ["7.5"]
     unhyphened = dataclasses.replace(paper, facts=(PaperFact("", "an orthogonal code"),))
     assert script["missing"](unhyphened, text) == []
+
+
+@every_paper
+def test_a_claim_is_about_a_number_that_its_mode_has(paper):
+    """SAEBench of December 2024 has no misc_metrics, so a claim about them would never be measured."""
+    named = [claim.metric for claim in paper.claims] + [one.metric for one in paper.unreported]
+    assert paper.mode == "2024-12" and not [name for name in named if name.startswith("core.misc_metrics.")]

@@ -97,8 +97,8 @@ def test_a_claim_about_several_recipes_has_to_hold_of_each():
     paper = of(claim(against="baseline", against_value=0.5), systems={
         **PAPER.systems, "full": replace(PAPER.systems["full"], recipes=("a", "b")),
     })  # fmt: skip
-    runs = [run("full", "a", seed, ev=0.9) for seed in (0, 1)] + [run("full", "b", seed, ev=0.1) for seed in (0, 1)]
-    runs += [run("baseline", "hierarchical-topk320", seed, ev=0.5) for seed in (0, 1)]
+    runs = [run("full", name, seed, ev=ev) for name, ev in (("a", 0.9), ("b", 0.1)) for seed in (0, 1, 2)]
+    runs += [run("baseline", "hierarchical-topk320", seed, ev=0.5) for seed in (0, 1, 2)]
     (row,) = build_report(paper, runs, False).rows
     assert row.verdict == "contradicted" and row.measured == "0.1 to 0.9 over 2"
     (row,) = build_report(paper, [one for one in runs if one.recipe != "b"], False).rows
@@ -253,7 +253,7 @@ def test_the_l0_of_the_runs_decides_what_is_comparable():
     own = three("full", "hierarchical", 0.7, l0=40.0)
     row = row_of(BETTER, own + LOW)
     assert row.verdict == "not comparable" and row.notes == ["L0 40 against 30"]
-    printed = claim(id="l0", metric="core.sparsity.l0", value=60, against="baseline", against_value=30)
+    printed = claim(id="l0", metric="core.sparsity.l0", quote="60", value=60, against="baseline", against_value=30)
     row = row_of(BETTER, own + LOW, of(BETTER, printed))
     assert row.verdict == "direction only" and row.notes == ["the paper's own comparison, at unlike L0: 40 against 30"]
     assert row_of(BETTER, own + HIGH, of(BETTER, printed)).verdict == "not comparable"
@@ -361,6 +361,13 @@ def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
     assert row.verdict == "direction only" and row.notes == ["`resampled` of resample is 0 to the end"]
     acted = family("resample", 0.8, resampled=3) + runs[3:]
     assert row_of(resample, acted, of(linear, resample, systems=FAMILY)).verdict == "direction only"
+    adaptive = replace(resample, id="adaptive", system="adaptive")  # two idle mechanisms above `linear`
+    both = family("adaptive", 0.8, moved=0) + runs
+    row = row_of(adaptive, both, of(linear, adaptive, systems=FAMILY))
+    assert row.verdict == "mechanism inactive"
+    assert row.notes[0] == "`moved` of adaptive is 0 to the end; `resampled` of resample is 0 to the end; see linear"
+    acted = family("adaptive", 0.8, moved=0) + acted
+    assert row_of(adaptive, acted, of(linear, adaptive, systems=FAMILY)).verdict == "direction only"
 
 
 # --- counts, words, differences ---------------------------------------------------------------------------------------
@@ -444,3 +451,8 @@ def test_a_row_about_time_has_the_measured_ratio_and_where_it_was_measured():
     assert row.verdict == "paper inconsistent" and row.measured == "1.6 x"
     unknown = {**PAPER.systems, "full": replace(PAPER.systems["full"], recipes=("brand-new",))}
     assert row_of(time, [], of(time, systems=unknown)).verdict == "not measured"
+    field = next(one for one in PAPER.readings if one.name == "field")
+    some = Substitution(("one",), "(7).", "So.")
+    less = replace(time, value=-20.0, quote="-20%")
+    row = row_of(less, [], of(less, readings=(replace(field, substitutes=(some,)),)))
+    assert row.verdict == "not of the paper's equation" and "replaced here: (7). So." in row.notes

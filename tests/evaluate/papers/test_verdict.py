@@ -67,6 +67,9 @@ def verdict(*about, **conditions):
         (SHARE, [80.0, 80.0, 80.0], [], "contradicted"),
         # the number itself, whatever the other has
         (PAIR, [10.2, 10.3, 10.4], [], "reproduced"),
+        # and the other has its own: 20.6, 3 % off, but not 25
+        (PAIR, [10.2, 10.3, 10.4], [20.5, 20.6, 20.7], "reproduced"),
+        (PAIR, [10.2, 10.3, 10.4], [24.9, 25.0, 25.1], "direction only"),
         # not the number; every seed is below its other: differences -3, -3.1, -2.9
         (PAIR, [12.0, 12.1, 12.2], [15.0, 15.2, 15.1], "direction only"),
         (PAIR, [15.0, 15.2, 15.1], [12.0, 12.1, 12.2], "contradicted"),
@@ -286,8 +289,8 @@ WIDE = ([1.0, 2.0, 3.0], [2.0] * 3)
         (None, None, "direction only", "contradicted", ""),
         ((30.0, 30.0), None, "direction only", "contradicted", ""),
         # 33 is 10 % above 30, and 33.1 is more
-        ((33.0, 30.0), None, "direction only", "contradicted", ""),
-        ((30.0, 33.0), None, "direction only", "contradicted", ""),
+        ((33.0, 30.0), None, "direction only", "contradicted", "L0 33 against 30"),
+        ((30.0, 33.0), None, "direction only", "contradicted", "L0 30 against 33"),
         ((33.1, 30.0), None, "not comparable", "not comparable", "L0 33.1 against 30"),
         ((30.0, 33.1), None, "not comparable", "not comparable", "L0 30 against 33.1"),
         ((6.0, 74.0), None, "not comparable", "not comparable", "L0 6 against 74"),
@@ -302,7 +305,7 @@ WIDE = ([1.0, 2.0, 3.0], [2.0] * 3)
         ((60.0, 74.0), 1.05, "not comparable", "not comparable", "L0 60 against 74"),
         # alike here and unlike in the paper: another comparison than the paper's contradicts nothing
         ((30.0, 31.0), 0.5, "direction only", "not comparable", "L0 30 against 31, where the paper compares at unlike"),
-        ((30.0, 31.0), 1.05, "direction only", "contradicted", ""),
+        ((30.0, 31.0), 1.05, "direction only", "contradicted", "L0 30 against 31"),
     ],
 )
 def test_at_unlike_l0_nothing_is_contradicted_on_another_model(l0, printed, expected, opposite, reason):
@@ -440,3 +443,32 @@ def test_what_does_not_exist_is_none():
     assert read("core.details.rate", entries=("z",)) is None
     assert read("core.details.rate", entries=("k", "q")) is None  # a mean of fewer than were asked is another number
     assert read("none", why="so") is None
+
+
+@pytest.mark.parametrize(
+    ("quote", "value", "other", "unit", "direction"),
+    [
+        ("0.059 and 0.058", 0.058, 0.059, "", 0),  # 0.0585 is either
+        ("0.059 and 0.057", 0.057, 0.059, "", -1),
+        ("4,675 and 4,668", 4668.0, 4675.0, "", -1),
+        ("90.2% and 90.1%", 90.2, 90.1, "%", 0),
+        ("90.3% and 90.1%", 90.3, 90.1, "%", 1),
+    ],
+)
+def test_two_numbers_that_may_be_one_number_rounded_have_no_direction(quote, value, other, unit, direction):
+    claim = dataclasses.replace(PAIR, quote=quote, value=value, unit=unit, against_value=other)
+    assert claim.direction == direction
+    found = judged(claim, [3.0, 3.1, 3.2], [1.0, 1.1, 1.2], at_home=False)
+    if not direction:
+        assert found == Judgement("not comparable", "the two printed numbers may be the same one, rounded")
+    else:
+        assert found.verdict == ("direction only" if direction > 0 else "contradicted")
+
+
+def test_the_equal_differences_of_two_seeds_decide_nothing():
+    """As of counts: 1 and 2 splits more are as likely as 1 and 1."""
+    assert confidence_interval([1.0, 1.0]) is None and confidence_interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
+    assert confidence_interval([0.0, 0.0]) == (0.0, 0.0)
+    found = judged(PAIR, [1.04, 1.08], [1.0, 1.04], at_home=False)
+    assert found.verdict == "not comparable" and found.reason.endswith("or two with the same difference")
+    assert verdict(PAIR, [1.0, 1.04, 1.0], [1.04, 1.08, 1.04], at_home=False) == "direction only"
