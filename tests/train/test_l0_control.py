@@ -115,6 +115,7 @@ def test_l0_is_rejected_where_nothing_sets_it_or_another_option_does(monkeypatch
     for wrong in (0, -1, 129, float("nan")):
         with pytest.raises(UsageError, match="is out of range: give a number above 0 and at most 128"):
             RECIPES["relu"].make(SETTING._replace(l0=wrong), {})
+    assert RECIPES["topk"].make(SETTING._replace(l0=128.0), {}).options["k"] == 128  # all of them, as an int
     with pytest.raises(UsageError, match=r"k=8.5 has the wrong type: expected int"):
         RECIPES["topk"].make(SETTING._replace(l0=8.5), {})
 

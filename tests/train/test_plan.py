@@ -75,6 +75,8 @@ def test_bad_options_are_rejected(sparse_cache, changes: dict, sentence: str) ->
     [
         ("relu", ["l1_warmup=-1"], "l1_warmup=-1 is negative."),
         ("collapse-07", ["alpha_warmup=-1"], "alpha_warmup=-1 is negative."),
+        ("progressive", ["anneal_steps=-1"], "anneal_steps=-1 is negative."),
+        ("switch", ["normalize=layer_norm"], "center=true has no effect beside normalize=layer_norm"),
         ("collapse-07", ["groups=7"], "128 cannot be divided into 7 equal groups"),
         ("collapse-02", ["contrast_power=-1"], "invalid contrast_power=-1: expected a positive exponent."),
         ("matryoshka", ["prefixes=99"], "invalid prefixes=99: 128 latents can be halved into 1 to 8 prefixes"),
@@ -132,6 +134,7 @@ def test_durations_longer_than_the_run_are_allowed_and_noted(sparse_cache) -> No
         "note     relu: l1_warmup=48 is longer than the run of 12 steps, which ends 25% of the way",
         "note     relu: warmup=15 is longer than the run of 12 steps: the learning rate reaches 80% of 0.0003",
     ]
+    assert plan_training(make_config(sparse_cache, "topk", options=["k_anneal_steps=12"])).runs
     short = plan_training(make_config(sparse_cache, "relu", options=["warmup=12", "l1_warmup=12"])).describe()
     assert not [line for line in short if line.startswith("note")]
 

@@ -12,9 +12,10 @@ from sae.common.errors import DamagedError, UsageError
 from sae.common.schemas import RUN_RECORD
 from sae.train.optimization import Optimization
 from sae.train.plan import TrainConfig, plan_training
-from sae.train.recipe import RECIPES
+from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress
 from sae.train.scaling import ScaleWithNorm
+from sae.train.variant import RunConfig
 
 from .runs import make_config, train
 
@@ -181,6 +182,16 @@ def test_a_value_that_an_option_no_longer_takes_is_refused(sparse_cache) -> None
     RUN_RECORD.write(folder / "run.json", record)
     with pytest.raises(UsageError, match="normalize=rms is unknown: expected one of unit_ms"):
         train(config)
+
+
+def test_an_option_that_is_newer_than_the_run_is_scaled_for_the_input_that_the_run_has() -> None:
+    """`temperature` is a length, so of raw rows it is larger. What is stored stays as it is, an int for a float too."""
+    recipe, config = find_recipe("progressive"), RunConfig(32, 128, 40, 64, variance=9.0)
+    of_raw, of_unit = (recipe.make(config, {"normalize": one}).options["temperature"] for one in ("none", "unit_ms"))
+    assert of_raw != of_unit
+    for normalize, temperature in (("none", of_raw), ("unit_ms", of_unit)):
+        options, problems = recipe.options_before(config, {"normalize": normalize, "lr": 1})
+        assert (options["temperature"], problems) == (temperature, []) and type(options["lr"]) is int
 
 
 def test_two_values_of_an_option_are_damage(sparse_cache) -> None:

@@ -252,6 +252,23 @@ def test_numbers_within_the_verdict_s_tolerance_are_no_contradiction(number, sam
         parse_paper(text, "x")
 
 
+def test_numbers_of_two_systems_and_a_change_beside_a_number_are_no_pair():
+    for line in ('system = "off"', 'system = "full"\nagainst = "off"'):
+        text = GOOD + TWO.replace('system = "full"', line) % (9, 9)
+        assert parse_paper(text, "x").inconsistent(next(c for c in parse_paper(text, "x").claims if c.id == "more"))
+
+
+def test_a_copy_may_be_rounded():
+    """8.6 is within 5 % of 9. Neither a copy nor a restatement counts."""
+    text = changed("value = 9", 'value = 9\ncopy_of = "more"') + "[[claim]]" + TWO.split("[[claim]]")[1] % (8.6, 8.6)
+    paper = parse_paper(text, "x")
+    assert [claim.id for claim in paper.claims if not paper.is_counted(claim)] == ["runs"]
+
+
+def test_what_no_metric_measures_can_be_compared_in_words_with_what_the_paper_leaves_open():
+    assert parse_paper(changed("value = 9", 'says = "less"'), "x").claims[1].direction == -1
+
+
 def test_a_claim_and_its_repetitions_count_once():
     text = changed("value = 9", 'value = 9\nrestates = "steps"')
     paper = parse_paper(text, "x")

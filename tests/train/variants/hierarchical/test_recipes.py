@@ -33,6 +33,9 @@ def test_each_ablation_adds_one_part() -> None:
     linear, resample, window, adaptive, full = (parts(name) for name in LADDER)
     assert linear == set() and resample == {"ResampleDead"} and window == {"ResampleByWindow"}
     assert adaptive == window | {"AdaptivePenalty"} and full == adaptive | {"MergeSimilar"}
+    assert [type(mechanism).__name__ for mechanism in build("hierarchical").mechanisms] == [
+        "DeadLatents", "AdaptivePenalty", "MergeSimilar", "ResampleByWindow", "UnitNormDecoder",
+    ]  # fmt: skip
 
 
 def test_baselines_keep_the_same_share_of_the_width() -> None:
@@ -166,6 +169,15 @@ def test_the_baselines_have_no_auxk_in_the_papers_readings() -> None:
     for name in ("hierarchical-topk320", "hierarchical-batchtopk"):
         step = firing(torch.zeros(1, 64), 0)
         assert [build(name, **given).coefficients["aux"](step) for given in ({}, {"aux": 0.0})] == [1 / 32, 0]
+
+
+def test_options_of_the_l1_baseline_and_the_ends_of_restart_share_reach_their_parts() -> None:
+    step, settings = firing(torch.zeros(1, 64), 4), {"l1": 0.5, "pre_bias": True}
+    constant, rising = (build("hierarchical-l1", l1_warmup=steps, **settings) for steps in (0, 10))
+    assert float(constant.coefficients["l1"](step)) == 0.5 and 0 < float(rising.coefficients["l1"](step)) < 0.5
+    assert constant.sae.pre_bias and not build("hierarchical-l1").sae.pre_bias
+    assert [part_of(build("hierarchical", steps=50, restart_share=n), ResampleDead).until for n in (0, 1)] == [0, 50]
+    assert [build("hierarchical", pre_bias=one).sae.pre_bias for one in (True, False)] == [True, False]
 
 
 def test_a_printed_k_that_is_no_choice_of_latents_keeps_its_share() -> None:
