@@ -91,12 +91,13 @@ def odd_paths(m: Matrix) -> None:
         ["export", run, "--to", "saelens"],
         ["import", run / "exports" / "saelens", "--out", home / "imported"],
         ["import", "--list", run / "exports"],
-        ["config", "show", "train", "--out", home],
     ):
         outcome = sae(*words)
-        name = " ".join(str(word).replace(NOT_UTF8, "b\\xff") for word in words if word not in SHAPE)[:100]
+        name = " ".join(str(word).replace(NOT_UTF8, "b\\xff") for word in words if word not in SHAPE)
         code = USAGE if home / "tiny" in words else OK  # the library of tokenizers cannot open such a path
         m.row(f"`sae {name}`", outcome, code, "", is_clean(outcome))
+    shown = sae("config", "show", "train", "--out", home)
+    m.row("`sae config show train` and --out b\\xff", shown, OK, "", is_clean(shown))
     m.row("`sae compare b\\xff/nothing`", sae("compare", home / "nothing"), USAGE, "it is shown")
     m.row("... the cache", sae("cache", "verify", home / "new"), OK, "the same bytes", same_bytes(home / "new"))
     m.row("`SAE_HOME=b\\xff sae cache list`", sae("cache", "list", env={"SAE_HOME": NOT_UTF8}), OK, "it is listed")

@@ -183,7 +183,7 @@ def test_keys(page):
     page.keyboard.press("Escape")
     assert not page.locator("#help").is_visible()
     page.keyboard.press("Escape")
-    page.wait_for_url("**#latents")
+    page.wait_for_function("location.hash === '#latents'")
     page.keyboard.press("Escape")
     page.locator("#view-run").wait_for()
 
