@@ -131,6 +131,7 @@ class ReproducePlan:
                 f"train    {format_count(len(plan.runs), 'SAE')}: {format_count(len(recipes), 'recipe')}, "
                 f"{jobs[0].steps:,} steps each{f'; {done:,} already done' if done else ''}"
             )
+        lines += describe_notes(run for plan in self.train_plans for run in plan.runs)
         if runs := self.unfinished:
             lines.append(describe_size(runs, self.config.folder))
             if time:
@@ -141,6 +142,20 @@ class ReproducePlan:
     def unfinished(self) -> list[Run]:
         """The runs that are still to be trained."""
         return [run for plan in self.train_plans for run in plan.unfinished]
+
+
+def describe_notes(runs: Iterable[Run]) -> list[str]:
+    """What the plans of training say about options, one line for each sentence and the recipes that it is about."""
+    recipes: dict[str, list[str]] = {}  # sentence -> recipes
+    for run in runs:
+        for note in run.notes:
+            recipe, _, sentence = note.partition(": ")
+            if not sentence.startswith("--paper-exact"):  # nobody gave this flag: a reading did
+                recipes.setdefault(sentence, []).append(recipe)
+    return [
+        f"note     {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {sentence}"
+        for sentence, names in ((sentence, list(dict.fromkeys(names))) for sentence, names in recipes.items())
+    ]
 
 
 def plan_reproduction(config: ReproduceConfig, say: Callable[[str], None] = lambda sentence: None) -> ReproducePlan:

@@ -281,7 +281,8 @@ def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequenc
     """The mean and sd over seeds, with the other system's if there is one; the range over several recipes or layers."""
     if not shown:
         return ""
-    scale = 100 if claim.unit in ("%", "pp") and not (claim.unit == "%" and claim.is_change) else 1
+    relative = claim.unit == "%" and (claim.is_change or claim.says)  # of the other system's number, in any unit
+    scale = 100 if claim.unit in ("%", "pp") and not relative else 1
     sign = " %" if scale == 100 else ""
 
     def mean_and_sd(values: Sequence[float]) -> str:
@@ -297,20 +298,22 @@ def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequenc
 
 def format_difference(claim: Claim, measured: Sequence[tuple[Values, Values]]) -> str:
     """The mean difference of the two systems over seeds with the interval that decides; the range over several recipes
-    or layers."""
+    or layers. Where the claim is a multiple, so is this."""
     level = EQUIVALENCE if claim.says == "equal" else CONFIDENCE
     in_unit = claim.is_change or claim.says
     unit = {"%": " %", "pp": " pp", "x": " x"}.get(claim.unit, "") if in_unit else ""
+    start, form = (1, ".3g") if unit == " x" else (0, "+.3g")  # differences are never multiples: 1 x is none
     texts, means = [], []
     for own, other in measured:
-        changes = differences(claim, [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())])
+        pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+        changes = [start + change for change in differences(claim, pairs)]
         if not changes:
             continue
         means.append(mean(changes))
         interval = confidence_interval(changes, level)
-        spread = f" ({interval[0]:+.3g} to {interval[1]:+.3g}, {level:.0%})" if interval else " (one seed)"
-        texts.append(f"{mean(changes):+.3g}{unit}{spread}")
-    return f"{min(means):+.3g} to {max(means):+.3g}{unit} over {len(means)}" if len(texts) > 1 else "".join(texts)
+        spread = f" ({interval[0]:{form}} to {interval[1]:{form}}, {level:.0%})" if interval else " (one seed)"
+        texts.append(f"{mean(changes):{form}}{unit}{spread}")
+    return f"{min(means):{form}} to {max(means):{form}}{unit} over {len(means)}" if len(texts) > 1 else "".join(texts)
 
 
 def shown_layer(report: PaperReport) -> int:

@@ -4,6 +4,7 @@ import re
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +13,7 @@ from sae.cli.main import app
 from sae.common.errors import UsageError
 from sae.evaluate.papers.claims import PAPERS, PaperSystem, Reading
 from sae.evaluate.papers.parse import load_paper
+from sae.evaluate.papers.report import find_reading
 from sae.train.plan import TrainPlan
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress, run_training
@@ -19,11 +21,11 @@ from sae.workflows.reproduce import (
     ReproduceConfig,
     ReproducePlan,
     Stages,
+    describe_notes,
     group_by_pass,
     jobs_of,
     page_name,
     plan_reproduction,
-    reading_of,
     run_reproduction,
     scale_width,
     set_options,
@@ -185,6 +187,15 @@ def test_senseless_numbers_are_refused_before_a_model_is_looked_for(values, said
         plan_reproduction(ReproduceConfig(["003"], model="./no-such-model", **values))
 
 
+def test_what_a_reading_makes_void_is_in_the_plan_once_for_all_its_recipes():
+    def run(recipe, *sentences):
+        return SimpleNamespace(notes=[f"{recipe}: {sentence}" for sentence in sentences])
+
+    void, none = "warning, cut=0 as in the paper: void", "--paper-exact changes nothing: the defaults are the paper's"
+    runs = [run("a", void), run("a", void), run("b", "k 320 -> 18: at 128", void), run("c", none)]
+    assert describe_notes(runs) == [f"note     a and 1 more: {void}", "note     b: k 320 -> 18: at 128"]
+
+
 def test_a_cache_of_another_model_is_not_read_as_the_papers(cache, tiny_model, home):
     """Its numbers would appear next to the paper's claims as if they came from the paper's model."""
     done = call("reproduce", "003", "--cache", cache, "--layer", 1, "--steps", 5, "--batch-size", 64, "--dry-run")
@@ -244,8 +255,8 @@ def test_a_system_overrides_its_reading_and_a_reading_what_is_printed():
 
 def test_the_first_reading_is_of_the_papers_model_and_field_of_others():
     paper = load_paper("004")
-    assert [reading_of(paper, asked(), home).name for home in (True, False)] == ["evidence", "field"]
-    assert reading_of(paper, asked(reading="literal"), False).name == "literal"
+    assert [find_reading(paper, home, None).name for home in (True, False)] == ["evidence", "field"]
+    assert find_reading(paper, False, "literal").name == "literal"
     names = [(page_name(paper, one, home), one.name, home) for one in paper.readings[:2] for home in (True, False)]
     assert names == [
         ("004.html", "evidence", True), ("004-evidence.html", "evidence", False),
