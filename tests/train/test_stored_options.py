@@ -192,6 +192,8 @@ def test_an_option_that_is_newer_than_the_run_is_scaled_for_the_input_that_the_r
     for normalize, temperature in (("none", of_raw), ("unit_ms", of_unit)):
         options, problems = recipe.options_before(config, {"normalize": normalize, "lr": 1})
         assert (options["temperature"], problems) == (temperature, []) and type(options["lr"]) is int
+    with pytest.raises(UsageError, match="lr=-1 is not positive"):
+        recipe.make(config, {}, {"lr": -1.0})
 
 
 def test_two_values_of_an_option_are_damage(sparse_cache) -> None:

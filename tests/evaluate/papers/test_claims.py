@@ -225,7 +225,7 @@ def test_targets_are_in_the_unit_of_the_metric_and_changes_in_their_own():
     assert claim_of("l0-change", "004").effect == pytest.approx(4.4)  # 5.4 times is 4.4 more
     assert claim_of("l0").effect == pytest.approx(42.05 / 90.60 - 1)
     assert claim_of("l0-baseline").effect is None
-    risen = Claim("", "", "", value=-0.004, against="baseline", against_value=-0.008)  # half of its size nearer to 0
+    risen = Claim("", "", "-0.004", value=-0.004, against="baseline", against_value=-0.008)
     assert (risen.effect, risen.direction) == (pytest.approx(0.5), 1)
 
 
