@@ -82,6 +82,7 @@ def open_manifest():
     cache.array(cache.require_array(12))
 result = {"open": timed(lambda: Cache(folder)), "open and read the manifest": timed(open_manifest)}
 if run.exists():
+    load_sae(run)  # the first call imports torch
     result["load the SAE of a run"] = timed(lambda: load_sae(run))
 print(json.dumps(result))
 """
