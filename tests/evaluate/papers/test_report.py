@@ -409,7 +409,8 @@ def test_a_difference_is_in_the_unit_of_the_claim():
     runs = three("full", "hierarchical", 0.66) + LOW
     for unit, shown in (("%", "+9.98 % ("), ("pp", "+6 pp ("), ("x", "1.1 x (")):
         assert row_of(claim(value=1.5, unit=unit, against="baseline"), runs).difference.startswith(shown)
-    assert row_of(claim(unit="%", says="equal", margin=3, value=None, against="baseline"), runs).measured.startswith("0.661")
+    equal = claim(unit="%", says="equal", margin=3, value=None, against="baseline")
+    assert row_of(equal, runs).measured.startswith("0.661")
     assert row_of(claim(), runs).difference == ""
     assert row_of(BETTER, runs[:1] + runs[3:4]).difference == "+0.06 (one seed)"
 
