@@ -1,0 +1,32 @@
+"""The lines of metrics.jsonl that a resumed run keeps."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from sae.common.errors import LeftOutWarning
+from sae.train.run_folder import append_metrics, truncate_metrics
+
+
+def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path: Path) -> None:
+    """Up to the checkpoint's step, which is kept; what a kill cut off is dropped without a word."""
+    for step in (2, 4, 6):
+        append_metrics(tmp_path, {"step": step, "loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        truncate_metrics(tmp_path, 4)
+        truncate_metrics(tmp_path / "absent", 4)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+def test_lines_without_a_step_are_dropped_and_counted(tmp_path: Path) -> None:
+    text = '{"step": 1}\n{"loss": 1}\n{"step": "2"}\n{"step": true}\n{"step": 3.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.warns(LeftOutWarning, match="3 lines of .* that cannot be read"):
+        truncate_metrics(tmp_path, 9)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3.0}\n'
