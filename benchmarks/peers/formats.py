@@ -60,7 +60,7 @@ def agreement(sae: SAE, x_RD: Tensor, path: Path) -> Agreement:
     theirs, sae64 = load_file(path), sae.double()
     with torch.no_grad():
         f_RF = torch.cat([sae64.encode(x) for x in x_RD.double().split(256)])
-        recon_RD = sae64.decode(f_RF)
+        recon_RD = sae64.decode(f_RF, x_RD.double())
     mismatches = int(((f_RF != 0) != (theirs["f"] != 0)).sum())
     return Agreement(mismatches, relative_error(f_RF, theirs["f"]), relative_error(recon_RD, theirs["x_hat"]))
 

@@ -116,6 +116,8 @@ def load_plain_sae(folder: Path) -> PlainSAE:
     spec, w = json.loads((folder / "sae.json").read_text()), load_file(folder / "sae.safetensors")
     if spec["origin"].get("site", "resid_post") != "resid_post":
         raise SystemExit(f"{folder} reads {spec['origin']['site']}; this check splices into resid_post only.")
+    if spec.get("layer_norm"):
+        raise SystemExit(f"{folder}: this check has no equation for normalize=layer_norm.")
 
     def encode(x: Tensor) -> Tensor:
         z = (x - w["b_dec"] if spec["pre_bias"] else x) @ w["W_enc"] + w["b_enc"]
