@@ -128,6 +128,28 @@ def test_a_counter_that_is_newer_than_the_checkpoint_starts_at_zero(make_trainer
         restore_checkpoint(other, tmp_path, pytest.fail)
 
 
+def test_a_tensor_of_another_shape_is_refused_though_it_could_be_broadcast(make_trainer, tmp_path: Path) -> None:
+    old, new = make_trainer("relu"), make_trainer("relu")
+    for trainer, shape in ((old, ()), (new, (3,))):
+        trainer.variant.mechanisms.append(Mechanism())
+        trainer.variant.mechanisms[-1].register_buffer("remembered", torch.ones(shape))
+    save_checkpoint(old, tmp_path, 0)
+    with pytest.raises(UsageError, match="does not hold the tensors that this version's variant has"):
+        restore_checkpoint(new, tmp_path, pytest.fail)
+
+
+def test_what_a_checkpoint_restores_and_which_one_is_skipped(make_trainer, tmp_path: Path) -> None:
+    """Earlier versions recorded no digest of the run; a step after the run's last is of no such run."""
+    trainer, again, said = make_trainer("relu", steps=30), make_trainer("relu", steps=30), []
+    for step, failed_at in ((30, 7), (31, 8)):
+        trainer.i.fill_(step)
+        trainer.failed_at.fill_(failed_at)
+        save_checkpoint(trainer, tmp_path, step)
+    assert restore_checkpoint(again, tmp_path, said.append, run="digest") == 30
+    assert (int(again.i), int(again.failed_at)) == (30, 7)
+    assert len(said) == 1 and "is of step 31, but the run has 30 steps" in said[0]
+
+
 def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(make_trainer, batches) -> None:
     trainer = make_trainer("batchtopk")
     trainer.step(batches[0])

@@ -15,6 +15,7 @@ from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.run import TrainProgress
 from sae.train.scaling import ScaleWithNorm
+from sae.train.stored_options import stored_options
 from sae.train.variant import RunConfig
 
 from .runs import make_config, train
@@ -194,6 +195,10 @@ def test_an_option_that_is_newer_than_the_run_is_scaled_for_the_input_that_the_r
         assert (options["temperature"], problems) == (temperature, []) and type(options["lr"]) is int
     with pytest.raises(UsageError, match="lr=-1 is not positive"):
         recipe.make(config, {}, {"lr": -1.0})
+
+
+def test_a_run_json_without_its_options_has_none_stored(tmp_path: Path) -> None:
+    assert stored_options(None, tmp_path) is None and stored_options({"options": {"l1": 0.1}}, tmp_path) is None
 
 
 def test_two_values_of_an_option_are_damage(sparse_cache) -> None:
