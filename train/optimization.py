@@ -38,8 +38,8 @@ class Optimization:
     normalize: Literal["unit_ms", "standardize", "layer_norm", "none"] = "unit_ms"
     """unit_ms: divide the input by sqrt(E|x|^2), from the cache's manifest. standardize: subtract the mean and divide
     by the standard deviation of each dimension, of the first 10,000 rows that training reads. layer_norm: subtract each
-    token's own mean over d_in and divide by its standard deviation, so that |x|^2 = d_in; the saved SAE does the same.
-    none: raw input."""
+    token's own mean over d_in and divide by its standard deviation, so that |x|^2 = d_in - 1; the saved SAE does the
+    same. none: raw input."""
     center: bool = False
     """Also subtract the cache's mean row from the input."""
     b_dec_init: Literal["mean", "zero"] = "mean"
