@@ -73,12 +73,17 @@ class PaperReport:
     @property
     def excluded(self) -> list[tuple[str, str]]:
         """The runs that fail a gate, and why."""
-        return [(run.run.name, "; ".join(failed)) for run in self.runs if (failed := run.failed_gates())]
+        return [(run.run.name, "; ".join(failed)) for run in self.distinct_runs if (failed := run.failed_gates())]
+
+    @property
+    def distinct_runs(self) -> list[SystemRun]:
+        """Each run once: a system can be part of another, as `run-01` is of `runs` in paper 000."""
+        return list({run.run.folder: run for run in self.runs}.values())
 
     @property
     def below_peak(self) -> str:
         """A sentence about runs that end within the warm-up that the paper prints; "" if there are none."""
-        within = [run for run in self.runs if run.is_within_warmup and not run.failed_gates()]
+        within = [run for run in self.distinct_runs if run.is_within_warmup and not run.failed_gates()]
         if not within:
             return ""
         shares = sorted({f"{run.peak_share:.0%}" for run in within})

@@ -52,7 +52,7 @@ def run(
         {"step": n, "tokens": 4 * n, "explained_variance": 0.7, "alpha": n / 100, "dead": dead, **logged}
         for n in (done // 2, done)
     ]
-    found = ComparedRun(f"{recipe}-{seed}", Path("x"), {}, record, {"core": core, **(metrics or {})}, {})
+    found = ComparedRun(f"{recipe}-{seed}", Path(f"{recipe}-{seed}"), {}, record, {"core": core, **(metrics or {})}, {})
     return SystemRun(system, recipe, found, log, weights)
 
 
@@ -428,6 +428,9 @@ def test_a_warm_up_that_the_paper_prints_is_a_note_and_no_gate():
         "its peak."
     )
     assert report.below_peak in reproduction_page(report, "m")
+    twice = [*runs, *(replace(run, system="baseline") for run in runs)]  # runs of two systems
+    assert build_report(paper, twice, True, "literal").below_peak == report.below_peak
+    assert len(build_report(paper, twice, True, "field").excluded) == 3
     longer = three("full", "hierarchical", 0.8, steps=800, done=800, warmup=1001)  # not what is printed
     assert len(build_report(paper, longer, True, "literal").excluded) == 3
     assert len(build_report(paper, runs, True, "field").excluded) == 3  # the reading is ours
