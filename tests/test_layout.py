@@ -207,8 +207,7 @@ def test_a_class_name_has_one_meaning():
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
-# A variant file is its paper, however many mechanisms that has.
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name != "variants"], ids=name_of)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_no_file_grows_beyond_reading(path):
     assert len(path.read_text().splitlines()) < LONGEST
 

@@ -1,4 +1,4 @@
-"""One file per paper. To add a variant, add a file to this folder."""
+"""A file or a folder per paper. To add a variant, add a file to this folder."""
 
 from importlib import import_module
 from pkgutil import iter_modules

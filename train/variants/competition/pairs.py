@@ -1,0 +1,250 @@
+"""The statistics of pairs of latents (3): how often they fire, and fire together.
+
+All pairs (`DensePairs`), or a table of some of them (`PairTable`). Shape suffixes as in the folder's docstring.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...step import Mechanism, Step
+
+MIN_RATE = 1e-5  # a latent that fires less often than this per token has no known conditional probability
+BLOCK = 2**24  # elements to work on at once, so that the table's work needs little memory besides the table
+
+
+class Coactivation(Mechanism):
+    """p_i = P(f_i > 0) and J_ij = P(f_i > 0, f_j > 0), averaged over steps: a <- beta a + (1 - beta) of the batch.
+
+    Each unordered pair occurs once. A subclass decides which pairs it follows, and thereby the shape S of all per-pair
+    tensors.
+
+    Paper: says only "exponential moving averages (decay rate 0.99)". Ours start at zero and are divided by the weight
+    that they have gathered, 1 - beta^t. This leaves J / p as it is, apart from pairs that a table follows later than
+    their latents. A latent that fires less often than `MIN_RATE` has no c, where (3) divides by almost nothing.
+    """
+
+    rate_F: Tensor
+    seen: Tensor  # () 1 - beta^t
+
+    def __init__(self, d_sae: int, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("rate_F", torch.zeros(d_sae))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def after_step(self, step: Step) -> None:
+        fires_BF = step.f_BF.detach() > 0
+        self.rate_F.lerp_(fires_BF.to(self.rate_F.dtype).mean(0), 1 - self.beta)
+        self.seen += (1 - self.beta) * (1 - self.seen)
+        self.update_joint(fires_BF)
+
+    def rates(self) -> Tensor:
+        """p (F)."""
+        return self.rate_F / self.seen.clamp_min(1e-12)
+
+    def conditional(self) -> Tensor:
+        """J_ij / min(p_i, p_j), the larger of P(f_i | f_j) and P(f_j | f_i) (S); -1 where it is not known."""
+        joint_S, known_S = self.joint()
+        rarer_S = torch.minimum(*self.ends(self.rates()))
+        return torch.where(known_S & (rarer_S >= MIN_RATE), (joint_S / rarer_S.clamp_min(MIN_RATE)).clamp(max=1), -1.0)
+
+    @abstractmethod
+    def update_joint(self, fires_BF: Tensor) -> None:
+        """Average a batch into J."""
+
+    @abstractmethod
+    def joint(self) -> tuple[Tensor, Tensor]:
+        """J (S), and a mask (S) of its entries that are pairs with statistics."""
+
+    @abstractmethod
+    def ends(self, value_F: Tensor) -> tuple[Tensor, Tensor]:
+        """The value of the first and of the second latent of each pair; both broadcast to S."""
+
+    @abstractmethod
+    def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
+        """<left_i, right_j> for each pair i < j (S)."""
+
+    @abstractmethod
+    def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of some pairs, evenly spread, and their <v_i, v_j>: all, or as many as have `BLOCK` elements."""
+
+
+class DensePairs(Coactivation):
+    """Every pair: S is (F, F), and the pairs are its upper triangle."""
+
+    joint_FF: Tensor
+
+    def __init__(self, d_sae: int, beta: float = 0.99) -> None:
+        super().__init__(d_sae, beta)
+        self.register_buffer("joint_FF", torch.zeros(d_sae, d_sae))
+
+    @staticmethod
+    def gigabytes(d_sae: int) -> float:
+        """J and the temporaries of a step: at most eight matrices of its size."""
+        return 8 * 4 * d_sae**2 / 1e9
+
+    def update_joint(self, fires_BF: Tensor) -> None:
+        fires_BF = fires_BF.to(self.joint_FF.dtype)
+        self.joint_FF.lerp_(fires_BF.T @ fires_BF / len(fires_BF), 1 - self.beta)
+
+    def joint(self) -> tuple[Tensor, Tensor]:
+        upper_FF = torch.ones_like(self.joint_FF, dtype=torch.bool).triu_(1)
+        return self.joint_FF / self.seen.clamp_min(1e-12), upper_FF
+
+    def ends(self, value_F: Tensor) -> tuple[Tensor, Tensor]:
+        return value_F[:, None], value_F[None]
+
+    def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
+        return (left_FX @ right_FX.T).to(left_FX.dtype)
+
+    def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
+        rows = slice(None, None, -(-value_S.numel() // BLOCK))
+        return value_S[rows], vector_FX[rows] @ vector_FX.T
+
+
+class PairTable(Coactivation):
+    """A table of `capacity` pairs i < j: S is (P).
+
+    Every `every` steps the table is refreshed: all pairs of the last batch are ranked together with those in the table,
+    and the best stay. A new pair's J starts then, and has its own weight in `seen_P`. A table with room for all pairs
+    holds them from the start, and is `DensePairs` in another shape. `by` ranks pairs: "cofire" by their conditional
+    probability, "cosine" by the cosine of their decoder rows.
+    """
+
+    first_P: Tensor  # int64; entries in which first = second are empty
+    second_P: Tensor
+    joint_P: Tensor
+    seen_P: Tensor
+
+    def __init__(
+        self, d_sae: int, capacity: int, beta: float = 0.99, every: int | None = 100, by: str = "cofire"
+    ) -> None:
+        super().__init__(d_sae, beta)
+        self.every, self.by = every, by
+        first_P = second_P = torch.zeros(capacity, dtype=torch.int64)
+        if capacity >= d_sae * (d_sae - 1) // 2:
+            first_P, second_P = torch.triu_indices(d_sae, d_sae, 1)
+            self.every = None
+        self.register_buffer("first_P", first_P.clone())
+        self.register_buffer("second_P", second_P.clone())
+        self.register_buffer("joint_P", torch.zeros(len(first_P)))
+        self.register_buffer("seen_P", torch.zeros(len(first_P)))
+
+    @staticmethod
+    def gigabytes(capacity: int) -> float:
+        """The table's columns of 24 B, four times 28 B while it is refreshed, and four blocks."""
+        return ((24 + 4 * 28) * capacity + 4 * 4 * BLOCK) / 1e9
+
+    def update_joint(self, fires_BF: Tensor) -> None:
+        together_P = count_cofiring(fires_BF, self.first_P, self.second_P).to(self.joint_P.dtype)
+        self.joint_P.lerp_(together_P / len(fires_BF), 1 - self.beta)
+        self.seen_P += (1 - self.beta) * (1 - self.seen_P)
+
+    def joint(self) -> tuple[Tensor, Tensor]:
+        return self.joint_P / self.seen_P.clamp_min(1e-12), (self.first_P < self.second_P) & (self.seen_P > 0)
+
+    def ends(self, value_F: Tensor) -> tuple[Tensor, Tensor]:
+        return value_F[self.first_P], value_F[self.second_P]
+
+    def inner(self, left_FX: Tensor, right_FX: Tensor) -> Tensor:
+        products_P: Tensor = PairProducts.apply(left_FX, right_FX, self.first_P, self.second_P)
+        return products_P
+
+    def sample(self, value_S: Tensor, vector_FX: Tensor) -> tuple[Tensor, Tensor]:
+        some = slice(None, None, -(-len(value_S) * vector_FX.shape[1] // BLOCK))
+        return value_S[some], (vector_FX[self.first_P[some]] * vector_FX[self.second_P[some]]).sum(1)
+
+    def every_n_steps(self, step: Step) -> None:
+        """Refresh the table. `slot` is the place of a pair in the table so far, -1 for a new one."""
+        unit_FD = F.normalize(step.sae.W_dec.detach(), dim=1)
+        score_P = self.conditional() if self.by == "cofire" else self.inner(unit_FD, unit_FD)
+        score_P = torch.where(self.first_P < self.second_P, score_P, -1)
+        best = (score_P, self.first_P, self.second_P, torch.arange(len(score_P), device=score_P.device))
+        for start, score_IF in self.candidates(step, unit_FD):
+            top = score_IF.flatten().topk(min(len(score_P), score_IF.numel()))
+            first, second = start + top.indices // score_IF.shape[1], top.indices % score_IF.shape[1]
+            new = (top.values, first, second, -torch.ones_like(first))
+            columns = [torch.cat(pair) for pair in zip(best, new, strict=True)]
+            chosen = columns[0].topk(len(score_P)).indices
+            score_P, first_P, second_P, slot_P = (column[chosen] for column in columns)
+            best = (score_P, first_P, second_P, slot_P)
+        score_P, first_P, second_P, slot_P = best
+        filled_P = score_P > 0
+        stays_P = filled_P & (slot_P >= 0)
+        self.first_P.copy_(torch.where(filled_P, first_P, 0))
+        self.second_P.copy_(torch.where(filled_P, second_P, 0))
+        self.joint_P.copy_(torch.where(stays_P, self.joint_P[slot_P], 0))
+        self.seen_P.copy_(torch.where(stays_P, self.seen_P[slot_P], 0))
+
+    def candidates(self, step: Step, unit_FD: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Scores (I, F) of pairs that are not in the table, a block of first latents at a time; 0 marks no pair."""
+        fires_BF = (step.f_BF.detach() > 0).float()
+        n, size = fires_BF.shape[1], max(1, BLOCK // fires_BF.shape[1])
+        # Paper: follows every pair. Candidates are ranked as if each latent had fired three more times, without the
+        # other: in a single batch, rare latents that fired together once would look alike.
+        rate_F = self.rates() + 3 / len(fires_BF)
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            if self.by == "cofire":
+                joint_IF = fires_BF[:, rows].T @ fires_BF / len(fires_BF)
+                score_IF = joint_IF / torch.minimum(rate_F[rows, None], rate_F[None])
+            else:
+                score_IF = unit_FD[rows] @ unit_FD.T
+            score_IF = score_IF.triu_(start + 1)
+            inside_P = (self.first_P >= start) & (self.first_P < start + size)
+            score_IF[self.first_P[inside_P] - start, self.second_P[inside_P]] = 0
+            yield start, score_IF
+
+
+def pair_blocks(first_P: Tensor, second_P: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs, as many at a time as have `BLOCK` elements in rows of `width`."""
+    size = max(1, BLOCK // width)
+    return zip(first_P.split(size), second_P.split(size), strict=True)
+
+
+def count_cofiring(fires_BF: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+    """The number of tokens on which both latents of each pair fire (P).
+
+    64 tokens fit a word, so a pair costs B/64 words: their AND, and its bits counted by twos, fours, bytes and words.
+    """
+    fires_BF = F.pad(fires_BF.to(torch.uint8), (0, 0, 0, -len(fires_BF) % 64))
+    place_8 = torch.arange(8, dtype=torch.uint8, device=fires_BF.device)[:, None]
+    bytes_F = (fires_BF.unflatten(0, (-1, 8)) << place_8).sum(1, dtype=torch.uint8).T.contiguous()
+    words_FW = bytes_F.view(torch.int64)
+    counts = []
+    for first, second in pair_blocks(first_P, second_P, words_FW.shape[1]):
+        bits = words_FW[first] & words_FW[second]
+        bits = bits - ((bits >> 1) & 0x5555555555555555)
+        bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+        bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+        counts.append(((bits * 0x0101010101010101) >> 56).sum(1))
+    return torch.cat(counts)
+
+
+class PairProducts(torch.autograd.Function):
+    """<left_i, right_j> for each pair, by blocks: the rows of all pairs at once would be larger than the dense J."""
+
+    @staticmethod
+    def forward(ctx: Any, left_FX: Tensor, right_FX: Tensor, first_P: Tensor, second_P: Tensor) -> Tensor:
+        ctx.save_for_backward(left_FX, right_FX, first_P, second_P)
+        blocks = pair_blocks(first_P, second_P, left_FX.shape[1])
+        return torch.cat([(left_FX[first] * right_FX[second]).sum(1) for first, second in blocks])
+
+    @staticmethod
+    def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor | None, ...]:
+        left_FX, right_FX, first_P, second_P = ctx.saved_tensors
+        to_left = torch.zeros_like(left_FX) if ctx.needs_input_grad[0] else None
+        to_right = torch.zeros_like(right_FX) if ctx.needs_input_grad[1] else None
+        blocks = pair_blocks(first_P, second_P, left_FX.shape[1])
+        size = max(1, BLOCK // left_FX.shape[1])
+        for (first, second), gradient in zip(blocks, gradient_P.split(size), strict=True):
+            if to_left is not None:
+                to_left.index_add_(0, first, gradient[:, None] * right_FX[second])
+            if to_right is not None:
+                to_right.index_add_(0, second, gradient[:, None] * left_FX[first])
+        return to_left, to_right, None, None

@@ -1,0 +1,159 @@
+"""The penalty on similar pairs of latents that fire together (5), its growing strength (4), and what it did."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...sae import SAE
+from ...schedules import Coefficient, warmup
+from ...step import LossTerm, Mechanism, Step
+from ...variant import Variant
+from .pairs import MIN_RATE, Coactivation, DensePairs
+
+
+class CompetitionLoss(LossTerm):
+    """sum over pairs of max(c_ij, c_ji) <v_i, v_j>^2, for pairs above tau (5); c has no gradient.
+
+    `tau_on`    what has to reach tau: "conditional", P of one given the other, or "lift", c itself
+    `weight`    the weight of a pair: "lift", c, or "conditional"
+    `pair_vec`  v_i: "decoder", row i of W_dec, or "activation", f_i over the batch divided by sqrt(B)
+                Paper: writes <f_i, f_j> of "feature similarity" and f_i for both; the division by sqrt(B) makes the
+                product a mean over tokens, which does not grow with the batch
+    `direction` which latent gets the gradient: "symmetric", both; "child_only", the rarer; "parent_only", the other
+    `reduction` "active_pairs", the mean over pairs that pass; "sum", over ordered pairs as printed; "n", that over n
+    `target`    "cofire", as printed; or "absorption": pairs of decoder cosine over 0.2 that fire together less than
+                tau, weighted by what they lack. Paper: a parent that is absorbed is silent when its child fires, so
+                absorbed pairs are those which (5) leaves alone.
+    `diagonal`  whether the pairs include i = j, of every latent that fires: P is 1 and c is n/k (5)
+    """
+
+    def __init__(
+        self,
+        pairs: Coactivation,
+        chance: float,
+        tau: float = 0.6,
+        tau_on: str = "conditional",
+        weight: str = "lift",
+        pair_vec: str = "decoder",
+        direction: str = "symmetric",
+        reduction: str = "active_pairs",
+        target: str = "cofire",
+        diagonal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.all_pairs = isinstance(pairs, DensePairs)
+        self.tau = tau if tau_on == "conditional" else tau * chance
+        self.unit = chance if weight == "lift" else 1.0
+        self.pair_vec, self.direction, self.reduction, self.target = pair_vec, direction, reduction, target
+        self.diagonal = diagonal
+
+    def forward(self, step: Step) -> Tensor:
+        vector_FX = step.sae.W_dec if self.pair_vec == "decoder" else step.f_BF.float().T / step.tokens**0.5
+        with torch.no_grad():
+            weight_S, count = self.weights(step.sae)
+        step.metrics |= {"pairs_above": count, "mean_coefficient": weight_S.sum() / count.clamp_min(1)}
+        total, ordered = 2 * (weight_S * self.similarity(vector_FX).square()).sum(), 2 * count  # (i, j) and (j, i)
+        if self.diagonal:
+            with torch.no_grad():
+                weight_F = self.diagonal_weights()
+            total = total + (weight_F * self.squared_length(vector_FX).square()).sum()
+            ordered = ordered + (weight_F > 0).sum()
+        if self.reduction == "active_pairs":
+            return total / ordered.clamp_min(1)
+        return total / (step.sae.d_sae if self.reduction == "n" else 1)
+
+    def diagonal_weights(self) -> Tensor:
+        """The weight of each pair (i, i) (F): that of P = 1 if it passes tau; 0 for latents that do not fire."""
+        passes_F = (self.pairs.rates() >= MIN_RATE) & (self.tau <= 1)
+        return passes_F.to(self.pairs.rate_F.dtype) / self.unit
+
+    def weights(self, sae: SAE) -> tuple[Tensor, Tensor]:
+        """The weight of each pair (S), zero unless the pair passes tau, and the number () of pairs that pass."""
+        conditional_S = self.pairs.conditional()
+        if self.target == "cofire":
+            active_S, amount_S = conditional_S >= self.tau, conditional_S
+        else:
+            unit_FD = F.normalize(sae.W_dec, dim=1)
+            alike_S = self.pairs.inner(unit_FD, unit_FD) > 0.2
+            active_S = alike_S & (conditional_S >= 0) & (conditional_S < self.tau)
+            amount_S = self.tau - conditional_S
+        active_S &= conditional_S >= 0
+        return torch.where(active_S, amount_S / self.unit, 0.0), active_S.sum()
+
+    def similarity(self, vector_FX: Tensor) -> Tensor:
+        """<v_i, v_j> (S), with a gradient to the latents that `direction` names."""
+        if self.direction == "symmetric":
+            return self.pairs.inner(vector_FX, vector_FX)
+        first_S, second_S = self.pairs.ends(self.pairs.rate_F)
+        first_moves_S = (first_S <= second_S) == (self.direction == "child_only")
+        fixed_FX = vector_FX.detach()
+        return torch.where(first_moves_S, self.pairs.inner(vector_FX, fixed_FX), self.pairs.inner(fixed_FX, vector_FX))
+
+    def squared_length(self, vector_FX: Tensor) -> Tensor:
+        """<v_i, v_i> (F); as one of a pair of the other directions, a latent has half of the gradient."""
+        other_FX = vector_FX if self.direction == "symmetric" else vector_FX.detach()
+        return (vector_FX * other_FX).sum(1)
+
+    @torch.no_grad()
+    def correlation(self, sae: SAE) -> tuple[Tensor, Tensor]:
+        """Pearson's r () of the weight of a pair, max(c_ij, c_ji), and the cosine of its decoder rows, over the pairs
+        that pass tau, and the number () of those pairs.
+
+        This is "correlation r = 0.82 between semantic similarity and competition strength" (3.1). Of more pairs than
+        have `BLOCK` elements it is over an evenly spread part. It is 0 where fewer than three pass, or all have the
+        same weight or cosine. Paper: does not say which pairs; below tau the strength of competition is zero.
+        """
+        weight_M, cosine_M = self.pairs.sample(self.weights(sae)[0], F.normalize(sae.W_dec, dim=1))
+        passes_M = weight_M > 0
+        count = passes_M.sum()
+        one_M, two_M = (centred(value_M.double(), passes_M) for value_M in (weight_M, cosine_M))
+        spread = (one_M.square().sum() * two_M.square().sum()).sqrt()
+        r = (one_M * two_M).sum() / spread
+        return torch.where((count >= 3) & (spread > 1e-12 * count), r, 0.0).float(), count
+
+
+def centred(value_M: Tensor, where_M: Tensor) -> Tensor:
+    """The values minus their mean, both where the mask is set; 0 elsewhere."""
+    mean = torch.where(where_M, value_M, 0).sum() / where_M.sum().clamp_min(1)
+    return torch.where(where_M, value_M - mean, 0)
+
+
+class CompetitionMonitor(Mechanism):
+    """Counts the pairs that the penalty acted on, and correlates c with the rows' cosine when metrics are logged."""
+
+    acted_penalized: Tensor  # () int64, pairs i < j over all steps
+
+    def __init__(self, strength: Coefficient, correlation: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.strength, self.correlation = strength, correlation
+        self.register_buffer("acted_penalized", torch.zeros((), dtype=torch.int64))
+
+    def after_step(self, step: Step) -> None:
+        self.acted_penalized += step.metrics["pairs_above"] * (self.strength(step) > 0)
+
+    def scalars(self) -> dict[str, Tensor]:
+        r, count = self.correlation()
+        return {"penalized": self.acted_penalized, "correlation_cosine": r, "correlation_pairs": count}
+
+
+def competition_strength(strength: float, steps: int) -> Coefficient:
+    """strength min(1, t/steps), t counted from 1 (4). Logged as `competition_strength`."""
+    ramp = warmup(strength, steps)
+
+    def coefficient(step: Step) -> Tensor | float:
+        value = ramp(step)
+        step.metrics["competition_strength"] = torch.as_tensor(value)
+        return value
+
+    return coefficient
+
+
+def add_competition(variant: Variant, strength: Coefficient, loss: CompetitionLoss) -> Variant:
+    """Add the loss to any variant, and its statistics and its monitor to the mechanisms, before the unit norm."""
+    variant.add_term("competition", strength, loss)
+    for mechanism in (loss.pairs, CompetitionMonitor(strength, lambda: loss.correlation(variant.sae))):
+        variant.mechanisms.insert(len(variant.mechanisms) - 1, mechanism)
+    return variant
