@@ -1,7 +1,7 @@
 """The checkpoint format: whole, verified, resumable. Tensors in safetensors, numbers in JSON, no pickle.
 
     checkpoints/step-00001000/
-        state.safetensors    every tensor of the variant ("variant.<name>"), AdamW's state ("optimizer.<name>.<key>"),
+        state.safetensors    every tensor of the variant ("variant.<name>"), Adam's state ("optimizer.<name>.<key>"),
                              the step index "i" and "failed_at"
         state.json           {"format", "step", "sha256" of state.safetensors, "run"}, written last
 
