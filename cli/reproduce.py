@@ -107,7 +107,8 @@ def evaluate_runs(config: "EvaluateConfig") -> int:
 
 
 def show_report(report: "PaperReport", page: Path) -> None:
-    """Print the verdicts of a paper as a table, how many there are of each, what they mean, and where its page is."""
+    """Print the verdicts of a paper as a table, the notes that its page has beside them, how many there are of each,
+    what they mean, and where the page is."""
     from ..evaluate.papers.verdict import MEANINGS
 
     heads = ["claim", "of", "claimed", "measured", "difference", "seeds", "verdict"]
@@ -124,6 +125,8 @@ def show_report(report: "PaperReport", page: Path) -> None:
         for row in report.rows
     ]
     show_table(f"{report.paper.number} {report.paper.title}, reading {report.reading.name}", heads, rows)
+    for note, claims in report.notes.items():
+        echo(f"note     {claims[0]}{f' and {len(claims) - 1} more' if claims[1:] else ''}: {note}")
     for verdict, count in report.counts.items():
         echo(f"{count:>4} {verdict}: {MEANINGS[verdict]}.")
     if report.below_peak:

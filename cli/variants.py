@@ -94,18 +94,16 @@ def option_lines(name: str, default: Any, kind: Any, meaning: str) -> Iterator[s
 
 def paper_exact_lines(recipe: "Recipe") -> Iterator[str]:
     """What `--paper-exact` sets, and why that does not work as the paper intends."""
-    from ..train.scaling import ScaledDefault
-
-    if recipe.paper_exact is None:
-        yield from wrapped("Has no effect: the defaults have not been compared with a paper.", 2)
+    if recipe.why_not_paper_exact:
+        yield from wrapped(f"Changes nothing: {recipe.why_not_paper_exact}.", 2)
         return
-    if not recipe.paper_exact:
-        yield from wrapped("Sets nothing: every default is the paper's own setting.", 2)
-    for name, (value, reason) in recipe.paper_exact.items():
+    for name, (value, reason) in (recipe.paper_exact or {}).items():
         yield f"  {name}={show_value(value)}"
         yield from wrapped(f"warning: {reason}.", 6)
-    if scaled := [name for name, default in recipe.options.items() if isinstance(default, ScaledDefault)]:
-        yield from wrapped(f"Uses the paper's number for {', '.join(scaled)} at any width and scale.", 2)
+    if scaled := recipe.scaled_options:
+        yield from wrapped(f"Uses the paper's number for {', '.join(scaled)}, without scaling it to the run.", 2)
+    if "k" in scaled:
+        yield from wrapped("A k above the number of latents (--width) is scaled to d_in all the same.", 2)
 
 
 def show_value(value: Any) -> str:

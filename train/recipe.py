@@ -50,6 +50,18 @@ class Recipe:
     def summary(self) -> str:
         return self.description.split("\n")[0]
 
+    @property
+    def scaled_options(self) -> list[str]:
+        """The options whose defaults are the paper's numbers, scaled to the run unless with `--paper-exact`."""
+        return [name for name, default in self.options.items() if isinstance(default, ScaledDefault)]
+
+    @property
+    def why_not_paper_exact(self) -> str:
+        """Why `--paper-exact` changes nothing, as a phrase; "" if it changes something."""
+        if self.paper_exact is None:
+            return "the defaults of this recipe have not been compared with a paper"
+        return "" if self.paper_exact or self.scaled_options else "every default is the paper's own setting"
+
     def option_types(self) -> dict[str, Any]:
         """The type of every option, those of the optimizer included."""
         return {**self.types, **{f.name: f.type for f in fields(Optimization)}}
@@ -162,10 +174,10 @@ class Recipe:
         """What a reader should know about `--paper-exact`: each setting that it changes, and its drawback."""
         if not config.paper_exact:
             return []
-        if not self.paper_exact:
-            unchanged = "defaults are the paper's settings" if self.paper_exact is not None else "recipe has no paper"
-            return [f"--paper-exact changes nothing: the {unchanged}"]
-        settings = [(name, value, fault) for name, (value, fault) in self.paper_exact.items() if name not in given]
+        if self.why_not_paper_exact:
+            return [f"--paper-exact changes nothing: {self.why_not_paper_exact}"]
+        exact = self.paper_exact or {}
+        settings = [(name, value, fault) for name, (value, fault) in exact.items() if name not in given]
         return [f"warning, {name}={value} as in the paper: {fault}" for name, value, fault in settings]
 
 

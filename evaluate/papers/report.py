@@ -66,6 +66,16 @@ class PaperReport:
         return {verdict: verdicts.count(verdict) for verdict in reversed(WORST_FIRST) if verdict in verdicts}
 
     @property
+    def notes(self) -> dict[str, list[str]]:
+        """Each note beside the verdicts -> the ids of its claims. Left out: which claim another one restates."""
+        notes: dict[str, list[str]] = {}
+        for row in self.rows:
+            for note in row.notes:
+                if note not in describe_restatement(row.claim):
+                    notes.setdefault(note, []).append(row.claim.id)
+        return notes
+
+    @property
     def outlier_rows(self) -> int:
         """How many outlier rows the numbers of a run count at most, because SAEBench's definitions do."""
         return max((r.n.get(OUTLIERS, 0) for run in self.runs for r in run.run.results.values()), default=0)
@@ -209,7 +219,11 @@ def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int]
 
 def describe_claim(claim: Claim) -> list[str]:
     """What a claim's file says about it beside its verdict."""
-    return [*([f"the comparison of {claim.restates} again"] if claim.restates else []), *filter(None, [claim.why])]
+    return [*describe_restatement(claim), *filter(None, [claim.why])]
+
+
+def describe_restatement(claim: Claim) -> list[str]:
+    return [f"the comparison of {claim.restates} again"] if claim.restates else []
 
 
 def l0_of_both(

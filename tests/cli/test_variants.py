@@ -7,6 +7,7 @@ import sae.train.variants  # noqa: F401  (registers the recipes)
 from sae.cli.main import app
 from sae.train.optimization import Optimization
 from sae.train.recipe import RECIPES
+from sae.train.variant import RunConfig
 
 
 def output_of(*names: str) -> str:
@@ -56,9 +57,25 @@ def test_a_page_describes_every_option(name: str) -> None:
 def test_a_page_says_what_paper_exact_does_and_where_it_does_nothing() -> None:
     page = output_of("competition")
     assert "  tau_on=lift\n      warning: chance is 1 on the scale of c and tau is 0.6" in page
-    assert "Uses the paper's number for k at any width and scale." in page
-    assert "Sets nothing: every default is the paper's own setting." in output_of("decorrelation")
-    assert "Has no effect: the defaults have not been compared with a paper." in output_of("topk")
+    assert "Uses the paper's number for k, without scaling it to the run." in page
+    assert "A k above the number of latents (--width) is scaled to d_in all the same." in page
+    assert "A k above" not in output_of("progressive")
+
+
+@pytest.mark.parametrize("name", ["decorrelation", "topk"])
+def test_a_page_and_a_plan_say_alike_that_paper_exact_changes_nothing(name: str) -> None:
+    why = {"decorrelation": "every default is the paper's own setting", "topk": "have not been compared with a paper"}
+    assert f"Changes nothing: {RECIPES[name].why_not_paper_exact}." in output_of(name)
+    assert why[name] in RECIPES[name].why_not_paper_exact
+    (note,) = RECIPES[name].make(RunConfig(16, 64, 10, 32, paper_exact=True), {"k": 4} if name == "topk" else {}).notes
+    assert note == f"{name}: --paper-exact changes nothing: {RECIPES[name].why_not_paper_exact}"
+
+
+def test_paper_exact_changes_something_where_it_only_keeps_the_papers_k() -> None:
+    recipe, config = RECIPES["hierarchical-topk320"], RunConfig(16, 512, 10, 32)
+    assert "Changes nothing" not in output_of("hierarchical-topk320")
+    assert [recipe.make(config._replace(paper_exact=e), {}).options["k"] for e in (False, True)] == [2, 320]
+    assert recipe.make(config._replace(paper_exact=True), {}).notes == []
 
 
 def test_a_page_shows_defaults_types_equations_and_measurements() -> None:

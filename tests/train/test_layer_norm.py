@@ -247,6 +247,8 @@ def test_an_approximation_keeps_the_layer_norm(sparse_cache: Cache, tmp_path: Pa
     (run,) = plan.runs
     with pytest.raises(UsageError, match="latents of a token depend on each other"):
         export_sae(run.folder, "saelens", tmp_path / "exact")
+    with pytest.raises(UsageError, match="No format can store it exactly; saelens can store the nearest topk, "):
+        export_sae(run.folder, "gemma-scope", tmp_path / "exact")
     exported = export_sae(run.folder, "saelens", tmp_path / "near", approximate="jumprelu")
     assert exported.check.passed and read_json(exported.folder / "cfg.json")["normalize_activations"] == "layer_norm"
     near, x_BD = import_sae(exported.folder, out=tmp_path / "imported").sae, 10 * rows(64).float().repeat(1, 6)[:, :32]
