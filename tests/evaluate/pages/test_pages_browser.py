@@ -1,5 +1,7 @@
 """The comparison and a paper's report in a browser; any message on the console fails a test."""
 
+from dataclasses import replace
+
 import pytest
 
 from sae.evaluate.compare import compare_runs
@@ -60,6 +62,23 @@ def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
         page = opened(tmp_path / name, width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("figure.wide").count() == 1
+
+
+def test_the_verdicts_of_a_paper_are_seen_without_scrolling_on_a_large_screen(tmp_path, opened):
+    """The longest cells of every column at once: numbers of three seeds, a long verdict, and a note with a path."""
+    report = build_report(load_paper("003"), [], False)
+    row = replace(
+        report.rows[2], measured="0.09144 ± 0.0011 and 0.08481 ± 0.0014", seeds=3,
+        difference="+0.00663 (+0.00575 to +0.00751, 95%)", verdict="equivalent within the margin",
+        notes=("see benchmarks/results/2026-11-29-decorrelation-scaling-of-the-penalty.md",),
+    )  # fmt: skip
+    claim = replace(row.claim, says="equal", unit="pp", margin=1.0)
+    found = replace(report, rows=[*report.rows, row, replace(row, claim=claim)])
+    write_page(tmp_path / "report.html", reproduction_page(found, "gemma-2-mini"))
+    page = opened(tmp_path / "report.html", 1440)
+    assert (
+        page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.querySelector('table.claims').parentElement)") == 0
+    )
 
 
 def test_a_contradiction_leads_to_its_claims(tmp_path, opened):
