@@ -233,9 +233,10 @@ class Claim:
         """
         if self.says:
             return {"more": 1, "less": -1, "equal": 0}[self.says]
-        if self.effect is None or self.is_within_rounding:
+        change = self.effect if self.value is None or self.against_value is None else self.value - self.against_value
+        if change is None or self.is_within_rounding:
             return 0
-        return (self.effect > 0) - (self.effect < 0)
+        return (change > 0) - (change < 0)
 
     @property
     def is_within_rounding(self) -> bool:
@@ -248,11 +249,11 @@ class Claim:
     @property
     def effect(self) -> float | None:
         """By how much the system exceeds the other: as a share of the other's number, or the printed change; None
-        without another system, or in words alone."""
+        without another system, in words alone, or where the other's number is 0."""
         if self.value is None:
             return None
         if self.against_value is not None:
-            return (self.value - self.against_value) / abs(self.against_value)
+            return (self.value - self.against_value) / abs(self.against_value) if self.against_value else None
         return self.value - (self.unit == "x") if self.is_change else None
 
     @property

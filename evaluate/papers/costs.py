@@ -79,8 +79,7 @@ def judge_cost(claim: Claim, cost: Cost | None) -> Judgement:
         return Judgement("copy", f"of {claim.copy_of}")
     if cost is None:
         return Judgement("not measured", "a recipe that is not in step_times.json" if claim.against else "")
-    scale = 1 if claim.unit == "x" else 100
-    interval = scale * (cost.low - 1), scale * (cost.high - 1)
+    interval = 100 * (cost.low - 1), 100 * (cost.high - 1)  # in %, as a margin is
     if claim.says == "equal":
         return judge_equality(claim, interval, on_paper_model=False)
     found = judge_direction(claim, interval)

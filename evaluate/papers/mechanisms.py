@@ -22,7 +22,7 @@ def idle_mechanism(system: str, paper: Paper, runs: Sequence[SystemRun]) -> str:
         counts = [[line[about.counter] for line in run.log if about.counter in line] for run in own]
         if all(count and count[-1] == 0 for count in counts):
             return f"`{about.counter}` of {system} is 0 to the end"
-    if about.adds_to and are_equal(own, [run for run in runs if run.system == about.adds_to]):
+    if are_equal(own, [run for run in runs if run.system == about.adds_to]):
         return f"the weights of {system} are those of {about.adds_to}, bit for bit"
     return ""
 
@@ -46,8 +46,6 @@ def inactive_mechanism(claim: Claim, paper: Paper, runs: Sequence[SystemRun]) ->
     `runs` are of one layer.
     """
     system, against = claim.system, claim.against
-    if not system:
-        return ""
     between = mechanisms_between(system, against, paper)
     if between:
         phrases = [idle_mechanism(one, paper, runs) for one in between]
@@ -68,7 +66,7 @@ def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
     """The systems whose mechanisms two systems of one family do not share; empty if one adds nothing to the other's
     family."""
     own, other = family(system, paper), family(against, paper)
-    if not against or not set(own) & set(other):
+    if not set(own) & set(other):
         return []
     return [one for one in own if one not in other] + [one for one in other if one not in own]
 
@@ -76,7 +74,7 @@ def mechanisms_between(system: str, against: str, paper: Paper) -> list[str]:
 def family(system: str, paper: Paper) -> list[str]:
     """A system, the one that it adds to, and so on."""
     systems = []
-    while system and system not in systems:
+    while system:
         systems.append(system)
         system = paper.systems[system].adds_to
     return systems

@@ -96,7 +96,7 @@ class PaperReport:
         within = [run for run in self.distinct_runs if run.is_within_warmup and not run.failed_gates()]
         if not within:
             return ""
-        shares = sorted({f"{run.peak_share:.0%}" for run in within})
+        shares = [f"{share:.0%}" for share in sorted(run.peak_share for run in within)]
         return (
             f"The paper prints a warm-up of {within[0].warmup:,} steps, longer than {len(within)} of these runs: their "
             f"learning rate reached {' to '.join(dict.fromkeys([shares[0], shares[-1]]))} of its peak."
@@ -211,7 +211,7 @@ def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int]
     if uses_stand_in(claim.metric, runs, on_paper_model):
         notes.append("measured on the standard-library substitute of the dataset")
     if claim.metric.startswith(f"{TRAINING_LOG}.") and claim.at == "first":
-        first = max((int(run.log[0].get("step", 1)) for run in runs if run.log), default=1)
+        first = max(int(run.log[0].get("step", 1)) for run in runs)
         if first > 1:
             notes.append(f"the mean of the first {first:,} steps, which is all that these runs logged")
     return notes
@@ -292,8 +292,11 @@ def results_with_stand_ins(run: SystemRun, on_paper_model: bool) -> dict[str, Me
 
 
 def uses_stand_in(metric: str, runs: Sequence[SystemRun], on_paper_model: bool) -> bool:
+    """Whether a number of some run is that of the `_stdlib` variant of the metric."""
     name = metric.split(".")[0]
-    return not on_paper_model and name in STAND_INS and not any(name in run.run.results for run in runs)
+    if on_paper_model or name not in STAND_INS:
+        return False
+    return any(name not in run.run.results and f"{name}_stdlib" in run.run.results for run in runs)
 
 
 def format_measured(claim: Claim, shown: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:

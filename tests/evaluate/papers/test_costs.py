@@ -38,11 +38,15 @@ def test_the_table_is_of_the_nearest_width():
     tables = [table(*one) for one in sizes]
     assert nearest_table(PAPER, tables) is tables[2]  # 4 and 32 are as far from 8: the factors are 2 and 4
     assert nearest_table(load_paper("004"), tables) is tables[0]
+    tables = [table(4), table(14)]
+    assert nearest_table(PAPER, tables) is tables[1]  # 14 is 1.75 times 8, which is twice 4
 
 
 def test_a_recipe_that_was_not_measured_has_no_cost():
     assert measured_cost(TIME, PAPER, [table(8, competition=[1, 1, 1, 0])]) is None
     assert measured_cost(replace(TIME, against=""), PAPER, [WIDE]) is None
+    model = replace(PAPER, systems={**PAPER.systems, "full": replace(PAPER.systems["full"], recipes=())})
+    assert measured_cost(TIME, model, [WIDE]) is None  # the language model by itself makes no step
     assert judge_cost(TIME, None) == ("not measured", "a recipe that is not in step_times.json")
     assert judge_cost(replace(TIME, against=""), None) == ("not measured", "")
 
@@ -72,6 +76,10 @@ def test_of_several_recipes_the_slowest_counts():
 )
 def test_a_size_says_nothing_on_another_machine(changed, low, high, expected):
     assert judge_cost(replace(TIME, **changed), Cost(1.2, low, high, "")).verdict == expected
+
+
+def test_quartiles_are_no_confidence_interval():
+    assert judge_cost(TIME, Cost(1.2, 0.9, 1.6, "")) == ("not comparable", "the quartiles overlap")
 
 
 def test_the_measured_tables_are_whole():

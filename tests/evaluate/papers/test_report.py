@@ -12,9 +12,10 @@ from sae.evaluate.compare import ComparedRun
 from sae.evaluate.compare_charts import read_metrics_log
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
-from sae.evaluate.papers.claims import PAPERS, STEP_TIME, Claim, Contradiction, Substitution
+from sae.evaluate.papers.claims import PAPERS, STEP_TIME, Claim, Contradiction, PaperSystem, Substitution, Unreported
+from sae.evaluate.papers.mechanisms import are_equal
 from sae.evaluate.papers.parse import load_paper
-from sae.evaluate.papers.report import build_report, format_measured
+from sae.evaluate.papers.report import build_report, describe_system, format_measured, unreported_table
 from sae.evaluate.papers.runs import SystemRun
 
 EV = "core.reconstruction_quality.explained_variance"
@@ -101,8 +102,58 @@ def test_a_claim_about_several_recipes_has_to_hold_of_each():
     runs += [run("baseline", "hierarchical-topk320", seed, ev=0.5) for seed in (0, 1, 2)]
     (row,) = build_report(paper, runs, False).rows
     assert row.verdict == "contradicted" and row.measured == "0.1 to 0.9 over 2"
+    assert row.difference == "-0.4 to +0.4 over 2" and row.seeds == 3
+    assert build_report(paper, [*runs[:5], *runs[6:]], False).rows[0].seeds == 2  # of b there are two
     (row,) = build_report(paper, [one for one in runs if one.recipe != "b"], False).rows
     assert row.verdict == "not measured"  # of b nothing is known
+    turned = replace(paper.claims[0], system="baseline", against="full")  # and against each
+    assert row_of(turned, runs, replace(paper, claims=(turned,))).verdict == "contradicted"
+
+
+def test_a_claim_about_several_layers_has_to_hold_in_each():
+    both = replace(BETTER, layers=(5, 19))
+
+    def runs(own, own_l0=30.0):
+        at_5 = three("full", "hierarchical", own, layer=5) + three("baseline", "hierarchical-topk320", 0.5, layer=5)
+        return at_5 + three("full", "hierarchical", 0.9, l0=own_l0) + LOW
+
+    assert row_of(both, runs(0.8)).verdict == "direction only"
+    assert row_of(both, runs(0.1)).verdict == "contradicted"
+    assert row_of(BETTER, runs(0.1)).measured == "0.901 ± 0.001 and 0.601 ± 0.001"  # a claim about 19 alone
+    row = row_of(both, runs(0.8, own_l0=40.0))
+    assert row.verdict == "not comparable" and row.notes == ["L0 40 against 30"]
+    idle = [*family("resample", 0.8, resampled=0), *family("linear")]
+    idle = [*idle, *(replace(one, run=replace(one.run, record={**one.run.record, "layer": 5})) for one in idle)]
+    asked = replace(both, system="resample", against="linear")
+    assert row_of(asked, idle, of(asked, systems=FAMILY)).notes == ["`resampled` of resample is 0 to the end"]
+
+
+def test_on_the_papers_model_another_layer_is_not_measured():
+    asked, runs = claim(), [run("full", "hierarchical", layer=12)]
+    assert row_of(asked, runs, at_home=True).verdict == "not measured"
+    assert row_of(asked, runs).verdict == "not comparable"
+
+
+def test_runs_of_another_system_with_the_same_recipe_and_second_runs_of_a_seed_do_not_count():
+    runs = [run("baseline", "hierarchical", ev=0.1), run("full", "hierarchical", ev=0.7)]
+    row = row_of(claim(), [*runs, run("full", "hierarchical", ev=0.9)])
+    assert (row.measured, row.seeds) == ("0.7", 1)
+
+
+def test_the_language_model_is_measured_in_the_runs_of_any_system():
+    model = {**PAPER.systems, "lm": replace(PAPER.systems["full"], id="lm", recipes=())}
+    probing = MetricResult({"llm": {"llm_top_50_test_accuracy": 0.9}})
+    asked = claim(system="lm", metric="sparse_probing.llm.llm_top_50_test_accuracy", value=93.4, unit="%", quote="93.4")
+    assert (
+        row_of(asked, [run("full", "x", metrics={"sparse_probing": probing})], of(asked, systems=model)).measured
+        == "90 %"
+    )
+
+
+def test_an_inconsistent_claim_is_so_with_and_without_runs():
+    paper = replace(of(BETTER), contradictions=(Contradiction("Two numbers.", (), "", ("one",)),))
+    for runs in ([], three("full", "hierarchical", 0.7) + LOW):
+        assert row_of(BETTER, runs, paper).verdict == "paper inconsistent"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +173,8 @@ def test_a_run_that_does_not_pass_a_gate_is_not_measured(broken, said):
     assert found.rows[0].notes == ["all of its runs fail a gate"]
     ((name, why),) = found.excluded
     assert name == "hierarchical-0" and said in why
+    some = [run("full", "hierarchical", **broken), run("full", "hierarchical", 1)]
+    assert build_report(of(claim()), some, True).rows[0].notes == []  # one that passes is left
 
 
 def test_claims_are_compared_with_saebench_s_number_and_gates_with_the_one_without_outlier_rows():
@@ -137,6 +190,7 @@ def test_claims_are_compared_with_saebench_s_number_and_gates_with_the_one_witho
     assert [(row.verdict, row.measured) for row in report.rows] == [("reproduced", "0.8 ± 0.001")]
     page = reproduction_page(report, "google/gemma-2-2b")
     assert "SAEBench's numbers over all rows" in page and "up to 7 outlier rows" in page
+    assert build_report(of(claim()), [*runs, run("full", "x")], True).outlier_rows == 7  # at most
     assert "over all rows" not in reproduction_page(build_report(of(claim()), [run("full", "x")], True), "m")
 
 
@@ -154,6 +208,13 @@ def test_another_layer_and_a_stand_in_are_named():
     assert row.verdict == "not measured" and row.measured == "" and not row.notes
     real = [run("full", "hierarchical", layer=12, metrics={"sparse_probing": probing})]
     assert "substitute" not in " ".join(build_report(of(asked), real, False).rows[0].notes)
+    other = MetricResult({"sae": {"sae_top_1_test_accuracy": 0.1}})
+    both = run("full", "hierarchical", metrics={"sparse_probing": probing, "sparse_probing_stdlib": other})
+    assert (row_of(asked, [both]).measured, row_of(asked, [both]).notes) == ("70 %", [])
+    mixed = [both, run("full", "hierarchical", 1, metrics={"sparse_probing_stdlib": probing})]
+    assert row_of(asked, mixed).notes == ["measured on the standard-library substitute of the dataset"]
+    assert (row_of(asked, mixed).seeds, row_of(asked, mixed, at_home=True).seeds) == (2, 1)
+    assert row_of(asked, mixed, at_home=True).notes == []
 
 
 def test_a_part_of_the_claimed_layers_is_named():
@@ -168,6 +229,8 @@ def test_what_was_measured_as_text():
     assert format_measured(percent, [([0.5, 0.7], [])]) == "60 ± 14 %"
     change = claim(unit="%", value=80.0, quote="80%", against="baseline")
     assert format_measured(change, [([30.0], [60.0])]) == "30 and 60"
+    assert format_measured(replace(change, unit="pp"), [([0.3], [0.2])]) == "30 % and 20 %"
+    assert format_measured(percent, [([0.5, 0.5], []), ([0.7], [])]) == "50 to 70 % over 2"
     assert format_measured(percent, []) == ""
 
 
@@ -217,6 +280,7 @@ LOW, HIGH = three("baseline", "hierarchical-topk320", 0.6), three("baseline", "h
 
 
 def row_of(one, runs, paper=None, **more):
+    assert paper is None or one in paper.claims
     report = build_report(paper or of(one), runs, more.pop("at_home", False), more.pop("reading", None))
     return next(row for row in report.rows if row.claim.id == one.id)
 
@@ -253,7 +317,9 @@ def test_the_l0_of_the_runs_decides_what_is_comparable():
     own = three("full", "hierarchical", 0.7, l0=40.0)
     row = row_of(BETTER, own + LOW)
     assert row.verdict == "not comparable" and row.notes == ["L0 40 against 30"]
-    printed = claim(id="l0", metric="core.sparsity.l0", quote="60", value=60, against="baseline", against_value=30)
+    printed = claim(
+        id="l0", metric="core.sparsity.l0", quote="60, 30, 0", value=60, against="baseline", against_value=30
+    )
     row = row_of(BETTER, own + LOW, of(BETTER, printed))
     assert row.verdict == "direction only" and row.notes == ["the paper's own comparison, at unlike L0: 40 against 30"]
     assert row_of(BETTER, own + HIGH, of(BETTER, printed)).verdict == "not comparable"
@@ -261,6 +327,18 @@ def test_the_l0_of_the_runs_decides_what_is_comparable():
         change = claim(id="l0", metric="core.sparsity.l0", value=ratio, unit=unit, against="baseline")
         assert row_of(BETTER, own + LOW, of(BETTER, change)).verdict == "direction only"
         assert row_of(BETTER, own + LOW, of(BETTER, replace(change, value=-ratio / 2))).verdict == "not comparable"
+        beside = replace(change, against="l1"), replace(printed, id="b", system="baseline", against="", value=30)
+        assert row_of(BETTER, own + LOW, of(BETTER, *beside)).verdict == "not comparable"  # a change from a third
+        assert row_of(BETTER, own + LOW, of(BETTER, replace(change, unit="pp"))).verdict == "not comparable"
+    none = replace(printed, value=0.0)  # an L0 of 0 is smaller than one of 30, and nothing is a multiple of it
+    assert (
+        row_of(BETTER, three("full", "hierarchical", 0.7, l0=20.0) + LOW, of(BETTER, none)).verdict == "direction only"
+    )
+    none = replace(printed, against_value=0.0)  # a direction, and no share
+    assert (none.direction, none.effect) == (1, None) and row_of(none, own + LOW, of(none)).verdict == "direction only"
+    assert row_of(BETTER, own + LOW, of(BETTER, none)).verdict == "not comparable"
+    spread = [run("full", "hierarchical", seed, ev=0.7, l0=l0) for seed, l0 in enumerate((30.0, 40.0, 50.0))]
+    assert row_of(BETTER, spread + LOW).notes == ["L0 40 against 30"]  # the mean
     void = Contradiction("Two L0.", (), "", ("l0",))  # an L0 that the paper contradicts is none
     assert row_of(BETTER, own + LOW, replace(of(BETTER, printed), contradictions=(void,))).verdict == "not comparable"
     assert row_of(BETTER, own + LOW, at_home=True).verdict == "direction only"
@@ -274,9 +352,12 @@ def test_without_a_result_the_l0_is_that_of_training():
             found = replace(one.run, results={"core": less})
             yield replace(one, run=found, log=[line | {"l0": l0} for line in one.log])
 
-    own, other = three("full", "hierarchical", 0.7), LOW
+    own, other = three("full", "hierarchical", 0.7, l0=90.0), LOW
     row = row_of(BETTER, [*logged(own, 40.0), *logged(other, 30.0)])
     assert row.notes == ["L0 40 against 30"]
+    both = [replace(one, log=[line | {"l0": 40.0} for line in one.log]) for one in own]
+    assert row_of(BETTER, [*both, *logged(other, 30.0)]).notes == ["L0 40 against 30"]  # of the same kind for both
+    assert row_of(BETTER, [*both, *other]).notes == ["L0 90 against 30"]
 
 
 FAMILY = {
@@ -305,7 +386,8 @@ def test_a_counter_that_stays_zero_makes_an_ablation_inactive():
     assert row_of(asked, some, paper).verdict == "direction only"  # in one run it acted
     unknown = family("resample", 0.8) + family("linear")  # an old log without the counter
     assert row_of(asked, unknown, paper).verdict == "direction only"
-    assert row_of(replace(asked, system="linear", against="resample"), idle, paper).verdict == "mechanism inactive"
+    back = replace(asked, system="linear", against="resample")
+    assert row_of(back, idle, of(back, systems=FAMILY)).verdict == "mechanism inactive"
 
 
 def test_a_counter_is_read_where_the_log_ends():
@@ -328,6 +410,10 @@ def test_equal_weights_make_an_ablation_inactive():
     assert row.notes == ["the weights of resample are those of linear, bit for bit"]
     for own, other in (("abc", "abd"), ("abc", "acb"), (["", "", ""], ["", "", ""])):
         assert row_of(asked, weighted("resample", own) + weighted("linear", other), paper).verdict == "not comparable"
+    own, other = same[:3], same[3:]
+    second = [replace(one, recipe="another") for one in other]
+    assert are_equal(own, other)
+    assert not any(are_equal(*pair) for pair in (([], other), (own, []), (own, other + second), (own + second, other)))
 
 
 def test_between_two_systems_of_a_family_every_mechanism_has_to_be_idle():
@@ -345,8 +431,16 @@ def test_between_two_systems_of_a_family_every_mechanism_has_to_be_idle():
     assert row_of(asked, runs(0, 0, 0), paper).verdict == "mechanism inactive"
     for acted in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
         assert row_of(asked, runs(*acted), paper).verdict == "direction only"
+    assert row_of(asked, runs(0, 0, 0), paper).notes == [
+        "`merged` of full is 0 to the end; `moved` of adaptive is 0 to the end; `resampled` of resample is 0 to the end"
+    ]
     row = row_of(asked, runs(1, 1, 0), paper)
     assert row.verdict == "direction only" and row.notes == ["`merged` of full is 0 to the end"]  # said all the same
+    known = [one for one in runs(0, 0, 0) if one.system != "adaptive"]  # of what was not run nothing is known
+    assert row_of(asked, known, paper).verdict == "direction only"
+    back = replace(asked, system="linear", against="full")
+    assert row_of(back, runs(0, 0, 0), of(back, systems=FAMILY)).verdict == "mechanism inactive"
+    assert row_of(back, runs(0, 1, 0), of(back, systems=FAMILY)).verdict == "contradicted"
 
 
 def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
@@ -359,6 +453,9 @@ def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
     assert row_of(linear, runs, of(linear, resample, systems=FAMILY)).verdict == "direction only"
     row = row_of(resample, runs, of(resample, systems=FAMILY))  # the paper says it of `resample` alone
     assert row.verdict == "direction only" and row.notes == ["`resampled` of resample is 0 to the end"]
+    for other in ({"against": "l1"}, {"metric": "core.sparsity.l0"}, {"entries": ("a",)}):  # another comparison
+        unlike = of(replace(linear, **other), resample, systems=FAMILY)
+        assert row_of(resample, runs, unlike).verdict == "direction only"
     acted = family("resample", 0.8, resampled=3) + runs[3:]
     assert row_of(resample, acted, of(linear, resample, systems=FAMILY)).verdict == "direction only"
     adaptive = replace(resample, id="adaptive", system="adaptive")  # two idle mechanisms above `linear`
@@ -409,6 +506,8 @@ def test_a_difference_is_in_the_unit_of_the_claim():
     runs = three("full", "hierarchical", 0.66) + LOW
     for unit, shown in (("%", "+9.98 % ("), ("pp", "+6 pp ("), ("x", "1.1 x (")):
         assert row_of(claim(value=1.5, unit=unit, against="baseline"), runs).difference.startswith(shown)
+    two = claim(unit="%", value=80, quote="80%", against="baseline", against_value=50)
+    assert row_of(two, runs).difference.startswith("+0.06 (")  # of two shares: the metric's own
     equal = claim(unit="%", says="equal", margin=3, value=None, against="baseline")
     assert row_of(equal, runs).measured.startswith("0.661")
     assert row_of(claim(), runs).difference == ""
@@ -435,6 +534,11 @@ def test_a_warm_up_that_the_paper_prints_is_a_note_and_no_gate():
     assert len(build_report(paper, longer, True, "literal").excluded) == 3
     assert len(build_report(paper, runs, True, "field").excluded) == 3  # the reading is ours
     assert build_report(paper, three("full", "hierarchical", 0.8), True, "literal").below_peak == ""
+    dead = run("full", "hierarchical", 3, steps=800, done=800, warmup=1000, alive=0.0)
+    assert build_report(paper, [*runs, dead], True, "literal").below_peak == report.below_peak
+    unlike = [run("full", "x", steps=steps, done=steps, warmup=1000) for steps in (120, 80)]
+    unlike[1] = replace(unlike[1], run=replace(unlike[1].run, folder=Path("another")))
+    assert "reached 8% to 12% of" in build_report(paper, unlike, True, "literal").below_peak
 
 
 def test_the_loss_of_the_first_step_is_of_the_first_line_and_a_mean_is_named():
@@ -444,6 +548,7 @@ def test_the_loss_of_the_first_step_is_of_the_first_line_and_a_mean_is_named():
     assert (row.verdict, row.measured, row.notes) == ("reproduced", "5 ± 0", [])
     runs = [replace(one, log=[{"step": 10, "loss": 5.0}, *one.log]) for one in runs]
     assert row_of(asked, runs).notes == ["the mean of the first 10 steps, which is all that these runs logged"]
+    assert row_of(replace(asked, at="last"), runs).notes == []
 
 
 def test_a_row_about_time_has_the_measured_ratio_and_where_it_was_measured():
@@ -451,6 +556,10 @@ def test_a_row_about_time_has_the_measured_ratio_and_where_it_was_measured():
     row = row_of(time, [])
     assert row.measured == "1.6 x" and row.verdict == "direction only" and row.seeds == 0
     assert any("47.3 ms against 29.6 ms a step on 2 cores" in note and "2026-11-21" in note for note in row.notes)
+    low, high = map(float, re.findall(r"[\d.]+", row.difference))
+    assert low < 1.6 < high and row.difference.endswith(" x between quartiles") and row.counted
+    again = row_of(replace(time, restates="first"), [])
+    assert "the comparison of first again" in again.notes and not again.counted
     void = Contradiction("Two times.", (), "", ("one",))
     row = row_of(time, [], replace(of(time), contradictions=(void,)))
     assert row.verdict == "paper inconsistent" and row.measured == "1.6 x"
@@ -458,6 +567,30 @@ def test_a_row_about_time_has_the_measured_ratio_and_where_it_was_measured():
     assert row_of(time, [], of(time, systems=unknown)).verdict == "not measured"
     field = next(one for one in PAPER.readings if one.name == "field")
     some = Substitution(("one",), "(7).", "So.")
+    unmeasured = of(time, systems=unknown, readings=(replace(field, substitutes=(some,)),))
+    assert not any("replaced here" in note for note in row_of(time, [], unmeasured).notes)
     less = replace(time, value=-20.0, quote="-20%")
     row = row_of(less, [], of(less, readings=(replace(field, substitutes=(some,)),)))
     assert row.verdict == "not of the paper's equation" and "replaced here: (7). So." in row.notes
+
+
+# --- what has no number in the paper ----------------------------------------------------------------------------------
+
+
+def test_what_the_paper_does_not_report_has_the_mean_of_each_system_that_has_it():
+    probing = "sparse_probing.sae.sae_top_1_test_accuracy"
+    paper = of(unreported=(Unreported("fidelity", "", EV), Unreported("probing", "", probing)))
+    stand_in = {"sparse_probing_stdlib": MetricResult({"sae": {"sae_top_1_test_accuracy": 0.7}})}
+    runs = [run("full", "hierarchical", seed, ev=ev, metrics=stand_in) for seed, ev in enumerate((0.5, 0.7))]
+    runs += [run("baseline", "x", seed, ev=ev) for seed, ev in enumerate((0.4, float("nan"), float("inf")))]
+    nothing = run("l1", "hierarchical-l1")
+    runs.append(replace(nothing, run=replace(nothing.run, results={})))
+    heads, lines = unreported_table(build_report(paper, runs, False))
+    assert heads == ["what", "metric", "full", "baseline"]  # of `l1` nothing was measured
+    assert lines == [["fidelity", EV, "0.6 ± 0.14", "0.4"], ["probing", probing, "0.7 ± 0", ""]]
+    assert unreported_table(build_report(paper, runs, True))[1][1] == ["probing", probing, "", ""]
+
+
+def test_a_system_is_its_recipes_with_its_options():
+    assert describe_system(PaperSystem("a", ("b", "c"), options={"k": 3, "l1": 0.0})) == "b, c k=3 l1=0.0"
+    assert describe_system(PaperSystem("a", ())) == "the language model"

@@ -85,26 +85,59 @@ def test_what_the_paper_does_not_print_was_off():
     settings = {one.name: one for one in compare_settings(bare, [off])}
     for name in ("warm-up of the learning rate", "weight decay", "limit of the gradient norm"):
         assert (settings[name].printed, settings[name].ours, settings[name].differs) == (NOT_PRINTED, "none", False)
+    assert settings["fall of the learning rate"].ours == "none"
+    zero = replace(PAPER, setup=replace(SETUP, warmup=0))
+    assert "none" in [one.printed for one in compare_settings(zero, [off]) if one.name.startswith("warm-up")]
     on = {one.name for one in compare_settings(bare, [made()]) if one.differs}
     assert on == {"warm-up of the learning rate", "weight decay", "limit of the gradient norm"}
+
+
+def test_a_weight_decay_whose_form_is_not_printed_is_the_one_that_its_readings_train():
+    setup = replace(SETUP, weight_decay_on=None, weight_decay_form=None)
+    trained = {name: setup.optimization()[name] for name in AS_PRINTED if name.startswith("weight_decay")}
+    (one,) = [s for s in compare_settings(replace(PAPER, setup=setup), [made(**trained)]) if s.name == "weight decay"]
+    assert (one.printed, one.ours, one.differs) == (one.ours, "0.01, decoupled, on W_enc", False)
 
 
 def test_values_that_some_systems_alone_have_are_named_with_them():
     runs = [made(), made("linear"), made("l1", lr=1e-3), made("baseline", lr=2e-3)]
     one = setting("learning rate", *runs)
     assert one.ours == "0.0003; 0.001 (l1); 0.002 (baseline)" and one.differs
+    again = [made("l1", lr=1e-3), made("baseline"), made("full"), made("l1", lr=1e-3)]  # two seeds are one system
+    assert setting("learning rate", *again).ours == "0.0003; 0.001 (l1)"
     many = [made(name, lr=number / 1000) for number, name in enumerate(PAPER.systems, 1)][:6]
+    assert setting("learning rate", *many[:4]).ours.endswith("(linear); 0.004 (resample)")
     assert setting("learning rate", *many).ours.endswith("(linear); 0.004 (resample); and 2 more")
 
 
 def test_a_system_s_own_width_is_no_difference():
     assert not setting("width", made(), made("wide", sizes={"d_sae": 8 * 2304})).differs
     assert setting("width", made("wide")).differs
+    wide, wider = made(sizes={"d_sae": 4 * 2304}), made("linear", sizes={"d_sae": 2880})
+    assert setting("width", wider, made(), made()).differs  # 1.25x, whatever the others are
+    assert setting("width", made(), wider, made("l1"), wider).ours == (
+        "2,304 latents of 2,304 dimensions (1x); 2,880 latents of 2,304 dimensions (1.25x) (linear)"
+    )
+    systems = {**PAPER.systems, "full": replace(PAPER.systems["full"], width="")}  # that of the paper's [ran]
+    paper = replace(PAPER, setup=replace(SETUP, d_sae=4 * 2304), systems=systems)
+    assert [compare_settings(paper, [one])[1].differs for one in (wide, made())] == [False, True]
+
+
+def test_some_of_the_papers_layers_are_a_difference():
+    paper = replace(PAPER, setup=replace(SETUP, layers=(5, 19)))
+    assert compare_settings(paper, [made()])[0].differs
+    assert not compare_settings(paper, [made(sizes={"layer": 5}), made()])[0].differs
 
 
 def test_a_setting_that_no_run_records_is_left_out():
     names = [one.name for one in compare_settings(PAPER, [run("full", "hierarchical")])]
     assert names == ["layer", "width", "steps", "tokens in a batch", "warm-up of the learning rate"]
+    bare = run("full", "hierarchical")
+    bare = replace(bare, run=replace(bare.run, record={**bare.run.record, "resolved": {}}))
+    assert [one.name for one in compare_settings(PAPER, [bare])] == names[:-1]
+    for folder in ("x/gemma-2-mini--stdlib", "x/a--b--c--d", "x"):  # not named by `sae harvest`
+        assert "dataset" not in [one.name for one in compare_settings(PAPER, [made(origin={"cache": folder})])]
+    assert setting("warm-up of the L1 penalty", made(l1=None, l1_warmup=50)).ours == "50 steps"  # the default strength
     topk = made(l1=0)  # without a penalty there is no warm-up of one
     assert "warm-up of the L1 penalty" not in [one.name for one in compare_settings(PAPER, [topk])]
     assert compare_settings(PAPER, []) == []

@@ -1,6 +1,6 @@
 """Paper 004: what each recipe builds."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from sae.train.recipe import find_recipe
 from sae.train.variant import RunConfig, Variant
 from sae.train.variants.hierarchical.merging import MergeSimilar
 from sae.train.variants.hierarchical.penalty import AdaptivePenalty
+from sae.train.variants.hierarchical.recipes import HierarchicalOptions
 from sae.train.variants.hierarchical.window import ResampleByWindow
 
 from .steps import build, firing, rows
@@ -69,6 +70,8 @@ def test_a_collapsed_dictionary_is_merged_and_comes_back() -> None:
         ("hierarchical", {"recon_in_alpha": "max"}, "recon_in_alpha=max is unknown: expected one of mean, sum"),
         ("hierarchical-adaptive", {"merge_above": 0.8}, "hierarchical-adaptive has no option merge_above"),
         ("hierarchical", {"window": 0}, "invalid window=0: expected 1 step or more"),
+        ("hierarchical", {"merge_every": 0}, "invalid merge_every=0: expected 1 step or more"),
+        ("hierarchical-resample", {"resample_every": 0}, "invalid resample_every=0: expected 1 step or more"),
         ("hierarchical", {"restart_share": 1.5}, "invalid restart_share=1.5: expected a share of the run, 0 to 1"),
         ("hierarchical-linear", {"restart_share": 0.5}, "hierarchical-linear has no option restart_share"),
         ("hierarchical-window", {"dead_by": "batch"}, "hierarchical-window has no option dead_by"),
@@ -83,6 +86,63 @@ def test_invalid_options_raise_a_usage_error(name: str, given: dict[str, object]
 def part_of(variant: Variant, kind: type) -> Any:
     (part,) = (mechanism for mechanism in variant.mechanisms if isinstance(mechanism, kind))
     return part
+
+
+def test_options_reach_their_parts() -> None:
+    given = {"window": 3, "below": 0.2, "merge_every": 1, "merge_on": "encoder", "merge_weights": "activity",
+             "merge_above": 0.5, "alpha_ema": 0.7}  # fmt: skip
+    variant = build("hierarchical", **given)
+    merge, resample = part_of(variant, MergeSimilar), part_of(variant, ResampleByWindow)
+    assert (merge.every, merge.on, merge.weights, merge.above) == (1, "encoder", "activity", 0.5)
+    assert (resample.every, resample.below, part_of(variant, AdaptivePenalty).ema) == (3, 0.2, 0.7)
+    early = part_of(build("hierarchical-resample", dead_by="batch", below=0.3, resample_every=1), ResampleByWindow)
+    assert (early.every, early.below) == (1, 0.3)
+    silent = build("hierarchical-linear", l1=0.0)  # an l1 of 0 is none, and not the default
+    assert float(silent.coefficients["l1"](firing(torch.zeros(1, 64), 0))) == 0
+
+
+def test_the_defaults_are_those_of_the_runs_that_exist() -> None:
+    """A run that is older than an option is resumed with the option's default, so no default may change."""
+    assert vars(HierarchicalOptions()) == {
+        "restarts": "window", "adaptive": True, "merging": True, "l1": None, "lambda_by": "d_in", "l1_end": 0.0,
+        "resample_every": 100, "dead_by": "tokens", "restart_share": 0.9, "window": 100, "terms": "w", "below": 0.01,
+        "stability": "any", "recon_in_alpha": "mean", "alpha_units": "raw", "target": 2.5, "alpha_low": 0.1,
+        "alpha_high": 2.0, "alpha_ema": 0.0, "merge_above": 0.9, "merge_every": 100, "merge_on": "decoder",
+        "merge_average": "all", "merge_weights": "equal", "merge_partner": "recycle", "pre_bias": False,
+    }  # fmt: skip
+    assert find_recipe("hierarchical-l1").options == {"l1": 0.04, "l1_warmup": 0, "pre_bias": False}
+    for name in ("hierarchical-topk320", "hierarchical-batchtopk"):
+        assert find_recipe(name).options == {"k": 320, "aux": 1 / 32}
+
+
+def fingerprint(variant: Variant) -> list[object]:
+    """The plain values and the shapes of every part, and the penalty's strength in the middle of the run."""
+    found: list[object] = [variant.sae.pre_bias]
+    variant.scale.fill_(7.0)
+    for part in variant.mechanisms:
+        plain = {name: value for name, value in vars(part).items() if isinstance(value, str | int | float)}
+        found += [type(part).__name__, plain]
+        found += [(name, tensor.shape) for name, tensor in part.named_buffers()]
+        found.append(part.scale() if isinstance(part, AdaptivePenalty) else None)
+    step = firing(torch.zeros(1, 64), 500)
+    variant.coefficients["l1"](step)
+    return [*found, float(step.metrics["lambda"])]
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_an_ablation_takes_the_options_of_its_parts_and_no_other(name: str) -> None:
+    recipe = find_recipe(name)
+    plain: dict[str, Any] = {"dead_by": "batch"} if name == "hierarchical-resample" else {}  # else nothing is `below`
+    default = fingerprint(build(name, **plain))
+    assert default == fingerprint(build(name, **plain))
+    for option, value in recipe.options.items():
+        others = [one for one in get_args(recipe.types[option]) if one != value and isinstance(one, str)]
+        other = others[0] if others else not value if isinstance(value, bool) else (value or 0) / 2 + 0.3
+        other = int(other) if recipe.types[option] is int else other
+        assert fingerprint(build(name, **{**plain, option: "tokens" if option == "dead_by" else other})) != default
+    if name != LADDER[-1]:
+        one_more = find_recipe(LADDER[LADDER.index(name) + 1])
+        assert set(recipe.options) - {"resample_every", "dead_by"} <= set(one_more.options)
 
 
 @pytest.mark.parametrize("name", LADDER[1:])
