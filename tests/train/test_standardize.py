@@ -97,7 +97,7 @@ def test_a_standardized_run_resumes_with_its_own_statistics(sparse_cache, tmp_pa
 
 def test_the_input_has_mean_0_and_variance_1_and_a_constant_dimension_is_only_centered() -> None:
     variant = find_recipe("relu").make(RunConfig(3, 8, 10, 64), {"normalize": "standardize"})
-    rows_ND = torch.tensor([[1.0, 10.0, 7.0], [3.0, 50.0, 7.0]])
+    rows_ND = torch.tensor([[1.0, 10.0, 7.0], [1.5, 50.0, 7.0]])
     variant.set_normalization(torch.full((3,), 99.0), 1e6, rows_ND)
     step = variant(torch.tensor(0), rows_ND, torch.optim.AdamW(variant.parameters()))
     assert step.x_BD.tolist() == [[-1, -1, 0], [1, 1, 0]]
