@@ -25,7 +25,7 @@ from sae.train.run import TrainProgress, prepare_trainer, run_training
 from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
 
 from ..run_records import change_record
-from .runs import make_config
+from .runs import make_config, train
 
 D, F = 6, 10
 
@@ -98,6 +98,12 @@ def test_activations_are_normalized_in_the_precision_they_come_in() -> None:
     recon_BD = sae.decode(f_BF, x_BD.double()) - 1000
     half_BD = sae.bfloat16().decode(f_BF.bfloat16(), x_BD).double() - 1000
     assert (half_BD - recon_BD).abs().max() < 10  # of the rounding of 1000 itself, 4, and of the sums
+    sae.bfloat16()
+    assert sae.decode(f_BF.bfloat16(), x_BD).dtype == torch.bfloat16  # as without a layer norm
+    sae.float()
+    f_BF, x_BD = f_BF.float(), x_BD.bfloat16()
+    assert torch.equal(sae.encode(x_BD), sae.encode(x_BD.float()))
+    assert torch.equal(sae.decode(f_BF, x_BD), sae.decode(f_BF, x_BD.float()))
 
 
 def test_a_layer_norm_cannot_be_undone_without_the_token() -> None:
@@ -162,6 +168,11 @@ def test_the_saved_sae_equals_the_trained_one_on_raw_rows(
     assert step.f_BF.any() and trainer.variant.sae.b_dec.any()
     assert read_json(run.folder / "sae.json")["layer_norm"] is True
     assert read_json(run.folder / "sae.json")["format"] == 2  # which earlier versions refuse
+
+
+def test_an_sae_of_raw_input_is_saved_without_a_layer_norm(sparse_cache: Cache, tmp_path: Path) -> None:
+    (folder,) = train(make_config(sparse_cache, "relu", options=["normalize=none"], steps=2, out=tmp_path))
+    assert "layer_norm" not in read_json(folder / "sae.json")
 
 
 def test_sae_json_says_whether_there_is_a_layer_norm(tmp_path: Path) -> None:

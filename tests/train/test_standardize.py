@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from sae.cache.loader import BatchLoader
 from sae.common.errors import Interrupted, UsageError
 from sae.train.activation_functions import BatchTopK
+from sae.train.optimization import Optimization
+from sae.train.options import read_option_docs
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import find_recipe
-from sae.train.run import TrainProgress, first_rows, run_training
+from sae.train.run import STANDARDIZED_ON, TrainProgress, first_rows, run_training
 from sae.train.sae import SAE, fold_normalization, load_sae
 from sae.train.variant import RunConfig
 
@@ -43,6 +45,10 @@ def test_a_scale_for_each_dimension_is_folded_exactly(pre_bias: bool) -> None:
     torch.testing.assert_close(raw.encode(x_BD), f_BF)
     torch.testing.assert_close(raw.decode(f_BF), scale_D * sae.decode(f_BF) + mean_D)
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+def test_the_documented_number_of_rows_is_the_one_that_is_read() -> None:
+    assert f"of the first {STANDARDIZED_ON:,} rows" in " ".join(read_option_docs(Optimization)["normalize"].split())
 
 
 def test_a_run_reads_its_first_rows_in_its_own_order(sparse_cache) -> None:
