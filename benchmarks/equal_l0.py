@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sae.common.errors import UsageError
-from sae.evaluate.compare import ComparedRun, read_run
+from sae.evaluate.compared_runs import ComparedRun, read_run
 from sae.evaluate.metrics.base import MetricColumn
 from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.tables import paired_difference

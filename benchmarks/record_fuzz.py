@@ -39,7 +39,7 @@ from faults.inputs import make_model, make_text
 
 from sae.cache.reader import Cache
 from sae.common.errors import SaeError
-from sae.evaluate.compare import read_run
+from sae.evaluate.compared_runs import read_run
 from sae.evaluate.metrics.core import Core
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.results import read_result

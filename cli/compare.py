@@ -61,7 +61,7 @@ def compare(
         echo(f"masked   {comparison.masked_note}")
     if paired is not None:
         show_table(f"against {against}, paired by seed", *paired)
-    for note in notes(comparison.runs):
+    for note in notes(comparison.rows):
         echo(f"note     {note}")
     for path in out or []:
         if path.suffix == ".csv":

@@ -9,29 +9,25 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..cache.layout import Hook
 from ..cache.models import model_label
-from ..common.errors import DamagedError, SaeError, UsageError, did_you_mean, warn_left_out
+from ..common.errors import UsageError, did_you_mean
 from ..common.escaping import escape_for_csv
-from ..common.files import digest_of, sae_home
-from ..common.schemas import RESULT_RECORD
-from ..train.sae import read_run_record, read_sae_record, require_result_of
-from .metrics.base import OUTLIERS, MetricColumn, MetricResult
+from .compared_runs import ComparedRun, read_references, read_results, read_run, without_weights
+from .control_shares import control_notes, share_lines
+from .metrics.base import OUTLIERS, MetricColumn
 from .metrics.registry import METRICS
-from .results import read_result_record, result_of
-from .rows import describe_notes, hook_suffix, notes_beside
+from .rows import describe_notes, notes_beside
 from .tables import (
     column_heading,
     digest_without_seed,
     format_with_spread,
     half_interval,
-    metric_value,
     paired_difference,
     without_empty_columns,
 )
@@ -53,45 +49,6 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     ("autointerp", "autointerp_score"),
 )
 LABEL_KEYS = ("layer", "d_sae", "l0", "steps")  # keys of run.json that are shown in labels if systems differ in them
-
-
-@dataclass(frozen=True)
-class ComparedRun:
-    """A run as its files describe it.
-
-    Attributes:
-        origin: `origin` of sae.json.
-        record: run.json; empty for an imported SAE.
-        results: metric -> result.
-        settings: metric -> the settings it was measured with.
-        notes: sentences about its numbers beside the references and its target L0.
-    """
-
-    name: str
-    folder: Path
-    origin: dict[str, Any]
-    record: dict[str, Any]
-    results: dict[str, MetricResult]
-    settings: dict[str, dict[str, Any]]
-    is_reference: bool = False
-    notes: Sequence[str] = ()
-
-    @property
-    def target_l0(self) -> float | None:
-        l0 = self.record.get("l0")
-        return float(l0) if isinstance(l0, (int, float)) else None
-
-    def value(self, metric: str, column: MetricColumn) -> float | None:
-        return metric_value(self, metric, column) if metric in self.results else None
-
-    @property
-    def masks_rows(self) -> bool:
-        """Whether outlier rows were left out of any of its numbers."""
-        return any(result.masked for result in self.results.values())
-
-    def on_all_rows(self) -> "ComparedRun":
-        """The run with SAEBench's numbers, which count outlier rows."""
-        return replace(self, results={name: replace(one, masked=None) for name, one in self.results.items()})
 
 
 @dataclass(frozen=True)
@@ -128,6 +85,11 @@ class Comparison:
     @property
     def runs(self) -> list[ComparedRun]:
         return [run for system in self.systems for run in system.runs]
+
+    @property
+    def rows(self) -> list[ComparedRun]:
+        """The runs, and then the references."""
+        return [run for system in [*self.systems, *self.references] for run in system.runs]
 
     @property
     def masked_note(self) -> str:
@@ -170,73 +132,16 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
             + "\nCompare them separately, or pass --mix."
         )
     read = cache(read_results)
-    runs = [replace(run, notes=notes_beside(run, read_references([run], read))) for run in runs]
+    runs = [replace(run, notes=all_notes(run, runs, read_references([run], read))) for run in runs]
     reference_runs = read_references(runs, read) if references and not differences else []
     return Comparison(
         group_by_system(runs), [ComparedSystem(run.name, [run]) for run in reference_runs], differences
     )  # fmt: skip
 
 
-def read_run(folder: Path) -> ComparedRun:
-    if not (folder / "sae.json").exists():
-        raise UsageError(f"{folder} holds no trained SAE (no sae.json). Give run folders: sae compare runs/...")
-    sae, run = read_sae_record(folder), read_run_record(folder)
-    origin: dict[str, Any] = {**sae.get("origin", {})}
-    return ComparedRun(folder.resolve().name, folder, origin, {**run} if run else {}, *read_results(folder, sae))
-
-
-RunResults = tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]
-
-
-def read_results(folder: Path, sae: Mapping[str, Any] | None = None) -> RunResults:
-    """The result of each metric, and the settings of each. `sae` is the content of sae.json; None for a reference.
-
-    Raises DamagedError for a result that was damaged or belongs to another SAE or reference.
-    """
-    results, settings = {}, {}
-    for name, metric in METRICS.items():
-        path = folder / "evaluations" / f"{name}.json"
-        if path.exists():
-            record = read_result_record(path, metric)
-            if sae is not None:
-                require_result_of(sae, record, path)
-            elif not folder.name.endswith(digest_of(record["sae_cfg_dict"])[:8]):
-                raise DamagedError(f"{path} is a result of another reference. {RESULT_RECORD.remedy}")
-            results[name], settings[name] = result_of(record, path), record["eval_config"]
-    return results, settings
-
-
-def read_references(
-    runs: Sequence[ComparedRun], read: Callable[[Path], RunResults] = read_results
-) -> list[ComparedRun]:
-    """The identity, zero, PCA and random dictionaries that were measured on the runs' text and hook.
-
-    `read` gives the results of a folder.
-    """
-    hook = Hook.from_record({"layer": None, **runs[0].origin})
-    end = f"-L{hook.layer}{hook_suffix(hook)}-"
-    settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
-    references = []
-    for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*{end}{'[0-9a-f]' * 8}")):
-        try:
-            results, reference_settings = read(folder)
-        except SaeError as error:
-            warn_left_out(folder, error)
-            continue
-        matching = {
-            metric: result
-            for metric, result in results.items()
-            if metric in settings and without_weights(reference_settings[metric]) == without_weights(settings[metric])
-        }
-        if matching:
-            name = folder.name.split(end)[0]
-            references.append(ComparedRun(name, folder, {}, {}, matching, reference_settings, is_reference=True))
-    return references
-
-
-def without_weights(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without the digest of the SAE."""
-    return {name: value for name, value in settings.items() if name != "weights"}
+def all_notes(run: ComparedRun, runs: Sequence[ComparedRun], references: Sequence[ComparedRun]) -> list[str]:
+    """Sentences about a run beside the references on its text, and the controls among them and among the runs."""
+    return [*notes_beside(run, references), *control_notes(run, [*runs, *references])]
 
 
 def find_differences(runs: Sequence[ComparedRun]) -> list[str]:
@@ -308,7 +213,8 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
             value = system.mean_and_spread(metric, column)
             cells.append(format_with_spread(*value, column.format) if value else "")
         lines.append([system.label + seeds, *cells])
-    return headings, lines
+    compared = {system.label: system.runs for system in [*comparison.systems, *comparison.references]}
+    return headings, [*lines, *share_lines(compared, columns)]
 
 
 def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[list[str]]]:

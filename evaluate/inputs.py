@@ -30,6 +30,7 @@ from ..harvest.model import (
 from ..train.sae import SAE, load_sae, read_run_record, read_sae_record, sae_spec
 from .artifacts import ArtifactCache
 from .context import EvalContext
+from .controls import RECIPES, conditions_digest, conditions_of
 from .metrics.base import EvalTarget
 from .norm_limits import norm_limit_of
 from .rows import EvalRow
@@ -115,7 +116,11 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
     record, hook = dict(read_sae_record(folder)), Hook.from_record(sae.origin)
     weights = digest_of([sae_spec(sae), record["sha256"], *hook.record.values()])
     target = EvalTarget(sae, hook, norm_limit=norm_limit_of(sae.origin, cache, hook, max_norm))
-    return EvalRow(folder.name, target, folder, record, weights, target_l0=target_l0_of(folder))
+    conditions = conditions_digest(conditions_of(folder))
+    return EvalRow(
+        folder.name, target, folder, record, weights, target_l0=target_l0_of(folder), conditions=conditions,
+        is_control=sae.origin.get("variant") in RECIPES,
+    )  # fmt: skip
 
 
 def target_l0_of(folder: Path) -> float | None:

@@ -48,6 +48,7 @@ class EvaluateConfig:
     data: Path | None = None  # a folder to search for datasets before the Hub
     force: bool = False
     references: bool = True
+    controls: Sequence[Path] = ()  # run folders of controls (workflows/controls.py), trained before this is run
     device: str = "auto"
     dtype: str = "auto"
 
@@ -117,7 +118,9 @@ class EvaluatePlan:
     def _describe_group(self, group: EvalGroup) -> list[str]:
         hooks = [row.target.hook for row in group.rows]
         counts = ", ".join(f"{hooks.count(hook)} {placed(hook)}" for hook in sorted(set(hooks)))
-        references = "; with rows for identity, zero, a PCA and a random dictionary" if self.config.references else ""
+        kinds = ["identity, zero, a PCA and a random dictionary"] if self.config.references else []
+        kinds += [format_count(len(self.config.controls), "control")] if self.config.controls else []
+        references = f"; with rows for {' and '.join(kinds)}" if kinds else ""
         model, contexts = group.ctx.model_identity, group.ctx.contexts
         read = int(contexts.length.sum())
         return [
@@ -172,6 +175,7 @@ class EvaluatePlan:
         words = "".join(f" --{name} {quote(str(value))}" for name, value in changed.items())
         if config.max_norm is not None:
             words += f" --max-norm {'none' if math.isinf(config.max_norm) else f'{config.max_norm:g}'}"
+        words += " --controls" if config.controls else ""
         return f"sae evaluate {shell_paths(config.runs)} --suite {suite}{words}"
 
 

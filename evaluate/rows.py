@@ -32,6 +32,14 @@ class MeasuredRun(Protocol):
         """The L0 that its training was asked for, or None."""
 
     @property
+    def conditions(self) -> str:
+        """Equal for a run and its controls (`controls.conditions_digest`); "" if it cannot have any."""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether a part of it kept its random start (evaluate/controls.py)."""
+
+    @property
     def notes(self) -> Sequence[str]:
         """Sentences about its numbers beside others (`notes_beside`); those of a single metric are its flags."""
 
@@ -49,6 +57,8 @@ class EvalRow:
         results: metric name -> result.
         errors: metric name -> why that metric has no result.
         target_l0: the L0 that its training was asked for.
+        conditions: equal for a run and its controls; "" if it cannot have any.
+        is_control: whether it is a control, as a run or as a reference.
         notes: sentences about its numbers beside others, once all are measured (`notes_beside`).
     """
 
@@ -60,6 +70,8 @@ class EvalRow:
     results: dict[str, MetricResult] = field(default_factory=dict)
     errors: dict[str, SaeError] = field(default_factory=dict)
     target_l0: float | None = None
+    conditions: str = ""
+    is_control: bool = False
     notes: Sequence[str] = ()
 
     @property

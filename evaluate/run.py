@@ -17,6 +17,8 @@ from ..common.errors import SaeError, UnavailableError, UsageError
 from ..common.files import digest_of
 from ..harvest.architectures import check_sites, hook_width
 from .context import EvalContext
+from .control_shares import control_notes
+from .controls import control_rows
 from .inputs import make_context
 from .metrics.base import EvalTarget, Metric, Outcome, Progress, SAELike, reconstruct
 from .norm_limits import cached_norm_limit, norm_limit_of
@@ -55,12 +57,15 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
                 group_rows += reference_rows(group)
             except UnavailableError as error:  # for example a read-only folder
                 plan.notes.append(f"The reference rows (identity, zero, PCA, random dictionary) are left out: {error}")
+        group_rows += control_rows(group, plan.config.controls)
         for metric in plan.metrics:
             if metric.name in group.settings:
                 if not plan.config.force:
                     read_earlier_results(metric, group, [row for row in group_rows if row.is_reference])
                 measure(metric, group, group_rows, progress)
         add_notes(group_rows)
+        for row in group_rows:
+            row.notes = [*row.notes, *control_notes(row, group_rows)]
         rows += [row for row in group_rows if row.results or not row.is_reference]
     errors = [error for row in rows for error in row.errors.values() if not row.is_reference]
     if errors and not any(row.results for row in rows):
@@ -83,6 +88,7 @@ def evaluate_saes(
     data: Path | str | None = None,
     force: bool = False,
     references: bool = True,
+    controls: Sequence[str | os.PathLike[str]] = (),
     device: str = "auto",
     dtype: str = "auto",
     progress: ProgressFactory = no_progress_bar,
@@ -120,6 +126,8 @@ def evaluate_saes(
         data: A folder to search for datasets before the Hub: `<name on the Hub>/<split>.jsonl` or `.parquet`.
         force: Measure again even if a run has a result with the same settings.
         references: Add rows for the identity, zero, a PCA and a random dictionary.
+        controls: Controls of the run folders, as `sae.train_controls` returns them, to be added as
+            reference rows.
         device: Where the model computes: "auto", "cpu", "cuda", ...
         dtype: What the model computes in: "auto", "bfloat16" or "float32".
         progress: Called with each metric's name; see `ProgressFactory`.
@@ -139,7 +147,8 @@ def evaluate_saes(
     """
     config = EvaluateConfig(
         [], suite, tokens, mode, options=options, data=Path(data) if data else None, force=force,
-        references=references, device=device, dtype=dtype, max_norm=math.inf if max_norm == "none" else max_norm,
+        references=references, controls=[Path(folder) for folder in controls], device=device, dtype=dtype,
+        max_norm=math.inf if max_norm == "none" else max_norm,
     )  # fmt: skip
     if isinstance(saes, Mapping):
         if cache is None or layer is None:

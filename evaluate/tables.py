@@ -10,6 +10,7 @@ from scipy.stats import t
 from ..cache.models import model_label
 from ..common.files import digest_of
 from ..train.sae import read_run_record
+from .control_shares import SHARE_NOTE, share_lines
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
 from .rows import EvalRow, MeasuredRun
@@ -38,7 +39,17 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
         title = "; n = ".join(filter(None, [metric.title, describe_counts([row.results[name] for row in measured])]))
         columns = [c for c in metric.columns if any(metric_value(row, name, c) is not None for row in measured)]
         lines = [[row.name, *(format_cell(row, name, column) for column in columns)] for row in measured]
-        yield title, ["run", *map(column_heading, columns)], lines + seed_lines(measured, name, columns)
+        lines += seed_lines(measured, name, columns)
+        lines += share_lines(systems_of(measured), [(name, column) for column in columns])
+        yield title, ["run", *map(column_heading, columns)], lines
+
+
+def systems_of(rows: Sequence[EvalRow]) -> dict[str, list[EvalRow]]:
+    """The rows by label: runs that differ only in their seed together, every other row by itself."""
+    groups = [list(group.values()) for group in runs_by_seed(rows)]
+    grouped = [row for group in groups for row in group]
+    systems = {f"{group_name(dict(enumerate(group)))} ({len(group)} seeds)": group for group in groups}
+    return systems | {row.name: [row] for row in rows if not any(row is other for other in grouped)}
 
 
 def without_empty_columns(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
@@ -75,7 +86,8 @@ def notes(rows: Sequence[MeasuredRun]) -> list[str]:
         name, flag = flags[0]
         others = f" and {len(flags) - 1} more" if len(flags) > 1 else ""
         sentences.append(f"{metric}, {name}{others}: {flag}")
-    return [*sentences, *(note for row in rows for note in row.notes)]
+    shares = [SHARE_NOTE] if any(row.is_control for row in rows) and not all(row.is_control for row in rows) else []
+    return [*sentences, *(note for row in rows for note in row.notes), *shares]
 
 
 def column_heading(column: MetricColumn) -> str:

@@ -18,7 +18,7 @@ from ..common.errors import UsageError
 from ..common.escaping import quote
 from ..common.files import sae_home
 from ..common.formatting import format_count
-from ..evaluate.compare import read_run
+from ..evaluate.compared_runs import read_run
 from ..evaluate.metrics.registry import metrics_of_suite
 from ..evaluate.pages.page import write_page
 from ..evaluate.pages.reproduction import reproduction_page

@@ -18,8 +18,9 @@ from ...common.formatting import format_count
 from ...common.schemas import RESULT_RECORD
 from ...harvest.architectures import check_layers, hook_width
 from ...train.sae import SAE, load_sae, read_run_record, require_result_of
-from ..compare import ComparedRun, read_references
+from ..compared_runs import ComparedRun, read_references
 from ..context import EvalContext
+from ..control_shares import control_notes
 from ..datasets.labeled import class_name
 from ..inputs import check_tokens, find_eval_cache, make_context, row_of_run
 from ..metrics.activation_examples import TokenText
@@ -131,12 +132,14 @@ def notes_of_run(row: EvalRow) -> list[str]:
         return []
     settings = RESULT_RECORD.read(row.folder / "evaluations" / "core.json")["eval_config"]
     origin = row.record.get("origin", {})
-    compared = ComparedRun(row.name, row.folder, origin, {}, dict(row.results), {"core": settings})
+    compared = ComparedRun(
+        row.name, row.folder, origin, {}, dict(row.results), {"core": settings}, conditions=row.conditions
+    )
     try:
         references = read_references([compared])
     except DamagedError as error:
         return [*notes_beside(row, []), f"It is not compared with the PCA: {error}"]
-    return notes_beside(row, references)
+    return [*notes_beside(row, references), *control_notes(row, references)]
 
 
 def latent_labels(results: dict[str, MetricResult], d_sae: int) -> dict[int, list[str]]:

@@ -36,7 +36,7 @@ def comparison_page(comparison: Comparison, against: str | None = None) -> str:
         curves=[(chart, draw_svg(chart, False, *CHART_SIZE)) for chart in curves],
         curve_key=shared_legend(curves),
         masked=comparison.masked_note,
-        notes=notes(runs),
+        notes=notes(comparison.rows),
         version=version("sae-pipeline"),
         date=date.today().isoformat(),
     )

@@ -7,8 +7,8 @@ from typing import Any
 from ...common.files import digest_of
 from ...common.learning_rate import peak_share
 from ...train.sae import read_sae_record
-from ..compare import ComparedRun
 from ..compare_charts import read_metrics_log
+from ..compared_runs import ComparedRun
 from ..metrics.base import MetricResult
 
 MIN_ALIVE = 0.10  # share of latents that fire; below it the SAE has collapsed

@@ -24,8 +24,9 @@ FLAGS = {
     "dtype": ("float32", "dtype", "float32"),
     "device": ("cpu", "device", "cpu"),
 }
-# --no-references is the other name of --references; --layer is of what is imported first (workflows/published.py)
-OUTPUT = ("references", "json", "dry-run", "layer")
+# --no-references is the other name of --references; --layer is of what is imported first (workflows/published.py), and
+# --controls of what is trained first (workflows/controls.py)
+OUTPUT = ("references", "json", "dry-run", "layer", "controls")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def run_folders(home: Path) -> None:
 def test_every_flag_is_a_field_of_the_config_and_the_other_way_round(planned_with: Callable) -> None:
     config, _ = planned_with(PLAN, "evaluate", FLAGS, "runs/a", "runs/b", without=OUTPUT)
     assert config.runs == [Path("runs/a"), Path("runs/b")]
-    assert {field for _, field, _ in FLAGS.values()} == {f.name for f in fields(EvaluateConfig)} - {"runs"}
+    assert {field for _, field, _ in FLAGS.values()} == {f.name for f in fields(EvaluateConfig)} - {"runs", "controls"}
 
 
 def test_without_flags_the_config_is_the_default(planned_with: Callable) -> None:

@@ -15,16 +15,9 @@ from sae.cli.main import app
 from sae.common.errors import DamagedError, LeftOutWarning, UsageError
 from sae.common.files import digest_of
 from sae.common.schemas import RESULT_RECORD
-from sae.evaluate.compare import (
-    ComparedRun,
-    ComparedSystem,
-    compare_runs,
-    comparison_table,
-    paired_table,
-    to_csv,
-    to_records,
-)
+from sae.evaluate.compare import ComparedSystem, compare_runs, comparison_table, paired_table, to_csv, to_records
 from sae.evaluate.compare_charts import frontiers, training_curves
+from sae.evaluate.compared_runs import ComparedRun
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.pages.comparison import comparison_page

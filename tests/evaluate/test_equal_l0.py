@@ -7,7 +7,7 @@ import pytest
 
 from sae.common.errors import UsageError
 from sae.common.schemas import SAE_RECORD
-from sae.evaluate.compare import ComparedRun
+from sae.evaluate.compared_runs import ComparedRun
 from sae.evaluate.metrics.base import MetricResult
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "equal_l0.py"))

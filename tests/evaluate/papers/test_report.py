@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sae.common.errors import LeftOutWarning, UsageError
-from sae.evaluate.compare import ComparedRun
 from sae.evaluate.compare_charts import read_metrics_log
+from sae.evaluate.compared_runs import ComparedRun
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.pages.reproduction import reproduction_page
 from sae.evaluate.papers.claims import PAPERS, STEP_TIME, Claim, Contradiction, PaperSystem, Substitution, Unreported

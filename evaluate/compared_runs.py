@@ -1,0 +1,158 @@
+"""Runs and references as their files describe them, for comparisons and pages. No weights are read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..cache.layout import Hook
+from ..common.errors import DamagedError, SaeError, UsageError, warn_left_out
+from ..common.files import digest_of, sae_home
+from ..common.schemas import RESULT_RECORD
+from ..train.sae import read_run_record, read_sae_record, require_result_of
+from .control_shares import is_control_of
+from .controls import RECIPES, conditions_digest, conditions_of, distinct_names
+from .metrics.base import MetricColumn, MetricResult
+from .metrics.registry import METRICS
+from .results import read_result_record, result_of
+from .rows import hook_suffix
+from .tables import metric_value
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run as its files describe it.
+
+    Attributes:
+        origin: `origin` of sae.json.
+        record: run.json; empty for an imported SAE.
+        results: metric -> result.
+        settings: metric -> the settings it was measured with.
+        notes: sentences about its numbers beside the references and its target L0.
+        conditions: equal for a run and its controls; "" if it cannot have any.
+        is_control: whether it is a control, as a run or as a reference.
+    """
+
+    name: str
+    folder: Path
+    origin: dict[str, Any]
+    record: dict[str, Any]
+    results: dict[str, MetricResult]
+    settings: dict[str, dict[str, Any]]
+    is_reference: bool = False
+    notes: Sequence[str] = ()
+    conditions: str = ""
+    is_control: bool = False
+
+    @property
+    def target_l0(self) -> float | None:
+        l0 = self.record.get("l0")
+        return float(l0) if isinstance(l0, (int, float)) else None
+
+    def value(self, metric: str, column: MetricColumn) -> float | None:
+        return metric_value(self, metric, column) if metric in self.results else None
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether outlier rows were left out of any of its numbers."""
+        return any(result.masked for result in self.results.values())
+
+    def on_all_rows(self) -> "ComparedRun":
+        """The run with SAEBench's numbers, which count outlier rows."""
+        return replace(self, results={name: replace(one, masked=None) for name, one in self.results.items()})
+
+
+def read_run(folder: Path) -> ComparedRun:
+    if not (folder / "sae.json").exists():
+        raise UsageError(f"{folder} holds no trained SAE (no sae.json). Give run folders: sae compare runs/...")
+    sae, run = read_sae_record(folder), read_run_record(folder)
+    origin: dict[str, Any] = {**sae.get("origin", {})}
+    results, settings, _ = read_results(folder, sae)
+    return ComparedRun(
+        folder.resolve().name, folder, origin, {**run} if run else {}, results, settings,
+        conditions=conditions_digest(conditions_of(folder)), is_control=origin.get("variant") in RECIPES,
+    )  # fmt: skip
+
+
+class RunResults(NamedTuple):
+    """Metric -> result, metric -> its settings, and what the results say of the SAE: sae.json, or of a reference."""
+
+    results: dict[str, MetricResult]
+    settings: dict[str, dict[str, Any]]
+    described: dict[str, Any]
+
+
+def read_results(folder: Path, sae: Mapping[str, Any] | None = None) -> RunResults:
+    """The result of each metric, and the settings of each. `sae` is the content of sae.json; None for a reference.
+
+    Raises DamagedError for a result that was damaged or belongs to another SAE or reference.
+    """
+    results, settings, described = {}, {}, {}
+    for name, metric in METRICS.items():
+        path = folder / "evaluations" / f"{name}.json"
+        if path.exists():
+            record = read_result_record(path, metric)
+            if sae is not None:
+                require_result_of(sae, record, path)
+            elif not folder.name.endswith(digest_of(record["sae_cfg_dict"])[:8]):
+                raise DamagedError(f"{path} is a result of another reference. {RESULT_RECORD.remedy}")
+            results[name], settings[name] = result_of(record, path), record["eval_config"]
+            described = record["sae_cfg_dict"]
+    return RunResults(results, settings, described)
+
+
+def read_references(
+    runs: Sequence[ComparedRun], read: Callable[[Path], RunResults] = read_results
+) -> list[ComparedRun]:
+    """The references that were measured on the runs' text and hook; of the controls only those of one of the runs.
+
+    `read` gives the results of a folder.
+    """
+    hook = Hook.from_record({"layer": None, **runs[0].origin})
+    end = f"-L{hook.layer}{hook_suffix(hook)}-"
+    settings = {metric: shared for run in runs for metric, shared in run.settings.items()}
+    references = []
+    for folder in sorted((sae_home() / "activations" / "evaluation" / "references").glob(f"*{end}{'[0-9a-f]' * 8}")):
+        try:
+            results, reference_settings, described = read(folder)
+        except SaeError as error:
+            warn_left_out(folder, error)
+            continue
+        matching = {
+            metric: result
+            for metric, result in results.items()
+            if metric in settings and without_weights(reference_settings[metric]) == without_weights(settings[metric])
+        }
+        if matching:
+            name, conditions = folder.name.split(end)[0], described.get("conditions", {})
+            references.append(
+                ComparedRun(
+                    name,
+                    folder,
+                    {},
+                    conditions,
+                    matching,
+                    reference_settings,
+                    is_reference=True,
+                    conditions=conditions_digest(conditions),
+                    is_control=bool(conditions),
+                )  # fmt: skip
+            )
+    return name_controls([one for one in references if not one.is_control or is_wanted(one, runs)])
+
+
+def is_wanted(control: ComparedRun, runs: Sequence[ComparedRun]) -> bool:
+    return any(is_control_of(control, run) for run in runs)
+
+
+def name_controls(references: Sequence[ComparedRun]) -> list[ComparedRun]:
+    """The references, with controls of one recipe and L0 told apart."""
+    controls = [one for one in references if one.is_control]
+    names = distinct_names([one.name for one in controls], [one.record for one in controls])
+    named = [replace(one, name=name) for one, name in zip(controls, names, strict=True)]
+    return [*(one for one in references if not one.is_control), *named]
+
+
+def without_weights(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the digest of the SAE."""
+    return {name: value for name, value in settings.items() if name != "weights"}

@@ -1,0 +1,127 @@
+"""Controls: SAEs of which a part keeps its random start, trained as the runs that they control for (arXiv 2602.14111).
+
+train/variants/controls.py has their recipes and workflows/controls.py trains them. Here is which control belongs to
+which run, and the reference rows of those that `sae evaluate --controls` has trained.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..cache.layout import Hook
+from ..common.errors import UsageError
+from ..common.files import digest_of, sae_home
+from ..common.schemas import RunRecord
+from ..train.sae import load_sae, read_run_record, read_sae_record
+from .metrics.base import EvalTarget
+from .rows import EvalGroup, EvalRow, hook_suffix
+
+RECIPES = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
+SHARED = ("layer", "site", "d_sae", "steps", "batch_size", "order_seed", "cache")  # with a control, beside its L0
+
+
+def controls_folder() -> Path:
+    """Where `sae evaluate --controls` keeps the controls that it trains, as ordinary run folders."""
+    return sae_home() / "activations" / "evaluation" / "controls"
+
+
+def conditions_of(folder: Path) -> dict[str, Any] | None:
+    """What a run and its controls have in common: rows and their order, width, L0, steps and batch size.
+
+    None for a run that cannot have controls here: an imported one, one that was trained with --stream, whose rows are
+    gone, and one of unknown L0.
+
+    Raises DamagedError if run.json was damaged.
+    """
+    record = read_run_record(folder)
+    if record is None or "ring" in record or any(name not in record for name in SHARED):
+        return None
+    l0 = trained_l0(folder, record)
+    return None if l0 is None else {**{name: record[name] for name in SHARED}, "l0": l0}  # type: ignore[literal-required]
+
+
+def trained_l0(folder: Path, record: RunRecord) -> float | None:
+    """The L0 of a run: what it was asked for (--l0, k or l0), else that of its last logged steps to the nearest 1."""
+    options = record.get("resolved", {})
+    for asked in (record.get("l0"), options.get("k"), options.get("l0")):
+        if asked is not None:
+            return float(asked)
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return float(min(max(round(json.loads(line)["l0"]), 1), record["d_sae"]))
+        except (ValueError, LookupError, TypeError):  # a kill cut it off
+            continue
+    return None
+
+
+def conditions_digest(conditions: Mapping[str, Any] | None) -> str:
+    """Equal for a run and its controls; "" where the conditions are unknown."""
+    return digest_of(dict(conditions)) if conditions else ""
+
+
+def control_rows(group: EvalGroup, folders: Sequence[Path]) -> list[EvalRow]:
+    """The trained controls among `folders` as reference rows beside the runs that they control for.
+
+    Their results are kept where those of the other references are.
+
+    Raises UsageError for a folder that holds no trained control, and DamagedError for one that cannot be read.
+    """
+    conditions = {folder: control_conditions(folder) for folder in folders}
+    row_sets = dict.fromkeys(row.target.row_set for row in sorted(group.rows, key=lambda row: row.target.hook))
+    rows = [
+        control_row(group, folder, one, *row_set)
+        for row_set in row_sets
+        for folder, one in conditions.items()
+        if any(row.target.row_set == row_set and row.conditions == conditions_digest(one) for row in group.rows)
+    ]
+    names = distinct_names([row.name for row in rows], [row.record["conditions"] for row in rows])
+    for row, name in zip(rows, names, strict=True):
+        hook = row.target.hook
+        row.name = name if len(row_sets) == 1 else f"{name}-L{hook.layer:02d}{hook_suffix(hook)}"
+    return rows
+
+
+def control_conditions(folder: Path) -> dict[str, Any]:
+    """The conditions of a trained control. Raises UsageError for anything else."""
+    conditions = conditions_of(folder)
+    if conditions is None or read_sae_record(folder).get("origin", {}).get("variant") not in RECIPES:
+        raise UsageError(
+            f"{folder} is no control. Give runs of {', '.join(RECIPES)}, as `sae.train_controls` returns them."
+        )
+    return conditions
+
+
+def control_row(
+    group: EvalGroup, folder: Path, conditions: Mapping[str, Any], hook: Hook, norm_limit: float | None
+) -> EvalRow:
+    """One trained control as a reference row at a hook."""
+    saved = read_sae_record(folder)
+    name = f"{saved['origin']['variant']}-{conditions['l0']:g}"
+    record = {
+        "reference": name, **hook.record, "d_sae": saved["d_sae"], "text": group.cache.fingerprint,
+        **group.ctx.model_identity, **group.ctx.change.identity, "sha256": saved["sha256"], "conditions": conditions,
+        **({} if norm_limit is None else {"norm_limit": norm_limit}),
+    }  # fmt: skip
+    digest = digest_of(record)
+    target = EvalTarget(load_sae(folder, group.ctx.device), hook, reference=True, norm_limit=norm_limit)
+    results = group.ctx.artifacts.folder / "references" / f"{name}-L{hook.layer}{hook_suffix(hook)}-{digest[:8]}"
+    return EvalRow(
+        name, target, results, record, digest, conditions=conditions_digest(conditions), is_control=True
+    )  # fmt: skip
+
+
+def distinct_names(names: Sequence[str], conditions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of controls; those of one recipe and L0 also have their width, or all that tells them apart."""
+    by_width = [f"{name}-n{one['d_sae']}" for name, one in zip(names, conditions, strict=True)]
+    by_digest = [f"{name}-{conditions_digest(one)[:6]}" for name, one in zip(by_width, conditions, strict=True)]
+    name_counts, width_counts = Counter(names), Counter(by_width)
+    return [
+        name if name_counts[name] == 1 else wider if width_counts[wider] == 1 else longest
+        for name, wider, longest in zip(names, by_width, by_digest, strict=True)
+    ]
