@@ -10,29 +10,31 @@ from sae.evaluate.papers.parse import load_paper
 from sae.evaluate.papers.verdict import LIKE_L0, MEANINGS, NO_EFFECT
 
 COLUMNS = (
-    "paper", "claims", "of them of two systems", "in words alone", "restated or copied", "with a metric of ours",
-    "paper inconsistent", "contradictions", "measured, not reported",
+    "paper", "claims", "of them about two systems", "without a number", "restatements or copies",
+    "with a metric of ours", "paper inconsistent", "contradictions", "measured, not reported",
 )  # fmt: skip
 MEANING_LINES = "\n".join(f"- *{verdict}*: {meaning}." for verdict, meaning in MEANINGS.items())
 SHARES = {"l0": f"{LIKE_L0 - 1:.0%}", "effect": f"{NO_EFFECT:.0%}", "same": f"{SAME_NUMBER:.0%}"}
 HEAD = f"""# What the five papers claim
 
-Made by `benchmarks/claims_table.py` from `evaluate/papers/*.toml`, which has an entry for every number that a paper
-gives as a result: where it is, the line that contains it, the system and the metric of ours that it is about, and how
-it was read. The same number in several places is one claim; two numbers for one quantity are two. The paper's other
-numbers are recorded as its setting. `benchmarks/check_quotes.py --papers DIR` checks that every quote is in the paper's
-text, and every number of that text in a quote.
+Made by `benchmarks/claims_table.py` from `evaluate/papers/*.toml`. These files have an entry for every number that a
+paper gives as a result: where it is, the line that contains it, which of our systems and metrics it is about, and how
+we read it. If a number is in several places of the paper, it is one claim; if the paper has two numbers for one
+quantity, they are two claims. The paper's other numbers are recorded as its setting. `benchmarks/check_quotes.py
+--papers DIR` checks that every quote is in the paper's text, and that every number of that text is in a quote.
 
-A verdict (`evaluate/papers/verdict.py`) is of a claim in one reading of the paper:
+Papers leave things open, so that each can be trained in several *readings* (`sae reproduce --reading`). Every claim
+gets a verdict in each reading (`evaluate/papers/verdict.py`):
 
 {MEANING_LINES}
 
-On another model than the paper's, two systems are comparable where their L0 differ by at most {SHARES["l0"]},
-or where the paper itself compares them at L0 that differ in the same direction; a size contradicts nothing there.
-On the paper's model a difference below {SHARES["effect"]} of the claimed one counts as no effect, which contradicts it.
-Two printed numbers that lie within {SHARES["same"]} do not contradict each other, and two that are one unit of their
-last digit apart have no direction. A claim that restates another is
-judged and not counted again. What a training step takes is compared in `evaluate/papers/step_times.json`.
+On another model than the paper's, two systems can be compared if their L0 differ by at most {SHARES["l0"]}, or if the
+paper itself compares them at L0 that differ in the same direction. There, the size of a difference contradicts nothing.
+On the paper's model, a difference below {SHARES["effect"]} of the claimed one counts as no effect and contradicts the
+claim. Two numbers of a paper that differ by at most {SHARES["same"]} do not contradict each other. If the numbers
+printed for two systems are only one unit of their last digit apart, the claim has no direction. A claim that restates
+another gets a verdict but is not counted again. Claims about the time of a training step are compared with
+`evaluate/papers/step_times.json`.
 
 | {" | ".join(COLUMNS)} |
 |{"---|" * len(COLUMNS)}"""
@@ -61,7 +63,7 @@ def section(paper: Paper) -> Iterator[str]:
     peak = (
         ""
         if ran.peak_reached or not ran.steps
-        else f", within a warm-up of {ran.warmup:,}: the rate stays below its peak"
+        else f", fewer than the {ran.warmup:,} of the warm-up, so that the learning rate stays below its peak"
     )
     yield f"{ran.model}, layer{'s' * (len(ran.layers) > 1)} {layers}, {ran.d_sae:,} latents; {budget}{peak}.\n"
     yield "Contradictions:\n"
@@ -69,15 +71,16 @@ def section(paper: Paper) -> Iterator[str]:
         touched = f" Judged inconsistent: {', '.join(f'`{name}`' for name in one.claims)}." if one.claims else ""
         yield f"- **{one.what}** " + " / ".join(f"“{quote}”" for quote in one.quotes) + f" {one.follows}{touched}"
     if substituted := [(reading, one) for reading in paper.readings for one in reading.substitutes]:
-        yield "\nReplaced in a reading, so that its claims can be neither reproduced nor contradicted there:\n"
-        for reading, one in substituted:
-            yield f"- {reading.name}: {one.what}. {one.why} Claims: {', '.join(f'`{name}`' for name in one.claims)}."
+        yield "\nNot as printed in some readings, where the claims can be neither reproduced nor contradicted:\n"
+        for one in dict.fromkeys(one for _, one in substituted):
+            names = ", ".join(reading.name for reading, other in substituted if other == one)
+            yield f"- {names}: {one.what}. {one.why} Claims: {', '.join(f'`{name}`' for name in one.claims)}."
     if silent := [claim for claim in paper.claims if claim.metric == "none"]:
-        yield "\nNo metric of ours covers:\n"
+        yield "\nClaims for which we have no metric:\n"
         for claim in silent:
             yield f"- `{claim.id}` ({claim.where}): “{claim.quote}” {claim.why}"
     if paper.unreported:
-        yield "\nMeasured according to the paper, but not reported:\n"
+        yield "\nThe paper says that it measures these, and reports no number:\n"
         for lack in paper.unreported:
             ours = "no metric of ours" if lack.metric == "none" else f"ours is `{lack.metric}`"
             yield f"- {lack.what}: “{lack.quote}” ({ours})"

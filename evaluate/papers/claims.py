@@ -125,8 +125,8 @@ class PaperFact:
 
 @dataclass(frozen=True)
 class Substitution:
-    """An equation of the paper that a reading replaces. It bears on `claims`: their verdicts say so, and none of them
-    is `contradicted` or `reproduced` in that reading."""
+    """An equation of the paper that a reading replaces: `what` is done instead, as a clause, and why. It bears on
+    `claims`: their verdicts say so, and none of them is `contradicted` or `reproduced` in that reading."""
 
     claims: tuple[str, ...]
     what: str

@@ -198,8 +198,8 @@ def cost_result(claim: Claim, paper: Paper, reading: Reading) -> ClaimResult:
 
 
 def describe_substitutions(substituted: Sequence[Substitution]) -> list[str]:
-    """What the reading replaces, beside a measured row."""
-    return [f"replaced here: {one.what.removesuffix('.')}. {one.why}" for one in substituted]
+    """What the reading trains otherwise than printed, beside a measured row."""
+    return [f"not as printed: {one.what.removesuffix('.')}. {one.why}" for one in substituted]
 
 
 def notes_on_runs(claim: Claim, runs: Sequence[SystemRun], layers: Sequence[int], on_paper_model: bool) -> list[str]:

@@ -21,23 +21,26 @@ WORST_FIRST: tuple[Verdict, ...] = (
     "mechanism inactive", "not comparable", "direction only", "equivalent within the margin", "reproduced",
 )  # fmt: skip
 MEANINGS: dict[Verdict, str] = {  # what each verdict means, in one line
-    "reproduced": "on the paper's model, three seeds or more have the claimed number: their mean within 5 % of it or "
-    "of its last digit, the 95 % interval of the mean within twice that; and the other system's mean is as near to its",
+    "reproduced": "on the paper's model and with three seeds or more, the mean is within 5 % of the claimed number or "
+    "rounds to it, and the whole 95 % interval is within 10 % or twice the rounding; where a number is also claimed "
+    "for the system it is compared with, that system's mean is as near to that",
     "direction only": "the two systems differ in the claimed direction, and so does the whole 95 % interval over seeds",
-    "equivalent within the margin": "claimed to be equal, and the 90 % interval of the difference lies within the "
-    "margin stated before (two one-sided tests at 5 %)",
-    "contradicted": "the whole 95 % interval lies on the other side of zero, at like L0; on the paper's model also "
-    "where it excludes the claimed number, or has less than a tenth of the claimed difference",
-    "not equivalent": "claimed to be equal, and on another model the whole 90 % interval lies outside the margin",
-    "not of the paper's equation": "this reading replaces an equation that the claim is about, so that numbers can "
-    "neither reproduce nor contradict it",
-    "mechanism inactive": "the mechanism did nothing in these runs: its counter is 0, or the weights are those of the "
-    "run without it, bit for bit",
-    "not comparable": "a single number on another model, systems of unlike L0, or seeds that are too few or too widely "
-    "spread to decide",
-    "not measured": "no metric covers it, or no run that passes the gates has it",
+    "equivalent within the margin": "the two systems are claimed to be equal, and the 90 % interval of their "
+    "difference lies within a margin that was fixed before anything was measured (two one-sided tests at 5 %)",
+    "contradicted": "the two systems have like L0, and the whole 95 % interval of their difference is in the "
+    "direction opposite to the claimed one; on the paper's model also if the interval excludes the claimed number, or "
+    "is within a tenth of the claimed difference around zero",
+    "not equivalent": "the two systems are claimed to be equal, and on another model than the paper's the whole 90 % "
+    "interval of their difference lies outside the margin",
+    "not of the paper's equation": "in this reading another equation replaces one that the claim is about, so the "
+    "numbers can neither reproduce nor contradict the claim",
+    "mechanism inactive": "the mechanism that the claim is about did nothing in these runs: the number that counts "
+    "what it did stayed at 0, or the weights equal those of the run without it, bit for bit",
+    "not comparable": "the claim is one number and this is another model; or the two systems have unlike L0; or there "
+    "are too few seeds, or they spread too widely, to decide",
+    "not measured": "we have no metric for the claim, or no run that passes the gates has the number",
     "paper inconsistent": "the paper contradicts the claim itself",
-    "copy": "the number of another row, printed for another system; it is judged there",
+    "copy": "the paper prints the number of another row again, for another system; it is judged in that row",
 }
 ValueBySeed = Mapping[int, float]  # seed -> the metric in its own unit
 Interval = tuple[float, float]

@@ -302,12 +302,12 @@ def test_what_a_reading_substitutes_stands_beside_the_verdict_in_that_reading_al
     runs = three("full", "hierarchical", 0.7) + HIGH
     row = row_of(BETTER, runs, paper, reading="field")
     assert row.verdict == "not of the paper's equation"
-    assert row.notes == ["replaced here: (4). Its window has one term too many."]
+    assert row.notes == ["not as printed: (4). Its window has one term too many."]
     row = row_of(BETTER, runs, paper, reading="literal")
     assert row.verdict == "contradicted" and row.notes == []
     page = reproduction_page(build_report(paper, runs, False, "field"), "m")
     assert (
-        "Replaces (4): Its window has one term too many." in page
+        "Not as printed: (4). Its window has one term too many." in page
         and 'class="verdict not-of-the-papers-equation"' in page
     )
     assert row_of(BETTER, [], paper, reading="field").notes == []  # nothing was replaced where nothing was run
@@ -568,10 +568,10 @@ def test_a_row_about_time_has_the_measured_ratio_and_where_it_was_measured():
     field = next(one for one in PAPER.readings if one.name == "field")
     some = Substitution(("one",), "(7).", "So.")
     unmeasured = of(time, systems=unknown, readings=(replace(field, substitutes=(some,)),))
-    assert not any("replaced here" in note for note in row_of(time, [], unmeasured).notes)
+    assert not any("not as printed" in note for note in row_of(time, [], unmeasured).notes)
     less = replace(time, value=-20.0, quote="-20%")
     row = row_of(less, [], of(less, readings=(replace(field, substitutes=(some,)),)))
-    assert row.verdict == "not of the paper's equation" and "replaced here: (7). So." in row.notes
+    assert row.verdict == "not of the paper's equation" and "not as printed: (7). So." in row.notes
 
 
 # --- what has no number in the paper ----------------------------------------------------------------------------------
