@@ -34,10 +34,11 @@ def reproduce(
     reading: Annotated[
         str | None,
         typer.Option(
-            help="What to train where the paper leaves it open: field (this package's scale and schedule), evidence "
-            "(the paper's schedule, and the units that its numbers point to) or literal (all to the letter). Paper 003 "
-            "has field and as_printed, 004 also lambda_k. Default: evidence on the papers' model (003: field), field "
-            "on others."
+            help="How to read what the paper leaves open: evidence (the printed schedule, in the units that the "
+            "paper's numbers point to), literal (the printed schedule, every equation as printed) or field (this "
+            "package's units and schedule). Paper 004 also has lambda_k; 003 has only field and as_printed. Default: "
+            "evidence on the papers' model and field on others. For 003 always field: no number of its points to any "
+            "units, and the penalty of as_printed had no effect that we could see."
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Train on this cache instead of harvesting.")] = None,
@@ -52,7 +53,7 @@ def reproduce(
         typer.Option(
             min=1,
             rich_help_panel=SIZES,
-            help="Tokens in a batch. Reading field on another model: the recipe's, if the reading has none.",
+            help="Tokens in a batch. On another model, the reading field of 001 to 004 takes each recipe's.",
         ),
     ] = None,
     width: Annotated[

@@ -96,7 +96,8 @@ class ContrastOptions(MonitorOptions):
     alpha: float = 0.1
     """Strength of the contrast loss (1). The paper gives none."""
     alpha_warmup: int | None = None
-    """Steps over which this and later losses rise from zero. None: 1000, or a tenth of a shorter run."""
+    """Steps over which the contrast loss, and the losses that later runs add, rise from zero. None: 1000, or a tenth of
+    a shorter run."""
     contrast_cos: Literal["exact_group", "exact", "jl"] = "exact_group"
     """Pairs whose angle counts: those in a group, all pairs, or all pairs seen through the projection."""
     contrast_on: Literal["decoder", "activations"] = "decoder"
@@ -109,10 +110,11 @@ class ContrastOptions(MonitorOptions):
     contrast_power: float = 1.0
     """Exponent of the excess |cos| - tau: 1 is linear, 2 squared."""
     loss_units: Literal["fvu", "raw"] = "fvu"
-    """Units of this and later losses. fvu: shares of the input's variance, so that strengths fit any input. raw: as
-    printed."""
+    """Units of the contrast loss and of the losses that later runs add. fvu: shares of the input's variance, so that
+    strengths fit any input. raw: as printed."""
     gradient_balance: float | None = None
-    """Largest gradient norm of this and later losses, over that of the reconstruction (4.3). None: not balanced."""
+    """Largest gradient norm of the contrast loss, and of each loss that later runs add, as a multiple of that of the
+    reconstruction (4.3). None: not balanced."""
 
     def validation_errors(self, config: RunConfig) -> Iterator[str]:
         yield from super().validation_errors(config)

@@ -28,17 +28,23 @@ from .orthogonality import GramSchmidt, GramSchmidtLatents, GroupOrthogonalityLo
 
 PAPER_EXACT = {
     "l1_warmup": (0, "no warm-up of the penalty is printed, so it presses on latents that have learned nothing yet"),
-    "batch_norm": ("pre", "no place is printed; before the ReLU half of all latents fire until L1 moves their shifts"),
-    "importance": ("groups", "undefined; half of all latents wait in every step"),
-    "gradient_balance": (1.0, "undefined; each loss costs another backward pass"),
-    "jl_on": ("activations", "a matrix of d_sae rows projects latents, and nothing reads the projection"),
-    "contrast_on": ("activations", "latents that are never on together are unlike each other however alike their rows"),
-    "contrast_cos": ("exact", "all pairs: before run 7 there are no groups, and no projection of latents keeps pairs"),
-    "orth_on": ("activations", "the same of orthogonality; after Gram-Schmidt on the latents nothing is left of it"),
+    "batch_norm": (
+        "pre",
+        "its place is not printed; before the ReLU half of all latents fire until L1 moves its shifts",
+    ),
+    "importance": ("groups", "the paper does not define it; in every step half of all latents are not updated"),
+    "gradient_balance": (1.0, "the paper does not define it; each loss costs another backward pass"),
+    "jl_on": ("activations", "with d_sae rows the matrix projects the latents, and nothing uses the projection"),
+    "contrast_on": ("activations", "latents that never fire together count as unlike, however alike their rows are"),
+    "contrast_cos": ("exact", "all pairs: there are no groups before run 7, and a projection mixes the latents"),
+    "orth_on": ("activations", "as with `contrast_on`; and from run 6 on, (3) has made the latents orthogonal already"),
     "near_scope": ("dictionary", "neighbors of other groups inhibit a latent with which they do not compete"),
-    "l1_controller": ("none", "0.04 lies inside all bounds, so they never act"),
-    "gs_axis": ("activation_batch", "latents depend on their batch and are hardly ever zero; one token has no rule"),
-    "group_lr": ("softmax", "it sums to one and is flat over 16 groups, so every rate is lr/16"),
+    "l1_controller": ("none", "0.04 lies inside all printed bounds, so the bounds never act"),
+    "gs_axis": (
+        "activation_batch",
+        "latents depend on their batch and are hardly ever 0; there is no rule for one token",
+    ),
+    "group_lr": ("softmax", "it sums to one and is nearly equal for all 16 groups, so every rate is about lr/16"),
 }
 
 

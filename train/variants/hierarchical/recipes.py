@@ -27,10 +27,10 @@ PAPER: dict[str, Any] = {"paper": "004", "width": 1}
 OPTIMIZATION = Optimization(weight_decay=0.01, clip=1.0)
 K = ScaleWithWidth(320)  # of the TopK baseline
 PAPER_EXACT: dict[str, tuple[Any, str]] = {
-    "dead_by": ("batch", "of a sparse SAE most latents fire for less than 1 % of the tokens of a batch"),
-    "stability": ("mean", "of a sparse SAE most latents fire for less than 1 % of tokens, so most of them restart"),
+    "dead_by": ("batch", "in a sparse SAE most latents fire for less than 1 % of the tokens of a batch"),
+    "stability": ("mean", "in a sparse SAE most latents fire for less than 1 % of tokens, so most of them restart"),
     "terms": ("w+1", "the sum is divided by w, so a latent that fires on every token has a p_i of 1.01"),
-    "restart_share": (1.0, "a latent that restarts at the last step is saved as it was drawn"),
+    "restart_share": (1.0, "a latent that restarts at the last step is saved untrained"),
     "recon_in_alpha": ("sum", "a token's summed error is in the thousands, so alpha is 0.1 throughout"),
     "alpha_units": ("input", "the target of 2.5 belongs to raw activations, and the input is normalized"),
     "merge_average": ("encoder", "the decoder row and the bias of a merged latent remain those of one of the two"),

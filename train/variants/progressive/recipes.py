@@ -22,9 +22,9 @@ from .growth import EnabledLatents, EnabledUtilization, GrowCapacity
 
 PAPER: dict[str, Any] = {"paper": "001", "width": 1}
 PAPER_EXACT: dict[str, tuple[Any, str]] = {
-    "utilization": ("mean", "rho is about L0/n, so growth stays in the first branch of (4)"),
-    "n_ref": (None, "at n = 2304 the bounds of (4) always bind: 5, 7 or 10"),
-    "interval": (1, "growth is over after 173 to 346 of 4,882 steps"),
+    "utilization": ("mean", "rho is about L0/n, so (4) stays in its first case and always adds 5 latents"),
+    "n_ref": (None, "at n = 2304 the bounds of (4) always decide: 5, 7 or 10 latents are added"),
+    "interval": (1, "all latents are enabled after 173 to 346 of 4,882 steps"),
     "competition": ("softmax", "the weights sum to one, so alpha vanishes, about z/n, or has one winner"),
     "cut": (0.0, "alpha is nowhere exactly zero, so L0 counts every positive latent"),
 }
