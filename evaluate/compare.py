@@ -22,10 +22,9 @@ from .compared_runs import ComparedRun, read_references, read_results, read_run,
 from .control_shares import control_notes, share_lines
 from .metrics.base import OUTLIERS, MetricColumn
 from .metrics.registry import METRICS
-from .rows import describe_notes, notes_beside
+from .rows import describe_notes, digest_without_seed, notes_beside
 from .tables import (
     column_heading,
-    digest_without_seed,
     format_with_spread,
     half_interval,
     paired_difference,
@@ -46,6 +45,8 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     *((metric, "scr_metric_threshold_20") for metric in ("scr", "scr_stdlib")),
     *((metric, "tpp_threshold_20_total_metric") for metric in ("tpp", "tpp_stdlib")),
     ("unlearning", "unlearning_score"),
+    ("stability", "decoder_pw_mcc"),
+    ("stability", "recurring"),
     ("autointerp", "autointerp_score"),
 )
 LABEL_KEYS = ("layer", "d_sae", "l0", "steps")  # keys of run.json that are shown in labels if systems differ in them
@@ -248,7 +249,12 @@ def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[
 
 def metric_heading(metric: str, column: MetricColumn) -> str:
     """The column's heading, below the name of its metric where the heading alone is ambiguous."""
-    names = {"absorption": "absorption", "sparse_probing": "probing", "sparse_probing_stdlib": "stdlib probing"}
+    names = {
+        "absorption": "absorption",
+        "sparse_probing": "probing",
+        "sparse_probing_stdlib": "stdlib probing",
+        "stability": "stability",
+    }
     name = names.get(metric, "stdlib" if metric.endswith("_stdlib") else "")
     return f"{name}\n{column_heading(column)}" if name else column_heading(column)
 

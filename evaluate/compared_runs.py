@@ -154,5 +154,5 @@ def name_controls(references: Sequence[ComparedRun]) -> list[ComparedRun]:
 
 
 def without_weights(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without the digest of the SAE."""
-    return {name: value for name, value in settings.items() if name != "weights"}
+    """The settings without the digests of the SAE and of the seeds that it was compared with."""
+    return {name: value for name, value in settings.items() if name not in ("weights", "seeds")}

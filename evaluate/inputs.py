@@ -33,7 +33,7 @@ from .context import EvalContext
 from .controls import RECIPES, conditions_digest, conditions_of
 from .metrics.base import EvalTarget
 from .norm_limits import norm_limit_of
-from .rows import EvalRow
+from .rows import EvalRow, digest_without_seed
 from .sae_text import change_for
 
 ModelLoader = Callable[[ModelSource, str, str, str], LanguageModel]  # source, dtype, device, attention
@@ -114,19 +114,14 @@ def row_of_run(folder: Path, sae: SAE, cache: Cache, max_norm: float | None = No
     """
     folder = folder.resolve()
     record, hook = dict(read_sae_record(folder)), Hook.from_record(sae.origin)
+    run: Mapping[str, Any] = read_run_record(folder) or {}  # an imported SAE has no seed and no target L0
     weights = digest_of([sae_spec(sae), record["sha256"], *hook.record.values()])
-    target = EvalTarget(sae, hook, norm_limit=norm_limit_of(sae.origin, cache, hook, max_norm))
-    conditions = conditions_digest(conditions_of(folder))
+    system = digest_without_seed(run) if "seed" in run else ""
+    target = EvalTarget(sae, hook, norm_limit=norm_limit_of(sae.origin, cache, hook, max_norm), system=system)
     return EvalRow(
-        folder.name, target, folder, record, weights, target_l0=target_l0_of(folder), conditions=conditions,
-        is_control=sae.origin.get("variant") in RECIPES,
+        folder.name, target, folder, record, weights, target_l0=run.get("l0"),
+        conditions=conditions_digest(conditions_of(folder)), is_control=sae.origin.get("variant") in RECIPES,
     )  # fmt: skip
-
-
-def target_l0_of(folder: Path) -> float | None:
-    """The L0 that the training of a run was asked for (`--l0`); None if it was not, or the SAE was imported."""
-    record = read_run_record(folder)
-    return record.get("l0") if record else None
 
 
 def only_cache_of_model(folder: Path, origin: Mapping[str, Any]) -> Cache:

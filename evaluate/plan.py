@@ -326,8 +326,7 @@ def prepare_metrics(metrics: Sequence[Metric], group: EvalGroup, force: bool) ->
         except SaeError as error:  # something that the metric reads is missing
             record_failure(metric, group.rows, error)
             continue
-        if not force:
-            read_earlier_results(metric, group, group.rows)
+        read_earlier_results(metric, group, group.rows, force)
         if pending := group.pending(metric.name):
             try:
                 metric.check()
@@ -341,17 +340,17 @@ def record_failure(metric: Metric, rows: Sequence[EvalRow], error: SaeError) -> 
         row.errors[metric.name] = error
 
 
-def read_earlier_results(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow]) -> None:
+def read_earlier_results(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], force: bool) -> None:
+    """Unless `force`, fill in the results of rows that have one; and the errors of those that cannot be measured."""
     for row in rows:
-        if row.folder:
-            try:
-                settings = row.settings(group.settings[metric.name])
-                result = read_result(row.folder, metric, settings, row.record)
-            except SaeError as error:
-                row.errors[metric.name] = error
-            else:
-                if result:
-                    row.results[metric.name] = result
+        try:
+            settings = group.settings_of(metric, row)
+            result = read_result(row.folder, metric, settings, row.record) if row.folder and not force else None
+        except SaeError as error:
+            row.errors[metric.name] = error
+        else:
+            if result:
+                row.results[metric.name] = result
 
 
 def refuse_row(plan: EvaluatePlan, group: EvalGroup, row: EvalRow, error: SaeError) -> None:

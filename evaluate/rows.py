@@ -1,17 +1,20 @@
 """The rows of an evaluation: SAEs with their results, grouped by the cache whose text they are evaluated on."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..cache.layout import Hook
 from ..cache.reader import Cache
 from ..common.errors import SaeError
+from ..common.files import digest_of
 from ..common.l0_target import missed_l0
 from .context import EvalContext
-from .metrics.base import EvalTarget, MetricResult
+from .metrics.base import EvalTarget, Metric, MetricResult
 
+# Keys of run.json that do not affect the weights: runs of one recipe can come from several commands and machines.
+IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
 NEAR_L0 = 1.1  # a PCA of up to this many times as many components as an SAE's L0 is one of equal L0
 
 
@@ -74,6 +77,9 @@ class EvalRow:
     is_control: bool = False
     notes: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        self.target = replace(self.target, name=self.name, weights=self.weights)
+
     @property
     def is_reference(self) -> bool:
         return self.target.reference
@@ -116,6 +122,25 @@ class EvalGroup:
         """The rows (default: of this group) for which a metric has neither a result nor an error."""
         rows = self.rows if rows is None else rows
         return [row for row in rows if metric not in row.results and metric not in row.errors]
+
+    @property
+    def targets(self) -> list[EvalTarget]:
+        return [row.target for row in self.rows]
+
+    def settings_of(self, metric: Metric, row: EvalRow) -> dict[str, Any]:
+        """All settings of a metric's result of a row. Raises SaeError if the row cannot be measured in this group."""
+        return row.settings(self.settings[metric.name]) | metric.settings_of(row.target, self.targets)
+
+    def measured_with(self, metric: Metric, pending: Sequence[EvalRow]) -> list[EvalRow]:
+        """Pending rows, then the rows with a result that these are compared with: seeds of the same system."""
+        systems = {row.target.system for row in pending if metric.settings_of(row.target, self.targets)}
+        done = [row for row in self.rows if metric.name in row.results and row.target.system in systems]
+        return [*pending, *done]
+
+
+def digest_without_seed(record: Mapping[str, Any]) -> str:
+    """A digest that is equal for runs that differ only in their seed; `record` is run.json."""
+    return digest_of({name: value for name, value in record.items() if name not in IGNORED_KEYS})
 
 
 def placed(hook: Hook) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from ..cache.layout import Hook
 from ..cache.reader import Cache
-from ..common.errors import SaeError, UnavailableError, UsageError
+from ..common.errors import SaeError, UnavailableError, UsageError, did_you_mean
 from ..common.files import digest_of
 from ..harvest.architectures import check_sites, hook_width
 from .context import EvalContext
@@ -60,8 +60,8 @@ def run_evaluation(plan: EvaluatePlan, progress: ProgressFactory = no_progress_b
         group_rows += control_rows(group, plan.config.controls)
         for metric in plan.metrics:
             if metric.name in group.settings:
-                if not plan.config.force:
-                    read_earlier_results(metric, group, [row for row in group_rows if row.is_reference])
+                references = [row for row in group_rows if row.is_reference]
+                read_earlier_results(metric, group, references, plan.config.force)
                 measure(metric, group, group_rows, progress)
         add_notes(group_rows)
         for row in group_rows:
@@ -84,6 +84,7 @@ def evaluate_saes(
     mode: str = "0.6.0",
     max_norm: float | Literal["none"] | None = None,
     norm_limit: float | None = None,
+    systems: Mapping[str, str] | None = None,
     options: Sequence[str] = (),
     data: Path | str | None = None,
     force: bool = False,
@@ -122,6 +123,8 @@ def evaluate_saes(
             model keeps its own activations there and they are not counted. "none": all rows count. Default: the limit
             that the SAE was trained with, which run folders record; for objects, that of the cache.
         norm_limit: For objects, the limit as an absolute norm.
+        systems: For objects that differ only by seed: the name of each -> a name of what they have in common, such as
+            {"topk-0": "topk", "topk-1": "topk"}. Stability compares the objects of one system with each other.
         options: Options of metrics, as "metric.option=value".
         data: A folder to search for datasets before the Hub: `<name on the Hub>/<split>.jsonl` or `.parquet`.
         force: Measure again even if a run has a result with the same settings.
@@ -154,7 +157,7 @@ def evaluate_saes(
         if cache is None or layer is None:
             raise UsageError("SAEs without a run folder need cache= and layer=: cache='activations/...', layer=12.")
         opened = cache if isinstance(cache, Cache) else Cache(cache)
-        plan = plan_objects(saes, opened, Hook(layer, site), config, norm_limit)
+        plan = plan_objects(saes, opened, Hook(layer, site), config, norm_limit, systems)
     elif isinstance(saes, str) or not isinstance(saes, Sequence):
         raise UsageError(
             f"expected SAEs with their names, as in {{'mine': my_sae}}, or a list of run folders; got "
@@ -165,6 +168,8 @@ def evaluate_saes(
             raise UsageError("Run folders record their layer and site: omit layer= and site=.")
         if norm_limit is not None:
             raise UsageError("Run folders record their norm limit: omit norm_limit=, or give max_norm=.")
+        if systems is not None:
+            raise UsageError("Run folders record what they differ in: omit systems=.")
         folder = cache.folder if isinstance(cache, Cache) else cache
         plan = plan_folders(saes, replace(config, cache=Path(folder) if folder else None))
     return run_evaluation(plan, progress)
@@ -182,11 +187,19 @@ def plan_folders(folders: Sequence[str | os.PathLike[str]], config: EvaluateConf
 
 
 def plan_objects(
-    saes: Mapping[str, SAELike], cache: Cache, hook: Hook, config: EvaluateConfig, norm_limit: float | None = None
+    saes: Mapping[str, SAELike],
+    cache: Cache,
+    hook: Hook,
+    config: EvaluateConfig,
+    norm_limit: float | None = None,
+    systems: Mapping[str, str] | None = None,
 ) -> EvaluatePlan:
     """The plan for objects that have no run folder. Without a `norm_limit` they have that of the cache."""
     if not saes:
         raise UsageError("There are no SAEs to evaluate. Give them with their names, as in {'mine': my_sae}.")
+    systems = systems or {}
+    if unknown := [name for name in systems if name not in saes]:
+        raise UsageError(f"systems= names {unknown[0]}, which is not among the SAEs{did_you_mean(unknown[0], saes)}")
     metrics, device, dtype = resolve_config(config)
     ctx = make_context(cache, mode=config.mode, tokens=config.tokens, data=config.data, device=device, dtype=dtype)
     layers = ctx.model_config.num_hidden_layers
@@ -208,7 +221,7 @@ def plan_objects(
             limit = cached_norm_limit(cache, hook)
         elif limit is None:
             limit = norm_limit_of(origin, cache, hook, config.max_norm)
-        rows.append(EvalRow(name, EvalTarget(sae, hook, norm_limit=limit)))
+        rows.append(EvalRow(name, EvalTarget(sae, hook, norm_limit=limit, system=systems.get(name, ""))))
     group = EvalGroup(cache, ctx, rows)
     prepare_metrics(metrics, group, force=False)
     return EvaluatePlan(config, metrics, [group], ctx.artifacts)
@@ -266,10 +279,11 @@ def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress:
     pending = group.pending(metric.name, rows)
     if not pending:
         return
+    together = [row.target for row in group.measured_with(metric, pending)]
     outcomes: Sequence[Outcome]
     try:
         with progress(metric.name) as report:
-            outcomes = metric.measure_both(group.ctx, [row.target for row in pending], report)
+            outcomes = metric.measure_both(group.ctx, together, report)[: len(pending)]
     except SaeError as error:
         outcomes = [error] * len(pending)
     except torch.OutOfMemoryError as error:
@@ -281,6 +295,6 @@ def measure(metric: Metric, group: EvalGroup, rows: Sequence[EvalRow], progress:
         row.results[metric.name] = outcome
         if row.folder:
             try:
-                write_result(row.folder, metric, row.settings(group.settings[metric.name]), outcome, row.record)
+                write_result(row.folder, metric, group.settings_of(metric, row), outcome, row.record)
             except SaeError as error:  # such as a full disk: the result is still shown
                 row.errors[metric.name] = error

@@ -8,16 +8,13 @@ from typing import Any
 from scipy.stats import t
 
 from ..cache.models import model_label
-from ..common.files import digest_of
 from ..train.sae import read_run_record
 from .control_shares import SHARE_NOTE, share_lines
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
 from .metrics.registry import METRICS
-from .rows import EvalRow, MeasuredRun
+from .rows import EvalRow, MeasuredRun, digest_without_seed
 
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
-# Keys of run.json that do not affect the weights: runs of one recipe can come from several commands and machines.
-IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
 
 
 def describe_model(record: Mapping[str, Any]) -> str:
@@ -150,11 +147,6 @@ def runs_by_seed(rows: Sequence[EvalRow]) -> list[dict[int, EvalRow]]:
             if record is not None and "seed" in record:  # a reference or an imported SAE has none
                 groups.setdefault(digest_without_seed(record), {})[record["seed"]] = row
     return [group for group in groups.values() if len(group) > 1]
-
-
-def digest_without_seed(record: Mapping[str, Any]) -> str:
-    """A digest that is equal for runs that differ only in their seed; `record` is run.json."""
-    return digest_of({name: value for name, value in record.items() if name not in IGNORED_KEYS})
 
 
 def group_name(group: dict[int, EvalRow]) -> str:

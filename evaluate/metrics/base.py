@@ -68,6 +68,9 @@ class EvalTarget:
 
     Counted tokens whose activations have a norm over `norm_limit` are outlier rows (see cache.outliers), such as
     attention sinks. The model keeps its own activations there, and no metric counts them. None: there are no outliers.
+
+    Targets of the same `system` differ only by seed; "" is of no system: a reference, an imported SAE. `name` and
+    `weights` (a digest) are those of its row.
     """
 
     sae: SAELike
@@ -75,6 +78,9 @@ class EvalTarget:
     everywhere: bool = False
     reference: bool = False
     norm_limit: float | None = None
+    system: str = ""
+    name: str = ""
+    weights: str = ""
 
     @property
     def row_set(self) -> RowSet:
@@ -187,6 +193,13 @@ class Metric(ABC):
         Raises SaeError if that dataset is not available.
         """
         return {**asdict(self), "definition": self.definition, **ctx.settings}
+
+    def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
+        """What the result of `target` depends on besides `settings` and the target itself, of those beside it.
+
+        The other targets of its system are then measured together with it. Raises SaeError if they do not suffice.
+        """
+        return {}
 
     def check(self) -> None:  # noqa: B027  (most metrics have nothing to check)
         """Raise SaeError before any work if something would fail later: invalid options, an unreachable judge."""

@@ -14,6 +14,7 @@ from .base import Metric
 from .core import Core
 from .scr import Scr, ScrStdlib
 from .sparse_probing import SparseProbing, SparseProbingStdlib
+from .stability import Stability
 from .tpp import Tpp, TppStdlib
 from .unlearning import Unlearning
 
@@ -27,12 +28,13 @@ METRIC_CLASSES: tuple[type[Metric], ...] = (
     Tpp,
     TppStdlib,
     Unlearning,
+    Stability,
     Autointerp,
 )
 METRICS = {metric.name: metric for metric in METRIC_CLASSES}
 OPT_IN = ("autointerp",)  # its judge costs money: in a suite only if one of its options is set
 SUITES = {
-    "quick": ("core", "absorption", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib"),
+    "quick": ("core", "absorption", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib", "stability"),
     "full": tuple(name for name in METRICS if name not in OPT_IN),
 }
 

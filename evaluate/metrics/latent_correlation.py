@@ -1,0 +1,157 @@
+"""Correlations between the latents of SAEs on the same held-out tokens, and random dictionaries to compare them with.
+
+The latents are kept sparsely, 12 bytes for each that is not 0: 25 MB for 32,768 tokens and an L0 of 64. The activations
+themselves take 4 bytes a number: 300 MB for as many tokens of Gemma-2-2B.
+
+Shape suffixes: T tokens, D d_in, F latents of one SAE, G of another, B a block of latents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix, vstack
+from torch import Tensor
+
+from ...cache.outliers import outlier_mask
+from ...common.errors import SaeError, UsageError
+from ..context import EvalContext
+from .base import EvalTarget, Progress, RowSet, SAELike, encode_finite
+from .latent_matching import BlockSimilarity
+from .sae_statistics import TOKENS_PER_CHUNK
+
+MAX_ACTIVE = 2**28  # latents of an SAE that are not 0, on all tokens together: 3 GB
+CONSTANT = 1e-12  # of its mean square: a latent with a smaller variance is constant
+LATENTS_PER_BLOCK = 256  # of a random dictionary, computed at one time on all tokens
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents of one SAE (T, F), in float64, with their means and standard deviations (F,).
+
+    `varies_F` is False for dead latents: those that are 0 at every token, or otherwise constant.
+    """
+
+    f_TF: csr_matrix
+    mean_F: np.ndarray
+    sd_F: np.ndarray
+    varies_F: np.ndarray
+
+    @classmethod
+    def of(cls, f_TF: csr_matrix) -> Self:
+        tokens = f_TF.shape[0]
+        mean_F, square_F = (np.asarray(part.sum(0)).ravel() / tokens for part in (f_TF, f_TF.multiply(f_TF)))
+        variance_F = square_F - mean_F**2
+        varies_F = variance_F > CONSTANT * square_F
+        return cls(f_TF, mean_F, np.sqrt(np.where(varies_F, variance_F, 0)), varies_F)
+
+    @property
+    def active_F(self) -> np.ndarray:
+        """At how many tokens each latent is not 0 (F,)."""
+        return np.bincount(self.f_TF.indices, minlength=self.f_TF.shape[1])
+
+    def correlation(self, other: "Latents") -> BlockSimilarity:
+        """Pearson correlations with the latents of another SAE; 0 for a latent that does not vary."""
+        f_FT, tokens = self.f_TF.T.tocsr(), self.f_TF.shape[0]
+        with np.errstate(divide="ignore"):
+            scale_F, scale_G = (np.where(one.varies_F, 1 / one.sd_F, 0) for one in (self, other))
+
+        def block(rows: slice) -> Tensor:
+            product_BG = (f_FT[rows] @ other.f_TF).toarray() / tokens
+            covariance_BG = product_BG - np.outer(self.mean_F[rows], other.mean_F)
+            return torch.from_numpy(covariance_BG * scale_F[rows, None] * scale_G)
+
+        return block
+
+
+@dataclass
+class HeldOutRows:
+    """The held-out activations of one row set (T, D), on the CPU, and the latents that each SAE gives for them.
+
+    `failed` says why an SAE has no latents. `outliers` counts the rows that were left out among those that were read.
+    """
+
+    x: list[Tensor] = field(default_factory=list)
+    f: dict[int, list[csr_matrix]] = field(default_factory=dict)
+    failed: dict[int, SaeError] = field(default_factory=dict)
+    outliers: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.x))
+
+    def add(self, x_TD: Tensor, saes: dict[int, SAELike]) -> None:
+        """Take more rows, on the SAEs' device; `saes` are keyed by their place."""
+        self.x.append(x_TD.float().cpu())
+        for place, sae in saes.items():
+            kept = self.f.setdefault(place, [])
+            try:
+                if place not in self.failed:
+                    kept += [sparse(encode_finite(sae, chunk)) for chunk in x_TD.split(TOKENS_PER_CHUNK)]
+                if (active := sum(part.nnz for part in kept)) > MAX_ACTIVE:
+                    raise UsageError(
+                        f"At {self.tokens:,} tokens {active:,} of the latents are not 0: the SAE is not sparse, and "
+                        "they do not fit into memory. Read less text, such as --set stability.tokens=4096."
+                    )
+            except SaeError as error:
+                self.failed[place] = error
+                kept.clear()
+
+    def latents(self, place: int) -> Latents:
+        return Latents.of(vstack(self.f[place], "csr"))
+
+
+def sparse(f_TF: Tensor) -> csr_matrix:
+    return csr_matrix(f_TF.double().cpu().numpy())
+
+
+def read_latents(
+    ctx: EvalContext, targets: Sequence[EvalTarget], tokens: int, batch_contexts: int, progress: Progress
+) -> dict[RowSet, HeldOutRows]:
+    """The first `tokens` counted rows of held-out text that are not outliers, and the latents of each target there.
+
+    The latents are keyed by the target's place. The model runs once over the text, as far as it is needed.
+    """
+    found = {target.row_set: HeldOutRows() for target in targets}
+    hooks = sorted({target.hook for target in targets})
+    progress(0, tokens, "loading the model")
+    for batch in ctx.batches(batch_contexts, len(ctx.contexts)):
+        if all(rows.tokens >= tokens for rows in found.values()):
+            break
+        activations = ctx.model.capture_hooks(batch.ids, hooks)
+        for row_set, rows in found.items():
+            x_TD = activations[row_set.hook][batch.counted]
+            outlier_T = outlier_mask(x_TD, row_set.norm_limit)
+            kept_TD = x_TD[~outlier_T][: tokens - rows.tokens]
+            saes = {place: target.sae for place, target in enumerate(targets) if target.row_set == row_set}
+            if len(kept_TD):
+                rows.outliers += int(outlier_T.sum())
+                rows.add(kept_TD, saes)
+        progress(min(rows.tokens for rows in found.values()), tokens, "tokens")
+    return found
+
+
+def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:
+    """The decoder with the entries of each row in a random order: random directions with the same entries."""
+    generator = torch.Generator().manual_seed(seed)
+    return W_dec_FD.cpu().gather(1, torch.rand(W_dec_FD.shape, generator=generator).argsort(1)).to(W_dec_FD.device)
+
+
+def random_latents(direction_FD: Tensor, x_TD: Tensor, active_F: np.ndarray) -> Latents:
+    """The latents relu((x - mean) . d_i - theta_i) of random directions d_i, on the device of these.
+
+    theta_i is such that latent i fires at active_F[i] of the tokens, as often as that of the SAE that it stands for.
+    """
+    x_DT = (x_TD - x_TD.mean(0)).T.to(direction_FD.device)
+    order_F = np.argsort(active_F, kind="stable")  # so that the latents of a block need about as many values
+    parts = []
+    for start in range(0, len(order_F), LATENTS_PER_BLOCK):
+        block_B = order_F[start : start + LATENTS_PER_BLOCK]
+        projection_BT = direction_FD[block_B] @ x_DT
+        count_B = torch.from_numpy(np.minimum(active_F[block_B], len(x_TD) - 1)).to(projection_BT.device)
+        largest = projection_BT.topk(int(count_B.max()) + 1).values
+        threshold_B1 = largest.gather(1, count_B[:, None])
+        parts.append(sparse((projection_BT - threshold_B1).relu()))
+    return Latents.of(vstack(parts, "csr")[np.argsort(order_F)].T.tocsr())

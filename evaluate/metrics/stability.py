@@ -1,0 +1,324 @@
+"""Stability: how much of an SAE the same training with another seed finds again.
+
+PW-MCC (Song et al. 2025, arXiv 2505.20254) is the mean, over the optimal one-to-one matching of the latents of two
+SAEs, of the absolute cosine of their decoder rows; here also of the absolute Pearson correlation of their activations
+on the same held-out tokens. The number of an SAE is the mean over the other seeds, so that the mean over the SAEs of a
+system is that over all pairs. In the authors' code (examples/evaluate_mcc.py) the cosines keep their sign; the two
+agree wherever the best match points the same way.
+
+Each number stands beside the same number for a matched random dictionary: the SAE's own decoder rows with the entries
+of each in random order, used as encoder too, with thresholds at which every latent fires as often as before. It keeps
+the width, the entries of rows with a few large ones, and the firing rates, all of which raise a matching of pure
+chance, and reads the same activations, whose few large directions correlate any two dictionaries.
+
+Dead latents, which do not vary on these tokens: the decoder number counts their rows like the others, as the source
+does; the correlation, which they do not have, is taken over the others, and what is left over in the larger of two sets
+counts as 0.
+
+Shape suffixes: F latents, D d_in.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t
+from torch import Tensor
+
+from ...common.errors import SaeError, UnavailableError, UsageError
+from ..context import EvalContext
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, RowSet
+from .latent_correlation import HeldOutRows, Latents, random_latents, read_latents, shuffle_rows
+from .latent_matching import CANDIDATES, EXACT_LATENTS, Matching, match_latents
+
+EXACT_RANDOM = 2048  # latents of random dictionaries that are matched exactly: others lose under 1e-6
+NULL_QUANTILE = 0.99  # of the matched cosines of random dictionaries, below which no latent recurs
+SAME_SAE = 0.9999  # PW-MCC of two seeds from which on they are one SAE
+MANY_DEAD = 0.1  # share of the latents above which a flag says so
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The matchings of the latents of two SAEs, as the first of them sees it; `shared` is the larger number of latents
+    that vary.
+    """
+
+    decoder: Matching
+    activation: Matching
+    shared: int
+
+    @property
+    def decoder_mcc(self) -> float:
+        return self.decoder.total / len(self.decoder.partner_F)
+
+    @property
+    def activation_mcc(self) -> float:
+        return self.activation.total / self.shared if self.shared else math.nan
+
+    def inverse(self) -> "Pair":
+        latents = len(self.decoder.partner_F)
+        return Pair(self.decoder.inverse(latents), self.activation.inverse(latents), self.shared)
+
+
+NamedPair = tuple[str, Pair]  # the name of the other seed, and the matchings with it
+
+
+@dataclass(frozen=True)
+class Stability(Metric):
+    """`tokens` held-out tokens are read, in batches of `batch_contexts` contexts.
+
+    A latent recurs in another seed if the cosine with its match reaches `threshold` (0.7 as in Paulo and Belrose 2025,
+    arXiv 2501.16615) and the NULL_QUANTILE of the cosines in `draws` random dictionaries. Up to `exact_latents` latents
+    the matching of two seeds is optimal.
+    """
+
+    tokens: int = 32_768
+    batch_contexts: int = 16
+    threshold: float = 0.7
+    draws: int = 3
+    exact_latents: int = EXACT_LATENTS
+
+    name = "stability"
+    type_id = "stability"
+    saebench_rows = False
+    title = "stability: what the other seeds find again (PW-MCC; null: random dictionaries)"
+    columns = (
+        MetricColumn("decoder PW-MCC", "stability", "decoder_pw_mcc", ".3f", "up", 0, 1),
+        MetricColumn("null", "stability", "decoder_pw_mcc_null", ".3f"),
+        MetricColumn("activation PW-MCC", "stability", "activation_pw_mcc", ".3f", "up", 0, 1),
+        MetricColumn("null", "stability", "activation_pw_mcc_null", ".3f"),
+        MetricColumn("recurring", "stability", "recurring", ".3f", "up", 0, 1),
+        MetricColumn("alive", "stability", "frac_alive", ".3f", "up", 0, 1),
+    )
+
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
+        return {**super().settings(ctx), **ctx.text_identity}
+
+    def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
+        """The weights of the other seeds. Raises UnavailableError if there are none."""
+        if seeds := other_seeds(target, targets):
+            return {"seeds": sorted(seed.weights for seed in seeds)}
+        alone = [one.name for one in targets if not one.reference and not other_seeds(one, targets)]
+        others = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+        raise UnavailableError(
+            f"stability needs at least two runs that differ only by seed, and there is no other seed of "
+            f"{', '.join(alone[:3])}{others}. Name all seeds in one command; `sae train` with --seed 0 --seed 1 --seed "
+            "2 trains three. An imported SAE has no seeds."
+        )
+
+    def check(self) -> None:
+        for name in ("tokens", "batch_contexts", "draws", "exact_latents"):
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"stability.{name}={value}: give 1 or more.")
+        if not 0 < self.threshold <= 1:
+            raise UsageError(f"stability.threshold={self.threshold:g}: give a cosine above 0 and at most 1.")
+
+    @torch.no_grad()
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+        """Compare the seeds of each system. Targets without another seed get an error."""
+        outcomes: dict[int, Outcome] = {}
+        for place, target in enumerate(targets):
+            try:
+                self.settings_of(target, targets)
+            except SaeError as error:
+                outcomes[place] = error
+        compared = [place for place in range(len(targets)) if place not in outcomes]
+        if compared:
+            seeds = [targets[place] for place in compared]
+            read = read_latents(ctx, seeds, self.tokens, self.batch_contexts, progress)
+            systems: dict[tuple[str, RowSet], list[int]] = {}
+            for number, seed in enumerate(seeds):
+                systems.setdefault((seed.system, seed.row_set), []).append(number)
+            for (_, row_set), system in systems.items():
+                for number, outcome in self.compare_seeds(seeds, system, read[row_set], ctx.device, progress).items():
+                    outcomes[compared[number]] = outcome
+        return [outcomes[place] for place in range(len(targets))]
+
+    def compare_seeds(
+        self, targets: Sequence[EvalTarget], system: Sequence[int], rows: HeldOutRows, device: str, progress: Progress
+    ) -> dict[int, Outcome]:
+        """The outcomes of the targets of one system, keyed like `system` and `rows` by their places in `targets`."""
+        try:
+            require_comparable(targets, system, rows)
+        except SaeError as error:
+            return dict.fromkeys(system, error)
+        # In an order that does not depend on the command's, as of several optimal matchings one is taken.
+        order = sorted(system, key=lambda place: (targets[place].weights, targets[place].name))
+        latents = {place: rows.latents(place) for place in order}
+        decoder = {place: unit_rows(targets[place], device) for place in order}
+        steps = Steps(progress, len(order) * (len(order) - 1) // 2 + len(order) * self.draws)
+        pairs: dict[int, dict[int, Pair]] = {place: {} for place in order}
+        for number, one in enumerate(order):
+            for other in order[number + 1 :]:
+                steps.next(f"{targets[one].name} and {targets[other].name}")
+                pair = match_pair(decoder[one], decoder[other], latents[one], latents[other], self.exact_latents)
+                pairs[one][other], pairs[other][one] = pair, pair.inverse()
+        outcomes: dict[int, Outcome] = {}
+        x_TD = torch.cat(rows.x)
+        for place in order:
+            null = []
+            for draw in range(self.draws):
+                steps.next(f"{targets[place].name} and random dictionary {draw + 1}")
+                null.append(self.match_random(decoder[place], latents[place], x_TD, draw))
+            seeds = [(targets[other].name, pairs[place][other]) for other in order if other != place]
+            result = self.result(seeds, null, latents[place])
+            outcomes[place] = result.without_outliers(rows.outliers, rows.tokens)
+        return outcomes
+
+    def match_random(self, unit_FD: Tensor, latents: Latents, x_TD: Tensor, draw: int) -> Pair:
+        random_FD = shuffle_rows(unit_FD, draw)
+        random = random_latents(random_FD, x_TD, latents.active_F)
+        return match_pair(unit_FD, random_FD, latents, random, min(self.exact_latents, EXACT_RANDOM))
+
+    def result(self, seeds: Sequence[NamedPair], null: Sequence[Pair], latents: Latents) -> MetricResult:
+        """The numbers of one SAE from its matchings with the other seeds and with random dictionaries."""
+        cosine_SF = np.abs([pair.decoder.similarity_F for _, pair in seeds])
+        random_cosines = np.abs([pair.decoder.similarity_F for pair in null])
+        threshold = max(self.threshold, float(np.quantile(random_cosines, NULL_QUANTILE)))
+        recurs_F, alive_F = (cosine_SF >= threshold).all(0), latents.varies_F
+        values = {
+            "decoder_pw_mcc": [pair.decoder_mcc for _, pair in seeds],
+            "decoder_pw_mcc_null": [pair.decoder_mcc for pair in null],
+            "activation_pw_mcc": [pair.activation_mcc for _, pair in seeds],
+            "activation_pw_mcc_null": [pair.activation_mcc for pair in null],
+        }
+        metrics = {name: float(np.mean(numbers)) for name, numbers in values.items()} | {
+            "recurring": float(recurs_F.mean()),
+            "recurring_threshold": threshold,
+            "decoder_pw_mcc_alive": float(cosine_SF[:, alive_F].mean()) if alive_F.any() else math.nan,
+            "frac_alive": float(alive_F.mean()),
+        }
+        intervals = {
+            name: t_interval(numbers, of_another=name.endswith("_null"))
+            for name, numbers in values.items()
+            if len(numbers) > 1
+        }
+        return MetricResult.of(
+            {"stability": metrics},
+            latent_details(seeds, recurs_F, latents),
+            intervals={"stability": intervals},
+            n={"other_seeds": len(seeds), "tokens": latents.f_TF.shape[0], "latents": len(alive_F)},
+            flags=[*self.method_flags(metrics, len(alive_F)), *stability_flags(metrics, intervals, seeds)],
+            extra={"seeds": [name for name, _ in seeds], **values},
+        )
+
+    def method_flags(self, metrics: Mapping[str, float], latents: int) -> list[str]:
+        flags = []
+        if latents > self.exact_latents:
+            flags.append(
+                f"The {latents:,} latents were matched among the {CANDIDATES} most similar ones of each, because they "
+                f"are more than {self.exact_latents:,}: PW-MCC is a lower bound."
+            )
+        if metrics["recurring_threshold"] > self.threshold:
+            flags.append(
+                f"Random dictionaries of this shape reach a cosine of {self.threshold:g}, so a latent recurs only from "
+                f"{metrics['recurring_threshold']:.3f} on, the {NULL_QUANTILE:.0%} quantile of their matches."
+            )
+        return flags
+
+
+@dataclass
+class Steps:
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def next(self, what: str) -> None:
+        """Say what begins now."""
+        self.progress(self.done, self.total, what)
+        self.done += 1
+
+
+def other_seeds(target: EvalTarget, targets: Sequence[EvalTarget]) -> list[EvalTarget]:
+    """The targets that differ from `target` only by seed."""
+    beside = [one for one in targets if one is not target and one.system == target.system]
+    return [one for one in beside if target.system and one.row_set == target.row_set]
+
+
+def require_comparable(targets: Sequence[EvalTarget], system: Sequence[int], rows: HeldOutRows) -> None:
+    """Raise SaeError if the seeds of a system cannot be compared."""
+    for place in system:
+        if not hasattr(targets[place].sae, "W_dec"):
+            kind = type(targets[place].sae).__name__
+            raise SaeError(f"Stability compares the directions of latents, and {kind} has no W_dec.")
+        if place in rows.failed:
+            raise SaeError(f"{targets[place].name}: {rows.failed[place]}")
+    widths = {len(targets[place].sae.W_dec): targets[place].name for place in system}  # type: ignore[attr-defined]
+    if len(widths) > 1:
+        shown = ", ".join(f"{name} has {width:,}" for width, name in widths.items())
+        raise UsageError(f"Seeds of one system have as many latents each, but {shown}.")
+    if not rows.tokens:
+        raise SaeError(
+            "The held-out text has no token to compare latents on: all are special tokens or outlier rows. Harvest "
+            "with a different dataset, or pass --max-norm none."
+        )
+
+
+def unit_rows(target: EvalTarget, device: str) -> Tensor:
+    W_dec_FD: Tensor = target.sae.W_dec  # type: ignore[attr-defined]
+    return torch.nn.functional.normalize(W_dec_FD.detach().to(device).float(), dim=1)
+
+
+def match_pair(unit_FD: Tensor, other_FD: Tensor, latents: Latents, others: Latents, exact_latents: int) -> Pair:
+    """Match two SAEs by their decoders, given as rows of unit length, and by their latents."""
+    return Pair(
+        match_latents(lambda rows: unit_FD[rows] @ other_FD.T, len(unit_FD), exact_latents),
+        match_latents(latents.correlation(others), len(unit_FD), exact_latents),
+        int(max(latents.varies_F.sum(), others.varies_F.sum())),
+    )
+
+
+def t_interval(values: Sequence[float], of_another: bool) -> list[float]:
+    """95 % interval of the mean, or of another value like these (a prediction interval), by Student's t."""
+    count = len(values)
+    spread = float(np.std(values, ddof=1)) * math.sqrt(1 / count + of_another)
+    half, centre = float(t.ppf(0.975, count - 1)) * spread, float(np.mean(values))
+    return [centre - half, centre + half]
+
+
+def stability_flags(
+    metrics: Mapping[str, float], intervals: Mapping[str, list[float]], seeds: Sequence[NamedPair]
+) -> list[str]:
+    flags = [
+        f"Its decoder equals that of {name}: the same SAE twice, which says nothing about seeds."
+        for name, pair in seeds
+        if pair.decoder_mcc > SAME_SAE
+    ]
+    for what in ("decoder", "activation"):
+        value, null = metrics[f"{what}_pw_mcc"], metrics[f"{what}_pw_mcc_null"]
+        _, high = intervals.get(f"{what}_pw_mcc_null", (null, null))
+        if value <= high:
+            flags.append(
+                f"The {what} PW-MCC of {value:.3f} is not above what random dictionaries reach, {high:.3f}: these "
+                "seeds have nothing in common that chance does not give."
+            )
+    if (dead := 1 - metrics["frac_alive"]) > MANY_DEAD:
+        flags.append(
+            f"{dead:.0%} of the latents do not vary on these tokens. The activation PW-MCC leaves them out; the "
+            f"decoder PW-MCC counts their rows; over the others it is {metrics['decoder_pw_mcc_alive']:.3f}."
+        )
+    return flags
+
+
+def latent_details(seeds: Sequence[NamedPair], recurs_F: np.ndarray, latents: Latents) -> list[dict[str, Any]]:
+    """An entry per latent: whether it recurs, and its match in each other seed, in the order of `extra["seeds"]`.
+
+    A latent has no match by activations if either does not vary.
+    """
+    density_F = latents.active_F / latents.f_TF.shape[0]
+    columns: dict[str, list[list[Any]]] = {}
+    for name, similarity in (("decoder", "cosine"), ("activation", "correlation")):
+        matchings: list[Matching] = [getattr(pair, name) for _, pair in seeds]
+        partner_FS = np.stack([one.partner_F for one in matchings], 1)
+        value_FS = np.stack([one.similarity_F for one in matchings], 1)
+        has_match_FS = (partner_FS >= 0) & ((value_FS != 0) | (name == "decoder"))
+        columns[f"{name}_match"] = np.where(has_match_FS, partner_FS.astype(object), None).tolist()
+        columns[f"{name}_{similarity}"] = np.where(has_match_FS, value_FS.round(6).astype(object), None).tolist()
+    return [
+        {"index": i, "density": round(float(density_F[i]), 10), "recurs": bool(recurs_F[i])}
+        | {name: column[i] for name, column in columns.items()}
+        for i in range(len(recurs_F))
+    ]

@@ -1,0 +1,300 @@
+"""Stability: what is known to be equal has 1, what is known to be random has the null's number, and what is refused."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+import sae
+from sae.cache.reader import Cache
+from sae.common.errors import UnavailableError, UsageError
+from sae.evaluate.compare import compare_runs
+from sae.evaluate.plan import EvaluateConfig
+from sae.evaluate.run import evaluate
+from sae.evaluate.tables import tables
+from sae.train.activation_functions import ReLU, TopK
+from sae.train.sae import SAE, save_sae
+
+from ...run_records import write_run_record
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+D, F = 32, 48
+
+
+def make_sae(seed: int, activation=None, latents: int = F) -> SAE:
+    torch.manual_seed(seed)
+    made = SAE(D, latents, [activation or TopK(4)]).requires_grad_(False).eval()
+    made.b_enc.copy_(torch.randn(latents) / 4)
+    return made
+
+
+def changed(one: SAE, **tensors: torch.Tensor) -> SAE:
+    """A copy of an SAE with other tensors."""
+    made = SAE(one.d_in, one.d_sae, [type(a)(**a.options) for a in one.activation]).requires_grad_(False).eval()
+    made.load_state_dict(one.state_dict() | tensors)
+    return made
+
+
+def save(folder: Path, cache: Cache, seed: int, one: SAE, **record) -> Path:
+    origin = {
+        "model": cache.identity["model"],
+        "layer": 0,
+        "cache": str(cache.folder),
+        "fingerprint": cache.fingerprint,
+    }
+    save_sae(one, folder, origin)
+    write_run_record(folder, d_in=D, d_sae=one.d_sae, layer=0, variant="topk", seed=seed, **record)
+    return folder
+
+
+def ask(*runs: Path, **changes) -> EvaluateConfig:
+    return replace(EvaluateConfig(runs, suite="stability", device="cpu", references=False), **changes)
+
+
+def numbers(row, metric: str = "stability") -> dict:
+    return row.results[metric].metrics["stability"]
+
+
+def file_of(run: Path) -> dict:
+    return json.loads((run / "evaluations" / "stability.json").read_text())
+
+
+def test_a_run_against_itself_has_1_also_permuted_or_rescaled(tiny_cache, home):
+    one = make_sae(0, ReLU())
+    one.b_enc[3] = -1e3  # dead
+    order = torch.randperm(F, generator=torch.Generator().manual_seed(0))
+    permuted = changed(one, W_enc=one.W_enc[:, order], b_enc=one.b_enc[order], W_dec=one.W_dec[order])
+    scale_F = torch.rand(F, generator=torch.Generator().manual_seed(1)) * 4 + 0.1
+    rescaled = changed(one, W_enc=one.W_enc * scale_F, b_enc=one.b_enc * scale_F, W_dec=one.W_dec / scale_F[:, None])
+    runs = [save(home / f"run-{i}", tiny_cache, i, s) for i, s in enumerate((one, permuted, rescaled))]
+    rows = evaluate(ask(*runs))
+    for row in rows:
+        found = numbers(row)
+        assert found["decoder_pw_mcc"] == pytest.approx(1, abs=1e-6)
+        assert found["activation_pw_mcc"] == pytest.approx(1, abs=1e-6)  # the dead latent is left out on both sides
+        assert found["recurring"] == 1 and found["frac_alive"] == (F - 1) / F
+        flags = " ".join(row.results["stability"].flags)
+        assert flags.count("the same SAE twice") == 2
+    details = file_of(runs[0])["eval_result_details"]
+    position = {int(latent): place for place, latent in enumerate(order)}
+    names = file_of(runs[0])["eval_result_unstructured"]["extra"]["seeds"]
+    assert sorted(names) == ["run-1", "run-2"]
+    expected = [[position[i] if name == "run-1" else i for name in names] for i in range(F)]
+    assert [entry["decoder_match"] for entry in details] == expected
+    expected[3] = [-1, -1]  # in a file -1 stands for what does not exist
+    assert [entry["activation_match"] for entry in details] == expected
+
+
+class Linear:
+    """Signed latents, as of an SAE that keeps the largest |z|."""
+
+    def __init__(self, W_enc: torch.Tensor, W_dec: torch.Tensor) -> None:
+        self.W_enc, self.W_dec = W_enc, W_dec
+
+    def encode(self, x):
+        return x @ self.W_enc
+
+    def decode(self, f):
+        return f @ self.W_dec
+
+
+def test_the_sign_of_a_latent_does_not_count(tiny_cache):
+    torch.manual_seed(0)
+    W_enc, W_dec, sign_F = torch.randn(D, 24), torch.randn(24, D), torch.tensor([1.0, -1, -3] * 8)
+    saes = {"one": Linear(W_enc, W_dec), "other": Linear(W_enc * sign_F, W_dec / sign_F[:, None])}
+    one, _ = sae.evaluate_saes(
+        saes, cache=tiny_cache, layer=0, systems=dict.fromkeys(saes, "linear"), suite="stability", references=False,
+        device="cpu",
+    )  # fmt: skip
+    found, details = numbers(one), one.results["stability"].details
+    assert found["decoder_pw_mcc"] == pytest.approx(1) and found["activation_pw_mcc"] == pytest.approx(1, abs=1e-5)
+    assert [entry["decoder_cosine"][0] for entry in details] == pytest.approx(sign_F.sign().tolist())
+    assert [entry["activation_correlation"][0] for entry in details] == pytest.approx(sign_F.sign().tolist(), abs=1e-5)
+
+
+def test_shuffled_rows_have_the_number_of_the_null(tiny_cache, home):
+    one = make_sae(0, latents=200)
+    order_FD = torch.rand(200, D, generator=torch.Generator().manual_seed(7)).argsort(1)
+    W_dec = one.W_dec.gather(1, order_FD)
+    shuffled = changed(one, W_dec=W_dec, W_enc=W_dec.T.contiguous())
+    runs = [save(home / name, tiny_cache, seed, s) for seed, (name, s) in enumerate({"a": one, "b": shuffled}.items())]
+    row, _ = evaluate(ask(*runs, options=["stability.draws=5"]))
+    result, found = row.results["stability"], numbers(row)
+    low, high = result.intervals["stability"]["decoder_pw_mcc_null"]
+    assert low < found["decoder_pw_mcc"] < high < low + 0.03
+    assert found["activation_pw_mcc"] == pytest.approx(found["activation_pw_mcc_null"], abs=0.06)
+    assert found["recurring"] < 0.05
+    assert any("decoder PW-MCC of" in flag and "not above" in flag for flag in result.flags)
+
+
+def test_the_numbers_are_means_over_the_other_seeds_and_equal_plain_loops(tiny_cache, home):
+    saes = [make_sae(seed) for seed in range(3)]
+    saes[1].W_dec[:20] = saes[0].W_dec[20:40]  # what two of the three share
+    runs = [save(home / f"s{seed}", tiny_cache, seed, one) for seed, one in enumerate(saes)]
+    rows = evaluate(ask(*runs))
+    expected = {
+        (i, j): plain_pw_mcc(saes[i].W_dec.numpy(), saes[j].W_dec.numpy()) for i in range(3) for j in range(3) if i != j
+    }
+    for i, row in enumerate(rows):
+        result, values = row.results["stability"], [expected[i, j] for j in range(3) if j != i]
+        assert sorted(result.extra["decoder_pw_mcc"]) == pytest.approx(sorted(values), abs=1e-6)
+        assert numbers(row)["decoder_pw_mcc"] == pytest.approx(np.mean(values), abs=1e-6)
+        half = 12.7062 * np.std(values, ddof=1) / 2**0.5  # t of one degree of freedom
+        assert result.intervals["stability"]["decoder_pw_mcc"] == pytest.approx(
+            [np.mean(values) - half, np.mean(values) + half], abs=1e-4
+        )
+        null = result.extra["decoder_pw_mcc_null"]
+        half = 4.30265 * np.std(null, ddof=1) * (4 / 3) ** 0.5  # of one more dictionary, from three
+        assert result.intervals["stability"]["decoder_pw_mcc_null"] == pytest.approx(
+            [np.mean(null) - half, np.mean(null) + half], abs=1e-5
+        )
+        assert result.n["other_seeds"] == 2 and result.n["latents"] == F
+    assert sum(numbers(row)["decoder_pw_mcc"] for row in rows) / 3 == pytest.approx(np.mean(list(expected.values())))
+    entries = rows[0].results["stability"].details
+    names = rows[0].results["stability"].extra["seeds"]
+    assert all(entry["decoder_match"][names.index("s1")] == i + -20 for i, entry in enumerate(entries) if 20 <= i < 40)
+    assert not any(entry["recurs"] for entry in entries)  # none is in both of the others
+
+
+def plain_pw_mcc(one: np.ndarray, other: np.ndarray) -> float:
+    one, other = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (one, other))
+    cosines = np.abs(one @ other.T)
+    return float(cosines[linear_sum_assignment(-cosines)].mean())
+
+
+def test_what_every_other_seed_has_recurs_and_the_threshold_is_above_the_null(tiny_cache, home):
+    saes = [make_sae(seed) for seed in range(3)]
+    for other in saes[1:]:
+        other.W_dec[5:15] = saes[0].W_dec[:10] + 0.05 * torch.randn(10, D)
+    saes[2].W_dec[5] = torch.randn(D)  # latent 0 is in one of the others only
+    runs = [save(home / f"s{seed}", tiny_cache, seed, one) for seed, one in enumerate(saes)]
+    first, *_ = evaluate(ask(*runs))
+    entries = first.results["stability"].details
+    assert [entry["index"] for entry in entries if entry["recurs"]] == list(range(1, 10))
+    assert numbers(first)["recurring"] == 9 / F and numbers(first)["recurring_threshold"] == 0.7
+    low, *_ = evaluate(ask(*runs, options=["stability.threshold=0.05"]))
+    threshold = numbers(low)["recurring_threshold"]
+    assert 0.3 < threshold < 0.7  # the quantile of random dictionaries
+    assert any("reach a cosine of 0.05" in flag for flag in low.results["stability"].flags)
+
+
+def test_a_result_is_of_the_other_seeds_of_the_command(tiny_cache, home):
+    runs = [save(home / f"s{seed}", tiny_cache, seed, make_sae(seed)) for seed in range(3)]
+    pair = evaluate(ask(*runs[:2]))
+    assert pair[0].results["stability"].n["other_seeds"] == 1
+    assert "decoder_pw_mcc" not in pair[0].results["stability"].intervals["stability"]  # one pair has no spread
+    written = file_of(runs[0])
+    assert evaluate(ask(*runs[1::-1]))[1].results == pair[0].results and file_of(runs[0]) == written
+    whole = evaluate(ask(*runs))
+    assert [row.results["stability"].n["other_seeds"] for row in whole] == [2, 2, 2]
+    backwards = evaluate(ask(*runs[::-1], force=True))
+    assert [row.results for row in backwards[::-1]] == [row.results for row in whole]
+    assert evaluate(ask(*runs[:2]))[0].results == pair[0].results
+    seeds = file_of(runs[0])["eval_config"]["seeds"]
+    assert len(seeds) == 1 and seeds == [file_of(runs[1])["eval_config"]["weights"]]
+
+
+def test_runs_of_two_systems_are_compared_with_their_own_and_beside_each_other(tiny_cache, home):
+    runs = [save(home / f"s{seed}", tiny_cache, seed, make_sae(seed)) for seed in range(2)]
+    other = [save(home / f"o{seed}", tiny_cache, seed, make_sae(9 + seed, latents=40), l0=4) for seed in range(2)]
+    rows = evaluate(ask(*runs, *other))
+    assert [row.results["stability"].n["latents"] for row in rows] == [F, F, 40, 40]
+    assert [row.results["stability"].extra["seeds"] for row in rows] == [["s1"], ["s0"], ["o1"], ["o0"]]
+    ((_, heads, lines),) = tables(rows)
+    assert heads[1].startswith("decoder PW-MCC") and lines[0][1].startswith("0.")
+    comparison = compare_runs([*runs, *other])  # what a run was compared with is no difference between runs
+    assert not comparison.differences
+    assert {column.name for metric, column in comparison.columns} >= {"decoder_pw_mcc", "recurring"}
+
+
+def test_a_run_without_another_seed_is_an_error_alone_and_none_in_a_suite(tiny_cache, home):
+    alone, other = save(home / "alone", tiny_cache, 0, make_sae(0)), save(home / "o", tiny_cache, 0, make_sae(1), l0=4)
+    reason = "stability needs at least two runs that differ only by seed, and there is no other seed of alone, o. Name"
+    with pytest.raises(UnavailableError, match=reason):
+        evaluate(ask(alone, other))
+    first, second = evaluate(ask(alone, other, suite="core,stability", tokens=60))
+    assert "core" in first.results and str(first.errors["stability"]) == str(second.errors["stability"])
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("threshold=0", "threshold=0: give a cosine above 0"),
+        ("threshold=1.5", "at most 1"),
+        ("draws=0", "draws=0: give 1 or more"),
+        ("tokens=-1", "tokens=-1: give 1 or more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(tiny_cache, home, option, sentence):
+    runs = [save(home / f"s{seed}", tiny_cache, seed, make_sae(seed)) for seed in range(2)]
+    with pytest.raises(UsageError, match=sentence):
+        evaluate(ask(*runs, options=[f"stability.{option}"]))
+
+
+def test_what_cannot_be_compared_says_why(tiny_cache):
+    class Half:
+        def encode(self, x):
+            return x / 2
+
+        def decode(self, f):
+            return f
+
+    asked = {"cache": tiny_cache, "layer": 0, "suite": "stability", "references": False, "device": "cpu"}
+    pairs: list[tuple[Sequence, str]] = [
+        ((Half(), make_sae(0)), "Half has no W_dec"),
+        ((make_sae(0), make_sae(1, latents=40)), "as many latents each, but one has 48, other has 40"),
+    ]
+    for saes, sentence in pairs:
+        with pytest.raises((UsageError, sae.SaeError), match=sentence):
+            named = dict(zip(("one", "other"), saes, strict=True))
+            sae.evaluate_saes(named, systems=dict.fromkeys(named, "x"), **asked)
+
+
+def test_outlier_rows_are_left_out_and_counted_and_tokens_limit_the_text(tiny_cache, home):
+    runs = [save(home / f"s{seed}", tiny_cache, seed, make_sae(seed)) for seed in range(2)]
+    everything, *_ = evaluate(ask(*runs, max_norm=float("inf")))
+    masked, *_ = evaluate(ask(*runs, max_norm=1.1))
+    every, some = everything.results["stability"], masked.results["stability"]
+    assert some.masked is None and some.n["outlier_rows"] > 0
+    assert some.n["tokens"] + some.n["outlier_rows"] == every.n["tokens"]
+    assert some.metrics != every.metrics
+    few, *_ = evaluate(ask(*runs, options=["stability.tokens=100", "stability.batch_contexts=1"]))
+    assert few.results["stability"].n["tokens"] == 100
+
+
+def test_wide_dictionaries_are_matched_by_candidates_and_say_so(tiny_cache, home):
+    runs = [save(home / f"s{seed}", tiny_cache, seed, make_sae(seed)) for seed in range(2)]
+    exact, *_ = evaluate(ask(*runs))
+    wide, *_ = evaluate(ask(*runs, options=["stability.exact_latents=40"]))
+    assert numbers(wide)["decoder_pw_mcc"] == pytest.approx(numbers(exact)["decoder_pw_mcc"])  # 48 are all candidates
+    flag = "The 48 latents were matched among the 64 most similar ones of each, because they are more than 40"
+    assert any(flag in one for one in wide.results["stability"].flags)
+    assert not any("most similar" in one for one in exact.results["stability"].flags)
+
+
+def test_many_dead_latents_are_said(tiny_cache, home):
+    saes = [make_sae(seed) for seed in range(2)]
+    for one in saes:
+        one.b_enc[:10] = -1e3
+    saes[1].W_dec[10:] = saes[0].W_dec[10:]
+    runs = [save(home / f"s{seed}", tiny_cache, seed, one) for seed, one in enumerate(saes)]
+    row, _ = evaluate(ask(*runs))
+    found = numbers(row)
+    assert found["frac_alive"] < 0.8 and found["decoder_pw_mcc"] < 0.95
+    assert found["decoder_pw_mcc_alive"] == pytest.approx(1)
+    assert any("latents do not vary on these tokens" in flag for flag in row.results["stability"].flags)
+
+
+def test_trained_seeds_are_seeds_of_one_system_and_other_recipes_are_not(tiny_cache, home):
+    runs = sae.train_saes(
+        ["topk", "relu"], cache=tiny_cache, layers=[0], seeds=[0, 1], steps=5, batch_size=128, width=F, device="cpu"
+    )
+    rows = sae.evaluate_saes(runs, suite="stability", references=False, device="cpu")
+    others = {row.name: row.results["stability"].extra["seeds"] for row in rows}
+    names = [run.folder.name for run in runs]
+    assert {name: [o for o in names if o != name and o.split("-")[0] == name.split("-")[0]] for name in names} == others
