@@ -1,7 +1,7 @@
 """Correlations between the latents of SAEs on the same held-out tokens, and random dictionaries to compare them with.
 
 The latents are kept sparsely, 12 bytes for each that is not 0: 25 MB for 32,768 tokens and an L0 of 64. The activations
-themselves take 4 bytes a number: 300 MB for as many tokens of Gemma-2-2B.
+take 4 bytes a number, twice while random dictionaries are made: 2 x 300 MB for as many tokens of Gemma-2-2B.
 
 Shape suffixes: T tokens, D d_in, F latents of one SAE, G of another, B a block of latents.
 """
@@ -102,9 +102,14 @@ class HeldOutRows:
     def latents(self, place: int) -> Latents:
         return Latents.of(vstack(self.f[place], "csr"))
 
+    def centered(self, device: str) -> Tensor:
+        """x less its mean (D, T), on a device."""
+        x_TD = torch.cat(self.x)
+        return x_TD.sub_(x_TD.mean(0)).T.to(device)
+
 
 def sparse(f_TF: Tensor) -> csr_matrix:
-    return csr_matrix(f_TF.double().cpu().numpy())
+    return csr_matrix(f_TF.cpu().numpy()).astype(np.float64)
 
 
 def read_latents(
@@ -122,13 +127,13 @@ def read_latents(
             break
         activations = ctx.model.capture_hooks(batch.ids, hooks)
         for row_set, rows in found.items():
+            if rows.tokens >= tokens:
+                continue
             x_TD = activations[row_set.hook][batch.counted]
             outlier_T = outlier_mask(x_TD, row_set.norm_limit)
-            kept_TD = x_TD[~outlier_T][: tokens - rows.tokens]
-            saes = {place: target.sae for place, target in enumerate(targets) if target.row_set == row_set}
-            if len(kept_TD):
-                rows.outliers += int(outlier_T.sum())
-                rows.add(kept_TD, saes)
+            rows.outliers += int(outlier_T.sum())
+            if len(kept_TD := x_TD[~outlier_T][: tokens - rows.tokens]):
+                rows.add(kept_TD, {at: target.sae for at, target in enumerate(targets) if target.row_set == row_set})
         progress(min(rows.tokens for rows in found.values()), tokens, "tokens")
     return found
 
@@ -139,18 +144,18 @@ def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:
     return W_dec_FD.cpu().gather(1, torch.rand(W_dec_FD.shape, generator=generator).argsort(1)).to(W_dec_FD.device)
 
 
-def random_latents(direction_FD: Tensor, x_TD: Tensor, active_F: np.ndarray) -> Latents:
-    """The latents relu((x - mean) . d_i - theta_i) of random directions d_i, on the device of these.
+def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> Latents:
+    """The latents relu(x . d_i - theta_i) of random directions d_i, for activations x of mean 0.
 
     theta_i is such that latent i fires at active_F[i] of the tokens, as often as that of the SAE that it stands for.
     """
-    x_DT = (x_TD - x_TD.mean(0)).T.to(direction_FD.device)
+    tokens = x_DT.shape[1]
     order_F = np.argsort(active_F, kind="stable")  # so that the latents of a block need about as many values
     parts = []
     for start in range(0, len(order_F), LATENTS_PER_BLOCK):
         block_B = order_F[start : start + LATENTS_PER_BLOCK]
         projection_BT = direction_FD[block_B] @ x_DT
-        count_B = torch.from_numpy(np.minimum(active_F[block_B], len(x_TD) - 1)).to(projection_BT.device)
+        count_B = torch.from_numpy(np.minimum(active_F[block_B], tokens - 1)).to(projection_BT.device)
         largest = projection_BT.topk(int(count_B.max()) + 1).values
         threshold_B1 = largest.gather(1, count_B[:, None])
         parts.append(sparse((projection_BT - threshold_B1).relu()))

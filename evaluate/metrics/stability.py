@@ -36,19 +36,20 @@ from .latent_matching import CANDIDATES, EXACT_LATENTS, Matching, match_latents
 
 EXACT_RANDOM = 2048  # latents of random dictionaries that are matched exactly: others lose under 1e-6
 NULL_QUANTILE = 0.99  # of the matched cosines of random dictionaries, below which no latent recurs
-SAME_SAE = 0.9999  # PW-MCC of two seeds from which on they are one SAE
+SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds from which on a flag says so
 MANY_DEAD = 0.1  # share of the latents above which a flag says so
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The matchings of the latents of two SAEs, as the first of them sees it; `shared` is the larger number of latents
-    that vary.
+    """The matchings of two SAEs, by decoder and by activation, seen from one of them.
+
+    `varying` is the larger of their numbers of latents that vary.
     """
 
     decoder: Matching
     activation: Matching
-    shared: int
+    varying: int
 
     @property
     def decoder_mcc(self) -> float:
@@ -56,11 +57,11 @@ class Pair:
 
     @property
     def activation_mcc(self) -> float:
-        return self.activation.total / self.shared if self.shared else math.nan
+        return self.activation.total / self.varying if self.varying else math.nan
 
     def inverse(self) -> "Pair":
         latents = len(self.decoder.partner_F)
-        return Pair(self.decoder.inverse(latents), self.activation.inverse(latents), self.shared)
+        return Pair(self.decoder.inverse(latents), self.activation.inverse(latents), self.varying)
 
 
 NamedPair = tuple[str, Pair]  # the name of the other seed, and the matchings with it
@@ -95,7 +96,9 @@ class Stability(Metric):
     )
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        return {**super().settings(ctx), **ctx.text_identity}
+        settings = {**super().settings(ctx), **ctx.text_identity}
+        del settings["mode"]  # SAEBench has no such metric
+        return settings
 
     def settings_of(self, target: EvalTarget, targets: Sequence[EvalTarget]) -> dict[str, Any]:
         """The weights of the other seeds. Raises UnavailableError if there are none."""
@@ -157,20 +160,20 @@ class Stability(Metric):
                 pair = match_pair(decoder[one], decoder[other], latents[one], latents[other], self.exact_latents)
                 pairs[one][other], pairs[other][one] = pair, pair.inverse()
         outcomes: dict[int, Outcome] = {}
-        x_TD = torch.cat(rows.x)
+        x_DT = rows.centered(device)
         for place in order:
             null = []
             for draw in range(self.draws):
                 steps.next(f"{targets[place].name} and random dictionary {draw + 1}")
-                null.append(self.match_random(decoder[place], latents[place], x_TD, draw))
+                null.append(self.match_random(decoder[place], latents[place], x_DT, draw))
             seeds = [(targets[other].name, pairs[place][other]) for other in order if other != place]
             result = self.result(seeds, null, latents[place])
             outcomes[place] = result.without_outliers(rows.outliers, rows.tokens)
         return outcomes
 
-    def match_random(self, unit_FD: Tensor, latents: Latents, x_TD: Tensor, draw: int) -> Pair:
+    def match_random(self, unit_FD: Tensor, latents: Latents, x_DT: Tensor, draw: int) -> Pair:
         random_FD = shuffle_rows(unit_FD, draw)
-        random = random_latents(random_FD, x_TD, latents.active_F)
+        random = random_latents(random_FD, x_DT, latents.active_F)
         return match_pair(unit_FD, random_FD, latents, random, min(self.exact_latents, EXACT_RANDOM))
 
     def result(self, seeds: Sequence[NamedPair], null: Sequence[Pair], latents: Latents) -> MetricResult:
@@ -283,9 +286,10 @@ def stability_flags(
     metrics: Mapping[str, float], intervals: Mapping[str, list[float]], seeds: Sequence[NamedPair]
 ) -> list[str]:
     flags = [
-        f"Its decoder equals that of {name}: the same SAE twice, which says nothing about seeds."
+        f"Its decoder equals that of {name}: a copy, or a decoder that neither seed nor training changes. Then PW-MCC "
+        "says nothing about what training finds again."
         for name, pair in seeds
-        if pair.decoder_mcc > SAME_SAE
+        if pair.decoder_mcc > SAME_DECODER
     ]
     for what in ("decoder", "activation"):
         value, null = metrics[f"{what}_pw_mcc"], metrics[f"{what}_pw_mcc_null"]

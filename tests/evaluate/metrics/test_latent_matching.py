@@ -78,7 +78,7 @@ def test_random_latents_fire_as_often_as_those_that_they_stand_for(monkeypatch):
     x_TD = 5 + torch.randn(40, 6, generator=generator)
     direction_FD = torch.randn(8, 6, generator=generator)
     active_F = np.array([0, 3, 39, 40, 1, 20, 0, 7])
-    latents = random_latents(direction_FD, x_TD, active_F)
+    latents = random_latents(direction_FD, (x_TD - x_TD.mean(0)).T, active_F)
     assert latents.active_F.tolist() == np.minimum(active_F, 39).tolist()  # the smallest value is the threshold
     projection_TF = (x_TD - x_TD.mean(0)) @ direction_FD.T
     dense_TF = torch.from_numpy(latents.f_TF.toarray())

@@ -79,7 +79,7 @@ def test_a_run_against_itself_has_1_also_permuted_or_rescaled(tiny_cache, home):
         assert found["activation_pw_mcc"] == pytest.approx(1, abs=1e-6)  # the dead latent is left out on both sides
         assert found["recurring"] == 1 and found["frac_alive"] == (F - 1) / F
         flags = " ".join(row.results["stability"].flags)
-        assert flags.count("the same SAE twice") == 2
+        assert flags.count("Its decoder equals that of run-") == 2
     details = file_of(runs[0])["eval_result_details"]
     position = {int(latent): place for place, latent in enumerate(order)}
     names = file_of(runs[0])["eval_result_unstructured"]["extra"]["seeds"]
