@@ -52,11 +52,12 @@ def describe_runs(report: PaperReport) -> str:
     if not report.runs:
         return "none yet"
     layers = ", ".join(map(str, sorted({run.layer for run in report.runs})))
-    seeds = ", ".join(map(str, sorted({run.seed for run in report.runs})))
+    seeds = sorted({run.seed for run in report.runs})
+    named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     records = [run.run.record for run in report.runs]
     sizes = sorted({(record["d_sae"], record["steps"], record["batch_size"]) for record in records})
     shown = ", ".join(f"{d_sae:,} latents, {steps:,} steps of {batch:,} tokens" for d_sae, steps, batch in sizes)
-    return f"layer {layers}, seeds {seeds}; {shown}"
+    return f"layer {layers}, {named}; {shown}"
 
 
 def shown_verdicts(report: PaperReport) -> list[Verdict]:

@@ -245,6 +245,14 @@ def test_the_page_has_every_claim_and_contradiction(number):
     assert "Not the paper" not in reproduction_page(build_report(paper, [], True), paper.setup.reads_as)
 
 
+def test_the_page_counts_a_run_once_that_belongs_to_two_systems():
+    one = run("full", "hierarchical")
+    html = reproduction_page(build_report(PAPER, [one, replace(one, system="adaptive")], False), "gemma-2-mini")
+    assert "Measured in 1 run: layer 19, seed 0;" in html
+    html = reproduction_page(build_report(PAPER, [one, run("full", "hierarchical", 1)], False), "gemma-2-mini")
+    assert "Measured in 2 runs: layer 19, seeds 0, 1;" in html
+
+
 @pytest.mark.parametrize(
     "line",
     [
