@@ -53,8 +53,6 @@ ALSO = (
     ("core", "quantile_99.9"),
     ("absorption", "mean_full_absorption_score"),
     ("sparse_probing_stdlib", "sae_top_1_test_accuracy"),
-    ("scr_stdlib", "scr_metric_threshold_20"),
-    ("tpp_stdlib", "tpp_threshold_20_total_metric"),
 )
 SHORT = {"absorption": "absorption, ", "sparse_probing_stdlib": "probing, "}
 Runs = dict[tuple[str, int, int], ComparedRun]  # recipe, layer, seed -> run

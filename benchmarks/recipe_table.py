@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from sae.cli.console import bar
+from sae.evaluate.metrics.registry import caveats
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.rows import EvalRow
 from sae.evaluate.run import evaluate
@@ -48,6 +49,8 @@ def main() -> None:
         print("|---" * len(heads) + "|")
         for name, *cells in lines:
             print(f"| `{short_name(name)}` | " + " | ".join(cells) + " |")
+    for caveat in caveats(dict.fromkeys(name for row in rows for name in row.results)):
+        print(f"\n{caveat}")
     for row in rows:
         for metric, error in row.errors.items():
             print(f"not measured: {metric} of {row.name}: {error}", file=sys.stderr)

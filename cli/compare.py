@@ -26,7 +26,11 @@ def compare(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A system in the table: print differences from it, paired by seed, with intervals."),
+        typer.Option(help="A system in the table: test the others against it, with what this could have detected."),
+    ] = None,
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(help="number=margin: up to which difference --against calls it equivalent. Can be repeated."),
     ] = None,
     mix: Annotated[
         bool,
@@ -43,7 +47,15 @@ def compare(
     from ..common.files import atomic_write
     from ..common.formatting import format_count
     from ..common.packages import import_extra
-    from ..evaluate.compare import compare_runs, comparison_table, paired_table, to_csv, to_records
+    from ..evaluate.against import compare_against
+    from ..evaluate.compare import (
+        compare_runs,
+        comparison_table,
+        detectable_line,
+        records_as_csv,
+        to_csv,
+        to_records,
+    )
     from ..evaluate.tables import notes
 
     for path in out or []:
@@ -52,28 +64,37 @@ def compare(
     if plots is not None:
         import_extra("plots", "--plots")
     comparison = compare_runs(runs, mix, references)
-    paired = None if against is None else paired_table(comparison, against)
+    if margin and against is None:
+        raise UsageError("--margin is of --against: name the system to compare with, such as --against topk.")
+    paired = None if against is None else compare_against(comparison, against, margin or [])
     for difference in comparison.differences:
         echo(f"differs  {difference}")
     counts = f"{format_count(len(comparison.runs), 'run')}, {format_count(len(comparison.systems), 'system')}"
-    show_table(counts, *comparison_table(comparison))
+    heads, lines = comparison_table(comparison)
+    show_table(counts, heads, [*lines, *filter(None, [detectable_line(comparison)])])
     if comparison.masked_note:
         echo(f"masked   {comparison.masked_note}")
     if paired is not None:
-        show_table(f"against {against}, paired by seed", *paired)
-    for note in notes(comparison.rows):
+        show_table(paired.title, *paired.table())
+    shown = dict.fromkeys(metric for metric, _ in comparison.columns)
+    for note in [*(paired.notes if paired else ()), *notes(comparison.rows, shown)]:
         echo(f"note     {note}")
     for path in out or []:
+        beside = path.with_name(f"{path.stem}-against{path.suffix}")
         if path.suffix == ".csv":
             atomic_write(path, to_csv(comparison).encode())
+            if paired:
+                atomic_write(beside, records_as_csv(paired.records()).encode())
         elif path.suffix == ".json":
             atomic_write(path, json.dumps(to_records(comparison), indent=2).encode())
+            if paired:
+                atomic_write(beside, json.dumps(paired.records(), indent=2).encode())
         else:
             from ..evaluate.pages.comparison import comparison_page
             from ..evaluate.pages.page import write_page
 
-            write_page(path, comparison_page(comparison, against))
-        echo(f"written  {path}")
+            write_page(path, comparison_page(comparison, paired))
+        echo(f"written  {path}{f' and {beside.name}' if paired and path.suffix != '.html' else ''}")
     if plots is not None:
         from ..evaluate.compare_charts import frontiers, training_curves
         from ..evaluate.pages.plots import save_charts

@@ -29,7 +29,7 @@ def demo(
     topk = next(run.folder for run in runs if run.recipe.name == "topk")
     runs_folder, cache_folder = quote(folders[0].parent), quote(cache.folder)
     echo(f"next     sae dashboard {quote(topk)}     (its latents, as a page)")
-    echo(f"         sae evaluate {runs_folder}/*     (also absorption, probing, SCR and TPP)")
+    echo(f"         sae evaluate {runs_folder}/*     (also absorption and probing)")
     echo(f"         sae train --variant jumprelu --layer 5 --cache {cache_folder}     (`sae variants` lists more)")
     echo("         sae harvest --layer 12     (Gemma-2-2B: accept its license, then `hf auth login`)")
     if code:

@@ -66,7 +66,8 @@ def reproduce(
     suite: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=EVALUATION, help="As for `sae evaluate`. Default: full on the papers' model, else quick."
+            rich_help_panel=EVALUATION,
+            help="As for `sae evaluate`. Default: full on the papers' model, else quick and what the papers claim.",
         ),
     ] = None,
     evaluate_tokens: Annotated[

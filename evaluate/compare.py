@@ -9,26 +9,25 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..cache.models import model_label
-from ..common.errors import UsageError, did_you_mean
+from ..common.errors import UsageError
 from ..common.escaping import escape_for_csv
 from .compared_runs import ComparedRun, read_references, read_results, read_run, without_weights
 from .control_shares import control_notes, share_lines
 from .metrics.base import OUTLIERS, MetricColumn
 from .metrics.registry import METRICS
+from .paired import pair_systems
 from .rows import describe_notes, digest_without_seed, notes_beside
 from .tables import (
     column_heading,
     format_with_spread,
     half_interval,
-    paired_difference,
-    without_empty_columns,
 )
 
 L0 = ("core", "l0")
@@ -42,8 +41,6 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     ("absorption", "mean_full_absorption_score"),
     ("absorption", "mean_absorption_score"),  # of mode 2024-12
     *((metric, f"sae_top_{k}_test_accuracy") for metric in ("sparse_probing", "sparse_probing_stdlib") for k in (1, 5)),
-    *((metric, "scr_metric_threshold_20") for metric in ("scr", "scr_stdlib")),
-    *((metric, "tpp_threshold_20_total_metric") for metric in ("tpp", "tpp_stdlib")),
     ("unlearning", "unlearning_score"),
     ("stability", "decoder_pw_mcc"),
     ("stability", "recurring"),
@@ -218,33 +215,25 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
     return headings, [*lines, *share_lines(compared, columns)]
 
 
-def paired_table(comparison: Comparison, against: str) -> tuple[list[str], list[list[str]]]:
-    """The differences of all systems from the one labeled `against`: headings and a line per system.
+def detectable_line(comparison: Comparison) -> list[str]:
+    """The smallest difference between two systems that could be detected, below the table; empty if nothing is paired.
 
-    A cell is the mean difference over runs with the same seed, with half its 95 % interval by Student's t.
-
-    Raises UsageError when there is no such system, or no system shares two seeds with it.
+    It is the median over the comparisons of the first system with each other, as `--against` makes them
+    (docs/statistics.md).
     """
-    base = next((system for system in comparison.systems if system.label == against), None)
-    labels = [system.label for system in comparison.systems]
-    if base is None:
-        raise UsageError(f"There is no system {against}{did_you_mean(against, labels)}")
-    base_runs = base.run_by_seed
-    lines = []
-    for system in comparison.systems:
-        pairs = [(run, base_runs[seed]) for seed, run in system.run_by_seed.items() if seed in base_runs]
-        if system is not base and len(pairs) > 1:
-            cells = []
-            for metric, column in comparison.columns:
-                measured = [pair for pair in pairs if all(metric in run.results for run in pair)]
-                cells.append(paired_difference(measured, metric, column))
-            lines.append([f"{system.label} ({len(pairs)} seeds)", *cells])
-    if not lines:
-        raise UsageError(
-            f"No system has two seeds in common with {against}. Train more with --seed 0 --seed 1 --seed 2."
-        )
-    heads = [f"minus {against}", *(metric_heading(metric, column) for metric, column in comparison.columns)]
-    return without_empty_columns(heads, lines)
+    paired = {}
+    first, *others = (system.run_by_seed for system in comparison.systems)
+    for metric, column in comparison.columns:
+        found = [pair_systems(other, first, metric, column).differences for other in others]
+        paired[metric, column] = [one for one in found if one is not None and one.has_spread and column.better]
+    tests = sum(map(len, paired.values()))
+    if not tests:
+        return []
+    cells = [
+        format(statistics.median(one.detectable(tests) for one in some), column.format) if some else ""
+        for (_, column), some in paired.items()
+    ]
+    return ["smallest detectable difference", *cells]
 
 
 def metric_heading(metric: str, column: MetricColumn) -> str:
@@ -287,8 +276,12 @@ def flat_numbers(run: ComparedRun, masked: Collection[str]) -> Iterator[tuple[st
 
 
 def to_csv(comparison: Comparison) -> str:
-    """The records as CSV. Text that a spreadsheet would compute is made plain text by `escape_for_csv`."""
-    records = [record | {"notes": " ".join(record["notes"])} for record in to_records(comparison)]
+    """The records of the runs as CSV."""
+    return records_as_csv([record | {"notes": " ".join(record["notes"])} for record in to_records(comparison)])
+
+
+def records_as_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """Flat dictionaries as CSV. Text that a spreadsheet would compute is made plain text by `escape_for_csv`."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
     writer = csv.writer(text, lineterminator="\n")

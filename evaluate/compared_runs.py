@@ -14,9 +14,9 @@ from .control_shares import is_control_of
 from .controls import RECIPES, conditions_digest, conditions_of, distinct_names
 from .metrics.base import MetricColumn, MetricResult
 from .metrics.registry import METRICS
+from .paired import metric_value
 from .results import read_result_record, result_of
 from .rows import hook_suffix
-from .tables import metric_value
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ComparedRun:
         return float(l0) if isinstance(l0, (int, float)) else None
 
     def value(self, metric: str, column: MetricColumn) -> float | None:
-        return metric_value(self, metric, column) if metric in self.results else None
+        return metric_value(self, metric, column)
 
     @property
     def masks_rows(self) -> bool:

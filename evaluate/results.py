@@ -50,7 +50,7 @@ def write_result(
         "sae_lens_release_id": folder.name,
         "sae_lens_version": "none",
         "sae_cfg_dict": dict(record),
-        "eval_result_unstructured": unstructured_part(result) | {"absent": absent},
+        "eval_result_unstructured": unstructured_part(result, metric.caveat) | {"absent": absent},
     }
     path = result_file(folder, metric)
     try:
@@ -60,10 +60,10 @@ def write_result(
     RESULT_RECORD.write(path, envelope)
 
 
-def unstructured_part(result: MetricResult) -> dict[str, Any]:
+def unstructured_part(result: MetricResult, caveat: str = "") -> dict[str, Any]:
     """What SAEBench has no fields for."""
     part = {name: getattr(result, name) for name in UNSTRUCTURED_KEYS}
-    if notes := misnamed_numbers(result.metrics):
+    if notes := [*misnamed_numbers(result.metrics), *filter(None, [caveat])]:
         part["notes"] = notes
     if result.masked:
         part["masked"] = unstructured_part(result.masked) | {"details": result.masked.details}

@@ -12,6 +12,7 @@ from ..common.files import digest_of
 from ..common.l0_target import missed_l0
 from .context import EvalContext
 from .metrics.base import EvalTarget, Metric, MetricResult
+from .metrics.registry import caveats
 
 # Keys of run.json that do not affect the weights: runs of one recipe can come from several commands and machines.
 IGNORED_KEYS = ("seed", "asked", "device", "environment", "versions", "threads", "cache_folders")
@@ -163,7 +164,7 @@ def describe_notes(row: MeasuredRun) -> list[str]:
     if row.is_reference:
         return []
     of_metrics = [f"{metric}: {note}" for metric, result in row.results.items() for note in result.notes]
-    return [*of_metrics, *row.notes]
+    return [*of_metrics, *caveats(row.results), *row.notes]
 
 
 def add_notes(rows: Sequence[EvalRow]) -> None:

@@ -2,17 +2,17 @@
 
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-from scipy.stats import t
 
 from ..cache.models import model_label
 from ..train.sae import read_run_record
 from .control_shares import SHARE_NOTE, share_lines
 from .metrics.base import OUTLIERS, MetricColumn, MetricResult
-from .metrics.registry import METRICS
+from .metrics.registry import METRICS, caveats
+from .paired import SEED, metric_value, pair_runs, pair_systems
 from .rows import EvalRow, MeasuredRun, digest_without_seed
+from .statistics import PairedComparison, PairedDifferences, default_margin, judge
 
 ARROWS = {"up": " ↑", "down": " ↓", "": ""}
 
@@ -27,7 +27,8 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
     """Yield (title, heads, lines) for each metric that was measured.
 
     A cell is a number, with half its 95 % interval if it has one, and empty where a row has no such number. A number
-    that no row has gets no column. Runs that differ only in their seed get a line with mean and standard deviation.
+    that no row has gets no column. Runs that differ only in their seed get a line with mean and standard deviation, and
+    tests against the first such group; without seeds, the last line is the smallest detectable difference.
     """
     for name, metric in METRICS.items():
         measured = [row for row in rows if name in row.results]
@@ -36,7 +37,7 @@ def tables(rows: Sequence[EvalRow]) -> Iterator[tuple[str, list[str], list[list[
         title = "; n = ".join(filter(None, [metric.title, describe_counts([row.results[name] for row in measured])]))
         columns = [c for c in metric.columns if any(metric_value(row, name, c) is not None for row in measured)]
         lines = [[row.name, *(format_cell(row, name, column) for column in columns)] for row in measured]
-        lines += seed_lines(measured, name, columns)
+        lines += seed_lines(measured, name, columns) or detectable_lines(measured, name, columns)
         lines += share_lines(systems_of(measured), [(name, column) for column in columns])
         yield title, ["run", *map(column_heading, columns)], lines
 
@@ -68,10 +69,11 @@ def describe_counts(results: Sequence[MetricResult]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def notes(rows: Sequence[MeasuredRun]) -> list[str]:
+def notes(rows: Sequence[MeasuredRun], shown: Iterable[str] | None = None) -> list[str]:
     """The flags and notes of all runs as sentences. Flags that differ only in their numbers are given once.
 
-    They are about the numbers that tables show, without outlier rows.
+    They are about the numbers that tables show, without outlier rows. What is known against a metric is said of those
+    in `shown`, by default all that were measured.
     """
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for row in rows:
@@ -83,19 +85,16 @@ def notes(rows: Sequence[MeasuredRun]) -> list[str]:
         name, flag = flags[0]
         others = f" and {len(flags) - 1} more" if len(flags) > 1 else ""
         sentences.append(f"{metric}, {name}{others}: {flag}")
+    measured = dict.fromkeys(metric for row in rows for metric in row.results)
     shares = [SHARE_NOTE] if any(row.is_control for row in rows) and not all(row.is_control for row in rows) else []
-    return [*sentences, *(note for row in rows for note in row.notes), *shares]
+    known = caveats(measured if shown is None else shown)
+    return [*sentences, *known, *(note for row in rows for note in row.notes), *shares]
 
 
 def column_heading(column: MetricColumn) -> str:
     """The name with an arrow in the better direction; below it the range of the number."""
     ends = ["" if end is None else f"{end:g}" for end in (column.floor, column.ceiling)]
     return column.heading + ARROWS[column.better] + (f"\n{ends[0]}..{ends[1]}" if any(ends) else "")
-
-
-def metric_value(row: MeasuredRun, metric: str, column: MetricColumn) -> float | None:
-    """A number of a row, without outlier rows where there were any."""
-    return row.results[metric].sound.metrics.get(column.category, {}).get(column.name)
 
 
 def half_interval(row: MeasuredRun, metric: str, column: MetricColumn) -> float:
@@ -116,26 +115,69 @@ def format_with_spread(value: float, spread: float, form: str) -> str:
 def seed_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
     """A line with mean and sd for each group of runs that differ only in their seed.
 
-    From the second group on, this line is followed by the group's difference from the first group: paired over runs
-    with the same seed, with half the 95 % interval of Student's t.
+    From the second group on, three lines follow: its difference from the first group, paired over runs with the same
+    seed, with half the 95 % interval; the smallest difference that these seeds could show; and the verdict, by p-values
+    that are corrected for all comparisons of the table (docs/statistics.md).
     """
+    groups = runs_by_seed(rows)
+    paired = {place: seed_differences(groups[place], groups[0], metric, columns) for place in range(1, len(groups))}
+    findings = iter(judge([one for tests in paired.values() for one in tests]))
     lines: list[list[str]] = []
-    first: dict[int, EvalRow] = {}
-    for group in runs_by_seed(rows):
-        name = group_name(group)
-        cells = []
-        for column in columns:
-            values = [v for row in group.values() if (v := metric_value(row, metric, column)) is not None]
-            spread = statistics.stdev(values) if len(values) > 1 else 0
-            cells.append(format_with_spread(statistics.mean(values), spread, column.format) if values else "")
-        lines.append([f"{name}, {len(group)} seeds ± sd", *cells])
-        first = first or group
-        shared = sorted(first.keys() & group.keys())
-        if group is not first and len(shared) > 1:
-            pairs = [(group[seed], first[seed]) for seed in shared]
-            cells = [paired_difference(pairs, metric, column) for column in columns]
-            lines.append([f"{name} - {group_name(first)}, paired", *cells])
+    for place, group in enumerate(groups):
+        lines.append([f"{group_name(group)}, {len(group)} seeds ± sd", *mean_cells(group, metric, columns)])
+        found = [next(findings) for _ in paired.get(place, ())]
+        if any(one.differences for one in paired.get(place, ())):
+            minus = f"{group_name(group)} - {group_name(groups[0])}"
+            pairs = list(zip(paired[place], found, columns, strict=True))
+            lines += [
+                [f"{minus}, paired", *(format_difference(one.differences, column) for one, _, column in pairs)],
+                ["smallest detectable", *(format_optional(one.detectable, column.format) for _, one, column in pairs)],
+                ["verdict", *(str(one.verdict) if tested.is_test else "" for tested, one, _ in pairs)],
+            ]
     return lines
+
+
+def mean_cells(group: Mapping[int, EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[str]:
+    """Mean and standard deviation over seeds of each number."""
+    cells = []
+    for column in columns:
+        values = [v for row in group.values() if (v := metric_value(row, metric, column)) is not None]
+        spread = statistics.stdev(values) if len(values) > 1 else 0
+        cells.append(format_with_spread(statistics.mean(values), spread, column.format) if values else "")
+    return cells
+
+
+def seed_differences(
+    group: Mapping[int, EvalRow], first: Mapping[int, EvalRow], metric: str, columns: Sequence[MetricColumn]
+) -> list[PairedComparison]:
+    """The comparison of two groups by each number, over the seeds that both have."""
+    tests = []
+    for column in columns:
+        differences = pair_systems(group, first, metric, column).differences
+        by_seed = differences if differences and differences.unit == SEED else None
+        tests.append(PairedComparison(by_seed, column.better, default_margin(column.floor, column.ceiling)))
+    return tests
+
+
+def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
+    """A line with the smallest difference between two SAEs that the text could show; none if nothing is paired.
+
+    It is the median over the comparisons of the first SAE with each other, at the level that is left to each of them.
+    """
+    first, *others = [row for row in rows if not row.is_reference] or [None]
+    if first is None:
+        return []
+    spread = []
+    for column in columns:
+        found = [pair_runs(other, first, metric, column).differences for other in others if column.better]
+        spread.append([one for one in found if one is not None and one.has_spread])
+    tests = sum(map(len, spread))
+    if not tests:
+        return []
+    (unit, *_) = [one.unit for some in spread for one in some]
+    detectable = [statistics.median(one.detectable(tests) for one in some) if some else None for some in spread]
+    cells = [format_optional(value, column.format) for value, column in zip(detectable, columns, strict=True)]
+    return [[f"smallest detectable, by {unit}", *cells]]
 
 
 def runs_by_seed(rows: Sequence[EvalRow]) -> list[dict[int, EvalRow]]:
@@ -157,8 +199,15 @@ def paired_difference(pairs: Sequence[tuple[MeasuredRun, MeasuredRun]], metric: 
     """The mean difference of pairs of runs, with half its 95 % interval by Student's t; empty for under two pairs."""
     values = [(metric_value(one, metric, column), metric_value(other, metric, column)) for one, other in pairs]
     differences = [one - other for one, other in values if one is not None and other is not None]
-    if len(differences) < 2:
+    return format_difference(PairedDifferences(differences, SEED) if len(differences) > 1 else None, column)
+
+
+def format_difference(differences: PairedDifferences | None, column: MetricColumn) -> str:
+    if differences is None:
         return ""
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    half = float(t.ppf(0.975, len(differences) - 1)) * error
-    return format_with_spread(statistics.mean(differences), half, column.format)
+    low, high = differences.interval
+    return format_with_spread(differences.mean, (high - low) / 2, column.format)
+
+
+def format_optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

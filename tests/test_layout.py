@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # The parts of evaluate/, lowest first: a part may import itself and the parts before it.
 EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
-    ("artifacts", "charts", "sae_text"),
+    ("artifacts", "charts", "sae_text", "statistics"),
     ("context",),
     ("datasets",),
     ("metrics",),
@@ -40,6 +40,7 @@ EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
     ("rows",),
     ("controls",),
     ("control_shares",),
+    ("paired",),
     ("norm_limits",),
     ("inputs",),
     ("plan",),
@@ -47,6 +48,7 @@ EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
     ("tables",),
     ("compared_runs",),
     ("compare",),
+    ("against",),
     ("compare_charts",),
     ("latents", "papers"),
     ("pages",),

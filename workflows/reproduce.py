@@ -19,7 +19,7 @@ from ..common.escaping import quote
 from ..common.files import sae_home
 from ..common.formatting import format_count
 from ..evaluate.compared_runs import read_run
-from ..evaluate.metrics.registry import metrics_of_suite
+from ..evaluate.metrics.registry import METRICS, SUITES, metrics_of_suite
 from ..evaluate.pages.page import write_page
 from ..evaluate.pages.reproduction import reproduction_page
 from ..evaluate.papers.claims import PAPERS, Paper, PaperSystem, Reading
@@ -50,7 +50,7 @@ class ReproduceConfig:
     width: str | None = None  # latents, as for TrainConfig; systems of another width keep their proportion to it
     dataset: str | None = None
     cache: Path | None = None  # train on this cache instead of harvesting
-    suite: str | None = None  # "full" on the papers' model, else "quick"
+    suite: str | None = None  # "full" on the papers' model, else `default_suite`
     evaluate_tokens: int | None = None  # held-out tokens to evaluate on
     out: Path | None = None  # folder of runs and pages; None: reproduce/<model>
     device: str = "auto"
@@ -82,6 +82,17 @@ class Job:
         return self.dataset, self.steps, self.batch_size, self.width, self.paper_exact, self.layers, self.seeds
 
 
+def default_suite(papers: Sequence[Paper]) -> str:
+    """The suite on another model than the papers': `quick`, and the stand-ins of other metrics that they claim."""
+    claimed = {claim.metric.split(".")[0] for paper in papers for claim in paper.claims}
+    stand_ins = [name for name in METRICS if name.endswith("_stdlib") and name.removesuffix("_stdlib") in claimed]
+    more = [name for name in stand_ins if name not in SUITES["quick"]]
+    if not more:
+        return "quick"
+    # A metric that is named must be available, and stability, which no paper claims, is not for a single seed.
+    return ",".join([*(name for name in SUITES["quick"] if name != "stability"), *more])
+
+
 @dataclass(frozen=True)
 class ReproducePlan:
     """The jobs of a reproduction and the caches they need. Nothing has been written yet."""
@@ -98,7 +109,7 @@ class ReproducePlan:
     @property
     def suite(self) -> str:
         """The suite of metrics that the runs are evaluated with."""
-        return self.config.suite or ("full" if self.on_paper_model else "quick")
+        return self.config.suite or ("full" if self.on_paper_model else default_suite(self.papers))
 
     @cached_property
     def train_plans(self) -> list[TrainPlan]:

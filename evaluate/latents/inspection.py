@@ -26,10 +26,10 @@ from ..inputs import check_tokens, find_eval_cache, make_context, row_of_run
 from ..metrics.activation_examples import TokenText
 from ..metrics.base import MetricResult, outlier_flags
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
-from ..metrics.probes import wilson_interval
 from ..metrics.registry import METRICS
 from ..results import read_result_record, result_of
 from ..rows import EvalRow, notes_beside
+from ..statistics import proportion_interval
 from ..tables import describe_model
 from .stats import LatentStats
 
@@ -187,7 +187,8 @@ def class_labels(result: MetricResult) -> Iterator[LabelCandidate]:
         for label, chosen in scores.get("sae_top_1_latents", {}).items():
             accuracy = scores["sae_top_1_test_accuracy"][label]
             ((latent, difference),) = chosen.items()
-            if difference > 0 and wilson_interval(accuracy, result.n["test_texts_per_task"])[0] > MIN_PROBE_ACCURACY:
+            texts = result.n["test_texts_per_task"]
+            if difference > 0 and proportion_interval(round(accuracy * texts), texts)[0] > MIN_PROBE_ACCURACY:
                 text = f"{class_name(dataset, label)} (class of {dataset}, accuracy {accuracy:.2f})"
                 yield accuracy, int(latent), text
 

@@ -101,6 +101,7 @@ class Ablation(Metric):
     context: int = 128
     rng: str = "paired"
 
+    unit = "data set"
     category: ClassVar[str]  # of the scores in the result
 
     @abstractmethod

@@ -19,7 +19,7 @@ Shape suffixes: N words, B words of a batch, D d_in, F latents, K candidate late
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import stdev
 from typing import Any, NamedTuple, Self
 
@@ -30,7 +30,8 @@ from torch.nn import functional
 
 from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
-from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, SAELike
+from ..statistics import bootstrap_interval, proportion_interval
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, SAELike, UnitValues
 from .first_letter import LETTERS, SpellingPrompts, SpellingRows, read_spelling_rows
 from .letter_probes import (
     FeatureSplit,
@@ -40,13 +41,11 @@ from .letter_probes import (
     split_latents,
     train_letter_probes,
 )
-from .probes import wilson_interval
 from .unit_decoder import UnitDecoderSAE
 
 SILENT = 1e-8  # activation below which a latent does not fire
 MIN_SPELLING_F1 = 0.5  # a flag names the letters whose split latents have a lower F1
 MIN_PROBE_STEPS = 300  # of the probe that proposes candidates; Gemma's vocabulary gives it about a thousand
-RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,14 @@ class Absorption(Metric):
     absorption_fraction_max_absorbing_latents: int = 3
 
     name = "absorption"
+    unit = "letter"
+    unit_key = "first_letter"
+    unit_names = {
+        "mean_absorption_fraction_score": "mean_absorption_fraction",
+        "mean_full_absorption_score": "full_absorption_rate",
+        "mean_absorption_score": "absorption_rate",
+        "mean_num_split_features": "num_split_features",
+    }
     type_id = "absorption_first_letter"
     title = "absorption of first letters (a silent or dead SAE has 0 too: read the flags)"
     columns = (
@@ -85,6 +92,12 @@ class Absorption(Metric):
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         return {**super().settings(ctx), **ctx.prompt_settings}
+
+    @classmethod
+    def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
+        """By letter. In mode 2024-12, letters without candidate words are in no mean."""
+        averaged = [entry for entry in result.details if entry.get("num_candidates", 1)]
+        return super().values_by_unit(replace(result, details=averaged), column)
 
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Raises UsageError if the model's tokenizer or vocabulary does not suit the metric."""
@@ -180,7 +193,7 @@ class Absorption(Metric):
         old = mode == "2024-12"
         averaged = [letter for letter in scored if not old or letter.entry["num_candidates"]]
         details = [letter.entry for letter in scored]
-        generator = seeded_generator(self.random_seed, "bootstrap")
+        draws = seeded_generator(self.random_seed, "bootstrap").initial_seed()
         mean: dict[str, float] = {}
         intervals: dict[str, list[float]] = {}
         names = ("absorption_score",) if old else ("absorption_fraction_score", "full_absorption_score")
@@ -188,7 +201,7 @@ class Absorption(Metric):
             values = [letter.scores[name] for letter in averaged]
             mean |= mean_entry(name, [float(value_N.mean()) for value_N in values], deviation=not old)
             if values:
-                intervals[f"mean_{name}"] = bootstrap_interval(values, generator)
+                intervals[f"mean_{name}"] = bootstrap_interval(values, draws)
         sizes = [float(letter.entry["num_split_features"]) for letter in averaged]
         mean |= mean_entry("num_split_features", sizes, deviation=not old)
         f1_1 = [entry["f1_k_sparse"][0] for entry in details]
@@ -334,7 +347,7 @@ def rate_entry(name: str, count: str, hit_N: Tensor) -> dict[str, Any]:
     n, hits = len(hit_N), float(hit_N.sum())
     if not n:
         return {name: float("nan"), count: 0}
-    return {name: hits / n, count: int(hits), f"{name}_interval": wilson_interval(hits / n, n)}
+    return {name: hits / n, count: int(hits), f"{name}_interval": proportion_interval(int(hits), n)}
 
 
 def mean_entry(name: str, values: Sequence[float], deviation: bool = False) -> dict[str, float]:
@@ -343,14 +356,6 @@ def mean_entry(name: str, values: Sequence[float], deviation: bool = False) -> d
     if deviation:
         entry[f"std_dev_{name}"] = stdev(values) if len(values) > 1 else float("nan")
     return entry
-
-
-def bootstrap_interval(values: Sequence[Tensor], generator: torch.Generator) -> list[float]:
-    """95 % interval of the mean over letters of the mean over words, resampling the words of each letter."""
-    means_R = torch.zeros(RESAMPLES, dtype=torch.float64)
-    for value_N in values:
-        means_R += value_N[torch.randint(len(value_N), (RESAMPLES, len(value_N)), generator=generator)].mean(1)
-    return torch.quantile(means_R / len(values), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
 class AbsorptionScores(NamedTuple):

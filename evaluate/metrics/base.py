@@ -170,6 +170,18 @@ class MetricResult:
         return cls(*nan_to_none([metrics, details or []]), **nan_to_none(more))
 
 
+class UnitValues(NamedTuple):
+    """One value of a number for each unit that two SAEs can be paired by, such as a document or a data set.
+
+    Attributes:
+        unit: what it is, in the singular; "" if there are none.
+        values: by the name of the unit. Their mean is the number.
+    """
+
+    unit: str
+    values: Mapping[str, float]
+
+
 Outcome = MetricResult | SaeError  # an error explains why this metric cannot measure the SAE
 
 
@@ -186,6 +198,21 @@ class Metric(ABC):
     title: ClassVar[str]  # the heading of its table
     columns: ClassVar[tuple[MetricColumn, ...]]  # of its table
     definition: ClassVar[int] = 1
+    # How two SAEs are paired (docs/statistics.md): an entry of `MetricResult.details` is a `unit`, `unit_key` names it.
+    unit: ClassVar[str] = ""  # such as "data set"; "" if the entries are not the same for every SAE
+    independent_seeds: ClassVar[bool] = True  # whether a run's numbers do not depend on the runs of other seeds
+    unit_key: ClassVar[str] = "dataset_name"
+    unit_names: ClassVar[Mapping[str, str]] = {}  # number -> its name in an entry, where that is another one
+
+    caveat: ClassVar[str] = ""  # what is known against the metric, with its source: said wherever its numbers are shown
+
+    @classmethod
+    def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
+        """The values of a number for each unit of a result, which tests between two SAEs are computed from."""
+        name = cls.unit_names.get(column.name, column.name)
+        entries = result.details if cls.unit else []
+        values = {str(entry.get(cls.unit_key)): entry.get(name) for entry in entries}
+        return UnitValues(cls.unit, {key: float(v) for key, v in values.items() if isinstance(v, (int, float))})
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
         """Everything besides the SAE that determines the result. Metrics that read a dataset add its digest.

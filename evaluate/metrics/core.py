@@ -28,6 +28,7 @@ from torch import Tensor
 from ...cache.layout import Hook
 from ...cache.outliers import outlier_mask
 from ...common.errors import UsageError
+from ...common.files import digest_of
 from ...harvest.model import ForwardPass, LanguageModel
 from ...train.sae import SAE
 from ..context import ContextBatch, EvalContext
@@ -38,8 +39,10 @@ from .base import (
     MetricResult,
     Outcome,
     Progress,
+    UnitValues,
 )
 from .core_flags import core_flags
+from .document_values import document_record, values_in_record
 from .sae_statistics import (
     SAEStatistics,
     decoder_geometry,
@@ -67,6 +70,7 @@ class Core(Metric):
     sparsity_batches: int = 2000
 
     name = "core"
+    unit = "document"
     type_id = "core"
     title = "core, on held-out text (KL and CE scores: 0 is a zeroed layer, 1 the model alone)"
     columns = (
@@ -117,7 +121,12 @@ class Core(Metric):
             "total_tokens_eval_sparsity_variance": sum(token_counts),
         }
         document_N = torch.cat([batch.document for batch in batches])
-        return [one.result(ctx.mode, tokens, document_N) for one in measured]
+        text = digest_of(self.settings(ctx))[:16]
+        return [one.result(ctx.mode, tokens, document_N, text) for one in measured]
+
+    @classmethod
+    def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
+        return UnitValues(*values_in_record(result.extra, column.name))
 
     def counted_batches(self, ctx: EvalContext) -> list[ContextBatch]:
         """The batches that contain a counted token. Raises UsageError for invalid options or if there are none."""
@@ -224,9 +233,9 @@ class MeasuredSAE:
         restored_TD = run.run_from(self.target.hook, restored_NSD, chosen_N)[counted_NS[chosen_N]]
         return BatchSplice(outlier_NS, output_TD, restored_TD)
 
-    def result(self, mode: str, tokens: dict[str, float | None], document_N: Tensor) -> Outcome:
-        """The numbers over all rows, and without outlier rows if there are any."""
-        every = build_result(mode, self.target, self.all, document_N, tokens)
+    def result(self, mode: str, tokens: dict[str, float | None], document_N: Tensor, text: str) -> Outcome:
+        """The numbers over all rows, and without outlier rows if there are any. `text` says on what text they are."""
+        every = build_result(mode, self.target, self.all, document_N, text, tokens)
         if self.masked is None:
             return every
         if not self.masked.stats.tokens:
@@ -234,7 +243,7 @@ class MeasuredSAE:
                 f"The norms of all {self.outliers:,} rows of the held-out text are over {self.target.norm_limit:.4g}, "
                 "so all of them are outliers. The limit belongs to other activations: pass --max-norm none."
             )
-        masked = build_result(mode, self.target, self.masked, document_N)
+        masked = build_result(mode, self.target, self.masked, document_N, text)
         return every.with_masked(masked.without_outliers(self.outliers, masked.n["tokens"]))
 
 
@@ -276,6 +285,7 @@ def build_result(
     target: EvalTarget,
     sums: CoreSums,
     document_N: Tensor,
+    text: str,
     tokens: dict[str, float | None] | None = None,
 ) -> MetricResult:
     """The numbers over the rows of `sums`. Without `tokens` those that do not depend on the rows are left out."""
@@ -293,12 +303,15 @@ def build_result(
     details = latent_details(target.sae, stats) if isinstance(target.sae, SAE) else []
     if details and mode != "2024-12":  # SAEBench reports these since January 2025
         metrics["misc_metrics"] = density_summary(stats.density(), details)
+    ratios |= stats.ratios()
     intervals = {
         name: {key: ratio_interval(sum_by_document(ratio, document_N)) for key, ratio in group.items()}
-        for name, group in (ratios | stats.ratios()).items()
+        for name, group in ratios.items()
     }
-    quality = intervals["reconstruction_quality"]
-    quality["fve"] = stats.fve_interval(quality["fve"], metrics["reconstruction_quality"]["fve"])
+    quality, fve = intervals["reconstruction_quality"], metrics["reconstruction_quality"]["fve"]
+    quality["fve"] = stats.fve_interval(quality["fve"], fve)
     contexts = sum(map(len, sums.original))
     n = {"documents": len(document_N.unique()), "contexts": contexts, "tokens": stats.tokens}
-    return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=core_flags(target, metrics, stats))
+    flags = core_flags(target, metrics, stats)
+    documents = document_record(ratios, stats, fve, document_N, text)
+    return MetricResult.of(metrics, details, intervals=intervals, n=n, flags=flags, extra=documents)

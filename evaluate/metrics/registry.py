@@ -3,7 +3,7 @@
 To add a metric, write one new file with a subclass of `base.Metric` and add that class to METRIC_CLASSES.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -34,9 +34,14 @@ METRIC_CLASSES: tuple[type[Metric], ...] = (
 METRICS = {metric.name: metric for metric in METRIC_CLASSES}
 OPT_IN = ("autointerp",)  # its judge costs money: in a suite only if one of its options is set
 SUITES = {
-    "quick": ("core", "absorption", "sparse_probing_stdlib", "scr_stdlib", "tpp_stdlib", "stability"),
+    "quick": ("core", "absorption", "sparse_probing_stdlib", "stability"),
     "full": tuple(name for name in METRICS if name not in OPT_IN),
 }
+
+
+def caveats(metrics: Iterable[str]) -> list[str]:
+    """What is known against each of these metrics, as a sentence each."""
+    return [f"{name}: {METRICS[name].caveat}" for name in metrics if METRICS[name].caveat]
 
 
 def metrics_of_suite(suite: str, options: Sequence[str] = ()) -> list[Metric]:

@@ -56,6 +56,10 @@ class Scr(Ablation):
     type_id = "scr"
     title = "scr, spurious correlation removal by number of latents ablated (0: nothing, 1: all of the bias)"
     category = "scr_metrics"
+    caveat = (
+        "Do not rank SAEs by SCR: with many latents ablated it falls where the ground truth rises (Are SAE Benchmarks "
+        "Reliable?, arXiv 2605.18229)."
+    )
     columns = tuple(
         MetricColumn(f"SCR {n}", "scr_metrics", f"scr_metric_threshold_{n}", ".3f", "up", 0, 1) for n in THRESHOLDS
     )

@@ -70,6 +70,7 @@ class SparseProbing(Metric):
     context: int = 128
     rng: str = "paired"
 
+    unit = "data set"
     name = "sparse_probing"
     type_id = "sparse_probing"
     title = "sparse probing, test accuracy (0.5 is chance)"

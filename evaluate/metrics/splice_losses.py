@@ -15,6 +15,7 @@ from ...harvest.model import ForwardPass, LanguageModel
 from ..context import ContextBatch
 from .sae_statistics import TOKENS_PER_CHUNK, Ratio
 
+RatiosByCategory = dict[str, dict[str, Ratio]]
 WHOLE_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")  # sites that hold all that later blocks read of the text
 
 
@@ -101,9 +102,7 @@ def zero_ablated_output(run: ForwardPass, hook: Hook, batch: ContextBatch, const
     return constant_D[hook].expand(int(batch.counted.sum()), -1)
 
 
-def loss_ratios(
-    original: Sequence[Tensor], ablated: Sequence[Tensor], spliced: Sequence[Tensor]
-) -> dict[str, dict[str, Ratio]]:
+def loss_ratios(original: Sequence[Tensor], ablated: Sequence[Tensor], spliced: Sequence[Tensor]) -> RatiosByCategory:
     """Raw KL and CE (lower is better), and scores: 1 is the original model, 0 the zeroed layer.
 
     The arguments are the sums by context (N, 4) of each batch.

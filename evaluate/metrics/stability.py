@@ -82,6 +82,7 @@ class Stability(Metric):
     draws: int = 3
     exact_latents: int = EXACT_LATENTS
 
+    independent_seeds = False
     name = "stability"
     type_id = "stability"
     saebench_rows = False

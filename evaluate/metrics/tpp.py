@@ -38,6 +38,7 @@ class Tpp(Ablation):
     type_id = "tpp"
     title = "tpp, targeted probe perturbation by number of latents ablated (accuracy lost by the class's probe alone)"
     category = "tpp_metrics"
+    caveat = "Do not rank SAEs by TPP: it gets worse with training (Are SAE Benchmarks Reliable?, arXiv 2605.18229)."
     columns = tuple(
         MetricColumn(f"TPP {n}", "tpp_metrics", f"tpp_threshold_{n}_total_metric", ".3f", "up", 0, 0.5)
         for n in THRESHOLDS

@@ -4,15 +4,16 @@ from datetime import date
 from importlib.metadata import version
 
 from ...common.formatting import format_count
-from ..compare import Comparison, comparison_table, paired_table
+from ..against import Against
+from ..compare import Comparison, comparison_table, detectable_line
 from ..compare_charts import frontiers, training_curves
 from ..tables import describe_model, notes
 from .page import render_page
 from .svg import CHART_SIZE, draw_svg, shared_legend
 
 
-def comparison_page(comparison: Comparison, against: str | None = None) -> str:
-    """The HTML page: table, paired differences to the system `against`, frontiers, training curves and notes."""
+def comparison_page(comparison: Comparison, against: Against | None = None) -> str:
+    """The HTML page: table, tests against one system, frontiers, training curves and notes."""
     headings, lines = comparison_table(comparison)
     runs = comparison.runs
     models = sorted({describe_model(run.origin.get("model", {})) for run in runs})
@@ -28,7 +29,8 @@ def comparison_page(comparison: Comparison, against: str | None = None) -> str:
         lead=f"{format_count(len(comparison.systems), 'system')}, measured by {', '.join(metrics)}",
         heads=headings,
         lines=lines,
-        paired=paired_table(comparison, against) if against else None,
+        detectable=detectable_line(comparison),
+        against=against,
         systems=len(comparison.systems),
         differences=comparison.differences,
         frontiers=[(chart, draw_svg(chart, False, *CHART_SIZE)) for chart in over_l0],
@@ -36,7 +38,10 @@ def comparison_page(comparison: Comparison, against: str | None = None) -> str:
         curves=[(chart, draw_svg(chart, False, *CHART_SIZE)) for chart in curves],
         curve_key=shared_legend(curves),
         masked=comparison.masked_note,
-        notes=notes(comparison.rows),
+        notes=[
+            *(against.notes if against else ()),
+            *notes(comparison.rows, dict.fromkeys(metric for metric, _ in comparison.columns)),
+        ],
         version=version("sae-pipeline"),
         date=date.today().isoformat(),
     )

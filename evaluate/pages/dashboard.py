@@ -26,6 +26,7 @@ from ..latents.inspection import InspectedRun, describe_outliers, training_recor
 from ..latents.passages import DEFAULT_WINDOW, Passage, PassageWindow, quantile_passages
 from ..latents.stats import BYTES_PER_PASSAGE_TOKEN, SAMPLED_PASSAGES, LatentStats, RankedEntries, latent_stats
 from ..metrics.base import Progress
+from ..metrics.registry import caveats
 from ..tables import tables
 from .page import render_page
 from .svg import CHART_SIZE, draw_svg
@@ -151,6 +152,7 @@ def run_section(run: InspectedRun) -> dict[str, Any]:
         ],
         "flags": [
             *(f"{name}: {flag}" for name, result in run.row.results.items() for flag in result.sound.flags),
+            *caveats(run.row.results),
             *run.row.notes,
         ],
         "curves": draw_charts(read_training_curves(run.folder)),

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from markupsafe import Markup
 
 from ..charts import Chart
+from ..metrics.registry import METRICS, caveats
 from ..papers.figures import letters, paper_figures
 from ..papers.report import PaperReport, describe_system, runs_by_system, shown_layer, unreported_table
 from ..papers.settings import compare_settings
@@ -42,6 +43,9 @@ def reproduction_page(report: PaperReport, model: str) -> str:
         several_seeds=any(len(runs) > 1 for runs in systems.values()),
         letters=letters(report),
         unreported=unreported_table(report),
+        caveats=caveats(
+            metric for metric in METRICS if metric in {claim.metric.split(".")[0] for claim in paper.claims}
+        ),
         version=version("sae-pipeline"),
         date=date.today().isoformat(),
     )

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, Literal, NamedTuple
 
-from scipy.stats import t
-
 from ..metrics.base import MetricResult
+from ..statistics import CONFIDENCE, Interval, mean_interval
 from .claims import SAME_NUMBER, STEP_TIME, TRAINING_LOG, Claim
 
 Verdict = Literal[
@@ -43,13 +42,11 @@ MEANINGS: dict[Verdict, str] = {  # what each verdict means, in one line
     "copy": "the paper prints the number of another row again, for another system; it is judged in that row",
 }
 ValueBySeed = Mapping[int, float]  # seed -> the metric in its own unit
-Interval = tuple[float, float]
 
 MIN_SEEDS = 3  # for `reproduced`
 MEAN_TOLERANCE = SAME_NUMBER  # share of the claimed number by which the mean over seeds may differ
 INTERVAL_TOLERANCE = 0.10  # share of the claimed number within which the 95 % interval of that mean must lie
 NO_EFFECT = 0.10  # a difference below this share of the claimed effect counts as no effect, on the paper's model
-CONFIDENCE = 0.95
 EQUIVALENCE = 0.90  # of the interval that must lie within the margin: two one-sided tests at 5 %
 LIKE_L0 = 1.10  # times the smaller L0 that the larger may be, for two systems to be of like L0
 # Metrics that L0 does not move, or that are L0 itself; every other one gets better or worse with L0 alone.
@@ -326,8 +323,7 @@ def confidence_interval(values: Sequence[float], level: float = CONFIDENCE) -> I
         return None
     if len(values) == 2 and values[0] and math.isclose(*values):
         return None
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return mean(values) - half, mean(values) + half
+    return mean_interval(values, level)
 
 
 def is_within(interval: Interval, low: float, high: float) -> bool:

@@ -15,12 +15,14 @@ from sae.cli.main import app
 from sae.common.errors import DamagedError, LeftOutWarning, UsageError
 from sae.common.files import digest_of
 from sae.common.schemas import RESULT_RECORD
-from sae.evaluate.compare import ComparedSystem, compare_runs, comparison_table, paired_table, to_csv, to_records
+from sae.evaluate.against import compare_against
+from sae.evaluate.compare import ComparedSystem, compare_runs, comparison_table, to_csv, to_records
 from sae.evaluate.compare_charts import frontiers, training_curves
 from sae.evaluate.compared_runs import ComparedRun
 from sae.evaluate.metrics.base import MetricResult
 from sae.evaluate.metrics.registry import METRICS
 from sae.evaluate.pages.comparison import comparison_page
+from sae.evaluate.paired import Pairing
 from sae.evaluate.tables import notes
 
 from ..run_records import write_result_record, write_run_record, write_sae_record
@@ -29,8 +31,10 @@ MODEL = {"name": "gemma-2-mini", "revision": "0" * 64}
 
 
 def make_run(
-    home, variant="topk", seed=0, layer=12, l0=32.0, kl=0.9, model=MODEL, contexts=100, evaluated=True, **options
-):
+    home, variant="topk", seed=0, layer=12, l0=32.0, kl=0.9, model=MODEL, contexts=100, evaluated=True, documents=None,
+    **options,
+):  # fmt: skip
+    """A run with results of core; `documents` are the values of the KL score by document, whose mean is then `kl`."""
     name = f"{variant}-L{layer}-{len(list(home.glob('*')))}"
     folder = home / name
     (folder / "evaluations").mkdir(parents=True)
@@ -42,6 +46,8 @@ def make_run(
         for n in (1, 2)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step": 3, "tok')
+    extra = documents and {"text": "a text", "unit": "document", "values": {"kl_div_score": documents}}
+    kl = statistics.mean(documents) if documents else kl
     if evaluated:
         result = {
             "eval_config": {"model": model["name"], "contexts": contexts, "weights": name},
@@ -49,7 +55,7 @@ def make_run(
             "eval_result_details": [],
             "eval_result_unstructured": {
                 "intervals": {"model_behavior_preservation": {"kl_div_score": [kl - 0.01, kl + 0.01]}},
-                "n": {"tokens": 5}, "flags": ["a <b>flag</b>"], "extra": None,
+                "n": {"tokens": 5}, "flags": ["a <b>flag</b>"], "extra": extra,
             },
         }  # fmt: skip
         write_result_record(folder, "core", **result)
@@ -75,33 +81,6 @@ def test_systems_are_told_apart_by_what_differs(tmp_path):
     assert [system.label for system in compare_runs(runs).systems] == ["topk k=16", "topk k=64", "relu"]
 
 
-def test_paired_differences_are_of_the_same_seed(tmp_path):
-    base = [make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate([0.90, 0.80, 0.70])]
-    other = [make_run(tmp_path, "relu", seed=seed, kl=kl) for seed, kl in ((2, 0.71), (1, 0.82), (0, 0.93))]
-    alone = make_run(tmp_path, "gated", seed=7)
-    found = compare_runs([*base, *other, alone])
-    heads, lines = paired_table(found, "topk")
-    assert heads[0] == "minus topk"
-    assert lines == [["relu (3 seeds)", "0.0", "0.0200 ±.0248"]]  # of 0.03, 0.02 and 0.01: 4.303 x 0.01 / sqrt(3)
-    assert "minus topk" in comparison_page(found, "topk")
-    with pytest.raises(UsageError, match="did you mean topk"):
-        paired_table(found, "topq")
-    with pytest.raises(UsageError, match="two seeds"):
-        paired_table(found, "gated")
-
-
-def test_a_number_that_no_pair_has_gets_no_column(tmp_path):
-    """Absorption was measured in one run, whose seed the other system lacks."""
-    runs = [make_run(tmp_path, name, seed=seed) for name in ("topk", "relu") for seed in (0, 1)]
-    lonely = make_run(tmp_path, seed=7)
-    write_absorption(lonely)
-    found = compare_runs([*runs, lonely])
-    heads, lines = paired_table(found, "topk")
-    assert any("absorption" in head for head in comparison_table(found)[0])
-    assert [head.split("\n")[0] for head in heads] == ["minus topk", "L0", "KL score ↑"]
-    assert [len(line) for line in lines] == [3]
-
-
 def test_a_seed_trained_twice_is_one_draw(tmp_path):
     """Else a system would have a spread of 0 over two seeds, and paired differences more degrees of freedom."""
     base = [make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate([0.90, 0.80])]
@@ -109,8 +88,10 @@ def test_a_seed_trained_twice_is_one_draw(tmp_path):
     found = compare_runs([*base, *again])
     assert [line[0] for line in comparison_table(found)[1]] == ["topk (2 seeds)", "relu"]
     assert comparison_table(found)[1][1][2] == "0.9300 ±.0100"  # over the text, as of one run
-    with pytest.raises(UsageError, match="two seeds"):
-        paired_table(found, "topk")
+    (line,) = (line for line in compare_against(found, "topk").lines if line.column.name == "kl_div_score")
+    assert line.pairing == Pairing(
+        None, "one seed, and a result without values by document: measure it again with --force"
+    )
 
 
 def test_one_folder_twice_is_one_run(tmp_path):

@@ -28,6 +28,7 @@ from sae.evaluate.metrics.registry import METRICS, metrics_of_suite
 from sae.evaluate.plan import EvaluateConfig, EvaluatePlan, plan_evaluation, unfinished_runs
 from sae.evaluate.results import read_result, write_result
 from sae.evaluate.run import evaluate, run_evaluation
+from sae.evaluate.statistics import detectable_difference
 from sae.evaluate.tables import tables
 from sae.harvest.plan import HarvestConfig as Harvest
 from sae.harvest.plan import plan_harvest
@@ -163,10 +164,18 @@ def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
         return f"{mean:.1f} ±{spread:.1f}".replace("±0.", "±.")
 
     more = [l0[3] - l0[0], l0[4] - l0[1]]
-    assert [line[0] for line in lines[7:]] == ["x-L0, 2 seeds ± sd", "y-L0, 3 seeds ± sd", "y-L0 - x-L0, paired"]
+    means = ["x-L0, 2 seeds ± sd", "y-L0, 3 seeds ± sd"]
+    assert [line[0] for line in lines[7:]] == [*means, "y-L0 - x-L0, paired", "smallest detectable", "verdict"]
     assert lines[7][1] == shown(statistics.mean(l0[:2]), statistics.stdev(l0[:2]))
     assert lines[8][1] == shown(statistics.mean(l0[3:6]), statistics.stdev(l0[3:6]))
     assert lines[9][1] == shown(statistics.mean(more), 12.706 * statistics.stdev(more) / 2**0.5)  # t of one degree
+    assert lines[10][1] == lines[11][1] == ""  # L0 is a setting and is not tested
+    place = next(n for n, head in enumerate(heads) if head.startswith("KL score"))
+    scores = [row.results["core"].metrics["model_behavior_preservation"]["kl_div_score"] for row in rows]
+    sd = statistics.stdev([scores[3] - scores[0], scores[4] - scores[1]])
+    tests = sum(line != "" for line in lines[11][1:])  # of the table, which Holm's correction is for
+    assert tests > 3 and lines[10][place] == format(detectable_difference(sd, 2, 0.05 / tests), ".4f")
+    assert set(lines[11][1:]) <= {"", "not distinguishable", "equivalent", "better", "worse", "same in every pair"}
 
 
 def test_tokens_limits_the_text(tiny_cache, home):

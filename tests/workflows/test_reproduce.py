@@ -21,6 +21,7 @@ from sae.workflows.reproduce import (
     ReproduceConfig,
     ReproducePlan,
     Stages,
+    default_suite,
     describe_notes,
     group_by_pass,
     jobs_of,
@@ -276,6 +277,8 @@ def test_the_suite_is_the_full_one_on_the_papers_model():
         return ReproducePlan(asked(**options), [paper], [], {}).suite
 
     assert (suite(), suite(model="gemma-2-mini"), suite(suite="core")) == ("full", "quick", "core")
+    claims_scr = "core,absorption,sparse_probing_stdlib,scr_stdlib"  # scr is not in the suite quick
+    assert [default_suite([load_paper(number)]) for number in ("001", "003")] == [claims_scr, "quick"]
     other = replace(paper, setup=replace(paper.setup, reads_as="another/model"))
     assert ReproducePlan(asked(model="another/model"), [other], [], {}).suite == "full"
 
@@ -323,9 +326,10 @@ def test_each_paper_is_evaluated_with_its_own_runs_and_definitions_and_reported_
     )
     recipes = [[run.name.split("-L01")[0] for run in evaluation.runs] for evaluation in evaluations]
     assert recipes == [["progressive-baseline"], ["hierarchical-l1"]]
+    with_scr = "core,absorption,sparse_probing_stdlib,scr_stdlib"
     assert [(one.mode, one.suite, one.tokens) for one in evaluations] == [
-        ("2024-12", "quick", 77),
-        ("0.6.0", "quick", 77),
+        ("2024-12", with_scr, 77),
+        ("0.6.0", with_scr, 77),
     ]
     assert done.exit_code == 4 and done.reports == [report for _, report in pages]
     assert [(name, report.reading.name) for name, report in pages] == [

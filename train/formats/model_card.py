@@ -20,8 +20,6 @@ CARD_METRICS = (
     ("core", "misc_metrics", "frac_alive", "fraction of latents alive"),
     ("absorption", "mean", "mean_absorption_fraction_score", "absorption"),
     ("sparse_probing", "sae", "sae_top_1_test_accuracy", "sparse probing, 1 latent"),
-    ("scr", "scr_metrics", "scr_metric_threshold_20", "SCR, 20 latents"),
-    ("tpp", "tpp_metrics", "tpp_threshold_20_total_metric", "TPP, 20 latents"),
     ("unlearning", "unlearning", "unlearning_score", "unlearning"),
 )
 NOT_MEASURED = -1  # SAEBench's value for it

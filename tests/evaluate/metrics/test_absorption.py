@@ -15,7 +15,6 @@ from sae.evaluate.metrics.absorption import (
     Absorption,
     AbsorptionScores,
     ScoredLetter,
-    bootstrap_interval,
     rate_entry,
     score_letter,
     score_words,
@@ -342,15 +341,10 @@ def test_a_result_is_that_of_plain_loops(mode, by_hand):
         assert mean["mean_num_split_features"] == pytest.approx(np.mean([row[0] for row in counted]))
 
 
-def test_intervals():
+def test_a_letter_s_rate_has_wilson_s_interval():
     share = rate_entry("r", "n", torch.tensor([1.0] * 3 + [0.0] * 17))
     assert (share["r"], share["n"]) == (0.15, 3)
     assert share["r_interval"] == pytest.approx([0.0524, 0.3604], abs=1e-4)  # Wilson, 3 of 20
-    assert bootstrap_interval([torch.ones(5).double(), torch.zeros(9).double()], seeded_generator(0, "b")) == [0.5, 0.5]
-    values, draw = [torch.arange(7).double(), torch.arange(4).double() ** 2], seeded_generator(0, "b")
-    drawn = [value[torch.randint(len(value), (1000, len(value)), generator=draw)].mean(1) for value in values]
-    expected = np.percentile(np.mean([one.numpy() for one in drawn], axis=0), [2.5, 97.5])
-    assert bootstrap_interval(values, seeded_generator(0, "b")) == pytest.approx(expected.tolist())
 
 
 def test_in_mode_2024_12_a_candidate_is_missed_by_the_regression_too():

@@ -19,6 +19,7 @@ from sae.evaluate.metrics.probes import (
     train_probe,
     wilson_interval,
 )
+from sae.evaluate.statistics import proportion_interval
 from sae.train.activation_functions import ReLU
 from sae.train.sae import SAE
 
@@ -121,6 +122,7 @@ def test_a_regression_separates_what_a_line_separates_and_guesses_what_does_not_
 def test_wilson_s_interval():
     low, high = wilson_interval(0.5, 100)
     assert (low, high) == (pytest.approx(0.40383, abs=1e-5), pytest.approx(0.59617, abs=1e-5))
+    assert wilson_interval(3 / 20, 20) == pytest.approx(proportion_interval(3, 20), abs=1e-6)
     low, high = wilson_interval(1.0, 50)
     assert (low, high) == (pytest.approx(1 / (1 + 1.959964**2 / 50)), pytest.approx(1))
 

@@ -1,0 +1,305 @@
+"""Every system of a comparison against one of them: differences, tests, and what L0 alone would do.
+
+The rules are those of docs/statistics.md.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..common.errors import UsageError, did_you_mean
+from ..common.formatting import format_count
+from .compare import L0, ComparedSystem, Comparison, metric_heading
+from .metrics.base import MetricColumn
+from .metrics.registry import METRICS
+from .paired import SEED, Pairing, describe_pairs, pair_systems
+from .statistics import LEVEL, POWER, Finding, PairedComparison, default_margin, judge
+
+LIKE_L0 = 1.1  # times the smaller L0 that the larger may be, where no slope says what L0 moves
+HEADS = ["system", "number", "difference", "95 % interval", "over", "p (Holm)", "smallest detectable", "verdict"]
+
+
+class L0Slope(NamedTuple):
+    """How a number moves with the logarithm of L0, and the rows that say so."""
+
+    per_log: float
+    source: str
+
+
+Slopes = Mapping[tuple[str, MetricColumn], L0Slope | None]
+
+
+@dataclass(frozen=True)
+class AgainstLine:
+    """One number of one system against the base.
+
+    Attributes:
+        values: of the system and of the base: means over their seeds.
+        l0: of the system and of the base, if they were measured.
+        l0_shift: by how much their L0 alone moves the number, by a slope; None without a slope.
+        is_control: the system is a control, whose features are random.
+        l0_matters: that is enough to be detected, or half of the difference; without a slope: L0 differs by over 10 %.
+    """
+
+    system: str
+    metric: str
+    column: MetricColumn
+    values: tuple[float, float]
+    pairing: Pairing
+    margin: float | None
+    finding: Finding
+    l0: tuple[float, float] | None = None
+    l0_shift: float | None = None
+    l0_matters: bool = False
+    is_control: bool = False
+
+    @property
+    def number(self) -> str:
+        lines = metric_heading(self.metric, self.column).split("\n")
+        return " ".join(line for line in lines if ".." not in line)  # without its range
+
+    @property
+    def difference(self) -> float:
+        """The mean of the paired differences; where nothing was paired, the difference of the means."""
+        paired = self.pairing.differences
+        return paired.mean if paired else self.values[0] - self.values[1]
+
+    @property
+    def verdict(self) -> str:
+        if not self.column.better:
+            return ""
+        found, words = self.finding, [str(self.finding.verdict)]
+        if found.verdict == "equivalent":
+            words.append(f"within ±{self.margin:g}")
+        elif found.small:
+            words.append(f"by less than {self.margin:g}")
+        elif found.verdict == "not tested":
+            reason = self.pairing.reason or "every difference is the same"
+            words.append(f"({reason})")
+        if self.is_control and found.verdict in ("better", "equivalent"):
+            words.append("(a control with random features)")
+        return " ".join(words) + (", at another L0" if self.l0_matters else "")
+
+    def cells(self) -> list[str]:
+        paired, form, found = self.pairing.differences, "+" + self.column.format, self.finding
+        low_high = paired.interval if paired and paired.has_spread else None
+        return [
+            self.system,
+            self.number,
+            format(self.difference, form),
+            f"{low_high[0]:{form}} to {low_high[1]:{form}}" if low_high else "",
+            describe_pairs(paired) if paired else "",
+            "" if found.p_value is None else format_p_value(found.p_value),
+            "" if found.detectable is None else format(found.detectable, self.column.format),
+            self.verdict,
+        ]
+
+    def record(self, base: str) -> dict[str, Any]:
+        """The line as one flat dictionary; None stands for what does not exist."""
+        paired, found = self.pairing.differences, self.finding
+        low, high = paired.interval if paired and paired.has_spread else (None, None)
+        return {
+            "system": self.system,
+            "against": base,
+            "number": f"{self.metric}.{self.column.category}.{self.column.name}",
+            "better": self.column.better,
+            "value": self.values[0],
+            "against_value": self.values[1],
+            "difference": self.difference,
+            "low": low,
+            "high": high,
+            "unit": paired.unit if paired else None,
+            "pairs": paired.pairs if paired else 0,
+            "p_holm": found.p_value,
+            "margin": self.margin,
+            "p_equivalence_holm": found.equivalence_p_value,
+            "smallest_detectable": found.detectable,
+            "verdict": self.verdict,
+            "l0": self.l0 and self.l0[0],
+            "against_l0": self.l0 and self.l0[1],
+            "moved_by_l0": self.l0_shift,
+        }
+
+
+def format_p_value(p: float) -> str:
+    return "<.0001" if p < 1e-4 else f"{p:.4f}".removeprefix("0")
+
+
+@dataclass(frozen=True)
+class Against:
+    """The table of differences from `base`, and sentences that belong to it."""
+
+    base: str
+    lines: Sequence[AgainstLine]
+    notes: Sequence[str]
+
+    @property
+    def title(self) -> str:
+        tests = sum(line.finding.p_value is not None for line in self.lines)
+        return (
+            f"against {self.base}: {format_count(tests, 'comparison')}, p-values corrected together (Holm, level "
+            f"{LEVEL:g}); the smallest detectable difference is found with probability {POWER:g}"
+        )
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Headings, and a line for each number of each system."""
+        return list(HEADS), [line.cells() for line in self.lines]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [line.record(self.base) for line in self.lines]
+
+
+def compare_against(comparison: Comparison, against: str, margins: Sequence[str] = ()) -> Against:
+    """The differences of all systems from the one labeled `against`, which can be a reference.
+
+    `margins` are "number=margin", for numbers whose margin of equivalence is not a hundredth of their range.
+
+    Raises UsageError when there is no such system or number, or no other system.
+    """
+    named = {system.label: system for system in [*comparison.references, *comparison.systems]}
+    if against not in named:
+        raise UsageError(f"There is no system {against}{did_you_mean(against, list(named))}")
+    base, given = named[against], parse_margins(margins, comparison.columns)
+    others = [system for system in comparison.systems if system is not base]
+    if not others:
+        raise UsageError(f"There is nothing to compare {against} with: name the runs of another system.")
+    slopes = {(metric, column): l0_slope(comparison, metric, column) for metric, column in comparison.columns}
+    unjudged = [
+        pair_line(system, base, metric, column, given.get(column.name, default_margin(column.floor, column.ceiling)))
+        for system in others
+        for metric, column in comparison.columns
+    ]
+    lines = [line for line in unjudged if line is not None]
+    findings = judge([PairedComparison(line.pairing.differences, line.column.better, line.margin) for line in lines])
+    judged = [
+        with_finding(line, found, slopes[line.metric, line.column]) for line, found in zip(lines, findings, strict=True)
+    ]
+    return Against(against, judged, [*unit_notes(judged), *l0_notes(judged, against, slopes)])
+
+
+def parse_margins(texts: Sequence[str], columns: Sequence[tuple[str, MetricColumn]]) -> dict[str, float]:
+    """Number -> margin. Raises UsageError for a number that no column shows or a margin that is not positive."""
+    margins, names = {}, [column.name for _, column in columns]
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names:
+            raise UsageError(f"--margin {text}: the table has no number {name}{did_you_mean(name, names)}")
+        try:
+            margins[name] = float(value)
+        except ValueError:
+            margins[name] = math.nan
+        if not 0 < margins[name] < math.inf:
+            raise UsageError(f"--margin {text}: give number=margin with a margin above 0, such as {name}=0.01.")
+    return margins
+
+
+def pair_line(
+    system: ComparedSystem, base: ComparedSystem, metric: str, column: MetricColumn, margin: float | None
+) -> AgainstLine | None:
+    """One line before its test; None if the number was not measured in both."""
+    values = [one.mean_and_spread(metric, column) for one in (system, base)]
+    if values[0] is None or values[1] is None:
+        return None
+    pairing = pair_systems(system.run_by_seed, base.run_by_seed, metric, column)
+    l0s = [one.mean_and_spread(*l0_column()) for one in (system, base)]
+    l0 = (l0s[0][0], l0s[1][0]) if l0s[0] and l0s[1] and l0s[0][0] > 0 and l0s[1][0] > 0 else None
+    return AgainstLine(
+        system.label, metric, column, (values[0][0], values[1][0]), pairing, margin, Finding("not tested"), l0,
+        is_control=system.runs[0].is_control,
+    )  # fmt: skip
+
+
+def with_finding(line: AgainstLine, found: Finding, slope: L0Slope | None) -> AgainstLine:
+    """The line with its finding, and whether L0 alone could explain or hide it."""
+    shift, matters = None, False
+    if line.l0 and line.column.better:
+        ratio = line.l0[0] / line.l0[1]
+        if slope is None:
+            matters = not 1 / LIKE_L0 <= ratio <= LIKE_L0
+        else:
+            shift = slope.per_log * math.log(ratio)
+            is_difference = found.verdict in ("better", "worse", "not tested")
+            matters = bool(shift) and (
+                (found.detectable is not None and abs(shift) >= found.detectable)
+                or (is_difference and abs(shift) >= abs(line.difference) / 2)
+            )
+    return replace(line, finding=found, l0_shift=shift, l0_matters=matters)
+
+
+def l0_column() -> tuple[str, MetricColumn]:
+    metric, name = L0
+    return metric, next(column for column in METRICS[metric].columns if column.name == name)
+
+
+def l0_slope(comparison: Comparison, metric: str, column: MetricColumn) -> L0Slope | None:
+    """The slope of a number over the logarithm of L0 within recipes of which several L0 were measured.
+
+    It is the least-squares slope with an intercept for each recipe and width, so that a difference between recipes is
+    not taken for one of L0. None if no recipe has two systems whose L0 differ by more than 10 %.
+    """
+    points: dict[tuple[str, Any], list[tuple[float, float]]] = defaultdict(list)
+    for system in comparison.systems:
+        record = system.runs[0].record
+        l0, value = system.mean_and_spread(*l0_column()), system.mean_and_spread(metric, column)
+        if record.get("variant") and l0 and value and l0[0] > 0:
+            points[record["variant"], record.get("d_sae")].append((l0[0], value[0]))
+    usable = {
+        key: some for key, some in points.items() if len(some) > 1 and max(some)[0] > LIKE_L0 * min(some)[0]
+    }  # fmt: skip
+    if not usable:
+        return None
+    x = np.concatenate([(logs := np.log([l0 for l0, _ in some])) - logs.mean() for some in usable.values()])
+    y = np.concatenate([(of := np.array([value for _, value in some])) - of.mean() for some in usable.values()])
+    sources = [f"{key[0]} at L0 {', '.join(f'{l0:.3g}' for l0, _ in sorted(some))}" for key, some in usable.items()]
+    return L0Slope(float(x @ y / (x @ x)), "; ".join(sources))
+
+
+def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
+    """What the unit that was paired leaves open."""
+    units = {line.pairing.differences.unit for line in lines if line.pairing.differences is not None}
+    notes = []
+    if by_text := sorted(units - {SEED}):
+        notes.append(
+            f"Paired by {', '.join(by_text)}: one run of each system. A verdict is about these two SAEs on other text "
+            "of this kind; whether their recipes differ is not told by one seed."
+        )
+    few = sorted(
+        {one.pairs for line in lines if (one := line.pairing.differences) and one.unit == SEED and one.pairs < 3}
+    )
+    if few:
+        notes.append(
+            "Two seeds have one degree of freedom: only very large differences are found. Train three or more."
+        )
+    return notes
+
+
+def l0_notes(lines: Sequence[AgainstLine], base: str, slopes: Slopes) -> list[str]:
+    """A sentence for each system whose L0 is so far from the base's that it can explain or hide differences."""
+    notes = []
+    by_system: dict[str, list[AgainstLine]] = defaultdict(list)
+    for line in lines:
+        if line.l0_matters:
+            by_system[line.system].append(line)
+    for system, some in by_system.items():
+        assert some[0].l0 is not None
+        own, other = some[0].l0
+        at = f"{system} has L0 {own:.1f}, {base} {other:.1f}"
+        moved = [
+            f"{line.number} by {line.l0_shift:+{line.column.format}}" for line in some if line.l0_shift is not None
+        ]
+        if moved:
+            (source, *_) = [slope.source for line in some if (slope := slopes[line.metric, line.column]) is not None]
+            notes.append(
+                f"{at}. That alone moves {', '.join(moved)} (slope over log L0 of {source}): enough to be detected, or "
+                "half of the difference. Compare at equal L0 (sae train --l0)."
+            )
+        if len(moved) < len(some):
+            notes.append(
+                f"{at}: more than 10 % apart, and no recipe here was measured at two L0, which would tell how the "
+                "numbers move with it. Compare at equal L0 (sae train --l0)."
+            )
+    return notes

@@ -1,0 +1,57 @@
+"""Core's numbers by document, by which two SAEs are compared on the same documents (docs/statistics.md)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .sae_statistics import Ratio, SAEStatistics, divide, ratio_value, sum_by_document
+from .splice_losses import RatiosByCategory
+
+MAX_GROUPS = 1024  # of documents: what is kept in a result file stays under 100 kB however long the text is
+
+
+def group_documents(document_N: Tensor) -> Tensor:
+    """The group of each context's document (N,): its document, or one of MAX_GROUPS runs of consecutive documents."""
+    documents, rank_N = document_N.unique(return_inverse=True)
+    groups = min(len(documents), MAX_GROUPS)
+    return rank_N * groups // len(documents)
+
+
+def values_by_group(ratio: Ratio, group_N: Tensor) -> Tensor:
+    """A value for each group of documents (G,), whose mean is the ratio r of the sums.
+
+    It is r + (part - r whole) G / sum(whole). The standard error of its mean is that of the linearized ratio, which
+    `sae_statistics.ratio_interval` has, and the mean of the differences of two SAEs is the difference of their ratios.
+    """
+    part_G, whole_G = sum_by_document(ratio, group_N)
+    centre = ratio_value((part_G, whole_G))
+    return centre + (part_G - centre * whole_G) * divide(len(whole_G), float(whole_G.sum()))
+
+
+def document_record(
+    ratios: RatiosByCategory, stats: SAEStatistics, fve: float, document_N: Tensor, text: str
+) -> dict[str, Any]:
+    """What `MetricResult.extra` of core keeps: the values of each number by group of documents, and which text it was.
+
+    Seven digits are kept. The explained variance is rescaled like its interval (`SAEStatistics.fve_interval`).
+    """
+    group_N = group_documents(document_N)
+    values = {name: values_by_group(ratio, group_N) for of in ratios.values() for name, ratio in of.items()}
+    around = divide(stats.sums["around_centre"], stats.variance)
+    values["fve"] = fve + (values["fve"] - values["fve"].mean()) * around
+    return {
+        "text": text,
+        "unit": "document" if len(document_N.unique()) <= MAX_GROUPS else "group of documents",
+        "values": {name: [float(f"{value:.7g}") for value in value_G.tolist()] for name, value_G in values.items()},
+    }
+
+
+def values_in_record(record: Any, name: str) -> tuple[str, Mapping[str, float]]:
+    """The unit, and the values of a number by group. Empty for results of earlier versions, which kept none."""
+    if not isinstance(record, dict) or name not in record.get("values", {}):
+        return "", {}
+    values = record["values"][name]
+    if None in values:
+        return "", {}
+    return record["unit"], {f"{record['text']} {group}": value for group, value in enumerate(values)}

@@ -1,0 +1,228 @@
+"""Intervals, tests and smallest detectable differences: the rules of docs/statistics.md, which every table obeys.
+
+Nothing here knows of runs or metrics. The functions take numbers, one for each resampled unit: a seed, a document, a
+data set, a letter. scipy does the computing; Holm's correction, which it lacks, is the only procedure written out here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import nctdtrinc
+from scipy.stats import binomtest, bootstrap, t, ttest_1samp
+
+CONFIDENCE = 0.95  # of every interval
+LEVEL = 0.05  # of the tests of a table together
+POWER = 0.8  # with which the smallest detectable difference is detected
+REPLICATES = 1000  # of a bootstrap
+MARGIN = 0.01  # of equivalence, as a share of the range of a number, where none is given
+NO_SPREAD = 1e-9  # differences that are equal to this relative tolerance have no spread to test with
+
+Verdict = Literal["better", "worse", "equivalent", "not distinguishable", "same in every pair", "not tested"]
+Interval = tuple[float, float]
+Statistic = Callable[..., Any]  # of samples, along the keyword `axis`
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The interval of the mean by Student's t (`scipy.stats.t.interval`). Takes at least two values."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    if not error:
+        return float(np.mean(values)), float(np.mean(values))
+    low, high = t.interval(confidence, len(values) - 1, loc=float(np.mean(values)), scale=error)
+    return float(low), float(high)
+
+
+def proportion_interval(hits: int, count: int) -> list[float]:
+    """Wilson's 95 % interval of hits / count (`scipy.stats.binomtest(...).proportion_ci(method="wilson")`)."""
+    low, high = binomtest(hits, count).proportion_ci(CONFIDENCE, "wilson")
+    return [float(low), float(high)]
+
+
+def mean_of_means(*samples: NDArray[Any], axis: int = -1) -> Any:
+    """The mean over samples of their means: of letters over words, of data sets over texts."""
+    return np.mean([np.mean(sample, axis=axis) for sample in samples], axis=0)
+
+
+def bootstrap_interval(
+    samples: Sequence[ArrayLike], seed: int, statistic: Statistic = mean_of_means, replicates: int = REPLICATES
+) -> list[float]:
+    """95 % percentile interval of a statistic (`scipy.stats.bootstrap`); each sample is resampled by itself.
+
+    `statistic` takes the samples as arguments and the keyword `axis`. The same `seed` gives the same draws, so
+    intervals of SAEs that were measured on the same units are made from the same resamples.
+    """
+    # scipy refuses a sample of one value, of which every resample is that value: two copies of it are the same sample.
+    arrays = [np.repeat(array, 2) if len(array := np.asarray(sample)) == 1 else array for sample in samples]
+    found = bootstrap(
+        arrays, statistic, n_resamples=replicates, vectorized=True, method="percentile",
+        confidence_level=CONFIDENCE, rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return [float(end) for end in found.confidence_interval]
+
+
+def detectable_difference(sd: float, pairs: int, level: float = LEVEL, power: float = POWER) -> float:
+    """The smallest true difference that a two-sided paired t test at `level` detects with probability `power`.
+
+    It is sd / sqrt(pairs) * nc, where nc is the noncentrality at which Student's noncentral t with pairs - 1 degrees of
+    freedom exceeds the critical value t(1 - level/2) with probability `power` (`scipy.special.nctdtrinc`). The other
+    tail, which such a difference reaches with a probability under 1e-3, is left out.
+
+    `sd` is the standard deviation of the paired differences. The measured difference plays no part in it.
+    """
+    degrees = pairs - 1
+    noncentrality = nctdtrinc(degrees, 1 - power, t.isf(level / 2, degrees))
+    return sd / math.sqrt(pairs) * float(noncentrality)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number, in the same order (Holm 1979).
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none becomes smaller than one before it, or
+    larger than 1. Those that are below 0.05 are then wrong together with a probability of at most 0.05, whatever
+    their dependence.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+@dataclass(frozen=True)
+class PairedDifferences:
+    """The differences of one number between two systems, one for each unit that both were measured on.
+
+    Attributes:
+        values: at least two.
+        unit: what was paired, in the singular: "seed", "document", "data set".
+    """
+
+    values: Sequence[float]
+    unit: str
+
+    @property
+    def pairs(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @cached_property
+    def sd(self) -> float:
+        return float(np.std(self.values, ddof=1)) if self.has_spread else 0.0
+
+    @cached_property
+    def has_spread(self) -> bool:
+        """Whether the differences differ: else there is no test, because nothing says how far they would vary."""
+        return not math.isclose(min(self.values), max(self.values), rel_tol=NO_SPREAD)
+
+    @property
+    def interval(self) -> Interval:
+        """95 % interval of the mean difference by Student's t, not corrected for other comparisons."""
+        return mean_interval(self.values) if self.has_spread else (self.mean, self.mean)
+
+    @cached_property
+    def p_value(self) -> float:
+        """Of a two-sided paired t test (`scipy.stats.ttest_1samp`); 1 if every difference is 0."""
+        return float(ttest_1samp(self.values, 0).pvalue) if self.has_spread else 1.0
+
+    def equivalence_p_value(self, margin: float) -> float:
+        """Of two one-sided t tests (Schuirmann 1987): that the mean difference is not within +- `margin`."""
+        above = ttest_1samp(self.values, -margin, alternative="greater").pvalue
+        below = ttest_1samp(self.values, margin, alternative="less").pvalue
+        return float(max(above, below))
+
+    def detectable(self, comparisons: int) -> float:
+        """The smallest detectable difference at the level that is left to each of so many comparisons."""
+        return detectable_difference(self.sd, self.pairs, LEVEL / comparisons)
+
+
+class PairedComparison(NamedTuple):
+    """One comparison of a table.
+
+    Attributes:
+        differences: None if there are no pairs.
+        better: "up" or "down", the better direction of the number; "" if it has none and is not tested.
+        margin: differences of at most this size count as none; None if no margin is stated.
+    """
+
+    differences: PairedDifferences | None
+    better: str
+    margin: float | None = None
+
+    @property
+    def is_test(self) -> bool:
+        one = self.differences
+        return one is not None and bool(self.better) and (one.has_spread or not one.mean)
+
+
+class Finding(NamedTuple):
+    """What can be said of one comparison.
+
+    Attributes:
+        p_value: corrected for the comparisons of the table; None if it was not tested.
+        equivalence_p_value: corrected likewise; None without a margin or a spread.
+        detectable: the smallest detectable difference; None without a spread.
+        small: a difference that was found is also shown to be within the margin.
+    """
+
+    verdict: Verdict
+    p_value: float | None = None
+    equivalence_p_value: float | None = None
+    detectable: float | None = None
+    small: bool = False
+
+
+def judge(table: Sequence[PairedComparison]) -> list[Finding]:
+    """The verdict on each comparison of a table, corrected for all of them by `holm`.
+
+    - better, worse: the corrected p-value is below 0.05.
+    - equivalent: otherwise, and two one-sided tests show that the difference is within the margin; their p-values are
+      corrected for the comparisons of the table too, as a family of their own.
+    - not distinguishable: otherwise. The true difference can be 0, or as large as the smallest detectable one.
+    - same in every pair: every difference is exactly 0.
+    - not tested: there are no two pairs, the number has no better direction, or every difference is the same.
+    """
+    tests = [place for place, one in enumerate(table) if one.is_test]
+    with_margin = [place for place in tests if table[place].margin and has_spread(table[place])]
+    p_values = dict(zip(tests, holm([differences_of(table[place]).p_value for place in tests]), strict=True))
+    equivalence = [differences_of(table[place]).equivalence_p_value(table[place].margin or 0) for place in with_margin]
+    equivalence_p_values = dict(zip(with_margin, holm(equivalence), strict=True))
+    return [
+        conclude(one, p_values.get(place), equivalence_p_values.get(place), max(len(tests), 1))
+        for place, one in enumerate(table)
+    ]
+
+
+def has_spread(one: PairedComparison) -> bool:
+    return one.differences is not None and one.differences.has_spread
+
+
+def differences_of(one: PairedComparison) -> PairedDifferences:
+    assert one.differences is not None
+    return one.differences
+
+
+def conclude(one: PairedComparison, p_value: float | None, equivalence: float | None, comparisons: int) -> Finding:
+    """The finding of one comparison from its corrected p-values."""
+    if p_value is None:
+        return Finding("not tested")
+    found = differences_of(one)
+    if not found.has_spread:
+        return Finding("same in every pair", p_value)
+    detectable, within = found.detectable(comparisons), equivalence is not None and equivalence < LEVEL
+    if p_value < LEVEL:
+        verdict: Verdict = "better" if (found.mean > 0) == (one.better == "up") else "worse"
+        return Finding(verdict, p_value, equivalence, detectable, within)
+    return Finding("equivalent" if within else "not distinguishable", p_value, equivalence, detectable)
+
+
+def default_margin(floor: float | None, ceiling: float | None) -> float | None:
+    """The margin of a number for which none was given: a hundredth of its range; None without two ends."""
+    return None if floor is None or ceiling is None else MARGIN * (ceiling - floor)
