@@ -14,11 +14,13 @@ from scipy.sparse import csr_matrix
 from torch.nn.functional import normalize
 
 import sae
+from sae.cache.layout import Hook
 from sae.cache.reader import Cache
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.compare import compare_runs
-from sae.evaluate.metrics.latent_correlation import Latents
-from sae.evaluate.metrics.stability import match_pair
+from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.latent_correlation import HeldOutRows, Latents
+from sae.evaluate.metrics.stability import Stability, match_pair
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.run import evaluate
 from sae.evaluate.tables import tables
@@ -314,3 +316,51 @@ def test_trained_seeds_are_seeds_of_one_system_and_other_recipes_are_not(tiny_ca
     others = {row.name: row.results["stability"].extra["seeds"] for row in rows}
     names = [run.folder.name for run in runs]
     assert {name: [o for o in names if o != name and o.split("-")[0] == name.split("-")[0]] for name in names} == others
+
+
+# --- planted features -------------------------------------------------------------------------------------------------
+
+FEATURES, WIDTH, ACTIVE = 32, 24, 2
+
+
+def features_or_noise(planted: bool, rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Rows (rows, WIDTH): sums of ACTIVE of the FEATURES with random strengths, or Gaussian noise without any."""
+    if not planted:
+        return torch.randn(rows, WIDTH, generator=generator)
+    direction_FD = torch.nn.functional.normalize(
+        torch.randn(FEATURES, WIDTH, generator=torch.Generator().manual_seed(5))
+    )
+    chosen = torch.rand(rows, FEATURES, generator=generator).topk(ACTIVE).indices
+    strength = 1 + torch.rand(rows, ACTIVE, generator=generator)
+    return torch.zeros(rows, FEATURES).scatter(1, chosen, strength) @ direction_FD
+
+
+def train_on(planted: bool, seed: int) -> SAE:
+    torch.manual_seed(seed)
+    one, data = SAE(WIDTH, FEATURES, [TopK(ACTIVE)]), torch.Generator().manual_seed(3)
+    optimizer = torch.optim.Adam(one.parameters(), lr=0.01)
+    for _ in range(500 if planted else 150):
+        x_BD = features_or_noise(planted, 256, data)
+        loss = (one(x_BD).recon_BD - x_BD).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            one.W_dec.div_(one.W_dec.norm(dim=1, keepdim=True))
+    return one.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("planted", [True, False])
+def test_two_seeds_agree_on_planted_features_and_not_on_noise(planted):
+    targets = [EvalTarget(train_on(planted, seed), Hook(0), system="x", name=str(seed)) for seed in range(2)]
+    rows = HeldOutRows()
+    rows.add(features_or_noise(planted, 4000, torch.Generator().manual_seed(4)), {0: targets[0].sae, 1: targets[1].sae})
+    outcome, _ = Stability().compare_seeds(targets, [0, 1], rows, "cpu", lambda *_: None).values()
+    found = outcome.metrics["stability"]
+    if planted:
+        assert min(found["decoder_pw_mcc"], found["activation_pw_mcc"], found["recurring"]) > 0.7
+        assert max(found["decoder_pw_mcc_null"], found["activation_pw_mcc_null"]) < 0.6
+    else:
+        assert found["decoder_pw_mcc"] == pytest.approx(found["decoder_pw_mcc_null"], abs=0.06)
+        assert found["activation_pw_mcc"] < found["activation_pw_mcc_null"] + 0.1
+        assert found["recurring"] < 0.2
