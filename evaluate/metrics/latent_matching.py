@@ -2,8 +2,8 @@
 
 Up to EXACT_LATENTS latents the matching is optimal (scipy's linear_sum_assignment); it holds the similarities of all
 pairs, 9 bytes each: 2.4 GB for 16,384 latents, and takes minutes at that size. With more, only the CANDIDATES most
-similar latents of each are considered, 16 bytes each, which gives a lower bound; on 4,096 random directions of 128
-dimensions it is 1e-7 below the optimum.
+similar latents of each are considered, 16 bytes each, which gives a lower bound. On 4,096 directions of 128 dimensions,
+half of them shared, it equals the optimum to seven digits.
 
 Shape suffixes: F latents of one dictionary, G of the other, B a block of the F, K candidates.
 """

@@ -34,7 +34,7 @@ from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progr
 from .latent_correlation import HeldOutRows, Latents, random_latents, read_latents, shuffle_rows
 from .latent_matching import CANDIDATES, EXACT_LATENTS, Matching, match_latents
 
-EXACT_RANDOM = 2048  # latents of random dictionaries that are matched exactly: others lose under 1e-6
+EXACT_RANDOM = 2048  # latents of random dictionaries up to which the matching with them is optimal
 NULL_QUANTILE = 0.99  # of the matched cosines of random dictionaries, below which no latent recurs
 SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds from which on a flag says so
 MANY_DEAD = 0.1  # share of the latents above which a flag says so
