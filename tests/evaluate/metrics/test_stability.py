@@ -339,7 +339,7 @@ def train_on(planted: bool, seed: int) -> SAE:
     torch.manual_seed(seed)
     one, data = SAE(WIDTH, FEATURES, [TopK(ACTIVE)]), torch.Generator().manual_seed(3)
     optimizer = torch.optim.Adam(one.parameters(), lr=0.01)
-    for _ in range(500):
+    for _ in range(500 if planted else 150):
         x_BD = features_or_noise(planted, 256, data)
         loss = (one(x_BD).recon_BD - x_BD).square().sum(1).mean()
         optimizer.zero_grad()
