@@ -42,6 +42,7 @@ if _TYPE_CHECKING:
     from .train.run import train_saes as train_saes
     from .train.sae import SAE as SAE
     from .train.sae import load_sae as load_sae
+    from .workflows.controls import train_controls as train_controls
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ _MODULES = {
     "load_sae": "train.sae",
     "open_cache": "cache.reader",
     "steering": "evaluate.latents.steering",
+    "train_controls": "workflows.controls",
     "train_saes": "train.run",
 }  # public name -> the module that defines it
 __all__ = [*_MODULES, "__version__"]

@@ -10,9 +10,11 @@ import typer
 from .console import bar, cli_command, echo, show_table
 from .options import Device, Tokens, parse_max_norm
 from .printing import print_line
+from .train import execute
 
 if TYPE_CHECKING:
     from ..evaluate.plan import EvaluatePlan
+    from ..workflows.controls import ControlsPlan
 
 INPUTS = "Model and data"  # a group of flags in the help
 
@@ -71,6 +73,14 @@ def evaluate(
     references: Annotated[
         bool, typer.Option(help="Add rows for the identity, zero, a PCA and a random dictionary.")
     ] = True,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Train frozen controls of the runs once (a random decoder, one that stays near its start, a random "
+            "encoder), and add their rows: how much of each number they already have.",
+        ),
+    ] = False,
     dtype: Annotated[
         str,
         typer.Option(help="Precision of the model: auto, bfloat16 or float32.", rich_help_panel=INPUTS),
@@ -81,6 +91,7 @@ def evaluate(
 ) -> None:
     """Splice trained SAEs into the language model and measure them on held-out text."""
     from ..evaluate.plan import EvaluateConfig, plan_evaluation
+    from ..workflows.controls import ControlsPlan, plan_controls
     from ..workflows.published import PublishedConfig, find_or_import
 
     with bar("verify", "rows") as shown:
@@ -89,6 +100,7 @@ def evaluate(
     if not found.folders:
         found.raise_refusals()
         return  # a dry run of what is not imported yet
+    controlled = plan_controls(found.folders, device) if controls else ControlsPlan()
     plan = plan_evaluation(
         EvaluateConfig(
             runs=found.folders,
@@ -102,27 +114,32 @@ def evaluate(
             data=data,
             force=force,
             references=references,
+            controls=controlled.folders,
             device=device,
             dtype=dtype,
         ),
         {Path(text): error for text, error in found.refused.items()},
     )
-    if code := run_evaluate(plan, as_json=json_, dry_run=dry_run):
+    if code := run_evaluate(plan, controlled, as_json=json_, dry_run=dry_run):
         raise typer.Exit(code)
     if not dry_run and (command := plan.next_command()):
         echo(f"next     {command}")
 
 
-def run_evaluate(plan: "EvaluatePlan", *, as_json: bool = False, dry_run: bool = False) -> int:
-    """Print a plan, run it with a progress bar, and print its tables. Returns the exit code."""
+def run_evaluate(
+    plan: "EvaluatePlan", controls: "ControlsPlan | None" = None, *, as_json: bool = False, dry_run: bool = False
+) -> int:
+    """Print a plan, train its controls, run it with a progress bar, and print its tables. Returns the exit code."""
     from ..evaluate.run import run_evaluation
     from ..evaluate.tables import notes, tables
 
     started = time.monotonic()
-    for line in plan.describe():
+    for line in [*plan.describe(), *(controls.describe() if controls else ())]:
         echo(line)
     if dry_run:
         return 1 if plan.refused else 0
+    if controls and controls.train and controls.train.unfinished:
+        execute(controls.train)
     rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""))
     if as_json:
         print_line(json.dumps([row.flat() for row in rows], indent=2))

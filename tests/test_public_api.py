@@ -29,7 +29,8 @@ TEXTS = ["the quick brown fox jumps", "seven zebras", "books in june, " * 30]
 
 PUBLIC = {
     "DamagedError", "Interrupted", "SAE", "SaeError", "UnavailableError", "UsageError", "activations", "evaluate_saes",
-    "export_sae", "harvest_activations", "import_sae", "load_sae", "open_cache", "steering", "train_saes",
+    "export_sae", "harvest_activations", "import_sae", "load_sae", "open_cache", "steering", "train_controls",
+    "train_saes",
 }  # fmt: skip
 ROOT = Path(sae.__file__).parent
 MODULES = sorted(

@@ -47,7 +47,7 @@ class RunBytes(NamedTuple):
     """The bytes of a run's SAE, and of its training state on the device and in each checkpoint."""
 
     sae: int
-    state: int  # weights, buffers and AdamW's two moments
+    state: int  # weights, buffers and AdamW's two moments of what is trained
 
     @property
     def folder(self) -> int:
@@ -58,7 +58,8 @@ class RunBytes(NamedTuple):
 def run_bytes(run: BuildableRun) -> RunBytes:
     variant = untrained_variant(run, "meta")
     weights, buffers = tensor_bytes(variant)
-    return RunBytes(tensor_bytes(variant.sae)[0], 3 * weights + buffers)
+    trained = sum(p.nbytes for p in variant.parameters() if p.requires_grad)
+    return RunBytes(tensor_bytes(variant.sae)[0], weights + 2 * trained + buffers)
 
 
 def tensor_bytes(module: torch.nn.Module) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from .stored_options import describe_changes, stored_options
 from .variant import Variant
 
 CALIBRATION_BATCHES = 32
-STANDARDIZED_ON = 10_000  # rows
+SAMPLE_ROWS = 10_000  # of what `Variant.reads_rows`
 
 PathLike = str | os.PathLike[str]
 
@@ -229,7 +229,7 @@ def set_normalization(trainer: RunTrainer, cache: object) -> None:
     assert isinstance(cache, Cache | ConcatCache)
     array = trainer.run.hook.array
     mean_D = torch.from_numpy(cache.mean(array)).float().to(trainer.device)
-    sample_ND = first_rows(trainer.run, STANDARDIZED_ON) if trainer.variant.scale.dim() else None
+    sample_ND = first_rows(trainer.run, SAMPLE_ROWS) if trainer.variant.reads_rows else None
     trainer.variant.set_normalization(mean_D, cache.statistics(array)["mean_square_norm"], sample_ND)
 
 

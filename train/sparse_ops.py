@@ -100,8 +100,11 @@ class _SparseEncode(torch.autograd.Function):
         x_BD, w_DF, b_D, token_N, latent_order_N, latent_start_F = ctx.saved_tensors
         (g_N,) = gradient
         b_F_ = F.embedding_bag(latent_order_N, g_N[:, None], latent_start_F, mode="sum").squeeze(1)
-        w_FD_ = sum_by_latent(g_N, x_BD if b_D is None else x_BD - b_D, token_N, latent_order_N, latent_start_F)
-        return None, None, w_FD_.T, b_F_, None if b_D is None else -(w_DF @ b_F_), *[None] * 4
+        w_DF_ = None
+        if ctx.needs_input_grad[2]:
+            centered_BD = x_BD if b_D is None else x_BD - b_D
+            w_DF_ = sum_by_latent(g_N, centered_BD, token_N, latent_order_N, latent_start_F).T
+        return None, None, w_DF_, b_F_, None if b_D is None else -(w_DF @ b_F_), *[None] * 4
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -116,7 +119,8 @@ class _SparseDecode(torch.autograd.Function):
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         value_N, *chosen = ctx.saved_tensors
         (g_BD,) = gradient
-        return g_BD, sum_by_latent(value_N, g_BD.contiguous(), *chosen), None, None, None, None
+        w_FD_ = sum_by_latent(value_N, g_BD.contiguous(), *chosen) if ctx.needs_input_grad[1] else None
+        return g_BD, w_FD_, None, None, None, None
 
 
 def encode(

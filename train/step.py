@@ -71,6 +71,13 @@ class Mechanism(nn.Module):
     """
 
     every: int | None = None
+    reads_rows = False  # whether it has a `start_from_rows`
+
+    def start_from_rows(self, sae: SAE, sample_ND: Tensor) -> None:
+        """Before the first step of a run: change the start of the SAE by the first rows (N, D) that the run reads.
+
+        They are given as the SAE sees them. Called only if `reads_rows`.
+        """
 
     def after_backward(self, step: Step) -> None:
         """Gradients are ready, weights have not moved."""

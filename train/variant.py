@@ -110,10 +110,16 @@ class Variant(nn.Module):
                 )
             self.scale = torch.ones(self.sae.d_in)
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether `set_normalization` needs rows."""
+        return self.scale.dim() > 0 or any(mechanism.reads_rows for mechanism in self.mechanisms)
+
     def set_normalization(self, mean_D: Tensor, mean_square_norm: float, sample_ND: Tensor | None = None) -> None:
         """Set the constants of normalization from the mean row and E|x|^2 of the cache. Checkpoints hold them.
 
-        `sample_ND` are the raw rows whose mean and standard deviation normalize=standardize takes.
+        `sample_ND` are the first raw rows of the run, where something `reads_rows`: normalize=standardize takes their
+        mean and standard deviation, and mechanisms start from them. Without rows such a mechanism does nothing.
         """
         settings, square = self.optimization, mean_square_norm
         if settings.normalize == "standardize":
@@ -131,6 +137,9 @@ class Variant(nn.Module):
             if settings.normalize == "layer_norm":  # the mean normalized row is not known: tokens of equal deviation
                 start_D = (mean_D - mean_D.mean()) / (mean_square_norm / len(mean_D)) ** 0.5
             self.sae.b_dec.data.copy_(start_D)
+        for mechanism in self.mechanisms:
+            if mechanism.reads_rows and sample_ND is not None:
+                mechanism.start_from_rows(self.sae, self.normalize(sample_ND))
 
     def normalize(self, x_BD: Tensor) -> Tensor:
         """Raw activations (B, d_in) as the SAE in training sees them, in float32."""

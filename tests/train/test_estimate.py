@@ -42,7 +42,7 @@ def test_the_bytes_of_a_run_are_its_tensors():
     assert run_bytes(run).folder == weights + 2 * run_bytes(run).state
 
 
-@pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition"])
+@pytest.mark.parametrize("variant", ["relu", "jumprelu", "progressive", "competition", "frozen-decoder"])
 def test_a_run_takes_the_estimated_bytes(sparse_cache, variant):
     plan = plan_training(make_config(sparse_cache, variant))
     (run,) = plan.runs

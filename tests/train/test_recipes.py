@@ -25,6 +25,7 @@ VARIED = (
     "batchtopk k=2.5 k_anneal_steps=9 k_start=7.5",
     "matryoshka k=4 k_anneal_steps=12",
     "jumprelu-tanh ste_to_input=true",
+    "soft-frozen-decoder base=topk k=4 cosine=0.999",
 )
 EVERY = [*sorted(RECIPES), *VARIED]
 every_recipe = pytest.mark.parametrize("name", EVERY)
@@ -43,7 +44,9 @@ def test_a_whole_run_is_finite_and_rows_stay_unit(name, make_trainer, take) -> N
     """Warm-ups and decays included; periodic mechanisms act every fourth step."""
     trainer = make_trainer(name, steps=16)
     unit = any(isinstance(mechanism, UnitNormDecoder) for mechanism in trainer.variant.mechanisms)
-    before = trainer.variant.sae.W_enc.detach().clone()
+    sae = trainer.variant.sae
+    trained = sae.W_enc if sae.W_enc.requires_grad else sae.W_dec
+    before = trained.detach().clone()
     for number in take(trainer, range(16)):
         if unit:
             norms_F = trainer.variant.sae.W_dec.norm(dim=1)
@@ -51,7 +54,7 @@ def test_a_whole_run_is_finite_and_rows_stay_unit(name, make_trainer, take) -> N
     assert int(trainer.failed_at) == -1
     assert [n for n, t in training_state(trainer).items() if not torch.isfinite(t).all()] == []
     assert all(value == value for value in trainer.pop_metrics().values())
-    assert not torch.equal(before, trainer.variant.sae.W_enc)
+    assert not torch.equal(before, trained)
 
 
 @every_recipe

@@ -63,7 +63,7 @@ def test_a_finished_run_encodes_raw_rows_as_training_encoded_standardized_ones(
     sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By hand: mean and standard deviation of the first 300 rows; the rows of W_dec are unit, times that deviation."""
-    monkeypatch.setattr("sae.train.run.STANDARDIZED_ON", 300)
+    monkeypatch.setattr("sae.train.run.SAMPLE_ROWS", 300)
     sample_ND, x_BD = rows_read(sparse_cache, 300).double(), rows_read(sparse_cache, 3000)[2000:]
     mean_D, sd_D = sample_ND.mean(0).float(), sample_ND.var(0, correction=0).sqrt().float()
     assert sd_D.max() > 1.2 * sd_D.min() and mean_D.norm() > 1

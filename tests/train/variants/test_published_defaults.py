@@ -26,6 +26,10 @@ PUBLISHED: dict[str, dict[str, object]] = {
     "batchtopk": {"k": 32, **AUX, **ANNEAL},  # Bussmann et al. 2024: AuxK as in Gao et al.
     "matryoshka": {"k": 32, "prefixes": 5, **AUX, **ANNEAL},  # Bussmann et al. 2025: five nested sizes
     "ortsae": {"k": 32, "strength": 0.25, "chunk": 8192, **AUX},  # Korznikov et al. 2025: chunks of 8192; ours: 0.25
+    # Korznikov et al. 2026: rows drawn with the activations' covariance (App. E); cosine 0.8. Ours: k and AuxK.
+    "frozen-decoder": {"k": 32, "base": "batchtopk", "init": "cov", **AUX},
+    "soft-frozen-decoder": {"k": 32, "cosine": 0.8, "base": "batchtopk", **AUX},
+    "frozen-encoder": {"k": 32, "base": "batchtopk", **AUX},
     "switch": {"k": 32, "experts": None, "balance": 0.1},  # Mudide et al. 2024: 16 to 128 experts; ours: 0.1
     "gated": {"l1": 0.04, "l1_warmup": None},
     "april": {"l1": 5.0, "l1_warmup": None},  # Conerly et al. 2024: lambda = 5
@@ -39,9 +43,10 @@ PUBLISHED: dict[str, dict[str, object]] = {
         "penalty": 20.0, "c": 4.0, "reach": 3e-6, "bandwidth": 2.0, "threshold": 0.1, "ste_to_input": False,
     },
 }  # fmt: skip
+CONTROLS = ("frozen-decoder", "soft-frozen-decoder", "frozen-encoder")
 BY_WIDTH = 2e-4 / (64 / 2**14) ** 0.5  # dictionary_learning's rule for TopK, after the sweep of Gao et al. 2024
 OPTIMIZATION = {
-    **{name: Optimization(lr=BY_WIDTH) for name in ("topk", "batchtopk", "matryoshka", "ortsae")},
+    **{name: Optimization(lr=BY_WIDTH) for name in ("topk", "batchtopk", "matryoshka", "ortsae", *CONTROLS)},
     # The authors start b_dec and b_router both at the data's center.
     "switch": Optimization(lr=BY_WIDTH, center=True),
     "relu": Optimization(),
@@ -82,7 +87,7 @@ def test_every_recipe_of_the_field_is_listed() -> None:
 def test_terms_are_weighted_as_published_in_the_built_variant() -> None:
     """After the warm-up of 400 / 20 steps, and in the middle of it."""
     at_end = {name: weights(built(name), 399) for name in PUBLISHED}
-    for name in ("topk", "batchtopk", "matryoshka"):
+    for name in ("topk", "batchtopk", "matryoshka", *CONTROLS):
         assert at_end[name] == {"mse": 1.0, "aux": 1 / 32}
     assert at_end["ortsae"] == {"mse": 1.0, "aux": 1 / 32, "orthogonality": 0.25}
     assert at_end["switch"] == {"mse": 1.0, "balance": pytest.approx(0.1)}
@@ -101,7 +106,7 @@ def test_terms_are_weighted_as_published_in_the_built_variant() -> None:
 
 
 def test_parts_have_the_published_sizes_in_the_built_variant() -> None:
-    for name in ("topk", "batchtopk", "matryoshka", "ortsae"):
+    for name in ("topk", "batchtopk", "matryoshka", "ortsae", *CONTROLS):
         variant = built(name)
         (activation,) = variant.sae.activation
         assert isinstance(activation, TopK if name == "topk" else BatchTopK) and activation.k == 32

@@ -1,0 +1,165 @@
+"""`sae evaluate --controls`: trained once, kept, resumed, evaluated beside the runs, and found by `sae compare`."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import sae
+from sae.cache.reader import Cache
+from sae.cli.main import app
+from sae.common.errors import UsageError
+from sae.common.files import read_json
+from sae.evaluate.compare import compare_runs, comparison_table
+from sae.evaluate.controls import RECIPES, controls_folder
+from sae.train.plan import Run
+from sae.train.recipe import find_recipe
+from sae.workflows.controls import plan_controls, train_controls
+
+from ..run_records import write_run_record, write_sae_record
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = {"steps": 30, "batch_size": 64, "width": "64", "layers": 1}
+NAMES = ["frozen-decoder-4", "soft-frozen-decoder-4", "frozen-encoder-4"]
+
+
+@pytest.fixture
+def runs(tiny_cache: Cache) -> list[Run]:
+    """topk at two seeds, and relu, held at the same L0."""
+    return [
+        *sae.train_saes("topk", cache=tiny_cache, seeds=[0, 1], l0=4, **SIZES),
+        *sae.train_saes("relu", cache=tiny_cache, l0=4, **SIZES),
+    ]
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [*map(str, words), "--device", "cpu"])
+
+
+def evaluate(*words: object) -> Result:
+    result = invoke("evaluate", "--suite", "core", "--tokens", "600", "--controls", *words)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def trained() -> dict[str, tuple[int, bytes]]:
+    """Each control's name -> when its weights were written, and they themselves."""
+    weights = {path.parent.name: path for path in controls_folder().glob("*/sae.safetensors")}
+    return {name: (path.stat().st_mtime_ns, path.read_bytes()) for name, path in weights.items()}
+
+
+def test_controls_are_trained_once_evaluated_and_found_again(runs: list[Run], home: Path) -> None:
+    planned = evaluate(*runs, "--dry-run")
+    assert "controls 3 to train, for 3 runs; kept in " in planned.output and str(controls_folder()) in planned.output
+    assert re.search(r"time +about \d.* of training on cpu", planned.output) and "and 3 controls" in planned.output
+    assert not controls_folder().exists()
+
+    first = evaluate(*runs, "--json", "--no-references")
+    rows = {row["name"]: row for row in json.loads(first.stdout)}
+    assert list(rows) == [*(run.name for run in runs), *NAMES]
+    for name in NAMES:
+        assert rows[name]["core.sparsity.l0"] == pytest.approx(4, rel=0.1), "equal L0, on held-out text"
+    kept = trained()
+    assert len(kept) == 3
+    again = evaluate(*runs)
+    assert trained() == kept and "controls 3 already trained, for 3 runs" in again.output
+    assert "core: " in again.output and "3 already measured" in again.output
+    assert "share of" in again.stdout and "share lines: how much of a number above its floor" in again.output
+
+    heads, lines = comparison_table(compare_runs([run.folder for run in runs]))
+    labels = [line[0] for line in lines]
+    assert set(NAMES) <= set(labels)
+    shares = [f"share of {label} that {name} has" for label in ("topk", "relu") for name in sorted(NAMES)]
+    assert [label for label in labels if label.startswith("share")] == shares
+    ev = next(place for place, head in enumerate(heads) if head.startswith("EV"))
+    value = {row[0].removesuffix(" (2 seeds)"): row[ev] for row in lines}
+    by_hand = float(value["frozen-decoder-4"].split()[0]) / float(value["topk"].split()[0])
+    assert float(value["share of topk that frozen-decoder-4 has"].rstrip("%")) == pytest.approx(100 * by_hand, abs=1)
+    assert "frozen" not in str(comparison_table(compare_runs([run.folder for run in runs], references=False)))
+
+
+def test_controls_have_the_conditions_of_their_run(runs: list[Run]) -> None:
+    controls = train_controls(runs[:1])
+    assert [run.recipe.name for run in controls] == list(RECIPES)
+    for control in controls:
+        ours, theirs = read_json(control.folder / "run.json"), read_json(runs[0].folder / "run.json")
+        for name in ("layer", "site", "d_in", "d_sae", "steps", "batch_size", "l0", "order_seed", "cache"):
+            assert ours[name] == theirs[name], name
+        assert ours["seed"] == 0 and ours["options"] == {}
+    soft = sae.load_sae(controls[1].folder)
+    torch.manual_seed(0)
+    start = find_recipe("topk").make(runs[0].config, {}).sae.W_dec
+    assert torch.linalg.vecdot(soft.W_dec, start).min() > 0.8 - 1e-6
+
+
+def test_another_width_l0_length_or_cache_has_controls_of_its_own(
+    runs: list[Run], tiny_cache: Cache, home: Path
+) -> None:
+    train_controls(runs)
+    before = trained()
+    other = home / "copied"
+    shutil.copytree(tiny_cache.folder, other)
+    variations = [
+        {"width": "32"}, {"l0": 8}, {"steps": 29}, {"batch_size": 32}, {"layers": 0}, {"shuffle_seed": 1},
+    ]  # fmt: skip
+    for count, changes in enumerate(variations, 2):
+        (run,) = sae.train_saes("topk", cache=tiny_cache, **{"l0": 4, **SIZES, **changes})
+        plan = plan_controls([*runs, run])
+        assert len(plan.train.unfinished) == 3 and len(plan.runs) == 6, changes
+        assert len({*before, *(one.name for one in plan.runs)}) == 6, count
+    # The same rows in another folder are the same cache, and a run without --l0 is held to the k that it had.
+    (run,) = sae.train_saes("topk", cache=other, options={"k": 4}, **SIZES)
+    assert [one.done for one in plan_controls([run]).runs] == [True] * 3
+    assert trained() == before
+
+
+def test_a_kill_between_goes_on_where_it_was(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first control is done, the second has a checkpoint, the third has nothing."""
+    controls = train_controls(runs)
+    whole = {run.name: (run.folder / "sae.safetensors").read_bytes() for run in controls}
+    done = (controls[0].folder / "sae.safetensors").stat().st_mtime_ns
+    for file in ("sae.json", "sae.safetensors"):
+        (controls[1].folder / file).unlink()
+    shutil.rmtree(controls[2].folder)
+    result = evaluate(*runs, "--no-references")
+    assert "controls 2 to train and 1 already trained" in result.output
+    assert f"{controls[1].name} resumes from step 30" in result.output
+    assert f"{controls[2].name} resumes" not in result.output
+    assert (controls[0].folder / "sae.safetensors").stat().st_mtime_ns == done
+    assert {run.name: (run.folder / "sae.safetensors").read_bytes() for run in controls} == whole
+
+
+def test_runs_that_cannot_have_controls_are_named_and_evaluated(runs: list[Run], home: Path) -> None:
+    imported, streamed, gone = (home / "runs" / name for name in ("imported", "streamed", "gone"))
+    for folder in (imported, streamed, gone):
+        write_sae_record(folder, origin={"layer": 1, "fingerprint": "f" * 64})
+    source = {"format": "saelens", "sha256": {}, "path": "folder"}
+    unknown = dict.fromkeys(("seed", "steps", "batch_size", "order_seed", "cache"))
+    write_run_record(imported, imported_from=source, **unknown)
+    write_run_record(streamed, ring=4, l0=4.0)
+    write_run_record(gone, l0=4.0, cache_folders=[str(home / "nowhere")])
+    plan = plan_controls([imported, streamed, gone, runs[0]])
+    assert plan.count == 1 and [note.split(" gets no controls: ") for note in plan.notes] == [
+        ["imported", "it was imported, so the rows and steps of its training are not known."],
+        ["streamed", "it was trained with --stream, whose activations are gone."],
+        ["gone", "the cache that it was trained on was not found. Move it back, or to activations/."],
+    ]
+    controls = train_controls(runs)
+    assert plan_controls([controls[0], home / "nothing"]).describe() == []
+    with pytest.raises(UsageError, match="imported gets no controls: it was imported"):
+        train_controls([imported])
+    with pytest.raises(UsageError, match="None of these is a finished run"):
+        train_controls([home / "nothing"])
+
+
+def test_a_control_that_was_trained_as_a_run_is_a_control_too(tiny_cache: Cache) -> None:
+    runs = sae.train_saes(["topk", "frozen-decoder"], cache=tiny_cache, l0=4, **SIZES)
+    sae.evaluate_saes(runs, suite="core", tokens=600, references=False, device="cpu")
+    found = compare_runs([run.folder for run in runs])
+    labels = [line[0] for line in comparison_table(found)[1]]
+    assert labels == ["topk", "frozen-decoder", "share of topk that frozen-decoder has"]
+    assert plan_controls(runs).count == 1

@@ -1,0 +1,171 @@
+"""Controls for what an SAE learns: part of it keeps its random start (Korznikov et al. 2026, arXiv 2602.14111, 4.1).
+
+    frozen-decoder        W_dec is drawn at random and never trained
+    soft-frozen-decoder   each row of W_dec stays within a cosine of its random start
+    frozen-encoder        W_enc is drawn at random and never trained
+
+Everything else is that of `batchtopk` (or `topk`), so a number that a control also has is no sign of learned features.
+`sae evaluate --controls` trains them beside the runs that they control for, and shows them as reference rows.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...common.errors import UsageError
+from ..mechanisms import UnitNormDecoder
+from ..recipe import recipe
+from ..sae import SAE
+from ..step import Mechanism, Step
+from ..variant import RunConfig, Variant
+from .baselines import batchtopk, topk
+
+PAPER = "Korznikov et al. 2026"
+Base = Literal["batchtopk", "topk"]
+
+
+class CovarianceStart(Mechanism):
+    """Rows of W_dec drawn from a normal distribution with the covariance of the activations, then normalized (App. E).
+
+        W_i <- C^1/2 g_i / |C^1/2 g_i|,     W_enc <- W_dec^T
+
+    C is the covariance of the first rows that the run reads. The SAE's own first rows, which are isotropic, are the
+    g_i: their lengths do not matter, so runs of one seed start from the same draws.
+    """
+
+    reads_rows = True
+
+    def start_from_rows(self, sae: SAE, sample_ND: Tensor) -> None:
+        variance_D, axis_DD = torch.linalg.eigh(torch.cov(sample_ND.T.double()))
+        root_DD = axis_DD * variance_D.clamp_min(0).sqrt() @ axis_DD.T  # symmetric: the signs of the axes cancel
+        row_FD = F.normalize(sae.W_dec.data.double() @ root_DD, dim=1)
+        sae.W_dec.data.copy_(row_FD)
+        sae.W_enc.data.copy_(row_FD.T)
+
+
+class DecoderCone(UnitNormDecoder):
+    """Keeps the rows of W_dec on the unit sphere and within a cosine of their start. Has to be the last mechanism.
+
+        W_i <- the nearest unit vector with W_i . s_i = cosine,     where W_i . s_i < cosine
+
+    s_i is the start of row i. The nearest vector lies in the plane of W_i and s_i.
+    """
+
+    start_FD: Tensor
+    mean_cosine: Tensor  # (), of the rows to their starts
+    at_edge: Tensor  # (), share of the rows that the last step had taken out of their cones
+
+    def __init__(self, sae: SAE, cosine: float) -> None:
+        super().__init__()
+        self.cosine, self.sine = cosine, (1 - cosine**2) ** 0.5
+        self.register_buffer("start_FD", sae.W_dec.detach().clone())
+        self.register_buffer("mean_cosine", torch.ones(()))
+        self.register_buffer("at_edge", torch.zeros(()))
+
+    def after_step(self, step: Step) -> None:
+        super().after_step(step)
+        row_FD = step.sae.W_dec.data
+        cosine_F = torch.linalg.vecdot(row_FD, self.start_FD)
+        outside_F = cosine_F < self.cosine
+        # The edge is cosine s + sine v/|v| with v = W - (W . s) s, so |v|^2 = 1 - (W . s)^2.
+        keep_F = self.sine / (1 - cosine_F.square()).clamp_min(1e-12).sqrt()
+        keep_F = torch.where(outside_F, keep_F, 1.0)
+        pull_F = torch.where(outside_F, self.cosine - keep_F * cosine_F, 0.0)
+        row_FD.mul_(keep_F[:, None]).add_(pull_F[:, None] * self.start_FD)
+        self.mean_cosine.copy_(cosine_F.clamp_min(self.cosine).mean())
+        self.at_edge.copy_(outside_F.float().mean())
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"decoder_cosine": self.mean_cosine, "rows_at_edge": self.at_edge}
+
+
+def base_variant(config: RunConfig, base: Base, k: float, aux: float, aux_k: int | None) -> Variant:
+    """The variant that a control differs from in one thing."""
+    # Paper: BatchTopK, JumpReLU and ReLU, and TopK in App. C; the first is the default here and sets L0 by itself.
+    # Paper: AdamW with rate 2e-4 and batches of 4,098 at width 73,728; here both are those of `batchtopk`.
+    if base == "batchtopk":
+        return batchtopk(config, k=k, aux=aux, aux_k=aux_k)
+    if k != int(k):
+        raise UsageError(f"k={k:g} has to be a whole number with base=topk.")
+    return topk(config, k=int(k), aux=aux, aux_k=aux_k)
+
+
+@recipe("frozen-decoder", paper=PAPER, equations="4.1, App. E")
+def frozen_decoder(
+    config: RunConfig,
+    k: float = 32,
+    base: Base = "batchtopk",
+    init: Literal["cov", "iso"] = "cov",
+    aux: float = 1 / 32,
+    aux_k: int | None = None,
+) -> Variant:
+    """A control: `batchtopk` with a random decoder that is never trained.
+
+    What it scores is what an encoder can do with random directions.
+
+    Args:
+        k: Latents kept per token, on average over the batch.
+        base: What is trained otherwise: batchtopk, or topk.
+        init: How the rows are drawn. cov: with the covariance of the activations, the stronger control in the paper.
+            iso: uniformly from the unit sphere.
+        aux: Weight of AuxK, which trains dead latents to model the residual.
+        aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
+    """
+    variant = base_variant(config, base, k, aux, aux_k)
+    variant.sae.W_dec.requires_grad_(False)
+    variant.mechanisms.pop(-1)  # UnitNormDecoder: the rows are unit vectors and stay as they are, bit for bit
+    # Paper: does not say how the encoder starts; here as in every SAE, as the transpose of the decoder.
+    if init == "cov":
+        variant.mechanisms.append(CovarianceStart())
+    return variant
+
+
+@recipe("soft-frozen-decoder", paper=PAPER, equations="4.1, App. D")
+def soft_frozen_decoder(
+    config: RunConfig,
+    k: float = 32,
+    cosine: float = 0.8,
+    base: Base = "batchtopk",
+    aux: float = 1 / 32,
+    aux_k: int | None = None,
+) -> Variant:
+    """A control: `batchtopk` whose decoder rows stay close to their random start.
+
+    Rows start uniformly on the unit sphere; after each step a row that has turned too far is projected back.
+
+    Args:
+        k: Latents kept per token, on average over the batch.
+        cosine: Least cosine of a decoder row with its start.
+        base: What is trained otherwise: batchtopk, or topk.
+        aux: Weight of AuxK, which trains dead latents to model the residual.
+        aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
+    """
+    if not 0 <= cosine < 1:
+        raise UsageError(
+            f"cosine={cosine:g} is out of range: give 0 up to, but not including, 1. For a decoder that does not move "
+            "at all take frozen-decoder."
+        )
+    variant = base_variant(config, base, k, aux, aux_k)
+    variant.mechanisms[-1] = DecoderCone(variant.sae, cosine)
+    return variant
+
+
+@recipe("frozen-encoder", paper=PAPER, equations="4.1")
+def frozen_encoder(
+    config: RunConfig, k: float = 32, base: Base = "batchtopk", aux: float = 1 / 32, aux_k: int | None = None
+) -> Variant:
+    """A control: `batchtopk` with a random encoder that is never trained.
+
+    b_enc, which sets how readily each latent fires, and the decoder are trained.
+
+    Args:
+        k: Latents kept per token, on average over the batch.
+        base: What is trained otherwise: batchtopk, or topk.
+        aux: Weight of AuxK, which trains the biases and decoder rows of dead latents to model the residual.
+        aux_k: Dead latents that AuxK uses per token. None: d_in / 2.
+    """
+    variant = base_variant(config, base, k, aux, aux_k)
+    variant.sae.W_enc.requires_grad_(False)
+    return variant
