@@ -39,8 +39,8 @@ class ControlsPlan:
         return self.train.runs if self.train else []
 
     @property
-    def folders(self) -> list[Path]:
-        return [run.folder for run in self.runs]
+    def folders(self) -> tuple[Path, ...]:
+        return tuple(run.folder for run in self.runs)
 
     def describe(self) -> list[str]:
         """The lines of a plan: what is trained, for how many runs, at what cost, and where it is kept."""
