@@ -139,7 +139,7 @@ def run_evaluate(
     if dry_run:
         return 1 if plan.refused else 0
     if controls and controls.train and controls.train.unfinished:
-        execute(controls.train)
+        execute(controls.train, table=not as_json)  # stdout is then the rows' alone
     rows = run_evaluation(plan, lambda metric: bar(f"evaluate {metric}", ""))
     if as_json:
         print_line(json.dumps([row.flat() for row in rows], indent=2))

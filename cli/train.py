@@ -228,8 +228,8 @@ def run_streaming(config: "TrainConfig", harvest_options: Mapping[str, Any], dry
     return plan.train.runs
 
 
-def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None) -> None:
-    """Train the runs of a plan with a bar, by `run` if it is given, and print their last metrics."""
+def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = None, *, table: bool = True) -> None:
+    """Train the runs of a plan with a bar, by `run` if it is given, and print their last metrics as a `table`."""
     from ..train.loggers import Loggers
     from ..train.run import TrainProgress, run_training
 
@@ -248,7 +248,8 @@ def execute(plan: "TrainPlan", run: "Callable[[TrainProgress], None] | None" = N
     if latest:
         from ..train.l0_control import missed_targets
 
-        show_table("trained (means over the last logged steps)", ["run", *COLUMNS], table_rows(latest))
+        if table:
+            show_table("trained (means over the last logged steps)", ["run", *COLUMNS], table_rows(latest))
         waited = max(metrics["waited_for_data"] for metrics in latest.values())
         echo(f"done     in {time.monotonic() - started:.0f} s, of which training waited {waited:.1f} s for data")
         for sentence in missed_targets({run.name: run.config.l0 for run in plan.runs}, latest):

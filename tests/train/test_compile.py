@@ -21,23 +21,24 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("name", ["topk", "frozen-encoder"])
 def test_compiled_steps_are_the_eager_ones_and_resume_exactly(
-    make_trainer, take, batches, tmp_path: Path, compiled_by_one_thread: None
+    name, make_trainer, take, batches, tmp_path: Path, compiled_by_one_thread: None
 ) -> None:
     def compiled_one() -> Trainer:
         torch._dynamo.reset()
-        trainer = make_trainer("topk")
+        trainer = make_trainer(name)
         assert compile_step(trainer, len(batches[0])) is None
         return trainer
 
-    eager, whole = make_trainer("topk"), compiled_one()
+    eager, whole = make_trainer(name), compiled_one()
     list(take(whole, range(2)))
     save_checkpoint(whole, tmp_path, 2)
     list(take(whole, range(2, 3)))
     list(take(eager, range(3)))
-    for name, tensor in training_state(eager).items():
-        found = training_state(whole)[name]
-        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for key, tensor in training_state(eager).items():
+        found = training_state(whole)[key]
+        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-6, msg=lambda m, n=key: f"{n}: {m}")
     again = compiled_one()
     assert restore_checkpoint(again, tmp_path, pytest.fail) == 2
     list(take(again, range(2, 3)))

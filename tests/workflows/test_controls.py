@@ -1,6 +1,7 @@
 """`sae evaluate --controls`: trained once, kept, resumed, evaluated beside the runs, and found by `sae compare`."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -36,11 +37,11 @@ def runs(tiny_cache: Cache) -> list[Run]:
     ]
 
 
-def invoke(*words: object) -> Result:
-    return CliRunner().invoke(app, [*map(str, words), "--device", "cpu"])
+def invoke(*words: str | Run) -> Result:
+    return CliRunner().invoke(app, [*map(os.fspath, words), "--device", "cpu"])
 
 
-def evaluate(*words: object) -> Result:
+def evaluate(*words: str | Run) -> Result:
     result = invoke("evaluate", "--suite", "core", "--tokens", "600", "--controls", *words)
     assert result.exit_code == 0, result.output
     return result
@@ -136,7 +137,7 @@ def test_a_kill_between_goes_on_where_it_was(runs: list[Run], monkeypatch: pytes
 def test_runs_that_cannot_have_controls_are_named_and_evaluated(runs: list[Run], home: Path) -> None:
     imported, streamed, gone = (home / "runs" / name for name in ("imported", "streamed", "gone"))
     for folder in (imported, streamed, gone):
-        write_sae_record(folder, origin={"layer": 1, "fingerprint": "f" * 64})
+        write_sae_record(folder, origin={"layer": 12, "fingerprint": "f" * 64})
     source = {"format": "saelens", "sha256": {}, "path": "folder"}
     unknown = dict.fromkeys(("seed", "steps", "batch_size", "order_seed", "cache"))
     write_run_record(imported, imported_from=source, **unknown)
