@@ -49,6 +49,7 @@ def compare(
     from ..common.packages import import_extra
     from ..evaluate.against import compare_against
     from ..evaluate.compare import (
+        SUMMARY_METRICS,
         compare_runs,
         comparison_table,
         detectable_line,
@@ -76,8 +77,7 @@ def compare(
         echo(f"masked   {comparison.masked_note}")
     if paired is not None:
         show_table(paired.title, *paired.table())
-    shown = dict.fromkeys(metric for metric, _ in comparison.columns)
-    for note in [*(paired.notes if paired else ()), *notes(comparison.rows, shown)]:
+    for note in [*(paired.notes if paired else ()), *notes(comparison.rows, SUMMARY_METRICS)]:
         echo(f"note     {note}")
     for path in out or []:
         beside = path.with_name(f"{path.stem}-against{path.suffix}")

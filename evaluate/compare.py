@@ -46,6 +46,7 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     ("stability", "recurring"),
     ("autointerp", "autointerp_score"),
 )
+SUMMARY_METRICS = frozenset(metric for metric, _ in SUMMARY_COLUMNS)
 LABEL_KEYS = ("layer", "d_sae", "l0", "steps")  # keys of run.json that are shown in labels if systems differ in them
 
 
@@ -218,7 +219,7 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]
 def detectable_line(comparison: Comparison) -> list[str]:
     """The smallest difference between two systems that could be detected, below the table; empty if nothing is paired.
 
-    It is the median over the comparisons of the first system with each other, as `--against` makes them
+    It is the largest of the comparisons of the first system with each other, as `--against` makes them
     (docs/statistics.md).
     """
     paired = {}
@@ -230,7 +231,7 @@ def detectable_line(comparison: Comparison) -> list[str]:
     if not tests:
         return []
     cells = [
-        format(statistics.median(one.detectable(tests) for one in some), column.format) if some else ""
+        format(max(one.detectable(tests) for one in some), column.format) if some else ""
         for (_, column), some in paired.items()
     ]
     return ["smallest detectable difference", *cells]

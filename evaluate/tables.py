@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..cache.models import model_label
@@ -69,26 +69,26 @@ def describe_counts(results: Sequence[MetricResult]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def notes(rows: Sequence[MeasuredRun], shown: Iterable[str] | None = None) -> list[str]:
+def notes(rows: Sequence[MeasuredRun], shown: Collection[str] | None = None) -> list[str]:
     """The flags and notes of all runs as sentences. Flags that differ only in their numbers are given once.
 
-    They are about the numbers that tables show, without outlier rows. What is known against a metric is said of those
-    in `shown`, by default all that were measured.
+    They are about the numbers that tables show, without outlier rows. `shown` names the metrics that tables can have,
+    by default all. What is known against one of them is said too, if it was measured.
     """
+    measured = dict.fromkeys(metric for row in rows for metric in row.results)
+    shown = [metric for metric in measured if shown is None or metric in shown]
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for row in rows:
         for metric, result in row.results.items():
-            for flag in () if row.is_reference else result.sound.flags:
+            for flag in () if row.is_reference or metric not in shown else result.sound.flags:
                 groups.setdefault((metric, re.sub(r"[0-9.]+", "#", flag)), []).append((row.name, flag))
     sentences = []
     for (metric, _), flags in groups.items():
         name, flag = flags[0]
         others = f" and {len(flags) - 1} more" if len(flags) > 1 else ""
         sentences.append(f"{metric}, {name}{others}: {flag}")
-    measured = dict.fromkeys(metric for row in rows for metric in row.results)
     shares = [SHARE_NOTE] if any(row.is_control for row in rows) and not all(row.is_control for row in rows) else []
-    known = caveats(measured if shown is None else shown)
-    return [*sentences, *known, *(note for row in rows for note in row.notes), *shares]
+    return [*sentences, *caveats(shown), *(note for row in rows for note in row.notes), *shares]
 
 
 def column_heading(column: MetricColumn) -> str:
@@ -162,7 +162,7 @@ def seed_differences(
 def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[MetricColumn]) -> list[list[str]]:
     """A line with the smallest difference between two SAEs that the text could show; none if nothing is paired.
 
-    It is the median over the comparisons of the first SAE with each other, at the level that is left to each of them.
+    It is the largest of the comparisons of the first SAE with each other, at the level that is left to each of them.
     """
     first, *others = [row for row in rows if not row.is_reference] or [None]
     if first is None:
@@ -175,7 +175,7 @@ def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[Met
     if not tests:
         return []
     (unit, *_) = [one.unit for some in spread for one in some]
-    detectable = [statistics.median(one.detectable(tests) for one in some) if some else None for some in spread]
+    detectable = [max(one.detectable(tests) for one in some) if some else None for some in spread]
     cells = [format_optional(value, column.format) for value, column in zip(detectable, columns, strict=True)]
     return [[f"smallest detectable, by {unit}", *cells]]
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from ...common.formatting import format_count
 from ..against import Against
-from ..compare import Comparison, comparison_table, detectable_line
+from ..compare import SUMMARY_METRICS, Comparison, comparison_table, detectable_line
 from ..compare_charts import frontiers, training_curves
 from ..tables import describe_model, notes
 from .page import render_page
@@ -40,7 +40,7 @@ def comparison_page(comparison: Comparison, against: Against | None = None) -> s
         masked=comparison.masked_note,
         notes=[
             *(against.notes if against else ()),
-            *notes(comparison.rows, dict.fromkeys(metric for metric, _ in comparison.columns)),
+            *notes(comparison.rows, SUMMARY_METRICS),
         ],
         version=version("sae-pipeline"),
         date=date.today().isoformat(),
