@@ -14,7 +14,7 @@ from sae.train.optimization import Optimization
 from sae.train.options import read_option_docs
 from sae.train.plan import TrainConfig, plan_training
 from sae.train.recipe import find_recipe
-from sae.train.run import STANDARDIZED_ON, TrainProgress, first_rows, run_training
+from sae.train.run import SAMPLE_ROWS, TrainProgress, first_rows, run_training
 from sae.train.sae import SAE, fold_normalization, load_sae
 from sae.train.variant import RunConfig
 
@@ -48,7 +48,7 @@ def test_a_scale_for_each_dimension_is_folded_exactly(pre_bias: bool) -> None:
 
 
 def test_the_documented_number_of_rows_is_the_one_that_is_read() -> None:
-    assert f"of the first {STANDARDIZED_ON:,} rows" in " ".join(read_option_docs(Optimization)["normalize"].split())
+    assert f"of the first {SAMPLE_ROWS:,} rows" in " ".join(read_option_docs(Optimization)["normalize"].split())
 
 
 def test_a_run_reads_its_first_rows_in_its_own_order(sparse_cache) -> None:
