@@ -52,8 +52,8 @@ def pair_systems(system: RunBySeed, other: RunBySeed, metric: str, column: Metri
         return Pairing(PairedDifferences([value - fixed for value in ours.values()], SEED))
     if not shared and len(ours) * len(theirs) > 1:
         return Pairing(None, "no seed in common")
-    pair = [system[seed] for seed in shared or ours][:1] + [other[seed] for seed in shared or theirs][:1]
-    return pair_runs(*pair, metric, column)
+    own_seed, other_seed = next(iter(shared or ours)), next(iter(shared or theirs))
+    return pair_runs(system[own_seed], other[other_seed], metric, column)
 
 
 def pair_runs(run: MeasuredRun, other: MeasuredRun, metric: str, column: MetricColumn) -> Pairing:

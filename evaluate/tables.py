@@ -164,9 +164,10 @@ def detectable_lines(rows: Sequence[EvalRow], metric: str, columns: Sequence[Met
 
     It is the largest of the comparisons of the first SAE with each other, at the level that is left to each of them.
     """
-    first, *others = [row for row in rows if not row.is_reference] or [None]
-    if first is None:
+    saes = [row for row in rows if not row.is_reference]
+    if len(saes) < 2:
         return []
+    first, *others = saes
     spread = []
     for column in columns:
         found = [pair_runs(other, first, metric, column).differences for other in others if column.better]
