@@ -44,6 +44,7 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     ("unlearning", "unlearning_score"),
     ("stability", "decoder_pw_mcc"),
     ("stability", "recurring"),
+    *((metric, "disentanglement_score") for metric in ("ravel", "ravel_facts")),
     ("autointerp", "autointerp_score"),
 )
 SUMMARY_METRICS = frozenset(metric for metric, _ in SUMMARY_COLUMNS)
@@ -244,6 +245,8 @@ def metric_heading(metric: str, column: MetricColumn) -> str:
         "sparse_probing": "probing",
         "sparse_probing_stdlib": "stdlib probing",
         "stability": "stability",
+        "ravel": "RAVEL",
+        "ravel_facts": "RAVEL, own facts",
     }
     name = names.get(metric, "stdlib" if metric.endswith("_stdlib") else "")
     return f"{name}\n{column_heading(column)}" if name else column_heading(column)

@@ -44,13 +44,14 @@ from .loading import (
     load_tokenizer,
     load_whole_model,
 )
-from .splice import ForwardPass, Splicer
+from .splice import ForwardPass, PrefixPass, Splicer, gradients_of
 from .structure import decoder_config
 
 __all__ = [
     "ForwardPass",
     "LanguageModel",
     "ModelSource",
+    "PrefixPass",
     "describe_record",
     "find_config",
     "find_model",
@@ -108,8 +109,8 @@ def refuse_unknown_ids(model: "LanguageModel") -> "LanguageModel":
 class LanguageModel(HookedModel):
     """A decoder with a list of blocks.
 
-    `capture` reads the residual stream, `capture_hooks` reads any hook, `forward` makes it possible to run the model
-    again from changed activations, and `patching` changes activations during any call of the model.
+    `capture` reads the residual stream, `capture_hooks` reads any hook, `forward` and `prefix` make it possible to run
+    the model again from changed activations, and `patching` changes activations during any call of the model.
     """
 
     @cached_property
@@ -125,9 +126,20 @@ class LanguageModel(HookedModel):
         return self._splicer.forward(ids_NS, hooks)
 
     @torch.no_grad()
+    def prefix(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> PrefixPass:
+        """A pass that ends at the last of the hooks, for those who need the model only as changed at a hook.
+
+        Raises UsageError as `forward` does.
+        """
+        return self._splicer.prefix(ids_NS, hooks)
+
     def unembed(self, final: Tensor) -> Tensor:
-        """Logits (..., V) from `ForwardPass.final` (..., D). Select positions first: logits take the most memory."""
-        return self._splicer.unembed(final)
+        """Logits (..., V) from `ForwardPass.final` (..., D). Select positions first: logits take the most memory.
+
+        Gradients flow back to `final` if it requires them.
+        """
+        with gradients_of(final):
+            return self._splicer.unembed(final)
 
     @torch.no_grad()
     def check_forward(self, hooks: Sequence[Hook] = ()) -> None:

@@ -24,17 +24,24 @@ TOLERANCE = 0.01  # of the largest logit, by which running a model in parts may 
 
 
 @dataclass
-class ForwardPass:
-    """A forward pass over some contexts, which can be run again from any captured hook on.
+class PrefixPass:
+    """The activations of some contexts at some hooks, from each of which the rest of the model can be run.
 
-    `run_from(hook, x)` returns what `final` would have been had the activations at `hook` been x (N, S, d), such as an
-    SAE's reconstruction. M versions of the contexts can be run together, as (M N, S, d). With a mask (N,) only the
-    contexts at which it is True are run, and x is of these.
+    `run_from(hook, x)` returns the model's last hidden state (N, S, D), the input of `LanguageModel.unembed`, had the
+    activations at `hook` been x (N, S, d), such as an SAE's reconstruction. M versions of the contexts can be run
+    together, as (M N, S, d). With a mask (N,) only the contexts at which it is True are run, and x is of these.
+    Gradients flow back to x if x requires them.
     """
 
     activations: dict[Hook, Tensor]  # hook -> (N, S, d)
-    final: Tensor  # (N, S, D): the input of `LanguageModel.unembed`
     run_from: "RunFrom"
+
+
+@dataclass
+class ForwardPass(PrefixPass):
+    """A whole forward pass. `final` (N, S, D) is the model's own last hidden state."""
+
+    final: Tensor
 
 
 class RunFrom(Protocol):
@@ -52,16 +59,34 @@ class Splicer:
 
     def forward(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
         """One whole pass that keeps the activations at the hooks, and the inputs of the blocks with a hook inside."""
+        self.check_once(hooks)
+        return self.keep(ids_NS, hooks)
+
+    def prefix(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> PrefixPass:
+        """Like `forward`, but the pass ends at the last of the hooks."""
+        self.check_once(hooks)
+        kept = self.language_model.capture_hooks(ids_NS, self.hooks_to_keep(hooks))
+        return PrefixPass({hook: kept[hook] for hook in hooks}, self.runner(ids_NS, hooks, kept))
+
+    def check_once(self, hooks: Sequence[Hook]) -> None:
         if unchecked := [hook for hook in hooks if hook not in self.skips_blocks]:
             self.check(unchecked)
-        return self.keep(ids_NS, hooks)
+
+    def hooks_to_keep(self, hooks: Sequence[Hook]) -> list[Hook]:
+        """The hooks, and before each of them the last activations that do not depend on it."""
+        before = [hook for hook in map(self.skipped_to, hooks) if hook is not None]
+        return list(dict.fromkeys([*hooks, *before]))
 
     def keep(self, ids_NS: Tensor, hooks: Sequence[Hook]) -> ForwardPass:
         model = self.language_model
-        before = [hook for hook in map(self.skipped_to, hooks) if hook is not None]
         kept: dict[Hook, Tensor] = {}
-        with self.noting_outputs(), model.capturing([*dict.fromkeys([*hooks, *before])], kept):
+        with self.noting_outputs(), model.capturing(self.hooks_to_keep(hooks), kept):
             final = model.trunk(ids_NS, use_cache=False).last_hidden_state
+        return ForwardPass({hook: kept[hook] for hook in hooks}, self.runner(ids_NS, hooks, kept), final)
+
+    def runner(self, ids_NS: Tensor, hooks: Sequence[Hook], kept: dict[Hook, Tensor]) -> "RunFrom":
+        """The `run_from` of a pass; `kept` has the activations of `hooks_to_keep`."""
+        model = self.language_model
 
         def run_from(hook: Hook, x_NSD: Tensor, chosen_N: Tensor | None = None) -> Tensor:
             if hook not in hooks:
@@ -75,6 +100,7 @@ class Splicer:
                 return x_NSD.clone()  # Falcon adds to it in place
 
             with contextlib.ExitStack() as stack:
+                stack.enter_context(gradients_of(x_NSD))
                 start = self.skipped_to(hook) if self.skips_blocks.get(hook, True) else None
                 if start == hook:
                     stack.enter_context(self.starting_after(hook.layer, x_NSD.clone()))
@@ -89,7 +115,7 @@ class Splicer:
                 raise SaeError(f"The hook on {hook.name} did not fire, so nothing was replaced.")
             return again
 
-        return ForwardPass({hook: kept[hook] for hook in hooks}, final, torch.no_grad()(run_from))
+        return run_from
 
     def skipped_to(self, hook: Hook) -> Hook | None:
         """The last activations that do not depend on those at a hook, or are those: where the model can start again.
@@ -187,6 +213,11 @@ class Splicer:
             raise UsageError(
                 f"SAEs cannot be spliced into {name}: {what} changes the logits by {difference:.2g} of the largest."
             )
+
+
+def gradients_of(x: Tensor) -> torch.set_grad_enabled:
+    """A context in which gradients are recorded only if those of x are."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad)
 
 
 @contextlib.contextmanager

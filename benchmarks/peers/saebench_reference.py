@@ -36,10 +36,11 @@ from typing import Any
 import torch
 from saebench_accept import accept
 from saebench_problem import KINDS, SMALL, Size, make_problem
+from saebench_ravel_problem import make_ravel_problem
 
 from sae.harvest.mini import WEIGHTS
 
-METRICS = ("core", "texts", "sparse_probing", "scr", "tpp", "absorption", "unlearning")
+METRICS = ("core", "texts", "sparse_probing", "scr", "tpp", "absorption", "unlearning", "ravel")
 LARGE = Size(4096, 64, 12, 128, 16, 4, 8, 400, 200, 1000)
 
 
@@ -63,6 +64,9 @@ def write_fixtures(python: str, to: Path, metrics: list[str], seed: int) -> None
         for file in ("config.json", "model.safetensors", "contexts.safetensors", "tables.json", "problem.json"):
             shutil.copyfile(folder / file, inputs / file)
         shutil.copytree(folder / "saes", inputs / "saes", dirs_exist_ok=True)
+        if "ravel" in metrics:
+            make_ravel_problem(folder / "ravel_problem", seed)
+            shutil.copytree(folder / "ravel_problem", to / "ravel_problem", dirs_exist_ok=True)
         for metric in metrics:
             ask(python, folder, metric)
             results = folder / metric / "results.json"

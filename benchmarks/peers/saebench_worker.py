@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from saebench.absorption import run_absorption
 from saebench.core import record_core_inputs, run_core
+from saebench.ravel import run_ravel
 from saebench.scr_tpp import record_scr_edge_cases, run_scr_and_tpp
 from saebench.shared import Problem, Recorder, set_seed, spent, timed
 from saebench.sparse_probing import run_sparse_probing
@@ -48,6 +49,8 @@ def run(problem: Problem, metric: str, kinds: list[str], record: Recorder | None
         run_absorption(problem, kinds if record else numbered, record)
     elif metric == "unlearning" and record:
         run_unlearning(problem, record)
+    elif metric == "ravel" and record:
+        run_ravel(problem.folder / "ravel_problem", record)
     else:
         raise SystemExit(f"unknown metric {metric}, or one that cannot be timed")
 

@@ -12,6 +12,7 @@ from .absorption import Absorption
 from .autointerp import Autointerp
 from .base import Metric
 from .core import Core
+from .ravel import Ravel, RavelFacts
 from .scr import Scr, ScrStdlib
 from .sparse_probing import SparseProbing, SparseProbingStdlib
 from .stability import Stability
@@ -29,10 +30,13 @@ METRIC_CLASSES: tuple[type[Metric], ...] = (
     TppStdlib,
     Unlearning,
     Stability,
+    Ravel,
+    RavelFacts,
     Autointerp,
 )
 METRICS = {metric.name: metric for metric in METRIC_CLASSES}
-OPT_IN = ("autointerp",)  # its judge costs money: in a suite only if one of its options is set
+# In a suite only if one of its options is set: a judge costs money, and our facts need a model that knows geography.
+OPT_IN = ("autointerp", "ravel_facts")
 SUITES = {
     "quick": ("core", "absorption", "sparse_probing_stdlib", "stability"),
     "full": tuple(name for name in METRICS if name not in OPT_IN),

@@ -156,6 +156,31 @@ def test_several_versions_of_the_contexts_run_together(kind: str, site: str, ids
     torch.testing.assert_close(run.run_from(hook, torch.cat(versions)), torch.cat(alone))
 
 
+@pytest.mark.parametrize("site", ["resid_post", "resid_mid", "mlp_out"])
+def test_a_pass_up_to_the_hook_runs_the_rest_as_a_whole_pass_does_with_gradients(site: str, ids_NS: Tensor) -> None:
+    """The gradient is that of finite differences, and there is none where the activations ask for none."""
+    model, hook, ran = tiny("gemma2"), Hook(1, site), []
+    whole = model.forward(ids_NS, [hook])
+    handle = model.blocks[2].register_forward_hook(lambda *_: ran.append(1))
+    prefix = model.prefix(ids_NS, [hook])
+    handle.remove()
+    assert not ran and torch.equal(prefix.activations[hook], whole.activations[hook])
+    x_NSD = 0.5 * whole.activations[hook]
+    changed_NSD = whole.run_from(hook, x_NSD)
+    assert torch.equal(prefix.run_from(hook, x_NSD), changed_NSD) and not changed_NSD.requires_grad
+
+    def height(x_NSD: Tensor) -> Tensor:
+        return model.unembed(prefix.run_from(hook, x_NSD)[:, -1]).double().square().sum()
+
+    traced_NSD = x_NSD.clone().requires_grad_()
+    (slope_NSD,) = torch.autograd.grad(height(traced_NSD), traced_NSD)
+    step_NSD = torch.randn(x_NSD.shape, generator=torch.Generator().manual_seed(0))
+    rise = (height(x_NSD + 1e-3 * step_NSD) - height(x_NSD - 1e-3 * step_NSD)) / 2e-3
+    torch.testing.assert_close(rise, (slope_NSD * step_NSD).sum().double(), rtol=0.03, atol=0.01)
+    with torch.no_grad():
+        assert not height(traced_NSD).requires_grad
+
+
 def test_a_hook_is_checked_before_its_first_use_only(ids_NS: Tensor) -> None:
     model, passes = tiny("llama"), []
     hooks = [Hook(1), Hook(1, "mlp_out")]

@@ -42,24 +42,29 @@ class Problem:
         self.model = load_model(folder)
 
     def sae(self, kind: str) -> Any:
-        found = load_file(self.folder / "saes" / kind / "sae.safetensors")
-        arrays = {name.removeprefix("activation.0."): tensor for name, tensor in found.items()}
-        d_in, d_sae = arrays["W_enc"].shape
-        make = {"relu": ReluSAE, "topk": partial(TopKSAE, k=self.about["k"]), "jumprelu": JumpReluSAE}[kind]
-        sae = make(
-            d_in=d_in, d_sae=d_sae, model_name=NAME, hook_layer=self.about["layer"],
-            device=torch.device("cpu"), dtype=torch.float32,
-        )  # fmt: skip
-        if kind == "topk":
-            arrays["k"] = sae.k
-        sae.load_state_dict(arrays)
-        sae.cfg.architecture = kind
-        assert sae.check_decoder_norms()
-        general_utils._standardize_sae_cfg(sae.cfg)
-        return sae.requires_grad_(False)
+        return make_sae(self.folder, kind, self.about)
 
     def dataset(self, name: str, *_: Any, **__: Any) -> dict[str, dict[str, list[Any]]]:
         return self.tables[name]
+
+
+def make_sae(folder: Path, kind: str, about: dict[str, Any]) -> Any:
+    """An SAE of ours in `folder` as SAEBench's class for its kind; `about` is the content of problem.json."""
+    found = load_file(folder / "saes" / kind / "sae.safetensors")
+    arrays = {name.removeprefix("activation.0."): tensor for name, tensor in found.items()}
+    d_in, d_sae = arrays["W_enc"].shape
+    make = {"relu": ReluSAE, "topk": partial(TopKSAE, k=about["k"]), "jumprelu": JumpReluSAE}[kind]
+    sae = make(
+        d_in=d_in, d_sae=d_sae, model_name=NAME, hook_layer=about["layer"],
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    if kind == "topk":
+        arrays["k"] = sae.k
+    sae.load_state_dict(arrays)
+    sae.cfg.architecture = kind
+    assert sae.check_decoder_norms()
+    general_utils._standardize_sae_cfg(sae.cfg)
+    return sae.requires_grad_(False)
 
 
 class Recorder:

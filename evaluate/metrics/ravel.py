@@ -1,0 +1,335 @@
+"""RAVEL: whether an SAE has latents for one attribute of an entity, apart from those of its other attributes.
+
+    cause_score            how often the model gives a city the country of another city, after the latents of a mask
+                           were exchanged for that other city's
+    isolation_score        how often it still gives the city's own continent and language
+    disentanglement_score  their mean
+
+Higher is better. Exchanging everything has cause 1 and isolation 0, exchanging nothing the reverse.
+
+Source: Huang et al. 2024, arXiv 2402.17700, as measured by SAEBench 0.6.0 (`evals/ravel`): the questions that the model
+answers right; a mask for each SAE and attribute, trained on 70 % of the pairs of questions and tested on the rest
+(ravel_masks); the mean over the attributes of an entity type, then over the types.
+
+With the same order of attributes, pairs and batches are SAEBench's. It differs in the position of the entity's last
+token where the tokenizer puts nothing before a text (SAEBench then reads the token after it) or joins it with what
+follows, in time zones (ravel_answers), and in attributes of which too little is known: they are left out, and the
+result says so. Questions whose entity is an outlier row (`EvalTarget.norm_limit`) are left out; where there are any,
+the metric is measured with them too, for SAEBench's numbers.
+
+Shape suffixes: N prompts, D d_in, F latents.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ...cache.layout import Hook
+from ...cache.outliers import outlier_mask
+from ...common.errors import SaeError, UsageError
+from ..context import EvalContext
+from ..datasets.ravel import FACTS, RAVEL, facts_version, load_facts
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
+from .ravel_masks import Mask, answer_under, train_masks
+from .ravel_prompts import (
+    FactPrompt,
+    PairSplit,
+    ask,
+    draw_pairs,
+    entity_rows,
+    known_prompts,
+    make_prompts,
+    whole_batches,
+)
+from .ravel_scores import AttributeScores, mean_scores, score_intervals
+
+TOP_LATENTS = 20  # of each mask, that are named in the details
+
+
+@dataclass(frozen=True)
+class KnownFacts:
+    """What the model knows about one type of entity. Attributes that are not in `attributes` are not measured."""
+
+    entity_type: str
+    asked: Counter[str]  # attribute -> number of questions
+    prompts: list[FactPrompt]  # answered right
+    attributes: tuple[str, ...]
+    refusals: list[str]  # why attributes are left out
+
+    @classmethod
+    def of(
+        cls,
+        entity_type: str,
+        asked: Counter[str],
+        prompts: list[FactPrompt],
+        attributes: Sequence[str],
+        fewest: int,
+        refusals: Sequence[str] = (),
+    ) -> Self:
+        """`fewest` is the number of right answers that an attribute needs; `refusals` are earlier ones."""
+        kept, refusals = [], [*refusals]
+        for attribute in attributes:
+            values = [prompt.value for prompt in prompts if prompt.attribute == attribute]
+            if len(values) >= fewest and len(set(values)) > 1:
+                kept.append(attribute)
+                continue
+            alike = f", all with the answer {values[0]}" if len(values) >= fewest else ""
+            count = f"{len(values):,} of {asked[attribute]:,} questions answered right"
+            refusals.append(f"{entity_type}.{attribute}: {count}{alike}")
+        if len(kept) == 1:
+            refusals.append(f"{entity_type}.{kept[0]}: no other attribute to keep")
+        return cls(entity_type, asked, prompts, tuple(kept) if len(kept) > 1 else (), refusals)
+
+    def select(self, kept: Sequence[int], fewest: int) -> Self:
+        """With these prompts only."""
+        chosen = [self.prompts[i] for i in kept]
+        return self.of(self.entity_type, self.asked, chosen, self.attributes, fewest, self.refusals)
+
+
+@dataclass
+class RavelState:
+    """The measurements of one SAE so far, by entity type."""
+
+    target: EvalTarget
+    scores: dict[str, list[AttributeScores]] = field(default_factory=dict)
+    error: SaeError | None = None
+
+
+@dataclass(frozen=True)
+class Ravel(Metric):
+    """`attributes` are entity types with an attribute each, at least two of a type.
+
+    Of each type, the `top_n_entities` of which the model knows most are used, and at most `num_pairs_per_attribute`
+    pairs of questions about an attribute. An attribute with fewer than `min_known_prompts` questions that the model
+    answers right is left out. What the model answers is kept in the artifact cache.
+
+    Memory: the activations of the entities in all known questions, in the model's dtype (230 MB for 50,000 questions of
+    Gemma-2-2B); those of one batch of questions with the later blocks' gradients; and twelve bytes a latent and SAE.
+    """
+
+    attributes: tuple[str, ...] = (
+        "city.Country", "city.Continent", "city.Language", "nobel_prize_winner.Country of Birth",
+        "nobel_prize_winner.Field", "nobel_prize_winner.Gender",
+    )  # fmt: skip
+    top_n_entities: int = 500
+    num_pairs_per_attribute: int = 5000
+    train_test_split: float = 0.7
+    learning_rate: float = 1e-3
+    num_epochs: int = 2
+    batch_size: int = 8
+    n_generated_tokens: int = 6
+    min_known_prompts: int = 40
+    random_seed: int = 42
+
+    dataset: ClassVar[str] = RAVEL
+
+    name = "ravel"
+    type_id = "ravel"
+    title = "RAVEL (cause: the attribute changes; isolation: the others stay)"
+    columns = (
+        MetricColumn("disentangle", "ravel", "disentanglement_score", ".4f", "up", 0, 1),
+        MetricColumn("cause", "ravel", "cause_score", ".4f", "up", 0, 1),
+        MetricColumn("isolation", "ravel", "isolation_score", ".4f", "up", 0, 1),
+    )
+
+    @property
+    def by_type(self) -> dict[str, tuple[str, ...]]:
+        """Entity type -> its attributes, in the order of the option."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name in self.attributes:
+            entity_type, _, attribute = name.partition(".")
+            found[entity_type] = (*found.get(entity_type, ()), attribute)
+        return found
+
+    def settings(self, ctx: EvalContext) -> dict[str, Any]:
+        version = facts_version(self.dataset, tuple(self.by_type), ctx.data)
+        return {**super().settings(ctx), **ctx.text_settings, "facts": version}
+
+    def check(self) -> None:
+        """Raise UsageError for an option out of range."""
+        for entity_type, attributes in self.by_type.items():
+            if len({*attributes}) < 2 or not all(attributes) or len({*attributes}) < len(attributes):
+                raise UsageError(
+                    f"{self.name}.attributes has {', '.join(f'{entity_type}.{a}' for a in attributes)}: give two or "
+                    "more different attributes of each entity type, such as city.Country,city.Language."
+                )
+        for option in ("top_n_entities", "num_pairs_per_attribute", "num_epochs", "batch_size", "n_generated_tokens"):
+            if (value := getattr(self, option)) < 1:
+                raise UsageError(f"{self.name}.{option}={value}: give 1 or more.")
+        if not 0 < self.train_test_split < 1:
+            raise UsageError(f"{self.name}.train_test_split={self.train_test_split}: give a share between 0 and 1.")
+
+    @torch.no_grad()
+    def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
+        self.check()
+        known = [self.known_facts(ctx, entity_type, progress) for entity_type in self.by_type]
+        self.require_facts(ctx, known)
+        hooks = sorted({target.hook for target in targets})
+        rows = [entity_rows(ctx, facts.prompts, hooks, progress) if facts.attributes else {} for facts in known]
+        groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        for number, target in enumerate(targets):
+            kept = tuple(kept_prompts(of_type[target.hook], target.norm_limit) if of_type else () for of_type in rows)
+            groups.setdefault(kept, []).append(number)
+        outcomes: dict[int, Outcome] = {}
+        for kept, numbers in groups.items():
+            found = self.measure_group(ctx, [targets[i] for i in numbers], known, rows, kept, progress)
+            outcomes |= dict(zip(numbers, found, strict=True))
+        return [outcomes[number] for number in range(len(targets))]
+
+    def known_facts(self, ctx: EvalContext, entity_type: str, progress: Progress) -> KnownFacts:
+        """Ask the model everything about one type of entity. What it does not know is left out."""
+        attributes = self.by_type[entity_type]
+        facts = load_facts(self.dataset, entity_type, attributes, ctx.data)
+        prompts = make_prompts(ctx, facts, attributes)
+        answer_NK = ask(ctx, prompts, self.n_generated_tokens, entity_type.replace("_", " "), progress)
+        known = known_prompts(prompts, answer_NK, ctx.tokenizer, self.top_n_entities)
+        asked = Counter(prompt.attribute for prompt in prompts)
+        return KnownFacts.of(entity_type, asked, known, attributes, self.min_known_prompts)
+
+    def require_facts(self, ctx: EvalContext, known: Sequence[KnownFacts]) -> None:
+        """Raise SaeError if no entity type has two attributes that enough is known of."""
+        if not any(facts.attributes for facts in known):
+            counts = "; ".join(refusal for facts in known for refusal in facts.refusals)
+            raise SaeError(
+                f"{ctx.model_name} knows too few facts to change one of them and keep another. RAVEL needs two "
+                f"attributes of a type of entity, each with {self.min_known_prompts} questions that the model answers "
+                f"right and two different answers. Found: {counts}. Use a model that knows more, or lower "
+                f"{self.name}.min_known_prompts."
+            )
+
+    def measure_group(
+        self,
+        ctx: EvalContext,
+        targets: Sequence[EvalTarget],
+        known: Sequence[KnownFacts],
+        rows: Sequence[dict[Hook, Tensor]],
+        kept: Sequence[Sequence[int]],
+        progress: Progress,
+    ) -> list[Outcome]:
+        """Measure SAEs for which the same prompts are kept."""
+        outliers = sum(
+            len(facts.prompts) - len(indices) for facts, indices in zip(known, kept, strict=True) if facts.attributes
+        )
+        chosen = [facts.select(indices, self.min_known_prompts) for facts, indices in zip(known, kept, strict=True)]
+        try:
+            self.require_facts(ctx, chosen)
+        except SaeError as error:
+            return [error] * len(targets)
+        states = [RavelState(target) for target in targets]
+        rng = random.Random(self.random_seed)
+        sizes: Counter[str] = Counter()
+        for facts, of_type, indices in zip(chosen, rows, kept, strict=True):
+            of_hook = {hook: x_ND[list(indices)] for hook, x_ND in of_type.items()}
+            for attribute in facts.attributes:
+                pairs = draw_pairs(
+                    facts.prompts, facts.attributes, attribute, self.num_pairs_per_attribute, self.train_test_split, rng
+                )
+                sizes.update(pairs_train=len(pairs.train), pairs_test=len(pairs.test))
+                self.measure_attribute(ctx, states, facts, attribute, pairs, of_hook, progress)
+        return [state.error or self.result(state, known, chosen, sizes, outliers) for state in states]
+
+    def measure_attribute(
+        self,
+        ctx: EvalContext,
+        states: Sequence[RavelState],
+        facts: KnownFacts,
+        attribute: str,
+        pairs: PairSplit,
+        rows: dict[Hook, Tensor],
+        progress: Progress,
+    ) -> None:
+        """Train a mask for every SAE on one attribute, and add the scores to its state."""
+        what = f"{facts.entity_type}.{attribute}"
+        train, test = (whole_batches(part, self.batch_size) for part in pairs)
+        tested = [pair for batch in test for pair in batch]
+        if not train or not tested:
+            raise UsageError(
+                f"{what} has {len(pairs.train)} pairs to train on and {len(pairs.test)} to test on, one of which is no "
+                f"whole batch of {self.batch_size}. Use a smaller {self.name}.batch_size, or more pairs."
+            )
+        working = [state for state in states if state.error is None]
+        masks: list[Mask] = []
+        for state in working:
+            x_1D = rows[state.target.hook][:1].float()
+            masks.append(Mask(state.target, state.target.sae.encode(x_1D).shape[-1], self.learning_rate, ctx.device))
+        train_masks(ctx, masks, facts.prompts, rows, train, self.num_epochs, what, progress)
+        for number, (state, mask) in enumerate(zip(working, masks, strict=True)):
+            state.error = mask.error
+            if mask.error is None:
+                answers = answer_under(
+                    ctx, mask, facts.prompts, rows[state.target.hook], tested, self.n_generated_tokens
+                )
+                scores = AttributeScores.of(
+                    facts.entity_type, attribute, facts.prompts, tested, answers, describe_mask(mask)
+                )
+                state.scores.setdefault(facts.entity_type, []).append(scores)
+            progress(number + 1, len(masks), f"SAEs tested on {what}")
+
+    def result(
+        self,
+        state: RavelState,
+        known: Sequence[KnownFacts],
+        chosen: Sequence[KnownFacts],
+        sizes: Counter[str],
+        outliers: int,
+    ) -> MetricResult:
+        measured = {facts.entity_type: facts for facts in chosen if facts.attributes}
+        n = {
+            "questions": sum(sum(facts.asked.values()) for facts in known),
+            "known_questions": sum(len(facts.prompts) for facts in measured.values()),
+            "entities": sum(len({p.entity for p in facts.prompts}) for facts in measured.values()),
+            "attributes": sum(len(facts.attributes) for facts in measured.values()),
+            **sizes,
+        }
+        result = MetricResult.of(
+            {"ravel": mean_scores(state.scores)},
+            [scores.detail for of_type in state.scores.values() for scores in of_type],
+            intervals={"ravel": score_intervals(state.scores, self.random_seed)},
+            n=n,
+            flags=list(self.flags(state, chosen)),
+        )
+        return result.without_outliers(outliers, n["known_questions"])
+
+    def flags(self, state: RavelState, chosen: Sequence[KnownFacts]) -> Iterator[str]:
+        if refusals := [refusal for facts in chosen for refusal in facts.refusals]:
+            yield (
+                f"Left out, because the model knows fewer than {self.min_known_prompts} answers or they are all the "
+                f"same: {'; '.join(refusals)}."
+            )
+        all_scores = [scores for of_type in state.scores.values() for scores in of_type]
+        if empty := [f"{one.entity_type}.{one.attribute}" for one in all_scores if not one.latents["latents"]]:
+            yield f"No latent was chosen for {', '.join(empty)}, so nothing was exchanged there."
+
+
+@dataclass(frozen=True)
+class RavelFacts(Ravel):
+    """The same on a small set of facts about countries and cities, which needs no download.
+
+    There are fewer questions, so the masks are trained for more epochs.
+    """
+
+    attributes: tuple[str, ...] = (
+        "country.Continent", "country.Capital", "country.Language", "city.Country", "city.Continent", "city.Language",
+    )  # fmt: skip
+    num_epochs: int = 10
+
+    dataset = FACTS
+    saebench_rows = False
+    name = "ravel_facts"
+    title = "RAVEL on our own facts (cause: the attribute changes; isolation: the others stay)"
+
+
+def kept_prompts(x_ND: Tensor, norm_limit: float | None) -> tuple[int, ...]:
+    """The indices of the prompts whose entity is no outlier row."""
+    return tuple((~outlier_mask(x_ND, norm_limit)).nonzero()[:, 0].tolist())
+
+
+def describe_mask(mask: Mask) -> dict[str, Any]:
+    """How many latents a mask exchanges, and those that it is surest of."""
+    most = mask.theta_F.detach().topk(min(TOP_LATENTS, mask.selected)).indices.tolist()
+    return {"latents": mask.selected, "of_latents": len(mask.theta_F), "top_latents": most, "last_loss": mask.loss}
