@@ -23,7 +23,7 @@ from sae.train.activation_functions import ReLU, TopK
 from sae.train.sae import SAE, save_sae
 from sae.train.variants.jumprelu import JumpReLU
 
-LAYER, K, WIDTH, D_SAE = 1, 8, 32, 96
+LAYER, K, WIDTH, D_SAE = 0, 8, 32, 96
 FIRST, LAST = ("ba", "de", "fi", "go", "hu", "ja"), ("lan", "mer", "nor", "pil", "run")
 VALUES = {
     "town": {
@@ -132,7 +132,7 @@ def train_model(folder: Path, tokenizer: Tokenizer, learned: dict[str, Any], see
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"the model's loss is {float(loss):.3f}")
+    print(f"the model's loss is {float(loss.detach()):.3f}")
     model.to(torch.bfloat16).save_pretrained(folder)
     return model.float().eval().requires_grad_(False)
 
@@ -166,7 +166,7 @@ def train_saes(folder: Path, tokenizer: Tokenizer, model: Gemma2ForCausalLM, see
                 weights["W_dec"].copy_(normalize(weights["W_dec"], dim=1))
         sae.load_state_dict({name: tensor.detach() for name, tensor in weights.items()})
         l0 = float((f_TF != 0).sum(1).float().mean())
-        print(f"{kind}: squared error {float((recon_TD - x_TD).square().sum() / x_TD.square().sum()):.3f}, L0 {l0:.1f}")
+        print(f"{kind}: squared error {float((recon_TD - x_TD).detach().square().sum() / x_TD.square().sum()):.3f}, L0 {l0:.1f}")
         save_sae(sae.eval().requires_grad_(False), folder / "saes" / kind, {"layer": LAYER})
 
 

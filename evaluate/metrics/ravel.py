@@ -310,13 +310,14 @@ class Ravel(Metric):
 class RavelFacts(Ravel):
     """The same on a small set of facts about countries and cities, which needs no download.
 
-    There are fewer questions, so the masks are trained for more epochs.
+    There are fewer questions and pairs, so the masks are trained for more epochs.
     """
 
     attributes: tuple[str, ...] = (
         "country.Continent", "country.Capital", "country.Language", "city.Country", "city.Continent", "city.Language",
     )  # fmt: skip
-    num_epochs: int = 10
+    num_pairs_per_attribute: int = 150
+    num_epochs: int = 5
 
     dataset = FACTS
     saebench_rows = False
