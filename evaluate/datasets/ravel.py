@@ -93,8 +93,8 @@ def local_file(dataset: str, entity_type: str, part: str, data: Path | None) -> 
                 f"There are no facts about the entity type {entity_type}{did_you_mean(entity_type, known)}"
             )
         return path
-    path = data / dataset / name if data else None
-    return path if path and path.is_file() else None
+    local = data / dataset / name if data else None
+    return local if local and local.is_file() else None
 
 
 def fact_file(dataset: str, entity_type: str, part: str, data: Path | None) -> Path:

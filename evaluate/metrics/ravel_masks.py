@@ -94,8 +94,8 @@ def exchange(sae: SAELike, x_NSD: Tensor, position_N: Tensor, source_ND: Tensor,
 
 def temperatures(steps: int, dtype: torch.dtype) -> list[float]:
     """The temperature of every step, rounded to the model's dtype as in SAEBench."""
-    ends = (torch.log10(torch.tensor(end)) for end in (FIRST_TEMPERATURE, LAST_TEMPERATURE))
-    found: list[float] = torch.logspace(*map(float, ends), steps, dtype=dtype).tolist()
+    first, last = (float(torch.log10(torch.tensor(end))) for end in (FIRST_TEMPERATURE, LAST_TEMPERATURE))
+    found: list[float] = torch.logspace(first, last, steps, dtype=dtype).tolist()
     return found
 
 
