@@ -166,9 +166,8 @@ def train_saes(folder: Path, tokenizer: Tokenizer, model: Gemma2ForCausalLM, see
                 weights["W_dec"].copy_(normalize(weights["W_dec"], dim=1))
         sae.load_state_dict({name: tensor.detach() for name, tensor in weights.items()})
         l0 = float((f_TF != 0).sum(1).float().mean())
-        print(
-            f"{kind}: squared error {float((recon_TD - x_TD).detach().square().sum() / x_TD.square().sum()):.3f}, L0 {l0:.1f}"
-        )
+        error = float((recon_TD - x_TD).detach().square().sum() / x_TD.square().sum())
+        print(f"{kind}: squared error {error:.3f}, L0 {l0:.1f}")
         save_sae(sae.eval().requires_grad_(False), folder / "saes" / kind, {"layer": LAYER})
 
 
