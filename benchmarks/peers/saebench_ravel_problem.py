@@ -1,11 +1,11 @@
 """The inputs for SAEBench's RAVEL and ours: made-up entities and facts, a Gemma 2 that learned most of them, and SAEs.
 
-Everything follows from a seed. An entity is a name of two words, so that its facts hang on its last token; values have
-one or two words; questions have several lengths; and of the facts that are asked about, some differ from those that the
-model was trained on.
+Everything follows from a seed. An entity is a name of two words, of which the last is its own; the first block has no
+attention, so that facts are read from there in later ones, where an exchange changes them. Values have one or two
+words, questions have several lengths, and some of the facts that are asked about differ from those that the model was
+trained on.
 """
 
-import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from sae.train.sae import SAE, save_sae
 from sae.train.variants.jumprelu import JumpReLU
 
 LAYER, K, WIDTH, D_SAE = 0, 8, 32, 96
-FIRST, LAST = ("ba", "de", "fi", "go", "hu", "ja"), ("lan", "mer", "nor", "pil", "run")
+FIRST, ENTITIES = ("ba", "de", "fi", "go", "hu", "ja"), 16  # of each type
 VALUES = {
     "town": {
         "Land": ("oak", "elm", "ash", "red elm"),
@@ -33,19 +33,19 @@ VALUES = {
     },
     "sage": {"Field": ("stars", "stones", "songs", "deep songs"), "Home": ("north", "south", "east")},
 }
-WORDS = ("the", "of", "is", "in", "we", "say", "that", "a", "and", "sage", "town", "named")
+WORDS = ("the", "of", "is", "in", "we", "say", "that", "a", "and", "has", "sage", "town")
 UNKNOWN = 0.15  # share of the facts that the model learned otherwise
-STEPS, SAE_STEPS = 700, 400
+STEPS, SAE_STEPS = 300, 250
+
+
+def last_names(entity_type: str) -> list[str]:
+    return [f"{entity_type[0]}{number}" for number in range(ENTITIES)]
 
 
 def templates(entity_type: str, attribute: str) -> list[str]:
     """Questions of three lengths."""
     word = attribute.lower()
-    return [
-        f"%s {word}",
-        f"the {word} of %s is",
-        f"we say that the {entity_type} named %s is a {word} and the {word} is",
-    ]
+    return [f"%s {word}", f"the {word} of %s is", f"we say that the {entity_type} %s has the {word}"]
 
 
 def make_ravel_problem(folder: Path, seed: int) -> None:
@@ -54,9 +54,8 @@ def make_ravel_problem(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     learned, asked = {}, {}
     for entity_type, values in VALUES.items():
-        names = [" ".join(pair) for pair in itertools.product(FIRST, LAST)]
-        rng.shuffle(names)
-        learned[entity_type] = {e: {a: rng.choice(of) for a, of in values.items()} for e in sorted(names[:24])}
+        names = [f"{rng.choice(FIRST)} {last}" for last in last_names(entity_type)]
+        learned[entity_type] = {entity: {a: rng.choice(of) for a, of in values.items()} for entity in names}
         asked[entity_type] = {
             entity: {a: rng.choice(values[a]) if rng.random() < UNKNOWN else value for a, value in own.items()}
             for entity, own in learned[entity_type].items()
@@ -87,7 +86,8 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     """One token a word, <bos> before a text."""
     values = " ".join(value for of_type in VALUES.values() for of in of_type.values() for value in of)
     attributes = [attribute.lower() for of_type in VALUES.values() for attribute in of_type]
-    words = dict.fromkeys(["<pad>", "<eos>", "<bos>", "<unk>", *FIRST, *LAST, *WORDS, *attributes, *values.split()])
+    lasts = [name for entity_type in VALUES for name in last_names(entity_type)]
+    words = dict.fromkeys(["<pad>", "<eos>", "<bos>", "<unk>", *FIRST, *lasts, *WORDS, *attributes, *values.split()])
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.Sequence([])
@@ -118,15 +118,17 @@ def train_model(folder: Path, tokenizer: Tokenizer, learned: dict[str, Any], see
         eos_token_id=1, bos_token_id=2, architectures=["Gemma2ForCausalLM"],
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)
+    model.model.layers[0].self_attn.o_proj.weight.requires_grad_(False).zero_()
     rows = [tokenizer.encode(f"{question} {answer} the town of").ids for question, answer in sentences(learned)]
     width = max(map(len, rows))
     ids_NS = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
     generator = torch.Generator().manual_seed(seed)
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / STEPS)
-        chosen_NS = ids_NS[torch.randint(len(ids_NS), (128,), generator=generator)]
+            group["lr"] = 1e-2 * (1 - step / STEPS)
+        chosen_NS = ids_NS[torch.randint(len(ids_NS), (64,), generator=generator)]
         logits_NSV = model(chosen_NS).logits[:, :-1]
         loss = cross_entropy(logits_NSV.flatten(0, 1), chosen_NS[:, 1:].flatten(), ignore_index=0)
         optimizer.zero_grad()
@@ -139,9 +141,8 @@ def train_model(folder: Path, tokenizer: Tokenizer, learned: dict[str, Any], see
 
 def train_saes(folder: Path, tokenizer: Tokenizer, model: Gemma2ForCausalLM, seed: int) -> None:
     """An SAE of each kind on the residual stream after LAYER, with decoder rows of length one."""
-    texts = [t % e for kind, of in VALUES.items() for a in of for t in templates(kind, a)
-             for e in map(" ".join, itertools.product(FIRST, LAST))]  # fmt: skip
-    x_TD = torch.cat([residual(model, tokenizer.encode(text).ids) for text in texts])
+    names = [f"{first} {last}" for kind in VALUES for first in FIRST for last in last_names(kind)]
+    x_TD = torch.cat([residual(model, tokenizer.encode(f"the town of {name} is").ids) for name in names])
     for number, kind in enumerate(("relu", "topk", "jumprelu")):
         torch.manual_seed(seed + number)
         scale = float(x_TD.norm(dim=1).mean()) / WIDTH**0.5

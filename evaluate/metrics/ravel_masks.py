@@ -27,7 +27,7 @@ from ...common.errors import SaeError
 from ...harvest.model import PrefixPass
 from ..context import EvalContext
 from .base import EvalTarget, Progress, SAELike, encode_finite, reconstruct
-from .ravel_prompts import FactPrompt, PaddedPrompts, Pair, generate, pad_id, pad_prompts
+from .ravel_prompts import FactPair, FactPrompt, PaddedPrompts, generate, pad_id, pad_prompts
 
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 1.0, 1e-4
 PAIRS_PER_GENERATION = 64
@@ -71,7 +71,9 @@ class PairBatch:
     target_N: Tensor
 
     @classmethod
-    def of(cls, ctx: EvalContext, prompts: Sequence[FactPrompt], pairs: Sequence[Pair], hooks: Sequence[Hook]) -> Self:
+    def of(
+        cls, ctx: EvalContext, prompts: Sequence[FactPrompt], pairs: Sequence[FactPair], hooks: Sequence[Hook]
+    ) -> Self:
         padded = pad_prompts([prompts[pair.base] for pair in pairs], pad_id(ctx.tokenizer), ctx.model.device)
         source_N, target_N = torch.tensor([[p.source, p.target] for p in pairs], device=ctx.model.device).T
         return cls(padded, ctx.model.prefix(padded.ids_NS, hooks), source_N, target_N)
@@ -104,7 +106,7 @@ def train_masks(
     masks: Sequence[Mask],
     prompts: Sequence[FactPrompt],
     rows: dict[Hook, Tensor],
-    batches: Sequence[Sequence[Pair]],
+    batches: Sequence[Sequence[FactPair]],
     epochs: int,
     what: str,
     progress: Progress,
@@ -131,7 +133,7 @@ def train_masks(
 
 @torch.no_grad()
 def answer_under(
-    ctx: EvalContext, mask: Mask, prompts: Sequence[FactPrompt], rows_ND: Tensor, pairs: Sequence[Pair], tokens: int
+    ctx: EvalContext, mask: Mask, prompts: Sequence[FactPrompt], rows_ND: Tensor, pairs: Sequence[FactPair], tokens: int
 ) -> list[str]:
     """What the model answers to the base of each pair when the latents under the mask are the source's."""
     pad = pad_id(ctx.tokenizer)

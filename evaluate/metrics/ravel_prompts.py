@@ -48,7 +48,7 @@ class FactPrompt:
     first_token: int = -1
 
 
-class Pair(NamedTuple):
+class FactPair(NamedTuple):
     """Two questions about one attribute; the entity's activations in `base` are replaced by those in `source`.
 
     `base` and `source` are indices of prompts. The answer wanted is `value`, which begins with the token `target`.
@@ -63,8 +63,8 @@ class Pair(NamedTuple):
 class PairSplit(NamedTuple):
     """The pairs of one attribute: to train the mask on, and to test it on."""
 
-    train: list[Pair]
-    test: list[Pair]
+    train: list[FactPair]
+    test: list[FactPair]
 
 
 class PaddedPrompts(NamedTuple):
@@ -247,13 +247,13 @@ def draw_pairs(
     The random draws are those of SAEBench 0.6.0 in its order.
     """
     causes = [
-        Pair(base, source, prompts[source].first_token, prompts[source].value)
+        FactPair(base, source, prompts[source].first_token, prompts[source].value)
         for base, source in sample_pairs(prompts, changed, count, rng)
     ]
     others = [pair for other in attributes if other != changed for pair in sample_pairs(prompts, other, count, rng)]
     rng.shuffle(others)
     keeps = [
-        Pair(base, source, prompts[base].first_token, prompts[base].value) for base, source in others[: len(causes)]
+        FactPair(base, source, prompts[base].first_token, prompts[base].value) for base, source in others[: len(causes)]
     ]
     pairs = causes + keeps
     rng.shuffle(pairs)
@@ -273,6 +273,6 @@ def sample_pairs(
     return [(base, rng.choice(others[prompts[base].value])) for base in bases]
 
 
-def whole_batches(pairs: Sequence[Pair], size: int) -> Iterable[Sequence[Pair]]:
+def whole_batches(pairs: Sequence[FactPair], size: int) -> Iterable[Sequence[FactPair]]:
     """Batches of `size` pairs; the last is left out if it is smaller, as in SAEBench."""
     return [pairs[start : start + size] for start in range(0, len(pairs) - size + 1, size)]

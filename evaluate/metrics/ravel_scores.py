@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import DegenerateDataWarning, bootstrap
 
 from .ravel_answers import is_right
-from .ravel_prompts import FactPrompt, Pair
+from .ravel_prompts import FactPair, FactPrompt
 
 SCORES = ("disentanglement_score", "cause_score", "isolation_score")
 RESAMPLES = 1000
@@ -43,7 +43,7 @@ class AttributeScores:
         entity_type: str,
         attribute: str,
         prompts: Sequence[FactPrompt],
-        pairs: Sequence[Pair],
+        pairs: Sequence[FactPair],
         answers: Sequence[str],
         latents: dict[str, Any],
     ) -> "AttributeScores":

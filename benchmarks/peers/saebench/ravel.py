@@ -18,7 +18,7 @@ from torch import Tensor
 
 SETTINGS: dict[str, Any] = {
     "entity_attribute_selection": {"town": ["Land", "Tongue", "Tint"], "sage": ["Field", "Home"]},
-    "top_n_entities": 20, "num_pairs_per_attribute": 36, "learning_rate": 0.03, "num_epochs": 3,
+    "top_n_entities": 13, "num_pairs_per_attribute": 32, "learning_rate": 0.05, "num_epochs": 3,
     "n_generated_tokens": 3, "llm_dtype": "float32", "llm_batch_size": 8,
 }  # fmt: skip
 KINDS = ("relu", "topk", "jumprelu", "identity")

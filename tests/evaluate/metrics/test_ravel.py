@@ -431,7 +431,7 @@ def test_an_answer_under_a_mask_is_given_in_the_first_pass_only(ctx, metric):
     rows = ravel_prompts.entity_rows(ctx, facts.prompts, [Hook(0)], silent)[Hook(0)]
     mask = Mask(EvalTarget(one_by_one(), Hook(0)), 32, 0.1, "cpu")
     mask.theta_F.data.fill_(1)
-    pairs = [ravel_prompts.Pair(0, source, 0, "") for source in range(len(facts.prompts))]
+    pairs = [ravel_prompts.FactPair(0, source, 0, "") for source in range(len(facts.prompts))]
     same = [pair for pair in pairs if facts.prompts[pair.source].text.startswith("the thing")
             and facts.prompts[pair.source].attribute == facts.prompts[0].attribute]  # fmt: skip
     answers = answer_under(ctx, mask, facts.prompts, rows, same, 3)
