@@ -22,7 +22,7 @@ Shape suffixes: N prompts, D d_in, F latents.
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -34,7 +34,7 @@ from ...cache.outliers import outlier_mask
 from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
 from ..datasets.ravel import FACTS, RAVEL, facts_version, load_facts
-from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
+from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, UnitValues
 from .ravel_masks import Mask, answer_under, train_masks
 from .ravel_prompts import (
     FactPrompt,
@@ -136,6 +136,19 @@ class Ravel(Metric):
         MetricColumn("cause", "ravel", "cause_score", ".4f", "up", 0, 1),
         MetricColumn("isolation", "ravel", "isolation_score", ".4f", "up", 0, 1),
     )
+
+    unit = "attribute"
+    unit_key = "entity_attribute"
+    unit_names: ClassVar[Mapping[str, str]] = {"disentanglement_score": "disentangle_score"}
+
+    @classmethod
+    def values_by_unit(cls, result: MetricResult, column: MetricColumn) -> UnitValues:
+        """By attribute; where types have unlike numbers of them, each is weighted so that the mean is the number."""
+        found = super().values_by_unit(result, column)
+        type_of = {entry["entity_attribute"]: entry["entity_type"] for entry in result.details}
+        sizes = Counter(type_of.values())
+        weight = {name: len(type_of) / (len(sizes) * sizes[entity_type]) for name, entity_type in type_of.items()}
+        return found._replace(values={name: value * weight[name] for name, value in found.values.items()})
 
     @property
     def by_type(self) -> dict[str, tuple[str, ...]]:

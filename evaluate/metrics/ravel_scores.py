@@ -70,6 +70,7 @@ class AttributeScores:
         """The entry of this attribute in the details, with SAEBench's names."""
         return {
             "entity_attribute": f"{self.entity_type}_{self.attribute}",
+            "entity_type": self.entity_type,
             "cause_score": self.cause_score,
             "isolation_score": self.isolation_score,
             "disentangle_score": (self.cause_score + self.isolation_score) / 2,

@@ -24,7 +24,7 @@ from sae.evaluate.artifacts import ArtifactCache
 from sae.evaluate.context import EvalContext
 from sae.evaluate.datasets.ravel import FACTS, RAVEL, file_name, load_facts
 from sae.evaluate.metrics import ravel_masks, ravel_prompts
-from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.base import EvalTarget, MetricResult
 from sae.evaluate.metrics.ravel import Ravel, RavelFacts
 from sae.evaluate.metrics.ravel_masks import Mask, answer_under
 from sae.evaluate.metrics.ravel_prompts import draw_pairs, entity_positions, fill
@@ -408,16 +408,21 @@ def test_pairs_differ_in_the_attribute_and_each_kind_is_as_frequent(ctx, metric)
             assert (pair.value, pair.target) == (wanted.value, wanted.first_token)
 
 
-def attribute(name: str, rows: list[tuple[str, bool, bool]]) -> AttributeScores:
-    return AttributeScores("thing", name, *map(list, zip(*rows, strict=True)), {"latents": 1})
+def attribute(name: str, rows: list[tuple[str, bool, bool]], entity_type: str = "thing") -> AttributeScores:
+    return AttributeScores(entity_type, name, *map(list, zip(*rows, strict=True)), {"latents": 1})
 
 
 def test_scores_are_means_over_attributes_then_types_and_entities_are_drawn_with_all_their_pairs():
     first = attribute("A", [("a", True, True), ("b", True, False), ("a", False, True), ("b", False, True)])
     second = attribute("B", [("a", True, True), ("b", True, True), ("a", False, False), ("b", False, False)])
-    third = attribute("C", [("c", True, False), ("d", True, False), ("c", False, True), ("d", False, True)])
+    third = attribute("C", [("c", True, False), ("d", True, False), ("c", False, True), ("d", False, True)], "place")
     found = mean_scores({"thing": [first, second], "place": [third]})
     assert found == {"disentanglement_score": 0.5625, "cause_score": 0.375, "isolation_score": 0.75}
+    scored = MetricResult.of({"ravel": found}, [one.detail for one in (first, second, third)])
+    for column in Ravel.columns:  # what SAEs are paired by has the number as its mean
+        unit, values = Ravel.values_by_unit(scored, column)
+        assert unit == "attribute" and values.keys() == {"thing_A", "thing_B", "place_C"}
+        assert sum(values.values()) / 3 == pytest.approx(found[column.name])
     intervals = score_intervals({"thing": [first, second], "place": [third]}, 0)
     # drawing a twice, b twice or both gives A's cause 1, 0 or 1/2, and nothing else varies
     assert intervals["cause_score"] == [0.25, 0.5] and intervals["isolation_score"] == [0.75, 0.75]
