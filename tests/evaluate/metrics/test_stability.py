@@ -20,7 +20,7 @@ from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.compare import compare_runs
 from sae.evaluate.metrics.base import EvalTarget
 from sae.evaluate.metrics.latent_correlation import HeldOutRows, Latents
-from sae.evaluate.metrics.stability import Stability, match_pair
+from sae.evaluate.metrics.stability import Stability, match_pair, other_seeds
 from sae.evaluate.plan import EvaluateConfig
 from sae.evaluate.run import evaluate
 from sae.evaluate.tables import tables
@@ -316,6 +316,26 @@ def test_trained_seeds_are_seeds_of_one_system_and_other_recipes_are_not(tiny_ca
     others = {row.name: row.results["stability"].extra["seeds"] for row in rows}
     names = [run.folder.name for run in runs]
     assert {name: [o for o in names if o != name and o.split("-")[0] == name.split("-")[0]] for name in names} == others
+
+
+def test_a_latent_that_is_dead_in_the_other_seed_only_counts_as_0(tiny_cache, home):
+    whole = make_sae(0, ReLU())
+    b_enc = whole.b_enc.clone()
+    b_enc[:10] = -1e3
+    saes = [whole, changed(whole, b_enc=b_enc)]
+    rows = evaluate(ask(*(save(home / f"s{seed}", tiny_cache, seed, one) for seed, one in enumerate(saes))))
+    alive = [numbers(row)["frac_alive"] * F for row in rows]
+    assert alive[0] >= alive[1] + 9  # one of the ten may be dead in both
+    assert [numbers(row)["activation_pw_mcc"] for row in rows] == pytest.approx([alive[1] / alive[0]] * 2, abs=1e-5)
+    assert numbers(rows[0])["decoder_pw_mcc"] == pytest.approx(1, abs=1e-6)
+
+
+def test_other_seeds_are_of_the_same_system_and_read_the_same_rows():
+    first = EvalTarget(make_sae(0), Hook(0), system="x", norm_limit=9)
+    beside = [replace(first), replace(first, norm_limit=8), replace(first, hook=Hook(1)), replace(first, system="y")]
+    assert other_seeds(first, [first, *beside]) == [beside[0]]
+    stranger = replace(first, system="")
+    assert other_seeds(stranger, [stranger, replace(stranger)]) == []
 
 
 # --- planted features -------------------------------------------------------------------------------------------------
