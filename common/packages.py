@@ -14,6 +14,7 @@ from .errors import UnavailableError
 PACKAGE = "sae-pipeline"
 EXTRAS = {
     "plots": "matplotlib", "adapters": "peft", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
+    "judge": "httpx2",
 }  # fmt: skip
 """Extra of pyproject.toml -> the package that it installs, which is imported only when it is used."""
 

@@ -46,6 +46,7 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     ("stability", "recurring"),
     *((metric, "disentanglement_score") for metric in ("ravel", "ravel_facts")),
     ("autointerp", "autointerp_score"),
+    *(("autointerp", f"{score}_balanced_accuracy") for score in ("detection", "fuzzing")),
 )
 SUMMARY_METRICS = frozenset(metric for metric, _ in SUMMARY_COLUMNS)
 LABEL_KEYS = ("layer", "d_sae", "l0", "steps")  # keys of run.json that are shown in labels if systems differ in them

@@ -97,6 +97,9 @@ class EvaluatePlan:
             counts = [f"{pending} to measure" if pending else "", f"{done} already measured" if done else ""]
             if any(counts):
                 lines.append(f"metric   {metric.name}: {', '.join(filter(None, counts))}")
+            for group in self.groups:
+                if metric.name in group.settings and (rows := group.pending(metric.name)):
+                    lines += metric.describe_cost(group.ctx, len(rows))
         lines += [f"not run  {metric}: {reason}" for metric, reason in sorted(self.expected_failures)]
         if self.has_work:
             folder = self.artifacts.folder

@@ -59,6 +59,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_trunk",
+    "load_whole_model",
 ]
 
 

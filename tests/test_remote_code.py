@@ -1,6 +1,7 @@
 """Python that a model, a tokenizer, an adapter or a dataset brings along is never run, whatever is on stdin."""
 
 import ast
+import contextlib
 import io
 import json
 import shutil
@@ -14,6 +15,7 @@ from transformers import AutoConfig, dynamic_module_utils
 
 from sae.common.errors import SaeError, UsageError
 from sae.common.remote_code import never_asking
+from sae.evaluate.metrics.local_judge import LocalJudge
 from sae.harvest.adapters import find_adapter
 from sae.harvest.datasets import open_text
 from sae.harvest.in_memory import activations
@@ -103,6 +105,24 @@ def test_code_that_a_part_of_a_configuration_names_is_not_run(
     with pytest.raises(SaeError):
         find_model(str(outer))
         activations(["a text"], model=str(outer), layer=0, device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("where", ["config", "tokenizer"])
+def test_code_that_a_local_judge_brings_is_not_run(
+    hostile: Callable[[Path], Path], tiny_model: Path, tmp_path: Path, where: str
+) -> None:
+    folder = hostile(shutil.copytree(tiny_model, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text((folder / "own.py").read_text())
+    if where == "config":
+        edited(folder, model_type="own", auto_map=OWN_MODEL)
+    else:
+        own = {"AutoTokenizer": ["own.OwnTokenizer", None]}
+        edited(folder, "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=own)
+    with contextlib.suppress(SaeError):
+        LocalJudge(str(folder), "cpu", "float32").answer_all([[{"role": "user", "content": "a"}]], lambda *_: None)
     assert not (tmp_path / "ran").exists()
 
 

@@ -23,6 +23,7 @@ class ExampleWindow(NamedTuple):
 
     ids: np.ndarray
     values: np.ndarray
+    middle: int = -1  # flat index of its middle token in the text
 
 
 class LatentExamples(NamedTuple):
@@ -70,12 +71,8 @@ def select_examples(
     weighted = rng.choice(below, WEIGHTED, replace=False, p=weight / weight.sum())
 
     def window(flat: int, silent: bool = False) -> ExampleWindow:
-        start = flat - BUFFER
-        values = np.zeros(2 * BUFFER + 1, np.float32)
-        if not silent:
-            low, high = np.searchsorted(flat_P, [start, start + len(values)])
-            values[flat_P[low:high] - start] = value_P[low:high]
-        return ExampleWindow(ids_RS.reshape(-1)[start : start + len(values)], values)
+        nowhere = flat_P[:0]
+        return cut_window(flat, nowhere if silent else flat_P, value_P, ids_RS)
 
     anywhere = rng.integers(rows, size=RANDOM) * context + rng.integers(BUFFER, context - BUFFER, size=RANDOM)
     strongest = [window(int(flat_P[i])) for i in rng.permutation(top)]
@@ -85,6 +82,15 @@ def select_examples(
     scored = strongest[:TOP_SCORED] + weaker[:WEIGHTED_SCORED] + [window(int(flat), True) for flat in anywhere]
     explained.sort(key=lambda passage: -float(passage.values.max()))
     return LatentExamples(explained, [scored[i] for i in rng.permutation(len(scored))], threshold)
+
+
+def cut_window(flat: int, flat_P: np.ndarray, value_P: np.ndarray, ids_RS: np.ndarray) -> ExampleWindow:
+    """The passage around a token, given by its flat index, at least BUFFER from either end of its row."""
+    start = flat - BUFFER
+    values = np.zeros(2 * BUFFER + 1, np.float32)
+    low, high = np.searchsorted(flat_P, [start, start + len(values)])
+    values[flat_P[low:high] - start] = value_P[low:high]
+    return ExampleWindow(ids_RS.reshape(-1)[start : start + len(values)], values, flat)
 
 
 def split_characters(data: bytes) -> Iterator[tuple[int, str]]:
@@ -180,8 +186,11 @@ class TokenText:
 
     def passage(self, window: ExampleWindow, threshold: float | None = None) -> str:
         """The text of a passage; with a threshold, tokens above it are enclosed in << and >>."""
+        return self.marked(window.ids, window.values > (np.inf if threshold is None else threshold))
+
+    def marked(self, ids: np.ndarray, marks: np.ndarray) -> str:
+        """The text of tokens, with those that are marked enclosed in << and >>; neighbours share a pair."""
         text = ""
-        for token, value in zip(window.ids.tolist(), window.values.tolist(), strict=True):
-            word = self.word(token)
-            text += f"<<{word}>>" if threshold is not None and value > threshold else word
+        for token, mark in zip(ids.tolist(), marks.tolist(), strict=True):
+            text += f"<<{self.word(token)}>>" if mark else self.word(token)
         return text.replace(">><<", "")

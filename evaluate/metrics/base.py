@@ -231,6 +231,10 @@ class Metric(ABC):
     def check(self) -> None:  # noqa: B027  (most metrics have nothing to check)
         """Raise SaeError before any work if something would fail later: invalid options, an unreachable judge."""
 
+    def describe_cost(self, ctx: EvalContext, saes: int) -> list[str]:
+        """Lines of the plan about what measuring so many SAEs costs besides time."""
+        return []
+
     @abstractmethod
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:
         """Evaluate every target on the same text, one outcome each. Raises SaeError if no target can be measured.

@@ -1,226 +1,100 @@
-"""A client for the judge of autointerp: any endpoint of the OpenAI chat-completions protocol."""
+"""What every judge of autointerp does, and how its answers are kept."""
 
 import contextlib
 import json
 import os
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from http.client import HTTPException
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol
 
-from ...common.errors import DamagedError, SaeError, UnavailableError, UsageError
-from ...common.files import digest_of, parse_json
-from ...common.formatting import format_bytes
+from ...common.errors import DamagedError, UnavailableError
+from ...common.files import digest_of, make_folder, os_error, parse_json, read_file
 from ...common.schemas import JUDGE_ANSWERS_RECORD
+from .base import Progress
 
 Message = dict[str, str]  # role, content
-RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a busy or unreachable endpoint
-MAX_WAIT = 60  # seconds that an endpoint's Retry-After may ask for
+KeepAnswer = Callable[[int, str], Any]  # takes the index of a question and its answer
 MAX_ANSWER_TOKENS = 100
-MAX_REPLY = 1 << 20  # bytes that are read of a reply
-MAX_ANSWER = 10_000  # characters of an answer; more are cut off
-Result = TypeVar("Result")
 
 
 class Judge(Protocol):
-    """Answers a conversation with a text."""
+    """Answers conversations with a text each."""
 
-    def ask(self, messages: Sequence[Message], /) -> str: ...
+    def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer, /) -> None:
+        """Call `keep(index, answer)` once for each question, in any order, as soon as it is answered.
 
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, so that the key is sent to the given URL only."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A chat model at `url`, the base URL of an API such as https://api.openai.com/v1. Thread-safe.
-
-    A busy or unreachable endpoint is retried after each of `waits` seconds. Raises UnavailableError if it refuses or
-    does not answer with a chat completion of bounded size in bounded time, UsageError for an invalid URL or an unknown
-    model.
-    """
-
-    url: str
-    model: str
-    key: str = ""
-    timeout: float = 60.0  # seconds without a byte
-    time_limit: float = 300.0  # seconds for an answer, from the connection to its last byte
-    waits: Sequence[float] = RETRY_WAITS
-    sleep: Callable[[float], None] = time.sleep
-
-    def __post_init__(self) -> None:
-        try:
-            parts = urllib.parse.urlsplit(self.url)
-            port = parts.port  # raises ValueError for an invalid port
-        except ValueError:
-            parts, port = urllib.parse.urlsplit(""), None
-        spaced = any(character.isspace() for character in self.url)
-        if spaced or port == 0 or parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
-            raise UsageError(
-                f"autointerp.endpoint={self.url} is not a valid URL (http or https, without a password). "
-                "Give one such as https://api.openai.com/v1."
-            )
-
-    def ask(self, messages: Sequence[Message]) -> str:
-        """Send the messages and return the text of the reply."""
-        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        for wait in (*self.waits, None):
-            try:
-                reply = within(self.time_limit, partial(self.exchange, request))
-            except TimeLimitExceeded:
-                raise UnavailableError(
-                    f"The judge at {self.url} did not finish its answer within {self.time_limit:g} s. Try again, or "
-                    "choose a faster judge."
-                ) from None
-            except (OSError, HTTPException) as error:  # URLError and TimeoutError among them
-                if wait is None:
-                    problem = getattr(error, "reason", None) or str(error) or type(error).__name__
-                    raise UnavailableError(
-                        f"The judge at {self.url} could not be reached in {len(self.waits) + 1} attempts: {problem}. "
-                        "Check the network and --set autointerp.endpoint=..."
-                    ) from error
-                self.sleep(wait)
-                continue
-            if 200 <= reply.code < 300:
-                return parse_reply(reply.body, self.url)
-            if (reply.code != 429 and reply.code < 500) or wait is None:
-                raise self.refusal(reply)
-            after = reply.retry_after
-            self.sleep(max(wait, min(float(after), MAX_WAIT)) if after.isdecimal() else wait)
-        raise AssertionError("the last attempt returns or raises")
-
-    def exchange(self, request: urllib.request.Request) -> "Reply":
-        """The endpoint's reply, whatever its status, of which at most MAX_REPLY bytes are read."""
-        try:
-            opened = urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:
-            opened = error
-        with opened as response:
-            body = response.read(MAX_REPLY + 1)
-            return Reply(response.status, response.reason, response.headers.get("Retry-After") or "", body)
-
-    def refusal(self, error: "Reply") -> SaeError:
-        """The error to raise for an HTTP error, with the endpoint's own message unless it contains the key."""
-        message = ""
-        with contextlib.suppress(Exception):  # the body may be anything
-            body = parse_json(error.body, self.url)
-            message = str(body["error"]["message"] if isinstance(body["error"], dict) else body["error"])[:200]
-        reply = f" It says: {message}" if message and not (self.key and self.key in message) else ""
-        if error.code in (401, 403):
-            return UnavailableError(
-                f"The judge at {self.url} refuses the key (HTTP {error.code}). Put a valid key into the environment "
-                f"variable that autointerp.key_variable names.{reply}"
-            )
-        if error.code == 404:
-            return UsageError(
-                f"There is no chat model {self.model} at {self.url} (HTTP 404). Check "
-                "--set autointerp.judge_model=... and --set autointerp.endpoint=..., which usually ends with "
-                f"/v1.{reply}"
-            )
-        if error.code == 429:
-            return UnavailableError(
-                f"The judge at {self.url} accepts no more questions for now, or the account is used up (HTTP 429, "
-                f"{len(self.waits) + 1} times). Try again later.{reply}"
-            )
-        return UnavailableError(f"The judge at {self.url} answered HTTP {error.code} {error.reason}.{reply}")
-
-
-class Reply(NamedTuple):
-    """A reply over HTTP."""
-
-    code: int
-    reason: str
-    retry_after: str
-    body: bytes
-
-
-class TimeLimitExceeded(Exception):
-    """A call did not return in time."""
-
-
-def within(seconds: float, call: Callable[[], Result]) -> Result:
-    """The result of a call. Raises TimeLimitExceeded if it takes longer; it then goes on in a thread of its own.
-
-    The timeout of a socket is for one read: a server that sends a byte a minute never exceeds it.
-    """
-    outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((call(), None))
-        except BaseException as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except Empty:
-        raise TimeLimitExceeded from None
-    if error is not None:
-        raise error
-    return result
-
-
-def parse_reply(reply: bytes, url: str) -> str:
-    """The text of a chat completion, at most MAX_ANSWER characters. Raises UnavailableError for any other reply."""
-    if len(reply) > MAX_REPLY:
-        raise UnavailableError(
-            f"The judge at {url} answered with more than {format_bytes(MAX_REPLY)}; an answer has some hundred bytes. "
-            "Check --set autointerp.endpoint=..."
-        )
-    try:
-        content = parse_json(reply, url)["choices"][0]["message"]["content"]
-    except (DamagedError, LookupError, TypeError):
-        content = False
-    if content is not None and not isinstance(content, str):
-        raise UnavailableError(
-            f"The judge at {url} did not answer with a chat completion. Check --set autointerp.endpoint=..., which "
-            "usually ends with /v1."
-        )
-    return (content or "")[:MAX_ANSWER]
+        Raises UnavailableError if it stops answering.
+        """
 
 
 class KeptAnswers:
-    """A judge whose answers are kept in a file if it stops answering, so that they are not asked and paid for twice.
+    """A judge whose answers are kept in a file, so that no question is asked and paid for twice.
 
-    Raises DamagedError if the file cannot be read.
+    The file has a line of JSON for each answer, appended when the answer arrives: `messages`, the question; `answer`;
+    and `digest`, of both. A kill at any instant loses the questions that are under way. A line that is cut off or does
+    not match its digest is left out, and its question is asked again. Several processes can append to one file.
     """
 
     def __init__(self, judge: Judge, path: Path) -> None:
         self.judge, self.path = judge, path
-        # Digest of the question -> answer.
-        self.answers = dict(JUDGE_ANSWERS_RECORD.read(path)["answers"]) if path.exists() else {}
 
-    def ask(self, messages: Sequence[Message]) -> str:
-        question = digest_of(list(messages))
-        if question not in self.answers:
-            self.answers[question] = self.judge.ask(messages)
-        return self.answers[question]
+    @cached_property
+    def answers(self) -> dict[str, str]:
+        return self.read(self.path)
 
-    @contextlib.contextmanager
-    def kept_if_interrupted(self) -> Iterator[None]:
-        """Write the file if the block fails or is interrupted."""
+    @staticmethod
+    def read(path: Path) -> dict[str, str]:
+        """The answers of a file: digest of the question -> answer.
+
+        Raises DamagedError if the .json file beside it, which an earlier version wrote, was damaged.
+        """
+        answers: dict[str, str] = {}
+        earlier = path.with_suffix(".json")
+        if earlier.exists():
+            answers |= JUDGE_ANSWERS_RECORD.read(earlier)["answers"]
+        for line in read_file(path).split(b"\n") if path.exists() else ():
+            with contextlib.suppress(DamagedError, LookupError, TypeError):
+                entry = parse_json(line, path)
+                if entry["digest"] == digest_of([entry["messages"], entry["answer"]]):
+                    answers[digest_of(entry["messages"])] = entry["answer"]
+        return answers
+
+    def ask_all(self, questions: Sequence[Sequence[Message]], progress: Progress) -> list[str]:
+        """The answers, in order. The judge is asked only what it has not answered before, and each question once."""
+        digests = [digest_of(list(messages)) for messages in questions]
+        open_questions = {digest: list(messages) for digest, messages in zip(digests, questions, strict=True)}
+        open_questions = {digest: one for digest, one in open_questions.items() if digest not in self.answers}
+        asked = list(open_questions.items())
+        done = len(set(digests)) - len(asked)
+
+        def keep(index: int, answer: str) -> None:
+            nonlocal done
+            digest, messages = asked[index]
+            self.append(messages, answer)
+            self.answers[digest] = answer
+            done += 1
+            progress(done, len(set(digests)))
+
+        if asked:
+            self.judge.answer_all([messages for _, messages in asked], keep)
+        return [self.answers[digest] for digest in digests]
+
+    def append(self, messages: Sequence[Message], answer: str) -> None:
+        """Add a line to the file. Raises UnavailableError if the disk is full or not writable."""
+        entry = {"messages": messages, "answer": answer, "digest": digest_of([messages, answer])}
+        # The line begins with a line break too: the last line of the file may have been cut off by a kill.
+        line = b"\n" + json.dumps(entry).encode() + b"\n"
         try:
-            yield
-        except BaseException:
-            if self.answers:
-                JUDGE_ANSWERS_RECORD.write(self.path, {"answers": dict(self.answers)})
-            raise
+            make_folder(self.path.parent)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                if os.write(descriptor, line) != len(line):
+                    raise UnavailableError(f"The disk is full: {self.path} could not be written.")
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise os_error(error, self.path) from error
 
 
 def read_key(variable: str) -> str:

@@ -1,6 +1,7 @@
 """Autointerp: scores by judges whose answers are scripted, and by a judge behind a URL."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from sae.cache.layout import Hook
 from sae.common.errors import UnavailableError, UsageError
 from sae.evaluate.inputs import make_context
-from sae.evaluate.metrics import autointerp as module
+from sae.evaluate.metrics import latent_firings as module
 from sae.evaluate.metrics.activation_examples import LatentExamples, TokenText, select_examples
-from sae.evaluate.metrics.autointerp import (
-    Autointerp,
-    collect_firings,
+from sae.evaluate.metrics.autointerp import TEST_QUESTION, Autointerp
+from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.explanation_scores import (
+    JudgedLatent,
     detection_accuracy,
     explain_prompt,
     judge_latents,
@@ -24,7 +26,8 @@ from sae.evaluate.metrics.autointerp import (
     parse_predictions,
     score_prompt,
 )
-from sae.evaluate.metrics.base import EvalTarget
+from sae.evaluate.metrics.latent_firings import collect_firings
+from sae.evaluate.metrics.llm_judge import KeptAnswers
 from sae.evaluate.metrics.packing import firing_frequencies, pack_contexts
 from sae.evaluate.metrics.registry import METRICS, SUITES, metrics_of_suite
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
@@ -134,12 +137,21 @@ class Scripted:
     predict: dict[str, str] | str
     asked: list = field(default_factory=list)
 
-    def ask(self, messages):
-        self.asked.append(messages)
-        text = messages[1]["content"]
-        if not text.startswith("The latent activates on "):
-            return "This latent activates on something."
-        return self.predict if isinstance(self.predict, str) else self.predict[text]
+    def answer_all(self, questions, keep):
+        for index, messages in enumerate(questions):
+            self.asked.append(messages)
+            text = messages[1]["content"]
+            if not text.startswith("The latent activates on "):
+                keep(index, "This latent activates on something.")
+            else:
+                keep(index, self.predict if isinstance(self.predict, str) else self.predict[text])
+
+
+def judged(judge: Scripted, found: dict[int, LatentExamples], words: TokenText, folder: Path) -> dict:
+    """The entries of latents that are asked about as SAEBench does."""
+    latents = {latent: JudgedLatent(examples) for latent, examples in found.items()}
+    kept = KeptAnswers(judge, folder / f"{id(judge)}.jsonl")
+    return judge_latents(kept, latents, words, ("saebench",), silent)
 
 
 def latents_of(words: TokenText) -> dict[int, LatentExamples]:
@@ -152,7 +164,7 @@ def latents_of(words: TokenText) -> dict[int, LatentExamples]:
     return examples
 
 
-def test_a_perfect_judge_has_one_and_one_that_says_none_has_ten_of_fourteen(words):
+def test_a_perfect_judge_has_one_and_one_that_says_none_has_ten_of_fourteen(words, tmp_path):
     found = latents_of(words)
     truth = {
         score_prompt(own, words, "something.")[1]["content"]: ", ".join(map(str, own.firing)) for own in found.values()
@@ -161,7 +173,7 @@ def test_a_perfect_judge_has_one_and_one_that_says_none_has_ten_of_fourteen(word
     rows = torch.zeros(30, CONTEXT, dtype=torch.int64)
     for predict, score in ((truth, 1.0), ("None", 10 / 14), (", ".join(map(str, range(1, 15))), 4 / 14)):
         judge = Scripted(predict)
-        entries = judge_latents(judge, found, words, silent)
+        entries = judged(judge, found, words, tmp_path)
         assert [entry["score"] for entry in entries.values()] == pytest.approx([score] * 3)
         assert entries["4"]["explanation"] == "something." and len(judge.asked) == 6
         result = metric.result(entries, 3, rows, judge)
@@ -175,14 +187,14 @@ def test_a_perfect_judge_has_one_and_one_that_says_none_has_ten_of_fourteen(word
         )
 
 
-def test_means_intervals_and_what_is_left_out(words):
+def test_means_intervals_and_what_is_left_out(words, tmp_path):
     found = latents_of(words)
     answers = iter(["None", "None", "perhaps 3"])
     truth = {score_prompt(own, words, "something.")[1]["content"]: next(answers) for own in found.values()}
     truth[score_prompt(found[4], words, "something.")[1]["content"]] = ", ".join(map(str, found[4].firing))
     judge = Scripted(truth)
     result = Autointerp(latents=5, tokens=1200).result(
-        judge_latents(judge, found, words, silent), 4, torch.zeros(30, CONTEXT), judge
+        judged(judge, found, words, tmp_path), 4, torch.zeros(30, CONTEXT), judge
     )
     mean, deviation = (1 + 10 / 14) / 2, (4 / 14) / 2**0.5
     assert result.metrics["autointerp"] == pytest.approx({"autointerp_score": mean, "autointerp_std_dev": deviation})
@@ -195,7 +207,7 @@ def test_means_intervals_and_what_is_left_out(words):
         "1 latents are left out: the judge's answers could not be parsed.",
     ]
     nobody = Scripted("?")
-    result = Autointerp(latents=3).result(judge_latents(nobody, found, words, silent), 3, torch.zeros(1, 1), nobody)
+    result = Autointerp(latents=3).result(judged(nobody, found, words, tmp_path), 3, torch.zeros(1, 1), nobody)
     assert result.metrics == {"autointerp": {"autointerp_score": None, "autointerp_std_dev": None}}
 
 
@@ -284,7 +296,9 @@ def test_a_judge_that_stops_answering_is_asked_only_the_rest(run, server):
     assert not row.errors and len(row.results["autointerp"].extra) == 3
     asked = Counter(str(body["messages"]) for *_, body in server.seen)
     assert sorted(asked.values()) == [1] * 5 + [2, 2]  # twice: the test question, and the one that failed
-    assert not list((run.parents[1] / "activations" / "evaluation").glob("judge-*"))
+    (kept,) = (run.parents[1] / "activations" / "evaluation").glob("judge-*")
+    lines = [json.loads(line) for line in kept.read_text().split("\n") if line]
+    assert sorted(str(line["messages"]) for line in lines) == sorted(asked - Counter({str(TEST_QUESTION): 2}))
 
 
 def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
@@ -300,6 +314,156 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
     assert "refuses the key" in str(found.rows[0].errors["autointerp"])
     with pytest.raises(UsageError, match=r"Name it with --set autointerp\.judge_model"):
         evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=options[:-1], device="cpu"))
+
+
+ALL = "autointerp.scores=saebench,detection,fuzzing"
+
+
+def asked_by(server) -> Counter:
+    """How often each question was asked, the test question aside."""
+    return Counter(str(body["messages"]) for *_, body in server.seen if body["messages"] != TEST_QUESTION)
+
+
+def kind_of(body) -> str:
+    system, *user = body["messages"]
+    if not user:
+        return "test"
+    if not user[0]["content"].startswith("The latent activates on"):
+        return "explain"
+    return (
+        "saebench" if "or with None" in system["content"] else "fuzzing" if "<<" in system["content"] else "detection"
+    )
+
+
+ANSWERS = {"test": "None", "explain": "This latent activates on words.", "saebench": "None"}
+
+
+def test_all_scores_of_a_run_end_to_end(run, server):
+    """A judge that always says yes has exactly one half. A right one, whose truth is in that result, has 1."""
+    server.replies = [lambda body: server.completion(ANSWERS.get(kind_of(body), "1, 1, 1, 1, 1"))]
+    options = [*SMALL, ALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
+    config = EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu", references=False)
+    (row,) = evaluate(config)
+    entries = row.results["autointerp"].extra
+    truth = {}
+    for entry in entries.values():
+        questions = {"detection": [], "fuzzing": []}
+        for prompt in entry["prompts"][2:]:
+            questions[kind_of({"messages": prompt})].append(str(prompt))
+        for score, prompts in questions.items():
+            fires = entry[score]["fires"]
+            assert sum(fires) * 2 == len(fires) > 0 and len(prompts) == -(-len(fires) // 5)
+            truth |= {prompt: fires[5 * n : 5 * n + 5] for n, prompt in enumerate(prompts)}
+    found = json.loads((run / "evaluations" / "autointerp.json").read_text())["eval_result_metrics"]
+    for score in ("detection", "fuzzing"):
+        assert found[score] == {
+            f"{score}_balanced_accuracy": 0.5,
+            f"{score}_true_positive_rate": 1,
+            f"{score}_true_negative_rate": 0,
+        }
+        assert any(flag.startswith(f"{score}: the 95 % interval") for flag in row.results["autointerp"].flags)
+    assert set(asked_by(server).values()) == {1}
+
+    def right(body):
+        fires = truth.get(str(body["messages"]))
+        return server.completion(ANSWERS[kind_of(body)] if fires is None else ",".join(str(int(one)) for one in fires))
+
+    server.replies = [right]
+    options[-1] = "autointerp.judge_model=right"
+    (row,) = evaluate(replace(config, options=options))
+    metrics = row.results["autointerp"].metrics
+    assert metrics["detection"]["detection_balanced_accuracy"] == metrics["fuzzing"]["fuzzing_balanced_accuracy"] == 1
+    assert metrics["autointerp"]["autointerp_score"] == found["autointerp"]["autointerp_score"]
+
+
+def test_a_further_score_reuses_the_explanations_and_leaves_the_first_as_it_is(run, server):
+    server.replies = [lambda body: server.completion(ANSWERS.get(kind_of(body), "1, 1, 1, 1, 1"))]
+    judge = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
+    (alone,) = evaluate(EvaluateConfig([run], "autointerp", options=judge, device="cpu", references=False))
+    before = asked_by(server)
+    assert Counter(kind_of(body) for *_, body in server.seen) == {"test": 1, "explain": 3, "saebench": 3}
+    (both,) = evaluate(EvaluateConfig([run], "autointerp", options=[*judge, ALL], device="cpu", references=False))
+    later = asked_by(server) - before
+    assert {kind_of({"messages": eval(one)}) for one in later} == {"detection", "fuzzing"}
+    for category in (alone, both):
+        assert category.results["autointerp"].metrics["autointerp"] == alone.results["autointerp"].metrics["autointerp"]
+    for latent, entry in alone.results["autointerp"].extra.items():
+        other = both.results["autointerp"].extra[latent]
+        assert other["prompts"][:2] == entry["prompts"] and other["answers"][:2] == entry["answers"]
+    count = len(server.seen)
+    (again,) = evaluate(EvaluateConfig([run], "autointerp", options=judge, device="cpu", references=False))
+    assert len(server.seen) == count  # the first result was archived, and is read
+    assert again.results["autointerp"] == alone.results["autointerp"]
+
+
+def test_only_the_scores_that_are_asked_for_are_asked(run, server):
+    server.replies = [lambda body: server.completion(ANSWERS.get(kind_of(body), "1, 1, 1, 1, 1"))]
+    options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j", "autointerp.scores=fuzzing"]
+    (row,) = evaluate(EvaluateConfig([run], "autointerp", options=options, device="cpu", references=False))
+    assert {kind_of(body) for *_, body in server.seen} == {"test", "explain", "fuzzing"}
+    assert row.results["autointerp"].metrics.keys() == {"fuzzing"}
+    assert not any("could not be parsed" in flag for flag in row.results["autointerp"].flags)
+
+
+def test_settings_are_those_of_earlier_results_unless_other_scores_are_asked_for(ctx):
+    def settings(**options):
+        return Autointerp(**options).settings(ctx)
+
+    earlier = {"endpoint", "judge_model", "key_variable", "latents", "tokens", "context", "dead_latent_threshold"}
+    assert settings().keys() == earlier | {"definition"} | ctx.settings.keys() | ctx.text_identity.keys()
+    assert settings(price_in=3.0, price_out=1.0) == settings()
+    assert settings(scores=("fuzzing",)) != settings()
+    assert settings(scores=("fuzzing", "saebench")) == settings(scores=("saebench", "fuzzing", "fuzzing"))
+
+
+def test_the_plan_says_what_the_judge_costs_and_it_is_about_what_it_is_asked(run, server):
+    server.replies = [lambda body: server.completion(ANSWERS.get(kind_of(body), "1, 1, 1, 1, 1"))]
+    judge = [f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
+    prices = ["autointerp.price_in=1000", "autointerp.price_out=2000"]
+    config = EvaluateConfig([run], "autointerp", options=[*SMALL, *judge, ALL], device="cpu", references=False)
+    plan = plan_evaluation(config)
+    (line,) = [line for line in plan.describe() if line.startswith("judge")]
+    found = re.fullmatch(
+        rf"judge    j at {server.url} gets at most 30 questions \(10 for each of 3 latents\), about (\d+)k tokens in, "
+        r"and gives at most 3k tokens out",
+        line,
+    )
+    assert found
+    (priced,) = [
+        line
+        for line in plan_evaluation(replace(config, options=[*config.options, *prices])).describe()
+        if line.startswith("judge")
+    ]
+    cost = float(re.search(r"out: at most about ([\d.]+) at 1000 and 2000 per million tokens$", priced)[1])
+    assert cost == pytest.approx(int(found[1]) + 2 * 3, abs=1)
+    (row,) = evaluate(config)
+    tokenizer = plan.groups[0].ctx.tokenizer
+    texts = [m["content"] for e in row.results["autointerp"].extra.values() for prompt in e["prompts"] for m in prompt]
+    tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    assert 0.75 < tokens / (1000 * int(found[1])) < 1.25
+    assert [line for line in plan_evaluation(config).describe() if line.startswith("judge")] == []
+    (again,) = [line for line in plan_evaluation(replace(config, force=True)).describe() if line.startswith("judge")]
+    assert again == f"{line}; {len(asked_by(server))} of its answers are kept and not asked for again"
+
+
+def test_the_plan_says_what_a_judge_would_cost_if_none_is_named(run):
+    config = EvaluateConfig([run], "autointerp", options=SMALL, device="cpu", references=False)
+    (line,) = [line for line in plan_evaluation(config).describe() if line.startswith("judge")]
+    assert line.startswith("judge    none is named, the prompts are written; one would get at most 6 questions (2 for ")
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("autointerp.scores=detect", "there is no score 'detect'.*detection"),
+        ("autointerp.price_in=-1", "price_out must be 0 or more, per million tokens"),
+        ("autointerp.price_out=inf", "price_out must be 0 or more, per million tokens"),
+        ("autointerp.price_out=nan", "price_out must be 0 or more, per million tokens"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(run, option, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        plan_evaluation(EvaluateConfig([run], "autointerp", options=[*SMALL, option], device="cpu"))
 
 
 def test_latents_fire_at_the_site_that_an_sae_reads(ctx):

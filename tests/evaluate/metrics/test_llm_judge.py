@@ -1,161 +1,96 @@
-"""The client of a judge against a local server: retries, refusals, invalid URLs."""
+"""Answers of a judge are kept one by one, whatever ends the run."""
 
-import contextlib
-import socket
-import threading
-import time
+import os
+import signal
+from dataclasses import dataclass, field
 
 import pytest
 
-from sae.common.errors import DamagedError, UnavailableError, UsageError
-from sae.evaluate.metrics.llm_judge import MAX_ANSWER, Endpoint, KeptAnswers
+from sae.common.errors import DamagedError, UnavailableError
+from sae.common.files import digest_of
+from sae.common.schemas import JUDGE_ANSWERS_RECORD
+from sae.evaluate.metrics.llm_judge import KeptAnswers
 
-MESSAGES = [{"role": "user", "content": "Which?"}]
-
-
-def completion(content) -> dict:
-    return {"choices": [{"message": {"content": content}}]}
-
-
-def test_a_busy_endpoint_is_waited_for(server):
-    slept = []
-    server.replies = [
-        (429, {"Retry-After": "7"}, {}),
-        (503, {}, b"busy"),
-        server.completion("yes"),
-        server.completion(""),
-    ]
-    judge = Endpoint(server.url + "/", "m", waits=(1, 2), sleep=slept.append)
-    assert judge.ask(MESSAGES) == "yes" and slept == [7, 2]
-    assert judge.ask(MESSAGES) == ""
-    assert server.seen[0][1] is None and server.seen[0][2]["messages"] == MESSAGES
+QUESTIONS = [[{"role": "system", "content": "Count."}, {"role": "user", "content": str(n)}] for n in range(4)]
+ANSWERS = ["a 0", "a 1", "a 2", "a 3"]
 
 
-@pytest.mark.parametrize(
-    ("reply", "error", "sentence", "asked"),
-    [
-        (
-            (403, {}, {"error": {"message": "key k is bad"}}),
-            UnavailableError,
-            r"refuses the key \(HTTP 403\).*names\.$",
-            1,
-        ),
-        (
-            (404, {}, {"error": "no model"}),
-            UsageError,
-            r"no chat model m at .* usually ends with /v1\. It says: no model",
-            1,
-        ),
-        (
-            (429, {}, {"error": {"message": "quota"}}),
-            UnavailableError,
-            r"HTTP 429, 3 times\)\. Try again later\. It says: quota",
-            3,
-        ),
-        ((500, {}, b"<html>"), UnavailableError, "answered HTTP 500 Internal Server Error", 3),
-        (
-            (400, {}, {"error": {"message": "max_tokens"}}),
-            UnavailableError,
-            "answered HTTP 400 .* It says: max_tokens",
-            1,
-        ),
-        ((302, {"Location": "http://127.0.0.1:9/"}, b""), UnavailableError, "answered HTTP 302", 1),
-        ((200, {}, b"<html>"), UnavailableError, "did not answer with a chat completion", 1),
-        ((200, {}, {"choices": []}), UnavailableError, "did not answer with a chat completion", 1),
-        ((200, {}, b"[" * 100_000), UnavailableError, "did not answer with a chat completion", 1),
-        ((200, {}, b"9" * 8000), UnavailableError, "did not answer with a chat completion", 1),
-        ((200, {}, b'{"choices": [{"message": {"content": "\xff"}}]}'), UnavailableError, "did not answer with a", 1),
-        ((200, {}, completion(["a"])), UnavailableError, "did not answer with a chat completion", 1),
-        ((200, {}, completion(5)), UnavailableError, "did not answer with a chat completion", 1),
-        ((200, {}, b" " * (2 << 20)), UnavailableError, "answered with more than", 1),
-        ((500, {}, b"[" * 100_000), UnavailableError, "answered HTTP 500", 3),
-        ((429, {"Retry-After": "9" * 5000}, b""), UnavailableError, "HTTP 429, 3 times", 3),
-    ],
-)
-def test_what_an_endpoint_refuses_is_a_sentence(server, reply, error, sentence, asked):
-    server.replies = [reply]
-    with pytest.raises(error, match=sentence):
-        Endpoint(server.url, "m", "key k", waits=(0, 0), sleep=lambda _: None).ask(MESSAGES)
-    assert len(server.seen) == asked
+def silent(done, total, note=""):
+    pass
 
 
-def test_an_endpoint_that_is_not_there_is_a_sentence():
-    slept = []
-    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1/v1 could not be reached in 3 attempts: .*refused"):
-        Endpoint("http://127.0.0.1:1/v1", "m", waits=(1, 2), sleep=slept.append).ask(MESSAGES)
-    assert slept == [1, 2]
+@dataclass
+class Counting:
+    """Answers "a 3" to 3, the last question first, until it has given `most` answers; then it calls `end`."""
+
+    most: int = 99
+    end: object = None
+    asked: list = field(default_factory=list)
+
+    def answer_all(self, questions, keep):
+        for index in reversed(range(len(questions))):
+            if len(self.asked) == self.most:
+                self.end()
+            self.asked.append(questions[index][1]["content"])
+            keep(index, f"a {self.asked[-1]}")
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "api.openai.com/v1",
-        "file:///etc/passwd",
-        "https://",
-        "https://me:secret@host/v1",
-        "http://[::1/v1",
-        "http://h:99999/v1",
-        "http://a b/v1",
-    ],
-)
-def test_what_is_no_url_is_refused(url):
-    with pytest.raises(UsageError, match="is not a valid URL"):
-        Endpoint(url, "m")
+def stop():
+    raise UnavailableError("enough")
 
 
-def endless(kind: str) -> tuple[str, threading.Thread]:
-    """The URL of a server whose replies never end, and its thread, which ends when the client closes."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        connection, _ = listener.accept()
-        listener.close()
-        with connection, contextlib.suppress(OSError):
-            connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 200 OK\r\n" + (b"" if kind == "headers" else b"\r\n"))
-            while True:
-                connection.sendall(b"a" * (65536 if kind == "fast" else 1))
-                if kind != "fast":
-                    time.sleep(0.01)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1", thread
+def test_the_same_questions_are_asked_once_and_progress_counts_them(tmp_path):
+    judge, seen = Counting(), []
+    kept = KeptAnswers(judge, tmp_path / "new" / "kept.jsonl")
+    assert kept.ask_all(QUESTIONS + QUESTIONS[:2], lambda *done: seen.append(done)) == ANSWERS + ANSWERS[:2]
+    assert judge.asked == ["3", "2", "1", "0"] and seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert kept.ask_all(QUESTIONS, silent) == ANSWERS and len(judge.asked) == 4
 
 
-@pytest.mark.parametrize(
-    ("kind", "sentence"),
-    [
-        ("fast", "answered with more than 1.0 MB"),
-        ("slow", r"did not finish its answer within 0\.5 s"),
-        ("headers", r"did not finish its answer within 0\.5 s"),
-    ],
-)
-def test_an_answer_without_end_is_a_sentence(kind, sentence):
-    url, thread = endless(kind)
-    with pytest.raises(UnavailableError, match=sentence):
-        Endpoint(url, "m", waits=(0,), time_limit=30 if kind == "fast" else 0.5).ask(MESSAGES)
-    if kind == "fast":
-        thread.join(timeout=30)
-        assert not thread.is_alive()  # the connection was closed, not read further
+def test_answers_are_kept_when_the_judge_stops_answering(tmp_path):
+    with pytest.raises(UnavailableError):
+        KeptAnswers(Counting(3, stop), tmp_path / "kept.jsonl").ask_all(QUESTIONS, silent)
+    judge = Counting()
+    assert KeptAnswers(judge, tmp_path / "kept.jsonl").ask_all(QUESTIONS, silent) == ANSWERS and judge.asked == ["0"]
 
 
-def test_a_long_answer_is_cut(server):
-    server.replies = [server.completion("x" * 50_000)]
-    assert Endpoint(server.url, "m").ask(MESSAGES) == "x" * MAX_ANSWER
+def test_a_kill_loses_only_the_question_under_way(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    if not (child := os.fork()):
+        KeptAnswers(Counting(2, lambda: os.kill(os.getpid(), signal.SIGKILL)), path).ask_all(QUESTIONS, silent)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    judge = Counting()
+    assert KeptAnswers(judge, path).ask_all(QUESTIONS, silent) == ANSWERS and judge.asked == ["1", "0"]
 
 
-def test_answers_are_kept_when_the_judge_stops_answering(server, tmp_path):
-    questions = [[{"role": "user", "content": str(n)}] for n in range(3)]
-    server.replies = [server.completion("first"), (400, {}, b""), server.completion("third")]
-    judge = Endpoint(server.url, "m")
-    kept = KeptAnswers(judge, tmp_path / "kept.json")
-    with pytest.raises(UnavailableError), kept.kept_if_interrupted():
-        for question in questions:
-            kept.ask(question)
-    again = KeptAnswers(judge, tmp_path / "kept.json")
-    assert [again.ask(question) for question in questions] == ["first", "third", "third"]
-    assert [body["messages"][0]["content"] for *_, body in server.seen] == ["0", "1", "1", "2"]
-    (tmp_path / "kept.json").write_bytes((tmp_path / "kept.json").read_bytes().replace(b"first", b"fir5t"))
-    with pytest.raises(DamagedError, match="kept.json"):
-        KeptAnswers(judge, tmp_path / "kept.json")
+def test_a_file_that_is_cut_anywhere_keeps_its_whole_lines_and_takes_more(tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    KeptAnswers(Counting(), whole).ask_all(QUESTIONS, silent)
+    data = whole.read_bytes()
+    for size in range(0, len(data), 7):
+        path = tmp_path / f"cut{size}.jsonl"
+        path.write_bytes(data[:size])
+        judge = Counting()
+        assert KeptAnswers(judge, path).ask_all(QUESTIONS, silent) == ANSWERS
+        assert len(judge.asked) in (4 - data[: size + 1].count(b"}\n"), 4 - data[:size].count(b"}\n"))
+        assert KeptAnswers.read(path) == KeptAnswers.read(whole)
+
+
+def test_a_damaged_answer_is_not_used_but_asked_again(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    KeptAnswers(Counting(), path).ask_all(QUESTIONS, silent)
+    path.write_bytes(path.read_bytes().replace(b"a 2", b"a 7") + b"[1]\n{}\nnull\n")
+    judge = Counting()
+    assert KeptAnswers(judge, path).ask_all(QUESTIONS, silent) == ANSWERS and judge.asked == ["2"]
+
+
+def test_the_answers_that_an_earlier_version_kept_are_used(tmp_path):
+    old = tmp_path / "judge-1.json"
+    JUDGE_ANSWERS_RECORD.write(old, {"answers": {digest_of(QUESTIONS[1]): "from before"}})
+    judge = Counting()
+    found = KeptAnswers(judge, tmp_path / "judge-1.jsonl").ask_all(QUESTIONS, silent)
+    assert found == ["a 0", "from before", "a 2", "a 3"] and judge.asked == ["3", "2", "0"]
+    old.write_bytes(old.read_bytes().replace(b"before", b"behind"))
+    with pytest.raises(DamagedError, match="judge-1.json"):
+        KeptAnswers(judge, tmp_path / "judge-1.jsonl").ask_all(QUESTIONS, silent)

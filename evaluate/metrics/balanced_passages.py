@@ -1,0 +1,83 @@
+"""Passages to score an explanation on by detection and fuzzing: as many with the latent as without it.
+
+Source: Paulo et al. 2024 (arXiv 2410.13928), and the authors' library delphi. As there, the passages with the latent
+come from all strengths of its activation, and the others from anywhere in the text where it is silent.
+
+Shape suffixes: R rows of text, S positions, P tokens on which a latent fires, W tokens of a passage.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .activation_examples import BUFFER, ExampleWindow, LatentExamples, cut_window
+
+MOST, FEWEST = 10, 5  # passages of each kind that a latent is scored on, and without which it is not scored
+SILENT_DRAWS = 500  # places that are tried for the passages without the latent
+
+
+class BalancedPassage(NamedTuple):
+    """A passage, whether the latent fires in it, and the tokens (W,) that are marked for fuzzing.
+
+    Where it fires, the marked tokens are those on which it does. Each passage without it has the marks of one with it,
+    at the same places: neither their number nor where they stand says anything.
+    """
+
+    window: ExampleWindow
+    fires: bool
+    mark_W: np.ndarray
+
+
+def select_balanced(
+    flat_P: np.ndarray,
+    value_P: np.ndarray,
+    ids_RS: np.ndarray,
+    examples: LatentExamples,
+    rng: np.random.Generator,
+) -> list[BalancedPassage] | None:
+    """At most MOST passages with the latent and as many without, shuffled; None if there are fewer than FEWEST of each.
+
+    The latent is `value_P` > 0 at the flat indices `flat_P` (ascending) of `ids_RS`. No passage shares a token with
+    another, or with one that the latent is explained by. Those with the latent have it in their middle, one drawn from
+    each tenth of its activations above the threshold of the `examples`. In those without, no token has it at all.
+    """
+    rows, context = ids_RS.shape
+    explained = [window.middle for window in examples.explained]
+    position_P = flat_P % context
+    whole_P = (position_P >= BUFFER) & (position_P < context - BUFFER) & (value_P > examples.threshold)
+    candidates = np.flatnonzero(whole_P & ~overlaps(flat_P, explained))
+    firing: list[int] = []
+    for tenth in np.array_split(candidates[np.argsort(value_P[candidates], kind="stable")], MOST):
+        firing += first_separate(flat_P[rng.permutation(tenth)], firing, 1)
+    anywhere = rng.integers(rows, size=SILENT_DRAWS) * context
+    anywhere += rng.integers(BUFFER, context - BUFFER, size=SILENT_DRAWS)
+    before, through = (np.searchsorted(flat_P, anywhere + end) for end in (-BUFFER, BUFFER + 1))
+    silent = first_separate(anywhere[before == through], [], len(firing))
+    count = min(len(firing), len(silent))
+    if count < FEWEST:
+        return None
+    passages = []
+    for with_latent, without in zip(rng.permutation(firing)[:count], silent, strict=False):
+        window = cut_window(int(with_latent), flat_P, value_P, ids_RS)
+        mark_W = window.values > examples.threshold
+        passages.append(BalancedPassage(window, True, mark_W))
+        passages.append(BalancedPassage(cut_window(int(without), flat_P, value_P, ids_RS), False, mark_W))
+    return [passages[i] for i in rng.permutation(len(passages))]
+
+
+def overlaps(flat: np.ndarray, others: Sequence[int]) -> np.ndarray:
+    """Which of the passages with these middles share a token with one of the others. Passages do not leave their row,
+    so those of two rows are never so close."""
+    return (np.abs(flat[:, None] - np.array(others, dtype=np.int64)) <= 2 * BUFFER).any(1)
+
+
+def first_separate(candidates: Iterable[int], taken: Sequence[int], count: int) -> list[int]:
+    """The first `count` candidates that share no token with each other or with the passages that are taken."""
+    found: list[int] = []
+    for flat in candidates:
+        if len(found) == count:
+            break
+        if all(abs(int(flat) - other) > 2 * BUFFER for other in (*taken, *found)):
+            found.append(int(flat))
+    return found

@@ -1,0 +1,208 @@
+"""The judge behind a URL: any endpoint of the OpenAI chat-completions protocol, asked with httpx2."""
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from ...common.errors import DamagedError, SaeError, UnavailableError, UsageError
+from ...common.files import parse_json
+from ...common.formatting import format_bytes
+from ...common.packages import import_extra
+from .llm_judge import MAX_ANSWER_TOKENS, KeepAnswer, Message
+
+PARALLEL_QUESTIONS = 10
+RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a busy or unreachable endpoint
+MAX_WAIT = 60  # seconds that an endpoint's Retry-After may ask for
+MAX_REPLY = 1 << 20  # bytes that are read of a reply
+MAX_ANSWER = 10_000  # characters of an answer; more are cut off
+
+
+class Reply(NamedTuple):
+    """A reply over HTTP."""
+
+    code: int
+    reason: str
+    retry_after: str
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A chat model at `url`, the base URL of an API such as https://api.openai.com/v1.
+
+    A busy or unreachable endpoint is retried after each of `waits` seconds. Redirects are not followed, so the key goes
+    to `url` only. Raises UnavailableError if the endpoint refuses or does not answer with a chat completion of bounded
+    size in bounded time, UsageError for an invalid URL or key or an unknown model.
+    """
+
+    url: str
+    model: str
+    key: str = field(default="", repr=False)
+    timeout: float = 60.0  # seconds without a byte
+    time_limit: float = 300.0  # seconds for an answer, from the connection to its last byte
+    waits: Sequence[float] = RETRY_WAITS
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    def __post_init__(self) -> None:
+        try:
+            self._httpx.URL(self.url)
+            parts = urlsplit(self.url)
+            port = parts.port  # raises ValueError for an invalid port, which httpx2 does not look at
+        except (ValueError, self._httpx.InvalidURL):
+            parts, port = urlsplit(""), None
+        spaced = any(character.isspace() for character in self.url)
+        if spaced or port == 0 or parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
+            raise UsageError(
+                f"autointerp.endpoint={self.url} is not a valid URL (http or https, without a password). "
+                "Give one such as https://api.openai.com/v1."
+            )
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise UsageError(
+                "The key in the environment variable that autointerp.key_variable names has characters that no key "
+                "has, such as a line break or a letter that is not ASCII. Set it again."
+            )
+
+    def ask(self, messages: Sequence[Message]) -> str:
+        """Send one question and return the text of the reply."""
+        answers: list[str] = []
+        self.answer_all([messages], lambda _, answer: answers.append(answer))
+        return answers[0]
+
+    def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer) -> None:
+        """Ask all questions, PARALLEL_QUESTIONS at a time, and call `keep(index, answer)` as each answer arrives.
+
+        After an error or Ctrl-C, only the questions that are under way are waited for: they are paid for.
+        """
+        waiting = deque(enumerate(questions))
+        with ThreadPoolExecutor(1) as thread:  # of its own: a notebook's has an event loop already
+            try:
+                thread.submit(asyncio.run, self._ask_in_parallel(waiting, keep)).result()
+            except BaseException:
+                waiting.clear()
+                raise
+
+    async def _ask_in_parallel(self, waiting: deque[tuple[int, Sequence[Message]]], keep: KeepAnswer) -> None:
+        async def ask_in_turn() -> None:
+            try:
+                while waiting:
+                    index, messages = waiting.popleft()
+                    keep(index, await self._ask(client, messages))
+            except BaseException:
+                waiting.clear()
+                raise
+
+        async with self._httpx.AsyncClient(timeout=self.timeout) as client:
+            tasks = [ask_in_turn() for _ in range(min(PARALLEL_QUESTIONS, len(waiting)))]
+            errors = [error for error in await asyncio.gather(*tasks, return_exceptions=True) if error]
+        if errors:
+            raise errors[0]
+
+    @property
+    def _httpx(self) -> Any:
+        return import_extra("judge", f"autointerp.endpoint={self.url}")
+
+    async def _ask(self, client: Any, messages: Sequence[Message]) -> str:
+        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
+        for wait in (*self.waits, None):
+            pause = wait
+            try:
+                async with asyncio.timeout(self.time_limit):
+                    reply = await self._exchange(client, body)
+            except TimeoutError:
+                raise UnavailableError(
+                    f"The judge at {self.url} did not finish its answer within {self.time_limit:g} s. Try again, or "
+                    "choose a faster judge."
+                ) from None
+            except self._httpx.HTTPError as error:  # no connection, a broken one, a time out
+                if wait is None:
+                    raise UnavailableError(
+                        f"The judge at {self.url} could not be reached in {len(self.waits) + 1} attempts: "
+                        f"{describe_cause(error)}. Check the network and --set autointerp.endpoint=..."
+                    ) from error
+            else:
+                if 200 <= reply.code < 300:
+                    return parse_reply(reply.body, self.url)
+                if (reply.code != 429 and reply.code < 500) or wait is None:
+                    raise self.refusal(reply)
+                if reply.retry_after.isdecimal():
+                    pause = max(wait, min(float(reply.retry_after), MAX_WAIT))
+            await self.sleep(pause or 0)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _exchange(self, client: Any, body: dict[str, Any]) -> Reply:
+        """The endpoint's reply, whatever its status, of which little more than MAX_REPLY bytes are read."""
+        # A compressed reply could grow beyond every bound; none is asked for, and none is unpacked.
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        data = bytearray()
+        async with client.stream("POST", address, json=body, headers=headers, follow_redirects=False) as response:
+            async for part in response.aiter_raw():
+                data += part
+                if len(data) > MAX_REPLY:
+                    break
+            after = response.headers.get("Retry-After", "")
+            return Reply(response.status_code, response.reason_phrase, after, bytes(data))
+
+    def refusal(self, error: Reply) -> SaeError:
+        """The error to raise for an HTTP error, with the endpoint's own message unless it contains the key."""
+        message = ""
+        with contextlib.suppress(Exception):  # the body may be anything
+            body = parse_json(error.body, self.url)
+            message = str(body["error"]["message"] if isinstance(body["error"], dict) else body["error"])[:200]
+        reply = f" It says: {message}" if message and not (self.key and self.key in message) else ""
+        if error.code in (401, 403):
+            return UnavailableError(
+                f"The judge at {self.url} refuses the key (HTTP {error.code}). Put a valid key into the environment "
+                f"variable that autointerp.key_variable names.{reply}"
+            )
+        if error.code == 404:
+            return UsageError(
+                f"There is no chat model {self.model} at {self.url} (HTTP 404). Check "
+                "--set autointerp.judge_model=... and --set autointerp.endpoint=..., which usually ends with "
+                f"/v1.{reply}"
+            )
+        if error.code == 429:
+            return UnavailableError(
+                f"The judge at {self.url} accepts no more questions for now, or the account is used up (HTTP 429, "
+                f"{len(self.waits) + 1} times). Try again later.{reply}"
+            )
+        return UnavailableError(f"The judge at {self.url} answered HTTP {error.code} {error.reason}.{reply}")
+
+
+def describe_cause(error: BaseException) -> str:
+    """What is at the bottom of an error: httpx2 itself says only that all attempts failed."""
+    *_, lowest = causes(error)
+    if isinstance(lowest, ConnectionError) and lowest.errno:  # asyncio's own text gives no reason
+        return os.strerror(lowest.errno)
+    return str(lowest) or type(lowest).__name__
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
+
+
+def parse_reply(reply: bytes, url: str) -> str:
+    """The text of a chat completion, at most MAX_ANSWER characters. Raises UnavailableError for any other reply."""
+    if len(reply) > MAX_REPLY:
+        raise UnavailableError(
+            f"The judge at {url} answered with more than {format_bytes(MAX_REPLY)}; an answer has some hundred bytes. "
+            "Check --set autointerp.endpoint=..."
+        )
+    try:
+        content = parse_json(reply, url)["choices"][0]["message"]["content"]
+    except (DamagedError, LookupError, TypeError):
+        content = False
+    if content is not None and not isinstance(content, str):
+        raise UnavailableError(
+            f"The judge at {url} did not answer with a chat completion. Check --set autointerp.endpoint=..., which "
+            "usually ends with /v1."
+        )
+    return (content or "")[:MAX_ANSWER]

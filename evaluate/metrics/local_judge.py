@@ -1,0 +1,101 @@
+"""The judge on this machine: a chat model of transformers, for those who have no key."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ...common.errors import UsageError
+from ...common.files import digest_of
+from ...harvest.model import find_model, load_tokenizer, load_whole_model
+from .llm_judge import MAX_ANSWER_TOKENS, KeepAnswer, Message
+
+TOKENS_PER_BATCH = 8192  # of the questions that are answered together, padding and answers included
+
+
+class LocalJudge:
+    """A chat model, by its Hub id or its folder. It is loaded for the first question. It runs no code of its own.
+
+    Answers are the most likely token each time. Questions of similar length are answered together. A batch rounds
+    differently from another, so an answer can differ where two tokens are almost equally likely; the same questions on
+    the same machine have the same answers.
+
+    Memory: the weights, and the keys and values of TOKENS_PER_BATCH tokens (0.2 GB for SmolLM2-135M in float32, 1 GB
+    for Llama 3 8B in bfloat16).
+
+    Raises UsageError for a model without a chat template, and what `sae harvest` raises for one that cannot be loaded.
+    """
+
+    def __init__(self, model: str, device: str, dtype: str) -> None:
+        self.device, self.dtype = device, dtype
+        self.source, self.config = find_model(model)
+        self.tokenizer: Any = load_tokenizer(self.source)
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UsageError(
+                f"autointerp.judge_model={model} has no chat template, so it answers no questions. Name a model "
+                "that was trained to, such as one whose name ends with Instruct or -it."
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on besides the questions."""
+        template = digest_of(self.tokenizer.chat_template)[:16]  # in a file of its own, which the revision leaves out
+        return {"judge_revision": self.source.revision, "judge_dtype": self.dtype, "judge_template": template}
+
+    @cached_property
+    def model(self) -> Any:
+        return load_whole_model(self.source, self.config, dtype=self.dtype, device=self.device, attention="sdpa")
+
+    def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer) -> None:
+        """Answer all questions, the longest first, and call `keep(index, answer)` after each batch."""
+        ids = [self.encode(messages) for messages in questions]
+        for batch in batches([len(one) for one in ids], TOKENS_PER_BATCH):
+            for index, answer in zip(batch, self.generate([ids[index] for index in batch]), strict=True):
+                keep(index, answer)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a question. Where the template takes no system message, it begins the user's."""
+        from jinja2 import TemplateError
+
+        def render(conversation: list[Message]) -> list[int]:
+            text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+        try:
+            return render(list(messages))
+        except TemplateError:
+            return render([{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}])
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[list[int]]) -> list[str]:
+        """The answers to prompts that are run as one batch, padded on the left."""
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        ids_BS = torch.full((len(prompts), width), pad or 0)
+        mask_BS = torch.zeros_like(ids_BS)
+        for row, prompt in enumerate(prompts):
+            ids_BS[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BS[row, width - len(prompt) :] = 1
+        answer_BS = self.model.generate(
+            ids_BS.to(self.device), attention_mask=mask_BS.to(self.device), do_sample=False, num_beams=1,
+            temperature=None, top_p=None, top_k=None, max_new_tokens=MAX_ANSWER_TOKENS, pad_token_id=pad or 0,
+        )[:, width:]  # fmt: skip
+        return self.tokenizer.batch_decode(answer_BS, skip_special_tokens=True)
+
+
+def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """The indices of prompts of these lengths, the longest first, in batches of at most `limit` padded tokens.
+
+    A prompt that is longer than that is a batch of its own.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        longest = lengths[batch[0]] if batch else lengths[index]
+        if batch and (len(batch) + 1) * (longest + MAX_ANSWER_TOKENS) > limit:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
