@@ -99,7 +99,7 @@ class EvaluatePlan:
                 lines.append(f"metric   {metric.name}: {', '.join(filter(None, counts))}")
             for group in self.groups:
                 if metric.name in group.settings and (rows := group.pending(metric.name)):
-                    lines += metric.describe_cost(group.ctx, len(rows))
+                    lines += metric.describe_cost(group.ctx, len(rows) + len(self.config.controls))
         lines += [f"not run  {metric}: {reason}" for metric, reason in sorted(self.expected_failures)]
         if self.has_work:
             folder = self.artifacts.folder

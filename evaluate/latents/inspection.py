@@ -25,6 +25,7 @@ from ..datasets.labeled import class_name
 from ..inputs import check_tokens, find_eval_cache, make_context, row_of_run
 from ..metrics.activation_examples import TokenText
 from ..metrics.base import MetricResult, outlier_flags
+from ..metrics.explanation_scores import BALANCED_SCORES
 from ..metrics.packing import TOKENS_PER_ENCODE, encode_float32
 from ..metrics.registry import METRICS
 from ..results import read_result_record, result_of
@@ -167,11 +168,13 @@ def letter_labels(result: MetricResult) -> Iterator[LabelCandidate]:
 
 
 def explanation_labels(result: MetricResult) -> Iterator[LabelCandidate]:
-    """The explanations of autointerp."""
+    """The explanations of autointerp, with their scores."""
     for entry in (result.extra or {}).values():
         if entry["explanation"]:
-            score = "" if entry["score"] is None else f" (score {entry['score']:.2f})"
-            yield math.inf, int(entry["latent"]), f"{entry['explanation']}{score}"
+            balanced = {name: entry.get(name, {}).get("balanced_accuracy") for name in BALANCED_SCORES}
+            scores = {"score": entry["score"], **balanced}
+            shown = ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if score is not None)
+            yield math.inf, int(entry["latent"]), f"{entry['explanation']}{f' ({shown})' if shown else ''}"
 
 
 def class_labels(result: MetricResult) -> Iterator[LabelCandidate]:

@@ -98,12 +98,11 @@ class Autointerp(Metric):
         return tuple(score for score in SCORES if score in self.scores)
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:
-        found = {**super().settings(ctx), **ctx.text_identity, "scores": self.asked}
-        if self.asked == Autointerp.scores:  # as results of earlier versions, which had no other
-            del found["scores"]
-        return {name: value for name, value in found.items() if not name.startswith("price_")} | self.local_identity(
-            ctx
-        )
+        found = {**super().settings(ctx), **ctx.text_identity, **self.local_identity(ctx), "scores": self.asked}
+        left_out = ["price_in", "price_out"]
+        if self.asked == Autointerp.scores:
+            left_out.append("scores")  # as in results of earlier versions, which had no other
+        return {name: value for name, value in found.items() if name not in left_out}
 
     def local_identity(self, ctx: EvalContext) -> dict[str, Any]:
         """What the answers of a local judge depend on besides its name."""
@@ -174,9 +173,9 @@ class Autointerp(Metric):
         rows_RS = rows.ids
         if not len(rows_RS):
             raise UsageError(f"The held-out text has less than one row of {self.context} tokens. Harvest more of it.")
-        not_trained = UsageError("Autointerp explains trained latents; reference rows have none.")
+        not_trained = UsageError("Autointerp explains trained latents; references without training have none.")
         outcomes: list[Outcome] = [not_trained] * len(targets)
-        indices = [i for i, target in enumerate(targets) if not target.reference]
+        indices = [i for i, target in enumerate(targets) if is_explained(target)]
         trained = [targets[i] for i in indices]
         if not trained:
             return outcomes
@@ -272,6 +271,11 @@ class Autointerp(Metric):
             )
 
 
+def is_explained(target: EvalTarget) -> bool:
+    """Whether its latents are explained: those of an SAE or of a control, which was loaded from a run folder."""
+    return not target.reference or bool(getattr(target.sae, "origin", None))
+
+
 def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float, list[float | None]]:
     """SAEBench's mean and standard deviation (n - 1) over latents, and a 95 % interval of the mean; NaN of none."""
     if not scores:
@@ -282,9 +286,9 @@ def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float, list[floa
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The mean over latents and its 95 % percentile interval over resampled latents; NaN of none."""
-    if not values:
-        return math.nan, (math.nan, math.nan)
+    """The mean over latents and its 95 % percentile interval over resampled latents; NaN of none, or one latent."""
+    if len(values) < 2:
+        return (values or [math.nan])[0], (math.nan, math.nan)
     if len(set(values)) == 1:  # so are those of every resample
         return values[0], (values[0], values[0])
     found = bootstrap([values], np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(SEED))

@@ -482,8 +482,12 @@ def test_latents_fire_at_the_site_that_an_sae_reads(ctx):
 
 
 def test_references_and_settings_that_make_no_sense_are_refused(ctx):
-    (outcome,) = Autointerp(context=32).measure(ctx, [EvalTarget(Identity(), Hook(0), reference=True)], silent)
-    assert isinstance(outcome, UsageError)
+    untrained, control = sae_of(0), sae_of(0)
+    control.origin = {"variant": "frozen-decoder"}
+    targets = [EvalTarget(sae, Hook(0), reference=True) for sae in (Identity(), untrained, control)]
+    outcomes = Autointerp(context=32, latents=1, tokens=600).measure(ctx, targets, silent)
+    assert [isinstance(outcome, UsageError) for outcome in outcomes] == [True, True, False]
+    assert outcomes[2].n["latents"] == 1  # a control is explained
     for change in ({"latents": 0}, {"context": 20}, {"tokens": 0}):
         with pytest.raises(UsageError, match="must be 1 or more"):
             replace(Autointerp(), **change).measure(ctx, [EvalTarget(sae_of(0), Hook(0))], silent)

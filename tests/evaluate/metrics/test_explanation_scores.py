@@ -221,3 +221,16 @@ def test_latents_with_too_few_passages_are_counted(latents, words, tmp_path):
     result = metric.result(entries, len(LATENTS), torch.zeros(1, 128), judge, lacking=3)
     assert result.n["detection_latents"] == len(LATENTS) - 3
     assert "3 latents have too few passages of their own for fuzzing and are left out of it." in result.flags
+
+
+def test_one_latent_has_no_interval(latents, words, tmp_path):
+    judge = Scripted({4: latents[4]}, words, lambda fires: str(int(fires)))
+    kept = KeptAnswers(judge, tmp_path / "kept.jsonl")
+    judge.truth |= {
+        str(question.messages): [passage.fires for passage in question.asked]
+        for question in latents[4].questions(BOTH, words, "number 0")
+    }
+    entries = judge_latents(kept, judge.latents, words, BOTH, silent)
+    result = Autointerp(latents=1, tokens=128, scores=BOTH).result(entries, 1, torch.zeros(1, 128), judge)
+    assert result.metrics["fuzzing"]["fuzzing_balanced_accuracy"] == 1
+    assert result.intervals["fuzzing"]["fuzzing_balanced_accuracy"] == [None, None] and not result.flags

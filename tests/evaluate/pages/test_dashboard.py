@@ -206,12 +206,20 @@ def test_labels_are_what_probes_and_judges_found():
             extra={
                 "4": {"latent": 4, "explanation": "rivers", "score": 0.75},
                 "5": {"latent": 5, "explanation": None, "score": None},
+                "6": {
+                    "latent": 6,
+                    "explanation": "lakes",
+                    "score": None,
+                    "detection": {"balanced_accuracy": 0.5},
+                    "fuzzing": {"fires": [True], "predicted": [None]},
+                },
             },
         ),
     }
     assert inspection.latent_labels(results, 64) == {
         62: ["first letter s (F1 0.65)"],
         4: ["first letter s (F1 0.65)", "rivers (score 0.75)"],
+        6: ["lakes (detection 0.50)"],
     }
     assert inspection.latent_labels({}, 64) == {}
 
