@@ -197,14 +197,16 @@ def load_first_blocks(
         return load_transformer(kind, source, config, dtype, device, attention)
 
 
-def load_whole_model(source: ModelSource, config: Any, *, dtype: str, device: str, attention: str) -> Any:
-    """transformers' model with its unembedding."""
+def load_whole_model(source: ModelSource, config: Any, *, dtype: str, device: str, attention: str | None) -> Any:
+    """transformers' model with its unembedding. Without an `attention`, transformers chooses one."""
     kind = tower_class(config, with_unembedding=True) if is_multimodal(config) else AutoModelForCausalLM
     model = load_transformer(kind, source, config, dtype, device, attention)
     return merge_adapters(model, source.adapters) if source.adapters else model
 
 
-def load_transformer(kind: Any, source: ModelSource, config: Any, dtype: str, device: str, attention: str) -> Any:
+def load_transformer(
+    kind: Any, source: ModelSource, config: Any, dtype: str, device: str, attention: str | None
+) -> Any:
     """A model of transformers with the weights of `source`. Raises DamagedError unless they are all there."""
     revision = hub_revision(source)
     with contextlib.ExitStack() as stack:

@@ -53,7 +53,8 @@ def describe_cost(
     )
     if any(prices):
         cost = (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6
-        line += f": at most about {cost:,.2f} at {prices[0]:g} and {prices[1]:g} per million tokens"
+        shown = f"{cost:,.2f}" if cost >= 1 else f"{cost:.2g}"
+        line += f": at most about {shown} at {prices[0]:g} and {prices[1]:g} per million tokens"
     return line + (f"; {kept:,} of its answers are kept and not asked for again" if kept else "")
 
 

@@ -45,7 +45,7 @@ class LocalJudge:
 
     @cached_property
     def model(self) -> Any:
-        return load_whole_model(self.source, self.config, dtype=self.dtype, device=self.device, attention="sdpa")
+        return load_whole_model(self.source, self.config, dtype=self.dtype, device=self.device, attention=None)
 
     def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer) -> None:
         """Answer all questions, the longest first, and call `keep(index, answer)` after each batch."""

@@ -32,9 +32,11 @@ from sae.evaluate.metrics.packing import firing_frequencies, pack_contexts
 from sae.evaluate.metrics.registry import METRICS, SUITES, metrics_of_suite
 from sae.evaluate.plan import EvaluateConfig, plan_evaluation
 from sae.evaluate.reference_saes import Identity
-from sae.evaluate.run import evaluate
+from sae.evaluate.run import evaluate, run_evaluation
 from sae.harvest.model import find_model, load_tokenizer
-from sae.train.activation_functions import ReLU
+from sae.harvest.plan import HarvestConfig, plan_harvest
+from sae.harvest.run import run_harvest
+from sae.train.activation_functions import ReLU, TopK
 from sae.train.sae import SAE, save_sae
 
 CONTEXT = 40
@@ -316,7 +318,7 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
         evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=options[:-1], device="cpu"))
 
 
-ALL = "autointerp.scores=saebench,detection,fuzzing"
+ALL = "saebench,detection,fuzzing"
 
 
 def asked_by(server) -> Counter:
@@ -338,71 +340,113 @@ def kind_of(body) -> str:
 ANSWERS = {"test": "None", "explain": "This latent activates on words.", "saebench": "None"}
 
 
-def test_all_scores_of_a_run_end_to_end(run, server):
-    """A judge that always says yes has exactly one half. A right one, whose truth is in that result, has 1."""
-    server.replies = [lambda body: server.completion(ANSWERS.get(kind_of(body), "1, 1, 1, 1, 1"))]
-    options = [*SMALL, ALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
-    config = EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu", references=False)
-    (row,) = evaluate(config)
+@pytest.fixture(scope="module")
+def long_cache(tiny_model, sentences, tmp_path_factory):
+    """With enough held-out text for the separate passages of detection and fuzzing."""
+    config = HarvestConfig(
+        model=str(tiny_model), dataset=str(sentences), layers=(0,), tokens=6000, context=64, window=2048, held_out=0.5,
+        device="cpu", out=tmp_path_factory.mktemp("activations") / "long",
+    )  # fmt: skip
+    return run_harvest(plan_harvest(config))
+
+
+@pytest.fixture
+def sparse_run(long_cache, home) -> Path:
+    origin = {"model": long_cache.identity["model"], "layer": 0, "cache": str(long_cache.folder)}
+    torch.manual_seed(0)
+    save_sae(SAE(32, 32, [TopK(1)]).eval(), home / "runs" / "sparse", origin | {"fingerprint": long_cache.fingerprint})
+    return home / "runs" / "sparse"
+
+
+def config_of(run: Path, server, judge_model: str, scores: str) -> EvaluateConfig:
+    options = ["latents=3", "context=64", "tokens=6000", f"endpoint={server.url}", f"judge_model={judge_model}"]
+    options = [f"autointerp.{option}" for option in (*options, f"scores={scores}")]
+    return EvaluateConfig([run], "autointerp", options=options, device="cpu", references=False)
+
+
+def always_yes(server):
+    def reply(body):
+        passages = body["messages"][-1]["content"].count("\n") - 1
+        return server.completion(ANSWERS.get(kind_of(body), ", ".join("1" * passages)))
+
+    return reply
+
+
+def test_a_judge_that_always_says_yes_has_one_half_and_a_right_one_has_one(sparse_run, server):
+    """The truth that the right one knows is in the result of the other."""
+    server.replies = [always_yes(server)]
+    config = config_of(sparse_run, server, "yes", ALL)
+    plan = plan_evaluation(config)
+    (line,) = [line for line in plan.describe() if line.startswith("judge")]
+    (row,) = run_evaluation(plan)
     entries = row.results["autointerp"].extra
     truth = {}
     for entry in entries.values():
-        questions = {"detection": [], "fuzzing": []}
-        for prompt in entry["prompts"][2:]:
-            questions[kind_of({"messages": prompt})].append(str(prompt))
-        for score, prompts in questions.items():
+        for score in ("detection", "fuzzing"):
+            prompts = [str(prompt) for prompt in entry["prompts"][2:] if kind_of({"messages": prompt}) == score]
             fires = entry[score]["fires"]
-            assert sum(fires) * 2 == len(fires) > 0 and len(prompts) == -(-len(fires) // 5)
+            assert sum(fires) * 2 == len(fires) == 20 and len(prompts) == 4
             truth |= {prompt: fires[5 * n : 5 * n + 5] for n, prompt in enumerate(prompts)}
-    found = json.loads((run / "evaluations" / "autointerp.json").read_text())["eval_result_metrics"]
+    found = json.loads((sparse_run / "evaluations" / "autointerp.json").read_text())["eval_result_metrics"]
     for score in ("detection", "fuzzing"):
-        assert found[score] == {
-            f"{score}_balanced_accuracy": 0.5,
-            f"{score}_true_positive_rate": 1,
-            f"{score}_true_negative_rate": 0,
-        }
+        rates = {"balanced_accuracy": 0.5, "true_positive_rate": 1, "true_negative_rate": 0}
+        assert found[score] == {f"{score}_{rate}": value for rate, value in rates.items()}
         assert any(flag.startswith(f"{score}: the 95 % interval") for flag in row.results["autointerp"].flags)
-    assert set(asked_by(server).values()) == {1}
+    asked = asked_by(server)
+    assert len(asked) == 10 * len(entries) > 10 and set(asked.values()) == {1}
+    asks = f"judge    yes at {server.url} gets at most 30 questions (10 for each of 3 latents), about "
+    tokens = "k tokens in"
+    assert line.startswith(asks) and line.endswith(f"{tokens}, and gives at most 3k tokens out")
+    thousands = line.removeprefix(asks).split(tokens)[0]
+    tokenizer = plan.groups[0].ctx.tokenizer
+    texts = [one["content"] for entry in entries.values() for prompt in entry["prompts"] for one in prompt]
+    ours = sum(len(tokenizer(text)["input_ids"]) for text in texts) / len(asked)
+    assert 0.75 < ours / (1000 * int(thousands) / 30) < 1.25
 
     def right(body):
         fires = truth.get(str(body["messages"]))
         return server.completion(ANSWERS[kind_of(body)] if fires is None else ",".join(str(int(one)) for one in fires))
 
     server.replies = [right]
-    options[-1] = "autointerp.judge_model=right"
-    (row,) = evaluate(replace(config, options=options))
+    (row,) = evaluate(config_of(sparse_run, server, "right", ALL))
     metrics = row.results["autointerp"].metrics
     assert metrics["detection"]["detection_balanced_accuracy"] == metrics["fuzzing"]["fuzzing_balanced_accuracy"] == 1
     assert metrics["autointerp"]["autointerp_score"] == found["autointerp"]["autointerp_score"]
 
 
-def test_a_further_score_reuses_the_explanations_and_leaves_the_first_as_it_is(run, server):
-    server.replies = [lambda body: server.completion(ANSWERS.get(kind_of(body), "1, 1, 1, 1, 1"))]
-    judge = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
-    (alone,) = evaluate(EvaluateConfig([run], "autointerp", options=judge, device="cpu", references=False))
+def test_a_further_score_reuses_the_explanations_and_leaves_the_first_as_it_is(sparse_run, server):
+    server.replies = [always_yes(server)]
+    (alone,) = evaluate(config_of(sparse_run, server, "j", "saebench"))
     before = asked_by(server)
-    assert Counter(kind_of(body) for *_, body in server.seen) == {"test": 1, "explain": 3, "saebench": 3}
-    (both,) = evaluate(EvaluateConfig([run], "autointerp", options=[*judge, ALL], device="cpu", references=False))
-    later = asked_by(server) - before
-    assert {kind_of({"messages": eval(one)}) for one in later} == {"detection", "fuzzing"}
-    for category in (alone, both):
-        assert category.results["autointerp"].metrics["autointerp"] == alone.results["autointerp"].metrics["autointerp"]
-    for latent, entry in alone.results["autointerp"].extra.items():
-        other = both.results["autointerp"].extra[latent]
+    count = len(alone.results["autointerp"].extra)
+    assert Counter(kind_of(body) for *_, body in server.seen) == {"test": 1, "explain": count, "saebench": count}
+    assert count > 1
+    (later,) = evaluate(config_of(sparse_run, server, "j", "fuzzing,saebench"))
+    bodies = [body for *_, body in server.seen if str(body["messages"]) not in before]
+    assert Counter(map(kind_of, bodies)) == {"test": 2, "fuzzing": 4 * count}
+    first, second = (row.results["autointerp"] for row in (alone, later))
+    assert second.metrics.keys() == {"autointerp", "fuzzing"} and first.metrics.keys() == {"autointerp"}
+    assert second.metrics["autointerp"] == first.metrics["autointerp"]
+    for latent, entry in first.extra.items():
+        other = second.extra[latent]
         assert other["prompts"][:2] == entry["prompts"] and other["answers"][:2] == entry["answers"]
-    count = len(server.seen)
-    (again,) = evaluate(EvaluateConfig([run], "autointerp", options=judge, device="cpu", references=False))
-    assert len(server.seen) == count  # the first result was archived, and is read
-    assert again.results["autointerp"] == alone.results["autointerp"]
-
-
-def test_only_the_scores_that_are_asked_for_are_asked(run, server):
-    server.replies = [lambda body: server.completion(ANSWERS.get(kind_of(body), "1, 1, 1, 1, 1"))]
-    options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j", "autointerp.scores=fuzzing"]
-    (row,) = evaluate(EvaluateConfig([run], "autointerp", options=options, device="cpu", references=False))
-    assert {kind_of(body) for *_, body in server.seen} == {"test", "explain", "fuzzing"}
-    assert row.results["autointerp"].metrics.keys() == {"fuzzing"}
-    assert not any("could not be parsed" in flag for flag in row.results["autointerp"].flags)
+    seen = len(server.seen)
+    plan = plan_evaluation(config_of(sparse_run, server, "j", "saebench"))  # the first result was archived, and is read
+    assert plan.rows[0].results["autointerp"] == first and len(server.seen) == seen
+    assert not any(line.startswith("judge") for line in plan.describe())
+    prices = ["autointerp.price_in=1000", "autointerp.price_out=2000"]
+    config = config_of(sparse_run, server, "j", "fuzzing")
+    (line,) = [
+        line
+        for line in plan_evaluation(replace(config, options=[*config.options, *prices])).describe()
+        if line.startswith("judge")
+    ]
+    found = re.search(r"about (\d+)k tokens in.* 2k tokens out: at most about ([\d.]+) at 1000 and 2000 per", line)
+    assert float(found[2]) == pytest.approx(int(found[1]) + 2 * 1.5, abs=0.6)
+    assert line.endswith(f"; {6 * count} of its answers are kept and not asked for again")
+    (only,) = evaluate(config)
+    assert only.results["autointerp"].metrics == {"fuzzing": second.metrics["fuzzing"]}
+    assert len(asked_by(server)) == 6 * count and not any("parsed" in flag for flag in only.results["autointerp"].flags)
 
 
 def test_settings_are_those_of_earlier_results_unless_other_scores_are_asked_for(ctx):
@@ -414,36 +458,6 @@ def test_settings_are_those_of_earlier_results_unless_other_scores_are_asked_for
     assert settings(price_in=3.0, price_out=1.0) == settings()
     assert settings(scores=("fuzzing",)) != settings()
     assert settings(scores=("fuzzing", "saebench")) == settings(scores=("saebench", "fuzzing", "fuzzing"))
-
-
-def test_the_plan_says_what_the_judge_costs_and_it_is_about_what_it_is_asked(run, server):
-    server.replies = [lambda body: server.completion(ANSWERS.get(kind_of(body), "1, 1, 1, 1, 1"))]
-    judge = [f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
-    prices = ["autointerp.price_in=1000", "autointerp.price_out=2000"]
-    config = EvaluateConfig([run], "autointerp", options=[*SMALL, *judge, ALL], device="cpu", references=False)
-    plan = plan_evaluation(config)
-    (line,) = [line for line in plan.describe() if line.startswith("judge")]
-    found = re.fullmatch(
-        rf"judge    j at {server.url} gets at most 30 questions \(10 for each of 3 latents\), about (\d+)k tokens in, "
-        r"and gives at most 3k tokens out",
-        line,
-    )
-    assert found
-    (priced,) = [
-        line
-        for line in plan_evaluation(replace(config, options=[*config.options, *prices])).describe()
-        if line.startswith("judge")
-    ]
-    cost = float(re.search(r"out: at most about ([\d.]+) at 1000 and 2000 per million tokens$", priced)[1])
-    assert cost == pytest.approx(int(found[1]) + 2 * 3, abs=1)
-    (row,) = evaluate(config)
-    tokenizer = plan.groups[0].ctx.tokenizer
-    texts = [m["content"] for e in row.results["autointerp"].extra.values() for prompt in e["prompts"] for m in prompt]
-    tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
-    assert 0.75 < tokens / (1000 * int(found[1])) < 1.25
-    assert [line for line in plan_evaluation(config).describe() if line.startswith("judge")] == []
-    (again,) = [line for line in plan_evaluation(replace(config, force=True)).describe() if line.startswith("judge")]
-    assert again == f"{line}; {len(asked_by(server))} of its answers are kept and not asked for again"
 
 
 def test_the_plan_says_what_a_judge_would_cost_if_none_is_named(run):

@@ -55,7 +55,8 @@ def test_half_of_the_passages_have_the_latent_and_half_have_none_of_it(text):
         assert BUFFER <= one.window.middle % CONTEXT < CONTEXT - BUFFER
         assert (one.window.values[BUFFER] > examples.threshold) == one.fires
         assert one.fires or not one.window.values.any()
-    assert len({one.fires for one in found[:MOST]}) == 2  # shuffled
+    assert [one.fires for one in found] != [True, False] * MOST  # shuffled, so that the order says nothing
+    assert 1 < sum(one.fires for one in found[:MOST]) < MOST - 1
 
 
 def test_no_passage_shares_a_token_with_another_of_its_kind_or_with_one_that_explains(text):

@@ -21,7 +21,7 @@ from sae.evaluate.metrics.explanation_scores import (
 from sae.evaluate.metrics.llm_judge import KeptAnswers
 
 BOTH = ("detection", "fuzzing")
-LATENTS = tuple(range(30))
+LATENTS = tuple(range(12))
 
 
 def silent(done, total, note=""):
@@ -100,9 +100,9 @@ def test_a_judge_has_the_score_that_it_deserves(latents, words, verdict, numbers
     for score in BOTH:
         found = result.metrics[score]
         rates = [found[f"{score}_{n}"] for n in ("balanced_accuracy", "true_positive_rate", "true_negative_rate")]
-        assert rates == pytest.approx(numbers, abs=1e-12 if sure else 0.1)
+        assert rates == pytest.approx(numbers, abs=1e-12 if sure else 0.12)
         low, high = result.intervals[score][f"{score}_balanced_accuracy"]
-        assert (low == high == numbers[0]) if sure else (low < rates[0] < high and high - low < 0.15)
+        assert (low == high == numbers[0]) if sure else (low < rates[0] < high and high - low < 0.2)
         chance = [flag for flag in result.flags if flag.startswith(f"{score}: the 95 % interval")]
         assert len(chance) == (numbers[0] == 0.5)
     assert result.n["detection_latents"] == result.n["fuzzing_latents"] == len(LATENTS)
@@ -121,8 +121,8 @@ def test_a_right_judge_of_one_score_says_nothing_about_the_other(latents, words,
 
 
 def test_the_interval_is_over_latents(latents, words, tmp_path):
-    """Latents that are each wholly right or wholly wrong: a share of 20 of 30, whose interval the binomial gives."""
-    right = set(LATENTS[:20])
+    """Latents that are each wholly right or wholly wrong: a share of 8 of 12, whose interval the binomial gives."""
+    right = set(LATENTS[:8])
     judge = Scripted(latents, words, lambda fires: str(int(fires)))
     for latent, one in latents.items():
         if latent not in right:
@@ -131,8 +131,8 @@ def test_the_interval_is_over_latents(latents, words, tmp_path):
     result = result_of(judge, tmp=tmp_path)
     assert result.metrics["detection"]["detection_balanced_accuracy"] == pytest.approx(2 / 3)
     low, high = result.intervals["detection"]["detection_balanced_accuracy"]
-    half = 1.96 * (2 / 3 * 1 / 3 / 30) ** 0.5
-    assert [low, high] == pytest.approx([2 / 3 - half, 2 / 3 + half], abs=0.04)
+    half = 1.96 * (2 / 3 * 1 / 3 / 12) ** 0.5
+    assert [low, high] == pytest.approx([2 / 3 - half, 2 / 3 + half], abs=0.09)
 
 
 def test_passages_without_a_readable_answer_do_not_count(latents, words, tmp_path):

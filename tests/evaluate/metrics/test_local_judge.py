@@ -108,7 +108,7 @@ def test_a_local_judge_end_to_end_and_again_without_loading_it(run, chat_model, 
     result = row.results["autointerp"]
     assert not row.errors and len(result.extra) == 2
     for entry in result.extra.values():
-        assert len(entry["prompts"]) == len(entry["answers"]) == (10 if entry["explanation"] else 1)
+        assert len(entry["prompts"]) == len(entry["answers"]) > (entry["explanation"] is not None)
     loads = Counter()
     monkeypatch.setattr(module, "load_whole_model", lambda *_, **__: loads.update("x"))
     (again,) = evaluate(replace(config, force=True))
