@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from ...common.device import resolve_dtype
 from ...common.errors import SaeError, UnavailableError, UsageError, did_you_mean
 from ...common.files import digest_of
 from ..context import EvalContext
+from ..statistics import bootstrap_interval
 from .activation_examples import BUFFER, RANDOM, TokenText, select_examples
 from .balanced_passages import select_balanced
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress
@@ -291,9 +291,8 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, floa
         return (values or [math.nan])[0], (math.nan, math.nan)
     if len(set(values)) == 1:  # so are those of every resample
         return values[0], (values[0], values[0])
-    found = bootstrap([values], np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(SEED))
-    low, high = found.confidence_interval
-    return statistics.fmean(values), (float(low), float(high))
+    low, high = bootstrap_interval([values], SEED)
+    return statistics.fmean(values), (low, high)
 
 
 def balanced_flags(
