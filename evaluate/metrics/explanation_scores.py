@@ -132,7 +132,7 @@ def balanced_scores(fires: Sequence[bool], predicted: Sequence[bool | None]) -> 
     }
 
 
-class Question(NamedTuple):
+class ScoreQuestion(NamedTuple):
     """A question about a latent, and the passages that it asks about by detection or fuzzing."""
 
     score: str
@@ -146,16 +146,16 @@ class JudgedLatent(NamedTuple):
     examples: LatentExamples
     balanced: Sequence[BalancedPassage] | None = None
 
-    def questions(self, scores: Sequence[str], words: TokenText, explanation: str) -> list[Question]:
+    def questions(self, scores: Sequence[str], words: TokenText, explanation: str) -> list[ScoreQuestion]:
         """The questions about its explanation."""
         found = []
         if "saebench" in scores:
-            found.append(Question("saebench", score_prompt(self.examples, words, explanation)))
+            found.append(ScoreQuestion("saebench", score_prompt(self.examples, words, explanation)))
         passages = self.balanced or ()
         for score in (one for one in BALANCED_SCORES if one in scores):
             for start in range(0, len(passages), PER_QUESTION):
                 asked = passages[start : start + PER_QUESTION]
-                found.append(Question(score, passages_prompt(score, asked, words, explanation), asked))
+                found.append(ScoreQuestion(score, passages_prompt(score, asked, words, explanation), asked))
         return found
 
 
@@ -201,11 +201,11 @@ def empty_entry(latent: int, one: JudgedLatent) -> dict[str, Any]:
     return entry | {"correct seqs": one.examples.firing, "score": None}
 
 
-def prompts_of(explain: list[Message], questions: Sequence[Question]) -> list[list[Message]]:
+def prompts_of(explain: list[Message], questions: Sequence[ScoreQuestion]) -> list[list[Message]]:
     return [explain, *(question.messages for question in questions)]
 
 
-def score_answers(one: JudgedLatent, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+def score_answers(one: JudgedLatent, questions: Sequence[ScoreQuestion], answers: Sequence[str]) -> dict[str, Any]:
     """The part of a latent's entry that the answers to the questions about its explanation give."""
     entry: dict[str, Any] = {}
     for question, answer in zip(questions, answers, strict=True):
