@@ -217,7 +217,8 @@ def score_answers(one: JudgedLatent, questions: Sequence[ScoreQuestion], answers
         else:
             part = entry.setdefault(question.score, {"fires": [], "predicted": []})
             part["fires"] += [passage.fires for passage in question.asked]
-            part["predicted"] += parse_verdicts(answer, len(question.asked)) or [None] * len(question.asked)
+            verdicts = parse_verdicts(answer, len(question.asked))
+            part["predicted"] += [None] * len(question.asked) if verdicts is None else verdicts
     for score in BALANCED_SCORES:
         if part := entry.get(score):
             part |= balanced_scores(part["fires"], part["predicted"]) or {}
