@@ -13,6 +13,7 @@ from .config_file import CommandWithOldNames
 from .console import BROKEN_PIPE, discard_output
 from .convert import export, import_
 from .dashboard import dashboard, inspect
+from .data import data_app
 from .demo import demo
 from .env import env
 from .evaluate import evaluate
@@ -55,6 +56,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(cache_app, name="cache")
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 
 @app.callback(invoke_without_command=True)

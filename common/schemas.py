@@ -55,6 +55,24 @@ MODELS_RECORD = RecordKind(RememberedModels, "Delete it: it is made again.")
 DATA_RECORD = RecordKind(EvaluationData, "Delete it: what it describes is computed again.")
 DATASET_RECORD = RecordKind(PinnedDataset, "Delete it to use the latest commit of the dataset.")
 
+# --- data/ ------------------------------------------------------------------------------------------------------------
+
+
+class UnpackedData(TypedDict):
+    """data/<name>-<version>/contents.json
+
+    Labelled texts that `sae data get` unpacked from the package of another project.
+    """
+
+    name: str
+    version: str
+    source: str
+    sha256: Annotated[Sha256, Meta(description="of the package's file")]
+    files: Annotated[dict[str, Sha256], Meta(description="path in the folder -> sha256 of that file")]
+
+
+UNPACKED_RECORD = RecordKind(UnpackedData, "Delete the folder and run `sae data get` again.")
+
 # --- runs/<name>/ -----------------------------------------------------------------------------------------------------
 
 

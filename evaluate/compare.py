@@ -41,6 +41,7 @@ SUMMARY_COLUMNS = (  # (metric, number): the columns of the table, each also plo
     ("absorption", "mean_full_absorption_score"),
     ("absorption", "mean_absorption_score"),  # of mode 2024-12
     *((metric, f"sae_top_{k}_test_accuracy") for metric in ("sparse_probing", "sparse_probing_stdlib") for k in (1, 5)),
+    *(("sae_probes", f"sae_top_{k}_test_auc") for k in (1, 16)),
     ("unlearning", "unlearning_score"),
     ("stability", "decoder_pw_mcc"),
     ("stability", "recurring"),
@@ -245,6 +246,7 @@ def metric_heading(metric: str, column: MetricColumn) -> str:
         "absorption": "absorption",
         "sparse_probing": "probing",
         "sparse_probing_stdlib": "stdlib probing",
+        "sae_probes": "sae-probes",
         "stability": "stability",
         "ravel": "RAVEL",
         "ravel_facts": "RAVEL, own facts",

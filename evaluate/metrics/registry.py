@@ -13,6 +13,7 @@ from .autointerp import Autointerp
 from .base import Metric
 from .core import Core
 from .ravel import Ravel, RavelFacts
+from .sae_probes import SaeProbes
 from .scr import Scr, ScrStdlib
 from .sparse_probing import SparseProbing, SparseProbingStdlib
 from .stability import Stability
@@ -24,6 +25,7 @@ METRIC_CLASSES: tuple[type[Metric], ...] = (
     Absorption,
     SparseProbing,
     SparseProbingStdlib,
+    SaeProbes,
     Scr,
     ScrStdlib,
     Tpp,

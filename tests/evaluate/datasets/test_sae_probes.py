@@ -1,0 +1,174 @@
+"""The data of sae-probes: what is unpacked from the wheel, what is refused, and how it is read."""
+
+import hashlib
+import importlib.util
+import stat
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sae.common.errors import DamagedError, UnavailableError, UsageError
+from sae.evaluate.datasets import sae_probes as data
+
+from ...probe_wheel import TEXTS, wheel_files, write_wheel
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+UNPACKED = {
+    "contents.json", "LICENSE", "probing_datasets_MASTER.csv.zst", "cleaned_data/5_pets.csv.zst",
+    "cleaned_data/21_more pets.csv.zst", "cleaned_data/30_sizes.csv.zst",
+}  # fmt: skip
+
+
+def test_the_data_and_the_license_are_unpacked_and_no_code(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path, monkeypatch)
+    assert not data.is_present()
+    assert data.get_data(wheel) is True
+    assert files_in(data.data_folder()) == UNPACKED
+    for name in UNPACKED - {"contents.json", "LICENSE"}:
+        assert (data.data_folder() / name).read_bytes() == wheel_files()[f"sae_probes/data/{name}"]
+    assert [path.name for path in data.data_folder().parent.iterdir() if not path.name.startswith(".")] == [
+        data.data_folder().name
+    ]
+    assert data.get_data(wheel) is False and data.get_data() is False  # it is there: nothing is downloaded
+
+
+def test_a_wheel_of_another_digest_leaves_nothing(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path, monkeypatch)
+    wheel.write_bytes(wheel.read_bytes() + b"\0")
+    with pytest.raises(DamagedError, match="has the sha256 [0-9a-f]{64}, and sae_probes.* has [0-9a-f]{64}"):
+        data.get_data(wheel)
+    assert not data.is_present() and list(data.data_folder().parent.glob("sae-probes*")) == []
+    with pytest.raises(UsageError, match="--wheel .*nowhere.whl is not a file. Expected sae_probes-0.4.2-py3-none"):
+        data.get_data(tmp_path / "nowhere.whl")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../escaped.csv.zst", "a/../../escaped.csv.zst", "/escaped", "a\\..\\escaped", "C:escaped", "contents.json"],
+)
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, monkeypatch, name):
+    wheel = write_wheel(tmp_path, monkeypatch, wheel_files() | {f"sae_probes/data/{name}": b"!"})
+    with pytest.raises(DamagedError, match="which leads out of the data's folder"):
+        data.get_data(wheel)
+    assert not data.is_present() and list(tmp_path.rglob("*escaped*")) == []
+
+
+def test_a_link_is_refused(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path, monkeypatch)
+    link = zipfile.ZipInfo("sae_probes/data/link.csv.zst")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr(link, "/etc/passwd")
+    monkeypatch.setattr(data, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    with pytest.raises(DamagedError, match="link.csv.zst"):
+        data.get_data(wheel)
+    assert not data.is_present()
+
+
+def test_a_wheel_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path, monkeypatch)
+    monkeypatch.setattr(data, "MAX_WHEEL", 1000)
+    with pytest.raises(DamagedError, match="unpacks to more than 1,000 bytes"):
+        data.get_data(wheel)
+    assert not data.is_present()
+
+
+def test_a_killed_command_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path, monkeypatch)
+    real = data.UNPACKED_RECORD
+
+    class Killed:
+        def write(self, *_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "UNPACKED_RECORD", Killed())
+    with pytest.raises(KeyboardInterrupt):
+        data.get_data(wheel)
+    assert not data.data_folder().exists()
+    monkeypatch.setattr(data, "UNPACKED_RECORD", real)
+    stale = data.data_folder().with_name(f"{data.data_folder().name}.tmp-1-00000000")  # of one that could not clean up
+    (stale / "data").mkdir(parents=True)
+    assert data.get_data(wheel) and not stale.exists()
+
+
+def test_a_folder_of_others_stays(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path, monkeypatch)
+    data.data_folder().mkdir(parents=True)
+    (data.data_folder() / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists and has no contents.json. Move it away"):
+        data.get_data(wheel)
+    assert files_in(data.data_folder()) == {"notes.txt"}
+
+
+def test_pip_downloads_the_wheel_and_nothing_else(tmp_path, monkeypatch):
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("needs pip")
+    write_wheel(tmp_path, monkeypatch)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert data.get_data() is True
+    assert files_in(data.data_folder()) == UNPACKED and "sae_probes" not in sys.modules
+
+
+def test_without_pip_or_uv_the_error_says_how_to_bring_the_file(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(data.subprocess, "run", run)
+    with pytest.raises(
+        UnavailableError, match="neither pip nor uv is installed.*--wheel sae_probes-0.4.2-py3-none-any"
+    ):
+        data.get_data()
+    assert [command[:-5] for command in asked] == [[sys.executable, "-m", "pip"], ["uv", "tool", "run", "pip"], ["pip"]]
+    assert all({"download", "--no-deps", "--only-binary=:all:"} < set(command) for command in asked)
+    assert not data.data_folder().exists()
+
+
+@pytest.fixture
+def present(tmp_path, monkeypatch):
+    data.get_data(write_wheel(tmp_path, monkeypatch))
+
+
+def test_binary_data_sets_are_listed_with_what_the_index_says(present):
+    assert data.dataset_names() == ["5_pets", "21_more pets"]
+    first, second = data.sources()
+    assert first == ("5_pets", "cleaned_data/5_pets.csv.zst", "cat?", "sentence", "https://pets.test")
+    assert second.probed == "dog?" and second.link == first.link  # rows without a name belong to the one above
+
+
+def test_texts_are_read_in_order_and_the_last_class_is_positive(present):
+    texts, label_N = data.read_texts("5_pets")
+    assert len(texts) == TEXTS and label_N.sum() == TEXTS / 2
+    assert texts[0] == 'two\nlines, "quoted"'
+    dogs = set("a lazy dog while seven zebras read".split())
+    assert all((set(text.split()) <= dogs) == bool(label) for text, label in zip(texts[1:], label_N[1:], strict=True))
+
+
+def test_what_is_not_there_names_the_command(tmp_path, present, monkeypatch):
+    with pytest.raises(UsageError, match="no data set 5_pet; did you mean 5_pets"):
+        data.read_texts("5_pet")
+    monkeypatch.setenv("SAE_HOME", str(tmp_path / "elsewhere"))
+    for ask in (data.dataset_names, lambda: data.read_texts("5_pets")):
+        with pytest.raises(UnavailableError, match="Get them with `sae data get sae-probes`"):
+            ask()
+
+
+def test_damage_is_noticed(present):
+    path = data.data_folder() / "cleaned_data" / "5_pets.csv.zst"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match="5_pets.csv.zst is not as it was unpacked.*run `sae data get` again"):
+        data.read_texts("5_pets")
+    path.unlink()
+    with pytest.raises(DamagedError, match="5_pets.csv.zst is missing"):
+        data.read_texts("5_pets")
