@@ -15,6 +15,7 @@ PACKAGE = "sae-pipeline"
 EXTRAS = {
     "plots": "matplotlib", "adapters": "peft", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
     "judge": "httpx2",
+    "probes": "numba",
 }  # fmt: skip
 """Extra of pyproject.toml -> the package that it installs, which is imported only when it is used."""
 

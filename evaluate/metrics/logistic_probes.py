@@ -8,20 +8,18 @@ Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
+from .logistic_regression import SEED, train_logistic
 
-SEED = 42
 STRENGTHS = np.logspace(5, -5, 10)  # the values of C that are tried, the weakest regularization first
 FEW, SOME = 12, 128  # texts: up to FEW every pair is left out in turn, below SOME there are six folds
-MAX_ITERATIONS = 1000
 MIN_TEST = 100  # texts that training leaves for the test
 SHARES = tuple(np.linspace(0.05, 0.95, 19).tolist())  # of positive texts, in the setting imbalance
 TRAIN_SIZES = np.unique(np.round(np.logspace(1, 10, 20, base=2)).astype(int))  # in the setting scarcity: 2 to 1,024
@@ -138,7 +136,7 @@ def fit_probe(
         strength, validation_auc = choose_strength(x_MD, label_M, l1)
     order_M = np.random.RandomState(SEED).permutation(len(x_MD))
     x_MD, label_M = x_MD[order_M], label_M[order_M]
-    model = train_logistic(x_MD, label_M, strength, l1)
+    model = train_logistic(x_MD, label_M, strength, l1=l1)
     if len(x_MD) <= 3:
         validation_auc = roc_auc_score(label_M, model.predict_proba(x_MD)[:, 1])
     return ProbeScore(
@@ -189,15 +187,5 @@ def fold_auc(
         return 0.5
     if len(np.unique(label_M[validation_M])) < 2:
         return math.nan
-    model = train_logistic(x_MD[train_M], label_M[train_M], strength, l1)
+    model = train_logistic(x_MD[train_M], label_M[train_M], strength, l1=l1)
     return roc_auc_score(label_M[validation_M], model.predict_proba(x_MD[validation_M])[:, 1])
-
-
-def train_logistic(x_MD: np.ndarray, label_M: np.ndarray, strength: float, l1: bool) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    penalty: dict[str, Any] = {"l1_ratio": 1, "solver": "saga"} if l1 else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, random_state=SEED, max_iter=MAX_ITERATIONS, **penalty).fit(x_MD, label_M)
