@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from sae_probes import generate_sae_activations, run_baselines, run_sae_evals, utils_data
+from sae_probes import generate_sae_activations, run_baselines, utils_data
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,13 +47,13 @@ def replaced(about: dict[str, Any]) -> Any:
         if labels := {name: np.array(found) for name, found in about.get("labels", {}).items()}:
             sizes = {name: len(found) for name, found in labels.items()}
             stack.enter_context(patch.object(utils_data, "get_yvals", labels.__getitem__))
-            for module in (generate_sae_activations, run_sae_evals, run_baselines):
+            for module in (generate_sae_activations, evals, run_baselines):
                 stack.enter_context(patch.object(module, "DATASET_SIZES", sizes))
         if sizes := about.get("train_sizes"):
-            stack.enter_context(patch.object(run_sae_evals, "TRAIN_SIZES", sizes))
+            stack.enter_context(patch.object(evals, "TRAIN_SIZES", sizes))
             stack.enter_context(patch.object(run_baselines, "get_training_sizes", lambda: sizes))
         if shares := about.get("shares"):
-            stack.enter_context(patch.object(run_sae_evals, "FRACS", shares))
+            stack.enter_context(patch.object(evals, "FRACS", shares))
             stack.enter_context(patch.object(run_baselines, "get_class_imbalance", lambda: shares))
         yield
 
@@ -92,7 +92,7 @@ def main() -> None:
             for kind, keep in about["saes"].items():
                 coder = Coder({part: weights[f"{kind}.{part}"] for part in ("W", "b")}, keep)
                 results, started = work / "results" / setting / kind, time.process_time()
-                run_sae_evals.run_sae_evals(
+                evals.run_sae_evals(
                     sae=coder, reg_type="l1", setting=setting, ks=about["ks"], results_path=results, device="cpu",
                     **shared,
                 )  # fmt: skip

