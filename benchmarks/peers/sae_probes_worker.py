@@ -8,6 +8,7 @@ set and the processor seconds, the same for the model's activations, and the ver
 """
 
 import contextlib
+import importlib
 import json
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from sae_probes import generate_sae_activations, run_baselines, utils_data
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+# `from sae_probes import run_sae_evals` would be the function of that name.
+evals: Any = importlib.import_module("sae_probes.run_sae_evals")
 MODEL, HOOK = "model", "blocks.0.hook_resid_post"
 
 
