@@ -48,7 +48,7 @@ class ProbeScore(NamedTuple):
 
 
 def splits_of(
-    setting: str, label_N: np.ndarray, max_train: int = 1024, shares: Sequence[float] = ()
+    setting: str, label_N: np.ndarray, max_train: int = 1024, shares: Sequence[float] = SHARES
 ) -> list[ProbeSplit]:
     """The splits of a data set in one of SETTINGS.
 

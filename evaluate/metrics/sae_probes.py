@@ -276,7 +276,7 @@ def digest_arrays(*arrays: np.ndarray) -> str:
     """A digest of the content of arrays of known types."""
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

@@ -162,7 +162,7 @@ def test_the_weakest_regularization_of_the_best_is_chosen_and_a_perfect_one_ends
 
 
 def test_a_probe_of_three_texts_does_not_choose():
-    x, label = np.array([[0.0], [1.0], [0.2]], np.float32), np.array([0, 1, 0])
+    x, label = np.array([[0.0], [9.0], [2.0]], np.float32), np.array([0, 1, 0])
     found = fit_probe(x, label, x, label, l1=True)
     assert found.strength == 1 and found.validation_auc == 1 == found.test_auc
 
