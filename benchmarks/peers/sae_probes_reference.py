@@ -48,7 +48,7 @@ from sae.harvest.mini import WEIGHTS
 from sae.harvest.model import find_model, load_model, load_tokenizer
 
 LAYER, SPECIAL = 12, (0, 1, 2)
-FIXTURE_TEXTS, FIXTURE_SIZES, FIXTURE_SHARES = 340, [2, 3, 5, 12, 38, 143], [0.05, 0.5, 0.8]
+FIXTURE_TEXTS, FIXTURE_SIZES, FIXTURE_SHARES = 340, [2, 3, 5, 38, 143], [0.05, 0.8]
 
 
 class Coder:
@@ -106,7 +106,7 @@ def write_fixtures(python: str, to: Path) -> None:
     x = x.half().float()
     weights = {part: value.half().float() for part, value in make_coders(x, 48, {"made-up": 0})["made-up"].items()}
     about = {
-        "datasets": ["made-up"], "settings": ["normal", "scarcity", "imbalance"], "ks": [1, 2, 5, 16],
+        "datasets": ["made-up"], "settings": ["normal", "scarcity", "imbalance"], "ks": [1, 5, 16],
         "saes": {"relu": 0}, "labels": {"made-up": label.tolist()}, "train_sizes": FIXTURE_SIZES,
         "shares": FIXTURE_SHARES,
     }  # fmt: skip
