@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import csr_array, vstack
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from ...cache.outliers import outlier_mask
 from ...common.errors import SaeError, UsageError
 from ..context import EvalContext
 from ..datasets import sae_probes as data
+from ..statistics import bootstrap_interval
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, RowSet, SAELike, encode_finite
 from .last_token_rows import last_token_rows
 from .logistic_probes import (
@@ -80,6 +80,7 @@ class SaeProbes(Metric):
 
     name = "sae_probes"
     type_id = "sparse_probing_sae_probes"
+    unit = "data set"
     title = "sae-probes, test AUC of logistic probes (0.5 is chance)"
     columns = (
         MetricColumn("LLM AUC", "llm", "llm_test_auc", ".4f", "up", 0.5, 1),
@@ -295,7 +296,11 @@ def build_result(llm: Mapping[str, DatasetScores], sae: Mapping[str, DatasetScor
         {side: {name: float(np.mean(found)) for name, found in group.items()} for side, group in values.items()},
         details,
         intervals={
-            side: {name: bootstrap_interval(found) for name, found in group.items() if np.isfinite(found).all()}
+            side: {
+                name: bootstrap_interval([found], SEED)
+                for name, found in group.items()
+                if len(found) > 1 and np.isfinite(found).all()
+            }
             for side, group in values.items()
         },
         n={
@@ -306,15 +311,6 @@ def build_result(llm: Mapping[str, DatasetScores], sae: Mapping[str, DatasetScor
         extra={name: describe_splits(llm[name], sae[name], ks) for name in sae},
     )
     return result.without_outliers(sum(one.outliers for one in sae.values()), sum(one["texts"] for one in details))
-
-
-def bootstrap_interval(values: Sequence[float]) -> list[float]:
-    """95 % percentile interval of the mean; `values` are resampled, with the same draws for every SAE."""
-    if len(values) < 2:
-        return [math.nan] * 2
-    random = np.random.default_rng(SEED)
-    found = bootstrap([values], np.mean, n_resamples=1000, method="percentile", rng=random).confidence_interval
-    return [float(end) for end in found]
 
 
 def describe_dataset(name: str, llm: DatasetScores, sae: DatasetScores, ks: Sequence[int]) -> dict[str, Any]:

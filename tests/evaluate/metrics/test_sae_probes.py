@@ -14,7 +14,7 @@ from sae.evaluate.datasets import sae_probes as data
 from sae.evaluate.metrics import last_token_rows as rows_module
 from sae.evaluate.metrics import logistic_probes
 from sae.evaluate.metrics import sae_probes as module
-from sae.evaluate.metrics.base import EvalTarget, MetricResult
+from sae.evaluate.metrics.base import EvalTarget, MetricColumn, MetricResult
 from sae.evaluate.metrics.registry import SUITES, metrics_of_suite
 from sae.evaluate.metrics.sae_probes import SaeProbes
 from sae.evaluate.reference_saes import Identity, Zero
@@ -70,6 +70,8 @@ def test_the_fields_and_that_means_are_over_data_sets(ctx):
             assert value == pytest.approx(sum(each) / 2)
             low, high = found.intervals[side][name]
             assert min(each) <= low <= value <= high <= max(each)
+            column = MetricColumn("", side, name)
+            assert METRIC.values_by_unit(found, column) == ("data set", dict(zip(NAMES, each, strict=True)))
     assert found.n == {"data_sets": 2, "tested_texts": 2 * (TEXTS - 30 - 1)} and found.flags == []
     (split,) = found.extra["5_pets"]
     assert (split["train"], split["test"], split["share"]) == (30, 99, 0.5) and len(split["latents"]) == 3
@@ -101,7 +103,7 @@ def test_the_latent_of_a_class_is_found_and_separates_it(ctx):
     (found,) = measured(ctx, Planted(), metric=replace(METRIC, datasets=("5",)))
     assert found.extra["5_pets"][0]["latents"][0] == 17
     assert found.metrics["sae"]["sae_top_1_test_auc"] == found.metrics["sae"]["sae_top_1_test_accuracy"] == 1
-    assert found.intervals["sae"]["sae_top_1_test_auc"] == [None, None]  # one data set says nothing of others
+    assert found.intervals == {"llm": {}, "sae": {}}  # one data set says nothing of others
 
 
 def test_the_identity_is_the_model_and_zero_is_chance(ctx):
