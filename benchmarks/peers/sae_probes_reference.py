@@ -4,7 +4,7 @@
     env-sae-probes/bin/pip install torch==2.13.0 numpy==1.26.4 transformer-lens==2.17.0 sae-lens==6.28.2 \\
         transformers==4.57.6 datasets==3.6.0 'pyarrow<21' scikit-learn==1.9.1 'pandas<3' xgboost-cpu zstandard \\
         safetensors
-    env-sae-probes/bin/pip install --no-deps sae-probes==0.4.2
+    env-sae-probes/bin/pip install --no-deps sae-probes==0.4.2 numpy==2.4.6 scipy==1.17.1
 
     sae data get sae-probes
     python benchmarks/peers/sae_probes_reference.py env-sae-probes/bin/python
@@ -17,7 +17,8 @@ sae-probes' code reads from TransformerLens, for `--model-texts` texts. The time
 for an SAE after another one, when all activations are on disk: loading the model and running it is not counted. The
 second form writes what the tests compare with: made-up rows, and the scores of sae-probes on them.
 
-scikit-learn has to be the same on both sides: the numbers depend on where its solver stops.
+scikit-learn, scipy and numpy have to be the same on both sides: the numbers depend on where the solvers stop, and those
+of lbfgs on the rounding of numpy's matrix products.
 """
 
 import argparse
