@@ -131,6 +131,8 @@ def fit_probe(
     """
     from sklearn.metrics import accuracy_score, roc_auc_score
 
+    # sae-probes gives scikit-learn torch tensors, whose type it does not know: it computes in float64.
+    x_MD, test_x_MD = x_MD.astype(np.float64), test_x_MD.astype(np.float64)
     strength, validation_auc = 1.0, math.nan
     if len(x_MD) > 3:
         strength, validation_auc = choose_strength(x_MD, label_M, l1)

@@ -4,7 +4,7 @@ An L1 probe on many latents stops at the limit of iterations before it converges
 only the same steps, rounded in the same places, give the AUC that sae-probes reports. scikit-learn's loop passes over
 the features of a text three times; latents are mostly zero, and a zero takes part in one of them only.
 
-Source: SAGA, Defazio et al. 2014, arXiv 1407.0202, section 4, as scikit-learn 1.9 computes it in float32 (`_sag_fast`).
+Source: SAGA, Defazio et al. 2014, arXiv 1407.0202, section 4, as scikit-learn 1.9 computes it in float64 (`_sag_fast`).
 `compiled_solver` compares the two on this machine before ours is used.
 
 Shape suffixes: M texts, D features, Z numbers that are not zero.
@@ -21,11 +21,11 @@ import numpy as np
 SEED, MAX_ITERATIONS = 42, 1000
 TOLERANCE = 1e-4  # scikit-learn's: an epoch that changes no weight by more than this share of the largest is the last
 
-Solver = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, np.float32]]
+Solver = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, float]]
 
 
 def train_logistic(x_MD: np.ndarray, label_M: np.ndarray, strength: float, *, l1: bool) -> Any:
-    """A trained LogisticRegression of float32 rows and labels 0 and 1; with L1 by the compiled loop if there is one."""
+    """A trained LogisticRegression of float64 rows and labels 0 and 1; with L1 by the compiled loop if there is one."""
     from sklearn.linear_model import LogisticRegression
 
     solver = compiled_solver() if l1 else None
@@ -61,10 +61,8 @@ def compiled_solver() -> Solver | None:
     return solver if equals_sklearn(solver) else None
 
 
-def solve(
-    loop: Callable[..., Any], x_MD: np.ndarray, label_M: np.ndarray, strength: float
-) -> tuple[np.ndarray, np.float32]:
-    """The weights (D,) and the intercept of the regression with this C; x is float32, labels are 0 and 1."""
+def solve(loop: Callable[..., Any], x_MD: np.ndarray, label_M: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+    """The weights (D,) and the intercept of the regression with this C; x is float64, labels are 0 and 1."""
     texts, features = x_MD.shape
     row_M, index_Z = np.nonzero(x_MD)
     start_M = np.searchsorted(row_M, np.arange(texts + 1))
@@ -80,14 +78,13 @@ def solve(
 def saga_epochs(
     value_Z: np.ndarray, index_Z: np.ndarray, start_M: np.ndarray, label_M: np.ndarray, features: int, random: int,
     step: float, penalty: float, tolerance: float, max_iterations: int,
-) -> tuple[np.ndarray, np.float32]:  # fmt: skip
-    """All epochs. Weights, gradients and their sums are float32, the factors of a step float64, as in scikit-learn."""
-    zero, texts = np.float32(0), len(start_M) - 1
-    weight_D, gradient_D = np.zeros(features, np.float32), np.zeros(features, np.float32)
-    before_D, memory_M = np.zeros(features, np.float32), np.zeros(texts, np.float32)
-    seen_M = np.zeros(texts, np.bool_)
-    step_sum, penalty_sum = np.zeros(texts + 1, np.float32), np.zeros(texts + 1, np.float32)
-    intercept, intercept_gradient, seen = zero, zero, 0
+) -> tuple[np.ndarray, float]:  # fmt: skip
+    """All epochs, each with as many texts, drawn at random, as there are. Returns the weights and the intercept."""
+    texts = len(start_M) - 1
+    weight_D, gradient_D, before_D = np.zeros(features), np.zeros(features), np.zeros(features)
+    memory_M, seen_M = np.zeros(texts), np.zeros(texts, np.bool_)
+    step_sum, penalty_sum = np.zeros(texts + 1), np.zeros(texts + 1)
+    intercept, intercept_gradient, seen = 0.0, 0.0, 0
     for _ in range(max_iterations):
         for turn in range(texts + 1):
             if turn > 0:  # the step along the mean gradient and the threshold, due since the last text
@@ -96,7 +93,7 @@ def saga_epochs(
                 for d in range(features):
                     moved = weight_D[d] - along * gradient_D[d]
                     above, below = moved - threshold, -moved - threshold
-                    weight_D[d] = (above if above > zero else zero) - (below if below > zero else zero)
+                    weight_D[d] = (above if above > 0 else 0.0) - (below if below > 0 else 0.0)
             if turn == texts:
                 break
             random ^= (random << 13) & 0xFFFFFFFF
@@ -106,29 +103,26 @@ def saga_epochs(
             if not seen_M[text]:
                 seen_M[text] = True
                 seen += 1
-            product = zero
+            product = 0.0
             for z in range(start_M[text], start_M[text + 1]):
                 product += weight_D[index_Z[z]] * value_Z[z]
-            logit, label = np.float64(product + intercept), label_M[text]
+            logit, label = product + intercept, label_M[text]
             if logit > -37:
                 power = math.exp(-logit)
-                gradient = np.float32(((1 - label) - label * power) / (1 + power))
+                gradient = ((1 - label) - label * power) / (1 + power)
             else:
-                gradient = np.float32(math.exp(logit) - label)
+                gradient = math.exp(logit) - label
             change, share = gradient - memory_M[text], 1 - 1.0 / seen
             memory_M[text] = gradient
             for z in range(start_M[text], start_M[text + 1]):
                 d, correction = index_Z[z], value_Z[z] * change
-                weight_D[d] = np.float32(np.float64(weight_D[d]) - np.float64(correction) * step * share)
+                weight_D[d] -= correction * step * share
                 gradient_D[d] += correction
             intercept_gradient += change
-            correction = np.float32(np.float64(change) * (step * share))
-            intercept = np.float32(
-                np.float64(intercept) - (step * np.float64(intercept_gradient) / seen + np.float64(correction))
-            )
-            step_sum[turn + 1] = np.float32(np.float64(step_sum[turn]) + step / seen)
-            penalty_sum[turn + 1] = np.float32(np.float64(penalty_sum[turn]) + step * penalty)
-        largest, largest_change = zero, zero
+            intercept -= step * intercept_gradient / seen + change * (step * share)
+            step_sum[turn + 1] = step_sum[turn] + step / seen
+            penalty_sum[turn + 1] = penalty_sum[turn] + step * penalty
+        largest, largest_change = 0.0, 0.0
         for d in range(features):
             largest = max(largest, abs(weight_D[d]))
             largest_change = max(largest_change, abs(weight_D[d] - before_D[d]))
@@ -143,7 +137,6 @@ def equals_sklearn(solver: Solver) -> bool:
     random = np.random.RandomState(0)
     label_M = np.arange(150) % 2
     x_MD = random.gamma(2, 2, (150, 24)) * (random.rand(150, 24) < 0.2 + 0.2 * label_M[:, None])
-    x_MD = x_MD.astype(np.float32)
     for strength in (100.0, 0.5):
         weight_D, intercept = solver(x_MD, label_M, strength)
         expected = train_with_sklearn(x_MD, label_M, strength, l1=True)

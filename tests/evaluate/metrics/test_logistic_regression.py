@@ -29,13 +29,13 @@ def problem(texts: int, features: int, seed: int = 0) -> tuple[np.ndarray, np.nd
     label = random.permutation(np.arange(texts) % 2)
     x = random.gamma(2, 2, (texts, features)) * (random.rand(texts, features) < 0.2 + 0.2 * label[:, None])
     x[:, -1] = 0
-    return x.astype(np.float32), label
+    return x, label
 
 
 def assert_equal_bits(solver, x, label, strength):
     weight, intercept = solver(x, label, strength)
     expected = train_with_sklearn(x, label, strength, l1=True)
-    assert weight.dtype == expected.coef_.dtype == np.float32
+    assert weight.dtype == expected.coef_.dtype == np.float64
     np.testing.assert_array_equal(weight, expected.coef_[0])
     assert intercept == expected.intercept_[0]
 
@@ -71,7 +71,7 @@ def test_a_loop_of_other_bits_is_not_used(monkeypatch):
 
     def wrong(x, label, strength):
         calls.append(strength)
-        weight, intercept = train_with_sklearn(x, label, strength, l1=True).coef_[0], np.float32(0)
+        weight, intercept = train_with_sklearn(x, label, strength, l1=True).coef_[0], 0.0
         return weight, intercept
 
     assert not module.equals_sklearn(wrong) and len(calls) == 1
