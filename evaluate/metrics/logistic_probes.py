@@ -8,6 +8,7 @@ Shape suffixes: N texts, M texts of a split, F latents, K of them, D features.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -175,9 +176,10 @@ def folds_of(label_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield np.arange(train), np.arange(train, texts)
         return
     folds = LeavePOut(2) if texts <= FEW else StratifiedKFold(6, shuffle=True, random_state=SEED)
-    for train_M, validation_M in folds.split(label_M[:, None], label_M):
-        if len(np.unique(label_M[validation_M])) == 2:
-            yield train_M, validation_M
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fewer texts of a class than folds, as in sae-probes
+        drawn = list(folds.split(label_M[:, None], label_M))
+    yield from (fold for fold in drawn if len(np.unique(label_M[fold[1]])) == 2)
 
 
 def fold_auc(
