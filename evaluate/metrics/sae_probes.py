@@ -118,7 +118,7 @@ class SaeProbes(Metric):
         names = self.names()
         row_sets = list(dict.fromkeys(target.row_set for target in targets))
         llm: dict[RowSet, dict[str, DatasetScores]] = {row_set: {} for row_set in row_sets}
-        probed = [ProbedSAE() for _ in targets]
+        probed = [ScoredSAE() for _ in targets]
         for number, name in enumerate(names):
             problems = self.read_problems(ctx, row_sets, name, progress)
             for row_set, problem in problems.items():
@@ -232,7 +232,7 @@ class DatasetScores:
 
 
 @dataclass
-class ProbedSAE:
+class ScoredSAE:
     """The scores of one SAE by data set while they are being measured."""
 
     scores: dict[str, DatasetScores] = field(default_factory=dict)
