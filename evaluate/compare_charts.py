@@ -27,8 +27,8 @@ FRAMING_REFERENCE = "pca"  # of the same L0 as the SAEs; the other references ma
 PUBLISHED = Path(__file__).parent / "published.toml"
 
 
-def frontiers(comparison: Comparison) -> list[Chart]:
-    """A chart per column, over L0.
+def frontiers(comparison: Comparison, numbers: Sequence[tuple[str, MetricColumn]] | None = None) -> list[Chart]:
+    """A chart for each of `numbers`, by default each column of the comparison, over L0.
 
     Each recipe is a series through its systems in order of L0; references are points. The axes are those of the SAEs
     and the PCA: the identity, whose L0 is d_in, would push nearly equal SAEs into one place. What lies far outside is
@@ -40,7 +40,7 @@ def frontiers(comparison: Comparison) -> list[Chart]:
     names = list(dict.fromkeys(series_name(system, comparison) for system in systems))
     masks_rows, on_all_rows = any(run.masks_rows for run in comparison.runs), comparison.on_all_rows()
     charts = []
-    for metric, column in comparison.columns:
+    for metric, column in comparison.columns if numbers is None else numbers:
         if (metric, column.name) == L0:
             continue
         published = published_series(comparison, metric, column)

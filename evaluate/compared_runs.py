@@ -1,6 +1,6 @@
 """Runs and references as their files describe them, for comparisons and pages. No weights are read."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,12 +62,13 @@ class ComparedRun:
         return replace(self, results={name: replace(one, masked=None) for name, one in self.results.items()})
 
 
-def read_run(folder: Path) -> ComparedRun:
+def read_run(folder: Path, metrics: Iterable[str] = tuple(METRICS)) -> ComparedRun:
+    """A run with its results of `metrics`."""
     if not (folder / "sae.json").exists():
         raise UsageError(f"{folder} holds no trained SAE (no sae.json). Give run folders: sae compare runs/...")
     sae, run = read_sae_record(folder), read_run_record(folder)
     origin: dict[str, Any] = {**sae.get("origin", {})}
-    results, settings, _ = read_results(folder, sae)
+    results, settings, _ = read_results(folder, sae, metrics)
     return ComparedRun(
         folder.resolve().name, folder, origin, {**run} if run else {}, results, settings,
         conditions=conditions_digest(conditions_of(folder)), is_control=origin.get("variant") in RECIPES,
@@ -82,14 +83,16 @@ class RunResults(NamedTuple):
     described: dict[str, Any]
 
 
-def read_results(folder: Path, sae: Mapping[str, Any] | None = None) -> RunResults:
-    """The result of each metric, and the settings of each. `sae` is the content of sae.json; None for a reference.
+def read_results(
+    folder: Path, sae: Mapping[str, Any] | None = None, metrics: Iterable[str] = tuple(METRICS)
+) -> RunResults:
+    """The result of each of `metrics`, and its settings. `sae` is the content of sae.json; None for a reference.
 
     Raises DamagedError for a result that was damaged or belongs to another SAE or reference.
     """
     results, settings, described = {}, {}, {}
-    for name, metric in METRICS.items():
-        path = folder / "evaluations" / f"{name}.json"
+    for name in metrics:
+        metric, path = METRICS[name], folder / "evaluations" / f"{name}.json"
         if path.exists():
             record = read_result_record(path, metric)
             if sae is not None:

@@ -36,6 +36,18 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     return float(low), float(high)
 
 
+def prediction_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Where another value like these is expected: mean ± t sd sqrt(1 + 1/n) by Student's t. Takes at least two values.
+
+    It is not the interval of the mean, which shrinks to a point with many values. This one does not.
+    """
+    spread = float(np.std(values, ddof=1)) * math.sqrt(1 + 1 / len(values))
+    if not spread:
+        return float(np.mean(values)), float(np.mean(values))
+    low, high = t.interval(confidence, len(values) - 1, loc=float(np.mean(values)), scale=spread)
+    return float(low), float(high)
+
+
 def proportion_interval(hits: int, count: int) -> list[float]:
     """Wilson's 95 % interval of hits / count (`scipy.stats.binomtest(...).proportion_ci(method="wilson")`)."""
     low, high = binomtest(hits, count).proportion_ci(CONFIDENCE, "wilson")

@@ -50,6 +50,8 @@ EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
     ("compare",),
     ("against",),
     ("compare_charts",),
+    ("neighbours", "frontier"),
+    ("answers",),
     ("latents", "papers"),
     ("pages",),
 )

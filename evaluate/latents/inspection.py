@@ -48,6 +48,7 @@ class InspectedRun:
     Attributes:
         hook: where the SAE reads.
         row: the results that were measured with these weights.
+        compared: the same run, with the settings of its results, to be compared with others.
         labels: latent -> its labels from evaluations (`latent_labels`).
     """
 
@@ -57,6 +58,7 @@ class InspectedRun:
     ctx: EvalContext
     token_text: TokenText
     row: EvalRow
+    compared: ComparedRun
     labels: dict[int, list[str]]
 
     @property
@@ -103,15 +105,21 @@ def open_run(
             f"{folder} takes activations of width {sae.d_in}, but {hook} of the model has width {width}."
         )
     row = row_of_run(folder, sae, cache)
-    row.results |= read_results(row)
-    row.notes = notes_of_run(row)
+    results, settings = read_results(row)
+    row.results |= results
+    compared = compared_run(row, settings)
+    row.notes = notes_of_run(row, compared)
     sae.to(device)
-    return InspectedRun(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, latent_labels(row.results, sae.d_sae))
+    labels = latent_labels(row.results, sae.d_sae)
+    return InspectedRun(folder, sae, hook, ctx, TokenText(ctx.tokenizer), row, compared, labels)
 
 
-def read_results(row: EvalRow) -> dict[str, MetricResult]:
-    """The results in evaluations/ of a run. A warning names those that were damaged or belong to another SAE."""
-    results = {}
+def read_results(row: EvalRow) -> tuple[dict[str, MetricResult], dict[str, dict[str, Any]]]:
+    """The results in evaluations/ of a run, and the settings of each.
+
+    A warning names those that were damaged or belong to another SAE.
+    """
+    results, settings = {}, {}
     for name, metric in METRICS.items():
         path = (row.folder or Path()) / "evaluations" / f"{name}.json"
         try:
@@ -121,21 +129,26 @@ def read_results(row: EvalRow) -> dict[str, MetricResult]:
             require_result_of(row.record, record, path)
             if record["eval_config"].get("weights") != row.weights:  # k and the like, which are not tensors
                 raise DamagedError(f"{path} is a result of another SAE. {RESULT_RECORD.remedy}")
-            results[name] = result_of(record, path)
+            results[name], settings[name] = result_of(record, path), record["eval_config"]
         except DamagedError as error:
             warn_left_out(path, error)
-    return results
+    return results, settings
 
 
-def notes_of_run(row: EvalRow) -> list[str]:
+def compared_run(row: EvalRow, settings: dict[str, dict[str, Any]]) -> ComparedRun:
+    """A run for comparisons, with the results of its row and their settings."""
+    folder = row.folder or Path()
+    record = read_run_record(folder)
+    return ComparedRun(
+        row.name, folder, row.record.get("origin", {}), {**record} if record else {}, dict(row.results), settings,
+        conditions=row.conditions, is_control=row.is_control,
+    )  # fmt: skip
+
+
+def notes_of_run(row: EvalRow, compared: ComparedRun) -> list[str]:
     """Sentences about a run's numbers beside its target L0 and the references that were measured with it."""
-    if row.folder is None or "core" not in row.results:
+    if "core" not in row.results:
         return []
-    settings = RESULT_RECORD.read(row.folder / "evaluations" / "core.json")["eval_config"]
-    origin = row.record.get("origin", {})
-    compared = ComparedRun(
-        row.name, row.folder, origin, {}, dict(row.results), {"core": settings}, conditions=row.conditions
-    )
     try:
         references = read_references([compared])
     except DamagedError as error:

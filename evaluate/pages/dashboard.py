@@ -29,6 +29,7 @@ from ..metrics.base import Progress
 from ..metrics.registry import caveats
 from ..tables import tables
 from .page import render_page
+from .summary import summary_section
 from .svg import CHART_SIZE, draw_svg
 
 LATENTS_PER_BLOCK = 64
@@ -129,7 +130,7 @@ def dashboard_page(
     packed = {"table": columns, "words": token_index.words, "text": text}
     return render_page(
         "dashboard.html",
-        "dashboard.js",
+        ("dashboard.js", "sort.js"),
         title=run.row.name,
         version=version("sae-pipeline"),
         date=date,
@@ -138,6 +139,8 @@ def dashboard_page(
         blocks=blocks,
         shown=len(latents_K),
         sampled=SAMPLED_PASSAGES,
+        on_page=set(latents_K.tolist()),
+        **summary_section(run.compared),
         **run_section(run),
         **text_section(run, stats, token_index),
     )

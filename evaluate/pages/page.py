@@ -7,6 +7,7 @@ that would hide or reorder the text around them are shown by `make_visible`: tem
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,13 @@ def templates() -> Environment:
     return environment
 
 
-def render_page(template: str, script: str | None = None, **values: Any) -> str:
-    """Render a template of this folder; `script` names the file of the only script that may run in the page."""
-    code = (HERE / script).read_text() if script else ""
+def render_page(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
+    """Render a template of this folder; `scripts` are the files of the only script that may run in the page."""
+    code = "".join((HERE / name).read_text() for name in scripts)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; script-src "
-        + (f"'sha256-{digest}'" if script else "'none'")
+        + (f"'sha256-{digest}'" if scripts else "'none'")
     )
     style = Markup((HERE / "page.css").read_text())
     return templates().get_template(template).render(policy=policy, style=style, script=Markup(code), **values)

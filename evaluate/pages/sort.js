@@ -2,30 +2,32 @@
 // Tables of class "sortable": a click on a head, or Enter on it, sorts by that column; again, the other way round.
 // A cell counts as its first number; cells without one come last.
 
-function number(cell) {
-  const found = cell.textContent.match(/^\s*-?[\d.]+(e[-+]?\d+)?/i);
-  return found ? parseFloat(found[0]) : NaN;
-}
+{ // a block of its own: a page can have other scripts
+  function number(cell) {
+    const found = cell.textContent.replace(/,(?=\d{3})/g, "").match(/^\s*[-+]?[\d.]+(e[-+]?\d+)?/i);
+    return found ? parseFloat(found[0]) : NaN;
+  }
 
-function compare(a, b, column, sign) {
-  const [x, y] = [number(a.cells[column]), number(b.cells[column])];
-  if (Number.isNaN(x) !== Number.isNaN(y)) return Number.isNaN(x) ? 1 : -1;
-  if (!Number.isNaN(x)) return sign * (x - y);
-  return sign * a.cells[column].textContent.localeCompare(b.cells[column].textContent);
-}
+  function compare(a, b, column, sign) {
+    const [x, y] = [number(a.cells[column]), number(b.cells[column])];
+    if (Number.isNaN(x) !== Number.isNaN(y)) return Number.isNaN(x) ? 1 : -1;
+    if (!Number.isNaN(x)) return sign * (x - y);
+    return sign * a.cells[column].textContent.localeCompare(b.cells[column].textContent);
+  }
 
-for (const table of document.querySelectorAll("table.sortable")) {
-  const heads = [...table.tHead.rows[0].cells];
-  const sort = (column) => {
-    const falling = heads[column].ariaSort === "descending" || (column === 0 && heads[0].ariaSort !== "ascending");
-    for (const head of heads) head.ariaSort = null;
-    heads[column].ariaSort = falling ? "ascending" : "descending";
-    const body = table.tBodies[0];
-    body.append(...[...body.rows].sort((a, b) => compare(a, b, column, falling ? 1 : -1)));
-  };
-  heads.forEach((head, column) => {
-    head.tabIndex = 0;
-    head.addEventListener("click", () => sort(column));
-    head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(column); });
-  });
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    const sort = (column) => {
+      const falling = heads[column].ariaSort === "descending" || (column === 0 && heads[0].ariaSort !== "ascending");
+      for (const head of heads) head.ariaSort = null;
+      heads[column].ariaSort = falling ? "ascending" : "descending";
+      const body = table.tBodies[0];
+      body.append(...[...body.rows].sort((a, b) => compare(a, b, column, falling ? 1 : -1)));
+    };
+    heads.forEach((head, column) => {
+      head.tabIndex = 0;
+      head.addEventListener("click", () => sort(column));
+      head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(column); });
+    });
+  }
 }

@@ -57,7 +57,7 @@ def test_the_policy_names_the_one_script(monkeypatch, tmp_path):
     monkeypatch.setattr("sae.evaluate.pages.page.HERE", tmp_path)
     (tmp_path / "page.css").write_text("")
     (tmp_path / "one.js").write_text("let x = 1 < 2;\n")
-    html = render_page("frame.html", "one.js", title="t", version="1", date="today")
+    html = render_page("frame.html", ["one.js"], title="t", version="1", date="today")
     code = re.search("<script>(.*)</script>", html, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     assert f"sha256-{digest}" in html.replace("&#43;", "+").replace("&#x2b;", "+")

@@ -1,0 +1,363 @@
+"""What a reader of one SAE's report asks first: is it better than simple things, can it be found again, is it the best?
+
+Five answers, each with its numbers and 95 % intervals, or with the command that gives what is missing. Their tests obey
+docs/statistics.md, and all of them together are one table there: Holm's correction covers them all.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..common.escaping import quote
+from ..common.formatting import format_count
+from .against import HEADS, AgainstLine, pair_line, with_finding
+from .compare import ComparedSystem, Comparison
+from .compared_runs import ComparedRun
+from .control_shares import NOT_OF_FEATURES, is_control_of, number_of, share
+from .frontier import FRONTIER_NUMBERS, PUBLISHED_NUMBER, Number, best_rival, find_column, published_at
+from .metrics.base import MetricResult
+from .neighbours import Neighbours, more_seeds_command
+from .rows import core_numbers, is_pca
+from .statistics import PairedComparison, default_margin, judge, prediction_interval
+
+CORE_NUMBERS = (find_column("core", "fve"), find_column("core", "kl_div_score"))
+TABLE_HEADS = ["against", *HEADS[1:]]
+PCA, CONTROL, SEED, STABLE, FRONTIER = (
+    "Better than PCA?",
+    "Better than a frozen control?",
+    "Better than another seed?",
+    "Stable across seeds?",
+    "On the frontier?",
+)
+EXPLAINED = {
+    PCA: "A PCA with as many components as the SAE has latents per token, fitted on the same activations.",
+    CONTROL: "The same training with a decoder or encoder that keeps its random start.",
+    SEED: "The runs that differ from this one only by seed.",
+    STABLE: "PW-MCC: the mean similarity of latents and their best matches in another seed, matched one to one.",
+    FRONTIER: "No other SAE is better with as many latents per token or fewer.",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with its answer.
+
+    Attributes:
+        verdict: a few words.
+        numbers: sentences, or parts of one, with the numbers behind the verdict.
+        is_good: whether the verdict speaks for the SAE; None if it says neither.
+        remedy: what is missing, as a sentence that ends where `command` follows.
+        command: gives what is missing.
+    """
+
+    question: str
+    verdict: str
+    numbers: Sequence[str] = ()
+    is_good: bool | None = None
+    remedy: str = ""
+    command: str = ""
+
+
+class Report(NamedTuple):
+    """The answers, and every comparison behind them, of which each names what the SAE was compared with."""
+
+    answers: list[Answer]
+    lines: list[AgainstLine]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        return TABLE_HEADS, [line.cells() for line in self.lines]
+
+
+def answer_questions(near: Neighbours) -> Report:
+    """The five answers about a run, in the order in which a page has them."""
+    run = near.run
+    pca = nearest_pca(run, near.references)
+    lines = {
+        PCA: lines_against(run, pca, CORE_NUMBERS) if pca else [],
+        CONTROL: control_lines(near),
+        SEED: lines_against(run, near.seeds[0], CORE_NUMBERS) if len(near.seeds) == 1 else [],
+        FRONTIER: frontier_lines(near),
+    }
+    every = [line for some in lines.values() for line in some]
+    found = judge([PairedComparison(line.pairing.differences, line.column.better, line.margin) for line in every])
+    judged = iter([with_finding(line, one, None) for line, one in zip(every, found, strict=True)])
+    lines = {question: [next(judged) for _ in some] for question, some in lines.items()}
+    answers = [
+        answer_pca(near, pca, lines[PCA]),
+        answer_control(near, lines[CONTROL]),
+        answer_seed(near, lines[SEED]),
+        answer_stable(near),
+        answer_frontier(near, lines[FRONTIER]),
+    ]
+    return Report(answers, [line for some in lines.values() for line in some])
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def alone(run: ComparedRun) -> ComparedSystem:
+    return ComparedSystem(run.name, [run])
+
+
+def lines_against(run: ComparedRun, other: ComparedRun, numbers: Sequence[Number]) -> list[AgainstLine]:
+    """The run against another in each number that both have, named after the other."""
+    margins = [default_margin(column.floor, column.ceiling) for _, column in numbers]
+    found = [
+        pair_line(alone(run), alone(other), metric, column, margin)
+        for (metric, column), margin in zip(numbers, margins, strict=True)
+    ]
+    return [replace(line, system=other.name) for line in found if line is not None]
+
+
+def control_lines(near: Neighbours) -> list[AgainstLine]:
+    """The run against its best control in each summary number: what a control has of it at most."""
+    controls = [one for one in near.references if is_control_of(one, near.run)]
+    lines = []
+    for metric, column in Comparison([alone(near.run)], [], []).columns:
+        measured = [(value, one) for one in controls if (value := one.value(metric, column)) is not None]
+        if column.better and column.category not in NOT_OF_FEATURES and measured:
+            sign = 1 if column.better == "up" else -1
+            _, best = max(measured, key=lambda pair: sign * pair[0])
+            lines += lines_against(near.run, best, [(metric, column)])
+    return lines
+
+
+def frontier_lines(near: Neighbours) -> list[AgainstLine]:
+    """The run against the best other run of no more L0, by KL score and by EV. Other seeds of it are no rivals."""
+    lines = []
+    for number in FRONTIER_NUMBERS:
+        if rival := best_rival(alone(near.run), map(alone, near.others), *number):
+            lines += lines_against(near.run, rival.runs[0], [number])
+    return lines
+
+
+def nearest_pca(run: ComparedRun, references: Sequence[ComparedRun]) -> ComparedRun | None:
+    """The PCA whose L0, its number of components, is nearest to that of the run."""
+    own = core_numbers(run)
+    measured = [
+        (abs(math.log(own[0] / found[0])), one)
+        for one in references
+        if is_pca(one) and (found := core_numbers(one)) and found[0] > 0 and own and own[0] > 0
+    ]
+    return min(measured, key=lambda pair: pair[0])[1] if measured else None
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def answer_pca(near: Neighbours, pca: ComparedRun | None, lines: Sequence[AgainstLine]) -> Answer:
+    if core_numbers(near.run) is None:
+        return not_measured(PCA, "Core has not been measured.", evaluate_command(near.run, "core"))
+    if pca is None or not lines:
+        return not_measured(PCA, "No PCA was measured on this text.", evaluate_command(near.run, "core"))
+    verdict, is_good = conclude(lines)
+    answer = Answer(PCA, verdict, name_others(lines, "beside"), is_good)
+    if any(line.l0_matters for line in lines):
+        remedy = "This PCA is not of its L0. Evaluated alone, the SAE gets one that is:"
+        return replace(answer, remedy=remedy, command=evaluate_command(near.run, "core"))
+    return with_untested(answer, near.run, lines)
+
+
+def answer_control(near: Neighbours, lines: Sequence[AgainstLine]) -> Answer:
+    run = near.run
+    if run.is_control:
+        return Answer(CONTROL, "is one itself")
+    if not run.conditions:
+        return Answer(
+            CONTROL, "not known", ["It can have no control: the rows, steps or L0 of its training are unknown."]
+        )
+    if not lines:
+        suite = ",".join(one for one in run.results if one != "stability") or "core"
+        command = f"{evaluate_command(run, suite)} --controls"
+        return not_measured(CONTROL, "No control was measured on this text.", command)
+    verdict, is_good = conclude(lines)
+    by_number = {(line.metric, line.column): line for line in lines}
+    shown = [by_number[number] for number in CORE_NUMBERS if number in by_number]
+    shares = {
+        line.number: part for line in lines if line.metric != "core" and (part := share_of(run, line)) is not None
+    }
+    shown += [line for line in lines if shares and line.number == max(shares, key=shares.__getitem__)]
+    numbers = []
+    for line, text in zip(shown, name_others(shown, "beside"), strict=True):
+        part = share_of(run, line)
+        numbers.append(text if part is None else f"{text}, it has {part:.0%}")
+    return with_untested(Answer(CONTROL, verdict, numbers, is_good), run, shown)
+
+
+def share_of(run: ComparedRun, line: AgainstLine) -> float | None:
+    """How much of a number the control of a line has, above its floor."""
+    half = (number_of(run, line.metric, line.column) or (0.0, 0.0))[1]
+    return share(*line.values, line.column, half)
+
+
+def answer_seed(near: Neighbours, lines: Sequence[AgainstLine]) -> Answer:
+    """Beside one other seed: their difference. Beside more: whether the run is where another seed is expected."""
+    if len(near.seeds) == 1 and lines:
+        verdict, is_good = conclude(lines)
+        more = "One other seed does not tell how far seeds spread. Train more, then evaluate them together."
+        command = more_seeds_command(near.run)
+        numbers = name_others(lines, "beside")
+        return Answer(SEED, verdict, numbers, is_good, more if command else "", command)
+    numbers, sides = [], []
+    for metric, column in CORE_NUMBERS:
+        own, measured = near.run.value(metric, column), [one.value(metric, column) for one in near.seeds]
+        others = [value for value in measured if value is not None]
+        if own is not None and len(others) > 1:
+            low, high = prediction_interval(others)
+            sides.append((own > high) - (own < low))
+            form = column.format
+            numbers.append(
+                f"{column.heading} {own:{form}}, {len(others)} other seeds {statistics.mean(others):{form}} ± "
+                f"{statistics.stdev(others):{form}} (sd); another one is expected at {low:{form}} to {high:{form}}"
+            )
+    if not numbers:
+        return missing_seeds(SEED, near, "core")
+    if not any(sides):
+        return Answer(SEED, "as expected of one", numbers)
+    is_good = True if min(sides) >= 0 else False if max(sides) <= 0 else None
+    return Answer(SEED, {True: "above them", False: "below them", None: "above and below"}[is_good], numbers, is_good)
+
+
+def answer_stable(near: Neighbours) -> Answer:
+    result = near.run.results.get("stability")
+    if result is None:
+        return missing_seeds(STABLE, near, "stability")
+    metrics = result.sound.metrics.get("stability", {})
+    others = result.n.get("other_seeds", 0)
+    numbers, above = [f"in each of {others} other seeds" if others > 1 else "in the other seed"], []
+    for what in ("decoder", "activation"):
+        value, null = metrics.get(f"{what}_pw_mcc"), metrics.get(f"{what}_pw_mcc_null")
+        if value is not None:
+            chance = "" if null is None else f", random {null:.3f}"
+            numbers.append(f"{what} PW-MCC {value:.3f}{interval_of(result, f'{what}_pw_mcc')}{chance}")
+            ceiling = (result.sound.intervals.get("stability", {}).get(f"{what}_pw_mcc_null") or [null, null])[1]
+            above.append(ceiling is None or value > ceiling)
+    recurring = metrics.get("recurring")
+    if recurring is None:
+        return Answer(STABLE, "not known", numbers[1:])
+    verdict = f"{recurring:.0%} of latents recur"
+    return Answer(
+        STABLE, verdict if all(above) else f"{verdict}, no more than chance", numbers, None if all(above) else False
+    )
+
+
+def answer_frontier(near: Neighbours, lines: Sequence[AgainstLine]) -> Answer:
+    run, ours = near.run, core_numbers(near.run)
+    if ours is None:
+        return not_measured(FRONTIER, "Core has not been measured.", evaluate_command(run, "core"))
+    published = describe_published(run)
+    numbers = name_others(lines, "the best other of no more L0 is")
+    numbers += [published] if published else []
+    at = f"at L0 {ours[0]:.1f}"
+    if not lines:
+        some = f"none of {format_count(len(near.others), 'other run')} beside it has its L0 or less"
+        beside = some if near.others else "no other run beside it was measured like it"
+        if numbers:
+            return Answer(FRONTIER, f"not known {at}", [*numbers, beside])
+        folder = quote(run.folder.parent)
+        return Answer(
+            FRONTIER, f"not known {at}", [beside, "no published SAEs of this model and layer are known"], None,
+            "Evaluate the runs beside it together:", f"sae evaluate {folder}/*/ --suite core",
+        )  # fmt: skip
+    verdicts = Counter(line.finding.verdict for line in lines)
+    behind, tested = verdicts["worse"], len(lines) - verdicts["not tested"]
+    if not tested:
+        return with_untested(Answer(FRONTIER, f"not tested {at}", numbers), run, lines)
+    if behind:
+        return Answer(FRONTIER, f"behind {at}" if behind == len(lines) else f"partly behind {at}", numbers, False)
+    return Answer(FRONTIER, f"on it {at}", numbers, True)
+
+
+def describe_published(run: ComparedRun) -> str:
+    """Where the run stands among published SAEs of its model and layer; "" if there are none at its L0."""
+    on_all_rows = alone(run.on_all_rows())
+    own, published = on_all_rows.mean_and_spread(*PUBLISHED_NUMBER), published_at(on_all_rows, *PUBLISHED_NUMBER)
+    if own is None or not published:
+        return ""
+    best, form, less = published[0], PUBLISHED_NUMBER[1].format, sum(one.value < own[0] for one in published)
+    return (
+        f"{PUBLISHED_NUMBER[1].heading} {own[0]:{form}} is above {less} of {len(published)} published SAEs at this L0, "
+        f"measured on other text (best {best.value:{form}}, {best.name})"
+    )
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def conclude(lines: Sequence[AgainstLine]) -> tuple[str, bool | None]:
+    """One verdict on several numbers, and whether it speaks for the SAE."""
+    found = Counter(line.finding.verdict for line in lines)
+    better, worse, every = found["better"], found["worse"], len(lines) - found["not tested"]
+    if not every:
+        return "not tested", None
+    at = ", at another L0" if any(line.l0_matters for line in lines) else ""
+    if better == every:
+        return f"yes{at}", True
+    if worse == every:
+        return f"no, worse{at}", False
+    if better or worse:
+        parts = [f"better in {better}" if better else "", f"worse in {worse}" if worse else ""]
+        return f"{' and '.join(filter(None, parts))} of {every}{at}", False if worse else None
+    (verdict, _), *_ = Counter({one: count for one, count in found.items() if one != "not tested"}).most_common(1)
+    return f"{verdict}{at}", None
+
+
+def describe(line: AgainstLine) -> str:
+    """A number and its difference with the interval: "EV 0.731, +0.079 (+0.075 to +0.083)"."""
+    form, paired = line.column.format, line.pairing.differences
+    own, other = line.values
+    text = f"{line.number.rstrip(' ↑↓')} {own:{form}}"
+    if paired is None or not paired.has_spread:
+        return f"{text} against {other:{form}}"
+    low, high = paired.interval
+    return f"{text}, {line.difference:+{form}} ({low:+{form}} to {high:+{form}})"
+
+
+def name_others(lines: Sequence[AgainstLine], before: str) -> list[str]:
+    """What the lines say, each after the name of what it is against where that changes."""
+    names = [line.system for line in lines]
+    return [
+        describe(line) if number and names[number - 1] == line.system else f"{before} {line.system}: {describe(line)}"
+        for number, line in enumerate(lines)
+    ]
+
+
+def interval_of(result: MetricResult, name: str) -> str:
+    low, high = result.sound.intervals.get("stability", {}).get(name) or (None, None)
+    return "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+
+
+def with_untested(answer: Answer, run: ComparedRun, lines: Sequence[AgainstLine]) -> Answer:
+    """The answer, with the command that measures old results again if one could not be tested for that."""
+    reasons = [line.pairing.reason for line in lines if line.finding.verdict == "not tested"]
+    if not any("--force" in reason for reason in reasons):
+        return answer
+    suite = ",".join(dict.fromkeys(line.metric for line in lines))
+    controls = " --controls" if answer.question == CONTROL else ""
+    remedy = "Some results are of an earlier version, which kept nothing to test with:"
+    return replace(answer, remedy=remedy, command=f"{evaluate_command(run, suite)} --force{controls}")
+
+
+def evaluate_command(run: ComparedRun, suite: str) -> str:
+    return f"sae evaluate {quote(run.folder)} --suite {suite}"
+
+
+def not_measured(question: str, remedy: str, command: str) -> Answer:
+    return Answer(question, "not measured", remedy=remedy, command=command)
+
+
+def missing_seeds(question: str, near: Neighbours, suite: str) -> Answer:
+    """That a number over seeds is missing: the other seeds are there, can be trained, or cannot."""
+    run, folders = near.run, near.seed_folders
+    if len(folders) > 1:
+        there = f"{format_count(len(folders) - 1, 'other seed')} {'is' if len(folders) == 2 else 'are'} there"
+        command = f"sae evaluate {' '.join(map(quote, folders))} --suite {suite}"
+        return not_measured(question, f"{there}. Evaluate all of them together:", command)
+    if command := more_seeds_command(run):
+        suite = "" if suite == "core" else f" with --suite {suite}"
+        remedy = f"No other seed is beside it. Train some, then evaluate them together{suite}."
+        return not_measured(question, remedy, command)
+    return Answer(question, "not known", ["Its training is not known well enough to repeat it with another seed."])

@@ -1,0 +1,128 @@
+"""Where SAEs stand on the frontier of L0 against a number: which others are better at no more latents per token."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .compare import L0, ComparedSystem, Comparison, metric_heading
+from .compare_charts import published_series
+from .metrics.base import MetricColumn
+from .metrics.registry import METRICS
+
+SAME_L0 = 1.01  # L0 up to this many times as large counts as equal: thresholds hit a target L0 only roughly
+ON_FRONTIER = "on the frontier"
+PUBLISHED_NOTE = (
+    "Published results were measured by others on other text, over all rows, and are interpolated over log L0 to the "
+    "L0 of the system."
+)
+
+Number = tuple[str, MetricColumn]  # with the name of the metric
+
+
+def find_column(metric: str, name: str) -> Number:
+    """A number by its name."""
+    return metric, next(column for column in METRICS[metric].columns if column.name == name)
+
+
+FRONTIER_NUMBERS = (find_column("core", "kl_div_score"), find_column("core", "fve"))
+PUBLISHED_NUMBER = find_column("core", "ce_loss_score")  # that published.toml has of reconstructions
+
+
+class Published(NamedTuple):
+    """A published result, at the L0 of an SAE: interpolated between the points on its two sides, over log L0."""
+
+    name: str
+    value: float
+
+
+def l0_of(system: ComparedSystem) -> float | None:
+    """The L0 of a system, a mean over its seeds; None if it is not known or 0."""
+    found = system.mean_and_spread(*find_column(*L0))
+    return found[0] if found and found[0] > 0 else None
+
+
+def best_rival(
+    system: ComparedSystem, others: Iterable[ComparedSystem], metric: str, column: MetricColumn
+) -> ComparedSystem | None:
+    """The best of the others in a number at the system's L0 or less; None if none is there."""
+    own, sign = l0_of(system), 1 if column.better == "up" else -1
+    if own is None:
+        return None
+    measured = [
+        (sign * found[0], -place, other)
+        for place, other in enumerate(others)
+        if (l0 := l0_of(other)) and l0 <= SAME_L0 * own and (found := other.mean_and_spread(metric, column))
+    ]
+    return max(measured)[2] if measured else None
+
+
+def published_at(system: ComparedSystem, metric: str, column: MetricColumn) -> list[Published]:
+    """Published results of the system's model and layer at its L0, the best first. None outside of their points.
+
+    They count outlier rows, so the L0 is that over all rows: give a system `on_all_rows`.
+    """
+    own = l0_of(system)
+    if own is None:
+        return []
+    found = []
+    for series in published_series(Comparison([system], [], []), metric, column):
+        if min(series.x) <= own <= max(series.x):
+            order = np.argsort(series.x)
+            value = np.interp(math.log(own), np.log(np.take(series.x, order)), np.take(series.y, order))
+            found.append(Published(series.name.removesuffix(" (published)"), float(value)))
+    return sorted(found, key=lambda one: one.value, reverse=column.better == "up")
+
+
+def frontier_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each system: how far the best system of no more L0 is ahead, and published results.
+
+    Headings alone if fewer than two systems can be compared and nothing is published for their model and layer.
+    """
+    numbers = [one for one in FRONTIER_NUMBERS if one in comparison.columns]
+    all_rows = comparison.on_all_rows().systems
+    has_published = PUBLISHED_NUMBER in comparison.columns and any(
+        published_at(system, *PUBLISHED_NUMBER) for system in all_rows
+    )
+    heads = ["system", "L0", *(heading(*number) for number in numbers)]
+    if has_published:
+        heads += [heading(*PUBLISHED_NUMBER), "best published\nat this L0", "published with less"]
+    measured = [system for system in comparison.systems if l0_of(system)]
+    if not has_published and (len(measured) < 2 or not numbers):
+        return heads, []
+    lines = []
+    for system, on_all_rows in zip(comparison.systems, all_rows, strict=True):
+        if system in measured:
+            line = [system.label, f"{l0_of(system):.1f}"]
+            line += [behind(system, comparison.systems, *number) for number in numbers]
+            lines.append([*line, *(published_cells(on_all_rows) if has_published else ())])
+    return heads, lines
+
+
+def heading(metric: str, column: MetricColumn) -> str:
+    return metric_heading(metric, column).split("\n")[0]
+
+
+def behind(system: ComparedSystem, systems: Sequence[ComparedSystem], metric: str, column: MetricColumn) -> str:
+    """A cell: the number, and how far behind the best other system of no more L0 it is."""
+    own, rival = system.mean_and_spread(metric, column), None
+    if own is None:
+        return ""
+    rival = best_rival(system, [one for one in systems if one is not system], metric, column)
+    theirs = rival.mean_and_spread(metric, column) if rival else None
+    difference = own[0] - theirs[0] if theirs else math.inf
+    ahead = difference >= 0 if column.better == "up" else difference <= 0
+    shown = ON_FRONTIER if ahead or rival is None else f"{difference:+{column.format}} from {rival.label}"
+    return f"{own[0]:{column.format}}, {shown}"
+
+
+def published_cells(system: ComparedSystem) -> list[str]:
+    """The number over all rows, the best published one at this L0, and how many of the published ones have less."""
+    own, (_, column) = system.mean_and_spread(*PUBLISHED_NUMBER), PUBLISHED_NUMBER
+    published = published_at(system, *PUBLISHED_NUMBER)
+    if own is None or not published:
+        return ["" if own is None else format(own[0], column.format), "", ""]
+    less = sum(one.value < own[0] for one in published)
+    best = published[0]
+    return [format(own[0], column.format), f"{best.value:{column.format}} {best.name}", f"{less} of {len(published)}"]

@@ -1,0 +1,104 @@
+"""The runs beside a run, in the same folder: its other seeds, and the other SAEs that were measured as it was."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..cache.layout import Hook
+from ..common.errors import SaeError, warn_left_out
+from ..common.escaping import quote
+from ..train.sae import read_run_record
+from .compare import sae_location
+from .compared_runs import ComparedRun, read_references, read_run, without_weights
+from .tables import digest_without_seed
+
+MORE_SEEDS = 2  # that a command trains
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What a run is seen beside.
+
+    Attributes:
+        references: those of its text and hook, its controls among them.
+        seeds: runs that differ from it only by seed, with core measured as for the run.
+        unmeasured: the folders of such runs with core measured otherwise, or not at all.
+        others: the other runs of its model, layer and site, with core measured as for the run. No controls.
+    """
+
+    run: ComparedRun
+    references: list[ComparedRun] = field(default_factory=list)
+    seeds: list[ComparedRun] = field(default_factory=list)
+    unmeasured: list[Path] = field(default_factory=list)
+    others: list[ComparedRun] = field(default_factory=list)
+
+    @property
+    def seed_folders(self) -> list[Path]:
+        """The folders of the run and of all its other seeds."""
+        return [self.run.folder, *(one.folder for one in self.seeds), *self.unmeasured]
+
+
+def find_neighbours(run: ComparedRun) -> Neighbours:
+    """Read the references of a run and the runs in its folder. A warning names those that cannot be read."""
+    found = Neighbours(run, read_references([run]) if run.results else [])
+    for folder in sorted(run.folder.resolve().parent.iterdir()):
+        if folder == run.folder.resolve() or not (folder / "sae.json").exists():
+            continue
+        try:
+            # A folder of many runs is read often: only what every run is compared in.
+            is_seed = digest_of_system(read_run_record(folder)) == digest_of_system(run.record) != ""
+            other = read_run(folder, metrics=("core",))
+        except SaeError as error:
+            warn_left_out(folder, error)
+            continue
+        alike = sae_location(other) == sae_location(run) and measured_alike(run, other)
+        if is_seed:
+            if other.record["seed"] == run.record["seed"]:
+                continue  # trained twice: not another draw
+            if alike:
+                found.seeds.append(other)
+            else:
+                found.unmeasured.append(folder)
+        elif alike and not other.is_control:
+            found.others.append(other)
+    return found
+
+
+def digest_of_system(record: Mapping[str, Any] | None) -> str:
+    """Equal for runs that differ only by seed; "" for a run without a seed."""
+    return digest_without_seed(record) if record and "seed" in record else ""
+
+
+def measured_alike(run: ComparedRun, other: ComparedRun) -> bool:
+    """Whether core was measured in both, with the same settings. Limits of two caches differ a little."""
+    settings = [without_weights(one.settings.get("core", {})) for one in (run, other)]
+    ours, theirs = ({name: v for name, v in one.items() if name != "norm_limit"} for one in settings)
+    return "core" in run.results and "core" in other.results and ours == theirs
+
+
+def more_seeds_command(run: ComparedRun) -> str:
+    """The command that trains a run with other seeds; "" where the run's record does not hold all of it."""
+    record = run.record
+    is_usual = len(record.get("cache_folders", ())) == 1 and "ring" not in record
+    if not digest_of_system(record) or not is_usual or record.get("asked", {}).get("modules"):
+        return ""
+    seeds = [seed for seed in range(MORE_SEEDS + 1) if seed != record["seed"]][:MORE_SEEDS]
+    words = [
+        f"sae train --variant {quote(record['variant'])} {Hook.from_record(record).cli_flags}",
+        *(f"--seed {seed}" for seed in seeds),
+        f"--width {record['d_sae']} --steps {record['steps']} --batch-size {record['batch_size']}",
+        f"--l0 {record['l0']:g}" if record.get("l0") is not None else "",
+        "--paper-exact" if record.get("literal") else "",
+        *(f"--set {quote(f'{name}={describe_option(value)}')}" for name, value in record["options"].items()),
+        f"--shuffle-seed {record['order_seed']}" if record.get("order_seed") else "",
+        "--compile" if record.get("compiled") else "",
+        f"--cache {quote(record['cache_folders'][0])} --out {quote(run.folder.parent)}",
+    ]
+    return " ".join(filter(None, words))
+
+
+def describe_option(value: Any) -> str:
+    """The value of an option as `--set` takes it."""
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,132 @@
+"""The part of a page about sae_probes: its scores by data set, beside the model's own probe."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from markupsafe import Markup
+
+from ...common.formatting import format_count
+from ..charts import Chart, Kind, Series
+from ..metrics.base import MetricResult
+from ..statistics import PairedDifferences
+from .svg import CHART_SIZE, draw_svg
+
+METRIC = "sae_probes"
+LLM = "llm_test_auc"
+SAE_AUC = re.compile(r"sae_top_(\d+)_test_auc")
+USUAL_K = 16  # latents of a probe, of which SAEs are compared; the largest smaller number where it was not measured
+MODEL = "the model's own probe"
+CHART_TITLE = "Test AUC by data set, the model's best first"
+
+Scores = Mapping[str, float]  # by data set
+
+
+@dataclass(frozen=True)
+class ProbePart:
+    """Attributes:
+    lead: sentences with the numbers over all data sets.
+    heads, lines, foot: the table, a line for each data set and one for their mean.
+    """
+
+    lead: str
+    heads: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    foot: Sequence[str]
+    title: str
+    chart: Markup
+
+
+def probes_of_run(result: MetricResult) -> ProbePart | None:
+    """Of one SAE: a column for each number of latents. None without data sets."""
+    ks, llm = measured_ks([result]), scores([result], LLM)
+    if not ks or not llm:
+        return None
+    by_k = {k: scores([result], auc_of(k)) for k in ks}
+    shown = sorted({ks[0], usual_k(ks)})
+    drawn = {f"{format_count(k, 'latent')} of the SAE": by_k[k] for k in shown}
+    lead = compare_with_model(by_k[usual_k(ks)], llm, usual_k(ks))
+    return build_part(lead, llm, {f"k={k}": by_k[k] for k in ks}, drawn)
+
+
+def probes_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> ProbePart | None:
+    """Of several: a column for each system, a mean over its seeds, at the number of latents that all have."""
+    systems = {label: some for label, some in systems.items() if some and measured_ks(some)}
+    shared = set.intersection(*(set(measured_ks(some)) for some in systems.values())) if systems else set()
+    llm = scores([one for some in systems.values() for one in some], LLM)
+    if not shared or not llm:
+        return None
+    k = usual_k(sorted(shared))
+    columns = {label: scores(some, auc_of(k)) for label, some in systems.items()}
+    lead = f"Probes of {format_count(k, 'latent')}; a system's number is the mean over its seeds."
+    return build_part(lead, llm, columns, columns)
+
+
+def build_part(lead: str, llm: Scores, columns: Mapping[str, Scores], drawn: Mapping[str, Scores]) -> ProbePart:
+    """The part from the scores of the model's probe, of the columns of the table, and of the series of the chart."""
+    names = sorted(llm, key=lambda name: (-llm[name], name))
+    sides = [llm, *columns.values()]
+    lines = [[name, *(f"{side[name]:.4f}" if name in side else "" for side in sides)] for name in names]
+    foot = ["mean", *(f"{mean(side.values()):.4f}" if side else "" for side in sides)]
+    chart = draw_chart(names, llm, drawn)
+    return ProbePart(lead, ["data set", "model's probe", *columns], lines, foot, CHART_TITLE, chart)
+
+
+def draw_chart(names: Sequence[str], llm: Scores, drawn: Mapping[str, Scores]) -> Markup:
+    """The data sets in order from left to right: the model's own probe as a line, other series as marks."""
+    sides: list[tuple[str, Scores, Kind]] = [(MODEL, llm, "both")]
+    sides += [(label, side, "points") for label, side in drawn.items()]
+    series = []
+    for label, side, kind in sides:
+        places = [place for place, name in enumerate(names, 1) if name in side]
+        y = [side[names[place - 1]] for place in places]
+        marks = [f"{label}: {names[place - 1]}, {value:.4f}" for place, value in zip(places, y, strict=True)]
+        series.append(Series(label, places, y, kind, labels=marks))
+    return draw_svg(Chart(CHART_TITLE, "place in the table", "test AUC", series), True, *CHART_SIZE)
+
+
+def compare_with_model(sae: Scores, llm: Scores, k: int) -> str:
+    """How a probe of k latents does beside the model's own, over the data sets that both have."""
+    both = [name for name in llm if name in sae]
+    if not both:
+        return ""
+    above = f"{sum(sae[name] > llm[name] for name in both)} of {format_count(len(both), 'data set')}"
+    ours, theirs = (mean(side[name] for name in both) for side in (sae, llm))
+    text = (
+        f"A probe of {format_count(k, 'latent')} is above the model's own in {above}: mean AUC {ours:.4f} against "
+        f"{theirs:.4f}"
+    )
+    if len(both) < 2:
+        return f"{text}."
+    paired = PairedDifferences([sae[name] - llm[name] for name in both], "data set")
+    low, high = paired.interval
+    return f"{text}, a difference of {paired.mean:+.4f} ({low:+.4f} to {high:+.4f}, 95 %, over data sets)."
+
+
+def scores(results: Sequence[MetricResult], number: str) -> dict[str, float]:
+    """The mean over results of a number of each data set. Data sets without it are left out."""
+    found: dict[str, list[float]] = {}
+    for result in results:
+        for entry in result.sound.details:
+            if isinstance(value := entry.get(number), (int, float)):
+                found.setdefault(str(entry.get("dataset_name")), []).append(float(value))
+    return {name: mean(values) for name, values in found.items()}
+
+
+def measured_ks(results: Sequence[MetricResult]) -> list[int]:
+    """The numbers of latents that all results have a score of, in ascending order."""
+    found = [
+        {int(match[1]) for entry in one.sound.details for name, value in entry.items()
+         if value is not None and (match := SAE_AUC.fullmatch(name))}
+        for one in results
+    ]  # fmt: skip
+    return sorted(set.intersection(*found)) if found else []
+
+
+def usual_k(ks: Sequence[int]) -> int:
+    return max((k for k in ks if k <= USUAL_K), default=min(ks))
+
+
+def auc_of(k: int) -> str:
+    return f"sae_top_{k}_test_auc"

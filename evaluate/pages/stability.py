@@ -1,0 +1,150 @@
+"""The part of a page about stability: which latents another seed finds again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from ..charts import Chart, Series
+from ..metrics.base import MetricResult
+from .svg import CHART_SIZE, draw_svg
+
+METRIC = "stability"
+BINS = 20  # of the histogram, from 0 to 1
+LISTED = 10  # latents of each end
+CHART_TITLE = "Weakest best match of a latent in another seed"
+
+
+class Latent(NamedTuple):
+    """A latent that fires, and its best matches in the other seeds, in their order.
+
+    `weakest` is the smallest absolute cosine among them: how far every other seed finds it again.
+    """
+
+    number: int
+    weakest: float
+    density: float
+    recurs: bool
+    matches: Sequence[Any]
+    cosines: Sequence[float]
+
+
+class LatentLine(NamedTuple):
+    """A line of a list; `latent` is its number, which a page can link to."""
+
+    latent: int
+    cells: Sequence[str]
+
+
+@dataclass(frozen=True)
+class StabilityPart:
+    """Attributes:
+    lead: sentences with how many latents there are and recur.
+    heads: of the lists of latents; empty where there are none, as of several systems.
+    least, most: the latents that are found again least and most.
+    """
+
+    lead: str
+    title: str
+    chart: Markup
+    heads: Sequence[str] = ()
+    least: Sequence[LatentLine] = ()
+    most: Sequence[LatentLine] = ()
+
+
+def stability_of_run(result: MetricResult) -> StabilityPart | None:
+    """Of one SAE: the histogram, and the latents that are found again least and most. None without any that fires."""
+    latents = live_latents(result)
+    if not latents:
+        return None
+    seeds = [str(name) for name in (result.sound.extra or {}).get("seeds", [])]
+    heads = ["latent", "weakest cosine", *(f"match in\n{name}" for name in seeds), "density"]
+    ranked = sorted(latents, key=lambda one: (one.weakest, one.number))
+    counts = histogram(latents)
+    series = Series("latents", bin_centres(), counts, "bars", labels=bin_labels(counts, "latents"))
+    chart = Chart(CHART_TITLE, "absolute cosine of decoder rows", "latents", [series])
+    lines = [LatentLine(one.number, latent_cells(one, len(seeds))) for one in ranked]
+    least = lines[:LISTED]
+    return StabilityPart(
+        describe_latents(result, latents), CHART_TITLE, draw_svg(chart, True, *CHART_SIZE), heads, least,
+        lines[len(least):][-LISTED:][::-1],
+    )  # fmt: skip
+
+
+def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> StabilityPart | None:
+    """Of several: a line for each system, of the shares of its latents, over all its seeds together."""
+    latents = {label: [one for result in some for one in live_latents(result)] for label, some in systems.items()}
+    series = []
+    for label, some in latents.items():
+        if some:
+            shares = [count / len(some) for count in histogram(some)]
+            series.append(Series(label, bin_centres(), shares, "both", labels=bin_labels(shares, label)))
+    if not series:
+        return None
+    chart = Chart(CHART_TITLE, "absolute cosine of decoder rows", "share of the latents that fire", series)
+    lead = "Latents of all seeds of a system together. Latents that never fire on the held-out text are left out."
+    return StabilityPart(lead, CHART_TITLE, draw_svg(chart, True, *CHART_SIZE))
+
+
+def live_latents(result: MetricResult) -> list[Latent]:
+    """The latents that fire on the held-out text and have a match in each other seed."""
+    found = []
+    for entry in result.sound.details:
+        cosines = [abs(value) for value in entry.get("decoder_cosine") or () if isinstance(value, (int, float))]
+        matches = entry.get("decoder_match") or ()
+        if cosines and entry.get("density", 1.0) > 0:
+            found.append(
+                Latent(
+                    int(entry["index"]),
+                    min(cosines),
+                    float(entry.get("density", 1.0)),
+                    bool(entry.get("recurs")),
+                    matches,
+                    cosines,
+                )  # fmt: skip
+            )
+    return found
+
+
+def describe_latents(result: MetricResult, latents: Sequence[Latent]) -> str:
+    dead = len(result.sound.details) - len(latents)
+    recurring = sum(one.recurs for one in latents)
+    threshold = result.sound.metrics.get("stability", {}).get("recurring_threshold")
+    meaning = "" if threshold is None else f", with a cosine of at least {threshold:.3g} in every other seed"
+    left_out = f" {dead:,} that never fire on the held-out text are left out." if dead else ""
+    typical = mean(one.weakest for one in latents)
+    return (
+        f"{recurring:,} of {len(latents):,} latents recur{meaning}. Their weakest best match has a mean cosine of "
+        f"{typical:.3f}.{left_out}"
+    )
+
+
+def latent_cells(latent: Latent, seeds: int) -> list[str]:
+    matches = [
+        "" if match is None else f"{match} ({cosine:.3f})"
+        for match, cosine in zip(latent.matches, latent.cosines, strict=False)
+    ]
+    matches += [""] * (seeds - len(matches))
+    return [f"{latent.weakest:.3f}", *matches[:seeds], f"{latent.density:.2%}"]
+
+
+def histogram(latents: Sequence[Latent]) -> list[int]:
+    counts = [0] * BINS
+    for one in latents:
+        counts[min(int(one.weakest * BINS), BINS - 1)] += 1
+    return counts
+
+
+def bin_centres() -> list[float]:
+    return [(place + 0.5) / BINS for place in range(BINS)]
+
+
+def bin_labels(values: Sequence[float], what: str) -> list[str]:
+    """What pointing at a bin tells: how many latents, or which share of a system's."""
+    ranges = [f"{place / BINS:.2f} to {(place + 1) / BINS:.2f}" for place in range(BINS)]
+    return [
+        f"{where}: {value:,} {what}" if isinstance(value, int) else f"{what}: {where}, {value:.1%}"
+        for where, value in zip(ranges, values, strict=True)
+    ]
