@@ -84,7 +84,8 @@ def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> Stabi
     if not series:
         return None
     chart = Chart(CHART_TITLE, "absolute cosine of decoder rows", "share of the latents that fire", series)
-    lead = "Latents of all seeds of a system together. Latents that never fire on the held-out text are left out."
+    named = ", ".join(one.name for one in series)
+    lead = f"{named}: latents of all seeds of a system together, without those that never fire on the held-out text."
     return StabilityPart(lead, CHART_TITLE, draw_svg(chart, True, *CHART_SIZE))
 
 
