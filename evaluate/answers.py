@@ -19,7 +19,7 @@ from .compared_runs import ComparedRun
 from .control_shares import NOT_OF_FEATURES, is_control_of, number_of, share
 from .frontier import FRONTIER_NUMBERS, PUBLISHED_NUMBER, Number, best_rival, find_column, published_at
 from .metrics.base import MetricResult
-from .neighbours import Neighbours, more_seeds_command
+from .neighbours import RunsBeside, more_seeds_command
 from .rows import core_numbers, is_pca
 from .statistics import PairedComparison, default_margin, judge, prediction_interval
 
@@ -71,7 +71,7 @@ class Report(NamedTuple):
         return TABLE_HEADS, [line.cells() for line in self.lines]
 
 
-def answer_questions(near: Neighbours) -> Report:
+def answer_questions(near: RunsBeside) -> Report:
     """The five answers about a run, in the order in which a page has them."""
     run = near.run
     pca = nearest_pca(run, near.references)
@@ -112,7 +112,7 @@ def lines_against(run: ComparedRun, other: ComparedRun, numbers: Sequence[Number
     return [replace(line, system=other.name) for line in found if line is not None]
 
 
-def control_lines(near: Neighbours) -> list[AgainstLine]:
+def control_lines(near: RunsBeside) -> list[AgainstLine]:
     """The run against its best control in each summary number: what a control has of it at most."""
     controls = [one for one in near.references if is_control_of(one, near.run)]
     lines = []
@@ -125,7 +125,7 @@ def control_lines(near: Neighbours) -> list[AgainstLine]:
     return lines
 
 
-def frontier_lines(near: Neighbours) -> list[AgainstLine]:
+def frontier_lines(near: RunsBeside) -> list[AgainstLine]:
     """The run against the best other run of no more L0, by KL score and by EV. Other seeds of it are no rivals."""
     lines = []
     for number in FRONTIER_NUMBERS:
@@ -148,7 +148,7 @@ def nearest_pca(run: ComparedRun, references: Sequence[ComparedRun]) -> Compared
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def answer_pca(near: Neighbours, pca: ComparedRun | None, lines: Sequence[AgainstLine]) -> Answer:
+def answer_pca(near: RunsBeside, pca: ComparedRun | None, lines: Sequence[AgainstLine]) -> Answer:
     if core_numbers(near.run) is None:
         return not_measured(PCA, "Core has not been measured.", evaluate_command(near.run, "core"))
     if pca is None or not lines:
@@ -161,7 +161,7 @@ def answer_pca(near: Neighbours, pca: ComparedRun | None, lines: Sequence[Agains
     return with_untested(answer, near.run, lines)
 
 
-def answer_control(near: Neighbours, lines: Sequence[AgainstLine]) -> Answer:
+def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     run = near.run
     if run.is_control:
         return Answer(CONTROL, "is one itself")
@@ -193,7 +193,7 @@ def share_of(run: ComparedRun, line: AgainstLine) -> float | None:
     return share(*line.values, line.column, half)
 
 
-def answer_seed(near: Neighbours, lines: Sequence[AgainstLine]) -> Answer:
+def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     """Beside one other seed: their difference. Beside more: whether the run is where another seed is expected."""
     if len(near.seeds) == 1 and lines:
         verdict, is_good = conclude(lines)
@@ -221,7 +221,7 @@ def answer_seed(near: Neighbours, lines: Sequence[AgainstLine]) -> Answer:
     return Answer(SEED, {True: "above them", False: "below them", None: "above and below"}[is_good], numbers, is_good)
 
 
-def answer_stable(near: Neighbours) -> Answer:
+def answer_stable(near: RunsBeside) -> Answer:
     result = near.run.results.get("stability")
     if result is None:
         return missing_seeds(STABLE, near, "stability")
@@ -244,7 +244,7 @@ def answer_stable(near: Neighbours) -> Answer:
     )
 
 
-def answer_frontier(near: Neighbours, lines: Sequence[AgainstLine]) -> Answer:
+def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     run, ours = near.run, core_numbers(near.run)
     if ours is None:
         return not_measured(FRONTIER, "Core has not been measured.", evaluate_command(run, "core"))
@@ -349,7 +349,7 @@ def not_measured(question: str, remedy: str, command: str) -> Answer:
     return Answer(question, "not measured", remedy=remedy, command=command)
 
 
-def missing_seeds(question: str, near: Neighbours, suite: str) -> Answer:
+def missing_seeds(question: str, near: RunsBeside, suite: str) -> Answer:
     """That a number over seeds is missing: the other seeds are there, can be trained, or cannot."""
     run, folders = near.run, near.seed_folders
     if len(folders) > 1:

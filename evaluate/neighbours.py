@@ -18,7 +18,7 @@ MORE_SEEDS = 2  # that a command trains
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class RunsBeside:
     """What a run is seen beside.
 
     Attributes:
@@ -40,9 +40,9 @@ class Neighbours:
         return [self.run.folder, *(one.folder for one in self.seeds), *self.unmeasured]
 
 
-def find_neighbours(run: ComparedRun) -> Neighbours:
+def find_neighbours(run: ComparedRun) -> RunsBeside:
     """Read the references of a run and the runs in its folder. A warning names those that cannot be read."""
-    found = Neighbours(run, read_references([run]) if run.results else [])
+    found = RunsBeside(run, read_references([run]) if run.results else [])
     for folder in sorted(run.folder.resolve().parent.iterdir()):
         if folder == run.folder.resolve() or not (folder / "sae.json").exists():
             continue

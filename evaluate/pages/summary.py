@@ -9,7 +9,7 @@ from ..compare import ComparedSystem, Comparison, group_by_system
 from ..compare_charts import frontiers
 from ..compared_runs import ComparedRun
 from ..frontier import FRONTIER_NUMBERS, PUBLISHED_NUMBER, find_column
-from ..neighbours import Neighbours, find_neighbours
+from ..neighbours import RunsBeside, find_neighbours
 from .probes import METRIC as PROBES
 from .probes import probes_of_run
 from .stability import METRIC as STABILITY
@@ -36,7 +36,7 @@ def summary_section(run: ComparedRun) -> dict[str, Any]:
     }
 
 
-def frontier_charts(near: Neighbours) -> list[Chart]:
+def frontier_charts(near: RunsBeside) -> list[Chart]:
     """Core's numbers over L0: the run, those beside it, references and published SAEs. None if it is alone."""
     runs = [only_core(run) for run in (near.run, *near.seeds, *near.others)]
     references = [ComparedSystem(run.name, [only_core(run)]) for run in near.references if "core" in run.results]
