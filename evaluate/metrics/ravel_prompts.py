@@ -8,7 +8,7 @@ Shape suffixes: N prompts, S positions, K generated tokens.
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -273,6 +273,6 @@ def sample_pairs(
     return [(base, rng.choice(others[prompts[base].value])) for base in bases]
 
 
-def whole_batches(pairs: Sequence[FactPair], size: int) -> Iterable[Sequence[FactPair]]:
+def whole_batches(pairs: Sequence[FactPair], size: int) -> list[Sequence[FactPair]]:
     """Batches of `size` pairs; the last is left out if it is smaller, as in SAEBench."""
     return [pairs[start : start + size] for start in range(0, len(pairs) - size + 1, size)]

@@ -182,7 +182,8 @@ class Stability(Metric):
         cosine_SF = np.abs([pair.decoder.similarity_F for _, pair in seeds])
         random_cosines = np.abs([pair.decoder.similarity_F for pair in null])
         threshold = max(self.threshold, float(np.quantile(random_cosines, NULL_QUANTILE)))
-        recurs_F, alive_F = (cosine_SF >= threshold).all(0), latents.varies_F
+        recurs_F = np.asarray((cosine_SF >= threshold).all(0))
+        alive_F = latents.varies_F
         values = {
             "decoder_pw_mcc": [pair.decoder_mcc for _, pair in seeds],
             "decoder_pw_mcc_null": [pair.decoder_mcc for pair in null],
@@ -320,8 +321,10 @@ def latent_details(seeds: Sequence[NamedPair], recurs_F: np.ndarray, latents: La
         partner_FS = np.stack([one.partner_F for one in matchings], 1)
         value_FS = np.stack([one.similarity_F for one in matchings], 1)
         has_match_FS = (partner_FS >= 0) & ((value_FS != 0) | (name == "decoder"))
-        columns[f"{name}_match"] = np.where(has_match_FS, partner_FS.astype(object), None).tolist()
-        columns[f"{name}_{similarity}"] = np.where(has_match_FS, value_FS.round(6).astype(object), None).tolist()
+        for column, numbers_FS in (("match", partner_FS), (similarity, value_FS.round(6))):
+            entries_FS = numbers_FS.astype(object)
+            entries_FS[~has_match_FS] = None
+            columns[f"{name}_{column}"] = entries_FS.tolist()
     return [
         {"index": i, "density": round(float(density_F[i]), 10), "recurs": bool(recurs_F[i])}
         | {name: column[i] for name, column in columns.items()}

@@ -114,12 +114,12 @@ def fit_to_format(
     UsageError if it cannot be stored, naming the formats that can; a note is added about `approximate`.
     """
     if sae.layer_norm and not fmt.layer_norm:
-        able = ", ".join(other.name for other in Format.registry.values() if other.layer_norm)
+        named = ", ".join(other.name for other in Format.registry.values() if other.layer_norm)
         try:
             to_canonical(sae)
-            others = f"{able} can."
+            others = f"{named} can."
         except UsageError:  # not exactly in any format
-            others = f"No format can store it exactly; {able} can store the nearest topk, jumprelu or relu SAE "
+            others = f"No format can store it exactly; {named} can store the nearest topk, jumprelu or relu SAE "
             others += "(--approximate)."
         raise UsageError(
             f"{fmt.name} cannot store this SAE: it layer-normalizes each token (normalize=layer_norm), which cannot be "
