@@ -1,6 +1,7 @@
 """The charts of a comparison: every metric over L0 with published results, and the training curves."""
 
 import math
+import re
 import tomllib
 import warnings
 from collections.abc import Container, Sequence
@@ -87,9 +88,9 @@ def frontier_series(name: str, points: Sequence[tuple[float, float, float, str]]
 
 
 def series_name(system: ComparedSystem, comparison: Comparison) -> str:
-    """The recipe, with its width where widths differ; "pca" and "random" for references of any rank."""
+    """The recipe, with its width where widths differ; "pca" or "frozen-decoder" for references of any rank or L0."""
     if system.runs[0].is_reference:
-        return system.label.split("-")[0]
+        return re.sub(r"-\d.*", "", system.label)
     record = system.runs[0].record
     widths = {run.record.get("d_sae") for run in comparison.runs}
     width = f" {record['d_sae']}" if len(widths) > 1 and record.get("d_sae") else ""

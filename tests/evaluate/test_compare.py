@@ -221,6 +221,15 @@ def test_a_reference_far_from_the_saes_is_named_below_the_chart(tmp_path):
     assert [one.name for one in chart.series] == ["topk", "identity", "random"] and chart.note == ""
 
 
+def test_controls_of_different_recipes_are_different_series_and_those_of_one_are_one(tmp_path):
+    runs = [make_run(tmp_path, k=k, l0=float(k), kl=kl) for k, kl in ((16, 0.9), (32, 0.95))]
+    controls = references(
+        ("frozen-decoder-16", 16.0, 0.91), ("frozen-decoder-32-n64", 32.0, 0.93), ("frozen-encoder-32", 32.0, 0.94)
+    )
+    (chart,) = frontiers(replace(compare_runs(runs, references=False), references=controls))
+    assert [one.name for one in chart.series] == ["topk", "frozen-decoder", "frozen-encoder"]
+
+
 def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
     gemma = {"name": "google/gemma-2-2b", "revision": "1"}
 
