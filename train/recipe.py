@@ -178,7 +178,11 @@ class Recipe:
             return [f"--paper-exact changes nothing: {self.why_not_paper_exact}"]
         exact = self.paper_exact or {}
         settings = [(name, value, fault) for name, (value, fault) in exact.items() if name not in given]
-        return [f"warning, {name}={value} as in the paper: {fault}" for name, value, fault in settings]
+        notes = [f"warning, {name}={value} as in the paper: {fault}" for name, value, fault in settings]
+        if unscaled := [name for name in self.scaled_options if name not in given and name not in exact]:
+            names = ", ".join(unscaled)
+            notes.append(f"--paper-exact takes the paper's number for {names}, without scaling it to the run")
+        return notes
 
 
 def is_duration(name: str) -> bool:

@@ -131,7 +131,7 @@ def soft_frozen_decoder(
     aux: float = 1 / 32,
     aux_k: int | None = None,
 ) -> Variant:
-    """A control: `batchtopk` whose decoder rows stay close to their random start.
+    """A control: `batchtopk` with decoder rows near their random start.
 
     Rows start uniformly on the unit sphere; after each step a row that has turned too far is projected back.
 
