@@ -180,9 +180,10 @@ def test_a_plan_lists_scaled_and_ineffective_options(tiny_cache):
         return [line for line in shown.splitlines() if line.startswith("note ")]
 
     assert notes() == ["note     competition: k 100 at d_in 2304 -> 1 at 32"]
-    literal = notes("--paper-exact", "--set", "reduction=n")
+    *literal, unscaled = notes("--paper-exact", "--set", "reduction=n")
     assert [line.split("=")[0].split()[-1] for line in literal] == ["tau_on", "pair_store"]
     assert "warning, tau_on=lift as in the paper: chance is 1" in literal[0]
+    assert unscaled.endswith("--paper-exact takes the paper's number for k, without scaling it to the run")
 
 
 # --- train ----------------------------------------------------------------------------------------------------------
