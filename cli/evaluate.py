@@ -34,19 +34,19 @@ def evaluate(
     ] = "quick",
     tokens: Tokens = None,
     mode: Annotated[
-        str, typer.Option(help="Definitions: 0.6.0 (SAEBench now) or 2024-12 (behind the papers' numbers).")
+        str, typer.Option(help="Definitions of the numbers: 0.6.0 (SAEBench now) or 2024-12 (those of the papers).")
     ] = "0.6.0",
     model: Annotated[
         str | None,
         typer.Option(
-            help="Reject runs of any other model, or where its folder lies, if it has moved. Of a published SAE, the "
-            "model that its files do not name.",
+            help="Reject runs of any other model. Also gives the folder of a model that has moved, and the model of a "
+            "published SAE whose files do not name it.",
             rich_help_panel=INPUTS,
         ),
     ] = None,
     layer: Annotated[
         int | None,
-        typer.Option(min=0, help="Of a published SAE, the layer that its files do not name.", rich_help_panel=INPUTS),
+        typer.Option(min=0, help="The layer of a published SAE whose files do not name it.", rich_help_panel=INPUTS),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -78,7 +78,7 @@ def evaluate(
         typer.Option(
             "--controls",
             help="Train frozen controls of the runs once (a random decoder, one that stays near its start, a random "
-            "encoder), and add their rows: how much of each number they already have.",
+            "encoder). Add their rows, and the share of each number that they already have.",
         ),
     ] = False,
     dtype: Annotated[

@@ -265,7 +265,7 @@ def unit_notes(lines: Sequence[AgainstLine]) -> list[str]:
     if by_text := sorted(units - {SEED}):
         notes.append(
             f"Paired by {', '.join(by_text)}: one run of each system. A verdict is about these two SAEs on other text "
-            "of this kind; whether their recipes differ is not told by one seed."
+            "of this kind; one seed cannot tell whether their recipes differ."
         )
     few = sorted(
         {one.pairs for line in lines if (one := line.pairing.differences) and one.unit == SEED and one.pairs < 3}

@@ -156,7 +156,7 @@ def answer_pca(near: RunsBeside, pca: ComparedRun | None, lines: Sequence[Agains
     verdict, is_good = conclude(lines)
     answer = Answer(PCA, verdict, name_others(lines, "beside"), is_good)
     if any(line.l0_matters for line in lines):
-        remedy = "This PCA is not of its L0. Evaluated alone, the SAE gets one that is:"
+        remedy = "This PCA has another L0. Evaluate the SAE alone to get one with its L0:"
         return replace(answer, remedy=remedy, command=evaluate_command(near.run, "core"))
     return with_untested(answer, near.run, lines)
 
@@ -164,7 +164,7 @@ def answer_pca(near: RunsBeside, pca: ComparedRun | None, lines: Sequence[Agains
 def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     run = near.run
     if run.is_control:
-        return Answer(CONTROL, "is one itself")
+        return Answer(CONTROL, "it is a control itself")
     if not run.conditions:
         return Answer(
             CONTROL, "not known", ["It can have no control: the rows, steps or L0 of its training are unknown."]
@@ -183,7 +183,7 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     numbers = []
     for line, text in zip(shown, name_others(shown, "beside"), strict=True):
         part = share_of(run, line)
-        numbers.append(text if part is None else f"{text}, it has {part:.0%}")
+        numbers.append(text if part is None else f"{text}, the control has {part:.0%}")
     return with_untested(Answer(CONTROL, verdict, numbers, is_good), run, shown)
 
 
@@ -197,7 +197,7 @@ def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     """Beside one other seed: their difference. Beside more: whether the run is where another seed is expected."""
     if len(near.seeds) == 1 and lines:
         verdict, is_good = conclude(lines)
-        more = "One other seed does not tell how far seeds spread. Train more, then evaluate them together."
+        more = "One other seed does not show how much seeds differ. Train more, then evaluate them together."
         command = more_seeds_command(near.run)
         numbers = name_others(lines, "beside")
         return Answer(SEED, verdict, numbers, is_good, more if command else "", command)
@@ -216,7 +216,7 @@ def answer_seed(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     if not numbers:
         return missing_seeds(SEED, near, "core")
     if not any(sides):
-        return Answer(SEED, "as expected of one", numbers)
+        return Answer(SEED, "like the other seeds", numbers)
     is_good = True if min(sides) >= 0 else False if max(sides) <= 0 else None
     return Answer(SEED, {True: "above them", False: "below them", None: "above and below"}[is_good], numbers, is_good)
 
@@ -337,7 +337,7 @@ def with_untested(answer: Answer, run: ComparedRun, lines: Sequence[AgainstLine]
         return answer
     suite = ",".join(dict.fromkeys(line.metric for line in lines))
     controls = " --controls" if answer.question == CONTROL else ""
-    remedy = "Some results are of an earlier version, which kept nothing to test with:"
+    remedy = "An earlier version measured some results and kept too little to test them. Measure again:"
     return replace(answer, remedy=remedy, command=f"{evaluate_command(run, suite)} --force{controls}")
 
 
@@ -360,4 +360,4 @@ def missing_seeds(question: str, near: RunsBeside, suite: str) -> Answer:
         suite = "" if suite == "core" else f" with --suite {suite}"
         remedy = f"No other seed is beside it. Train some, then evaluate them together{suite}."
         return not_measured(question, remedy, command)
-    return Answer(question, "not known", ["Its training is not known well enough to repeat it with another seed."])
+    return Answer(question, "not known", ["Too little is known of its training to repeat it with another seed."])

@@ -95,7 +95,7 @@ def control_notes(run: MeasuredRun, rows: Iterable[MeasuredRun]) -> list[str]:
     if matched:
         notes.append(
             f"{run.name} is no better than a control with random features in {'; '.join(matched)}. "
-            "There it shows nothing that training its features has brought."
+            "These numbers do not show that training its features has brought anything."
         )
     return [*notes, *unlike_l0(run, controls)]
 
@@ -130,6 +130,6 @@ def unlike_l0(run: MeasuredRun, controls: Iterable[MeasuredRun]) -> Iterator[str
         theirs = core_numbers(control)
         if ours and theirs and not theirs[0] / NEAR_L0 <= ours[0] <= theirs[0] * NEAR_L0:
             yield (
-                f"{control.name} has L0 {theirs[0]:.1f} on this text and {run.name} {ours[0]:.1f}: its share counts "
-                "the difference too."
+                f"{control.name} has L0 {theirs[0]:.1f} on this text and {run.name} {ours[0]:.1f}: the shares "
+                "include the effect of that difference."
             )

@@ -173,7 +173,7 @@ class Autointerp(Metric):
         rows_RS = rows.ids
         if not len(rows_RS):
             raise UsageError(f"The held-out text has less than one row of {self.context} tokens. Harvest more of it.")
-        not_trained = UsageError("Autointerp explains trained latents; references without training have none.")
+        not_trained = UsageError("Autointerp explains trained latents, and a reference that was not trained has none.")
         outcomes: list[Outcome] = [not_trained] * len(targets)
         indices = [i for i, target in enumerate(targets) if is_explained(target)]
         trained = [targets[i] for i in indices]
@@ -258,9 +258,12 @@ class Autointerp(Metric):
 
     def flags(self, entries: dict[str, Any], drawn: int, tokens: int, judge: Judge | None) -> Iterator[str]:
         if drawn < self.latents:
-            yield f"{drawn} latents fire on more than {self.dead_latent_threshold} tokens, fewer than {self.latents}."
+            yield (
+                f"{drawn} latents fire on more than {self.dead_latent_threshold} tokens, fewer than the {self.latents} "
+                "asked for."
+            )
         if tokens < self.tokens // self.context * self.context:
-            yield f"The held-out text has {tokens:,} tokens, fewer than {self.tokens:,}."
+            yield f"The held-out text has {tokens:,} tokens, fewer than the {self.tokens:,} asked for."
         if len(entries) < drawn:
             yield f"{drawn - len(entries)} latents have too few separate passages and are left out."
         if judge is None:
@@ -309,6 +312,7 @@ def balanced_flags(
         )
     if interval[0] <= CHANCE <= interval[1]:
         yield (
-            f"{score}: the 95 % interval, {interval[0]:.3f} to {interval[1]:.3f}, holds {CHANCE}, which a judge that "
-            "guesses has: the judge is too weak, its explanations say nothing, or too few latents were asked about."
+            f"{score}: the 95 % interval, {interval[0]:.3f} to {interval[1]:.3f}, contains {CHANCE}, the score of a "
+            "judge that guesses: the judge is too weak, its explanations say nothing, or too few latents were asked "
+            "about."
         )

@@ -254,7 +254,7 @@ def require_comparable(targets: Sequence[EvalTarget], system: Sequence[int], row
     widths = {len(targets[place].sae.W_dec): targets[place].name for place in system}  # type: ignore[attr-defined]
     if len(widths) > 1:
         shown = ", ".join(f"{name} has {width:,}" for width, name in widths.items())
-        raise UsageError(f"Seeds of one system have as many latents each, but {shown}.")
+        raise UsageError(f"All seeds of one system must have the same number of latents, but {shown}.")
     if not rows.tokens:
         raise SaeError(
             "The held-out text has no token to compare latents on: all are special tokens or outlier rows. Harvest "
@@ -304,7 +304,7 @@ def stability_flags(
     if (dead := 1 - metrics["frac_alive"]) > MANY_DEAD:
         flags.append(
             f"{dead:.0%} of the latents do not vary on these tokens. The activation PW-MCC leaves them out; the "
-            f"decoder PW-MCC counts their rows; over the others it is {metrics['decoder_pw_mcc_alive']:.3f}."
+            f"decoder PW-MCC counts their rows, and is {metrics['decoder_pw_mcc_alive']:.3f} without them."
         )
     return flags
 

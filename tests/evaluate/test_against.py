@@ -86,7 +86,7 @@ def test_one_run_each_is_paired_by_document(tmp_path):
     assert line.cells()[4] == "4 documents" and line.pairing.differences.mean == pytest.approx(0.02)
     assert line.finding.detectable == pytest.approx(detectable_difference(line.pairing.differences.sd, 4))
     assert line.verdict == "better"
-    assert any("whether their recipes differ is not told by one seed" in note for note in found.notes)
+    assert any("one seed cannot tell whether their recipes differ" in note for note in found.notes)
 
 
 def test_one_seed_in_common_is_paired_by_document_too(tmp_path):

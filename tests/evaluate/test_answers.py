@@ -159,8 +159,8 @@ def test_the_best_control_counts_and_its_share_is_told(runs, home):
     answer = answers_of(run)[CONTROL]
     assert (answer.verdict, answer.is_good) == ("yes", True)
     ev, kl = answer.numbers
-    assert ev.startswith("beside frozen-decoder-32: EV") and ev.endswith(", it has 75%")  # 0.6 / 0.8
-    assert kl.startswith("beside frozen-encoder-32: KL") and kl.endswith(", it has 80%")  # 0.72 / 0.9
+    assert ev.startswith("beside frozen-decoder-32: EV") and ev.endswith(", the control has 75%")  # 0.6 / 0.8
+    assert kl.startswith("beside frozen-encoder-32: KL") and kl.endswith(", the control has 80%")  # 0.72 / 0.9
 
 
 def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
@@ -168,11 +168,11 @@ def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
     make_reference(home, "frozen-decoder-32", 32.0, 0.9, 0.8, conditions_of(run))
     answer = answers_of(run)[CONTROL]
     assert answer.verdict == "same in every pair" and answer.is_good is None
-    assert all("it has 100%" in number for number in answer.numbers)
+    assert all("the control has 100%" in number for number in answer.numbers)
 
 
 def test_a_control_is_not_compared_with_controls(runs):
-    assert answers_of(make_run(runs / "one", variant="frozen-decoder"))[CONTROL].verdict == "is one itself"
+    assert answers_of(make_run(runs / "one", variant="frozen-decoder"))[CONTROL].verdict == "it is a control itself"
 
 
 def test_a_run_of_unknown_training_has_neither_controls_nor_seeds(runs):
@@ -185,7 +185,7 @@ def test_a_run_of_unknown_training_has_neither_controls_nor_seeds(runs):
 
 @pytest.mark.parametrize(
     ("kl", "verdict", "is_good"),
-    [(0.9, "as expected of one", None), (0.97, "above them", True), (0.8, "below them", False)],
+    [(0.9, "like the other seeds", None), (0.97, "above them", True), (0.8, "below them", False)],
 )
 def test_a_run_is_seen_beside_the_spread_of_its_other_seeds(runs, kl, verdict, is_good):
     others = [0.89, 0.9, 0.91]

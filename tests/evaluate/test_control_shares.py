@@ -133,7 +133,7 @@ def test_a_control_of_another_l0_on_the_text_is_named() -> None:
     for l0, count in ((29.2, 0), (35.1, 0), (28.9, 1), (35.3, 1)):
         found = control_notes(run, [control("c", l0=l0, ev=0.1)])
         assert len(found) == count, l0
-    assert found == ["c has L0 35.3 on this text and topk 32.0: its share counts the difference too."]
+    assert found == ["c has L0 35.3 on this text and topk 32.0: the shares include the effect of that difference."]
 
 
 def write_run(folder: Path, log: list[float] | None = None, **changes: object) -> Path:

@@ -265,7 +265,7 @@ def test_what_cannot_be_compared_says_why(tiny_cache):
     asked = {"cache": tiny_cache, "layer": 0, "suite": "stability", "references": False, "device": "cpu"}
     pairs: list[tuple[Sequence, str]] = [
         ((Half(), make_sae(0)), "Half has no W_dec"),
-        ((make_sae(0), make_sae(1, latents=40)), "as many latents each, but one has 48, other has 40"),
+        ((make_sae(0), make_sae(1, latents=40)), "the same number of latents, but one has 48, other has 40"),
     ]
     for saes, sentence in pairs:
         with pytest.raises((UsageError, sae.SaeError), match=sentence):
