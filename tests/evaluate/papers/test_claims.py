@@ -237,6 +237,19 @@ def test_the_last_printed_digit_is_that_of_the_paper():
     assert Claim("", "", "0.9, or 0.900", value=0.9).rounding == pytest.approx(0.0005)  # the more exact of the two
 
 
+def test_what_is_claimed_is_shown_with_its_unit_and_an_equivalence_with_its_margin():
+    assert claim_of("ev", "004").claimed == "90.2 %"
+    assert claim_of("l0-change", "004").claimed == "5.4 x"
+    assert claim_of("l0", "004").claimed == "1735"
+    assert claim_of("ev-merging", "004").claimed == "equal, within 0.8 pp"
+    assert claim_of("stability", "003").claimed == "equal"  # no metric, so no margin
+    assert claim_of("absorption-static", "004").claimed == "less"
+
+
+def test_the_better_direction_is_that_of_the_metric():
+    assert [claim_of(one, "004").better for one in ("ev", "kl", "mse", "l0")] == ["up", "down", "down", ""]
+
+
 def test_what_was_never_trained_is_known():
     steps = {paper.number: (paper.setup.steps, paper.setup.peak_reached) for paper in ALL}
     assert steps["000"] == (100_000 // 125, False)
