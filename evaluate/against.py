@@ -41,7 +41,7 @@ class AgainstLine:
         values: of the system and of the base: means over their seeds.
         l0: of the system and of the base, if they were measured.
         l0_shift: by how much their L0 alone moves the number, by a slope; None without a slope.
-        is_control: the system is a control, whose features are random.
+        is_control: the system is a control, a part of which kept its random start.
         l0_matters: that is enough to be detected, or half of the difference; without a slope: L0 differs by over 10 %.
     """
 
@@ -81,7 +81,7 @@ class AgainstLine:
             reason = self.pairing.reason or "every difference is the same"
             words.append(f"({reason})")
         if self.is_control and found.verdict in ("better", "equivalent"):
-            words.append("(a control with random features)")
+            words.append("(a control)")
         return " ".join(words) + (", at another L0" if self.l0_matters else "")
 
     def cells(self) -> list[str]:

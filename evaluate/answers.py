@@ -34,7 +34,7 @@ PCA, CONTROL, SEED, STABLE, FRONTIER = (
 )
 EXPLAINED = {
     PCA: "A PCA with as many components as the SAE has latents per token, fitted on the same activations.",
-    CONTROL: "The same training with a decoder or encoder that keeps its random start.",
+    CONTROL: "BatchTopK of the same width, L0 and length, whose decoder or encoder keeps its random start.",
     SEED: "The runs that differ from this one only by seed.",
     STABLE: "PW-MCC: the mean similarity of latents and their best matches in another seed, matched one to one.",
     FRONTIER: "No other SAE is better with as many latents per token or fewer.",
@@ -227,21 +227,21 @@ def answer_stable(near: RunsBeside) -> Answer:
         return missing_seeds(STABLE, near, "stability")
     metrics = result.sound.metrics.get("stability", {})
     others = result.n.get("other_seeds", 0)
-    numbers, above = [f"in each of {others} other seeds" if others > 1 else "in the other seed"], []
+    numbers, at_chance = [f"in each of {others} other seeds" if others > 1 else "in the other seed"], []
     for what in ("decoder", "activation"):
         value, null = metrics.get(f"{what}_pw_mcc"), metrics.get(f"{what}_pw_mcc_null")
         if value is not None:
             chance = "" if null is None else f", random {null:.3f}"
             numbers.append(f"{what} PW-MCC {value:.3f}{interval_of(result, f'{what}_pw_mcc')}{chance}")
             ceiling = (result.sound.intervals.get("stability", {}).get(f"{what}_pw_mcc_null") or [null, null])[1]
-            above.append(ceiling is None or value > ceiling)
+            at_chance += [] if ceiling is None or value > ceiling else [f"{what} PW-MCC"]
     recurring = metrics.get("recurring")
     if recurring is None:
         return Answer(STABLE, "not known", numbers[1:])
     verdict = f"{recurring:.0%} of latents recur"
-    return Answer(
-        STABLE, verdict if all(above) else f"{verdict}, no more than chance", numbers, None if all(above) else False
-    )
+    if at_chance:
+        return Answer(STABLE, f"{verdict}; {' and '.join(at_chance)} no more than chance", numbers, False)
+    return Answer(STABLE, verdict, numbers)
 
 
 def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
@@ -268,6 +268,8 @@ def answer_frontier(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
         return with_untested(Answer(FRONTIER, f"not tested {at}", numbers), run, lines)
     if behind:
         return Answer(FRONTIER, f"behind {at}" if behind == len(lines) else f"partly behind {at}", numbers, False)
+    if verdicts["not distinguishable"]:
+        return Answer(FRONTIER, f"not told from the best {at}", numbers)
     return Answer(FRONTIER, f"on it {at}", numbers, True)
 
 
@@ -301,8 +303,8 @@ def conclude(lines: Sequence[AgainstLine]) -> tuple[str, bool | None]:
     if better or worse:
         parts = [f"better in {better}" if better else "", f"worse in {worse}" if worse else ""]
         return f"{' and '.join(filter(None, parts))} of {every}{at}", False if worse else None
-    (verdict, _), *_ = Counter({one: count for one, count in found.items() if one != "not tested"}).most_common(1)
-    return f"{verdict}{at}", None
+    verdicts = {verdict for verdict in found if verdict != "not tested"}
+    return f"{verdicts.pop() if len(verdicts) == 1 else 'not distinguishable'}{at}", None
 
 
 def describe(line: AgainstLine) -> str:

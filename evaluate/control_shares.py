@@ -24,7 +24,7 @@ def share(run: float, control: float, column: MetricColumn, half: float = 0.0) -
     None where lower is better or the number has no floor, and where the run itself is not above the floor by more than
     `half`, half its 95 % interval: a share of nothing would be any number.
     """
-    if column.better != "up" or column.floor is None or not run - column.floor > max(half, 1e-12):
+    if column.better != "up" or column.floor is None or not column.shared or not run - column.floor > max(half, 1e-12):
         return None
     return (control - column.floor) / (run - column.floor)
 
@@ -94,8 +94,8 @@ def control_notes(run: MeasuredRun, rows: Iterable[MeasuredRun]) -> list[str]:
     notes = []
     if matched:
         notes.append(
-            f"{run.name} is no better than a control with random features in {'; '.join(matched)}. "
-            "These numbers do not show that training its features has brought anything."
+            f"{run.name} cannot be told from a control, or is below it, in {'; '.join(matched)}. A control keeps part "
+            "of its random start, so these numbers do not show that training that part has brought anything."
         )
     return [*notes, *unlike_l0(run, controls)]
 

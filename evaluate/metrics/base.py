@@ -108,6 +108,7 @@ class MetricColumn:
     better: str = ""  # "up", "down", or "" if neither is better
     floor: float | None = None  # smallest value; where higher is better, that of chance or of a useless SAE
     ceiling: float | None = None  # largest value; where lower is better, the worst
+    shared: bool = True  # whether a control has a share of it: whether the floor is what an SAE without features gets
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,9 @@ class Ravel(Metric):
     type_id = "ravel"
     title = "RAVEL (cause: the attribute changes; isolation: the others stay)"
     columns = (
-        MetricColumn("disentangle", "ravel", "disentanglement_score", ".4f", "up", 0, 1),
-        MetricColumn("cause", "ravel", "cause_score", ".4f", "up", 0, 1),
-        MetricColumn("isolation", "ravel", "isolation_score", ".4f", "up", 0, 1),
+        MetricColumn("disentangle", "ravel", "disentanglement_score", ".4f", "up", 0.5, 1),
+        MetricColumn("cause", "ravel", "cause_score", ".4f", "up", 0, 1, shared=False),
+        MetricColumn("isolation", "ravel", "isolation_score", ".4f", "up", 0, 1, shared=False),
     )
 
     unit = "attribute"

@@ -88,12 +88,12 @@ class Stability(Metric):
     saebench_rows = False
     title = "stability: what the other seeds find again (PW-MCC; null: random dictionaries)"
     columns = (
-        MetricColumn("decoder PW-MCC", "stability", "decoder_pw_mcc", ".3f", "up", 0, 1),
+        MetricColumn("decoder PW-MCC", "stability", "decoder_pw_mcc", ".3f", "up", 0, 1, shared=False),
         MetricColumn("null", "stability", "decoder_pw_mcc_null", ".3f"),
-        MetricColumn("activation PW-MCC", "stability", "activation_pw_mcc", ".3f", "up", 0, 1),
+        MetricColumn("activation PW-MCC", "stability", "activation_pw_mcc", ".3f", "up", 0, 1, shared=False),
         MetricColumn("null", "stability", "activation_pw_mcc_null", ".3f"),
         MetricColumn("recurring", "stability", "recurring", ".3f", "up", 0, 1),
-        MetricColumn("alive", "stability", "frac_alive", ".3f", "up", 0, 1),
+        MetricColumn("alive", "stability", "frac_alive", ".3f", "up", 0, 1, shared=False),
     )
 
     def settings(self, ctx: EvalContext) -> dict[str, Any]:

@@ -274,4 +274,4 @@ def test_a_control_is_not_called_better_without_saying_that_it_is_one(tmp_path):
     control = next(system for system in found.systems if system.label == "frozen")
     frozen = replace(control, runs=[replace(run, is_control=True) for run in control.runs])
     systems = [frozen if system is control else system for system in found.systems]
-    assert kl_line(replace(found, systems=systems), "topk").verdict == "better (a control with random features)"
+    assert kl_line(replace(found, systems=systems), "topk").verdict == "better (a control)"

@@ -6,10 +6,13 @@ import pytest
 
 from sae.common.files import digest_of
 from sae.common.schemas import RUN_RECORD
-from sae.evaluate.answers import CONTROL, FRONTIER, PCA, SEED, STABLE, answer_questions
+from sae.evaluate.against import AgainstLine
+from sae.evaluate.answers import CONTROL, FRONTIER, PCA, SEED, STABLE, answer_questions, conclude
 from sae.evaluate.compared_runs import read_run
+from sae.evaluate.metrics.base import MetricColumn
 from sae.evaluate.neighbours import find_neighbours, measured_alike, more_seeds_command
-from sae.evaluate.statistics import mean_interval, prediction_interval
+from sae.evaluate.paired import Pairing
+from sae.evaluate.statistics import Finding, mean_interval, prediction_interval
 
 from ..run_records import change_record, write_result_record, write_run_record, write_sae_record
 
@@ -242,7 +245,7 @@ def test_stability_stands_beside_chance(runs):
     assert answer.numbers[:2] == ["in each of 2 other seeds", "decoder PW-MCC 0.620 (0.600 to 0.640), random 0.200"]
     write_stability(run, null_high=0.7)
     answer = answers_of(run)[STABLE]
-    assert (answer.verdict, answer.is_good) == ("42% of latents recur, no more than chance", False)
+    assert (answer.verdict, answer.is_good) == ("42% of latents recur; decoder PW-MCC no more than chance", False)
 
 
 @pytest.mark.parametrize(
@@ -328,3 +331,22 @@ def test_answers_are_the_same_from_any_folder(runs, monkeypatch):
     from pathlib import Path
 
     assert answers_of(Path("."))[FRONTIER].verdict == whole
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "answer"),
+    [
+        (["equivalent", "equivalent"], "equivalent"),
+        (["equivalent", "not distinguishable"], "not distinguishable"),
+        (["not distinguishable", "not tested"], "not distinguishable"),
+        (["better", "better"], "yes"),
+        (["better", "not distinguishable"], "better in 1 of 2"),
+        (["not tested"], "not tested"),
+    ],
+)
+def test_several_verdicts_are_called_equivalent_only_if_all_are(verdicts, answer):
+    column = MetricColumn("EV", "c", "n", better="up", floor=0, ceiling=1)
+    lines = [
+        AgainstLine("other", "core", column, (0.5, 0.5), Pairing(None), None, Finding(verdict)) for verdict in verdicts
+    ]
+    assert conclude(lines)[0] == answer

@@ -34,6 +34,9 @@ def test_there_is_no_share_of_what_is_not_above_a_floor() -> None:
     assert share(0.9, 0.7, DOWN) is None
     assert share(0.9, 0.7, MetricColumn("one", "c", "n", better="up")) is None
     assert share(0.9, 0.7, MetricColumn("one", "c", "n", floor=0.5)) is None
+    assert share(0.9, 0.7, MetricColumn("one", "c", "n", better="up", floor=0.5, shared=False)) is None
+    columns = [column for name in ("ravel", "stability") for column in METRICS[name].columns]
+    assert {one.name for one in columns if one.better and one.shared} == {"disentanglement_score", "recurring"}
 
 
 def row(
@@ -117,7 +120,7 @@ def test_a_control_that_is_as_good_or_better_is_named_with_both_numbers() -> Non
     run = row("topk", l0=32, ev=0.80, ev_half=0.03, kl=0.20, k1=0.70, alive=0.9, llm=0.8)
     near = control("near", l0=32, ev=0.751, ev_half=0.04, kl=0.21, k1=0.60, alive=1.0, llm=0.8)
     (note,) = control_notes(run, [run, near])
-    assert note.startswith("topk is no better than a control with random features in core EV (0.8000; near 0.7510). ")
+    assert note.startswith("topk cannot be told from a control, or is below it, in core EV (0.8000; near 0.7510). ")
     far = control("far", l0=32, ev=0.749, ev_half=0.04, kl=0.21, k1=0.60)
     assert control_notes(run, [run, far]) == []
     better = control("better", l0=32, ev=0.9, kl=0.20, k1=0.70)
