@@ -103,7 +103,7 @@ def paper_exact_lines(recipe: "Recipe") -> Iterator[str]:
     if scaled := recipe.scaled_options:
         yield from wrapped(f"Uses the paper's number for {', '.join(scaled)}, without scaling it to the run.", 2)
     if "k" in scaled:
-        yield from wrapped("A k above the number of latents (--width) is scaled to d_in all the same.", 2)
+        yield from wrapped("A k above the number of latents (--width) is scaled to d_in even then.", 2)
 
 
 def show_value(value: Any) -> str:

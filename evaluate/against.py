@@ -294,8 +294,8 @@ def l0_notes(lines: Sequence[AgainstLine], base: str, slopes: Slopes) -> list[st
         if moved:
             (source, *_) = [slope.source for line in some if (slope := slopes[line.metric, line.column]) is not None]
             notes.append(
-                f"{at}. That alone moves {', '.join(moved)} (slope over log L0 of {source}): enough to be detected, or "
-                "half of the difference. Compare at equal L0 (sae train --l0)."
+                f"{at}. By the slope over log L0 of {source}, that would move {', '.join(moved)}: enough to be "
+                "detected, or half of the difference. Compare at equal L0 (sae train --l0)."
             )
         if len(moved) < len(some):
             notes.append(

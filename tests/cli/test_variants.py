@@ -58,7 +58,7 @@ def test_a_page_says_what_paper_exact_does_and_where_it_does_nothing() -> None:
     page = output_of("competition")
     assert "  tau_on=lift\n      warning: chance is 1 on the scale of c and tau is 0.6" in page
     assert "Uses the paper's number for k, without scaling it to the run." in page
-    assert "A k above the number of latents (--width) is scaled to d_in all the same." in page
+    assert "A k above the number of latents (--width) is scaled to d_in even then." in page
     assert "A k above" not in output_of("progressive")
 
 

@@ -214,7 +214,7 @@ def test_a_slope_over_l0_comes_from_within_recipes(tmp_path):
     assert by_system["topk k=16"].l0_shift == pytest.approx(-0.1) and by_system["topk k=16"].l0_matters
     assert not by_system["gated"].l0_matters  # L0 33 moves it by 0.004 of a difference of 0.2
     note = next(note for note in found.notes if note.startswith("topk k=16 has L0 16.0, topk k=32 32.0."))
-    assert "KL score ↑ by -0.1000 (slope over log L0 of topk at L0 16, 32, 64)" in note
+    assert "By the slope over log L0 of topk at L0 16, 32, 64, that would move KL score ↑ by -0.1000" in note
     assert [note.split(" has ")[0] for note in found.notes if " has L0 " in note] == ["topk k=16", "topk k=64"]
 
 
