@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.device import copy_to_device
 from ..common.errors import UsageError
 from .batch_order import BatchOrder, Span
 from .layout import ArraySpec
@@ -234,7 +235,10 @@ class ResidentLoader:
         torch.cat(parts, out=buffer)
         outliers, replacements = self._outliers.replacements(spans)
         if len(outliers):
-            buffer[torch.from_numpy(outliers)] = buffer[torch.from_numpy(replacements)]
+            target, source = (
+                copy_to_device(torch.from_numpy(rows), buffer.device) for rows in (outliers, replacements)
+            )
+            buffer[target] = buffer[source]
         self.batch += 1
         return buffer
 

@@ -39,6 +39,17 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
 
 
+def copy_to_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on a device, through pinned memory where that is a GPU.
+
+    The copy is queued behind what the GPU is doing. `Tensor.to` from pageable memory would wait until all of it is
+    done, and leave the GPU idle until the next work is queued.
+    """
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def empty_gpu_cache(device: torch.device | str) -> None:
     """Return the memory that torch's allocator caches to the GPU; does nothing on a CPU."""
     if torch.device(device).type == "cuda":

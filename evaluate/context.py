@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cache.context_format import ContextFormat
 from ..cache.contexts import Contexts
 from ..cache.models import model_label
+from ..common.device import copy_to_device
 from ..common.special_tokens import added_bos_id, bos_or_eos_id, special_token_ids
 from ..common.tokenizers import check_embedded
 from ..harvest.model import LanguageModel
@@ -151,4 +152,4 @@ class EvalContext:
                 counted &= torch.from_numpy(part.rows[:, : ids.shape[1]])
             document = torch.from_numpy(part.document.astype(np.int64))
             device = self.model.device
-            yield ContextBatch(ids.to(device), is_token.to(device), counted.to(device), document)
+            yield ContextBatch(*(copy_to_device(part, device) for part in (ids, is_token, counted)), document)

@@ -17,7 +17,7 @@ import torch
 from ..cache.contexts import Contexts
 from ..cache.layout import Hook, Layout
 from ..cache.writer import CacheWriter, WindowRows
-from ..common.device import empty_gpu_cache
+from ..common.device import copy_to_device, empty_gpu_cache
 from ..common.environment import source_revision
 from ..common.errors import Interrupted, SaeError, UnavailableError
 from .device_copy import DeviceCopy, out_of_memory
@@ -199,16 +199,16 @@ class WindowComputer:
         Returns the number of its rows in the window, which holds these `rows`.
         """
         longest = int(self.contexts.length[batch].max())
-        ids_NS = torch.from_numpy(self.contexts.ids[batch, :longest].astype(np.int64)).to(self.model.device)
+        ids_NS = torch.from_numpy(self.contexts.ids[batch, :longest].astype(np.int64))
         context, position = np.nonzero(self.kept_NS[batch, :longest])
         # A context at the edge of the window belongs to two windows; only its rows in this one are kept.
         number = self.rows_before[batch.start] + np.arange(len(context))
         inside = (number >= rows.start) & (number < rows.stop)
         context, position = context[inside], position[inside]
         target = slot[: len(context)]
-        flat = torch.from_numpy(context * longest + position).to(self.model.device)
+        flat = copy_to_device(torch.from_numpy(context * longest + position), self.model.device)
         hooks = [Hook.from_array(name) for name in arrays if name not in ORIGINS]
-        captured = self.model.capture_hooks(ids_NS, hooks)
+        captured = self.model.capture_hooks(copy_to_device(ids_NS, self.model.device), hooks)
         x_TD = {hook.array: captured[hook].flatten(0, 1)[flat].to(torch.bfloat16) for hook in hooks}
         self.device_copy.send(x_TD, target, arrays)
         arrays["row_ctx"][target], arrays["row_pos"][target] = batch.start + context, position

@@ -66,8 +66,10 @@ class KeptLatents(NamedTuple):
             len(self.selected.token_start_B),
             len(self.selected.latent_start_F),
         )
-        end_G = torch.tensor(list(accumulate(sizes)), device=latent_N.device)
-        section_N = torch.searchsorted(end_G, latent_N, right=True)
+        # The ends stay numbers of the host: as a tensor they would have to be copied to the GPU in every step.
+        section_N = torch.zeros_like(latent_N)
+        for end in accumulate(sizes[:-1]):
+            section_N += latent_N >= end
         flat_index_N, latent_order_N = ((section_N * tokens + token_N) * d_sae + latent_N).sort()
         return KeptLatents(self.value_N[latent_order_N], SelectedLatents.of(flat_index_N, len(sizes) * tokens, d_sae))
 

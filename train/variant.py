@@ -118,8 +118,9 @@ class Variant(nn.Module):
     def set_normalization(self, mean_D: Tensor, mean_square_norm: float, sample_ND: Tensor | None = None) -> None:
         """Set the constants of normalization from the mean row and E|x|^2 of the cache. Checkpoints hold them.
 
-        `sample_ND` are the first raw rows of the run, where something `reads_rows`: normalize=standardize takes their
-        mean and standard deviation, and mechanisms start from them. Without rows such a mechanism does nothing.
+        `sample_ND` are the first raw rows of the run, on any device, where something `reads_rows`:
+        normalize=standardize takes their mean and standard deviation, and mechanisms start from them. Without rows such
+        a mechanism does nothing.
         """
         settings, square = self.optimization, mean_square_norm
         if settings.normalize == "standardize":
@@ -139,7 +140,7 @@ class Variant(nn.Module):
             self.sae.b_dec.data.copy_(start_D)
         for mechanism in self.mechanisms:
             if mechanism.reads_rows and sample_ND is not None:
-                mechanism.start_from_rows(self.sae, self.normalize(sample_ND))
+                mechanism.start_from_rows(self.sae, self.normalize(sample_ND.to(self.mean_D.device)))
 
     def normalize(self, x_BD: Tensor) -> Tensor:
         """Raw activations (B, d_in) as the SAE in training sees them, in float32."""

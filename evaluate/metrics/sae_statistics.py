@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.device import copy_to_device
 from ...train.sae import SAE
 from .base import EvalTarget, reconstruct
 
@@ -125,7 +126,7 @@ class SAEStatistics:
         if self.paired is None:
             generator = torch.Generator().manual_seed(0)
             sample = torch.randperm(f_TF.shape[1], generator=generator)[:PAIRED_LATENTS]
-            self.paired = sample.sort().values.to(f_TF.device)
+            self.paired = copy_to_device(sample.sort().values, f_TF.device)
         paired_TF = f_TF[:, self.paired] if len(self.paired) < f_TF.shape[1] else f_TF
         if gram_FF is None:
             gram_FF = f_TF.new_zeros(len(self.paired), len(self.paired))
@@ -257,7 +258,7 @@ def gram_cosines(gram_FF: Tensor) -> Tensor:
 
 def upper_triangle(matrix_FF: Tensor) -> Tensor:
     """The entries above the diagonal: every pair once."""
-    return matrix_FF[tuple(torch.triu_indices(len(matrix_FF), len(matrix_FF), 1))]
+    return matrix_FF[tuple(torch.triu_indices(len(matrix_FF), len(matrix_FF), 1, device=matrix_FF.device))]
 
 
 def distribution(values: Tensor) -> dict[str, float]:
@@ -296,7 +297,8 @@ def decoder_geometry(W_dec_FD: Tensor) -> dict[str, float]:
     that their lengths do not matter.
     """
     unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
-    sample_FD = unit_FD[torch.randperm(len(unit_FD), generator=torch.Generator().manual_seed(0))[:PAIRED_LATENTS]]
+    sample = torch.randperm(len(unit_FD), generator=torch.Generator().manual_seed(0))[:PAIRED_LATENTS]
+    sample_FD = unit_FD[copy_to_device(sample, unit_FD.device)]
     share = torch.linalg.eigvalsh((unit_FD.T @ unit_FD).double()).clamp(min=0).sqrt()
     share = share / share.sum()
     cosines = distribution(upper_triangle(sample_FD @ sample_FD.T).abs()) if len(sample_FD) > 1 else {}
@@ -312,7 +314,7 @@ def largest_other_cosine(rows_FD: Tensor, block: int = 4096) -> Tensor:
     largest = []
     for start in range(0, len(unit), block):
         cosine = unit[start : start + block] @ unit.T
-        cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -torch.inf
+        cosine.diagonal(start).fill_(-torch.inf)  # of each row with itself
         largest.append(cosine.amax(1))
     return torch.cat(largest)
 

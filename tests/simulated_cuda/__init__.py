@@ -1,0 +1,14 @@
+"""A GPU for machines without one: tensors that say they are on cuda:0 and hold real values in the memory of the CPU.
+
+It proves what does not depend on a GPU's arithmetic: that tensors of two devices never meet, that the host waits for
+nothing inside a step, that copies are ordered, and that the values are those of the CPU. It measures nothing.
+
+    cuda_hooks.cpp   what torch asks of CUDA before it differentiates a tensor that says it is there
+    build.py         builds it, once for each version of torch
+    tensors.py       the tensors, and what each operation does with them
+    functions.py     what never reaches an operation: torch.tensor, pinned memory, streams, the properties of the GPU
+    ledger.py        what the host read and copied, with the line of the package that did it
+    streams.py       streams and events whose copies run as late as they can
+    worker.py        the process that has the GPU; `gpu.py` calls its functions from the tests
+    training.py, harvesting.py, evaluating.py, ...   what the tests let it do
+"""

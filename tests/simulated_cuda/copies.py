@@ -1,0 +1,111 @@
+"""The two classes that copy on streams of their own, under streams that run as late as they can, in random orders."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import torch
+
+from sae.cache.loader import HostToDevice, as_uint16
+from sae.harvest.device_copy import DeviceCopy
+
+from . import streams
+from .functions import simulated_gpu
+from .tensors import GPU, SimulatedTensor, pin
+
+WIDTH, STEPS, SLOTS = 3, 40, 4
+
+
+def wrong_batches(orders: int, without: str = "") -> list[int]:
+    """The random orders in which a step read another batch than its own from `HostToDevice`; `without` one wait."""
+    with simulated_gpu():
+        return [seed for seed in range(orders) if not all(send_batches(random.Random(seed), without))]
+
+
+def send_batches(chance: random.Random, without: str) -> list[bool]:
+    """A loader's reading and a training loop's steps, interleaved at random; for each step whether its batch is right.
+
+    The step is queued on a stream that runs late too, so a copy can come too early as well as too late.
+    """
+    compute = streams.Stream()
+    with streams.use_stream(compute), removed(without, compute):
+        slots = [pin(torch.full((WIDTH,), -1.0)) for _ in range(SLOTS)]
+        copier = HostToDevice(slots, GPU)
+        if without == "copy waits for the step":
+            copier.stream.wait_event = lambda event: None  # type: ignore[method-assign]
+        free, filled, lent, right = list(range(SLOTS)), {}, None, []
+
+        def read() -> None:
+            if free:
+                slot = free.pop(0)
+                copier.wait_until_copied(slot)
+                number = len(filled)
+                slots[slot].fill_(number)
+                filled[number] = slot
+
+        for number in range(STEPS):
+            if lent is not None:
+                free.append(lent)
+            for _ in range(chance.randrange(4)):
+                read()
+            while number not in filled:
+                read()
+            lent = filled[number]
+            batch = copier.take(number, lent, filled.get(number + 1))
+            assert isinstance(batch, SimulatedTensor)
+            compute.push(lambda held=batch.held, n=number: right.append(bool((held == n).all())))
+            for stream in (compute, copier.stream):
+                if chance.random() < 0.3:
+                    stream.drain(chance.randrange(stream.done, len(stream.jobs) + 1))
+        compute.synchronize()
+    assert len(right) == STEPS
+    return right
+
+
+def wrong_windows(orders: int, without: str = "") -> list[int]:
+    """The random orders in which `DeviceCopy` put other rows into a window than those that were sent."""
+    with simulated_gpu():
+        return [seed for seed in range(orders) if not send_rows(random.Random(seed), without)]
+
+
+def send_rows(chance: random.Random, without: str) -> bool:
+    """Passes of a model that compute late, whose memory is used again as soon as torch would allow it."""
+    compute, passes, rows = streams.Stream(), 12, 5
+    window = np.zeros((passes * rows, WIDTH), np.uint16)
+    slot = np.random.default_rng(chance.randrange(1 << 30)).permutation(len(window))
+    sent = torch.arange(window.size, dtype=torch.float32).reshape(window.shape).bfloat16()
+    with streams.use_stream(compute), removed(without, compute):
+        copy = DeviceCopy(GPU)
+        assert copy.cuda_stream is not None
+        if without == "copy waits for the pass":
+            copy.cuda_stream.wait_stream = lambda other: None  # type: ignore[method-assign]
+        if without == "host waits for the copy":
+            copy.cuda_stream.record_event = lambda event=None: streams.Event()  # type: ignore[method-assign]
+        for number in range(passes):
+            part = slice(number * rows, number * rows + chance.randrange(1, rows + 1))
+            x = SimulatedTensor(torch.full_like(sent[part], -1))
+            compute.push(lambda held=x.held, values=sent[part]: held.copy_(values))
+            copy.send({"layer": x}, slot[part], {"layer": window})
+            if copy.cuda_stream not in x.used_by:
+                compute.push(lambda held=x.held: held.fill_(-2))
+            window[slot[part.stop : (number + 1) * rows]] = as_uint16(sent[part.stop : (number + 1) * rows])
+            if chance.random() < 0.3:
+                compute.drain(chance.randrange(compute.done, len(compute.jobs) + 1))
+        copy.wait()
+    return bool((window[slot] == as_uint16(sent)).all())
+
+
+@contextlib.contextmanager
+def removed(what: str, compute: streams.Stream) -> Iterator[None]:
+    """One wait left out, by name; the others are left out where the streams are at hand."""
+    patches = {
+        "step waits for the copy": (compute, "wait_event"),
+        "reader waits for the copy": (HostToDevice, "wait_until_copied"),
+        "memory is kept": (SimulatedTensor, "record_stream"),
+    }
+    with contextlib.ExitStack() as stack:
+        if what in patches:
+            stack.enter_context(mock.patch.object(*patches[what], lambda *_: None))
+        yield

@@ -1,0 +1,84 @@
+"""Mistakes that a mechanism could make in a step, to see that they are found. A test looks for each line here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from sae.train.loop import Trainer
+from sae.train.mechanisms import DeadLatents
+from sae.train.step import Step
+
+from . import training
+from .functions import simulated_gpu
+from .ledger import watch
+
+
+def reads_a_value(step: Step) -> None:
+    step.l0.item()
+
+
+def branches_on_a_value(step: Step) -> None:
+    if step.l0 > 1e9:
+        raise AssertionError
+
+
+def copies_a_list(step: Step) -> None:
+    torch.tensor([1.0, 2.0], device=step.x_BD.device)
+
+
+def indexes_by_a_mask(step: Step) -> None:
+    step.f_BF[step.fired_F.expand_as(step.f_BF)]
+
+
+def mixes_devices(step: Step) -> None:
+    step.x_BD * torch.ones(step.x_BD.shape[1])
+
+
+def moves_a_tensor(step: Step) -> None:
+    step.x_BD + torch.ones(step.x_BD.shape[1]).to(step.x_BD.device)
+
+
+def changes_a_value(step: Step) -> None:
+    step.sae.b_enc.data.add_(1e-6 if step.sae.b_enc.device.type == "cuda" else 0)
+
+
+class _ReadsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x_BD: Tensor) -> Tensor:
+        return x_BD.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient_BD: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient_BD * float(gradient_BD.sum() * 0 + 1)
+
+
+def walk_with(fault: str) -> dict[str, object]:
+    """As `training.walk` of relu, with a mistake after each step."""
+    mistake: Callable[[Step], None] = globals()[fault]
+    original = DeadLatents.after_step
+
+    def after_step(self: DeadLatents, step: Step) -> None:
+        original(self, step)
+        mistake(step)
+
+    with mock.patch.object(DeadLatents, "after_step", after_step):
+        return training.walk("relu")
+
+
+def waits_in_backward() -> list[str]:
+    """What is seen of a gradient that reads a value."""
+    original = Trainer.forward_losses
+
+    def forward_losses(self: Trainer, x_BD: Tensor) -> object:
+        step, losses = original(self, x_BD)
+        return step, {name: _ReadsInBackward.apply(loss) for name, loss in losses.items()}
+
+    with simulated_gpu(), mock.patch.object(Trainer, "forward_losses", forward_losses):
+        walk = training.Walk("relu", (), False, training.D_SAE, "cuda", Path())
+        trainer, x_BD = walk.new_trainer(), training.batches(1, training.BATCH)[0].to("cuda")
+        with watch() as seen:
+            trainer.step(x_BD)
+    return seen.waits

@@ -1,0 +1,76 @@
+"""What never reaches an operation: torch.tensor, pinned memory, streams, and the properties of the GPU."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.cuda.amp.common
+from torch.overrides import TorchFunctionMode
+
+from . import streams
+from .tensors import Dispatch, SimulatedTensor, is_pinned, on_gpu, pin
+
+GIB = 1 << 30
+# From numbers, or from memory that torch does not own: made on the CPU, then copied by a call that waits.
+FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray)
+
+
+class Functions(TorchFunctionMode):
+    """Functions of torch that decide by device before there is an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FROM_HOST and on_gpu(kwargs.get("device")):
+            if isinstance(args[0], SimulatedTensor):
+                return args[0].to(kwargs.get("dtype") or args[0].dtype)
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        if func is torch.Tensor.new_tensor and isinstance(args[0], SimulatedTensor) and "device" not in kwargs:
+            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(args[0].device)
+        if func is torch.Tensor.pin_memory:
+            return pin(args[0].clone())
+        if func is torch.Tensor.is_pinned:
+            return is_pinned(args[0])
+        if kwargs.get("pin_memory"):
+            return pin(func(*args, **{**kwargs, "pin_memory": False}))
+        return func(*args, **kwargs)
+
+
+class Memory:
+    """What torch.cuda.mem_get_info answers, in bytes."""
+
+    free = 100 * GIB
+    total = 140 * GIB
+
+
+def install() -> None:
+    """Give torch.cuda a GPU. For a process of its own: nothing is put back."""
+    cuda: Any = torch.cuda
+    cuda._lazy_init = lambda: None
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.current_device = lambda: 0
+    cuda.get_device_name = lambda device=None: "simulated GPU"
+    cuda.get_device_capability = lambda device=None: (9, 0)
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        name="simulated GPU", total_memory=Memory.total, major=9, minor=0, multi_processor_count=132
+    )
+    cuda.memory_reserved = lambda device=None: 0
+    cuda.is_bf16_supported = lambda *_, **__: True
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.mem_get_info = lambda device=None: (Memory.free, Memory.total)
+    cuda.memory_allocated = lambda device=None: 0
+    cuda.empty_cache = lambda: None
+    cuda.synchronize = lambda device=None: streams.current_stream().synchronize()
+    cuda.Stream, cuda.Event, cuda.stream = streams.Stream, streams.Event, streams.use_stream
+    cuda.current_stream = streams.current_stream
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.autograd.set_multithreading_enabled(False)  # so that the stack of a backward pass is that of its caller
+
+
+@contextlib.contextmanager
+def simulated_gpu() -> Iterator[None]:
+    """Inside, the device "cuda" exists for this thread."""
+    with Functions(), Dispatch():
+        yield

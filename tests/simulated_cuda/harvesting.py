@@ -1,0 +1,53 @@
+"""A harvest on the simulated GPU, beside the same on the CPU."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from sae.cache.reader import Cache
+from sae.harvest import windows
+from sae.harvest.plan import HarvestConfig, plan_harvest
+from sae.harvest.run import run_harvest
+
+from .functions import simulated_gpu
+from .ledger import Ledger, watch
+
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # modes of torch are of one thread, and so is the simulated GPU
+
+
+def harvest(folder: Path, **config: Any) -> dict[str, Any]:
+    """The same rows of `config` on both devices, in cpu/ and cuda/ of `folder`.
+
+    Returns the chunk files that are not equal byte for byte (`apart`), how many there are, what made the host wait
+    between two passes of the model (`waits`), and how many copies were queued.
+    """
+    seen: list[Ledger] = []
+    original = windows.WindowComputer._compute_batch
+
+    @functools.wraps(original)
+    def watched(*args: Any) -> int:
+        with watch() as ledger:
+            rows = original(*args)
+        seen.append(ledger)
+        return rows
+
+    expected = run_harvest(plan_harvest(HarvestConfig(**config, device="cpu", out=folder / "cpu")))
+    with simulated_gpu(), mock.patch.object(windows.WindowComputer, "_compute_batch", watched):
+        found = run_harvest(plan_harvest(HarvestConfig(**config, device="cuda", out=folder / "cuda")))
+    files = chunk_files(expected)
+    assert files == chunk_files(found)
+    return {
+        "chunks": len(files),
+        "apart": [
+            name for name in files if (found.folder / name).read_bytes() != (expected.folder / name).read_bytes()
+        ],
+        "passes": len(seen),
+        "waits": sorted({wait for ledger in seen for wait in ledger.waits}),
+        "queued": sum(ledger.queued for ledger in seen),
+    }
+
+
+def chunk_files(cache: Cache) -> list[str]:
+    return sorted(str(path.relative_to(cache.folder)) for path in cache.folder.glob("*/c.*"))

@@ -1,0 +1,89 @@
+"""What the host read from the GPU and copied to it, each with the line of the package that did it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+HERE = Path(__file__).parent
+PACKAGE = f"{HERE.parents[1]}/"
+SITE = "/site-packages/"
+MACHINERY = {str(HERE / f"{name}.py") for name in ("tensors", "functions", "ledger", "streams", "worker")}
+
+READ = "the host reads from the GPU and waits for it"
+PAGEABLE = "pageable memory is copied to the GPU and the host waits for it"
+QUEUED = "a copy is queued"  # pinned memory, without waiting
+
+
+@dataclass(frozen=True)
+class Entry:
+    kind: str  # READ, PAGEABLE or QUEUED
+    what: str  # the operation and its shapes
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.line}: {self.kind}: {self.what}"
+
+
+@dataclass
+class Ledger:
+    """The entries of one watch; operations are counted, not listed."""
+
+    entries: list[Entry] = field(default_factory=list)
+    operations: int = 0
+
+    @property
+    def waits(self) -> list[str]:
+        """Everything that made the host wait, once for each line, as sentences."""
+        return list(dict.fromkeys(str(entry) for entry in self.entries if entry.kind != QUEUED))
+
+    @property
+    def queued(self) -> int:
+        return sum(entry.kind == QUEUED for entry in self.entries)
+
+
+_open: list[Ledger] = []
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Ledger]:
+    """Write down what happens inside, in this ledger and in those that are open around it."""
+    ledger = Ledger()
+    _open.append(ledger)
+    try:
+        yield ledger
+    finally:
+        _open.remove(ledger)
+
+
+def note(kind: str, what: str) -> None:
+    if _open:
+        entry = Entry(kind, what, line())
+        for ledger in _open:
+            ledger.entries.append(entry)
+
+
+def count() -> None:
+    for ledger in _open:
+        ledger.operations += 1
+
+
+def line() -> str:
+    """The innermost line on the stack that is of the package or of a test, as train/step.py:51.
+
+    Where a library did it on that line's behalf, its innermost line follows: harvest/hooked.py:125 (transformers/...).
+    """
+    frame: FrameType | None = sys._getframe(1)
+    library = ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if SITE in file:
+            name = file.rpartition(SITE)[2]
+            if not library and not name.startswith("torch/"):
+                library = f" ({name}:{frame.f_lineno})"
+        elif file.startswith(PACKAGE) and file not in MACHINERY:
+            return f"{file[len(PACKAGE) :]}:{frame.f_lineno}{library}"
+        frame = frame.f_back
+    return f"outside the package{library}"

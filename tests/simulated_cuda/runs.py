@@ -1,0 +1,106 @@
+"""Whole runs of `sae train` on the simulated GPU, beside the same on the CPU."""
+
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from sae.cache.loader import BatchLoader, ResidentLoader
+from sae.cache.reader import Cache
+from sae.train.loop import Trainer
+from sae.train.plan import Run, TrainConfig, plan_training
+from sae.train.run import run_training
+
+from .functions import GIB, Memory, simulated_gpu
+from .ledger import Ledger, watch
+from .training import same_arithmetic
+
+STEPS = 12
+
+
+def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool) -> dict[str, Any]:
+    """The same runs on both devices, those of the GPU also killed after half of their steps and resumed.
+
+    Every fortieth row is an outlier. `resident` says whether the loader keeps the rows on the GPU. Returns what made
+    the host wait in a step or for a batch (`waits`), the files that are not equal byte for byte (`apart`), and how many
+    copies were queued.
+    """
+    loader = ResidentLoader if resident else BatchLoader
+    seen: dict[str, list[Ledger]] = {"step": [], "batch": []}
+    outliers = mock.patch.object(Cache, "outlier_rows", lambda self, name: np.arange(7, self.rows, 40))
+    with same_arithmetic(sparse=True, autocast=False), outliers:
+        expected = finish(folder / "cpu", "cpu", cache, recipes)
+        with (
+            simulated_gpu(),
+            mock.patch.object(Memory, "free", 100 * GIB if resident else 0),
+            watched(Trainer, "step", seen["step"]),
+            watched(loader, "__next__", seen["batch"]),
+        ):
+            found = finish(folder / "cuda", "cuda", cache, recipes)
+            steps = len(seen["step"])
+            apart = compare(expected, found)
+            for run in found:
+                (run.folder / "sae.json").unlink()
+                (run.folder / "sae.safetensors").unlink()
+                shutil.rmtree(run.folder / "checkpoints" / f"step-{STEPS:08d}")
+            again = finish(folder / "cuda", "cuda", cache, recipes)
+    ledgers = [*seen["step"], *seen["batch"]]
+    return {
+        "waits": sorted({wait for ledger in ledgers for wait in ledger.waits}),
+        "apart": apart,
+        "apart_resumed": compare(expected, again),
+        "steps": steps,
+        "steps_resumed": len(seen["step"]) - steps,
+        "batches": len(seen["batch"]),
+        "queued": sum(ledger.queued for ledger in seen["batch"]),
+    }
+
+
+def finish(out: Path, device: str, cache: Path, recipes: Sequence[str]) -> list[Run]:
+    plan = plan_training(
+        TrainConfig(
+            list(recipes), caches=[cache], layers=[0], steps=STEPS, batch_size=64, width="4x", device=device, out=out,
+            checkpoint_every=STEPS // 2, log_every=3,
+        )
+    )  # fmt: skip
+    run_training(plan)
+    return plan.runs
+
+
+@contextlib.contextmanager
+def watched(owner: type, method: str, ledgers: list[Ledger]) -> Iterator[None]:
+    """A ledger of its own for each call of a method."""
+    original: Callable[..., Any] = getattr(owner, method)
+
+    @functools.wraps(original)
+    def call(*args: Any) -> Any:
+        with watch() as ledger:
+            result = original(*args)
+        ledgers.append(ledger)
+        return result
+
+    with mock.patch.object(owner, method, call):
+        yield
+
+
+def compare(expected: Sequence[Run], found: Sequence[Run]) -> list[str]:
+    """The files of runs that are not equal: of metrics, all but the time that was waited for data."""
+    apart = []
+    for one, other in zip(expected, found, strict=True):
+        for name in ("sae.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
+            if (one.folder / name).read_bytes() != (other.folder / name).read_bytes():
+                apart.append(f"{one.name} {name}")
+        if metrics(one) != metrics(other):
+            apart.append(f"{one.name} metrics.jsonl")
+    return apart
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "waited_for_data"} for line in lines]

@@ -1,0 +1,95 @@
+"""CUDA streams and events as queues of jobs that run as late as they can: when somebody waits for them.
+
+On a GPU a job runs at some time between being queued and being waited for. A missing wait shows only where the job runs
+late, so here it always does. `Stream(eager=True)` is the other extreme, and what the default stream of the simulated
+GPU is: operations compute when they are called.
+"""
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+Job = Callable[[], object]
+_lock = threading.RLock()  # a thread of the loader drains a stream while the caller queues on it
+
+
+class Stream:
+    def __init__(self, device: object = None, *, eager: bool = False, **_: object) -> None:
+        self.device, self.eager = device, eager
+        self.jobs: list[Job] = []
+        self.done = 0
+
+    def push(self, job: Job) -> None:
+        with _lock:
+            self.jobs.append(job)
+            if self.eager:
+                self.drain(len(self.jobs))
+
+    def drain(self, until: int) -> None:
+        """Run the jobs before number `until`."""
+        with _lock:
+            while self.done < until:
+                job, self.jobs[self.done] = self.jobs[self.done], lambda: None  # its tensors are not kept alive
+                self.done += 1
+                job()
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: "Event") -> None:
+        self.push(event.synchronize)
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.wait_event(other.record_event())
+
+    def synchronize(self) -> None:
+        self.drain(len(self.jobs))
+
+    def query(self) -> bool:
+        return self.done == len(self.jobs)
+
+
+class Event:
+    def __init__(self, *_: object, **__: object) -> None:
+        self.stream: Stream | None = None
+        self.until = 0
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.stream = stream or current_stream()
+        self.until = len(self.stream.jobs)
+
+    def synchronize(self) -> None:
+        if self.stream is not None:
+            self.stream.drain(self.until)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or current_stream()).wait_event(self)
+
+    def query(self) -> bool:
+        return self.stream is None or self.stream.done >= self.until
+
+    def elapsed_time(self, _: "Event") -> float:
+        raise NotImplementedError("the simulated GPU measures nothing")
+
+
+class use_stream:  # noqa: N801  (in the place of torch.cuda.stream)
+    def __init__(self, stream: Stream | None) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        if self.stream is not None:
+            _used.append(self.stream)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if self.stream is not None:
+            _used.pop()
+
+
+DEFAULT = Stream(eager=True)
+_used = [DEFAULT]
+
+
+def current_stream(device: object = None) -> Stream:
+    return _used[-1]

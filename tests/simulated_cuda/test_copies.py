@@ -1,0 +1,32 @@
+"""Copies that have streams of their own are ordered, however late these run."""
+
+import pytest
+
+from .gpu import SimulatedGPU
+
+ORDERS = 60
+
+
+def test_a_step_reads_its_own_batch_however_late_the_copies_run(gpu: SimulatedGPU) -> None:
+    assert gpu("copies.wrong_batches", orders=ORDERS) == []
+
+
+@pytest.mark.parametrize(
+    "wait", ["copy waits for the step", "step waits for the copy", "reader waits for the copy"]
+)  # fmt: skip
+def test_without_one_of_the_loaders_waits_a_step_reads_another_batch(gpu: SimulatedGPU, wait: str) -> None:
+    assert gpu("copies.wrong_batches", orders=10, without=wait)
+
+
+def test_a_window_gets_its_own_rows_however_late_the_copies_run(gpu: SimulatedGPU) -> None:
+    assert gpu("copies.wrong_windows", orders=ORDERS) == []
+
+
+@pytest.mark.parametrize("wait", ["copy waits for the pass", "host waits for the copy", "memory is kept"])
+def test_without_one_of_the_harvests_waits_a_window_gets_other_rows(gpu: SimulatedGPU, wait: str) -> None:
+    assert gpu("copies.wrong_windows", orders=10, without=wait)
+
+
+@pytest.mark.slow
+def test_three_thousand_orders(gpu: SimulatedGPU) -> None:
+    assert gpu("copies.wrong_batches", orders=3000) == gpu("copies.wrong_windows", orders=3000) == []

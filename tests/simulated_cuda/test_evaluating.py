@@ -1,0 +1,39 @@
+"""`sae evaluate` on a GPU: the numbers of the CPU, whose arithmetic the simulated GPU has."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.cache.reader import Cache
+from sae.train.activation_functions import ReLU, TopK
+from sae.train.sae import SAE, save_sae
+
+from .gpu import SimulatedGPU
+
+ONCE = ("train/sae.py:", "(transformers/")  # loading the SAEs and the model
+
+
+@pytest.fixture
+def runs(tiny_cache: Cache, tmp_path: Path) -> list[Path]:
+    """Two SAEs of layer 1, as they start."""
+    folders = []
+    for name, activation in (("relu", ReLU()), ("topk", TopK(8))):
+        torch.manual_seed(0)
+        origin = {
+            "model": tiny_cache.identity["model"], "layer": 1, "cache": str(tiny_cache.folder),
+            "fingerprint": tiny_cache.fingerprint,
+        }  # fmt: skip
+        save_sae(SAE(32, 64, [activation]), tmp_path / "given" / name, origin)
+        folders.append(tmp_path / "given" / name)
+    return folders
+
+
+def test_core_has_the_numbers_of_the_cpu_and_copies_no_pageable_memory(
+    gpu: SimulatedGPU, runs: list[Path], tmp_path: Path
+) -> None:
+    """The same results and references, equal bit for bit. What core reads from the GPU are its sums and masks."""
+    found = gpu("evaluating.measure", folder=tmp_path, runs=runs, suite="core", tokens=400)
+    assert found["apart"] == {} and found["errors"] == {} and found["numbers"] >= 90
+    copied = [wait for wait in found["waits"] if "pageable" in wait and not any(part in wait for part in ONCE)]
+    assert copied == []

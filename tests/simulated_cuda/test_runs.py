@@ -1,0 +1,23 @@
+"""`sae train` on a GPU, with batches that are copied there and with an array that is kept there."""
+
+from pathlib import Path
+
+import pytest
+
+from sae.cache.reader import Cache
+
+from .gpu import SimulatedGPU
+
+RECIPES = ("topk", "batchtopk", "frozen-decoder")
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
+def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_wait(
+    gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path, resident: bool
+) -> None:
+    """Copies of batches run as late as they can, so a missing wait would show in the files."""
+    found = gpu("runs.train", folder=tmp_path, cache=tiny_cache.folder, recipes=RECIPES, resident=resident)
+    assert found["waits"] == []
+    assert found["apart"] == found["apart_resumed"] == []
+    assert (found["steps"], found["steps_resumed"]) == (12 * len(RECIPES), 6 * len(RECIPES))
+    assert (found["queued"] > found["batches"] // 2) != resident

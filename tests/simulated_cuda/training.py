@@ -1,0 +1,171 @@
+"""Steps of every recipe on the simulated GPU, beside the same steps on the CPU."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import sae.train.variants  # noqa: F401  (registers the recipes)
+from sae.train import activation_functions, loop, run, sparse_ops
+from sae.train.checkpoint import restore_checkpoint, save_checkpoint, training_state
+from sae.train.loop import Trainer
+from sae.train.parse import parse_options
+from sae.train.recipe import find_recipe
+from sae.train.sae import SAE, fold_normalization, load_sae, save_sae
+from sae.train.variant import RunConfig
+
+from .functions import simulated_gpu
+from .ledger import watch
+
+D_IN, D_SAE, BATCH, STEPS = 16, 128, 32, 5
+NEVER = 1 << 40
+
+
+def walk(
+    recipe: str,
+    options: tuple[str, ...] = (),
+    paper_exact: bool = False,
+    d_sae: int = D_SAE,
+    sparse: bool = False,
+    autocast: bool = False,
+) -> dict[str, Any]:
+    """Everything that a run does, from the start to the saved SAE, on both devices.
+
+    `sparse` says whether products with few latents are sparse; without `autocast` the arithmetic of the two is the
+    same. Returns what made the host wait in a step (`waits`), and for each number or tensor by which the two ended
+    apart the difference as a share of the CPU's largest (`apart`).
+    """
+    with same_arithmetic(sparse, autocast), tempfile.TemporaryDirectory() as folder:
+        cpu = Walk(recipe, options, paper_exact, d_sae, "cpu", Path(folder) / "cpu")
+        expected = cpu.run()
+        with simulated_gpu():
+            gpu = Walk(recipe, options, paper_exact, d_sae, "cuda", Path(folder) / "cuda")
+            found = gpu.run()
+    return {"waits": gpu.waits, "operations": gpu.operations, "apart": differences(expected, found)}
+
+
+@contextlib.contextmanager
+def same_arithmetic(sparse: bool, autocast: bool) -> Iterator[None]:
+    """Let the two devices compute alike: what `topk_indices` does only on a CPU, and sparse products on both or none.
+
+    Which latents are the largest does not depend on how they are found, but the order in which they are summed does.
+    """
+    border = dict.fromkeys(("cpu", "cuda"), 1 if sparse else NEVER)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(sparse_ops.SPARSE_FROM, border))
+        stack.enter_context(mock.patch.object(activation_functions, "topk_indices", plain_topk))
+        for module in () if autocast else (loop, run):
+            stack.enter_context(mock.patch.object(module, "autocast", lambda device: contextlib.nullcontext()))
+        yield
+
+
+def plain_topk(z_BF: Tensor, k: int) -> Tensor:
+    return z_BF.topk(k, sorted=False).indices
+
+
+class Walk:
+    """One trainer on one device, and what it ends with."""
+
+    def __init__(
+        self, recipe: str, options: tuple[str, ...], paper_exact: bool, d_sae: int, device: str, folder: Path
+    ) -> None:
+        self.recipe, self.options = recipe, options
+        self.config = RunConfig(D_IN, d_sae, 30, BATCH, paper_exact=paper_exact, variance=24.0)
+        self.device, self.folder = device, folder
+        self.waits: list[str] = []
+        self.operations = 0
+
+    def new_trainer(self) -> Trainer:
+        """Periodic mechanisms act every second step, and latents are dead after a silent batch."""
+        torch.manual_seed(0)
+        recipe = find_recipe(self.recipe)
+        variant = recipe.make(self.config, parse_options(list(self.options), [recipe])[self.recipe])
+        variant.dead.after_tokens = BATCH
+        for mechanism in variant.mechanisms:
+            if mechanism.every:
+                mechanism.every = min(mechanism.every, 2)
+        trainer = Trainer(variant.to(self.device), 30, self.device)
+        rows_RD = batches(1, 4 * BATCH)[0].float()
+        sample_ND = rows_RD if variant.reads_rows else None
+        variant.set_normalization(rows_RD.mean(0).to(self.device), float(rows_RD.square().sum(1).mean()), sample_ND)
+        return trainer
+
+    def run(self) -> dict[str, Any]:
+        trainer = self.new_trainer()
+        for number, x_BD in enumerate(batches(STEPS, BATCH)):
+            x_BD = x_BD.to(self.device)
+            with watch() as seen:
+                step = trainer.step(x_BD)
+            self.waits += [wait for wait in seen.waits if wait not in self.waits]
+            self.operations += seen.operations
+            trainer.run_periodic(number, step)
+        metrics = trainer.pop_metrics()
+        save_checkpoint(trainer, self.folder, STEPS)
+        saved = {name: tensor.clone() for name, tensor in training_state(trainer).items()}
+        resumed = self.new_trainer()
+        assert restore_checkpoint(resumed, self.folder, print) == STEPS
+        for name, tensor in training_state(resumed).items():
+            assert tensor.device == saved[name].device and torch.equal(tensor, saved[name]), f"{name} is not restored"
+        resumed.step(x_BD)
+        return {
+            "metrics": metrics,
+            "state": on_cpu(saved),
+            "sae": self.finish(trainer, x_BD),
+            "resumed": on_cpu(training_state(resumed)),
+        }
+
+    @torch.no_grad()
+    def finish(self, trainer: Trainer, x_BD: Tensor) -> dict[str, Tensor]:
+        """As at the end of a run: calibrate, fold, export, save; then load and use."""
+        variant = trainer.variant
+        with loop.autocast(self.device):
+            step = variant(trainer.i, x_BD, trainer.optimizer)
+        for mechanism in variant.mechanisms:
+            mechanism.calibrate(step)
+        layer_norm = variant.optimization.normalize == "layer_norm"
+        folded: SAE = fold_normalization(variant.sae, variant.scale, variant.mean_D, layer_norm)
+        for mechanism in variant.mechanisms:
+            mechanism.export(folded)
+        save_sae(folded, self.folder, {"layer": 0})
+        loaded = load_sae(self.folder, self.device)
+        f_BF = loaded.encode(x_BD)
+        return on_cpu({**loaded.state_dict(), "f": f_BF, "x_hat": loaded.decode(f_BF, x_BD)})
+
+
+def batches(count: int, rows: int) -> list[Tensor]:
+    """Rows of a few directions, the same on every call."""
+    generator = torch.Generator().manual_seed(1)
+    atoms_FD = torch.randn(24, D_IN, generator=generator)
+    made = []
+    for _ in range(count):
+        active_BF = torch.rand(rows, 24, generator=generator) < 0.15
+        weight_BF = active_BF * (1 + torch.rand(rows, 24, generator=generator))
+        made.append((weight_BF @ atoms_FD + 0.5).bfloat16())
+    return made
+
+
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """By name, the largest difference over the largest expected element, of all that is not equal bit for bit."""
+    apart: dict[str, float] = {}
+    for name in expected.keys() | found.keys():
+        one, other = expected.get(name), found.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            apart |= differences(one, other, f"{prefix}{name}/")
+        elif one is None or other is None:
+            apart[f"{prefix}{name}"] = float("inf")
+        else:
+            a, b = torch.as_tensor(one, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
+            if a.shape != b.shape:
+                apart[f"{prefix}{name}"] = float("inf")
+            elif not torch.equal(a.nan_to_num(), b.nan_to_num()):
+                apart[f"{prefix}{name}"] = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
+    return apart
