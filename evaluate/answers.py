@@ -227,7 +227,11 @@ def answer_stable(near: RunsBeside) -> Answer:
         return missing_seeds(STABLE, near, "stability")
     metrics = result.sound.metrics.get("stability", {})
     others = result.n.get("other_seeds", 0)
-    numbers, at_chance = [f"in each of {others} other seeds" if others > 1 else "in the other seed"], []
+    in_all = metrics.get("recurring_in_all")
+    found = f"in each of {others} other seeds"
+    if in_all is not None:  # results of earlier versions have no other share
+        found = f"on average over {others} other seeds, {in_all:.0%} in all of them"
+    numbers, at_chance = [found if others > 1 else "in the other seed"], []
     for what in ("decoder", "activation"):
         value, null = metrics.get(f"{what}_pw_mcc"), metrics.get(f"{what}_pw_mcc_null")
         if value is not None:

@@ -1,4 +1,4 @@
-"""Correlations between the latents of SAEs on the same held-out tokens, and random dictionaries to compare them with.
+"""Correlations between the latents of SAEs on the same held-out tokens.
 
 The latents are kept sparsely, 12 bytes for each that is not 0: 25 MB for 32,768 tokens and an L0 of 64. The activations
 take 4 bytes a number, twice while random dictionaries are made: 2 x 300 MB for as many tokens of Gemma-2-2B.
@@ -24,7 +24,6 @@ from .sae_statistics import TOKENS_PER_CHUNK
 
 MAX_ACTIVE = 2**28  # latents of an SAE that are not 0, on all tokens together: 3 GB
 CONSTANT = 1e-12  # of its mean square: a latent with a smaller variance is constant
-LATENTS_PER_BLOCK = 256  # of a random dictionary, computed at one time on all tokens
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,11 @@ class Latents:
     def active_F(self) -> np.ndarray:
         """At how many tokens each latent is not 0 (F,)."""
         return np.bincount(self.f_TF.indices, minlength=self.f_TF.shape[1])
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether any latent is negative at any token, as in SAEs that keep the largest |z|."""
+        return bool((self.f_TF.data < 0).any())
 
     def correlation(self, other: "Latents") -> BlockSimilarity:
         """Pearson correlations with the latents of another SAE; 0 for a latent that does not vary."""
@@ -136,27 +140,3 @@ def read_latents(
                 rows.add(kept_TD, {at: target.sae for at, target in enumerate(targets) if target.row_set == row_set})
         progress(min(rows.tokens for rows in found.values()), tokens, "tokens")
     return found
-
-
-def shuffle_rows(W_dec_FD: Tensor, seed: int) -> Tensor:
-    """The decoder with the entries of each row in a random order: random directions with the same entries."""
-    generator = torch.Generator().manual_seed(seed)
-    return W_dec_FD.cpu().gather(1, torch.rand(W_dec_FD.shape, generator=generator).argsort(1)).to(W_dec_FD.device)
-
-
-def random_latents(direction_FD: Tensor, x_DT: Tensor, active_F: np.ndarray) -> Latents:
-    """The latents relu(x . d_i - theta_i) of random directions d_i, for activations x of mean 0.
-
-    theta_i is such that latent i fires at active_F[i] of the tokens, as often as that of the SAE that it stands for.
-    """
-    tokens = x_DT.shape[1]
-    order_F = np.argsort(active_F, kind="stable")  # so that the latents of a block need about as many values
-    parts = []
-    for start in range(0, len(order_F), LATENTS_PER_BLOCK):
-        block_B = order_F[start : start + LATENTS_PER_BLOCK]
-        projection_BT = direction_FD[block_B] @ x_DT
-        count_B = torch.from_numpy(np.minimum(active_F[block_B], tokens - 1)).to(projection_BT.device)
-        largest = projection_BT.topk(int(count_B.max()) + 1).values
-        threshold_B1 = largest.gather(1, count_B[:, None])
-        parts.append(sparse((projection_BT - threshold_B1).relu()))
-    return Latents.of(vstack(parts, "csr")[np.argsort(order_F)].T.tocsr())

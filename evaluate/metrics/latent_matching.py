@@ -1,5 +1,7 @@
 """Match the latents of two dictionaries one to one, so that the sum of |similarity| over the pairs is largest.
 
+With `signed`, the sum of the similarities themselves.
+
 Up to EXACT_LATENTS latents the matching is optimal (scipy's linear_sum_assignment); it holds the similarities of all
 pairs, 9 bytes each: 2.4 GB for 16,384 latents, and takes minutes at that size. With more, only the CANDIDATES most
 similar latents of each are considered, 16 bytes each, which gives a lower bound. On 4,096 directions of 128 dimensions,
@@ -45,35 +47,41 @@ class Matching(NamedTuple):
         return type(self)(partner_G, similarity_G)
 
 
-def match_latents(similarity: BlockSimilarity, latents: int, exact_latents: int = EXACT_LATENTS) -> Matching:
+def match_latents(
+    similarity: BlockSimilarity, latents: int, exact_latents: int = EXACT_LATENTS, signed: bool = False
+) -> Matching:
     """The matching of the `latents` of one dictionary with as many of another."""
     match = match_all_pairs if latents <= exact_latents else match_candidates
-    return match(similarity, latents)
+    return match(similarity, latents, signed)
 
 
-def match_all_pairs(similarity: BlockSimilarity, latents: int) -> Matching:
-    cost_FG, negative_FG = np.empty((latents, latents)), np.empty((latents, latents), bool)
+def match_all_pairs(similarity: BlockSimilarity, latents: int, signed: bool = False) -> Matching:
+    cost_FG, negative_FG = np.empty((latents, latents)), np.zeros((latents, latents), bool)
     for rows in blocks(latents):
         similarity_BG = similarity(rows).cpu()
-        cost_FG[rows], negative_FG[rows] = 1 - similarity_BG.abs(), similarity_BG < 0
+        if signed:
+            cost_FG[rows] = 1 - similarity_BG
+        else:
+            cost_FG[rows], negative_FG[rows] = 1 - similarity_BG.abs(), similarity_BG < 0
     rows_F, partner_F = linear_sum_assignment(cost_FG)
     sign_F = np.where(negative_FG[rows_F, partner_F], -1, 1)
     return Matching(partner_F, sign_F * (1 - cost_FG[rows_F, partner_F]))
 
 
-def match_candidates(similarity: BlockSimilarity, latents: int) -> Matching:
+def match_candidates(similarity: BlockSimilarity, latents: int, signed: bool = False) -> Matching:
     """Each latent is matched with one of its CANDIDATES most similar ones, or with none."""
     count = min(CANDIDATES, latents)
     candidates, values = [], []
     for rows in blocks(latents):
         similarity_BG = similarity(rows)
-        candidate_BK = similarity_BG.abs().topk(count).indices
+        candidate_BK = (similarity_BG if signed else similarity_BG.abs()).topk(count).indices
         candidates.append(candidate_BK.cpu())
         values.append(similarity_BG.gather(1, candidate_BK).cpu())
     candidate_FK, similarity_FK = torch.cat(candidates).numpy(), torch.cat(values).double().numpy()
-    # Weights of 1 + |similarity|, as a sparse graph has no edges of weight 0; a latent's column of its own means none.
+    gain_FK = similarity_FK.clip(0) if signed else np.abs(similarity_FK)
+    # Weights of 1 + gain, as a sparse graph has no edges of weight 0; a latent's column of its own means none.
     starts = np.arange(latents + 1) * count
-    graph = csr_matrix((1 + np.abs(similarity_FK).ravel(), candidate_FK.ravel(), starts), (latents, latents))
+    graph = csr_matrix((1 + gain_FK.ravel(), candidate_FK.ravel(), starts), (latents, latents))
     _, column_F = min_weight_full_bipartite_matching(hstack([graph, identity(latents)], "csr"), maximize=True)
     chosen_FK = candidate_FK == column_F[:, None]
     return Matching(np.where(chosen_FK.any(1), column_F, -1), (similarity_FK * chosen_FK).sum(1))

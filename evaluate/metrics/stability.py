@@ -6,10 +6,18 @@ on the same held-out tokens. The number of an SAE is the mean over the other see
 system is that over all pairs. In the authors' code (examples/evaluate_mcc.py) the cosines keep their sign; the two
 agree wherever the best match points the same way.
 
-Each number stands beside the same number for a matched random dictionary: the SAE's own decoder rows with the entries
-of each in random order, used as encoder too, with thresholds at which every latent fires as often as before. It keeps
-the width, the entries of rows with a few large ones, and the firing rates, all of which raise a matching of pure
-chance, and reads the same activations, whose few large directions correlate any two dictionaries.
+Latents recur (Paulo and Belrose 2025, arXiv 2501.16615) by a matching of their own, of the cosines with their sign: a
+latent and its opposite say different things. The sign has no meaning in an SAE whose latents are also negative; there
+the matching is that of PW-MCC. The authors ask the same of the encoder's rows, matched apart; we do not, since not
+every SAE has them.
+
+Each number stands beside the same number for matched random dictionaries, used as encoder too, with thresholds at which
+every latent fires as often as before. They have the width and the firing rates, and read the same activations, whose
+few large directions correlate any two dictionaries. There are two kinds (random_dictionaries.py): the SAE's own decoder
+rows with the entries of each in random order, which keeps rows with a few large ones; and Gaussian rows with the second
+moment of the other seeds' decoder rows. The larger of the two is the null. The moment is the other seeds', as the SAE's
+own also fits what its rows have by chance: between a decoder and rows of that moment the mean squared cosine is exactly
+that between the two decoders.
 
 Dead latents, which do not vary on these tokens: the decoder number counts their rows like the others, as the source
 does; the correlation, which they do not have, is taken over the others, and what is left over in the larger of two sets
@@ -31,9 +39,11 @@ from torch import Tensor
 from ...common.errors import SaeError, UnavailableError, UsageError
 from ..context import EvalContext
 from .base import EvalTarget, Metric, MetricColumn, MetricResult, Outcome, Progress, RowSet
-from .latent_correlation import HeldOutRows, Latents, random_latents, read_latents, shuffle_rows
+from .latent_correlation import HeldOutRows, Latents, read_latents
 from .latent_matching import CANDIDATES, EXACT_LATENTS, Matching, match_latents
+from .random_dictionaries import gaussian_rows, random_latents, second_moment, shuffle_rows
 
+NULLS = ("shuffled", "gaussian")  # kinds of random dictionaries
 EXACT_RANDOM = 2048  # latents of random dictionaries up to which the matching with them is optimal
 NULL_QUANTILE = 0.99  # of the matched cosines of random dictionaries, below which no latent recurs
 SAME_DECODER = 0.9999  # decoder PW-MCC of two seeds from which on a flag says so
@@ -42,12 +52,17 @@ MANY_DEAD = 0.1  # share of the latents above which a flag says so
 
 @dataclass(frozen=True)
 class Pair:
-    """The matchings of two SAEs, by decoder and by activation, seen from one of them.
+    """The matchings of two SAEs, seen from one of them.
 
-    `varying` is the larger of their numbers of latents that vary.
+    Attributes:
+        decoder: by the absolute cosine of decoder rows.
+        signed: by their cosine; that of `decoder` where the sign has no meaning.
+        activation: by the absolute correlation of latents.
+        varying: the larger of their numbers of latents that vary.
     """
 
     decoder: Matching
+    signed: Matching
     activation: Matching
     varying: int
 
@@ -61,7 +76,8 @@ class Pair:
 
     def inverse(self) -> "Pair":
         latents = len(self.decoder.partner_F)
-        return Pair(self.decoder.inverse(latents), self.activation.inverse(latents), self.varying)
+        matchings = (self.decoder, self.signed, self.activation)
+        return Pair(*(one.inverse(latents) for one in matchings), self.varying)
 
 
 NamedPair = tuple[str, Pair]  # the name of the other seed, and the matchings with it
@@ -72,8 +88,8 @@ class Stability(Metric):
     """`tokens` held-out tokens are read, in batches of `batch_contexts` contexts.
 
     A latent recurs in another seed if the cosine with its match reaches `threshold` (0.7 as in Paulo and Belrose 2025,
-    arXiv 2501.16615) and the NULL_QUANTILE of the cosines in `draws` random dictionaries. Up to `exact_latents` latents
-    the matching of two seeds is optimal.
+    arXiv 2501.16615) and the NULL_QUANTILE of the absolute cosines in the `draws` random dictionaries of either kind.
+    Up to `exact_latents` latents the matching of two seeds is optimal.
     """
 
     tokens: int = 32_768
@@ -82,6 +98,7 @@ class Stability(Metric):
     draws: int = 3
     exact_latents: int = EXACT_LATENTS
 
+    definition = 2
     independent_seeds = False
     name = "stability"
     type_id = "stability"
@@ -93,6 +110,7 @@ class Stability(Metric):
         MetricColumn("activation PW-MCC", "stability", "activation_pw_mcc", ".3f", "up", 0, 1, shared=False),
         MetricColumn("null", "stability", "activation_pw_mcc_null", ".3f"),
         MetricColumn("recurring", "stability", "recurring", ".3f", "up", 0, 1),
+        MetricColumn("in all seeds", "stability", "recurring_in_all", ".3f", "up", 0, 1, shared=False),
         MetricColumn("alive", "stability", "frac_alive", ".3f", "up", 0, 1, shared=False),
     )
 
@@ -153,7 +171,7 @@ class Stability(Metric):
         order = sorted(system, key=lambda place: (targets[place].weights, targets[place].name))
         latents = {place: rows.latents(place) for place in order}
         decoder = {place: unit_rows(targets[place], device) for place in order}
-        steps = Steps(progress, len(order) * (len(order) - 1) // 2 + len(order) * self.draws)
+        steps = Steps(progress, len(order) * (len(order) - 1) // 2 + len(order) * self.draws * len(NULLS))
         pairs: dict[int, dict[int, Pair]] = {place: {} for place in order}
         for number, one in enumerate(order):
             for other in order[number + 1 :]:
@@ -163,51 +181,57 @@ class Stability(Metric):
         outcomes: dict[int, Outcome] = {}
         x_DT = rows.centered(device)
         for place in order:
-            null = []
-            for draw in range(self.draws):
-                steps.next(f"{targets[place].name} and random dictionary {draw + 1}")
-                null.append(self.match_random(decoder[place], latents[place], x_DT, draw))
-            seeds = [(targets[other].name, pairs[place][other]) for other in order if other != place]
-            result = self.result(seeds, null, latents[place])
+            others = [other for other in order if other != place]
+            moment_DD = torch.stack([second_moment(decoder[other]) for other in others]).mean(0)
+            nulls: dict[str, list[Pair]] = {kind: [] for kind in NULLS}
+            for kind, null in nulls.items():
+                for draw in range(self.draws):
+                    steps.next(f"{targets[place].name} and random dictionary {draw + 1} ({kind})")
+                    random_FD = (
+                        shuffle_rows(decoder[place], draw)
+                        if kind == "shuffled"
+                        else gaussian_rows(moment_DD, len(decoder[place]), draw)
+                    )
+                    null.append(self.match_random(decoder[place], random_FD, latents[place], x_DT))
+            seeds = [(targets[other].name, pairs[place][other]) for other in others]
+            result = self.result(seeds, nulls, latents[place])
             outcomes[place] = result.without_outliers(rows.outliers, rows.tokens)
         return outcomes
 
-    def match_random(self, unit_FD: Tensor, latents: Latents, x_DT: Tensor, draw: int) -> Pair:
-        random_FD = shuffle_rows(unit_FD, draw)
+    def match_random(self, unit_FD: Tensor, random_FD: Tensor, latents: Latents, x_DT: Tensor) -> Pair:
         random = random_latents(random_FD, x_DT, latents.active_F)
-        return match_pair(unit_FD, random_FD, latents, random, min(self.exact_latents, EXACT_RANDOM))
+        exact_latents = min(self.exact_latents, EXACT_RANDOM)
+        return match_pair(unit_FD, random_FD, latents, random, exact_latents, signed=False)
 
-    def result(self, seeds: Sequence[NamedPair], null: Sequence[Pair], latents: Latents) -> MetricResult:
-        """The numbers of one SAE from its matchings with the other seeds and with random dictionaries."""
-        cosine_SF = np.abs([pair.decoder.similarity_F for _, pair in seeds])
-        random_cosines = np.abs([pair.decoder.similarity_F for pair in null])
-        threshold = max(self.threshold, float(np.quantile(random_cosines, NULL_QUANTILE)))
-        recurs_F = np.asarray((cosine_SF >= threshold).all(0))
-        alive_F = latents.varies_F
-        values = {
-            "decoder_pw_mcc": [pair.decoder_mcc for _, pair in seeds],
-            "decoder_pw_mcc_null": [pair.decoder_mcc for pair in null],
-            "activation_pw_mcc": [pair.activation_mcc for _, pair in seeds],
-            "activation_pw_mcc_null": [pair.activation_mcc for pair in null],
-        }
+    def result(self, seeds: Sequence[NamedPair], nulls: Mapping[str, Sequence[Pair]], latents: Latents) -> MetricResult:
+        """The numbers of one SAE from its matchings with the other seeds and with random dictionaries, by kind."""
+        quantiles = [
+            float(np.quantile(np.abs([pair.decoder.similarity_F for pair in null]), NULL_QUANTILE))
+            for null in nulls.values()
+        ]
+        threshold = max(self.threshold, *quantiles)
+        recurs_SF = np.stack([recurring_cosines(pair) >= threshold for _, pair in seeds])
+        values = matched_values([pair for _, pair in seeds], nulls) | {"recurring": recurs_SF.mean(1).tolist()}
+        cosine_SF, alive_F = np.abs([pair.decoder.similarity_F for _, pair in seeds]), latents.varies_F
         metrics = {name: float(np.mean(numbers)) for name, numbers in values.items()} | {
-            "recurring": float(recurs_F.mean()),
+            "recurring_in_all": float(recurs_SF.all(0).mean()),
             "recurring_threshold": threshold,
             "decoder_pw_mcc_alive": float(cosine_SF[:, alive_F].mean()) if alive_F.any() else math.nan,
             "frac_alive": float(alive_F.mean()),
         }
         intervals = {
-            name: t_interval(numbers, of_another=name.endswith("_null"))
+            name: t_interval(numbers, of_another="_null" in name)
             for name, numbers in values.items()
             if len(numbers) > 1
         }
+        signed = any(pair.signed is not pair.decoder for _, pair in seeds)
         return MetricResult.of(
             {"stability": metrics},
-            latent_details(seeds, recurs_F, latents),
+            latent_details(seeds, recurs_SF, latents),
             intervals={"stability": intervals},
             n={"other_seeds": len(seeds), "tokens": latents.f_TF.shape[0], "latents": len(alive_F)},
             flags=[*self.method_flags(metrics, len(alive_F)), *stability_flags(metrics, intervals, seeds)],
-            extra={"seeds": [name for name, _ in seeds], **values},
+            extra={"seeds": [name for name, _ in seeds], "signed": signed, **values},
         )
 
     def method_flags(self, metrics: Mapping[str, float], latents: int) -> list[str]:
@@ -267,13 +291,41 @@ def unit_rows(target: EvalTarget, device: str) -> Tensor:
     return torch.nn.functional.normalize(W_dec_FD.detach().to(device).float(), dim=1)
 
 
-def match_pair(unit_FD: Tensor, other_FD: Tensor, latents: Latents, others: Latents, exact_latents: int) -> Pair:
-    """Match two SAEs by their decoders, given as rows of unit length, and by their latents."""
+def match_pair(
+    unit_FD: Tensor, other_FD: Tensor, latents: Latents, others: Latents, exact_latents: int, signed: bool = True
+) -> Pair:
+    """Match two SAEs by their decoders, given as rows of unit length, and by their latents.
+
+    `signed`: also by the cosines with their sign, unless a latent of either is negative at a token.
+    """
+
+    def cosine(rows: slice) -> Tensor:
+        return unit_FD[rows] @ other_FD.T
+
+    decoder = match_latents(cosine, len(unit_FD), exact_latents)
+    signed = signed and not (latents.has_negative or others.has_negative)
     return Pair(
-        match_latents(lambda rows: unit_FD[rows] @ other_FD.T, len(unit_FD), exact_latents),
+        decoder,
+        match_latents(cosine, len(unit_FD), exact_latents, signed=True) if signed else decoder,
         match_latents(latents.correlation(others), len(unit_FD), exact_latents),
         int(max(latents.varies_F.sum(), others.varies_F.sum())),
     )
+
+
+def recurring_cosines(pair: Pair) -> np.ndarray:
+    """The cosine of each latent with its match (F,), from which it recurs; absolute where the sign has no meaning."""
+    return np.abs(pair.signed.similarity_F) if pair.signed is pair.decoder else pair.signed.similarity_F
+
+
+def matched_values(pairs: Sequence[Pair], nulls: Mapping[str, Sequence[Pair]]) -> dict[str, list[float]]:
+    """PW-MCC with each other seed and with each random dictionary, of each kind and of that with the larger mean."""
+    values: dict[str, list[float]] = {}
+    for what in ("decoder", "activation"):
+        values[f"{what}_pw_mcc"] = [getattr(pair, f"{what}_mcc") for pair in pairs]
+        kinds = {kind: [getattr(pair, f"{what}_mcc") for pair in null] for kind, null in nulls.items()}
+        values[f"{what}_pw_mcc_null"] = max(kinds.values(), key=np.mean)
+        values |= {f"{what}_pw_mcc_null_{kind}": numbers for kind, numbers in kinds.items()}
+    return values
 
 
 def t_interval(values: Sequence[float], of_another: bool) -> list[float]:
@@ -309,15 +361,15 @@ def stability_flags(
     return flags
 
 
-def latent_details(seeds: Sequence[NamedPair], recurs_F: np.ndarray, latents: Latents) -> list[dict[str, Any]]:
-    """An entry per latent: whether it recurs, and its match in each other seed, in the order of `extra["seeds"]`.
+def latent_details(seeds: Sequence[NamedPair], recurs_SF: np.ndarray, latents: Latents) -> list[dict[str, Any]]:
+    """An entry per latent: whether it recurs in all other seeds, and its match in each, in the order of extra["seeds"].
 
-    A latent has no match by activations if either does not vary.
+    Matches by decoder are those by which latents recur. There is none by activations if either latent does not vary.
     """
     density_F = latents.active_F / latents.f_TF.shape[0]
     columns: dict[str, list[list[Any]]] = {}
     for name, similarity in (("decoder", "cosine"), ("activation", "correlation")):
-        matchings: list[Matching] = [getattr(pair, name) for _, pair in seeds]
+        matchings = [pair.signed if name == "decoder" else pair.activation for _, pair in seeds]
         partner_FS = np.stack([one.partner_F for one in matchings], 1)
         value_FS = np.stack([one.similarity_F for one in matchings], 1)
         has_match_FS = (partner_FS >= 0) & ((value_FS != 0) | (name == "decoder"))
@@ -326,7 +378,7 @@ def latent_details(seeds: Sequence[NamedPair], recurs_F: np.ndarray, latents: La
             entries_FS[~has_match_FS] = None
             columns[f"{name}_{column}"] = entries_FS.tolist()
     return [
-        {"index": i, "density": round(float(density_F[i]), 10), "recurs": bool(recurs_F[i])}
+        {"index": i, "density": round(float(density_F[i]), 10), "recurs": bool(recurs_SF[:, i].all())}
         | {name: column[i] for name, column in columns.items()}
-        for i in range(len(recurs_F))
+        for i in range(len(density_F))
     ]

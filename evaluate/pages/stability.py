@@ -20,7 +20,8 @@ CHART_TITLE = "Weakest best match of a latent in another seed"
 class Latent(NamedTuple):
     """A latent that fires, and its best matches in the other seeds, in their order.
 
-    `weakest` is the smallest absolute cosine among them: how far every other seed finds it again.
+    `weakest` is the smallest cosine among them: how far every other seed finds it again. Cosines are absolute where
+    their sign has no meaning, and in results of earlier versions.
     """
 
     number: int
@@ -64,7 +65,7 @@ def stability_of_run(result: MetricResult) -> StabilityPart | None:
     ranked = sorted(latents, key=lambda one: (one.weakest, one.number))
     counts = histogram(latents)
     series = Series("latents", bin_centres(), counts, "bars", labels=bin_labels(counts, "latents"))
-    chart = Chart(CHART_TITLE, "absolute cosine of decoder rows", "latents", [series])
+    chart = Chart(CHART_TITLE, "cosine of decoder rows", "latents", [series])
     lines = [LatentLine(one.number, latent_cells(one, len(seeds))) for one in ranked]
     least = lines[:LISTED]
     return StabilityPart(
@@ -83,7 +84,7 @@ def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> Stabi
             series.append(Series(label, bin_centres(), shares, "both", labels=bin_labels(shares, label)))
     if not series:
         return None
-    chart = Chart(CHART_TITLE, "absolute cosine of decoder rows", "share of the latents that fire", series)
+    chart = Chart(CHART_TITLE, "cosine of decoder rows", "share of the latents that fire", series)
     named = ", ".join(one.name for one in series)
     lead = f"{named}: latents of all seeds of a system together, without those that never fire on the held-out text."
     return StabilityPart(lead, CHART_TITLE, draw_svg(chart, True, *CHART_SIZE))
@@ -92,8 +93,10 @@ def stability_of_systems(systems: Mapping[str, Sequence[MetricResult]]) -> Stabi
 def live_latents(result: MetricResult) -> list[Latent]:
     """The latents that fire on the held-out text and have a match in each other seed."""
     found = []
+    signed = (result.sound.extra or {}).get("signed", False)
     for entry in result.sound.details:
-        cosines = [abs(value) for value in entry.get("decoder_cosine") or () if isinstance(value, (int, float))]
+        written = [value for value in entry.get("decoder_cosine") or () if isinstance(value, (int, float))]
+        cosines = written if signed else [abs(value) for value in written]
         matches = entry.get("decoder_match") or ()
         if cosines and entry.get("density", 1.0) > 0:
             found.append(
@@ -134,7 +137,7 @@ def latent_cells(latent: Latent, seeds: int) -> list[str]:
 def histogram(latents: Sequence[Latent]) -> list[int]:
     counts = [0] * BINS
     for one in latents:
-        counts[min(int(one.weakest * BINS), BINS - 1)] += 1
+        counts[min(max(int(one.weakest * BINS), 0), BINS - 1)] += 1
     return counts
 
 

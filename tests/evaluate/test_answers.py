@@ -220,13 +220,14 @@ def test_seeds_that_are_there_are_to_be_measured_with_it(runs):
     assert found[STABLE].command == f"sae evaluate {run} {other} --suite stability"
 
 
-def write_stability(folder, null_high=0.3, recurring=0.42):
+def write_stability(folder, null_high=0.3, recurring=0.42, **more):
     numbers = {
         "decoder_pw_mcc": 0.62,
         "decoder_pw_mcc_null": 0.2,
         "activation_pw_mcc": 0.5,
         "activation_pw_mcc_null": 0.1,
         "recurring": recurring,
+        **more,
     }
     write_result_record(
         folder, "stability", eval_config={"weights": folder.name}, eval_result_metrics={"stability": numbers},
@@ -243,6 +244,8 @@ def test_stability_stands_beside_chance(runs):
     answer = answers_of(run)[STABLE]
     assert answer.verdict == "42% of latents recur" and answer.is_good is None
     assert answer.numbers[:2] == ["in each of 2 other seeds", "decoder PW-MCC 0.620 (0.600 to 0.640), random 0.200"]
+    write_stability(run, recurring_in_all=0.3)  # absent in results of earlier versions, as above
+    assert answers_of(run)[STABLE].numbers[0] == "on average over 2 other seeds, 30% in all of them"
     write_stability(run, null_high=0.7)
     answer = answers_of(run)[STABLE]
     assert (answer.verdict, answer.is_good) == ("42% of latents recur; decoder PW-MCC no more than chance", False)

@@ -9,7 +9,8 @@ import torch
 from scipy.sparse import csr_matrix
 
 from sae.evaluate.metrics import latent_matching as matching
-from sae.evaluate.metrics.latent_correlation import Latents, random_latents, shuffle_rows
+from sae.evaluate.metrics.latent_correlation import Latents
+from sae.evaluate.metrics.random_dictionaries import gaussian_rows, random_latents, second_moment, shuffle_rows
 
 
 def blocks_of(similarity_FG: torch.Tensor):
@@ -31,6 +32,20 @@ def test_the_sum_is_the_largest_of_all_permutations_and_signs_are_kept(match, mo
         assert back.similarity_F[found.partner_F] == pytest.approx(found.similarity_F)
 
 
+@pytest.mark.parametrize("exact", [6, 5])
+def test_with_signs_the_sum_of_the_similarities_themselves_is_the_largest(exact):
+    for seed in range(5):
+        similarity_FG = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+        if exact < 6:
+            similarity_FG = similarity_FG.clamp_min(0) - similarity_FG.lt(0) * 0.1  # by candidates, below 0 is no match
+        found = matching.match_latents(blocks_of(similarity_FG), 6, exact, signed=True)
+        gain_FG = similarity_FG if exact == 6 else similarity_FG.clamp_min(0)
+        best = max(sum(float(gain_FG[i, p[i]]) for i in range(6)) for p in itertools.permutations(range(6)))
+        assert found.similarity_F.clip(None if exact == 6 else 0).sum() == pytest.approx(best, abs=1e-6)
+        partners = found.partner_F[found.partner_F >= 0]
+        assert len(set(partners)) == len(partners) and (exact < 6 or len(partners) == 6)
+
+
 def test_candidates_are_a_lower_bound_and_a_latent_without_one_has_no_partner(monkeypatch):
     monkeypatch.setattr(matching, "CANDIDATES", 1)
     similarity_FG = torch.tensor([[0.9, -0.8, 0.1], [0.7, 0.1, 0.2], [0.0, 0.3, -0.6]])
@@ -42,8 +57,8 @@ def test_candidates_are_a_lower_bound_and_a_latent_without_one_has_no_partner(mo
 
 
 def test_more_than_the_exact_latents_are_matched_by_candidates(monkeypatch):
-    monkeypatch.setattr(matching, "match_candidates", lambda similarity, latents: "candidates")
-    monkeypatch.setattr(matching, "match_all_pairs", lambda similarity, latents: "all")
+    monkeypatch.setattr(matching, "match_candidates", lambda similarity, latents, signed: "candidates")
+    monkeypatch.setattr(matching, "match_all_pairs", lambda similarity, latents, signed: "all")
     assert [matching.match_latents(blocks_of(torch.eye(3)), 3, exact) for exact in (2, 3)] == ["candidates", "all"]
 
 
@@ -73,7 +88,7 @@ def test_correlations_are_pearson_s_and_0_for_what_does_not_vary():
 
 
 def test_random_latents_fire_as_often_as_those_that_they_stand_for(monkeypatch):
-    monkeypatch.setattr("sae.evaluate.metrics.latent_correlation.LATENTS_PER_BLOCK", 3)
+    monkeypatch.setattr("sae.evaluate.metrics.random_dictionaries.LATENTS_PER_BLOCK", 3)
     generator = torch.Generator().manual_seed(0)
     x_TD = 5 + torch.randn(40, 6, generator=generator)
     direction_FD = torch.randn(8, 6, generator=generator)
@@ -96,3 +111,25 @@ def test_a_shuffled_decoder_has_the_entries_of_each_row_in_another_order():
     assert torch.equal(one.sort(1).values, W_dec_FD.sort(1).values)
     cosines = torch.nn.functional.cosine_similarity(one, W_dec_FD)
     assert float(cosines.abs().max()) < 0.8 and not math.isclose(float(cosines[0]), float(cosines[1]))
+
+
+def test_gaussian_rows_have_the_length_and_the_second_moment_that_is_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    root_DD = torch.randn(8, 8, generator=generator) * torch.tensor([4.0, 2, 1, 1, 1, 0.5, 0.5, 0.1])
+    drawn_FD = torch.nn.functional.normalize(torch.randn(4000, 8, generator=generator) @ root_DD.T, dim=1)
+    moment_DD = second_moment(drawn_FD)
+    assert moment_DD.trace() == pytest.approx(1, abs=1e-5)
+    rows_FD = gaussian_rows(moment_DD, 4000, seed=1)
+    assert rows_FD.norm(dim=1).numpy() == pytest.approx(np.ones(4000), abs=1e-5)
+    assert second_moment(rows_FD).numpy() == pytest.approx(moment_DD.numpy(), abs=0.02)
+    axis_DD = torch.linalg.eigh(moment_DD)[1]  # along each axis, they are distributed as the rows themselves
+    drawn, found = (torch.matmul(rows, axis_DD).square().sort(0).values for rows in (drawn_FD, rows_FD))
+    assert (drawn - found).abs().mean(0).max() < 0.01
+    assert not torch.equal(rows_FD, gaussian_rows(moment_DD, 4000, seed=2))
+
+
+def test_gaussian_rows_of_a_subspace_stay_in_it():
+    direction_FD = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows_FD = gaussian_rows(second_moment(direction_FD), 50, seed=0)
+    assert torch.linalg.matrix_rank(rows_FD, atol=1e-2) == 3
+    assert torch.linalg.matrix_rank(torch.cat([rows_FD, direction_FD]), atol=1e-2) == 3

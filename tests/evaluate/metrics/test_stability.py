@@ -123,6 +123,26 @@ def test_the_sign_of_a_latent_does_not_count(tiny_cache):
     assert found["decoder_pw_mcc"] == pytest.approx(1) and found["activation_pw_mcc"] == pytest.approx(1, abs=1e-5)
     assert [entry["decoder_cosine"][0] for entry in details] == pytest.approx(sign_F.sign().tolist())
     assert [entry["activation_correlation"][0] for entry in details] == pytest.approx(sign_F.sign().tolist(), abs=1e-5)
+    assert found["recurring"] == 1 and one.results["stability"].extra["signed"] is False
+
+
+def test_a_latent_and_its_opposite_are_two_unless_latents_are_negative(tiny_cache, home):
+    one, other = make_sae(0), make_sae(1)
+    other.W_dec[:10] = -one.W_dec[:10]
+    runs = [save(home / f"s{seed}", tiny_cache, seed, made) for seed, made in enumerate((one, other))]
+    found, _ = evaluate(ask(*runs))
+    assert (
+        numbers(found)["recurring"] == 0 and numbers(found)["decoder_pw_mcc"] > 10 / F + 0.3
+    )  # with 1 for ten of them
+    # A dictionary that has both finds both again, whichever of the two is stronger.
+    one.W_dec[10:20] = -one.W_dec[:10]
+    other.W_dec[:20] = one.W_dec[torch.arange(20).roll(10)] + 0.1 * torch.randn(20, D)
+    runs = [save(home / f"both{seed}", tiny_cache, seed, made, l0=4) for seed, made in enumerate((one, other))]
+    found, _ = evaluate(ask(*runs))
+    entries = found.results["stability"].details
+    assert [entry["decoder_match"][0] for entry in entries[:20]] == [*range(10, 20), *range(10)]
+    assert [entry["recurs"] for entry in entries] == [True] * 20 + [False] * (F - 20)
+    assert found.results["stability"].extra["signed"] is True
 
 
 def test_shuffled_rows_have_the_number_of_the_null(tiny_cache, home):
@@ -135,9 +155,40 @@ def test_shuffled_rows_have_the_number_of_the_null(tiny_cache, home):
     result, found = row.results["stability"], numbers(row)
     low, high = result.intervals["stability"]["decoder_pw_mcc_null"]
     assert low < found["decoder_pw_mcc"] < high < low + 0.08
+    kinds = [found["decoder_pw_mcc_null_shuffled"], found["decoder_pw_mcc_null_gaussian"]]
+    assert kinds == pytest.approx([found["decoder_pw_mcc"]] * 2, abs=0.01) and found["decoder_pw_mcc_null"] == max(
+        kinds
+    )
     assert found["activation_pw_mcc"] == pytest.approx(found["activation_pw_mcc_null"], abs=0.06)
     assert found["recurring"] < 0.05
     assert any("decoder PW-MCC of" in flag and "not above" in flag for flag in result.flags)
+
+
+def test_two_frozen_decoders_have_the_number_of_the_null_of_their_covariance(tiny_cache, home):
+    """Drawn with the covariance of the activations and never trained, they agree by chance, and more than shuffled."""
+    runs = sae.train_saes(
+        "frozen-decoder", cache=tiny_cache, layers=[0], seeds=[0, 1], steps=2, batch_size=128, width=160, device="cpu"
+    )
+    row, _ = sae.evaluate_saes(runs, suite="stability", references=False, device="cpu", options=["stability.draws=5"])
+    result, found = row.results["stability"], numbers(row)
+    low, high = result.intervals["stability"]["decoder_pw_mcc_null"]
+    assert low < found["decoder_pw_mcc"] < high < low + 0.08
+    assert found["decoder_pw_mcc"] == pytest.approx(found["decoder_pw_mcc_null_gaussian"], abs=0.015)
+    assert found["decoder_pw_mcc_null"] == found["decoder_pw_mcc_null_gaussian"]
+    assert found["decoder_pw_mcc_null_shuffled"] < found["decoder_pw_mcc"] - 0.05
+    assert any("decoder PW-MCC of" in flag and "not above" in flag for flag in result.flags)
+
+
+def test_the_null_is_the_larger_one_also_where_rows_have_a_few_large_entries(tiny_cache, home):
+    saes = [make_sae(seed, latents=100) for seed in range(2)]
+    for one in saes:
+        one.W_dec.mul_(torch.rand(100, D) < 2 / D)[torch.arange(100), torch.randint(D, (100,))] += 1
+    runs = [save(home / f"s{seed}", tiny_cache, seed, one) for seed, one in enumerate(saes)]
+    row, _ = evaluate(ask(*runs))
+    found = numbers(row)
+    assert found["decoder_pw_mcc_null"] == found["decoder_pw_mcc_null_shuffled"]
+    assert found["decoder_pw_mcc_null"] > found["decoder_pw_mcc_null_gaussian"] + 0.1
+    assert found["decoder_pw_mcc"] == pytest.approx(found["decoder_pw_mcc_null"], abs=0.05)
 
 
 def test_the_numbers_are_means_over_the_other_seeds_and_equal_plain_loops(tiny_cache, home):
@@ -194,7 +245,14 @@ def test_what_every_other_seed_has_recurs_and_the_threshold_is_above_the_null(ti
     first, *_ = evaluate(ask(*runs))
     entries = first.results["stability"].details
     assert [entry["index"] for entry in entries if entry["recurs"]] == list(range(1, 10))
-    assert numbers(first)["recurring"] == 9 / F and numbers(first)["recurring_threshold"] == 0.7
+    assert numbers(first)["recurring_in_all"] == 9 / F and numbers(first)["recurring_threshold"] == 0.7
+    assert numbers(first)["recurring"] == pytest.approx(
+        9.5 / F
+    )  # ten in one seed, nine in the other: not fewer with more seeds
+    assert sorted(first.results["stability"].extra["recurring"]) == pytest.approx([9 / F, 10 / F])
+    half = 12.7062 * np.std([9, 10], ddof=1) / F / 2**0.5
+    interval = first.results["stability"].intervals["stability"]["recurring"]
+    assert interval == pytest.approx([9.5 / F - half, 9.5 / F + half], abs=1e-5)
     low, *_ = evaluate(ask(*runs, options=["stability.threshold=0.05"]))
     threshold = numbers(low)["recurring_threshold"]
     assert 0.3 < threshold < 0.7  # the quantile of random dictionaries

@@ -79,6 +79,15 @@ def test_latents_are_listed_by_their_weakest_match():
     assert "0.20 to 0.25: 1 latents" in part.chart and "0.90 to 0.95: 1 latents" in part.chart
 
 
+def test_a_cosine_below_0_is_no_match_where_its_sign_has_a_meaning():
+    result = matched((-0.8, 0.9), (0.5, 0.9))
+    assert result.extra is not None
+    result.extra["signed"] = True
+    part = stability_of_run(result)
+    assert part is not None and [line.cells[0] for line in part.least] == ["-0.800", "0.500"]
+    assert "0.00 to 0.05: 1 latents" in part.chart
+
+
 def test_the_most_stable_come_first_among_many():
     part = stability_of_run(matched(*((n / 30, 1.0) for n in range(30))))
     assert part is not None and [line.latent for line in part.least] == list(range(10))
