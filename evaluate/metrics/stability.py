@@ -76,8 +76,9 @@ class Pair:
 
     def inverse(self) -> "Pair":
         latents = len(self.decoder.partner_F)
-        matchings = (self.decoder, self.signed, self.activation)
-        return Pair(*(one.inverse(latents) for one in matchings), self.varying)
+        decoder = self.decoder.inverse(latents)
+        signed = decoder if self.signed is self.decoder else self.signed.inverse(latents)
+        return Pair(decoder, signed, self.activation.inverse(latents), self.varying)
 
 
 NamedPair = tuple[str, Pair]  # the name of the other seed, and the matchings with it

@@ -32,11 +32,11 @@ from sae.evaluate.reference_saes import Identity
 from sae.train.activation_functions import ReLU, TopK
 from sae.train.sae import SAE
 
+from .planted_letters import PLANTED, TEST, planted
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-TRAIN, TEST = 32, 8  # planted words of each letter
-PLANTED = Absorption(k_sparse_probe_batch_size=52, k_sparse_probe_num_epochs=20, k_sparse_probe_l1_decay=0.1)
 
 
 def silent(done, total, note=""):
@@ -44,54 +44,6 @@ def silent(done, total, note=""):
 
 
 # --- planted ----------------------------------------------------------------------------------------------------------
-
-
-def planted(absorbed: dict[str, int], *, share: float = 1.0, split: str = "") -> tuple[SpellingRows, SAE]:
-    """Words with a direction for their letter and one of their own, and a dictionary of the letters.
-
-    Of a letter in `absorbed` that many test words, and four times as many to fit on, each have a latent of their own,
-    which takes `share` of the letter's projection from the letter's latent. The letters in `split` have two latents.
-    """
-    letter = torch.arange(26).repeat_interleave(TRAIN + TEST)
-    number = torch.arange(TRAIN + TEST).repeat(26)
-    n = len(letter)
-    x = torch.zeros(n, 26 + n + 1)
-    x[torch.arange(n), letter] = 1
-    x[torch.arange(n), 26 + torch.arange(n)] = 1
-    x[:, -1] = torch.where(number % 2 == 0, 1, -1) * torch.isin(letter, torch.tensor([LETTERS.index(c) for c in split]))
-    is_train = number < TRAIN
-    swallowed = [
-        i
-        for i in range(n)
-        if (own := absorbed.get(LETTERS[letter[i]], 0)) and (number[i] < 4 * own or TRAIN <= number[i] < TRAIN + own)
-    ]
-    latents: list[tuple[torch.Tensor, float, torch.Tensor]] = []  # encoder, bias, decoder
-    for at in range(26):
-        direction = torch.zeros(x.shape[1])
-        direction[at] = 1
-        encoder = direction.clone()
-        for i in swallowed:
-            if letter[i] == at:
-                encoder[26 + i] = -share
-        if LETTERS[at] in split:
-            for sign in (1, -1):
-                side = torch.zeros(x.shape[1])
-                side[-1] = sign
-                latents.append((encoder + side, -1.0, direction))
-        else:
-            latents.append((encoder, 0.0, direction))
-    for i in swallowed:
-        own = torch.zeros(x.shape[1])
-        own[26 + i] = 1
-        both = own.clone()
-        both[letter[i]] = 1
-        latents.append((own * share * math.sqrt(2), 0.0, both / math.sqrt(2)))
-    sae = SAE(x.shape[1], len(latents), [ReLU()]).requires_grad_(False)
-    for index, (encoder, bias, decoder) in enumerate(latents):
-        sae.W_enc[:, index], sae.b_enc[index], sae.W_dec[index] = encoder, bias, decoder
-    probe = LetterProbes(torch.eye(26, x.shape[1]) * 3, torch.full((26,), -1.5))
-    test = x[~is_train]
-    return SpellingRows(x[is_train], letter[is_train], test, letter[~is_train], test.clone(), probe), sae
 
 
 def letter_of(result: MetricResult, letter: str) -> dict:
