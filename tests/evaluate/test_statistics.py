@@ -105,16 +105,16 @@ def test_a_bootstrap_resamples_each_sample_by_itself():
 
 
 def test_a_table_without_true_differences_has_a_false_one_in_at_most_one_of_twenty():
-    drawn = np.random.default_rng(2).normal(0, 1, (1000, 8, 4))
+    drawn = np.random.default_rng(2).normal(0, 1, (400, 4, 4))
     tables = [[row(PairedDifferences(one, "seed"), "up") for one in table] for table in drawn.tolist()]
     false = [any(one.verdict in ("better", "worse") for one in judge(table)) for table in tables]
-    assert 0.025 < np.mean(false) < 0.065
+    assert 0.02 < np.mean(false) < 0.075  # 0.19 without Holm's correction
 
 
 def test_differences_at_the_margin_are_called_equivalent_in_at_most_one_of_twenty():
-    drawn = np.random.default_rng(3).normal(1, 0.5, (2000, 10))
+    drawn = np.random.default_rng(3).normal(1, 0.5, (1000, 10))
     called = [PairedDifferences(values, "seed").equivalence_p_value(1.0) < LEVEL for values in drawn.tolist()]
-    assert np.mean(called) == pytest.approx(0.05, abs=0.015)
+    assert np.mean(called) == pytest.approx(0.05, abs=0.02)
 
 
 def far(mean: float) -> PairedDifferences:

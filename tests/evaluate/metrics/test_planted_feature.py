@@ -95,4 +95,4 @@ def test_stability_finds_it_in_the_other_seed_and_not_what_is_planted_in_one(fou
     assert [entry["index"] for entry in first.details if not entry["recurs"]] == [D]
     assert [entry["index"] for entry in second.details if not entry["recurs"]] == [place[D]]
     assert first.metrics["stability"]["recurring"] == second.metrics["stability"]["recurring"] == 1 - 1 / latents
-    assert first.metrics["stability"]["recurring_threshold"] == 0.7
+    assert first.metrics["stability"]["recurring_threshold"] < 0.9  # of random dictionaries; what is planted has 1

@@ -7,6 +7,7 @@ the first block has the attributes one by one, and an SAE that keeps its dimensi
 
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -392,8 +393,6 @@ def test_the_entity_s_last_token_is_the_last_that_begins_in_it(tokenizer, templa
 
 
 def test_pairs_differ_in_the_attribute_and_each_kind_is_as_frequent(ctx, metric):
-    import random
-
     facts = metric.known_facts(ctx, "thing", silent)
     for count in (10, 500):
         train, test = draw_pairs(facts.prompts, facts.attributes, "Color", count, 0.7, random.Random(0))
@@ -442,6 +441,44 @@ def test_an_answer_under_a_mask_is_given_in_the_first_pass_only(ctx, metric):
     answers = answer_under(ctx, mask, facts.prompts, rows, same, 3)
     own = ravel_prompts.ask(ctx, facts.prompts, 3, "thing", silent)
     assert answers == ctx.tokenizer.batch_decode(own[[pair.source for pair in same]]) and len(set(answers)) > 3
+
+
+def test_the_temperature_falls_from_1_to_1e_4_over_the_steps_of_a_mask(ctx, metric, monkeypatch):
+    assert ravel_masks.temperatures(5, torch.float32) == pytest.approx([1, 0.1, 0.01, 0.001, 0.0001], rel=1e-5)
+    rounded = torch.logspace(0, -4, 5, dtype=torch.bfloat16).tolist()
+    assert ravel_masks.temperatures(5, torch.bfloat16) == rounded != ravel_masks.temperatures(5, torch.float32)
+    used = []
+    step = Mask.step
+    monkeypatch.setattr(Mask, "step", lambda self, *args: used.append(args[-1]) or step(self, *args))
+    facts = metric.known_facts(ctx, "thing", silent)
+    rows = ravel_prompts.entity_rows(ctx, facts.prompts, [Hook(0)], silent)
+    pair = ravel_prompts.FactPair(0, 1, 0, "")
+    mask = Mask(EvalTarget(one_by_one(), Hook(0)), 32, 0.1, "cpu")
+    ravel_masks.train_masks(ctx, [mask], facts.prompts, rows, [[pair], [pair]], 2, "", silent)  # 2 epochs of 2 batches
+    assert used == ravel_masks.temperatures(4, torch.float32)
+
+
+def test_a_cold_mask_is_all_or_nothing_and_a_warm_one_mixes(ctx, metric):
+    """theta is 0.01 for every latent: over 1e-4 all are exchanged; over 1, half of each (0.5025)."""
+    facts = metric.known_facts(ctx, "thing", silent)
+    rows_ND = ravel_prompts.entity_rows(ctx, facts.prompts, [Hook(0)], silent)[Hook(0)]
+    train, _ = draw_pairs(facts.prompts, facts.attributes, "Color", 10, 0.7, random.Random(0))
+    batch = ravel_masks.PairBatch.of(ctx, facts.prompts, train, [Hook(0)])
+    losses = {}
+    for temperature in (1e-4, 1.0):
+        mask = Mask(EvalTarget(one_by_one(), Hook(0)), 32, 0.1, "cpu")
+        mask.theta_F.data.fill_(0.01)
+        mask.step(ctx, batch, rows_ND[batch.source_N], temperature)
+        losses[temperature] = mask.loss
+    for temperature, share in ((1e-4, 1.0), (1.0, 1 / (1 + np.exp(-0.01)))):
+        x_NSD = batch.run.activations[Hook(0)].clone()
+        at = (torch.arange(len(train)), batch.prompts.entity_N)
+        x_NSD[at] = (1 - share) * x_NSD[at].relu() + share * rows_ND[batch.source_N].relu()  # one latent a dimension
+        final_NSD = batch.run.run_from(Hook(0), x_NSD)
+        logits_NV = ctx.model.unembed(final_NSD[torch.arange(len(train)), batch.prompts.last_N])
+        expected = torch.nn.functional.cross_entropy(logits_NV, batch.target_N)
+        assert losses[temperature] == pytest.approx(float(expected), rel=1e-4)
+    assert abs(losses[1e-4] - losses[1.0]) > 0.01
 
 
 def test_the_embedded_model_s_tokenizer_has_offsets():
