@@ -39,7 +39,7 @@ from .explanation_scores import BALANCED_SCORES, SCORES, JudgedLatent, judge_lat
 from .http_judge import Endpoint
 from .judge_cost import describe_cost
 from .latent_firings import collect_firings
-from .llm_judge import Judge, KeptAnswers, Message, read_key
+from .llm_judge import MAX_ANSWER_TOKENS, Judge, KeptAnswers, Message, read_key
 from .local_judge import LocalJudge
 from .packing import firing_frequencies, pack_contexts
 
@@ -117,7 +117,12 @@ class Autointerp(Metric):
         self.check_options()
         judge = self.judge("cpu")
         if isinstance(judge, Endpoint):
-            replace(judge, waits=TEST_WAITS).ask(TEST_QUESTION)
+            if not replace(judge, waits=TEST_WAITS).ask(TEST_QUESTION).strip():
+                raise UnavailableError(
+                    f"{self.judge_model} at {self.endpoint} answered the test question with nothing. It has "
+                    f"{MAX_ANSWER_TOKENS} tokens, which a model that thinks before it answers uses up: name one that "
+                    "does not, or switch that off on the server."
+                )
 
     def check_options(self) -> None:
         if min(self.latents, self.tokens) < 1 or self.context <= 2 * BUFFER:

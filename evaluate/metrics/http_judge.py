@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,15 @@ from urllib.parse import urlsplit
 
 from ...common.errors import DamagedError, SaeError, UnavailableError, UsageError
 from ...common.files import parse_json
-from ...common.formatting import format_bytes
+from ...common.formatting import format_bytes, format_count
 from ...common.packages import import_extra
 from .llm_judge import MAX_ANSWER_TOKENS, KeepAnswer, Message
 
 PARALLEL_QUESTIONS = 10
 RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a busy or unreachable endpoint
 MAX_WAIT = 60  # seconds that an endpoint's Retry-After may ask for
+GRACE = 5.0  # seconds that questions under way have for their answers, after an error or Ctrl-C
+POLL = 0.1  # seconds between looks at whether to stop
 MAX_REPLY = 1 << 20  # bytes that are read of a reply
 MAX_ANSWER = 10_000  # characters of an answer; more are cut off
 
@@ -77,30 +80,39 @@ class Endpoint:
     def answer_all(self, questions: Sequence[Sequence[Message]], keep: KeepAnswer) -> None:
         """Ask all questions, PARALLEL_QUESTIONS at a time, and call `keep(index, answer)` as each answer arrives.
 
-        After an error or Ctrl-C, only the questions that are under way are waited for: they are paid for.
+        After an error or Ctrl-C no further question is asked. Those that are under way, which are paid for, have GRACE
+        seconds for their answers.
         """
-        waiting = deque(enumerate(questions))
+        stop = threading.Event()
         with ThreadPoolExecutor(1) as thread:  # of its own: a notebook's has an event loop already
             try:
-                thread.submit(asyncio.run, self._ask_in_parallel(waiting, keep)).result()
+                thread.submit(asyncio.run, self._ask_in_parallel(questions, keep, stop)).result()
             except BaseException:
-                waiting.clear()
+                stop.set()
                 raise
 
-    async def _ask_in_parallel(self, waiting: deque[tuple[int, Sequence[Message]]], keep: KeepAnswer) -> None:
+    async def _ask_in_parallel(
+        self, questions: Sequence[Sequence[Message]], keep: KeepAnswer, stop: threading.Event
+    ) -> None:
+        waiting = deque(enumerate(questions))
+
         async def ask_in_turn() -> None:
-            try:
-                while waiting:
-                    index, messages = waiting.popleft()
-                    keep(index, await self._ask(client, messages))
-            except BaseException:
-                waiting.clear()
-                raise
+            while waiting:
+                index, messages = waiting.popleft()
+                keep(index, await self._ask(client, messages))
 
         async with self._httpx.AsyncClient(timeout=self.timeout) as client:
-            tasks = [ask_in_turn() for _ in range(min(PARALLEL_QUESTIONS, len(waiting)))]
-            errors = [error for error in await asyncio.gather(*tasks, return_exceptions=True) if error]
-        if errors:
+            tasks = {asyncio.create_task(ask_in_turn()) for _ in range(min(PARALLEL_QUESTIONS, len(questions)))}
+            pending = set(tasks)
+            while pending and not stop.is_set() and not any(task.done() and task.exception() for task in tasks):
+                _, pending = await asyncio.wait(pending, timeout=POLL, return_when=asyncio.FIRST_EXCEPTION)
+            waiting.clear()
+            if pending:
+                _, pending = await asyncio.wait(pending, timeout=GRACE)
+            for task in pending:
+                task.cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        if errors := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
             raise errors[0]
 
     @property
@@ -121,9 +133,12 @@ class Endpoint:
                 ) from None
             except self._httpx.HTTPError as error:  # no connection, a broken one, a time out
                 if wait is None:
+                    silent = isinstance(error, self._httpx.TimeoutException)
+                    cause = f"nothing came within {self.timeout:g} s" if silent else describe_cause(error)
+                    attempts = format_count(len(self.waits) + 1, "attempt")
                     raise UnavailableError(
-                        f"The judge at {self.url} could not be reached in {len(self.waits) + 1} attempts: "
-                        f"{describe_cause(error)}. Check the network and --set autointerp.endpoint=..."
+                        f"The judge at {self.url} could not be reached in {attempts}: {cause}. Check the network and "
+                        "--set autointerp.endpoint=..."
                     ) from error
             else:
                 if 200 <= reply.code < 300:
@@ -172,7 +187,12 @@ class Endpoint:
                 f"The judge at {self.url} accepts no more questions for now, or the account is used up (HTTP 429, "
                 f"{len(self.waits) + 1} times). Try again later.{reply}"
             )
-        return UnavailableError(f"The judge at {self.url} answered HTTP {error.code} {error.reason}.{reply}")
+        hint = "Try again later, or look into the server's log."
+        if error.code < 400:
+            hint = "Redirects are not followed. Name the address that it leads to with --set autointerp.endpoint=..."
+        elif error.code < 500:
+            hint = "Check --set autointerp.judge_model=... and --set autointerp.endpoint=..."
+        return UnavailableError(f"The judge at {self.url} answered HTTP {error.code} {error.reason}.{reply} {hint}")
 
 
 def describe_cause(error: BaseException) -> str:

@@ -20,6 +20,7 @@ the metric is measured with them too, for SAEBench's numbers.
 Shape suffixes: N prompts, D d_in, F latents.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,11 +172,16 @@ class Ravel(Metric):
                     f"{self.name}.attributes has {', '.join(f'{entity_type}.{a}' for a in attributes)}: give two or "
                     "more different attributes of each entity type, such as city.Country,city.Language."
                 )
-        for option in ("top_n_entities", "num_pairs_per_attribute", "num_epochs", "batch_size", "n_generated_tokens"):
+        for option in (
+            "top_n_entities", "num_pairs_per_attribute", "num_epochs", "batch_size", "n_generated_tokens",
+            "min_known_prompts",
+        ):  # fmt: skip
             if (value := getattr(self, option)) < 1:
                 raise UsageError(f"{self.name}.{option}={value}: give 1 or more.")
         if not 0 < self.train_test_split < 1:
             raise UsageError(f"{self.name}.train_test_split={self.train_test_split}: give a share between 0 and 1.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"{self.name}.learning_rate={self.learning_rate}: give a number above 0.")
 
     @torch.no_grad()
     def measure(self, ctx: EvalContext, targets: Sequence[EvalTarget], progress: Progress) -> list[Outcome]:

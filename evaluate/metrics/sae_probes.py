@@ -49,6 +49,7 @@ from .logistic_probes import (
 
 KS = (1, 2, 5, 16, 128)
 PENALTIES = ("l1", "l2")  # of the probes on latents; that on the model's activations has L2, as in sae-probes
+DEFAULT_TEXTS = 5000  # of a data set
 ROWS_PER_ENCODE = 128
 NAMED_LATENTS = 16  # of a split, that a result lists
 UNKNOWN = ProbeScore(*[math.nan] * len(ProbeScore._fields))
@@ -75,7 +76,7 @@ class SaeProbes(Metric):
     ks: tuple[int, ...] = KS
     setting: str = "normal"
     penalty: str = "l1"
-    max_texts: int = 5000
+    max_texts: int = DEFAULT_TEXTS
     max_train: int = 1024
 
     name = "sae_probes"
@@ -99,6 +100,13 @@ class SaeProbes(Metric):
             raise UsageError(f"{self.name}.penalty={self.penalty} is unknown: expected l1 or l2.")
         if not self.ks or min(self.ks) < 1:
             raise UsageError(f"{self.name}.ks={','.join(map(str, self.ks))}: a probe reads at least one latent.")
+        for option in ("max_texts", "max_train"):
+            if (value := getattr(self, option)) < 2:
+                raise UsageError(f"{self.name}.{option}={value}: give 2 or more, a text of each class.")
+        try:
+            self.splits(np.arange(min(self.max_texts, DEFAULT_TEXTS) // 2 * 2) % 2, "sae")
+        except UsageError as error:
+            raise UsageError(f"{self.name}.max_texts={self.max_texts}: {error}") from None
 
     def names(self) -> list[str]:
         """The data sets that are asked for, in the order of the index.
@@ -108,6 +116,8 @@ class SaeProbes(Metric):
         known = data.dataset_names()
         if self.datasets == ("all",):
             return known
+        if not any(self.datasets):
+            raise UsageError(f"{self.name}.datasets= names no data set. `sae data list sae-probes` lists them.")
         by_number = {name.split("_")[0]: name for name in known}
         asked = {by_number.get(name, name) for name in self.datasets}
         for name in asked:
@@ -151,7 +161,9 @@ class SaeProbes(Metric):
             try:
                 splits = {side: self.splits(label_N[chosen][kept], side) for side in ("sae", "llm")}
             except UsageError as error:
-                raise UsageError(f"{name}: {error}") from None
+                masked = int(outlier_N.sum())
+                hint = f" {masked:,} texts that end in an outlier row are left out; --max-norm none counts them."
+                raise UsageError(f"{name}: {error}{hint if masked else ''}") from None
             x_ND = rows[row_set.hook][torch.from_numpy(kept)].float()
             problems[row_set] = ProbeProblem(x_ND, label_N[chosen][kept], splits, int(outlier_N.sum()))
         return problems

@@ -123,6 +123,14 @@ def test_a_judge_that_fails_is_a_sentence_and_nothing_is_written(run, server):
         evaluate(EvaluateConfig(runs=[run], suite="autointerp", options=options[:-1], device="cpu"))
 
 
+def test_a_judge_that_answers_nothing_is_not_asked_further(run, server):
+    server.replies = [server.completion(None)]  # as of a model that thinks for longer than the answer may be
+    options = [*SMALL, f"autointerp.endpoint={server.url}", "autointerp.judge_model=j"]
+    with pytest.raises(UnavailableError, match="j at .* answered the test question with nothing. It has 100 tokens"):
+        plan_evaluation(EvaluateConfig(runs=[run], suite="autointerp", options=options, device="cpu"))
+    assert len(server.seen) == 1
+
+
 ALL = "saebench,detection,fuzzing"
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import gzip
+import os
+import signal
 import socket
 import threading
 import time
@@ -11,6 +13,7 @@ import pytest
 
 from sae.common import packages
 from sae.common.errors import UnavailableError, UsageError
+from sae.evaluate.metrics import http_judge
 from sae.evaluate.metrics.http_judge import MAX_ANSWER, PARALLEL_QUESTIONS, Endpoint
 
 MESSAGES = [{"role": "user", "content": "Which?"}]
@@ -64,14 +67,14 @@ def test_a_busy_endpoint_is_waited_for(server):
             r"HTTP 429, 3 times\)\. Try again later\. It says: quota",
             3,
         ),
-        ((500, {}, b"<html>"), UnavailableError, "answered HTTP 500 Internal Server Error", 3),
+        ((500, {}, b"<html>"), UnavailableError, r"answered HTTP 500 Internal Server Error\. Try again later", 3),
         (
             (400, {}, {"error": {"message": "max_tokens"}}),
             UnavailableError,
-            "answered HTTP 400 .* It says: max_tokens",
+            r"answered HTTP 400 .* It says: max_tokens Check --set autointerp\.judge_model",
             1,
         ),
-        ((302, {"Location": "http://127.0.0.1:9/"}, b""), UnavailableError, "answered HTTP 302", 1),
+        ((302, {"Location": "http://127.0.0.1:9/"}, b""), UnavailableError, "answered HTTP 302 .*Name the address", 1),
         ((200, {}, b"<html>"), UnavailableError, "did not answer with a chat completion", 1),
         ((200, {}, {"choices": []}), UnavailableError, "did not answer with a chat completion", 1),
         ((200, {}, b"[" * 100_000), UnavailableError, "did not answer with a chat completion", 1),
@@ -205,6 +208,80 @@ def test_after_a_refusal_no_further_question_is_asked(server):
     with pytest.raises(UnavailableError, match="refuses the key"):
         Endpoint(server.url, "m").answer_all([MESSAGES] * 50, lambda *answer: kept.append(answer))
     assert len(server.seen) <= PARALLEL_QUESTIONS and not kept
+
+
+def interrupt_when(begun: threading.Event) -> None:
+    """Press Ctrl-C as soon as something has begun."""
+
+    def press() -> None:
+        begun.wait(30)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+
+
+def test_after_ctrl_c_answers_under_way_have_a_moment_and_no_more(server, monkeypatch):
+    monkeypatch.setattr(http_judge, "GRACE", 0.5)
+    begun, released, hung = threading.Event(), threading.Event(), []
+
+    def reply(body):
+        if body["messages"][0]["content"] == "1":
+            begun.set()
+            hung.append(released.wait(20))  # an endpoint that hangs
+        elif begun.wait(20):
+            time.sleep(0.2)
+        return server.completion("late")
+
+    server.replies = [reply]
+    kept: dict[int, str] = {}
+    interrupt_when(begun)
+    with pytest.raises(KeyboardInterrupt):
+        Endpoint(server.url, "m").answer_all([[{"role": "user", "content": str(n)}] for n in (0, 1)], kept.__setitem__)
+    assert hung == [] and kept == {0: "late"}
+    released.set()
+
+
+def test_ctrl_c_ends_the_wait_before_a_retry(server, monkeypatch):
+    monkeypatch.setattr(http_judge, "GRACE", 0.1)
+    begun, slept = threading.Event(), []
+
+    async def sleep(seconds: float) -> None:
+        begun.set()
+        await asyncio.sleep(20)
+        slept.append(seconds)
+
+    server.replies = [(429, {"Retry-After": "60"}, {})]
+    interrupt_when(begun)
+    with pytest.raises(KeyboardInterrupt):
+        Endpoint(server.url, "m", sleep=sleep).ask(MESSAGES)
+    assert slept == [] and len(server.seen) == 1
+
+
+def test_an_error_ends_questions_that_hang(server, monkeypatch):
+    monkeypatch.setattr(http_judge, "GRACE", 0.1)
+    begun, released, hung = threading.Event(), threading.Event(), []
+
+    def reply(body):
+        if body["messages"][0]["content"] == "1":
+            begun.set()
+            hung.append(released.wait(20))
+        begun.wait(20)
+        return (401, {}, {})
+
+    server.replies = [reply]
+    with pytest.raises(UnavailableError, match="refuses the key"):
+        Endpoint(server.url, "m").answer_all([[{"role": "user", "content": str(n)}] for n in (0, 1)], lambda *_: None)
+    assert hung == []
+    released.set()
+
+
+def test_an_endpoint_that_says_nothing_is_a_sentence(server):
+    released = threading.Event()
+    server.replies = [lambda body: server.completion(str(released.wait(20)))]
+    with pytest.raises(UnavailableError, match=r"in 1 attempt: nothing came within 0\.2 s\. Check the network"):
+        Endpoint(server.url, "m", timeout=0.2, waits=()).ask(MESSAGES)
+    released.set()
 
 
 def test_a_notebook_can_ask_although_its_event_loop_runs(server):

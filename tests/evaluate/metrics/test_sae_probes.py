@@ -240,10 +240,13 @@ def test_what_is_asked_for_is_checked_before_the_work(ctx, tmp_path, monkeypatch
     for option, problem in (
         ("setting=scarce", "setting=scarce is unknown: expected one of normal, scarcity, imbalance"),
         ("penalty=l3", "penalty=l3 is unknown"), ("ks=0", "a probe reads at least one latent"),
-        ("datasets=5_pet", "no data set 5_pet; did you mean 5_pets"),
+        ("datasets=5_pet", "no data set 5_pet; did you mean 5_pets"), ("datasets=", "datasets= names no data set"),
+        ("max_texts=-5", "max_texts=-5: give 2 or more"), ("max_train=1", "max_train=1: give 2 or more"),
+        ("max_texts=101", "max_texts=101: 100 texts are too few for the setting normal.*Raise max_texts"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=problem):
             settings(option)
+    assert settings("max_texts=102")["max_texts"] == 102
     monkeypatch.setenv("SAE_HOME", str(tmp_path / "elsewhere"))
     with pytest.raises(UnavailableError, match="Get them with `sae data get sae-probes`"):
         settings()
