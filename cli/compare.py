@@ -102,6 +102,14 @@ def compare(
         save_charts([*frontiers(comparison), *training_curves(comparison)], plots)
         echo(f"written  {plots}/*.svg and *.png")
     if not out:
-        words = " ".join(quote(run) for run in runs)
+        words = " ".join(quote(run) for run in runs) + flags(against, margin or [], mix=mix, references=references)
         command = f"sae compare {words}" if len(runs) <= MAX_REPEATED_RUNS else "the same command with"
         echo(f"next     {command} --out compare.html")
+
+
+def flags(against: str | None, margins: list[str], *, mix: bool, references: bool) -> str:
+    """The flags that decide what is compared, as words of the same command."""
+    words = [] if against is None else ["--against", quote(against)]
+    words += [word for one in margins for word in ("--margin", quote(one))]
+    words += ["--mix"] * mix + ["--no-references"] * (not references)
+    return "".join(f" {word}" for word in words)

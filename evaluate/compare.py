@@ -143,7 +143,36 @@ def compare_runs(folders: Sequence[Path], mix: bool = False, references: bool = 
 
 def all_notes(run: ComparedRun, runs: Sequence[ComparedRun], references: Sequence[ComparedRun]) -> list[str]:
     """Sentences about a run beside the references on its text, and the controls among them and among the runs."""
-    return [*notes_beside(run, references), *control_notes(run, [*runs, *references])]
+    return [
+        *notes_beside(run, references), *control_notes(run, [*runs, *references]), *mixed_seeds(run, runs),
+    ]  # fmt: skip
+
+
+def mixed_seeds(run: ComparedRun, runs: Sequence[ComparedRun]) -> list[str]:
+    """A sentence if a number that depends on the other seeds was measured among other seeds in a run of the system."""
+    notes = []
+    for metric, settings in run.settings.items():
+        if "seeds" not in settings or "seed" not in run.record:
+            continue
+        others = [
+            one.name
+            for one in runs
+            if digest_without_seed(one.record) == digest_without_seed(run.record)
+            and metric in one.settings
+            and seeds_of(one.settings[metric]) != seeds_of(settings)
+        ]
+        if others:
+            notes.append(
+                f"{metric} of {run.name} was measured among other seeds than that of {', '.join(others[:3])}"
+                f"{f' and {len(others) - 3} more' if len(others) > 3 else ''}: their numbers do not belong together. "
+                f"Name all seeds in one command: sae evaluate RUN... --suite {metric}"
+            )
+    return notes
+
+
+def seeds_of(settings: Mapping[str, Any]) -> frozenset[str]:
+    """The digests of the SAE and of the seeds that it was compared with."""
+    return frozenset([settings.get("weights", ""), *settings.get("seeds", ())])
 
 
 def find_differences(runs: Sequence[ComparedRun]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ class LocalJudge:
 
     def __init__(self, model: str, device: str, dtype: str) -> None:
         self.device, self.dtype = device, dtype
+        if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+            raise UsageError(
+                f"autointerp.judge_model={model}: there is no such folder. Give the folder of a chat model or a Hub id."
+            )
         self.source, self.config = find_model(model)
         self.tokenizer: Any = load_tokenizer(self.source)
         if not getattr(self.tokenizer, "chat_template", None):

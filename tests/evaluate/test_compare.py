@@ -314,3 +314,32 @@ def test_the_command(tmp_path):
     assert (tmp_path / "out" / "all.html").read_text().startswith("<!doctype html>")
     refused = CliRunner().invoke(app, ["compare", *runs, "--out", "all.xlsx"])
     assert refused.exit_code == 2 and ".html, .csv, .json" in refused.output
+
+
+def test_the_next_command_compares_the_same(tmp_path):
+    runs = [str(make_run(tmp_path)), str(make_run(tmp_path, "relu", contexts=7))]
+    asked = ["--against", "relu", "--margin", "kl_div_score=0.1", "--mix", "--no-references"]
+    done = CliRunner().invoke(app, ["compare", *runs, *asked])
+    last = done.stderr.splitlines()[-1].split()
+    assert done.exit_code == 0 and last[0] == "next" and last[-2:] == ["--out", "compare.html"]
+    assert last[3:-2] == [*runs, *asked]
+
+
+def test_stability_among_other_seeds_is_named(tmp_path):
+    """A result depends on the seeds of its command: those of several commands have no mean."""
+    runs = [make_run(tmp_path, seed=seed) for seed in range(3)]
+    core = RESULT_RECORD.read(runs[0] / "evaluations" / "core.json")
+
+    def write(*beside: str) -> list[str]:
+        for number, (run, seeds) in enumerate(zip(runs, beside, strict=True)):
+            write_result_record(
+                run, "stability", eval_result_metrics={"stability": {"decoder_pw_mcc": 0.5}},
+                eval_config=core["eval_config"] | {"weights": str(number), "seeds": list(seeds)},
+                eval_result_unstructured=core["eval_result_unstructured"],
+            )  # fmt: skip
+        return [note for row in compare_runs(runs).rows for note in row.notes if "among other seeds" in note]
+
+    assert write("12", "02", "01") == []
+    found = write("1", "0", "01")
+    assert len(found) == 3 and "sae evaluate RUN... --suite stability" in found[0]
+    assert f"stability of {runs[2].name} was measured among other seeds than that of {runs[0].name}" in found[2]
