@@ -16,6 +16,7 @@ scores agree with SAEBench's statistically, not digit for digit. Latents do not 
 import contextlib
 import math
 import random
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -136,6 +137,11 @@ class Autointerp(Metric):
                     f"autointerp.scores={','.join(self.scores)}: there is no score {score!r}"
                     f"{did_you_mean(score, SCORES)}"
                 )
+        if not re.fullmatch("([A-Za-z_][A-Za-z0-9_]*)?", self.key_variable):  # not shown: it may be the key
+            raise UsageError(
+                "autointerp.key_variable is not the name of an environment variable. Put the key into one, such as "
+                "OPENAI_API_KEY, and give its name: what is given here is stored with every result."
+            )
         if not (0 <= self.price_in < math.inf and 0 <= self.price_out < math.inf):
             raise UsageError("autointerp.price_in and autointerp.price_out must be 0 or more, per million tokens.")
 

@@ -60,9 +60,10 @@ class Endpoint:
         except (ValueError, self._httpx.InvalidURL):
             parts, port = urlsplit(""), None
         spaced = any(character.isspace() for character in self.url)
-        if spaced or port == 0 or parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
+        secret = "@" in parts.netloc or parts.query or parts.fragment  # settings are stored with every result
+        if spaced or port == 0 or parts.scheme not in ("http", "https") or not parts.netloc or secret:
             raise UsageError(
-                f"autointerp.endpoint={self.url} is not a valid URL (http or https, without a password). "
+                f"autointerp.endpoint={self.url} is not a valid URL (http or https, without a password or a query). "
                 "Give one such as https://api.openai.com/v1."
             )
         if not (self.key.isascii() and self.key.isprintable()):

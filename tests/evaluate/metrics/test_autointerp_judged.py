@@ -280,3 +280,10 @@ def test_the_plan_says_what_a_judge_would_cost_if_none_is_named(run):
 def test_options_that_make_no_sense_are_refused(run, option, sentence):
     with pytest.raises(UsageError, match=sentence):
         plan_evaluation(EvaluateConfig([run], "autointerp", options=[*SMALL, option], device="cpu"))
+
+
+def test_a_key_in_the_place_of_its_variable_is_refused_and_not_shown(run):
+    option = "autointerp.key_variable=sk-live-123"
+    with pytest.raises(UsageError, match="key_variable is not the name of an environment variable") as refused:
+        plan_evaluation(EvaluateConfig([run], "autointerp", options=[*SMALL, option], device="cpu"))
+    assert "sk-live" not in str(refused.value)

@@ -111,6 +111,8 @@ def test_an_endpoint_that_is_not_there_is_a_sentence():
     "url",
     [
         "api.openai.com/v1",
+        "https://api.openai.com/v1?key=k",
+        "https://api.openai.com/v1#k",
         "file:///etc/passwd",
         "https://",
         "https://me:secret@host/v1",
