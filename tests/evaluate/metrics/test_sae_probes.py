@@ -178,6 +178,16 @@ def test_scarcity_has_a_split_for_each_size_and_their_mean_counts(ctx):
         measured(ctx, make_sae(), metric=replace(metric, setting="imbalance"))
 
 
+def test_the_shares_of_the_model_s_probes_are_rounded_as_in_sae_probes():
+    """0.55 of 100 texts is 55.000000000000007, so 56 are positive; the share of the probes on latents is below 0.55."""
+    metric, label_N = replace(METRIC, setting="imbalance", max_train=100), np.arange(3000) % 2
+    positive = {
+        side: [int(label_N[one.train_M].sum()) for one in metric.splits(label_N, side)] for side in ("sae", "llm")
+    }
+    assert (positive["sae"][10], positive["llm"][10]) == (55, 56)
+    assert positive["sae"][:10] == positive["llm"][:10] == [*range(5, 55, 5)]
+
+
 def test_texts_that_end_in_an_outlier_row_are_left_out_and_named(ctx):
     (target,) = [EvalTarget(make_sae(), HOOK)]
     rows = {
