@@ -161,6 +161,8 @@ def test_another_setting_or_sae_is_measured_anew(ctx):
     assert fewer.details[0]["texts"] == 124 and fewer.extra["5_pets"][0]["train"] == 24
     shorter = measured(ctx, make_sae(), metric=replace(METRIC, max_train=20))[0]
     assert shorter.extra["5_pets"][0]["train"] == 20 and shorter.extra["5_pets"][0]["test"] == 109
+    assert shorter.extra["5_pets"][0]["sae"] != first.extra["5_pets"][0]["sae"]
+    assert shorter.metrics["llm"] != first.metrics["llm"]
 
 
 def test_scarcity_has_a_split_for_each_size_and_their_mean_counts(ctx):
