@@ -119,7 +119,7 @@ class SaeProbes(Metric):
         if not any(self.datasets):
             raise UsageError(f"{self.name}.datasets= names no data set. `sae data list sae-probes` lists them.")
         by_number = {name.split("_")[0]: name for name in known}
-        asked = {by_number.get(name, name) for name in self.datasets}
+        asked = [by_number.get(name, name) for name in self.datasets]
         for name in asked:
             data.find_source(name)
         return [name for name in known if name in asked]
