@@ -224,23 +224,32 @@ def interrupt_when(begun: threading.Event) -> None:
 
 
 def test_after_ctrl_c_answers_under_way_have_a_moment_and_no_more(server, monkeypatch):
-    monkeypatch.setattr(http_judge, "GRACE", 0.5)
-    begun, released, hung = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(http_judge, "GRACE", 2.0)
+    begun, stopping, released, hung = threading.Event(), threading.Event(), threading.Event(), []
+    wait = asyncio.wait
+
+    def watched(tasks, *, timeout=None, **rest):
+        if timeout == http_judge.GRACE:
+            stopping.set()
+        return wait(tasks, timeout=timeout, **rest)
+
+    monkeypatch.setattr(asyncio, "wait", watched)
 
     def reply(body):
         if body["messages"][0]["content"] == "1":
             begun.set()
-            hung.append(released.wait(20))  # an endpoint that hangs
-        elif begun.wait(20):
-            time.sleep(0.2)
+            hung.append(released.wait(30))  # an endpoint that hangs
+        stopping.wait(30)
         return server.completion("late")
 
     server.replies = [reply]
     kept: dict[int, str] = {}
+    questions = [[{"role": "user", "content": str(n)}] for n in range(PARALLEL_QUESTIONS + 5)]
     interrupt_when(begun)
     with pytest.raises(KeyboardInterrupt):
-        Endpoint(server.url, "m").answer_all([[{"role": "user", "content": str(n)}] for n in (0, 1)], kept.__setitem__)
-    assert hung == [] and kept == {0: "late"}
+        Endpoint(server.url, "m").answer_all(questions, kept.__setitem__)
+    assert hung == [] and set(kept.values()) == {"late"} and 1 not in kept
+    assert len(server.seen) <= PARALLEL_QUESTIONS  # no further question
     released.set()
 
 
